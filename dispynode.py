@@ -1,0 +1,3485 @@
+#!/usr/bin/env python3
+"""dispynode - the daemon that runs jobs on a host; the only file such a host needs.
+
+Copy this file to a host, copy the secret (~/.config/dispy/secret) with it, and run `python dispynode.py`.
+It needs Python 3.8 or later and nothing else; `psutil` is used when it is there.
+
+What a node shares with its clients (messages, frames, handshake, link, loop) lives here too, because this
+file must be able to travel alone; dispy.py imports it by name.
+
+    client                      this process                                  its children
+    +--------+   TCP (+TLS)   +---------------------------------------+      +---------------------------------+
+    | driver | <============> | accept threads  TLS and handshake     |      | runner, one a computation:      |
+    +--------+   frames       |      | post()                         |      |   loads code, runs setup() once |
+                              | node thread     Loop: links, pipes,   | <==> |      | fork                     |
+                              |      |          timers                | pipes| worker, one a CPU:              |
+                              | Node            pure state: decides   | <==> |   job after job                 |
+                              +---------------------------------------+      +---------------------------------+
+
+The node thread alone owns the state. An accept thread lives as long as one handshake and hands over a socket.
+`Node` is pure: `handle(event, now)` and `flush(now)` return actions, `Daemon` carries them out and
+feeds back what came of them. Workers keep a pipe each to the node thread; the runner, which forks and reaps
+them, reports births and deaths. The daemon never unpickles what a user sent: it forwards bytes.
+
+The life of a job here:
+  1. `Compute` names a computation and its files; what is missing is asked for (`Need`) and stored (`File`).
+  2. A runner is started, loads the code, runs setup; `Ready` tells the client.
+  3. `Jobs` brings attempts; each waits until a CPU is free and is then written to a worker's pipe.
+  4. The worker marks the attempt as running (a shared slot), runs it, and writes the result before it looks
+     at the next one. Output is caught at descriptor level in a file of the worker's.
+  5. Results of one turn leave in one `Results`, and are kept until the client's `Ack`.
+  6. A worker that dies is reported by the runner with the attempt it was running; that one has failed, those
+     behind it go back to the queue, and a new worker is forked.
+  7. `Done` ends the computation: cleanup runs, processes end, the directory goes.
+"""
+
+import argparse
+import array
+import collections
+import contextlib
+import enum
+import hashlib
+import heapq
+import hmac
+import importlib
+import io
+import itertools
+import logging
+import logging.handlers
+import mmap
+import multiprocessing
+import os
+import pickle
+import platform
+import selectors
+import shutil
+import signal
+import socket
+import socketserver
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from functools import lru_cache
+from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+
+__version__ = '5.0.0.dev0'
+
+# ---------------------------------------------------------------------------------------------------------
+# Constants and errors
+# ---------------------------------------------------------------------------------------------------------
+
+NODE_PORT = 9701              # TCP; the scheduler's is 9702
+PULSE = 2.0                   # s between signs of life on a link
+PULSES_LOST = 5               # silent pulses after which a link is broken
+GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
+HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
+SETUP_TIME = 600.0            # s that loading code and setup() may take
+ORPHAN_TIME = 10.0            # s that results wait for a client whose link broke
+QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
+AHEAD_TIME = 0.005            # s of work that a worker may hold beyond what it runs
+AHEAD_MOST = 64               # jobs, the same
+OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
+OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
+OUT_OF_BAND = 32 * 1024       # bytes from which a payload travels beside its envelope instead of inside
+FILE_PIECE = 1 << 20          # bytes of a file in one message
+MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
+RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are not read
+
+logger = logging.getLogger('dispynode')
+
+
+class DispyError(Exception):
+    """Base of this project's own errors."""
+
+
+class PeerError(DispyError):
+    """The other side broke the protocol; its link is closed."""
+
+
+class LinkBroken(DispyError):
+    """The connection ended without a word."""
+
+
+class HandshakeError(DispyError):
+    """No link came of a connection; the text says why and what mends it."""
+
+
+class SecretError(DispyError, ValueError):
+    """The secret, its file or the certificate cannot be used."""
+
+
+class StartError(DispyError):
+    """The daemon cannot start; the text says what is wrong and which option changes it."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Values and messages: what stands on the wire. Nothing here opens a socket, reads a clock or takes a lock.
+# ---------------------------------------------------------------------------------------------------------
+
+class Role(enum.IntEnum):
+    """Who speaks on a link."""
+    CLIENT = 1
+    NODE = 2
+    SCHEDULER = 3
+
+
+class Outcome(enum.IntEnum):
+    """How an attempt ended; tells what the payload of its result is."""
+    RETURNED = 1       # pickled value, of plain builtins only: opening it runs no code
+    RETURNED_CODE = 2  # pickled value of other types: opening it runs the user's code
+    RAISED = 3         # u32 length, traceback text, pickled exception or nothing
+    DIED = 4           # text: the worker process ended
+    CANCELLED = 5      # text
+    TIMED_OUT = 6      # text
+    STOPPED = 7        # text: the node is being stopped; the job may have done a part of its work
+
+
+class Introduce(NamedTuple):
+    """Client, first on a link: who it is (shown to others), its pulse in seconds. Answered by Welcome."""
+    name: str
+    pulse: float
+
+
+class Compute(NamedTuple):
+    """Client: a computation. May come again after a link broke. Answered by Need, Ready or Refused."""
+    comp: str
+    spec: dict
+
+
+class File(NamedTuple):
+    """Client: a piece of a file the node asked for, in order of offset."""
+    comp: str
+    name: str
+    offset: int
+    data: Any
+
+
+class Jobs(NamedTuple):
+    """Client: attempts to run, rows of (serial, payload, options or None). Answered by Results."""
+    comp: str
+    rows: list
+
+
+class Cancel(NamedTuple):
+    """Client: end these attempts. Each is answered by its result, whatever it became."""
+    comp: str
+    serials: list
+
+
+class Recall(NamedTuple):
+    """Client: give back up to `count` attempts that have not started. Answered by Returned."""
+    comp: str
+    count: int
+
+
+class Ack(NamedTuple):
+    """Client: results it has; the node forgets them."""
+    comp: str
+    serials: list
+
+
+class Done(NamedTuple):
+    """Client: the computation is over; what still runs is killed."""
+    comp: str
+
+
+class Welcome(NamedTuple):
+    """Node, answers Introduce: its name, CPUs it offers, facts (python, platform, cloudpickle, ...)."""
+    name: str
+    cpus: int
+    facts: dict
+
+
+class Refused(NamedTuple):
+    """Node: this computation (or, with an empty name, this client) is not served; code for programs, text for people."""
+    comp: str
+    code: str
+    text: str
+
+
+class Need(NamedTuple):
+    """Node, answers Compute: send these files."""
+    comp: str
+    names: list
+
+
+class Ready(NamedTuple):
+    """Node: set up. `held` are the serials it knows, running, waiting or ended without Ack."""
+    comp: str
+    held: list
+
+
+class Results(NamedTuple):
+    """Node: rows of (serial, outcome, start, end, payload, stdout, stderr), times in s since the epoch. Answered by Ack."""
+    comp: str
+    rows: list
+
+
+class Returned(NamedTuple):
+    """Node, answers Recall or comes when it stops: these attempts were never started here."""
+    comp: str
+    serials: list
+
+
+class Pulse(NamedTuple):
+    """Either side: alive."""
+
+
+class Bye(NamedTuple):
+    """Either side: this link ends on purpose. A link that ends without it is broken, not closed."""
+    text: str
+
+
+SMALL, MIDDLE, LARGE = 64 * 1024, 16 << 20, MAX_FRAME
+# op on the wire -> (message, bytes of payload at most)
+MESSAGES: Dict[int, Tuple[type, int]] = {
+    1: (Introduce, SMALL), 2: (Compute, LARGE), 3: (File, 2 * FILE_PIECE), 4: (Jobs, LARGE), 5: (Cancel, MIDDLE),
+    6: (Recall, SMALL), 7: (Ack, MIDDLE), 8: (Done, SMALL),
+    33: (Welcome, SMALL), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, MIDDLE), 37: (Results, LARGE),
+    38: (Returned, MIDDLE),
+    65: (Pulse, SMALL), 66: (Bye, SMALL),
+}
+OPS = {message: op for op, (message, _) in MESSAGES.items()}
+ROW_LENGTH = {Jobs: 3, Results: 7}
+FIELD_TYPES = {message: tuple((float, int) if kind is float else object if kind is Any else kind
+                              for kind in message.__annotations__.values()) for message in OPS}
+
+Buffer = Union[bytes, bytearray, memoryview]
+Payload = Union[Buffer, Tuple[Buffer, ...]]
+
+
+def pieces_of(payload: Payload) -> Tuple[Buffer, ...]:
+    """A payload as the pieces that make it up when written one behind the other."""
+    return payload if type(payload) is tuple else (payload,)  # type: ignore[return-value]
+
+
+def size_of(payload: Payload) -> int:
+    """Bytes in a payload."""
+    if type(payload) is tuple:
+        return sum(len(piece) for piece in payload)
+    return len(payload)  # type: ignore[arg-type]
+
+
+def beside(payload: Payload) -> Any:
+    """The payload as an envelope may carry it: small ones inside it, large ones out of band and not copied."""
+    if type(payload) is tuple:
+        return tuple(beside(piece) for piece in payload)
+    if type(payload) is bytes and len(payload) < OUT_OF_BAND:
+        return payload
+    return pickle.PickleBuffer(payload)
+
+
+class _Plain(pickle.Unpickler):
+    """Opens builtins and refuses every name, so that no bytes from outside can run anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise PeerError('an envelope names %s.%s; envelopes hold plain values only' % (module[:60], name[:60]))
+
+
+def open_envelope(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
+    """Unpickle plain builtins. Raises PeerError for anything else."""
+    try:
+        return _Plain(io.BytesIO(data), buffers=buffers).load()
+    except PeerError:
+        raise
+    except Exception as exc:  # the unpickler raises nearly anything on damaged input
+        raise PeerError('an envelope does not open: %s' % (exc,)) from exc
+
+
+_INDEX = struct.Struct('>II')
+
+
+def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
+    """Message -> (op, encoding, pieces of payload). Encoding 0 is the envelope alone; 1 is u32 number of
+    buffers, u32 length of envelope, u64 length of each buffer, envelope, buffers."""
+    buffers: List[pickle.PickleBuffer] = []
+    body = pickle.dumps(tuple(message), 5, buffer_callback=buffers.append)
+    if not buffers:
+        return OPS[type(message)], 0, [body]
+    raw = [buffer.raw() for buffer in buffers]
+    head = _INDEX.pack(len(raw), len(body)) + struct.pack('>%dQ' % len(raw), *map(len, raw))
+    return OPS[type(message)], 1, [head + body, *raw]
+
+
+def decode(op: int, encoding: int, payload: Buffer) -> Any:
+    """The inverse of `encode`, for a payload whose MAC was verified. Raises PeerError."""
+    if op not in MESSAGES:
+        raise PeerError('message %d is unknown here' % op)
+    message = MESSAGES[op][0]
+    if encoding == 0:
+        fields = open_envelope(payload)
+    elif encoding == 1:
+        fields = open_envelope(*_split(memoryview(payload)))
+    else:
+        raise PeerError('encoding %d is unknown here' % encoding)
+    kinds = FIELD_TYPES[message]
+    if type(fields) is not tuple or len(fields) != len(kinds) or not all(map(isinstance, fields, kinds)):
+        raise PeerError('%s with wrong fields' % message.__name__)
+    length = ROW_LENGTH.get(message)
+    if length is not None:
+        for row in fields[1]:
+            if type(row) is not tuple or len(row) != length or type(row[0]) is not int:
+                raise PeerError('%s with a wrong row' % message.__name__)
+    return message._make(fields)
+
+
+def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
+    if len(payload) < _INDEX.size:
+        raise PeerError('a payload is shorter than its index')
+    count, body = _INDEX.unpack_from(payload)
+    at = _INDEX.size + 8 * count
+    if count > 1 << 20 or at + body > len(payload):
+        raise PeerError('a payload is shorter than its index says')
+    lengths = struct.unpack_from('>%dQ' % count, payload, _INDEX.size)
+    if at + body + sum(lengths) != len(payload):
+        raise PeerError('the parts of a payload do not add up')
+    envelope, at, buffers = payload[at:at + body], at + body, []
+    for length in lengths:
+        buffers.append(payload[at:at + length])
+        at += length
+    return envelope, buffers
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sealed payloads: what a user sent. Written by the client or a worker, opened by a worker or the client.
+# ---------------------------------------------------------------------------------------------------------
+
+ATOMS = frozenset((int, float, str, bool, type(None), complex))
+_BUFFERS = struct.Struct('>B3xI')  # 1, number of buffers; a bare pickle begins with 0x80
+
+
+class _NotPlain(Exception):
+    pass
+
+
+class _Pieces(list):
+    """What a pickler writes, as it comes: it passes large bytes objects on and does not copy them."""
+    write = list.append
+
+
+class _Sealer(pickle.Pickler):
+    """Pickles and notes whether anything but builtins was met."""
+
+    def __init__(self, file: _Pieces, beside: Callable[[Any], bool], travels: Optional[Callable[[Any], bool]]) -> None:
+        super().__init__(file, 5, buffer_callback=beside)
+        self.plain = True
+        self._travels = travels
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Called by the pickler for everything that is not a builtin value."""
+        self.plain = False
+        if self._travels is not None and not self._travels(obj):
+            raise _NotPlain
+        return NotImplemented
+
+
+def seal(value: Any, by_value: Optional[Callable[..., None]] = None,
+         travels: Optional[Callable[[Any], bool]] = None) -> Tuple[Payload, bool]:
+    """Pickle `value` for the other side; large buffers (of numpy and the like) are kept beside, not copied.
+
+    by_value(value, file, protocol, buffer_callback) pickles by value what plain pickle cannot (cloudpickle);
+    travels(obj) is false for classes and functions that the other side could not import.
+    Returns the payload and whether it holds builtin values only. Raises what pickling raises.
+    """
+    if type(value) in ATOMS:
+        return pickle.dumps(value, 5), True
+    pieces, buffers = _Pieces(), []  # type: Tuple[_Pieces, List[memoryview]]
+
+    def beside(buffer: pickle.PickleBuffer) -> bool:
+        if buffer.raw().nbytes < OUT_OF_BAND:
+            return True  # in band
+        buffers.append(buffer.raw())
+        return False
+
+    sealer = _Sealer(pieces, beside, travels)
+    plain = False
+    try:
+        sealer.dump(value)
+        plain = sealer.plain
+    except Exception:  # whatever pickle cannot do is tried by value; that attempt's error is the one to tell
+        if by_value is None:
+            raise
+        del pieces[:], buffers[:]
+        by_value(value, pieces, 5, beside)
+    if buffers:
+        return _with_buffers(b''.join(pieces), buffers), plain
+    return (pieces[0] if len(pieces) == 1 else tuple(pieces)), plain
+
+
+def _with_buffers(body: bytes, buffers: List[memoryview]) -> Payload:
+    head = _BUFFERS.pack(1, len(buffers)) + struct.pack('>Q%dQ' % len(buffers), len(body), *map(len, buffers))
+    return (head + body, *buffers)
+
+
+def unseal(payload: Buffer) -> Any:
+    """Open a payload. Runs the user's code; raises whatever that raises."""
+    if payload[0] != 1:
+        return pickle.loads(payload)
+    view = memoryview(payload)
+    _, count = _BUFFERS.unpack_from(view)
+    lengths = struct.unpack_from('>%dQ' % (count + 1), view, _BUFFERS.size)
+    at = _BUFFERS.size + 8 * (count + 1)
+    parts = []
+    for length in lengths:
+        parts.append(view[at:at + length])
+        at += length
+    # A bytearray each: what numpy makes of a read-only view could not be written to by the job.
+    return pickle.loads(parts[0], buffers=[bytearray(part) for part in parts[1:]])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Secret and certificates
+# ---------------------------------------------------------------------------------------------------------
+
+def secret_path() -> str:
+    """Where the secret of this user lies when nothing else is said."""
+    if os.name == 'nt':
+        base = os.environ.get('APPDATA') or os.path.expanduser('~')
+    else:
+        base = os.environ.get('XDG_CONFIG_HOME') or os.path.join(os.path.expanduser('~'), '.config')
+    return os.path.join(base, 'dispy', 'secret')
+
+
+def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = None) -> bytes:
+    """The secret's bytes, from the first of: `secret`, the file `path`, environment DISPY_SECRET, the user's
+    secret file, which is made (256 random bits, mode 0600) when it does not exist.
+
+    Raises SecretError for a file that others can read, that is empty or that cannot be read.
+    """
+    if secret:
+        return secret.encode('utf-8') if isinstance(secret, str) else bytes(secret)
+    if path:
+        return _read_secret(path)
+    if os.environ.get('DISPY_SECRET'):
+        return os.environ['DISPY_SECRET'].encode('utf-8')
+    path = secret_path()
+    if not os.path.exists(path):
+        _make_secret(path)
+    return _read_secret(path)
+
+
+def _read_secret(path: str) -> bytes:
+    try:
+        with open(path, 'rb') as file:
+            mode = os.fstat(file.fileno()).st_mode
+            data = file.read(64 * 1024).strip()
+    except OSError as exc:
+        raise SecretError('the secret file %s cannot be read: %s' % (path, exc.strerror)) from exc
+    if os.name != 'nt' and mode & 0o077:
+        raise SecretError('the secret file %s can be read or written by others (mode %03o): run chmod 600 %s'
+                          % (path, stat.S_IMODE(mode), path))
+    if not data:
+        raise SecretError('the secret file %s is empty: remove it and a new one is made' % path)
+    return data
+
+
+def _make_secret(path: str) -> None:
+    """Make the file whole or not at all; of two processes that make it at once one wins, and both use that."""
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))  # mode 0600
+        with os.fdopen(handle, 'w') as file:
+            file.write(os.urandom(32).hex() + '\n')
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            logger.debug('another process made %s first', path)
+        finally:
+            os.unlink(temporary)
+    except OSError as exc:
+        raise SecretError('no secret was given and %s cannot be made: %s; set DISPY_SECRET or give a file'
+                          % (path, exc.strerror)) from exc
+
+
+@lru_cache(maxsize=16)
+def derive_key(secret: bytes) -> bytes:
+    """The pre-shared key of the handshake. A made secret (64 hexadecimal digits) is random enough for an HMAC;
+    anything else may be a person's phrase and is stretched with scrypt (N=2^14, r=8, p=1; about 50 ms)."""
+    secret = secret.strip()
+    if len(secret) == 64 and not secret.strip(b'0123456789abcdef'):
+        return hmac.digest(b'dispy 5 secret', secret, 'sha256')
+    if len(secret) < 12:
+        logger.warning('the secret is short (%d characters): it can be guessed by anybody on the network', len(secret))
+    return hashlib.scrypt(secret, salt=b'dispy 5 secret', n=1 << 14, r=8, p=1, dklen=32)
+
+
+def tls_context(server: bool, certfile: str, keyfile: Optional[str] = None, cafile: Optional[str] = None) -> Any:
+    """An ssl.SSLContext that presents `certfile` and demands from the peer a certificate that `cafile` (or
+    `certfile` itself) vouches for. Raises SecretError when a file cannot be used."""
+    import ssl  # 15 ms that only those pay who use TLS
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.check_hostname = False  # a private CA vouches; the handshake binds the channel to the certificate
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_cert_chain(certfile, keyfile)
+    except (OSError, ssl.SSLError) as exc:
+        raise SecretError('the certificate %s with key %s cannot be used: %s'
+                          % (certfile, keyfile or 'in the same file', exc)) from exc
+    try:
+        context.load_verify_locations(cafile or certfile)
+    except (OSError, ssl.SSLError) as exc:
+        raise SecretError('the CA file %s cannot be used: %s' % (cafile or certfile, exc)) from exc
+    return context
+
+
+def certificate_digest(certfile: str) -> bytes:
+    """SHA-256 of the first certificate in a PEM file, in DER: what the handshake binds the channel to."""
+    import ssl
+    with open(certfile) as file:
+        text = file.read()
+    start, end = text.index(ssl.PEM_HEADER), text.index(ssl.PEM_FOOTER) + len(ssl.PEM_FOOTER)
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(text[start:end])).digest()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Handshake: blocking, before a socket is handed to a loop. Two mirror functions.
+#
+#   C, who dialled                                   S, who accepted
+#   1. HELLO   magic, versions, roles, nonce ->      checks magic, version, wanted role
+#   2. checks                                <-      CHALLENGE magic, version, nonce: nothing of the secret
+#   3. PROOF   HMAC("c finished")            ->      compared in constant time; wrong: closed, no answer
+#   4. compared; connected                   <-      FINISHED HMAC("s finished")
+#
+# Everything that was negotiated, and the certificate under TLS, is in the transcript hash TH. After TLS 1.3's
+# construction (RFC 8446, section 4.4): finished keys and one frame key a direction are derived from psk and TH.
+# ---------------------------------------------------------------------------------------------------------
+
+MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
+ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
+VERSIONS = (1, 1)              # minor versions spoken, lowest and highest
+_HELLO = struct.Struct('>8sHHBBH16s32s16x')
+_CHALLENGE = struct.Struct('>8sHBBI16s32s16x')
+_PROOF = struct.Struct('>8s32s')
+_SEES_TLS = 1
+NO_TLS = bytes(32)
+
+
+class Session(NamedTuple):
+    """What a handshake agreed on."""
+    send_key: bytes
+    receive_key: bytes
+    peer_instance: bytes
+    peer_role: int
+
+
+def _derive(psk: bytes, transcript: bytes, label: bytes) -> bytes:
+    return hmac.digest(psk, label + b'\0' + transcript + b'\x01', 'sha256')
+
+
+class _Keys:
+    def __init__(self, psk: bytes, hello: bytes, challenge: bytes, binding: bytes) -> None:
+        self.transcript = hashlib.sha256(b'dispy 5 handshake' + hello + challenge + binding).digest()
+        self._psk = psk
+        self.client = hmac.digest(self.key(b'c finished'), self.transcript, 'sha256')
+        self.server = hmac.digest(self.key(b's finished'), self.transcript + self.client, 'sha256')
+
+    def key(self, label: bytes) -> bytes:
+        return _derive(self._psk, self.transcript, label)
+
+
+def _receive_exactly(sock: Any, size: int, deadline: float, clock: Callable[[], float]) -> bytes:
+    data = b''
+    while len(data) < size:
+        left = deadline - clock()
+        if left <= 0:
+            raise HandshakeError('no answer within %d s' % HANDSHAKE_TIME)
+        sock.settimeout(left)
+        try:
+            piece = sock.recv(size - len(data))
+        except socket.timeout as exc:
+            raise HandshakeError('no answer within %d s' % HANDSHAKE_TIME) from exc
+        if not piece:
+            raise EOFError
+        data += piece
+    return data
+
+
+def handshake_dial(sock: Any, psk: bytes, role: Role, wanted: Role, instance: bytes, binding: bytes = NO_TLS,
+                   deadline: Optional[float] = None, clock: Callable[[], float] = time.monotonic) -> Session:
+    """C's side. Raises HandshakeError with the reason and what mends it; OSError when the connection breaks."""
+    deadline = clock() + HANDSHAKE_TIME if deadline is None else deadline
+    tls = _SEES_TLS if binding != NO_TLS else 0
+    hello = _HELLO.pack(MAGIC, *VERSIONS, role, wanted, tls, instance, os.urandom(32))
+    sock.sendall(hello)
+    try:
+        challenge = _receive_exactly(sock, _CHALLENGE.size, deadline, clock)
+    except EOFError:
+        raise HandshakeError('it closed the connection at once: is it a dispynode 5, and do both sides use TLS or '
+                             'neither (certfile)?') from None
+    magic, version, peer_role, flags, _, peer_instance, _ = _CHALLENGE.unpack(challenge)
+    if magic[:7] == ALERT[:7] or (magic[:6] == MAGIC[:6] and magic != MAGIC):
+        raise HandshakeError('it speaks another version of the protocol than dispy %s here: update the older one'
+                             % __version__)
+    if magic != MAGIC:
+        raise HandshakeError('it is not a dispynode 5')
+    if not VERSIONS[0] <= version <= VERSIONS[1] or peer_role != wanted or flags != tls:
+        raise HandshakeError('it is a %s, speaks version %d and %s TLS, which does not fit'
+                             % (_role_name(peer_role), version, 'sees' if flags else 'sees no'))
+    if peer_instance == instance:
+        raise HandshakeError('it is this very process')
+    keys = _Keys(psk, hello, challenge, binding)
+    sock.sendall(_PROOF.pack(MAGIC, keys.client))
+    try:
+        finished = _receive_exactly(sock, _PROOF.size, deadline, clock)
+    except (EOFError, ConnectionError):
+        raise HandshakeError('wrong secret: the two sides have different ones. Copy %s to that host, or give both '
+                             'the same one (secret=, --secret-file, DISPY_SECRET)' % secret_path()) from None
+    if not hmac.compare_digest(finished, _PROOF.pack(MAGIC, keys.server)):
+        raise HandshakeError('it does not know the secret')
+    return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role)
+
+
+def handshake_accept(sock: Any, psk: bytes, role: Role, allowed: Iterable[Role], instance: bytes,
+                     binding: bytes = NO_TLS, deadline: Optional[float] = None,
+                     clock: Callable[[], float] = time.monotonic) -> Session:
+    """S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read before the proof is checked."""
+    deadline = clock() + HANDSHAKE_TIME if deadline is None else deadline
+    tls = _SEES_TLS if binding != NO_TLS else 0
+    hello = _receive_exactly(sock, _HELLO.size, deadline, clock)
+    magic, low, high, peer_role, wanted, flags, peer_instance, _ = _HELLO.unpack(hello)
+    if magic[:6] != MAGIC[:6]:
+        raise HandshakeError('the peer does not speak this protocol')
+    version = min(high, VERSIONS[1])
+    if magic != MAGIC or version < max(low, VERSIONS[0]):
+        sock.sendall(_CHALLENGE.pack(ALERT, VERSIONS[1], role, tls, 0, instance, bytes(32)))
+        raise HandshakeError('the peer speaks another version of the protocol')
+    if wanted != role or peer_role not in tuple(allowed) or flags != tls or peer_instance == instance:
+        raise HandshakeError('the peer is a %s that wants a %s' % (_role_name(peer_role), _role_name(wanted)))
+    challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, os.urandom(32))
+    sock.sendall(challenge)
+    keys = _Keys(psk, hello, challenge, binding)
+    proof = _receive_exactly(sock, _PROOF.size, deadline, clock)
+    if not hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
+        raise HandshakeError('wrong secret')
+    sock.sendall(_PROOF.pack(MAGIC, keys.server))
+    return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role)
+
+
+def _role_name(role: int) -> str:
+    return Role(role).name.lower() if role in tuple(Role) else 'unknown role %d' % role
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Frames and records: bytes to units and back. Nothing here opens a socket, reads a clock or takes a lock.
+# ---------------------------------------------------------------------------------------------------------
+
+class Intake:
+    """Cuts a stream of bytes into units of a head of fixed size and a body whose length the head tells.
+
+    The reader receives into `room()` and tells `took(n)`. Small units are cut out of a staging buffer, so that
+    one system call may bring many; a large one gets a buffer of its own, received into in place, which grows
+    by what has arrived and not by what was promised.
+    """
+    STAGING = 256 * 1024
+    FIRST = 1 << 20
+
+    def __init__(self, head_size: int) -> None:
+        self._head_size = head_size
+        self._staging = bytearray(self.STAGING)
+        self._view = memoryview(self._staging)
+        self._start = self._end = 0
+        self._body_size = -1       # of the unit at _start, once its head is there
+        self._head = b''
+        self._large: Optional[bytearray] = None
+        self._filled = 0
+
+    def measure(self, head: bytes) -> int:
+        """Length of the body that follows `head`; may raise to refuse it."""
+        raise NotImplementedError
+
+    def room(self) -> memoryview:
+        """Where to receive next; never empty."""
+        if self._large is None:
+            return self._view[self._end:]
+        if self._filled == len(self._large):
+            self._large.extend(bytes(min(len(self._large), self._body_size - self._filled)))
+        return memoryview(self._large)[self._filled:]
+
+    def took(self, count: int) -> List[Tuple[bytes, memoryview]]:
+        """Note that `count` bytes were received; return the units (head, body) that are whole now."""
+        if self._large is None:
+            self._end += count
+            return self._cut()
+        self._filled += count
+        if self._filled < self._body_size:
+            return []
+        unit = (self._head, memoryview(self._large))
+        self._large, self._body_size = None, -1
+        return [unit]
+
+    def _cut(self) -> List[Tuple[bytes, memoryview]]:
+        units = []
+        snapshot: Optional[memoryview] = None
+        while True:
+            if self._body_size < 0:
+                if self._end - self._start < self._head_size:
+                    break
+                self._head = bytes(self._view[self._start:self._start + self._head_size])
+                self._body_size = self.measure(self._head)
+                self._start += self._head_size
+            if self._end - self._start < self._body_size:
+                break
+            if snapshot is None:  # one copy for all units of this call: the staging buffer is used again
+                snapshot = memoryview(bytes(self._view[:self._end]))
+            units.append((self._head, snapshot[self._start:self._start + self._body_size]))
+            self._start += self._body_size
+            self._body_size = -1
+        self._make_room()
+        return units
+
+    def _make_room(self) -> None:
+        left = self._end - self._start
+        if self._body_size > self.STAGING // 4:
+            self._large = bytearray(min(self._body_size, max(self.FIRST, left)))
+            self._large[:left] = self._view[self._start:self._end]
+            self._filled, self._start, self._end = left, 0, 0
+        elif left == 0:
+            self._start = self._end = 0
+        elif self._start > self.STAGING // 2:
+            self._staging[:left] = bytes(self._view[self._start:self._end])
+            self._start, self._end = 0, left
+
+
+_FRAME = struct.Struct('>IBBHQ')   # payload length, op, encoding, flags, request
+_SEQ = struct.Struct('>QB')
+HEAD_TAG, TAIL_TAG = 16, 32
+
+
+class FrameSealer:
+    """Messages to frames of one direction: header 16, its tag 16, payload, tag 32; numbered, the number not sent."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._mac = hmac.new(key, digestmod='sha256')
+        self._seq = 0
+
+    def seal(self, message: Any) -> List[Buffer]:
+        """The frame as buffers to be sent one behind the other. Raises ValueError when it would be too large."""
+        op, encoding, pieces = encode(message)
+        size = sum(map(len, pieces))
+        if size > MESSAGES[op][1]:
+            raise ValueError('%s of %d bytes is over the limit of %d' % (type(message).__name__, size, MESSAGES[op][1]))
+        header = _FRAME.pack(size, op, encoding, 0, 0)
+        head = header + hmac.digest(self._key, _SEQ.pack(self._seq, 0) + header, 'sha256')[:HEAD_TAG]
+        mac = self._mac.copy()
+        mac.update(_SEQ.pack(self._seq, 1) + header)
+        for piece in pieces:
+            mac.update(piece)
+        self._seq += 1
+        if size < OUT_OF_BAND:
+            return [b''.join((head, *pieces, mac.digest()))]
+        return [head, *pieces, mac.digest()]
+
+
+class FrameOpener(Intake):
+    """Frames of one direction to messages. The length is believed only after the header's tag was verified, and
+    nothing is decoded before the payload's was. Raises PeerError; the link is of no use then."""
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__(_FRAME.size + HEAD_TAG)
+        self._key = key
+        self._mac = hmac.new(key, digestmod='sha256')
+        self._seq = 0
+        self._measured = 0
+
+    def measure(self, head: bytes) -> int:
+        header = head[:_FRAME.size]
+        # Heads are measured in order, one ahead of bodies at most, so they can be counted on their own.
+        tag = hmac.digest(self._key, _SEQ.pack(self._measured, 0) + header, 'sha256')[:HEAD_TAG]
+        if not hmac.compare_digest(tag, head[_FRAME.size:]):
+            raise PeerError('a frame header is not authentic')
+        self._measured += 1
+        size, op = _FRAME.unpack(header)[:2]
+        limit = MESSAGES[op][1] if op in MESSAGES else SMALL
+        if size > limit:
+            raise PeerError('a frame of %d bytes is over the limit of %d' % (size, limit))
+        return size + TAIL_TAG
+
+    def open(self, head: bytes, body: memoryview) -> Any:
+        """The message of a whole frame."""
+        header = head[:_FRAME.size]
+        mac = self._mac.copy()
+        mac.update(_SEQ.pack(self._seq, 1) + header)
+        mac.update(body[:-TAIL_TAG])
+        if not hmac.compare_digest(mac.digest(), body[-TAIL_TAG:]):
+            raise PeerError('a frame is not authentic')
+        self._seq += 1
+        _, op, encoding, _, _ = _FRAME.unpack(header)
+        return decode(op, encoding, body[:-TAIL_TAG])
+
+
+# What passes between the daemon, a runner and its workers on one host: a head and three bodies.
+# kind, 0, number (worker, or exit code + 2^31), serial, start, end, lengths of the three bodies
+_RECORD = struct.Struct('>BBIQddIII')
+
+
+class Kind(enum.IntEnum):
+    """Kinds of record."""
+    # daemon to runner
+    INIT = 1        # bodies: pickled spec, code, -
+    FORK = 2        # number: worker; its socket travels along
+    INTERRUPT = 3   # number: worker, serial: only if it runs this one
+    KILL = 4        # number: worker
+    RECALL = 5      # number: worker
+    CLOSE = 6       # run cleanup, end
+    # runner to daemon
+    UP = 16
+    FAILED = 17     # body: text
+    BORN = 18       # number: worker, serial: its pid
+    GONE = 19       # number: worker, serial: what it was running or 0, start: exit code, bodies: -, stdout, stderr
+    # daemon to worker
+    JOB = 32        # serial, body: payload
+    # worker to daemon
+    RESULT = 48     # number: outcome, serial, times, bodies: payload, stdout, stderr
+    UNSTARTED = 49  # serial: given back
+
+
+class Record(NamedTuple):
+    """One record, taken apart."""
+    kind: int
+    number: int
+    serial: int
+    start: float
+    end: float
+    bodies: Tuple[memoryview, memoryview, memoryview]
+
+
+def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0, end: float = 0.0,
+                first: Payload = b'', second: Buffer = b'', third: Buffer = b'') -> List[Buffer]:
+    """A record as buffers to be written one behind the other. Raises ValueError for a body of 4 GiB or more."""
+    size = size_of(first)
+    if size >= 1 << 32:
+        raise ValueError('%d bytes are more than a record can hold' % size)
+    head = _RECORD.pack(kind, 0, number, serial, start, end, size, len(second), len(third))
+    if size + len(second) + len(third) < OUT_OF_BAND:
+        return [b''.join((head, *pieces_of(first), second, third))]
+    return [piece for piece in (head, *pieces_of(first), second, third) if len(piece)]
+
+
+class RecordIntake(Intake):
+    """Bytes to records."""
+
+    def __init__(self) -> None:
+        super().__init__(_RECORD.size)
+
+    def measure(self, head: bytes) -> int:
+        return sum(_RECORD.unpack(head)[6:])
+
+    def records(self, count: int) -> List[Record]:
+        """Note `count` received bytes; return the records that are whole now."""
+        return [self._record(head, body) for head, body in self.took(count)]
+
+    @staticmethod
+    def _record(head: bytes, body: memoryview) -> Record:
+        kind, _, number, serial, start, end, one, two, three = _RECORD.unpack(head)
+        return Record(kind, number, serial, start, end,
+                      (body[:one], body[one:one + two], body[one + two:one + two + three]))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files: names from outside, and files that arrive in pieces. Jobs run in these trees and may have planted links.
+# ---------------------------------------------------------------------------------------------------------
+
+def check_name(name: str) -> Tuple[str, ...]:
+    """The parts of a file name from outside. Raises ValueError for one that could climb out or surprise."""
+    parts = tuple(name.split('/'))
+    if len(parts) > 32:
+        raise ValueError('file name %.60r has more than 32 parts' % name)
+    for part in parts:
+        if part in ('', '.', '..') or '\\' in part or ':' in part or any(ord(c) < 32 or ord(c) == 127 for c in part):
+            raise ValueError('file name %.60r is refused: part %.60r' % (name, part))
+        try:
+            if len(part.encode('utf-8')) > 255:
+                raise ValueError('file name %.60r has a part of more than 255 bytes' % name)
+        except UnicodeEncodeError as exc:
+            raise ValueError('file name %.60r is not UTF-8' % name) from exc
+    return parts
+
+
+_WALKS = os.open in os.supports_dir_fd and hasattr(os, 'O_NOFOLLOW')
+
+
+@contextlib.contextmanager
+def _parent_of(root: str, parts: Sequence[str]) -> Any:
+    """The directory of a file below root, made where missing, links not followed: (prefix, dir_fd) to use it by."""
+    if not _WALKS:
+        path = root
+        for part in parts[:-1]:
+            path = os.path.join(path, part)
+            if os.path.islink(path):
+                raise ValueError('%s is a link' % path)
+            os.makedirs(path, mode=0o700, exist_ok=True)
+        yield path + os.sep, None
+        return
+    flags = os.O_RDONLY | os.O_DIRECTORY
+    handle = os.open(root, flags)
+    try:
+        for part in parts[:-1]:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(part, 0o700, dir_fd=handle)
+            below = os.open(part, flags | os.O_NOFOLLOW, dir_fd=handle)
+            os.close(handle)
+            handle = below
+        yield '', handle
+    finally:
+        os.close(handle)
+
+
+def file_digest(path: str) -> Tuple[int, bytes]:
+    """Size and SHA-256 of a file."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, 'rb') as file:
+        for piece in iter(lambda: file.read(FILE_PIECE), b''):
+            digest.update(piece)
+            size += len(piece)
+    return size, digest.digest()
+
+
+class _Partial:
+    """One file on its way in: a temporary name until size and digest are right."""
+
+    def __init__(self, root: str, name: str, size: int, digest: bytes, mode: int) -> None:
+        self._root, self._parts = root, check_name(name)
+        self._size, self._digest, self._mode = size, digest, mode & 0o755 | 0o600
+        self._seen, self._hash = 0, hashlib.sha256()
+        self._temporary = '.%s.part' % os.urandom(6).hex()
+        with _parent_of(root, self._parts) as (prefix, handle):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
+            self._file = os.open(prefix + self._temporary, flags, 0o600, dir_fd=handle)
+
+    def piece(self, offset: int, data: Buffer) -> bool:
+        """Write the next piece; true when the file is whole and in its place."""
+        if offset != self._seen or offset + len(data) > self._size:
+            raise ValueError('a piece at %d of %d bytes does not fit a file of %d of which %d are here'
+                             % (offset, len(data), self._size, self._seen))
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._file, view):]
+        self._hash.update(data)
+        self._seen += len(data)
+        if self._seen < self._size:
+            return False
+        if self._hash.digest() != self._digest:
+            raise ValueError('the digest is wrong')
+        os.fsync(self._file)
+        os.close(self._file)
+        with _parent_of(self._root, self._parts) as (prefix, handle):
+            target = prefix + self._parts[-1]
+            os.chmod(prefix + self._temporary, self._mode, **({'dir_fd': handle} if handle is not None else {}))
+            os.replace(prefix + self._temporary, target, src_dir_fd=handle, dst_dir_fd=handle)
+        self._file = -1
+        return True
+
+    def abort(self) -> None:
+        """Remove what came."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            with contextlib.suppress(OSError), _parent_of(self._root, self._parts) as (prefix, handle):
+                os.unlink(prefix + self._temporary, dir_fd=handle)
+
+
+class FileReceiver:
+    """The files of one directory as they come in. Files already there with the right size and digest are not wanted."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._wanted: Dict[str, Tuple[int, bytes, int]] = {}
+        self._partial: Dict[str, _Partial] = {}
+
+    def want(self, files: Sequence[Tuple[str, int, bytes, int]]) -> List[str]:
+        """Rows of (name, size, digest, mode); returns the names to be sent. Raises ValueError or OSError."""
+        for name, size, digest, mode in files:
+            path = os.path.join(self._root, *check_name(name))
+            if os.path.isfile(path) and not os.path.islink(path) and os.path.getsize(path) == size \
+                    and file_digest(path)[1] == digest:
+                continue
+            self._wanted[name] = (size, digest, mode)
+        needed = sum(size for size, _, _ in self._wanted.values())
+        free = shutil.disk_usage(self._root).free
+        if needed > free:
+            raise OSError('%d bytes are needed for files and %d are free in %s' % (needed, free, self._root))
+        return sorted(self._wanted)
+
+    def piece(self, name: str, offset: int, data: Buffer) -> bool:
+        """Take one piece; true when no file is wanted any more. Raises ValueError or OSError."""
+        if name not in self._wanted:
+            raise ValueError('%.60r was not asked for' % name)
+        partial = self._partial.get(name)
+        if partial is None:
+            partial = self._partial[name] = _Partial(self._root, name, *self._wanted[name])
+        if partial.piece(offset, data):
+            del self._partial[name], self._wanted[name]
+        return not self._wanted
+
+    def abort(self) -> None:
+        """Forget what is half here."""
+        for partial in self._partial.values():
+            partial.abort()
+        self._partial.clear()
+        self._wanted.clear()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pure state: who may connect, and what the node does. Nothing here opens a socket, reads a clock, takes a lock
+# or touches a file.
+# ---------------------------------------------------------------------------------------------------------
+
+class Doorkeeper:
+    """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one address; after
+    five failures an address is refused for 15 s, doubling up to 10 min. Established links are not affected."""
+    AT_ONCE, FROM_ONE, FAILURES, SHUT, SHUT_MOST, REMEMBERED = 64, 32, 5, 15.0, 600.0, 4096
+
+    def __init__(self) -> None:
+        self._open: Dict[str, int] = collections.Counter()
+        self._failed: 'collections.OrderedDict[str, Tuple[int, float]]' = collections.OrderedDict()
+        self._logged: 'collections.OrderedDict[str, float]' = collections.OrderedDict()
+
+    def admit(self, address: str, now: float) -> bool:
+        """Whether a connection from this address may begin its handshake; each admitted one must be `done`."""
+        if sum(self._open.values()) >= self.AT_ONCE or self._open[address] >= self.FROM_ONE \
+                or now < self._failed.get(address, (0, 0.0))[1]:
+            return False
+        self._open[address] += 1
+        return True
+
+    def done(self, address: str, proved: bool, now: float) -> None:
+        """The handshake ended; `proved` is whether the peer knew the secret."""
+        self._open[address] -= 1
+        if not self._open[address]:
+            del self._open[address]
+        if proved:
+            self._failed.pop(address, None)
+            return
+        count = self._failed.get(address, (0, 0.0))[0] + 1
+        shut = min(self.SHUT * 2 ** (count - self.FAILURES), self.SHUT_MOST) if count >= self.FAILURES else 0.0
+        self._remember(self._failed, address, (count, now + shut))
+
+    def may_log(self, address: str, now: float) -> bool:
+        """One line an address and 10 s."""
+        if now - self._logged.get(address, -10.0) < 10.0:
+            return False
+        self._remember(self._logged, address, now)
+        return True
+
+    def _remember(self, table: Any, address: str, value: Any) -> None:
+        table[address] = value
+        table.move_to_end(address)
+        if len(table) > self.REMEMBERED:
+            table.popitem(last=False)
+
+
+class Lease(enum.Enum):
+    """A client's hold on this node."""
+    FREE = 'free'
+    HELD = 'held'
+    ORPHANED = 'orphaned'
+
+
+LEASE_TABLE = {
+    (Lease.FREE, 'taken'): Lease.HELD, (Lease.HELD, 'taken'): Lease.HELD, (Lease.ORPHANED, 'taken'): Lease.HELD,
+    (Lease.HELD, 'broken'): Lease.ORPHANED, (Lease.ORPHANED, 'broken'): Lease.ORPHANED,
+    (Lease.HELD, 'ended'): Lease.FREE, (Lease.ORPHANED, 'ended'): Lease.FREE,
+}
+
+
+class Stage(enum.Enum):
+    """A computation on this node."""
+    PREPARING = 'preparing'    # its directory is made, files are compared
+    RECEIVING = 'receiving'    # files are coming
+    STARTING = 'starting'      # the runner loads code and runs setup
+    READY = 'ready'
+    CLOSING = 'closing'        # workers end, cleanup runs
+
+
+STAGE_TABLE = {
+    (Stage.PREPARING, 'missing'): Stage.RECEIVING, (Stage.PREPARING, 'complete'): Stage.STARTING,
+    (Stage.RECEIVING, 'complete'): Stage.STARTING, (Stage.STARTING, 'up'): Stage.READY,
+    (Stage.PREPARING, 'close'): Stage.CLOSING, (Stage.RECEIVING, 'close'): Stage.CLOSING,
+    (Stage.STARTING, 'close'): Stage.CLOSING, (Stage.READY, 'close'): Stage.CLOSING,
+}
+
+
+# Events: what the shell tells the state.
+class LinkUp(NamedTuple):
+    """An authenticated link; `instance` is the client's process."""
+    link: int
+    instance: bytes
+    address: str
+
+
+class LinkDown(NamedTuple):
+    """The link is gone; `on_purpose` after a Bye."""
+    link: int
+    on_purpose: bool
+
+
+class Received(NamedTuple):
+    """A message came."""
+    link: int
+    message: Any
+
+
+class Prepared(NamedTuple):
+    """The directory is there; these files are missing, or nothing is possible and `error` says why."""
+    comp: str
+    missing: list
+    error: str = ''
+
+
+class Stored(NamedTuple):
+    """All files are there, or one could not be stored."""
+    comp: str
+    error: str = ''
+
+
+class RunnerUp(NamedTuple):
+    """Code is loaded and setup has run."""
+    comp: str
+
+
+class RunnerGone(NamedTuple):
+    """The runner has ended, or never came up; `text` says why, empty when it was told to end."""
+    comp: str
+    text: str
+
+
+class WorkerResults(NamedTuple):
+    """Rows of Results from one worker."""
+    worker: int
+    rows: list
+
+
+class WorkerReturned(NamedTuple):
+    """The worker gave back what it had not started."""
+    worker: int
+    serials: list
+
+
+class WorkerGone(NamedTuple):
+    """The worker's process ended while it ran `running` (0: nothing)."""
+    worker: int
+    text: str
+    running: int = 0
+    stdout: Buffer = b''
+    stderr: Buffer = b''
+
+
+class Stop(NamedTuple):
+    """The daemon shall end."""
+
+
+# Actions: what the state tells the shell.
+class Send(NamedTuple):
+    """Send a message on a link."""
+    link: int
+    message: Any
+
+
+class Drop(NamedTuple):
+    """Close a link after what was sent on it."""
+    link: int
+    text: str
+
+
+class Prepare(NamedTuple):
+    """Make the computation's directory and compare its files. Fed back as Prepared."""
+    comp: str
+    spec: dict
+
+
+class Store(NamedTuple):
+    """Write a piece of a file. Fed back as Stored when the last is there."""
+    comp: str
+    name: str
+    offset: int
+    data: Any
+
+
+class StartRunner(NamedTuple):
+    """Start the process that loads the code. Fed back as RunnerUp or RunnerGone."""
+    comp: str
+    spec: dict
+
+
+class StopRunner(NamedTuple):
+    """End a runner and its workers, with cleanup unless `at_once`; remove the directory. Fed back as RunnerGone."""
+    comp: str
+    at_once: bool
+
+
+class StartWorker(NamedTuple):
+    """Fork a worker. It may be fed at once. Fed back as WorkerGone some day."""
+    worker: int
+    comp: str
+
+
+class Feed(NamedTuple):
+    """Write attempts to a worker."""
+    worker: int
+    attempts: list
+
+
+class Interrupt(NamedTuple):
+    """KeyboardInterrupt in the job, if the worker still runs it."""
+    worker: int
+    serial: int
+
+
+class Kill(NamedTuple):
+    """Kill the worker's process group and descendants. Fed back as WorkerGone."""
+    worker: int
+
+
+class TakeBack(NamedTuple):
+    """Ask a worker for what it has not started. Fed back as WorkerReturned."""
+    worker: int
+
+
+class Retire(NamedTuple):
+    """Let an idle worker end."""
+    worker: int
+
+
+class Exit(NamedTuple):
+    """Nothing is left to do."""
+
+
+class Attempt:
+    """One try of a job, here."""
+    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'ending', 'comp')
+
+    def __init__(self, serial: int, payload: Payload, options: Optional[dict], comp: '_Computation') -> None:
+        self.serial, self.payload, self.comp = serial, payload, comp
+        self.cpus = options.get('cpus', 1) if options else 1
+        self.timeout = options.get('timeout') if options else None
+        self.ending: Optional[Outcome] = None   # why it is being ended, if it is
+
+
+class _Worker:
+    """A worker process as the state sees it; the head of its queue is what it runs."""
+    __slots__ = ('key', 'comp', 'queue', 'since', 'fed', 'recalled')
+
+    def __init__(self, key: int, comp: '_Computation') -> None:
+        self.key, self.comp = key, comp
+        self.queue: Deque[Attempt] = collections.deque()
+        self.since = 0.0        # when the head became the head
+        self.fed = 0            # jobs given to it
+        self.recalled = False   # asked to give back, not answered
+
+
+class _Computation:
+    """A computation of a client on this node."""
+
+    def __init__(self, comp: str, instance: bytes, link: int, spec: dict) -> None:
+        self.comp, self.instance, self.link, self.spec = comp, instance, link, spec
+        self.stage = Stage.PREPARING
+        self.waiting: Deque[Attempt] = collections.deque()
+        self.attempts: Dict[int, Attempt] = {}
+        self.unacknowledged: Dict[int, tuple] = {}
+        self.outbox: List[tuple] = []
+        self.workers: Dict[int, _Worker] = {}
+        self.idle: List[_Worker] = []
+        self.hungry: Dict[int, _Worker] = {}   # busy workers whose queue may be filled up
+        self.mean: Optional[float] = None      # s a job takes, quick to rise and slow to fall
+        self.stillborn = 0                     # workers in a row that died before their first job
+        self.most = spec.get('max_jobs') or 0
+
+    def ahead(self) -> int:
+        """How many attempts a worker may hold behind the one it runs."""
+        if self.mean is None or self.mean * 2 > AHEAD_TIME:
+            return 0
+        return min(AHEAD_MOST, int(AHEAD_TIME / (self.mean + 1e-6)))
+
+
+SPEC_FIELDS: Dict[str, Any] = {'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
+                               'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str}
+
+
+class Node:
+    """What a node decides. Events in, actions out; `flush` once a turn, after all events of the turn."""
+
+    def __init__(self, name: str, cpus: int, facts: dict) -> None:
+        self.name, self.cpus, self.facts = name, cpus, facts
+        self.free = cpus
+        self.lease = Lease.FREE
+        self.holder: Optional[bytes] = None
+        self.holder_text = ''
+        self.held_bytes = 0
+        self.stopping = False
+        self._links: Dict[int, LinkUp] = {}
+        self._comps: Dict[str, _Computation] = {}
+        self._workers: Dict[int, _Worker] = {}
+        self._numbers = itertools.count(1)
+        self._timers: List[Tuple[float, int, str, Any, int]] = []   # when, number, what, worker or computation, serial
+        self._ticket = itertools.count()
+        self._actions: List[Any] = []
+        self._names: Dict[int, str] = {}
+        self._checking = False
+        self._handlers: Dict[type, Callable[..., None]] = {
+            LinkUp: self._link_up, LinkDown: self._link_down, Received: self._received, Prepared: self._prepared,
+            Stored: self._stored, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
+            WorkerResults: self._worker_results, WorkerReturned: self._worker_returned,
+            WorkerGone: self._worker_gone, Stop: self._stop,
+        }
+        self._messages: Dict[type, Callable[..., None]] = {
+            Introduce: self._on_introduce, Compute: self._on_compute, File: self._on_file, Jobs: self._on_jobs,
+            Cancel: self._on_cancel, Recall: self._on_recall, Ack: self._on_ack, Done: self._on_done,
+        }
+
+    # -- called by the shell ------------------------------------------------------------------------------
+
+    def handle(self, event: Any, now: float) -> List[Any]:
+        """Take one event; returns what must be done at once. Raises PeerError for a message that may not come."""
+        self._actions = []
+        self._handlers[type(event)](event, now)
+        return self._actions
+
+    def flush(self, now: float) -> List[Any]:
+        """The end of a turn: due timers, work for idle workers, results to clients."""
+        self._actions = []
+        while self._timers and self._timers[0][0] <= now:
+            _, _, what, key, serial = heapq.heappop(self._timers)
+            self._due(what, key, serial, now)
+        for comp in list(self._comps.values()):
+            if comp.stage is Stage.READY and not self.stopping:
+                self._dispatch(comp, now)
+            if comp.outbox:
+                if comp.link in self._links:
+                    self._do(Send(comp.link, Results(comp.comp, comp.outbox)))
+                comp.outbox = []
+        if self.stopping and not any(worker.queue for worker in self._workers.values()):
+            self._leave(now)
+        return self._actions
+
+    def next_timer(self) -> Optional[float]:
+        """When `flush` has something to do at the latest."""
+        return self._timers[0][0] if self._timers else None
+
+    def describe(self) -> str:
+        """One line for people."""
+        running = sum(1 for worker in self._workers.values() if worker.queue)
+        waiting = sum(len(comp.waiting) for comp in self._comps.values())
+        return '%s: %d CPUs, %d running, %d waiting, %s%s' % (
+            self.name, self.cpus, running, waiting, self.lease.value,
+            ' by ' + self.holder_text if self.holder_text else '')
+
+    # -- small parts --------------------------------------------------------------------------------------
+
+    def _do(self, action: Any) -> None:
+        self._actions.append(action)
+
+    def _at(self, when: float, what: str, key: Any = 0, serial: int = 0) -> None:
+        heapq.heappush(self._timers, (when, next(self._ticket), what, key, serial))
+
+    def _set_lease(self, event: str, holder: Optional[bytes], text: str = '') -> None:
+        before, self.lease = self.lease, LEASE_TABLE[self.lease, event]
+        self.holder, self.holder_text = holder, text
+        if before is not self.lease:
+            logger.info('%s%s', self.lease.value, ' by ' + text if text else '')
+
+    def _set_stage(self, comp: _Computation, event: str) -> None:
+        comp.stage = STAGE_TABLE[comp.stage, event]
+
+    def _reply(self, comp: _Computation, message: Any) -> None:
+        if comp.link in self._links:
+            self._do(Send(comp.link, message))
+
+    def _comp_of(self, link: int, name: str) -> Optional[_Computation]:
+        """The computation a message speaks of. None for one that has ended here: the message came too late."""
+        comp = self._comps.get(name)
+        if comp is not None and comp.instance != self._links[link].instance:
+            raise PeerError('computation %.40r is of another client' % name)
+        return comp if comp is not None and comp.stage is not Stage.CLOSING else None
+
+    # -- links and lease ----------------------------------------------------------------------------------
+
+    def _link_up(self, event: LinkUp, now: float) -> None:
+        self._links[event.link] = event
+
+    def _link_down(self, event: LinkDown, now: float) -> None:
+        gone = self._links.pop(event.link, None)
+        self._names.pop(event.link, None)
+        if gone is None or gone.instance != self.holder:
+            return
+        for comp in [comp for comp in self._comps.values() if comp.link == event.link]:
+            if event.on_purpose or (not comp.attempts and not comp.unacknowledged):
+                self._close(comp, at_once=True)
+            else:
+                self._at(now + ORPHAN_TIME, 'orphan')
+        if not any(link.instance == self.holder for link in self._links.values()):
+            self._set_lease('broken', self.holder, self.holder_text)
+        self._release(now)
+
+    def _release(self, now: float) -> None:
+        """Free the lease when its holder has neither a link nor a computation here."""
+        if self.lease is Lease.FREE or self._comps:
+            return
+        if not any(link.instance == self.holder for link in self._links.values()):
+            self._set_lease('ended', None)
+
+    def _received(self, event: Received, now: float) -> None:
+        handler = self._messages.get(type(event.message))
+        if handler is None or event.link not in self._links:
+            raise PeerError('%s may not come here' % type(event.message).__name__)
+        handler(event.link, event.message, now)
+
+    def _on_introduce(self, link: int, message: Introduce, now: float) -> None:
+        self._names[link] = message.name[:200]
+        self._do(Send(link, Welcome(self.name, self.cpus, self.facts)))
+
+    # -- computations -------------------------------------------------------------------------------------
+
+    def _on_compute(self, link: int, message: Compute, now: float) -> None:
+        up = self._links[link]
+        comp = self._comp_of(link, message.comp)
+        if comp is not None:   # its client is back after a broken link
+            comp.link = link
+            self._set_lease('taken', up.instance, self._names.get(link, up.address))
+            if comp.stage is Stage.READY:
+                self._do(Send(link, Ready(comp.comp, list(comp.attempts) + list(comp.unacknowledged))))
+                if comp.unacknowledged:
+                    self._do(Send(link, Results(comp.comp, list(comp.unacknowledged.values()))))
+                comp.outbox = []
+            return
+        if self.stopping:
+            self._do(Send(link, Refused(message.comp, 'stopping', 'the node is being stopped')))
+        elif message.comp in self._comps:
+            self._do(Send(link, Refused(message.comp, 'closing', 'the same computation is still being closed')))
+        elif self.lease is not Lease.FREE and self.holder != up.instance:
+            self._do(Send(link, Refused(message.comp, 'busy', 'it serves %s' % (self.holder_text or 'another client'))))
+        else:
+            self._check_spec(message.spec)
+            self._set_lease('taken', up.instance, self._names.get(link, up.address))
+            self._comps[message.comp] = _Computation(message.comp, up.instance, link, message.spec)
+            self._do(Prepare(message.comp, message.spec))
+
+    @staticmethod
+    def _check_spec(spec: dict) -> None:
+        for name, kind in SPEC_FIELDS.items():
+            if not isinstance(spec.get(name), kind):
+                raise PeerError('a computation without a proper %s' % name)
+        for row in spec['files']:
+            if type(row) is not tuple or [type(field) for field in row] != [str, int, bytes, int]:
+                raise PeerError('a computation with a wrong row of files')
+
+    def _prepared(self, event: Prepared, now: float) -> None:
+        comp = self._comps[event.comp]
+        if comp.stage is not Stage.PREPARING:
+            return
+        if event.error:
+            self._refuse(comp, 'transfer', event.error)
+        elif event.missing:
+            self._set_stage(comp, 'missing')
+            self._reply(comp, Need(comp.comp, event.missing))
+        else:
+            self._start(comp, now)
+
+    def _on_file(self, link: int, message: File, now: float) -> None:
+        comp = self._comp_of(link, message.comp)
+        if comp is None:
+            return
+        if comp.stage is not Stage.RECEIVING:
+            raise PeerError('a file that was not asked for')
+        self._do(Store(message.comp, message.name, message.offset, message.data))
+
+    def _stored(self, event: Stored, now: float) -> None:
+        comp = self._comps[event.comp]
+        if comp.stage is not Stage.RECEIVING:
+            return
+        if event.error:
+            self._refuse(comp, 'transfer', event.error)
+        else:
+            self._start(comp, now)
+
+    def _start(self, comp: _Computation, now: float) -> None:
+        self._set_stage(comp, 'complete')
+        self._do(StartRunner(comp.comp, comp.spec))
+        self._at(now + SETUP_TIME, 'setup', comp.comp)
+
+    def _runner_up(self, event: RunnerUp, now: float) -> None:
+        comp = self._comps[event.comp]
+        if comp.stage is Stage.STARTING:
+            self._set_stage(comp, 'up')
+            self._reply(comp, Ready(comp.comp, list(comp.attempts)))
+
+    def _refuse(self, comp: _Computation, code: str, text: str) -> None:
+        logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
+        self._reply(comp, Refused(comp.comp, code, text))
+        self._close(comp, at_once=True)
+
+    def _runner_gone(self, event: RunnerGone, now: float) -> None:
+        comp = self._comps.get(event.comp)
+        if comp is None:
+            return
+        if comp.stage is not Stage.CLOSING:
+            # Its workers are killed with it; what they ran has failed, and all later jobs would.
+            for worker in list(comp.workers.values()):
+                self._worker_gone(WorkerGone(worker.key, 'the runner process ended: %s' % event.text,
+                                             worker.queue[0].serial if worker.queue else 0), now)
+            self._refuse(comp, 'setup', event.text)
+            return
+        for worker in list(comp.workers.values()):
+            self._bury(worker)
+        del self._comps[event.comp]
+        self._release(now)
+
+    def _on_done(self, link: int, message: Done, now: float) -> None:
+        comp = self._comp_of(link, message.comp)
+        if comp is not None:
+            self._close(comp, at_once=False)
+
+    def _close(self, comp: _Computation, at_once: bool) -> None:
+        if comp.stage is Stage.CLOSING:
+            return
+        self._set_stage(comp, 'close')
+        self.held_bytes -= sum(size_of(attempt.payload) for attempt in comp.attempts.values())
+        comp.waiting.clear()
+        comp.attempts.clear()
+        comp.unacknowledged.clear()
+        comp.idle.clear()
+        comp.hungry.clear()
+        for worker in comp.workers.values():
+            if worker.queue:
+                self.free += worker.queue[0].cpus
+                worker.queue.clear()
+        self._do(StopRunner(comp.comp, at_once))
+
+    # -- attempts -----------------------------------------------------------------------------------------
+
+    def _on_jobs(self, link: int, message: Jobs, now: float) -> None:
+        comp = self._comp_of(link, message.comp)
+        if comp is None:
+            return
+        if self.stopping:
+            self._reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
+            return
+        for serial, payload, options in message.rows:
+            if serial in comp.attempts or serial in comp.unacknowledged:
+                continue
+            attempt = Attempt(serial, payload, options, comp)
+            if attempt.cpus > self.cpus:
+                self._finish(comp, (serial, int(Outcome.DIED), 0.0, 0.0, b'the job wants %d CPUs and the node has %d'
+                                    % (attempt.cpus, self.cpus), b'', b''))
+                continue
+            comp.attempts[serial] = attempt
+            comp.waiting.append(attempt)
+            self.held_bytes += size_of(payload)
+
+    def _dispatch(self, comp: _Computation, now: float) -> None:
+        ahead = comp.ahead()
+        while comp.waiting and comp.waiting[0].cpus <= self.free and self.free > 0:
+            if comp.idle:
+                worker = comp.idle.pop()
+            elif len(comp.workers) < self.cpus:
+                worker = self._new_worker(comp)
+            else:
+                break
+            worker.since = now
+            self.free -= comp.waiting[0].cpus
+            self._feed(comp, worker, 1 + min(ahead, len(comp.waiting) // max(1, self.cpus)), now)
+        if ahead and comp.waiting:
+            for worker in list(comp.hungry.values()):
+                room = ahead + 1 - len(worker.queue)
+                if comp.waiting and 2 * room > ahead:
+                    self._feed(comp, worker, room, now)
+        comp.hungry.clear()
+        if not comp.waiting and comp.idle and not self._checking:
+            self._check_later(comp, now)
+
+    def _new_worker(self, comp: _Computation) -> _Worker:
+        worker = _Worker(next(self._numbers), comp)
+        self._workers[worker.key] = comp.workers[worker.key] = worker
+        self._do(StartWorker(worker.key, comp.comp))
+        return worker
+
+    def _feed(self, comp: _Computation, worker: _Worker, count: int, now: float) -> None:
+        attempts = []
+        if comp.most:
+            count = min(count, comp.most - worker.fed)
+        while count > 0 and comp.waiting:
+            attempt = comp.waiting[0]
+            if (worker.queue and attempt.cpus != worker.queue[0].cpus) or (attempts and attempt.timeout):
+                break
+            attempts.append(comp.waiting.popleft())
+            worker.queue.append(attempt)
+            count -= 1
+        if attempts:
+            if attempts[0] is worker.queue[0]:
+                self._head_starts(worker, now)
+            worker.fed += len(attempts)
+            self._do(Feed(worker.key, attempts))
+
+    def _head_starts(self, worker: _Worker, now: float) -> None:
+        worker.since = now
+        head = worker.queue[0]
+        if head.timeout:
+            self._at(now + head.timeout, 'timeout', worker.key, head.serial)
+        if head.ending is not None:   # cancelled while it stood behind another
+            self._interrupt(worker, head, now)
+
+    def _check_later(self, comp: _Computation, now: float) -> None:
+        """Idle workers beside one that sits on unstarted attempts: look again soon."""
+        if any(len(worker.queue) > 1 and not worker.recalled for worker in comp.workers.values()):
+            self._checking = True
+            self._at(now + 0.02, 'balance')
+
+    def _balance(self, now: float) -> None:
+        self._checking = False
+        for worker in self._workers.values():
+            comp = worker.comp
+            if len(worker.queue) > 1 and comp.idle and not comp.waiting and not worker.recalled:
+                if now - worker.since >= 0.02:
+                    worker.recalled = True
+                    self._do(TakeBack(worker.key))
+                elif not self._checking:
+                    self._checking = True
+                    self._at(worker.since + 0.02, 'balance')
+
+    def _finish(self, comp: _Computation, row: tuple) -> None:
+        attempt = comp.attempts.pop(row[0], None)
+        if attempt is not None:
+            self.held_bytes -= size_of(attempt.payload)
+        comp.unacknowledged[row[0]] = row
+        comp.outbox.append(row)
+
+    def _worker_results(self, event: WorkerResults, now: float) -> None:
+        worker = self._workers.get(event.worker)
+        if worker is None or worker.comp.stage is Stage.CLOSING:
+            return
+        comp, mean = worker.comp, worker.comp.mean
+        comp.stillborn = 0
+        for row in event.rows:
+            attempt = worker.queue.popleft() if worker.queue and worker.queue[0].serial == row[0] else None
+            if attempt is None:
+                raise PeerError('a worker answered for %d, which it did not run' % row[0])
+            took = row[3] - row[2]
+            mean = took if mean is None else mean + (took - mean) * (0.25 if took > mean else 0.0625)
+            if attempt.ending is not None:
+                row = self._ended(attempt, row)
+            self._finish(comp, row)
+        comp.mean = mean
+        if worker.queue:
+            comp.hungry[worker.key] = worker
+            self._head_starts(worker, now)
+        else:
+            self._idle(worker, attempt.cpus if event.rows else 0)  # type: ignore[union-attr]
+
+    def _idle(self, worker: _Worker, cpus: int) -> None:
+        comp = worker.comp
+        self.free += cpus
+        comp.hungry.pop(worker.key, None)
+        if comp.most and worker.fed >= comp.most:
+            self._bury(worker)
+            self._do(Retire(worker.key))
+        else:
+            comp.idle.append(worker)
+
+    @staticmethod
+    def _ended(attempt: Attempt, row: tuple) -> tuple:
+        """The result of an attempt that was interrupted. One that was cancelled and returned all the same counts."""
+        if attempt.ending is Outcome.CANCELLED and row[1] in (Outcome.RETURNED, Outcome.RETURNED_CODE):
+            return row
+        return (row[0], int(attempt.ending), row[2], row[3], ENDING_TEXT[attempt.ending].encode(), *row[5:])
+
+    def _worker_returned(self, event: WorkerReturned, now: float) -> None:
+        worker = self._workers.get(event.worker)
+        if worker is None or worker.comp.stage is Stage.CLOSING:
+            return
+        worker.recalled = False
+        back, serials = [], set(event.serials)
+        while worker.queue and worker.queue[-1].serial in serials:
+            back.append(worker.queue.pop())
+        worker.fed -= len(back)
+        self._requeue(worker.comp, reversed(back), now)
+        if back and not worker.queue:
+            self._idle(worker, back[-1].cpus)
+
+    def _requeue(self, comp: _Computation, attempts: Iterable[Attempt], now: float) -> None:
+        """Attempts that never started go back to the front, or end if they were to be cancelled."""
+        for attempt in reversed(list(attempts)):
+            if attempt.ending is not None:
+                self._finish(comp, self._unstarted(attempt))
+            else:
+                comp.waiting.appendleft(attempt)
+
+    @staticmethod
+    def _unstarted(attempt: Attempt) -> tuple:
+        return (attempt.serial, int(Outcome.CANCELLED), 0.0, 0.0, b'cancelled before it started', b'', b'')
+
+    def _bury(self, worker: _Worker) -> None:
+        self._workers.pop(worker.key, None)
+        comp = worker.comp
+        comp.workers.pop(worker.key, None)
+        comp.hungry.pop(worker.key, None)
+        if worker in comp.idle:
+            comp.idle.remove(worker)
+
+    def _worker_gone(self, event: WorkerGone, now: float) -> None:
+        worker = self._workers.get(event.worker)
+        if worker is None:
+            return
+        comp = worker.comp
+        self._bury(worker)
+        if comp.stage is Stage.CLOSING:
+            return
+        if worker.queue:
+            self.free += worker.queue[0].cpus
+        if worker.queue and worker.queue[0].serial == event.running:
+            attempt = worker.queue.popleft()
+            ending = attempt.ending or Outcome.DIED
+            text = event.text if ending is Outcome.DIED else ENDING_TEXT[ending]
+            self._finish(comp, (attempt.serial, int(ending), 0.0, 0.0, text.encode('utf-8', 'replace'),
+                                bytes(event.stdout), bytes(event.stderr)))
+        elif not worker.fed:
+            comp.stillborn += 1
+        self._requeue(comp, worker.queue, now)
+        if worker.queue and worker.fed == len(worker.queue):
+            comp.stillborn += 1
+        if comp.stillborn > 3:
+            self._refuse(comp, 'worker', 'workers die before they run anything: %s' % event.text)
+
+    # -- ending attempts ----------------------------------------------------------------------------------
+
+    def _on_cancel(self, link: int, message: Cancel, now: float) -> None:
+        comp = self._comp_of(link, message.comp)
+        if comp is None:
+            return
+        for serial in message.serials:
+            attempt = comp.attempts.get(serial)
+            if attempt is not None and attempt.ending is None:
+                attempt.ending = Outcome.CANCELLED
+                self._end(comp, attempt, now)
+
+    def _end(self, comp: _Computation, attempt: Attempt, now: float) -> None:
+        if attempt in comp.waiting:
+            comp.waiting.remove(attempt)
+            self._finish(comp, self._unstarted(attempt))
+            return
+        for worker in comp.workers.values():
+            if worker.queue and worker.queue[0] is attempt:
+                self._interrupt(worker, attempt, now)
+            elif attempt in worker.queue and not worker.recalled:
+                worker.recalled = True
+                self._do(TakeBack(worker.key))
+
+    def _interrupt(self, worker: _Worker, attempt: Attempt, now: float) -> None:
+        self._do(Interrupt(worker.key, attempt.serial))
+        self._at(now + GRACE, 'kill', worker.key, attempt.serial)
+
+    def _due(self, what: str, key: Any, serial: int, now: float) -> None:
+        if what == 'balance':
+            self._balance(now)
+        elif what == 'orphan':
+            for comp in list(self._comps.values()):
+                if comp.link not in self._links and not comp.attempts:
+                    self._close(comp, at_once=True)
+                elif comp.link not in self._links:
+                    self._at(now + 1.0, 'orphan')
+        elif what == 'setup':
+            late = self._comps.get(key)
+            if late is not None and late.stage is Stage.STARTING:
+                self._refuse(late, 'setup', 'setup did not end within %d s' % SETUP_TIME)
+        elif what == 'stop':
+            self._leave(now)
+        else:
+            worker = self._workers.get(key)
+            if worker is None or not worker.queue or worker.queue[0].serial != serial:
+                return
+            if what == 'kill':
+                self._do(Kill(key))
+            elif worker.queue[0].ending is None:   # timeout
+                worker.queue[0].ending = Outcome.TIMED_OUT
+                self._interrupt(worker, worker.queue[0], now)
+
+    def _on_recall(self, link: int, message: Recall, now: float) -> None:
+        comp = self._comp_of(link, message.comp)
+        if comp is None:
+            return
+        serials = []
+        while comp.waiting and len(serials) < message.count:
+            attempt = comp.waiting.pop()
+            del comp.attempts[attempt.serial]
+            self.held_bytes -= size_of(attempt.payload)
+            serials.append(attempt.serial)
+        self._do(Send(link, Returned(comp.comp, serials)))
+
+    def _on_ack(self, link: int, message: Ack, now: float) -> None:
+        comp = self._comp_of(link, message.comp)
+        if comp is not None:
+            for serial in message.serials:
+                comp.unacknowledged.pop(serial, None)
+
+    # -- stopping -----------------------------------------------------------------------------------------
+
+    def _stop(self, event: Stop, now: float) -> None:
+        """Give back what has not started, interrupt what runs; a second time: leave."""
+        if self.stopping:
+            self._leave(now)
+            return
+        self.stopping = True
+        self._at(now + GRACE + 0.5, 'stop')
+        for comp in self._comps.values():
+            if comp.waiting:
+                self._reply(comp, Returned(comp.comp, [attempt.serial for attempt in comp.waiting]))
+                for attempt in comp.waiting:
+                    del comp.attempts[attempt.serial]
+                comp.waiting.clear()
+        for worker in self._workers.values():
+            for attempt in worker.queue:
+                attempt.ending = attempt.ending or Outcome.STOPPED
+            if worker.queue:
+                self._interrupt(worker, worker.queue[0], now)
+
+    def _leave(self, now: float) -> None:
+        for link in self._links:
+            self._do(Drop(link, 'node stopped'))
+        for comp in self._comps.values():
+            self._close(comp, at_once=True)
+        self._do(Exit())
+
+
+ENDING_TEXT = {
+    Outcome.CANCELLED: 'cancelled while it ran',
+    Outcome.TIMED_OUT: 'it ran past its time (dispy_timeout) and was ended',
+    Outcome.STOPPED: 'the node was stopped while the job ran',
+}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The job side: worker and runner processes. One thread each; the only place where a user's code runs.
+# ---------------------------------------------------------------------------------------------------------
+
+_ENVIRON = getattr(os.environ, '_data', os.environ)   # compared after every job: 1 us instead of 30 through os.environ
+TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)   # ignored by default and used by hardly anything
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36   # linux/prctl.h
+
+
+def _libc() -> Any:
+    """The C library of this process, or None where it cannot be had."""
+    try:
+        import ctypes
+        return ctypes.CDLL(None)
+    except (ImportError, OSError, TypeError):
+        return None
+
+
+def _prctl(libc: Any, option: int, value: int) -> None:
+    """Linux: die with the parent, adopt orphans. Elsewhere these are done without."""
+    if libc is not None and sys.platform.startswith('linux'):
+        libc.prctl(option, value, 0, 0, 0)
+
+
+def _out_of_reach(handle: int) -> int:
+    """The same file under a descriptor from 1024 up, so that a job that closes all it can think of spares it."""
+    try:
+        import fcntl
+        import resource
+    except ImportError:
+        return handle
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
+    try:
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        high = fcntl.fcntl(handle, fcntl.F_DUPFD_CLOEXEC, min(1024, wanted - 64))
+    except (OSError, ValueError):
+        return handle
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))   # open descriptors above it stay open
+    os.close(handle)
+    return high
+
+
+def shared_slots(count: int) -> memoryview:
+    """Numbers (u64) that this process shares with those it forks."""
+    return memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast('B')[:8 * count].cast('Q')
+
+
+def clip(head: bytes, tail: bytes, total: int) -> bytes:
+    """Output with its middle left out, if anything is: the first and last OUTPUT_KEPT bytes around a mark."""
+    left_out = total - len(head) - len(tail)
+    if left_out <= 0:
+        return head + tail
+    return b'%s\n[dispy: %d bytes left out here]\n%s' % (head, left_out, tail)
+
+
+class Output:
+    """What a worker's job writes to one descriptor: an unlinked file, read when the job is over.
+
+    A file and not a pipe: whoever reads a pipe must run while the job writes, which a thread of the worker
+    cannot while C code prints with the interpreter lock held. The runner shortens files that grow.
+    """
+
+    def __init__(self, directory: str) -> None:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            self.handle = _out_of_reach(os.dup(file.fileno()))
+        if hasattr(os, 'O_APPEND') and os.name != 'nt':
+            import fcntl
+            fcntl.fcntl(self.handle, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
+        self.inode = os.fstat(self.handle).st_ino
+        self.left_out = shared_slots(1)   # bytes shortened away, seen by runner and worker
+
+    def take(self, size: int) -> bytes:
+        """All that was written, clipped; empty the file for the next job."""
+        data = self.peek(size)
+        self.left_out[0] = 0
+        os.ftruncate(self.handle, 0)
+        os.lseek(self.handle, 0, os.SEEK_SET)
+        return data
+
+    def peek(self, size: int) -> bytes:
+        """All that was written, clipped."""
+        if size <= 2 * OUTPUT_KEPT and not self.left_out[0]:
+            return self._read(0, size)
+        head = self._read(0, min(size, OUTPUT_KEPT))
+        tail_from = max(len(head), size - OUTPUT_KEPT)
+        return clip(head, self._read(tail_from, size - tail_from), size + self.left_out[0])
+
+    def shorten(self) -> None:
+        """Runner: leave the first and the last part of a file that has grown large. What is printed between
+        the reading and the cutting is lost, from the middle of what is kept for a talkative job."""
+        size = os.fstat(self.handle).st_size
+        if size > 16 * OUTPUT_KEPT:
+            tail = self._read(size - OUTPUT_KEPT, OUTPUT_KEPT)
+            size = os.fstat(self.handle).st_size
+            os.ftruncate(self.handle, OUTPUT_KEPT)
+            os.write(self.handle, tail)
+            self.left_out[0] += size - OUTPUT_KEPT - len(tail)
+
+    def _read(self, at: int, size: int) -> bytes:
+        os.lseek(self.handle, at, os.SEEK_SET)   # writers append wherever this stands
+        parts = []
+        while size > 0:
+            part = os.read(self.handle, size)
+            if not part:
+                break
+            parts.append(part)
+            size -= len(part)
+        return b''.join(parts)
+
+    def close(self) -> None:
+        """Forget the file."""
+        os.close(self.handle)
+
+
+def _by_value(value: Any, file: Any, protocol: int, buffer_callback: Any) -> None:
+    import cloudpickle
+    cloudpickle.Pickler(file, protocol, buffer_callback).dump(value)
+
+
+def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
+    """The payload of a job that raised: the text, and the exception when it survives pickling."""
+    body: bytes = b''
+    if exc is not None:
+        try:
+            body = b''.join(pieces_of(seal(exc, _by_value)[0]))
+            unseal(body)
+        except Exception:  # the user's exception does what it likes; the text is what counts
+            body = b''
+    raw = text.encode('utf-8', 'replace')
+    return struct.pack('>I', len(raw)) + raw + body
+
+
+def unpack_error(payload: Buffer) -> Tuple[str, Buffer]:
+    """The inverse, without opening the exception."""
+    length, = struct.unpack_from('>I', payload)
+    return bytes(payload[4:4 + length]).decode('utf-8', 'replace'), payload[4 + length:]
+
+
+def describe_exception(exc: BaseException, skip: int = 0) -> str:
+    """Traceback text that survives an exception whose __str__ raises."""
+    trace = exc.__traceback__
+    for _ in range(skip):
+        trace = trace.tb_next if trace is not None else None
+    try:
+        return ''.join(traceback.format_exception(type(exc), exc, trace))
+    except Exception:  # exactly that: the exception cannot even be shown
+        return ''.join(traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
+
+
+class Program:
+    """A computation that is a program: called with arguments, returns the exit status."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, *args: Any) -> int:
+        process = subprocess.Popen([self.path, *map(str, args)], stdin=subprocess.DEVNULL)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            # The whole process group was interrupted. A program that ends by itself has returned.
+            status = process.wait()
+            if status < 0:
+                raise
+            return status
+
+
+class Worker:
+    """Runs job after job in a process of its own. Slots shared with the runner: [0] the serial that runs now,
+    [1] the serial that shall be interrupted."""
+
+    def __init__(self, sock: socket.socket, slots: Any, function: Callable[..., Any], out: Output, err: Output,
+                 directory: str, libc: Any) -> None:
+        self._sock, self._slots, self._function = sock, slots, function
+        self._out, self._err, self._directory, self._libc = out, err, directory, libc
+        self._intake = RecordIntake()
+        self._queue: Deque[Record] = collections.deque()
+        self._in_job = self._interrupt_late = self._recalled = False
+
+    def serve(self) -> None:
+        """Until the daemon closes the pipe, or this process is not fit for another job."""
+        self._prepare()
+        fit = True
+        while fit:
+            if self._recalled:
+                self._give_back()
+            if not self._queue:
+                self._receive(0)
+            else:
+                record = self._queue.popleft()
+                self._run(record)
+                self._slots[0] = 0
+                fit = self._tidy()
+
+    def _prepare(self) -> None:
+        os.dup2(self._out.handle, 1)
+        os.dup2(self._err.handle, 2)
+        with open(os.devnull) as null:
+            os.dup2(null.fileno(), 0)
+        self._zero = os.fstat(0).st_ino
+        self._streams = [open(0, closefd=False)] + [
+            open(handle, 'w', encoding='utf-8', errors='backslashreplace', closefd=False) for handle in (1, 2)]
+        sys.stdin, sys.stdout, sys.stderr = self._streams
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if TAKE_BACK_SIGNAL is not None:
+            signal.signal(TAKE_BACK_SIGNAL, self._on_take_back)
+            signal.siginterrupt(TAKE_BACK_SIGNAL, False)
+        watched = ('SIGINT', 'SIGTERM', 'SIGURG', 'SIGHUP', 'SIGALRM', 'SIGCHLD', 'SIGUSR1', 'SIGUSR2', 'SIGPIPE',
+                   'SIGQUIT', 'SIGXCPU')
+        self._handlers = [(number, signal.getsignal(number)) for number in
+                          (getattr(signal, name, None) for name in watched) if number is not None]
+        self._environ = dict(_ENVIRON)
+        self._threads = threading.active_count()
+        if 'numpy' in sys.modules:   # forked twins would draw the same "random" numbers; `random` sees to it itself
+            sys.modules['numpy'].random.seed()
+
+    # -- the pipe -----------------------------------------------------------------------------------------
+
+    def _receive(self, flags: int) -> None:
+        count = self._sock.recv_into(self._intake.room(), 0, flags)
+        if count == 0:
+            os._exit(0)
+        self._queue.extend(self._intake.records(count))
+
+    def _send(self, *args: Any) -> None:
+        for buffer in pack_record(*args):
+            self._sock.sendall(buffer)
+
+    def _give_back(self) -> None:
+        """Return all that has not started, from this process and from the pipe."""
+        self._recalled = False
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._receive(socket.MSG_DONTWAIT)
+        serials = [record.serial for record in self._queue]
+        self._queue.clear()
+        self._send(Kind.UNSTARTED, 0, 0, 0.0, 0.0, struct.pack('>%dQ' % len(serials), *serials))
+
+    # -- signals; Python runs these between two instructions of the main thread ----------------------------
+
+    def _on_take_back(self, number: int, frame: Any) -> None:
+        if not self._in_job:
+            self._recalled = True
+            return
+        self._in_job = False   # an interrupt must not tear what is being sent
+        self._give_back()
+        self._in_job = True
+        if self._interrupt_late:
+            self._interrupt_late = False
+            raise KeyboardInterrupt
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        if not self._slots[0] or self._slots[1] != self._slots[0]:
+            return   # meant for a job that has ended meanwhile
+        self._slots[1] = 0
+        if self._in_job:
+            raise KeyboardInterrupt
+        self._interrupt_late = True
+
+    # -- one job ------------------------------------------------------------------------------------------
+
+    def _run(self, record: Record) -> None:
+        self._interrupt_late = False
+        self._slots[0] = record.serial
+        start, ticks = time.time(), time.perf_counter()
+        failure: Optional[BaseException] = None
+        value = None
+        try:
+            try:
+                self._in_job = True
+                if self._slots[1] == record.serial:
+                    raise KeyboardInterrupt   # cancelled in the moment in which it starts
+                args, kwargs = unseal(record.bodies[0])
+                value = self._function(*args, **kwargs)
+                self._in_job = False
+            except BaseException as exc:  # whatever a job raises is its result; SystemExit and the like too
+                self._in_job = False
+                failure = exc
+        except KeyboardInterrupt as exc:  # it came while the handler above was entered
+            self._in_job = False
+            failure = exc
+        end = start + time.perf_counter() - ticks
+        outcome, payload = self._outcome(value, failure)
+        out, err = self._collect()
+        try:
+            self._send(Kind.RESULT, outcome, record.serial, start, end, payload, out, err)
+        except ValueError as exc:
+            self._send(Kind.RESULT, Outcome.RAISED, record.serial, start, end,
+                       pack_error('the result could not be sent: %s' % exc, None), out, err)
+
+    def _outcome(self, value: Any, failure: Optional[BaseException]) -> Tuple[int, Payload]:
+        if failure is not None:
+            return Outcome.RAISED, pack_error(describe_exception(failure, 1), failure)
+        try:
+            payload, plain = seal(value, _by_value)
+            return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
+        except BaseException as exc:  # __reduce__ and its kin are the user's code
+            text = 'the result, of type %s, could not be pickled: %s' % (type(value).__name__, describe_exception(exc, 1))
+            return Outcome.RAISED, pack_error(text, exc)
+
+    def _collect(self) -> Tuple[bytes, bytes]:
+        """What the job printed. Puts descriptors and streams back in the same breath."""
+        for number, stream in zip((1, 2), self._streams[1:]):
+            with contextlib.suppress(OSError, ValueError):   # the job closed it; it is put back below
+                stream.flush()
+        if sys.stdout is not self._streams[1] or sys.stderr is not self._streams[2] or self._streams[1].closed \
+                or self._streams[2].closed or sys.stdin is not self._streams[0]:
+            self._flush_strangers()
+        if self._libc is not None:
+            self._libc.fflush(None)   # printf of C code into a file is held back until then
+        return self._collect_one(1, self._out), self._collect_one(2, self._err)
+
+    def _flush_strangers(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):  # None, or whatever the job put there
+                stream.flush()
+        for index in (1, 2):
+            if self._streams[index].closed:
+                self._streams[index] = open(index, 'w', encoding='utf-8', errors='backslashreplace', closefd=False)
+        sys.stdin, sys.stdout, sys.stderr = self._streams
+
+    @staticmethod
+    def _collect_one(number: int, output: Output) -> bytes:
+        try:
+            status = os.fstat(number)
+        except OSError:
+            status = None
+        if status is None or status.st_ino != output.inode:
+            os.dup2(output.handle, number)
+            status = os.fstat(number)
+        return output.take(status.st_size) if status.st_size else b''
+
+    def _tidy(self) -> bool:
+        """Put back what the job changed. False when something is left that only a new process is free of."""
+        if threading.active_count() != self._threads or self._has_children():
+            return False
+        try:
+            if os.getcwd() != self._directory:
+                os.chdir(self._directory)
+            if os.fstat(0).st_ino != self._zero:
+                return False
+        except OSError:   # its directory or its stdin is gone
+            try:
+                os.chdir(self._directory)
+                with open(os.devnull) as null:
+                    os.dup2(null.fileno(), 0)
+            except OSError:
+                return False
+        if _ENVIRON != self._environ:
+            for name in list(os.environ):
+                del os.environ[name]
+            for key, value in self._environ.items():
+                os.environ[os.fsdecode(key)] = os.fsdecode(value)
+        for number, handler in self._handlers:
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+        if hasattr(signal, 'setitimer'):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        return True
+
+    @staticmethod
+    def _has_children() -> bool:
+        if not hasattr(os, 'WNOHANG'):
+            return False
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            return True
+        except ChildProcessError:
+            return False
+
+
+class _Child(NamedTuple):
+    process: Any
+    slots: Any
+    out: Output
+    err: Output
+
+
+class Runner:
+    """Loads a computation, runs its setup once, forks workers, reaps them and tells the daemon of it."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._intake = RecordIntake()
+        self._records: Deque[Record] = collections.deque()
+        self._handles: Deque[int] = collections.deque()
+        self._children: Dict[int, _Child] = {}
+        self._libc = _libc()
+        self._own: Set[int] = set()   # children that setup left on purpose
+
+    def run(self) -> None:
+        """Until told to close, or the daemon is gone."""
+        _prctl(self._libc, _PR_SET_PDEATHSIG, signal.SIGTERM)
+        _prctl(self._libc, _PR_SET_CHILD_SUBREAPER, 1)
+        self._receive()
+        init = self._records.popleft()
+        self._spec = pickle.loads(init.bodies[0])   # from the daemon that started this process
+        self._directory = self._spec['directory']
+        self._out, self._err = Output(self._spec['private']), Output(self._spec['private'])
+        os.dup2(self._out.handle, 1)
+        os.dup2(self._err.handle, 2)
+        sys.stdout = open(1, 'w', 1, encoding='utf-8', errors='backslashreplace', closefd=False)
+        sys.stderr = open(2, 'w', 1, encoding='utf-8', errors='backslashreplace', closefd=False)
+        try:
+            self._load(init.bodies[1])
+        except BaseException as exc:  # the user's modules and setup may raise anything
+            self._tell_failure(describe_exception(exc, 1))
+            return
+        self._send(Kind.UP)
+        self._serve()
+
+    # -- loading ------------------------------------------------------------------------------------------
+
+    def _load(self, code: memoryview) -> None:
+        os.chdir(self._directory)
+        for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMEXPR_NUM_THREADS'):
+            os.environ.setdefault(name, '1')   # a worker a CPU runs already
+        sys.path.insert(0, self._directory)
+        self._offer(dict(self._spec['names'], os=os, sys=sys, time=time))
+        self._unpack_support()
+        if self._spec['kind'] == 'program':
+            self._function: Callable[..., Any] = Program(os.path.join(self._directory, self._spec['program']))
+            self._cleanup = None
+        else:
+            self._function, setup, self._cleanup, self._setup_args, objects = unseal(code)
+            self._offer(objects)
+            if setup is not None:
+                answer = setup(*self._setup_args)
+                if answer is not None and answer != 0:
+                    raise RuntimeError('setup returned %.200r, which refuses this node' % (answer,))
+        self._own = set(self._descendants())
+        import gc
+        gc.collect()
+        gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
+
+    @staticmethod
+    def _offer(names: Dict[str, Any]) -> None:
+        """Names that need no import in a job. In builtins, so that the computation's own globals come first."""
+        import builtins
+        for name, value in names.items():
+            setattr(builtins, name, value)
+
+    def _unpack_support(self) -> None:
+        """The client's cloudpickle, where this host has none or another version."""
+        if self._spec['support']:
+            root = os.path.join(self._spec['private'], 'support')
+            for name, source in self._spec['support'].items():
+                path = os.path.join(root, *check_name(name))
+                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+                with open(path, 'wb') as file:
+                    file.write(source)
+            sys.path.insert(0, root)
+
+    def _tell_failure(self, text: str) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        printed = self._err.peek(os.fstat(2).st_size).decode('utf-8', 'replace')[-2000:]
+        self._send(Kind.FAILED, 0, 0, 0.0, 0.0, (text + ('\nstderr:\n' + printed if printed else '')).encode('utf-8', 'replace'))
+
+    # -- serving ------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        self._wakeup = (reader, writer)
+        if hasattr(signal, 'SIGCHLD'):
+            signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        selector = selectors.DefaultSelector()
+        selector.register(self._control, selectors.EVENT_READ)
+        selector.register(reader, selectors.EVENT_READ)
+        handlers = {Kind.FORK: self._fork, Kind.INTERRUPT: self._interrupt, Kind.KILL: self._kill,
+                    Kind.RECALL: self._recall}
+        try:
+            while True:
+                ready = selector.select(OUTPUT_CHECKED if self._children else None)
+                if any(key.fileobj == reader for key, _ in ready):
+                    os.read(reader, 4096)
+                if any(key.fileobj is self._control for key, _ in ready):
+                    self._receive()
+                while self._records:
+                    record = self._records.popleft()
+                    if record.kind == Kind.CLOSE:
+                        return
+                    handlers[Kind(record.kind)](record)
+                self._reap()
+                self._shorten()
+        finally:
+            self._end()
+
+    def _receive(self) -> None:
+        while True:
+            if hasattr(socket, 'CMSG_LEN'):
+                handles = array.array('i')
+                data, ancillary, _, _ = self._control.recvmsg_into([self._intake.room()],
+                                                                   socket.CMSG_SPACE(64 * handles.itemsize))
+                for level, kind, body in ancillary:
+                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                        handles.frombytes(body[:len(body) - len(body) % handles.itemsize])
+                self._handles.extend(handles)
+            else:
+                data = self._control.recv_into(self._intake.room())
+            if not data:
+                sys.exit(0)   # the daemon is gone
+            self._records.extend(self._intake.records(data))
+            if self._records:
+                return
+
+    def _send(self, *args: Any) -> None:
+        for buffer in pack_record(*args):
+            self._control.sendall(buffer)
+
+    def _fork(self, record: Record) -> None:
+        sock = socket.socket(fileno=_out_of_reach(self._handles.popleft()))
+        context = multiprocessing.get_context('fork')
+        child = _Child(None, shared_slots(2), Output(self._spec['private']), Output(self._spec['private']))
+        process = context.Process(target=self._work, args=(sock, child), name='dispy-worker-%d' % record.number)
+        process.start()
+        sock.close()
+        self._children[record.number] = child._replace(process=process)
+        self._send(Kind.BORN, record.number, process.pid)
+
+    def _work(self, sock: socket.socket, child: _Child) -> None:
+        """In the forked process. Leaves by os._exit alone: exit handlers here are the runner's."""
+        try:
+            os.setsid()   # a group of its own, for signals to the job and all it starts
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _prctl(self._libc, _PR_SET_PDEATHSIG, signal.SIGKILL)
+            _prctl(self._libc, _PR_SET_CHILD_SUBREAPER, 1)
+            self._control.close()
+            for handle in self._wakeup:
+                os.close(handle)
+            for other in self._children.values():
+                other.out.close()
+                other.err.close()
+            Worker(sock, child.slots, self._function, child.out, child.err, self._directory, self._libc).serve()
+        except (OSError, EOFError):
+            os._exit(1)   # the pipe is gone, and with it whoever could be told
+        except BaseException:  # our own fault: the runner reads it from the file and tells
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(70)
+        os._exit(0)
+
+    def _interrupt(self, record: Record) -> None:
+        child = self._children.get(record.number)
+        if child is not None:
+            child.slots[1] = record.serial
+            if child.slots[0] == record.serial:
+                self._signal(child, signal.SIGINT)
+
+    def _kill(self, record: Record) -> None:
+        child = self._children.get(record.number)
+        if child is not None:
+            self._signal(child, signal.SIGKILL)
+
+    def _recall(self, record: Record) -> None:
+        child = self._children.get(record.number)
+        if child is not None and TAKE_BACK_SIGNAL is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.process.pid, TAKE_BACK_SIGNAL)
+
+    @staticmethod
+    def _signal(child: _Child, number: int) -> None:
+        """To the worker's whole group. Its leader is our child and not yet reaped, so the number is still its own."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.process.pid, number)   # should it not have come to setsid yet
+
+    def _reap(self) -> None:
+        for key, child in list(self._children.items()):
+            if child.process.exitcode is not None:
+                del self._children[key]
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(child.process.pid, signal.SIGKILL)
+                self._kill_strays()
+                out, err = (output.peek(os.fstat(output.handle).st_size) for output in (child.out, child.err))
+                self._send(Kind.GONE, key, child.slots[0], float(child.process.exitcode), 0.0, b'', out, err)
+                child.out.close()
+                child.err.close()
+                child.process.close()
+
+    def _kill_strays(self) -> None:
+        """Descendants of dead workers that left their group came to us, who adopt orphans (Linux)."""
+        for _ in range(20):
+            known = {child.process.pid for child in self._children.values()} | self._own
+            strays = [pid for pid in self._descendants() if pid not in known]
+            for pid in strays:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+            if not strays:
+                return
+
+    @staticmethod
+    def _descendants() -> List[int]:
+        """Our children by /proc; none where there is no such thing."""
+        try:
+            with open('/proc/self/task/%d/children' % os.getpid()) as file:
+                return [int(pid) for pid in file.read().split()]
+        except OSError:
+            return []
+
+    def _shorten(self) -> None:
+        for child in self._children.values():
+            child.out.shorten()
+            child.err.shorten()
+
+    def _end(self) -> None:
+        for child in self._children.values():
+            self._signal(child, signal.SIGKILL)
+        for child in self._children.values():
+            child.process.join(5)
+        self._children.clear()
+        self._kill_strays()
+        if self._cleanup is not None:
+            try:
+                self._cleanup(*self._setup_args)
+            except BaseException as exc:  # the user's cleanup may raise anything; the daemon logs it
+                self._tell_failure('cleanup failed: ' + describe_exception(exc, 1))
+
+
+def runner_main(control: socket.socket) -> None:
+    """The runner process, started by the daemon with `spawn`."""
+    if hasattr(os, 'setsid'):
+        os.setsid()   # Ctrl-C at the daemon's terminal is the daemon's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    code = 0
+    try:
+        Runner(socket.socket(fileno=_out_of_reach(control.detach()))).run()
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else 1
+    os._exit(code)   # threads and exit handlers of the user's modules are not waited for
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Threads and sockets: channels, the loop that owns them, accepting. Used by node, client and scheduler alike.
+# ---------------------------------------------------------------------------------------------------------
+
+_WOULD_BLOCK: Tuple[type, ...] = (BlockingIOError, InterruptedError)
+
+
+def tune(sock: socket.socket) -> None:
+    """Options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it can be set."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 3), ('TCP_USER_TIMEOUT', 30000)):
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+class Channel:
+    """A non-blocking socket, the bytes that wait to be sent on it, and the units that come in. Loop thread only."""
+    READS = 16           # system calls in one turn, so that a busy channel does not starve the others
+
+    def __init__(self, sock: socket.socket, intake: Intake) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.queued = 0      # bytes that wait
+        self.heard = 0.0     # when bytes last came, monotonic
+        self.paused = False  # not read from until there is room
+        self.dirty: Optional[Set['Channel']] = None   # the loop's, while attached
+        self.interest = 0
+        self._intake = intake
+        self._out: Deque[Tuple[memoryview, Optional[socket.socket]]] = collections.deque()
+        self._gathers = hasattr(sock, 'sendmsg') and not hasattr(sock, 'do_handshake')
+        self._again: Tuple[type, ...] = _WOULD_BLOCK
+        if hasattr(sock, 'do_handshake'):
+            import ssl
+            self._again = _WOULD_BLOCK + (ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+    def push(self, buffers: Iterable[Buffer], passing: Optional[socket.socket] = None) -> None:
+        """Send these behind what waits already; with the first of them a socket, which is closed here then."""
+        for buffer in buffers:
+            view = memoryview(buffer).cast('B') if not isinstance(buffer, bytes) else memoryview(buffer)
+            self._out.append((view, passing))
+            self.queued += len(view)
+            passing = None
+        if self.dirty is not None:
+            self.dirty.add(self)
+
+    def write(self) -> None:
+        """Send what the socket takes now. Raises OSError when it is broken."""
+        while self._out:
+            try:
+                sent = self._send_some()
+            except self._again:
+                return
+            self.queued -= sent
+            while sent:
+                view, _ = self._out[0]
+                if sent < len(view):
+                    self._out[0] = (view[sent:], None)
+                    break
+                sent -= len(view)
+                self._out.popleft()
+
+    def _send_some(self) -> int:
+        view, passing = self._out[0]
+        if passing is not None:
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [passing.fileno()]))]
+            sent = self.sock.sendmsg([view], ancillary)
+            passing.close()
+            self._out[0] = (view, None)
+            return sent
+        if not self._gathers or len(self._out) == 1 or len(view) > 1 << 18:
+            return self.sock.send(view[:1 << 20])
+        return self.sock.sendmsg([view for view, passing in itertools.islice(self._out, 64) if passing is None]
+                                 if all(passing is None for _, passing in itertools.islice(self._out, 64)) else [view])
+
+    def read(self, now: float) -> List[Any]:
+        """Receive what is there; the whole units of it. Raises LinkBroken at the end of the stream."""
+        units: List[Any] = []
+        for _ in range(self.READS):
+            room = self._intake.room()
+            try:
+                count = self.sock.recv_into(room)
+            except self._again:
+                break
+            if count == 0:
+                if units:
+                    break    # what came is handled first; the end will be read again
+                raise LinkBroken('the connection was closed')
+            self.heard = now
+            units.extend(self._intake.took(count))
+            if count < len(room) and self._gathers:
+                break
+        return units
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether anything waits to be sent."""
+        return bool(self._out)
+
+    def close(self) -> None:
+        """Close the socket and those that were to be passed."""
+        for _, passing in self._out:
+            if passing is not None:
+                passing.close()
+        self._out.clear()
+        self.sock.close()
+
+
+class Link(Channel):
+    """An authenticated connection that carries messages."""
+    _numbers = itertools.count(1)
+
+    def __init__(self, sock: socket.socket, session: Session, address: str, now: float, pulse: float = PULSE) -> None:
+        self._opener = FrameOpener(session.receive_key)
+        super().__init__(sock, self._opener)
+        self._sealer = FrameSealer(session.send_key)
+        self.number = next(Link._numbers)
+        self.instance, self.role, self.address = session.peer_instance, session.peer_role, address
+        self.pulse = pulse
+        self.heard = self.said = now
+        self.on_purpose = False
+
+    def send(self, message: Any) -> None:
+        """Queue a message. Raises ValueError for one that is too large, before anything of it is queued."""
+        self.push(self._sealer.seal(message))
+
+    def messages(self, now: float) -> List[Any]:
+        """The messages that have come. Raises PeerError or LinkBroken; the link is of no use then."""
+        return [self._opener.open(head, body) for head, body in self.read(now)]
+
+
+class Pipe(Channel):
+    """A channel to a process on this host that carries records."""
+
+    def __init__(self, sock: socket.socket, comp: str, worker: int = 0) -> None:
+        self._records = RecordIntake()
+        super().__init__(sock, self._records)
+        self.comp, self.worker = comp, worker
+
+    def records(self, now: float) -> List[Record]:
+        """The records that have come. Raises LinkBroken."""
+        return [RecordIntake._record(head, body) for head, body in self.read(now)]
+
+
+class Loop:
+    """One thread, a selector, and everything that thread owns. Other threads only call `post`.
+
+    A subclass says what happens: `on_event`, `on_channel`, `on_broken`, `end_of_turn`, `next_timer`.
+    `turn()` does one round, `run()` repeats it until `stop()`.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.now = clock()
+        self.links: Dict[int, Link] = {}
+        self._selector = selectors.DefaultSelector()
+        self._inbox: Deque[Any] = collections.deque()
+        self._dirty: Set[Channel] = set()
+        self._signalled = False
+        self._ended = False
+        self._pulse_at = 0.0
+        self._waker, self._wakened = socket.socketpair()
+        for sock in (self._waker, self._wakened):
+            sock.setblocking(False)
+        self._selector.register(self._wakened, selectors.EVENT_READ, self._woken)
+
+    # -- to be said by the subclass -----------------------------------------------------------------------
+
+    def on_event(self, event: Any) -> None:
+        """Something was posted."""
+        raise NotImplementedError
+
+    def on_channel(self, channel: Any) -> None:
+        """A channel can be read. May raise LinkBroken, PeerError or OSError, which come back as `on_broken`."""
+        raise NotImplementedError
+
+    def on_broken(self, channel: Any, text: str) -> None:
+        """A channel is of no use any more; it is detached and closed already."""
+        raise NotImplementedError
+
+    def end_of_turn(self) -> None:
+        """After all that was read and posted: decide and send."""
+
+    def next_timer(self) -> Optional[float]:
+        """When there will be something to do at the latest, monotonic."""
+        return None
+
+    # -- any thread ---------------------------------------------------------------------------------------
+
+    def post(self, event: Any) -> None:
+        """Hand an event to the loop's thread. Any thread, also from a signal handler."""
+        self._inbox.append(event)
+        if not self._signalled:
+            self._signalled = True
+            try:
+                self._waker.send(b'\0')
+            except (BlockingIOError, OSError):   # full: it wakes anyway; closed: nobody is left to hear
+                self._signalled = not self._ended
+
+    # -- the loop's thread --------------------------------------------------------------------------------
+
+    def attach(self, channel: Channel) -> None:
+        """Own a channel from now on."""
+        channel.dirty = self._dirty
+        channel.interest = selectors.EVENT_READ
+        self._selector.register(channel.sock, channel.interest, channel)
+        if isinstance(channel, Link):
+            self.links[channel.number] = channel
+        if channel.wants_write:
+            self._dirty.add(channel)
+
+    def detach(self, channel: Channel) -> None:
+        """Let go of a channel and close it. Does nothing the second time."""
+        if channel.dirty is not None:
+            channel.dirty = None
+            if channel.interest:
+                self._selector.unregister(channel.sock)
+            self._dirty.discard(channel)
+            channel.close()
+            if isinstance(channel, Link):
+                self.links.pop(channel.number, None)
+
+    def watch(self, sock: Any, call: Callable[[], None]) -> None:
+        """Call when a listening socket has something."""
+        self._selector.register(sock, selectors.EVENT_READ, call)
+
+    def unwatch(self, sock: Any) -> None:
+        """The inverse."""
+        self._selector.unregister(sock)
+
+    def say(self, link: Link, message: Any) -> None:
+        """Send a message on a link, if it is still there."""
+        if link.dirty is not None:
+            link.said = self.now
+            link.send(message)
+
+    def run(self) -> None:
+        """Turn after turn until `stop`."""
+        while not self._ended:
+            self.turn()
+
+    def stop(self) -> None:
+        """Make `run` return after this turn."""
+        self._ended = True
+
+    def turn(self, timeout: Optional[float] = None) -> None:
+        """One round: wait, read, take events, decide, write."""
+        for key, mask in self._selector.select(self._patience(timeout)):
+            self.now = self.clock()
+            if callable(key.data):
+                key.data()
+            elif key.data.dirty is not None:   # not detached meanwhile
+                self._guarded(key.data, mask)
+        self.now = self.clock()
+        for _ in range(len(self._inbox)):
+            self.on_event(self._inbox.popleft())
+        self._beat()
+        self.end_of_turn()
+        for channel in list(self._dirty):
+            self._write(channel)
+
+    def _patience(self, timeout: Optional[float]) -> Optional[float]:
+        if self._inbox:
+            return 0
+        times = [when for when in (self.next_timer(), self._pulse_at if self.links else None) if when is not None]
+        if times:
+            wait = max(0.0, min(times) - self.clock())
+            return wait if timeout is None else min(wait, timeout)
+        return timeout
+
+    def _woken(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wakened.recv(4096)
+        self._signalled = False
+
+    def _guarded(self, channel: Channel, mask: int) -> None:
+        try:
+            if mask & selectors.EVENT_READ:
+                self.on_channel(channel)
+            if mask & selectors.EVENT_WRITE:
+                self._dirty.add(channel)
+        except (LinkBroken, PeerError, OSError) as exc:
+            self._break(channel, str(exc) or type(exc).__name__)
+
+    def _write(self, channel: Channel) -> None:
+        try:
+            channel.write()
+        except OSError as exc:
+            self._break(channel, str(exc))
+            return
+        self._dirty.discard(channel)
+        self.interest(channel)
+
+    def interest(self, channel: Channel) -> None:
+        """Bring the selector up to what the channel waits for."""
+        wanted = (0 if channel.paused else selectors.EVENT_READ) | (selectors.EVENT_WRITE if channel.wants_write else 0)
+        if wanted == channel.interest or channel.dirty is None:
+            return
+        if not channel.interest:
+            self._selector.register(channel.sock, wanted, channel)
+        elif not wanted:
+            self._selector.unregister(channel.sock)
+        else:
+            self._selector.modify(channel.sock, wanted, channel)
+        channel.interest = wanted
+
+    def _break(self, channel: Channel, text: str) -> None:
+        if channel.dirty is not None:
+            self.detach(channel)
+            self.on_broken(channel, text)
+
+    def _beat(self) -> None:
+        """Signs of life on idle links, and an end to silent ones."""
+        if not self.links or self.now < self._pulse_at:
+            return
+        for link in list(self.links.values()):
+            if self.now - link.heard > PULSES_LOST * link.pulse and not link.paused:
+                self._break(link, 'nothing was heard for %.0f s' % (self.now - link.heard))
+            elif self.now - link.said >= link.pulse * 0.9 and not link.wants_write:
+                self.say(link, Pulse())
+        self._pulse_at = self.now + min([PULSE, *(link.pulse for link in self.links.values())]) / 2
+
+    def close(self) -> None:
+        """Close all that is owned."""
+        self._ended = True
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.data, Channel):
+                self.detach(key.data)
+        self._selector.close()
+        self._waker.close()
+        self._wakened.close()
+
+
+class Arrival(NamedTuple):
+    """Posted by a gate: a peer that proved itself."""
+    sock: socket.socket
+    session: Session
+    address: str
+
+
+class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Accepts connections on one address; each has its TLS and handshake in a thread of its own, bounded by a
+    Doorkeeper. A loop watches the listening socket and calls `knock`."""
+    daemon_threads = True
+    allow_reuse_address = os.name != 'nt'
+    request_queue_size = 128
+    timeout = 0      # handle_request returns when nobody is there any more
+
+    def __init__(self, address: Tuple[str, int], psk: bytes, role: Role, allowed: Sequence[Role], instance: bytes,
+                 deliver: Callable[[Arrival], None], certfile: Optional[str] = None, keyfile: Optional[str] = None,
+                 cafile: Optional[str] = None) -> None:
+        self._psk, self._role, self._allowed, self._instance, self._deliver = psk, role, tuple(allowed), instance, deliver
+        self._tls = tls_context(True, certfile, keyfile, cafile) if certfile else None
+        self._binding = certificate_digest(certfile) if certfile else NO_TLS
+        self._keeper, self._lock = Doorkeeper(), threading.Lock()   # the lock guards the keeper
+        self._kept: Set[int] = set()    # ids of sockets that were delivered, not to be closed
+        self._spare = os.open(os.devnull, os.O_RDONLY)
+        self.address_family = socket.AF_INET6 if ':' in address[0] else socket.AF_INET
+        super().__init__(address, None)  # type: ignore[arg-type]
+
+    def knock(self) -> None:
+        """Somebody is there. The loop's thread."""
+        self.handle_request()
+
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        """Accept. With no descriptor left, the spare one is used to turn the caller away, so that it does not
+        stand in the queue and keep the loop awake."""
+        try:
+            return super().get_request()
+        except OSError as exc:
+            if exc.errno in (23, 24):   # ENFILE, EMFILE
+                os.close(self._spare)
+                with contextlib.suppress(OSError):
+                    super().get_request()[0].close()
+                self._spare = os.open(os.devnull, os.O_RDONLY)
+                logger.error('no file descriptor is left for a new connection')
+            raise
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether this address may begin a handshake."""
+        with self._lock:
+            return self._keeper.admit(client_address[0], time.monotonic())
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """TLS and handshake. The connection's own thread."""
+        address, proved = client_address[0], False
+        deadline = time.monotonic() + HANDSHAKE_TIME
+        try:
+            tune(request)
+            request.settimeout(HANDSHAKE_TIME)
+            sock = self._tls.wrap_socket(request, server_side=True) if self._tls else request
+            session = handshake_accept(sock, self._psk, self._role, self._allowed, self._instance, self._binding, deadline)
+            proved = True
+            self._kept.add(id(request))
+            self._deliver(Arrival(sock, session, address))
+        except (HandshakeError, EOFError, OSError) as exc:   # ssl.SSLError is an OSError
+            self._log(address, str(exc) or 'it hung up')
+        finally:
+            with self._lock:
+                self._keeper.done(address, proved, time.monotonic())
+
+    def _log(self, address: str, text: str) -> None:
+        with self._lock:
+            may = self._keeper.may_log(address, time.monotonic())
+        if may:
+            logger.warning('%s was turned away: %s', address, text)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Called when the handshake is over, whatever came of it."""
+        if id(request) in self._kept:
+            self._kept.discard(id(request))
+        else:
+            super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A thread of ours failed: our own fault, to be seen."""
+        logger.exception('accepting %s failed', client_address[0])
+
+    def server_close(self) -> None:
+        """Stop listening."""
+        super().server_close()
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The daemon: carries out what Node decides
+# ---------------------------------------------------------------------------------------------------------
+
+class Options(NamedTuple):
+    """How a node is to be; one field an option of the command line."""
+    cpus: int
+    hosts: Tuple[str, ...] = ('',)
+    port: int = NODE_PORT
+    name: str = ''
+    prefix: str = ''
+    secret: bytes = b''
+    certfile: Optional[str] = None
+    keyfile: Optional[str] = None
+    clean: bool = False
+    embedded: bool = False
+
+
+class _Run:
+    """The processes and the directory of one computation."""
+
+    def __init__(self, comp: str, directory: str, private: str, keep: bool) -> None:
+        self.comp, self.directory, self.private, self.keep = comp, directory, private, keep
+        self.receiver = FileReceiver(directory)
+        self.process: Any = None
+        self.control: Optional[Pipe] = None
+        self.up = self.closing = False
+        self.text = ''
+        self.pipes: Dict[int, Pipe] = {}
+        self.pids: Dict[int, int] = {}
+        self.kill_at: Optional[float] = None
+
+
+class Daemon(Loop):
+    """The node's loop: links of clients, pipes of runners and workers, and a Node that decides."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__()
+        self._options = options
+        name = options.name or platform.node() or 'node'
+        self.node = Node(name, options.cpus, node_facts())
+        self._instance = os.urandom(16)
+        self._gates: List[Gate] = []
+        self._runs: Dict[str, _Run] = {}
+        self._lock_file: Any = None
+        self._root = ''
+        self._acts: Dict[type, Callable[[Any], None]] = {
+            Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store,
+            StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
+            Feed: self._feed, Interrupt: self._interrupt, Kill: self._kill, TakeBack: self._take_back,
+            Retire: self._retire, Exit: lambda action: self.stop(),
+        }
+
+    # -- start and end ------------------------------------------------------------------------------------
+
+    def start(self) -> int:
+        """Listen, take the directory. Returns the port. Raises StartError or SecretError."""
+        options, port = self._options, self._options.port
+        try:
+            for host in options.hosts:
+                self._gates.append(self._listen(host, port))
+                port = self._gates[0].server_address[1]
+            self._root = self._take_directory(port)
+        except BaseException:
+            self.close()
+            raise
+        for gate in self._gates:
+            self.watch(gate.socket, gate.knock)
+        return port
+
+    def _listen(self, host: str, port: int) -> Gate:
+        options = self._options
+        try:
+            return Gate((host, port), derive_key(options.secret), Role.NODE, (Role.CLIENT, Role.SCHEDULER),
+                        self._instance, self.post, options.certfile, options.keyfile)
+        except OverflowError as exc:
+            raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
+        except OSError as exc:
+            where = '%s:%d' % (host or '*', port)
+            if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
+                raise StartError('port %d is in use (%s): another dispynode? Choose another with -p/--port' % (port, where)) from exc
+            raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' % (where, exc)) from exc
+
+    def _take_directory(self, port: int) -> str:
+        """The directory of this node, ours alone: 0700, locked by file `lock` with PID and port."""
+        root = self._options.prefix or os.path.join(
+            tempfile.gettempdir(), 'dispy-%s' % (os.getuid() if hasattr(os, 'getuid') else os.environ.get('USERNAME', 'user')),
+            'node-%d' % port)
+        try:
+            os.makedirs(root, mode=0o700, exist_ok=True)
+            for path in (root,) if self._options.prefix else (os.path.dirname(root), root):
+                status = os.lstat(path)
+                if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
+                    raise StartError('%s is not a directory of this user (--dest-path-prefix)' % path)
+            os.chmod(root, 0o700)
+            self._lock_file = _lock(os.path.join(root, 'lock'), port)
+            for name in os.listdir(root):
+                path = os.path.join(root, name)
+                if name != 'lock' and (self._options.clean or name.startswith(('c-', 'p-'))) and os.path.isdir(path):
+                    shutil.rmtree(path, ignore_errors=True)
+        except OSError as exc:
+            raise StartError('the directory %s cannot be used: %s (--dest-path-prefix)' % (root, exc.strerror)) from exc
+        return os.path.realpath(root)
+
+    def close(self) -> None:
+        """End all processes, remove what is to be removed. Does nothing the second time."""
+        for gate in self._gates:
+            with contextlib.suppress(KeyError, ValueError):   # not watched yet
+                self.unwatch(gate.socket)
+            gate.server_close()
+        self._gates = []
+        for run in list(self._runs.values()):
+            if run.process is not None:
+                run.process.join(3.0)
+                run.process.kill()
+                run.process.join(3.0)
+                self._kill_workers(run)
+            self._discard(run)
+        self._runs.clear()
+        if self._lock_file is not None:
+            self._lock_file.close()
+            self._lock_file = None
+            if self._options.embedded:
+                shutil.rmtree(self._root, ignore_errors=True)
+        super().close()
+
+    def next_timer(self) -> Optional[float]:
+        """The state's, or the end of a runner that does not end."""
+        times = [run.kill_at for run in self._runs.values() if run.kill_at is not None]
+        when = self.node.next_timer()
+        return min(times + ([when] if when is not None else []), default=None)
+
+    # -- events -------------------------------------------------------------------------------------------
+
+    def on_event(self, event: Any) -> None:
+        """Arrivals from the gate, and what actions brought about."""
+        if isinstance(event, Arrival):
+            link = Link(event.sock, event.session, event.address, self.now)
+            self.attach(link)
+            event = LinkUp(link.number, link.instance, link.address)
+        self._tell(event)
+
+    def _tell(self, event: Any) -> None:
+        self._act(self.node.handle(event, self.now))
+
+    def _act(self, actions: List[Any]) -> None:
+        for action in actions:
+            self._acts[type(action)](action)
+
+    def on_channel(self, channel: Any) -> None:
+        """A link or a pipe has something."""
+        if isinstance(channel, Link):
+            for message in channel.messages(self.now):
+                self._message(channel, message)
+        elif channel.worker:
+            self._from_worker(channel)
+        else:
+            for record in channel.records(self.now):
+                self._from_runner(self._runs[channel.comp], record)
+
+    def _message(self, link: Link, message: Any) -> None:
+        if isinstance(message, Bye):
+            link.on_purpose = True
+            raise LinkBroken('bye: %s' % message.text[:200])
+        if isinstance(message, Introduce):
+            link.pulse = min(max(message.pulse, 0.1), 3600.0)
+        if not isinstance(message, Pulse):
+            self._tell(Received(link.number, message))
+
+    def on_broken(self, channel: Any, text: str) -> None:
+        """A link or a pipe came to its end."""
+        if isinstance(channel, Link):
+            log = logger.info if channel.on_purpose else logger.warning
+            log('link to %s ended: %s', channel.address, text)
+            self._tell(LinkDown(channel.number, channel.on_purpose))
+        elif not channel.worker:
+            self._runner_ended(self._runs[channel.comp])
+        # A worker's pipe that ends says nothing yet: the runner tells what became of the process.
+
+    def end_of_turn(self) -> None:
+        """What came of this turn's actions, then the state's own turn."""
+        while self._inbox:
+            self.on_event(self._inbox.popleft())
+        for run in list(self._runs.values()):
+            if run.kill_at is not None and self.now >= run.kill_at and run.process is not None:
+                run.kill_at = None
+                run.process.kill()
+        self._act(self.node.flush(self.now))
+        full = self.node.held_bytes > RECEIVE_BUDGET
+        for link in self.links.values():
+            if link.paused != full:
+                link.paused = full
+                link.heard = self.now
+                self.interest(link)
+
+    # -- actions on links and files -----------------------------------------------------------------------
+
+    def _send(self, action: Send) -> None:
+        link = self.links.get(action.link)
+        if link is None:
+            return
+        message = action.message
+        if type(message) is Results:
+            message = Results(message.comp, [(*row[:4], *map(beside, row[4:])) for row in message.rows])
+        self.say(link, message)
+
+    def _drop(self, action: Drop) -> None:
+        link = self.links.get(action.link)
+        if link is not None:
+            self.say(link, Bye(action.text))
+            with contextlib.suppress(OSError):   # it is closed all the same
+                link.write()
+            self.detach(link)
+
+    def _prepare(self, action: Prepare) -> None:
+        spec, comp = action.spec, action.comp
+        keep = not spec['cleanup']
+        try:
+            if len(comp) > 64 or not comp.isalnum():
+                raise ValueError('a computation may not be called %.70r' % comp)
+            private = os.path.join(self._root, 'p-' + comp)
+            if spec['dest_path']:
+                directory = os.path.join(self._root, *check_name(spec['dest_path']))
+            else:
+                directory = os.path.join(self._root, ('k-' if keep else 'c-') + comp)
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            os.makedirs(private, mode=0o700, exist_ok=True)
+            run = self._runs[comp] = _Run(comp, directory, private, keep)
+            missing = run.receiver.want(spec['files'])
+        except (OSError, ValueError) as exc:
+            self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc))
+        else:
+            self.post(Prepared(comp, missing))
+
+    def _store(self, action: Store) -> None:
+        run = self._runs[action.comp]
+        try:
+            complete = run.receiver.piece(action.name, action.offset, action.data)
+        except (OSError, ValueError) as exc:
+            run.receiver.abort()
+            self.post(Stored(action.comp, 'file %.100r cannot be stored: %s' % (action.name, exc)))
+        else:
+            if complete:
+                self.post(Stored(action.comp))
+
+    def _discard(self, run: _Run) -> None:
+        run.receiver.abort()
+        shutil.rmtree(run.private, ignore_errors=True)
+        if not run.keep:
+            shutil.rmtree(run.directory, ignore_errors=True)
+
+    # -- runners and workers ------------------------------------------------------------------------------
+
+    def _start_runner(self, action: StartRunner) -> None:
+        run, spec = self._runs[action.comp], action.spec
+        ours, theirs = socket.socketpair()
+        address = self._options.hosts[0] or '127.0.0.1'
+        try:
+            run.process = multiprocessing.get_context('spawn').Process(target=runner_main, args=(theirs,), name='dispy-runner')
+            run.process.start()
+        except OSError as exc:
+            ours.close()
+            run.process = None
+            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % exc))
+            return
+        finally:
+            theirs.close()
+        run.control = Pipe(ours, action.comp)
+        self.attach(run.control)
+        init = {'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
+                'support': {name: bytes(source) for name, source in spec['support'].items()},
+                'names': {'dispy_node_name': self.node.name, 'dispy_node_ip_addr': address, 'dispy_job_path': run.directory}}
+        run.control.push(pack_record(Kind.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
+
+    def _stop_runner(self, action: StopRunner) -> None:
+        run = self._runs.get(action.comp)
+        if run is None or run.process is None:
+            if run is not None:
+                self._discard(self._runs.pop(action.comp))
+            self.post(RunnerGone(action.comp, ''))
+            return
+        run.closing = True
+        run.kill_at = self.now + GRACE
+        if run.up and run.control is not None:
+            run.control.push(pack_record(Kind.CLOSE))
+        else:
+            run.process.terminate()
+
+    def _runner_ended(self, run: _Run) -> None:
+        run.process.join(GRACE)
+        code = run.process.exitcode
+        if code is None:
+            run.process.kill()
+            run.process.join()
+        self._kill_workers(run)
+        for pipe in run.pipes.values():
+            self.detach(pipe)
+        run.process.close()
+        run.process = None
+        self._discard(self._runs.pop(run.comp))
+        self._tell(RunnerGone(run.comp, run.text or exit_text(code)))
+
+    @staticmethod
+    def _kill_workers(run: _Run) -> None:
+        """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest of their groups."""
+        for pid in run.pids.values():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+
+    def _from_runner(self, run: _Run, record: Record) -> None:
+        if record.kind == Kind.UP:
+            run.up = True
+            self._tell(RunnerUp(run.comp))
+        elif record.kind == Kind.FAILED:
+            run.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+            if run.closing:
+                logger.warning('%s', run.text)
+        elif record.kind == Kind.BORN:
+            run.pids[record.number] = record.serial
+        elif record.kind == Kind.GONE:
+            self._worker_ended(run, record)
+        else:
+            raise PeerError('a runner sent record %d' % record.kind)
+
+    def _worker_ended(self, run: _Run, record: Record) -> None:
+        run.pids.pop(record.number, None)
+        pipe = run.pipes.pop(record.number, None)
+        if pipe is not None and pipe.dirty is not None:
+            with contextlib.suppress(LinkBroken, OSError):
+                while self._from_worker(pipe):   # results it wrote before it died
+                    continue
+            self.detach(pipe)
+        stderr = bytes(record.bodies[2])
+        tail = stderr[-1000:].decode('utf-8', 'replace').strip()
+        text = 'the worker process on %s %s%s' % (self.node.name, exit_text(int(record.start)),
+                                                  '\nstderr ends:\n' + tail if tail else '')
+        self._tell(WorkerGone(record.number, text, record.serial, record.bodies[1], stderr))
+
+    def _from_worker(self, pipe: Pipe) -> int:
+        rows, records = [], pipe.records(self.now)
+        for record in records:
+            if record.kind == Kind.RESULT:
+                rows.append((record.serial, record.number, record.start, record.end, *map(_keep, record.bodies)))
+            elif record.kind == Kind.UNSTARTED:
+                if rows:
+                    self._tell(WorkerResults(pipe.worker, rows))
+                    rows = []
+                body = record.bodies[0]
+                self._tell(WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
+            else:
+                raise PeerError('a worker sent record %d' % record.kind)
+        if rows:
+            try:
+                self._tell(WorkerResults(pipe.worker, rows))
+            except PeerError as exc:   # a job wrote into what it should not have
+                logger.error('worker %d is killed: %s', pipe.worker, exc)
+                self._kill(Kill(pipe.worker))
+        return len(records)
+
+    def _run_of(self, worker: int) -> Optional[_Run]:
+        for run in self._runs.values():
+            if worker in run.pipes:
+                return run
+        return None
+
+    def _start_worker(self, action: StartWorker) -> None:
+        run = self._runs[action.comp]
+        ours, theirs = socket.socketpair()
+        for sock in (ours, theirs):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        pipe = run.pipes[action.worker] = Pipe(ours, action.comp, action.worker)
+        self.attach(pipe)
+        assert run.control is not None   # ours: the state starts workers of runners that are up
+        run.control.push(pack_record(Kind.FORK, action.worker), theirs)
+
+    def _feed(self, action: Feed) -> None:
+        run = self._run_of(action.worker)
+        if run is not None:
+            for attempt in action.attempts:
+                run.pipes[action.worker].push(pack_record(Kind.JOB, 0, attempt.serial, 0.0, 0.0, attempt.payload))
+
+    def _order(self, kind: Kind, worker: int, serial: int = 0) -> None:
+        run = self._run_of(worker)
+        if run is not None and run.control is not None and run.control.dirty is not None:
+            run.control.push(pack_record(kind, worker, serial))
+
+    def _interrupt(self, action: Interrupt) -> None:
+        self._order(Kind.INTERRUPT, action.worker, action.serial)
+
+    def _kill(self, action: Kill) -> None:
+        self._order(Kind.KILL, action.worker)
+
+    def _take_back(self, action: TakeBack) -> None:
+        self._order(Kind.RECALL, action.worker)
+
+    def _retire(self, action: Retire) -> None:
+        run = self._run_of(action.worker)
+        if run is not None:
+            self.detach(run.pipes.pop(action.worker))   # the worker reads the end and leaves
+
+
+def _keep(body: memoryview) -> Buffer:
+    """A body of a record for keeping: small ones on their own, so that they do not hold a whole batch in memory."""
+    return bytes(body) if len(body) < OUT_OF_BAND else body
+
+
+def exit_text(code: Optional[int]) -> str:
+    """What an exit code says, in words."""
+    if code is None or code >= 0:
+        return 'ended with exit code %s' % code
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = 'unknown'
+    return 'was killed by signal %d (%s%s)' % (-code, name, '; the system kills so when memory runs out' if code == -9 else '')
+
+
+def node_facts() -> dict:
+    """What a client may want to know of this host."""
+    return {'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'platform': platform.platform(),
+            'cloudpickle': installed_version('cloudpickle'), 'pid': os.getpid()}
+
+
+def installed_version(package: str) -> str:
+    """Version of a package without importing it; empty when it is not there."""
+    import re
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.origin:
+        return ''
+    with open(spec.origin, encoding='utf-8') as file:
+        found = re.search(r'^__version__ = ["\']([^"\']+)', file.read(), re.MULTILINE)
+    return found.group(1) if found else ''
+
+
+def _lock(path: str, port: int) -> Any:
+    """Take the lock file or raise StartError naming who has it. Released by the system when the process ends."""
+    file = open(path, 'a+')
+    try:
+        if os.name == 'nt':
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        file.seek(0)
+        holder = file.read(200).strip()
+        file.close()
+        raise StartError('the directory of %s is in use by a dispynode (%s): choose another with --dest-path-prefix'
+                         % (path, holder or 'no PID is noted')) from exc
+    file.truncate(0)
+    file.write('PID %d, port %d\n' % (os.getpid(), port))
+    file.flush()
+    return file
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------
+
+def available_cpus() -> int:
+    """CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def count_cpus(wanted: Optional[int]) -> int:
+    """CPUs to offer. Raises ValueError for 0 or when nothing would be left."""
+    have = available_cpus()
+    if wanted is None:
+        return have
+    cpus = wanted if wanted > 0 else have + wanted
+    if wanted == 0 or cpus < 1:
+        raise ValueError('-c/--cpus %d leaves nothing to offer: this host has %d' % (wanted, have))
+    return cpus
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='dispynode', description='Run jobs of dispy clients on this host.')
+    add = parser.add_argument
+    add('-d', '--debug', action='store_true', help='log what is done in detail')
+    add('-c', '--cpus', type=int, metavar='N', help='CPUs to offer; negative: leave so many free (default: all)')
+    add('-i', '--host', '--ip_addr', '--ip-addr', action='append', metavar='ADDR', help='address to listen at; may be repeated (default: all)')
+    add('-p', '--port', '--node_port', type=int, default=NODE_PORT, metavar='N', help='TCP port; 0: any (default: %(default)s)')
+    add('--name', default='', help='name to show (default: host name)')
+    add('--dest-path-prefix', '--dest_path_prefix', default='', metavar='DIR', help='directory for files of computations')
+    add('-s', '--secret', help='the secret; it can be seen in the list of processes, so better:')
+    add('--secret-file', metavar='FILE', help='file with the secret (default: %s)' % secret_path().replace('%', '%%'))
+    add('--certfile', metavar='FILE', help='certificate for TLS; clients need one that is vouched for by the same file')
+    add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
+    add('--log-file', metavar='FILE', help='log there instead of to stderr')
+    add('--daemon', action='store_true', help='never use the terminal')
+    add('--clean', action='store_true', help='remove all that earlier runs left in the directory')
+    add('--embedded', action='store_true', help=argparse.SUPPRESS)   # started by a client: see _embedded
+    add('--version', action='version', version='%(prog)s ' + __version__)
+    return parser
+
+
+def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
+    """Logging of a daemon: one line an event, to stderr or a file."""
+    handler: logging.Handler = logging.handlers.WatchedFileHandler(log_file) if log_file else logging.StreamHandler()
+    handler.setFormatter(logging.Formatter('%(asctime)s %(name)s %(levelname)s: %(message)s'))
+    log = logging.getLogger(name)
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+    log.propagate = False
+
+
+def _embedded(daemon: Daemon) -> None:
+    """A node that a client started: stdin is its lifeline, whatever way the client ends."""
+    sys.stdin.buffer.read()
+    daemon.post(Stop())
+    daemon.post(Stop())
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The daemon. Returns 0 when it has ended, 1 when it could not start."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        cpus = count_cpus(args.cpus)
+    except ValueError as exc:
+        parser.error(str(exc))
+    try:
+        set_up_log('dispynode', args.debug, args.log_file)
+        if args.embedded:
+            logger.setLevel(logging.DEBUG if args.debug else logging.ERROR)
+            secret = sys.stdin.buffer.readline().strip()
+        else:
+            secret = find_secret(args.secret, args.secret_file)
+        if args.secret and not args.embedded:
+            logger.warning('-s/--secret can be read by every user of this host (ps): --secret-file is better')
+        daemon = Daemon(Options(cpus, tuple(args.host or ('',)), args.port, args.name, args.dest_path_prefix, secret,
+                                args.certfile, args.keyfile, args.clean, args.embedded))
+        port = daemon.start()
+    except (StartError, SecretError, OSError) as exc:
+        print('dispynode: %s' % exc, file=sys.stderr)
+        return 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: daemon.post(Stop()))
+    if args.daemon and not args.embedded:
+        with open(os.devnull) as null:
+            os.dup2(null.fileno(), 0)
+    logger.info('%s serves %d CPUs at port %d, PID %d', daemon.node.name, cpus, port, os.getpid())
+    if args.embedded:
+        print(port, flush=True)
+        threading.Thread(target=_embedded, args=(daemon,), daemon=True).start()
+    try:
+        daemon.run()
+    finally:
+        daemon.close()
+    logger.info('ended')
+    return 0
+
+
+if __name__ == '__main__':
+    # Once more under its own name, so that classes have one identity here and in the runners. Without __file__,
+    # `spawn` does not run this file a third time as the runner's __main__.
+    del __file__
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    sys.exit(importlib.import_module('dispynode').main())
