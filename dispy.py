@@ -48,6 +48,7 @@ import itertools
 import logging
 import math
 import os
+import pickle
 import queue
 import shutil
 import socket
@@ -65,7 +66,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optio
 import cloudpickle
 
 from dispynode import (
-    FILE_PIECE, HANDSHAKE_TIME, NODE_PORT, NO_TLS, OUT_OF_BAND, PULSE, QUEUED_TIME, Ack, Bye, Cancel, Compute,
+    ATOMS, FILE_PIECE, FRAME_FILL, HANDSHAKE_TIME, NODE_PORT, NO_TLS, OUT_OF_BAND, PULSE, QUEUED_TIME, Ack, Bye, Cancel, Compute,
     DispyError, Done, File, HandshakeError, Introduce, Jobs, Link, LinkBroken, Loop, Need, Outcome, PeerError, Pulse,
     Ready, Recall, Refused, Results, Returned, Role, SecretError, Session, Welcome, beside, check_name,
     derive_key, describe_exception, file_digest, find_secret, handshake_dial, seal, size_of, tls_context, tune,
@@ -78,7 +79,7 @@ __all__ = ['JobCluster', 'DispyJob', 'DispyNode', 'ClusterStatus', 'NoNodes', 'D
 # ---------------------------------------------------------------------------------------------------------
 
 AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it runs, however short they are
-AHEAD_BYTES = 64 << 20        # bytes of arguments that a node may hold beyond what it runs
+AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
 MAX_PAYLOAD = 960 << 20       # bytes of one job's arguments; a frame holds a GiB
 LOST_MOST = 3                 # nodes a job may lose before it is given up
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
@@ -86,6 +87,7 @@ WARN_AFTER, WARN_EVERY = 5.0, 60.0      # s without a usable node
 REDIAL_FIRST, REDIAL_MOST = 0.5, 30.0   # s between attempts to reach a node, doubling
 RETRY_FIRST = 0.1             # s until a computation is offered again to a node that was busy, doubling to 2 s
 CALL_TIME = 30.0              # s that a question to the driver may take; its turns take milliseconds
+ACKS_MOST, ACK_AFTER = 256, 0.05        # results that wait for their acknowledgement, and s that they do
 CALLBACK_THREADS = 16         # callbacks that may block at the same time
 FOREVER = 0.5 if os.name == 'nt' else 3600.0   # s of one slice of a wait: Ctrl-C does not end a wait on Windows
 
@@ -341,7 +343,7 @@ class SendRecall(NamedTuple):
 
 
 class SendAck(NamedTuple):
-    """Results are here."""
+    """Results are here; the node may forget them. No haste: they are kept and dropped if they come again."""
     node: Any
     comp: str
     serials: list
@@ -768,6 +770,8 @@ def by_value(value: Any, file: Any, protocol: int, buffer_callback: Any, shipped
 
 def pack_arguments(args: tuple, kwargs: dict) -> Any:
     """Arguments as they are now: what the caller changes later does not reach the job. Raises what pickling raises."""
+    if not kwargs and ATOMS.issuperset(map(type, args)):
+        return pickle.dumps((args, kwargs), 5)
     payload, _ = seal((args, kwargs), by_value, travels)
     if type(payload) is tuple:   # large parts are the caller's own memory still
         return tuple(piece if type(piece) is bytes else bytes(piece) for piece in payload)
@@ -1018,6 +1022,7 @@ class Peer:
         self.redial_at: Optional[float] = 0.0
         self.redial_wait = REDIAL_FIRST
         self.retry_at: Optional[float] = None
+        self.acks: Dict[str, List[int]] = {}       # computation -> serials to be acknowledged
         self.retry_wait = RETRY_FIRST
         self.told: Set[Tuple[str, str]] = set()    # (computation, reason) that was logged
         self.refusals: Dict[str, str] = {}         # computation -> reason
@@ -1059,7 +1064,7 @@ class Driver(Loop):
         self._chores_at = 0.0
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts: Dict[type, Callable[[Any], None]] = {
-            SendJobs: self._send_jobs, SendCancel: self._send_to, SendRecall: self._send_to, SendAck: self._send_to,
+            SendJobs: self._send_jobs, SendCancel: self._send_to, SendRecall: self._send_to, SendAck: self._send_ack,
             JobsEnded: self._jobs_ended, JobEnded: self._job_ended,
         }
         self._messages: Dict[type, Callable[[Peer, Any], None]] = {
@@ -1249,7 +1254,7 @@ class Driver(Loop):
 
     def next_timer(self) -> Optional[float]:
         """When chores are due, at once while files wait for room in a link."""
-        if any(link in self.links and not self.links[link].wants_write for link in self._uploads):
+        if self._uploads and any(not link.wants_write for link in map(self.links.get, self._uploads) if link):
             return 0.0
         return self._chores_at
 
@@ -1275,6 +1280,8 @@ class Driver(Loop):
                 self._warn(comp)
             due.append(self._warn_at[comp])
         for peer in self._peers.values():
+            if peer.acks:
+                self._acknowledge(peer)
             if peer.retry_at is not None:
                 if self.now >= peer.retry_at:
                     self._retry(peer)
@@ -1402,6 +1409,7 @@ class Driver(Loop):
         peer.move('fail')
         peer.ready.clear()
         peer.setting_up.clear()
+        peer.acks.clear()
         self._uploads.pop(channel.number, None)
         key = self._key_of(peer)
         self._act(self.schedule.handle(NodeLost(key, str(peer), text), self.now))
@@ -1516,7 +1524,7 @@ class Driver(Loop):
             small = type(payload) is bytes and len(payload) < OUT_OF_BAND
             rows.append((work._serial, payload if small else beside(payload), work._options))
             size += size_of(payload)
-            if size > AHEAD_BYTES:   # one frame holds a GiB at most
+            if size >= FRAME_FILL:
                 self.say(peer.link, Jobs(action.comp, rows))
                 rows, size = [], 0
         if rows:
@@ -1526,6 +1534,21 @@ class Driver(Loop):
         peer = self._peers.get(action.node)
         if peer is not None and peer.link is not None:
             self.say(peer.link, _MESSAGE_OF[type(action)](action.comp, action[2]))
+
+    def _send_ack(self, action: SendAck) -> None:
+        """Collected, so that a round trip of one job is not two."""
+        acks = self._peers[action.node].acks.setdefault(action.comp, [])
+        acks.extend(action.serials)
+        if len(acks) >= ACKS_MOST:
+            self._acknowledge(self._peers[action.node])
+        else:
+            self._chores_at = min(self._chores_at, self.now + ACK_AFTER)
+
+    def _acknowledge(self, peer: Peer) -> None:
+        if peer.link is not None:
+            for comp, serials in peer.acks.items():
+                self.say(peer.link, Ack(comp, serials))
+        peer.acks.clear()
 
     def _jobs_ended(self, action: JobsEnded) -> None:
         """Results at last. What may run the user's code when it is opened is left to an opener."""
@@ -1549,7 +1572,7 @@ class Driver(Loop):
 
 
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.REFUSED, NodeState.LOST))
-_MESSAGE_OF = {SendCancel: Cancel, SendRecall: Recall, SendAck: Ack}
+_MESSAGE_OF = {SendCancel: Cancel, SendRecall: Recall}
 _lock = threading.Lock()      # guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
 _drivers: Dict[Access, Driver] = {}
 _clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()

@@ -1,0 +1,238 @@
+#!/usr/bin/env python3
+"""One workload over three engines side by side, in one run: dispy (a real dispynode process with a secret over
+loopback), concurrent.futures.ProcessPoolExecutor and multiprocessing.Pool; two workers each.
+
+    python tests/bench/throughput.py [--json] [--rounds N] [--quick]
+
+The engines take turns within a round, and the median over rounds is shown, since machines are noisy: compare
+the ratios of one run, not figures of two.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, ROOT)
+os.environ['DISPY_DISCOVERY'] = 'loopback'
+os.environ['DISPY_SECRET'] = 'a secret of the benchmark alone'
+
+import dispy  # noqa: E402
+
+WORKERS = 2
+
+
+def empty(x):
+    return x
+
+
+def burn(seconds):
+    import time
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+    return seconds
+
+
+class Futures:
+    """ProcessPoolExecutor."""
+    name = 'ProcessPoolExecutor'
+
+    def __init__(self):
+        self._pool = ProcessPoolExecutor(WORKERS)
+
+    def submit(self, function, argument):
+        return self._pool.submit(function, argument)
+
+    def get(self, handle):
+        return handle.result()
+
+    def close(self):
+        self._pool.shutdown()
+
+
+class Pool:
+    """multiprocessing.Pool."""
+    name = 'Pool'
+
+    def __init__(self):
+        self._pool = multiprocessing.Pool(WORKERS)
+
+    def submit(self, function, argument):
+        return self._pool.apply_async(function, (argument,))
+
+    def get(self, handle):
+        return handle.get()
+
+    def close(self):
+        self._pool.close()
+        self._pool.join()
+
+
+class Dispy:
+    """This project: a real daemon, a secret, TCP over loopback."""
+    name = 'dispy'
+
+    def __init__(self):
+        self._directory = tempfile.TemporaryDirectory()
+        with open(os.path.join(self._directory.name, 'log'), 'w') as log:
+            self._node = subprocess.Popen(
+                [sys.executable, os.path.join(ROOT, 'dispynode.py'), '-c', str(WORKERS), '-i', '127.0.0.1', '-p', '0',
+                 '--dest-path-prefix', os.path.join(self._directory.name, 'node')], stdin=subprocess.DEVNULL, stderr=log)
+        self._port = self._wait_for_port()
+        self._clusters = {}
+
+    def _wait_for_port(self):
+        path = os.path.join(self._directory.name, 'node', 'lock')
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            try:
+                with open(path) as file:
+                    return int(file.read().split()[-1])
+            except (OSError, IndexError, ValueError):
+                time.sleep(0.02)
+        raise RuntimeError('the node did not start')
+
+    def submit(self, function, argument):
+        cluster = self._clusters.get(function)
+        if cluster is None:
+            for other in self._clusters.values():
+                other.close()
+            cluster = dispy.JobCluster(function, nodes=[('127.0.0.1', self._port)], loglevel=logging.ERROR)
+            self._clusters = {function: cluster}
+        return cluster.submit(argument)
+
+    def get(self, job):
+        result = job()
+        if job.exception:
+            raise RuntimeError(job.exception)
+        return result
+
+    def close(self):
+        for cluster in self._clusters.values():
+            cluster.close()
+        self._node.terminate()
+        self._node.wait(30)
+        self._directory.cleanup()
+
+
+def gather(engine, function, arguments):
+    """Seconds for all of them."""
+    start = time.perf_counter()
+    handles = [engine.submit(function, argument) for argument in arguments]
+    for handle in handles:
+        engine.get(handle)
+    return time.perf_counter() - start
+
+
+def measure_empty(engine, count):
+    gather(engine, empty, range(200))
+    return {'empty jobs/s': count / gather(engine, empty, range(count))}
+
+
+def measure_round_trip(engine, count):
+    gather(engine, empty, range(200))
+    times = []
+    for number in range(count):
+        start = time.perf_counter()
+        engine.get(engine.submit(empty, number))
+        times.append(time.perf_counter() - start)
+    times.sort()
+    return {'round trip p50 ms': times[count // 2] * 1e3, 'round trip p99 ms': times[int(count * 0.99)] * 1e3}
+
+
+def measure_large(engine, count):
+    blob = os.urandom(1 << 20)
+    gather(engine, empty, [blob] * 8)
+    return {'1 MiB MB/s': 2 * count * len(blob) / 1e6 / gather(engine, empty, [blob] * count)}
+
+
+def measure_efficiency(engine, count):
+    gather(engine, burn, [0.001] * 20)
+    return {'efficiency 20 ms': count * 0.02 / WORKERS / gather(engine, burn, [0.02] * count)}
+
+
+def measure_first_result():
+    """Seconds from constructing a cluster with an embedded node to its first result."""
+    start = time.perf_counter()
+    cluster = dispy.JobCluster(empty, nodes='local', loglevel=logging.ERROR)
+    assert cluster.submit(1)() == 1
+    seconds = time.perf_counter() - start
+    cluster.close()
+    return seconds
+
+
+MEMORY = """
+import gc, sys, time
+sys.path.insert(0, {root!r})
+import dispy, psutil
+cluster = dispy.JobCluster(lambda x: x, nodes=[('127.0.0.1', 9)], loglevel=50)   # nothing listens there: all are queued
+process = psutil.Process()
+warm = [cluster.submit(None) for _ in range(1000)]
+cluster.cancel(warm[-1])    # answered by the driver: it has taken what was posted before
+before = process.memory_info().rss
+jobs = [cluster.submit(None) for _ in range({count})]
+cluster.cancel(jobs[-1])
+after = process.memory_info().rss
+print((after - before) / {count} - sys.getsizeof(jobs[0]._payload))
+cluster.close(terminate=True)
+"""
+
+
+def measure_memory(count):
+    """Bytes of client memory a queued job takes besides its arguments, in a process of its own."""
+    out = subprocess.run([sys.executable, '-c', MEMORY.format(root=ROOT, count=count)], stdout=subprocess.PIPE, check=True)
+    return float(out.stdout)
+
+
+ENGINES = (Dispy, Futures, Pool)
+# measurement, count, better is (more: dispy / other; less: dispy / other, too)
+WORKLOADS = ((measure_empty, 20000), (measure_round_trip, 500), (measure_large, 100), (measure_efficiency, 200))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--json', action='store_true', help='print JSON instead of the table')
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--quick', action='store_true', help='a tenth of the jobs, one round: to see that it runs')
+    args = parser.parse_args()
+    rounds, divide = (1, 10) if args.quick else (args.rounds, 1)
+    figures = {engine.name: {} for engine in ENGINES}
+    for _ in range(rounds):
+        for engine_class in ENGINES:
+            engine = engine_class()
+            try:
+                for workload, count in WORKLOADS:
+                    for name, value in workload(engine, count // divide).items():
+                        figures[engine.name].setdefault(name, []).append(value)
+            finally:
+                engine.close()
+    table = {name: {key: statistics.median(values) for key, values in found.items()} for name, found in figures.items()}
+    ratios = {other: {key: table['dispy'][key] / table[other][key] for key in table['dispy']}
+              for other in table if other != 'dispy'}
+    own = {'first result s': statistics.median(measure_first_result() for _ in range(rounds)),
+           'bytes per queued job': measure_memory(100000 // divide)}
+    if args.json:
+        print(json.dumps({'rounds': rounds, 'python': sys.version.split()[0], 'cpus': os.cpu_count(), 'median': table,
+                          'ratio of dispy to': ratios, 'dispy': own, 'all': figures}))
+        return
+    keys = list(table['dispy'])
+    print('%-22s' % 'median of %d' % rounds + ''.join('%20s' % key for key in keys))
+    for name, found in table.items():
+        print('%-22s' % name + ''.join('%20.3f' % found[key] for key in keys))
+    for other, found in ratios.items():
+        print('%-22s' % ('dispy / ' + other)[:22] + ''.join('%20.2f' % found[key] for key in keys))
+    for name, value in own.items():
+        print('%s: %.3f' % (name, value))
+
+
+if __name__ == '__main__':
+    main()
