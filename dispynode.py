@@ -1906,6 +1906,15 @@ def _out_of_reach(handle: int) -> int:
     return high
 
 
+def _no_stdin() -> None:
+    """Make descriptor 0 read nothing."""
+    handle = os.open(os.devnull, os.O_RDONLY)
+    if handle:   # it is 0 itself when 0 was closed
+        os.dup2(handle, 0)
+        os.close(handle)
+    os.set_inheritable(0, True)
+
+
 def shared_slots(count: int) -> memoryview:
     """Numbers (u64) that this process shares with those it forks."""
     return memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast('B')[:8 * count].cast('Q')
@@ -2061,8 +2070,7 @@ class Worker:
     def _prepare(self) -> None:
         os.dup2(self._out.handle, 1)
         os.dup2(self._err.handle, 2)
-        with open(os.devnull) as null:
-            os.dup2(null.fileno(), 0)
+        _no_stdin()
         self._zero = os.fstat(0).st_ino
         self._streams = [open(0, closefd=False)] + [
             open(handle, 'w', encoding='utf-8', errors='backslashreplace', closefd=False) for handle in (1, 2)]
@@ -2205,12 +2213,11 @@ class Worker:
             if os.getcwd() != self._directory:
                 os.chdir(self._directory)
             if os.fstat(0).st_ino != self._zero:
-                return False
+                _no_stdin()
         except OSError:   # its directory or its stdin is gone
             try:
                 os.chdir(self._directory)
-                with open(os.devnull) as null:
-                    os.dup2(null.fileno(), 0)
+                _no_stdin()
             except OSError:
                 return False
         if _ENVIRON != self._environ:
@@ -3481,8 +3488,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: daemon.post(Stop()))
     if args.daemon and not args.embedded:
-        with open(os.devnull) as null:
-            os.dup2(null.fileno(), 0)
+        _no_stdin()
     logger.info('%s serves %d CPUs at port %d, PID %d', daemon.node.name, cpus, port, os.getpid())
     if args.embedded:
         print(port, flush=True)

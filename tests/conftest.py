@@ -29,16 +29,17 @@ def eventually(condition, seconds=20.0, what='condition'):
 
 
 def _sockets():
-    process = psutil.Process()
-    found = []
-    for number in os.listdir('/proc/self/fd') if os.path.isdir('/proc/self/fd') else ():
+    if not os.path.isdir('/proc/self/fd'):
+        return {str(connection) for connection in psutil.Process().net_connections()}
+    found = set()
+    for number in os.listdir('/proc/self/fd'):
         try:
             target = os.readlink('/proc/self/fd/' + number)
         except OSError:
             continue
         if target.startswith('socket:') or 'eventpoll' in target:
-            found.append(target)
-    return set(found) or {str(connection) for connection in process.connections()}
+            found.add(target)
+    return found
 
 
 @pytest.fixture(autouse=True)
