@@ -1030,6 +1030,7 @@ class Peer:
         self.ready: Set[str] = set()
         self.process: Optional['subprocess.Popen[bytes]'] = None
         self.dialling: Any = None                  # the socket of a dial thread, to be shut down
+        self.dial_thread: Optional[threading.Thread] = None
 
     def move(self, event: str) -> None:
         """The one place where a node's state changes."""
@@ -1044,13 +1045,13 @@ class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed."""
 
     def __init__(self, access: Access) -> None:
+        self._psk = derive_key(access.secret)
+        self._tls = tls_context(False, access.certfile, access.keyfile, access.cafile) if access.certfile else None
         super().__init__()
         self.access = access
         self.schedule = Schedule()
         self.users = 0                      # clusters
         self.broken = ''                    # why the driver's thread has ended before its time
-        self._psk = derive_key(access.secret)
-        self._tls = tls_context(False, access.certfile, access.keyfile, access.cafile) if access.certfile else None
         self._clusters: Dict[str, 'JobCluster'] = {}
         self._peers: Dict[Any, Peer] = {}
         self._by_link: Dict[int, Peer] = {}
@@ -1136,6 +1137,8 @@ class Driver(Loop):
             if peer.dialling is not None:
                 with contextlib.suppress(OSError):   # not connected yet, or not any more
                     peer.dialling.shutdown(socket.SHUT_RDWR)
+            if peer.dial_thread is not None:
+                peer.dial_thread.join(HANDSHAKE_TIME)
             if peer.process is not None:
                 _end_embedded(peer.process)
         for event in self._inbox:
@@ -1178,6 +1181,7 @@ class Driver(Loop):
         """A cluster is closed: end its jobs, tell its nodes."""
         if self._clusters.get(comp) is None:
             return
+        self._take_submitted()
         self._act(self.schedule.handle(Closed(comp), self.now))
         del self._clusters[comp], self._warn_at[comp]
         self._probes.pop(comp, None)
@@ -1325,7 +1329,8 @@ class Driver(Loop):
     def _dial(self, peer: Peer) -> None:
         peer.move('dial')
         peer.redial_at = None
-        threading.Thread(target=self._dial_thread, args=(peer,), name='dispy-dial', daemon=True).start()
+        peer.dial_thread = threading.Thread(target=self._dial_thread, args=(peer,), name='dispy-dial', daemon=True)
+        peer.dial_thread.start()
 
     def _dial_thread(self, peer: Peer) -> None:
         """Connect, TLS, handshake. A thread of its own."""
@@ -1334,7 +1339,7 @@ class Driver(Loop):
             psk, (host, port, _) = self._psk, peer.address
             if peer.embedded:
                 peer.process, port, psk = _start_embedded()
-            sock = peer.dialling = _connect(host, port)
+            sock = _connect(peer, host, port)
             deadline = time.monotonic() + HANDSHAKE_TIME
             binding = NO_TLS
             if self._tls is not None and not peer.embedded:
@@ -1352,7 +1357,7 @@ class Driver(Loop):
 
     def _dialled(self, event: Dialled) -> None:
         peer = event.peer
-        peer.dialling = None
+        peer.dialling = peer.dial_thread = None
         if peer.state is not NodeState.DIALLING:
             event.sock.close()
             return
@@ -1366,7 +1371,7 @@ class Driver(Loop):
 
     def _dial_failed(self, event: DialFailed) -> None:
         peer = event.peer
-        peer.dialling = None
+        peer.dialling = peer.dial_thread = None
         if peer.state is not NodeState.DIALLING:
             return
         peer.move('fail')
@@ -1601,10 +1606,20 @@ def _user_name() -> str:
         return 'unknown'
 
 
-def _connect(host: str, port: int) -> socket.socket:
-    sock = socket.create_connection((host, port), HANDSHAKE_TIME)
-    tune(sock)
-    return sock
+def _connect(peer: Peer, host: str, port: int) -> socket.socket:
+    """Like socket.create_connection, with the socket noted while it connects, so that this can be ended."""
+    failure: OSError = OSError('it has no address')
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
+        sock = peer.dialling = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(HANDSHAKE_TIME)
+            sock.connect(address)
+            tune(sock)
+            return sock
+        except OSError as exc:
+            failure = exc
+            sock.close()
+    raise failure
 
 
 def _digest_of_peer(sock: Any) -> bytes:
@@ -1774,7 +1789,7 @@ class JobCluster:
             if self._closed or self._driver.broken:
                 raise RuntimeError('submit: %s' % (self._driver.broken or 'the cluster was closed'))
             self._pending += 1
-        self._driver.post(job)
+            self._driver.post(job)   # with the lock held: `close` comes after it or before the test above
         return job
 
     def cancel(self, job: DispyJob) -> int:

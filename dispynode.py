@@ -2027,17 +2027,16 @@ class Program:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        # An interrupt goes to the whole process group and so to the program. Here it is noted and not raised: raised
+        # in the moment in which waitpid returns, it would lose the status.
+        self.interrupted = False
 
     def __call__(self, *args: Any) -> int:
-        process = subprocess.Popen([self.path, *map(str, args)], stdin=subprocess.DEVNULL)
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            # The whole process group was interrupted. A program that ends by itself has returned.
-            status = process.wait()
-            if status < 0:
-                raise
-            return status
+        self.interrupted = False
+        status = subprocess.Popen([self.path, *map(str, args)], stdin=subprocess.DEVNULL).wait()
+        if self.interrupted and status < 0:
+            raise KeyboardInterrupt   # one that ends by itself has returned
+        return status
 
 
 class Worker:
@@ -2128,9 +2127,12 @@ class Worker:
         if not self._slots[0] or self._slots[1] != self._slots[0]:
             return   # meant for a job that has ended meanwhile
         self._slots[1] = 0
-        if self._in_job:
+        if isinstance(self._function, Program):
+            self._function.interrupted = True
+        elif self._in_job:
             raise KeyboardInterrupt
-        self._interrupt_late = True
+        else:
+            self._interrupt_late = True
 
     # -- one job ------------------------------------------------------------------------------------------
 

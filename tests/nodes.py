@@ -1,0 +1,55 @@
+"""A real dispynode process for tests, on loopback, with a directory of its own."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+from conftest import ROOT, eventually
+
+
+class NodeProcess:
+    """`python dispynode.py` with options; `port` once it listens, `log()` what it said."""
+
+    def __init__(self, directory, *options, cpus=2, python=sys.executable, script=os.path.join(ROOT, 'dispynode.py'),
+                 port=0, env=None):
+        self.directory = str(directory)
+        os.makedirs(self.directory, exist_ok=True)
+        self._log = os.path.join(self.directory, 'log')
+        self.prefix = os.path.join(self.directory, 'node')
+        with open(self._log, 'ab') as log:
+            self._from = log.tell()
+            self.process = subprocess.Popen(
+                [python, script, '-i', '127.0.0.1', '-p', str(port), '-c', str(cpus), '--dest-path-prefix', self.prefix,
+                 *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(os.environ, **(env or {})))
+        self.port = int(eventually(self._listening, what='start of a node'))
+
+    def log(self):
+        with open(self._log, errors='replace') as file:
+            file.seek(self._from)
+            return file.read()
+
+    def _listening(self):
+        assert self.process.poll() is None, self.log()
+        found = re.search(r'CPUs at port (\d+)', self.log())
+        return found and found.group(1)
+
+    @property
+    def address(self):
+        return ('127.0.0.1', self.port)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(20)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.stop()
