@@ -67,7 +67,7 @@ import cloudpickle
 
 from dispynode import (
     ATOMS, FILE_PIECE, FRAME_FILL, HANDSHAKE_TIME, NODE_PORT, NO_TLS, OUT_OF_BAND, PULSE, QUEUED_TIME, Ack, Bye, Cancel, Compute,
-    DispyError, Done, File, HandshakeError, Introduce, Jobs, Link, LinkBroken, Loop, Need, Outcome, PeerError, Pulse,
+    DispyError, Done, File, HandshakeError, Introduce, Jobs, Link, LinkBroken, Loop, Need, Offer, Outcome, PeerError, Pulse,
     Ready, Recall, Refused, Results, Returned, Role, SecretError, Session, Welcome, beside, check_name,
     derive_key, describe_exception, file_digest, find_secret, handshake_dial, seal, size_of, tls_context, tune,
     unpack_error, unseal)
@@ -286,6 +286,12 @@ class NodeReady(NamedTuple):
     held: list
 
 
+class NodeOffers(NamedTuple):
+    """The CPUs a node offers have changed; 0: nothing new is to be sent."""
+    node: Any
+    cpus: int
+
+
 class NodeResults(NamedTuple):
     """Rows of Results."""
     node: Any
@@ -354,6 +360,11 @@ class JobsEnded(NamedTuple):
     node: Any
     comp: str
     pairs: list
+
+
+class JobWaits(NamedTuple):
+    """A job that was on a node waits again."""
+    work: Work
 
 
 class JobEnded(NamedTuple):
@@ -451,7 +462,7 @@ class Schedule:
         self._sends: Dict[Tuple[Any, str], List[Work]] = {}
         self._handlers: Dict[type, Callable[[Any], None]] = {
             Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked,
-            NodeReady: self._node_ready, NodeResults: self._node_results, NodeReturned: self._node_returned,
+            NodeReady: self._node_ready, NodeOffers: self._node_offers, NodeResults: self._node_results, NodeReturned: self._node_returned,
             NodeLost: self._node_lost, NodeLeft: self._node_left, Closed: self._closed,
         }
 
@@ -554,15 +565,24 @@ class Schedule:
         for serial in [serial for serial in flight if serial not in held]:
             self._back(node, comp, serial)   # it never arrived there
 
+    def _node_offers(self, event: NodeOffers) -> None:
+        node = self.nodes.get(event.node)
+        if node is not None:
+            node.cpus = event.cpus
+
     def _back(self, node: _Node, comp: _Comp, serial: int) -> None:
         """An attempt that was never started: the job waits again."""
         work = self._land(node, comp, serial)
         if work is None:
             return
         if self._move(work, 'back') is JobState.REQUEUED:
-            comp.queue.push_front(work)
+            self._wait_again(comp, work)
         else:
             self._do(JobEnded(work, 'cancelled before it was started'))
+
+    def _wait_again(self, comp: _Comp, work: Work) -> None:
+        comp.queue.push_front(work)
+        self._do(JobWaits(work))
 
     def _node_returned(self, event: NodeReturned) -> None:
         node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
@@ -620,7 +640,7 @@ class Schedule:
         work._lost += (node_name,)
         if comp.reentrant and len(work._lost) < LOST_MOST and work._state is not JobState.CANCELLING:
             self._move(work, 'back')
-            comp.queue.push_front(work)
+            self._wait_again(comp, work)
         elif self._move(work, 'give up') is JobState.CANCELLED:
             self._do(JobEnded(work, 'cancelled; its node was lost meanwhile'))
         else:
@@ -633,7 +653,7 @@ class Schedule:
     def _distribute(self, waiting: List[_Comp]) -> None:
         """First to CPUs that are idle, on all nodes; then to queues on nodes, evenly."""
         self._sends = {}
-        nodes = [node for node in self.nodes.values() if node.comps]
+        nodes = [node for node in self.nodes.values() if node.comps and node.cpus > 0]
         for node in nodes:
             if node.used < node.cpus:
                 self._fill(node, waiting, None)
@@ -687,6 +707,8 @@ class Schedule:
         comp.flying += cpus
         node.flight[comp.comp][work._serial] = work
         comp.running[work._serial] = node
+        if node.recalled:   # the node forgets what was recalled when new work comes
+            node.recalled.discard(comp.comp)
         self._sends.setdefault((node.key, comp.comp), []).append(work)
 
     def _balance(self) -> None:
@@ -702,7 +724,8 @@ class Schedule:
                 free = sum(node.cpus - node.used for node in idle if name in node.comps)
                 if free > 0 and name not in donor.recalled and len(donor.flight[name]) > 1:
                     donor.recalled.add(name)
-                    self._do(SendRecall(donor.key, name, min(surplus, free)))
+                    fair = surplus * free // (free + donor.cpus) if donor.cpus else surplus
+                    self._do(SendRecall(donor.key, name, min(surplus, max(free, fair))))
 
 
 _EVENT_OF = {Outcome.RETURNED: 'finish', Outcome.RETURNED_CODE: 'finish', Outcome.RAISED: 'fail', Outcome.DIED: 'fail',
@@ -1066,11 +1089,11 @@ class Driver(Loop):
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts: Dict[type, Callable[[Any], None]] = {
             SendJobs: self._send_jobs, SendCancel: self._send_to, SendRecall: self._send_to, SendAck: self._send_ack,
-            JobsEnded: self._jobs_ended, JobEnded: self._job_ended,
+            JobsEnded: self._jobs_ended, JobEnded: self._job_ended, JobWaits: self._job_waits,
         }
         self._messages: Dict[type, Callable[[Peer, Any], None]] = {
             Welcome: self._on_welcome, Refused: self._on_refused, Need: self._on_need, Ready: self._on_ready,
-            Results: self._on_results, Returned: self._on_returned,
+            Results: self._on_results, Returned: self._on_returned, Offer: self._on_offer,
         }
         self._events: Dict[type, Callable[[Any], None]] = {
             DispyJob: self._submitted.append, Dialled: self._dialled, DialFailed: self._dial_failed, Asked: self._asked,
@@ -1401,8 +1424,10 @@ class Driver(Loop):
             kind = type(message)
             if kind is Pulse:
                 continue
-            if kind is Bye:
-                raise LinkBroken('it said: %s' % message.text[:200])
+            if kind is Bye:   # what it has not answered for was never started
+                for comp in peer.ready:
+                    self._act(self.schedule.handle(NodeReady(self._key_of(peer), comp, 0, []), self.now))
+                raise LinkBroken(message.text[:200])
             if kind not in self._messages:
                 raise PeerError('%s may not come here' % kind.__name__)
             self._messages[kind](peer, message)
@@ -1426,12 +1451,20 @@ class Driver(Loop):
 
     def _on_welcome(self, peer: Peer, message: Welcome) -> None:
         peer.name, peer.facts = message.name, message.facts
-        limit = peer.address.cpus
-        peer.cpus = min(message.cpus, limit) if limit > 0 else max(0, message.cpus + limit)
+        self._limit(peer, message.cpus)
         key = self._key_of(peer)
         for comp, keys in self._users.items():
             if key in keys:
                 self._set_up(peer, comp)
+
+    def _on_offer(self, peer: Peer, message: Offer) -> None:
+        self._limit(peer, message.cpus)
+        self._act(self.schedule.handle(NodeOffers(self._key_of(peer), peer.cpus), self.now))
+
+    @staticmethod
+    def _limit(peer: Peer, offered: int) -> None:
+        limit = peer.address.cpus
+        peer.cpus = min(offered, limit) if limit > 0 else max(0, offered + limit)
 
     def _set_up(self, peer: Peer, comp: str) -> None:
         """Offer a computation to a node."""
@@ -1567,6 +1600,11 @@ class Driver(Loop):
             cluster._conclude(plain, peer)
         if code:
             self._openers.run(cluster._conclude, code, peer)
+
+    @staticmethod
+    def _job_waits(action: JobWaits) -> None:
+        job = action.work
+        job.status, job.ip_addr, job.start_time = DispyJob.Created, None, None
 
     def _job_ended(self, action: JobEnded) -> None:
         job = action.work

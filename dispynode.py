@@ -79,7 +79,7 @@ PULSES_LOST = 5               # silent pulses after which a link is broken
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 SETUP_TIME = 600.0            # s that loading code and setup() may take
-ORPHAN_TIME = 10.0            # s that results wait for a client whose link broke
+ORPHAN_TIME = 3.0             # s that results wait for a client whose link broke
 QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 AHEAD_TIME = 0.005            # s of work that a worker may hold beyond what it runs
 AHEAD_MOST = 64               # jobs, the same
@@ -227,12 +227,18 @@ class Returned(NamedTuple):
     serials: list
 
 
+class Offer(NamedTuple):
+    """Node: the CPUs it offers from now on; 0 when it is being stopped."""
+    cpus: int
+
+
 class Pulse(NamedTuple):
     """Either side: alive."""
 
 
 class Bye(NamedTuple):
-    """Either side: this link ends on purpose. A link that ends without it is broken, not closed."""
+    """Either side: this link ends on purpose. A link that ends without it is broken, not closed. After a node's Bye
+    every attempt it has not answered for was never started."""
     text: str
 
 
@@ -242,7 +248,7 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     1: (Introduce, SMALL), 2: (Compute, LARGE), 3: (File, 2 * FILE_PIECE), 4: (Jobs, LARGE), 5: (Cancel, MIDDLE),
     6: (Recall, SMALL), 7: (Ack, MIDDLE), 8: (Done, SMALL),
     33: (Welcome, SMALL), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, MIDDLE), 37: (Results, LARGE),
-    38: (Returned, MIDDLE),
+    38: (Returned, MIDDLE), 39: (Offer, SMALL),
     65: (Pulse, SMALL), 66: (Bye, SMALL),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
@@ -589,12 +595,9 @@ def _receive_exactly(sock: Any, size: int, deadline: float, clock: Callable[[], 
     while len(data) < size:
         left = deadline - clock()
         if left <= 0:
-            raise HandshakeError('no answer within %d s' % HANDSHAKE_TIME)
+            raise socket.timeout('no answer within %d s' % HANDSHAKE_TIME)
         sock.settimeout(left)
-        try:
-            piece = sock.recv(size - len(data))
-        except socket.timeout as exc:
-            raise HandshakeError('no answer within %d s' % HANDSHAKE_TIME) from exc
+        piece = sock.recv(size - len(data))   # raises socket.timeout, an OSError
         if not piece:
             raise EOFError
         data += piece
@@ -610,9 +613,9 @@ def handshake_dial(sock: Any, psk: bytes, role: Role, wanted: Role, instance: by
     sock.sendall(hello)
     try:
         challenge = _receive_exactly(sock, _CHALLENGE.size, deadline, clock)
-    except EOFError:
-        raise HandshakeError('it closed the connection at once: is it a dispynode 5, and do both sides use TLS or '
-                             'neither (certfile)?') from None
+    except (EOFError, ConnectionError):
+        raise HandshakeError('it closed the connection at once: is it a dispynode 5, do both sides use TLS or neither '
+                             '(certfile), or does it refuse this address for a while after wrong secrets?') from None
     magic, version, peer_role, flags, _, peer_instance, _ = _CHALLENGE.unpack(challenge)
     if magic[:7] == ALERT[:7] or (magic[:6] == MAGIC[:6] and magic != MAGIC):
         raise HandshakeError('it speaks another version of the protocol than dispy %s here: update the older one'
@@ -1057,11 +1060,14 @@ class Doorkeeper:
         self._open[address] += 1
         return True
 
-    def done(self, address: str, proved: bool, now: float) -> None:
-        """The handshake ended; `proved` is whether the peer knew the secret."""
+    def done(self, address: str, proved: Optional[bool], now: float) -> None:
+        """The handshake ended; `proved` is whether the peer knew the secret, None if it did not try: silence guesses
+        nothing, and is bounded by the number of handshakes."""
         self._open[address] -= 1
         if not self._open[address]:
             del self._open[address]
+        if proved is None:
+            return
         if proved:
             self._failed.pop(address, None)
             return
@@ -1296,6 +1302,7 @@ class _Computation:
         self.idle: List[_Worker] = []
         self.hungry: Dict[int, _Worker] = {}   # busy workers whose queue may be filled up
         self.mean: Optional[float] = None      # s a job takes, quick to rise and slow to fall
+        self.owed = 0                          # attempts recalled by the client that stand behind running ones
         self.stillborn = 0                     # workers in a row that died before their first job
         self.most = spec.get('max_jobs') or 0
 
@@ -1568,6 +1575,7 @@ class Node:
         if self.stopping:
             self._reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
             return
+        comp.owed = 0   # it has work for us again
         for serial, payload, options in message.rows:
             if serial in comp.attempts or serial in comp.unacknowledged:
                 continue
@@ -1598,7 +1606,7 @@ class Node:
                 if comp.waiting and 2 * room > ahead:
                     self._feed(comp, worker, room, now)
         comp.hungry.clear()
-        if not comp.waiting and comp.idle and not self._checking:
+        if not comp.waiting and (comp.idle or comp.owed):
             self._check_later(comp, now)
 
     def _new_worker(self, comp: _Computation) -> _Worker:
@@ -1633,8 +1641,8 @@ class Node:
             self._interrupt(worker, head, now)
 
     def _check_later(self, comp: _Computation, now: float) -> None:
-        """Idle workers beside one that sits on unstarted attempts: look again soon."""
-        if any(len(worker.queue) > 1 and not worker.recalled for worker in comp.workers.values()):
+        """CPUs are idle, here or elsewhere, and a worker sits on unstarted attempts: look again soon."""
+        if not self._checking and any(len(worker.queue) > 1 and not worker.recalled for worker in comp.workers.values()):
             self._checking = True
             self._at(now + 0.02, 'balance')
 
@@ -1642,7 +1650,7 @@ class Node:
         self._checking = False
         for worker in self._workers.values():
             comp = worker.comp
-            if len(worker.queue) > 1 and comp.idle and not comp.waiting and not worker.recalled:
+            if len(worker.queue) > 1 and (comp.idle or comp.owed) and not comp.waiting and not worker.recalled:
                 if now - worker.since >= 0.02:
                     worker.recalled = True
                     self._do(TakeBack(worker.key))
@@ -1705,9 +1713,13 @@ class Node:
         while worker.queue and worker.queue[-1].serial in serials:
             back.append(worker.queue.pop())
         worker.fed -= len(back)
-        self._requeue(worker.comp, reversed(back), now)
+        comp = worker.comp
+        self._requeue(comp, reversed(back), now)
         if back and not worker.queue:
             self._idle(worker, back[-1].cpus)
+        if comp.owed and not comp.idle:
+            owed, comp.owed = comp.owed, max(0, comp.owed - len(comp.waiting))
+            self._give_back(comp, owed)
 
     def _requeue(self, comp: _Computation, attempts: Iterable[Attempt], now: float) -> None:
         """Attempts that never started go back to the front, or end if they were to be cancelled."""
@@ -1810,13 +1822,23 @@ class Node:
         comp = self._comp_of(link, message.comp)
         if comp is None:
             return
+        comp.owed = max(0, message.count - len(comp.waiting))
+        self._give_back(comp, message.count)
+        if comp.owed:
+            self._check_later(comp, now)
+
+    def _give_back(self, comp: _Computation, count: int) -> None:
+        """Return attempts that wait here, the last first."""
         serials = []
-        while comp.waiting and len(serials) < message.count:
+        while comp.waiting and len(serials) < count:
             attempt = comp.waiting.pop()
+            if attempt.ending is not None:
+                self._finish(comp, self._unstarted(attempt))
+                continue
             del comp.attempts[attempt.serial]
             self.held_bytes -= size_of(attempt.payload)
             serials.append(attempt.serial)
-        self._do(Send(link, Returned(comp.comp, serials)))
+        self._reply(comp, Returned(comp.comp, serials[::-1]))
 
     def _on_ack(self, link: int, message: Ack, now: float) -> None:
         comp = self._comp_of(link, message.comp)
@@ -1832,13 +1854,12 @@ class Node:
             self._leave(now)
             return
         self.stopping = True
+        logger.info('stopping: what waits is given back, what runs has %d s to end', GRACE)
         self._at(now + GRACE + 0.5, 'stop')
+        for link in self._links:
+            self._do(Send(link, Offer(0)))
         for comp in self._comps.values():
-            if comp.waiting:
-                self._reply(comp, Returned(comp.comp, [attempt.serial for attempt in comp.waiting]))
-                for attempt in comp.waiting:
-                    del comp.attempts[attempt.serial]
-                comp.waiting.clear()
+            self._give_back(comp, len(comp.waiting))
         for worker in self._workers.values():
             for attempt in worker.queue:
                 attempt.ending = attempt.ending or Outcome.STOPPED
@@ -1846,6 +1867,18 @@ class Node:
                 self._interrupt(worker, worker.queue[0], now)
 
     def _leave(self, now: float) -> None:
+        """Account for every attempt, then go."""
+        for worker in self._workers.values():
+            queue = list(worker.queue)
+            if queue and worker.comp.stage is Stage.READY:
+                self._finish(worker.comp, (queue[0].serial, int(Outcome.STOPPED), 0.0, 0.0,
+                                           ENDING_TEXT[Outcome.STOPPED].encode(), b'', b''))
+                worker.comp.waiting.extend(queue[1:])
+        for comp in self._comps.values():
+            self._give_back(comp, len(comp.waiting))
+            if comp.outbox:
+                self._reply(comp, Results(comp.comp, comp.outbox))
+                comp.outbox = []
         for link in self._links:
             self._do(Drop(link, 'node stopped'))
         for comp in self._comps.values():
@@ -2900,7 +2933,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """TLS and handshake. The connection's own thread."""
-        address, proved = client_address[0], False
+        address, proved = client_address[0], None  # type: Tuple[str, Optional[bool]]
         deadline = time.monotonic() + HANDSHAKE_TIME
         try:
             tune(request)
@@ -2910,7 +2943,10 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             proved = True
             self._kept.add(id(request))
             self._deliver(Arrival(sock, session, address))
-        except (HandshakeError, EOFError, OSError) as exc:   # ssl.SSLError is an OSError
+        except HandshakeError as exc:
+            proved = False
+            self._log(address, str(exc))
+        except (EOFError, OSError) as exc:   # ssl.SSLError is an OSError
             self._log(address, str(exc) or 'it hung up')
         finally:
             with self._lock:
