@@ -1606,6 +1606,9 @@ class Node:
                 if comp.waiting and 2 * room > ahead:
                     self._feed(comp, worker, room, now)
         comp.hungry.clear()
+        if comp.owed and comp.waiting:   # what was taken back from workers and found no CPU here
+            owed, comp.owed = comp.owed, max(0, comp.owed - len(comp.waiting))
+            self._give_back(comp, owed)
         if not comp.waiting and (comp.idle or comp.owed):
             self._check_later(comp, now)
 
@@ -1717,9 +1720,6 @@ class Node:
         self._requeue(comp, reversed(back), now)
         if back and not worker.queue:
             self._idle(worker, back[-1].cpus)
-        if comp.owed and not comp.idle:
-            owed, comp.owed = comp.owed, max(0, comp.owed - len(comp.waiting))
-            self._give_back(comp, owed)
 
     def _requeue(self, comp: _Computation, attempts: Iterable[Attempt], now: float) -> None:
         """Attempts that never started go back to the front, or end if they were to be cancelled."""
