@@ -1167,8 +1167,6 @@ class Driver(Loop):
         for event in self._inbox:
             if isinstance(event, Asked):
                 event.future.set_exception(RuntimeError(self.broken or 'the cluster was closed'))
-            elif isinstance(event, Dialled):
-                event.sock.close()
 
     def after_fork(self) -> None:
         """In a forked child the driver's thread does not exist. Let go of its sockets without a word, so that

@@ -46,6 +46,7 @@ import io
 import itertools
 import logging
 import logging.handlers
+import math
 import mmap
 import multiprocessing
 import os
@@ -64,6 +65,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 from functools import lru_cache
 from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
@@ -108,6 +110,10 @@ class LinkBroken(DispyError):
 
 class HandshakeError(DispyError):
     """No link came of a connection; the text says why and what mends it."""
+
+
+class Silence(HandshakeError):
+    """The peer did not say what it had to in time."""
 
 
 class SecretError(DispyError, ValueError):
@@ -252,7 +258,6 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     65: (Pulse, SMALL), 66: (Bye, SMALL),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
-ROW_LENGTH = {Jobs: 3, Results: 7}
 FIELD_TYPES = {message: tuple((float, int) if kind is float else object if kind is Any else kind
                               for kind in message.__annotations__.values()) for message in OPS}
 
@@ -327,12 +332,74 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
     kinds = FIELD_TYPES[message]
     if type(fields) is not tuple or len(fields) != len(kinds) or not all(map(isinstance, fields, kinds)):
         raise PeerError('%s with wrong fields' % message.__name__)
-    length = ROW_LENGTH.get(message)
-    if length is not None:
-        for row in fields[1]:
-            if type(row) is not tuple or len(row) != length or type(row[0]) is not int:
-                raise PeerError('%s with a wrong row' % message.__name__)
+    check = CHECKS.get(message)
+    if check is not None and not check(fields):
+        raise PeerError('%s with wrong values' % message.__name__)
     return message._make(fields)
+
+
+def _is_buffer(value: Any) -> bool:
+    return type(value) is bytes or type(value) is memoryview
+
+
+def _is_payload(value: Any) -> bool:
+    return _is_buffer(value) or (type(value) is tuple and all(map(_is_buffer, value)))
+
+
+def _is_serial(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 64
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_options(value: Any) -> bool:
+    if value is None:
+        return True
+    return type(value) is dict and not set(value) - {'cpus', 'timeout', 'priority'} and all(map(_is_number, value.values())) \
+        and type(value.get('cpus', 1)) is int and value.get('cpus', 1) >= 1
+
+
+def _is_job(row: Any) -> bool:
+    return type(row) is tuple and len(row) == 3 and _is_serial(row[0]) and (type(row[1]) is bytes or _is_payload(row[1])) \
+        and (row[2] is None or _is_options(row[2]))
+
+
+def _is_result(row: Any) -> bool:
+    return type(row) is tuple and len(row) == 7 and _is_serial(row[0]) and type(row[1]) is int and row[1] in OUTCOMES \
+        and _is_number(row[2]) and _is_number(row[3]) and _is_buffer(row[4]) and _is_buffer(row[5]) and _is_buffer(row[6])
+
+
+def _is_file(row: Any) -> bool:
+    """A row of a computation's files: name, size, digest, mode."""
+    return type(row) is tuple and [type(field) for field in row] == [str, int, bytes, int] and row[1] >= 0
+
+
+OUTCOMES = frozenset(map(int, Outcome))
+SPEC_FIELDS: Dict[str, Any] = {'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
+                               'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str}
+
+
+def _is_spec(spec: dict) -> bool:
+    return all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) \
+        and spec['max_jobs'] >= 0 and all(type(name) is str and _is_buffer(source) for name, source in spec['support'].items())
+
+
+def _all_serials(fields: tuple) -> bool:
+    return all(map(_is_serial, fields[1]))
+
+
+# message -> whether its fields, of the right types, hold what they should: handlers rely on it
+CHECKS: Dict[type, Callable[[tuple], bool]] = {
+    Introduce: lambda fields: math.isfinite(fields[1]),
+    Compute: lambda fields: _is_spec(fields[1]),
+    File: lambda fields: _is_buffer(fields[3]),
+    Jobs: lambda fields: all(map(_is_job, fields[1])),
+    Results: lambda fields: all(map(_is_result, fields[1])),
+    Need: lambda fields: all(type(name) is str for name in fields[1]),
+    Cancel: _all_serials, Ack: _all_serials, Ready: _all_serials, Returned: _all_serials,
+}
 
 
 def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
@@ -458,12 +525,14 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
 
     Raises SecretError for a file that others can read, that is empty or that cannot be read.
     """
-    if secret:
-        return secret.encode('utf-8') if isinstance(secret, str) else bytes(secret)
-    if path:
+    if not secret and path:
         return _read_secret(path)
-    if os.environ.get('DISPY_SECRET'):
-        return os.environ['DISPY_SECRET'].encode('utf-8')
+    given = secret or os.environ.get('DISPY_SECRET')
+    if given:
+        data = given.encode('utf-8') if isinstance(given, str) else bytes(given)
+        if not data.strip():
+            raise SecretError('the secret is blank (%s)' % ('secret=' if secret else 'DISPY_SECRET'))
+        return data
     path = secret_path()
     if not os.path.exists(path):
         _make_secret(path)
@@ -490,9 +559,9 @@ def _make_secret(path: str) -> None:
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))  # mode 0600
-        with os.fdopen(handle, 'w') as file:
-            file.write(os.urandom(32).hex() + '\n')
         try:
+            with os.fdopen(handle, 'w') as file:
+                file.write(os.urandom(32).hex() + '\n')
             os.link(temporary, path)
         except FileExistsError:
             logger.debug('another process made %s first', path)
@@ -524,7 +593,7 @@ def tls_context(server: bool, certfile: str, keyfile: Optional[str] = None, cafi
     context.check_hostname = False  # a private CA vouches; the handshake binds the channel to the certificate
     context.verify_mode = ssl.CERT_REQUIRED
     try:
-        context.load_cert_chain(certfile, keyfile)
+        context.load_cert_chain(certfile, keyfile, _no_password)
     except (OSError, ssl.SSLError) as exc:
         raise SecretError('the certificate %s with key %s cannot be used: %s'
                           % (certfile, keyfile or 'in the same file', exc)) from exc
@@ -533,6 +602,10 @@ def tls_context(server: bool, certfile: str, keyfile: Optional[str] = None, cafi
     except (OSError, ssl.SSLError) as exc:
         raise SecretError('the CA file %s cannot be used: %s' % (cafile or certfile, exc)) from exc
     return context
+
+
+def _no_password() -> str:
+    raise SecretError('the key of the certificate is encrypted; a daemon cannot ask for its password')
 
 
 def certificate_digest(certfile: str) -> bytes:
@@ -595,9 +668,12 @@ def _receive_exactly(sock: Any, size: int, deadline: float, clock: Callable[[], 
     while len(data) < size:
         left = deadline - clock()
         if left <= 0:
-            raise socket.timeout('no answer within %d s' % HANDSHAKE_TIME)
+            raise Silence('no answer within %d s' % HANDSHAKE_TIME)
         sock.settimeout(left)
-        piece = sock.recv(size - len(data))   # raises socket.timeout, an OSError
+        try:
+            piece = sock.recv(size - len(data))
+        except socket.timeout as exc:
+            raise Silence('no answer within %d s' % HANDSHAKE_TIME) from exc
         if not piece:
             raise EOFError
         data += piece
@@ -903,7 +979,8 @@ def check_name(name: str) -> Tuple[str, ...]:
     if len(parts) > 32:
         raise ValueError('file name %.60r has more than 32 parts' % name)
     for part in parts:
-        if part in ('', '.', '..') or '\\' in part or ':' in part or any(ord(c) < 32 or ord(c) == 127 for c in part):
+        if part in ('', '.', '..') or '\\' in part or ':' in part or any(
+                unicodedata.category(c) in ('Cc', 'Zl', 'Zp') for c in part):
             raise ValueError('file name %.60r is refused: part %.60r' % (name, part))
         try:
             if len(part.encode('utf-8')) > 255:
@@ -979,21 +1056,21 @@ class _Partial:
         if self._hash.digest() != self._digest:
             raise ValueError('the digest is wrong')
         os.fsync(self._file)
-        os.close(self._file)
-        with _parent_of(self._root, self._parts) as (prefix, handle):
+        handle, self._file = self._file, -1
+        os.close(handle)
+        with _parent_of(self._root, self._parts) as (prefix, handle):   # handle: of the directory now
             target = prefix + self._parts[-1]
             os.chmod(prefix + self._temporary, self._mode, **({'dir_fd': handle} if handle is not None else {}))
             os.replace(prefix + self._temporary, target, src_dir_fd=handle, dst_dir_fd=handle)
-        self._file = -1
         return True
 
     def abort(self) -> None:
         """Remove what came."""
         if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-            with contextlib.suppress(OSError), _parent_of(self._root, self._parts) as (prefix, handle):
-                os.unlink(prefix + self._temporary, dir_fd=handle)
+            handle, self._file = self._file, -1
+            os.close(handle)
+        with contextlib.suppress(OSError, ValueError), _parent_of(self._root, self._parts) as (prefix, handle):
+            os.unlink(prefix + self._temporary, dir_fd=handle)   # or it was never made, or is in its place already
 
 
 class FileReceiver:
@@ -1006,17 +1083,28 @@ class FileReceiver:
 
     def want(self, files: Sequence[Tuple[str, int, bytes, int]]) -> List[str]:
         """Rows of (name, size, digest, mode); returns the names to be sent. Raises ValueError or OSError."""
-        for name, size, digest, mode in files:
-            path = os.path.join(self._root, *check_name(name))
-            if os.path.isfile(path) and not os.path.islink(path) and os.path.getsize(path) == size \
-                    and file_digest(path)[1] == digest:
-                continue
-            self._wanted[name] = (size, digest, mode)
-        needed = sum(size for size, _, _ in self._wanted.values())
+        wanted = {}
+        for row in files if isinstance(files, (list, tuple)) else (files,):
+            if not _is_file(row):
+                raise ValueError('%.80r describes no file' % (row,))
+            name, size, digest, mode = row
+            if not self._known(check_name(name), size, digest):
+                wanted[name] = (size, digest, mode)
+        needed = sum(size for size, _, _ in wanted.values())
         free = shutil.disk_usage(self._root).free
         if needed > free:
             raise OSError('%d bytes are needed for files and %d are free in %s' % (needed, free, self._root))
-        return sorted(self._wanted)
+        self._wanted = wanted
+        return sorted(wanted)
+
+    def _known(self, parts: Sequence[str], size: int, digest: bytes) -> bool:
+        """Whether this very file is there, and not through a link."""
+        path = self._root
+        for part in parts:
+            path = os.path.join(path, part)
+            if os.path.islink(path):
+                return False
+        return os.path.isfile(path) and os.path.getsize(path) == size and file_digest(path)[1] == digest
 
     def piece(self, name: str, offset: int, data: Buffer) -> bool:
         """Take one piece; true when no file is wanted any more. Raises ValueError or OSError."""
@@ -1063,17 +1151,21 @@ class Doorkeeper:
     def done(self, address: str, proved: Optional[bool], now: float) -> None:
         """The handshake ended; `proved` is whether the peer knew the secret, None if it did not try: silence guesses
         nothing, and is bounded by the number of handshakes."""
-        self._open[address] -= 1
-        if not self._open[address]:
-            del self._open[address]
-        if proved is None:
-            return
+        self.leave(address)
+        if proved is None or now < self._failed.get(address, (0, 0.0))[1]:
+            return   # one that began before the others failed
         if proved:
             self._failed.pop(address, None)
             return
         count = self._failed.get(address, (0, 0.0))[0] + 1
-        shut = min(self.SHUT * 2 ** (count - self.FAILURES), self.SHUT_MOST) if count >= self.FAILURES else 0.0
+        shut = min(self.SHUT * 2 ** min(count - self.FAILURES, 10), self.SHUT_MOST) if count >= self.FAILURES else 0.0
         self._remember(self._failed, address, (count, now + shut))
+
+    def leave(self, address: str) -> None:
+        """Give back the place of an admitted connection."""
+        self._open[address] -= 1
+        if not self._open[address]:
+            del self._open[address]
 
     def may_log(self, address: str, now: float) -> bool:
         """One line an address and 10 s."""
@@ -1313,10 +1405,6 @@ class _Computation:
         return min(AHEAD_MOST, int(AHEAD_TIME / (self.mean + 1e-6)))
 
 
-SPEC_FIELDS: Dict[str, Any] = {'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
-                               'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str}
-
-
 class Node:
     """What a node decides. Events in, actions out; `flush` once a turn, after all events of the turn."""
 
@@ -1470,19 +1558,9 @@ class Node:
         elif self.lease is not Lease.FREE and self.holder != up.instance:
             self._do(Send(link, Refused(message.comp, 'busy', 'it serves %s' % (self.holder_text or 'another client'))))
         else:
-            self._check_spec(message.spec)
             self._set_lease('taken', up.instance, self._names.get(link, up.address))
             self._comps[message.comp] = _Computation(message.comp, up.instance, link, message.spec)
             self._do(Prepare(message.comp, message.spec))
-
-    @staticmethod
-    def _check_spec(spec: dict) -> None:
-        for name, kind in SPEC_FIELDS.items():
-            if not isinstance(spec.get(name), kind):
-                raise PeerError('a computation without a proper %s' % name)
-        for row in spec['files']:
-            if type(row) is not tuple or [type(field) for field in row] != [str, int, bytes, int]:
-                raise PeerError('a computation with a wrong row of files')
 
     def _prepared(self, event: Prepared, now: float) -> None:
         comp = self._comps[event.comp]
@@ -2876,6 +2954,9 @@ class Loop:
         for key in list(self._selector.get_map().values()):
             if isinstance(key.data, Channel):
                 self.detach(key.data)
+        for event in self._inbox:
+            if hasattr(event, 'sock'):   # of a connection that came too late
+                event.sock.close()
         self._selector.close()
         self._waker.close()
         self._wakened.close()
@@ -2919,7 +3000,9 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             return super().get_request()
         except OSError as exc:
             if exc.errno in (23, 24):   # ENFILE, EMFILE
-                os.close(self._spare)
+                if self._spare >= 0:
+                    os.close(self._spare)
+                self._spare = -1
                 with contextlib.suppress(OSError):
                     super().get_request()[0].close()
                 self._spare = os.open(os.devnull, os.O_RDONLY)
@@ -2931,10 +3014,19 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
         with self._lock:
             return self._keeper.admit(client_address[0], time.monotonic())
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread."""
+        try:
+            super().process_request(request, client_address)
+        except BaseException:   # no thread could be started: its place is free again
+            with self._lock:
+                self._keeper.leave(client_address[0])
+            raise
+
     def finish_request(self, request: Any, client_address: Any) -> None:
         """TLS and handshake. The connection's own thread."""
         address, proved = client_address[0], None  # type: Tuple[str, Optional[bool]]
-        deadline = time.monotonic() + HANDSHAKE_TIME
+        deadline, sock = time.monotonic() + HANDSHAKE_TIME, request
         try:
             tune(request)
             request.settimeout(HANDSHAKE_TIME)
@@ -2944,11 +3036,13 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self._kept.add(id(request))
             self._deliver(Arrival(sock, session, address))
         except HandshakeError as exc:
-            proved = False
+            proved = None if isinstance(exc, Silence) else False
             self._log(address, str(exc))
         except (EOFError, OSError) as exc:   # ssl.SSLError is an OSError
             self._log(address, str(exc) or 'it hung up')
         finally:
+            if not proved:
+                sock.close()   # under TLS not the one that socketserver knows
             with self._lock:
                 self._keeper.done(address, proved, time.monotonic())
 
