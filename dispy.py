@@ -67,7 +67,7 @@ import cloudpickle
 
 from dispynode import (
     ATOMS, FILE_PIECE, FRAME_FILL, HANDSHAKE_TIME, NODE_PORT, NO_TLS, OUT_OF_BAND, PULSE, QUEUED_TIME, Ack, Bye, Cancel, Compute,
-    DispyError, Done, File, HandshakeError, Introduce, Jobs, Link, LinkBroken, Loop, Need, Offer, Outcome, PeerError, Pulse,
+    DispyError, Done, File, HandshakeError, Introduce, Jobs, Link, LinkBroken, Loop, Need, OUTCOMES, Offer, Outcome, PeerError, Pulse,
     Ready, Recall, Refused, Results, Returned, Role, SecretError, Session, Welcome, beside, check_name,
     derive_key, describe_exception, file_digest, find_secret, handshake_dial, seal, size_of, tls_context, tune,
     unpack_error, unseal)
@@ -367,6 +367,12 @@ class JobWaits(NamedTuple):
     work: Work
 
 
+class JobParked(NamedTuple):
+    """A job wants more CPUs than any node has; it waits beside the queue until there is one."""
+    work: Work
+    text: str
+
+
 class JobEnded(NamedTuple):
     """A job has ended without a result; `text` says why."""
     work: Work
@@ -379,7 +385,6 @@ class _Queue:
     def __init__(self) -> None:
         self._levels: Dict[int, Deque[Work]] = {}
         self._order: List[int] = []     # priorities in use, highest last
-        self._dead = 0                  # cancelled ones that are still in a deque
         self.length = 0
 
     def _level(self, work: Work) -> Deque[Work]:
@@ -433,6 +438,7 @@ class _Comp:
     def __init__(self, opened: Opened) -> None:
         self.comp, self.client, self.reentrant = opened
         self.queue = _Queue()
+        self.parked: List[Work] = []          # wanting more CPUs than any node has
         self.mean: Optional[float] = None     # s a job takes, quick to rise and slow to fall
         self.flying = 0                       # CPUs of jobs on nodes
         self.running: Dict[int, '_Node'] = {}   # serial -> where
@@ -478,8 +484,7 @@ class Schedule:
         waiting = [comp for comp in self.comps.values() if comp.queue.length]
         if waiting:
             self._distribute(waiting)
-        else:
-            self._balance()
+        self._balance()
         return self._actions
 
     # -- small parts --------------------------------------------------------------------------------------
@@ -528,7 +533,10 @@ class Schedule:
         if work._state in ENDED or work._state is JobState.CANCELLING or comp is None:
             return
         if self._move(work, 'cancel') is JobState.CANCELLED:
-            comp.queue.forget()
+            if work in comp.parked:
+                comp.parked.remove(work)
+            else:
+                comp.queue.forget()
             self._do(JobEnded(work, 'cancelled before it was started'))
         else:
             self._do(SendCancel(comp.running[work._serial].key, comp.comp, [work._serial]))
@@ -546,7 +554,8 @@ class Schedule:
                 self._do(JobEnded(work, 'cancelled: the cluster was closed'))
             node.flight.pop(comp.comp, None)
             node.comps.pop(comp.comp, None)
-        for work in list(comp.queue):
+            node.recalled.discard(comp.comp)
+        for work in [*comp.queue, *comp.parked]:
             self._move(work, 'cancel')
             self._do(JobEnded(work, 'cancelled: the cluster was closed'))
 
@@ -561,14 +570,36 @@ class Schedule:
             node = self.nodes[event.node] = _Node(event.node, event.cpus)
         node.cpus = event.cpus
         node.comps[event.comp] = comp
+        self._unpark(comp, node)
+        node.recalled.discard(event.comp)   # what was asked of it may not have arrived
         held, flight = set(event.held), node.flight.setdefault(event.comp, {})
-        for serial in [serial for serial in flight if serial not in held]:
+        for serial in sorted(set(flight) - held, reverse=True):
             self._back(node, comp, serial)   # it never arrived there
+        cancelled = [serial for serial, work in flight.items() if work._state is JobState.CANCELLING]
+        if cancelled:
+            self._do(SendCancel(node.key, comp.comp, cancelled))
 
     def _node_offers(self, event: NodeOffers) -> None:
         node = self.nodes.get(event.node)
         if node is not None:
             node.cpus = event.cpus
+            for comp in node.comps.values():
+                self._unpark(comp, node)
+
+    def _unpark(self, comp: _Comp, node: _Node) -> None:
+        """A node with more CPUs has come."""
+        for work in [work for work in reversed(comp.parked) if self._cpus(work) <= node.cpus]:
+            comp.parked.remove(work)
+            comp.queue.push_front(work)
+
+    def _park(self, comp: _Comp, nodes: List[_Node]) -> None:
+        """What no node can take shall not stop those behind it."""
+        widest = max((node.cpus for node in nodes if comp.comp in node.comps), default=0)
+        work = comp.queue.head()
+        while widest and work is not None and self._cpus(work) > widest:
+            comp.parked.append(comp.queue.pop())
+            self._do(JobParked(work, 'it wants %d CPUs (dispy_cpus) and no node has more than %d' % (self._cpus(work), widest)))
+            work = comp.queue.head()
 
     def _back(self, node: _Node, comp: _Comp, serial: int) -> None:
         """An attempt that was never started: the job waits again."""
@@ -589,13 +620,15 @@ class Schedule:
         if node is not None and comp is not None and event.comp in node.comps:
             if event.serials:   # otherwise all has started there: not to be asked again before something ends
                 node.recalled.discard(event.comp)
-            for serial in reversed(event.serials):
+            for serial in sorted(event.serials, reverse=True):   # each goes to the front
                 self._back(node, comp, serial)
 
     def _node_results(self, event: NodeResults) -> None:
         node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
         if node is None or comp is None or event.comp not in node.comps:
             return
+        if any(row[1] not in OUTCOMES for row in event.rows):
+            raise PeerError('a result with an unknown outcome')
         node.recalled.discard(event.comp)
         pairs, mean = [], comp.mean
         for row in event.rows:
@@ -604,6 +637,7 @@ class Schedule:
                 continue
             outcome = row[1]
             if outcome == Outcome.STOPPED:
+                node.cpus = 0   # nothing more goes there, until it is Ready again
                 self._lost(comp, work, str(node.key), 'it was stopped')
                 continue
             self._move(work, _EVENT_OF[outcome])
@@ -629,7 +663,7 @@ class Schedule:
 
     def _leave(self, node: _Node, name: str, node_name: str, text: str) -> None:
         comp = node.comps.pop(name)
-        for serial, work in list(node.flight[name].items()):
+        for serial, work in sorted(node.flight[name].items(), reverse=True):   # each goes to the front
             self._land(node, comp, serial)
             self._lost(comp, work, node_name, text)
         del node.flight[name]
@@ -654,31 +688,41 @@ class Schedule:
         """First to CPUs that are idle, on all nodes; then to queues on nodes, evenly."""
         self._sends = {}
         nodes = [node for node in self.nodes.values() if node.comps and node.cpus > 0]
-        for node in nodes:
-            if node.used < node.cpus:
-                self._fill(node, waiting, None)
-        total = sum(node.cpus for node in nodes)
-        for node in nodes:
-            self._fill(node, waiting, total)
+        total = max(1, sum(node.cpus for node in nodes))
+        count = -1
+        while count != sum(map(len, self._sends.values())):   # a head that was too wide for a node may have gone elsewhere
+            count = sum(map(len, self._sends.values()))
+            for comp in waiting:
+                self._park(comp, nodes)
+            for node in nodes:
+                if node.used < node.cpus:
+                    self._fill(node, waiting, None)
+            shares = {comp.comp: math.ceil(comp.queue.length / total) for comp in waiting}
+            for node in nodes:
+                self._fill(node, waiting, shares)
+            if all(node.used >= node.cpus for node in nodes):
+                break
         for (key, name), works in self._sends.items():
             self._do(SendJobs(key, name, works))
 
-    def _fill(self, node: _Node, waiting: List[_Comp], total: Optional[int]) -> None:
-        """Send what fits: up to the node's CPUs, or (with the number of all CPUs) up to its queue's depth."""
+    def _fill(self, node: _Node, waiting: List[_Comp], shares: Optional[Dict[str, int]]) -> None:
+        """Send what fits: up to the node's CPUs, or (with the jobs a CPU that wait) up to its queue's depth."""
         rivals = [comp for comp in waiting if comp.comp in node.comps and comp.queue.length]
         while rivals:
             comp = min(rivals, key=self._share) if len(rivals) > 1 else rivals[0]
-            room = node.cpus if total is None else self._depth(node, comp, total)
+            room = node.cpus if shares is None else self._depth(node, comp, shares[comp.comp])
             sent = False
             while node.used < room:
                 work = comp.queue.head()
-                fits = room - node.used if total is None else node.cpus if node.bytes <= AHEAD_BYTES else 0
+                fits = node.cpus if shares is not None and node.bytes <= AHEAD_BYTES else node.cpus - node.used
                 if work is None or self._cpus(work) > fits:
                     break
                 self._launch(node, comp, comp.queue.pop())
                 sent = True
                 if len(rivals) > 1:
                     break
+            if not sent and node.used >= room:
+                return   # who has least is next: the others may not fill up before it
             if not sent or not comp.queue.length:
                 rivals.remove(comp)
 
@@ -687,9 +731,8 @@ class Schedule:
         return sum(other.flying for other in self.comps.values() if other.client == comp.client)
 
     @staticmethod
-    def _depth(node: _Node, comp: _Comp, total: int) -> int:
+    def _depth(node: _Node, comp: _Comp, share: int) -> int:
         """CPUs' worth of jobs that a node may hold, run or not."""
-        share = math.ceil(comp.queue.length / total)
         if comp.mean is None:
             ahead = 1
         elif comp.mean >= QUEUED_TIME:
@@ -712,7 +755,7 @@ class Schedule:
         self._sends.setdefault((node.key, comp.comp), []).append(work)
 
     def _balance(self) -> None:
-        """Nothing waits here. Call back what waits on one node while CPUs of another are idle."""
+        """Call back what waits on one node while CPUs of another are idle."""
         idle = [node for node in self.nodes.values() if node.used < node.cpus and node.comps]
         if not idle:
             return
@@ -720,12 +763,24 @@ class Schedule:
             surplus = donor.used - donor.cpus
             if surplus <= 0:
                 continue
-            for name in donor.comps:
-                free = sum(node.cpus - node.used for node in idle if name in node.comps)
-                if free > 0 and name not in donor.recalled and len(donor.flight[name]) > 1:
-                    donor.recalled.add(name)
-                    fair = surplus * free // (free + donor.cpus) if donor.cpus else surplus
-                    self._do(SendRecall(donor.key, name, min(surplus, max(free, fair))))
+            for name, comp in donor.comps.items():
+                rooms = [node.cpus - node.used for node in idle if name in node.comps]
+                if rooms and name not in donor.recalled and not comp.queue.length:
+                    free = sum(rooms)
+                    most = max(free, surplus * free // (free + donor.cpus))   # of short jobs its part of all, at once
+                    count = self._movable(donor.flight[name], max(rooms), min(surplus, most))
+                    if count:
+                        donor.recalled.add(name)
+                        self._do(SendRecall(donor.key, name, count))
+
+    def _movable(self, flight: Dict[int, Work], room: int, most: int) -> int:
+        """How many of the last attempts of a node would find room elsewhere; the first of all runs."""
+        count = 0
+        for work in itertools.islice(reversed(list(flight.values())), max(0, len(flight) - 1)):
+            if count >= most or self._cpus(work) > room:
+                break
+            count += 1
+        return count
 
 
 _EVENT_OF = {Outcome.RETURNED: 'finish', Outcome.RETURNED_CODE: 'finish', Outcome.RAISED: 'fail', Outcome.DIED: 'fail',
@@ -1090,6 +1145,7 @@ class Driver(Loop):
         self._acts: Dict[type, Callable[[Any], None]] = {
             SendJobs: self._send_jobs, SendCancel: self._send_to, SendRecall: self._send_to, SendAck: self._send_ack,
             JobsEnded: self._jobs_ended, JobEnded: self._job_ended, JobWaits: self._job_waits,
+            JobParked: self._job_parked,
         }
         self._messages: Dict[type, Callable[[Peer, Any], None]] = {
             Welcome: self._on_welcome, Refused: self._on_refused, Need: self._on_need, Ready: self._on_ready,
@@ -1604,6 +1660,10 @@ class Driver(Loop):
         job = action.work
         job.status, job.ip_addr, job.start_time = DispyJob.Created, None, None
 
+    @staticmethod
+    def _job_parked(action: JobParked) -> None:
+        logger.warning('job %r waits: %s', action.work.id, action.text)
+
     def _job_ended(self, action: JobEnded) -> None:
         job = action.work
         self._clusters[job._comp]._end(job, action.text)
@@ -2022,7 +2082,7 @@ class JobCluster:
         comp = schedule.comps.get(self._comp)
         works = list(self._driver._submitted) + [event for event in self._driver._inbox if isinstance(event, DispyJob)]
         if comp is not None:
-            works += list(comp.queue) + [work for node in schedule.nodes.values() for work in node.flight.get(self._comp, {}).values()]
+            works += [*comp.queue, *comp.parked] + [work for node in schedule.nodes.values() for work in node.flight.get(self._comp, {}).values()]
         for job in works:
             if job._comp == self._comp and job.status not in ENDED:
                 job._state = JobState.ABANDONED

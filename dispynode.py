@@ -1397,6 +1397,8 @@ class _Computation:
         self.owed = 0                          # attempts recalled by the client that stand behind running ones
         self.stillborn = 0                     # workers in a row that died before their first job
         self.most = spec.get('max_jobs') or 0
+        self.orphan_at = 0.0                   # when its results are given up, if its link is gone
+        self.served = 0                        # when it was given a CPU last, in numbers of the node
 
     def ahead(self) -> int:
         """How many attempts a worker may hold behind the one it runs."""
@@ -1421,6 +1423,7 @@ class Node:
         self._workers: Dict[int, _Worker] = {}
         self._numbers = itertools.count(1)
         self._timers: List[Tuple[float, int, str, Any, int]] = []   # when, number, what, worker or computation, serial
+        self._timers_most = 64   # after which they are looked through
         self._ticket = itertools.count()
         self._actions: List[Any] = []
         self._names: Dict[int, str] = {}
@@ -1450,16 +1453,20 @@ class Node:
         while self._timers and self._timers[0][0] <= now:
             _, _, what, key, serial = heapq.heappop(self._timers)
             self._due(what, key, serial, now)
+        if not self.stopping:
+            self._share_out(now)
         for comp in list(self._comps.values()):
-            if comp.stage is Stage.READY and not self.stopping:
-                self._dispatch(comp, now)
-            if comp.outbox:
-                if comp.link in self._links:
-                    self._do(Send(comp.link, Results(comp.comp, comp.outbox)))
-                comp.outbox = []
+            if self.stopping:
+                self._give_back(comp)
+            self._deliver(comp)
         if self.stopping and not any(worker.queue for worker in self._workers.values()):
             self._leave(now)
         return self._actions
+
+    def _deliver(self, comp: _Computation) -> None:
+        if comp.outbox:
+            self._reply(comp, Results(comp.comp, comp.outbox))
+            comp.outbox = []
 
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
@@ -1479,7 +1486,15 @@ class Node:
         self._actions.append(action)
 
     def _at(self, when: float, what: str, key: Any = 0, serial: int = 0) -> None:
+        if len(self._timers) >= self._timers_most:   # those of attempts that have ended
+            self._timers = [timer for timer in self._timers if timer[2] not in ('timeout', 'kill') or self._heads(timer[3], timer[4])]
+            heapq.heapify(self._timers)
+            self._timers_most = 2 * len(self._timers) + 64
         heapq.heappush(self._timers, (when, next(self._ticket), what, key, serial))
+
+    def _heads(self, key: int, serial: int) -> bool:
+        worker = self._workers.get(key)
+        return worker is not None and bool(worker.queue) and worker.queue[0].serial == serial
 
     def _set_lease(self, event: str, holder: Optional[bytes], text: str = '') -> None:
         before, self.lease = self.lease, LEASE_TABLE[self.lease, event]
@@ -1515,7 +1530,8 @@ class Node:
             if event.on_purpose or (not comp.attempts and not comp.unacknowledged):
                 self._close(comp, at_once=True)
             else:
-                self._at(now + ORPHAN_TIME, 'orphan')
+                comp.orphan_at = now + ORPHAN_TIME
+                self._at(comp.orphan_at, 'orphan', comp.comp)
         if not any(link.instance == self.holder for link in self._links.values()):
             self._set_lease('broken', self.holder, self.holder_text)
         self._release(now)
@@ -1604,6 +1620,7 @@ class Node:
 
     def _refuse(self, comp: _Computation, code: str, text: str) -> None:
         logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
+        self._deliver(comp)   # what has ended, has ended; after the refusal nobody would believe it
         self._reply(comp, Refused(comp.comp, code, text))
         self._close(comp, at_once=True)
 
@@ -1666,22 +1683,42 @@ class Node:
             comp.waiting.append(attempt)
             self.held_bytes += size_of(payload)
 
-    def _dispatch(self, comp: _Computation, now: float) -> None:
+    def _share_out(self, now: float) -> None:
+        """CPUs to computations; when several wait, to the one that has fewest, then to the one served longest ago."""
+        ready = [comp for comp in self._comps.values() if comp.stage is Stage.READY]
+        rivals = [comp for comp in ready if comp.waiting]
+        crowded = len(rivals) > 1
+        while len(rivals) > 1 and self.free > 0:
+            comp = min(rivals, key=lambda comp: (sum(w.queue[0].cpus for w in comp.workers.values() if w.queue), comp.served))
+            if not self._occupy(comp, 0, now) or not comp.waiting:
+                rivals.remove(comp)
+        for comp in ready:
+            self._dispatch(comp, now, crowded)
+
+    def _occupy(self, comp: _Computation, ahead: int, now: float) -> bool:
+        """Work for one more worker, if there is a CPU."""
+        if not comp.waiting or comp.waiting[0].cpus > self.free:
+            return False
+        if comp.idle:
+            worker = comp.idle.pop()
+        elif len(comp.workers) < self.cpus:
+            worker = self._new_worker(comp)
+        else:
+            return False
+        worker.since = now
+        comp.served = next(self._ticket)
+        self.free -= comp.waiting[0].cpus
+        self._feed(comp, worker, 1 + min(ahead, len(comp.waiting) // max(1, self.cpus)), now)
+        return True
+
+    def _dispatch(self, comp: _Computation, now: float, crowded: bool) -> None:
         ahead = comp.ahead()
-        while comp.waiting and comp.waiting[0].cpus <= self.free and self.free > 0:
-            if comp.idle:
-                worker = comp.idle.pop()
-            elif len(comp.workers) < self.cpus:
-                worker = self._new_worker(comp)
-            else:
-                break
-            worker.since = now
-            self.free -= comp.waiting[0].cpus
-            self._feed(comp, worker, 1 + min(ahead, len(comp.waiting) // max(1, self.cpus)), now)
-        if ahead and comp.waiting:
+        while self._occupy(comp, ahead, now):
+            continue
+        if ahead and comp.waiting and not crowded:
             for worker in list(comp.hungry.values()):
                 room = ahead + 1 - len(worker.queue)
-                if comp.waiting and 2 * room > ahead:
+                if comp.waiting and 2 * room > ahead and not worker.recalled:
                     self._feed(comp, worker, room, now)
         comp.hungry.clear()
         if comp.owed and comp.waiting:   # what was taken back from workers and found no CPU here
@@ -1716,6 +1753,8 @@ class Node:
     def _head_starts(self, worker: _Worker, now: float) -> None:
         worker.since = now
         head = worker.queue[0]
+        if self.stopping:   # it started before it could be taken back
+            head.ending = head.ending or Outcome.STOPPED
         if head.timeout:
             self._at(now + head.timeout, 'timeout', worker.key, head.serial)
         if head.ending is not None:   # cancelled while it stood behind another
@@ -1732,7 +1771,7 @@ class Node:
         for worker in self._workers.values():
             comp = worker.comp
             if len(worker.queue) > 1 and (comp.idle or comp.owed) and not comp.waiting and not worker.recalled:
-                if now - worker.since >= 0.02:
+                if now >= worker.since + 0.02:   # as the timer is compared: a difference is rounded
                     worker.recalled = True
                     self._do(TakeBack(worker.key))
                 elif not self._checking:
@@ -1751,11 +1790,12 @@ class Node:
         if worker is None or worker.comp.stage is Stage.CLOSING:
             return
         comp, mean = worker.comp, worker.comp.mean
+        for place, row in enumerate(event.rows):
+            if place >= len(worker.queue) or worker.queue[place].serial != row[0]:
+                raise PeerError('a worker answered for %d, which it did not run' % row[0])
         comp.stillborn = 0
         for row in event.rows:
-            attempt = worker.queue.popleft() if worker.queue and worker.queue[0].serial == row[0] else None
-            if attempt is None:
-                raise PeerError('a worker answered for %d, which it did not run' % row[0])
+            attempt = worker.queue.popleft()
             took = row[3] - row[2]
             mean = took if mean is None else mean + (took - mean) * (0.25 if took > mean else 0.0625)
             if attempt.ending is not None:
@@ -1790,21 +1830,24 @@ class Node:
         if worker is None or worker.comp.stage is Stage.CLOSING:
             return
         worker.recalled = False
-        back, serials = [], set(event.serials)
-        while worker.queue and worker.queue[-1].serial in serials:
-            back.append(worker.queue.pop())
+        comp, serials = worker.comp, set(event.serials)
+        head = worker.queue[0] if worker.queue else None
+        back = [attempt for attempt in worker.queue if attempt.serial in serials]
+        worker.queue = collections.deque(attempt for attempt in worker.queue if attempt.serial not in serials)
         worker.fed -= len(back)
-        comp = worker.comp
-        self._requeue(comp, reversed(back), now)
+        self._requeue(comp, back, now)
         if back and not worker.queue:
-            self._idle(worker, back[-1].cpus)
+            self._idle(worker, back[0].cpus)
+        elif worker.queue and worker.queue[0] is not head:
+            self._head_starts(worker, now)
 
     def _requeue(self, comp: _Computation, attempts: Iterable[Attempt], now: float) -> None:
         """Attempts that never started go back to the front, or end if they were to be cancelled."""
         for attempt in reversed(list(attempts)):
-            if attempt.ending is not None:
+            if attempt.ending is Outcome.CANCELLED:
                 self._finish(comp, self._unstarted(attempt))
             else:
+                attempt.ending = None
                 comp.waiting.appendleft(attempt)
 
     @staticmethod
@@ -1875,11 +1918,14 @@ class Node:
         if what == 'balance':
             self._balance(now)
         elif what == 'orphan':
-            for comp in list(self._comps.values()):
-                if comp.link not in self._links and not comp.attempts:
-                    self._close(comp, at_once=True)
-                elif comp.link not in self._links:
-                    self._at(now + 1.0, 'orphan')
+            comp = self._comps.get(key)
+            if comp is None or comp.link in self._links or now < comp.orphan_at:
+                return   # its client is back, or was back and has a timer of its own
+            if not comp.attempts:
+                self._close(comp, at_once=True)
+            else:
+                comp.orphan_at = now + 1.0
+                self._at(comp.orphan_at, 'orphan', key)
         elif what == 'setup':
             late = self._comps.get(key)
             if late is not None and late.stage is Stage.STARTING:
@@ -1905,10 +1951,12 @@ class Node:
         if comp.owed:
             self._check_later(comp, now)
 
-    def _give_back(self, comp: _Computation, count: int) -> None:
-        """Return attempts that wait here, the last first."""
-        serials = []
-        while comp.waiting and len(serials) < count:
+    def _give_back(self, comp: _Computation, count: Optional[int] = None) -> None:
+        """Return attempts that wait here, from the end; without a count all there are, if there are any."""
+        if count is None and not comp.waiting:
+            return
+        serials: List[int] = []
+        while comp.waiting and (count is None or len(serials) < count):
             attempt = comp.waiting.pop()
             if attempt.ending is not None:
                 self._finish(comp, self._unstarted(attempt))
@@ -1937,12 +1985,14 @@ class Node:
         for link in self._links:
             self._do(Send(link, Offer(0)))
         for comp in self._comps.values():
-            self._give_back(comp, len(comp.waiting))
+            self._give_back(comp)
         for worker in self._workers.values():
-            for attempt in worker.queue:
-                attempt.ending = attempt.ending or Outcome.STOPPED
             if worker.queue:
+                worker.queue[0].ending = worker.queue[0].ending or Outcome.STOPPED
                 self._interrupt(worker, worker.queue[0], now)
+            if len(worker.queue) > 1 and not worker.recalled:
+                worker.recalled = True
+                self._do(TakeBack(worker.key))
 
     def _leave(self, now: float) -> None:
         """Account for every attempt, then go."""
@@ -1953,10 +2003,8 @@ class Node:
                                            ENDING_TEXT[Outcome.STOPPED].encode(), b'', b''))
                 worker.comp.waiting.extend(queue[1:])
         for comp in self._comps.values():
-            self._give_back(comp, len(comp.waiting))
-            if comp.outbox:
-                self._reply(comp, Results(comp.comp, comp.outbox))
-                comp.outbox = []
+            self._give_back(comp)
+            self._deliver(comp)
         for link in self._links:
             self._do(Drop(link, 'node stopped'))
         for comp in self._comps.values():

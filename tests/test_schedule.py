@@ -1,0 +1,911 @@
+"""Schedule: which job goes where. Tables of events and actions, then a random walk with invariants."""
+
+import collections
+import random
+
+import pytest
+
+from dispy import (
+    AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobParked, JobsEnded, JobState, JobWaits, NodeLeft,
+    NodeLost, NodeReady, NodeResults, NodeReturned, Opened, Schedule, SendAck, SendCancel, SendJobs, SendRecall, Submitted, Work)
+from dispynode import Outcome, size_of
+
+WAITING = (JobState.CREATED, JobState.REQUEUED)
+
+
+def job(comp='c', payload=b'x', **options):
+    return Work(comp, payload, options or None)
+
+
+def jobs(count, comp='c', **options):
+    return [job(comp, **options) for _ in range(count)]
+
+
+def row(work, outcome=Outcome.RETURNED, took=1.0):
+    return (work._serial, int(outcome), 0.0, took, b'value', b'', b'')
+
+
+class Talk:
+    """A schedule and what it said; `tell` is one turn with these events."""
+
+    def __init__(self, *comps, reentrant=True):
+        self.schedule = Schedule()
+        for comp in comps or ('c',):
+            self.schedule.handle(Opened(comp, comp, reentrant), 0.0)
+
+    def tell(self, *events):
+        actions = []
+        for event in events:
+            actions += self.schedule.handle(event, 0.0)
+        return actions + self.schedule.flush(0.0)
+
+    def ready(self, node, cpus=1, comp='c', held=()):
+        return self.tell(NodeReady(node, comp, cpus, list(held)))
+
+    def submit(self, works):
+        return self.tell(Submitted(works))
+
+    def results(self, node, works, comp='c', outcome=Outcome.RETURNED, took=1.0):
+        return self.tell(NodeResults(node, comp, [row(work, outcome, took) for work in works]))
+
+    def learn(self, took, comp='c', node='n'):
+        """Let it know how long jobs take, by one that ended."""
+        work = job(comp)
+        self.submit([work])
+        self.results(node, [work], comp, took=took)
+
+
+def only(actions, kind):
+    return [action for action in actions if type(action) is kind]
+
+
+def sent(actions, node=None, comp=None):
+    """Works in SendJobs, in order."""
+    return [work for action in only(actions, SendJobs) for work in action.works
+            if node in (None, action.node) and comp in (None, action.comp)]
+
+
+def counts(actions):
+    return {action.node: len(action.works) for action in only(actions, SendJobs)}
+
+
+# -- order ------------------------------------------------------------------------------------------------
+
+def test_jobs_go_in_the_order_of_submission():
+    talk, works = Talk(), jobs(3)
+    talk.ready('n')
+    talk.learn(1.0)
+    assert sent(talk.submit(works)) == works[:1]
+    assert sent(talk.results('n', works[:1])) == works[1:2]
+    assert sent(talk.results('n', works[1:2])) == works[2:]
+
+
+def test_jobs_wait_for_a_node_and_leave_in_one_batch():
+    talk, works = Talk(), jobs(4)
+    assert talk.submit(works[:3]) == [] and talk.submit(works[3:]) == []
+    assert talk.ready('n', 4) == [SendJobs('n', 'c', works)]
+
+
+def test_higher_priorities_go_first_then_the_order_of_submission():
+    talk = Talk()
+    low, plain, high, higher, same = job(priority=-1), job(), job(priority=2), job(priority=3), job(priority=2)
+    talk.submit([low, plain, high, higher, same])
+    assert sent(talk.ready('n', 5)) == [higher, high, same, plain, low]
+
+
+def test_a_late_job_of_high_priority_overtakes_what_waits():
+    talk, works, urgent = Talk(), jobs(5), job(priority=9)
+    talk.ready('n')
+    talk.learn(1.0)
+    talk.submit(works)
+    talk.submit([urgent])
+    assert sent(talk.results('n', works[:1])) == [urgent]
+
+
+# -- spreading --------------------------------------------------------------------------------------------
+
+def test_idle_cpus_of_all_nodes_come_before_queues():
+    talk = Talk()
+    talk.ready('a', 2)
+    talk.ready('b', 3)
+    assert counts(talk.submit(jobs(5))) == {'a': 2, 'b': 3}
+
+
+def test_one_frame_a_node_and_turn():
+    talk = Talk()
+    talk.ready('a', 2)
+    talk.ready('b', 2)
+    actions = talk.submit(jobs(8))
+    assert len(only(actions, SendJobs)) == 2
+    assert counts(actions) == {'a': 4, 'b': 4}
+
+
+def test_queues_on_nodes_are_filled_evenly():
+    # The share of a node is taken from what is left, so that the first node gets more than the last.
+    talk = Talk()
+    for name in 'abcd':
+        talk.ready(name, 2)
+        talk.learn(0.001, node=name if name == 'a' else 'a')
+    assert counts(talk.submit(jobs(40))) == {'a': 10, 'b': 10, 'c': 10, 'd': 10}
+
+
+@pytest.mark.parametrize('took, most, why', [
+    (None, 8, 'unknown: one more a CPU'), (1.0, 4, 'long: nothing beyond the CPUs'), (0.1, 4, 'long enough'),
+    (0.05, 12, 'two of 50 ms a CPU are 100 ms'), (0.01, 44, 'ten of 10 ms'), (0.001, 404, 'a hundred of 1 ms'),
+    (1e-5, 4 * 513, 'never more than AHEAD_MOST'),
+])
+def test_depth_by_length_of_jobs(took, most, why):
+    talk = Talk()
+    talk.ready('n', 4)
+    if took is not None:
+        talk.learn(took)
+    got = len(sent(talk.submit(jobs(20000))))
+    assert most - 4 <= got <= most, why   # a float may round one less a CPU
+    assert got >= 4
+
+
+def test_short_jobs_become_long():
+    """The mean is quick to rise: a few long ones, and the queue is shallow again."""
+    talk, works = Talk(), jobs(2000)
+    talk.ready('n')
+    talk.learn(0.001)
+    first = sent(talk.submit(works))
+    assert len(first) > 90
+    talk.results('n', first[:1], took=2.0)
+    assert sent(talk.results('n', first[1:-1], took=2.0)) == []
+    assert len(sent(talk.results('n', first[-1:], took=2.0))) <= 1
+
+
+def test_a_node_is_not_given_more_bytes_ahead_than_the_bound():
+    talk = Talk()
+    talk.ready('n')
+    talk.learn(0.001)
+    size = AHEAD_BYTES // 4
+    works = [job(payload=range(size)) for _ in range(50)]   # a range has a length and takes no memory
+    assert len(sent(talk.submit(works))) == 5
+    assert talk.schedule.nodes['n'].bytes == 5 * size
+
+
+def test_jobs_that_are_larger_than_the_bound_run_one_a_cpu():
+    talk = Talk()
+    talk.ready('n', 2)
+    works = [job(payload=range(AHEAD_BYTES + 1)) for _ in range(5)]
+    assert sent(talk.submit(works)) == works[:2]
+    assert sent(talk.results('n', works[:1])) == works[2:3]
+
+
+def test_the_bound_on_bytes_leaves_no_cpu_idle():
+    # Node a is passed over while the wide job is first in line; when b has taken that, a's CPU must be filled.
+    talk, large = Talk(), job(payload=range(AHEAD_BYTES + 1))
+    talk.ready('a', 2)
+    talk.submit([large])
+    wide, narrow = job(cpus=2), job()
+    actions = talk.tell(Submitted([wide, narrow]), NodeReady('b', 'c', 2, []))
+    assert sent(actions, 'b') == [wide] and sent(actions, 'a') == [narrow]
+
+
+# -- jobs of several CPUs ---------------------------------------------------------------------------------
+
+def test_jobs_of_several_cpus_count_as_such():
+    talk = Talk()
+    talk.ready('n', 4)
+    talk.learn(1.0)
+    works = jobs(4, cpus=2)
+    assert sent(talk.submit(works)) == works[:2]
+    assert talk.schedule.nodes['n'].used == talk.schedule.comps['c'].flying == 4
+    assert sent(talk.results('n', works[:1])) == works[2:3]
+
+
+def test_a_job_wider_than_a_node_goes_to_a_larger_one():
+    talk, wide = Talk(), job(cpus=4)
+    talk.ready('small', 2)
+    talk.learn(1.0, node='small')
+    talk.ready('large', 4)
+    assert sent(talk.submit([wide]), 'large') == [wide]
+
+
+def test_a_job_wider_than_every_node_is_told_of_and_does_not_stop_those_behind_it():
+    talk = Talk()
+    talk.ready('n', 2)
+    wide, narrow = job(cpus=3), job()
+    actions = talk.submit([wide, narrow])
+    assert narrow in sent(actions)
+    parked, = only(actions, JobParked)
+    assert parked.work is wide and '3 CPUs' in parked.text and 'more than 2' in parked.text
+    assert sent(talk.ready('large', 4), 'large') == [wide]
+
+
+def test_a_parked_job_can_be_cancelled():
+    talk, wide = Talk(), job(cpus=3)
+    talk.ready('n', 2)
+    talk.submit([wide])
+    ended, = only(talk.tell(CancelAsked(wide)), JobEnded)
+    assert ended.work is wide and talk.ready('large', 4) == []
+
+
+# -- results ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('outcome, state', [
+    (Outcome.RETURNED, JobState.FINISHED), (Outcome.RETURNED_CODE, JobState.FINISHED),
+    (Outcome.RAISED, JobState.TERMINATED), (Outcome.DIED, JobState.TERMINATED),
+    (Outcome.TIMED_OUT, JobState.TERMINATED), (Outcome.CANCELLED, JobState.CANCELLED)])
+def test_what_becomes_of_a_job(outcome, state):
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    result = row(work, outcome)
+    assert talk.tell(NodeResults('n', 'c', [result])) == [
+        SendAck('n', 'c', [work._serial]), JobsEnded('n', 'c', [(work, result)])]
+    assert work._state is state
+
+
+def test_a_result_that_comes_twice_is_acknowledged_and_dropped():
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.results('n', [work])
+    assert talk.results('n', [work], outcome=Outcome.RAISED) == [SendAck('n', 'c', [work._serial])]
+    assert work._state is JobState.FINISHED
+
+
+def test_a_result_that_comes_after_the_job_went_elsewhere_is_acknowledged_and_dropped():
+    talk, work = Talk(), job()
+    talk.ready('a')
+    talk.submit([work])
+    late = row(work)
+    talk.ready('b')
+    talk.tell(NodeLost('a', 'host-a', 'broken'))
+    talk.ready('a', held=[late[0]])
+    assert talk.tell(NodeResults('a', 'c', [late])) == [SendAck('a', 'c', [late[0]])]
+    assert work._state is JobState.RUNNING
+    assert only(talk.results('b', [work]), JobsEnded)
+
+
+@pytest.mark.parametrize('node, comp', [('n', 'closed'), ('unknown', 'c')])
+def test_results_of_what_is_not_known_change_nothing(node, comp):
+    talk = Talk()
+    talk.ready('n')
+    assert talk.tell(NodeResults(node, comp, [(1, 1, 0.0, 1.0, b'', b'', b'')])) == []
+    assert talk.tell(NodeReturned(node, comp, [1])) == []
+
+
+def test_a_result_with_an_unknown_outcome_leaves_the_books_in_order():
+    # The row comes off the wire; whatever is raised, the job may not be lost from all places.
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    with pytest.raises(Exception):
+        talk.tell(NodeResults('n', 'c', [(work._serial, 99, 0.0, 1.0, b'', b'', b'')]))
+    assert work._serial in talk.schedule.nodes['n'].flight['c']
+
+
+# -- cancel -----------------------------------------------------------------------------------------------
+
+def test_cancel_before_it_was_sent():
+    talk, works = Talk(), jobs(2)
+    talk.submit(works)
+    assert talk.tell(CancelAsked(works[0])) == [JobEnded(works[0], 'cancelled before it was started')]
+    assert talk.schedule.comps['c'].queue.length == 1
+    assert sent(talk.ready('n')) == works[1:]
+
+
+def test_cancel_while_it_is_on_a_node():
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    assert talk.tell(CancelAsked(work)) == [SendCancel('n', 'c', [work._serial])]
+    assert work._state is JobState.CANCELLING
+    assert talk.tell(CancelAsked(work)) == [], 'asked twice'
+    talk.results('n', [work], outcome=Outcome.CANCELLED)
+    assert work._state is JobState.CANCELLED
+    assert talk.tell(CancelAsked(work)) == [], 'it has ended'
+
+
+@pytest.mark.parametrize('outcome, state', [
+    (Outcome.RETURNED, JobState.FINISHED), (Outcome.RAISED, JobState.TERMINATED), (Outcome.CANCELLED, JobState.CANCELLED),
+    (Outcome.STOPPED, JobState.CANCELLED)])
+def test_a_job_may_end_otherwise_before_the_cancel_arrives(outcome, state):
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.tell(CancelAsked(work))
+    actions = talk.results('n', [work], outcome=outcome)
+    assert work._state is state
+    assert len(only(actions, JobsEnded) + only(actions, JobEnded)) == 1
+
+
+@pytest.mark.parametrize('event', [
+    NodeReturned('n', 'c', [(1 << 16) + 1]), NodeReady('n', 'c', 1, []), NodeLost('n', 'host', 'broken'),
+    NodeLeft('n', 'c', 'host', 'left')])
+def test_a_job_that_is_being_cancelled_is_not_sent_again(event):
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.tell(CancelAsked(work))
+    actions = talk.tell(event)
+    assert [action.work for action in only(actions, JobEnded)] == [work] and not sent(actions)
+    assert work._state is JobState.CANCELLED
+
+
+def test_cancel_of_one_that_waits_again():
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.tell(NodeLost('n', 'host', 'broken'))
+    assert work._state is JobState.REQUEUED
+    assert talk.tell(CancelAsked(work)) == [JobEnded(work, 'cancelled before it was started')]
+    assert talk.ready('n') == []
+
+
+def test_a_cancel_that_was_lost_with_the_link_is_sent_again():
+    # The node holds the attempt and never heard of the cancel: it would run to its end.
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.tell(CancelAsked(work))
+    assert talk.ready('n', held=[work._serial]) == [SendCancel('n', 'c', [work._serial])]
+
+
+# -- nodes come and go ------------------------------------------------------------------------------------
+
+def test_reentrant_jobs_of_a_lost_node_go_first_elsewhere_and_in_order():
+    # They are put back one before the other, which turns their order round.
+    talk, works = Talk(), jobs(6)
+    talk.ready('a', 3)
+    talk.learn(1.0, node='a')
+    talk.submit(works)
+    assert {action.work for action in talk.tell(NodeLost('a', 'host-a', 'broken'))} == set(works[:3])
+    assert sent(talk.ready('b', 6)) == works
+
+
+def test_jobs_that_are_not_reentrant_are_abandoned_with_the_name_of_the_node():
+    talk, work = Talk(reentrant=False), job()
+    talk.ready('n')
+    talk.submit([work])
+    ended, = talk.tell(NodeLost('n', 'host:9701', 'no sign of life'))
+    assert ended.work is work and work._state is JobState.ABANDONED
+    for part in ('abandoned', 'lost with node host:9701', 'no sign of life', 'not reentrant'):
+        assert part in ended.text
+
+
+def test_a_job_is_given_up_after_three_nodes():
+    talk, work = Talk(), job()
+    talk.submit([work])
+    for name in 'ab':
+        assert sent(talk.ready(name)) == [work]
+        assert talk.tell(NodeLost(name, 'host-' + name, 'broken')) == [JobWaits(work)]
+    talk.ready('c')
+    ended, = talk.tell(NodeLost('c', 'host-c', 'broken'))
+    assert work._state is JobState.ABANDONED
+    assert 'host-a, host-b, host-c' in ended.text and 'given up after 3 nodes' in ended.text
+
+
+def test_a_stopped_attempt_of_a_reentrant_computation_goes_elsewhere():
+    talk, work = Talk(), job()
+    talk.ready('a')
+    talk.submit([work])
+    serial = work._serial
+    talk.ready('b')
+    actions = talk.results('a', [work], outcome=Outcome.STOPPED)
+    assert only(actions, SendAck) == [SendAck('a', 'c', [serial])] and not only(actions, JobsEnded)
+    assert sent(actions) == [work] and work._serial > serial
+
+
+def test_nothing_is_sent_to_a_node_that_is_being_stopped():
+    # It would come back as Returned, be sent again, and so on until the link ends.
+    talk, work = Talk(), job()
+    talk.ready('a')
+    talk.submit([work])
+    assert not sent(talk.results('a', [work], outcome=Outcome.STOPPED), 'a')
+
+
+def test_a_stopped_attempt_that_is_not_reentrant_is_abandoned():
+    talk, work = Talk(reentrant=False), job()
+    talk.ready('n')
+    talk.submit([work])
+    ended, = only(talk.results('n', [work], outcome=Outcome.STOPPED), JobEnded)
+    assert work._state is JobState.ABANDONED and 'lost with node n' in ended.text and 'stopped' in ended.text
+
+
+def test_a_node_that_leaves_a_computation_keeps_the_others():
+    talk, mine, other = Talk('c', 'd'), job('c'), job('d')
+    talk.ready('n', 2)
+    talk.ready('n', 2, 'd')
+    talk.submit([mine, other])
+    talk.tell(NodeLeft('n', 'c', 'host', 'setup failed'))
+    assert mine._state is JobState.REQUEUED and other._state is JobState.RUNNING
+    assert talk.tell(NodeLeft('n', 'c', 'host', 'again'), NodeLeft('unknown', 'c', 'x', 'y')) == []
+    assert talk.schedule.nodes['n'].used == 1
+
+
+def test_a_node_that_is_lost_twice_or_was_never_known():
+    talk = Talk()
+    talk.ready('n')
+    assert talk.tell(NodeLost('n', 'host', 'broken'), NodeLost('n', 'host', 'broken'), NodeLost('x', 'x', 'x')) == []
+    assert not talk.schedule.nodes
+
+
+def test_attempts_that_never_arrived_are_sent_again_and_in_order():
+    talk, works = Talk(reentrant=False), jobs(5)
+    talk.ready('n', 5)
+    talk.submit(works)
+    old = [work._serial for work in works]
+    assert sent(talk.ready('n', 5, held=old[:2])) == works[2:]
+    assert [work._serial for work in works] == old[:2] + [serial + 1 for serial in old[2:]]
+
+
+def test_cpus_of_a_node_may_change():
+    talk, works = Talk(), jobs(9)
+    talk.ready('n', 1)
+    talk.learn(1.0)
+    talk.submit(works)
+    assert sent(talk.ready('n', 3, held=[works[0]._serial])) == works[1:3]
+
+
+def test_serials_tell_the_job_and_the_attempt():
+    talk, works = Talk(), jobs(2)
+    talk.ready('n', 2)
+    talk.submit(works)
+    assert [(work._serial >> 16, work._serial & 0xffff) for work in works] == [(1, 1), (2, 1)]
+    talk.tell(NodeLost('n', 'host', 'broken'))
+    talk.ready('n', 2)
+    assert sorted((work._serial >> 16, work._serial & 0xffff) for work in works) == [(1, 2), (2, 2)]
+
+
+# -- recall -----------------------------------------------------------------------------------------------
+
+def recall_scene(**options):
+    """Node a runs one and holds one more; b comes and is idle."""
+    talk, works = Talk(), jobs(2, **options)
+    talk.ready('a', options.get('cpus', 1))
+    assert sent(talk.submit(works)) == works
+    return talk, works
+
+
+def test_what_waits_on_one_node_is_called_back_for_an_idle_other():
+    talk, works = recall_scene()
+    assert talk.ready('b') == [SendRecall('a', 'c', 1)]
+    assert talk.tell() == [], 'asked once'
+    assert talk.tell(NodeReturned('a', 'c', [works[1]._serial])) == [JobWaits(works[1]), SendJobs('b', 'c', works[1:])]
+
+
+def test_no_endless_recall_when_nothing_comes_back():
+    talk, works = recall_scene()
+    talk.ready('b')
+    for _ in range(5):
+        assert talk.tell(NodeReturned('a', 'c', [])) == []
+
+
+def test_no_endless_recall_of_what_does_not_fit_the_idle_node():
+    # The wide job comes back, fits on a only, goes there, is called back again ...; at the speed of the wire.
+    talk, works = recall_scene(cpus=2)
+    actions = talk.ready('b', 1)
+    for turn in range(10):
+        if not actions:
+            return
+        assert turn < 4, 'recalled again and again'
+        serials = [works[1]._serial] if only(actions, SendRecall) else []
+        actions = talk.tell(NodeReturned('a', 'c', serials)) if serials else talk.tell()
+
+
+def test_a_recall_that_was_lost_with_the_link_is_sent_again():
+    # The computation stays marked as recalled, though nobody will answer.
+    talk, works = recall_scene()
+    talk.ready('b')
+    held = [work._serial for work in works]
+    assert talk.ready('a', held=held) == [SendRecall('a', 'c', 1)]
+
+
+def test_recalled_jobs_keep_their_order():
+    # A node gives back its last ones, last first.
+    talk, works = Talk(), jobs(8)
+    talk.ready('a', 4)
+    talk.submit(works)
+    talk.ready('b', 4)
+    assert sent(talk.tell(NodeReturned('a', 'c', [work._serial for work in works[:3:-1]]))) == works[4:]
+
+
+def test_idle_cpus_are_used_although_another_client_waits_for_a_node():
+    # Jobs of d wait for a node of their own; that must not keep c's jobs where they are.
+    talk = Talk('c', 'd')
+    talk.submit([job('d')])
+    works = jobs(2)
+    talk.ready('a')
+    talk.submit(works)
+    assert talk.ready('b') == [SendRecall('a', 'c', 1)]
+
+
+# -- several clients --------------------------------------------------------------------------------------
+
+def busy(long=True, cpus=4):
+    """Client c has 10,000 jobs on a node that d may use too."""
+    talk, works = Talk('c', 'd'), jobs(10000)
+    talk.ready('n', cpus)
+    talk.ready('n', cpus, 'd')
+    talk.learn(1.0 if long else 0.001)
+    if long:
+        talk.learn(1.0, 'd')
+    return talk, works, sent(talk.submit(works))
+
+
+def test_two_clients_share_cpus_evenly():
+    talk = Talk('c', 'd')
+    talk.submit(jobs(100))
+    talk.submit(jobs(100, 'd'))
+    talk.tell(NodeReady('n', 'c', 8, []), NodeReady('n', 'd', 8, []))
+    comps = talk.schedule.comps
+    assert comps['c'].flying == comps['d'].flying == 8   # of unknown length: one more a CPU
+
+
+def test_cpus_are_shared_between_clients_and_not_computations():
+    schedule = Schedule()
+    for comp, client in (('c1', 'c'), ('c2', 'c'), ('d', 'd')):
+        schedule.handle(Opened(comp, client, True), 0.0)
+        schedule.handle(Submitted(jobs(100, comp)), 0.0)
+        schedule.handle(NodeReady('n', comp, 8, []), 0.0)
+    schedule.flush(0.0)
+    flying = {comp.comp: comp.flying for comp in schedule.comps.values()}
+    assert flying['d'] == flying['c1'] + flying['c2'] == 8
+
+
+def test_a_newcomer_gets_the_next_free_cpu():
+    talk, works, there = busy()
+    few = jobs(4, 'd')
+    assert sent(talk.submit(few)) == []
+    assert sent(talk.results('n', there[:1])) == few[:1]
+    assert sent(talk.results('n', there[1:2])) == few[1:2]
+    assert sent(talk.results('n', few[:1], 'd')) == few[2:3], 'an even share is two of four CPUs'
+    assert sent(talk.results('n', few[1:2], 'd')) == few[3:]
+
+
+def test_a_newcomer_is_served_although_the_other_clients_jobs_are_short():
+    # The deep queue of the short ones is filled up every turn, and the newcomer's limit is lower.
+    talk, works, there = busy(long=False)
+    few, queue = jobs(4, 'd'), collections.deque(there)
+    talk.submit(few)
+    for _ in range(200):
+        queue.extend(sent(talk.results('n', [queue.popleft() for _ in range(10)], took=0.001), comp='c'))
+        if few[-1]._state is JobState.RUNNING:
+            return
+    pytest.fail('after 2000 jobs of the other client the newcomer still waits')
+
+
+# -- closed -----------------------------------------------------------------------------------------------
+
+def test_closed_ends_jobs_in_every_state():
+    talk = Talk('c', 'd')
+    talk.ready('n', 3)
+    talk.learn(1.0)
+    done, running, cancelling, waiting, other = jobs(4) + [job('d')]
+    talk.submit([done, running, cancelling])
+    talk.results('n', [done])
+    talk.tell(CancelAsked(cancelling))
+    talk.submit(jobs(1) + [waiting, other])
+    requeued = job(priority=1)
+    actions = talk.tell(Closed('c'))
+    assert {action.work for action in only(actions, JobEnded)} >= {running, cancelling, waiting}
+    assert done not in {action.work for action in only(actions, JobEnded)}
+    assert [work._state for work in (done, running, cancelling, waiting, other)] == [
+        JobState.FINISHED, JobState.CANCELLED, JobState.CANCELLED, JobState.CANCELLED, JobState.CREATED]
+    assert talk.schedule.nodes['n'].used == 0 and not talk.schedule.nodes['n'].flight
+    assert talk.tell(Closed('c')) == []
+    assert talk.submit([requeued]) == [JobEnded(requeued, 'the cluster was closed')]
+    assert talk.tell(CancelAsked(running), CancelAsked(requeued)) == []
+    assert talk.ready('n') == [] and talk.results('n', [running]) == []
+
+
+def test_closed_forgets_a_recall():
+    talk, works = recall_scene()
+    talk.ready('b')
+    talk.tell(Closed('c'))
+    assert not talk.schedule.nodes['a'].recalled
+
+
+# -- the table of states ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('state', list(JobState))
+@pytest.mark.parametrize('event', sorted({event for _, event in JOB_TABLE} | {'nonsense'}))
+def test_an_absent_pair_raises_and_changes_nothing(state, event):
+    work = job()
+    work._state = state
+    if (state, event) in JOB_TABLE:
+        assert Schedule._move(work, event) is JOB_TABLE[state, event] is work._state
+        assert state not in ENDED
+    else:
+        with pytest.raises(KeyError):
+            Schedule._move(work, event)
+        assert work._state is state
+
+
+def test_an_unknown_event_raises():
+    with pytest.raises(KeyError):
+        Schedule().handle('nonsense', 0.0)
+
+
+# -- random walk ------------------------------------------------------------------------------------------
+
+class ModelNode:
+    """What a node does, as far as a schedule sees it; messages to and from it take their time."""
+
+    def __init__(self, key, cpus):
+        self.key, self.cpus = key, cpus
+        self.linked = self.stopping = False
+        self.comps = set()
+        self.forget()
+
+    def forget(self):
+        """A new process: nothing is known of what was."""
+        self.waiting = collections.OrderedDict()    # (comp, serial) -> CPUs
+        self.running = {}
+        self.results = {}      # (comp, serial) -> row, not acknowledged
+        self.cut()
+
+    def cut(self):
+        """The link breaks; what is on it is gone."""
+        self.inbox, self.outbox = collections.deque(), collections.deque()
+
+    def held(self, comp):
+        return [serial for place in (self.waiting, self.running, self.results) for name, serial in place if name == comp]
+
+    def take(self, rng):
+        """Read a message."""
+        kind, comp, what = self.inbox.popleft()
+        if kind is SendJobs:
+            for serial, cpus in what:
+                if not any((comp, serial) in place for place in (self.waiting, self.running, self.results)):
+                    self.waiting[comp, serial] = cpus
+        elif kind is SendAck:
+            for serial in what:
+                self.results.pop((comp, serial), None)
+        elif kind is SendCancel:
+            for serial in what:
+                if (comp, serial) in self.waiting or ((comp, serial) in self.running and rng.random() < 0.8):
+                    self.end((comp, serial), Outcome.CANCELLED, 0.0)
+        elif kind is SendRecall:
+            keys = [key for key in reversed(self.waiting) if key[0] == comp][:what]
+            for key in keys:
+                del self.waiting[key]
+            self.outbox.append(NodeReturned(self.key, comp, [serial for _, serial in keys]))
+        else:
+            for place in (self.waiting, self.running, self.results):
+                for key in [key for key in place if key[0] == comp]:
+                    del place[key]
+        self.start()
+
+    def start(self):
+        while self.waiting:
+            key, cpus = next(iter(self.waiting.items()))
+            if cpus > self.cpus - sum(self.running.values()):
+                return
+            self.running[key] = self.waiting.pop(key)
+
+    def end(self, key, outcome, took):
+        self.waiting.pop(key, None)
+        self.running.pop(key, None)
+        self.results[key] = (key[1], int(outcome), 10.0, 10.0 + took, b'', b'', b'')
+        self.outbox.append(NodeResults(self.key, key[0], [self.results[key]]))
+        self.start()
+
+
+class Walk:
+    """A schedule, model nodes, and books of what must be true."""
+
+    def __init__(self, seed):
+        self.rng = random.Random(seed)
+        self.schedule = Schedule()
+        self.nodes = {key: ModelNode(key, self.rng.choice((1, 2, 2, 4))) for key in range(self.rng.randint(1, 4))}
+        self.works, self.ended = [], {}
+        self.sent, self.free_again = {}, set()      # work -> its last attempt; attempts that were never started
+        self.serials, self.open, self.reentrant, self.opened = set(), [], {}, 0
+        self.recalls = 0
+
+    # what happens
+
+    def open_one(self):
+        comp = 'c%d' % self.opened
+        self.opened += 1
+        self.reentrant[comp] = self.rng.random() < 0.6
+        self.open.append(comp)
+        self.event(Opened(comp, self.rng.choice('xyz'), self.reentrant[comp]))
+        for node in self.nodes.values():
+            if node.linked:
+                self.set_up(node, comp)
+
+    def set_up(self, node, comp):
+        node.comps.add(comp)
+        held = node.held(comp)
+        flight = self.schedule.nodes[node.key].flight.get(comp, {}) if node.key in self.schedule.nodes else {}
+        self.free_again.update(set(flight) - set(held))
+        for (name, _), result in node.results.items():
+            if name == comp:
+                node.outbox.append(NodeResults(node.key, comp, [result]))
+        self.event(NodeReady(node.key, comp, node.cpus, held))
+
+    def submit(self):
+        rng, works = self.rng, []
+        for _ in range(rng.choice((1, 2, 5, 20))):
+            options = {}
+            if rng.random() < 0.2:
+                options['cpus'] = rng.randint(1, 4)
+            if rng.random() < 0.2:
+                options['priority'] = rng.randint(-1, 2)
+            size = AHEAD_BYTES // 3 if rng.random() < 0.1 else 10
+            works.append(Work(rng.choice(self.open), range(size), options or None))
+        self.works += works
+        self.event(Submitted(works))
+
+    def step(self):
+        rng = self.rng
+        node = rng.choice(list(self.nodes.values()))
+        what = rng.random()
+        if not self.open or (what < 0.01 and self.opened < 6):
+            self.open_one()
+        elif what < 0.12:
+            self.submit()
+        elif what < 0.18 and self.works:
+            self.event(CancelAsked(rng.choice(self.works[-60:])))
+        elif what < 0.19:
+            self.close(rng.choice(self.open))
+        elif what < 0.22:
+            self.trouble(node)
+        elif not node.linked:
+            node.linked = True
+            for comp in self.open:
+                self.set_up(node, comp)
+        else:
+            self.go_on(node)
+
+    def trouble(self, node):
+        what = self.rng.random()
+        if not node.linked:
+            return
+        if what < 0.3:      # a short break: the client comes back before the node is given up
+            node.cut()
+            for comp in sorted(node.comps):
+                self.set_up(node, comp)
+            return
+        if what < 0.5 and node.comps:
+            comp = self.rng.choice(sorted(node.comps))
+            node.comps.discard(comp)
+            node.inbox.append((None, comp, None))
+            self.event(NodeLeft(node.key, comp, 'host', 'left'))
+            return
+        self.lose(node, what < 0.8)
+
+    def lose(self, node, restarted):
+        node.linked = node.stopping = False
+        node.comps.clear()
+        node.cut()
+        if restarted:
+            node.forget()
+        self.event(NodeLost(node.key, 'host', 'broken'))
+
+    def go_on(self, node):
+        """Something on a node, or on the way to or from it."""
+        rng = self.rng
+        what = rng.random()
+        if node.inbox and what < 0.4:
+            node.take(rng)
+        elif node.running and what < 0.7:
+            outcome = rng.choice([Outcome.RETURNED] * 6 + [Outcome.RAISED, Outcome.DIED, Outcome.TIMED_OUT])
+            if rng.random() < 0.02:
+                outcome, node.stopping = Outcome.STOPPED, True
+            node.end(rng.choice(sorted(node.running)), outcome, rng.choice((0.001, 0.001, 0.03, 0.5)))
+        elif node.outbox:
+            event = node.outbox.popleft()
+            if type(event) is NodeReturned:
+                self.free_again.update(event.serials)
+            self.event(event)
+        elif node.stopping:
+            self.lose(node, True)
+
+    def close(self, comp):
+        self.open.remove(comp)
+        self.event(Closed(comp))
+        for node in self.nodes.values():
+            node.comps.discard(comp)
+            if node.linked:
+                node.inbox.append((None, comp, None))
+
+    def drain(self):
+        """Everything works from now on: everything ends."""
+        for turn in range(100000):
+            if all(work._state in ENDED for work in self.works):
+                return
+            if turn == 0:
+                self.nodes['large'] = ModelNode('large', 4)
+            for node in self.nodes.values():
+                if not node.linked:
+                    node.linked = True
+                for comp in self.open:
+                    if comp not in node.comps:
+                        self.set_up(node, comp)
+                self.go_on(node)
+        raise AssertionError('these do not end: %s' % [work for work in self.works if work._state not in ENDED])
+
+    # what is said and must be true
+
+    def event(self, event):
+        self.act(self.schedule.handle(event, 0.0))
+        self.check()
+        self.act(self.schedule.flush(0.0))
+        self.check()
+        self.check_no_idle_cpu()
+
+    def act(self, actions):
+        batches = collections.Counter((action.node, action.comp) for action in only(actions, SendJobs))
+        assert not batches or max(batches.values()) == 1
+        for action in actions:
+            kind = type(action)
+            if kind is JobEnded:
+                self.end(action.work)
+            elif kind is JobWaits or kind is JobParked:
+                assert action.work._state in WAITING
+            elif kind is JobsEnded:
+                for work, _ in action.pairs:
+                    self.end(work)
+            else:
+                node = self.nodes[action.node]
+                assert node.linked
+                what = action.count if kind is SendRecall else self.rows(action) if kind is SendJobs else action.serials
+                node.inbox.append((kind, action.comp, what))
+
+    def rows(self, action):
+        for work in action.works:
+            assert work._serial not in self.serials, 'a serial is used again'
+            self.serials.add(work._serial)
+            before = self.sent.get(work)
+            if before is not None and not self.reentrant[work._comp]:
+                assert before in self.free_again, 'a job that is not reentrant was sent twice'
+            self.sent[work] = work._serial
+        return [(work._serial, Schedule._cpus(work)) for work in action.works]
+
+    def end(self, work):
+        assert work not in self.ended and work._state in ENDED, 'ended twice'
+        self.ended[work] = work._state
+
+    def check(self):
+        places = collections.Counter()
+        flying = collections.Counter()
+        for node in self.schedule.nodes.values():
+            works = [(name, serial, work) for name, flight in node.flight.items() for serial, work in flight.items()]
+            assert node.used == sum(Schedule._cpus(work) for _, _, work in works)
+            assert node.bytes == sum(size_of(work._payload) for _, _, work in works)
+            for name, serial, work in works:
+                assert work._serial == serial and work._comp == name
+                assert self.schedule.comps[name].running[serial] is node
+                flying[name] += Schedule._cpus(work)
+                places[work] += 1
+        for comp in self.schedule.comps.values():
+            queue = list(comp.queue)
+            assert comp.queue.length == len(queue)
+            assert comp.flying == flying[comp.comp]
+            assert len(comp.running) == sum(len(node.flight.get(comp.comp, ())) for node in self.schedule.nodes.values())
+            for work in queue + comp.parked:
+                assert work._state in WAITING
+                places[work] += 1
+        for work in self.works:
+            assert places[work] == (0 if work in self.ended else 1), 'not in exactly one place'
+            assert (work._state in ENDED) == (work in self.ended)
+            if work in self.ended:
+                assert work._state is self.ended[work]
+
+    def check_no_idle_cpu(self):
+        for node in self.schedule.nodes.values():
+            for comp in node.comps.values():
+                head = comp.queue.head()
+                if node.used < node.cpus and head is not None:
+                    assert Schedule._cpus(head) > node.cpus - node.used, 'a CPU is idle and a job waits'
+
+
+@pytest.mark.parametrize('first', range(0, 240, 20))
+def test_random_walk(first):
+    """A failing seed stands in the message: Walk(seed) repeats it."""
+    for seed in range(first, first + 20):
+        walk = Walk(seed)
+        try:
+            for _ in range(250):
+                walk.step()
+            walk.drain()
+        except Exception as exc:
+            raise AssertionError('seed %d: %s: %s' % (seed, type(exc).__name__, exc)) from exc
