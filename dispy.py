@@ -44,6 +44,7 @@ import concurrent.futures
 import contextlib
 import enum
 import functools
+import hashlib
 import itertools
 import logging
 import math
@@ -1420,9 +1421,8 @@ class Driver(Loop):
             deadline = time.monotonic() + HANDSHAKE_TIME
             binding = NO_TLS
             if self._tls is not None and not peer.embedded:
-                sock.settimeout(HANDSHAKE_TIME)
-                sock = peer.dialling = self._tls.wrap_socket(sock)
-                binding = _digest_of_peer(sock)
+                sock = peer.dialling = self._wrap(sock)
+                binding = hashlib.sha256(sock.getpeercert(True)).digest()
             session = handshake_dial(sock, psk, Role.CLIENT, Role.NODE, _instance, binding, deadline)
             address = sock.getpeername()[0]
         except (HandshakeError, OSError, ValueError) as exc:
@@ -1431,6 +1431,13 @@ class Driver(Loop):
             self.post(DialFailed(peer, _dial_text(exc), isinstance(exc, (ConnectionError, socket.gaierror))))
         else:
             self.post(Dialled(peer, sock, session, address))
+
+    def _wrap(self, sock: socket.socket) -> Any:
+        sock.settimeout(HANDSHAKE_TIME)
+        try:
+            return self._tls.wrap_socket(sock)
+        except OSError as exc:   # ssl.SSLError is one
+            raise HandshakeError('TLS failed: %s; both sides need certfile, or neither' % exc) from exc
 
     def _dialled(self, event: Dialled) -> None:
         peer = event.peer
@@ -1716,11 +1723,6 @@ def _connect(peer: Peer, host: str, port: int) -> socket.socket:
             failure = exc
             sock.close()
     raise failure
-
-
-def _digest_of_peer(sock: Any) -> bytes:
-    import hashlib
-    return hashlib.sha256(sock.getpeercert(True)).digest()
 
 
 def _dial_text(exc: BaseException) -> str:
