@@ -173,9 +173,16 @@ class DispyJob(Work):
         self._serial, self._lost = 0, ()
         self.id = number
         self.status = 5
-        self.result = self.stdout = self.stderr = self.exception = self.error = self.ip_addr = None
-        self.start_time = self.end_time = self._event = None
+        self.result: Any = None
+        self.stdout: Union[str, bytes, None] = None
+        self.stderr: Union[str, bytes, None] = None
+        self.exception: Optional[str] = None
+        self.error: Optional[BaseException] = None
+        self.ip_addr: Optional[str] = None
         self.submit_time = time.time()
+        self.start_time: Optional[float] = None
+        self.end_time: Optional[float] = None
+        self._event: Optional[threading.Event] = None
 
     @property
     def finish(self) -> threading.Event:
@@ -343,10 +350,10 @@ class SendCancel(NamedTuple):
 
 
 class SendRecall(NamedTuple):
-    """Ask a node for attempts it has not started."""
+    """Ask a node for so many attempts it has not started."""
     node: Any
     comp: str
-    count: int
+    most: int
 
 
 class SendAck(NamedTuple):
@@ -365,18 +372,18 @@ class JobsEnded(NamedTuple):
 
 class JobWaits(NamedTuple):
     """A job that was on a node waits again."""
-    work: Work
+    work: Any
 
 
 class JobParked(NamedTuple):
     """A job wants more CPUs than any node has; it waits beside the queue until there is one."""
-    work: Work
+    work: Any
     text: str
 
 
 class JobEnded(NamedTuple):
     """A job has ended without a result; `text` says why."""
-    work: Work
+    work: Any
     text: str
 
 
@@ -485,7 +492,8 @@ class Schedule:
         waiting = [comp for comp in self.comps.values() if comp.queue.length]
         if waiting:
             self._distribute(waiting)
-        self._balance()
+        if len(self.nodes) > 1:
+            self._balance()
         return self._actions
 
     # -- small parts --------------------------------------------------------------------------------------
@@ -1435,7 +1443,7 @@ class Driver(Loop):
     def _wrap(self, sock: socket.socket) -> Any:
         sock.settimeout(HANDSHAKE_TIME)
         try:
-            return self._tls.wrap_socket(sock)
+            return self._tls.wrap_socket(sock)  # type: ignore[union-attr]
         except OSError as exc:   # ssl.SSLError is one
             raise HandshakeError('TLS failed: %s; both sides need certfile, or neither' % exc) from exc
 
@@ -1616,6 +1624,7 @@ class Driver(Loop):
 
     def _send_jobs(self, action: SendJobs) -> None:
         peer = self._peers[action.node]
+        assert peer.link is not None   # ours: the schedule knows nodes with a link only
         now, rows, size = time.time(), [], 0
         for work in action.works:
             work.status, work.ip_addr, work.start_time = 6, peer.ip_addr, now
@@ -1652,7 +1661,8 @@ class Driver(Loop):
     def _jobs_ended(self, action: JobsEnded) -> None:
         """Results at last. What may run the user's code when it is opened is left to an opener."""
         cluster, peer = self._clusters[action.comp], self._peers[action.node]
-        plain, code = [], []
+        plain: List[Tuple[DispyJob, tuple]] = []
+        code: List[Tuple[DispyJob, tuple]] = []
         for pair in action.pairs:
             outcome = pair[1][1]
             opens = outcome == Outcome.RETURNED_CODE or (outcome == Outcome.RAISED and len(unpack_error(pair[1][4])[1]))

@@ -67,7 +67,7 @@ import time
 import traceback
 import unicodedata
 from functools import lru_cache
-from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 __version__ = '5.0.0.dev0'
 
@@ -179,9 +179,9 @@ class Cancel(NamedTuple):
 
 
 class Recall(NamedTuple):
-    """Client: give back up to `count` attempts that have not started. Answered by Returned."""
+    """Client: give back up to `most` attempts that have not started. Answered by Returned."""
     comp: str
-    count: int
+    most: int
 
 
 class Ack(NamedTuple):
@@ -283,7 +283,7 @@ def beside(payload: Payload) -> Any:
         return tuple(beside(piece) for piece in payload)
     if type(payload) is bytes and len(payload) < OUT_OF_BAND:
         return payload
-    return pickle.PickleBuffer(payload)
+    return pickle.PickleBuffer(payload)  # type: ignore[arg-type]
 
 
 class _Plain(pickle.Unpickler):
@@ -335,7 +335,7 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
     check = CHECKS.get(message)
     if check is not None and not check(fields):
         raise PeerError('%s with wrong values' % message.__name__)
-    return message._make(fields)
+    return message._make(fields)  # type: ignore[attr-defined]
 
 
 def _is_buffer(value: Any) -> bool:
@@ -1734,7 +1734,7 @@ class Node:
         return worker
 
     def _feed(self, comp: _Computation, worker: _Worker, count: int, now: float) -> None:
-        attempts = []
+        attempts: List[Attempt] = []
         if comp.most:
             count = min(count, comp.most - worker.fed)
         while count > 0 and comp.waiting:
@@ -1821,6 +1821,7 @@ class Node:
     @staticmethod
     def _ended(attempt: Attempt, row: tuple) -> tuple:
         """The result of an attempt that was interrupted. One that was cancelled and returned all the same counts."""
+        assert attempt.ending is not None   # ours
         if attempt.ending is Outcome.CANCELLED and row[1] in (Outcome.RETURNED, Outcome.RETURNED_CODE):
             return row
         return (row[0], int(attempt.ending), row[2], row[3], ENDING_TEXT[attempt.ending].encode(), *row[5:])
@@ -1946,8 +1947,8 @@ class Node:
         comp = self._comp_of(link, message.comp)
         if comp is None:
             return
-        comp.owed = max(0, message.count - len(comp.waiting))
-        self._give_back(comp, message.count)
+        comp.owed = max(0, message.most - len(comp.waiting))
+        self._give_back(comp, message.most)
         if comp.owed:
             self._check_later(comp, now)
 
@@ -2678,7 +2679,7 @@ def runner_main(control: socket.socket) -> None:
 # Threads and sockets: channels, the loop that owns them, accepting. Used by node, client and scheduler alike.
 # ---------------------------------------------------------------------------------------------------------
 
-_WOULD_BLOCK: Tuple[type, ...] = (BlockingIOError, InterruptedError)
+_WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
 
 
 def tune(sock: socket.socket) -> None:
@@ -2705,7 +2706,7 @@ class Channel:
         self._intake = intake
         self._out: Deque[Tuple[memoryview, Optional[socket.socket]]] = collections.deque()
         self._gathers = hasattr(sock, 'sendmsg') and not hasattr(sock, 'do_handshake')
-        self._again: Tuple[type, ...] = _WOULD_BLOCK
+        self._again: Tuple[Type[OSError], ...] = _WOULD_BLOCK
         if hasattr(sock, 'do_handshake'):
             import ssl
             self._again = _WOULD_BLOCK + (ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -3568,7 +3569,7 @@ def _lock(path: str, port: int) -> Any:
     try:
         if os.name == 'nt':
             import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
         else:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -847,7 +847,7 @@ class Walk:
             else:
                 node = self.nodes[action.node]
                 assert node.linked
-                what = action.count if kind is SendRecall else self.rows(action) if kind is SendJobs else action.serials
+                what = action.most if kind is SendRecall else self.rows(action) if kind is SendJobs else action.serials
                 node.inbox.append((kind, action.comp, what))
 
     def rows(self, action):
