@@ -68,12 +68,12 @@ import cloudpickle
 
 from dispynode import (
     ATOMS, FILE_PIECE, FRAME_FILL, HANDSHAKE_TIME, NODE_PORT, NO_TLS, OUT_OF_BAND, PULSE, QUEUED_TIME, Ack, Bye, Cancel, Compute,
-    DispyError, Done, File, HandshakeError, Introduce, Jobs, Link, LinkBroken, Loop, Need, OUTCOMES, Offer, Outcome, PeerError, Pulse,
+    DispyError, Done, File, GOES_ON, HandshakeError, Introduce, Jobs, Link, LinkBroken, Loop, Need, OUTCOMES, Offer, Outcome, PeerError, Pulse,
     Ready, Recall, Refused, Results, Returned, Role, SecretError, Session, Welcome, beside, check_name,
     derive_key, describe_exception, file_digest, find_secret, handshake_dial, seal, size_of, tls_context, tune,
     unpack_error, unseal)
 
-__all__ = ['JobCluster', 'DispyJob', 'DispyNode', 'ClusterStatus', 'NoNodes', 'DispyError', 'SecretError', 'logger']
+__all__ = ['JobCluster', 'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'ClusterStatus', 'NoNodes', 'DispyError', 'SecretError', 'logger']
 
 # ---------------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -104,6 +104,34 @@ class NoNodes(DispyError):
 # ---------------------------------------------------------------------------------------------------------
 # Public values
 # ---------------------------------------------------------------------------------------------------------
+
+class JobFailed(DispyError):
+    """A job did not finish; the text is its `exception`. Raised by `map` and the executor where the job's own
+    exception object is not to be had."""
+
+
+class RemoteTraceback(DispyError):
+    """The cause of an exception that a job raised: where it did, on the node."""
+
+    def __str__(self) -> str:
+        return '\n"""\n%s"""' % self.args[0]
+
+
+def error_of(job: 'DispyJob') -> BaseException:
+    """The exception to raise for a job that failed, with the node's traceback as its cause."""
+    if job.error is None:
+        return JobFailed(job.exception)
+    job.error.__cause__ = RemoteTraceback(job.exception)
+    return job.error
+
+
+def result_of(job: 'DispyJob') -> Any:
+    """Wait; return the job's result or raise for it."""
+    result = job()
+    if job.status != JobState.FINISHED:
+        raise error_of(job)
+    return result
+
 
 class JobState(enum.IntEnum):
     """Where a job is. The first seven are what DispyJob.status shows; the numbers are dispy 4's."""
@@ -161,7 +189,7 @@ class DispyJob(Work):
     ip_addr - where it ran; submit_time, start_time, end_time - seconds since the epoch
     """
     __slots__ = ('id', 'status', 'result', 'stdout', 'stderr', 'exception', 'error', 'ip_addr', 'submit_time',
-                 'start_time', 'end_time', '_event')
+                 'start_time', 'end_time', '_event', '_when_ended')
 
     Created, Running, ProvisionalResult = int(JobState.CREATED), int(JobState.RUNNING), int(JobState.PROVISIONAL)
     Cancelled, Terminated = int(JobState.CANCELLED), int(JobState.TERMINATED)
@@ -183,6 +211,7 @@ class DispyJob(Work):
         self.start_time: Optional[float] = None
         self.end_time: Optional[float] = None
         self._event: Optional[threading.Event] = None
+        self._when_ended: Optional[List[Callable[['DispyJob'], None]]] = None
 
     @property
     def finish(self) -> threading.Event:
@@ -207,6 +236,20 @@ class DispyJob(Work):
         while not event.wait(FOREVER):
             continue
         return True
+
+    def _call_when_ended(self, call: Callable[['DispyJob'], None]) -> None:
+        """Call it with the job when that has ended, at once if it has; perhaps twice. Any thread; must be quick."""
+        with _lock:
+            self._when_ended = [*(self._when_ended or ()), call]
+        if self.status in ENDED:
+            call(self)
+
+    def _wake(self) -> None:
+        """The job has ended: whoever waits for it is told."""
+        if self._event is not None:
+            self._event.set()
+        for call in self._when_ended or ():
+            call(self)
 
     def __call__(self, timeout: Optional[float] = None) -> Any:
         """Wait and return the result; None for a job that failed. Raises TimeoutError after `timeout` seconds.
@@ -364,7 +407,7 @@ class SendAck(NamedTuple):
 
 
 class JobsEnded(NamedTuple):
-    """Jobs have ended by their results: pairs of (work, row). Works are in their final states."""
+    """Results came: pairs of (work, row). Works are in their final states, or provisional."""
     node: Any
     comp: str
     pairs: list
@@ -641,10 +684,16 @@ class Schedule:
         node.recalled.discard(event.comp)
         pairs, mean = [], comp.mean
         for row in event.rows:
+            outcome = row[1]
+            if outcome in GOES_ON:
+                work = node.flight[comp.comp].get(row[0])
+                if work is not None:
+                    self._move(work, 'provisional')
+                    pairs.append((work, row))
+                continue
             work = self._land(node, comp, row[0])
             if work is None:
                 continue
-            outcome = row[1]
             if outcome == Outcome.STOPPED:
                 node.cpus = 0   # nothing more goes there, until it is Ready again
                 self._lost(comp, work, str(node.key), 'it was stopped')
@@ -655,7 +704,7 @@ class Schedule:
                 mean = took if mean is None else mean + (took - mean) * (0.25 if took > mean else 0.0625)
             pairs.append((work, row))
         comp.mean = mean
-        self._do(SendAck(node.key, comp.comp, [row[0] for row in event.rows]))
+        self._do(SendAck(node.key, comp.comp, [row[0] for row in event.rows if row[1] not in GOES_ON]))
         if pairs:
             self._do(JobsEnded(node.key, comp.comp, pairs))
 
@@ -1665,6 +1714,9 @@ class Driver(Loop):
         code: List[Tuple[DispyJob, tuple]] = []
         for pair in action.pairs:
             outcome = pair[1][1]
+            if outcome in GOES_ON or (cluster._chains and pair[0] in cluster._chains):
+                cluster._chain(pair, peer)
+                continue
             opens = outcome == Outcome.RETURNED_CODE or (outcome == Outcome.RAISED and len(unpack_error(pair[1][4])[1]))
             (code if opens else plain).append(pair)
         if plain:
@@ -1852,11 +1904,12 @@ class JobCluster:
         self._reentrant = bool(reentrant)
         self._cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name)
         self._job_status = job_status or callback
-        self._lock = threading.Lock()                        # guards the four below
+        self._lock = threading.Lock()                        # guards those below
         self._changed = threading.Condition(self._lock)
         self._pending = 0                                    # jobs that have not ended or whose callback has not returned
         self._closed = False
         self._counts: Dict[str, List[Any]] = {}              # node -> [peer, jobs done, seconds]
+        self._chains: Dict[DispyJob, Deque[Tuple[tuple, Peer]]] = {}   # rows of jobs with provisional results, in order
         self._numbers = itertools.count(1)
         self._started = time.time()
         discovery = os.environ.get('DISPY_DISCOVERY', 'lan')
@@ -1899,6 +1952,45 @@ class JobCluster:
             self._pending += 1
             self._driver.post(job)   # with the lock held: `close` comes after it or before the test above
         return job
+
+    def map(self, *iterables: Any, in_flight: Optional[int] = None) -> Iterator[Any]:
+        """Yield the results of computing over the inputs, in their order, like the builtin `map`. Inputs are taken as
+        results are: at most `in_flight` jobs (default: 1000) are under way, so a generator may be endless. For a job
+        that failed its exception is raised (JobFailed if there is none); leaving the loop cancels the rest."""
+        most = _in_range('in_flight', in_flight, 1000, 1, 1 << 31)
+        return self._map(zip(*iterables), most)
+
+    def _map(self, inputs: Iterator[tuple], most: int) -> Iterator[Any]:
+        jobs: Deque[DispyJob] = collections.deque()
+        try:
+            for args in inputs:
+                jobs.append(self.submit(*args))
+                if len(jobs) >= most:
+                    yield result_of(jobs.popleft())
+            while jobs:
+                yield result_of(jobs.popleft())
+        finally:
+            for job in jobs:
+                self.cancel(job)
+
+    def as_completed(self, jobs: Sequence[DispyJob], timeout: Optional[float] = None) -> Iterator[DispyJob]:
+        """Yield the jobs as they end, whatever their end. Raises TimeoutError when some have not after `timeout` seconds."""
+        until = None if timeout is None else time.monotonic() + timeout
+        ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
+        for job in jobs:
+            job._call_when_ended(ended.put)
+        left = set(jobs)
+        while left:
+            wait = FOREVER if until is None else min(FOREVER, until - time.monotonic())
+            try:
+                job = ended.get(timeout=max(0.0, wait))
+            except queue.Empty:
+                if until is not None and time.monotonic() >= until:
+                    raise TimeoutError('%d of %d jobs have not ended within %s s' % (len(left), len(jobs), timeout)) from None
+                continue
+            if job in left:
+                left.discard(job)
+                yield job
 
     def cancel(self, job: DispyJob) -> int:
         """End a job: a waiting one at once, a running one by KeyboardInterrupt and, 5 s later, by killing it.
@@ -2028,6 +2120,46 @@ class JobCluster:
             count[2] += seconds
         self._ended([job for job, _ in pairs])
 
+    def _chain(self, pair: Tuple[DispyJob, tuple], peer: Peer) -> None:
+        """A result that must be seen after earlier ones of its job. The driver's thread."""
+        job, row = pair
+        with self._lock:
+            if job in self._chains:
+                self._chains[job].append((row, peer))
+                return
+            self._chains[job] = collections.deque([(row, peer)])
+        pool = self._driver.callbacks if self._job_status is not None else self._driver._openers
+        pool.run(self._run_chain, job)
+
+    def _run_chain(self, job: DispyJob) -> None:
+        """Result after result, each seen by the callback before the next. A callback thread or an opener."""
+        while True:
+            with self._lock:
+                if not self._chains[job]:
+                    del self._chains[job]
+                    return
+                row, peer = self._chains[job].popleft()
+            if row[1] not in GOES_ON:
+                self._conclude([(job, row)], peer)
+            elif self._show(job, row) and self._job_status is not None:
+                try:
+                    self._guarded_call(job)
+                except Exception:  # the user's callback; later results are shown all the same
+                    logger.exception('the callback of job %r raised', job.id)
+
+    def _show(self, job: DispyJob, row: tuple) -> bool:
+        """A provisional result; false if the job has ended meanwhile, or it cannot be opened."""
+        try:
+            value = unseal(row[4])
+        except BaseException as exc:  # unpickling runs the user's code
+            logger.error('a provisional result of job %r could not be opened: %s', job.id, describe_exception(exc, 1))
+            return False
+        with self._lock:
+            if job.status in ENDED:
+                return False
+            job.result, job.status = value, DispyJob.ProvisionalResult
+        return True
+
     def _fill_in(self, job: DispyJob, row: tuple) -> None:
         _, outcome, start, end, payload, stdout, stderr = row
         status = int(job._state)
@@ -2038,6 +2170,7 @@ class JobCluster:
                 status = DispyJob.Terminated
                 job.exception = 'the result could not be opened here: %s' % describe_exception(exc, 1)
         elif outcome == Outcome.RAISED:
+            job.result = None   # a provisional one may stand there
             job.exception, body = unpack_error(payload)
             if len(body):
                 try:
@@ -2045,7 +2178,7 @@ class JobCluster:
                 except BaseException as exc:  # as above; the text is there
                     logger.debug('an exception of job %r could not be opened: %s', job.id, type(exc).__name__)
         else:
-            job.exception = bytes(payload).decode('utf-8', 'replace')
+            job.result, job.exception = None, bytes(payload).decode('utf-8', 'replace')
         if start:
             job.start_time = start
         job.end_time = end or time.time()
@@ -2059,28 +2192,37 @@ class JobCluster:
 
     def _end(self, job: DispyJob, text: str) -> None:
         """A job that ended without a result. The driver's thread."""
-        job.exception, job._payload, job.end_time = text, None, time.time()
-        job.status = int(job._state)
+        with self._lock:   # beside a provisional result
+            job.result, job.exception, job._payload, job.end_time = None, text, None, time.time()
+            job.status = int(job._state)
         self._ended([job])
 
     def _ended(self, jobs: List[DispyJob]) -> None:
         for job in jobs:
-            if job._event is not None:
-                job._event.set()
+            if job._event is not None or job._when_ended is not None:
+                job._wake()
         if self._job_status is None:
             self._settle(len(jobs))
-        else:
-            for job in jobs:
+            return
+        for job in jobs:
+            if self._driver.broken:
+                self._call_back(job)   # the pool has ended with the driver
+            else:
                 self._driver.post(CallBack(self, job))
 
     def _call_back(self, job: DispyJob) -> None:
         """A callback thread."""
+        try:
+            self._guarded_call(job)
+        finally:
+            self._settle(1)
+
+    def _guarded_call(self, job: DispyJob) -> None:
         _calling.cluster = self
         try:
             self._job_status(job)  # type: ignore[misc]
         finally:
             _calling.cluster = None
-            self._settle(1)
 
     def _settle(self, count: int) -> None:
         with self._lock:
@@ -2099,9 +2241,7 @@ class JobCluster:
             if job._comp == self._comp and job.status not in ENDED:
                 job._state = JobState.ABANDONED
                 job.exception, job.end_time, job.status = text, time.time(), DispyJob.Abandoned
-                if job._event is not None:
-                    job._event.set()
-                self._settle(1)
+                self._ended([job])
 
 
 _calling = threading.local()  # .cluster: whose callback this thread is in

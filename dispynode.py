@@ -144,6 +144,8 @@ class Outcome(enum.IntEnum):
     CANCELLED = 5      # text
     TIMED_OUT = 6      # text
     STOPPED = 7        # text: the node is being stopped; the job may have done a part of its work
+    PROVISIONAL = 8    # as RETURNED, of a job that goes on
+    PROVISIONAL_CODE = 9   # as RETURNED_CODE, of a job that goes on
 
 
 class Introduce(NamedTuple):
@@ -377,6 +379,7 @@ def _is_file(row: Any) -> bool:
 
 
 OUTCOMES = frozenset(map(int, Outcome))
+GOES_ON = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))   # those that are not the end of an attempt
 SPEC_FIELDS: Dict[str, Any] = {'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
                                'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str}
 
@@ -1790,23 +1793,30 @@ class Node:
         if worker is None or worker.comp.stage is Stage.CLOSING:
             return
         comp, mean = worker.comp, worker.comp.mean
-        for place, row in enumerate(event.rows):
+        place, ended = 0, None
+        for row in event.rows:
             if place >= len(worker.queue) or worker.queue[place].serial != row[0]:
                 raise PeerError('a worker answered for %d, which it did not run' % row[0])
+            place += row[1] not in GOES_ON
         comp.stillborn = 0
         for row in event.rows:
-            attempt = worker.queue.popleft()
+            if row[1] in GOES_ON:
+                comp.outbox.append(row)
+                continue
+            attempt = ended = worker.queue.popleft()
             took = row[3] - row[2]
             mean = took if mean is None else mean + (took - mean) * (0.25 if took > mean else 0.0625)
             if attempt.ending is not None:
                 row = self._ended(attempt, row)
             self._finish(comp, row)
         comp.mean = mean
+        if ended is None:   # nothing but provisional results
+            return
         if worker.queue:
             comp.hungry[worker.key] = worker
             self._head_starts(worker, now)
         else:
-            self._idle(worker, attempt.cpus if event.rows else 0)  # type: ignore[union-attr]
+            self._idle(worker, ended.cpus)
 
     def _idle(self, worker: _Worker, cpus: int) -> None:
         comp = worker.comp
@@ -2210,6 +2220,7 @@ class Worker:
         self._intake = RecordIntake()
         self._queue: Deque[Record] = collections.deque()
         self._in_job = self._interrupt_late = self._recalled = False
+        self._sending = threading.Lock()   # guards the writing end of the pipe: a job may have threads
 
     def serve(self) -> None:
         """Until the daemon closes the pipe, or this process is not fit for another job."""
@@ -2243,6 +2254,7 @@ class Worker:
                    'SIGQUIT', 'SIGXCPU')
         self._handlers = [(int(number), _getsignal(number)) for number in
                           (getattr(signal, name, None) for name in watched) if number is not None]
+        Runner.offer({'dispy_provisional_result': self._provisional})
         self._environ = dict(_ENVIRON)
         self._threads = threading.active_count()
         if 'numpy' in sys.modules:   # forked twins would draw the same "random" numbers; `random` sees to it itself
@@ -2257,8 +2269,41 @@ class Worker:
         self._queue.extend(self._intake.records(count))
 
     def _send(self, *args: Any) -> None:
-        for buffer in pack_record(*args):
-            self._sock.sendall(buffer)
+        buffers = pack_record(*args)
+        with self._sending:
+            for buffer in buffers:
+                self._sock.sendall(buffer)
+
+    @contextlib.contextmanager
+    def _beside_job(self) -> Any:
+        """Work of ours that a job asks for: an interrupt waits until it is done. Interrupts come to the main thread
+        only, so that the other threads of a job need not be kept from them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        inside, self._in_job = self._in_job, False
+        try:
+            yield
+        finally:
+            self._in_job = inside
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        if self._recalled:
+            self._in_job = False
+            self._give_back()
+            self._in_job = True
+        if self._interrupt_late:
+            self._interrupt_late = False
+            raise KeyboardInterrupt
+
+    def _provisional(self, result: Any) -> int:
+        """dispy_provisional_result: hand the client a value while the job goes on. Raises what pickling raises."""
+        payload, plain = seal(result, _by_value)
+        with self._beside_job():
+            now = time.time()
+            self._send(Kind.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE, self._slots[0], now, now, payload)
+        return 0
 
     def _give_back(self) -> None:
         """Return all that has not started, from this process and from the pipe."""
@@ -2276,12 +2321,8 @@ class Worker:
         if not self._in_job:
             self._recalled = True
             return
-        self._in_job = False   # an interrupt must not tear what is being sent
-        self._give_back()
-        self._in_job = True
-        if self._interrupt_late:
-            self._interrupt_late = False
-            raise KeyboardInterrupt
+        self._recalled = True
+        self._catch_up()
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         if not self._slots[0] or self._slots[1] != self._slots[0]:
@@ -2453,14 +2494,14 @@ class Runner:
         for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMEXPR_NUM_THREADS'):
             os.environ.setdefault(name, '1')   # a worker a CPU runs already
         sys.path.insert(0, self._directory)
-        self._offer(dict(self._spec['names'], os=os, sys=sys, time=time))
+        self.offer(dict(self._spec['names'], os=os, sys=sys, time=time))
         self._unpack_support()
         if self._spec['kind'] == 'program':
             self._function: Callable[..., Any] = Program(os.path.join(self._directory, self._spec['program']))
             self._cleanup = None
         else:
             self._function, setup, self._cleanup, self._setup_args, objects = unseal(code)
-            self._offer(objects)
+            self.offer(objects)
             if setup is not None:
                 answer = setup(*self._setup_args)
                 if answer is not None and answer != 0:
@@ -2471,7 +2512,7 @@ class Runner:
         gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
 
     @staticmethod
-    def _offer(names: Dict[str, Any]) -> None:
+    def offer(names: Dict[str, Any]) -> None:
         """Names that need no import in a job. In builtins, so that the computation's own globals come first."""
         import builtins
         for name, value in names.items():

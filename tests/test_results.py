@@ -1,0 +1,151 @@
+"""Results as they come: provisional ones, in order, as completed."""
+
+import itertools
+import os
+import threading
+import time
+
+import pytest
+
+import dispy
+from conftest import eventually
+from dispy import DispyJob
+
+
+def steps(count, value=lambda n: n):
+    for n in range(count):
+        dispy_provisional_result(value(n))   # noqa: F821
+    return 'final'
+
+
+@pytest.mark.parametrize('value', [lambda n: n, lambda n: {n}, lambda n: lambda: n, lambda n: b'%d' % n * 50000],
+                         ids=['plain', 'set', 'function', 'large'])
+def test_provisional_results_come_in_order_and_then_the_final_one(value):
+    seen = []
+
+    def ended(job):
+        seen.append((job.status, job.result))
+        time.sleep(0.0005)
+    with dispy.JobCluster(steps, nodes='local', job_status=ended) as cluster:
+        job = cluster.submit(100, value)
+        assert job(60) == 'final'
+        assert cluster.wait(30)
+    plain = [result() if callable(result) else result for _, result in seen]
+    expected = [value(n)() if callable(value(n)) else value(n) for n in range(100)]
+    assert plain == expected + ['final']
+    assert [status for status, _ in seen] == [DispyJob.ProvisionalResult] * 100 + [DispyJob.Finished]
+
+
+def test_provisional_results_without_a_callback():
+    def compute(flag):
+        dispy_provisional_result('first')   # noqa: F821
+        while not os.path.exists(flag):
+            time.sleep(0.01)
+        raise ValueError('in the end')
+    import tempfile
+    with tempfile.TemporaryDirectory() as directory, dispy.JobCluster(compute, nodes='local') as cluster:
+        flag = os.path.join(directory, 'flag')
+        job = cluster.submit(flag)
+        eventually(lambda: job.status == DispyJob.ProvisionalResult)
+        assert job.result == 'first' and not job.finish.is_set()
+        with open(flag, 'w'):
+            pass
+        assert job(20) is None and job.status == DispyJob.Terminated and job.result is None and 'in the end' in job.exception
+
+
+def test_provisional_results_from_threads_of_a_job():
+    def compute():
+        threads = [threading.Thread(target=lambda n=n: [dispy_provisional_result((n, m)) for m in range(20)]) for n in range(4)]  # noqa: F821
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    seen = []
+    with dispy.JobCluster(compute, nodes='local', job_status=lambda job: seen.append(job.result)) as cluster:
+        job = cluster.submit()
+        job(30)
+        assert job.status == DispyJob.Finished, job.exception
+    assert seen.pop() is None
+    assert sorted(seen) == [(n, m) for n in range(4) for m in range(20)]
+    assert [m for n, m in seen if n == 2] == list(range(20))
+
+
+def test_a_job_is_cancelled_on_its_provisional_result():
+    """Early stop: enough is known."""
+    def compute(n):
+        for k in itertools.count():
+            dispy_provisional_result(k)   # noqa: F821
+            time.sleep(0.001)
+
+    def look(job):
+        if job.status == DispyJob.ProvisionalResult and job.result >= 5:
+            cluster.cancel(job)
+    with dispy.JobCluster(compute, nodes='local', job_status=look) as cluster:
+        jobs = [cluster.submit(n) for n in range(3)]
+        assert cluster.wait(30)
+    assert {job.status for job in jobs} == {DispyJob.Cancelled}
+
+
+def test_a_callback_that_raises_on_a_provisional_result(caplog):
+    seen = []
+
+    def ended(job):
+        seen.append(job.result)
+        raise ValueError('no matter')
+    with dispy.JobCluster(steps, nodes='local', job_status=ended) as cluster:
+        cluster.submit(3)
+    assert seen == [0, 1, 2, 'final']
+
+
+# -- map and as_completed ---------------------------------------------------------------------------------------------
+
+def square(n, m=0):
+    return n * n + m
+
+
+def test_map_keeps_order_and_is_lazy():
+    taken = []
+
+    def inputs():
+        for n in itertools.count():
+            taken.append(n)
+            yield n
+    with dispy.JobCluster(square, nodes='local') as cluster:
+        assert list(cluster.map(range(500), itertools.repeat(1))) == [n * n + 1 for n in range(500)]
+        results = cluster.map(inputs(), in_flight=20)
+        assert taken == []
+        assert [next(results) for _ in range(100)] == [n * n for n in range(100)]
+        assert len(taken) <= 120
+        results.close()
+        assert cluster.wait(20)
+        with pytest.raises(ValueError, match='in_flight=0'):
+            cluster.map([1], in_flight=0)
+
+
+def test_map_raises_what_a_job_raised_with_the_remote_traceback():
+    def compute(n):
+        if n == 3:
+            raise KeyError('three')
+        if n == 4:
+            os._exit(1)
+        return n
+    with dispy.JobCluster(compute, nodes='local') as cluster:
+        results = cluster.map([1, 2, 3])
+        assert [next(results), next(results)] == [1, 2]
+        with pytest.raises(KeyError) as caught:
+            next(results)
+        assert 'in compute' in str(caught.value.__cause__)
+        with pytest.raises(dispy.JobFailed, match='exit code 1'):
+            list(cluster.map([4]))
+
+
+def test_as_completed():
+    with dispy.JobCluster(time.sleep, nodes='local') as cluster:
+        jobs = [cluster.submit(1000)] + [cluster.submit(0) for _ in range(10)]
+        ended = cluster.as_completed(jobs)
+        assert {next(ended) for _ in range(10)} == set(jobs[1:])
+        with pytest.raises(TimeoutError, match='1 of 11'):
+            list(cluster.as_completed(jobs, timeout=0.05))
+        cluster.cancel(jobs[0])
+        assert list(ended) == [jobs[0]]
+        assert set(cluster.as_completed(jobs)) == set(jobs)
