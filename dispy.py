@@ -69,11 +69,11 @@ import cloudpickle
 from dispynode import (
     ATOMS, FILE_PIECE, FRAME_FILL, HANDSHAKE_TIME, NODE_PORT, NO_TLS, OUT_OF_BAND, PULSE, QUEUED_TIME, Ack, Bye, Cancel, Compute,
     DispyError, Done, File, GOES_ON, HandshakeError, Introduce, Jobs, Link, LinkBroken, Loop, Need, OUTCOMES, Offer, Outcome, PeerError, Pulse,
-    Ready, Recall, Refused, Results, Returned, Role, SecretError, Session, Welcome, beside, check_name,
-    derive_key, describe_exception, file_digest, find_secret, handshake_dial, seal, size_of, tls_context, tune,
+    Ready, Recall, Refused, Results, Returned, Role, SecretError, Session, Welcome, beside,
+    call_chunk, call_packed, check_name, derive_key, describe_exception, file_digest, find_secret, handshake_dial, pieces_of, seal, size_of, tls_context, tune,
     unpack_error, unseal)
 
-__all__ = ['JobCluster', 'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'ClusterStatus', 'NoNodes', 'DispyError', 'SecretError', 'logger']
+__all__ = ['JobCluster', 'DispyExecutor', 'register_joblib', 'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'ClusterStatus', 'NoNodes', 'DispyError', 'SecretError', 'logger']
 
 # ---------------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -1345,6 +1345,13 @@ class Driver(Loop):
         self._take_submitted()
         self._act(self.schedule.handle(CancelAsked(job), self.now))
 
+    def cancel_waiting(self, comp: str) -> None:
+        """End all jobs of a cluster that wait here."""
+        self._take_submitted()
+        known = self.schedule.comps.get(comp)
+        for work in [*known.queue, *known.parked] if known is not None else []:
+            self._act(self.schedule.handle(CancelAsked(work), self.now))
+
     def nodes_of(self, comp: str) -> List[Tuple[Peer, str, str, int]]:
         """Peers of a cluster: (peer, state, reason, jobs there)."""
         found = []
@@ -2000,6 +2007,10 @@ class JobCluster:
         self._driver.ask(lambda: self._driver.cancel(job))
         return 0
 
+    def cancel_waiting(self) -> None:
+        """End all jobs that have not been sent to a node. Any thread."""
+        self._driver.ask(lambda: self._driver.cancel_waiting(self._comp))
+
     def wait(self, timeout: Optional[float] = None) -> bool:
         """Wait until every job has ended and its callback has returned, at most `timeout` seconds. Any thread; in a
         callback, the job it was called for is not waited for."""
@@ -2272,6 +2283,147 @@ def _take_options(kwargs: dict) -> Optional[dict]:
 
 _OPTIONS: Dict[str, Tuple[Any, float, float]] = {
     'dispy_timeout': ((int, float), 0.001, 1e9), 'dispy_priority': (int, -(1 << 31), 1 << 31), 'dispy_cpus': (int, 1, 1 << 16)}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Standard interfaces: concurrent.futures and joblib
+# ---------------------------------------------------------------------------------------------------------
+
+class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
+    """A future of a DispyExecutor; `job` is the job behind it."""
+
+    def __init__(self, cluster: JobCluster) -> None:
+        super().__init__()
+        self._cluster = cluster
+        self.job: Optional[DispyJob] = None
+
+    def cancel(self) -> bool:
+        """Cancel it if it waits. As with other executors, what runs goes on (`cluster.cancel` ends that too)."""
+        job = self.job
+        if job is not None and job.status == JobState.CREATED:
+            self._cluster.cancel(job)
+        return job is not None and job.status == JobState.CANCELLED and super().cancel()
+
+    def running(self) -> bool:
+        """Whether it is on a node."""
+        return self.job is not None and self.job.status in (JobState.RUNNING, JobState.PROVISIONAL)
+
+    def settle(self, job: DispyJob) -> None:
+        """The job has ended. A callback thread."""
+        self.job = job
+        if self.cancelled() or job.status == JobState.CANCELLED:
+            super().cancel()
+            self.set_running_or_notify_cancel()
+        elif job.status == JobState.FINISHED:
+            self.set_result(job.result)
+        else:
+            self.set_exception(error_of(job))
+
+
+class DispyExecutor(concurrent.futures.Executor):
+    """A concurrent.futures.Executor whose calls run on the nodes of a cluster: any function a call, exceptions as they
+    were raised with the node's traceback as their cause.
+
+    Parameters: `nodes` and the other parameters of JobCluster but `computation` and `job_status`.
+    """
+
+    def __init__(self, nodes: Any = None, **options: Any) -> None:
+        self.cluster = JobCluster(call_packed, nodes, job_status=lambda job: job.id.settle(job), **options)
+
+    def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> DispyFuture:  # type: ignore[override]
+        """Call fn(*args, **kwargs) on a node. Raises RuntimeError after shutdown, and what pickling raises. Any thread."""
+        if not callable(fn):
+            raise TypeError('%.80r cannot be called' % (fn,))
+        future = DispyFuture(self.cluster)
+        payload = b''.join(pieces_of(seal(fn, by_value, travels)[0]))
+        future.job = self.cluster.submit_job_id(future, payload, args, kwargs)
+        return future
+
+    def map(self, fn: Callable[..., Any], *iterables: Any, timeout: Optional[float] = None, chunksize: int = 1) -> Iterator[Any]:
+        """As in concurrent.futures: all inputs are taken at once, results come in order, `chunksize` inputs a job."""
+        if chunksize < 1:
+            raise ValueError('chunksize=%r must be at least 1' % (chunksize,))
+        if chunksize == 1:
+            return super().map(fn, *iterables, timeout=timeout)
+        inputs = zip(*iterables)
+        chunks = iter(lambda: list(itertools.islice(inputs, chunksize)), [])
+        return itertools.chain.from_iterable(super().map(functools.partial(call_chunk, fn), chunks, timeout=timeout))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls; wait for those there are (or cancel those that wait) and let the nodes go."""
+        if cancel_futures:
+            self.cluster.cancel_waiting()
+        if wait:
+            self.cluster.close()
+        else:
+            threading.Thread(target=self.cluster.close, name='dispy-shutdown', daemon=True).start()
+
+
+def register_joblib() -> None:
+    """Make `with joblib.parallel_backend('dispy', nodes=...)` work; keywords are those of DispyExecutor. Done by the
+    import of dispy if joblib was imported before. Raises ImportError without joblib."""
+    import joblib
+
+    class Backend(joblib.parallel.ParallelBackendBase):  # type: ignore[misc, name-defined]
+        """joblib's calls as jobs; see joblib's documentation of ParallelBackendBase."""
+        supports_retrieve_callback = supports_timeout = True
+        default_n_jobs = -1
+
+        def __init__(self, nesting_level: Optional[int] = None, inner_max_num_threads: Optional[int] = None, **options: Any) -> None:
+            super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
+            self._options = options
+            self._executor: Optional[DispyExecutor] = None
+
+        def effective_n_jobs(self, n_jobs: int) -> int:
+            """CPUs of the nodes, or fewer if that is wanted."""
+            self.start_call()
+            assert self._executor is not None
+            cpus = sum(node.cpus for node in self._executor.cluster.status().nodes if node.state == 'ready')
+            return cpus if n_jobs is None or n_jobs < 1 else min(cpus, n_jobs)
+
+        def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
+            """Begin: nodes are waited for."""
+            self.parallel = parallel
+            return self.effective_n_jobs(n_jobs)
+
+        def start_call(self) -> None:
+            """A cluster, if there is none."""
+            if self._executor is None:
+                self._executor = DispyExecutor(**self._options)
+                self._executor.cluster.wait_nodes(1, timeout=30)
+
+        def submit(self, func: Callable[..., Any], callback: Optional[Callable[..., Any]] = None) -> DispyFuture:
+            """One batch of calls."""
+            assert self._executor is not None
+            future = self._executor.submit(func)
+            future.get = future.result  # type: ignore[attr-defined]
+            if callback is not None:
+                future.add_done_callback(callback)
+            return future
+
+        apply_async = submit   # its name before joblib 1.4
+
+        def retrieve_result_callback(self, out: DispyFuture) -> Any:
+            """What a batch returned or raised."""
+            return out.result()
+
+        def terminate(self) -> None:
+            """The end."""
+            if self._executor is not None:
+                self._executor.cluster.close(terminate=True)
+                self._executor = None
+
+        def abort_everything(self, ensure_ready: bool = True) -> None:
+            """A call raised: what is left is not wanted."""
+            self.terminate()
+            if ensure_ready:
+                self.start_call()
+
+    joblib.register_parallel_backend('dispy', Backend)
+
+
+if 'joblib' in sys.modules:
+    register_joblib()
 
 
 @atexit.register

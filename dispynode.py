@@ -2209,6 +2209,19 @@ class Program:
         return status
 
 
+_opened_function = lru_cache(maxsize=64)(unseal)   # an executor's jobs bring their function along, mostly the same
+
+
+def call_packed(function: bytes, args: tuple, kwargs: dict) -> Any:
+    """The computation of an executor: any function a call."""
+    return _opened_function(function)(*args, **kwargs)
+
+
+def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
+    """Several calls in one job."""
+    return [function(*args) for args in chunk]
+
+
 class Worker:
     """Runs job after job in a process of its own. Slots shared with the runner: [0] the serial that runs now,
     [1] the serial that shall be interrupted."""
