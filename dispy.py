@@ -38,6 +38,7 @@ The life of a job here:
 Files this program needs: this one, dispynode.py, cloudpickle.
 """
 
+import argparse
 import atexit
 import collections
 import concurrent.futures
@@ -45,12 +46,14 @@ import contextlib
 import enum
 import functools
 import hashlib
+import importlib
 import itertools
 import logging
 import math
 import os
 import pickle
 import queue
+import shlex
 import shutil
 import socket
 import stat
@@ -69,8 +72,8 @@ import cloudpickle
 from dispynode import (
     ATOMS, FILE_PIECE, FRAME_FILL, HANDSHAKE_TIME, NODE_PORT, NO_TLS, OUT_OF_BAND, PULSE, QUEUED_TIME, Ack, Bye, Cancel, Compute,
     DispyError, Done, File, GOES_ON, HandshakeError, Introduce, Jobs, Link, LinkBroken, Loop, Need, OUTCOMES, Offer, Outcome, PeerError, Pulse,
-    Ready, Recall, Refused, Results, Returned, Role, SecretError, Session, Welcome, beside,
-    call_chunk, call_packed, check_name, derive_key, describe_exception, file_digest, find_secret, handshake_dial, pieces_of, seal, size_of, tls_context, tune,
+    Ready, Recall, Refused, Results, Returned, Role, SecretError, Session, Welcome, __version__,
+    beside, call_chunk, call_packed, check_name, derive_key, describe_exception, file_digest, find_secret, handshake_dial, pieces_of, seal, size_of, tls_context, tune,
     unpack_error, unseal)
 
 __all__ = ['JobCluster', 'DispyExecutor', 'register_joblib', 'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'ClusterStatus', 'NoNodes', 'DispyError', 'SecretError', 'logger']
@@ -258,8 +261,12 @@ class DispyJob(Work):
             raise TimeoutError('job %r has not ended within %s s' % (self.id, timeout))
         return self.result
 
+    def status_text(self) -> str:
+        """The status as a word."""
+        return JobState(self.status).name.lower()
+
     def __repr__(self) -> str:
-        return '<DispyJob %r %s>' % (self.id, JobState(self.status).name.lower())
+        return '<DispyJob %r %s>' % (self.id, self.status_text())
 
 
 class NodeState(enum.Enum):
@@ -2434,3 +2441,105 @@ def _at_exit() -> None:
             logger.warning('%s: the program ends with %d jobs that have not ended; they are cancelled (cluster.wait() '
                            'waits for them)', cluster.name, cluster._pending)
         cluster.close(terminate=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line: a program over many arguments
+# ---------------------------------------------------------------------------------------------------------
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='dispy', description='Run a program once for each line of arguments, on all CPUs of '
+                                     'the nodes. The exit status is the number of jobs that failed, at most 101.')
+    add = parser.add_argument
+    add('program', metavar='PROGRAM', help='path of a program or script; it is copied to the nodes')
+    add('-n', '--nodes', action='append', metavar='HOST[:PORT]', help="a node; may be repeated; 'local': this machine "
+        '(default: a dispynode on this machine, or one started for this run)')
+    add('-f', '--depends', action='append', default=[], metavar='FILE', help='file that the program needs beside it; may be repeated')
+    add('-a', '--args', action='append', default=[], metavar='"ARGS"', help='arguments of one job, split as a shell does; may be repeated')
+    add('--args-file', metavar='FILE', help='file with the arguments of a job on each line; -: standard input')
+    add('-o', '--output', metavar='DIR', help='write the output of job N to DIR/N.out and DIR/N.err instead of printing it')
+    add('--secret-file', metavar='FILE', help='file with the secret (default: the one of this user)')
+    add('--certfile', metavar='FILE', help='certificate for TLS')
+    add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
+    add('--version', action='version', version='%(prog)s ' + __version__)
+    return parser
+
+
+def _lines_of(args: argparse.Namespace) -> Iterator[List[str]]:
+    """Argument lists of jobs, read as they are wanted. Raises ValueError for a line that a shell could not split."""
+    yield from map(shlex.split, args.args)
+    if args.args_file == '-':
+        yield from (shlex.split(line) for line in sys.stdin if line.strip())
+    elif args.args_file:
+        with open(args.args_file) as file:
+            yield from (shlex.split(line) for line in file if line.strip())
+    elif not args.args:
+        yield []
+
+
+def _host_and_port(text: str) -> Any:
+    host, colon, port = text.rpartition(':')
+    if not colon or ':' in host:   # no port, or IPv6
+        return text
+    if not port.isdigit():
+        raise ValueError('-n %s: the port is no number' % text)
+    return host, int(port)
+
+
+class _Printer:
+    """Shows what has ended, as it comes; keeps count."""
+
+    def __init__(self, directory: Optional[str]) -> None:
+        self._directory = directory
+        self.done = self.failed = 0
+
+    def show(self, job: DispyJob, total: int) -> None:
+        """Output and fate of one job. The main thread."""
+        self.done += 1
+        for data, end, stream in ((job.stdout, 'out', sys.stdout), (job.stderr, 'err', sys.stderr)):
+            if self._directory is not None:
+                with open(os.path.join(self._directory, '%s.%s' % (job.id, end)), 'wb') as file:
+                    file.write(data or b'')  # type: ignore[arg-type]
+            elif data:
+                stream.buffer.write(data)  # type: ignore[arg-type]
+                stream.flush()
+        if job.status != JobState.FINISHED or job.result:
+            self.failed += 1
+            print('job %s %s: %s' % (job.id, job.status_text(), job.exception or 'exit status %s' % job.result), file=sys.stderr)
+        if sys.stderr.isatty():
+            print('%d of %d done, %d failed' % (self.done, total, self.failed), end='\r', file=sys.stderr, flush=True)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command line. Returns the number of jobs that failed, at most 101; 2 for wrong usage comes from argparse."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
+    try:
+        nodes = None if not args.nodes else LOCAL if args.nodes == [LOCAL] else list(map(_host_and_port, args.nodes))
+        if args.output:
+            os.makedirs(args.output, exist_ok=True)
+        secret = find_secret(None, args.secret_file) if args.secret_file else None
+        cluster = JobCluster(args.program, nodes, depends=args.depends, job_status=ended.put, secret=secret,
+                             certfile=args.certfile, keyfile=args.keyfile)
+    except (ValueError, TypeError, OSError, DispyError) as exc:
+        parser.error(str(exc))
+    printer, total = _Printer(args.output), 0
+    with cluster:
+        try:
+            for line in _lines_of(args):
+                cluster.submit(*line)
+                total += 1
+                while total - printer.done >= 1000 or not ended.empty():
+                    printer.show(ended.get(), total)
+        except (ValueError, OSError) as exc:
+            print('dispy: arguments of job %d: %s; no more jobs are started' % (total + 1, exc), file=sys.stderr)
+            printer.failed += 1
+        while printer.done < total:
+            printer.show(ended.get(), total)
+    return min(printer.failed, 101)
+
+
+if __name__ == '__main__':
+    # Once more under its own name, so that classes have one identity.
+    sys.exit(importlib.import_module('dispy').main())
