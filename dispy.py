@@ -71,7 +71,7 @@ import cloudpickle
 
 from dispynode import (
     ATOMS, FILE_PIECE, FRAME_FILL, HANDSHAKE_TIME, NODE_PORT, NO_TLS, OUT_OF_BAND, PULSE, QUEUED_TIME, Ack, Bye, Cancel, Compute,
-    DispyError, Done, File, GOES_ON, HandshakeError, Introduce, Jobs, Link, LinkBroken, Loop, Need, OUTCOMES, Offer, Outcome, PeerError, Pulse,
+    DispyError, Done, File, FileBack, FileKept, GOES_ON, HandshakeError, IncomingFile, Introduce, Jobs, Link, LinkBroken, Loop, Need, OUTCOMES, Offer, Outcome, PeerError, Pulse,
     Ready, Recall, Refused, Results, Returned, Role, SecretError, Session, Welcome, __version__,
     beside, call_chunk, call_packed, check_name, derive_key, describe_exception, file_digest, find_secret, handshake_dial, pieces_of, seal, size_of, tls_context, tune,
     unpack_error, unseal)
@@ -911,14 +911,39 @@ def by_value(value: Any, file: Any, protocol: int, buffer_callback: Any, shipped
                 cloudpickle.unregister_pickle_by_value(module)
 
 
-def pack_arguments(args: tuple, kwargs: dict) -> Any:
-    """Arguments as they are now: what the caller changes later does not reach the job. Raises what pickling raises."""
-    if not kwargs and ATOMS.issuperset(map(type, args)):
+def pack_arguments(args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
+    """Arguments as they are now: what the caller changes later does not reach the job. Raises what pickling raises.
+    `depends` are files and objects for this job alone; files are read now."""
+    if depends:
+        payload, _ = seal((args, kwargs, *_job_depends(depends)), by_value, travels)
+    elif not kwargs and ATOMS.issuperset(map(type, args)):
         return pickle.dumps((args, kwargs), 5)
-    payload, _ = seal((args, kwargs), by_value, travels)
+    else:
+        payload, _ = seal((args, kwargs), by_value, travels)
     if type(payload) is tuple:   # large parts are the caller's own memory still
         return tuple(piece if type(piece) is bytes else bytes(piece) for piece in payload)
     return payload
+
+
+def _job_depends(depends: Sequence[Any]) -> Tuple[List[Tuple[str, int, bytes]], Dict[str, Any]]:
+    """(name, mode, content) of files, and objects by their names."""
+    if not isinstance(depends, (list, tuple)):
+        raise TypeError('dispy_job_depends is a %s; it must be a list' % type(depends).__name__)
+    paths: Dict[str, str] = {}
+    objects = {}
+    for item in depends:
+        if isinstance(item, (str, os.PathLike)):
+            _add_path(os.fspath(item), paths)
+        elif callable(item) and hasattr(item, '__name__'):
+            objects[item.__name__] = item
+        else:
+            raise TypeError('dispy_job_depends: %.80r is neither a file, a directory, a function nor a class' % (item,))
+    files = []
+    for name, path in paths.items():
+        check_name(name)
+        with open(path, 'rb') as file:
+            files.append((name, stat.S_IMODE(os.stat(path).st_mode) & 0o755 | 0o600, file.read()))
+    return files, objects
 
 
 class Cargo(NamedTuple):
@@ -1204,6 +1229,7 @@ class Driver(Loop):
         self.callbacks = Pool('dispy-callback', CALLBACK_THREADS)
         self._warn_at: Dict[str, float] = {}
         self._probes: Dict[str, float] = {}          # computation -> when to start an embedded node
+        self._incoming: Dict[Tuple[int, int], IncomingFile] = {}   # (link, serial) -> file on its way from a job
         self._uploads: Dict[int, Deque[Iterator[File]]] = {}   # link -> files on their way
         self._chores_at = 0.0
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
@@ -1215,6 +1241,7 @@ class Driver(Loop):
         self._messages: Dict[type, Callable[[Peer, Any], None]] = {
             Welcome: self._on_welcome, Refused: self._on_refused, Need: self._on_need, Ready: self._on_ready,
             Results: self._on_results, Returned: self._on_returned, Offer: self._on_offer,
+            FileBack: self._on_file_back,
         }
         self._events: Dict[type, Callable[[Any], None]] = {
             DispyJob: self._submitted.append, Dialled: self._dialled, DialFailed: self._dial_failed, Asked: self._asked,
@@ -1573,6 +1600,8 @@ class Driver(Loop):
         peer.setting_up.clear()
         peer.acks.clear()
         self._uploads.pop(channel.number, None)
+        for pair in [pair for pair in self._incoming if pair[0] == channel.number]:
+            self._incoming.pop(pair).abort()
         key = self._key_of(peer)
         self._act(self.schedule.handle(NodeLost(key, str(peer), text), self.now))
         peer.told.clear()
@@ -1682,6 +1711,26 @@ class Driver(Loop):
 
     def _on_returned(self, peer: Peer, message: Returned) -> None:
         self._act(self.schedule.handle(NodeReturned(self._key_of(peer), message.comp, message.serials), self.now))
+
+    def _on_file_back(self, peer: Peer, message: FileBack) -> None:
+        """A piece of a file that a job sends. After a failure the rest of the file is passed over."""
+        cluster, node = self._clusters.get(message.comp), self.schedule.nodes.get(self._key_of(peer))
+        if cluster is None or node is None or message.serial not in node.flight.get(message.comp, ()) or peer.link is None:
+            return
+        name, size, digest, mode = message.row
+        key, error, whole = (peer.link.number, message.serial), '', False
+        try:
+            if message.offset == 0:
+                self._incoming[key] = IncomingFile(cluster._directory, name, size, digest, mode)
+            if key in self._incoming:
+                whole = self._incoming[key].piece(message.offset, message.data)
+        except (OSError, ValueError) as exc:
+            error = 'on the client: %s' % exc
+        if whole or error:
+            incoming = self._incoming.pop(key, None)
+            if incoming is not None and error:
+                incoming.abort()
+            self.say(peer.link, FileKept(message.comp, message.serial, error))
 
     # -- actions ------------------------------------------------------------------------------------------
 
@@ -1926,6 +1975,7 @@ class JobCluster:
         self._chains: Dict[DispyJob, Deque[Tuple[tuple, Peer]]] = {}   # rows of jobs with provisional results, in order
         self._numbers = itertools.count(1)
         self._started = time.time()
+        self._directory = os.getcwd()                        # files that jobs send come below it
         discovery = os.environ.get('DISPY_DISCOVERY', 'lan')
         if discovery not in ('lan', 'loopback', 'off'):
             raise ValueError("DISPY_DISCOVERY is %r; it must be 'lan', 'loopback' or 'off'" % discovery)
@@ -1943,7 +1993,7 @@ class JobCluster:
         """Run the computation once, with these arguments. Returns the job. Any thread.
 
         Not passed on: dispy_timeout=s (it is ended after so many seconds of running), dispy_priority=n (higher first),
-        dispy_cpus=n. Raises RuntimeError on a closed cluster, TypeError or ValueError for bad arguments, and what
+        dispy_cpus=n, dispy_job_depends=[...] (files, functions and classes for this job alone). Raises RuntimeError on a closed cluster, TypeError or ValueError for bad arguments, and what
         pickling raises.
         """
         return self._submit(next(self._numbers), args, kwargs)
@@ -1953,10 +2003,11 @@ class JobCluster:
         return self._submit(id, args, kwargs)
 
     def _submit(self, number: Any, args: tuple, kwargs: dict) -> DispyJob:
+        depends = kwargs.pop('dispy_job_depends', ())
         options = _take_options(kwargs) if kwargs else None
         if self._cargo.is_program and kwargs:
             raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
-        job = DispyJob(self._comp, pack_arguments(args, kwargs), options, number)
+        job = DispyJob(self._comp, pack_arguments(args, kwargs, depends), options, number)
         if size_of(job._payload) > MAX_PAYLOAD:
             raise ValueError('arguments of %d bytes are over the limit of %d: send a file (depends)'
                              % (size_of(job._payload), MAX_PAYLOAD))

@@ -91,6 +91,7 @@ OUT_OF_BAND = 32 * 1024       # bytes from which a payload travels beside its en
 FILE_PIECE = 1 << 20          # bytes of a file in one message
 FRAME_FILL = 1 << 20          # bytes after which a batch is a frame: the other side can begin with it
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
+HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
 RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are not read
 
 logger = logging.getLogger('dispynode')
@@ -197,6 +198,13 @@ class Done(NamedTuple):
     comp: str
 
 
+class FileKept(NamedTuple):
+    """Client, answers FileBack: the file is there, or why it is not."""
+    comp: str
+    serial: int
+    error: str
+
+
 class Welcome(NamedTuple):
     """Node, answers Introduce: its name, CPUs it offers, facts (python, platform, cloudpickle, ...)."""
     name: str
@@ -235,6 +243,15 @@ class Returned(NamedTuple):
     serials: list
 
 
+class FileBack(NamedTuple):
+    """Node: a piece of a file that a running job sends; `row` is its name, size, digest and mode. The last is answered by FileKept."""
+    comp: str
+    serial: int
+    row: tuple
+    offset: int
+    data: Any
+
+
 class Offer(NamedTuple):
     """Node: the CPUs it offers from now on; 0 when it is being stopped."""
     cpus: int
@@ -254,9 +271,9 @@ SMALL, MIDDLE, LARGE = 64 * 1024, 16 << 20, MAX_FRAME
 # op on the wire -> (message, bytes of payload at most)
 MESSAGES: Dict[int, Tuple[type, int]] = {
     1: (Introduce, SMALL), 2: (Compute, LARGE), 3: (File, 2 * FILE_PIECE), 4: (Jobs, LARGE), 5: (Cancel, MIDDLE),
-    6: (Recall, SMALL), 7: (Ack, MIDDLE), 8: (Done, SMALL),
+    6: (Recall, SMALL), 7: (Ack, MIDDLE), 8: (Done, SMALL), 9: (FileKept, SMALL),
     33: (Welcome, SMALL), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, MIDDLE), 37: (Results, LARGE),
-    38: (Returned, MIDDLE), 39: (Offer, SMALL),
+    38: (Returned, MIDDLE), 39: (Offer, SMALL), 40: (FileBack, 2 * FILE_PIECE),
     65: (Pulse, SMALL), 66: (Bye, SMALL),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
@@ -398,6 +415,8 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Introduce: lambda fields: math.isfinite(fields[1]),
     Compute: lambda fields: _is_spec(fields[1]),
     File: lambda fields: _is_buffer(fields[3]),
+    FileBack: lambda fields: _is_serial(fields[1]) and _is_file(fields[2]) and _is_buffer(fields[4]),
+    FileKept: lambda fields: _is_serial(fields[1]),
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(type(name) is str for name in fields[1]),
@@ -925,9 +944,11 @@ class Kind(enum.IntEnum):
     GONE = 19       # number: worker, serial: what it was running or 0, start: exit code, bodies: -, stdout, stderr
     # daemon to worker
     JOB = 32        # serial, body: payload
+    KEPT = 33       # body: text, empty if the file it sent has been kept
     # worker to daemon
     RESULT = 48     # number: outcome, serial, times, bodies: payload, stdout, stderr
     UNSTARTED = 49  # serial: given back
+    FILE = 50       # serial, number: offset in pieces, bodies: row (a plain pickle), data
 
 
 class Record(NamedTuple):
@@ -1032,7 +1053,7 @@ def file_digest(path: str) -> Tuple[int, bytes]:
     return size, digest.digest()
 
 
-class _Partial:
+class IncomingFile:
     """One file on its way in: a temporary name until size and digest are right."""
 
     def __init__(self, root: str, name: str, size: int, digest: bytes, mode: int) -> None:
@@ -1082,7 +1103,7 @@ class FileReceiver:
     def __init__(self, root: str) -> None:
         self._root = root
         self._wanted: Dict[str, Tuple[int, bytes, int]] = {}
-        self._partial: Dict[str, _Partial] = {}
+        self._partial: Dict[str, IncomingFile] = {}
 
     def want(self, files: Sequence[Tuple[str, int, bytes, int]]) -> List[str]:
         """Rows of (name, size, digest, mode); returns the names to be sent. Raises ValueError or OSError."""
@@ -1115,7 +1136,7 @@ class FileReceiver:
             raise ValueError('%.60r was not asked for' % name)
         partial = self._partial.get(name)
         if partial is None:
-            partial = self._partial[name] = _Partial(self._root, name, *self._wanted[name])
+            partial = self._partial[name] = IncomingFile(self._root, name, *self._wanted[name])
         if partial.piece(offset, data):
             del self._partial[name], self._wanted[name]
         return not self._wanted
@@ -1265,6 +1286,15 @@ class WorkerResults(NamedTuple):
     rows: list
 
 
+class WorkerFile(NamedTuple):
+    """A piece of a file from a job."""
+    worker: int
+    serial: int
+    row: tuple
+    offset: int
+    data: Any
+
+
 class WorkerReturned(NamedTuple):
     """The worker gave back what it had not started."""
     worker: int
@@ -1351,6 +1381,12 @@ class TakeBack(NamedTuple):
     worker: int
 
 
+class TellKept(NamedTuple):
+    """Tell a worker what became of the file that its job has sent."""
+    worker: int
+    error: str
+
+
 class Retire(NamedTuple):
     """Let an idle worker end."""
     worker: int
@@ -1373,7 +1409,7 @@ class Attempt:
 
 class _Worker:
     """A worker process as the state sees it; the head of its queue is what it runs."""
-    __slots__ = ('key', 'comp', 'queue', 'since', 'fed', 'recalled')
+    __slots__ = ('key', 'comp', 'queue', 'since', 'fed', 'recalled', 'asks')
 
     def __init__(self, key: int, comp: '_Computation') -> None:
         self.key, self.comp = key, comp
@@ -1381,6 +1417,7 @@ class _Worker:
         self.since = 0.0        # when the head became the head
         self.fed = 0            # jobs given to it
         self.recalled = False   # asked to give back, not answered
+        self.asks = False       # its job has sent a file and waits for the answer
 
 
 class _Computation:
@@ -1434,12 +1471,13 @@ class Node:
         self._handlers: Dict[type, Callable[..., None]] = {
             LinkUp: self._link_up, LinkDown: self._link_down, Received: self._received, Prepared: self._prepared,
             Stored: self._stored, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
-            WorkerResults: self._worker_results, WorkerReturned: self._worker_returned,
+            WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerReturned: self._worker_returned,
             WorkerGone: self._worker_gone, Stop: self._stop,
         }
         self._messages: Dict[type, Callable[..., None]] = {
             Introduce: self._on_introduce, Compute: self._on_compute, File: self._on_file, Jobs: self._on_jobs,
             Cancel: self._on_cancel, Recall: self._on_recall, Ack: self._on_ack, Done: self._on_done,
+            FileKept: self._on_file_kept,
         }
 
     # -- called by the shell ------------------------------------------------------------------------------
@@ -1530,6 +1568,8 @@ class Node:
         if gone is None or gone.instance != self.holder:
             return
         for comp in [comp for comp in self._comps.values() if comp.link == event.link]:
+            for worker in comp.workers.values():
+                self._answer(worker, 'the connection to the client has ended')
             if event.on_purpose or (not comp.attempts and not comp.unacknowledged):
                 self._close(comp, at_once=True)
             else:
@@ -1835,6 +1875,27 @@ class Node:
         if attempt.ending is Outcome.CANCELLED and row[1] in (Outcome.RETURNED, Outcome.RETURNED_CODE):
             return row
         return (row[0], int(attempt.ending), row[2], row[3], ENDING_TEXT[attempt.ending].encode(), *row[5:])
+
+    def _worker_file(self, event: WorkerFile, now: float) -> None:
+        worker = self._workers.get(event.worker)
+        if worker is None or worker.comp.stage is Stage.CLOSING:
+            return
+        worker.asks = True
+        if worker.comp.link in self._links:
+            self._do(Send(worker.comp.link, FileBack(worker.comp.comp, event.serial, event.row, event.offset, event.data)))
+        else:
+            self._answer(worker, 'the client is not connected')
+
+    def _on_file_kept(self, link: int, message: FileKept, now: float) -> None:
+        comp = self._comp_of(link, message.comp)
+        for worker in comp.workers.values() if comp is not None else ():
+            if worker.asks and worker.queue and worker.queue[0].serial == message.serial:
+                self._answer(worker, message.error)
+
+    def _answer(self, worker: _Worker, error: str) -> None:
+        if worker.asks:
+            worker.asks = False
+            self._do(TellKept(worker.key, error))
 
     def _worker_returned(self, event: WorkerReturned, now: float) -> None:
         worker = self._workers.get(event.worker)
@@ -2209,6 +2270,16 @@ class Program:
         return status
 
 
+def _name_of(path: str, directory: str) -> str:
+    """The name that a job's file has for the client: relative to the job's directory, or the last part of a path elsewhere."""
+    if os.path.isabs(path):
+        inside = os.path.relpath(path, directory)
+        path = os.path.basename(path) if inside.startswith(os.pardir) else inside
+    name = os.path.normpath(path).replace(os.sep, '/')
+    check_name(name)   # raises ValueError, for '..' too
+    return name
+
+
 _opened_function = lru_cache(maxsize=64)(unseal)   # an executor's jobs bring their function along, mostly the same
 
 
@@ -2227,13 +2298,16 @@ class Worker:
     [1] the serial that shall be interrupted."""
 
     def __init__(self, sock: socket.socket, slots: Any, function: Callable[..., Any], out: Output, err: Output,
-                 directory: str, libc: Any) -> None:
+                 directory: str, private: str, libc: Any) -> None:
         self._sock, self._slots, self._function = sock, slots, function
-        self._out, self._err, self._directory, self._libc = out, err, directory, libc
+        self._out, self._err, self._directory, self._private, self._libc = out, err, directory, private, libc
         self._intake = RecordIntake()
         self._queue: Deque[Record] = collections.deque()
         self._in_job = self._interrupt_late = self._recalled = False
         self._sending = threading.Lock()   # guards the writing end of the pipe: a job may have threads
+        self._filing = threading.Lock()    # one file at a time; guards _answers
+        self._answers: Deque[str] = collections.deque()
+        self._brought: Optional[Tuple[str, Dict[str, Any]]] = None   # directory and names that are the job's alone
 
     def serve(self) -> None:
         """Until the daemon closes the pipe, or this process is not fit for another job."""
@@ -2267,7 +2341,7 @@ class Worker:
                    'SIGQUIT', 'SIGXCPU')
         self._handlers = [(int(number), _getsignal(number)) for number in
                           (getattr(signal, name, None) for name in watched) if number is not None]
-        Runner.offer({'dispy_provisional_result': self._provisional})
+        Runner.offer({'dispy_provisional_result': self._provisional, 'dispy_send_file': self._send_file})
         self._environ = dict(_ENVIRON)
         self._threads = threading.active_count()
         if 'numpy' in sys.modules:   # forked twins would draw the same "random" numbers; `random` sees to it itself
@@ -2279,7 +2353,11 @@ class Worker:
         count = self._sock.recv_into(self._intake.room(), 0, flags)
         if count == 0:
             os._exit(0)
-        self._queue.extend(self._intake.records(count))
+        for record in self._intake.records(count):
+            if record.kind == Kind.KEPT:
+                self._answers.append(bytes(record.bodies[0]).decode('utf-8', 'replace'))
+            else:
+                self._queue.append(record)
 
     def _send(self, *args: Any) -> None:
         buffers = pack_record(*args)
@@ -2316,6 +2394,25 @@ class Worker:
         with self._beside_job():
             now = time.time()
             self._send(Kind.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE, self._slots[0], now, now, payload)
+        return 0
+
+    def _send_file(self, path: str) -> int:
+        """dispy_send_file: the file is below the client's directory, under the same relative name, when this returns 0.
+        Raises ValueError for a path that climbs out, OSError when it cannot be read here or kept there."""
+        name = _name_of(path, self._directory)
+        size, digest = file_digest(path)
+        row = pickle.dumps((name, size, digest, stat.S_IMODE(os.stat(path).st_mode)))
+        with self._filing, open(path, 'rb') as file:
+            for piece in range(max(1, -(-size // FILE_PIECE))):
+                data = file.read(FILE_PIECE)
+                with self._beside_job():
+                    self._send(Kind.FILE, piece, self._slots[0], 0.0, 0.0, row, data)
+            with self._beside_job():
+                while not self._answers:
+                    self._receive(0)
+                error = self._answers.popleft()
+        if error:
+            raise OSError('%s could not be sent: %s' % (path, error))
         return 0
 
     def _give_back(self) -> None:
@@ -2361,7 +2458,9 @@ class Worker:
                 self._in_job = True
                 if self._slots[1] == record.serial:
                     raise KeyboardInterrupt   # cancelled in the moment in which it starts
-                args, kwargs = unseal(record.bodies[0])
+                args, kwargs, *extras = unseal(record.bodies[0])
+                if extras:
+                    self._bring(*extras)
                 value = self._function(*args, **kwargs)
                 self._in_job = False
             except BaseException as exc:  # whatever a job raises is its result; SystemExit and the like too
@@ -2373,11 +2472,45 @@ class Worker:
         end = start + time.perf_counter() - ticks
         outcome, payload = self._outcome(value, failure)
         out, err = self._collect()
+        if self._brought is not None:
+            self._take_away()
         try:
             self._send(Kind.RESULT, outcome, record.serial, start, end, payload, out, err)
         except ValueError as exc:
             self._send(Kind.RESULT, Outcome.RAISED, record.serial, start, end,
                        pack_error('the result could not be sent: %s' % exc, None), out, err)
+
+    def _bring(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any]) -> None:
+        """dispy_job_depends: a directory of the job's own, with its files and links to the computation's, and names."""
+        import builtins
+        private = tempfile.mkdtemp(prefix='job-', dir=self._private)
+        self._brought = (private, {name: vars(builtins).get(name, self) for name in objects})
+        Runner.offer(objects)
+        for name in os.listdir(self._directory):
+            os.symlink(os.path.join(self._directory, name), os.path.join(private, name))
+        for name, mode, data in files:
+            path = os.path.join(private, *check_name(name))
+            if os.path.islink(path):
+                os.unlink(path)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, 'wb') as file:
+                file.write(data)
+            os.chmod(path, mode)
+        os.chdir(private)
+
+    def _take_away(self) -> None:
+        """The inverse. `self` marks names that were not there before."""
+        import builtins
+        assert self._brought is not None
+        private, names = self._brought
+        self._brought = None
+        for name, value in names.items():
+            if value is self:
+                delattr(builtins, name)
+            else:
+                setattr(builtins, name, value)
+        os.chdir(self._directory)
+        shutil.rmtree(private, ignore_errors=True)
 
     def _outcome(self, value: Any, failure: Optional[BaseException]) -> Tuple[int, Payload]:
         if failure is not None:
@@ -2627,7 +2760,7 @@ class Runner:
             for other in self._children.values():
                 other.out.close()
                 other.err.close()
-            Worker(sock, child.slots, self._function, child.out, child.err, self._directory, self._libc).serve()
+            Worker(sock, child.slots, self._function, child.out, child.err, self._directory, self._spec['private'], self._libc).serve()
         except (OSError, EOFError):
             os._exit(1)   # the pipe is gone, and with it whoever could be told
         except BaseException:  # our own fault: the runner reads it from the file and tells
@@ -3219,12 +3352,13 @@ class Daemon(Loop):
         self._gates: List[Gate] = []
         self._runs: Dict[str, _Run] = {}
         self._lock_file: Any = None
+        self._held: Set[Pipe] = set()     # not read until links have room
         self._root = ''
         self._acts: Dict[type, Callable[[Any], None]] = {
             Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store,
             StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
             Feed: self._feed, Interrupt: self._interrupt, Kill: self._kill, TakeBack: self._take_back,
-            Retire: self._retire, Exit: lambda action: self.stop(),
+            Retire: self._retire, TellKept: self._tell_kept, Exit: lambda action: self.stop(),
         }
 
     # -- start and end ------------------------------------------------------------------------------------
@@ -3301,7 +3435,9 @@ class Daemon(Loop):
         super().close()
 
     def next_timer(self) -> Optional[float]:
-        """The state's, or the end of a runner that does not end."""
+        """The state's, or the end of a runner that does not end; at once when held pipes can be read again."""
+        if self._may_let_go():
+            return self.now
         times = [run.kill_at for run in self._runs.values() if run.kill_at is not None]
         when = self.node.next_timer()
         return min(times + ([when] if when is not None else []), default=None)
@@ -3362,6 +3498,8 @@ class Daemon(Loop):
                 run.kill_at = None
                 run.process.kill()
         self._act(self.node.flush(self.now))
+        if self._may_let_go():
+            self._let_go()
         full = self.node.held_bytes > RECEIVE_BUDGET
         for link in self.links.values():
             if link.paused != full:
@@ -3526,6 +3664,12 @@ class Daemon(Loop):
         for record in records:
             if record.kind == Kind.RESULT:
                 rows.append((record.serial, record.number, record.start, record.end, *map(_keep, record.bodies)))
+            elif record.kind == Kind.FILE:
+                row = open_envelope(record.bodies[0])
+                if not _is_file(row):
+                    raise PeerError('a worker sent a file that is none')
+                self._tell(WorkerFile(pipe.worker, record.serial, row, record.number * FILE_PIECE, beside(record.bodies[1])))
+                self._hold_back(pipe)
             elif record.kind == Kind.UNSTARTED:
                 if rows:
                     self._tell(WorkerResults(pipe.worker, rows))
@@ -3541,6 +3685,22 @@ class Daemon(Loop):
                 logger.error('worker %d is killed: %s', pipe.worker, exc)
                 self._kill(Kill(pipe.worker))
         return len(records)
+
+    def _hold_back(self, pipe: Pipe) -> None:
+        """A job sends a file faster than the client takes it: its pipe is not read for a while."""
+        if any(link.queued > HELD_BACK for link in self.links.values()):
+            pipe.paused = True
+            self._held.add(pipe)
+            self.interest(pipe)
+
+    def _let_go(self) -> None:
+        for pipe in self._held:
+            pipe.paused = False
+            self.interest(pipe)
+        self._held.clear()
+
+    def _may_let_go(self) -> bool:
+        return bool(self._held) and all(link.queued <= HELD_BACK // 2 for link in self.links.values())
 
     def _run_of(self, worker: int) -> Optional[_Run]:
         for run in self._runs.values():
@@ -3577,6 +3737,11 @@ class Daemon(Loop):
 
     def _take_back(self, action: TakeBack) -> None:
         self._order(Kind.RECALL, action.worker)
+
+    def _tell_kept(self, action: TellKept) -> None:
+        run = self._run_of(action.worker)
+        if run is not None:
+            run.pipes[action.worker].push(pack_record(Kind.KEPT, 0, 0, 0.0, 0.0, action.error.encode('utf-8', 'replace')))
 
     def _retire(self, action: Retire) -> None:
         run = self._run_of(action.worker)

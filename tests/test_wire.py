@@ -14,8 +14,8 @@ import pytest
 
 import dispynode
 from dispynode import (
-    Ack, Bye, Cancel, Compute, Done, File, FrameOpener, FrameSealer, HEAD_TAG, Intake, Introduce, Jobs, Kind, MESSAGES,
-    Need, Offer, OPS, OUT_OF_BAND, PeerError, Pulse, Ready, Recall, RecordIntake, Refused, Results, Returned, TAIL_TAG, Welcome,
+    Ack, Bye, Cancel, Compute, Done, File, FileBack, FileKept, FrameOpener, FrameSealer, HEAD_TAG, Intake, Introduce, Jobs, Kind,
+    MESSAGES, Need, Offer, OPS, OUT_OF_BAND, PeerError, Pulse, Ready, Recall, RecordIntake, Refused, Results, Returned, TAIL_TAG, Welcome,
     beside, decode, encode, open_envelope, pack_record, seal, unseal)
 
 KEY = bytes(range(32))
@@ -29,7 +29,7 @@ EXAMPLES = [
     Jobs('c1', []), Cancel('c1', [1, 2, 1 << 40]), Recall('c1', 5), Ack('c1', []), Done('c1'),
     Welcome('node', 4, {'python': (3, 8)}), Refused('', 'full', 'caf\u00e9'), Need('c1', ['a', 'b']), Ready('c1', [7]),
     Results('c1', [(1, 1, 0.5, 1.5, beside(LARGE), b'out', b'err'), (2, 3, 0.0, 0.0, b'', b'', b'')]),
-    Returned('c1', [9]), Offer(3), Pulse(), Bye('enough'),
+    Returned('c1', [9]), Offer(3), FileBack('c1', 5, ('a', 1, b'd', 0o600), 0, beside(LARGE)), FileKept('c1', 5, 'no'), Pulse(), Bye('enough'),
 ]
 
 
@@ -108,7 +108,7 @@ def test_decoded_bytes_are_no_copy():
     assert decode(op, encoding, received).data.obj is received
 
 
-@pytest.mark.parametrize('op', [0, 9, 32, 40, 64, 67, 255])
+@pytest.mark.parametrize('op', [0, 10, 32, 41, 64, 67, 255])
 def test_unknown_messages_are_refused(op):
     with pytest.raises(PeerError, match='unknown'):
         decode(op, 0, pickle.dumps((), 5))
