@@ -291,7 +291,8 @@ NODE_TABLE: Dict[Tuple[NodeState, str], NodeState] = {
 
 
 class DispyNode:
-    """A node as `status()` shows it; a copy that does not change."""
+    """A node as `status()` and cluster_status show it; a copy that does not change."""
+    Initialized, Closed = 2, 3   # what cluster_status says of a node; numbers that no job's status has
 
     def __init__(self, ip_addr: str, port: int, name: str, state: str, reason: str, cpus: int, busy: int, jobs_done: int,
                  cpu_time: float, facts: dict) -> None:
@@ -1172,6 +1173,14 @@ class Asked(NamedTuple):
     future: 'concurrent.futures.Future[Any]'
 
 
+class Told(NamedTuple):
+    """Posted for cluster_status: a node or a job has changed."""
+    cluster: 'JobCluster'
+    status: int
+    peer: 'Optional[Peer]'
+    job: Optional[DispyJob]
+
+
 class CallBack(NamedTuple):
     """Posted when a job with a callback has ended."""
     cluster: 'JobCluster'
@@ -1227,6 +1236,7 @@ class Driver(Loop):
         self._submitted: List[DispyJob] = []
         self._openers = Pool('dispy-opener', 2)
         self.callbacks = Pool('dispy-callback', CALLBACK_THREADS)
+        self._tellers = Pool('dispy-status', 1)      # one, so that changes are told in their order
         self._warn_at: Dict[str, float] = {}
         self._probes: Dict[str, float] = {}          # computation -> when to start an embedded node
         self._incoming: Dict[Tuple[int, int], IncomingFile] = {}   # (link, serial) -> file on its way from a job
@@ -1245,7 +1255,7 @@ class Driver(Loop):
         }
         self._events: Dict[type, Callable[[Any], None]] = {
             DispyJob: self._submitted.append, Dialled: self._dialled, DialFailed: self._dial_failed, Asked: self._asked,
-            CallBack: lambda event: self.callbacks.run(event.cluster._call_back, event.job)}
+            Told: self._told, CallBack: lambda event: self.callbacks.run(event.cluster._call_back, event.job)}
 
     # -- life; user threads -------------------------------------------------------------------------------
 
@@ -1302,8 +1312,8 @@ class Driver(Loop):
         self.stop()
 
     def _hang_up(self) -> None:
-        self._openers.close()
-        self.callbacks.close()
+        for pool in (self._openers, self.callbacks, self._tellers):
+            pool.close()
         for peer in self._peers.values():
             if peer.dialling is not None:
                 with contextlib.suppress(OSError):   # not connected yet, or not any more
@@ -1416,6 +1426,19 @@ class Driver(Loop):
             event.future.set_exception(exc)
         else:
             event.future.set_result(answer)
+
+    def _told(self, event: Told) -> None:
+        if event.cluster._cluster_status is not None:
+            node = None
+            if event.peer is not None:
+                state = 'ready' if event.status == DispyNode.Initialized else 'closed'
+                node = event.cluster._describe(event.peer, state, event.peer.reason, 0)
+            self._tellers.run(event.cluster._cluster_status, event.status, node, event.job)
+
+    def _tell_all(self, status: int, peer: Peer, comps: Any) -> None:
+        for comp in comps:
+            if comp in self._clusters:
+                self._told(Told(self._clusters[comp], status, peer, None))
 
     def _take_submitted(self) -> None:
         if self._submitted:
@@ -1596,6 +1619,7 @@ class Driver(Loop):
         peer = self._by_link.pop(channel.number)
         peer.link = None
         peer.move('fail')
+        self._tell_all(DispyNode.Closed, peer, peer.ready)
         peer.ready.clear()
         peer.setting_up.clear()
         peer.acks.clear()
@@ -1659,6 +1683,7 @@ class Driver(Loop):
             return
         if message.comp in peer.ready:
             peer.ready.discard(message.comp)
+            self._tell_all(DispyNode.Closed, peer, [message.comp])
             key = self._key_of(peer)
             self._act(self.schedule.handle(NodeLeft(key, message.comp, str(peer), message.text), self.now))
         self._refusal(peer, message.comp, message.text)
@@ -1704,6 +1729,7 @@ class Driver(Loop):
             peer.ready.add(message.comp)
             peer.retry_wait = RETRY_FIRST
             self._clusters[message.comp]._node_came()
+            self._tell_all(DispyNode.Initialized, peer, [message.comp])
             self._act(self.schedule.handle(NodeReady(self._key_of(peer), message.comp, peer.cpus, message.held), self.now))
 
     def _on_results(self, peer: Peer, message: Results) -> None:
@@ -1749,6 +1775,10 @@ class Driver(Loop):
                 rows, size = [], 0
         if rows:
             self.say(peer.link, Jobs(action.comp, rows))
+        cluster = self._clusters[action.comp]
+        if cluster._cluster_status is not None:
+            for work in action.works:
+                self._told(Told(cluster, DispyJob.Running, peer, work))
 
     def _send_to(self, action: Any) -> None:
         peer = self._peers.get(action.node)
@@ -1926,6 +1956,8 @@ class JobCluster:
     depends - what cannot be found through the computation: files and directories (they land in the jobs' working
         directory), modules and packages, functions and classes
     job_status - called with a job when it has ended, in a thread of its own (old name: callback)
+    cluster_status - called as (status, node, job) at every change, in order: DispyNode.Initialized or Closed with a node, a
+        job's status with the job (and the node, when it is sent there)
     setup, cleanup - functions run once a node, before the first and after the last job; they share the computation's
         global variables. cleanup=True removes the files afterwards, False leaves them
     dest_path - a fixed directory on the nodes for the files
@@ -1942,7 +1974,8 @@ class JobCluster:
     """
 
     def __init__(self, computation: Any, nodes: Any = None, depends: Sequence[Any] = (),
-                 job_status: Optional[Callable[[DispyJob], Any]] = None, dispy_port: Optional[int] = None,
+                 job_status: Optional[Callable[[DispyJob], Any]] = None,
+                 cluster_status: Optional[Callable[[int, Optional[DispyNode], Optional[DispyJob]], Any]] = None, dispy_port: Optional[int] = None,
                  dest_path: Optional[str] = None, loglevel: int = logging.INFO,
                  setup: Optional[Callable[..., Any]] = None, cleanup: Union[bool, Callable[..., Any]] = True,
                  ping_interval: Optional[float] = None, pulse_interval: Optional[float] = None, reentrant: bool = False,
@@ -1954,7 +1987,7 @@ class JobCluster:
         redial = _in_range('ping_interval', ping_interval, REDIAL_MOST, 0.1, 3600)
         most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31)
         addresses = parse_nodes(nodes, self._port)
-        for name, function in (('job_status', job_status), ('callback', callback)):
+        for name, function in (('job_status', job_status), ('callback', callback), ('cluster_status', cluster_status)):
             if function is not None and not callable(function):
                 raise TypeError('%s is a %s; it must be a function' % (name, type(function).__name__))
         if dest_path:
@@ -1966,7 +1999,7 @@ class JobCluster:
         self._comp = uuid.uuid4().hex
         self._reentrant = bool(reentrant)
         self._cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name)
-        self._job_status = job_status or callback
+        self._job_status, self._cluster_status = job_status or callback, cluster_status
         self._lock = threading.Lock()                        # guards those below
         self._changed = threading.Condition(self._lock)
         self._pending = 0                                    # jobs that have not ended or whose callback has not returned
@@ -2112,11 +2145,15 @@ class JobCluster:
             key = '%s:%s' % (peer.ip_addr, peer.name)
             seen.add(key)
             _, done, seconds = counts.get(key, (peer, 0, 0.0))
-            nodes.append(DispyNode(peer.ip_addr, peer.address.port, peer.name, state, reason, peer.cpus, busy, done, seconds, peer.facts))
+            nodes.append(self._describe(peer, state, reason, busy, done, seconds))
         for key, (peer, done, seconds) in counts.items():
             if key not in seen:
-                nodes.append(DispyNode(peer.ip_addr, peer.address.port, peer.name, 'closed', '', peer.cpus, 0, done, seconds, peer.facts))
+                nodes.append(self._describe(peer, 'closed', '', 0, done, seconds))
         return ClusterStatus(nodes, pending)
+
+    @staticmethod
+    def _describe(peer: Peer, state: str, reason: str, busy: int, done: int = 0, seconds: float = 0.0) -> DispyNode:
+        return DispyNode(peer.ip_addr, peer.address.port, peer.name, state, reason, peer.cpus, busy, done, seconds, peer.facts)
 
     def print_status(self, file: Any = None) -> None:
         """A table by node. Any thread."""
@@ -2267,6 +2304,9 @@ class JobCluster:
         self._ended([job])
 
     def _ended(self, jobs: List[DispyJob]) -> None:
+        if self._cluster_status is not None:
+            for job in jobs:
+                self._driver.post(Told(self, job.status, None, job))
         for job in jobs:
             if job._event is not None or job._when_ended is not None:
                 job._wake()

@@ -2934,8 +2934,8 @@ class Channel:
             return sent
         if not self._gathers or len(self._out) == 1 or len(view) > 1 << 18:
             return self.sock.send(view[:1 << 20])
-        return self.sock.sendmsg([view for view, passing in itertools.islice(self._out, 64) if passing is None]
-                                 if all(passing is None for _, passing in itertools.islice(self._out, 64)) else [view])
+        plain = itertools.takewhile(lambda item: item[1] is None, itertools.islice(self._out, 64))
+        return self.sock.sendmsg([view for view, _ in plain])
 
     def read(self, now: float) -> List[Any]:
         """Receive what is there; the whole units of it. Raises LinkBroken at the end of the stream."""

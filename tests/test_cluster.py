@@ -16,6 +16,7 @@ import pytest
 import dispy
 from conftest import ROOT, eventually
 from dispy import DispyJob
+from nodes import NodeProcess
 
 
 def square(n):
@@ -362,6 +363,21 @@ def test_waiting_in_a_callback():
         for n in range(10):
             cluster.submit(n)
     assert done == [True]
+
+
+def test_cluster_status_is_told_every_change_in_order(tmp_path):
+    seen = []
+    node = NodeProcess(tmp_path, '--name', 'one')
+    with dispy.JobCluster(square, nodes=[node.address], loglevel=logging.CRITICAL,
+                          cluster_status=lambda *change: seen.append(change)) as cluster:
+        job = cluster.submit(4)
+        assert job(20) == 16
+        eventually(lambda: len(seen) == 3)
+        node.stop()
+        eventually(lambda: len(seen) == 4)
+    assert [status for status, _, _ in seen] == [dispy.DispyNode.Initialized, DispyJob.Running, DispyJob.Finished, dispy.DispyNode.Closed]
+    assert [node.name if node else None for _, node, _ in seen] == ['one', 'one', None, 'one']
+    assert [job for _, _, job in seen] == [None, job, job, None]
 
 
 # -- several clusters ---------------------------------------------------------------------------------------------------

@@ -250,8 +250,9 @@ def test_strangers_do_no_harm(node):
 
 def test_a_node_of_another_python_is_refused_with_both_versions(tmp_path):
     """Functions do not travel between minor versions; programs do."""
-    other = next((path for path in sorted(glob.glob(os.path.expanduser('~/.pyenv/versions/3.*/bin/python')) + glob.glob('/usr/bin/python3.[0-9]*'))
-                  if _minor(path) not in (None, sys.version_info[:2]) and _minor(path) >= (3, 8)), None)
+    pyenv = os.environ.get('PYENV_ROOT', os.path.join(os.path.expanduser('~'), '.pyenv'))
+    found = sorted(glob.glob(os.path.join(pyenv, 'versions', '*', 'bin', 'python3')) + glob.glob('/usr/bin/python3.[0-9]*'))
+    other = next((path for path in found if _minor(path) not in (None, sys.version_info[:2]) and _minor(path) >= (3, 8)), None)
     if other is None:
         pytest.skip('no other Python from 3.8 on was found')
     version = '%d.%d' % _minor(other)
