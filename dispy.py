@@ -71,9 +71,9 @@ import cloudpickle
 
 from dispynode import (
     ATOMS, FILE_PIECE, FRAME_FILL, HANDSHAKE_TIME, NODE_PORT, NO_TLS, OUT_OF_BAND, PULSE, QUEUED_TIME, Ack, Bye, Cancel, Compute,
-    DispyError, Done, File, FileBack, FileKept, GOES_ON, HandshakeError, IncomingFile, Introduce, Jobs, Link, LinkBroken, Loop, Need, OUTCOMES, Offer, Outcome, PeerError, Pulse,
+    DispyError, Done, File, FileBack, FileKept, GOES_ON, HandshakeError, IncomingFile, Introduce, Jobs, Link, LinkBroken, Loop, Need, OUTCOMES, Offer, Outcome, Output, PeerError, Pulse,
     Ready, Recall, Refused, Results, Returned, Role, SecretError, Session, Welcome, __version__,
-    beside, call_chunk, call_packed, check_name, derive_key, describe_exception, file_digest, find_secret, handshake_dial, pieces_of, seal, size_of, tls_context, tune,
+    beside, call_chunk, call_packed, check_name, derive_key, describe_exception, file_digest, find_secret, handshake_dial, open_envelope, pieces_of, seal, size_of, tls_context, tune,
     unpack_error, unseal)
 
 __all__ = ['JobCluster', 'DispyExecutor', 'register_joblib', 'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'ClusterStatus', 'NoNodes', 'DispyError', 'SecretError', 'logger']
@@ -1251,7 +1251,7 @@ class Driver(Loop):
         self._messages: Dict[type, Callable[[Peer, Any], None]] = {
             Welcome: self._on_welcome, Refused: self._on_refused, Need: self._on_need, Ready: self._on_ready,
             Results: self._on_results, Returned: self._on_returned, Offer: self._on_offer,
-            FileBack: self._on_file_back,
+            FileBack: self._on_file_back, Output: self._on_output,
         }
         self._events: Dict[type, Callable[[Any], None]] = {
             DispyJob: self._submitted.append, Dialled: self._dialled, DialFailed: self._dial_failed, Asked: self._asked,
@@ -1758,6 +1758,29 @@ class Driver(Loop):
                 incoming.abort()
             self.say(peer.link, FileKept(message.comp, message.serial, error))
 
+    def _on_output(self, peer: Peer, message: Output) -> None:
+        """What a running job prints or logs."""
+        cluster, node = self._clusters.get(message.comp), self.schedule.nodes.get(self._key_of(peer))
+        job: Any = node.flight.get(message.comp, {}).get(message.serial) if node is not None else None
+        if cluster is None or job is None:
+            return
+        if message.stream == 0:
+            level, name, text = open_envelope(message.data)
+            logger.log(level, 'job %s: %s: %s', job.id, name, text, extra={'job_id': job.id, 'job_logger': name})
+        elif cluster._on_output is not None:
+            cluster._shown.setdefault(job, [0, 0])[message.stream - 1] = message.offset + len(message.data)
+            self._show_output(cluster, job, message.stream, message.data)
+
+    def _show_output(self, cluster: 'JobCluster', job: DispyJob, stream: int, data: Any) -> None:
+        if len(data) and cluster._on_output is not None:
+            text = bytes(data) if cluster._cargo.is_program else str(data, 'utf-8', 'replace')
+            self._tellers.run(cluster._on_output, job, 'stdout' if stream == 1 else 'stderr', text)
+
+    def _show_rest(self, cluster: 'JobCluster', job: Any, row: tuple) -> None:
+        """What of a job's output came with its result and has not been shown."""
+        for stream, at in enumerate(cluster._shown.pop(job, (0, 0)), 1):
+            self._show_output(cluster, job, stream, row[4 + stream][at:])
+
     # -- actions ------------------------------------------------------------------------------------------
 
     def _send_jobs(self, action: SendJobs) -> None:
@@ -1807,6 +1830,8 @@ class Driver(Loop):
         code: List[Tuple[DispyJob, tuple]] = []
         for pair in action.pairs:
             outcome = pair[1][1]
+            if cluster._on_output is not None and outcome not in GOES_ON:
+                self._show_rest(cluster, *pair)
             if outcome in GOES_ON or (cluster._chains and pair[0] in cluster._chains):
                 cluster._chain(pair, peer)
                 continue
@@ -1967,6 +1992,8 @@ class JobCluster:
         node that is silent for five is lost
     reentrant - jobs on a lost node are run again elsewhere; otherwise they end as Abandoned
     secret, certfile, keyfile, cafile - see "Security" in the README
+    on_output - called as (job, 'stdout' or 'stderr', text) within a second of its being printed, all of it by the job's end
+    forward_logs - `logging` records of jobs, from `loglevel` up, reach dispy.logger with the job's id
     max_jobs_per_worker - a worker process is replaced after so many jobs; None: kept
 
     Raises TypeError, ValueError (naming parameter, value and what is allowed), SecretError, FileNotFoundError, or what
@@ -1981,13 +2008,15 @@ class JobCluster:
                  ping_interval: Optional[float] = None, pulse_interval: Optional[float] = None, reentrant: bool = False,
                  secret: Union[str, bytes, None] = None, keyfile: Optional[str] = None, certfile: Optional[str] = None,
                  cafile: Optional[str] = None, max_jobs_per_worker: Optional[int] = None,
+                 on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None, forward_logs: bool = False,
                  callback: Optional[Callable[[DispyJob], Any]] = None) -> None:
         self._port = _in_range('dispy_port', dispy_port, NODE_PORT, 1, 65535)
         pulse = _in_range('pulse_interval', pulse_interval, PULSE, 0.1, 600)
         redial = _in_range('ping_interval', ping_interval, REDIAL_MOST, 0.1, 3600)
         most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31)
         addresses = parse_nodes(nodes, self._port)
-        for name, function in (('job_status', job_status), ('callback', callback), ('cluster_status', cluster_status)):
+        for name, function in (('job_status', job_status), ('callback', callback), ('cluster_status', cluster_status),
+                               ('on_output', on_output)):
             if function is not None and not callable(function):
                 raise TypeError('%s is a %s; it must be a function' % (name, type(function).__name__))
         if dest_path:
@@ -1999,7 +2028,9 @@ class JobCluster:
         self._comp = uuid.uuid4().hex
         self._reentrant = bool(reentrant)
         self._cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name)
-        self._job_status, self._cluster_status = job_status or callback, cluster_status
+        self._cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
+        self._job_status, self._cluster_status, self._on_output = job_status or callback, cluster_status, on_output
+        self._shown: Dict[DispyJob, List[int]] = {}          # bytes of stdout and stderr shown live; driver thread only
         self._lock = threading.Lock()                        # guards those below
         self._changed = threading.Condition(self._lock)
         self._pending = 0                                    # jobs that have not ended or whose callback has not returned

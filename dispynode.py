@@ -252,6 +252,16 @@ class FileBack(NamedTuple):
     data: Any
 
 
+class Output(NamedTuple):
+    """Node, if the computation wants it live: what a running job has printed (stream 1 or 2), from byte `offset` of it;
+    or a record of its logging (stream 0, data a plain pickle of level, logger and text)."""
+    comp: str
+    serial: int
+    stream: int
+    offset: int
+    data: Any
+
+
 class Offer(NamedTuple):
     """Node: the CPUs it offers from now on; 0 when it is being stopped."""
     cpus: int
@@ -274,6 +284,7 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     6: (Recall, SMALL), 7: (Ack, MIDDLE), 8: (Done, SMALL), 9: (FileKept, SMALL),
     33: (Welcome, SMALL), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, MIDDLE), 37: (Results, LARGE),
     38: (Returned, MIDDLE), 39: (Offer, SMALL), 40: (FileBack, 2 * FILE_PIECE),
+    41: (Output, 2 * FILE_PIECE),
     65: (Pulse, SMALL), 66: (Bye, SMALL),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
@@ -398,7 +409,7 @@ def _is_file(row: Any) -> bool:
 OUTCOMES = frozenset(map(int, Outcome))
 GOES_ON = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))   # those that are not the end of an attempt
 SPEC_FIELDS: Dict[str, Any] = {'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
-                               'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str}
+                               'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str, 'live': bool, 'logs': int}
 
 
 def _is_spec(spec: dict) -> bool:
@@ -417,6 +428,7 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     File: lambda fields: _is_buffer(fields[3]),
     FileBack: lambda fields: _is_serial(fields[1]) and _is_file(fields[2]) and _is_buffer(fields[4]),
     FileKept: lambda fields: _is_serial(fields[1]),
+    Output: lambda fields: _is_serial(fields[1]) and _is_buffer(fields[4]),
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(type(name) is str for name in fields[1]),
@@ -942,12 +954,14 @@ class Kind(enum.IntEnum):
     FAILED = 17     # body: text
     BORN = 18       # number: worker, serial: its pid
     GONE = 19       # number: worker, serial: what it was running or 0, start: exit code, bodies: -, stdout, stderr
+    PRINTED = 20    # number: worker, serial: the job, start: stream, end: offset, body: bytes
     # daemon to worker
     JOB = 32        # serial, body: payload
     KEPT = 33       # body: text, empty if the file it sent has been kept
     # worker to daemon
     RESULT = 48     # number: outcome, serial, times, bodies: payload, stdout, stderr
     UNSTARTED = 49  # serial: given back
+    LOGGED = 51     # serial, body: plain pickle of level, logger and text
     FILE = 50       # serial, number: offset in pieces, bodies: row (a plain pickle), data
 
 
@@ -1295,6 +1309,15 @@ class WorkerFile(NamedTuple):
     data: Any
 
 
+class WorkerPrinted(NamedTuple):
+    """Live output of a job, or a log record (stream 0)."""
+    worker: int
+    serial: int
+    stream: int
+    offset: int
+    data: Any
+
+
 class WorkerReturned(NamedTuple):
     """The worker gave back what it had not started."""
     worker: int
@@ -1471,7 +1494,8 @@ class Node:
         self._handlers: Dict[type, Callable[..., None]] = {
             LinkUp: self._link_up, LinkDown: self._link_down, Received: self._received, Prepared: self._prepared,
             Stored: self._stored, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
-            WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerReturned: self._worker_returned,
+            WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
+            WorkerReturned: self._worker_returned,
             WorkerGone: self._worker_gone, Stop: self._stop,
         }
         self._messages: Dict[type, Callable[..., None]] = {
@@ -1886,6 +1910,11 @@ class Node:
         else:
             self._answer(worker, 'the client is not connected')
 
+    def _worker_printed(self, event: WorkerPrinted, now: float) -> None:
+        worker = self._workers.get(event.worker)
+        if worker is not None and worker.queue and worker.queue[0].serial == event.serial:
+            self._reply(worker.comp, Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data))
+
     def _on_file_kept(self, link: int, message: FileKept, now: float) -> None:
         comp = self._comp_of(link, message.comp)
         for worker in comp.workers.values() if comp is not None else ():
@@ -2159,7 +2188,7 @@ def clip(head: bytes, tail: bytes, total: int) -> bytes:
     return b'%s\n[dispy: %d bytes left out here]\n%s' % (head, left_out, tail)
 
 
-class Output:
+class Catch:
     """What a worker's job writes to one descriptor: an unlinked file, read when the job is over.
 
     A file and not a pipe: whoever reads a pipe must run while the job writes, which a thread of the worker
@@ -2173,15 +2202,31 @@ class Output:
             import fcntl
             fcntl.fcntl(self.handle, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
         self.inode = os.fstat(self.handle).st_ino
+        self.shown = (0, 0)   # runner: the job whose output was last shown live, and how much of it
         self.left_out = shared_slots(1)   # bytes shortened away, seen by runner and worker
 
     def take(self, size: int) -> bytes:
-        """All that was written, clipped; empty the file for the next job."""
+        """Worker: all that was written, clipped; empty the file for the next job."""
+        if size < OUTPUT_KEPT:
+            return self._empty(size)
+        with self._alone():   # the runner may be shortening it
+            return self._empty(os.fstat(self.handle).st_size)
+
+    def _empty(self, size: int) -> bytes:
         data = self.peek(size)
         self.left_out[0] = 0
         os.ftruncate(self.handle, 0)
-        os.lseek(self.handle, 0, os.SEEK_SET)
         return data
+
+    @contextlib.contextmanager
+    def _alone(self) -> Any:
+        """Runner and worker take turns. A lock of the process (lockf): flock's would be the same lock in both."""
+        import fcntl
+        fcntl.lockf(self.handle, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self.handle, fcntl.LOCK_UN)
 
     def peek(self, size: int) -> bytes:
         """All that was written, clipped."""
@@ -2191,11 +2236,19 @@ class Output:
         tail_from = max(len(head), size - OUTPUT_KEPT)
         return clip(head, self._read(tail_from, size - tail_from), size + self.left_out[0])
 
+    def since(self, at: int) -> bytes:
+        """Runner: what was written from byte `at` on, up to OUTPUT_KEPT bytes."""
+        return self._read(at, OUTPUT_KEPT)
+
     def shorten(self) -> None:
         """Runner: leave the first and the last part of a file that has grown large. What is printed between
         the reading and the cutting is lost, from the middle of what is kept for a talkative job."""
-        size = os.fstat(self.handle).st_size
-        if size > 16 * OUTPUT_KEPT:
+        if os.fstat(self.handle).st_size <= 16 * OUTPUT_KEPT:
+            return
+        with self._alone():
+            size = os.fstat(self.handle).st_size
+            if size <= 16 * OUTPUT_KEPT:
+                return   # the worker has taken it
             tail = self._read(size - OUTPUT_KEPT, OUTPUT_KEPT)
             size = os.fstat(self.handle).st_size
             os.ftruncate(self.handle, OUTPUT_KEPT)
@@ -2203,14 +2256,14 @@ class Output:
             self.left_out[0] += size - OUTPUT_KEPT - len(tail)
 
     def _read(self, at: int, size: int) -> bytes:
-        os.lseek(self.handle, at, os.SEEK_SET)   # writers append wherever this stands
+        """Without moving the descriptor's position, which runner and worker share."""
         parts = []
         while size > 0:
-            part = os.read(self.handle, size)
+            part = os.pread(self.handle, size, at)
             if not part:
                 break
             parts.append(part)
-            size -= len(part)
+            at, size = at + len(part), size - len(part)
         return b''.join(parts)
 
     def close(self) -> None:
@@ -2297,10 +2350,12 @@ class Worker:
     """Runs job after job in a process of its own. Slots shared with the runner: [0] the serial that runs now,
     [1] the serial that shall be interrupted."""
 
-    def __init__(self, sock: socket.socket, slots: Any, function: Callable[..., Any], out: Output, err: Output,
-                 directory: str, private: str, libc: Any) -> None:
+    def __init__(self, sock: socket.socket, slots: Any, function: Callable[..., Any], out: Catch, err: Catch,
+                 spec: dict, libc: Any) -> None:
         self._sock, self._slots, self._function = sock, slots, function
-        self._out, self._err, self._directory, self._private, self._libc = out, err, directory, private, libc
+        self._out, self._err, self._spec, self._libc = out, err, spec, libc
+        self._directory = spec['directory']
+        self._buffering = 1 if spec['live'] else -1
         self._intake = RecordIntake()
         self._queue: Deque[Record] = collections.deque()
         self._in_job = self._interrupt_late = self._recalled = False
@@ -2330,7 +2385,7 @@ class Worker:
         _no_stdin()
         self._zero = os.fstat(0).st_ino
         self._streams = [open(0, closefd=False)] + [
-            open(handle, 'w', encoding='utf-8', errors='backslashreplace', closefd=False) for handle in (1, 2)]
+            open(handle, 'w', self._buffering, encoding='utf-8', errors='backslashreplace', closefd=False) for handle in (1, 2)]
         sys.stdin, sys.stdout, sys.stderr = self._streams
         signal.signal(signal.SIGINT, self._on_interrupt)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -2342,6 +2397,11 @@ class Worker:
         self._handlers = [(int(number), _getsignal(number)) for number in
                           (getattr(signal, name, None) for name in watched) if number is not None]
         Runner.offer({'dispy_provisional_result': self._provisional, 'dispy_send_file': self._send_file})
+        if self._spec['logs'] >= 0:
+            handler = logging.Handler()
+            handler.emit = self._forward  # type: ignore[method-assign]
+            logging.getLogger().addHandler(handler)
+            logging.getLogger().setLevel(self._spec['logs'])
         self._environ = dict(_ENVIRON)
         self._threads = threading.active_count()
         if 'numpy' in sys.modules:   # forked twins would draw the same "random" numbers; `random` sees to it itself
@@ -2395,6 +2455,12 @@ class Worker:
             now = time.time()
             self._send(Kind.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE, self._slots[0], now, now, payload)
         return 0
+
+    def _forward(self, record: logging.LogRecord) -> None:
+        """A log record of the job, on its way to the client's logging."""
+        text = record.getMessage() + ('\n' + ''.join(traceback.format_exception(*record.exc_info)).rstrip() if record.exc_info else '')
+        with self._beside_job():
+            self._send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, pickle.dumps((record.levelno, record.name, text[:OUTPUT_KEPT])))
 
     def _send_file(self, path: str) -> int:
         """dispy_send_file: the file is below the client's directory, under the same relative name, when this returns 0.
@@ -2483,7 +2549,7 @@ class Worker:
     def _bring(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any]) -> None:
         """dispy_job_depends: a directory of the job's own, with its files and links to the computation's, and names."""
         import builtins
-        private = tempfile.mkdtemp(prefix='job-', dir=self._private)
+        private = tempfile.mkdtemp(prefix='job-', dir=self._spec['private'])
         self._brought = (private, {name: vars(builtins).get(name, self) for name in objects})
         Runner.offer(objects)
         for name in os.listdir(self._directory):
@@ -2540,11 +2606,11 @@ class Worker:
                 stream.flush()
         for index in (1, 2):
             if self._streams[index].closed:
-                self._streams[index] = open(index, 'w', encoding='utf-8', errors='backslashreplace', closefd=False)
+                self._streams[index] = open(index, 'w', self._buffering, encoding='utf-8', errors='backslashreplace', closefd=False)
         sys.stdin, sys.stdout, sys.stderr = self._streams
 
     @staticmethod
-    def _collect_one(number: int, output: Output) -> bytes:
+    def _collect_one(number: int, output: Catch) -> bytes:
         try:
             status = os.fstat(number)
         except OSError:
@@ -2596,8 +2662,8 @@ class Worker:
 class _Child(NamedTuple):
     process: Any
     slots: Any
-    out: Output
-    err: Output
+    out: Catch
+    err: Catch
 
 
 class Runner:
@@ -2620,7 +2686,7 @@ class Runner:
         init = self._records.popleft()
         self._spec = pickle.loads(init.bodies[0])   # from the daemon that started this process
         self._directory = self._spec['directory']
-        self._out, self._err = Output(self._spec['private']), Output(self._spec['private'])
+        self._out, self._err = Catch(self._spec['private']), Catch(self._spec['private'])
         os.dup2(self._out.handle, 1)
         os.dup2(self._err.handle, 2)
         sys.stdout = open(1, 'w', 1, encoding='utf-8', errors='backslashreplace', closefd=False)
@@ -2710,6 +2776,8 @@ class Runner:
                         return
                     handlers[Kind(record.kind)](record)
                 self._reap()
+                if self._spec['live']:
+                    self._show_output()
                 self._shorten()
         finally:
             self._end()
@@ -2739,7 +2807,7 @@ class Runner:
     def _fork(self, record: Record) -> None:
         sock = socket.socket(fileno=_out_of_reach(self._handles.popleft()))
         context = multiprocessing.get_context('fork')
-        child = _Child(None, shared_slots(2), Output(self._spec['private']), Output(self._spec['private']))
+        child = _Child(None, shared_slots(2), Catch(self._spec['private']), Catch(self._spec['private']))
         process = context.Process(target=self._work, args=(sock, child), name='dispy-worker-%d' % record.number)
         process.start()
         sock.close()
@@ -2760,7 +2828,7 @@ class Runner:
             for other in self._children.values():
                 other.out.close()
                 other.err.close()
-            Worker(sock, child.slots, self._function, child.out, child.err, self._directory, self._spec['private'], self._libc).serve()
+            Worker(sock, child.slots, self._function, child.out, child.err, self._spec, self._libc).serve()
         except (OSError, EOFError):
             os._exit(1)   # the pipe is gone, and with it whoever could be told
         except BaseException:  # our own fault: the runner reads it from the file and tells
@@ -2829,6 +2897,19 @@ class Runner:
                 return [int(pid) for pid in file.read().split()]
         except OSError:
             return []
+
+    def _show_output(self) -> None:
+        """What running jobs have printed since the last look. What comes between this and their end comes with the result."""
+        for key, child in self._children.items():
+            serial = child.slots[0]
+            for stream, catch in ((1, child.out), (2, child.err)):
+                if catch.shown[0] != serial:
+                    catch.shown = (serial, 0)
+                at = catch.shown[1]
+                data = catch.since(at) if serial and not catch.left_out[0] else b''
+                if data and child.slots[0] == serial:   # or it was of the next job
+                    catch.shown = (serial, at + len(data))
+                    self._send(Kind.PRINTED, key, serial, float(stream), float(at), data)
 
     def _shorten(self) -> None:
         for child in self._children.values():
@@ -3592,6 +3673,7 @@ class Daemon(Loop):
         self.attach(run.control)
         init = {'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
                 'support': {name: bytes(source) for name, source in spec['support'].items()},
+                'live': spec['live'], 'logs': spec['logs'],
                 'names': {'dispy_node_name': self.node.name, 'dispy_node_ip_addr': address, 'dispy_job_path': run.directory}}
         run.control.push(pack_record(Kind.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
 
@@ -3642,6 +3724,8 @@ class Daemon(Loop):
             run.pids[record.number] = record.serial
         elif record.kind == Kind.GONE:
             self._worker_ended(run, record)
+        elif record.kind == Kind.PRINTED:
+            self._tell(WorkerPrinted(record.number, record.serial, int(record.start), int(record.end), beside(_keep(record.bodies[0]))))
         else:
             raise PeerError('a runner sent record %d' % record.kind)
 
@@ -3664,6 +3748,8 @@ class Daemon(Loop):
         for record in records:
             if record.kind == Kind.RESULT:
                 rows.append((record.serial, record.number, record.start, record.end, *map(_keep, record.bodies)))
+            elif record.kind == Kind.LOGGED:
+                self._tell(WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
             elif record.kind == Kind.FILE:
                 row = open_envelope(record.bodies[0])
                 if not _is_file(row):

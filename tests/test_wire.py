@@ -15,21 +15,23 @@ import pytest
 import dispynode
 from dispynode import (
     Ack, Bye, Cancel, Compute, Done, File, FileBack, FileKept, FrameOpener, FrameSealer, HEAD_TAG, Intake, Introduce, Jobs, Kind,
-    MESSAGES, Need, Offer, OPS, OUT_OF_BAND, PeerError, Pulse, Ready, Recall, RecordIntake, Refused, Results, Returned, TAIL_TAG, Welcome,
-    beside, decode, encode, open_envelope, pack_record, seal, unseal)
+    MESSAGES, Need, Offer, OPS, OUT_OF_BAND, Output, PeerError, Pulse, Ready, Recall, RecordIntake, Refused, Results, Returned,
+    TAIL_TAG, Welcome, beside, decode, encode, open_envelope, pack_record, seal, unseal)
 
 KEY = bytes(range(32))
 LARGE = os.urandom(OUT_OF_BAND + 7)
 EXAMPLES = [
     Introduce('me', 2.0), Introduce('me', 2),
     Compute('c1', {'name': 'f', 'kind': 'function', 'code': b'code', 'files': [('a', 1, b'd', 0o600)], 'cleanup': True,
-                   'dest_path': '', 'max_jobs': 0, 'python': (3, 8, 1), 'support': {'m.py': b''}, 'program': ''}),
+                   'dest_path': '', 'max_jobs': 0, 'python': (3, 8, 1), 'support': {'m.py': b''}, 'program': '', 'live': False,
+                   'logs': -1}),
     File('c1', 'a/b', 0, beside(b'small')), File('c1', 'a/b', 1 << 20, beside(LARGE)), File('c1', 'a/b', 0, b''),
     Jobs('c1', [(1, beside(b'x'), None), (2, beside(LARGE), {'timeout': 3.5}), (3, beside((b'head', LARGE, b'tail')), None)]),
     Jobs('c1', []), Cancel('c1', [1, 2, 1 << 40]), Recall('c1', 5), Ack('c1', []), Done('c1'),
     Welcome('node', 4, {'python': (3, 8)}), Refused('', 'full', 'caf\u00e9'), Need('c1', ['a', 'b']), Ready('c1', [7]),
     Results('c1', [(1, 1, 0.5, 1.5, beside(LARGE), b'out', b'err'), (2, 3, 0.0, 0.0, b'', b'', b'')]),
-    Returned('c1', [9]), Offer(3), FileBack('c1', 5, ('a', 1, b'd', 0o600), 0, beside(LARGE)), FileKept('c1', 5, 'no'), Pulse(), Bye('enough'),
+    Returned('c1', [9]), Offer(3), FileBack('c1', 5, ('a', 1, b'd', 0o600), 0, beside(LARGE)), FileKept('c1', 5, 'no'),
+    Output('c1', 5, 1, 0, b'text'), Pulse(), Bye('enough'),
 ]
 
 
@@ -108,7 +110,7 @@ def test_decoded_bytes_are_no_copy():
     assert decode(op, encoding, received).data.obj is received
 
 
-@pytest.mark.parametrize('op', [0, 10, 32, 41, 64, 67, 255])
+@pytest.mark.parametrize('op', [0, 10, 32, 42, 64, 67, 255])
 def test_unknown_messages_are_refused(op):
     with pytest.raises(PeerError, match='unknown'):
         decode(op, 0, pickle.dumps((), 5))
