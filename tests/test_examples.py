@@ -10,6 +10,11 @@ import pytest
 from conftest import ROOT
 
 EXPECTED = {
+    'early_stop.py': ['cube root of 27 is about 3.000000', 'cancelled, cancelled, cancelled, cancelled'],
+    'executor.py': ['primes: 1000003 1000033', '5 -> 120', '-1 -> factorial() not defined for negative values'],
+    'files_back.py': ['THIS IS TEXT NUMBER 0', 'THIS IS TEXT NUMBER 2'],
+    'monte_carlo.py': ['pi is 3.1'],
+    'word_count.py': ['words', 'most of all'],
     'first_steps.py': ['job 1 on 127.0.0.1: 6', 'job 2 failed: ValueError: 7 is not liked here', "it printed 'looking at 28"],
     'setup_once.py': ['a ', 'o '],
     'run_program.py': ['exit status 0: 101 103 107 109 113'],
