@@ -1141,7 +1141,7 @@ class Pool:
                 return
             try:
                 task[0](*task[1])
-            except Exception:  # the user's callback; the next one is served all the same
+            except BaseException:  # the user's callback, sys.exit in it too; the next one is served all the same
                 logger.exception('%s raised', getattr(task[0], '__name__', task[0]))
             del task
             self._idle.release()
@@ -1289,6 +1289,8 @@ class Driver(Loop):
         if self.broken:
             raise RuntimeError(self.broken)
         self.post(Asked(call, future))
+        if self.broken:   # set before the inbox is emptied for the last time
+            raise RuntimeError(self.broken)
         return future.result(CALL_TIME)
 
     def _main(self) -> None:
@@ -1300,6 +1302,7 @@ class Driver(Loop):
             for cluster in list(self._clusters.values()):
                 cluster._driver_broke(self.broken)
         finally:
+            self.broken = self.broken or 'the cluster was closed'
             self._hang_up()
             self.close()
 
@@ -1322,9 +1325,9 @@ class Driver(Loop):
                 peer.dial_thread.join(HANDSHAKE_TIME)
             if peer.process is not None:
                 _end_embedded(peer.process)
-        for event in self._inbox:
+        for event in list(self._inbox):
             if isinstance(event, Asked):
-                event.future.set_exception(RuntimeError(self.broken or 'the cluster was closed'))
+                event.future.set_exception(RuntimeError(self.broken))
 
     def after_fork(self) -> None:
         """In a forked child the driver's thread does not exist. Let go of its sockets without a word, so that
@@ -1681,13 +1684,14 @@ class Driver(Loop):
     def _on_refused(self, peer: Peer, message: Refused) -> None:
         if message.comp not in self._clusters:
             return
-        if message.comp in peer.ready:
+        was_ready = message.comp in peer.ready   # its runner has died later: a new one may live
+        if was_ready:
             peer.ready.discard(message.comp)
             self._tell_all(DispyNode.Closed, peer, [message.comp])
             key = self._key_of(peer)
             self._act(self.schedule.handle(NodeLeft(key, message.comp, str(peer), message.text), self.now))
         self._refusal(peer, message.comp, message.text)
-        if message.code in ('busy', 'closing', 'stopping'):
+        if was_ready or message.code in ('busy', 'closing', 'stopping'):
             peer.retry_at = self.now + peer.retry_wait
             peer.retry_wait = min(peer.retry_wait * 2, 2.0)
             self._soon()
@@ -2034,6 +2038,7 @@ class JobCluster:
         self._lock = threading.Lock()                        # guards those below
         self._changed = threading.Condition(self._lock)
         self._pending = 0                                    # jobs that have not ended or whose callback has not returned
+        self._waiters = 0                                    # callbacks that are in `wait`
         self._closed = False
         self._counts: Dict[str, List[Any]] = {}              # node -> [peer, jobs done, seconds]
         self._chains: Dict[DispyJob, Deque[Tuple[tuple, Peer]]] = {}   # rows of jobs with provisional results, in order
@@ -2136,14 +2141,20 @@ class JobCluster:
     def wait(self, timeout: Optional[float] = None) -> bool:
         """Wait until every job has ended and its callback has returned, at most `timeout` seconds. Any thread; in a
         callback, the job it was called for is not waited for."""
-        own = 1 if getattr(_calling, 'cluster', None) is self else 0
+        own = getattr(_calling, 'cluster', None) is self
         until = None if timeout is None else time.monotonic() + timeout
         with self._changed:
-            while self._pending > own:
-                left = FOREVER if until is None else min(FOREVER, until - time.monotonic())
-                if left <= 0:
-                    return False
-                self._changed.wait(left)
+            self._waiters += own
+            if own:
+                self._changed.notify_all()
+            try:
+                while self._pending > (self._waiters if own else 0):   # callbacks that wait do not wait for each other
+                    left = FOREVER if until is None else min(FOREVER, until - time.monotonic())
+                    if left <= 0:
+                        return False
+                    self._changed.wait(left)
+            finally:
+                self._waiters -= own
         return True
 
     __call__ = wait
@@ -2155,6 +2166,8 @@ class JobCluster:
         refusal with its reason, after `timeout` seconds. Any thread."""
         until = None if timeout is None else time.monotonic() + timeout
         while True:
+            if self._closed:
+                raise RuntimeError('wait_nodes: the cluster was closed')
             if sum(node.state == 'ready' for node in self.status().nodes) >= n:
                 return
             left = FOREVER if until is None else until - time.monotonic()
@@ -2170,7 +2183,11 @@ class JobCluster:
             pending = self._pending
         found: List[Tuple[Peer, str, str, int]] = []
         if not self._closed:
-            found = self._driver.ask(lambda: self._driver.nodes_of(self._comp))
+            try:
+                found = self._driver.ask(lambda: self._driver.nodes_of(self._comp))
+            except RuntimeError:
+                if not self._closed:   # otherwise it was closed meanwhile
+                    raise
         nodes, seen = [], set()
         for peer, state, reason, busy in found:
             key = '%s:%s' % (peer.ip_addr, peer.name)
@@ -2367,7 +2384,7 @@ class JobCluster:
     def _settle(self, count: int) -> None:
         with self._lock:
             self._pending -= count
-            if self._pending <= 1:   # a callback that waits for the others does not count itself
+            if self._pending <= self._waiters:   # callbacks that wait for the others do not count themselves
                 self._changed.notify_all()
 
     def _driver_broke(self, text: str) -> None:

@@ -2359,6 +2359,7 @@ class Worker:
         self._intake = RecordIntake()
         self._queue: Deque[Record] = collections.deque()
         self._in_job = self._interrupt_late = self._recalled = False
+        self._pid = 0                      # of the process that serves, not of what a job forks
         self._sending = threading.Lock()   # guards the writing end of the pipe: a job may have threads
         self._filing = threading.Lock()    # one file at a time; guards _answers
         self._answers: Deque[str] = collections.deque()
@@ -2380,6 +2381,7 @@ class Worker:
                 fit = self._tidy()
 
     def _prepare(self) -> None:
+        self._pid = os.getpid()
         os.dup2(self._out.handle, 1)
         os.dup2(self._err.handle, 2)
         _no_stdin()
@@ -2404,6 +2406,8 @@ class Worker:
             logging.getLogger().setLevel(self._spec['logs'])
         self._environ = dict(_ENVIRON)
         self._threads = threading.active_count()
+        if hasattr(signal, 'setitimer'):
+            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         if 'numpy' in sys.modules:   # forked twins would draw the same "random" numbers; `random` sees to it itself
             sys.modules['numpy'].random.seed()
 
@@ -2535,6 +2539,8 @@ class Worker:
         except KeyboardInterrupt as exc:  # it came while the handler above was entered
             self._in_job = False
             failure = exc
+        if os.getpid() != self._pid:   # a child that the job has forked and that came back: the pipe is not its
+            os._exit(0 if failure is None else 1)
         end = start + time.perf_counter() - ticks
         outcome, payload = self._outcome(value, failure)
         out, err = self._collect()
@@ -2644,7 +2650,9 @@ class Worker:
             if _getsignal(number) != handler:
                 signal.signal(number, handler)
         if hasattr(signal, 'setitimer'):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+                signal.setitimer(timer, 0)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         return True
 
     @staticmethod
