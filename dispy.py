@@ -338,11 +338,12 @@ class CancelAsked(NamedTuple):
 
 
 class NodeReady(NamedTuple):
-    """A node is set up for a computation; `held` are the serials it still knows of it."""
+    """A node is set up for a computation; `held` are the serials it still knows of it; `name` is for people."""
     node: Any
     comp: str
     cpus: int
     held: list
+    name: str = ''
 
 
 class NodeOffers(NamedTuple):
@@ -497,18 +498,37 @@ class _Comp:
     def __init__(self, opened: Opened) -> None:
         self.comp, self.client, self.reentrant = opened
         self.queue = _Queue()
+        self.pinned: Dict[Any, _Queue] = {}   # by node: jobs for that one alone
         self.parked: List[Work] = []          # wanting more CPUs than any node has
         self.mean: Optional[float] = None     # s a job takes, quick to rise and slow to fall
         self.flying = 0                       # CPUs of jobs on nodes
         self.running: Dict[int, '_Node'] = {}   # serial -> where
 
+    def queue_of(self, work: Work) -> _Queue:
+        """Where this job waits."""
+        key = work._options.get('node') if work._options else None
+        return self.queue if key is None else self.pinned.setdefault(key, _Queue())
+
+    def source(self, key: Any) -> _Queue:
+        """Where a node's next job comes from: those for it alone go first."""
+        pinned = self.pinned.get(key) if self.pinned else None
+        return pinned if pinned is not None and pinned.length else self.queue
+
+    def length(self) -> int:
+        """Jobs that wait, parked ones not counted."""
+        return self.queue.length + (sum(queue.length for queue in self.pinned.values()) if self.pinned else 0)
+
+    def waiting(self) -> List[Work]:
+        """All jobs that wait."""
+        return [work for queue in (self.queue, *self.pinned.values()) for work in queue] + self.parked
+
 
 class _Node:
     """A node in the schedule."""
-    __slots__ = ('key', 'cpus', 'used', 'bytes', 'flight', 'comps', 'recalled')
+    __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'flight', 'comps', 'recalled')
 
     def __init__(self, key: Any, cpus: int) -> None:
-        self.key, self.cpus = key, cpus
+        self.key, self.name, self.cpus = key, str(key), cpus
         self.used = 0       # CPUs of jobs there, run or not
         self.bytes = 0      # of their arguments
         self.flight: Dict[str, Dict[int, Work]] = {}   # computation -> serial -> work
@@ -540,7 +560,7 @@ class Schedule:
     def flush(self, now: float) -> List[Any]:
         """The end of a turn: what waits goes to nodes that have room."""
         self._actions = []
-        waiting = [comp for comp in self.comps.values() if comp.queue.length]
+        waiting = [comp for comp in self.comps.values() if comp.length()]
         if waiting:
             self._distribute(waiting)
         if len(self.nodes) > 1:
@@ -586,7 +606,7 @@ class Schedule:
                 self._move(work, 'cancel')
                 self._do(JobEnded(work, 'the cluster was closed'))
             else:
-                comp.queue.push(work)
+                comp.queue_of(work).push(work)
 
     def _cancel_asked(self, event: CancelAsked) -> None:
         work, comp = event.work, self.comps.get(event.work._comp)
@@ -596,7 +616,7 @@ class Schedule:
             if work in comp.parked:
                 comp.parked.remove(work)
             else:
-                comp.queue.forget()
+                comp.queue_of(work).forget()
             self._do(JobEnded(work, 'cancelled before it was started'))
         else:
             self._do(SendCancel(comp.running[work._serial].key, comp.comp, [work._serial]))
@@ -615,7 +635,7 @@ class Schedule:
             node.flight.pop(comp.comp, None)
             node.comps.pop(comp.comp, None)
             node.recalled.discard(comp.comp)
-        for work in [*comp.queue, *comp.parked]:
+        for work in comp.waiting():
             self._move(work, 'cancel')
             self._do(JobEnded(work, 'cancelled: the cluster was closed'))
 
@@ -628,7 +648,7 @@ class Schedule:
         node = self.nodes.get(event.node)
         if node is None:
             node = self.nodes[event.node] = _Node(event.node, event.cpus)
-        node.cpus = event.cpus
+        node.cpus, node.name = event.cpus, event.name or node.name
         node.comps[event.comp] = comp
         self._unpark(comp, node)
         node.recalled.discard(event.comp)   # what was asked of it may not have arrived
@@ -672,7 +692,7 @@ class Schedule:
             self._do(JobEnded(work, 'cancelled before it was started'))
 
     def _wait_again(self, comp: _Comp, work: Work) -> None:
-        comp.queue.push_front(work)
+        comp.queue_of(work).push_front(work)
         self._do(JobWaits(work))
 
     def _node_returned(self, event: NodeReturned) -> None:
@@ -704,7 +724,10 @@ class Schedule:
                 continue
             if outcome == Outcome.STOPPED:
                 node.cpus = 0   # nothing more goes there, until it is Ready again
-                self._lost(comp, work, str(node.key), 'it was stopped')
+                self._lost(comp, work, node.name, 'it was stopped')
+                continue
+            if outcome == Outcome.DIED and work._options and work._options.get('retries'):
+                self._lost(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
                 continue
             self._move(work, _EVENT_OF[outcome])
             took = row[3] - row[2]
@@ -736,9 +759,11 @@ class Schedule:
         node.recalled.discard(name)
 
     def _lost(self, comp: _Comp, work: Work, node_name: str, text: str) -> None:
-        """An attempt whose node is lost: nobody knows how far it came."""
+        """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it came."""
         work._lost += (node_name,)
-        if comp.reentrant and len(work._lost) < LOST_MOST and work._state is not JobState.CANCELLING:
+        retries = work._options.get('retries') if work._options else None
+        attempts = retries + 1 if retries else LOST_MOST if comp.reentrant else 1
+        if len(work._lost) < attempts and work._state is not JobState.CANCELLING:
             self._move(work, 'back')
             self._wait_again(comp, work)
         elif self._move(work, 'give up') is JobState.CANCELLED:
@@ -746,7 +771,8 @@ class Schedule:
         else:
             self._do(JobEnded(work, 'abandoned: %s (%s); %s' % (
                 'lost with node ' + work._lost[0] if len(work._lost) == 1 else 'lost with nodes ' + ', '.join(work._lost), text,
-                'the computation is not reentrant' if not comp.reentrant else 'given up after %d nodes' % len(work._lost))))
+                'the computation is not reentrant' if attempts == 1 else 'given up after %d nodes' % len(work._lost)
+                if not retries else 'given up after %d attempts' % len(work._lost))))
 
     # -- distribution -------------------------------------------------------------------------------------
 
@@ -763,7 +789,7 @@ class Schedule:
             for node in nodes:
                 if node.used < node.cpus:
                     self._fill(node, waiting, None)
-            shares = {comp.comp: math.ceil(comp.queue.length / total) for comp in waiting}
+            shares = {comp.comp: math.ceil(comp.length() / total) for comp in waiting}
             for node in nodes:
                 self._fill(node, waiting, shares)
             if all(node.used >= node.cpus for node in nodes):
@@ -773,23 +799,24 @@ class Schedule:
 
     def _fill(self, node: _Node, waiting: List[_Comp], shares: Optional[Dict[str, int]]) -> None:
         """Send what fits: up to the node's CPUs, or (with the jobs a CPU that wait) up to its queue's depth."""
-        rivals = [comp for comp in waiting if comp.comp in node.comps and comp.queue.length]
+        rivals = [comp for comp in waiting if comp.comp in node.comps and comp.source(node.key).length]
         while rivals:
             comp = min(rivals, key=self._share) if len(rivals) > 1 else rivals[0]
             room = node.cpus if shares is None else self._depth(node, comp, shares[comp.comp])
             sent = False
             while node.used < room:
-                work = comp.queue.head()
+                source = comp.source(node.key)
+                work = source.head()
                 fits = node.cpus if shares is not None and node.bytes <= AHEAD_BYTES else node.cpus - node.used
                 if work is None or self._cpus(work) > fits:
                     break
-                self._launch(node, comp, comp.queue.pop())
+                self._launch(node, comp, source.pop())
                 sent = True
                 if len(rivals) > 1:
                     break
             if not sent and node.used >= room:
                 return   # who has least is next: the others may not fill up before it
-            if not sent or not comp.queue.length:
+            if not sent or not comp.source(node.key).length:
                 rivals.remove(comp)
 
     def _share(self, comp: _Comp) -> int:
@@ -843,7 +870,7 @@ class Schedule:
         """How many of the last attempts of a node would find room elsewhere; the first of all runs."""
         count = 0
         for work in itertools.islice(reversed(list(flight.values())), max(0, len(flight) - 1)):
-            if count >= most or self._cpus(work) > room:
+            if count >= most or self._cpus(work) > room or (work._options and 'node' in work._options):
                 break
             count += 1
         return count
@@ -1205,13 +1232,31 @@ class Peer:
         self.refusals: Dict[str, str] = {}         # computation -> reason
         self.setting_up: Set[str] = set()          # computations whose Compute was sent
         self.ready: Set[str] = set()
-        self.process: Optional['subprocess.Popen[bytes]'] = None
+        self.process: Optional['subprocess.Popen[bytes]'] = None   # of an embedded node, and its directory
+        self.directory = ''
         self.dialling: Any = None                  # the socket of a dial thread, to be shut down
         self.dial_thread: Optional[threading.Thread] = None
 
     def move(self, event: str) -> None:
         """The one place where a node's state changes."""
         self.state = NODE_TABLE[self.state, event]
+
+    def end_process(self) -> None:
+        """End the embedded node, if this is one, and remove what it may have left."""
+        if self.process is not None:
+            _end_embedded(self.process)
+            self.process = None
+        if self.directory:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory = ''
+
+    def is_meant(self, node: Any) -> bool:
+        """Whether a user's word for a node means this one."""
+        if isinstance(node, DispyNode):
+            node = (node.ip_addr, node.port)
+        if isinstance(node, (tuple, list)):
+            return len(node) == 2 and node[0] in (self.address.host, self.ip_addr) and node[1] == self.address.port
+        return bool(node) and node in (self.name, self.ip_addr, self.address.host)
 
     def __str__(self) -> str:
         host, port = self.address.host, self.address.port
@@ -1323,8 +1368,7 @@ class Driver(Loop):
                     peer.dialling.shutdown(socket.SHUT_RDWR)
             if peer.dial_thread is not None:
                 peer.dial_thread.join(HANDSHAKE_TIME)
-            if peer.process is not None:
-                _end_embedded(peer.process)
+            peer.end_process()
         for event in list(self._inbox):
             if isinstance(event, Asked):
                 event.future.set_exception(RuntimeError(self.broken))
@@ -1396,7 +1440,7 @@ class Driver(Loop):
         """End all jobs of a cluster that wait here."""
         self._take_submitted()
         known = self.schedule.comps.get(comp)
-        for work in [*known.queue, *known.parked] if known is not None else []:
+        for work in known.waiting() if known is not None else []:
             self._act(self.schedule.handle(CancelAsked(work), self.now))
 
     def nodes_of(self, comp: str) -> List[Tuple[Peer, str, str, int]]:
@@ -1532,7 +1576,10 @@ class Driver(Loop):
         peer.move('dial')
         peer.redial_at = None
         peer.dial_thread = threading.Thread(target=self._dial_thread, args=(peer,), name='dispy-dial', daemon=True)
-        peer.dial_thread.start()
+        try:
+            peer.dial_thread.start()
+        except RuntimeError as exc:   # no more threads, or the interpreter is on its way out
+            self.post(DialFailed(peer, 'no thread could be started: %s' % exc, False))
 
     def _dial_thread(self, peer: Peer) -> None:
         """Connect, TLS, handshake. A thread of its own."""
@@ -1540,7 +1587,8 @@ class Driver(Loop):
         try:
             psk, (host, port, _) = self._psk, peer.address
             if peer.embedded:
-                peer.process, port, psk = _start_embedded()
+                peer.end_process()
+                peer.process, port, psk = _start_embedded(peer)
             sock = _connect(peer, host, port)
             deadline = time.monotonic() + HANDSHAKE_TIME
             binding = NO_TLS
@@ -1549,7 +1597,7 @@ class Driver(Loop):
                 binding = hashlib.sha256(sock.getpeercert(True)).digest()
             session = handshake_dial(sock, psk, Role.CLIENT, Role.NODE, _instance, binding, deadline)
             address = sock.getpeername()[0]
-        except (HandshakeError, OSError, ValueError) as exc:
+        except (HandshakeError, OSError, ValueError, RuntimeError) as exc:   # Runtime: no process at interpreter's exit
             if sock is not None:
                 sock.close()
             self.post(DialFailed(peer, _dial_text(exc), isinstance(exc, (ConnectionError, socket.gaierror))))
@@ -1734,7 +1782,7 @@ class Driver(Loop):
             peer.retry_wait = RETRY_FIRST
             self._clusters[message.comp]._node_came()
             self._tell_all(DispyNode.Initialized, peer, [message.comp])
-            self._act(self.schedule.handle(NodeReady(self._key_of(peer), message.comp, peer.cpus, message.held), self.now))
+            self._act(self.schedule.handle(NodeReady(self._key_of(peer), message.comp, peer.cpus, message.held, str(peer)), self.now))
 
     def _on_results(self, peer: Peer, message: Results) -> None:
         self._act(self.schedule.handle(NodeResults(self._key_of(peer), message.comp, message.rows), self.now))
@@ -1795,7 +1843,8 @@ class Driver(Loop):
             work.status, work.ip_addr, work.start_time = 6, peer.ip_addr, now
             payload = work._payload
             small = type(payload) is bytes and len(payload) < OUT_OF_BAND
-            rows.append((work._serial, payload if small else beside(payload), work._options))
+            options = work._options and {name: work._options[name] for name in _SENT if name in work._options}
+            rows.append((work._serial, payload if small else beside(payload), options or None))
             size += size_of(payload)
             if size >= FRAME_FILL:
                 self.say(peer.link, Jobs(action.comp, rows))
@@ -1864,6 +1913,7 @@ class Driver(Loop):
 
 
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.REFUSED, NodeState.LOST))
+_SENT = ('cpus', 'timeout')   # options of a job that its node has to know
 _MESSAGE_OF = {SendCancel: Cancel, SendRecall: Recall}
 _lock = threading.Lock()      # guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
 _drivers: Dict[Access, Driver] = {}
@@ -1934,7 +1984,7 @@ def _file_pieces(comp: str, name: str, path: str) -> Iterator[File]:
                 return
 
 
-def _start_embedded() -> Tuple['subprocess.Popen[bytes]', int, bytes]:
+def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     """A dispynode for this program alone: loopback, a random secret, and stdin as the line it lives by. Not run as
     a script, which would be compiled anew each time, and not by multiprocessing, which would run the user's main
     program again."""
@@ -1942,7 +1992,7 @@ def _start_embedded() -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     import dispynode
     secret = os.urandom(32).hex().encode()
     code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
-    prefix = tempfile.mkdtemp(prefix='dispy-')
+    prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
     process = subprocess.Popen(
         [sys.executable, '-c', code % os.path.dirname(os.path.abspath(dispynode.__file__)), '--embedded', '-i', '127.0.0.1',
          '-p', '0', '--dest-path-prefix', prefix], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
@@ -2062,7 +2112,8 @@ class JobCluster:
         """Run the computation once, with these arguments. Returns the job. Any thread.
 
         Not passed on: dispy_timeout=s (it is ended after so many seconds of running), dispy_priority=n (higher first),
-        dispy_cpus=n, dispy_job_depends=[...] (files, functions and classes for this job alone). Raises RuntimeError on a closed cluster, TypeError or ValueError for bad arguments, and what
+        dispy_cpus=n, dispy_retries=n (so often it is tried again if its worker or node is lost, also if the cluster is not
+        reentrant; then it is Abandoned), dispy_job_depends=[...] (files, functions and classes for this job alone). Raises RuntimeError on a closed cluster, TypeError or ValueError for bad arguments, and what
         pickling raises.
         """
         return self._submit(next(self._numbers), args, kwargs)
@@ -2071,9 +2122,28 @@ class JobCluster:
         """The same; the job's `id` is the one given."""
         return self._submit(id, args, kwargs)
 
-    def _submit(self, number: Any, args: tuple, kwargs: dict) -> DispyJob:
+    def submit_node(self, node: Any, *args: Any, **kwargs: Any) -> DispyJob:
+        """The same, on this node and no other: a DispyNode, its name, address or (address, port). Raises ValueError for a
+        node that this cluster does not know, naming those it does. The job waits while the node cannot be used."""
+        return self._submit(next(self._numbers), args, kwargs, self._key_of_node(node))
+
+    def submit_job_id_node(self, id: Any, node: Any, *args: Any, **kwargs: Any) -> DispyJob:
+        """The same, with the job's `id`."""
+        return self._submit(id, args, kwargs, self._key_of_node(node))
+
+    def _key_of_node(self, node: Any) -> Any:
+        found = self._driver.ask(lambda: self._driver.nodes_of(self._comp))
+        keys = [self._driver._key_of(peer) for peer, _, _, _ in found if peer.is_meant(node)]
+        if len(keys) != 1:
+            raise ValueError('%s %.80r; this cluster knows %s' % ('no node is' if not keys else 'several nodes are', node,
+                                                                  ', '.join(str(peer) for peer, _, _, _ in found)))
+        return keys[0]
+
+    def _submit(self, number: Any, args: tuple, kwargs: dict, node: Any = None) -> DispyJob:
         depends = kwargs.pop('dispy_job_depends', ())
         options = _take_options(kwargs) if kwargs else None
+        if node is not None:
+            options = dict(options or {}, node=node)
         if self._cargo.is_program and kwargs:
             raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
         job = DispyJob(self._comp, pack_arguments(args, kwargs, depends), options, number)
@@ -2391,9 +2461,9 @@ class JobCluster:
         """The driver's thread is ending for a fault of ours."""
         schedule = self._driver.schedule
         comp = schedule.comps.get(self._comp)
-        works = list(self._driver._submitted) + [event for event in self._driver._inbox if isinstance(event, DispyJob)]
+        works: List[Any] = list(self._driver._submitted) + [event for event in self._driver._inbox if isinstance(event, DispyJob)]
         if comp is not None:
-            works += [*comp.queue, *comp.parked] + [work for node in schedule.nodes.values() for work in node.flight.get(self._comp, {}).values()]
+            works += [*comp.waiting()] + [work for node in schedule.nodes.values() for work in node.flight.get(self._comp, {}).values()]
         for job in works:
             if job._comp == self._comp and job.status not in ENDED:
                 job._state = JobState.ABANDONED
@@ -2428,7 +2498,8 @@ def _take_options(kwargs: dict) -> Optional[dict]:
 
 
 _OPTIONS: Dict[str, Tuple[Any, float, float]] = {
-    'dispy_timeout': ((int, float), 0.001, 1e9), 'dispy_priority': (int, -(1 << 31), 1 << 31), 'dispy_cpus': (int, 1, 1 << 16)}
+    'dispy_timeout': ((int, float), 0.001, 1e9), 'dispy_priority': (int, -(1 << 31), 1 << 31), 'dispy_cpus': (int, 1, 1 << 16),
+    'dispy_retries': (int, 0, 1000)}
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -2406,6 +2406,8 @@ class Worker:
             logging.getLogger().setLevel(self._spec['logs'])
         self._environ = dict(_ENVIRON)
         self._threads = threading.active_count()
+        self._recursion, self._umask = sys.getrecursionlimit(), os.umask(0o077)
+        os.umask(self._umask)
         if hasattr(signal, 'setitimer'):
             self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         if 'numpy' in sys.modules:   # forked twins would draw the same "random" numbers; `random` sees to it itself
@@ -2646,6 +2648,11 @@ class Worker:
                 del os.environ[name]
             for key, value in self._environ.items():
                 os.environ[os.fsdecode(key)] = os.fsdecode(value)
+        os.umask(self._umask)
+        sys.setrecursionlimit(self._recursion)
+        if sys.gettrace() is not None or sys.getprofile() is not None:
+            sys.settrace(None)
+            sys.setprofile(None)
         for number, handler in self._handlers:
             if _getsignal(number) != handler:
                 signal.signal(number, handler)
@@ -2936,6 +2943,8 @@ class Runner:
                 self._cleanup(*self._setup_args)
             except BaseException as exc:  # the user's cleanup may raise anything; the daemon logs it
                 self._tell_failure('cleanup failed: ' + describe_exception(exc, 1))
+        self._own.clear()   # what setup has started ends with its computation
+        self._kill_strays()
 
 
 def runner_main(control: socket.socket) -> None:

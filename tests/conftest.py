@@ -1,6 +1,8 @@
 """What all tests share: only loopback, a secret and a home of the tests' own, and nothing may be left over."""
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -11,6 +13,7 @@ sys.path.insert(0, ROOT)
 os.environ['DISPY_DISCOVERY'] = 'loopback'
 os.environ['DISPY_SECRET'] = 'the secret of the test-suite'
 os.environ['XDG_CONFIG_HOME'] = tempfile.mkdtemp(prefix='dispy-tests-')
+atexit.register(shutil.rmtree, os.environ['XDG_CONFIG_HOME'], True)
 os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, *filter(None, [os.environ.get('PYTHONPATH')])])
 
 import psutil  # noqa: E402

@@ -183,6 +183,41 @@ def test_what_waits_on_one_node_is_called_back_for_another(tmp_path, node):
             assert all(job.wait(20) for job in long)
 
 
+def test_submit_node(tmp_path, node):
+    with NodeProcess(tmp_path / 'two', '--name', 'two') as two:
+        with dispy.JobCluster(where, nodes=[node.address, two.address], loglevel=logging.CRITICAL) as cluster:
+            cluster.wait_nodes(2, 20)
+            objects = {n.name: n for n in cluster.status().nodes}
+            for which in ('two', objects['two'], ('127.0.0.1', two.port)):
+                assert {job() for job in [cluster.submit_node(which) for _ in range(10)]} == {'two'}
+            assert cluster.submit_job_id_node('mine', 'one').id == 'mine'
+            with pytest.raises(ValueError, match="'three'.*one.*two"):
+                cluster.submit_node('three')
+            with pytest.raises(ValueError, match='several'):
+                cluster.submit_node('127.0.0.1')
+            waiting = cluster.submit_node('two', 0.01)
+            assert waiting() == 'two'
+
+
+def test_retries_of_a_job_that_kills_its_worker(node, tmp_path):
+    """Tried so often as wanted, and then given up with the names; its own exception is not retried."""
+    def compute(path, succeed_at):
+        with open(path, 'a') as file:
+            file.write('x')
+        if os.path.getsize(path) < succeed_at:
+            os._exit(9)
+        if succeed_at == 0:
+            raise ValueError('mine')
+        return 'done'
+    with dispy.JobCluster(compute, nodes=[node.address]) as cluster:
+        paths = [str(tmp_path / name) for name in 'abc']
+        jobs = [cluster.submit(path, at, dispy_retries=3) for path, at in zip(paths, (3, 10, 0))]
+        assert cluster.wait(30)
+    assert [os.path.getsize(path) for path in paths] == [3, 4, 1]
+    assert [job.status for job in jobs] == [DispyJob.Finished, DispyJob.Abandoned, DispyJob.Terminated]
+    assert 'after 4 attempts' in jobs[1].exception and 'one' in jobs[1].exception and 'exit code 9' in jobs[1].exception
+
+
 # -- clients ------------------------------------------------------------------------------------------------------------
 
 CLIENT = '''

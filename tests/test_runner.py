@@ -214,6 +214,12 @@ def leave(what):
     elif what == 'alarm':
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, 0.05)
+    elif what == 'umask':
+        os.umask(0o777)
+    elif what == 'recursion':
+        sys.setrecursionlimit(100000)
+    elif what == 'trace':
+        sys.settrace(lambda *args: None)
     elif what == 'stdout':
         sys.stdout = sys.stderr = sys.stdin = None
     elif what == 'closed stdout':
@@ -240,10 +246,10 @@ def look(what):
     time.sleep(0.1)
     return (os.getcwd() == dispy_job_path, os.environ.get('LEFT'), 'PATH' in os.environ,   # noqa: F821
             [signal.getsignal(number) == signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)],
-            threading.active_count(), sys.stdin.read())
+            threading.active_count(), sys.stdin.read(), os.umask(0o022) == 0o777, sys.getrecursionlimit() > 50000, sys.gettrace())
 
 
-@pytest.mark.parametrize('what', ['cwd', 'environment', 'handlers', 'alarm', 'stdout', 'closed stdout', 'descriptors',
+@pytest.mark.parametrize('what', ['cwd', 'environment', 'handlers', 'alarm', 'umask', 'recursion', 'trace', 'stdout', 'closed stdout', 'descriptors',
                                   'redirected', 'thread', 'child', 'daemon child'])
 def test_nothing_of_a_job_is_left_for_the_next(what):
     with dispy.JobCluster(look, nodes='local') as cluster:
@@ -251,7 +257,7 @@ def test_nothing_of_a_job_is_left_for_the_next(what):
         pids = [job() for job in [cluster.submit(what) for _ in range(cpus * 2)]]
         jobs = [cluster.submit('look') for _ in range(cpus * 2)]
         for job in jobs:
-            assert job() == (True, None, True, [True] * 3, 1, ''), job.exception
+            assert job() == (True, None, True, [True] * 3, 1, '', False, False, None), job.exception
             assert (job.stdout, job.stderr) == ('to stdout\n', 'to stderr\n')
         eventually(lambda: not any(pid and psutil.pid_exists(pid) for pid in pids), what='the end of the children')
 
@@ -383,6 +389,22 @@ def test_setup_runs_once_and_shares_its_globals():
     assert len({made for made, _, _ in results}) == 1
     assert all(made != pid for made, pid, _ in results)
     assert [n for _, _, n in results] == list(range(50))
+
+
+def test_what_setup_started_ends_with_the_computation(tmp_path):
+    flag = str(tmp_path / 'pid')
+
+    def setup():
+        process = subprocess.Popen(['sleep', '1000'], start_new_session=True)
+        with open(flag, 'w') as file:
+            file.write(str(process.pid))
+
+    with dispy.JobCluster(os.getpid, nodes='local', setup=setup) as cluster:
+        assert cluster.submit()() and cluster.submit()()
+        with open(flag) as file:
+            pid = int(file.read())
+        assert psutil.pid_exists(pid)
+    eventually(lambda: not psutil.pid_exists(pid))
 
 
 def test_cleanup_runs_after_the_last_job(tmp_path):

@@ -223,6 +223,28 @@ def test_a_parked_job_can_be_cancelled():
     assert ended.work is wide and talk.ready('large', 4) == []
 
 
+def test_jobs_for_one_node_wait_for_it_and_go_first():
+    talk = Talk()
+    talk.ready('a', 1)
+    pinned, other = job(node='b'), job()
+    assert sent(talk.submit([pinned, other])) == [other]
+    talk.ready('b', 1)
+    assert pinned._state is JobState.RUNNING and talk.schedule.nodes['b'].flight['c'] == {pinned._serial: pinned}
+    more = [job(node='b'), job(node='b')]
+    talk.submit(more)
+    assert all(work in talk.schedule.comps['c'].waiting() or work._state is JobState.RUNNING for work in more)
+    assert not only(talk.ready('d', 4), SendRecall), 'what is for one node is not called back for another'
+    ended = only(talk.tell(Closed('c')), JobEnded)
+    assert {action.work for action in ended} == {pinned, other, *more}
+
+
+def test_a_cancelled_job_for_one_node():
+    talk, pinned = Talk(), job(node='b')
+    talk.submit([pinned])
+    assert [action.work for action in only(talk.tell(CancelAsked(pinned)), JobEnded)] == [pinned]
+    assert talk.ready('b', 1) == []
+
+
 # -- results ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('outcome, state', [
