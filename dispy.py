@@ -87,6 +87,7 @@ AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond wh
 MAX_PAYLOAD = 960 << 20       # bytes of one job's arguments; a frame holds a GiB
 LOST_MOST = 3                 # nodes a job may lose before it is given up
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
+PROGRESS_EVERY = 1.0          # s between lines of progress
 WARN_AFTER, WARN_EVERY = 5.0, 60.0      # s without a usable node
 REDIAL_FIRST, REDIAL_MOST = 0.5, 30.0   # s between attempts to reach a node, doubling
 RETRY_FIRST = 0.1             # s until a computation is offered again to a node that was busy, doubling to 2 s
@@ -2088,6 +2089,7 @@ class JobCluster:
         self._lock = threading.Lock()                        # guards those below
         self._changed = threading.Condition(self._lock)
         self._pending = 0                                    # jobs that have not ended or whose callback has not returned
+        self._count = 0                                      # jobs submitted
         self._waiters = 0                                    # callbacks that are in `wait`
         self._closed = False
         self._counts: Dict[str, List[Any]] = {}              # node -> [peer, jobs done, seconds]
@@ -2154,6 +2156,7 @@ class JobCluster:
             if self._closed or self._driver.broken:
                 raise RuntimeError('submit: %s' % (self._driver.broken or 'the cluster was closed'))
             self._pending += 1
+            self._count += 1
             self._driver.post(job)   # with the lock held: `close` comes after it or before the test above
         return job
 
@@ -2177,8 +2180,18 @@ class JobCluster:
             for job in jobs:
                 self.cancel(job)
 
-    def as_completed(self, jobs: Sequence[DispyJob], timeout: Optional[float] = None) -> Iterator[DispyJob]:
-        """Yield the jobs as they end, whatever their end. Raises TimeoutError when some have not after `timeout` seconds."""
+    def as_completed(self, jobs: Sequence[DispyJob], timeout: Optional[float] = None, progress: bool = False) -> Iterator[DispyJob]:
+        """Yield the jobs as they end, whatever their end. Raises TimeoutError when some have not after `timeout` seconds.
+        `progress` as in `wait`."""
+        if not progress:
+            yield from self._as_completed(jobs, timeout)
+            return
+        with Progress() as shown:
+            for done, job in enumerate(self._as_completed(jobs, timeout), 1):
+                shown.show(done, len(jobs))
+                yield job
+
+    def _as_completed(self, jobs: Sequence[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
         until = None if timeout is None else time.monotonic() + timeout
         ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
         for job in jobs:
@@ -2208,9 +2221,25 @@ class JobCluster:
         """End all jobs that have not been sent to a node. Any thread."""
         self._driver.ask(lambda: self._driver.cancel_waiting(self._comp))
 
-    def wait(self, timeout: Optional[float] = None) -> bool:
-        """Wait until every job has ended and its callback has returned, at most `timeout` seconds. Any thread; in a
+    def wait(self, timeout: Optional[float] = None, progress: bool = False) -> bool:
+        """Wait until every job has ended and its callback has returned, at most `timeout` seconds; whether they have.
+        `progress` shows how many on stderr if that is a terminal (with tqdm if that is installed). Any thread; in a
         callback, the job it was called for is not waited for."""
+        if not progress:
+            return self._wait(timeout)
+        until = None if timeout is None else time.monotonic() + timeout
+        with Progress() as shown:
+            while True:
+                with self._lock:
+                    shown.show(self._count - self._pending, self._count)
+                left = PROGRESS_EVERY if until is None else min(PROGRESS_EVERY, until - time.monotonic())
+                if self._wait(max(0.0, left)):
+                    shown.show(self._count, self._count)
+                    return True
+                if until is not None and time.monotonic() >= until:
+                    return False
+
+    def _wait(self, timeout: Optional[float]) -> bool:
         own = getattr(_calling, 'cluster', None) is self
         until = None if timeout is None else time.monotonic() + timeout
         with self._changed:
@@ -2469,6 +2498,42 @@ class JobCluster:
                 job._state = JobState.ABANDONED
                 job.exception, job.end_time, job.status = text, time.time(), DispyJob.Abandoned
                 self._ended([job])
+
+
+class Progress:
+    """How many jobs have ended, on stderr: tqdm's bar if it is installed, otherwise a line a second, rewritten; nothing
+    if stderr is no terminal."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._started, self._next = clock, clock(), 0.0
+        self._bar: Any = None
+        self._quiet = not sys.stderr.isatty()
+
+    def __enter__(self) -> 'Progress':
+        if not self._quiet:
+            with contextlib.suppress(ImportError):   # tqdm is not asked for, only used
+                import tqdm
+                self._bar = tqdm.tqdm(unit='job', file=sys.stderr)
+        return self
+
+    def show(self, done: int, total: int) -> None:
+        """Bring the display up to date."""
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+        elif self._clock() >= self._next or done == total:
+            self._next = self._clock() + PROGRESS_EVERY
+            rate = done / max(1e-9, self._clock() - self._started)
+            left = ', about %.0f s left' % ((total - done) / rate) if done and done < total else ''
+            print('\r%d of %d jobs, %.1f a second%s   ' % (done, total, rate, left), end='', file=sys.stderr, flush=True)
+
+    def __exit__(self, *exc: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif not self._quiet:
+            print(file=sys.stderr)
 
 
 _calling = threading.local()  # .cluster: whose callback this thread is in

@@ -2,13 +2,15 @@
 
 import itertools
 import os
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 import dispy
-from conftest import eventually
+from conftest import ROOT, eventually
 from dispy import DispyJob
 
 
@@ -149,3 +151,101 @@ def test_as_completed():
         cluster.cancel(jobs[0])
         assert list(ended) == [jobs[0]]
         assert set(cluster.as_completed(jobs)) == set(jobs)
+
+
+# -- progress ---------------------------------------------------------------------------------------------------------------
+
+PROGRAM = '''
+import sys, time, dispy
+if sys.argv[1] == 'plain':
+    sys.modules['tqdm'] = None   # as if it were not installed
+with dispy.JobCluster(time.sleep, nodes='local') as cluster:
+    jobs = [cluster.submit(0.02) for _ in range(20)]
+    assert len(list(cluster.as_completed(jobs[:10], progress=True))) == 10
+    assert cluster.wait(progress=True) and cluster.wait(timeout=0, progress=True)
+    job = cluster.submit(1000)
+    assert not cluster.wait(timeout=0.05, progress=True)
+    cluster.cancel(job)
+'''
+
+
+def test_progress_on_a_terminal_and_silence_elsewhere():
+    pty = pytest.importorskip('pty', reason='no pseudo-terminals here')
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, '-c', PROGRAM, 'plain'], stderr=theirs, cwd=ROOT)
+    os.close(theirs)
+    text = b''
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:   # Linux: the other end was closed
+            break
+        if not piece:
+            break
+        text += piece
+    os.close(ours)
+    assert process.wait(30) == 0, text
+    assert b'10 of 10 jobs' in text and b'20 of 20 jobs' in text and b'20 of 21 jobs' in text
+    done = subprocess.run([sys.executable, '-c', PROGRAM, 'plain'], stderr=subprocess.PIPE, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b'')
+
+
+def test_progress_with_tqdm(monkeypatch):
+    pytest.importorskip('tqdm')
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    with dispy.Progress() as shown:
+        for n in range(5):
+            shown.show(n + 1, 5)
+        assert (shown._bar.n, shown._bar.total) == (5, 5)
+
+
+# -- setup pays once, numpy ---------------------------------------------------------------------------------------------------
+
+def test_a_slow_import_is_paid_once(tmp_path):
+    """2 s of setup and a hundred jobs: each job takes a moment."""
+    module = tmp_path / 'slow_module_of_a_test.py'
+    module.write_text('import time\ntime.sleep(2)\nVALUE = 5\n')
+
+    def setup():
+        global slow_module_of_a_test
+        import slow_module_of_a_test
+
+    def compute(n):
+        import slow_module_of_a_test as again
+        return slow_module_of_a_test.VALUE + n, again is slow_module_of_a_test
+    with dispy.JobCluster(compute, nodes='local', setup=setup, depends=[str(module)]) as cluster:
+        jobs = [cluster.submit(n) for n in range(100)]
+        assert [job(60) for job in jobs] == [(5 + n, True) for n in range(100)]
+        assert max(job.end_time - job.start_time for job in jobs) < 2
+
+
+def test_a_shared_value_is_shared_by_the_jobs_of_a_node():
+    def setup():
+        global total
+        import multiprocessing
+        total = multiprocessing.Value('i', 0)
+
+    def compute(n):
+        with total.get_lock():
+            total.value += n
+        return total.value
+    with dispy.JobCluster(compute, nodes='local', setup=setup) as cluster:
+        jobs = [cluster.submit(n) for n in range(200)]
+        assert cluster.wait(60)
+        assert max(job.result for job in jobs) == sum(range(200))
+
+
+def test_numpy_arrays_travel_and_can_be_written_to():
+    numpy = pytest.importorskip('numpy')
+
+    def compute(array, small):
+        array += 1
+        return array[::2], small, array
+    with dispy.JobCluster(compute, nodes='local') as cluster:
+        array = numpy.arange(500000, dtype='f8').reshape(500, 1000)
+        job = cluster.submit(array, numpy.arange(3))
+        array[:] = -1   # too late to matter
+        half, small, whole = job(30)
+        expected = numpy.arange(500000, dtype='f8').reshape(500, 1000) + 1
+        assert (half == expected[::2]).all() and (whole == expected).all() and list(small) == [0, 1, 2]
+        whole[0, 0] = 7
