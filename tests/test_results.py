@@ -191,7 +191,8 @@ def test_progress_on_a_terminal_and_silence_elsewhere():
 
 
 def test_progress_with_tqdm(monkeypatch):
-    pytest.importorskip('tqdm')
+    tqdm = pytest.importorskip('tqdm')
+    monkeypatch.setattr(tqdm.tqdm, 'monitor_interval', 0)   # or it keeps a thread
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
     with dispy.Progress() as shown:
         for n in range(5):
