@@ -76,7 +76,7 @@ from dispynode import (
     beside, call_chunk, call_packed, check_name, derive_key, describe_exception, file_digest, find_secret, handshake_dial, open_envelope, pieces_of, seal, size_of, tls_context, tune,
     unpack_error, unseal)
 
-__all__ = ['JobCluster', 'DispyExecutor', 'register_joblib', 'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'ClusterStatus', 'NoNodes', 'DispyError', 'SecretError', 'logger']
+__all__ = ['JobCluster', 'DispyExecutor', 'register_joblib', 'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError', 'SecretError', 'logger']
 
 # ---------------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -291,6 +291,14 @@ NODE_TABLE: Dict[Tuple[NodeState, str], NodeState] = {
 }
 
 
+class DispyNodeAvailInfo(NamedTuple):
+    """What is free on a node: cpu in percent, memory, disk and swap in bytes; None where it is not known."""
+    cpu: Optional[float] = None
+    memory: Optional[int] = None
+    disk: Optional[int] = None
+    swap: Optional[int] = None
+
+
 class DispyNode:
     """A node as `status()` and cluster_status show it; a copy that does not change."""
     Initialized, Closed = 2, 3   # what cluster_status says of a node; numbers that no job's status has
@@ -303,6 +311,9 @@ class DispyNode:
         self.busy = busy                              # jobs of this cluster there
         self.jobs_done, self.cpu_time = jobs_done, cpu_time   # of this cluster; seconds
         self.platform = facts.get('platform', '')
+        # When it was connected: free CPU in percent, memory, disk and swap in bytes; None where it has no psutil.
+        available = facts.get('available', {})
+        self.avail_info = DispyNodeAvailInfo(*map(available.get, DispyNodeAvailInfo._fields))
         self.facts = facts
 
     def __repr__(self) -> str:

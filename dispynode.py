@@ -424,6 +424,7 @@ def _all_serials(fields: tuple) -> bool:
 # message -> whether its fields, of the right types, hold what they should: handlers rely on it
 CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Introduce: lambda fields: math.isfinite(fields[1]),
+    Welcome: lambda fields: fields[1] >= 0 and type(fields[2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict,
     Compute: lambda fields: _is_spec(fields[1]),
     File: lambda fields: _is_buffer(fields[3]),
     FileBack: lambda fields: _is_serial(fields[1]) and _is_file(fields[2]) and _is_buffer(fields[4]),
@@ -1536,14 +1537,6 @@ class Node:
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
         return self._timers[0][0] if self._timers else None
-
-    def describe(self) -> str:
-        """One line for people."""
-        running = sum(1 for worker in self._workers.values() if worker.queue)
-        waiting = sum(len(comp.waiting) for comp in self._comps.values())
-        return '%s: %d CPUs, %d running, %d waiting, %s%s' % (
-            self.name, self.cpus, running, waiting, self.lease.value,
-            ' by ' + self.holder_text if self.holder_text else '')
 
     # -- small parts --------------------------------------------------------------------------------------
 
@@ -3547,6 +3540,7 @@ class Daemon(Loop):
         if isinstance(event, Arrival):
             link = Link(event.sock, event.session, event.address, self.now)
             self.attach(link)
+            self.node.facts['available'] = availability(self._root)
             event = LinkUp(link.number, link.instance, link.address)
         self._tell(event)
 
@@ -3872,6 +3866,18 @@ def node_facts() -> dict:
     """What a client may want to know of this host."""
     return {'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'platform': platform.platform(),
             'cloudpickle': installed_version('cloudpickle'), 'pid': os.getpid()}
+
+
+def availability(directory: str) -> dict:
+    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes. None for what only psutil knows,
+    where it is not installed."""
+    found: Dict[str, Optional[float]] = {'cpu': None, 'memory': None, 'disk': shutil.disk_usage(directory).free, 'swap': None}
+    try:
+        import psutil
+    except ImportError:
+        return found
+    found.update(cpu=100.0 - psutil.cpu_percent(), memory=psutil.virtual_memory().available, swap=psutil.swap_memory().free)
+    return found
 
 
 def installed_version(package: str) -> str:

@@ -401,6 +401,8 @@ def test_the_file_alone_with_a_bare_interpreter(tmp_path):
         with dispy.JobCluster(closure, nodes=[node.address]) as cluster:
             job = cluster.submit(6)
             assert job(30)() == 42, job.exception
+            info = cluster.status().nodes[0].avail_info
+            assert info.memory is None and info.disk > 0
         assert node.stop() == 0
     assert os.listdir(str(alone)) == ['dispynode.py']
 

@@ -115,7 +115,7 @@ def test_a_computation_takes_the_lease_and_a_refusal_names_the_holder():
     talk.link(2, b'other', 'you@there')
     refused, = said(talk.compute('d', 2), Refused)
     assert refused == Refused('d', 'busy', 'it serves me@here')
-    assert 'held by me@here' in talk.node.describe()
+    assert (talk.node.lease, talk.node.holder_text) == (Lease.HELD, 'me@here')
 
 
 def test_a_client_may_open_several_computations_on_several_links():
