@@ -76,7 +76,7 @@ from dispynode import (
     beside, call_chunk, call_packed, check_name, derive_key, describe_exception, file_digest, find_secret, handshake_dial, open_envelope, pieces_of, seal, size_of, tls_context, tune,
     unpack_error, unseal)
 
-__all__ = ['JobCluster', 'DispyExecutor', 'register_joblib', 'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError', 'SecretError', 'logger']
+__all__ = ['JobCluster', 'NodeAllocate', 'DispyExecutor', 'register_joblib', 'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError', 'SecretError', 'logger']
 
 # ---------------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -993,11 +993,10 @@ class Cargo(NamedTuple):
     is_program: bool
 
 
-def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, cleanup: Any, dest_path: Optional[str],
-                     max_jobs: Optional[int], name: str) -> Cargo:
-    """Raises TypeError, ValueError, FileNotFoundError or what pickling raises, naming what was wrong."""
-    paths: Dict[str, str] = {}
-    objects, shipped = [], []
+def _sort_depends(depends: Sequence[Any], paths: Dict[str, str]) -> Tuple[List[Any], List[str]]:
+    """Functions and classes, and names of modules that travel as files; files go into `paths`."""
+    objects: List[Any] = []
+    shipped: List[str] = []
     for item in depends:
         if isinstance(item, types.ModuleType):
             shipped += _module_files(item, paths)
@@ -1007,6 +1006,14 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
             objects.append(item)
         else:
             raise TypeError('depends: %.80r is neither a file, a directory, a module, a function nor a class' % (item,))
+    return objects, shipped
+
+
+def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, cleanup: Any, dest_path: Optional[str],
+                     max_jobs: Optional[int], name: str) -> Cargo:
+    """Raises TypeError, ValueError, FileNotFoundError or what pickling raises, naming what was wrong."""
+    paths: Dict[str, str] = {}
+    objects, shipped = _sort_depends(depends, paths)
     program = ''
     if isinstance(computation, (str, os.PathLike)):
         path = _program_path(os.fspath(computation))
@@ -1017,26 +1024,34 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
         code = _pack_code(computation, setup, cleanup if callable(cleanup) else None, objects, tuple(shipped))
     else:
         raise TypeError('computation is a %s; it must be a function or the path of a program' % type(computation).__name__)
-    files = []
-    for file_name, path in paths.items():
-        check_name(file_name)
-        size, digest = file_digest(path)
-        mode = stat.S_IMODE(os.stat(path).st_mode) | (0o500 if file_name == program else 0)
-        files.append((file_name, size, digest, mode))
+    files = _file_rows(paths, program)
     spec = {'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
             'cleanup': bool(cleanup), 'dest_path': dest_path or '', 'max_jobs': max_jobs or 0,
-            'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program}
+            'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0, 'setup_args': b''}
     return Cargo(spec, paths, bool(program))
+
+
+def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int, bytes, int]]:
+    rows = []
+    for name, path in paths.items():
+        check_name(name)
+        size, digest = file_digest(path)
+        rows.append((name, size, digest, stat.S_IMODE(os.stat(path).st_mode) | (0o500 if name == program else 0)))
+    return rows
 
 
 def _pack_code(computation: Any, setup: Any, cleanup: Any, objects: List[Any], shipped: Tuple[str, ...]) -> bytes:
     for name, function in (('setup', setup), ('cleanup', cleanup)):
         if function is not None and not callable(function):
             raise TypeError('%s is a %s; it must be a function' % (name, type(function).__name__))
-    pieces: List[bytes] = []
-    file = types.SimpleNamespace(write=lambda piece: pieces.append(bytes(piece)))
     # One pickle for all three, so that they share one set of global variables on the node.
-    by_value((computation, setup, cleanup, (), {obj.__name__: obj for obj in objects}), file, 5, None, shipped)
+    return pack_by_value((computation, setup, cleanup, {obj.__name__: obj for obj in objects}), shipped)
+
+
+def pack_by_value(value: Any, shipped: Tuple[str, ...] = ()) -> bytes:
+    """`by_value`, in one piece."""
+    pieces: List[bytes] = []
+    by_value(value, types.SimpleNamespace(write=lambda piece: pieces.append(bytes(piece))), 5, None, shipped)
     return b''.join(pieces)
 
 
@@ -1108,11 +1123,48 @@ class NodeAddress(NamedTuple):
 LOCAL = 'local'
 
 
+class NodeAllocate:
+    """An element of `nodes` with a say of its own: subclass it and override `allocate`.
+
+    host, port - as in `nodes`; cpus - as there; depends - more files, modules, functions and classes for that node;
+    setup_args - arguments of `setup` and `cleanup` there.
+    """
+
+    def __init__(self, host: str, port: Optional[int] = None, cpus: int = 0, depends: Sequence[Any] = (),
+                 setup_args: Sequence[Any] = ()) -> None:
+        self.host, self.port, self.cpus, self.depends, self.setup_args = host, port, cpus, depends, setup_args
+
+    def allocate(self, cluster: 'JobCluster', ip_addr: str, name: str, cpus: int, avail_info: Any = None, platform: str = '') -> int:
+        """How many jobs to run there at once: 0 refuses the node, more than `cpus`, the number it offers, is allowed. May
+        set self.depends and self.setup_args. Called once a connection of the node, in a thread of the cluster's."""
+        return cpus
+
+
+class Allocation(NamedTuple):
+    """What a NodeAllocate has said, packed."""
+    cpus: int
+    setup_args: bytes
+    files: List[Tuple[str, int, bytes, int]]
+    paths: Dict[str, str]
+
+
+def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: 'Peer') -> Allocation:
+    """Runs the user's code; raises what that raises, TypeError for what is no number."""
+    available = DispyNodeAvailInfo(*map(peer.facts.get('available', {}).get, DispyNodeAvailInfo._fields))
+    cpus = allocator.allocate(cluster, peer.ip_addr, peer.name, peer.cpus, avail_info=available, platform=peer.facts.get('platform', ''))
+    if isinstance(cpus, bool) or not isinstance(cpus, int):
+        raise TypeError('allocate() returned %.80r, which is no number of CPUs' % (cpus,))
+    paths: Dict[str, str] = {}
+    objects, _ = _sort_depends(allocator.depends, paths)
+    blob = pack_by_value((tuple(allocator.setup_args), {obj.__name__: obj for obj in objects}))
+    return Allocation(cpus, blob, _file_rows(paths), paths)
+
+
 def parse_nodes(nodes: Any, port: int) -> Union[None, str, List[NodeAddress]]:
     """None, 'local' or the addresses. Raises TypeError or ValueError naming the element."""
     if nodes is None or nodes == LOCAL:
         return nodes  # type: ignore[no-any-return]
-    if isinstance(nodes, (str, tuple, dict, DispyNode)):
+    if isinstance(nodes, (str, tuple, dict, DispyNode, NodeAllocate)):
         nodes = [nodes]
     found = [_parse_node(node, port) for node in nodes]
     if not found:
@@ -1123,8 +1175,10 @@ def parse_nodes(nodes: Any, port: int) -> Union[None, str, List[NodeAddress]]:
 def _parse_node(node: Any, port: int) -> NodeAddress:
     if isinstance(node, DispyNode):
         return NodeAddress(node.ip_addr, node.port)
-    if isinstance(node, str):
-        parts: Sequence[Any] = (node,)
+    if isinstance(node, NodeAllocate):
+        parts: Sequence[Any] = (node.host, node.port, node.cpus)
+    elif isinstance(node, str):
+        parts = (node,)
     elif isinstance(node, dict) and 'host' in node and not set(node) - {'host', 'port', 'cpus'}:
         parts = (node['host'], node.get('port'), node.get('cpus'))
     elif isinstance(node, (tuple, list)) and 1 <= len(node) <= 3:
@@ -1242,6 +1296,7 @@ class Peer:
         self.retry_wait = RETRY_FIRST
         self.told: Set[Tuple[str, str]] = set()    # (computation, reason) that was logged
         self.refusals: Dict[str, str] = {}         # computation -> reason
+        self.allocations: Dict[str, Allocation] = {}   # computation -> what the user's NodeAllocate said
         self.setting_up: Set[str] = set()          # computations whose Compute was sent
         self.ready: Set[str] = set()
         self.process: Optional['subprocess.Popen[bytes]'] = None   # of an embedded node, and its directory
@@ -1685,6 +1740,7 @@ class Driver(Loop):
         self._tell_all(DispyNode.Closed, peer, peer.ready)
         peer.ready.clear()
         peer.setting_up.clear()
+        peer.allocations.clear()
         peer.acks.clear()
         self._uploads.pop(channel.number, None)
         for pair in [pair for pair in self._incoming if pair[0] == channel.number]:
@@ -1719,20 +1775,44 @@ class Driver(Loop):
         cluster = self._clusters[comp]
         if peer.link is None or comp in peer.setting_up:
             return
+        allocator, allocation = cluster._allocators.get(peer.address), peer.allocations.get(comp)
+        if allocator is not None and allocation is None:
+            self._openers.run(self._allocate, allocator, cluster, peer, peer.link)
+            return
         spec, there = cluster._cargo.spec, peer.facts.get('python', ())[:2]
         if spec['kind'] == 'function' and tuple(there) != tuple(spec['python'][:2]):
             self._refusal(peer, comp, 'it runs Python %s, this program %s: functions do not travel between versions'
                           % ('.'.join(map(str, there)), '.'.join(map(str, spec['python'][:2]))))
             return
-        if peer.cpus < 1:
-            self._refusal(peer, comp, 'it has no CPU to use: %d offered, limit %d' % (peer.cpus, peer.address.cpus))
+        if peer.cpus < 1 or (allocation is not None and allocation.cpus < 1):
+            self._refusal(peer, comp, 'it has no CPU to use: %d offered, limit %d' % (peer.cpus, peer.address.cpus)
+                          if allocation is None else 'allocate() returned %d' % allocation.cpus)
             return
+        if allocation is not None:
+            spec = dict(spec, cpus=allocation.cpus, setup_args=allocation.setup_args, files=spec['files'] + allocation.files)
         if spec['kind'] == 'function' and peer.facts.get('cloudpickle') != cloudpickle.__version__:
             spec = dict(spec, support=_support_files())
         peer.refusals.pop(comp, None)
         peer.setting_up.add(comp)
         self._probes.pop(comp, None)
         self.say(peer.link, Compute(comp, dict(spec, code=beside(spec['code']))))
+
+    def _allocate(self, allocator: NodeAllocate, cluster: 'JobCluster', peer: Peer, link: Link) -> None:
+        """Ask the user's allocator. An opener."""
+        try:
+            allocation, error = ask_allocator(allocator, cluster, peer), ''
+        except Exception as exc:  # the user's allocate()
+            allocation, error = Allocation(0, b'', [], {}), describe_exception(exc, 1)
+        self.post(Asked(functools.partial(self._allocated, cluster._comp, peer, link, allocation, error), concurrent.futures.Future()))
+
+    def _allocated(self, comp: str, peer: Peer, link: Link, allocation: Allocation, error: str) -> None:
+        if comp not in self._clusters or peer.link is not link:
+            return   # closed or lost meanwhile
+        if error:
+            self._refusal(peer, comp, 'allocate() failed: ' + error)
+        else:
+            peer.allocations[comp] = allocation
+            self._set_up(peer, comp)
 
     def _refusal(self, peer: Peer, comp: str, text: str) -> None:
         peer.refusals[comp] = text
@@ -1767,11 +1847,13 @@ class Driver(Loop):
         cluster = self._clusters.get(message.comp)
         if cluster is None or peer.link is None:
             return
+        allocation = peer.allocations.get(message.comp)
+        paths = dict(cluster._cargo.paths, **allocation.paths) if allocation is not None else cluster._cargo.paths
         for name in message.names:
-            if name not in cluster._cargo.paths:
+            if name not in paths:
                 raise PeerError('it asked for a file that was not offered: %.60r' % (name,))
         waiting = self._uploads.setdefault(peer.link.number, collections.deque())
-        waiting.extend(_file_pieces(cluster._comp, name, cluster._cargo.paths[name]) for name in message.names)
+        waiting.extend(_file_pieces(cluster._comp, name, paths[name]) for name in message.names)
 
     def _upload(self) -> None:
         """A few pieces of files into links that have room."""
@@ -1792,9 +1874,10 @@ class Driver(Loop):
         if message.comp in self._clusters and message.comp in peer.setting_up:
             peer.ready.add(message.comp)
             peer.retry_wait = RETRY_FIRST
+            cpus = peer.allocations[message.comp].cpus if message.comp in peer.allocations else peer.cpus
             self._clusters[message.comp]._node_came()
             self._tell_all(DispyNode.Initialized, peer, [message.comp])
-            self._act(self.schedule.handle(NodeReady(self._key_of(peer), message.comp, peer.cpus, message.held, str(peer)), self.now))
+            self._act(self.schedule.handle(NodeReady(self._key_of(peer), message.comp, cpus, message.held, str(peer)), self.now))
 
     def _on_results(self, peer: Peer, message: Results) -> None:
         self._act(self.schedule.handle(NodeResults(self._key_of(peer), message.comp, message.rows), self.now))
@@ -2042,7 +2125,7 @@ class JobCluster:
     computation - a function (any callable), or the path of a program; the program is copied to the nodes and run with
         the job's arguments as its command line, its exit status is the job's result
     nodes - None: a dispynode on this machine, or, if none answers within 1 s, one started for this program; 'local': that
-        at once; or a list of 'host', ('host', port), ('host', port, cpus), {'host':, 'port':, 'cpus':}; cpus > 0 is an
+        at once; or a list of 'host', ('host', port), ('host', port, cpus), {'host':, 'port':, 'cpus':}, NodeAllocate; cpus > 0 is an
         upper limit, cpus < 0 leaves so many free
     depends - what cannot be found through the computation: files and directories (they land in the jobs' working
         directory), modules and packages, functions and classes
@@ -2111,6 +2194,8 @@ class JobCluster:
         discovery = os.environ.get('DISPY_DISCOVERY', 'lan')
         if discovery not in ('lan', 'loopback', 'off'):
             raise ValueError("DISPY_DISCOVERY is %r; it must be 'lan', 'loopback' or 'off'" % discovery)
+        given = nodes if isinstance(nodes, (list, set)) else [nodes]
+        self._allocators = {_parse_node(node, self._port): node for node in given if isinstance(node, NodeAllocate)}
         self._driver = Driver.acquire(Access(find_secret(secret), certfile, keyfile, cafile, pulse, redial))
         try:
             self._driver.ask(lambda: self._driver.open(self, addresses, discovery != 'off'))
@@ -2149,7 +2234,7 @@ class JobCluster:
         keys = [self._driver._key_of(peer) for peer, _, _, _ in found if peer.is_meant(node)]
         if len(keys) != 1:
             raise ValueError('%s %.80r; this cluster knows %s' % ('no node is' if not keys else 'several nodes are', node,
-                                                                  ', '.join(str(peer) for peer, _, _, _ in found)))
+                                                                  ', '.join(sorted(str(peer) for peer, _, _, _ in found))))
         return keys[0]
 
     def _submit(self, number: Any, args: tuple, kwargs: dict, node: Any = None) -> DispyJob:

@@ -409,7 +409,8 @@ def _is_file(row: Any) -> bool:
 OUTCOMES = frozenset(map(int, Outcome))
 GOES_ON = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))   # those that are not the end of an attempt
 SPEC_FIELDS: Dict[str, Any] = {'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
-                               'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str, 'live': bool, 'logs': int}
+                               'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str, 'live': bool, 'logs': int,
+                               'cpus': int, 'setup_args': (bytes, memoryview)}
 
 
 def _is_spec(spec: dict) -> bool:
@@ -1476,6 +1477,7 @@ class Node:
 
     def __init__(self, name: str, cpus: int, facts: dict) -> None:
         self.name, self.cpus, self.facts = name, cpus, facts
+        self.offered = cpus     # `cpus` is more while a computation wants more processes than there are CPUs
         self.free = cpus
         self.lease = Lease.FREE
         self.holder: Optional[bytes] = None
@@ -1574,6 +1576,12 @@ class Node:
             raise PeerError('computation %.40r is of another client' % name)
         return comp if comp is not None and comp.stage is not Stage.CLOSING else None
 
+    def _resize(self) -> None:
+        """CPUs to hand out: those offered, or as many as a computation has been allocated by its client."""
+        cpus = max([self.offered, *(comp.spec['cpus'] for comp in self._comps.values())])
+        self.free += cpus - self.cpus
+        self.cpus = cpus
+
     # -- links and lease ----------------------------------------------------------------------------------
 
     def _link_up(self, event: LinkUp, now: float) -> None:
@@ -1611,7 +1619,7 @@ class Node:
 
     def _on_introduce(self, link: int, message: Introduce, now: float) -> None:
         self._names[link] = message.name[:200]
-        self._do(Send(link, Welcome(self.name, self.cpus, self.facts)))
+        self._do(Send(link, Welcome(self.name, self.offered, self.facts)))
 
     # -- computations -------------------------------------------------------------------------------------
 
@@ -1636,6 +1644,7 @@ class Node:
         else:
             self._set_lease('taken', up.instance, self._names.get(link, up.address))
             self._comps[message.comp] = _Computation(message.comp, up.instance, link, message.spec)
+            self._resize()
             self._do(Prepare(message.comp, message.spec))
 
     def _prepared(self, event: Prepared, now: float) -> None:
@@ -1698,6 +1707,7 @@ class Node:
         for worker in list(comp.workers.values()):
             self._bury(worker)
         del self._comps[event.comp]
+        self._resize()
         self._release(now)
 
     def _on_done(self, link: int, message: Done, now: float) -> None:
@@ -2720,8 +2730,9 @@ class Runner:
             self._function: Callable[..., Any] = Program(os.path.join(self._directory, self._spec['program']))
             self._cleanup = None
         else:
-            self._function, setup, self._cleanup, self._setup_args, objects = unseal(code)
-            self.offer(objects)
+            self._function, setup, self._cleanup, objects = unseal(code)
+            self._setup_args, own_objects = unseal(self._spec['setup_args']) if self._spec['setup_args'] else ((), {})
+            self.offer(dict(objects, **own_objects))
             if setup is not None:
                 answer = setup(*self._setup_args)
                 if answer is not None and answer != 0:
@@ -3684,7 +3695,7 @@ class Daemon(Loop):
         self.attach(run.control)
         init = {'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
                 'support': {name: bytes(source) for name, source in spec['support'].items()},
-                'live': spec['live'], 'logs': spec['logs'],
+                'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
                 'names': {'dispy_node_name': self.node.name, 'dispy_node_ip_addr': address, 'dispy_job_path': run.directory}}
         run.control.push(pack_record(Kind.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
 

@@ -218,6 +218,60 @@ def test_retries_of_a_job_that_kills_its_worker(node, tmp_path):
     assert 'after 4 attempts' in jobs[1].exception and 'one' in jobs[1].exception and 'exit code 9' in jobs[1].exception
 
 
+class Allocate(dispy.NodeAllocate):
+    """Asks for a number of CPUs, and gives the node a file and arguments of its own."""
+    want = 3
+
+    def allocate(self, cluster, ip_addr, name, cpus, avail_info=None, platform=''):
+        self.seen = (cluster.name, ip_addr, name, cpus, avail_info.disk > 0, bool(platform))
+        if self.want == 'fail':
+            raise ValueError('not this one')
+        self.setup_args = (name, len)
+        return self.want
+
+
+def test_node_allocate(tmp_path, node):
+    """More jobs at once than the node has CPUs; arguments, files and functions of its own."""
+    data = tmp_path / 'own.txt'
+    data.write_text('own')
+
+    def setup(name, function):
+        global made
+        made = (name, function('abc'))
+
+    def compute(directory, n):
+        import glob
+        with open(os.path.join(directory, 'mark.%d' % n), 'w'):
+            pass
+        until = time.time() + 20
+        while len(glob.glob(os.path.join(directory, 'mark.*'))) < 3 and time.time() < until:
+            time.sleep(0.01)
+        with open('own.txt') as file:
+            return len(glob.glob(os.path.join(directory, 'mark.*'))), made, file.read(), own_function()   # noqa: F821
+
+    def own_function():
+        return 'known'
+    allocator = Allocate('127.0.0.1', node.port, depends=[str(data), own_function])
+    (tmp_path / 'marks').mkdir()
+    with dispy.JobCluster(compute, nodes=[allocator], setup=setup) as cluster:
+        jobs = [cluster.submit(str(tmp_path / 'marks'), n) for n in range(3)]
+        for job in jobs:
+            assert job(30) == (3, ('one', 3), 'own', 'known'), job.exception
+    assert allocator.seen == ('compute', '127.0.0.1', 'one', 2, True, True)
+    with dispy.JobCluster(square, nodes=[node.address]) as cluster:   # the node offers what it did before
+        cluster.wait_nodes(1, 20)
+        assert cluster.status().nodes[0].cpus == 2
+
+
+@pytest.mark.parametrize('want, text', [(0, 'returned 0'), ('fail', 'not this one'), ('3', 'no number')])
+def test_node_allocate_refuses(node, want, text):
+    allocator = Allocate('127.0.0.1', node.port)
+    allocator.want = want
+    with dispy.JobCluster(square, nodes=allocator, loglevel=logging.CRITICAL) as cluster:
+        found = eventually(lambda: [n.reason for n in cluster.status().nodes if n.state == 'refused'])[0]
+        assert text in found
+
+
 # -- clients ------------------------------------------------------------------------------------------------------------
 
 CLIENT = '''

@@ -15,7 +15,7 @@ from dispynode import (
 
 def spec(**changes):
     fields = {'name': 'compute', 'kind': 'function', 'code': b'code', 'files': [], 'cleanup': True, 'dest_path': '',
-              'max_jobs': 0, 'python': (3, 8), 'support': {}, 'program': '', 'live': False, 'logs': -1}
+              'max_jobs': 0, 'python': (3, 8), 'support': {}, 'program': '', 'live': False, 'logs': -1, 'cpus': 0, 'setup_args': b''}
     return dict(fields, **changes)
 
 

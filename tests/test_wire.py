@@ -24,7 +24,7 @@ EXAMPLES = [
     Introduce('me', 2.0), Introduce('me', 2),
     Compute('c1', {'name': 'f', 'kind': 'function', 'code': b'code', 'files': [('a', 1, b'd', 0o600)], 'cleanup': True,
                    'dest_path': '', 'max_jobs': 0, 'python': (3, 8, 1), 'support': {'m.py': b''}, 'program': '', 'live': False,
-                   'logs': -1}),
+                   'logs': -1, 'cpus': 0, 'setup_args': b''}),
     File('c1', 'a/b', 0, beside(b'small')), File('c1', 'a/b', 1 << 20, beside(LARGE)), File('c1', 'a/b', 0, b''),
     Jobs('c1', [(1, beside(b'x'), None), (2, beside(LARGE), {'timeout': 3.5}), (3, beside((b'head', LARGE, b'tail')), None)]),
     Jobs('c1', []), Cancel('c1', [1, 2, 1 << 40]), Recall('c1', 5), Ack('c1', []), Done('c1'),
