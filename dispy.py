@@ -2141,7 +2141,7 @@ class JobCluster:
         node that is silent for five is lost
     reentrant - jobs on a lost node are run again elsewhere; otherwise they end as Abandoned
     secret, certfile, keyfile, cafile - see "Security" in the README
-    on_output - called as (job, 'stdout' or 'stderr', text) within a second of its being printed, all of it by the job's end
+    on_output - called as (job, 'stdout' or 'stderr', text) within a second of its being printed, all that is kept by the job's end
     forward_logs - `logging` records of jobs, from `loglevel` up, reach dispy.logger with the job's id
     max_jobs_per_worker - a worker process is replaced after so many jobs; None: kept
 

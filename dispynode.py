@@ -2131,6 +2131,7 @@ _ENVIRON = getattr(os.environ, '_data', os.environ)   # compared after every job
 _getsignal = getattr(sys.modules.get('_signal'), 'getsignal', signal.getsignal)   # without the enum around it: 0.1 us
 TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)   # ignored by default and used by hardly anything
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36   # linux/prctl.h
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2                       # linux/falloc.h
 
 
 def _libc() -> Any:
@@ -2195,7 +2196,7 @@ class Catch:
     """What a worker's job writes to one descriptor: an unlinked file, read when the job is over.
 
     A file and not a pipe: whoever reads a pipe must run while the job writes, which a thread of the worker
-    cannot while C code prints with the interpreter lock held. The runner shortens files that grow.
+    cannot while C code prints with the interpreter lock held. The runner lets go of the middle of files that grow.
     """
 
     def __init__(self, directory: str) -> None:
@@ -2206,7 +2207,7 @@ class Catch:
             fcntl.fcntl(self.handle, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
         self.inode = os.fstat(self.handle).st_ino
         self.shown = (0, 0)   # runner: the job whose output was last shown live, and how much of it
-        self.left_out = shared_slots(1)   # bytes shortened away, seen by runner and worker
+        self._hole = OUTPUT_KEPT   # runner: where what has been let go ends
 
     def take(self, size: int) -> bytes:
         """Worker: all that was written, clipped; empty the file for the next job."""
@@ -2217,7 +2218,6 @@ class Catch:
 
     def _empty(self, size: int) -> bytes:
         data = self.peek(size)
-        self.left_out[0] = 0
         os.ftruncate(self.handle, 0)
         return data
 
@@ -2233,30 +2233,27 @@ class Catch:
 
     def peek(self, size: int) -> bytes:
         """All that was written, clipped."""
-        if size <= 2 * OUTPUT_KEPT and not self.left_out[0]:
+        if size <= 2 * OUTPUT_KEPT:
             return self._read(0, size)
-        head = self._read(0, min(size, OUTPUT_KEPT))
-        tail_from = max(len(head), size - OUTPUT_KEPT)
-        return clip(head, self._read(tail_from, size - tail_from), size + self.left_out[0])
+        return clip(self._read(0, OUTPUT_KEPT), self._read(size - OUTPUT_KEPT, OUTPUT_KEPT), size)
 
     def since(self, at: int) -> bytes:
         """Runner: what was written from byte `at` on, up to OUTPUT_KEPT bytes."""
         return self._read(at, OUTPUT_KEPT)
 
-    def shorten(self) -> None:
-        """Runner: leave the first and the last part of a file that has grown large. What is printed between
-        the reading and the cutting is lost, from the middle of what is kept for a talkative job."""
+    def shorten(self, libc: Any) -> None:
+        """Runner: give back the disk blocks in the middle of a file that has grown large; what a job prints meanwhile is
+        not touched. Linux; elsewhere the file keeps its blocks until the job has ended."""
         if os.fstat(self.handle).st_size <= 16 * OUTPUT_KEPT:
-            return
-        with self._alone():
-            size = os.fstat(self.handle).st_size
-            if size <= 16 * OUTPUT_KEPT:
-                return   # the worker has taken it
-            tail = self._read(size - OUTPUT_KEPT, OUTPUT_KEPT)
-            size = os.fstat(self.handle).st_size
-            os.ftruncate(self.handle, OUTPUT_KEPT)
-            os.write(self.handle, tail)
-            self.left_out[0] += size - OUTPUT_KEPT - len(tail)
+            self._hole = OUTPUT_KEPT
+        elif hasattr(libc, 'fallocate') and struct.calcsize('l') == 8:
+            from ctypes import c_long
+            with self._alone():
+                end = os.fstat(self.handle).st_size - 2 * OUTPUT_KEPT
+                start = self._hole if self._hole < end else OUTPUT_KEPT   # smaller than before: another job's
+                if end - start > OUTPUT_KEPT:
+                    libc.fallocate(self.handle, _PUNCH_HOLE | _KEEP_SIZE, c_long(start), c_long(end - start))
+                    self._hole = end - end % 4096
 
     def _read(self, at: int, size: int) -> bytes:
         """Without moving the descriptor's position, which runner and worker share."""
@@ -2924,16 +2921,17 @@ class Runner:
             for stream, catch in ((1, child.out), (2, child.err)):
                 if catch.shown[0] != serial:
                     catch.shown = (serial, 0)
-                at = catch.shown[1]
-                data = catch.since(at) if serial and not catch.left_out[0] else b''
+                size = os.fstat(catch.handle).st_size
+                at = max(catch.shown[1], size - 2 * OUTPUT_KEPT)   # the middle of very much is not shown
+                data = catch.since(at) if serial and size > at else b''
                 if data and child.slots[0] == serial:   # or it was of the next job
                     catch.shown = (serial, at + len(data))
                     self._send(Kind.PRINTED, key, serial, float(stream), float(at), data)
 
     def _shorten(self) -> None:
         for child in self._children.values():
-            child.out.shorten()
-            child.err.shorten()
+            child.out.shorten(self._libc)
+            child.err.shorten(self._libc)
 
     def _end(self) -> None:
         for child in self._children.values():

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 import dispy
+import dispynode
 from conftest import eventually
 
 KEPT = 256 * 1024
@@ -197,6 +198,24 @@ def test_output_is_bounded_at_its_exact_edge(run):
     for size in (2 * KEPT - 1, 2 * KEPT):
         assert run(compute, size).stdout == 'x' * size
     assert '[dispy: 1 bytes left out here]' in run(compute, 2 * KEPT + 1).stdout
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='blocks in the middle of a file are given back on Linux only')
+def test_the_disk_holds_only_the_ends_of_much_output(tmp_path):
+    catch = dispynode.Catch(str(tmp_path))
+    try:
+        for letter in b'abc':
+            for _ in range(10):
+                os.write(catch.handle, bytes([letter]) * (1 << 20))
+            catch.shorten(dispynode._libc())
+            if os.fstat(catch.handle).st_blocks * 512 > 5 << 20:
+                pytest.skip('this file system keeps the blocks')
+        text = catch.take(os.fstat(catch.handle).st_size)
+        assert text.startswith(b'a' * KEPT) and text.endswith(b'c' * KEPT) and len(text) < 2 * KEPT + 100
+        assert b'%d bytes left out' % ((30 << 20) - 2 * KEPT) in text
+        assert os.fstat(catch.handle).st_size == 0
+    finally:
+        catch.close()
 
 
 # -- what a job leaves behind -------------------------------------------------------------------------------
