@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""dispy - run a Python function or a program over many inputs on all CPUs of one machine or of many.
+"""Run a Python function or a program over many inputs on all CPUs of one machine or of many.
 
     import dispy
     cluster = dispy.JobCluster(compute)          # any function; or the path of a program

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""dispynode - the daemon that runs jobs on a host; the only file such a host needs.
+"""The daemon that runs jobs on a host; the only file such a host needs.
 
 Copy this file to a host, copy the secret (~/.config/dispy/secret) with it, and run `python dispynode.py`.
 It needs Python 3.8 or later and nothing else; `psutil` is used when it is there.
