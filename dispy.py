@@ -1344,6 +1344,7 @@ class Driver(Loop):
         self._clusters: Dict[str, 'JobCluster'] = {}
         self._peers: Dict[Any, Peer] = {}
         self._by_link: Dict[int, Peer] = {}
+        self._dials: Set[Peer] = set()               # with a dial thread at work
         self._users: Dict[str, Set[Any]] = {}        # computation -> keys of peers it may use
         self._submitted: List[DispyJob] = []
         self._openers = Pool('dispy-opener', 2)
@@ -1429,10 +1430,11 @@ class Driver(Loop):
     def _hang_up(self) -> None:
         for pool in (self._openers, self.callbacks, self._tellers):
             pool.close()
-        for peer in self._peers.values():
+        for peer in self._dials:   # also those that no cluster uses any more
             if peer.dialling is not None:
                 with contextlib.suppress(OSError):   # not connected yet, or not any more
                     peer.dialling.shutdown(socket.SHUT_RDWR)
+        for peer in [*self._dials, *self._peers.values()]:
             if peer.dial_thread is not None:
                 peer.dial_thread.join(HANDSHAKE_TIME)
             peer.end_process()
@@ -1642,6 +1644,7 @@ class Driver(Loop):
     def _dial(self, peer: Peer) -> None:
         peer.move('dial')
         peer.redial_at = None
+        self._dials.add(peer)
         peer.dial_thread = threading.Thread(target=self._dial_thread, args=(peer,), name='dispy-dial', daemon=True)
         try:
             peer.dial_thread.start()
@@ -1680,6 +1683,7 @@ class Driver(Loop):
 
     def _dialled(self, event: Dialled) -> None:
         peer = event.peer
+        self._dials.discard(peer)
         peer.dialling = peer.dial_thread = None
         if peer.state is not NodeState.DIALLING:
             event.sock.close()
@@ -1694,6 +1698,7 @@ class Driver(Loop):
 
     def _dial_failed(self, event: DialFailed) -> None:
         peer = event.peer
+        self._dials.discard(peer)
         peer.dialling = peer.dial_thread = None
         if peer.state is not NodeState.DIALLING:
             return

@@ -136,3 +136,20 @@ def test_timers_and_mask(node, what):
         assert cluster.submit(what).wait(10)
         job = cluster.submit('')
         assert job(10) == [], job.exception
+
+
+def test_a_cluster_closed_while_it_dials(node, monkeypatch):
+    """Guards against: a connection that came when its driver had ended stayed open."""
+    connect = dispy._connect
+    gone = threading.Event()
+
+    def slowly(peer, host, port):
+        sock = connect(peer, host, port)
+        gone.wait(0.3)
+        return sock
+    monkeypatch.setattr(dispy, '_connect', slowly)
+    for _ in range(3):
+        cluster = dispy.JobCluster(double, nodes=[node.address])
+        time.sleep(0.05)   # into the middle of it
+        cluster.close(terminate=True)
+        assert not [thread for thread in threading.enumerate() if thread.name == 'dispy-dial']
