@@ -2730,6 +2730,7 @@ class Runner:
             self._function, setup, self._cleanup, objects = unseal(code)
             self._setup_args, own_objects = unseal(self._spec['setup_args']) if self._spec['setup_args'] else ((), {})
             self.offer(dict(objects, **own_objects))
+            self._name_main()
             if setup is not None:
                 answer = setup(*self._setup_args)
                 if answer is not None and answer != 0:
@@ -2738,6 +2739,15 @@ class Runner:
         import gc
         gc.collect()
         gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
+
+    def _name_main(self) -> None:
+        """What the user's __main__ defines and the computation uses gets its name in ours, so that jobs can pickle it by
+        name: for a multiprocessing.Pool of their own, and in results."""
+        function = getattr(self._function, 'func', self._function)   # of a partial
+        known = getattr(getattr(function, '__func__', function), '__globals__', {})
+        for name, value in list(known.items()):
+            if getattr(value, '__module__', None) == '__main__' and getattr(value, '__qualname__', None) == name:
+                setattr(sys.modules['__main__'], name, value)
 
     @staticmethod
     def offer(names: Dict[str, Any]) -> None:

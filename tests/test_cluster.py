@@ -484,6 +484,24 @@ def test_the_main_program_needs_no_guard(tmp_path):
     assert (done.stdout.decode(), done.stderr.decode(), done.returncode) == ('main runs\nTrue 2\n', '', 0)
 
 
+def test_a_job_may_use_a_pool_of_processes_with_functions_of_the_main_program():
+    code, out, err = script('''
+        import dispy
+        class Point:
+            def __init__(self, x): self.x = x
+        def square(n): return Point(n * n)
+        def compute(n):
+            import multiprocessing
+            with multiprocessing.Pool(2) as pool:
+                return pool.map(square, range(n))
+        with dispy.JobCluster(compute, nodes='local') as cluster:
+            job = cluster.submit(5)
+            points = job(30)
+            print(job.exception, [(type(point) is Point, point.x) for point in points or []][-2:])
+    ''')
+    assert (code, out) == (0, 'None [(True, 9), (True, 16)]\n'), (out, err)
+
+
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
 def test_a_forked_child_neither_hangs_nor_speaks_for_its_parent():
     code, out, err = script('''
