@@ -70,7 +70,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optio
 import cloudpickle
 
 from dispynode import (
-    ATOMS, FILE_PIECE, FRAME_FILL, HANDSHAKE_TIME, NODE_PORT, NO_TLS, OUT_OF_BAND, PULSE, QUEUED_TIME, Ack, Bye, Cancel, Compute,
+    ATOMS, FILE_PIECE, FRAME_FILL, HANDSHAKE_TIME, NODE_PORT, NO_TLS, PULSE, QUEUED_TIME, Ack, Bye, Cancel, Compute,
     DispyError, Done, File, FileBack, FileKept, GOES_ON, HandshakeError, IncomingFile, Introduce, Jobs, Link, LinkBroken, Loop, Need, OUTCOMES, Offer, Outcome, Output, PeerError, Pulse,
     Ready, Recall, Refused, Results, Returned, Role, SecretError, Session, Welcome, __version__,
     beside, call_chunk, call_packed, check_name, derive_key, describe_exception, file_digest, find_secret, handshake_dial, open_envelope, pieces_of, seal, size_of, tls_context, tune,
@@ -1352,7 +1352,7 @@ class Driver(Loop):
         self._tellers = Pool('dispy-status', 1)      # one, so that changes are told in their order
         self._warn_at: Dict[str, float] = {}
         self._probes: Dict[str, float] = {}          # computation -> when to start an embedded node
-        self._incoming: Dict[Tuple[int, int], IncomingFile] = {}   # (link, serial) -> file on its way from a job
+        self._incoming: Dict[Tuple[int, str, int], IncomingFile] = {}   # (link, computation, serial) -> file from a job
         self._uploads: Dict[int, Deque[Iterator[File]]] = {}   # link -> files on their way
         self._chores_at = 0.0
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
@@ -1421,10 +1421,8 @@ class Driver(Loop):
 
     def _leave(self) -> None:
         for peer in self._peers.values():
-            if peer.link is not None and peer.link.dirty is not None:
-                self.say(peer.link, Bye('the program has closed its clusters'))
-                with contextlib.suppress(OSError):   # it is closed in a moment all the same
-                    peer.link.write()
+            if peer.link is not None:
+                self.part(peer.link, 'the program has closed its clusters')
         self.stop()
 
     def _hang_up(self) -> None:
@@ -1480,12 +1478,15 @@ class Driver(Loop):
         self._act(self.schedule.handle(Closed(comp), self.now))
         del self._clusters[comp], self._warn_at[comp]
         self._probes.pop(comp, None)
+        self._abort_incoming(lambda number, name: name == comp)
         for key in self._users.pop(comp):
             peer = self._peers[key]
             if comp in peer.setting_up and peer.link is not None:
                 self.say(peer.link, Done(comp))
-            peer.setting_up.discard(comp)
-            peer.ready.discard(comp)
+            for known in (peer.setting_up, peer.ready):
+                known.discard(comp)
+            for table in (peer.refusals, peer.allocations, peer.acks):
+                table.pop(comp, None)  # type: ignore[attr-defined]
             if not any(key in keys for keys in self._users.values()) and not peer.embedded:
                 self._drop_peer(key, peer)
 
@@ -1494,11 +1495,22 @@ class Driver(Loop):
         del self._peers[key]
         peer.move('close')
         if peer.link is not None:
-            del self._by_link[peer.link.number]
-            self.say(peer.link, Bye('no cluster uses this node any more'))
-            with contextlib.suppress(OSError):   # it is closed all the same
-                peer.link.write()
-            self.detach(peer.link)
+            self.part(peer.link, 'no cluster uses this node any more')
+            self._unlink(peer, peer.link)
+
+    def _unlink(self, peer: Peer, link: Link) -> None:
+        """A link is over: forget all that went along it."""
+        del self._by_link[link.number]
+        peer.link = None
+        for known in (peer.ready, peer.setting_up, peer.allocations, peer.acks):
+            known.clear()
+        self._uploads.pop(link.number, None)
+        self._abort_incoming(lambda number, comp: number == link.number)
+
+    def _abort_incoming(self, over: Callable[[int, str], bool]) -> None:
+        """Remove what has come of files whose link or computation is over."""
+        for key in [key for key in self._incoming if over(key[0], key[1])]:
+            self._incoming.pop(key).abort()
 
     def cancel(self, job: DispyJob) -> None:
         """Begin to end a job."""
@@ -1584,7 +1596,7 @@ class Driver(Loop):
     def _chores(self) -> None:
         """Dial, give up probing, warn; and when to do so next."""
         due = [self.now + 60.0]
-        for key, peer in list(self._peers.items()):
+        for peer in self._peers.values():
             if peer.redial_at is not None and peer.redial_at <= self.now and peer.state in _MAY_DIAL:
                 self._dial(peer)
             if peer.redial_at is not None and peer.state in _MAY_DIAL:
@@ -1739,17 +1751,10 @@ class Driver(Loop):
 
     def on_broken(self, channel: Link, text: str) -> None:
         """A link came to its end: the node is lost until it is reached again."""
-        peer = self._by_link.pop(channel.number)
-        peer.link = None
+        peer = self._by_link[channel.number]
         peer.move('fail')
         self._tell_all(DispyNode.Closed, peer, peer.ready)
-        peer.ready.clear()
-        peer.setting_up.clear()
-        peer.allocations.clear()
-        peer.acks.clear()
-        self._uploads.pop(channel.number, None)
-        for pair in [pair for pair in self._incoming if pair[0] == channel.number]:
-            self._incoming.pop(pair).abort()
+        self._unlink(peer, channel)
         key = self._key_of(peer)
         self._act(self.schedule.handle(NodeLost(key, str(peer), text), self.now))
         peer.told.clear()
@@ -1890,13 +1895,18 @@ class Driver(Loop):
     def _on_returned(self, peer: Peer, message: Returned) -> None:
         self._act(self.schedule.handle(NodeReturned(self._key_of(peer), message.comp, message.serials), self.now))
 
+    def _job_of(self, peer: Peer, message: Any) -> Any:
+        """The job that a message of a node speaks of, while it is there."""
+        node = self.schedule.nodes.get(self._key_of(peer))
+        return node.flight.get(message.comp, {}).get(message.serial) if node is not None else None
+
     def _on_file_back(self, peer: Peer, message: FileBack) -> None:
         """A piece of a file that a job sends. After a failure the rest of the file is passed over."""
-        cluster, node = self._clusters.get(message.comp), self.schedule.nodes.get(self._key_of(peer))
-        if cluster is None or node is None or message.serial not in node.flight.get(message.comp, ()) or peer.link is None:
+        cluster = self._clusters.get(message.comp)
+        if cluster is None or peer.link is None or self._job_of(peer, message) is None:
             return
         name, size, digest, mode = message.row
-        key, error, whole = (peer.link.number, message.serial), '', False
+        key, error, whole = (peer.link.number, message.comp, message.serial), '', False
         try:
             if message.offset == 0:
                 self._incoming[key] = IncomingFile(cluster._directory, name, size, digest, mode)
@@ -1912,8 +1922,7 @@ class Driver(Loop):
 
     def _on_output(self, peer: Peer, message: Output) -> None:
         """What a running job prints or logs."""
-        cluster, node = self._clusters.get(message.comp), self.schedule.nodes.get(self._key_of(peer))
-        job: Any = node.flight.get(message.comp, {}).get(message.serial) if node is not None else None
+        cluster, job = self._clusters.get(message.comp), self._job_of(peer, message)
         if cluster is None or job is None:
             return
         if message.stream == 0:
@@ -1940,12 +1949,10 @@ class Driver(Loop):
         assert peer.link is not None   # ours: the schedule knows nodes with a link only
         now, rows, size = time.time(), [], 0
         for work in action.works:
-            work.status, work.ip_addr, work.start_time = 6, peer.ip_addr, now
-            payload = work._payload
-            small = type(payload) is bytes and len(payload) < OUT_OF_BAND
+            work.status, work.ip_addr, work.start_time = DispyJob.Running, peer.ip_addr, now
             options = work._options and {name: work._options[name] for name in _SENT if name in work._options}
-            rows.append((work._serial, payload if small else beside(payload), options or None))
-            size += size_of(payload)
+            rows.append((work._serial, beside(work._payload), options or None))
+            size += size_of(work._payload)
             if size >= FRAME_FILL:
                 self.say(peer.link, Jobs(action.comp, rows))
                 rows, size = [], 0

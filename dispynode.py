@@ -385,8 +385,6 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_options(value: Any) -> bool:
-    if value is None:
-        return True
     return type(value) is dict and not set(value) - {'cpus', 'timeout', 'priority'} and all(map(_is_number, value.values())) \
         and type(value.get('cpus', 1)) is int and value.get('cpus', 1) >= 1
 
@@ -3208,6 +3206,13 @@ class Loop:
             link.said = self.now
             link.send(message)
 
+    def part(self, link: Link, text: str) -> None:
+        """End a link on purpose: what waits on it is sent as far as it goes, then it is closed."""
+        self.say(link, Bye(text))
+        with contextlib.suppress(OSError):   # it is closed all the same
+            link.write()
+        self.detach(link)
+
     def run(self) -> None:
         """Turn after turn until `stop`."""
         while not self._ended:
@@ -3641,10 +3646,7 @@ class Daemon(Loop):
     def _drop(self, action: Drop) -> None:
         link = self.links.get(action.link)
         if link is not None:
-            self.say(link, Bye(action.text))
-            with contextlib.suppress(OSError):   # it is closed all the same
-                link.write()
-            self.detach(link)
+            self.part(link, action.text)
 
     def _prepare(self, action: Prepare) -> None:
         spec, comp = action.spec, action.comp

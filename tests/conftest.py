@@ -31,6 +31,18 @@ def eventually(condition, seconds=20.0, what='condition'):
         time.sleep(0.01)
 
 
+def walk_seeds(walk_class, first):
+    """Twenty random walks; a failing seed stands in the message, and walk_class(seed) repeats it."""
+    for seed in range(first, first + 20):
+        walk = walk_class(seed)
+        try:
+            for _ in range(250):
+                walk.step()
+            walk.drain()
+        except Exception as exc:
+            raise AssertionError('seed %d: %s: %s' % (seed, type(exc).__name__, exc)) from exc
+
+
 def _sockets():
     if not os.path.isdir('/proc/self/fd'):
         return {str(connection) for connection in psutil.Process().net_connections()}

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from conftest import walk_seeds
 from dispynode import (
     GRACE, LEASE_TABLE, ORPHAN_TIME, SETUP_TIME, STAGE_TABLE, Ack, Cancel, Compute, Done, Drop, Exit, Feed, File,
     OPS, Interrupt, Introduce, Jobs, Kill, Lease, LinkDown, LinkUp, Need, Node, Offer, Outcome, PeerError, Prepare, Prepared,
@@ -912,12 +913,4 @@ class Walk:
 
 @pytest.mark.parametrize('first', range(0, 240, 20))
 def test_random_walk(first):
-    """A failing seed stands in the message: Walk(seed) repeats it."""
-    for seed in range(first, first + 20):
-        walk = Walk(seed)
-        try:
-            for _ in range(250):
-                walk.step()
-            walk.drain()
-        except Exception as exc:
-            raise AssertionError('seed %d: %s: %s' % (seed, type(exc).__name__, exc)) from exc
+    walk_seeds(Walk, first)

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from conftest import walk_seeds
 from dispy import (
     AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobParked, JobsEnded, JobState, JobWaits, NodeLeft,
     NodeLost, NodeReady, NodeResults, NodeReturned, Opened, Schedule, SendAck, SendCancel, SendJobs, SendRecall, Submitted, Work)
@@ -922,12 +923,4 @@ class Walk:
 
 @pytest.mark.parametrize('first', range(0, 240, 20))
 def test_random_walk(first):
-    """A failing seed stands in the message: Walk(seed) repeats it."""
-    for seed in range(first, first + 20):
-        walk = Walk(seed)
-        try:
-            for _ in range(250):
-                walk.step()
-            walk.drain()
-        except Exception as exc:
-            raise AssertionError('seed %d: %s: %s' % (seed, type(exc).__name__, exc)) from exc
+    walk_seeds(Walk, first)
