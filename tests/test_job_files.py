@@ -132,6 +132,19 @@ def test_the_node_is_lost_while_a_file_is_sent(here, tmp_path):
         eventually(lambda: os.listdir(str(here)) == [], what='the half file to be removed')
 
 
+def test_the_cluster_is_closed_while_a_file_is_sent(here, tmp_path):
+    def compute():
+        with open('large', 'wb') as file:
+            file.truncate(512 << 20)
+        return dispy_send_file('large')   # noqa: F821
+    with NodeProcess(tmp_path / 'node') as node:
+        cluster = dispy.JobCluster(compute, nodes=[node.address])
+        job = cluster.submit()
+        eventually(lambda: os.listdir(str(here)))
+        cluster.close(terminate=True)
+        assert job.status == DispyJob.Cancelled and os.listdir(str(here)) == []
+
+
 # -- dispy_job_depends ----------------------------------------------------------------------------------------------------
 
 def read(name):
