@@ -9,7 +9,7 @@
     cluster.close()
 
 Without nodes on the network this starts one on this machine. For others, copy `dispynode.py` and the secret
-(~/.config/dispy/secret) to them and run `python dispynode.py` there.
+(~/.config/dispy/secret) to them and run `python dispynode.py` there; `python -m dispy deploy HOST...` does it by ssh.
 
     user's program                                        node
     +------------------------------------------+         +--------------------+
@@ -39,24 +39,31 @@ Files this program needs: this one, dispynode.py, cloudpickle.
 """
 
 import argparse
+import ast
 import atexit
+import base64
 import collections
 import concurrent.futures
 import contextlib
+import dis
 import enum
 import functools
-import hashlib
-import importlib
+import importlib.util
+import inspect
+import io
+import ipaddress
 import itertools
 import logging
 import math
 import os
 import pickle
 import queue
+import re
 import shlex
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -65,18 +72,20 @@ import time
 import types
 import uuid
 import weakref
-from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+import zlib
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 import cloudpickle
 
 from dispynode import (
-    ATOMS, FILE_PIECE, FRAME_FILL, HANDSHAKE_TIME, NODE_PORT, NO_TLS, PULSE, QUEUED_TIME, Ack, Bye, Cancel, Compute,
-    DispyError, Done, File, FileBack, FileKept, GOES_ON, HandshakeError, IncomingFile, Introduce, Jobs, Link, LinkBroken, Loop, Need, OUTCOMES, Offer, Outcome, Output, PeerError, Pulse,
-    Ready, Recall, Refused, Results, Returned, Role, SecretError, Session, Welcome, __version__,
-    beside, call_chunk, call_packed, check_name, derive_key, describe_exception, file_digest, find_secret, handshake_dial, open_envelope, pieces_of, seal, size_of, tls_context, tune,
-    unpack_error, unseal)
+    ATOMS, DEPLOYED, FILE_PIECE, FRAME_FILL, GOES_ON, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME, SCHEDULER_PORT, CLOSED_AT_ONCE,
+    Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears, File, FileBack, FileKept, Gate,
+    HANDSHAKE_TIME, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Place,
+    Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, Welcome, Where, __version__, beside, call_chunk,
+    call_packed, check_name, class_of_client, derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret,
+    host_and_port, open_envelope, pieces_of, place, python_of, seal, same_secret, size_of, tls_context, unpack_error, unseal, value_pickler)
 
-__all__ = ['JobCluster', 'NodeAllocate', 'DispyExecutor', 'register_joblib', 'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError', 'SecretError', 'logger']
+__all__ = ['JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib', 'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError', 'SecretError', 'logger']
 
 # ---------------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -85,12 +94,17 @@ __all__ = ['JobCluster', 'NodeAllocate', 'DispyExecutor', 'register_joblib', 'Di
 AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it runs, however short they are
 AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
 MAX_PAYLOAD = 960 << 20       # bytes of one job's arguments; a frame holds a GiB
-LOST_MOST = 3                 # nodes a job may lose before it is given up
+LOST_MOST = 3                 # nodes a job may be lost with before it is given up
+LOST_TIMES = 16               # times it may be lost, with however few of them: a node that is started again is the same node
+IPV6_LATER = 0.1              # s for which a node that was found by IPv6 may answer by IPv4, which people expect to see
+SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
 PROGRESS_EVERY = 1.0          # s between lines of progress
 WARN_AFTER, WARN_EVERY = 5.0, 60.0      # s without a usable node
 REDIAL_FIRST, REDIAL_MOST = 0.5, 30.0   # s between attempts to reach a node, doubling
-RETRY_FIRST = 0.1             # s until a computation is offered again to a node that was busy, doubling to 2 s
+FOUND_FAILURES = 5            # attempts after which a node that was found, not named, is forgotten
+ASK_FIRST = 0.2               # s between the first two questions by UDP, doubling up to ping_interval
+RETRY_FIRST, RETRY_MOST = 0.1, 30.0     # s until a computation is offered again to a node that could not take it, doubling
 CALL_TIME = 30.0              # s that a question to the driver may take; its turns take milliseconds
 ACKS_MOST, ACK_AFTER = 256, 0.05        # results that wait for their acknowledgement, and s that they do
 CALLBACK_THREADS = 16         # callbacks that may block at the same time
@@ -184,13 +198,13 @@ class Work:
 
 
 class DispyJob(Work):
-    """A job, as `submit` returns it. Attributes:
+    """A job; `submit` makes it. Attributes:
 
     id - the user's to set; a running number by default
     status - one of the constants below; result, stdout, stderr - when it has ended (output is `str` for functions,
         `bytes` for programs); exception - text of the traceback or of what went wrong, else None; error - the exception
         itself if it could be pickled, else None
-    ip_addr - where it ran; submit_time, start_time, end_time - seconds since the epoch
+    ip_addr - where it ran, else None; submit_time, start_time, end_time - seconds since the epoch, None before that
     """
     __slots__ = ('id', 'status', 'result', 'stdout', 'stderr', 'exception', 'error', 'ip_addr', 'submit_time',
                  'start_time', 'end_time', '_event', '_when_ended')
@@ -262,6 +276,16 @@ class DispyJob(Work):
             raise TimeoutError('job %r has not ended within %s s' % (self.id, timeout))
         return self.result
 
+    @property
+    def args(self) -> Any:
+        """Arguments, until it has ended; then None."""
+        return None if self._payload is None else unseal(_joined(self._payload))[0]
+
+    @property
+    def kwargs(self) -> Any:
+        """Keyword arguments, until it has ended; then None."""
+        return None if self._payload is None else unseal(_joined(self._payload))[1]
+
     def status_text(self) -> str:
         """The status as a word."""
         return JobState(self.status).name.lower()
@@ -283,12 +307,76 @@ class NodeState(enum.Enum):
 NODE_TABLE: Dict[Tuple[NodeState, str], NodeState] = {
     (NodeState.FOUND, 'dial'): NodeState.DIALLING, (NodeState.LOST, 'dial'): NodeState.DIALLING,
     (NodeState.REFUSED, 'dial'): NodeState.DIALLING,
-    (NodeState.DIALLING, 'connect'): NodeState.CONNECTED,
+    (NodeState.DIALLING, 'connect'): NodeState.CONNECTED, (NodeState.FOUND, 'connect'): NodeState.CONNECTED,
+    (NodeState.LOST, 'connect'): NodeState.CONNECTED,
     (NodeState.DIALLING, 'fail'): NodeState.REFUSED, (NodeState.CONNECTED, 'fail'): NodeState.LOST,
     (NodeState.FOUND, 'close'): NodeState.CLOSED, (NodeState.DIALLING, 'close'): NodeState.CLOSED,
     (NodeState.REFUSED, 'close'): NodeState.CLOSED, (NodeState.CONNECTED, 'close'): NodeState.CLOSED,
     (NodeState.LOST, 'close'): NodeState.CLOSED,
 }
+
+
+def fill_in(job: DispyJob, row: tuple, is_program: bool) -> None:
+    """Give a job what its row of Results says."""
+    _, outcome, start, end, payload, stdout, stderr = row
+    status = int(job._state)
+    if outcome == 1 or outcome == 2:   # RETURNED, RETURNED_CODE
+        try:
+            job.result = unseal(payload)
+        except BaseException as exc:  # unpickling runs the user's code
+            status = DispyJob.Terminated
+            job.exception = 'the result could not be opened here: %s' % describe_exception(exc, 1)
+    elif outcome == Outcome.RAISED:
+        job.result = None   # a provisional one may stand there
+        job.exception, body = unpack_error(payload)
+        if len(body):
+            try:
+                job.error = unseal(body)
+            except BaseException as exc:  # as above; the text is there
+                logger.debug('an exception of job %r could not be opened: %s', job.id, type(exc).__name__)
+    else:
+        job.result, job.exception = None, bytes(payload).decode('utf-8', 'replace')
+    if start:
+        job.start_time = start
+    job.end_time = end or time.time()
+    if is_program:
+        job.stdout, job.stderr = bytes(stdout), bytes(stderr)
+    else:
+        job.stdout = str(stdout, 'utf-8', 'replace') if stdout else ''
+        job.stderr = str(stderr, 'utf-8', 'replace') if stderr else ''
+    job._payload = None
+    job.status = status   # last: whoever sees it sees all of the above
+
+
+def end_without(job: DispyJob, text: str) -> None:
+    """A job has ended without a result."""
+    job.result, job.exception, job._payload, job.end_time = None, text, None, time.time()
+    job.status = int(job._state)
+
+
+class UseState(enum.Enum):
+    """What a node is to one cluster."""
+    WAITING = 'waiting'         # not connected, or not offered the computation yet
+    ASKING = 'asking'           # the user's NodeAllocate is asked
+    SETTING_UP = 'setting up'
+    READY = 'ready'
+    REFUSED = 'refused'
+    CLOSED = 'closed'           # by the user
+
+
+USE_TABLE: Dict[Tuple[UseState, str], UseState] = {
+    (UseState.WAITING, 'ask'): UseState.ASKING, (UseState.REFUSED, 'ask'): UseState.ASKING,
+    (UseState.ASKING, 'ask'): UseState.ASKING,   # for its source after its allocation
+    (UseState.WAITING, 'offer'): UseState.SETTING_UP, (UseState.REFUSED, 'offer'): UseState.SETTING_UP,
+    (UseState.ASKING, 'offer'): UseState.SETTING_UP, (UseState.SETTING_UP, 'ready'): UseState.READY,
+    (UseState.CLOSED, 'lost'): UseState.CLOSED, (UseState.CLOSED, 'open'): UseState.WAITING,
+    (UseState.READY, 'open'): UseState.WAITING,   # to be set up anew
+}
+for _state in UseState:
+    USE_TABLE[_state, 'close'] = UseState.CLOSED
+    if _state is not UseState.CLOSED:
+        USE_TABLE[_state, 'lost'] = UseState.WAITING
+        USE_TABLE[_state, 'refuse'] = UseState.REFUSED
 
 
 class DispyNodeAvailInfo(NamedTuple):
@@ -300,7 +388,15 @@ class DispyNodeAvailInfo(NamedTuple):
 
 
 class DispyNode:
-    """A node as `status()` and cluster_status show it; a copy that does not change."""
+    """A node as `status()` and cluster_status show it; a copy that does not change. Attributes:
+
+    ip_addr, port, name - where it is and what it calls itself
+    state - what it is to this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling', 'connected', 'lost' or
+        'closed'; reason - why it is not used, else ''
+    cpus - how many it offers; busy - jobs of this cluster that are there now, those that wait there included
+    jobs_done, cpu_time - jobs of this cluster that ended there, and the seconds that they ran
+    platform - its operating system and processor; avail_info - DispyNodeAvailInfo of when it was connected
+    """
     Initialized, Closed = 2, 3   # what cluster_status says of a node; numbers that no job's status has
 
     def __init__(self, ip_addr: str, port: int, name: str, state: str, reason: str, cpus: int, busy: int, jobs_done: int,
@@ -317,11 +413,11 @@ class DispyNode:
         self.facts = facts
 
     def __repr__(self) -> str:
-        return '<DispyNode %s:%d %s %s>' % (self.ip_addr, self.port, self.name, self.state)
+        return '<DispyNode %s %s %s>' % (place(self.ip_addr, self.port), self.name, self.state)
 
 
 class ClusterStatus(NamedTuple):
-    """What `status()` returns."""
+    """What `status()` returns: the nodes, and the number of jobs that have not ended."""
     nodes: List[DispyNode]
     jobs_pending: int
 
@@ -333,10 +429,12 @@ class ClusterStatus(NamedTuple):
 
 # Events.
 class Opened(NamedTuple):
-    """A computation of a client. CPUs are shared evenly between clients."""
+    """A computation of a client. CPUs are shared evenly between clients. If it is `remote`, its one node is a scheduler, which
+    sees to attempts that fail."""
     comp: str
     client: str
     reentrant: bool
+    remote: bool = False
 
 
 class Submitted(NamedTuple):
@@ -356,12 +454,21 @@ class NodeReady(NamedTuple):
     cpus: int
     held: list
     name: str = ''
+    offers: int = 0   # CPUs that it has, also for others
 
 
 class NodeOffers(NamedTuple):
-    """The CPUs a node offers have changed; 0: nothing new is to be sent."""
+    """The CPUs of a node that a computation may use have changed; 0: nothing new is to be sent. `offers` as in NodeReady."""
     node: Any
+    comp: str
     cpus: int
+    offers: int = 0
+
+
+class NodeDrains(NamedTuple):
+    """Nothing new of a computation goes there, what has not started is called back; NodeDrained tells the end."""
+    node: Any
+    comp: str
 
 
 class NodeResults(NamedTuple):
@@ -378,11 +485,29 @@ class NodeReturned(NamedTuple):
     serials: list
 
 
-class NodeLost(NamedTuple):
-    """The node is gone; `name` and `text` for people."""
+class NodeAway(NamedTuple):
+    """The connection broke. What is there goes on, and is lost if there is no other connection until then."""
     node: Any
     name: str
     text: str
+    until: float
+
+
+class NodeHad(NamedTuple):
+    """When a scheduler starts: jobs that were on a node when it ended; lost if the node does not come until then."""
+    node: Any
+    comp: str
+    works: list
+    name: str
+    until: float
+
+
+class NodeLost(NamedTuple):
+    """The node is gone; `name` and `text` for people. `kept`: computation -> serials whose results it has none the less."""
+    node: Any
+    name: str
+    text: str
+    kept: Dict[str, list] = {}
 
 
 class NodeLeft(NamedTuple):
@@ -432,6 +557,17 @@ class JobsEnded(NamedTuple):
     node: Any
     comp: str
     pairs: list
+
+
+class NodeDrained(NamedTuple):
+    """A node that drains has no job of this computation any more."""
+    node: Any
+    comp: str
+
+
+class NodeGone(NamedTuple):
+    """A node was away too long."""
+    node: Any
 
 
 class JobWaits(NamedTuple):
@@ -507,18 +643,24 @@ _WAITING = frozenset((JobState.CREATED, JobState.REQUEUED))
 class _Comp:
     """A computation in the schedule."""
 
-    def __init__(self, opened: Opened) -> None:
-        self.comp, self.client, self.reentrant = opened
+    def __init__(self, opened: Opened, order: int) -> None:
+        self.comp, self.client, self.reentrant, self.remote = opened
+        self.order = order
         self.queue = _Queue()
         self.pinned: Dict[Any, _Queue] = {}   # by node: jobs for that one alone
         self.parked: List[Work] = []          # wanting more CPUs than any node has
         self.mean: Optional[float] = None     # s a job takes, quick to rise and slow to fall
         self.flying = 0                       # CPUs of jobs on nodes
         self.running: Dict[int, '_Node'] = {}   # serial -> where
+        self.nodes: Dict[Any, '_Node'] = {}     # where it is set up; of these:
+        self.idle: Dict[Any, '_Node'] = {}      # those with a CPU for it
+        self.donors: Dict[Any, '_Node'] = {}    # those that hold more of its jobs than they have CPUs
+        self.blocked: Optional[Work] = None     # head of the queue that no idle node has room for
+        self.widest: Optional[int] = None       # most CPUs that a node has for it, None if that is not known now
 
     def queue_of(self, work: Work) -> _Queue:
-        """Where this job waits."""
-        key = work._options.get('node') if work._options else None
+        """Where this job waits; which node it is for, a scheduler sees to."""
+        key = work._options.get('node') if work._options and not self.remote else None
         return self.queue if key is None else self.pinned.setdefault(key, _Queue())
 
     def source(self, key: Any) -> _Queue:
@@ -537,30 +679,72 @@ class _Comp:
 
 class _Node:
     """A node in the schedule."""
-    __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'flight', 'comps', 'recalled')
+    __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'flight', 'comps', 'recalled', 'limits', 'parts', 'draining', 'away', 'offers', 'taken')
 
-    def __init__(self, key: Any, cpus: int) -> None:
-        self.key, self.name, self.cpus = key, str(key), cpus
+    def __init__(self, key: Any) -> None:
+        self.key, self.name = key, str(key)
+        self.offers = 0     # CPUs that it has
+        self.cpus = 0       # the same, or what a computation may use if that is more
         self.used = 0       # CPUs of jobs there, run or not
+        self.taken = 0      # of these, no more of a computation than it may use
         self.bytes = 0      # of their arguments
         self.flight: Dict[str, Dict[int, Work]] = {}   # computation -> serial -> work
         self.comps: Dict[str, _Comp] = {}              # set up there
+        self.limits: Dict[str, int] = {}               # computation -> CPUs it may use there
+        self.parts: Dict[str, int] = {}                # computation -> its part of `used`
         self.recalled: Set[str] = set()                # computations with a Recall on its way
+        self.draining: Set[str] = set()
+        self.away: Optional[NodeAway] = None
+
+    def limit(self, comp: str, cpus: int) -> None:
+        """CPUs for a computation."""
+        self.limits[comp] = cpus
+        self._count()
+
+    def _count(self) -> None:
+        self.cpus = max(self.offers, *self.limits.values(), 0)
+        self.taken = sum(min(part, self.limits[name]) for name, part in self.parts.items())
+
+    def take(self, comp: str, cpus: int) -> None:
+        """CPUs of one more job of a computation, negative of one less."""
+        limit, part = self.limits[comp], self.parts[comp]
+        self.parts[comp] = part + cpus
+        self.used += cpus
+        self.taken += min(part + cpus, limit) - min(part, limit)
+
+    def forget(self, comp: str) -> None:
+        """It is over here; nothing of it is in flight."""
+        for table in (self.flight, self.comps, self.limits, self.parts):
+            table.pop(comp, None)  # type: ignore[attr-defined]
+        self.recalled.discard(comp)
+        self.draining.discard(comp)
+        self._count()
+
+    def room(self, comp: str) -> int:
+        """CPUs that a computation would find idle here."""
+        return min(self.cpus - self.taken, self.limits[comp] - self.parts[comp])
 
 
 class Schedule:
     """Jobs to nodes. Events in, actions out; `flush` once a turn, after all events of the turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, fifo: bool = False) -> None:
+        """Clients share CPUs evenly; with `fifo` those who came first are served first."""
         self.comps: Dict[str, _Comp] = {}
         self.nodes: Dict[Any, _Node] = {}
-        self._numbers = itertools.count(1)
+        self._fifo = fifo
+        self._numbers, self._orders = itertools.count(1), itertools.count()
         self._actions: List[Any] = []
         self._sends: Dict[Tuple[Any, str], List[Work]] = {}
+        self._away: Dict[Any, _Node] = {}
+        self._waiting: Dict[str, _Comp] = {}        # with jobs that wait, and perhaps some that had
+        self._flying: Dict[str, int] = collections.Counter()   # client -> CPUs of its jobs on nodes
+        self._dirty: Dict[Any, _Node] = {}          # nodes that something has happened to since the last flush
         self._handlers: Dict[type, Callable[[Any], None]] = {
             Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked,
-            NodeReady: self._node_ready, NodeOffers: self._node_offers, NodeResults: self._node_results, NodeReturned: self._node_returned,
-            NodeLost: self._node_lost, NodeLeft: self._node_left, Closed: self._closed,
+            NodeReady: self._node_ready, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
+            NodeResults: self._node_results, NodeReturned: self._node_returned,
+            NodeHad: self._node_had, NodeAway: self._node_away, NodeLost: self._node_lost, NodeLeft: self._node_left, Closed: self._closed,
         }
 
     def handle(self, event: Any, now: float) -> List[Any]:
@@ -572,12 +756,22 @@ class Schedule:
     def flush(self, now: float) -> List[Any]:
         """The end of a turn: what waits goes to nodes that have room."""
         self._actions = []
-        waiting = [comp for comp in self.comps.values() if comp.length()]
-        if waiting:
-            self._distribute(waiting)
-        if len(self.nodes) > 1:
+        for node in [node for node in self._away.values() if node.away is not None and node.away.until <= now]:
+            away = node.away
+            self._node_lost(NodeLost(node.key, away.name, away.text))  # type: ignore[union-attr]
+            self._do(NodeGone(node.key))
+        for node in self._dirty.values():
+            self._index(node)
+        if self._waiting:
+            self._distribute()
+        if len(self.nodes) > 1 and self._dirty:
             self._balance()
+        self._dirty.clear()
         return self._actions
+
+    def next_timer(self) -> Optional[float]:
+        """When `flush` has something to do at the latest."""
+        return min((node.away.until for node in self._away.values() if node.away is not None), default=None)
 
     # -- small parts --------------------------------------------------------------------------------------
 
@@ -599,26 +793,34 @@ class Schedule:
         work = node.flight[comp.comp].pop(serial, None)
         if work is not None:
             cpus = self._cpus(work)
-            node.used -= cpus
+            node.take(comp.comp, -cpus)
             comp.flying -= cpus
-            node.bytes -= size_of(work._payload)
+            self._flying[comp.client] -= cpus
+            node.bytes -= _bytes_of(work)
             del comp.running[serial]
+            self._dirty[node.key] = node
+            if node.draining:
+                self._drained(node, comp.comp)
         return work
 
     # -- jobs ---------------------------------------------------------------------------------------------
 
     def _opened(self, event: Opened) -> None:
-        self.comps[event.comp] = _Comp(event)
+        self.comps[event.comp] = _Comp(event, next(self._orders))
 
     def _submitted(self, event: Submitted) -> None:
         for work in event.works:
-            work._serial = next(self._numbers) << 16
+            work._serial = work._serial or next(self._numbers) << 16   # one with a journal has its number
             comp = self.comps.get(work._comp)
             if comp is None:
                 self._move(work, 'cancel')
                 self._do(JobEnded(work, 'the cluster was closed'))
             else:
                 comp.queue_of(work).push(work)
+                self._waiting[comp.comp] = comp
+                if not comp.flying and not comp.idle:   # a newcomer where all CPUs are taken: one job to the queue of some nodes,
+                    for node in itertools.islice(comp.nodes.values(), 64):   # which give the next CPU to who has fewest
+                        self._dirty[node.key] = node
 
     def _cancel_asked(self, event: CancelAsked) -> None:
         work, comp = event.work, self.comps.get(event.work._comp)
@@ -637,16 +839,18 @@ class Schedule:
         comp = self.comps.pop(event.comp, None)
         if comp is None:
             return
-        for node in self.nodes.values():
+        self._waiting.pop(comp.comp, None)
+        for node in list(comp.nodes.values()):
+            node.draining.discard(comp.comp)
             for serial, work in list(node.flight.get(comp.comp, {}).items()):
                 self._land(node, comp, serial)
                 if work._state is not JobState.CANCELLING:
                     self._move(work, 'cancel')
                 self._move(work, 'cancelled')
                 self._do(JobEnded(work, 'cancelled: the cluster was closed'))
-            node.flight.pop(comp.comp, None)
-            node.comps.pop(comp.comp, None)
-            node.recalled.discard(comp.comp)
+            self._forget(node, comp)
+        if not any(other.client == comp.client for other in self.comps.values()):
+            self._flying.pop(comp.client, None)
         for work in comp.waiting():
             self._move(work, 'cancel')
             self._do(JobEnded(work, 'cancelled: the cluster was closed'))
@@ -659,35 +863,74 @@ class Schedule:
             return
         node = self.nodes.get(event.node)
         if node is None:
-            node = self.nodes[event.node] = _Node(event.node, event.cpus)
-        node.cpus, node.name = event.cpus, event.name or node.name
-        node.comps[event.comp] = comp
+            node = self.nodes[event.node] = _Node(event.node)
+        node.name, node.offers = event.name or node.name, event.offers
+        self._back_again(node)
+        node.comps[event.comp], comp.nodes[event.node] = comp, node
+        node.parts.setdefault(event.comp, 0)
+        self._limit(node, comp, event.cpus)
         self._unpark(comp, node)
         node.recalled.discard(event.comp)   # what was asked of it may not have arrived
         held, flight = set(event.held), node.flight.setdefault(event.comp, {})
         for serial in sorted(set(flight) - held, reverse=True):
             self._back(node, comp, serial)   # it never arrived there
-        cancelled = [serial for serial, work in flight.items() if work._state is JobState.CANCELLING]
-        if cancelled:
-            self._do(SendCancel(node.key, comp.comp, cancelled))
+        unwanted = [serial for serial, work in flight.items() if work._state is JobState.CANCELLING]
+        unwanted += sorted(held - set(flight))   # given up while the node was away
+        if unwanted:
+            self._do(SendCancel(node.key, comp.comp, unwanted))
 
     def _node_offers(self, event: NodeOffers) -> None:
         node = self.nodes.get(event.node)
-        if node is not None:
-            node.cpus = event.cpus
-            for comp in node.comps.values():
-                self._unpark(comp, node)
+        if node is not None and event.comp in node.comps:
+            node.offers = event.offers or node.offers
+            self._limit(node, node.comps[event.comp], event.cpus)
+            self._unpark(node.comps[event.comp], node)
+
+    def _limit(self, node: _Node, comp: _Comp, cpus: int) -> None:
+        node.draining.discard(comp.comp)
+        node.limit(comp.comp, cpus)
+        comp.widest = None
+        self._dirty[node.key] = node
+
+    def _forget(self, node: _Node, comp: _Comp) -> None:
+        """A computation is over on a node; nothing of it is in flight there."""
+        node.forget(comp.comp)
+        for table in (comp.nodes, comp.idle, comp.donors):
+            table.pop(node.key, None)
+        comp.widest = None
+        self._dirty[node.key] = node
+
+    def _node_drains(self, event: NodeDrains) -> None:
+        node = self.nodes.get(event.node)
+        if node is None or event.comp not in node.comps:
+            self._do(NodeDrained(event.node, event.comp))
+            return
+        self._limit(node, node.comps[event.comp], 0)
+        node.draining.add(event.comp)
+        if node.flight[event.comp]:
+            node.recalled.add(event.comp)
+            self._do(SendRecall(node.key, event.comp, len(node.flight[event.comp])))
+        self._drained(node, event.comp)
+
+    def _drained(self, node: _Node, comp: str) -> None:
+        if comp in node.draining and not node.flight[comp]:
+            self._do(NodeDrained(node.key, comp))
 
     def _unpark(self, comp: _Comp, node: _Node) -> None:
         """A node with more CPUs has come."""
-        for work in [work for work in reversed(comp.parked) if self._cpus(work) <= node.cpus]:
+        for work in [work for work in reversed(comp.parked) if self._cpus(work) <= node.limits[comp.comp]]:
             comp.parked.remove(work)
             comp.queue.push_front(work)
+            self._waiting[comp.comp] = comp
 
-    def _park(self, comp: _Comp, nodes: List[_Node]) -> None:
+    def _park(self, comp: _Comp) -> None:
         """What no node can take shall not stop those behind it."""
-        widest = max((node.cpus for node in nodes if comp.comp in node.comps), default=0)
         work = comp.queue.head()
+        if work is None or self._cpus(work) == 1:
+            return
+        if comp.widest is None:
+            comp.widest = max((node.limits[comp.comp] for node in comp.nodes.values() if node.away is None), default=0)
+        widest = comp.widest
         while widest and work is not None and self._cpus(work) > widest:
             comp.parked.append(comp.queue.pop())
             self._do(JobParked(work, 'it wants %d CPUs (dispy_cpus) and no node has more than %d' % (self._cpus(work), widest)))
@@ -705,6 +948,7 @@ class Schedule:
 
     def _wait_again(self, comp: _Comp, work: Work) -> None:
         comp.queue_of(work).push_front(work)
+        self._waiting[comp.comp] = comp
         self._do(JobWaits(work))
 
     def _node_returned(self, event: NodeReturned) -> None:
@@ -718,6 +962,8 @@ class Schedule:
     def _node_results(self, event: NodeResults) -> None:
         node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
         if node is None or comp is None or event.comp not in node.comps:
+            if comp is not None:   # of jobs that were given up: it need not keep them
+                self._do(SendAck(event.node, event.comp, [row[0] for row in event.rows if row[1] not in GOES_ON]))
             return
         if any(row[1] not in OUTCOMES for row in event.rows):
             raise PeerError('a result with an unknown outcome')
@@ -735,10 +981,11 @@ class Schedule:
             if work is None:
                 continue
             if outcome == Outcome.STOPPED:
-                node.cpus = 0   # nothing more goes there, until it is Ready again
-                self._lost(comp, work, node.name, 'it was stopped')
+                for other in node.comps.values():   # nothing more goes there, until it is Ready again
+                    self._limit(node, other, 0)
+                self._lost(comp, work, node.name, 'it was stopped, or taken from this client')
                 continue
-            if outcome == Outcome.DIED and work._options and work._options.get('retries'):
+            if outcome == Outcome.DIED and work._options and work._options.get('retries') and not comp.remote:
                 self._lost(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
                 continue
             self._move(work, _EVENT_OF[outcome])
@@ -751,132 +998,227 @@ class Schedule:
         if pairs:
             self._do(JobsEnded(node.key, comp.comp, pairs))
 
-    def _node_lost(self, event: NodeLost) -> None:
-        node = self.nodes.pop(event.node, None)
+    def _node_had(self, event: NodeHad) -> None:
+        comp, node = self.comps[event.comp], self.nodes.get(event.node)
+        if node is None:
+            node = self.nodes[event.node] = _Node(event.node)
+        node.name = event.name
+        node.comps[event.comp], comp.nodes[event.node] = comp, node
+        node.parts[event.comp] = 0
+        flight = node.flight.setdefault(event.comp, {})
+        self._limit(node, comp, 0)
+        for work in event.works:
+            cpus = self._cpus(work)
+            self._move(work, 'send')
+            node.take(event.comp, cpus)
+            comp.flying += cpus
+            self._flying[comp.client] += cpus
+            flight[work._serial] = work
+            comp.running[work._serial] = node
+        self._node_away(NodeAway(event.node, event.name, 'the node did not come back', event.until))
+
+    def _node_away(self, event: NodeAway) -> None:
+        node = self.nodes.get(event.node)
         if node is not None:
-            for name in list(node.comps):
-                self._leave(node, name, event.name, event.text)
+            node.away = event
+            self._away[node.key] = self._dirty[node.key] = node
+            for comp in node.comps.values():
+                comp.widest = None
+
+    def _back_again(self, node: _Node) -> None:
+        node.away = None
+        self._away.pop(node.key, None)
+        self._dirty[node.key] = node
+
+    def _node_lost(self, event: NodeLost) -> None:
+        node = self.nodes.get(event.node)
+        if node is None:
+            return
+        for name in list(node.comps):
+            self._leave(node, name, event.name, event.text, frozenset(event.kept.get(name, ())))
+        if not node.comps:
+            del self.nodes[event.node]
+            self._away.pop(node.key, None)
+            self._dirty.pop(node.key, None)
 
     def _node_left(self, event: NodeLeft) -> None:
         node = self.nodes.get(event.node)
         if node is not None and event.comp in node.comps:
             self._leave(node, event.comp, event.name, event.text)
 
-    def _leave(self, node: _Node, name: str, node_name: str, text: str) -> None:
-        comp = node.comps.pop(name)
+    def _leave(self, node: _Node, name: str, node_name: str, text: str, kept: Any = frozenset()) -> None:
+        comp = node.comps[name]
+        node.draining.discard(name)
         for serial, work in sorted(node.flight[name].items(), reverse=True):   # each goes to the front
-            self._land(node, comp, serial)
-            self._lost(comp, work, node_name, text)
-        del node.flight[name]
-        node.recalled.discard(name)
+            if serial not in kept:
+                self._land(node, comp, serial)
+                self._lost(comp, work, node_name, text)
+        if not node.flight[name]:
+            self._forget(node, comp)
 
     def _lost(self, comp: _Comp, work: Work, node_name: str, text: str) -> None:
         """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it came."""
         work._lost += (node_name,)
         retries = work._options.get('retries') if work._options else None
-        attempts = retries + 1 if retries else LOST_MOST if comp.reentrant else 1
-        if len(work._lost) < attempts and work._state is not JobState.CANCELLING:
+        times = retries + 1 if retries else LOST_TIMES if comp.reentrant else 1
+        nodes = list(dict.fromkeys(work._lost))
+        if len(work._lost) < times and (retries or len(nodes) < LOST_MOST) and work._state is not JobState.CANCELLING:
             self._move(work, 'back')
             self._wait_again(comp, work)
         elif self._move(work, 'give up') is JobState.CANCELLED:
             self._do(JobEnded(work, 'cancelled; its node was lost meanwhile'))
         else:
-            self._do(JobEnded(work, 'abandoned: %s (%s); %s' % (
-                'lost with node ' + work._lost[0] if len(work._lost) == 1 else 'lost with nodes ' + ', '.join(work._lost), text,
-                'the computation is not reentrant' if attempts == 1 else 'given up after %d nodes' % len(work._lost)
-                if not retries else 'given up after %d attempts' % len(work._lost))))
+            self._do(JobEnded(work, 'abandoned: lost with node%s %s (%s); %s' % (
+                's' * (len(nodes) > 1), ', '.join(nodes), text, 'the computation is not reentrant' if times == 1
+                else 'given up after %d nodes' % len(nodes) if len(nodes) == LOST_MOST and not retries
+                else 'given up after %d attempts' % len(work._lost))))
 
     # -- distribution -------------------------------------------------------------------------------------
 
-    def _distribute(self, waiting: List[_Comp]) -> None:
-        """First to CPUs that are idle, on all nodes; then to queues on nodes, evenly."""
+    def _index(self, node: _Node) -> None:
+        """Note for which computations a node has an idle CPU, and of which it holds more than it runs."""
+        surplus = (node.used > node.cpus or node.used > node.taken) and node.away is None
+        for name, comp in node.comps.items():
+            if node.away is None and node.room(name) > 0:
+                comp.idle[node.key] = node
+            else:
+                comp.idle.pop(node.key, None)
+            if surplus and name not in node.recalled and node.flight[name]:
+                comp.donors[node.key] = node
+            else:
+                comp.donors.pop(node.key, None)
+
+    def _distribute(self) -> None:
+        """First to CPUs that are idle; then to queues on the nodes that something has happened to. What this costs depends
+        on how many nodes that are, not on how many there are."""
         self._sends = {}
-        nodes = [node for node in self.nodes.values() if node.comps and node.cpus > 0]
-        total = max(1, sum(node.cpus for node in nodes))
-        count = -1
-        while count != sum(map(len, self._sends.values())):   # a head that was too wide for a node may have gone elsewhere
-            count = sum(map(len, self._sends.values()))
+        waiting = self._still_waiting()
+        while waiting:
             for comp in waiting:
-                self._park(comp, nodes)
-            for node in nodes:
-                if node.used < node.cpus:
-                    self._fill(node, waiting, None)
+                self._park(comp)
+            rivals = [comp for comp in waiting if comp.length()]
+            while rivals:
+                comp = min(rivals, key=self._rank) if len(rivals) > 1 else rivals[0]
+                if not self._start_one(comp):
+                    rivals.remove(comp)
+            before = sum(map(len, self._sends.values()))
+            total = max(1, sum(node.cpus for node in self._dirty.values()))
             shares = {comp.comp: math.ceil(comp.length() / total) for comp in waiting}
-            for node in nodes:
-                self._fill(node, waiting, shares)
-            if all(node.used >= node.cpus for node in nodes):
+            for node in list(self._dirty.values()):
+                if node.away is None:
+                    self._fill(node, shares)
+            waiting = self._still_waiting()
+            if before == sum(map(len, self._sends.values())):   # otherwise another head may find an idle CPU
                 break
         for (key, name), works in self._sends.items():
             self._do(SendJobs(key, name, works))
+            self._index(self.nodes[key])
 
-    def _fill(self, node: _Node, waiting: List[_Comp], shares: Optional[Dict[str, int]]) -> None:
-        """Send what fits: up to the node's CPUs, or (with the jobs a CPU that wait) up to its queue's depth."""
-        rivals = [comp for comp in waiting if comp.comp in node.comps and comp.source(node.key).length]
-        while rivals:
-            comp = min(rivals, key=self._share) if len(rivals) > 1 else rivals[0]
-            room = node.cpus if shares is None else self._depth(node, comp, shares[comp.comp])
-            sent = False
-            while node.used < room:
+    def _still_waiting(self) -> List[_Comp]:
+        waiting = [comp for comp in self._waiting.values() if comp.length()]
+        if len(waiting) < len(self._waiting):
+            self._waiting = {comp.comp: comp for comp in waiting}
+        return waiting
+
+    def _rank(self, comp: _Comp) -> Tuple[int, int]:
+        """Who has least of this is next: the CPUs of its client, and of these its own; or its place in the order of coming."""
+        return (comp.order, 0) if self._fifo else (self._flying[comp.client], comp.flying)
+
+    def _start_one(self, comp: _Comp) -> bool:
+        """Send the next job to an idle CPU."""
+        for key, pinned in comp.pinned.items() if comp.pinned else ():
+            if pinned.length and key in comp.idle:
+                node, work = comp.idle[key], pinned.head()
+                if work is not None and self._cpus(work) <= node.room(comp.comp):
+                    self._launch(node, comp, pinned.pop())
+                    return True
+        work = comp.queue.head()
+        if work is None:
+            return False
+        cpus, nodes = self._cpus(work), comp.idle.values()
+        for node in nodes if comp.blocked is not work else [node for node in self._dirty.values() if node.key in comp.idle]:
+            if cpus <= node.room(comp.comp):
+                self._launch(node, comp, comp.queue.pop())
+                return True
+        comp.blocked = work   # until something happens to a node
+        return False
+
+    def _fill(self, node: _Node, shares: Dict[str, int]) -> None:
+        """Send ahead what a node will soon come to: by how long jobs take; of long ones no more than a client's even part, so
+        that the node, which gives a CPU to who has fewest, has someone to choose from."""
+        rivals = [comp for comp in node.comps.values() if comp.comp in shares and comp.source(node.key).length]
+        if not rivals:
+            return
+        parts: Dict[str, int] = collections.Counter()   # of clients
+        for comp in node.comps.values() if len(node.comps) > 1 else ():
+            if node.parts[comp.comp] or comp in rivals:
+                parts[comp.client] += node.parts[comp.comp]
+        if len(rivals) > 1:
+            rivals.sort(key=self._rank)
+        for comp in rivals:
+            limit = node.limits[comp.comp]
+            depth = self._depth(comp, shares[comp.comp], len(rivals))
+            while node.parts[comp.comp] < limit * depth and (
+                    depth > 1 or node.taken < node.cpus or (len(parts) > 1 and parts[comp.client] < max(1, limit // len(parts)))):
                 source = comp.source(node.key)
                 work = source.head()
-                fits = node.cpus if shares is not None and node.bytes <= AHEAD_BYTES else node.cpus - node.used
+                fits = limit if node.bytes <= AHEAD_BYTES else node.room(comp.comp)
                 if work is None or self._cpus(work) > fits:
                     break
                 self._launch(node, comp, source.pop())
-                sent = True
-                if len(rivals) > 1:
-                    break
-            if not sent and node.used >= room:
-                return   # who has least is next: the others may not fill up before it
-            if not sent or not comp.source(node.key).length:
-                rivals.remove(comp)
-
-    def _share(self, comp: _Comp) -> int:
-        """CPUs its client has now: who has least is next."""
-        return sum(other.flying for other in self.comps.values() if other.client == comp.client)
+                parts[comp.client] += self._cpus(work)
 
     @staticmethod
-    def _depth(node: _Node, comp: _Comp, share: int) -> int:
-        """CPUs' worth of jobs that a node may hold, run or not."""
+    def _depth(comp: _Comp, share: int, rivals: int) -> int:
+        """Jobs a CPU that a node may hold, run or not."""
         if comp.mean is None:
             ahead = 1
         elif comp.mean >= QUEUED_TIME:
             ahead = 0
         else:
             ahead = min(AHEAD_MOST, int(QUEUED_TIME / max(comp.mean, 1e-6)))
-        return node.cpus * (1 + min(ahead, share))
+        return 1 + min(ahead // rivals, share)
 
     def _launch(self, node: _Node, comp: _Comp, work: Work) -> None:
         self._move(work, 'send')
+        if comp.blocked is work:
+            comp.blocked = None
         work._serial += 1
         cpus = self._cpus(work)
-        node.used += cpus
-        node.bytes += size_of(work._payload)
+        node.take(comp.comp, cpus)
+        node.bytes += _bytes_of(work)
         comp.flying += cpus
+        self._flying[comp.client] += cpus
         node.flight[comp.comp][work._serial] = work
         comp.running[work._serial] = node
         if node.recalled:   # the node forgets what was recalled when new work comes
             node.recalled.discard(comp.comp)
-        self._sends.setdefault((node.key, comp.comp), []).append(work)
+        if node.key in comp.idle and node.room(comp.comp) < 1:
+            self._index(node)
+        works = self._sends.get((node.key, comp.comp))
+        if works is None:
+            works = self._sends[node.key, comp.comp] = []
+            self._dirty[node.key] = node
+        works.append(work)
 
     def _balance(self) -> None:
         """Call back what waits on one node while CPUs of another are idle."""
-        idle = [node for node in self.nodes.values() if node.used < node.cpus and node.comps]
-        if not idle:
-            return
-        for donor in self.nodes.values():
-            surplus = donor.used - donor.cpus
-            if surplus <= 0:
+        for comp in self.comps.values():
+            if not comp.donors or not comp.idle or comp.queue.length:
                 continue
-            for name, comp in donor.comps.items():
-                rooms = [node.cpus - node.used for node in idle if name in node.comps]
-                if rooms and name not in donor.recalled and not comp.queue.length:
-                    free = sum(rooms)
-                    most = max(free, surplus * free // (free + donor.cpus))   # of short jobs its part of all, at once
-                    count = self._movable(donor.flight[name], max(rooms), min(surplus, most))
-                    if count:
-                        donor.recalled.add(name)
-                        self._do(SendRecall(donor.key, name, count))
+            rooms = [node.room(comp.comp) for node in itertools.islice(comp.idle.values(), 64)]   # more are seen to in later turns
+            free, called = sum(rooms), 0
+            for donor in list(comp.donors.values()):
+                surplus = donor.used - min(donor.cpus, donor.taken)
+                most = max(free, surplus * free // (free + donor.cpus))   # of short jobs its part of all, at once
+                count = self._movable(donor.flight[comp.comp], max(rooms), min(surplus, most))
+                del comp.donors[donor.key]   # until it is looked at again
+                if count:
+                    donor.recalled.add(comp.comp)
+                    self._do(SendRecall(donor.key, comp.comp, count))
+                    called += count
+                    if called >= free:
+                        break
 
     def _movable(self, flight: Dict[int, Work], room: int, most: int) -> int:
         """How many of the last attempts of a node would find room elsewhere; the first of all runs."""
@@ -888,8 +1230,14 @@ class Schedule:
         return count
 
 
+def _bytes_of(work: Work) -> int:
+    """Bytes of its arguments that are in memory."""
+    return size_of(work._payload) if work._payload is not None else 0
+
+
 _EVENT_OF = {Outcome.RETURNED: 'finish', Outcome.RETURNED_CODE: 'finish', Outcome.RAISED: 'fail', Outcome.DIED: 'fail',
-             Outcome.TIMED_OUT: 'fail', Outcome.CANCELLED: 'cancelled'}
+             Outcome.TIMED_OUT: 'fail', Outcome.OUT_OF_MEMORY: 'fail', Outcome.CANCELLED: 'cancelled',
+             Outcome.ABANDONED: 'give up'}
 
 # ---------------------------------------------------------------------------------------------------------
 # What travels: computations, their files, arguments
@@ -936,7 +1284,7 @@ def _own_modules(loaded: int, shipped: Tuple[str, ...]) -> Tuple[types.ModuleTyp
                  and name.partition('.')[0] not in ('dispy', 'dispyscheduler', 'dispy_httpd'))
 
 
-def by_value(value: Any, file: Any, protocol: int, buffer_callback: Any, shipped: Tuple[str, ...] = ()) -> None:
+def by_value(value: Any, file: Any, protocol: int, buffer_callback: Any, shipped: Tuple[str, ...] = (), pickler: Any = None) -> None:
     """cloudpickle, with functions and classes of the user's own modules by value and not by name."""
     with _lock:
         registered = []
@@ -945,21 +1293,52 @@ def by_value(value: Any, file: Any, protocol: int, buffer_callback: Any, shipped
                 if module.__name__ not in cloudpickle.list_registry_pickle_by_value():
                     cloudpickle.register_pickle_by_value(module)
                     registered.append(module)
-            cloudpickle.Pickler(file, protocol, buffer_callback).dump(value)
+            (pickler or value_pickler())(file, protocol, buffer_callback).dump(value)
         finally:
             for module in registered:
                 cloudpickle.unregister_pickle_by_value(module)
+
+
+@functools.lru_cache(maxsize=None)
+def _argument_pickler() -> Any:
+    """A class that has a name goes with it: a node with another version of Python has that class from source."""
+    pickler = value_pickler()
+
+    class Pickler(pickler):  # type: ignore[misc, valid-type]
+        def reducer_override(self, obj: Any) -> Any:
+            """Called by the pickler for everything that is not a builtin value."""
+            if not isinstance(obj, (type, types.FunctionType)):
+                return NotImplemented   # as cloudpickle does; there may be many
+            if isinstance(obj, type) and not travels(obj) and _is_named(obj):
+                body = io.BytesIO()
+                pickler(body, 5).dump(obj)
+                return class_of_client, (sys.version_info[:2], obj.__module__, obj.__qualname__, body.getvalue())
+            return super().reducer_override(obj)
+    return Pickler
+
+
+def _arguments_by_value(value: Any, file: Any, protocol: int, buffer_callback: Any) -> None:
+    by_value(value, file, protocol, buffer_callback, (), _argument_pickler())
+
+
+def _is_named(obj: Any) -> bool:
+    """Whether an object is what its module has under its qualified name."""
+    try:
+        found = functools.reduce(getattr, obj.__qualname__.split('.'), sys.modules[obj.__module__])
+    except (AttributeError, KeyError):
+        return False
+    return found is obj or (isinstance(obj, types.MethodType) and found == obj)
 
 
 def pack_arguments(args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
     """Arguments as they are now: what the caller changes later does not reach the job. Raises what pickling raises.
     `depends` are files and objects for this job alone; files are read now."""
     if depends:
-        payload, _ = seal((args, kwargs, *_job_depends(depends)), by_value, travels)
+        payload, _ = seal((args, kwargs, *_job_depends(depends)), _arguments_by_value, travels)
     elif not kwargs and ATOMS.issuperset(map(type, args)):
         return pickle.dumps((args, kwargs), 5)
     else:
-        payload, _ = seal((args, kwargs), by_value, travels)
+        payload, _ = seal((args, kwargs), _arguments_by_value, travels)
     if type(payload) is tuple:   # large parts are the caller's own memory still
         return tuple(piece if type(piece) is bytes else bytes(piece) for piece in payload)
     return payload
@@ -991,6 +1370,7 @@ class Cargo(NamedTuple):
     spec: dict
     paths: Dict[str, str]
     is_program: bool
+    source: Callable[[], Tuple[bytes, str]]   # see pack_source; called when a node of another version of Python is met
 
 
 def _sort_depends(depends: Sequence[Any], paths: Dict[str, str]) -> Tuple[List[Any], List[str]]:
@@ -1028,7 +1408,8 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
     spec = {'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
             'cleanup': bool(cleanup), 'dest_path': dest_path or '', 'max_jobs': max_jobs or 0,
             'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0, 'setup_args': b''}
-    return Cargo(spec, paths, bool(program))
+    return Cargo(spec, paths, bool(program), functools.partial(
+        pack_source, computation, setup, cleanup if callable(cleanup) else None, objects, tuple(shipped)))
 
 
 def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int, bytes, int]]:
@@ -1110,15 +1491,210 @@ def _support_files() -> Dict[str, bytes]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Which nodes: what the user wrote, parsed
+# Source, for nodes with another version of Python: the statements that a computation needs, and no others
 # ---------------------------------------------------------------------------------------------------------
 
-class NodeAddress(NamedTuple):
-    """One element of `nodes`."""
-    host: str
-    port: int
-    cpus: int = 0   # > 0: at most; < 0: leave so many free
+class NoSource(Exception):
+    """What stands in the way, in words."""
 
+
+class SourcePicker:
+    """Finds functions and classes in their files, and all that they use there. `shipped` are modules that travel as files."""
+
+    def __init__(self, shipped: Sequence[str] = ()) -> None:
+        self._shipped = frozenset(shipped)
+        # module -> name there -> lines of its statement (a range), value (in a tuple of one), or links: rows of (name,
+        # module, name there) that stand for imports
+        self._taken: Dict[str, Dict[str, Any]] = {}
+        self._read = functools.lru_cache(maxsize=None)(self._read_file)
+
+    def refer(self, obj: Any, what: str) -> Tuple[str, str]:
+        """(module, name) by which a node will find a function or class. `what` it is begins the text of NoSource."""
+        module, name = getattr(obj, '__module__', None), getattr(obj, '__qualname__', None)
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise NoSource('%s is a %s, no function at the top level of a file' % (what, type(obj).__name__))
+        if name.endswith('<lambda>'):
+            raise NoSource('%s is a lambda' % what)
+        if '<locals>' in name:
+            free = getattr(getattr(obj, '__code__', None), 'co_freevars', ())
+            raise NoSource('%s is a closure over variable %s' % (what, ', '.join(free)) if free else
+                           '%s is defined inside of %s' % (what, name.partition('.')[0]))
+        if not _is_named(obj):
+            raise NoSource('%s, of type %s, is not what is called %s in module %s' % (what, type(obj).__name__, name, module))
+        if not self._is_there(module):
+            self._take(module, name.partition('.')[0], what)
+        return module, name
+
+    def classes(self) -> List[Tuple[str, str, list]]:
+        """The other classes of the files, for arguments of jobs: rows of (module, class, rows as of `rows`)."""
+        found = []
+        for module in list(self._taken):
+            for node in self._read(module)[1].body:
+                before = {name: dict(taken) for name, taken in self._taken.items()}
+                obj = vars(sys.modules[module]).get(getattr(node, 'name', ''))
+                if isinstance(node, ast.ClassDef) and isinstance(obj, type) and node.name not in before[module]:
+                    try:
+                        self.refer(obj, node.name)
+                    except NoSource:   # a job that has one as argument is told
+                        self._taken = before
+                    else:
+                        found.append((module, node.name, self.rows(before)))
+        return found
+
+    def rows(self, without: Dict[str, Dict[str, Any]]) -> List[Tuple[str, str, str, Dict[str, Any], list]]:
+        """What was taken, but for what is in `without`: rows of (module, file, text, values, links), in the order in which they can be run."""
+        order: List[str] = []
+
+        def visit(module: str) -> None:
+            if module in self._taken and module not in order and module not in visiting:
+                visiting.add(module)
+                for name in self._taken[module].values():
+                    for link in name if isinstance(name, list) else ():
+                        visit(link[1])
+                order.append(module)
+        visiting: Set[str] = set()
+        for module in self._taken:
+            visit(module)
+        return [self._row(module, {name: taken for name, taken in self._taken[module].items() if name not in without.get(module, ())})
+                for module in order if self._taken[module].keys() - without.get(module, {}).keys()]
+
+    def _row(self, module: str, taken: Dict[str, Any]) -> Tuple[str, str, str, Dict[str, Any], list]:
+        lines, _, future = self._read(module)
+        wanted = {line for node in future for line in range(node.lineno, node.end_lineno + 1)}
+        wanted.update(*(statement for statement in taken.values() if isinstance(statement, range)))
+        text = ''.join(line if number in wanted else '\n' for number, line in enumerate(lines[:max(wanted, default=0)], 1))
+        return (module, sys.modules[module].__file__ or '', text, {name: value[0] for name, value in taken.items() if isinstance(value, tuple)},
+                [link for links in taken.values() if isinstance(links, list) for link in links])
+
+    def _is_there(self, module: str) -> bool:
+        return module in self._shipped or _on_nodes(module)
+
+    @staticmethod
+    def _read_file(module: str) -> Tuple[List[str], ast.Module, List[Any]]:
+        """Lines, tree and imports from __future__."""
+        try:
+            lines = inspect.findsource(sys.modules[module])[0]
+            tree = ast.parse(''.join(lines))
+        except (OSError, TypeError):
+            raise NoSource('the source of module %s is not to be had' % module) from None
+        except SyntaxError as exc:
+            raise NoSource('the file of module %s was changed: %s' % (module, exc)) from exc
+        return lines, tree, [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == '__future__']
+
+    def _take(self, module: str, name: str, what: str) -> None:
+        """A function or class, with all that it uses."""
+        _, tree, future = self._read(module)
+        taken = self._taken.setdefault(module, {})
+        if name in taken:
+            return
+        found = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name == name]
+        if not found:
+            raise NoSource('%s: no statement at the top level of the file of module %s defines %s' % (what, module, name))
+        codes = list(_codes(compile(ast.Module([*future, found[-1]], []), '', 'exec', dont_inherit=True)))
+        if not _is_as_written(vars(sys.modules[module])[name], sys.modules[module].__file__, codes):
+            raise NoSource('%s: %s in the file of module %s is not what runs: was the file changed?' % (what, name, module))
+        taken[name] = range(min(node.lineno for node in (found[-1], *found[-1].decorator_list)), found[-1].end_lineno + 1)  # type: ignore[operator]
+        for used in sorted({used for code in codes for used in _names_used(code)}):
+            if used in vars(sys.modules[module]) and used not in taken and used not in _OF_EVERY_MODULE:
+                self._take_global(module, used, name)
+
+    def _take_global(self, module: str, name: str, user: str) -> None:
+        value, taken = vars(sys.modules[module])[name], self._taken[module]
+        what = 'global `%s` of %s' % (name, user)
+        links = list(self._imports(module, name, value))
+        if links:
+            taken[name] = links
+        elif isinstance(value, types.ModuleType):
+            if not self._is_there(value.__name__):
+                raise NoSource('%s is a module of your own: put it into depends' % what)
+            taken[name] = [(name, value.__name__, '')]
+        elif hasattr(value, '__qualname__'):
+            where = self.refer(value, what)
+            if where != (module, name):
+                taken[name] = [(name, *where)]
+        elif _is_plain(value):
+            taken[name] = (value,)
+        else:
+            raise NoSource('%s, of type %s, is no plain constant' % (what, type(value).__name__))
+
+    def _imports(self, module: str, name: str, value: Any) -> Iterator[Tuple[str, str, str]]:
+        """Links for the import statements of a file, also of those within `if` and `try`, that have given a name its value."""
+        nodes: List[Any] = [self._read(module)[1]]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.expr)):
+                continue
+            nodes.extend(ast.iter_child_nodes(node))
+            for alias in node.names if isinstance(node, ast.Import) else ():
+                first = alias.name.partition('.')[0]
+                whole = alias.name if alias.asname else first
+                if name == (alias.asname or first) and self._is_there(alias.name) and sys.modules.get(whole) is value:
+                    yield name, alias.name, ''
+                    if whole != alias.name:   # import a.b: loads b, binds a
+                        yield name, first, ''
+            for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+                origin = importlib.util.resolve_name('.' * node.level + (node.module or ''), sys.modules[module].__package__ or '') \
+                    if node.level else node.module
+                if name == (alias.asname or alias.name) or alias.name == '*':
+                    bound = name if alias.name == '*' else alias.name
+                    if sys.modules.get('%s.%s' % (origin, bound)) is value and self._is_there('%s.%s' % (origin, bound)):
+                        yield name, '%s.%s' % (origin, bound), ''
+                    elif self._is_there(origin) and getattr(sys.modules.get(origin), bound, nodes) is value:
+                        yield name, origin, bound
+
+
+_OF_EVERY_MODULE = frozenset(('__builtins__', '__file__', *vars(types.ModuleType(''))))
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _codes(const)
+
+
+def _names_used(code: types.CodeType) -> Iterator[str]:
+    return (step.argval for step in dis.get_instructions(code)
+            if step.opname in ('LOAD_NAME', 'LOAD_GLOBAL', 'LOAD_FROM_DICT_OR_GLOBALS'))
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        open_envelope(pickle.dumps(value, 5))   # as the node will
+    except Exception:  # whatever pickle cannot do, __reduce__ of the user's among it
+        return False
+    return True
+
+
+def _is_as_written(obj: Any, file: Optional[str], codes: List[types.CodeType]) -> bool:
+    """Whether a function, or the methods of a class, can have come of these code objects. They need not be equal: test and
+    coverage tools write more into what runs."""
+    functions = [inspect.unwrap(obj), *(vars(obj).values() if isinstance(obj, type) else ())]
+    for running in [function.__code__ for function in functions if isinstance(function, types.FunctionType)]:
+        if running.co_filename == file and not any(
+                (code.co_name, code.co_firstlineno) == (running.co_name, running.co_firstlineno)
+                and set(code.co_names) <= set(running.co_names)
+                and {const for const in code.co_consts if not isinstance(const, types.CodeType)} <= set(running.co_consts) for code in codes):
+            return False
+    return True
+
+
+def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Sequence[Any], shipped: Sequence[str]) -> Tuple[bytes, str]:
+    """A computation of functions as arguments of `load_source`, or what stands in the way of that."""
+    if computation is call_packed:
+        return b'', 'the functions of an executor travel pickled'
+    picker = SourcePicker(shipped)
+    try:
+        wanted = (picker.refer(computation, 'the computation'), setup and picker.refer(setup, 'setup'), cleanup and picker.refer(cleanup, 'cleanup'),
+                  {obj.__name__: picker.refer(obj, obj.__name__ + ' in depends') for obj in objects})
+        return pickle.dumps((sys.version_info[:2], picker.rows({}), picker.classes(), wanted), 5), ''
+    except NoSource as exc:
+        return b'', str(exc)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Which nodes: what the user wrote, parsed
+# ---------------------------------------------------------------------------------------------------------
 
 LOCAL = 'local'
 
@@ -1140,6 +1716,40 @@ class NodeAllocate:
         return cpus
 
 
+class NodeSpec(NamedTuple):
+    """One element of `nodes`."""
+    host: str       # a name, an address, or either with wildcards
+    port: int       # TCP; with wildcards UDP
+    cpus: int = 0   # > 0: at most; < 0: leave so many free
+    allocator: Optional[NodeAllocate] = None
+    scheduler: bool = False   # no node, but a scheduler, which has some
+
+    @property
+    def wild(self) -> bool:
+        """Whether this means all nodes that answer and fit."""
+        return '*' in self.host
+
+    def fits(self, *words: str) -> bool:
+        """Whether one of these is what is meant: `*` stands for any characters, all else for itself."""
+        wanted = _plain_host(self.host)
+        if not self.wild:
+            return wanted in map(_plain_host, words)
+        pattern = re.compile('.*'.join(map(re.escape, wanted.split('*'))))
+        return any(pattern.fullmatch(_plain_host(word)) for word in words if word)
+
+    def may_fit(self, address: str) -> bool:
+        """Whether a node at this address may be meant; it may also be meant by its name, which is not known yet."""
+        return self.fits(address) or not (set(self.host) <= set('0123456789.*') or ':' in self.host)
+
+
+def _plain_host(word: str) -> str:
+    """Names and addresses in the one form in which they are compared."""
+    try:
+        return str(ipaddress.ip_address(word.partition('%')[0]))
+    except ValueError:
+        return word.lower().rstrip('.')
+
+
 class Allocation(NamedTuple):
     """What a NodeAllocate has said, packed."""
     cpus: int
@@ -1148,10 +1758,10 @@ class Allocation(NamedTuple):
     paths: Dict[str, str]
 
 
-def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: 'Peer') -> Allocation:
+def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['Peer', 'NodeRow']) -> Allocation:
     """Runs the user's code; raises what that raises, TypeError for what is no number."""
     available = DispyNodeAvailInfo(*map(peer.facts.get('available', {}).get, DispyNodeAvailInfo._fields))
-    cpus = allocator.allocate(cluster, peer.ip_addr, peer.name, peer.cpus, avail_info=available, platform=peer.facts.get('platform', ''))
+    cpus = allocator.allocate(cluster, peer.ip_addr, peer.name, peer.offered, avail_info=available, platform=peer.facts.get('platform', ''))
     if isinstance(cpus, bool) or not isinstance(cpus, int):
         raise TypeError('allocate() returned %.80r, which is no number of CPUs' % (cpus,))
     paths: Dict[str, str] = {}
@@ -1160,23 +1770,24 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: 'Peer') 
     return Allocation(cpus, blob, _file_rows(paths), paths)
 
 
-def parse_nodes(nodes: Any, port: int) -> Union[None, str, List[NodeAddress]]:
-    """None, 'local' or the addresses. Raises TypeError or ValueError naming the element."""
-    if nodes is None or nodes == LOCAL:
-        return nodes  # type: ignore[no-any-return]
+def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec]:
+    """What was written as `nodes`, not None; `elsewhere`: wildcards are not for this process to look for. Raises TypeError or
+    ValueError naming the element."""
     if isinstance(nodes, (str, tuple, dict, DispyNode, NodeAllocate)):
         nodes = [nodes]
-    found = [_parse_node(node, port) for node in nodes]
+    found = [_parse_node(node, port, elsewhere) for node in nodes]
     if not found:
         raise ValueError("nodes is an empty list: give host names, 'local', or None for any node")
     return found
 
 
-def _parse_node(node: Any, port: int) -> NodeAddress:
+def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
+    allocator = None
     if isinstance(node, DispyNode):
-        return NodeAddress(node.ip_addr, node.port)
+        return NodeSpec(node.ip_addr, node.port)
     if isinstance(node, NodeAllocate):
         parts: Sequence[Any] = (node.host, node.port, node.cpus)
+        allocator = node
     elif isinstance(node, str):
         parts = (node,)
     elif isinstance(node, dict) and 'host' in node and not set(node) - {'host', 'port', 'cpus'}:
@@ -1188,14 +1799,251 @@ def _parse_node(node: Any, port: int) -> NodeAddress:
     host, its_port, cpus = (*parts, None, None)[:3]
     if not isinstance(host, str) or not host or any(c.isspace() for c in host):
         raise ValueError('nodes: %.80r is no host' % (host,))
-    if '*' in host:
-        raise ValueError('nodes: %r: wildcards need discovery, which this version does not have; name the hosts' % host)
+    if '*' in host and discovery_reach() == 'off' and not elsewhere:
+        raise ValueError("nodes: %r: wildcards need discovery, which the environment's DISPY_DISCOVERY forbids; name the hosts" % host)
     its_port = port if its_port is None else its_port
     if not isinstance(its_port, int) or not 1 <= its_port <= 65535:
         raise ValueError('nodes: port %.40r of %s is not between 1 and 65535' % (its_port, host))
     if cpus is not None and not isinstance(cpus, int):
         raise TypeError('nodes: cpus %.40r of %s is no number' % (cpus, host))
-    return NodeAddress(host, its_port, cpus or 0)
+    return NodeSpec(host, its_port, cpus or 0, allocator)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Journal: what a cluster with a recover_file has submitted, sent and got back
+# ---------------------------------------------------------------------------------------------------------
+
+class Database:
+    """A SQLite file in WAL mode, held by one process at a time. What happens is noted, and written in one transaction a turn,
+    statement after statement in the order of STATEMENTS."""
+    MARK = VERSION = 0         # SQLite's application_id and user_version
+    TABLES = ''
+    STATEMENTS: Sequence[str] = ()
+    SYNC = 'NORMAL'            # what a transaction wrote outlives the process; a power cut may cost the last of them
+
+    def __init__(self, path: str, what: str) -> None:
+        """Raises DispyError for a file that is in use, or none of ours; OSError. `what` is its name for people."""
+        self.path, self._what = os.path.abspath(path), what
+        self._notes: List[List[tuple]] = [[] for _ in self.STATEMENTS]
+        self.broken = False    # the last transaction failed; its notes are still here
+        import sqlite3   # 10 ms that only those pay who need it
+        self._error = sqlite3.Error
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+        try:
+            self._open()
+        except sqlite3.Error as exc:
+            self._db.close()
+            if 'locked' in str(exc):
+                raise DispyError('%s %s is in use by another program' % (what, path)) from exc
+            raise DispyError("%s %s cannot be used: %s; if it is none of dispy's or is damaged, move it away" % (what, path, exc)) from exc
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _open(self) -> None:
+        run = self._db.execute
+        run('PRAGMA locking_mode=EXCLUSIVE')
+        run('PRAGMA journal_mode=WAL')
+        run('PRAGMA synchronous=%s' % self.SYNC)
+        mark, version = run('PRAGMA application_id').fetchone()[0], run('PRAGMA user_version').fetchone()[0]
+        run('BEGIN EXCLUSIVE')
+        if not run('SELECT count(*) FROM sqlite_master').fetchone()[0]:
+            for statement in self.TABLES.split(';'):
+                run(statement)
+            run('PRAGMA application_id=%d' % self.MARK)
+            run('PRAGMA user_version=%d' % self.VERSION)
+        elif mark != self.MARK or version != self.VERSION:
+            run('ROLLBACK')
+            raise DispyError('%s %s is %s: give another, or move it away' % (
+                self._what, self.path, 'of version %d and this dispy knows %d' % (version, self.VERSION) if mark == self.MARK else 'no file of dispy'))
+        run('COMMIT')
+
+    def note(self, statement: int, *row: Any) -> None:
+        """A row for a statement of the next transaction."""
+        self._notes[statement].append(row)
+
+    def commit(self) -> bool:
+        """Write all that was noted; whether that went well. A failure is told once, and tried again with the next."""
+        if not any(self._notes):
+            return True
+        try:
+            self._db.execute('BEGIN')
+            for statement, rows in zip(self.STATEMENTS, self._notes):
+                if rows:
+                    self._db.executemany(statement, rows)
+            self._db.execute('COMMIT')
+        except self._error as exc:
+            if self._db.in_transaction:
+                self._db.execute('ROLLBACK')
+            return self._failed(exc)
+        if self.broken:
+            logger.info('%s %s can be written again', self._what, self.path)
+        self.broken = False
+        for rows in self._notes:
+            rows.clear()
+        return True
+
+    def _failed(self, exc: Exception) -> bool:
+        if not self.broken:
+            logger.error('%s %s cannot be written: %s', self._what, self.path, exc)
+        self.broken = True
+        return False
+
+
+class Journal(Database):
+    """A row a job; and beside the file, in FILE-new, the jobs whose rows are not in a transaction yet: `submit` itself writes
+    them there, so that a job is not lost that it has returned. The loop commits what happened in a turn before anything of the
+    turn is sent. No secret is in it.
+
+    A job is known by its number, which is its serial without the attempt. What it holds is pickled: arguments and results
+    as they travel, and the user's ids; it is opened only by the user's program.
+    """
+    MARK, VERSION = 0x64735035, 1
+    WAITING, SENT, ENDED = range(3)
+    TRIM = 1 << 20             # bytes after which FILE-new is emptied when it may be
+    TABLES = """
+        CREATE TABLE comps (comp TEXT PRIMARY KEY, name TEXT, reentrant INTEGER, program INTEGER, host TEXT);
+        CREATE TABLE jobs (number INTEGER PRIMARY KEY, comp TEXT, id BLOB, payload BLOB, options BLOB, submitted REAL,
+            state INTEGER, serial INTEGER, node TEXT, status INTEGER, result BLOB, delivered INTEGER DEFAULT 0);
+        """
+    INSERT, MOVE, END = range(3)
+    STATEMENTS = (
+        'INSERT OR IGNORE INTO jobs (number, comp, id, payload, options, submitted, state) VALUES (?, ?, ?, ?, ?, ?, ?)',
+        'UPDATE jobs SET comp = ?, state = ?, serial = ?, node = ? WHERE number = ?',
+        'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?')
+    _HEAD = struct.Struct('>IQdIII')   # CRC-32 of the rest, number, submitted, lengths of id, payload and options
+
+    def __init__(self, path: str, must_exist: bool = False) -> None:
+        """As Database; FileNotFoundError if it must be there."""
+        if must_exist and not os.path.exists(path):
+            raise FileNotFoundError('recover_file: there is no file %s (in %s)' % (path, os.getcwd()))
+        self._rows: Deque[tuple] = collections.deque()     # submitted, by any thread, and not noted
+        self.last = self._committed = 0                    # numbers
+        super().__init__(path, 'recover_file')
+        try:
+            self._new = os.open(self.path + '-new', os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, 'O_BINARY', 0), 0o600)
+            self._take_new()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _take_new(self) -> None:
+        """Jobs that had been submitted and were in no transaction when the program ended; a torn one was never returned."""
+        with open(self.path + '-new', 'rb') as file:
+            while True:
+                head = file.read(self._HEAD.size)
+                if len(head) < self._HEAD.size:
+                    break
+                crc, number, submitted, *sizes = self._HEAD.unpack(head)
+                body = file.read(sum(sizes))
+                if len(body) < sum(sizes) or zlib.crc32(body, zlib.crc32(head[4:])) != crc:
+                    break
+                ident, payload, options = body[:sizes[0]], body[sizes[0]:sizes[0] + sizes[1]], body[sizes[0] + sizes[1]:]
+                self._rows.append((number, '', ident, payload, options, submitted, self.WAITING))
+        if self.commit():
+            os.ftruncate(self._new, 0)
+        self.last = self._committed = self._db.execute('SELECT coalesce(max(number), 0) FROM jobs').fetchone()[0]
+
+    # -- while a cluster runs -------------------------------------------------------------------------------
+
+    def begin(self, comp: str, name: str, reentrant: bool, program: bool, host: Optional[Tuple[str, int]]) -> None:
+        """A computation whose jobs come now."""
+        self._db.execute('INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?, ?)',
+                         (comp, name, reentrant, program, '%s:%d' % host if host else None))
+
+    def submitted(self, job: DispyJob) -> None:
+        """A job, before `submit` returns; gives it its number. The user's thread, with the cluster's lock held. Raises
+        OSError, and what pickling its id raises; the job is not submitted then."""
+        number = self.last + 1
+        ident, payload = pickle.dumps(job.id), b''.join(pieces_of(job._payload))
+        options = pickle.dumps(job._options) if job._options else b''
+        head = self._HEAD.pack(0, number, job.submit_time, len(ident), len(payload), len(options))[4:]
+        body = b''.join((ident, payload, options))
+        data = memoryview(struct.pack('>I', zlib.crc32(body, zlib.crc32(head))) + head + body)
+        start = os.fstat(self._new).st_size
+        try:
+            while data:
+                data = data[os.write(self._new, data):]
+        except OSError:
+            os.ftruncate(self._new, start)   # what comes behind a torn one is not found
+            raise
+        self.last = number
+        job._serial = number << 16
+        self._rows.append((number, job._comp, ident, payload, options, job.submit_time, self.WAITING))
+
+    def sent(self, works: Sequence[Work], node: str) -> None:
+        """Jobs on their way to a node."""
+        for work in works:
+            self.note(self.MOVE, work._comp, self.SENT, work._serial, node, work._serial >> 16)
+
+    def waits(self, work: Work) -> None:
+        """It came back without having been started, or may be run again."""
+        self.note(self.MOVE, work._comp, self.WAITING, work._serial, None, work._serial >> 16)
+
+    def ended(self, work: Work, result: Any) -> None:
+        """A row of Results, or the text of one that ended without."""
+        plain = result if isinstance(result, str) else (*result[1:4], *map(bytes, map(_joined, result[4:])))
+        self.note(self.END, self.ENDED, int(work._state), pickle.dumps(plain, 5), work._serial >> 16)
+
+    def commit(self) -> bool:
+        """As Database, with what was submitted."""
+        last = 0
+        while self._rows:
+            row = self._rows.popleft()
+            self.note(self.INSERT, *row)
+            last = row[0]
+        done = super().commit()
+        if done and last:
+            self._committed = last
+        return done
+
+    def trim(self) -> None:
+        """Empty FILE-new if all in it is in the database. With the cluster's lock held."""
+        if self._committed == self.last and os.fstat(self._new).st_size > self.TRIM:
+            os.ftruncate(self._new, 0)
+
+    # -- after a crash ----------------------------------------------------------------------------------------
+
+    def comps(self) -> List[tuple]:
+        """Rows (comp, name, reentrant, program, host) of computations with jobs on nodes."""
+        return self._db.execute('SELECT * FROM comps WHERE comp IN (SELECT comp FROM jobs WHERE state = ?)', (self.SENT,)).fetchall()
+
+    def is_program(self) -> bool:
+        """Whether the jobs are runs of a program."""
+        return bool(self._db.execute('SELECT max(program) FROM comps').fetchone()[0])
+
+    def jobs(self) -> Iterator[Tuple[DispyJob, int, str, Any]]:
+        """(job, state, node, result) of all jobs that have not been handed to the user since a crash."""
+        for number, comp, ident, payload, options, submitted, state, serial, node, status, result in self._db.execute(
+                'SELECT number, comp, id, payload, options, submitted, state, serial, node, status, result FROM jobs WHERE NOT delivered'):
+            job = DispyJob(comp, payload, pickle.loads(options) if options else None, pickle.loads(ident))
+            job._serial, job.submit_time = serial or number << 16, submitted
+            if state == self.ENDED:
+                job._state = JobState(status)
+            yield job, state, node or '', pickle.loads(result) if result else None
+
+    def delivered(self, jobs: Sequence[DispyJob]) -> None:
+        """These were handed to the user; not again."""
+        self._db.execute('BEGIN')
+        self._db.executemany('UPDATE jobs SET delivered = 1, result = NULL WHERE number = ?', [(job._serial >> 16,) for job in jobs])
+        self._db.execute('COMMIT')
+
+    def close(self, remove: bool = False) -> None:
+        """Let go of the file; with `remove`, or if no job is left in it, remove it."""
+        self.commit()
+        left = self._db.execute('SELECT count(*) FROM jobs WHERE NOT delivered').fetchone()[0]
+        self._db.close()
+        os.close(self._new)
+        if remove or not left:
+            for end in ('-new', '', '-wal', '-shm'):   # alone, FILE-new would be taken for new jobs
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path + end)
+
+
+def _joined(payload: Any) -> Any:
+    """A payload in one piece."""
+    return b''.join(payload) if type(payload) is tuple else payload
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1245,21 +2093,6 @@ class Pool:
             self._tasks.put(None)
 
 
-class Dialled(NamedTuple):
-    """Posted by a dial thread."""
-    peer: 'Peer'
-    sock: Any
-    session: Session
-    address: str
-
-
-class DialFailed(NamedTuple):
-    """Posted by a dial thread."""
-    peer: 'Peer'
-    text: str
-    unreachable: bool
-
-
 class Asked(NamedTuple):
     """Posted by `Driver.ask`: call this in the driver's thread."""
     call: Callable[[], Any]
@@ -1280,29 +2113,82 @@ class CallBack(NamedTuple):
     job: DispyJob
 
 
+class NodeRow(NamedTuple):
+    """A node and a cluster as they are told to others."""
+    key: Any
+    ip_addr: str
+    port: int
+    name: str
+    state: str
+    reason: str
+    cpus: int      # that the cluster may use
+    busy: int      # jobs of the cluster
+    offered: int   # CPUs by the node
+    facts: dict
+
+
+class Monitor:
+    """Who watches a cluster, see `Driver.watch_cluster`. Called by the driver's thread and its openers: must be quick."""
+
+    def failed(self, job: DispyJob, payload: Any) -> None:
+        """A job has ended without a result; `payload` are its arguments, packed."""
+
+    def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
+        """A running job has printed, to stdout (1) or stderr (2), from byte `offset` of it."""
+
+
+class Use:
+    """A node and a cluster. Driver thread only."""
+    __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told')
+
+    def __init__(self, spec: NodeSpec) -> None:
+        self.state = UseState.WAITING
+        self.spec = spec
+        self.reason = ''                             # why it was refused
+        self.allocation: Optional[Allocation] = None   # what the user's NodeAllocate said
+        self.wanted: Optional[int] = None            # CPUs by set_node_cpus; 0: deallocated
+        self.acks: List[int] = []                    # serials to be acknowledged
+        self.then = ''                               # when it has drained: 'close' or 'open'
+        self.told: Set[str] = set()                  # reasons that were logged
+
+    def move(self, event: str) -> None:
+        """The one place where its state changes."""
+        self.state = USE_TABLE[self.state, event]
+
+    @property
+    def offered(self) -> bool:
+        """Whether the node has been told of the computation."""
+        return self.state in (UseState.SETTING_UP, UseState.READY)
+
+
 class Peer:
     """A node as the driver sees it. Driver thread only."""
 
-    def __init__(self, address: NodeAddress, embedded: bool = False) -> None:
-        self.address, self.embedded = address, embedded
+    def __init__(self, host: str, port: int, redial: float = REDIAL_MOST, listed: bool = False, embedded: bool = False,
+                 scheduler: bool = False) -> None:
+        self.host, self.port, self.embedded, self.scheduler = host, port, embedded, scheduler
+        self.listed = listed                        # named by the user, not found; kept while it cannot be reached
+        self.key: Any = LOCAL if embedded else ('scheduler', host, port) if scheduler else (host, port)
         self.state = NodeState.FOUND
         self.link: Optional[Link] = None
-        self.name, self.ip_addr, self.facts, self.cpus = '', address.host, {}, 0  # type: Tuple[str, str, dict, int]
+        self.linked_at = 0.0
+        self.instance = b''
+        self.restarted = False                     # another process than before; told when it says Welcome
+        self.refused_at: Optional[float] = None    # when, since its link broke, nothing listened there
+        self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0  # type: Tuple[str, str, dict, int]
         self.reason = 'not reached yet'
-        self.redial_at: Optional[float] = 0.0
-        self.redial_wait = REDIAL_FIRST
+        self.dialling = Dialling(REDIAL_FIRST, redial)
+        self.failures = 0                          # in a row
+        self.heard = 0.0                           # when it was last found by UDP
         self.retry_at: Optional[float] = None
-        self.acks: Dict[str, List[int]] = {}       # computation -> serials to be acknowledged
         self.retry_wait = RETRY_FIRST
-        self.told: Set[Tuple[str, str]] = set()    # (computation, reason) that was logged
-        self.refusals: Dict[str, str] = {}         # computation -> reason
-        self.allocations: Dict[str, Allocation] = {}   # computation -> what the user's NodeAllocate said
-        self.setting_up: Set[str] = set()          # computations whose Compute was sent
-        self.ready: Set[str] = set()
+        self.told: Set[str] = set()                # reasons that were logged
+        self.uses: Dict[str, Use] = {}             # computation -> use
+        self.blocked: Set[str] = set()             # computations that wait here for another that wants the node alone
+        self.most = sys.maxsize                    # CPUs of it that each computation may use at most: who runs a scheduler decides
+        self.answers: Dict[Tuple[str, str], 'concurrent.futures.Future[Any]'] = {}   # (computation, file or '') -> who asked
         self.process: Optional['subprocess.Popen[bytes]'] = None   # of an embedded node, and its directory
         self.directory = ''
-        self.dialling: Any = None                  # the socket of a dial thread, to be shut down
-        self.dial_thread: Optional[threading.Thread] = None
 
     def move(self, event: str) -> None:
         """The one place where a node's state changes."""
@@ -1319,33 +2205,218 @@ class Peer:
 
     def is_meant(self, node: Any) -> bool:
         """Whether a user's word for a node means this one."""
+        if node == self.key:
+            return True
         if isinstance(node, DispyNode):
             node = (node.ip_addr, node.port)
         if isinstance(node, (tuple, list)):
-            return len(node) == 2 and node[0] in (self.address.host, self.ip_addr) and node[1] == self.address.port
-        return bool(node) and node in (self.name, self.ip_addr, self.address.host)
+            return len(node) == 2 and node[0] in (self.host, self.ip_addr, self.name) and node[1] == self.port
+        return bool(node) and node in (self.name, self.ip_addr, self.host)
+
+    def limit(self, comp: str) -> int:
+        """CPUs that a computation may use here."""
+        return 0 if comp in self.blocked else min(self.allowed(comp), self.most)
+
+    def allowed(self, comp: str) -> int:
+        """The same, were no other computation alone here."""
+        use = self.uses[comp]
+        if use.wanted is not None:
+            return min(use.wanted, self.offered) if use.wanted >= 0 else max(0, self.offered + use.wanted)
+        if use.allocation is not None:
+            return use.allocation.cpus if self.offered else 0
+        return min(self.offered, use.spec.cpus) if use.spec.cpus > 0 else max(0, self.offered + use.spec.cpus)
+
+    @property
+    def place(self) -> str:
+        """Where it is reached, for a journal; one that dials us is known by its name."""
+        return '@' * self.scheduler + place(self.host, self.port) if self.port else ' %s' % self.name
 
     def __str__(self) -> str:
-        host, port = self.address.host, self.address.port
-        return '%s (%s:%d)' % (self.name, host, port) if self.name and self.name != host else '%s:%d' % (host, port)
+        where = 'dispyscheduler ' * self.scheduler + place(self.host, self.port) if self.port else self.host
+        return '%s (%s)' % (self.name, where) if self.name and self.name != self.host else where
+
+
+class Recovery:
+    """Collects what nodes have of computations whose program has crashed. To the driver it is a cluster that only looks.
+    `done(job, row, peer)` is told a result, `lost(job, text)` a job that its node does not know, `over()` that none is left.
+    The driver's thread."""
+    _cargo = _cluster_status = _on_output = None
+    _reentrant = _multicast = _remote = False
+    _host_has_port = True
+    _client = 'recovery'
+
+    def __init__(self, journal: Journal, sent: Sequence[Tuple[DispyJob, str]], done: Callable[[DispyJob, tuple, Peer], None],
+                 lost: Callable[[DispyJob, str], None], over: Callable[[], None], cancel: bool = False) -> None:
+        rows, self._journal = journal.comps(), journal
+        self.old = [row[0] for row in rows]
+        self.met: List[Peer] = []
+        self._jobs = {job._serial >> 16: (job, node) for job, node in sent}
+        self._done, self._lost, self._over, self._cancel = done, lost, over, cancel
+        self._comp, self._port = uuid.uuid4().hex, NODE_PORT
+        self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
+        self._specs = [NodeSpec(*host_and_port(node.lstrip('@'), NODE_PORT), scheduler=node.startswith('@'))
+                       for node in sorted({node for _, node in sent}) if not node.startswith(' ')]
+        hosts = [row[4] for row in rows if row[4]]
+        self._host = None if not any(node.startswith(' ') for _, node in sent) or not hosts else \
+            (hosts[0].rpartition(':')[0], int(hosts[0].rpartition(':')[2]))
+        self.driver: Any = None
+
+    def begin(self, driver: 'Driver') -> None:
+        """Dial the nodes. Raises OSError."""
+        self.driver = driver
+        driver.open(self, False)  # type: ignore[arg-type]
+
+    def _met(self, peer: Peer) -> None:
+        if peer not in self.met:
+            self.met.append(peer)
+        self.driver.reclaim(peer, self)
+
+    def _node_came(self) -> None:
+        """As a cluster's."""
+
+    def held(self, peer: Peer, comp: str, serials: Sequence[int]) -> None:
+        """A node has told what it knows."""
+        known = {serial >> 16 for serial in serials}
+        for number, (job, node) in list(self._jobs.items()):
+            if node == peer.place and job._comp == comp and number not in known:
+                del self._jobs[number]
+                self._lost(job, 'abandoned: node %s does not know it any more' % peer)
+        if self._cancel and serials:
+            self.driver.say(peer.link, Cancel(comp, list(serials)))
+        self._check()
+
+    def results(self, peer: Peer, rows: Sequence[tuple]) -> None:
+        """Results came; some perhaps for the second time."""
+        for row in rows:
+            job, _ = self._jobs.get(row[0] >> 16, (None, ''))
+            if job is None or row[1] in GOES_ON:
+                continue
+            del self._jobs[row[0] >> 16]
+            job._serial = row[0]
+            if row[1] == Outcome.STOPPED:
+                self._lost(job, 'abandoned: node %s was stopped while it ran' % peer)
+            else:
+                job._state = JOB_TABLE[JobState.RUNNING, _EVENT_OF[row[1]]]
+                self._journal.ended(job, row)
+                self._done(job, row, peer)
+        self._check()
+
+    def cancel(self, job: DispyJob) -> None:
+        """End a job that runs."""
+        for peer in self.met:
+            if self._jobs.get(job._serial >> 16, (None, ''))[1] == peer.place and peer.link is not None:
+                self.driver.say(peer.link, Cancel(job._comp, [job._serial]))
+
+    def left(self) -> List[DispyJob]:
+        """Those of which nothing has been heard."""
+        return [job for job, _ in self._jobs.values()]
+
+    def refused(self, peer: Peer, text: str) -> None:
+        """The program is connected to the node still, or again."""
+        logger.warning('node %s: nothing can be recovered: %s', peer, text)
+
+    def _check(self) -> None:
+        if not self._jobs:
+            self._over()
+
+
+def recover_jobs(recover_file: str, timeout: Optional[float] = None, terminate_pending: bool = False, secret: Union[str, bytes, None] = None,
+                 certfile: Optional[str] = None, keyfile: Optional[str] = None, cafile: Optional[str] = None) -> List[DispyJob]:
+    """The jobs of a cluster (`JobCluster(..., recover_file=...)`) whose program has crashed.
+
+    Jobs that have ended are returned with their results, in one call only; those that run on nodes are waited for, at most
+    `timeout` seconds (None: without limit), and returned as Running if that was too short; those that were never started
+    are returned as Created, with `job.args` and `job.kwargs`, and are run by `JobCluster(..., recover_file=recover_file)`.
+    With `terminate_pending` what runs is cancelled. When nothing is left to be recovered, the file is removed.
+
+    Raises FileNotFoundError; DispyError if the file is in use, damaged or none of dispy's; OSError. Any thread.
+    """
+    journal = Journal(recover_file, must_exist=True)
+    try:
+        return _recover(journal, timeout, terminate_pending, Access(find_secret(secret), certfile, keyfile, cafile, PULSE, REDIAL_MOST))
+    finally:
+        journal.close()
+
+
+fault_recover_jobs = recover_jobs   # its name in dispy 4
+
+
+def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: 'Access') -> List[DispyJob]:
+    is_program, lock = journal.is_program(), threading.Lock()
+    jobs, sent, ended = [], [], []  # type: List[DispyJob], List[Tuple[DispyJob, str]], List[DispyJob]
+    again = {row[0] for row in journal.comps() if row[2]}
+
+    def done(job: DispyJob, row: tuple, peer: Optional[Peer]) -> None:
+        with lock:
+            job.ip_addr = peer.ip_addr if peer is not None else None
+            fill_in(job, row, is_program)
+            ended.append(job)
+
+    def lost(job: DispyJob, text: str) -> None:
+        with lock:
+            if job._comp in again and not cancel:
+                job.status = DispyJob.Created
+                journal.waits(job)
+            else:
+                job._state = JobState.ABANDONED
+                end_without(job, text)
+                ended.append(job)
+    for job, state, node, result in journal.jobs():
+        jobs.append(job)
+        if state == Journal.SENT:
+            job.status = DispyJob.Running
+            sent.append((job, node))
+        elif state == Journal.ENDED and isinstance(result, str):
+            end_without(job, result)
+            ended.append(job)
+        elif state == Journal.ENDED:
+            done(job, (job._serial, *result), None)
+    if sent:
+        driver = Driver.acquire(access)
+        try:
+            over = threading.Event()
+            recovery = Recovery(journal, sent, done, lost, over.set, cancel)
+            driver.ask(lambda: recovery.begin(driver))
+            over.wait(timeout)
+            driver.ask(lambda: driver.give_up(recovery, over.is_set()))
+        finally:
+            driver.release()
+    with lock:
+        journal.delivered(ended)
+        return jobs
+
+
+class _Asker:
+    """Asks for nodes at one UDP port."""
+
+    def __init__(self, ears: Ears) -> None:
+        self.ears, self.due, self.wait, self.last = ears, 0.0, ASK_FIRST, 0.0
 
 
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, instance: bytes = b'') -> None:
+        self.instance = instance or _instance
         self._psk = derive_key(access.secret)
         self._tls = tls_context(False, access.certfile, access.keyfile, access.cafile) if access.certfile else None
         super().__init__()
         self.access = access
+        self._reach = discovery_reach()
         self.schedule = Schedule()
         self.users = 0                      # clusters
         self.broken = ''                    # why the driver's thread has ended before its time
-        self._clusters: Dict[str, 'JobCluster'] = {}
+        self._clusters: Dict[str, Any] = {}          # JobClusters, and what looks like one
         self._peers: Dict[Any, Peer] = {}
         self._by_link: Dict[int, Peer] = {}
         self._dials: Set[Peer] = set()               # with a dial thread at work
-        self._users: Dict[str, Set[Any]] = {}        # computation -> keys of peers it may use
+        self._discovery = Discovery(self._psk, Role.CLIENT, self.instance)
+        self._ears: Dict[Tuple[int, bool], _Asker] = {}      # (UDP port, multicast) -> who asks there
+        self._gates: Dict[Tuple[str, int], Gate] = {}        # where nodes may dial
+        self._journals: Dict[str, Journal] = {}      # computation -> where its jobs are written down
+        self._reclaimed: Dict[str, 'Recovery'] = {}  # computations of programs that have crashed
+        self._call_numbers = itertools.count(1)
+        self._strangers: Dict[Any, Peer] = {}        # instance or address -> one that cannot be used, and is no node that was named
         self._submitted: List[DispyJob] = []
         self._openers = Pool('dispy-opener', 2)
         self.callbacks = Pool('dispy-callback', CALLBACK_THREADS)
@@ -1353,21 +2424,30 @@ class Driver(Loop):
         self._warn_at: Dict[str, float] = {}
         self._probes: Dict[str, float] = {}          # computation -> when to start an embedded node
         self._incoming: Dict[Tuple[int, str, int], IncomingFile] = {}   # (link, computation, serial) -> file from a job
-        self._uploads: Dict[int, Deque[Iterator[File]]] = {}   # link -> files on their way
+        self._uploads: Dict[int, Deque[Iterator[Any]]] = {}   # link -> files on their way
         self._chores_at = 0.0
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts: Dict[type, Callable[[Any], None]] = {
             SendJobs: self._send_jobs, SendCancel: self._send_to, SendRecall: self._send_to, SendAck: self._send_ack,
             JobsEnded: self._jobs_ended, JobEnded: self._job_ended, JobWaits: self._job_waits,
-            JobParked: self._job_parked,
+            JobParked: self._job_parked, NodeDrained: self._drained, NodeGone: self._gone,
         }
         self._messages: Dict[type, Callable[[Peer, Any], None]] = {
             Welcome: self._on_welcome, Refused: self._on_refused, Need: self._on_need, Ready: self._on_ready,
             Results: self._on_results, Returned: self._on_returned, Offer: self._on_offer,
             FileBack: self._on_file_back, Output: self._on_output,
+            Where: self._on_where, News: self._on_news, Call: self._on_call, Return: self._on_return,
+            Said: lambda peer, message: logger.warning('%s', message.text),
+            Placed: lambda peer, message: self._answer(peer, (message.comp, message.name), message.error),
+            Held: self._on_held,
+            Report: lambda peer, message: self._answer(peer, (message.comp, ''), message),
         }
+        self._commands: Dict[str, Callable[..., Any]] = {
+            'nodes': self.rows_of, 'complaint': self.complaint, 'find': lambda comp, node: self.find(comp, node).key,
+            'set_cpus': lambda comp, node, cpus: self.set_cpus(comp, self.find(comp, node), cpus), 'leave': self.leave,
+            'allocate': self.allocate, 'jobs': lambda comp, node: list(self.jobs_at(comp, node)), 'question': self.question}
         self._events: Dict[type, Callable[[Any], None]] = {
-            DispyJob: self._submitted.append, Dialled: self._dialled, DialFailed: self._dial_failed, Asked: self._asked,
+            DispyJob: self._submitted.append, Dialled: self._dialled, DialFailed: self._dial_failed, Arrival: self._arrived, Asked: self._asked,
             Told: self._told, CallBack: lambda event: self.callbacks.run(event.cluster._call_back, event.job)}
 
     # -- life; user threads -------------------------------------------------------------------------------
@@ -1428,13 +2508,12 @@ class Driver(Loop):
     def _hang_up(self) -> None:
         for pool in (self._openers, self.callbacks, self._tellers):
             pool.close()
-        for peer in self._dials:   # also those that no cluster uses any more
-            if peer.dialling is not None:
-                with contextlib.suppress(OSError):   # not connected yet, or not any more
-                    peer.dialling.shutdown(socket.SHUT_RDWR)
-        for peer in [*self._dials, *self._peers.values()]:
-            if peer.dial_thread is not None:
-                peer.dial_thread.join(HANDSHAKE_TIME)
+        for gate in self._gates.values():
+            gate.server_close()
+        for asker in self._ears.values():
+            asker.ears.close()
+        for peer in {*self._dials, *self._peers.values()}:   # also those that no cluster uses any more
+            peer.dialling.abort()
             peer.end_process()
         for event in list(self._inbox):
             if isinstance(event, Asked):
@@ -1444,7 +2523,8 @@ class Driver(Loop):
         """In a forked child the driver's thread does not exist. Let go of its sockets without a word, so that
         nodes do not take the child for the client."""
         self.broken = 'this process was forked from the one that made the cluster: make a new one here'
-        handles = [link.sock for link in self.links.values()]
+        handles = [link.sock for link in self.links.values()] + [gate.socket for gate in self._gates.values()] \
+            + [ear.socket for asker in self._ears.values() for ear in asker.ears.ears]
         self._selector.close()
         for sock in (*handles, self._waker, self._wakened):
             sock.close()
@@ -1454,56 +2534,118 @@ class Driver(Loop):
 
     # -- clusters -----------------------------------------------------------------------------------------
 
-    def open(self, cluster: 'JobCluster', addresses: Union[None, str, List[NodeAddress]], probe: bool) -> None:
-        """Begin to use nodes for a cluster."""
-        self._clusters[cluster._comp] = cluster
-        self._act(self.schedule.handle(Opened(cluster._comp, cluster._comp, cluster._reentrant), self.now))
-        self._users[cluster._comp] = set()
-        self._warn_at[cluster._comp] = self.now + WARN_AFTER
-        if isinstance(addresses, list):
-            for address in addresses:
-                self._use(cluster._comp, address, Peer(address))
-        elif addresses is None and probe:
-            address = NodeAddress('127.0.0.1', cluster._port)
-            self._use(cluster._comp, address, Peer(address))
-            self._probes[cluster._comp] = self.now + PROBE_TIME
-        else:
-            self._use_embedded(cluster._comp)
+    def open(self, cluster: 'JobCluster', probe: bool) -> None:
+        """Begin to use nodes for a cluster; with `probe` start one here if none answers soon. Raises OSError if it is to
+        listen and cannot."""
+        comp = cluster._comp
+        if cluster._host is not None:
+            self._listen(*cluster._host, may_fail=not cluster._host_has_port)
+        if getattr(cluster, '_journal', None) is not None:
+            self._journals[comp] = cluster._journal  # type: ignore[assignment]
+        self._clusters[comp] = cluster
+        self._act(self.schedule.handle(Opened(comp, cluster._client, cluster._reentrant, cluster._remote), self.now))
+        self._warn_at[comp] = math.inf if isinstance(cluster, Survey) else self.now + WARN_AFTER
+        self.use(comp, cluster._specs)
+        if probe:
+            self._probes[comp] = self.now + PROBE_TIME
+            self._use_address(comp, '127.0.0.1', cluster._port, cluster._specs[0], False)
+        elif not cluster._specs:
+            self._use_embedded(comp)
 
-    def forget(self, comp: str) -> None:
-        """A cluster is closed: end its jobs, tell its nodes."""
+    def use(self, comp: str, specs: Sequence[NodeSpec]) -> None:
+        """Look for nodes: dial those named, ask for those meant by wildcards."""
+        for spec in specs:
+            if spec.wild:
+                for peer in list(self._peers.values()):
+                    if peer.link is not None:
+                        self._consider(peer, comp)
+                self._ask_all(spec.port, self._clusters[comp]._multicast)
+            else:
+                self._use_address(comp, spec.host, spec.port, spec, True)
+        self._soon()
+
+    def _use_address(self, comp: str, host: str, port: int, spec: NodeSpec, listed: bool) -> Peer:
+        peer = self._peers.get(('scheduler', host, port) if spec.scheduler else (host, port))
+        if peer is None:
+            peer = Peer(host, port, self.access.redial, scheduler=spec.scheduler)
+            self._peers[peer.key] = peer
+        peer.listed = peer.listed or listed
+        self._take(peer, comp, spec)
+        return peer
+
+    def _take(self, peer: Peer, comp: str, spec: NodeSpec) -> None:
+        """A cluster may use a node."""
+        if comp not in peer.uses:
+            peer.uses[comp] = Use(spec)
+            self._set_up(peer, comp)
+        self._soon()
+
+    def _consider(self, peer: Peer, comp: str) -> None:
+        """Use a connected node if this cluster's specs mean it."""
+        spec = self._spec_of(peer, comp)
+        if spec is not None and not peer.embedded:
+            self._take(peer, comp, spec)
+
+    def _spec_of(self, peer: Peer, comp: str) -> Optional[NodeSpec]:
+        """What of a cluster's `nodes` means a node. One that has dialled us has no port."""
+        return next((spec for spec in self._clusters[comp]._specs if spec.fits(peer.ip_addr, peer.host, peer.name)
+                     and (spec.wild or peer.port in (0, spec.port))), None)
+
+    def forget(self, comp: str, shutdown: bool = False) -> None:
+        """A cluster is closed: end its jobs, tell its nodes, which may end when this client lets them go."""
         if self._clusters.get(comp) is None:
             return
         self._take_submitted()
         self._act(self.schedule.handle(Closed(comp), self.now))
-        del self._clusters[comp], self._warn_at[comp]
+        cluster = self._clusters.pop(comp)
+        self._journals.pop(comp, None)
+        del self._warn_at[comp]
         self._probes.pop(comp, None)
         self._abort_incoming(lambda number, name: name == comp)
-        for key in self._users.pop(comp):
-            peer = self._peers[key]
-            if comp in peer.setting_up and peer.link is not None:
-                self.say(peer.link, Done(comp))
-            for known in (peer.setting_up, peer.ready):
-                known.discard(comp)
-            for table in (peer.refusals, peer.allocations, peer.acks):
-                table.pop(comp, None)  # type: ignore[attr-defined]
-            if not any(key in keys for keys in self._users.values()) and not peer.embedded:
-                self._drop_peer(key, peer)
+        for peer in [peer for peer in self._peers.values() if comp in peer.uses]:
+            self._done(peer, comp, shutdown)
+            del peer.uses[comp]
+            self._drop_unused(peer)
+        wanted = {(spec.port, other._multicast) for other in self._clusters.values() for spec in other._specs if spec.wild}
+        for key in set(self._ears) - wanted:
+            self._ears.pop(key).ears.close()
+        if cluster._host is not None and not any(other._host == cluster._host for other in self._clusters.values()):
+            gate = self._gates.pop(cluster._host, None)
+            if gate is not None:   # else its port was taken
+                self.unwatch(gate.socket)
+                gate.server_close()
 
-    def _drop_peer(self, key: Any, peer: Peer) -> None:
-        """No cluster uses this node any more; the next client may have it."""
-        del self._peers[key]
+    def _done(self, peer: Peer, comp: str, shutdown: bool = False) -> None:
+        """Tell a node that a computation is over there, and that it may end."""
+        if peer.uses[comp].offered and peer.link is not None:
+            if shutdown:
+                self.say(peer.link, Shutdown(comp))
+            self.say(peer.link, Done(comp))
+        for key in [key for key in peer.answers if key[0] == comp]:
+            peer.answers.pop(key).set_exception(RuntimeError('the computation is not at node %s any more' % peer))
+
+    def _drop_unused(self, peer: Peer) -> None:
+        """When no cluster uses a node any more, the next client may have it."""
+        if peer.uses or peer.embedded:
+            return
+        self._peers.pop(peer.key, None)
         peer.move('close')
         if peer.link is not None:
-            self.part(peer.link, 'no cluster uses this node any more')
-            self._unlink(peer, peer.link)
+            link = peer.link
+            self.part(link, 'no cluster uses this node any more')
+            self._unlink(peer, link)
 
     def _unlink(self, peer: Peer, link: Link) -> None:
         """A link is over: forget all that went along it."""
         del self._by_link[link.number]
         peer.link = None
-        for known in (peer.ready, peer.setting_up, peer.allocations, peer.acks):
-            known.clear()
+        for use in peer.uses.values():
+            use.move('lost')
+            use.allocation, use.then = None, ''
+            use.acks.clear()
+        for future in peer.answers.values():
+            future.set_exception(RuntimeError('the connection to node %s has ended' % peer))
+        peer.answers.clear()
         self._uploads.pop(link.number, None)
         self._abort_incoming(lambda number, comp: number == link.number)
 
@@ -1512,34 +2654,193 @@ class Driver(Loop):
         for key in [key for key in self._incoming if over(key[0], key[1])]:
             self._incoming.pop(key).abort()
 
+    def _abort_file(self, attempt: Tuple[str, int]) -> None:
+        """The same of an attempt (computation, serial) that is over: its worker or node has died while it sent a file."""
+        for key in [key for key in self._incoming if key[1:] == attempt]:
+            self._incoming.pop(key).abort()
+
     def cancel(self, job: DispyJob) -> None:
         """Begin to end a job."""
         self._take_submitted()
         self._act(self.schedule.handle(CancelAsked(job), self.now))
+        for recovery in set(self._reclaimed.values()):
+            recovery.cancel(job)
 
     def cancel_waiting(self, comp: str) -> None:
         """End all jobs of a cluster that wait here."""
         self._take_submitted()
         known = self.schedule.comps.get(comp)
-        for work in known.waiting() if known is not None else []:
+        works = known.waiting() if known is not None else []
+        for node in known.nodes.values() if known is not None and known.remote else ():   # those that wait at a scheduler
+            works += [work for work in node.flight[comp].values() if work.status == DispyJob.Created]  # type: ignore[attr-defined]
+        for work in works:
             self._act(self.schedule.handle(CancelAsked(work), self.now))
 
-    def nodes_of(self, comp: str) -> List[Tuple[Peer, str, str, int]]:
-        """Peers of a cluster: (peer, state, reason, jobs there)."""
-        found = []
-        for key in self._users.get(comp, ()):
-            peer, node = self._peers[key], self.schedule.nodes.get(key)
-            busy = len(node.flight.get(comp, ())) if node is not None else 0
-            if comp in peer.ready:
-                state, reason = 'ready', ''
-            elif comp in peer.refusals:
-                state, reason = 'refused', peer.refusals[comp]
-            elif comp in peer.setting_up:
-                state, reason = 'setting up', ''
-            else:
-                state, reason = peer.state.value, peer.reason
-            found.append((peer, state, reason, busy))
-        return found
+    @staticmethod
+    def watch_cluster(cluster: 'JobCluster', monitor: Monitor) -> None:
+        """Tell a monitor of a cluster's jobs from now on. What jobs print it is told by nodes that are set up later."""
+        cluster._monitors += (monitor,)
+        cluster._cargo.spec['live'] = True
+
+    @staticmethod
+    def unwatch_cluster(cluster: 'JobCluster', monitor: Monitor) -> None:
+        """The inverse."""
+        cluster._monitors = tuple(other for other in cluster._monitors if other is not monitor)
+        cluster._cargo.spec['live'] = bool(cluster._monitors) or cluster._on_output is not None
+
+    def peers_of(self, comp: str) -> List[Peer]:
+        """Nodes of a cluster."""
+        return [peer for peer in self._peers.values() if comp in peer.uses]
+
+    def node_of(self, comp: str, peer: Peer) -> Tuple[Peer, str, str, int, int]:
+        """A node of a cluster: (peer, state, reason, CPUs it may use, jobs there)."""
+        use, node = peer.uses[comp], self.schedule.nodes.get(peer.key)
+        busy = len(node.flight.get(comp, ())) if node is not None else 0
+        state, reason = use.state.value, use.reason
+        if use.state is UseState.WAITING:
+            state, reason = peer.state.value, peer.reason
+        elif use.then:
+            state = 'draining'
+        elif (use.wanted == 0 or peer.most == 0) and use.state is UseState.READY:
+            reason = 'deallocated'
+        return peer, state, reason, peer.limit(comp), busy
+
+    def nodes_of(self, comp: str) -> List[Tuple[Peer, str, str, int, int]]:
+        """All of them, and those that it cannot have. Raises RuntimeError if it was closed."""
+        if comp not in self._clusters:
+            raise RuntimeError('the cluster was closed')
+        found = [self.node_of(comp, peer) for peer in self.peers_of(comp)]
+        cluster, linked = self._clusters[comp], {peer.ip_addr for peer in self._peers.values() if peer.link is not None}
+        return found + [(peer, 'refused', peer.reason, 0, 0) for peer in self._strangers.values() if peer.host not in linked
+                        and (cluster._host is not None or any(spec.wild and spec.may_fit(peer.host) for spec in cluster._specs))]
+
+    def rows_of(self, comp: str) -> List[NodeRow]:
+        """Nodes of a cluster, to be told to others."""
+        return [self.row_of(*found) for found in self.nodes_of(comp)]
+
+    @staticmethod
+    def row_of(peer: Peer, state: str, reason: str, cpus: int, busy: int) -> NodeRow:
+        """One of them."""
+        return NodeRow(peer.key, peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy, peer.offered, peer.facts)
+
+    def command(self, comp: str, name: str, *args: Any) -> Any:
+        """What a cluster's methods ask of its nodes; a SharedJobCluster's ask it of the scheduler's driver."""
+        return self._commands[name](comp, *args)
+
+    def find(self, comp: str, node: Any) -> Peer:
+        """The node that a user's word means. Raises ValueError naming those there are."""
+        if node is None and len(self.peers_of(comp)) == 1:
+            return self.peers_of(comp)[0]
+        found = [peer for peer in self.peers_of(comp) if peer.is_meant(node)]
+        if len(found) != 1:
+            raise ValueError('%s %.80r; this cluster knows %s' % ('no node is' if not found else 'several nodes are', node,
+                                                                  ', '.join(sorted(map(str, self.peers_of(comp)))) or 'none'))
+        return found[0]
+
+    # -- what users do to nodes -----------------------------------------------------------------------------
+
+    def set_cpus(self, comp: str, peer: Peer, cpus: Optional[int]) -> int:
+        """Limit a cluster's CPUs of a node; None: as at first. Returns how many these are now."""
+        use = peer.uses[comp]
+        if cpus is not None and cpus > peer.offered > 0:
+            raise ValueError('cpus=%d: node %s offers %d' % (cpus, peer, peer.offered))
+        use.wanted = cpus
+        if use.state is UseState.READY and not use.then:
+            limit = self._tell_limit(peer, comp)
+            self._act(self.schedule.handle(NodeOffers(peer.key, comp, limit) if limit else NodeDrains(peer.key, comp), self.now))
+        elif use.state is UseState.REFUSED and cpus != 0:
+            self._set_up(peer, comp)
+        return peer.limit(comp)
+
+    def _tell_limit(self, peer: Peer, comp: str) -> int:
+        """The CPUs of a node that a computation may use; the node, which has more jobs than it runs, is told as well."""
+        limit = peer.limit(comp)
+        if limit and peer.link is not None:
+            self.say(peer.link, Limit(comp, limit))
+        return limit
+
+    def leave(self, comp: str, node: Any, then: str, at_once: bool) -> None:
+        """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at once."""
+        peer = self.find(comp, node)
+        use = peer.uses[comp]
+        if use.state is UseState.READY and not at_once:
+            use.then = then
+            self._act(self.schedule.handle(NodeDrains(peer.key, comp), self.now))
+        else:
+            self._left(peer, comp, then)
+
+    def _drained(self, action: NodeDrained) -> None:
+        peer = self._peers.get(action.node)
+        if peer is not None and action.comp in peer.uses and peer.uses[action.comp].then:
+            self._left(peer, action.comp, peer.uses[action.comp].then)
+
+    def _left(self, peer: Peer, comp: str, then: str) -> None:
+        use = peer.uses[comp]
+        use.then = ''
+        if use.state is UseState.READY:
+            self._tell_all(DispyNode.Closed, peer, [comp])
+        self._done(peer, comp)
+        self._act(self.schedule.handle(NodeLeft(peer.key, comp, str(peer), 'it was closed by the program'), self.now))
+        if then == 'close':
+            use.move('close')
+            use.reason = 'closed by the program'
+        elif use.state is not UseState.CLOSED:
+            use.move('lost')   # to be set up anew; the node says 'closing' until its cleanup has run, and is asked again
+            self._set_up(peer, comp)
+
+    def allocate(self, comp: str, specs: Sequence[NodeSpec]) -> None:
+        """Use these nodes, new ones and those deallocated or closed before."""
+        cluster = self._clusters[comp]
+        for spec in specs:
+            known = [peer for peer in self.peers_of(comp) if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
+                     or peer.is_meant(spec.host) and (peer.port in (0, spec.port) or (peer.name, cluster._port) == (spec.host, spec.port))]
+            for peer in known:
+                use = peer.uses[comp]
+                use.spec = spec if not spec.wild else use.spec
+                if use.state is UseState.CLOSED:
+                    use.move('open')
+                    use.wanted, use.reason, use.allocation = None, '', None
+                    self._set_up(peer, comp)
+                else:
+                    self.set_cpus(comp, peer, None)
+            if not known or spec.wild:
+                cluster._specs = [*cluster._specs, spec]
+                self.use(comp, [spec])
+
+    def question(self, comp: str, node: Any, row: Optional[tuple] = None, path: str = '') -> 'concurrent.futures.Future[Any]':
+        """Send a file (name, size, digest, mode, from `path`) or, without one, ask what is there. The future has the node's answer."""
+        name = row[0] if row else ''
+        peer, future = self.find(comp, node), concurrent.futures.Future()  # type: Tuple[Peer, concurrent.futures.Future[Any]]
+        if peer.link is None or peer.uses[comp].state is not UseState.READY:
+            raise RuntimeError('node %s is not ready: %s' % (peer, peer.uses[comp].reason or peer.reason or peer.uses[comp].state.value))
+        if (comp, name) in peer.answers and not name:
+            return peer.answers[comp, name]   # one answer for all who ask
+        if (comp, name) in peer.answers:
+            raise RuntimeError('node %s is already being sent %s' % (peer, name))
+        peer.answers[comp, name] = future
+        if row:
+            pieces = (Place(comp, row, piece.offset, piece.data) for piece in _file_pieces(comp, name, path))
+            self._uploads.setdefault(peer.link.number, collections.deque()).append(pieces)
+        else:
+            self.say(peer.link, Query(comp))
+        return future
+
+    @staticmethod
+    def _answer(peer: Peer, key: Tuple[str, str], value: Any) -> None:
+        future = peer.answers.pop(key, None)
+        if future is not None:
+            future.set_result(value)
+
+    def jobs_of(self, comp: str, serials: Sequence[int]) -> List[Any]:
+        """Jobs by their serials, those that have not ended."""
+        known = self.schedule.comps.get(comp)
+        nodes = list(known.nodes.values()) if known is not None else []
+        return [node.flight[comp][serial] for serial in serials for node in nodes if serial in node.flight[comp]]
+
+    def jobs_at(self, comp: str, node: Any) -> Dict[int, Any]:
+        """Serial -> job of what has been sent to a node."""
+        known = self.schedule.nodes.get(self.find(comp, node).key)
+        return dict(known.flight.get(comp, {})) if known is not None else {}
 
     # -- loop ---------------------------------------------------------------------------------------------
 
@@ -1560,11 +2861,12 @@ class Driver(Loop):
             node = None
             if event.peer is not None:
                 state = 'ready' if event.status == DispyNode.Initialized else 'closed'
-                node = event.cluster._describe(event.peer, state, event.peer.reason, 0)
+                known = event.cluster._comp in event.peer.uses
+                node = event.cluster._describe(event.peer, state, event.peer.reason, event.peer.limit(event.cluster._comp) if known else 0, 0)
             self._tellers.run(event.cluster._cluster_status, event.status, node, event.job)
 
     def _tell_all(self, status: int, peer: Peer, comps: Any) -> None:
-        for comp in comps:
+        for comp in comps if not peer.scheduler else ():   # that one tells of its nodes
             if comp in self._clusters:
                 self._told(Told(self._clusters[comp], status, peer, None))
 
@@ -1582,25 +2884,34 @@ class Driver(Loop):
             self._upload()
         if self.now >= self._chores_at:
             self._chores()
+        for journal in self._journals.values():   # before anything of this turn is sent
+            journal.commit()
 
     def next_timer(self) -> Optional[float]:
         """When chores are due, at once while files wait for room in a link."""
         if self._uploads and any(not link.wants_write for link in map(self.links.get, self._uploads) if link):
             return 0.0
-        return self._chores_at
+        lost_at = self.schedule.next_timer()
+        return self._chores_at if lost_at is None else min(lost_at, self._chores_at)
 
     def _act(self, actions: List[Any]) -> None:
         for action in actions:
             self._acts[type(action)](action)
 
     def _chores(self) -> None:
-        """Dial, give up probing, warn; and when to do so next."""
+        """Dial, ask, give up probing, warn; and when to do so next."""
         due = [self.now + 60.0]
+        for asker in self._ears.values():
+            if self.now >= asker.due:
+                asker.ears.shout(lambda: self._discovery.say(Cry.QUESTION))
+                asker.last, asker.due, asker.wait = self.now, self.now + asker.wait, min(2 * asker.wait, self.access.redial)
+            due.append(asker.due)
         for peer in self._peers.values():
-            if peer.redial_at is not None and peer.redial_at <= self.now and peer.state in _MAY_DIAL:
+            when = peer.dialling.due
+            if when is not None and when <= self.now and peer.state in _MAY_DIAL:
                 self._dial(peer)
-            if peer.redial_at is not None and peer.state in _MAY_DIAL:
-                due.append(peer.redial_at)
+            elif when is not None and peer.state in _MAY_DIAL:
+                due.append(when)
         for comp, when in list(self._probes.items()):
             if self.now >= when:
                 self._use_embedded(comp)
@@ -1610,8 +2921,8 @@ class Driver(Loop):
             if self.now >= when:
                 self._warn(comp)
             due.append(self._warn_at[comp])
-        for peer in self._peers.values():
-            if peer.acks:
+        for peer in list(self._peers.values()):
+            if any(use.acks for use in peer.uses.values()):
                 self._acknowledge(peer)
             if peer.retry_at is not None:
                 if self.now >= peer.retry_at:
@@ -1626,111 +2937,212 @@ class Driver(Loop):
     def _warn(self, comp: str) -> None:
         """Nobody waits in silence."""
         self._warn_at[comp] = self.now + WARN_EVERY
-        if not any(state == 'ready' for _, state, _, _ in self.nodes_of(comp)):
-            logger.warning('%s waits for a node. %s', self._clusters[comp].name, self.complaint(comp))
+        if not any(state == 'ready' for _, state, _, _, _ in self.nodes_of(comp)):
+            self._inform(comp, '%s waits for a node. %s' % (self._clusters[comp].name, self.complaint(comp)))
 
     def complaint(self, comp: str) -> str:
         """What was tried, what came of it, what to do."""
         lines = ['%s: %s%s' % (peer, state, ': ' + reason.strip().splitlines()[-1] if reason else '')
-                 for peer, state, reason, _ in self.nodes_of(comp)]
+                 for peer, state, reason, _, _ in self.nodes_of(comp)]
+        cluster = self._clusters[comp]
+        for port in sorted({spec.port for spec in cluster._specs if spec.wild}):
+            lines.append('all that answer at UDP port %d %s' % (port, 'of this machine' if self._reach == 'loopback' else 'of the local network'))
+        if cluster._host is not None:
+            lines.append('waited for nodes to connect to %s' % place(*cluster._host) if cluster._host in self._gates
+                         else 'no node can connect, port %d was taken' % cluster._host[1])
         return 'Tried: %s. Start `python dispynode.py` on a host, with the same secret, and name it in nodes=' % '; '.join(lines)
 
     # -- reaching nodes -----------------------------------------------------------------------------------
 
-    def _use(self, comp: str, key: Any, peer: Peer) -> None:
-        peer = self._peers.setdefault(key, peer)
-        self._users[comp].add(key)
-        if peer.name:
-            self._set_up(peer, comp)
+    def _ask_all(self, port: int, multicast: bool) -> None:
+        """Ask for nodes at a UDP port, often at first, then every ping_interval."""
+        asker = self._ears.get((port, multicast))
+        if asker is None:
+            # Answers come to a port of our own; at the nodes' port those are heard that start later.
+            asker = self._ears[port, multicast] = _Asker(Ears(self, self._reach, (port,), (0, port), self._hear, multicast))
+        asker.due, asker.wait = self.now, ASK_FIRST
+
+    def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
+        """A datagram. What it says is a hint: the node is dialled, and the handshake decides."""
+        heard, _ = self._discovery.hear(data, source, self.now)
+        if heard is None:
+            return
+        if heard.kind == Cry.NOT_MINE:
+            self._stranger(heard.instance, source, 'its node has another secret: ' + same_secret())
+            return
+        if heard.kind == Cry.HELLO:   # ask, soon: which address is best depends on who asks
+            for asker in self._ears.values():
+                asker.due = min(asker.due, max(self.now, asker.last + ASK_FIRST))
+            self._soon()
+            return
+        host = heard.address or source
+        for comp, cluster in list(self._clusters.items()):
+            spec = next((spec for spec in cluster._specs if spec.wild and spec.may_fit(host)), None)
+            if spec is None:
+                continue
+            known = next((peer for peer in self._peers.values() if peer.instance == heard.instance or peer.key == (host, heard.port)), None)
+            if known is None:
+                known = self._use_address(comp, host, heard.port, spec, False)
+                known.dialling.due = self.now + (IPV6_LATER if ':' in host else 0.0)
+            elif known.link is not None:
+                self._consider(known, comp)
+            else:
+                if known.state is NodeState.FOUND and ':' in known.host and ':' not in host and not known.listed \
+                        and all(use.spec.may_fit(host) for use in known.uses.values()):
+                    del self._peers[known.key]
+                    known.host, known.ip_addr, known.key, known.dialling.due = host, host, (host, heard.port), self.now
+                    self._peers[known.key] = known
+                if not known.dialling.busy and (known.instance != heard.instance or known.state is NodeState.LOST):   # it is there again
+                    known.dialling.due = self.now
+                self._take(known, comp, spec)
+            known.instance, known.heard = heard.instance, self.now
         self._soon()
+
+    def _stranger(self, key: Any, address: str, text: str) -> None:
+        """One that cannot be used, and is no node that was named: said once."""
+        if key not in self._strangers and len(self._strangers) < 1000:
+            peer = self._strangers[key] = Peer(address, 0)
+            peer.reason = text
+            logger.warning('%s cannot be used: %s', address, text)
+
+    def _turned_away(self, address: str, text: str) -> None:
+        """A gate's thread: a node that dialled us was refused."""
+        self.post(Asked(functools.partial(self._stranger, address, address, 'it connected and was turned away: ' + text), concurrent.futures.Future()))
 
     def _use_embedded(self, comp: str) -> None:
         """A node of this program's own, for all its clusters of this driver."""
         if self._probes.pop(comp, None) is not None:
-            for key in self._users[comp]:
-                if comp in self._peers[key].setting_up:
-                    return   # a dispynode has answered meanwhile
-            logger.info('no dispynode answers on this machine: one is started for this program (nodes=%r says so at once)', LOCAL)
-        self._use(comp, LOCAL, Peer(NodeAddress('127.0.0.1', 0), embedded=True))
+            if any(peer.uses[comp].offered for peer in self.peers_of(comp)):
+                return   # a dispynode has answered meanwhile
+            logger.info('no dispynode answers: one is started on this machine for this program (nodes=%r says so at once)', LOCAL)
+        peer = self._peers.setdefault(LOCAL, Peer('127.0.0.1', 0, self.access.redial, True, True))
+        self._take(peer, comp, NodeSpec('127.0.0.1', 0))
+
+    def _listen(self, host: str, port: int, may_fail: bool) -> None:
+        """Let nodes connect to us (--scheduler-host). Raises OSError; if it may fail, a port that is taken is no error."""
+        if (host, port) not in self._gates:
+            access = self.access
+            try:
+                gate = Gate((host, port), self._psk, Role.SCHEDULER, (Role.NODE,), self.instance, self.post,
+                            access.certfile, access.keyfile, access.cafile, refused=self._turned_away)
+            except OSError as exc:
+                taken = exc.errno in (48, 98, 10048)   # EADDRINUSE of macOS, Linux, Windows
+                if not taken or not may_fail:
+                    raise OSError(exc.errno, 'nodes cannot connect to %s: %s (host=%r: an address of this host, or ADDRESS:PORT)'
+                                  % (place(host, port), 'another program has that port' if taken else exc.strerror, host)) from exc
+                logger.warning('port %d is taken by another program: nodes cannot connect to this one (host=%r; ADDRESS:PORT gives '
+                               'another port); it connects to nodes all the same', port, host)
+                return
+            self._gates[host, port] = gate
+            self.watch(gate.socket, gate.knock)
 
     def _dial(self, peer: Peer) -> None:
         peer.move('dial')
-        peer.redial_at = None
         self._dials.add(peer)
-        peer.dial_thread = threading.Thread(target=self._dial_thread, args=(peer,), name='dispy-dial', daemon=True)
-        try:
-            peer.dial_thread.start()
-        except RuntimeError as exc:   # no more threads, or the interpreter is on its way out
-            self.post(DialFailed(peer, 'no thread could be started: %s' % exc, False))
+        peer.dialling.start(self.post, peer, functools.partial(self._reach_peer, peer))
 
-    def _dial_thread(self, peer: Peer) -> None:
-        """Connect, TLS, handshake. A thread of its own."""
-        sock = None
-        try:
-            psk, (host, port, _) = self._psk, peer.address
-            if peer.embedded:
-                peer.end_process()
-                peer.process, port, psk = _start_embedded(peer)
-            sock = _connect(peer, host, port)
-            deadline = time.monotonic() + HANDSHAKE_TIME
-            binding = NO_TLS
-            if self._tls is not None and not peer.embedded:
-                sock = peer.dialling = self._wrap(sock)
-                binding = hashlib.sha256(sock.getpeercert(True)).digest()
-            session = handshake_dial(sock, psk, Role.CLIENT, Role.NODE, _instance, binding, deadline)
-            address = sock.getpeername()[0]
-        except (HandshakeError, OSError, ValueError, RuntimeError) as exc:   # Runtime: no process at interpreter's exit
-            if sock is not None:
-                sock.close()
-            self.post(DialFailed(peer, _dial_text(exc), isinstance(exc, (ConnectionError, socket.gaierror))))
-        else:
-            self.post(Dialled(peer, sock, session, address))
-
-    def _wrap(self, sock: socket.socket) -> Any:
-        sock.settimeout(HANDSHAKE_TIME)
-        try:
-            return self._tls.wrap_socket(sock)  # type: ignore[union-attr]
-        except OSError as exc:   # ssl.SSLError is one
-            raise HandshakeError('TLS failed: %s; both sides need certfile, or neither' % exc) from exc
+    def _reach_peer(self, peer: Peer, note: Callable[[Any], None]) -> Arrival:
+        """A dial thread."""
+        if not peer.embedded:
+            wanted = Role.SCHEDULER if peer.scheduler else Role.NODE
+            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self.instance, self._tls, note)
+        peer.end_process()
+        peer.process, port, psk = _start_embedded(peer)
+        return dial(peer.host, port, psk, Role.CLIENT, Role.NODE, self.instance, None, note)
 
     def _dialled(self, event: Dialled) -> None:
         peer = event.peer
         self._dials.discard(peer)
-        peer.dialling = peer.dial_thread = None
+        peer.dialling.ended()
         if peer.state is not NodeState.DIALLING:
             event.sock.close()
             return
+        instance = event.session.peer_instance
+        twin = next((other for other in self._peers.values() if other is not peer and other.link is not None
+                     and other.link.instance == instance), None)
+        if twin is not None:   # one node by two names or addresses: one link is enough
+            event.sock.close()
+            for comp, use in peer.uses.items():
+                self._take(twin, comp, use.spec)
+            if peer.listed and not twin.port and not twin.embedded:   # it has dialled us; when that ends, we dial it
+                peer.move('fail')
+                peer.reason = 'it has connected by itself'
+                peer.dialling.again(self.now)
+                self._soon()
+                return
+            twin.listed = twin.listed or peer.listed
+            peer.uses.clear()
+            self._drop_unused(peer)
+            return
+        self._connected(peer, event)
+
+    def _connected(self, peer: Peer, event: Any) -> None:
         peer.move('connect')
-        peer.redial_wait = REDIAL_FIRST
+        peer.failures = 0
+        peer.restarted = bool(peer.instance) and peer.instance != event.session.peer_instance
+        peer.instance, peer.refused_at = event.session.peer_instance, None
         peer.ip_addr, peer.reason = event.address, ''
         peer.link = Link(event.sock, event.session, event.address, self.now, self.access.pulse)
+        peer.linked_at = self.now
         self.attach(peer.link)
         self._by_link[peer.link.number] = peer
         self.say(peer.link, Introduce('%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid()), self.access.pulse))
 
+    def _arrived(self, event: Arrival) -> None:
+        """A node has dialled."""
+        instance = event.session.peer_instance
+        for other in [other for other in self._peers.values() if other.link is not None and other.link.instance == instance]:
+            if other.port or other.embedded:   # we have dialled it
+                link = Link(event.sock, event.session, event.address, self.now)
+                self.attach(link)
+                self.part(link, 'this program has connected to it already')
+                return
+            self._break(other.link, 'the node has connected anew')  # type: ignore[arg-type]
+        known = [other for other in self._peers.values() if other.link is None and not other.port and not other.embedded]
+        peer = next((other for other in known if other.instance == instance or other.ip_addr == event.address), None)
+        if peer is None:
+            peer = Peer(event.address, 0)
+            peer.key = instance.hex()
+            peer.dialling.due = None
+            self._peers[peer.key] = peer
+        self._connected(peer, event)
+
     def _dial_failed(self, event: DialFailed) -> None:
         peer = event.peer
         self._dials.discard(peer)
-        peer.dialling = peer.dial_thread = None
+        peer.dialling.ended()
         if peer.state is not NodeState.DIALLING:
             return
         peer.move('fail')
+        peer.failures += 1
         self._reached_not(peer, event.text)
-        for comp in [comp for comp in self._probes if peer is self._peers.get(NodeAddress('127.0.0.1', self._clusters[comp]._port))]:
-            self._use_embedded(comp)
+        if event.refused and peer.key in self.schedule.nodes and not peer.scheduler:
+            if peer.refused_at is None:
+                peer.refused_at = self.now
+            else:   # its process has ended: whoever listens there next does not know our jobs
+                self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'its process has ended'), self.now))
+        silent = self.now - peer.heard > 2 * self.access.redial   # who still answers by UDP is kept, with the reason
+        if not peer.listed and (peer.failures >= FOUND_FAILURES and silent or self._only_probed(peer)):
+            self._forget_peer(peer)
 
-    def _reached_not(self, peer: Peer, text: str) -> None:
+    def _forget_peer(self, peer: Peer) -> None:
+        """One that was found and not named cannot be reached: it is found again when it is there again."""
+        peer.uses.clear()
+        self._drop_unused(peer)
+
+    def _reached_not(self, peer: Peer, text: str, lived: float = 0.0) -> None:
         """Say why, once for each reason, and try again later."""
+        if text == CLOSED_AT_ONCE and peer.told:   # it refuses this address for a while, for the reason that was told
+            text = peer.reason
         peer.reason = text
-        if ('', text) not in peer.told and not self._only_probed(peer):
-            peer.told.add(('', text))
+        if text not in peer.told and not self._only_probed(peer):
+            peer.told.add(text)
             logger.warning('node %s cannot be used: %s', peer, text)
-        peer.redial_at = self.now + peer.redial_wait
-        peer.redial_wait = min(peer.redial_wait * 2, self.access.redial)
+        peer.dialling.again(self.now, lived)
         self._soon()
 
     def _only_probed(self, peer: Peer) -> bool:
-        return any(self._peers.get(NodeAddress('127.0.0.1', self._clusters[comp]._port)) is peer for comp in self._probes)
+        return not peer.listed and any(peer.key == ('127.0.0.1', self._clusters[comp]._port) for comp in self._probes)
 
     # -- links --------------------------------------------------------------------------------------------
 
@@ -1741,9 +3153,10 @@ class Driver(Loop):
             kind = type(message)
             if kind is Pulse:
                 continue
-            if kind is Bye:   # what it has not answered for was never started
-                for comp in peer.ready:
-                    self._act(self.schedule.handle(NodeReady(self._key_of(peer), comp, 0, []), self.now))
+            if kind is Bye:   # what a node has not answered for was never started
+                for comp, use in peer.uses.items():
+                    if use.state is UseState.READY and not peer.scheduler:
+                        self._act(self.schedule.handle(NodeReady(peer.key, comp, 0, []), self.now))
                 raise LinkBroken(message.text[:200])
             if kind not in self._messages:
                 raise PeerError('%s may not come here' % kind.__name__)
@@ -1753,59 +3166,125 @@ class Driver(Loop):
         """A link came to its end: the node is lost until it is reached again."""
         peer = self._by_link[channel.number]
         peer.move('fail')
-        self._tell_all(DispyNode.Closed, peer, peer.ready)
+        used = [comp for comp, use in peer.uses.items() if use.state is UseState.READY]
+        self._tell_all(DispyNode.Closed, peer, used)
         self._unlink(peer, channel)
-        key = self._key_of(peer)
-        self._act(self.schedule.handle(NodeLost(key, str(peer), text), self.now))
+        until = channel.heard + PULSES_LOST * channel.pulse if not peer.scheduler else math.inf   # it keeps what it has on disk
+        lost = until <= self.now or peer.embedded or not any(self.schedule.nodes[peer.key].flight.values()) \
+            if peer.key in self.schedule.nodes else True
+        self._act(self.schedule.handle(NodeLost(peer.key, str(peer), text) if lost else NodeAway(peer.key, str(peer), text, until), self.now))
         peer.told.clear()
-        self._reached_not(peer, 'the connection ended: %s' % text)
-        for comp in self._users:
-            if key in self._users[comp]:
-                self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
+        for comp in used:
+            self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
+        if peer.port or peer.embedded:
+            self._reached_not(peer, 'the connection ended: %s' % text, self.now - peer.linked_at)
+            if not lost:
+                peer.dialling.due = self.now
+        else:   # it dials us
+            peer.reason = 'the connection ended: %s' % text
+            logger.warning('node %s cannot be used: %s', peer, peer.reason)
+            if lost:
+                self._forget_peer(peer)
+
+    def _gone(self, action: NodeGone) -> None:
+        peer = self._peers.get(action.node)
+        if peer is not None and peer.link is None and not peer.port and not peer.embedded:
+            self._forget_peer(peer)
 
     def _on_welcome(self, peer: Peer, message: Welcome) -> None:
-        peer.name, peer.facts = message.name, message.facts
-        self._limit(peer, message.cpus)
-        key = self._key_of(peer)
-        for comp, keys in self._users.items():
-            if key in keys:
+        peer.name, peer.facts, peer.offered = message.name, message.facts, message.cpus
+        kept = message.facts.get('kept', {})
+        if peer.restarted:
+            peer.restarted = False
+            self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'it was started anew', kept), self.now))
+        for comp in kept:   # results that it has from before come first, also if it is busy now
+            if comp in self._clusters:
+                self.say(peer.link, Reclaim(comp))  # type: ignore[arg-type]
+        for comp, cluster in sorted(self._clusters.items(), key=lambda item: item[1]._cargo is not None):   # recoveries first
+            use = peer.uses.get(comp)
+            if use is None:
+                self._consider(peer, comp)
+            elif use.spec.wild and self._spec_of(peer, comp) is None:
+                del peer.uses[comp]   # at its address might have been one that is meant, but it has another name
+            else:
+                use.spec = self._spec_of(peer, comp) or use.spec if use.spec.wild else use.spec
                 self._set_up(peer, comp)
+        self._drop_unused(peer)
 
     def _on_offer(self, peer: Peer, message: Offer) -> None:
-        self._limit(peer, message.cpus)
-        self._act(self.schedule.handle(NodeOffers(self._key_of(peer), peer.cpus), self.now))
-
-    @staticmethod
-    def _limit(peer: Peer, offered: int) -> None:
-        limit = peer.address.cpus
-        peer.cpus = min(offered, limit) if limit > 0 else max(0, offered + limit)
+        """Its CPUs have changed, or it has become free."""
+        peer.offered = message.cpus
+        for comp, use in list(peer.uses.items()):
+            if use.state is UseState.READY and not use.then:
+                self._act(self.schedule.handle(NodeOffers(peer.key, comp, self._tell_limit(peer, comp), peer.offered), self.now))
+            elif use.state is UseState.REFUSED and peer.offered:
+                self._set_up(peer, comp)
 
     def _set_up(self, peer: Peer, comp: str) -> None:
         """Offer a computation to a node."""
-        cluster = self._clusters[comp]
-        if peer.link is None or comp in peer.setting_up:
+        cluster, use = self._clusters[comp], peer.uses[comp]
+        if peer.link is None or not peer.name or use.state not in _MAY_OFFER:
             return
-        allocator, allocation = cluster._allocators.get(peer.address), peer.allocations.get(comp)
-        if allocator is not None and allocation is None:
-            self._openers.run(self._allocate, allocator, cluster, peer, peer.link)
+        if cluster._cargo is None:   # it only looks
+            cluster._met(peer)
             return
-        spec, there = cluster._cargo.spec, peer.facts.get('python', ())[:2]
-        if spec['kind'] == 'function' and tuple(there) != tuple(spec['python'][:2]):
-            self._refusal(peer, comp, 'it runs Python %s, this program %s: functions do not travel between versions'
-                          % ('.'.join(map(str, there)), '.'.join(map(str, spec['python'][:2]))))
+        if use.spec.allocator is not None and use.allocation is None:
+            if use.state is not UseState.ASKING:
+                use.move('ask')
+                self._ask_allocator(use.spec.allocator, cluster, peer, peer.link)
             return
-        if peer.cpus < 1 or (allocation is not None and allocation.cpus < 1):
-            self._refusal(peer, comp, 'it has no CPU to use: %d offered, limit %d' % (peer.cpus, peer.address.cpus)
+        spec, there, allocation = cluster._cargo.spec, peer.facts.get('python', ()), use.allocation
+        if spec['kind'] == 'function' and there[:2] != spec['python'][:2] and not peer.scheduler:
+            if cluster._source is None:
+                if use.state is not UseState.ASKING or allocation is not None:
+                    use.move('ask')
+                    self._ask_source(cluster, peer, peer.link)
+                return
+            code, obstacle = cluster._source
+            if obstacle:
+                self._refusal(peer, comp, 'it runs %s, this program %s, where functions go as source only: %s'
+                              % (python_of(there), python_of(spec['python']), obstacle))
+                return
+            spec = dict(spec, kind='source', code=code)
+        if peer.allowed(comp) < 1 and use.wanted is None:
+            self._refusal(peer, comp, 'it has no CPU to use: %d offered, limit %d' % (peer.offered, use.spec.cpus)
                           if allocation is None else 'allocate() returned %d' % allocation.cpus)
             return
         if allocation is not None:
             spec = dict(spec, cpus=allocation.cpus, setup_args=allocation.setup_args, files=spec['files'] + allocation.files)
-        if spec['kind'] == 'function' and peer.facts.get('cloudpickle') != cloudpickle.__version__:
-            spec = dict(spec, support=_support_files())
-        peer.refusals.pop(comp, None)
-        peer.setting_up.add(comp)
+        spec = dict(spec, support=self._support(cluster, peer))
+        use.move('offer')
+        use.reason = ''
         self._probes.pop(comp, None)
         self.say(peer.link, Compute(comp, dict(spec, code=beside(spec['code']))))
+
+    def _support(self, cluster: 'JobCluster', peer: Peer) -> Dict[str, bytes]:
+        """cloudpickle, if the node does not have the same; a scheduler does not know who needs it."""
+        needs = cluster._cargo.spec['kind'] != 'program' and (peer.scheduler or peer.facts.get('cloudpickle') != cloudpickle.__version__)
+        return _support_files() if needs else {}
+
+    def _ask_allocator(self, allocator: NodeAllocate, cluster: 'JobCluster', peer: Peer, link: Link) -> None:
+        self._openers.run(self._allocate, allocator, cluster, peer, link)
+
+    def _ask_source(self, cluster: 'JobCluster', peer: Peer, link: Link) -> None:
+        self._openers.run(self._pack_source, cluster, peer, link)
+
+    def _inform(self, comp: str, text: str) -> None:
+        """Tell a cluster's user."""
+        logger.warning('%s', text)
+
+    def _pack_source(self, cluster: 'JobCluster', peer: Peer, link: Link) -> None:
+        """For a node with another version of Python. An opener: files are read, and objects of the user's looked at."""
+        try:
+            source = cluster._cargo.source()
+        except Exception as exc:  # of those objects
+            source = b'', 'its source could not be collected: ' + describe_exception(exc, 1)
+        self.post(Asked(functools.partial(self._packed_source, cluster, peer, link, source), concurrent.futures.Future()))
+
+    def _packed_source(self, cluster: 'JobCluster', peer: Peer, link: Link, source: Tuple[bytes, str]) -> None:
+        cluster._source = source
+        if cluster._comp in self._clusters and peer.link is link and cluster._comp in peer.uses:
+            self._set_up(peer, cluster._comp)
 
     def _allocate(self, allocator: NodeAllocate, cluster: 'JobCluster', peer: Peer, link: Link) -> None:
         """Ask the user's allocator. An opener."""
@@ -1816,48 +3295,52 @@ class Driver(Loop):
         self.post(Asked(functools.partial(self._allocated, cluster._comp, peer, link, allocation, error), concurrent.futures.Future()))
 
     def _allocated(self, comp: str, peer: Peer, link: Link, allocation: Allocation, error: str) -> None:
-        if comp not in self._clusters or peer.link is not link:
+        if comp not in self._clusters or peer.link is not link or comp not in peer.uses:
             return   # closed or lost meanwhile
         if error:
             self._refusal(peer, comp, 'allocate() failed: ' + error)
-        else:
-            peer.allocations[comp] = allocation
+        elif peer.uses[comp].state is UseState.ASKING:
+            peer.uses[comp].allocation = allocation
             self._set_up(peer, comp)
 
-    def _refusal(self, peer: Peer, comp: str, text: str) -> None:
-        peer.refusals[comp] = text
-        peer.setting_up.discard(comp)
-        if (comp, text) not in peer.told:
-            peer.told.add((comp, text))
-            logger.warning('node %s does not take %s: %s', peer, self._clusters[comp].name, text)
+    def _refusal(self, peer: Peer, comp: str, text: str, about: str = '') -> None:
+        """Not used: said once for each reason, or what it is about."""
+        use = peer.uses[comp]
+        use.move('refuse')
+        use.reason, use.then = text, ''
+        if (about or text) not in use.told:
+            use.told.add(about or text)
+            self._inform(comp, 'node %s does not take %s: %s' % (peer, self._clusters[comp].name, text))
 
     def _on_refused(self, peer: Peer, message: Refused) -> None:
-        if message.comp not in self._clusters:
+        use = peer.uses.get(message.comp)
+        if message.comp in self._reclaimed:
+            self._reclaimed[message.comp].refused(peer, message.text)
             return
-        was_ready = message.comp in peer.ready   # its runner has died later: a new one may live
+        if message.comp not in self._clusters or use is None or not use.offered:
+            return
+        was_ready = use.state is UseState.READY   # its runner has died later: a new one may live
         if was_ready:
-            peer.ready.discard(message.comp)
             self._tell_all(DispyNode.Closed, peer, [message.comp])
-            key = self._key_of(peer)
-            self._act(self.schedule.handle(NodeLeft(key, message.comp, str(peer), message.text), self.now))
-        self._refusal(peer, message.comp, message.text)
+            self._act(self.schedule.handle(NodeLeft(peer.key, message.comp, str(peer), message.text), self.now))
+        self._refusal(peer, message.comp, message.text, 'busy' if message.code == 'busy' else '')   # for how long changes
         if was_ready or message.code in ('busy', 'closing', 'stopping'):
             peer.retry_at = self.now + peer.retry_wait
-            peer.retry_wait = min(peer.retry_wait * 2, 2.0)
+            peer.retry_wait = min(peer.retry_wait * 2, RETRY_MOST)
             self._soon()
 
     def _retry(self, peer: Peer) -> None:
         """Offer again what the node was too busy for."""
         peer.retry_at = None
-        for comp in list(peer.refusals):
-            if comp in self._clusters:
+        for comp, use in list(peer.uses.items()):
+            if comp in self._clusters and use.state is UseState.REFUSED:
                 self._set_up(peer, comp)
 
     def _on_need(self, peer: Peer, message: Need) -> None:
         cluster = self._clusters.get(message.comp)
         if cluster is None or peer.link is None:
             return
-        allocation = peer.allocations.get(message.comp)
+        allocation = peer.uses[message.comp].allocation if message.comp in peer.uses else None
         paths = dict(cluster._cargo.paths, **allocation.paths) if allocation is not None else cluster._cargo.paths
         for name in message.names:
             if name not in paths:
@@ -1881,23 +3364,51 @@ class Driver(Loop):
                 self._uploads.pop(number, None)
 
     def _on_ready(self, peer: Peer, message: Ready) -> None:
-        if message.comp in self._clusters and message.comp in peer.setting_up:
-            peer.ready.add(message.comp)
+        use = peer.uses.get(message.comp)
+        if message.comp in self._clusters and use is not None and use.state is UseState.SETTING_UP:
+            use.move('ready')
             peer.retry_wait = RETRY_FIRST
-            cpus = peer.allocations[message.comp].cpus if message.comp in peer.allocations else peer.cpus
             self._clusters[message.comp]._node_came()
             self._tell_all(DispyNode.Initialized, peer, [message.comp])
-            self._act(self.schedule.handle(NodeReady(self._key_of(peer), message.comp, cpus, message.held, str(peer)), self.now))
+            limit = self._tell_limit(peer, message.comp)   # before the first job
+            self._act(self.schedule.handle(NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered), self.now))
+
+    def _on_held(self, peer: Peer, message: Held) -> None:
+        """The results come by themselves."""
+        if message.comp in self._reclaimed:
+            self._reclaimed[message.comp].held(peer, message.comp, message.serials)
+
+    def reclaim(self, peer: Peer, recovery: 'Recovery') -> None:
+        """Ask a node for what it has of computations of a program that has crashed."""
+        for comp in recovery.old:
+            self._reclaimed[comp] = recovery
+            self.say(peer.link, Reclaim(comp))  # type: ignore[arg-type]
+
+    def give_up(self, recovery: 'Recovery', whole: bool) -> None:
+        """A recovery is over: if it is whole, nodes forget what is left of its computations."""
+        for comp in recovery.old:
+            self._reclaimed.pop(comp, None)
+            for peer in recovery.met:
+                if peer.link is not None and whole:
+                    self.say(peer.link, Done(comp))
+                elif peer.link is not None and not any(comp != recovery._comp for comp in peer.uses):
+                    self._break(peer.link, 'the recovery has ended')   # without Bye: they keep what they have
+        self.forget(recovery._comp)
 
     def _on_results(self, peer: Peer, message: Results) -> None:
-        self._act(self.schedule.handle(NodeResults(self._key_of(peer), message.comp, message.rows), self.now))
+        if message.comp in self._reclaimed:
+            self._reclaimed[message.comp].results(peer, message.rows)
+            serials = [row[0] for row in message.rows if row[1] not in GOES_ON]
+            self.say(peer.link, Ack(message.comp, serials))  # type: ignore[arg-type]
+            return
+        self._act(self.schedule.handle(NodeResults(peer.key, message.comp, message.rows), self.now))
 
     def _on_returned(self, peer: Peer, message: Returned) -> None:
-        self._act(self.schedule.handle(NodeReturned(self._key_of(peer), message.comp, message.serials), self.now))
+        self._act(self.schedule.handle(NodeReturned(peer.key, message.comp, message.serials), self.now))
 
     def _job_of(self, peer: Peer, message: Any) -> Any:
         """The job that a message of a node speaks of, while it is there."""
-        node = self.schedule.nodes.get(self._key_of(peer))
+        node = self.schedule.nodes.get(peer.key)
         return node.flight.get(message.comp, {}).get(message.serial) if node is not None else None
 
     def _on_file_back(self, peer: Peer, message: FileBack) -> None:
@@ -1931,6 +3442,9 @@ class Driver(Loop):
         elif cluster._on_output is not None:
             cluster._shown.setdefault(job, [0, 0])[message.stream - 1] = message.offset + len(message.data)
             self._show_output(cluster, job, message.stream, message.data)
+        if message.stream:
+            for monitor in cluster._monitors:
+                monitor.printed(job, message.stream, message.offset, bytes(message.data))
 
     def _show_output(self, cluster: 'JobCluster', job: DispyJob, stream: int, data: Any) -> None:
         if len(data) and cluster._on_output is not None:
@@ -1942,15 +3456,71 @@ class Driver(Loop):
         for stream, at in enumerate(cluster._shown.pop(job, (0, 0)), 1):
             self._show_output(cluster, job, stream, row[4 + stream][at:])
 
+    # -- schedulers -----------------------------------------------------------------------------------------
+
+    def _on_where(self, peer: Peer, message: Where) -> None:
+        """Jobs of ours have gone to a node, or are back in a scheduler's queue."""
+        cluster, node = self._clusters.get(message.comp), self.schedule.nodes.get(peer.key)
+        flight = node.flight.get(message.comp, {}) if node is not None else {}
+        for job in [flight[serial] for serial in message.serials if serial in flight] if cluster is not None else ():
+            if self._incoming:
+                self._abort_file((message.comp, job._serial))
+            cluster._moved(job, message.node)  # type: ignore[union-attr, arg-type]
+
+    def _on_news(self, peer: Peer, message: News) -> None:
+        cluster = self._clusters.get(message.comp)
+        if cluster is not None:
+            row = NodeRow(*message.node)
+            cluster._node_came()
+            if cluster._cluster_status is not None:
+                self._tellers.run(cluster._cluster_status, message.status, cluster._describe(row, row.state, row.reason, row.cpus, row.busy), None)
+
+    def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
+        """Ask a cluster's scheduler."""
+        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
+        peer = next((peer for peer in self.peers_of(comp) if peer.link is not None), None)
+        if peer is None:
+            raise ConnectionError('the scheduler is not connected')
+        number = next(self._call_numbers)
+        peer.answers[comp, 'call %d' % number] = future
+        self.say(peer.link, Call(comp, number, name, args))  # type: ignore[arg-type]
+        return future
+
+    def _on_return(self, peer: Peer, message: Return) -> None:
+        future = peer.answers.pop((message.comp, 'call %d' % message.number), None)
+        if future is not None and message.error:
+            future.set_exception(_ERRORS.get(message.error[0], DispyError)(message.error[1]))
+        elif future is not None:
+            future.set_result(message.value)
+
+    def _on_call(self, peer: Peer, message: Call) -> None:
+        """A scheduler asks what only this program can tell: it is the user's code, so an opener finds out."""
+        cluster = self._clusters.get(message.comp)
+        if cluster is not None:
+            self._openers.run(self._find_out, cluster, peer, message)
+
+    def _find_out(self, cluster: 'JobCluster', peer: Peer, message: Call) -> None:
+        try:
+            error, value = (), cluster._asked(message.name, message.args)  # type: Tuple[tuple, Any]
+        except Exception as exc:  # of the user's code
+            error, value = (type(exc).__name__, describe_exception(exc, 1)), None
+        self.post(Asked(functools.partial(self.say_to, peer, Return(message.comp, message.number, error, value)), concurrent.futures.Future()))
+
+    def say_to(self, peer: Peer, message: Any) -> None:
+        """Send a message to a node or scheduler, if it is connected."""
+        if peer.link is not None:
+            self.say(peer.link, message)
+
     # -- actions ------------------------------------------------------------------------------------------
 
     def _send_jobs(self, action: SendJobs) -> None:
         peer = self._peers[action.node]
         assert peer.link is not None   # ours: the schedule knows nodes with a link only
-        now, rows, size = time.time(), [], 0
+        now, rows, size, sent = time.time(), [], 0, _SENT_ON if peer.scheduler else _SENT
         for work in action.works:
-            work.status, work.ip_addr, work.start_time = DispyJob.Running, peer.ip_addr, now
-            options = work._options and {name: work._options[name] for name in _SENT if name in work._options}
+            if not peer.scheduler:   # that one tells when and where
+                work.status, work.ip_addr, work.start_time = DispyJob.Running, peer.ip_addr, now
+            options = work._options and {name: work._options[name] for name in sent if name in work._options}
             rows.append((work._serial, beside(work._payload), options or None))
             size += size_of(work._payload)
             if size >= FRAME_FILL:
@@ -1959,7 +3529,9 @@ class Driver(Loop):
         if rows:
             self.say(peer.link, Jobs(action.comp, rows))
         cluster = self._clusters[action.comp]
-        if cluster._cluster_status is not None:
+        if action.comp in self._journals:
+            self._journals[action.comp].sent(action.works, peer.place)
+        if cluster._cluster_status is not None and not peer.scheduler:
             for work in action.works:
                 self._told(Told(cluster, DispyJob.Running, peer, work))
 
@@ -1970,18 +3542,22 @@ class Driver(Loop):
 
     def _send_ack(self, action: SendAck) -> None:
         """Collected, so that a round trip of one job is not two."""
-        acks = self._peers[action.node].acks.setdefault(action.comp, [])
+        peer = self._peers.get(action.node)
+        if peer is None or action.comp not in peer.uses:
+            return
+        acks = peer.uses[action.comp].acks
         acks.extend(action.serials)
         if len(acks) >= ACKS_MOST:
-            self._acknowledge(self._peers[action.node])
+            self._acknowledge(peer)
         else:
             self._chores_at = min(self._chores_at, self.now + ACK_AFTER)
 
     def _acknowledge(self, peer: Peer) -> None:
         if peer.link is not None:
-            for comp, serials in peer.acks.items():
-                self.say(peer.link, Ack(comp, serials))
-        peer.acks.clear()
+            for comp, use in peer.uses.items():
+                if use.acks:
+                    self.say(peer.link, Ack(comp, use.acks))
+                    use.acks = []
 
     def _jobs_ended(self, action: JobsEnded) -> None:
         """Results at last. What may run the user's code when it is opened is left to an opener."""
@@ -1990,8 +3566,12 @@ class Driver(Loop):
         code: List[Tuple[DispyJob, tuple]] = []
         for pair in action.pairs:
             outcome = pair[1][1]
+            if self._incoming and outcome not in GOES_ON:
+                self._abort_file((action.comp, pair[1][0]))
             if cluster._on_output is not None and outcome not in GOES_ON:
                 self._show_rest(cluster, *pair)
+            if action.comp in self._journals and outcome not in GOES_ON:
+                self._journals[action.comp].ended(*pair)
             if outcome in GOES_ON or (cluster._chains and pair[0] in cluster._chains):
                 cluster._chain(pair, peer)
                 continue
@@ -2002,9 +3582,10 @@ class Driver(Loop):
         if code:
             self._openers.run(cluster._conclude, code, peer)
 
-    @staticmethod
-    def _job_waits(action: JobWaits) -> None:
+    def _job_waits(self, action: JobWaits) -> None:
         job = action.work
+        if job._comp in self._journals:
+            self._journals[job._comp].waits(job)
         job.status, job.ip_addr, job.start_time = DispyJob.Created, None, None
 
     @staticmethod
@@ -2013,14 +3594,16 @@ class Driver(Loop):
 
     def _job_ended(self, action: JobEnded) -> None:
         job = action.work
+        if job._comp in self._journals:
+            self._journals[job._comp].ended(job, action.text)
         self._clusters[job._comp]._end(job, action.text)
 
-    def _key_of(self, peer: Peer) -> Any:
-        return LOCAL if peer.embedded else peer.address
 
-
+_ERRORS: Dict[str, Type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, KeyError, OSError, NoNodes)}
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.REFUSED, NodeState.LOST))
-_SENT = ('cpus', 'timeout')   # options of a job that its node has to know
+_MAY_OFFER = frozenset((UseState.WAITING, UseState.ASKING, UseState.REFUSED))
+_SENT_ON = ('cpus', 'timeout', 'memory', 'priority', 'retries', 'node')   # to a scheduler
+_SENT = ('cpus', 'timeout', 'memory')   # options of a job that its node has to know
 _MESSAGE_OF = {SendCancel: Cancel, SendRecall: Recall}
 _lock = threading.Lock()      # guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
 _drivers: Dict[Access, Driver] = {}
@@ -2035,6 +3618,8 @@ def _forked() -> None:
     for driver in list(_drivers.values()):
         driver.after_fork()
     _drivers.clear()
+    for cluster in list(_clusters):
+        cluster._after_fork()
     _clusters.clear()
 
 
@@ -2048,34 +3633,6 @@ def _user_name() -> str:
         return getpass.getuser()
     except (KeyError, OSError):   # no entry for this number, as in some containers
         return 'unknown'
-
-
-def _connect(peer: Peer, host: str, port: int) -> socket.socket:
-    """Like socket.create_connection, with the socket noted while it connects, so that this can be ended."""
-    failure: OSError = OSError('it has no address')
-    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
-        sock = peer.dialling = socket.socket(family, kind, protocol)
-        try:
-            sock.settimeout(HANDSHAKE_TIME)
-            sock.connect(address)
-            tune(sock)
-            return sock
-        except OSError as exc:
-            failure = exc
-            sock.close()
-    raise failure
-
-
-def _dial_text(exc: BaseException) -> str:
-    if isinstance(exc, ConnectionRefusedError):
-        return 'nothing listens there'
-    if isinstance(exc, socket.gaierror):
-        return 'its name does not resolve'
-    if isinstance(exc, socket.timeout):
-        return 'no answer within %d s' % HANDSHAKE_TIME
-    if type(exc).__name__ in ('SSLError', 'SSLCertVerificationError', 'SSLEOFError', 'SSLZeroReturnError'):
-        return 'TLS failed: %s; both sides need certfile, and certificates that the other can verify (cafile)' % exc
-    return str(exc)
 
 
 def _file_pieces(comp: str, name: str, path: str) -> Iterator[File]:
@@ -2133,49 +3690,77 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
 class JobCluster:
     """Nodes that run one computation for this program.
 
-    Parameters:
+    Parameters; times are in seconds:
     computation - a function (any callable), or the path of a program; the program is copied to the nodes and run with
         the job's arguments as its command line, its exit status is the job's result
-    nodes - None: a dispynode on this machine, or, if none answers within 1 s, one started for this program; 'local': that
-        at once; or a list of 'host', ('host', port), ('host', port, cpus), {'host':, 'port':, 'cpus':}, NodeAllocate; cpus > 0 is an
-        upper limit, cpus < 0 leaves so many free
-    depends - what cannot be found through the computation: files and directories (they land in the jobs' working
-        directory), modules and packages, functions and classes
-    job_status - called with a job when it has ended, in a thread of its own (old name: callback)
-    cluster_status - called as (status, node, job) at every change, in order: DispyNode.Initialized or Closed with a node, a
-        job's status with the job (and the node, when it is sent there)
-    setup, cleanup - functions run once a node, before the first and after the last job; they share the computation's
-        global variables. cleanup=True removes the files afterwards, False leaves them
-    dest_path - a fixed directory on the nodes for the files
-    dispy_port - port of nodes for which none is given
-    loglevel - level of dispy.logger
-    ping_interval - seconds between attempts to reach a node, at most; pulse_interval - seconds between signs of life; a
-        node that is silent for five is lost
-    reentrant - jobs on a lost node are run again elsewhere; otherwise they end as Abandoned
-    secret, certfile, keyfile, cafile - see "Security" in the README
-    on_output - called as (job, 'stdout' or 'stderr', text) within a second of its being printed, all that is kept by the job's end
-    forward_logs - `logging` records of jobs, from `loglevel` up, reach dispy.logger with the job's id
+    nodes - None: all that answer on the local network, and, if none does within 1 s, one started here for this program;
+        'local': that at once; or a list of 'host', ('host', port), ('host', port, cpus), {'host':, 'port':, 'cpus':}, DispyNode,
+        NodeAllocate; host: a name, an address, or either with * for any characters; cpus > 0 is an upper limit, cpus < 0 leaves
+        so many free
+    depends - list of what cannot be found through the computation: paths of files and directories (they land in the
+        jobs' working directory), modules and packages, functions and classes
+    job_status - function, called with a job for each provisional result and when it has ended, in a thread of its own
+        (old name: callback)
+    cluster_status - function, called as (status, node, job) at every change, in order: DispyNode.Initialized or Closed
+        with a node, a job's status with the job (and the node, when it is sent there)
+    host - also listen for nodes that connect by themselves (`dispynode --scheduler-host`), at this address of this host ('': all)
+        or 'address:port' (default port: 9702); None: this program needs no open port (old name: ip_addr)
+    dispy_port - port of nodes for which none is given, TCP and UDP (default 9701)
+    ext_host, poll_interval - accepted for old scripts (also ext_ip_addr); nothing needs to be told of them
+    ipv4_udp_multicast - True: look for nodes by IPv4 multicast too
+    dest_path - a fixed directory on the nodes for the files, below the node's own; what is there already and has not
+        changed is not sent again. None: a new one
+    loglevel - level of dispy.logger, as in `logging`
+    setup, cleanup - functions run once a node, before the first and after the last job, in the directory of the files;
+        they share the computation's global variables. A setup that raises or returns other than None or 0 refuses the
+        node. cleanup=True removes the files afterwards, False leaves them, a function runs first and then they are removed
+    ping_interval - the longest time between attempts to reach a node (0.1 to 3600, default 30)
+    pulse_interval - time between signs of life (0.1 to 600, default 2); a node that is silent for five is lost
+    reentrant - True: jobs on a lost node are run again elsewhere; False: they end as Abandoned
+    secret, certfile, keyfile, cafile - the secret as str or bytes, paths of files in PEM format; see "Security" in the README
+    recover_file - path of a file, made if there is none, in which jobs are written down so that they outlive this program; see
+        `recover_jobs`. With the file of a program that has crashed its jobs are carried on with: they are in `recovered`, those
+        that had ended with their results. A clean end removes it (old name: fault_recover)
     max_jobs_per_worker - a worker process is replaced after so many jobs; None: kept
+    on_output - function, called as (job, 'stdout' or 'stderr', text) within a second of its being printed; by the job's
+        end it has had all that is kept. `text` is str for functions, bytes for programs
+    forward_logs - True: `logging` records of jobs, from `loglevel` up, reach dispy.logger with the job's id
+
+    A node with another minor version of Python gets functions as source: what they use in their files may be imports, other
+    functions and classes at the top level, and plain constants. Where that is not enough it is refused, and the reason says why.
 
     Raises TypeError, ValueError (naming parameter, value and what is allowed), SecretError, FileNotFoundError, or what
-    pickling the computation raises. It starts nothing then.
+    pickling the computation raises. It starts nothing then. A context manager: see `close`, which it calls at the end.
     """
+
+    _remote = False   # jobs go to a scheduler
 
     def __init__(self, computation: Any, nodes: Any = None, depends: Sequence[Any] = (),
                  job_status: Optional[Callable[[DispyJob], Any]] = None,
-                 cluster_status: Optional[Callable[[int, Optional[DispyNode], Optional[DispyJob]], Any]] = None, dispy_port: Optional[int] = None,
+                 cluster_status: Optional[Callable[[int, Optional[DispyNode], Optional[DispyJob]], Any]] = None,
+                 host: Union[None, str, Tuple[str, int]] = None, dispy_port: Optional[int] = None, ext_host: Optional[str] = None,
                  dest_path: Optional[str] = None, loglevel: int = logging.INFO,
                  setup: Optional[Callable[..., Any]] = None, cleanup: Union[bool, Callable[..., Any]] = True,
                  ping_interval: Optional[float] = None, pulse_interval: Optional[float] = None, reentrant: bool = False,
                  secret: Union[str, bytes, None] = None, keyfile: Optional[str] = None, certfile: Optional[str] = None,
-                 cafile: Optional[str] = None, max_jobs_per_worker: Optional[int] = None,
+                 cafile: Optional[str] = None, recover_file: Optional[str] = None, max_jobs_per_worker: Optional[int] = None,
                  on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None, forward_logs: bool = False,
-                 callback: Optional[Callable[[DispyJob], Any]] = None) -> None:
+                 callback: Optional[Callable[[DispyJob], Any]] = None, ip_addr: Optional[str] = None, ext_ip_addr: Optional[str] = None,
+                 fault_recover: Union[None, bool, str] = None, poll_interval: Optional[float] = None, ipv4_udp_multicast: bool = False) -> None:
         self._port = _in_range('dispy_port', dispy_port, NODE_PORT, 1, 65535)
         pulse = _in_range('pulse_interval', pulse_interval, PULSE, 0.1, 600)
         redial = _in_range('ping_interval', ping_interval, REDIAL_MOST, 0.1, 3600)
         most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31)
-        addresses = parse_nodes(nodes, self._port)
+        _in_range('poll_interval', poll_interval, None, 0.1, 3600)   # dispy 4 asked nodes for results; ours send them
+        reach = discovery_reach()
+        self._specs = [NodeSpec('*', self._port)] if nodes is None and reach != 'off' else [] if nodes is None or nodes == LOCAL \
+            else parse_nodes(nodes, self._port, self._remote)
+        host = host if host is not None else ip_addr
+        self._host = None if host is None else (host, SCHEDULER_PORT) if host == '' else host_and_port(host, SCHEDULER_PORT) \
+            if isinstance(host, str) else (str(host[0]), int(host[1]))
+        # Old scripts always give ip_addr: two of them on one machine must not be in each other's way.
+        self._host_has_port = self._host is not None and (not isinstance(host, str) or self._host[0] != host.strip('[]'))
+        self._multicast = bool(ipv4_udp_multicast)
         for name, function in (('job_status', job_status), ('callback', callback), ('cluster_status', cluster_status),
                                ('on_output', on_output)):
             if function is not None and not callable(function):
@@ -2186,11 +3771,12 @@ class JobCluster:
             raise TypeError('depends is a %s; it must be a list' % type(depends).__name__)
         logger.setLevel(loglevel)
         self.name = getattr(computation, '__name__', None) or os.path.basename(str(computation))[:60]
-        self._comp = uuid.uuid4().hex
+        self._comp = self._client = uuid.uuid4().hex
         self._reentrant = bool(reentrant)
         self._cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name)
         self._cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
-        self._job_status, self._cluster_status, self._on_output = job_status or callback, cluster_status, on_output
+        self._source: Optional[Tuple[bytes, str]] = None     # what pack_source gave; driver thread only
+        self._job_status, self._cluster_status, self._on_output = callback if job_status is None else job_status, cluster_status, on_output
         self._shown: Dict[DispyJob, List[int]] = {}          # bytes of stdout and stderr shown live; driver thread only
         self._lock = threading.Lock()                        # guards those below
         self._changed = threading.Condition(self._lock)
@@ -2201,53 +3787,135 @@ class JobCluster:
         self._counts: Dict[str, List[Any]] = {}              # node -> [peer, jobs done, seconds]
         self._chains: Dict[DispyJob, Deque[Tuple[tuple, Peer]]] = {}   # rows of jobs with provisional results, in order
         self._numbers = itertools.count(1)
+        self._finished = 0                                   # jobs whose status is Finished
+        self._unfinished: Dict[int, int] = {}                # status -> jobs that ended otherwise
+        self._monitors: Tuple[Monitor, ...] = ()             # replaced as a whole
         self._started = time.time()
         self._directory = os.getcwd()                        # files that jobs send come below it
-        discovery = os.environ.get('DISPY_DISCOVERY', 'lan')
-        if discovery not in ('lan', 'loopback', 'off'):
-            raise ValueError("DISPY_DISCOVERY is %r; it must be 'lan', 'loopback' or 'off'" % discovery)
-        given = nodes if isinstance(nodes, (list, set)) else [nodes]
-        self._allocators = {_parse_node(node, self._port): node for node in given if isinstance(node, NodeAllocate)}
-        self._driver = Driver.acquire(Access(find_secret(secret), certfile, keyfile, cafile, pulse, redial))
+        self._reach_by(nodes is None and reach != 'off')
+        self.recovered: List[DispyJob] = []
+        self._recovery: Optional[Recovery] = None
+        access = Access(find_secret(secret), certfile, keyfile, cafile, pulse, redial)
+        path = recover_file or ('_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
+        self._journal = Journal(path) if path else None
         try:
-            self._driver.ask(lambda: self._driver.open(self, addresses, discovery != 'off'))
+            self._driver = Driver.acquire(access)
+            try:
+                if self._journal is not None:
+                    self._journal.begin(self._comp, self.name, self._reentrant, self._cargo.is_program, self._host)
+                self._driver.ask(lambda: self._driver.open(self, self._probe))
+            except BaseException:
+                self._driver.release()
+                raise
         except BaseException:
-            self._driver.release()
+            if self._journal is not None:
+                self._journal.close()
             raise
         _clusters.add(self)
+        if self._journal is not None:
+            self._carry_on(self._journal)
+
+    def _reach_by(self, probe: bool) -> None:
+        """Whom to dial for nodes; called when all but the driver is there."""
+        self._probe = probe   # start a node here if none answers
+
+    def _moved(self, job: DispyJob, node: tuple) -> None:
+        """A scheduler says where a job is."""
+        raise PeerError('a node is no scheduler')
+
+    def _asked(self, name: str, args: tuple) -> Any:
+        """A scheduler asks what only the client can tell. An opener."""
+        raise PeerError('a node is no scheduler')
+
+    def _carry_on(self, journal: Journal) -> None:
+        """Take over what is in the journal from a program that has crashed."""
+        sent: List[Tuple[DispyJob, str]] = []
+        again: List[DispyJob] = []
+        ended: List[DispyJob] = []
+        for job, state, node, result in journal.jobs():
+            self.recovered.append(job)
+            if state == Journal.ENDED:
+                end_without(job, result) if isinstance(result, str) else fill_in(job, (job._serial, *result), self._cargo.is_program)
+                ended.append(job)
+            elif state == Journal.SENT:
+                job.status, job._state = DispyJob.Running, JobState.RUNNING
+                sent.append((job, node))
+            else:
+                again.append(job)
+        journal.delivered(ended)
+        with self._lock:
+            self._pending += len(sent) + len(again)
+            self._count += len(sent) + len(again)
+
+        def lost(job: DispyJob, text: str) -> None:
+            if self._reentrant:
+                resubmit(job)
+            else:
+                job._state = JobState.ABANDONED
+                journal.ended(job, text)
+                self._end(job, text)
+
+        def done(job: DispyJob, row: tuple, peer: Peer) -> None:
+            job.ip_addr = peer.ip_addr
+            self._conclude([(job, row)], peer)
+
+        def over() -> None:
+            self._driver.post(Asked(self._recovered, concurrent.futures.Future()))
+
+        def resubmit(job: DispyJob) -> None:
+            job._comp, job._state, job.status = self._comp, JobState.CREATED, DispyJob.Created
+            job._options = {name: value for name, value in (job._options or {}).items() if name != 'node'} or None   # it may be gone
+            self._driver.post(job)
+        for job in again:
+            resubmit(job)
+        if sent:
+            logger.info('%d jobs of an earlier run are on nodes: their results are collected', len(sent))
+            recovery = self._recovery = Recovery(journal, sent, done, lost, over)
+            self._driver.ask(lambda: recovery.begin(self._driver))
+
+    def _recovered(self) -> None:
+        """What an earlier run had on nodes has been collected, or the cluster is closed. The driver's thread."""
+        recovery, self._recovery = self._recovery, None
+        if recovery is not None:
+            self._driver.give_up(recovery, True)
+            for job in recovery.left():
+                job._state = JobState.CANCELLED
+                self._end(job, 'cancelled: the cluster was closed')
 
     # -- jobs ---------------------------------------------------------------------------------------------
 
     def submit(self, *args: Any, **kwargs: Any) -> DispyJob:
         """Run the computation once, with these arguments. Returns the job. Any thread.
 
-        Not passed on: dispy_timeout=s (it is ended after so many seconds of running), dispy_priority=n (higher first),
-        dispy_cpus=n, dispy_retries=n (so often it is tried again if its worker or node is lost, also if the cluster is not
-        reentrant; then it is Abandoned), dispy_job_depends=[...] (files, functions and classes for this job alone). Raises RuntimeError on a closed cluster, TypeError or ValueError for bad arguments, and what
-        pickling raises.
+        Keywords that are not passed on:
+        dispy_timeout - seconds of running after which it is ended
+        dispy_priority - int, higher goes first (default 0); then the order of submission
+        dispy_cpus - CPUs that it takes on its node (default 1)
+        dispy_memory - bytes that its process and those it starts may use together; with more they are killed (default: no limit)
+        dispy_retries - so often it is tried again if its worker or node is lost, also if the cluster is not reentrant;
+            then it is Abandoned
+        dispy_job_depends - list of paths of files, functions and classes for this job alone
+
+        Raises RuntimeError on a closed cluster; TypeError, ValueError or FileNotFoundError for bad keywords; ValueError
+        for arguments of more than 960 MiB; and what pickling them raises.
         """
         return self._submit(next(self._numbers), args, kwargs)
 
     def submit_job_id(self, id: Any, *args: Any, **kwargs: Any) -> DispyJob:
-        """The same; the job's `id` is the one given."""
+        """As `submit`; the job's `id` is the one given, any object. Any thread."""
         return self._submit(id, args, kwargs)
 
     def submit_node(self, node: Any, *args: Any, **kwargs: Any) -> DispyJob:
-        """The same, on this node and no other: a DispyNode, its name, address or (address, port). Raises ValueError for a
-        node that this cluster does not know, naming those it does. The job waits while the node cannot be used."""
+        """As `submit`, on this node and no other: a DispyNode, its name, address or (address, port). The job waits while the
+        node cannot be used. Raises ValueError for a node that this cluster does not know, naming those it does. Any thread."""
         return self._submit(next(self._numbers), args, kwargs, self._key_of_node(node))
 
     def submit_job_id_node(self, id: Any, node: Any, *args: Any, **kwargs: Any) -> DispyJob:
-        """The same, with the job's `id`."""
+        """As `submit_node`, with the job's `id`. Any thread."""
         return self._submit(id, args, kwargs, self._key_of_node(node))
 
     def _key_of_node(self, node: Any) -> Any:
-        found = self._driver.ask(lambda: self._driver.nodes_of(self._comp))
-        keys = [self._driver._key_of(peer) for peer, _, _, _ in found if peer.is_meant(node)]
-        if len(keys) != 1:
-            raise ValueError('%s %.80r; this cluster knows %s' % ('no node is' if not keys else 'several nodes are', node,
-                                                                  ', '.join(sorted(str(peer) for peer, _, _, _ in found))))
-        return keys[0]
+        return self._command('find', node)
 
     def _submit(self, number: Any, args: tuple, kwargs: dict, node: Any = None) -> DispyJob:
         depends = kwargs.pop('dispy_job_depends', ())
@@ -2263,6 +3931,9 @@ class JobCluster:
         with self._lock:
             if self._closed or self._driver.broken:
                 raise RuntimeError('submit: %s' % (self._driver.broken or 'the cluster was closed'))
+            if self._journal is not None:
+                self._journal.submitted(job)
+                self._journal.trim()
             self._pending += 1
             self._count += 1
             self._driver.post(job)   # with the lock held: `close` comes after it or before the test above
@@ -2271,7 +3942,8 @@ class JobCluster:
     def map(self, *iterables: Any, in_flight: Optional[int] = None) -> Iterator[Any]:
         """Yield the results of computing over the inputs, in their order, like the builtin `map`. Inputs are taken as
         results are: at most `in_flight` jobs (default: 1000) are under way, so a generator may be endless. For a job
-        that failed its exception is raised (JobFailed if there is none); leaving the loop cancels the rest."""
+        that failed its exception is raised (JobFailed if there is none); leaving the loop cancels the rest. Raises
+        ValueError for an `in_flight` below 1."""
         most = _in_range('in_flight', in_flight, 1000, 1, 1 << 31)
         return self._map(zip(*iterables), most)
 
@@ -2370,7 +4042,8 @@ class JobCluster:
 
     def wait_nodes(self, n: int = 1, timeout: Optional[float] = None) -> None:
         """Wait until `n` nodes are ready for jobs. Raises NoNodes, which names every address tried and every
-        refusal with its reason, after `timeout` seconds. Any thread."""
+        refusal with its reason, after `timeout` seconds (None: waits without limit), RuntimeError when the cluster is or gets
+        closed. Any thread."""
         until = None if timeout is None else time.monotonic() + timeout
         while True:
             if self._closed:
@@ -2379,39 +4052,108 @@ class JobCluster:
                 return
             left = FOREVER if until is None else until - time.monotonic()
             if left <= 0:
-                raise NoNodes('%d nodes were waited for. %s' % (n, self._driver.ask(lambda: self._driver.complaint(self._comp))))
+                raise NoNodes('%d nodes were waited for. %s' % (n, self._complaint()))
             with self._changed:
                 self._changed.wait(min(left, 0.1))
+
+    def _complaint(self) -> str:
+        return self._command('complaint')  # type: ignore[no-any-return]
 
     def status(self) -> ClusterStatus:
         """Nodes (with the reason if one is not used) and the number of jobs that have not ended. Any thread."""
         with self._lock:
             counts = {name: list(count) for name, count in self._counts.items()}
             pending = self._pending
-        found: List[Tuple[Peer, str, str, int]] = []
+        found: List[NodeRow] = []
         if not self._closed:
             try:
-                found = self._driver.ask(lambda: self._driver.nodes_of(self._comp))
+                found = self._rows()
             except RuntimeError:
                 if not self._closed:   # otherwise it was closed meanwhile
                     raise
         nodes, seen = [], set()
-        for peer, state, reason, busy in found:
-            key = '%s:%s' % (peer.ip_addr, peer.name)
+        for row in found:
+            key = '%s:%s' % (row.ip_addr, row.name)
             seen.add(key)
-            _, done, seconds = counts.get(key, (peer, 0, 0.0))
-            nodes.append(self._describe(peer, state, reason, busy, done, seconds))
+            _, done, seconds = counts.get(key, (row, 0, 0.0))
+            nodes.append(self._describe(row, row.state, row.reason, row.cpus, row.busy, done, seconds))
         for key, (peer, done, seconds) in counts.items():
             if key not in seen:
-                nodes.append(self._describe(peer, 'closed', '', 0, done, seconds))
+                nodes.append(self._describe(peer, 'closed', '', peer.offered, 0, done, seconds))
         return ClusterStatus(nodes, pending)
 
+    def _command(self, name: str, *args: Any) -> Any:
+        """Ask whoever has the nodes: the driver."""
+        return self._driver.ask(lambda: self._driver.command(self._comp, name, *args))
+
+    def _rows(self) -> List[NodeRow]:
+        return self._command('nodes')  # type: ignore[no-any-return]
+
     @staticmethod
-    def _describe(peer: Peer, state: str, reason: str, busy: int, done: int = 0, seconds: float = 0.0) -> DispyNode:
-        return DispyNode(peer.ip_addr, peer.address.port, peer.name, state, reason, peer.cpus, busy, done, seconds, peer.facts)
+    def _describe(peer: Union[Peer, NodeRow], state: str, reason: str, cpus: int, busy: int, done: int = 0, seconds: float = 0.0) -> DispyNode:
+        return DispyNode(peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy, done, seconds, peer.facts)
+
+    def discover_nodes(self, nodes: Any) -> int:
+        """Look for more nodes now, given as in the constructor; '*' asks the whole network. Returns 0. Raises TypeError or
+        ValueError for what is no node. Any thread."""
+        self._command('allocate', parse_nodes(nodes, self._port))
+        return 0
+
+    def allocate_node(self, node: Any) -> int:
+        """Use a node (or a list of them): a new one, or one that was deallocated or closed. As `discover_nodes`."""
+        return self.discover_nodes(node)
+
+    def deallocate_node(self, node: Any) -> int:
+        """Send no more jobs to a node, given as in `submit_node`; what runs there goes on. Returns 0. Any thread."""
+        self._command('set_cpus', node, 0)
+        return 0
+
+    def close_node(self, node: Any, terminate_pending: bool = False) -> int:
+        """Use a node no more: when its running jobs have ended, or, with `terminate_pending`, at once (its jobs are run
+        elsewhere if the cluster is reentrant and are Abandoned otherwise), cleanup runs there. Returns 0. Any thread."""
+        self._command('leave', node, 'close', bool(terminate_pending))
+        return 0
+
+    def resetup_node(self, node: Any, terminate_pending: bool = False) -> int:
+        """Set a node up anew, with files as they are now: cleanup, what has changed of `depends`, setup. When and with what
+        effect on its jobs as in `close_node`. Returns 0 at once. Any thread."""
+        self._cargo.spec['files'] = _file_rows(self._cargo.paths, self._cargo.spec['program'])
+        self._command('leave', node, 'open', bool(terminate_pending))
+        return 0
+
+    def set_node_cpus(self, node: Any, cpus: int) -> int:
+        """Use at most so many CPUs of a node (negative: leave so many free; 0: none). Returns how many that are. Raises
+        ValueError when it has fewer. Any thread."""
+        if isinstance(cpus, bool) or not isinstance(cpus, int):
+            raise TypeError('cpus=%r is no number' % (cpus,))
+        return self._command('set_cpus', node, cpus)  # type: ignore[no-any-return]
+
+    def node_jobs(self, node: Any, from_node: bool = False) -> List[DispyJob]:
+        """Jobs of this cluster that have been sent to a node and have not ended; with `from_node` it is asked which of them
+        run, and only these are returned. Raises ValueError for an unknown node, RuntimeError if it is not connected."""
+        serials = self._command('jobs', node)
+        if from_node:
+            running = {serial for serial, _ in self._command('question', node).result(CALL_TIME).running}
+            serials = [serial for serial in serials if serial in running]
+        return self._driver.ask(lambda: self._driver.jobs_of(self._comp, serials))  # type: ignore[no-any-return]
+
+    def send_file(self, path: str, node: Any, timeout: Optional[float] = None) -> int:
+        """Put a file, as it is now, into the jobs' directory on a node that is ready; one of this name is replaced as a
+        whole. Returns 0 when it is there. Raises OSError if it cannot be read here or stored there, ValueError for an
+        unknown node, RuntimeError if that is not ready, TimeoutError after `timeout` seconds. Any thread."""
+        name = os.path.basename(os.fspath(path))
+        row, = _file_rows({name: os.fspath(path)})
+        future = self._command('question', node, row, os.fspath(path))
+        try:
+            error = future.result(timeout)
+        except concurrent.futures.TimeoutError:
+            raise TimeoutError('send_file: %s is not on the node within %s s' % (name, timeout)) from None
+        if error:
+            raise OSError('send_file: %s could not be stored on the node: %s' % (name, error))
+        return 0
 
     def print_status(self, file: Any = None) -> None:
-        """A table by node. Any thread."""
+        """Print a table by node, and jobs and CPUs in sum, to `file` (default: stdout). Any thread."""
         status, line = self.status(), '%-32s %5s %8s %10s %12s  %s'
         out = [line % ('Node', 'CPUs', 'Jobs', 's / Job', 'Job time s', 'State'), '-' * 84]
         for node in status.nodes:
@@ -2430,7 +4172,15 @@ class JobCluster:
 
     def close(self, timeout: Optional[float] = None, terminate: bool = False) -> bool:
         """Wait for the jobs (at most `timeout` seconds; with terminate=True not at all: they are cancelled) and let the
-        nodes go. False, and nothing is changed, when jobs were left after `timeout`. May be called twice. Any thread."""
+        nodes go. Returns True; False, and nothing is changed, when jobs were left after `timeout`. May be called twice.
+        Any thread."""
+        return self._close(timeout, terminate)
+
+    def shutdown(self, timeout: Optional[float] = None, terminate: bool = False) -> bool:
+        """As `close`; nodes that were started with --client-shutdown end as soon as this program lets them go. Any thread."""
+        return self._close(timeout, terminate, shutdown=True)
+
+    def _close(self, timeout: Optional[float], terminate: bool, shutdown: bool = False) -> bool:
         if not terminate and not self._closed and not self.wait(timeout):
             return False
         with self._lock:
@@ -2438,20 +4188,27 @@ class JobCluster:
                 return True
             self._closed = True
         _clusters.discard(self)
-        self._leave()
+        self._leave(shutdown)
         return True
 
-    def _leave(self) -> None:
+    def _leave(self, shutdown: bool = False) -> None:
         driver = self._driver
         if driver.broken:
             return
         with contextlib.suppress(RuntimeError):   # the driver has failed meanwhile, and has ended the jobs itself
-            driver.ask(lambda: driver.forget(self._comp))
+            driver.ask(self._recovered)
+            driver.ask(lambda: driver.forget(self._comp, shutdown))
         self.wait(CALL_TIME)   # for callbacks of what was cancelled
+        if self._journal is not None:
+            self._journal.close(remove=True)
         if threading.current_thread() is not driver._thread:
             driver.release()
 
-    shutdown = close
+    def _after_fork(self) -> None:
+        """In a forked child: its jobs and its journal are the parent's, and nobody here may wait for them."""
+        self._lock = threading.Lock()   # a thread that is not here may hold the old one
+        self._changed = threading.Condition(self._lock)
+        self._closed, self._pending, self._journal = True, 0, None
 
     def __enter__(self) -> 'JobCluster':
         return self
@@ -2471,11 +4228,17 @@ class JobCluster:
 
     def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Peer) -> None:
         """Give jobs their results. The driver's thread or an opener."""
-        seconds = 0.0
+        seconds, finished = 0.0, 0
         for job, row in pairs:
-            self._fill_in(job, row)
+            payload = job._payload
+            fill_in(job, row, self._cargo.is_program)
+            if job.status == 11:
+                finished += 1
+            else:
+                self._note(job, payload)
             seconds += row[3] - row[2]
         with self._lock:
+            self._finished += finished
             count = self._counts.setdefault('%s:%s' % (peer.ip_addr, peer.name), [peer, 0, 0.0])
             count[1] += len(pairs)
             count[2] += seconds
@@ -2521,41 +4284,19 @@ class JobCluster:
             job.result, job.status = value, DispyJob.ProvisionalResult
         return True
 
-    def _fill_in(self, job: DispyJob, row: tuple) -> None:
-        _, outcome, start, end, payload, stdout, stderr = row
-        status = int(job._state)
-        if outcome == 1 or outcome == 2:   # RETURNED, RETURNED_CODE
-            try:
-                job.result = unseal(payload)
-            except BaseException as exc:  # unpickling runs the user's code
-                status = DispyJob.Terminated
-                job.exception = 'the result could not be opened here: %s' % describe_exception(exc, 1)
-        elif outcome == Outcome.RAISED:
-            job.result = None   # a provisional one may stand there
-            job.exception, body = unpack_error(payload)
-            if len(body):
-                try:
-                    job.error = unseal(body)
-                except BaseException as exc:  # as above; the text is there
-                    logger.debug('an exception of job %r could not be opened: %s', job.id, type(exc).__name__)
-        else:
-            job.result, job.exception = None, bytes(payload).decode('utf-8', 'replace')
-        if start:
-            job.start_time = start
-        job.end_time = end or time.time()
-        if self._cargo.is_program:
-            job.stdout, job.stderr = bytes(stdout), bytes(stderr)
-        else:
-            job.stdout = str(stdout, 'utf-8', 'replace') if stdout else ''
-            job.stderr = str(stderr, 'utf-8', 'replace') if stderr else ''
-        job._payload = None
-        job.status = status   # last: whoever sees it sees all of the above
+    def _note(self, job: DispyJob, payload: Any) -> None:
+        """A job has ended without a result: count it, and tell who watches."""
+        with self._lock:
+            self._unfinished[job.status] = self._unfinished.get(job.status, 0) + 1
+        for monitor in self._monitors:
+            monitor.failed(job, payload)
 
     def _end(self, job: DispyJob, text: str) -> None:
         """A job that ended without a result. The driver's thread."""
+        payload = job._payload
         with self._lock:   # beside a provisional result
-            job.result, job.exception, job._payload, job.end_time = None, text, None, time.time()
-            job.status = int(job._state)
+            end_without(job, text)
+        self._note(job, payload)
         self._ended([job])
 
     def _ended(self, jobs: List[DispyJob]) -> None:
@@ -2601,11 +4342,193 @@ class JobCluster:
         works: List[Any] = list(self._driver._submitted) + [event for event in self._driver._inbox if isinstance(event, DispyJob)]
         if comp is not None:
             works += [*comp.waiting()] + [work for node in schedule.nodes.values() for work in node.flight.get(self._comp, {}).values()]
-        for job in works:
-            if job._comp == self._comp and job.status not in ENDED:
+        recovering = [job for job, _ in self._recovery._jobs.values()] if self._recovery is not None else []
+        for job in [job for job in works if job._comp == self._comp] + recovering:
+            if job.status not in ENDED:
                 job._state = JobState.ABANDONED
                 job.exception, job.end_time, job.status = text, time.time(), DispyJob.Abandoned
+                self._note(job, job._payload)
                 self._ended([job])
+
+
+class SharedJobCluster(JobCluster):
+    """As JobCluster, with nodes that a dispyscheduler shares between several programs.
+
+    Parameters, in addition to those of JobCluster:
+    nodes - which of the scheduler's nodes may be used; None: all; those named here that it does not know yet it looks for
+    scheduler_host - host name or address where dispyscheduler runs, as HOST or HOST:PORT; None: this machine (old name: scheduler_node)
+    scheduler_port - its TCP port (default 9702)
+    exclusive - True: no other cluster uses these nodes at the same time
+
+    When the scheduler ends and is started again, jobs go on. Raises what JobCluster raises.
+    """
+    _remote = True
+
+    def __init__(self, computation: Any, nodes: Any = None, *args: Any, scheduler_host: Optional[str] = None, scheduler_port: Optional[int] = None,
+                 exclusive: bool = False, scheduler_node: Optional[str] = None, **options: Any) -> None:
+        if nodes == LOCAL:
+            raise ValueError('nodes=%r: a node of this program alone is not shared; use JobCluster' % LOCAL)
+        host, port = host_and_port(scheduler_host or scheduler_node or '127.0.0.1', _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535))
+        self._scheduler = NodeSpec(host, port, scheduler=True)
+        self._exclusive = bool(exclusive)
+        self._places: Dict[DispyJob, NodeRow] = {}     # where jobs are; driver thread and openers, each job in one at a time
+        self._any = nodes is None
+        self._allocators: List[NodeAllocate] = []
+        super().__init__(computation, nodes, *args, **options)
+
+    def _reach_by(self, probe: bool) -> None:
+        self._probe = False
+        self._cargo.spec['shared'] = {'nodes': None if self._any else self._plain(self._specs), 'reentrant': self._reentrant,
+                                      'exclusive': self._exclusive, 'cloudpickle': cloudpickle.__version__}
+        self._specs = [self._scheduler]
+
+    def _plain(self, specs: Sequence[NodeSpec]) -> List[tuple]:
+        """Specs for the wire; allocators stay here and are known by their numbers."""
+        rows = []
+        for spec in specs:
+            if spec.allocator is not None:
+                self._allocators.append(spec.allocator)
+            rows.append((spec.host, spec.port, spec.cpus, len(self._allocators) if spec.allocator is not None else 0))
+        return rows
+
+    # -- asked of the scheduler -----------------------------------------------------------------------------
+
+    def _command(self, name: str, *args: Any) -> Any:
+        """Ask the scheduler's driver."""
+        if name == 'allocate':
+            args = (self._plain(args[0]),)
+        elif name == 'jobs' or name == 'nodes':
+            pass
+        elif name == 'question':
+            return self._question(*args)
+        elif name == 'leave' and args[1] == 'open':
+            args = (*args, self._cargo.spec['files'])
+        args = tuple((arg.ip_addr, arg.port) if isinstance(arg, DispyNode) else arg for arg in args)
+        return self._call(name, *args)
+
+    def _call(self, name: str, *args: Any) -> Any:
+        until = time.monotonic() + CALL_TIME
+        while True:
+            try:
+                return self._driver.ask(lambda: self._driver.call(self._comp, name, *args)).result(CALL_TIME)
+            except ConnectionError:
+                if self._closed or time.monotonic() >= until:
+                    raise RuntimeError('the scheduler %s is not connected' % self._scheduler.host) from None
+                time.sleep(0.05)
+
+    def _question(self, node: Any, row: Optional[tuple] = None, path: str = '') -> 'concurrent.futures.Future[Any]':
+        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
+        node = (node.ip_addr, node.port) if isinstance(node, DispyNode) else node
+        if row is None:
+            future.set_result(Report(self._comp, [(serial, 0.0) for serial in self._call('running', node)], [], {}))
+            return future
+        error = self._driver.ask(lambda: self._driver.question(self._comp, None, row, path)).result(CALL_TIME)   # to the scheduler
+        future.set_result(error or self._call('place', node, row))
+        return future
+
+    def _rows(self) -> List[NodeRow]:
+        if not self._is_connected():
+            return super()._command('nodes')  # type: ignore[no-any-return]
+        return [NodeRow(*row) for row in self._call('nodes')] or super()._command('nodes')
+
+    def _complaint(self) -> str:
+        if self._is_connected():
+            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # it has gone meanwhile
+                return self._call('complaint')  # type: ignore[no-any-return]
+        return super()._command('complaint')  # type: ignore[no-any-return]
+
+    def _is_connected(self) -> bool:
+        return any(peer.link is not None and peer.name for peer in self._driver.ask(lambda: self._driver.peers_of(self._comp)))
+
+    # -- told by the scheduler --------------------------------------------------------------------------------
+
+    def _moved(self, job: DispyJob, node: tuple) -> None:
+        if not node:
+            self._places.pop(job, None)
+            job.status, job.ip_addr, job.start_time = DispyJob.Created, None, None
+            return
+        row = self._places[job] = NodeRow((node[0], node[1]), node[0], node[1], node[2], 'ready', '', 0, 0, 0, {})
+        with self._lock:   # beside a provisional result
+            if job.status in ENDED:
+                return
+            job.status, job.ip_addr, job.start_time = DispyJob.Running, node[0], time.time()
+        if self._cluster_status is not None:
+            described = self._describe(row, row.state, '', 0, 0)
+            self._driver._tellers.run(self._cluster_status, DispyJob.Running, described, job)
+
+    def _asked(self, name: str, args: tuple) -> Any:
+        if name == 'source':
+            return self._cargo.source()
+        if name == 'allocate':
+            number, row = args[0], NodeRow(*args[1])
+            found = ask_allocator(self._allocators[number - 1], self, row)
+            self._cargo.paths.update(found.paths)
+            return (found.cpus, found.setup_args, found.files)
+        raise PeerError('the scheduler asks for %.40r' % (name,))
+
+    def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Any) -> None:
+        for job, row in pairs:
+            super()._conclude([(job, row)], self._places.pop(job, peer))
+
+    def _end(self, job: DispyJob, text: str) -> None:
+        self._places.pop(job, None)
+        super()._end(job, text)
+
+
+class Survey:
+    """What nodes there are and whether they can be used, without using them: a cluster for the driver, but without a computation.
+
+    nodes, port, secret, certfile, keyfile, cafile - as of JobCluster; nodes=None: all that answer on the local network.
+    Raises TypeError, ValueError, SecretError. A context manager.
+    """
+    _cargo = _host = _cluster_status = _source = None
+    _host_has_port = _multicast = _reentrant = _remote = False
+    _client = 'survey'
+    name = 'a look at nodes'
+
+    def __init__(self, nodes: Any = None, port: int = NODE_PORT, secret: Union[str, bytes, None] = None, certfile: Optional[str] = None,
+                 keyfile: Optional[str] = None, cafile: Optional[str] = None) -> None:
+        self._specs, self._port, self._comp = parse_nodes('*' if nodes is None else nodes, port), port, uuid.uuid4().hex
+        self._driver = Driver.acquire(Access(find_secret(secret), certfile, keyfile, cafile, PULSE, REDIAL_MOST))
+        self._driver.ask(lambda: self._driver.open(self, False))  # type: ignore[arg-type]
+
+    def look(self, timeout: float = HANDSHAKE_TIME + 1.0, listen: float = SURVEY_TIME) -> List[DispyNode]:
+        """The nodes, when each that was named has answered or failed, at the latest after `timeout` seconds; answers to a question to
+        all are waited for `listen` seconds. `state` is 'connected', and `reason` then who uses it, or why it cannot be used."""
+        began = time.monotonic()
+        while True:
+            found = self._driver.ask(lambda: [(peer, self._seen(peer, state, reason))
+                                              for peer, state, reason, _, _ in self._driver.nodes_of(self._comp)])
+            passed = time.monotonic() - began
+            if passed >= timeout or (passed >= listen or not any(spec.wild for spec in self._specs)) and not any(
+                    peer.state in (NodeState.FOUND, NodeState.DIALLING) and not peer.failures and peer.port
+                    or peer.link is not None and not peer.name for peer, _ in found):
+                return [node for _, node in found]
+            time.sleep(0.05)
+
+    @staticmethod
+    def _seen(peer: Peer, state: str, reason: str) -> DispyNode:
+        if state == 'connected':
+            holder = peer.facts.get('holder')
+            reason = 'serves %s' % holder if holder else '' if peer.offered else 'takes no new jobs'
+        return JobCluster._describe(peer, state, reason, peer.offered, 0)
+
+    def close(self) -> None:
+        """Let the nodes go."""
+        self._driver.ask(lambda: self._driver.forget(self._comp))
+        self._driver.release()
+
+    def __enter__(self) -> 'Survey':
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    def _met(self, peer: Peer) -> None:
+        """Its facts are what is wanted of it."""
+
+    def _driver_broke(self, text: str) -> None:
+        """Whoever asks next is told."""
 
 
 class Progress:
@@ -2672,7 +4595,7 @@ def _take_options(kwargs: dict) -> Optional[dict]:
 
 _OPTIONS: Dict[str, Tuple[Any, float, float]] = {
     'dispy_timeout': ((int, float), 0.001, 1e9), 'dispy_priority': (int, -(1 << 31), 1 << 31), 'dispy_cpus': (int, 1, 1 << 16),
-    'dispy_retries': (int, 0, 1000)}
+    'dispy_memory': (int, 1, 1 << 60), 'dispy_retries': (int, 0, 1000)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2712,16 +4635,17 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
 
 class DispyExecutor(concurrent.futures.Executor):
     """A concurrent.futures.Executor whose calls run on the nodes of a cluster: any function a call, exceptions as they
-    were raised with the node's traceback as their cause.
+    were raised with the node's traceback as their cause. `cluster` is the cluster.
 
-    Parameters: `nodes` and the other parameters of JobCluster but `computation` and `job_status`.
+    Parameters: `nodes` and the other parameters of JobCluster but `computation` and `job_status`. Raises what that raises.
     """
 
     def __init__(self, nodes: Any = None, **options: Any) -> None:
         self.cluster = JobCluster(call_packed, nodes, job_status=lambda job: job.id.settle(job), **options)
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> DispyFuture:  # type: ignore[override]
-        """Call fn(*args, **kwargs) on a node. Raises RuntimeError after shutdown, and what pickling raises. Any thread."""
+        """Call fn(*args, **kwargs) on a node. Raises RuntimeError after shutdown, TypeError for what cannot
+        be called, and what pickling raises. Any thread."""
         if not callable(fn):
             raise TypeError('%.80r cannot be called' % (fn,))
         future = DispyFuture(self.cluster)
@@ -2730,7 +4654,8 @@ class DispyExecutor(concurrent.futures.Executor):
         return future
 
     def map(self, fn: Callable[..., Any], *iterables: Any, timeout: Optional[float] = None, chunksize: int = 1) -> Iterator[Any]:
-        """As in concurrent.futures: all inputs are taken at once, results come in order, `chunksize` inputs a job."""
+        """As in concurrent.futures: all inputs are taken at once, results come in order, `chunksize` inputs a job. Raises
+        TimeoutError when the next result is not there `timeout` seconds after the call, and what a call raised."""
         if chunksize < 1:
             raise ValueError('chunksize=%r must be at least 1' % (chunksize,))
         if chunksize == 1:
@@ -2820,6 +4745,10 @@ if 'joblib' in sys.modules:
 def _at_exit() -> None:
     """The program ends with clusters open: end what is left, and say so."""
     for cluster in list(_clusters):
+        if cluster._pending and cluster._journal is not None:
+            logger.warning('%s: the program ends with %d jobs that have not ended; dispy.recover_jobs(%r) collects them', cluster.name,
+                           cluster._pending, cluster._journal.path)
+            continue
         if cluster._pending:
             logger.warning('%s: the program ends with %d jobs that have not ended; they are cancelled (cluster.wait() '
                            'waits for them)', cluster.name, cluster._pending)
@@ -2827,14 +4756,18 @@ def _at_exit() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Command line: a program over many arguments
+# Command line: a program over many arguments; nodes by ssh
 # ---------------------------------------------------------------------------------------------------------
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='dispy', description='Run a program once for each line of arguments, on all CPUs of '
-                                     'the nodes. The exit status is the number of jobs that failed, at most 101.')
+                                     'the nodes. The exit status is the number of jobs that failed, at most 101.',
+                                     epilog='`dispy deploy HOST...` starts nodes on other hosts by ssh, `dispy stop HOST...` ends '
+                                     'them: each has a --help of its own. A program of such a name is run as ./deploy.')
     add = parser.add_argument
-    add('program', metavar='PROGRAM', help='path of a program or script; it is copied to the nodes')
+    add('program', metavar='PROGRAM', nargs='?', help='path of a program or script; it is copied to the nodes')
+    add('--list-nodes', action='store_true', help='instead of running a program show the nodes (-n; default: all that answer) and whether '
+        'they can be used; the exit status is 0 if any can')
     add('-n', '--nodes', action='append', metavar='HOST[:PORT]', help="a node; may be repeated; 'local': this machine "
         '(default: a dispynode on this machine, or one started for this run)')
     add('-f', '--depends', action='append', default=[], metavar='FILE', help='file that the program needs beside it; may be repeated')
@@ -2858,15 +4791,6 @@ def _lines_of(args: argparse.Namespace) -> Iterator[List[str]]:
             yield from (shlex.split(line) for line in file if line.strip())
     elif not args.args:
         yield []
-
-
-def _host_and_port(text: str) -> Any:
-    host, colon, port = text.rpartition(':')
-    if not colon or ':' in host:   # no port, or IPv6
-        return text
-    if not port.isdigit():
-        raise ValueError('-n %s: the port is no number' % text)
-    return host, int(port)
 
 
 class _Printer:
@@ -2893,16 +4817,128 @@ class _Printer:
             print('%d of %d done, %d failed' % (self.done, total, self.failed), end='\r', file=sys.stderr, flush=True)
 
 
+# What a host's Python is given to run. It says itself if it is too old, and takes no module from the directory it is in.
+REMOTE = """import sys
+if sys.version_info < (3, 8): sys.exit('Python 3.8 or later is needed, this is ' + sys.version.split()[0] + ' (--python)')
+sys.path[:] = filter(None, sys.path)
+import base64, types, zlib
+source = zlib.decompress(base64.b64decode(%a))
+dispynode = sys.modules['dispynode'] = types.ModuleType('dispynode')
+exec(compile(source, 'dispynode.py', 'exec'), dispynode.__dict__)
+dispynode.deployment(source, *%a)
+"""
+SSH_OPTIONS = ['-T', '-o', 'BatchMode=yes', '-o', 'ConnectTimeout=10', '-o', 'ServerAliveInterval=10', '-o', 'ControlMaster=no']
+HOST_TIME = 150.0             # s for all that is done on a host: an end, a start, and a slow line
+
+
+def _deploy_parser(task: str) -> argparse.ArgumentParser:
+    text = {'deploy': 'Copy dispynode.py and the secret to hosts and start it there as a daemon. One that runs already, from the same '
+            'file, with the same options, is left alone.', 'stop': 'End what `dispy deploy` has started, and its jobs; remove what it has copied.'}
+    parser = argparse.ArgumentParser(prog='dispy ' + task, description=text[task] + ' The exit status is the number of hosts where '
+                                     'that failed, at most 101.', usage='%(prog)s [options] HOST...' + ' [-- options of dispynode]' * (task == 'deploy'))
+    add = parser.add_argument
+    add('hosts', nargs='*', metavar='HOST', help='as ssh takes it: a name of ~/.ssh/config, user@host, ssh://user@host:port')
+    add('--hosts', dest='file', metavar='FILE', help='file with a host on each line; # begins a comment')
+    add('--python', default='python3', metavar='PATH', help="Python there, in words of that host's shell (default: %(default)s)")
+    add('--ssh', default='ssh', metavar='COMMAND', help='ssh with options, such as "ssh -p 2222 -i key" (default: %(default)s)')
+    if task == 'deploy':
+        add('--secret-file', metavar='FILE', help='file with the secret (default: the one of this user)')
+        add('--replace-secret', action='store_true', help='overwrite another secret that is there')
+        add('--restart', action='store_true', help='replace a node with another file or options also while it is at work')
+    return parser
+
+
+def _on_host(command: List[str], program: bytes) -> Tuple[bool, str]:
+    """Run a program by ssh: whether it did what it should, and the line that says so, or why not."""
+    try:
+        done = subprocess.run(command, input=program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=HOST_TIME)
+    except subprocess.TimeoutExpired:
+        return False, 'no answer in %d s' % HOST_TIME
+    said, why = (output.decode(errors='replace').strip().rpartition('\n')[2].strip() for output in (done.stdout, done.stderr))
+    if done.returncode == 0 and said.startswith(DEPLOYED):
+        return True, said[len(DEPLOYED):]
+    return False, why or 'exit status %d and no word of what was done (--python?)' % done.returncode
+
+
+def _deploy(task: str, argv: List[str]) -> int:
+    """`dispy deploy` and `dispy stop`. Returns the number of hosts that failed, at most 101."""
+    import dispynode
+    ours, options = (argv[:argv.index('--')], argv[argv.index('--') + 1:]) if '--' in argv else (argv, [])
+    parser = _deploy_parser(task)
+    args = parser.parse_intermixed_args(ours)
+    with open(os.path.abspath(dispynode.__file__), 'rb') as source:
+        request: Tuple[Any, ...] = base64.b64encode(zlib.compress(source.read())), (task,)
+    try:
+        ssh = shlex.split(args.ssh)
+        if not ssh or not shutil.which(ssh[0]):
+            raise ValueError('--ssh %s: there is no such program' % (args.ssh or "''"))
+        if args.file:
+            with open(args.file) as file:
+                args.hosts += ' '.join(line.partition('#')[0] for line in file).split()
+        if not args.hosts:
+            raise ValueError('no HOST is given')
+        if task == 'deploy':
+            node = dispynode._parser().parse_args(options)   # wrong ones are told here, once
+            if node.secret:
+                raise ValueError('-s/--secret can be seen in the list of processes of every host: --secret-file before the --')
+            secret = b'' if node.secret_file else find_secret(None, args.secret_file).strip()
+            request = request[0], (task, secret, options, args.replace_secret, args.restart)
+        elif options:
+            raise ValueError('stop takes no options of dispynode')
+    except (ValueError, OSError, DispyError) as exc:
+        parser.error(str(exc))
+    hosts = list(dict.fromkeys(args.hosts))
+    commands = [[*ssh, *SSH_OPTIONS, '--', host, args.python + ' -'] for host in hosts]
+    failed, width = 0, max(map(len, hosts))
+    with concurrent.futures.ThreadPoolExecutor(min(32, len(hosts))) as pool:
+        for host, (done, text) in zip(hosts, pool.map(_on_host, commands, itertools.repeat((REMOTE % request).encode()))):
+            print('%-*s  %s%s' % (width, host, '' if done else 'FAILED: ', text), flush=True)
+            failed += not done
+    return min(failed, 101)
+
+
+def _list_nodes(nodes: List[DispyNode]) -> int:
+    """A line a node. Returns 0 if any can be used, else 1."""
+    rows = [('ADDRESS', 'NAME', 'CPUS', 'CPU FREE', 'MEMORY FREE', 'DISPY', 'PYTHON', 'STATE')]
+    usable = 0
+    for node in sorted(nodes, key=lambda node: (node.name, node.ip_addr, node.port)):
+        row = [place(node.ip_addr, node.port) if node.port else node.ip_addr, node.name or '-']
+        if node.state == 'connected':
+            cpu, memory, _, _ = node.avail_info
+            row += [str(node.cpus), '-' if cpu is None else '%.0f %%' % cpu, '-' if memory is None else '%.1f GiB' % (memory / (1 << 30)),
+                    str(node.facts.get('dispy', '-')), '.'.join(map(str, node.facts.get('python', '-')))]
+            usable += not node.reason
+        else:
+            row += ['-'] * 5
+        state = node.reason if node.state == 'connected' else 'cannot be used: ' + (node.reason or node.state)
+        rows.append((*row, ' '.join(state.split()) or 'free'))  # type: ignore[arg-type]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for line in rows:
+        print('  '.join(map(str.ljust, line, widths)).rstrip())
+    if not nodes:
+        print('no node answers: start `python dispynode.py` on a host, or name one that cannot be asked (-n HOST)', file=sys.stderr)
+    return 0 if usable else 1
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line. Returns the number of jobs that failed, at most 101; 2 for wrong usage comes from argparse."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in ('deploy', 'stop'):
+        return _deploy(argv[0], argv[1:])
     parser = _parser()
     args = parser.parse_args(argv)
     ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
     try:
-        nodes = None if not args.nodes else LOCAL if args.nodes == [LOCAL] else list(map(_host_and_port, args.nodes))
+        nodes = None if not args.nodes else LOCAL if args.nodes == [LOCAL] else [host_and_port(text, NODE_PORT) for text in args.nodes]
         if args.output:
             os.makedirs(args.output, exist_ok=True)
         secret = find_secret(None, args.secret_file) if args.secret_file else None
+        if args.list_nodes:
+            logger.setLevel(logging.ERROR)   # the table says it
+            with Survey(nodes, secret=secret, certfile=args.certfile, keyfile=args.keyfile) as survey:
+                return _list_nodes(survey.look())
+        if args.program is None:
+            raise ValueError('PROGRAM is missing')
         cluster = JobCluster(args.program, nodes, depends=args.depends, job_status=ended.put, secret=secret,
                              certfile=args.certfile, keyfile=args.keyfile)
     except (ValueError, TypeError, OSError, DispyError) as exc:

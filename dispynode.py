@@ -38,12 +38,16 @@ import array
 import collections
 import contextlib
 import enum
+import functools
 import hashlib
 import heapq
 import hmac
 import importlib.util
 import io
+import ipaddress
 import itertools
+import json
+import linecache
 import logging
 import logging.handlers
 import math
@@ -52,6 +56,7 @@ import multiprocessing
 import os
 import pickle
 import platform
+import re
 import selectors
 import shutil
 import signal
@@ -65,9 +70,10 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import unicodedata
-from functools import lru_cache
-from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
+import zlib
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 __version__ = '5.0.0.dev0'
 
@@ -75,23 +81,31 @@ __version__ = '5.0.0.dev0'
 # Constants and errors
 # ---------------------------------------------------------------------------------------------------------
 
-NODE_PORT = 9701              # TCP; the scheduler's is 9702
+NODE_PORT = 9701              # TCP and UDP
+SCHEDULER_PORT = 9702         # TCP, of the scheduler and of clients that nodes dial
 PULSE = 2.0                   # s between signs of life on a link
 PULSES_LOST = 5               # silent pulses after which a link is broken
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 SETUP_TIME = 600.0            # s that loading code and setup() may take
-ORPHAN_TIME = 3.0             # s that results wait for a client whose link broke
+ORPHAN_TIME = 3.0             # s that a computation without jobs waits for a client whose link broke
+ZOMBIE_TIME = 86400.0         # s that results wait on the disk for their client
+FLAP_TIME = 10.0              # s that a link must have lived for the next attempt to be made soon
+RELEASED_TIME = 10.0          # s for which a client from which the node was taken is not served, so that another comes first
 QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 AHEAD_TIME = 0.005            # s of work that a worker may hold beyond what it runs
 AHEAD_MOST = 64               # jobs, the same
 OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
 OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
+WORKER_AGAIN = 1.0            # s until it is tried again to start a worker
+WEIGHED = 0.05                # s between looks at the memory of jobs that may not use more
 OUT_OF_BAND = 32 * 1024       # bytes from which a payload travels beside its envelope instead of inside
 FILE_PIECE = 1 << 20          # bytes of a file in one message
 FRAME_FILL = 1 << 20          # bytes after which a batch is a frame: the other side can begin with it
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
 HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
+DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
+DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
 RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are not read
 
 logger = logging.getLogger('dispynode')
@@ -130,7 +144,7 @@ class StartError(DispyError):
 # ---------------------------------------------------------------------------------------------------------
 
 class Role(enum.IntEnum):
-    """Who speaks on a link."""
+    """Who speaks on a link. Whoever is dialled by nodes (--scheduler-host), a client that listens too, is a SCHEDULER there."""
     CLIENT = 1
     NODE = 2
     SCHEDULER = 3
@@ -147,6 +161,8 @@ class Outcome(enum.IntEnum):
     STOPPED = 7        # text: the node is being stopped; the job may have done a part of its work
     PROVISIONAL = 8    # as RETURNED, of a job that goes on
     PROVISIONAL_CODE = 9   # as RETURNED_CODE, of a job that goes on
+    OUT_OF_MEMORY = 10     # text
+    ABANDONED = 11         # text; of a scheduler only
 
 
 class Introduce(NamedTuple):
@@ -198,11 +214,41 @@ class Done(NamedTuple):
     comp: str
 
 
+class Limit(NamedTuple):
+    """Client: how many CPUs a computation that is set up may use at once from now on."""
+    comp: str
+    cpus: int
+
+
+class Shutdown(NamedTuple):
+    """Client: end when this client has let you go, if you were started with --client-shutdown."""
+    comp: str
+
+
 class FileKept(NamedTuple):
     """Client, answers FileBack: the file is there, or why it is not."""
     comp: str
     serial: int
     error: str
+
+
+class Place(NamedTuple):
+    """Client: a piece of a file for a computation that is set up; `row` is its name, size, digest and mode. The last is answered by Placed."""
+    comp: str
+    row: tuple
+    offset: int
+    data: Any
+
+
+class Query(NamedTuple):
+    """Client: what of this computation is there? Answered by Report."""
+    comp: str
+
+
+class Reclaim(NamedTuple):
+    """Client, perhaps another process than the one that began it: what is there of this computation is mine now. Answered
+    by Held and Results."""
+    comp: str
 
 
 class Welcome(NamedTuple):
@@ -263,8 +309,67 @@ class Output(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """Node: the CPUs it offers from now on; 0 when it is being stopped."""
+    """Node: the CPUs it offers from now on; 0 when it takes no new jobs. Also sent to those who were refused because
+    another client held the node, when it is free."""
     cpus: int
+
+
+class Placed(NamedTuple):
+    """Node, answers Place: the file is there, or why it is not."""
+    comp: str
+    name: str
+    error: str
+
+
+class Held(NamedTuple):
+    """Node, answers Reclaim: serials it knows, running, waiting or ended without Ack."""
+    comp: str
+    serials: list
+
+
+class Report(NamedTuple):
+    """Node, answers Query: pairs of (serial, s that it has run), serials that wait, what is free there (as
+    `availability`), with `busy`, the jobs of all computations that run, and `holder`, for people, empty when it is free."""
+    comp: str
+    running: list
+    waiting: list
+    available: dict
+
+
+class Where(NamedTuple):
+    """Scheduler: these jobs are on a node now (address, port, name), or wait again (empty)."""
+    comp: str
+    node: tuple
+    serials: list
+
+
+class News(NamedTuple):
+    """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of `Driver.rows_of`."""
+    comp: str
+    status: int
+    node: tuple
+
+
+class Said(NamedTuple):
+    """Scheduler: a warning for the client's log."""
+    comp: str
+    text: str
+
+
+class Call(NamedTuple):
+    """Client or scheduler: a question to the other; `name` is what it is about. Answered by Return."""
+    comp: str
+    number: int
+    name: str
+    args: tuple
+
+
+class Return(NamedTuple):
+    """Answers Call: a value, or the type and the text of an error."""
+    comp: str
+    number: int
+    error: tuple
+    value: Any
 
 
 class Pulse(NamedTuple):
@@ -281,11 +386,13 @@ SMALL, MIDDLE, LARGE = 64 * 1024, 16 << 20, MAX_FRAME
 # op on the wire -> (message, bytes of payload at most)
 MESSAGES: Dict[int, Tuple[type, int]] = {
     1: (Introduce, SMALL), 2: (Compute, LARGE), 3: (File, 2 * FILE_PIECE), 4: (Jobs, LARGE), 5: (Cancel, MIDDLE),
-    6: (Recall, SMALL), 7: (Ack, MIDDLE), 8: (Done, SMALL), 9: (FileKept, SMALL),
-    33: (Welcome, SMALL), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, MIDDLE), 37: (Results, LARGE),
+    6: (Recall, SMALL), 7: (Ack, MIDDLE), 8: (Done, SMALL), 9: (FileKept, SMALL), 10: (Place, 2 * FILE_PIECE), 11: (Query, SMALL),
+    12: (Shutdown, SMALL), 13: (Reclaim, SMALL), 14: (Limit, SMALL),
+    33: (Welcome, MIDDLE), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, MIDDLE), 37: (Results, LARGE),
     38: (Returned, MIDDLE), 39: (Offer, SMALL), 40: (FileBack, 2 * FILE_PIECE),
-    41: (Output, 2 * FILE_PIECE),
-    65: (Pulse, SMALL), 66: (Bye, SMALL),
+    41: (Output, 2 * FILE_PIECE), 42: (Placed, SMALL), 43: (Report, MIDDLE), 44: (Held, MIDDLE),
+    48: (Where, MIDDLE), 49: (News, MIDDLE), 50: (Said, MIDDLE),
+    65: (Pulse, SMALL), 66: (Bye, SMALL), 67: (Call, MIDDLE), 68: (Return, MIDDLE),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
 FIELD_TYPES = {message: tuple((float, int) if kind is float else object if kind is Any else kind
@@ -385,8 +492,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_options(value: Any) -> bool:
-    return type(value) is dict and not set(value) - {'cpus', 'timeout', 'priority'} and all(map(_is_number, value.values())) \
-        and type(value.get('cpus', 1)) is int and value.get('cpus', 1) >= 1
+    return type(value) is dict and not set(value) - {'cpus', 'timeout', 'memory', 'priority', 'retries', 'node'} \
+        and all(_is_number(option) for name, option in value.items() if name != 'node') \
+        and type(value.get('cpus', 1)) is int and value.get('cpus', 1) >= 1 and _is_key(value.get('node', ''))
+
+
+def _is_key(value: Any) -> bool:
+    """What a scheduler knows a node by."""
+    return type(value) is str or (type(value) is tuple and all(type(part) in (str, int) for part in value))
 
 
 def _is_job(row: Any) -> bool:
@@ -404,8 +517,18 @@ def _is_file(row: Any) -> bool:
     return type(row) is tuple and [type(field) for field in row] == [str, int, bytes, int] and row[1] >= 0
 
 
+def _is_kept(kept: Any) -> bool:
+    return type(kept) is dict and all(type(serials) is list and all(map(_is_serial, serials)) for serials in kept.values())
+
+
+def _is_running(pair: Any) -> bool:
+    return type(pair) is tuple and len(pair) == 2 and _is_serial(pair[0]) and _is_number(pair[1])
+
+
 OUTCOMES = frozenset(map(int, Outcome))
 GOES_ON = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))   # those that are not the end of an attempt
+# kind is what code holds: 'function': a pickle by value, for one minor version of Python; 'source': arguments of load_source
+# in an envelope, for any; 'program': nothing.
 SPEC_FIELDS: Dict[str, Any] = {'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
                                'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str, 'live': bool, 'logs': int,
                                'cpus': int, 'setup_args': (bytes, memoryview)}
@@ -413,6 +536,7 @@ SPEC_FIELDS: Dict[str, Any] = {'name': str, 'kind': str, 'code': (bytes, memoryv
 
 def _is_spec(spec: dict) -> bool:
     return all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) \
+        and spec['kind'] in ('function', 'source', 'program') \
         and spec['max_jobs'] >= 0 and all(type(name) is str and _is_buffer(source) for name, source in spec['support'].items())
 
 
@@ -423,16 +547,22 @@ def _all_serials(fields: tuple) -> bool:
 # message -> whether its fields, of the right types, hold what they should: handlers rely on it
 CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Introduce: lambda fields: math.isfinite(fields[1]),
-    Welcome: lambda fields: fields[1] >= 0 and type(fields[2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict,
+    Welcome: lambda fields: fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(fields[2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict,
     Compute: lambda fields: _is_spec(fields[1]),
     File: lambda fields: _is_buffer(fields[3]),
     FileBack: lambda fields: _is_serial(fields[1]) and _is_file(fields[2]) and _is_buffer(fields[4]),
     FileKept: lambda fields: _is_serial(fields[1]),
+    Limit: lambda fields: fields[1] >= 1,
+    Place: lambda fields: _is_file(fields[1]) and _is_buffer(fields[3]),
+    Where: lambda fields: len(fields[1]) in (0, 3) and all(map(_is_serial, fields[2])),
+    News: lambda fields: len(fields[2]) == 10,
+    Return: lambda fields: len(fields[2]) in (0, 2),
+    Report: lambda fields: all(map(_is_running, fields[1])) and all(map(_is_serial, fields[2])),
     Output: lambda fields: _is_serial(fields[1]) and _is_buffer(fields[4]),
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(type(name) is str for name in fields[1]),
-    Cancel: _all_serials, Ack: _all_serials, Ready: _all_serials, Returned: _all_serials,
+    Cancel: _all_serials, Ack: _all_serials, Ready: _all_serials, Held: _all_serials, Returned: _all_serials,
 }
 
 
@@ -553,6 +683,12 @@ def secret_path() -> str:
     return os.path.join(base, 'dispy', 'secret')
 
 
+def same_secret() -> str:
+    """What to do when two sides have different secrets."""
+    return 'the two sides have different ones. Copy %s from one host to the other, or give both the same (--secret-file; in programs ' \
+        'secret=; DISPY_SECRET)' % secret_path()
+
+
 def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = None) -> bytes:
     """The secret's bytes, from the first of: `secret`, the file `path`, environment DISPY_SECRET, the user's
     secret file, which is made (256 random bits, mode 0600) when it does not exist.
@@ -606,7 +742,7 @@ def _make_secret(path: str) -> None:
                           % (path, exc.strerror)) from exc
 
 
-@lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16)
 def derive_key(secret: bytes) -> bytes:
     """The pre-shared key of the handshake. A made secret (64 hexadecimal digits) is random enough for an HMAC;
     anything else may be a person's phrase and is stretched with scrypt (N=2^14, r=8, p=1; about 50 ms)."""
@@ -714,6 +850,26 @@ def _receive_exactly(sock: Any, size: int, deadline: float, clock: Callable[[], 
     return data
 
 
+CLOSED_AT_ONCE = ('it closed the connection at once: is it a dispynode 5, do both sides use TLS or neither (--certfile, in programs '
+                  'certfile=), or does it refuse this address for a while after failures?')
+
+
+def tls_text(exc: BaseException) -> str:
+    """What a failure of TLS means and what mends it."""
+    reason = str(getattr(exc, 'reason', None) or exc)
+    if isinstance(exc, ConnectionError) or 'EOF' in reason:
+        return CLOSED_AT_ONCE
+    if type(exc).__name__ == 'SSLCertVerificationError':
+        text = 'nothing here vouches for its certificate (--certfile, in programs certfile= or cafile=)'
+    elif 'NOT_RETURN_A_CERTIFICATE' in reason or reason.upper().endswith('WRONG_VERSION_NUMBER') or 'HTTP_REQUEST' in reason:
+        text = 'it uses none or has no certificate, this side has one: both need one, or neither (--certfile, in programs certfile=)'
+    elif 'ALERT' in reason.upper():
+        text = 'it does not accept the certificate of this side, for which its own file does not vouch (--certfile, in programs certfile= or cafile=)'
+    else:
+        text = 'both sides need a certificate, or neither (--certfile, in programs certfile=)'
+    return 'TLS failed: %s: %s' % (text, exc)
+
+
 def handshake_dial(sock: Any, psk: bytes, role: Role, wanted: Role, instance: bytes, binding: bytes = NO_TLS,
                    deadline: Optional[float] = None, clock: Callable[[], float] = time.monotonic) -> Session:
     """C's side. Raises HandshakeError with the reason and what mends it; OSError when the connection breaks."""
@@ -724,8 +880,7 @@ def handshake_dial(sock: Any, psk: bytes, role: Role, wanted: Role, instance: by
     try:
         challenge = _receive_exactly(sock, _CHALLENGE.size, deadline, clock)
     except (EOFError, ConnectionError):
-        raise HandshakeError('it closed the connection at once: is it a dispynode 5, do both sides use TLS or neither '
-                             '(certfile), or does it refuse this address for a while after wrong secrets?') from None
+        raise HandshakeError(CLOSED_AT_ONCE) from None
     magic, version, peer_role, flags, _, peer_instance, _ = _CHALLENGE.unpack(challenge)
     if magic[:7] == ALERT[:7] or (magic[:6] == MAGIC[:6] and magic != MAGIC):
         raise HandshakeError('it speaks another version of the protocol than dispy %s here: update the older one'
@@ -742,14 +897,13 @@ def handshake_dial(sock: Any, psk: bytes, role: Role, wanted: Role, instance: by
     try:
         finished = _receive_exactly(sock, _PROOF.size, deadline, clock)
     except (EOFError, ConnectionError):
-        raise HandshakeError('wrong secret: the two sides have different ones. Copy %s to that host, or give both '
-                             'the same one (secret=, --secret-file, DISPY_SECRET)' % secret_path()) from None
+        raise HandshakeError('wrong secret: ' + same_secret()) from None
     if not hmac.compare_digest(finished, _PROOF.pack(MAGIC, keys.server)):
         raise HandshakeError('it does not know the secret')
     return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role)
 
 
-def handshake_accept(sock: Any, psk: bytes, role: Role, allowed: Iterable[Role], instance: bytes,
+def handshake_accept(sock: Any, psk: Union[bytes, Dict[int, bytes]], role: Role, allowed: Iterable[Role], instance: bytes,
                      binding: bytes = NO_TLS, deadline: Optional[float] = None,
                      clock: Callable[[], float] = time.monotonic) -> Session:
     """S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read before the proof is checked."""
@@ -757,6 +911,8 @@ def handshake_accept(sock: Any, psk: bytes, role: Role, allowed: Iterable[Role],
     tls = _SEES_TLS if binding != NO_TLS else 0
     hello = _receive_exactly(sock, _HELLO.size, deadline, clock)
     magic, low, high, peer_role, wanted, flags, peer_instance, _ = _HELLO.unpack(hello)
+    if hello[:2] == b'\x16\x03':   # the first bytes of TLS
+        raise HandshakeError('it uses TLS and this side does not: both sides need a certificate (--certfile, in programs certfile=), or neither')
     if magic[:6] != MAGIC[:6]:
         raise HandshakeError('the peer does not speak this protocol')
     version = min(high, VERSIONS[1])
@@ -767,10 +923,10 @@ def handshake_accept(sock: Any, psk: bytes, role: Role, allowed: Iterable[Role],
         raise HandshakeError('the peer is a %s that wants a %s' % (_role_name(peer_role), _role_name(wanted)))
     challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, os.urandom(32))
     sock.sendall(challenge)
-    keys = _Keys(psk, hello, challenge, binding)
+    keys = _Keys(psk if isinstance(psk, bytes) else psk[peer_role], hello, challenge, binding)
     proof = _receive_exactly(sock, _PROOF.size, deadline, clock)
     if not hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
-        raise HandshakeError('wrong secret')
+        raise HandshakeError('wrong secret: ' + same_secret())
     sock.sendall(_PROOF.pack(MAGIC, keys.server))
     return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role)
 
@@ -949,11 +1105,13 @@ class Kind(enum.IntEnum):
     KILL = 4        # number: worker
     RECALL = 5      # number: worker
     CLOSE = 6       # run cleanup, end
+    WATCH = 7       # number: worker, serial, start: bytes of memory that the job may use
     # runner to daemon
     UP = 16
     FAILED = 17     # body: text
     BORN = 18       # number: worker, serial: its pid
     GONE = 19       # number: worker, serial: what it was running or 0, start: exit code, bodies: -, stdout, stderr
+    TOO_BIG = 21    # number: worker, serial: it is being killed
     PRINTED = 20    # number: worker, serial: the job, start: stream, end: offset, body: bytes
     # daemon to worker
     JOB = 32        # serial, body: payload
@@ -1111,11 +1269,17 @@ class IncomingFile:
             os.unlink(prefix + self._temporary, dir_fd=handle)   # or it was never made, or is in its place already
 
 
+def check_size(name: str, size: int, most: int) -> None:
+    """Raise ValueError for a file that is larger than this node allows."""
+    if size > most:
+        raise ValueError('%s has %d bytes and the node takes %d at most (its --max-file-size)' % (name, size, most))
+
+
 class FileReceiver:
     """The files of one directory as they come in. Files already there with the right size and digest are not wanted."""
 
-    def __init__(self, root: str) -> None:
-        self._root = root
+    def __init__(self, root: str, most: int = sys.maxsize) -> None:
+        self._root, self._most = root, most
         self._wanted: Dict[str, Tuple[int, bytes, int]] = {}
         self._partial: Dict[str, IncomingFile] = {}
 
@@ -1126,6 +1290,7 @@ class FileReceiver:
             if not _is_file(row):
                 raise ValueError('%.80r describes no file' % (row,))
             name, size, digest, mode = row
+            check_size(name, size, self._most)
             if not self._known(check_name(name), size, digest):
                 wanted[name] = (size, digest, mode)
         needed = sum(size for size, _, _ in wanted.values())
@@ -1161,6 +1326,70 @@ class FileReceiver:
             partial.abort()
         self._partial.clear()
         self._wanted.clear()
+
+
+class Shelf:
+    """Results of one computation on disk, while its client is away: a file of a header (magic, instance of the client) and
+    of records (CRC-32, then a record as workers write them). What is torn at its end was never reported as kept."""
+    MAGIC = b'dispy5r\1'
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def append(self, owner: bytes, rows: Sequence[tuple]) -> None:
+        """Keep rows of Results; they are on the disk when this returns. Raises OSError, and nothing of them is kept then."""
+        with open(self.path, 'ab') as file:
+            start = file.tell()
+            try:
+                if not start:
+                    file.write(self.MAGIC + owner)
+                for row in rows:
+                    pieces = pack_record(Kind.RESULT, row[1], row[0], row[2], row[3], *row[4:])
+                    crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), pieces, 0)
+                    file.writelines((_CRC.pack(crc), *pieces))
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):   # what is buffered has no room either
+                    file.close()
+                os.truncate(self.path, start)
+                raise
+
+    def rows(self) -> Iterator[tuple]:
+        """What is kept, row after row; ends before what is torn."""
+        with open(self.path, 'rb') as file:
+            file.seek(len(self.MAGIC) + 16)
+            while True:
+                head = file.read(_CRC.size + _RECORD.size)
+                if len(head) < _CRC.size + _RECORD.size:
+                    return
+                _, _, number, serial, start, end, *sizes = _RECORD.unpack(head[_CRC.size:])
+                bodies = [file.read(size) for size in sizes]
+                crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), bodies, zlib.crc32(head[_CRC.size:]))
+                if [len(body) for body in bodies] != sizes or _CRC.pack(crc) != head[:_CRC.size]:
+                    return
+                yield (serial, number, start, end, *bodies)
+
+    def scan(self) -> Tuple[bytes, List[int]]:
+        """Owner and serials; cuts off what is torn. Raises ValueError for a file that is none of ours."""
+        with open(self.path, 'rb') as file:
+            head = file.read(len(self.MAGIC) + 16)
+        if len(head) < len(self.MAGIC) + 16 or not head.startswith(self.MAGIC):
+            raise ValueError('%s holds no results' % self.path)
+        size, serials = len(head), []
+        for row in self.rows():
+            size += _CRC.size + _RECORD.size + sum(map(len, row[4:]))
+            serials.append(row[0])
+        os.truncate(self.path, size)
+        return head[-16:], serials
+
+    def remove(self) -> None:
+        """They are not needed any more."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+_CRC = struct.Struct('>I')
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1217,6 +1446,148 @@ class Doorkeeper:
         table.move_to_end(address)
         if len(table) > self.REMEMBERED:
             table.popitem(last=False)
+
+
+class Cry(enum.IntEnum):
+    """Kinds of datagram."""
+    QUESTION = 1   # client or scheduler, to all: who is there?
+    ANSWER = 2     # node, to the asker
+    HELLO = 3      # node, to all, when it starts and every --ping-interval: ask me
+    NOT_MINE = 4   # node, to an asker with another secret; signed with a key that nobody shares
+
+
+class Datagram(NamedTuple):
+    """What is said by UDP. `port`: TCP port of the speaker; `address`: where it can be reached, if not where the datagram
+    comes from (answers only: it depends on the asker); `instance`: its process; `nonce`: new each time; `echo`: nonce of the
+    question that is answered."""
+    kind: int
+    role: int
+    port: int
+    address: str
+    instance: bytes
+    nonce: bytes
+    echo: bytes
+
+
+# magic, kind, role, port, family (0: no address), -, address, instance, counter, nonce, echo, -, tag
+_DATAGRAM = struct.Struct('>8sBBHB3x16s16sQ16s16s8x32s')
+DATAGRAM = _DATAGRAM.size   # 128, questions and answers alike: nobody can be made to send more than was sent to him
+
+
+class Discovery:
+    """Datagrams of one process: packs its own, believes those of others that are signed and new. Who is found by them is
+    dialled, and only the handshake decides; so a forged or repeated datagram costs a connection at most.
+
+    `limit` datagrams a second are answered, so that nobody is flooded through us.
+    """
+    REMEMBERED, LIMIT, OTHERS, WINDOW = 4096, 100, 60.0, 64
+    _counts = itertools.count(1)   # of the whole process: its instance is the same in all that it says
+
+    def __init__(self, psk: bytes, role: Role, instance: bytes, port: int = 0, addresses: Sequence[str] = ()) -> None:
+        self._key = hmac.digest(psk, b'dispy 5 discovery', 'sha256')
+        self._role, self._instance, self._port, self._addresses = role, instance, port, tuple(addresses)
+        # instance -> highest counter, and as bits which of the WINDOW up to it have come: datagrams overtake one another
+        self._seen: 'collections.OrderedDict[bytes, Tuple[int, int]]' = collections.OrderedDict()
+        # (address, instance) -> when it got NOT_MINE; a program that is started once more is told once more
+        self._told: 'collections.OrderedDict[Tuple[str, bytes], float]' = collections.OrderedDict()
+        self._asked: Deque[bytes] = collections.deque(maxlen=16)
+        self._second, self._answered = 0, 0
+
+    def say(self, kind: Cry, to: str = '', echo: bytes = bytes(16)) -> bytes:
+        """A datagram of this process, new each time; for an asker's address `to` if it is an answer."""
+        nonce = os.urandom(16)
+        if kind is Cry.QUESTION:
+            self._asked.append(nonce)
+        family, address = 0, bytes(16)
+        best = nearest_address(self._addresses, to) if kind is Cry.ANSWER else ''
+        if best:
+            packed = ipaddress.ip_address(best).packed
+            family, address = (4 if len(packed) == 4 else 6), packed.ljust(16, b'\0')
+        body = _DATAGRAM.pack(MAGIC, kind, self._role, self._port, family, address, self._instance,
+                              next(self._counts), nonce, echo, bytes(32))[:-32]
+        return body + hmac.digest(os.urandom(32) if kind is Cry.NOT_MINE else self._key, body, 'sha256')
+
+    def hear(self, data: bytes, source: str, now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
+        """What was said, if it concerns us, and the answer to be sent to where it came from. Never raises."""
+        if len(data) != DATAGRAM or data[:8] != MAGIC:
+            return None, None
+        _, kind, role, port, family, address, instance, count, nonce, echo, tag = _DATAGRAM.unpack(data)
+        if instance == self._instance:
+            return None, None
+        heard = Datagram(kind, role, port, str(ipaddress.ip_address(address[:4] if family == 4 else address)) if family else '',
+                         instance, nonce, echo)
+        if not hmac.compare_digest(tag, hmac.digest(self._key, data[:-32], 'sha256')):
+            return self._of_stranger(heard, source, now)
+        if not self._is_new(instance, count):
+            return None, None   # repeated by somebody
+        if kind == Cry.QUESTION:
+            if self._role is not Role.NODE or self._addresses and not nearest_address(self._addresses, source) \
+                    or not self._may_answer(now):
+                return None, None
+            return heard, self.say(Cry.ANSWER, source, nonce)
+        if self._role is Role.NODE or kind not in (Cry.ANSWER, Cry.HELLO) or (kind == Cry.ANSWER and echo not in self._asked):
+            return None, None
+        return heard, None
+
+    def _is_new(self, instance: bytes, count: int) -> bool:
+        highest, bits = self._seen.get(instance, (0, 0))
+        ahead = count - highest
+        if ahead > 0:
+            highest, bits = count, (bits << min(ahead, self.WINDOW) | 1) & ((1 << self.WINDOW) - 1)
+        elif ahead <= -self.WINDOW or bits >> -ahead & 1:
+            return False
+        else:
+            bits |= 1 << -ahead
+        self._seen[instance] = highest, bits
+        self._seen.move_to_end(instance)
+        if len(self._seen) > self.REMEMBERED:
+            self._seen.popitem(last=False)
+        return True
+
+    def _of_stranger(self, heard: Datagram, source: str, now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
+        if heard.kind == Cry.NOT_MINE and heard.echo in self._asked:
+            return heard, None
+        asker = source, heard.instance
+        if heard.kind != Cry.QUESTION or self._role is not Role.NODE or now - self._told.get(asker, -self.OTHERS) < self.OTHERS \
+                or not self._may_answer(now):
+            return None, None
+        self._told[asker] = now
+        self._told.move_to_end(asker)
+        if len(self._told) > self.REMEMBERED:
+            self._told.popitem(last=False)
+        return None, self.say(Cry.NOT_MINE, source, heard.nonce)
+
+    def _may_answer(self, now: float) -> bool:
+        if int(now) != self._second:
+            self._second, self._answered = int(now), 0
+        self._answered += 1
+        return self._answered <= self.LIMIT
+
+
+def plain_address(address: str) -> str:
+    """An address as people write it: IPv4 behind IPv6 as IPv4."""
+    return address[7:] if address.startswith('::ffff:') and '.' in address else address
+
+
+def place(host: str, port: int) -> str:
+    """A host and a port for people: IPv6 addresses in brackets."""
+    return ('[%s]:%d' if ':' in host else '%s:%d') % (host or '*', port)
+
+
+def nearest_address(addresses: Sequence[str], to: str) -> str:
+    """Of several addresses of one host the one to tell the host `to`: of its family, with most leading bits in common;
+    empty if there is none. An address of this very machine is told to this machine only."""
+    if not addresses:
+        return ''
+    try:
+        asker: Any = ipaddress.ip_address(to.partition('%')[0]) if to else None
+        known = [ipaddress.ip_address(address) for address in addresses]
+    except ValueError:   # checked where they came in; a source address of a family we do not know
+        return ''
+    if asker is None:
+        return str(known[0])
+    fit = [address for address in known if address.version == asker.version and address.is_loopback <= asker.is_loopback]
+    return str(min(fit, key=lambda address: int(address) ^ int(asker))) if fit else ''
 
 
 class Lease(enum.Enum):
@@ -1283,6 +1654,28 @@ class Stored(NamedTuple):
     error: str = ''
 
 
+class Put(NamedTuple):
+    """A file of Place is there, or could not be stored."""
+    comp: str
+    name: str
+    error: str
+
+
+class Found(NamedTuple):
+    """When the daemon starts: results of a computation are on the disk, and when they are given up."""
+    comp: str
+    owner: bytes
+    serials: list
+    until: float
+
+
+class Kept(NamedTuple):
+    """Results are on the disk; or, with a text, they could not be written."""
+    comp: str
+    serials: list
+    error: str = ''
+
+
 class RunnerUp(NamedTuple):
     """Code is loaded and setup has run."""
     comp: str
@@ -1333,8 +1726,45 @@ class WorkerGone(NamedTuple):
     stderr: Buffer = b''
 
 
+class WorkerUnborn(NamedTuple):
+    """A worker could not be started: there are no descriptors, say."""
+    worker: int
+    text: str
+
+
+class WorkerTooBig(NamedTuple):
+    """The job used more memory than it may; its worker is being killed."""
+    worker: int
+    serial: int
+
+
 class Stop(NamedTuple):
     """The daemon shall end."""
+
+
+class Pause(NamedTuple):
+    """No new jobs, by this authority ('operator', 'hours'), until it says Resume. What runs goes on, or is ended too."""
+    by: str
+    text: str
+    end: bool = False
+
+
+class Resume(NamedTuple):
+    """The inverse; the node serves again when nobody pauses it."""
+    by: str
+
+
+class SetCpus(NamedTuple):
+    """Offer so many CPUs from now on; what runs on more of them goes on."""
+    cpus: int
+
+
+class Release(NamedTuple):
+    """Take the node from the client that holds it."""
+
+
+class Status(NamedTuple):
+    """Say how things are. Answered by Show."""
 
 
 # Actions: what the state tells the shell.
@@ -1342,6 +1772,24 @@ class Send(NamedTuple):
     """Send a message on a link."""
     link: int
     message: Any
+
+
+class Keep(NamedTuple):
+    """Write results, rows of a client, to the disk. Fed back as Kept."""
+    comp: str
+    owner: bytes
+    rows: list
+
+
+class SendKept(NamedTuple):
+    """Send results from the disk, as the link has room."""
+    link: int
+    comp: str
+
+
+class Forget(NamedTuple):
+    """Remove results from the disk."""
+    comp: str
 
 
 class Drop(NamedTuple):
@@ -1364,10 +1812,19 @@ class Store(NamedTuple):
     data: Any
 
 
+class StorePlaced(NamedTuple):
+    """Write a piece of a file for a computation that is set up. Fed back as Put when it is there."""
+    comp: str
+    row: tuple
+    offset: int
+    data: Any
+
+
 class StartRunner(NamedTuple):
     """Start the process that loads the code. Fed back as RunnerUp or RunnerGone."""
     comp: str
     spec: dict
+    link: int
 
 
 class StopRunner(NamedTuple):
@@ -1394,6 +1851,13 @@ class Interrupt(NamedTuple):
     serial: int
 
 
+class Watch(NamedTuple):
+    """Kill the worker if this job uses more bytes of memory. Fed back as WorkerTooBig."""
+    worker: int
+    serial: int
+    most: int
+
+
 class Kill(NamedTuple):
     """Kill the worker's process group and descendants. Fed back as WorkerGone."""
     worker: int
@@ -1415,18 +1879,24 @@ class Retire(NamedTuple):
     worker: int
 
 
+class Show(NamedTuple):
+    """A text for whoever sits at the terminal."""
+    text: str
+
+
 class Exit(NamedTuple):
     """Nothing is left to do."""
 
 
 class Attempt:
     """One try of a job, here."""
-    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'ending', 'comp')
+    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'ending', 'comp')
 
     def __init__(self, serial: int, payload: Payload, options: Optional[dict], comp: '_Computation') -> None:
         self.serial, self.payload, self.comp = serial, payload, comp
         self.cpus = options.get('cpus', 1) if options else 1
         self.timeout = options.get('timeout') if options else None
+        self.memory = options.get('memory') if options else None
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
 
 
@@ -1440,7 +1910,14 @@ class _Worker:
         self.since = 0.0        # when the head became the head
         self.fed = 0            # jobs given to it
         self.recalled = False   # asked to give back, not answered
-        self.asks = False       # its job has sent a file and waits for the answer
+        self.asks = 0           # its job sends a file, or has and waits for the answer: the link it goes along
+
+
+class _Shelved(NamedTuple):
+    """Results on the disk: whose they are, which, and when they are given up if their computation is over here."""
+    owner: bytes
+    serials: Set[int]
+    until: float
 
 
 class _Computation:
@@ -1460,8 +1937,10 @@ class _Computation:
         self.owed = 0                          # attempts recalled by the client that stand behind running ones
         self.stillborn = 0                     # workers in a row that died before their first job
         self.most = spec.get('max_jobs') or 0
+        self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
         self.orphan_at = 0.0                   # when its results are given up, if its link is gone
         self.served = 0                        # when it was given a CPU last, in numbers of the node
+        self.done = 0                          # attempts that have ended
 
     def ahead(self) -> int:
         """How many attempts a worker may hold behind the one it runs."""
@@ -1473,15 +1952,28 @@ class _Computation:
 class Node:
     """What a node decides. Events in, actions out; `flush` once a turn, after all events of the turn."""
 
-    def __init__(self, name: str, cpus: int, facts: dict) -> None:
+    def __init__(self, name: str, cpus: int, facts: dict, zombie: float = ZOMBIE_TIME, serve: int = 0,
+                 client_shutdown: bool = False, now: float = 0.0) -> None:
         self.name, self.cpus, self.facts = name, cpus, facts
         self.offered = cpus     # `cpus` is more while a computation wants more processes than there are CPUs
+        self.most = cpus        # that `cpus` ever was
+        self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
+        self._zombie, self._serve, self._client_shutdown, self._born = zombie, serve, client_shutdown, now
+        self._served = 0        # leases that have ended
+        self._last = False      # the lease that is held is the last
+        self._ends = False      # what starts now is ended
+        self._released: Tuple[Optional[bytes], float] = (None, 0.0)   # client from which the node was taken; when it may come again
         self.free = cpus
         self.lease = Lease.FREE
         self.holder: Optional[bytes] = None
         self.holder_text = ''
+        self.held_since = 0.0
+        self._turned_away: Set[int] = set()     # links that were refused because another holds the node
         self.held_bytes = 0
         self.stopping = False
+        self._disk_full = False     # which was told
+        self._workers_at = 0.0      # when the next worker may be started
+        self.shelf: Dict[str, _Shelved] = {}    # computation -> results on disk, also of some that are over here
         self._links: Dict[int, LinkUp] = {}
         self._comps: Dict[str, _Computation] = {}
         self._workers: Dict[int, _Worker] = {}
@@ -1494,15 +1986,19 @@ class Node:
         self._checking = False
         self._handlers: Dict[type, Callable[..., None]] = {
             LinkUp: self._link_up, LinkDown: self._link_down, Received: self._received, Prepared: self._prepared,
-            Stored: self._stored, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
+            Found: self._found, Kept: self._kept,
+            Stored: self._stored, Put: self._put, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
             WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
             WorkerReturned: self._worker_returned,
-            WorkerGone: self._worker_gone, Stop: self._stop,
+            WorkerGone: self._worker_gone, WorkerUnborn: self._worker_unborn, WorkerTooBig: self._worker_too_big, Stop: self._stop, Pause: self._pause, Resume: self._resume,
+            SetCpus: self._set_cpus, Release: self._take_from_holder, Status: self._status,
         }
         self._messages: Dict[type, Callable[..., None]] = {
             Introduce: self._on_introduce, Compute: self._on_compute, File: self._on_file, Jobs: self._on_jobs,
             Cancel: self._on_cancel, Recall: self._on_recall, Ack: self._on_ack, Done: self._on_done,
-            FileKept: self._on_file_kept,
+            FileKept: self._on_file_kept, Place: self._on_place, Query: self._on_query, Shutdown: self._on_shutdown,
+            Limit: self._on_limit,
+            Reclaim: self._on_reclaim,
         }
 
     # -- called by the shell ------------------------------------------------------------------------------
@@ -1519,20 +2015,24 @@ class Node:
         while self._timers and self._timers[0][0] <= now:
             _, _, what, key, serial = heapq.heappop(self._timers)
             self._due(what, key, serial, now)
-        if not self.stopping:
+        serving = not (self.stopping or self.paused)
+        if serving:
             self._share_out(now)
         for comp in list(self._comps.values()):
-            if self.stopping:
+            if not serving:
                 self._give_back(comp)
             self._deliver(comp)
-        if self.stopping and not any(worker.queue for worker in self._workers.values()):
+        if self.stopping and not any(worker.queue for worker in self._workers.values()) \
+                and not any(comp.unacknowledged and comp.link in self._links for comp in self._comps.values()):
             self._leave(now)
         return self._actions
 
     def _deliver(self, comp: _Computation) -> None:
-        if comp.outbox:
-            self._reply(comp, Results(comp.comp, comp.outbox))
+        if comp.outbox and comp.link in self._links:
+            self._do(Send(comp.link, Results(comp.comp, comp.outbox)))
             comp.outbox = []
+        elif comp.outbox:
+            self._keep(comp)
 
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
@@ -1554,11 +2054,24 @@ class Node:
         worker = self._workers.get(key)
         return worker is not None and bool(worker.queue) and worker.queue[0].serial == serial
 
-    def _set_lease(self, event: str, holder: Optional[bytes], text: str = '') -> None:
+    def _set_lease(self, event: str, holder: Optional[bytes], now: float, text: str = '') -> None:
         before, self.lease = self.lease, LEASE_TABLE[self.lease, event]
+        if before is Lease.FREE:
+            self.held_since = now
         self.holder, self.holder_text = holder, text
         if before is not self.lease:
             logger.info('%s%s', self.lease.value, ' by ' + text if text else '')
+        if self.lease is Lease.FREE and not self.stopping and not self.paused:
+            for link in self._turned_away:
+                self._do(Send(link, Offer(self.offered)))
+            self._turned_away.clear()
+
+    def held_by(self, now: float) -> str:
+        """Who holds the node and for how long, for people; empty when it is free."""
+        if self.lease is Lease.FREE:
+            return ''
+        return '%s for %.0f s%s' % (self.holder_text or 'another client', now - self.held_since,
+                                    '; its connection is lost' if self.lease is Lease.ORPHANED else '')
 
     def _set_stage(self, comp: _Computation, event: str) -> None:
         comp.stage = STAGE_TABLE[comp.stage, event]
@@ -1576,9 +2089,13 @@ class Node:
 
     def _resize(self) -> None:
         """CPUs to hand out: those offered, or as many as a computation has been allocated by its client."""
-        cpus = max([self.offered, *(comp.spec['cpus'] for comp in self._comps.values())])
+        cpus = max([self.offered, *(comp.limit for comp in self._comps.values())])
         self.free += cpus - self.cpus
-        self.cpus = cpus
+        self.cpus, self.most = cpus, max(cpus, self.most)
+
+    def _offer(self, cpus: int) -> None:
+        for link in self._links:
+            self._do(Send(link, Offer(cpus)))
 
     # -- links and lease ----------------------------------------------------------------------------------
 
@@ -1588,26 +2105,102 @@ class Node:
     def _link_down(self, event: LinkDown, now: float) -> None:
         gone = self._links.pop(event.link, None)
         self._names.pop(event.link, None)
+        self._turned_away.discard(event.link)
         if gone is None or gone.instance != self.holder:
             return
         for comp in [comp for comp in self._comps.values() if comp.link == event.link]:
             for worker in comp.workers.values():
                 self._answer(worker, 'the connection to the client has ended')
-            if event.on_purpose or (not comp.attempts and not comp.unacknowledged):
+            if event.on_purpose:
                 self._close(comp, at_once=True)
+                self._forget(comp.comp)
             else:
+                self._keep(comp)
                 comp.orphan_at = now + ORPHAN_TIME
                 self._at(comp.orphan_at, 'orphan', comp.comp)
         if not any(link.instance == self.holder for link in self._links.values()):
-            self._set_lease('broken', self.holder, self.holder_text)
+            self._set_lease('broken', self.holder, now, self.holder_text)
         self._release(now)
 
-    def _release(self, now: float) -> None:
-        """Free the lease when its holder has neither a link nor a computation here."""
-        if self.lease is Lease.FREE or self._comps:
+    # -- results whose client is away ---------------------------------------------------------------------
+
+    def _keep(self, comp: _Computation) -> None:
+        """Results that nobody has acknowledged go to the disk."""
+        comp.outbox = []
+        if comp.unacknowledged:
+            self._do(Keep(comp.comp, comp.instance, list(comp.unacknowledged.values())))
+
+    def _kept(self, event: Kept, now: float) -> None:
+        comp = self._comps.get(event.comp)
+        if event.error:   # no room: they stay in memory, and are tried again
+            if not self._disk_full:
+                logger.error('results cannot be kept on the disk: %s; they stay in memory until they can', event.error)
+            self._disk_full = True
+            if comp is not None and comp.link not in self._links:
+                comp.orphan_at = now + ORPHAN_TIME
+                self._at(comp.orphan_at, 'orphan', comp.comp)
             return
-        if not any(link.instance == self.holder for link in self._links.values()):
-            self._set_lease('ended', None)
+        self._disk_full = False
+        if comp is not None:
+            for serial in event.serials:
+                comp.unacknowledged.pop(serial, None)
+        shelved = self.shelf.get(event.comp)
+        if shelved is None:
+            shelved = _Shelved(comp.instance if comp is not None else b'', set(), 0.0)
+            self._at(now + self._zombie, 'expire', event.comp)
+        shelved.serials.update(event.serials)
+        self.shelf[event.comp] = shelved._replace(until=now + self._zombie)
+
+    def _found(self, event: Found, now: float) -> None:
+        self.shelf[event.comp] = _Shelved(event.owner, set(event.serials), event.until)
+        self._at(event.until, 'expire', event.comp)
+
+    def _forget(self, name: str) -> None:
+        if self.shelf.pop(name, None) is not None:
+            self._do(Forget(name))
+
+    def _held(self, name: str) -> List[int]:
+        """All attempts of a computation that are known here."""
+        comp, shelved = self._comps.get(name), self.shelf.get(name)
+        known = [*comp.attempts, *comp.unacknowledged] if comp is not None and comp.stage is not Stage.CLOSING else []
+        return known + (sorted(shelved.serials) if shelved is not None else [])
+
+    def _resend(self, name: str, link: int) -> None:
+        """What its client has not acknowledged; it may have some of it."""
+        comp = self._comps.get(name)
+        if comp is not None and comp.unacknowledged:
+            self._do(Send(link, Results(name, list(comp.unacknowledged.values()))))
+        if comp is not None:
+            comp.outbox = []
+        if name in self.shelf:
+            self._do(SendKept(link, name))
+
+    def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
+        comp, up = self._comps.get(message.comp), self._links[link]
+        if comp is not None and comp.stage is not Stage.CLOSING:
+            if comp.link in self._links and comp.link != link:
+                self._do(Send(link, Refused(message.comp, 'busy', 'its client is connected: %s' % self.held_by(now))))
+                return
+            comp.link, comp.instance = link, up.instance
+            self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
+        if message.comp in self.shelf:
+            self.shelf[message.comp] = self.shelf[message.comp]._replace(owner=up.instance)
+        self._do(Send(link, Held(message.comp, self._held(message.comp))))
+        self._resend(message.comp, link)
+
+    def _make_way(self) -> None:
+        """Another client wants this node: what is lost and has nothing to do is not waited for."""
+        for comp in list(self._comps.values()):
+            if comp.link not in self._links and not comp.attempts and not comp.unacknowledged:
+                self._close(comp, at_once=True)
+
+    def _release(self, now: float) -> None:
+        """Free the lease when its holder has no computation here."""
+        if self.lease is not Lease.FREE and not self._comps:
+            self._set_lease('ended', None, now)
+            self._served += 1
+            if (self._last or self._served == self._serve) and not self.stopping:
+                self._stop(Stop(), now)
 
     def _received(self, event: Received, now: float) -> None:
         handler = self._messages.get(type(event.message))
@@ -1617,7 +2210,10 @@ class Node:
 
     def _on_introduce(self, link: int, message: Introduce, now: float) -> None:
         self._names[link] = message.name[:200]
-        self._do(Send(link, Welcome(self.name, self.offered, self.facts)))
+        kept = {name: self._held(name) for name, shelved in self.shelf.items() if shelved.owner == self._links[link].instance}
+        self._do(Send(link, Welcome(self.name, self.offered, dict(self.facts, holder=self.held_by(now), kept=kept))))
+        if self.paused:
+            self._do(Send(link, Offer(0)))
 
     # -- computations -------------------------------------------------------------------------------------
 
@@ -1626,23 +2222,32 @@ class Node:
         comp = self._comp_of(link, message.comp)
         if comp is not None:   # its client is back after a broken link
             comp.link = link
-            self._set_lease('taken', up.instance, self._names.get(link, up.address))
+            self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
             if comp.stage is Stage.READY:
-                self._do(Send(link, Ready(comp.comp, list(comp.attempts) + list(comp.unacknowledged))))
-                if comp.unacknowledged:
-                    self._do(Send(link, Results(comp.comp, list(comp.unacknowledged.values()))))
-                comp.outbox = []
+                self._do(Send(link, Ready(comp.comp, self._held(comp.comp))))
+            self._resend(comp.comp, link)
             return
         if self.stopping:
             self._do(Send(link, Refused(message.comp, 'stopping', 'the node is being stopped')))
+        elif self.paused:
+            self._do(Send(link, Refused(message.comp, 'paused', 'it takes no new jobs: %s' % ', '.join(self.paused.values()))))
+        elif self._released[0] == up.instance and now < self._released[1]:
+            self._do(Send(link, Refused(message.comp, 'busy', RELEASED_TEXT)))
         elif message.comp in self._comps:
             self._do(Send(link, Refused(message.comp, 'closing', 'the same computation is still being closed')))
         elif self.lease is not Lease.FREE and self.holder != up.instance:
-            self._do(Send(link, Refused(message.comp, 'busy', 'it serves %s' % (self.holder_text or 'another client'))))
+            self._turned_away.add(link)
+            self._do(Send(link, Refused(message.comp, 'busy', 'it serves %s' % self.held_by(now))))
+            self._make_way()
         else:
-            self._set_lease('taken', up.instance, self._names.get(link, up.address))
+            if self.lease is Lease.FREE:
+                self._released = (None, 0.0)
+            self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
             self._comps[message.comp] = _Computation(message.comp, up.instance, link, message.spec)
             self._resize()
+            if message.comp in self.shelf:
+                self.shelf[message.comp] = self.shelf[message.comp]._replace(owner=up.instance)
+            self._resend(message.comp, link)
             self._do(Prepare(message.comp, message.spec))
 
     def _prepared(self, event: Prepared, now: float) -> None:
@@ -1674,20 +2279,42 @@ class Node:
         else:
             self._start(comp, now)
 
+    def _on_place(self, link: int, message: Place, now: float) -> None:
+        comp = self._comp_of(link, message.comp)
+        if comp is not None and comp.stage is Stage.READY:
+            self._do(StorePlaced(*message))
+        elif message.offset + len(message.data) >= message.row[1]:
+            self._do(Send(link, Placed(message.comp, message.row[0], 'the computation is not set up there')))
+
+    def _put(self, event: Put, now: float) -> None:
+        if event.comp in self._comps:
+            self._reply(self._comps[event.comp], Placed(*event))
+
+    def _on_query(self, link: int, message: Query, now: float) -> None:
+        comp = self._comp_of(link, message.comp)
+        running, waiting = [], []
+        if comp is not None:
+            running = [(worker.queue[0].serial, now - worker.since) for worker in comp.workers.values() if worker.queue]
+            waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
+        busy = sum(bool(worker.queue) for other in self._comps.values() for worker in other.workers.values())
+        available = dict(self.facts.get('available', {}), busy=busy, holder=self.held_by(now))
+        self._do(Send(link, Report(message.comp, running, waiting, available)))
+
     def _start(self, comp: _Computation, now: float) -> None:
         self._set_stage(comp, 'complete')
-        self._do(StartRunner(comp.comp, comp.spec))
+        self._do(StartRunner(comp.comp, comp.spec, comp.link))
         self._at(now + SETUP_TIME, 'setup', comp.comp)
 
     def _runner_up(self, event: RunnerUp, now: float) -> None:
         comp = self._comps[event.comp]
         if comp.stage is Stage.STARTING:
             self._set_stage(comp, 'up')
-            self._reply(comp, Ready(comp.comp, list(comp.attempts)))
+            self._reply(comp, Ready(comp.comp, self._held(comp.comp)))
 
     def _refuse(self, comp: _Computation, code: str, text: str) -> None:
         logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
         self._deliver(comp)   # what has ended, has ended; after the refusal nobody would believe it
+        self._keep(comp)
         self._reply(comp, Refused(comp.comp, code, text))
         self._close(comp, at_once=True)
 
@@ -1712,6 +2339,8 @@ class Node:
         comp = self._comp_of(link, message.comp)
         if comp is not None:
             self._close(comp, at_once=False)
+        if comp is not None or message.comp not in self._comps:
+            self._forget(message.comp)
 
     def _close(self, comp: _Computation, at_once: bool) -> None:
         if comp.stage is Stage.CLOSING:
@@ -1735,17 +2364,18 @@ class Node:
         comp = self._comp_of(link, message.comp)
         if comp is None:
             return
-        if self.stopping:
+        if self.stopping or self.paused:
             self._reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
             return
         comp.owed = 0   # it has work for us again
+        shelved = self.shelf[comp.comp].serials if comp.comp in self.shelf else ()
         for serial, payload, options in message.rows:
-            if serial in comp.attempts or serial in comp.unacknowledged:
+            if serial in comp.attempts or serial in comp.unacknowledged or serial in shelved:
                 continue
             attempt = Attempt(serial, payload, options, comp)
-            if attempt.cpus > self.cpus:
+            if attempt.cpus > self.most:
                 self._finish(comp, (serial, int(Outcome.DIED), 0.0, 0.0, b'the job wants %d CPUs and the node has %d'
-                                    % (attempt.cpus, self.cpus), b'', b''))
+                                    % (attempt.cpus, self.most), b'', b''))
                 continue
             comp.attempts[serial] = attempt
             comp.waiting.append(attempt)
@@ -1763,13 +2393,17 @@ class Node:
         for comp in ready:
             self._dispatch(comp, now, crowded)
 
+    def _is_limited(self, comp: _Computation, cpus: int) -> bool:
+        """Whether a computation may not use so many CPUs more."""
+        return 0 < comp.limit < self.cpus and comp.limit < cpus + sum(w.queue[0].cpus for w in comp.workers.values() if w.queue)
+
     def _occupy(self, comp: _Computation, ahead: int, now: float) -> bool:
         """Work for one more worker, if there is a CPU."""
-        if not comp.waiting or comp.waiting[0].cpus > self.free:
+        if not comp.waiting or comp.waiting[0].cpus > self.free or self._is_limited(comp, comp.waiting[0].cpus):
             return False
         if comp.idle:
             worker = comp.idle.pop()
-        elif len(comp.workers) < self.cpus:
+        elif len(comp.workers) < self.cpus and now >= self._workers_at:
             worker = self._new_worker(comp)
         else:
             return False
@@ -1783,6 +2417,8 @@ class Node:
         ahead = comp.ahead()
         while self._occupy(comp, ahead, now):
             continue
+        if comp.waiting and comp.waiting[0].cpus > min(self.cpus, comp.limit or self.cpus):   # it came when there were more
+            self._give_back(comp)
         if ahead and comp.waiting and not crowded:
             for worker in list(comp.hungry.values()):
                 room = ahead + 1 - len(worker.queue)
@@ -1792,7 +2428,7 @@ class Node:
         if comp.owed and comp.waiting:   # what was taken back from workers and found no CPU here
             owed, comp.owed = comp.owed, max(0, comp.owed - len(comp.waiting))
             self._give_back(comp, owed)
-        if not comp.waiting and (comp.idle or comp.owed):
+        if not comp.waiting and (comp.idle and not self._is_limited(comp, 1) or comp.owed):
             self._check_later(comp, now)
 
     def _new_worker(self, comp: _Computation) -> _Worker:
@@ -1807,7 +2443,8 @@ class Node:
             count = min(count, comp.most - worker.fed)
         while count > 0 and comp.waiting:
             attempt = comp.waiting[0]
-            if (worker.queue and attempt.cpus != worker.queue[0].cpus) or (attempts and attempt.timeout):
+            if (worker.queue and attempt.cpus != worker.queue[0].cpus) \
+                    or (attempts and (attempt.timeout or attempt.memory)):
                 break
             attempts.append(comp.waiting.popleft())
             worker.queue.append(attempt)
@@ -1821,10 +2458,12 @@ class Node:
     def _head_starts(self, worker: _Worker, now: float) -> None:
         worker.since = now
         head = worker.queue[0]
-        if self.stopping:   # it started before it could be taken back
+        if self._ends:   # it started before it could be taken back
             head.ending = head.ending or Outcome.STOPPED
         if head.timeout:
             self._at(now + head.timeout, 'timeout', worker.key, head.serial)
+        if head.memory:
+            self._do(Watch(worker.key, head.serial, int(head.memory)))
         if head.ending is not None:   # cancelled while it stood behind another
             self._interrupt(worker, head, now)
 
@@ -1848,6 +2487,7 @@ class Node:
 
     def _finish(self, comp: _Computation, row: tuple) -> None:
         attempt = comp.attempts.pop(row[0], None)
+        comp.done += 1
         if attempt is not None:
             self.held_bytes -= size_of(attempt.payload)
         comp.unacknowledged[row[0]] = row
@@ -1905,8 +2545,11 @@ class Node:
         worker = self._workers.get(event.worker)
         if worker is None or worker.comp.stage is Stage.CLOSING:
             return
-        worker.asks = True
-        if worker.comp.link in self._links:
+        if event.offset == 0:
+            worker.asks = worker.comp.link or -1
+        if not worker.asks:
+            return   # it was answered already: what is left of it is passed over
+        if worker.asks == worker.comp.link and worker.asks in self._links:
             self._do(Send(worker.comp.link, FileBack(worker.comp.comp, event.serial, event.row, event.offset, event.data)))
         else:
             self._answer(worker, 'the client is not connected')
@@ -1924,7 +2567,7 @@ class Node:
 
     def _answer(self, worker: _Worker, error: str) -> None:
         if worker.asks:
-            worker.asks = False
+            worker.asks = 0
             self._do(TellKept(worker.key, error))
 
     def _worker_returned(self, event: WorkerReturned, now: float) -> None:
@@ -1955,6 +2598,10 @@ class Node:
     @staticmethod
     def _unstarted(attempt: Attempt) -> tuple:
         return (attempt.serial, int(Outcome.CANCELLED), 0.0, 0.0, b'cancelled before it started', b'', b'')
+
+    def _worker_too_big(self, event: WorkerTooBig, now: float) -> None:
+        if self._heads(event.worker, event.serial):
+            self._workers[event.worker].queue[0].ending = Outcome.OUT_OF_MEMORY
 
     def _bury(self, worker: _Worker) -> None:
         self._workers.pop(worker.key, None)
@@ -1987,6 +2634,18 @@ class Node:
             comp.stillborn += 1
         if comp.stillborn > 3:
             self._refuse(comp, 'worker', 'workers die before they run anything: %s' % event.text)
+
+    def _worker_unborn(self, event: WorkerUnborn, now: float) -> None:
+        """What it was to run waits for another; no other is started for a while."""
+        worker = self._workers[event.worker]
+        if not self._workers_at:
+            logger.error('a worker cannot be started: %s; it is tried again and again', event.text)
+        self._workers_at = now + WORKER_AGAIN
+        self._at(self._workers_at, 'again')
+        self._bury(worker)
+        if worker.queue:
+            self.free += worker.queue[0].cpus
+            self._requeue(worker.comp, worker.queue, now)
 
     # -- ending attempts ----------------------------------------------------------------------------------
 
@@ -2023,17 +2682,30 @@ class Node:
             comp = self._comps.get(key)
             if comp is None or comp.link in self._links or now < comp.orphan_at:
                 return   # its client is back, or was back and has a timer of its own
-            if not comp.attempts:
-                self._close(comp, at_once=True)
+            self._keep(comp)
+            if not comp.attempts and not comp.unacknowledged:
+                self._close(comp, at_once=False)
             else:
                 comp.orphan_at = now + 1.0
                 self._at(comp.orphan_at, 'orphan', key)
+        elif what == 'expire':
+            if key not in self.shelf:
+                return
+            until = self.shelf[key].until if key not in self._comps else now + max(self._zombie, 1.0)
+            if now < until:
+                self._at(until, 'expire', key)
+            else:
+                logger.warning('%d results of a computation whose client has not come back are given up (--zombie-interval)',
+                               len(self.shelf[key].serials))
+                self._forget(key)
         elif what == 'setup':
             late = self._comps.get(key)
             if late is not None and late.stage is Stage.STARTING:
                 self._refuse(late, 'setup', 'setup did not end within %d s' % SETUP_TIME)
         elif what == 'stop':
             self._leave(now)
+        elif what == 'again':
+            pass   # workers may be started again
         else:
             worker = self._workers.get(key)
             if worker is None or not worker.queue or worker.queue[0].serial != serial:
@@ -2069,10 +2741,14 @@ class Node:
         self._reply(comp, Returned(comp.comp, serials[::-1]))
 
     def _on_ack(self, link: int, message: Ack, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
+        comp, shelved = self._comp_of(link, message.comp), self.shelf.get(message.comp)
         if comp is not None:
             for serial in message.serials:
                 comp.unacknowledged.pop(serial, None)
+        if shelved is not None and shelved.owner == self._links[link].instance:
+            shelved.serials.difference_update(message.serials)
+            if not shelved.serials:
+                self._forget(message.comp)
 
     # -- stopping -----------------------------------------------------------------------------------------
 
@@ -2084,20 +2760,24 @@ class Node:
         self.stopping = True
         logger.info('stopping: what waits is given back, what runs has %d s to end', GRACE)
         self._at(now + GRACE + 0.5, 'stop')
-        for link in self._links:
-            self._do(Send(link, Offer(0)))
+        self._offer(0)
+        self._end_all(now)
+
+    def _end_all(self, now: float) -> None:
+        """What waits is given back, what runs has its grace."""
+        self._ends = True
         for comp in self._comps.values():
             self._give_back(comp)
         for worker in self._workers.values():
-            if worker.queue:
-                worker.queue[0].ending = worker.queue[0].ending or Outcome.STOPPED
+            if worker.queue and worker.queue[0].ending is None:
+                worker.queue[0].ending = Outcome.STOPPED
                 self._interrupt(worker, worker.queue[0], now)
             if len(worker.queue) > 1 and not worker.recalled:
                 worker.recalled = True
                 self._do(TakeBack(worker.key))
 
-    def _leave(self, now: float) -> None:
-        """Account for every attempt, then go."""
+    def _account(self) -> None:
+        """Answer for every attempt: what runs has failed, the rest was never started."""
         for worker in self._workers.values():
             queue = list(worker.queue)
             if queue and worker.comp.stage is Stage.READY:
@@ -2107,17 +2787,110 @@ class Node:
         for comp in self._comps.values():
             self._give_back(comp)
             self._deliver(comp)
+
+    def _leave(self, now: float) -> None:
+        """Account for every attempt, then go."""
+        self._account()
+        for comp in self._comps.values():
+            self._keep(comp)
         for link in self._links:
             self._do(Drop(link, 'node stopped'))
         for comp in self._comps.values():
             self._close(comp, at_once=True)
         self._do(Exit())
 
+    # -- hours of service, and whoever sits at the terminal ------------------------------------------------
 
+    def _pause(self, event: Pause, now: float) -> None:
+        self.paused[event.by] = event.text
+        logger.info('no new jobs are taken: %s', event.text)
+        self._offer(0)
+        if event.end:
+            self._end_all(now)
+
+    def _resume(self, event: Resume, now: float) -> None:
+        if self.paused.pop(event.by, None) is not None and not self.paused and not self.stopping:
+            logger.info('jobs are taken again')
+            self._ends = False
+            self._offer(self.offered)
+
+    def _set_cpus(self, event: SetCpus, now: float) -> None:
+        self.offered = event.cpus
+        self._resize()
+        logger.info('%d CPUs are offered', self.offered)
+        if not self.paused and not self.stopping:
+            self._offer(self.offered)
+
+    def _take_from_holder(self, event: Release, now: float) -> None:
+        if self.lease is Lease.FREE:
+            logger.info('no client holds this node')
+            return
+        logger.info('taken from %s by the operator', self.holder_text)
+        self._released = (self.holder, now + RELEASED_TIME)
+        self._account()
+        for comp in [comp for comp in self._comps.values() if comp.stage is not Stage.CLOSING]:
+            self._refuse(comp, 'released', RELEASED_TEXT)
+        self._release(now)
+
+    def _on_limit(self, link: int, message: Limit, now: float) -> None:
+        comp = self._comp_of(link, message.comp)
+        if comp is not None:
+            comp.limit = message.cpus
+            self._resize()
+
+    def _on_shutdown(self, link: int, message: Shutdown, now: float) -> None:
+        if self._comp_of(link, message.comp) is not None:
+            self._last = self._client_shutdown
+            logger.info('%s asks for the end of this node%s', self.holder_text,
+                        '' if self._last else ', which was started without --client-shutdown')
+
+    def _status(self, event: Status, now: float) -> None:
+        if self.stopping or self.paused:
+            state = 'no new jobs: ' + ('being stopped' if self.stopping else ', '.join(self.paused.values()))
+        else:
+            state = 'takes jobs'
+        lines = ['%s: %d of %d CPUs used, %s, up %s' % (self.name, self.cpus - self.free, self.offered, state, _duration(now - self._born))]
+        if self.lease is Lease.FREE:
+            lines.append('held by no client, %d served' % self._served)
+        else:
+            lines.append('held by %s' % self.held_by(now))
+        for comp in self._comps.values():
+            running = sum(1 for worker in comp.workers.values() if worker.queue)
+            lines.append('  %s (%s): %d jobs running, %d waiting, %d done'
+                         % (comp.spec['name'], comp.stage.value, running, len(comp.attempts) - running, comp.done))
+        self._do(Show('\n'.join(lines)))
+
+
+def _duration(seconds: float) -> str:
+    """In hours, minutes and seconds."""
+    return '%d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60)
+
+
+class Phase(enum.Enum):
+    """What the hours of service allow."""
+    SERVING = 'serving'
+    DRAINING = 'draining'   # no new jobs
+    CLOSED = 'closed'       # and those that run are ended
+
+
+class Hours(NamedTuple):
+    """Hours of service in minutes after midnight; `stop` or `end` may be None, not both. They may go over midnight."""
+    start: int
+    stop: Optional[int]
+    end: Optional[int]
+
+    def phase(self, minute: int) -> Phase:
+        """At this minute of the day: jobs are taken from `start` on, no new ones from `stop` on; those that still run at `end` are ended."""
+        gone, stop, end = ((when - self.start) % 1440 if when is not None else 1440 for when in (minute, self.stop, self.end))
+        return Phase.SERVING if gone < min(stop, end) else Phase.DRAINING if gone < end else Phase.CLOSED
+
+
+RELEASED_TEXT = 'its operator has taken it from this client'
 ENDING_TEXT = {
     Outcome.CANCELLED: 'cancelled while it ran',
     Outcome.TIMED_OUT: 'it ran past its time (dispy_timeout) and was ended',
-    Outcome.STOPPED: 'the node was stopped while the job ran',
+    Outcome.OUT_OF_MEMORY: 'it used more memory than it may (dispy_memory) and was killed',
+    Outcome.STOPPED: 'the node was stopped, or taken from this client, while the job ran',
 }
 
 
@@ -2269,9 +3042,34 @@ class Catch:
         os.close(self.handle)
 
 
-def _by_value(value: Any, file: Any, protocol: int, buffer_callback: Any) -> None:
+def python_of(version: tuple) -> str:
+    """A version of Python as people read it: '3.8'."""
+    return 'Python ' + '.'.join(map(str, version[:2]))
+
+
+def make_code(version: tuple, args: tuple) -> types.CodeType:
+    """A code object that came pickled. One of another version could be made, and would crash whoever calls it."""
+    if version != sys.version_info[:2]:
+        raise TypeError('it holds a function or class by value, whose code is for %s; this is %s'
+                        % (python_of(version), python_of(sys.version_info)))
+    return types.CodeType(*args)
+
+
+@functools.lru_cache(maxsize=None)
+def value_pickler() -> Any:
+    """cloudpickle's Pickler, with the version in every code object."""
     import cloudpickle
-    cloudpickle.Pickler(file, protocol, buffer_callback).dump(value)
+    reduce_code = cloudpickle.Pickler.dispatch_table[types.CodeType]
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc, name-defined]
+        dispatch_table = collections.ChainMap(
+            {types.CodeType: lambda code: (make_code, (sys.version_info[:2], reduce_code(code)[1]))},
+            cloudpickle.Pickler.dispatch_table)
+    return Pickler
+
+
+def _by_value(value: Any, file: Any, protocol: int, buffer_callback: Any) -> None:
+    value_pickler()(file, protocol, buffer_callback).dump(value)
 
 
 def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
@@ -2304,6 +3102,60 @@ def describe_exception(exc: BaseException, skip: int = 0) -> str:
         return ''.join(traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
 
 
+def find_named(module: str, name: str) -> Any:
+    """What has this qualified name in a module; the module itself for an empty name."""
+    return functools.reduce(getattr, name.split('.') if name else (), importlib.import_module(module))
+
+
+def class_of_client(version: tuple, module: str, name: str, code: bytes) -> Any:
+    """A class of the user's in a job's arguments: from the source sent where Python is of another version, else by value."""
+    if version == sys.version_info[:2]:
+        return pickle.loads(code)
+    try:
+        return find_named(module, name)
+    except (ImportError, AttributeError):
+        why = _left_out.get((module, name), 'it is not in the source sent; put it into depends')
+        raise TypeError('class %s.%s of the client, which runs %s, cannot be had by %s: %s'
+                        % (module, name, python_of(version), python_of(sys.version_info), why)) from None
+
+
+_left_out: Dict[Tuple[str, str], str] = {}   # classes that the computation does not need and that do not load here
+
+
+def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> Any:
+    """A computation that came as source: (computation, setup, cleanup, objects by name). `modules` has rows of (name, file,
+    text, values, links), `classes` rows of (module, class, such rows), `wanted` (module, name) of what is returned."""
+    for name, file in {row[:2] for rows in (modules, *(extra[2] for extra in classes)) for row in rows}:
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__file__, module.__package__ = file, name.rpartition('.')[0]
+    try:
+        for row in modules:
+            _run_source(*row)
+    except Exception as exc:  # the user's statements, written for another version
+        raise RuntimeError('the source, written for %s, cannot be loaded by %s here: %s: %s' % (
+            python_of(version), python_of(sys.version_info), type(exc).__name__, exc)) from exc
+    for name, class_name, rows in classes:
+        try:
+            for row in rows:
+                _run_source(*row)
+        except Exception as exc:  # as above; told to the job that has such an argument
+            _left_out[name, class_name] = '%s: %s' % (type(exc).__name__, exc)
+    *functions, objects = wanted
+    return (*(where and find_named(*where) for where in functions), {name: find_named(*where) for name, where in objects.items()})
+
+
+def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: list) -> None:
+    space = vars(sys.modules[name])
+    space.update(values)
+    for bound, module, attribute in links:
+        space[bound] = find_named(module, attribute)
+    entry: Any = linecache.cache.get(file)   # for the lines in tracebacks; a file may come in several parts
+    known = entry[2] if entry else ()
+    lines = [line if line.strip() else old for line, old in itertools.zip_longest(text.splitlines(True), known, fillvalue='\n')]
+    linecache.cache[file] = (len(text), None, lines, file)
+    exec(compile(text, file, 'exec', dont_inherit=True), space)
+
+
 class Program:
     """A computation that is a program: called with arguments, returns the exit status."""
 
@@ -2331,7 +3183,7 @@ def _name_of(path: str, directory: str) -> str:
     return name
 
 
-_opened_function = lru_cache(maxsize=64)(unseal)   # an executor's jobs bring their function along, mostly the same
+_opened_function = functools.lru_cache(maxsize=64)(unseal)   # an executor's jobs bring their function along, mostly the same
 
 
 def call_packed(function: bytes, args: tuple, kwargs: dict) -> Any:
@@ -2470,6 +3322,7 @@ class Worker:
         """dispy_send_file: the file is below the client's directory, under the same relative name, when this returns 0.
         Raises ValueError for a path that climbs out, OSError when it cannot be read here or kept there."""
         name = _name_of(path, self._directory)
+        check_size(name, os.path.getsize(path), self._spec['max_file'])
         size, digest = file_digest(path)
         row = pickle.dumps((name, size, digest, stat.S_IMODE(os.stat(path).st_mode)))
         with self._filing, open(path, 'rb') as file:
@@ -2561,6 +3414,7 @@ class Worker:
         for name in os.listdir(self._directory):
             os.symlink(os.path.join(self._directory, name), os.path.join(private, name))
         for name, mode, data in files:
+            check_size(name, len(data), self._spec['max_file'])
             path = os.path.join(private, *check_name(name))
             if os.path.islink(path):
                 os.unlink(path)
@@ -2690,6 +3544,7 @@ class Runner:
         self._children: Dict[int, _Child] = {}
         self._libc = _libc()
         self._own: Set[int] = set()   # children that setup left on purpose
+        self._watched: Dict[int, Tuple[int, int]] = {}   # worker -> job and bytes that it may use
 
     def run(self) -> None:
         """Until told to close, or the daemon is gone."""
@@ -2704,9 +3559,11 @@ class Runner:
         os.dup2(self._err.handle, 2)
         sys.stdout = open(1, 'w', 1, encoding='utf-8', errors='backslashreplace', closefd=False)
         sys.stderr = open(2, 'w', 1, encoding='utf-8', errors='backslashreplace', closefd=False)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))   # ends a setup that hangs, and closes
         try:
             self._load(init.bodies[1])
         except BaseException as exc:  # the user's modules and setup may raise anything
+            self._kill_strays()
             self._tell_failure(describe_exception(exc, 1))
             return
         self._send(Kind.UP)
@@ -2725,7 +3582,8 @@ class Runner:
             self._function: Callable[..., Any] = Program(os.path.join(self._directory, self._spec['program']))
             self._cleanup = None
         else:
-            self._function, setup, self._cleanup, objects = unseal(code)
+            self._function, setup, self._cleanup, objects = \
+                load_source(*open_envelope(code)) if self._spec['kind'] == 'source' else unseal(code)
             self._setup_args, own_objects = unseal(self._spec['setup_args']) if self._spec['setup_args'] else ((), {})
             self.offer(dict(objects, **own_objects))
             self._name_main()
@@ -2780,16 +3638,15 @@ class Runner:
         self._wakeup = (reader, writer)
         if hasattr(signal, 'SIGCHLD'):
             signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         selector = selectors.DefaultSelector()
         selector.register(self._control, selectors.EVENT_READ)
         selector.register(reader, selectors.EVENT_READ)
         handlers = {Kind.FORK: self._fork, Kind.INTERRUPT: self._interrupt, Kind.KILL: self._kill,
-                    Kind.RECALL: self._recall}
+                    Kind.RECALL: self._recall, Kind.WATCH: self._watch}
         try:
             while True:
-                ready = selector.select(OUTPUT_CHECKED if self._children else None)
+                ready = selector.select(WEIGHED if self._watched else OUTPUT_CHECKED if self._children else None)
                 if any(key.fileobj == reader for key, _ in ready):
                     os.read(reader, 4096)
                 if any(key.fileobj is self._control for key, _ in ready):
@@ -2803,6 +3660,7 @@ class Runner:
                 if self._spec['live']:
                     self._show_output()
                 self._shorten()
+                self._weigh()
         finally:
             self._end()
 
@@ -2936,6 +3794,20 @@ class Runner:
                     catch.shown = (serial, at + len(data))
                     self._send(Kind.PRINTED, key, serial, float(stream), float(at), data)
 
+    def _watch(self, record: Record) -> None:
+        self._watched[record.number] = (record.serial, int(record.start))
+
+    def _weigh(self) -> None:
+        """Kill workers whose jobs use more memory than they may."""
+        for key, (serial, most) in list(self._watched.items()):
+            child = self._children.get(key)
+            if child is None or (child.slots[0] != serial and child.slots[0]):
+                del self._watched[key]
+            elif child.slots[0] == serial and memory_of(child.process.pid) > most and child.slots[0] == serial:
+                del self._watched[key]
+                self._send(Kind.TOO_BIG, key, serial)
+                self._signal(child, signal.SIGKILL)
+
     def _shorten(self) -> None:
         for child in self._children.values():
             child.out.shorten(self._libc)
@@ -2957,8 +3829,51 @@ class Runner:
         self._kill_strays()
 
 
-def runner_main(control: socket.socket) -> None:
+class User(NamedTuple):
+    """Whose rights jobs have, when the daemon was started as root with --user."""
+    name: str
+    uid: int
+    gid: int
+    home: str
+
+
+def become(user: User) -> None:
+    """Give up root for good, and what multiprocessing inherited from it: a tracker that removes what it is told to."""
+    from multiprocessing import resource_tracker
+    tracker: Any = getattr(resource_tracker, '_resource_tracker', None)
+    if getattr(tracker, '_fd', None) is not None:
+        os.close(tracker._fd)
+        tracker._fd = None
+    os.initgroups(user.name, user.gid)
+    os.setgid(user.gid)
+    os.setuid(user.uid)
+    os.environ.update(HOME=user.home, USER=user.name, LOGNAME=user.name)
+
+
+def memory_of(pid: int) -> int:
+    """Resident bytes of a process and its descendants; 0 where nothing tells (neither /proc nor psutil)."""
+    try:
+        with open('/proc/%d/statm' % pid) as file:
+            own = int(file.read().split()[1]) * mmap.PAGESIZE
+        with open('/proc/%d/task/%d/children' % (pid, pid)) as file:
+            return own + sum(map(memory_of, map(int, file.read().split())))
+    except OSError:   # it has ended, or there is no such thing here
+        if sys.platform == 'linux':
+            return 0
+    try:
+        import psutil
+        process = psutil.Process(pid)
+        return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])
+    except ImportError:
+        return 0
+    except psutil.Error:   # it has ended
+        return 0
+
+
+def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
     """The runner process, started by the daemon with `spawn`."""
+    if user is not None:
+        become(user)
     if hasattr(os, 'setsid'):
         os.setsid()   # Ctrl-C at the daemon's terminal is the daemon's business
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -3292,6 +4207,10 @@ class Loop:
         """Signs of life on idle links, and an end to silent ones."""
         if not self.links or self.now < self._pulse_at:
             return
+        late = self.now - self._pulse_at   # this process was stopped, or the machine slept: nobody else was silent for it
+        if self._pulse_at and late > min(link.pulse for link in self.links.values()):
+            for link in self.links.values():
+                link.heard = min(self.now, link.heard + late)
         for link in list(self.links.values()):
             if self.now - link.heard > PULSES_LOST * link.pulse and not link.paused:
                 self._break(link, 'nothing was heard for %.0f s' % (self.now - link.heard))
@@ -3328,17 +4247,27 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
     request_queue_size = 128
     timeout = 0      # handle_request returns when nobody is there any more
 
-    def __init__(self, address: Tuple[str, int], psk: bytes, role: Role, allowed: Sequence[Role], instance: bytes,
+    def __init__(self, address: Tuple[str, int], psk: Union[bytes, Dict[int, bytes]], role: Role, allowed: Sequence[Role], instance: bytes,
                  deliver: Callable[[Arrival], None], certfile: Optional[str] = None, keyfile: Optional[str] = None,
-                 cafile: Optional[str] = None) -> None:
+                 cafile: Optional[str] = None, patience: float = HANDSHAKE_TIME,
+                 refused: Callable[[str, str], None] = lambda address, text: None) -> None:
+        self._patience = patience   # s for TLS and handshake
+        self._refused = refused     # told when it is logged that somebody was turned away; in the connection's thread
         self._psk, self._role, self._allowed, self._instance, self._deliver = psk, role, tuple(allowed), instance, deliver
         self._tls = tls_context(True, certfile, keyfile, cafile) if certfile else None
         self._binding = certificate_digest(certfile) if certfile else NO_TLS
         self._keeper, self._lock = Doorkeeper(), threading.Lock()   # the lock guards the keeper
         self._kept: Set[int] = set()    # ids of sockets that were delivered, not to be closed
         self._spare = os.open(os.devnull, os.O_RDONLY)
-        self.address_family = socket.AF_INET6 if ':' in address[0] else socket.AF_INET
+        self._both = not address[0] and socket.has_dualstack_ipv6()   # all addresses of this host, IPv4 and IPv6
+        self.address_family = socket.AF_INET6 if ':' in address[0] or self._both else socket.AF_INET
         super().__init__(address, None)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        """As socketserver's, without its look-up of the host's name."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not self._both)
+        super().server_bind()
 
     def knock(self) -> None:
         """Somebody is there. The loop's thread."""
@@ -3348,7 +4277,8 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Accept. With no descriptor left, the spare one is used to turn the caller away, so that it does not
         stand in the queue and keep the loop awake."""
         try:
-            return super().get_request()
+            sock, where = super().get_request()
+            return sock, (plain_address(where[0]), *where[1:])
         except OSError as exc:
             if exc.errno in (23, 24):   # ENFILE, EMFILE
                 if self._spare >= 0:
@@ -3377,10 +4307,10 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def finish_request(self, request: Any, client_address: Any) -> None:
         """TLS and handshake. The connection's own thread."""
         address, proved = client_address[0], None  # type: Tuple[str, Optional[bool]]
-        deadline, sock = time.monotonic() + HANDSHAKE_TIME, request
+        deadline, sock = time.monotonic() + self._patience, request
         try:
             tune(request)
-            request.settimeout(HANDSHAKE_TIME)
+            request.settimeout(self._patience)
             sock = self._tls.wrap_socket(request, server_side=True) if self._tls else request
             session = handshake_accept(sock, self._psk, self._role, self._allowed, self._instance, self._binding, deadline)
             proved = True
@@ -3390,7 +4320,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             proved = None if isinstance(exc, Silence) else False
             self._log(address, str(exc))
         except (EOFError, OSError) as exc:   # ssl.SSLError is an OSError
-            self._log(address, str(exc) or 'it hung up')
+            self._log(address, tls_text(exc) if type(exc).__name__.startswith('SSL') else str(exc) or 'it hung up')
         finally:
             if not proved:
                 sock.close()   # under TLS not the one that socketserver knows
@@ -3402,6 +4332,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             may = self._keeper.may_log(address, time.monotonic())
         if may:
             logger.warning('%s was turned away: %s', address, text)
+            self._refused(address, text)
 
     def shutdown_request(self, request: Any) -> None:
         """Called when the handshake is over, whatever came of it."""
@@ -3422,6 +4353,262 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self._spare = -1
 
 
+def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: bytes, tls: Any = None,
+         note: Callable[[Any], None] = lambda sock: None) -> Arrival:
+    """Connect, TLS, handshake: blocking, for a thread. `tls` is a context of `tls_context`; `note` is told each socket as it
+    is made, so that another thread can shut it down. Raises HandshakeError or OSError; `dial_text` says it in words."""
+    failure: OSError = OSError('it has no address')
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
+        sock: Any = socket.socket(family, kind, protocol)
+        note(sock)
+        try:
+            sock.settimeout(HANDSHAKE_TIME)
+            sock.connect(address)
+            break
+        except OSError as exc:
+            failure = exc
+            sock.close()
+    else:
+        raise failure
+    try:
+        tune(sock)
+        binding, deadline = NO_TLS, time.monotonic() + HANDSHAKE_TIME
+        if tls is not None:
+            sock = _dial_tls(sock, tls)
+            note(sock)
+            binding = hashlib.sha256(sock.getpeercert(True)).digest()
+        session = handshake_dial(sock, psk, role, wanted, instance, binding, deadline)
+        return Arrival(sock, session, plain_address(sock.getpeername()[0]))
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _dial_tls(sock: socket.socket, tls: Any) -> Any:
+    try:
+        return tls.wrap_socket(sock)
+    except OSError as exc:   # ssl.SSLError is one
+        raise HandshakeError(tls_text(exc)) from exc
+
+
+def dial_text(exc: BaseException) -> str:
+    """Why no connection came about."""
+    if isinstance(exc, ConnectionRefusedError):
+        return 'nothing listens there'
+    if isinstance(exc, socket.gaierror):
+        return 'its name does not resolve'
+    if isinstance(exc, socket.timeout):
+        return 'no answer within %d s' % HANDSHAKE_TIME
+    if type(exc).__name__.startswith('SSL'):   # with TLS 1.3 a rejected certificate comes to light in the handshake
+        return tls_text(exc)
+    return str(exc)
+
+
+class Dialled(NamedTuple):
+    """Posted by the thread of a Dialling: `peer` was reached."""
+    peer: Any
+    sock: Any
+    session: Session
+    address: str
+
+
+class DialFailed(NamedTuple):
+    """Posted by the thread of a Dialling: it was not; `refused`: its host is there, and nothing listens."""
+    peer: Any
+    text: str
+    refused: bool = False
+
+
+class Dialling:
+    """Attempts to reach one peer: one at a time, each in a thread, after each failure twice the wait. Loop's thread."""
+
+    def __init__(self, first: float, most: float) -> None:
+        self._first, self._most, self._wait = first, most, first
+        self.due: Optional[float] = 0.0    # when to begin, None: not to begin
+        self._sock: Any = None
+        self._thread: Optional[threading.Thread] = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread is at it."""
+        return self._thread is not None
+
+    def start(self, post: Callable[[Any], None], peer: Any, reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
+        """`reach(note)` is `dial` with its arguments, but for `note`. Dialled or DialFailed is posted with `peer`."""
+        def work() -> None:
+            try:
+                found = reach(self._note)
+            except (DispyError, OSError, ValueError, RuntimeError) as exc:   # Runtime: no process at interpreter's exit
+                post(DialFailed(peer, dial_text(exc), isinstance(exc, ConnectionRefusedError)))
+            else:
+                post(Dialled(peer, *found))
+        self.due, self._thread = None, threading.Thread(target=work, name='dispy-dial', daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as exc:   # no more threads, or the interpreter is on its way out
+            self._thread = None
+            post(DialFailed(peer, 'no thread could be started: %s' % exc))
+
+    def _note(self, sock: Any) -> None:
+        self._sock = sock
+
+    def ended(self) -> None:
+        """Its event has come."""
+        self._sock = self._thread = None
+
+    def again(self, now: float, lived: float = 0.0) -> None:
+        """It failed, or the link that came of it ended after `lived` seconds: once more, later, and soon if it lived long."""
+        if lived > FLAP_TIME:
+            self._wait = self._first
+        self.due, self._wait = now + self._wait, min(2 * self._wait, self._most)
+
+    def abort(self) -> None:
+        """End the attempt."""
+        sock, thread = self._sock, self._thread
+        if sock is not None:
+            with contextlib.suppress(OSError):   # not connected yet, or not any more
+                sock.shutdown(socket.SHUT_RDWR)
+        if thread is not None:
+            thread.join(HANDSHAKE_TIME)
+
+
+# Multicast groups of the site; none is routed, as packets have one hop to go. IPv6 of the link would be asked from link-local
+# addresses, and no node could be meant by the address that people know.
+GROUP6 = 'ff15::d159:5'
+GROUP4 = '239.255.97.1'
+REACHES = ('lan', 'loopback', 'off')
+
+
+def discovery_reach() -> str:
+    """How far datagrams go, from the environment: 'lan', 'loopback' (this machine) or 'off'. Raises ValueError."""
+    reach = os.environ.get('DISPY_DISCOVERY') or 'lan'
+    if reach not in REACHES:
+        raise ValueError("the environment's DISPY_DISCOVERY is %r; it must be 'lan', 'loopback' or 'off'" % reach)
+    return reach
+
+
+class Ear(socketserver.UDPServer):
+    """One UDP socket. A loop watches it and calls `knock`; what comes is given to `hear(data, source, reply)`."""
+    allow_reuse_address = True   # several nodes and clients of one host hear the same broadcasts
+    timeout = 0
+    max_packet_size = DATAGRAM + 1
+
+    def __init__(self, family: int, host: str, port: int, hear: Callable[[bytes, str, Callable[[bytes], None]], None], multicast: bool) -> None:
+        self.address_family, self._hear, self._multicast = family, hear, multicast
+        self.speaks = True
+        super().__init__((host, port), None)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        """Options, address, groups."""
+        sock = self.socket
+        if sys.platform != 'linux' and hasattr(socket, 'SO_REUSEPORT'):   # on Linux it would bar other users' nodes
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if self.address_family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        super().server_bind()
+        sock.setblocking(False)
+        if self.server_address[0] not in ('', '0.0.0.0', '::') or not self.server_address[1]:
+            return
+        if self.address_family == socket.AF_INET6:
+            for index, _ in socket.if_nameindex():
+                with contextlib.suppress(OSError):   # one without multicast, or with too many groups
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, socket.inet_pton(socket.AF_INET6, GROUP6) + struct.pack('@I', index))
+        elif self._multicast:
+            for address in own_addresses() or ('0.0.0.0',):
+                with contextlib.suppress(OSError):   # as above
+                    sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(GROUP4) + socket.inet_aton(address))
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """One datagram."""
+        data, sock = request
+
+        def reply(answer: bytes) -> None:
+            with contextlib.suppress(OSError):   # no route, or the buffer is full: the asker asks again
+                sock.sendto(answer, client_address)
+        source = plain_address(client_address[0])
+        if len(client_address) == 4 and client_address[3]:   # link-local: it means something with the interface only
+            source += '%' + socket.if_indextoname(client_address[3])
+        self._hear(data, source, reply)
+
+    def knock(self) -> None:
+        """Something came. The loop's thread."""
+        self.handle_request()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Our own fault, to be seen."""
+        logger.exception('a datagram from %s failed', client_address[0])
+
+
+def own_addresses() -> Dict[str, str]:
+    """IPv4 addresses of this host and where each one's network is addressed as a whole; needs psutil, else none."""
+    try:
+        import psutil
+    except ImportError:
+        return {}
+    return {item.address: item.broadcast or '' for items in psutil.net_if_addrs().values() for item in items
+            if item.family == socket.AF_INET}
+
+
+class Ears:
+    """The UDP sockets of one process and how it speaks to all. It hears what is said to `ports`, and speaks to `there`, from the
+    first of its ports, where the answers come. The loop's thread."""
+
+    def __init__(self, loop: Loop, reach: str, there: Iterable[int], ports: Iterable[int],
+                 hear: Callable[[bytes, str, Callable[[bytes], None]], None], multicast: bool = False) -> None:
+        self._loop, self._reach, self._there, self._multicast, self.ears = loop, reach, sorted(set(there)), multicast, []  # type: Loop, str, List[int], bool, List[Ear]
+        self.error = ''
+        self._first = min(ports)
+        for number in sorted(set(ports)) if reach != 'off' else ():
+            # Bound to its broadcast address a socket hears what is said to this machine as a whole, and nothing else.
+            hosts = [(socket.AF_INET, '' if reach == 'lan' else '127.255.255.255' if number else '127.0.0.1')]
+            if reach == 'lan' and socket.has_ipv6:
+                hosts.append((socket.AF_INET6, '::'))
+            for family, host in hosts:
+                try:
+                    ear = Ear(family, host, number, hear, multicast)
+                except OSError as exc:   # taken by a program that does not share it, or no such family here
+                    if family == socket.AF_INET:
+                        self.error = 'UDP port %d cannot be used: %s' % (number, exc.strerror)
+                    continue
+                ear.speaks = number == self._first
+                self.ears.append(ear)
+                loop.watch(ear.socket, ear.knock)
+
+    def shout(self, say: Callable[[], bytes]) -> None:
+        """To everybody within reach: what `say` returns, by each family anew, so that a host of both answers by both."""
+        for ear in self.ears:
+            if ear.speaks:
+                data = say()
+                for port in self._there:
+                    self._shout(ear, data, port)
+
+    def _shout(self, ear: Ear, data: bytes, port: int) -> None:
+        if ear.address_family == socket.AF_INET6:
+            targets: List[tuple] = [(GROUP6, port, 0, index) for index, _ in socket.if_nameindex()]
+        else:
+            hosts = {'127.255.255.255'}
+            if self._reach == 'lan':
+                hosts |= {broadcast for broadcast in own_addresses().values() if broadcast} or {'255.255.255.255'}
+            targets = [(host, port) for host in sorted(hosts)]
+        for target in targets:
+            with contextlib.suppress(OSError):   # an interface that is down, or cannot do it
+                ear.socket.sendto(data, target)
+        if self._multicast and ear.address_family == socket.AF_INET:
+            for address in own_addresses() or ('0.0.0.0',):
+                with contextlib.suppress(OSError):   # as above
+                    ear.socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(address))
+                    ear.socket.sendto(data, (GROUP4, port))
+
+    def close(self) -> None:
+        """Listen no more. Does nothing the second time."""
+        for ear in self.ears:
+            self._loop.unwatch(ear.socket)
+            ear.server_close()
+        self.ears = []
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The daemon: carries out what Node decides
 # ---------------------------------------------------------------------------------------------------------
@@ -3438,14 +4625,41 @@ class Options(NamedTuple):
     keyfile: Optional[str] = None
     clean: bool = False
     embedded: bool = False
+    ext_hosts: Tuple[str, ...] = ()
+    schedulers: Tuple[Tuple[str, int], ...] = ()    # to be dialled
+    multicast: bool = False                         # IPv4 too
+    reach: str = 'off'                              # of discovery
+    ping_interval: Optional[float] = None           # s between announcements
+    user: Optional[User] = None
+    hours: Optional[Hours] = None
+    serve: int = 0                         # leases after which the node ends; 0: no such number
+    client_shutdown: bool = False
+    max_file: int = sys.maxsize            # bytes
+    zombie: float = ZOMBIE_TIME            # s
+    msg_timeout: float = HANDSHAKE_TIME    # s
+
+
+class ChildEnded(NamedTuple):
+    """Posted when this is PID 1, as in a container: a process has ended that may be nobody's but ours."""
+
+
+class _Caller:
+    """A scheduler, or a client that listens, which this node dials."""
+
+    def __init__(self, host: str, port: int, most: float) -> None:
+        self.host, self.port = host, port
+        self.dialling = Dialling(min(1.0, most), most)
+        self.link, self.since = 0, 0.0
+        self.told = ''     # the last failure that was logged
 
 
 class _Run:
     """The processes and the directory of one computation."""
 
-    def __init__(self, comp: str, directory: str, private: str, keep: bool) -> None:
+    def __init__(self, comp: str, directory: str, private: str, keep: bool, max_file: int) -> None:
         self.comp, self.directory, self.private, self.keep = comp, directory, private, keep
-        self.receiver = FileReceiver(directory)
+        self.receiver = FileReceiver(directory, max_file)
+        self.placing: Dict[str, IncomingFile] = {}   # files that come while the computation is set up
         self.process: Any = None
         self.control: Optional[Pipe] = None
         self.up = self.closing = False
@@ -3462,18 +4676,26 @@ class Daemon(Loop):
         super().__init__()
         self._options = options
         name = options.name or platform.node() or 'node'
-        self.node = Node(name, options.cpus, node_facts())
+        self.node = Node(name, options.cpus, node_facts(), options.zombie, options.serve, options.client_shutdown, self.now)
+        self._phase = Phase.SERVING
+        self._clock_at = self.now if options.hours else None   # when to look at the clock on the wall
         self._instance = os.urandom(16)
         self._gates: List[Gate] = []
+        self._ears: Optional[Ears] = None
+        self._hello_at: Optional[float] = None
+        self._stranger_at = -60.0         # when one that asked with another secret was logged
+        self._callers = [_Caller(host, port, options.ping_interval or 30.0) for host, port in options.schedulers]
+        self._tls: Any = None
         self._runs: Dict[str, _Run] = {}
         self._lock_file: Any = None
         self._held: Set[Pipe] = set()     # not read until links have room
-        self._root = ''
+        self._sending: Dict[int, Deque[Tuple[str, Any]]] = {}   # link -> computations and their results on the disk
+        self._root = self._base = ''   # where computations work, and what is above: not the same with --user
         self._acts: Dict[type, Callable[[Any], None]] = {
-            Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store,
+            Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store, StorePlaced: self._store_placed,
             StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
-            Feed: self._feed, Interrupt: self._interrupt, Kill: self._kill, TakeBack: self._take_back,
-            Retire: self._retire, TellKept: self._tell_kept, Exit: lambda action: self.stop(),
+            Keep: self._keep, SendKept: self._send_kept, Forget: self._forget, Feed: self._feed, Interrupt: self._interrupt, Kill: self._kill, Watch: self._watch, TakeBack: self._take_back,
+            Retire: self._retire, TellKept: self._tell_kept, Show: self._show, Exit: lambda action: self.stop(),
         }
 
     # -- start and end ------------------------------------------------------------------------------------
@@ -3486,46 +4708,118 @@ class Daemon(Loop):
                 self._gates.append(self._listen(host, port))
                 port = self._gates[0].server_address[1]
             self._root = self._take_directory(port)
+            self._find_kept()
+            if self._callers and options.certfile:
+                self._tls = tls_context(False, options.certfile, options.keyfile)
         except BaseException:
             self.close()
             raise
         for gate in self._gates:
             self.watch(gate.socket, gate.knock)
+        self._announce(port)
         return port
+
+    def _announce(self, port: int) -> None:
+        """Answer those who look for nodes, and say once that there is one more."""
+        options = self._options
+        addresses = options.ext_hosts or tuple(host for host in options.hosts if host)
+        reach = options.reach
+        if reach == 'lan' and addresses and all(ipaddress.ip_address(address).is_loopback for address in addresses):
+            reach = 'loopback'
+        self._discovery = Discovery(derive_key(options.secret), Role.NODE, self._instance, port, addresses)
+        # Its own port for those who name it; the usual one so that it is found at whatever port it serves.
+        ports = {options.port or NODE_PORT, NODE_PORT}
+        self._ears = Ears(self, reach, ports, ports, self._hear, options.multicast)
+        if self._ears.error:
+            logger.warning('%s: this node is not found by asking, but can be named', self._ears.error)
+        self._hello()
+
+    def _hello(self) -> None:
+        assert self._ears is not None   # ours
+        self._ears.shout(lambda: self._discovery.say(Cry.HELLO))
+        self._hello_at = self.now + self._options.ping_interval if self._options.ping_interval else None
+
+    def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
+        heard, answer = self._discovery.hear(data, source, self.now)
+        if answer is not None:
+            reply(answer)
+            if heard is None and self.now - self._stranger_at > 10.0:
+                self._stranger_at = self.now
+                logger.warning('%s looks for nodes and has another secret: %s', source, same_secret())
 
     def _listen(self, host: str, port: int) -> Gate:
         options = self._options
         try:
             return Gate((host, port), derive_key(options.secret), Role.NODE, (Role.CLIENT, Role.SCHEDULER),
-                        self._instance, self.post, options.certfile, options.keyfile)
+                        self._instance, self.post, options.certfile, options.keyfile, patience=options.msg_timeout)
         except OverflowError as exc:
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
         except OSError as exc:
-            where = '%s:%d' % (host or '*', port)
+            where = place(host, port)
             if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
                 raise StartError('port %d is in use (%s): another dispynode? Choose another with -p/--port' % (port, where)) from exc
             raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' % (where, exc)) from exc
 
     def _take_directory(self, port: int) -> str:
         """The directory of this node, ours alone: 0700, locked by file `lock` with PID and port."""
-        root = self._options.prefix or os.path.join(
-            tempfile.gettempdir(), 'dispy-%s' % (os.getuid() if hasattr(os, 'getuid') else os.environ.get('USERNAME', 'user')),
-            'node-%d' % port)
+        root = self._options.prefix or default_directory(port)
         try:
             os.makedirs(root, mode=0o700, exist_ok=True)
             for path in (root,) if self._options.prefix else (os.path.dirname(root), root):
                 status = os.lstat(path)
                 if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
                     raise StartError('%s is not a directory of this user (--dest-path-prefix)' % path)
-            os.chmod(root, 0o700)
+                os.chmod(path, 0o711 if self._options.user else 0o700)
             self._lock_file = _lock(os.path.join(root, 'lock'), port)
-            for name in os.listdir(root):
-                path = os.path.join(root, name)
-                if name != 'lock' and (self._options.clean or name.startswith(('c-', 'p-'))) and os.path.isdir(path):
-                    shutil.rmtree(path, ignore_errors=True)
+            self._base = os.path.realpath(root)
+            if self._options.clean:
+                for comp in self._shelved():
+                    self._shelf(comp).remove()
+            if self._options.user is not None:
+                self._check_reach(self._options.user)
+                root = self._user_directory(root, self._options.user)
+            with self._as_user():
+                for name in os.listdir(root):
+                    path = os.path.join(root, name)
+                    if name != 'lock' and (self._options.clean or name.startswith(('c-', 'p-'))) and os.path.isdir(path):
+                        shutil.rmtree(path, ignore_errors=True)
         except OSError as exc:
-            raise StartError('the directory %s cannot be used: %s (--dest-path-prefix)' % (root, exc.strerror)) from exc
+            raise StartError('the directory %s cannot be used%s: %s (--dest-path-prefix)' % (
+                root, ' by ' + self._options.user.name if self._options.user else '', exc.strerror)) from exc
         return os.path.realpath(root)
+
+    def _check_reach(self, user: User) -> None:
+        """Whether --user can read what runs here. One file of each installation tells."""
+        for path in (os.__file__, __file__):
+            try:
+                with self._as_user(), open(path, 'rb'):
+                    pass
+            except OSError as exc:
+                raise StartError('--user %s cannot read %s: use a Python and a dispynode.py that all can read' % (user.name, path)) from exc
+
+    @staticmethod
+    def _user_directory(root: str, user: User) -> str:
+        """The directory of --user in ours. Ours stays root's, so that nothing that a job plants is in the way of the lock."""
+        root = os.path.join(root, 'user-' + user.name)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(root, 0o700)
+        os.chown(root, user.uid, user.gid, follow_symlinks=False)
+        return root
+
+    @contextlib.contextmanager
+    def _as_user(self) -> Any:
+        """Where jobs may have planted links, files are handled with the rights of --user alone."""
+        user = self._options.user
+        if user is None:
+            yield
+            return
+        os.setegid(user.gid)
+        os.seteuid(user.uid)
+        try:
+            yield
+        finally:
+            os.seteuid(os.getuid())
+            os.setegid(os.getgid())
 
     def close(self) -> None:
         """End all processes, remove what is to be removed. Does nothing the second time."""
@@ -3534,6 +4828,10 @@ class Daemon(Loop):
                 self.unwatch(gate.socket)
             gate.server_close()
         self._gates = []
+        if self._ears is not None:
+            self._ears.close()
+        for caller in self._callers:
+            caller.dialling.abort()
         for run in list(self._runs.values()):
             if run.process is not None:
                 run.process.join(3.0)
@@ -3547,26 +4845,53 @@ class Daemon(Loop):
             self._lock_file = None
             if self._options.embedded:
                 shutil.rmtree(self._root, ignore_errors=True)
+            elif self._options.user is not None:
+                with contextlib.suppress(OSError):   # not empty: a cluster wanted its files kept
+                    os.rmdir(self._root)
         super().close()
 
     def next_timer(self) -> Optional[float]:
         """The state's, or the end of a runner that does not end; at once when held pipes can be read again."""
-        if self._may_let_go():
+        if self._may_let_go() or any(link.queued < 4 * FRAME_FILL for link in map(self.links.get, self._sending) if link):
             return self.now
-        times = [run.kill_at for run in self._runs.values() if run.kill_at is not None]
-        when = self.node.next_timer()
-        return min(times + ([when] if when is not None else []), default=None)
+        times = [self.node.next_timer(), self._hello_at, self._clock_at, *(run.kill_at for run in self._runs.values()),
+                 *(caller.dialling.due for caller in self._callers)]
+        return min((when for when in times if when is not None), default=None)
 
     # -- events -------------------------------------------------------------------------------------------
 
     def on_event(self, event: Any) -> None:
         """Arrivals from the gate, and what actions brought about."""
-        if isinstance(event, Arrival):
+        if isinstance(event, ChildEnded):
+            self._reap()
+            return
+        if isinstance(event, DialFailed):
+            self._dial_failed(event.peer, event.text)
+            return
+        if isinstance(event, (Arrival, Dialled)):
             link = Link(event.sock, event.session, event.address, self.now)
             self.attach(link)
             self.node.facts['available'] = availability(self._root)
+            if isinstance(event, Dialled):
+                caller = event.peer
+                caller.dialling.ended()
+                caller.link, caller.since, caller.told = link.number, self.now, ''
+                logger.info('connected to %s', place(caller.host, caller.port))
             event = LinkUp(link.number, link.instance, link.address)
         self._tell(event)
+
+    def _dial_failed(self, caller: _Caller, text: str) -> None:
+        caller.dialling.ended()
+        caller.dialling.again(self.now)
+        if caller.told != text and not (caller.told and text == CLOSED_AT_ONCE):   # it refuses us for a while, for the reason told
+            caller.told = text
+            logger.warning('%s (--scheduler-host) cannot be reached: %s; it is tried again and again', place(caller.host, caller.port), text)
+
+    def _dial_callers(self) -> None:
+        for caller in self._callers:
+            if caller.dialling.due is not None and caller.dialling.due <= self.now and not self.node.stopping:
+                caller.dialling.start(self.post, caller, functools.partial(
+                    dial, caller.host, caller.port, derive_key(self._options.secret), Role.NODE, Role.SCHEDULER, self._instance, self._tls))
 
     def _tell(self, event: Any) -> None:
         self._act(self.node.handle(event, self.now))
@@ -3593,6 +4918,8 @@ class Daemon(Loop):
         if isinstance(message, Introduce):
             link.pulse = min(max(message.pulse, 0.1), 3600.0)
         if not isinstance(message, Pulse):
+            if type(message) is Query:
+                self.node.facts['available'] = availability(self._root)
             self._tell(Received(link.number, message))
 
     def on_broken(self, channel: Any, text: str) -> None:
@@ -3601,6 +4928,10 @@ class Daemon(Loop):
             log = logger.info if channel.on_purpose else logger.warning
             log('link to %s ended: %s', channel.address, text)
             self._tell(LinkDown(channel.number, channel.on_purpose))
+            for caller in self._callers:
+                if caller.link == channel.number:
+                    caller.link = 0
+                    caller.dialling.again(self.now, self.now - caller.since)
         elif not channel.worker:
             self._runner_ended(self._runs[channel.comp])
         # A worker's pipe that ends says nothing yet: the runner tells what became of the process.
@@ -3613,7 +4944,14 @@ class Daemon(Loop):
             if run.kill_at is not None and self.now >= run.kill_at and run.process is not None:
                 run.kill_at = None
                 run.process.kill()
+        if self._clock_at is not None and self.now >= self._clock_at:
+            self._look_at_clock(time.localtime())
         self._act(self.node.flush(self.now))
+        if self._sending:
+            self._send_on()
+        self._dial_callers()
+        if self._hello_at is not None and self.now >= self._hello_at:
+            self._hello()
         if self._may_let_go():
             self._let_go()
         full = self.node.held_bytes > RECEIVE_BUDGET
@@ -3622,6 +4960,28 @@ class Daemon(Loop):
                 link.paused = full
                 link.heard = self.now
                 self.interest(link)
+
+    def _look_at_clock(self, local: time.struct_time) -> None:
+        """Hours of service. Once a minute, so that a clock that is set is no matter."""
+        assert self._options.hours is not None   # ours
+        self._clock_at = self.now + 60 - min(local.tm_sec, 59)
+        phase = self._options.hours.phase(local.tm_hour * 60 + local.tm_min)
+        if phase is not self._phase:
+            self._phase = phase
+            self._tell(Resume('hours') if phase is Phase.SERVING else
+                       Pause('hours', 'its hours of service begin at %02d:%02d' % divmod(self._options.hours.start, 60),
+                             phase is Phase.CLOSED))
+
+    def _reap(self) -> None:
+        """Orphans of a container come to PID 1 and are zombies until it takes note of their end. One of our own children
+        hides those behind it until it has been waited for in its place, which reaps again."""
+        ours = {run.process.pid for run in self._runs.values() if run.process is not None}
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is None or ended.si_pid in ours:
+                    return
+                os.waitpid(ended.si_pid, 0)
 
     # -- actions on links and files -----------------------------------------------------------------------
 
@@ -3648,6 +5008,10 @@ class Daemon(Loop):
         if link is not None:
             self.part(link, action.text)
 
+    def _show(self, action: Show) -> None:
+        with contextlib.suppress(OSError):   # the terminal may have gone
+            print(action.text, flush=True)
+
     def _prepare(self, action: Prepare) -> None:
         spec, comp = action.spec, action.comp
         keep = not spec['cleanup']
@@ -3659,10 +5023,11 @@ class Daemon(Loop):
                 directory = os.path.join(self._root, *check_name(spec['dest_path']))
             else:
                 directory = os.path.join(self._root, ('k-' if keep else 'c-') + comp)
-            os.makedirs(directory, mode=0o700, exist_ok=True)
-            os.makedirs(private, mode=0o700, exist_ok=True)
-            run = self._runs[comp] = _Run(comp, directory, private, keep)
-            missing = run.receiver.want(spec['files'])
+            with self._as_user():
+                os.makedirs(directory, mode=0o700, exist_ok=True)
+                os.makedirs(private, mode=0o700, exist_ok=True)
+                run = self._runs[comp] = _Run(comp, directory, private, keep, self._options.max_file)
+                missing = run.receiver.want(spec['files'])
         except (OSError, ValueError) as exc:
             self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc))
         else:
@@ -3671,28 +5036,112 @@ class Daemon(Loop):
     def _store(self, action: Store) -> None:
         run = self._runs[action.comp]
         try:
-            complete = run.receiver.piece(action.name, action.offset, action.data)
+            with self._as_user():
+                complete = run.receiver.piece(action.name, action.offset, action.data)
         except (OSError, ValueError) as exc:
-            run.receiver.abort()
+            with self._as_user():
+                run.receiver.abort()
             self.post(Stored(action.comp, 'file %.100r cannot be stored: %s' % (action.name, exc)))
         else:
             if complete:
                 self.post(Stored(action.comp))
 
+    def _store_placed(self, action: StorePlaced) -> None:
+        run, (name, size, digest, mode), whole, error = self._runs[action.comp], action.row, False, ''
+        try:
+            check_size(name, size, self._options.max_file)
+            with self._as_user():
+                if action.offset == 0:
+                    run.placing[name] = IncomingFile(run.directory, name, size, digest, mode)
+                if name in run.placing:   # otherwise it has failed
+                    whole = run.placing[name].piece(action.offset, action.data)
+        except (OSError, ValueError) as exc:
+            error = str(exc)
+        if whole or error:
+            incoming = run.placing.pop(name, None)
+            if incoming is not None and error:
+                with self._as_user():
+                    incoming.abort()
+            self.post(Put(action.comp, name, error))
+
     def _discard(self, run: _Run) -> None:
-        run.receiver.abort()
-        shutil.rmtree(run.private, ignore_errors=True)
-        if not run.keep:
-            shutil.rmtree(run.directory, ignore_errors=True)
+        with self._as_user():
+            run.receiver.abort()
+            for incoming in run.placing.values():
+                incoming.abort()
+            shutil.rmtree(run.private, ignore_errors=True)
+            if not run.keep:
+                shutil.rmtree(run.directory, ignore_errors=True)
+
+    # -- results on the disk ------------------------------------------------------------------------------
+
+    def _shelf(self, comp: str) -> Shelf:
+        return Shelf(os.path.join(self._base, 'r-' + comp))
+
+    def _shelved(self) -> List[str]:
+        return [name[2:] for name in os.listdir(self._base) if name.startswith('r-')]
+
+    def _keep(self, action: Keep) -> None:
+        try:
+            self._shelf(action.comp).append(action.owner, action.rows)
+        except (OSError, ValueError) as exc:
+            self.post(Kept(action.comp, [], str(exc)))
+        else:
+            self._tell(Kept(action.comp, [row[0] for row in action.rows]))
+
+    def _find_kept(self) -> None:
+        """When the daemon starts: what earlier ones have kept."""
+        for comp in self._shelved():
+            shelf = self._shelf(comp)
+            try:
+                owner, serials = shelf.scan()
+                if not serials:
+                    raise ValueError('%s is empty' % shelf.path)
+                left = self._options.zombie - (time.time() - os.stat(shelf.path).st_mtime)
+                self._tell(Found(comp, owner, serials, self.now + max(0.0, left)))
+                logger.info('%d results of an earlier computation wait for their client', len(serials))
+            except (OSError, ValueError) as exc:
+                logger.warning('results of an earlier computation are of no use: %s', exc)
+                shelf.remove()
+
+    def _send_kept(self, action: SendKept) -> None:
+        self._sending.setdefault(action.link, collections.deque()).append((action.comp, self._shelf(action.comp).rows()))
+
+    def _send_on(self) -> None:
+        """Results from the disk into links that have room."""
+        for number, waiting in list(self._sending.items()):
+            link = self.links.get(number)
+            while waiting and link is not None and link.queued < 4 * FRAME_FILL:
+                comp, rows = waiting[0]
+                some = list(itertools.islice(rows, 16))
+                if some:
+                    self._send(Send(number, Results(comp, some)))
+                else:
+                    waiting.popleft()
+            if not waiting or link is None:
+                del self._sending[number]
+
+    def _forget(self, action: Forget) -> None:
+        for waiting in self._sending.values():
+            for entry in [entry for entry in waiting if entry[0] == action.comp]:
+                entry[1].close()
+                waiting.remove(entry)
+        self._shelf(action.comp).remove()
 
     # -- runners and workers ------------------------------------------------------------------------------
 
     def _start_runner(self, action: StartRunner) -> None:
         run, spec = self._runs[action.comp], action.spec
-        ours, theirs = socket.socketpair()
-        address = self._options.hosts[0] or '127.0.0.1'
         try:
-            run.process = multiprocessing.get_context('spawn').Process(target=runner_main, args=(theirs,), name='dispy-runner')
+            ours, theirs = socket.socketpair()
+        except OSError as exc:   # no descriptors
+            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % exc))
+            return
+        link = self.links.get(action.link)
+        address = (self._options.ext_hosts[:1] or (plain_address(link.sock.getsockname()[0]) if link is not None else '127.0.0.1',))[0]
+        try:
+            run.process = multiprocessing.get_context('spawn').Process(
+                target=runner_main, args=(theirs, self._options.user), name='dispy-runner')
             run.process.start()
         except OSError as exc:
             ours.close()
@@ -3705,7 +5154,7 @@ class Daemon(Loop):
         self.attach(run.control)
         init = {'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
                 'support': {name: bytes(source) for name, source in spec['support'].items()},
-                'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
+                'max_file': self._options.max_file, 'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
                 'names': {'dispy_node_name': self.node.name, 'dispy_node_ip_addr': address, 'dispy_job_path': run.directory}}
         run.control.push(pack_record(Kind.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
 
@@ -3734,13 +5183,16 @@ class Daemon(Loop):
             self.detach(pipe)
         run.process.close()
         run.process = None
+        if os.getpid() == 1:
+            self._reap()
         self._discard(self._runs.pop(run.comp))
         self._tell(RunnerGone(run.comp, run.text or exit_text(code)))
 
     @staticmethod
     def _kill_workers(run: _Run) -> None:
-        """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest of their groups."""
-        for pid in run.pids.values():
+        """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest of their groups, and
+        for that of a runner that was killed in a setup that hung."""
+        for pid in (run.process.pid, *run.pids.values()) if hasattr(os, 'killpg') else ():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
 
@@ -3756,6 +5208,8 @@ class Daemon(Loop):
             run.pids[record.number] = record.serial
         elif record.kind == Kind.GONE:
             self._worker_ended(run, record)
+        elif record.kind == Kind.TOO_BIG:
+            self._tell(WorkerTooBig(record.number, record.serial))
         elif record.kind == Kind.PRINTED:
             self._tell(WorkerPrinted(record.number, record.serial, int(record.start), int(record.end), beside(_keep(record.bodies[0]))))
         else:
@@ -3802,11 +5256,12 @@ class Daemon(Loop):
             except PeerError as exc:   # a job wrote into what it should not have
                 logger.error('worker %d is killed: %s', pipe.worker, exc)
                 self._kill(Kill(pipe.worker))
+            self._hold_back(pipe)
         return len(records)
 
     def _hold_back(self, pipe: Pipe) -> None:
-        """A job sends a file faster than the client takes it: its pipe is not read for a while."""
-        if any(link.queued > HELD_BACK for link in self.links.values()):
+        """Files or results come faster than the client takes them: the worker's pipe is not read for a while."""
+        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self.links.values()):
             pipe.paused = True
             self._held.add(pipe)
             self.interest(pipe)
@@ -3828,7 +5283,11 @@ class Daemon(Loop):
 
     def _start_worker(self, action: StartWorker) -> None:
         run = self._runs[action.comp]
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as exc:   # no descriptors
+            self._tell(WorkerUnborn(action.worker, str(exc)))
+            return
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         pipe = run.pipes[action.worker] = Pipe(ours, action.comp, action.worker)
@@ -3842,10 +5301,13 @@ class Daemon(Loop):
             for attempt in action.attempts:
                 run.pipes[action.worker].push(pack_record(Kind.JOB, 0, attempt.serial, 0.0, 0.0, attempt.payload))
 
-    def _order(self, kind: Kind, worker: int, serial: int = 0) -> None:
+    def _order(self, kind: Kind, worker: int, serial: int = 0, value: float = 0.0) -> None:
         run = self._run_of(worker)
         if run is not None and run.control is not None and run.control.dirty is not None:
-            run.control.push(pack_record(kind, worker, serial))
+            run.control.push(pack_record(kind, worker, serial, value))
+
+    def _watch(self, action: Watch) -> None:
+        self._order(Kind.WATCH, action.worker, action.serial, float(action.most))
 
     def _interrupt(self, action: Interrupt) -> None:
         self._order(Kind.INTERRUPT, action.worker, action.serial)
@@ -3897,19 +5359,25 @@ def availability(directory: str) -> dict:
         import psutil
     except ImportError:
         return found
-    found.update(cpu=100.0 - psutil.cpu_percent(), memory=psutil.virtual_memory().available, swap=psutil.swap_memory().free)
+    with contextlib.suppress(OSError):   # it reads files, and there may be no descriptor
+        found.update(cpu=100.0 - psutil.cpu_percent(), memory=psutil.virtual_memory().available, swap=psutil.swap_memory().free)
     return found
 
 
 def installed_version(package: str) -> str:
     """Version of a package without importing it; empty when it is not there."""
-    import re
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.origin:
         return ''
     with open(spec.origin, encoding='utf-8') as file:
         found = re.search(r'^__version__ = ["\']([^"\']+)', file.read(), re.MULTILINE)
     return found.group(1) if found else ''
+
+
+def default_directory(port: int) -> str:
+    """Where the node at this port keeps its files when nothing else is said."""
+    user = os.getuid() if hasattr(os, 'getuid') else os.environ.get('USERNAME', 'user')
+    return os.path.join(tempfile.gettempdir(), 'dispy-%s' % user, 'node-%d' % port)
 
 
 def _lock(path: str, port: int) -> Any:
@@ -3935,6 +5403,189 @@ def _lock(path: str, port: int) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Deployment: the half of `python -m dispy deploy` and `stop` that runs on the host, by ssh
+# ---------------------------------------------------------------------------------------------------------
+
+class Deployment:
+    """The node that was deployed on this host for this user: its file, its log, and a note of how it was started.
+
+    The directory has the host's name, since hosts may share a home. A context, so that one deploy or stop is at
+    work at a time; at its end the directory goes unless something is deployed.
+    """
+
+    def __init__(self) -> None:
+        self._directory = os.path.join(os.path.expanduser('~'), '.dispy', platform.node() or 'node')
+        self._script, self._noted, self._log = (os.path.join(self._directory, name) for name in ('dispynode.py', 'note', 'log'))
+        self._note: dict = {}
+
+    def __enter__(self) -> 'Deployment':
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        try:
+            self._lock = _lock(os.path.join(self._directory, 'lock'), 0)
+        except StartError:
+            raise StartError('another deploy or stop is at work on this host') from None
+        try:
+            if os.path.exists(self._noted):
+                with open(self._noted) as file:
+                    self._note = json.load(file)
+        except ValueError as exc:
+            self._lock.close()
+            raise StartError('%s is damaged (%s): end the dispynode here and remove its directory' % (self._noted, exc)) from exc
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        if not self._note:
+            shutil.rmtree(self._directory)
+            with contextlib.suppress(OSError):   # other hosts have theirs there
+                os.rmdir(os.path.dirname(self._directory))
+        self._lock.close()
+
+    def deploy(self, source: bytes, secret: bytes, options: List[str], replace_secret: bool, restart: bool) -> str:
+        """Have a node run from this source with these options and, if one is given, this secret. Returns what was
+        done. Raises StartError, SecretError or OSError, and then nothing is left of a node that does not run."""
+        path = secret_path()
+        have = _read_secret(path) if secret and os.path.lexists(path) else b''
+        if have not in (b'', secret) and not replace_secret:
+            raise StartError('%s has another secret; --replace-secret overwrites it' % path)
+        wanted = {'file': hashlib.sha256(source).hexdigest(), 'options': options, 'python': sys.executable}
+        pid = self._running()
+        if pid and have == secret and self._note['wanted'] == wanted and 'port' in self._note:
+            return 'runs already: port %(port)d, PID %(pid)d' % self._note
+        if pid and not restart and self._busy():
+            raise StartError('not replaced: PID %d has another file, secret or options, and is at work; deploy again when it '
+                             'is idle, or with --restart' % pid)
+        foreign = b'' if self._digest(have) == self._note.get('secret') else have   # a secret that deploy has not put there
+        put = self._note.get('secret', '') if not secret else self._digest(secret) if secret != foreign else ''
+        try:
+            self._end(pid)
+            self._note = {'wanted': wanted, 'secret': put}
+            _write_private(self._script, source)
+            if secret != have:
+                _write_private(path, secret + b'\n')
+            self._start(options, ['--secret-file', path] if secret else [])
+        except (OSError, StartError) as exc:
+            if self._running():   # it does not end, or has not been touched
+                raise
+            self._remove()
+            if put and foreign:
+                _write_private(path, foreign + b'\n')
+            raise StartError('%s%s' % (exc, ' (PID %d, which ran, was ended)' % pid if pid else '')) from exc
+        return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'], self._note['pid'])
+
+    def stop(self) -> str:
+        """Undo `deploy`. Returns what was done. Raises StartError or OSError."""
+        if not self._note:
+            return 'nothing was deployed here'
+        pid = self._running()
+        self._end(pid)
+        self._remove()
+        return 'stopped' if pid else 'ran no more; its files are removed'
+
+    def _start(self, options: List[str], more: List[str]) -> None:
+        """Start the daemon, in a session of its own, and wait until it listens."""
+        args = _parser().parse_args(options)
+        log = os.path.abspath(args.log_file or self._log)
+        begin = os.path.getsize(log) if os.path.exists(log) else 0
+        with open(self._log, 'ab') as output:
+            said = output.tell()
+            process = subprocess.Popen([sys.executable, self._script, '--log-file', log, *options, '--daemon', *more],
+                                       stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+        self._note['pid'] = process.pid
+        _write_private(self._noted, json.dumps(self._note).encode())
+        until, found = time.monotonic() + DEPLOY_TIME, None
+        while found is None:
+            try:
+                process.wait(0.05)
+            except subprocess.TimeoutExpired:
+                found = re.search(rb'at port (\d+), PID %d\n' % process.pid, _since(log, begin))   # main logs it
+            if process.returncode is not None or time.monotonic() > until:
+                process.kill()
+                code = process.wait()
+                raise StartError(_since(self._log, said).decode(errors='replace').strip().rpartition('\n')[2] or 'it ' + exit_text(code))
+        port = int(found.group(1))
+        self._note.update(port=port, root=os.path.abspath(args.dest_path_prefix or default_directory(port)))
+        _write_private(self._noted, json.dumps(self._note).encode())
+
+    def _running(self) -> int:
+        """PID of the daemon, 0 when it runs no more. A number that was given to another process is not taken for it."""
+        pid = self._note.get('pid', 0)
+        if not pid:
+            return 0
+        command = _since('/proc/%d/cmdline' % pid) if os.path.isdir('/proc/self') else subprocess.run(
+            ['ps', '-ww', '-o', 'args=', '-p', str(pid)], stdout=subprocess.PIPE).stdout
+        return pid if os.fsencode(self._script) in command else 0
+
+    def _busy(self) -> bool:
+        """Whether a computation is there."""
+        root = self._note.get('root', '')
+        return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
+
+    def _end(self, pid: int) -> None:
+        """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing is in it."""
+        for until in (time.monotonic() + 3 * GRACE, time.monotonic() + 6 * GRACE):
+            if self._running():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
+            while self._running() and time.monotonic() < until:
+                time.sleep(0.02)
+        if self._running():
+            raise StartError('PID %d does not end after SIGTERM' % pid)
+        root = self._note.get('root', '')
+        with contextlib.suppress(OSError):   # not there, or other nodes have theirs beside it
+            if os.listdir(root) == ['lock']:
+                shutil.rmtree(root)
+                os.rmdir(os.path.dirname(default_directory(0)))
+
+    def _remove(self) -> None:
+        """Take away what `deploy` has put here; the secret if it is the one that it put there."""
+        path = secret_path()
+        if os.path.lexists(path) and self._digest(_read_secret(path)) == self._note.get('secret'):
+            os.unlink(path)
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.dirname(path))
+        self._note = {}
+
+    @staticmethod
+    def _digest(secret: bytes) -> str:
+        return hashlib.sha256(secret).hexdigest()
+
+
+def _since(path: str, begin: int = 0) -> bytes:
+    """What a file has from there on; nothing if there is no such file."""
+    try:
+        with open(path, 'rb') as file:
+            file.seek(begin)
+            return file.read()
+    except (FileNotFoundError, ProcessLookupError):   # the latter of /proc
+        return b''
+
+
+def _write_private(path: str, data: bytes) -> None:
+    """Write a file that only this user may read, whole or not at all."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))   # mode 0600
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def deployment(source: bytes, task: str, *request: Any) -> None:
+    """Called by what `dispy deploy` and `stop` send to `python -` on a host. One line says what was done, on stdout after
+    DEPLOYED, or why not, on stderr."""
+    try:
+        if os.name == 'nt':
+            raise StartError('deploy cannot start a daemon on Windows: run dispynode.py there')
+        with Deployment() as deployed:
+            print(DEPLOYED + (deployed.deploy(source, *request) if task == 'deploy' else deployed.stop()))
+    except (StartError, SecretError, OSError) as exc:
+        sys.exit(str(exc))
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------
 
@@ -3954,25 +5605,172 @@ def count_cpus(wanted: Optional[int]) -> int:
     return cpus
 
 
+def size_option(text: str) -> int:
+    """Bytes: a number, with k, m, g or t behind it for powers of 1024."""
+    number, factor = (text[:-1], 1 << 10 * ('kmgt'.index(text[-1].lower()) + 1)) if text[-1:].lower() in tuple('kmgt') else (text, 1)
+    if not number.isdigit() or int(number) < 1:
+        raise argparse.ArgumentTypeError('%r is no size such as 300k, 20m, 1g' % text)
+    return int(number) * factor
+
+
+def _time_of_day(text: str) -> str:
+    """HH:MM."""
+    hour, _, minute = text.partition(':')
+    if not (hour.isdigit() and minute.isdigit() and int(hour) < 24 and int(minute) < 60):
+        raise argparse.ArgumentTypeError('%r is no time of day such as 08:30' % text)
+    return '%02d:%02d' % (int(hour), int(minute))
+
+
+def positive(text: str) -> float:
+    """A number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError('%r is no number above 0' % text)
+
+
+def _count(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError('%r is no whole number above 0' % text)
+    return int(text)
+
+
+def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) -> Optional[Hours]:
+    """Hours of service from their options. Raises ValueError for those that make no sense."""
+    if start is None and stop is None and end is None:
+        return None
+    if start is None or (stop is None and end is None):
+        raise ValueError('--service-start needs --service-stop, --service-end or both, and they need it')
+    minutes = [int(text[:2]) * 60 + int(text[3:]) if text is not None else None for text in (start, stop, end)]
+    hours = Hours(minutes[0] or 0, minutes[1], minutes[2])
+    if hours.start in (hours.stop, hours.end):
+        raise ValueError('the service would stop when it starts, at %s (--service-start)' % start)
+    if stop is not None and end is not None and hours.phase(minutes[1] or 0) is Phase.CLOSED and stop != end:
+        raise ValueError('--service-stop %s comes after --service-end %s' % (stop, end))
+    return hours
+
+
+def find_user(name: str) -> User:
+    """The user that jobs shall run as. Raises StartError."""
+    if not hasattr(os, 'geteuid') or os.geteuid() != 0:
+        raise StartError('--user %s needs a dispynode that is started as root' % name)
+    import pwd
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError as exc:
+        raise StartError('--user %s: this host knows no such user' % name) from exc
+    return User(name, entry.pw_uid, entry.pw_gid, entry.pw_dir)
+
+
+class Each(argparse.Action):
+    """As `append`, but the first on the command line replaces what the configuration says."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [values] if before is self.default else before + [values])
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='dispynode', description='Run jobs of dispy clients on this host.')
+    parser = argparse.ArgumentParser(prog='dispynode', description='Run jobs of dispy clients on this host.', epilog='''
+        dispy 4's spellings with underscores are understood. --config knows every long option but the secret, as {"cpus": 4, "host": ["::1"]}.''')
     add = parser.add_argument
     add('-d', '--debug', action='store_true', help='log what is done in detail')
     add('-c', '--cpus', type=int, metavar='N', help='CPUs to offer; negative: leave so many free (default: all)')
-    add('-i', '--host', '--ip_addr', '--ip-addr', action='append', metavar='ADDR', help='address to listen at; may be repeated (default: all)')
-    add('-p', '--port', '--node_port', type=int, default=NODE_PORT, metavar='N', help='TCP port; 0: any (default: %(default)s)')
+    add('-i', '--host', '--ip-addr', action=Each, metavar='ADDR', help='address to listen at; may be repeated (default: all)')
+    add('--ext-host', '--ext-ip-addr', action=Each, metavar='ADDR', help='address that others reach this host by, '
+        'if it is another one (NAT); may be repeated')
+    add('-p', '--port', '--node-port', type=int, default=NODE_PORT, metavar='N', help='TCP and UDP port; 0: any (default: %(default)s)')
+    add('--scheduler-host', '--scheduler-node', action=Each, default=[], metavar='HOST[:PORT]',
+        help='connect to this scheduler, or client that listens (host=), and keep trying: for nodes that cannot be reached; '
+        'may be repeated (port: %d)' % SCHEDULER_PORT)
+    add('--ipv4-udp-multicast', action='store_true', help='answer at the multicast group %s too' % GROUP4)
     add('--name', default='', help='name to show (default: host name)')
-    add('--dest-path-prefix', '--dest_path_prefix', default='', metavar='DIR', help='directory for files of computations')
+    add('--dest-path-prefix', default='', metavar='DIR', help='directory for files of computations')
     add('-s', '--secret', help='the secret; it can be seen in the list of processes, so better:')
     add('--secret-file', metavar='FILE', help='file with the secret (default: %s)' % secret_path().replace('%', '%%'))
     add('--certfile', metavar='FILE', help='certificate for TLS; clients need one that is vouched for by the same file')
     add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
+    add('--user', metavar='NAME', help='started as root: run jobs as this user, who cannot read the secret')
+    add('--service-start', type=_time_of_day, metavar='HH:MM', help='take jobs from this time of day on')
+    add('--service-stop', type=_time_of_day, metavar='HH:MM', help='take no new jobs from this time of day on')
+    add('--service-end', type=_time_of_day, metavar='HH:MM', help='end what still runs at this time of day')
+    add('--serve', type=_count, metavar='N', help='end after so many clients')
+    add('--client-shutdown', action='store_true', help="end after a client that calls its cluster's shutdown()")
+    add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files, of clients and of jobs, are refused (default: no limit)')
+    add('--zombie-interval', type=positive, metavar='MIN',
+        help='minutes that results wait here for a client that is gone (default: %g)' % (ZOMBIE_TIME / 60))
+    add('--msg-timeout', type=positive, default=HANDSHAKE_TIME, metavar='S', help='seconds for a handshake (default: %(default)g)')
+    add('--ping-interval', type=positive, metavar='S', help='seconds between searches for clients')
     add('--log-file', metavar='FILE', help='log there instead of to stderr')
-    add('--daemon', action='store_true', help='never use the terminal')
+    add('--daemon', action='store_true', help='never use the terminal, and outlive it')
     add('--clean', action='store_true', help='remove all that earlier runs left in the directory')
+    add('--config', metavar='FILE', help='take options from this JSON file; those given here count more')
+    add('--save-config', metavar='FILE', help='write these options to a JSON file, without the secret, and end')
     add('--embedded', action='store_true', help=argparse.SUPPRESS)   # started by a client: see _embedded
     add('--version', action='version', version='%(prog)s ' + __version__)
     return parser
+
+
+def _configurable(parser: argparse.ArgumentParser) -> Dict[str, argparse.Action]:
+    """Options that may stand in a configuration file, by long name."""
+    return {action.dest.replace('_', '-'): action for action in parser._actions
+            if action.dest not in ('help', 'version', 'config', 'save_config', 'embedded') and not action.dest.endswith('secret')}
+
+
+def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
+    """Make what a JSON file says the defaults. Raises StartError naming file and key."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            found = json.load(file)
+    except (OSError, ValueError) as exc:
+        raise StartError('--config %s cannot be read: %s' % (path, exc)) from exc
+    if not isinstance(found, dict):
+        raise StartError('--config %s: it holds no {"option": value, ...}' % path)
+    known = _configurable(parser)
+    for key, value in found.items():
+        action = known.get(key.replace('_', '-'))
+        if action is None:
+            raise StartError('--config %s: %r is no option that can stand there' % (path, key))
+        parser.set_defaults(**{action.dest: _configured(action, value, '--config %s: %s' % (path, key))})
+
+
+def _configured(action: argparse.Action, value: Any, where: str) -> Any:
+    kinds: Dict[Any, Any] = {int: int, _count: int, positive: (int, float), size_option: (int, str)}
+    if isinstance(action, Each):
+        kind: Any = list
+        value = [value] if isinstance(value, str) else value
+        right = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    else:
+        kind = bool if action.nargs == 0 else kinds.get(action.type, str)
+        right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not right:
+        raise StartError('%s may not be %.100r: %s is wanted' % (where, value, ' or '.join(
+            each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))))
+    if action.type in (None, int):
+        return value
+    try:
+        return action.type(str(value))  # type: ignore[operator]
+    except argparse.ArgumentTypeError as exc:
+        raise StartError('%s: %s' % (where, exc)) from exc
+
+
+def save_config(parser: argparse.ArgumentParser, args: argparse.Namespace, path: str) -> None:
+    options = {name: getattr(args, action.dest) for name, action in _configurable(parser).items()}
+    with open(path, 'w', encoding='utf-8') as file:
+        json.dump({name: value for name, value in options.items() if value not in (None, '', []) and value is not False}, file, indent=2)
+        file.write('\n')
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The command line of a daemon on top of the file that it may name. Raises StartError for the file."""
+    argv = [arg.partition('=')[0].replace('_', '-') + ''.join(arg.partition('=')[1:]) if arg.startswith('--') else arg for arg in argv]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument('--config')
+    path = first.parse_known_args(argv)[0].config
+    if path is not None:
+        _load_config(parser, path)
+    return parser.parse_args(argv)
 
 
 def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
@@ -3985,6 +5783,31 @@ def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
     log.propagate = False
 
 
+def host_and_port(text: str, port: int) -> Tuple[str, int]:
+    """HOST, HOST:PORT or [IPv6]:PORT. Raises ValueError naming what is wrong."""
+    host, colon, given = text.rpartition(':')
+    if not colon or (':' in host and not host.endswith(']')):   # no port, or bare IPv6
+        host, given = text, str(port)
+    if not host.strip('[]') or not given.isdigit() or not 1 <= int(given) <= 65535:
+        raise ValueError('%r is not HOST or HOST:PORT' % text)
+    return host.strip('[]'), int(given)
+
+
+def own_host(word: str) -> str:
+    """The address meant by a word for an address of this host: itself, or by the name of its interface. Raises StartError."""
+    try:
+        import psutil
+        items = [item for item in psutil.net_if_addrs().get(word, ()) if item.family in (socket.AF_INET, socket.AF_INET6)]
+        for item in sorted(items, key=lambda item: (item.family != socket.AF_INET, '%' in item.address)):
+            return str(item.address).partition('%')[0]
+    except ImportError:   # interfaces have no names then
+        pass
+    try:
+        return str(socket.getaddrinfo(word, None, 0, socket.SOCK_STREAM)[0][4][0]).partition('%')[0]
+    except OSError as exc:
+        raise StartError('%s is no address, name or interface of this host: %s (-i/--host, --ext-host)' % (word, exc)) from exc
+
+
 def _embedded(daemon: Daemon) -> None:
     """A node that a client started: stdin is its lifeline, whatever way the client ends."""
     sys.stdin.buffer.read()
@@ -3992,16 +5815,78 @@ def _embedded(daemon: Daemon) -> None:
     daemon.post(Stop())
 
 
+def command(line: str) -> Any:
+    """The event that a line at the prompt stands for. Raises ValueError for a number of CPUs that cannot be."""
+    words = line.split()
+    if words[:1] == ['cpus']:
+        if len(words) != 2 or not words[1].lstrip('-').isdigit():
+            raise ValueError('cpus N, and N is a number')
+        return SetCpus(count_cpus(int(words[1])))
+    return {'quit': Stop(), 'stop': Pause('operator', 'its operator has stopped it'), 'start': Resume('operator'),
+            'release': Release()}.get(line.strip(), Status())
+
+
+def _prompt(post: Callable[[Any], None]) -> None:
+    """Commands from the terminal, a thread of its own. Read with os.read: a thread that waits in sys.stdin holds a lock
+    that the interpreter wants when it ends."""
+    rest = b''
+    print('commands: quit, stop, start, cpus N, release; anything else: status', flush=True)
+    while True:
+        try:
+            data = os.read(0, 4096)
+        except OSError:   # the terminal has gone, or is another's now
+            return
+        if not data:
+            return
+        *lines, rest = (rest + data).split(b'\n')
+        for line in lines:
+            try:
+                post(command(line.decode('utf-8', 'replace')))
+            except ValueError as exc:
+                print(exc, flush=True)
+
+
+def _standard_files() -> None:
+    """Where 0, 1 or 2 is closed, the null device: a socket must not get such a number."""
+    handle = os.open(os.devnull, os.O_RDWR)
+    while handle <= 2:
+        os.set_inheritable(handle, True)
+        handle = os.open(os.devnull, os.O_RDWR)
+    os.close(handle)
+    for name, number in (('stdout', 1), ('stderr', 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, 'w', closefd=False))
+
+
+def _on_signals(daemon: Daemon, stay: bool) -> None:
+    """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that. With handlers, and none ignored: programs
+    that jobs start would inherit that."""
+    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+        number = getattr(signal, name, None)
+        if number is not None and (name != 'SIGHUP' or signal.getsignal(number) is not signal.SIG_IGN):   # as of nohup
+            signal.signal(number, (lambda number, frame: None) if name == 'SIGHUP' and stay else lambda number, frame: daemon.post(Stop()))
+    if os.getpid() == 1 and hasattr(os, 'waitid'):
+        signal.signal(signal.SIGCHLD, lambda number, frame: daemon.post(ChildEnded()))
+        daemon.post(ChildEnded())
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The daemon. Returns 0 when it has ended, 1 when it could not start."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    has_terminal = sys.stdin is not None and sys.stdin.isatty()
+    _standard_files()
     try:
-        cpus = count_cpus(args.cpus)
-    except ValueError as exc:
-        parser.error(str(exc))
-    try:
+        parser = _parser()
+        args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
+        try:
+            cpus, hours = count_cpus(args.cpus), find_hours(args.service_start, args.service_stop, args.service_end)
+            schedulers = tuple(host_and_port(text, SCHEDULER_PORT) for text in args.scheduler_host)
+        except ValueError as exc:
+            parser.error(str(exc))
+        if args.save_config:
+            save_config(parser, args, args.save_config)
+            return 0
         set_up_log('dispynode', args.debug, args.log_file)
+        user = find_user(args.user) if args.user else None
         if args.embedded:
             logger.setLevel(logging.DEBUG if args.debug else logging.ERROR)
             secret = sys.stdin.buffer.readline().strip()
@@ -4009,20 +5894,32 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             secret = find_secret(args.secret, args.secret_file)
         if args.secret and not args.embedded:
             logger.warning('-s/--secret can be read by every user of this host (ps): --secret-file is better')
-        daemon = Daemon(Options(cpus, tuple(args.host or ('',)), args.port, args.name, args.dest_path_prefix, secret,
-                                args.certfile, args.keyfile, args.clean, args.embedded))
+        if user is not None:
+            os.environ.pop('DISPY_SECRET', None)   # runners would inherit it
+            os.initgroups(user.name, user.gid)
+        elif hasattr(os, 'geteuid') and os.geteuid() == 0:
+            logger.warning('jobs run as root and can read the secret: --user NAME lets them run as another user')
+        daemon = Daemon(Options(cpus, tuple(own_host(host) if host else '' for host in args.host or ('',)), args.port, args.name,
+                                args.dest_path_prefix, secret, args.certfile, args.keyfile, args.clean, args.embedded,
+                                tuple(map(own_host, args.ext_host or ())), schedulers, args.ipv4_udp_multicast,
+                                'off' if args.embedded else discovery_reach(),
+                                args.ping_interval, user, hours, args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
+                                60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME, args.msg_timeout))
         port = daemon.start()
-    except (StartError, SecretError, OSError) as exc:
+    except (StartError, SecretError, OSError, ValueError) as exc:
         print('dispynode: %s' % exc, file=sys.stderr)
         return 1
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: daemon.post(Stop()))
+    _on_signals(daemon, args.daemon)
     if args.daemon and not args.embedded:
         _no_stdin()
     logger.info('%s serves %d CPUs at port %d, PID %d', daemon.node.name, cpus, port, os.getpid())
     if args.embedded:
         print(port, flush=True)
         threading.Thread(target=_embedded, args=(daemon,), daemon=True).start()
+    elif has_terminal and not args.daemon:
+        if hasattr(signal, 'SIGTTIN'):
+            signal.signal(signal.SIGTTIN, signal.SIG_IGN)   # in the background a read fails instead of stopping the node
+        threading.Thread(target=_prompt, args=(daemon.post,), daemon=True).start()
     try:
         daemon.run()
     finally:

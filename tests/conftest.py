@@ -3,6 +3,8 @@
 import atexit
 import os
 import shutil
+import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -19,6 +21,42 @@ os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, *filter(None, [os.environ.get(
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 
+import dispy  # noqa: E402
+
+KINDS = ['JobCluster', 'SharedJobCluster']
+
+
+def pytest_addoption(parser):
+    parser.addoption('--long', action='store_true', help='tests that can be longer are: a million inputs, not a hundred thousand')
+
+
+_of_session = set()   # processes that outlive a test on purpose
+
+
+@pytest.fixture(scope='session')
+def scheduler_and_node(tmp_path_factory):
+    """Ports of a dispyscheduler and of a node that it has, for all tests of this run."""
+    from nodes import NodeProcess, SchedulerProcess
+    root = tmp_path_factory.mktemp('shared')
+    with NodeProcess(root / 'node') as node, SchedulerProcess(root / 'scheduler', '-n', '127.0.0.1:%d' % node.port) as scheduler:
+        _of_session.update((node.process.pid, scheduler.process.pid))
+        yield scheduler.port, node.port
+        _of_session.clear()
+
+
+@pytest.fixture(params=KINDS)
+def make_cluster(request):
+    """A callable with the parameters of JobCluster: what a test does with it holds for every kind of cluster."""
+    if request.param == 'JobCluster':
+        return dispy.JobCluster
+    scheduler, node = request.getfixturevalue('scheduler_and_node')
+
+    def make(computation, nodes=None, *args, **options):
+        """'local' and None are a node that the scheduler has."""
+        own = nodes is None or (isinstance(nodes, str) and nodes == 'local')
+        return dispy.SharedJobCluster(computation, [('127.0.0.1', node)] if own else nodes, *args, scheduler_port=scheduler, **options)
+    return make
+
 
 def eventually(condition, seconds=20.0, what='condition'):
     """Wait for a condition, not for time; its last value is returned, and must be true."""
@@ -31,6 +69,27 @@ def eventually(condition, seconds=20.0, what='condition'):
         time.sleep(0.01)
 
 
+def on_a_terminal(*command):
+    """Run a program whose stderr is a terminal: (exit code, what it showed there)."""
+    pty, termios = pytest.importorskip('pty', reason='no pseudo-terminals here'), pytest.importorskip('termios')
+    fcntl = pytest.importorskip('fcntl')
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('4H', 24, 80, 0, 0))   # tqdm shows nothing in no columns
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs, cwd=ROOT)
+    os.close(theirs)
+    text = b''
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:   # Linux: the other end was closed
+            break
+        if not piece:
+            break
+        text += piece
+    os.close(ours)
+    return process.wait(30), text
+
+
 def walk_seeds(walk_class, first):
     """Twenty random walks; a failing seed stands in the message, and walk_class(seed) repeats it."""
     for seed in range(first, first + 20):
@@ -41,6 +100,18 @@ def walk_seeds(walk_class, first):
             walk.drain()
         except Exception as exc:
             raise AssertionError('seed %d: %s: %s' % (seed, type(exc).__name__, exc)) from exc
+
+
+def _children():
+    """All below this process but what is there for the whole run."""
+    found = []
+    for child in psutil.Process().children():
+        if child.pid not in _of_session:
+            try:
+                found += [child, *child.children(recursive=True)]
+            except psutil.NoSuchProcess:   # it has ended meanwhile
+                continue
+    return found
 
 
 def _sockets():
@@ -61,13 +132,13 @@ def _sockets():
 def nothing_is_left_over():
     """Fails a test that leaves a thread, a child process or a socket."""
     threads = set(threading.enumerate())
-    children = {child.pid for child in psutil.Process().children(recursive=True)}
+    children = {child.pid for child in _children()}
     sockets = _sockets()
     yield
 
     def left():
         return ([thread.name for thread in threading.enumerate() if thread not in threads],
-                [child for child in psutil.Process().children(recursive=True) if child.pid not in children],
+                [child for child in _children() if child.pid not in children],
                 _sockets() - sockets)
     until = time.monotonic() + 8
     while any(left()) and time.monotonic() < until:

@@ -9,20 +9,26 @@ import sys
 from conftest import ROOT, eventually
 
 
+def start_here(argv, env=None, **options):
+    """subprocess.Popen; `env` comes on top of this process's own."""
+    return subprocess.Popen(argv, env=dict(os.environ, **(env or {})), **options)
+
+
 class NodeProcess:
-    """`python dispynode.py` with options; `port` once it listens, `log()` what it said."""
+    """`python dispynode.py` with options; `port` once it listens, `log()` what it said. `host` is where clients reach it,
+    `start` starts it: both differ for a node on another host."""
 
     def __init__(self, directory, *options, cpus=2, python=sys.executable, script=os.path.join(ROOT, 'dispynode.py'),
-                 port=0, env=None):
+                 port=0, env=None, host='127.0.0.1', listen=('-i', '127.0.0.1'), start=start_here):
+        self.host = host
         self.directory = str(directory)
         os.makedirs(self.directory, exist_ok=True)
         self._log = os.path.join(self.directory, 'log')
         self.prefix = os.path.join(self.directory, 'node')
         with open(self._log, 'ab') as log:
             self._from = log.tell()
-            self.process = subprocess.Popen(
-                [python, script, '-i', '127.0.0.1', '-p', str(port), '-c', str(cpus), '--dest-path-prefix', self.prefix,
-                 *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(os.environ, **(env or {})))
+            self.process = start([python, script, *listen, '-p', str(port), '-c', str(cpus), '--dest-path-prefix', self.prefix,
+                                  *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
         self.port = int(eventually(self._listening, what='start of a node'))
 
     def log(self):
@@ -32,12 +38,12 @@ class NodeProcess:
 
     def _listening(self):
         assert self.process.poll() is None, self.log()
-        found = re.search(r'CPUs at port (\d+)', self.log())
+        found = re.search(r'(?:CPUs|serves) at port (\d+)', self.log())
         return found and found.group(1)
 
     @property
     def address(self):
-        return ('127.0.0.1', self.port)
+        return (self.host, self.port)
 
     def kill(self):
         self.process.kill()
@@ -53,3 +59,19 @@ class NodeProcess:
 
     def __exit__(self, *exc):
         self.stop()
+
+
+class SchedulerProcess(NodeProcess):
+    """`python dispyscheduler.py` with options."""
+
+    def __init__(self, directory, *options, port=0, env=None):
+        self.directory = str(directory)
+        os.makedirs(self.directory, exist_ok=True)
+        self._log = os.path.join(self.directory, 'log')
+        self.state = os.path.join(self.directory, 'state')
+        with open(self._log, 'ab') as log:
+            self._from = log.tell()
+            self.process = subprocess.Popen(
+                [sys.executable, os.path.join(ROOT, 'dispyscheduler.py'), '-i', '127.0.0.1', '-p', str(port), '--state-dir', self.state, *options],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(os.environ, **(env or {})))
+        self.port = int(eventually(self._listening, what='start of a scheduler'))

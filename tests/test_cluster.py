@@ -24,8 +24,8 @@ def square(n):
 
 
 @pytest.fixture
-def cluster():
-    with dispy.JobCluster(square, nodes='local') as cluster:
+def cluster(make_cluster):
+    with make_cluster(square, nodes='local') as cluster:
         yield cluster
 
 
@@ -69,15 +69,15 @@ def test_ids_are_the_users(cluster):
     assert job.id == 'changed'
 
 
-def test_keyword_arguments():
+def test_keyword_arguments(make_cluster):
     def compute(a, b=1, **others):
         return a, b, others
-    with dispy.JobCluster(compute, nodes='local') as cluster:
+    with make_cluster(compute, nodes='local') as cluster:
         assert cluster.submit(1, b=2, c=3)() == (1, 2, {'c': 3})
 
 
-def test_arguments_are_taken_when_submitted(cluster):
-    with dispy.JobCluster(sum, nodes='local') as cluster:
+def test_arguments_are_taken_when_submitted(make_cluster, cluster):
+    with make_cluster(sum, nodes='local') as cluster:
         numbers = [1, 2, 3]
         big = bytearray(1 << 20)
         first, second = cluster.submit(numbers), cluster.submit(big)
@@ -102,11 +102,11 @@ def test_bad_options_of_a_job(cluster, option, value, error, text):
     assert cluster.status().jobs_pending == 0
 
 
-def test_priorities():
+def test_priorities(make_cluster):
     def compute(n):
         time.sleep(0.05)
         return time.time()
-    with dispy.JobCluster(compute, nodes='local') as cluster:
+    with make_cluster(compute, nodes='local') as cluster:
         cluster.wait_nodes(1, 20)
         cpus = cluster.status().nodes[0].cpus
         first = [cluster.submit(n) for n in range(2 * cpus)]       # all CPUs, and one more for each
@@ -117,7 +117,7 @@ def test_priorities():
         assert all(job.status == DispyJob.Finished for job in first)
 
 
-def test_a_job_that_takes_all_cpus_is_alone():
+def test_a_job_that_takes_all_cpus_is_alone(make_cluster):
     def compute(n, log):
         with open(log, 'a') as file:
             file.write('+')
@@ -125,7 +125,7 @@ def test_a_job_that_takes_all_cpus_is_alone():
         with open(log, 'a') as file:
             file.write('-')
     import tempfile
-    with tempfile.NamedTemporaryFile() as log, dispy.JobCluster(compute, nodes='local') as cluster:
+    with tempfile.NamedTemporaryFile() as log, make_cluster(compute, nodes='local') as cluster:
         cluster.wait_nodes(1, 20)
         cpus = cluster.status().nodes[0].cpus
         for n in range(10):
@@ -134,8 +134,26 @@ def test_a_job_that_takes_all_cpus_is_alone():
         assert log.read() == b'+-' * 10
 
 
-def test_timeout_of_waiting_and_of_calling(cluster):
-    with dispy.JobCluster(time.sleep, nodes='local') as sleepers:
+def test_two_jobs_of_three_cpus_are_never_together_on_a_node_of_four(make_cluster, tmp_path):
+    def compute(log, marks):
+        with open(log, 'ab', 0) as file:
+            file.write(marks[:1])
+            time.sleep(0.02)
+            file.write(marks[1:])
+    log = tmp_path / 'log'
+    with NodeProcess(tmp_path / 'node', cpus=4) as node, make_cluster(compute, nodes=[node.address]) as cluster:
+        for _ in range(20):
+            cluster.submit(str(log), b'<>', dispy_cpus=3)
+            cluster.submit(str(log), b'ab')
+        assert cluster.wait(30)
+    text = log.read_bytes()
+    assert text.count(b'a') == text.count(b'b') == 20
+    assert text.replace(b'a', b'').replace(b'b', b'') == b'<>' * 20
+    assert b'<>' * 20 not in text   # a job of one CPU beside them: they were not alone
+
+
+def test_timeout_of_waiting_and_of_calling(make_cluster, cluster):
+    with make_cluster(time.sleep, nodes='local') as sleepers:
         job = sleepers.submit(1000)
         assert not job.wait(0.05)
         with pytest.raises(TimeoutError):
@@ -147,8 +165,8 @@ def test_timeout_of_waiting_and_of_calling(cluster):
         assert job.wait(20) and job.status == DispyJob.Cancelled and job() is None
 
 
-def test_cancel_a_waiting_job():
-    with dispy.JobCluster(square, nodes=[('127.0.0.1', 9)], loglevel=logging.CRITICAL) as cluster:
+def test_cancel_a_waiting_job(make_cluster):
+    with make_cluster(square, nodes=[('127.0.0.1', 9)], loglevel=logging.CRITICAL) as cluster:
         jobs = [cluster.submit(n) for n in range(10)]
         assert cluster.cancel(jobs[4]) == 0
         assert jobs[4].wait(5) and jobs[4].status == DispyJob.Cancelled
@@ -196,8 +214,8 @@ def adder(n):
 @pytest.mark.parametrize('computation, argument, expected', [
     (scale, 1, 6), (lambda n: n + FACTOR, 1, 4), (adder(10), 1, 11), (functools.partial(pow, 2), 5, 32), (Shape(4).area, 2, 32),
     (Shape.unit, 3, 9), (Shape.twice, 4, 8), (Shape(1), 2, 3), (len, 'four', 4), (Shape, 5, None)])
-def test_any_callable_is_a_computation(computation, argument, expected):
-    with dispy.JobCluster(computation, nodes='local') as cluster:
+def test_any_callable_is_a_computation(make_cluster, computation, argument, expected):
+    with make_cluster(computation, nodes='local') as cluster:
         job = cluster.submit(argument)
         result = job()
         assert job.exception is None
@@ -207,16 +225,16 @@ def test_any_callable_is_a_computation(computation, argument, expected):
             assert result == expected
 
 
-def test_functions_as_arguments():
+def test_functions_as_arguments(make_cluster):
     def apply(function, *args):
         return function(*args)
-    with dispy.JobCluster(apply, nodes='local') as cluster:
+    with make_cluster(apply, nodes='local') as cluster:
         assert cluster.submit(scale, 1)() == 6
         assert cluster.submit(lambda: FACTOR)() == 3
         assert cluster.submit(Shape(3).area)() == 9
 
 
-def test_depends_files_directories_modules_functions(tmp_path):
+def test_depends_files_directories_modules_functions(make_cluster, tmp_path):
     (tmp_path / 'data.txt').write_text('42')
     package = tmp_path / 'shapes_package'
     (package / 'inner').mkdir(parents=True)
@@ -244,7 +262,7 @@ def test_depends_files_directories_modules_functions(tmp_path):
         names = {}
         exec(source, names)   # a function that cannot see `unseen`
         depends = [str(tmp_path / 'data.txt'), shapes_package, unseen]
-        with dispy.JobCluster(names['compute'], nodes='local', depends=depends) as cluster:
+        with make_cluster(names['compute'], nodes='local', depends=depends) as cluster:
             job = cluster.submit()
             assert job() == ('42', 'deep', 6), job.exception
     finally:
@@ -253,10 +271,10 @@ def test_depends_files_directories_modules_functions(tmp_path):
             del sys.modules[name]
 
 
-def test_a_program(tmp_path):
+def test_a_program(make_cluster, tmp_path):
     program = tmp_path / 'a program.sh'
     program.write_text('#!/bin/sh\nfor a in "$@"; do echo "<$a>"; done\necho error >&2\nprintf "\\377"\nexit 3\n')
-    with dispy.JobCluster(str(program), nodes='local') as cluster:
+    with make_cluster(str(program), nodes='local') as cluster:
         job = cluster.submit('one', 'two words', 3)
         assert job() == 3 and job.status == DispyJob.Finished
         assert (job.stdout, job.stderr) == (b'<one>\n<two words>\n<3>\n\xff', b'error\n')
@@ -264,11 +282,11 @@ def test_a_program(tmp_path):
             cluster.submit(a=1)
 
 
-def test_a_program_is_interrupted_and_killed(tmp_path):
+def test_a_program_is_interrupted_and_killed(make_cluster, tmp_path):
     program = tmp_path / 'sleeper.sh'
     program.write_text('#!/bin/sh\ntouch "$1"\nexec sleep 1000\n')
     flag = str(tmp_path / 'flag')
-    with dispy.JobCluster(str(program), nodes='local') as cluster:
+    with make_cluster(str(program), nodes='local') as cluster:
         job = cluster.submit(flag)
         eventually(lambda: os.path.exists(flag))
         cluster.cancel(job)
@@ -282,56 +300,56 @@ def test_a_program_is_interrupted_and_killed(tmp_path):
     (dict(computation='/no/such/program'), FileNotFoundError, '/no/such/program'),
     (dict(nodes=[]), ValueError, 'empty list'), (dict(nodes=['']), ValueError, "''"), (dict(nodes=[5]), TypeError, '5'),
     (dict(nodes=[('host', 70000)]), ValueError, '70000'), (dict(nodes=[('host', 1, 'x')]), TypeError, "'x'"),
-    (dict(nodes=['10.0.0.*']), ValueError, 'wildcards'), (dict(nodes=[{'host': 'a', 'colour': 1}]), TypeError, 'colour'),
+    (dict(nodes=[{'host': 'a', 'colour': 1}]), TypeError, 'colour'),
     (dict(pulse_interval=0), ValueError, 'pulse_interval=0'), (dict(ping_interval='x'), ValueError, "ping_interval='x'"),
     (dict(dispy_port=0), ValueError, 'dispy_port=0'), (dict(max_jobs_per_worker=0), ValueError, 'max_jobs_per_worker=0'),
     (dict(job_status=1), TypeError, 'job_status'), (dict(depends='x'), TypeError, 'depends'),
     (dict(depends=['/no/such/file']), FileNotFoundError, '/no/such/file'), (dict(depends=[5]), TypeError, 'depends'),
     (dict(setup=5), TypeError, 'setup'), (dict(dest_path='../up'), ValueError, 'up'),
     (dict(certfile='/no/such.pem'), dispy.SecretError, '/no/such.pem'), (dict(colour='red'), TypeError, 'colour')])
-def test_bad_arguments_of_a_cluster(arguments, error, text):
+def test_bad_arguments_of_a_cluster(make_cluster, arguments, error, text):
     with pytest.raises(error, match=text):
-        dispy.JobCluster(**dict(dict(computation=square, nodes='local'), **arguments))
+        make_cluster(**dict(dict(computation=square, nodes='local'), **arguments))
 
 
-def test_a_program_that_cannot_be_run(tmp_path):
+def test_a_program_that_cannot_be_run(make_cluster, tmp_path):
     path = tmp_path / 'data'
     path.write_text('no program')
     with pytest.raises(ValueError, match='not executable'):
-        dispy.JobCluster(str(path), nodes='local')
+        make_cluster(str(path), nodes='local')
 
 
-def test_submit_on_a_closed_cluster():
-    cluster = dispy.JobCluster(square, nodes='local')
+def test_submit_on_a_closed_cluster(make_cluster):
+    cluster = make_cluster(square, nodes='local')
     assert cluster.close() and cluster.close()
     with pytest.raises(RuntimeError, match='closed'):
         cluster.submit(1)
     assert cluster.status().jobs_pending == 0
 
 
-def test_bad_environment(monkeypatch):
+def test_bad_environment(make_cluster, monkeypatch):
     monkeypatch.setenv('DISPY_DISCOVERY', 'everywhere')
     with pytest.raises(ValueError, match='DISPY_DISCOVERY'):
-        dispy.JobCluster(square)
+        make_cluster(square)
 
 
 # -- callbacks -------------------------------------------------------------------------------------------------------
 
-def test_callbacks_are_called_once_and_waited_for():
+def test_callbacks_are_called_once_and_waited_for(make_cluster):
     called, lock = [], threading.Lock()
 
     def ended(job):
         time.sleep(0.01)
         with lock:
             called.append((job.id, job.status, job.result))
-    with dispy.JobCluster(square, nodes='local', job_status=ended) as cluster:
+    with make_cluster(square, nodes='local', job_status=ended) as cluster:
         for n in range(100):
             cluster.submit_job_id(n, n)
         assert cluster.wait(30)
         assert sorted(called) == [(n, DispyJob.Finished, n * n) for n in range(100)]
 
 
-def test_callbacks_that_raise_block_and_submit(caplog):
+def test_callbacks_that_raise_block_and_submit(make_cluster, caplog):
     more, go = [], threading.Event()
 
     def ended(job):
@@ -345,7 +363,7 @@ def test_callbacks_that_raise_block_and_submit(caplog):
             assert cluster.cancel(more[0]) == -1 and cluster.status().nodes
         if job.id == 'second':
             go.set()
-    with dispy.JobCluster(square, nodes='local', callback=ended) as cluster:
+    with make_cluster(square, nodes='local', callback=ended) as cluster:
         for name in ('raise', 'block', 'submit'):
             cluster.submit_job_id(name, 3)
         assert cluster.wait(30)
@@ -353,23 +371,23 @@ def test_callbacks_that_raise_block_and_submit(caplog):
     assert any('from the callback' in str(record.exc_info) for record in caplog.records)
 
 
-def test_waiting_in_a_callback():
+def test_waiting_in_a_callback(make_cluster):
     done = []
 
     def ended(job):
         if job.id == 1:
             done.append(cluster.wait(20))
-    with dispy.JobCluster(square, nodes='local', callback=ended) as cluster:
+    with make_cluster(square, nodes='local', callback=ended) as cluster:
         for n in range(10):
             cluster.submit(n)
     assert done == [True]
 
 
-def test_cluster_status_is_told_every_change_in_order(tmp_path):
+def test_cluster_status_is_told_every_change_in_order(make_cluster, tmp_path):
     seen = []
     node = NodeProcess(tmp_path, '--name', 'one')
-    with dispy.JobCluster(square, nodes=[node.address], loglevel=logging.CRITICAL,
-                          cluster_status=lambda *change: seen.append(change)) as cluster:
+    with make_cluster(square, nodes=[node.address], loglevel=logging.CRITICAL,
+                      cluster_status=lambda *change: seen.append(change)) as cluster:
         job = cluster.submit(4)
         assert job(20) == 16
         eventually(lambda: len(seen) == 3)
@@ -382,9 +400,9 @@ def test_cluster_status_is_told_every_change_in_order(tmp_path):
 
 # -- several clusters ---------------------------------------------------------------------------------------------------
 
-def test_clusters_one_after_another_at_once_and_from_threads():
+def test_clusters_one_after_another_at_once_and_from_threads(make_cluster):
     def work(n):
-        with dispy.JobCluster(adder(n), nodes='local') as cluster:
+        with make_cluster(adder(n), nodes='local') as cluster:
             results[n] = [job() for job in [cluster.submit(m) for m in range(50)]]
     results = {}
     for n in range(2):
@@ -416,9 +434,9 @@ def test_nodes_none_starts_a_node_when_none_answers(monkeypatch, caplog):
 
 # -- leaving --------------------------------------------------------------------------------------------------------------
 
-def test_leaving_by_an_exception_cancels_and_lets_it_through():
+def test_leaving_by_an_exception_cancels_and_lets_it_through(make_cluster):
     with pytest.raises(ZeroDivisionError):
-        with dispy.JobCluster(time.sleep, nodes='local') as cluster:
+        with make_cluster(time.sleep, nodes='local') as cluster:
             job = cluster.submit(1000)
             1 / 0
     assert job.status == DispyJob.Cancelled
@@ -542,9 +560,9 @@ def test_what_is_free_on_a_node(cluster):
     assert node.platform and node.cpus >= 1 and repr(node).startswith('<DispyNode 127.0.0.1:')
 
 
-def test_a_client_without_a_node_says_so(caplog, monkeypatch):
+def test_a_client_without_a_node_says_so(make_cluster, caplog, monkeypatch):
     monkeypatch.setattr(dispy, 'WARN_AFTER', 0.1)
-    with dispy.JobCluster(square, nodes=[('127.0.0.1', 9), 'no-such-host.invalid']) as cluster:
+    with make_cluster(square, nodes=[('127.0.0.1', 9), 'no-such-host.invalid']) as cluster:
         job = cluster.submit(1)
         text = eventually(lambda: [r.getMessage() for r in caplog.records if 'waits for a node' in r.getMessage()])[0]
         assert '127.0.0.1:9' in text and 'nothing listens there' in text and 'dispynode' in text
@@ -568,3 +586,23 @@ def test_a_failure_of_the_driver_ends_all_jobs(caplog, monkeypatch):
     with pytest.raises(RuntimeError, match='a bug'):
         cluster.submit(1)
     cluster.close()
+
+
+# -- after a crash ----------------------------------------------------------------------------------------------
+
+def test_jobs_that_are_being_recovered_end_when_their_cluster_is_closed(tmp_path):
+    path = str(tmp_path / 'jobs')
+    journal = dispy.Journal(path)   # as a program has left it that was killed while a node ran its job
+    journal.begin('c', 'square', False, False, None)
+    lost = DispyJob('c', dispy.pack_arguments((7,), {}, ()), None, 1)
+    journal.submitted(lost)
+    lost._serial += 1
+    journal.sent([lost], '127.0.0.1:1')
+    journal.commit()
+    journal._db.close()
+    os.close(journal._new)
+    cluster = dispy.JobCluster(square, nodes='local', recover_file=path)
+    job, = cluster.recovered
+    assert job.status == DispyJob.Running
+    cluster.close(terminate=True)
+    assert job.wait(5) and job.status == DispyJob.Cancelled and 'closed' in job.exception

@@ -48,7 +48,7 @@ def test_output_to_files(tmp_path):
 
 
 @pytest.mark.parametrize('args, text', [
-    (['/no/such/program'], '/no/such/program'), (['-n', 'host:x', PRIMES], 'the port is no number'), ([], 'PROGRAM'),
+    (['/no/such/program'], '/no/such/program'), (['-n', 'host:x', PRIMES], 'HOST:PORT'), ([], 'PROGRAM'),
     (['-f', '/no/such', PRIMES], '/no/such'), (['--secret-file', '/no/such', PRIMES], '/no/such'),
     (['-o', '/dev/null/x', PRIMES], '/dev/null')])
 def test_wrong_usage(args, text):

@@ -11,8 +11,14 @@ import dispy
 from conftest import eventually
 
 
+@pytest.fixture(autouse=True)
+def over_each_kind(make_cluster, monkeypatch):
+    """Executors and joblib's backend make their cluster themselves."""
+    monkeypatch.setattr(dispy, 'JobCluster', make_cluster)
+
+
 @pytest.fixture
-def executor():
+def executor(over_each_kind):
     with dispy.DispyExecutor(nodes='local') as executor:
         yield executor
 

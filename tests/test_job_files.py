@@ -3,12 +3,12 @@
 import hashlib
 import logging
 import os
+import shutil
 import time
 
 import psutil
 import pytest
 
-import dispy
 from conftest import eventually
 from dispy import DispyJob
 from nodes import NodeProcess
@@ -34,8 +34,8 @@ def make(name, size):
 
 
 @pytest.mark.parametrize('name, size', [('one.bin', 3 << 20), ('deep/er/two \u00e4.bin', 12345), ('empty', 0)])
-def test_a_file_comes_back_before_the_job_has_ended(here, name, size):
-    with dispy.JobCluster(make, nodes='local') as cluster:
+def test_a_file_comes_back_before_the_job_has_ended(make_cluster, here, name, size):
+    with make_cluster(make, nodes='local') as cluster:
         job = cluster.submit(name, size)
         digest, answer = job(30)
         assert answer == 0
@@ -43,8 +43,8 @@ def test_a_file_comes_back_before_the_job_has_ended(here, name, size):
         assert hashlib.sha256(data).hexdigest() == digest and len(data) == size
 
 
-def test_files_of_many_jobs_at_once(here):
-    with dispy.JobCluster(make, nodes='local') as cluster:
+def test_files_of_many_jobs_at_once(make_cluster, here):
+    with make_cluster(make, nodes='local') as cluster:
         jobs = [cluster.submit('file %d' % n, 1000 * (n + 1)) for n in range(40)]
         for n, job in enumerate(jobs):
             digest, answer = job(30)
@@ -52,7 +52,7 @@ def test_files_of_many_jobs_at_once(here):
     assert sorted(os.listdir(str(here))) == sorted('file %d' % n for n in range(40))
 
 
-def test_paths_elsewhere_and_absolute_ones(here, tmp_path):
+def test_paths_elsewhere_and_absolute_ones(make_cluster, here, tmp_path):
     def compute(path):
         inside = os.path.join(os.getcwd(), 'sub', 'inside.txt')
         os.makedirs(os.path.dirname(inside))
@@ -60,7 +60,7 @@ def test_paths_elsewhere_and_absolute_ones(here, tmp_path):
             with open(name, 'w') as file:
                 file.write(name)
             dispy_send_file(name)   # noqa: F821
-    with dispy.JobCluster(compute, nodes='local') as cluster:
+    with make_cluster(compute, nodes='local') as cluster:
         job = cluster.submit(str(tmp_path / 'elsewhere.txt'))
         job(30)
         assert job.status == DispyJob.Finished, job.exception
@@ -68,20 +68,20 @@ def test_paths_elsewhere_and_absolute_ones(here, tmp_path):
 
 
 @pytest.mark.parametrize('path, error', [('../up', 'ValueError'), ('a/../../up', 'ValueError'), ('missing', 'FileNotFoundError')])
-def test_what_cannot_be_sent_is_an_error_in_the_job(here, path, error):
+def test_what_cannot_be_sent_is_an_error_in_the_job(make_cluster, here, path, error):
     def compute(path):
         if path.startswith(('..', 'a')):
             os.makedirs('a', exist_ok=True)
             with open(os.path.normpath(path), 'w'):
                 pass
         dispy_send_file(path)   # noqa: F821
-    with dispy.JobCluster(compute, nodes='local') as cluster:
+    with make_cluster(compute, nodes='local') as cluster:
         job = cluster.submit(path)
         assert job(30) is None and job.status == DispyJob.Terminated and error in job.exception
     assert os.listdir(str(here)) == [] and not (here.parent / 'up').exists()
 
 
-def test_what_cannot_be_kept_on_the_client_is_an_error_in_the_job(here):
+def test_what_cannot_be_kept_on_the_client_is_an_error_in_the_job(make_cluster, here):
     def compute():
         with open('taken', 'w') as file:
             file.write('x' * 5000000)
@@ -90,41 +90,52 @@ def test_what_cannot_be_kept_on_the_client_is_an_error_in_the_job(here):
         except OSError as exc:
             return str(exc)
     (here / 'taken').mkdir()
-    with dispy.JobCluster(compute, nodes='local') as cluster:
+    with make_cluster(compute, nodes='local') as cluster:
         assert 'on the client' in cluster.submit()(30)
         assert cluster.submit()(30)
     assert os.listdir(str(here)) == ['taken']
 
 
-def test_a_large_file_does_not_stand_in_memory(here, tmp_path):
-    """256 MiB pass node and client, whose memory stays where it was."""
-    size = 256 << 20
+def test_a_file_of_a_gigabyte_does_not_stand_in_memory(make_cluster, here, tmp_path):
+    """1 GiB passes the worker, the node and the client, whose memory stays where it was."""
+    size, marks = 1 << 30, {0: b'first', (1 << 29) - 3: b'middle', (1 << 30) - 4: b'last'}
+    if shutil.disk_usage(str(here)).free < 2 * size:
+        pytest.skip('less than 2 GiB are free on the disk of %s' % tmp_path)
 
-    def compute(size):
+    def compute(size, marks):
         with open('large', 'wb') as file:
             file.truncate(size)
+            for offset, text in marks.items():
+                file.seek(offset)
+                file.write(text)
         return dispy_send_file('large')   # noqa: F821
-    with NodeProcess(tmp_path / 'node') as node, dispy.JobCluster(compute, nodes=[node.address]) as cluster:
-        assert cluster.submit(1 << 20)(30) == 0
-        processes = [psutil.Process(), psutil.Process(node.process.pid)]
+    with NodeProcess(tmp_path / 'node', cpus=1) as node, make_cluster(compute, nodes=[node.address]) as cluster:
+        assert cluster.submit(1 << 20, {})(30) == 0
+        daemon = psutil.Process(node.process.pid)
+        processes = [psutil.Process(), daemon, *daemon.children(recursive=True)]
         before = [process.memory_info().rss for process in processes]
         most = list(before)
-        job = cluster.submit(size)
+        job = cluster.submit(size, marks)
         while not job.wait(0.01):
             most = [max(old, process.memory_info().rss) for old, process in zip(most, processes)]
         assert job.result == 0, job.exception
+        assert len(processes) >= 4, 'client, daemon, runner, worker'
         assert all(high - low < 96 << 20 for high, low in zip(most, before)), [(h - l) >> 20 for h, l in zip(most, before)]
         assert (here / 'large').stat().st_size == size
+        with open(str(here / 'large'), 'rb') as file:
+            for offset, text in marks.items():
+                file.seek(offset)
+                assert file.read(len(text)) == text
 
 
-def test_the_node_is_lost_while_a_file_is_sent(here, tmp_path):
+def test_the_node_is_lost_while_a_file_is_sent(make_cluster, here, tmp_path):
     node = NodeProcess(tmp_path / 'node')
 
     def compute():
         with open('large', 'wb') as file:
             file.truncate(2 << 30)
         return dispy_send_file('large')   # noqa: F821
-    with dispy.JobCluster(compute, nodes=[node.address], loglevel=logging.CRITICAL) as cluster:
+    with make_cluster(compute, nodes=[node.address], loglevel=logging.CRITICAL) as cluster:
         job = cluster.submit()
         eventually(lambda: os.listdir(str(here)))
         node.kill()
@@ -132,13 +143,13 @@ def test_the_node_is_lost_while_a_file_is_sent(here, tmp_path):
         eventually(lambda: os.listdir(str(here)) == [], what='the half file to be removed')
 
 
-def test_the_cluster_is_closed_while_a_file_is_sent(here, tmp_path):
+def test_the_cluster_is_closed_while_a_file_is_sent(make_cluster, here, tmp_path):
     def compute():
         with open('large', 'wb') as file:
             file.truncate(512 << 20)
         return dispy_send_file('large')   # noqa: F821
     with NodeProcess(tmp_path / 'node') as node:
-        cluster = dispy.JobCluster(compute, nodes=[node.address])
+        cluster = make_cluster(compute, nodes=[node.address])
         job = cluster.submit()
         eventually(lambda: os.listdir(str(here)))
         cluster.close(terminate=True)
@@ -156,7 +167,7 @@ def read(name):
     return text, sorted(os.listdir('.'))
 
 
-def test_each_job_has_its_own_file_of_one_name(tmp_path):
+def test_each_job_has_its_own_file_of_one_name(make_cluster, tmp_path):
     common = tmp_path / 'common.txt'
     common.write_text('for all')
     paths = []
@@ -165,7 +176,7 @@ def test_each_job_has_its_own_file_of_one_name(tmp_path):
         directory.mkdir()
         (directory / 'input.txt').write_text('input %d' % n)
         paths.append(str(directory / 'input.txt'))
-    with dispy.JobCluster(read, nodes='local', depends=[str(common)]) as cluster:
+    with make_cluster(read, nodes='local', depends=[str(common)]) as cluster:
         jobs = [cluster.submit('input.txt', dispy_job_depends=[path]) for path in paths]
         assert [job(30) for job in jobs] == [('input %d' % n, ['common.txt', 'input.txt']) for n in range(8)]
         assert cluster.submit('common.txt')(30) == ('for all', ['common.txt'])
@@ -174,7 +185,7 @@ def test_each_job_has_its_own_file_of_one_name(tmp_path):
         assert 'FileNotFoundError' in job.exception
 
 
-def test_objects_of_one_job_are_known_by_name_and_gone_afterwards():
+def test_objects_of_one_job_are_known_by_name_and_gone_afterwards(make_cluster):
     names = {}
     exec('def compute(n):\n    try:\n        return helper(n) + Table.width\n    except NameError:\n        return "unknown"\n', names)
 
@@ -183,26 +194,26 @@ def test_objects_of_one_job_are_known_by_name_and_gone_afterwards():
 
     class Table:
         width = 10
-    with dispy.JobCluster(names['compute'], nodes='local', max_jobs_per_worker=None) as cluster:
+    with make_cluster(names['compute'], nodes='local', max_jobs_per_worker=None) as cluster:
         for _ in range(5):
             assert cluster.submit(1, dispy_job_depends=[helper, Table])(30) == 12
             assert cluster.submit(1)(30) == 'unknown'
 
 
-def test_files_of_a_job_beside_a_program(tmp_path):
+def test_files_of_a_job_beside_a_program(make_cluster, tmp_path):
     data = tmp_path / 'data.txt'
     data.write_text('beside')
     program = tmp_path / 'program'
     program.write_text('#!/bin/sh\ncat data.txt\n')
-    with dispy.JobCluster(str(program), nodes='local') as cluster:
+    with make_cluster(str(program), nodes='local') as cluster:
         job = cluster.submit(dispy_job_depends=[str(data)])
         assert (job(30), job.stdout) == (0, b'beside')
         assert cluster.submit()(30) != 0
 
 
 @pytest.mark.parametrize('depends, error', [([5], TypeError), ('name', TypeError), (['/no/such'], FileNotFoundError)])
-def test_bad_depends_of_a_job(depends, error):
-    with dispy.JobCluster(len, nodes='local') as cluster:
+def test_bad_depends_of_a_job(make_cluster, depends, error):
+    with make_cluster(len, nodes='local') as cluster:
         with pytest.raises(error):
             cluster.submit('', dispy_job_depends=depends)
         assert cluster.status().jobs_pending == 0

@@ -40,9 +40,9 @@ def hold(flag):
         time.sleep(0.05)
 
 
-def run_node(*options, env=None, stdin=subprocess.DEVNULL):
+def run_node(*options, env=None, stdin=subprocess.DEVNULL, python=sys.executable):
     """A node that is expected not to start: (exit code, stderr)."""
-    done = subprocess.run([sys.executable, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', *options], stdin=stdin,
+    done = subprocess.run([python, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', *options], stdin=stdin,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30, env=dict(os.environ, **(env or {})))
     return done.returncode, done.stderr.decode()
 
@@ -140,10 +140,10 @@ def test_sigterm_interrupts_what_runs_and_gives_back_what_waits(tmp_path):
         assert two.stop() == 0
 
 
-def test_reentrant_jobs_of_a_lost_node_run_elsewhere(tmp_path):
+def test_reentrant_jobs_of_a_lost_node_run_elsewhere(make_cluster, tmp_path):
     one = NodeProcess(tmp_path / 'one', '--name', 'one')
     with NodeProcess(tmp_path / 'two', '--name', 'two') as two:
-        with dispy.JobCluster(where, nodes=[one.address, two.address], reentrant=True, loglevel=logging.CRITICAL) as cluster:
+        with make_cluster(where, nodes=[one.address, two.address], reentrant=True, loglevel=logging.CRITICAL) as cluster:
             cluster.wait_nodes(2, 20)
             jobs = [cluster.submit(0.05) for _ in range(60)]
             eventually(lambda: sum(job.status == DispyJob.Finished for job in jobs) > 5)
@@ -153,16 +153,16 @@ def test_reentrant_jobs_of_a_lost_node_run_elsewhere(tmp_path):
             assert {job.result for job in jobs} == {'one', 'two'}
 
 
-def test_two_nodes_share_the_work(tmp_path, node):
+def test_two_nodes_share_the_work(make_cluster, tmp_path, node):
     with NodeProcess(tmp_path / 'two', '--name', 'two') as two:
-        with dispy.JobCluster(where, nodes=[node.address, {'host': '127.0.0.1', 'port': two.port, 'cpus': 1}]) as cluster:
+        with make_cluster(where, nodes=[node.address, {'host': '127.0.0.1', 'port': two.port, 'cpus': 1}]) as cluster:
             cluster.wait_nodes(2, 20)
             names = [job() for job in [cluster.submit(0.03) for _ in range(60)]]
             assert 25 <= names.count('one') <= 50
             assert {node.name: node.cpus for node in cluster.status().nodes} == {'one': 2, 'two': 1}
 
 
-def test_what_waits_on_one_node_is_called_back_for_another(tmp_path, node):
+def test_what_waits_on_one_node_is_called_back_for_another(make_cluster, tmp_path, node):
     """Jobs thought short turn out long: those that stand behind them on one node go to the idle one."""
     flag = str(tmp_path / 'go')
 
@@ -171,7 +171,7 @@ def test_what_waits_on_one_node_is_called_back_for_another(tmp_path, node):
             time.sleep(0.01)
         return dispy_node_name   # noqa: F821
     with NodeProcess(tmp_path / 'two', '--name', 'two') as two:
-        with dispy.JobCluster(compute, nodes=[node.address, two.address], loglevel=logging.CRITICAL) as cluster:
+        with make_cluster(compute, nodes=[node.address, two.address], loglevel=logging.CRITICAL) as cluster:
             cluster.wait_nodes(2, 20)
             for job in [cluster.submit('') for _ in range(500)]:
                 job()
@@ -183,9 +183,9 @@ def test_what_waits_on_one_node_is_called_back_for_another(tmp_path, node):
             assert all(job.wait(20) for job in long)
 
 
-def test_submit_node(tmp_path, node):
+def test_submit_node(make_cluster, tmp_path, node):
     with NodeProcess(tmp_path / 'two', '--name', 'two') as two:
-        with dispy.JobCluster(where, nodes=[node.address, two.address], loglevel=logging.CRITICAL) as cluster:
+        with make_cluster(where, nodes=[node.address, two.address], loglevel=logging.CRITICAL) as cluster:
             cluster.wait_nodes(2, 20)
             objects = {n.name: n for n in cluster.status().nodes}
             for which in ('two', objects['two'], ('127.0.0.1', two.port)):
@@ -199,7 +199,7 @@ def test_submit_node(tmp_path, node):
             assert waiting() == 'two'
 
 
-def test_retries_of_a_job_that_kills_its_worker(node, tmp_path):
+def test_retries_of_a_job_that_kills_its_worker(make_cluster, node, tmp_path):
     """Tried so often as wanted, and then given up with the names; its own exception is not retried."""
     def compute(path, succeed_at):
         with open(path, 'a') as file:
@@ -209,7 +209,7 @@ def test_retries_of_a_job_that_kills_its_worker(node, tmp_path):
         if succeed_at == 0:
             raise ValueError('mine')
         return 'done'
-    with dispy.JobCluster(compute, nodes=[node.address]) as cluster:
+    with make_cluster(compute, nodes=[node.address]) as cluster:
         paths = [str(tmp_path / name) for name in 'abc']
         jobs = [cluster.submit(path, at, dispy_retries=3) for path, at in zip(paths, (3, 10, 0))]
         assert cluster.wait(30)
@@ -230,7 +230,7 @@ class Allocate(dispy.NodeAllocate):
         return self.want
 
 
-def test_node_allocate(tmp_path, node):
+def test_node_allocate(make_cluster, tmp_path, node):
     """More jobs at once than the node has CPUs; arguments, files and functions of its own."""
     data = tmp_path / 'own.txt'
     data.write_text('own')
@@ -253,21 +253,21 @@ def test_node_allocate(tmp_path, node):
         return 'known'
     allocator = Allocate('127.0.0.1', node.port, depends=[str(data), own_function])
     (tmp_path / 'marks').mkdir()
-    with dispy.JobCluster(compute, nodes=[allocator], setup=setup) as cluster:
+    with make_cluster(compute, nodes=[allocator], setup=setup) as cluster:
         jobs = [cluster.submit(str(tmp_path / 'marks'), n) for n in range(3)]
         for job in jobs:
             assert job(30) == (3, ('one', 3), 'own', 'known'), job.exception
     assert allocator.seen == ('compute', '127.0.0.1', 'one', 2, True, True)
-    with dispy.JobCluster(square, nodes=[node.address]) as cluster:   # the node offers what it did before
+    with make_cluster(square, nodes=[node.address]) as cluster:   # the node offers what it did before
         cluster.wait_nodes(1, 20)
         assert cluster.status().nodes[0].cpus == 2
 
 
 @pytest.mark.parametrize('want, text', [(0, 'returned 0'), ('fail', 'not this one'), ('3', 'no number')])
-def test_node_allocate_refuses(node, want, text):
+def test_node_allocate_refuses(make_cluster, node, want, text):
     allocator = Allocate('127.0.0.1', node.port)
     allocator.want = want
-    with dispy.JobCluster(square, nodes=allocator, loglevel=logging.CRITICAL) as cluster:
+    with make_cluster(square, nodes=allocator, loglevel=logging.CRITICAL) as cluster:
         found = eventually(lambda: [n.reason for n in cluster.status().nodes if n.state == 'refused'])[0]
         assert text in found
 
@@ -335,32 +335,6 @@ def test_strangers_do_no_harm(node):
         with dispy.JobCluster(square, nodes=[node.address]) as cluster:
             assert cluster.submit(3)(30) == 9
     assert 'Traceback' not in node.log()
-
-
-def test_a_node_of_another_python_is_refused_with_both_versions(tmp_path):
-    """Functions do not travel between minor versions; programs do."""
-    pyenv = os.environ.get('PYENV_ROOT', os.path.join(os.path.expanduser('~'), '.pyenv'))
-    found = sorted(glob.glob(os.path.join(pyenv, 'versions', '*', 'bin', 'python3')) + glob.glob('/usr/bin/python3.[0-9]*'))
-    other = next((path for path in found if _minor(path) not in (None, sys.version_info[:2]) and _minor(path) >= (3, 8)), None)
-    if other is None:
-        pytest.skip('no other Python from 3.8 on was found')
-    version = '%d.%d' % _minor(other)
-    program = tmp_path / 'program.sh'
-    program.write_text('#!/bin/sh\necho "$1"\n')
-    with NodeProcess(tmp_path, python=other) as node:
-        with dispy.JobCluster(square, nodes=[node.address], loglevel=logging.CRITICAL) as cluster:
-            text = eventually(lambda: [n.reason for n in cluster.status().nodes if n.state == 'refused'])[0]
-            assert version in text and '%d.%d' % sys.version_info[:2] in text
-        with dispy.JobCluster(str(program), nodes=[node.address]) as cluster:
-            job = cluster.submit('hello')
-            assert (job(20), job.stdout) == (0, b'hello\n')
-
-
-def _minor(python):
-    try:
-        return tuple(map(int, subprocess.check_output([python, '-c', 'import sys; print(*sys.version_info[:2])']).split()))
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 # -- files ------------------------------------------------------------------------------------------------------------------

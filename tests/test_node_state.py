@@ -7,10 +7,11 @@ import pytest
 
 from conftest import walk_seeds
 from dispynode import (
-    GRACE, LEASE_TABLE, ORPHAN_TIME, SETUP_TIME, STAGE_TABLE, Ack, Cancel, Compute, Done, Drop, Exit, Feed, File,
-    OPS, Interrupt, Introduce, Jobs, Kill, Lease, LinkDown, LinkUp, Need, Node, Offer, Outcome, PeerError, Prepare, Prepared,
-    Ready, Recall, Received, Refused, Results, Retire, Returned, RunnerGone, RunnerUp, Send, Stage, StartRunner, StartWorker, Stop,
-    StopRunner, Store, Stored, TakeBack, Welcome, WorkerGone, WorkerResults, WorkerReturned, decode,
+    GRACE, LEASE_TABLE, OPS, ORPHAN_TIME, RELEASED_TIME, SETUP_TIME, STAGE_TABLE, Ack, Cancel, Compute, Done, Drop, Exit, Feed,
+    File, Forget, Found, Held, Interrupt, Introduce, Jobs, Keep, Kept, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, Offer, Outcome, Pause, PeerError, Place,
+    Placed, Prepare, Prepared, Put, Query, Ready, Recall, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire, Returned,
+    RunnerGone, RunnerUp, Send, SendKept, SetCpus, Show, Shutdown, Stage, StartRunner, StartWorker, Status, Stop, StopRunner, Store,
+    StorePlaced, Stored, TakeBack, Watch, Welcome, WorkerGone, WorkerResults, WorkerReturned, WorkerTooBig, WorkerUnborn, decode,
     encode, size_of)
 
 
@@ -38,8 +39,8 @@ def bounded(node):
 class Talk:
     """A node and what it said; each method is one turn."""
 
-    def __init__(self, cpus=2):
-        self.node, self.now = Node('host', cpus, {'fact': 1}), 0.0
+    def __init__(self, cpus=2, **rules):
+        self.node, self.now = Node('host', cpus, {'fact': 1}, **rules), 0.0
         bounded(self.node)
 
     def tell(self, *events):
@@ -106,7 +107,7 @@ def texts(actions):
 # -- links and the lease ----------------------------------------------------------------------------------
 
 def test_welcome():
-    assert Talk().link() == [Send(1, Welcome('host', 2, {'fact': 1}))]
+    assert Talk().link() == [Send(1, Welcome('host', 2, {'fact': 1, 'holder': '', 'kept': {}}))]
 
 
 def test_a_computation_takes_the_lease_and_a_refusal_names_the_holder():
@@ -115,8 +116,45 @@ def test_a_computation_takes_the_lease_and_a_refusal_names_the_holder():
     assert talk.node.lease is Lease.HELD
     talk.link(2, b'other', 'you@there')
     refused, = said(talk.compute('d', 2), Refused)
-    assert refused == Refused('d', 'busy', 'it serves me@here')
+    assert refused == Refused('d', 'busy', 'it serves me@here for 0 s')
     assert (talk.node.lease, talk.node.holder_text) == (Lease.HELD, 'me@here')
+
+
+def test_who_was_refused_is_told_when_the_node_is_free():
+    talk = Talk()
+    talk.ready()
+    talk.link(2, b'other', 'you@there'), talk.link(3, b'third', 'somebody@there')
+    assert said(talk.compute('d', 2), Refused)
+    talk.say(Done('c'))
+    actions = talk.tell(RunnerGone('c', ''))
+    assert [action for action in actions if type(action) is Send] == [Send(2, Offer(2))]
+    assert only(talk.compute('d', 2), Prepare)
+    refused, = said(talk.compute('e', 3), Refused)
+    assert refused.text == 'it serves you@there for 0 s'
+
+
+def test_a_file_for_a_computation_that_is_set_up():
+    talk = Talk()
+    talk.ready()
+    row = ('name', 5, b'd' * 32, 0o600)
+    assert talk.say(Place('c', row, 0, b'he')) == [StorePlaced('c', row, 0, b'he')]
+    assert talk.say(Place('c', row, 2, b'llo')) == [StorePlaced('c', row, 2, b'llo')]
+    assert talk.tell(Put('c', 'name', '')) == [Send(1, Placed('c', 'name', ''))]
+    assert talk.say(Place('unknown', row, 0, b'he')) == []
+    answer, = said(talk.say(Place('unknown', row, 2, b'llo')), Placed)
+    assert 'not set up' in answer.error
+
+
+def test_a_query_tells_what_runs_and_what_waits():
+    talk = Talk(cpus=1)
+    talk.ready()
+    talk.jobs(1, 2)
+    talk.now += 3.0
+    report, = said(talk.say(Query('c')), Report)
+    assert report == Report('c', [(1, 3.0)], [2], {'busy': 1, 'holder': report.available['holder']})
+    assert report.available['holder'].endswith(' for 3 s')
+    report, = said(talk.say(Query('unknown')), Report)
+    assert (report.running, report.waiting) == ([], [])
 
 
 def test_a_client_may_open_several_computations_on_several_links():
@@ -125,20 +163,18 @@ def test_a_client_may_open_several_computations_on_several_links():
     assert only(talk.compute('c', 1), Prepare) and only(talk.compute('d', 2), Prepare)
 
 
-def test_the_lease_is_free_after_done_and_bye():
+def test_the_lease_is_free_after_done():
     talk = Talk()
     talk.ready()
     assert talk.say(Done('c')) == [StopRunner('c', False)]
     assert talk.node.lease is Lease.HELD
     talk.tell(RunnerGone('c', ''))
-    assert talk.node.lease is Lease.HELD, 'its link is there'
-    talk.tell(LinkDown(1, True))
-    assert talk.node.lease is Lease.FREE
+    assert talk.node.lease is Lease.FREE, 'a link alone holds nothing'
     talk.link(2, b'other')
     assert only(talk.compute('d', 2), Prepare)
 
 
-@pytest.mark.parametrize('on_purpose, busy, at_once', [(True, True, True), (True, False, True), (False, False, True),
+@pytest.mark.parametrize('on_purpose, busy, at_once', [(True, True, True), (True, False, True), (False, False, False),
                                                         (False, True, False)])
 def test_a_link_ends(on_purpose, busy, at_once):
     talk = Talk()
@@ -159,10 +195,118 @@ def test_an_orphan_ends_its_jobs_and_then_frees_the_node():
     talk.jobs(1)
     talk.tell(LinkDown(1, False))
     assert talk.after(ORPHAN_TIME / 2) == []
-    assert talk.results(1, 1) == []
-    assert talk.after(ORPHAN_TIME / 2) == [StopRunner('c', True)]
+    assert talk.results(1, 1) == [Keep('c', b'me', [result(1)])]
+    talk.tell(Kept('c', [1]))
+    assert talk.after(ORPHAN_TIME / 2) == [StopRunner('c', False)]
     talk.tell(RunnerGone('c', ''))
     assert talk.node.lease is Lease.FREE and talk.node.free == 2
+    assert talk.node.shelf['c'].serials == {1}
+
+
+def test_an_idle_orphan_makes_way_for_another_client():
+    talk = Talk()
+    talk.ready()
+    talk.tell(LinkDown(1, False))
+    talk.link(2, b'other')
+    actions = talk.compute('d', 2)
+    assert said(actions, Refused)[0].code == 'busy' and only(actions, StopRunner)
+    assert Send(2, Offer(2)) in talk.tell(RunnerGone('c', ''))
+
+
+def orphaned(*serials):
+    """A node that has finished these for a client that is gone, and has let it go."""
+    talk = Talk(cpus=len(serials))
+    talk.ready()
+    for serial in serials:
+        (worker, _), = fed(talk.jobs(serial))
+        talk.results(worker, serial)
+    assert talk.tell(LinkDown(1, False)) == [Keep('c', b'me', [result(serial) for serial in serials])]
+    talk.tell(Kept('c', list(serials)))
+    assert only(talk.after(ORPHAN_TIME), StopRunner)
+    talk.tell(RunnerGone('c', ''))
+    return talk
+
+
+def test_a_client_that_comes_late_gets_what_is_on_the_disk():
+    talk = orphaned(1, 2)
+    assert talk.link(2, b'me') == [Send(2, Welcome('host', 2, {'fact': 1, 'holder': '', 'kept': {'c': [1, 2]}}))]
+    assert talk.compute('c', 2)[0] == SendKept(2, 'c')
+    talk.tell(Prepared('c', []))
+    assert said(talk.tell(RunnerUp('c')), Ready) == [Ready('c', [1, 2])]
+    assert fed(talk.jobs(1, 2, 3, link=2)) and list(talk.node._comps['c'].attempts) == [3], 'what has ended is not run again'
+    assert talk.say(Ack('c', [1]), 2) == [] and talk.say(Ack('c', [2]), 2) == [Forget('c')]
+    assert not talk.node.shelf
+
+
+def test_another_process_reclaims_results():
+    talk = orphaned(1, 2)
+    talk.link(2, b'other')
+    assert talk.say(Reclaim('unknown'), 2) == [Send(2, Held('unknown', []))]
+    assert talk.say(Reclaim('c'), 2) == [Send(2, Held('c', [1, 2])), SendKept(2, 'c')]
+    assert talk.say(Ack('c', [1, 2]), 2) == [Forget('c')]
+
+
+def test_another_process_reclaims_what_runs():
+    talk = Talk(cpus=2)
+    talk.ready()
+    talk.jobs(1, 2, 3)
+    talk.results(1, 1)
+    talk.link(2, b'other', 'you@there')
+    assert said(talk.say(Reclaim('c'), 2), Refused)[0].code == 'busy'
+    talk.tell(LinkDown(1, False), Kept('c', [1]))
+    assert talk.say(Reclaim('c'), 2) == [Send(2, Held('c', [2, 3, 1])), SendKept(2, 'c')]
+    assert (talk.node.holder, talk.node.lease) == (b'other', Lease.HELD)
+    assert said(talk.results(2, 2), Results) == [Results('c', [result(2)])]
+    talk.say(Ack('c', [1, 2]), 2)
+    assert only(talk.say(Done('c'), 2), StopRunner)
+
+
+def test_results_that_find_no_room_on_the_disk_stay():
+    talk = Talk()
+    talk.ready()
+    talk.jobs(1)
+    talk.results(1, 1)
+    assert only(talk.tell(LinkDown(1, False)), Keep)
+    talk.tell(Kept('c', [], 'no space'))
+    keep, = talk.after(ORPHAN_TIME)
+    assert keep == Keep('c', b'me', [result(1)])
+    talk.tell(Kept('c', [], 'no space'))
+    assert not only(talk.after(ORPHAN_TIME - 1), StopRunner) and talk.node.lease is Lease.ORPHANED
+    assert only(talk.after(1), Keep)
+    talk.tell(Kept('c', [1]))
+    assert only(talk.after(ORPHAN_TIME), StopRunner)
+
+
+def test_results_that_nobody_fetches_are_given_up_at_last():
+    talk = Talk(zombie=60.0)
+    talk.tell(Found('c', b'me', [1, 2], talk.now + 60.0))
+    assert talk.after(59.0) == [] and talk.after(1.0) == [Forget('c')]
+
+
+def test_results_of_a_client_that_made_way_for_another_are_given_up_at_last():
+    talk = Talk(zombie=60.0)
+    talk.ready()
+    talk.jobs(1)
+    talk.results(1, 1)
+    talk.tell(LinkDown(1, False), Kept('c', [1]))
+    talk.link(2, b'other')
+    assert only(talk.compute('d', 2), StopRunner)
+    talk.tell(RunnerGone('c', ''))
+    assert not only(talk.after(59.0), Forget) and only(talk.after(1.0), Forget) == [Forget('c')]
+
+
+def test_results_are_not_given_up_while_other_jobs_of_their_computation_run():
+    talk = Talk(cpus=2, zombie=60.0)
+    talk.ready()
+    talk.jobs(1, 2)
+    talk.results(1, 1)
+    talk.tell(LinkDown(1, False), Kept('c', [1]))
+    assert not only(talk.after(100.0), Forget)
+    talk.results(2, 2)
+    talk.tell(Kept('c', [2]))
+    assert only(talk.after(1.0), StopRunner)
+    talk.tell(RunnerGone('c', ''))
+    assert not only(talk.after(58.0), Forget) and only(talk.after(62.0), Forget) == [Forget('c')]
 
 
 def test_a_client_that_is_back_gets_what_it_has_not_acknowledged():
@@ -229,7 +373,7 @@ def test_a_computation_without_files():
     talk = Talk()
     talk.link()
     assert talk.compute() == [Prepare('c', spec())]
-    assert talk.tell(Prepared('c', [])) == [StartRunner('c', spec())]
+    assert talk.tell(Prepared('c', [])) == [StartRunner('c', spec(), 1)]
     assert talk.tell(RunnerUp('c')) == [Send(1, Ready('c', []))]
 
 
@@ -305,7 +449,7 @@ def test_messages_that_may_not_come(message):
 
 
 @pytest.mark.parametrize('changes', [
-    {'name': None}, {'kind': 5}, {'code': 'text'}, {'files': ()}, {'cleanup': 1}, {'dest_path': None}, {'max_jobs': 'x'},
+    {'name': None}, {'kind': 5}, {'kind': 'pickle'}, {'code': 'text'}, {'files': ()}, {'cleanup': 1}, {'dest_path': None}, {'max_jobs': 'x'},
     {'max_jobs': -1},
     {'python': []}, {'support': []}, {'program': b''}, {'files': [('a', 1, b'')]}, {'files': [['a', 1, b'', 0]]},
     {'files': [('a', '1', b'', 0)]}])
@@ -338,7 +482,7 @@ def test_absent_pairs_raise_and_change_nothing(table, states, events):
             comp.stage = state
             if (state, event) not in table:
                 with pytest.raises(KeyError):
-                    talk.node._set_lease(event, b'') if states is Lease else talk.node._set_stage(comp, event)
+                    talk.node._set_lease(event, b'', 0.0) if states is Lease else talk.node._set_stage(comp, event)
                 assert talk.node.lease is comp.stage is state
 
 
@@ -374,6 +518,34 @@ def test_jobs_of_several_cpus_keep_their_turn():
     assert fed(talk.jobs(2, cpus=4)) == [] and fed(talk.jobs(3)) == []
     assert fed(talk.results(1, 1)) == [(1, [2])] and talk.node.free == 0
     assert fed(talk.results(1, 2)) == [(1, [3])] and talk.node.free == 3
+
+
+def test_a_computation_uses_no_more_cpus_than_its_client_says():
+    talk = Talk(4)
+    talk.ready()
+    talk.say(Limit('c', 2))
+    assert len(fed(talk.jobs(1, 2, 3, 4, 5))) == 2 and talk.node.free == 2
+    assert len(fed(talk.say(Limit('c', 3)))) == 1 and talk.node.free == 1
+    talk.say(Limit('c', 1))
+    assert fed(talk.results(1, 1)) == fed(talk.results(2, 2)) == [] and talk.node.free == 3
+    assert len(fed(talk.results(3, 3))) == 1 and talk.node.free == 3
+    assert talk.say(Limit('unknown', 1)) == []
+
+
+def test_another_computation_has_what_one_may_not_use():
+    talk = Talk(4)
+    talk.ready()
+    talk.ready('d', 1)
+    talk.say(Limit('c', 1))
+    assert len(fed(talk.jobs(1, 2, 3))) == 1 and len(fed(talk.jobs(1, 2, 3, 4, comp='d'))) == 3
+
+
+def test_a_job_wider_than_the_limit_goes_back():
+    talk = Talk(4)
+    talk.ready()
+    talk.jobs(1, 2, 3, 4)
+    talk.jobs(5, cpus=3)
+    assert said(talk.say(Limit('c', 2)), Returned) == [Returned('c', [5])]
 
 
 def test_a_job_that_wants_more_cpus_than_there_are():
@@ -529,6 +701,14 @@ def test_a_worker_dies_idle():
     assert fed(talk.jobs(2)) == [(2, [2])] and talk.node.free == 0
 
 
+def test_a_worker_that_cannot_be_started_is_tried_again():
+    talk = Talk(2)
+    talk.ready()
+    assert fed(talk.jobs(1)) == [(1, [1])]
+    assert fed(talk.tell(WorkerUnborn(1, 'no descriptors'))) == [] and talk.node.free == 2
+    assert fed(talk.after(1.0)) == [(2, [1])] and talk.node.free == 1
+
+
 def test_stillborn_workers_end_in_a_refusal():
     talk = Talk(2)
     talk.ready()
@@ -660,9 +840,9 @@ def test_stop_gives_back_what_waits_and_interrupts_what_runs():
     assert said(talk.jobs(4), Returned) == [Returned('c', [4])]
     assert said(talk.compute('d'), Refused)[0].code == 'stopping'
     actions = talk.results(1, result(1, Outcome.RAISED))
-    assert rows(actions) == [(1, Outcome.STOPPED)]
+    assert rows(actions) == [(1, Outcome.STOPPED)] and not only(actions, Drop), 'it waits for the Ack'
+    actions = talk.say(Ack('c', [1]))
     assert only(actions, Drop) and only(actions, StopRunner) == [StopRunner('c', True)] and actions[-1] == Exit()
-    assert [type(action) for action in actions].index(Send) < [type(action) for action in actions].index(Drop)
 
 
 def test_stop_of_an_idle_node():
@@ -705,6 +885,151 @@ def test_what_a_worker_gives_back_while_stopping_is_returned():
 
 
 # -- random walk ------------------------------------------------------------------------------------------
+
+
+# -- hours, operator, the last client ---------------------------------------------------------------------
+
+def test_paused_no_new_jobs_are_taken_and_running_ones_go_on():
+    talk = Talk()
+    talk.ready()
+    (worker, _), _ = fed(talk.jobs(1, 2, 3))
+    actions = talk.tell(Pause('operator', 'lunch'))
+    assert said(actions, Offer) == [Offer(0)] and said(actions, Returned) == [Returned('c', [3])] and not only(actions, Interrupt)
+    assert said(talk.jobs(4), Returned) == [Returned('c', [4])]
+    assert rows(talk.results(worker, 1)) == [(1, Outcome.RETURNED)]
+    assert said(talk.compute('d'), Refused) == [Refused('d', 'paused', 'it takes no new jobs: lunch')]
+    assert said(talk.tell(Resume('operator')), Offer) == [Offer(2)]
+    assert fed(talk.jobs(4)) == [(worker, [4])]
+
+
+def test_a_client_that_comes_while_the_node_is_paused_is_told_at_once():
+    talk = Talk()
+    talk.tell(Pause('hours', 'night'))
+    welcome, offer = talk.link()
+    assert type(welcome.message) is Welcome and offer == Send(1, Offer(0))
+
+
+def test_two_authorities_must_both_say_resume():
+    talk = Talk()
+    talk.link()
+    for by in ('operator', 'hours'):
+        talk.tell(Pause(by, by))
+    assert said(talk.compute(), Refused)[0].text == 'it takes no new jobs: operator, hours'
+    assert not talk.tell(Resume('hours')) and not talk.tell(Resume('hours'))
+    assert said(talk.tell(Resume('operator')), Offer) == [Offer(2)]
+
+
+def test_at_the_end_of_the_hours_running_jobs_have_their_grace_and_the_next_day_it_serves_again():
+    talk = Talk(1)
+    talk.ready()
+    (worker, _), = fed(talk.jobs(1, 2))
+    actions = talk.tell(Pause('hours', 'night', True))
+    assert only(actions, Interrupt) == [Interrupt(worker, 1)] and said(actions, Returned) == [Returned('c', [2])]
+    assert only(talk.after(GRACE), Kill) == [Kill(worker)]
+    assert rows(talk.tell(WorkerGone(worker, 'killed', 1))) == [(1, Outcome.STOPPED)]
+    assert said(talk.tell(Resume('hours')), Offer) == [Offer(1)]
+    assert len(fed(talk.jobs(2))) == 1
+
+
+def test_cpus_are_changed_while_jobs_run():
+    talk = Talk(2)
+    talk.ready()
+    workers = [worker for worker, _ in fed(talk.jobs(1, 2))]
+    assert said(talk.tell(SetCpus(1)), Offer) == [Offer(1)]
+    assert not fed(talk.jobs(3))
+    assert not fed(talk.results(workers[0], 1))       # one still runs, on the CPU that is left
+    assert len(fed(talk.results(workers[1], 2))) == 1
+    assert said(talk.tell(SetCpus(3)), Offer) == [Offer(3)]
+    assert len(fed(talk.jobs(4, 5))) == 2
+
+
+def test_a_job_that_is_too_wide_since_cpus_were_taken_away_is_given_back():
+    talk = Talk(2)
+    talk.ready()
+    talk.tell(SetCpus(1))
+    assert said(talk.jobs(1, cpus=2), Returned) == [Returned('c', [1])]
+    assert rows(talk.jobs(2, cpus=3)) == [(2, Outcome.DIED)]
+
+
+def test_release_takes_the_node_from_its_client():
+    talk = Talk(1)
+    talk.ready()
+    fed(talk.jobs(1, 2))
+    talk.link(2, b'other', 'you@there')
+    actions = talk.tell(Release())
+    assert rows(actions) == [(1, Outcome.STOPPED)] and said(actions, Returned) == [Returned('c', [2])]
+    assert [(refused.comp, refused.code) for refused in said(actions, Refused)] == [('c', 'released')]
+    assert only(actions, StopRunner) == [StopRunner('c', True)]
+    talk.tell(RunnerGone('c', ''))
+    assert talk.node.lease is Lease.FREE
+    assert said(talk.compute('c2'), Refused) == [Refused('c2', 'busy', 'its operator has taken it from this client')]
+    assert only(talk.compute('d', 2), Prepare)
+    assert said(talk.compute('c2'), Refused) == [Refused('c2', 'busy', 'it serves you@there for 0 s')]
+
+
+def test_after_a_while_the_client_from_which_the_node_was_taken_may_have_it_again():
+    talk = Talk()
+    assert not talk.tell(Release())   # there is nobody
+    talk.ready()
+    talk.tell(Release()), talk.tell(RunnerGone('c', ''))
+    talk.after(RELEASED_TIME)
+    assert only(talk.compute('c2'), Prepare) and talk.node.lease is Lease.HELD
+
+
+def finish(talk, comp='c', link=1):
+    talk.say(Done(comp), link)
+    return talk.tell(RunnerGone(comp, '')) + talk.tell(LinkDown(link, True))
+
+
+def test_it_ends_after_so_many_clients():
+    talk = Talk(serve=2)
+    for link in (1, 2):
+        talk.link(10 + link, b'passer-by')   # who has no lease does not count
+        talk.ready('c', link)
+        talk.tell(LinkDown(10 + link, True))
+        assert bool(only(finish(talk, 'c', link), Exit)) == (link == 2)
+
+
+@pytest.mark.parametrize('allowed', [True, False])
+def test_a_client_may_end_the_node_after_its_lease_if_that_was_allowed(allowed):
+    talk = Talk(client_shutdown=allowed)
+    talk.ready()
+    assert talk.say(Shutdown('c')) == [] and talk.say(Shutdown('unknown')) == []
+    assert bool(only(finish(talk), Exit)) == allowed
+
+
+def test_another_client_may_not_end_the_node():
+    talk = Talk(client_shutdown=True)
+    talk.ready()
+    talk.link(2, b'other')
+    with pytest.raises(PeerError):
+        talk.say(Shutdown('c'), 2)
+
+
+def test_a_job_that_uses_too_much_memory():
+    talk = Talk(cpus=1)
+    talk.ready()
+    assert only(talk.jobs(1, 2, memory=1000), Watch) == [Watch(1, 1, 1000)]
+    talk.tell(WorkerTooBig(1, 2))   # too late: it was of another job
+    talk.tell(WorkerTooBig(1, 1))
+    (row,), = [message.rows for message in said(talk.tell(WorkerGone(1, 'killed', 1)), Results)]
+    assert row[1] == Outcome.OUT_OF_MEMORY and b'dispy_memory' in row[4]
+
+
+def test_status():
+    talk = Talk(2, now=0.0)
+    assert talk.tell(Status()) == [Show('host: 0 of 2 CPUs used, takes jobs, up 0:00:00\nheld by no client, 0 served')]
+    talk.now = 60.0
+    talk.ready()
+    (worker, _), _ = fed(talk.jobs(1, 2, 3, 4))
+    talk.results(worker, 1)
+    talk.tell(Pause('operator', 'lunch'))
+    talk.now = 3725.0
+    shown, = only(talk.tell(Status()), Show)
+    assert shown.text.splitlines() == [
+        'host: 2 of 2 CPUs used, no new jobs: lunch, up 1:02:05', 'held by me@here for 3665 s',
+        '  compute (ready): 2 jobs running, 0 waiting, 1 done']
+
 
 class ModelWorker:
     """A worker process: runs its queue in order; what it says takes its time to arrive."""
@@ -768,6 +1093,12 @@ class Walk:
                 key = (message.comp, row[0])
                 assert key in self.given and self.answers.get(key) in (None, row), 'two different answers'
                 self.answers[key] = row
+        elif type(message) is Refused:
+            self.closed.add(message.comp)
+        elif type(message) is Ready:   # what was given back while there was no link is not among what it holds
+            for comp, serial in self.given:
+                if comp == message.comp and serial not in message.held:
+                    self.answers.setdefault((comp, serial), 'returned')
         elif type(message) is Returned:
             for serial in message.serials:
                 assert (message.comp, serial) not in self.answers, 'answered and returned'
@@ -790,13 +1121,21 @@ class Walk:
             self.say(Compute(self.comps[-1], spec(max_jobs=rng.choice((0, 0, 3)))))
         elif what < 0.6 and self.comps:
             self.client(rng.choice(self.comps))
-        elif what < 0.62:
+        elif what < 0.61:
+            self.operator()
+        elif what < 0.63:
             self.linked = False
             self.event(LinkDown(self.link, False))
         elif self.workers:
             self.work(rng.choice(list(self.workers.values())))
         else:
             self.event_time()
+
+    def operator(self):
+        """Whoever sits at the terminal, and the hours of service."""
+        by = self.rng.choice(('operator', 'hours'))
+        self.event(self.rng.choice((Pause(by, 'why', self.rng.random() < 0.3), Resume(by), Resume(by), SetCpus(self.rng.randint(1, 5)),
+                                    Status(), Release() if self.rng.random() < 0.2 else Resume(by))))
 
     def event_time(self):
         self.act(self.node.flush(self.now))
@@ -866,7 +1205,8 @@ class Walk:
     def check(self):
         node = self.node
         busy = [worker for worker in node._workers.values() if worker.queue]
-        assert 0 <= node.free <= node.cpus
+        assert node.free <= node.cpus
+        assert node.free >= 0 or node.cpus < node.most
         assert node.free == node.cpus - sum(worker.queue[0].cpus for worker in busy)
         size = 0
         for name, comp in node._comps.items():
@@ -880,7 +1220,7 @@ class Walk:
             size += sum(size_of(attempt.payload) for attempt in comp.attempts.values())
             for (given, serial), answer in self.answers.items():
                 assert given != name or serial not in comp.attempts, 'answered and still here'
-            if comp.stage is not Stage.CLOSING:
+            if comp.stage is not Stage.CLOSING and comp.link == self.link and self.linked:
                 for given, serial in self.given:
                     assert given != name or (given, serial) in self.answers or serial in comp.attempts \
                         or serial in comp.unacknowledged, 'forgotten'
@@ -891,6 +1231,8 @@ class Walk:
 
     def drain(self):
         """Everything works from now on: everything is answered, and every CPU is free."""
+        for by in ('operator', 'hours'):
+            self.event(Resume(by))
         for _ in range(5000):
             self.now += 0.05
             if not self.linked:

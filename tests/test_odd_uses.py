@@ -21,7 +21,7 @@ def double(x):
 
 
 @pytest.mark.parametrize('method', ['wait', 'close'])
-def test_two_callbacks_wait(node, method):
+def test_two_callbacks_wait(make_cluster, node, method):
     """Guards against: two callbacks that call wait() or close() waited for each other for ever."""
     failed = []
 
@@ -30,7 +30,7 @@ def test_two_callbacks_wait(node, method):
             failed.append(job)
         if method == 'close' and not cluster.close(8):
             failed.append(job)
-    cluster = dispy.JobCluster(double, nodes=[node.address], job_status=ended)
+    cluster = make_cluster(double, nodes=[node.address], job_status=ended)
     for n in range(4):
         cluster.submit(n)
     ok = cluster.wait(12)
@@ -39,20 +39,20 @@ def test_two_callbacks_wait(node, method):
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnhandledThreadExceptionWarning')
-def test_callbacks_exit(node):
+def test_callbacks_exit(make_cluster, node):
     """Guards against: SystemExit or KeyboardInterrupt ended a callback thread; after 16 none was left: wait() hung."""
     def ended(job):
         raise (SystemExit if job.id % 2 else KeyboardInterrupt)
-    cluster = dispy.JobCluster(double, nodes=[node.address], job_status=ended)
+    cluster = make_cluster(double, nodes=[node.address], job_status=ended)
     for n in range(40):
         cluster.submit(n)
     assert cluster.wait(8)
     cluster.close()
 
 
-def test_asked_after_close(node):
+def test_asked_after_close(make_cluster, node):
     """Guards against: a question to a driver that has ended blocked 30 s, wait_nodes() without timeout for ever."""
-    cluster = dispy.JobCluster(double, nodes=[node.address])
+    cluster = make_cluster(double, nodes=[node.address])
     cluster.wait_nodes(1, 10)
     cluster.close()
     began = time.monotonic()
@@ -63,10 +63,10 @@ def test_asked_after_close(node):
     assert time.monotonic() - began < 3
 
 
-def test_status_while_closing(node):
+def test_status_while_closing(make_cluster, node):
     """Guards against: status() of another thread while close() is at work blocked 30 s, then TimeoutError."""
     for _ in range(30):
-        cluster, errors, stop = dispy.JobCluster(double, nodes=[node.address]), [], []
+        cluster, errors, stop = make_cluster(double, nodes=[node.address]), [], []
 
         def watch():
             try:
@@ -91,17 +91,17 @@ def fork_slowly(child_first):
 
 
 @pytest.mark.parametrize('child_first', [True, False])
-def test_fork_both_return(node, child_first):
+def test_fork_both_return(make_cluster, node, child_first):
     """Guards against: the child of a job that forked went on as a worker: its result counted, and it took the next jobs."""
     def compute(n):
         return fork_slowly(child_first) if n < 0 else n
-    with dispy.JobCluster(compute, nodes=[node.address]) as cluster:
+    with make_cluster(compute, nodes=[node.address]) as cluster:
         for _ in range(3):
             jobs = [cluster.submit(-1)] + [cluster.submit(n) for n in range(3)]
             assert [job(10) for job in jobs] == ['parent', 0, 1, 2], [job.exception for job in jobs]
 
 
-def test_runner_killed(node):
+def test_runner_killed(make_cluster, node):
     """Guards against: a job that kills the runner (or the OOM killer): the node was never used again."""
     def compute(n):
         import signal
@@ -109,7 +109,7 @@ def test_runner_killed(node):
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(1)
         return n
-    cluster = dispy.JobCluster(compute, nodes=[node.address])
+    cluster = make_cluster(compute, nodes=[node.address])
     bad = cluster.submit(-1)
     assert bad.wait(8) and bad.status in (dispy.DispyJob.Terminated, dispy.DispyJob.Abandoned)
     good = cluster.submit(3)
@@ -119,7 +119,7 @@ def test_runner_killed(node):
 
 
 @pytest.mark.parametrize('what', ['ITIMER_VIRTUAL', 'ITIMER_PROF', 'mask'])
-def test_timers_and_mask(node, what):
+def test_timers_and_mask(make_cluster, node, what):
     """Guards against: an interval timer or a signal mask of a job struck the next one."""
     def compute(x):
         import signal
@@ -132,24 +132,24 @@ def test_timers_and_mask(node, what):
             while time.process_time() < until:
                 pass
             return sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ())))
-    with dispy.JobCluster(compute, nodes=[node.address]) as cluster:
+    with make_cluster(compute, nodes=[node.address]) as cluster:
         assert cluster.submit(what).wait(10)
         job = cluster.submit('')
         assert job(10) == [], job.exception
 
 
-def test_a_cluster_closed_while_it_dials(node, monkeypatch):
+def test_a_cluster_closed_while_it_dials(make_cluster, node, monkeypatch):
     """Guards against: a connection that came when its driver had ended stayed open."""
-    connect = dispy._connect
+    dial = dispy.dial
     gone = threading.Event()
 
-    def slowly(peer, host, port):
-        sock = connect(peer, host, port)
+    def slowly(*args):
+        found = dial(*args)
         gone.wait(0.3)
-        return sock
-    monkeypatch.setattr(dispy, '_connect', slowly)
+        return found
+    monkeypatch.setattr(dispy, 'dial', slowly)
     for _ in range(3):
-        cluster = dispy.JobCluster(double, nodes=[node.address])
+        cluster = make_cluster(double, nodes=[node.address])
         time.sleep(0.05)   # into the middle of it
         cluster.close(terminate=True)
         assert not [thread for thread in threading.enumerate() if thread.name == 'dispy-dial']

@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 
-import dispy
 from conftest import eventually
 
 
@@ -33,9 +32,9 @@ def talk(flag, n=1):
     return n
 
 
-def test_output_is_heard_while_the_job_runs_and_whole_by_its_end(tmp_path):
+def test_output_is_heard_while_the_job_runs_and_whole_by_its_end(make_cluster, tmp_path):
     heard, flag = Heard(), str(tmp_path / 'flag')
-    with dispy.JobCluster(talk, nodes='local', on_output=heard) as cluster:
+    with make_cluster(talk, nodes='local', on_output=heard) as cluster:
         job = cluster.submit(flag)
         eventually(lambda: heard.texts.get((1, 'stdout')) == 'line 0\n' and heard.texts.get((1, 'stderr')) == 'to stderr\n')
         assert not job.wait(0)
@@ -50,12 +49,12 @@ def test_output_is_heard_while_the_job_runs_and_whole_by_its_end(tmp_path):
         assert job.stdout.count('line') == job.result
 
 
-def test_output_of_a_program_is_bytes(tmp_path):
+def test_output_of_a_program_is_bytes(make_cluster, tmp_path):
     program = tmp_path / 'program'
     program.write_text('#!/bin/sh\nprintf "a\\377"; while [ ! -e "$1" ]; do sleep 0.01; done; echo b\n')
     program.chmod(0o755)
     heard, flag = Heard(), tmp_path / 'flag'
-    with dispy.JobCluster(str(program), nodes='local', on_output=heard) as cluster:
+    with make_cluster(str(program), nodes='local', on_output=heard) as cluster:
         job = cluster.submit(str(flag))
         eventually(lambda: heard.texts == {(1, 'stdout'): b'a\xff'})
         flag.write_text('')
@@ -63,15 +62,15 @@ def test_output_of_a_program_is_bytes(tmp_path):
         eventually(lambda: heard.texts == {(1, 'stdout'): b'a\xffb\n'})
 
 
-def test_a_callback_that_raises_does_no_harm(tmp_path, caplog):
+def test_a_callback_that_raises_does_no_harm(make_cluster, tmp_path, caplog):
     def hear(job, stream, text):
         raise ValueError('no matter')
     (tmp_path / 'flag').write_text('')
-    with dispy.JobCluster(talk, nodes='local', on_output=hear) as cluster:
+    with make_cluster(talk, nodes='local', on_output=hear) as cluster:
         assert [job(20) for job in [cluster.submit(str(tmp_path / 'flag'), n) for n in range(5)]] == list(range(5))
 
 
-def test_log_records_reach_the_clients_logger(caplog):
+def test_log_records_reach_the_clients_logger(make_cluster, caplog):
     def compute(n):
         log = logging.getLogger('my.code')
         log.debug('too fine %d', n)
@@ -82,7 +81,7 @@ def test_log_records_reach_the_clients_logger(caplog):
             log.exception('odd')
         return n
     caplog.set_level(logging.INFO, 'dispy')
-    with dispy.JobCluster(compute, nodes='local', forward_logs=True) as cluster:
+    with make_cluster(compute, nodes='local', forward_logs=True) as cluster:
         jobs = [cluster.submit_job_id('job-%d' % n, n) for n in range(3)]
         assert [job(20) for job in jobs] == [0, 1, 2]
         records = [record for record in caplog.records if hasattr(record, 'job_id')]
@@ -92,10 +91,10 @@ def test_log_records_reach_the_clients_logger(caplog):
     assert sum('ZeroDivisionError' in record.getMessage() for record in records) == 3
 
 
-def test_without_forwarding_nothing_is_sent(caplog):
+def test_without_forwarding_nothing_is_sent(make_cluster, caplog):
     def compute():
         logging.getLogger('my.code').error('only there')
-    with dispy.JobCluster(compute, nodes='local') as cluster:
+    with make_cluster(compute, nodes='local') as cluster:
         job = cluster.submit()
         job(20)
         assert 'only there' in job.stderr

@@ -1,6 +1,7 @@
 """What jobs do to their worker, and what becomes of them: real processes on an embedded node."""
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -14,18 +15,19 @@ import pytest
 import dispy
 import dispynode
 from conftest import eventually
+from nodes import NodeProcess
 
 KEPT = 256 * 1024
 
 
 @pytest.fixture
-def run():
+def run(make_cluster):
     """run(function, *args) -> ended job, all on one embedded node; further clusters share it."""
     clusters = {}
 
     def call(function, *args, **kwargs):
         if function not in clusters:
-            clusters[function] = dispy.JobCluster(function, nodes='local')
+            clusters[function] = make_cluster(function, nodes='local')
         job = clusters[function].submit(*args, **kwargs)
         assert job.wait(30), 'the job did not end'
         return job
@@ -53,9 +55,9 @@ def die(way):
 WAYS = {'killed': 'SIGKILL', 'segfault': 'SIGSEGV', 'abort': 'SIGABRT', 'exit 0': 'exit code 0', 'exit 7': 'exit code 7'}
 
 
-def test_a_thousand_jobs_of_which_two_hundred_kill_their_worker():
+def test_a_thousand_jobs_of_which_two_hundred_kill_their_worker(make_cluster):
     """All end, each with the right status and text, and every CPU can be used afterwards."""
-    with dispy.JobCluster(die, nodes='local') as cluster:
+    with make_cluster(die, nodes='local') as cluster:
         ways = list(WAYS)
         jobs = [cluster.submit(ways[n // 5 % 5] if n % 5 == 0 else n) for n in range(1000)]
         assert cluster.wait(120)
@@ -270,8 +272,8 @@ def look(what):
 
 @pytest.mark.parametrize('what', ['cwd', 'environment', 'handlers', 'alarm', 'umask', 'recursion', 'trace', 'stdout', 'closed stdout', 'descriptors',
                                   'redirected', 'thread', 'child', 'daemon child'])
-def test_nothing_of_a_job_is_left_for_the_next(what):
-    with dispy.JobCluster(look, nodes='local') as cluster:
+def test_nothing_of_a_job_is_left_for_the_next(make_cluster, what):
+    with make_cluster(look, nodes='local') as cluster:
         cpus = cluster.submit('nothing') and eventually(lambda: [n for n in cluster.status().nodes if n.cpus])[0].cpus
         pids = [job() for job in [cluster.submit(what) for _ in range(cpus * 2)]]
         jobs = [cluster.submit('look') for _ in range(cpus * 2)]
@@ -310,9 +312,9 @@ def stubborn(flag):
 
 
 @pytest.mark.parametrize('how', ['cancel', 'timeout'])
-def test_a_job_that_ignores_signals_is_gone_with_its_descendants(tmp_path, how):
+def test_a_job_that_ignores_signals_is_gone_with_its_descendants(make_cluster, tmp_path, how):
     flag = str(tmp_path / 'flag')
-    with dispy.JobCluster(stubborn, nodes='local') as cluster:
+    with make_cluster(stubborn, nodes='local') as cluster:
         job = cluster.submit(flag, dispy_timeout=0.5 if how == 'timeout' else None)
         eventually(lambda: os.path.exists(flag))
         with open(flag) as file:
@@ -329,7 +331,7 @@ def test_a_job_that_ignores_signals_is_gone_with_its_descendants(tmp_path, how):
         assert cluster.cancel(job) == -1
 
 
-def test_a_cancelled_job_sees_keyboard_interrupt_and_may_still_return():
+def test_a_cancelled_job_sees_keyboard_interrupt_and_may_still_return(make_cluster):
     def compute(flag, give_in):
         with open(flag, 'w'):
             pass
@@ -340,7 +342,7 @@ def test_a_cancelled_job_sees_keyboard_interrupt_and_may_still_return():
                 raise
             return 'saved'
 
-    with dispy.JobCluster(compute, nodes='local') as cluster:
+    with make_cluster(compute, nodes='local') as cluster:
         import tempfile
         with tempfile.TemporaryDirectory() as directory:
             jobs = [cluster.submit(os.path.join(directory, str(give_in)), give_in) for give_in in (False, True)]
@@ -352,11 +354,11 @@ def test_a_cancelled_job_sees_keyboard_interrupt_and_may_still_return():
         assert jobs[1].status == dispy.DispyJob.Cancelled
 
 
-def test_cancelling_hits_no_other_job():
+def test_cancelling_hits_no_other_job(make_cluster):
     """Jobs are cancelled in the moment in which they end: no interrupt strays into the next."""
     def compute(n):
         return n
-    with dispy.JobCluster(compute, nodes='local') as cluster:
+    with make_cluster(compute, nodes='local') as cluster:
         jobs = []
         for n in range(300):
             job = cluster.submit(n)
@@ -371,7 +373,7 @@ def test_cancelling_hits_no_other_job():
             assert job.status in (job.Finished, job.Cancelled)
 
 
-def test_a_job_behind_a_long_one_is_given_back_and_run_elsewhere():
+def test_a_job_behind_a_long_one_is_given_back_and_run_elsewhere(make_cluster):
     """Short jobs are handed to workers ahead; those that stand behind a long one do not wait for it."""
     def compute(flag):
         if flag:
@@ -380,7 +382,7 @@ def test_a_job_behind_a_long_one_is_given_back_and_run_elsewhere():
         return flag
 
     import tempfile
-    with tempfile.TemporaryDirectory() as directory, dispy.JobCluster(compute, nodes='local') as cluster:
+    with tempfile.TemporaryDirectory() as directory, make_cluster(compute, nodes='local') as cluster:
         for _ in range(3):
             assert all(job() is None for job in [cluster.submit(None) for _ in range(300)])   # so they are known to be short
             flag = os.path.join(directory, 'flag')
@@ -395,7 +397,7 @@ def test_a_job_behind_a_long_one_is_given_back_and_run_elsewhere():
 
 # -- setup ------------------------------------------------------------------------------------------------------
 
-def test_setup_runs_once_and_shares_its_globals():
+def test_setup_runs_once_and_shares_its_globals(make_cluster):
     def setup():
         global table
         table = {'made by': os.getpid()}
@@ -403,14 +405,14 @@ def test_setup_runs_once_and_shares_its_globals():
     def compute(n):
         return table['made by'], os.getpid(), n
 
-    with dispy.JobCluster(compute, nodes='local', setup=setup) as cluster:
+    with make_cluster(compute, nodes='local', setup=setup) as cluster:
         results = [job() for job in [cluster.submit(n) for n in range(50)]]
     assert len({made for made, _, _ in results}) == 1
     assert all(made != pid for made, pid, _ in results)
     assert [n for _, _, n in results] == list(range(50))
 
 
-def test_what_setup_started_ends_with_the_computation(tmp_path):
+def test_what_setup_started_ends_with_the_computation(make_cluster, tmp_path):
     flag = str(tmp_path / 'pid')
 
     def setup():
@@ -418,7 +420,7 @@ def test_what_setup_started_ends_with_the_computation(tmp_path):
         with open(flag, 'w') as file:
             file.write(str(process.pid))
 
-    with dispy.JobCluster(os.getpid, nodes='local', setup=setup) as cluster:
+    with make_cluster(os.getpid, nodes='local', setup=setup) as cluster:
         assert cluster.submit()() and cluster.submit()()
         with open(flag) as file:
             pid = int(file.read())
@@ -426,7 +428,7 @@ def test_what_setup_started_ends_with_the_computation(tmp_path):
     eventually(lambda: not psutil.pid_exists(pid))
 
 
-def test_cleanup_runs_after_the_last_job(tmp_path):
+def test_cleanup_runs_after_the_last_job(make_cluster, tmp_path):
     mark = str(tmp_path / 'cleaned')
 
     def setup():
@@ -437,7 +439,7 @@ def test_cleanup_runs_after_the_last_job(tmp_path):
         with open(path, 'w') as file:
             file.write(str(os.getpid()))
 
-    with dispy.JobCluster(os.getpid, nodes='local', setup=setup, cleanup=cleanup) as cluster:
+    with make_cluster(os.getpid, nodes='local', setup=setup, cleanup=cleanup) as cluster:
         assert cluster.submit()() > 0
         assert not os.path.exists(mark)
     eventually(lambda: os.path.exists(mark))
@@ -453,8 +455,8 @@ def _refuse():
 
 @pytest.mark.parametrize('setup, text', [(_raise, 'no data here'), (_refuse, 'not today'), (lambda: os._exit(5), 'exit code 5'),
                                          (lambda: sys.exit('over'), 'over')])
-def test_setup_that_fails_refuses_the_node_and_says_why(setup, text, caplog):
-    cluster = dispy.JobCluster(abs, nodes='local', setup=setup)
+def test_setup_that_fails_refuses_the_node_and_says_why(make_cluster, setup, text, caplog):
+    cluster = make_cluster(abs, nodes='local', setup=setup)
     job = cluster.submit(-1)
     node = eventually(lambda: [node for node in cluster.status().nodes if node.state == 'refused'])[0]
     assert text in node.reason
@@ -466,16 +468,62 @@ def test_setup_that_fails_refuses_the_node_and_says_why(setup, text, caplog):
     assert job.status == job.Cancelled
 
 
-def test_max_jobs_per_worker():
-    with dispy.JobCluster(os.getpid, nodes='local', max_jobs_per_worker=3) as cluster:
+@pytest.mark.parametrize('ignores_signals', [False, True])
+def test_a_setup_that_hangs_is_ended_by_a_limit(make_cluster, tmp_path, ignores_signals):
+    """The node says so, nothing of it is left there, and it serves the next."""
+    flag = str(tmp_path / 'flag')
+
+    def setup():
+        if ignores_signals:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        process = subprocess.Popen(['sleep', '1000'], start_new_session=not ignores_signals)
+        with open(flag + '.tmp', 'w') as file:
+            file.write('%d %d' % (os.getpid(), process.pid))
+        os.rename(flag + '.tmp', flag)
+        time.sleep(1000)
+    node_of_little_patience = tmp_path / 'impatient.py'
+    node_of_little_patience.write_text('import dispynode, sys\ndispynode.SETUP_TIME = 2.0\n'
+                                       'if __name__ == "__main__":\n    sys.exit(dispynode.main())\n')
+    with NodeProcess(tmp_path / 'node', script=str(node_of_little_patience)) as node:
+        with make_cluster(abs, nodes=[node.address], setup=setup, loglevel=logging.CRITICAL) as cluster:
+            job = cluster.submit(-1)
+            reason = eventually(lambda: [n.reason for n in cluster.status().nodes if n.state == 'refused'])[0]
+            assert 'setup did not end within 2 s' in reason
+            with open(flag) as file:
+                pids = [int(pid) for pid in file.read().split()]
+            eventually(lambda: not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != 'zombie' for pid in pids))
+            with pytest.raises(dispy.NoNodes, match='setup did not end within 2 s'):
+                cluster.wait_nodes(1, 0.1)
+            assert job.status == job.Created and cluster.cancel(job) == 0
+        with make_cluster(abs, nodes=[node.address]) as cluster:
+            assert cluster.submit(-2)(20) == 2
+
+
+def test_what_a_setup_started_ends_when_it_fails(make_cluster, tmp_path):
+    flag = str(tmp_path / 'pid')
+
+    def setup():
+        with open(flag, 'w') as file:
+            file.write(str(subprocess.Popen(['sleep', '1000'], start_new_session=True).pid))
+        raise ValueError('no')
+    with make_cluster(abs, nodes='local', setup=setup, loglevel=logging.CRITICAL) as cluster:
+        eventually(lambda: [n for n in cluster.status().nodes if n.state == 'refused'])
+        with open(flag) as file:
+            pid = int(file.read())
+        eventually(lambda: not psutil.pid_exists(pid))
+
+
+def test_max_jobs_per_worker(make_cluster):
+    with make_cluster(os.getpid, nodes='local', max_jobs_per_worker=3) as cluster:
         pids = [job() for job in [cluster.submit() for _ in range(30)]]
     assert max(pids.count(pid) for pid in pids) <= 3
 
 
-def test_random_numbers_differ_between_workers():
+def test_random_numbers_differ_between_workers(make_cluster):
     def compute(flag):
         import random
         return os.getpid(), random.random()
-    with dispy.JobCluster(compute, nodes='local', max_jobs_per_worker=1) as cluster:
+    with make_cluster(compute, nodes='local', max_jobs_per_worker=1) as cluster:
         numbers = [job()[1] for job in [cluster.submit(n) for n in range(10)]]
     assert len(set(numbers)) == 10

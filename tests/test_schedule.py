@@ -7,8 +7,8 @@ import pytest
 
 from conftest import walk_seeds
 from dispy import (
-    AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobParked, JobsEnded, JobState, JobWaits, NodeLeft,
-    NodeLost, NodeReady, NodeResults, NodeReturned, Opened, Schedule, SendAck, SendCancel, SendJobs, SendRecall, Submitted, Work)
+    LOST_TIMES, AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobParked, JobsEnded, JobState, JobWaits, NodeAway,
+    NodeDrained, NodeDrains, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned, Opened, Schedule, SendAck, SendCancel, SendJobs, SendRecall, Submitted, Work)
 from dispynode import Outcome, size_of
 
 WAITING = (JobState.CREATED, JobState.REQUEUED)
@@ -284,11 +284,11 @@ def test_a_result_that_comes_after_the_job_went_elsewhere_is_acknowledged_and_dr
     assert only(talk.results('b', [work]), JobsEnded)
 
 
-@pytest.mark.parametrize('node, comp', [('n', 'closed'), ('unknown', 'c')])
-def test_results_of_what_is_not_known_change_nothing(node, comp):
+@pytest.mark.parametrize('node, comp, actions', [('n', 'closed', []), ('unknown', 'c', [SendAck('unknown', 'c', [1])])])
+def test_results_of_what_is_not_known_change_nothing(node, comp, actions):
     talk = Talk()
     talk.ready('n')
-    assert talk.tell(NodeResults(node, comp, [(1, 1, 0.0, 1.0, b'', b'', b'')])) == []
+    assert talk.tell(NodeResults(node, comp, [(1, 1, 0.0, 1.0, b'', b'', b'')])) == actions
     assert talk.tell(NodeReturned(node, comp, [1])) == []
 
 
@@ -401,6 +401,17 @@ def test_a_job_is_given_up_after_three_nodes():
     ended, = talk.tell(NodeLost('c', 'host-c', 'broken'))
     assert work._state is JobState.ABANDONED
     assert 'host-a, host-b, host-c' in ended.text and 'given up after 3 nodes' in ended.text
+
+
+def test_a_node_that_is_started_again_and_again_is_one_node_until_it_is_too_often():
+    talk, work = Talk(), job()
+    talk.submit([work])
+    for _ in range(LOST_TIMES - 1):
+        assert sent(talk.ready('a')) == [work]
+        assert talk.tell(NodeLost('a', 'host-a', 'broken')) == [JobWaits(work)]
+    talk.ready('a')
+    ended, = talk.tell(NodeLost('a', 'host-a', 'broken'))
+    assert 'lost with node host-a (broken); given up after 16 attempts' in ended.text
 
 
 def test_a_stopped_attempt_of_a_reentrant_computation_goes_elsewhere():
@@ -551,13 +562,25 @@ def busy(long=True, cpus=4):
     return talk, works, sent(talk.submit(works))
 
 
+def test_limits_of_two_computations_fill_a_node_in_either_order():
+    # What the first has ahead on the node must not keep the second from CPUs that the first may not use.
+    for order in (('c', 'd'), ('d', 'c')):
+        talk = Talk('c', 'd')
+        limits = {'c': 1, 'd': 3}
+        for comp in order:
+            talk.tell(NodeReady('n', comp, limits[comp], [], '', 4))
+            talk.submit(jobs(50, comp))
+        node = talk.schedule.nodes['n']
+        assert {comp: min(node.parts[comp], limits[comp]) for comp in limits} == limits
+
+
 def test_two_clients_share_cpus_evenly():
     talk = Talk('c', 'd')
     talk.submit(jobs(100))
     talk.submit(jobs(100, 'd'))
     talk.tell(NodeReady('n', 'c', 8, []), NodeReady('n', 'd', 8, []))
     comps = talk.schedule.comps
-    assert comps['c'].flying == comps['d'].flying == 8   # of unknown length: one more a CPU
+    assert comps['c'].flying == comps['d'].flying == 4
 
 
 def test_cpus_are_shared_between_clients_and_not_computations():
@@ -568,15 +591,15 @@ def test_cpus_are_shared_between_clients_and_not_computations():
         schedule.handle(NodeReady('n', comp, 8, []), 0.0)
     schedule.flush(0.0)
     flying = {comp.comp: comp.flying for comp in schedule.comps.values()}
-    assert flying['d'] == flying['c1'] + flying['c2'] == 8
+    assert flying['d'] == flying['c1'] + flying['c2'] == 4
 
 
 def test_a_newcomer_gets_the_next_free_cpu():
     talk, works, there = busy()
     few = jobs(4, 'd')
-    assert sent(talk.submit(few)) == []
-    assert sent(talk.results('n', there[:1])) == few[:1]
-    assert sent(talk.results('n', there[1:2])) == few[1:2]
+    assert sent(talk.submit(few)) == few[:2], 'its part into the queue of the node, which gives the next CPU to who has fewest'
+    assert sent(talk.results('n', there[:1])) == []
+    assert sent(talk.results('n', there[1:2])) == []
     assert sent(talk.results('n', few[:1], 'd')) == few[2:3], 'an even share is two of four CPUs'
     assert sent(talk.results('n', few[1:2], 'd')) == few[3:]
 
@@ -588,7 +611,10 @@ def test_a_newcomer_is_served_although_the_other_clients_jobs_are_short():
     talk.submit(few)
     for _ in range(200):
         queue.extend(sent(talk.results('n', [queue.popleft() for _ in range(10)], took=0.001), comp='c'))
-        if few[-1]._state is JobState.RUNNING:
+        running = [work for work in few if work._state is JobState.RUNNING]
+        if running:
+            talk.results('n', running[:1], 'd')
+        if few[-1]._state is JobState.FINISHED:
             return
     pytest.fail('after 2000 jobs of the other client the newcomer still waits')
 
@@ -652,7 +678,7 @@ class ModelNode:
 
     def __init__(self, key, cpus):
         self.key, self.cpus = key, cpus
-        self.linked = self.stopping = False
+        self.linked = self.stopping = self.away = False
         self.comps = set()
         self.forget()
 
@@ -721,6 +747,8 @@ class Walk:
         self.sent, self.free_again = {}, set()      # work -> its last attempt; attempts that were never started
         self.serials, self.open, self.reentrant, self.opened = set(), [], {}, 0
         self.recalls = 0
+        self.drains, self.drained = set(), []     # (node, comp) that drain, and that have
+        self.now, self.gone = 0.0, set()
 
     # what happens
 
@@ -731,11 +759,12 @@ class Walk:
         self.open.append(comp)
         self.event(Opened(comp, self.rng.choice('xyz'), self.reentrant[comp]))
         for node in self.nodes.values():
-            if node.linked:
+            if node.linked and not node.away:
                 self.set_up(node, comp)
 
     def set_up(self, node, comp):
         node.comps.add(comp)
+        self.drains.discard((node.key, comp))
         held = node.held(comp)
         flight = self.schedule.nodes[node.key].flight.get(comp, {}) if node.key in self.schedule.nodes else {}
         self.free_again.update(set(flight) - set(held))
@@ -775,17 +804,29 @@ class Walk:
             node.linked = True
             for comp in self.open:
                 self.set_up(node, comp)
+        elif node.away and rng.random() < 0.2:
+            self.back(node) if rng.random() < 0.7 else self.wait(node)
         else:
             self.go_on(node)
 
     def trouble(self, node):
         what = self.rng.random()
-        if not node.linked:
+        if not node.linked or node.away:
             return
-        if what < 0.3:      # a short break: the client comes back before the node is given up
+        if node.comps and self.rng.random() < 0.4:
+            comp = self.rng.choice(sorted(node.comps))
+            if what < 0.7:
+                self.event(NodeOffers(node.key, comp, self.rng.randint(0, node.cpus)))
+            else:
+                self.drains.add((node.key, comp))
+                self.event(NodeDrains(node.key, comp))
+            return
+        if what < 0.3:      # a break: the client comes back before the node is given up, or does not
             node.cut()
-            for comp in sorted(node.comps):
-                self.set_up(node, comp)
+            node.away = True
+            self.event(NodeAway(node.key, 'host', 'broken', self.now + 5.0))
+            if self.rng.random() < 0.5:
+                self.back(node)
             return
         if what < 0.5 and node.comps:
             comp = self.rng.choice(sorted(node.comps))
@@ -795,8 +836,30 @@ class Walk:
             return
         self.lose(node, what < 0.8)
 
+    def back(self, node):
+        node.away = False
+        for place in (node.waiting, node.running, node.results):   # of computations that were closed meanwhile
+            for key in [key for key in place if key[0] not in self.open]:
+                del place[key]
+        for comp in self.open:
+            self.set_up(node, comp)
+
+    def wait(self, node):
+        """Until the node is given up; it goes on all the same."""
+        self.now += 6.0
+        for other in self.nodes.values():
+            if other.away and other.key in self.schedule.nodes:
+                self.gone.add(other.key)
+            if other.away:
+                other.linked = other.away = other.stopping = False
+                other.comps.clear()
+                other.cut()
+        self.act(self.schedule.flush(self.now))
+        assert not self.gone
+        self.check()
+
     def lose(self, node, restarted):
-        node.linked = node.stopping = False
+        node.linked = node.stopping = node.away = False
         node.comps.clear()
         node.cut()
         if restarted:
@@ -814,7 +877,7 @@ class Walk:
             if rng.random() < 0.02:
                 outcome, node.stopping = Outcome.STOPPED, True
             node.end(rng.choice(sorted(node.running)), outcome, rng.choice((0.001, 0.001, 0.03, 0.5)))
-        elif node.outbox:
+        elif node.outbox and not node.away:
             event = node.outbox.popleft()
             if type(event) is NodeReturned:
                 self.free_again.update(event.serials)
@@ -837,7 +900,12 @@ class Walk:
                 return
             if turn == 0:
                 self.nodes['large'] = ModelNode('large', 4)
+                for node in list(self.nodes.values()):
+                    for comp in sorted(node.comps) if node.linked else ():
+                        self.event(NodeOffers(node.key, comp, node.cpus))
             for node in self.nodes.values():
+                if node.away:
+                    self.back(node)
                 if not node.linked:
                     node.linked = True
                 for comp in self.open:
@@ -849,11 +917,18 @@ class Walk:
     # what is said and must be true
 
     def event(self, event):
-        self.act(self.schedule.handle(event, 0.0))
+        self.act(self.schedule.handle(event, self.now))
         self.check()
-        self.act(self.schedule.flush(0.0))
+        self.act(self.schedule.flush(self.now))
         self.check()
         self.check_no_idle_cpu()
+        while self.drained:
+            key, comp = self.drained.pop()
+            if (key, comp) in self.drains and comp in self.nodes[key].comps:
+                self.nodes[key].comps.discard(comp)
+                self.nodes[key].inbox.append((None, comp, None))
+                self.event(NodeLeft(key, comp, 'host', 'left'))
+            self.drains.discard((key, comp))
 
     def act(self, actions):
         batches = collections.Counter((action.node, action.comp) for action in only(actions, SendJobs))
@@ -867,9 +942,17 @@ class Walk:
             elif kind is JobsEnded:
                 for work, _ in action.pairs:
                     self.end(work)
+            elif kind is NodeGone:
+                self.gone.discard(action.node)
+            elif kind is NodeDrained:
+                assert not self.schedule.nodes[action.node].flight[action.comp]
+                self.drained.append((action.node, action.comp))
             else:
                 node = self.nodes[action.node]
                 assert node.linked
+                if node.away:   # nothing can be sent, and nothing new is
+                    assert kind is not SendJobs
+                    continue
                 what = action.most if kind is SendRecall else self.rows(action) if kind is SendJobs else action.serials
                 node.inbox.append((kind, action.comp, what))
 
@@ -892,7 +975,10 @@ class Walk:
         flying = collections.Counter()
         for node in self.schedule.nodes.values():
             works = [(name, serial, work) for name, flight in node.flight.items() for serial, work in flight.items()]
-            assert node.used == sum(Schedule._cpus(work) for _, _, work in works)
+            assert node.used == sum(Schedule._cpus(work) for _, _, work in works) == sum(node.parts.values())
+            assert set(node.parts) == set(node.limits) == set(node.flight) == set(node.comps)
+            assert node.cpus == max(node.limits.values(), default=0)
+            assert node.taken == sum(min(node.parts[name], node.limits[name]) for name in node.parts)
             assert node.bytes == sum(size_of(work._payload) for _, _, work in works)
             for name, serial, work in works:
                 assert work._serial == serial and work._comp == name
@@ -915,10 +1001,10 @@ class Walk:
 
     def check_no_idle_cpu(self):
         for node in self.schedule.nodes.values():
-            for comp in node.comps.values():
+            for comp in node.comps.values() if node.away is None else ():
                 head = comp.queue.head()
-                if node.used < node.cpus and head is not None:
-                    assert Schedule._cpus(head) > node.cpus - node.used, 'a CPU is idle and a job waits'
+                if node.room(comp.comp) > 0 and head is not None:
+                    assert Schedule._cpus(head) > node.room(comp.comp), 'a CPU is idle and a job waits'
 
 
 @pytest.mark.parametrize('first', range(0, 240, 20))

@@ -101,12 +101,15 @@ class Dispy:
                 time.sleep(0.02)
         raise RuntimeError('the node did not start')
 
+    def _options(self):
+        return {}
+
     def submit(self, function, argument):
         cluster = self._clusters.get(function)
         if cluster is None:
             for other in self._clusters.values():
                 other.close()
-            cluster = dispy.JobCluster(function, nodes=[('127.0.0.1', self._port)], loglevel=logging.ERROR)
+            cluster = dispy.JobCluster(function, nodes=[('127.0.0.1', self._port)], loglevel=logging.ERROR, **self._options())
             self._clusters = {function: cluster}
         return cluster.submit(argument)
 
@@ -122,6 +125,14 @@ class Dispy:
         self._node.terminate()
         self._node.wait(30)
         self._directory.cleanup()
+
+
+class Recoverable(Dispy):
+    """The same with a recover_file."""
+    name = 'dispy, recover_file'
+
+    def _options(self):
+        return {'recover_file': os.path.join(self._directory.name, 'jobs')}
 
 
 def gather(engine, function, arguments):
@@ -158,6 +169,18 @@ def measure_large(engine, count):
 def measure_efficiency(engine, count):
     gather(engine, burn, [0.001] * 20)
     return {'efficiency 20 ms': count * 0.02 / WORKERS / gather(engine, burn, [0.02] * count)}
+
+
+def measure_recoverable(count):
+    """Empty jobs a second of a cluster with a recover_file, and of one without beside it."""
+    found = []
+    for engine_class in (Dispy, Recoverable):
+        engine = engine_class()
+        try:
+            found.append(measure_empty(engine, count)['empty jobs/s'])
+        finally:
+            engine.close()
+    return found
 
 
 def measure_first_result():
@@ -218,7 +241,10 @@ def main():
     table = {name: {key: statistics.median(values) for key, values in found.items()} for name, found in figures.items()}
     ratios = {other: {key: table['dispy'][key] / table[other][key] for key in table['dispy']}
               for other in table if other != 'dispy'}
-    own = {'first result s': statistics.median(measure_first_result() for _ in range(rounds)),
+    without, recoverable = zip(*(measure_recoverable(20000 // divide) for _ in range(rounds)))
+    own = {'empty jobs/s with recover_file': statistics.median(recoverable),
+           'ratio to those without': statistics.median(recoverable) / statistics.median(without),
+           'first result s': statistics.median(measure_first_result() for _ in range(rounds)),
            'bytes per queued job': measure_memory(100000 // divide)}
     if args.json:
         print(json.dumps({'rounds': rounds, 'python': sys.version.split()[0], 'cpus': os.cpu_count(), 'median': table,

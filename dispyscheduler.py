@@ -1,0 +1,1555 @@
+#!/usr/bin/env python3
+"""The scheduler that lets several programs share nodes; it outlives them, and its own death.
+
+Run `python dispyscheduler.py` on a host that programs and nodes can reach; programs use
+`dispy.SharedJobCluster(compute, scheduler_host=HOST)`. It finds nodes itself (`-n HOST`, or by asking the network);
+nodes that cannot be reached connect to it (`dispynode.py --scheduler-host HOST`).
+
+    programs                     this process                                              nodes
+    +---------------+  frames   +------------------------------------------+   frames   +-----------+
+    | driver        | <=======> | accept threads   TLS and handshake       | <========> | dispynode |
+    +---------------+           |      | post()                            |            +-----------+
+                                | main thread      Loop: links, timers     |
+                                |      |           Schedule: decides       |
+                                | State            SQLite, a transaction   |
+                                |                  a turn                  |
+                                +------------------------------------------+
+
+To a program this is a node that has CPUs without end, which keeps what it was given; to nodes it is a program with
+many computations. So nearly all is dispy's `Driver` and `Schedule`, and here stands what is between: `Remote`, a program's
+computation, in the place of a JobCluster.
+
+The life of a job here:
+  1. `Jobs` of a program is noted, and handed to the Schedule.
+  2. At the end of the turn the transaction is written; only then is anything sent of what the turn has brought about.
+  3. The Schedule sends it to a node; the program is told where it is (`Where`).
+  4. The node's result is noted, sent to the program, and acknowledged to the node when it is on the disk.
+  5. The program's Ack removes it.
+After `kill -9` and a new start nodes and programs connect again, and say what they hold; what is on the disk is the rest.
+
+Payloads stay sealed: nothing that a user has sent is unpickled here, nor anything that is found on the disk, but by
+`open_envelope`, which opens builtins only.
+
+Files this host needs: this one, dispy.py, dispynode.py, cloudpickle.
+"""
+
+import argparse
+import bisect
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import importlib
+import itertools
+import json
+import logging
+import math
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+from dispy import (
+    Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobsEnded, JobState, JobWaits, NodeDrained,
+    NodeDrains, NodeHad, NodeOffers, NodeSpec, Peer, REDIAL_MOST, Schedule, SendJobs, UseState, Work, parse_nodes)
+from dispynode import (
+    FRAME_FILL, GOES_ON, NODE_PORT, PULSE, Role, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Bye, Call, Cancel, Compute, DispyError,
+    Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
+    Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
+    Said, Shutdown, StartError, Welcome, Where, __version__, beside, derive_key, discovery_reach,
+    find_secret, host_and_port, open_envelope, parse_arguments, pieces_of, positive, save_config, set_up_log, size_option, size_of,
+    unpack_error)
+
+# ---------------------------------------------------------------------------------------------------------
+# Constants and errors
+# ---------------------------------------------------------------------------------------------------------
+
+ENDLESS = 1 << 20             # CPUs that programs are told of: all they submit comes here at once
+IN_MEMORY = 8 << 20           # bytes of waiting jobs' arguments that are kept in memory besides the disk
+OBJECT = 48                   # bytes of memory that a bytes object takes besides its contents
+LARGE = 64 * 1024             # bytes from which arguments and results are files of their own
+RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
+REMOVED_MOST = 1000           # acknowledged results that may wait to be removed from the disk
+HTTPD_PORT = 8181             # of the web monitor
+RETRY_TIME = 1.0              # s between attempts to write to a disk that was full
+PAGE = 500                    # rows of an answer to a monitor at most
+FAILURES_KEPT, FAILURES_PAGE, FAILURE_TEXT = 500, 100, 8000   # failed jobs, those told at once, characters of a traceback
+ARGUMENTS_MOST = 16384        # bytes of arguments that monitors are told
+REPORTS_APART = 5.0           # s between two questions to a node for what is free there
+
+logger = logging.getLogger('dispyscheduler')
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What is kept on disk
+# ---------------------------------------------------------------------------------------------------------
+
+class State(Database):
+    """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of computations in
+    <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
+    MARK, VERSION, SYNC = 0x64735335, 1, 'FULL'
+    WAITING, SENT, ENDED = range(3)
+    TABLES = """
+        CREATE TABLE own (name TEXT PRIMARY KEY, value BLOB);
+        CREATE TABLE comps (place INTEGER PRIMARY KEY, comp TEXT UNIQUE, client BLOB, spec BLOB);
+        CREATE TABLE jobs (number INTEGER PRIMARY KEY, comp INTEGER, client INTEGER, payload BLOB, options BLOB, state INTEGER,
+            attempt INTEGER, node INTEGER, result BLOB);
+        CREATE TABLE nodes (place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT, instance BLOB)
+        """   # rows of jobs name others by their places, and hardly grow when they are sent: pages need not be split then
+    COMP, OVER, INSERT, MOVE, END, REMOVE, NODE = range(7)
+    STATEMENTS = (
+        'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
+        'DELETE FROM comps WHERE comp = ?',
+        'INSERT INTO jobs VALUES (?, ?, ?, ?, ?, 0, 0, 0, NULL)',
+        'UPDATE jobs SET state = ?, attempt = ?, node = ? WHERE number = ?',
+        'UPDATE jobs SET state = 2, payload = NULL, result = ? WHERE number = ?',
+        'DELETE FROM jobs WHERE number = ?',
+        'INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?, ?)')
+
+    def __init__(self, root: str) -> None:
+        """Raises DispyError, OSError."""
+        self.root, self.large = root, os.path.join(root, 'large')
+        for path in (root, self.large):
+            os.makedirs(path, mode=0o700, exist_ok=True)
+        os.chmod(root, 0o700)
+        super().__init__(os.path.join(root, 'state.db'), 'the state')
+        run = self._db.execute
+        run('INSERT OR IGNORE INTO own VALUES (?, ?)', ('instance', os.urandom(16)))
+        self.instance: bytes = run("SELECT value FROM own WHERE name = 'instance'").fetchone()[0]
+        run("INSERT OR IGNORE INTO own VALUES ('starts', 0)")
+        run("UPDATE own SET value = value + 1 WHERE name = 'starts'")
+        # Nodes may still hold results of jobs that are not here any more: their numbers are not given twice.
+        self.number: int = max(*run("SELECT value << 30, (SELECT coalesce(max(number), 0) FROM jobs) FROM own WHERE name = 'starts'").fetchone())
+        self._comps: Dict[str, int] = dict(run('SELECT comp, place FROM comps'))
+        self._places: Dict[str, int] = dict(run('SELECT key, place FROM nodes'))
+        self._newest = itertools.count(1 + max([0, *self._comps.values(), *self._places.values()]))
+        self._files = self._find_files()   # numbers of jobs with large files
+        self._large: Dict[Tuple[int, str], Sequence[Any]] = {}   # large files to be written before the next transaction
+        self._gone: List[int] = []         # those whose files are not needed after the next transaction
+
+    def _find_files(self) -> Set[int]:
+        """Removes those that the last run did not come to use, or to remove."""
+        found: Set[int] = set()
+        for name in os.listdir(self.large):
+            number, _, end = name.partition('.')
+            if number.isdigit() and end in ('p', 'r') and self._db.execute('SELECT 1 FROM jobs WHERE number = ?', (int(number),)).fetchone():
+                found.add(int(number))
+            else:
+                os.unlink(os.path.join(self.large, name))
+        return found
+
+    # -- computations and nodes -------------------------------------------------------------------------------
+
+    def began(self, remote: 'Remote') -> None:
+        """A computation is new, or its spec has changed."""
+        place = self._comps.get(remote._comp)
+        if place is None:
+            place = self._comps[remote._comp] = next(self._newest)
+        self.note(self.COMP, place, remote._comp, remote.instance, pickle.dumps(remote._cargo.spec, 5))
+
+    def over(self, comp: str) -> None:
+        """A computation, whose jobs are removed."""
+        if self._comps.pop(comp, None) is not None:
+            self.note(self.OVER, comp)
+
+    def met(self, peer: Peer) -> None:
+        """A node is connected."""
+        key = _key_text(peer.key)
+        if key not in self._places:
+            self._places[key] = next(self._newest)
+        self.note(self.NODE, self._places[key], key, peer.host, peer.port, peer.name, peer.instance)
+
+    # -- jobs -----------------------------------------------------------------------------------------------
+
+    def _file(self, number: int, end: str) -> str:
+        return os.path.join(self.large, '%d.%s' % (number, end))
+
+    def _keep(self, number: int, end: str, pieces: Sequence[Any]) -> None:
+        path = self._file(number, end)
+        try:
+            with open(path + '.part', 'wb') as file:
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(path + '.part')
+            raise
+        os.replace(path + '.part', path)
+        self._files.add(number)
+
+    def submitted(self, work: 'RemoteWork', payload: Any) -> None:
+        """A new job."""
+        number = work._serial >> 16
+        large = size_of(payload) >= LARGE
+        if large:
+            self._large[number, 'p'] = pieces_of(payload)
+        self.note(self.INSERT, number, self._comps[work._comp], work._client, None if large else b''.join(pieces_of(payload)),
+                  pickle.dumps(work._options) if work._options else None)
+
+    def payload(self, number: int) -> Any:
+        """The arguments of a job that has not ended."""
+        new = self._notes[self.INSERT]   # submitted in this very turn, in the order of their numbers
+        at = bisect.bisect_left(new, (number,))
+        if at < len(new) and new[at][0] == number and new[at][3] is not None:
+            return new[at][3]
+        if (number, 'p') in self._large:
+            return b''.join(self._large[number, 'p'])
+        row = self._db.execute('SELECT payload FROM jobs WHERE number = ?', (number,)).fetchone()
+        if row is not None and row[0] is not None:
+            return row[0]
+        with open(self._file(number, 'p'), 'rb') as file:
+            return file.read()
+
+    def sent(self, works: Sequence[Work], key: Any) -> None:
+        """Jobs go to a node, when this is on the disk."""
+        place = self._places[_key_text(key)]
+        self._notes[self.MOVE] += [(self.SENT, work._serial & 0xffff, place, work._serial >> 16) for work in works]
+
+    def waits(self, work: Work) -> None:
+        """A job is back from a node."""
+        self.note(self.MOVE, self.WAITING, work._serial & 0xffff, 0, work._serial >> 16)
+
+    def payload_size(self, number: int) -> int:
+        """Bytes of the arguments of a job, if they are a file; otherwise 0. Raises OSError."""
+        if (number, 'p') in self._large:
+            return size_of(tuple(self._large[number, 'p']))
+        return os.path.getsize(self._file(number, 'p')) if number in self._files else 0
+
+    def ended(self, number: int, row: tuple) -> None:
+        """A row of Results, with the serial that the program knows."""
+        data: Optional[bytes] = pickle.dumps(row[:4] + tuple(map(_plain, row[4:])), 5)
+        if len(data) >= LARGE:  # type: ignore[arg-type]
+            self._large[number, 'r'] = [data]
+            data = None
+        self.note(self.END, data, number)
+
+    def removed(self, numbers: Sequence[int]) -> None:
+        """A program has these results, or wants none."""
+        self._notes[self.REMOVE] += [(number,) for number in numbers]
+        if self._files:
+            self._gone += self._files.intersection(numbers)
+
+    def commit(self) -> bool:
+        """As Database, with the large files before it; then those go that are not needed any more. That results were acknowledged can wait for more to write:
+        if it is lost, they come once more, and are acknowledged as known."""
+        if not self._gone and len(self._notes[self.REMOVE]) < REMOVED_MOST and not any(
+                rows for rows in self._notes if rows is not self._notes[self.REMOVE]):
+            return True
+        try:
+            for (number, end), pieces in list(self._large.items()):
+                self._keep(number, end, pieces)
+                del self._large[number, end]
+        except OSError as exc:
+            return self._failed(exc)
+        done = super().commit()
+        if done and self._gone:
+            for number, end in itertools.product(self._gone, 'pr'):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._file(number, end))
+            self._files.difference_update(self._gone)
+            self._gone = []
+        return done
+
+    def results(self, numbers: Sequence[int]) -> Iterator[tuple]:
+        """Rows of Results that are on the disk, one after the other."""
+        for number in numbers:
+            row = self._db.execute('SELECT result FROM jobs WHERE number = ? AND state = 2', (number,)).fetchone()
+            if row is not None and row[0] is None:
+                with contextlib.suppress(FileNotFoundError):   # acknowledged meanwhile
+                    with open(self._file(number, 'r'), 'rb') as file:
+                        yield open_envelope(file.read())
+            elif row is not None:
+                yield open_envelope(row[0])
+
+    # -- at the start -----------------------------------------------------------------------------------------
+
+    def comps(self) -> List[Tuple[str, bytes, dict]]:
+        """Computations in the order in which they came: name, instance of the program, spec."""
+        return [(comp, client, open_envelope(spec)) for comp, client, spec in
+                self._db.execute('SELECT comp, client, spec FROM comps ORDER BY place')]
+
+    def jobs(self, comp: str) -> Iterator[Tuple[int, int, Any, int, int, Any]]:
+        """Rows (number, serial of the program, options, state, serial, key of its node) of a computation, in order."""
+        keys = {place: _key_of(key) for key, place in self._places.items()}
+        for number, client, options, state, attempt, node in self._db.execute(
+                'SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? ORDER BY number', (self._comps[comp],)):
+            yield number, client, open_envelope(options) if options else None, state, number << 16 | attempt, keys.get(node)
+
+    def nodes(self) -> List[tuple]:
+        """Rows (key, host, port, name, instance)."""
+        return [(_key_of(key), *rest) for key, *rest in self._db.execute('SELECT key, host, port, name, instance FROM nodes')]
+
+    def close(self) -> None:
+        """Let go of it."""
+        super().commit()
+        self._db.close()
+
+
+def _plain(value: Any) -> Any:
+    return bytes(value) if isinstance(value, (memoryview, bytearray)) else b''.join(value) if type(value) is tuple else value
+
+
+def _key_text(key: Any) -> str:
+    return json.dumps(key)
+
+
+def _key_of(text: str) -> Any:
+    key = json.loads(text)
+    return tuple(key) if isinstance(key, list) else key
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Computations of programs
+# ---------------------------------------------------------------------------------------------------------
+
+class RemoteWork(Work):
+    """A job of a program."""
+    __slots__ = ('_client',)   # the serial that the program knows it by
+
+    def __init__(self, comp: str, payload: Any, options: Optional[dict], serial: int, client: int) -> None:
+        super().__init__(comp, payload, options)
+        self._serial, self._client = serial, client
+
+
+class RemoteAllocator(NamedTuple):
+    """A NodeAllocate of a program, which is asked by its number."""
+    number: int
+
+
+class Remote:
+    """A program's computation; to the driver it is a cluster. The loop's thread."""
+    _host, _host_has_port, _multicast, _remote = None, False, False, False
+    _cluster_status = _on_output = None
+    _chains: Dict[Any, Any] = {}
+
+    def __init__(self, comp: str, client: bytes, spec: dict, directory: str) -> None:
+        shared = spec['shared']
+        self._comp, self._client, self.name = comp, client.hex(), spec['name']
+        self.instance, self.link = client, 0
+        self.directory = directory
+        self._reentrant, self.exclusive, self.cloudpickle = shared['reentrant'], shared['exclusive'], shared['cloudpickle']
+        self._port = NODE_PORT
+        self._specs = specs_of(shared['nodes'])
+        self._source: Optional[Tuple[bytes, str]] = None
+        self.take_spec(spec)
+        self.receiver = FileReceiver(directory)
+        self.wanted: Deque[Tuple[list, Callable[[str], None]]] = collections.deque()   # files to be had, and who waits for them
+        self.ready = False
+        self.works: Dict[int, RemoteWork] = {}    # by the program's serials
+        self.ended: Dict[int, int] = {}           # the same of jobs that have ended and are not acknowledged, to their numbers
+        self.outbox: List[tuple] = []
+        self.calls: Dict[int, Callable[[tuple, Any], None]] = {}
+        self.placing: Dict[str, IncomingFile] = {}
+        self.files: Dict[int, int] = {}           # serials of jobs that send a file, to the link that it goes along
+        self.given_up_at = math.inf               # when, if its program does not come back
+        self.number, self.since, self.program = 0, 0.0, ''   # for monitors: what it is called, since when it is here, whose it is
+        self.ends = [0, 0, 0]                     # jobs done, failed, cancelled
+        self.ended_at: Dict[Any, List[float]] = {}   # node -> jobs ended there, seconds that they ran
+
+    def take_spec(self, spec: dict) -> None:
+        """What nodes are sent; it has changed after a setup with other files."""
+        paths = {row[0]: os.path.join(self.directory, *row[0].split('/')) for row in spec['files']}
+        spec = dict(spec, code=bytes(spec['code']), setup_args=bytes(spec['setup_args']),
+                    support={name: bytes(source) for name, source in spec['support'].items()})
+        self._cargo = Cargo(spec, paths, spec['kind'] == 'program', lambda: (b'', 'only its program can tell'))
+
+    def _node_came(self) -> None:
+        """As a cluster's; News tells it."""
+
+    def _describe(self, *args: Any) -> None:
+        """As a cluster's."""
+
+
+class House:
+    """The scheduler's own hold on its nodes: it looks and never computes, and they stay connected."""
+    _cargo = _host = _cluster_status = _on_output = _source = None
+    _host_has_port = _multicast = _reentrant = _remote = False
+    _client = _comp = 'house'
+    name = 'the scheduler'
+
+    def __init__(self, specs: List[NodeSpec], port: int) -> None:
+        self._specs, self._port = specs, port
+
+    def _met(self, peer: Peer) -> None:
+        """Connected, which is enough."""
+
+    def _node_came(self) -> None:
+        """As a cluster's."""
+
+
+def specs_of(rows: Any) -> List[NodeSpec]:
+    """`nodes` of a program as it came over the wire; None: all. Raises PeerError."""
+    if rows is None:
+        return [NodeSpec('*', NODE_PORT)]
+    try:
+        return [parse_nodes((host, port, cpus), NODE_PORT, True)[0]._replace(allocator=RemoteAllocator(number) if number else None)  # type: ignore[arg-type]
+                for host, port, cpus, number in rows]
+    except (TypeError, ValueError) as exc:
+        raise PeerError('nodes: %s' % exc) from exc
+
+
+class _Session(NamedTuple):
+    """A program's link."""
+    link: Link
+    names: List[str]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The scheduler
+# ---------------------------------------------------------------------------------------------------------
+
+class Options(NamedTuple):
+    """How a scheduler is to be; one field an option of the command line."""
+    hosts: Tuple[str, ...]
+    port: int
+    nodes: Tuple[str, ...]
+    node_port: int
+    state_dir: str
+    cluster_secret: bytes
+    node_secret: bytes
+    cluster_certfile: Optional[str] = None
+    cluster_keyfile: Optional[str] = None
+    node_certfile: Optional[str] = None
+    node_keyfile: Optional[str] = None
+    fifo: bool = False
+    pulse: float = PULSE
+    ping: float = REDIAL_MOST
+    zombie: float = ZOMBIE_TIME
+    max_file_size: int = sys.maxsize
+    multicast: bool = False
+
+
+class Stop(NamedTuple):
+    """Posted by a signal."""
+
+
+class Overview:
+    """What monitors ask and order, by a `Call` named 'overview' that speaks of no computation: who knows the cluster secret may see
+    and manage everything. Answers are plain values, never more than PAGE rows; they cost O(rows) and, of a node, O(CPUs), never O(jobs).
+    Counts, limits and releases are of this process: a scheduler that is started again has forgotten them. The loop's thread."""
+
+    def __init__(self, scheduler: 'Scheduler') -> None:
+        self._scheduler = scheduler
+        self._numbers = itertools.count(1)
+        self._ended_at: Dict[Any, List[float]] = {}     # of computations that are over, as Remote's
+        self._failed = 0
+        self._failures: Deque[tuple] = collections.deque(maxlen=FAILURES_KEPT)
+        self._asked: Dict[Tuple[Any, str], float] = {}                  # (node, computation) -> when it was asked what is there
+        self._reports: Dict[Tuple[Any, str], Tuple[float, Any]] = {}    # -> when it answered, what
+        self._released: Dict[Any, Set[str]] = {}        # nodes that nobody may use -> computations that were told so
+        self._answers: Dict[str, Callable[..., Any]] = {
+            'clusters': self._clusters, 'nodes': self._nodes, 'failures': self._failures_since, 'jobs': self._jobs, 'arguments': self._arguments,
+            'cancel': self._cancel, 'cancel_waiting': self._cancel_waiting, 'add': self._add, 'cpus': self._cpus, 'release': self._release,
+            'use': self._use}
+
+    def answer(self, name: str = '', *args: Any) -> Tuple[float, Any]:
+        """Seconds that it took, and the answer. Raises ValueError, TypeError for what makes no sense."""
+        began = time.perf_counter()
+        if name not in self._answers:
+            raise ValueError('%.40r cannot be asked of a scheduler' % (name,))
+        value = self._answers[name](*args)
+        return time.perf_counter() - began, value
+
+    # -- told by the scheduler ------------------------------------------------------------------------------------
+
+    def opened(self, remote: Remote) -> None:
+        """A computation begins."""
+        remote.number, remote.since = next(self._numbers), self._scheduler.now
+
+    def ended(self, remote: Remote, work: RemoteWork, row: tuple, node: Any) -> None:
+        """A job has ended with this row of Results, `node` is where, if it was on one."""
+        outcome = row[1]
+        kind = 0 if outcome in _RETURNED else 2 if outcome == Outcome.CANCELLED else 1
+        remote.ends[kind] += 1
+        if node is not None:
+            count = remote.ended_at.setdefault(node, [0, 0.0])
+            count[0] += 1
+            count[1] += row[3] - row[2]
+        if kind == 1:
+            payload, peer = _plain(row[4]), self._scheduler._peers.get(node)
+            text = unpack_error(payload)[0] if outcome == Outcome.RAISED and len(payload) >= 4 else payload.decode('utf-8', 'replace')
+            self._failed += 1
+            self._failures.append((
+                self._failed, row[3] or time.time(), remote.number, work._client >> 16, _shown(work._payload),
+                int(JobState.ABANDONED if outcome == Outcome.ABANDONED else JobState.TERMINATED), str(peer) if peer is not None else '', text[-FAILURE_TEXT:]))
+
+    def over(self, remote: Remote) -> None:
+        """A computation is over."""
+        peers = self._scheduler._peers
+        for key, (jobs, seconds) in remote.ended_at.items():
+            count = self._ended_at.setdefault(key, [0, 0.0])
+            count[0] += jobs
+            count[1] += seconds
+        self._ended_at = {key: count for key, count in self._ended_at.items() if key in peers}
+        self._asked = {where: at for where, at in self._asked.items() if where[0] in peers and where[1] != remote._comp}
+        self._reports = {where: report for where, report in self._reports.items() if where in self._asked}
+
+    def keeps(self, peer: Peer, comp: str) -> bool:
+        """Whether a computation may not be set up at a node because it was released for all."""
+        use = peer.uses[comp]
+        if comp == 'house' or peer.key not in self._released or use.state is UseState.CLOSED or use.offered:
+            return False
+        use.move('close')
+        use.reason = 'released at the scheduler'
+        self._released[peer.key].add(comp)
+        return True
+
+    # -- questions --------------------------------------------------------------------------------------------------
+
+    def _remotes(self) -> List[Remote]:
+        return [cluster for cluster in self._scheduler._clusters.values() if isinstance(cluster, Remote)]
+
+    def _remote(self, number: int) -> Remote:
+        for remote in self._remotes():
+            if remote.number == number:
+                return remote
+        raise ValueError('there is no cluster %.20r' % (number,))
+
+    def _peer(self, key: Any) -> Peer:
+        peer = self._scheduler._peers.get(key)
+        if peer is None:
+            raise ValueError('there is no node %.80r' % (key,))
+        return peer
+
+    def _clusters(self, first: int, count: int) -> List[dict]:
+        now, rows = self._scheduler.now, []
+        for remote in self._remotes()[first:first + min(count, PAGE)]:
+            done, failed, cancelled = remote.ends
+            rows.append({
+                'number': remote.number, 'comp': remote._comp, 'name': remote.name[:200], 'program': remote.program,
+                'connected': remote.link in self._scheduler.links, 'submitted': len(remote.works) + done + failed + cancelled, 'done': done,
+                'failed': failed, 'cancelled': cancelled, 'job_seconds': sum(seconds for _, seconds in remote.ended_at.values()),
+                'elapsed': now - remote.since})
+        return rows
+
+    def _nodes(self, first: int, count: int, asking: bool) -> List[dict]:
+        scheduler = self._scheduler
+        remotes = self._remotes()
+        return [self._node(peer, remotes, asking) for peer in itertools.islice(scheduler._peers.values(), first, first + min(count, PAGE))]
+
+    def _node(self, peer: Peer, remotes: List[Remote], asking: bool) -> dict:
+        scheduler = self._scheduler
+        if asking:
+            self._ask(peer, 'house', REPORTS_APART)
+        report = self._reports.get((peer.key, 'house'))
+        free = dict(peer.facts.get('available', {}), **(report[1].available if report is not None else {}))
+        running = self._running(peer)
+        jobs, seconds = self._ended_at.get(peer.key, (0, 0.0))
+        uses = []
+        for remote in remotes:
+            use = peer.uses.get(remote._comp)
+            mine = remote.ended_at.get(peer.key, (0, 0.0))
+            jobs, seconds = jobs + mine[0], seconds + mine[1]
+            if use is not None:
+                _, state, reason, cpus, _ = scheduler.node_of(remote._comp, peer)
+                there, used = running.get(remote._comp, (0, 0))
+                uses.append((remote.number, 'drained' if reason == 'deallocated' else state, reason[-500:], cpus, there, used, *mine))
+        state, reason = peer.state.value, peer.reason
+        if peer.key in self._released:
+            state, reason = 'closed', 'released at the scheduler'
+        elif peer.most == 0:
+            state, reason = 'drained', 'deallocated'
+        return {'key': peer.key, 'name': peer.name, 'address': peer.ip_addr, 'port': peer.port, 'state': state, 'reason': reason[-2000:],
+                'offered': peer.offered, 'cpus': min(peer.offered, peer.most), 'free': [free.get(name) for name in ('memory', 'disk', 'cpu')],
+                'platform': str(peer.facts.get('platform', ''))[:200], 'jobs': jobs, 'job_seconds': seconds, 'uses': uses,
+                'heard': max(0.0, scheduler.clock() - peer.link.heard) if peer.link is not None else None}
+
+    def _running(self, peer: Peer) -> Dict[str, Tuple[int, int]]:
+        """Computation -> jobs that run on a node and their CPUs: of each the first that were sent there. Where there is more than the
+        CPUs can take, the node shares them out evenly."""
+        node = self._scheduler.schedule.nodes.get(peer.key)
+        found: Dict[str, Tuple[int, int]] = {}
+        if node is None or not node.used:
+            return found
+        wants = sorted((min(part, node.limits[comp] or peer.offered), comp) for comp, part in node.parts.items() if part)
+        left = peer.offered
+        for place, (want, comp) in enumerate(wants):
+            most, jobs, used = min(want, -(-left // (len(wants) - place))), 0, 0
+            for work in node.flight[comp].values():
+                wide = work._options.get('cpus', 1) if work._options else 1
+                if used + wide > most:
+                    break
+                jobs, used = jobs + 1, used + wide
+            found[comp] = jobs, used
+            left -= used
+        return found
+
+    def _ask(self, peer: Peer, comp: str, apart: float) -> None:
+        """Ask a node what is there, `apart` s after the last time."""
+        now = self._scheduler.now
+        if peer.link is None or not peer.name or now - self._asked.get((peer.key, comp), -apart) < apart:
+            return
+        self._asked[peer.key, comp] = now
+        future = peer.answers.get((comp, ''))
+        if future is None:
+            future = peer.answers[comp, ''] = concurrent.futures.Future()
+            self._scheduler.say(peer.link, Query(comp))
+        future.add_done_callback(functools.partial(self._reported, (peer.key, comp)))
+
+    def _reported(self, where: Tuple[Any, str], future: Any) -> None:
+        if future.exception() is None:
+            self._reports[where] = (self._scheduler.now, future.result())
+
+    def _failures_since(self, known: int) -> List[tuple]:
+        """The oldest that come after this one: number, time, cluster, job, its arguments, status, node, text."""
+        return list(itertools.islice((row for row in self._failures if row[0] > known or known > self._failed), FAILURES_PAGE))
+
+    def _jobs(self, key: Any) -> List[tuple]:
+        """Of a node: cluster, job, whether it runs, seconds that it has run or None."""
+        peer = self._peer(key)
+        node, running, rows = self._scheduler.schedule.nodes.get(peer.key), self._running(peer), []  # type: Any, Dict[str, Tuple[int, int]], List[tuple]
+        for remote in self._remotes() if node is not None else ():
+            flight = node.flight.get(remote._comp)
+            if not flight:
+                continue
+            self._ask(peer, remote._comp, 1.0)
+            at, report = self._reports.get((peer.key, remote._comp), (0.0, None))
+            runs = {serial: seconds + self._scheduler.now - at for serial, seconds in report.running} if report is not None else {}
+            for place, (serial, work) in enumerate(itertools.islice(flight.items(), PAGE - len(rows))):
+                rows.append((remote.number, work._client, serial in runs or place < running.get(remote._comp, (0, 0))[0], runs.get(serial)))  # type: ignore[attr-defined]
+        return rows
+
+    def _arguments(self, jobs: list) -> list:
+        """Of pairs of cluster and job: the packed arguments, how many bytes they are if that is much, or None."""
+        state, found = self._scheduler._state, []  # type: State, List[Any]
+        for number, serial in jobs[:PAGE]:
+            work = next((remote.works.get(serial) for remote in self._remotes() if remote.number == number), None)
+            payload: Any = None
+            if work is not None:
+                try:
+                    payload = work._payload or state.payload_size(work._serial >> 16) or state.payload(work._serial >> 16)
+                except OSError as exc:
+                    logger.debug('arguments of job %d: %s', serial >> 16, exc)   # shown without
+            found.append(payload if isinstance(payload, int) else _shown(payload))
+        return found
+
+    # -- orders -----------------------------------------------------------------------------------------------------
+
+    def _cancel_works(self, works: List[Any]) -> int:
+        for work in works:
+            self._scheduler._act(self._scheduler.schedule.handle(CancelAsked(work), self._scheduler.now))
+        return len(works)
+
+    def _cancel(self, number: int, key: Any, jobs: Any) -> int:
+        """Jobs on a node, a list of them or None: all."""
+        comp, node = self._remote(number)._comp, self._scheduler.schedule.nodes.get(self._peer(key).key)
+        there = list(node.flight.get(comp, {}).values()) if node is not None else []
+        return self._cancel_works([work for work in there if jobs is None or work._client in jobs])  # type: ignore[attr-defined]
+
+    def _cancel_waiting(self, number: int) -> int:
+        """Jobs that do not run, also those that wait on nodes."""
+        comp, schedule = self._remote(number)._comp, self._scheduler.schedule
+        known, works = schedule.comps.get(comp), []  # type: Any, List[Any]
+        for node in known.nodes.values() if known is not None else ():
+            peer = self._scheduler._peers.get(node.key)
+            runs = self._running(peer).get(comp, (0, 0))[0] if peer is not None else 0
+            works += list(node.flight[comp].values())[runs:]
+        return self._cancel_works(known.waiting() + works if known is not None else [])
+
+    def _add(self, host: str, port: Optional[int]) -> int:
+        """A node for all whose `nodes` mean it."""
+        self._scheduler.allocate('house', parse_nodes([host if port is None else (host, port)], self._scheduler._clusters['house']._port))
+        return 1
+
+    def _cpus(self, key: Any, cpus: int) -> int:
+        """CPUs of a node that each computation may use at most; 0: none, which drains it."""
+        peer = self._peer(key)
+        if type(cpus) is not int or cpus < 0 or cpus > peer.offered > 0:
+            raise ValueError('cpus=%.20r: node %s offers %d' % (cpus, peer, peer.offered))
+        peer.most = cpus
+        self._scheduler._limits(peer, list(peer.uses))
+        return 1
+
+    def _release(self, key: Any) -> int:
+        """A node is let go by all computations, those that come too, when their jobs there have ended."""
+        peer = self._peer(key)
+        told = self._released.setdefault(peer.key, set())
+        for comp in [comp for comp, use in peer.uses.items() if comp != 'house' and use.state is not UseState.CLOSED]:
+            told.add(comp)
+            self._scheduler.leave(comp, peer.key, 'close', False)
+        return 1
+
+    def _use(self, key: Any) -> int:
+        """A node that was released or drained is used again, with all its CPUs."""
+        peer = self._peer(key)
+        peer.most = sys.maxsize
+        for comp in self._released.pop(peer.key, set()):
+            use = peer.uses.get(comp)
+            if use is not None and use.state is UseState.CLOSED:
+                use.move('open')
+                use.reason, use.allocation = '', None
+                self._scheduler._set_up(peer, comp)
+            elif use is not None:
+                use.then = ''
+        self._scheduler._limits(peer, list(peer.uses))
+        return 1
+
+
+def _shown(payload: Any) -> Any:
+    """Packed arguments as monitors get them: large ones as the number of their bytes."""
+    return len(payload) if payload is not None and len(payload) > ARGUMENTS_MOST else payload
+
+
+_RETURNED = (Outcome.RETURNED, Outcome.RETURNED_CODE)
+
+
+class Scheduler(Driver):
+    """See the module's docstring. Driver is its side towards nodes."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._state = State(options.state_dir)
+        self._sessions: Dict[int, _Session] = {}
+        self._unopened: Dict[str, Remote] = {}       # computations whose files are on their way
+        self._later: List[Tuple[Link, Any]] = []     # messages that wait for the transaction of this turn
+        self._stuck_until: Optional[float] = None    # the disk does not take transactions
+        self._sending: Dict[int, Deque[Tuple[str, Iterator[tuple]]]] = {}   # link -> results from the disk
+        self._kept = 0                               # bytes of waiting jobs' arguments in memory
+        self._exclusives: List[str] = []             # computations that want their nodes alone, in the order of coming
+        self._asking = not options.nodes
+        self.overview = Overview(self)
+        super().__init__(Access(options.node_secret, options.node_certfile, options.node_keyfile, None, options.pulse, options.ping),
+                         self._state.instance)
+        self.schedule = Schedule(options.fifo)
+        self._doors: List[Gate] = []
+        self._client_messages: Dict[type, Callable[[Link, Any], None]] = {
+            Introduce: self._c_introduce, Compute: self._c_compute, File: self._c_file, Jobs: self._c_jobs, Cancel: self._c_cancel,
+            Ack: self._c_ack, Done: self._c_done, FileKept: self._c_file_kept, Place: self._c_place, Reclaim: self._c_reclaim,
+            Call: self._c_call, Return: self._c_return, Recall: lambda link, message: self.say(link, Returned(message.comp, [])),
+            Limit: lambda link, message: None, Query: lambda link, message: None, Shutdown: lambda link, message: None,
+            Pulse: lambda link, message: None}
+
+    # -- life -------------------------------------------------------------------------------------------------
+
+    def start(self) -> int:
+        """Listen, take up what an earlier run has left. Returns the port. Raises StartError, SecretError, OSError."""
+        options = self._options
+        one = (options.cluster_certfile, options.cluster_keyfile) == (options.node_certfile, options.node_keyfile)
+        keys = {int(Role.CLIENT): derive_key(options.cluster_secret), int(Role.NODE): derive_key(options.node_secret)}
+        port = options.port
+        for host in options.hosts:
+            door = self._door(host, port, keys, (Role.CLIENT, Role.NODE) if one else (Role.CLIENT,), options.cluster_certfile, options.cluster_keyfile)
+            port = door.server_address[1]
+            if not one:
+                self._door(host, port + 1, keys, (Role.NODE,), options.node_certfile, options.node_keyfile)
+        for door in self._doors:
+            self.watch(door.socket, door.knock)
+        self.now = self.clock()
+        specs = [NodeSpec(*host_and_port(node, options.node_port)) for node in options.nodes] or [NodeSpec('*', options.node_port)]
+        self.open(House(specs, options.node_port), False)  # type: ignore[arg-type]
+        self._warn_at['house'] = math.inf
+        self._restore()
+        return port
+
+    def _door(self, host: str, port: int, keys: Dict[int, bytes], allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
+        try:
+            door = Gate((host, port), keys, Role.SCHEDULER, allowed, self.instance, self.post, certfile, keyfile)
+        except OverflowError as exc:
+            raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
+        except OSError as exc:
+            if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
+                raise StartError('port %d is in use: another dispyscheduler? Choose another with -p/--port' % port) from exc
+            raise StartError('cannot listen at %s:%d: %s (-i/--host, -p/--port)' % (host or '*', port, exc)) from exc
+        self._doors.append(door)
+        return door
+
+    def close(self) -> None:
+        """Let go of everything; what programs have submitted stays on the disk."""
+        for door in self._doors:
+            with contextlib.suppress(KeyError, ValueError):   # not watched yet
+                self.unwatch(door.socket)
+            door.server_close()
+        self._doors = []
+        self.broken = 'the scheduler has ended'   # said to whoever asks it
+        self._hang_up()
+        self._state.close()
+        super().close()
+
+    def _restore(self) -> None:
+        """What an earlier run has left: jobs that waited wait, those on nodes are there until these come back or are given up."""
+        places = {}
+        for key, host, port, name, instance in self._state.nodes():
+            places[key] = (host, port, name, instance)
+        for comp, client, spec in self._state.comps():
+            remote = Remote(comp, client, spec, self._directory_of(comp))
+            remote.ready = True
+            remote.given_up_at = self.now + self._options.zombie
+            waiting: List[RemoteWork] = []
+            sent: Dict[Any, List[RemoteWork]] = {}
+            for number, serial, options, state, own, node in self._state.jobs(comp):
+                if state == State.ENDED:
+                    remote.ended[serial] = number
+                    continue
+                work = remote.works[serial] = RemoteWork(comp, None, options, own, serial)
+                if state == State.SENT and node in places:
+                    sent.setdefault(node, []).append(work)
+                else:
+                    waiting.append(work)
+            self._open_remote(remote)
+            for key, works in sent.items():
+                host, port, name, instance = places[key]
+                if key not in self._peers:
+                    peer = self._peers[key] = Peer(host, port, self.access.redial)
+                    peer.key, peer.instance, peer.name = key, instance, name
+                    if not port:
+                        peer.dialling.due = None
+                        peer.move('dial')
+                        peer.move('fail')
+                    self._take(peer, 'house', NodeSpec(host, port))
+                self._act(self.schedule.handle(NodeHad(key, comp, works, name, self.now + RETURN_TIME), self.now))
+            self._submitted.extend(waiting)  # type: ignore[arg-type]
+            if remote.works or remote.ended:
+                logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', remote.name, len(waiting),
+                            len(remote.works) - len(waiting), len(remote.ended))
+        known = {comp for comp, _, _ in self._state.comps()}
+        for name in os.listdir(self._state.root):
+            if name.startswith('c-') and name[2:] not in known:
+                shutil.rmtree(os.path.join(self._state.root, name), ignore_errors=True)
+
+    def _directory_of(self, comp: str) -> str:
+        if len(comp) > 64 or not comp.isalnum():
+            raise PeerError('a computation may not be called %.70r' % comp)
+        path = os.path.join(self._state.root, 'c-' + comp)
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        return path
+
+    # -- turns: nothing leaves before the transaction -----------------------------------------------------------
+
+    def say(self, link: Link, message: Any) -> None:
+        """Send a message when the transaction of this turn is on the disk; what changes nothing goes at once."""
+        if type(message) in _AT_ONCE:
+            super().say(link, message)
+        else:
+            self._later.append((link, message))
+
+    def end_of_turn(self) -> None:
+        """Decide, write, send."""
+        if self._stuck_until is not None and self.now < self._stuck_until:
+            return
+        super().end_of_turn()
+        for comp in list(self._clusters.values()):
+            if isinstance(comp, Remote):
+                self._end_turn_of(comp)
+        if self._write_down():
+            self._unstick()
+            if self._sending:
+                self._send_on()
+        else:
+            self._stuck_until = self.now + RETRY_TIME
+            for link in self.links.values():
+                link.paused = True
+                self.interest(link)
+
+    def _write_down(self) -> bool:
+        """What has happened goes to the disk, and then what was said about it."""
+        done = self._state.commit()
+        if done:
+            later, self._later = self._later, []
+            for link, message in later:
+                super().say(link, message)
+        return done
+
+    def part(self, link: Link, text: str) -> None:
+        """As a Loop, after all that was said before."""
+        self._write_down()
+        super().part(link, text)
+
+    def _unstick(self) -> None:
+        if self._stuck_until is not None:
+            self._stuck_until = None
+            for link in self.links.values():
+                link.paused, link.heard = False, self.now
+                self.interest(link)
+
+    def _end_turn_of(self, remote: Remote) -> None:
+        link = self.links.get(remote.link)
+        if remote.outbox and link is not None:
+            rows, size = [], 0
+            for row in remote.outbox:
+                rows.append((*row[:4], *map(beside, row[4:])))
+                size += size_of(row[4]) + size_of(row[5]) + size_of(row[6])
+                if size >= FRAME_FILL:
+                    self.say(link, Results(remote._comp, rows))
+                    rows, size = [], 0
+            if rows:
+                self.say(link, Results(remote._comp, rows))
+        remote.outbox = []
+        if self.now >= remote.given_up_at and link is None and not remote.works:
+            logger.warning('%s: its program has not come back: %d results are given up', remote.name, len(remote.ended))
+            self._over(remote)
+
+    def next_timer(self) -> Optional[float]:
+        """The driver's, a new try to write, results from the disk."""
+        if self._stuck_until is not None:
+            return self._stuck_until
+        if any(link.queued < 4 * FRAME_FILL for link in map(self.links.get, self._sending) if link):
+            return self.now
+        given_up = [remote.given_up_at for remote in self._clusters.values() if isinstance(remote, Remote) and remote.link not in self.links
+                    and not remote.works]
+        return min(filter(None.__ne__, [super().next_timer(), *given_up]), default=None)  # type: ignore[type-var]
+
+    def _send_on(self) -> None:
+        """Results from the disk into links that have room."""
+        for number, waiting in list(self._sending.items()):
+            link = self.links.get(number)
+            while waiting and link is not None and link.queued < 4 * FRAME_FILL:
+                comp, rows = waiting[0]
+                some = list(itertools.islice(rows, 16))
+                if some:
+                    super().say(link, Results(comp, [(*row[:4], *map(beside, row[4:])) for row in some]))
+                else:
+                    waiting.popleft()
+            if not waiting or link is None:
+                del self._sending[number]
+
+    # -- links of programs --------------------------------------------------------------------------------------
+
+    def on_event(self, event: Any) -> None:
+        """Programs and nodes that have connected, signals, and the driver's events."""
+        if isinstance(event, Arrival) and event.session.peer_role == Role.CLIENT:
+            link = Link(event.sock, event.session, event.address, self.now, self._options.pulse)
+            self.attach(link)
+            self._sessions[link.number] = _Session(link, [event.address])
+        elif isinstance(event, Stop):   # without Bye: nodes go on and keep results, programs wait, until it is started again
+            self.stop()
+        else:
+            super().on_event(event)
+
+    def on_channel(self, channel: Link) -> None:
+        """A link has something."""
+        if channel.number not in self._sessions:
+            super().on_channel(channel)
+            return
+        for message in channel.messages(self.now):
+            if type(message) is Bye:
+                channel.on_purpose = True
+                raise LinkBroken('bye: %s' % message.text[:200])
+            handler = self._client_messages.get(type(message))
+            if handler is None:
+                raise PeerError('%s may not come here' % type(message).__name__)
+            handler(channel, message)
+
+    def on_broken(self, channel: Link, text: str) -> None:
+        """A link came to its end."""
+        session = self._sessions.pop(channel.number, None)
+        if session is None:
+            super().on_broken(channel, text)
+            return
+        logger.log(logging.INFO if channel.on_purpose else logging.WARNING, 'the link of %s ended: %s', session.names[0], text)
+        for remote in [remote for remote in (*self._clusters.values(), *self._unopened.values())
+                       if isinstance(remote, Remote) and remote.link == channel.number]:
+            remote.link = 0
+            remote.given_up_at = self.now + self._options.zombie
+            for call in list(remote.calls.values()):
+                call(('RuntimeError', 'its program is not connected'), None)
+            remote.calls.clear()
+            for incoming in remote.placing.values():
+                incoming.abort()
+            remote.placing.clear()
+            remote.receiver.abort()
+            while remote.wanted:
+                remote.wanted.popleft()[1]('its program is not connected')
+            self._no_files(remote)
+            if channel.on_purpose:
+                self._over(remote)
+
+    def _no_files(self, remote: Remote) -> None:
+        """The connection to a program has ended while its jobs sent files."""
+        known = self.schedule.comps.get(remote._comp)
+        for serial in remote.files:
+            node = known.running.get(serial) if known is not None else None
+            peer = self._peers.get(node.key) if node is not None else None
+            if peer is not None:
+                self.say_to(peer, FileKept(remote._comp, serial, 'the connection to the client has ended'))
+        remote.files.clear()
+
+    def _remote(self, link: Link, comp: str) -> Optional[Remote]:
+        """The computation a message speaks of, which must be of this link. None for one that has ended here."""
+        remote = self._clusters.get(comp)
+        if isinstance(remote, Remote) and remote.link != link.number:
+            raise PeerError('computation %.40r is of another program' % comp)
+        return remote if isinstance(remote, Remote) else None
+
+    def _c_introduce(self, link: Link, message: Introduce) -> None:
+        link.pulse = min(max(message.pulse, 0.1), 3600.0)
+        self._sessions[link.number].names[0] = message.name[:200]
+        facts = {'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'role': 'scheduler'}
+        self.say(link, Welcome('dispyscheduler', ENDLESS, facts))
+
+    def _c_compute(self, link: Link, message: Compute) -> None:
+        remote = self._clusters.get(message.comp)
+        if isinstance(remote, Remote):
+            if remote.instance != link.instance:
+                self.say(link, Refused(message.comp, 'busy', 'it is of another program'))
+                return
+            if remote.link in self.links and remote.link != link.number:
+                self._break(self.links[remote.link], 'its program has connected anew')
+            self._came_back(remote, link)
+            if remote.ready:
+                self.say(link, Ready(message.comp, [*remote.works, *remote.ended]))
+                self._resend(remote)
+                for peer in self.peers_of(message.comp):   # perhaps because its program could not be asked
+                    if peer.uses[message.comp].state is UseState.REFUSED:
+                        self._set_up(peer, message.comp)
+                return
+        else:
+            if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {'nodes', 'reentrant', 'exclusive', 'cloudpickle'}:
+                raise PeerError('a computation that is not for a scheduler')
+            remote = Remote(message.comp, link.instance, message.spec, self._directory_of(message.comp))
+            self._came_back(remote, link)
+            self._unopened[message.comp] = remote
+        self._want(remote, remote._cargo.spec['files'], functools.partial(self._complete, remote))
+
+    def _came_back(self, remote: Remote, link: Link) -> None:
+        remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
+        remote.outbox = []
+
+    def _complete(self, remote: Remote, error: str) -> None:
+        """All files of a new computation are there, or cannot be."""
+        link = self.links.get(remote.link)
+        if error:
+            self._unopened.pop(remote._comp, None)
+            shutil.rmtree(remote.directory, ignore_errors=True)
+            if link is not None:
+                self.say(link, Refused(remote._comp, 'transfer', error))
+            return
+        if self._unopened.pop(remote._comp, None) is None:
+            return
+        remote.ready = True
+        self._state.began(remote)
+        self._open_remote(remote)
+        if link is not None:
+            self.say(link, Ready(remote._comp, []))
+
+    def _open_remote(self, remote: Remote) -> None:
+        self.overview.opened(remote)
+        if remote.exclusive:
+            self._exclusives.append(remote._comp)
+        self.open(remote, False)  # type: ignore[arg-type]
+        logger.info('%s: begins%s', remote.name, ', and wants its nodes alone' if remote.exclusive else '')
+
+    # -- files of programs --------------------------------------------------------------------------------------
+
+    def _want(self, remote: Remote, rows: list, then: Callable[[str], None]) -> None:
+        """Ask the program for files that are not here; `then` is called when all are, or with what went wrong."""
+        remote.wanted.append((rows, then))
+        if len(remote.wanted) == 1:
+            self._want_next(remote)
+
+    def _want_next(self, remote: Remote) -> None:
+        while remote.wanted:
+            rows, then = remote.wanted[0]
+            try:
+                large = [row for row in rows if row[1] > self._options.max_file_size]
+                if large:
+                    raise ValueError('%s has %d bytes, and --max-file-size is %d' % (large[0][0], large[0][1], self._options.max_file_size))
+                missing = remote.receiver.want(rows)
+            except (OSError, ValueError) as exc:
+                remote.wanted.popleft()
+                then('files cannot be stored at the scheduler: %s' % exc)
+                continue
+            if missing:
+                link = self.links.get(remote.link)
+                if link is not None:
+                    self.say(link, Need(remote._comp, missing))
+                return
+            remote.wanted.popleft()
+            then('')
+
+    def _c_file(self, link: Link, message: File) -> None:
+        remote = self._unopened.get(message.comp) or self._remote(link, message.comp)
+        if remote is None or not remote.wanted:
+            return
+        try:
+            whole, error = remote.receiver.piece(message.name, message.offset, message.data), ''
+        except (OSError, ValueError) as exc:
+            remote.receiver.abort()
+            whole, error = True, 'file %.100r cannot be stored at the scheduler: %s' % (message.name, exc)
+        if whole:
+            _, then = remote.wanted.popleft()
+            then(error)
+            self._want_next(remote)
+
+    def _c_place(self, link: Link, message: Place) -> None:
+        """A file for a node comes here first."""
+        remote = self._remote(link, message.comp)
+        if remote is None:
+            return
+        (name, size, digest, mode), whole, error = message.row, False, ''
+        try:
+            if message.offset == 0:
+                remote.placing[name] = IncomingFile(remote.directory, name, size, digest, mode)
+            if name in remote.placing:   # otherwise it has failed
+                whole = remote.placing[name].piece(message.offset, message.data)
+        except (OSError, ValueError) as exc:
+            error = 'at the scheduler: %s' % exc
+        if whole or error:
+            incoming = remote.placing.pop(name, None)
+            if incoming is not None and error:
+                incoming.abort()
+            self.say(link, Placed(message.comp, name, error))
+
+    def _c_file_kept(self, link: Link, message: FileKept) -> None:
+        remote = self._remote(link, message.comp)
+        work = remote.works.get(message.serial) if remote is not None else None
+        peer = self._peer_of(work) if work is not None else None
+        if peer is not None and work is not None and remote.files.pop(work._serial, 0):  # type: ignore[union-attr]
+            self.say_to(peer, FileKept(message.comp, work._serial, message.error))
+
+    def _peer_of(self, work: RemoteWork) -> Optional[Peer]:
+        known = self.schedule.comps.get(work._comp)
+        node = known.running.get(work._serial) if known is not None else None
+        return self._peers.get(node.key) if node is not None else None
+
+    # -- jobs of programs ---------------------------------------------------------------------------------------
+
+    def _c_jobs(self, link: Link, message: Jobs) -> None:
+        remote = self._remote(link, message.comp)
+        if remote is None:
+            return
+        for serial, payload, options in message.rows:
+            if serial in remote.works or serial in remote.ended:
+                continue   # it came before
+            self._state.number += 1
+            payload = _plain(payload)
+            work = RemoteWork(message.comp, None, options, self._state.number << 16, serial)
+            self._state.submitted(work, payload)
+            if self._kept < IN_MEMORY and len(payload) < LARGE:
+                work._payload = payload
+                self._kept += OBJECT + len(payload)
+            remote.works[serial] = work
+            self._submitted.append(work)  # type: ignore[arg-type]
+
+    def _c_cancel(self, link: Link, message: Cancel) -> None:
+        remote = self._remote(link, message.comp)
+        self._take_submitted()
+        for work in [remote.works[serial] for serial in message.serials if serial in remote.works] if remote is not None else ():
+            self._act(self.schedule.handle(CancelAsked(work), self.now))
+
+    def _c_ack(self, link: Link, message: Ack) -> None:
+        remote = self._remote(link, message.comp)
+        if remote is not None:
+            self._state.removed([remote.ended.pop(serial) for serial in message.serials if serial in remote.ended])
+
+    def _c_done(self, link: Link, message: Done) -> None:
+        remote = self._unopened.pop(message.comp, None) or self._remote(link, message.comp)
+        if remote is not None:
+            self._over(remote)
+
+    def _over(self, remote: Remote) -> None:
+        """A computation ends: jobs of it too, on nodes and on the disk."""
+        comp = remote._comp
+        if comp in self._clusters:
+            self.forget(comp)
+            self.overview.over(remote)
+            self._state.over(comp)
+            self._state.removed([*remote.ended.values(), *(work._serial >> 16 for work in remote.works.values())])
+            logger.info('%s: is over', remote.name)
+        self._kept -= sum(OBJECT + len(work._payload) for work in remote.works.values() if work._payload is not None)
+        remote.works.clear()
+        remote.receiver.abort()
+        shutil.rmtree(remote.directory, ignore_errors=True)
+        if comp in self._exclusives:
+            self._exclusives.remove(comp)
+            for peer in list(self._peers.values()):
+                self._assign(peer)
+
+    def _c_reclaim(self, link: Link, message: Reclaim) -> None:
+        remote = self._clusters.get(message.comp)
+        if not isinstance(remote, Remote):
+            self.say(link, Held(message.comp, []))
+            return
+        if remote.link in self.links and remote.link != link.number:
+            self.say(link, Refused(message.comp, 'busy', 'its program is connected'))
+            return
+        self._came_back(remote, link)
+        self.say(link, Held(message.comp, [*remote.works, *remote.ended]))
+        self._resend(remote)
+
+    def _resend(self, remote: Remote) -> None:
+        """What its program has not acknowledged, and where its jobs are."""
+        self._sending.setdefault(remote.link, collections.deque()).append((remote._comp, self._state.results(list(remote.ended.values()))))
+        known = self.schedule.comps.get(remote._comp)
+        for node in known.nodes.values() if known is not None else ():
+            serials = [work._client for work in node.flight[remote._comp].values()]  # type: ignore[attr-defined]
+            peer = self._peers.get(node.key)
+            if serials and peer is not None:
+                self.say(self.links[remote.link], Where(remote._comp, (peer.ip_addr, peer.port, peer.name), serials))
+
+    # -- questions of programs, and to them ---------------------------------------------------------------------
+
+    def _c_call(self, link: Link, message: Call) -> None:
+        remote = self._remote(link, message.comp)
+        watched = message.name == 'overview'   # it speaks of no computation
+
+        def answer(value: Any, error: tuple = ()) -> None:
+            if link.dirty is not None:
+                self.say(link, Return(message.comp, message.number, error, value))
+        try:
+            if remote is None and not watched:
+                raise RuntimeError('the scheduler does not know this cluster (any more)')
+            self._take_submitted()
+            if remote is None:
+                answer(self.overview.answer(*message.args))
+                return
+            self._answer_call(remote, message.name, message.args, answer)
+        except Exception as exc:  # the program gets it
+            answer(None, (type(exc).__name__, str(exc)))
+
+    def _answer_call(self, remote: Remote, name: str, args: tuple, answer: Callable[..., None]) -> None:
+        comp = remote._comp
+        if name == 'nodes':
+            answer([tuple(row) for row in self.rows_of(comp)])
+        elif name == 'jobs':
+            answer([work._client for work in self.jobs_at(comp, *args).values()])
+        elif name == 'allocate':
+            self.allocate(comp, specs_of(args[0]))
+            answer(None)
+        elif name == 'leave' and len(args) == 4:   # with files as they are now
+            def complete(error: str) -> None:
+                if not error:
+                    self.leave(comp, *args[:3])
+                answer(None, ('OSError', error) if error else ())
+            self._cargo_changes(remote, args[3], complete)
+        elif name in ('running', 'place'):
+            path = os.path.join(remote.directory, *args[1][0].split('/')) if name == 'place' else ''
+            future = self.question(comp, args[0], args[1] if name == 'place' else None, path)
+
+            def answered(done: Any) -> None:
+                if done.exception() is not None:
+                    answer(None, ('RuntimeError', str(done.exception())))
+                elif name == 'place':
+                    answer(done.result())
+                else:
+                    running = {serial for serial, _ in done.result().running}
+                    answer([work._client for serial, work in self.jobs_at(comp, args[0]).items() if serial in running])
+            future.add_done_callback(answered)
+        elif name in ('find', 'set_cpus', 'leave', 'complaint'):
+            answer(self.command(comp, name, *args))
+        else:
+            raise ValueError('%.40r cannot be asked of a scheduler' % name)
+
+    def _cargo_changes(self, remote: Remote, rows: list, then: Callable[[str], None]) -> None:
+        def complete(error: str) -> None:
+            if not error:
+                remote.take_spec(dict(remote._cargo.spec, files=rows))
+                self._state.began(remote)
+            then(error)
+        self._want(remote, rows, complete)
+
+    def _ask(self, remote: Any, name: str, args: tuple, then: Callable[[tuple, Any], None]) -> None:
+        """Ask a program; `then(error, value)` gets the answer."""
+        link = self.links.get(remote.link)
+        if link is None:
+            then(('RuntimeError', 'its program is not connected'), None)
+            return
+        number = next(self._call_numbers)
+        remote.calls[number] = then
+        self.say(link, Call(remote._comp, number, name, args))
+
+    def _c_return(self, link: Link, message: Return) -> None:
+        remote = self._remote(link, message.comp)
+        then = remote.calls.pop(message.number, None) if remote is not None else None
+        if then is not None:
+            then(message.error, message.value)
+
+    def _ask_source(self, cluster: Any, peer: Peer, link: Link) -> None:
+        def told(error: tuple, value: Any) -> None:
+            if not error:
+                self._packed_source(cluster, peer, link, (bytes(value[0]), value[1]))
+            elif cluster._comp in self._clusters and peer.link is link and cluster._comp in peer.uses:
+                self._refusal(peer, cluster._comp, 'its source is not to be had: ' + error[1])
+        self._ask(cluster, 'source', (), told)
+
+    def _ask_allocator(self, allocator: Any, cluster: Any, peer: Peer, link: Link) -> None:
+        row = tuple(self.row_of(*self.node_of(cluster._comp, peer)))
+
+        def told(error: tuple, value: Any) -> None:
+            if error:
+                self._allocated(cluster._comp, peer, link, Allocation(0, b'', [], {}), error[1])
+                return
+            cpus, setup_args, rows = value
+            paths = {row[0]: os.path.join(cluster.directory, *row[0].split('/')) for row in rows}
+            self._want(cluster, rows, lambda failed: self._allocated(cluster._comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths), failed))
+        self._ask(cluster, 'allocate', (allocator.number, row), told)
+
+    def _support(self, cluster: Any, peer: Peer) -> Dict[str, bytes]:
+        return {} if peer.facts.get('cloudpickle') == cluster.cloudpickle else cluster._cargo.spec['support']
+
+    def _inform(self, comp: str, text: str) -> None:
+        logger.warning('%s', text)
+        remote = self._clusters.get(comp)
+        if isinstance(remote, Remote) and remote.link in self.links:
+            self.say(self.links[remote.link], Said(comp, text))
+
+    def _tell_all(self, status: int, peer: Peer, comps: Any) -> None:
+        for comp in comps:
+            remote = self._clusters.get(comp)
+            if isinstance(remote, Remote) and remote.link in self.links and comp in peer.uses:
+                row = self.row_of(*self.node_of(comp, peer))._replace(state='ready' if status == 2 else 'closed')
+                self.say(self.links[remote.link], News(comp, status, tuple(row)))
+
+    def _ask_all(self, port: int, multicast: bool) -> None:
+        if self._asking:   # otherwise nodes are named, and nothing is broadcast
+            super()._ask_all(port, self._options.multicast)
+
+    def _spec_of(self, peer: Peer, comp: str) -> Optional[NodeSpec]:
+        if comp == 'house' and not peer.port:
+            return NodeSpec('*', 0)   # it knows the secret and has come by itself
+        return super()._spec_of(peer, comp)
+
+    # -- actions of the schedule ----------------------------------------------------------------------------------
+
+    def _client_link(self, comp: str) -> Optional[Link]:
+        remote = self._clusters.get(comp)
+        return self.links.get(remote.link) if isinstance(remote, Remote) else None
+
+    def _send_jobs(self, action: SendJobs) -> None:
+        peer = self._peers[action.node]
+        rows, size = [], 0
+        for work in action.works:
+            payload = work._payload
+            if payload is None:
+                payload = self._state.payload(work._serial >> 16)
+            options = work._options and {name: work._options[name] for name in ('cpus', 'timeout', 'memory') if name in work._options}
+            rows.append((work._serial, beside(payload), options or None))
+            size += size_of(payload)
+            if size >= FRAME_FILL:
+                self.say(peer.link, Jobs(action.comp, rows))  # type: ignore[arg-type]
+                rows, size = [], 0
+        if rows:
+            self.say(peer.link, Jobs(action.comp, rows))  # type: ignore[arg-type]
+        self._state.sent(action.works, peer.key)
+        link = self._client_link(action.comp)
+        if link is not None:
+            self.say(link, Where(action.comp, (peer.ip_addr, peer.port, peer.name), [work._client for work in action.works]))
+
+    def _jobs_ended(self, action: JobsEnded) -> None:
+        remote: Any = self._clusters[action.comp]
+        for work, row in action.pairs:
+            row = (work._client, *row[1:])
+            if row[1] not in GOES_ON:
+                self._end(remote, work, row, action.node)
+            else:
+                remote.outbox.append(row)
+
+    def _end(self, remote: Remote, work: RemoteWork, row: tuple, node: Any = None) -> None:
+        number = work._serial >> 16
+        if remote.works.pop(work._client, None) is None:
+            return
+        self.overview.ended(remote, work, row, node)
+        if work._payload is not None:
+            self._kept -= OBJECT + len(work._payload)
+        remote.files.pop(work._serial, None)
+        self._state.ended(number, row)
+        remote.ended[work._client] = number
+        remote.outbox.append(row)
+
+    def _job_ended(self, action: JobEnded) -> None:
+        work, remote = action.work, self._clusters.get(action.work._comp)
+        if isinstance(remote, Remote):
+            outcome = Outcome.ABANDONED if work._state is JobState.ABANDONED else Outcome.CANCELLED
+            self._end(remote, work, (work._client, int(outcome), 0.0, 0.0, action.text.encode('utf-8', 'replace'), b'', b''))
+
+    def _job_waits(self, action: JobWaits) -> None:
+        work, link = action.work, self._client_link(action.work._comp)
+        self._clusters[work._comp].files.pop(work._serial, None)
+        self._state.waits(work)
+        if link is not None:
+            self.say(link, Where(work._comp, (), [work._client]))
+
+    def _job_parked(self, action: JobParked) -> None:  # type: ignore[override]
+        self._inform(action.work._comp, 'a job waits: %s' % action.text)
+
+    def _on_output(self, peer: Peer, message: Output) -> None:
+        work, link = self._job_of(peer, message), self._client_link(message.comp)
+        if work is not None and link is not None:
+            self.say(link, message._replace(serial=work._client, data=beside(message.data)))
+
+    def _on_file_back(self, peer: Peer, message: FileBack) -> None:
+        work, remote = self._job_of(peer, message), self._clusters.get(message.comp)
+        if work is None or not isinstance(remote, Remote):
+            return
+        if message.offset == 0:
+            remote.files[message.serial] = remote.link
+        if message.serial not in remote.files:
+            return   # it was answered already: what is left of it is passed over
+        if remote.link in self.links and remote.files[message.serial] == remote.link:
+            self.say(self.links[remote.link], message._replace(serial=work._client, data=beside(message.data)))
+        else:
+            del remote.files[message.serial]
+            self.say_to(peer, FileKept(message.comp, message.serial, 'the client is not connected'))
+
+    def _on_welcome(self, peer: Peer, message: Welcome) -> None:
+        super()._on_welcome(peer, message)
+        if peer.key in self._peers:
+            self._state.met(peer)
+
+    # -- nodes for one computation alone --------------------------------------------------------------------------
+
+    def _set_up(self, peer: Peer, comp: str) -> None:
+        if not self.overview.keeps(peer, comp):
+            super()._set_up(peer, comp)
+
+    def _on_ready(self, peer: Peer, message: Ready) -> None:
+        self._assign(peer)
+        super()._on_ready(peer, message)
+
+    def _drained(self, action: NodeDrained) -> None:
+        super()._drained(action)
+        peer = self._peers.get(action.node)
+        if peer is not None:
+            self._assign(peer)
+
+    def _assign(self, peer: Peer) -> None:
+        """Whom a node serves: the first computation that wants it alone, when jobs of the others have ended there; or all."""
+        owner = next((comp for comp in self._exclusives if comp in peer.uses and peer.uses[comp].state is not UseState.CLOSED), '')
+        node = self.schedule.nodes.get(peer.key)
+        others = owner and node is not None and any(flight for comp, flight in node.flight.items() if comp != owner)
+        blocked = {comp for comp in peer.uses if owner and (comp != owner or others)}
+        changed, peer.blocked = blocked ^ peer.blocked, blocked
+        self._limits(peer, changed)
+
+    def _limits(self, peer: Peer, comps: Iterable[str]) -> None:
+        """What computations may use of a node has changed."""
+        for comp in comps:
+            use = peer.uses.get(comp)
+            if use is not None and use.state is UseState.READY and not use.then:
+                limit = self._tell_limit(peer, comp)
+                self._act(self.schedule.handle(NodeOffers(peer.key, comp, limit) if limit else NodeDrains(peer.key, comp), self.now))
+
+
+_AT_ONCE = frozenset((Bye, File, FileBack, FileKept, Need, Offer, Output, Place, Pulse))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------
+
+def default_state_dir(port: int) -> str:
+    """Where the state of the scheduler at this port is kept when nothing else is said."""
+    base = os.environ.get('LOCALAPPDATA') if os.name == 'nt' else os.environ.get('XDG_STATE_HOME')
+    return os.path.join(base or os.path.join(os.path.expanduser('~'), '.local', 'state'), 'dispy', 'scheduler-%d' % port)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='dispyscheduler', description='Share nodes between several programs (dispy.SharedJobCluster).')
+    add = parser.add_argument
+    add('-d', '--debug', action='store_true', help='log what is done in detail')
+    add('-i', '--host', '--ip-addr', action=Each, metavar='ADDR', help='address to listen at; may be repeated (default: all)')
+    add('-p', '--port', '--scheduler-port', type=int, default=SCHEDULER_PORT, metavar='N', help='TCP port for programs and nodes; 0: any (default: %(default)s)')
+    add('--ext-host', '--ext-ip-addr', action=Each, metavar='ADDR', help='accepted for old scripts; nothing needs to be told of it')
+    add('-n', '--node', action=Each, default=[], metavar='HOST[:PORT]', help='a node; may be repeated (default: all that answer on the local network)')
+    add('--node-port', type=int, default=NODE_PORT, metavar='N', help='port of nodes for which none is given (default: %(default)s)')
+    add('--node-secret', metavar='SECRET', help='secret of nodes, if it is another; it can be seen in the list of processes, so better:')
+    add('--node-secret-file', metavar='FILE', help='file with the secret of nodes')
+    add('--cluster-secret', metavar='SECRET', help='secret of programs, if it is another; better:')
+    add('--cluster-secret-file', metavar='FILE', help='file with the secret of programs')
+    add('--node-certfile', metavar='FILE', help='certificate for TLS with nodes')
+    add('--node-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
+    add('--cluster-certfile', metavar='FILE', help='certificate for TLS with programs; if it is not that for nodes, nodes connect to the next port')
+    add('--cluster-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
+    add('--pulse-interval', type=positive, default=PULSE, metavar='S', help='seconds between signs of life (default: %(default)g)')
+    add('--ping-interval', type=positive, default=REDIAL_MOST, metavar='S', help='most seconds between searches for nodes (default: %(default)g)')
+    add('--ipv4-udp-multicast', action='store_true', help='look for nodes by IPv4 multicast too')
+    add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files of programs are refused (default: no limit)')
+    add('--zombie-interval', type=positive, default=ZOMBIE_TIME / 60, metavar='MIN', help='minutes that results wait for a program that is gone (default: %(default)g)')
+    add('--state-dir', metavar='DIR', help='where jobs and results are kept (default: %s)' % default_state_dir(SCHEDULER_PORT).replace('%', '%%'))
+    add('--fair', action='store_true', help='programs share CPUs evenly (default)')
+    add('--fifo', action='store_true', help='programs are served in the order of their coming')
+    add('--httpd', type=int, nargs='?', const=HTTPD_PORT, metavar='PORT', help='show all this in a browser (needs dispy_httpd.py), at this port of '
+        '127.0.0.1; the link is in the log (default: %d)' % HTTPD_PORT)
+    add('--log-file', metavar='FILE', help='log there instead of to stderr')
+    add('--daemon', action='store_true', help='outlive the terminal')
+    add('--clean', action='store_true', help='forget what earlier runs have left')
+    add('--config', metavar='FILE', help='take options from this JSON file; those given here count more')
+    add('--save-config', metavar='FILE', help='write these options to a JSON file, without secrets, and end')
+    add('--version', action='version', version='%(prog)s ' + __version__)
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The daemon. Returns 0 when it has ended, 1 when it could not start."""
+    parser = _parser()
+    try:
+        args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
+        if args.fair and args.fifo:
+            parser.error('--fair and --fifo exclude each other')
+        if args.save_config:
+            save_config(parser, args, args.save_config)
+            return 0
+        set_up_log('dispyscheduler', args.debug, args.log_file)
+        set_up_log('dispy', args.debug, args.log_file)
+        set_up_log('dispynode', args.debug, args.log_file)
+        for node in args.node:
+            host_and_port(node, args.node_port)
+        discovery_reach()
+        root = args.state_dir or default_state_dir(args.port)
+        if args.clean:
+            _clean(root)
+        scheduler = Scheduler(Options(
+            tuple(args.host or ('',)), args.port, tuple(args.node), args.node_port, root,
+            find_secret(args.cluster_secret, args.cluster_secret_file), find_secret(args.node_secret, args.node_secret_file),
+            args.cluster_certfile, args.cluster_keyfile, args.node_certfile, args.node_keyfile, args.fifo, args.pulse_interval,
+            args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize, args.ipv4_udp_multicast))
+        try:
+            port = scheduler.start()
+            monitor = _monitor(scheduler, port, args.httpd) if args.httpd is not None else None
+        except BaseException:
+            scheduler.close()
+            raise
+    except (DispyError, OSError, ValueError) as exc:
+        print('dispyscheduler: %s' % exc, file=sys.stderr)
+        return 1
+    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+        number = getattr(signal, name, None)
+        if number is not None and not (name == 'SIGHUP' and args.daemon):
+            signal.signal(number, lambda number, frame: scheduler.post(Stop()))
+        elif number is not None:
+            signal.signal(number, lambda number, frame: None)
+    logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), root)
+    try:
+        scheduler.run()
+    finally:
+        scheduler.close()
+        if monitor is not None:
+            monitor.shutdown()
+    logger.info('ended')
+    return 0
+
+
+def _monitor(scheduler: Scheduler, port: int, at: int) -> Any:
+    """A web monitor of this scheduler. Raises StartError."""
+    try:
+        import dispy_httpd
+    except ImportError as exc:
+        raise StartError('--httpd needs dispy_httpd.py beside this file: %s' % exc) from exc
+    source = dispy_httpd.SchedulerSource(lambda *question: scheduler.ask(lambda: scheduler.overview.answer(*question)),
+                                         'all programs of the dispyscheduler at port %d' % port, lambda: None)
+    try:
+        return dispy_httpd.SourceHTTPServer(source, port=at, tell=logger.info)
+    except (ValueError, OSError) as exc:
+        raise StartError('--httpd: %s' % exc) from exc
+
+
+def _clean(root: str) -> None:
+    """Remove what an earlier run has left, if no scheduler is running on it."""
+    if os.path.isdir(root):
+        State(root).close()   # or it says who uses it
+        for name in os.listdir(root):
+            path = os.path.join(root, name)
+            if name.startswith('c-') or name == 'large':
+                shutil.rmtree(path, ignore_errors=True)
+            elif name.startswith('state.db'):
+                os.unlink(path)
+
+
+if __name__ == '__main__':
+    # Once more under its own name, so that classes have one identity.
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    sys.exit(importlib.import_module('dispyscheduler').main())

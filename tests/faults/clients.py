@@ -1,0 +1,61 @@
+"""Programs with a cluster, to be killed, stopped and interrupted."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+from conftest import ROOT
+
+HEAD = '''
+import os, signal, sys, time
+sys.path[:0] = {paths!r}
+import dispy
+from ledger import Ledger, enter
+
+path, port, host, directory = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+
+
+def compute(path, number, seconds=0.0):
+    enter(path, number)
+    time.sleep(seconds)
+    return number
+
+
+def cluster(**options):
+    return dispy.JobCluster(compute, depends=[enter], nodes=[(host, port)], **options)
+
+
+'''
+PATHS = [ROOT, os.path.join(ROOT, 'tests'), os.path.join(ROOT, 'tests', 'faults')]
+
+
+class Client:
+    """A program with a cluster on a node; `code` has `cluster(**options)`, `compute`, `path` of a ledger, and `directory`. Made
+    when it has printed its first line."""
+
+    def __init__(self, code, path, node, wait=True):
+        self.directory = os.path.dirname(path)
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', HEAD.format(paths=PATHS) + textwrap.dedent(code), path, str(node.port), node.host, self.directory],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+        self.first = self.process.stdout.readline() if wait else ''
+
+    def rest(self, timeout=60):
+        """What it prints until it ends by itself."""
+        out, _ = self.process.communicate(timeout=timeout)
+        assert self.process.returncode == 0, self.first + out
+        return out
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()

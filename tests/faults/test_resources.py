@@ -1,0 +1,274 @@
+"""Disks that are full, descriptors that run out, memory, clocks."""
+
+import ast
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+import dispy
+from clients import Client
+from conftest import ROOT, eventually
+from dispy import DispyJob
+from ledger import Ledger, enter, open_files
+from nodes import NodeProcess
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(tmp_path / 'ledger')
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A directory with room for a MiB."""
+    if not sys.platform.startswith('linux') or os.geteuid() != 0 or not shutil.which('mount'):
+        pytest.skip('a small file system needs root on Linux')
+    path = tmp_path / 'small'
+    path.mkdir()
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(path)], stderr=subprocess.PIPE, universal_newlines=True)
+    if mounted.returncode:
+        pytest.skip('no file system can be mounted here: %s' % mounted.stderr.strip())
+    yield str(path)
+    subprocess.run(['umount', '--lazy', str(path)], check=True)
+
+
+def fill(directory):
+    """Until nothing fits. Returns the path of what fills it."""
+    path = os.path.join(directory, 'filler')
+    with open(path, 'wb', buffering=0) as file:
+        for size in (65536, 4096, 1):
+            try:
+                while True:
+                    file.write(b'x' * size)
+            except OSError:
+                continue
+    return path
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='no SIGSTOP here')
+def test_results_stay_in_memory_while_the_disk_of_the_node_is_full(tmp_path, small_disk, ledger):
+    """The client is stopped and its jobs end: they cannot be kept, that is told once, and when there is room they are. Then
+    the node is killed: what it has kept is delivered after all."""
+    with NodeProcess(tmp_path / 'node', '--dest-path-prefix', small_disk) as node:
+        with Client('''
+            with cluster(pulse_interval=0.2, ping_interval=0.5) as cluster:
+                jobs = [cluster.submit(path, number, 1) for number in range(2)]
+                print('ready', flush=True)
+                cluster.wait()
+                print([(job.result, job.exception) for job in jobs])
+            ''', ledger.path, node) as client:
+            eventually(lambda: len(ledger.attempts()) == 2)
+            filler = fill(small_disk)
+            client.process.send_signal(signal.SIGSTOP)
+            eventually(lambda: 'results cannot be kept on the disk: [Errno 28]' in node.log())
+            time.sleep(5)
+            assert node.log().count('results cannot be kept') == 1, node.log()
+            os.unlink(filler)
+
+            def kept():
+                return sum(os.path.getsize(os.path.join(small_disk, name)) for name in os.listdir(small_disk) if name.startswith('r-'))
+            eventually(lambda: kept() > 100)
+            node.kill()
+            with NodeProcess(node.directory, '--dest-path-prefix', small_disk, port=node.port):
+                client.process.send_signal(signal.SIGCONT)
+                assert '[(0, None), (1, None)]\n' in client.rest()
+    assert len(ledger.attempts()) == 2
+
+
+def test_a_computation_whose_files_find_no_room_is_refused_with_the_reason(tmp_path, small_disk):
+    big = tmp_path / 'big'
+    big.write_bytes(os.urandom(3 << 20))
+    with NodeProcess(tmp_path / 'node', '--dest-path-prefix', small_disk) as node:
+        with dispy.JobCluster(abs, nodes=[node.address], depends=[str(big)]) as cluster:
+            with pytest.raises(dispy.NoNodes, match='3145728 bytes are needed for files and .* are free'):
+                cluster.wait_nodes(1, timeout=5)
+        with dispy.JobCluster(abs, nodes=[node.address]) as cluster:
+            assert cluster.submit(-1)(30) == 1
+
+
+def test_jobs_go_on_while_the_disk_of_the_node_is_full(tmp_path, small_disk):
+    with NodeProcess(tmp_path / 'node', '--dest-path-prefix', small_disk) as node:
+        with dispy.JobCluster(abs, nodes=[node.address]) as cluster:
+            assert cluster.submit(-1)(30) == 1
+            filler = fill(small_disk)
+            assert [job(30) for job in [cluster.submit(-number) for number in range(100)]] == list(range(100))
+            os.unlink(filler)
+
+
+def test_a_recovery_file_on_a_full_disk(small_disk):
+    """`submit` raises, and the job is not submitted; those that were are run; with room it goes on."""
+    path = os.path.join(small_disk, 'jobs')
+    with dispy.JobCluster(len, nodes='local', recover_file=path) as cluster:
+        before = [cluster.submit(b'x' * number) for number in range(20)]
+        filler = fill(small_disk)
+        with pytest.raises(OSError, match='No space left'):
+            for _ in range(100):
+                before.append(cluster.submit(os.urandom(100000)))
+        assert cluster.wait(30)
+        os.unlink(filler)
+        after = cluster.submit(b'12345')
+        assert after(30) == 5 and all(job.status == DispyJob.Finished for job in before)
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='needs /proc')
+def test_descriptors_run_out_and_the_established_link_goes_on(tmp_path):
+    import resource
+    import socket
+    with NodeProcess(tmp_path / 'node') as node, dispy.JobCluster(abs, nodes=[node.address]) as cluster:
+        assert cluster.submit(-1)(30) == 1
+        pid = node.process.pid
+        limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (max(map(int, os.listdir('/proc/%d/fd' % pid))) + 4, limit[1]))
+        strangers = []
+        try:
+            for _ in range(20):
+                strangers.append(socket.create_connection(node.address, 5))
+            assert [job(30) for job in [cluster.submit(-number) for number in range(200)]] == list(range(200))
+        finally:
+            for sock in strangers:
+                sock.close()
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+        before = len(open_files(pid))
+        eventually(lambda: len(open_files(pid)) <= before)
+        with dispy.JobCluster(abs, nodes=[node.address]) as other:
+            assert cluster.submit(-2)(30) == 2
+            del other
+
+
+def hungry(path, number, mib):
+    enter(path, number)
+    held = []
+    for _ in range(mib):
+        held.append(bytearray(b'x' * (1 << 20)))
+        time.sleep(0.002)
+    time.sleep(0.2)
+    return number
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='memory is seen in /proc, or by psutil')
+def test_a_job_that_uses_too_much_memory_is_killed_and_its_neighbours_live(tmp_path, ledger):
+    with NodeProcess(tmp_path / 'node') as node:
+        with dispy.JobCluster(hungry, depends=[enter], nodes=[node.address]) as cluster:
+            neighbour = cluster.submit(ledger.path, 'neighbour', 1)
+            jobs = [cluster.submit(ledger.path, number, 400 if number % 3 == 0 else 1, dispy_memory=150 << 20) for number in range(9)]
+            cluster.wait(60)
+            assert neighbour.result == 'neighbour'
+            for number, job in enumerate(jobs):
+                if number % 3:
+                    assert job.result == number, job.exception
+                else:
+                    assert job.status == DispyJob.Terminated and 'used more memory than it may (dispy_memory)' in job.exception
+            assert node.process.poll() is None
+
+
+def test_a_job_for_which_the_system_has_no_memory_is_terminated_and_says_so(tmp_path, ledger):
+    def greedy():
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        try:
+            return len(bytearray(2 << 30))
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    pytest.importorskip('resource')
+    with NodeProcess(tmp_path / 'node') as node, dispy.JobCluster(greedy, nodes=[node.address]) as cluster:
+        jobs = [cluster.submit() for _ in range(4)]
+        assert cluster.wait(30)
+        assert all(job.status == DispyJob.Terminated and 'MemoryError' in job.exception for job in jobs)
+        assert node.process.poll() is None
+
+
+def talks(number):
+    for _ in range(100):
+        os.write(1, b'x' * (1 << 20))
+    return number
+
+
+def test_a_hundred_megabytes_printed_leave_the_memory_of_the_daemon_flat(tmp_path):
+    with NodeProcess(tmp_path / 'node') as node, dispy.JobCluster(talks, nodes=[node.address]) as cluster:
+        cluster.wait_nodes(1, 20)
+        process = psutil.Process(node.process.pid)
+        before, most = process.memory_info().rss, 0
+        jobs = [cluster.submit(number) for number in range(4)]
+        while not cluster.wait(0.02):
+            most = max(most, process.memory_info().rss)
+        assert [job.result for job in jobs] == [0, 1, 2, 3]
+        assert all(len(job.stdout) < 600000 for job in jobs) and most - before < 20 << 20
+
+
+# -- clocks ---------------------------------------------------------------------------------------------------------
+
+# Where the clock on the wall may be read: for what a user sees, and to compare with times of files and hours of service.
+WALL_CLOCK = {
+    'dispy.py': {'fill_in', 'end_without', '__init__', 'print_status', '_send_jobs', '_driver_broke', '_moved', 'submit', '_submit'},
+    'dispynode.py': {'_find_kept', 'end_of_turn', '_run', '_provisional'},
+}
+
+
+def wall_clock_uses(name):
+    """Functions that read the clock on the wall: time.time(), time.localtime(), datetime.now()."""
+    with open(os.path.join(ROOT, name)) as file:
+        tree = ast.parse(file.read())
+    found = set()
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) \
+                        and (node.value.id, node.attr) in (('time', 'time'), ('time', 'localtime'), ('datetime', 'now')):
+                    found.add(function.name)
+    return found
+
+
+@pytest.mark.parametrize('name', sorted(WALL_CLOCK))
+def test_the_clock_on_the_wall_decides_nothing(name):
+    assert wall_clock_uses(name) <= WALL_CLOCK[name], 'is the clock on the wall only shown there?'
+
+
+CLOCK = """
+import os, time
+real = time.time
+
+
+def stepped():
+    with open(os.environ['TEST_CLOCK']) as file:
+        return real() + float(file.read() or 0)
+
+
+time.time = stepped
+"""
+
+
+def test_the_clock_on_the_wall_steps_by_hours(tmp_path):
+    """In the client, its node, runner and workers: Python's own clock is replaced by one that a file sets."""
+    (tmp_path / 'sitecustomize.py').write_text(CLOCK)
+    (tmp_path / 'step').write_text('0')
+    code = '''
+import os, sys, time
+import dispy
+
+def compute(number):
+    import time
+    time.sleep(0.02)
+    return number, time.time()
+
+with dispy.JobCluster(compute, nodes='local', pulse_interval=0.2) as cluster:
+    jobs = [cluster.submit(number) for number in range(100)]
+    jobs[10]()
+    for hours in (5, -4, 0):
+        with open(os.environ['TEST_CLOCK'] + '-new', 'w') as file:
+            file.write(str(3600 * hours))
+        os.replace(file.name, os.environ['TEST_CLOCK'])
+        job = cluster.submit(0)
+        assert abs(job()[1] - time.time()) < 600
+        jobs += [cluster.submit(number) for number in range(100, 110)]
+    print([job()[0] for job in jobs] == [*range(100), *3 * [*range(100, 110)]])
+'''
+    path = os.pathsep.join([str(tmp_path), os.environ['PYTHONPATH']])
+    done = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, PYTHONPATH=path, TEST_CLOCK=str(tmp_path / 'step')),
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=60)
+    assert done.stdout == 'True\n', done.stdout

@@ -1,0 +1,20 @@
+"""Many jobs under many faults, by the same code as soak.py."""
+
+from soak import soak
+
+
+def test_ten_thousand_jobs_with_a_node_killed_every_three_seconds(tmp_path):
+    tally, history, failed, _ = soak(str(tmp_path), 240, 7, jobs_most=10000, nodes=4, faults=('kill',))
+    assert tally.submitted == 10001 and tally.clean, tally
+    assert not failed, failed[:5]
+    assert len(history) >= 5
+
+
+def test_a_minute_of_everything(tmp_path):
+    """Killed, stopped, cut, held; a failing seed stands in the message of nemesis and repeats it."""
+    tally, history, failed, rows = soak(str(tmp_path), 30, 11, every=1.0)
+    assert tally.clean, (tally, history)
+    assert not failed, (failed[:5], history)
+    assert len({fault for fault, _, _ in history}) == 4
+    client = rows[0]
+    assert client[3][1] <= client[2][1] + 4, client   # descriptors
