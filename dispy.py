@@ -2103,7 +2103,7 @@ class Told(NamedTuple):
     """Posted for cluster_status: a node or a job has changed."""
     cluster: 'JobCluster'
     status: int
-    peer: 'Optional[Peer]'
+    peer: 'Union[Peer, NodeRow, None]'
     job: Optional[DispyJob]
 
 
@@ -2859,8 +2859,10 @@ class Driver(Loop):
     def _told(self, event: Told) -> None:
         if event.cluster._cluster_status is not None:
             node = None
-            if event.peer is not None:
-                state = 'ready' if event.status == DispyNode.Initialized else 'closed'
+            if isinstance(event.peer, NodeRow):
+                node = event.cluster._describe(event.peer, event.peer.state, event.peer.reason, event.peer.cpus, event.peer.busy)
+            elif event.peer is not None:
+                state = 'closed' if event.status == DispyNode.Closed else 'ready'
                 known = event.cluster._comp in event.peer.uses
                 node = event.cluster._describe(event.peer, state, event.peer.reason, event.peer.limit(event.cluster._comp) if known else 0, 0)
             self._tellers.run(event.cluster._cluster_status, event.status, node, event.job)
@@ -2946,7 +2948,8 @@ class Driver(Loop):
                  for peer, state, reason, _, _ in self.nodes_of(comp)]
         cluster = self._clusters[comp]
         for port in sorted({spec.port for spec in cluster._specs if spec.wild}):
-            lines.append('all that answer at UDP port %d %s' % (port, 'of this machine' if self._reach == 'loopback' else 'of the local network'))
+            lines.append('all that answer at UDP port %d %s' % (port, 'of this machine' if self._reach == 'loopback' else 'of the local network')
+                         if any(asked == port for asked, _ in self._ears) else 'those of the scheduler, whose nodes are all named (-n)')
         if cluster._host is not None:
             lines.append('waited for nodes to connect to %s' % place(*cluster._host) if cluster._host in self._gates
                          else 'no node can connect, port %d was taken' % cluster._host[1])
@@ -4226,7 +4229,7 @@ class JobCluster:
         with self._changed:
             self._changed.notify_all()
 
-    def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Peer) -> None:
+    def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Union[Peer, NodeRow]) -> None:
         """Give jobs their results. The driver's thread or an opener."""
         seconds, finished = 0.0, 0
         for job, row in pairs:
@@ -4242,7 +4245,7 @@ class JobCluster:
             count = self._counts.setdefault('%s:%s' % (peer.ip_addr, peer.name), [peer, 0, 0.0])
             count[1] += len(pairs)
             count[2] += seconds
-        self._ended([job for job, _ in pairs])
+        self._ended([job for job, _ in pairs], peer)
 
     def _chain(self, pair: Tuple[DispyJob, tuple], peer: Peer) -> None:
         """A result that must be seen after earlier ones of its job. The driver's thread."""
@@ -4299,10 +4302,10 @@ class JobCluster:
         self._note(job, payload)
         self._ended([job])
 
-    def _ended(self, jobs: List[DispyJob]) -> None:
+    def _ended(self, jobs: List[DispyJob], peer: Union[Peer, NodeRow, None] = None) -> None:
         if self._cluster_status is not None:
             for job in jobs:
-                self._driver.post(Told(self, job.status, None, job))
+                self._driver.post(Told(self, job.status, peer, job))
         for job in jobs:
             if job._event is not None or job._when_ended is not None:
                 job._wake()
@@ -4429,7 +4432,8 @@ class SharedJobCluster(JobCluster):
     def _rows(self) -> List[NodeRow]:
         if not self._is_connected():
             return super()._command('nodes')  # type: ignore[no-any-return]
-        return [NodeRow(*row) for row in self._call('nodes')] or super()._command('nodes')
+        return [NodeRow(*row) for row in self._call('nodes')] or \
+            [row._replace(state='connected', reason='has no node for this cluster yet', cpus=0) for row in super()._command('nodes')]
 
     def _complaint(self) -> str:
         if self._is_connected():

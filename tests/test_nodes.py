@@ -1,14 +1,15 @@
 """What a user can do with the nodes of a cluster while it runs."""
 
+import functools
 import os
 import time
 
 import pytest
 
 import dispy
-from conftest import eventually
+from conftest import KINDS, eventually
 from dispy import DispyJob
-from nodes import NodeProcess
+from nodes import NodeProcess, SchedulerProcess
 
 
 @pytest.fixture
@@ -23,6 +24,16 @@ def nodes(tmp_path, monkeypatch):
     yield start
     for node in started:
         node.stop()
+
+
+@pytest.fixture(params=KINDS)
+def make_cluster(request, nodes, tmp_path):
+    """As that of all tests, with a scheduler that knows the secret of these nodes and finds them by itself."""
+    if request.param == 'JobCluster':
+        yield dispy.JobCluster
+        return
+    with SchedulerProcess(tmp_path / 'scheduler') as scheduler:
+        yield functools.partial(dispy.SharedJobCluster, scheduler_port=scheduler.port)
 
 
 def where(seconds=0.0):
