@@ -43,7 +43,7 @@ import dispy
 import dispynode
 from dispy import ENDED, DispyJob, Driver, JobCluster, JobState, Journal
 from dispynode import (PULSE, PULSES_LOST, Ack, Arrival, Bye, Daemon, DialFailed, Dialled, Kept, Lease, LinkBroken, Loop, Options, Outcome,
-                       Pause, Prepared, Release, Resume, RunnerGone, RunnerUp, Session as Handshake, SetCpus, Shelf, Stage, Stop,
+                       Pause, Prepared, Release, Results, Resume, RunnerGone, RunnerUp, Session as Handshake, SetCpus, Shelf, Stage, Stop,
                        WorkerGone, WorkerResults, WorkerReturned, decode, encode, pieces_of, seal)
 
 SILENCE = PULSE * PULSES_LOST
@@ -169,6 +169,8 @@ class SimLink:
         world = self.sock.world
         world.messages += 1
         world.note(type(message).__name__, self.sock.owner.host, self.sock.other.owner.host)
+        if type(message) is Results:
+            world.told.update(((message.comp, row[0]), row[1]) for row in message.rows)
         if world.messages % SAMPLE == 0:
             op, encoding, pieces = encode(message)
             message = decode(op, encoding, memoryview(b''.join(pieces)))
@@ -687,6 +689,7 @@ class World:
         self.budget, self.scale, self.journals = jobs, scale, journals
         self.trace = self.messages = self.turns = self.submitted = self.starts = self.shelved = self.faults = 0
         self.numbers, self.jobs, self.by_payload, self.returned = itertools.count(1), {}, {}, {}
+        self.told = {}             # (computation, serial) -> outcome that its node has told last, until that is acknowledged
         self.statuses, self.told = collections.Counter(), collections.Counter()
         self.plugs, self.blocked, self.slow_network, self.over = {}, collections.Counter(), 0.0, False
         self.victim = 'n0'
@@ -929,8 +932,8 @@ class World:
 
     def check_ack(self, message):
         for serial in message.serials:
-            job = self.returned.pop((message.comp, serial), None)
-            if job is not None and job.status is None and job.handle._serial == serial and not job.handle._lost:
+            job, outcome = self.returned.pop((message.comp, serial), None), self.told.pop((message.comp, serial), None)
+            if job is not None and outcome == Outcome.RETURNED and job.status is None and job.handle._serial == serial and not job.handle._lost:
                 job.acked = True
 
     def check_client(self, driver):

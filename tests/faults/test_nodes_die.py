@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import types
 
 import psutil
 import pytest
@@ -13,6 +14,7 @@ from conftest import eventually
 from dispy import DispyJob
 from ledger import Ledger, enter, one_more_each
 from nodes import NodeProcess
+from proxy import Proxy
 
 PULSE = 0.2   # s; a node that is silent for five is lost
 
@@ -101,28 +103,32 @@ def test_jobs_that_run_on_a_killed_node_are_abandoned_at_once(tmp_path, ledger):
         assert all(job.status == DispyJob.Abandoned and node.host in job.exception for job in jobs)
 
 
+@pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='no SIGSTOP here')
 def test_results_that_were_not_acknowledged_are_delivered_after_a_restart(tmp_path, ledger):
-    """The client is stopped while its jobs end, the node notices, keeps the results, and is killed."""
-    with NodeProcess(tmp_path / 'node') as node:
+    """The client is stopped and the network swallows the results; the node notices, keeps them, and is killed."""
+    def kept():
+        return [os.path.join(node.prefix, name) for name in os.listdir(node.prefix) if name.startswith('r-')]
+    with NodeProcess(tmp_path / 'node') as node, Proxy(node.address) as proxy:
         with Client('''
             with cluster(pulse_interval=0.2, ping_interval=0.5) as cluster:
                 jobs = [cluster.submit(path, number, 1) for number in range(2)]
                 print('ready', flush=True)
                 cluster.wait()
                 print([(job.result, job.exception) for job in jobs])
-            ''', ledger.path, node) as client:
+            ''', ledger.path, types.SimpleNamespace(host=proxy.address[0], port=proxy.address[1])) as client:
             eventually(lambda: len(ledger.attempts()) == 2)
             client.process.send_signal(signal.SIGSTOP)
-            eventually(lambda: [name for name in os.listdir(node.prefix) if name.startswith('r-')])
+            proxy.hold()
             eventually(lambda: 'ended: nothing was heard' in node.log())
-            eventually(lambda: sum(os.path.getsize(os.path.join(node.prefix, name)) for name in os.listdir(node.prefix)
-                                   if name.startswith('r-')) > 100)   # both
+            eventually(lambda: sum(map(os.path.getsize, kept())) > 100)   # both
             node.kill()
             with restart(node) as again:
-                assert 'results of an earlier computation' in again.log()
+                assert '2 results of an earlier computation' in again.log()
+                proxy.cut()
+                proxy.resume()
                 client.process.send_signal(signal.SIGCONT)
                 assert '[(0, None), (1, None)]\n' in client.rest()
-                eventually(lambda: not [name for name in os.listdir(node.prefix) if name.startswith('r-')])
+                eventually(lambda: not kept())
         assert len(ledger.attempts()) == 2
 
 
