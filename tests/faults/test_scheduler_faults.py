@@ -138,15 +138,17 @@ def test_a_node_dies_while_the_scheduler_is_down(shared, tmp_path, reentrant):
             time.sleep(0.01)
         return os.getppid()
     cluster = shared.cluster(compute, reentrant=reentrant)
-    jobs = [cluster.submit_job_id(n, n) for n in range(6)]
+    jobs = [cluster.submit_job_id(n, n) for n in range(4)]   # one a CPU: of one handed ahead nobody could tell whether it began
     eventually(lambda: len(ledger.attempts()) == 4)
     shared.kill()
     shared.nodes[0].kill()
+    jobs += [cluster.submit_job_id(n, n) for n in (4, 5)]
     shared.start()
     open(gate, 'w').close()
     assert cluster.wait(60)
     statuses = sorted(job.status for job in jobs)
-    assert statuses == [DispyJob.Finished] * 6 if reentrant else statuses == [DispyJob.Abandoned] * 2 + [DispyJob.Finished] * 4
+    assert statuses == ([DispyJob.Finished] * 6 if reentrant else [DispyJob.Abandoned] * 2 + [DispyJob.Finished] * 4), \
+        [(job.id, job.status, job.exception) for job in jobs]
     again = ledger.check(range(6), [job.id for job in jobs]).again
     assert len(again) == (2 if reentrant else 0)
     cluster.close()
