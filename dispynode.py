@@ -3047,23 +3047,24 @@ def python_of(version: tuple) -> str:
     return 'Python ' + '.'.join(map(str, version[:2]))
 
 
-def make_code(version: tuple, args: tuple) -> types.CodeType:
-    """A code object that came pickled. One of another version could be made, and would crash whoever calls it."""
+def make_code(version: tuple, args: tuple, file: str) -> types.CodeType:
+    """A code object that came pickled. One of another version could be made, and would crash whoever calls it. Its file is for
+    tracebacks; cloudpickle leaves it out since 3.1.3."""
     if version != sys.version_info[:2]:
         raise TypeError('it holds a function or class by value, whose code is for %s; this is %s'
                         % (python_of(version), python_of(sys.version_info)))
-    return types.CodeType(*args)
+    return types.CodeType(*args).replace(co_filename=file)
 
 
 @functools.lru_cache(maxsize=None)
 def value_pickler() -> Any:
-    """cloudpickle's Pickler, with the version in every code object."""
+    """cloudpickle's Pickler, with the version and the file in every code object."""
     import cloudpickle
     reduce_code = cloudpickle.Pickler.dispatch_table[types.CodeType]
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc, name-defined]
         dispatch_table = collections.ChainMap(
-            {types.CodeType: lambda code: (make_code, (sys.version_info[:2], reduce_code(code)[1]))},
+            {types.CodeType: lambda code: (make_code, (sys.version_info[:2], reduce_code(code)[1], code.co_filename))},
             cloudpickle.Pickler.dispatch_table)
     return Pickler
 
@@ -5788,7 +5789,7 @@ def host_and_port(text: str, port: int) -> Tuple[str, int]:
     host, colon, given = text.rpartition(':')
     if not colon or (':' in host and not host.endswith(']')):   # no port, or bare IPv6
         host, given = text, str(port)
-    if not host.strip('[]') or not given.isdigit() or not 1 <= int(given) <= 65535:
+    if not host.strip('[]') or any(map(str.isspace, host)) or not given.isdigit() or not 1 <= int(given) <= 65535:
         raise ValueError('%r is not HOST or HOST:PORT' % text)
     return host.strip('[]'), int(given)
 

@@ -257,3 +257,12 @@ def test_numpy_arrays_travel_and_can_be_written_to(make_cluster):
         expected = numpy.arange(500000, dtype='f8').reshape(500, 1000) + 1
         assert (half == expected[::2]).all() and (whole == expected).all() and list(small) == [0, 1, 2]
         whole[0, 0] = 7
+
+
+def test_a_trace_names_the_file_and_shows_the_line(make_cluster):
+    def fails():
+        return 1 / 0   # here
+    with make_cluster(fails, nodes='local') as cluster:
+        job = cluster.submit()
+        job.wait(20)
+        assert 'File "%s", line' % os.path.abspath(__file__) in job.exception and 'return 1 / 0   # here' in job.exception

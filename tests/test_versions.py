@@ -487,4 +487,4 @@ def test_code_of_another_version_is_not_made():
     value_pickler()(type('File', (), {'write': lambda self, piece: pieces.append(bytes(piece))})(), 5).dump(lambda: 41 + 1)
     assert unseal(b''.join(pieces))() == 42
     with pytest.raises(TypeError, match=r'code is for Python 3\.7; this is Python ' + HERE.replace('.', r'\.')):
-        make_code((3, 7), ())
+        make_code((3, 7), (), '')
