@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import time
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 os.environ['DISPY_DISCOVERY'] = 'loopback'
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as a shell starts what it puts into the background; programs started here would not hear it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ['DISPY_SECRET'] = 'the secret of the test-suite'
 os.environ['XDG_CONFIG_HOME'] = tempfile.mkdtemp(prefix='dispy-tests-')
 atexit.register(shutil.rmtree, os.environ['XDG_CONFIG_HOME'], True)
