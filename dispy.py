@@ -2953,7 +2953,11 @@ class Driver(Loop):
         if cluster._host is not None:
             lines.append('waited for nodes to connect to %s' % place(*cluster._host) if cluster._host in self._gates
                          else 'no node can connect, port %d was taken' % cluster._host[1])
-        return 'Tried: %s. Start `python dispynode.py` on a host, with the same secret, and name it in nodes=' % '; '.join(lines)
+        peers = self.peers_of(comp)
+        todo = 'Start `python dispynode.py` on a host, with the same secret, and name it in nodes='
+        if peers and all(peer.scheduler for peer in peers):
+            todo = 'Start `python dispyscheduler.py` there, with the same secret'
+        return 'Tried: %s. %s' % ('; '.join(lines), todo)
 
     # -- reaching nodes -----------------------------------------------------------------------------------
 
@@ -3140,7 +3144,7 @@ class Driver(Loop):
         peer.reason = text
         if text not in peer.told and not self._only_probed(peer):
             peer.told.add(text)
-            logger.warning('node %s cannot be used: %s', peer, text)
+            logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, text)
         peer.dialling.again(self.now, lived)
         self._soon()
 
@@ -3185,7 +3189,7 @@ class Driver(Loop):
                 peer.dialling.due = self.now
         else:   # it dials us
             peer.reason = 'the connection ended: %s' % text
-            logger.warning('node %s cannot be used: %s', peer, peer.reason)
+            logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, peer.reason)
             if lost:
                 self._forget_peer(peer)
 

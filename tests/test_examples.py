@@ -14,6 +14,7 @@ import zlib
 import pytest
 
 from conftest import ROOT, on_a_terminal
+from nodes import NodeProcess, SchedulerProcess
 
 EXPECTED = {   # what must stand in the output
     'classes.py': ['earth: Ball(5.09 m, -9.81 m/s) after 1.0 s, a Ball', 'moon: Ball(19.19 m, -1.62 m/s)'],
@@ -57,7 +58,7 @@ def test_example(name, tmp_path):
 
 def test_every_example_is_run_here():
     names = {name for name in os.listdir(os.path.join(ROOT, 'examples')) if name.endswith('.py')}
-    assert names == set(EXPECTED) | {'checksum_tree.py', 'monitor.py', 'monte_carlo.py', 'setup_once.py', 'word_count.py'}
+    assert names == set(EXPECTED) | {'checksum_tree.py', 'monitor.py', 'monte_carlo.py', 'setup_once.py', 'shared_nodes.py', 'word_count.py'}
 
 
 def test_the_first_line_of_every_example_says_what_it_shows():
@@ -106,6 +107,12 @@ def test_monitor(tmp_path):
     done = run('monitor.py', 60, cwd=str(tmp_path))
     assert done.returncode == 0 and re.match(r'60 jobs, \d+ of them failed: (ArithmeticError: it fell below 0.1|none)\n', done.stdout.decode())
     assert re.fullmatch(r'dispy monitor: http://127\.0\.0\.1:\d+/#token=[\w-]{32}\s*', done.stderr.decode())
+
+
+def test_shared_nodes(tmp_path):
+    with NodeProcess(tmp_path / 'node') as node, SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port) as scheduler:
+        found = re.match(r'few: \[0, 1, 4, 9\]\nafter [\d.]+ s, while (\d+) jobs', output_of(run('shared_nodes.py', '127.0.0.1:%d' % scheduler.port)))
+    assert int(found.group(1)) > 100
 
 
 def test_joblib_is_not_needed():

@@ -83,7 +83,9 @@ def test_nothing_is_missing():
     """Every parameter and method of a cluster, every attribute of a job, every name for jobs, every example."""
     words = set(re.findall(r'\w+', ' '.join(LINES)))
     old_names = {'callback', 'stats', 'shutdown', 'ip_addr', 'ext_ip_addr', 'ext_host', 'poll_interval', 'fault_recover'}
-    wanted = {*inspect.signature(dispy.JobCluster).parameters, *OF_SUBMIT, *IN_JOBS,
+    shared = {'scheduler_host', 'scheduler_port', 'exclusive'}
+    assert shared < set(inspect.signature(dispy.SharedJobCluster).parameters)
+    wanted = {*inspect.signature(dispy.JobCluster).parameters, *shared, *OF_SUBMIT, *IN_JOBS,
               *(name for thing in (dispy.JobCluster, dispy.DispyJob) for name in vars(thing) if re.match('[a-z]', name)),
               'DispyExecutor', 'NodeAllocate', 'register_joblib'} - {'computation', 'finish'} - old_names
     assert wanted - words == set()
@@ -105,7 +107,7 @@ def test_every_public_name_says_what_it_is():
     assert [thing.__qualname__ for thing in things if not thing.__doc__] == []
 
 
-@pytest.mark.parametrize('thing', [dispy.JobCluster, dispy.NodeAllocate])
+@pytest.mark.parametrize('thing', [dispy.JobCluster, dispy.NodeAllocate])   # SharedJobCluster's are those and a few
 def test_every_parameter_is_explained(thing):
     assert set(inspect.signature(thing).parameters) <= set(re.findall(r'\w+', thing.__doc__))
 
