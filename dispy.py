@@ -3709,7 +3709,7 @@ class JobCluster:
     job_status - function, called with a job for each provisional result and when it has ended, in a thread of its own
         (old name: callback)
     cluster_status - function, called as (status, node, job) at every change, in order: DispyNode.Initialized or Closed
-        with a node, a job's status with the job (and the node, when it is sent there)
+        with a node, a job's status with the job (and the node, when it is sent there and when its result comes)
     host - also listen for nodes that connect by themselves (`dispynode --scheduler-host`), at this address of this host ('': all)
         or 'address:port' (default port: 9702); None: this program needs no open port (old name: ip_addr)
     dispy_port - port of nodes for which none is given, TCP and UDP (default 9701)

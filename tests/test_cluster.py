@@ -394,7 +394,7 @@ def test_cluster_status_is_told_every_change_in_order(make_cluster, tmp_path):
         node.stop()
         eventually(lambda: len(seen) == 4)
     assert [status for status, _, _ in seen] == [dispy.DispyNode.Initialized, DispyJob.Running, DispyJob.Finished, dispy.DispyNode.Closed]
-    assert [node.name if node else None for _, node, _ in seen] == ['one', 'one', None, 'one']
+    assert [node.name if node else None for _, node, _ in seen] == ['one'] * 4
     assert [job for _, _, job in seen] == [None, job, job, None]
 
 

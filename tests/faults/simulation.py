@@ -170,7 +170,7 @@ class SimLink:
         world.messages += 1
         world.note(type(message).__name__, self.sock.owner.host, self.sock.other.owner.host)
         if type(message) is Results:
-            world.told.update(((message.comp, row[0]), row[1]) for row in message.rows)
+            world.outcomes.update(((message.comp, row[0]), row[1]) for row in message.rows)
         if world.messages % SAMPLE == 0:
             op, encoding, pieces = encode(message)
             message = decode(op, encoding, memoryview(b''.join(pieces)))
@@ -689,7 +689,7 @@ class World:
         self.budget, self.scale, self.journals = jobs, scale, journals
         self.trace = self.messages = self.turns = self.submitted = self.starts = self.shelved = self.faults = 0
         self.numbers, self.jobs, self.by_payload, self.returned = itertools.count(1), {}, {}, {}
-        self.told = {}             # (computation, serial) -> outcome that its node has told last, until that is acknowledged
+        self.outcomes = {}         # (computation, serial) -> outcome that its node has told last, until that is acknowledged
         self.statuses, self.told = collections.Counter(), collections.Counter()
         self.plugs, self.blocked, self.slow_network, self.over = {}, collections.Counter(), 0.0, False
         self.victim = 'n0'
@@ -932,7 +932,7 @@ class World:
 
     def check_ack(self, message):
         for serial in message.serials:
-            job, outcome = self.returned.pop((message.comp, serial), None), self.told.pop((message.comp, serial), None)
+            job, outcome = self.returned.pop((message.comp, serial), None), self.outcomes.pop((message.comp, serial), None)
             if job is not None and outcome == Outcome.RETURNED and job.status is None and job.handle._serial == serial and not job.handle._lost:
                 job.acked = True
 
