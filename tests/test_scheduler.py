@@ -122,17 +122,14 @@ def test_fifo_serves_in_the_order_of_coming(tmp_path, node, gate):
         with shared(hold, scheduler) as holding, shared(whole, scheduler) as first, shared(whole, scheduler) as second:
             held = [holding.submit(gate.path, n) for n in range(2)]
             eventually(lambda: len(gate.started()) == 2)
-            late = [second.submit(0.02) for _ in range(5)]
+            for cluster in (first, second):
+                cluster.wait_nodes(1, 20)
             early = [first.submit(0.02) for _ in range(20)]
-            eventually(lambda: len(status_of(scheduler, first)) == 1)
+            late = [second.submit(0.02) for _ in range(5)]
             gate.open()
             assert all(job.wait(20) for job in held + late + early)
             order = sorted(late + early, key=lambda job: job.result[0])
             assert sum(job in early for job in order[:15]) >= 13   # a node may have had one of each ahead
-
-
-def status_of(scheduler, cluster):
-    return [node for node in cluster.status().nodes if node.state == 'ready']
 
 
 def test_priorities_within_a_program(scheduler, gate):

@@ -41,7 +41,7 @@ HOLD = '''
     import dispy
 
     def status(status, node, job):
-        if node is not None:
+        if job is None:
             print({2: 'ready', 3: 'closed'}[status], node.name, flush=True)
 
     def where(seconds=0):
