@@ -512,7 +512,8 @@ HOSTILE = list(hostile())
 @pytest.fixture(scope='module')
 def standing():
     """One server for all that is refused; its cluster is not touched."""
-    with dispy.JobCluster(wait_for, nodes='local') as cluster, serve(cluster) as site:
+    # pulse_interval: a driver of its own, whose threads other tests do not start
+    with dispy.JobCluster(wait_for, nodes='local', pulse_interval=3) as cluster, serve(cluster) as site:
         cluster.wait_nodes(1, 20)
         yield site
 
