@@ -78,14 +78,18 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optio
 import cloudpickle
 
 from dispynode import (
-    ATOMS, DEPLOYED, FILE_PIECE, FRAME_FILL, GOES_ON, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME, SCHEDULER_PORT, CLOSED_AT_ONCE,
-    Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears, File, FileBack, FileKept, Gate,
-    HANDSHAKE_TIME, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Place,
-    Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, Welcome, Where, __version__, beside, call_chunk,
-    call_packed, check_name, class_of_client, derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret,
-    host_and_port, open_envelope, pieces_of, place, python_of, seal, same_secret, size_of, tls_context, unpack_error, unseal, value_pickler)
+    ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
+    SCHEDULER_PORT, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
+    File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
+    Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
+    Role, Said, SecretError, Shutdown, Welcome, Where, __version__, beside, call_chunk, call_packed, check_name, class_of_client,
+    derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret, frames, host_and_port, open_envelope, pieces_of,
+    place, python_of, same_secret, seal, size_of, tls_context, unpack_error, unseal, value_pickler)
 
-__all__ = ['JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib', 'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError', 'SecretError', 'logger']
+__all__ = [
+    'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
+    'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError',
+    'SecretError', 'logger']
 
 # ---------------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -3523,18 +3527,11 @@ class Driver(Loop):
     def _send_jobs(self, action: SendJobs) -> None:
         peer = self._peers[action.node]
         assert peer.link is not None   # ours: the schedule knows nodes with a link only
-        now, rows, size, sent = time.time(), [], 0, _SENT_ON if peer.scheduler else _SENT
-        for work in action.works:
-            if not peer.scheduler:   # that one tells when and where
-                work.status, work.ip_addr, work.start_time = DispyJob.Running, peer.ip_addr, now
-            options = work._options and {name: work._options[name] for name in sent if name in work._options}
-            rows.append((work._serial, beside(work._payload), options or None))
-            size += size_of(work._payload)
-            if size >= FRAME_FILL:
-                self.say(peer.link, Jobs(action.comp, rows))
-                rows, size = [], 0
-        if rows:
-            self.say(peer.link, Jobs(action.comp, rows))
+        now, names = time.time(), _OF_JOBS_THERE if peer.scheduler else OF_JOBS
+        for work in action.works if not peer.scheduler else ():   # that one tells when and where
+            work.status, work.ip_addr, work.start_time = DispyJob.Running, peer.ip_addr, now
+        for frame in frames(Jobs, action.comp, (job_row(work, work._payload, names) for work in action.works)):
+            self.say(peer.link, frame)
         cluster = self._clusters[action.comp]
         if action.comp in self._journals:
             self._journals[action.comp].sent(action.works, peer.place)
@@ -3606,11 +3603,17 @@ class Driver(Loop):
         self._clusters[job._comp]._end(job, action.text)
 
 
+def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
+    """A row of Jobs, with these of its options, and its bytes."""
+    options = work._options and {name: work._options[name] for name in names if name in work._options}
+    return (work._serial, beside(payload), options or None), size_of(payload)
+
+
 _ERRORS: Dict[str, Type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, KeyError, OSError, NoNodes)}
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.REFUSED, NodeState.LOST))
 _MAY_OFFER = frozenset((UseState.WAITING, UseState.ASKING, UseState.REFUSED))
-_SENT_ON = ('cpus', 'timeout', 'memory', 'priority', 'retries', 'node')   # to a scheduler
-_SENT = ('cpus', 'timeout', 'memory')   # options of a job that its node has to know
+OF_JOBS = ('cpus', 'timeout', 'memory')   # options of a job that its node has to know
+_OF_JOBS_THERE = (*OF_JOBS, 'priority', 'retries', 'node')   # and a scheduler
 _MESSAGE_OF = {SendCancel: Cancel, SendRecall: Recall}
 _lock = threading.Lock()      # guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
 _drivers: Dict[Access, Driver] = {}

@@ -423,6 +423,25 @@ def beside(payload: Payload) -> Any:
     return pickle.PickleBuffer(payload)  # type: ignore[arg-type]
 
 
+def sized(row: tuple) -> Tuple[tuple, int]:
+    """A row of Results as an envelope may carry it, and its bytes."""
+    size = size_of(row[4]) + size_of(row[5]) + size_of(row[6])
+    return (row if size < OUT_OF_BAND and type(row[4]) is bytes else (*row[:4], *map(beside, row[4:]))), size
+
+
+def frames(kind: Callable[[str, list], Any], comp: str, rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
+    """Messages `kind(comp, rows)` of about FRAME_FILL bytes each. Every row comes with its bytes."""
+    some, filled = [], 0
+    for row, size in rows:
+        some.append(row)
+        filled += size
+        if filled >= FRAME_FILL:
+            yield kind(comp, some)
+            some, filled = [], 0
+    if some:
+        yield kind(comp, some)
+
+
 class _Plain(pickle.Unpickler):
     """Opens builtins and refuses every name, so that no bytes from outside can run anything."""
 
@@ -1390,6 +1409,43 @@ class Shelf:
 
 
 _CRC = struct.Struct('>I')
+
+
+class Backlog:
+    """Results on the disk on their way into links, as these have room. The loop's thread."""
+
+    def __init__(self, links: Dict[int, 'Link']) -> None:
+        self._links = links
+        self._waiting: Dict[int, Deque[Tuple[str, Iterator[tuple]]]] = {}   # link -> (computation, its results)
+
+    def add(self, link: int, comp: str, rows: Iterator[tuple]) -> None:
+        """These too."""
+        self._waiting.setdefault(link, collections.deque()).append((comp, rows))
+
+    def drop(self, comp: str) -> None:
+        """Not these any more."""
+        for waiting in self._waiting.values():
+            for entry in [entry for entry in waiting if entry[0] == comp]:
+                entry[1].close()  # type: ignore[attr-defined]
+                waiting.remove(entry)
+
+    def has_room(self) -> bool:
+        """Whether something can be sent now."""
+        return any(link.queued < 4 * FRAME_FILL for link in map(self._links.get, self._waiting) if link)
+
+    def send(self, say: Callable[['Link', Any], None]) -> None:
+        """What there is room for."""
+        for number, waiting in list(self._waiting.items()):
+            link = self._links.get(number)
+            while waiting and link is not None and link.queued < 4 * FRAME_FILL:
+                comp, rows = waiting[0]
+                some = list(itertools.islice(rows, 16))
+                for frame in frames(Results, comp, map(sized, some)):
+                    say(link, frame)
+                if not some:
+                    waiting.popleft()
+            if not waiting or link is None:
+                del self._waiting[number]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4690,7 +4746,7 @@ class Daemon(Loop):
         self._runs: Dict[str, _Run] = {}
         self._lock_file: Any = None
         self._held: Set[Pipe] = set()     # not read until links have room
-        self._sending: Dict[int, Deque[Tuple[str, Any]]] = {}   # link -> computations and their results on the disk
+        self._backlog = Backlog(self.links)
         self._root = self._base = ''   # where computations work, and what is above: not the same with --user
         self._acts: Dict[type, Callable[[Any], None]] = {
             Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store, StorePlaced: self._store_placed,
@@ -4853,7 +4909,7 @@ class Daemon(Loop):
 
     def next_timer(self) -> Optional[float]:
         """The state's, or the end of a runner that does not end; at once when held pipes can be read again."""
-        if self._may_let_go() or any(link.queued < 4 * FRAME_FILL for link in map(self.links.get, self._sending) if link):
+        if self._may_let_go() or self._backlog.has_room():
             return self.now
         times = [self.node.next_timer(), self._hello_at, self._clock_at, *(run.kill_at for run in self._runs.values()),
                  *(caller.dialling.due for caller in self._callers)]
@@ -4948,8 +5004,7 @@ class Daemon(Loop):
         if self._clock_at is not None and self.now >= self._clock_at:
             self._look_at_clock(time.localtime())
         self._act(self.node.flush(self.now))
-        if self._sending:
-            self._send_on()
+        self._backlog.send(self.say)
         self._dial_callers()
         if self._hello_at is not None and self.now >= self._hello_at:
             self._hello()
@@ -4994,15 +5049,8 @@ class Daemon(Loop):
         if type(message) is not Results:
             self.say(link, message)
             return
-        rows, size = [], 0
-        for row in message.rows:
-            rows.append((*row[:4], *map(beside, row[4:])) if len(row[4]) + len(row[5]) + len(row[6]) >= OUT_OF_BAND else row)
-            size += len(row[4]) + len(row[5]) + len(row[6])
-            if size >= FRAME_FILL:
-                self.say(link, Results(message.comp, rows))
-                rows, size = [], 0
-        if rows:
-            self.say(link, Results(message.comp, rows))
+        for frame in frames(Results, message.comp, map(sized, message.rows)):
+            self.say(link, frame)
 
     def _drop(self, action: Drop) -> None:
         link = self.links.get(action.link)
@@ -5106,27 +5154,10 @@ class Daemon(Loop):
                 shelf.remove()
 
     def _send_kept(self, action: SendKept) -> None:
-        self._sending.setdefault(action.link, collections.deque()).append((action.comp, self._shelf(action.comp).rows()))
-
-    def _send_on(self) -> None:
-        """Results from the disk into links that have room."""
-        for number, waiting in list(self._sending.items()):
-            link = self.links.get(number)
-            while waiting and link is not None and link.queued < 4 * FRAME_FILL:
-                comp, rows = waiting[0]
-                some = list(itertools.islice(rows, 16))
-                if some:
-                    self._send(Send(number, Results(comp, some)))
-                else:
-                    waiting.popleft()
-            if not waiting or link is None:
-                del self._sending[number]
+        self._backlog.add(action.link, action.comp, self._shelf(action.comp).rows())
 
     def _forget(self, action: Forget) -> None:
-        for waiting in self._sending.values():
-            for entry in [entry for entry in waiting if entry[0] == action.comp]:
-                entry[1].close()
-                waiting.remove(entry)
+        self._backlog.drop(action.comp)
         self._shelf(action.comp).remove()
 
     # -- runners and workers ------------------------------------------------------------------------------

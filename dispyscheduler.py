@@ -53,15 +53,14 @@ import time
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from dispy import (
-    Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobsEnded, JobState, JobWaits, NodeDrained,
-    NodeDrains, NodeHad, NodeOffers, NodeSpec, Peer, REDIAL_MOST, Schedule, SendJobs, UseState, Work, parse_nodes)
+    OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
+    NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeSpec, Peer, Schedule, SendJobs, UseState, Work, job_row, parse_nodes)
 from dispynode import (
-    FRAME_FILL, GOES_ON, NODE_PORT, PULSE, Role, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Bye, Call, Cancel, Compute, DispyError,
-    Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
-    Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
-    Said, Shutdown, StartError, Welcome, Where, __version__, beside, derive_key, discovery_reach,
-    find_secret, host_and_port, open_envelope, parse_arguments, pieces_of, positive, save_config, set_up_log, size_option, size_of,
-    unpack_error)
+    GOES_ON, NODE_PORT, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each,
+    File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
+    Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned, Role,
+    Said, Shutdown, StartError, Welcome, Where, __version__, beside, derive_key, discovery_reach, find_secret, frames, host_and_port,
+    open_envelope, parse_arguments, pieces_of, positive, save_config, set_up_log, size_of, size_option, sized, unpack_error)
 
 # ---------------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -708,7 +707,6 @@ class Scheduler(Driver):
         self._unopened: Dict[str, Remote] = {}       # computations whose files are on their way
         self._later: List[Tuple[Link, Any]] = []     # messages that wait for the transaction of this turn
         self._stuck_until: Optional[float] = None    # the disk does not take transactions
-        self._sending: Dict[int, Deque[Tuple[str, Iterator[tuple]]]] = {}   # link -> results from the disk
         self._kept = 0                               # bytes of waiting jobs' arguments in memory
         self._exclusives: List[str] = []             # computations that want their nodes alone, in the order of coming
         self._asking = not options.nodes
@@ -716,6 +714,7 @@ class Scheduler(Driver):
         super().__init__(Access(options.node_secret, options.node_certfile, options.node_keyfile, None, options.pulse, options.ping),
                          self._state.instance)
         self.schedule = Schedule(options.fifo)
+        self._backlog = Backlog(self.links)
         self._doors: List[Gate] = []
         self._client_messages: Dict[type, Callable[[Link, Any], None]] = {
             Introduce: self._c_introduce, Compute: self._c_compute, File: self._c_file, Jobs: self._c_jobs, Cancel: self._c_cancel,
@@ -837,8 +836,7 @@ class Scheduler(Driver):
                 self._end_turn_of(comp)
         if self._write_down():
             self._unstick()
-            if self._sending:
-                self._send_on()
+            self._backlog.send(super().say)
         else:
             self._stuck_until = self.now + RETRY_TIME
             for link in self.links.values():
@@ -869,15 +867,8 @@ class Scheduler(Driver):
     def _end_turn_of(self, remote: Remote) -> None:
         link = self.links.get(remote.link)
         if remote.outbox and link is not None:
-            rows, size = [], 0
-            for row in remote.outbox:
-                rows.append((*row[:4], *map(beside, row[4:])))
-                size += size_of(row[4]) + size_of(row[5]) + size_of(row[6])
-                if size >= FRAME_FILL:
-                    self.say(link, Results(remote._comp, rows))
-                    rows, size = [], 0
-            if rows:
-                self.say(link, Results(remote._comp, rows))
+            for frame in frames(Results, remote._comp, map(sized, remote.outbox)):
+                self.say(link, frame)
         remote.outbox = []
         if self.now >= remote.given_up_at and link is None and not remote.works:
             logger.warning('%s: its program has not come back: %d results are given up', remote.name, len(remote.ended))
@@ -887,25 +878,11 @@ class Scheduler(Driver):
         """The driver's, a new try to write, results from the disk."""
         if self._stuck_until is not None:
             return self._stuck_until
-        if any(link.queued < 4 * FRAME_FILL for link in map(self.links.get, self._sending) if link):
+        if self._backlog.has_room():
             return self.now
         given_up = [remote.given_up_at for remote in self._clusters.values() if isinstance(remote, Remote) and remote.link not in self.links
                     and not remote.works]
         return min(filter(None.__ne__, [super().next_timer(), *given_up]), default=None)  # type: ignore[type-var]
-
-    def _send_on(self) -> None:
-        """Results from the disk into links that have room."""
-        for number, waiting in list(self._sending.items()):
-            link = self.links.get(number)
-            while waiting and link is not None and link.queued < 4 * FRAME_FILL:
-                comp, rows = waiting[0]
-                some = list(itertools.islice(rows, 16))
-                if some:
-                    super().say(link, Results(comp, [(*row[:4], *map(beside, row[4:])) for row in some]))
-                else:
-                    waiting.popleft()
-            if not waiting or link is None:
-                del self._sending[number]
 
     # -- links of programs --------------------------------------------------------------------------------------
 
@@ -1173,7 +1150,7 @@ class Scheduler(Driver):
 
     def _resend(self, remote: Remote) -> None:
         """What its program has not acknowledged, and where its jobs are."""
-        self._sending.setdefault(remote.link, collections.deque()).append((remote._comp, self._state.results(list(remote.ended.values()))))
+        self._backlog.add(remote.link, remote._comp, self._state.results(list(remote.ended.values())))
         known = self.schedule.comps.get(remote._comp)
         for node in known.nodes.values() if known is not None else ():
             serials = [work._client for work in node.flight[remote._comp].values()]  # type: ignore[attr-defined]
@@ -1311,23 +1288,16 @@ class Scheduler(Driver):
 
     def _send_jobs(self, action: SendJobs) -> None:
         peer = self._peers[action.node]
-        rows, size = [], 0
-        for work in action.works:
-            payload = work._payload
-            if payload is None:
-                payload = self._state.payload(work._serial >> 16)
-            options = work._options and {name: work._options[name] for name in ('cpus', 'timeout', 'memory') if name in work._options}
-            rows.append((work._serial, beside(payload), options or None))
-            size += size_of(payload)
-            if size >= FRAME_FILL:
-                self.say(peer.link, Jobs(action.comp, rows))  # type: ignore[arg-type]
-                rows, size = [], 0
-        if rows:
-            self.say(peer.link, Jobs(action.comp, rows))  # type: ignore[arg-type]
+        for frame in frames(Jobs, action.comp, (job_row(work, self._payload_of(work), OF_JOBS) for work in action.works)):
+            self.say(peer.link, frame)  # type: ignore[arg-type]
         self._state.sent(action.works, peer.key)
         link = self._client_link(action.comp)
         if link is not None:
             self.say(link, Where(action.comp, (peer.ip_addr, peer.port, peer.name), [work._client for work in action.works]))
+
+    def _payload_of(self, work: Any) -> Payload:
+        """Of those that wait it is on the disk."""
+        return self._state.payload(work._serial >> 16) if work._payload is None else work._payload
 
     def _jobs_ended(self, action: JobsEnded) -> None:
         remote: Any = self._clusters[action.comp]
