@@ -566,7 +566,8 @@ def _all_serials(fields: tuple) -> bool:
 # message -> whether its fields, of the right types, hold what they should: handlers rely on it
 CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Introduce: lambda fields: math.isfinite(fields[1]),
-    Welcome: lambda fields: fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(fields[2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict,
+    Welcome: lambda fields: (fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(fields[2].get('python', ())) is tuple
+                             and type(fields[2].get('available', {})) is dict),
     Compute: lambda fields: _is_spec(fields[1]),
     File: lambda fields: _is_buffer(fields[3]),
     FileBack: lambda fields: _is_serial(fields[1]) and _is_file(fields[2]) and _is_buffer(fields[4]),
@@ -2046,8 +2047,8 @@ class Node:
             Stored: self._stored, Put: self._put, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
             WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
             WorkerReturned: self._worker_returned,
-            WorkerGone: self._worker_gone, WorkerUnborn: self._worker_unborn, WorkerTooBig: self._worker_too_big, Stop: self._stop, Pause: self._pause, Resume: self._resume,
-            SetCpus: self._set_cpus, Release: self._take_from_holder, Status: self._status,
+            WorkerGone: self._worker_gone, WorkerUnborn: self._worker_unborn, WorkerTooBig: self._worker_too_big,
+            Stop: self._stop, Pause: self._pause, Resume: self._resume, SetCpus: self._set_cpus, Release: self._take_from_holder, Status: self._status,
         }
         self._messages: Dict[type, Callable[..., None]] = {
             Introduce: self._on_introduce, Compute: self._on_compute, File: self._on_file, Jobs: self._on_jobs,
@@ -4751,8 +4752,8 @@ class Daemon(Loop):
         self._acts: Dict[type, Callable[[Any], None]] = {
             Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store, StorePlaced: self._store_placed,
             StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
-            Keep: self._keep, SendKept: self._send_kept, Forget: self._forget, Feed: self._feed, Interrupt: self._interrupt, Kill: self._kill, Watch: self._watch, TakeBack: self._take_back,
-            Retire: self._retire, TellKept: self._tell_kept, Show: self._show, Exit: lambda action: self.stop(),
+            Keep: self._keep, SendKept: self._send_kept, Forget: self._forget, Feed: self._feed, Interrupt: self._interrupt,
+            Kill: self._kill, Watch: self._watch, TakeBack: self._take_back, Retire: self._retire, TellKept: self._tell_kept, Show: self._show, Exit: lambda action: self.stop(),
         }
 
     # -- start and end ------------------------------------------------------------------------------------

@@ -234,8 +234,8 @@ class State(Database):
             self._gone += self._files.intersection(numbers)
 
     def commit(self) -> bool:
-        """As Database, with the large files before it; then those go that are not needed any more. That results were acknowledged can wait for more to write:
-        if it is lost, they come once more, and are acknowledged as known."""
+        """As Database, with the large files before it; then those go that are not needed any more. That results were
+        acknowledged can wait for more to write: if it is lost, they come once more, and are acknowledged as known."""
         if not self._gone and len(self._notes[self.REMOVE]) < REMOVED_MOST and not any(
                 rows for rows in self._notes if rows is not self._notes[self.REMOVE]):
             return True
