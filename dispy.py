@@ -792,20 +792,26 @@ class Schedule:
     def _cpus(work: Work) -> int:
         return work._options.get('cpus', 1) if work._options else 1
 
-    def _land(self, node: _Node, comp: _Comp, serial: int) -> Optional[Work]:
-        """Take an attempt off a node's books. None if it is not there: a result that comes twice or too late."""
-        work = node.flight[comp.comp].pop(serial, None)
-        if work is not None:
-            cpus = self._cpus(work)
+    def _land(self, node: _Node, comp: _Comp, serials: Sequence[int]) -> Dict[int, Work]:
+        """Take attempts off a node's books. Those are left out that are not there: results that come twice or too late."""
+        landed: Dict[int, Work] = {}
+        flight, cpus, size = node.flight[comp.comp], 0, 0
+        for serial in serials:
+            work = flight.pop(serial, None)
+            if work is not None:
+                landed[serial] = work
+                cpus += self._cpus(work)
+                size += _bytes_of(work)
+                del comp.running[serial]
+        if landed:
             node.take(comp.comp, -cpus)
+            node.bytes -= size
             comp.flying -= cpus
             self._flying[comp.client] -= cpus
-            node.bytes -= _bytes_of(work)
-            del comp.running[serial]
             self._dirty[node.key] = node
             if node.draining:
                 self._drained(node, comp.comp)
-        return work
+        return landed
 
     # -- jobs ---------------------------------------------------------------------------------------------
 
@@ -846,8 +852,7 @@ class Schedule:
         self._waiting.pop(comp.comp, None)
         for node in list(comp.nodes.values()):
             node.draining.discard(comp.comp)
-            for serial, work in list(node.flight.get(comp.comp, {}).items()):
-                self._land(node, comp, serial)
+            for work in self._land(node, comp, list(node.flight[comp.comp])).values():
                 if work._state is not JobState.CANCELLING:
                     self._move(work, 'cancel')
                 self._move(work, 'cancelled')
@@ -942,13 +947,11 @@ class Schedule:
 
     def _back(self, node: _Node, comp: _Comp, serial: int) -> None:
         """An attempt that was never started: the job waits again."""
-        work = self._land(node, comp, serial)
-        if work is None:
-            return
-        if self._move(work, 'back') is JobState.REQUEUED:
-            self._wait_again(comp, work)
-        else:
-            self._do(JobEnded(work, 'cancelled before it was started'))
+        for work in self._land(node, comp, [serial]).values():
+            if self._move(work, 'back') is JobState.REQUEUED:
+                self._wait_again(comp, work)
+            else:
+                self._do(JobEnded(work, 'cancelled before it was started'))
 
     def _wait_again(self, comp: _Comp, work: Work) -> None:
         comp.queue_of(work).push_front(work)
@@ -972,16 +975,18 @@ class Schedule:
         if any(row[1] not in OUTCOMES for row in event.rows):
             raise PeerError('a result with an unknown outcome')
         node.recalled.discard(event.comp)
+        serials = [row[0] for row in event.rows if row[1] not in GOES_ON]
+        landed, flight = self._land(node, comp, serials), node.flight[comp.comp]
         pairs, mean = [], comp.mean
         for row in event.rows:
             outcome = row[1]
             if outcome in GOES_ON:
-                work = node.flight[comp.comp].get(row[0])
+                work = landed.get(row[0]) or flight.get(row[0])   # its end may be in the same message
                 if work is not None:
                     self._move(work, 'provisional')
                     pairs.append((work, row))
                 continue
-            work = self._land(node, comp, row[0])
+            work = landed.pop(row[0], None)
             if work is None:
                 continue
             if outcome == Outcome.STOPPED:
@@ -998,7 +1003,7 @@ class Schedule:
                 mean = took if mean is None else mean + (took - mean) * (0.25 if took > mean else 0.0625)
             pairs.append((work, row))
         comp.mean = mean
-        self._do(SendAck(node.key, comp.comp, [row[0] for row in event.rows if row[1] not in GOES_ON]))
+        self._do(SendAck(node.key, comp.comp, serials))
         if pairs:
             self._do(JobsEnded(node.key, comp.comp, pairs))
 
@@ -1053,10 +1058,9 @@ class Schedule:
     def _leave(self, node: _Node, name: str, node_name: str, text: str, kept: Any = frozenset()) -> None:
         comp = node.comps[name]
         node.draining.discard(name)
-        for serial, work in sorted(node.flight[name].items(), reverse=True):   # each goes to the front
-            if serial not in kept:
-                self._land(node, comp, serial)
-                self._lost(comp, work, node_name, text)
+        serials = [serial for serial in sorted(node.flight[name], reverse=True) if serial not in kept]   # each goes to the front
+        for work in self._land(node, comp, serials).values():
+            self._lost(comp, work, node_name, text)
         if not node.flight[name]:
             self._forget(node, comp)
 
