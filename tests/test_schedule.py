@@ -271,6 +271,16 @@ def test_a_result_that_comes_twice_is_acknowledged_and_dropped():
     assert work._state is JobState.FINISHED
 
 
+def test_provisional_results_and_the_end_in_one_message_keep_their_order():
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    rows = [row(work, Outcome.PROVISIONAL), row(work, Outcome.PROVISIONAL), row(work), row(work), row(work, Outcome.PROVISIONAL)]
+    told, = only(talk.tell(NodeResults('n', 'c', rows)), JobsEnded)
+    assert told.pairs == [(work, row) for row in rows[:3]]   # what comes after the end is dropped
+    assert work._state is JobState.FINISHED and not talk.schedule.nodes['n'].used
+
+
 def test_a_result_that_comes_after_the_job_went_elsewhere_is_acknowledged_and_dropped():
     talk, work = Talk(), job()
     talk.ready('a')
