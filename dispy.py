@@ -43,6 +43,7 @@ import ast
 import atexit
 import base64
 import collections
+import collections.abc
 import concurrent.futures
 import contextlib
 import dis
@@ -1783,6 +1784,8 @@ def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec
     ValueError naming the element."""
     if isinstance(nodes, (str, tuple, dict, DispyNode, NodeAllocate)):
         nodes = [nodes]
+    if not isinstance(nodes, collections.abc.Iterable):
+        raise TypeError('nodes: %.80r is no list of hosts' % (nodes,))
     found = [_parse_node(node, port, elsewhere) for node in nodes]
     if not found:
         raise ValueError("nodes is an empty list: give host names, 'local', or None for any node")
@@ -1797,7 +1800,7 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
         parts: Sequence[Any] = (node.host, node.port, node.cpus)
         allocator = node
     elif isinstance(node, str):
-        parts = (node,)
+        parts = host_and_port(node, port) if node.startswith('[') or node.count(':') == 1 else (node,)
     elif isinstance(node, dict) and 'host' in node and not set(node) - {'host', 'port', 'cpus'}:
         parts = (node['host'], node.get('port'), node.get('cpus'))
     elif isinstance(node, (tuple, list)) and 1 <= len(node) <= 3:
@@ -1836,7 +1839,10 @@ class Database:
         self.broken = False    # the last transaction failed; its notes are still here
         import sqlite3   # 10 ms that only those pay who need it
         self._error = sqlite3.Error
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        try:
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+        except OSError as exc:
+            raise OSError(exc.errno, '%s cannot be opened: %s' % (what, exc.strerror), self.path) from None
         self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
         try:
             self._open()
@@ -2219,7 +2225,7 @@ class Peer:
             node = (node.ip_addr, node.port)
         if isinstance(node, (tuple, list)):
             return len(node) == 2 and node[0] in (self.host, self.ip_addr, self.name) and node[1] == self.port
-        return bool(node) and node in (self.name, self.ip_addr, self.host)
+        return bool(node) and node in (self.name, self.ip_addr, self.host, place(self.ip_addr, self.port), place(self.host, self.port))
 
     def limit(self, comp: str) -> int:
         """CPUs that a computation may use here."""
@@ -2962,7 +2968,7 @@ class Driver(Loop):
             lines.append('waited for nodes to connect to %s' % place(*cluster._host) if cluster._host in self._gates
                          else 'no node can connect, port %d was taken' % cluster._host[1])
         peers = self.peers_of(comp)
-        todo = 'Start `python dispynode.py` on a host, with the same secret, and name it in nodes='
+        todo = 'Start `python dispynode.py` on a host, with the same secret, and name it (nodes=, at the shell -n)'
         if peers and all(peer.scheduler for peer in peers):
             todo = 'Start `python dispyscheduler.py` there, with the same secret'
         return 'Tried: %s. %s' % ('; '.join(lines), todo)
@@ -3016,9 +3022,11 @@ class Driver(Loop):
     def _stranger(self, key: Any, address: str, text: str) -> None:
         """One that cannot be used, and is no node that was named: said once."""
         if key not in self._strangers and len(self._strangers) < 1000:
+            known = {(peer.host, peer.reason) for peer in self._strangers.values()}
             peer = self._strangers[key] = Peer(address, 0)
             peer.reason = text
-            logger.warning('%s cannot be used: %s', address, text)
+            if (address, text) not in known:   # a host may have many of them
+                logger.warning('%s cannot be used: %s', address, text)
 
     def _turned_away(self, address: str, text: str) -> None:
         """A gate's thread: a node that dialled us was refused."""
@@ -3149,12 +3157,17 @@ class Driver(Loop):
         """Say why, once for each reason, and try again later."""
         if text == CLOSED_AT_ONCE and peer.told:   # it refuses this address for a while, for the reason that was told
             text = peer.reason
+        if peer.scheduler:
+            text = text.replace('a dispynode 5', 'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
         peer.reason = text
         if text not in peer.told and not self._only_probed(peer):
             peer.told.add(text)
-            logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, text)
+            self._tell_reached_not(peer, text)
         peer.dialling.again(self.now, lived)
         self._soon()
+
+    def _tell_reached_not(self, peer: Peer, text: str) -> None:
+        logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, text)
 
     def _only_probed(self, peer: Peer) -> bool:
         return not peer.listed and any(peer.key == ('127.0.0.1', self._clusters[comp]._port) for comp in self._probes)
@@ -3989,6 +4002,8 @@ class JobCluster:
         until = None if timeout is None else time.monotonic() + timeout
         ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
         for job in jobs:
+            if not isinstance(job, DispyJob):
+                raise TypeError('as_completed: %.80r is no job' % (job,))
             job._call_when_ended(ended.put)
         left = set(jobs)
         while left:
@@ -4006,6 +4021,8 @@ class JobCluster:
     def cancel(self, job: DispyJob) -> int:
         """End a job: a waiting one at once, a running one by KeyboardInterrupt and, 5 s later, by killing it.
         Returns 0, or -1 for a job that has ended. Any thread."""
+        if not isinstance(job, DispyJob):
+            raise TypeError('cancel: %.80r is no job' % (job,))
         if job.status in ENDED:
             return -1
         self._driver.ask(lambda: self._driver.cancel(job))
@@ -4066,7 +4083,7 @@ class JobCluster:
                 return
             left = FOREVER if until is None else until - time.monotonic()
             if left <= 0:
-                raise NoNodes('%d nodes were waited for. %s' % (n, self._complaint()))
+                raise NoNodes('%d node%s waited for. %s' % (n, ' was' if n == 1 else 's were', self._complaint()))
             with self._changed:
                 self._changed.wait(min(left, 0.1))
 
@@ -4171,7 +4188,8 @@ class JobCluster:
         status, line = self.status(), '%-32s %5s %8s %10s %12s  %s'
         out = [line % ('Node', 'CPUs', 'Jobs', 's / Job', 'Job time s', 'State'), '-' * 84]
         for node in status.nodes:
-            name = '%s (%s)' % (node.ip_addr, node.name) if node.name else node.ip_addr
+            where = place(node.ip_addr, node.port) if node.port not in (0, NODE_PORT) else node.ip_addr
+            name = '%s (%s)' % (where, node.name) if node.name else where
             out.append(line % (name[:32], node.cpus, node.jobs_done,
                                '%.3f' % (node.cpu_time / node.jobs_done) if node.jobs_done else '-',
                                '%.3f' % node.cpu_time, node.state + (': ' + node.reason.strip().splitlines()[-1] if node.reason else '')))
@@ -4382,7 +4400,10 @@ class SharedJobCluster(JobCluster):
                  exclusive: bool = False, scheduler_node: Optional[str] = None, **options: Any) -> None:
         if nodes == LOCAL:
             raise ValueError('nodes=%r: a node of this program alone is not shared; use JobCluster' % LOCAL)
-        host, port = host_and_port(scheduler_host or scheduler_node or '127.0.0.1', _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535))
+        where = scheduler_host or scheduler_node or '127.0.0.1'
+        if not isinstance(where, str):
+            raise TypeError("scheduler_host=%.80r: it must be 'host' or 'host:port'" % (where,))
+        host, port = host_and_port(where, _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535))
         self._scheduler = NodeSpec(host, port, scheduler=True)
         self._exclusive = bool(exclusive)
         self._places: Dict[DispyJob, NodeRow] = {}     # where jobs are; driver thread and openers, each job in one at a time
@@ -4598,7 +4619,7 @@ def _take_options(kwargs: dict) -> Optional[dict]:
     options = {}
     for name in [name for name in kwargs if name.startswith('dispy_')]:
         if name not in _OPTIONS:
-            raise TypeError('submit: unknown keyword %s; there are %s' % (name, ', '.join(_OPTIONS)))
+            raise TypeError('submit: unknown keyword %s; there are %s and dispy_job_depends' % (name, ', '.join(_OPTIONS)))
         value = kwargs.pop(name)
         if value is not None:
             kind, low, high = _OPTIONS[name]
@@ -4678,6 +4699,13 @@ class DispyExecutor(concurrent.futures.Executor):
         inputs = zip(*iterables)
         chunks = iter(lambda: list(itertools.islice(inputs, chunksize)), [])
         return itertools.chain.from_iterable(super().map(functools.partial(call_chunk, fn), chunks, timeout=timeout))
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        """As in concurrent.futures, waits for all calls; Ctrl-C and sys.exit end them."""
+        if kind is not None and not issubclass(kind, Exception):
+            self.cluster.close(terminate=True)
+        else:
+            self.shutdown()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls; wait for those there are (or cancel those that wait) and let the nodes go."""
@@ -4789,6 +4817,7 @@ def _parser() -> argparse.ArgumentParser:
     add('-a', '--args', action='append', default=[], metavar='"ARGS"', help='arguments of one job, split as a shell does; may be repeated')
     add('--args-file', metavar='FILE', help='file with the arguments of a job on each line; -: standard input')
     add('-o', '--output', metavar='DIR', help='write the output of job N to DIR/N.out and DIR/N.err instead of printing it')
+    add('--wait-nodes', type=float, metavar='S', help='give up, with exit status 2, if no node can be used within so many seconds (default: wait for one)')
     add('--secret-file', metavar='FILE', help='file with the secret (default: the one of this user)')
     add('--certfile', metavar='FILE', help='certificate for TLS')
     add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
@@ -4959,18 +4988,26 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except (ValueError, TypeError, OSError, DispyError) as exc:
         parser.error(str(exc))
     printer, total = _Printer(args.output), 0
-    with cluster:
-        try:
-            for line in _lines_of(args):
-                cluster.submit(*line)
-                total += 1
-                while total - printer.done >= 1000 or not ended.empty():
-                    printer.show(ended.get(), total)
-        except (ValueError, OSError) as exc:
-            print('dispy: arguments of job %d: %s; no more jobs are started' % (total + 1, exc), file=sys.stderr)
-            printer.failed += 1
-        while printer.done < total:
-            printer.show(ended.get(), total)
+    try:
+        with cluster:
+            if args.wait_nodes is not None:
+                cluster.wait_nodes(1, args.wait_nodes)
+            try:
+                for line in _lines_of(args):
+                    cluster.submit(*line)
+                    total += 1
+                    while total - printer.done >= 1000 or not ended.empty():
+                        printer.show(ended.get(), total)
+            except (ValueError, OSError) as exc:
+                print('dispy: arguments of job %d: %s; no more jobs are started' % (total + 1, exc), file=sys.stderr)
+                printer.failed += 1
+            while printer.done < total:
+                printer.show(ended.get(), total)
+    except NoNodes as exc:
+        parser.error(str(exc))
+    except KeyboardInterrupt:
+        print('dispy: interrupted: %d of %d jobs had ended, the others were cancelled' % (printer.done, total), file=sys.stderr)
+        return 130   # as a shell has it: 128 and the signal's number
     return min(printer.failed, 101)
 
 

@@ -713,8 +713,10 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
     """The secret's bytes, from the first of: `secret`, the file `path`, environment DISPY_SECRET, the user's
     secret file, which is made (256 random bits, mode 0600) when it does not exist.
 
-    Raises SecretError for a file that others can read, that is empty or that cannot be read.
+    Raises SecretError for a file that others can read, that is empty or that cannot be read; TypeError.
     """
+    if secret is not None and not isinstance(secret, (str, bytes, bytearray)):
+        raise TypeError('secret is a %s; it must be str or bytes' % type(secret).__name__)
     if not secret and path:
         return _read_secret(path)
     given = secret or os.environ.get('DISPY_SECRET')
@@ -5427,8 +5429,8 @@ def _lock(path: str, port: int) -> Any:
         file.seek(0)
         holder = file.read(200).strip()
         file.close()
-        raise StartError('the directory of %s is in use by a dispynode (%s): choose another with --dest-path-prefix'
-                         % (path, holder or 'no PID is noted')) from exc
+        raise StartError('the directory %s is in use by a dispynode (%s): choose another with --dest-path-prefix'
+                         % (os.path.dirname(path), holder or 'no PID is noted')) from exc
     file.truncate(0)
     file.write('PID %d, port %d\n' % (os.getpid(), port))
     file.flush()
@@ -5821,6 +5823,11 @@ def host_and_port(text: str, port: int) -> Tuple[str, int]:
     host, colon, given = text.rpartition(':')
     if not colon or (':' in host and not host.endswith(']')):   # no port, or bare IPv6
         host, given = text, str(port)
+        if colon and '*' not in text:
+            try:
+                ipaddress.IPv6Address(text.partition('%')[0].strip('[]'))
+            except ValueError:
+                raise ValueError('%r is not HOST or HOST:PORT' % text) from None
     if not host.strip('[]') or any(map(str.isspace, host)) or not given.isdigit() or not 1 <= int(given) <= 65535:
         raise ValueError('%r is not HOST or HOST:PORT' % text)
     return host.strip('[]'), int(given)
@@ -5945,7 +5952,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     _on_signals(daemon, args.daemon)
     if args.daemon and not args.embedded:
         _no_stdin()
-    logger.info('%s serves %d CPUs at port %d, PID %d', daemon.node.name, cpus, port, os.getpid())
+    logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1), port, os.getpid())
     if args.embedded:
         print(port, flush=True)
         threading.Thread(target=_embedded, args=(daemon,), daemon=True).start()

@@ -1264,6 +1264,12 @@ class Scheduler(Driver):
         if isinstance(remote, Remote) and remote.link in self.links:
             self.say(self.links[remote.link], Said(comp, text))
 
+    def _tell_reached_not(self, peer: Peer, text: str) -> None:
+        super()._tell_reached_not(peer, text)
+        for remote in [cluster for cluster in map(self._clusters.get, peer.uses) if isinstance(cluster, Remote)]:
+            if remote.link in self.links:
+                self.say(self.links[remote.link], Said(remote._comp, 'node %s cannot be used: %s' % (peer, text)))
+
     def _tell_all(self, status: int, peer: Peer, comps: Any) -> None:
         for comp in comps:
             remote = self._clusters.get(comp)

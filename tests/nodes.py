@@ -38,7 +38,7 @@ class NodeProcess:
 
     def _listening(self):
         assert self.process.poll() is None, self.log()
-        found = re.search(r'(?:CPUs|serves) at port (\d+)', self.log())
+        found = re.search(r'(?:CPUs?|serves) at port (\d+)', self.log())
         return found and found.group(1)
 
     @property

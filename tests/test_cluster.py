@@ -298,7 +298,8 @@ def test_a_program_is_interrupted_and_killed(make_cluster, tmp_path):
 @pytest.mark.parametrize('arguments, error, text', [
     (dict(computation=5), TypeError, 'computation is a int'),
     (dict(computation='/no/such/program'), FileNotFoundError, '/no/such/program'),
-    (dict(nodes=[]), ValueError, 'empty list'), (dict(nodes=['']), ValueError, "''"), (dict(nodes=[5]), TypeError, '5'),
+    (dict(nodes=[]), ValueError, 'empty list'), (dict(nodes=5), TypeError, 'nodes: 5'), (dict(nodes=['a:b']), ValueError, "'a:b'"),
+    (dict(nodes=['a:70000']), ValueError, '70000'), (dict(secret=5), TypeError, 'secret'), (dict(nodes=['']), ValueError, "''"), (dict(nodes=[5]), TypeError, '5'),
     (dict(nodes=[('host', 70000)]), ValueError, '70000'), (dict(nodes=[('host', 1, 'x')]), TypeError, "'x'"),
     (dict(nodes=[{'host': 'a', 'colour': 1}]), TypeError, 'colour'),
     (dict(pulse_interval=0), ValueError, 'pulse_interval=0'), (dict(ping_interval='x'), ValueError, "ping_interval='x'"),
@@ -381,6 +382,21 @@ def test_waiting_in_a_callback(make_cluster):
         for n in range(10):
             cluster.submit(n)
     assert done == [True]
+
+
+def test_a_node_is_named_with_its_port(make_cluster, tmp_path):
+    with NodeProcess(tmp_path, '--name', 'one') as node:
+        where = '127.0.0.1:%d' % node.port
+        with make_cluster(square, nodes=[where]) as cluster:
+            assert cluster.submit_node(where, 3)(20) == 9 and cluster.set_node_cpus(where, 1) == 1
+
+
+def test_what_is_no_job(make_cluster):
+    with make_cluster(square, nodes='local') as cluster:
+        with pytest.raises(TypeError, match='7 is no job'):
+            cluster.cancel(7)
+        with pytest.raises(TypeError, match='7 is no job'):
+            next(cluster.as_completed([7]))
 
 
 def test_cluster_status_is_told_every_change_in_order(make_cluster, tmp_path):

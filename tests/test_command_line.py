@@ -1,12 +1,13 @@
 """`python -m dispy PROGRAM`: a program over many arguments."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, eventually
 
 PRIMES = os.path.join(ROOT, 'examples', 'primes.sh')
 
@@ -54,6 +55,23 @@ def test_output_to_files(tmp_path):
 def test_wrong_usage(args, text):
     code, out, err = dispy(*args)
     assert code == 2 and text in err and 'Traceback' not in err
+
+
+def test_no_node_in_time():
+    code, out, err = dispy('-n', '127.0.0.1:9', '--wait-nodes', '0.5', '-a', '1 2', PRIMES)
+    assert code == 2 and '1 node was waited for' in err and 'nothing listens' in err and 'Traceback' not in err
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='no SIGINT for one process')
+def test_interrupted(tmp_path):
+    program = tmp_path / 'program'
+    program.write_text('#!/bin/sh\ntouch "$1"\nexec sleep 60\n')
+    program.chmod(0o755)
+    process = subprocess.Popen([sys.executable, '-m', 'dispy', '-n', 'local', '-a', str(tmp_path / 'runs'), str(program)], stderr=subprocess.PIPE)
+    eventually((tmp_path / 'runs').exists)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and b'0 of 1 jobs had ended' in err and b'Traceback' not in err
 
 
 def test_a_line_that_cannot_be_split():

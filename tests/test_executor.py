@@ -96,6 +96,15 @@ def test_cancel_what_waits():
             executor.submit(square, 1)
 
 
+def test_control_c_ends_what_runs():
+    with pytest.raises(KeyboardInterrupt):
+        with dispy.DispyExecutor(nodes='local') as executor:
+            future = executor.submit(time.sleep, 600)
+            eventually(future.running)
+            raise KeyboardInterrupt
+    assert future.cancelled() or isinstance(future.exception(20), Exception)
+
+
 def test_what_runs_is_not_cancelled(executor, tmp_path):
     flag = str(tmp_path / 'flag')
 
