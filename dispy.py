@@ -313,7 +313,7 @@ NODE_TABLE: Dict[Tuple[NodeState, str], NodeState] = {
     (NodeState.FOUND, 'dial'): NodeState.DIALLING, (NodeState.LOST, 'dial'): NodeState.DIALLING,
     (NodeState.REFUSED, 'dial'): NodeState.DIALLING,
     (NodeState.DIALLING, 'connect'): NodeState.CONNECTED, (NodeState.FOUND, 'connect'): NodeState.CONNECTED,
-    (NodeState.LOST, 'connect'): NodeState.CONNECTED,
+    (NodeState.LOST, 'connect'): NodeState.CONNECTED, (NodeState.REFUSED, 'connect'): NodeState.CONNECTED,
     (NodeState.DIALLING, 'fail'): NodeState.REFUSED, (NodeState.CONNECTED, 'fail'): NodeState.LOST,
     (NodeState.FOUND, 'close'): NodeState.CLOSED, (NodeState.DIALLING, 'close'): NodeState.CLOSED,
     (NodeState.REFUSED, 'close'): NodeState.CLOSED, (NodeState.CONNECTED, 'close'): NodeState.CLOSED,
@@ -3097,6 +3097,17 @@ class Driver(Loop):
             peer.uses.clear()
             self._drop_unused(peer)
             return
+        elder = next((other for other in self._peers.values() if other is not peer and other.link is None and not other.embedded
+                      and other.instance == instance and other.key in self.schedule.nodes), None)
+        if elder is not None:   # one node by two names: its jobs are known by the other
+            for comp, use in peer.uses.items():
+                self._take(elder, comp, use.spec)
+            elder.listed = elder.listed or peer.listed
+            if not elder.port:
+                elder.host, elder.port = peer.host, peer.port
+            peer.uses.clear()
+            self._drop_unused(peer)
+            peer = elder
         self._connected(peer, event)
 
     def _connected(self, peer: Peer, event: Any) -> None:
@@ -3121,8 +3132,11 @@ class Driver(Loop):
                 self.part(link, 'this program has connected to it already')
                 return
             self._break(other.link, 'the node has connected anew')  # type: ignore[arg-type]
-        known = [other for other in self._peers.values() if other.link is None and not other.port and not other.embedded]
-        peer = next((other for other in known if other.instance == instance or other.ip_addr == event.address), None)
+        idle = [other for other in self._peers.values() if other.link is None and not other.embedded]
+        peer = next((other for other in idle if other.instance == instance and (not other.port or other.key in self.schedule.nodes)), None)
+        there = [other for other in self._peers.values() if not other.port and other.ip_addr == event.address]
+        if peer is None and len(there) == 1 and there[0] in idle:   # of several behind one address it may be another
+            peer = there[0]
         if peer is None:
             peer = Peer(event.address, 0)
             peer.key = instance.hex()

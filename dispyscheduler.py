@@ -54,13 +54,14 @@ from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTu
 
 from dispy import (
     OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
-    NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeSpec, Peer, Schedule, SendJobs, UseState, Work, job_row, parse_nodes)
+    NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState, Work, job_row, parse_nodes)
 from dispynode import (
-    GOES_ON, NODE_PORT, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each,
-    File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
-    Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned, Role,
-    Said, Shutdown, StartError, Welcome, Where, __version__, beside, derive_key, discovery_reach, find_secret, frames, host_and_port,
-    open_envelope, parse_arguments, pieces_of, positive, save_config, set_up_log, size_of, size_option, sized, unpack_error)
+    FRAME_FILL, GOES_ON, NODE_PORT, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
+    Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
+    Offer, Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
+    Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, derive_key, discovery_reach, find_secret, frames,
+    host_and_port, open_envelope, parse_arguments, pieces_of, positive, save_config, set_up_log, size_of, size_option, sized,
+    unpack_error)
 
 # ---------------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -257,11 +258,17 @@ class State(Database):
     def results(self, numbers: Sequence[int]) -> Iterator[tuple]:
         """Rows of Results that are on the disk, one after the other."""
         for number in numbers:
-            row = self._db.execute('SELECT result FROM jobs WHERE number = ? AND state = 2', (number,)).fetchone()
+            row = self._db.execute('SELECT result, client FROM jobs WHERE number = ? AND state = 2', (number,)).fetchone()
             if row is not None and row[0] is None:
-                with contextlib.suppress(FileNotFoundError):   # acknowledged meanwhile
+                try:
                     with open(self._file(number, 'r'), 'rb') as file:
-                        yield open_envelope(file.read())
+                        data = file.read()
+                except FileNotFoundError as exc:
+                    yield row[1], int(Outcome.DIED), 0.0, 0.0, b'its result cannot be read at the scheduler: %s' % str(exc).encode(), b'', b''
+                except OSError as exc:   # it comes when its program connects again
+                    logger.error('a result cannot be read: %s', exc)
+                else:
+                    yield open_envelope(data)
             elif row is not None:
                 yield open_envelope(row[0])
 
@@ -284,8 +291,9 @@ class State(Database):
         return [(_key_of(key), *rest) for key, *rest in self._db.execute('SELECT key, host, port, name, instance FROM nodes')]
 
     def close(self) -> None:
-        """Let go of it."""
-        super().commit()
+        """Let go of it. A row whose large file could not be written is not written either: the other side has it still."""
+        if self.commit() or not self._large:
+            super().commit()
         self._db.close()
 
 
@@ -709,6 +717,7 @@ class Scheduler(Driver):
         self._stuck_until: Optional[float] = None    # the disk does not take transactions
         self._kept = 0                               # bytes of waiting jobs' arguments in memory
         self._exclusives: List[str] = []             # computations that want their nodes alone, in the order of coming
+        self._reassign = False     # whom nodes serve may have changed
         self._asking = not options.nodes
         self.overview = Overview(self)
         super().__init__(Access(options.node_secret, options.node_certfile, options.node_keyfile, None, options.pulse, options.ping),
@@ -800,6 +809,8 @@ class Scheduler(Driver):
                         peer.move('dial')
                         peer.move('fail')
                     self._take(peer, 'house', NodeSpec(host, port))
+                elif self._peers[key].link is None:
+                    self._peers[key].instance = instance   # or nobody would see that its process is another
                 self._act(self.schedule.handle(NodeHad(key, comp, works, name, self.now + RETURN_TIME), self.now))
             self._submitted.extend(waiting)  # type: ignore[arg-type]
             if remote.works or remote.ended:
@@ -811,7 +822,7 @@ class Scheduler(Driver):
                 shutil.rmtree(os.path.join(self._state.root, name), ignore_errors=True)
 
     def _directory_of(self, comp: str) -> str:
-        if len(comp) > 64 or not comp.isalnum():
+        if len(comp) > 64 or not comp.isalnum() or comp == House._comp:
             raise PeerError('a computation may not be called %.70r' % comp)
         path = os.path.join(self._state.root, 'c-' + comp)
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -830,6 +841,10 @@ class Scheduler(Driver):
         """Decide, write, send."""
         if self._stuck_until is not None and self.now < self._stuck_until:
             return
+        if self._reassign:
+            self._reassign = False
+            for peer in list(self._peers.values()):
+                self._assign(peer)
         super().end_of_turn()
         for comp in list(self._clusters.values()):
             if isinstance(comp, Remote):
@@ -866,6 +881,10 @@ class Scheduler(Driver):
 
     def _end_turn_of(self, remote: Remote) -> None:
         link = self.links.get(remote.link)
+        if remote.outbox and link is not None and link.queued >= 4 * FRAME_FILL:   # they wait on the disk until it has room
+            ended = [remote.ended[row[0]] for row in remote.outbox if row[1] not in GOES_ON]
+            self._backlog.add(link.number, remote._comp, self._state.results(ended))
+            remote.outbox = [row for row in remote.outbox if row[1] in GOES_ON]
         if remote.outbox and link is not None:
             for frame in frames(Results, remote._comp, map(sized, remote.outbox)):
                 self.say(link, frame)
@@ -909,7 +928,13 @@ class Scheduler(Driver):
             handler = self._client_messages.get(type(message))
             if handler is None:
                 raise PeerError('%s may not come here' % type(message).__name__)
-            handler(channel, message)
+            try:
+                handler(channel, message)
+            except (LinkBroken, PeerError, OSError):
+                raise
+            except Exception as exc:  # what no honest program says ends its link and nothing else
+                logger.exception('%s of %s', type(message).__name__, self._sessions[channel.number].names[0])
+                raise PeerError('%s cannot be understood: %s' % (type(message).__name__, exc)) from exc
 
     def on_broken(self, channel: Link, text: str) -> None:
         """A link came to its end."""
@@ -932,6 +957,7 @@ class Scheduler(Driver):
             while remote.wanted:
                 remote.wanted.popleft()[1]('its program is not connected')
             self._no_files(remote)
+            self._reassign = True
             if channel.on_purpose:
                 self._over(remote)
 
@@ -985,6 +1011,7 @@ class Scheduler(Driver):
     def _came_back(self, remote: Remote, link: Link) -> None:
         remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
         remote.outbox = []
+        self._reassign = True
 
     def _complete(self, remote: Remote, error: str) -> None:
         """All files of a new computation are there, or cannot be."""
@@ -1133,8 +1160,8 @@ class Scheduler(Driver):
         shutil.rmtree(remote.directory, ignore_errors=True)
         if comp in self._exclusives:
             self._exclusives.remove(comp)
-            for peer in list(self._peers.values()):
-                self._assign(peer)
+        self._reassign = True
+        self._soon()
 
     def _c_reclaim(self, link: Link, message: Reclaim) -> None:
         remote = self._clusters.get(message.comp)
@@ -1294,12 +1321,21 @@ class Scheduler(Driver):
 
     def _send_jobs(self, action: SendJobs) -> None:
         peer = self._peers[action.node]
-        for frame in frames(Jobs, action.comp, (job_row(work, self._payload_of(work), OF_JOBS) for work in action.works)):
+        rows, unread = [], []
+        for work in action.works:
+            try:
+                rows.append(job_row(work, self._payload_of(work), OF_JOBS))
+            except OSError as exc:   # no descriptor is left, or the file has gone
+                text = 'its arguments cannot be read at the scheduler: %s' % exc
+                unread.append((work._serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
+        for frame in frames(Jobs, action.comp, rows):
             self.say(peer.link, frame)  # type: ignore[arg-type]
         self._state.sent(action.works, peer.key)
         link = self._client_link(action.comp)
         if link is not None:
             self.say(link, Where(action.comp, (peer.ip_addr, peer.port, peer.name), [work._client for work in action.works]))
+        if unread:
+            self._act(self.schedule.handle(NodeResults(peer.key, action.comp, unread), self.now))
 
     def _payload_of(self, work: Any) -> Payload:
         """Of those that wait it is on the disk."""
@@ -1322,6 +1358,8 @@ class Scheduler(Driver):
         if work._payload is not None:
             self._kept -= OBJECT + len(work._payload)
         remote.files.pop(work._serial, None)
+        if remote.exclusive and not remote.works:
+            self._reassign = True
         self._state.ended(number, row)
         remote.ended[work._client] = number
         remote.outbox.append(row)
@@ -1382,9 +1420,23 @@ class Scheduler(Driver):
         if peer is not None:
             self._assign(peer)
 
+    def _left(self, peer: Peer, comp: str, then: str) -> None:
+        super()._left(peer, comp, then)
+        self._reassign = True
+
+    def _on_refused(self, peer: Peer, message: Refused) -> None:
+        super()._on_refused(peer, message)
+        self._reassign = True
+
+    def _holds(self, comp: str) -> bool:
+        """Whether a computation that wants its nodes alone still has a program or jobs."""
+        remote = self._clusters.get(comp)
+        return remote is not None and (remote.link in self.links or bool(remote.works))
+
     def _assign(self, peer: Peer) -> None:
         """Whom a node serves: the first computation that wants it alone, when jobs of the others have ended there; or all."""
-        owner = next((comp for comp in self._exclusives if comp in peer.uses and peer.uses[comp].state is not UseState.CLOSED), '')
+        owner = next((comp for comp in self._exclusives
+                      if comp in peer.uses and peer.uses[comp].state is not UseState.CLOSED and self._holds(comp)), '')
         node = self.schedule.nodes.get(peer.key)
         others = owner and node is not None and any(flight for comp, flight in node.flight.items() if comp != owner)
         blocked = {comp for comp in peer.uses if owner and (comp != owner or others)}
