@@ -388,9 +388,9 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     1: (Introduce, SMALL), 2: (Compute, LARGE), 3: (File, 2 * FILE_PIECE), 4: (Jobs, LARGE), 5: (Cancel, MIDDLE),
     6: (Recall, SMALL), 7: (Ack, MIDDLE), 8: (Done, SMALL), 9: (FileKept, SMALL), 10: (Place, 2 * FILE_PIECE), 11: (Query, SMALL),
     12: (Shutdown, SMALL), 13: (Reclaim, SMALL), 14: (Limit, SMALL),
-    33: (Welcome, MIDDLE), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, MIDDLE), 37: (Results, LARGE),
-    38: (Returned, MIDDLE), 39: (Offer, SMALL), 40: (FileBack, 2 * FILE_PIECE),
-    41: (Output, 2 * FILE_PIECE), 42: (Placed, SMALL), 43: (Report, MIDDLE), 44: (Held, MIDDLE),
+    33: (Welcome, MIDDLE), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, LARGE), 37: (Results, LARGE),
+    38: (Returned, LARGE), 39: (Offer, SMALL), 40: (FileBack, 2 * FILE_PIECE),
+    41: (Output, 2 * FILE_PIECE), 42: (Placed, SMALL), 43: (Report, MIDDLE), 44: (Held, LARGE),
     48: (Where, MIDDLE), 49: (News, MIDDLE), 50: (Said, MIDDLE),
     65: (Pulse, SMALL), 66: (Bye, SMALL), 67: (Call, MIDDLE), 68: (Return, MIDDLE),
 }

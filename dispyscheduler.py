@@ -231,6 +231,10 @@ class State(Database):
     def removed(self, numbers: Sequence[int]) -> None:
         """A program has these results, or wants none."""
         self._notes[self.REMOVE] += [(number,) for number in numbers]
+        if self._large:   # not written yet, and need not be
+            gone = set(numbers)
+            for key in [key for key in self._large if key[0] in gone]:
+                del self._large[key]
         if self._files:
             self._gone += self._files.intersection(numbers)
 
@@ -1087,6 +1091,10 @@ class Scheduler(Driver):
         (name, size, digest, mode), whole, error = message.row, False, ''
         try:
             if message.offset == 0:
+                if name in remote.placing:   # it is begun anew
+                    remote.placing.pop(name).abort()
+                if size > self._options.max_file_size:
+                    raise ValueError('%s has %d bytes, and --max-file-size is %d' % (name, size, self._options.max_file_size))
                 remote.placing[name] = IncomingFile(remote.directory, name, size, digest, mode)
             if name in remote.placing:   # otherwise it has failed
                 whole = remote.placing[name].piece(message.offset, message.data)

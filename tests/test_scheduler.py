@@ -291,6 +291,16 @@ def test_methods_reach_the_scheduler(tmp_path, scheduler, node):
         assert (DispyNode.Initialized, 'one') in told and (DispyNode.Closed, 'one') in told and (DispyJob.Finished, 'two') in told
 
 
+def test_files_that_are_too_large_for_the_scheduler(tmp_path, node):
+    (tmp_path / 'data').write_bytes(b'x' * 2000)
+    with SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:%d' % node.port, '--max-file-size', '1k') as scheduler:
+        with shared(whole, scheduler) as cluster:
+            cluster.wait_nodes(1, 20)
+            with pytest.raises(OSError, match='data has 2000 bytes, and --max-file-size is 1024'):
+                cluster.send_file(str(tmp_path / 'data'), 'one')
+            assert cluster.submit()(20)[2] == 'one'
+
+
 def test_an_allocator_of_the_program(scheduler, tmp_path):
     class Some(dispy.NodeAllocate):
         def allocate(self, cluster, ip_addr, name, cpus, avail_info=None, platform=''):

@@ -114,6 +114,16 @@ def test_large_files_go_with_their_jobs_and_leftovers_at_the_start(root):
     again.close()
 
 
+def test_large_files_of_jobs_that_go_in_the_same_turn_are_not_written(root):
+    state = State(root)
+    begin(state)
+    work = submit(state, b'x' * LARGE)
+    end(state, work, b'y' * LARGE)
+    state.removed([work._serial >> 16])
+    assert state.commit() and os.listdir(state.large) == []
+    state.close()
+
+
 def test_the_file_does_not_grow_with_jobs_that_have_ended(root):
     state = State(root)
     begin(state)
