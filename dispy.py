@@ -2182,6 +2182,7 @@ class Peer:
                  scheduler: bool = False) -> None:
         self.host, self.port, self.embedded, self.scheduler = host, port, embedded, scheduler
         self.listed = listed                        # named by the user, not found; kept while it cannot be reached
+        self.probed = False                         # looked for on this machine, where nobody has said that it is
         self.key: Any = LOCAL if embedded else ('scheduler', host, port) if scheduler else (host, port)
         self.state = NodeState.FOUND
         self.link: Optional[Link] = None
@@ -2562,7 +2563,7 @@ class Driver(Loop):
         self.use(comp, cluster._specs)
         if probe:
             self._probes[comp] = self.now + PROBE_TIME
-            self._use_address(comp, '127.0.0.1', cluster._port, cluster._specs[0], False)
+            self._use_address(comp, '127.0.0.1', cluster._port, cluster._specs[0], False).probed = True
         elif not cluster._specs:
             self._use_embedded(comp)
 
@@ -3112,7 +3113,7 @@ class Driver(Loop):
 
     def _connected(self, peer: Peer, event: Any) -> None:
         peer.move('connect')
-        peer.failures = 0
+        peer.failures, peer.probed = 0, False
         peer.restarted = bool(peer.instance) and peer.instance != event.session.peer_instance
         peer.instance, peer.refused_at = event.session.peer_instance, None
         peer.ip_addr, peer.reason = event.address, ''
@@ -3183,8 +3184,9 @@ class Driver(Loop):
     def _tell_reached_not(self, peer: Peer, text: str) -> None:
         logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, text)
 
-    def _only_probed(self, peer: Peer) -> bool:
-        return not peer.listed and any(peer.key == ('127.0.0.1', self._clusters[comp]._port) for comp in self._probes)
+    @staticmethod
+    def _only_probed(peer: Peer) -> bool:
+        return peer.probed and not peer.listed
 
     # -- links --------------------------------------------------------------------------------------------
 
