@@ -1,5 +1,6 @@
 """The scheduler, its nodes and its programs die, and nothing is lost or comes twice."""
 
+import contextlib
 import glob
 import os
 import sqlite3
@@ -16,6 +17,7 @@ from dispy import DispyJob
 from ledger import Ledger, enter
 from nodes import NodeProcess, SchedulerProcess, start_here
 from proxy import Proxy
+from test_resources import small_disk   # noqa: F401  (a fixture)
 
 
 class Shared:
@@ -260,3 +262,176 @@ def test_sigterm_of_the_scheduler_keeps_what_runs(shared, tmp_path):
         shared.start()
         assert cluster.wait(60) and [job.result for job in jobs + [late]] == list(range(9))
         assert ledger.check(range(9), [job.id for job in jobs + [late]]).again == []
+
+
+# -- nodes that are known again --------------------------------------------------------------------------------------------
+
+def gated(path, gate, name):
+    """Notes that it began, and waits for a file."""
+    enter(path, name)
+    while not os.path.exists(gate):
+        time.sleep(0.01)
+    return dispy_node_name   # noqa: F821
+
+
+class Gated:
+    """A cluster of `gated`; what a test of it needs."""
+
+    def __init__(self, root, port, **options):
+        self.ledger, self.gate = Ledger(root / 'ledger'), str(root / 'gate')
+        self.cluster = dispy.SharedJobCluster(gated, depends=[enter], scheduler_port=port, loglevel=60, pulse_interval=1, ping_interval=1, **options)
+        self.jobs = []
+
+    def submit(self, count):
+        """So many, all of which have begun when it returns."""
+        self.jobs += [self.cluster.submit_job_id(n, self.ledger.path, self.gate, n) for n in range(len(self.jobs), len(self.jobs) + count)]
+        eventually(lambda: len(self.ledger.attempts()) == len(self.jobs))
+
+    def open(self):
+        with open(self.gate, 'w'):
+            pass
+
+    def results(self):
+        """Of all, each of which ran once."""
+        assert self.cluster.wait(20), [job.status for job in self.jobs]
+        assert self.ledger.check(range(len(self.jobs)), [job.id for job in self.jobs]).again == []
+        return [job.result for job in self.jobs]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.open()
+        self.cluster.close(terminate=exc[0] is not None)
+
+
+QUICK = ('--pulse-interval', '1', '--ping-interval', '1')
+
+
+def test_a_node_that_dialled_in_is_known_again_after_a_restart(tmp_path):
+    options = ('-n', '127.0.0.1:1', *QUICK)
+    with SchedulerProcess(tmp_path / 'scheduler', *options) as old, \
+            NodeProcess(tmp_path / 'node', '--name', 'caller', '--scheduler-host', '127.0.0.1:%d' % old.port, '--ping-interval', '1'), \
+            Gated(tmp_path, old.port) as run:
+        run.submit(2)
+        old.kill()
+        with SchedulerProcess(tmp_path / 'scheduler', *options, port=old.port) as new:
+            run.open()
+            assert run.results() == ['caller'] * 2
+            assert new.process.poll() is None
+            run.cluster.close()
+
+
+def test_a_job_that_may_run_once_does_not_run_again_when_scheduler_and_node_die(tmp_path):
+    node = NodeProcess(tmp_path / 'node', cpus=1)
+    options = ('-n', '127.0.0.1:%d' % node.port, *QUICK)
+    with SchedulerProcess(tmp_path / 'scheduler', *options) as old, Gated(tmp_path, old.port) as run:
+        run.submit(1)
+        old.kill()
+        node.kill()
+        with NodeProcess(node.directory, cpus=1, port=node.port), SchedulerProcess(tmp_path / 'scheduler', *options, port=old.port):
+            assert run.results() == [None] and run.jobs[0].status == DispyJob.Abandoned
+            run.cluster.close()
+
+
+def test_a_node_by_two_names_is_one_after_a_restart(tmp_path):
+    """The scheduler's name of it is another than the program's."""
+    with NodeProcess(tmp_path / 'node', '--name', 'one') as node:
+        options = ('-n', 'localhost:%d' % node.port, *QUICK)
+        with SchedulerProcess(tmp_path / 'scheduler', *options) as old, Gated(tmp_path, old.port, nodes=[node.address]) as run:
+            run.submit(2)
+            old.kill()
+            with SchedulerProcess(tmp_path / 'scheduler', *options, port=old.port) as new:
+                run.open()
+                assert run.results() == ['one'] * 2
+                assert new.process.poll() is None
+                run.cluster.close()
+
+
+def test_nodes_behind_one_address_come_back_in_another_order(tmp_path):
+    """They have dialled in; each is taken for itself, and no job is taken for lost."""
+    with contextlib.ExitStack() as stack:
+        scheduler = stack.enter_context(SchedulerProcess(tmp_path / 'scheduler', '-n', '127.0.0.1:1', *QUICK))
+        proxies = [stack.enter_context(Proxy(('127.0.0.1', scheduler.port))) for _ in range(3)]
+        run = stack.enter_context(Gated(tmp_path, scheduler.port))
+        for number, proxy in enumerate(proxies):
+            stack.enter_context(NodeProcess(tmp_path / ('node%d' % number), '--name', 'node%d' % number, '--ping-interval', '1',
+                                            '--scheduler-host', '127.0.0.1:%d' % proxy.address[1], cpus=1))
+            run.cluster.wait_nodes(number + 1, 20)
+        run.submit(3)
+        for proxy in proxies[:2]:
+            proxy.refuse()
+        for proxy in proxies:
+            proxy.cut()
+        for number in (2, 1, 0):
+            if number < 2:
+                proxies[number].accept()
+            eventually(lambda: proxies[number].count == 2)
+            eventually(lambda: proxies[number].connections[1].sent['down'] > 200, what='an answer of the scheduler')
+        run.open()
+        assert sorted(run.results()) == ['node0', 'node1', 'node2']
+        run.cluster.close()
+
+
+# -- what runs out -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('large', ('arguments', 'result'))
+def test_the_scheduler_is_stopped_while_its_disk_has_no_room(tmp_path, small_disk, large):   # noqa: F811
+    """What it could not keep the other side has, and gives again when there is room."""
+    size = 3 << 20
+    with NodeProcess(tmp_path / 'node') as node:
+        options = ('--state-dir', os.path.join(small_disk, 'state'), '-n', '127.0.0.1:%d' % node.port, *QUICK)
+        with SchedulerProcess(tmp_path / 'scheduler', *options) as old:
+            cluster = dispy.SharedJobCluster(lambda data, size: bytes(size + len(data)), scheduler_port=old.port, loglevel=60, pulse_interval=1, ping_interval=1)
+            assert len(cluster.submit(b'', 5)(20)) == 5
+            job = cluster.submit(bytes(size), 1) if large == 'arguments' else cluster.submit(b'', size + 1)
+            eventually(lambda: 'cannot be written' in old.log())
+            assert old.stop() == 0
+        subprocess.run(['mount', '-o', 'remount,size=32m', small_disk], check=True)
+        with SchedulerProcess(tmp_path / 'scheduler', *options, port=old.port):
+            assert len(job(20)) == size + 1
+            cluster.close()
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='needs /proc')
+def test_descriptors_run_out_and_the_scheduler_goes_on(tmp_path):
+    """Arguments that wait on its disk cannot be read: that is told of their jobs, and of them alone."""
+    import resource
+    with Shared(tmp_path, nodes=1, cpus=1) as shared, Gated(tmp_path, shared.port) as run, \
+            shared.cluster(len) as cluster:
+        cluster.wait_nodes(1, 20)
+        run.submit(1)
+        jobs = [cluster.submit(bytes(100000)) for _ in range(6)]
+        eventually(lambda: len(os.listdir(os.path.join(shared.scheduler.state, 'large'))) == 6)
+        pid = shared.scheduler.process.pid
+        limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir('/proc/%d/fd' % pid)), limit[1]))
+        try:
+            run.open()
+            assert run.results() and cluster.wait(20)
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+        lost = [job for job in jobs if job.status == DispyJob.Terminated]
+        assert lost and all('arguments cannot be read at the scheduler' in job.exception for job in lost)
+        assert all(job.result == 100000 for job in jobs if job not in lost)
+        assert cluster.submit(bytes(100001))(20) == 100001
+        assert shared.scheduler.process.poll() is None
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs /proc')
+def test_results_for_a_slow_program_wait_on_the_disk(tmp_path):
+    """And not in the memory of the scheduler."""
+    with Shared(tmp_path, nodes=1) as shared, Proxy(('127.0.0.1', shared.port)) as proxy, shared.cluster(bytes, port=proxy.address[1]) as cluster:
+        assert len(cluster.submit(5)(20)) == 5
+
+        def most():
+            with open('/proc/%d/status' % shared.scheduler.process.pid) as file:
+                return int(next(line.split()[1] for line in file if line.startswith('VmHWM'))) >> 10
+        before = most()
+        proxy.rate = 400000
+        jobs = [cluster.submit(1000000) for _ in range(100)]
+        eventually(lambda: len(os.listdir(os.path.join(shared.scheduler.state, 'large'))) >= 90, 60, 'results on the disk')
+        grown = most() - before
+        proxy.rate = None
+        assert cluster.wait(60) and all(len(job.result) == 1000000 for job in jobs)
+        assert grown < 50, '%d MiB more' % grown
