@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import sqlite3
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import dispy
 from conftest import ROOT, eventually
 from dispy import DispyJob, DispyNode
+from dispynode import Compute, Done, Introduce, Jobs, Link, Role, derive_key, dial
 from nodes import NodeProcess, SchedulerProcess, start_here
 
 
@@ -167,6 +169,48 @@ def test_exclusive(scheduler, gate):
         assert max(end for _, end in before) <= min(begin for begin, _ in after)
 
 
+@pytest.mark.parametrize('end', ('close', 'close_node'))
+def test_exclusive_begins_when_the_jobs_of_another_are_ended(scheduler, gate, end):
+    """Not by themselves: their program leaves the node, or ends."""
+    with shared(hold, scheduler, loglevel=60) as other:
+        job = other.submit(gate.path)
+        eventually(lambda: gate.started())
+        with shared(whole, scheduler, exclusive=True) as alone:
+            alone.wait_nodes(1, 20)
+            waits = alone.submit()
+            if end == 'close':
+                other.close(terminate=True)
+            else:
+                other.close_node('one', terminate_pending=True)
+            assert waits(20)[2] == 'one'
+        assert job.wait(20) and job.status in (DispyJob.Cancelled, DispyJob.Terminated, DispyJob.Abandoned)
+
+
+ALONE = '''
+import sys, time, dispy
+cluster = dispy.SharedJobCluster(lambda n: n, scheduler_port=int(sys.argv[1]), exclusive=True)
+print(cluster.submit(1)(), flush=True)
+time.sleep(600)
+'''
+
+
+def test_an_exclusive_program_that_was_killed_lets_others_on(scheduler):
+    """Long before its results are given up."""
+    program = start_here([sys.executable, '-c', ALONE, str(scheduler.port)], stdout=subprocess.PIPE)
+    try:
+        with program.stdout:
+            assert program.stdout.readline() == b'1\n'
+        with shared(whole, scheduler) as cluster:
+            job = cluster.submit()
+            cluster.wait_nodes(1, 20)
+            assert job.status == DispyJob.Created
+            program.kill()
+            assert job(20)[2] == 'one'
+    finally:
+        program.kill()
+        program.wait()
+
+
 def test_a_program_with_a_broken_setup_fails_alone(scheduler):
     def setup():
         raise OSError('no data here')
@@ -267,6 +311,37 @@ def test_a_program_cannot_touch_what_another_has(scheduler, gate, message):
         program.stderr.close()
         assert cluster.submit(gate.path, 'again')(20) == 'again'
     assert message == 'reclaim' or 'is of another program' in scheduler.log()
+
+
+SPEC = {'name': 'x', 'kind': 'function', 'code': b'', 'files': [], 'cleanup': True, 'dest_path': '', 'max_jobs': 0, 'python': (3, 11, 0), 'support': {},
+        'program': '', 'live': False, 'logs': 0, 'cpus': 0, 'setup_args': b'',
+        'shared': {'nodes': None, 'reentrant': False, 'exclusive': False, 'cloudpickle': '1'}}
+WRONG = {
+    'pulse': [Introduce('a', 10 ** 400)],
+    'timeout': [Compute('c0', SPEC), Jobs('c0', [(1, b'x', {'timeout': 10 ** 400})])],
+    'serial': [Compute('c0', SPEC), Jobs('c0', [(1 << 63, b'x', None)])],
+    'unpicklable': [Compute('c0', dict(SPEC, extra=pickle.PickleBuffer(b'x')))],
+    'node': [Compute('c0', dict(SPEC, shared=dict(SPEC['shared'], nodes=[(['a'], 1, 1, 0)])))],
+    'house': [Compute('house', SPEC), Done('house')],
+}
+
+
+@pytest.mark.parametrize('wrong', sorted(WRONG))
+def test_wrong_messages_of_a_program_end_its_link_alone(scheduler, wrong):
+    """It knows the secret, and is no program of dispy's."""
+    with shared(lambda: 1, scheduler) as cluster:
+        assert cluster.submit()(20) == 1
+        arrival = dial('127.0.0.1', scheduler.port, derive_key(os.environ['DISPY_SECRET'].encode()), Role.CLIENT, Role.SCHEDULER, os.urandom(16))
+        with arrival.sock:
+            link = Link(arrival.sock, arrival.session, arrival.address, 0.0)
+            for message in [Introduce('a', 1.0)] * (wrong != 'pulse') + WRONG[wrong]:
+                link.send(message)
+            link.write()
+            eventually(lambda: 'the link of' in scheduler.log() or scheduler.process.poll() is not None)
+        assert cluster.submit()(20) == 1
+        with shared(lambda: 2, scheduler) as other:
+            assert other.submit()(20) == 2
+        assert scheduler.process.poll() is None
 
 
 # -- methods of a cluster ------------------------------------------------------------------------------------------------
