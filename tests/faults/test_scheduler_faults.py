@@ -334,14 +334,16 @@ def test_a_job_that_may_run_once_does_not_run_again_when_scheduler_and_node_die(
             run.cluster.close()
 
 
-def test_a_node_by_two_names_is_one_after_a_restart(tmp_path):
-    """The scheduler's name of it is another than the program's."""
+@pytest.mark.parametrize('names', (('localhost', '127.0.0.1', 'localhost'), ('localhost', None, '127.0.0.1')))
+def test_a_node_by_two_names_is_one_after_a_restart(tmp_path, names):
+    """The scheduler's name of it, the program's, and the scheduler's after its restart."""
     with NodeProcess(tmp_path / 'node', '--name', 'one') as node:
-        options = ('-n', 'localhost:%d' % node.port, *QUICK)
-        with SchedulerProcess(tmp_path / 'scheduler', *options) as old, Gated(tmp_path, old.port, nodes=[node.address]) as run:
+        first, own, then = [name and '%s:%d' % (name, node.port) for name in names]
+        with SchedulerProcess(tmp_path / 'scheduler', '-n', first, *QUICK) as old, Gated(tmp_path, old.port, nodes=own and [own]) as run:
             run.submit(2)
             old.kill()
-            with SchedulerProcess(tmp_path / 'scheduler', *options, port=old.port) as new:
+            with SchedulerProcess(tmp_path / 'scheduler', '-n', then, *QUICK, port=old.port) as new:
+                eventually(lambda: [node.state for node in run.cluster.status().nodes] == ['ready'])
                 run.open()
                 assert run.results() == ['one'] * 2
                 assert new.process.poll() is None
