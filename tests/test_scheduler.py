@@ -321,7 +321,10 @@ WRONG = {
     'timeout': [Compute('c0', SPEC), Jobs('c0', [(1, b'x', {'timeout': 10 ** 400})])],
     'serial': [Compute('c0', SPEC), Jobs('c0', [(1 << 63, b'x', None)])],
     'unpicklable': [Compute('c0', dict(SPEC, extra=pickle.PickleBuffer(b'x')))],
-    'node': [Compute('c0', dict(SPEC, shared=dict(SPEC['shared'], nodes=[(['a'], 1, 1, 0)])))],
+    'setup_args': [Compute('c0', dict(SPEC, setup_args=5))],
+    'cpus': [Compute('c0', dict(SPEC, cpus='many'))],
+    'files': [Compute('c0', dict(SPEC, files=[(1, 2)]))],
+    'max_jobs': [Compute('c0', dict(SPEC, max_jobs='many'))],
     'house': [Compute('house', SPEC), Done('house')],
 }
 
@@ -339,9 +342,9 @@ def test_wrong_messages_of_a_program_end_its_link_alone(scheduler, wrong):
             link.write()
             eventually(lambda: 'the link of' in scheduler.log() or scheduler.process.poll() is not None)
         assert cluster.submit()(20) == 1
-        with shared(lambda: 2, scheduler) as other:
-            assert other.submit()(20) == 2
-        assert scheduler.process.poll() is None
+    with shared(lambda: 2, scheduler) as other:
+        assert other.submit()(20) == 2
+    assert scheduler.process.poll() is None and 'nothing was heard' not in scheduler.log()
 
 
 # -- methods of a cluster ------------------------------------------------------------------------------------------------
