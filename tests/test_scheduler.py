@@ -321,10 +321,6 @@ WRONG = {
     'timeout': [Compute('c0', SPEC), Jobs('c0', [(1, b'x', {'timeout': 10 ** 400})])],
     'serial': [Compute('c0', SPEC), Jobs('c0', [(1 << 63, b'x', None)])],
     'unpicklable': [Compute('c0', dict(SPEC, extra=pickle.PickleBuffer(b'x')))],
-    'setup_args': [Compute('c0', dict(SPEC, setup_args=5))],
-    'cpus': [Compute('c0', dict(SPEC, cpus='many'))],
-    'files': [Compute('c0', dict(SPEC, files=[(1, 2)]))],
-    'max_jobs': [Compute('c0', dict(SPEC, max_jobs='many'))],
     'house': [Compute('house', SPEC), Done('house')],
 }
 
