@@ -259,8 +259,8 @@ class State(Database):
             self._gone = []
         return done
 
-    def results(self, numbers: Sequence[int]) -> Iterator[tuple]:
-        """Rows of Results that are on the disk, one after the other."""
+    def results(self, numbers: Sequence[int], unread: List[int]) -> Iterator[tuple]:
+        """Rows of Results that are on the disk, one after the other; `unread` gets those that cannot be read now."""
         for number in numbers:
             row = self._db.execute('SELECT result, client FROM jobs WHERE number = ? AND state = 2', (number,)).fetchone()
             if row is not None and row[0] is None:
@@ -269,8 +269,10 @@ class State(Database):
                         data = file.read()
                 except FileNotFoundError as exc:
                     yield row[1], int(Outcome.DIED), 0.0, 0.0, b'its result cannot be read at the scheduler: %s' % str(exc).encode(), b'', b''
-                except OSError as exc:   # it comes when its program connects again
-                    logger.error('a result cannot be read: %s', exc)
+                except OSError as exc:   # no descriptor is left
+                    if not unread:
+                        logger.error('a result cannot be read now: %s', exc)
+                    unread.append(number)
                 else:
                     yield open_envelope(data)
             elif row is not None:
@@ -354,6 +356,7 @@ class Remote:
         self.works: Dict[int, RemoteWork] = {}    # by the program's serials
         self.ended: Dict[int, int] = {}           # the same of jobs that have ended and are not acknowledged, to their numbers
         self.outbox: List[tuple] = []
+        self.unread: List[int] = []    # numbers of results that could not be read from the disk
         self.calls: Dict[int, Callable[[tuple, Any], None]] = {}
         self.placing: Dict[str, IncomingFile] = {}
         self.files: Dict[int, int] = {}           # serials of jobs that send a file, to the link that it goes along
@@ -721,6 +724,7 @@ class Scheduler(Driver):
         self._stuck_until: Optional[float] = None    # the disk does not take transactions
         self._kept = 0                               # bytes of waiting jobs' arguments in memory
         self._exclusives: List[str] = []             # computations that want their nodes alone, in the order of coming
+        self._unread_until = math.inf                # when results are read that could not be
         self._reassign = False     # whom nodes serve may have changed
         self._asking = not options.nodes
         self.overview = Overview(self)
@@ -856,11 +860,26 @@ class Scheduler(Driver):
         if self._write_down():
             self._unstick()
             self._backlog.send(super().say)
+            self._read_again()
         else:
             self._stuck_until = self.now + RETRY_TIME
             for link in self.links.values():
                 link.paused = True
                 self.interest(link)
+
+    def _read_again(self) -> None:
+        """Results that could not be read are tried once more, after a while."""
+        again = self.now >= self._unread_until
+        if again:
+            self._unread_until = math.inf
+        for remote in self._clusters.values():
+            if isinstance(remote, Remote) and remote.unread and remote.link in self.links:
+                if again:
+                    numbers = list(remote.unread)
+                    remote.unread.clear()
+                    self._backlog.add(remote.link, remote._comp, self._state.results(numbers, remote.unread))
+                else:
+                    self._unread_until = min(self._unread_until, self.now + RETRY_TIME)
 
     def _write_down(self) -> bool:
         """What has happened goes to the disk, and then what was said about it."""
@@ -887,7 +906,7 @@ class Scheduler(Driver):
         link = self.links.get(remote.link)
         if remote.outbox and link is not None and link.queued >= 4 * FRAME_FILL:   # they wait on the disk until it has room
             ended = [remote.ended[row[0]] for row in remote.outbox if row[1] not in GOES_ON]
-            self._backlog.add(link.number, remote._comp, self._state.results(ended))
+            self._backlog.add(link.number, remote._comp, self._state.results(ended, remote.unread))
             remote.outbox = [row for row in remote.outbox if row[1] in GOES_ON]
         if remote.outbox and link is not None:
             for frame in frames(Results, remote._comp, map(sized, remote.outbox)):
@@ -905,6 +924,8 @@ class Scheduler(Driver):
             return self.now
         given_up = [remote.given_up_at for remote in self._clusters.values() if isinstance(remote, Remote) and remote.link not in self.links
                     and not remote.works]
+        if self._unread_until < math.inf:
+            given_up.append(self._unread_until)
         return min(filter(None.__ne__, [super().next_timer(), *given_up]), default=None)  # type: ignore[type-var]
 
     # -- links of programs --------------------------------------------------------------------------------------
@@ -1185,7 +1206,8 @@ class Scheduler(Driver):
 
     def _resend(self, remote: Remote) -> None:
         """What its program has not acknowledged, and where its jobs are."""
-        self._backlog.add(remote.link, remote._comp, self._state.results(list(remote.ended.values())))
+        remote.unread.clear()
+        self._backlog.add(remote.link, remote._comp, self._state.results(list(remote.ended.values()), remote.unread))
         known = self.schedule.comps.get(remote._comp)
         for node in known.nodes.values() if known is not None else ():
             serials = [work._client for work in node.flight[remote._comp].values()]  # type: ignore[attr-defined]

@@ -64,7 +64,7 @@ def test_a_crash_leaves_what_was_committed(root):
         (first, first, None, State.WAITING, waits._serial, None), (first + 1, first + 1, {'cpus': 1}, State.SENT, sent._serial, KEY),
         (first + 2, first + 2, {'cpus': 2}, State.WAITING, back._serial, None),
         (first + 3, first + 3, {'cpus': 3}, State.ENDED, ended._serial, None)]
-    assert again.payload(first) == b'arguments' and list(again.results([first + 3])) == [row]
+    assert again.payload(first) == b'arguments' and list(again.results([first + 3], [])) == [row]
     again.close()
 
 
@@ -85,9 +85,9 @@ def test_acknowledgements_alone_need_no_transaction_and_may_be_lost(root):
     state.commit()
     numbers = [state.number]
     state.removed(numbers)
-    assert state.commit() and list(state.results(numbers)) == [row], 'nothing was written'
+    assert state.commit() and list(state.results(numbers, [])) == [row], 'nothing was written'
     again = after_a_crash(state, root)
-    assert list(again.results(numbers)) == [row], 'and it comes again'
+    assert list(again.results(numbers, [])) == [row], 'and it comes again'
     again.removed(numbers)
     again.close()
     last = State(again.root)
@@ -104,7 +104,7 @@ def test_large_files_go_with_their_jobs_and_leftovers_at_the_start(root):
     state.commit()
     number = large._serial >> 16
     files = ['%d.%s' % (number, end) for end in 'pr']
-    assert sorted(os.listdir(state.large)) == files and list(state.results([number])) == [row]
+    assert sorted(os.listdir(state.large)) == files and list(state.results([number], [])) == [row]
     for name in ('9.p', '9.r', '%d.p.part' % (number + 1)):   # of transactions that were not written
         open(os.path.join(state.large, name), 'w').close()
     again = after_a_crash(state, root)

@@ -420,6 +420,27 @@ def test_descriptors_run_out_and_the_scheduler_goes_on(tmp_path):
         assert shared.scheduler.process.poll() is None
 
 
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='needs /proc')
+def test_descriptors_run_out_while_results_wait_on_the_disk(tmp_path):
+    """They come when there are some again."""
+    import resource
+    with Shared(tmp_path, nodes=1) as shared, Proxy(('127.0.0.1', shared.port)) as proxy, shared.cluster(bytes, port=proxy.address[1]) as cluster:
+        assert len(cluster.submit(5)(20)) == 5
+        proxy.rate = 400000
+        jobs = [cluster.submit(1000000) for _ in range(60)]
+        eventually(lambda: len(os.listdir(os.path.join(shared.scheduler.state, 'large'))) >= 58)
+        pid = shared.scheduler.process.pid
+        limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (4, limit[1]))
+        try:
+            proxy.rate = None
+            eventually(lambda: 'cannot be read' in shared.scheduler.log())
+        finally:
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+        assert cluster.wait(20), [job.status for job in jobs]
+        assert all(len(job.result) == 1000000 for job in jobs)
+
+
 @pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs /proc')
 def test_results_for_a_slow_program_wait_on_the_disk(tmp_path):
     """And not in the memory of the scheduler."""
