@@ -2658,8 +2658,9 @@ class Driver(Loop):
             use.move('lost')
             use.allocation, use.then = None, ''
             use.acks.clear()
-        for future in peer.answers.values():
-            future.set_exception(RuntimeError('the connection to node %s has ended' % peer))
+        for (_, what), future in peer.answers.items():
+            kind = ConnectionError if what.startswith('call ') else RuntimeError   # a scheduler is asked once more
+            future.set_exception(kind('the connection to %s has ended' % peer))
         peer.answers.clear()
         self._uploads.pop(link.number, None)
         self._abort_incoming(lambda number, comp: number == link.number)

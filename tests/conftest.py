@@ -72,6 +72,14 @@ def eventually(condition, seconds=20.0, what='condition'):
         time.sleep(0.01)
 
 
+def lives(pid):
+    """Whether there is such a process, and it is no zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def on_a_terminal(*command):
     """Run a program whose stderr is a terminal: (exit code, what it showed there)."""
     pty, termios = pytest.importorskip('pty', reason='no pseudo-terminals here'), pytest.importorskip('termios')

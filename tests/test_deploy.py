@@ -16,7 +16,7 @@ import pytest
 
 import dispy
 import dispynode
-from conftest import ROOT, eventually
+from conftest import ROOT, eventually, lives
 from nodes import NodeProcess
 
 SSHD = shutil.which('sshd') or shutil.which('sshd', path='/usr/sbin:/usr/local/sbin')
@@ -122,7 +122,7 @@ def where(flag=None):
 
 
 def ended(pid):
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return not lives(pid)
 
 
 def test_deploy_and_stop(host):

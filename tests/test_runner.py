@@ -14,7 +14,7 @@ import pytest
 
 import dispy
 import dispynode
-from conftest import eventually
+from conftest import eventually, lives
 from nodes import NodeProcess
 
 KEPT = 256 * 1024
@@ -492,7 +492,7 @@ def test_a_setup_that_hangs_is_ended_by_a_limit(make_cluster, tmp_path, ignores_
             assert 'setup did not end within 2 s' in reason
             with open(flag) as file:
                 pids = [int(pid) for pid in file.read().split()]
-            eventually(lambda: not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != 'zombie' for pid in pids))
+            eventually(lambda: not any(map(lives, pids)))
             with pytest.raises(dispy.NoNodes, match='setup did not end within 2 s'):
                 cluster.wait_nodes(1, 0.1)
             assert job.status == job.Created and cluster.cancel(job) == 0

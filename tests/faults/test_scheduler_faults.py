@@ -104,6 +104,7 @@ def test_ten_kills_of_the_scheduler_under_ten_thousand_jobs_of_ten_clients(share
     assert [job for job in jobs if job.status != DispyJob.Finished or job.result != job.id] == []
     for cluster in clusters:
         cluster.close()
+    eventually(lambda: shared.scheduler.log().count('compute: is over') == 10)
     shared.scheduler.stop()
     assert shared.left() == [0, 0]
 
@@ -123,6 +124,7 @@ def test_large_arguments_and_results_over_restarts(shared):
         assert cluster.wait(60)
         assert [job.result for job in jobs] == [each[::-1] for each in data]
         eventually(lambda: os.listdir(os.path.join(shared.scheduler.state, 'large')) == [], what='large files to be removed')
+    eventually(lambda: 'compute: is over' in shared.scheduler.log())
     shared.scheduler.stop()
     assert shared.left() == [0, 0]
 
@@ -220,6 +222,7 @@ def test_a_program_is_killed_and_its_results_are_given_up(tmp_path):
             assert other.submit(1)(20) == 1
             eventually(lambda: 'are given up' in shared.scheduler.log(), 30)
             assert other.submit(2)(20) == 2
+        eventually(lambda: 'is over' in shared.scheduler.log())
         shared.scheduler.stop()
         assert shared.left() == [0, 0]
 

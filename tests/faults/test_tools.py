@@ -8,11 +8,10 @@ import subprocess
 import sys
 import threading
 
-import psutil
 import pytest
 
 import dispy
-from conftest import ROOT, eventually
+from conftest import ROOT, eventually, lives
 from hosts import Hosts
 from ledger import Ledger, enter, nothing_left, one_more_each
 from nodes import NodeProcess
@@ -148,7 +147,7 @@ with Hosts() as hosts:
         directories, pids = run.stdout.readline().split(), [int(pid) for pid in run.stdout.readline().split()]
         assert len(directories) == 3 and len(pids) == 6
         run.send_signal(signal.SIGKILL)
-    eventually(lambda: not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != 'zombie' for pid in pids))
+    eventually(lambda: not any(map(lives, pids)))
     eventually(lambda: not any(map(os.path.exists, directories)))
 
 
