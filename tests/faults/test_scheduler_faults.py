@@ -431,7 +431,12 @@ def test_descriptors_run_out_while_results_wait_on_the_disk(tmp_path):
         assert len(cluster.submit(5)(20)) == 5
         proxy.rate = 400000
         jobs = [cluster.submit(1000000) for _ in range(60)]
-        eventually(lambda: len(os.listdir(os.path.join(shared.scheduler.state, 'large'))) >= 58)
+        seen = set()   # all have to be on the disk: without descriptors it takes no more
+
+        def all_came():
+            seen.update(name for name in os.listdir(os.path.join(shared.scheduler.state, 'large')) if name.endswith('.r'))
+            return len(seen) == 60
+        eventually(all_came)
         pid = shared.scheduler.process.pid
         limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (4, limit[1]))
