@@ -12,7 +12,7 @@ import threading
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, os.path.join(ROOT, 'tests', 'faults')]   # the tools there are for others too
 os.environ['DISPY_DISCOVERY'] = 'loopback'
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as a shell starts what it puts into the background; programs started here would not hear it
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -201,15 +201,15 @@ def test_a_link_broken_at_any_byte_of_any_message(node, ledger, way, fault, requ
 
 
 def test_a_slow_link_full_of_data_is_not_called_dead(node, ledger):
-    """Results of 3 MB over 400 kB/s with a limit of 1 s: no pulse fits between them, and the connection is never made anew."""
+    """Results of 2 MB over 400 kB/s with a limit of 1 s: no pulse fits between them, and the connection is never made anew."""
     with Proxy(node.address) as proxy, cluster_of(proxy, pulse_interval=0.2) as cluster:
         cluster.wait_nodes(1, 20)
         proxy.rate = 400000
-        jobs = submit(cluster, ledger, range(3), 0, 1 << 20)
+        jobs = submit(cluster, ledger, range(2), 0, 1 << 20)
         assert cluster.wait(60)
-        assert finished(jobs) == [0, 1, 2] and proxy.count == 1
-        jobs = [cluster.submit(ledger.path, 'up', 0, os.urandom(1 << 20)) for _ in range(2)]   # and the other way
-        assert cluster.wait(60) and finished(jobs) == ['up', 'up'] and proxy.count == 1
+        assert finished(jobs) == [0, 1] and proxy.count == 1
+        jobs = [cluster.submit(ledger.path, 'up', 0, os.urandom(1 << 20))]   # and the other way
+        assert cluster.wait(60) and finished(jobs) == ['up'] and proxy.count == 1
 
 
 def test_a_link_that_hangs_is_noticed_and_nothing_is_lost(node, ledger):
