@@ -49,6 +49,8 @@ import contextlib
 import dis
 import enum
 import functools
+import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
 import io
@@ -72,6 +74,7 @@ import threading
 import time
 import types
 import uuid
+import warnings
 import weakref
 import zlib
 from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
@@ -1497,6 +1500,1223 @@ def _support_files() -> Dict[str, bytes]:
             with open(os.path.join(root, name), 'rb') as file:
                 found['cloudpickle/' + name] = file.read()
     return found
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Modules of the user's: which travel, and their files. Nothing here imports a module or takes a lock: finders and
+# loaders that are asked may be the user's code. What is kept is kept in dictionaries, one entry replaced at a time.
+# ---------------------------------------------------------------------------------------------------------
+
+PACKAGE_DATA = 20 << 20    # bytes of data files that travel with one package
+PACKAGE_FILES = 20000      # entries of its directories that are looked at to find them
+UNLOADED_TIME = 1.0        # s for which it is believed where a module is that is not loaded
+STABLE_READS = 3           # attempts to read a file that is written at the same time
+NOT_OWN = frozenset((      # top-level modules that are never the user's own, wherever they lie
+    'dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd', 'cloudpickle', 'psutil'))
+SITE_DIRECTORIES = frozenset(('site-packages', 'dist-packages'))
+
+
+class ModuleKind(enum.Enum):
+    """Where a module comes from, which decides how a node gets it."""
+    STANDARD = 'built in, frozen, or of the standard library'
+    INSTALLED = 'of an installed distribution, or of dispy'
+    OWN = "the user's own: its file travels"
+    BY_VALUE = 'has no name by which a node could import it: what is in it is pickled by value'
+    MISSING = 'neither loaded nor found'
+
+
+class NameKind(enum.Enum):
+    """How the source of a module, or the body of a class, gives a name its value."""
+    CONSTANT = 'by literals of immutable values, nothing else'
+    COMPUTED = 'by anything else than a literal, a definition or an import'
+    DEFINED = 'by def or class'
+    IMPORTED = 'by an import; elsewhere perhaps by a definition or a constant, for where that fails'
+
+
+class NameBinding:
+    """A name that a source text binds. `value` is there only for what is bound once, to a constant."""
+    __slots__ = ('kind', 'value', 'origin', 'origins', 'from_file')
+    value: Any
+
+    def __init__(self, kind: NameKind, origins: Tuple[str, ...] = ()) -> None:
+        self.kind = kind
+        self.origins = origins              # modules that it is imported from, in the order of the text
+        self.origin = origins[0] if origins else ''
+        self.from_file = False              # whether the value depends on where the module's file lies
+
+    def __repr__(self) -> str:
+        value = ' %.80r' % (self.value,) if hasattr(self, 'value') else ''
+        origin = ' from %s' % ', '.join(self.origins) if self.origins else ''
+        return '<%s%s%s%s>' % (self.kind.name, value, origin, ' from_file' if self.from_file else '')
+
+
+class ImportedModule(NamedTuple):
+    """An import in a source text."""
+    module: str               # absolute name
+    names: Tuple[str, ...]    # what is imported from it; ('*',) for all
+    certain: bool             # whether it is done whenever the text is run
+
+
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_BLOCKS = ('body', 'orelse', 'handlers', 'finalbody', 'cases')
+_PLAIN_STATEMENTS = frozenset((
+    ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.Import, ast.ImportFrom,
+    ast.Pass, ast.Raise, ast.Delete, ast.Assert, ast.Global, ast.Nonlocal, ast.Break, ast.Continue))
+_CONSTANT_TYPES = frozenset((
+    type(None), bool, int, float, complex, str, bytes, type(Ellipsis)))
+_ODD_ESCAPE = re.compile(rb'\\[^\\\'"abfnrtvxNuU0-7\r\n]')
+
+
+def _statements(body: Sequence[Any], inward: bool, certain: bool = True) -> Iterator[Tuple[Any, bool]]:
+    """Statements of a block and of the blocks in it, each with whether it is run whenever the block is. Those of
+    functions and classes only with `inward`. Handlers of exceptions and cases of `match` are among them."""
+    for node in body:
+        yield node, certain
+        kind = type(node)
+        if kind in _PLAIN_STATEMENTS:
+            continue
+        if isinstance(node, _FUNCTIONS):
+            if inward:
+                yield from _statements(node.body, True, False)
+        elif kind is ast.ClassDef:
+            if inward:
+                yield from _statements(node.body, True, certain)
+        else:
+            for field in _BLOCKS:
+                yield from _statements(getattr(node, field, ()), inward, False)
+
+
+def _names_in(target: Any) -> Iterator[str]:
+    """Names that an assignment to this target binds."""
+    if isinstance(target, ast.Name):
+        yield target.id
+    elif isinstance(target, (ast.Tuple, ast.List)):
+        for element in target.elts:
+            yield from _names_in(element)
+    elif isinstance(target, ast.Starred):
+        yield from _names_in(target.value)
+
+
+def _is_constant(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_constant, value))
+    return type(value) in _CONSTANT_TYPES
+
+
+def _constant(node: Any) -> Tuple[Any, ...]:
+    """The value of a literal that cannot change, in a tuple of one; () if this is none."""
+    if isinstance(node, ast.Constant):
+        return (node.value,)
+    if not isinstance(node, (ast.Tuple, ast.UnaryOp, ast.BinOp)):
+        return ()
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):   # no literal
+        return ()
+    return (value,) if _is_constant(value) else ()
+
+
+def _parse(text: Union[str, bytes]) -> ast.Module:
+    """Raises SyntaxError, ValueError, RecursionError or MemoryError."""
+    raw = text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass')
+    if not _ODD_ESCAPE.search(raw):
+        return ast.parse(text)
+    # Only the import of the module should warn of '\d', and `-W error` must not make an error of it here. What is
+    # done to the filters makes Python forget which warnings it has given, so other texts do without.
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return ast.parse(text)
+
+
+class _ScopeNames:
+    """Collects the names that the statements of a module or of a class body bind."""
+
+    def __init__(self, resolve: Callable[[Any], str]) -> None:
+        self._resolve = resolve
+        # name -> how it is bound, in the order of the text: rows of (kind, constant in a tuple of one, origin)
+        self.rows: Dict[str, List[Tuple[NameKind, Tuple[Any, ...], str]]] = {}
+        self.globals: Set[str] = set()
+        self.classes: List[ast.ClassDef] = []
+
+    def read(self, body: Sequence[Any], walrus: bool) -> None:
+        for node, _ in _statements(body, False):
+            reader = self._READERS.get(type(node).__name__)
+            if reader is not None:
+                reader(self, node)
+            if walrus:
+                self._read_expressions(node)
+
+    def add(self, name: str, kind: NameKind, constant: Tuple[Any, ...] = (), origin: str = '') -> None:
+        self.rows.setdefault(name, []).append((kind, constant, origin))
+
+    def table(self) -> Dict[str, NameBinding]:
+        return {name: self._binding(rows) for name, rows in self.rows.items()}
+
+    @staticmethod
+    def _binding(rows: List[Tuple[NameKind, Tuple[Any, ...], str]]) -> NameBinding:
+        kinds = {kind for kind, _, _ in rows}
+        if len(kinds) == 1:
+            kind = rows[0][0]
+        elif NameKind.IMPORTED in kinds and NameKind.COMPUTED not in kinds:
+            kind = NameKind.IMPORTED
+        else:
+            kind = NameKind.COMPUTED
+        binding = NameBinding(kind, tuple(dict.fromkeys(origin for _, _, origin in rows if origin)))
+        if kind is NameKind.CONSTANT and len(rows) == 1:
+            binding.value = rows[0][1][0]
+        return binding
+
+    def _assign(self, target: Any, value: Any) -> None:
+        if isinstance(target, ast.Name):
+            constant = _constant(value)
+            self.add(target.id, NameKind.CONSTANT if constant else NameKind.COMPUTED, constant)
+        elif self._fits(target, value):
+            for part, its_value in zip(target.elts, value.elts):
+                self._assign(part, its_value)
+        else:
+            self._compute(target)
+
+    @staticmethod
+    def _fits(target: Any, value: Any) -> bool:
+        """Whether the targets of `a, b = 1, 2` get one value each."""
+        displays = (ast.Tuple, ast.List)
+        if not isinstance(target, displays) or not isinstance(value, displays):
+            return False
+        starred = any(isinstance(part, ast.Starred) for part in target.elts + value.elts)
+        return len(target.elts) == len(value.elts) and not starred
+
+    def _compute(self, target: Any) -> None:
+        for name in _names_in(target):
+            self.add(name, NameKind.COMPUTED)
+
+    def _read_assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            self._assign(target, node.value)
+
+    def _read_annotated(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self._assign(node.target, node.value)
+
+    def _read_target(self, node: Any) -> None:
+        self._compute(node.target)
+
+    def _read_with(self, node: Any) -> None:
+        for item in node.items:
+            self._compute(item.optional_vars)
+
+    def _read_delete(self, node: ast.Delete) -> None:
+        for target in node.targets:
+            self._compute(target)
+
+    def _read_definition(self, node: Any) -> None:
+        self.add(node.name, NameKind.DEFINED)
+        if isinstance(node, ast.ClassDef):
+            self.classes.append(node)
+
+    def _read_handler(self, node: ast.ExceptHandler) -> None:
+        if node.name:
+            self.add(node.name, NameKind.COMPUTED)
+
+    def _read_import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            first = alias.name.partition('.')[0]
+            origin = alias.name if alias.asname else first
+            self.add(alias.asname or first, NameKind.IMPORTED, (), origin)
+
+    def _read_import_from(self, node: ast.ImportFrom) -> None:
+        origin = self._resolve(node)
+        for alias in node.names:
+            if alias.name != '*':
+                self.add(alias.asname or alias.name, NameKind.IMPORTED, (), origin)
+
+    def _read_globals(self, node: ast.Global) -> None:
+        self.globals.update(node.names)
+
+    def _read_type_alias(self, node: Any) -> None:
+        self._compute(node.name)
+
+    def _read_case(self, node: Any) -> None:
+        for part in ast.walk(node.pattern):
+            name = getattr(part, 'name', None) or getattr(part, 'rest', None)
+            if isinstance(name, str):
+                self.add(name, NameKind.COMPUTED)
+
+    def _read_expressions(self, node: Any) -> None:
+        """Names bound by := in the expressions of one statement; blocks in it are read as statements."""
+        waiting: List[Any] = [child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.expr, ast.withitem))]
+        while waiting:
+            part = waiting.pop()
+            if isinstance(part, ast.Lambda):
+                continue
+            if isinstance(part, ast.NamedExpr):
+                self._compute(part.target)
+            waiting.extend(ast.iter_child_nodes(part))
+
+    _READERS: Dict[str, Callable[[Any, Any], None]] = {   # some of these classes are not in every Python
+        'Assign': _read_assign, 'AnnAssign': _read_annotated, 'AugAssign': _read_target,
+        'For': _read_target, 'AsyncFor': _read_target, 'With': _read_with, 'AsyncWith': _read_with,
+        'Delete': _read_delete, 'FunctionDef': _read_definition,
+        'AsyncFunctionDef': _read_definition, 'ClassDef': _read_definition,
+        'ExceptHandler': _read_handler, 'Import': _read_import, 'ImportFrom': _read_import_from,
+        'Global': _read_globals, 'TypeAlias': _read_type_alias, 'match_case': _read_case}
+
+
+class ModuleSource:
+    """What one source text says of the module that it is of: what it imports, and what gives its names their values.
+
+    imports: what is imported anywhere in the text, in its order.
+    names: what the top level of the module binds.
+    classes: the same for the bodies of its classes, by qualified name; classes inside of functions are left out.
+    exports: `__all__`, if that is written as a literal.
+    stars: modules from which all is imported at the top level.
+    error: why the text could not be parsed; then there is nothing else.
+    """
+
+    def __init__(self, text: Union[str, bytes], name: str, is_package: bool = False) -> None:
+        self.name = name
+        self._text = text
+        self._package = name if is_package else name.rpartition('.')[0]
+        self.imports: List[ImportedModule] = []
+        self.names: Dict[str, NameBinding] = {}
+        self.classes: Dict[str, Dict[str, NameBinding]] = {}
+        self.exports: Optional[Tuple[str, ...]] = None
+        self.stars: Tuple[str, ...] = ()
+        self.error = ''
+        try:
+            tree = _parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
+            self.error = '%s: %s' % (type(exc).__name__, exc)
+            return
+        self._read_imports(tree)
+        self._read_names(tree)
+
+    def _has(self, *words: str) -> bool:
+        if isinstance(self._text, bytes):
+            return any(word.encode() in self._text for word in words)
+        return any(word in self._text for word in words)
+
+    def _read_imports(self, tree: ast.Module) -> None:
+        for node, certain in _statements(tree.body, True):
+            if type(node) is ast.Import:
+                self.imports.extend(ImportedModule(alias.name, (), certain) for alias in node.names)
+            elif type(node) is ast.ImportFrom:
+                origin = self._resolve(node)
+                if origin:
+                    names = tuple(alias.name for alias in node.names)
+                    self.imports.append(ImportedModule(origin, names, certain))
+        if self._has('import_module', '__import__'):
+            self._read_calls(tree)
+
+    def _resolve(self, node: ast.ImportFrom) -> str:
+        return self._absolute(node.level, node.module or '')
+
+    def _absolute(self, level: int, module: str) -> str:
+        """'' for what leads out of the package."""
+        if not level:
+            return module
+        parts = self._package.split('.')
+        parts = parts[:len(parts) - level + 1]
+        if not self._package or not parts:
+            return ''
+        return '.'.join(parts + [module] if module else parts)
+
+    def _read_calls(self, tree: ast.Module) -> None:
+        direct = set()
+        for node, certain in _statements(tree.body, True):
+            value = getattr(node, 'value', None) if certain else None
+            while isinstance(value, ast.Attribute):
+                value = value.value
+            direct.add(value)
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant):
+                function = getattr(call.func, 'attr', None) or getattr(call.func, 'id', None)
+                name = call.args[0].value
+                if function in ('import_module', '__import__') and isinstance(name, str) and name:
+                    stripped = name.lstrip('.')
+                    absolute = self._absolute(len(name) - len(stripped), stripped)
+                    if absolute:
+                        self.imports.append(ImportedModule(absolute, (), call in direct))
+
+    def _read_names(self, tree: ast.Module) -> None:
+        walrus = self._has(':=')
+        scope = _ScopeNames(self._resolve)
+        scope.read(tree.body, walrus)
+        waiting = [(node.name, node) for node in reversed(scope.classes)]
+        while waiting:
+            qualified, node = waiting.pop()
+            body = _ScopeNames(self._resolve)
+            body.read(node.body, walrus)
+            for name in body.globals & body.rows.keys():
+                scope.rows.setdefault(name, []).extend(body.rows.pop(name))
+            self.classes[qualified] = body.table()
+            waiting += [('%s.%s' % (qualified, inner.name), inner) for inner in reversed(body.classes)]
+        self.names = scope.table()
+        self._read_exports(tree)
+
+    def _read_exports(self, tree: ast.Module) -> None:
+        stars = []
+        node: Any
+        for node, _ in _statements(tree.body, False):
+            if type(node) is ast.ImportFrom and node.names[0].name == '*':
+                stars.append(self._resolve(node))
+            elif '__all__' not in self.names:
+                continue
+            elif isinstance(node, (ast.Assign, ast.AugAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                if any(isinstance(target, ast.Name) and target.id == '__all__' for target in targets):
+                    self.exports = (self.exports or ()) + self._texts(node.value)
+        self.stars = tuple(filter(None, stars))
+
+    @staticmethod
+    def _texts(node: Any) -> Tuple[str, ...]:
+        if not isinstance(node, (ast.List, ast.Tuple)):
+            return ()
+        values = [part.value for part in node.elts if isinstance(part, ast.Constant)]
+        return tuple(value for value in values if isinstance(value, str))
+
+
+class Whereabouts(NamedTuple):
+    """What is known of a module without importing it."""
+    kind: ModuleKind
+    path: str = ''                                # of its file, which may be in an archive
+    locations: Optional[Tuple[str, ...]] = None   # directories of its submodules, if it is a package
+    loader: Any = None
+
+
+_dict_of_module: Any = vars(types.ModuleType)['__dict__']
+
+
+def module_dict(module: Any) -> Dict[str, Any]:
+    """The globals of a module. Nothing of the user's runs for that: the class of a module may have a `__getattr__`
+    that imports. Empty for what is in `sys.modules` and is no module."""
+    if not issubclass(type(module), types.ModuleType):
+        return {}
+    found = _dict_of_module.__get__(module)
+    return found if found is not None else {}
+
+
+def _is_below(path: str, roots: Sequence[str]) -> bool:
+    return any(path.startswith(root) for root in roots)
+
+
+def _as_roots(paths: Sequence[Optional[str]]) -> Tuple[str, ...]:
+    return tuple({os.path.normcase(os.path.realpath(path)) + os.sep for path in paths if path})
+
+
+@functools.lru_cache(maxsize=None)
+def _standard_roots() -> Tuple[str, ...]:
+    """Where the standard library is, that of the base installation of a venv included."""
+    paths: List[Optional[str]] = []
+    for base in {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}:
+        there = {'base': base, 'platbase': base, 'installed_base': base, 'installed_platbase': base}
+        for name in ('stdlib', 'platstdlib'):
+            if base in (sys.base_prefix, sys.base_exec_prefix):
+                paths.append(sysconfig.get_path(name, vars=there))
+        if os.name == 'nt':
+            paths.append(os.path.join(base, 'DLLs'))
+    paths += [sysconfig.get_path('stdlib'), sysconfig.get_path('platstdlib')]
+    paths.append(sysconfig.get_config_var('DESTSHARED'))
+    archive = 'python%d%d.zip' % sys.version_info[:2]
+    paths += [path for path in sys.path if os.path.basename(path) == archive]
+    return _as_roots(paths)
+
+
+@functools.lru_cache(maxsize=None)
+def _site_roots() -> Tuple[str, ...]:
+    """Where distributions are installed, whatever these directories are called."""
+    site = sys.modules.get('site')
+    user = module_dict(site).get('USER_SITE')
+    return _as_roots([sysconfig.get_path('purelib'), sysconfig.get_path('platlib'), user])
+
+
+def archive_of(path: str) -> Tuple[str, str]:
+    """(archive, name in it with '/') of the path of a file in an archive; ('', '') if it is in none."""
+    archive = path
+    while archive and not os.path.lexists(archive):
+        shorter = os.path.dirname(archive)
+        if shorter == archive:
+            break
+        archive = shorter
+    if archive == path or not os.path.isfile(archive):
+        return '', ''
+    return archive, path[len(archive) + 1:].replace(os.sep, '/')
+
+
+class Installations:
+    """What distributions say that they have put into a directory, or into an archive. Each is read once, and again
+    when it has changed."""
+
+    def __init__(self) -> None:
+        # directory -> (time of its last change, path of a file below it -> distribution's metadata directory)
+        self._tables: Dict[str, Tuple[int, Dict[str, str]]] = {}
+
+    def owner(self, holder: str, path: str) -> str:
+        """The metadata directory, such as 'numpy-1.26.4.dist-info', of the distribution that has put a file, by its
+        name below the directory and with '/', or the package that it is in, into a directory; '' if none says so."""
+        table = self._table(holder)
+        found = table.get(path)
+        if found is None and '/' in path:
+            found = table.get(path.partition('/')[0] + '/__init__.py')
+        return found or ''
+
+    def owner_of_name(self, holder: str, name: str) -> str:
+        """The same for a top-level module or package."""
+        table = self._table(holder)
+        for path in (name + '/__init__.py', name + '.py'):
+            if path in table:
+                return table[path]
+        starts = (name + '/', name + '.')
+        return next((owner for path, owner in table.items() if path.startswith(starts)), '')
+
+    def _table(self, holder: str) -> Dict[str, str]:
+        archive, prefix = archive_of(holder) if not os.path.isdir(holder) else ('', '')
+        if not archive and os.path.isfile(holder):
+            archive = holder
+        try:
+            changed = os.stat(archive or holder).st_mtime_ns
+        except OSError:
+            return {}
+        kept = self._tables.get(holder)
+        if kept is None or kept[0] != changed:
+            read = _archive_metadata(archive, prefix) if archive else _directory_metadata(holder)
+            kept = changed, self._read(read)
+            self._tables[holder] = kept
+        return kept[1]
+
+    @staticmethod
+    def _read(metadata: Iterator[Tuple[str, str, str]]) -> Dict[str, str]:
+        import csv
+        import posixpath
+        table: Dict[str, str] = {}
+        for owner, file, text in metadata:
+            if file == 'RECORD':
+                paths = [row[0] for row in csv.reader(text.splitlines()) if row]
+            else:
+                paths = [posixpath.join(owner, line) for line in text.splitlines()]
+            for path in paths:
+                table[posixpath.normpath(path.replace('\\', '/'))] = owner
+        return table
+
+
+_METADATA_FILES = {'.dist-info': 'RECORD', '.egg-info': 'installed-files.txt'}
+
+
+def _directory_metadata(directory: str) -> Iterator[Tuple[str, str, str]]:
+    """(metadata directory, name of the list of files, its text) of each distribution."""
+    for name in sorted(os.listdir(directory)):
+        file = _METADATA_FILES.get(os.path.splitext(name)[1])
+        path = os.path.join(directory, name, file or '')
+        if file and os.path.isfile(path):
+            with open(path, encoding='utf-8', errors='replace') as record:
+                yield name, file, record.read()
+
+
+def _archive_metadata(archive: str, prefix: str) -> Iterator[Tuple[str, str, str]]:
+    import zipfile
+    try:
+        with zipfile.ZipFile(archive) as members:
+            for member in members.namelist():
+                below = member[len(prefix) + 1:] if prefix else member
+                name, _, file = below.partition('/')
+                if member.endswith(below) and _METADATA_FILES.get(os.path.splitext(name)[1]) == file:
+                    yield name, file, members.read(member).decode('utf-8', 'replace')
+    except (OSError, zipfile.BadZipFile) as exc:
+        logger.debug('%s cannot be read as an archive: %s', archive, exc)
+
+
+class ModuleFinder:
+    """Says where a module is and of which kind it is. Loaded modules are asked first, then finders; nothing is imported."""
+
+    def __init__(self) -> None:
+        self.installations = Installations()
+        # name -> (what sys.modules had, time until which this is believed if that was nothing, what was found)
+        self._kept: Dict[str, Tuple[Any, float, Whereabouts]] = {}
+
+    def look(self, name: str) -> Whereabouts:
+        """Any thread."""
+        module = sys.modules.get(name, self)
+        kept = self._kept.get(name)
+        if kept is not None and kept[0] is module and (module is not self or time.monotonic() < kept[1]):
+            found = kept[2]
+        else:
+            found = self._look(name, module)
+            self._kept[name] = module, time.monotonic() + UNLOADED_TIME, found
+        if found.kind is not ModuleKind.BY_VALUE and self._is_by_value(name, module):
+            return found._replace(kind=ModuleKind.BY_VALUE)
+        return found
+
+    @staticmethod
+    def _is_by_value(name: str, module: Any) -> bool:
+        """What may change at any time: what the main module is, and what the user has registered."""
+        if name.partition('.')[0] in NOT_OWN:
+            return False
+        if name in ('__main__', '__mp_main__') or module is sys.modules.get('__main__'):
+            return True
+        registered = cloudpickle.list_registry_pickle_by_value()
+        return any(name == other or name.startswith(other + '.') for other in registered)
+
+    def _look(self, name: str, module: Any) -> Whereabouts:
+        if module is None or not name:   # `sys.modules[name] = None` forbids an import
+            return Whereabouts(ModuleKind.MISSING)
+        if issubclass(type(module), types.ModuleType):
+            found = self._look_at(name, module)
+        else:
+            found = self._look_for(name)
+            if found.kind is ModuleKind.MISSING and module is not self:   # a package has put it there
+                found = Whereabouts(self._kind_without_file(name, None, None))
+        if name.partition('.')[0] in NOT_OWN:
+            return found._replace(kind=ModuleKind.INSTALLED)
+        return found
+
+    def _look_at(self, name: str, module: Any) -> Whereabouts:
+        """A module that is loaded."""
+        spec = module_dict(module).get('__spec__')
+        if not issubclass(type(spec), importlib.machinery.ModuleSpec):
+            spec = None
+        path = module_dict(module).get('__file__')
+        loader = spec.loader if spec is not None else module_dict(module).get('__loader__')
+        locations = self._as_locations(module_dict(module).get('__path__'))
+        if self._is_frozen(spec, loader):
+            return Whereabouts(ModuleKind.STANDARD, '', locations, loader)
+        if not isinstance(path, str) or not path:
+            kind = self._kind_without_file(name, spec, locations)
+            return Whereabouts(kind, '', locations, loader)
+        path = os.path.abspath(path)
+        kind = self._kind_of_file(name, path)
+        if kind is ModuleKind.OWN and not self._leads_to(name, path):
+            kind = ModuleKind.BY_VALUE
+        return Whereabouts(kind, path, locations, loader)
+
+    def _look_for(self, name: str) -> Whereabouts:
+        """A module that is not loaded, or something else under its name."""
+        spec = self._search(name)
+        if spec is None:
+            return Whereabouts(ModuleKind.MISSING)
+        locations = self._as_locations(spec.submodule_search_locations)
+        if self._is_frozen(spec, spec.loader):
+            return Whereabouts(ModuleKind.STANDARD, '', locations, spec.loader)
+        if spec.has_location and isinstance(spec.origin, str):
+            path = os.path.abspath(spec.origin)
+            kind = self._kind_of_file(name, path)
+            return Whereabouts(kind, path, locations, spec.loader)
+        if locations is not None:
+            return Whereabouts(self._kind_of_namespace(name, locations), '', locations, spec.loader)
+        return Whereabouts(self._kind_without_file(name, spec, None), '', None, spec.loader)
+
+    @staticmethod
+    def _is_frozen(spec: Any, loader: Any) -> bool:
+        if loader is importlib.machinery.BuiltinImporter or loader is importlib.machinery.FrozenImporter:
+            return True
+        return spec is not None and type(spec.origin) is str and spec.origin in ('built-in', 'frozen')
+
+    @staticmethod
+    def _as_locations(path: Any) -> Optional[Tuple[str, ...]]:
+        if path is None:
+            return None
+        try:   # of a namespace package: it looks at sys.path again, with the finders that are there
+            return tuple(entry for entry in path if isinstance(entry, str))
+        except Exception as exc:   # the user's own; such a package has no submodules that could be found
+            logger.debug('the __path__ of a package cannot be read: %s', describe_exception(exc))
+            return ()
+
+    def _kind_without_file(self, name: str, spec: Any, locations: Optional[Tuple[str, ...]]) -> ModuleKind:
+        """Of a module that a package made while it was imported the kind is that of the package, if every node that
+        has the package makes it too."""
+        if spec is not None and locations:
+            kind = self._kind_of_namespace(name, locations)
+            if kind is not ModuleKind.OWN:
+                return kind
+            found = self._search(name)
+            if found is not None and set(found.submodule_search_locations or ()) & set(locations):
+                return self._below_parent(name)
+            return ModuleKind.BY_VALUE
+        parent = name.rpartition('.')[0]
+        kind = self.look(parent).kind if parent else ModuleKind.BY_VALUE
+        return kind if kind in (ModuleKind.STANDARD, ModuleKind.INSTALLED) else ModuleKind.BY_VALUE
+
+    def _kind_of_namespace(self, name: str, locations: Tuple[str, ...]) -> ModuleKind:
+        """A part of it that is the user's own travels."""
+        kinds = {self._kind_of_file(name, os.path.join(os.path.abspath(path), '__init__.py')) for path in locations}
+        if len(kinds) == 1:
+            return kinds.pop()
+        return ModuleKind.OWN if ModuleKind.OWN in kinds else ModuleKind.INSTALLED
+
+    def _below_parent(self, name: str) -> ModuleKind:
+        parent = name.rpartition('.')[0]
+        if parent and self.look(parent).kind in (ModuleKind.BY_VALUE, ModuleKind.MISSING):
+            return ModuleKind.BY_VALUE
+        return ModuleKind.OWN
+
+    def _kind_of_file(self, name: str, path: str) -> ModuleKind:
+        """By its path, and where that leaves it open by the metadata beside its top-level module."""
+        real = os.path.normcase(os.path.realpath(path))
+        if _is_below(real, _site_roots()) or SITE_DIRECTORIES & set(real.split(os.sep)):
+            return ModuleKind.INSTALLED
+        if _is_below(real, _standard_roots()):
+            return ModuleKind.STANDARD
+        levels = name.count('.') + 1 + os.path.basename(path).startswith('__init__.')
+        holder = path
+        for _ in range(levels):
+            holder = os.path.dirname(holder)
+        below = path[len(holder):].replace(os.sep, '/').lstrip('/')
+        if holder.endswith('.egg') and os.path.isdir(os.path.join(holder, 'EGG-INFO')):
+            return ModuleKind.INSTALLED
+        if self.installations.owner(holder, below):
+            return ModuleKind.INSTALLED
+        return ModuleKind.OWN
+
+    def _leads_to(self, name: str, path: str) -> bool:
+        """Whether an import of this name, elsewhere and by the same rules, would load this file."""
+        if not path.endswith(tuple(importlib.machinery.all_suffixes())):
+            return False
+        if self._below_parent(name) is ModuleKind.BY_VALUE:
+            return False
+        spec = self._search(name)
+        if spec is None or not isinstance(spec.origin, str):
+            return False
+        return spec.origin == path or os.path.realpath(spec.origin) == os.path.realpath(path)
+
+    def _search(self, name: str) -> Any:
+        """The spec of a module, by the finders. `importlib.util.find_spec` would import the packages that it is in."""
+        parent = name.rpartition('.')[0]
+        if not parent:
+            return self._ask(sys.meta_path, name, None)
+        locations = self.look(parent).locations
+        if locations is None:
+            return None
+        below = self._ask([importlib.machinery.PathFinder], name, list(locations))
+        # Finders of editable installs may know of submodules that lie elsewhere.
+        return below or self._ask(sys.meta_path, name, list(locations))
+
+    @staticmethod
+    def _ask(finders: Sequence[Any], name: str, path: Optional[List[str]]) -> Any:
+        for finder in tuple(finders):
+            if type(finder).__module__ == '_distutils_hack':   # it imports setuptools when it is asked for distutils
+                continue
+            try:
+                spec = finder.find_spec(name, path)
+            except Exception as exc:   # the user's own finder; the others are asked still
+                logger.debug('%r was asked for module %s: %s', finder, name, describe_exception(exc))
+                continue
+            if issubclass(type(spec), importlib.machinery.ModuleSpec):
+                return spec
+        return None
+
+
+class FileStamp(NamedTuple):
+    """What tells a file from what it was before, without reading it."""
+    mtime_ns: int
+    size: int
+    inode: int = 0
+
+
+class FileOfModule(NamedTuple):
+    """A file that travels: of a module, or of the data of a package."""
+    target: str        # its name on the node, with '/'
+    path: str          # where it is read from; inside of an archive `loader` reads it
+    loader: Any = None
+
+    def read(self) -> bytes:
+        """Its content as it is now. Raises OSError."""
+        return _read_at_once(self.path, self.loader)[0]
+
+    def stamp(self) -> FileStamp:
+        """Raises OSError."""
+        return _stamp_of(self.path)
+
+
+class ModuleFile(NamedTuple):
+    """A module that travels, and its file."""
+    name: str
+    path: str                        # where it is read from; inside of an archive `loader` reads it
+    target: str                      # its name on the node, with '/'
+    is_package: bool
+    is_extension: bool
+    source: Optional[ModuleSource]   # none of an extension module, and of one without source
+    loader: Any = None
+    chain: Tuple[str, ...] = ()      # modules by whose imports it was reached, from one that was asked for to itself
+
+    def read(self) -> bytes:
+        """Its content as it is now. Raises OSError."""
+        return _read_at_once(self.path, self.loader)[0]
+
+    def stamp(self) -> FileStamp:
+        """Raises OSError."""
+        return _stamp_of(self.path)
+
+
+def _stamp_of(path: str) -> FileStamp:
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        archive = archive_of(path)[0]
+        if not archive:
+            raise
+        found = os.stat(archive)
+    return FileStamp(found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def _read_at_once(path: str, loader: Any) -> Tuple[bytes, Optional[FileStamp], int]:
+    """Content, stamp and mode of a file, all of one moment; no stamp if the file never kept still. Raises OSError."""
+    archive, member = archive_of(path)
+    if archive:
+        stamp = _stamp_of(path)
+        return _read_member(archive, member, path, loader), stamp, 0o644
+    with open(path, 'rb') as file:
+        for _ in range(STABLE_READS):
+            before = os.fstat(file.fileno())
+            content = file.read()
+            after = os.fstat(file.fileno())
+            stamp = FileStamp(after.st_mtime_ns, after.st_size, after.st_ino)
+            if stamp == FileStamp(before.st_mtime_ns, len(content), before.st_ino):
+                return content, stamp, stat.S_IMODE(after.st_mode)
+            file.seek(0)
+    return content, None, stat.S_IMODE(after.st_mode)
+
+
+def _read_member(archive: str, member: str, path: str, loader: Any) -> bytes:
+    """A file in an archive, by the loader of its module if that can read files."""
+    import zipfile
+    try:
+        if hasattr(loader, 'get_data'):
+            return bytes(loader.get_data(path))
+        with zipfile.ZipFile(archive) as members:
+            return members.read(member)
+    except Exception as exc:   # loaders may be the user's own
+        raise OSError('%s in %s cannot be read: %s' % (member, archive, describe_exception(exc))) from exc
+
+
+def _is_settled(stamp: FileStamp) -> bool:
+    """Whether a later change of the file would change its stamp too: file systems count time in steps."""
+    step = 50_000_000 if stamp.mtime_ns % 1_000_000_000 else 2_000_000_000
+    return abs(time.time_ns() - stamp.mtime_ns) > step
+
+
+class Digests:
+    """Digests of files; none is read twice while it is the same."""
+
+    def __init__(self) -> None:
+        # path -> stamp, (size, digest, mode)
+        self._kept: Dict[str, Tuple[FileStamp, Tuple[int, bytes, int]]] = {}
+
+    def note(self, path: str, content: bytes, stamp: Optional[FileStamp], mode: int) -> None:
+        """What was read for another purpose."""
+        self._keep(path, stamp, (len(content), hashlib.sha256(content).digest(), mode))
+
+    def of(self, file: FileOfModule) -> Tuple[FileStamp, Tuple[int, bytes, int]]:
+        """Stamp of a file, and its size, digest and mode, all of one read. Raises OSError."""
+        stamp = _stamp_of(file.path)
+        kept = self._kept.get(file.path)
+        if kept is not None and kept[0] == stamp:
+            return kept
+        if archive_of(file.path)[0]:
+            content, _, mode = _read_at_once(file.path, file.loader)
+            found = len(content), hashlib.sha256(content).digest(), mode
+            return self._keep(file.path, stamp, found)
+        for _ in range(STABLE_READS):
+            size, digest = file_digest(file.path)
+            status = os.stat(file.path)
+            before, stamp = stamp, FileStamp(status.st_mtime_ns, status.st_size, status.st_ino)
+            found = size, digest, stat.S_IMODE(status.st_mode)
+            if stamp == before and size == stamp.size:
+                return self._keep(file.path, stamp, found)
+        return stamp, found
+
+    def _keep(self, path: str, stamp: Optional[FileStamp], found: Tuple[int, bytes, int]) -> Any:
+        if stamp is not None and _is_settled(stamp):
+            self._kept[path] = stamp, found
+        return stamp, found
+
+
+class _ModuleWalk:
+    """Follows imports from module to module, breadth first, so that the chains are short."""
+
+    def __init__(self, finder: ModuleFinder, file_of: Callable[[str, Whereabouts], ModuleFile],
+                 shipped: Sequence[str]) -> None:
+        self._finder = finder
+        self._file_of = file_of
+        self._shipped = frozenset(shipped)
+        self._seen: Set[str] = set()
+        self._waiting: Deque[ModuleFile] = collections.deque()
+        self.found: List[ModuleFile] = []
+
+    def run(self, names: Iterator[str]) -> None:
+        for name in names:
+            self._reach(name, ())
+        while self._waiting:
+            file = self._waiting.popleft()
+            if file.source is not None:
+                for imported in file.source.imports:
+                    self._reach(imported.module, file.chain)
+                    if imported.names:
+                        self._reach_members(imported, file.chain)
+
+    def _reach(self, name: str, chain: Tuple[str, ...]) -> None:
+        if name in self._seen:
+            return
+        self._seen.add(name)
+        where = self._finder.look(name)
+        if where.kind is ModuleKind.OWN or where.kind is ModuleKind.MISSING:
+            parent = name.rpartition('.')[0]
+            if parent:   # it is imported first
+                self._reach(parent, chain)
+        if where.kind is ModuleKind.OWN and where.path:
+            file = self._file_of(name, where)._replace(chain=chain + (name,))
+            self._waiting.append(file)
+            if not self._travels_otherwise(name):
+                self.found.append(file)
+
+    def _travels_otherwise(self, name: str) -> bool:
+        while name:
+            if name in self._shipped:
+                return True
+            name = name.rpartition('.')[0]
+        return False
+
+    def _reach_members(self, imported: ImportedModule, chain: Tuple[str, ...]) -> None:
+        """What is imported from a package may be a module in it."""
+        where = self._finder.look(imported.module)
+        if where.kind is not ModuleKind.OWN or where.locations is None:
+            return
+        names: Sequence[str] = imported.names
+        if names == ('*',):
+            names = self._starred(imported.module, where)
+        attributes = module_dict(sys.modules.get(imported.module))
+        for name in names:
+            full = '%s.%s' % (imported.module, name)
+            if full in sys.modules or name not in attributes:
+                self._reach(full, chain)
+
+    def _starred(self, package: str, where: Whereabouts) -> Sequence[str]:
+        """Names of submodules that `from package import *` may reach."""
+        source = self._file_of(package, where).source if where.path else None
+        if source is not None and source.exports is not None:
+            return source.exports
+        attributes = module_dict(sys.modules.get(package))
+        return [name for name, value in list(attributes.items())
+                if value is not None and value is sys.modules.get('%s.%s' % (package, name))]
+
+
+class DataFiles:
+    """Finds the data files of packages: what lies beside the modules and is no code."""
+
+    def __init__(self) -> None:
+        self._warned: Set[str] = set()
+        self._extensions: Dict[str, Tuple[Tuple[int, int], bool]] = {}   # path -> stamp, whether it is one
+
+    def of(self, package: ModuleFile) -> List[FileOfModule]:
+        """In the order of their names, as far as they are not too large together."""
+        archive, member = archive_of(package.path)
+        if archive:
+            rows = self._in_archive(archive, member.rpartition('/')[0])
+        else:
+            rows = self._in_directory(os.path.dirname(package.path))
+        prefix = package.target.rpartition('/')[0]
+        room = PACKAGE_DATA
+        found: List[FileOfModule] = []
+        left: List[Tuple[str, int]] = []
+        for below, path, size in rows:
+            if size > room:
+                left.append((below, size))
+            else:
+                room -= size
+                found.append(FileOfModule('%s/%s' % (prefix, below), path, package.loader))
+        if left:
+            self._warn(package.name, left)
+        return found
+
+    def _warn(self, package: str, left: List[Tuple[str, int]]) -> None:
+        if package in self._warned:
+            return
+        self._warned.add(package)
+        logger.warning(
+            'package %s has more than the %d MB of data files that travel with a package: %d files of %.1f MB, '
+            '%s among them, are not sent; list those that jobs need in depends=',
+            package, PACKAGE_DATA >> 20, len(left), sum(size for _, size in left) / 2**20, left[0][0])
+
+    def _in_directory(self, root: str) -> Iterator[Tuple[str, str, int]]:
+        """(name below the package with '/', path, size)."""
+        waiting = [('', root)]
+        looked_at = 0
+        while waiting:
+            prefix, directory = waiting.pop()
+            entries = self._entries(directory)
+            if prefix and any(_is_package_file(entry.name) for entry in entries):
+                continue   # a package itself
+            looked_at += len(entries)
+            if looked_at > PACKAGE_FILES:
+                self._warn_of_many(root)
+                return
+            directories = []
+            for entry in entries:
+                name = prefix + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append((name + '/', entry.path))
+                elif self._is_data(entry):
+                    yield name, entry.path, entry.stat().st_size
+            waiting += reversed(directories)
+
+    def _warn_of_many(self, root: str) -> None:
+        if root not in self._warned:
+            self._warned.add(root)
+            logger.warning(
+                'the directory of package %s has more than %d files: the data files beyond these are not sent; '
+                'list those that jobs need in depends=', root, PACKAGE_FILES)
+
+    @staticmethod
+    def _entries(directory: str) -> List[Any]:
+        try:
+            with os.scandir(directory) as entries:
+                shown = [entry for entry in entries if _may_travel(entry.name)]
+        except OSError as exc:
+            logger.warning('directory %s cannot be read, so its data files are not sent: %s', directory, exc)
+            return []
+        return sorted(shown, key=lambda entry: entry.name)
+
+    def _is_data(self, entry: Any) -> bool:
+        """Of links it counts where they lead."""
+        if entry.name.endswith(_CODE_SUFFIXES):
+            return False
+        try:
+            if not entry.is_file():
+                return False
+            return not self._is_extension(entry)
+        except OSError as exc:
+            logger.debug('%s is no data file: %s', entry.path, exc)
+            return False
+
+    def _is_extension(self, entry: Any) -> bool:
+        """Whether this is an extension module, and no other shared library."""
+        suffix = next(filter(entry.name.endswith, importlib.machinery.EXTENSION_SUFFIXES), '')
+        stem = entry.name[:-len(suffix)] if suffix else ''
+        if not stem.isidentifier():
+            return False
+        if suffix not in ('.so', '.pyd'):   # has the name of this implementation in it
+            return True
+        status = entry.stat()
+        if status.st_size > PACKAGE_DATA:
+            return False
+        stamp = status.st_mtime_ns, status.st_size
+        kept = self._extensions.get(entry.path)
+        if kept is None or kept[0] != stamp:
+            with open(entry.path, 'rb') as file:
+                kept = stamp, b'PyInit_' + stem.encode() in file.read()
+            self._extensions[entry.path] = kept
+        return kept[1]
+
+    @staticmethod
+    def _in_archive(archive: str, directory: str) -> Iterator[Tuple[str, str, int]]:
+        import zipfile
+        try:
+            with zipfile.ZipFile(archive) as members:
+                infos = sorted(members.infolist(), key=lambda info: info.filename)
+        except (OSError, zipfile.BadZipFile) as exc:
+            logger.warning('archive %s cannot be read, so no data files of it are sent: %s', archive, exc)
+            return
+        prefix = directory + '/'
+        names = {info.filename for info in infos}
+        packages = {name.rpartition('/')[0] for name in names if _is_package_file(name.rpartition('/')[2])}
+        for info in infos:
+            below = info.filename[len(prefix):]
+            if not info.filename.startswith(prefix) or not below or info.is_dir():
+                continue
+            parts = below.split('/')
+            inner = {prefix + '/'.join(parts[:end]) for end in range(1, len(parts))}
+            if all(map(_may_travel, parts)) and not inner & packages and not below.endswith(_CODE_SUFFIXES):
+                yield below, os.path.join(archive, *info.filename.split('/')), info.file_size
+
+
+_CODE_SUFFIXES = ('.py', '.pyc', '.pyo')
+
+
+def _is_package_file(name: str) -> bool:
+    return name.startswith('__init__.') and name[8:] in importlib.machinery.all_suffixes()
+
+
+def _may_travel(name: str) -> bool:
+    """Whether a file or directory of this name is sent with a package."""
+    if name.startswith('.') or name == '__pycache__':
+        return False
+    try:
+        check_name(name)
+    except ValueError as exc:   # a name that a node would refuse
+        logger.debug('%r is not sent: %s', name, exc)
+        return False
+    return True
+
+
+class OwnModules:
+    """Which modules are the user's own, and what travels for them. One is enough for a process, for it remembers what
+    it has read. Any thread."""
+
+    def __init__(self) -> None:
+        self._finder = ModuleFinder()
+        self._digests = Digests()
+        self._data = DataFiles()
+        # name -> (module, its __spec__, stamp of the file if it was not loaded, what was found)
+        self._files: Dict[str, Tuple[Any, Any, Optional[FileStamp], ModuleFile]] = {}
+        self._rows: Dict[str, Tuple[FileStamp, bytes]] = {}   # path -> stamp and digest of the last row
+        self._versions: Dict[str, str] = {}
+
+    def kind(self, name: Any) -> ModuleKind:
+        """What decides how an object of this module goes to a node."""
+        return self._finder.look(name).kind if isinstance(name, str) else ModuleKind.MISSING
+
+    def closure(self, names: Sequence[str], shipped: Sequence[str] = ()) -> List[ModuleFile]:
+        """The user's own modules among these, with all that they import and the packages that they are in, in the
+        order in which they are reached. `shipped` are modules that travel otherwise, with all below them."""
+        walk = _ModuleWalk(self._finder, self._file_of, shipped)
+        walk.run(iter(sorted(set(names))))
+        return walk.found
+
+    def files(self, closure: Sequence[ModuleFile]) -> Dict[str, FileOfModule]:
+        """What travels, by the names that it has on the node: code, and the data files of packages."""
+        found = {module.target: FileOfModule(module.target, module.path, module.loader) for module in closure}
+        for module in closure:
+            if module.is_package:
+                for file in self._data.of(module):
+                    found.setdefault(file.target, file)
+        return found
+
+    def rows(self, files: Dict[str, FileOfModule]) -> List[Tuple[str, int, bytes, int]]:
+        """(name, size, digest, mode) of each file. Raises OSError."""
+        rows = []
+        for target, file in files.items():
+            stamp, (size, digest, mode) = self._digests.of(file)
+            self._rows[file.path] = stamp, digest
+            rows.append((target, size, digest, mode))
+        return rows
+
+    def changed(self, closure: Sequence[ModuleFile]) -> List[ModuleFile]:
+        """Modules whose files are not as they were when the last row of them was made."""
+        return [module for module in closure if self._has_changed(module)]
+
+    def _has_changed(self, module: ModuleFile) -> bool:
+        row = self._rows.get(module.path)
+        if row is None:
+            return False
+        try:
+            if module.stamp() == row[0] and _is_settled(row[0]):
+                return False
+            stamp, (_, digest, _) = self._digests.of(FileOfModule(module.target, module.path, module.loader))
+        except OSError as exc:   # it was taken away: there is no other text that could be sent
+            logger.debug('the file of module %s cannot be read: %s', module.name, exc)
+            return False
+        if digest != row[1]:
+            return True
+        self._rows[module.path] = stamp, digest
+        return False
+
+    def _file_of(self, name: str, where: Whereabouts) -> ModuleFile:
+        """The file of a module of the user's. The text of a loaded module is read once."""
+        module = sys.modules.get(name)
+        spec = module_dict(module).get('__spec__')
+        kept = self._files.get(name)
+        if kept is not None and kept[0] is module and kept[1] is spec and kept[3].path == where.path:
+            if module is not None or self._is_as_it_was(kept[2], where.path):
+                return kept[3]
+        file, stamp = self._read_file(name, where)
+        self._files[name] = module, spec, stamp, file
+        return file
+
+    @staticmethod
+    def _is_as_it_was(stamp: Optional[FileStamp], path: str) -> bool:
+        try:
+            return stamp is not None and stamp == _stamp_of(path)
+        except OSError:   # whoever reads it says so
+            return False
+
+    def _read_file(self, name: str, where: Whereabouts) -> Tuple[ModuleFile, Optional[FileStamp]]:
+        base = os.path.basename(where.path)
+        is_package = _is_package_file(base)
+        is_extension = base.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))
+        is_source = base.endswith(tuple(importlib.machinery.SOURCE_SUFFIXES))
+        parts = name.split('.')
+        if is_source:
+            target = '/'.join(parts) + ('/__init__.py' if is_package else '.py')
+        else:
+            target = '/'.join((parts if is_package else parts[:-1]) + [base])
+        source = None
+        stamp = None
+        if is_source:
+            try:
+                content, stamp, mode = _read_at_once(where.path, where.loader)
+            except OSError as exc:
+                source = ModuleSource('', name, is_package)
+                source.error = str(exc)
+            else:
+                self._digests.note(where.path, content, stamp, mode)
+                source = ModuleSource(content, name, is_package)
+        if stamp is not None and not _is_settled(stamp):
+            stamp = None
+        return ModuleFile(name, where.path, target, is_package, is_extension, source, where.loader), stamp
+
+    def uses_dispy(self, closure: Sequence[ModuleFile]) -> bool:
+        """Whether one of these imports a module of dispy."""
+        ours = NOT_OWN - {'cloudpickle', 'psutil'}
+        return any(imported.module.partition('.')[0] in ours for _, imported in self._imports(closure))
+
+    @staticmethod
+    def _imports(closure: Sequence[ModuleFile]) -> Iterator[Tuple[ModuleFile, ImportedModule]]:
+        for module in closure:
+            if module.source is not None:
+                for imported in module.source.imports:
+                    yield module, imported
+
+    def packages(self, closure: Sequence[ModuleFile]) -> Dict[str, Tuple[str, bool, Tuple[str, ...]]]:
+        """The installed packages that these import: version here ('' if that is unknown), whether an import of it is
+        certain, and the chain of imports that leads to it."""
+        found: Dict[str, Tuple[str, bool, Tuple[str, ...]]] = {}
+        for module, imported in self._imports(closure):
+            for name in self._installed(imported):
+                known = found.get(name)
+                if known is None or (imported.certain and not known[1]):
+                    chain = module.chain + (name,)
+                    found[name] = self._version(name), imported.certain, chain
+        return found
+
+    def _installed(self, imported: ImportedModule) -> List[str]:
+        """Top-level packages. Below a namespace package these are what is in it, of which each may be installed or not."""
+        parts = imported.module.split('.')
+        if parts[0] in NOT_OWN:
+            return []
+        for end in range(1, len(parts) + 1):
+            name = '.'.join(parts[:end])
+            where = self._finder.look(name)
+            if where.path or where.locations is None:
+                return [name] if where.kind is ModuleKind.INSTALLED else []
+        members = ['%s.%s' % (imported.module, name) for name in imported.names if name != '*']
+        return [name for name in members if self._finder.look(name).kind is ModuleKind.INSTALLED]
+
+    def _version(self, name: str) -> str:
+        version = self._versions.get(name)
+        if version is None:
+            version = self._find_version(name)
+            self._versions[name] = version
+        return version
+
+    def _find_version(self, name: str) -> str:
+        import importlib.metadata
+        try:
+            version: Any = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        except Exception as exc:   # damaged metadata, or a finder of the user's
+            logger.debug('the version of %s cannot be read: %s', name, describe_exception(exc))
+            version = None
+        if not isinstance(version, str):
+            version = module_dict(sys.modules.get(name)).get('__version__')
+        if isinstance(version, str):
+            return version
+        path = self._finder.look(name).path
+        if not path:
+            return ''
+        holder = os.path.dirname(os.path.dirname(path) if _is_package_file(os.path.basename(path)) else path)
+        owner = self._finder.installations.owner_of_name(holder, name.replace('.', '/'))
+        return os.path.splitext(owner)[0].partition('-')[2]
+
+
+own_modules = OwnModules()
 
 
 # ---------------------------------------------------------------------------------------------------------
