@@ -407,7 +407,7 @@ class Remote:
         shutil.rmtree(self.directory + MODULES_OF, ignore_errors=True)
 
     @property
-    def files(self) -> list:
+    def file_rows(self) -> list:
         """Rows of all its files, as `want` takes them."""
         return self._cargo.spec['files'] + of_modules(self._cargo.spec['modules'])
 
@@ -1070,7 +1070,7 @@ class Scheduler(Driver):
             remote = Remote(message.comp, link.instance, message.spec, self._directory_of(message.comp))
             self._came_back(remote, link)
             self._unopened[message.comp] = remote
-        self._want(remote, remote.files, functools.partial(self._complete, remote))
+        self._want(remote, remote.file_rows, functools.partial(self._complete, remote))
 
     def _came_back(self, remote: Remote, link: Link) -> None:
         remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
