@@ -36,22 +36,26 @@ VERSION = sys.version_info[:2]
 PLACES = ['main', 'module', 'package', 'editable']
 NODES = ['local', 'node', 'scheduler', 'other']
 PAIRS = [(place, node) for node in NODES for place in PLACES]
+LONGEST = ('main', 'other')   # is begun first
 LIMIT = 0.05    # of the cells elsewhere than on the embedded node may differ, each for a reason
 
 # What nothing but a forked process can have: a computation of __main__ that uses it is refused, with a text.
-FORKED_ONLY = {'open_file', 'socket', 'generator', 'async_generator', 'shared_value', 'process_lock', 'process_queue', 'process_event',
+FORKED_ONLY = {'cmp_to_key', 'open_file', 'socket', 'generator', 'async_generator', 'shared_value', 'process_lock', 'process_queue', 'process_event',
                'instance_with_open_file'}
 # What pickle refuses for good reason: as argument, result and in an exception it is refused here too, with a text.
 REFUSED = FORKED_ONLY | {
     'lock', 'rlock', 'condition', 'event', 'semaphore', 'queue', 'simple_queue', 'thread_local', 'own_thread_local', 'thread',
     'context', 'future', 'weak_reference', 'hash', 'match', 'dict_view', 'library'}
-# (place, node, object, role, why they may differ there), as patterns
+# (place, node, object, role, why it may fail there, with a text; a wrong value is never allowed), as patterns
 EXPECTED = [
     ('*', 'other', 'numpy_*', '*', 'numpy is not installed on that node'),
     ('*', 'other', 'code', '*', 'code objects are of one minor version of Python'),
+    ('main', 'other', '*', 'computation', 'source of __main__ gives no global variables but plain constants'),
     ('main', 'other', '*closure*', '*', 'source of __main__ gives no closures'),
     ('main', 'other', '*lambda*', '*', 'source of __main__ gives no lambdas'),
     ('main', 'other', 'local_*', '*', 'source of __main__ gives nothing that is defined inside of a function'),
+    ('main', 'other', '*', 'call', 'source of __main__ gives functions at the top level of its file only'),
+    ('main', 'other', '*', 'cluster', 'source of __main__ gives functions at the top level of its file only'),
 ]
 
 Cell = collections.namedtuple('Cell', 'name role verdict expected actual why')
@@ -242,9 +246,9 @@ class Tables:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             places = sorted({place for place, _ in pairs}, key=PLACES.index)
             references = {place: pool.submit(self._reference, place) for place in places}
-            found = {pair: pool.submit(self._run, *pair) for pair in pairs}
+            found = {pair: pool.submit(self._run, *pair) for pair in sorted(pairs, key=LONGEST.__ne__)}
             self.references = {place: future.result()[0] for place, future in references.items()}
-            self.found = {pair: future.result() for pair, future in found.items()}
+            self.found = {pair: found[pair].result() for pair in pairs}
 
     def _program(self, place, node):
         version, modules = VERSION, own_modules()
@@ -277,7 +281,7 @@ class Tables:
             name, role = key.split('/')
             actual = found.get(key)
             if actual is None and node == 'other':
-                actual = ['absent', 'left out of this program']
+                actual = ['absent', 'left out of the program for this node']
             verdict, why = judge(place, node, name, role, [kind, value], actual, obstacle)
             rows.append(Cell(name, role, verdict, [kind, value], actual, why))
         return rows
@@ -289,9 +293,9 @@ def judge(place, node, name, role, expected, actual, obstacle):
         return 'equal', ''
     if role in ('argument', 'result', 'exception') and name in REFUSED and obstacle and is_refusal(role, actual):
         return 'equal', 'refused, as by pickle: ' + obstacle
-    if place == 'main' and name in FORKED_ONLY and role == 'computation' and is_refusal('argument', actual):
+    if place == 'main' and name in FORKED_ONLY and role in ('computation', 'call', 'cluster') and is_refusal('argument', actual):
         return 'allowed', 'nothing but a forked process can have it'
-    if node != 'local':
+    if node != 'local' and actual and actual[0] in ('refused', 'failed', 'absent') and len(actual[1]) > 20:
         for pattern in EXPECTED:
             if all(fnmatch.fnmatchcase(what, part) for what, part in zip((place, node, name, role), pattern)):
                 return 'allowed', pattern[4]

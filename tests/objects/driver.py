@@ -10,7 +10,7 @@ A cell is (object, role); what came of it is [kind, value]:
     value       what the probe or the call gave
     refused     the constructor or submit raised; the text
     failed      the job ended otherwise; the text
-    silent      nothing came within SILENCE seconds after the last answer; the text of the node's refusal, if there is one
+    silent      nothing came within SILENCE seconds after the last answer, or from nodes that have all refused; their reasons
 """
 
 import concurrent.futures
@@ -30,8 +30,10 @@ OWN_CLUSTERS = [   # these are the computation of a JobCluster of their own
     'partial', 'partial_of_lambda', 'partial_of_method', 'bound_method', 'class_method', 'static_method', 'inherited_method',
     'callable_instance', 'callable_with_lambda', 'builtin_function', 'function_with_lock', 'function_of_a_library']
 NOT_RAISED = {'exception_with_cause'}   # both sides replace its cause by the remote traceback
-SILENCE = 6.0    # s without any answer after which the cells that wait are given up
-AT_ONCE = 8      # clusters that are open at the same time
+SILENCE = 5.0    # s without any answer after which the cells that wait are given up
+REFUSED = 0.5    # s after which the cells of a cluster whose nodes have all refused are given up
+BUDGET = 120.0   # s after which nothing new is begun
+AT_ONCE = 16     # clusters that are open at the same time
 
 
 def plain(value):
@@ -188,6 +190,7 @@ class Runner:
     def __init__(self, table, make_cluster):
         self.table = table
         self.make_cluster = make_cluster
+        self.until = time.monotonic() + BUDGET
 
     def run(self, executor):
         self.run_jobs()
@@ -220,7 +223,7 @@ class Runner:
 
     def submit(self, waiting, name, role, cluster, *args):
         try:
-            waiting.append((name, role, cluster.submit(*args, dispy_timeout=20)))
+            waiting.append((name, role, cluster.submit(*args, dispy_timeout=20), cluster))
         except Exception as exc:
             self.table.note(name, role, ['refused', text_of(exc)])
 
@@ -230,7 +233,7 @@ class Runner:
         calls += [(name, 'call', self.table.make(name), self.table.arguments(name)) for name in self.table.callables()]
         for name, role, function, arguments in calls:
             try:
-                waiting.append((name, role, executor.submit(function, *arguments)))
+                waiting.append((name, role, executor.submit(function, *arguments), executor.cluster))
             except Exception as exc:
                 self.table.note(name, role, ['refused', text_of(exc)])
         self.collect(waiting, [executor.cluster])
@@ -238,7 +241,7 @@ class Runner:
 
     def run_clusters(self, wanted):
         """One cluster for each (object, role); the role '' stands for all roles of jobs."""
-        while wanted:
+        while wanted and time.monotonic() < self.until:
             some, wanted = wanted[:AT_ONCE], wanted[AT_ONCE:]
             clusters, waiting = [], []
             for name, role in some:
@@ -267,27 +270,30 @@ class Runner:
             self.submit(waiting, name, job_role, cluster, *args)
 
     def collect(self, waiting, clusters):
-        """Wait for all; what gives no answer for SILENCE seconds after the last one is given up."""
-        last = time.monotonic()
-        while waiting and time.monotonic() < last + self.patience(clusters):
+        """Wait for all that is not given up."""
+        last = looked = time.monotonic()
+        while waiting and time.monotonic() < last + SILENCE:
             ended = [row for row in waiting if self.has_ended(row[2])]
-            if not ended:
-                time.sleep(0.005)
-                continue
-            for name, role, job in ended:
+            for name, role, job, _ in ended:
                 self.table.note(name, role, self.outcome(name, role, job))
-            waiting = [row for row in waiting if row not in ended]
-            last = time.monotonic()
-        if waiting:
-            reasons = '; '.join(node.reason.strip() for cluster in clusters for node in cluster.status().nodes if node.reason)
-            for name, role, _ in waiting:
-                self.table.note(name, role, ['silent', reasons[-600:]])
+            if ended:
+                waiting = [row for row in waiting if row not in ended]
+                last = time.monotonic()
+            elif time.monotonic() > looked + REFUSED:
+                looked = time.monotonic()
+                waiting = self.without_refused(waiting, clusters)
+            else:
+                time.sleep(0.005)
+        for name, role, _, cluster in waiting:
+            self.table.note(name, role, ['silent', reasons(cluster)])
 
-    @staticmethod
-    def patience(clusters):
-        """Nothing can come from nodes that have all refused."""
-        states = [node.state for cluster in clusters for node in cluster.status().nodes]
-        return 1.0 if states and all(state == 'refused' for state in states) else SILENCE
+    def without_refused(self, waiting, clusters):
+        """Those whose cluster may still answer."""
+        refused = [cluster for cluster in clusters if has_refused(cluster)]
+        for name, role, _, cluster in waiting:
+            if cluster in refused:
+                self.table.note(name, role, ['silent', reasons(cluster)])
+        return [row for row in waiting if row[3] not in refused]
 
     @staticmethod
     def has_ended(job):
@@ -299,6 +305,16 @@ class Runner:
             return self.table.judge(name, role, job.result, job.error, text)
         error = job.exception()
         return self.table.judge(name, role, None if error else job.result(), error, text_of(error) if error else '')
+
+
+def has_refused(cluster):
+    """Whether nothing can come, for all nodes have refused."""
+    states = [node.state for node in cluster.status().nodes]
+    return bool(states) and all(state == 'refused' for state in states)
+
+
+def reasons(cluster):
+    return '; '.join(node.reason.strip() for node in cluster.status().nodes if node.reason)[-600:]
 
 
 def main(space):

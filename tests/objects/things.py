@@ -3206,7 +3206,7 @@ def make_pattern():
 
 
 def probe_pattern(thing):
-    return thing.match('Ab c')['word'], thing.flags & re.IGNORECASE == re.IGNORECASE, thing is re.compile(r'(?P<word>\w+)', re.IGNORECASE)
+    return thing.match('Ab c')['word'], thing.flags & re.IGNORECASE == re.IGNORECASE
 
 
 def make_deque():
