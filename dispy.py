@@ -2646,14 +2646,14 @@ class ModuleBundles:
         """The code of the computation, with bundle 0. One pickle for all, so that they share their variables on the node."""
         labels = [('the computation', computation), ('setup', setup), ('cleanup', cleanup)]
         labels += [('depends, %s' % name, value) for name, value in objects.items()]
-        sealed = pack((computation, setup, cleanup, objects), labels)
+        sealed = pack((computation, setup, cleanup, objects), labels, True)
         self.portable = sealed.portable
         self._make(0, sealed.modules)
         return b''.join(bytes(piece) for piece in pieces_of(sealed.payload))
 
-    def packed(self, value: Any, labels: Sequence[Tuple[str, Any]]) -> Any:
+    def packed(self, value: Any, labels: Sequence[Tuple[str, Any]], exact: bool = False) -> Any:
         """A payload that says which bundles have to be there before it is opened. Raises what pickling raises."""
-        sealed = pack(value, labels)
+        sealed = pack(value, labels, exact)
         numbers = self.numbers(sealed.modules)
         return with_needs(sealed.payload, numbers) if numbers else sealed.payload
 
@@ -2806,17 +2806,27 @@ def client_pickler() -> Any:
 @functools.lru_cache(maxsize=2)
 def _client_pickler(base: Any) -> Any:
     class ClientPickler(base):  # type: ignore[misc, valid-type]
+        """Of arguments."""
+
         def importable(self, module: str) -> bool:
             """Whether nodes have the module, or get its file."""
             return own_modules.kind(module) not in _NOT_BY_NAME
     return ClientPickler
 
 
-def pack(value: Any, labels: Sequence[Tuple[str, Any]]) -> Sealed:
+@functools.lru_cache(maxsize=2)
+def _code_pickler(base: Any) -> Any:
+    class CodePickler(base):  # type: ignore[misc, valid-type]
+        """Of code, whose variables are to be as they are in the program."""
+        exact = True
+    return CodePickler
+
+
+def pack(value: Any, labels: Sequence[Tuple[str, Any]], exact: bool = False) -> Sealed:
     """Pickle what goes to a node. Where that fails the error names the path to the culprit; `labels` are the parts of the
     value, with what they are called. Raises what pickling raises."""
     try:
-        return seal(value, client_pickler())
+        return seal(value, _code_pickler(client_pickler()) if exact else client_pickler())
     except _CANNOT as exc:
         text = explain_unpicklable(labels, exc)
         if not text or type(exc) not in _CANNOT:
@@ -6369,7 +6379,7 @@ class DispyExecutor(concurrent.futures.Executor):
         if cluster._bundles.changed():
             cluster = self._renew(cluster)
         future = DispyFuture(cluster)
-        payload = b''.join(bytes(piece) for piece in pieces_of(cluster._bundles.packed(fn, [('the function', fn)])))
+        payload = b''.join(bytes(piece) for piece in pieces_of(cluster._bundles.packed(fn, [('the function', fn)], True)))
         future.job = cluster.submit_job_id(future, payload, args, kwargs)
         return future
 

@@ -35,6 +35,7 @@ The life of a job here:
 
 import argparse
 import array
+import builtins
 import collections
 import contextlib
 import contextvars
@@ -57,9 +58,11 @@ import logging.handlers
 import math
 import mmap
 import multiprocessing
+import operator
 import os
 import pickle
 import platform
+import queue
 import re
 import selectors
 import shutil
@@ -814,6 +817,7 @@ class Spaces:
             module, self._main = self._main, None
             variables = {} if module is None else vars(module)
             variables.update(basics)
+            variables['__builtins__'] = builtins
             space = self._add(Space(token, variables, False))
         return space
 
@@ -846,7 +850,7 @@ class _SpaceRef:
         basics = {name: variables[name] for name in _SPACE_BASICS if name in variables}
         space = spaces.of_variables(variables)
         if space is None:
-            self.reduced = (dict, (basics,))
+            self.reduced = (new_variables, (basics,))
         else:
             self.reduced = (variables_of_space, (space.token, basics))
 
@@ -875,6 +879,11 @@ _IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleT
 def empty_cell() -> Any:
     """A cell of a closure, without contents."""
     return types.CellType()
+
+
+def new_variables(basics: Dict[str, Any]) -> Dict[str, Any]:
+    """Global variables that the functions of one payload have for themselves."""
+    return dict(basics, __builtins__=builtins)
 
 
 def variables_of_space(token: tuple, basics: Dict[str, Any]) -> Dict[str, Any]:
@@ -1095,6 +1104,54 @@ def _reduce_context_variable(variable: Any) -> tuple:
     return make_context_variable, (variable.name, default, (context[variable],) if variable in context else ())
 
 
+def _reduce_match(match: Any) -> tuple:
+    """Found again at the same place. Raises TypeError where that would not be the same."""
+    again = match.re.match(match.string, match.start(), match.endpos)
+    if again is None or (again.regs, again.pos) != (match.regs, match.start()):
+        raise TypeError("cannot pickle 're.Match' object: take its groups")
+    return make_match, (match.re, match.string, match.start(), match.endpos)
+
+
+def make_match(pattern: Any, text: Any, start: int, end: int) -> Any:
+    """A match object."""
+    return pattern.match(text, start, end)
+
+
+def make_context(items: List[Tuple[Any, Any]]) -> contextvars.Context:
+    """A context with these values of its variables."""
+    made = contextvars.Context()
+    for variable, value in items:
+        made.run(variable.set, value)
+    return made
+
+
+def _reduce_queue(waiting: Any) -> tuple:
+    """A queue with what waits in it now; nothing tells that but taking it out and putting it back."""
+    items = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            items.append(waiting.get_nowait())
+    for item in items:
+        waiting.put(item)
+    return make_queue, (items,)
+
+
+def make_queue(items: List[Any]) -> Any:
+    """A queue.SimpleQueue."""
+    made: Any = queue.SimpleQueue()
+    for item in items:
+        made.put(item)
+    return made
+
+
+def make_exception(kind: Type[BaseException], args: tuple, attributes: Optional[dict]) -> BaseException:
+    """An exception as it was, without calling a constructor that wants other arguments than it has kept."""
+    made = kind.__new__(kind, *args)
+    made.args = args
+    vars(made).update(attributes or {})
+    return made
+
+
 def _reduce_cached(function: Any) -> tuple:
     parameters = function.cache_parameters() if hasattr(function, 'cache_parameters') else {}
     return make_cached, (function.__wrapped__, function.cache_info().maxsize, parameters.get('typed', False))
@@ -1137,6 +1194,10 @@ _REDUCERS: Dict[type, Callable[[Any], tuple]] = {
     types.MethodType: _reduce_method,
     io.TextIOWrapper: _reduce_file,
     memoryview: _reduce_view,
+    struct.Struct: lambda layout: (struct.Struct, (layout.format,)),
+    re.Match: _reduce_match,
+    contextvars.Context: lambda context: (make_context, (list(context.items()),)),
+    queue.SimpleQueue: _reduce_queue,
 }
 
 
@@ -1154,6 +1215,7 @@ class ValueReducer:
     modules: Set[str]
     plain: bool
     portable: bool
+    exact = False      # whether objects are variables of a program, to be had as they are there
     complete = False   # whether classes that came from elsewhere are written out as well
 
     def __init__(self, file: Any, protocol: int = 5, buffer_callback: Any = None) -> None:
@@ -1195,6 +1257,8 @@ class ValueReducer:
         """How objects of this class are reduced, if that is not pickle's own way."""
         if kind is _CachedType:
             return self._reduce_cached
+        if kind is object:
+            return self._reduce_sentinel
         if kind is contextvars.ContextVar:
             return self._reduce_context_variable
         if kind in _TYPED:
@@ -1205,6 +1269,8 @@ class ValueReducer:
             return _reduce_library
         if kind in copyreg.dispatch_table or kind in _REDUCERS:
             return None
+        if issubclass(kind, BaseException):
+            return self._reduce_exception if isinstance(kind.__init__, types.FunctionType) else None
         if isinstance(kind.__reduce__, types.FunctionType) or isinstance(kind.__reduce_ex__, types.FunctionType):
             return self._reduce_named
         return None
@@ -1229,16 +1295,25 @@ class ValueReducer:
             module == name or module.startswith(name + '.') for name in self._registered)
 
     def _reduce_class(self, cls: Any) -> Any:
-        if cls.__module__ == 'builtins' or self._is_by_name(cls, cls.__qualname__):
-            return super().reducer_override(cls) if cls.__module__ == 'builtins' else NotImplemented  # type: ignore[misc]
+        if cls.__module__ == 'builtins':
+            hidden = _hidden_types().get(cls)
+            return (find_named, hidden) if hidden else super().reducer_override(cls)  # type: ignore[misc]
+        if self._is_by_name(cls, cls.__qualname__):
+            return NotImplemented
+        if cls.__module__ == '_ctypes':
+            return type, (_ctypes_bases()[cls],)
+        if type(cls).__module__ == '_ctypes' and hasattr(cls, '_length_') and '_length_' in vars(cls) and cls.__name__.startswith(cls._type_.__name__):
+            return operator.mul, (cls._type_, cls._length_)
         received = _received.get(cls)
         if received is not None and not self.complete and '<locals>' not in cls.__qualname__:   # its program has it
             return class_of, (received[0], sys.version_info[:2], cls.__module__, cls.__qualname__, None, ())
         self.portable = False
         make, args, (attributes, _), _, _, set_state = cloudpickle_part('_dynamic_class_reduce')(cls)
         attributes.pop('__slotnames__', None)   # what copyreg has found out
-        args = _with_slots(cls, args, attributes)
+        args = _class_arguments(cls, args, attributes)
         tracker = args[-2]
+        if issubclass(cls, enum.Enum) and _has_own_members(cls):
+            make, args = make_enum, (type(cls), cls.__name__, cls.__qualname__, cls.__module__, cls.__bases__, _members_of(cls))
         _classes.setdefault(tracker, cls)
         versions = _class_versions.setdefault(cls, Versions())
         return (class_of, (tracker, sys.version_info[:2], cls.__module__, cls.__qualname__, make, args),
@@ -1282,7 +1357,8 @@ class ValueReducer:
                     for name, value in variables.items()}
         name, version = function.__qualname__, b''
         if space is not None and not space.native:
-            version = space.functions.get(name, (b'', None))[0]
+            # Its program finds it by its name; any other gets what is written here.
+            version = b'received' if space.variables.get(name) is function else b''
         elif space is not None and space.variables.get(name) is function \
                 and not attributes and not closure and _is_stateless(function):
             version = space.versions.of(name, function)
@@ -1309,6 +1385,11 @@ class ValueReducer:
         version = space.versions.of(name, obj) if space.native else space.applied.get(name, b'')
         return variable_of, (self._space(variables, '__main__'), name, version, *made[:2])
 
+    def _reduce_sentinel(self, obj: Any) -> Any:
+        """A bare object(), which programs compare by identity."""
+        made: tuple = (object, ())
+        return self._of_main(obj, made) if self.exact else made
+
     def _reduce_cached(self, function: Any) -> Any:
         if self._is_by_name(function, getattr(function, '__qualname__', None)):
             return NotImplemented
@@ -1325,6 +1406,18 @@ class ValueReducer:
     def _reduce_local(self, local: Any) -> Any:
         return self._of_main(local, (make_local, (type(local), dict(vars(local)))))
 
+    def _reduce_exception(self, exc: BaseException) -> Any:
+        """An exception whose constructor is the user's: what pickle does would call it with the arguments that the exception
+        has kept, which may not be those that it takes."""
+        reduced = exc.__reduce_ex__(5)
+        if isinstance(reduced, str) or reduced[:2] != (type(exc), exc.args):
+            return reduced
+        if not self.exact:
+            with contextlib.suppress(Exception):  # where it is opened it would fail just so
+                type(exc)(*exc.args)
+                return reduced
+        return make_exception, (type(exc), exc.args, dict(vars(exc)))
+
     def _reduce_named(self, obj: Any) -> Any:
         """An object whose class may reduce it to the name of a variable."""
         reduced = obj.__reduce_ex__(5)
@@ -1333,6 +1426,14 @@ class ValueReducer:
         if self._is_by_name(obj, reduced):
             return reduced
         return self._of_main(obj, (make_object, (type(obj), dict(vars(obj)))))
+
+
+@functools.lru_cache(maxsize=None)
+def _hidden_types() -> Dict[type, Tuple[str, str]]:
+    """Builtin types that builtins does not name, such as that of a dictionary's keys: module and name."""
+    import _collections_abc
+    return {value: ('_collections_abc', name) for name, value in vars(_collections_abc).items()
+            if isinstance(value, type) and value.__module__ == 'builtins' and not hasattr(builtins, name)}
 
 
 _ordinary: Set[type] = set()   # classes whose objects are left to pickle
@@ -1350,16 +1451,67 @@ def is_named(obj: Any, module: str, name: str) -> bool:
         return False
 
 
-def _with_slots(cls: type, args: tuple, attributes: Dict[str, Any]) -> tuple:
-    """Arguments of cloudpickle's maker of classes, with the slots of the class. Slots are there from the beginning or never;
-    their descriptors come with them, names of private ones as the class has them."""
-    slots = [name for name, value in vars(cls).items() if isinstance(value, types.MemberDescriptorType)]
-    if '__slots__' not in vars(cls) or not isinstance(args[3], dict):
+@functools.lru_cache(maxsize=None)
+def _ctypes_bases() -> Dict[type, type]:
+    """Classes of the classes of ctypes, which have no names there -> an example of each."""
+    import ctypes
+    return {type(base): base for base in (ctypes.Structure, ctypes.Union, ctypes.Array, ctypes.c_int, ctypes._Pointer, ctypes._CFuncPtr)}
+
+
+def _has_own_members(cls: Any) -> bool:
+    """Whether the members of an enum are made by a constructor of the user's, which made them of more than their values."""
+    made_by = [vars(base).get(name) for base in cls.__mro__ if base not in enum.Enum.__mro__ and base.__module__ != 'enum'
+               for name in ('__new_member__', '__init__')]
+    return any(isinstance(function, types.FunctionType) for function in made_by)
+
+
+def _members_of(cls: Any) -> List[Tuple[str, Any, dict]]:
+    """Name, data of the type that is mixed in, and attributes of each member."""
+    kind = cls._member_type_
+    return [(member.name, () if kind is object else (kind(member),),
+             {name: value for name, value in vars(member).items() if name != '__objclass__'}) for member in cls]
+
+
+def make_enum(meta: Any, name: str, qualname: str, module: str, bases: tuple, members: List[Tuple[str, tuple, dict]]) -> Any:
+    """An enum class with its members, without running their constructor again."""
+    space = meta.__prepare__(name, bases)
+    space['__module__'], space['__qualname__'] = module, qualname
+    made = meta.__new__(meta, name, bases, space)
+    kind = made._member_type_
+    for member_name, data, attributes in members:
+        member = kind.__new__(made, *data)
+        vars(member).update(attributes, __objclass__=made)
+        type.__setattr__(made, member_name, member)
+        made._member_names_.append(member_name)
+        made._member_map_[member_name] = member
+        with contextlib.suppress(TypeError):   # a value that cannot be a key is searched for
+            made._value2member_map_[member._value_] = member
+    return made
+
+
+def _class_arguments(cls: type, args: tuple, attributes: Dict[str, Any]) -> tuple:
+    """Arguments of cloudpickle's maker of classes, with what a class must have from its beginning: its qualified name, its
+    slots, the fields of a ctypes structure. What these bring along is taken out of the attributes, whose order is that of
+    the class."""
+    ordered = {name: attributes.pop(name) for name in list(vars(cls)) if name in attributes}
+    attributes.update(ordered)
+    if len(args) != 6:   # of an enum
         return args
-    for name in slots:
-        attributes.pop(name, None)
-    extra = [name for name in ('__dict__', '__weakref__') if name in vars(cls)]
-    return (*args[:3], dict(args[3], __slots__=tuple(slots + extra)), *args[4:])
+    bases, options = args[2], dict(args[3], __qualname__=cls.__qualname__)
+    if typing.NamedTuple in bases:   # what it makes is a tuple; made by it again, it would have no fields
+        bases = cls.__bases__
+    if '__slots__' in vars(cls):
+        slots = [name for name, value in vars(cls).items() if isinstance(value, types.MemberDescriptorType)]
+        for name in slots:
+            attributes.pop(name, None)
+        extra = [name for name in ('__dict__', '__weakref__') if name in vars(cls)]
+        options['__slots__'] = tuple(slots + extra)
+    if '_fields_' in vars(cls) and type(cls).__module__ == '_ctypes':
+        options.update((name, attributes.pop(name)) for name in ('_anonymous_', '_pack_', '_fields_') if name in attributes)
+        for name, value in list(attributes.items()):
+            if type(value).__name__ == 'CField':
+                del attributes[name]
+    return (*args[:2], bases, options, *args[4:])
 
 
 _imports: 'weakref.WeakKeyDictionary[types.CodeType, List[Tuple[int, str, tuple]]]' = weakref.WeakKeyDictionary()
@@ -4052,7 +4204,6 @@ def check_not_importing() -> None:
                            'a function that jobs do not call')
 
 
-
 def explain_import(exc: BaseException, name: str) -> str:
     """What led to an import that failed, and what can be done; empty for another error. `name` is the computation's."""
     chain, trace = [name], exc.__traceback__
@@ -4758,7 +4909,6 @@ def globals_of(*functions: Any) -> List[Dict[str, Any]]:
 def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Callable[[], None]:
     """Make names known to one job: in the computation's global variables where they are free, and in builtins for other
     modules. Returns what takes them away again."""
-    import builtins
     lent: List[Tuple[Dict[str, Any], str, Any]] = []
     for variables in globals_:
         lent += [(variables, name, _MISSING) for name in names if name not in variables]
@@ -4875,7 +5025,6 @@ class Runner:
     def offer(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
         """Names that need no import in a job: in the global variables of the computation where they are free, and in
         builtins for the other modules."""
-        import builtins
         for name, value in names.items():
             setattr(builtins, name, value)
         for variables in spaces_:

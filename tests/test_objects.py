@@ -41,7 +41,7 @@ LIMIT = 0.05    # of the cells elsewhere than on the embedded node may differ, e
 
 # What nothing but a forked process can have: a computation of __main__ that uses it is refused, with a text.
 FORKED_ONLY = {'cmp_to_key', 'open_file', 'socket', 'generator', 'async_generator', 'shared_value', 'process_lock', 'process_queue', 'process_event',
-               'instance_with_open_file'}
+               'instance_with_open_file', 'hash'}
 # What pickle refuses for good reason: as argument, result and in an exception it is refused here too, with a text.
 REFUSED = FORKED_ONLY | {
     'lock', 'rlock', 'condition', 'event', 'semaphore', 'queue', 'simple_queue', 'thread_local', 'own_thread_local', 'thread',

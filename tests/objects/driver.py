@@ -30,7 +30,7 @@ OWN_CLUSTERS = [   # these are the computation of a JobCluster of their own
     'partial', 'partial_of_lambda', 'partial_of_method', 'bound_method', 'class_method', 'static_method', 'inherited_method',
     'callable_instance', 'callable_with_lambda', 'builtin_function', 'function_with_lock', 'function_of_a_library']
 NOT_RAISED = {'exception_with_cause'}   # both sides replace its cause by the remote traceback
-SILENCE = 5.0    # s without any answer after which the cells that wait are given up
+SILENCE = 20.0    # s without any answer after which the cells that wait are given up
 REFUSED = 0.5    # s after which the cells of a cluster whose nodes have all refused are given up
 BUDGET = 120.0   # s after which nothing new is begun
 AT_ONCE = 16     # clusters that are open at the same time
