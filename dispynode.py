@@ -1401,10 +1401,22 @@ class ValueReducer:
         return self._of_main(variable, _reduce_typed(variable))
 
     def _reduce_context_variable(self, variable: Any) -> Any:
-        return self._of_main(variable, _reduce_context_variable(variable))
+        return self._of_module(variable, _reduce_context_variable(variable))
 
     def _reduce_local(self, local: Any) -> Any:
-        return self._of_main(local, (make_local, (type(local), dict(vars(local)))))
+        return self._of_module(local, (make_local, (type(local), dict(vars(local)))))
+
+    def _of_module(self, obj: Any, made: tuple) -> tuple:
+        """Something that has no name of its own, and is what an importable module has in a variable."""
+        for module, imported in list(sys.modules.items()):
+            variables = getattr(imported, '__dict__', None)
+            if module in MAIN_NAMES or type(variables) is not dict or not self.importable(module) or self._is_registered(module):
+                continue
+            name = next((name for name, value in list(variables.items()) if value is obj), None)
+            if name is not None:
+                self.modules.add(module)
+                return find_named, (module, name)
+        return self._of_main(obj, made)
 
     def _reduce_exception(self, exc: BaseException) -> Any:
         """An exception whose constructor is the user's: what pickle does would call it with the arguments that the exception
