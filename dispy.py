@@ -88,7 +88,8 @@ from dispynode import (
     File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
     Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
     BUNDLE, BUNDLES, MODULES, OF_MODULES, Role, Said, Sealed, SecretError, Shutdown, StateRow, Welcome, Where, __version__, beside,
-    build_tag, call_chunk, call_packed, check_name, check_not_importing, contents_of, derive_key, describe_exception, dial, discovery_reach,
+    build_tag, call_chunk, call_packed, check_fork, check_name, check_not_importing, contents_of, derive_key,
+    describe_exception, dial, discovery_reach,
     file_digest, find_named, find_secret, frames, globals_of, host_and_port, is_named, keeps_identity, open_envelope,
     pieces_of, place, plain_form, python_of, same_secret, seal, size_of, tls_context, unpack_error, unseal, value_pickler, with_needs)
 
@@ -159,6 +160,39 @@ def result_of(job: 'DispyJob') -> Any:
     if job.status != JobState.FINISHED:
         raise error_of(job)
     return result
+
+
+def in_slices(wait: Callable[[float], Any], timeout: Optional[float]) -> Any:
+    """Call `wait(seconds)` again and again until what it returns is true or `timeout` seconds
+    have passed (None: without limit), and return what it returned last. No call waits longer than
+    FOREVER, since on Windows Ctrl-C does not end a wait. All waits of the user's threads go
+    through here. Any thread."""
+    until = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = FOREVER if until is None else min(FOREVER, until - time.monotonic())
+        found = wait(max(0.0, left))
+        if found or (until is not None and time.monotonic() >= until):
+            return found
+
+
+def next_of(ended: 'queue.SimpleQueue[Any]', timeout: Optional[float] = None) -> Any:
+    """The next item of a queue. Raises queue.Empty after `timeout` seconds (None: waits without
+    limit)."""
+    def get(seconds: float) -> Tuple[Any, ...]:
+        with contextlib.suppress(queue.Empty):
+            return (ended.get(timeout=seconds),)
+        return ()
+    found = in_slices(get, timeout)
+    if not found:
+        raise queue.Empty
+    return found[0]
+
+
+def answer_of(future: 'concurrent.futures.Future[Any]', timeout: Optional[float]) -> Any:
+    """The future's result, or what it raises; concurrent.futures.TimeoutError after `timeout`
+    seconds (None: waits without limit)."""
+    in_slices(lambda seconds: concurrent.futures.wait([future], seconds).done, timeout)
+    return future.result(0)
 
 
 class JobState(enum.IntEnum):
@@ -259,12 +293,7 @@ class DispyJob(Work):
         """Wait up to `timeout` seconds (None: without limit); whether the job has ended. Any thread."""
         if self.status in ENDED:
             return True
-        event = self.finish
-        if timeout is not None:
-            return event.wait(timeout)
-        while not event.wait(FOREVER):
-            continue
-        return True
+        return in_slices(self.finish.wait, timeout)  # type: ignore[no-any-return]
 
     def _call_when_ended(self, call: Callable[['DispyJob'], None]) -> None:
         """Call it with the job when that has ended, at once if it has; perhaps twice. Any thread; must be quick."""
@@ -3995,7 +4024,7 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
             over = threading.Event()
             recovery = Recovery(journal, sent, done, lost, over.set, cancel)
             driver.ask(lambda: recovery.begin(driver))
-            over.wait(timeout)
+            in_slices(over.wait, timeout)
             driver.ask(lambda: driver.give_up(recovery, over.is_set()))
         finally:
             driver.release()
@@ -4092,7 +4121,11 @@ class Driver(Loop):
                 del _drivers[self.access]
         with contextlib.suppress(RuntimeError, TimeoutError):   # it has broken before
             self.ask(self._leave)
-        self._thread.join(CALL_TIME)
+
+        def join(seconds: float) -> bool:
+            self._thread.join(seconds)
+            return not self._thread.is_alive()
+        in_slices(join, CALL_TIME)
 
     def ask(self, call: Callable[[], Any]) -> Any:
         """Call it in the driver's thread and return what it returns. Any thread but the driver's."""
@@ -4102,7 +4135,7 @@ class Driver(Loop):
         self.post(Asked(call, future))
         if self.broken:   # set before the inbox is emptied for the last time
             raise RuntimeError(self.broken)
-        return future.result(CALL_TIME)
+        return answer_of(future, CALL_TIME)
 
     def _main(self) -> None:
         try:
@@ -5342,6 +5375,7 @@ def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     program again."""
     import tempfile
     import dispynode
+    check_fork()
     secret = os.urandom(32).hex().encode()
     code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
@@ -5444,6 +5478,8 @@ class JobCluster:
         reach = discovery_reach()
         self._specs = [NodeSpec('*', self._port)] if nodes is None and reach != 'off' else [] if nodes is None or nodes == LOCAL \
             else parse_nodes(nodes, self._port, self._remote)
+        if not self._specs and not self._remote:
+            check_fork()
         host = host if host is not None else ip_addr
         self._host = None if host is None else (host, SCHEDULER_PORT) if host == '' else host_and_port(host, SCHEDULER_PORT) \
             if isinstance(host, str) else (str(host[0]), int(host[1]))
@@ -5683,13 +5719,11 @@ class JobCluster:
             job._call_when_ended(ended.put)
         left = set(jobs)
         while left:
-            wait = FOREVER if until is None else min(FOREVER, until - time.monotonic())
             try:
-                job = ended.get(timeout=max(0.0, wait))
+                job = next_of(ended, None if until is None else until - time.monotonic())
             except queue.Empty:
-                if until is not None and time.monotonic() >= until:
-                    raise TimeoutError('%d of %d jobs have not ended within %s s' % (len(left), len(jobs), timeout)) from None
-                continue
+                raise TimeoutError('%d of %d jobs have not ended within %s s'
+                                   % (len(left), len(jobs), timeout)) from None
             if job in left:
                 left.discard(job)
                 yield job
@@ -5735,10 +5769,10 @@ class JobCluster:
                 self._changed.notify_all()
             try:
                 while self._pending > (self._waiters if own else 0):   # callbacks that wait do not wait for each other
-                    left = FOREVER if until is None else min(FOREVER, until - time.monotonic())
-                    if left <= 0:
+                    left = None if until is None else until - time.monotonic()
+                    if left is not None and left <= 0:
                         return False
-                    self._changed.wait(left)
+                    in_slices(self._changed.wait, left)
             finally:
                 self._waiters -= own
         return True
@@ -5847,7 +5881,8 @@ class JobCluster:
         run, and only these are returned. Raises ValueError for an unknown node, RuntimeError if it is not connected."""
         serials = self._command('jobs', node)
         if from_node:
-            running = {serial for serial, _ in self._command('question', node).result(CALL_TIME).running}
+            report = answer_of(self._command('question', node), CALL_TIME)
+            running = {serial for serial, _ in report.running}
             serials = [serial for serial in serials if serial in running]
         return self._driver.ask(lambda: self._driver.jobs_of(self._comp, serials))  # type: ignore[no-any-return]
 
@@ -5859,7 +5894,7 @@ class JobCluster:
         row, = _file_rows({name: os.fspath(path)})
         future = self._command('question', node, row, os.fspath(path))
         try:
-            error = future.result(timeout)
+            error = answer_of(future, timeout)
         except concurrent.futures.TimeoutError:
             raise TimeoutError('send_file: %s is not on the node within %s s' % (name, timeout)) from None
         if error:
@@ -6128,7 +6163,8 @@ class SharedJobCluster(JobCluster):
         until = time.monotonic() + CALL_TIME
         while True:
             try:
-                return self._driver.ask(lambda: self._driver.call(self._comp, name, *args)).result(CALL_TIME)
+                future = self._driver.ask(lambda: self._driver.call(self._comp, name, *args))
+                return answer_of(future, CALL_TIME)
             except ConnectionError:
                 if self._closed or time.monotonic() >= until:
                     raise RuntimeError('the scheduler %s is not connected' % self._scheduler.host) from None
@@ -6140,7 +6176,8 @@ class SharedJobCluster(JobCluster):
         if row is None:
             future.set_result(Report(self._comp, [(serial, 0.0) for serial in self._call('running', node)], [], {}))
             return future
-        error = self._driver.ask(lambda: self._driver.question(self._comp, None, row, path)).result(CALL_TIME)   # to the scheduler
+        to_scheduler = self._driver.ask(lambda: self._driver.question(self._comp, None, row, path))
+        error = answer_of(to_scheduler, CALL_TIME)
         future.set_result(error or self._call('place', node, row))
         return future
 
@@ -6699,12 +6736,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                     cluster.submit(*line)
                     total += 1
                     while total - printer.done >= 1000 or not ended.empty():
-                        printer.show(ended.get(), total)
+                        printer.show(next_of(ended), total)
             except (ValueError, OSError) as exc:
                 print('dispy: arguments of job %d: %s; no more jobs are started' % (total + 1, exc), file=sys.stderr)
                 printer.failed += 1
             while printer.done < total:
-                printer.show(ended.get(), total)
+                printer.show(next_of(ended), total)
     except NoNodes as exc:
         parser.error(str(exc))
     except KeyboardInterrupt:

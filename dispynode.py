@@ -82,7 +82,9 @@ import typing
 import unicodedata
 import weakref
 import zlib
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
+from typing import (
+    Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set,
+    TextIO, Tuple, Type, Union)
 
 __version__ = '5.0.0.dev0'
 
@@ -4357,6 +4359,13 @@ def _out_of_reach(handle: int) -> int:
     return high
 
 
+def output_stream(number: int, buffering: int) -> TextIO:
+    """A text stream on descriptor 1 or 2 of a runner or worker. Line ends stay as the job writes
+    them, on Windows too, since the output may be shown on another system."""
+    return open(number, 'w', buffering, encoding='utf-8', errors='backslashreplace',
+                newline='\n', closefd=False)
+
+
 def _no_stdin() -> None:
     """Make descriptor 0 read nothing."""
     handle = os.open(os.devnull, os.O_RDONLY)
@@ -4609,8 +4618,8 @@ class Worker:
         os.dup2(self._err.handle, 2)
         _no_stdin()
         self._zero = os.fstat(0).st_ino
-        self._streams = [open(0, closefd=False)] + [
-            open(handle, 'w', self._buffering, encoding='utf-8', errors='backslashreplace', closefd=False) for handle in (1, 2)]
+        self._streams = [open(0, closefd=False), output_stream(1, self._buffering),
+                         output_stream(2, self._buffering)]
         sys.stdin, sys.stdout, sys.stderr = self._streams
         signal.signal(signal.SIGINT, self._on_interrupt)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -4842,7 +4851,7 @@ class Worker:
                 stream.flush()
         for index in (1, 2):
             if self._streams[index].closed:
-                self._streams[index] = open(index, 'w', self._buffering, encoding='utf-8', errors='backslashreplace', closefd=False)
+                self._streams[index] = output_stream(index, self._buffering)
         sys.stdin, sys.stdout, sys.stderr = self._streams
 
     @staticmethod
@@ -4968,8 +4977,7 @@ class Runner:
         self._out, self._err = Catch(self._spec['private']), Catch(self._spec['private'])
         os.dup2(self._out.handle, 1)
         os.dup2(self._err.handle, 2)
-        sys.stdout = open(1, 'w', 1, encoding='utf-8', errors='backslashreplace', closefd=False)
-        sys.stderr = open(2, 'w', 1, encoding='utf-8', errors='backslashreplace', closefd=False)
+        sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))   # ends a setup that hangs, and closes
         self._loaded = False
         try:
@@ -5282,6 +5290,19 @@ def become(user: User) -> None:
     os.environ.update(HOME=user.home, USER=user.name, LOGNAME=user.name)
 
 
+def ask_psutil(question: Callable[[Any], Any]) -> Any:
+    """What `question(psutil)` returns; None where psutil is not installed or cannot tell. psutil
+    may raise anything, such as RuntimeError where Windows has its performance counters disabled."""
+    try:
+        import psutil
+        return question(psutil)
+    except ImportError:
+        return None
+    except Exception as exc:  # the figures are useful, but nothing here depends on them
+        logger.debug('psutil cannot tell: %s: %s', type(exc).__name__, exc)
+        return None
+
+
 def memory_of(pid: int) -> int:
     """Resident bytes of a process and its descendants; 0 where nothing tells (neither /proc nor psutil)."""
     try:
@@ -5292,14 +5313,11 @@ def memory_of(pid: int) -> int:
     except OSError:   # it has ended, or there is no such thing here
         if sys.platform == 'linux':
             return 0
-    try:
-        import psutil
+
+    def sum_up(psutil: Any) -> int:
         process = psutil.Process(pid)
         return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])
-    except ImportError:
-        return 0
-    except psutil.Error:   # it has ended
-        return 0
+    return ask_psutil(sum_up) or 0   # the process may have ended
 
 
 def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
@@ -5324,13 +5342,20 @@ def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
 _WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
 
 
+def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
+    """Set an option that a socket can do without. Python may lack the constant, and where Python
+    has it the system may not know the option."""
+    if hasattr(socket, name):
+        with contextlib.suppress(OSError):   # it works without
+            sock.setsockopt(level, getattr(socket, name), value)
+
+
 def tune(sock: socket.socket) -> None:
     """Options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it can be set."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
+    set_option(sock, socket.SOL_SOCKET, 'SO_KEEPALIVE', 1)
     for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 3), ('TCP_USER_TIMEOUT', 30000)):
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        set_option(sock, socket.IPPROTO_TCP, name, value)
 
 
 class Channel:
@@ -5476,6 +5501,7 @@ class Loop:
         self._inbox: Deque[Any] = collections.deque()
         self._dirty: Set[Channel] = set()
         self._signalled = False
+        self._wakes_on_signals = False
         self._ended = False
         self._pulse_at = 0.0
         self._waker, self._wakened = socket.socketpair()
@@ -5517,6 +5543,13 @@ class Loop:
                 self._signalled = not self._ended
 
     # -- the loop's thread --------------------------------------------------------------------------------
+
+    def wake_on_signals(self) -> None:
+        """Let every signal end the wait of a turn, so that its handler runs at once. Without this
+        a signal that comes just before the wait begins is not seen until something else ends the
+        wait; on Windows no signal ends it. For a process whose main thread runs this loop."""
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        self._wakes_on_signals = True
 
     def attach(self, channel: Channel) -> None:
         """Own a channel from now on."""
@@ -5660,6 +5693,9 @@ class Loop:
             if hasattr(event, 'sock'):   # of a connection that came too late
                 event.sock.close()
         self._selector.close()
+        if self._wakes_on_signals:
+            self._wakes_on_signals = False
+            signal.set_wakeup_fd(-1)
         self._waker.close()
         self._wakened.close()
 
@@ -5933,8 +5969,8 @@ class Ear(socketserver.UDPServer):
     def server_bind(self) -> None:
         """Options, address, groups."""
         sock = self.socket
-        if sys.platform != 'linux' and hasattr(socket, 'SO_REUSEPORT'):   # on Linux it would bar other users' nodes
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if sys.platform != 'linux':   # on Linux it would bar other users' nodes
+            set_option(sock, socket.SOL_SOCKET, 'SO_REUSEPORT', 1)
         if self.address_family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         else:
@@ -5975,11 +6011,8 @@ class Ear(socketserver.UDPServer):
 
 def own_addresses() -> Dict[str, str]:
     """IPv4 addresses of this host and where each one's network is addressed as a whole; needs psutil, else none."""
-    try:
-        import psutil
-    except ImportError:
-        return {}
-    return {item.address: item.broadcast or '' for items in psutil.net_if_addrs().values() for item in items
+    interfaces = ask_psutil(lambda psutil: psutil.net_if_addrs()) or {}
+    return {item.address: item.broadcast or '' for items in interfaces.values() for item in items
             if item.family == socket.AF_INET}
 
 
@@ -6734,7 +6767,7 @@ class Daemon(Loop):
             self._tell(WorkerUnborn(action.worker, str(exc)))
             return
         for sock in (ours, theirs):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            set_option(sock, socket.SOL_SOCKET, 'SO_SNDBUF', 1 << 20)
         pipe = run.pipes[action.worker] = Pipe(ours, action.comp, action.worker)
         self.attach(pipe)
         assert run.control is not None   # ours: the state starts workers of runners that are up
@@ -6797,15 +6830,16 @@ def node_facts() -> dict:
 
 
 def availability(directory: str) -> dict:
-    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes. None for what only psutil knows,
-    where it is not installed."""
-    found: Dict[str, Optional[float]] = {'cpu': None, 'memory': None, 'disk': shutil.disk_usage(directory).free, 'swap': None}
-    try:
-        import psutil
-    except ImportError:
-        return found
-    with contextlib.suppress(OSError):   # it reads files, and there may be no descriptor
-        found.update(cpu=100.0 - psutil.cpu_percent(), memory=psutil.virtual_memory().available, swap=psutil.swap_memory().free)
+    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes. None for what
+    cannot be told, such as all but `disk` without psutil. Each is asked for by itself, so that one
+    that fails does not hide the others."""
+    found: Dict[str, Optional[float]] = {
+        'cpu': ask_psutil(lambda psutil: 100.0 - psutil.cpu_percent()),
+        'memory': ask_psutil(lambda psutil: psutil.virtual_memory().available),
+        'disk': None,
+        'swap': ask_psutil(lambda psutil: psutil.swap_memory().free)}
+    with contextlib.suppress(OSError):   # the directory was removed
+        found['disk'] = shutil.disk_usage(directory).free
     return found
 
 
@@ -6831,6 +6865,9 @@ def _lock(path: str, port: int) -> Any:
     try:
         if os.name == 'nt':
             import msvcrt
+            # One byte is locked, at the file's position, which must be the same for all. It lies
+            # beyond the text because nobody else can read a byte that is locked.
+            file.seek(1 << 30)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
         else:
             import fcntl
@@ -7245,13 +7282,11 @@ def host_and_port(text: str, port: int) -> Tuple[str, int]:
 
 def own_host(word: str) -> str:
     """The address meant by a word for an address of this host: itself, or by the name of its interface. Raises StartError."""
-    try:
-        import psutil
-        items = [item for item in psutil.net_if_addrs().get(word, ()) if item.family in (socket.AF_INET, socket.AF_INET6)]
-        for item in sorted(items, key=lambda item: (item.family != socket.AF_INET, '%' in item.address)):
-            return str(item.address).partition('%')[0]
-    except ImportError:   # interfaces have no names then
-        pass
+    interfaces = ask_psutil(lambda psutil: psutil.net_if_addrs()) or {}   # no names without psutil
+    families = (socket.AF_INET, socket.AF_INET6)
+    items = [item for item in interfaces.get(word, ()) if item.family in families]
+    for item in sorted(items, key=lambda item: (families.index(item.family), '%' in item.address)):
+        return str(item.address).partition('%')[0]
     try:
         return str(socket.getaddrinfo(word, None, 0, socket.SOCK_STREAM)[0][4][0]).partition('%')[0]
     except OSError as exc:
@@ -7259,8 +7294,10 @@ def own_host(word: str) -> str:
 
 
 def _embedded(daemon: Daemon) -> None:
-    """A node that a client started: stdin is its lifeline, whatever way the client ends."""
-    sys.stdin.buffer.read()
+    """A node that a client started: stdin is its lifeline, whatever way the client ends. It is read
+    as in `_prompt`."""
+    while os.read(0, 4096):
+        continue
     daemon.post(Stop())
     daemon.post(Stop())
 
@@ -7294,6 +7331,14 @@ def _prompt(post: Callable[[Any], None]) -> None:
                 post(command(line.decode('utf-8', 'replace')))
             except ValueError as exc:
                 print(exc, flush=True)
+
+
+def check_fork() -> None:
+    """Raises StartError where a node cannot run jobs."""
+    if not hasattr(os, 'fork'):
+        raise StartError('no node can run here: its worker processes are started with fork, which '
+                         'Windows does not have. Run dispynode on Linux or macOS; clients and '
+                         'dispyscheduler also run on Windows')
 
 
 def _standard_files() -> None:
@@ -7335,6 +7380,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.save_config:
             save_config(parser, args, args.save_config)
             return 0
+        check_fork()
         set_up_log('dispynode', args.debug, args.log_file)
         user = find_user(args.user) if args.user else None
         if args.embedded:
@@ -7360,6 +7406,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print('dispynode: %s' % exc, file=sys.stderr)
         return 1
     _on_signals(daemon, args.daemon)
+    daemon.wake_on_signals()
     if args.daemon and not args.embedded:
         _no_stdin()
     logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1), port, os.getpid())
