@@ -1291,6 +1291,7 @@ UNLOADED_TIME = 1.0        # s for which it is believed where a module is that i
 STABLE_READS = 3           # attempts to read a file that is written at the same time
 NOT_OWN = frozenset((      # top-level modules that are never the user's own, wherever they lie
     'dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd', 'cloudpickle', 'psutil'))
+_MAIN_NAMES = frozenset(('__main__', '__mp_main__'))
 SITE_DIRECTORIES = frozenset(('site-packages', 'dist-packages'))
 
 
@@ -2092,11 +2093,11 @@ class ModuleFinder:
     def _is_by_value(name: str, module: Any) -> bool:
         """What may change at any time: what the main module is, and what the user has
         registered."""
-        if name.partition('.')[0] in NOT_OWN:
-            return False
-        if name in ('__main__', '__mp_main__') or module is sys.modules.get('__main__'):
-            return True
+        if module is sys.modules.get('__main__') or name in _MAIN_NAMES:
+            return name.partition('.')[0] not in NOT_OWN
         registered = cloudpickle.list_registry_pickle_by_value()
+        if not registered or name.partition('.')[0] in NOT_OWN:
+            return False
         return any(name == other or name.startswith(other + '.') for other in registered)
 
     def _look(self, name: str, module: Any) -> Whereabouts:
@@ -2176,7 +2177,8 @@ class ModuleFinder:
             if kind is not ModuleKind.OWN:
                 return kind
             found = self._search(name)
-            if found is not None and set(found.submodule_search_locations or ()) & set(locations):
+            there = self._as_locations(getattr(found, 'submodule_search_locations', None)) or ()
+            if set(map(os.path.realpath, there)) & set(map(os.path.realpath, locations)):
                 return self._below_parent(name)
             return ModuleKind.BY_VALUE
         parent = name.rpartition('.')[0]
@@ -2504,24 +2506,24 @@ class DataFiles:
         found: List[FileOfModule] = []
         left: List[Tuple[str, int]] = []
         for below, path, size in rows:
+            target = '%s/%s' % (prefix, below)
             if size > room:
-                left.append((below, size))
+                left.append((target, size))
             else:
                 room -= size
-                found.append(FileOfModule('%s/%s' % (prefix, below), path, package.loader))
-        if left:
-            self._warn(package.name, left)
+                found.append(FileOfModule(target, path, package.loader))
+        if left and package.name not in self._warned:
+            self._warned.add(package.name)
+            self._warn(package.name, left, len(left) + len(found))
         return found
 
-    def _warn(self, package: str, left: List[Tuple[str, int]]) -> None:
-        if package in self._warned:
-            return
-        self._warned.add(package)
+    @staticmethod
+    def _warn(package: str, left: List[Tuple[str, int]], count: int) -> None:
         size = sum(size for _, size in left) / 2**20
         logger.warning(
-            'package %s has more data files than the %d MB that travel with a package: %d files of '
-            '%.1f MB, %s among them, are not sent; list those that jobs need in depends=',
-            package, PACKAGE_DATA >> 20, len(left), size, left[0][0])
+            'package %s has more data files than the %d MB that travel with a package; not sent are '
+            '%d of %d files (%.1f MB), the first of them %s: list those that jobs need in depends=',
+            package, PACKAGE_DATA >> 20, len(left), count, size, left[0][0])
 
     def _in_directory(self, root: str) -> Iterator[Tuple[str, str, int]]:
         """(name below the package with '/', path, size)."""
@@ -2539,7 +2541,7 @@ class DataFiles:
             directories = []
             for entry in entries:
                 name = prefix + entry.name
-                if entry.is_dir(follow_symlinks=False):
+                if entry.is_dir(follow_symlinks=False) and _may_travel(entry.name):
                     directories.append((name + '/', entry.path))
                 elif self._is_data(entry):
                     yield name, entry.path, entry.stat().st_size
@@ -2556,7 +2558,7 @@ class DataFiles:
     def _entries(directory: str) -> List[Any]:
         try:
             with os.scandir(directory) as entries:
-                shown = [entry for entry in entries if _may_travel(entry.name)]
+                shown = [entry for entry in entries if _is_shown(entry.name)]
         except OSError as exc:
             logger.warning('directory %s cannot be read, so its data files are not sent: %s',
                            directory, exc)
@@ -2565,7 +2567,7 @@ class DataFiles:
 
     def _is_data(self, entry: Any) -> bool:
         """Of links it counts where they lead."""
-        if entry.name.endswith(_CODE_SUFFIXES):
+        if entry.name.endswith(_CODE_SUFFIXES) or not _may_travel(entry.name):
             return False
         try:
             if not entry.is_file():
@@ -2619,7 +2621,7 @@ class DataFiles:
             inner = {prefix + '/'.join(parts[:end]) for end in range(1, len(parts))}
             if inner & packages or below.endswith(_CODE_SUFFIXES):
                 continue
-            if all(map(_may_travel, parts)):
+            if all(map(_is_shown, parts)) and all(map(_may_travel, parts)):
                 path = os.path.join(archive, *info.filename.split('/'))
                 yield below, path, info.file_size
 
@@ -2631,10 +2633,12 @@ def _is_package_file(name: str) -> bool:
     return name.startswith('__init__.') and name[8:] in importlib.machinery.all_suffixes()
 
 
+def _is_shown(name: str) -> bool:
+    return not name.startswith('.') and name != '__pycache__'
+
+
 def _may_travel(name: str) -> bool:
-    """Whether a file or directory of this name is sent with a package."""
-    if name.startswith('.') or name == '__pycache__':
-        return False
+    """Whether a node would take a file or directory of this name."""
     try:
         check_name(name)
     except ValueError as exc:   # a name that a node would refuse

@@ -1,6 +1,5 @@
 """Which modules are the user's own, what their sources say, and the files that travel for them."""
 
-import ast
 import dis
 import glob
 import hashlib
@@ -22,6 +21,8 @@ import zipapp
 import zipfile
 
 import cloudpickle
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 import dispy
@@ -63,7 +64,8 @@ def run(directory, *command, **environment):
     """A program that prints something; what it printed."""
     environment = dict(os.environ, PYTHONDONTWRITEBYTECODE='1', **environment)
     environment.setdefault('PYTHONPATH', ROOT)
-    done = subprocess.run([str(part) for part in command], cwd=str(directory), env=environment, universal_newlines=True,
+    done = subprocess.run([str(part) for part in command], cwd=str(directory), env=environment,
+                          universal_newlines=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.split()
@@ -83,13 +85,17 @@ def run(directory, *command, **environment):
     ('from ... import b', []),
     ('def f():\n import a', [('a', (), False)]),
     ('async def f():\n  async with x:\n   import a', [('a', (), False)]),
-    ('class C:\n import a\n class D:\n  import b\n def f(self):\n  import c', [('a', (), True), ('b', (), True), ('c', (), False)]),
-    ('if x:\n import a\nelif y:\n import b\nelse:\n import c', [('a', (), False), ('b', (), False), ('c', (), False)]),
+    ('class C:\n import a\n class D:\n  import b\n def f(self):\n  import c',
+     [('a', (), True), ('b', (), True), ('c', (), False)]),
+    ('if x:\n import a\nelif y:\n import b\nelse:\n import c',
+     [('a', (), False), ('b', (), False), ('c', (), False)]),
     ('try:\n import a\nexcept E:\n import b\nelse:\n import c\nfinally:\n import d',
      [('a', (), False), ('b', (), False), ('c', (), False), ('d', (), False)]),
-    ('with x:\n import a\nfor i in x:\n import b\nwhile x:\n import c', [('a', (), False), ('b', (), False), ('c', (), False)]),
+    ('with x:\n import a\nfor i in x:\n import b\nwhile x:\n import c',
+     [('a', (), False), ('b', (), False), ('c', (), False)]),
     ('if x:\n class C:\n  import a', [('a', (), False)]),
-    ('import importlib\nm = importlib.import_module("a.b")', [('importlib', (), True), ('a.b', (), True)]),
+    ('import importlib\nm = importlib.import_module("a.b")',
+     [('importlib', (), True), ('a.b', (), True)]),
     ('n = __import__("a").b', [('a', (), True)]),
     ('m = import_module(".a", __package__)', [('top.pkg.a', (), True)]),
     ('m = x and import_module("a")', [('a', (), False)]),
@@ -102,12 +108,14 @@ def test_imports(text, expected):
 
 def test_relative_imports_of_a_package_begin_there():
     source = ModuleSource('from . import a\nfrom .b import c\nfrom .. import d', 'top.pkg', True)
-    assert source.imports == [('top.pkg', ('a',), True), ('top.pkg.b', ('c',), True), ('top', ('d',), True)]
+    assert source.imports == [('top.pkg', ('a',), True), ('top.pkg.b', ('c',), True),
+                              ('top', ('d',), True)]
 
 
 @pytest.mark.skipif(sys.version_info < (3, 10), reason='match is of Python 3.10')
 def test_imports_and_names_in_match():
-    source = ModuleSource('match x:\n case {"k": a, **b}:\n  import c\n case [d, *e] as f if (g := 1):\n  pass', 'm')
+    source = ModuleSource('match x:\n case {"k": a, **b}:\n  import c\n'
+                          ' case [d, *e] as f if (g := 1):\n  pass', 'm')
     assert source.imports == [('c', (), False)]
     assert sorted(source.names) == ['a', 'b', 'c', 'd', 'e', 'f', 'g']
 
@@ -122,7 +130,9 @@ def imports_in(code):
     steps = list(dis.get_instructions(code))
     for index, step in enumerate(steps):
         if step.opname == 'IMPORT_NAME':
-            levels = [before.argval for before in steps[:index] if before.opname in ('LOAD_CONST', 'LOAD_SMALL_INT') and type(before.argval) is int]
+            levels = [before.argval for before in steps[:index]
+                      if before.opname in ('LOAD_CONST', 'LOAD_SMALL_INT')
+                      and type(before.argval) is int]
             yield levels[-1], step.argval
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
@@ -136,7 +146,8 @@ def test_imports_are_those_that_the_compiler_sees():
             text = file.read()
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            expected = {name for level, name in imports_in(compile(text, path, 'exec', dont_inherit=True)) if level == 0}
+            code = compile(text, path, 'exec', dont_inherit=True)
+        expected = {name for level, name in imports_in(code) if level == 0}
         source = ModuleSource(text, 'package.name')
         assert source.error == ''
         assert expected <= {imported.module for imported in source.imports}, path
@@ -196,22 +207,27 @@ def test_kinds_of_names(text, kind):
     assert not hasattr(binding, 'value')
 
 
-@pytest.mark.parametrize('text', ['X: int', 'def f():\n global X\n X = 1', 'def f(): X = 1', 'y = [X for X in z]', 'f = lambda: (X := 1)',
-                                  'y.X = 1', 'class C: X = 1', 'f(X=1)', 'for y in z:\n def f():\n  X = 1'])
+@pytest.mark.parametrize('text', ['X: int', 'def f():\n global X\n X = 1', 'def f(): X = 1',
+                                  'y = [X for X in z]', 'f = lambda: (X := 1)',
+                                  'y.X = 1', 'class C: X = 1', 'f(X=1)',
+                                  'for y in z:\n def f():\n  X = 1'])
 def test_what_the_top_level_does_not_bind(text):
     assert 'X' not in ModuleSource(text, 'm').names
 
 
 @pytest.mark.parametrize('text, origins', [
-    ('import X', ('X',)), ('import X.y', ('X',)), ('import a.b as X', ('a.b',)), ('from a.b import c as X', ('a.b',)),
-    ('from . import X', ('pkg',)), ('from .a import X', ('pkg.a',)), ('try:\n from a import X\nexcept E:\n from b import X', ('a', 'b'))])
+    ('import X', ('X',)), ('import X.y', ('X',)), ('import a.b as X', ('a.b',)),
+    ('from a.b import c as X', ('a.b',)),
+    ('from . import X', ('pkg',)), ('from .a import X', ('pkg.a',)),
+    ('try:\n from a import X\nexcept E:\n from b import X', ('a', 'b'))])
 def test_origins_of_imported_names(text, origins):
     binding = ModuleSource(text, 'pkg.m').names['X']
     assert (binding.origin, binding.origins) == (origins[0], origins)
 
 
 def test_stars_and_exports():
-    source = ModuleSource('from os import *\nfrom .a import *\n__all__ = ["b", "c"]\n__all__ += ("d",)', 'pkg.m')
+    source = ModuleSource('from os import *\nfrom .a import *\n'
+                          '__all__ = ["b", "c"]\n__all__ += ("d",)', 'pkg.m')
     assert source.stars == ('os', 'pkg.a')
     assert source.exports == ('b', 'c', 'd')
     assert ModuleSource('x = 1', 'm').exports is None
@@ -234,12 +250,14 @@ def f():
 ''', 'm')
     assert sorted(source.classes) == ['A', 'A.B', 'C']
     assert {name: binding.kind for name, binding in source.classes['A'].items()} == {
-        'limit': NameKind.CONSTANT, 'table': NameKind.COMPUTED, 'method': NameKind.DEFINED, 'B': NameKind.DEFINED}
+        'limit': NameKind.CONSTANT, 'table': NameKind.COMPUTED, 'method': NameKind.DEFINED,
+        'B': NameKind.DEFINED}
     assert source.classes['A']['limit'].value == 3
     assert sorted(source.classes['A.B']) == ['inner']
 
 
-@pytest.mark.parametrize('text', ['def f(:', 'x = 1\n\0', b'\xff\xfe', '# coding: none\nx = 1'.encode(), '(' * 5000])
+@pytest.mark.parametrize('text', ['def f(:', 'x = 1\n\0', b'\xff\xfe',
+                                  '# coding: none\nx = 1'.encode(), '(' * 5000])
 def test_what_cannot_be_parsed(text):
     source = ModuleSource(text, 'm')
     assert source.error
@@ -253,7 +271,8 @@ def test_deeply_nested_expressions_are_read():
 
 
 def test_encodings_that_a_text_declares():
-    assert ModuleSource('# coding: latin-1\nX = "\xe9"'.encode('latin-1'), 'm').names['X'].value == '\xe9'
+    assert ModuleSource('# coding: latin-1\nX = "\xe9"'.encode('latin-1'),
+                        'm').names['X'].value == '\xe9'
 
 
 def test_odd_escapes_are_no_warnings_and_no_errors():
@@ -265,16 +284,60 @@ def test_odd_escapes_are_no_warnings_and_no_errors():
 
 def test_constants_are_what_the_modules_of_python_have():
     compared = 0
-    for name in ('argparse', 'logging', 'socketserver', 'zipfile', 'tarfile', 'calendar', 'http.client', 'tokenize', 'smtplib', 'shelve', 'pickle'):
+    for name in ('argparse', 'logging', 'socketserver', 'zipfile', 'tarfile', 'calendar',
+                 'http.client', 'tokenize', 'smtplib', 'shelve', 'pickle'):
         module = importlib.import_module(name)
         with open(module.__file__, 'rb') as file:
             text = file.read()
         source = ModuleSource(text, name, hasattr(module, '__path__'))
         for name, binding in source.names.items():
-            if hasattr(binding, 'value') and name in vars(module) and 'global %s\n' % name not in text.decode():
+            is_set_later = 'global %s\n' % name in text.decode()
+            if hasattr(binding, 'value') and name in vars(module) and not is_set_later:
                 assert vars(module)[name] == binding.value
                 compared += 1
     assert compared > 50
+
+
+STATEMENTS = [
+    '{0} = {1}', '{0} = {2} = {1}', '{0}, {2} = {1}, {1}', '[{0}, *{2}] = [1, 2, 3]',
+    '{0}: int = {1}', '{0}: int', 'def {0}(): {2} = 1',
+    'def {0}():\n global {2}\n {2} = 1', 'class {0}:\n {2} = 1',
+    'class {0}:\n global {2}\n {2} = 1', 'import {3}', 'import {3} as {0}', 'import os.path',
+    'from {3} import *', 'from json import dumps as {0}', 'for {0} in (1, 2): {2} = {1}',
+    'for {0} in (): pass\nelse: {2} = {1}', 'if True: {0} = {1}',
+    'if 0:\n {0} = {1}\nelse:\n {2} = {1}', 'try: {0} = {1}\nfinally: {2} = {1}',
+    'try:\n 1 / 0\nexcept ZeroDivisionError as {0}: {2} = {1}',
+    'with open("/dev/null") as {0}: {2} = {1}', 'while True:\n {0} = {1}\n break',
+    'repr({0} := {1})', '[f for f in (1, 2) if ({0} := {1})]',
+    'lambda: ({0} := {1})', 'if ({0} := {1}): pass', 'async def {0}(): pass',
+    '{0} = lambda {2}: {2}', 'del {0}', 'pass']
+NAMES = st.sampled_from(['a', 'b', 'c', 'd', 'e'])
+LITERALS = ['1', '-2', '"text"', 'None', '(1, ("x", ...))', '[1]', '{}', '2 * 3', '()', 'b""',
+            'len("ab")', '1 + 2j']
+
+
+@hypothesis.given(st.lists(st.tuples(st.sampled_from(STATEMENTS), NAMES, st.sampled_from(LITERALS),
+                                     NAMES, st.sampled_from(['json', 'math'])), max_size=6))
+@hypothesis.settings(max_examples=300, deadline=None)
+def test_names_are_those_that_running_the_text_binds(statements):
+    text = '\n'.join(form.format(name, literal, other, module)
+                     for form, name, literal, other, module in statements)
+    variables = {}
+    try:
+        exec(compile(text, 'm', 'exec', dont_inherit=True), variables)
+    except NameError:   # del of what there is not
+        hypothesis.reject()
+    names = ModuleSource(text, 'm').names
+    starred = {name for module in ModuleSource(text, 'm').stars
+               for name in vars(importlib.import_module(module))}
+    bound = {name for name in variables if not name.startswith('__')}
+    assert bound <= set(names) | starred
+    for name, binding in names.items():
+        if hasattr(binding, 'value') and name in bound - starred:
+            assert variables[name] == binding.value and type(variables[name]) is type(binding.value)
+    words = ('del', 'if', 'else', 'except', 'import *')
+    if not any(word in form for form, *_ in statements for word in words):
+        assert set(names) <= bound
 
 
 # Sources: values that depend on where a file lies
@@ -354,10 +417,14 @@ def test_names_that_only_functions_assign():
 
 
 def test_values_that_depend_on_the_files_of_other_modules(own):
-    own.write({'fpkg/__init__.py': '', 'fpkg/paths.py': 'ROOT = __file__\nN = 1\ndef here(name): return ROOT + name\nclass P: root = ROOT',
+    own.write({'fpkg/__init__.py': '',
+               'fpkg/paths.py': 'ROOT = __file__\nN = 1\ndef here(name): return ROOT + name\n'
+                                'class P: root = ROOT',
                'fpkg/a.py': 'from .paths import ROOT as R, N as M\nDATA = R + "x"\nLIMIT = M + 1',
-               'fpkg/b.py': 'from fpkg import paths\nimport fpkg.a as other\nDATA = paths.here("x")\nTHERE = other.DATA\nLIMIT = paths.N',
-               'fpkg/c.py': 'from .b import *\nE = DATA\nfrom .paths import P as Q\nF = Q.root\nG = LIMIT',
+               'fpkg/b.py': 'from fpkg import paths\nimport fpkg.a as other\n'
+                            'DATA = paths.here("x")\nTHERE = other.DATA\nLIMIT = paths.N',
+               'fpkg/c.py': 'from .b import *\nE = DATA\nfrom .paths import P as Q\n'
+                            'F = Q.root\nG = LIMIT',
                'fpkg/d.py': 'def f():\n from .c import E\n return E\nX = f()\nY = [f]'})
     found = own.file_names(own.closure(['fpkg.d', 'fpkg.c']))
     assert {'R', 'DATA'} <= found['fpkg.a'] and 'LIMIT' not in found['fpkg.a']
@@ -368,15 +435,19 @@ def test_values_that_depend_on_the_files_of_other_modules(own):
 
 # Kinds
 
-@pytest.mark.parametrize('name', ['sys', 'builtins', 'os', 'os.path', 'json', 'json.decoder', 'encodings.utf_8', 'zipimport', '_ctypes', 'ctypes', 'math',
-                                  'importlib._bootstrap', 'lib2to3' if sys.version_info < (3, 13) else 'wave', 'sqlite3', 'xml.parsers.expat.model',
+@pytest.mark.parametrize('name', ['sys', 'builtins', 'os', 'os.path', 'json', 'json.decoder',
+                                  'encodings.utf_8', 'zipimport', '_ctypes', 'ctypes', 'math',
+                                  'importlib._bootstrap',
+                                  'lib2to3' if sys.version_info < (3, 13) else 'wave', 'sqlite3',
+                                  'xml.parsers.expat.model',
                                   'unittest', 'this'])
 def test_the_standard_library(name):
     import xml.parsers.expat   # makes a module
     assert xml.parsers.expat.model and OwnModules().kind(name) is ModuleKind.STANDARD
 
 
-@pytest.mark.parametrize('name', ['pytest', '_pytest', '_pytest.fixtures', 'cloudpickle', 'cloudpickle.cloudpickle', 'psutil', 'psutil._common', 'dispy',
+@pytest.mark.parametrize('name', ['pytest', '_pytest', '_pytest.fixtures', 'cloudpickle',
+                                  'cloudpickle.cloudpickle', 'psutil', 'psutil._common', 'dispy',
                                   'dispynode', 'dispyscheduler', 'dispy_httpd', 'pip'])
 def test_what_is_installed(name):
     assert OwnModules().kind(name) is ModuleKind.INSTALLED
@@ -385,22 +456,26 @@ def test_what_is_installed(name):
 def test_nothing_in_this_process_is_taken_for_the_users_own():
     instance = OwnModules()
     own = [name for name in list(sys.modules) if instance.kind(name) is ModuleKind.OWN]
-    assert {name.partition('.')[0] for name in own} <= {'nodes', 'tools', 'inputs', 'tests', 'conftest'} | {
+    assert {name.partition('.')[0] for name in own} <= {'nodes', 'tools', 'inputs', 'tests',
+                                                        'conftest'} | {
         name for name in own if name.startswith(('test_', 'own'))}
 
 
-@pytest.mark.parametrize('name', ['', None, 3, 'nosuchmodule', 'nosuch.module', 'os.nosuch', '.', 'a..b', '.a', 'a.'])
+@pytest.mark.parametrize('name', ['', None, 3, 'nosuchmodule', 'nosuch.module', 'os.nosuch', '.',
+                                  'a..b', '.a', 'a.'])
 def test_what_is_missing(name):
     assert OwnModules().kind(name) is ModuleKind.MISSING
 
 
 def test_own_modules_are_found_without_importing_them(own):
-    own.write({'ma.py': 'raise SystemError', 'mb/__init__.py': 'raise SystemError', 'mb/c.py': 'raise SystemError', 'mns/d.py': 'raise SystemError'})
+    own.write({'ma.py': 'raise SystemError', 'mb/__init__.py': 'raise SystemError',
+               'mb/c.py': 'raise SystemError', 'mns/d.py': 'raise SystemError'})
     before = set(sys.modules)
     for name in ('ma', 'mb', 'mb.c', 'mns', 'mns.d'):
         assert own.kind(name) is ModuleKind.OWN, name
     assert own.kind('mb.nosuch') is ModuleKind.MISSING
-    assert targets(own.closure(['ma', 'mb.c', 'mns.d'])) == ['ma.py', 'mb/__init__.py', 'mb/c.py', 'mns/d.py']
+    assert targets(own.closure(['ma', 'mb.c',
+                                'mns.d'])) == ['ma.py', 'mb/__init__.py', 'mb/c.py', 'mns/d.py']
     assert set(sys.modules) == before
 
 
@@ -429,7 +504,8 @@ def test_what_is_the_main_module_under_another_name(own, monkeypatch):
 def test_modules_made_at_run_time(own, monkeypatch):
     monkeypatch.setitem(sys.modules, 'made', types.ModuleType('made'))
     assert own.kind('made') is ModuleKind.BY_VALUE
-    own.write({'maker.py': 'import sys, types\nsys.modules["maker.made"] = types.ModuleType("maker.made")'})
+    own.write({'maker.py': 'import sys, types\n'
+                           'sys.modules["maker.made"] = types.ModuleType("maker.made")'})
     importlib.import_module('maker')
     assert own.kind('maker.made') is ModuleKind.BY_VALUE
     assert own.closure(['made', 'maker.made']) == []
@@ -445,20 +521,54 @@ def test_modules_that_an_installed_package_made(own, monkeypatch):
 def test_modules_that_lie_elsewhere_than_their_names_say(own, tmp_path, monkeypatch):
     write(tmp_path / 'elsewhere', {'other.py': '', 'pkg/__init__.py': '', 'pkg/sub.py': ''})
     own.write({'same.py': ''})
-    for name, path in (('other', 'other.py'), ('same', 'other.py'), ('deep.other', 'other.py'), ('pkg', 'pkg/__init__.py')):
+    for name, path in (('other', 'other.py'), ('same', 'other.py'), ('deep.other', 'other.py'),
+                       ('pkg', 'pkg/__init__.py')):
         spec = importlib.util.spec_from_file_location(name, str(tmp_path / 'elsewhere' / path))
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, module)
         spec.loader.exec_module(module)
         assert own.kind(name) is ModuleKind.BY_VALUE, name
-    importlib.import_module('pkg.sub')   # its name leads to it only from a package that cannot be found
+    # Its name leads to it only from a package that cannot be found.
+    importlib.import_module('pkg.sub')
     assert own.kind('pkg.sub') is ModuleKind.BY_VALUE
+
+
+def test_a_module_that_is_being_imported(own):
+    own.write({'half/__init__.py': '''
+                   from dispy import own_modules
+                   kinds = [own_modules.kind(name) for name in ("half", "half.sub")]
+                   from . import sub
+                   ''',
+               'half/sub.py': 'import dispy\nkind = dispy.own_modules.kind(__name__)'})
+    module = importlib.import_module('half')
+    assert (module.kinds, module.sub.kind) == ([ModuleKind.OWN, ModuleKind.OWN], ModuleKind.OWN)
+
+
+@pytest.mark.parametrize('there, kind',
+                         [('plain.py', ModuleKind.OWN),
+                          ('elsewhere/plain.py', ModuleKind.BY_VALUE)])
+def test_a_module_that_was_made_from_a_file_without_a_spec(own, tmp_path, monkeypatch, there, kind):
+    own.write({'plain.py': '', 'elsewhere/plain.py': ''})
+    module = types.ModuleType('plain')
+    module.__file__ = str(tmp_path / there)
+    monkeypatch.setitem(sys.modules, 'plain', module)
+    assert own.kind('plain') is kind
+
+
+def test_a_path_that_is_gone_from_sys_path(own, tmp_path, monkeypatch):
+    write(tmp_path / 'gone', {'left.py': ''})
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path / 'gone'))
+        importlib.import_module('left')
+    # No node that imports as this program does would find it.
+    assert own.kind('left') is ModuleKind.BY_VALUE
 
 
 def test_a_file_that_only_a_hook_can_load_travels_by_value(own, tmp_path, monkeypatch):
     own.write({'odd.hy': ''})
     path = str(tmp_path / 'odd.hy')
-    spec = importlib.util.spec_from_file_location('odd', path, loader=importlib.machinery.SourceFileLoader('odd', path))
+    loader = importlib.machinery.SourceFileLoader('odd', path)
+    spec = importlib.util.spec_from_file_location('odd', path, loader=loader)
     monkeypatch.setitem(sys.modules, 'odd', importlib.util.module_from_spec(spec))
     assert own.kind('odd') is ModuleKind.BY_VALUE
 
@@ -497,13 +607,17 @@ def test_odd_entries_of_sys_modules_run_nothing(own, monkeypatch):
             ran.append('__eq__')
             raise RuntimeError
 
-    own.write({'replaced.py': '', 'nothing.py': '', 'uses.py': 'import replaced, hidden, nothing, thing'})
-    for name, module in (('hidden', Module('hidden')), ('replaced', Thing()), ('nothing', None), ('thing', Thing()), ('number', 3)):
+    own.write({'replaced.py': '', 'nothing.py': '',
+               'uses.py': 'import replaced, hidden, nothing, thing'})
+    for name, module in (('hidden', Module('hidden')), ('replaced', Thing()), ('nothing', None),
+                         ('thing', Thing()), ('number', 3)):
         monkeypatch.setitem(sys.modules, name, module)
     kinds = {name: own.kind(name) for name in ('hidden', 'replaced', 'nothing', 'thing', 'number')}
-    assert targets(own.closure(['uses'])) == ['uses.py', 'replaced.py']   # a node imports it, and gets the object as well
+    # A node that imports it gets the object as well.
+    assert targets(own.closure(['uses'])) == ['uses.py', 'replaced.py']
     assert not ran
-    assert kinds == {'hidden': ModuleKind.BY_VALUE, 'replaced': ModuleKind.OWN, 'nothing': ModuleKind.MISSING,
+    assert kinds == {'hidden': ModuleKind.BY_VALUE, 'replaced': ModuleKind.OWN,
+                     'nothing': ModuleKind.MISSING,
                      'thing': ModuleKind.BY_VALUE, 'number': ModuleKind.BY_VALUE}
 
 
@@ -534,7 +648,8 @@ def test_finders_of_the_user_are_asked_for_top_level_names_and_may_fail(own, tmp
             asked.append(name)
             paths = {'found': 'found.py', 'foundpkg': 'foundpkg/__init__.py'}
             if name in paths:
-                return importlib.util.spec_from_file_location(name, str(tmp_path / 'source' / paths[name]))
+                path = str(tmp_path / 'source' / paths[name])
+                return importlib.util.spec_from_file_location(name, path)
 
     monkeypatch.setattr(sys, 'meta_path', [Broken, *sys.meta_path, Finder])
     assert own.kind('found') is own.kind('foundpkg') is own.kind('foundpkg.sub') is ModuleKind.OWN
@@ -553,12 +668,10 @@ def test_no_lock_is_held_while_a_finder_runs(own, monkeypatch):
         @staticmethod
         def find_spec(name, path=None, target=None):
             if name == 'waits':
-                thread = threading.Thread(target=own.kind, args=('waits.not',), daemon=True)
                 other = threading.Thread(target=own.closure, args=(['json'],), daemon=True)
                 other.start()
                 other.join(20)
                 waited.append(other.is_alive())
-                del thread
 
     waited = []
     monkeypatch.setattr(sys, 'meta_path', [Finder, *sys.meta_path])
@@ -584,10 +697,13 @@ RECORD = '%s,sha256=x,10\n"with, comma.txt",,\n../../bin/x,,\n'
 
 def test_metadata_beside_a_module_says_that_it_is_installed(own):
     own.write({'metapkg/__init__.py': '', 'metapkg/sub.py': '', 'metamod.py': '', 'mine.py': '',
-               'metapkg-1.0.dist-info/RECORD': RECORD % 'metapkg/__init__.py' + 'metapkg/sub.py,,\n',
+               'metapkg-1.0.dist-info/RECORD': RECORD % 'metapkg/__init__.py'
+               + 'metapkg/sub.py,,\n',
                'metamod-2.0.egg-info/installed-files.txt': '../metamod.py\nPKG-INFO\n',
                'mine.egg-info/PKG-INFO': 'Name: mine', 'mine.egg-info/SOURCES.txt': 'mine.py'})
-    assert [own.kind(name) for name in ('metapkg', 'metapkg.sub', 'metamod', 'mine')] == [ModuleKind.INSTALLED] * 3 + [ModuleKind.OWN]
+    assert [own.kind(name)
+            for name in ('metapkg', 'metapkg.sub', 'metamod',
+                         'mine')] == [ModuleKind.INSTALLED] * 3 + [ModuleKind.OWN]
     importlib.import_module('metapkg.sub')
     importlib.import_module('mine')
     assert OwnModules().kind('metapkg.sub') is ModuleKind.INSTALLED
@@ -598,8 +714,10 @@ def test_metadata_is_read_once_for_a_directory(own, monkeypatch):
     own.write({'one.py': '', 'two.py': '', 'x-1.dist-info/RECORD': 'one.py,,\n'})
     read = []
     real = dispy._directory_metadata
-    monkeypatch.setattr(dispy, '_directory_metadata', lambda directory: read.append(directory) or real(directory))
-    assert [own.kind(name) for name in ('one', 'two', 'one', 'two')] == [ModuleKind.INSTALLED, ModuleKind.OWN] * 2
+    monkeypatch.setattr(dispy, '_directory_metadata',
+                        lambda directory: read.append(directory) or real(directory))
+    assert [own.kind(name)
+            for name in ('one', 'two', 'one', 'two')] == [ModuleKind.INSTALLED, ModuleKind.OWN] * 2
     assert len(read) == 1
 
 
@@ -607,10 +725,16 @@ def test_namespace_parts_of_a_package_may_be_installed_or_not(own, tmp_path, mon
     write(tmp_path / 'site-packages', {'space/installed.py': ''})
     own.write({'space/mine.py': ''})
     monkeypatch.syspath_prepend(str(tmp_path / 'site-packages'))
-    assert [own.kind(name) for name in ('space', 'space.mine', 'space.installed')] == [ModuleKind.OWN, ModuleKind.OWN, ModuleKind.INSTALLED]
+    assert [own.kind(name)
+            for name in ('space', 'space.mine',
+                         'space.installed')] == [ModuleKind.OWN, ModuleKind.OWN,
+                                                 ModuleKind.INSTALLED]
     importlib.import_module('space.mine')
     importlib.import_module('space.installed')
-    assert [own.kind(name) for name in ('space', 'space.mine', 'space.installed')] == [ModuleKind.OWN, ModuleKind.OWN, ModuleKind.INSTALLED]
+    assert [own.kind(name)
+            for name in ('space', 'space.mine',
+                         'space.installed')] == [ModuleKind.OWN, ModuleKind.OWN,
+                                                 ModuleKind.INSTALLED]
 
 
 def test_a_link_in_site_packages_to_a_source_directory_is_the_users_own(own, tmp_path, monkeypatch):
@@ -621,7 +745,8 @@ def test_a_link_in_site_packages_to_a_source_directory_is_the_users_own(own, tmp
     assert own.kind('linked') is ModuleKind.OWN
     importlib.import_module('linked')
     assert own.kind('linked') is ModuleKind.OWN
-    write(tmp_path / 'site-packages', {'linked-1.dist-info/RECORD': 'linked/__init__.py,,\n'})   # links into a cache of packages
+    # Links into a cache of packages.
+    write(tmp_path / 'site-packages', {'linked-1.dist-info/RECORD': 'linked/__init__.py,,\n'})
     assert OwnModules().kind('linked') is ModuleKind.INSTALLED
 
 
@@ -634,18 +759,23 @@ def wheel(directory, name, version, files):
     """A wheel, as pip installs it."""
     path = directory / ('%s-%s-py3-none-any.whl' % (name, version))
     info = '%s-%s.dist-info/' % (name, version)
-    files = dict(files, **{info + 'METADATA': 'Metadata-Version: 2.1\nName: %s\nVersion: %s\n' % (name, version),
-                           info + 'WHEEL': 'Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n'})
+    files = dict(files, **{info + 'METADATA': 'Metadata-Version: 2.1\nName: %s\nVersion: %s\n'
+                           % (name, version),
+                           info + 'WHEEL': 'Wheel-Version: 1.0\nGenerator: test\n'
+                                           'Root-Is-Purelib: true\nTag: py3-none-any\n'})
     with zipfile.ZipFile(str(path), 'w') as members:
         for file, text in files.items():
             members.writestr(file, text)
-        members.writestr(info + 'RECORD', ''.join('%s,,\n' % file for file in [*files, info + 'RECORD']))
+        members.writestr(info + 'RECORD',
+                         ''.join('%s,,\n' % file for file in [*files, info + 'RECORD']))
     return path
 
 
 def test_installed_with_target(tmp_path):
-    built = wheel(tmp_path, 'vendored', '1.0', {'vendored/__init__.py': '', 'vendored/sub.py': '', 'single.py': ''})
-    run(tmp_path, sys.executable, '-m', 'pip', 'install', '--no-index', '--disable-pip-version-check', '-q', '--target', tmp_path / 'vendor', built)
+    built = wheel(tmp_path, 'vendored', '1.0',
+                  {'vendored/__init__.py': '', 'vendored/sub.py': '', 'single.py': ''})
+    run(tmp_path, sys.executable, '-m', 'pip', 'install', '--no-index',
+        '--disable-pip-version-check', '-q', '--target', tmp_path / 'vendor', built)
     for module in (dispy, sys.modules['dispynode']):
         shutil.copy(module.__file__, str(tmp_path / 'vendor'))
     write(tmp_path, {'beside.py': '', 'script.py': 'import vendored.sub\n' + ASK % (
@@ -665,12 +795,14 @@ def test_copies_of_numpy_on_the_path(tmp_path):
         shutil.copytree(path, str(copied / os.path.basename(path)))
     write(copied, {'numpy/__init__.py': ''})
     for path in (tmp_path, copied):
-        assert run(tmp_path, sys.executable, '-c', ASK % (['numpy'],), PYTHONPATH=os.pathsep.join([str(path), ROOT])) == ['INSTALLED']
+        assert run(tmp_path, sys.executable, '-c', ASK % (['numpy'],),
+                   PYTHONPATH=os.pathsep.join([str(path), ROOT])) == ['INSTALLED']
 
 
 def virtual(tmp_path):
     """(Python of a new virtual environment, its site-packages)."""
-    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(tmp_path / 'venv')], check=True, timeout=60)
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(tmp_path / 'venv')],
+                   check=True, timeout=60)
     python = str(tmp_path / 'venv' / ('Scripts' if os.name == 'nt' else 'bin') / 'python')
     site, = run(tmp_path, python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))')
     packages = os.pathsep.join({ROOT, os.path.dirname(os.path.dirname(cloudpickle.__file__))})
@@ -679,37 +811,48 @@ def virtual(tmp_path):
 
 def test_editable_installs_by_a_path_file(tmp_path):
     python, site, packages = virtual(tmp_path)
-    write(tmp_path / 'project' / 'src', {'edited/__init__.py': '', 'edited/sub.py': '', 'edited.egg-info/SOURCES.txt': 'edited/__init__.py'})
-    write(site, {'__editable__.edited-1.0.pth': str(tmp_path / 'project' / 'src'), 'edited-1.0.dist-info/RECORD':
+    write(tmp_path / 'project' / 'src',
+          {'edited/__init__.py': '', 'edited/sub.py': '',
+           'edited.egg-info/SOURCES.txt': 'edited/__init__.py'})
+    write(site, {'__editable__.edited-1.0.pth': str(tmp_path / 'project' / 'src'),
+                 'edited-1.0.dist-info/RECORD':
                  '__editable__.edited-1.0.pth,,\nedited-1.0.dist-info/RECORD,,\n', 'plain.py': ''})
     asked = ['edited', 'edited.sub', 'plain', 'os', 'sqlite3', '_ctypes']
     expected = ['OWN', 'OWN', 'INSTALLED', 'STANDARD', 'STANDARD', 'STANDARD']
     assert run(tmp_path, python, '-c', ASK % (asked,), PYTHONPATH=packages) == expected
-    assert run(tmp_path, python, '-c', 'import edited.sub, plain\n' + ASK % (asked,), PYTHONPATH=packages) == expected
+    assert run(tmp_path, python, '-c', 'import edited.sub, plain\n' + ASK % (asked,),
+               PYTHONPATH=packages) == expected
 
 
 def test_editable_installs_by_a_finder_of_setuptools(tmp_path):
     editable = pytest.importorskip('setuptools.command.editable_wheel')
     python, site, packages = virtual(tmp_path)
-    write(tmp_path / 'project', {'code/__init__.py': '', 'code/sub.py': '', 'inner/__init__.py': '', 'spaced/part/__init__.py': ''})
+    write(tmp_path / 'project',
+          {'code/__init__.py': '', 'code/sub.py': '', 'inner/__init__.py': '',
+           'spaced/part/__init__.py': ''})
     source = tmp_path / 'project'
-    mapping = {'edited': str(source / 'code'), 'edited.inner': str(source / 'inner'), 'espace.part': str(source / 'spaced' / 'part')}
+    mapping = {'edited': str(source / 'code'), 'edited.inner': str(source / 'inner'),
+               'espace.part': str(source / 'spaced' / 'part')}
     finder = editable._finder_template('__editable___edited_finder', mapping, {'espace': []})
     write(site, {'__editable___edited_finder.py': finder,
-                 '__editable__.edited.pth': 'import __editable___edited_finder; __editable___edited_finder.install()',
+                 '__editable__.edited.pth': 'import __editable___edited_finder; '
+                                            '__editable___edited_finder.install()',
                  'edited-1.0.dist-info/RECORD': '__editable___edited_finder.py,,\n'})
     asked = ['edited', 'edited.sub', 'edited.inner', 'espace.part', '__editable___edited_finder']
     expected = ['OWN', 'OWN', 'OWN', 'OWN', 'INSTALLED']
     assert run(tmp_path, python, '-c', ASK % (asked,), PYTHONPATH=packages) == expected
     loaded = 'import edited.sub, edited.inner, espace.part\n'
     assert run(tmp_path, python, '-c', loaded + ASK % (asked,), PYTHONPATH=packages) == expected
-    show = loaded + 'import dispy\nfor file in dispy.own_modules.closure(["edited.inner", "edited.sub", "espace.part"]): print(file.target)'
+    show = loaded + ('import dispy\nnames = ["edited.inner", "edited.sub", "espace.part"]\n'
+                     'for file in dispy.own_modules.closure(names): print(file.target)')
     assert run(tmp_path, python, '-c', show, PYTHONPATH=packages) == [
-        'edited/__init__.py', 'edited/inner/__init__.py', 'edited/sub.py', 'espace/part/__init__.py']
+        'edited/__init__.py', 'edited/inner/__init__.py', 'edited/sub.py',
+        'espace/part/__init__.py']
 
 
 def test_python_m_of_a_module_in_a_package(tmp_path):
-    write(tmp_path, {'runs/__init__.py': '', 'runs/tool.py': ASK % (['__main__', 'runs', 'runs.tool'],)})
+    write(tmp_path,
+          {'runs/__init__.py': '', 'runs/tool.py': ASK % (['__main__', 'runs', 'runs.tool'],)})
     assert run(tmp_path, sys.executable, '-m', 'runs.tool') == ['BY_VALUE', 'OWN', 'OWN']
 
 
@@ -717,8 +860,9 @@ def test_children_started_by_spawn(tmp_path):
     write(tmp_path, {'beside.py': '', 'script.py': '''
         import multiprocessing, beside, sys
         def ask():
-            import dispy
-            print(dispy.own_modules.kind('__mp_main__').name, dispy.own_modules.kind(ask.__module__).name, dispy.own_modules.kind('beside').name)
+            from dispy import own_modules
+            for name in ('__mp_main__', ask.__module__, 'beside'):
+                print(own_modules.kind(name).name)
         if __name__ == '__main__':
             child = multiprocessing.get_context('spawn').Process(target=ask)
             child.start()
@@ -730,13 +874,16 @@ def test_children_started_by_spawn(tmp_path):
 @pytest.mark.parametrize('mode', ['importlib', 'prepend'])
 def test_modules_that_pytest_imports(tmp_path, mode):
     write(tmp_path, {'src/inside/__init__.py': '', 'tests/helper.py': '', 'tests/test_asks.py': '''
-        import sys, inside, dispy
+        import sys, inside
+        from dispy import own_modules
         def test_kinds():
             with open('kinds', 'w') as file:
-                print(dispy.own_modules.kind(__name__).name, dispy.own_modules.kind('inside').name, file=file)
+                print(own_modules.kind(__name__).name, own_modules.kind('inside').name, file=file)
         ''', 'pytest.ini': '[pytest]\n'})
-    script = 'import sys; del sys.path[0]; import pytest; sys.exit(pytest.main(sys.argv[1:]))'   # as the command pytest does
-    run(tmp_path, sys.executable, '-c', script, '-q', '-p', 'no:cacheprovider', '--import-mode', mode, 'tests',
+    # As the command pytest does, which does not look into the directory that it is started in.
+    script = 'import sys; del sys.path[0]; import pytest; sys.exit(pytest.main(sys.argv[1:]))'
+    run(tmp_path, sys.executable, '-c', script, '-q', '-p', 'no:cacheprovider', '--import-mode',
+        mode, 'tests',
         PYTHONPATH=os.pathsep.join([str(tmp_path / 'src'), ROOT]))
     expected = 'BY_VALUE OWN' if mode == 'importlib' else 'OWN OWN'
     assert (tmp_path / 'kinds').read_text().strip() == expected
@@ -744,19 +891,23 @@ def test_modules_that_pytest_imports(tmp_path, mode):
 
 def test_zip_applications(tmp_path):
     write(tmp_path / 'app', {
-        '__main__.py': ASK % (['zown', 'zown.sub', 'zvendored', 'single', 'dispy', '__main__'],) + '''
+        '__main__.py': ASK % (['zown', 'zown.sub', 'zvendored', 'single', 'dispy', '__main__'],)
+        + '''
 closure = dispy.own_modules.closure(['zown.sub'])
 files = dispy.own_modules.files(closure)
 print(*files)
-print(dispy.own_modules.rows(files) == dispy.own_modules.rows(files), dispy.own_modules.changed(closure))
+rows = dispy.own_modules.rows(files)
+print(rows == dispy.own_modules.rows(files), dispy.own_modules.changed(closure))
 for name, size, digest, mode in dispy.own_modules.rows(files):
     import hashlib
     content = files[name].read()
     assert (len(content), hashlib.sha256(content).digest()) == (size, digest), name
 print(files['zown/data/table.csv'].read().decode())
 ''',
-        'zown/__init__.py': '', 'zown/sub.py': 'import zvendored, single', 'zown/data/table.csv': 'table', 'zown/.hidden': '',
-        'zown/inner/__init__.py': '', 'zown/inner/other.txt': '', 'zvendored/__init__.py': '', 'single.py': '',
+        'zown/__init__.py': '', 'zown/sub.py': 'import zvendored, single',
+        'zown/data/table.csv': 'table', 'zown/.hidden': '',
+        'zown/inner/__init__.py': '', 'zown/inner/other.txt': '', 'zvendored/__init__.py': '',
+        'single.py': '',
         'zvendored-1.0.dist-info/RECORD': 'zvendored/__init__.py,,\n'})
     for module in (dispy, sys.modules['dispynode']):
         shutil.copy(module.__file__, str(tmp_path / 'app'))
@@ -764,50 +915,59 @@ print(files['zown/data/table.csv'].read().decode())
     packages = os.path.dirname(os.path.dirname(cloudpickle.__file__))
     assert run(tmp_path, sys.executable, 'app.pyz', PYTHONPATH=packages) == [
         'OWN', 'OWN', 'INSTALLED', 'OWN', 'INSTALLED', 'BY_VALUE',
-        'zown/__init__.py', 'zown/sub.py', 'single.py', 'zown/data/table.csv', 'True', '[]', 'table']
+        'zown/__init__.py', 'zown/sub.py', 'single.py', 'zown/data/table.csv', 'True', '[]',
+        'table']
 
 
 def test_an_import_of_dispy_loads_no_metadata():
-    loaded = run(ROOT, sys.executable, '-c', 'import sys, dispy; print(*(set(sys.modules) & {"importlib.metadata", "zipfile", "csv"}) or ["none"])')
-    before = run(ROOT, sys.executable, '-c', 'import sys, cloudpickle, psutil; print(*(set(sys.modules) & {"importlib.metadata", "zipfile", "csv"}) or ["none"])')
-    assert loaded == before
+    show = 'print(*(set(sys.modules) & {"importlib.metadata", "zipfile", "csv"}) or ["none"])'
+    loaded = run(ROOT, sys.executable, '-c', 'import sys, dispy; ' + show)
+    assert loaded == run(ROOT, sys.executable, '-c', 'import sys, cloudpickle, psutil; ' + show)
 
 
 # Closures
 
 def test_closure_follows_imports_and_packages(own):
     own.write({
-        'top/__init__.py': 'from . import shown', 'top/shown.py': 'import json, numpy', 'top/unused.py': '',
+        'top/__init__.py': 'from . import shown', 'top/shown.py': 'import json, numpy',
+        'top/unused.py': '',
         'top/deep/__init__.py': '', 'top/deep/mod.py': '''
             from ..lazy import value
             def f():
                 from top import late
             if False:
                 import conditional
-        ''', 'top/lazy.py': 'import top.deep.mod', 'top/late.py': '', 'conditional.py': 'import nosuchmodule', 'alone.py': ''})
+        ''', 'top/lazy.py': 'import top.deep.mod', 'top/late.py': '',
+        'conditional.py': 'import nosuchmodule', 'alone.py': ''})
     assert targets(own.closure(['top.deep.mod'])) == [
-        'top/__init__.py', 'top/deep/__init__.py', 'top/deep/mod.py', 'top/shown.py', 'top/lazy.py', 'top/late.py', 'conditional.py']
+        'top/__init__.py', 'top/deep/__init__.py', 'top/deep/mod.py', 'top/shown.py', 'top/lazy.py',
+        'top/late.py', 'conditional.py']
 
 
 def test_closure_is_the_same_for_each_order_of_names(own):
     own.write({'ca.py': 'import cb', 'cb.py': 'import cc', 'cc.py': 'import ca'})
-    assert targets(own.closure(['cc', 'ca'])) == targets(own.closure(['ca', 'cc', 'ca'])) == ['ca.py', 'cc.py', 'cb.py']
+    for names in (['cc', 'ca'], ['ca', 'cc', 'ca'], {'cc', 'ca'}):
+        assert targets(own.closure(names)) == ['ca.py', 'cc.py', 'cb.py']
 
 
 def test_chains_lead_from_what_was_asked_for(own):
     own.write({'ka.py': 'import kb', 'kb/__init__.py': 'from . import kc', 'kb/kc.py': ''})
-    assert [file.chain for file in own.closure(['ka'])] == [('ka',), ('ka', 'kb'), ('ka', 'kb', 'kb.kc')]
+    assert [file.chain
+            for file in own.closure(['ka'])] == [('ka',), ('ka', 'kb'), ('ka', 'kb', 'kb.kc')]
 
 
 def test_from_import_of_names_and_of_submodules(own):
-    own.write({'fi/__init__.py': 'value = 1', 'fi/sub.py': '', 'fi/value.py': '', 'user1.py': 'from fi import sub, value'})
-    assert targets(own.closure(['user1'])) == ['user1.py', 'fi/__init__.py', 'fi/sub.py', 'fi/value.py']
+    own.write({'fi/__init__.py': 'value = 1', 'fi/sub.py': '', 'fi/value.py': '',
+               'user1.py': 'from fi import sub, value'})
+    assert targets(own.closure(['user1'])) == ['user1.py', 'fi/__init__.py', 'fi/sub.py',
+                                               'fi/value.py']
     importlib.import_module('fi')   # now it is known what fi.value is
     assert targets(own.closure(['user1'])) == ['user1.py', 'fi/__init__.py', 'fi/sub.py']
 
 
 def test_star_imports(own):
-    own.write({'sa/__init__.py': '__all__ = ["x", "y"]', 'sa/x.py': '', 'sa/z.py': '', 'sb/__init__.py': '', 'sb/x.py': '', 'sb/z.py': '',
+    own.write({'sa/__init__.py': '__all__ = ["x", "y"]', 'sa/x.py': '', 'sa/z.py': '',
+               'sb/__init__.py': '', 'sb/x.py': '', 'sb/z.py': '',
                'user2.py': 'from sa import *', 'user3.py': 'from sb import *'})
     assert targets(own.closure(['user2'])) == ['user2.py', 'sa/__init__.py', 'sa/x.py']
     assert targets(own.closure(['user3'])) == ['user3.py', 'sb/__init__.py']
@@ -816,22 +976,27 @@ def test_star_imports(own):
 
 
 def test_shipped_modules_are_left_out_but_not_what_they_import(own):
-    own.write({'sh/__init__.py': '', 'sh/sub.py': 'import beyond', 'beyond.py': '', 'user4.py': 'import sh.sub'})
+    own.write({'sh/__init__.py': '', 'sh/sub.py': 'import beyond', 'beyond.py': '',
+               'user4.py': 'import sh.sub'})
     assert targets(own.closure(['user4'], ['sh'])) == ['user4.py', 'beyond.py']
-    assert targets(own.closure(['user4'], ['sh.sub'])) == ['user4.py', 'sh/__init__.py', 'beyond.py']
+    assert targets(own.closure(['user4'], ['sh.sub'])) == ['user4.py', 'sh/__init__.py',
+                                                           'beyond.py']
 
 
 def test_namespace_packages_give_code_only(own):
-    own.write({'ns/sub/mod.py': 'from ns.other import thing', 'ns/other/thing.py': '', 'ns/sub/data.txt': ''})
+    own.write({'ns/sub/mod.py': 'from ns.other import thing', 'ns/other/thing.py': '',
+               'ns/sub/data.txt': ''})
     closure = own.closure(['ns.sub.mod'])
     assert list(own.files(closure)) == ['ns/sub/mod.py', 'ns/other/thing.py']
 
 
 def test_extension_modules_keep_their_names(own):
     suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
-    own.write({'ex/__init__.py': 'from . import _fast', 'ex/_fast' + suffix: b'', 'ex/_unused' + suffix: b'', 'ex/__init__.pyi': ''})
+    own.write({'ex/__init__.py': 'from . import _fast', 'ex/_fast' + suffix: b'',
+               'ex/_unused' + suffix: b'', 'ex/__init__.pyi': ''})
     closure = own.closure(['ex'])
-    assert [(file.target, file.is_extension, file.is_package, file.source is None) for file in closure] == [
+    assert [(file.target, file.is_extension, file.is_package, file.source is None)
+            for file in closure] == [
         ('ex/__init__.py', False, True, False), ('ex/_fast' + suffix, True, False, True)]
     assert list(own.files(closure)) == ['ex/__init__.py', 'ex/_fast' + suffix, 'ex/__init__.pyi']
 
@@ -877,12 +1042,15 @@ def test_the_parse_of_a_module_that_is_not_loaded_is_that_of_its_file(own):
 # Files
 
 def data_of(instance, name):
-    return [target for target in instance.files(instance.closure([name])) if not target.endswith('.py')]
+    return [target for target in instance.files(instance.closure([name]))
+            if not target.endswith('.py')]
 
 
 def test_data_files_of_packages(own, tmp_path):
-    own.write({'dp/__init__.py': '', 'dp/a.txt': '', 'dp/tables/b.csv': '', 'dp/tables/deep/c.csv': '', 'dp/.hidden': '', 'dp/.git/x': '',
-               'dp/__pycache__/d.txt': '', 'dp/unused.py': '', 'dp/tables/script.py': '', 'dp/e.pyc': '', 'dp/inner/__init__.py': '',
+    own.write({'dp/__init__.py': '', 'dp/a.txt': '', 'dp/tables/b.csv': '',
+               'dp/tables/deep/c.csv': '', 'dp/.hidden': '', 'dp/.git/x': '',
+               'dp/__pycache__/d.txt': '', 'dp/unused.py': '', 'dp/tables/script.py': '',
+               'dp/e.pyc': '', 'dp/inner/__init__.py': '',
                'dp/inner/f.txt': '', 'dp/odd\\name': '', 'dp/\xe4.txt': ''})
     if hasattr(os, 'mkfifo'):
         os.mkfifo(str(tmp_path / 'dp' / 'fifo'))
@@ -892,8 +1060,10 @@ def test_data_files_of_packages(own, tmp_path):
     os.symlink(str(outside), str(tmp_path / 'dp' / 'directory'))
     os.symlink(str(outside / 'nosuch'), str(tmp_path / 'dp' / 'dangling'))
     os.symlink('/dev/null', str(tmp_path / 'dp' / 'device'))
-    assert data_of(own, 'dp') == ['dp/a.txt', 'dp/g.txt', 'dp/\xe4.txt', 'dp/tables/b.csv', 'dp/tables/deep/c.csv']
-    assert data_of(own, 'dp.inner') == ['dp/a.txt', 'dp/g.txt', 'dp/\xe4.txt', 'dp/tables/b.csv', 'dp/tables/deep/c.csv', 'dp/inner/f.txt']
+    assert data_of(own, 'dp') == ['dp/a.txt', 'dp/g.txt', 'dp/\xe4.txt', 'dp/tables/b.csv',
+                                  'dp/tables/deep/c.csv']
+    assert data_of(own, 'dp.inner') == ['dp/a.txt', 'dp/g.txt', 'dp/\xe4.txt', 'dp/tables/b.csv',
+                                        'dp/tables/deep/c.csv', 'dp/inner/f.txt']
 
 
 def test_files_beside_a_module_that_is_in_no_package_stay(own):
@@ -901,23 +1071,28 @@ def test_files_beside_a_module_that_is_in_no_package_stay(own):
     assert data_of(own, 'single1') == []
 
 
-@pytest.mark.skipif('.so' not in importlib.machinery.EXTENSION_SUFFIXES, reason='no such suffix here')
+@pytest.mark.skipif('.so' not in importlib.machinery.EXTENSION_SUFFIXES,
+                    reason='no such suffix here')
 def test_shared_libraries_are_data_and_extension_modules_are_not(own):
-    own.write({'sl/__init__.py': '', 'sl/libfoo.so': b'\x7fELF foo_init', 'sl/_fast.so': b'\x7fELF PyInit__fast', 'sl/lib-foo.so': b'', 'sl/x.so.1': b''})
+    own.write({'sl/__init__.py': '', 'sl/libfoo.so': b'\x7fELF foo_init',
+               'sl/_fast.so': b'\x7fELF PyInit__fast', 'sl/lib-foo.so': b'', 'sl/x.so.1': b''})
     assert data_of(own, 'sl') == ['sl/lib-foo.so', 'sl/libfoo.so', 'sl/x.so.1']
 
 
 def test_data_beyond_the_limit_stays_and_that_is_said_once(own, tmp_path, caplog):
-    own.write({'big/__init__.py': '', 'big/a': '', 'big/b': '', 'big/c': 'small', 'big/inner/__init__.py': '', 'big/inner/d': ''})
+    own.write({'big/__init__.py': '', 'big/a': '', 'big/b': '', 'big/c': 'small',
+               'big/inner/__init__.py': '', 'big/inner/d': ''})
     for name in ('big/a', 'big/b', 'big/inner/d'):
         with open(str(tmp_path / name), 'wb') as file:
             file.truncate(dispy.PACKAGE_DATA - 100)
     with caplog.at_level(logging.WARNING, 'dispy'):
         for _ in range(2):
-            assert data_of(own, 'big.inner') == ['big/a', 'big/c', 'big/inner/d']   # the limit is one for each package
+            # The limit is one for each package.
+            assert data_of(own, 'big.inner') == ['big/a', 'big/c', 'big/inner/d']
     text, = [record.getMessage() for record in caplog.records]
-    assert text == ('package big has more data files than the 20 MB that travel with a package: 1 files of 20.0 MB, b among them, are not sent; '
-                    'list those that jobs need in depends=')
+    assert text == (
+        'package big has more data files than the 20 MB that travel with a package; not sent are '
+        '1 of 3 files (20.0 MB), the first of them big/b: list those that jobs need in depends=')
 
 
 def test_a_package_in_a_directory_of_very_many_files(own, caplog, monkeypatch):
@@ -938,7 +1113,8 @@ def counted(monkeypatch):
     read = []
     for name in ('_read_at_once', 'file_digest'):
         real = getattr(dispy, name)
-        monkeypatch.setattr(dispy, name, lambda path, *rest, real=real: read.append(os.path.basename(path)) or real(path, *rest))
+        monkeypatch.setattr(dispy, name, lambda path, *rest,
+                            real=real: read.append(os.path.basename(path)) or real(path, *rest))
     return read
 
 
@@ -946,7 +1122,8 @@ def test_rows(own, tmp_path):
     own.write({'rp/__init__.py': 'X = 1\n', 'rp/data': b'\0\1'})
     os.chmod(str(tmp_path / 'rp' / 'data'), 0o640)
     os.chmod(str(tmp_path / 'rp' / '__init__.py'), 0o755)
-    assert own.rows(own.files(own.closure(['rp']))) == [row_of('rp/__init__.py', b'X = 1\n', 0o755), row_of('rp/data', b'\0\1', 0o640)]
+    assert own.rows(own.files(own.closure(['rp']))) == [row_of('rp/__init__.py', b'X = 1\n', 0o755),
+                                                        row_of('rp/data', b'\0\1', 0o640)]
 
 
 def test_nothing_is_read_twice(own, monkeypatch):
@@ -1008,7 +1185,8 @@ def test_a_file_that_is_written_while_it_is_read(own, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(dispy, 'file_digest', digest)
-    files = {target: file for target, file in own.files(own.closure(['wr'])).items() if target == 'wr/data'}
+    files = {target: file for target,
+             file in own.files(own.closure(['wr'])).items() if target == 'wr/data'}
     row, = own.rows(files)
     assert row[:3] == row_of('wr/data', b'after that', 0)[:3]
 
@@ -1016,22 +1194,31 @@ def test_a_file_that_is_written_while_it_is_read(own, tmp_path, monkeypatch):
 # Installed packages that own modules use
 
 def test_packages_with_versions_and_chains(own):
-    own.write({'pa/__init__.py': 'import json, nosuch, cloudpickle\nfrom . import pb', 'pa/pb.py': 'try:\n import pytest\nexcept ImportError: pass',
-               'pa/pc.py': 'from _pytest.fixtures import fixture\nimport pytest', 'pd.py': 'import pa.pc'})
-    assert own.packages(own.closure(['pa'])) == {'pytest': (pytest.__version__, False, ('pa', 'pa.pb', 'pytest'))}
+    own.write({'pa/__init__.py': 'import json, nosuch, cloudpickle\nfrom . import pb',
+               'pa/pb.py': 'try:\n import pytest\nexcept ImportError: pass',
+               'pa/pc.py': 'from _pytest.fixtures import fixture\nimport pytest',
+               'pd.py': 'import pa.pc'})
+    assert own.packages(own.closure(['pa'])) == {
+        'pytest': (pytest.__version__, False, ('pa', 'pa.pb', 'pytest'))}
     assert own.packages(own.closure(['pd', 'pa'])) == {
-        '_pytest': (pytest.__version__, True, ('pd', 'pa.pc', '_pytest')), 'pytest': (pytest.__version__, True, ('pd', 'pa.pc', 'pytest'))}
+        '_pytest': (pytest.__version__, True, ('pd', 'pa.pc', '_pytest')),
+        'pytest': (pytest.__version__, True, ('pd', 'pa.pc', 'pytest'))}
 
 
 def test_versions_by_the_metadata_that_lists_a_package(own, tmp_path, monkeypatch):
     site = tmp_path / 'site-packages'
-    write(site, {'klearn/__init__.py': '', 'kit_klearn-3.4.5.dist-info/RECORD': 'klearn/__init__.py,,\n', 'bare/__init__.py': '',
-                 'told/__init__.py': '__version__ = "7.0"', 'gspace/part/__init__.py': '', 'gspace/mod.py': ''})
+    write(site, {'klearn/__init__.py': '',
+                 'kit_klearn-3.4.5.dist-info/RECORD': 'klearn/__init__.py,,\n',
+                 'bare/__init__.py': '',
+                 'told/__init__.py': '__version__ = "7.0"', 'gspace/part/__init__.py': '',
+                 'gspace/mod.py': ''})
     own.write({'pu.py': 'import klearn, bare, told\nfrom gspace import part\nimport gspace.mod'})
     monkeypatch.syspath_prepend(str(site))
     importlib.import_module('told')
     found = own.packages(own.closure(['pu']))
-    assert {name: row[0] for name, row in found.items()} == {'klearn': '3.4.5', 'bare': '', 'told': '7.0', 'gspace.part': '', 'gspace.mod': ''}
+    assert {name: row[0] for name,
+            row in found.items()} == {'klearn': '3.4.5', 'bare': '', 'told': '7.0',
+                                      'gspace.part': '', 'gspace.mod': ''}
 
 
 def test_the_version_of_scikit_learn(own):
@@ -1041,6 +1228,7 @@ def test_the_version_of_scikit_learn(own):
 
 
 def test_modules_that_use_dispy(own):
-    own.write({'ud.py': 'def f():\n from dispy import JobCluster', 'un1.py': 'import json, cloudpickle'})
+    own.write({'ud.py': 'def f():\n from dispy import JobCluster',
+               'un1.py': 'import json, cloudpickle'})
     assert own.uses_dispy(own.closure(['ud']))
     assert not own.uses_dispy(own.closure(['un1']))
