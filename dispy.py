@@ -1849,10 +1849,10 @@ class ModuleSource:
         """'' for what leads out of the package."""
         if not level:
             return module
-        parts = self._package.split('.')
-        parts = parts[:len(parts) - level + 1]
-        if not self._package or not parts:
+        parts = self._package.split('.') if self._package else []
+        if level > len(parts):
             return ''
+        parts = parts[:len(parts) - level + 1]
         return '.'.join(parts + [module] if module else parts)
 
     def _read_calls(self, tree: ast.Module) -> None:

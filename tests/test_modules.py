@@ -83,6 +83,9 @@ def run(directory, *command, **environment):
     ('from .. import b', [('top', ('b',), True)]),
     ('from ..a.c import b', [('top.a.c', ('b',), True)]),
     ('from ... import b', []),
+    ('from ...a import b', []),
+    ('from ....a import b', []),
+    ('from .....a import b', []),
     ('def f():\n import a', [('a', (), False)]),
     ('async def f():\n  async with x:\n   import a', [('a', (), False)]),
     ('class C:\n import a\n class D:\n  import b\n def f(self):\n  import c',
@@ -104,6 +107,10 @@ def run(directory, *command, **environment):
 ])
 def test_imports(text, expected):
     assert ModuleSource(text, 'top.pkg.mod').imports == expected
+
+
+def test_relative_imports_of_a_module_in_no_package():
+    assert ModuleSource('from . import a\nfrom .b import c\nfrom ..b import c', 'top').imports == []
 
 
 def test_relative_imports_of_a_package_begin_there():
@@ -367,6 +374,7 @@ def test_names_are_those_that_running_the_text_binds(statements):
     'class Paths:\n @staticmethod\n def root():\n  return __file__\nX = Paths.root()',
     'class Base:\n root = __file__\nclass Paths(Base): pass\nX = Paths()',
     'def f():\n global ROOT\n ROOT = __file__\nROOT = None\nX = ROOT',
+    'def f():\n global ROOT\n ROOT = ROOT or 1\n return ROOT\nROOT = __file__\nX = f()',
     'X = list(map(f, names))\ndef f(name):\n return join(__file__, name)',
     'import importlib.resources\nX = importlib.resources.files("m")',
     'from importlib import resources\nX = resources.files("m")',
