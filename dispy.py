@@ -2216,12 +2216,12 @@ class ModuleFinder:
             return ModuleKind.INSTALLED
         if self.installations.owner(holder, below):
             return ModuleKind.INSTALLED
+        if not path.endswith(tuple(importlib.machinery.all_suffixes())):
+            return ModuleKind.BY_VALUE   # a hook of the user's has loaded it; a node has none
         return ModuleKind.OWN
 
     def _leads_to(self, name: str, path: str) -> bool:
         """Whether an import of this name, elsewhere and by the same rules, would load this file."""
-        if not path.endswith(tuple(importlib.machinery.all_suffixes())):
-            return False
         if self._below_parent(name) is ModuleKind.BY_VALUE:
             return False
         spec = self._search(name)

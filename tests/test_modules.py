@@ -573,12 +573,20 @@ def test_a_path_that_is_gone_from_sys_path(own, tmp_path, monkeypatch):
 
 
 def test_a_file_that_only_a_hook_can_load_travels_by_value(own, tmp_path, monkeypatch):
-    own.write({'odd.hy': ''})
-    path = str(tmp_path / 'odd.hy')
-    loader = importlib.machinery.SourceFileLoader('odd', path)
-    spec = importlib.util.spec_from_file_location('odd', path, loader=loader)
-    monkeypatch.setitem(sys.modules, 'odd', importlib.util.module_from_spec(spec))
-    assert own.kind('odd') is ModuleKind.BY_VALUE
+    own.write({'odd.hy': 'X = 1', 'usesodd.py': 'import odd'})
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name == 'odd':
+                loader = importlib.machinery.SourceFileLoader('odd', str(tmp_path / 'odd.hy'))
+                return importlib.util.spec_from_loader('odd', loader)
+
+    monkeypatch.setattr(sys, 'meta_path', [*sys.meta_path, Finder])
+    for _ in range(2):
+        assert own.kind('odd') is ModuleKind.BY_VALUE
+        assert targets(own.closure(['usesodd'])) == ['usesodd.py']
+        importlib.import_module('odd')
 
 
 def test_what_is_registered_by_value_is_asked_each_time(own):
@@ -704,14 +712,15 @@ RECORD = '%s,sha256=x,10\n"with, comma.txt",,\n../../bin/x,,\n'
 
 
 def test_metadata_beside_a_module_says_that_it_is_installed(own):
-    own.write({'metapkg/__init__.py': '', 'metapkg/sub.py': '', 'metamod.py': '', 'mine.py': '',
+    own.write({'metapkg/__init__.py': '', 'metapkg/sub.py': '', 'metapkg/later.py': '',
+               'metamod.py': '', 'mine.py': '',
                'metapkg-1.0.dist-info/RECORD': RECORD % 'metapkg/__init__.py'
                + 'metapkg/sub.py,,\n',
                'metamod-2.0.egg-info/installed-files.txt': '../metamod.py\nPKG-INFO\n',
                'mine.egg-info/PKG-INFO': 'Name: mine', 'mine.egg-info/SOURCES.txt': 'mine.py'})
     assert [own.kind(name)
-            for name in ('metapkg', 'metapkg.sub', 'metamod',
-                         'mine')] == [ModuleKind.INSTALLED] * 3 + [ModuleKind.OWN]
+            for name in ('metapkg', 'metapkg.sub', 'metapkg.later', 'metamod',
+                         'mine')] == [ModuleKind.INSTALLED] * 4 + [ModuleKind.OWN]
     importlib.import_module('metapkg.sub')
     importlib.import_module('mine')
     assert OwnModules().kind('metapkg.sub') is ModuleKind.INSTALLED
