@@ -54,12 +54,13 @@ from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTu
 
 from dispy import (
     OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
-    NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState, Work, job_row, parse_nodes)
+    JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState,
+    Withdrawn, WithdrawAsked, Work, cpus_of, job_row, parse_nodes)
 from dispynode import (
     BUNDLE, BUNDLES, FRAME_FILL, GOES_ON, NODE_PORT, OF_MODULES, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
     Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
-    Offer, Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
-    Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, check_name, derive_key, discovery_reach, find_secret, frames,
+    Offer, Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return,
+    Role, Said, Shutdown, StartError, Started, Welcome, Where, __version__, beside, check_name, derive_key, discovery_reach, find_secret, frames,
     host_and_port, open_envelope, parse_arguments, pieces_of, positive, save_config, set_up_log, size_of, size_option, sized,
     unpack_error)
 
@@ -613,24 +614,10 @@ class Overview:
                 'heard': max(0.0, scheduler.clock() - peer.link.heard) if peer.link is not None else None}
 
     def _running(self, peer: Peer) -> Dict[str, Tuple[int, int]]:
-        """Computation -> jobs that run on a node and their CPUs: of each the first that were sent there. Where there is more than the
-        CPUs can take, the node shares them out evenly."""
-        node = self._scheduler.schedule.nodes.get(peer.key)
-        found: Dict[str, Tuple[int, int]] = {}
-        if node is None or not node.used:
-            return found
-        wants = sorted((min(part, node.limits[comp] or peer.offered), comp) for comp, part in node.parts.items() if part)
-        left = peer.offered
-        for place, (want, comp) in enumerate(wants):
-            most, jobs, used = min(want, -(-left // (len(wants) - place))), 0, 0
-            for work in node.flight[comp].values():
-                wide = work._options.get('cpus', 1) if work._options else 1
-                if used + wide > most:
-                    break
-                jobs, used = jobs + 1, used + wide
-            found[comp] = jobs, used
-            left -= used
-        return found
+        """Computation -> jobs that run on a node and their CPUs."""
+        schedule = self._scheduler.schedule
+        return {comp: (len(serials), sum(cpus_of(schedule.nodes[peer.key].flight[comp][serial]) for serial in serials))
+                for comp, serials in schedule.runs(peer.key).items()}
 
     def _ask(self, peer: Peer, comp: str, apart: float) -> None:
         """Ask a node what is there, `apart` s after the last time."""
@@ -655,7 +642,7 @@ class Overview:
     def _jobs(self, key: Any) -> List[tuple]:
         """Of a node: cluster, job, whether it runs, seconds that it has run or None."""
         peer = self._peer(key)
-        node, running, rows = self._scheduler.schedule.nodes.get(peer.key), self._running(peer), []  # type: Any, Dict[str, Tuple[int, int]], List[tuple]
+        node, running, rows = self._scheduler.schedule.nodes.get(peer.key), self._scheduler.schedule.runs(peer.key), []  # type: Any, Any, List[tuple]
         for remote in self._remotes() if node is not None else ():
             flight = node.flight.get(remote._comp)
             if not flight:
@@ -663,8 +650,10 @@ class Overview:
             self._ask(peer, remote._comp, 1.0)
             at, report = self._reports.get((peer.key, remote._comp), (0.0, None))
             runs = {serial: seconds + self._scheduler.now - at for serial, seconds in report.running} if report is not None else {}
-            for place, (serial, work) in enumerate(itertools.islice(flight.items(), PAGE - len(rows))):
-                rows.append((remote.number, work._client, serial in runs or place < running.get(remote._comp, (0, 0))[0], runs.get(serial)))  # type: ignore[attr-defined]
+            runs.update((serial, self._scheduler.now - since) for serial, since in node.begun[remote._comp].items())
+            there = set(running.get(remote._comp, ()))
+            for serial, work in itertools.islice(flight.items(), PAGE - len(rows)):
+                rows.append((remote.number, work._client, serial in there or serial in runs, runs.get(serial)))  # type: ignore[attr-defined]
         return rows
 
     def _arguments(self, jobs: list) -> list:
@@ -695,14 +684,8 @@ class Overview:
         return self._cancel_works([work for work in there if jobs is None or work._client in jobs])  # type: ignore[attr-defined]
 
     def _cancel_waiting(self, number: int) -> int:
-        """Jobs that do not run, also those that wait on nodes."""
-        comp, schedule = self._remote(number)._comp, self._scheduler.schedule
-        known, works = schedule.comps.get(comp), []  # type: Any, List[Any]
-        for node in known.nodes.values() if known is not None else ():
-            peer = self._scheduler._peers.get(node.key)
-            runs = self._running(peer).get(comp, (0, 0))[0] if peer is not None else 0
-            works += list(node.flight[comp].values())[runs:]
-        return self._cancel_works(known.waiting() + works if known is not None else [])
+        """Jobs that have not begun, also those that wait on nodes."""
+        return self._scheduler.cancel_waiting(self._remote(number)._comp)
 
     def _add(self, host: str, port: Optional[int]) -> int:
         """A node for all whose `nodes` mean it."""
@@ -775,7 +758,7 @@ class Scheduler(Driver):
         self._client_messages: Dict[type, Callable[[Link, Any], None]] = {
             Introduce: self._c_introduce, Compute: self._c_compute, File: self._c_file, Jobs: self._c_jobs, Cancel: self._c_cancel,
             Ack: self._c_ack, Done: self._c_done, FileKept: self._c_file_kept, Place: self._c_place, Reclaim: self._c_reclaim,
-            Call: self._c_call, Return: self._c_return, Recall: lambda link, message: self.say(link, Returned(message.comp, [])),
+            Call: self._c_call, Return: self._c_return, Recall: self._c_recall,
             Limit: lambda link, message: None, Query: lambda link, message: None, Shutdown: lambda link, message: None,
             Pulse: lambda link, message: None}
 
@@ -1204,6 +1187,18 @@ class Scheduler(Driver):
         for work in [remote.works[serial] for serial in message.serials if serial in remote.works] if remote is not None else ():
             self._act(self.schedule.handle(CancelAsked(work), self.now))
 
+    def _c_recall(self, link: Link, message: Recall) -> None:
+        """Jobs that shall be cancelled if they have not begun."""
+        remote = self._remote(link, message.comp)
+        self._take_submitted()
+        works = [remote.works[serial] for serial in message.serials if serial in remote.works] if remote is not None else []
+        self._act(self.schedule.handle(WithdrawAsked(works), self.now))
+
+    def _withdrawn(self, action: Withdrawn) -> None:
+        work, link = action.work, self._client_link(action.work._comp)
+        if link is not None and work._state in (JobState.RUNNING, JobState.PROVISIONAL):
+            self.say(link, Started(work._comp, [(work._client, self.schedule.ran(work))]))
+
     def _c_ack(self, link: Link, message: Ack) -> None:
         remote = self._remote(link, message.comp)
         if remote is not None:
@@ -1254,6 +1249,10 @@ class Scheduler(Driver):
             peer = self._peers.get(node.key)
             if serials and peer is not None:
                 self.say(self.links[remote.link], Where(remote._comp, (peer.ip_addr, peer.port, peer.name), serials))
+            rows = [(node.flight[remote._comp][serial]._client, self.now - since)  # type: ignore[attr-defined]
+                    for serial, since in node.begun[remote._comp].items()]
+            if rows:
+                self.say(self.links[remote.link], Started(remote._comp, rows))
 
     # -- questions of programs, and to them ---------------------------------------------------------------------
 
@@ -1457,6 +1456,11 @@ class Scheduler(Driver):
     def _payload_of(self, work: Any) -> Payload:
         """Of those that wait it is on the disk."""
         return self._state.payload(work._serial >> 16) if work._payload is None else work._payload
+
+    def _jobs_started(self, action: JobsStarted) -> None:
+        link = self._client_link(action.comp)
+        if link is not None:
+            self.say(link, Started(action.comp, [(work._client, ran) for work, ran in action.pairs]))
 
     def _jobs_ended(self, action: JobsEnded) -> None:
         remote: Any = self._clusters[action.comp]

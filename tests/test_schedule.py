@@ -7,8 +7,8 @@ import pytest
 
 from conftest import walk_seeds
 from dispy import (
-    LOST_TIMES, AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobParked, JobsEnded, JobState, JobWaits, NodeAway,
-    NodeDrained, NodeDrains, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned, Opened, Schedule, SendAck, SendCancel, SendJobs, SendRecall, Submitted, Work)
+    LOST_TIMES, AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobParked, JobsEnded, JobsStarted, JobState, JobWaits, NodeAway,
+    NodeDrained, NodeDrains, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted, Opened, Schedule, SendAck, SendCancel, SendJobs, SendRecall, Submitted, WithdrawAsked, Withdrawn, Work)
 from dispynode import Outcome, size_of
 
 WAITING = (JobState.CREATED, JobState.REQUEUED)
@@ -49,11 +49,13 @@ class Talk:
     def results(self, node, works, comp='c', outcome=Outcome.RETURNED, took=1.0):
         return self.tell(NodeResults(node, comp, [row(work, outcome, took) for work in works]))
 
-    def learn(self, took, comp='c', node='n'):
-        """Let it know how long jobs take, by one that ended."""
-        work = job(comp)
-        self.submit([work])
-        self.results(node, [work], comp, took=took)
+    def learn(self, took, comp='c', node='n', times=1):
+        """Let it know how long jobs take, by some that ended there."""
+        works = jobs(times, comp, node=node)
+        self.submit(works)
+        while works:
+            self.results(node, [work for work in works if work._state is JobState.SENT], comp, took=took)
+            works = [work for work in works if work._state not in ENDED]
 
 
 def only(actions, kind):
@@ -126,7 +128,7 @@ def test_queues_on_nodes_are_filled_evenly():
     talk = Talk()
     for name in 'abcd':
         talk.ready(name, 2)
-        talk.learn(0.001, node=name if name == 'a' else 'a')
+        talk.learn(0.001, node=name, times=100)
     assert counts(talk.submit(jobs(40))) == {'a': 10, 'b': 10, 'c': 10, 'd': 10}
 
 
@@ -139,17 +141,17 @@ def test_depth_by_length_of_jobs(took, most, why):
     talk = Talk()
     talk.ready('n', 4)
     if took is not None:
-        talk.learn(took)
+        talk.learn(took, times=5000)
     got = len(sent(talk.submit(jobs(20000))))
     assert most - 4 <= got <= most, why   # a float may round one less a CPU
     assert got >= 4
 
 
 def test_short_jobs_become_long():
-    """The mean is quick to rise: a few long ones, and the queue is shallow again."""
+    """The estimate is quick to rise: a few long ones, and the queue is shallow again."""
     talk, works = Talk(), jobs(2000)
     talk.ready('n')
-    talk.learn(0.001)
+    talk.learn(0.001, times=500)
     first = sent(talk.submit(works))
     assert len(first) > 90
     talk.results('n', first[:1], took=2.0)
@@ -160,7 +162,7 @@ def test_short_jobs_become_long():
 def test_a_node_is_not_given_more_bytes_ahead_than_the_bound():
     talk = Talk()
     talk.ready('n')
-    talk.learn(0.001)
+    talk.learn(0.001, times=500)
     size = AHEAD_BYTES // 4
     works = [job(payload=range(size)) for _ in range(50)]   # a range has a length and takes no memory
     assert len(sent(talk.submit(works))) == 5
@@ -230,10 +232,10 @@ def test_jobs_for_one_node_wait_for_it_and_go_first():
     pinned, other = job(node='b'), job()
     assert sent(talk.submit([pinned, other])) == [other]
     talk.ready('b', 1)
-    assert pinned._state is JobState.RUNNING and talk.schedule.nodes['b'].flight['c'] == {pinned._serial: pinned}
+    assert pinned._state is JobState.SENT and talk.schedule.nodes['b'].flight['c'] == {pinned._serial: pinned}
     more = [job(node='b'), job(node='b')]
     talk.submit(more)
-    assert all(work in talk.schedule.comps['c'].waiting() or work._state is JobState.RUNNING for work in more)
+    assert all(work in talk.schedule.comps['c'].waiting() or work._state is JobState.SENT for work in more)
     assert not only(talk.ready('d', 4), SendRecall), 'what is for one node is not called back for another'
     ended = only(talk.tell(Closed('c')), JobEnded)
     assert {action.work for action in ended} == {pinned, other, *more}
@@ -290,7 +292,7 @@ def test_a_result_that_comes_after_the_job_went_elsewhere_is_acknowledged_and_dr
     talk.tell(NodeLost('a', 'host-a', 'broken'))
     talk.ready('a', held=[late[0]])
     assert talk.tell(NodeResults('a', 'c', [late])) == [SendAck('a', 'c', [late[0]])]
-    assert work._state is JobState.RUNNING
+    assert work._state is JobState.SENT
     assert only(talk.results('b', [work]), JobsEnded)
 
 
@@ -457,7 +459,7 @@ def test_a_node_that_leaves_a_computation_keeps_the_others():
     talk.ready('n', 2, 'd')
     talk.submit([mine, other])
     talk.tell(NodeLeft('n', 'c', 'host', 'setup failed'))
-    assert mine._state is JobState.REQUEUED and other._state is JobState.RUNNING
+    assert mine._state is JobState.REQUEUED and other._state is JobState.SENT
     assert talk.tell(NodeLeft('n', 'c', 'host', 'again'), NodeLeft('unknown', 'c', 'x', 'y')) == []
     assert talk.schedule.nodes['n'].used == 1
 
@@ -508,7 +510,7 @@ def recall_scene(**options):
 
 def test_what_waits_on_one_node_is_called_back_for_an_idle_other():
     talk, works = recall_scene()
-    assert talk.ready('b') == [SendRecall('a', 'c', 1)]
+    assert talk.ready('b') == [SendRecall('a', 'c', [works[1]._serial])]
     assert talk.tell() == [], 'asked once'
     assert talk.tell(NodeReturned('a', 'c', [works[1]._serial])) == [JobWaits(works[1]), SendJobs('b', 'c', works[1:])]
 
@@ -537,7 +539,7 @@ def test_a_recall_that_was_lost_with_the_link_is_sent_again():
     talk, works = recall_scene()
     talk.ready('b')
     held = [work._serial for work in works]
-    assert talk.ready('a', held=held) == [SendRecall('a', 'c', 1)]
+    assert talk.ready('a', held=held) == [SendRecall('a', 'c', held[1:])]
 
 
 def test_recalled_jobs_keep_their_order():
@@ -556,7 +558,7 @@ def test_idle_cpus_are_used_although_another_client_waits_for_a_node():
     works = jobs(2)
     talk.ready('a')
     talk.submit(works)
-    assert talk.ready('b') == [SendRecall('a', 'c', 1)]
+    assert talk.ready('b') == [SendRecall('a', 'c', [works[1]._serial])]
 
 
 # -- several clients --------------------------------------------------------------------------------------
@@ -566,7 +568,7 @@ def busy(long=True, cpus=4):
     talk, works = Talk('c', 'd'), jobs(10000)
     talk.ready('n', cpus)
     talk.ready('n', cpus, 'd')
-    talk.learn(1.0 if long else 0.001)
+    talk.learn(1.0 if long else 0.001, times=1 if long else 1000)
     if long:
         talk.learn(1.0, 'd')
     return talk, works, sent(talk.submit(works))
@@ -621,7 +623,7 @@ def test_a_newcomer_is_served_although_the_other_clients_jobs_are_short():
     talk.submit(few)
     for _ in range(200):
         queue.extend(sent(talk.results('n', [queue.popleft() for _ in range(10)], took=0.001), comp='c'))
-        running = [work for work in few if work._state is JobState.RUNNING]
+        running = [work for work in few if work._state is JobState.SENT]
         if running:
             talk.results('n', running[:1], 'd')
         if few[-1]._state is JobState.FINISHED:
@@ -721,10 +723,13 @@ class ModelNode:
                 if (comp, serial) in self.waiting or ((comp, serial) in self.running and rng.random() < 0.8):
                     self.end((comp, serial), Outcome.CANCELLED, 0.0)
         elif kind is SendRecall:
-            keys = [key for key in reversed(self.waiting) if key[0] == comp][:what]
+            keys = [(comp, serial) for serial in what if (comp, serial) in self.waiting]
             for key in keys:
                 del self.waiting[key]
             self.outbox.append(NodeReturned(self.key, comp, [serial for _, serial in keys]))
+            begun = [(serial, 0.0) for serial in what if (comp, serial) in self.running]
+            if begun:
+                self.outbox.append(NodeStarted(self.key, comp, begun))
         else:
             for place in (self.waiting, self.running, self.results):
                 for key in [key for key in place if key[0] == comp]:
@@ -948,7 +953,9 @@ class Walk:
             if kind is JobEnded:
                 self.end(action.work)
             elif kind is JobWaits or kind is JobParked:
-                assert action.work._state in WAITING
+                assert action.work._state in WAITING or action.work._state is JobState.SENT   # again, in the same turn
+            elif kind is JobsStarted or kind is Withdrawn:
+                continue
             elif kind is JobsEnded:
                 for work, _ in action.pairs:
                     self.end(work)
@@ -963,7 +970,7 @@ class Walk:
                 if node.away:   # nothing can be sent, and nothing new is
                     assert kind is not SendJobs
                     continue
-                what = action.most if kind is SendRecall else self.rows(action) if kind is SendJobs else action.serials
+                what = self.rows(action) if kind is SendJobs else action.serials
                 node.inbox.append((kind, action.comp, what))
 
     def rows(self, action):
