@@ -115,7 +115,7 @@ def test_decoded_bytes_are_no_copy():
     assert decode(op, encoding, received).data.obj is received
 
 
-@pytest.mark.parametrize('op', [0, 15, 32, 45, 64, 69, 255])
+@pytest.mark.parametrize('op', [0, 15, 32, 46, 64, 69, 255])
 def test_unknown_messages_are_refused(op):
     with pytest.raises(PeerError, match='unknown'):
         decode(op, 0, pickle.dumps((), 5))
