@@ -812,8 +812,8 @@ class _Node:
         ahead = self.ahead[comp].jobs(self.horizon) // rivals
         begun = self.begun[comp]
         if ahead and begun:
-            late, flight = now - self.horizon, self.flight[comp]
-            stuck = sum(cpus_of(flight[serial]) for serial, since in begun.items() if since <= late)
+            horizon, flight = self.horizon, self.flight[comp]   # a sum, as the timer's: a difference is rounded
+            stuck = sum(cpus_of(flight[serial]) for serial, since in begun.items() if since + horizon <= now)
             return ahead * max(0, self.limits[comp] - stuck)
         return ahead * self.limits[comp]
 
@@ -1455,16 +1455,27 @@ class Schedule:
         for comp in rivals:
             limit = node.limits[comp.comp]
             reserve = min(node.reserve(comp.comp, self._now, len(rivals)), limit * shares[comp.comp])
-            while reserve or node.taken < node.cpus or (len(parts) > 1 and parts[comp.client] < max(1, limit // len(parts))):
+            while True:
                 source = comp.source(node.key)
                 work = source.head()
                 fits = limit if node.bytes <= AHEAD_BYTES else node.room(comp.comp)
-                if work is None or self._cpus(work) > fits or node.standing_before(comp, work) >= limit + reserve:
+                if work is None or self._cpus(work) > fits or not comp.may_wait_there(work):
                     break
-                if not comp.may_wait_there(work):
+                may_wait = (reserve or node.taken < node.cpus) and node.standing_before(comp, work) < limit + reserve
+                if not may_wait and not (len(parts) > 1 and self._is_choice(node, comp, parts)):
                     break
                 self._launch(node, comp, source.pop())
                 parts[comp.client] += self._cpus(work)
+
+    @staticmethod
+    def _is_choice(node: _Node, comp: _Comp, parts: Dict[str, int]) -> bool:
+        """Whether a node that several clients (of `parts`) share needs a job more of one, to have a choice when a CPU is free:
+        an even part of its jobs, and one behind them if all of them run."""
+        limit, part = node.limits[comp.comp], parts[comp.client]
+        if part < max(1, limit // len(parts)):
+            return True
+        return part <= limit and all(len(node.begun[name]) == len(node.flight[name])
+                                     for name, other in node.comps.items() if other.client == comp.client)
 
     def _launch(self, node: _Node, comp: _Comp, work: Work) -> None:
         self._move(work, 'send')
@@ -1499,7 +1510,8 @@ class Schedule:
             if spare <= 0 or comp.remote or name in node.draining:
                 continue
             reserve = node.reserve(name, self._now)
-            if spare > 2 * reserve:
+            choice = min(1, node.used - node.parts[name])   # see `_is_choice`
+            if spare > max(choice, 2 * reserve):
                 asked = sum(self._cpus(node.flight[name][serial]) for serial in node.recalled[name])
                 self._call_back(node, comp, self._movable(node, comp, spare - reserve - asked, math.inf, True), True)
 
