@@ -83,6 +83,7 @@ import zlib
 from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 import cloudpickle
+import psutil
 
 from dispynode import (
     ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
@@ -3976,9 +3977,15 @@ class NodeAllocate:
         self.host, self.port, self.cpus, self.depends, self.setup_args = host, port, cpus, depends, setup_args
 
     def allocate(self, cluster: 'JobCluster', ip_addr: str, name: str, cpus: int, avail_info: Any = None, platform: str = '') -> int:
-        """How many jobs to run there at once: 0 refuses the node, more than `cpus`, the number it offers, is allowed. May
-        set self.depends and self.setup_args. Called once a connection of the node, in a thread of the cluster's."""
-        return cpus
+        """How many jobs to run there at once: 0 refuses the node, more than `cpus`, the number it offers, is allowed, a
+        negative number leaves so many free. May set self.depends and self.setup_args. Called once a connection of the node,
+        in a thread of the cluster's. If it is not overridden, `cpus` of the constructor counts as in `nodes`."""
+        return limited(cpus, self.cpus)
+
+
+def limited(offered: int, cpus: int) -> int:
+    """CPUs to use of those that a node offers: at most so many; if that is negative, all but so many; if it is 0, all."""
+    return min(offered, cpus) if cpus > 0 else max(0, offered + cpus)
 
 
 class NodeSpec(NamedTuple):
@@ -4029,6 +4036,7 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['P
     cpus = allocator.allocate(cluster, peer.ip_addr, peer.name, peer.offered, avail_info=available, platform=peer.facts.get('platform', ''))
     if isinstance(cpus, bool) or not isinstance(cpus, int):
         raise TypeError('allocate() returned %.80r, which is no number of CPUs' % (cpus,))
+    cpus = max(0, peer.offered + cpus) if cpus < 0 else cpus
     paths: Dict[str, str] = {}
     bundles = cluster._bundles
     objects, _ = _sort_depends(allocator.depends, paths, bundles.known_globals)
@@ -4082,6 +4090,45 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
 # ---------------------------------------------------------------------------------------------------------
 # Journal: what a cluster with a recover_file has submitted, sent and got back
 # ---------------------------------------------------------------------------------------------------------
+
+def own_process() -> Tuple[str, int, str]:
+    """This process for others on the same machine, who may ask whether it has ended: machine, PID, when it began."""
+    return _machine(), os.getpid(), _start_of(os.getpid())
+
+
+def has_ended(process: Tuple[str, int, str]) -> Optional[bool]:
+    """Whether a process of this machine, as of `own_process`, has ended. None if that cannot be known: it is of another
+    machine or another container."""
+    machine, pid, start = process
+    if not start or machine != _machine():
+        return None
+    return _start_of(pid) != start
+
+
+@functools.lru_cache(maxsize=None)
+def _machine() -> str:
+    """This machine, since it was started; of containers each is one of its own."""
+    try:
+        with open('/proc/sys/kernel/random/boot_id') as file:
+            return '%s %s' % (file.read().strip(), os.readlink('/proc/self/ns/pid'))
+    except OSError:   # no Linux
+        return '%x %s' % (uuid.getnode(), socket.gethostname())
+
+
+def _start_of(pid: int) -> str:
+    """When a process began, to tell it from a later one of the same PID; empty if there is none, or nobody can say."""
+    try:
+        with open('/proc/%d/stat' % pid) as file:
+            fields = file.read().rpartition(')')[2].split()   # the name before it may hold anything
+        return '' if fields[0] in 'ZX' else fields[19]        # one that waits to be reaped has ended
+    except OSError:
+        if os.path.isdir('/proc/self'):
+            return ''
+    try:
+        return str(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return ''
+
 
 class Database:
     """A SQLite file in WAL mode, held by one process at a time. What happens is noted, and written in one transaction a turn,
@@ -4500,7 +4547,7 @@ class Peer:
             return min(use.wanted, self.offered) if use.wanted >= 0 else max(0, self.offered + use.wanted)
         if use.allocation is not None:
             return use.allocation.cpus if self.offered else 0
-        return min(self.offered, use.spec.cpus) if use.spec.cpus > 0 else max(0, self.offered + use.spec.cpus)
+        return limited(self.offered, use.spec.cpus)
 
     @property
     def place(self) -> str:
@@ -6187,11 +6234,12 @@ class JobCluster:
         self._monitors: Tuple[Monitor, ...] = ()             # replaced as a whole
         self._started = time.time()
         self._directory = os.getcwd()                        # files that jobs send come below it
+        path = recover_file or ('_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
+        self._recovers = bool(path)                          # another process may carry on
         self._reach_by(nodes is None and reach != 'off')
         self.recovered: List[DispyJob] = []
         self._recovery: Optional[Recovery] = None
         access = Access(find_secret(secret), certfile, keyfile, cafile, pulse, redial)
-        path = recover_file or ('_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
         self._journal = Journal(path) if path else None
         try:
             self._driver = Driver.acquire(access)
@@ -6835,7 +6883,8 @@ class SharedJobCluster(JobCluster):
 
     def _reach_by(self, probe: bool) -> None:
         self._probe = False
-        self._cargo.spec['shared'] = {'nodes': None if self._any else self._plain(self._specs), 'reentrant': self._reentrant,
+        self._cargo.spec['shared'] = {'recovers': self._recovers, 'process': own_process(),
+                                      'nodes': None if self._any else self._plain(self._specs), 'reentrant': self._reentrant,
                                       'exclusive': self._exclusive, 'cloudpickle': cloudpickle.__version__}
         self._specs = [self._scheduler]
 

@@ -55,7 +55,7 @@ from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTu
 from dispy import (
     OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
     JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState,
-    Withdrawn, WithdrawAsked, Work, cpus_of, job_row, parse_nodes)
+    Withdrawn, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
     BUNDLE, BUNDLES, FRAME_FILL, GOES_ON, NODE_PORT, OF_MODULES, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
     Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
@@ -75,6 +75,8 @@ LARGE = 64 * 1024             # bytes from which arguments and results are files
 RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
 REMOVED_MOST = 1000           # acknowledged results that may wait to be removed from the disk
 HTTPD_PORT = 8181             # of the web monitor
+GONE_TIME = 60.0              # s after which what waits is cancelled for a program whose connection has ended
+GONE_LOOKS = 1.0              # s between looks whether the process of such a program has ended
 RETRY_TIME = 1.0              # s between attempts to write to a disk that was full
 PAGE = 500                    # rows of an answer to a monitor at most
 FAILURES_KEPT, FAILURES_PAGE, FAILURE_TEXT = 500, 100, 8000   # failed jobs, those told at once, characters of a traceback
@@ -92,7 +94,7 @@ class State(Database):
     """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of computations in
     <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
     MARK, VERSION, SYNC = 0x64735335, 1, 'FULL'
-    WAITING, SENT, ENDED = range(3)
+    WAITING, SENT, ENDED, DROPPED = range(4)
     TABLES = """
         CREATE TABLE own (name TEXT PRIMARY KEY, value BLOB);
         CREATE TABLE comps (place INTEGER PRIMARY KEY, comp TEXT UNIQUE, client BLOB, spec BLOB);
@@ -100,13 +102,14 @@ class State(Database):
             attempt INTEGER, node INTEGER, result BLOB);
         CREATE TABLE nodes (place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT, instance BLOB)
         """   # rows of jobs name others by their places, and hardly grow when they are sent: pages need not be split then
-    COMP, OVER, INSERT, MOVE, END, REMOVE, NODE = range(7)
+    COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE = range(8)
     STATEMENTS = (
         'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
         'DELETE FROM comps WHERE comp = ?',
         'INSERT INTO jobs VALUES (?, ?, ?, ?, ?, 0, 0, 0, NULL)',
         'UPDATE jobs SET state = ?, attempt = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = 2, payload = NULL, result = ? WHERE number = ?',
+        'UPDATE jobs SET state = 3, payload = NULL WHERE number = ?',
         'DELETE FROM jobs WHERE number = ?',
         'INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?, ?)')
 
@@ -229,6 +232,13 @@ class State(Database):
             data = None
         self.note(self.END, data, number)
 
+    def dropped(self, number: int) -> None:
+        """A job is cancelled because its program is gone, which may still ask for it."""
+        self._large.pop((number, 'p'), None)
+        self.note(self.DROP, number)
+        if number in self._files:
+            self._gone.append(number)
+
     def removed(self, numbers: Sequence[int]) -> None:
         """A program has these results, or wants none."""
         self._notes[self.REMOVE] += [(number,) for number in numbers]
@@ -343,6 +353,40 @@ class RemoteAllocator(NamedTuple):
     number: int
 
 
+class Absence:
+    """What becomes of a computation whose program is away. One that has a recover_file is waited for. Of another, what has
+    not begun is cancelled after a while, or at once when its process is known to have ended; should the program come back
+    none the less, it is told and sends these jobs again."""
+
+    def __init__(self, recovers: bool, process: Any) -> None:
+        """`process` is as of `own_process`. Raises PeerError."""
+        if type(process) is not tuple or [type(part) for part in process] != [str, int, str]:
+            raise PeerError('a process is not described as it should be')
+        self._recovers, self._process = recovers, process
+        self._until = self.look_at = math.inf   # when it is gone, when its process is looked for next
+        self.gone = False
+        self.dropping: Set[Any] = set()         # jobs on nodes that are cancelled if they have not begun
+        self.dropped: Dict[int, int] = {}       # serials of jobs that were cancelled so, to their numbers
+
+    def begin(self, now: float, patience: float) -> None:
+        """The connection of the program has ended, or it has not come yet."""
+        if not self._recovers and not self.gone:
+            self._until = now + patience
+            self.look_at = now if has_ended(self._process) is not None else self._until
+
+    def end(self) -> None:
+        """The program is connected."""
+        self._until = self.look_at = math.inf
+        self.gone = False
+
+    def is_over(self, now: float) -> bool:
+        """Look for it, when `look_at` has come: whether it is gone now."""
+        self.look_at = min(self._until, now + GONE_LOOKS)
+        if now >= self._until or has_ended(self._process):
+            self.gone, self.look_at = True, math.inf
+        return self.gone
+
+
 class Remote:
     """A program's computation; to the driver it is a cluster. The loop's thread."""
     _host, _host_has_port, _multicast, _remote = None, False, False, False
@@ -355,6 +399,7 @@ class Remote:
         self.instance, self.link = client, 0
         self.directory = directory
         self._reentrant, self.exclusive, self.cloudpickle = shared['reentrant'], shared['exclusive'], shared['cloudpickle']
+        self.absence = Absence(bool(shared['recovers']), shared['process'])
         self._port = NODE_PORT
         self._specs = specs_of(shared['nodes'])
         self._source: Optional[Tuple[bytes, str]] = None
@@ -476,6 +521,7 @@ class Options(NamedTuple):
     zombie: float = ZOMBIE_TIME
     max_file_size: int = sys.maxsize
     multicast: bool = False
+    gone: float = GONE_TIME
 
 
 class Stop(NamedTuple):
@@ -817,11 +863,12 @@ class Scheduler(Driver):
             remote = Remote(comp, client, spec, self._directory_of(comp))
             remote.ready = True
             remote.given_up_at = self.now + self._options.zombie
+            remote.absence.begin(self.now, self._options.gone)
             waiting: List[RemoteWork] = []
             sent: Dict[Any, List[RemoteWork]] = {}
             for number, serial, options, state, own, node in self._state.jobs(comp):
-                if state == State.ENDED:
-                    remote.ended[serial] = number
+                if state in (State.ENDED, State.DROPPED):
+                    (remote.ended if state == State.ENDED else remote.absence.dropped)[serial] = number
                     continue
                 work = remote.works[serial] = RemoteWork(comp, None, options, own, serial)
                 if state == State.SENT and node in places:
@@ -934,6 +981,8 @@ class Scheduler(Driver):
             for frame in frames(Results, remote._comp, map(sized, remote.outbox)):
                 self.say(link, frame)
         remote.outbox = []
+        if self.now >= remote.absence.look_at and remote.absence.is_over(self.now):
+            self._drop_waiting(remote)
         if self.now >= remote.given_up_at and link is None and not remote.works:
             logger.warning('%s: its program has not come back: %d results are given up', remote.name, len(remote.ended))
             self._over(remote)
@@ -948,6 +997,7 @@ class Scheduler(Driver):
                     and not remote.works]
         if self._unread_until < math.inf:
             given_up.append(self._unread_until)
+        given_up += [remote.absence.look_at for remote in self._clusters.values() if isinstance(remote, Remote) and remote.absence.look_at < math.inf]
         times = [super().next_timer(), *given_up]
         return min((when for when in times if when is not None), default=None)
 
@@ -995,6 +1045,7 @@ class Scheduler(Driver):
                        if isinstance(remote, Remote) and remote.link == channel.number]:
             remote.link = 0
             remote.given_up_at = self.now + self._options.zombie
+            remote.absence.begin(self.now, self._options.gone)
             for call in list(remote.calls.values()):
                 call(('RuntimeError', 'its program is not connected'), None)
             remote.calls.clear()
@@ -1042,6 +1093,7 @@ class Scheduler(Driver):
                 self._break(self.links[remote.link], 'its program has connected anew')
             self._came_back(remote, link)
             if remote.ready:
+                self._send_again(remote, link)
                 self.say(link, Ready(message.comp, [*remote.works, *remote.ended]))
                 self._resend(remote)
                 for peer in self.peers_of(message.comp):   # perhaps because its program could not be asked
@@ -1049,7 +1101,8 @@ class Scheduler(Driver):
                         self._set_up(peer, message.comp)
                 return
         else:
-            if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {'nodes', 'reentrant', 'exclusive', 'cloudpickle'}:
+            if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {
+                    'nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process'}:
                 raise PeerError('a computation that is not for a scheduler')
             remote = Remote(message.comp, link.instance, message.spec, self._directory_of(message.comp))
             self._came_back(remote, link)
@@ -1060,6 +1113,45 @@ class Scheduler(Driver):
         remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
         remote.outbox = []
         self._reassign = True
+        absence = remote.absence
+        absence.end()
+        for work in absence.dropping:   # not answered yet: they wait again
+            self.schedule.keep(work)
+        absence.dropping.clear()
+
+    def _drop_waiting(self, remote: Remote) -> None:
+        """A program is gone: what has not begun is cancelled, what runs goes on to its end."""
+        self._take_submitted()
+        absence, known = remote.absence, self.schedule.comps.get(remote._comp)
+        if known is None:
+            return
+        there = [work for node in known.nodes.values() for work in node.flight[remote._comp].values() if work._state is JobState.SENT]
+        works = known.waiting() + there
+        absence.dropping.update(works)
+        if works:
+            logger.warning('%s: its program is gone; its %d jobs that have not begun are cancelled (--gone-after)', remote.name, len(works))
+        self._act(self.schedule.handle(WithdrawAsked(works), self.now))
+
+    def _dropped(self, remote: Remote, work: RemoteWork) -> None:
+        """One of these jobs has been cancelled."""
+        number = work._serial >> 16
+        if remote.works.pop(work._client, None) is None:
+            return
+        remote.absence.dropped[work._client] = number
+        remote.ends[2] += 1
+        if work._payload is not None:
+            self._kept -= OBJECT + len(work._payload)
+        self._state.dropped(number)
+        self._reassign = self._reassign or remote.exclusive
+
+    def _send_again(self, remote: Remote, link: Link) -> None:
+        """A program is back that was taken for gone."""
+        dropped = remote.absence.dropped
+        if dropped:
+            self._state.removed(list(dropped.values()))
+            self.say(link, Said(remote._comp, 'the scheduler has heard nothing of this program for a while and has cancelled %d jobs '
+                                'that had not begun (--gone-after); they are sent again' % len(dropped)))
+            dropped.clear()
 
     def _complete(self, remote: Remote, error: str) -> None:
         """All files of a new computation are there, or cannot be."""
@@ -1196,6 +1288,9 @@ class Scheduler(Driver):
 
     def _withdrawn(self, action: Withdrawn) -> None:
         work, link = action.work, self._client_link(action.work._comp)
+        remote = self._clusters.get(work._comp)
+        if isinstance(remote, Remote):
+            remote.absence.dropping.discard(work)
         if link is not None and work._state in (JobState.RUNNING, JobState.PROVISIONAL):
             self.say(link, Started(work._comp, [(work._client, self.schedule.ran(work))]))
 
@@ -1216,7 +1311,8 @@ class Scheduler(Driver):
             self.forget(comp)
             self.overview.over(remote)
             self._state.over(comp)
-            self._state.removed([*remote.ended.values(), *(work._serial >> 16 for work in remote.works.values())])
+            self._state.removed([*remote.ended.values(), *remote.absence.dropped.values(),
+                                 *(work._serial >> 16 for work in remote.works.values())])
             logger.info('%s: is over', remote.name)
         self._kept -= sum(OBJECT + len(work._payload) for work in remote.works.values() if work._payload is not None)
         remote.works.clear()
@@ -1236,6 +1332,12 @@ class Scheduler(Driver):
             self.say(link, Refused(message.comp, 'busy', 'its program is connected'))
             return
         self._came_back(remote, link)
+        text = b'cancelled: it had not begun when its program was gone, and the scheduler did not wait any longer (--gone-after)'
+        for serial, number in remote.absence.dropped.items():
+            self._state.ended(number, (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b''))
+        remote.ended.update(remote.absence.dropped)
+        remote.absence.dropped.clear()
+        self._state.commit()   # from where they are sent now
         self.say(link, Held(message.comp, [*remote.works, *remote.ended]))
         self._resend(remote)
 
@@ -1489,6 +1591,11 @@ class Scheduler(Driver):
         work, remote = action.work, self._clusters.get(action.work._comp)
         if isinstance(remote, Remote):
             outcome = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome.DIED}.get(work._state, Outcome.CANCELLED)
+            if work in remote.absence.dropping:
+                remote.absence.dropping.discard(work)
+                if outcome == Outcome.CANCELLED:
+                    self._dropped(remote, work)
+                    return
             self._end(remote, work, (work._client, int(outcome), 0.0, 0.0, action.text.encode('utf-8', 'replace'), b'', b''))
 
     def _job_waits(self, action: JobWaits) -> None:
@@ -1608,6 +1715,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--ipv4-udp-multicast', action='store_true', help='look for nodes by IPv4 multicast too')
     add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files of programs are refused (default: no limit)')
     add('--zombie-interval', type=positive, default=ZOMBIE_TIME / 60, metavar='MIN', help='minutes that results wait for a program that is gone (default: %(default)g)')
+    add('--gone-after', type=positive, default=GONE_TIME, metavar='S', help='seconds after which, when the connection to a program without '
+        'recover_file has ended, its jobs that have not begun are cancelled (default: %(default)g)')
     add('--state-dir', metavar='DIR', help='where jobs and results are kept (default: %s)' % default_state_dir(SCHEDULER_PORT).replace('%', '%%'))
     add('--fair', action='store_true', help='programs share CPUs evenly (default)')
     add('--fifo', action='store_true', help='programs are served in the order of their coming')
@@ -1645,7 +1754,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             tuple(args.host or ('',)), args.port, tuple(args.node), args.node_port, root,
             find_secret(args.cluster_secret, args.cluster_secret_file), find_secret(args.node_secret, args.node_secret_file),
             args.cluster_certfile, args.cluster_keyfile, args.node_certfile, args.node_keyfile, args.fifo, args.pulse_interval,
-            args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize, args.ipv4_udp_multicast))
+            args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize, args.ipv4_udp_multicast, args.gone_after))
         try:
             port = scheduler.start()
             monitor = _monitor(scheduler, port, args.httpd) if args.httpd is not None else None
