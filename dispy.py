@@ -87,7 +87,8 @@ import psutil
 
 from dispynode import (
     ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
-    SCHEDULER_PORT, Ack, Allowance, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, DurationEstimate, Ears,
+    SCHEDULER_PORT, Ack, Allowance, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done,
+    DurationEstimate, Ears,
     File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
     Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
     BUNDLE, BUNDLES, MODULES, OF_MODULES, Role, Said, Sealed, SecretError, Shutdown, Started, StateRow, Welcome, Where, __version__, beside,
@@ -107,7 +108,8 @@ __all__ = [
 
 AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it runs, however short they are
 AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
-RECALLS_MOST = 2              # times a job is called back for reasons of the schedule; then it is sent to idle CPUs only
+# Times a job is called back for reasons of the schedule; then it is sent to idle CPUs only
+RECALLS_MOST = 2
 WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
 MAX_PAYLOAD = 960 << 20       # bytes of one job's arguments; a frame holds a GiB
 LOST_MOST = 3                 # nodes a job may be lost with before it is given up
@@ -441,7 +443,8 @@ class DispyNode:
     ip_addr, port, name - where it is and what it calls itself
     state - what it is to this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling', 'connected', 'lost' or
         'closed'; reason - why it is not used, else ''
-    cpus - how many it offers; busy - jobs of this cluster that run there now, those that wait there not included
+    cpus - how many it offers; busy - jobs of this cluster that run there now, without those that wait
+        there
     jobs_done, cpu_time - jobs of this cluster that ended there, and the seconds that they ran
     platform - its operating system and processor; avail_info - DispyNodeAvailInfo of when it was connected
     """
@@ -496,8 +499,8 @@ class CancelAsked(NamedTuple):
 
 
 class WithdrawAsked(NamedTuple):
-    """The user wants these cancelled as far as they have not begun. For each of them it is answered by Withdrawn or, if it
-    waited, by JobEnded."""
+    """The user wants these cancelled as far as they have not begun. For each of them it is answered
+    by Withdrawn or, if it waited, by JobEnded."""
     works: list
 
 
@@ -731,10 +734,12 @@ class _Comp:
         self.pinned: Dict[Any, _Queue] = {}   # by node: jobs for that one alone
         self.parked: List[Work] = []          # wanting more CPUs than any node has
         self.estimate = DurationEstimate()    # of a job
-        self.called: Dict[int, int] = {}      # number of a job -> times that it was called back by the schedule
+        # Number of a job -> times that it was called back by the schedule
+        self.called: Dict[int, int] = {}
         self.withdrawn: Set[Work] = set()     # on nodes, and cancelled if they have not begun
         self.ranked = False                   # some jobs have a priority
-        self.served = 0                       # when a job of it was sent last, in numbers of the schedule
+        # When a job of it was sent last, in numbers of the schedule
+        self.served = 0
         self.flying = 0                       # CPUs of jobs on nodes
         self.running: Dict[int, '_Node'] = {}   # serial -> where
         self.nodes: Dict[Any, '_Node'] = {}     # where it is set up; of these:
@@ -762,6 +767,12 @@ class _Comp:
         """All jobs that wait."""
         return [work for queue in (self.queue, *self.pinned.values()) for work in queue] + self.parked
 
+    def not_begun(self) -> List[Work]:
+        """All that wait, and those on nodes that are not known to have begun."""
+        return self.waiting() + [work for node in self.nodes.values()
+                                 for work in node.flight[self.comp].values()
+                                 if work._state is JobState.SENT]
+
     def may_wait_there(self, work: Work) -> bool:
         """Whether a job may be sent to a node that has no idle CPU for it."""
         return not self.called or self.called.get(work._serial >> 16, 0) < RECALLS_MOST
@@ -769,8 +780,9 @@ class _Comp:
 
 class _Node:
     """A node in the schedule."""
-    __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'flight', 'comps', 'recalled', 'limits', 'parts', 'draining', 'away', 'offers',
-                 'taken', 'begun', 'ahead', 'ranks', 'trip', 'probe')
+    __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'flight', 'comps', 'recalled', 'limits',
+                 'parts', 'draining', 'away', 'offers', 'taken', 'begun', 'ahead', 'ranks', 'trip',
+                 'probe')
 
     def __init__(self, key: Any) -> None:
         self.key, self.name = key, str(key)
@@ -780,17 +792,21 @@ class _Node:
         self.taken = 0      # of these, no more of a computation than it may use
         self.bytes = 0      # of their arguments
         self.trip = 0.0     # s that a message to it and its answer take
-        self.probe: Optional[Tuple[int, float]] = None   # a job that was sent to an idle CPU, and when: what is over is the trip
+        # A job that was sent to an idle CPU, and when: what is over is the trip
+        self.probe: Optional[Tuple[int, float]] = None
         self.draining: Set[str] = set()
         self.away: Optional[NodeAway] = None
         self.comps: Dict[str, _Comp] = {}              # set up there; of each of them:
         self.flight: Dict[str, Dict[int, Work]] = {}   # serial -> work
         self.limits: Dict[str, int] = {}               # CPUs it may use there
         self.parts: Dict[str, int] = {}                # its part of `used`
-        self.begun: Dict[str, Dict[int, float]] = {}   # serial -> since when, of those that are known to run
-        self.recalled: Dict[str, Dict[int, bool]] = {}   # serial -> whether for reasons of the schedule, of those called back
+        # Serial -> since when, of those that are known to run
+        self.begun: Dict[str, Dict[int, float]] = {}
+        # Serial -> whether for reasons of the schedule, of those called back
+        self.recalled: Dict[str, Dict[int, bool]] = {}
         self.ahead: Dict[str, Allowance] = {}          # jobs a CPU that may wait there
-        self.ranks: Dict[str, Dict[int, int]] = {}     # priority -> CPUs, if the computation has priorities
+        # Priority -> CPUs, if the computation has priorities
+        self.ranks: Dict[str, Dict[int, int]] = {}
 
     def begin(self, comp: _Comp) -> None:
         """A computation is set up here, perhaps not for the first time."""
@@ -808,13 +824,15 @@ class _Node:
         return max(QUEUED_TIME, 2 * self.trip)
 
     def reserve(self, comp: str, now: float, rivals: int = 1) -> int:
-        """CPUs of jobs of a computation that may wait here, where so many share the node. A CPU whose job has run for as
-        long as that work was to last is not counted: nobody knows when it will be free."""
+        """CPUs of jobs of a computation that may wait here, where so many share the node. A CPU
+        whose job has run for as long as that work was to last is not counted: nobody knows when it
+        will be free."""
         ahead = self.ahead[comp].jobs(self.horizon) // rivals
         begun = self.begun[comp]
         if ahead and begun:
             horizon, flight = self.horizon, self.flight[comp]   # a sum, as the timer's: a difference is rounded
-            stuck = sum(cpus_of(flight[serial]) for serial, since in begun.items() if since + horizon <= now)
+            stuck = sum(cpus_of(flight[serial]) for serial, since in begun.items()
+                        if since + horizon <= now)
             return ahead * max(0, self.limits[comp] - stuck)
         return ahead * self.limits[comp]
 
@@ -845,7 +863,8 @@ class _Node:
 
     def forget(self, comp: str) -> None:
         """It is over here; nothing of it is in flight."""
-        for table in (self.flight, self.comps, self.limits, self.parts, self.begun, self.recalled, self.ahead, self.ranks):
+        for table in (self.flight, self.comps, self.limits, self.parts, self.begun, self.recalled,
+                      self.ahead, self.ranks):
             table.pop(comp, None)  # type: ignore[attr-defined]
         self.draining.discard(comp)
         self._count()
@@ -875,7 +894,8 @@ class Schedule:
         self._fifo = fifo
         self._numbers, self._orders = itertools.count(1), itertools.count()
         self._now = 0.0
-        self._late: List[Tuple[float, int, Any]] = []   # when a running job will be late, a number, its node
+        # When a running job will be late, a number, its node
+        self._late: List[Tuple[float, int, Any]] = []
         self._actions: List[Any] = []
         self._sends: Dict[Tuple[Any, str], List[Work]] = {}
         self._away: Dict[Any, _Node] = {}
@@ -884,8 +904,8 @@ class Schedule:
         self._dirty: Dict[Any, _Node] = {}          # nodes that something has happened to since the last flush
         self._handlers: Dict[type, Callable[[Any], None]] = {
             Unloadable: self._unloadable,
-            Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked, WithdrawAsked: self._withdraw_asked,
-            NodeStarted: self._node_started,
+            Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked,
+            WithdrawAsked: self._withdraw_asked, NodeStarted: self._node_started,
             NodeReady: self._node_ready, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
             NodeResults: self._node_results, NodeReturned: self._node_returned,
             NodeHad: self._node_had, NodeAway: self._node_away, NodeLost: self._node_lost, NodeLeft: self._node_left, Closed: self._closed,
@@ -925,13 +945,15 @@ class Schedule:
         return min(times + [self._late[0][0]] if self._late else times, default=None)
 
     def runs(self, key: Any) -> Dict[str, List[int]]:
-        """Computation -> serials of its jobs that run on a node: those that have said so, then the first of those sent there,
-        as far as there are CPUs. Where there is more than the CPUs can take, the node shares them out evenly."""
+        """Computation -> serials of its jobs that run on a node: those that have said so, then the
+        first of those sent there, as far as there are CPUs. Where there is more than the CPUs can
+        take, the node shares them out evenly."""
         node = self.nodes.get(key)
         found: Dict[str, List[int]] = {}
         if node is None or not node.used:
             return found
-        wants = sorted((min(part, node.limits[comp] or node.offers or part), comp) for comp, part in node.parts.items() if part)
+        wants = sorted((min(part, node.limits[comp] or node.offers or part), comp)
+                       for comp, part in node.parts.items() if part)
         left = node.cpus or node.offers or sum(want for want, _ in wants)
         for index, (want, comp) in enumerate(wants):
             flight, begun = node.flight[comp], node.begun[comp]
@@ -949,9 +971,11 @@ class Schedule:
 
     def ran(self, work: Work) -> float:
         """Seconds that a job has run, 0 if that is not known."""
-        node = self.comps[work._comp].running.get(work._serial) if work._comp in self.comps else None
-        since = node.begun[work._comp].get(work._serial, self._now) if node is not None else self._now
-        return self._now - since
+        comp = self.comps.get(work._comp)
+        node = comp.running.get(work._serial) if comp is not None else None
+        if node is None:
+            return 0.0
+        return self._now - node.begun[work._comp].get(work._serial, self._now)
 
     # -- small parts --------------------------------------------------------------------------------------
 
@@ -1016,8 +1040,9 @@ class Schedule:
                 for node in comp.nodes.values():
                     node.ranks[comp.comp] = collections.Counter({0: node.parts[comp.comp]})
             if not comp.idle and (not comp.flying or comp.ranked):
-                # All CPUs are taken, and it is new or may be urgent: some nodes get it into their queues. They give the
-                # next CPU to the computation that has fewest, and of its jobs to that of the highest priority.
+                # All CPUs are taken, and it is new or may be urgent: some nodes get it into their
+                # queues. They give the next CPU to the computation that has fewest, and of its jobs
+                # to that of the highest priority.
                 for node in itertools.islice(comp.nodes.values(), 64):
                     self._dirty[node.key] = node
 
@@ -1059,7 +1084,8 @@ class Schedule:
             node = comp.running.get(work._serial) if comp is not None else None
             if comp is not None and work._state in _WAITING:
                 self._cancel_waiting(work, comp)
-            elif comp is None or node is None or node.away is not None or work._state is not JobState.SENT:
+            elif comp is None or node is None or node.away is not None \
+                    or work._state is not JobState.SENT:
                 self._do(Withdrawn(work, work._state is JobState.CANCELLED))
             else:
                 comp.withdrawn.add(work)
@@ -1224,7 +1250,8 @@ class Schedule:
             self._answer(comp, work)
             pairs.append((work, ran))
             if not comp.remote:
-                heapq.heappush(self._late, (begun[serial] + node.horizon, next(self._orders), node.key))
+                late = begun[serial] + node.horizon
+                heapq.heappush(self._late, (late, next(self._orders), node.key))
         if pairs:
             self._dirty[node.key] = node
             self._do(JobsStarted(node.key, comp.comp, pairs))
@@ -1267,7 +1294,8 @@ class Schedule:
             if took:
                 durations.append(took)
             if node.probe is not None and node.probe[0] == row[0]:
-                node.trip, node.probe = min(node.trip, max(0.0, self._now - node.probe[1] - took)), None
+                node.trip = min(node.trip, max(0.0, self._now - node.probe[1] - took))
+                node.probe = None
             if comp.withdrawn:
                 self._answer(comp, work)
             if comp.called:
@@ -1310,7 +1338,8 @@ class Schedule:
             self._away[node.key] = self._dirty[node.key] = node
             for comp in node.comps.values():
                 comp.widest = None
-                for work in [work for work in comp.withdrawn if comp.running.get(work._serial) is node]:
+                there = [work for work in comp.withdrawn if comp.running.get(work._serial) is node]
+                for work in there:
                     self._answer(comp, work)
 
     def _back_again(self, node: _Node) -> None:
@@ -1344,8 +1373,9 @@ class Schedule:
             self._forget(node, comp)
 
     def _lost(self, comp: _Comp, work: Work, node_name: str, text: str) -> None:
-        """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it came, and whether it had
-        begun, whatever was known last. One that is known not to have begun comes by `_back`."""
+        """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it
+        came, and whether it had begun, whatever was known last. One that is known not to have begun
+        comes by `_back`."""
         self._answer(comp, work)
         work._lost += (node_name,)
         retries = work._options.get('retries') if work._options else None
@@ -1372,15 +1402,17 @@ class Schedule:
                 comp.idle[node.key] = node
             else:
                 comp.idle.pop(node.key, None)
-            if surplus and len(node.flight[name]) > len(node.begun[name]) + len(node.recalled[name]):
+            known = len(node.begun[name]) + len(node.recalled[name])
+            if surplus and len(node.flight[name]) > known:
                 comp.donors[node.key] = node
             else:
                 comp.donors.pop(node.key, None)
 
     def _distribute(self) -> None:
-        """First to CPUs that are idle; then to queues on the nodes that something has happened to. What this costs depends
-        on how many nodes that are, not on how many there are. While a job waits that may go to idle CPUs only, nothing is
-        sent to queues, or there would never be one."""
+        """First to CPUs that are idle; then to queues on the nodes that something has happened to.
+        What this costs depends on how many nodes that are, not on how many there are. While a job
+        waits that may go to idle CPUs only, nothing is sent to queues, or there would never be
+        one."""
         self._sends = {}
         waiting = self._still_waiting()
         while waiting:
@@ -1418,9 +1450,11 @@ class Schedule:
         return work is None or comp.may_wait_there(work)
 
     def _rank(self, comp: _Comp) -> Tuple[int, int, int]:
-        """Who has least of this is next: the CPUs of its client, of these its own, and the time when it was served last; or
-        its place in the order of coming."""
-        return (comp.order, 0, 0) if self._fifo else (self._flying[comp.client], comp.flying, comp.served)
+        """Who has least of this is next: the CPUs of its client, of these its own, and the time
+        when it was served last; or its place in the order of coming."""
+        if self._fifo:
+            return comp.order, 0, 0
+        return self._flying[comp.client], comp.flying, comp.served
 
     def _start_one(self, comp: _Comp) -> bool:
         """Send the next job to an idle CPU."""
@@ -1455,14 +1489,16 @@ class Schedule:
             rivals.sort(key=self._rank)
         for comp in rivals:
             limit = node.limits[comp.comp]
-            reserve = min(node.reserve(comp.comp, self._now, len(rivals)), limit * shares[comp.comp])
+            reserve = min(node.reserve(comp.comp, self._now, len(rivals)),
+                          limit * shares[comp.comp])
             while True:
                 source = comp.source(node.key)
                 work = source.head()
                 fits = limit if node.bytes <= AHEAD_BYTES else node.room(comp.comp)
                 if work is None or self._cpus(work) > fits or not comp.may_wait_there(work):
                     break
-                may_wait = (reserve or node.taken < node.cpus) and node.standing_before(comp, work) < limit + reserve
+                may_wait = (reserve or node.taken < node.cpus) \
+                    and node.standing_before(comp, work) < limit + reserve
                 if not may_wait and not (len(parts) > 1 and self._is_choice(node, comp, parts)):
                     break
                 self._launch(node, comp, source.pop())
@@ -1470,13 +1506,15 @@ class Schedule:
 
     @staticmethod
     def _is_choice(node: _Node, comp: _Comp, parts: Dict[str, int]) -> bool:
-        """Whether a node that several clients (of `parts`) share needs a job more of one, to have a choice when a CPU is free:
-        an even part of its jobs, and one behind them if all of them run."""
+        """Whether a node that several clients (of `parts`) share needs a job more of one, to have a
+        choice when a CPU is free: an even part of its jobs, and one behind them if all of them
+        run."""
         limit, part = node.limits[comp.comp], parts[comp.client]
         if part < max(1, limit // len(parts)):
             return True
-        return part <= limit and all(len(node.begun[name]) == len(node.flight[name])
-                                     for name, other in node.comps.items() if other.client == comp.client)
+        return part <= limit and all(
+            len(node.begun[name]) == len(node.flight[name])
+            for name, other in node.comps.items() if other.client == comp.client)
 
     def _launch(self, node: _Node, comp: _Comp, work: Work) -> None:
         self._move(work, 'send')
@@ -1504,8 +1542,9 @@ class Schedule:
         works.append(work)
 
     def _reduce(self, node: _Node) -> None:
-        """Call back what waits on a node beyond twice the bound that holds now: jobs turn out to be longer than those before
-        them, or some run that will not end soon. Twice, because estimates go up and down a little."""
+        """Call back what waits on a node beyond twice the bound that holds now: jobs turn out to be
+        longer than those before them, or some run that will not end soon. Twice, because estimates
+        go up and down a little."""
         for name, comp in node.comps.items() if node.away is None else ():
             spare = node.parts[name] - node.limits[name]
             if spare <= 0 or comp.remote or name in node.draining:
@@ -1514,7 +1553,8 @@ class Schedule:
             choice = min(1, node.used - node.parts[name])   # see `_is_choice`
             if spare > max(choice, 2 * reserve):
                 asked = sum(self._cpus(node.flight[name][serial]) for serial in node.recalled[name])
-                self._call_back(node, comp, self._movable(node, comp, spare - reserve - asked, math.inf, True), True)
+                most = spare - reserve - asked
+                self._call_back(node, comp, self._movable(node, comp, most, math.inf, True), True)
 
     def _balance(self) -> None:
         """Call back what waits on one node while CPUs of another are idle."""
@@ -1534,24 +1574,31 @@ class Schedule:
                     break
 
     def _movable(self, node: _Node, comp: _Comp, most: int, room: float, own: bool) -> List[int]:
-        """Serials of the last attempts on a node that may not have begun, of up to so many CPUs: those of low priority first;
-        if it is for reasons of our own, none that was called back too often. Less `room` than all: for another node."""
-        flight, begun, recalled = node.flight[comp.comp], node.begun[comp.comp], node.recalled[comp.comp]
+        """Serials of the last attempts on a node that may not have begun, of up to so many CPUs:
+        those of low priority first; if it is for reasons of our own, none that was called back too
+        often. Less `room` than all: for another node."""
+        begun, recalled = node.begun[comp.comp], node.recalled[comp.comp]
         serials: List[int] = []
-        order = reversed(list(flight.items())) if most > 0 else iter(())
-        for serial, work in sorted(order, key=lambda item: priority_of(item[1])) if comp.ranked else order:
+        last = list(node.flight[comp.comp].items())[::-1] if most > 0 else []
+        if comp.ranked:
+            last.sort(key=lambda item: priority_of(item[1]))
+        for serial, work in last:
             if most <= 0:
                 break
-            if serial in begun or serial in recalled or work._state is not JobState.SENT or (own and not comp.may_wait_there(work)):
+            if serial in begun or serial in recalled or work._state is not JobState.SENT:
                 continue
-            if room < math.inf and (self._cpus(work) > room or (work._options and 'node' in work._options)):
+            if own and not comp.may_wait_there(work):
+                continue
+            for_this_node = bool(work._options) and 'node' in work._options  # type: ignore[operator]
+            if room < math.inf and (self._cpus(work) > room or for_this_node):
                 break
             serials.append(serial)
             most -= self._cpus(work)
         return serials
 
     def _call_back(self, node: _Node, comp: _Comp, serials: List[int], own: bool) -> None:
-        """Ask a node for attempts; `own`: for reasons of the schedule, not because the user wants it."""
+        """Ask a node for attempts; `own`: for reasons of the schedule, not because the user wants
+        it."""
         if serials:
             node.recalled[comp.comp].update((serial, own) for serial in serials)
             self._do(SendRecall(node.key, comp.comp, serials))
@@ -3977,14 +4024,16 @@ class NodeAllocate:
         self.host, self.port, self.cpus, self.depends, self.setup_args = host, port, cpus, depends, setup_args
 
     def allocate(self, cluster: 'JobCluster', ip_addr: str, name: str, cpus: int, avail_info: Any = None, platform: str = '') -> int:
-        """How many jobs to run there at once: 0 refuses the node, more than `cpus`, the number it offers, is allowed, a
-        negative number leaves so many free. May set self.depends and self.setup_args. Called once a connection of the node,
-        in a thread of the cluster's. If it is not overridden, `cpus` of the constructor counts as in `nodes`."""
+        """How many jobs to run there at once: 0 refuses the node, more than `cpus`, the number it
+        offers, is allowed, a negative number leaves so many free. May set self.depends and
+        self.setup_args. Called once a connection of the node, in a thread of the cluster's. If it
+        is not overridden, `cpus` of the constructor counts as in `nodes`."""
         return limited(cpus, self.cpus)
 
 
 def limited(offered: int, cpus: int) -> int:
-    """CPUs to use of those that a node offers: at most so many; if that is negative, all but so many; if it is 0, all."""
+    """CPUs to use of those that a node offers: at most so many; if that is negative, all but so
+    many; if it is 0, all."""
     return min(offered, cpus) if cpus > 0 else max(0, offered + cpus)
 
 
@@ -4092,13 +4141,14 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
 # ---------------------------------------------------------------------------------------------------------
 
 def own_process() -> Tuple[str, int, str]:
-    """This process for others on the same machine, who may ask whether it has ended: machine, PID, when it began."""
+    """This process for others on the same machine, who may ask whether it has ended: machine, PID,
+    when it began."""
     return _machine(), os.getpid(), _start_of(os.getpid())
 
 
 def has_ended(process: Tuple[str, int, str]) -> Optional[bool]:
-    """Whether a process of this machine, as of `own_process`, has ended. None if that cannot be known: it is of another
-    machine or another container."""
+    """Whether a process of this machine, as of `own_process`, has ended. None if that cannot be
+    known: it is of another machine or another container."""
     machine, pid, start = process
     if not start or machine != _machine():
         return None
@@ -4116,11 +4166,13 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str:
-    """When a process began, to tell it from a later one of the same PID; empty if there is none, or nobody can say."""
+    """When a process began, to tell it from a later one of the same PID; empty if there is none, or
+    nobody can say."""
     try:
         with open('/proc/%d/stat' % pid) as file:
             fields = file.read().rpartition(')')[2].split()   # the name before it may hold anything
-        return '' if fields[0] in 'ZX' else fields[19]        # one that waits to be reaped has ended
+        # One that waits to be reaped has ended
+        return '' if fields[0] in 'ZX' else fields[19]
     except OSError:
         if os.path.isdir('/proc/self'):
             return ''
@@ -4739,7 +4791,8 @@ class Driver(Loop):
         self._journals: Dict[str, Journal] = {}      # computation -> where its jobs are written down
         self._reclaimed: Dict[str, 'Recovery'] = {}  # computations of programs that have crashed
         self._call_numbers = itertools.count(1)
-        self._withdrawals: Dict[Any, 'concurrent.futures.Future[bool]'] = {}   # jobs to be cancelled if they have not begun
+        # Jobs to be cancelled if they have not begun
+        self._withdrawals: Dict[Any, 'concurrent.futures.Future[bool]'] = {}
         self._strangers: Dict[Any, Peer] = {}        # instance or address -> one that cannot be used, and is no node that was named
         self._submitted: List[DispyJob] = []
         self._openers = Pool('dispy-opener', 2)
@@ -5000,8 +5053,7 @@ class Driver(Loop):
         self._take_submitted()
         known = self.schedule.comps.get(comp)
         if known is not None:
-            there = [work for node in known.nodes.values() for work in node.flight[comp].values() if work._state is JobState.SENT]
-            works = known.waiting() + there
+            works = known.not_begun()
             self._act(self.schedule.handle(WithdrawAsked(works), self.now))
             return len(works)
         return 0
@@ -5009,7 +5061,8 @@ class Driver(Loop):
     def withdraw_all(self, jobs: Sequence[DispyJob]) -> None:
         """Cancel those that have not begun."""
         self._take_submitted()
-        self._act(self.schedule.handle(WithdrawAsked([job for job in jobs if job._state not in ENDED]), self.now))
+        left = [job for job in jobs if job._state not in ENDED]
+        self._act(self.schedule.handle(WithdrawAsked(left), self.now))
 
     def withdraw(self, job: DispyJob) -> 'concurrent.futures.Future[bool]':
         """Cancel a job if it has not begun. The future tells whether it will never begin."""
@@ -5021,8 +5074,8 @@ class Driver(Loop):
         return future
 
     def keep(self, job: DispyJob) -> bool:
-        """The answer to `withdraw` is not waited for any longer: the job goes on if it has not ended. Whether it has been
-        cancelled."""
+        """The answer to `withdraw` is not waited for any longer: the job goes on if it has not
+        ended. Whether it has been cancelled."""
         future = self._withdrawals.pop(job, None)
         if future is not None:
             self.schedule.keep(job)
@@ -5797,7 +5850,9 @@ class Driver(Loop):
             self._clusters[message.comp]._node_came()
             self._tell_all(DispyNode.Initialized, peer, [message.comp])
             limit = self._tell_limit(peer, message.comp)   # before the first job
-            self._act(self.schedule.handle(NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered, peer.trip), self.now))
+            ready = NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered,
+                              peer.trip)
+            self._act(self.schedule.handle(ready, self.now))
 
     def _on_held(self, peer: Peer, message: Held) -> None:
         """The results come by themselves."""
@@ -5837,7 +5892,8 @@ class Driver(Loop):
 
     def _on_report(self, peer: Peer, message: Report) -> None:
         if message.running:
-            self._act(self.schedule.handle(NodeStarted(peer.key, message.comp, message.running), self.now))
+            started = NodeStarted(peer.key, message.comp, message.running)
+            self._act(self.schedule.handle(started, self.now))
         self._answer(peer, (message.comp, ''), message)
 
     def _job_of(self, peer: Peer, message: Any) -> Any:
@@ -6459,13 +6515,14 @@ class JobCluster:
         self._driver.ask(lambda: self._driver.cancel_waiting(self._comp))
 
     def _withdraw_all(self, jobs: Sequence[Any]) -> None:
-        """Cancel those that have not begun; the answers are not waited for. Any thread but the driver's."""
+        """Cancel those that have not begun; the answers are not waited for. Any thread but the
+        driver's."""
         with contextlib.suppress(RuntimeError):   # the driver has ended, and its jobs with it
             self._driver.ask(lambda: self._driver.withdraw_all(jobs))
 
     def _withdraw(self, job: DispyJob) -> bool:
-        """Cancel a job if it has not begun; whether it never will. Waits for the answer of its node for WITHDRAW_TIME; then
-        the job goes on. Any thread; without answer in the driver's."""
+        """Cancel a job if it has not begun; whether it never will. Waits for the answer of its node
+        for WITHDRAW_TIME; then the job goes on. Any thread; without answer in the driver's."""
         driver = self._driver
         if job.status in ENDED or driver.broken or threading.current_thread() is driver._thread:
             return job.status == DispyJob.Cancelled
@@ -6613,8 +6670,9 @@ class JobCluster:
         return self._command('set_cpus', node, cpus)  # type: ignore[no-any-return]
 
     def node_jobs(self, node: Any, from_node: bool = False) -> List[DispyJob]:
-        """Jobs of this cluster that have been sent to a node and have not ended: those that wait there are Created. With
-        `from_node` it is asked which of them run; only these are returned, as Running. Raises ValueError for an unknown node, RuntimeError if it is not connected."""
+        """Jobs of this cluster that have been sent to a node and have not ended: those that wait
+        there are Created. With `from_node` it is asked which of them run; only these are returned,
+        as Running. Raises ValueError for an unknown node, RuntimeError if it is not connected."""
         serials = self._command('jobs', node)
         if from_node:
             report = answer_of(self._command('question', node), CALL_TIME)
@@ -6729,7 +6787,8 @@ class JobCluster:
         seconds, finished = 0.0, 0
         for job, row in pairs:
             payload = job._payload
-            if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):   # nobody had told that it has begun
+            # Nobody had told that it has begun
+            if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
                 job.ip_addr = peer.ip_addr
                 if self._cluster_status is not None:
                     self._driver.post(Told(self, DispyJob.Running, peer, job))
@@ -6884,7 +6943,8 @@ class SharedJobCluster(JobCluster):
     def _reach_by(self, probe: bool) -> None:
         self._probe = False
         self._cargo.spec['shared'] = {'recovers': self._recovers, 'process': own_process(),
-                                      'nodes': None if self._any else self._plain(self._specs), 'reentrant': self._reentrant,
+                                      'nodes': None if self._any else self._plain(self._specs),
+                                      'reentrant': self._reentrant,
                                       'exclusive': self._exclusive, 'cloudpickle': cloudpickle.__version__}
         self._specs = [self._scheduler]
 
@@ -6962,7 +7022,8 @@ class SharedJobCluster(JobCluster):
             self._places.pop(job, None)
             job.status, job.ip_addr, job.start_time = DispyJob.Created, None, None
             return
-        self._places[job] = NodeRow((node[0], node[1]), node[0], node[1], node[2], 'ready', '', 0, 0, 0, {})
+        host, port, name = node
+        self._places[job] = NodeRow((host, port), host, port, name, 'ready', '', 0, 0, 0, {})
 
     def _began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
         super()._began(job, start, self._places.get(job, peer))
@@ -7122,8 +7183,9 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
         self.job: Optional[DispyJob] = None
 
     def cancel(self) -> bool:
-        """Cancel the call if it has not begun: its node is asked, and the answer is waited for, 1 s at most. Returns
-        whether it will never begin. As with other executors, what runs goes on (`cluster.cancel` ends that too). Any thread."""
+        """Cancel the call if it has not begun: its node is asked, and the answer is waited for, 1 s
+        at most. Returns whether it will never begin. As with other executors, what runs goes on
+        (`cluster.cancel` ends that too). Any thread."""
         if self.done():
             return self.cancelled()
         job = self.job
@@ -7198,11 +7260,13 @@ class DispyExecutor(concurrent.futures.Executor):
                 yield from chunk
 
     def _results(self, futures: List[DispyFuture], until: Optional[float]) -> Iterator[Any]:
-        """Results in order; when they are not wanted any more, the calls that have not begun are cancelled."""
+        """Results in order; when they are not wanted any more, the calls that have not begun are
+        cancelled."""
         futures.reverse()
         try:
             while futures:
-                yield futures[-1].result(None if until is None else max(0.0, until - time.monotonic()))
+                left = None if until is None else max(0.0, until - time.monotonic())
+                yield futures[-1].result(left)
                 futures.pop()
         finally:
             if futures:
@@ -7216,7 +7280,8 @@ class DispyExecutor(concurrent.futures.Executor):
             self.shutdown()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls; wait for those there are (`cancel_futures`: for those that have begun) and let the nodes go."""
+        """Take no more calls; wait for those there are (`cancel_futures`: for those that have
+        begun) and let the nodes go."""
         if cancel_futures:
             self.cluster.cancel_waiting()
         if wait:

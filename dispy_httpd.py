@@ -326,7 +326,8 @@ class Watched(Monitor):
         return rows
 
     def times(self, key: Any) -> Tuple[Dict[int, float], Set[int], bool]:
-        """Of a node: serial -> seconds that the job has run, which run as far as is known, whether output comes. The driver's thread."""
+        """Of a node: serial -> seconds that the job has run, which run as far as is known, whether
+        output comes. The driver's thread."""
         driver = self.cluster._driver
         peer = driver._peers[key]
         self.ask(peer, SAMPLES_APART)
@@ -364,7 +365,8 @@ class WatchedShared(Watched):
         return self._flights.get((row.ip_addr, row.name), {}) if row is not None else {}
 
     def runs(self, peer: Any) -> List[int]:
-        """As above: those that are known to have begun, then the first, as many as the scheduler says."""
+        """As above: those that are known to have begun, then the first, as many as the scheduler
+        says."""
         flight = self.flight(peer.key)
         begun = [serial for serial, job in flight.items() if job.status != dispy.DispyJob.Created]
         more = (serial for serial, job in flight.items() if job.status == dispy.DispyJob.Created)

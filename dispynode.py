@@ -106,7 +106,8 @@ RELEASED_TIME = 10.0          # s for which a client from which the node was tak
 QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 AHEAD_TIME = 0.005            # s of work that a worker may hold beyond what it runs
 AHEAD_MOST = 64               # jobs, the same
-BEGUN_TIME = 0.025            # s after which the client is told that a job runs, and its worker holds nothing behind it
+# S after which the client is told that a job runs, and its worker holds nothing behind it
+BEGUN_TIME = 0.025
 OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
 OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
 WORKER_AGAIN = 1.0            # s until it is tried again to start a worker
@@ -211,8 +212,9 @@ class Cancel(NamedTuple):
 
 
 class Recall(NamedTuple):
-    """Client: give back those of these attempts that have not begun. Each is answered by Returned, Started or Results. A
-    scheduler cancels those of these jobs that have not begun; each is answered by Started or Results."""
+    """Client: give back those of these attempts that have not begun. Each is answered by Returned,
+    Started or Results. A scheduler cancels those of these jobs that have not begun; each is
+    answered by Started or Results."""
     comp: str
     serials: list
 
@@ -304,8 +306,9 @@ class Returned(NamedTuple):
 
 
 class Started(NamedTuple):
-    """Node or scheduler: these attempts have begun; rows of (serial, s that it has run). Comes for those that have run for
-    about 20 ms and for those that were recalled too late; of others the result tells."""
+    """Node or scheduler: these attempts have begun; rows of (serial, s that it has run). Comes for
+    those that have run for about 20 ms and for those that were recalled too late; of others the
+    result tells."""
     comp: str
     rows: list
 
@@ -407,7 +410,8 @@ SMALL, MIDDLE, LARGE = 64 * 1024, 16 << 20, MAX_FRAME
 # op on the wire -> (message, bytes of payload at most)
 MESSAGES: Dict[int, Tuple[type, int]] = {
     1: (Introduce, SMALL), 2: (Compute, LARGE), 3: (File, 2 * FILE_PIECE), 4: (Jobs, LARGE), 5: (Cancel, MIDDLE),
-    6: (Recall, MIDDLE), 7: (Ack, MIDDLE), 8: (Done, SMALL), 9: (FileKept, SMALL), 10: (Place, 2 * FILE_PIECE), 11: (Query, SMALL),
+    6: (Recall, MIDDLE), 7: (Ack, MIDDLE), 8: (Done, SMALL), 9: (FileKept, SMALL),
+    10: (Place, 2 * FILE_PIECE), 11: (Query, SMALL),
     12: (Shutdown, SMALL), 13: (Reclaim, SMALL), 14: (Limit, SMALL),
     33: (Welcome, MIDDLE), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, LARGE), 37: (Results, LARGE),
     38: (Returned, LARGE), 39: (Offer, SMALL), 40: (FileBack, 2 * FILE_PIECE),
@@ -611,7 +615,8 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(type(name) is str for name in fields[1]),
-    Cancel: _all_serials, Recall: _all_serials, Ack: _all_serials, Ready: _all_serials, Held: _all_serials, Returned: _all_serials,
+    Cancel: _all_serials, Recall: _all_serials, Ack: _all_serials, Ready: _all_serials,
+    Held: _all_serials, Returned: _all_serials,
 }
 
 
@@ -2930,14 +2935,16 @@ class Exit(NamedTuple):
 
 
 class DurationEstimate:
-    """How long the next jobs of a computation may take, by those that ended last: their mean or their 0.9 quantile,
-    whichever is larger, so that neither a few very long jobs nor one in ten that is long goes unseen."""
+    """How long the next jobs of a computation may take, by those that ended last: their mean or
+    their 0.9 quantile, whichever is larger, so that neither a few very long jobs nor one in ten
+    that is long goes unseen."""
     LAST = 32
     __slots__ = ('_last', '_seconds')
 
     def __init__(self) -> None:
         self._last: Deque[float] = collections.deque(maxlen=self.LAST)
-        self._seconds: Optional[float] = None   # what `seconds` returns, until it is to be computed anew
+        # What `seconds` returns, until it is to be computed anew
+        self._seconds: Optional[float] = None
 
     def add(self, durations: Sequence[float]) -> None:
         """Jobs have ended; how long they took."""
@@ -2955,10 +2962,10 @@ class DurationEstimate:
 
 
 class Allowance:
-    """How many jobs a CPU may be held in reserve at one place beyond what runs there. It is bounded by the estimate of
-    their duration at once, but grows to that bound at most by doubling for each round, which is as many ended jobs as were
-    there when it grew last or might have been: what the first jobs of a computation promise must be kept by those behind
-    them."""
+    """How many jobs a CPU may be held in reserve at one place beyond what runs there. It is bounded
+    by the estimate of their duration at once, but grows to that bound at most by doubling for each
+    round, which is as many ended jobs as were there when it grew last or might have been: what the
+    first jobs of a computation promise must be kept by those behind them."""
     __slots__ = ('_estimate', '_unknown', '_most', '_step', '_left')
 
     def __init__(self, estimate: DurationEstimate, unknown: int, most: int) -> None:
@@ -2968,7 +2975,8 @@ class Allowance:
         self._left = 0     # jobs to end until the next doubling; 0: a round begins
 
     def ended(self, count: int, there: int, cpus: int) -> None:
-        """So many jobs have ended at this place, which has so many CPUs, and so many are still there."""
+        """So many jobs have ended at this place, which has so many CPUs, and so many are still
+        there."""
         if self._left == 0:
             self._left = max(count + there, cpus * self._step)
         self._left -= count
@@ -3033,9 +3041,12 @@ class _Computation:
         self.idle: List[_Worker] = []
         self.hungry: Dict[int, _Worker] = {}   # busy workers whose queue may be filled up
         self.estimate = DurationEstimate()
-        self.handed = Allowance(self.estimate, 0, AHEAD_MOST)   # jobs that a worker may hold behind the one that it runs
-        self.owed: Set[int] = set()            # attempts recalled by the client that stand behind running ones
-        self.begun: List[Tuple[int, float]] = []   # attempts that have begun and since when, to be told to the client
+        # Jobs that a worker may hold behind the one that it runs
+        self.handed = Allowance(self.estimate, 0, AHEAD_MOST)
+        # Attempts recalled by the client that stand behind running ones
+        self.owed: Set[int] = set()
+        # Attempts that have begun and since when, to be told to the client
+        self.begun: List[Tuple[int, float]] = []
         self.stillborn = 0                     # workers in a row that died before their first job
         self.most = spec.get('max_jobs') or 0
         self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
@@ -3046,15 +3057,16 @@ class _Computation:
         self.done = 0                          # attempts that have ended
 
     def enqueue(self, attempt: Attempt, again: bool = False) -> None:
-        """Let an attempt wait: behind those of its priority, or before them if it has waited already."""
+        """Let an attempt wait: behind those of its priority, or before them if it has waited
+        already."""
         waiting = self.waiting
         if again and (not waiting or waiting[0].priority <= attempt.priority):
             waiting.appendleft(attempt)
         elif not again and (not waiting or waiting[-1].priority >= attempt.priority):
             waiting.append(attempt)
         else:
-            before = sum(other.priority > attempt.priority or (other.priority == attempt.priority and not again) for other in waiting)
-            waiting.insert(before, attempt)
+            least = attempt.priority if again else attempt.priority - 1
+            waiting.insert(sum(other.priority > least for other in waiting), attempt)
 
 
 class Node:
@@ -3345,7 +3357,8 @@ class Node:
             if comp.stage is Stage.READY:
                 self._do(Send(link, Ready(comp.comp, self._held(comp.comp))))
             self._resend(comp.comp, link)
-            comp.begun = [(worker.queue[0].serial, worker.since) for worker in comp.workers.values() if worker.queue and worker.told]
+            comp.begun = [(worker.queue[0].serial, worker.since) for worker in comp.workers.values()
+                          if worker.queue and worker.told]
             return
         if self.stopping:
             self._do(Send(link, Refused(message.comp, 'stopping', 'the node is being stopped')))
@@ -3421,7 +3434,9 @@ class Node:
         if link not in self._links:
             return
         comp = self._comps.get(name)
-        if comp is not None and (comp.stage is Stage.CLOSING or comp.instance != self._links[link].instance):
+        if comp is not None and comp.instance != self._links[link].instance:
+            comp = None
+        if comp is not None and comp.stage is Stage.CLOSING:
             comp = None
         running, waiting = [], []
         if comp is not None:
@@ -3606,12 +3621,13 @@ class Node:
 
     def _tell_begun(self, comp: _Computation, now: float) -> None:
         if comp.begun:
-            self._reply(comp, Started(comp.comp, [(serial, now - since) for serial, since in comp.begun]))
+            rows = [(serial, now - since) for serial, since in comp.begun]
+            self._reply(comp, Started(comp.comp, rows))
             comp.begun = []
 
     def _look(self, now: float) -> None:
-        """Jobs that have run for a while: they are told, and what their workers hold behind them is taken back, for the
-        estimate by which it was handed to them does not hold."""
+        """Jobs that have run for a while: they are told, and what their workers hold behind them is
+        taken back, for the estimate by which it was handed to them does not hold."""
         self._look_at = None
         for worker in self._workers.values():
             ahead = len(worker.queue) > 1 and not worker.recalled
@@ -3774,8 +3790,8 @@ class Node:
             self._head_starts(worker, now)
 
     def _requeue(self, comp: _Computation, attempts: Iterable[Attempt], now: float) -> None:
-        """Attempts that never started go back to the front, or to the client if it has called them back, or end if they
-        were to be cancelled."""
+        """Attempts that never started go back to the front, or to the client if it has called them
+        back, or end if they were to be cancelled."""
         back: List[int] = []
         for attempt in reversed(list(attempts)):
             if attempt.ending is Outcome.CANCELLED:
@@ -3922,7 +3938,8 @@ class Node:
         for worker in comp.workers.values():
             if worker.queue and worker.queue[0].serial in wanted:
                 self._begins(worker)
-            behind = [attempt.serial for attempt in itertools.islice(worker.queue, 1, None) if attempt.serial in wanted]
+            behind = [attempt.serial for attempt in itertools.islice(worker.queue, 1, None)
+                      if attempt.serial in wanted]
             if behind:
                 comp.owed.update(behind)
                 self._take_back(worker)

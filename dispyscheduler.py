@@ -75,7 +75,8 @@ LARGE = 64 * 1024             # bytes from which arguments and results are files
 RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
 REMOVED_MOST = 1000           # acknowledged results that may wait to be removed from the disk
 HTTPD_PORT = 8181             # of the web monitor
-GONE_TIME = 60.0              # s after which what waits is cancelled for a program whose connection has ended
+# S after which what waits is cancelled for a program whose connection has ended
+GONE_TIME = 60.0
 GONE_LOOKS = 1.0              # s between looks whether the process of such a program has ended
 RETRY_TIME = 1.0              # s between attempts to write to a disk that was full
 PAGE = 500                    # rows of an answer to a monitor at most
@@ -354,19 +355,23 @@ class RemoteAllocator(NamedTuple):
 
 
 class Absence:
-    """What becomes of a computation whose program is away. One that has a recover_file is waited for. Of another, what has
-    not begun is cancelled after a while, or at once when its process is known to have ended; should the program come back
-    none the less, it is told and sends these jobs again."""
+    """What becomes of a computation whose program is away. One that has a recover_file is waited
+    for. Of another, what has not begun is cancelled after a while, or at once when its process is
+    known to have ended; should the program come back none the less, it is told and sends these jobs
+    again."""
 
     def __init__(self, recovers: bool, process: Any) -> None:
         """`process` is as of `own_process`. Raises PeerError."""
         if type(process) is not tuple or [type(part) for part in process] != [str, int, str]:
             raise PeerError('a process is not described as it should be')
         self._recovers, self._process = recovers, process
-        self._until = self.look_at = math.inf   # when it is gone, when its process is looked for next
+        # When it is gone, when its process is looked for next
+        self._until = self.look_at = math.inf
         self.gone = False
-        self.dropping: Set[Any] = set()         # jobs on nodes that are cancelled if they have not begun
-        self.dropped: Dict[int, int] = {}       # serials of jobs that were cancelled so, to their numbers
+        # Jobs on nodes that are cancelled if they have not begun
+        self.dropping: Set[Any] = set()
+        # Serials of jobs that were cancelled so, to their numbers
+        self.dropped: Dict[int, int] = {}
 
     def begin(self, now: float, patience: float) -> None:
         """The connection of the program has ended, or it has not come yet."""
@@ -662,8 +667,11 @@ class Overview:
     def _running(self, peer: Peer) -> Dict[str, Tuple[int, int]]:
         """Computation -> jobs that run on a node and their CPUs."""
         schedule = self._scheduler.schedule
-        return {comp: (len(serials), sum(cpus_of(schedule.nodes[peer.key].flight[comp][serial]) for serial in serials))
-                for comp, serials in schedule.runs(peer.key).items()}
+        found = {}
+        for comp, serials in schedule.runs(peer.key).items():
+            flight = schedule.nodes[peer.key].flight[comp]
+            found[comp] = len(serials), sum(cpus_of(flight[serial]) for serial in serials)
+        return found
 
     def _ask(self, peer: Peer, comp: str, apart: float) -> None:
         """Ask a node what is there, `apart` s after the last time."""
@@ -688,7 +696,8 @@ class Overview:
     def _jobs(self, key: Any) -> List[tuple]:
         """Of a node: cluster, job, whether it runs, seconds that it has run or None."""
         peer = self._peer(key)
-        node, running, rows = self._scheduler.schedule.nodes.get(peer.key), self._scheduler.schedule.runs(peer.key), []  # type: Any, Any, List[tuple]
+        schedule = self._scheduler.schedule
+        node, running, rows = schedule.nodes.get(peer.key), schedule.runs(peer.key), []  # type: Any, Any, List[tuple]
         for remote in self._remotes() if node is not None else ():
             flight = node.flight.get(remote._comp)
             if not flight:
@@ -696,10 +705,12 @@ class Overview:
             self._ask(peer, remote._comp, 1.0)
             at, report = self._reports.get((peer.key, remote._comp), (0.0, None))
             runs = {serial: seconds + self._scheduler.now - at for serial, seconds in report.running} if report is not None else {}
-            runs.update((serial, self._scheduler.now - since) for serial, since in node.begun[remote._comp].items())
+            now = self._scheduler.now
+            runs.update((serial, now - since) for serial, since in node.begun[remote._comp].items())
             there = set(running.get(remote._comp, ()))
             for serial, work in itertools.islice(flight.items(), PAGE - len(rows)):
-                rows.append((remote.number, work._client, serial in there or serial in runs, runs.get(serial)))  # type: ignore[attr-defined]
+                is_on = serial in there or serial in runs
+                rows.append((remote.number, work._client, is_on, runs.get(serial)))  # type: ignore[attr-defined]
         return rows
 
     def _arguments(self, jobs: list) -> list:
@@ -868,7 +879,8 @@ class Scheduler(Driver):
             sent: Dict[Any, List[RemoteWork]] = {}
             for number, serial, options, state, own, node in self._state.jobs(comp):
                 if state in (State.ENDED, State.DROPPED):
-                    (remote.ended if state == State.ENDED else remote.absence.dropped)[serial] = number
+                    known = remote.ended if state == State.ENDED else remote.absence.dropped
+                    known[serial] = number
                     continue
                 work = remote.works[serial] = RemoteWork(comp, None, options, own, serial)
                 if state == State.SENT and node in places:
@@ -997,7 +1009,9 @@ class Scheduler(Driver):
                     and not remote.works]
         if self._unread_until < math.inf:
             given_up.append(self._unread_until)
-        given_up += [remote.absence.look_at for remote in self._clusters.values() if isinstance(remote, Remote) and remote.absence.look_at < math.inf]
+        looks = [remote.absence.look_at for remote in self._clusters.values()
+                 if isinstance(remote, Remote)]
+        given_up += [when for when in looks if when < math.inf]
         times = [super().next_timer(), *given_up]
         return min((when for when in times if when is not None), default=None)
 
@@ -1125,11 +1139,11 @@ class Scheduler(Driver):
         absence, known = remote.absence, self.schedule.comps.get(remote._comp)
         if known is None:
             return
-        there = [work for node in known.nodes.values() for work in node.flight[remote._comp].values() if work._state is JobState.SENT]
-        works = known.waiting() + there
+        works = known.not_begun()
         absence.dropping.update(works)
         if works:
-            logger.warning('%s: its program is gone; its %d jobs that have not begun are cancelled (--gone-after)', remote.name, len(works))
+            logger.warning('%s: its program is gone; its %d jobs that have not begun are cancelled '
+                           '(--gone-after)', remote.name, len(works))
         self._act(self.schedule.handle(WithdrawAsked(works), self.now))
 
     def _dropped(self, remote: Remote, work: RemoteWork) -> None:
@@ -1149,8 +1163,9 @@ class Scheduler(Driver):
         dropped = remote.absence.dropped
         if dropped:
             self._state.removed(list(dropped.values()))
-            self.say(link, Said(remote._comp, 'the scheduler has heard nothing of this program for a while and has cancelled %d jobs '
-                                'that had not begun (--gone-after); they are sent again' % len(dropped)))
+            self.say(link, Said(remote._comp, (
+                'the scheduler has heard nothing of this program for a while and has cancelled %d jobs '
+                'that had not begun (--gone-after); they are sent again' % len(dropped))))
             dropped.clear()
 
     def _complete(self, remote: Remote, error: str) -> None:
@@ -1283,8 +1298,9 @@ class Scheduler(Driver):
         """Jobs that shall be cancelled if they have not begun."""
         remote = self._remote(link, message.comp)
         self._take_submitted()
-        works = [remote.works[serial] for serial in message.serials if serial in remote.works] if remote is not None else []
-        self._act(self.schedule.handle(WithdrawAsked(works), self.now))
+        if remote is not None:
+            works = [remote.works[serial] for serial in message.serials if serial in remote.works]
+            self._act(self.schedule.handle(WithdrawAsked(works), self.now))
 
     def _withdrawn(self, action: Withdrawn) -> None:
         work, link = action.work, self._client_link(action.work._comp)
@@ -1332,7 +1348,8 @@ class Scheduler(Driver):
             self.say(link, Refused(message.comp, 'busy', 'its program is connected'))
             return
         self._came_back(remote, link)
-        text = b'cancelled: it had not begun when its program was gone, and the scheduler did not wait any longer (--gone-after)'
+        text = (b'cancelled: it had not begun when its program was gone, and the scheduler did not wait '
+                b'any longer (--gone-after)')
         for serial, number in remote.absence.dropped.items():
             self._state.ended(number, (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b''))
         remote.ended.update(remote.absence.dropped)
@@ -1562,7 +1579,8 @@ class Scheduler(Driver):
     def _jobs_started(self, action: JobsStarted) -> None:
         link = self._client_link(action.comp)
         if link is not None:
-            self.say(link, Started(action.comp, [(work._client, ran) for work, ran in action.pairs]))
+            rows = [(work._client, ran) for work, ran in action.pairs]
+            self.say(link, Started(action.comp, rows))
 
     def _jobs_ended(self, action: JobsEnded) -> None:
         remote: Any = self._clusters[action.comp]
@@ -1715,8 +1733,9 @@ def _parser() -> argparse.ArgumentParser:
     add('--ipv4-udp-multicast', action='store_true', help='look for nodes by IPv4 multicast too')
     add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files of programs are refused (default: no limit)')
     add('--zombie-interval', type=positive, default=ZOMBIE_TIME / 60, metavar='MIN', help='minutes that results wait for a program that is gone (default: %(default)g)')
-    add('--gone-after', type=positive, default=GONE_TIME, metavar='S', help='seconds after which, when the connection to a program without '
-        'recover_file has ended, its jobs that have not begun are cancelled (default: %(default)g)')
+    add('--gone-after', type=positive, default=GONE_TIME, metavar='S',
+        help='seconds after which, when the connection to a program without recover_file has ended, '
+        'its jobs that have not begun are cancelled (default: %(default)g)')
     add('--state-dir', metavar='DIR', help='where jobs and results are kept (default: %s)' % default_state_dir(SCHEDULER_PORT).replace('%', '%%'))
     add('--fair', action='store_true', help='programs share CPUs evenly (default)')
     add('--fifo', action='store_true', help='programs are served in the order of their coming')
@@ -1754,7 +1773,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             tuple(args.host or ('',)), args.port, tuple(args.node), args.node_port, root,
             find_secret(args.cluster_secret, args.cluster_secret_file), find_secret(args.node_secret, args.node_secret_file),
             args.cluster_certfile, args.cluster_keyfile, args.node_certfile, args.node_keyfile, args.fifo, args.pulse_interval,
-            args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize, args.ipv4_udp_multicast, args.gone_after))
+            args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize,
+            args.ipv4_udp_multicast, args.gone_after))
         try:
             port = scheduler.start()
             monitor = _monitor(scheduler, port, args.httpd) if args.httpd is not None else None
