@@ -368,7 +368,8 @@ class WatchedShared(Watched):
         """As above: those that are known to have begun, then the first, as many as the scheduler
         says."""
         flight = self.flight(peer.key)
-        begun = [serial for serial, job in flight.items() if job.status != dispy.DispyJob.Created]
+        is_on = (dispy.DispyJob.Running, dispy.DispyJob.ProvisionalResult)
+        begun = [serial for serial, job in flight.items() if job.status in is_on]
         more = (serial for serial, job in flight.items() if job.status == dispy.DispyJob.Created)
         return begun + list(itertools.islice(more, max(0, peer.busy - len(begun))))
 

@@ -298,6 +298,8 @@ class SimClient(Driver, SimLoop):
 
     def ask(self, call):
         self.now = self.world.now
+        for _ in range(len(self._inbox)):   # what was posted before comes first
+            self.on_event(self._inbox.popleft())
         answer = call()
         self.world.at(self.now, self.wake)
         return answer
