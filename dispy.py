@@ -957,7 +957,9 @@ class Schedule:
         left = node.cpus or node.offers or sum(want for want, _ in wants)
         for index, (want, comp) in enumerate(wants):
             flight, begun = node.flight[comp], node.begun[comp]
-            serials, used = list(begun), sum(cpus_of(flight[serial]) for serial in begun)
+            serials, used = list(begun), 0
+            for serial in begun:
+                used += cpus_of(flight[serial])
             most = max(min(want, -(-left // (len(wants) - index))), used)
             for serial, work in flight.items() if used < most else ():
                 if serial not in begun:
