@@ -83,7 +83,6 @@ import zlib
 from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 import cloudpickle
-import psutil
 
 from dispynode import (
     ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
@@ -4173,11 +4172,15 @@ def _start_of(pid: int) -> str:
     try:
         with open('/proc/%d/stat' % pid) as file:
             fields = file.read().rpartition(')')[2].split()   # the name before it may hold anything
-        # One that waits to be reaped has ended
+        # One that waits to be reaped has ended.
         return '' if fields[0] in 'ZX' else fields[19]
     except OSError:
         if os.path.isdir('/proc/self'):
             return ''
+    try:
+        import psutil
+    except ImportError:
+        return ''
     try:
         return str(psutil.Process(pid).create_time())
     except psutil.Error:

@@ -561,7 +561,174 @@ def test_idle_cpus_are_used_although_another_client_waits_for_a_node():
     assert talk.ready('b') == [SendRecall('a', 'c', [works[1]._serial])]
 
 
+def test_what_waits_behind_jobs_that_do_not_end_soon_is_called_back():
+    """The estimate by which it was sent does not hold; until then the node holds it."""
+    talk = Talk()
+    talk.ready('n', 2)
+    talk.learn(0.001, times=50)
+    works = sent(talk.submit(jobs(100)))
+    assert len(works) > 10
+    started = NodeStarted('n', 'c', [(work._serial, 0.025) for work in works[:2]])
+    assert not only(talk.tell(started), SendRecall)
+    assert talk.schedule.next_timer() == pytest.approx(0.075)
+    recall, = only(talk.schedule.flush(0.076), SendRecall)
+    assert sorted(recall.serials) == [work._serial for work in works[2:]]
+    assert [work._state for work in works[:3]] == [JobState.RUNNING, JobState.RUNNING, JobState.SENT]
+    assert not only(talk.schedule.flush(0.5), SendRecall), 'each is asked for once'
+
+
+def test_a_job_that_was_called_back_twice_goes_to_idle_cpus_only():
+    talk, (first, second) = Talk(), jobs(2)
+    talk.ready('a')
+    talk.submit([first, second])
+    others = []
+    for name in 'bd':
+        recall, = only(talk.ready(name), SendRecall)
+        assert recall.serials == [second._serial]
+        others += sent(talk.submit(jobs(1)), name)   # it takes the idle CPU before the answer comes
+        talk.tell(NodeReturned(recall.node, 'c', recall.serials))
+    assert second._state is JobState.REQUEUED
+    assert sent(talk.submit(jobs(1))) == [], 'those behind it wait too, or no CPU would be idle'
+    assert sent(talk.results('d', others[1:])) == [second]
+
+
+def test_work_ahead_covers_two_round_trips():
+    counts_by_trip = {}
+    for trip in (0.0, 0.4):
+        talk = Talk()
+        talk.tell(NodeReady('n', 'c', 4, [], trip=trip))
+        assert talk.schedule.nodes['n'].trip == trip
+        talk.schedule.nodes['n'].probe = (0, 0.0)   # no other is measured: here, time stands still
+        talk.learn(0.02, times=3000)
+        counts_by_trip[trip] = len(sent(talk.submit(jobs(2000))))
+    assert 20 <= counts_by_trip[0.0] <= 24 and 160 <= counts_by_trip[0.4] <= 164
+
+
+def test_the_round_trip_is_corrected_by_jobs_that_did_not_wait():
+    talk, work = Talk(), job()
+    talk.tell(NodeReady('n', 'c', 1, [], trip=3.0))   # this program was busy when the node connected
+    talk.submit([work])
+    talk.schedule.handle(NodeResults('n', 'c', [row(work, took=1.0)]), 1.25)
+    assert talk.schedule.nodes['n'].trip == pytest.approx(0.25)
+
+
+def test_lowered_cpus_call_back_what_is_too_much():
+    talk = Talk()
+    talk.ready('n', 4)
+    talk.learn(1.0, times=4)
+    works = sent(talk.submit(jobs(4)))
+    recall, = only(talk.tell(NodeOffers('n', 'c', 2)), SendRecall)
+    assert set(recall.serials) == {work._serial for work in works[2:]}
+    talk.tell(NodeReturned('n', 'c', recall.serials))
+    assert not talk.schedule.comps['c'].called, 'the user wanted it'
+
+
+def test_a_job_of_higher_priority_is_sent_although_the_node_is_full():
+    talk = Talk()
+    talk.ready('n', 2)
+    talk.learn(0.01, times=500)
+    low = sent(talk.submit(jobs(100)))
+    assert len(low) > 10
+    urgent = jobs(3, priority=5)
+    assert sent(talk.submit(urgent)) == urgent
+    assert not sent(talk.submit(jobs(1, priority=-1)))
+
+
+def test_the_first_jobs_of_one_do_not_keep_the_only_job_of_another():
+    """Three long ones on two nodes of two CPUs; the fourth CPU is on a node that is set up for the short job later."""
+    talk, long, short = Talk('c', 'd'), jobs(3), job('d')
+    for name in 'ab':
+        talk.tell(NodeReady(name, 'c', 2, [], '', 2))
+    talk.submit(long)
+    talk.tell(NodeReady('a', 'd', 2, [], '', 2))
+    assert sent(talk.submit([short]), 'a') == [short]
+    assert only(talk.tell(NodeReady('b', 'd', 2, [], '', 2)), SendRecall) == [SendRecall('a', 'd', [short._serial])]
+
+
+# -- withdraw ---------------------------------------------------------------------------------------------
+
+def test_withdraw_of_what_waits():
+    talk, work = Talk(), job()
+    talk.submit([work])
+    assert talk.tell(WithdrawAsked([work])) == [JobEnded(work, 'cancelled before it was started')]
+    assert talk.tell(WithdrawAsked([work])) == [Withdrawn(work, True)], 'it is gone already'
+
+
+@pytest.mark.parametrize('answer, gone', [
+    (lambda work: NodeReturned('n', 'c', [work._serial]), True), (lambda work: NodeStarted('n', 'c', [(work._serial, 0.0)]), False),
+    (lambda work: NodeResults('n', 'c', [row(work)]), False), (lambda work: NodeResults('n', 'c', [row(work, Outcome.CANCELLED)]), True),
+    (lambda work: NodeAway('n', 'host', 'broken', 9.0), False), (lambda work: NodeReady('n', 'c', 1, []), True)])
+def test_withdraw_of_what_is_on_a_node(answer, gone):
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    assert talk.tell(WithdrawAsked([work])) == [SendRecall('n', 'c', [work._serial])]
+    assert talk.tell(WithdrawAsked([work])) == [], 'asked once'
+    answers = only(talk.tell(answer(work)), Withdrawn)
+    assert answers == [Withdrawn(work, gone)] and (work._state is JobState.CANCELLED) == gone
+
+
+def test_withdraw_of_what_runs_is_refused_and_does_not_disturb_it():
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.tell(NodeStarted('n', 'c', [(work._serial, 0.03)]))
+    assert talk.tell(WithdrawAsked([work])) == [Withdrawn(work, False)] and work._state is JobState.RUNNING
+
+
+def test_a_job_whose_answer_is_not_waited_for_goes_on():
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.tell(WithdrawAsked([work]))
+    talk.schedule.keep(work)
+    actions = talk.tell(NodeReturned('n', 'c', [work._serial]))
+    assert sent(actions) == [work] and not only(actions, Withdrawn)
+
+
+def test_what_is_lost_with_its_node_counts_as_begun_whatever_was_known():
+    talk, (runs, waits, returned) = Talk(reentrant=False), jobs(3)
+    talk.ready('n', 3)
+    talk.submit([runs, waits, returned])
+    talk.tell(NodeStarted('n', 'c', [(runs._serial, 0.03)]), NodeOffers('n', 'c', 0))
+    talk.tell(NodeReturned('n', 'c', [returned._serial]))
+    talk.tell(NodeLost('n', 'host', 'broken'))
+    assert [work._state for work in (runs, waits, returned)] == [JobState.ABANDONED, JobState.ABANDONED, JobState.REQUEUED]
+
+
 # -- several clients --------------------------------------------------------------------------------------
+
+def test_two_computations_of_one_client_take_turns_on_one_cpu():
+    schedule = Schedule()
+    works = {comp: jobs(5, comp) for comp in 'cd'}
+    for comp in 'cd':
+        schedule.handle(Opened(comp, 'client', True), 0.0)
+        schedule.handle(Submitted(works[comp]), 0.0)
+    schedule.handle(NodeReady('n', 'c', 1, [], '', 1), 0.0)
+    schedule.handle(NodeReady('n', 'd', 1, [], '', 1), 0.0)
+    order = []
+    while len(order) < 10:
+        batch = sent(schedule.flush(0.0))
+        assert batch
+        for work in batch:
+            order.append(work._comp)
+            schedule.handle(NodeResults('n', work._comp, [row(work)]), 0.0)
+    assert order[:6] in (list('cdcdcd'), list('dcdcdc'))
+
+
+def test_what_runs_on_a_node_that_is_shared_is_no_more_than_its_cpus():
+    talk = Talk('c', 'd')
+    for comp in 'cd':
+        talk.tell(NodeReady('n', comp, 3, [], '', 3))
+        talk.submit(jobs(10, comp))
+    runs = talk.schedule.runs('n')
+    assert sum(map(len, runs.values())) == 3 and min(map(len, runs.values())) == 1
+    flight = talk.schedule.nodes['n'].flight['c']
+    last = list(flight)[-1]
+    talk.tell(NodeStarted('n', 'c', [(last, 0.03)]))
+    assert last in talk.schedule.runs('n')['c'], 'it has said so'
+    assert talk.schedule.runs('unknown') == {}
+
 
 def busy(long=True, cpus=4):
     """Client c has 10,000 jobs on a node that d may use too."""
