@@ -1267,8 +1267,8 @@ class Schedule:
             raise PeerError('a result with an unknown outcome')
         serials = [row[0] for row in event.rows if row[1] not in GOES_ON]
         landed, flight = self._land(node, comp, serials), node.flight[comp.comp]
-        pairs, durations = [], []
-        node.ahead[comp.comp].ended(len(landed), len(flight), node.limits[comp.comp])
+        pairs = []
+        self._learn(node, comp, event.rows, landed)
         for row in event.rows:
             outcome = row[1]
             if outcome in GOES_ON:
@@ -1291,21 +1291,24 @@ class Schedule:
                 self._lost(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
                 continue
             self._move(work, _EVENT_OF[outcome])
-            took = row[3] - row[2]
-            if took:
-                durations.append(took)
-            if node.probe is not None and node.probe[0] == row[0]:
-                node.trip = min(node.trip, max(0.0, self._now - node.probe[1] - took))
-                node.probe = None
             if comp.withdrawn:
                 self._answer(comp, work)
             if comp.called:
                 comp.called.pop(row[0] >> 16, None)
             pairs.append((work, row))
-        comp.estimate.add(durations)
         self._do(SendAck(node.key, comp.comp, serials))
         if pairs:
             self._do(JobsEnded(node.key, comp.comp, pairs))
+
+    def _learn(self, node: _Node, comp: _Comp, rows: list, landed: Dict[int, Work]) -> None:
+        """Jobs have ended: how long they took, and how long what they were sent with and told by."""
+        ended = [row for row in rows if row[0] in landed and row[1] not in GOES_ON]
+        comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
+        node.ahead[comp.comp].ended(len(ended), len(node.flight[comp.comp]), node.limits[comp.comp])
+        if node.probe is not None and node.probe[0] in landed:
+            took = next(row[3] - row[2] for row in ended if row[0] == node.probe[0])
+            node.trip = min(node.trip, max(0.0, self._now - node.probe[1] - took))
+            node.probe = None
 
     def _node_had(self, event: NodeHad) -> None:
         comp, node = self.comps[event.comp], self.nodes.get(event.node)
@@ -1489,21 +1492,28 @@ class Schedule:
         if len(rivals) > 1:
             rivals.sort(key=self._rank)
         for comp in rivals:
-            limit = node.limits[comp.comp]
             reserve = min(node.reserve(comp.comp, self._now, len(rivals)),
-                          limit * shares[comp.comp])
+                          node.limits[comp.comp] * shares[comp.comp])
             while True:
                 source = comp.source(node.key)
                 work = source.head()
-                fits = limit if node.bytes <= AHEAD_BYTES else node.room(comp.comp)
-                if work is None or self._cpus(work) > fits or not comp.may_wait_there(work):
-                    break
-                may_wait = (reserve or node.taken < node.cpus) \
-                    and node.standing_before(comp, work) < limit + reserve
-                if not may_wait and not (len(parts) > 1 and self._is_choice(node, comp, parts)):
+                if work is None or not self._may_send(node, comp, work, reserve, parts):
                     break
                 self._launch(node, comp, source.pop())
                 parts[comp.client] += self._cpus(work)
+
+    def _may_send(self, node: _Node, comp: _Comp, work: Work, reserve: int,
+                  parts: Dict[str, int]) -> bool:
+        """Whether a job may go to a node that has no idle CPU for it, where jobs for so many CPUs
+        may wait."""
+        limit = node.limits[comp.comp]
+        fits = limit if node.bytes <= AHEAD_BYTES else node.room(comp.comp)
+        if self._cpus(work) > fits or not comp.may_wait_there(work):
+            return False
+        if reserve or node.taken < node.cpus:
+            if node.standing_before(comp, work) < limit + reserve:
+                return True
+        return len(parts) > 1 and self._is_choice(node, comp, parts)
 
     @staticmethod
     def _is_choice(node: _Node, comp: _Comp, parts: Dict[str, int]) -> bool:
