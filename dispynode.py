@@ -26,7 +26,8 @@ The life of a job here:
   2. A runner is started, loads the code, runs setup; `Ready` tells the client.
   3. `Jobs` brings attempts; each waits until a CPU is free and is then written to a worker's pipe.
   4. The worker marks the attempt as running (a shared slot), runs it, and writes the result before it looks
-     at the next one. Output is caught at descriptor level in a file of the worker's.
+     at the next one. Output is caught at descriptor level in a file of the worker's. After about 20 ms the
+     client is told that it has begun (`Started`), and its worker gives back what stands behind it.
   5. Results of one turn leave in one `Results`, and are kept until the client's `Ack`.
   6. A worker that dies is reported by the runner with the attempt it was running; that one has failed, those
      behind it go back to the queue, and a new worker is forked.
@@ -361,7 +362,7 @@ class Report(NamedTuple):
 
 
 class Where(NamedTuple):
-    """Scheduler: these jobs are on a node now (address, port, name), or wait again (empty)."""
+    """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again (empty)."""
     comp: str
     node: tuple
     serials: list

@@ -22,7 +22,7 @@ computation, in the place of a JobCluster.
 The life of a job here:
   1. `Jobs` of a program is noted, and handed to the Schedule.
   2. At the end of the turn the transaction is written; only then is anything sent of what the turn has brought about.
-  3. The Schedule sends it to a node; the program is told where it is (`Where`).
+  3. The Schedule sends it to a node; the program is told where it is (`Where`), and when it has begun (`Started`).
   4. The node's result is noted, sent to the program, and acknowledged to the node when it is on the disk.
   5. The program's Ack removes it.
 After `kill -9` and a new start nodes and programs connect again, and say what they hold; what is on the disk is the rest.
