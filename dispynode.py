@@ -1033,7 +1033,7 @@ class Referent(weakref.ref):
 def make_reference(obj: Any) -> Any:
     """A weak reference in a job."""
     reference = Referent(obj)
-    reference.kept = obj
+    reference.kept = obj  # type: ignore[attr-defined]   # its slot
     return reference
 
 
@@ -1046,7 +1046,7 @@ def make_weak(kind: type, contents: Any) -> Any:
 
 def make_local(kind: type, attributes: Dict[str, Any]) -> Any:
     """threading.local with what it has in the thread that pickled it."""
-    made = kind.__new__(kind)
+    made = kind.__new__(kind)  # type: ignore[call-overload]
     vars(made).update(attributes)
     return made
 
@@ -1080,7 +1080,7 @@ def make_view(data: Any, form: str, shape: tuple) -> memoryview:
 
 def make_object(kind: type, attributes: Dict[str, Any]) -> Any:
     """An object whose class reduces it to a name that only its program has."""
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     vars(made).update(attributes)
     return made
 
@@ -1486,7 +1486,8 @@ def is_named(obj: Any, module: str, name: str) -> bool:
 def _ctypes_bases() -> Dict[type, type]:
     """Classes of the classes of ctypes, which have no names there -> an example of each."""
     import ctypes
-    return {type(base): base for base in (ctypes.Structure, ctypes.Union, ctypes.Array, ctypes.c_int, ctypes._Pointer, ctypes._CFuncPtr)}
+    return {type(base): base for base in (ctypes.Structure, ctypes.Union, ctypes.Array, ctypes.c_int, ctypes._Pointer,
+                                           getattr(ctypes, '_CFuncPtr'))}
 
 
 def _has_own_members(cls: Any) -> bool:
