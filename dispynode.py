@@ -1564,7 +1564,15 @@ def imports_of(code: types.CodeType, package: Any) -> Set[str]:
             continue
         names.add(origin)
         names.update('%s.%s' % (origin, name) for name in wanted if name != '*')
-    return names
+    return names | _submodules_used(code, {name.partition('.')[0] for name in names})
+
+
+def _submodules_used(code: types.CodeType, packages: Set[str]) -> Set[str]:
+    """Loaded submodules that a function can reach as attributes of packages that it imports itself. cloudpickle finds those
+    of packages in global variables."""
+    used = set(code.co_names)
+    return {name for name in list(sys.modules) if isinstance(name, str) and '.' in name
+            and name.partition('.')[0] in packages and set(name.split('.')[1:]) <= used}
 
 
 def _import_statements(code: types.CodeType) -> Iterator[Tuple[int, str, tuple]]:
