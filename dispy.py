@@ -3009,7 +3009,6 @@ class OwnModules:
         # name -> (module, its __spec__, stamp of the file if it was not loaded, what was found)
         self._files: Dict[str, Tuple[Any, Any, Optional[FileStamp], ModuleFile]] = {}
         # path -> stamp and digest of the last row
-        self._rows: Dict[str, Tuple[FileStamp, bytes]] = {}
         self._versions: Dict[str, str] = {}
 
     def kind(self, name: Any) -> ModuleKind:
@@ -3038,30 +3037,25 @@ class OwnModules:
         """(name, size, digest, mode) of each file. Raises OSError."""
         rows = []
         for target, file in files.items():
-            stamp, (size, digest, mode) = self._digests.of(file)
-            self._rows[file.path] = stamp, digest
+            _, (size, digest, mode) = self._digests.of(file)
             rows.append((target, size, digest, mode))
         return rows
 
-    def changed(self, closure: Sequence[ModuleFile]) -> List[ModuleFile]:
-        """Modules whose files are not as they were when the last row of them was made."""
-        return [module for module in closure if self._has_changed(module)]
+    def digests(self, closure: Sequence[ModuleFile]) -> Dict[str, bytes]:
+        """The digest of each module's file as it is now, by its path. A file that cannot be read is left out: there is no
+        other text that could be sent."""
+        found = {}
+        for module in closure:
+            try:
+                found[module.path] = self._digests.of(module.file())[1][1]
+            except OSError as exc:
+                logger.debug('the file of module %s cannot be read: %s', module.name, exc)
+        return found
 
-    def _has_changed(self, module: ModuleFile) -> bool:
-        row = self._rows.get(module.path)
-        if row is None:
-            return False
-        try:
-            if module.stamp() == row[0] and _is_settled(row[0]):
-                return False
-            stamp, (_, digest, _) = self._digests.of(module.file())
-        except OSError as exc:   # it was taken away: there is no other text that could be sent
-            logger.debug('the file of module %s cannot be read: %s', module.name, exc)
-            return False
-        if digest != row[1]:
-            return True
-        self._rows[module.path] = stamp, digest
-        return False
+    def changed(self, closure: Sequence[ModuleFile], before: Dict[str, bytes]) -> List[ModuleFile]:
+        """Modules whose files are not as they were when `before` was taken, as `digests`."""
+        now = self.digests(closure)
+        return [module for module in closure if module.path in now and now[module.path] != before.get(module.path, now[module.path])]
 
     def _file_of(self, name: str, where: Whereabouts) -> ModuleFile:
         """The file of a module of the user's. The text of a loaded module is read once."""
@@ -3356,6 +3350,7 @@ class ModuleBundles:
         self._number_of: Dict[str, int] = {}       # module -> bundle
         self._plain: Set[str] = set()              # names of modules that need none
         self._extra: Dict[str, FileOfModule] = {}  # files of modules that jobs have asked for by name
+        self._as_sent: Dict[str, bytes] = {}       # path of a module's file -> its digest when it travelled
         self._looked_at = time.monotonic()
         self._has_changed: List[str] = []
 
@@ -3408,6 +3403,7 @@ class ModuleBundles:
             before = {target for bundle in self._bundles for target in bundle.files}
             files = {target: file for target, file in own_modules.files(closure).items() if target not in before}
             content = self._content(closure, capture, kinds, state)
+            self._as_sent.update(own_modules.digests(closure))
             self._bundles.append(Bundle(number, tuple(closure), files, content))
             for file in new:
                 self._number_of.setdefault(file.name, number)
@@ -3493,14 +3489,14 @@ class ModuleBundles:
 
     # -- files that change --------------------------------------------------------------------------------
 
-    def changed(self) -> List[str]:
-        """Names of modules whose files have changed since they travelled. Looks at most once a second."""
+    def changed(self, every: float = LOOK_EVERY) -> List[str]:
+        """Names of modules whose files have changed since they travelled. Looks at most once in so many seconds."""
         now = time.monotonic()
-        if now - self._looked_at >= LOOK_EVERY and not self._has_changed:
+        if now - self._looked_at >= every and not self._has_changed:
             self._looked_at = now
             with self._lock:
                 closure = [file for bundle in self._bundles for file in bundle.closure]
-            self._has_changed = [file.name for file in own_modules.changed(closure)]
+            self._has_changed = [file.name for file in own_modules.changed(closure, self._as_sent)]
         return self._has_changed
 
 
@@ -6290,7 +6286,7 @@ class JobCluster:
         self._cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name, self._bundles)
         self._cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
         self._source: Optional[Tuple[bytes, str]] = None     # what pack_source gave; driver thread only
-        self._told_of_change = False                         # that files of modules have changed
+        self._told_of_change = computation is call_packed    # that files of modules have changed; an executor runs the new text
         self._job_status, self._cluster_status, self._on_output = callback if job_status is None else job_status, cluster_status, on_output
         self._shown: Dict[DispyJob, List[int]] = {}          # bytes of stdout and stderr shown live; driver thread only
         self._lock = threading.Lock()                        # guards those below
@@ -6339,9 +6335,9 @@ class JobCluster:
         """A scheduler says where a job is."""
         raise PeerError('a node is no scheduler')
 
-    def _look_at_modules(self) -> None:
+    def _look_at_modules(self, every: float = LOOK_EVERY) -> None:
         """The files of modules may have changed since they travelled: jobs go on with what was sent, and the user is told."""
-        changed = self._bundles.changed()
+        changed = self._bundles.changed(every)
         if changed and not self._told_of_change:
             self._told_of_change = True
             logger.warning('%s: the file of module %s has changed; this cluster keeps the text that it began with. '
@@ -6742,8 +6738,10 @@ class JobCluster:
         return self._close(timeout, terminate, shutdown=True)
 
     def _close(self, timeout: Optional[float], terminate: bool, shutdown: bool = False) -> bool:
-        if not terminate and not self._closed and not self.wait(timeout):
-            return False
+        if not terminate and not self._closed:
+            self._look_at_modules(0.0)
+            if not self.wait(timeout):
+                return False
         with self._lock:
             if self._closed:
                 return True

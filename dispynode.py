@@ -4303,6 +4303,10 @@ class ModuleLoader(importlib.abc.MetaPathFinder):
         sys.path.append(os.path.join(self._private, BEHIND_ROOT))
         sys.meta_path.append(self)
 
+    def here(self) -> Tuple[tuple, List[int]]:
+        """Arguments for a loader in a child of a job, and the bundles that it shall load."""
+        return (self._private, self._path, self.directory), sorted(self._loaded)
+
     def need(self, numbers: Iterable[int]) -> None:
         """Import the modules of these bundles, once. Raises what that raises, or ModuleNotFoundError."""
         for number in numbers:
@@ -4381,7 +4385,7 @@ def explain_import(exc: BaseException, name: str) -> str:
     if missing and missing != chain[-1]:
         chain.append(missing)
     own = chain[1] if len(chain) > 2 else missing
-    return ('the import failed: %s. Install %s on this node, list its file in depends, or call '
+    return ('the import failed: %s. To mend that, install %s on this node, list its file in depends, or call '
             'cloudpickle.register_pickle_by_value(%s) in the program'
             % (' -> '.join(chain), missing.partition('.')[0] or 'what is missing', own.partition('.')[0] or 'module'))
 
@@ -4444,7 +4448,7 @@ def _write_main(directory: str) -> str:
     module = 'dispy_main_%d' % os.getpid()
     path = os.path.join(directory, module)
     with open(path + '.pickle', 'wb') as file:
-        pickle.dump(found, file)
+        pickle.dump((modules.here() if modules is not None else (), found), file)
     with open(path + '.py', 'w', encoding='utf-8') as source:
         source.write(_MAIN_TEXT % (path + '.pickle'))
     return module
@@ -4453,7 +4457,9 @@ def _write_main(directory: str) -> str:
 def load_main(variables: Dict[str, Any], path: str) -> None:
     """In a child of a job: define what the job's main module defines."""
     with open(path, 'rb') as file:
-        found = pickle.load(file)   # written by the job's own worker
+        loader, found = pickle.load(file)   # written by the job's own worker
+    if loader:
+        ModuleLoader(*loader[0]).need(loader[1])   # the search path came from the job
     main = sys.modules.get('__mp_main__')
     if main is not None and vars(main) is variables:
         spaces.adopt_main(main)
@@ -4975,6 +4981,9 @@ class Worker:
 
     def _outcome(self, value: Any, failure: Optional[BaseException]) -> Tuple[int, Payload]:
         if failure is not None:
+            if isinstance(failure, ImportError):
+                failure.msg = '%s. %s' % (failure, explain_import(failure, self._spec['name']))
+                failure.args = (failure.msg,)
             return Outcome.RAISED, pack_error(describe_exception(failure, 1), failure)
         try:
             payload, plain, _, _ = seal(value)
