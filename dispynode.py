@@ -892,7 +892,8 @@ _SPACE_BASICS = ('__name__', '__package__', '__file__', '__path__', '__doc__')
 _CachedType = type(functools.lru_cache(maxsize=1)(lambda: None))
 # What is the same value for as long as it is the same object.
 _IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, property, classmethod,
-              staticmethod, _CachedType, contextvars.ContextVar)
+              staticmethod, _CachedType, contextvars.ContextVar, type(threading.Lock()), type(threading.RLock()))
+_LOCKS = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threading.RLock}
 
 
 def empty_cell() -> Any:
@@ -1204,8 +1205,6 @@ def _is_dispatcher(function: types.FunctionType) -> bool:
 
 
 _REDUCERS: Dict[type, Callable[[Any], tuple]] = {
-    type(threading.Lock()): lambda lock: (threading.Lock, ()),
-    type(threading.RLock()): lambda lock: (threading.RLock, ()),
     weakref.ref: lambda reference: (make_reference, (reference(),)) if reference() is not None else (_dead_reference, ()),
     weakref.WeakSet: lambda weak: (make_weak, (weakref.WeakSet, list(weak))),
     weakref.WeakValueDictionary: lambda weak: (make_weak, (weakref.WeakValueDictionary, dict(weak))),
@@ -1243,6 +1242,7 @@ class ValueReducer:
         self.plain = self.portable = True
         self._spaces: Dict[int, _SpaceRef] = {}
         self._cells: Dict[int, _CellRef] = {}
+        self._locks_of_code: Dict[int, Any] = {}   # by id
         self._registered = cloudpickle_part('list_registry_pickle_by_value')()
 
     def importable(self, module: str) -> bool:
@@ -1278,6 +1278,8 @@ class ValueReducer:
             return self._reduce_cached
         if kind is object:
             return self._reduce_sentinel
+        if kind in _LOCKS:
+            return self._reduce_lock
         if kind is contextvars.ContextVar:
             return self._reduce_context_variable
         if kind in _TYPED:
@@ -1329,6 +1331,8 @@ class ValueReducer:
         self.portable = False
         make, args, (attributes, _), _, _, set_state = cloudpickle_part('_dynamic_class_reduce')(cls)
         attributes.pop('__slotnames__', None)   # what copyreg has found out
+        if not self.exact:
+            self._allow_locks(attributes.values())
         args = _class_arguments(cls, args, attributes)
         tracker = args[-2]
         if issubclass(cls, enum.Enum) and _has_own_members(cls):
@@ -1374,6 +1378,8 @@ class ValueReducer:
         else:
             rows = {name: (space.versions.of(name, value) if space is not None else b'', value)
                     for name, value in variables.items()}
+        if not self.exact:
+            self._allow_locks([*attributes.values(), *slots.values(), *(value for _, value in contents), *variables.values()])
         name, version = function.__qualname__, b''
         if space is not None and not space.native:
             # Its program finds it by its name; any other gets what is written here.
@@ -1403,6 +1409,23 @@ class ValueReducer:
             return made
         version = space.versions.of(name, obj) if space.native else space.applied.get(name, b'')
         return variable_of, (self._space(variables, '__main__'), name, version, *made[:2])
+
+    def _reduce_lock(self, lock: Any) -> Any:
+        """A lock that belongs to code is a free lock in each process. One in a value is refused, as pickle does: in another
+        process it would guard nothing."""
+        if self.exact or id(lock) in self._locks_of_code:
+            return _LOCKS[type(lock)], ()
+        raise TypeError("cannot pickle '_thread.%s' object" % type(lock).__name__)
+
+    def _allow_locks(self, values: Iterable[Any]) -> None:
+        """Find the locks that belong to a class or function: its own, and those in objects that it refers to."""
+        waiting = [(value, 0) for value in values]
+        while waiting and len(waiting) < 4096:
+            value, depth = waiting.pop()
+            if type(value) in _LOCKS:
+                self._locks_of_code[id(value)] = value
+            elif depth < 4 and not isinstance(value, _IDENTICAL) and type(value) not in ATOMS:
+                waiting += [(part, depth + 1) for part in _held_by(value)]
 
     def _reduce_sentinel(self, obj: Any) -> Any:
         """A bare object(), which programs compare by identity."""
@@ -1457,6 +1480,16 @@ class ValueReducer:
         if self._is_by_name(obj, reduced):
             return reduced
         return self._of_main(obj, (make_object, (type(obj), dict(vars(obj)))))
+
+
+def _held_by(value: Any) -> List[Any]:
+    """What a container or an instance holds; nothing of another kind."""
+    if type(value) is dict:
+        return list(value.values())
+    if type(value) in (list, tuple, collections.deque):
+        return list(value)
+    attributes = getattr(value, '__dict__', None)
+    return list(attributes.values()) if type(attributes) is dict else []
 
 
 @functools.lru_cache(maxsize=None)
