@@ -7,6 +7,7 @@ from promises import SHAPES, World, lengths, seeded
 TRIPS = (0.0002, 0.02, 0.15)
 TURN = 0.03        # s: looks at running jobs, pipes and the birth of a worker
 WAIT = 0.2         # s beyond a running job and two round trips
+SEEDS = 3
 
 each = pytest.mark.parametrize('trip', TRIPS)
 shaped = pytest.mark.parametrize('shape', SHAPES, ids=lambda shape: shape.__name__)
@@ -34,7 +35,7 @@ def check_wait(world, job, asked):
 @each
 @shaped
 def test_a_job_of_higher_priority_waits_for_one_running_job(shape, trip):
-    for seed in range(5):
+    for seed in range(SEEDS):
         world, rng = busy(shape, trip, seed, {'a': 3})
         world.run(world.now + rng.uniform(0.1, 8.0))
         asked = world.now
@@ -46,7 +47,7 @@ def test_a_job_of_higher_priority_waits_for_one_running_job(shape, trip):
 @shaped
 def test_a_job_of_higher_priority_is_next_on_its_node(shape, trip):
     """Once it is there, no job of lower priority begins before it."""
-    for seed in range(5):
+    for seed in range(SEEDS):
         world, rng = busy(shape, trip, seed, {'a': 3})
         world.run(world.now + rng.uniform(0.1, 8.0))
         asked = world.now
@@ -60,7 +61,7 @@ def test_a_job_of_higher_priority_is_next_on_its_node(shape, trip):
 @each
 @shaped
 def test_a_newcomer_waits_for_one_running_job(shape, trip):
-    for seed in range(5):
+    for seed in range(SEEDS):
         world, rng = busy(shape, trip, seed, {'a': 3})
         world.open('d')
         world.run(world.now + 2 * trip + rng.uniform(0.1, 8.0))
@@ -79,7 +80,7 @@ EQUAL = [(shape, trip) for trip in TRIPS for shape in SHAPES
 
 @pytest.mark.parametrize('shape, trip', EQUAL, ids=lambda value: getattr(value, '__name__', str(value)))
 def test_equal_claims_get_equal_shares(shape, trip):
-    for seed in range(3):
+    for seed in range(SEEDS):
         world, rng = busy(shape, trip, seed, {'a': 4, 'b': 2}, 40000)
         world.open('d')
         world.run(world.now + 2 * trip + 0.1)
@@ -105,7 +106,7 @@ def check_idle(world):
 @each
 @shaped
 def test_no_cpu_is_idle_while_a_job_waits(shape, trip):
-    for seed in range(5):
+    for seed in range(SEEDS):
         check_idle(busy(shape, trip, seed, {'a': 3, 'b': 2, 'e': 1}, 300)[0])
 
 
@@ -118,7 +119,7 @@ def test_no_cpu_of_two_hundred_nodes_is_idle_while_a_job_waits(shape, trip):
 @each
 @shaped
 def test_a_job_is_called_back_at_most_twice(shape, trip):
-    for seed in range(5):
+    for seed in range(SEEDS):
         world, rng = busy(shape, trip, seed, {'a': 3, 'b': 2}, 600)
         world.open('d')
         for _ in range(20):
