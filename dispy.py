@@ -3305,8 +3305,12 @@ class Pool:
     def run(self, call: Callable[..., Any], *args: Any) -> None:
         """Call it in one of the threads. One thread only (the driver's)."""
         if not self._idle.acquire(blocking=False) and self._count < self._most:
-            self._count += 1
-            threading.Thread(target=self._work, name='%s-%d' % (self._name, self._count), daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name='%s-%d' % (self._name, self._count + 1), daemon=True).start()
+                self._count += 1
+            except RuntimeError:   # no thread is to be had: those that there are do it
+                if not self._count:
+                    raise
         self._tasks.put((call, args))
 
     def _work(self) -> None:
@@ -3328,9 +3332,9 @@ class Pool:
 
 
 class Asked(NamedTuple):
-    """Posted by `Driver.ask`: call this in the driver's thread."""
+    """Call this in the driver's thread; posted by `Driver.ask`, who waits for `future`, or by a helper, without one."""
     call: Callable[[], Any]
-    future: 'concurrent.futures.Future[Any]'
+    future: Optional['concurrent.futures.Future[Any]']
 
 
 class Told(NamedTuple):
@@ -3630,6 +3634,7 @@ class _Asker:
 
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed."""
+    log = logger
 
     def __init__(self, access: Access, instance: bytes = b'') -> None:
         self.instance = instance or _instance
@@ -3661,6 +3666,7 @@ class Driver(Loop):
         self._incoming: Dict[Tuple[int, str, int], IncomingFile] = {}   # (link, computation, serial) -> file from a job
         self._uploads: Dict[int, Deque[Iterator[Any]]] = {}   # link -> files on their way
         self._chores_at = 0.0
+        self._lost_text, self._lost_at = '', 0.0   # of a fault after which jobs may be nowhere; when they are looked for
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts: Dict[type, Callable[[Any], None]] = {
             SendJobs: self._send_jobs, SendCancel: self._send_to, SendRecall: self._send_to, SendAck: self._send_ack,
@@ -3751,7 +3757,7 @@ class Driver(Loop):
             peer.dialling.abort()
             peer.end_process()
         for event in list(self._inbox):
-            if isinstance(event, Asked):
+            if isinstance(event, Asked) and event.future is not None:
                 event.future.set_exception(RuntimeError(self.broken))
 
     def after_fork(self) -> None:
@@ -4088,9 +4094,59 @@ class Driver(Loop):
         try:
             answer = event.call()
         except Exception as exc:  # the asker gets it
+            if event.future is None:
+                raise
             event.future.set_exception(exc)
         else:
-            event.future.set_result(answer)
+            if event.future is not None:
+                event.future.set_result(answer)
+
+    # -- faults of ours -----------------------------------------------------------------------------------
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """End what the fault concerns: a link, or jobs that are nowhere any more."""
+        self._lost_text = text   # jobs that were in hand are looked for soon, once for many faults
+        self._soon()
+        if isinstance(subject, SendJobs):   # some of them cannot be sent, and nobody knows which
+            self._end_unsent(subject, text)
+            return True
+        if isinstance(subject, (Asked, Told, JobsEnded, JobEnded)):
+            return True
+        peer = self._peers.get(getattr(subject, 'node', None))
+        if peer is not None and peer.link is not None:
+            self._break(peer.link, text)
+            return True
+        return super().on_fault(subject, text)
+
+    def _end_unsent(self, action: SendJobs, text: str) -> None:
+        payload = text.encode('utf-8', 'replace')
+        rows = [(work._serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'') for work in action.works]
+        self._act(self.schedule.handle(NodeResults(action.node, action.comp, rows), self.now))
+
+    def _end_lost(self, text: str) -> None:
+        """End the jobs that neither wait nor are on a node after a fault."""
+        for comp, cluster in list(self._clusters.items()):
+            lost = self._owed_by(cluster)
+            if not lost:
+                continue
+            known = {id(work) for work in self._submitted}
+            known.update(id(event) for event in list(self._inbox))
+            if comp in self.schedule.comps:
+                known.update(map(id, self.schedule.comps[comp].waiting()))
+            for node in self.schedule.nodes.values():
+                known.update(map(id, node.flight.get(comp, {}).values()))
+            for work in lost:
+                if id(work) not in known:
+                    self._end_one(cluster, work, text)
+
+    def _owed_by(self, cluster: Any) -> List[Any]:
+        """Jobs of a cluster for which this driver still answers."""
+        return cluster.owed() if isinstance(cluster, JobCluster) else []
+
+    def _end_one(self, cluster: Any, work: Any, text: str) -> None:
+        if work.status not in ENDED:
+            work._state = JobState.ABANDONED
+            self._job_ended(JobEnded(work, text))
 
     def _told(self, event: Told) -> None:
         if event.cluster._cluster_status is not None:
@@ -4116,12 +4172,12 @@ class Driver(Loop):
 
     def end_of_turn(self) -> None:
         """New jobs, jobs to nodes, and now and then what is due."""
-        self._take_submitted()
-        self._act(self.schedule.flush(self.now))
+        self.guard(None, self._take_submitted)
+        self.guard(None, self._flush)
         if self._uploads:
-            self._upload()
+            self.guard(None, self._upload)
         if self.now >= self._chores_at:
-            self._chores()
+            self.guard(None, self._chores)
         for journal in self._journals.values():   # before anything of this turn is sent
             journal.commit()
 
@@ -4132,13 +4188,25 @@ class Driver(Loop):
         lost_at = self.schedule.next_timer()
         return self._chores_at if lost_at is None else min(lost_at, self._chores_at)
 
+    def _flush(self) -> None:
+        self._act(self.schedule.flush(self.now))
+
     def _act(self, actions: List[Any]) -> None:
         for action in actions:
-            self._acts[type(action)](action)
+            try:
+                self._acts[type(action)](action)
+            except Exception as exc:  # the other actions are carried out all the same
+                self.fault(action, exc)
 
     def _chores(self) -> None:
         """Dial, ask, give up probing, warn; and when to do so next."""
         due = [self.now + 60.0]
+        if self._lost_text:
+            if self.now >= self._lost_at:
+                text, self._lost_text, self._lost_at = self._lost_text, '', self.now + 1.0
+                self._end_lost(text)
+            else:
+                due.append(self._lost_at)
         for asker in self._ears.values():
             if self.now >= asker.due:
                 asker.ears.shout(lambda: self._discovery.say(Cry.QUESTION))
@@ -4252,7 +4320,7 @@ class Driver(Loop):
 
     def _turned_away(self, address: str, text: str) -> None:
         """A gate's thread: a node that dialled us was refused."""
-        self.post(Asked(functools.partial(self._stranger, address, address, 'it connected and was turned away: ' + text), concurrent.futures.Future()))
+        self.post(Asked(functools.partial(self._stranger, address, address, 'it connected and was turned away: ' + text), None))
 
     def _use_embedded(self, comp: str) -> None:
         """A node of this program's own, for all its clusters of this driver."""
@@ -4544,7 +4612,7 @@ class Driver(Loop):
             source = cluster._cargo.source()
         except Exception as exc:  # of those objects
             source = b'', 'its source could not be collected: ' + describe_exception(exc, 1)
-        self.post(Asked(functools.partial(self._packed_source, cluster, peer, link, source), concurrent.futures.Future()))
+        self.post(Asked(functools.partial(self._packed_source, cluster, peer, link, source), None))
 
     def _packed_source(self, cluster: 'JobCluster', peer: Peer, link: Link, source: Tuple[bytes, str]) -> None:
         cluster._source = source
@@ -4557,7 +4625,7 @@ class Driver(Loop):
             allocation, error = ask_allocator(allocator, cluster, peer), ''
         except Exception as exc:  # the user's allocate()
             allocation, error = Allocation(0, b'', [], {}), describe_exception(exc, 1)
-        self.post(Asked(functools.partial(self._allocated, cluster._comp, peer, link, allocation, error), concurrent.futures.Future()))
+        self.post(Asked(functools.partial(self._allocated, cluster._comp, peer, link, allocation, error), None))
 
     def _allocated(self, comp: str, peer: Peer, link: Link, allocation: Allocation, error: str) -> None:
         if comp not in self._clusters or peer.link is not link or comp not in peer.uses:
@@ -4769,7 +4837,7 @@ class Driver(Loop):
             error, value = (), cluster._asked(message.name, message.args)  # type: Tuple[tuple, Any]
         except Exception as exc:  # of the user's code
             error, value = (type(exc).__name__, describe_exception(exc, 1)), None
-        self.post(Asked(functools.partial(self.say_to, peer, Return(message.comp, message.number, error, value)), concurrent.futures.Future()))
+        self.post(Asked(functools.partial(self.say_to, peer, Return(message.comp, message.number, error, value)), None))
 
     def say_to(self, peer: Peer, message: Any) -> None:
         """Send a message to a node or scheduler, if it is connected."""
@@ -4839,6 +4907,7 @@ class Driver(Loop):
             cluster._conclude(plain, peer)
         if code:
             self._openers.run(cluster._conclude, code, peer)
+        cluster.answered([job for job, row in action.pairs if row[1] not in GOES_ON])
 
     def _job_waits(self, action: JobWaits) -> None:
         job = action.work
@@ -4855,6 +4924,7 @@ class Driver(Loop):
         if job._comp in self._journals:
             self._journals[job._comp].ended(job, action.text)
         self._clusters[job._comp]._end(job, action.text)
+        self._clusters[job._comp].answered([job])
 
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
@@ -5044,6 +5114,7 @@ class JobCluster:
         self._shown: Dict[DispyJob, List[int]] = {}          # bytes of stdout and stderr shown live; driver thread only
         self._lock = threading.Lock()                        # guards those below
         self._changed = threading.Condition(self._lock)
+        self._owed: Set[DispyJob] = set()                    # jobs for whose end the driver answers
         self._pending = 0                                    # jobs that have not ended or whose callback has not returned
         self._count = 0                                      # jobs submitted
         self._waiters = 0                                    # callbacks that are in `wait`
@@ -5124,11 +5195,13 @@ class JobCluster:
             self._conclude([(job, row)], peer)
 
         def over() -> None:
-            self._driver.post(Asked(self._recovered, concurrent.futures.Future()))
+            self._driver.post(Asked(self._recovered, None))
 
         def resubmit(job: DispyJob) -> None:
             job._comp, job._state, job.status = self._comp, JobState.CREATED, DispyJob.Created
             job._options = {name: value for name, value in (job._options or {}).items() if name != 'node'} or None   # it may be gone
+            with self._lock:
+                self._owed.add(job)
             self._driver.post(job)
         for job in again:
             resubmit(job)
@@ -5200,6 +5273,7 @@ class JobCluster:
                 self._journal.trim()
             self._pending += 1
             self._count += 1
+            self._owed.add(job)
             self._driver.post(job)   # with the lock held: `close` comes after it or before the test above
         return job
 
@@ -5491,6 +5565,16 @@ class JobCluster:
 
     # -- called by the driver and its helpers ---------------------------------------------------------------
 
+    def owed(self) -> List[DispyJob]:
+        """Jobs for whose end the driver answers. The driver's thread."""
+        with self._lock:   # a job is added and posted with it held
+            return list(self._owed)
+
+    def answered(self, jobs: Sequence[DispyJob]) -> None:
+        """These have ended, or an opener ends them. The driver's thread."""
+        with self._lock:
+            self._owed.difference_update(jobs)
+
     def _node_came(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -5606,13 +5690,8 @@ class JobCluster:
 
     def _driver_broke(self, text: str) -> None:
         """The driver's thread is ending for a fault of ours."""
-        schedule = self._driver.schedule
-        comp = schedule.comps.get(self._comp)
-        works: List[Any] = list(self._driver._submitted) + [event for event in self._driver._inbox if isinstance(event, DispyJob)]
-        if comp is not None:
-            works += [*comp.waiting()] + [work for node in schedule.nodes.values() for work in node.flight.get(self._comp, {}).values()]
         recovering = [job for job, _ in self._recovery._jobs.values()] if self._recovery is not None else []
-        for job in [job for job in works if job._comp == self._comp] + recovering:
+        for job in self.owed() + recovering:
             if job.status not in ENDED:
                 job._state = JobState.ABANDONED
                 job.exception, job.end_time, job.status = text, time.time(), DispyJob.Abandoned

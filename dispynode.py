@@ -104,6 +104,7 @@ FILE_PIECE = 1 << 20          # bytes of a file in one message
 FRAME_FILL = 1 << 20          # bytes after which a batch is a frame: the other side can begin with it
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
 HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
+LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
 DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
 DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
 RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are not read
@@ -137,6 +138,10 @@ class SecretError(DispyError, ValueError):
 
 class StartError(DispyError):
     """The daemon cannot start; the text says what is wrong and which option changes it."""
+
+
+class LoopFailed(DispyError):
+    """The loop has failed many times within a second, and nothing that it serves was to blame."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1795,6 +1800,12 @@ class WorkerUnborn(NamedTuple):
     text: str
 
 
+class Faulted(NamedTuple):
+    """A fault of ours concerns this computation: it cannot go on here."""
+    comp: str
+    text: str
+
+
 class WorkerTooBig(NamedTuple):
     """The job used more memory than it may; its worker is being killed."""
     worker: int
@@ -1835,6 +1846,12 @@ class Send(NamedTuple):
     """Send a message on a link."""
     link: int
     message: Any
+
+
+class Broken(NamedTuple):
+    """A computation made the state raise; answered by Faulted."""
+    comp: str
+    error: BaseException
 
 
 class Keep(NamedTuple):
@@ -2049,7 +2066,7 @@ class Node:
         self._checking = False
         self._handlers: Dict[type, Callable[..., None]] = {
             LinkUp: self._link_up, LinkDown: self._link_down, Received: self._received, Prepared: self._prepared,
-            Found: self._found, Kept: self._kept,
+            Found: self._found, Kept: self._kept, Faulted: self._faulted,
             Stored: self._stored, Put: self._put, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
             WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
             WorkerReturned: self._worker_returned,
@@ -2077,18 +2094,35 @@ class Node:
         self._actions = []
         while self._timers and self._timers[0][0] <= now:
             _, _, what, key, serial = heapq.heappop(self._timers)
-            self._due(what, key, serial, now)
+            self._for(key if isinstance(key, str) else self.comp_of_worker(key), self._due, what, key, serial, now)
         serving = not (self.stopping or self.paused)
         if serving:
             self._share_out(now)
         for comp in list(self._comps.values()):
             if not serving:
-                self._give_back(comp)
-            self._deliver(comp)
+                self._for(comp.comp, self._give_back, comp)
+            self._for(comp.comp, self._deliver, comp)
         if self.stopping and not any(worker.queue for worker in self._workers.values()) \
                 and not any(comp.unacknowledged and comp.link in self._links for comp in self._comps.values()):
             self._leave(now)
         return self._actions
+
+    def decided(self) -> List[Any]:
+        """Actions of the last `handle` or `flush`, which raised."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    def comp_of_worker(self, key: int) -> str:
+        """Whose worker this is; empty when there is no such worker."""
+        worker = self._workers.get(key)
+        return worker.comp.comp if worker is not None else ''
+
+    def _for(self, comp: str, call: Callable[..., None], *args: Any) -> None:
+        """Call it for a computation, which alone ends when that raises."""
+        try:
+            call(*args)
+        except Exception as exc:  # ours; the shell logs it and tells Faulted
+            self._do(Broken(comp, exc))
 
     def _deliver(self, comp: _Computation) -> None:
         if comp.outbox and comp.link in self._links:
@@ -2381,6 +2415,23 @@ class Node:
         self._reply(comp, Refused(comp.comp, code, text))
         self._close(comp, at_once=True)
 
+    def _faulted(self, event: Faulted, now: float) -> None:
+        comp = self._comps.get(event.comp)
+        if comp is not None and comp.stage is not Stage.CLOSING:
+            self._account_for(comp, event.text)
+            self._refuse(comp, 'fault', event.text)
+
+    def _account_for(self, comp: _Computation, text: str) -> None:
+        """What runs has failed with this text; what waits was never started."""
+        for worker in list(comp.workers.values()):
+            if worker.queue:
+                head, rest = worker.queue[0], list(worker.queue)[1:]
+                self._finish(comp, (head.serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
+                self.free += head.cpus
+                worker.queue.clear()
+                comp.waiting.extend(rest)
+        self._give_back(comp)
+
     def _runner_gone(self, event: RunnerGone, now: float) -> None:
         comp = self._comps.get(event.comp)
         if comp is None:
@@ -2454,7 +2505,7 @@ class Node:
             if not self._occupy(comp, 0, now) or not comp.waiting:
                 rivals.remove(comp)
         for comp in ready:
-            self._dispatch(comp, now, crowded)
+            self._for(comp.comp, self._dispatch, comp, now, crowded)
 
     def _is_limited(self, comp: _Computation, cpus: int) -> bool:
         """Whether a computation may not use so many CPUs more."""
@@ -4093,12 +4144,30 @@ class Pipe(Channel):
         return [RecordIntake._record(head, body) for head, body in self.read(now)]
 
 
+class Faults:
+    """Counts the faults of a loop for which nothing that it serves was to blame."""
+    MOST, WITHIN = 50, 1.0     # faults, s
+
+    def __init__(self) -> None:
+        self._times: Deque[float] = collections.deque(maxlen=self.MOST)
+
+    def are_many(self, now: float) -> bool:
+        """Count one more; whether MOST have come within the last WITHIN seconds."""
+        self._times.append(now)
+        return len(self._times) == self.MOST and now - self._times[0] < self.WITHIN
+
+
 class Loop:
     """One thread, a selector, and everything that thread owns. Other threads only call `post`.
 
     A subclass says what happens: `on_event`, `on_channel`, `on_broken`, `end_of_turn`, `next_timer`.
     `turn()` does one round, `run()` repeats it until `stop()`.
+
+    An exception that nobody expected ends what it concerns, which the subclass finds out in
+    `on_fault`, and the loop goes on. A loop that fails many times within a second, without
+    anything being found that could be ended, is itself at fault: `run` raises LoopFailed.
     """
+    log = logger
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -4107,8 +4176,12 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._inbox: Deque[Any] = collections.deque()
         self._dirty: Set[Channel] = set()
+        self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()   # at the end of this turn
         self._signalled = False
         self._ended = False
+        self._faults = Faults()
+        self._again = False        # a turn failed, and what it had to do may not be done
+        self._failed = ''          # why this loop cannot go on
         self._pulse_at = 0.0
         self._waker, self._wakened = socket.socketpair()
         for sock in (self._waker, self._wakened):
@@ -4135,6 +4208,17 @@ class Loop:
     def next_timer(self) -> Optional[float]:
         """When there will be something to do at the latest, monotonic."""
         return None
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """An unexpected exception was raised while `subject`, a channel, an event or an action, was
+        handled. End what it concerns; whether there was such a thing."""
+        if isinstance(subject, Channel):
+            self._break(subject, text)
+            return True
+        sock = getattr(subject, 'sock', None)
+        if sock is not None:   # of a connection that has just come about
+            sock.close()
+        return sock is not None
 
     # -- any thread ---------------------------------------------------------------------------------------
 
@@ -4180,14 +4264,24 @@ class Loop:
         self._selector.unregister(sock)
 
     def say(self, link: Link, message: Any) -> None:
-        """Send a message on a link, if it is still there."""
+        """Send a message on a link, if it is still there. Never raises: a message that cannot be
+        sent breaks its link, and what may become too large is cut where it comes into being."""
         if link.dirty is not None:
             link.said = self.now
-            link.send(message)
+            try:
+                link.send(message)
+            except Exception as exc:  # it is too large, or holds what cannot be packed
+                self.log.error('%s for %s cannot be sent: %s', type(message).__name__, link.address, exc)
+                self.unsaid(link, message, '%s cannot be sent: %s' % (type(message).__name__, exc))
+
+    def unsaid(self, link: Link, message: Any, text: str) -> None:
+        """A message could not be sent; nothing of it was. The other side waits for it, so that
+        the link is of no use any more, unless a subclass knows better."""
+        self._later_broken.append((link, text))
 
     def part(self, link: Link, text: str) -> None:
         """End a link on purpose: what waits on it is sent as far as it goes, then it is closed."""
-        self.say(link, Bye(text))
+        self.say(link, Bye(text[:1000]))
         with contextlib.suppress(OSError):   # it is closed all the same
             link.write()
         self.detach(link)
@@ -4196,6 +4290,8 @@ class Loop:
         """Turn after turn until `stop`."""
         while not self._ended:
             self.turn()
+        if self._failed:
+            raise LoopFailed(self._failed)
 
     def stop(self) -> None:
         """Make `run` return after this turn."""
@@ -4206,25 +4302,61 @@ class Loop:
         for key, mask in self._selector.select(self._patience(timeout)):
             self.now = self.clock()
             if callable(key.data):
-                key.data()
+                self.guard(None, key.data)
             elif key.data.dirty is not None:   # not detached meanwhile
                 self._guarded(key.data, mask)
         self.now = self.clock()
-        for _ in range(len(self._inbox)):
-            self.on_event(self._inbox.popleft())
-        self._beat()
-        self.end_of_turn()
+        self.take_events(len(self._inbox))
+        self.guard(None, self._beat)
+        self.guard(None, self.end_of_turn)
+        while self._later_broken:
+            self._break(*self._later_broken.popleft())
         for channel in list(self._dirty):
             self._write(channel)
 
+    def take_events(self, count: int) -> None:
+        """Handle that many of what was posted."""
+        for _ in range(count):
+            event = self._inbox.popleft()
+            self.guard(event, self.on_event, event)
+
+    def guard(self, subject: Any, call: Callable[..., Any], *args: Any) -> None:
+        """Call it for `subject`; an unexpected exception ends what that concerns, not the loop."""
+        try:
+            call(*args)
+        except Exception as exc:  # whatever it is, others are served all the same
+            self.fault(subject, exc)
+
+    def fault(self, subject: Any, exc: BaseException) -> None:
+        """Log an unexpected exception and end what it concerns."""
+        name = type(subject).__name__ if subject is not None else 'a turn'
+        self.log.error('a fault of dispy while it handled %s', name, exc_info=exc)
+        concerned = False
+        try:
+            concerned = self.on_fault(subject, 'a fault of dispy has ended it: %s: %.500s' % (type(exc).__name__, exc))
+        except Exception:  # one more; the first stands in the log already
+            self.log.exception('a fault of dispy while it ended what the last one concerned')
+        self._again = self._again or not concerned
+        if not concerned and self._faults.are_many(self.clock()):
+            self._failed = '%d faults within %g s, the last of them %s: %.500s' % (
+                Faults.MOST, Faults.WITHIN, type(exc).__name__, exc)
+            self.stop()
+
     def _patience(self, timeout: Optional[float]) -> Optional[float]:
-        if self._inbox:
+        """Seconds until something is to be done, at most a day: a selector takes no more than 24.8 days."""
+        if self._inbox or self._again:
+            self._again = False
             return 0
-        times = [when for when in (self.next_timer(), self._pulse_at if self.links else None) if when is not None]
-        if times:
-            wait = max(0.0, min(times) - self.clock())
-            return wait if timeout is None else min(wait, timeout)
-        return timeout
+        wait = LONGEST_SLEEP if timeout is None else min(timeout, LONGEST_SLEEP)
+        try:
+            when = self.next_timer()
+        except Exception as exc:
+            self.fault(None, exc)
+            return 0
+        for time_of in (when, self._pulse_at if self.links else None):
+            if time_of is not None:
+                wait = min(wait, time_of - self.clock())
+        return max(0.0, wait)
 
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -4239,12 +4371,17 @@ class Loop:
                 self._dirty.add(channel)
         except (LinkBroken, PeerError, OSError) as exc:
             self._break(channel, str(exc) or type(exc).__name__)
+        except Exception as exc:  # of the channel, which is ended for it
+            self.fault(channel, exc)
 
     def _write(self, channel: Channel) -> None:
         try:
             channel.write()
         except OSError as exc:
             self._break(channel, str(exc))
+            return
+        except Exception as exc:  # as above
+            self.fault(channel, exc)
             return
         self._dirty.discard(channel)
         self.interest(channel)
@@ -4265,7 +4402,7 @@ class Loop:
     def _break(self, channel: Channel, text: str) -> None:
         if channel.dirty is not None:
             self.detach(channel)
-            self.on_broken(channel, text)
+            self.guard(None, self.on_broken, channel, text)
 
     def _beat(self) -> None:
         """Signs of life on idle links, and an end to silent ones."""
@@ -4758,7 +4895,7 @@ class Daemon(Loop):
         self._acts: Dict[type, Callable[[Any], None]] = {
             Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store, StorePlaced: self._store_placed,
             StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
-            Keep: self._keep, SendKept: self._send_kept, Forget: self._forget, Feed: self._feed, Interrupt: self._interrupt,
+            Broken: lambda action: self.fault(action, action.error), Keep: self._keep, SendKept: self._send_kept, Forget: self._forget, Feed: self._feed, Interrupt: self._interrupt,
             Kill: self._kill, Watch: self._watch, TakeBack: self._take_back, Retire: self._retire, TellKept: self._tell_kept, Show: self._show, Exit: lambda action: self.stop(),
         }
 
@@ -4958,11 +5095,31 @@ class Daemon(Loop):
                     dial, caller.host, caller.port, derive_key(self._options.secret), Role.NODE, Role.SCHEDULER, self._instance, self._tls))
 
     def _tell(self, event: Any) -> None:
-        self._act(self.node.handle(event, self.now))
+        try:
+            actions = self.node.handle(event, self.now)
+        except BaseException:
+            self._act(self.node.decided())   # what was decided before the state noticed
+            raise
+        self._act(actions)
 
     def _act(self, actions: List[Any]) -> None:
         for action in actions:
-            self._acts[type(action)](action)
+            try:
+                self._acts[type(action)](action)
+            except Exception as exc:  # the other actions are carried out all the same
+                self.fault(action, exc)
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """End what the fault concerns: a link, a worker, a computation."""
+        comp = getattr(subject, 'comp', None) or self.node.comp_of_worker(getattr(subject, 'worker', 0))
+        link = self.links.get(getattr(subject, 'link', 0))
+        if isinstance(subject, Channel) or not comp:
+            if link is None:
+                return super().on_fault(subject, text)
+            self._break(link, text)
+            return True
+        self._tell(Faulted(comp, text))
+        return True
 
     def on_channel(self, channel: Any) -> None:
         """A link or a pipe has something."""
@@ -5003,15 +5160,15 @@ class Daemon(Loop):
     def end_of_turn(self) -> None:
         """What came of this turn's actions, then the state's own turn."""
         while self._inbox:
-            self.on_event(self._inbox.popleft())
+            self.take_events(len(self._inbox))
         for run in list(self._runs.values()):
             if run.kill_at is not None and self.now >= run.kill_at and run.process is not None:
                 run.kill_at = None
                 run.process.kill()
         if self._clock_at is not None and self.now >= self._clock_at:
             self._look_at_clock(time.localtime())
-        self._act(self.node.flush(self.now))
-        self._backlog.send(self.say)
+        self.guard(None, self._flush)
+        self.guard(None, self._backlog.send, self.say)
         self._dial_callers()
         if self._hello_at is not None and self.now >= self._hello_at:
             self._hello()
@@ -5023,6 +5180,14 @@ class Daemon(Loop):
                 link.paused = full
                 link.heard = self.now
                 self.interest(link)
+
+    def _flush(self) -> None:
+        try:
+            actions = self.node.flush(self.now)
+        except BaseException:
+            self._act(self.node.decided())
+            raise
+        self._act(actions)
 
     def _look_at_clock(self, local: time.struct_time) -> None:
         """Hours of service. Once a minute, so that a clock that is set is no matter."""
@@ -5702,6 +5867,24 @@ def find_user(name: str) -> User:
     return User(name, entry.pw_uid, entry.pw_gid, entry.pw_dir)
 
 
+FAULT_STATUS = 3
+EXIT_STATUSES = '''Exit statuses: 0, it was told to end; 1, it cannot start, and the text says why;
+    2, the options are wrong; 3, it was ended by a fault of its own and should be started again.'''
+
+
+def run_until_ended(loop: Loop) -> int:
+    """Run the loop of a daemon and close it. Returns the exit status."""
+    try:
+        loop.run()
+    except Exception as exc:  # LoopFailed, or what was raised where nothing could be guarded
+        loop.log.critical('ended by a fault, start it again: %s', exc, exc_info=not isinstance(exc, LoopFailed))
+        return FAULT_STATUS
+    finally:
+        loop.close()
+    loop.log.info('ended')
+    return 0
+
+
 class Each(argparse.Action):
     """As `append`, but the first on the command line replaces what the configuration says."""
 
@@ -5712,7 +5895,8 @@ class Each(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='dispynode', description='Run jobs of dispy clients on this host.', epilog='''
-        dispy 4's spellings with underscores are understood. --config knows every long option but the secret, as {"cpus": 4, "host": ["::1"]}.''')
+        dispy 4's spellings with underscores are understood. --config knows every long option but the secret, as {"cpus": 4, "host": ["::1"]}.
+        ''' + EXIT_STATUSES)
     add = parser.add_argument
     add('-d', '--debug', action='store_true', help='log what is done in detail')
     add('-c', '--cpus', type=int, metavar='N', help='CPUs to offer; negative: leave so many free (default: all)')
@@ -5915,7 +6099,7 @@ def _on_signals(daemon: Daemon, stay: bool) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The daemon. Returns 0 when it has ended, 1 when it could not start."""
+    """The daemon. Returns its exit status: see EXIT_STATUSES."""
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
     _standard_files()
     try:
@@ -5964,12 +6148,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if hasattr(signal, 'SIGTTIN'):
             signal.signal(signal.SIGTTIN, signal.SIG_IGN)   # in the background a read fails instead of stopping the node
         threading.Thread(target=_prompt, args=(daemon.post,), daemon=True).start()
-    try:
-        daemon.run()
-    finally:
-        daemon.close()
-    logger.info('ended')
-    return 0
+    return run_until_ended(daemon)
 
 
 if __name__ == '__main__':

@@ -57,10 +57,10 @@ from dispy import (
     NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState, Work, job_row, parse_nodes)
 from dispynode import (
     FRAME_FILL, GOES_ON, NODE_PORT, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
-    Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
+    EXIT_STATUSES, Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
     Offer, Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
     Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, derive_key, discovery_reach, find_secret, frames,
-    host_and_port, open_envelope, parse_arguments, pieces_of, positive, save_config, set_up_log, size_of, size_option, sized,
+    host_and_port, open_envelope, parse_arguments, pieces_of, positive, run_until_ended, save_config, set_up_log, size_of, size_option, sized,
     unpack_error)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -714,6 +714,7 @@ _RETURNED = (Outcome.RETURNED, Outcome.RETURNED_CODE)
 
 class Scheduler(Driver):
     """See the module's docstring. Driver is its side towards nodes."""
+    log = logger
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -836,6 +837,24 @@ class Scheduler(Driver):
         os.makedirs(path, mode=0o700, exist_ok=True)
         return path
 
+    # -- faults of ours -------------------------------------------------------------------------------------------
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """As the driver's; what concerns a computation of a program ends that computation."""
+        if isinstance(subject, Remote):
+            link = self.links.get(subject.link)
+            if link is not None:
+                self.say(link, Refused(subject._comp, 'fault', text))
+            self._over(subject)
+            return True
+        return super().on_fault(subject, text)
+
+    def _owed_by(self, cluster: Any) -> List[Any]:
+        return list(cluster.works.values()) if isinstance(cluster, Remote) else []
+
+    def _end_one(self, cluster: Any, work: Any, text: str) -> None:
+        self._end(cluster, work, (work._client, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
+
     # -- turns: nothing leaves before the transaction -----------------------------------------------------------
 
     def say(self, link: Link, message: Any) -> None:
@@ -856,7 +875,7 @@ class Scheduler(Driver):
         super().end_of_turn()
         for comp in list(self._clusters.values()):
             if isinstance(comp, Remote):
-                self._end_turn_of(comp)
+                self.guard(comp, self._end_turn_of, comp)
         if self._write_down():
             self._unstick()
             self._backlog.send(super().say)
@@ -1496,7 +1515,8 @@ def default_state_dir(port: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='dispyscheduler', description='Share nodes between several programs (dispy.SharedJobCluster).')
+    parser = argparse.ArgumentParser(prog='dispyscheduler', description='Share nodes between several programs (dispy.SharedJobCluster).',
+                                     epilog=EXIT_STATUSES)
     add = parser.add_argument
     add('-d', '--debug', action='store_true', help='log what is done in detail')
     add('-i', '--host', '--ip-addr', action=Each, metavar='ADDR', help='address to listen at; may be repeated (default: all)')
@@ -1532,7 +1552,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The daemon. Returns 0 when it has ended, 1 when it could not start."""
+    """The daemon. Returns its exit status: see EXIT_STATUSES."""
     parser = _parser()
     try:
         args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
@@ -1572,13 +1592,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             signal.signal(number, lambda number, frame: None)
     logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), root)
     try:
-        scheduler.run()
+        return run_until_ended(scheduler)
     finally:
-        scheduler.close()
         if monitor is not None:
             monitor.shutdown()
-    logger.info('ended')
-    return 0
 
 
 def _monitor(scheduler: Scheduler, port: int, at: int) -> Any:
