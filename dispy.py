@@ -83,12 +83,12 @@ import cloudpickle
 
 from dispynode import (
     ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
-    SCHEDULER_PORT, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
+    NAMES_MOST, SCHEDULER_PORT, VALUE_MOST, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
     File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
     Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
     Role, Said, SecretError, Shutdown, Welcome, Where, __version__, beside, call_chunk, call_packed, check_name, class_of_client,
     derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret, frames, host_and_port, open_envelope, pieces_of,
-    place, python_of, same_secret, seal, size_of, tls_context, unpack_error, unseal, value_pickler)
+    place, python_of, in_parts, same_secret, seal, shorten, size_of, tls_context, unpack_error, unseal, value_pickler)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -101,7 +101,8 @@ __all__ = [
 
 AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it runs, however short they are
 AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
-MAX_PAYLOAD = 960 << 20       # bytes of one job's arguments; a frame holds a GiB
+SHARED_ARGS_MOST = 15 << 20   # bytes of setup_args that go by way of a scheduler
+NODES_PAGE = 500              # nodes of a scheduler in one answer
 LOST_MOST = 3                 # nodes a job may be lost with before it is given up
 LOST_TIMES = 16               # times it may be lost, with however few of them: a node that is started again is the same node
 IPV6_LATER = 0.1              # s for which a node that was found by IPv6 may answer by IPv4, which people expect to see
@@ -1422,6 +1423,18 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
             'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0, 'setup_args': b''}
     return Cargo(spec, paths, bool(program), functools.partial(
         pack_source, computation, setup, cleanup if callable(cleanup) else None, objects, tuple(shipped)))
+
+
+def check_cargo(spec: dict) -> None:
+    """Raise ValueError for a computation that is too large for a message."""
+    size = len(spec['code'])
+    if size > VALUE_MOST:
+        raise ValueError('the computation, with the data that it refers to, has %d bytes, and the limit is %d: '
+                         'read large data from a file in setup() (depends)' % (size, VALUE_MOST))
+    names = sum(4 * len(row[0]) + 80 for row in spec['files'])
+    if names > NAMES_MOST:
+        raise ValueError('depends: the names of %d files take up to %d bytes, and the limit is %d: pack them into an archive'
+                         % (len(spec['files']), names, NAMES_MOST))
 
 
 def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int, bytes, int]]:
@@ -2996,7 +3009,16 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['P
     paths: Dict[str, str] = {}
     objects, _ = _sort_depends(allocator.depends, paths)
     blob = pack_by_value((tuple(allocator.setup_args), {obj.__name__: obj for obj in objects}))
+    check_setup_args(len(blob), cluster._remote)
     return Allocation(cpus, blob, _file_rows(paths), paths)
+
+
+def check_setup_args(size: int, remote: bool) -> None:
+    """Raise ValueError for setup_args that are too large; a scheduler takes less of them."""
+    most = SHARED_ARGS_MOST if remote else VALUE_MOST
+    if size > most:
+        raise ValueError('setup_args of %d bytes are over the limit of %d%s: send a file (depends)'
+                         % (size, most, ' of a SharedJobCluster' if remote else ''))
 
 
 def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec]:
@@ -4118,6 +4140,17 @@ class Driver(Loop):
             return True
         return super().on_fault(subject, text)
 
+    def unsaid(self, link: Link, message: Any, text: str) -> None:
+        """As a Loop's; who asks a scheduler for something gets the error."""
+        peer = self._by_link.get(link.number)
+        future = None
+        if peer is not None and type(message) is Call:
+            future = peer.answers.pop((message.comp, 'call %d' % message.number), None)
+        if future is not None:
+            future.set_exception(ValueError(text))
+        else:
+            super().unsaid(link, message, text)
+
     def _end_unsent(self, action: SendJobs, text: str) -> None:
         payload = text.encode('utf-8', 'replace')
         rows = [(work._serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'') for work in action.works]
@@ -4732,7 +4765,8 @@ class Driver(Loop):
         if message.comp in self._reclaimed:
             self._reclaimed[message.comp].results(peer, message.rows)
             serials = [row[0] for row in message.rows if row[1] not in GOES_ON]
-            self.say(peer.link, Ack(message.comp, serials))  # type: ignore[arg-type]
+            for ack in in_parts(Ack, message.comp, serials):
+                self.say(peer.link, ack)  # type: ignore[arg-type]
             return
         self._act(self.schedule.handle(NodeResults(peer.key, message.comp, message.rows), self.now))
 
@@ -4864,7 +4898,11 @@ class Driver(Loop):
     def _send_to(self, action: Any) -> None:
         peer = self._peers.get(action.node)
         if peer is not None and peer.link is not None:
-            self.say(peer.link, _MESSAGE_OF[type(action)](action.comp, action[2]))
+            if isinstance(action, SendCancel):
+                for message in in_parts(Cancel, action.comp, action.serials):
+                    self.say(peer.link, message)
+            else:
+                self.say(peer.link, Recall(action.comp, action.most))
 
     def _send_ack(self, action: SendAck) -> None:
         """Collected, so that a round trip of one job is not two."""
@@ -4882,7 +4920,8 @@ class Driver(Loop):
         if peer.link is not None:
             for comp, use in peer.uses.items():
                 if use.acks:
-                    self.say(peer.link, Ack(comp, use.acks))
+                    for message in in_parts(Ack, comp, use.acks):
+                        self.say(peer.link, message)
                     use.acks = []
 
     def _jobs_ended(self, action: JobsEnded) -> None:
@@ -4938,7 +4977,6 @@ _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.REFUSED, NodeState.LOST))
 _MAY_OFFER = frozenset((UseState.WAITING, UseState.ASKING, UseState.REFUSED))
 OF_JOBS = ('cpus', 'timeout', 'memory')   # options of a job that its node has to know
 _OF_JOBS_THERE = (*OF_JOBS, 'priority', 'retries', 'node')   # and a scheduler
-_MESSAGE_OF = {SendCancel: Cancel, SendRecall: Recall}
 _lock = threading.Lock()      # guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
 _drivers: Dict[Access, Driver] = {}
 _clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()
@@ -5108,6 +5146,10 @@ class JobCluster:
         self._comp = self._client = uuid.uuid4().hex
         self._reentrant = bool(reentrant)
         self._cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name)
+        check_cargo(self._cargo.spec)
+        for spec in self._specs:
+            if spec.allocator is not None and spec.allocator.setup_args:   # it may choose others later, which are checked then
+                check_setup_args(len(pack_by_value(tuple(spec.allocator.setup_args))), self._remote)
         self._cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
         self._source: Optional[Tuple[bytes, str]] = None     # what pack_source gave; driver thread only
         self._job_status, self._cluster_status, self._on_output = callback if job_status is None else job_status, cluster_status, on_output
@@ -5262,9 +5304,9 @@ class JobCluster:
         if self._cargo.is_program and kwargs:
             raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
         job = DispyJob(self._comp, pack_arguments(args, kwargs, depends), options, number)
-        if size_of(job._payload) > MAX_PAYLOAD:
+        if size_of(job._payload) > VALUE_MOST:
             raise ValueError('arguments of %d bytes are over the limit of %d: send a file (depends)'
-                             % (size_of(job._payload), MAX_PAYLOAD))
+                             % (size_of(job._payload), VALUE_MOST))
         with self._lock:
             if self._closed or self._driver.broken:
                 raise RuntimeError('submit: %s' % (self._driver.broken or 'the cluster was closed'))
@@ -5777,10 +5819,19 @@ class SharedJobCluster(JobCluster):
         future.set_result(error or self._call('place', node, row))
         return future
 
+    def _pages(self) -> List[NodeRow]:
+        """What the scheduler tells of its nodes, which may be thousands, some at a time."""
+        rows: List[NodeRow] = []
+        while True:
+            page = self._call('nodes', len(rows), NODES_PAGE)
+            rows += [NodeRow(*row) for row in page]
+            if len(page) < NODES_PAGE:
+                return rows
+
     def _rows(self) -> List[NodeRow]:
         if not self._is_connected():
             return super()._command('nodes')  # type: ignore[no-any-return]
-        return [NodeRow(*row) for row in self._call('nodes')] or \
+        return self._pages() or \
             [row._replace(state='connected', reason='has no node for this cluster yet', cpus=0) for row in super()._command('nodes')]
 
     def _complaint(self) -> str:

@@ -355,7 +355,11 @@ class WatchedShared(Watched):
             flights.setdefault((place.ip_addr, place.name), {})[job._serial] = job
         self._flights = flights
         with contextlib.suppress(ConnectionError, concurrent.futures.TimeoutError):
-            rows = driver.ask(lambda: driver.call(cluster._comp, 'nodes')).result(dispy.CALL_TIME)
+            rows: List[Any] = []
+            page: List[Any] = [()] * dispy.NODES_PAGE
+            while len(page) == dispy.NODES_PAGE:
+                page = driver.ask(lambda: driver.call(cluster._comp, 'nodes', len(rows), dispy.NODES_PAGE)).result(dispy.CALL_TIME)
+                rows += page
             self._known = {row.key: row for row in (dispy.NodeRow(*row) for row in rows)}
             return
         self._known = {row.key: row for row in driver.ask(lambda: driver.rows_of(cluster._comp))}

@@ -102,11 +102,16 @@ WEIGHED = 0.05                # s between looks at the memory of jobs that may n
 OUT_OF_BAND = 32 * 1024       # bytes from which a payload travels beside its envelope instead of inside
 FILE_PIECE = 1 << 20          # bytes of a file in one message
 FRAME_FILL = 1 << 20          # bytes after which a batch is a frame: the other side can begin with it
+VALUE_MOST = 960 << 20        # bytes of one value: arguments or result of a job, a computation; a frame holds a GiB
+TEXT_MOST = 64 * 1024         # characters of a text for people, such as a traceback; longer ones lose their middle
+NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
 HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
 LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
 DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
 DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
+SERIALS_MOST = 50000          # of jobs in one message
+NAME_MOST = 1000              # characters of a name from outside that are kept
 RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are not read
 
 logger = logging.getLogger('dispynode')
@@ -419,6 +424,20 @@ def size_of(payload: Payload) -> int:
     return len(payload)  # type: ignore[arg-type]
 
 
+def shorten(text: str, most: int = TEXT_MOST) -> str:
+    """A text with its middle left out, if it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return '%s\n[dispy: %d characters left out here]\n%s' % (text[:half], len(text) - 2 * half, text[-half:])
+
+
+def over_limit(what: str, size: int) -> str:
+    """What is said of a value of a job that is too large."""
+    return '%s has %d bytes, and the limit for one value is %d: return less of it, or write it to a file and send ' \
+        'that with dispy_send_file' % (what, size, VALUE_MOST)
+
+
 def beside(payload: Payload) -> Any:
     """The payload as an envelope may carry it: small ones inside it, large ones out of band and not copied."""
     if type(payload) is tuple:
@@ -445,6 +464,22 @@ def frames(kind: Callable[[str, list], Any], comp: str, rows: Iterable[Tuple[tup
             some, filled = [], 0
     if some:
         yield kind(comp, some)
+
+
+def needs(comp: str, names: Iterable[str]) -> Iterator[Need]:
+    """Messages that ask for these files."""
+    return frames(Need, comp, ((name, 4 * len(name) + 16) for name in names))  # type: ignore[arg-type, misc]
+
+
+def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]) -> Iterator[Any]:
+    """Messages `kind(comp, serials)` of bounded length."""
+    for start in range(0, len(serials), SERIALS_MOST):
+        yield kind(comp, list(serials[start:start + SERIALS_MOST]))
+
+
+def plain_text(value: str) -> str:
+    """A str of its own, of an instance of a subclass too."""
+    return value if type(value) is str else ''.join((value, ''))
 
 
 class _Plain(pickle.Unpickler):
@@ -2355,7 +2390,8 @@ class Node:
             self._refuse(comp, 'transfer', event.error)
         elif event.missing:
             self._set_stage(comp, 'missing')
-            self._reply(comp, Need(comp.comp, event.missing))
+            for need in needs(comp.comp, event.missing):
+                self._reply(comp, need)
         else:
             self._start(comp, now)
 
@@ -2409,6 +2445,7 @@ class Node:
             self._reply(comp, Ready(comp.comp, self._held(comp.comp)))
 
     def _refuse(self, comp: _Computation, code: str, text: str) -> None:
+        text = shorten(text)
         logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
         self._deliver(comp)   # what has ended, has ended; after the refusal nobody would believe it
         self._keep(comp)
@@ -3200,6 +3237,16 @@ def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
     return struct.pack('>I', len(raw)) + raw + body
 
 
+def cut_error(exc: BaseException, skip: int = 0) -> Payload:
+    """As `pack_error` with the traceback; an exception that is over the limit stays behind."""
+    text = describe_exception(exc, skip)
+    payload = pack_error(text, exc)
+    size = size_of(payload)
+    if size <= VALUE_MOST:
+        return payload
+    return pack_error('%s\n(%s)' % (text, over_limit('the exception', size)), None)
+
+
 def unpack_error(payload: Buffer) -> Tuple[str, Buffer]:
     """The inverse, without opening the exception."""
     length, = struct.unpack_from('>I', payload)
@@ -3212,9 +3259,10 @@ def describe_exception(exc: BaseException, skip: int = 0) -> str:
     for _ in range(skip):
         trace = trace.tb_next if trace is not None else None
     try:
-        return ''.join(traceback.format_exception(type(exc), exc, trace))
+        text = ''.join(traceback.format_exception(type(exc), exc, trace))
     except Exception:  # exactly that: the exception cannot even be shown
-        return ''.join(traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
+        text = ''.join(traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
+    return shorten(text)
 
 
 def find_named(module: str, name: str) -> Any:
@@ -3311,6 +3359,22 @@ def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
     return [function(*args) for args in chunk]
 
 
+class _Turn:
+    """Processes write into one pipe by turns. A lock of the process (lockf), which ends with it."""
+
+    def __init__(self, directory: str) -> None:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            self._handle = _out_of_reach(os.dup(file.fileno()))
+
+    def __enter__(self) -> None:
+        import fcntl
+        fcntl.lockf(self._handle, fcntl.LOCK_EX)
+
+    def __exit__(self, *exc: Any) -> None:
+        import fcntl
+        fcntl.lockf(self._handle, fcntl.LOCK_UN)
+
+
 class Worker:
     """Runs job after job in a process of its own. Slots shared with the runner: [0] the serial that runs now,
     [1] the serial that shall be interrupted."""
@@ -3328,6 +3392,10 @@ class Worker:
         self._sending = threading.Lock()   # guards the writing end of the pipe: a job may have threads
         self._filing = threading.Lock()    # one file at a time; guards _answers
         self._answers: Deque[str] = collections.deque()
+        self._shared = False               # with processes that a job has forked
+        self._turn = _Turn(spec['private'])
+        if hasattr(os, 'register_at_fork'):
+            os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork)
         self._brought: Optional[Tuple[str, Dict[str, Any]]] = None   # directory and names that are the job's alone
 
     def serve(self) -> None:
@@ -3365,9 +3433,9 @@ class Worker:
                           (getattr(signal, name, None) for name in watched) if number is not None]
         Runner.offer({'dispy_provisional_result': self._provisional, 'dispy_send_file': self._send_file})
         if self._spec['logs'] >= 0:
-            handler = logging.Handler()
-            handler.emit = self._forward  # type: ignore[method-assign]
-            logging.getLogger().addHandler(handler)
+            self._log_handler = logging.Handler()
+            self._log_handler.emit = self._forward  # type: ignore[method-assign]
+            logging.getLogger().addHandler(self._log_handler)
             logging.getLogger().setLevel(self._spec['logs'])
         self._environ = dict(_ENVIRON)
         self._threads = threading.active_count()
@@ -3392,9 +3460,17 @@ class Worker:
 
     def _send(self, *args: Any) -> None:
         buffers = pack_record(*args)
-        with self._sending:
+        with self._sending, self._turn if self._shared else contextlib.nullcontext():
             for buffer in buffers:
                 self._sock.sendall(buffer)
+
+    def _before_fork(self) -> None:
+        """A job forks: from now on its children may write into the pipe as well, records of any length."""
+        self._shared = True
+
+    def _after_fork(self) -> None:
+        """In the child: another thread of the parent may have held these."""
+        self._sending, self._filing = threading.Lock(), threading.Lock()
 
     @contextlib.contextmanager
     def _beside_job(self) -> Any:
@@ -3420,8 +3496,11 @@ class Worker:
             raise KeyboardInterrupt
 
     def _provisional(self, result: Any) -> int:
-        """dispy_provisional_result: hand the client a value while the job goes on. Raises what pickling raises."""
+        """dispy_provisional_result: hand the client a value while the job goes on. Raises what pickling raises,
+        ValueError for a value over the limit."""
         payload, plain = seal(result, _by_value)
+        if size_of(payload) > VALUE_MOST:
+            raise ValueError(over_limit('dispy_provisional_result: the value', size_of(payload)))
         with self._beside_job():
             now = time.time()
             self._send(Kind.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE, self._slots[0], now, now, payload)
@@ -3429,9 +3508,17 @@ class Worker:
 
     def _forward(self, record: logging.LogRecord) -> None:
         """A log record of the job, on its way to the client's logging."""
-        text = record.getMessage() + ('\n' + ''.join(traceback.format_exception(*record.exc_info)).rstrip() if record.exc_info else '')
+        try:
+            text = record.getMessage()
+            if record.exc_info and record.exc_info[0] is not None:
+                text += '\n' + ''.join(traceback.format_exception(*record.exc_info)).rstrip()
+            # A level may be an IntEnum and a name a subclass of str: the other side opens plain values only.
+            data = pickle.dumps((int(record.levelno), plain_text(record.name)[:NAME_MOST], shorten(plain_text(text))), 5)
+        except Exception:  # arguments that do not fit the format, and the like: as logging itself does
+            self._log_handler.handleError(record)
+            return
         with self._beside_job():
-            self._send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, pickle.dumps((record.levelno, record.name, text[:OUTPUT_KEPT])))
+            self._send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
 
     def _send_file(self, path: str) -> int:
         """dispy_send_file: the file is below the client's directory, under the same relative name, when this returns 0.
@@ -3555,9 +3642,11 @@ class Worker:
 
     def _outcome(self, value: Any, failure: Optional[BaseException]) -> Tuple[int, Payload]:
         if failure is not None:
-            return Outcome.RAISED, pack_error(describe_exception(failure, 1), failure)
+            return Outcome.RAISED, cut_error(failure, 1)
         try:
             payload, plain = seal(value, _by_value)
+            if size_of(payload) > VALUE_MOST:
+                return Outcome.RAISED, pack_error(over_limit('the result', size_of(payload)), None)
             return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
         except BaseException as exc:  # __reduce__ and its kin are the user's code
             text = 'the result, of type %s, could not be pickled: %s' % (type(value).__name__, describe_exception(exc, 1))
@@ -3742,7 +3831,8 @@ class Runner:
         sys.stdout.flush()
         sys.stderr.flush()
         printed = self._err.peek(os.fstat(2).st_size).decode('utf-8', 'replace')[-2000:]
-        self._send(Kind.FAILED, 0, 0, 0.0, 0.0, (text + ('\nstderr:\n' + printed if printed else '')).encode('utf-8', 'replace'))
+        text = shorten(text) + ('\nstderr:\n' + printed if printed else '')
+        self._send(Kind.FAILED, 0, 0, 0.0, 0.0, text.encode('utf-8', 'replace'))
 
     # -- serving ------------------------------------------------------------------------------------------
 
@@ -4275,9 +4365,12 @@ class Loop:
                 self.unsaid(link, message, '%s cannot be sent: %s' % (type(message).__name__, exc))
 
     def unsaid(self, link: Link, message: Any, text: str) -> None:
-        """A message could not be sent; nothing of it was. The other side waits for it, so that
-        the link is of no use any more, unless a subclass knows better."""
-        self._later_broken.append((link, text))
+        """A message could not be sent; nothing of it was. Who asked gets an error for an answer;
+        otherwise the other side waits in vain, and the link is of no use any more."""
+        if type(message) is Return and not message.error:
+            self.say(link, message._replace(error=('ValueError', text[:NAME_MOST]), value=None))
+        else:
+            self._later_broken.append((link, text))
 
     def part(self, link: Link, text: str) -> None:
         """End a link on purpose: what waits on it is sent as far as it goes, then it is closed."""

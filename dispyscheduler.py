@@ -53,14 +53,14 @@ import time
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from dispy import (
-    OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
+    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
     NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState, Work, job_row, parse_nodes)
 from dispynode import (
     FRAME_FILL, GOES_ON, NODE_PORT, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
     EXIT_STATUSES, Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
     Offer, Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
     Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, derive_key, discovery_reach, find_secret, frames,
-    host_and_port, open_envelope, parse_arguments, pieces_of, positive, run_until_ended, save_config, set_up_log, size_of, size_option, sized,
+    host_and_port, open_envelope, needs, parse_arguments, pieces_of, positive, run_until_ended, save_config, set_up_log, shorten, size_of, size_option, sized,
     unpack_error)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -78,6 +78,7 @@ RETRY_TIME = 1.0              # s between attempts to write to a disk that was f
 PAGE = 500                    # rows of an answer to a monitor at most
 FAILURES_KEPT, FAILURES_PAGE, FAILURE_TEXT = 500, 100, 8000   # failed jobs, those told at once, characters of a traceback
 ARGUMENTS_MOST = 16384        # bytes of arguments that monitors are told
+REASON_MOST = 2000            # characters of the reason why a node is not used, where many nodes are told of
 REPORTS_APART = 5.0           # s between two questions to a node for what is free there
 
 logger = logging.getLogger('dispyscheduler')
@@ -1103,8 +1104,8 @@ class Scheduler(Driver):
                 continue
             if missing:
                 link = self.links.get(remote.link)
-                if link is not None:
-                    self.say(link, Need(remote._comp, missing))
+                for need in needs(remote._comp, missing) if link is not None else ():
+                    self.say(link, need)  # type: ignore[arg-type]
                 return
             remote.wanted.popleft()
             then('')
@@ -1257,7 +1258,9 @@ class Scheduler(Driver):
     def _answer_call(self, remote: Remote, name: str, args: tuple, answer: Callable[..., None]) -> None:
         comp = remote._comp
         if name == 'nodes':
-            answer([tuple(row) for row in self.rows_of(comp)])
+            first, count = args or (0, NODES_PAGE)
+            rows = self.rows_of(comp)[first:first + min(count, NODES_PAGE)]
+            answer([tuple(row._replace(reason=shorten(row.reason, REASON_MOST))) for row in rows])
         elif name == 'jobs':
             answer([work._client for work in self.jobs_at(comp, *args).values()])
         elif name == 'allocate':
