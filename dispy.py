@@ -1431,9 +1431,9 @@ def check_cargo(spec: dict) -> None:
     if size > VALUE_MOST:
         raise ValueError('the computation, with the data that it refers to, has %d bytes, and the limit is %d: '
                          'read large data from a file in setup() (depends)' % (size, VALUE_MOST))
-    names = sum(4 * len(row[0]) + 80 for row in spec['files'])
+    names = sum(len(row[0].encode('utf-8', 'replace')) + 80 for row in spec['files'])
     if names > NAMES_MOST:
-        raise ValueError('depends: the names of %d files take up to %d bytes, and the limit is %d: pack them into an archive'
+        raise ValueError('depends: the list of %d files takes %d bytes, and the limit is %d: pack them into an archive'
                          % (len(spec['files']), names, NAMES_MOST))
 
 

@@ -130,7 +130,7 @@ def test_names_of_files_over_the_limit_raise_in_the_constructor(monkeypatch, tmp
         (tmp_path / ('f%d' % n)).write_text('')
     with pytest.raises(ValueError, match='20 files.*1000'):
         dispy.JobCluster(len, nodes='local', depends=[str(tmp_path)])
-    assert 100000 * (4 * 255 + 80) > NAMES_MOST > 100000 * (4 * 128 + 80)
+    assert NAMES_MOST > 100000 * (255 + 80)
 
 
 def test_setup_args_over_the_limit_raise_in_the_constructor():
