@@ -87,7 +87,7 @@ from dispynode import (
     File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
     Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
     Role, Said, SecretError, Shutdown, Welcome, Where, __version__, beside, call_chunk, call_packed, check_name, class_of_client,
-    derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret, frames, host_and_port, open_envelope, pieces_of,
+    derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret, frames, host_and_port, log_record_of, open_envelope, pieces_of,
     place, python_of, in_parts, same_secret, seal, shorten, size_of, tls_context, unpack_error, unseal, value_pickler)
 
 __all__ = [
@@ -4804,14 +4804,20 @@ class Driver(Loop):
         if cluster is None or job is None:
             return
         if message.stream == 0:
-            level, name, text = open_envelope(message.data)
-            logger.log(level, 'job %s: %s: %s', job.id, name, text, extra={'job_id': job.id, 'job_logger': name})
+            self._show_log(job, *log_record_of(message.data))
         elif cluster._on_output is not None:
             cluster._shown.setdefault(job, [0, 0])[message.stream - 1] = message.offset + len(message.data)
             self._show_output(cluster, job, message.stream, message.data)
         if message.stream:
             for monitor in cluster._monitors:
                 monitor.printed(job, message.stream, message.offset, bytes(message.data))
+
+    @staticmethod
+    def _show_log(job: DispyJob, level: int, name: str, text: str) -> None:
+        try:
+            logger.log(level, 'job %s: %s: %s', job.id, name, text, extra={'job_id': job.id, 'job_logger': name})
+        except Exception:  # a handler of the user's; the link is not to blame
+            logger.exception('a handler of logging has failed')
 
     def _show_output(self, cluster: 'JobCluster', job: DispyJob, stream: int, data: Any) -> None:
         if len(data) and cluster._on_output is not None:
@@ -5031,7 +5037,8 @@ def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
     process = subprocess.Popen(
         [sys.executable, '-c', code % os.path.dirname(os.path.abspath(dispynode.__file__)), '--embedded', '-i', '127.0.0.1',
-         '-p', '0', '--dest-path-prefix', prefix], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+         '-p', '0', '--dest-path-prefix', prefix], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        env={name: value for name, value in os.environ.items() if name != 'DISPY_SECRET'})   # it has a secret of its own
     assert process.stdin is not None and process.stdout is not None   # ours: both are pipes
     try:
         process.stdin.write(secret + b'\n')

@@ -96,6 +96,8 @@ QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 AHEAD_TIME = 0.005            # s of work that a worker may hold beyond what it runs
 AHEAD_MOST = 64               # jobs, the same
 OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
+OUTPUT_MOST = 2 * OUTPUT_KEPT + 1024   # bytes of one stream of a job, with the mark where its middle was
+LATEST = 1e11                 # s since the epoch, the latest time that a job can have ended
 OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
 WORKER_AGAIN = 1.0            # s until it is tried again to start a worker
 WEIGHED = 0.05                # s between looks at the memory of jobs that may not use more
@@ -572,7 +574,27 @@ def _is_job(row: Any) -> bool:
 
 def _is_result(row: Any) -> bool:
     return type(row) is tuple and len(row) == 7 and _is_serial(row[0]) and type(row[1]) is int and row[1] in OUTCOMES \
-        and _is_number(row[2]) and _is_number(row[3]) and _is_buffer(row[4]) and _is_buffer(row[5]) and _is_buffer(row[6])
+        and _is_number(row[2]) and _is_number(row[3]) and _is_buffer(row[4]) and _is_buffer(row[5]) and _is_buffer(row[6]) \
+        and is_outcome(*row[1:])
+
+
+def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer, stderr: Buffer) -> bool:
+    """Whether times, sizes and the payload of a result can be true."""
+    if not 0.0 <= start <= end <= LATEST or len(payload) > VALUE_MOST:
+        return False
+    if len(stdout) > OUTPUT_MOST or len(stderr) > OUTPUT_MOST:
+        return False
+    if outcome == Outcome.RAISED:   # the length of its text, the text, the exception
+        return len(payload) >= 4 and int.from_bytes(payload[:4], 'big') <= len(payload) - 4
+    return len(payload) > 0 or outcome not in VALUES
+
+
+def log_record_of(data: Buffer) -> Tuple[int, str, str]:
+    """Level, logger and text of a record of a job's logging. Raises PeerError."""
+    record = open_envelope(data)
+    if type(record) is not tuple or [type(field) for field in record] != [int, str, str] or abs(record[0]) >= 1 << 31:
+        raise PeerError('a log record that is none')
+    return record
 
 
 def _is_file(row: Any) -> bool:
@@ -589,6 +611,7 @@ def _is_running(pair: Any) -> bool:
 
 
 OUTCOMES = frozenset(map(int, Outcome))
+VALUES = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
 GOES_ON = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))   # those that are not the end of an attempt
 # kind is what code holds: 'function': a pickle by value, for one minor version of Python; 'source': arguments of load_source
 # in an envelope, for any; 'program': nothing.
@@ -622,7 +645,7 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     News: lambda fields: len(fields[2]) == 10,
     Return: lambda fields: len(fields[2]) in (0, 2),
     Report: lambda fields: all(map(_is_running, fields[1])) and all(map(_is_serial, fields[2])),
-    Output: lambda fields: _is_serial(fields[1]) and _is_buffer(fields[4]),
+    Output: lambda fields: _is_serial(fields[1]) and fields[2] in (0, 1, 2) and _is_serial(fields[3]) and _is_buffer(fields[4]),
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(type(name) is str for name in fields[1]),
@@ -1187,6 +1210,18 @@ class Kind(enum.IntEnum):
     UNSTARTED = 49  # serial: given back
     LOGGED = 51     # serial, body: plain pickle of level, logger and text
     FILE = 50       # serial, number: offset in pieces, bodies: row (a plain pickle), data
+    HERE = 52       # first of all: the kernel tells by it which process has this pipe
+
+
+# Kind of record -> bytes of its three bodies at most. Who writes them runs a user's code, so that they are checked as what
+# comes from outside is: a record that is not in the table, or is larger, ends its worker or runner.
+FROM_WORKER = {
+    Kind.RESULT: (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST), Kind.UNSTARTED: (8 * SERIALS_MOST, 0, 0),
+    Kind.LOGGED: (8 * TEXT_MOST, 0, 0), Kind.FILE: (SMALL, FILE_PIECE, 0), Kind.HERE: (0, 0, 0)}
+FROM_RUNNER = {
+    Kind.UP: (0, 0, 0), Kind.FAILED: (8 * TEXT_MOST, 0, 0), Kind.BORN: (0, 0, 0), Kind.GONE: (0, OUTPUT_MOST, OUTPUT_MOST),
+    Kind.TOO_BIG: (0, 0, 0), Kind.PRINTED: (OUTPUT_KEPT, 0, 0)}
+OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *GOES_ON))
 
 
 class Record(NamedTuple):
@@ -1212,13 +1247,19 @@ def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0,
 
 
 class RecordIntake(Intake):
-    """Bytes to records."""
+    """Bytes to records. With `limits`, FROM_WORKER or FROM_RUNNER, raises PeerError for others."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Optional[Dict[Kind, Tuple[int, int, int]]] = None) -> None:
         super().__init__(_RECORD.size)
+        self._limits = limits
 
     def measure(self, head: bytes) -> int:
-        return sum(_RECORD.unpack(head)[6:])
+        kind, *_, one, two, three = _RECORD.unpack(head)
+        if self._limits is not None:
+            most = self._limits.get(kind, (-1, -1, -1))  # type: ignore[call-overload]
+            if one > most[0] or two > most[1] or three > most[2]:
+                raise PeerError('record %d with bodies of %d, %d and %d bytes' % (kind, one, two, three))
+        return one + two + three  # type: ignore[no-any-return]
 
     def records(self, count: int) -> List[Record]:
         """Note `count` received bytes; return the records that are whole now."""
@@ -2696,6 +2737,8 @@ class Node:
         worker = self._workers.get(event.worker)
         if worker is None or worker.comp.stage is Stage.CLOSING:
             return
+        if not worker.queue or worker.queue[0].serial != event.serial:
+            return   # of a job that does not run there
         if event.offset == 0:
             worker.asks = worker.comp.link or -1
         if not worker.asks:
@@ -3052,7 +3095,7 @@ ENDING_TEXT = {
 _ENVIRON = getattr(os.environ, '_data', os.environ)   # compared after every job: 1 us instead of 30 through os.environ
 _getsignal = getattr(sys.modules.get('_signal'), 'getsignal', signal.getsignal)   # without the enum around it: 0.1 us
 TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)   # ignored by default and used by hardly anything
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36   # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36   # linux/prctl.h
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2                       # linux/falloc.h
 
 
@@ -3401,6 +3444,7 @@ class Worker:
     def serve(self) -> None:
         """Until the daemon closes the pipe, or this process is not fit for another job."""
         self._prepare()
+        self._send(Kind.HERE)
         fit = True
         while fit:
             if self._recalled:
@@ -4075,12 +4119,38 @@ def memory_of(pid: int) -> int:
         return 0
 
 
+def start_of(pid: int) -> float:
+    """When a process began, in whatever unit tells it from another that gets its number; 0 if it cannot be told."""
+    try:
+        with open('/proc/%d/stat' % pid, 'rb') as file:
+            return float(file.read().rpartition(b')')[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        if sys.platform == 'linux':
+            return 0.0
+    try:
+        import psutil
+        return float(psutil.Process(pid).create_time())
+    except (ImportError, psutil.Error, ValueError, OverflowError):
+        return 0.0
+
+
+def is_child(pid: int, parent: int) -> bool:
+    """Whether a process is a child of another; false where nothing tells it."""
+    try:
+        import psutil
+        return bool(psutil.Process(pid).ppid() == parent)
+    except (ImportError, psutil.Error, ValueError, OverflowError):
+        return False
+
+
 def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
     """The runner process, started by the daemon with `spawn`."""
-    if user is not None:
-        become(user)
     if hasattr(os, 'setsid'):
         os.setsid()   # Ctrl-C at the daemon's terminal is the daemon's business
+    _no_stdin()       # nor are lines that are typed there meant for setup()
+    del sys.argv[1:]  # among which the secret may be
+    if user is not None:
+        become(user)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     code = 0
     try:
@@ -4165,13 +4235,17 @@ class Channel:
         plain = itertools.takewhile(lambda item: item[1] is None, itertools.islice(self._out, 64))
         return self.sock.sendmsg([view for view, _ in plain])
 
+    def receive(self, room: memoryview) -> int:
+        """As a socket's recv_into."""
+        return self.sock.recv_into(room)
+
     def read(self, now: float) -> List[Any]:
         """Receive what is there; the whole units of it. Raises LinkBroken at the end of the stream."""
         units: List[Any] = []
         for _ in range(self.READS):
             room = self._intake.room()
             try:
-                count = self.sock.recv_into(room)
+                count = self.receive(room)
             except self._again:
                 break
             if count == 0:
@@ -4221,13 +4295,31 @@ class Link(Channel):
         return [self._opener.open(head, body) for head, body in self.read(now)]
 
 
+_CREDENTIALS = struct.Struct('3i')   # pid, uid, gid
+
+
 class Pipe(Channel):
     """A channel to a process on this host that carries records."""
 
     def __init__(self, sock: socket.socket, comp: str, worker: int = 0) -> None:
-        self._records = RecordIntake()
+        self._records = RecordIntake(FROM_WORKER if worker else FROM_RUNNER)
         super().__init__(sock, self._records)
         self.comp, self.worker = comp, worker
+        self.pid = 0     # of the process that wrote first, as the kernel tells it
+        self._asks = bool(worker) and hasattr(socket, 'SCM_CREDENTIALS')
+        if self._asks:   # what SO_PEERCRED tells of a socketpair is who made it
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+
+    def receive(self, room: memoryview) -> int:
+        if not self._asks:
+            return super().receive(room)
+        count, ancillary, _, _ = self.sock.recvmsg_into([room], socket.CMSG_SPACE(_CREDENTIALS.size))
+        for level, kind, body in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and len(body) >= _CREDENTIALS.size:
+                self.pid = _CREDENTIALS.unpack(body[:_CREDENTIALS.size])[0]
+                self._asks = False
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        return count
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
@@ -4959,8 +5051,23 @@ class _Run:
         self.up = self.closing = False
         self.text = ''
         self.pipes: Dict[int, Pipe] = {}
-        self.pids: Dict[int, int] = {}
+        self.pids: Dict[int, Tuple[int, float]] = {}   # worker -> number and start of its process
+        self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
         self.kill_at: Optional[float] = None
+
+    def known(self, worker: int, pid: int) -> None:
+        """A worker's process: from the kernel, never by its own word."""
+        if pid > 1:
+            self.pids[worker] = (pid, start_of(pid))
+
+    def kill(self, worker: int) -> None:
+        """Kill a worker's process and its group, unless the number is another process's by now."""
+        pid, start = self.pids.get(worker, (0, 0.0))
+        if not pid or start_of(pid) != start:
+            return
+        for kill in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(pid, signal.SIGKILL)
 
 
 class Daemon(Loop):
@@ -5204,6 +5311,9 @@ class Daemon(Loop):
 
     def on_fault(self, subject: Any, text: str) -> bool:
         """End what the fault concerns: a link, a worker, a computation."""
+        if isinstance(subject, Pipe):
+            self._nonsense(subject, text)
+            return True
         comp = getattr(subject, 'comp', None) or self.node.comp_of_worker(getattr(subject, 'worker', 0))
         link = self.links.get(getattr(subject, 'link', 0))
         if isinstance(subject, Channel) or not comp:
@@ -5219,11 +5329,15 @@ class Daemon(Loop):
         if isinstance(channel, Link):
             for message in channel.messages(self.now):
                 self._message(channel, message)
-        elif channel.worker:
-            self._from_worker(channel)
         else:
-            for record in channel.records(self.now):
-                self._from_runner(self._runs[channel.comp], record)
+            try:
+                if channel.worker:
+                    self._from_worker(channel)
+                else:
+                    for record in channel.records(self.now):
+                        self._from_runner(self._runs[channel.comp], record)
+            except PeerError as exc:   # its user's code wrote into what it should not have
+                self._nonsense(channel, str(exc))
 
     def _message(self, link: Link, message: Any) -> None:
         if isinstance(message, Bye):
@@ -5489,9 +5603,11 @@ class Daemon(Loop):
     def _kill_workers(run: _Run) -> None:
         """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest of their groups, and
         for that of a runner that was killed in a setup that hung."""
-        for pid in (run.process.pid, *run.pids.values()) if hasattr(os, 'killpg') else ():
+        if hasattr(os, 'killpg'):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, signal.SIGKILL)
+                os.killpg(run.process.pid, signal.SIGKILL)
+            for worker in list(run.pids):
+                run.kill(worker)
 
     def _from_runner(self, run: _Run, record: Record) -> None:
         if record.kind == Kind.UP:
@@ -5501,42 +5617,75 @@ class Daemon(Loop):
             run.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
             if run.closing:
                 logger.warning('%s', run.text)
+        elif record.number not in run.pipes:   # of a worker that was let go
+            if record.kind == Kind.GONE:
+                run.pids.pop(record.number, None)
         elif record.kind == Kind.BORN:
-            run.pids[record.number] = record.serial
+            if not hasattr(socket, 'SCM_CREDENTIALS') and is_child(record.serial, run.process.pid):
+                run.known(record.number, record.serial)
         elif record.kind == Kind.GONE:
+            if not -256.0 <= record.start <= 1 << 32:   # Windows has exit codes of 32 bits
+                raise PeerError('an exit code that is none')
             self._worker_ended(run, record)
         elif record.kind == Kind.TOO_BIG:
             self._tell(WorkerTooBig(record.number, record.serial))
         elif record.kind == Kind.PRINTED:
+            if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
+                raise PeerError('output of no stream')
             self._tell(WorkerPrinted(record.number, record.serial, int(record.start), int(record.end), beside(_keep(record.bodies[0]))))
-        else:
-            raise PeerError('a runner sent record %d' % record.kind)
+
+    def _nonsense(self, pipe: Pipe, text: str) -> None:
+        """What came through a pipe is no record, or cannot be true: whoever wrote it is killed."""
+        run = self._runs[pipe.comp]
+        text = 'killed: it sent nonsense: %s' % text
+        logger.error('a %s of %s was %s', 'worker' if pipe.worker else 'runner', run.comp, text)
+        if not pipe.worker:
+            run.text = text
+            run.process.kill()
+            self._break(pipe, text)
+            return
+        run.nonsense[pipe.worker] = text
+        self._kill(Kill(pipe.worker))
+        run.kill(pipe.worker)
+        self.detach(pipe)
 
     def _worker_ended(self, run: _Run, record: Record) -> None:
-        run.pids.pop(record.number, None)
-        pipe = run.pipes.pop(record.number, None)
-        if pipe is not None and pipe.dirty is not None:
-            with contextlib.suppress(LinkBroken, OSError):
+        pipe = run.pipes[record.number]
+        if pipe.dirty is not None:
+            try:
                 while self._from_worker(pipe):   # results it wrote before it died
                     continue
+            except PeerError as exc:
+                self._nonsense(pipe, str(exc))
+            except (LinkBroken, OSError):
+                logger.debug('worker %d has written all it had to', record.number)
             self.detach(pipe)
+        run.pids.pop(record.number, None)
+        del run.pipes[record.number]
+        said = run.nonsense.pop(record.number, '') or exit_text(int(record.start))
         stderr = bytes(record.bodies[2])
         tail = stderr[-1000:].decode('utf-8', 'replace').strip()
-        text = 'the worker process on %s %s%s' % (self.node.name, exit_text(int(record.start)),
+        text = 'the worker process on %s %s%s' % (self.node.name, said,
                                                   '\nstderr ends:\n' + tail if tail else '')
         self._tell(WorkerGone(record.number, text, record.serial, record.bodies[1], stderr))
 
     def _from_worker(self, pipe: Pipe) -> int:
         rows, records = [], pipe.records(self.now)
+        if pipe.pid and pipe.worker not in self._runs[pipe.comp].pids:
+            self._runs[pipe.comp].known(pipe.worker, pipe.pid)
         for record in records:
             if record.kind == Kind.RESULT:
+                if record.number not in OF_WORKERS or not is_outcome(record.number, record.start, record.end, *record.bodies):
+                    raise PeerError('a result with outcome %d, from %g to %g, of %d bytes' % (
+                        record.number, record.start, record.end, len(record.bodies[0])))
                 rows.append((record.serial, record.number, record.start, record.end, *map(_keep, record.bodies)))
             elif record.kind == Kind.LOGGED:
+                log_record_of(record.bodies[0])
                 self._tell(WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
             elif record.kind == Kind.FILE:
                 row = open_envelope(record.bodies[0])
-                if not _is_file(row):
-                    raise PeerError('a worker sent a file that is none')
+                if not _is_file(row) or not _is_serial(record.serial):
+                    raise PeerError('a file that is none')
                 self._tell(WorkerFile(pipe.worker, record.serial, row, record.number * FILE_PIECE, beside(record.bodies[1])))
                 self._hold_back(pipe)
             elif record.kind == Kind.UNSTARTED:
@@ -5544,15 +5693,11 @@ class Daemon(Loop):
                     self._tell(WorkerResults(pipe.worker, rows))
                     rows = []
                 body = record.bodies[0]
+                if len(body) % 8:
+                    raise PeerError('jobs given back, %d bytes of them' % len(body))
                 self._tell(WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
-            else:
-                raise PeerError('a worker sent record %d' % record.kind)
         if rows:
-            try:
-                self._tell(WorkerResults(pipe.worker, rows))
-            except PeerError as exc:   # a job wrote into what it should not have
-                logger.error('worker %d is killed: %s', pipe.worker, exc)
-                self._kill(Kill(pipe.worker))
+            self._tell(WorkerResults(pipe.worker, rows))
             self._hold_back(pipe)
         return len(records)
 
@@ -6007,7 +6152,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--secret-file', metavar='FILE', help='file with the secret (default: %s)' % secret_path().replace('%', '%%'))
     add('--certfile', metavar='FILE', help='certificate for TLS; clients need one that is vouched for by the same file')
     add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--user', metavar='NAME', help='started as root: run jobs as this user, who cannot read the secret')
+    add('--user', metavar='NAME', help='started as root: run jobs as this user, who cannot read the '
+        'secret; of the environment they get %s and what begins with %s' % (', '.join(KEPT_VARIABLES), ', '.join(KEPT_BEGINNINGS)))
     add('--service-start', type=_time_of_day, metavar='HH:MM', help='take jobs from this time of day on')
     add('--service-stop', type=_time_of_day, metavar='HH:MM', help='take no new jobs from this time of day on')
     add('--service-end', type=_time_of_day, metavar='HH:MM', help='end what still runs at this time of day')
@@ -6129,6 +6275,24 @@ def own_host(word: str) -> str:
         raise StartError('%s is no address, name or interface of this host: %s (-i/--host, --ext-host)' % (word, exc)) from exc
 
 
+def forget_secret() -> None:
+    """The secret that came by the environment has been read: jobs shall find it neither in theirs nor in that of this process."""
+    if os.environ.pop('DISPY_SECRET', None) is not None:
+        _prctl(_libc(), _PR_SET_DUMPABLE, 0)   # /proc/PID/environ is as it was at the start, and is root's from now on
+
+
+# Of the variables of root, under whom a daemon with --user was started, jobs get these and those with such beginnings.
+KEPT_VARIABLES = ('PATH', 'LANG', 'LANGUAGE', 'TZ', 'LD_LIBRARY_PATH', 'VIRTUAL_ENV', 'DISPY_DISCOVERY')
+KEPT_BEGINNINGS = ('LC_', 'PYTHON', 'CUDA_', 'OMP_', 'MKL_', 'OPENBLAS_', 'NUMEXPR_')
+
+
+def clear_environment() -> None:
+    """Remove from the environment what is not for jobs of another user."""
+    for name in list(os.environ):
+        if name not in KEPT_VARIABLES and not name.startswith(KEPT_BEGINNINGS):
+            del os.environ[name]
+
+
 def _embedded(daemon: Daemon) -> None:
     """A node that a client started: stdin is its lifeline, whatever way the client ends."""
     sys.stdin.buffer.read()
@@ -6215,8 +6379,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             secret = find_secret(args.secret, args.secret_file)
         if args.secret and not args.embedded:
             logger.warning('-s/--secret can be read by every user of this host (ps): --secret-file is better')
+        forget_secret()
         if user is not None:
-            os.environ.pop('DISPY_SECRET', None)   # runners would inherit it
+            clear_environment()   # root's is not for jobs; what runs from here on inherits what is left
             os.initgroups(user.name, user.gid)
         elif hasattr(os, 'geteuid') and os.geteuid() == 0:
             logger.warning('jobs run as root and can read the secret: --user NAME lets them run as another user')

@@ -60,7 +60,7 @@ from dispynode import (
     EXIT_STATUSES, Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
     Offer, Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
     Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, derive_key, discovery_reach, find_secret, frames,
-    host_and_port, open_envelope, needs, parse_arguments, pieces_of, positive, run_until_ended, save_config, set_up_log, shorten, size_of, size_option, sized,
+    host_and_port, log_record_of, open_envelope, needs, parse_arguments, pieces_of, positive, run_until_ended, save_config, set_up_log, shorten, size_of, size_option, sized,
     unpack_error)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1433,6 +1433,8 @@ class Scheduler(Driver):
         self._inform(action.work._comp, 'a job waits: %s' % action.text)
 
     def _on_output(self, peer: Peer, message: Output) -> None:
+        if message.stream == 0:
+            log_record_of(message.data)   # it is passed on as it came
         work, link = self._job_of(peer, message), self._client_link(message.comp)
         if work is not None and link is not None:
             self.say(link, message._replace(serial=work._client, data=beside(message.data)))
