@@ -83,11 +83,11 @@ import cloudpickle
 
 from dispynode import (
     ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
-    NAMES_MOST, SCHEDULER_PORT, VALUE_MOST, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
+    NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
     File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
     Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
     Role, Said, SecretError, Shutdown, Welcome, Where, __version__, beside, call_chunk, call_packed, check_name, class_of_client,
-    derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret, frames, host_and_port, log_record_of, open_envelope, pieces_of,
+    derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret, frames, host_and_port, log_record_of, open_plain, open_regular, pieces_of,
     place, python_of, in_parts, same_secret, seal, shorten, size_of, tls_context, unpack_error, unseal, value_pickler)
 
 __all__ = [
@@ -2902,7 +2902,7 @@ def _names_used(code: types.CodeType) -> Iterator[str]:
 
 def _is_plain(value: Any) -> bool:
     try:
-        open_envelope(pickle.dumps(value, 5))   # as the node will
+        open_plain(pickle.dumps(value, 5))   # as the node will
     except Exception:  # whatever pickle cannot do, __reduce__ of the user's among it
         return False
     return True
@@ -2958,6 +2958,24 @@ class NodeAllocate:
         return cpus
 
 
+def matches(pattern: str, word: str) -> bool:
+    """Whether a word fits a pattern in which `*` stands for any characters. Each part is looked for once, where it comes
+    first: a regular expression could try for hours."""
+    first, *parts = pattern.split('*')
+    if not parts:
+        return word == pattern
+    last = parts.pop()
+    if len(word) < len(first) + len(last) or not word.startswith(first) or not word.endswith(last):
+        return False
+    at, end = len(first), len(word) - len(last)
+    for part in parts:
+        at = word.find(part, at, end)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
+
+
 class NodeSpec(NamedTuple):
     """One element of `nodes`."""
     host: str       # a name, an address, or either with wildcards
@@ -2976,8 +2994,7 @@ class NodeSpec(NamedTuple):
         wanted = _plain_host(self.host)
         if not self.wild:
             return wanted in map(_plain_host, words)
-        pattern = re.compile('.*'.join(map(re.escape, wanted.split('*'))))
-        return any(pattern.fullmatch(_plain_host(word)) for word in words if word)
+        return any(matches(wanted, _plain_host(word)) for word in words if word)
 
     def may_fit(self, address: str) -> bool:
         """Whether a node at this address may be meant; it may also be meant by its name, which is not known yet."""
@@ -4083,11 +4100,19 @@ class Driver(Loop):
             raise RuntimeError('node %s is already being sent %s' % (peer, name))
         peer.answers[comp, name] = future
         if row:
-            pieces = (Place(comp, row, piece.offset, piece.data) for piece in _file_pieces(comp, name, path))
+            pieces = self._place_pieces(peer, comp, row, path)
             self._uploads.setdefault(peer.link.number, collections.deque()).append(pieces)
         else:
             self.say(peer.link, Query(comp))
         return future
+
+    def _place_pieces(self, peer: Peer, comp: str, row: tuple, path: str) -> Iterator[Any]:
+        """A file for a node. If it cannot be read, whoever sends it is told, and the link goes on."""
+        try:
+            for piece in _file_pieces(comp, row[0], path):
+                yield Place(comp, row, piece.offset, piece.data)
+        except (OSError, ValueError) as exc:
+            self._answer(peer, (comp, row[0]), 'it cannot be read: %s' % exc)
 
     @staticmethod
     def _answer(peer: Peer, key: Tuple[str, str], value: Any) -> None:
@@ -4439,7 +4464,7 @@ class Driver(Loop):
         peer.restarted = bool(peer.instance) and peer.instance != event.session.peer_instance
         peer.instance, peer.refused_at = event.session.peer_instance, None
         peer.ip_addr, peer.reason = event.address, ''
-        peer.link = Link(event.sock, event.session, event.address, self.now, self.access.pulse)
+        peer.link = Link(event.sock, event.session, event.address, self.now, self.access.pulse, OF_NODES)
         peer.linked_at = self.now
         self.attach(peer.link)
         self._by_link[peer.link.number] = peer
@@ -4450,7 +4475,7 @@ class Driver(Loop):
         instance = event.session.peer_instance
         for other in [other for other in self._peers.values() if other.link is not None and other.link.instance == instance]:
             if other.port or other.embedded:   # we have dialled it
-                link = Link(event.sock, event.session, event.address, self.now)
+                link = Link(event.sock, event.session, event.address, self.now, takes=OF_NODES)
                 self.attach(link)
                 self.part(link, 'this program has connected to it already')
                 return
@@ -4622,7 +4647,8 @@ class Driver(Loop):
         use.move('offer')
         use.reason = ''
         self._probes.pop(comp, None)
-        self.say(peer.link, Compute(comp, dict(spec, code=beside(spec['code']))))
+        spec.update(code=beside(spec['code']), setup_args=beside(spec['setup_args']))
+        self.say(peer.link, Compute(comp, spec))
 
     def _support(self, cluster: 'JobCluster', peer: Peer) -> Dict[str, bytes]:
         """cloudpickle, if the node does not have the same; a scheduler does not know who needs it."""
@@ -4723,7 +4749,7 @@ class Driver(Loop):
                     self.say(link, next(files[0]))
                 except StopIteration:
                     files.popleft()
-                except OSError as exc:   # the file has gone or cannot be read any more
+                except (OSError, ValueError) as exc:   # the file has gone or cannot be read any more
                     self._break(link, 'a file of the computation cannot be read: %s' % exc)
                     break
             if not files or link is None:
@@ -5014,7 +5040,7 @@ def _user_name() -> str:
 
 
 def _file_pieces(comp: str, name: str, path: str) -> Iterator[File]:
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         offset = 0
         while True:
             data = file.read(FILE_PIECE)

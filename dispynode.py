@@ -113,6 +113,7 @@ LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks agai
 DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
 DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
 SERIALS_MOST = 50000          # of jobs in one message
+ROWS_MOST = 20000             # of jobs or results in one message
 NAME_MOST = 1000              # characters of a name from outside that are kept
 RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are not read
 
@@ -395,18 +396,26 @@ class Bye(NamedTuple):
 
 
 SMALL, MIDDLE, LARGE = 64 * 1024, 16 << 20, MAX_FRAME
+LIST = NAMES_MOST + (4 << 20)
+BUFFERS_MOST = 1 << 16        # of large parts beside an envelope
 # op on the wire -> (message, bytes of payload at most)
 MESSAGES: Dict[int, Tuple[type, int]] = {
     1: (Introduce, SMALL), 2: (Compute, LARGE), 3: (File, 2 * FILE_PIECE), 4: (Jobs, LARGE), 5: (Cancel, MIDDLE),
     6: (Recall, SMALL), 7: (Ack, MIDDLE), 8: (Done, SMALL), 9: (FileKept, SMALL), 10: (Place, 2 * FILE_PIECE), 11: (Query, SMALL),
     12: (Shutdown, SMALL), 13: (Reclaim, SMALL), 14: (Limit, SMALL),
-    33: (Welcome, MIDDLE), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, LARGE), 37: (Results, LARGE),
-    38: (Returned, LARGE), 39: (Offer, SMALL), 40: (FileBack, 2 * FILE_PIECE),
-    41: (Output, 2 * FILE_PIECE), 42: (Placed, SMALL), 43: (Report, MIDDLE), 44: (Held, LARGE),
+    33: (Welcome, MIDDLE), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, LIST), 37: (Results, LARGE),
+    38: (Returned, MIDDLE), 39: (Offer, SMALL), 40: (FileBack, 2 * FILE_PIECE),
+    41: (Output, 2 * FILE_PIECE), 42: (Placed, SMALL), 43: (Report, MIDDLE), 44: (Held, LIST),
     48: (Where, MIDDLE), 49: (News, MIDDLE), 50: (Said, MIDDLE),
     65: (Pulse, SMALL), 66: (Bye, SMALL), 67: (Call, MIDDLE), 68: (Return, MIDDLE),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
+# What a process takes from the other side of a link.
+OF_CLIENTS = frozenset(op for op in MESSAGES if op < 32 or op >= 64)
+OF_NODES = frozenset(op for op in MESSAGES if op >= 32)
+SPEAK_OF_COMPS = frozenset(message for message in OPS if message._fields[:1] == ('comp',))
+# Some fields of these hold values whose shape nothing else checks.
+LOOSE = frozenset((Compute, Welcome, Call, Return, Report, Where, News))
 FIELD_TYPES = {message: tuple((float, int) if kind is float else object if kind is Any else kind
                               for kind in message.__annotations__.values()) for message in OPS}
 
@@ -461,7 +470,7 @@ def frames(kind: Callable[[str, list], Any], comp: str, rows: Iterable[Tuple[tup
     for row, size in rows:
         some.append(row)
         filled += size
-        if filled >= FRAME_FILL:
+        if filled >= FRAME_FILL or len(some) >= ROWS_MOST:
             yield kind(comp, some)
             some, filled = [], 0
     if some:
@@ -484,6 +493,114 @@ def plain_text(value: str) -> str:
     return value if type(value) is str else ''.join((value, ''))
 
 
+class Bounds(NamedTuple):
+    """What an envelope may cost whoever opens it."""
+    size: int        # bytes
+    operations: int  # of the pickle; each makes one object of less than 100 bytes at most
+    dicts: int
+
+
+ITEMS_MOST = 256     # of one dict: the time that colliding keys take grows with the square of it
+
+
+class PlainReader:
+    """Reads the operations of a pickle without carrying them out, before it is opened. What a pickle costs is then bounded by
+    its bytes: nothing but plain values, no position in the memo but the next one (others would be given memory up to there), no
+    dict that may be filled again and again, no number of more than 255 bytes. It follows the height of the unpickler's stack.
+
+    A message of thousands of rows is read here: one loop, and a table for what most operations do.
+    """
+    # operation -> (bytes that it takes, what it adds to the height of the stack); those of variable length and those that look
+    # at the stack stand below.
+    FIXED = {pickle.PROTO: (2, 0), pickle.FRAME: (9, 0), pickle.NONE: (1, 1), pickle.NEWTRUE: (1, 1), pickle.NEWFALSE: (1, 1),
+             pickle.BININT: (5, 1), pickle.BININT1: (2, 1), pickle.BININT2: (3, 1), pickle.BINFLOAT: (9, 1),
+             pickle.EMPTY_TUPLE: (1, 1), pickle.EMPTY_LIST: (1, 1), pickle.TUPLE1: (1, 0), pickle.TUPLE2: (1, -1),
+             pickle.TUPLE3: (1, -2), pickle.APPEND: (1, -1), pickle.MEMOIZE: (1, 0), pickle.NEXT_BUFFER: (1, 1),
+             pickle.READONLY_BUFFER: (1, 0)}
+    # operation -> bytes of the length that follows it; then come so many bytes, which are one object
+    COUNTED = {pickle.LONG1: 1, pickle.SHORT_BINUNICODE: 1, pickle.BINUNICODE: 4, pickle.BINUNICODE8: 8, pickle.SHORT_BINBYTES: 1,
+               pickle.BINBYTES: 4, pickle.BINBYTES8: 8, pickle.BYTEARRAY8: 8}
+    STEPS = [0] * 256
+    GROWTH = [0] * 256
+    LENGTHS = [0] * 256
+    for _name, (_step, _growth) in FIXED.items():
+        STEPS[_name[0]], GROWTH[_name[0]] = _step, _growth
+    for _name, _length in COUNTED.items():
+        LENGTHS[_name[0]] = _length
+
+    def __init__(self, data: Buffer, bounds: Bounds) -> None:
+        if len(data) > bounds.size:
+            raise PeerError('an envelope of %d bytes is over the limit of %d' % (len(data), bounds.size))
+        self._data, self._bounds = data, bounds
+        self._height = 0
+        self._marks: List[int] = []
+        self._items: Dict[int, int] = {}   # height of a dict on the stack -> items that it has got
+        self._dicts = 0
+
+    def check(self) -> None:
+        """Raises PeerError, or IndexError and struct.error for a pickle that ends in the middle."""
+        data, steps, growth, lengths = self._data, self.STEPS, self.GROWTH, self.LENGTHS
+        at = height = 0
+        for _ in range(self._bounds.operations):
+            operation = data[at]
+            step = steps[operation]
+            if step:
+                at += step
+                height += growth[operation]
+                continue
+            length = lengths[operation]
+            if length:
+                at += 1 + length + (data[at + 1] if length == 1 else int.from_bytes(data[at + 1:at + 1 + length], 'little'))
+                height += 1
+            elif operation == 0x2e:   # STOP
+                if at + 1 != len(data):
+                    raise PeerError('an envelope goes on behind its end')
+                return
+            else:
+                self._height = height
+                at += self._special(operation)
+                height = self._height
+        raise PeerError('an envelope has more than %d operations' % self._bounds.operations)
+
+    def _special(self, operation: int) -> int:
+        """An operation that looks at the stack; the bytes that it takes."""
+        name = b'%c' % operation
+        if name == pickle.MARK:
+            self._marks.append(self._height)
+        elif name == pickle.TUPLE:
+            self._height = self._marks.pop() + 1
+        elif name == pickle.APPENDS:
+            self._height = self._marks.pop()
+        elif name == pickle.SETITEMS:
+            mark = self._marks.pop()
+            self._fill(mark, (self._height - mark) // 2)
+            self._height = mark
+        elif name == pickle.SETITEM:
+            self._height -= 2
+            self._fill(self._height, 1)
+        elif name == pickle.EMPTY_DICT:
+            self._height += 1
+            self._items[self._height] = 0
+            self._dicts += 1
+            if self._dicts > self._bounds.dicts:
+                raise PeerError('an envelope has more than %d dicts' % self._bounds.dicts)
+        elif name in (pickle.BINGET, pickle.LONG_BINGET):
+            self._height += 1
+            self._items.pop(self._height, None)   # perhaps a dict that is full
+            return 2 if name == pickle.BINGET else 5
+        elif name in (pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.INST):
+            raise PeerError('an envelope names a class or function; envelopes hold plain values only')
+        else:
+            raise PeerError('an envelope has operation %d; envelopes hold plain values only' % operation)
+        return 1
+
+    def _fill(self, height: int, count: int) -> None:
+        items = self._items.get(height)
+        if items is None or items + count > ITEMS_MOST:
+            raise PeerError('an envelope has a dict of more than %d items' % ITEMS_MOST)
+        self._items[height] = items + count
+
+
 class _Plain(pickle.Unpickler):
     """Opens builtins and refuses every name, so that no bytes from outside can run anything."""
 
@@ -491,14 +608,34 @@ class _Plain(pickle.Unpickler):
         raise PeerError('an envelope names %s.%s; envelopes hold plain values only' % (module[:60], name[:60]))
 
 
-def open_envelope(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
-    """Unpickle plain builtins. Raises PeerError for anything else."""
+def open_envelope(data: Buffer, buffers: Sequence[Buffer] = (), bounds: Optional[Bounds] = None) -> Any:
+    """Unpickle plain builtins. Raises PeerError for anything else, and for what would cost more than `bounds`."""
     try:
+        PlainReader(data, bounds or BOUNDS).check()
         return _Plain(io.BytesIO(data), buffers=buffers).load()
     except PeerError:
         raise
     except Exception as exc:  # the unpickler raises nearly anything on damaged input
         raise PeerError('an envelope does not open: %s' % (exc,)) from exc
+
+
+def open_plain(data: Buffer) -> Any:
+    """The same without bounds, where a process of the user's own opens what the user sent. Raises PeerError."""
+    try:
+        return _Plain(io.BytesIO(data)).load()
+    except Exception as exc:  # as above
+        raise PeerError('what should be plain values does not open: %s' % (exc,)) from exc
+
+
+def is_shallow(value: Any, most: int = 20) -> bool:
+    """Whether plain containers stand in one another no deeper than `most`: what is deeper cannot be sent on, or shown."""
+    level = [value]
+    for _ in range(most):
+        level = [part for each in level if type(each) in (tuple, list, dict)
+                 for part in (each.values() if type(each) is dict else each)]
+        if not level:
+            return True
+    return not any(type(each) in (tuple, list, dict) for each in level)
 
 
 _INDEX = struct.Struct('>II')
@@ -521,10 +658,11 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
     if op not in MESSAGES:
         raise PeerError('message %d is unknown here' % op)
     message = MESSAGES[op][0]
+    bounds = BOUNDS_OF.get(message, BOUNDS)
     if encoding == 0:
-        fields = open_envelope(payload)
+        fields = open_envelope(payload, (), bounds)
     elif encoding == 1:
-        fields = open_envelope(*_split(memoryview(payload)))
+        fields = open_envelope(*_split(memoryview(payload)), bounds)
     else:
         raise PeerError('encoding %d is unknown here' % encoding)
     kinds = FIELD_TYPES[message]
@@ -532,12 +670,19 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
         raise PeerError('%s with wrong fields' % message.__name__)
     check = CHECKS.get(message)
     try:
-        right = check is None or check(fields)
+        right = is_comp(fields[0]) if message in SPEAK_OF_COMPS else True
+        right = right and (check is None or check(fields))
+        right = right and (message not in LOOSE or is_shallow(fields))
     except Exception:  # of numbers no float can hold, for one
         right = False
     if not right:
         raise PeerError('%s with wrong values' % message.__name__)
     return message._make(fields)  # type: ignore[attr-defined]
+
+
+def is_comp(name: str) -> bool:
+    """Whether a computation may be called so; the empty name stands for none."""
+    return len(name) <= 64 and (name.isalnum() or not name) and name.isascii()
 
 
 def _is_buffer(value: Any) -> bool:
@@ -653,12 +798,19 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
 }
 
 
+BOUNDS = Bounds(MIDDLE, 500_000, 50_000)
+BOUNDS_OF: Dict[type, Bounds] = {
+    Compute: Bounds(LIST, 2_000_000, 1000),                                # a row a file
+    Ready: Bounds(LIST, 8_000_000, 10), Held: Bounds(LIST, 8_000_000, 10),   # a number a job; sent by nodes and schedulers only
+    Jobs: Bounds(4 << 20, 500_000, 50_000), Results: Bounds(4 << 20, 500_000, 10)}
+
+
 def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
     if len(payload) < _INDEX.size:
         raise PeerError('a payload is shorter than its index')
     count, body = _INDEX.unpack_from(payload)
     at = _INDEX.size + 8 * count
-    if count > 1 << 20 or at + body > len(payload):
+    if count > BUFFERS_MOST or at + body > len(payload):
         raise PeerError('a payload is shorter than its index says')
     lengths = struct.unpack_from('>%dQ' % count, payload, _INDEX.size)
     if at + body + sum(lengths) != len(payload):
@@ -1129,6 +1281,9 @@ class FrameSealer:
         """The frame as buffers to be sent one behind the other. Raises ValueError when it would be too large."""
         op, encoding, pieces = encode(message)
         size = sum(map(len, pieces))
+        bounds = BOUNDS_OF.get(type(message), BOUNDS)
+        if len(pieces[0]) > bounds.size + SMALL:   # and the index of what is beside it
+            raise ValueError('%s with an envelope of %d bytes is over the limit of %d' % (type(message).__name__, len(pieces[0]), bounds.size))
         if size > MESSAGES[op][1]:
             raise ValueError('%s of %d bytes is over the limit of %d' % (type(message).__name__, size, MESSAGES[op][1]))
         header = _FRAME.pack(size, op, encoding, 0, 0)
@@ -1147,9 +1302,9 @@ class FrameOpener(Intake):
     """Frames of one direction to messages. The length is believed only after the header's tag was verified, and
     nothing is decoded before the payload's was. Raises PeerError; the link is of no use then."""
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES) -> None:
         super().__init__(_FRAME.size + HEAD_TAG)
-        self._key = key
+        self._key, self._takes = key, takes   # the secret; ops that may come
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
         self._measured = 0
@@ -1162,6 +1317,8 @@ class FrameOpener(Intake):
             raise PeerError('a frame header is not authentic')
         self._measured += 1
         size, op = _FRAME.unpack(header)[:2]
+        if op in MESSAGES and op not in self._takes:
+            raise PeerError('%s may not come here' % MESSAGES[op][0].__name__)
         limit = MESSAGES[op][1] if op in MESSAGES else SMALL
         if size > limit:
             raise PeerError('a frame of %d bytes is over the limit of %d' % (size, limit))
@@ -1322,10 +1479,23 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
         os.close(handle)
 
 
+def open_regular(path: str) -> Any:
+    """Open a file for reading. Raises ValueError at once for what is no regular file: opening a FIFO waits for its other
+    end, and a device may never come to its end; OSError."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0))
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError('%s is no regular file' % path)
+        return os.fdopen(handle, 'rb')
+    except BaseException:
+        os.close(handle)
+        raise
+
+
 def file_digest(path: str) -> Tuple[int, bytes]:
-    """Size and SHA-256 of a file."""
+    """Size and SHA-256 of a file. Raises as `open_regular`."""
     digest, size = hashlib.sha256(), 0
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         for piece in iter(lambda: file.read(FILE_PIECE), b''):
             digest.update(piece)
             size += len(piece)
@@ -2932,7 +3102,8 @@ class Node:
             del comp.attempts[attempt.serial]
             self.held_bytes -= size_of(attempt.payload)
             serials.append(attempt.serial)
-        self._reply(comp, Returned(comp.comp, serials[::-1]))
+        for message in in_parts(Returned, comp.comp, serials[::-1]) if serials else [Returned(comp.comp, [])]:
+            self._reply(comp, message)
 
     def _on_ack(self, link: int, message: Ack, now: float) -> None:
         comp, shelved = self._comp_of(link, message.comp), self.shelf.get(message.comp)
@@ -3571,7 +3742,7 @@ class Worker:
         check_size(name, os.path.getsize(path), self._spec['max_file'])
         size, digest = file_digest(path)
         row = pickle.dumps((name, size, digest, stat.S_IMODE(os.stat(path).st_mode)))
-        with self._filing, open(path, 'rb') as file:
+        with self._filing, open_regular(path) as file:
             for piece in range(max(1, -(-size // FILE_PIECE))):
                 data = file.read(FILE_PIECE)
                 with self._beside_job():
@@ -3831,7 +4002,7 @@ class Runner:
             self._cleanup = None
         else:
             self._function, setup, self._cleanup, objects = \
-                load_source(*open_envelope(code)) if self._spec['kind'] == 'source' else unseal(code)
+                load_source(*open_plain(code)) if self._spec['kind'] == 'source' else unseal(code)
             self._setup_args, own_objects = unseal(self._spec['setup_args']) if self._spec['setup_args'] else ((), {})
             self.offer(dict(objects, **own_objects))
             self._name_main()
@@ -4276,8 +4447,9 @@ class Link(Channel):
     """An authenticated connection that carries messages."""
     _numbers = itertools.count(1)
 
-    def __init__(self, sock: socket.socket, session: Session, address: str, now: float, pulse: float = PULSE) -> None:
-        self._opener = FrameOpener(session.receive_key)
+    def __init__(self, sock: socket.socket, session: Session, address: str, now: float, pulse: float = PULSE,
+                 takes: Iterable[int] = MESSAGES) -> None:
+        self._opener = FrameOpener(session.receive_key, takes)
         super().__init__(sock, self._opener)
         self._sealer = FrameSealer(session.send_key)
         self.number = next(Link._numbers)
@@ -5270,7 +5442,7 @@ class Daemon(Loop):
             self._dial_failed(event.peer, event.text)
             return
         if isinstance(event, (Arrival, Dialled)):
-            link = Link(event.sock, event.session, event.address, self.now)
+            link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
             self.attach(link)
             self.node.facts['available'] = availability(self._root)
             if isinstance(event, Dialled):

@@ -28,7 +28,7 @@ The life of a job here:
 After `kill -9` and a new start nodes and programs connect again, and say what they hold; what is on the disk is the rest.
 
 Payloads stay sealed: nothing that a user has sent is unpickled here, nor anything that is found on the disk, but by
-`open_envelope`, which opens builtins only.
+`open_plain`, which opens builtins only.
 
 Files this host needs: this one, dispy.py, dispynode.py, cloudpickle.
 """
@@ -59,8 +59,8 @@ from dispynode import (
     FRAME_FILL, GOES_ON, NODE_PORT, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
     EXIT_STATUSES, Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
     Offer, Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
-    Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, derive_key, discovery_reach, find_secret, frames,
-    host_and_port, log_record_of, open_envelope, needs, parse_arguments, pieces_of, positive, run_until_ended, save_config, set_up_log, shorten, size_of, size_option, sized,
+    OF_CLIENTS, Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, check_name, derive_key, discovery_reach, find_secret, frames,
+    host_and_port, log_record_of, needs, open_plain, open_regular, parse_arguments, pieces_of, positive, run_until_ended, save_config, set_up_log, shorten, size_of, size_option, sized,
     unpack_error)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -275,15 +275,15 @@ class State(Database):
                         logger.error('a result cannot be read now: %s', exc)
                     unread.append(number)
                 else:
-                    yield open_envelope(data)
+                    yield open_plain(data)
             elif row is not None:
-                yield open_envelope(row[0])
+                yield open_plain(row[0])
 
     # -- at the start -----------------------------------------------------------------------------------------
 
     def comps(self) -> List[Tuple[str, bytes, dict]]:
         """Computations in the order in which they came: name, instance of the program, spec."""
-        return [(comp, client, open_envelope(spec)) for comp, client, spec in
+        return [(comp, client, open_plain(spec)) for comp, client, spec in
                 self._db.execute('SELECT comp, client, spec FROM comps ORDER BY place')]
 
     def jobs(self, comp: str) -> Iterator[Tuple[int, int, Any, int, int, Any]]:
@@ -291,7 +291,7 @@ class State(Database):
         keys = {place: _key_of(key) for key, place in self._places.items()}
         for number, client, options, state, attempt, node in self._db.execute(
                 'SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? ORDER BY number', (self._comps[comp],)):
-            yield number, client, open_envelope(options) if options else None, state, number << 16 | attempt, keys.get(node)
+            yield number, client, open_plain(options) if options else None, state, number << 16 | attempt, keys.get(node)
 
     def nodes(self) -> List[tuple]:
         """Rows (key, host, port, name, instance)."""
@@ -953,7 +953,7 @@ class Scheduler(Driver):
     def on_event(self, event: Any) -> None:
         """Programs and nodes that have connected, signals, and the driver's events."""
         if isinstance(event, Arrival) and event.session.peer_role == Role.CLIENT:
-            link = Link(event.sock, event.session, event.address, self.now, self._options.pulse)
+            link = Link(event.sock, event.session, event.address, self.now, self._options.pulse, OF_CLIENTS)
             self.attach(link)
             self._sessions[link.number] = _Session(link, [event.address])
         elif isinstance(event, Stop):   # without Bye: nodes go on and keep results, programs wait, until it is started again
@@ -1273,7 +1273,10 @@ class Scheduler(Driver):
                 answer(None, ('OSError', error) if error else ())
             self._cargo_changes(remote, args[3], complete)
         elif name in ('running', 'place'):
-            path = os.path.join(remote.directory, *args[1][0].split('/')) if name == 'place' else ''
+            path = ''
+            if name == 'place':   # one that its program has sent here before, and nothing else
+                path = os.path.join(remote.directory, *check_name(args[1][0]))
+                open_regular(path).close()
             future = self.question(comp, args[0], args[1] if name == 'place' else None, path)
 
             def answered(done: Any) -> None:
