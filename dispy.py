@@ -59,6 +59,7 @@ import itertools
 import logging
 import math
 import os
+import numbers
 import pickle
 import queue
 import re
@@ -86,9 +87,9 @@ from dispynode import (
     NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
     File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
     Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
-    Role, Said, SecretError, Shutdown, Welcome, Where, __version__, beside, call_chunk, call_packed, check_name, class_of_client,
-    derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret, frames, host_and_port, log_record_of, open_plain, open_regular, pieces_of,
-    place, python_of, in_parts, same_secret, seal, shorten, size_of, tls_context, unpack_error, unseal, value_pickler)
+    Role, Said, SecretError, Shutdown, Welcome, Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, class_of_client,
+    derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret, frames, host_and_port, is_outcome, log_record_of, open_plain, open_regular, path_option, pieces_of, plain_text,
+    place, python_of, in_parts, same_secret, seal, seconds_option, shorten, size_of, tls_files, tls_context, unpack_error, unseal, value_pickler)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -102,6 +103,8 @@ __all__ = [
 AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it runs, however short they are
 AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
 SHARED_ARGS_MOST = 15 << 20   # bytes of setup_args that go by way of a scheduler
+REFUSED_MOST = 3              # frames with a job that could not be used, after which the job is ended
+FRAMES_NOTED = 64             # of jobs, the last ones sent on a link
 NODES_PAGE = 500              # nodes of a scheduler in one answer
 LOST_MOST = 3                 # nodes a job may be lost with before it is given up
 LOST_TIMES = 16               # times it may be lost, with however few of them: a node that is started again is the same node
@@ -257,7 +260,7 @@ class DispyJob(Work):
         """Wait up to `timeout` seconds (None: without limit); whether the job has ended. Any thread."""
         if self.status in ENDED:
             return True
-        event = self.finish
+        event, timeout = self.finish, _seconds('timeout', timeout)
         if timeout is not None:
             return event.wait(timeout)
         while not event.wait(FOREVER):
@@ -3021,13 +3024,14 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['P
     """Runs the user's code; raises what that raises, TypeError for what is no number."""
     available = DispyNodeAvailInfo(*map(peer.facts.get('available', {}).get, DispyNodeAvailInfo._fields))
     cpus = allocator.allocate(cluster, peer.ip_addr, peer.name, peer.offered, avail_info=available, platform=peer.facts.get('platform', ''))
-    if isinstance(cpus, bool) or not isinstance(cpus, int):
+    number = plain_number(cpus, True)
+    if number is None:
         raise TypeError('allocate() returned %.80r, which is no number of CPUs' % (cpus,))
     paths: Dict[str, str] = {}
     objects, _ = _sort_depends(allocator.depends, paths)
     blob = pack_by_value((tuple(allocator.setup_args), {obj.__name__: obj for obj in objects}))
     check_setup_args(len(blob), cluster._remote)
-    return Allocation(cpus, blob, _file_rows(paths), paths)
+    return Allocation(number, blob, _file_rows(paths), paths)
 
 
 def check_setup_args(size: int, remote: bool) -> None:
@@ -3067,21 +3071,57 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
     else:
         raise TypeError("nodes: %.80r is no host name, ('host', port), ('host', port, cpus) or {'host':, 'port':, 'cpus':}" % (node,))
     host, its_port, cpus = (*parts, None, None)[:3]
-    if not isinstance(host, str) or not host or any(c.isspace() for c in host):
-        raise ValueError('nodes: %.80r is no host' % (host,))
+    if not isinstance(host, str) or not host or any(c.isspace() or c in ',\0' for c in host):
+        raise ValueError('nodes: %.80r is no host; several hosts are a list' % (host,))
+    host = plain_text(host)
+    if host == LOCAL:
+        raise ValueError('nodes: %r stands alone, not in a list: this machine is %r there, if a dispynode runs here' % (LOCAL, '127.0.0.1'))
     if '*' in host and discovery_reach() == 'off' and not elsewhere:
         raise ValueError("nodes: %r: wildcards need discovery, which the environment's DISPY_DISCOVERY forbids; name the hosts" % host)
-    its_port = port if its_port is None else its_port
-    if not isinstance(its_port, int) or not 1 <= its_port <= 65535:
-        raise ValueError('nodes: port %.40r of %s is not between 1 and 65535' % (its_port, host))
-    if cpus is not None and not isinstance(cpus, int):
-        raise TypeError('nodes: cpus %.40r of %s is no number' % (cpus, host))
-    return NodeSpec(host, its_port, cpus or 0, allocator)
+    number = plain_number(port if its_port is None else its_port, True)
+    if number is None or not 1 <= number <= 65535:
+        raise ValueError('nodes: port %.40r of %s is not a whole number between 1 and 65535' % (its_port, host))
+    if cpus is not None and plain_number(cpus, True) is None:
+        raise TypeError('nodes: cpus %.40r of %s is no whole number' % (cpus, host))
+    return NodeSpec(host, number, plain_number(cpus, True) or 0, allocator)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Journal: what a cluster with a recover_file has submitted, sent and got back
 # ---------------------------------------------------------------------------------------------------------
+
+def check_own_file(path: str, what: str) -> None:
+    """Raise DispyError for a file that is there and that others can have written: what is in it may be code."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    _check_status(status, path, what)
+
+
+def _check_status(status: os.stat_result, path: str, what: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise DispyError('%s: %s is no regular file' % (what, path))
+    if hasattr(os, 'geteuid') and status.st_uid != os.geteuid():
+        raise DispyError('%s: %s belongs to another user (number %d), who may have put anything into it' % (what, path, status.st_uid))
+    if os.name != 'nt' and status.st_mode & 0o022:
+        raise DispyError('%s: %s can be written by others (mode %03o): if you know that what is in it is yours, chmod 600 %s'
+                         % (what, path, stat.S_IMODE(status.st_mode), path))
+
+
+def open_own_file(path: str, what: str, flags: int = 0) -> int:
+    """Open a file of this user's for reading and writing, or make it; no link of anybody's is followed. Returns the descriptor.
+    Raises DispyError, OSError."""
+    flags |= os.O_RDWR | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
+    check_own_file(path, what)
+    handle = os.open(path, flags | os.O_CREAT, 0o600)
+    try:
+        _check_status(os.fstat(handle), path, what)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
 
 class Database:
     """A SQLite file in WAL mode, held by one process at a time. What happens is noted, and written in one transaction a turn,
@@ -3094,12 +3134,16 @@ class Database:
     def __init__(self, path: str, what: str) -> None:
         """Raises DispyError for a file that is in use, or none of ours; OSError. `what` is its name for people."""
         self.path, self._what = os.path.abspath(path), what
+        if os.path.islink(self.path) and hasattr(os, 'geteuid') and os.lstat(self.path).st_uid in (0, os.geteuid()):
+            self.path = os.path.realpath(self.path)   # the user's own link, or the system's
         self._notes: List[List[tuple]] = [[] for _ in self.STATEMENTS]
         self.broken = False    # the last transaction failed; its notes are still here
         import sqlite3   # 10 ms that only those pay who need it
         self._error = sqlite3.Error
         try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            for end in ('-wal', '-shm', '-journal'):
+                check_own_file(self.path + end, what)
+            os.close(open_own_file(self.path, what))
         except OSError as exc:
             raise OSError(exc.errno, '%s cannot be opened: %s' % (what, exc.strerror), self.path) from None
         self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -3110,6 +3154,9 @@ class Database:
             if 'locked' in str(exc):
                 raise DispyError('%s %s is in use by another program' % (what, path)) from exc
             raise DispyError("%s %s cannot be used: %s; if it is none of dispy's or is damaged, move it away" % (what, path, exc)) from exc
+        except UnicodeError as exc:   # an error text of SQLite with bytes of a file that is damaged
+            self._db.close()
+            raise DispyError('%s %s is damaged: move it away' % (what, path)) from exc
         except BaseException:
             self._db.close()
             raise
@@ -3131,6 +3178,17 @@ class Database:
             raise DispyError('%s %s is %s: give another, or move it away' % (
                 self._what, self.path, 'of version %d and this dispy knows %d' % (version, self.VERSION) if mark == self.MARK else 'no file of dispy'))
         run('COMMIT')
+
+    @contextlib.contextmanager
+    def damages(self) -> Iterator[None]:
+        """What is read within this may be damaged: whatever is raised then becomes a DispyError, and the file is left alone."""
+        try:
+            yield
+        except (DispyError, OSError):
+            raise
+        except Exception as exc:  # of SQLite, pickle, struct, enums: by the bytes that are wrong
+            raise DispyError('%s %s is damaged (%s: %s); nothing in it was changed: move it away' % (
+                self._what, self.path, type(exc).__name__, exc)) from exc
 
     def note(self, statement: int, *row: Any) -> None:
         """A row for a statement of the next transaction."""
@@ -3185,6 +3243,7 @@ class Journal(Database):
         'INSERT OR IGNORE INTO jobs (number, comp, id, payload, options, submitted, state) VALUES (?, ?, ?, ?, ?, ?, ?)',
         'UPDATE jobs SET comp = ?, state = ?, serial = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?')
+    NEW_MARK = b'dispy5n\1'     # begins FILE-new
     _HEAD = struct.Struct('>IQdIII')   # CRC-32 of the rest, number, submitted, lengths of id, payload and options
 
     def __init__(self, path: str, must_exist: bool = False) -> None:
@@ -3194,16 +3253,30 @@ class Journal(Database):
         self._rows: Deque[tuple] = collections.deque()     # submitted, by any thread, and not noted
         self.last = self._committed = 0                    # numbers
         super().__init__(path, 'recover_file')
+        self._new = -1
         try:
-            self._new = os.open(self.path + '-new', os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, 'O_BINARY', 0), 0o600)
-            self._take_new()
+            self._new = open_own_file(self.path + '-new', 'recover_file', os.O_APPEND)
+            self._check_new()
+            with self.damages():
+                self._take_new()
         except BaseException:
             self._db.close()
+            if self._new >= 0:
+                os.close(self._new)
             raise
+
+    def _check_new(self) -> None:
+        """FILE-new is ours if it begins so, or was made now. Raises DispyError for a file of the user's, which is left alone."""
+        head = os.pread(self._new, len(self.NEW_MARK), 0) if hasattr(os, 'pread') else open(self.path + '-new', 'rb').read(len(self.NEW_MARK))
+        if not head:
+            os.write(self._new, self.NEW_MARK)
+        elif head != self.NEW_MARK:
+            raise DispyError('recover_file: %s-new is no file of dispy, and would have to be: give another name' % self.path)
 
     def _take_new(self) -> None:
         """Jobs that had been submitted and were in no transaction when the program ended; a torn one was never returned."""
         with open(self.path + '-new', 'rb') as file:
+            file.seek(len(self.NEW_MARK))
             while True:
                 head = file.read(self._HEAD.size)
                 if len(head) < self._HEAD.size:
@@ -3215,15 +3288,16 @@ class Journal(Database):
                 ident, payload, options = body[:sizes[0]], body[sizes[0]:sizes[0] + sizes[1]], body[sizes[0] + sizes[1]:]
                 self._rows.append((number, '', ident, payload, options, submitted, self.WAITING))
         if self.commit():
-            os.ftruncate(self._new, 0)
+            os.ftruncate(self._new, len(self.NEW_MARK))
         self.last = self._committed = self._db.execute('SELECT coalesce(max(number), 0) FROM jobs').fetchone()[0]
 
     # -- while a cluster runs -------------------------------------------------------------------------------
 
     def begin(self, comp: str, name: str, reentrant: bool, program: bool, host: Optional[Tuple[str, int]]) -> None:
         """A computation whose jobs come now."""
-        self._db.execute('INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?, ?)',
-                         (comp, name, reentrant, program, '%s:%d' % host if host else None))
+        with self.damages():
+            self._db.execute('INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?, ?)',
+                             (comp, name, reentrant, program, '%s:%d' % host if host else None))
 
     def submitted(self, job: DispyJob) -> None:
         """A job, before `submit` returns; gives it its number. The user's thread, with the cluster's lock held. Raises
@@ -3274,7 +3348,7 @@ class Journal(Database):
     def trim(self) -> None:
         """Empty FILE-new if all in it is in the database. With the cluster's lock held."""
         if self._committed == self.last and os.fstat(self._new).st_size > self.TRIM:
-            os.ftruncate(self._new, 0)
+            os.ftruncate(self._new, len(self.NEW_MARK))
 
     # -- after a crash ----------------------------------------------------------------------------------------
 
@@ -3286,26 +3360,41 @@ class Journal(Database):
         """Whether the jobs are runs of a program."""
         return bool(self._db.execute('SELECT max(program) FROM comps').fetchone()[0])
 
+    def known(self) -> List[Tuple[DispyJob, int, str, Any]]:
+        """All of `jobs`. Raises DispyError for a file that is damaged."""
+        with self.damages():
+            return list(self.jobs())
+
     def jobs(self) -> Iterator[Tuple[DispyJob, int, str, Any]]:
         """(job, state, node, result) of all jobs that have not been handed to the user since a crash."""
         for number, comp, ident, payload, options, submitted, state, serial, node, status, result in self._db.execute(
                 'SELECT number, comp, id, payload, options, submitted, state, serial, node, status, result FROM jobs WHERE NOT delivered'):
             job = DispyJob(comp, payload, pickle.loads(options) if options else None, pickle.loads(ident))
             job._serial, job.submit_time = serial or number << 16, submitted
+            found = pickle.loads(result) if result else None
             if state == self.ENDED:
                 job._state = JobState(status)
-            yield job, state, node or '', pickle.loads(result) if result else None
+                if not isinstance(found, str) and (len(found) != 6 or not is_outcome(*found)):
+                    raise ValueError('job %d has no result' % number)
+            elif state not in (self.WAITING, self.SENT) or type(payload) is not bytes:
+                raise ValueError('job %d is in no state' % number)
+            yield job, state, node or '', found
 
     def delivered(self, jobs: Sequence[DispyJob]) -> None:
         """These were handed to the user; not again."""
-        self._db.execute('BEGIN')
-        self._db.executemany('UPDATE jobs SET delivered = 1, result = NULL WHERE number = ?', [(job._serial >> 16,) for job in jobs])
-        self._db.execute('COMMIT')
+        with self.damages():
+            self._db.execute('BEGIN')
+            self._db.executemany('UPDATE jobs SET delivered = 1, result = NULL WHERE number = ?', [(job._serial >> 16,) for job in jobs])
+            self._db.execute('COMMIT')
 
     def close(self, remove: bool = False) -> None:
-        """Let go of the file; with `remove`, or if no job is left in it, remove it."""
-        self.commit()
-        left = self._db.execute('SELECT count(*) FROM jobs WHERE NOT delivered').fetchone()[0]
+        """Let go of the file; with `remove`, or if no job is left in it, remove it. One that is damaged is left alone."""
+        left = 1
+        try:
+            self.commit()
+            left = self._db.execute('SELECT count(*) FROM jobs WHERE NOT delivered').fetchone()[0]
+        except self._error as exc:
+            logger.error('recover_file %s cannot be read any more: %s', self.path, exc)
         self._db.close()
         os.close(self._new)
         if remove or not left:
@@ -3451,6 +3540,7 @@ class Peer:
         self.link: Optional[Link] = None
         self.linked_at = 0.0
         self.instance = b''
+        self.wrong = False                         # it could not use what was sent: it is not reached again at once
         self.restarted = False                     # another process than before; told when it says Welcome
         self.refused_at: Optional[float] = None    # when, since its link broke, nothing listened there
         self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0  # type: Tuple[str, str, dict, int]
@@ -3609,9 +3699,13 @@ def recover_jobs(recover_file: str, timeout: Optional[float] = None, terminate_p
 
     Raises FileNotFoundError; DispyError if the file is in use, damaged or none of dispy's; OSError. Any thread.
     """
-    journal = Journal(recover_file, must_exist=True)
+    path = path_option('recover_file', recover_file)
+    if path is None:
+        raise TypeError('recover_file=None: it must be the path of a file')
+    journal = Journal(path, must_exist=True)
     try:
-        return _recover(journal, timeout, terminate_pending, Access(find_secret(secret), certfile, keyfile, cafile, PULSE, REDIAL_MOST))
+        return _recover(journal, _seconds('timeout', timeout), terminate_pending,
+                        Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
     finally:
         journal.close()
 
@@ -3620,9 +3714,12 @@ fault_recover_jobs = recover_jobs   # its name in dispy 4
 
 
 def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: 'Access') -> List[DispyJob]:
-    is_program, lock = journal.is_program(), threading.Lock()
+    lock = threading.Lock()
     jobs, sent, ended = [], [], []  # type: List[DispyJob], List[Tuple[DispyJob, str]], List[DispyJob]
-    again = {row[0] for row in journal.comps() if row[2]}
+    with journal.damages():
+        is_program = journal.is_program()
+        again = {row[0] for row in journal.comps() if row[2]}
+    rows = journal.known()
 
     def done(job: DispyJob, row: tuple, peer: Optional[Peer]) -> None:
         with lock:
@@ -3639,7 +3736,7 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
                 job._state = JobState.ABANDONED
                 end_without(job, text)
                 ended.append(job)
-    for job, state, node, result in journal.jobs():
+    for job, state, node, result in rows:
         jobs.append(job)
         if state == Journal.SENT:
             job.status = DispyJob.Running
@@ -3671,6 +3768,36 @@ class _Asker:
         self.ears, self.due, self.wait, self.last = ears, 0.0, ASK_FIRST, 0.0
 
 
+class Refusals:
+    """Frames of jobs that went into links, so that it is known which jobs were in one that the other side could not use. After
+    REFUSED_MOST such frames a job is ended: it would not come through the next time either."""
+
+    def __init__(self) -> None:
+        # link -> (number of a frame, computation, serials), the last of them
+        self._sent: Dict[int, Deque[Tuple[int, str, List[int]]]] = {}
+        self._counts: Dict[Tuple[str, int], int] = collections.Counter()   # (computation, job number) -> frames
+
+    def sent(self, link: Link, frame: Jobs) -> None:
+        """A frame of jobs was sent."""
+        frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
+        frames_of.append((link.sent - 1, frame.comp, [row[0] for row in frame.rows]))
+
+    def refused(self, link: Link, number: int) -> List[Tuple[str, int]]:
+        """The other side cannot use this frame. Returns (computation, serial) of jobs to be ended for it."""
+        over = []
+        for at, comp, serials in self._sent.get(link.number, ()):
+            for serial in serials if at == number else ():
+                self._counts[comp, serial >> 16] += 1
+                if self._counts[comp, serial >> 16] >= REFUSED_MOST:
+                    del self._counts[comp, serial >> 16]
+                    over.append((comp, serial))
+        return over
+
+    def forget(self, link: Link) -> None:
+        """A link has ended."""
+        self._sent.pop(link.number, None)
+
+
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed."""
     log = logger
@@ -3695,6 +3822,7 @@ class Driver(Loop):
         self._journals: Dict[str, Journal] = {}      # computation -> where its jobs are written down
         self._reclaimed: Dict[str, 'Recovery'] = {}  # computations of programs that have crashed
         self._call_numbers = itertools.count(1)
+        self.refusals = Refusals()
         self._strangers: Dict[Any, Peer] = {}        # instance or address -> one that cannot be used, and is no node that was named
         self._submitted: List[DispyJob] = []
         self._openers = Pool('dispy-opener', 2)
@@ -4165,6 +4293,12 @@ class Driver(Loop):
             return True
         return super().on_fault(subject, text)
 
+    def say(self, link: Link, message: Any) -> None:
+        """As a Loop's; it is noted which jobs are in which frame."""
+        super().say(link, message)
+        if type(message) is Jobs:
+            self.refusals.sent(link, message)
+
     def unsaid(self, link: Link, message: Any, text: str) -> None:
         """As a Loop's; who asks a scheduler for something gets the error."""
         peer = self._by_link.get(link.number)
@@ -4544,6 +4678,8 @@ class Driver(Loop):
             kind = type(message)
             if kind is Pulse:
                 continue
+            if kind is Wrong:
+                self._refused_frame(peer, channel, message)
             if kind is Bye:   # what a node has not answered for was never started
                 for comp, use in peer.uses.items():
                     if use.state is UseState.READY and not peer.scheduler:
@@ -4552,6 +4688,15 @@ class Driver(Loop):
             if kind not in self._messages:
                 raise PeerError('%s may not come here' % kind.__name__)
             self._messages[kind](peer, message)
+
+    def _refused_frame(self, peer: Peer, link: Link, message: Wrong) -> None:
+        """The other side cannot use what was sent: the jobs that were in it end after a few times, and it is reached again later."""
+        text = 'it cannot use what was sent: %s' % message.text
+        for comp, serial in self.refusals.refused(link, message.frame):
+            row = (serial, int(Outcome.DIED), 0.0, 0.0, ('%s: %s' % (peer, text)).encode('utf-8', 'replace'), b'', b'')
+            self._act(self.schedule.handle(NodeResults(peer.key, comp, [row]), self.now))
+        peer.wrong = True
+        raise LinkBroken(text)
 
     def on_broken(self, channel: Link, text: str) -> None:
         """A link came to its end: the node is lost until it is reached again."""
@@ -4565,12 +4710,14 @@ class Driver(Loop):
             if peer.key in self.schedule.nodes else True
         self._act(self.schedule.handle(NodeLost(peer.key, str(peer), text) if lost else NodeAway(peer.key, str(peer), text, until), self.now))
         peer.told.clear()
+        self.refusals.forget(channel)
         for comp in used:
             self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
         if peer.port or peer.embedded:
             self._reached_not(peer, 'the connection ended: %s' % text, self.now - peer.linked_at)
-            if not lost:
+            if not lost and not peer.wrong:
                 peer.dialling.due = self.now
+            peer.wrong = False
         else:   # it dials us
             peer.reason = 'the connection ended: %s' % text
             logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, peer.reason)
@@ -5152,17 +5299,16 @@ class JobCluster:
                  on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None, forward_logs: bool = False,
                  callback: Optional[Callable[[DispyJob], Any]] = None, ip_addr: Optional[str] = None, ext_ip_addr: Optional[str] = None,
                  fault_recover: Union[None, bool, str] = None, poll_interval: Optional[float] = None, ipv4_udp_multicast: bool = False) -> None:
-        self._port = _in_range('dispy_port', dispy_port, NODE_PORT, 1, 65535)
+        self._port = _in_range('dispy_port', dispy_port, NODE_PORT, 1, 65535, True)
         pulse = _in_range('pulse_interval', pulse_interval, PULSE, 0.1, 600)
         redial = _in_range('ping_interval', ping_interval, REDIAL_MOST, 0.1, 3600)
-        most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31)
+        most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31, True)
         _in_range('poll_interval', poll_interval, None, 0.1, 3600)   # dispy 4 asked nodes for results; ours send them
         reach = discovery_reach()
         self._specs = [NodeSpec('*', self._port)] if nodes is None and reach != 'off' else [] if nodes is None or nodes == LOCAL \
             else parse_nodes(nodes, self._port, self._remote)
         host = host if host is not None else ip_addr
-        self._host = None if host is None else (host, SCHEDULER_PORT) if host == '' else host_and_port(host, SCHEDULER_PORT) \
-            if isinstance(host, str) else (str(host[0]), int(host[1]))
+        self._host = _own_host(host)
         # Old scripts always give ip_addr: two of them on one machine must not be in each other's way.
         self._host_has_port = self._host is not None and (not isinstance(host, str) or self._host[0] != host.strip('[]'))
         self._multicast = bool(ipv4_udp_multicast)
@@ -5170,14 +5316,22 @@ class JobCluster:
                                ('on_output', on_output)):
             if function is not None and not callable(function):
                 raise TypeError('%s is a %s; it must be a function' % (name, type(function).__name__))
+        if dest_path is not None and not isinstance(dest_path, str):
+            raise TypeError('dest_path=%.80r is a %s; it must be the name of a directory' % (dest_path, type(dest_path).__name__))
         if dest_path:
             check_name(dest_path)
+            dest_path = plain_text(dest_path)
         if isinstance(depends, (str, bytes)) or not isinstance(depends, (list, tuple, set)):
             raise TypeError('depends is a %s; it must be a list' % type(depends).__name__)
-        logger.setLevel(loglevel)
+        level = plain_number(loglevel, True)
+        logger.setLevel(loglevel if level is None else level)
+        loglevel = int(logger.level)
         self.name = getattr(computation, '__name__', None) or os.path.basename(str(computation))[:60]
         self._comp = self._client = uuid.uuid4().hex
-        self._reentrant = bool(reentrant)
+        self._reentrant = _flag('reentrant', reentrant)
+        if not callable(cleanup):
+            cleanup = _flag('cleanup', cleanup)
+        forward_logs = _flag('forward_logs', forward_logs)
         self._cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name)
         check_cargo(self._cargo.spec)
         for spec in self._specs:
@@ -5205,10 +5359,11 @@ class JobCluster:
         self._reach_by(nodes is None and reach != 'off')
         self.recovered: List[DispyJob] = []
         self._recovery: Optional[Recovery] = None
-        access = Access(find_secret(secret), certfile, keyfile, cafile, pulse, redial)
-        path = recover_file or ('_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
+        access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), pulse, redial)
+        path = path_option('recover_file', recover_file) or ('_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
         self._journal = Journal(path) if path else None
         try:
+            known = self._journal.known() if self._journal is not None else []
             self._driver = Driver.acquire(access)
             try:
                 if self._journal is not None:
@@ -5223,7 +5378,7 @@ class JobCluster:
             raise
         _clusters.add(self)
         if self._journal is not None:
-            self._carry_on(self._journal)
+            self._carry_on(self._journal, known)
 
     def _reach_by(self, probe: bool) -> None:
         """Whom to dial for nodes; called when all but the driver is there."""
@@ -5237,12 +5392,12 @@ class JobCluster:
         """A scheduler asks what only the client can tell. An opener."""
         raise PeerError('a node is no scheduler')
 
-    def _carry_on(self, journal: Journal) -> None:
-        """Take over what is in the journal from a program that has crashed."""
+    def _carry_on(self, journal: Journal, rows: List[tuple]) -> None:
+        """Take over what is in the journal from a program that has crashed: rows of `Journal.known`."""
         sent: List[Tuple[DispyJob, str]] = []
         again: List[DispyJob] = []
         ended: List[DispyJob] = []
-        for job, state, node, result in journal.jobs():
+        for job, state, node, result in rows:
             self.recovered.append(job)
             if state == Journal.ENDED:
                 end_without(job, result) if isinstance(result, str) else fill_in(job, (job._serial, *result), self._cargo.is_program)
@@ -5357,7 +5512,7 @@ class JobCluster:
         results are: at most `in_flight` jobs (default: 1000) are under way, so a generator may be endless. For a job
         that failed its exception is raised (JobFailed if there is none); leaving the loop cancels the rest. Raises
         ValueError for an `in_flight` below 1."""
-        most = _in_range('in_flight', in_flight, 1000, 1, 1 << 31)
+        most = _in_range('in_flight', in_flight, 1000, 1, 1 << 31, True)
         return self._map(zip(*iterables), most)
 
     def _map(self, inputs: Iterator[tuple], most: int) -> Iterator[Any]:
@@ -5385,6 +5540,7 @@ class JobCluster:
                 yield job
 
     def _as_completed(self, jobs: Sequence[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
+        timeout = _seconds('timeout', timeout)
         until = None if timeout is None else time.monotonic() + timeout
         ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
         for job in jobs:
@@ -5422,6 +5578,7 @@ class JobCluster:
         """Wait until every job has ended and its callback has returned, at most `timeout` seconds; whether they have.
         `progress` shows how many on stderr if that is a terminal (with tqdm if that is installed). Any thread; in a
         callback, the job it was called for is not waited for."""
+        timeout = _seconds('timeout', timeout)
         if not progress:
             return self._wait(timeout)
         until = None if timeout is None else time.monotonic() + timeout
@@ -5461,6 +5618,7 @@ class JobCluster:
         """Wait until `n` nodes are ready for jobs. Raises NoNodes, which names every address tried and every
         refusal with its reason, after `timeout` seconds (None: waits without limit), RuntimeError when the cluster is or gets
         closed. Any thread."""
+        timeout, n = _seconds('timeout', timeout), _in_range('n', n, 1, 0, 1 << 31, True)
         until = None if timeout is None else time.monotonic() + timeout
         while True:
             if self._closed:
@@ -5541,9 +5699,10 @@ class JobCluster:
     def set_node_cpus(self, node: Any, cpus: int) -> int:
         """Use at most so many CPUs of a node (negative: leave so many free; 0: none). Returns how many that are. Raises
         ValueError when it has fewer. Any thread."""
-        if isinstance(cpus, bool) or not isinstance(cpus, int):
-            raise TypeError('cpus=%r is no number' % (cpus,))
-        return self._command('set_cpus', node, cpus)  # type: ignore[no-any-return]
+        number = plain_number(cpus, True)
+        if number is None:
+            raise TypeError('cpus=%.80r is no whole number' % (cpus,))
+        return self._command('set_cpus', node, number)  # type: ignore[no-any-return]
 
     def node_jobs(self, node: Any, from_node: bool = False) -> List[DispyJob]:
         """Jobs of this cluster that have been sent to a node and have not ended; with `from_node` it is asked which of them
@@ -5560,6 +5719,7 @@ class JobCluster:
         unknown node, RuntimeError if that is not ready, TimeoutError after `timeout` seconds. Any thread."""
         name = os.path.basename(os.fspath(path))
         row, = _file_rows({name: os.fspath(path)})
+        timeout = _seconds('timeout', timeout)
         future = self._command('question', node, row, os.fspath(path))
         try:
             error = future.result(timeout)
@@ -5794,9 +5954,9 @@ class SharedJobCluster(JobCluster):
         where = scheduler_host or scheduler_node or '127.0.0.1'
         if not isinstance(where, str):
             raise TypeError("scheduler_host=%.80r: it must be 'host' or 'host:port'" % (where,))
-        host, port = host_and_port(where, _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535))
+        host, port = host_and_port(where, _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535, True))
         self._scheduler = NodeSpec(host, port, scheduler=True)
-        self._exclusive = bool(exclusive)
+        self._exclusive = _flag('exclusive', exclusive)
         self._places: Dict[DispyJob, NodeRow] = {}     # where jobs are; driver thread and openers, each job in one at a time
         self._any = nodes is None
         self._allocators: List[NodeAllocate] = []
@@ -5925,7 +6085,7 @@ class Survey:
     def __init__(self, nodes: Any = None, port: int = NODE_PORT, secret: Union[str, bytes, None] = None, certfile: Optional[str] = None,
                  keyfile: Optional[str] = None, cafile: Optional[str] = None) -> None:
         self._specs, self._port, self._comp = parse_nodes('*' if nodes is None else nodes, port), port, uuid.uuid4().hex
-        self._driver = Driver.acquire(Access(find_secret(secret), certfile, keyfile, cafile, PULSE, REDIAL_MOST))
+        self._driver = Driver.acquire(Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
         self._driver.ask(lambda: self._driver.open(self, False))  # type: ignore[arg-type]
 
     def look(self, timeout: float = HANDSHAKE_TIME + 1.0, listen: float = SURVEY_TIME) -> List[DispyNode]:
@@ -6006,12 +6166,62 @@ class Progress:
 _calling = threading.local()  # .cluster: whose callback this thread is in
 
 
-def _in_range(name: str, value: Any, default: Any, low: float, high: float) -> Any:
+def _own_host(host: Any) -> Optional[Tuple[str, int]]:
+    """The parameter `host`: an address, ADDRESS:PORT or (address, port). Raises TypeError or ValueError."""
+    if host is None:
+        return None
+    if isinstance(host, str):
+        try:
+            return (host, SCHEDULER_PORT) if host == '' else host_and_port(plain_text(host), SCHEDULER_PORT)
+        except ValueError as exc:
+            raise ValueError("host: %s: it must be an address of this host, 'address:port' or (address, port)" % exc) from None
+    if not isinstance(host, (tuple, list)) or len(host) != 2 or not isinstance(host[0], str):
+        raise TypeError("host=%.80r: it must be an address of this host, 'address:port' or (address, port)" % (host,))
+    return plain_text(host[0]), _in_range('host: port', host[1], None, 1, 65535, True)
+
+
+def plain_number(value: Any, whole: bool = False) -> Any:
+    """An int or float for any number: of numpy, of an enum, a Fraction. None for what is no number, also for bool; for NaN; and
+    if it must be `whole` for others."""
+    if isinstance(value, bool) or type(value).__name__ in ('bool_', 'bool'):   # numpy's
+        return None
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if whole or not isinstance(value, numbers.Real) or value != value:
+        return None
+    try:
+        return float(value)
+    except OverflowError:   # a fraction
+        return None
+
+
+def _in_range(name: str, value: Any, default: Any, low: float, high: float, whole: bool = False) -> Any:
+    """A parameter as a plain number. Raises ValueError."""
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError('%s=%r is not a number between %s and %s' % (name, value, low, high))
-    return value
+    number = plain_number(value, whole)
+    if number is None or not low <= number <= high:
+        raise ValueError('%s=%.80r is not a %snumber between %s and %s' % (name, value, 'whole ' if whole else '', low, high))
+    return number
+
+
+def _seconds(name: str, value: Any) -> Optional[float]:
+    """A time to wait, None for one without limit. Raises TypeError or ValueError."""
+    if value is None:
+        return None
+    number = plain_number(value)
+    if number is None:
+        raise (ValueError if isinstance(value, numbers.Real) else TypeError)(
+            '%s=%.80r is not a number of seconds, nor None' % (name, value))
+    return None if number > threading.TIMEOUT_MAX else float(number)
+
+
+def _flag(name: str, value: Any) -> bool:
+    """A parameter that is True or False. Raises TypeError."""
+    if isinstance(value, (bool, numbers.Number)) or type(value).__name__ in ('bool_', 'bool'):
+        if value == 0 or value == 1:
+            return bool(value)
+    raise TypeError('%s=%.80r is neither True nor False' % (name, value))
 
 
 def _take_options(kwargs: dict) -> Optional[dict]:
@@ -6022,16 +6232,13 @@ def _take_options(kwargs: dict) -> Optional[dict]:
             raise TypeError('submit: unknown keyword %s; there are %s and dispy_job_depends' % (name, ', '.join(_OPTIONS)))
         value = kwargs.pop(name)
         if value is not None:
-            kind, low, high = _OPTIONS[name]
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-                raise ValueError('submit: %s=%r is not a number between %s and %s' % (name, value, low, high))
-            options[name[len('dispy_'):]] = value
+            options[name[len('dispy_'):]] = _in_range('submit: ' + name, value, None, *_OPTIONS[name])
     return options or None
 
 
-_OPTIONS: Dict[str, Tuple[Any, float, float]] = {
-    'dispy_timeout': ((int, float), 0.001, 1e9), 'dispy_priority': (int, -(1 << 31), 1 << 31), 'dispy_cpus': (int, 1, 1 << 16),
-    'dispy_memory': (int, 1, 1 << 60), 'dispy_retries': (int, 0, 1000)}
+_OPTIONS: Dict[str, Tuple[float, float, bool]] = {   # lowest and highest value, and whether it is a whole number
+    'dispy_timeout': (0.001, 1e9, False), 'dispy_priority': (-(1 << 31), 1 << 31, True), 'dispy_cpus': (1, 1 << 16, True),
+    'dispy_memory': (1, 1 << 60, True), 'dispy_retries': (0, 1000, True)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -6217,7 +6424,7 @@ def _parser() -> argparse.ArgumentParser:
     add('-a', '--args', action='append', default=[], metavar='"ARGS"', help='arguments of one job, split as a shell does; may be repeated')
     add('--args-file', metavar='FILE', help='file with the arguments of a job on each line; -: standard input')
     add('-o', '--output', metavar='DIR', help='write the output of job N to DIR/N.out and DIR/N.err instead of printing it')
-    add('--wait-nodes', type=float, metavar='S', help='give up, with exit status 2, if no node can be used within so many seconds (default: wait for one)')
+    add('--wait-nodes', type=seconds_option, metavar='S', help='give up, with exit status 2, if no node can be used within so many seconds (default: wait for one)')
     add('--secret-file', metavar='FILE', help='file with the secret (default: the one of this user)')
     add('--certfile', metavar='FILE', help='certificate for TLS')
     add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")

@@ -109,6 +109,7 @@ TEXT_MOST = 64 * 1024         # characters of a text for people, such as a trace
 NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
 HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
+SHORTEST, LONGEST = 1e-3, 10 * 365.25 * 86400   # s that an interval of an option may have
 LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
 DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
 DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
@@ -395,6 +396,13 @@ class Bye(NamedTuple):
     text: str
 
 
+class Wrong(NamedTuple):
+    """Either side, last on a link: the frame of this number, counted from 0, cannot be used. The same is not to be sent again at
+    once. Nothing is said by it of what came before."""
+    text: str
+    frame: int
+
+
 SMALL, MIDDLE, LARGE = 64 * 1024, 16 << 20, MAX_FRAME
 LIST = NAMES_MOST + (4 << 20)
 BUFFERS_MOST = 1 << 16        # of large parts beside an envelope
@@ -407,7 +415,7 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     38: (Returned, MIDDLE), 39: (Offer, SMALL), 40: (FileBack, 2 * FILE_PIECE),
     41: (Output, 2 * FILE_PIECE), 42: (Placed, SMALL), 43: (Report, MIDDLE), 44: (Held, LIST),
     48: (Where, MIDDLE), 49: (News, MIDDLE), 50: (Said, MIDDLE),
-    65: (Pulse, SMALL), 66: (Bye, SMALL), 67: (Call, MIDDLE), 68: (Return, MIDDLE),
+    65: (Pulse, SMALL), 66: (Bye, SMALL), 67: (Call, MIDDLE), 68: (Return, MIDDLE), 69: (Wrong, SMALL),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
 # What a process takes from the other side of a link.
@@ -810,6 +818,7 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     FileKept: lambda fields: _is_serial(fields[1]),
     Limit: lambda fields: fields[1] >= 1,
     Place: lambda fields: _is_file(fields[1]) and _is_buffer(fields[3]),
+    Wrong: lambda fields: _is_serial(fields[1]),
     Where: lambda fields: len(fields[1]) in (0, 3) and all(map(_is_serial, fields[2])),
     News: lambda fields: len(fields[2]) == 10,
     Return: lambda fields: len(fields[2]) in (0, 2),
@@ -946,6 +955,11 @@ def secret_path() -> str:
     return os.path.join(base, 'dispy', 'secret')
 
 
+def has_place(path: str) -> bool:
+    """Whether a path in the user's home is one: without HOME and an entry in the password file it begins with '~'."""
+    return not path.startswith('~')
+
+
 def same_secret() -> str:
     """What to do when two sides have different secrets."""
     return 'the two sides have different ones. Copy %s from one host to the other, or give both the same (--secret-file; in programs ' \
@@ -969,6 +983,9 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
             raise SecretError('the secret is blank (%s)' % ('secret=' if secret else 'DISPY_SECRET'))
         return data
     path = secret_path()
+    if not has_place(path):
+        raise SecretError('no secret was given, and this user has no home to keep one in (neither HOME nor an entry in the password '
+                          'file): set DISPY_SECRET or XDG_CONFIG_HOME, or give a file')
     if not os.path.exists(path):
         _make_secret(path)
     return _read_secret(path)
@@ -1037,6 +1054,33 @@ def tls_context(server: bool, certfile: str, keyfile: Optional[str] = None, cafi
     except (OSError, ssl.SSLError) as exc:
         raise SecretError('the CA file %s cannot be used: %s' % (cafile or certfile, exc)) from exc
     return context
+
+
+def path_option(name: str, value: Any) -> Optional[str]:
+    """A parameter that is the path of a file, or None. Raises TypeError or ValueError naming it."""
+    if value is None:
+        return None
+    try:
+        path = os.fspath(value)
+    except TypeError:
+        path = None
+    if not isinstance(path, str):
+        raise TypeError('%s=%.80r is a %s; it must be the path of a file' % (name, value, type(value).__name__))
+    if not path or '\0' in path:
+        raise ValueError('%s=%.80r is no path of a file' % (name, path))
+    return plain_text(path)
+
+
+def tls_files(certfile: Any, keyfile: Any, cafile: Any = None, words: str = '%s') -> Tuple[Optional[str], Optional[str], Optional[str]]:
+    """The files of TLS as they were given, if they make sense together: who gives a key or a CA wants TLS, and without a
+    certificate nothing would be encrypted. `words` makes of 'certfile' what the user calls it. Raises SecretError, TypeError
+    or ValueError."""
+    paths = {name: path_option(words % name, value) for name, value in (('certfile', certfile), ('keyfile', keyfile), ('cafile', cafile))}
+    for name in ('keyfile', 'cafile'):
+        if paths[name] is not None and paths['certfile'] is None:
+            raise SecretError('%s=%s was given without %s: nothing would be encrypted; give both, or neither'
+                              % (words % name, paths[name], words % 'certfile'))
+    return paths['certfile'], paths['keyfile'], paths['cafile']
 
 
 def _no_password() -> str:
@@ -1296,6 +1340,11 @@ HEAD_TAG, TAIL_TAG = 16, 32
 class FrameSealer:
     """Messages to frames of one direction: header 16, its tag 16, payload, tag 32; numbered, the number not sent."""
 
+    @property
+    def sealed(self) -> int:
+        """Frames made."""
+        return self._seq
+
     def __init__(self, key: bytes) -> None:
         self._key = key
         self._mac = hmac.new(key, digestmod='sha256')
@@ -1329,6 +1378,7 @@ class FrameOpener(Intake):
     def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES) -> None:
         super().__init__(_FRAME.size + HEAD_TAG)
         self._key, self._takes = key, takes   # the secret; ops that may come
+        self.opened = 0
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
         self._measured = 0
@@ -1358,7 +1408,9 @@ class FrameOpener(Intake):
             raise PeerError('a frame is not authentic')
         self._seq += 1
         _, op, encoding, _, _ = _FRAME.unpack(header)
-        return decode(op, encoding, body[:-TAIL_TAG])
+        message = decode(op, encoding, body[:-TAIL_TAG])
+        self.opened += 1
+        return message
 
 
 # What passes between the daemon, a runner and its workers on one host: a head and three bodies.
@@ -2412,10 +2464,18 @@ class Node:
 
     def _at(self, when: float, what: str, key: Any = 0, serial: int = 0) -> None:
         if len(self._timers) >= self._timers_most:   # those of attempts that have ended
-            self._timers = [timer for timer in self._timers if timer[2] not in ('timeout', 'kill') or self._heads(timer[3], timer[4])]
+            self._timers = [timer for timer in self._timers if self._is_wanted(*timer[2:])]
             heapq.heapify(self._timers)
             self._timers_most = 2 * len(self._timers) + 64
         heapq.heappush(self._timers, (when, next(self._ticket), what, key, serial))
+
+    def _is_wanted(self, what: str, key: Any, serial: int) -> bool:
+        """Whether a timer is still for something."""
+        if what in ('timeout', 'kill'):
+            return self._heads(key, serial)
+        if what in ('setup', 'orphan'):
+            return key in self._comps
+        return what != 'expire' or key in self.shelf
 
     def _heads(self, key: int, serial: int) -> bool:
         worker = self._workers.get(key)
@@ -4486,6 +4546,16 @@ class Link(Channel):
         """Queue a message. Raises ValueError for one that is too large, before anything of it is queued."""
         self.push(self._sealer.seal(message))
 
+    @property
+    def opened(self) -> int:
+        """Frames that have been opened, or the number of the one that could not be used."""
+        return self._opener.opened
+
+    @property
+    def sent(self) -> int:
+        """Frames that were sent."""
+        return self._sealer.sealed
+
     def messages(self, now: float) -> List[Any]:
         """The messages that have come. Raises PeerError or LinkBroken; the link is of no use then."""
         return [self._opener.open(head, body) for head, body in self.read(now)]
@@ -4750,10 +4820,21 @@ class Loop:
                 self.on_channel(channel)
             if mask & selectors.EVENT_WRITE:
                 self._dirty.add(channel)
-        except (LinkBroken, PeerError, OSError) as exc:
+        except (LinkBroken, OSError) as exc:
             self._break(channel, str(exc) or type(exc).__name__)
+        except PeerError as exc:
+            self._refuse_link(channel, str(exc))
         except Exception as exc:  # of the channel, which is ended for it
             self.fault(channel, exc)
+
+    def _refuse_link(self, channel: Channel, text: str) -> None:
+        """What came cannot be used. The other side is told, so that it does not connect and send the same at once."""
+        if isinstance(channel, Link) and channel.dirty is not None:
+            self.log.error('what %s has sent cannot be used: %s', channel.address, text)
+            Loop.say(self, channel, Wrong(text[:NAME_MOST], channel.opened))
+            with contextlib.suppress(OSError):   # it is broken all the same
+                channel.write()
+        self._break(channel, text)
 
     def _write(self, channel: Channel) -> None:
         try:
@@ -5287,6 +5368,8 @@ class Daemon(Loop):
         self._lock_file: Any = None
         self._held: Set[Pipe] = set()     # not read until links have room
         self._backlog = Backlog(self.links)
+        self._read_later: Dict[Tuple[int, str], float] = {}   # kept results, of a link and a computation, and when they are read again
+        self._port = 0
         self._root = self._base = ''   # where computations work, and what is above: not the same with --user
         self._acts: Dict[type, Callable[[Any], None]] = {
             Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store, StorePlaced: self._store_placed,
@@ -5304,6 +5387,7 @@ class Daemon(Loop):
             for host in options.hosts:
                 self._gates.append(self._listen(host, port))
                 port = self._gates[0].server_address[1]
+            self._port = port
             self._root = self._take_directory(port)
             self._find_kept()
             if self._callers and options.certfile:
@@ -5361,12 +5445,15 @@ class Daemon(Loop):
         """The directory of this node, ours alone: 0700, locked by file `lock` with PID and port."""
         root = self._options.prefix or default_directory(port)
         try:
-            os.makedirs(root, mode=0o700, exist_ok=True)
-            for path in (root,) if self._options.prefix else (os.path.dirname(root), root):
-                status = os.lstat(path)
+            mode = 0o711 if self._options.user else 0o700
+            if not self._options.prefix:
+                above = os.path.dirname(root)
+                os.makedirs(above, mode=0o700, exist_ok=True)
+                status = os.lstat(above)
                 if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
-                    raise StartError('%s is not a directory of this user (--dest-path-prefix)' % path)
-                os.chmod(path, 0o711 if self._options.user else 0o700)
+                    raise StartError('%s is not a directory of this user (--dest-path-prefix)' % above)
+                os.chmod(above, mode)
+            take_own_directory(root, NODE_MARK, ('lock',) if _was_ours(root) else (), '--dest-path-prefix', mode)
             self._lock_file = _lock(os.path.join(root, 'lock'), port)
             self._base = os.path.realpath(root)
             if self._options.clean:
@@ -5378,7 +5465,7 @@ class Daemon(Loop):
             with self._as_user():
                 for name in os.listdir(root):
                     path = os.path.join(root, name)
-                    if name != 'lock' and (self._options.clean or name.startswith(('c-', 'p-'))) and os.path.isdir(path):
+                    if (self._options.clean or _is_ours(name, 'c-', 'p-')) and os.path.isdir(path):
                         shutil.rmtree(path, ignore_errors=True)
         except OSError as exc:
             raise StartError('the directory %s cannot be used%s: %s (--dest-path-prefix)' % (
@@ -5451,7 +5538,7 @@ class Daemon(Loop):
         """The state's, or the end of a runner that does not end; at once when held pipes can be read again."""
         if self._may_let_go() or self._backlog.has_room():
             return self.now
-        times = [self.node.next_timer(), self._hello_at, self._clock_at, *(run.kill_at for run in self._runs.values()),
+        times = [self.node.next_timer(), self._hello_at, self._clock_at, *(run.kill_at for run in self._runs.values()), *self._read_later.values(),
                  *(caller.dialling.due for caller in self._callers)]
         return min((when for when in times if when is not None), default=None)
 
@@ -5539,6 +5626,8 @@ class Daemon(Loop):
         if isinstance(message, Bye):
             link.on_purpose = True
             raise LinkBroken('bye: %s' % message.text[:200])
+        if isinstance(message, Wrong):
+            raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
         if isinstance(message, Introduce):
             link.pulse = min(max(message.pulse, 0.1), 3600.0)
         if not isinstance(message, Pulse):
@@ -5571,6 +5660,7 @@ class Daemon(Loop):
         if self._clock_at is not None and self.now >= self._clock_at:
             self._look_at_clock(time.localtime())
         self.guard(None, self._flush)
+        self._read_again()
         self.guard(None, self._backlog.send, self.say)
         self._dial_callers()
         if self._hello_at is not None and self.now >= self._hello_at:
@@ -5634,7 +5724,7 @@ class Daemon(Loop):
 
     def _show(self, action: Show) -> None:
         with contextlib.suppress(OSError):   # the terminal may have gone
-            print(action.text, flush=True)
+            print('\n'.join(map(printable, action.text.split('\n'))), flush=True)
 
     def _prepare(self, action: Prepare) -> None:
         spec, comp = action.spec, action.comp
@@ -5642,9 +5732,13 @@ class Daemon(Loop):
         try:
             if len(comp) > 64 or not comp.isalnum():
                 raise ValueError('a computation may not be called %.70r' % comp)
+            self._have_directory()
             private = os.path.join(self._root, 'p-' + comp)
             if spec['dest_path']:
-                directory = os.path.join(self._root, *check_name(spec['dest_path']))
+                parts = check_name(spec['dest_path'])
+                if _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-') or parts[0] in ('lock', NODE_MARK) or parts[0].startswith('user-'):
+                    raise ValueError('dest_path %.100r begins as names of the node itself do; choose another' % spec['dest_path'])
+                directory = os.path.join(self._root, *parts)
             else:
                 directory = os.path.join(self._root, ('k-' if keep else 'c-') + comp)
             with self._as_user():
@@ -5652,10 +5746,19 @@ class Daemon(Loop):
                 os.makedirs(private, mode=0o700, exist_ok=True)
                 run = self._runs[comp] = _Run(comp, directory, private, keep, self._options.max_file)
                 missing = run.receiver.want(spec['files'])
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, StartError) as exc:
             self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc))
         else:
             self.post(Prepared(comp, missing))
+
+    def _have_directory(self) -> None:
+        """Make the node's directory anew if it has disappeared: what cleans /tmp has removed it. Raises StartError, OSError."""
+        if not os.path.isdir(self._root):
+            logger.error('the directory %s has disappeared and is made anew', self._root)
+            if self._lock_file is not None:
+                self._lock_file.close()
+                self._lock_file = None
+            self._root = self._take_directory(self._port)
 
     def _store(self, action: Store) -> None:
         run = self._runs[action.comp]
@@ -5703,12 +5806,13 @@ class Daemon(Loop):
         return Shelf(os.path.join(self._base, 'r-' + comp))
 
     def _shelved(self) -> List[str]:
-        return [name[2:] for name in os.listdir(self._base) if name.startswith('r-')]
+        return [name[2:] for name in os.listdir(self._base) if _is_ours(name, 'r-') and os.path.isfile(os.path.join(self._base, name))]
 
     def _keep(self, action: Keep) -> None:
         try:
+            self._have_directory()
             self._shelf(action.comp).append(action.owner, action.rows)
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, StartError) as exc:
             self.post(Kept(action.comp, [], str(exc)))
         else:
             self._tell(Kept(action.comp, [row[0] for row in action.rows]))
@@ -5729,7 +5833,31 @@ class Daemon(Loop):
                 shelf.remove()
 
     def _send_kept(self, action: SendKept) -> None:
-        self._backlog.add(action.link, action.comp, self._shelf(action.comp).rows())
+        self._backlog.add(action.link, action.comp, self._kept_rows(action.link, action.comp))
+
+    def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
+        """Results from the disk. Those that are not there any more have been lost, which their client is told; when there is no
+        descriptor to read them with they are tried again."""
+        missing, text = set(self.node.shelf[comp].serials) if comp in self.node.shelf else set(), 'the file ends before it'
+        try:
+            for row in self._shelf(comp).rows():
+                missing.discard(row[0])
+                yield row
+        except FileNotFoundError as exc:
+            text = str(exc)
+        except OSError as exc:
+            logger.error('kept results cannot be read now: %s', exc)
+            self._read_later[link, comp] = self.now + WORKER_AGAIN
+            return
+        for serial in sorted(missing):
+            yield (serial, int(Outcome.DIED), 0.0, 0.0, ('its result was kept on the node and cannot be read: %s' % text).encode('utf-8', 'replace'), b'', b'')
+
+    def _read_again(self) -> None:
+        for (link, comp), when in list(self._read_later.items()):
+            if self.now >= when:
+                del self._read_later[link, comp]
+                if link in self.links:
+                    self._backlog.add(link, comp, self._kept_rows(link, comp))
 
     def _forget(self, action: Forget) -> None:
         self._backlog.drop(action.comp)
@@ -5967,6 +6095,23 @@ class Daemon(Loop):
             self.detach(run.pipes.pop(action.worker))   # the worker reads the end and leaves
 
 
+NODE_MARK = 'dispy-node'    # the file that says that a directory is a node's
+
+
+def _was_ours(root: str) -> bool:
+    """Whether a node without a mark has used this directory: its lock file tells."""
+    try:
+        with open_regular(os.path.join(root, 'lock')) as file:
+            return file.read(4) == b'PID '  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        return False
+
+
+def _is_ours(name: str, *beginnings: str) -> bool:
+    """Whether a name in the node's directory is one that it gives itself: a beginning, and the name of a computation."""
+    return name.startswith(beginnings) and bool(name[2:]) and is_comp(name[2:])
+
+
 def _keep(body: memoryview) -> Buffer:
     """A body of a record for keeping: small ones on their own, so that they do not hold a whole batch in memory."""
     return bytes(body) if len(body) < OUT_OF_BAND else body
@@ -5992,7 +6137,9 @@ def node_facts() -> dict:
 def availability(directory: str) -> dict:
     """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes. None for what only psutil knows,
     where it is not installed."""
-    found: Dict[str, Optional[float]] = {'cpu': None, 'memory': None, 'disk': shutil.disk_usage(directory).free, 'swap': None}
+    found: Dict[str, Optional[float]] = {'cpu': None, 'memory': None, 'disk': None, 'swap': None}
+    with contextlib.suppress(OSError):   # it has been removed
+        found['disk'] = shutil.disk_usage(directory).free
     try:
         import psutil
     except ImportError:
@@ -6010,6 +6157,23 @@ def installed_version(package: str) -> str:
     with open(spec.origin, encoding='utf-8') as file:
         found = re.search(r'^__version__ = ["\']([^"\']+)', file.read(), re.MULTILINE)
     return found.group(1) if found else ''
+
+
+def take_own_directory(path: str, mark: str, known: Sequence[str], option: str, mode: int = 0o700) -> None:
+    """Have a directory that is ours alone, with a file `mark` in it that says so: what lies there may be removed. One that has other
+    things in it, and was not begun by an earlier version, which the files `known` tell, is refused. Raises StartError, OSError."""
+    with contextlib.suppress(FileExistsError):
+        os.makedirs(path, mode=0o700)
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
+        raise StartError('%s is not a directory of this user (%s)' % (path, option))
+    names = os.listdir(path)
+    if mark not in names:
+        if names and not any(name in names for name in known):
+            raise StartError('%s holds other things, such as %s, and none of dispy\'s: files in it would be removed; give a directory '
+                             'that is empty or does not exist (%s)' % (path, printable(sorted(names)[0]), option))
+        os.close(os.open(os.path.join(path, mark), os.O_WRONLY | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600))
+    os.chmod(path, mode)
 
 
 def default_directory(port: int) -> str:
@@ -6267,6 +6431,22 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError('%r is no number above 0' % text)
 
 
+def seconds_option(text: str) -> float:
+    """A time in seconds."""
+    with contextlib.suppress(ValueError):
+        if SHORTEST <= float(text) <= LONGEST:
+            return float(text)
+    raise argparse.ArgumentTypeError('%r is no number of seconds between %g and %d (10 years)' % (text, SHORTEST, LONGEST))
+
+
+def minutes_option(text: str) -> float:
+    """A time in minutes."""
+    with contextlib.suppress(ValueError):
+        if SHORTEST <= 60 * float(text) <= LONGEST:
+            return float(text)
+    raise argparse.ArgumentTypeError('%r is no number of minutes between %g and %d (10 years)' % (text, SHORTEST / 60, LONGEST // 60))
+
+
 def _count(text: str) -> int:
     """A whole number above 0."""
     if not text.isdigit() or int(text) < 1:
@@ -6291,6 +6471,8 @@ def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) ->
 
 def find_user(name: str) -> User:
     """The user that jobs shall run as. Raises StartError."""
+    if not name:
+        raise StartError("--user '' names nobody, and jobs would run as root: give a user, or leave --user out")
     if not hasattr(os, 'geteuid') or os.geteuid() != 0:
         raise StartError('--user %s needs a dispynode that is started as root' % name)
     import pwd
@@ -6298,6 +6480,8 @@ def find_user(name: str) -> User:
         entry = pwd.getpwnam(name)
     except KeyError as exc:
         raise StartError('--user %s: this host knows no such user' % name) from exc
+    if entry.pw_uid == 0:
+        raise StartError('--user %s is root, who can read the secret: leave --user out if jobs shall run as root' % name)
     return User(name, entry.pw_uid, entry.pw_gid, entry.pw_dir)
 
 
@@ -6356,10 +6540,10 @@ def _parser() -> argparse.ArgumentParser:
     add('--serve', type=_count, metavar='N', help='end after so many clients')
     add('--client-shutdown', action='store_true', help="end after a client that calls its cluster's shutdown()")
     add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files, of clients and of jobs, are refused (default: no limit)')
-    add('--zombie-interval', type=positive, metavar='MIN',
+    add('--zombie-interval', type=minutes_option, metavar='MIN',
         help='minutes that results wait here for a client that is gone (default: %g)' % (ZOMBIE_TIME / 60))
-    add('--msg-timeout', type=positive, default=HANDSHAKE_TIME, metavar='S', help='seconds for a handshake (default: %(default)g)')
-    add('--ping-interval', type=positive, metavar='S', help='seconds between searches for clients')
+    add('--msg-timeout', type=seconds_option, default=HANDSHAKE_TIME, metavar='S', help='seconds for a handshake (default: %(default)g)')
+    add('--ping-interval', type=seconds_option, metavar='S', help='seconds between searches for clients')
     add('--log-file', metavar='FILE', help='log there instead of to stderr')
     add('--daemon', action='store_true', help='never use the terminal, and outlive it')
     add('--clean', action='store_true', help='remove all that earlier runs left in the directory')
@@ -6381,7 +6565,7 @@ def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
     try:
         with open(path, encoding='utf-8') as file:
             found = json.load(file)
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise StartError('--config %s cannot be read: %s' % (path, exc)) from exc
     if not isinstance(found, dict):
         raise StartError('--config %s: it holds no {"option": value, ...}' % path)
@@ -6394,7 +6578,8 @@ def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
 
 
 def _configured(action: argparse.Action, value: Any, where: str) -> Any:
-    kinds: Dict[Any, Any] = {int: int, _count: int, positive: (int, float), size_option: (int, str)}
+    times = dict.fromkeys((positive, seconds_option, minutes_option), (int, float))
+    kinds: Dict[Any, Any] = {int: int, _count: int, **times, size_option: (int, str)}
     if isinstance(action, Each):
         kind: Any = list
         value = [value] if isinstance(value, str) else value
@@ -6431,10 +6616,33 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> arg
     return parser.parse_args(argv)
 
 
+class LogFormatter(logging.Formatter):
+    """A line of the log holds what others have sent: names, texts. Control characters in it can neither make a line of their own
+    nor speak to the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return '\n  '.join(map(printable, super().format(record).splitlines()))
+
+
+def printable(text: str) -> str:
+    """A text with its control characters, and what cannot be encoded, written out."""
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii') for c in text)
+
+
+class PrivateFileHandler(logging.handlers.WatchedFileHandler):
+    """A log file that nobody else can read when it is made here."""
+
+    def _open(self) -> Any:
+        os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT, 0o600))
+        return super()._open()
+
+
 def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
     """Logging of a daemon: one line an event, to stderr or a file."""
-    handler: logging.Handler = logging.handlers.WatchedFileHandler(log_file) if log_file else logging.StreamHandler()
-    handler.setFormatter(logging.Formatter('%(asctime)s %(name)s %(levelname)s: %(message)s'))
+    handler: logging.Handler = PrivateFileHandler(log_file, encoding='utf-8') if log_file else logging.StreamHandler()
+    handler.setFormatter(LogFormatter('%(asctime)s %(name)s %(levelname)s: %(message)s'))
     log = logging.getLogger(name)
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -6567,7 +6775,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             save_config(parser, args, args.save_config)
             return 0
         set_up_log('dispynode', args.debug, args.log_file)
-        user = find_user(args.user) if args.user else None
+        tls_files(args.certfile, args.keyfile, None, '--%s')
+        user = find_user(args.user) if args.user is not None else None
         if args.embedded:
             logger.setLevel(logging.DEBUG if args.debug else logging.ERROR)
             secret = sys.stdin.buffer.readline().strip()

@@ -56,11 +56,11 @@ from dispy import (
     NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
     NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState, Work, job_row, parse_nodes)
 from dispynode import (
-    FRAME_FILL, GOES_ON, NODE_PORT, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
+    FRAME_FILL, GOES_ON, NAME_MOST, NODE_PORT, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
     EXIT_STATUSES, Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
     Offer, Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
-    OF_CLIENTS, Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, check_name, derive_key, discovery_reach, find_secret, frames,
-    host_and_port, log_record_of, needs, open_plain, open_regular, parse_arguments, pieces_of, positive, run_until_ended, save_config, set_up_log, shorten, size_of, size_option, sized,
+    OF_CLIENTS, Role, Said, Shutdown, StartError, Welcome, Where, Wrong, __version__, beside, check_name, derive_key, discovery_reach, find_secret, frames,
+    host_and_port, log_record_of, needs, open_plain, open_regular, parse_arguments, pieces_of, run_until_ended, save_config, set_up_log, shorten, size_of, size_option, sized, take_own_directory, _write_private, tls_files, has_place, minutes_option, seconds_option,
     unpack_error)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -88,6 +88,9 @@ logger = logging.getLogger('dispyscheduler')
 # What is kept on disk
 # ---------------------------------------------------------------------------------------------------------
 
+STATE_MARK = 'dispy-scheduler'   # the file that says that a directory is a scheduler's
+
+
 class State(Database):
     """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of computations in
     <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
@@ -113,10 +116,17 @@ class State(Database):
     def __init__(self, root: str) -> None:
         """Raises DispyError, OSError."""
         self.root, self.large = root, os.path.join(root, 'large')
-        for path in (root, self.large):
-            os.makedirs(path, mode=0o700, exist_ok=True)
-        os.chmod(root, 0o700)
+        take_own_directory(root, STATE_MARK, ('state.db',), '--state-dir')
+        os.makedirs(self.large, mode=0o700, exist_ok=True)
         super().__init__(os.path.join(root, 'state.db'), 'the state')
+        try:
+            with self.damages():
+                self._begin()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _begin(self) -> None:
         run = self._db.execute
         run('INSERT OR IGNORE INTO own VALUES (?, ?)', ('instance', os.urandom(16)))
         self.instance: bytes = run("SELECT value FROM own WHERE name = 'instance'").fetchone()[0]
@@ -136,7 +146,9 @@ class State(Database):
         found: Set[int] = set()
         for name in os.listdir(self.large):
             number, _, end = name.partition('.')
-            if number.isdigit() and end in ('p', 'r') and self._db.execute('SELECT 1 FROM jobs WHERE number = ?', (int(number),)).fetchone():
+            if not number.isdigit() or end not in ('p', 'r', 'p.part', 'r.part'):
+                continue   # none of ours
+            if end in ('p', 'r') and self._db.execute('SELECT 1 FROM jobs WHERE number = ?', (int(number),)).fetchone():
                 found.add(int(number))
             else:
                 os.unlink(os.path.join(self.large, name))
@@ -761,7 +773,8 @@ class Scheduler(Driver):
         specs = [NodeSpec(*host_and_port(node, options.node_port)) for node in options.nodes] or [NodeSpec('*', options.node_port)]
         self.open(House(specs, options.node_port), False)  # type: ignore[arg-type]
         self._warn_at['house'] = math.inf
-        self._restore()
+        with self._state.damages():
+            self._restore()
         return port
 
     def _door(self, host: str, port: int, keys: Dict[int, bytes], allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
@@ -970,6 +983,8 @@ class Scheduler(Driver):
             if type(message) is Bye:
                 channel.on_purpose = True
                 raise LinkBroken('bye: %s' % message.text[:200])
+            if type(message) is Wrong:
+                raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
             handler = self._client_messages.get(type(message))
             if handler is None:
                 raise PeerError('%s may not come here' % type(message).__name__)
@@ -1540,11 +1555,11 @@ def _parser() -> argparse.ArgumentParser:
     add('--node-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
     add('--cluster-certfile', metavar='FILE', help='certificate for TLS with programs; if it is not that for nodes, nodes connect to the next port')
     add('--cluster-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--pulse-interval', type=positive, default=PULSE, metavar='S', help='seconds between signs of life (default: %(default)g)')
-    add('--ping-interval', type=positive, default=REDIAL_MOST, metavar='S', help='most seconds between searches for nodes (default: %(default)g)')
+    add('--pulse-interval', type=seconds_option, default=PULSE, metavar='S', help='seconds between signs of life (default: %(default)g)')
+    add('--ping-interval', type=seconds_option, default=REDIAL_MOST, metavar='S', help='most seconds between searches for nodes (default: %(default)g)')
     add('--ipv4-udp-multicast', action='store_true', help='look for nodes by IPv4 multicast too')
     add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files of programs are refused (default: no limit)')
-    add('--zombie-interval', type=positive, default=ZOMBIE_TIME / 60, metavar='MIN', help='minutes that results wait for a program that is gone (default: %(default)g)')
+    add('--zombie-interval', type=minutes_option, default=ZOMBIE_TIME / 60, metavar='MIN', help='minutes that results wait for a program that is gone (default: %(default)g)')
     add('--state-dir', metavar='DIR', help='where jobs and results are kept (default: %s)' % default_state_dir(SCHEDULER_PORT).replace('%', '%%'))
     add('--fair', action='store_true', help='programs share CPUs evenly (default)')
     add('--fifo', action='store_true', help='programs are served in the order of their coming')
@@ -1572,10 +1587,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         set_up_log('dispyscheduler', args.debug, args.log_file)
         set_up_log('dispy', args.debug, args.log_file)
         set_up_log('dispynode', args.debug, args.log_file)
+        for side in ('cluster', 'node'):
+            tls_files(getattr(args, side + '_certfile'), getattr(args, side + '_keyfile'), None, '--%s-%%s' % side)
+        if not 1 <= args.node_port <= 65535:
+            raise StartError('port %d is not between 1 and 65535 (--node-port)' % args.node_port)
         for node in args.node:
             host_and_port(node, args.node_port)
         discovery_reach()
         root = args.state_dir or default_state_dir(args.port)
+        if not has_place(root):
+            raise StartError('this user has no home for the state (neither HOME nor an entry in the password file): --state-dir')
         if args.clean:
             _clean(root)
         scheduler = Scheduler(Options(
@@ -1585,7 +1606,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize, args.ipv4_udp_multicast))
         try:
             port = scheduler.start()
-            monitor = _monitor(scheduler, port, args.httpd) if args.httpd is not None else None
+            monitor = _monitor(scheduler, port, args.httpd, args.log_file) if args.httpd is not None else None
         except BaseException:
             scheduler.close()
             raise
@@ -1606,7 +1627,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             monitor.shutdown()
 
 
-def _monitor(scheduler: Scheduler, port: int, at: int) -> Any:
+def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) -> Any:
     """A web monitor of this scheduler. Raises StartError."""
     try:
         import dispy_httpd
@@ -1614,8 +1635,14 @@ def _monitor(scheduler: Scheduler, port: int, at: int) -> Any:
         raise StartError('--httpd needs dispy_httpd.py beside this file: %s' % exc) from exc
     source = dispy_httpd.SchedulerSource(lambda *question: scheduler.ask(lambda: scheduler.overview.answer(*question)),
                                          'all programs of the dispyscheduler at port %d' % port, lambda: None)
+    tell: Callable[[str], None] = logger.info
+    if log_file and os.stat(log_file).st_mode & 0o077 and os.name != 'nt':   # others would have the token
+        def tell(text: str) -> None:
+            path = os.path.abspath(os.path.join(scheduler._state.root, 'monitor'))
+            _write_private(path, text.encode() + b'\n')
+            logger.info('the link of the monitor is in %s, since others can read this log', path)
     try:
-        return dispy_httpd.SourceHTTPServer(source, port=at, tell=logger.info)
+        return dispy_httpd.SourceHTTPServer(source, port=at, tell=tell)
     except (ValueError, OSError) as exc:
         raise StartError('--httpd: %s' % exc) from exc
 
