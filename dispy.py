@@ -3184,9 +3184,11 @@ class Database:
         """What is read within this may be damaged: whatever is raised then becomes a DispyError, and the file is left alone."""
         try:
             yield
-        except (DispyError, OSError):
+        except OSError:
             raise
         except Exception as exc:  # of SQLite, pickle, struct, enums: by the bytes that are wrong
+            if isinstance(exc, DispyError) and not isinstance(exc, PeerError):
+                raise
             raise DispyError('%s %s is damaged (%s: %s); nothing in it was changed: move it away' % (
                 self._what, self.path, type(exc).__name__, exc)) from exc
 
