@@ -46,6 +46,7 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import copyreg
 import dis
 import enum
 import functools
@@ -87,9 +88,12 @@ from dispynode import (
     NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
     File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
     Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
-    Role, Said, SecretError, Shutdown, Welcome, Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, class_of_client,
-    derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret, frames, host_and_port, is_outcome, log_record_of, open_plain, open_regular, path_option, pieces_of, plain_text,
-    place, python_of, in_parts, same_secret, seal, seconds_option, shorten, size_of, tls_files, tls_context, unpack_error, unseal, value_pickler)
+    Role, Said, SecretError, Shutdown, Welcome, Where, Wrong, __version__, beside, call_chunk, call_packed, check_name,
+    derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret, frames, host_and_port,
+    is_outcome, log_record_of, open_plain, open_regular, path_option, pieces_of, plain_text, place, python_of, in_parts,
+    same_secret, seal, seconds_option, size_of, tls_files, tls_context, unpack_error, unseal, value_pickler, BUNDLE,
+    BUNDLES, MODULES, OF_MODULES, Sealed, StateRow, build_tag, check_not_importing, contents_of, find_named, globals_of,
+    is_named, keeps_identity, plain_form, with_needs)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -184,6 +188,7 @@ JOB_TABLE: Dict[Tuple[JobState, str], JobState] = {
     (JobState.PROVISIONAL, 'provisional'): JobState.PROVISIONAL,
     (JobState.CANCELLING, 'provisional'): JobState.CANCELLING,
     (JobState.CREATED, 'give up'): JobState.ABANDONED, (JobState.REQUEUED, 'give up'): JobState.ABANDONED,
+    (JobState.CREATED, 'fail'): JobState.TERMINATED, (JobState.REQUEUED, 'fail'): JobState.TERMINATED,
 }
 for _running in (JobState.RUNNING, JobState.PROVISIONAL):
     JOB_TABLE.update({
@@ -530,6 +535,12 @@ class NodeLeft(NamedTuple):
     text: str
 
 
+class Unloadable(NamedTuple):
+    """No node can load the code of a computation, for this reason; an empty text: perhaps one can."""
+    comp: str
+    text: str
+
+
 class Closed(NamedTuple):
     """The computation is over; what has not ended is cancelled."""
     comp: str
@@ -668,6 +679,7 @@ class _Comp:
         self.idle: Dict[Any, '_Node'] = {}      # those with a CPU for it
         self.donors: Dict[Any, '_Node'] = {}    # those that hold more of its jobs than they have CPUs
         self.blocked: Optional[Work] = None     # head of the queue that no idle node has room for
+        self.unloadable = ''                    # why no node can load its code
         self.widest: Optional[int] = None       # most CPUs that a node has for it, None if that is not known now
 
     def queue_of(self, work: Work) -> _Queue:
@@ -753,6 +765,7 @@ class Schedule:
         self._flying: Dict[str, int] = collections.Counter()   # client -> CPUs of its jobs on nodes
         self._dirty: Dict[Any, _Node] = {}          # nodes that something has happened to since the last flush
         self._handlers: Dict[type, Callable[[Any], None]] = {
+            Unloadable: self._unloadable,
             Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked,
             NodeReady: self._node_ready, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
             NodeResults: self._node_results, NodeReturned: self._node_returned,
@@ -833,12 +846,28 @@ class Schedule:
             if comp is None:
                 self._move(work, 'cancel')
                 self._do(JobEnded(work, 'the cluster was closed'))
+            elif comp.unloadable:
+                self._move(work, 'fail')
+                self._do(JobEnded(work, comp.unloadable))
             else:
                 comp.queue_of(work).push(work)
                 self._waiting[comp.comp] = comp
                 if not comp.flying and not comp.idle:   # a newcomer where all CPUs are taken: one job to the queue of some nodes,
                     for node in itertools.islice(comp.nodes.values(), 64):   # which give the next CPU to who has fewest
                         self._dirty[node.key] = node
+
+    def _unloadable(self, event: Unloadable) -> None:
+        comp = self.comps.get(event.comp)
+        if comp is None:
+            return
+        comp.unloadable = event.text
+        for work in comp.waiting() if event.text else ():
+            self._move(work, 'fail')
+            if work in comp.parked:
+                comp.parked.remove(work)
+            else:
+                comp.queue_of(work).forget()
+            self._do(JobEnded(work, event.text))
 
     def _cancel_asked(self, event: CancelAsked) -> None:
         work, comp = event.work, self.comps.get(event.work._comp)
@@ -1254,269 +1283,6 @@ def _bytes_of(work: Work) -> int:
 _EVENT_OF = {Outcome.RETURNED: 'finish', Outcome.RETURNED_CODE: 'finish', Outcome.RAISED: 'fail', Outcome.DIED: 'fail',
              Outcome.TIMED_OUT: 'fail', Outcome.OUT_OF_MEMORY: 'fail', Outcome.CANCELLED: 'cancelled',
              Outcome.ABANDONED: 'give up'}
-
-# ---------------------------------------------------------------------------------------------------------
-# What travels: computations, their files, arguments
-# ---------------------------------------------------------------------------------------------------------
-
-@functools.lru_cache(maxsize=None)
-def _installed_roots() -> Tuple[str, ...]:
-    paths = sysconfig.get_paths()
-    return tuple({os.path.realpath(paths[name]) + os.sep for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')})
-
-
-def _on_nodes(name: Optional[str]) -> bool:
-    """Whether a module is taken to be on nodes as well: what is built in or installed is, the user's own is not."""
-    if name in ('dispynode', 'cloudpickle', 'builtins'):
-        return True
-    module = sys.modules.get(name or '')
-    if name == '__main__' or module is None:
-        return False
-    path = getattr(module, '__file__', None)
-    if not path:
-        return getattr(module, '__spec__', None) is not None   # built in; a namespace or typed module has no origin
-    path = os.path.realpath(path)
-    return path.startswith(_installed_roots()) or 'site-packages' in path or 'dist-packages' in path
-
-
-@functools.lru_cache(maxsize=4096)
-def _travels_by_name(name: Optional[str], loaded: bool) -> bool:
-    return _on_nodes(name)
-
-
-def travels(obj: Any) -> bool:
-    """Whether an object met by the pickler can be found on a node by its name, or is no class or function at all."""
-    if not isinstance(obj, (type, types.FunctionType)):
-        return True
-    return _travels_by_name(obj.__module__, obj.__module__ in sys.modules)
-
-
-@functools.lru_cache(maxsize=4)
-def _own_modules(loaded: int, shipped: Tuple[str, ...]) -> Tuple[types.ModuleType, ...]:
-    """Modules of the user's: what is in them is pickled by value. `loaded` makes the cache forget."""
-    return tuple(module for name, module in list(sys.modules.items())
-                 if isinstance(module, types.ModuleType) and module.__name__ == name and name not in shipped
-                 and not name.startswith('__') and getattr(module, '__file__', None) and not _on_nodes(name)
-                 and name.partition('.')[0] not in ('dispy', 'dispyscheduler', 'dispy_httpd'))
-
-
-def by_value(value: Any, file: Any, protocol: int, buffer_callback: Any, shipped: Tuple[str, ...] = (), pickler: Any = None) -> None:
-    """cloudpickle, with functions and classes of the user's own modules by value and not by name."""
-    with _lock:
-        registered = []
-        try:
-            for module in _own_modules(len(sys.modules), shipped):
-                if module.__name__ not in cloudpickle.list_registry_pickle_by_value():
-                    cloudpickle.register_pickle_by_value(module)
-                    registered.append(module)
-            (pickler or value_pickler())(file, protocol, buffer_callback).dump(value)
-        finally:
-            for module in registered:
-                cloudpickle.unregister_pickle_by_value(module)
-
-
-@functools.lru_cache(maxsize=None)
-def _argument_pickler() -> Any:
-    """A class that has a name goes with it: a node with another version of Python has that class from source."""
-    pickler = value_pickler()
-
-    class Pickler(pickler):  # type: ignore[misc, valid-type]
-        def reducer_override(self, obj: Any) -> Any:
-            """Called by the pickler for everything that is not a builtin value."""
-            if not isinstance(obj, (type, types.FunctionType)):
-                return NotImplemented   # as cloudpickle does; there may be many
-            if isinstance(obj, type) and not travels(obj) and _is_named(obj):
-                body = io.BytesIO()
-                pickler(body, 5).dump(obj)
-                return class_of_client, (sys.version_info[:2], obj.__module__, obj.__qualname__, body.getvalue())
-            return super().reducer_override(obj)
-    return Pickler
-
-
-def _arguments_by_value(value: Any, file: Any, protocol: int, buffer_callback: Any) -> None:
-    by_value(value, file, protocol, buffer_callback, (), _argument_pickler())
-
-
-def _is_named(obj: Any) -> bool:
-    """Whether an object is what its module has under its qualified name."""
-    try:
-        found = functools.reduce(getattr, obj.__qualname__.split('.'), sys.modules[obj.__module__])
-    except (AttributeError, KeyError):
-        return False
-    return found is obj or (isinstance(obj, types.MethodType) and found == obj)
-
-
-def pack_arguments(args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
-    """Arguments as they are now: what the caller changes later does not reach the job. Raises what pickling raises.
-    `depends` are files and objects for this job alone; files are read now."""
-    if depends:
-        payload, _ = seal((args, kwargs, *_job_depends(depends)), _arguments_by_value, travels)
-    elif not kwargs and ATOMS.issuperset(map(type, args)):
-        return pickle.dumps((args, kwargs), 5)
-    else:
-        payload, _ = seal((args, kwargs), _arguments_by_value, travels)
-    if type(payload) is tuple:   # large parts are the caller's own memory still
-        return tuple(piece if type(piece) is bytes else bytes(piece) for piece in payload)
-    return payload
-
-
-def _job_depends(depends: Sequence[Any]) -> Tuple[List[Tuple[str, int, bytes]], Dict[str, Any]]:
-    """(name, mode, content) of files, and objects by their names."""
-    if not isinstance(depends, (list, tuple)):
-        raise TypeError('dispy_job_depends is a %s; it must be a list' % type(depends).__name__)
-    paths: Dict[str, str] = {}
-    objects = {}
-    for item in depends:
-        if isinstance(item, (str, os.PathLike)):
-            _add_path(os.fspath(item), paths)
-        elif callable(item) and hasattr(item, '__name__'):
-            objects[item.__name__] = item
-        else:
-            raise TypeError('dispy_job_depends: %.80r is neither a file, a directory, a function nor a class' % (item,))
-    files = []
-    for name, path in paths.items():
-        check_name(name)
-        with open(path, 'rb') as file:
-            files.append((name, stat.S_IMODE(os.stat(path).st_mode) & 0o755 | 0o600, file.read()))
-    return files, objects
-
-
-class Cargo(NamedTuple):
-    """A computation, packed: the spec of `Compute` but for what depends on the node, and where its files lie."""
-    spec: dict
-    paths: Dict[str, str]
-    is_program: bool
-    source: Callable[[], Tuple[bytes, str]]   # see pack_source; called when a node of another version of Python is met
-
-
-def _sort_depends(depends: Sequence[Any], paths: Dict[str, str]) -> Tuple[List[Any], List[str]]:
-    """Functions and classes, and names of modules that travel as files; files go into `paths`."""
-    objects: List[Any] = []
-    shipped: List[str] = []
-    for item in depends:
-        if isinstance(item, types.ModuleType):
-            shipped += _module_files(item, paths)
-        elif isinstance(item, (str, os.PathLike)):
-            _add_path(os.fspath(item), paths)
-        elif callable(item) and hasattr(item, '__name__'):
-            objects.append(item)
-        else:
-            raise TypeError('depends: %.80r is neither a file, a directory, a module, a function nor a class' % (item,))
-    return objects, shipped
-
-
-def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, cleanup: Any, dest_path: Optional[str],
-                     max_jobs: Optional[int], name: str) -> Cargo:
-    """Raises TypeError, ValueError, FileNotFoundError or what pickling raises, naming what was wrong."""
-    paths: Dict[str, str] = {}
-    objects, shipped = _sort_depends(depends, paths)
-    program = ''
-    if isinstance(computation, (str, os.PathLike)):
-        path = _program_path(os.fspath(computation))
-        program = os.path.basename(path)
-        paths[program] = path
-        code: Any = b''
-    elif callable(computation):
-        code = _pack_code(computation, setup, cleanup if callable(cleanup) else None, objects, tuple(shipped))
-    else:
-        raise TypeError('computation is a %s; it must be a function or the path of a program' % type(computation).__name__)
-    files = _file_rows(paths, program)
-    spec = {'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
-            'cleanup': bool(cleanup), 'dest_path': dest_path or '', 'max_jobs': max_jobs or 0,
-            'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0, 'setup_args': b''}
-    return Cargo(spec, paths, bool(program), functools.partial(
-        pack_source, computation, setup, cleanup if callable(cleanup) else None, objects, tuple(shipped)))
-
-
-def check_cargo(spec: dict) -> None:
-    """Raise ValueError for a computation that is too large for a message."""
-    size = len(spec['code'])
-    if size > VALUE_MOST:
-        raise ValueError('the computation, with the data that it refers to, has %d bytes, and the limit is %d: '
-                         'read large data from a file in setup() (depends)' % (size, VALUE_MOST))
-    names = sum(len(row[0].encode('utf-8', 'replace')) + 80 for row in spec['files'])
-    if names > NAMES_MOST:
-        raise ValueError('depends: the list of %d files takes %d bytes, and the limit is %d: pack them into an archive'
-                         % (len(spec['files']), names, NAMES_MOST))
-
-
-def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int, bytes, int]]:
-    rows = []
-    for name, path in paths.items():
-        check_name(name)
-        size, digest = file_digest(path)
-        rows.append((name, size, digest, stat.S_IMODE(os.stat(path).st_mode) | (0o500 if name == program else 0)))
-    return rows
-
-
-def _pack_code(computation: Any, setup: Any, cleanup: Any, objects: List[Any], shipped: Tuple[str, ...]) -> bytes:
-    for name, function in (('setup', setup), ('cleanup', cleanup)):
-        if function is not None and not callable(function):
-            raise TypeError('%s is a %s; it must be a function' % (name, type(function).__name__))
-    # One pickle for all three, so that they share one set of global variables on the node.
-    return pack_by_value((computation, setup, cleanup, {obj.__name__: obj for obj in objects}), shipped)
-
-
-def pack_by_value(value: Any, shipped: Tuple[str, ...] = ()) -> bytes:
-    """`by_value`, in one piece."""
-    pieces: List[bytes] = []
-    by_value(value, types.SimpleNamespace(write=lambda piece: pieces.append(bytes(piece))), 5, None, shipped)
-    return b''.join(pieces)
-
-
-def _program_path(program: str) -> str:
-    path = program if os.path.exists(program) or os.sep in program else shutil.which(program) or program
-    if not os.path.isfile(path):
-        raise FileNotFoundError('computation: there is no program %s (in %s)' % (program, os.getcwd()))
-    with open(path, 'rb') as file:
-        start = file.read(2)
-    if start != b'#!' and not os.access(path, os.X_OK):
-        raise ValueError('computation: %s is not executable and does not begin with #!' % program)
-    return path
-
-
-def _module_files(module: types.ModuleType, paths: Dict[str, str]) -> List[str]:
-    """A module's file, or a package's files below the name that it is imported by. Returns the modules' names."""
-    origin = getattr(module, '__file__', None)
-    if not origin or not origin.endswith('.py'):
-        raise TypeError('depends: module %s has no Python file that could be sent' % module.__name__)
-    parts = module.__name__.split('.')
-    if os.path.basename(origin) != '__init__.py':
-        paths['/'.join(parts) + '.py'] = origin
-        return [module.__name__]
-    root = os.path.dirname(origin)
-    for directory, _, names in os.walk(root):
-        for name in names:
-            if not name.endswith(('.pyc', '.pyo')):
-                path = os.path.join(directory, name)
-                paths['/'.join(parts + os.path.relpath(path, root).split(os.sep))] = path
-    return [name for name in sys.modules if name == module.__name__ or name.startswith(module.__name__ + '.')]
-
-
-def _add_path(path: str, paths: Dict[str, str]) -> None:
-    if os.path.isfile(path):
-        paths[os.path.basename(path)] = path
-    elif os.path.isdir(path):
-        root = os.path.abspath(path)
-        for directory, _, names in os.walk(root):
-            for name in names:
-                full = os.path.join(directory, name)
-                paths['/'.join([os.path.basename(root)] + os.path.relpath(full, root).split(os.sep))] = full
-    else:
-        raise FileNotFoundError('depends: there is no file %s (in %s)' % (path, os.getcwd()))
-
-
-@functools.lru_cache(maxsize=None)
-def _support_files() -> Dict[str, bytes]:
-    """cloudpickle itself, for nodes that have none or another version."""
-    root = os.path.dirname(cloudpickle.__file__)
-    found = {}
-    for name in os.listdir(root):
-        if name.endswith('.py'):
-            with open(os.path.join(root, name), 'rb') as file:
-                found['cloudpickle/' + name] = file.read()
-    return found
-
 
 # ---------------------------------------------------------------------------------------------------------
 # Modules of the user's: which travel, and their files. Nothing here imports a module or takes a lock: finders and
@@ -2736,8 +2502,620 @@ own_modules = OwnModules()
 
 
 # ---------------------------------------------------------------------------------------------------------
+# What the program has set in its modules, and bundles: the modules that a pickle needs, with their state
+# ---------------------------------------------------------------------------------------------------------
+
+STATE_LIMIT = 1 << 20         # bytes of a pickled variable that a module's source computes, after which it stays at home
+LOOK_EVERY = 1.0              # s between looks at whether files of modules have changed
+BEHIND = 'behind/dispy.py'    # this file, for modules that import it on a node that has only dispynode.py
+
+
+class _CannotTravel(Exception):
+    """A variable that the program has set cannot be pickled: (name, type)."""
+
+
+def _state_pickler(numbers: Dict[int, int]) -> Any:
+    class StatePickler(client_pickler()):  # type: ignore[misc]
+        """Objects that keep their identity on the node go as numbers."""
+
+        def persistent_id(self, obj: Any) -> Optional[int]:
+            """Called by the pickler for every object."""
+            return numbers.get(id(obj))
+    return StatePickler
+
+
+class StateCapture:
+    """Collects what the variables of modules hold. A module whose state cannot be carried whole is left out whole, since what
+    is left of it would not fit together."""
+
+    def __init__(self) -> None:
+        self.rows: List[StateRow] = []
+        self.warnings: List[str] = []
+        self._objects: List[Any] = []              # those that keep their identity, by number
+        self._numbers: Dict[int, int] = {}         # id -> number
+        self._values: Dict[Tuple[str, str, str], Any] = {}
+
+    def add(self, file: ModuleFile) -> None:
+        """A module that the client has loaded, if its source is known."""
+        module = sys.modules.get(file.name)
+        if module is None or file.source is None or file.source.error:
+            return
+        found: List[Tuple[StateRow, Any]] = []
+        try:
+            for name, value in list(module_dict(module).items()):
+                self._consider(file.source, (file.name, '', name), value, file.source.names.get(name), found)
+            for owner, table in file.source.classes.items():
+                self._add_class(file.source, owner, table, found)
+        except _CannotTravel as exc:
+            self.warnings.append(
+                'module %s: what its variable %s holds (a %s) cannot be pickled, so nothing that the program has set in this '
+                'module reaches the jobs. Set it in setup, or call cloudpickle.register_pickle_by_value(%s)'
+                % (file.name, *exc.args, file.name.partition('.')[0]))
+            return
+        for row, value in found:
+            number = self._number(value) if keeps_identity(value) else -1
+            self.rows.append(row._replace(number=number))
+            if number < 0:
+                self._values[row[:3]] = value
+
+    def _add_class(self, source: ModuleSource, owner: str, table: Dict[str, NameBinding], found: List[Tuple[StateRow, Any]]) -> None:
+        try:
+            cls = find_named(source.name, owner)
+        except Exception:  # it is not there any more, or a __getattr__ of the user's raises
+            return
+        if not isinstance(cls, type) or issubclass(cls, enum.Enum) or not is_named(cls, source.name, owner):
+            return
+        for name, value in list(vars(cls).items()):
+            self._consider(source, (source.name, owner, name), value, table.get(name), found)
+
+    def _consider(self, source: ModuleSource, key: Tuple[str, str, str], value: Any, binding: Optional[NameBinding],
+                  found: List[Tuple[StateRow, Any]]) -> None:
+        """A variable, if the node's own import would not give it the same value."""
+        module, owner, name = key
+        if name.startswith('__') or isinstance(value, types.ModuleType) or self._is_as_imported(key, value, binding, source):
+            return
+        given = binding is None or binding.kind is NameKind.CONSTANT   # then the program has set it
+        form = plain_form(value, sys.maxsize if given else STATE_LIMIT)
+        if form is not None:
+            found.append((StateRow(module, owner, name, form, -1, not given), value))
+        elif given and (not owner or binding is not None) and not self._is_made_by_module(module, value):
+            raise _CannotTravel(name, '%s.%s' % (type(value).__module__, type(value).__qualname__))
+
+    @staticmethod
+    def _is_as_imported(key: Tuple[str, str, str], value: Any, binding: Optional[NameBinding], source: ModuleSource) -> bool:
+        module, owner, name = key
+        if binding is None:
+            return any(module_dict(sys.modules.get(star)).get(name, key) is value for star in source.stars)
+        if binding.from_file:
+            return True
+        if binding.kind is NameKind.CONSTANT and hasattr(binding, 'value'):
+            return type(binding.value) is type(value) and bool(binding.value == value)
+        if binding.kind is NameKind.IMPORTED:
+            return any(own_modules.kind(origin) in (ModuleKind.STANDARD, ModuleKind.INSTALLED) for origin in binding.origins)
+        if binding.kind is NameKind.DEFINED:
+            return is_named(value, module, '%s.%s' % (owner, name) if owner else name) or not hasattr(value, '__qualname__')
+        return False
+
+    @staticmethod
+    def _is_made_by_module(module: str, value: Any) -> bool:
+        """Whether a function or class, which the source does not name, came of running the module all the same."""
+        return isinstance(value, (type, types.FunctionType)) and value.__module__ == module
+
+    def _number(self, value: Any) -> int:
+        number = self._numbers.setdefault(id(value), len(self._objects))
+        if number == len(self._objects):
+            self._objects.append(value)
+        return number
+
+    def pickled(self) -> Tuple[List[Tuple[str, str]], bytes, Set[str]]:
+        """Classes of the numbered objects, the state, and the modules that opening it imports. Raises what pickling raises."""
+        if not self.rows:
+            return [], b'', set()
+        contents = [contents_of(value) for value in self._objects]   # all there at once: their ids must differ
+        sealed = seal((contents, self._values), _state_pickler(self._numbers))
+        kinds = [(type(value).__module__, type(value).__qualname__) for value in self._objects]
+        body = b''.join(bytes(piece) for piece in pieces_of(sealed.payload))
+        return kinds, body, sealed.modules | {kind[0] for kind in kinds}
+
+
+class Bundle(NamedTuple):
+    """Modules that travel together: their files, and how they were set when they first travelled."""
+    number: int
+    closure: Tuple[ModuleFile, ...]
+    files: Dict[str, FileOfModule]    # those that no earlier bundle has, by their names on the node
+    content: bytes                    # an envelope, for ModuleLoader
+
+    @property
+    def name(self) -> str:
+        """The name of its own file on the node."""
+        return BUNDLES + BUNDLE % self.number
+
+
+class ModuleBundles:
+    """The modules of one computation that have travelled, or will. Number 0 is what its code needs. Any thread; no lock is
+    held while objects of the user's are pickled."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.shipped: List[str] = []               # modules that depends brings along as files
+        self.known_globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
+        self.portable = False                      # whether the code holds no functions and classes by value
+        self._lock = threading.Lock()              # guards those below
+        self._bundles: List[Bundle] = []
+        self._number_of: Dict[str, int] = {}       # module -> bundle
+        self._plain: Set[str] = set()              # names of modules that need none
+        self._extra: Dict[str, FileOfModule] = {}  # files of modules that jobs have asked for by name
+        self._looked_at = time.monotonic()
+        self._has_changed: List[str] = []
+
+    def pack_code(self, computation: Any, setup: Any, cleanup: Any, objects: Dict[str, Any]) -> bytes:
+        """The code of the computation, with bundle 0. One pickle for all, so that they share their variables on the node."""
+        labels = [('the computation', computation), ('setup', setup), ('cleanup', cleanup)]
+        labels += [('depends, %s' % name, value) for name, value in objects.items()]
+        sealed = pack((computation, setup, cleanup, objects), labels)
+        self.portable = sealed.portable
+        self._make(0, sealed.modules)
+        return b''.join(bytes(piece) for piece in pieces_of(sealed.payload))
+
+    def packed(self, value: Any, labels: Sequence[Tuple[str, Any]]) -> Any:
+        """A payload that says which bundles have to be there before it is opened. Raises what pickling raises."""
+        sealed = pack(value, labels)
+        numbers = self.numbers(sealed.modules)
+        return with_needs(sealed.payload, numbers) if numbers else sealed.payload
+
+    def numbers(self, modules: Set[str]) -> Set[int]:
+        """The bundles that have these modules, but for number 0. New modules make a new one."""
+        if modules <= self._plain:
+            return set()
+        new = {name for name in modules - self._plain if name not in self._number_of and self._is_own(name)}
+        if new:
+            self._make(max(1, len(self._bundles)), new)
+        found = {self._number_of.get(name, 0) for name in modules} - {0}
+        if not found:
+            self._plain |= modules
+        return found
+
+    def _is_own(self, name: str) -> bool:
+        return own_modules.kind(name) is ModuleKind.OWN and not any(
+            name == shipped or name.startswith(shipped + '.') for shipped in self.shipped)
+
+    def _make(self, number: int, modules: Set[str]) -> None:
+        """A bundle with these modules, unless another thread has just made one."""
+        new, capture, kinds, state = self._capture(modules)
+        closure = [file for file in new if self._is_own(file.name)]
+        for text in capture.warnings:
+            logger.warning('%s', text)
+        with self._lock:
+            if number == 0 and not closure and not capture.rows:
+                self._bundles.append(Bundle(0, (), {}, b''))
+                return
+            if not self._bundles and number:
+                self._bundles.append(Bundle(0, (), {}, b''))
+            if modules and all(name in self._number_of for name in modules):
+                return
+            number = len(self._bundles)
+            before = {target for bundle in self._bundles for target in bundle.files}
+            files = {target: file for target, file in own_modules.files(closure).items() if target not in before}
+            content = self._content(closure, capture, kinds, state)
+            self._bundles.append(Bundle(number, tuple(closure), files, content))
+            for file in new:
+                self._number_of.setdefault(file.name, number)
+            for name in modules:
+                self._number_of.setdefault(name, number)
+            self._plain -= modules
+
+    def _capture(self, modules: Set[str]) -> Tuple[List[ModuleFile], StateCapture, List[Tuple[str, str]], bytes]:
+        """The modules with all that they import, and their state. The state may refer to more modules, which may have state."""
+        wanted = set(modules)
+        while True:
+            # Modules that travel as files of depends have state like the others.
+            closure = own_modules.closure(sorted(wanted))
+            new = [file for file in closure if file.name not in self._number_of]
+            capture = StateCapture()
+            for file in new:
+                capture.add(file)
+            kinds, state, met = capture.pickled()
+            more = {name for name in met if own_modules.kind(name) is ModuleKind.OWN} - wanted - {file.name for file in closure}
+            if not more:
+                return new, capture, kinds, state
+            wanted |= more
+
+    @staticmethod
+    def _content(closure: List[ModuleFile], capture: StateCapture, kinds: List[Tuple[str, str]], state: bytes) -> bytes:
+        travelling = {file.name for file in closure} | {row.module for row in capture.rows}
+        compiled = [file.name for file in closure if file.is_extension]
+        packages = {name: version for name, (version, _, _) in own_modules.packages(closure).items() if version}
+        return pickle.dumps({
+            'order': [name for name in list(sys.modules) if name in travelling], 'platform': sys.platform,
+            'rows': [tuple(row) for row in capture.rows], 'kinds': kinds, 'state': state, 'packages': packages,
+            'compiled': compiled, 'build': build_tag()}, 5)
+
+    # -- what nodes get -----------------------------------------------------------------------------------
+
+    def rows(self, embedded: bool) -> List[Tuple[str, int, bytes, int]]:
+        """Rows of all files that a node gets: those of all bundles and, if it is not a part of this program, of the modules.
+        Raises OSError."""
+        with self._lock:
+            bundles = list(self._bundles)
+        rows = [self._row_of(bundle) for bundle in bundles if bundle.content]
+        if not embedded:
+            for bundle in bundles:
+                rows += self._file_rows(bundle.files)
+            if any(own_modules.uses_dispy(bundle.closure) for bundle in bundles):
+                rows += own_modules.rows({BEHIND: _THIS_FILE})
+        return rows
+
+    @staticmethod
+    def _row_of(bundle: Bundle) -> Tuple[str, int, bytes, int]:
+        return bundle.name, len(bundle.content), hashlib.sha256(bundle.content).digest(), 0o600
+
+    @staticmethod
+    def _file_rows(files: Dict[str, FileOfModule]) -> List[Tuple[str, int, bytes, int]]:
+        return [(MODULES + name, size, digest, mode) for name, size, digest, mode in own_modules.rows(files)]
+
+    def more(self, request: Any, embedded: bool) -> List[Tuple[str, int, bytes, int]]:
+        """Rows for what a job has asked for: a bundle by number, or a module by name. Raises ModuleNotFoundError."""
+        if isinstance(request, int):
+            with self._lock:
+                bundle = self._bundles[request] if 0 < request < len(self._bundles) else None
+            if bundle is None:
+                raise ModuleNotFoundError('the program knows no bundle of modules with number %d' % request)
+            return [self._row_of(bundle)] + ([] if embedded else self._file_rows(bundle.files))
+        if embedded or own_modules.kind(request) is not ModuleKind.OWN:
+            raise ModuleNotFoundError('the program has no module of its own called %s' % request)
+        files = own_modules.files(own_modules.closure([request], self.shipped))
+        with self._lock:
+            self._extra.update(files)
+        return self._file_rows(files)
+
+    def source_of(self, name: str) -> Any:
+        """Where a file that a node asks for is read from: its content, or a FileOfModule. None for a name not offered."""
+        with self._lock:
+            if name == BEHIND:
+                return _THIS_FILE
+            for bundle in self._bundles:
+                if name == bundle.name:
+                    return bundle.content
+                if name.startswith(MODULES) and name[len(MODULES):] in bundle.files:
+                    return bundle.files[name[len(MODULES):]]
+            return self._extra.get(name[len(MODULES):]) if name.startswith(MODULES) else None
+
+    # -- files that change --------------------------------------------------------------------------------
+
+    def changed(self) -> List[str]:
+        """Names of modules whose files have changed since they travelled. Looks at most once a second."""
+        now = time.monotonic()
+        if now - self._looked_at >= LOOK_EVERY and not self._has_changed:
+            self._looked_at = now
+            with self._lock:
+                closure = [file for bundle in self._bundles for file in bundle.closure]
+            self._has_changed = [file.name for file in own_modules.changed(closure)]
+        return self._has_changed
+
+
+_THIS_FILE = FileOfModule(BEHIND, os.path.abspath(__file__))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What travels: computations, their files, arguments
+# ---------------------------------------------------------------------------------------------------------
+
+_NOT_BY_NAME = frozenset((ModuleKind.BY_VALUE, ModuleKind.MISSING))
+_CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError, pickle.PicklingError)
+
+
+def client_pickler() -> Any:
+    """The pickler of a program, a class: modules that a node can import go by their names."""
+    return _client_pickler(value_pickler())
+
+
+@functools.lru_cache(maxsize=2)
+def _client_pickler(base: Any) -> Any:
+    class ClientPickler(base):  # type: ignore[misc, valid-type]
+        def importable(self, module: str) -> bool:
+            """Whether nodes have the module, or get its file."""
+            return own_modules.kind(module) not in _NOT_BY_NAME
+    return ClientPickler
+
+
+def pack(value: Any, labels: Sequence[Tuple[str, Any]]) -> Sealed:
+    """Pickle what goes to a node. Where that fails the error names the path to the culprit; `labels` are the parts of the
+    value, with what they are called. Raises what pickling raises."""
+    try:
+        return seal(value, client_pickler())
+    except _CANNOT as exc:
+        text = explain_unpicklable(labels, exc)
+        if not text or type(exc) not in _CANNOT:
+            raise
+        raise type(exc)(text) from exc
+
+
+def explain_unpicklable(labels: Sequence[Tuple[str, Any]], exc: BaseException) -> str:
+    """Which part of a value cannot be pickled, and what can be done. Empty if no single part is to blame."""
+    for label, value in labels:
+        if not _can_be_packed(value):
+            path, culprit, module = _find_culprit(label, value)
+            kind = type(culprit)
+            owner = ' of module %s' % module if module else ''
+            return ('%s (a %s.%s)%s cannot be pickled: %s. Make it in setup or in the job, leave it out in a '
+                    '__getstate__ of what holds it, or put its function or class into a module of its own'
+                    % (path, kind.__module__, kind.__qualname__, owner, exc))
+    return ''
+
+
+def _can_be_packed(value: Any) -> bool:
+    try:
+        seal(value, client_pickler())
+    except Exception:  # the user's __reduce__ may raise anything; what it is comes with the error that is told
+        return False
+    return True
+
+
+def _find_culprit(path: str, value: Any) -> Tuple[str, Any, str]:
+    """Follow the parts that cannot be pickled: (path, the last of them, module of the function or class it was met in)."""
+    module, seen = '', {id(value)}
+    for _ in range(30):
+        if isinstance(value, (types.FunctionType, type)) or getattr(type(value), '__module__', '') not in ('builtins', None):
+            module = getattr(value, '__module__', None) or module
+        found = next(((step, part) for step, part in _parts_of(value)
+                      if id(part) not in seen and not _can_be_packed(part)), None)
+        if found is None:
+            break
+        path, value = '%s -> %s' % (path, found[0]), found[1]
+        seen.add(id(value))
+    return path, value, module if isinstance(module, str) else ''
+
+
+def _parts_of(value: Any) -> Iterator[Tuple[str, Any]]:
+    """What a pickle of a value would hold next, with names for it."""
+    if isinstance(value, functools.partial):
+        yield 'function', value.func
+        yield from (('argument %d' % number, part) for number, part in enumerate(value.args, 1))
+        yield from (('argument %s' % name, part) for name, part in value.keywords.items())
+    elif isinstance(value, types.MethodType):
+        yield 'self', value.__self__
+        yield 'function', value.__func__
+    elif isinstance(value, types.FunctionType):
+        yield from _parts_of_function(value)
+    elif isinstance(value, collections.abc.Mapping):
+        yield from (('[%.40r]' % (key,), part) for key, part in list(value.items()))
+    elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        yield from (('[%d]' % number, part) for number, part in enumerate(list(value)))
+    if isinstance(value, type):
+        yield from (('.' + name, part) for name, part in list(vars(value).items()) if not name.startswith('__'))
+    elif not isinstance(value, types.FunctionType):
+        yield from (('.' + name, part) for name, part in list(getattr(value, '__dict__', {}).items()))
+        yield from (('.' + name, getattr(value, name)) for name in copyreg._slotnames(type(value))  # type: ignore[attr-defined]
+                    if hasattr(value, name))
+
+
+def _parts_of_function(function: types.FunctionType) -> Iterator[Tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):   # it is empty
+            yield 'variable %s' % name, cell.cell_contents
+    for name in sorted({name for code in _codes(function.__code__) for name in code.co_names}):
+        if name in function.__globals__:
+            yield 'global %s' % name, function.__globals__[name]
+    yield from (('default of %s' % function.__name__, part) for part in function.__defaults__ or ())
+    yield from (('.' + name, part) for name, part in vars(function).items())
+
+
+def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles', depends: Sequence[Any] = ()) -> Any:
+    """Arguments as they are now: what the caller changes later does not reach the job. Raises what pickling raises.
+    `depends` are files and objects for this job alone; files are read now."""
+    if not depends and not kwargs and ATOMS.issuperset(map(type, args)):
+        return pickle.dumps((args, kwargs), 5)
+    labels = [('argument %d' % number, value) for number, value in enumerate(args, 1)]
+    labels += [('argument %s' % name, value) for name, value in kwargs.items()]
+    value: tuple = (args, kwargs)
+    if depends:
+        files, objects = _job_depends(depends, bundles.known_globals)
+        labels += [('dispy_job_depends, %s' % name, thing) for name, thing in objects.items()]
+        value = (args, kwargs, files, objects)
+    return own_memory(bundles.packed(value, labels))
+
+
+def own_memory(payload: Any) -> Any:
+    """A payload no part of which is the caller's own memory."""
+    if type(payload) is tuple:
+        return tuple(piece if type(piece) is bytes else bytes(piece) for piece in payload)
+    return payload
+
+
+def _job_depends(depends: Sequence[Any], globals_: Sequence[Dict[str, Any]]) -> Tuple[List[Tuple[str, int, bytes]], Dict[str, Any]]:
+    """(name, mode, content) of files, and objects by their names."""
+    if not isinstance(depends, (list, tuple)):
+        raise TypeError('dispy_job_depends is a %s; it must be a list' % type(depends).__name__)
+    paths: Dict[str, str] = {}
+    objects: Dict[str, Any] = {}
+    for item in depends:
+        if isinstance(item, (str, os.PathLike)):
+            _add_path(os.fspath(item), paths)
+        else:
+            objects.update(_names_of(item, globals_, 'dispy_job_depends'))
+    files = []
+    for name, path in paths.items():
+        check_name(name)
+        with open_regular(path) as file:
+            files.append((name, stat.S_IMODE(os.stat(path).st_mode) & 0o755 | 0o600, file.read()))
+    return files, objects
+
+
+def _names_of(item: Any, globals_: Sequence[Dict[str, Any]], where: str) -> Dict[str, Any]:
+    """An object of depends with the names by which jobs find it: its own, or those that it has in the global variables of the
+    computation and of the main module. An instance brings its class along, as in dispy 4. Raises TypeError."""
+    if isinstance(item, types.ModuleType):
+        return {item.__name__.rpartition('.')[2]: item}
+    if isinstance(item, (type, types.FunctionType, types.BuiltinFunctionType)) or (
+            callable(item) and isinstance(getattr(item, '__name__', None), str)):
+        return {item.__name__: item}
+    if type(item).__module__ == 'builtins':
+        raise TypeError('%s: %.80r is neither a file, a directory, a module, a function, a class nor an instance of one'
+                        % (where, item))
+    found = {name: item for variables in (*globals_, vars(sys.modules['__main__']))
+             for name, value in list(variables.items()) if value is item}
+    if isinstance(item, functools.partial):
+        return found or {getattr(item.func, '__name__', 'partial'): item}
+    return {type(item).__name__: type(item), **found}
+
+
+class Cargo(NamedTuple):
+    """A computation, packed: the spec of `Compute` but for what depends on the node, and where its files lie."""
+    spec: dict
+    paths: Dict[str, str]
+    is_program: bool
+    source: Callable[[], Tuple[bytes, str]]   # see pack_source; called when a node of another version of Python is met
+
+
+def _sort_depends(depends: Sequence[Any], paths: Dict[str, str], globals_: Sequence[Dict[str, Any]]) -> Tuple[Dict[str, Any], List[str]]:
+    """Objects by name, and names of modules that travel as files; files go into `paths`."""
+    objects: Dict[str, Any] = {}
+    shipped: List[str] = []
+    for item in depends:
+        if isinstance(item, types.ModuleType):
+            shipped += _module_files(item, paths)
+        if isinstance(item, (str, os.PathLike)):
+            _add_path(os.fspath(item), paths)
+        else:
+            objects.update(_names_of(item, globals_, 'depends'))
+    return objects, shipped
+
+
+def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, cleanup: Any, dest_path: Optional[str],
+                     max_jobs: Optional[int], name: str, bundles: 'ModuleBundles') -> Cargo:
+    """Raises TypeError, ValueError, FileNotFoundError or what pickling raises, naming what was wrong."""
+    paths: Dict[str, str] = {}
+    program, code, objects, cleaner = '', b'', {}, cleanup if callable(cleanup) else None  # type: Tuple[str, bytes, Dict[str, Any], Any]
+    if isinstance(computation, (str, os.PathLike)):
+        _sort_depends(depends, paths, ())
+        path = _program_path(os.fspath(computation))
+        program = os.path.basename(path)
+        paths[program] = path
+    elif callable(computation):
+        for label, function in (('setup', setup), ('cleanup', cleaner)):
+            if function is not None and not callable(function):
+                raise TypeError('%s is a %s; it must be a function' % (label, type(function).__name__))
+        bundles.known_globals = globals_of(computation, setup, cleaner)
+        objects, bundles.shipped = _sort_depends(depends, paths, bundles.known_globals)
+        code = bundles.pack_code(computation, setup, cleaner, objects)
+    else:
+        raise TypeError('computation is a %s; it must be a function or the path of a program' % type(computation).__name__)
+    files = _file_rows(paths, program)
+    spec = {'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
+            'cleanup': bool(cleanup), 'dest_path': dest_path or '', 'max_jobs': max_jobs or 0,
+            'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0, 'setup_args': b'',
+            'portable': bundles.portable, 'sys_path': [], 'argv': []}
+    return Cargo(spec, paths, bool(program), functools.partial(
+        pack_source, computation, setup, cleaner, objects, tuple(bundles.shipped)))
+
+
+def check_cargo(spec: dict) -> None:
+    """Raise ValueError for a computation that is too large for a message."""
+    size = len(spec['code'])
+    if size > VALUE_MOST:
+        raise ValueError('the computation, with the data that it refers to, has %d bytes, and the limit is %d: '
+                         'read large data from a file in setup() (depends)' % (size, VALUE_MOST))
+    names = sum(len(row[0].encode('utf-8', 'replace')) + 80 for row in spec['files'])
+    if names > NAMES_MOST:
+        raise ValueError('depends: the list of %d files takes %d bytes, and the limit is %d: pack them into an archive'
+                         % (len(spec['files']), names, NAMES_MOST))
+
+
+def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int, bytes, int]]:
+    rows = []
+    for name, path in paths.items():
+        check_name(name)
+        size, digest = file_digest(path)
+        rows.append((name, size, digest, stat.S_IMODE(os.stat(path).st_mode) | (0o500 if name == program else 0)))
+    return rows
+
+
+def _program_path(program: str) -> str:
+    path = program if os.path.exists(program) or os.sep in program else shutil.which(program) or program
+    if not os.path.isfile(path):
+        raise FileNotFoundError('computation: there is no program %s (in %s)' % (program, os.getcwd()))
+    with open(path, 'rb') as file:
+        start = file.read(2)
+    if start != b'#!' and not os.access(path, os.X_OK):
+        raise ValueError('computation: %s is not executable and does not begin with #!' % program)
+    return path
+
+
+def _module_files(module: types.ModuleType, paths: Dict[str, str]) -> List[str]:
+    """A module's file, or a package's files below the name that it is imported by. Returns the modules' names."""
+    origin = module_dict(module).get('__file__')
+    if not isinstance(origin, str) or not origin.endswith('.py') or not os.path.isfile(origin):
+        if own_modules.kind(module.__name__) in (ModuleKind.OWN, ModuleKind.BY_VALUE):
+            return []   # in an archive, compiled or made at run time: it travels by itself
+        raise TypeError('depends: module %s has no Python file that could be sent' % module.__name__)
+    parts = module.__name__.split('.')
+    if os.path.basename(origin) != '__init__.py':
+        paths['/'.join(parts) + '.py'] = origin
+        return [module.__name__]
+    root = os.path.dirname(origin)
+    for directory, _, names in os.walk(root):
+        for name in names:
+            if not name.endswith(('.pyc', '.pyo')):
+                path = os.path.join(directory, name)
+                paths['/'.join(parts + os.path.relpath(path, root).split(os.sep))] = path
+    return [name for name in sys.modules if name == module.__name__ or name.startswith(module.__name__ + '.')]
+
+
+def _add_path(path: str, paths: Dict[str, str]) -> None:
+    if os.path.isfile(path):
+        paths[os.path.basename(path)] = path
+    elif os.path.isdir(path):
+        root = os.path.abspath(path)
+        for directory, _, names in os.walk(root):
+            for name in names:
+                full = os.path.join(directory, name)
+                if os.path.islink(full) and not os.path.exists(full):
+                    logger.debug('depends: %s is a link to nothing and is left out', full)   # as locks of editors are
+                    continue
+                if not os.path.isfile(full):   # opening a FIFO would wait, and a device has no end
+                    raise ValueError('depends: %s is no regular file' % full)
+                paths['/'.join([os.path.basename(root)] + os.path.relpath(full, root).split(os.sep))] = full
+    elif os.path.exists(path):
+        raise ValueError('depends: %s is no regular file' % path)
+    else:
+        raise FileNotFoundError('depends: there is no file %s (in %s)' % (path, os.getcwd()))
+
+
+@functools.lru_cache(maxsize=None)
+def _support_files() -> Dict[str, bytes]:
+    """cloudpickle itself, for nodes that have none or another version. It may lie in an archive."""
+    import importlib.resources
+    found = {}
+    if hasattr(importlib.resources, 'files'):
+        files = [(entry.name, entry.read_bytes) for entry in importlib.resources.files(cloudpickle).iterdir() if entry.name.endswith('.py')]
+    else:   # Python 3.8
+        files = [(name, functools.partial(importlib.resources.read_binary, cloudpickle, name))
+                 for name in importlib.resources.contents(cloudpickle) if name.endswith('.py')]
+    for name, read in files:
+        found['cloudpickle/' + name] = read()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Source, for nodes with another version of Python: the statements that a computation needs, and no others
 # ---------------------------------------------------------------------------------------------------------
+
+def _refer_depend(picker: 'SourcePicker', name: str, obj: Any) -> Tuple[str, str]:
+    """(module, name) of an object of depends."""
+    if isinstance(obj, types.ModuleType):
+        return obj.__name__, ''
+    return picker.refer(obj, name + ' in depends')
+
+
+def _is_named(obj: Any, module: str, name: str) -> bool:
+    """Whether an object is what its module has under a qualified name. A bound method is made anew by each look."""
+    if isinstance(obj, types.MethodType):
+        try:
+            return bool(functools.reduce(getattr, name.split('.'), sys.modules[module]) == obj)
+        except (AttributeError, KeyError):
+            return False
+    return is_named(obj, module, name)
+
 
 class NoSource(Exception):
     """What stands in the way, in words."""
@@ -2764,7 +3142,7 @@ class SourcePicker:
             free = getattr(getattr(obj, '__code__', None), 'co_freevars', ())
             raise NoSource('%s is a closure over variable %s' % (what, ', '.join(free)) if free else
                            '%s is defined inside of %s' % (what, name.partition('.')[0]))
-        if not _is_named(obj):
+        if not _is_named(obj, module, name):
             raise NoSource('%s, of type %s, is not what is called %s in module %s' % (what, type(obj).__name__, name, module))
         if not self._is_there(module):
             self._take(module, name.partition('.')[0], what)
@@ -2812,7 +3190,7 @@ class SourcePicker:
                 [link for links in taken.values() if isinstance(links, list) for link in links])
 
     def _is_there(self, module: str) -> bool:
-        return module in self._shipped or _on_nodes(module)
+        return module in self._shipped or own_modules.kind(module) not in _NOT_BY_NAME
 
     @staticmethod
     def _read_file(module: str) -> Tuple[List[str], ast.Module, List[Any]]:
@@ -2924,14 +3302,14 @@ def _is_as_written(obj: Any, file: Optional[str], codes: List[types.CodeType]) -
     return True
 
 
-def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Sequence[Any], shipped: Sequence[str]) -> Tuple[bytes, str]:
+def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, Any], shipped: Sequence[str]) -> Tuple[bytes, str]:
     """A computation of functions as arguments of `load_source`, or what stands in the way of that."""
     if computation is call_packed:
         return b'', 'the functions of an executor travel pickled'
     picker = SourcePicker(shipped)
     try:
         wanted = (picker.refer(computation, 'the computation'), setup and picker.refer(setup, 'setup'), cleanup and picker.refer(cleanup, 'cleanup'),
-                  {obj.__name__: picker.refer(obj, obj.__name__ + ' in depends') for obj in objects})
+                  {name: _refer_depend(picker, name, obj) for name, obj in objects.items()})
         return pickle.dumps((sys.version_info[:2], picker.rows({}), picker.classes(), wanted), 5), ''
     except NoSource as exc:
         return b'', str(exc)
@@ -3028,8 +3406,11 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['P
     if number is None:
         raise TypeError('allocate() returned %.80r, which is no number of CPUs' % (cpus,))
     paths: Dict[str, str] = {}
-    objects, _ = _sort_depends(allocator.depends, paths)
-    blob = pack_by_value((tuple(allocator.setup_args), {obj.__name__: obj for obj in objects}))
+    bundles = cluster._bundles
+    objects, _ = _sort_depends(allocator.depends, paths, bundles.known_globals)
+    labels = [('setup argument %d' % number, value) for number, value in enumerate(allocator.setup_args, 1)]
+    payload = bundles.packed((tuple(allocator.setup_args), objects), labels)
+    blob = b''.join(bytes(piece) for piece in pieces_of(payload))
     check_setup_args(len(blob), cluster._remote)
     return Allocation(number, blob, _file_rows(paths), paths)
 
@@ -3507,7 +3888,7 @@ class Monitor:
 
 class Use:
     """A node and a cluster. Driver thread only."""
-    __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told')
+    __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told', 'unloadable')
 
     def __init__(self, spec: NodeSpec) -> None:
         self.state = UseState.WAITING
@@ -3518,6 +3899,7 @@ class Use:
         self.acks: List[int] = []                    # serials to be acknowledged
         self.then = ''                               # when it has drained: 'close' or 'open'
         self.told: Set[str] = set()                  # reasons that were logged
+        self.unloadable = False                      # the node cannot load the code, and said why
 
     def move(self, event: str) -> None:
         """The one place where its state changes."""
@@ -3847,13 +4229,13 @@ class Driver(Loop):
             Results: self._on_results, Returned: self._on_returned, Offer: self._on_offer,
             FileBack: self._on_file_back, Output: self._on_output,
             Where: self._on_where, News: self._on_news, Call: self._on_call, Return: self._on_return,
-            Said: lambda peer, message: logger.warning('%s', message.text),
+            Said: lambda peer, message: self._inform(message.comp, message.text),
             Placed: lambda peer, message: self._answer(peer, (message.comp, message.name), message.error),
             Held: self._on_held,
             Report: lambda peer, message: self._answer(peer, (message.comp, ''), message),
         }
         self._commands: Dict[str, Callable[..., Any]] = {
-            'nodes': self.rows_of, 'complaint': self.complaint, 'find': lambda comp, node: self.find(comp, node).key,
+            'nodes': self.rows_of, 'complaint': self.complaint, 'why_unloadable': self.why_unloadable, 'find': lambda comp, node: self.find(comp, node).key,
             'set_cpus': lambda comp, node, cpus: self.set_cpus(comp, self.find(comp, node), cpus), 'leave': self.leave,
             'allocate': self.allocate, 'jobs': lambda comp, node: list(self.jobs_at(comp, node)), 'question': self.question}
         self._events: Dict[type, Callable[[Any], None]] = {
@@ -4774,7 +5156,7 @@ class Driver(Loop):
                 self._ask_allocator(use.spec.allocator, cluster, peer, peer.link)
             return
         spec, there, allocation = cluster._cargo.spec, peer.facts.get('python', ()), use.allocation
-        if spec['kind'] == 'function' and there[:2] != spec['python'][:2] and not peer.scheduler:
+        if spec['kind'] == 'function' and not spec['portable'] and there[:2] != spec['python'][:2] and not peer.scheduler:
             if cluster._source is None:
                 if use.state is not UseState.ASKING or allocation is not None:
                     use.move('ask')
@@ -4792,9 +5174,14 @@ class Driver(Loop):
             return
         if allocation is not None:
             spec = dict(spec, cpus=allocation.cpus, setup_args=allocation.setup_args, files=spec['files'] + allocation.files)
-        spec = dict(spec, support=self._support(cluster, peer))
+        try:
+            spec = dict(spec, support=self._support(cluster, peer), **self._modules(cluster, peer))
+        except OSError as exc:
+            self._refusal(peer, comp, 'a file of a module cannot be read: %s' % exc)
+            return
         use.move('offer')
-        use.reason = ''
+        use.reason, use.unloadable = '', False
+        self._check_unloadable(comp)
         self._probes.pop(comp, None)
         spec.update(code=beside(spec['code']), setup_args=beside(spec['setup_args']))
         self.say(peer.link, Compute(comp, spec))
@@ -4803,6 +5190,14 @@ class Driver(Loop):
         """cloudpickle, if the node does not have the same; a scheduler does not know who needs it."""
         needs = cluster._cargo.spec['kind'] != 'program' and (peer.scheduler or peer.facts.get('cloudpickle') != cloudpickle.__version__)
         return _support_files() if needs else {}
+
+    def _modules(self, cluster: 'JobCluster', peer: Peer) -> Dict[str, Any]:
+        """What a node gets of the program's modules. A node that is a part of the program reads them where they are."""
+        rows = cluster._bundles.rows(peer.embedded)
+        if not peer.embedded:
+            return {'modules': rows}
+        return {'modules': rows, 'sys_path': [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)],
+                'argv': [word for word in sys.argv if isinstance(word, str)]}
 
     def _ask_allocator(self, allocator: NodeAllocate, cluster: 'JobCluster', peer: Peer, link: Link) -> None:
         self._openers.run(self._allocate, allocator, cluster, peer, link)
@@ -4865,10 +5260,27 @@ class Driver(Loop):
             self._tell_all(DispyNode.Closed, peer, [message.comp])
             self._act(self.schedule.handle(NodeLeft(peer.key, message.comp, str(peer), message.text), self.now))
         self._refusal(peer, message.comp, message.text, 'busy' if message.code == 'busy' else '')   # for how long changes
+        use.unloadable = message.code == 'code'
+        self._check_unloadable(message.comp)
         if was_ready or message.code in ('busy', 'closing', 'stopping'):
             peer.retry_at = self.now + peer.retry_wait
             peer.retry_wait = min(peer.retry_wait * 2, RETRY_MOST)
             self._soon()
+
+    def _check_unloadable(self, comp: str) -> None:
+        """Where every node that can come has said that it cannot load the code, jobs would wait for ever: they end."""
+        text = self.why_unloadable(comp)
+        known = self.schedule.comps.get(comp)
+        if known is not None and known.unloadable != text:
+            self._act(self.schedule.handle(Unloadable(comp, text), self.now))
+
+    def why_unloadable(self, comp: str) -> str:
+        """Why no node can load the code of a computation; empty if one may."""
+        cluster, uses = self._clusters[comp], [peer.uses[comp] for peer in self.peers_of(comp)]
+        others = cluster._host is not None or any(spec.wild or spec.scheduler for spec in cluster._specs)
+        if others or not uses or not all(use.unloadable for use in uses):
+            return ''
+        return 'no node can load the code of %s: %s' % (cluster.name, uses[0].reason)
 
     def _retry(self, peer: Peer) -> None:
         """Offer again what the node was too busy for."""
@@ -4883,11 +5295,20 @@ class Driver(Loop):
             return
         allocation = peer.uses[message.comp].allocation if message.comp in peer.uses else None
         paths = dict(cluster._cargo.paths, **allocation.paths) if allocation is not None else cluster._cargo.paths
+        sources = {}
         for name in message.names:
-            if name not in paths:
+            sources[name] = self._source_of(cluster, name, paths)
+            if sources[name] is None:
                 raise PeerError('it asked for a file that was not offered: %.60r' % (name,))
         waiting = self._uploads.setdefault(peer.link.number, collections.deque())
-        waiting.extend(_file_pieces(cluster._comp, name, paths[name]) for name in message.names)
+        waiting.extend(_file_pieces(cluster._comp, name, source) for name, source in sources.items())
+
+    @staticmethod
+    def _source_of(cluster: 'JobCluster', name: str, paths: Dict[str, str]) -> Any:
+        """Where a file is read from: a path, a FileOfModule or its content."""
+        if name.startswith(OF_MODULES):
+            return cluster._bundles.source_of(name[len(OF_MODULES):])
+        return paths.get(name)
 
     def _upload(self) -> None:
         """A few pieces of files into links that have room."""
@@ -5188,8 +5609,10 @@ def _user_name() -> str:
         return 'unknown'
 
 
-def _file_pieces(comp: str, name: str, path: str) -> Iterator[File]:
-    with open_regular(path) as file:
+def _file_pieces(comp: str, name: str, source: Any) -> Iterator[File]:
+    """`source` is a path, a FileOfModule or the content itself."""
+    with open_regular(source) if isinstance(source, str) else io.BytesIO(
+            source if isinstance(source, bytes) else source.read()) as file:
         offset = 0
         while True:
             data = file.read(FILE_PIECE)
@@ -5301,6 +5724,7 @@ class JobCluster:
                  on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None, forward_logs: bool = False,
                  callback: Optional[Callable[[DispyJob], Any]] = None, ip_addr: Optional[str] = None, ext_ip_addr: Optional[str] = None,
                  fault_recover: Union[None, bool, str] = None, poll_interval: Optional[float] = None, ipv4_udp_multicast: bool = False) -> None:
+        check_not_importing()
         self._port = _in_range('dispy_port', dispy_port, NODE_PORT, 1, 65535, True)
         pulse = _in_range('pulse_interval', pulse_interval, PULSE, 0.1, 600)
         redial = _in_range('ping_interval', ping_interval, REDIAL_MOST, 0.1, 3600)
@@ -5334,13 +5758,15 @@ class JobCluster:
         if not callable(cleanup):
             cleanup = _flag('cleanup', cleanup)
         forward_logs = _flag('forward_logs', forward_logs)
-        self._cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name)
+        self._bundles = ModuleBundles(self.name)
+        self._cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name, self._bundles)
         check_cargo(self._cargo.spec)
         for spec in self._specs:
             if spec.allocator is not None and spec.allocator.setup_args:   # it may choose others later, which are checked then
-                check_setup_args(len(pack_by_value(tuple(spec.allocator.setup_args))), self._remote)
+                check_setup_args(size_of(self._bundles.packed((tuple(spec.allocator.setup_args), []), [])), self._remote)
         self._cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
         self._source: Optional[Tuple[bytes, str]] = None     # what pack_source gave; driver thread only
+        self._told_of_change = False                         # that files of modules have changed
         self._job_status, self._cluster_status, self._on_output = callback if job_status is None else job_status, cluster_status, on_output
         self._shown: Dict[DispyJob, List[int]] = {}          # bytes of stdout and stderr shown live; driver thread only
         self._lock = threading.Lock()                        # guards those below
@@ -5390,9 +5816,20 @@ class JobCluster:
         """A scheduler says where a job is."""
         raise PeerError('a node is no scheduler')
 
+    def _look_at_modules(self) -> None:
+        """The files of modules may have changed since they travelled: jobs go on with what was sent, and the user is told."""
+        changed = self._bundles.changed()
+        if changed and not self._told_of_change:
+            self._told_of_change = True
+            logger.warning('%s: the file of module %s has changed; this cluster keeps the text that it began with. '
+                           'Make a new cluster to run the new one', self.name, ', '.join(changed))
+
     def _asked(self, name: str, args: tuple) -> Any:
-        """A scheduler asks what only the client can tell. An opener."""
-        raise PeerError('a node is no scheduler')
+        """A node or scheduler asks what only the client can tell. An opener."""
+        if name != 'modules':
+            raise PeerError('%.40r is asked of a program' % (name,))
+        embedded = not self._remote and all(peer.embedded for peer in self._driver.peers_of(self._comp))
+        return self._bundles.more(args[0], embedded)
 
     def _carry_on(self, journal: Journal, rows: List[tuple]) -> None:
         """Take over what is in the journal from a program that has crashed: rows of `Journal.known`."""
@@ -5493,7 +5930,8 @@ class JobCluster:
             options = dict(options or {}, node=node)
         if self._cargo.is_program and kwargs:
             raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
-        job = DispyJob(self._comp, pack_arguments(args, kwargs, depends), options, number)
+        self._look_at_modules()
+        job = DispyJob(self._comp, pack_arguments(args, kwargs, self._bundles, depends), options, number)
         if size_of(job._payload) > VALUE_MOST:
             raise ValueError('arguments of %d bytes are over the limit of %d: send a file (depends)'
                              % (size_of(job._payload), VALUE_MOST))
@@ -5627,6 +6065,9 @@ class JobCluster:
                 raise RuntimeError('wait_nodes: the cluster was closed')
             if sum(node.state == 'ready' for node in self.status().nodes) >= n:
                 return
+            reason = self._why_unloadable()
+            if reason:
+                raise NoNodes(reason)
             left = FOREVER if until is None else until - time.monotonic()
             if left <= 0:
                 raise NoNodes('%d node%s waited for. %s' % (n, ' was' if n == 1 else 's were', self._complaint()))
@@ -5635,6 +6076,10 @@ class JobCluster:
 
     def _complaint(self) -> str:
         return self._command('complaint')  # type: ignore[no-any-return]
+
+    def _why_unloadable(self) -> str:
+        """Why no node can load the code of the computation; empty if one may."""
+        return self._command('why_unloadable')  # type: ignore[no-any-return]
 
     def status(self) -> ClusterStatus:
         """Nodes (with the reason if one is not used) and the number of jobs that have not ended. Any thread."""
@@ -6029,6 +6474,12 @@ class SharedJobCluster(JobCluster):
         return self._pages() or \
             [row._replace(state='connected', reason='has no node for this cluster yet', cpus=0) for row in super()._command('nodes')]
 
+    def _why_unloadable(self) -> str:
+        if self._is_connected():
+            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # it has gone meanwhile
+                return self._call('why_unloadable')  # type: ignore[no-any-return]
+        return ''
+
     def _complaint(self) -> str:
         if self._is_connected():
             with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # it has gone meanwhile
@@ -6061,8 +6512,8 @@ class SharedJobCluster(JobCluster):
             number, row = args[0], NodeRow(*args[1])
             found = ask_allocator(self._allocators[number - 1], self, row)
             self._cargo.paths.update(found.paths)
-            return (found.cpus, found.setup_args, found.files)
-        raise PeerError('the scheduler asks for %.40r' % (name,))
+            return (found.cpus, found.setup_args, found.files, self._bundles.rows(False))
+        return super()._asked(name, args)
 
     def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Any) -> None:
         for job, row in pairs:
@@ -6286,17 +6737,30 @@ class DispyExecutor(concurrent.futures.Executor):
     """
 
     def __init__(self, nodes: Any = None, **options: Any) -> None:
-        self.cluster = JobCluster(call_packed, nodes, job_status=lambda job: job.id.settle(job), **options)
+        self._make_cluster = functools.partial(JobCluster, call_packed, nodes, job_status=lambda job: job.id.settle(job), **options)
+        self._renewing = threading.Lock()   # guards the change of `cluster`
+        self.cluster = self._make_cluster()
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> DispyFuture:  # type: ignore[override]
         """Call fn(*args, **kwargs) on a node. Raises RuntimeError after shutdown, TypeError for what cannot
         be called, and what pickling raises. Any thread."""
         if not callable(fn):
             raise TypeError('%.80r cannot be called' % (fn,))
-        future = DispyFuture(self.cluster)
-        payload = b''.join(pieces_of(seal(fn, by_value, travels)[0]))
-        future.job = self.cluster.submit_job_id(future, payload, args, kwargs)
+        cluster = self.cluster
+        if cluster._bundles.changed():
+            cluster = self._renew(cluster)
+        future = DispyFuture(cluster)
+        payload = b''.join(bytes(piece) for piece in pieces_of(cluster._bundles.packed(fn, [('the function', fn)])))
+        future.job = cluster.submit_job_id(future, payload, args, kwargs)
         return future
+
+    def _renew(self, old: JobCluster) -> JobCluster:
+        """The file of a module has changed: later calls run its new text, in new workers. Those that were submitted go on."""
+        with self._renewing:
+            if self.cluster is old and not old._closed:
+                self.cluster = self._make_cluster()
+                threading.Thread(target=old.close, name='dispy-renew', daemon=True).start()
+            return self.cluster
 
     def map(self, fn: Callable[..., Any], *iterables: Any, timeout: Optional[float] = None, chunksize: int = 1) -> Iterator[Any]:
         """As in concurrent.futures: all inputs are taken at once, results come in order, `chunksize` inputs a job. Raises

@@ -73,6 +73,7 @@ import hmac
 import http.client
 import http.server
 import io
+import itertools
 import ipaddress
 import json
 import math
@@ -95,7 +96,7 @@ from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optio
 import dispy
 from dispy import Access, DispyJob, Driver, JobCluster, Monitor, NodeSpec, SharedJobCluster
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, Query, SecretError, __version__, find_secret, host_and_port, _no_password,
-                       _write_private, size_of, tls_files)
+    _write_private, size_of, tls_files, split_needs)
 
 __all__ = ['DispyHTTPServer']
 
@@ -159,11 +160,11 @@ class _Opener(pickle.Unpickler):
     """Opens builtins; every other name becomes a class that stands for it."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ('dispynode', 'class_of_client'):   # how a class of the program itself travels
-            return lambda version, module, name, code: _Shown(name)
+        if (module, name) == ('dispynode', 'class_of'):   # how a class of the program itself travels
+            return lambda tracker, version, module, name, make, args: _Shown(name)
         if module == 'builtins':
             return {'complex': complex, 'range': range}.get(name, _Shown(name))
-        return _Shown('function' if name == '_make_function' else '%s.%s' % (module, name))   # cloudpickle's
+        return _Shown('function' if (module, name) == ('dispynode', 'function_of') else '%s.%s' % (module, name))
 
     def persistent_load(self, number: Any) -> Any:
         raise pickle.UnpicklingError('a persistent id')
@@ -182,8 +183,9 @@ def arguments_text(payload: Any) -> str:
         return '%s of arguments' % bytes_text(payload if isinstance(payload, int) else size_of(payload))
     data = b''.join(payload) if isinstance(payload, tuple) else bytes(payload)
     try:
-        _check_memo(data)
-        args, kwargs = _Opener(io.BytesIO(data)).load()[:2]
+        _, body = split_needs(data)
+        _check_memo(bytes(body))
+        args, kwargs = _Opener(io.BytesIO(body)).load()[:2]
         if type(args) is not tuple or type(kwargs) is not dict:   # as no program packs them: they might have no end
             raise ValueError('no arguments')
         words = [_short.repr(arg) for arg in args[:SHOWN_MOST]]
