@@ -89,7 +89,7 @@ from dispynode import (
     File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
     Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
     Role, Said, SecretError, Shutdown, Welcome, Where, Wrong, __version__, beside, call_chunk, call_packed, check_name,
-    derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret, frames, host_and_port,
+    derive_key, describe_exception, dial, digest_of, discovery_reach, file_digest, find_secret, frames, host_and_port,
     is_outcome, log_record_of, open_plain, open_regular, path_option, pieces_of, plain_text, place, python_of, in_parts,
     same_secret, seal, seconds_option, size_of, tls_files, tls_context, unpack_error, unseal, value_pickler, BUNDLE,
     BUNDLES, MODULES, OF_MODULES, Sealed, StateRow, build_tag, check_not_importing, contents_of, find_named, globals_of,
@@ -3613,11 +3613,11 @@ class Journal(Database):
     A job is known by its number, which is its serial without the attempt. What it holds is pickled: arguments and results
     as they travel, and the user's ids; it is opened only by the user's program.
     """
-    MARK, VERSION = 0x64735035, 1
+    MARK, VERSION = 0x64735035, 2
     WAITING, SENT, ENDED = range(3)
     TRIM = 1 << 20             # bytes after which FILE-new is emptied when it may be
     TABLES = """
-        CREATE TABLE comps (comp TEXT PRIMARY KEY, name TEXT, reentrant INTEGER, program INTEGER, host TEXT);
+        CREATE TABLE comps (comp TEXT PRIMARY KEY, name TEXT, reentrant INTEGER, program INTEGER, host TEXT, key BLOB);
         CREATE TABLE jobs (number INTEGER PRIMARY KEY, comp TEXT, id BLOB, payload BLOB, options BLOB, submitted REAL,
             state INTEGER, serial INTEGER, node TEXT, status INTEGER, result BLOB, delivered INTEGER DEFAULT 0);
         """
@@ -3676,11 +3676,11 @@ class Journal(Database):
 
     # -- while a cluster runs -------------------------------------------------------------------------------
 
-    def begin(self, comp: str, name: str, reentrant: bool, program: bool, host: Optional[Tuple[str, int]]) -> None:
+    def begin(self, comp: str, name: str, reentrant: bool, program: bool, host: Optional[Tuple[str, int]], key: bytes = b'') -> None:
         """A computation whose jobs come now."""
         with self.damages():
-            self._db.execute('INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?, ?)',
-                             (comp, name, reentrant, program, '%s:%d' % host if host else None))
+            self._db.execute('INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?, ?, ?)',
+                             (comp, name, reentrant, program, '%s:%d' % host if host else None, key))
 
     def submitted(self, job: DispyJob) -> None:
         """A job, before `submit` returns; gives it its number. The user's thread, with the cluster's lock held. Raises
@@ -3736,7 +3736,7 @@ class Journal(Database):
     # -- after a crash ----------------------------------------------------------------------------------------
 
     def comps(self) -> List[tuple]:
-        """Rows (comp, name, reentrant, program, host) of computations with jobs on nodes."""
+        """Rows (comp, name, reentrant, program, host, key) of computations with jobs on nodes."""
         return self._db.execute('SELECT * FROM comps WHERE comp IN (SELECT comp FROM jobs WHERE state = ?)', (self.SENT,)).fetchall()
 
     def is_program(self) -> bool:
@@ -4000,7 +4000,7 @@ class Recovery:
     def __init__(self, journal: Journal, sent: Sequence[Tuple[DispyJob, str]], done: Callable[[DispyJob, tuple, Peer], None],
                  lost: Callable[[DispyJob, str], None], over: Callable[[], None], cancel: bool = False) -> None:
         rows, self._journal = journal.comps(), journal
-        self.old = [row[0] for row in rows]
+        self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}   # computations and their keys
         self.met: List[Peer] = []
         self._jobs = {job._serial >> 16: (job, node) for job, node in sent}
         self._done, self._lost, self._over, self._cancel = done, lost, over, cancel
@@ -5121,7 +5121,7 @@ class Driver(Loop):
             self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'it was started anew', kept), self.now))
         for comp in kept:   # results that it has from before come first, also if it is busy now
             if comp in self._clusters:
-                self.say(peer.link, Reclaim(comp))  # type: ignore[arg-type]
+                self.say(peer.link, Reclaim(comp, getattr(self._clusters[comp], '_key', b'')))  # type: ignore[arg-type]
         for comp, cluster in sorted(self._clusters.items(), key=lambda item: item[1]._cargo is not None):   # recoveries first
             use = peer.uses.get(comp)
             if use is None:
@@ -5342,9 +5342,9 @@ class Driver(Loop):
 
     def reclaim(self, peer: Peer, recovery: 'Recovery') -> None:
         """Ask a node for what it has of computations of a program that has crashed."""
-        for comp in recovery.old:
+        for comp, key in recovery.old.items():
             self._reclaimed[comp] = recovery
-            self.say(peer.link, Reclaim(comp))  # type: ignore[arg-type]
+            self.say(peer.link, Reclaim(comp, key))  # type: ignore[arg-type]
 
     def give_up(self, recovery: 'Recovery', whole: bool) -> None:
         """A recovery is over: if it is whole, nodes forget what is left of its computations."""
@@ -5754,6 +5754,7 @@ class JobCluster:
         loglevel = int(logger.level)
         self.name = getattr(computation, '__name__', None) or os.path.basename(str(computation))[:60]
         self._comp = self._client = uuid.uuid4().hex
+        self._key = os.urandom(32)    # who has it may take the results; it is sent when that is wanted
         self._reentrant = _flag('reentrant', reentrant)
         if not callable(cleanup):
             cleanup = _flag('cleanup', cleanup)
@@ -5764,6 +5765,7 @@ class JobCluster:
         for spec in self._specs:
             if spec.allocator is not None and spec.allocator.setup_args:   # it may choose others later, which are checked then
                 check_setup_args(size_of(self._bundles.packed((tuple(spec.allocator.setup_args), []), [])), self._remote)
+        self._cargo.spec['key'] = digest_of(self._key)
         self._cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
         self._source: Optional[Tuple[bytes, str]] = None     # what pack_source gave; driver thread only
         self._told_of_change = False                         # that files of modules have changed
@@ -5795,7 +5797,7 @@ class JobCluster:
             self._driver = Driver.acquire(access)
             try:
                 if self._journal is not None:
-                    self._journal.begin(self._comp, self.name, self._reentrant, self._cargo.is_program, self._host)
+                    self._journal.begin(self._comp, self.name, self._reentrant, self._cargo.is_program, self._host, self._key)
                 self._driver.ask(lambda: self._driver.open(self, self._probe))
             except BaseException:
                 self._driver.release()

@@ -267,9 +267,10 @@ class Query(NamedTuple):
 
 
 class Reclaim(NamedTuple):
-    """Client, perhaps another process than the one that began it: what is there of this computation is mine now. Answered
-    by Held and Results."""
+    """Client, perhaps another process than the one that began it: what is there of this computation is mine now. `key` shows
+    that it is: only the program and its recovery file have it, `spec['key']` is its digest. Answered by Held and Results."""
     comp: str
+    key: bytes = b''
 
 
 class Welcome(NamedTuple):
@@ -431,6 +432,19 @@ OF_NODES = frozenset(op for op in MESSAGES if op >= 32)
 SPEAK_OF_COMPS = frozenset(message for message in OPS if message._fields[:1] == ('comp',))
 # Some fields of these hold values whose shape nothing else checks.
 LOOSE = frozenset((Compute, Welcome, Call, Return, Report, Where, News))
+KEY_SIZE = 32    # bytes of the digest of a computation's key
+
+
+def digest_of(key: bytes) -> bytes:
+    """What others than its program know of a computation's key."""
+    return hashlib.sha256(b'dispy 5 key' + key).digest() if key else bytes(KEY_SIZE)
+
+
+def may_reclaim(digest: bytes, key: bytes) -> bool:
+    """Whether this key is that of a computation; one that was begun without a key is anybody's."""
+    return not digest.strip(b'\0') or hmac.compare_digest(digest, digest_of(key))
+
+
 FIELD_TYPES = {message: tuple((float, int) if kind is float else object if kind is Any else kind
                               for kind in message.__annotations__.values()) for message in OPS}
 
@@ -806,7 +820,9 @@ SPEC_FIELDS: Dict[str, Any] = {'name': str, 'kind': str, 'code': (bytes, memoryv
 
 
 def _is_spec(spec: dict) -> bool:
-    return all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
+    key = spec.get('key', bytes(KEY_SIZE))
+    return type(key) is bytes and len(key) == KEY_SIZE \
+        and all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
         and all(type(word) is str for word in (*spec['sys_path'], *spec['argv'])) \
         and spec['kind'] in ('function', 'source', 'program') \
         and spec['max_jobs'] >= 0 and all(type(name) is str and _is_buffer(source) for name, source in spec['support'].items())
@@ -2463,18 +2479,19 @@ class ModuleStore:
 class Shelf:
     """Results of one computation on disk, while its client is away: a file of a header (magic, instance of the client) and
     of records (CRC-32, then a record as workers write them). What is torn at its end was never reported as kept."""
-    MAGIC = b'dispy5r\1'
+    MAGIC = b'dispy5r\2'
+    HEAD = len(MAGIC) + 16 + KEY_SIZE
 
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def append(self, owner: bytes, rows: Sequence[tuple]) -> None:
+    def append(self, owner: bytes, rows: Sequence[tuple], digest: bytes = bytes(KEY_SIZE)) -> None:
         """Keep rows of Results; they are on the disk when this returns. Raises OSError, and nothing of them is kept then."""
         with open(self.path, 'ab') as file:
             start = file.tell()
             try:
                 if not start:
-                    file.write(self.MAGIC + owner)
+                    file.write(self.MAGIC + owner + digest)
                 for row in rows:
                     pieces = pack_record(Kind.RESULT, row[1], row[0], row[2], row[3], *row[4:])
                     crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), pieces, 0)
@@ -2490,7 +2507,7 @@ class Shelf:
     def rows(self) -> Iterator[tuple]:
         """What is kept, row after row; ends before what is torn."""
         with open(self.path, 'rb') as file:
-            file.seek(len(self.MAGIC) + 16)
+            file.seek(self.HEAD)
             while True:
                 head = file.read(_CRC.size + _RECORD.size)
                 if len(head) < _CRC.size + _RECORD.size:
@@ -2502,18 +2519,18 @@ class Shelf:
                     return
                 yield (serial, number, start, end, *bodies)
 
-    def scan(self) -> Tuple[bytes, List[int]]:
-        """Owner and serials; cuts off what is torn. Raises ValueError for a file that is none of ours."""
+    def scan(self) -> Tuple[bytes, bytes, List[int]]:
+        """Owner, digest of the key and serials; cuts off what is torn. Raises ValueError for a file that is none of ours."""
         with open(self.path, 'rb') as file:
-            head = file.read(len(self.MAGIC) + 16)
-        if len(head) < len(self.MAGIC) + 16 or not head.startswith(self.MAGIC):
+            head = file.read(self.HEAD)
+        if len(head) < self.HEAD or not head.startswith(self.MAGIC):
             raise ValueError('%s holds no results' % self.path)
         size, serials = len(head), []
         for row in self.rows():
             size += _CRC.size + _RECORD.size + sum(map(len, row[4:]))
             serials.append(row[0])
         os.truncate(self.path, size)
-        return head[-16:], serials
+        return head[len(self.MAGIC):len(self.MAGIC) + 16], head[-KEY_SIZE:], serials
 
     def remove(self) -> None:
         """They are not needed any more."""
@@ -2836,6 +2853,7 @@ class Found(NamedTuple):
     owner: bytes
     serials: list
     until: float
+    digest: bytes = bytes(KEY_SIZE)
 
 
 class Kept(NamedTuple):
@@ -2977,6 +2995,7 @@ class Keep(NamedTuple):
     comp: str
     owner: bytes
     rows: list
+    digest: bytes = bytes(KEY_SIZE)
 
 
 class SendKept(NamedTuple):
@@ -3122,6 +3141,7 @@ class _Shelved(NamedTuple):
     owner: bytes
     serials: Set[int]
     until: float
+    digest: bytes = bytes(KEY_SIZE)
 
 
 class _Computation:
@@ -3140,6 +3160,7 @@ class _Computation:
         self.mean: Optional[float] = None      # s a job takes, quick to rise and slow to fall
         self.owed = 0                          # attempts recalled by the client that stand behind running ones
         self.stillborn = 0                     # workers in a row that died before their first job
+        self.digest = spec.get('key', bytes(KEY_SIZE))
         self.most = spec.get('max_jobs') or 0
         self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
         self.orphan_at = 0.0                   # when its results are given up, if its link is gone
@@ -3362,7 +3383,7 @@ class Node:
         """Results that nobody has acknowledged go to the disk."""
         comp.outbox = []
         if comp.unacknowledged:
-            self._do(Keep(comp.comp, comp.instance, list(comp.unacknowledged.values())))
+            self._do(Keep(comp.comp, comp.instance, list(comp.unacknowledged.values()), comp.digest))
 
     def _kept(self, event: Kept, now: float) -> None:
         comp = self._comps.get(event.comp)
@@ -3380,13 +3401,13 @@ class Node:
                 comp.unacknowledged.pop(serial, None)
         shelved = self.shelf.get(event.comp)
         if shelved is None:
-            shelved = _Shelved(comp.instance if comp is not None else b'', set(), 0.0)
+            shelved = _Shelved(comp.instance, set(), 0.0, comp.digest) if comp is not None else _Shelved(b'', set(), 0.0)
             self._at(now + self._zombie, 'expire', event.comp)
         shelved.serials.update(event.serials)
         self.shelf[event.comp] = shelved._replace(until=now + self._zombie)
 
     def _found(self, event: Found, now: float) -> None:
-        self.shelf[event.comp] = _Shelved(event.owner, set(event.serials), event.until)
+        self.shelf[event.comp] = _Shelved(event.owner, set(event.serials), event.until, event.digest)
         self._at(event.until, 'expire', event.comp)
 
     def _forget(self, name: str) -> None:
@@ -3410,7 +3431,12 @@ class Node:
             self._do(SendKept(link, name))
 
     def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
-        comp, up = self._comps.get(message.comp), self._links[link]
+        comp, up, shelved = self._comps.get(message.comp), self._links[link], self.shelf.get(message.comp)
+        digests = [known.digest for known in (comp, shelved) if known is not None]
+        if not all(may_reclaim(digest, message.key) for digest in digests):
+            logger.warning('%s wants results of a computation and does not have its key', self._names.get(link, up.address))
+            self._do(Send(link, Held(message.comp, [])))
+            return
         if comp is not None and comp.stage is not Stage.CLOSING:
             if comp.link in self._links and comp.link != link:
                 self._do(Send(link, Refused(message.comp, 'busy', 'its client is connected: %s' % self.held_by(now))))
@@ -3454,6 +3480,8 @@ class Node:
     def _on_compute(self, link: int, message: Compute, now: float) -> None:
         up = self._links[link]
         comp = self._comp_of(link, message.comp)
+        if comp is not None and not hmac.compare_digest(comp.digest, message.spec.get('key', bytes(KEY_SIZE))):
+            raise PeerError('computation %.40r has another key' % message.comp)
         if comp is not None:   # its client is back after a broken link
             comp.link = link
             self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
@@ -3479,9 +3507,10 @@ class Node:
             self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
             self._comps[message.comp] = _Computation(message.comp, up.instance, link, message.spec)
             self._resize()
-            if message.comp in self.shelf:
-                self.shelf[message.comp] = self.shelf[message.comp]._replace(owner=up.instance)
-            self._resend(message.comp, link)
+            shelved = self.shelf.get(message.comp)
+            if shelved is not None and hmac.compare_digest(shelved.digest, message.spec.get('key', bytes(KEY_SIZE))):
+                self.shelf[message.comp] = shelved._replace(owner=up.instance)
+                self._resend(message.comp, link)
             self._do(Prepare(message.comp, message.spec))
 
     def _prepared(self, event: Prepared, now: float) -> None:
@@ -7050,7 +7079,7 @@ class Daemon(Loop):
     def _keep(self, action: Keep) -> None:
         try:
             self._have_directory()
-            self._shelf(action.comp).append(action.owner, action.rows)
+            self._shelf(action.comp).append(action.owner, action.rows, action.digest)
         except (OSError, ValueError, StartError) as exc:
             self.post(Kept(action.comp, [], str(exc)))
         else:
@@ -7061,11 +7090,11 @@ class Daemon(Loop):
         for comp in self._shelved():
             shelf = self._shelf(comp)
             try:
-                owner, serials = shelf.scan()
+                owner, digest, serials = shelf.scan()
                 if not serials:
                     raise ValueError('%s is empty' % shelf.path)
                 left = self._options.zombie - (time.time() - os.stat(shelf.path).st_mtime)
-                self._tell(Found(comp, owner, serials, self.now + max(0.0, left)))
+                self._tell(Found(comp, owner, serials, self.now + max(0.0, left), digest))
                 logger.info('%d results of an earlier computation wait for their client', len(serials))
             except (OSError, ValueError) as exc:
                 logger.warning('results of an earlier computation are of no use: %s', exc)

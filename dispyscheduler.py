@@ -41,6 +41,7 @@ import contextlib
 import functools
 import importlib
 import itertools
+import hmac
 import json
 import logging
 import math
@@ -62,7 +63,7 @@ from dispynode import (
     Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned, OF_CLIENTS, Role, Said, Shutdown, StartError, Welcome,
     Where, Wrong, __version__, beside, check_name, derive_key, discovery_reach, find_secret, frames, host_and_port,
     log_record_of, needs, open_plain, open_regular, parse_arguments, pieces_of, run_until_ended, save_config, set_up_log,
-    shorten, size_of, size_option, sized, take_own_directory, _write_private, tls_files, has_place, minutes_option,
+    shorten, size_of, size_option, sized, take_own_directory, _write_private, tls_files, digest_of, has_place, may_reclaim, KEY_SIZE, minutes_option,
     seconds_option, BUNDLE, BUNDLES, OF_MODULES,     unpack_error)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -131,6 +132,8 @@ class State(Database):
     def _begin(self) -> None:
         run = self._db.execute
         run('INSERT OR IGNORE INTO own VALUES (?, ?)', ('instance', os.urandom(16)))
+        run('INSERT OR IGNORE INTO own VALUES (?, ?)', ('seed', os.urandom(32)))
+        self._seed: bytes = run("SELECT value FROM own WHERE name = 'seed'").fetchone()[0]
         self.instance: bytes = run("SELECT value FROM own WHERE name = 'instance'").fetchone()[0]
         run("INSERT OR IGNORE INTO own VALUES ('starts', 0)")
         run("UPDATE own SET value = value + 1 WHERE name = 'starts'")
@@ -142,6 +145,10 @@ class State(Database):
         self._files = self._find_files()   # numbers of jobs with large files
         self._large: Dict[Tuple[int, str], Sequence[Any]] = {}   # large files to be written before the next transaction
         self._gone: List[int] = []         # those whose files are not needed after the next transaction
+
+    def key_of(self, comp: str) -> bytes:
+        """The key by which this scheduler takes results of a computation from nodes, also when it has been started again."""
+        return hmac.digest(self._seed, comp.encode(), 'sha256')
 
     def _find_files(self) -> Set[int]:
         """Removes those that the last run did not come to use, or to remove."""
@@ -163,7 +170,7 @@ class State(Database):
         place = self._comps.get(remote._comp)
         if place is None:
             place = self._comps[remote._comp] = next(self._newest)
-        self.note(self.COMP, place, remote._comp, remote.instance, pickle.dumps(remote._cargo.spec, 5))
+        self.note(self.COMP, place, remote._comp, remote.instance, pickle.dumps(dict(remote._cargo.spec, key=remote.digest), 5))
 
     def over(self, comp: str) -> None:
         """A computation, whose jobs are removed."""
@@ -363,10 +370,12 @@ class Remote:
     _cluster_status = _on_output = None
     _chains: Dict[Any, Any] = {}
 
-    def __init__(self, comp: str, client: bytes, spec: dict, directory: str) -> None:
+    def __init__(self, comp: str, client: bytes, spec: dict, directory: str, key: bytes = b'') -> None:
+        self._key = key    # the scheduler's own, to nodes
         shared = spec['shared']
         self._comp, self._client, self.name = comp, client.hex(), spec['name']
         self.instance, self.link = client, 0
+        self.digest: bytes = spec.get('key', bytes(KEY_SIZE))   # of what shows that results are its
         self.directory = directory
         self._reentrant, self.exclusive, self.cloudpickle = shared['reentrant'], shared['exclusive'], shared['cloudpickle']
         self._port = NODE_PORT
@@ -393,7 +402,7 @@ class Remote:
     def take_spec(self, spec: dict) -> None:
         """What nodes are sent; it has changed after a setup with other files."""
         paths = {row[0]: os.path.join(self.directory, *row[0].split('/')) for row in spec['files']}
-        spec = dict(spec, code=bytes(spec['code']), setup_args=bytes(spec['setup_args']),
+        spec = dict(spec, code=bytes(spec['code']), setup_args=bytes(spec['setup_args']), key=digest_of(self._key),
                     support={name: bytes(source) for name, source in spec['support'].items()})
         self._cargo = Cargo(spec, paths, spec['kind'] == 'program', lambda: (b'', 'only its program can tell'))
 
@@ -848,7 +857,7 @@ class Scheduler(Driver):
         for key, host, port, name, instance in self._state.nodes():
             places[key] = (host, port, name, instance)
         for comp, client, spec in self._state.comps():
-            remote = Remote(comp, client, spec, self._directory_of(comp))
+            remote = Remote(comp, client, spec, self._directory_of(comp), self._state.key_of(comp))
             remote.ready = True
             remote.given_up_at = self.now + self._options.zombie
             waiting: List[RemoteWork] = []
@@ -1088,7 +1097,7 @@ class Scheduler(Driver):
     def _c_compute(self, link: Link, message: Compute) -> None:
         remote = self._clusters.get(message.comp)
         if isinstance(remote, Remote):
-            if remote.instance != link.instance:
+            if remote.instance != link.instance or not hmac.compare_digest(remote.digest, message.spec.get('key', bytes(KEY_SIZE))):
                 self.say(link, Refused(message.comp, 'busy', 'it is of another program'))
                 return
             if remote.link in self.links and remote.link != link.number:
@@ -1104,7 +1113,7 @@ class Scheduler(Driver):
         else:
             if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {'nodes', 'reentrant', 'exclusive', 'cloudpickle'}:
                 raise PeerError('a computation that is not for a scheduler')
-            remote = Remote(message.comp, link.instance, message.spec, self._directory_of(message.comp))
+            remote = Remote(message.comp, link.instance, message.spec, self._directory_of(message.comp), self._state.key_of(message.comp))
             self._came_back(remote, link)
             self._unopened[message.comp] = remote
         self._want(remote, remote.wanted_files, functools.partial(self._complete, remote))
@@ -1271,6 +1280,10 @@ class Scheduler(Driver):
     def _c_reclaim(self, link: Link, message: Reclaim) -> None:
         remote = self._clusters.get(message.comp)
         if not isinstance(remote, Remote):
+            self.say(link, Held(message.comp, []))
+            return
+        if not may_reclaim(remote.digest, message.key):
+            logger.warning('%s wants results of a computation and does not have its key', self._sessions[link.number].names[0])
             self.say(link, Held(message.comp, []))
             return
         if remote.link in self.links and remote.link != link.number:
