@@ -3582,21 +3582,49 @@ class Database:
         if not any(self._notes):
             return True
         try:
-            self._db.execute('BEGIN')
-            for statement, rows in zip(self.STATEMENTS, self._notes):
-                if rows:
-                    self._db.executemany(statement, rows)
-            self._db.execute('COMMIT')
+            self._write(range(len(self.STATEMENTS)))
         except self._error as exc:
-            if self._db.in_transaction:
-                self._db.execute('ROLLBACK')
             return self._failed(exc)
+        except Exception as exc:  # a row that can never be written; without it the others can
+            self._drop_unfit(exc)
+            return self.commit()
         if self.broken:
             logger.info('%s %s can be written again', self._what, self.path)
         self.broken = False
         for rows in self._notes:
             rows.clear()
         return True
+
+    def _write(self, statements: Sequence[int]) -> None:
+        """The rows of some statements in one transaction, all or none of them."""
+        try:
+            self._db.execute('BEGIN')
+            for number in statements:
+                if self._notes[number]:
+                    self._db.executemany(self.STATEMENTS[number], self._notes[number])
+            self._db.execute('COMMIT')
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute('ROLLBACK')
+            raise
+
+    def _drop_unfit(self, exc: Exception) -> None:
+        """Forget the rows that SQLite does not take, such as of texts that are not Unicode. At least one goes."""
+        logger.error('%s %s: a row cannot be written and is left out: %s', self._what, self.path, exc)
+        for number, rows in enumerate(self._notes):
+            fit = []
+            for row in rows:
+                try:
+                    self._db.execute('SELECT %s' % ', '.join('?' * len(row)), row)
+                except self._error:
+                    fit.append(row)   # of the file, not of the row
+                except Exception:  # of this row: UnicodeEncodeError, OverflowError
+                    continue
+                else:
+                    fit.append(row)
+            if len(fit) == len(rows) and rows and number == len(self._notes) - 1 and not any(self._notes[:number]):
+                fit = []   # nothing was found: better without them than never again
+            self._notes[number] = fit
 
     def _failed(self, exc: Exception) -> bool:
         if not self.broken:
@@ -4930,11 +4958,15 @@ class Driver(Loop):
         self._dials.add(peer)
         peer.dialling.start(self.post, peer, functools.partial(self._reach_peer, peer))
 
+    def _allowed(self, peer: Peer) -> Optional[Callable[[str], bool]]:
+        """Which addresses of a node may be connected to; None: all. A dial thread."""
+        return None
+
     def _reach_peer(self, peer: Peer, note: Callable[[Any], None]) -> Arrival:
         """A dial thread."""
         if not peer.embedded:
             wanted = Role.SCHEDULER if peer.scheduler else Role.NODE
-            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self.instance, self._tls, note)
+            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self.instance, self._tls, note, self._allowed(peer))
         peer.end_process()
         peer.process, port, psk = _start_embedded(peer)
         return dial(peer.host, port, psk, Role.CLIENT, Role.NODE, self.instance, None, note)

@@ -1730,7 +1730,7 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
         raise SecretError('no secret was given, and this user has no home to keep one in (neither HOME nor an entry in the password '
                           'file): set DISPY_SECRET or XDG_CONFIG_HOME, or give a file')
     if not os.path.exists(path):
-        _make_secret(path)
+        make_secret(path)
     return _read_secret(path)
 
 
@@ -1749,7 +1749,7 @@ def _read_secret(path: str) -> bytes:
     return data
 
 
-def _make_secret(path: str) -> None:
+def make_secret(path: str) -> None:
     """Make the file whole or not at all; of two processes that make it at once one wins, and both use that."""
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
@@ -1863,11 +1863,12 @@ NO_TLS = bytes(32)
 
 
 class Session(NamedTuple):
-    """What a handshake agreed on."""
+    """What a handshake agreed on; `secret`: which of several the peer has."""
     send_key: bytes
     receive_key: bytes
     peer_instance: bytes
     peer_role: int
+    secret: int = 0
 
 
 def _derive(psk: bytes, transcript: bytes, label: bytes) -> bytes:
@@ -1955,7 +1956,7 @@ def handshake_dial(sock: Any, psk: bytes, role: Role, wanted: Role, instance: by
     return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role)
 
 
-def handshake_accept(sock: Any, psk: Union[bytes, Dict[int, bytes]], role: Role, allowed: Iterable[Role], instance: bytes,
+def handshake_accept(sock: Any, psk: Union[bytes, Dict[int, Tuple[bytes, ...]]], role: Role, allowed: Iterable[Role], instance: bytes,
                      binding: bytes = NO_TLS, deadline: Optional[float] = None,
                      clock: Callable[[], float] = time.monotonic) -> Session:
     """S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read before the proof is checked."""
@@ -1975,12 +1976,13 @@ def handshake_accept(sock: Any, psk: Union[bytes, Dict[int, bytes]], role: Role,
         raise HandshakeError('the peer is a %s that wants a %s' % (_role_name(peer_role), _role_name(wanted)))
     challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, os.urandom(32))
     sock.sendall(challenge)
-    keys = _Keys(psk if isinstance(psk, bytes) else psk[peer_role], hello, challenge, binding)
     proof = _receive_exactly(sock, _PROOF.size, deadline, clock)
-    if not hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
-        raise HandshakeError('wrong secret: ' + same_secret())
-    sock.sendall(_PROOF.pack(MAGIC, keys.server))
-    return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role)
+    for number, one in enumerate((psk,) if isinstance(psk, bytes) else psk[peer_role]):
+        keys = _Keys(one, hello, challenge, binding)
+        if hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
+            sock.sendall(_PROOF.pack(MAGIC, keys.server))
+            return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role, number)
+    raise HandshakeError('wrong secret: ' + same_secret())
 
 
 def _role_name(role: int) -> str:
@@ -6147,7 +6149,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
     request_queue_size = 128
     timeout = 0      # handle_request returns when nobody is there any more
 
-    def __init__(self, address: Tuple[str, int], psk: Union[bytes, Dict[int, bytes]], role: Role, allowed: Sequence[Role], instance: bytes,
+    def __init__(self, address: Tuple[str, int], psk: Union[bytes, Dict[int, Tuple[bytes, ...]]], role: Role, allowed: Sequence[Role], instance: bytes,
                  deliver: Callable[[Arrival], None], certfile: Optional[str] = None, keyfile: Optional[str] = None,
                  cafile: Optional[str] = None, patience: float = HANDSHAKE_TIME,
                  refused: Callable[[str, str], None] = lambda address, text: None) -> None:
@@ -6254,11 +6256,14 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: bytes, tls: Any = None,
-         note: Callable[[Any], None] = lambda sock: None) -> Arrival:
-    """Connect, TLS, handshake: blocking, for a thread. `tls` is a context of `tls_context`; `note` is told each socket as it
+         note: Callable[[Any], None] = lambda sock: None, allowed: Optional[Callable[[str], bool]] = None) -> Arrival:
+    """Connect, to addresses that are `allowed` only, TLS, handshake: blocking, for a thread. `tls` is a context of `tls_context`; `note` is told each socket as it
     is made, so that another thread can shut it down. Raises HandshakeError or OSError; `dial_text` says it in words."""
     failure: OSError = OSError('it has no address')
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
+        if allowed is not None and not allowed(str(address[0])):
+            failure = OSError('its address is none that may be connected to from here (--allow-nodes of the dispyscheduler)')
+            continue
         sock: Any = socket.socket(family, kind, protocol)
         note(sock)
         try:

@@ -40,6 +40,7 @@ import concurrent.futures
 import contextlib
 import functools
 import importlib
+import ipaddress
 import itertools
 import hmac
 import json
@@ -63,7 +64,7 @@ from dispynode import (
     Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned, OF_CLIENTS, Role, Said, Shutdown, StartError, Welcome,
     Where, Wrong, __version__, beside, check_name, derive_key, discovery_reach, find_secret, frames, host_and_port,
     log_record_of, needs, open_plain, open_regular, parse_arguments, pieces_of, run_until_ended, save_config, set_up_log,
-    shorten, size_of, size_option, sized, take_own_directory, _write_private, tls_files, digest_of, has_place, may_reclaim, KEY_SIZE, minutes_option,
+    shorten, size_of, size_option, sized, take_own_directory, _write_private, tls_files, HELD_BACK, digest_of, has_place, in_parts, make_secret, may_reclaim, plain_address, KEY_SIZE, minutes_option,
     seconds_option, BUNDLE, BUNDLES, OF_MODULES,     unpack_error)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -81,6 +82,11 @@ RETRY_TIME = 1.0              # s between attempts to write to a disk that was f
 PAGE = 500                    # rows of an answer to a monitor at most
 FAILURES_KEPT, FAILURES_PAGE, FAILURE_TEXT = 500, 100, 8000   # failed jobs, those told at once, characters of a traceback
 ARGUMENTS_MOST = 16384        # bytes of arguments that monitors are told
+REMOVED_AT_ONCE = 20          # results that are removed in one transaction while the disk is full
+RESERVE = 2 << 20             # bytes of the disk that are kept for the removal of what is over when it is full
+QUEUED_MOST = 16 << 30        # bytes of arguments of jobs that a program may have here
+COMPS_MOST = 256              # computations of one connection
+SPECS_MOST = 10000            # nodes that a program may name
 REASON_MOST = 2000            # characters of the reason why a node is not used, where many nodes are told of
 REPORTS_APART = 5.0           # s between two questions to a node for what is free there
 
@@ -144,6 +150,7 @@ class State(Database):
         self._newest = itertools.count(1 + max([0, *self._comps.values(), *self._places.values()]))
         self._files = self._find_files()   # numbers of jobs with large files
         self._large: Dict[Tuple[int, str], Sequence[Any]] = {}   # large files to be written before the next transaction
+        self._reserved = os.path.exists(os.path.join(self.root, 'reserve'))
         self._gone: List[int] = []         # those whose files are not needed after the next transaction
 
     def key_of(self, comp: str) -> bytes:
@@ -242,6 +249,14 @@ class State(Database):
             return size_of(tuple(self._large[number, 'p']))
         return os.path.getsize(self._file(number, 'p')) if number in self._files else 0
 
+    def size_of_payload(self, number: int) -> int:
+        """Bytes of the arguments of a job that has not ended, at the start."""
+        if number in self._files:
+            with contextlib.suppress(OSError):   # told when they are needed
+                return os.path.getsize(self._file(number, 'p'))
+        row = self._db.execute('SELECT length(payload) FROM jobs WHERE number = ?', (number,)).fetchone()
+        return row[0] or 0 if row is not None else 0
+
     def ended(self, number: int, row: tuple) -> None:
         """A row of Results, with the serial that the program knows."""
         data: Optional[bytes] = pickle.dumps(row[:4] + tuple(map(_plain, row[4:])), 5)
@@ -253,6 +268,10 @@ class State(Database):
     def removed(self, numbers: Sequence[int]) -> None:
         """A program has these results, or wants none."""
         self._notes[self.REMOVE] += [(number,) for number in numbers]
+        if self.broken:   # what was not written because there is no room need not be written any more
+            gone = set(numbers)
+            for statement, place in ((self.INSERT, 0), (self.MOVE, 3), (self.END, 1)):
+                self._notes[statement] = [row for row in self._notes[statement] if row[place] not in gone]
         if self._large:   # not written yet, and need not be
             gone = set(numbers)
             for key in [key for key in self._large if key[0] in gone]:
@@ -271,15 +290,53 @@ class State(Database):
                 self._keep(number, end, pieces)
                 del self._large[number, end]
         except OSError as exc:
+            self._make_room()
             return self._failed(exc)
         done = super().commit()
-        if done and self._gone:
-            for number, end in itertools.product(self._gone, 'pr'):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._file(number, end))
-            self._files.difference_update(self._gone)
-            self._gone = []
+        if done:
+            self._unlink_gone()
+            self._have_reserve()
+        else:
+            self._make_room()
         return done
+
+    def _unlink_gone(self) -> None:
+        for number, end in itertools.product(self._gone, 'pr'):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._file(number, end))
+        self._files.difference_update(self._gone)
+        self._gone = []
+
+    def _have_reserve(self) -> None:
+        """Bytes of the disk that are given back when it is full, so that what is over can be removed: SQLite needs room for that too."""
+        if self._reserved:
+            return
+        path = os.path.join(self.root, 'reserve')
+        try:
+            if shutil.disk_usage(self.root).free > 4 * RESERVE:
+                with open(path, 'wb') as file:
+                    file.write(bytes(RESERVE))
+                self._reserved = True
+        except OSError as exc:
+            logger.debug('%s: %s', path, exc)
+
+    def _make_room(self) -> None:
+        """The disk is full: remove what is over, and nothing else."""
+        self._unlink_gone()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.root, 'reserve'))
+        self._reserved = False
+        over, gone = self._notes[self.OVER], self._notes[self.REMOVE]
+        try:
+            while over or gone:   # few at a time, and the room that they take in the log is used again for the next
+                self._notes[self.OVER], self._notes[self.REMOVE] = over[:REMOVED_AT_ONCE], gone[:REMOVED_AT_ONCE]
+                self._write((self.OVER, self.REMOVE))
+                over, gone = over[REMOVED_AT_ONCE:], gone[REMOVED_AT_ONCE:]
+                self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
+        except self._error as exc:
+            logger.debug('%s', exc)   # it is tried again
+        finally:
+            self._notes[self.OVER], self._notes[self.REMOVE] = over, gone
 
     def results(self, numbers: Sequence[int], unread: List[int]) -> Iterator[tuple]:
         """Rows of Results that are on the disk, one after the other; `unread` gets those that cannot be read now."""
@@ -344,11 +401,11 @@ def _key_of(text: str) -> Any:
 
 class RemoteWork(Work):
     """A job of a program."""
-    __slots__ = ('_client',)   # the serial that the program knows it by
+    __slots__ = ('_client', '_size')   # the serial that the program knows it by; bytes of its arguments
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict], serial: int, client: int) -> None:
         super().__init__(comp, payload, options)
-        self._serial, self._client = serial, client
+        self._serial, self._client, self._size = serial, client, 0
 
 
 MODULES_OF = '.modules'   # ends the name of the directory that has the files of a program's modules
@@ -394,6 +451,7 @@ class Remote:
         self.calls: Dict[int, Callable[[tuple, Any], None]] = {}
         self.placing: Dict[str, IncomingFile] = {}
         self.files: Dict[int, int] = {}           # serials of jobs that send a file, to the link that it goes along
+        self.told_at = (0, 0.0)                   # by which link and when it was asked last what is here
         self.given_up_at = math.inf               # when, if its program does not come back
         self.number, self.since, self.program = 0, 0.0, ''   # for monitors: what it is called, since when it is here, whose it is
         self.ends = [0, 0, 0]                     # jobs done, failed, cancelled
@@ -459,6 +517,34 @@ class House:
         """As a cluster's."""
 
 
+def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
+    """Whether a node may be dialled by its name, or at an address that its name has. Programs name nodes; without a bound they
+    could have any host tried out."""
+    for word in allowed:
+        try:
+            network = ipaddress.ip_network(word, False)
+        except ValueError:
+            if host and NodeSpec(word, NODE_PORT).fits(host):
+                return True
+            continue
+        if address and ipaddress.ip_address(plain_address(address.partition('%')[0])) in network:
+            return True
+    if allowed or not address:
+        return False
+    found = ipaddress.ip_address(plain_address(address.partition('%')[0]))
+    return found.is_private or found.is_loopback or found.is_link_local
+
+
+def links_of_one() -> int:
+    """How many connections of programs one address may have: a quarter of what this process may have open."""
+    try:
+        import resource
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:
+        most = 512
+    return max(16, (min(most, 1 << 16) - 64) // 4)
+
+
 def specs_of(rows: Any) -> List[NodeSpec]:
     """`nodes` of a program as it came over the wire; None: all. Raises PeerError."""
     if rows is None:
@@ -471,9 +557,10 @@ def specs_of(rows: Any) -> List[NodeSpec]:
 
 
 class _Session(NamedTuple):
-    """A program's link."""
+    """A program's link. `operator`: it has the operator's secret."""
     link: Link
     names: List[str]
+    operator: bool = True
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -499,6 +586,10 @@ class Options(NamedTuple):
     zombie: float = ZOMBIE_TIME
     max_file_size: int = sys.maxsize
     multicast: bool = False
+    max_queued: int = QUEUED_MOST
+    separate: bool = False             # programs have a secret of their own, and so has the operator
+    operator_secret: bytes = b''
+    allowed: Tuple[str, ...] = ()      # networks and host names with nodes that may be dialled; none: private networks
 
 
 class Stop(NamedTuple):
@@ -531,6 +622,16 @@ class Overview:
             raise ValueError('%.40r cannot be asked of a scheduler' % (name,))
         value = self._answers[name](*args)
         return time.perf_counter() - began, value
+
+    def answer_anybody(self, name: str = '', *args: Any) -> Tuple[float, Any]:
+        """As `answer`, to who has not the operator's secret: names and counts of all programs, no order, and nothing of their jobs."""
+        if name in ('failures', 'jobs'):
+            return 0.0, []
+        if name not in ('clusters', 'nodes'):
+            raise RuntimeError("%.40r needs the operator's secret (--operator-secret-file of the dispyscheduler)" % (name,))
+        took, rows = self.answer(name, *args)
+        return took, [dict(row, comp='', program='') if name == 'clusters' else dict(row, uses=[(*use[:2], '', *use[3:]) for use in row['uses']])
+                      for row in rows]
 
     # -- told by the scheduler ------------------------------------------------------------------------------------
 
@@ -775,6 +876,61 @@ def _shown(payload: Any) -> Any:
 _RETURNED = (Outcome.RETURNED, Outcome.RETURNED_CODE)
 
 
+class Quota:
+    """How much each program may have queued here, and what is said to those who have reached it, or come while the disk is full:
+    their jobs go back to them, and they are offered no CPUs until there is room. The loop's thread."""
+
+    def __init__(self, scheduler: 'Scheduler', most: int) -> None:
+        self._scheduler, self._most = scheduler, most
+        self._queued: Dict[bytes, int] = collections.Counter()   # instance of a program -> bytes of arguments
+        self._waiting: Dict[int, bytes] = {}                     # links that are offered no CPUs -> instance
+
+    def add(self, remote: Remote, work: RemoteWork, size: int) -> None:
+        """A job was taken."""
+        work._size = OBJECT + size
+        self._queued[remote.instance] += work._size
+
+    def remove(self, remote: Remote, work: RemoteWork) -> None:
+        """It has ended, or its computation has."""
+        self._queued[remote.instance] -= work._size
+        work._size = 0
+        if not self._queued[remote.instance]:
+            del self._queued[remote.instance]
+
+    def moved(self, remote: Remote, instance: bytes) -> None:
+        """Another process of the program has taken over."""
+        size = sum(work._size for work in remote.works.values())
+        self._queued[remote.instance] -= size
+        self._queued[instance] += size
+
+    def has_room(self, remote: Remote, size: int) -> bool:
+        """Whether one more job with so many bytes may come. One is always taken, however large."""
+        queued = self._queued.get(remote.instance, 0)
+        return not queued or queued + OBJECT + size <= self._most
+
+    def give_back(self, link: Link, remote: Remote, serials: List[int], full: bool) -> None:
+        """These jobs were not taken. Said at once: while the disk is full, nothing else is."""
+        say = super(Scheduler, self._scheduler).say
+        if link.number not in self._waiting:
+            self._waiting[link.number] = link.instance
+            say(link, Offer(0))
+            text = 'the disk of the scheduler is full: new jobs wait here until there is room' if full else \
+                'this program has %d bytes of arguments at the scheduler, and may have %d there (--max-queued-bytes): more jobs ' \
+                'are taken as those end' % (self._queued.get(remote.instance, 0), self._most)
+            say(link, Said(remote._comp, text))
+        for message in in_parts(Returned, remote._comp, serials):
+            say(link, message)
+
+    def take_again(self) -> None:
+        """The disk has room: those whose program has less than half of what it may have are offered CPUs again."""
+        for number, instance in list(self._waiting.items()):
+            link = self._scheduler.links.get(number)
+            if link is None or self._queued.get(instance, 0) <= self._most // 2:
+                del self._waiting[number]
+                if link is not None:
+                    self._scheduler.say(link, Offer(ENDLESS))
+
+
 class Scheduler(Driver):
     """See the module's docstring. Driver is its side towards nodes."""
     log = logger
@@ -791,7 +947,9 @@ class Scheduler(Driver):
         self._unread_until = math.inf                # when results are read that could not be
         self._reassign = False     # whom nodes serve may have changed
         self._asking = not options.nodes
+        self._named: List[NodeSpec] = []
         self.overview = Overview(self)
+        self.quota = Quota(self, options.max_queued)
         super().__init__(Access(options.node_secret, options.node_certfile, options.node_keyfile, None, options.pulse, options.ping),
                          self._state.instance)
         self.schedule = Schedule(options.fifo)
@@ -810,7 +968,8 @@ class Scheduler(Driver):
         """Listen, take up what an earlier run has left. Returns the port. Raises StartError, SecretError, OSError."""
         options = self._options
         one = (options.cluster_certfile, options.cluster_keyfile) == (options.node_certfile, options.node_keyfile)
-        keys = {int(Role.CLIENT): derive_key(options.cluster_secret), int(Role.NODE): derive_key(options.node_secret)}
+        programs = tuple(map(derive_key, (options.cluster_secret, options.operator_secret) if options.separate else (options.cluster_secret,)))
+        keys = {int(Role.CLIENT): programs, int(Role.NODE): (derive_key(options.node_secret),)}
         port = options.port
         for host in options.hosts:
             door = self._door(host, port, keys, (Role.CLIENT, Role.NODE) if one else (Role.CLIENT,), options.cluster_certfile, options.cluster_keyfile)
@@ -820,14 +979,21 @@ class Scheduler(Driver):
         for door in self._doors:
             self.watch(door.socket, door.knock)
         self.now = self.clock()
-        specs = [NodeSpec(*host_and_port(node, options.node_port)) for node in options.nodes] or [NodeSpec('*', options.node_port)]
+        self._named = [NodeSpec(*host_and_port(node, options.node_port)) for node in options.nodes]
+        specs = self._named or [NodeSpec('*', options.node_port)]
         self.open(House(specs, options.node_port), False)  # type: ignore[arg-type]
         self._warn_at['house'] = math.inf
         with self._state.damages():
             self._restore()
         return port
 
-    def _door(self, host: str, port: int, keys: Dict[int, bytes], allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
+    def _allowed(self, peer: Peer) -> Optional[Callable[[str], bool]]:
+        named = {spec.host for spec in self._named}
+        if peer.host in named or may_dial(peer.host, '', self._options.allowed):
+            return None
+        return lambda address: may_dial('', address, self._options.allowed)
+
+    def _door(self, host: str, port: int, keys: Dict[int, Tuple[bytes, ...]], allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
         try:
             door = Gate((host, port), keys, Role.SCHEDULER, allowed, self.instance, self.post, certfile, keyfile)
         except OverflowError as exc:
@@ -867,6 +1033,7 @@ class Scheduler(Driver):
                     remote.ended[serial] = number
                     continue
                 work = remote.works[serial] = RemoteWork(comp, None, options, own, serial)
+                self.quota.add(remote, work, self._state.size_of_payload(number))
                 if state == State.SENT and node in places:
                     sent.setdefault(node, []).append(work)
                 else:
@@ -930,6 +1097,7 @@ class Scheduler(Driver):
 
     def end_of_turn(self) -> None:
         """Decide, write, send."""
+        self._bound_answers()
         if self._stuck_until is not None and self.now < self._stuck_until:
             return
         if self._reassign:
@@ -942,13 +1110,15 @@ class Scheduler(Driver):
                 self.guard(comp, self._end_turn_of, comp)
         if self._write_down():
             self._unstick()
+            self.quota.take_again()
             self._backlog.send(super().say)
             self._read_again()
         else:
+            if self._stuck_until is None:   # results of nodes wait there; programs are read: what they end makes room
+                for link in [link for link in self.links.values() if link.number not in self._sessions]:
+                    link.paused = True
+                    self.interest(link)
             self._stuck_until = self.now + RETRY_TIME
-            for link in self.links.values():
-                link.paused = True
-                self.interest(link)
 
     def _read_again(self) -> None:
         """Results that could not be read are tried once more, after a while."""
@@ -981,7 +1151,7 @@ class Scheduler(Driver):
     def _unstick(self) -> None:
         if self._stuck_until is not None:
             self._stuck_until = None
-            for link in self.links.values():
+            for link in [link for link in self.links.values() if link.number not in self._sessions]:
                 link.paused, link.heard = False, self.now
                 self.interest(link)
 
@@ -1018,11 +1188,29 @@ class Scheduler(Driver):
         if isinstance(event, Arrival) and event.session.peer_role == Role.CLIENT:
             link = Link(event.sock, event.session, event.address, self.now, self._options.pulse, OF_CLIENTS)
             self.attach(link)
-            self._sessions[link.number] = _Session(link, [event.address])
+            self._sessions[link.number] = _Session(link, [event.address], not self._options.separate or event.session.secret == 1)
+            self._bound_links(link)
         elif isinstance(event, Stop):   # without Bye: nodes go on and keep results, programs wait, until it is started again
             self.stop()
         else:
             super().on_event(event)
+
+    def _bound_links(self, link: Link) -> None:
+        """One host's programs may not take all descriptors."""
+        there = sum(1 for session in self._sessions.values() if session.link.address == link.address)
+        most = links_of_one()
+        if there > most:
+            logger.error('%s has %d connections, and the limit for one address is %d: the last is ended', link.address, there, most)
+            self.part(link, 'there are %d connections from this address, and the limit is %d' % (there, most))
+            self._sessions.pop(link.number, None)
+
+    def _bound_answers(self) -> None:
+        """Who does not read its answers is not read from until it has."""
+        for number, session in self._sessions.items():
+            link, slow = session.link, session.link.queued > HELD_BACK
+            if link.dirty is not None and link.paused != slow and (slow or link.queued <= HELD_BACK // 2):
+                link.paused, link.heard = slow, self.now
+                self.interest(link)
 
     def on_channel(self, channel: Link) -> None:
         """A link has something."""
@@ -1103,7 +1291,10 @@ class Scheduler(Driver):
             if remote.link in self.links and remote.link != link.number:
                 self._break(self.links[remote.link], 'its program has connected anew')
             self._came_back(remote, link)
+            if remote.ready and remote.told_at == (link.number, self.now):
+                return   # it asks again and again in one breath; the answer may be long
             if remote.ready:
+                remote.told_at = (link.number, self.now)
                 self.say(link, Ready(message.comp, [*remote.works, *remote.ended]))
                 self._resend(remote)
                 for peer in self.peers_of(message.comp):   # perhaps because its program could not be asked
@@ -1113,12 +1304,24 @@ class Scheduler(Driver):
         else:
             if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {'nodes', 'reentrant', 'exclusive', 'cloudpickle'}:
                 raise PeerError('a computation that is not for a scheduler')
+            if len(message.spec['shared']['nodes'] or ()) > SPECS_MOST:
+                raise PeerError('%d nodes are named, and the limit is %d' % (len(message.spec['shared']['nodes']), SPECS_MOST))
+            own = sum(1 for each in (*self._clusters.values(), *self._unopened.values()) if isinstance(each, Remote) and each.instance == link.instance)
+            if own >= COMPS_MOST or self._stuck_until is not None:
+                self.say(link, Refused(message.comp, 'busy', 'the disk of the scheduler is full' if own < COMPS_MOST else
+                                       'this program has %d computations here, and the limit is %d' % (own, COMPS_MOST)))
+                return
+            if message.comp in self._unopened:
+                raise PeerError('computation %.40r is of another program' % message.comp)
             remote = Remote(message.comp, link.instance, message.spec, self._directory_of(message.comp), self._state.key_of(message.comp))
             self._came_back(remote, link)
             self._unopened[message.comp] = remote
         self._want(remote, remote.wanted_files, functools.partial(self._complete, remote))
 
     def _came_back(self, remote: Remote, link: Link) -> None:
+        if remote.instance != link.instance:
+            self.quota.moved(remote, link.instance)
+            remote.instance = link.instance
         remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
         remote.outbox = []
         self._reassign = True
@@ -1177,7 +1380,7 @@ class Scheduler(Driver):
 
     def _c_file(self, link: Link, message: File) -> None:
         remote = self._unopened.get(message.comp) or self._remote(link, message.comp)
-        if remote is None or not remote.wanted:
+        if remote is None or not remote.wanted or remote.link != link.number:
             return
         try:
             whole, error = remote.piece(message.name, message.offset, message.data), ''
@@ -1230,9 +1433,13 @@ class Scheduler(Driver):
         remote = self._remote(link, message.comp)
         if remote is None:
             return
+        back: List[int] = []
         for serial, payload, options in message.rows:
             if serial in remote.works or serial in remote.ended:
                 continue   # it came before
+            if self._stuck_until is not None or not self.quota.has_room(remote, size_of(payload)):
+                back.append(serial)
+                continue
             self._state.number += 1
             payload = _plain(payload)
             work = RemoteWork(message.comp, None, options, self._state.number << 16, serial)
@@ -1241,7 +1448,10 @@ class Scheduler(Driver):
                 work._payload = payload
                 self._kept += OBJECT + len(payload)
             remote.works[serial] = work
+            self.quota.add(remote, work, len(payload))
             self._submitted.append(work)  # type: ignore[arg-type]
+        if back:
+            self.quota.give_back(link, remote, back, self._stuck_until is not None)
 
     def _c_cancel(self, link: Link, message: Cancel) -> None:
         remote = self._remote(link, message.comp)
@@ -1255,8 +1465,9 @@ class Scheduler(Driver):
             self._state.removed([remote.ended.pop(serial) for serial in message.serials if serial in remote.ended])
 
     def _c_done(self, link: Link, message: Done) -> None:
-        remote = self._unopened.pop(message.comp, None) or self._remote(link, message.comp)
-        if remote is not None:
+        remote = self._unopened.get(message.comp) or self._remote(link, message.comp)
+        if remote is not None and remote.link == link.number:
+            self._unopened.pop(message.comp, None)
             self._over(remote)
 
     def _over(self, remote: Remote) -> None:
@@ -1269,6 +1480,8 @@ class Scheduler(Driver):
             self._state.removed([*remote.ended.values(), *(work._serial >> 16 for work in remote.works.values())])
             logger.info('%s: is over', remote.name)
         self._kept -= sum(OBJECT + len(work._payload) for work in remote.works.values() if work._payload is not None)
+        for work in remote.works.values():
+            self.quota.remove(remote, work)
         remote.works.clear()
         remote.abort()
         remote.remove()
@@ -1318,7 +1531,8 @@ class Scheduler(Driver):
                 raise RuntimeError('the scheduler does not know this cluster (any more)')
             self._take_submitted()
             if remote is None:
-                answer(self.overview.answer(*message.args))
+                session = self._sessions[link.number]
+                answer(self.overview.answer(*message.args) if session.operator else self.overview.answer_anybody(*message.args))
                 return
             self._answer_call(remote, message.name, message.args, answer)
         except Exception as exc:  # the program gets it
@@ -1526,6 +1740,7 @@ class Scheduler(Driver):
         if remote.works.pop(work._client, None) is None:
             return
         self.overview.ended(remote, work, row, node)
+        self.quota.remove(remote, work)
         if work._payload is not None:
             self._kept -= OBJECT + len(work._payload)
         remote.files.pop(work._serial, None)
@@ -1656,6 +1871,14 @@ def _parser() -> argparse.ArgumentParser:
     add('--node-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
     add('--cluster-certfile', metavar='FILE', help='certificate for TLS with programs; if it is not that for nodes, nodes connect to the next port')
     add('--cluster-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
+    add('--operator-secret-file', metavar='FILE', help="file with the operator's secret, for the web monitor: who has it sees and ends the jobs of "
+        'all programs (default: that of programs if it is the one of this user, otherwise one that is made in the state directory)')
+    add('--nodes-share-secret', action='store_true', help='programs with a secret of their own may have the same as nodes: each of them could '
+        'then pass for a node, and be given the jobs of the others')
+    add('--allow-nodes', action=Each, default=[], metavar='NET|HOST', help='addresses (10.1.0.0/16) or names (*.example.org) at which programs may '
+        'name nodes; may be repeated (default: private networks; those given with -n always)')
+    add('--max-queued-bytes', type=size_option, default=QUEUED_MOST, metavar='N[kmgt]', help='bytes of arguments that the jobs of one program '
+        'may have here; further jobs wait in the program (default: %d GiB)' % (QUEUED_MOST >> 30))
     add('--pulse-interval', type=seconds_option, default=PULSE, metavar='S', help='seconds between signs of life (default: %(default)g)')
     add('--ping-interval', type=seconds_option, default=REDIAL_MOST, metavar='S', help='most seconds between searches for nodes (default: %(default)g)')
     add('--ipv4-udp-multicast', action='store_true', help='look for nodes by IPv4 multicast too')
@@ -1700,11 +1923,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             raise StartError('this user has no home for the state (neither HOME nor an entry in the password file): --state-dir')
         if args.clean:
             _clean(root)
+        cluster_secret, node_secret = find_secret(args.cluster_secret, args.cluster_secret_file), find_secret(args.node_secret, args.node_secret_file)
+        separate = bool(args.cluster_secret or args.cluster_secret_file)
+        if separate and cluster_secret.strip() == node_secret.strip() and not args.nodes_share_secret:
+            raise StartError('programs have a secret of their own (--cluster-secret-file), and nodes have the same: each program could pass for '
+                             'a node and be given the jobs of the others; give nodes another (--node-secret-file), or say --nodes-share-secret')
+        operator_secret = _operator_secret(root, args.operator_secret_file) if separate else b''
+        for word in args.allow_nodes:
+            _check_allowed(word)
         scheduler = Scheduler(Options(
-            tuple(args.host or ('',)), args.port, tuple(args.node), args.node_port, root,
-            find_secret(args.cluster_secret, args.cluster_secret_file), find_secret(args.node_secret, args.node_secret_file),
+            tuple(args.host or ('',)), args.port, tuple(args.node), args.node_port, root, cluster_secret, node_secret,
             args.cluster_certfile, args.cluster_keyfile, args.node_certfile, args.node_keyfile, args.fifo, args.pulse_interval,
-            args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize, args.ipv4_udp_multicast))
+            args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize, args.ipv4_udp_multicast,
+            args.max_queued_bytes, separate, operator_secret, tuple(args.allow_nodes)))
         try:
             port = scheduler.start()
             monitor = _monitor(scheduler, port, args.httpd, args.log_file) if args.httpd is not None else None
@@ -1726,6 +1957,31 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     finally:
         if monitor is not None:
             monitor.shutdown()
+
+
+def _operator_secret(root: str, path: Optional[str]) -> bytes:
+    """The operator's secret, made at the first start. Raises SecretError, StartError, OSError."""
+    if path is not None:
+        return find_secret(None, path)
+    take_own_directory(root, STATE_MARK, ('state.db',), '--state-dir')
+    path = os.path.join(root, 'operator-secret')
+    if not os.path.exists(path):
+        make_secret(path)
+        logger.info("the operator's secret is in %s: dispy-httpd --secret-file takes it", path)
+    return find_secret(None, path)
+
+
+def _check_allowed(word: str) -> None:
+    """Raise StartError for what is no network and no name of hosts."""
+    if not word or any(c.isspace() or c == ',' for c in word) or ('/' in word and not _is_network(word)):
+        raise StartError('--allow-nodes %s: neither a network such as 10.0.0.0/8 nor a host name' % (word or "''"))
+
+
+def _is_network(word: str) -> bool:
+    try:
+        return bool(ipaddress.ip_network(word, False))
+    except ValueError:
+        return False
 
 
 def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) -> Any:
