@@ -38,6 +38,7 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import importlib
 import ipaddress
@@ -285,6 +286,9 @@ class State(Database):
         if not self._gone and len(self._notes[self.REMOVE]) < REMOVED_MOST and not any(
                 rows for rows in self._notes if rows is not self._notes[self.REMOVE]):
             return True
+        if not self._has_room():
+            self._make_room()
+            return self._failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
         try:
             for (number, end), pieces in list(self._large.items()):
                 self._keep(number, end, pieces)
@@ -299,6 +303,14 @@ class State(Database):
         else:
             self._make_room()
         return done
+
+    def _has_room(self) -> bool:
+        """Whether what waits to be written leaves some of the disk free: SQLite needs room to remove things, too, and a transaction
+        that fails has filled the disk. It is written twice, into the log and from there into the file."""
+        wanted = sum(len(row[3]) for row in self._notes[self.INSERT] if row[3] is not None)
+        wanted += sum(len(row[0]) for row in self._notes[self.END] if row[0] is not None)
+        wanted = 2 * wanted + sum(size_of(tuple(pieces)) for pieces in self._large.values())
+        return not wanted or shutil.disk_usage(self.root).free >= wanted + RESERVE
 
     def _unlink_gone(self) -> None:
         for number, end in itertools.product(self._gone, 'pr'):
@@ -323,9 +335,10 @@ class State(Database):
     def _make_room(self) -> None:
         """The disk is full: remove what is over, and nothing else."""
         self._unlink_gone()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(self.root, 'reserve'))
-        self._reserved = False
+        if shutil.disk_usage(self.root).free < RESERVE:   # others have filled it
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.root, 'reserve'))
+            self._reserved = False
         over, gone = self._notes[self.OVER], self._notes[self.REMOVE]
         try:
             while over or gone:   # few at a time, and the room that they take in the log is used again for the next
