@@ -123,6 +123,7 @@ SNAPSHOT_SHARE = 20           # a snapshot that takes the driver 1 s is the only
 MAX_LINE, MAX_HEAD, MAX_BODY = 4096, 16384, 65536     # bytes of a request
 MAX_CONNECTIONS = 64
 IO_TIME = 10.0                # s for a request to come, and for an answer to be taken
+SIGNAL_CHECK = 0.5            # s after which a signal is seen at the latest
 HEARTBEAT = 2.0               # s of silence in a stream: a browser that has gone is noticed
 
 logger = dispy.logger
@@ -374,7 +375,8 @@ class WatchedShared(Watched):
             rows: List[Any] = []
             page: List[Any] = [()] * dispy.NODES_PAGE
             while len(page) == dispy.NODES_PAGE:
-                page = driver.ask(lambda: driver.call(cluster._comp, 'nodes', len(rows), dispy.NODES_PAGE)).result(dispy.CALL_TIME)
+                future = driver.ask(lambda: driver.call(cluster._comp, 'nodes', len(rows), dispy.NODES_PAGE))
+                page = dispy.answer_of(future, dispy.CALL_TIME)
                 rows += page
             self._known = {row.key: row for row in (dispy.NodeRow(*row) for row in rows)}
             return
@@ -746,7 +748,8 @@ class SchedulerLink(dispy.Survey):
     def ask(self, *question: Any) -> Any:
         """What `Overview.answer` of the scheduler returns. Raises what it raises, RuntimeError if it is not connected. Any thread."""
         try:
-            return self._driver.ask(lambda: self._driver.call(self._comp, 'overview', *question)).result(dispy.CALL_TIME)
+            future = self._driver.ask(lambda: self._driver.call(self._comp, 'overview', *question))
+            return dispy.answer_of(future, dispy.CALL_TIME)
         except ConnectionError:
             row, = self._driver.ask(lambda: self._driver.rows_of(self._comp))
             raise RuntimeError('the scheduler %s is not connected: %s' % (dispy.place(row.key[1], row.key[2]), row.reason or row.state)) from None
@@ -1638,6 +1641,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     try:
         tls_files(args.certfile, args.keyfile, None, '--%s')
         server = SourceHTTPServer(_source_of(args), args.host, args.port, args.poll_sec, args.keyfile, args.certfile)
@@ -1651,9 +1656,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         except OSError as exc:
             print('dispy-httpd: --token-file %s cannot be written: %s' % (args.token_file, exc.strerror or exc), file=sys.stderr)
             return 1
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        while not stop.wait(dispy.FOREVER):
+        # A signal that comes just before the wait begins does not end it: its handler has not
+        # run yet.
+        while not stop.wait(SIGNAL_CHECK):
             continue
     return 0
 

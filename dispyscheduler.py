@@ -502,7 +502,7 @@ class Remote:
         shutil.rmtree(self.directory + MODULES_OF, ignore_errors=True)
 
     @property
-    def wanted_files(self) -> list:
+    def file_rows(self) -> list:
         """Rows of all its files, as `want` takes them."""
         return self._cargo.spec['files'] + of_modules(self._cargo.spec['modules'])
 
@@ -1192,7 +1192,8 @@ class Scheduler(Driver):
                     and not remote.works]
         if self._unread_until < math.inf:
             given_up.append(self._unread_until)
-        return min(filter(None.__ne__, [super().next_timer(), *given_up]), default=None)  # type: ignore[type-var]
+        times = [super().next_timer(), *given_up]
+        return min((when for when in times if when is not None), default=None)
 
     # -- links of programs --------------------------------------------------------------------------------------
 
@@ -1329,7 +1330,7 @@ class Scheduler(Driver):
             remote = Remote(message.comp, link.instance, message.spec, self._directory_of(message.comp), self._state.key_of(message.comp))
             self._came_back(remote, link)
             self._unopened[message.comp] = remote
-        self._want(remote, remote.wanted_files, functools.partial(self._complete, remote))
+        self._want(remote, remote.file_rows, functools.partial(self._complete, remote))
 
     def _came_back(self, remote: Remote, link: Link) -> None:
         if remote.instance != link.instance:
@@ -1964,6 +1965,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             signal.signal(number, lambda number, frame: scheduler.post(Stop()))
         elif number is not None:
             signal.signal(number, lambda number, frame: None)
+    scheduler.wake_on_signals()
     logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), root)
     try:
         return run_until_ended(scheduler)

@@ -529,11 +529,10 @@ def test_a_full_disk(small_disk, tmp_path, node, size):
         with shared(lambda data: data[::-1], scheduler) as cluster:
             assert cluster.submit(b'ab')(20) == b'ba'
             filling = small_disk / 'filling'
-            with open(str(filling), 'wb') as file:
+            with open(str(filling), 'wb', buffering=0) as file:   # close() shall have nothing left to write
                 try:
                     while True:
                         file.write(bytes(65536))
-                        file.flush()
                 except OSError:
                     pass
             data = [os.urandom(size) for _ in range(9)]
