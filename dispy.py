@@ -4085,7 +4085,8 @@ class Journal(Database):
     def _check_new(self) -> None:
         """FILE-new is ours if it begins so, or was made now. Raises DispyError for a file of the user's, which is left alone."""
         head = os.pread(self._new, len(self.NEW_MARK), 0) if hasattr(os, 'pread') else open(self.path + '-new', 'rb').read(len(self.NEW_MARK))
-        if not head:
+        if len(head) < len(self.NEW_MARK) and self.NEW_MARK.startswith(head):   # made now, or torn when it was made
+            os.ftruncate(self._new, 0)
             os.write(self._new, self.NEW_MARK)
         elif head != self.NEW_MARK:
             raise DispyError('recover_file: %s-new is no file of dispy, and would have to be: give another name' % self.path)

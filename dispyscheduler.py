@@ -83,6 +83,7 @@ RETRY_TIME = 1.0              # s between attempts to write to a disk that was f
 PAGE = 500                    # rows of an answer to a monitor at most
 FAILURES_KEPT, FAILURES_PAGE, FAILURE_TEXT = 500, 100, 8000   # failed jobs, those told at once, characters of a traceback
 ARGUMENTS_MOST = 16384        # bytes of arguments that monitors are told
+PAGE_SIZE = 4096              # bytes of a page of SQLite's
 REMOVED_AT_ONCE = 20          # results that are removed in one transaction while the disk is full
 RESERVE = 2 << 20             # bytes of the disk that are kept for the removal of what is over when it is full
 QUEUED_MOST = 16 << 30        # bytes of arguments of jobs that a program may have here
@@ -151,6 +152,7 @@ class State(Database):
         self._newest = itertools.count(1 + max([0, *self._comps.values(), *self._places.values()]))
         self._files = self._find_files()   # numbers of jobs with large files
         self._large: Dict[Tuple[int, str], Sequence[Any]] = {}   # large files to be written before the next transaction
+        self._short = 0                    # bytes of the disk that are missing
         self._reserved = os.path.exists(os.path.join(self.root, 'reserve'))
         self._gone: List[int] = []         # those whose files are not needed after the next transaction
 
@@ -288,7 +290,7 @@ class State(Database):
             return True
         if not self._has_room():
             self._make_room()
-            return self._failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            return self._failed(OSError(errno.ENOSPC, '%s: %d bytes more are needed' % (os.strerror(errno.ENOSPC), self._short)))
         try:
             for (number, end), pieces in list(self._large.items()):
                 self._keep(number, end, pieces)
@@ -309,8 +311,13 @@ class State(Database):
         that fails has filled the disk. It is written twice, into the log and from there into the file."""
         wanted = sum(len(row[3]) for row in self._notes[self.INSERT] if row[3] is not None)
         wanted += sum(len(row[0]) for row in self._notes[self.END] if row[0] is not None)
-        wanted = 2 * wanted + sum(size_of(tuple(pieces)) for pieces in self._large.values())
-        return not wanted or shutil.disk_usage(self.root).free >= wanted + RESERVE
+        files = sum(size_of(tuple(pieces)) for pieces in self._large.values())
+        if not wanted and not files:
+            return True
+        inside = PAGE_SIZE * self._db.execute('PRAGMA freelist_count').fetchone()[0]   # of what was removed
+        margin = RESERVE if inside < RESERVE else RESERVE // 8
+        self._short = files + wanted + max(0, wanted - inside) + margin - shutil.disk_usage(self.root).free
+        return self._short <= 0
 
     def _unlink_gone(self) -> None:
         for number, end in itertools.product(self._gone, 'pr'):
