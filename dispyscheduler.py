@@ -83,6 +83,7 @@ RETRY_TIME = 1.0              # s between attempts to write to a disk that was f
 PAGE = 500                    # rows of an answer to a monitor at most
 FAILURES_KEPT, FAILURES_PAGE, FAILURE_TEXT = 500, 100, 8000   # failed jobs, those told at once, characters of a traceback
 ARGUMENTS_MOST = 16384        # bytes of arguments that monitors are told
+LOW_DISK = 64 << 20           # bytes that are free, below which SQLite's log is emptied before each transaction
 PAGE_SIZE = 4096              # bytes of a page of SQLite's
 REMOVED_AT_ONCE = 20          # results that are removed in one transaction while the disk is full
 RESERVE = 2 << 20             # bytes of the disk that are kept for the removal of what is over when it is full
@@ -314,6 +315,9 @@ class State(Database):
         files = sum(size_of(tuple(pieces)) for pieces in self._large.values())
         if not wanted and not files:
             return True
+        if shutil.disk_usage(self.root).free < LOW_DISK + 4 * (wanted + files):   # what is in the log only would make the file grow later
+            with contextlib.suppress(self._error):
+                self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
         inside = PAGE_SIZE * self._db.execute('PRAGMA freelist_count').fetchone()[0]   # of what was removed
         margin = RESERVE if inside < RESERVE else RESERVE // 8
         self._short = files + wanted + max(0, wanted - inside) + margin - shutil.disk_usage(self.root).free
