@@ -3748,6 +3748,8 @@ class NodeAllocate:
 def matches(pattern: str, word: str) -> bool:
     """Whether a word fits a pattern in which `*` stands for any characters. Each part is looked for once, where it comes
     first: a regular expression could try for hours."""
+    if '\n' in word:   # no name has one
+        return False
     first, *parts = pattern.split('*')
     if not parts:
         return word == pattern

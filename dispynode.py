@@ -2752,31 +2752,59 @@ class Backlog:
 # ---------------------------------------------------------------------------------------------------------
 
 class Doorkeeper:
-    """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one address; after
-    five failures an address is refused for 15 s, doubling up to 10 min. Established links are not affected."""
+    """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one address. When there are more, one
+    of them makes way: of the same address, or else the oldest of the network that has most of them, so that silence keeps nobody
+    out. After five failures an address is refused for 15 s, doubling up to 10 min; one from which somebody has proved himself
+    within the last hour is refused nothing, but for all but a few handshakes at once. Established links are not affected."""
     AT_ONCE, FROM_ONE, FAILURES, SHUT, SHUT_MOST, REMEMBERED = 64, 32, 5, 15.0, 600.0, 4096
+    RECENT, FROM_MIXED = 3600.0, 8
 
     def __init__(self) -> None:
         self._open: Dict[str, int] = collections.Counter()
         self._failed: 'collections.OrderedDict[str, Tuple[int, float]]' = collections.OrderedDict()
         self._logged: 'collections.OrderedDict[str, float]' = collections.OrderedDict()
+        self._proved: 'collections.OrderedDict[str, float]' = collections.OrderedDict()   # address -> when somebody has
+
+    def is_shut(self, address: str, now: float) -> bool:
+        """Whether nobody from this address is heard at present."""
+        if now >= self._failed.get(address, (0, 0.0))[1]:
+            return False
+        proved = self._proved.get(address)
+        return proved is None or now - proved > self.RECENT or self._open[address] >= self.FROM_MIXED
 
     def admit(self, address: str, now: float) -> bool:
         """Whether a connection from this address may begin its handshake; each admitted one must be `done`."""
-        if sum(self._open.values()) >= self.AT_ONCE or self._open[address] >= self.FROM_ONE \
-                or now < self._failed.get(address, (0, 0.0))[1]:
+        if sum(self._open.values()) >= self.AT_ONCE or self._open[address] >= self.FROM_ONE or self.is_shut(address, now):
             return False
         self._open[address] += 1
         return True
+
+    def make_way(self, address: str, under_way: Iterable[Tuple[int, str]]) -> Optional[int]:
+        """Which of the handshakes under way, (number, address) in the order in which they began, is to be ended for one from this
+        address, which then counts as admitted."""
+        rows = list(under_way)
+        if self._open[address] >= self.FROM_ONE:
+            crowd = [number for number, other in rows if other == address]
+        else:
+            counts = collections.Counter(network_of(other) for _, other in rows)
+            most = max(counts.values(), default=0)
+            crowd = [number for number, other in rows if counts[network_of(other)] == most]
+        if not crowd:
+            return None
+        self._open[address] += 1
+        return crowd[0]
 
     def done(self, address: str, proved: Optional[bool], now: float) -> None:
         """The handshake ended; `proved` is whether the peer knew the secret, None if it did not try: silence guesses
         nothing, and is bounded by the number of handshakes."""
         self.leave(address)
+        if proved:
+            self._remember(self._proved, address, now)
         if proved is None or now < self._failed.get(address, (0, 0.0))[1]:
             return   # one that began before the others failed
         if proved:
             self._failed.pop(address, None)
+            self._remember(self._proved, address, now)
             return
         count = self._failed.get(address, (0, 0.0))[0] + 1
         shut = min(self.SHUT * 2 ** min(count - self.FAILURES, 10), self.SHUT_MOST) if count >= self.FAILURES else 0.0
@@ -2800,6 +2828,15 @@ class Doorkeeper:
         table.move_to_end(address)
         if len(table) > self.REMEMBERED:
             table.popitem(last=False)
+
+
+def network_of(address: str) -> str:
+    """The network of an address: 24 bits of IPv4, 64 of IPv6; one host may have all of its addresses."""
+    try:
+        found = ipaddress.ip_address(address.partition('%')[0])
+    except ValueError:
+        return address
+    return str(ipaddress.ip_network('%s/%d' % (found, 24 if found.version == 4 else 64), False))
 
 
 class Cry(enum.IntEnum):
@@ -2832,9 +2869,11 @@ class Discovery:
     """Datagrams of one process: packs its own, believes those of others that are signed and new. Who is found by them is
     dialled, and only the handshake decides; so a forged or repeated datagram costs a connection at most.
 
-    `limit` datagrams a second are answered, so that nobody is flooded through us.
+    LIMIT questions a second that are signed with the secret are answered, and besides STRANGERS others, so that nobody is flooded
+    through us and strangers take nothing from those who have the secret; one address of strangers gets TOLD_MOST answers in
+    OTHERS seconds.
     """
-    REMEMBERED, LIMIT, OTHERS, WINDOW = 4096, 100, 60.0, 64
+    REMEMBERED, LIMIT, STRANGERS, TOLD_MOST, OTHERS, WINDOW = 4096, 100, 20, 5, 60.0, 64
     _counts = itertools.count(1)   # of the whole process: its instance is the same in all that it says
 
     def __init__(self, psk: bytes, role: Role, instance: bytes, port: int = 0, addresses: Sequence[str] = ()) -> None:
@@ -2845,7 +2884,8 @@ class Discovery:
         # (address, instance) -> when it got NOT_MINE; a program that is started once more is told once more
         self._told: 'collections.OrderedDict[Tuple[str, bytes], float]' = collections.OrderedDict()
         self._asked: Deque[bytes] = collections.deque(maxlen=16)
-        self._second, self._answered = 0, 0
+        self._told_there: 'collections.OrderedDict[str, Deque[float]]' = collections.OrderedDict()   # address -> when
+        self._second, self._answered, self._strangers = 0, 0, 0
 
     def say(self, kind: Cry, to: str = '', echo: bytes = bytes(16)) -> bytes:
         """A datagram of this process, new each time; for an asker's address `to` if it is an answer."""
@@ -2903,7 +2943,7 @@ class Discovery:
             return heard, None
         asker = source, heard.instance
         if heard.kind != Cry.QUESTION or self._role is not Role.NODE or now - self._told.get(asker, -self.OTHERS) < self.OTHERS \
-                or not self._may_answer(now):
+                or not self._may_tell(source, now):
             return None, None
         self._told[asker] = now
         self._told.move_to_end(asker)
@@ -2911,11 +2951,29 @@ class Discovery:
             self._told.popitem(last=False)
         return None, self.say(Cry.NOT_MINE, source, heard.nonce)
 
-    def _may_answer(self, now: float) -> bool:
+    def _next_second(self, now: float) -> None:
         if int(now) != self._second:
-            self._second, self._answered = int(now), 0
+            self._second, self._answered, self._strangers = int(now), 0, 0
+
+    def _may_answer(self, now: float) -> bool:
+        self._next_second(now)
         self._answered += 1
         return self._answered <= self.LIMIT
+
+    def _may_tell(self, source: str, now: float) -> bool:
+        """Whether a stranger is answered."""
+        self._next_second(now)
+        times = self._told_there.get(source)
+        if self._strangers >= self.STRANGERS or (
+                times is not None and len(times) == self.TOLD_MOST and now - times[0] < self.OTHERS):
+            return False
+        self._strangers += 1
+        if times is None:
+            times = self._told_there[source] = collections.deque(maxlen=self.TOLD_MOST)
+            if len(self._told_there) > self.REMEMBERED:
+                self._told_there.popitem(last=False)
+        times.append(now)
+        return True
 
 
 def plain_address(address: str) -> str:
@@ -6356,6 +6414,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._tls = tls_context(True, certfile, keyfile, cafile) if certfile else None
         self._binding = certificate_digest(certfile) if certfile else NO_TLS
         self._keeper, self._lock = Doorkeeper(), threading.Lock()   # the lock guards the keeper
+        self._under_way: Dict[int, Tuple[str, socket.socket]] = {}   # handshakes by the ids of their sockets, in order
         self._kept: Set[int] = set()    # ids of sockets that were delivered, not to be closed
         self._spare = os.open(os.devnull, os.O_RDONLY)
         self._both = not address[0] and socket.has_dualstack_ipv6()   # all addresses of this host, IPv4 and IPv6
@@ -6391,8 +6450,31 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether this address may begin a handshake."""
+        address, victim = client_address[0], None
         with self._lock:
-            return self._keeper.admit(client_address[0], time.monotonic())
+            now = time.monotonic()
+            if self._keeper.is_shut(address, now):
+                return False
+            if not self._keeper.admit(address, now):
+                number = self._keeper.make_way(address, [(number, other) for number, (other, _) in self._under_way.items()])
+                if number is None:
+                    return False
+                _, victim = self._under_way.pop(number)
+            # A descriptor of our own to it: TLS takes the socket's away.
+            handle = socket.socket(fileno=os.dup(request.fileno())) if self._tls else request
+            self._under_way[id(request)] = (address, handle)
+        if victim is not None:
+            with contextlib.suppress(OSError):   # it has ended meanwhile
+                victim.shutdown(socket.SHUT_RDWR)
+            if self._tls:
+                victim.close()
+        return True
+
+    def _is_over(self, request: Any) -> None:
+        """A handshake is over. With the lock held."""
+        _, handle = self._under_way.pop(id(request), ('', None))
+        if handle is not None and handle is not request:
+            handle.close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread."""
@@ -6400,6 +6482,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             super().process_request(request, client_address)
         except BaseException:   # no thread could be started: its place is free again
             with self._lock:
+                self._is_over(request)
                 self._keeper.leave(client_address[0])
             raise
 
@@ -6424,6 +6507,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             if not proved:
                 sock.close()   # under TLS not the one that socketserver knows
             with self._lock:
+                self._is_over(request)
                 self._keeper.done(address, proved, time.monotonic())
 
     def _log(self, address: str, text: str) -> None:
