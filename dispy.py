@@ -108,6 +108,7 @@ __all__ = [
 AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it runs, however short they are
 AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
 SHARED_ARGS_MOST = 15 << 20   # bytes of setup_args that go by way of a scheduler
+DIALS_MOST = 64               # nodes that are dialled at the same time
 REFUSED_MOST = 3              # frames with a job that could not be used, after which the job is ended
 FRAMES_NOTED = 64             # of jobs, the last ones sent on a link
 NODES_PAGE = 500              # nodes of a scheduler in one answer
@@ -5024,9 +5025,10 @@ class Driver(Loop):
 
     def allocate(self, comp: str, specs: Sequence[NodeSpec]) -> None:
         """Use these nodes, new ones and those deallocated or closed before."""
-        cluster = self._clusters[comp]
+        cluster, words = self._clusters[comp], self._words_of(comp)
         for spec in specs:
-            known = [peer for peer in self.peers_of(comp) if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
+            candidates = self.peers_of(comp) if spec.wild else words.get(_plain_host(spec.host), ())
+            known = [peer for peer in candidates if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
                      or peer.is_meant(spec.host) and (peer.port in (0, spec.port) or (peer.name, cluster._port) == (spec.host, spec.port))]
             for peer in known:
                 use = peer.uses[comp]
@@ -5040,6 +5042,17 @@ class Driver(Loop):
             if not known or spec.wild:
                 cluster._specs = [*cluster._specs, spec]
                 self.use(comp, [spec])
+                peer = self._peers.get((spec.host, spec.port))
+                if peer is not None:
+                    words.setdefault(_plain_host(spec.host), []).append(peer)
+
+    def _words_of(self, comp: str) -> Dict[str, List[Peer]]:
+        """Nodes of a cluster by their names and addresses, so that a list of thousands is not compared with itself."""
+        found: Dict[str, List[Peer]] = {}
+        for peer in self.peers_of(comp):
+            for word in {_plain_host(word) for word in (peer.ip_addr, peer.host, peer.name) if word}:
+                found.setdefault(word, []).append(peer)
+        return found
 
     def question(self, comp: str, node: Any, row: Optional[tuple] = None, path: str = '') -> 'concurrent.futures.Future[Any]':
         """Send a file (name, size, digest, mode, from `path`) or, without one, ask what is there. The future has the node's answer."""
@@ -5232,7 +5245,8 @@ class Driver(Loop):
         for peer in self._peers.values():
             when = peer.dialling.due
             if when is not None and when <= self.now and peer.state in _MAY_DIAL:
-                self._dial(peer)
+                if len(self._dials) < DIALS_MOST:   # each takes a thread and a descriptor; those that end make place for others
+                    self._dial(peer)
             elif when is not None and peer.state in _MAY_DIAL:
                 due.append(when)
         for comp, when in list(self._probes.items()):
@@ -5387,6 +5401,7 @@ class Driver(Loop):
     def _dialled(self, event: Dialled) -> None:
         peer = event.peer
         self._dials.discard(peer)
+        self._soon()   # others may wait to be dialled
         peer.dialling.ended()
         if peer.state is not NodeState.DIALLING:
             event.sock.close()
@@ -5458,6 +5473,7 @@ class Driver(Loop):
     def _dial_failed(self, event: DialFailed) -> None:
         peer = event.peer
         self._dials.discard(peer)
+        self._soon()   # as above
         peer.dialling.ended()
         if peer.state is not NodeState.DIALLING:
             return
@@ -7337,6 +7353,7 @@ def _parser() -> argparse.ArgumentParser:
         'they can be used; the exit status is 0 if any can')
     add('-n', '--nodes', action='append', metavar='HOST[:PORT]', help="a node; may be repeated; 'local': this machine "
         '(default: a dispynode on this machine, or one started for this run)')
+    add('--scheduler-host', '--scheduler-node', metavar='HOST[:PORT]', help='the jobs go to this dispyscheduler; -n then says which of its nodes they may use')
     add('-f', '--depends', action='append', default=[], metavar='FILE', help='file that the program needs beside it; may be repeated')
     add('-a', '--args', action='append', default=[], metavar='"ARGS"', help='arguments of one job, split as a shell does; may be repeated')
     add('--args-file', metavar='FILE', help='file with the arguments of a job on each line; -: standard input')
@@ -7507,8 +7524,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 return _list_nodes(survey.look())
         if args.program is None:
             raise ValueError('PROGRAM is missing')
-        cluster = JobCluster(args.program, nodes, depends=args.depends, job_status=ended.put, secret=secret,
-                             certfile=args.certfile, keyfile=args.keyfile)
+        options: Dict[str, Any] = dict(depends=args.depends, job_status=ended.put, secret=secret, certfile=args.certfile, keyfile=args.keyfile)
+        if args.scheduler_host is not None:
+            if nodes == LOCAL:
+                raise ValueError("-n local is a node of this program alone, and --scheduler-host a scheduler's: give one of them")
+            host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
+            cluster: JobCluster = SharedJobCluster(args.program, nodes, scheduler_host=host, scheduler_port=port, **options)
+        else:
+            cluster = JobCluster(args.program, nodes, **options)
     except (ValueError, TypeError, OSError, DispyError) as exc:
         parser.error(str(exc))
     printer, total = _Printer(args.output), 0
