@@ -80,7 +80,7 @@ import uuid
 import warnings
 import weakref
 import zlib
-from typing import Any, Callable, Deque, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 import cloudpickle
 
@@ -2932,14 +2932,17 @@ class StateCapture:
         self._numbers: Dict[int, int] = {}         # id -> number
         self._values: Dict[Tuple[str, str, str], Any] = {}
 
-    def add(self, file: ModuleFile) -> None:
-        """A module that the client has loaded, if its source is known."""
+    def add(self, file: ModuleFile, placed: Iterable[str] = ()) -> None:
+        """A module that the client has loaded, if its source is known. `placed` are the names whose values depend on where
+        files lie: on the node these lie elsewhere."""
         module = sys.modules.get(file.name)
         if module is None or file.source is None or file.source.error:
             return
         found: List[Tuple[StateRow, Any]] = []
         try:
             for name, value in list(module_dict(module).items()):
+                if name in placed:
+                    continue
                 self._consider(file.source, (file.name, '', name), value, file.source.names.get(name), found)
             for owner, table in file.source.classes.items():
                 self._add_class(file.source, owner, table, found)
@@ -3108,9 +3111,9 @@ class ModuleBundles:
             # Modules that travel as files of depends have state like the others.
             closure = own_modules.closure(sorted(wanted))
             new = [file for file in closure if file.name not in self._number_of]
-            capture = StateCapture()
+            capture, placed = StateCapture(), own_modules.file_names(closure)
             for file in new:
-                capture.add(file)
+                capture.add(file, placed.get(file.name, ()))
             kinds, state, met = capture.pickled()
             more = {name for name in met if own_modules.kind(name) is ModuleKind.OWN} - wanted - {file.name for file in closure}
             if not more:

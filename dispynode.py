@@ -5492,6 +5492,7 @@ class Runner:
         self._handles: Deque[int] = collections.deque()
         self._children: Dict[int, _Child] = {}
         self._libc = _libc()
+        self._globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
         self._own: Set[int] = set()   # children that setup left on purpose
         self._watched: Dict[int, Tuple[int, int]] = {}   # worker -> job and bytes that it may use
 

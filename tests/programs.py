@@ -26,27 +26,29 @@ PORTS = [int(port) for port in PORTS]
 ALONE = [('127.0.0.1', PORTS[-1])] if PORTS else 'local'
 
 
-def make_cluster(computation, *args, **options):
+KIND = dispy.SharedJobCluster if MODE == 'scheduler' else dispy.JobCluster
+
+
+def make_cluster(computation, nodes=None, **options):
     """A JobCluster or SharedJobCluster. `setup_args` are those of the node, which is no embedded one."""
-    kind = dispy.JobCluster
     if MODE == 'scheduler':
-        kind = dispy.SharedJobCluster
         options['scheduler_port'] = PORTS[0]
     setup_args = options.pop('setup_args', None)
-    options.setdefault('nodes', ALONE)
+    options['nodes'] = nodes or ALONE
     if setup_args is not None:
         options['nodes'] = [dispy.NodeAllocate('127.0.0.1', PORTS[-1], setup_args=setup_args)]
     options.setdefault('loglevel', logging.WARNING)
-    return kind(computation, *args, **options)
+    return KIND(computation, **options)
 
 
 def make_executor(**options):
     """A DispyExecutor on the same nodes."""
-    dispy.JobCluster, kind = make_cluster, dispy.JobCluster
+    kept = dispy.JobCluster
+    dispy.JobCluster = make_cluster
     try:
         return dispy.DispyExecutor(**options)
     finally:
-        dispy.JobCluster = kind
+        dispy.JobCluster = kept
 
 
 _patience = [20]
@@ -119,7 +121,7 @@ class Project:
         for name, text in texts.items():
             self.write(name + '.py', text)
 
-    def run(self, *command, python=sys.executable, timeout=90, env=None, cwd=None):
+    def run(self, *command, python=sys.executable, timeout=60, env=None, cwd=None):
         """Run `python COMMAND... WHERE` in the directory."""
         command = command or ('script.py',)
         process = subprocess.run([python, *command, self.where], cwd=cwd or self.directory, timeout=timeout, stdin=subprocess.DEVNULL,

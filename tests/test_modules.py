@@ -678,6 +678,35 @@ def test_finders_of_the_user_are_asked_for_top_level_names_and_may_fail(own, tmp
     assert targets(own.closure(['foundpkg.sub'])) == ['foundpkg/__init__.py', 'foundpkg/sub.py']
 
 
+def test_the_finder_that_imports_setuptools_is_not_asked(own, monkeypatch):
+    class DistutilsMetaFinder:   # as setuptools installs it before Python 3.12
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            asked.append(name)
+
+    asked = []
+    DistutilsMetaFinder.__module__ = '_distutils_hack'
+    instance = DistutilsMetaFinder()
+    monkeypatch.setattr(sys, 'meta_path', [instance, *sys.meta_path])
+    own.write({'usesdistutils.py': 'import distutils'})
+    own.closure(['usesdistutils'])
+    assert asked == []
+
+
+def test_namespace_packages_that_lie_elsewhere_than_their_names_say(own, tmp_path, monkeypatch):
+    own.write({'elsewhere/nspace/part.py': '', 'other/nspace/part.py': ''})
+    spec = importlib.machinery.ModuleSpec('nspace', None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path / 'elsewhere' / 'nspace')]
+    monkeypatch.setitem(sys.modules, 'nspace', importlib.util.module_from_spec(spec))
+    assert own.kind('nspace') is ModuleKind.BY_VALUE
+    importlib.import_module('nspace.part')
+    assert own.kind('nspace.part') is ModuleKind.BY_VALUE
+    monkeypatch.syspath_prepend(str(tmp_path / 'other'))
+    assert OwnModules().kind('nspace') is ModuleKind.BY_VALUE
+    monkeypatch.syspath_prepend(str(tmp_path / 'elsewhere'))
+    assert OwnModules().kind('nspace.part') is ModuleKind.OWN
+
+
 def test_no_lock_is_held_while_a_finder_runs(own, monkeypatch):
     """A finder that waits for another thread, which asks the same."""
     class Finder:

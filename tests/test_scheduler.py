@@ -314,7 +314,7 @@ def test_a_program_cannot_touch_what_another_has(scheduler, gate, message):
 
 
 SPEC = {'name': 'x', 'kind': 'function', 'code': b'', 'files': [], 'cleanup': True, 'dest_path': '', 'max_jobs': 0, 'python': (3, 11, 0), 'support': {},
-        'program': '', 'live': False, 'logs': 0, 'cpus': 0, 'setup_args': b'',
+        'program': '', 'live': False, 'logs': 0, 'cpus': 0, 'setup_args': b'', 'modules': [], 'portable': False, 'sys_path': [], 'argv': [],
         'shared': {'nodes': None, 'reentrant': False, 'exclusive': False, 'cloudpickle': '1'}}
 WRONG = {
     'pulse': [Introduce('a', 10 ** 400)],
