@@ -94,7 +94,7 @@ from dispynode import (
     is_outcome, log_record_of, open_plain, open_regular, path_option, pieces_of, plain_text, place, python_of, in_parts,
     same_secret, seal, seconds_option, size_of, tls_files, tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES,
     MODULES, OF_MODULES, Sealed, StateRow, build_tag, check_not_importing, contents_of, find_named, globals_of, is_named,
-    keeps_identity, plain_form, with_needs, check_fork, open_envelope)
+    keeps_identity, plain_form, with_needs, check_fork)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -6573,6 +6573,8 @@ class JobCluster:
 
     def _command(self, name: str, *args: Any) -> Any:
         """Ask whoever has the nodes: the driver."""
+        if self._closed:
+            raise RuntimeError('the cluster was closed')
         return self._driver.ask(lambda: self._driver.command(self._comp, name, *args))
 
     def _rows(self) -> List[NodeRow]:
@@ -6896,6 +6898,8 @@ class SharedJobCluster(JobCluster):
 
     def _command(self, name: str, *args: Any) -> Any:
         """Ask the scheduler's driver."""
+        if self._closed:
+            raise RuntimeError('the cluster was closed')
         if name == 'allocate':
             args = (self._plain(args[0]),)
         elif name == 'jobs' or name == 'nodes':
