@@ -29,7 +29,8 @@ The life of a job here:
   1. `submit` pickles the arguments, makes a DispyJob, counts it as pending and posts it.
   2. The driver gives all that was posted since its last turn to the Schedule, which queues it.
   3. The Schedule sends attempts to nodes with free CPUs, and a little more than that: as much as the node will
-     have done in 100 ms. What a node does not come to is called back when another is idle.
+     have done in 100 ms. What a node does not come to is called back when another is idle, or when jobs turn
+     out to be longer. A node tells which have begun (`Started`); until then they are Created to the user.
   4. `Results` of a node are acknowledged, also if they are known already. Plain values are opened at once; what
      may run the user's code when it is unpickled goes through an opener thread.
   5. The job gets result, output, times and, last, its status; whoever waits is woken; the callback is called.
@@ -51,6 +52,7 @@ import dis
 import enum
 import functools
 import hashlib
+import heapq
 import importlib.machinery
 import importlib.util
 import inspect
@@ -86,15 +88,16 @@ import cloudpickle
 
 from dispynode import (
     ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
-    NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
-    File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
-    Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
-    Role, Said, SecretError, Shutdown, Welcome, Where, Wrong, __version__, beside, call_chunk, call_packed, check_name,
-    derive_key, describe_exception, dial, digest_of, discovery_reach, file_digest, find_secret, frames, host_and_port,
-    is_outcome, log_record_of, open_plain, open_regular, path_option, pieces_of, plain_text, place, python_of, in_parts,
-    same_secret, seal, seconds_option, size_of, tls_files, tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES,
-    MODULES, OF_MODULES, Sealed, StateRow, build_tag, check_not_importing, contents_of, find_named, globals_of, is_named,
-    keeps_identity, plain_form, with_needs, check_fork)
+    NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
+    Dialling, Discovery, DispyError, Done, Ears, File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile,
+    Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Place, Placed, Pulse,
+    Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, Welcome,
+    Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, derive_key, describe_exception, dial, digest_of,
+    discovery_reach, file_digest, find_secret, frames, host_and_port, is_outcome, log_record_of, open_plain, open_regular,
+    path_option, pieces_of, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
+    tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, OF_MODULES, Sealed, StateRow, build_tag,
+    check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
+    Allowance, DurationEstimate, Started)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -112,6 +115,9 @@ DIALS_MOST = 64               # nodes that are dialled at the same time
 REFUSED_MOST = 3              # frames with a job that could not be used, after which the job is ended
 FRAMES_NOTED = 64             # of jobs, the last ones sent on a link
 NODES_PAGE = 500              # nodes of a scheduler in one answer
+# Times a job is called back for reasons of the schedule; then it is sent to idle CPUs only
+RECALLS_MOST = 2
+WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
 LOST_MOST = 3                 # nodes a job may be lost with before it is given up
 LOST_TIMES = 16               # times it may be lost, with however few of them: a node that is started again is the same node
 IPV6_LATER = 0.1              # s for which a node that was found by IPv6 may answer by IPv4, which people expect to see
@@ -213,10 +219,13 @@ class JobState(enum.IntEnum):
     FINISHED = 11
     CANCELLING = 12   # shown as Running
     REQUEUED = 13     # shown as Created
+    SENT = 14         # on a node, not known to have begun; shown as Created
 
 
 JOB_TABLE: Dict[Tuple[JobState, str], JobState] = {
-    (JobState.CREATED, 'send'): JobState.RUNNING, (JobState.REQUEUED, 'send'): JobState.RUNNING,
+    (JobState.CREATED, 'send'): JobState.SENT, (JobState.REQUEUED, 'send'): JobState.SENT,
+    (JobState.SENT, 'start'): JobState.RUNNING, (JobState.SENT, 'cancel'): JobState.CANCELLING,
+    (JobState.SENT, 'provisional'): JobState.PROVISIONAL,
     (JobState.CREATED, 'cancel'): JobState.CANCELLED, (JobState.REQUEUED, 'cancel'): JobState.CANCELLED,
     (JobState.RUNNING, 'cancel'): JobState.CANCELLING, (JobState.PROVISIONAL, 'cancel'): JobState.CANCELLING,
     (JobState.RUNNING, 'provisional'): JobState.PROVISIONAL,
@@ -225,7 +234,7 @@ JOB_TABLE: Dict[Tuple[JobState, str], JobState] = {
     (JobState.CREATED, 'give up'): JobState.ABANDONED, (JobState.REQUEUED, 'give up'): JobState.ABANDONED,
     (JobState.CREATED, 'fail'): JobState.TERMINATED, (JobState.REQUEUED, 'fail'): JobState.TERMINATED,
 }
-for _running in (JobState.RUNNING, JobState.PROVISIONAL):
+for _running in (JobState.SENT, JobState.RUNNING, JobState.PROVISIONAL):
     JOB_TABLE.update({
         (_running, 'finish'): JobState.FINISHED, (_running, 'fail'): JobState.TERMINATED,
         (_running, 'cancelled'): JobState.CANCELLED, (_running, 'back'): JobState.REQUEUED,
@@ -440,7 +449,8 @@ class DispyNode:
     ip_addr, port, name - where it is and what it calls itself
     state - what it is to this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling', 'connected', 'lost' or
         'closed'; reason - why it is not used, else ''
-    cpus - how many it offers; busy - jobs of this cluster that are there now, those that wait there included
+    cpus - how many it offers; busy - jobs of this cluster that run there now, without those that wait
+        there
     jobs_done, cpu_time - jobs of this cluster that ended there, and the seconds that they ran
     platform - its operating system and processor; avail_info - DispyNodeAvailInfo of when it was connected
     """
@@ -451,7 +461,7 @@ class DispyNode:
         self.ip_addr, self.port, self.name = ip_addr, port, name
         self.state, self.reason = state, reason      # of this cluster; reason: why it is not used
         self.cpus, self.avail_cpus = cpus, cpus
-        self.busy = busy                              # jobs of this cluster there
+        self.busy = busy                              # jobs of this cluster that run there
         self.jobs_done, self.cpu_time = jobs_done, cpu_time   # of this cluster; seconds
         self.platform = facts.get('platform', '')
         # When it was connected: free CPU in percent, memory, disk and swap in bytes; None where it has no psutil.
@@ -494,6 +504,12 @@ class CancelAsked(NamedTuple):
     work: Work
 
 
+class WithdrawAsked(NamedTuple):
+    """The user wants these cancelled as far as they have not begun. For each of them it is answered
+    by Withdrawn or, if it waited, by JobEnded."""
+    works: list
+
+
 class NodeReady(NamedTuple):
     """A node is set up for a computation; `held` are the serials it still knows of it; `name` is for people."""
     node: Any
@@ -502,6 +518,7 @@ class NodeReady(NamedTuple):
     held: list
     name: str = ''
     offers: int = 0   # CPUs that it has, also for others
+    trip: float = 0.0   # s that a message to it and its answer take, 0 if that is not known
 
 
 class NodeOffers(NamedTuple):
@@ -520,6 +537,13 @@ class NodeDrains(NamedTuple):
 
 class NodeResults(NamedTuple):
     """Rows of Results."""
+    node: Any
+    comp: str
+    rows: list
+
+
+class NodeStarted(NamedTuple):
+    """Attempts that have begun there: rows of (serial, s that it has run)."""
     node: Any
     comp: str
     rows: list
@@ -592,10 +616,10 @@ class SendCancel(NamedTuple):
 
 
 class SendRecall(NamedTuple):
-    """Ask a node for so many attempts it has not started."""
+    """Ask a node for those of these attempts that have not begun."""
     node: Any
     comp: str
-    most: int
+    serials: list
 
 
 class SendAck(NamedTuple):
@@ -610,6 +634,19 @@ class JobsEnded(NamedTuple):
     node: Any
     comp: str
     pairs: list
+
+
+class JobsStarted(NamedTuple):
+    """Jobs have begun: pairs of (work, s that it has run)."""
+    node: Any
+    comp: str
+    pairs: list
+
+
+class Withdrawn(NamedTuple):
+    """The answer to WithdrawAsked: whether the job will never begin."""
+    work: Any
+    gone: bool
 
 
 class NodeDrained(NamedTuple):
@@ -702,7 +739,13 @@ class _Comp:
         self.queue = _Queue()
         self.pinned: Dict[Any, _Queue] = {}   # by node: jobs for that one alone
         self.parked: List[Work] = []          # wanting more CPUs than any node has
-        self.mean: Optional[float] = None     # s a job takes, quick to rise and slow to fall
+        self.estimate = DurationEstimate()    # of a job
+        # Number of a job -> times that it was called back by the schedule
+        self.called: Dict[int, int] = {}
+        self.withdrawn: Set[Work] = set()     # on nodes, and cancelled if they have not begun
+        self.ranked = False                   # some jobs have a priority
+        # When a job of it was sent last, in numbers of the schedule
+        self.served = 0
         self.flying = 0                       # CPUs of jobs on nodes
         self.running: Dict[int, '_Node'] = {}   # serial -> where
         self.nodes: Dict[Any, '_Node'] = {}     # where it is set up; of these:
@@ -730,10 +773,22 @@ class _Comp:
         """All jobs that wait."""
         return [work for queue in (self.queue, *self.pinned.values()) for work in queue] + self.parked
 
+    def not_begun(self) -> List[Work]:
+        """All that wait, and those on nodes that are not known to have begun."""
+        return self.waiting() + [work for node in self.nodes.values()
+                                 for work in node.flight[self.comp].values()
+                                 if work._state is JobState.SENT]
+
+    def may_wait_there(self, work: Work) -> bool:
+        """Whether a job may be sent to a node that has no idle CPU for it."""
+        return not self.called or self.called.get(work._serial >> 16, 0) < RECALLS_MOST
+
 
 class _Node:
     """A node in the schedule."""
-    __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'flight', 'comps', 'recalled', 'limits', 'parts', 'draining', 'away', 'offers', 'taken')
+    __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'flight', 'comps', 'recalled', 'limits',
+                 'parts', 'draining', 'away', 'offers', 'taken', 'begun', 'ahead', 'ranks', 'trip',
+                 'probe')
 
     def __init__(self, key: Any) -> None:
         self.key, self.name = key, str(key)
@@ -742,13 +797,59 @@ class _Node:
         self.used = 0       # CPUs of jobs there, run or not
         self.taken = 0      # of these, no more of a computation than it may use
         self.bytes = 0      # of their arguments
-        self.flight: Dict[str, Dict[int, Work]] = {}   # computation -> serial -> work
-        self.comps: Dict[str, _Comp] = {}              # set up there
-        self.limits: Dict[str, int] = {}               # computation -> CPUs it may use there
-        self.parts: Dict[str, int] = {}                # computation -> its part of `used`
-        self.recalled: Set[str] = set()                # computations with a Recall on its way
+        self.trip = 0.0     # s that a message to it and its answer take
+        # A job that was sent to an idle CPU, and when: what is over is the trip
+        self.probe: Optional[Tuple[int, float]] = None
         self.draining: Set[str] = set()
         self.away: Optional[NodeAway] = None
+        self.comps: Dict[str, _Comp] = {}              # set up there; of each of them:
+        self.flight: Dict[str, Dict[int, Work]] = {}   # serial -> work
+        self.limits: Dict[str, int] = {}               # CPUs it may use there
+        self.parts: Dict[str, int] = {}                # its part of `used`
+        # Serial -> since when, of those that are known to run
+        self.begun: Dict[str, Dict[int, float]] = {}
+        # Serial -> whether for reasons of the schedule, of those called back
+        self.recalled: Dict[str, Dict[int, bool]] = {}
+        self.ahead: Dict[str, Allowance] = {}          # jobs a CPU that may wait there
+        # Priority -> CPUs, if the computation has priorities
+        self.ranks: Dict[str, Dict[int, int]] = {}
+
+    def begin(self, comp: _Comp) -> None:
+        """A computation is set up here, perhaps not for the first time."""
+        if comp.comp not in self.comps:
+            name = comp.comp
+            self.comps[name] = comp
+            self.flight[name], self.begun[name], self.recalled[name] = {}, {}, {}
+            self.limits[name] = self.parts[name] = 0
+            self.ahead[name] = Allowance(comp.estimate, 1, AHEAD_MOST)
+            self.ranks[name] = collections.Counter()
+
+    @property
+    def horizon(self) -> float:
+        """Seconds of work that may wait here: enough for the next to arrive before it is done."""
+        return max(QUEUED_TIME, 2 * self.trip)
+
+    def reserve(self, comp: str, now: float, rivals: int = 1) -> int:
+        """CPUs of jobs of a computation that may wait here, where so many share the node. A CPU
+        whose job has run for as long as that work was to last is not counted: nobody knows when it
+        will be free."""
+        ahead = self.ahead[comp].jobs(self.horizon) // rivals
+        begun = self.begun[comp]
+        if ahead and begun:
+            horizon, flight = self.horizon, self.flight[comp]   # a sum, as the timer's: a difference is rounded
+            stuck = sum(cpus_of(flight[serial]) for serial, since in begun.items()
+                        if since + horizon <= now)
+            return ahead * max(0, self.limits[comp] - stuck)
+        return ahead * self.limits[comp]
+
+    def standing_before(self, comp: _Comp, work: Work) -> int:
+        """CPUs of jobs here that come before one that would be sent now."""
+        part = self.parts[comp.comp]
+        if not comp.ranked:
+            return part
+        rank = priority_of(work)
+        lower = sum(cpus for other, cpus in self.ranks[comp.comp].items() if other < rank)
+        return part - max(0, lower - self.limits[comp.comp])
 
     def limit(self, comp: str, cpus: int) -> None:
         """CPUs for a computation."""
@@ -768,15 +869,25 @@ class _Node:
 
     def forget(self, comp: str) -> None:
         """It is over here; nothing of it is in flight."""
-        for table in (self.flight, self.comps, self.limits, self.parts):
+        for table in (self.flight, self.comps, self.limits, self.parts, self.begun, self.recalled,
+                      self.ahead, self.ranks):
             table.pop(comp, None)  # type: ignore[attr-defined]
-        self.recalled.discard(comp)
         self.draining.discard(comp)
         self._count()
 
     def room(self, comp: str) -> int:
         """CPUs that a computation would find idle here."""
         return min(self.cpus - self.taken, self.limits[comp] - self.parts[comp])
+
+
+def cpus_of(work: Work) -> int:
+    """CPUs that a job uses."""
+    return work._options.get('cpus', 1) if work._options else 1  # type: ignore[no-any-return]
+
+
+def priority_of(work: Work) -> int:
+    """Jobs of higher ones go first."""
+    return work._options.get('priority', 0) if work._options else 0  # type: ignore[no-any-return]
 
 
 class Schedule:
@@ -788,6 +899,9 @@ class Schedule:
         self.nodes: Dict[Any, _Node] = {}
         self._fifo = fifo
         self._numbers, self._orders = itertools.count(1), itertools.count()
+        self._now = 0.0
+        # When a running job will be late, a number, its node
+        self._late: List[Tuple[float, int, Any]] = []
         self._actions: List[Any] = []
         self._sends: Dict[Tuple[Any, str], List[Work]] = {}
         self._away: Dict[Any, _Node] = {}
@@ -797,6 +911,7 @@ class Schedule:
         self._handlers: Dict[type, Callable[[Any], None]] = {
             Unloadable: self._unloadable,
             Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked,
+            WithdrawAsked: self._withdraw_asked, NodeStarted: self._node_started,
             NodeReady: self._node_ready, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
             NodeResults: self._node_results, NodeReturned: self._node_returned,
             NodeHad: self._node_had, NodeAway: self._node_away, NodeLost: self._node_lost, NodeLeft: self._node_left, Closed: self._closed,
@@ -804,19 +919,25 @@ class Schedule:
 
     def handle(self, event: Any, now: float) -> List[Any]:
         """Take one event; returns what must be done at once."""
-        self._actions = []
+        self._actions, self._now = [], now
         self._handlers[type(event)](event)
         return self._actions
 
     def flush(self, now: float) -> List[Any]:
         """The end of a turn: what waits goes to nodes that have room."""
-        self._actions = []
+        self._actions, self._now = [], now
+        while self._late and self._late[0][0] <= now:
+            node = self.nodes.get(heapq.heappop(self._late)[2])
+            if node is not None:
+                self._dirty[node.key] = node
         for node in [node for node in self._away.values() if node.away is not None and node.away.until <= now]:
             away = node.away
             self._node_lost(NodeLost(node.key, away.name, away.text))  # type: ignore[union-attr]
             self._do(NodeGone(node.key))
         for node in self._dirty.values():
             self._index(node)
+        for node in self._dirty.values():
+            self._reduce(node)
         if self._waiting:
             self._distribute()
         if len(self.nodes) > 1 and self._dirty:
@@ -826,7 +947,43 @@ class Schedule:
 
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
-        return min((node.away.until for node in self._away.values() if node.away is not None), default=None)
+        times = [node.away.until for node in self._away.values() if node.away is not None]
+        return min(times + [self._late[0][0]] if self._late else times, default=None)
+
+    def runs(self, key: Any) -> Dict[str, List[int]]:
+        """Computation -> serials of its jobs that run on a node: those that have said so, then the
+        first of those sent there, as far as there are CPUs. Where there is more than the CPUs can
+        take, the node shares them out evenly."""
+        node = self.nodes.get(key)
+        found: Dict[str, List[int]] = {}
+        if node is None or not node.used:
+            return found
+        wants = sorted((min(part, node.limits[comp] or node.offers or part), comp)
+                       for comp, part in node.parts.items() if part)
+        left = node.cpus or node.offers or sum(want for want, _ in wants)
+        for index, (want, comp) in enumerate(wants):
+            flight, begun = node.flight[comp], node.begun[comp]
+            serials, used = list(begun), 0
+            for serial in begun:
+                used += cpus_of(flight[serial])
+            most = max(min(want, -(-left // (len(wants) - index))), used)
+            for serial, work in flight.items() if used < most else ():
+                if serial not in begun:
+                    used += cpus_of(work)
+                    if used > most:
+                        break
+                    serials.append(serial)
+            found[comp] = serials
+            left = max(0, left - min(used, most))
+        return found
+
+    def ran(self, work: Work) -> float:
+        """Seconds that a job has run, 0 if that is not known."""
+        comp = self.comps.get(work._comp)
+        node = comp.running.get(work._serial) if comp is not None else None
+        if node is None:
+            return 0.0
+        return self._now - node.begun[work._comp].get(work._serial, self._now)
 
     # -- small parts --------------------------------------------------------------------------------------
 
@@ -839,14 +996,13 @@ class Schedule:
         state = work._state = JOB_TABLE[work._state, event]
         return state
 
-    @staticmethod
-    def _cpus(work: Work) -> int:
-        return work._options.get('cpus', 1) if work._options else 1
+    _cpus = staticmethod(cpus_of)
 
     def _land(self, node: _Node, comp: _Comp, serials: Sequence[int]) -> Dict[int, Work]:
         """Take attempts off a node's books. Those are left out that are not there: results that come twice or too late."""
         landed: Dict[int, Work] = {}
         flight, cpus, size = node.flight[comp.comp], 0, 0
+        known = [table for table in (node.begun[comp.comp], node.recalled[comp.comp]) if table]
         for serial in serials:
             work = flight.pop(serial, None)
             if work is not None:
@@ -854,6 +1010,10 @@ class Schedule:
                 cpus += self._cpus(work)
                 size += _bytes_of(work)
                 del comp.running[serial]
+                for table in known:
+                    table.pop(serial, None)  # type: ignore[attr-defined]
+                if comp.ranked:
+                    node.ranks[comp.comp][priority_of(work)] -= self._cpus(work)
         if landed:
             node.take(comp.comp, -cpus)
             node.bytes -= size
@@ -876,15 +1036,23 @@ class Schedule:
             if comp is None:
                 self._move(work, 'cancel')
                 self._do(JobEnded(work, 'the cluster was closed'))
-            elif comp.unloadable:
+                continue
+            if comp.unloadable:
                 self._move(work, 'fail')
                 self._do(JobEnded(work, comp.unloadable))
-            else:
-                comp.queue_of(work).push(work)
-                self._waiting[comp.comp] = comp
-                if not comp.flying and not comp.idle:   # a newcomer where all CPUs are taken: one job to the queue of some nodes,
-                    for node in itertools.islice(comp.nodes.values(), 64):   # which give the next CPU to who has fewest
-                        self._dirty[node.key] = node
+                continue
+            comp.queue_of(work).push(work)
+            self._waiting[comp.comp] = comp
+            if work._options and 'priority' in work._options and not comp.ranked:
+                comp.ranked = True
+                for node in comp.nodes.values():
+                    node.ranks[comp.comp] = collections.Counter({0: node.parts[comp.comp]})
+            if not comp.idle and (not comp.flying or comp.ranked):
+                # All CPUs are taken, and it is new or may be urgent: some nodes get it into their
+                # queues. They give the next CPU to the computation that has fewest, and of its jobs
+                # to that of the highest priority.
+                for node in itertools.islice(comp.nodes.values(), 64):
+                    self._dirty[node.key] = node
 
     def _unloadable(self, event: Unloadable) -> None:
         comp = self.comps.get(event.comp)
@@ -903,14 +1071,48 @@ class Schedule:
         work, comp = event.work, self.comps.get(event.work._comp)
         if work._state in ENDED or work._state is JobState.CANCELLING or comp is None:
             return
-        if self._move(work, 'cancel') is JobState.CANCELLED:
-            if work in comp.parked:
-                comp.parked.remove(work)
-            else:
-                comp.queue_of(work).forget()
-            self._do(JobEnded(work, 'cancelled before it was started'))
+        if work._state in _WAITING:
+            self._cancel_waiting(work, comp)
         else:
+            self._move(work, 'cancel')
             self._do(SendCancel(comp.running[work._serial].key, comp.comp, [work._serial]))
+
+    def _cancel_waiting(self, work: Work, comp: _Comp) -> None:
+        self._move(work, 'cancel')
+        if work in comp.parked:
+            comp.parked.remove(work)
+        else:
+            comp.queue_of(work).forget()
+        self._do(JobEnded(work, 'cancelled before it was started'))
+
+    def _withdraw_asked(self, event: WithdrawAsked) -> None:
+        recalls: Dict[Tuple[Any, str], List[int]] = {}
+        for work in event.works:
+            comp = self.comps.get(work._comp)
+            node = comp.running.get(work._serial) if comp is not None else None
+            if comp is not None and work._state in _WAITING:
+                self._cancel_waiting(work, comp)
+            elif comp is None or node is None or node.away is not None \
+                    or work._state is not JobState.SENT:
+                self._do(Withdrawn(work, work._state is JobState.CANCELLED))
+            else:
+                comp.withdrawn.add(work)
+                if work._serial not in node.recalled[comp.comp]:
+                    node.recalled[comp.comp][work._serial] = False
+                    recalls.setdefault((node.key, comp.comp), []).append(work._serial)
+        for (key, name), serials in recalls.items():
+            self._do(SendRecall(key, name, serials))
+
+    def keep(self, work: Work) -> None:
+        """The inverse of WithdrawAsked, if it has not been answered."""
+        if work._comp in self.comps:
+            self.comps[work._comp].withdrawn.discard(work)
+
+    def _answer(self, comp: _Comp, work: Work) -> None:
+        """What was to be withdrawn has begun, ended or cannot be asked for."""
+        if work in comp.withdrawn:
+            comp.withdrawn.discard(work)
+            self._do(Withdrawn(work, work._state is JobState.CANCELLED))
 
     def _closed(self, event: Closed) -> None:
         comp = self.comps.pop(event.comp, None)
@@ -941,15 +1143,17 @@ class Schedule:
         if node is None:
             node = self.nodes[event.node] = _Node(event.node)
         node.name, node.offers = event.name or node.name, event.offers
+        node.trip, node.probe = event.trip or node.trip, None
         self._back_again(node)
-        node.comps[event.comp], comp.nodes[event.node] = comp, node
-        node.parts.setdefault(event.comp, 0)
-        self._limit(node, comp, event.cpus)
-        self._unpark(comp, node)
-        node.recalled.discard(event.comp)   # what was asked of it may not have arrived
-        held, flight = set(event.held), node.flight.setdefault(event.comp, {})
+        node.begin(comp)
+        comp.nodes[event.node] = node
+        node.recalled[event.comp].clear()   # what was asked of it may not have arrived
+        node.draining.discard(event.comp)
+        held, flight = set(event.held), node.flight[event.comp]
         for serial in sorted(set(flight) - held, reverse=True):
             self._back(node, comp, serial)   # it never arrived there
+        self._limit(node, comp, event.cpus)
+        self._unpark(comp, node)
         unwanted = [serial for serial, work in flight.items() if work._state is JobState.CANCELLING]
         unwanted += sorted(held - set(flight))   # given up while the node was away
         if unwanted:
@@ -964,7 +1168,11 @@ class Schedule:
 
     def _limit(self, node: _Node, comp: _Comp, cpus: int) -> None:
         node.draining.discard(comp.comp)
+        lowered = cpus < node.limits[comp.comp]
         node.limit(comp.comp, cpus)
+        if lowered and node.away is None and not comp.remote:
+            most = node.parts[comp.comp] - cpus - node.reserve(comp.comp, self._now)
+            self._call_back(node, comp, self._movable(node, comp, most, math.inf, False), False)
         comp.widest = None
         self._dirty[node.key] = node
 
@@ -983,9 +1191,6 @@ class Schedule:
             return
         self._limit(node, node.comps[event.comp], 0)
         node.draining.add(event.comp)
-        if node.flight[event.comp]:
-            node.recalled.add(event.comp)
-            self._do(SendRecall(node.key, event.comp, len(node.flight[event.comp])))
         self._drained(node, event.comp)
 
     def _drained(self, node: _Node, comp: str) -> None:
@@ -1014,11 +1219,17 @@ class Schedule:
 
     def _back(self, node: _Node, comp: _Comp, serial: int) -> None:
         """An attempt that was never started: the job waits again."""
+        own = node.recalled[comp.comp].get(serial, False)
         for work in self._land(node, comp, [serial]).values():
+            if own:
+                comp.called[serial >> 16] = comp.called.get(serial >> 16, 0) + 1
+            if work in comp.withdrawn:
+                self._move(work, 'cancel')
             if self._move(work, 'back') is JobState.REQUEUED:
                 self._wait_again(comp, work)
             else:
                 self._do(JobEnded(work, 'cancelled before it was started'))
+                self._answer(comp, work)
 
     def _wait_again(self, comp: _Comp, work: Work) -> None:
         comp.queue_of(work).push_front(work)
@@ -1028,10 +1239,30 @@ class Schedule:
     def _node_returned(self, event: NodeReturned) -> None:
         node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
         if node is not None and comp is not None and event.comp in node.comps:
-            if event.serials:   # otherwise all has started there: not to be asked again before something ends
-                node.recalled.discard(event.comp)
             for serial in sorted(event.serials, reverse=True):   # each goes to the front
                 self._back(node, comp, serial)
+
+    def _node_started(self, event: NodeStarted) -> None:
+        node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
+        if node is None or comp is None or event.comp not in node.comps:
+            return
+        flight, begun, pairs = node.flight[event.comp], node.begun[event.comp], []
+        for serial, ran in event.rows:
+            work = flight.get(serial)
+            if work is None:
+                continue
+            begun[serial] = self._now - max(0.0, ran)
+            node.recalled[event.comp].pop(serial, None)
+            if work._state is JobState.SENT:
+                self._move(work, 'start')
+            self._answer(comp, work)
+            pairs.append((work, ran))
+            if not comp.remote:
+                late = begun[serial] + node.horizon
+                heapq.heappush(self._late, (late, next(self._orders), node.key))
+        if pairs:
+            self._dirty[node.key] = node
+            self._do(JobsStarted(node.key, comp.comp, pairs))
 
     def _node_results(self, event: NodeResults) -> None:
         node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
@@ -1041,15 +1272,17 @@ class Schedule:
             return
         if any(row[1] not in OUTCOMES for row in event.rows):
             raise PeerError('a result with an unknown outcome')
-        node.recalled.discard(event.comp)
         serials = [row[0] for row in event.rows if row[1] not in GOES_ON]
         landed, flight = self._land(node, comp, serials), node.flight[comp.comp]
-        pairs, mean = [], comp.mean
+        pairs = []
+        self._learn(node, comp, event.rows, landed)
         for row in event.rows:
             outcome = row[1]
             if outcome in GOES_ON:
                 work = landed.get(row[0]) or flight.get(row[0])   # its end may be in the same message
                 if work is not None:
+                    if work._state is JobState.SENT:
+                        self._do(JobsStarted(node.key, comp.comp, [(work, 0.0)]))
                     self._move(work, 'provisional')
                     pairs.append((work, row))
                 continue
@@ -1065,23 +1298,33 @@ class Schedule:
                 self._lost(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
                 continue
             self._move(work, _EVENT_OF[outcome])
-            took = row[3] - row[2]
-            if took:
-                mean = took if mean is None else mean + (took - mean) * (0.25 if took > mean else 0.0625)
+            if comp.withdrawn:
+                self._answer(comp, work)
+            if comp.called:
+                comp.called.pop(row[0] >> 16, None)
             pairs.append((work, row))
-        comp.mean = mean
         self._do(SendAck(node.key, comp.comp, serials))
         if pairs:
             self._do(JobsEnded(node.key, comp.comp, pairs))
+
+    def _learn(self, node: _Node, comp: _Comp, rows: list, landed: Dict[int, Work]) -> None:
+        """Jobs have ended: how long they took, and how long what they were sent with and told by."""
+        ended = [row for row in rows if row[0] in landed and row[1] not in GOES_ON]
+        comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
+        node.ahead[comp.comp].ended(len(ended), len(node.flight[comp.comp]), node.limits[comp.comp])
+        if node.probe is not None and node.probe[0] in landed:
+            took = next(row[3] - row[2] for row in ended if row[0] == node.probe[0])
+            node.trip = min(node.trip, max(0.0, self._now - node.probe[1] - took))
+            node.probe = None
 
     def _node_had(self, event: NodeHad) -> None:
         comp, node = self.comps[event.comp], self.nodes.get(event.node)
         if node is None:
             node = self.nodes[event.node] = _Node(event.node)
         node.name = event.name
-        node.comps[event.comp], comp.nodes[event.node] = comp, node
-        node.parts[event.comp] = 0
-        flight = node.flight.setdefault(event.comp, {})
+        node.begin(comp)
+        comp.nodes[event.node] = node
+        flight = node.flight[event.comp]
         self._limit(node, comp, 0)
         for work in event.works:
             cpus = self._cpus(work)
@@ -1091,6 +1334,12 @@ class Schedule:
             self._flying[comp.client] += cpus
             flight[work._serial] = work
             comp.running[work._serial] = node
+            if work._options and 'priority' in work._options:
+                comp.ranked = True
+        for there in comp.nodes.values() if comp.ranked else ():
+            there.ranks[comp.comp] = collections.Counter()
+            for work in there.flight[comp.comp].values():
+                there.ranks[comp.comp][priority_of(work)] += self._cpus(work)
         self._node_away(NodeAway(event.node, event.name, 'the node did not come back', event.until))
 
     def _node_away(self, event: NodeAway) -> None:
@@ -1100,6 +1349,9 @@ class Schedule:
             self._away[node.key] = self._dirty[node.key] = node
             for comp in node.comps.values():
                 comp.widest = None
+                there = [work for work in comp.withdrawn if comp.running.get(work._serial) is node]
+                for work in there:
+                    self._answer(comp, work)
 
     def _back_again(self, node: _Node) -> None:
         node.away = None
@@ -1132,7 +1384,10 @@ class Schedule:
             self._forget(node, comp)
 
     def _lost(self, comp: _Comp, work: Work, node_name: str, text: str) -> None:
-        """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it came."""
+        """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it
+        came, and whether it had begun, whatever was known last. One that is known not to have begun
+        comes by `_back`."""
+        self._answer(comp, work)
         work._lost += (node_name,)
         retries = work._options.get('retries') if work._options else None
         times = retries + 1 if retries else LOST_TIMES if comp.reentrant else 1
@@ -1158,14 +1413,17 @@ class Schedule:
                 comp.idle[node.key] = node
             else:
                 comp.idle.pop(node.key, None)
-            if surplus and name not in node.recalled and node.flight[name]:
+            known = len(node.begun[name]) + len(node.recalled[name])
+            if surplus and len(node.flight[name]) > known:
                 comp.donors[node.key] = node
             else:
                 comp.donors.pop(node.key, None)
 
     def _distribute(self) -> None:
-        """First to CPUs that are idle; then to queues on the nodes that something has happened to. What this costs depends
-        on how many nodes that are, not on how many there are."""
+        """First to CPUs that are idle; then to queues on the nodes that something has happened to.
+        What this costs depends on how many nodes that are, not on how many there are. While a job
+        waits that may go to idle CPUs only, nothing is sent to queues, or there would never be
+        one."""
         self._sends = {}
         waiting = self._still_waiting()
         while waiting:
@@ -1179,7 +1437,8 @@ class Schedule:
             before = sum(map(len, self._sends.values()))
             total = max(1, sum(node.cpus for node in self._dirty.values()))
             shares = {comp.comp: math.ceil(comp.length() / total) for comp in waiting}
-            for node in list(self._dirty.values()):
+            full = all(map(self._may_be_ahead, waiting))
+            for node in list(self._dirty.values()) if full else ():
                 if node.away is None:
                     self._fill(node, shares)
             waiting = self._still_waiting()
@@ -1195,9 +1454,18 @@ class Schedule:
             self._waiting = {comp.comp: comp for comp in waiting}
         return waiting
 
-    def _rank(self, comp: _Comp) -> Tuple[int, int]:
-        """Who has least of this is next: the CPUs of its client, and of these its own; or its place in the order of coming."""
-        return (comp.order, 0) if self._fifo else (self._flying[comp.client], comp.flying)
+    @staticmethod
+    def _may_be_ahead(comp: _Comp) -> bool:
+        """Whether the next job of a computation may wait on a node."""
+        work = comp.queue.head() if comp.called else None
+        return work is None or comp.may_wait_there(work)
+
+    def _rank(self, comp: _Comp) -> Tuple[int, int, int]:
+        """Who has least of this is next: the CPUs of its client, of these its own, and the time
+        when it was served last; or its place in the order of coming."""
+        if self._fifo:
+            return comp.order, 0, 0
+        return self._flying[comp.client], comp.flying, comp.served
 
     def _start_one(self, comp: _Comp) -> bool:
         """Send the next job to an idle CPU."""
@@ -1231,28 +1499,40 @@ class Schedule:
         if len(rivals) > 1:
             rivals.sort(key=self._rank)
         for comp in rivals:
-            limit = node.limits[comp.comp]
-            depth = self._depth(comp, shares[comp.comp], len(rivals))
-            while node.parts[comp.comp] < limit * depth and (
-                    depth > 1 or node.taken < node.cpus or (len(parts) > 1 and parts[comp.client] < max(1, limit // len(parts)))):
+            reserve = min(node.reserve(comp.comp, self._now, len(rivals)),
+                          node.limits[comp.comp] * shares[comp.comp])
+            while True:
                 source = comp.source(node.key)
                 work = source.head()
-                fits = limit if node.bytes <= AHEAD_BYTES else node.room(comp.comp)
-                if work is None or self._cpus(work) > fits:
+                if work is None or not self._may_send(node, comp, work, reserve, parts):
                     break
                 self._launch(node, comp, source.pop())
                 parts[comp.client] += self._cpus(work)
 
+    def _may_send(self, node: _Node, comp: _Comp, work: Work, reserve: int,
+                  parts: Dict[str, int]) -> bool:
+        """Whether a job may go to a node that has no idle CPU for it, where jobs for so many CPUs
+        may wait."""
+        limit = node.limits[comp.comp]
+        fits = limit if node.bytes <= AHEAD_BYTES else node.room(comp.comp)
+        if self._cpus(work) > fits or not comp.may_wait_there(work):
+            return False
+        if reserve or node.taken < node.cpus:
+            if node.standing_before(comp, work) < limit + reserve:
+                return True
+        return len(parts) > 1 and self._is_choice(node, comp, parts)
+
     @staticmethod
-    def _depth(comp: _Comp, share: int, rivals: int) -> int:
-        """Jobs a CPU that a node may hold, run or not."""
-        if comp.mean is None:
-            ahead = 1
-        elif comp.mean >= QUEUED_TIME:
-            ahead = 0
-        else:
-            ahead = min(AHEAD_MOST, int(QUEUED_TIME / max(comp.mean, 1e-6)))
-        return 1 + min(ahead // rivals, share)
+    def _is_choice(node: _Node, comp: _Comp, parts: Dict[str, int]) -> bool:
+        """Whether a node that several clients (of `parts`) share needs a job more of one, to have a
+        choice when a CPU is free: an even part of its jobs, and one behind them if all of them
+        run."""
+        limit, part = node.limits[comp.comp], parts[comp.client]
+        if part < max(1, limit // len(parts)):
+            return True
+        return part <= limit and all(
+            len(node.begun[name]) == len(node.flight[name])
+            for name, other in node.comps.items() if other.client == comp.client)
 
     def _launch(self, node: _Node, comp: _Comp, work: Work) -> None:
         self._move(work, 'send')
@@ -1263,11 +1543,14 @@ class Schedule:
         node.take(comp.comp, cpus)
         node.bytes += _bytes_of(work)
         comp.flying += cpus
+        comp.served = next(self._orders)
         self._flying[comp.client] += cpus
         node.flight[comp.comp][work._serial] = work
         comp.running[work._serial] = node
-        if node.recalled:   # the node forgets what was recalled when new work comes
-            node.recalled.discard(comp.comp)
+        if comp.ranked:
+            node.ranks[comp.comp][priority_of(work)] += cpus
+        if node.probe is None and node.taken == node.used:   # it will not wait there
+            node.probe = (work._serial, self._now)
         if node.key in comp.idle and node.room(comp.comp) < 1:
             self._index(node)
         works = self._sends.get((node.key, comp.comp))
@@ -1275,6 +1558,21 @@ class Schedule:
             works = self._sends[node.key, comp.comp] = []
             self._dirty[node.key] = node
         works.append(work)
+
+    def _reduce(self, node: _Node) -> None:
+        """Call back what waits on a node beyond twice the bound that holds now: jobs turn out to be
+        longer than those before them, or some run that will not end soon. Twice, because estimates
+        go up and down a little."""
+        for name, comp in node.comps.items() if node.away is None else ():
+            spare = node.parts[name] - node.limits[name]
+            if spare <= 0 or comp.remote or name in node.draining:
+                continue
+            reserve = node.reserve(name, self._now)
+            choice = min(1, node.used - node.parts[name])   # see `_is_choice`
+            if spare > max(choice, 2 * reserve):
+                asked = sum(self._cpus(node.flight[name][serial]) for serial in node.recalled[name])
+                most = spare - reserve - asked
+                self._call_back(node, comp, self._movable(node, comp, most, math.inf, True), True)
 
     def _balance(self) -> None:
         """Call back what waits on one node while CPUs of another are idle."""
@@ -1286,23 +1584,42 @@ class Schedule:
             for donor in list(comp.donors.values()):
                 surplus = donor.used - min(donor.cpus, donor.taken)
                 most = max(free, surplus * free // (free + donor.cpus))   # of short jobs its part of all, at once
-                count = self._movable(donor.flight[comp.comp], max(rooms), min(surplus, most))
+                serials = self._movable(donor, comp, min(surplus, most), max(rooms), True)
                 del comp.donors[donor.key]   # until it is looked at again
-                if count:
-                    donor.recalled.add(comp.comp)
-                    self._do(SendRecall(donor.key, comp.comp, count))
-                    called += count
-                    if called >= free:
-                        break
+                self._call_back(donor, comp, serials, True)
+                called += len(serials)
+                if called >= free:
+                    break
 
-    def _movable(self, flight: Dict[int, Work], room: int, most: int) -> int:
-        """How many of the last attempts of a node would find room elsewhere; the first of all runs."""
-        count = 0
-        for work in itertools.islice(reversed(list(flight.values())), max(0, len(flight) - 1)):
-            if count >= most or self._cpus(work) > room or (work._options and 'node' in work._options):
+    def _movable(self, node: _Node, comp: _Comp, most: int, room: float, own: bool) -> List[int]:
+        """Serials of the last attempts on a node that may not have begun, of up to so many CPUs:
+        those of low priority first; if it is for reasons of our own, none that was called back too
+        often. Less `room` than all: for another node."""
+        begun, recalled = node.begun[comp.comp], node.recalled[comp.comp]
+        serials: List[int] = []
+        last = list(node.flight[comp.comp].items())[::-1] if most > 0 else []
+        if comp.ranked:
+            last.sort(key=lambda item: priority_of(item[1]))
+        for serial, work in last:
+            if most <= 0:
                 break
-            count += 1
-        return count
+            if serial in begun or serial in recalled or work._state is not JobState.SENT:
+                continue
+            if own and not comp.may_wait_there(work):
+                continue
+            for_this_node = bool(work._options) and 'node' in work._options  # type: ignore[operator]
+            if room < math.inf and (self._cpus(work) > room or for_this_node):
+                break
+            serials.append(serial)
+            most -= self._cpus(work)
+        return serials
+
+    def _call_back(self, node: _Node, comp: _Comp, serials: List[int], own: bool) -> None:
+        """Ask a node for attempts; `own`: for reasons of the schedule, not because the user wants
+        it."""
+        if serials:
+            node.recalled[comp.comp].update((serial, own) for serial in serials)
+            self._do(SendRecall(node.key, comp.comp, serials))
 
 
 def _bytes_of(work: Work) -> int:
@@ -3744,9 +4061,17 @@ class NodeAllocate:
         self.host, self.port, self.cpus, self.depends, self.setup_args = host, port, cpus, depends, setup_args
 
     def allocate(self, cluster: 'JobCluster', ip_addr: str, name: str, cpus: int, avail_info: Any = None, platform: str = '') -> int:
-        """How many jobs to run there at once: 0 refuses the node, more than `cpus`, the number it offers, is allowed. May
-        set self.depends and self.setup_args. Called once a connection of the node, in a thread of the cluster's."""
-        return cpus
+        """How many jobs to run there at once: 0 refuses the node, more than `cpus`, the number it
+        offers, is allowed, a negative number leaves so many free. May set self.depends and
+        self.setup_args. Called once a connection of the node, in a thread of the cluster's. If it
+        is not overridden, `cpus` of the constructor counts as in `nodes`."""
+        return limited(cpus, self.cpus)
+
+
+def limited(offered: int, cpus: int) -> int:
+    """CPUs to use of those that a node offers: at most so many; if that is negative, all but so
+    many; if it is 0, all."""
+    return min(offered, cpus) if cpus > 0 else max(0, offered + cpus)
 
 
 def matches(pattern: str, word: str) -> bool:
@@ -3817,6 +4142,7 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['P
     number = plain_number(cpus, True)
     if number is None:
         raise TypeError('allocate() returned %.80r, which is no number of CPUs' % (cpus,))
+    cpus = max(0, peer.offered + cpus) if cpus < 0 else cpus
     paths: Dict[str, str] = {}
     bundles = cluster._bundles
     objects, _ = _sort_depends(allocator.depends, paths, bundles.known_globals)
@@ -3914,6 +4240,52 @@ def open_own_file(path: str, what: str, flags: int = 0) -> int:
         os.close(handle)
         raise
     return handle
+
+
+def own_process() -> Tuple[str, int, str]:
+    """This process for others on the same machine, who may ask whether it has ended: machine, PID,
+    when it began."""
+    return _machine(), os.getpid(), _start_of(os.getpid())
+
+
+def has_ended(process: Tuple[str, int, str]) -> Optional[bool]:
+    """Whether a process of this machine, as of `own_process`, has ended. None if that cannot be
+    known: it is of another machine or another container."""
+    machine, pid, start = process
+    if not start or machine != _machine():
+        return None
+    return _start_of(pid) != start
+
+
+@functools.lru_cache(maxsize=None)
+def _machine() -> str:
+    """This machine, since it was started; of containers each is one of its own."""
+    try:
+        with open('/proc/sys/kernel/random/boot_id') as file:
+            return '%s %s' % (file.read().strip(), os.readlink('/proc/self/ns/pid'))
+    except OSError:   # no Linux
+        return '%x %s' % (uuid.getnode(), socket.gethostname())
+
+
+def _start_of(pid: int) -> str:
+    """When a process began, to tell it from a later one of the same PID; empty if there is none, or
+    nobody can say."""
+    try:
+        with open('/proc/%d/stat' % pid) as file:
+            fields = file.read().rpartition(')')[2].split()   # the name before it may hold anything
+        # One that waits to be reaped has ended.
+        return '' if fields[0] in 'ZX' else fields[19]
+    except OSError:
+        if os.path.isdir('/proc/self'):
+            return ''
+    try:
+        import psutil
+    except ImportError:
+        return ''
+    try:
+        return str(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return ''
 
 
 class Database:
@@ -4364,6 +4736,7 @@ class Peer:
         self.state = NodeState.FOUND
         self.link: Optional[Link] = None
         self.linked_at = 0.0
+        self.trip = 0.0                            # s from Introduce to Welcome
         self.instance = b''
         self.wrong = False                         # it could not use what was sent: it is not reached again at once
         self.restarted = False                     # another process than before; told when it says Welcome
@@ -4417,7 +4790,7 @@ class Peer:
             return min(use.wanted, self.offered) if use.wanted >= 0 else max(0, self.offered + use.wanted)
         if use.allocation is not None:
             return use.allocation.cpus if self.offered else 0
-        return min(self.offered, use.spec.cpus) if use.spec.cpus > 0 else max(0, self.offered + use.spec.cpus)
+        return limited(self.offered, use.spec.cpus)
 
     @property
     def place(self) -> str:
@@ -4648,6 +5021,8 @@ class Driver(Loop):
         self._reclaimed: Dict[str, 'Recovery'] = {}  # computations of programs that have crashed
         self._call_numbers = itertools.count(1)
         self.refusals = Refusals()
+        # Jobs to be cancelled if they have not begun
+        self._withdrawals: Dict[Any, 'concurrent.futures.Future[bool]'] = {}
         self._strangers: Dict[Any, Peer] = {}        # instance or address -> one that cannot be used, and is no node that was named
         self._submitted: List[DispyJob] = []
         self._openers = Pool('dispy-opener', 2)
@@ -4663,6 +5038,7 @@ class Driver(Loop):
         self._acts: Dict[type, Callable[[Any], None]] = {
             SendJobs: self._send_jobs, SendCancel: self._send_to, SendRecall: self._send_to, SendAck: self._send_ack,
             JobsEnded: self._jobs_ended, JobEnded: self._job_ended, JobWaits: self._job_waits,
+            JobsStarted: self._jobs_started, Withdrawn: self._withdrawn,
             JobParked: self._job_parked, NodeDrained: self._drained, NodeGone: self._gone,
         }
         self._messages: Dict[type, Callable[[Peer, Any], None]] = {
@@ -4672,8 +5048,7 @@ class Driver(Loop):
             Where: self._on_where, News: self._on_news, Call: self._on_call, Return: self._on_return,
             Said: lambda peer, message: self._inform(message.comp, message.text),
             Placed: lambda peer, message: self._answer(peer, (message.comp, message.name), message.error),
-            Held: self._on_held,
-            Report: lambda peer, message: self._answer(peer, (message.comp, ''), message),
+            Held: self._on_held, Started: self._on_started, Report: self._on_report,
         }
         self._commands: Dict[str, Callable[..., Any]] = {
             'nodes': self.rows_of, 'complaint': self.complaint, 'why_unloadable': self.why_unloadable, 'find': lambda comp, node: self.find(comp, node).key,
@@ -4904,15 +5279,43 @@ class Driver(Loop):
         for recovery in set(self._reclaimed.values()):
             recovery.cancel(job)
 
-    def cancel_waiting(self, comp: str) -> None:
-        """End all jobs of a cluster that wait here."""
+    def cancel_waiting(self, comp: str) -> int:
+        """End all jobs of a cluster that have not begun. Returns of how many this is tried."""
         self._take_submitted()
         known = self.schedule.comps.get(comp)
-        works = known.waiting() if known is not None else []
-        for node in known.nodes.values() if known is not None and known.remote else ():   # those that wait at a scheduler
-            works += [work for work in node.flight[comp].values() if work.status == DispyJob.Created]  # type: ignore[attr-defined]
-        for work in works:
-            self._act(self.schedule.handle(CancelAsked(work), self.now))
+        if known is not None:
+            works = known.not_begun()
+            self._act(self.schedule.handle(WithdrawAsked(works), self.now))
+            return len(works)
+        return 0
+
+    def withdraw_all(self, jobs: Sequence[DispyJob]) -> None:
+        """Cancel those that have not begun."""
+        self._take_submitted()
+        left = [job for job in jobs if job._state not in ENDED]
+        self._act(self.schedule.handle(WithdrawAsked(left), self.now))
+
+    def withdraw(self, job: DispyJob) -> 'concurrent.futures.Future[bool]':
+        """Cancel a job if it has not begun. The future tells whether it will never begin."""
+        self._take_submitted()
+        future = self._withdrawals.get(job)
+        if future is None:
+            future = self._withdrawals[job] = concurrent.futures.Future()
+            self._act(self.schedule.handle(WithdrawAsked([job]), self.now))
+        return future
+
+    def keep(self, job: DispyJob) -> bool:
+        """The answer to `withdraw` is not waited for any longer: the job goes on if it has not
+        ended. Whether it has been cancelled."""
+        future = self._withdrawals.pop(job, None)
+        if future is not None:
+            self.schedule.keep(job)
+        return job._state is JobState.CANCELLED
+
+    def _withdrawn(self, action: Withdrawn) -> None:
+        future = self._withdrawals.pop(action.work, None)
+        if future is not None:
+            future.set_result(action.gone)
 
     @staticmethod
     def watch_cluster(cluster: 'JobCluster', monitor: Monitor) -> None:
@@ -4931,9 +5334,9 @@ class Driver(Loop):
         return [peer for peer in self._peers.values() if comp in peer.uses]
 
     def node_of(self, comp: str, peer: Peer) -> Tuple[Peer, str, str, int, int]:
-        """A node of a cluster: (peer, state, reason, CPUs it may use, jobs there)."""
-        use, node = peer.uses[comp], self.schedule.nodes.get(peer.key)
-        busy = len(node.flight.get(comp, ())) if node is not None else 0
+        """A node of a cluster: (peer, state, reason, CPUs it may use, jobs that run there)."""
+        use = peer.uses[comp]
+        busy = len(self.schedule.runs(peer.key).get(comp, ())) if not peer.scheduler else 0
         state, reason = use.state.value, use.reason
         if use.state is UseState.WAITING:
             state, reason = peer.state.value, peer.reason
@@ -5579,6 +5982,7 @@ class Driver(Loop):
 
     def _on_welcome(self, peer: Peer, message: Welcome) -> None:
         peer.name, peer.facts, peer.offered = message.name, message.facts, message.cpus
+        peer.trip = self.now - peer.linked_at
         kept = message.facts.get('kept', {})
         if peer.restarted:
             peer.restarted = False
@@ -5797,7 +6201,9 @@ class Driver(Loop):
             self._clusters[message.comp]._node_came()
             self._tell_all(DispyNode.Initialized, peer, [message.comp])
             limit = self._tell_limit(peer, message.comp)   # before the first job
-            self._act(self.schedule.handle(NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered), self.now))
+            ready = NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered,
+                              peer.trip)
+            self._act(self.schedule.handle(ready, self.now))
 
     def _on_held(self, peer: Peer, message: Held) -> None:
         """The results come by themselves."""
@@ -5832,6 +6238,15 @@ class Driver(Loop):
 
     def _on_returned(self, peer: Peer, message: Returned) -> None:
         self._act(self.schedule.handle(NodeReturned(peer.key, message.comp, message.serials), self.now))
+
+    def _on_started(self, peer: Peer, message: Started) -> None:
+        self._act(self.schedule.handle(NodeStarted(peer.key, message.comp, message.rows), self.now))
+
+    def _on_report(self, peer: Peer, message: Report) -> None:
+        if message.running:
+            started = NodeStarted(peer.key, message.comp, message.running)
+            self._act(self.schedule.handle(started, self.now))
+        self._answer(peer, (message.comp, ''), message)
 
     def _job_of(self, peer: Peer, message: Any) -> Any:
         """The job that a message of a node speaks of, while it is there."""
@@ -5949,26 +6364,23 @@ class Driver(Loop):
     def _send_jobs(self, action: SendJobs) -> None:
         peer = self._peers[action.node]
         assert peer.link is not None   # ours: the schedule knows nodes with a link only
-        now, names = time.time(), _OF_JOBS_THERE if peer.scheduler else OF_JOBS
-        for work in action.works if not peer.scheduler else ():   # that one tells when and where
-            work.status, work.ip_addr, work.start_time = DispyJob.Running, peer.ip_addr, now
+        names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
         for frame in frames(Jobs, action.comp, (job_row(work, work._payload, names) for work in action.works)):
             self.say(peer.link, frame)
-        cluster = self._clusters[action.comp]
         if action.comp in self._journals:
             self._journals[action.comp].sent(action.works, peer.place)
-        if cluster._cluster_status is not None and not peer.scheduler:
-            for work in action.works:
-                self._told(Told(cluster, DispyJob.Running, peer, work))
+
+    def _jobs_started(self, action: JobsStarted) -> None:
+        cluster, peer = self._clusters[action.comp], self._peers[action.node]
+        for job, ran in action.pairs:
+            cluster._began(job, time.time() - ran, peer)
 
     def _send_to(self, action: Any) -> None:
         peer = self._peers.get(action.node)
         if peer is not None and peer.link is not None:
-            if isinstance(action, SendCancel):
-                for message in in_parts(Cancel, action.comp, action.serials):
-                    self.say(peer.link, message)
-            else:
-                self.say(peer.link, Recall(action.comp, action.most))
+            kind = Cancel if isinstance(action, SendCancel) else Recall
+            for message in in_parts(kind, action.comp, action.serials):
+                self.say(peer.link, message)
 
     def _send_ack(self, action: SendAck) -> None:
         """Collected, so that a round trip of one job is not two."""
@@ -6026,6 +6438,8 @@ class Driver(Loop):
 
     def _job_ended(self, action: JobEnded) -> None:
         job = action.work
+        if self._withdrawals:
+            self._withdrawn(Withdrawn(job, job._state is JobState.CANCELLED))
         if job._comp in self._journals:
             self._journals[job._comp].ended(job, action.text)
         self._clusters[job._comp]._end(job, action.text)
@@ -6041,8 +6455,8 @@ def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
 _ERRORS: Dict[str, Type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, KeyError, OSError, NoNodes)}
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.REFUSED, NodeState.LOST))
 _MAY_OFFER = frozenset((UseState.WAITING, UseState.ASKING, UseState.REFUSED))
-OF_JOBS = ('cpus', 'timeout', 'memory')   # options of a job that its node has to know
-_OF_JOBS_THERE = (*OF_JOBS, 'priority', 'retries', 'node')   # and a scheduler
+OF_JOBS = ('cpus', 'timeout', 'memory', 'priority')   # options of a job that its node has to know
+_OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
 _lock = threading.Lock()      # guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
 _drivers: Dict[Access, Driver] = {}
 _clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()
@@ -6253,11 +6667,13 @@ class JobCluster:
         self._monitors: Tuple[Monitor, ...] = ()             # replaced as a whole
         self._started = time.time()
         self._directory = os.getcwd()                        # files that jobs send come below it
+        path = path_option('recover_file', recover_file) or (
+            '_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
+        self._recovers = bool(path)                          # another process may carry on
         self._reach_by(nodes is None and reach != 'off')
         self.recovered: List[DispyJob] = []
         self._recovery: Optional[Recovery] = None
         access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), pulse, redial)
-        path = path_option('recover_file', recover_file) or ('_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
         self._journal = Journal(path) if path else None
         try:
             known = self._journal.known() if self._journal is not None else []
@@ -6478,8 +6894,29 @@ class JobCluster:
         return 0
 
     def cancel_waiting(self) -> None:
-        """End all jobs that have not been sent to a node. Any thread."""
+        """End all jobs that have not begun, those that wait on nodes included. Any thread."""
         self._driver.ask(lambda: self._driver.cancel_waiting(self._comp))
+
+    def _withdraw_all(self, jobs: Sequence[Any]) -> None:
+        """Cancel those that have not begun; the answers are not waited for. Any thread but the
+        driver's."""
+        with contextlib.suppress(RuntimeError):   # the driver has ended, and its jobs with it
+            self._driver.ask(lambda: self._driver.withdraw_all(jobs))
+
+    def _withdraw(self, job: DispyJob) -> bool:
+        """Cancel a job if it has not begun; whether it never will. Waits for the answer of its node
+        for WITHDRAW_TIME; then the job goes on. Any thread; without answer in the driver's."""
+        driver = self._driver
+        if job.status in ENDED or driver.broken or threading.current_thread() is driver._thread:
+            return job.status == DispyJob.Cancelled
+        try:
+            future = driver.ask(lambda: driver.withdraw(job))
+            try:
+                return future.result(WITHDRAW_TIME)  # type: ignore[no-any-return]
+            except concurrent.futures.TimeoutError:
+                return driver.ask(lambda: driver.keep(job))  # type: ignore[no-any-return]
+        except RuntimeError:   # the driver has ended meanwhile, and its jobs with it
+            return job.status == DispyJob.Cancelled
 
     def wait(self, timeout: Optional[float] = None, progress: bool = False) -> bool:
         """Wait until every job has ended and its callback has returned, at most `timeout` seconds; whether they have.
@@ -6621,8 +7058,9 @@ class JobCluster:
         return self._command('set_cpus', node, number)  # type: ignore[no-any-return]
 
     def node_jobs(self, node: Any, from_node: bool = False) -> List[DispyJob]:
-        """Jobs of this cluster that have been sent to a node and have not ended; with `from_node` it is asked which of them
-        run, and only these are returned. Raises ValueError for an unknown node, RuntimeError if it is not connected."""
+        """Jobs of this cluster that have been sent to a node and have not ended: those that wait
+        there are Created. With `from_node` it is asked which of them run; only these are returned,
+        as Running. Raises ValueError for an unknown node, RuntimeError if it is not connected."""
         serials = self._command('jobs', node)
         if from_node:
             report = answer_of(self._command('question', node), CALL_TIME)
@@ -6727,6 +7165,18 @@ class JobCluster:
         with self._lock:
             self._owed.difference_update(jobs)
 
+    def _began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
+        """A job has begun, at this time since the epoch. The driver's thread."""
+        with self._lock:   # beside a provisional result, and the end
+            if job.status in ENDED:
+                return
+            is_news = job.status == DispyJob.Created
+            job.ip_addr, job.start_time = peer.ip_addr, start
+            if is_news:
+                job.status = DispyJob.Running
+        if is_news and self._cluster_status is not None:
+            self._driver._told(Told(self, DispyJob.Running, peer, job))
+
     def _node_came(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -6736,6 +7186,11 @@ class JobCluster:
         seconds, finished = 0.0, 0
         for job, row in pairs:
             payload = job._payload
+            # Nobody had told that it has begun
+            if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
+                job.ip_addr = peer.ip_addr
+                if self._cluster_status is not None:
+                    self._driver.post(Told(self, DispyJob.Running, peer, job))
             fill_in(job, row, self._cargo.is_program)
             if job.status == 11:
                 finished += 1
@@ -6881,7 +7336,9 @@ class SharedJobCluster(JobCluster):
 
     def _reach_by(self, probe: bool) -> None:
         self._probe = False
-        self._cargo.spec['shared'] = {'nodes': None if self._any else self._plain(self._specs), 'reentrant': self._reentrant,
+        self._cargo.spec['shared'] = {'recovers': self._recovers, 'process': own_process(),
+                                      'nodes': None if self._any else self._plain(self._specs),
+                                      'reentrant': self._reentrant,
                                       'exclusive': self._exclusive, 'cloudpickle': cloudpickle.__version__}
         self._specs = [self._scheduler]
 
@@ -6970,14 +7427,11 @@ class SharedJobCluster(JobCluster):
             self._places.pop(job, None)
             job.status, job.ip_addr, job.start_time = DispyJob.Created, None, None
             return
-        row = self._places[job] = NodeRow((node[0], node[1]), node[0], node[1], node[2], 'ready', '', 0, 0, 0, {})
-        with self._lock:   # beside a provisional result
-            if job.status in ENDED:
-                return
-            job.status, job.ip_addr, job.start_time = DispyJob.Running, node[0], time.time()
-        if self._cluster_status is not None:
-            described = self._describe(row, row.state, '', 0, 0)
-            self._driver._tellers.run(self._cluster_status, DispyJob.Running, described, job)
+        host, port, name = node
+        self._places[job] = NodeRow((host, port), host, port, name, 'ready', '', 0, 0, 0, {})
+
+    def _began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
+        super()._began(job, start, self._places.get(job, peer))
 
     def _asked(self, name: str, args: tuple) -> Any:
         if name == 'source':
@@ -7181,14 +7635,16 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
         self.job: Optional[DispyJob] = None
 
     def cancel(self) -> bool:
-        """Cancel it if it waits. As with other executors, what runs goes on (`cluster.cancel` ends that too)."""
+        """Cancel the call if it has not begun: its node is asked, and the answer is waited for, 1 s
+        at most. Returns whether it will never begin. As with other executors, what runs goes on
+        (`cluster.cancel` ends that too). Any thread."""
+        if self.done():
+            return self.cancelled()
         job = self.job
-        if job is not None and job.status == JobState.CREATED:
-            self._cluster.cancel(job)
-        return job is not None and job.status == JobState.CANCELLED and super().cancel()
+        return job is not None and self._cluster._withdraw(job) and super().cancel()
 
     def running(self) -> bool:
-        """Whether it is on a node."""
+        """Whether it is on a CPU."""
         return self.job is not None and self.job.status in (JobState.RUNNING, JobState.PROVISIONAL)
 
     def settle(self, job: DispyJob) -> None:
@@ -7241,11 +7697,32 @@ class DispyExecutor(concurrent.futures.Executor):
         TimeoutError when the next result is not there `timeout` seconds after the call, and what a call raised."""
         if chunksize < 1:
             raise ValueError('chunksize=%r must be at least 1' % (chunksize,))
-        if chunksize == 1:
-            return super().map(fn, *iterables, timeout=timeout)
+        until = None if timeout is None else time.monotonic() + timeout
         inputs = zip(*iterables)
+        if chunksize == 1:
+            return self._results([self.submit(fn, *args) for args in inputs], until)
+        call = functools.partial(call_chunk, fn)
         chunks = iter(lambda: list(itertools.islice(inputs, chunksize)), [])
-        return itertools.chain.from_iterable(super().map(functools.partial(call_chunk, fn), chunks, timeout=timeout))
+        return self._flat(self._results([self.submit(call, chunk) for chunk in chunks], until))
+
+    @staticmethod
+    def _flat(results: Any) -> Iterator[Any]:
+        with contextlib.closing(results):
+            for chunk in results:
+                yield from chunk
+
+    def _results(self, futures: List[DispyFuture], until: Optional[float]) -> Iterator[Any]:
+        """Results in order; when they are not wanted any more, the calls that have not begun are
+        cancelled."""
+        futures.reverse()
+        try:
+            while futures:
+                left = None if until is None else max(0.0, until - time.monotonic())
+                yield futures[-1].result(left)
+                futures.pop()
+        finally:
+            if futures:
+                self.cluster._withdraw_all([future.job for future in futures])
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         """As in concurrent.futures, waits for all calls; Ctrl-C and sys.exit end them."""
@@ -7255,7 +7732,8 @@ class DispyExecutor(concurrent.futures.Executor):
             self.shutdown()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls; wait for those there are (or cancel those that wait) and let the nodes go."""
+        """Take no more calls; wait for those there are (`cancel_futures`: for those that have
+        begun) and let the nodes go."""
         if cancel_futures:
             self.cluster.cancel_waiting()
         if wait:

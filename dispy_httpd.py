@@ -73,8 +73,8 @@ import hmac
 import http.client
 import http.server
 import io
-import itertools
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -91,7 +91,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import dispy
 from dispy import Access, DispyJob, Driver, JobCluster, Monitor, NodeSpec, SharedJobCluster
@@ -309,16 +309,14 @@ class Watched(Monitor):
         node = self.cluster._driver.schedule.nodes.get(key)
         return node.flight.get(self.cluster._comp, {}) if node is not None else {}
 
-    def running(self, peer: Any, cpus: int) -> Tuple[int, int]:
-        """Jobs that run on a node, and their CPUs: the first of those sent there; what CPUs are not left for waits. O(CPUs). The driver's
-        thread."""
-        jobs, used, most = 0, 0, cpus if cpus > 0 else peer.offered     # a node that is drained still runs what it has
-        for job in self.flight(peer.key).values():
-            wide = job._options.get('cpus', 1) if job._options else 1
-            if used + wide > most:
-                break
-            jobs, used = jobs + 1, used + wide
-        return jobs, used
+    def runs(self, peer: Any) -> List[int]:
+        """Serials of jobs that run on a node; others wait there. O(CPUs). The driver's thread."""
+        return self.cluster._driver.schedule.runs(peer.key).get(self.cluster._comp, [])
+
+    def running(self, peer: Any) -> Tuple[int, int]:
+        """How many that are, and their CPUs."""
+        flight, serials = self.flight(peer.key), self.runs(peer)
+        return len(serials), sum(dispy.cpus_of(flight[serial]) for serial in serials)
 
     def look(self, asks: List[int]) -> List[dict]:
         """Rows of its nodes. The driver's thread."""
@@ -329,7 +327,7 @@ class Watched(Monitor):
             if asks[0] > 0 and self.ask(peer, SAMPLES_APART if survey else REPORTS_APART):
                 asks[0] -= 1
             report = self.reports.get(peer.key, (0.0, None))[1]
-            running, used = self.running(peer, cpus)
+            running, used = self.running(peer)
             free = dict(peer.facts.get('available', {}), **(report.available if report is not None else {}))
             rows.append({
                 'key': peer.key, 'name': peer.name, 'address': peer.ip_addr, 'port': peer.port, 'reason': reason.strip()[-2000:],
@@ -341,22 +339,15 @@ class Watched(Monitor):
                 'holder': str(free.get('holder', peer.facts.get('holder', ''))) if survey else '', 'platform': str(peer.facts.get('platform', ''))})
         return rows
 
-    def times(self, key: Any) -> Tuple[Dict[int, float], int, bool]:
-        """Of a node: serial -> seconds that the job has run, how many run at least, whether output comes. The driver's thread."""
-        driver, comp = self.cluster._driver, self.cluster._comp
+    def times(self, key: Any) -> Tuple[Dict[int, float], Set[int], bool]:
+        """Of a node: serial -> seconds that the job has run, which run as far as is known, whether
+        output comes. The driver's thread."""
+        driver = self.cluster._driver
         peer = driver._peers[key]
         self.ask(peer, SAMPLES_APART)
         at, report = self.reports.get(key, (0.0, None))
         runs = {serial: seconds + driver.clock() - at for serial, seconds in report.running} if report is not None else {}
-        return runs, self.running(peer, peer.limit(comp))[0], peer.link is not self.live_from.get(key, False)
-
-    def waiting(self) -> List[Any]:
-        """Jobs that do not run, also those that wait on nodes. The driver's thread."""
-        driver, comp = self.cluster._driver, self.cluster._comp
-        driver._take_submitted()
-        known = driver.schedule.comps.get(comp)
-        return [*(known.waiting() if known is not None else ()),
-                *(job for peer in self.nodes() for job in list(self.flight(peer.key).values())[self.running(peer, peer.limit(comp))[0]:])]
+        return runs, set(self.runs(peer)), peer.link is not self.live_from.get(key, False)
 
 
 class WatchedShared(Watched):
@@ -391,11 +382,20 @@ class WatchedShared(Watched):
         row = self._known.get(key)
         return self._flights.get((row.ip_addr, row.name), {}) if row is not None else {}
 
+    def runs(self, peer: Any) -> List[int]:
+        """As above: those that are known to have begun, then the first, as many as the scheduler
+        says."""
+        flight = self.flight(peer.key)
+        is_on = (dispy.DispyJob.Running, dispy.DispyJob.ProvisionalResult)
+        begun = [serial for serial, job in flight.items() if job.status in is_on]
+        more = (serial for serial, job in flight.items() if job.status == dispy.DispyJob.Created)
+        return begun + list(itertools.islice(more, max(0, peer.busy - len(begun))))
+
     def look(self, asks: List[int]) -> List[dict]:
         """As above."""
         rows = []
         for row in self.nodes():
-            running, used = self.running(row, row.cpus)
+            running, used = self.running(row)
             free = row.facts.get('available', {})
             rows.append({
                 'key': row.key, 'name': row.name, 'address': row.ip_addr, 'port': row.port, 'reason': row.reason.strip()[-2000:],
@@ -404,19 +404,10 @@ class WatchedShared(Watched):
                 'platform': str(row.facts.get('platform', ''))})
         return rows
 
-    def times(self, key: Any) -> Tuple[Dict[int, float], int, bool]:
-        """As above; how long jobs have run is not known, only since when they are there."""
+    def times(self, key: Any) -> Tuple[Dict[int, float], Set[int], bool]:
+        """As above; how long a job has run is known by its start_time."""
         row, links = self._known[key], {peer.link for peer in self.cluster._driver.peers_of(self.cluster._comp)}
-        return {}, self.running(row, row.cpus)[0], not links & set(self.live_from.values())
-
-    def waiting(self) -> List[Any]:
-        """As above; the scheduler has all of them."""
-        driver = self.cluster._driver
-        driver._take_submitted()
-        known = driver.schedule.comps.get(self.cluster._comp)
-        there = [job for node in known.nodes.values() for job in node.flight[self.cluster._comp].values()] if known is not None else []
-        runs = {job for row in self.nodes() for job in list(self.flight(row.key).values())[:self.running(row, row.cpus)[0]]}
-        return [*(known.waiting() if known is not None else ()), *(job for job in there if job not in runs)]
+        return {}, set(self.runs(row)), not links & set(self.live_from.values())
 
 
 def cluster_row(row: dict, history: History, closed: bool = False) -> dict:
@@ -583,13 +574,13 @@ class ClusterSource:
         flight = watched.flight(key)
         if not flight:
             return []
-        runs, first, live = watched.times(key)
+        runs, there, live = watched.times(key)
         now, nothing, rows = time.time(), [b'', b''], []
-        for place, (serial, job) in enumerate(flight.items()):
+        for serial, job in flight.items():
             out, err = watched.output.get(job, nothing)
             sent = now - job.start_time if job.start_time else 0.0
             rows.append({'cluster': watched.number, 'job': serial >> 16, 'id': job.id, 'arguments': job._payload,
-                         'state': 'running' if serial in runs or place < first else 'waits there',
+                         'state': 'running' if serial in runs or serial in there else 'waits there',
                          'seconds': round(max(0.0, runs.get(serial, sent)), 1), 'stdout': out, 'stderr': err, 'live': live})
         return rows
 
@@ -624,16 +615,9 @@ class ClusterSource:
         return driver.ask(end)  # type: ignore[no-any-return]
 
     def cancel_waiting(self, cluster: int) -> int:
-        """End jobs that do not run, also those that wait on nodes. Returns how many."""
-        watched = self._cluster(cluster)
-        driver = watched.cluster._driver
-
-        def end() -> int:
-            waiting = watched.waiting()
-            for job in waiting:
-                driver.cancel(job)
-            return len(waiting)
-        return driver.ask(end)  # type: ignore[no-any-return]
+        """End jobs that have not begun, also those that wait on nodes. Returns how many."""
+        watched = self._cluster(cluster).cluster
+        return watched._driver.ask(lambda: watched._driver.cancel_waiting(watched._comp))  # type: ignore[no-any-return]
 
     def add_node(self, cluster: int, host: str, port: Optional[int] = None, cpus: Optional[int] = None) -> int:
         """Look for a node."""

@@ -26,7 +26,8 @@ The life of a job here:
   2. A runner is started, loads the code, runs setup; `Ready` tells the client.
   3. `Jobs` brings attempts; each waits until a CPU is free and is then written to a worker's pipe.
   4. The worker marks the attempt as running (a shared slot), runs it, and writes the result before it looks
-     at the next one. Output is caught at descriptor level in a file of the worker's.
+     at the next one. Output is caught at descriptor level in a file of the worker's. After about 20 ms the
+     client is told that it has begun (`Started`), and its worker gives back what stands behind it.
   5. Results of one turn leave in one `Results`, and are kept until the client's `Ack`.
   6. A worker that dies is reported by the runner with the attempt it was running; that one has failed, those
      behind it go back to the queue, and a new worker is forked.
@@ -106,6 +107,8 @@ RELEASED_TIME = 10.0          # s for which a client from which the node was tak
 QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 AHEAD_TIME = 0.005            # s of work that a worker may hold beyond what it runs
 AHEAD_MOST = 64               # jobs, the same
+# S after which the client is told that a job runs, and its worker holds nothing behind it
+BEGUN_TIME = 0.025
 OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
 OUTPUT_MOST = 2 * OUTPUT_KEPT + 1024   # bytes of one stream of a job, with the mark where its middle was
 LATEST = 1e11                 # s since the epoch, the latest time that a job can have ended
@@ -224,9 +227,11 @@ class Cancel(NamedTuple):
 
 
 class Recall(NamedTuple):
-    """Client: give back up to `most` attempts that have not started. Answered by Returned."""
+    """Client: give back those of these attempts that have not begun. Each is answered by Returned,
+    Started or Results. A scheduler cancels those of these jobs that have not begun; each is
+    answered by Started or Results."""
     comp: str
-    most: int
+    serials: list
 
 
 class Ack(NamedTuple):
@@ -316,6 +321,14 @@ class Returned(NamedTuple):
     serials: list
 
 
+class Started(NamedTuple):
+    """Node or scheduler: these attempts have begun; rows of (serial, s that it has run). Comes for
+    those that have run for about 20 ms and for those that were recalled too late; of others the
+    result tells."""
+    comp: str
+    rows: list
+
+
 class FileBack(NamedTuple):
     """Node: a piece of a file that a running job sends; `row` is its name, size, digest and mode. The last is answered by FileKept."""
     comp: str
@@ -364,7 +377,7 @@ class Report(NamedTuple):
 
 
 class Where(NamedTuple):
-    """Scheduler: these jobs are on a node now (address, port, name), or wait again (empty)."""
+    """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again (empty)."""
     comp: str
     node: tuple
     serials: list
@@ -422,11 +435,13 @@ BUFFERS_MOST = 1 << 16        # of large parts beside an envelope
 # op on the wire -> (message, bytes of payload at most)
 MESSAGES: Dict[int, Tuple[type, int]] = {
     1: (Introduce, SMALL), 2: (Compute, LARGE), 3: (File, 2 * FILE_PIECE), 4: (Jobs, LARGE), 5: (Cancel, MIDDLE),
-    6: (Recall, SMALL), 7: (Ack, MIDDLE), 8: (Done, SMALL), 9: (FileKept, SMALL), 10: (Place, 2 * FILE_PIECE), 11: (Query, SMALL),
+    6: (Recall, MIDDLE), 7: (Ack, MIDDLE), 8: (Done, SMALL), 9: (FileKept, SMALL),
+    10: (Place, 2 * FILE_PIECE), 11: (Query, SMALL),
     12: (Shutdown, SMALL), 13: (Reclaim, SMALL), 14: (Limit, SMALL),
     33: (Welcome, MIDDLE), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, LIST), 37: (Results, LARGE),
     38: (Returned, MIDDLE), 39: (Offer, SMALL), 40: (FileBack, 2 * FILE_PIECE),
     41: (Output, 2 * FILE_PIECE), 42: (Placed, SMALL), 43: (Report, MIDDLE), 44: (Held, LIST),
+    45: (Started, MIDDLE),
     48: (Where, MIDDLE), 49: (News, MIDDLE), 50: (Said, MIDDLE),
     65: (Pulse, SMALL), 66: (Bye, SMALL), 67: (Call, MIDDLE), 68: (Return, MIDDLE), 69: (Wrong, SMALL),
 }
@@ -852,12 +867,14 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Where: lambda fields: len(fields[1]) in (0, 3) and all(map(_is_serial, fields[2])),
     News: lambda fields: len(fields[2]) == 10,
     Return: lambda fields: len(fields[2]) in (0, 2),
+    Started: lambda fields: all(map(_is_running, fields[1])),
     Report: lambda fields: all(map(_is_running, fields[1])) and all(map(_is_serial, fields[2])),
     Output: lambda fields: _is_serial(fields[1]) and fields[2] in (0, 1, 2) and _is_serial(fields[3]) and _is_buffer(fields[4]),
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(type(name) is str for name in fields[1]),
-    Cancel: _all_serials, Ack: _all_serials, Ready: _all_serials, Held: _all_serials, Returned: _all_serials,
+    Cancel: _all_serials, Recall: _all_serials, Ack: _all_serials, Ready: _all_serials,
+    Held: _all_serials, Returned: _all_serials,
 }
 
 
@@ -3337,26 +3354,87 @@ class Exit(NamedTuple):
     """Nothing is left to do."""
 
 
+class DurationEstimate:
+    """How long the next jobs of a computation may take, by those that ended last: their mean or
+    their 0.9 quantile, whichever is larger, so that neither a few very long jobs nor one in ten
+    that is long goes unseen."""
+    LAST = 32
+    __slots__ = ('_last', '_seconds')
+
+    def __init__(self) -> None:
+        self._last: Deque[float] = collections.deque(maxlen=self.LAST)
+        # What `seconds` returns, until it is to be computed anew
+        self._seconds: Optional[float] = None
+
+    def add(self, durations: Sequence[float]) -> None:
+        """Jobs have ended; how long they took."""
+        if durations:
+            self._last.extend(durations)
+            self._seconds = None
+
+    @property
+    def seconds(self) -> Optional[float]:
+        """The estimate; None before the first job has ended."""
+        if self._seconds is None and self._last:
+            known = sorted(self._last)
+            self._seconds = max(sum(known) / len(known), known[int(0.9 * len(known))], 1e-6)
+        return self._seconds
+
+
+class Allowance:
+    """How many jobs a CPU may be held in reserve at one place beyond what runs there. It is bounded
+    by the estimate of their duration at once, but grows to that bound at most by doubling for each
+    round, which is as many ended jobs as were there when it grew last or might have been: what the
+    first jobs of a computation promise must be kept by those behind them."""
+    __slots__ = ('_estimate', '_unknown', '_most', '_step', '_left')
+
+    def __init__(self, estimate: DurationEstimate, unknown: int, most: int) -> None:
+        """`unknown`: the allowance before any job has ended; `most`: what it never exceeds."""
+        self._estimate, self._unknown, self._most = estimate, unknown, most
+        self._step = 1
+        self._left = 0     # jobs to end until the next doubling; 0: a round begins
+
+    def ended(self, count: int, there: int, cpus: int) -> None:
+        """So many jobs have ended at this place, which has so many CPUs, and so many are still
+        there."""
+        if self._left == 0:
+            self._left = max(count + there, cpus * self._step)
+        self._left -= count
+        if self._left <= 0:
+            self._step = min(2 * self._step, self._most)
+            self._left = max(there, cpus * self._step)
+
+    def jobs(self, horizon: float) -> int:
+        """How many jobs fill `horizon` seconds of a CPU, as far as they may be held."""
+        seconds = self._estimate.seconds
+        fits = self._unknown if seconds is None else int(horizon / seconds)
+        if fits < self._step:
+            self._step = max(1, fits)
+        return min(fits, self._step)
+
+
 class Attempt:
     """One try of a job, here."""
-    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'ending', 'comp')
+    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'priority', 'ending', 'comp')
 
     def __init__(self, serial: int, payload: Payload, options: Optional[dict], comp: '_Computation') -> None:
         self.serial, self.payload, self.comp = serial, payload, comp
         self.cpus = options.get('cpus', 1) if options else 1
         self.timeout = options.get('timeout') if options else None
         self.memory = options.get('memory') if options else None
+        self.priority = options.get('priority', 0) if options else 0
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
 
 
 class _Worker:
     """A worker process as the state sees it; the head of its queue is what it runs."""
-    __slots__ = ('key', 'comp', 'queue', 'since', 'fed', 'recalled', 'asks')
+    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'fed', 'recalled', 'asks')
 
     def __init__(self, key: int, comp: '_Computation') -> None:
         self.key, self.comp = key, comp
         self.queue: Deque[Attempt] = collections.deque()
         self.since = 0.0        # when the head became the head
+        self.told = False       # the client knows that the head has begun
         self.fed = 0            # jobs given to it
         self.recalled = False   # asked to give back, not answered
         self.asks = 0           # its job sends a file, or has and waits for the answer: the link it goes along
@@ -3376,15 +3454,20 @@ class _Computation:
     def __init__(self, comp: str, instance: bytes, link: int, spec: dict) -> None:
         self.comp, self.instance, self.link, self.spec = comp, instance, link, spec
         self.stage = Stage.PREPARING
-        self.waiting: Deque[Attempt] = collections.deque()
+        self.waiting: Deque[Attempt] = collections.deque()   # by priority, then in order
         self.attempts: Dict[int, Attempt] = {}
         self.unacknowledged: Dict[int, tuple] = {}
         self.outbox: List[tuple] = []
         self.workers: Dict[int, _Worker] = {}
         self.idle: List[_Worker] = []
         self.hungry: Dict[int, _Worker] = {}   # busy workers whose queue may be filled up
-        self.mean: Optional[float] = None      # s a job takes, quick to rise and slow to fall
-        self.owed = 0                          # attempts recalled by the client that stand behind running ones
+        self.estimate = DurationEstimate()
+        # Jobs that a worker may hold behind the one that it runs
+        self.handed = Allowance(self.estimate, 0, AHEAD_MOST)
+        # Attempts recalled by the client that stand behind running ones
+        self.owed: Set[int] = set()
+        # Attempts that have begun and since when, to be told to the client
+        self.begun: List[Tuple[int, float]] = []
         self.stillborn = 0                     # workers in a row that died before their first job
         self.digest = spec.get('key', bytes(KEY_SIZE))
         self.most = spec.get('max_jobs') or 0
@@ -3395,11 +3478,17 @@ class _Computation:
         self.served = 0                        # when it was given a CPU last, in numbers of the node
         self.done = 0                          # attempts that have ended
 
-    def ahead(self) -> int:
-        """How many attempts a worker may hold behind the one it runs."""
-        if self.mean is None or self.mean * 2 > AHEAD_TIME:
-            return 0
-        return min(AHEAD_MOST, int(AHEAD_TIME / (self.mean + 1e-6)))
+    def enqueue(self, attempt: Attempt, again: bool = False) -> None:
+        """Let an attempt wait: behind those of its priority, or before them if it has waited
+        already."""
+        waiting = self.waiting
+        if again and (not waiting or waiting[0].priority <= attempt.priority):
+            waiting.appendleft(attempt)
+        elif not again and (not waiting or waiting[-1].priority >= attempt.priority):
+            waiting.append(attempt)
+        else:
+            least = attempt.priority if again else attempt.priority - 1
+            waiting.insert(sum(other.priority > least for other in waiting), attempt)
 
 
 class Node:
@@ -3436,7 +3525,8 @@ class Node:
         self._ticket = itertools.count()
         self._actions: List[Any] = []
         self._names: Dict[int, str] = {}
-        self._checking = False
+        self._look_at: Optional[float] = None       # when some head will have run for BEGUN_TIME
+        self._queries: List[Tuple[int, str]] = []   # links that ask what is there of a computation
         self._handlers: Dict[type, Callable[..., None]] = {
             LinkUp: self._link_up, LinkDown: self._link_down, Received: self._received, Prepared: self._prepared,
             Found: self._found, Kept: self._kept, Faulted: self._faulted,
@@ -3469,13 +3559,18 @@ class Node:
         while self._timers and self._timers[0][0] <= now:
             _, _, what, key, serial = heapq.heappop(self._timers)
             self._for(key if isinstance(key, str) else self.comp_of_worker(key), self._due, what, key, serial, now)
+        if self._look_at is not None and self._look_at <= now:
+            self._look(now)
         serving = not (self.stopping or self.paused)
         if serving:
             self._share_out(now)
         for comp in list(self._comps.values()):
             if not serving:
                 self._for(comp.comp, self._give_back, comp)
+            self._for(comp.comp, self._tell_begun, comp, now)
             self._for(comp.comp, self._deliver, comp)
+        while self._queries:
+            self._report(*self._queries.pop(), now)
         if self.stopping and not any(worker.queue for worker in self._workers.values()) \
                 and not any(comp.unacknowledged and comp.link in self._links for comp in self._comps.values()):
             self._leave(now)
@@ -3507,7 +3602,9 @@ class Node:
 
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
-        return self._timers[0][0] if self._timers else None
+        if self._look_at is None:
+            return self._timers[0][0] if self._timers else None
+        return min(self._look_at, self._timers[0][0]) if self._timers else self._look_at
 
     # -- small parts --------------------------------------------------------------------------------------
 
@@ -3714,6 +3811,8 @@ class Node:
             if comp.stage is Stage.READY:
                 self._do(Send(link, Ready(comp.comp, self._held(comp.comp))))
             self._resend(comp.comp, link)
+            comp.begun = [(worker.queue[0].serial, worker.since) for worker in comp.workers.values()
+                          if worker.queue and worker.told]
             return
         if self.stopping:
             self._do(Send(link, Refused(message.comp, 'stopping', 'the node is being stopped')))
@@ -3783,14 +3882,25 @@ class Node:
             self._reply(self._comps[event.comp], Placed(*event))
 
     def _on_query(self, link: int, message: Query, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
+        """Answered at the end of the turn, when what came in it has been handed out."""
+        self._comp_of(link, message.comp)
+        self._queries.append((link, message.comp))
+
+    def _report(self, link: int, name: str, now: float) -> None:
+        if link not in self._links:
+            return
+        comp = self._comps.get(name)
+        if comp is not None and comp.instance != self._links[link].instance:
+            comp = None
+        if comp is not None and comp.stage is Stage.CLOSING:
+            comp = None
         running, waiting = [], []
         if comp is not None:
             running = [(worker.queue[0].serial, now - worker.since) for worker in comp.workers.values() if worker.queue]
             waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
         busy = sum(bool(worker.queue) for other in self._comps.values() for worker in other.workers.values())
         available = dict(self.facts.get('available', {}), busy=busy, holder=self.held_by(now))
-        self._do(Send(link, Report(message.comp, running, waiting, available)))
+        self._do(Send(link, Report(name, running, waiting, available)))
 
     def _start(self, comp: _Computation, now: float) -> None:
         self._set_stage(comp, 'complete')
@@ -3879,7 +3989,6 @@ class Node:
         if self.stopping or self.paused:
             self._reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
             return
-        comp.owed = 0   # it has work for us again
         shelved = self.shelf[comp.comp].serials if comp.comp in self.shelf else ()
         for serial, payload, options in message.rows:
             if serial in comp.attempts or serial in comp.unacknowledged or serial in shelved:
@@ -3890,7 +3999,7 @@ class Node:
                                     % (attempt.cpus, self.most), b'', b''))
                 continue
             comp.attempts[serial] = attempt
-            comp.waiting.append(attempt)
+            comp.enqueue(attempt)
             self.held_bytes += size_of(payload)
 
     def _share_out(self, now: float) -> None:
@@ -3926,7 +4035,7 @@ class Node:
         return True
 
     def _dispatch(self, comp: _Computation, now: float, crowded: bool) -> None:
-        ahead = comp.ahead()
+        ahead = comp.handed.jobs(AHEAD_TIME)
         while self._occupy(comp, ahead, now):
             continue
         if comp.waiting and comp.waiting[0].cpus > min(self.cpus, comp.limit or self.cpus):   # it came when there were more
@@ -3937,11 +4046,6 @@ class Node:
                 if comp.waiting and 2 * room > ahead and not worker.recalled:
                     self._feed(comp, worker, room, now)
         comp.hungry.clear()
-        if comp.owed and comp.waiting:   # what was taken back from workers and found no CPU here
-            owed, comp.owed = comp.owed, max(0, comp.owed - len(comp.waiting))
-            self._give_back(comp, owed)
-        if not comp.waiting and (comp.idle and not self._is_limited(comp, 1) or comp.owed):
-            self._check_later(comp, now)
 
     def _new_worker(self, comp: _Computation) -> _Worker:
         worker = _Worker(next(self._numbers), comp)
@@ -3968,8 +4072,13 @@ class Node:
             self._do(Feed(worker.key, attempts))
 
     def _head_starts(self, worker: _Worker, now: float) -> None:
-        worker.since = now
+        worker.since, worker.told = now, False
         head = worker.queue[0]
+        if self._look_at is None:
+            self._look_at = now + BEGUN_TIME
+        if head.serial in worker.comp.owed:
+            worker.comp.owed.discard(head.serial)
+            self._begins(worker)
         if self._ends:   # it started before it could be taken back
             head.ending = head.ending or Outcome.STOPPED
         if head.timeout:
@@ -3979,23 +4088,38 @@ class Node:
         if head.ending is not None:   # cancelled while it stood behind another
             self._interrupt(worker, head, now)
 
-    def _check_later(self, comp: _Computation, now: float) -> None:
-        """CPUs are idle, here or elsewhere, and a worker sits on unstarted attempts: look again soon."""
-        if not self._checking and any(len(worker.queue) > 1 and not worker.recalled for worker in comp.workers.values()):
-            self._checking = True
-            self._at(now + 0.02, 'balance')
+    def _begins(self, worker: _Worker) -> None:
+        """The client is told that the head of a worker has begun."""
+        worker.told = True
+        worker.comp.begun.append((worker.queue[0].serial, worker.since))
 
-    def _balance(self, now: float) -> None:
-        self._checking = False
+    def _tell_begun(self, comp: _Computation, now: float) -> None:
+        if comp.begun:
+            rows = [(serial, now - since) for serial, since in comp.begun]
+            self._reply(comp, Started(comp.comp, rows))
+            comp.begun = []
+
+    def _look(self, now: float) -> None:
+        """Jobs that have run for a while: they are told, and what their workers hold behind them is
+        taken back, for the estimate by which it was handed to them does not hold."""
+        self._look_at = None
         for worker in self._workers.values():
-            comp = worker.comp
-            if len(worker.queue) > 1 and (comp.idle or comp.owed) and not comp.waiting and not worker.recalled:
-                if now >= worker.since + 0.02:   # as the timer is compared: a difference is rounded
-                    worker.recalled = True
-                    self._do(TakeBack(worker.key))
-                elif not self._checking:
-                    self._checking = True
-                    self._at(worker.since + 0.02, 'balance')
+            ahead = len(worker.queue) > 1 and not worker.recalled
+            if not worker.queue or (worker.told and not ahead):
+                continue
+            when = worker.since + BEGUN_TIME
+            if when > now:
+                self._look_at = when if self._look_at is None else min(when, self._look_at)
+                continue
+            if not worker.told:
+                self._begins(worker)
+            if ahead:
+                self._take_back(worker)
+
+    def _take_back(self, worker: _Worker) -> None:
+        if not worker.recalled:
+            worker.recalled = True
+            self._do(TakeBack(worker.key))
 
     def _finish(self, comp: _Computation, row: tuple) -> None:
         attempt = comp.attempts.pop(row[0], None)
@@ -4009,7 +4133,7 @@ class Node:
         worker = self._workers.get(event.worker)
         if worker is None or worker.comp.stage is Stage.CLOSING:
             return
-        comp, mean = worker.comp, worker.comp.mean
+        comp, durations = worker.comp, []
         place, ended = 0, None
         for row in event.rows:
             if place >= len(worker.queue) or worker.queue[place].serial != row[0]:
@@ -4021,14 +4145,14 @@ class Node:
                 comp.outbox.append(row)
                 continue
             attempt = ended = worker.queue.popleft()
-            took = row[3] - row[2]
-            mean = took if mean is None else mean + (took - mean) * (0.25 if took > mean else 0.0625)
+            durations.append(row[3] - row[2])
             if attempt.ending is not None:
                 row = self._ended(attempt, row)
             self._finish(comp, row)
-        comp.mean = mean
         if ended is None:   # nothing but provisional results
             return
+        comp.estimate.add(durations)
+        comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
         if worker.queue:
             comp.hungry[worker.key] = worker
             self._head_starts(worker, now)
@@ -4142,13 +4266,26 @@ class Node:
             self._head_starts(worker, now)
 
     def _requeue(self, comp: _Computation, attempts: Iterable[Attempt], now: float) -> None:
-        """Attempts that never started go back to the front, or end if they were to be cancelled."""
+        """Attempts that never started go back to the front, or to the client if it has called them
+        back, or end if they were to be cancelled."""
+        back: List[int] = []
         for attempt in reversed(list(attempts)):
             if attempt.ending is Outcome.CANCELLED:
                 self._finish(comp, self._unstarted(attempt))
+            elif attempt.serial in comp.owed:
+                back.append(self._dismiss(comp, attempt))
             else:
                 attempt.ending = None
-                comp.waiting.appendleft(attempt)
+                comp.enqueue(attempt, again=True)
+        if back:
+            self._reply(comp, Returned(comp.comp, back[::-1]))
+
+    def _dismiss(self, comp: _Computation, attempt: Attempt) -> int:
+        """An attempt that never started is of the client again."""
+        del comp.attempts[attempt.serial]
+        comp.owed.discard(attempt.serial)
+        self.held_bytes -= size_of(attempt.payload)
+        return attempt.serial
 
     @staticmethod
     def _unstarted(attempt: Attempt) -> tuple:
@@ -4222,18 +4359,15 @@ class Node:
         for worker in comp.workers.values():
             if worker.queue and worker.queue[0] is attempt:
                 self._interrupt(worker, attempt, now)
-            elif attempt in worker.queue and not worker.recalled:
-                worker.recalled = True
-                self._do(TakeBack(worker.key))
+            elif attempt in worker.queue:
+                self._take_back(worker)
 
     def _interrupt(self, worker: _Worker, attempt: Attempt, now: float) -> None:
         self._do(Interrupt(worker.key, attempt.serial))
         self._at(now + GRACE, 'kill', worker.key, attempt.serial)
 
     def _due(self, what: str, key: Any, serial: int, now: float) -> None:
-        if what == 'balance':
-            self._balance(now)
-        elif what == 'orphan':
+        if what == 'orphan':
             comp = self._comps.get(key)
             if comp is None or comp.link in self._links or now < comp.orphan_at:
                 return   # its client is back, or was back and has a timer of its own
@@ -4275,25 +4409,33 @@ class Node:
         comp = self._comp_of(link, message.comp)
         if comp is None:
             return
-        comp.owed = max(0, message.most - len(comp.waiting))
-        self._give_back(comp, message.most)
-        if comp.owed:
-            self._check_later(comp, now)
+        wanted = set(message.serials)
+        self._give_back(comp, wanted)
+        for worker in comp.workers.values():
+            if worker.queue and worker.queue[0].serial in wanted:
+                self._begins(worker)
+            behind = [attempt.serial for attempt in itertools.islice(worker.queue, 1, None)
+                      if attempt.serial in wanted]
+            if behind:
+                comp.owed.update(behind)
+                self._take_back(worker)
 
-    def _give_back(self, comp: _Computation, count: Optional[int] = None) -> None:
-        """Return attempts that wait here, from the end; without a count all there are, if there are any."""
-        if count is None and not comp.waiting:
+    def _give_back(self, comp: _Computation, wanted: Optional[Set[int]] = None) -> None:
+        """Return attempts that wait here: these, or all."""
+        back = [attempt for attempt in comp.waiting if wanted is None or attempt.serial in wanted]
+        if not back:
             return
+        if len(back) == len(comp.waiting):
+            comp.waiting.clear()
+        else:
+            comp.waiting = collections.deque(attempt for attempt in comp.waiting if attempt.serial not in wanted)  # type: ignore[operator]
         serials: List[int] = []
-        while comp.waiting and (count is None or len(serials) < count):
-            attempt = comp.waiting.pop()
+        for attempt in back:
             if attempt.ending is not None:
                 self._finish(comp, self._unstarted(attempt))
-                continue
-            del comp.attempts[attempt.serial]
-            self.held_bytes -= size_of(attempt.payload)
-            serials.append(attempt.serial)
-        for message in in_parts(Returned, comp.comp, serials[::-1]) if serials else [Returned(comp.comp, [])]:
+            else:
+                serials.append(self._dismiss(comp, attempt))
+        for message in in_parts(Returned, comp.comp, serials) if serials else [Returned(comp.comp, [])]:
             self._reply(comp, message)
 
     def _on_ack(self, link: int, message: Ack, now: float) -> None:
@@ -4328,9 +4470,8 @@ class Node:
             if worker.queue and worker.queue[0].ending is None:
                 worker.queue[0].ending = Outcome.STOPPED
                 self._interrupt(worker, worker.queue[0], now)
-            if len(worker.queue) > 1 and not worker.recalled:
-                worker.recalled = True
-                self._do(TakeBack(worker.key))
+            if len(worker.queue) > 1:
+                self._take_back(worker)
 
     def _account(self) -> None:
         """Answer for every attempt: what runs has failed, the rest was never started."""

@@ -22,7 +22,7 @@ computation, in the place of a JobCluster.
 The life of a job here:
   1. `Jobs` of a program is noted, and handed to the Schedule.
   2. At the end of the turn the transaction is written; only then is anything sent of what the turn has brought about.
-  3. The Schedule sends it to a node; the program is told where it is (`Where`).
+  3. The Schedule sends it to a node; the program is told where it is (`Where`), and when it has begun (`Started`).
   4. The node's result is noted, sent to the program, and acknowledged to the node when it is on the disk.
   5. The program's Ack removes it.
 After `kill -9` and a new start nodes and programs connect again, and say what they hold; what is on the disk is the rest.
@@ -56,17 +56,19 @@ import time
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from dispy import (
-    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
-    NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState, Work, job_row, parse_nodes)
+    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked,
+    JobState, JobWaits, JobsEnded, JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer,
+    Schedule, SendJobs, UseState, Withdrawn, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
-    FRAME_FILL, GOES_ON, NAME_MOST, NODE_PORT, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel,
-    Compute, DispyError, EXIT_STATUSES, Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile,
-    Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer, Outcome, Output, Payload, PeerError, Place, Placed, Pulse,
-    Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned, OF_CLIENTS, Role, Said, Shutdown, StartError, Welcome,
-    Where, Wrong, __version__, beside, check_name, derive_key, discovery_reach, find_secret, frames, host_and_port,
-    log_record_of, needs, open_plain, open_regular, parse_arguments, pieces_of, run_until_ended, save_config, set_up_log,
-    shorten, size_of, size_option, sized, take_own_directory, _write_private, tls_files, HELD_BACK, digest_of, has_place, in_parts, make_secret, may_reclaim, plain_address, KEY_SIZE, minutes_option,
-    seconds_option, BUNDLE, BUNDLES, OF_MODULES,     unpack_error)
+    BUNDLE, BUNDLES, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, KEY_SIZE, NAME_MOST, NODE_PORT, OF_CLIENTS, OF_MODULES,
+    PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each, File,
+    FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
+    Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return,
+    Returned, Role, Said, Shutdown, StartError, Started, Welcome, Where, Wrong, __version__, _write_private, beside,
+    check_name, derive_key, digest_of, discovery_reach, find_secret, frames, has_place, host_and_port, in_parts,
+    log_record_of, make_secret, may_reclaim, minutes_option, needs, open_plain, open_regular, parse_arguments, pieces_of,
+    plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of, size_option, sized,
+    take_own_directory, tls_files, unpack_error)
 
 # ---------------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -79,6 +81,9 @@ LARGE = 64 * 1024             # bytes from which arguments and results are files
 RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
 REMOVED_MOST = 1000           # acknowledged results that may wait to be removed from the disk
 HTTPD_PORT = 8181             # of the web monitor
+# S after which what waits is cancelled for a program whose connection has ended
+GONE_TIME = 60.0
+GONE_LOOKS = 1.0              # s between looks whether the process of such a program has ended
 RETRY_TIME = 1.0              # s between attempts to write to a disk that was full
 PAGE = 500                    # rows of an answer to a monitor at most
 FAILURES_KEPT, FAILURES_PAGE, FAILURE_TEXT = 500, 100, 8000   # failed jobs, those told at once, characters of a traceback
@@ -107,7 +112,7 @@ class State(Database):
     """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of computations in
     <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
     MARK, VERSION, SYNC = 0x64735335, 1, 'FULL'
-    WAITING, SENT, ENDED = range(3)
+    WAITING, SENT, ENDED, DROPPED = range(4)
     TABLES = """
         CREATE TABLE own (name TEXT PRIMARY KEY, value BLOB);
         CREATE TABLE comps (place INTEGER PRIMARY KEY, comp TEXT UNIQUE, client BLOB, spec BLOB);
@@ -115,13 +120,14 @@ class State(Database):
             attempt INTEGER, node INTEGER, result BLOB);
         CREATE TABLE nodes (place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT, instance BLOB)
         """   # rows of jobs name others by their places, and hardly grow when they are sent: pages need not be split then
-    COMP, OVER, INSERT, MOVE, END, REMOVE, NODE = range(7)
+    COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE = range(8)
     STATEMENTS = (
         'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
         'DELETE FROM comps WHERE comp = ?',
         'INSERT INTO jobs VALUES (?, ?, ?, ?, ?, 0, 0, 0, NULL)',
         'UPDATE jobs SET state = ?, attempt = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = 2, payload = NULL, result = ? WHERE number = ?',
+        'UPDATE jobs SET state = 3, payload = NULL WHERE number = ?',
         'DELETE FROM jobs WHERE number = ?',
         'INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?, ?)')
 
@@ -268,6 +274,13 @@ class State(Database):
             self._large[number, 'r'] = [data]
             data = None
         self.note(self.END, data, number)
+
+    def dropped(self, number: int) -> None:
+        """A job is cancelled because its program is gone, which may still ask for it."""
+        self._large.pop((number, 'p'), None)
+        self.note(self.DROP, number)
+        if number in self._files:
+            self._gone.append(number)
 
     def removed(self, numbers: Sequence[int]) -> None:
         """A program has these results, or wants none."""
@@ -445,6 +458,44 @@ class RemoteAllocator(NamedTuple):
     number: int
 
 
+class Absence:
+    """What becomes of a computation whose program is away. One that has a recover_file is waited
+    for. Of another, what has not begun is cancelled after a while, or at once when its process is
+    known to have ended; should the program come back none the less, it is told and sends these jobs
+    again."""
+
+    def __init__(self, recovers: bool, process: Any) -> None:
+        """`process` is as of `own_process`. Raises PeerError."""
+        if type(process) is not tuple or [type(part) for part in process] != [str, int, str]:
+            raise PeerError('a process is not described as it should be')
+        self._recovers, self._process = recovers, process
+        # When it is gone, when its process is looked for next
+        self._until = self.look_at = math.inf
+        self.gone = False
+        # Jobs on nodes that are cancelled if they have not begun
+        self.dropping: Set[Any] = set()
+        # Serials of jobs that were cancelled so, to their numbers
+        self.dropped: Dict[int, int] = {}
+
+    def begin(self, now: float, patience: float) -> None:
+        """The connection of the program has ended, or it has not come yet."""
+        if not self._recovers and not self.gone:
+            self._until = now + patience
+            self.look_at = now if has_ended(self._process) is not None else self._until
+
+    def end(self) -> None:
+        """The program is connected."""
+        self._until = self.look_at = math.inf
+        self.gone = False
+
+    def is_over(self, now: float) -> bool:
+        """Look for it, when `look_at` has come: whether it is gone now."""
+        self.look_at = min(self._until, now + GONE_LOOKS)
+        if now >= self._until or has_ended(self._process):
+            self.gone, self.look_at = True, math.inf
+        return self.gone
+
+
 class Remote:
     """A program's computation; to the driver it is a cluster. The loop's thread."""
     _host, _host_has_port, _multicast, _remote = None, False, False, False
@@ -459,6 +510,7 @@ class Remote:
         self.digest: bytes = spec.get('key', bytes(KEY_SIZE))   # of what shows that results are its
         self.directory = directory
         self._reentrant, self.exclusive, self.cloudpickle = shared['reentrant'], shared['exclusive'], shared['cloudpickle']
+        self.absence = Absence(bool(shared['recovers']), shared['process'])
         self._port = NODE_PORT
         self._specs = specs_of(shared['nodes'])
         self._source: Optional[Tuple[bytes, str]] = None
@@ -614,6 +666,7 @@ class Options(NamedTuple):
     separate: bool = False             # programs have a secret of their own, and so has the operator
     operator_secret: bytes = b''
     allowed: Tuple[str, ...] = ()      # networks and host names with nodes that may be dialled; none: private networks
+    gone: float = GONE_TIME
 
 
 class Stop(NamedTuple):
@@ -762,23 +815,12 @@ class Overview:
                 'heard': max(0.0, scheduler.clock() - peer.link.heard) if peer.link is not None else None}
 
     def _running(self, peer: Peer) -> Dict[str, Tuple[int, int]]:
-        """Computation -> jobs that run on a node and their CPUs: of each the first that were sent there. Where there is more than the
-        CPUs can take, the node shares them out evenly."""
-        node = self._scheduler.schedule.nodes.get(peer.key)
-        found: Dict[str, Tuple[int, int]] = {}
-        if node is None or not node.used:
-            return found
-        wants = sorted((min(part, node.limits[comp] or peer.offered), comp) for comp, part in node.parts.items() if part)
-        left = peer.offered
-        for place, (want, comp) in enumerate(wants):
-            most, jobs, used = min(want, -(-left // (len(wants) - place))), 0, 0
-            for work in node.flight[comp].values():
-                wide = work._options.get('cpus', 1) if work._options else 1
-                if used + wide > most:
-                    break
-                jobs, used = jobs + 1, used + wide
-            found[comp] = jobs, used
-            left -= used
+        """Computation -> jobs that run on a node and their CPUs."""
+        schedule = self._scheduler.schedule
+        found = {}
+        for comp, serials in schedule.runs(peer.key).items():
+            flight = schedule.nodes[peer.key].flight[comp]
+            found[comp] = len(serials), sum(cpus_of(flight[serial]) for serial in serials)
         return found
 
     def _ask(self, peer: Peer, comp: str, apart: float) -> None:
@@ -804,7 +846,8 @@ class Overview:
     def _jobs(self, key: Any) -> List[tuple]:
         """Of a node: cluster, job, whether it runs, seconds that it has run or None."""
         peer = self._peer(key)
-        node, running, rows = self._scheduler.schedule.nodes.get(peer.key), self._running(peer), []  # type: Any, Dict[str, Tuple[int, int]], List[tuple]
+        schedule = self._scheduler.schedule
+        node, running, rows = schedule.nodes.get(peer.key), schedule.runs(peer.key), []  # type: Any, Any, List[tuple]
         for remote in self._remotes() if node is not None else ():
             flight = node.flight.get(remote._comp)
             if not flight:
@@ -812,8 +855,12 @@ class Overview:
             self._ask(peer, remote._comp, 1.0)
             at, report = self._reports.get((peer.key, remote._comp), (0.0, None))
             runs = {serial: seconds + self._scheduler.now - at for serial, seconds in report.running} if report is not None else {}
-            for place, (serial, work) in enumerate(itertools.islice(flight.items(), PAGE - len(rows))):
-                rows.append((remote.number, work._client, serial in runs or place < running.get(remote._comp, (0, 0))[0], runs.get(serial)))  # type: ignore[attr-defined]
+            now = self._scheduler.now
+            runs.update((serial, now - since) for serial, since in node.begun[remote._comp].items())
+            there = set(running.get(remote._comp, ()))
+            for serial, work in itertools.islice(flight.items(), PAGE - len(rows)):
+                is_on = serial in there or serial in runs
+                rows.append((remote.number, work._client, is_on, runs.get(serial)))  # type: ignore[attr-defined]
         return rows
 
     def _arguments(self, jobs: list) -> list:
@@ -844,14 +891,8 @@ class Overview:
         return self._cancel_works([work for work in there if jobs is None or work._client in jobs])  # type: ignore[attr-defined]
 
     def _cancel_waiting(self, number: int) -> int:
-        """Jobs that do not run, also those that wait on nodes."""
-        comp, schedule = self._remote(number)._comp, self._scheduler.schedule
-        known, works = schedule.comps.get(comp), []  # type: Any, List[Any]
-        for node in known.nodes.values() if known is not None else ():
-            peer = self._scheduler._peers.get(node.key)
-            runs = self._running(peer).get(comp, (0, 0))[0] if peer is not None else 0
-            works += list(node.flight[comp].values())[runs:]
-        return self._cancel_works(known.waiting() + works if known is not None else [])
+        """Jobs that have not begun, also those that wait on nodes."""
+        return self._scheduler.cancel_waiting(self._remote(number)._comp)
 
     def _add(self, host: str, port: Optional[int]) -> int:
         """A node for all whose `nodes` mean it."""
@@ -982,7 +1023,7 @@ class Scheduler(Driver):
         self._client_messages: Dict[type, Callable[[Link, Any], None]] = {
             Introduce: self._c_introduce, Compute: self._c_compute, File: self._c_file, Jobs: self._c_jobs, Cancel: self._c_cancel,
             Ack: self._c_ack, Done: self._c_done, FileKept: self._c_file_kept, Place: self._c_place, Reclaim: self._c_reclaim,
-            Call: self._c_call, Return: self._c_return, Recall: lambda link, message: self.say(link, Returned(message.comp, [])),
+            Call: self._c_call, Return: self._c_return, Recall: self._c_recall,
             Limit: lambda link, message: None, Query: lambda link, message: None, Shutdown: lambda link, message: None,
             Pulse: lambda link, message: None}
 
@@ -1050,11 +1091,13 @@ class Scheduler(Driver):
             remote = Remote(comp, client, spec, self._directory_of(comp), self._state.key_of(comp))
             remote.ready = True
             remote.given_up_at = self.now + self._options.zombie
+            remote.absence.begin(self.now, self._options.gone)
             waiting: List[RemoteWork] = []
             sent: Dict[Any, List[RemoteWork]] = {}
             for number, serial, options, state, own, node in self._state.jobs(comp):
-                if state == State.ENDED:
-                    remote.ended[serial] = number
+                if state in (State.ENDED, State.DROPPED):
+                    known = remote.ended if state == State.ENDED else remote.absence.dropped
+                    known[serial] = number
                     continue
                 work = remote.works[serial] = RemoteWork(comp, None, options, own, serial)
                 self.quota.add(remote, work, self._state.size_of_payload(number))
@@ -1189,6 +1232,8 @@ class Scheduler(Driver):
             for frame in frames(Results, remote._comp, map(sized, remote.outbox)):
                 self.say(link, frame)
         remote.outbox = []
+        if self.now >= remote.absence.look_at and remote.absence.is_over(self.now):
+            self._drop_waiting(remote)
         if self.now >= remote.given_up_at and link is None and not remote.works:
             logger.warning('%s: its program has not come back: %d results are given up', remote.name, len(remote.ended))
             self._over(remote)
@@ -1203,6 +1248,9 @@ class Scheduler(Driver):
                     and not remote.works]
         if self._unread_until < math.inf:
             given_up.append(self._unread_until)
+        looks = [remote.absence.look_at for remote in self._clusters.values()
+                 if isinstance(remote, Remote)]
+        given_up += [when for when in looks if when < math.inf]
         times = [super().next_timer(), *given_up]
         return min((when for when in times if when is not None), default=None)
 
@@ -1270,6 +1318,7 @@ class Scheduler(Driver):
                        if isinstance(remote, Remote) and remote.link == channel.number]:
             remote.link = 0
             remote.given_up_at = self.now + self._options.zombie
+            remote.absence.begin(self.now, self._options.gone)
             for call in list(remote.calls.values()):
                 call(('RuntimeError', 'its program is not connected'), None)
             remote.calls.clear()
@@ -1320,6 +1369,7 @@ class Scheduler(Driver):
                 return   # it asks again and again in one breath; the answer may be long
             if remote.ready:
                 remote.told_at = (link.number, self.now)
+                self._send_again(remote, link)
                 self.say(link, Ready(message.comp, [*remote.works, *remote.ended]))
                 self._resend(remote)
                 for peer in self.peers_of(message.comp):   # perhaps because its program could not be asked
@@ -1327,7 +1377,8 @@ class Scheduler(Driver):
                         self._set_up(peer, message.comp)
                 return
         else:
-            if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {'nodes', 'reentrant', 'exclusive', 'cloudpickle'}:
+            if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {
+                    'nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process'}:
                 raise PeerError('a computation that is not for a scheduler')
             if len(message.spec['shared']['nodes'] or ()) > SPECS_MOST:
                 raise PeerError('%d nodes are named, and the limit is %d' % (len(message.spec['shared']['nodes']), SPECS_MOST))
@@ -1350,6 +1401,47 @@ class Scheduler(Driver):
         remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
         remote.outbox = []
         self._reassign = True
+        absence = remote.absence
+        absence.end()
+        for work in absence.dropping:   # not answered yet: they wait again
+            self.schedule.keep(work)
+        absence.dropping.clear()
+
+    def _drop_waiting(self, remote: Remote) -> None:
+        """A program is gone: what has not begun is cancelled, what runs goes on to its end."""
+        self._take_submitted()
+        absence, known = remote.absence, self.schedule.comps.get(remote._comp)
+        if known is None:
+            return
+        works = known.not_begun()
+        absence.dropping.update(works)
+        if works:
+            logger.warning('%s: its program is gone; its %d jobs that have not begun are cancelled '
+                           '(--gone-after)', remote.name, len(works))
+        self._act(self.schedule.handle(WithdrawAsked(works), self.now))
+
+    def _dropped(self, remote: Remote, work: RemoteWork) -> None:
+        """One of these jobs has been cancelled."""
+        number = work._serial >> 16
+        if remote.works.pop(work._client, None) is None:
+            return
+        self.quota.remove(remote, work)
+        remote.absence.dropped[work._client] = number
+        remote.ends[2] += 1
+        if work._payload is not None:
+            self._kept -= OBJECT + len(work._payload)
+        self._state.dropped(number)
+        self._reassign = self._reassign or remote.exclusive
+
+    def _send_again(self, remote: Remote, link: Link) -> None:
+        """A program is back that was taken for gone."""
+        dropped = remote.absence.dropped
+        if dropped:
+            self._state.removed(list(dropped.values()))
+            self.say(link, Said(remote._comp, (
+                'the scheduler has heard nothing of this program for a while and has cancelled %d jobs '
+                'that had not begun (--gone-after); they are sent again' % len(dropped))))
+            dropped.clear()
 
     def _complete(self, remote: Remote, error: str) -> None:
         """All files of a new computation are there, or cannot be."""
@@ -1484,6 +1576,22 @@ class Scheduler(Driver):
         for work in [remote.works[serial] for serial in message.serials if serial in remote.works] if remote is not None else ():
             self._act(self.schedule.handle(CancelAsked(work), self.now))
 
+    def _c_recall(self, link: Link, message: Recall) -> None:
+        """Jobs that shall be cancelled if they have not begun."""
+        remote = self._remote(link, message.comp)
+        self._take_submitted()
+        if remote is not None:
+            works = [remote.works[serial] for serial in message.serials if serial in remote.works]
+            self._act(self.schedule.handle(WithdrawAsked(works), self.now))
+
+    def _withdrawn(self, action: Withdrawn) -> None:
+        work, link = action.work, self._client_link(action.work._comp)
+        remote = self._clusters.get(work._comp)
+        if isinstance(remote, Remote):
+            remote.absence.dropping.discard(work)
+        if link is not None and work._state in (JobState.RUNNING, JobState.PROVISIONAL):
+            self.say(link, Started(work._comp, [(work._client, self.schedule.ran(work))]))
+
     def _c_ack(self, link: Link, message: Ack) -> None:
         remote = self._remote(link, message.comp)
         if remote is not None:
@@ -1502,7 +1610,8 @@ class Scheduler(Driver):
             self.forget(comp)
             self.overview.over(remote)
             self._state.over(comp)
-            self._state.removed([*remote.ended.values(), *(work._serial >> 16 for work in remote.works.values())])
+            self._state.removed([*remote.ended.values(), *remote.absence.dropped.values(),
+                                 *(work._serial >> 16 for work in remote.works.values())])
             logger.info('%s: is over', remote.name)
         self._kept -= sum(OBJECT + len(work._payload) for work in remote.works.values() if work._payload is not None)
         for work in remote.works.values():
@@ -1528,6 +1637,13 @@ class Scheduler(Driver):
             self.say(link, Refused(message.comp, 'busy', 'its program is connected'))
             return
         self._came_back(remote, link)
+        text = (b'cancelled: it had not begun when its program was gone, and the scheduler did not wait '
+                b'any longer (--gone-after)')
+        for serial, number in remote.absence.dropped.items():
+            self._state.ended(number, (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b''))
+        remote.ended.update(remote.absence.dropped)
+        remote.absence.dropped.clear()
+        self._state.commit()   # from where they are sent now
         self.say(link, Held(message.comp, [*remote.works, *remote.ended]))
         self._resend(remote)
 
@@ -1541,6 +1657,10 @@ class Scheduler(Driver):
             peer = self._peers.get(node.key)
             if serials and peer is not None:
                 self.say(self.links[remote.link], Where(remote._comp, (peer.ip_addr, peer.port, peer.name), serials))
+            rows = [(node.flight[remote._comp][serial]._client, self.now - since)  # type: ignore[attr-defined]
+                    for serial, since in node.begun[remote._comp].items()]
+            if rows:
+                self.say(self.links[remote.link], Started(remote._comp, rows))
 
     # -- questions of programs, and to them ---------------------------------------------------------------------
 
@@ -1751,6 +1871,12 @@ class Scheduler(Driver):
         """Of those that wait it is on the disk."""
         return self._state.payload(work._serial >> 16) if work._payload is None else work._payload
 
+    def _jobs_started(self, action: JobsStarted) -> None:
+        link = self._client_link(action.comp)
+        if link is not None:
+            rows = [(work._client, ran) for work, ran in action.pairs]
+            self.say(link, Started(action.comp, rows))
+
     def _jobs_ended(self, action: JobsEnded) -> None:
         remote: Any = self._clusters[action.comp]
         for work, row in action.pairs:
@@ -1779,6 +1905,11 @@ class Scheduler(Driver):
         work, remote = action.work, self._clusters.get(action.work._comp)
         if isinstance(remote, Remote):
             outcome = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome.DIED}.get(work._state, Outcome.CANCELLED)
+            if work in remote.absence.dropping:
+                remote.absence.dropping.discard(work)
+                if outcome == Outcome.CANCELLED:
+                    self._dropped(remote, work)
+                    return
             self._end(remote, work, (work._client, int(outcome), 0.0, 0.0, action.text.encode('utf-8', 'replace'), b'', b''))
 
     def _job_waits(self, action: JobWaits) -> None:
@@ -1909,6 +2040,9 @@ def _parser() -> argparse.ArgumentParser:
     add('--ipv4-udp-multicast', action='store_true', help='look for nodes by IPv4 multicast too')
     add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files of programs are refused (default: no limit)')
     add('--zombie-interval', type=minutes_option, default=ZOMBIE_TIME / 60, metavar='MIN', help='minutes that results wait for a program that is gone (default: %(default)g)')
+    add('--gone-after', type=seconds_option, default=GONE_TIME, metavar='S',
+        help='seconds after which, when the connection to a program without recover_file has ended, '
+        'its jobs that have not begun are cancelled (default: %(default)g)')
     add('--state-dir', metavar='DIR', help='where jobs and results are kept (default: %s)' % default_state_dir(SCHEDULER_PORT).replace('%', '%%'))
     add('--fair', action='store_true', help='programs share CPUs evenly (default)')
     add('--fifo', action='store_true', help='programs are served in the order of their coming')
@@ -1960,7 +2094,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             tuple(args.host or ('',)), args.port, tuple(args.node), args.node_port, root, cluster_secret, node_secret,
             args.cluster_certfile, args.cluster_keyfile, args.node_certfile, args.node_keyfile, args.fifo, args.pulse_interval,
             args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize, args.ipv4_udp_multicast,
-            args.max_queued_bytes, separate, operator_secret, tuple(args.allow_nodes)))
+            args.max_queued_bytes, separate, operator_secret, tuple(args.allow_nodes), args.gone_after))
         try:
             port = scheduler.start()
             monitor = _monitor(scheduler, port, args.httpd, args.log_file) if args.httpd is not None else None

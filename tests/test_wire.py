@@ -18,7 +18,7 @@ from dispynode import (
     Ack, beside, Bye, Call, Cancel, Compute, decode, Done, encode, File, FileBack, FileKept, FrameOpener, FrameSealer,
     HEAD_TAG, Held, Intake, Introduce, Jobs, Kind, Limit, MESSAGES, Need, News, Offer, open_envelope, OPS, OUT_OF_BAND,
     Output, pack_record, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, RecordIntake, Refused, Report,
-    Results, Return, Returned, Said, seal, Shutdown, TAIL_TAG, unseal, Welcome, Where)
+    Results, Return, Returned, Said, seal, Shutdown, Started, TAIL_TAG, unseal, Welcome, Where)
 
 KEY = bytes(range(32))
 LARGE = os.urandom(OUT_OF_BAND + 7)
@@ -30,12 +30,12 @@ EXAMPLES = [
                    'sys_path': ['/a'], 'argv': ['a']}),
     File('c1', 'a/b', 0, beside(b'small')), File('c1', 'a/b', 1 << 20, beside(LARGE)), File('c1', 'a/b', 0, b''),
     Jobs('c1', [(1, beside(b'x'), None), (2, beside(LARGE), {'timeout': 3.5}), (3, beside((b'head', LARGE, b'tail')), None)]),
-    Jobs('c1', []), Cancel('c1', [1, 2, 1 << 40]), Recall('c1', 5), Ack('c1', []), Done('c1'),
+    Jobs('c1', []), Cancel('c1', [1, 2, 1 << 40]), Recall('c1', [5]), Ack('c1', []), Done('c1'),
     Welcome('node', 4, {'python': (3, 8)}), Refused('', 'full', 'caf\u00e9'), Need('c1', ['a', 'b']), Ready('c1', [7]),
     Results('c1', [(1, 1, 0.5, 1.5, beside(LARGE), b'out', b'err'), (2, 3, 0.0, 0.0, b'\0\0\0\0', b'', b'')]),
     Returned('c1', [9]), Offer(3), FileBack('c1', 5, ('a', 1, b'd', 0o600), 0, beside(LARGE)), FileKept('c1', 5, 'no'), Shutdown('c1'), Limit('c1', 2),
     Place('c1', ('a', 1, b'd', 0o600), 0, beside(LARGE)), Placed('c1', 'a', ''), Query('c1'), Reclaim('c1'), Held('c1', [1]), Report('c1', [(1, 0.5)], [2], {'cpu': 1.0}),
-    Output('c1', 5, 1, 0, b'text'), Where('c1', ('10.0.0.1', 9701, 'host'), [1]), Where('c1', (), [1]), News('c1', 2, tuple('0123456789')),
+    Started('c1', [(5, 0.02)]), Output('c1', 5, 1, 0, b'text'), Where('c1', ('10.0.0.1', 9701, 'host'), [1]), Where('c1', (), [1]), News('c1', 2, tuple('0123456789')),
     Said('c1', 'text'), Call('c1', 7, 'nodes', (1, 'x')), Return('c1', 7, ('ValueError', 'text'), None), Pulse(), Bye('enough'),
 ]
 
@@ -115,7 +115,7 @@ def test_decoded_bytes_are_no_copy():
     assert decode(op, encoding, received).data.obj is received
 
 
-@pytest.mark.parametrize('op', [0, 15, 32, 45, 64, 69, 255])
+@pytest.mark.parametrize('op', [0, 15, 32, 46, 64, 69, 255])
 def test_unknown_messages_are_refused(op):
     with pytest.raises(PeerError, match='unknown'):
         decode(op, 0, pickle.dumps((), 5))
@@ -167,7 +167,7 @@ def wrong(message, *fields):
     wrong(Jobs, 'c', ()), wrong(Jobs, 'c', {}), wrong(Jobs, 'c', [1]), wrong(Jobs, 'c', [()]), wrong(Jobs, 'c', [(1, b'')]),
     wrong(Jobs, 'c', [[1, b'', None]]), wrong(Jobs, 'c', [('1', b'', None)]), wrong(Jobs, 'c', [(True, b'', None)]),
     wrong(Results, 'c', [(1, 1, 0.0, 0.0, b'', b'')]), wrong(Results, 'c', [(1.0, 1, 0.0, 0.0, b'', b'', b'')]),
-    wrong(Cancel, 'c', (1,)), wrong(Recall, 'c', 1.0), wrong(Ack, 1, []), wrong(Done, None), wrong(Done, 'c', 'd'),
+    wrong(Cancel, 'c', (1,)), wrong(Recall, 'c', 1.0), wrong(Recall, 'c', [-1]), wrong(Started, 'c', [(1,)]), wrong(Started, 'c', [(1, float('nan'))]), wrong(Ack, 1, []), wrong(Done, None), wrong(Done, 'c', 'd'),
     wrong(Welcome, 'n', '4', {}), wrong(Ready, 'c', {}), wrong(Bye, None), wrong(Pulse, 1),
 ])
 def test_wrong_fields_and_rows_are_refused(message, fields):

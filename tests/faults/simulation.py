@@ -298,6 +298,8 @@ class SimClient(Driver, SimLoop):
 
     def ask(self, call):
         self.now = self.world.now
+        for _ in range(len(self._inbox)):   # what was posted before comes first
+            self.on_event(self._inbox.popleft())
         answer = call()
         self.world.at(self.now, self.wake)
         return answer
@@ -556,6 +558,7 @@ class Session:
         self.nodes = sorted(rng.sample(sorted(world.hosts), rng.randint((len(world.hosts) + 1) // 2, len(world.hosts))))
         self.path = os.path.join(world.directory, 'journal-%d' % next(world.numbers)) if rng.random() < world.journals else None
         self.scale = rng.choice((0.02, 1.0, 10.0, 60.0)) * world.scale
+        self.lengths = getattr(self, rng.choice(('exponential', 'exponential', 'quick_first', 'one_slow', 'alternating', 'growing', 'bimodal')))()
         self.jobs = {}             # of which the end has not been seen
         self.cluster = self.driver = None
         self.recent = []           # of which the end was seen in this turn, and may not be committed
@@ -621,12 +624,41 @@ class Session:
         self.left -= 1
         rare = {'dispy_cpus': rng.randint(1, 2), 'dispy_priority': rng.randint(-1, 1), 'dispy_timeout': self.scale, 'dispy_retries': 2}
         options = {name: value for name, value in rare.items() if rng.random() < 0.04}
-        job = Job(next(world.numbers), rng.expovariate(1 / self.scale),
+        job = Job(next(world.numbers), next(self.lengths),
                   rng.choices(('returns', 'raises', 'dies', 'stubborn'), (90, 5, 3, 2))[0], options)
         self.jobs[job.number] = world.jobs[job.number] = job
         job.handle = self.cluster.submit_job_id(job.number, job.number, **options)
         world.by_payload[bytes(job.handle._payload)] = self, job
         world.submitted += 1
+
+    # lengths of jobs, most of them chosen to fool whoever believes that the next job is like the last
+
+    def exponential(self):
+        while True:
+            yield self.world.rng.expovariate(1 / self.scale)
+
+    def quick_first(self):
+        yield from [0.0001] * self.world.rng.choice((1, 3, 20, 100))
+        while True:
+            yield self.scale
+
+    def one_slow(self):
+        while True:
+            yield 20 * self.scale if self.world.rng.random() < 0.03 else 0.01 * self.scale
+
+    def alternating(self):
+        for length in itertools.cycle((0.0005, self.scale)):
+            yield length
+
+    def growing(self):
+        length = 0.001
+        while True:
+            yield length
+            length = min(3 * self.scale, length * self.world.rng.uniform(1.0, 1.2))
+
+    def bimodal(self):
+        while True:
+            yield 0.001 if self.world.rng.random() < 0.8 else self.scale
 
     def ended(self, handle):
         """The user's callback."""
@@ -968,6 +1000,7 @@ class World:
             places.update(work._serial for work in works)
         for comp in schedule.comps.values():
             places.update(work._serial for work in comp.waiting())
+            assert max(comp.called.values(), default=0) <= dispy.RECALLS_MOST, 'a job was called back too often'
         assert not places or max(places.values()) == 1, 'a job is in two places'
 
     def sweep(self):
@@ -975,6 +1008,10 @@ class World:
         strange = {}
         for session in filter(None, self.sessions.values()):
             self.check_everywhere(session.driver)
+            recovered = set(session.cluster.recovered)   # of which nobody knows yet
+            for job in session.jobs.values():
+                assert job.handle.status != DispyJob.Running or job.starts or job.handle in recovered, \
+                    'job %d is Running and has never begun' % job.number
             for node in session.driver.schedule.nodes.values():
                 strange.update((('is nowhere', *key), self.now) for key in self.missing(session.driver, node))
         for home in self.hosts.values():
