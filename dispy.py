@@ -3728,7 +3728,8 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
     else:
         raise TypeError('computation is a %s; it must be a function or the path of a program' % type(computation).__name__)
     files = _file_rows(paths, program)
-    spec = {'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
+    spec: Dict[str, Any] = {
+            'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
             'cleanup': bool(cleanup), 'dest_path': dest_path or '', 'max_jobs': max_jobs or 0,
             'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0, 'setup_args': b'',
             'portable': bundles.portable, 'sys_path': [], 'argv': []}

@@ -1297,7 +1297,7 @@ class Referent(weakref.ref):
 def make_reference(obj: Any) -> Any:
     """A weak reference in a job."""
     reference = Referent(obj)
-    reference.kept = obj
+    reference.kept = obj  # type: ignore[attr-defined]   # its slot
     return reference
 
 
@@ -1310,7 +1310,7 @@ def make_weak(kind: type, contents: Any) -> Any:
 
 def make_local(kind: type, attributes: Dict[str, Any]) -> Any:
     """threading.local with what it has in the thread that pickled it."""
-    made = kind.__new__(kind)
+    made = kind.__new__(kind)  # type: ignore[call-overload]
     vars(made).update(attributes)
     return made
 
@@ -1344,7 +1344,7 @@ def make_view(data: Any, form: str, shape: tuple) -> memoryview:
 
 def make_object(kind: type, attributes: Dict[str, Any]) -> Any:
     """An object whose class reduces it to a name that only its program has."""
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     vars(made).update(attributes)
     return made
 
@@ -1750,7 +1750,8 @@ def is_named(obj: Any, module: str, name: str) -> bool:
 def _ctypes_bases() -> Dict[type, type]:
     """Classes of the classes of ctypes, which have no names there -> an example of each."""
     import ctypes
-    return {type(base): base for base in (ctypes.Structure, ctypes.Union, ctypes.Array, ctypes.c_int, ctypes._Pointer, ctypes._CFuncPtr)}
+    return {type(base): base for base in (ctypes.Structure, ctypes.Union, ctypes.Array, ctypes.c_int, ctypes._Pointer,
+                                           getattr(ctypes, '_CFuncPtr'))}
 
 
 def _has_own_members(cls: Any) -> bool:
@@ -1827,7 +1828,15 @@ def imports_of(code: types.CodeType, package: Any) -> Set[str]:
             continue
         names.add(origin)
         names.update('%s.%s' % (origin, name) for name in wanted if name != '*')
-    return names
+    return names | _submodules_used(code, {name.partition('.')[0] for name in names})
+
+
+def _submodules_used(code: types.CodeType, packages: Set[str]) -> Set[str]:
+    """Loaded submodules that a function can reach as attributes of packages that it imports itself. cloudpickle finds those
+    of packages in global variables."""
+    used = set(code.co_names)
+    return {name for name in list(sys.modules) if isinstance(name, str) and '.' in name
+            and name.partition('.')[0] in packages and set(name.split('.')[1:]) <= used}
 
 
 def _import_statements(code: types.CodeType) -> Iterator[Tuple[int, str, tuple]]:

@@ -1123,9 +1123,9 @@ class Scheduler(Driver):
             if remote.works or remote.ended:
                 logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', remote.name, len(waiting),
                             len(remote.works) - len(waiting), len(remote.ended))
-        known = {comp for comp, _, _ in self._state.comps()}
+        there = {comp for comp, _, _ in self._state.comps()}
         for name in os.listdir(self._state.root):
-            if name.startswith('c-') and name[2:].partition('.')[0] not in known:
+            if name.startswith('c-') and name[2:].partition('.')[0] not in there:
                 shutil.rmtree(os.path.join(self._state.root, name), ignore_errors=True)
 
     def _directory_of(self, comp: str) -> str:
