@@ -62,6 +62,7 @@ import itertools
 import logging
 import math
 import os
+import numbers
 import pickle
 import pkgutil
 import queue
@@ -87,15 +88,16 @@ import cloudpickle
 
 from dispynode import (
     ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
-    SCHEDULER_PORT, Ack, Allowance, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done,
-    DurationEstimate, Ears,
-    File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
-    Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
-    BUNDLE, BUNDLES, MODULES, OF_MODULES, Role, Said, Sealed, SecretError, Shutdown, Started, StateRow, Welcome, Where, __version__, beside,
-    build_tag, call_chunk, call_packed, check_fork, check_name, check_not_importing, contents_of, derive_key,
-    describe_exception, dial, discovery_reach,
-    file_digest, find_named, find_secret, frames, globals_of, host_and_port, is_named, keeps_identity, open_envelope,
-    pieces_of, place, plain_form, python_of, same_secret, seal, size_of, tls_context, unpack_error, unseal, value_pickler, with_needs)
+    NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
+    Dialling, Discovery, DispyError, Done, Ears, File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile,
+    Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Place, Placed, Pulse,
+    Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, Welcome,
+    Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, derive_key, describe_exception, dial, digest_of,
+    discovery_reach, file_digest, find_secret, frames, host_and_port, is_outcome, log_record_of, open_plain, open_regular,
+    path_option, pieces_of, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
+    tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, OF_MODULES, Sealed, StateRow, build_tag,
+    check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
+    Allowance, DurationEstimate, Started)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -108,10 +110,14 @@ __all__ = [
 
 AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it runs, however short they are
 AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
+SHARED_ARGS_MOST = 15 << 20   # bytes of setup_args that go by way of a scheduler
+DIALS_MOST = 64               # nodes that are dialled at the same time
+REFUSED_MOST = 3              # frames with a job that could not be used, after which the job is ended
+FRAMES_NOTED = 64             # of jobs, the last ones sent on a link
+NODES_PAGE = 500              # nodes of a scheduler in one answer
 # Times a job is called back for reasons of the schedule; then it is sent to idle CPUs only
 RECALLS_MOST = 2
 WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
-MAX_PAYLOAD = 960 << 20       # bytes of one job's arguments; a frame holds a GiB
 LOST_MOST = 3                 # nodes a job may be lost with before it is given up
 LOST_TIMES = 16               # times it may be lost, with however few of them: a node that is started again is the same node
 IPV6_LATER = 0.1              # s for which a node that was found by IPv6 may answer by IPv4, which people expect to see
@@ -303,7 +309,7 @@ class DispyJob(Work):
         """Wait up to `timeout` seconds (None: without limit); whether the job has ended. Any thread."""
         if self.status in ENDED:
             return True
-        return in_slices(self.finish.wait, timeout)  # type: ignore[no-any-return]
+        return in_slices(self.finish.wait, _seconds('timeout', timeout))  # type: ignore[no-any-return]
 
     def _call_when_ended(self, call: Callable[['DispyJob'], None]) -> None:
         """Call it with the job when that has ended, at once if it has; perhaps twice. Any thread; must be quick."""
@@ -3553,7 +3559,7 @@ def explain_unpicklable(labels: Sequence[Tuple[str, Any]], exc: BaseException) -
         if not _can_be_packed(value):
             path, culprit, module = _find_culprit(label, value)
             kind = type(culprit)
-            owner = ' of module %s' % module if module else ''
+            owner = ', met in module %s,' % module if module else ''
             return ('%s (a %s.%s)%s cannot be pickled: %s. Make it in setup or in the job, leave it out in a '
                     '__getstate__ of what holds it, or put its function or class into a module of its own'
                     % (path, kind.__module__, kind.__qualname__, owner, exc))
@@ -3572,8 +3578,9 @@ def _find_culprit(path: str, value: Any) -> Tuple[str, Any, str]:
     """Follow the parts that cannot be pickled: (path, the last of them, module of the function or class it was met in)."""
     module, seen = '', {id(value)}
     for _ in range(30):
-        if isinstance(value, (types.FunctionType, type)) or getattr(type(value), '__module__', '') not in ('builtins', None):
-            module = getattr(value, '__module__', None) or module
+        met = getattr(value, '__module__', None)
+        if isinstance(met, str) and own_modules.kind(met) in (ModuleKind.OWN, ModuleKind.BY_VALUE):
+            module = met
         found = next(((step, part) for step, part in _parts_of(value)
                       if id(part) not in seen and not _can_be_packed(part)), None)
         if found is None:
@@ -3653,7 +3660,7 @@ def _job_depends(depends: Sequence[Any], globals_: Sequence[Dict[str, Any]]) -> 
     files = []
     for name, path in paths.items():
         check_name(name)
-        with open(path, 'rb') as file:
+        with open_regular(path) as file:
             files.append((name, stat.S_IMODE(os.stat(path).st_mode) & 0o755 | 0o600, file.read()))
     return files, objects
 
@@ -3727,6 +3734,18 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
         pack_source, computation, setup, cleaner, objects, tuple(bundles.shipped)))
 
 
+def check_cargo(spec: dict) -> None:
+    """Raise ValueError for a computation that is too large for a message."""
+    size = len(spec['code'])
+    if size > VALUE_MOST:
+        raise ValueError('the computation, with the data that it refers to, has %d bytes, and the limit is %d: '
+                         'read large data from a file in setup() (depends)' % (size, VALUE_MOST))
+    names = sum(len(row[0].encode('utf-8', 'replace')) + 80 for row in spec['files'])
+    if names > NAMES_MOST:
+        raise ValueError('depends: the list of %d files takes %d bytes, and the limit is %d: pack them into an archive'
+                         % (len(spec['files']), names, NAMES_MOST))
+
+
 def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int, bytes, int]]:
     rows = []
     for name, path in paths.items():
@@ -3775,7 +3794,14 @@ def _add_path(path: str, paths: Dict[str, str]) -> None:
         for directory, _, names in os.walk(root):
             for name in names:
                 full = os.path.join(directory, name)
+                if os.path.islink(full) and not os.path.exists(full):
+                    logger.debug('depends: %s is a link to nothing and is left out', full)   # as locks of editors are
+                    continue
+                if not os.path.isfile(full):   # opening a FIFO would wait, and a device has no end
+                    raise ValueError('depends: %s is no regular file' % full)
                 paths['/'.join([os.path.basename(root)] + os.path.relpath(full, root).split(os.sep))] = full
+    elif os.path.exists(path):
+        raise ValueError('depends: %s is no regular file' % path)
     else:
         raise FileNotFoundError('depends: there is no file %s (in %s)' % (path, os.getcwd()))
 
@@ -3982,7 +4008,7 @@ def _names_used(code: types.CodeType) -> Iterator[str]:
 
 def _is_plain(value: Any) -> bool:
     try:
-        open_envelope(pickle.dumps(value, 5))   # as the node will
+        open_plain(pickle.dumps(value, 5))   # as the node will
     except Exception:  # whatever pickle cannot do, __reduce__ of the user's among it
         return False
     return True
@@ -4046,6 +4072,26 @@ def limited(offered: int, cpus: int) -> int:
     return min(offered, cpus) if cpus > 0 else max(0, offered + cpus)
 
 
+def matches(pattern: str, word: str) -> bool:
+    """Whether a word fits a pattern in which `*` stands for any characters. Each part is looked for once, where it comes
+    first: a regular expression could try for hours."""
+    if '\n' in word:   # no name has one
+        return False
+    first, *parts = pattern.split('*')
+    if not parts:
+        return word == pattern
+    last = parts.pop()
+    if len(word) < len(first) + len(last) or not word.startswith(first) or not word.endswith(last):
+        return False
+    at, end = len(first), len(word) - len(last)
+    for part in parts:
+        at = word.find(part, at, end)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
+
+
 class NodeSpec(NamedTuple):
     """One element of `nodes`."""
     host: str       # a name, an address, or either with wildcards
@@ -4064,8 +4110,7 @@ class NodeSpec(NamedTuple):
         wanted = _plain_host(self.host)
         if not self.wild:
             return wanted in map(_plain_host, words)
-        pattern = re.compile('.*'.join(map(re.escape, wanted.split('*'))))
-        return any(pattern.fullmatch(_plain_host(word)) for word in words if word)
+        return any(matches(wanted, _plain_host(word)) for word in words if word)
 
     def may_fit(self, address: str) -> bool:
         """Whether a node at this address may be meant; it may also be meant by its name, which is not known yet."""
@@ -4092,7 +4137,8 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['P
     """Runs the user's code; raises what that raises, TypeError for what is no number."""
     available = DispyNodeAvailInfo(*map(peer.facts.get('available', {}).get, DispyNodeAvailInfo._fields))
     cpus = allocator.allocate(cluster, peer.ip_addr, peer.name, peer.offered, avail_info=available, platform=peer.facts.get('platform', ''))
-    if isinstance(cpus, bool) or not isinstance(cpus, int):
+    number = plain_number(cpus, True)
+    if number is None:
         raise TypeError('allocate() returned %.80r, which is no number of CPUs' % (cpus,))
     cpus = max(0, peer.offered + cpus) if cpus < 0 else cpus
     paths: Dict[str, str] = {}
@@ -4101,7 +4147,16 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['P
     labels = [('setup argument %d' % number, value) for number, value in enumerate(allocator.setup_args, 1)]
     payload = bundles.packed((tuple(allocator.setup_args), objects), labels)
     blob = b''.join(bytes(piece) for piece in pieces_of(payload))
-    return Allocation(cpus, blob, _file_rows(paths), paths)
+    check_setup_args(len(blob), cluster._remote)
+    return Allocation(number, blob, _file_rows(paths), paths)
+
+
+def check_setup_args(size: int, remote: bool) -> None:
+    """Raise ValueError for setup_args that are too large; a scheduler takes less of them."""
+    most = SHARED_ARGS_MOST if remote else VALUE_MOST
+    if size > most:
+        raise ValueError('setup_args of %d bytes are over the limit of %d%s: send a file (depends)'
+                         % (size, most, ' of a SharedJobCluster' if remote else ''))
 
 
 def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec]:
@@ -4133,21 +4188,57 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
     else:
         raise TypeError("nodes: %.80r is no host name, ('host', port), ('host', port, cpus) or {'host':, 'port':, 'cpus':}" % (node,))
     host, its_port, cpus = (*parts, None, None)[:3]
-    if not isinstance(host, str) or not host or any(c.isspace() for c in host):
-        raise ValueError('nodes: %.80r is no host' % (host,))
+    if not isinstance(host, str) or not host or any(c.isspace() or c in ',\0' for c in host):
+        raise ValueError('nodes: %.80r is no host; several hosts are a list' % (host,))
+    host = plain_text(host)
+    if host == LOCAL:
+        raise ValueError('nodes: %r stands alone, not in a list: this machine is %r there, if a dispynode runs here' % (LOCAL, '127.0.0.1'))
     if '*' in host and discovery_reach() == 'off' and not elsewhere:
         raise ValueError("nodes: %r: wildcards need discovery, which the environment's DISPY_DISCOVERY forbids; name the hosts" % host)
-    its_port = port if its_port is None else its_port
-    if not isinstance(its_port, int) or not 1 <= its_port <= 65535:
-        raise ValueError('nodes: port %.40r of %s is not between 1 and 65535' % (its_port, host))
-    if cpus is not None and not isinstance(cpus, int):
-        raise TypeError('nodes: cpus %.40r of %s is no number' % (cpus, host))
-    return NodeSpec(host, its_port, cpus or 0, allocator)
+    number = plain_number(port if its_port is None else its_port, True)
+    if number is None or not 1 <= number <= 65535:
+        raise ValueError('nodes: port %.40r of %s is not a whole number between 1 and 65535' % (its_port, host))
+    if cpus is not None and plain_number(cpus, True) is None:
+        raise TypeError('nodes: cpus %.40r of %s is no whole number' % (cpus, host))
+    return NodeSpec(host, number, plain_number(cpus, True) or 0, allocator)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Journal: what a cluster with a recover_file has submitted, sent and got back
 # ---------------------------------------------------------------------------------------------------------
+
+def check_own_file(path: str, what: str) -> None:
+    """Raise DispyError for a file that is there and that others can have written: what is in it may be code."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    _check_status(status, path, what)
+
+
+def _check_status(status: os.stat_result, path: str, what: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise DispyError('%s: %s is no regular file' % (what, path))
+    if hasattr(os, 'geteuid') and status.st_uid != os.geteuid():
+        raise DispyError('%s: %s belongs to another user (number %d), who may have put anything into it' % (what, path, status.st_uid))
+    if os.name != 'nt' and status.st_mode & 0o022:
+        raise DispyError('%s: %s can be written by others (mode %03o): if you know that what is in it is yours, chmod 600 %s'
+                         % (what, path, stat.S_IMODE(status.st_mode), path))
+
+
+def open_own_file(path: str, what: str, flags: int = 0) -> int:
+    """Open a file of this user's for reading and writing, or make it; no link of anybody's is followed. Returns the descriptor.
+    Raises DispyError, OSError."""
+    flags |= os.O_RDWR | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
+    check_own_file(path, what)
+    handle = os.open(path, flags | os.O_CREAT, 0o600)
+    try:
+        _check_status(os.fstat(handle), path, what)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
 
 def own_process() -> Tuple[str, int, str]:
     """This process for others on the same machine, who may ask whether it has ended: machine, PID,
@@ -4206,12 +4297,16 @@ class Database:
     def __init__(self, path: str, what: str) -> None:
         """Raises DispyError for a file that is in use, or none of ours; OSError. `what` is its name for people."""
         self.path, self._what = os.path.abspath(path), what
+        if os.path.islink(self.path) and hasattr(os, 'geteuid') and os.lstat(self.path).st_uid in (0, os.geteuid()):
+            self.path = os.path.realpath(self.path)   # the user's own link, or the system's
         self._notes: List[List[tuple]] = [[] for _ in self.STATEMENTS]
         self.broken = False    # the last transaction failed; its notes are still here
         import sqlite3   # 10 ms that only those pay who need it
         self._error = sqlite3.Error
         try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            for end in ('-wal', '-shm', '-journal'):
+                check_own_file(self.path + end, what)
+            os.close(open_own_file(self.path, what))
         except OSError as exc:
             raise OSError(exc.errno, '%s cannot be opened: %s' % (what, exc.strerror), self.path) from None
         self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -4222,6 +4317,9 @@ class Database:
             if 'locked' in str(exc):
                 raise DispyError('%s %s is in use by another program' % (what, path)) from exc
             raise DispyError("%s %s cannot be used: %s; if it is none of dispy's or is damaged, move it away" % (what, path, exc)) from exc
+        except UnicodeError as exc:   # an error text of SQLite with bytes of a file that is damaged
+            self._db.close()
+            raise DispyError('%s %s is damaged: move it away' % (what, path)) from exc
         except BaseException:
             self._db.close()
             raise
@@ -4244,6 +4342,19 @@ class Database:
                 self._what, self.path, 'of version %d and this dispy knows %d' % (version, self.VERSION) if mark == self.MARK else 'no file of dispy'))
         run('COMMIT')
 
+    @contextlib.contextmanager
+    def damages(self) -> Iterator[None]:
+        """What is read within this may be damaged: whatever is raised then becomes a DispyError, and the file is left alone."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as exc:  # of SQLite, pickle, struct, enums: by the bytes that are wrong
+            if isinstance(exc, DispyError) and not isinstance(exc, PeerError):
+                raise
+            raise DispyError('%s %s is damaged (%s: %s); nothing in it was changed: move it away' % (
+                self._what, self.path, type(exc).__name__, exc)) from exc
+
     def note(self, statement: int, *row: Any) -> None:
         """A row for a statement of the next transaction."""
         self._notes[statement].append(row)
@@ -4253,21 +4364,49 @@ class Database:
         if not any(self._notes):
             return True
         try:
-            self._db.execute('BEGIN')
-            for statement, rows in zip(self.STATEMENTS, self._notes):
-                if rows:
-                    self._db.executemany(statement, rows)
-            self._db.execute('COMMIT')
+            self._write(range(len(self.STATEMENTS)))
         except self._error as exc:
-            if self._db.in_transaction:
-                self._db.execute('ROLLBACK')
             return self._failed(exc)
+        except Exception as exc:  # a row that can never be written; without it the others can
+            self._drop_unfit(exc)
+            return self.commit()
         if self.broken:
             logger.info('%s %s can be written again', self._what, self.path)
         self.broken = False
         for rows in self._notes:
             rows.clear()
         return True
+
+    def _write(self, statements: Sequence[int]) -> None:
+        """The rows of some statements in one transaction, all or none of them."""
+        try:
+            self._db.execute('BEGIN')
+            for number in statements:
+                if self._notes[number]:
+                    self._db.executemany(self.STATEMENTS[number], self._notes[number])
+            self._db.execute('COMMIT')
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute('ROLLBACK')
+            raise
+
+    def _drop_unfit(self, exc: Exception) -> None:
+        """Forget the rows that SQLite does not take, such as of texts that are not Unicode. At least one goes."""
+        logger.error('%s %s: a row cannot be written and is left out: %s', self._what, self.path, exc)
+        for number, rows in enumerate(self._notes):
+            fit = []
+            for row in rows:
+                try:
+                    self._db.execute('SELECT %s' % ', '.join('?' * len(row)), row)
+                except self._error:
+                    fit.append(row)   # of the file, not of the row
+                except Exception:  # of this row: UnicodeEncodeError, OverflowError
+                    continue
+                else:
+                    fit.append(row)
+            if len(fit) == len(rows) and rows and number == len(self._notes) - 1 and not any(self._notes[:number]):
+                fit = []   # nothing was found: better without them than never again
+            self._notes[number] = fit
 
     def _failed(self, exc: Exception) -> bool:
         if not self.broken:
@@ -4284,11 +4423,11 @@ class Journal(Database):
     A job is known by its number, which is its serial without the attempt. What it holds is pickled: arguments and results
     as they travel, and the user's ids; it is opened only by the user's program.
     """
-    MARK, VERSION = 0x64735035, 1
+    MARK, VERSION = 0x64735035, 2
     WAITING, SENT, ENDED = range(3)
     TRIM = 1 << 20             # bytes after which FILE-new is emptied when it may be
     TABLES = """
-        CREATE TABLE comps (comp TEXT PRIMARY KEY, name TEXT, reentrant INTEGER, program INTEGER, host TEXT);
+        CREATE TABLE comps (comp TEXT PRIMARY KEY, name TEXT, reentrant INTEGER, program INTEGER, host TEXT, key BLOB);
         CREATE TABLE jobs (number INTEGER PRIMARY KEY, comp TEXT, id BLOB, payload BLOB, options BLOB, submitted REAL,
             state INTEGER, serial INTEGER, node TEXT, status INTEGER, result BLOB, delivered INTEGER DEFAULT 0);
         """
@@ -4297,6 +4436,7 @@ class Journal(Database):
         'INSERT OR IGNORE INTO jobs (number, comp, id, payload, options, submitted, state) VALUES (?, ?, ?, ?, ?, ?, ?)',
         'UPDATE jobs SET comp = ?, state = ?, serial = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?')
+    NEW_MARK = b'dispy5n\1'     # begins FILE-new
     _HEAD = struct.Struct('>IQdIII')   # CRC-32 of the rest, number, submitted, lengths of id, payload and options
 
     def __init__(self, path: str, must_exist: bool = False) -> None:
@@ -4306,16 +4446,31 @@ class Journal(Database):
         self._rows: Deque[tuple] = collections.deque()     # submitted, by any thread, and not noted
         self.last = self._committed = 0                    # numbers
         super().__init__(path, 'recover_file')
+        self._new = -1
         try:
-            self._new = os.open(self.path + '-new', os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, 'O_BINARY', 0), 0o600)
-            self._take_new()
+            self._new = open_own_file(self.path + '-new', 'recover_file', os.O_APPEND)
+            self._check_new()
+            with self.damages():
+                self._take_new()
         except BaseException:
             self._db.close()
+            if self._new >= 0:
+                os.close(self._new)
             raise
+
+    def _check_new(self) -> None:
+        """FILE-new is ours if it begins so, or was made now. Raises DispyError for a file of the user's, which is left alone."""
+        head = os.pread(self._new, len(self.NEW_MARK), 0) if hasattr(os, 'pread') else open(self.path + '-new', 'rb').read(len(self.NEW_MARK))
+        if len(head) < len(self.NEW_MARK) and self.NEW_MARK.startswith(head):   # made now, or torn when it was made
+            os.ftruncate(self._new, 0)
+            os.write(self._new, self.NEW_MARK)
+        elif head != self.NEW_MARK:
+            raise DispyError('recover_file: %s-new is no file of dispy, and would have to be: give another name' % self.path)
 
     def _take_new(self) -> None:
         """Jobs that had been submitted and were in no transaction when the program ended; a torn one was never returned."""
         with open(self.path + '-new', 'rb') as file:
+            file.seek(len(self.NEW_MARK))
             while True:
                 head = file.read(self._HEAD.size)
                 if len(head) < self._HEAD.size:
@@ -4327,15 +4482,16 @@ class Journal(Database):
                 ident, payload, options = body[:sizes[0]], body[sizes[0]:sizes[0] + sizes[1]], body[sizes[0] + sizes[1]:]
                 self._rows.append((number, '', ident, payload, options, submitted, self.WAITING))
         if self.commit():
-            os.ftruncate(self._new, 0)
+            os.ftruncate(self._new, len(self.NEW_MARK))
         self.last = self._committed = self._db.execute('SELECT coalesce(max(number), 0) FROM jobs').fetchone()[0]
 
     # -- while a cluster runs -------------------------------------------------------------------------------
 
-    def begin(self, comp: str, name: str, reentrant: bool, program: bool, host: Optional[Tuple[str, int]]) -> None:
+    def begin(self, comp: str, name: str, reentrant: bool, program: bool, host: Optional[Tuple[str, int]], key: bytes = b'') -> None:
         """A computation whose jobs come now."""
-        self._db.execute('INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?, ?)',
-                         (comp, name, reentrant, program, '%s:%d' % host if host else None))
+        with self.damages():
+            self._db.execute('INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?, ?, ?)',
+                             (comp, name, reentrant, program, '%s:%d' % host if host else None, key))
 
     def submitted(self, job: DispyJob) -> None:
         """A job, before `submit` returns; gives it its number. The user's thread, with the cluster's lock held. Raises
@@ -4386,17 +4542,22 @@ class Journal(Database):
     def trim(self) -> None:
         """Empty FILE-new if all in it is in the database. With the cluster's lock held."""
         if self._committed == self.last and os.fstat(self._new).st_size > self.TRIM:
-            os.ftruncate(self._new, 0)
+            os.ftruncate(self._new, len(self.NEW_MARK))
 
     # -- after a crash ----------------------------------------------------------------------------------------
 
     def comps(self) -> List[tuple]:
-        """Rows (comp, name, reentrant, program, host) of computations with jobs on nodes."""
+        """Rows (comp, name, reentrant, program, host, key) of computations with jobs on nodes."""
         return self._db.execute('SELECT * FROM comps WHERE comp IN (SELECT comp FROM jobs WHERE state = ?)', (self.SENT,)).fetchall()
 
     def is_program(self) -> bool:
         """Whether the jobs are runs of a program."""
         return bool(self._db.execute('SELECT max(program) FROM comps').fetchone()[0])
+
+    def known(self) -> List[Tuple[DispyJob, int, str, Any]]:
+        """All of `jobs`. Raises DispyError for a file that is damaged."""
+        with self.damages():
+            return list(self.jobs())
 
     def jobs(self) -> Iterator[Tuple[DispyJob, int, str, Any]]:
         """(job, state, node, result) of all jobs that have not been handed to the user since a crash."""
@@ -4404,20 +4565,30 @@ class Journal(Database):
                 'SELECT number, comp, id, payload, options, submitted, state, serial, node, status, result FROM jobs WHERE NOT delivered'):
             job = DispyJob(comp, payload, pickle.loads(options) if options else None, pickle.loads(ident))
             job._serial, job.submit_time = serial or number << 16, submitted
+            found = pickle.loads(result) if result else None
             if state == self.ENDED:
                 job._state = JobState(status)
-            yield job, state, node or '', pickle.loads(result) if result else None
+                if not isinstance(found, str) and (len(found) != 6 or not is_outcome(*found)):
+                    raise ValueError('job %d has no result' % number)
+            elif state not in (self.WAITING, self.SENT) or type(payload) is not bytes:
+                raise ValueError('job %d is in no state' % number)
+            yield job, state, node or '', found
 
     def delivered(self, jobs: Sequence[DispyJob]) -> None:
         """These were handed to the user; not again."""
-        self._db.execute('BEGIN')
-        self._db.executemany('UPDATE jobs SET delivered = 1, result = NULL WHERE number = ?', [(job._serial >> 16,) for job in jobs])
-        self._db.execute('COMMIT')
+        with self.damages():
+            self._db.execute('BEGIN')
+            self._db.executemany('UPDATE jobs SET delivered = 1, result = NULL WHERE number = ?', [(job._serial >> 16,) for job in jobs])
+            self._db.execute('COMMIT')
 
     def close(self, remove: bool = False) -> None:
-        """Let go of the file; with `remove`, or if no job is left in it, remove it."""
-        self.commit()
-        left = self._db.execute('SELECT count(*) FROM jobs WHERE NOT delivered').fetchone()[0]
+        """Let go of the file; with `remove`, or if no job is left in it, remove it. One that is damaged is left alone."""
+        left = 1
+        try:
+            self.commit()
+            left = self._db.execute('SELECT count(*) FROM jobs WHERE NOT delivered').fetchone()[0]
+        except self._error as exc:
+            logger.error('recover_file %s cannot be read any more: %s', self.path, exc)
         self._db.close()
         os.close(self._new)
         if remove or not left:
@@ -4456,8 +4627,12 @@ class Pool:
     def run(self, call: Callable[..., Any], *args: Any) -> None:
         """Call it in one of the threads. One thread only (the driver's)."""
         if not self._idle.acquire(blocking=False) and self._count < self._most:
-            self._count += 1
-            threading.Thread(target=self._work, name='%s-%d' % (self._name, self._count), daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name='%s-%d' % (self._name, self._count + 1), daemon=True).start()
+                self._count += 1
+            except RuntimeError:   # no thread is to be had: those that there are do it
+                if not self._count:
+                    raise
         self._tasks.put((call, args))
 
     def _work(self) -> None:
@@ -4479,9 +4654,9 @@ class Pool:
 
 
 class Asked(NamedTuple):
-    """Posted by `Driver.ask`: call this in the driver's thread."""
+    """Call this in the driver's thread; posted by `Driver.ask`, who waits for `future`, or by a helper, without one."""
     call: Callable[[], Any]
-    future: 'concurrent.futures.Future[Any]'
+    future: Optional['concurrent.futures.Future[Any]']
 
 
 class Told(NamedTuple):
@@ -4561,6 +4736,7 @@ class Peer:
         self.linked_at = 0.0
         self.trip = 0.0                            # s from Introduce to Welcome
         self.instance = b''
+        self.wrong = False                         # it could not use what was sent: it is not reached again at once
         self.restarted = False                     # another process than before; told when it says Welcome
         self.refused_at: Optional[float] = None    # when, since its link broke, nothing listened there
         self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0  # type: Tuple[str, str, dict, int]
@@ -4636,7 +4812,7 @@ class Recovery:
     def __init__(self, journal: Journal, sent: Sequence[Tuple[DispyJob, str]], done: Callable[[DispyJob, tuple, Peer], None],
                  lost: Callable[[DispyJob, str], None], over: Callable[[], None], cancel: bool = False) -> None:
         rows, self._journal = journal.comps(), journal
-        self.old = [row[0] for row in rows]
+        self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}   # computations and their keys
         self.met: List[Peer] = []
         self._jobs = {job._serial >> 16: (job, node) for job, node in sent}
         self._done, self._lost, self._over, self._cancel = done, lost, over, cancel
@@ -4719,9 +4895,13 @@ def recover_jobs(recover_file: str, timeout: Optional[float] = None, terminate_p
 
     Raises FileNotFoundError; DispyError if the file is in use, damaged or none of dispy's; OSError. Any thread.
     """
-    journal = Journal(recover_file, must_exist=True)
+    path = path_option('recover_file', recover_file)
+    if path is None:
+        raise TypeError('recover_file=None: it must be the path of a file')
+    journal = Journal(path, must_exist=True)
     try:
-        return _recover(journal, timeout, terminate_pending, Access(find_secret(secret), certfile, keyfile, cafile, PULSE, REDIAL_MOST))
+        return _recover(journal, _seconds('timeout', timeout), terminate_pending,
+                        Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
     finally:
         journal.close()
 
@@ -4730,9 +4910,12 @@ fault_recover_jobs = recover_jobs   # its name in dispy 4
 
 
 def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: 'Access') -> List[DispyJob]:
-    is_program, lock = journal.is_program(), threading.Lock()
+    lock = threading.Lock()
     jobs, sent, ended = [], [], []  # type: List[DispyJob], List[Tuple[DispyJob, str]], List[DispyJob]
-    again = {row[0] for row in journal.comps() if row[2]}
+    with journal.damages():
+        is_program = journal.is_program()
+        again = {row[0] for row in journal.comps() if row[2]}
+    rows = journal.known()
 
     def done(job: DispyJob, row: tuple, peer: Optional[Peer]) -> None:
         with lock:
@@ -4749,7 +4932,7 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
                 job._state = JobState.ABANDONED
                 end_without(job, text)
                 ended.append(job)
-    for job, state, node, result in journal.jobs():
+    for job, state, node, result in rows:
         jobs.append(job)
         if state == Journal.SENT:
             job.status = DispyJob.Running
@@ -4781,8 +4964,39 @@ class _Asker:
         self.ears, self.due, self.wait, self.last = ears, 0.0, ASK_FIRST, 0.0
 
 
+class Refusals:
+    """Frames of jobs that went into links, so that it is known which jobs were in one that the other side could not use. After
+    REFUSED_MOST such frames a job is ended: it would not come through the next time either."""
+
+    def __init__(self) -> None:
+        # link -> (number of a frame, computation, serials), the last of them
+        self._sent: Dict[int, Deque[Tuple[int, str, List[int]]]] = {}
+        self._counts: Dict[Tuple[str, int], int] = collections.Counter()   # (computation, job number) -> frames
+
+    def sent(self, link: Link, frame: Jobs) -> None:
+        """A frame of jobs was sent."""
+        frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
+        frames_of.append((link.sent - 1, frame.comp, [row[0] for row in frame.rows]))
+
+    def refused(self, link: Link, number: int) -> List[Tuple[str, int]]:
+        """The other side cannot use this frame. Returns (computation, serial) of jobs to be ended for it."""
+        over = []
+        for at, comp, serials in self._sent.get(link.number, ()):
+            for serial in serials if at == number else ():
+                self._counts[comp, serial >> 16] += 1
+                if self._counts[comp, serial >> 16] >= REFUSED_MOST:
+                    del self._counts[comp, serial >> 16]
+                    over.append((comp, serial))
+        return over
+
+    def forget(self, link: Link) -> None:
+        """A link has ended."""
+        self._sent.pop(link.number, None)
+
+
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed."""
+    log = logger
 
     def __init__(self, access: Access, instance: bytes = b'') -> None:
         self.instance = instance or _instance
@@ -4804,6 +5018,7 @@ class Driver(Loop):
         self._journals: Dict[str, Journal] = {}      # computation -> where its jobs are written down
         self._reclaimed: Dict[str, 'Recovery'] = {}  # computations of programs that have crashed
         self._call_numbers = itertools.count(1)
+        self.refusals = Refusals()
         # Jobs to be cancelled if they have not begun
         self._withdrawals: Dict[Any, 'concurrent.futures.Future[bool]'] = {}
         self._strangers: Dict[Any, Peer] = {}        # instance or address -> one that cannot be used, and is no node that was named
@@ -4816,6 +5031,7 @@ class Driver(Loop):
         self._incoming: Dict[Tuple[int, str, int], IncomingFile] = {}   # (link, computation, serial) -> file from a job
         self._uploads: Dict[int, Deque[Iterator[Any]]] = {}   # link -> files on their way
         self._chores_at = 0.0
+        self._lost_text, self._lost_at = '', 0.0   # of a fault after which jobs may be nowhere; when they are looked for
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts: Dict[type, Callable[[Any], None]] = {
             SendJobs: self._send_jobs, SendCancel: self._send_to, SendRecall: self._send_to, SendAck: self._send_ack,
@@ -4910,7 +5126,7 @@ class Driver(Loop):
             peer.dialling.abort()
             peer.end_process()
         for event in list(self._inbox):
-            if isinstance(event, Asked):
+            if isinstance(event, Asked) and event.future is not None:
                 event.future.set_exception(RuntimeError(self.broken))
 
     def after_fork(self) -> None:
@@ -5213,9 +5429,10 @@ class Driver(Loop):
 
     def allocate(self, comp: str, specs: Sequence[NodeSpec]) -> None:
         """Use these nodes, new ones and those deallocated or closed before."""
-        cluster = self._clusters[comp]
+        cluster, words = self._clusters[comp], self._words_of(comp)
         for spec in specs:
-            known = [peer for peer in self.peers_of(comp) if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
+            candidates = self.peers_of(comp) if spec.wild else words.get(_plain_host(spec.host), ())
+            known = [peer for peer in candidates if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
                      or peer.is_meant(spec.host) and (peer.port in (0, spec.port) or (peer.name, cluster._port) == (spec.host, spec.port))]
             for peer in known:
                 use = peer.uses[comp]
@@ -5229,6 +5446,17 @@ class Driver(Loop):
             if not known or spec.wild:
                 cluster._specs = [*cluster._specs, spec]
                 self.use(comp, [spec])
+                peer = self._peers.get((spec.host, spec.port))
+                if peer is not None:
+                    words.setdefault(_plain_host(spec.host), []).append(peer)
+
+    def _words_of(self, comp: str) -> Dict[str, List[Peer]]:
+        """Nodes of a cluster by their names and addresses, so that a list of thousands is not compared with itself."""
+        found: Dict[str, List[Peer]] = {}
+        for peer in self.peers_of(comp):
+            for word in {_plain_host(word) for word in (peer.ip_addr, peer.host, peer.name) if word}:
+                found.setdefault(word, []).append(peer)
+        return found
 
     def question(self, comp: str, node: Any, row: Optional[tuple] = None, path: str = '') -> 'concurrent.futures.Future[Any]':
         """Send a file (name, size, digest, mode, from `path`) or, without one, ask what is there. The future has the node's answer."""
@@ -5242,11 +5470,19 @@ class Driver(Loop):
             raise RuntimeError('node %s is already being sent %s' % (peer, name))
         peer.answers[comp, name] = future
         if row:
-            pieces = (Place(comp, row, piece.offset, piece.data) for piece in _file_pieces(comp, name, path))
+            pieces = self._place_pieces(peer, comp, row, path)
             self._uploads.setdefault(peer.link.number, collections.deque()).append(pieces)
         else:
             self.say(peer.link, Query(comp))
         return future
+
+    def _place_pieces(self, peer: Peer, comp: str, row: tuple, path: str) -> Iterator[Any]:
+        """A file for a node. If it cannot be read, whoever sends it is told, and the link goes on."""
+        try:
+            for piece in _file_pieces(comp, row[0], path):
+                yield Place(comp, row, piece.offset, piece.data)
+        except (OSError, ValueError) as exc:
+            self._answer(peer, (comp, row[0]), 'it cannot be read: %s' % exc)
 
     @staticmethod
     def _answer(peer: Peer, key: Tuple[str, str], value: Any) -> None:
@@ -5275,9 +5511,76 @@ class Driver(Loop):
         try:
             answer = event.call()
         except Exception as exc:  # the asker gets it
+            if event.future is None:
+                raise
             event.future.set_exception(exc)
         else:
-            event.future.set_result(answer)
+            if event.future is not None:
+                event.future.set_result(answer)
+
+    # -- faults of ours -----------------------------------------------------------------------------------
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """End what the fault concerns: a link, or jobs that are nowhere any more."""
+        self._lost_text = text   # jobs that were in hand are looked for soon, once for many faults
+        self._soon()
+        if isinstance(subject, SendJobs):   # some of them cannot be sent, and nobody knows which
+            self._end_unsent(subject, text)
+            return True
+        if isinstance(subject, (Asked, Told, JobsEnded, JobEnded)):
+            return True
+        peer = self._peers.get(getattr(subject, 'node', None))
+        if peer is not None and peer.link is not None:
+            self._break(peer.link, text)
+            return True
+        return super().on_fault(subject, text)
+
+    def say(self, link: Link, message: Any) -> None:
+        """As a Loop's; it is noted which jobs are in which frame."""
+        super().say(link, message)
+        if type(message) is Jobs:
+            self.refusals.sent(link, message)
+
+    def unsaid(self, link: Link, message: Any, text: str) -> None:
+        """As a Loop's; who asks a scheduler for something gets the error."""
+        peer = self._by_link.get(link.number)
+        future = None
+        if peer is not None and type(message) is Call:
+            future = peer.answers.pop((message.comp, 'call %d' % message.number), None)
+        if future is not None:
+            future.set_exception(ValueError(text))
+        else:
+            super().unsaid(link, message, text)
+
+    def _end_unsent(self, action: SendJobs, text: str) -> None:
+        payload = text.encode('utf-8', 'replace')
+        rows = [(work._serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'') for work in action.works]
+        self._act(self.schedule.handle(NodeResults(action.node, action.comp, rows), self.now))
+
+    def _end_lost(self, text: str) -> None:
+        """End the jobs that neither wait nor are on a node after a fault."""
+        for comp, cluster in list(self._clusters.items()):
+            lost = self._owed_by(cluster)
+            if not lost:
+                continue
+            known = {id(work) for work in self._submitted}
+            known.update(id(event) for event in list(self._inbox))
+            if comp in self.schedule.comps:
+                known.update(map(id, self.schedule.comps[comp].waiting()))
+            for node in self.schedule.nodes.values():
+                known.update(map(id, node.flight.get(comp, {}).values()))
+            for work in lost:
+                if id(work) not in known:
+                    self._end_one(cluster, work, text)
+
+    def _owed_by(self, cluster: Any) -> List[Any]:
+        """Jobs of a cluster for which this driver still answers."""
+        return cluster.owed() if isinstance(cluster, JobCluster) else []
+
+    def _end_one(self, cluster: Any, work: Any, text: str) -> None:
+        if work.status not in ENDED:
+            work._state = JobState.ABANDONED
+            self._job_ended(JobEnded(work, text))
 
     def _told(self, event: Told) -> None:
         if event.cluster._cluster_status is not None:
@@ -5303,12 +5606,12 @@ class Driver(Loop):
 
     def end_of_turn(self) -> None:
         """New jobs, jobs to nodes, and now and then what is due."""
-        self._take_submitted()
-        self._act(self.schedule.flush(self.now))
+        self.guard(None, self._take_submitted)
+        self.guard(None, self._flush)
         if self._uploads:
-            self._upload()
+            self.guard(None, self._upload)
         if self.now >= self._chores_at:
-            self._chores()
+            self.guard(None, self._chores)
         for journal in self._journals.values():   # before anything of this turn is sent
             journal.commit()
 
@@ -5319,13 +5622,25 @@ class Driver(Loop):
         lost_at = self.schedule.next_timer()
         return self._chores_at if lost_at is None else min(lost_at, self._chores_at)
 
+    def _flush(self) -> None:
+        self._act(self.schedule.flush(self.now))
+
     def _act(self, actions: List[Any]) -> None:
         for action in actions:
-            self._acts[type(action)](action)
+            try:
+                self._acts[type(action)](action)
+            except Exception as exc:  # the other actions are carried out all the same
+                self.fault(action, exc)
 
     def _chores(self) -> None:
         """Dial, ask, give up probing, warn; and when to do so next."""
         due = [self.now + 60.0]
+        if self._lost_text:
+            if self.now >= self._lost_at:
+                text, self._lost_text, self._lost_at = self._lost_text, '', self.now + 1.0
+                self._end_lost(text)
+            else:
+                due.append(self._lost_at)
         for asker in self._ears.values():
             if self.now >= asker.due:
                 asker.ears.shout(lambda: self._discovery.say(Cry.QUESTION))
@@ -5334,7 +5649,8 @@ class Driver(Loop):
         for peer in self._peers.values():
             when = peer.dialling.due
             if when is not None and when <= self.now and peer.state in _MAY_DIAL:
-                self._dial(peer)
+                if len(self._dials) < DIALS_MOST:   # each takes a thread and a descriptor; those that end make place for others
+                    self._dial(peer)
             elif when is not None and peer.state in _MAY_DIAL:
                 due.append(when)
         for comp, when in list(self._probes.items()):
@@ -5439,7 +5755,7 @@ class Driver(Loop):
 
     def _turned_away(self, address: str, text: str) -> None:
         """A gate's thread: a node that dialled us was refused."""
-        self.post(Asked(functools.partial(self._stranger, address, address, 'it connected and was turned away: ' + text), concurrent.futures.Future()))
+        self.post(Asked(functools.partial(self._stranger, address, address, 'it connected and was turned away: ' + text), None))
 
     def _use_embedded(self, comp: str) -> None:
         """A node of this program's own, for all its clusters of this driver."""
@@ -5473,11 +5789,15 @@ class Driver(Loop):
         self._dials.add(peer)
         peer.dialling.start(self.post, peer, functools.partial(self._reach_peer, peer))
 
+    def _allowed(self, peer: Peer) -> Optional[Callable[[str], bool]]:
+        """Which addresses of a node may be connected to; None: all. A dial thread."""
+        return None
+
     def _reach_peer(self, peer: Peer, note: Callable[[Any], None]) -> Arrival:
         """A dial thread."""
         if not peer.embedded:
             wanted = Role.SCHEDULER if peer.scheduler else Role.NODE
-            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self.instance, self._tls, note)
+            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self.instance, self._tls, note, self._allowed(peer))
         peer.end_process()
         peer.process, port, psk = _start_embedded(peer)
         return dial(peer.host, port, psk, Role.CLIENT, Role.NODE, self.instance, None, note)
@@ -5485,6 +5805,7 @@ class Driver(Loop):
     def _dialled(self, event: Dialled) -> None:
         peer = event.peer
         self._dials.discard(peer)
+        self._soon()   # others may wait to be dialled
         peer.dialling.ended()
         if peer.state is not NodeState.DIALLING:
             event.sock.close()
@@ -5525,7 +5846,7 @@ class Driver(Loop):
         peer.restarted = bool(peer.instance) and peer.instance != event.session.peer_instance
         peer.instance, peer.refused_at = event.session.peer_instance, None
         peer.ip_addr, peer.reason = event.address, ''
-        peer.link = Link(event.sock, event.session, event.address, self.now, self.access.pulse)
+        peer.link = Link(event.sock, event.session, event.address, self.now, self.access.pulse, OF_NODES)
         peer.linked_at = self.now
         self.attach(peer.link)
         self._by_link[peer.link.number] = peer
@@ -5536,7 +5857,7 @@ class Driver(Loop):
         instance = event.session.peer_instance
         for other in [other for other in self._peers.values() if other.link is not None and other.link.instance == instance]:
             if other.port or other.embedded:   # we have dialled it
-                link = Link(event.sock, event.session, event.address, self.now)
+                link = Link(event.sock, event.session, event.address, self.now, takes=OF_NODES)
                 self.attach(link)
                 self.part(link, 'this program has connected to it already')
                 return
@@ -5556,6 +5877,7 @@ class Driver(Loop):
     def _dial_failed(self, event: DialFailed) -> None:
         peer = event.peer
         self._dials.discard(peer)
+        self._soon()   # as above
         peer.dialling.ended()
         if peer.state is not NodeState.DIALLING:
             return
@@ -5605,6 +5927,8 @@ class Driver(Loop):
             kind = type(message)
             if kind is Pulse:
                 continue
+            if kind is Wrong:
+                self._refused_frame(peer, channel, message)
             if kind is Bye:   # what a node has not answered for was never started
                 for comp, use in peer.uses.items():
                     if use.state is UseState.READY and not peer.scheduler:
@@ -5613,6 +5937,15 @@ class Driver(Loop):
             if kind not in self._messages:
                 raise PeerError('%s may not come here' % kind.__name__)
             self._messages[kind](peer, message)
+
+    def _refused_frame(self, peer: Peer, link: Link, message: Wrong) -> None:
+        """The other side cannot use what was sent: the jobs that were in it end after a few times, and it is reached again later."""
+        text = 'it cannot use what was sent: %s' % message.text
+        for comp, serial in self.refusals.refused(link, message.frame):
+            row = (serial, int(Outcome.DIED), 0.0, 0.0, ('%s: %s' % (peer, text)).encode('utf-8', 'replace'), b'', b'')
+            self._act(self.schedule.handle(NodeResults(peer.key, comp, [row]), self.now))
+        peer.wrong = True
+        raise LinkBroken(text)
 
     def on_broken(self, channel: Link, text: str) -> None:
         """A link came to its end: the node is lost until it is reached again."""
@@ -5626,12 +5959,14 @@ class Driver(Loop):
             if peer.key in self.schedule.nodes else True
         self._act(self.schedule.handle(NodeLost(peer.key, str(peer), text) if lost else NodeAway(peer.key, str(peer), text, until), self.now))
         peer.told.clear()
+        self.refusals.forget(channel)
         for comp in used:
             self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
         if peer.port or peer.embedded:
             self._reached_not(peer, 'the connection ended: %s' % text, self.now - peer.linked_at)
-            if not lost:
+            if not lost and not peer.wrong:
                 peer.dialling.due = self.now
+            peer.wrong = False
         else:   # it dials us
             peer.reason = 'the connection ended: %s' % text
             logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, peer.reason)
@@ -5652,7 +5987,7 @@ class Driver(Loop):
             self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'it was started anew', kept), self.now))
         for comp in kept:   # results that it has from before come first, also if it is busy now
             if comp in self._clusters:
-                self.say(peer.link, Reclaim(comp))  # type: ignore[arg-type]
+                self.say(peer.link, Reclaim(comp, getattr(self._clusters[comp], '_key', b'')))  # type: ignore[arg-type]
         for comp, cluster in sorted(self._clusters.items(), key=lambda item: item[1]._cargo is not None):   # recoveries first
             use = peer.uses.get(comp)
             if use is None:
@@ -5714,7 +6049,8 @@ class Driver(Loop):
         use.reason, use.unloadable = '', False
         self._check_unloadable(comp)
         self._probes.pop(comp, None)
-        self.say(peer.link, Compute(comp, dict(spec, code=beside(spec['code']))))
+        spec.update(code=beside(spec['code']), setup_args=beside(spec['setup_args']))
+        self.say(peer.link, Compute(comp, spec))
 
     def _support(self, cluster: 'JobCluster', peer: Peer) -> Dict[str, bytes]:
         """cloudpickle, if the node does not have the same; a scheduler does not know who needs it."""
@@ -5745,7 +6081,7 @@ class Driver(Loop):
             source = cluster._cargo.source()
         except Exception as exc:  # of those objects
             source = b'', 'its source could not be collected: ' + describe_exception(exc, 1)
-        self.post(Asked(functools.partial(self._packed_source, cluster, peer, link, source), concurrent.futures.Future()))
+        self.post(Asked(functools.partial(self._packed_source, cluster, peer, link, source), None))
 
     def _packed_source(self, cluster: 'JobCluster', peer: Peer, link: Link, source: Tuple[bytes, str]) -> None:
         cluster._source = source
@@ -5758,7 +6094,7 @@ class Driver(Loop):
             allocation, error = ask_allocator(allocator, cluster, peer), ''
         except Exception as exc:  # the user's allocate()
             allocation, error = Allocation(0, b'', [], {}), describe_exception(exc, 1)
-        self.post(Asked(functools.partial(self._allocated, cluster._comp, peer, link, allocation, error), concurrent.futures.Future()))
+        self.post(Asked(functools.partial(self._allocated, cluster._comp, peer, link, allocation, error), None))
 
     def _allocated(self, comp: str, peer: Peer, link: Link, allocation: Allocation, error: str) -> None:
         if comp not in self._clusters or peer.link is not link or comp not in peer.uses:
@@ -5849,7 +6185,7 @@ class Driver(Loop):
                     self.say(link, next(files[0]))
                 except StopIteration:
                     files.popleft()
-                except OSError as exc:   # the file has gone or cannot be read any more
+                except (OSError, ValueError) as exc:   # the file has gone or cannot be read any more
                     self._break(link, 'a file of the computation cannot be read: %s' % exc)
                     break
             if not files or link is None:
@@ -5874,9 +6210,9 @@ class Driver(Loop):
 
     def reclaim(self, peer: Peer, recovery: 'Recovery') -> None:
         """Ask a node for what it has of computations of a program that has crashed."""
-        for comp in recovery.old:
+        for comp, key in recovery.old.items():
             self._reclaimed[comp] = recovery
-            self.say(peer.link, Reclaim(comp))  # type: ignore[arg-type]
+            self.say(peer.link, Reclaim(comp, key))  # type: ignore[arg-type]
 
     def give_up(self, recovery: 'Recovery', whole: bool) -> None:
         """A recovery is over: if it is whole, nodes forget what is left of its computations."""
@@ -5893,7 +6229,8 @@ class Driver(Loop):
         if message.comp in self._reclaimed:
             self._reclaimed[message.comp].results(peer, message.rows)
             serials = [row[0] for row in message.rows if row[1] not in GOES_ON]
-            self.say(peer.link, Ack(message.comp, serials))  # type: ignore[arg-type]
+            for ack in in_parts(Ack, message.comp, serials):
+                self.say(peer.link, ack)  # type: ignore[arg-type]
             return
         self._act(self.schedule.handle(NodeResults(peer.key, message.comp, message.rows), self.now))
 
@@ -5940,14 +6277,20 @@ class Driver(Loop):
         if cluster is None or job is None:
             return
         if message.stream == 0:
-            level, name, text = open_envelope(message.data)
-            logger.log(level, 'job %s: %s: %s', job.id, name, text, extra={'job_id': job.id, 'job_logger': name})
+            self._show_log(job, *log_record_of(message.data))
         elif cluster._on_output is not None:
             cluster._shown.setdefault(job, [0, 0])[message.stream - 1] = message.offset + len(message.data)
             self._show_output(cluster, job, message.stream, message.data)
         if message.stream:
             for monitor in cluster._monitors:
                 monitor.printed(job, message.stream, message.offset, bytes(message.data))
+
+    @staticmethod
+    def _show_log(job: DispyJob, level: int, name: str, text: str) -> None:
+        try:
+            logger.log(level, 'job %s: %s: %s', job.id, name, text, extra={'job_id': job.id, 'job_logger': name})
+        except Exception:  # a handler of the user's; the link is not to blame
+            logger.exception('a handler of logging has failed')
 
     def _show_output(self, cluster: 'JobCluster', job: DispyJob, stream: int, data: Any) -> None:
         if len(data) and cluster._on_output is not None:
@@ -6007,7 +6350,7 @@ class Driver(Loop):
             error, value = (), cluster._asked(message.name, message.args)  # type: Tuple[tuple, Any]
         except Exception as exc:  # of the user's code
             error, value = (type(exc).__name__, describe_exception(exc, 1)), None
-        self.post(Asked(functools.partial(self.say_to, peer, Return(message.comp, message.number, error, value)), concurrent.futures.Future()))
+        self.post(Asked(functools.partial(self.say_to, peer, Return(message.comp, message.number, error, value)), None))
 
     def say_to(self, peer: Peer, message: Any) -> None:
         """Send a message to a node or scheduler, if it is connected."""
@@ -6033,7 +6376,9 @@ class Driver(Loop):
     def _send_to(self, action: Any) -> None:
         peer = self._peers.get(action.node)
         if peer is not None and peer.link is not None:
-            self.say(peer.link, _MESSAGE_OF[type(action)](action.comp, action[2]))
+            kind = Cancel if isinstance(action, SendCancel) else Recall
+            for message in in_parts(kind, action.comp, action.serials):
+                self.say(peer.link, message)
 
     def _send_ack(self, action: SendAck) -> None:
         """Collected, so that a round trip of one job is not two."""
@@ -6051,7 +6396,8 @@ class Driver(Loop):
         if peer.link is not None:
             for comp, use in peer.uses.items():
                 if use.acks:
-                    self.say(peer.link, Ack(comp, use.acks))
+                    for message in in_parts(Ack, comp, use.acks):
+                        self.say(peer.link, message)
                     use.acks = []
 
     def _jobs_ended(self, action: JobsEnded) -> None:
@@ -6076,6 +6422,7 @@ class Driver(Loop):
             cluster._conclude(plain, peer)
         if code:
             self._openers.run(cluster._conclude, code, peer)
+        cluster.answered([job for job, row in action.pairs if row[1] not in GOES_ON])
 
     def _job_waits(self, action: JobWaits) -> None:
         job = action.work
@@ -6094,6 +6441,7 @@ class Driver(Loop):
         if job._comp in self._journals:
             self._journals[job._comp].ended(job, action.text)
         self._clusters[job._comp]._end(job, action.text)
+        self._clusters[job._comp].answered([job])
 
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
@@ -6107,7 +6455,6 @@ _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.REFUSED, NodeState.LOST))
 _MAY_OFFER = frozenset((UseState.WAITING, UseState.ASKING, UseState.REFUSED))
 OF_JOBS = ('cpus', 'timeout', 'memory', 'priority')   # options of a job that its node has to know
 _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
-_MESSAGE_OF = {SendCancel: Cancel, SendRecall: Recall}
 _lock = threading.Lock()      # guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
 _drivers: Dict[Access, Driver] = {}
 _clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()
@@ -6140,7 +6487,7 @@ def _user_name() -> str:
 
 def _file_pieces(comp: str, name: str, source: Any) -> Iterator[File]:
     """`source` is a path, a FileOfModule or the content itself."""
-    with open(source, 'rb') if isinstance(source, str) else io.BytesIO(
+    with open_regular(source) if isinstance(source, str) else io.BytesIO(
             source if isinstance(source, bytes) else source.read()) as file:
         offset = 0
         while True:
@@ -6165,7 +6512,8 @@ def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
     process = subprocess.Popen(
         [sys.executable, '-c', code % os.path.dirname(os.path.abspath(dispynode.__file__)), '--embedded', '-i', '127.0.0.1',
-         '-p', '0', '--dest-path-prefix', prefix], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+         '-p', '0', '--dest-path-prefix', prefix], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        env={name: value for name, value in os.environ.items() if name != 'DISPY_SECRET'})   # it has a secret of its own
     assert process.stdin is not None and process.stdout is not None   # ours: both are pipes
     try:
         process.stdin.write(secret + b'\n')
@@ -6254,10 +6602,10 @@ class JobCluster:
                  callback: Optional[Callable[[DispyJob], Any]] = None, ip_addr: Optional[str] = None, ext_ip_addr: Optional[str] = None,
                  fault_recover: Union[None, bool, str] = None, poll_interval: Optional[float] = None, ipv4_udp_multicast: bool = False) -> None:
         check_not_importing()
-        self._port = _in_range('dispy_port', dispy_port, NODE_PORT, 1, 65535)
+        self._port = _in_range('dispy_port', dispy_port, NODE_PORT, 1, 65535, True)
         pulse = _in_range('pulse_interval', pulse_interval, PULSE, 0.1, 600)
         redial = _in_range('ping_interval', ping_interval, REDIAL_MOST, 0.1, 3600)
-        most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31)
+        most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31, True)
         _in_range('poll_interval', poll_interval, None, 0.1, 3600)   # dispy 4 asked nodes for results; ours send them
         reach = discovery_reach()
         self._specs = [NodeSpec('*', self._port)] if nodes is None and reach != 'off' else [] if nodes is None or nodes == LOCAL \
@@ -6265,8 +6613,7 @@ class JobCluster:
         if not self._specs and not self._remote:
             check_fork()
         host = host if host is not None else ip_addr
-        self._host = None if host is None else (host, SCHEDULER_PORT) if host == '' else host_and_port(host, SCHEDULER_PORT) \
-            if isinstance(host, str) else (str(host[0]), int(host[1]))
+        self._host = _own_host(host)
         # Old scripts always give ip_addr: two of them on one machine must not be in each other's way.
         self._host_has_port = self._host is not None and (not isinstance(host, str) or self._host[0] != host.strip('[]'))
         self._multicast = bool(ipv4_udp_multicast)
@@ -6274,16 +6621,30 @@ class JobCluster:
                                ('on_output', on_output)):
             if function is not None and not callable(function):
                 raise TypeError('%s is a %s; it must be a function' % (name, type(function).__name__))
+        if dest_path is not None and not isinstance(dest_path, str):
+            raise TypeError('dest_path=%.80r is a %s; it must be the name of a directory' % (dest_path, type(dest_path).__name__))
         if dest_path:
             check_name(dest_path)
+            dest_path = plain_text(dest_path)
         if isinstance(depends, (str, bytes)) or not isinstance(depends, (list, tuple, set)):
             raise TypeError('depends is a %s; it must be a list' % type(depends).__name__)
-        logger.setLevel(loglevel)
+        level = plain_number(loglevel, True)
+        logger.setLevel(loglevel if level is None else level)
+        loglevel = int(logger.level)
         self.name = getattr(computation, '__name__', None) or os.path.basename(str(computation))[:60]
         self._comp = self._client = uuid.uuid4().hex
-        self._reentrant = bool(reentrant)
+        self._key = os.urandom(32)    # who has it may take the results; it is sent when that is wanted
+        self._reentrant = _flag('reentrant', reentrant)
+        if not callable(cleanup):
+            cleanup = _flag('cleanup', cleanup)
+        forward_logs = _flag('forward_logs', forward_logs)
         self._bundles = ModuleBundles(self.name)
         self._cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name, self._bundles)
+        check_cargo(self._cargo.spec)
+        for spec in self._specs:
+            if spec.allocator is not None and spec.allocator.setup_args:   # it may choose others later, which are checked then
+                check_setup_args(size_of(self._bundles.packed((tuple(spec.allocator.setup_args), []), [])), self._remote)
+        self._cargo.spec['key'] = digest_of(self._key)
         self._cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
         self._source: Optional[Tuple[bytes, str]] = None     # what pack_source gave; driver thread only
         self._told_of_change = computation is call_packed    # that files of modules have changed; an executor runs the new text
@@ -6291,6 +6652,7 @@ class JobCluster:
         self._shown: Dict[DispyJob, List[int]] = {}          # bytes of stdout and stderr shown live; driver thread only
         self._lock = threading.Lock()                        # guards those below
         self._changed = threading.Condition(self._lock)
+        self._owed: Set[DispyJob] = set()                    # jobs for whose end the driver answers
         self._pending = 0                                    # jobs that have not ended or whose callback has not returned
         self._count = 0                                      # jobs submitted
         self._waiters = 0                                    # callbacks that are in `wait`
@@ -6303,18 +6665,20 @@ class JobCluster:
         self._monitors: Tuple[Monitor, ...] = ()             # replaced as a whole
         self._started = time.time()
         self._directory = os.getcwd()                        # files that jobs send come below it
-        path = recover_file or ('_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
+        path = path_option('recover_file', recover_file) or (
+            '_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
         self._recovers = bool(path)                          # another process may carry on
         self._reach_by(nodes is None and reach != 'off')
         self.recovered: List[DispyJob] = []
         self._recovery: Optional[Recovery] = None
-        access = Access(find_secret(secret), certfile, keyfile, cafile, pulse, redial)
+        access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), pulse, redial)
         self._journal = Journal(path) if path else None
         try:
+            known = self._journal.known() if self._journal is not None else []
             self._driver = Driver.acquire(access)
             try:
                 if self._journal is not None:
-                    self._journal.begin(self._comp, self.name, self._reentrant, self._cargo.is_program, self._host)
+                    self._journal.begin(self._comp, self.name, self._reentrant, self._cargo.is_program, self._host, self._key)
                 self._driver.ask(lambda: self._driver.open(self, self._probe))
             except BaseException:
                 self._driver.release()
@@ -6325,7 +6689,7 @@ class JobCluster:
             raise
         _clusters.add(self)
         if self._journal is not None:
-            self._carry_on(self._journal)
+            self._carry_on(self._journal, known)
 
     def _reach_by(self, probe: bool) -> None:
         """Whom to dial for nodes; called when all but the driver is there."""
@@ -6350,12 +6714,12 @@ class JobCluster:
         embedded = not self._remote and all(peer.embedded for peer in self._driver.peers_of(self._comp))
         return self._bundles.more(args[0], embedded)
 
-    def _carry_on(self, journal: Journal) -> None:
-        """Take over what is in the journal from a program that has crashed."""
+    def _carry_on(self, journal: Journal, rows: List[tuple]) -> None:
+        """Take over what is in the journal from a program that has crashed: rows of `Journal.known`."""
         sent: List[Tuple[DispyJob, str]] = []
         again: List[DispyJob] = []
         ended: List[DispyJob] = []
-        for job, state, node, result in journal.jobs():
+        for job, state, node, result in rows:
             self.recovered.append(job)
             if state == Journal.ENDED:
                 end_without(job, result) if isinstance(result, str) else fill_in(job, (job._serial, *result), self._cargo.is_program)
@@ -6383,11 +6747,13 @@ class JobCluster:
             self._conclude([(job, row)], peer)
 
         def over() -> None:
-            self._driver.post(Asked(self._recovered, concurrent.futures.Future()))
+            self._driver.post(Asked(self._recovered, None))
 
         def resubmit(job: DispyJob) -> None:
             job._comp, job._state, job.status = self._comp, JobState.CREATED, DispyJob.Created
             job._options = {name: value for name, value in (job._options or {}).items() if name != 'node'} or None   # it may be gone
+            with self._lock:
+                self._owed.add(job)
             self._driver.post(job)
         for job in again:
             resubmit(job)
@@ -6449,9 +6815,9 @@ class JobCluster:
             raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
         self._look_at_modules()
         job = DispyJob(self._comp, pack_arguments(args, kwargs, self._bundles, depends), options, number)
-        if size_of(job._payload) > MAX_PAYLOAD:
+        if size_of(job._payload) > VALUE_MOST:
             raise ValueError('arguments of %d bytes are over the limit of %d: send a file (depends)'
-                             % (size_of(job._payload), MAX_PAYLOAD))
+                             % (size_of(job._payload), VALUE_MOST))
         with self._lock:
             if self._closed or self._driver.broken:
                 raise RuntimeError('submit: %s' % (self._driver.broken or 'the cluster was closed'))
@@ -6460,6 +6826,7 @@ class JobCluster:
                 self._journal.trim()
             self._pending += 1
             self._count += 1
+            self._owed.add(job)
             self._driver.post(job)   # with the lock held: `close` comes after it or before the test above
         return job
 
@@ -6468,7 +6835,7 @@ class JobCluster:
         results are: at most `in_flight` jobs (default: 1000) are under way, so a generator may be endless. For a job
         that failed its exception is raised (JobFailed if there is none); leaving the loop cancels the rest. Raises
         ValueError for an `in_flight` below 1."""
-        most = _in_range('in_flight', in_flight, 1000, 1, 1 << 31)
+        most = _in_range('in_flight', in_flight, 1000, 1, 1 << 31, True)
         return self._map(zip(*iterables), most)
 
     def _map(self, inputs: Iterator[tuple], most: int) -> Iterator[Any]:
@@ -6496,6 +6863,7 @@ class JobCluster:
                 yield job
 
     def _as_completed(self, jobs: Sequence[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
+        timeout = _seconds('timeout', timeout)
         until = None if timeout is None else time.monotonic() + timeout
         ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
         for job in jobs:
@@ -6552,6 +6920,7 @@ class JobCluster:
         """Wait until every job has ended and its callback has returned, at most `timeout` seconds; whether they have.
         `progress` shows how many on stderr if that is a terminal (with tqdm if that is installed). Any thread; in a
         callback, the job it was called for is not waited for."""
+        timeout = _seconds('timeout', timeout)
         if not progress:
             return self._wait(timeout)
         until = None if timeout is None else time.monotonic() + timeout
@@ -6591,6 +6960,7 @@ class JobCluster:
         """Wait until `n` nodes are ready for jobs. Raises NoNodes, which names every address tried and every
         refusal with its reason, after `timeout` seconds (None: waits without limit), RuntimeError when the cluster is or gets
         closed. Any thread."""
+        timeout, n = _seconds('timeout', timeout), _in_range('n', n, 1, 0, 1 << 31, True)
         until = None if timeout is None else time.monotonic() + timeout
         while True:
             if self._closed:
@@ -6638,6 +7008,8 @@ class JobCluster:
 
     def _command(self, name: str, *args: Any) -> Any:
         """Ask whoever has the nodes: the driver."""
+        if self._closed:
+            raise RuntimeError('the cluster was closed')
         return self._driver.ask(lambda: self._driver.command(self._comp, name, *args))
 
     def _rows(self) -> List[NodeRow]:
@@ -6678,9 +7050,10 @@ class JobCluster:
     def set_node_cpus(self, node: Any, cpus: int) -> int:
         """Use at most so many CPUs of a node (negative: leave so many free; 0: none). Returns how many that are. Raises
         ValueError when it has fewer. Any thread."""
-        if isinstance(cpus, bool) or not isinstance(cpus, int):
-            raise TypeError('cpus=%r is no number' % (cpus,))
-        return self._command('set_cpus', node, cpus)  # type: ignore[no-any-return]
+        number = plain_number(cpus, True)
+        if number is None:
+            raise TypeError('cpus=%.80r is no whole number' % (cpus,))
+        return self._command('set_cpus', node, number)  # type: ignore[no-any-return]
 
     def node_jobs(self, node: Any, from_node: bool = False) -> List[DispyJob]:
         """Jobs of this cluster that have been sent to a node and have not ended: those that wait
@@ -6699,6 +7072,7 @@ class JobCluster:
         unknown node, RuntimeError if that is not ready, TimeoutError after `timeout` seconds. Any thread."""
         name = os.path.basename(os.fspath(path))
         row, = _file_rows({name: os.fspath(path)})
+        timeout = _seconds('timeout', timeout)
         future = self._command('question', node, row, os.fspath(path))
         try:
             error = answer_of(future, timeout)
@@ -6780,6 +7154,16 @@ class JobCluster:
         return '<JobCluster %s %s, %d pending>' % (self.name, 'closed' if self._closed else 'open', self._pending)
 
     # -- called by the driver and its helpers ---------------------------------------------------------------
+
+    def owed(self) -> List[DispyJob]:
+        """Jobs for whose end the driver answers. The driver's thread."""
+        with self._lock:   # a job is added and posted with it held
+            return list(self._owed)
+
+    def answered(self, jobs: Sequence[DispyJob]) -> None:
+        """These have ended, or an opener ends them. The driver's thread."""
+        with self._lock:
+            self._owed.difference_update(jobs)
 
     def _began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
         """A job has begun, at this time since the epoch. The driver's thread."""
@@ -6913,13 +7297,8 @@ class JobCluster:
 
     def _driver_broke(self, text: str) -> None:
         """The driver's thread is ending for a fault of ours."""
-        schedule = self._driver.schedule
-        comp = schedule.comps.get(self._comp)
-        works: List[Any] = list(self._driver._submitted) + [event for event in self._driver._inbox if isinstance(event, DispyJob)]
-        if comp is not None:
-            works += [*comp.waiting()] + [work for node in schedule.nodes.values() for work in node.flight.get(self._comp, {}).values()]
         recovering = [job for job, _ in self._recovery._jobs.values()] if self._recovery is not None else []
-        for job in [job for job in works if job._comp == self._comp] + recovering:
+        for job in self.owed() + recovering:
             if job.status not in ENDED:
                 job._state = JobState.ABANDONED
                 job.exception, job.end_time, job.status = text, time.time(), DispyJob.Abandoned
@@ -6947,9 +7326,9 @@ class SharedJobCluster(JobCluster):
         where = scheduler_host or scheduler_node or '127.0.0.1'
         if not isinstance(where, str):
             raise TypeError("scheduler_host=%.80r: it must be 'host' or 'host:port'" % (where,))
-        host, port = host_and_port(where, _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535))
+        host, port = host_and_port(where, _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535, True))
         self._scheduler = NodeSpec(host, port, scheduler=True)
-        self._exclusive = bool(exclusive)
+        self._exclusive = _flag('exclusive', exclusive)
         self._places: Dict[DispyJob, NodeRow] = {}     # where jobs are; driver thread and openers, each job in one at a time
         self._any = nodes is None
         self._allocators: List[NodeAllocate] = []
@@ -6976,6 +7355,8 @@ class SharedJobCluster(JobCluster):
 
     def _command(self, name: str, *args: Any) -> Any:
         """Ask the scheduler's driver."""
+        if self._closed:
+            raise RuntimeError('the cluster was closed')
         if name == 'allocate':
             args = (self._plain(args[0]),)
         elif name == 'jobs' or name == 'nodes':
@@ -7009,10 +7390,19 @@ class SharedJobCluster(JobCluster):
         future.set_result(error or self._call('place', node, row))
         return future
 
+    def _pages(self) -> List[NodeRow]:
+        """What the scheduler tells of its nodes, which may be thousands, some at a time."""
+        rows: List[NodeRow] = []
+        while True:
+            page = self._call('nodes', len(rows), NODES_PAGE)
+            rows += [NodeRow(*row) for row in page]
+            if len(page) < NODES_PAGE:
+                return rows
+
     def _rows(self) -> List[NodeRow]:
         if not self._is_connected():
             return super()._command('nodes')  # type: ignore[no-any-return]
-        return [NodeRow(*row) for row in self._call('nodes')] or \
+        return self._pages() or \
             [row._replace(state='connected', reason='has no node for this cluster yet', cpus=0) for row in super()._command('nodes')]
 
     def _why_unloadable(self) -> str:
@@ -7076,7 +7466,7 @@ class Survey:
     def __init__(self, nodes: Any = None, port: int = NODE_PORT, secret: Union[str, bytes, None] = None, certfile: Optional[str] = None,
                  keyfile: Optional[str] = None, cafile: Optional[str] = None) -> None:
         self._specs, self._port, self._comp = parse_nodes('*' if nodes is None else nodes, port), port, uuid.uuid4().hex
-        self._driver = Driver.acquire(Access(find_secret(secret), certfile, keyfile, cafile, PULSE, REDIAL_MOST))
+        self._driver = Driver.acquire(Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
         self._driver.ask(lambda: self._driver.open(self, False))  # type: ignore[arg-type]
 
     def look(self, timeout: float = HANDSHAKE_TIME + 1.0, listen: float = SURVEY_TIME) -> List[DispyNode]:
@@ -7157,12 +7547,62 @@ class Progress:
 _calling = threading.local()  # .cluster: whose callback this thread is in
 
 
-def _in_range(name: str, value: Any, default: Any, low: float, high: float) -> Any:
+def _own_host(host: Any) -> Optional[Tuple[str, int]]:
+    """The parameter `host`: an address, ADDRESS:PORT or (address, port). Raises TypeError or ValueError."""
+    if host is None:
+        return None
+    if isinstance(host, str):
+        try:
+            return (host, SCHEDULER_PORT) if host == '' else host_and_port(plain_text(host), SCHEDULER_PORT)
+        except ValueError as exc:
+            raise ValueError("host: %s: it must be an address of this host, 'address:port' or (address, port)" % exc) from None
+    if not isinstance(host, (tuple, list)) or len(host) != 2 or not isinstance(host[0], str):
+        raise TypeError("host=%.80r: it must be an address of this host, 'address:port' or (address, port)" % (host,))
+    return plain_text(host[0]), _in_range('host: port', host[1], None, 1, 65535, True)
+
+
+def plain_number(value: Any, whole: bool = False) -> Any:
+    """An int or float for any number: of numpy, of an enum, a Fraction. None for what is no number, also for bool; for NaN; and
+    if it must be `whole` for others."""
+    if isinstance(value, bool) or type(value).__name__ in ('bool_', 'bool'):   # numpy's
+        return None
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if whole or not isinstance(value, numbers.Real) or value != value:
+        return None
+    try:
+        return float(value)
+    except OverflowError:   # a fraction
+        return None
+
+
+def _in_range(name: str, value: Any, default: Any, low: float, high: float, whole: bool = False) -> Any:
+    """A parameter as a plain number. Raises ValueError."""
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError('%s=%r is not a number between %s and %s' % (name, value, low, high))
-    return value
+    number = plain_number(value, whole)
+    if number is None or not low <= number <= high:
+        raise ValueError('%s=%.80r is not a %snumber between %s and %s' % (name, value, 'whole ' if whole else '', low, high))
+    return number
+
+
+def _seconds(name: str, value: Any) -> Optional[float]:
+    """A time to wait, None for one without limit. Raises TypeError or ValueError."""
+    if value is None:
+        return None
+    number = plain_number(value)
+    if number is None:
+        raise (ValueError if isinstance(value, numbers.Real) else TypeError)(
+            '%s=%.80r is not a number of seconds, nor None' % (name, value))
+    return None if number > threading.TIMEOUT_MAX else float(number)
+
+
+def _flag(name: str, value: Any) -> bool:
+    """A parameter that is True or False. Raises TypeError."""
+    if isinstance(value, (bool, numbers.Number)) or type(value).__name__ in ('bool_', 'bool'):
+        if value == 0 or value == 1:
+            return bool(value)
+    raise TypeError('%s=%.80r is neither True nor False' % (name, value))
 
 
 def _take_options(kwargs: dict) -> Optional[dict]:
@@ -7173,16 +7613,13 @@ def _take_options(kwargs: dict) -> Optional[dict]:
             raise TypeError('submit: unknown keyword %s; there are %s and dispy_job_depends' % (name, ', '.join(_OPTIONS)))
         value = kwargs.pop(name)
         if value is not None:
-            kind, low, high = _OPTIONS[name]
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-                raise ValueError('submit: %s=%r is not a number between %s and %s' % (name, value, low, high))
-            options[name[len('dispy_'):]] = value
+            options[name[len('dispy_'):]] = _in_range('submit: ' + name, value, None, *_OPTIONS[name])
     return options or None
 
 
-_OPTIONS: Dict[str, Tuple[Any, float, float]] = {
-    'dispy_timeout': ((int, float), 0.001, 1e9), 'dispy_priority': (int, -(1 << 31), 1 << 31), 'dispy_cpus': (int, 1, 1 << 16),
-    'dispy_memory': (int, 1, 1 << 60), 'dispy_retries': (int, 0, 1000)}
+_OPTIONS: Dict[str, Tuple[float, float, bool]] = {   # lowest and highest value, and whether it is a whole number
+    'dispy_timeout': (0.001, 1e9, False), 'dispy_priority': (-(1 << 31), 1 << 31, True), 'dispy_cpus': (1, 1 << 16, True),
+    'dispy_memory': (1, 1 << 60, True), 'dispy_retries': (0, 1000, True)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7401,11 +7838,12 @@ def _parser() -> argparse.ArgumentParser:
         'they can be used; the exit status is 0 if any can')
     add('-n', '--nodes', action='append', metavar='HOST[:PORT]', help="a node; may be repeated; 'local': this machine "
         '(default: a dispynode on this machine, or one started for this run)')
+    add('--scheduler-host', '--scheduler-node', metavar='HOST[:PORT]', help='the jobs go to this dispyscheduler; -n then says which of its nodes they may use')
     add('-f', '--depends', action='append', default=[], metavar='FILE', help='file that the program needs beside it; may be repeated')
     add('-a', '--args', action='append', default=[], metavar='"ARGS"', help='arguments of one job, split as a shell does; may be repeated')
     add('--args-file', metavar='FILE', help='file with the arguments of a job on each line; -: standard input')
     add('-o', '--output', metavar='DIR', help='write the output of job N to DIR/N.out and DIR/N.err instead of printing it')
-    add('--wait-nodes', type=float, metavar='S', help='give up, with exit status 2, if no node can be used within so many seconds (default: wait for one)')
+    add('--wait-nodes', type=seconds_option, metavar='S', help='give up, with exit status 2, if no node can be used within so many seconds (default: wait for one)')
     add('--secret-file', metavar='FILE', help='file with the secret (default: the one of this user)')
     add('--certfile', metavar='FILE', help='certificate for TLS')
     add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
@@ -7571,8 +8009,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 return _list_nodes(survey.look())
         if args.program is None:
             raise ValueError('PROGRAM is missing')
-        cluster = JobCluster(args.program, nodes, depends=args.depends, job_status=ended.put, secret=secret,
-                             certfile=args.certfile, keyfile=args.keyfile)
+        options: Dict[str, Any] = dict(depends=args.depends, job_status=ended.put, secret=secret, certfile=args.certfile, keyfile=args.keyfile)
+        if args.scheduler_host is not None:
+            if nodes == LOCAL:
+                raise ValueError("-n local is a node of this program alone, and --scheduler-host a scheduler's: give one of them")
+            host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
+            cluster: JobCluster = SharedJobCluster(args.program, nodes, scheduler_host=host, scheduler_port=port, **options)
+        else:
+            cluster = JobCluster(args.program, nodes, **options)
     except (ValueError, TypeError, OSError, DispyError) as exc:
         parser.error(str(exc))
     printer, total = _Printer(args.output), 0

@@ -82,6 +82,7 @@ import pickle
 import re
 import reprlib
 import secrets
+import pickletools
 import signal
 import socket
 import socketserver
@@ -95,7 +96,7 @@ from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optio
 import dispy
 from dispy import Access, DispyJob, Driver, JobCluster, Monitor, NodeSpec, SharedJobCluster
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, Query, SecretError, __version__, find_secret, host_and_port, _no_password,
-                       _write_private, size_of, split_needs)
+    _write_private, size_of, tls_files, split_needs)
 
 __all__ = ['DispyHTTPServer']
 
@@ -112,6 +113,7 @@ REPORTS_APART = 5.0           # s between two questions to a node for what is fr
 REPORTS_A_TURN = 20           # questions asked in one turn of the driver
 LOOKED_FOR = 5.0              # s after a request that snapshots are still taken as often as asked for
 FAILURES_KEPT, FAILURE_TEXT = 500, 8000        # failed jobs of a cluster, and characters of a traceback
+SHOWN_MOST = 50               # arguments of a job that are shown
 ARGUMENTS_MOST = 16384        # bytes of pickled arguments that are opened to be shown
 OUTPUT_KEPT, OUTPUTS_KEPT = 4096, 1000         # bytes of a running job's output; jobs with output
 PER_PAGE, PER_PAGE_MOST = 50, 200
@@ -180,14 +182,26 @@ def arguments_text(payload: Any) -> str:
         return ''
     if isinstance(payload, int) or size_of(payload) > ARGUMENTS_MOST:
         return '%s of arguments' % bytes_text(payload if isinstance(payload, int) else size_of(payload))
+    data = b''.join(payload) if isinstance(payload, tuple) else bytes(payload)
     try:
-        _, body = split_needs(b''.join(payload) if isinstance(payload, tuple) else payload)
+        _, body = split_needs(data)
+        _check_memo(bytes(body))
         args, kwargs = _Opener(io.BytesIO(body)).load()[:2]
-        words = [_short.repr(arg) for arg in args] + ['%s=%s' % (name, _short.repr(value)) for name, value in kwargs.items()]
+        if type(args) is not tuple or type(kwargs) is not dict:   # as no program packs them: they might have no end
+            raise ValueError('no arguments')
+        words = [_short.repr(arg) for arg in args[:SHOWN_MOST]]
+        words += ['%.80s=%s' % (name, _short.repr(value)) for name, value in itertools.islice(kwargs.items(), SHOWN_MOST) if type(name) is str]
     except Exception:  # an unpickler without the real classes may stumble over anything
         return '%s of arguments' % bytes_text(size_of(payload))
     text = ', '.join(words)
     return text if len(text) <= 300 else text[:300] + '...'
+
+
+def _check_memo(data: bytes) -> None:
+    """Raise ValueError for a pickle that ends in the middle, or whose memo would be given memory up to some far index."""
+    for opcode, value, _ in pickletools.genops(data):
+        if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT') and value > len(data):
+            raise ValueError('an index of the memo that is larger than the pickle')
 
 
 def bytes_text(size: float) -> str:
@@ -349,8 +363,12 @@ class WatchedShared(Watched):
             flights.setdefault((place.ip_addr, place.name), {})[job._serial] = job
         self._flights = flights
         with contextlib.suppress(ConnectionError, concurrent.futures.TimeoutError):
-            future = driver.ask(lambda: driver.call(cluster._comp, 'nodes'))
-            rows = dispy.answer_of(future, dispy.CALL_TIME)
+            rows: List[Any] = []
+            page: List[Any] = [()] * dispy.NODES_PAGE
+            while len(page) == dispy.NODES_PAGE:
+                future = driver.ask(lambda: driver.call(cluster._comp, 'nodes', len(rows), dispy.NODES_PAGE))
+                page = dispy.answer_of(future, dispy.CALL_TIME)
+                rows += page
             self._known = {row.key: row for row in (dispy.NodeRow(*row) for row in rows)}
             return
         self._known = {row.key: row for row in driver.ask(lambda: driver.rows_of(cluster._comp))}
@@ -1489,8 +1507,11 @@ class DispyHTTPServer:
             raise
 
     def _start(self, source: Any, host: str, port: int, poll_sec: float, keyfile: Optional[str], certfile: Optional[str]) -> None:
-        port = dispy._in_range('port', port, HTTPD_PORT, 0, 65535)
+        if not isinstance(host, str):
+            raise TypeError('host=%.80r is a %s; it must be an address of this host' % (host, type(host).__name__))
+        port = dispy._in_range('port', port, HTTPD_PORT, 0, 65535, True)
         every = float(dispy._in_range('poll_sec', poll_sec, 0.5, SNAPSHOTS_APART, 3600))
+        certfile, keyfile, _ = tls_files(certfile, keyfile)
         tls = _web_tls(certfile, keyfile) if certfile else None
         self._source, self._watch = source, Watch(source, every)
         try:
@@ -1590,11 +1611,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _source_of(args: argparse.Namespace) -> Any:
     secret = find_secret(None, args.secret_file)
-    if not args.scheduler:
+    if args.scheduler is None:
         return NodesSource(NodeSurvey([host_and_port(text, NODE_PORT) for text in args.nodes], secret=secret, certfile=args.node_certfile,
                                       keyfile=args.node_keyfile))
     host, port = host_and_port(args.scheduler, SCHEDULER_PORT)
-    link = SchedulerLink(host, port, Access(secret, args.node_certfile, args.node_keyfile, None, PULSE, dispy.REDIAL_MOST))
+    files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
+    link = SchedulerLink(host, port, Access(secret, *files, PULSE, dispy.REDIAL_MOST))
     return SchedulerSource(link.ask, 'all programs of the dispyscheduler at %s' % dispy.place(host, port), link.close)
 
 
@@ -1606,13 +1628,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
+        tls_files(args.certfile, args.keyfile, None, '--%s')
         server = SourceHTTPServer(_source_of(args), args.host, args.port, args.poll_sec, args.keyfile, args.certfile)
     except (ValueError, TypeError, OSError, DispyError) as exc:
         print('dispy-httpd: %s' % exc, file=sys.stderr)
         return 1
     with server:
-        if args.token_file:
-            _write_private(os.path.abspath(args.token_file), server._server.token.encode())
+        try:
+            if args.token_file is not None:
+                _write_private(os.path.abspath(args.token_file), server._server.token.encode())
+        except OSError as exc:
+            print('dispy-httpd: --token-file %s cannot be written: %s' % (args.token_file, exc.strerror or exc), file=sys.stderr)
+            return 1
         # A signal that comes just before the wait begins does not end it: its handler has not
         # run yet.
         while not stop.wait(SIGNAL_CHECK):

@@ -110,16 +110,26 @@ AHEAD_MOST = 64               # jobs, the same
 # S after which the client is told that a job runs, and its worker holds nothing behind it
 BEGUN_TIME = 0.025
 OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
+OUTPUT_MOST = 2 * OUTPUT_KEPT + 1024   # bytes of one stream of a job, with the mark where its middle was
+LATEST = 1e11                 # s since the epoch, the latest time that a job can have ended
 OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
 WORKER_AGAIN = 1.0            # s until it is tried again to start a worker
 WEIGHED = 0.05                # s between looks at the memory of jobs that may not use more
 OUT_OF_BAND = 32 * 1024       # bytes from which a payload travels beside its envelope instead of inside
 FILE_PIECE = 1 << 20          # bytes of a file in one message
 FRAME_FILL = 1 << 20          # bytes after which a batch is a frame: the other side can begin with it
+VALUE_MOST = 960 << 20        # bytes of one value: arguments or result of a job, a computation; a frame holds a GiB
+TEXT_MOST = 64 * 1024         # characters of a text for people, such as a traceback; longer ones lose their middle
+NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
 HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
+SHORTEST, LONGEST = 1e-3, 10 * 365.25 * 86400   # s that an interval of an option may have
+LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
 DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
 DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
+SERIALS_MOST = 50000          # of jobs in one message
+ROWS_MOST = 20000             # of jobs or results in one message
+NAME_MOST = 1000              # characters of a name from outside that are kept
 MODULES_KEPT = 256 << 20      # bytes of modules' files that a node keeps for other computations
 RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are not read
 
@@ -152,6 +162,10 @@ class SecretError(DispyError, ValueError):
 
 class StartError(DispyError):
     """The daemon cannot start; the text says what is wrong and which option changes it."""
+
+
+class LoopFailed(DispyError):
+    """The loop has failed many times within a second, and nothing that it serves was to blame."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -263,9 +277,10 @@ class Query(NamedTuple):
 
 
 class Reclaim(NamedTuple):
-    """Client, perhaps another process than the one that began it: what is there of this computation is mine now. Answered
-    by Held and Results."""
+    """Client, perhaps another process than the one that began it: what is there of this computation is mine now. `key` shows
+    that it is: only the program and its recovery file have it, `spec['key']` is its digest. Answered by Held and Results."""
     comp: str
+    key: bytes = b''
 
 
 class Welcome(NamedTuple):
@@ -407,21 +422,49 @@ class Bye(NamedTuple):
     text: str
 
 
+class Wrong(NamedTuple):
+    """Either side, last on a link: the frame of this number, counted from 0, cannot be used. The same is not to be sent again at
+    once. Nothing is said by it of what came before."""
+    text: str
+    frame: int
+
+
 SMALL, MIDDLE, LARGE = 64 * 1024, 16 << 20, MAX_FRAME
+LIST = NAMES_MOST + (4 << 20)
+BUFFERS_MOST = 1 << 16        # of large parts beside an envelope
 # op on the wire -> (message, bytes of payload at most)
 MESSAGES: Dict[int, Tuple[type, int]] = {
     1: (Introduce, SMALL), 2: (Compute, LARGE), 3: (File, 2 * FILE_PIECE), 4: (Jobs, LARGE), 5: (Cancel, MIDDLE),
     6: (Recall, MIDDLE), 7: (Ack, MIDDLE), 8: (Done, SMALL), 9: (FileKept, SMALL),
     10: (Place, 2 * FILE_PIECE), 11: (Query, SMALL),
     12: (Shutdown, SMALL), 13: (Reclaim, SMALL), 14: (Limit, SMALL),
-    33: (Welcome, MIDDLE), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, LARGE), 37: (Results, LARGE),
-    38: (Returned, LARGE), 39: (Offer, SMALL), 40: (FileBack, 2 * FILE_PIECE),
-    41: (Output, 2 * FILE_PIECE), 42: (Placed, SMALL), 43: (Report, MIDDLE), 44: (Held, LARGE),
+    33: (Welcome, MIDDLE), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, LIST), 37: (Results, LARGE),
+    38: (Returned, MIDDLE), 39: (Offer, SMALL), 40: (FileBack, 2 * FILE_PIECE),
+    41: (Output, 2 * FILE_PIECE), 42: (Placed, SMALL), 43: (Report, MIDDLE), 44: (Held, LIST),
     45: (Started, MIDDLE),
     48: (Where, MIDDLE), 49: (News, MIDDLE), 50: (Said, MIDDLE),
-    65: (Pulse, SMALL), 66: (Bye, SMALL), 67: (Call, MIDDLE), 68: (Return, MIDDLE),
+    65: (Pulse, SMALL), 66: (Bye, SMALL), 67: (Call, MIDDLE), 68: (Return, MIDDLE), 69: (Wrong, SMALL),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
+# What a process takes from the other side of a link.
+OF_CLIENTS = frozenset(op for op in MESSAGES if op < 32 or op >= 64)
+OF_NODES = frozenset(op for op in MESSAGES if op >= 32)
+SPEAK_OF_COMPS = frozenset(message for message in OPS if message._fields[:1] == ('comp',))
+# Some fields of these hold values whose shape nothing else checks.
+LOOSE = frozenset((Compute, Welcome, Call, Return, Report, Where, News))
+KEY_SIZE = 32    # bytes of the digest of a computation's key
+
+
+def digest_of(key: bytes) -> bytes:
+    """What others than its program know of a computation's key."""
+    return hashlib.sha256(b'dispy 5 key' + key).digest() if key else bytes(KEY_SIZE)
+
+
+def may_reclaim(digest: bytes, key: bytes) -> bool:
+    """Whether this key is that of a computation; one that was begun without a key is anybody's."""
+    return not digest.strip(b'\0') or hmac.compare_digest(digest, digest_of(key))
+
+
 FIELD_TYPES = {message: tuple((float, int) if kind is float else object if kind is Any else kind
                               for kind in message.__annotations__.values()) for message in OPS}
 
@@ -439,6 +482,20 @@ def size_of(payload: Payload) -> int:
     if type(payload) is tuple:
         return sum(len(piece) for piece in payload)
     return len(payload)  # type: ignore[arg-type]
+
+
+def shorten(text: str, most: int = TEXT_MOST) -> str:
+    """A text with its middle left out, if it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return '%s\n[dispy: %d characters left out here]\n%s' % (text[:half], len(text) - 2 * half, text[-half:])
+
+
+def over_limit(what: str, size: int) -> str:
+    """What is said of a value of a job that is too large."""
+    return '%s has %d bytes, and the limit for one value is %d: return less of it, or write it to a file and send ' \
+        'that with dispy_send_file' % (what, size, VALUE_MOST)
 
 
 def beside(payload: Payload) -> Any:
@@ -462,11 +519,159 @@ def frames(kind: Callable[[str, list], Any], comp: str, rows: Iterable[Tuple[tup
     for row, size in rows:
         some.append(row)
         filled += size
-        if filled >= FRAME_FILL:
+        if filled >= FRAME_FILL or len(some) >= ROWS_MOST:
             yield kind(comp, some)
             some, filled = [], 0
     if some:
         yield kind(comp, some)
+
+
+def needs(comp: str, names: Iterable[str]) -> Iterator[Need]:
+    """Messages that ask for these files."""
+    return frames(Need, comp, ((name, 4 * len(name) + 16) for name in names))  # type: ignore[arg-type, misc]
+
+
+def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]) -> Iterator[Any]:
+    """Messages `kind(comp, serials)` of bounded length."""
+    for start in range(0, len(serials), SERIALS_MOST):
+        yield kind(comp, list(serials[start:start + SERIALS_MOST]))
+
+
+def plain_text(value: str) -> str:
+    """A str of its own, of an instance of a subclass too."""
+    return value if type(value) is str else ''.join((value, ''))
+
+
+class Bounds(NamedTuple):
+    """What an envelope may cost whoever opens it."""
+    size: int        # bytes
+    operations: int  # of the pickle; each makes one object of less than 100 bytes at most
+    dicts: int
+
+
+ITEMS_MOST = 256     # of one dict: the time that colliding keys take grows with the square of it
+
+
+class PlainReader:
+    """Reads the operations of a pickle without carrying them out, before it is opened. What a pickle costs is then bounded by
+    its bytes: nothing but plain values, no position in the memo but the next one (others would be given memory up to there), no
+    dict that may be filled again and again, no number of more than 255 bytes. It follows the height of the unpickler's stack.
+
+    A message of thousands of rows is read here: one loop, and a table for what most operations do.
+    """
+    # operation -> (bytes that it takes, what it adds to the height of the stack); those of variable length and those that look
+    # at the stack stand below.
+    FIXED = {pickle.PROTO: (2, 0), pickle.FRAME: (9, 0), pickle.NONE: (1, 1), pickle.NEWTRUE: (1, 1), pickle.NEWFALSE: (1, 1),
+             pickle.BININT: (5, 1), pickle.BININT1: (2, 1), pickle.BININT2: (3, 1), pickle.BINFLOAT: (9, 1),
+             pickle.EMPTY_TUPLE: (1, 1), pickle.EMPTY_LIST: (1, 1), pickle.TUPLE1: (1, 0), pickle.TUPLE2: (1, -1),
+             pickle.TUPLE3: (1, -2), pickle.APPEND: (1, -1), pickle.MEMOIZE: (1, 0), pickle.NEXT_BUFFER: (1, 1),
+             pickle.READONLY_BUFFER: (1, 0)}
+    # operation -> bytes of the length that follows it; then come so many bytes, which are one object
+    COUNTED = {pickle.LONG1: 1, pickle.SHORT_BINUNICODE: 1, pickle.BINUNICODE: 4, pickle.BINUNICODE8: 8, pickle.SHORT_BINBYTES: 1,
+               pickle.BINBYTES: 4, pickle.BINBYTES8: 8, pickle.BYTEARRAY8: 8}
+    STEPS = [0] * 256
+    GROWTH = [0] * 256
+    LENGTHS = [0] * 256
+    for _name, (_step, _growth) in FIXED.items():
+        STEPS[_name[0]], GROWTH[_name[0]] = _step, _growth
+    for _name, _length in COUNTED.items():
+        LENGTHS[_name[0]] = _length
+
+    def __init__(self, data: Buffer, bounds: Bounds) -> None:
+        if len(data) > bounds.size:
+            raise PeerError('an envelope of %d bytes is over the limit of %d' % (len(data), bounds.size))
+        self._data, self._bounds = data, bounds
+        self._height = 0
+        self._marks: List[int] = []
+        self._items: Dict[int, int] = {}   # height of a dict on the stack -> items that it has got
+        self._dicts = 0
+
+    # Operations without dicts in a row, which take a tenth of the time so.
+    _RUN = re.compile(rb'(?:[N\x88\x89)\]\x85\x86\x87ae(t\x94\x97\x98]|[Kh].|M..|[Jj].{4}|G.{8}'
+                      rb'|\x8a(?:\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}))*', re.DOTALL)
+
+    def check(self) -> None:
+        """Raises PeerError, or IndexError for a pickle that ends in the middle."""
+        if len(self._data) > self._bounds.operations or not self._is_without_dicts():
+            self._follow()
+
+    def _is_without_dicts(self) -> bool:
+        """Whether it can be read to its end without looking at the stack, since no operation makes a dict."""
+        data, lengths, run, at = self._data, self.LENGTHS, self._RUN.match, 0
+        while True:
+            at = run(data, at).end()  # type: ignore[union-attr]
+            operation = data[at]
+            length = lengths[operation]
+            if length == 1:
+                at += 2 + data[at + 1]
+            elif length:
+                at += 1 + length + int.from_bytes(data[at + 1:at + 1 + length], 'little')
+            elif operation == 0x80 or operation == 0x95:   # PROTO, FRAME
+                at += 2 if operation == 0x80 else 9
+            else:
+                return operation == 0x2e and at + 1 == len(data)   # STOP
+
+    def _follow(self) -> None:
+        data, steps, growth, lengths = self._data, self.STEPS, self.GROWTH, self.LENGTHS
+        at = height = 0
+        for _ in range(self._bounds.operations):
+            operation = data[at]
+            step = steps[operation]
+            if step:
+                at += step
+                height += growth[operation]
+                continue
+            length = lengths[operation]
+            if length:
+                at += 1 + length + (data[at + 1] if length == 1 else int.from_bytes(data[at + 1:at + 1 + length], 'little'))
+                height += 1
+            elif operation == 0x2e:   # STOP
+                if at + 1 != len(data):
+                    raise PeerError('an envelope goes on behind its end')
+                return
+            else:
+                self._height = height
+                at += self._special(operation)
+                height = self._height
+        raise PeerError('an envelope has more than %d operations' % self._bounds.operations)
+
+    def _special(self, operation: int) -> int:
+        """An operation that looks at the stack; the bytes that it takes."""
+        name = b'%c' % operation
+        if name == pickle.MARK:
+            self._marks.append(self._height)
+        elif name == pickle.TUPLE:
+            self._height = self._marks.pop() + 1
+        elif name == pickle.APPENDS:
+            self._height = self._marks.pop()
+        elif name == pickle.SETITEMS:
+            mark = self._marks.pop()
+            self._fill(mark, (self._height - mark) // 2)
+            self._height = mark
+        elif name == pickle.SETITEM:
+            self._height -= 2
+            self._fill(self._height, 1)
+        elif name == pickle.EMPTY_DICT:
+            self._height += 1
+            self._items[self._height] = 0
+            self._dicts += 1
+            if self._dicts > self._bounds.dicts:
+                raise PeerError('an envelope has more than %d dicts' % self._bounds.dicts)
+        elif name in (pickle.BINGET, pickle.LONG_BINGET):
+            self._height += 1
+            self._items.pop(self._height, None)   # perhaps a dict that is full
+            return 2 if name == pickle.BINGET else 5
+        elif name in (pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.INST):
+            raise PeerError('an envelope names a class or function; envelopes hold plain values only')
+        else:
+            raise PeerError('an envelope has operation %d; envelopes hold plain values only' % operation)
+        return 1
+
+    def _fill(self, height: int, count: int) -> None:
+        items = self._items.get(height)
+        if items is None or items + count > ITEMS_MOST:
+            raise PeerError('an envelope has a dict of more than %d items' % ITEMS_MOST)
+        self._items[height] = items + count
 
 
 class _Plain(pickle.Unpickler):
@@ -476,14 +681,34 @@ class _Plain(pickle.Unpickler):
         raise PeerError('an envelope names %s.%s; envelopes hold plain values only' % (module[:60], name[:60]))
 
 
-def open_envelope(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
-    """Unpickle plain builtins. Raises PeerError for anything else."""
+def open_envelope(data: Buffer, buffers: Sequence[Buffer] = (), bounds: Optional[Bounds] = None) -> Any:
+    """Unpickle plain builtins. Raises PeerError for anything else, and for what would cost more than `bounds`."""
     try:
+        PlainReader(data, bounds or BOUNDS).check()
         return _Plain(io.BytesIO(data), buffers=buffers).load()
     except PeerError:
         raise
     except Exception as exc:  # the unpickler raises nearly anything on damaged input
         raise PeerError('an envelope does not open: %s' % (exc,)) from exc
+
+
+def open_plain(data: Buffer) -> Any:
+    """The same without bounds, where a process of the user's own opens what the user sent. Raises PeerError."""
+    try:
+        return _Plain(io.BytesIO(data)).load()
+    except Exception as exc:  # as above
+        raise PeerError('what should be plain values does not open: %s' % (exc,)) from exc
+
+
+def is_shallow(value: Any, most: int = 20) -> bool:
+    """Whether plain containers stand in one another no deeper than `most`: what is deeper cannot be sent on, or shown."""
+    level = [value]
+    for _ in range(most):
+        level = [part for each in level if type(each) in (tuple, list, dict)
+                 for part in (each.values() if type(each) is dict else each)]
+        if not level:
+            return True
+    return not any(type(each) in (tuple, list, dict) for each in level)
 
 
 _INDEX = struct.Struct('>II')
@@ -506,10 +731,11 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
     if op not in MESSAGES:
         raise PeerError('message %d is unknown here' % op)
     message = MESSAGES[op][0]
+    bounds = BOUNDS_OF.get(message, BOUNDS)
     if encoding == 0:
-        fields = open_envelope(payload)
+        fields = open_envelope(payload, (), bounds)
     elif encoding == 1:
-        fields = open_envelope(*_split(memoryview(payload)))
+        fields = open_envelope(*_split(memoryview(payload)), bounds)
     else:
         raise PeerError('encoding %d is unknown here' % encoding)
     kinds = FIELD_TYPES[message]
@@ -517,12 +743,19 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
         raise PeerError('%s with wrong fields' % message.__name__)
     check = CHECKS.get(message)
     try:
-        right = check is None or check(fields)
+        right = is_comp(fields[0]) if message in SPEAK_OF_COMPS else True
+        right = right and (check is None or check(fields))
+        right = right and (message not in LOOSE or is_shallow(fields))
     except Exception:  # of numbers no float can hold, for one
         right = False
     if not right:
         raise PeerError('%s with wrong values' % message.__name__)
     return message._make(fields)  # type: ignore[attr-defined]
+
+
+def is_comp(name: str) -> bool:
+    """Whether a computation may be called so; the empty name stands for none."""
+    return len(name) <= 64 and (name.isalnum() or not name) and name.isascii()
 
 
 def _is_buffer(value: Any) -> bool:
@@ -559,7 +792,27 @@ def _is_job(row: Any) -> bool:
 
 def _is_result(row: Any) -> bool:
     return type(row) is tuple and len(row) == 7 and _is_serial(row[0]) and type(row[1]) is int and row[1] in OUTCOMES \
-        and _is_number(row[2]) and _is_number(row[3]) and _is_buffer(row[4]) and _is_buffer(row[5]) and _is_buffer(row[6])
+        and _is_number(row[2]) and _is_number(row[3]) and _is_buffer(row[4]) and _is_buffer(row[5]) and _is_buffer(row[6]) \
+        and is_outcome(*row[1:])
+
+
+def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer, stderr: Buffer) -> bool:
+    """Whether times, sizes and the payload of a result can be true."""
+    if not 0.0 <= start <= end <= LATEST or len(payload) > VALUE_MOST:
+        return False
+    if len(stdout) > OUTPUT_MOST or len(stderr) > OUTPUT_MOST:
+        return False
+    if outcome == Outcome.RAISED:   # the length of its text, the text, the exception
+        return len(payload) >= 4 and int.from_bytes(payload[:4], 'big') <= len(payload) - 4
+    return len(payload) > 0 or outcome not in VALUES
+
+
+def log_record_of(data: Buffer) -> Tuple[int, str, str]:
+    """Level, logger and text of a record of a job's logging. Raises PeerError."""
+    record = open_envelope(data)
+    if type(record) is not tuple or [type(field) for field in record] != [int, str, str] or abs(record[0]) >= 1 << 31:
+        raise PeerError('a log record that is none')
+    return record
 
 
 def _is_file(row: Any) -> bool:
@@ -576,6 +829,7 @@ def _is_running(pair: Any) -> bool:
 
 
 OUTCOMES = frozenset(map(int, Outcome))
+VALUES = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
 GOES_ON = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))   # those that are not the end of an attempt
 # kind is what code holds: 'function': a pickle by value, for one minor version of Python; 'source': arguments of load_source
 # in an envelope, for any; 'program': nothing.
@@ -586,7 +840,9 @@ SPEC_FIELDS: Dict[str, Any] = {'name': str, 'kind': str, 'code': (bytes, memoryv
 
 
 def _is_spec(spec: dict) -> bool:
-    return all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
+    key = spec.get('key', bytes(KEY_SIZE))
+    return type(key) is bytes and len(key) == KEY_SIZE \
+        and all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
         and all(type(word) is str for word in (*spec['sys_path'], *spec['argv'])) \
         and spec['kind'] in ('function', 'source', 'program') \
         and spec['max_jobs'] >= 0 and all(type(name) is str and _is_buffer(source) for name, source in spec['support'].items())
@@ -607,12 +863,13 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     FileKept: lambda fields: _is_serial(fields[1]),
     Limit: lambda fields: fields[1] >= 1,
     Place: lambda fields: _is_file(fields[1]) and _is_buffer(fields[3]),
+    Wrong: lambda fields: _is_serial(fields[1]),
     Where: lambda fields: len(fields[1]) in (0, 3) and all(map(_is_serial, fields[2])),
     News: lambda fields: len(fields[2]) == 10,
     Return: lambda fields: len(fields[2]) in (0, 2),
     Started: lambda fields: all(map(_is_running, fields[1])),
     Report: lambda fields: all(map(_is_running, fields[1])) and all(map(_is_serial, fields[2])),
-    Output: lambda fields: _is_serial(fields[1]) and _is_buffer(fields[4]),
+    Output: lambda fields: _is_serial(fields[1]) and fields[2] in (0, 1, 2) and _is_serial(fields[3]) and _is_buffer(fields[4]),
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(type(name) is str for name in fields[1]),
@@ -621,12 +878,19 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
 }
 
 
+BOUNDS = Bounds(MIDDLE, 500_000, 50_000)
+BOUNDS_OF: Dict[type, Bounds] = {
+    Compute: Bounds(LIST, 2_000_000, 1000),                                # a row a file
+    Ready: Bounds(LIST, 8_000_000, 10), Held: Bounds(LIST, 8_000_000, 10),   # a number a job; sent by nodes and schedulers only
+    Jobs: Bounds(4 << 20, 500_000, 50_000), Results: Bounds(4 << 20, 500_000, 10)}
+
+
 def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
     if len(payload) < _INDEX.size:
         raise PeerError('a payload is shorter than its index')
     count, body = _INDEX.unpack_from(payload)
     at = _INDEX.size + 8 * count
-    if count > 1 << 20 or at + body > len(payload):
+    if count > BUFFERS_MOST or at + body > len(payload):
         raise PeerError('a payload is shorter than its index says')
     lengths = struct.unpack_from('>%dQ' % count, payload, _INDEX.size)
     if at + body + sum(lengths) != len(payload):
@@ -1659,6 +1923,11 @@ def secret_path() -> str:
     return os.path.join(base, 'dispy', 'secret')
 
 
+def has_place(path: str) -> bool:
+    """Whether a path in the user's home is one: without HOME and an entry in the password file it begins with '~'."""
+    return not path.startswith('~')
+
+
 def same_secret() -> str:
     """What to do when two sides have different secrets."""
     return 'the two sides have different ones. Copy %s from one host to the other, or give both the same (--secret-file; in programs ' \
@@ -1682,8 +1951,11 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
             raise SecretError('the secret is blank (%s)' % ('secret=' if secret else 'DISPY_SECRET'))
         return data
     path = secret_path()
+    if not has_place(path):
+        raise SecretError('no secret was given, and this user has no home to keep one in (neither HOME nor an entry in the password '
+                          'file): set DISPY_SECRET or XDG_CONFIG_HOME, or give a file')
     if not os.path.exists(path):
-        _make_secret(path)
+        make_secret(path)
     return _read_secret(path)
 
 
@@ -1702,7 +1974,7 @@ def _read_secret(path: str) -> bytes:
     return data
 
 
-def _make_secret(path: str) -> None:
+def make_secret(path: str) -> None:
     """Make the file whole or not at all; of two processes that make it at once one wins, and both use that."""
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
@@ -1752,6 +2024,33 @@ def tls_context(server: bool, certfile: str, keyfile: Optional[str] = None, cafi
     return context
 
 
+def path_option(name: str, value: Any) -> Optional[str]:
+    """A parameter that is the path of a file, or None. Raises TypeError or ValueError naming it."""
+    if value is None:
+        return None
+    try:
+        path = os.fspath(value)
+    except TypeError:
+        path = None
+    if not isinstance(path, str):
+        raise TypeError('%s=%.80r is a %s; it must be the path of a file' % (name, value, type(value).__name__))
+    if not path or '\0' in path:
+        raise ValueError('%s=%.80r is no path of a file' % (name, path))
+    return plain_text(path)
+
+
+def tls_files(certfile: Any, keyfile: Any, cafile: Any = None, words: str = '%s') -> Tuple[Optional[str], Optional[str], Optional[str]]:
+    """The files of TLS as they were given, if they make sense together: who gives a key or a CA wants TLS, and without a
+    certificate nothing would be encrypted. `words` makes of 'certfile' what the user calls it. Raises SecretError, TypeError
+    or ValueError."""
+    paths = {name: path_option(words % name, value) for name, value in (('certfile', certfile), ('keyfile', keyfile), ('cafile', cafile))}
+    for name in ('keyfile', 'cafile'):
+        if paths[name] is not None and paths['certfile'] is None:
+            raise SecretError('%s=%s was given without %s: nothing would be encrypted; give both, or neither'
+                              % (words % name, paths[name], words % 'certfile'))
+    return paths['certfile'], paths['keyfile'], paths['cafile']
+
+
 def _no_password() -> str:
     raise SecretError('the key of the certificate is encrypted; a daemon cannot ask for its password')
 
@@ -1789,11 +2088,12 @@ NO_TLS = bytes(32)
 
 
 class Session(NamedTuple):
-    """What a handshake agreed on."""
+    """What a handshake agreed on; `secret`: which of several the peer has."""
     send_key: bytes
     receive_key: bytes
     peer_instance: bytes
     peer_role: int
+    secret: int = 0
 
 
 def _derive(psk: bytes, transcript: bytes, label: bytes) -> bytes:
@@ -1881,7 +2181,7 @@ def handshake_dial(sock: Any, psk: bytes, role: Role, wanted: Role, instance: by
     return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role)
 
 
-def handshake_accept(sock: Any, psk: Union[bytes, Dict[int, bytes]], role: Role, allowed: Iterable[Role], instance: bytes,
+def handshake_accept(sock: Any, psk: Union[bytes, Dict[int, Tuple[bytes, ...]]], role: Role, allowed: Iterable[Role], instance: bytes,
                      binding: bytes = NO_TLS, deadline: Optional[float] = None,
                      clock: Callable[[], float] = time.monotonic) -> Session:
     """S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read before the proof is checked."""
@@ -1901,12 +2201,13 @@ def handshake_accept(sock: Any, psk: Union[bytes, Dict[int, bytes]], role: Role,
         raise HandshakeError('the peer is a %s that wants a %s' % (_role_name(peer_role), _role_name(wanted)))
     challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, os.urandom(32))
     sock.sendall(challenge)
-    keys = _Keys(psk if isinstance(psk, bytes) else psk[peer_role], hello, challenge, binding)
     proof = _receive_exactly(sock, _PROOF.size, deadline, clock)
-    if not hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
-        raise HandshakeError('wrong secret: ' + same_secret())
-    sock.sendall(_PROOF.pack(MAGIC, keys.server))
-    return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role)
+    for number, one in enumerate((psk,) if isinstance(psk, bytes) else psk[peer_role]):
+        keys = _Keys(one, hello, challenge, binding)
+        if hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
+            sock.sendall(_PROOF.pack(MAGIC, keys.server))
+            return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role, number)
+    raise HandshakeError('wrong secret: ' + same_secret())
 
 
 def _role_name(role: int) -> str:
@@ -2009,6 +2310,11 @@ HEAD_TAG, TAIL_TAG = 16, 32
 class FrameSealer:
     """Messages to frames of one direction: header 16, its tag 16, payload, tag 32; numbered, the number not sent."""
 
+    @property
+    def sealed(self) -> int:
+        """Frames made."""
+        return self._seq
+
     def __init__(self, key: bytes) -> None:
         self._key = key
         self._mac = hmac.new(key, digestmod='sha256')
@@ -2018,6 +2324,9 @@ class FrameSealer:
         """The frame as buffers to be sent one behind the other. Raises ValueError when it would be too large."""
         op, encoding, pieces = encode(message)
         size = sum(map(len, pieces))
+        bounds = BOUNDS_OF.get(type(message), BOUNDS)
+        if len(pieces[0]) > bounds.size + SMALL:   # and the index of what is beside it
+            raise ValueError('%s with an envelope of %d bytes is over the limit of %d' % (type(message).__name__, len(pieces[0]), bounds.size))
         if size > MESSAGES[op][1]:
             raise ValueError('%s of %d bytes is over the limit of %d' % (type(message).__name__, size, MESSAGES[op][1]))
         header = _FRAME.pack(size, op, encoding, 0, 0)
@@ -2036,9 +2345,10 @@ class FrameOpener(Intake):
     """Frames of one direction to messages. The length is believed only after the header's tag was verified, and
     nothing is decoded before the payload's was. Raises PeerError; the link is of no use then."""
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES) -> None:
         super().__init__(_FRAME.size + HEAD_TAG)
-        self._key = key
+        self._key, self._takes = key, takes   # the secret; ops that may come
+        self.opened = 0
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
         self._measured = 0
@@ -2051,6 +2361,8 @@ class FrameOpener(Intake):
             raise PeerError('a frame header is not authentic')
         self._measured += 1
         size, op = _FRAME.unpack(header)[:2]
+        if op in MESSAGES and op not in self._takes:
+            raise PeerError('%s may not come here' % MESSAGES[op][0].__name__)
         limit = MESSAGES[op][1] if op in MESSAGES else SMALL
         if size > limit:
             raise PeerError('a frame of %d bytes is over the limit of %d' % (size, limit))
@@ -2066,7 +2378,9 @@ class FrameOpener(Intake):
             raise PeerError('a frame is not authentic')
         self._seq += 1
         _, op, encoding, _, _ = _FRAME.unpack(header)
-        return decode(op, encoding, body[:-TAIL_TAG])
+        message = decode(op, encoding, body[:-TAIL_TAG])
+        self.opened += 1
+        return message
 
 
 # What passes between the daemon, a runner and its workers on one host: a head and three bodies.
@@ -2100,6 +2414,19 @@ class Kind(enum.IntEnum):
     LOGGED = 51     # serial, body: plain pickle of level, logger and text
     FILE = 50       # serial, number: offset in pieces, bodies: row (a plain pickle), data
     WANT = 52       # serial, body: plain pickle of a bundle's number or a module's name; answered by KEPT
+    HERE = 53       # first of all: the kernel tells by it which process has this pipe
+
+
+# Kind of record -> bytes of its three bodies at most. Who writes them runs a user's code, so that they are checked as what
+# comes from outside is: a record that is not in the table, or is larger, ends its worker or runner.
+FROM_WORKER = {
+    Kind.RESULT: (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST), Kind.UNSTARTED: (8 * SERIALS_MOST, 0, 0),
+    Kind.LOGGED: (8 * TEXT_MOST, 0, 0), Kind.FILE: (SMALL, FILE_PIECE, 0), Kind.WANT: (SMALL, 0, 0),
+    Kind.HERE: (0, 0, 0)}
+FROM_RUNNER = {
+    Kind.UP: (8 * TEXT_MOST, 0, 0), Kind.FAILED: (8 * TEXT_MOST, 0, 0), Kind.BORN: (0, 0, 0), Kind.GONE: (0, OUTPUT_MOST, OUTPUT_MOST),
+    Kind.TOO_BIG: (0, 0, 0), Kind.PRINTED: (OUTPUT_KEPT, 0, 0)}
+OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *GOES_ON))
 
 
 class Record(NamedTuple):
@@ -2125,13 +2452,19 @@ def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0,
 
 
 class RecordIntake(Intake):
-    """Bytes to records."""
+    """Bytes to records. With `limits`, FROM_WORKER or FROM_RUNNER, raises PeerError for others."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Optional[Dict[Kind, Tuple[int, int, int]]] = None) -> None:
         super().__init__(_RECORD.size)
+        self._limits = limits
 
     def measure(self, head: bytes) -> int:
-        return sum(_RECORD.unpack(head)[6:])
+        kind, *_, one, two, three = _RECORD.unpack(head)
+        if self._limits is not None:
+            most = self._limits.get(kind, (-1, -1, -1))  # type: ignore[call-overload]
+            if one > most[0] or two > most[1] or three > most[2]:
+                raise PeerError('record %d with bodies of %d, %d and %d bytes' % (kind, one, two, three))
+        return one + two + three  # type: ignore[no-any-return]
 
     def records(self, count: int) -> List[Record]:
         """Note `count` received bytes; return the records that are whole now."""
@@ -2194,10 +2527,23 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
         os.close(handle)
 
 
+def open_regular(path: str) -> Any:
+    """Open a file for reading. Raises ValueError at once for what is no regular file: opening a FIFO waits for its other
+    end, and a device may never come to its end; OSError."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0))
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError('%s is no regular file' % path)
+        return os.fdopen(handle, 'rb')
+    except BaseException:
+        os.close(handle)
+        raise
+
+
 def file_digest(path: str) -> Tuple[int, bytes]:
-    """Size and SHA-256 of a file."""
+    """Size and SHA-256 of a file. Raises as `open_regular`."""
     digest, size = hashlib.sha256(), 0
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         for piece in iter(lambda: file.read(FILE_PIECE), b''):
             digest.update(piece)
             size += len(piece)
@@ -2360,18 +2706,19 @@ class ModuleStore:
 class Shelf:
     """Results of one computation on disk, while its client is away: a file of a header (magic, instance of the client) and
     of records (CRC-32, then a record as workers write them). What is torn at its end was never reported as kept."""
-    MAGIC = b'dispy5r\1'
+    MAGIC = b'dispy5r\2'
+    HEAD = len(MAGIC) + 16 + KEY_SIZE
 
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def append(self, owner: bytes, rows: Sequence[tuple]) -> None:
+    def append(self, owner: bytes, rows: Sequence[tuple], digest: bytes = bytes(KEY_SIZE)) -> None:
         """Keep rows of Results; they are on the disk when this returns. Raises OSError, and nothing of them is kept then."""
         with open(self.path, 'ab') as file:
             start = file.tell()
             try:
                 if not start:
-                    file.write(self.MAGIC + owner)
+                    file.write(self.MAGIC + owner + digest)
                 for row in rows:
                     pieces = pack_record(Kind.RESULT, row[1], row[0], row[2], row[3], *row[4:])
                     crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), pieces, 0)
@@ -2387,7 +2734,7 @@ class Shelf:
     def rows(self) -> Iterator[tuple]:
         """What is kept, row after row; ends before what is torn."""
         with open(self.path, 'rb') as file:
-            file.seek(len(self.MAGIC) + 16)
+            file.seek(self.HEAD)
             while True:
                 head = file.read(_CRC.size + _RECORD.size)
                 if len(head) < _CRC.size + _RECORD.size:
@@ -2399,18 +2746,18 @@ class Shelf:
                     return
                 yield (serial, number, start, end, *bodies)
 
-    def scan(self) -> Tuple[bytes, List[int]]:
-        """Owner and serials; cuts off what is torn. Raises ValueError for a file that is none of ours."""
+    def scan(self) -> Tuple[bytes, bytes, List[int]]:
+        """Owner, digest of the key and serials; cuts off what is torn. Raises ValueError for a file that is none of ours."""
         with open(self.path, 'rb') as file:
-            head = file.read(len(self.MAGIC) + 16)
-        if len(head) < len(self.MAGIC) + 16 or not head.startswith(self.MAGIC):
+            head = file.read(self.HEAD)
+        if len(head) < self.HEAD or not head.startswith(self.MAGIC):
             raise ValueError('%s holds no results' % self.path)
         size, serials = len(head), []
         for row in self.rows():
             size += _CRC.size + _RECORD.size + sum(map(len, row[4:]))
             serials.append(row[0])
         os.truncate(self.path, size)
-        return head[-16:], serials
+        return head[len(self.MAGIC):len(self.MAGIC) + 16], head[-KEY_SIZE:], serials
 
     def remove(self) -> None:
         """They are not needed any more."""
@@ -2464,31 +2811,59 @@ class Backlog:
 # ---------------------------------------------------------------------------------------------------------
 
 class Doorkeeper:
-    """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one address; after
-    five failures an address is refused for 15 s, doubling up to 10 min. Established links are not affected."""
+    """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one address. When there are more, one
+    of them makes way: of the same address, or else the oldest of the network that has most of them, so that silence keeps nobody
+    out. After five failures an address is refused for 15 s, doubling up to 10 min; one from which somebody has proved himself
+    within the last hour is refused nothing, but for all but a few handshakes at once. Established links are not affected."""
     AT_ONCE, FROM_ONE, FAILURES, SHUT, SHUT_MOST, REMEMBERED = 64, 32, 5, 15.0, 600.0, 4096
+    RECENT, FROM_MIXED = 3600.0, 8
 
     def __init__(self) -> None:
         self._open: Dict[str, int] = collections.Counter()
         self._failed: 'collections.OrderedDict[str, Tuple[int, float]]' = collections.OrderedDict()
         self._logged: 'collections.OrderedDict[str, float]' = collections.OrderedDict()
+        self._proved: 'collections.OrderedDict[str, float]' = collections.OrderedDict()   # address -> when somebody has
+
+    def is_shut(self, address: str, now: float) -> bool:
+        """Whether nobody from this address is heard at present."""
+        if now >= self._failed.get(address, (0, 0.0))[1]:
+            return False
+        proved = self._proved.get(address)
+        return proved is None or now - proved > self.RECENT or self._open[address] >= self.FROM_MIXED
 
     def admit(self, address: str, now: float) -> bool:
         """Whether a connection from this address may begin its handshake; each admitted one must be `done`."""
-        if sum(self._open.values()) >= self.AT_ONCE or self._open[address] >= self.FROM_ONE \
-                or now < self._failed.get(address, (0, 0.0))[1]:
+        if sum(self._open.values()) >= self.AT_ONCE or self._open[address] >= self.FROM_ONE or self.is_shut(address, now):
             return False
         self._open[address] += 1
         return True
+
+    def make_way(self, address: str, under_way: Iterable[Tuple[int, str]]) -> Optional[int]:
+        """Which of the handshakes under way, (number, address) in the order in which they began, is to be ended for one from this
+        address, which then counts as admitted."""
+        rows = list(under_way)
+        if self._open[address] >= self.FROM_ONE:
+            crowd = [number for number, other in rows if other == address]
+        else:
+            counts = collections.Counter(network_of(other) for _, other in rows)
+            most = max(counts.values(), default=0)
+            crowd = [number for number, other in rows if counts[network_of(other)] == most]
+        if not crowd:
+            return None
+        self._open[address] += 1
+        return crowd[0]
 
     def done(self, address: str, proved: Optional[bool], now: float) -> None:
         """The handshake ended; `proved` is whether the peer knew the secret, None if it did not try: silence guesses
         nothing, and is bounded by the number of handshakes."""
         self.leave(address)
+        if proved:
+            self._remember(self._proved, address, now)
         if proved is None or now < self._failed.get(address, (0, 0.0))[1]:
             return   # one that began before the others failed
         if proved:
             self._failed.pop(address, None)
+            self._remember(self._proved, address, now)
             return
         count = self._failed.get(address, (0, 0.0))[0] + 1
         shut = min(self.SHUT * 2 ** min(count - self.FAILURES, 10), self.SHUT_MOST) if count >= self.FAILURES else 0.0
@@ -2512,6 +2887,15 @@ class Doorkeeper:
         table.move_to_end(address)
         if len(table) > self.REMEMBERED:
             table.popitem(last=False)
+
+
+def network_of(address: str) -> str:
+    """The network of an address: 24 bits of IPv4, 64 of IPv6; one host may have all of its addresses."""
+    try:
+        found = ipaddress.ip_address(address.partition('%')[0])
+    except ValueError:
+        return address
+    return str(ipaddress.ip_network('%s/%d' % (found, 24 if found.version == 4 else 64), False))
 
 
 class Cry(enum.IntEnum):
@@ -2544,9 +2928,11 @@ class Discovery:
     """Datagrams of one process: packs its own, believes those of others that are signed and new. Who is found by them is
     dialled, and only the handshake decides; so a forged or repeated datagram costs a connection at most.
 
-    `limit` datagrams a second are answered, so that nobody is flooded through us.
+    LIMIT questions a second that are signed with the secret are answered, and besides STRANGERS others, so that nobody is flooded
+    through us and strangers take nothing from those who have the secret; one address of strangers gets TOLD_MOST answers in
+    OTHERS seconds.
     """
-    REMEMBERED, LIMIT, OTHERS, WINDOW = 4096, 100, 60.0, 64
+    REMEMBERED, LIMIT, STRANGERS, TOLD_MOST, OTHERS, WINDOW = 4096, 100, 20, 5, 60.0, 64
     _counts = itertools.count(1)   # of the whole process: its instance is the same in all that it says
 
     def __init__(self, psk: bytes, role: Role, instance: bytes, port: int = 0, addresses: Sequence[str] = ()) -> None:
@@ -2557,7 +2943,8 @@ class Discovery:
         # (address, instance) -> when it got NOT_MINE; a program that is started once more is told once more
         self._told: 'collections.OrderedDict[Tuple[str, bytes], float]' = collections.OrderedDict()
         self._asked: Deque[bytes] = collections.deque(maxlen=16)
-        self._second, self._answered = 0, 0
+        self._told_there: 'collections.OrderedDict[str, Deque[float]]' = collections.OrderedDict()   # address -> when
+        self._second, self._answered, self._strangers = 0, 0, 0
 
     def say(self, kind: Cry, to: str = '', echo: bytes = bytes(16)) -> bytes:
         """A datagram of this process, new each time; for an asker's address `to` if it is an answer."""
@@ -2615,7 +3002,7 @@ class Discovery:
             return heard, None
         asker = source, heard.instance
         if heard.kind != Cry.QUESTION or self._role is not Role.NODE or now - self._told.get(asker, -self.OTHERS) < self.OTHERS \
-                or not self._may_answer(now):
+                or not self._may_tell(source, now):
             return None, None
         self._told[asker] = now
         self._told.move_to_end(asker)
@@ -2623,11 +3010,29 @@ class Discovery:
             self._told.popitem(last=False)
         return None, self.say(Cry.NOT_MINE, source, heard.nonce)
 
-    def _may_answer(self, now: float) -> bool:
+    def _next_second(self, now: float) -> None:
         if int(now) != self._second:
-            self._second, self._answered = int(now), 0
+            self._second, self._answered, self._strangers = int(now), 0, 0
+
+    def _may_answer(self, now: float) -> bool:
+        self._next_second(now)
         self._answered += 1
         return self._answered <= self.LIMIT
+
+    def _may_tell(self, source: str, now: float) -> bool:
+        """Whether a stranger is answered."""
+        self._next_second(now)
+        times = self._told_there.get(source)
+        if self._strangers >= self.STRANGERS or (
+                times is not None and len(times) == self.TOLD_MOST and now - times[0] < self.OTHERS):
+            return False
+        self._strangers += 1
+        if times is None:
+            times = self._told_there[source] = collections.deque(maxlen=self.TOLD_MOST)
+            if len(self._told_there) > self.REMEMBERED:
+                self._told_there.popitem(last=False)
+        times.append(now)
+        return True
 
 
 def plain_address(address: str) -> str:
@@ -2733,6 +3138,7 @@ class Found(NamedTuple):
     owner: bytes
     serials: list
     until: float
+    digest: bytes = bytes(KEY_SIZE)
 
 
 class Kept(NamedTuple):
@@ -2815,6 +3221,12 @@ class WorkerUnborn(NamedTuple):
     text: str
 
 
+class Faulted(NamedTuple):
+    """A fault of ours concerns this computation: it cannot go on here."""
+    comp: str
+    text: str
+
+
 class WorkerTooBig(NamedTuple):
     """The job used more memory than it may; its worker is being killed."""
     worker: int
@@ -2857,11 +3269,18 @@ class Send(NamedTuple):
     message: Any
 
 
+class Broken(NamedTuple):
+    """A computation made the state raise; answered by Faulted."""
+    comp: str
+    error: BaseException
+
+
 class Keep(NamedTuple):
     """Write results, rows of a client, to the disk. Fed back as Kept."""
     comp: str
     owner: bytes
     rows: list
+    digest: bytes = bytes(KEY_SIZE)
 
 
 class SendKept(NamedTuple):
@@ -3068,6 +3487,7 @@ class _Shelved(NamedTuple):
     owner: bytes
     serials: Set[int]
     until: float
+    digest: bytes = bytes(KEY_SIZE)
 
 
 class _Computation:
@@ -3091,6 +3511,7 @@ class _Computation:
         # Attempts that have begun and since when, to be told to the client
         self.begun: List[Tuple[int, float]] = []
         self.stillborn = 0                     # workers in a row that died before their first job
+        self.digest = spec.get('key', bytes(KEY_SIZE))
         self.most = spec.get('max_jobs') or 0
         self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
         self.orphan_at = 0.0                   # when its results are given up, if its link is gone
@@ -3150,7 +3571,7 @@ class Node:
         self._queries: List[Tuple[int, str]] = []   # links that ask what is there of a computation
         self._handlers: Dict[type, Callable[..., None]] = {
             LinkUp: self._link_up, LinkDown: self._link_down, Received: self._received, Prepared: self._prepared,
-            Found: self._found, Kept: self._kept,
+            Found: self._found, Kept: self._kept, Faulted: self._faulted,
             Stored: self._stored, Put: self._put, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
             WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
             WorkerWants: self._worker_wants, Fetched: self._fetched,
@@ -3179,7 +3600,7 @@ class Node:
         self._actions = []
         while self._timers and self._timers[0][0] <= now:
             _, _, what, key, serial = heapq.heappop(self._timers)
-            self._due(what, key, serial, now)
+            self._for(key if isinstance(key, str) else self.comp_of_worker(key), self._due, what, key, serial, now)
         if self._look_at is not None and self._look_at <= now:
             self._look(now)
         serving = not (self.stopping or self.paused)
@@ -3187,15 +3608,32 @@ class Node:
             self._share_out(now)
         for comp in list(self._comps.values()):
             if not serving:
-                self._give_back(comp)
-            self._tell_begun(comp, now)
-            self._deliver(comp)
+                self._for(comp.comp, self._give_back, comp)
+            self._for(comp.comp, self._tell_begun, comp, now)
+            self._for(comp.comp, self._deliver, comp)
         while self._queries:
             self._report(*self._queries.pop(), now)
         if self.stopping and not any(worker.queue for worker in self._workers.values()) \
                 and not any(comp.unacknowledged and comp.link in self._links for comp in self._comps.values()):
             self._leave(now)
         return self._actions
+
+    def decided(self) -> List[Any]:
+        """Actions of the last `handle` or `flush`, which raised."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    def comp_of_worker(self, key: int) -> str:
+        """Whose worker this is; empty when there is no such worker."""
+        worker = self._workers.get(key)
+        return worker.comp.comp if worker is not None else ''
+
+    def _for(self, comp: str, call: Callable[..., None], *args: Any) -> None:
+        """Call it for a computation, which alone ends when that raises."""
+        try:
+            call(*args)
+        except Exception as exc:  # ours; the shell logs it and tells Faulted
+            self._do(Broken(comp, exc))
 
     def _deliver(self, comp: _Computation) -> None:
         if comp.outbox and comp.link in self._links:
@@ -3217,10 +3655,18 @@ class Node:
 
     def _at(self, when: float, what: str, key: Any = 0, serial: int = 0) -> None:
         if len(self._timers) >= self._timers_most:   # those of attempts that have ended
-            self._timers = [timer for timer in self._timers if timer[2] not in ('timeout', 'kill') or self._heads(timer[3], timer[4])]
+            self._timers = [timer for timer in self._timers if self._is_wanted(*timer[2:])]
             heapq.heapify(self._timers)
             self._timers_most = 2 * len(self._timers) + 64
         heapq.heappush(self._timers, (when, next(self._ticket), what, key, serial))
+
+    def _is_wanted(self, what: str, key: Any, serial: int) -> bool:
+        """Whether a timer is still for something."""
+        if what in ('timeout', 'kill'):
+            return self._heads(key, serial)
+        if what in ('setup', 'orphan'):
+            return key in self._comps
+        return what != 'expire' or key in self.shelf
 
     def _heads(self, key: int, serial: int) -> bool:
         worker = self._workers.get(key)
@@ -3302,7 +3748,7 @@ class Node:
         """Results that nobody has acknowledged go to the disk."""
         comp.outbox = []
         if comp.unacknowledged:
-            self._do(Keep(comp.comp, comp.instance, list(comp.unacknowledged.values())))
+            self._do(Keep(comp.comp, comp.instance, list(comp.unacknowledged.values()), comp.digest))
 
     def _kept(self, event: Kept, now: float) -> None:
         comp = self._comps.get(event.comp)
@@ -3320,13 +3766,13 @@ class Node:
                 comp.unacknowledged.pop(serial, None)
         shelved = self.shelf.get(event.comp)
         if shelved is None:
-            shelved = _Shelved(comp.instance if comp is not None else b'', set(), 0.0)
+            shelved = _Shelved(comp.instance, set(), 0.0, comp.digest) if comp is not None else _Shelved(b'', set(), 0.0)
             self._at(now + self._zombie, 'expire', event.comp)
         shelved.serials.update(event.serials)
         self.shelf[event.comp] = shelved._replace(until=now + self._zombie)
 
     def _found(self, event: Found, now: float) -> None:
-        self.shelf[event.comp] = _Shelved(event.owner, set(event.serials), event.until)
+        self.shelf[event.comp] = _Shelved(event.owner, set(event.serials), event.until, event.digest)
         self._at(event.until, 'expire', event.comp)
 
     def _forget(self, name: str) -> None:
@@ -3350,7 +3796,12 @@ class Node:
             self._do(SendKept(link, name))
 
     def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
-        comp, up = self._comps.get(message.comp), self._links[link]
+        comp, up, shelved = self._comps.get(message.comp), self._links[link], self.shelf.get(message.comp)
+        digests = [known.digest for known in (comp, shelved) if known is not None]
+        if not all(may_reclaim(digest, message.key) for digest in digests):
+            logger.warning('%s wants results of a computation and does not have its key', self._names.get(link, up.address))
+            self._do(Send(link, Held(message.comp, [])))
+            return
         if comp is not None and comp.stage is not Stage.CLOSING:
             if comp.link in self._links and comp.link != link:
                 self._do(Send(link, Refused(message.comp, 'busy', 'its client is connected: %s' % self.held_by(now))))
@@ -3394,6 +3845,8 @@ class Node:
     def _on_compute(self, link: int, message: Compute, now: float) -> None:
         up = self._links[link]
         comp = self._comp_of(link, message.comp)
+        if comp is not None and not hmac.compare_digest(comp.digest, message.spec.get('key', bytes(KEY_SIZE))):
+            raise PeerError('computation %.40r has another key' % message.comp)
         if comp is not None:   # its client is back after a broken link
             comp.link = link
             self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
@@ -3421,9 +3874,10 @@ class Node:
             self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
             self._comps[message.comp] = _Computation(message.comp, up.instance, link, message.spec)
             self._resize()
-            if message.comp in self.shelf:
-                self.shelf[message.comp] = self.shelf[message.comp]._replace(owner=up.instance)
-            self._resend(message.comp, link)
+            shelved = self.shelf.get(message.comp)
+            if shelved is not None and hmac.compare_digest(shelved.digest, message.spec.get('key', bytes(KEY_SIZE))):
+                self.shelf[message.comp] = shelved._replace(owner=up.instance)
+                self._resend(message.comp, link)
             self._do(Prepare(message.comp, message.spec))
 
     def _prepared(self, event: Prepared, now: float) -> None:
@@ -3434,7 +3888,8 @@ class Node:
             self._refuse(comp, 'transfer', event.error)
         elif event.missing:
             self._set_stage(comp, 'missing')
-            self._reply(comp, Need(comp.comp, event.missing))
+            for need in needs(comp.comp, event.missing):
+                self._reply(comp, need)
         else:
             self._start(comp, now)
 
@@ -3503,11 +3958,29 @@ class Node:
                 self._reply(comp, Said(comp.comp, 'node %s: %s' % (self.name, note)))
 
     def _refuse(self, comp: _Computation, code: str, text: str) -> None:
+        text = shorten(text)
         logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
         self._deliver(comp)   # what has ended, has ended; after the refusal nobody would believe it
         self._keep(comp)
         self._reply(comp, Refused(comp.comp, code, text))
         self._close(comp, at_once=True)
+
+    def _faulted(self, event: Faulted, now: float) -> None:
+        comp = self._comps.get(event.comp)
+        if comp is not None and comp.stage is not Stage.CLOSING:
+            self._account_for(comp, event.text)
+            self._refuse(comp, 'fault', event.text)
+
+    def _account_for(self, comp: _Computation, text: str) -> None:
+        """What runs has failed with this text; what waits was never started."""
+        for worker in list(comp.workers.values()):
+            if worker.queue:
+                head, rest = worker.queue[0], list(worker.queue)[1:]
+                self._finish(comp, (head.serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
+                self.free += head.cpus
+                worker.queue.clear()
+                comp.waiting.extend(rest)
+        self._give_back(comp)
 
     def _runner_gone(self, event: RunnerGone, now: float) -> None:
         comp = self._comps.get(event.comp)
@@ -3581,7 +4054,7 @@ class Node:
             if not self._occupy(comp, 0, now) or not comp.waiting:
                 rivals.remove(comp)
         for comp in ready:
-            self._dispatch(comp, now, crowded)
+            self._for(comp.comp, self._dispatch, comp, now, crowded)
 
     def _is_limited(self, comp: _Computation, cpus: int) -> bool:
         """Whether a computation may not use so many CPUs more."""
@@ -3750,6 +4223,8 @@ class Node:
         worker = self._workers.get(event.worker)
         if worker is None or worker.comp.stage is Stage.CLOSING:
             return
+        if not worker.queue or worker.queue[0].serial != event.serial:
+            return   # of a job that does not run there
         if event.offset == 0:
             worker.asks = worker.comp.link or -1
         if not worker.asks:
@@ -4002,7 +4477,8 @@ class Node:
                 self._finish(comp, self._unstarted(attempt))
             else:
                 serials.append(self._dismiss(comp, attempt))
-        self._reply(comp, Returned(comp.comp, serials))
+        for message in in_parts(Returned, comp.comp, serials) if serials else [Returned(comp.comp, [])]:
+            self._reply(comp, message)
 
     def _on_ack(self, link: int, message: Ack, now: float) -> None:
         comp, shelved = self._comp_of(link, message.comp), self.shelf.get(message.comp)
@@ -4357,7 +4833,7 @@ class ModuleLoader(importlib.abc.MetaPathFinder):
             if error:
                 raise ModuleNotFoundError('modules of the program are not on this node: %s' % error)
         with open(path, 'rb') as file:
-            bundle = open_envelope(file.read())
+            bundle = open_plain(file.read())
         importlib.invalidate_caches()
         if bundle['compiled'] and bundle['build'] != build_tag():
             raise ImportError('module %s is compiled for %s; this node is %s' % (bundle['compiled'][0], bundle['build'], build_tag()))
@@ -4508,7 +4984,7 @@ def load_main(variables: Dict[str, Any], path: str) -> None:
 _ENVIRON = getattr(os.environ, '_data', os.environ)   # compared after every job: 1 us instead of 30 through os.environ
 _getsignal = getattr(sys.modules.get('_signal'), 'getsignal', signal.getsignal)   # without the enum around it: 0.1 us
 TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)   # ignored by default and used by hardly anything
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36   # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36   # linux/prctl.h
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2                       # linux/falloc.h
 
 
@@ -4669,6 +5145,16 @@ def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
     return struct.pack('>I', len(raw)) + raw + body
 
 
+def cut_error(exc: BaseException, skip: int = 0) -> Payload:
+    """As `pack_error` with the traceback; an exception that is over the limit stays behind."""
+    text = describe_exception(exc, skip)
+    payload = pack_error(text, exc)
+    size = size_of(payload)
+    if size <= VALUE_MOST:
+        return payload
+    return pack_error('%s\n(%s)' % (text, over_limit('the exception', size)), None)
+
+
 def unpack_error(payload: Buffer) -> Tuple[str, Buffer]:
     """The inverse, without opening the exception."""
     length, = struct.unpack_from('>I', payload)
@@ -4681,9 +5167,10 @@ def describe_exception(exc: BaseException, skip: int = 0) -> str:
     for _ in range(skip):
         trace = trace.tb_next if trace is not None else None
     try:
-        return ''.join(traceback.format_exception(type(exc), exc, trace))
+        text = ''.join(traceback.format_exception(type(exc), exc, trace))
     except Exception:  # exactly that: the exception cannot even be shown
-        return ''.join(traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
+        text = ''.join(traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
+    return shorten(text)
 
 
 def find_named(module: str, name: str) -> Any:
@@ -4766,6 +5253,22 @@ def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
     return [function(*args) for args in chunk]
 
 
+class _Turn:
+    """Processes write into one pipe by turns. A lock of the process (lockf), which ends with it."""
+
+    def __init__(self, directory: str) -> None:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            self._handle = _out_of_reach(os.dup(file.fileno()))
+
+    def __enter__(self) -> None:
+        import fcntl
+        fcntl.lockf(self._handle, fcntl.LOCK_EX)
+
+    def __exit__(self, *exc: Any) -> None:
+        import fcntl
+        fcntl.lockf(self._handle, fcntl.LOCK_UN)
+
+
 class Worker:
     """Runs job after job in a process of its own. Slots shared with the runner: [0] the serial that runs now,
     [1] the serial that shall be interrupted."""
@@ -4784,11 +5287,16 @@ class Worker:
         self._sending = threading.Lock()   # guards the writing end of the pipe: a job may have threads
         self._filing = threading.Lock()    # one file at a time; guards _answers
         self._answers: Deque[str] = collections.deque()
+        self._shared = False               # with processes that a job has forked
+        self._turn = _Turn(spec['private'])
+        if hasattr(os, 'register_at_fork'):
+            os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork)
         self._brought: Optional[Tuple[str, Callable[[], None]]] = None   # the job's own directory; takes its names away
 
     def serve(self) -> None:
         """Until the daemon closes the pipe, or this process is not fit for another job."""
         self._prepare()
+        self._send(Kind.HERE)
         fit = True
         while fit:
             if self._recalled:
@@ -4823,9 +5331,9 @@ class Worker:
         if modules is not None:
             modules.ask = self._ask_client
         if self._spec['logs'] >= 0:
-            handler = logging.Handler()
-            handler.emit = self._forward  # type: ignore[method-assign]
-            logging.getLogger().addHandler(handler)
+            self._log_handler = logging.Handler()
+            self._log_handler.emit = self._forward  # type: ignore[method-assign]
+            logging.getLogger().addHandler(self._log_handler)
             logging.getLogger().setLevel(self._spec['logs'])
         self._environ = dict(_ENVIRON)
         self._threads = threading.active_count()
@@ -4850,9 +5358,17 @@ class Worker:
 
     def _send(self, *args: Any) -> None:
         buffers = pack_record(*args)
-        with self._sending:
+        with self._sending, self._turn if self._shared else contextlib.nullcontext():
             for buffer in buffers:
                 self._sock.sendall(buffer)
+
+    def _before_fork(self) -> None:
+        """A job forks: from now on its children may write into the pipe as well, records of any length."""
+        self._shared = True
+
+    def _after_fork(self) -> None:
+        """In the child: another thread of the parent may have held these."""
+        self._sending, self._filing = threading.Lock(), threading.Lock()
 
     @contextlib.contextmanager
     def _beside_job(self) -> Any:
@@ -4878,8 +5394,11 @@ class Worker:
             raise KeyboardInterrupt
 
     def _provisional(self, result: Any) -> int:
-        """dispy_provisional_result: hand the client a value while the job goes on. Raises what pickling raises."""
+        """dispy_provisional_result: hand the client a value while the job goes on. Raises what pickling raises,
+        ValueError for a value over the limit."""
         payload, plain, _, _ = seal(result)
+        if size_of(payload) > VALUE_MOST:
+            raise ValueError(over_limit('dispy_provisional_result: the value', size_of(payload)))
         with self._beside_job():
             now = time.time()
             self._send(Kind.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE, self._slots[0], now, now, payload)
@@ -4887,9 +5406,17 @@ class Worker:
 
     def _forward(self, record: logging.LogRecord) -> None:
         """A log record of the job, on its way to the client's logging."""
-        text = record.getMessage() + ('\n' + ''.join(traceback.format_exception(*record.exc_info)).rstrip() if record.exc_info else '')
+        try:
+            text = record.getMessage()
+            if record.exc_info and record.exc_info[0] is not None:
+                text += '\n' + ''.join(traceback.format_exception(*record.exc_info)).rstrip()
+            # A level may be an IntEnum and a name a subclass of str: the other side opens plain values only.
+            data = pickle.dumps((int(record.levelno), plain_text(record.name)[:NAME_MOST], shorten(plain_text(text))), 5)
+        except Exception:  # arguments that do not fit the format, and the like: as logging itself does
+            self._log_handler.handleError(record)
+            return
         with self._beside_job():
-            self._send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, pickle.dumps((record.levelno, record.name, text[:OUTPUT_KEPT])))
+            self._send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
 
     def _send_file(self, path: str) -> int:
         """dispy_send_file: the file is below the client's directory, under the same relative name, when this returns 0.
@@ -4898,7 +5425,7 @@ class Worker:
         check_size(name, os.path.getsize(path), self._spec['max_file'])
         size, digest = file_digest(path)
         row = pickle.dumps((name, size, digest, stat.S_IMODE(os.stat(path).st_mode)))
-        with self._filing, open(path, 'rb') as file:
+        with self._filing, open_regular(path) as file:
             for piece in range(max(1, -(-size // FILE_PIECE))):
                 data = file.read(FILE_PIECE)
                 with self._beside_job():
@@ -5017,9 +5544,11 @@ class Worker:
             if isinstance(failure, ImportError):
                 failure.msg = '%s. %s' % (failure, explain_import(failure, self._spec['name']))
                 failure.args = (failure.msg,)
-            return Outcome.RAISED, pack_error(describe_exception(failure, 1), failure)
+            return Outcome.RAISED, cut_error(failure, 1)
         try:
             payload, plain, _, _ = seal(value)
+            if size_of(payload) > VALUE_MOST:
+                return Outcome.RAISED, pack_error(over_limit('the result', size_of(payload)), None)
             return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
         except BaseException as exc:  # __reduce__ and its kin are the user's code
             text = 'the result, of type %s, could not be pickled: %s' % (type(value).__name__, describe_exception(exc, 1))
@@ -5120,21 +5649,15 @@ def globals_of(*functions: Any) -> List[Dict[str, Any]]:
 
 
 def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Callable[[], None]:
-    """Make names known to one job: in the computation's global variables where they are free, and in builtins for other
-    modules. Returns what takes them away again."""
-    lent: List[Tuple[Dict[str, Any], str, Any]] = []
-    for variables in globals_:
-        lent += [(variables, name, _MISSING) for name in names if name not in variables]
-    lent += [(vars(builtins), name, vars(builtins).get(name, _MISSING)) for name in names]
+    """Make names known to one job: in the computation's global variables, where they are free. Returns what takes them away
+    again."""
+    lent = [(variables, name) for variables in globals_ for name in names if name not in variables]
+    for variables, name in lent:
+        variables[name] = names[name]
 
     def give_back() -> None:
-        for variables, name, before in lent:
-            if before is _MISSING:
-                variables.pop(name, None)
-            else:
-                variables[name] = before
-    for variables, name, _ in lent:
-        variables[name] = names[name]
+        for variables, name in lent:
+            variables.pop(name, None)
     return give_back
 
 
@@ -5228,10 +5751,13 @@ class Runner:
         if self._spec['bundles']:
             loader.need((0,))
         self._function, setup, self._cleanup, objects = \
-            load_source(*open_envelope(code)) if source is not None else unseal(code)
+            load_source(*open_plain(code)) if source is not None else unseal(code)
         self._setup_args, own_objects = unseal(self._spec['setup_args']) if self._spec['setup_args'] else ((), {})
         self._globals = globals_of(self._function, setup, self._cleanup)
-        self.offer(dict(self._spec['names'], **objects, **own_objects), self._globals)
+        self.offer(self._spec['names'], self._globals)
+        for variables in self._globals:
+            for name, value in dict(objects, **own_objects).items():
+                variables.setdefault(name, value)
         return setup
 
     @staticmethod
@@ -5260,7 +5786,8 @@ class Runner:
         sys.stdout.flush()
         sys.stderr.flush()
         printed = self._err.peek(os.fstat(2).st_size).decode('utf-8', 'replace')[-2000:]
-        self._send(Kind.FAILED, int(not self._loaded), 0, 0.0, 0.0, (text + ('\nstderr:\n' + printed if printed else '')).encode('utf-8', 'replace'))
+        text = shorten(text) + ('\nstderr:\n' + printed if printed else '')
+        self._send(Kind.FAILED, int(not self._loaded), 0, 0.0, 0.0, text.encode('utf-8', 'replace'))
 
     # -- serving ------------------------------------------------------------------------------------------
 
@@ -5513,12 +6040,38 @@ def memory_of(pid: int) -> int:
     return ask_psutil(sum_up) or 0   # the process may have ended
 
 
+def start_of(pid: int) -> float:
+    """When a process began, in whatever unit tells it from another that gets its number; 0 if it cannot be told."""
+    try:
+        with open('/proc/%d/stat' % pid, 'rb') as file:
+            return float(file.read().rpartition(b')')[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        if sys.platform == 'linux':
+            return 0.0
+    try:
+        import psutil
+        return float(psutil.Process(pid).create_time())
+    except (ImportError, psutil.Error, ValueError, OverflowError):
+        return 0.0
+
+
+def is_child(pid: int, parent: int) -> bool:
+    """Whether a process is a child of another; false where nothing tells it."""
+    try:
+        import psutil
+        return bool(psutil.Process(pid).ppid() == parent)
+    except (ImportError, psutil.Error, ValueError, OverflowError):
+        return False
+
+
 def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
     """The runner process, started by the daemon with `spawn`."""
-    if user is not None:
-        become(user)
     if hasattr(os, 'setsid'):
         os.setsid()   # Ctrl-C at the daemon's terminal is the daemon's business
+    _no_stdin()       # nor are lines that are typed there meant for setup()
+    del sys.argv[1:]  # among which the secret may be
+    if user is not None:
+        become(user)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     code = 0
     try:
@@ -5610,13 +6163,17 @@ class Channel:
         plain = itertools.takewhile(lambda item: item[1] is None, itertools.islice(self._out, 64))
         return self.sock.sendmsg([view for view, _ in plain])
 
+    def receive(self, room: memoryview) -> int:
+        """As a socket's recv_into."""
+        return self.sock.recv_into(room)
+
     def read(self, now: float) -> List[Any]:
         """Receive what is there; the whole units of it. Raises LinkBroken at the end of the stream."""
         units: List[Any] = []
         for _ in range(self.READS):
             room = self._intake.room()
             try:
-                count = self.sock.recv_into(room)
+                count = self.receive(room)
             except self._again:
                 break
             if count == 0:
@@ -5647,8 +6204,9 @@ class Link(Channel):
     """An authenticated connection that carries messages."""
     _numbers = itertools.count(1)
 
-    def __init__(self, sock: socket.socket, session: Session, address: str, now: float, pulse: float = PULSE) -> None:
-        self._opener = FrameOpener(session.receive_key)
+    def __init__(self, sock: socket.socket, session: Session, address: str, now: float, pulse: float = PULSE,
+                 takes: Iterable[int] = MESSAGES) -> None:
+        self._opener = FrameOpener(session.receive_key, takes)
         super().__init__(sock, self._opener)
         self._sealer = FrameSealer(session.send_key)
         self.number = next(Link._numbers)
@@ -5661,22 +6219,63 @@ class Link(Channel):
         """Queue a message. Raises ValueError for one that is too large, before anything of it is queued."""
         self.push(self._sealer.seal(message))
 
+    @property
+    def opened(self) -> int:
+        """Frames that have been opened, or the number of the one that could not be used."""
+        return self._opener.opened
+
+    @property
+    def sent(self) -> int:
+        """Frames that were sent."""
+        return self._sealer.sealed
+
     def messages(self, now: float) -> List[Any]:
         """The messages that have come. Raises PeerError or LinkBroken; the link is of no use then."""
         return [self._opener.open(head, body) for head, body in self.read(now)]
+
+
+_CREDENTIALS = struct.Struct('3i')   # pid, uid, gid
 
 
 class Pipe(Channel):
     """A channel to a process on this host that carries records."""
 
     def __init__(self, sock: socket.socket, comp: str, worker: int = 0) -> None:
-        self._records = RecordIntake()
+        self._records = RecordIntake(FROM_WORKER if worker else FROM_RUNNER)
         super().__init__(sock, self._records)
         self.comp, self.worker = comp, worker
+        self.pid = 0     # of the process that wrote first, as the kernel tells it
+        self._asks = bool(worker) and hasattr(socket, 'SCM_CREDENTIALS')
+        if self._asks:   # what SO_PEERCRED tells of a socketpair is who made it
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+
+    def receive(self, room: memoryview) -> int:
+        if not self._asks:
+            return super().receive(room)
+        count, ancillary, _, _ = self.sock.recvmsg_into([room], socket.CMSG_SPACE(_CREDENTIALS.size))
+        for level, kind, body in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and len(body) >= _CREDENTIALS.size:
+                self.pid = _CREDENTIALS.unpack(body[:_CREDENTIALS.size])[0]
+                self._asks = False
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        return count
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
         return [RecordIntake._record(head, body) for head, body in self.read(now)]
+
+
+class Faults:
+    """Counts the faults of a loop for which nothing that it serves was to blame."""
+    MOST, WITHIN = 50, 1.0     # faults, s
+
+    def __init__(self) -> None:
+        self._times: Deque[float] = collections.deque(maxlen=self.MOST)
+
+    def are_many(self, now: float) -> bool:
+        """Count one more; whether MOST have come within the last WITHIN seconds."""
+        self._times.append(now)
+        return len(self._times) == self.MOST and now - self._times[0] < self.WITHIN
 
 
 class Loop:
@@ -5684,7 +6283,12 @@ class Loop:
 
     A subclass says what happens: `on_event`, `on_channel`, `on_broken`, `end_of_turn`, `next_timer`.
     `turn()` does one round, `run()` repeats it until `stop()`.
+
+    An exception that nobody expected ends what it concerns, which the subclass finds out in
+    `on_fault`, and the loop goes on. A loop that fails many times within a second, without
+    anything being found that could be ended, is itself at fault: `run` raises LoopFailed.
     """
+    log = logger
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -5693,9 +6297,13 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._inbox: Deque[Any] = collections.deque()
         self._dirty: Set[Channel] = set()
+        self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()   # at the end of this turn
         self._signalled = False
         self._wakes_on_signals = False
         self._ended = False
+        self._faults = Faults()
+        self._again = False        # a turn failed, and what it had to do may not be done
+        self._failed = ''          # why this loop cannot go on
         self._pulse_at = 0.0
         self._waker, self._wakened = socket.socketpair()
         for sock in (self._waker, self._wakened):
@@ -5722,6 +6330,17 @@ class Loop:
     def next_timer(self) -> Optional[float]:
         """When there will be something to do at the latest, monotonic."""
         return None
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """An unexpected exception was raised while `subject`, a channel, an event or an action, was
+        handled. End what it concerns; whether there was such a thing."""
+        if isinstance(subject, Channel):
+            self._break(subject, text)
+            return True
+        sock = getattr(subject, 'sock', None)
+        if sock is not None:   # of a connection that has just come about
+            sock.close()
+        return sock is not None
 
     # -- any thread ---------------------------------------------------------------------------------------
 
@@ -5774,14 +6393,27 @@ class Loop:
         self._selector.unregister(sock)
 
     def say(self, link: Link, message: Any) -> None:
-        """Send a message on a link, if it is still there."""
+        """Send a message on a link, if it is still there. Never raises: a message that cannot be
+        sent breaks its link, and what may become too large is cut where it comes into being."""
         if link.dirty is not None:
             link.said = self.now
-            link.send(message)
+            try:
+                link.send(message)
+            except Exception as exc:  # it is too large, or holds what cannot be packed
+                self.log.error('%s for %s cannot be sent: %s', type(message).__name__, link.address, exc)
+                self.unsaid(link, message, '%s cannot be sent: %s' % (type(message).__name__, exc))
+
+    def unsaid(self, link: Link, message: Any, text: str) -> None:
+        """A message could not be sent; nothing of it was. Who asked gets an error for an answer;
+        otherwise the other side waits in vain, and the link is of no use any more."""
+        if type(message) is Return and not message.error:
+            self.say(link, message._replace(error=('ValueError', text[:NAME_MOST]), value=None))
+        else:
+            self._later_broken.append((link, text))
 
     def part(self, link: Link, text: str) -> None:
         """End a link on purpose: what waits on it is sent as far as it goes, then it is closed."""
-        self.say(link, Bye(text))
+        self.say(link, Bye(text[:1000]))
         with contextlib.suppress(OSError):   # it is closed all the same
             link.write()
         self.detach(link)
@@ -5790,6 +6422,8 @@ class Loop:
         """Turn after turn until `stop`."""
         while not self._ended:
             self.turn()
+        if self._failed:
+            raise LoopFailed(self._failed)
 
     def stop(self) -> None:
         """Make `run` return after this turn."""
@@ -5800,25 +6434,61 @@ class Loop:
         for key, mask in self._selector.select(self._patience(timeout)):
             self.now = self.clock()
             if callable(key.data):
-                key.data()
+                self.guard(None, key.data)
             elif key.data.dirty is not None:   # not detached meanwhile
                 self._guarded(key.data, mask)
         self.now = self.clock()
-        for _ in range(len(self._inbox)):
-            self.on_event(self._inbox.popleft())
-        self._beat()
-        self.end_of_turn()
+        self.take_events(len(self._inbox))
+        self.guard(None, self._beat)
+        self.guard(None, self.end_of_turn)
+        while self._later_broken:
+            self._break(*self._later_broken.popleft())
         for channel in list(self._dirty):
             self._write(channel)
 
+    def take_events(self, count: int) -> None:
+        """Handle that many of what was posted."""
+        for _ in range(count):
+            event = self._inbox.popleft()
+            self.guard(event, self.on_event, event)
+
+    def guard(self, subject: Any, call: Callable[..., Any], *args: Any) -> None:
+        """Call it for `subject`; an unexpected exception ends what that concerns, not the loop."""
+        try:
+            call(*args)
+        except Exception as exc:  # whatever it is, others are served all the same
+            self.fault(subject, exc)
+
+    def fault(self, subject: Any, exc: BaseException) -> None:
+        """Log an unexpected exception and end what it concerns."""
+        name = type(subject).__name__ if subject is not None else 'a turn'
+        self.log.error('a fault of dispy while it handled %s', name, exc_info=exc)
+        concerned = False
+        try:
+            concerned = self.on_fault(subject, 'a fault of dispy has ended it: %s: %.500s' % (type(exc).__name__, exc))
+        except Exception:  # one more; the first stands in the log already
+            self.log.exception('a fault of dispy while it ended what the last one concerned')
+        self._again = self._again or not concerned
+        if not concerned and self._faults.are_many(self.clock()):
+            self._failed = '%d faults within %g s, the last of them %s: %.500s' % (
+                Faults.MOST, Faults.WITHIN, type(exc).__name__, exc)
+            self.stop()
+
     def _patience(self, timeout: Optional[float]) -> Optional[float]:
-        if self._inbox:
+        """Seconds until something is to be done, at most a day: a selector takes no more than 24.8 days."""
+        if self._inbox or self._again:
+            self._again = False
             return 0
-        times = [when for when in (self.next_timer(), self._pulse_at if self.links else None) if when is not None]
-        if times:
-            wait = max(0.0, min(times) - self.clock())
-            return wait if timeout is None else min(wait, timeout)
-        return timeout
+        wait = LONGEST_SLEEP if timeout is None else min(timeout, LONGEST_SLEEP)
+        try:
+            when = self.next_timer()
+        except Exception as exc:
+            self.fault(None, exc)
+            return 0
+        for time_of in (when, self._pulse_at if self.links else None):
+            if time_of is not None:
+                wait = min(wait, time_of - self.clock())
+        return max(0.0, wait)
 
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -5831,14 +6501,30 @@ class Loop:
                 self.on_channel(channel)
             if mask & selectors.EVENT_WRITE:
                 self._dirty.add(channel)
-        except (LinkBroken, PeerError, OSError) as exc:
+        except (LinkBroken, OSError) as exc:
             self._break(channel, str(exc) or type(exc).__name__)
+        except PeerError as exc:
+            self._refuse_link(channel, str(exc))
+        except Exception as exc:  # of the channel, which is ended for it
+            self.fault(channel, exc)
+
+    def _refuse_link(self, channel: Channel, text: str) -> None:
+        """What came cannot be used. The other side is told, so that it does not connect and send the same at once."""
+        if isinstance(channel, Link) and channel.dirty is not None:
+            self.log.error('what %s has sent cannot be used: %s', channel.address, text)
+            Loop.say(self, channel, Wrong(text[:NAME_MOST], channel.opened))
+            with contextlib.suppress(OSError):   # it is broken all the same
+                channel.write()
+        self._break(channel, text)
 
     def _write(self, channel: Channel) -> None:
         try:
             channel.write()
         except OSError as exc:
             self._break(channel, str(exc))
+            return
+        except Exception as exc:  # as above
+            self.fault(channel, exc)
             return
         self._dirty.discard(channel)
         self.interest(channel)
@@ -5859,7 +6545,7 @@ class Loop:
     def _break(self, channel: Channel, text: str) -> None:
         if channel.dirty is not None:
             self.detach(channel)
-            self.on_broken(channel, text)
+            self.guard(None, self.on_broken, channel, text)
 
     def _beat(self) -> None:
         """Signs of life on idle links, and an end to silent ones."""
@@ -5908,7 +6594,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
     request_queue_size = 128
     timeout = 0      # handle_request returns when nobody is there any more
 
-    def __init__(self, address: Tuple[str, int], psk: Union[bytes, Dict[int, bytes]], role: Role, allowed: Sequence[Role], instance: bytes,
+    def __init__(self, address: Tuple[str, int], psk: Union[bytes, Dict[int, Tuple[bytes, ...]]], role: Role, allowed: Sequence[Role], instance: bytes,
                  deliver: Callable[[Arrival], None], certfile: Optional[str] = None, keyfile: Optional[str] = None,
                  cafile: Optional[str] = None, patience: float = HANDSHAKE_TIME,
                  refused: Callable[[str, str], None] = lambda address, text: None) -> None:
@@ -5918,6 +6604,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._tls = tls_context(True, certfile, keyfile, cafile) if certfile else None
         self._binding = certificate_digest(certfile) if certfile else NO_TLS
         self._keeper, self._lock = Doorkeeper(), threading.Lock()   # the lock guards the keeper
+        self._under_way: Dict[int, Tuple[str, socket.socket]] = {}   # handshakes by the ids of their sockets, in order
         self._kept: Set[int] = set()    # ids of sockets that were delivered, not to be closed
         self._spare = os.open(os.devnull, os.O_RDONLY)
         self._both = not address[0] and socket.has_dualstack_ipv6()   # all addresses of this host, IPv4 and IPv6
@@ -5953,8 +6640,31 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether this address may begin a handshake."""
+        address, victim = client_address[0], None
         with self._lock:
-            return self._keeper.admit(client_address[0], time.monotonic())
+            now = time.monotonic()
+            if self._keeper.is_shut(address, now):
+                return False
+            if not self._keeper.admit(address, now):
+                number = self._keeper.make_way(address, [(number, other) for number, (other, _) in self._under_way.items()])
+                if number is None:
+                    return False
+                _, victim = self._under_way.pop(number)
+            # A descriptor of our own to it: TLS takes the socket's away.
+            handle = socket.socket(fileno=os.dup(request.fileno())) if self._tls else request
+            self._under_way[id(request)] = (address, handle)
+        if victim is not None:
+            with contextlib.suppress(OSError):   # it has ended meanwhile
+                victim.shutdown(socket.SHUT_RDWR)
+            if self._tls:
+                victim.close()
+        return True
+
+    def _is_over(self, request: Any) -> None:
+        """A handshake is over. With the lock held."""
+        _, handle = self._under_way.pop(id(request), ('', None))
+        if handle is not None and handle is not request:
+            handle.close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread."""
@@ -5962,6 +6672,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             super().process_request(request, client_address)
         except BaseException:   # no thread could be started: its place is free again
             with self._lock:
+                self._is_over(request)
                 self._keeper.leave(client_address[0])
             raise
 
@@ -5986,6 +6697,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             if not proved:
                 sock.close()   # under TLS not the one that socketserver knows
             with self._lock:
+                self._is_over(request)
                 self._keeper.done(address, proved, time.monotonic())
 
     def _log(self, address: str, text: str) -> None:
@@ -6015,11 +6727,14 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: bytes, tls: Any = None,
-         note: Callable[[Any], None] = lambda sock: None) -> Arrival:
-    """Connect, TLS, handshake: blocking, for a thread. `tls` is a context of `tls_context`; `note` is told each socket as it
+         note: Callable[[Any], None] = lambda sock: None, allowed: Optional[Callable[[str], bool]] = None) -> Arrival:
+    """Connect, to addresses that are `allowed` only, TLS, handshake: blocking, for a thread. `tls` is a context of `tls_context`; `note` is told each socket as it
     is made, so that another thread can shut it down. Raises HandshakeError or OSError; `dial_text` says it in words."""
     failure: OSError = OSError('it has no address')
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
+        if allowed is not None and not allowed(str(address[0])):
+            failure = OSError('its address is none that may be connected to from here (--allow-nodes of the dispyscheduler)')
+            continue
         sock: Any = socket.socket(family, kind, protocol)
         note(sock)
         try:
@@ -6325,8 +7040,23 @@ class _Run:
         self.up = self.closing = self.unloadable = False
         self.text = ''
         self.pipes: Dict[int, Pipe] = {}
-        self.pids: Dict[int, int] = {}
+        self.pids: Dict[int, Tuple[int, float]] = {}   # worker -> number and start of its process
+        self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
         self.kill_at: Optional[float] = None
+
+    def known(self, worker: int, pid: int) -> None:
+        """A worker's process: from the kernel, never by its own word."""
+        if pid > 1:
+            self.pids[worker] = (pid, start_of(pid))
+
+    def kill(self, worker: int) -> None:
+        """Kill a worker's process and its group, unless the number is another process's by now."""
+        pid, start = self.pids.get(worker, (0, 0.0))
+        if not pid or start_of(pid) != start:
+            return
+        for kill in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(pid, signal.SIGKILL)
 
 
 class Daemon(Loop):
@@ -6350,12 +7080,14 @@ class Daemon(Loop):
         self._lock_file: Any = None
         self._held: Set[Pipe] = set()     # not read until links have room
         self._backlog = Backlog(self.links)
+        self._read_later: Dict[Tuple[int, str], float] = {}   # kept results, of a link and a computation, and when they are read again
+        self._port = 0
         self._root = self._base = ''   # where computations work, and what is above: not the same with --user
         self._acts: Dict[type, Callable[[Any], None]] = {
             Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store, StorePlaced: self._store_placed,
             Fetch: self._fetch,
             StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
-            Keep: self._keep, SendKept: self._send_kept, Forget: self._forget, Feed: self._feed, Interrupt: self._interrupt,
+            Broken: lambda action: self.fault(action, action.error), Keep: self._keep, SendKept: self._send_kept, Forget: self._forget, Feed: self._feed, Interrupt: self._interrupt,
             Kill: self._kill, Watch: self._watch, TakeBack: self._take_back, Retire: self._retire, TellKept: self._tell_kept, Show: self._show, Exit: lambda action: self.stop(),
         }
 
@@ -6368,6 +7100,7 @@ class Daemon(Loop):
             for host in options.hosts:
                 self._gates.append(self._listen(host, port))
                 port = self._gates[0].server_address[1]
+            self._port = port
             self._root = self._take_directory(port)
             self._modules = ModuleStore(os.path.join(self._root, 'p-.modules'))
             self._find_kept()
@@ -6426,12 +7159,15 @@ class Daemon(Loop):
         """The directory of this node, ours alone: 0700, locked by file `lock` with PID and port."""
         root = self._options.prefix or default_directory(port)
         try:
-            os.makedirs(root, mode=0o700, exist_ok=True)
-            for path in (root,) if self._options.prefix else (os.path.dirname(root), root):
-                status = os.lstat(path)
+            mode = 0o711 if self._options.user else 0o700
+            if not self._options.prefix:
+                above = os.path.dirname(root)
+                os.makedirs(above, mode=0o700, exist_ok=True)
+                status = os.lstat(above)
                 if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
-                    raise StartError('%s is not a directory of this user (--dest-path-prefix)' % path)
-                os.chmod(path, 0o711 if self._options.user else 0o700)
+                    raise StartError('%s is not a directory of this user (--dest-path-prefix)' % above)
+                os.chmod(above, mode)
+            take_own_directory(root, NODE_MARK, ('lock',) if _was_ours(root) else (), '--dest-path-prefix', mode)
             self._lock_file = _lock(os.path.join(root, 'lock'), port)
             self._base = os.path.realpath(root)
             if self._options.clean:
@@ -6443,7 +7179,7 @@ class Daemon(Loop):
             with self._as_user():
                 for name in os.listdir(root):
                     path = os.path.join(root, name)
-                    if name != 'lock' and (self._options.clean or name.startswith(('c-', 'p-'))) and os.path.isdir(path):
+                    if (self._options.clean or _is_ours(name, 'c-', 'p-')) and os.path.isdir(path):
                         shutil.rmtree(path, ignore_errors=True)
         except OSError as exc:
             raise StartError('the directory %s cannot be used%s: %s (--dest-path-prefix)' % (
@@ -6518,7 +7254,7 @@ class Daemon(Loop):
         """The state's, or the end of a runner that does not end; at once when held pipes can be read again."""
         if self._may_let_go() or self._backlog.has_room():
             return self.now
-        times = [self.node.next_timer(), self._hello_at, self._clock_at, *(run.kill_at for run in self._runs.values()),
+        times = [self.node.next_timer(), self._hello_at, self._clock_at, *(run.kill_at for run in self._runs.values()), *self._read_later.values(),
                  *(caller.dialling.due for caller in self._callers)]
         return min((when for when in times if when is not None), default=None)
 
@@ -6533,7 +7269,7 @@ class Daemon(Loop):
             self._dial_failed(event.peer, event.text)
             return
         if isinstance(event, (Arrival, Dialled)):
-            link = Link(event.sock, event.session, event.address, self.now)
+            link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
             self.attach(link)
             self.node.facts['available'] = availability(self._root)
             if isinstance(event, Dialled):
@@ -6558,27 +7294,56 @@ class Daemon(Loop):
                     dial, caller.host, caller.port, derive_key(self._options.secret), Role.NODE, Role.SCHEDULER, self._instance, self._tls))
 
     def _tell(self, event: Any) -> None:
-        self._act(self.node.handle(event, self.now))
+        try:
+            actions = self.node.handle(event, self.now)
+        except BaseException:
+            self._act(self.node.decided())   # what was decided before the state noticed
+            raise
+        self._act(actions)
 
     def _act(self, actions: List[Any]) -> None:
         for action in actions:
-            self._acts[type(action)](action)
+            try:
+                self._acts[type(action)](action)
+            except Exception as exc:  # the other actions are carried out all the same
+                self.fault(action, exc)
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """End what the fault concerns: a link, a worker, a computation."""
+        if isinstance(subject, Pipe):
+            self._nonsense(subject, text)
+            return True
+        comp = getattr(subject, 'comp', None) or self.node.comp_of_worker(getattr(subject, 'worker', 0))
+        link = self.links.get(getattr(subject, 'link', 0))
+        if isinstance(subject, Channel) or not comp:
+            if link is None:
+                return super().on_fault(subject, text)
+            self._break(link, text)
+            return True
+        self._tell(Faulted(comp, text))
+        return True
 
     def on_channel(self, channel: Any) -> None:
         """A link or a pipe has something."""
         if isinstance(channel, Link):
             for message in channel.messages(self.now):
                 self._message(channel, message)
-        elif channel.worker:
-            self._from_worker(channel)
         else:
-            for record in channel.records(self.now):
-                self._from_runner(self._runs[channel.comp], record)
+            try:
+                if channel.worker:
+                    self._from_worker(channel)
+                else:
+                    for record in channel.records(self.now):
+                        self._from_runner(self._runs[channel.comp], record)
+            except PeerError as exc:   # its user's code wrote into what it should not have
+                self._nonsense(channel, str(exc))
 
     def _message(self, link: Link, message: Any) -> None:
         if isinstance(message, Bye):
             link.on_purpose = True
             raise LinkBroken('bye: %s' % message.text[:200])
+        if isinstance(message, Wrong):
+            raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
         if isinstance(message, Introduce):
             link.pulse = min(max(message.pulse, 0.1), 3600.0)
         if not isinstance(message, Pulse):
@@ -6603,15 +7368,16 @@ class Daemon(Loop):
     def end_of_turn(self) -> None:
         """What came of this turn's actions, then the state's own turn."""
         while self._inbox:
-            self.on_event(self._inbox.popleft())
+            self.take_events(len(self._inbox))
         for run in list(self._runs.values()):
             if run.kill_at is not None and self.now >= run.kill_at and run.process is not None:
                 run.kill_at = None
                 run.process.kill()
         if self._clock_at is not None and self.now >= self._clock_at:
             self._look_at_clock(time.localtime())
-        self._act(self.node.flush(self.now))
-        self._backlog.send(self.say)
+        self.guard(None, self._flush)
+        self._read_again()
+        self.guard(None, self._backlog.send, self.say)
         self._dial_callers()
         if self._hello_at is not None and self.now >= self._hello_at:
             self._hello()
@@ -6623,6 +7389,14 @@ class Daemon(Loop):
                 link.paused = full
                 link.heard = self.now
                 self.interest(link)
+
+    def _flush(self) -> None:
+        try:
+            actions = self.node.flush(self.now)
+        except BaseException:
+            self._act(self.node.decided())
+            raise
+        self._act(actions)
 
     def _look_at_clock(self, local: time.struct_time) -> None:
         """Hours of service. Once a minute, so that a clock that is set is no matter."""
@@ -6666,7 +7440,7 @@ class Daemon(Loop):
 
     def _show(self, action: Show) -> None:
         with contextlib.suppress(OSError):   # the terminal may have gone
-            print(action.text, flush=True)
+            print('\n'.join(map(printable, action.text.split('\n'))), flush=True)
 
     def _prepare(self, action: Prepare) -> None:
         spec, comp = action.spec, action.comp
@@ -6674,9 +7448,13 @@ class Daemon(Loop):
         try:
             if len(comp) > 64 or not comp.isalnum():
                 raise ValueError('a computation may not be called %.70r' % comp)
+            self._have_directory()
             private = os.path.join(self._root, 'p-' + comp)
             if spec['dest_path']:
-                directory = os.path.join(self._root, *check_name(spec['dest_path']))
+                parts = check_name(spec['dest_path'])
+                if _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-') or parts[0] in ('lock', NODE_MARK) or parts[0].startswith('user-'):
+                    raise ValueError('dest_path %.100r begins as names of the node itself do; choose another' % spec['dest_path'])
+                directory = os.path.join(self._root, *parts)
             else:
                 directory = os.path.join(self._root, ('k-' if keep else 'c-') + comp)
             with self._as_user():
@@ -6684,10 +7462,19 @@ class Daemon(Loop):
                 os.makedirs(private, mode=0o700, exist_ok=True)
                 run = self._runs[comp] = _Run(comp, directory, private, keep, self._options.max_file)
                 missing = run.receiver.want(spec['files']) + self._want_modules(run, spec['modules'])
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, StartError) as exc:
             self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc))
         else:
             self.post(Prepared(comp, missing))
+
+    def _have_directory(self) -> None:
+        """Make the node's directory anew if it has disappeared: what cleans /tmp has removed it. Raises StartError, OSError."""
+        if not os.path.isdir(self._root):
+            logger.error('the directory %s has disappeared and is made anew', self._root)
+            if self._lock_file is not None:
+                self._lock_file.close()
+                self._lock_file = None
+            self._root = self._take_directory(self._port)
 
     def _want_modules(self, run: _Run, rows: list) -> List[str]:
         """Names of the files of modules that have to be sent; those that came for other computations are copied."""
@@ -6760,12 +7547,13 @@ class Daemon(Loop):
         return Shelf(os.path.join(self._base, 'r-' + comp))
 
     def _shelved(self) -> List[str]:
-        return [name[2:] for name in os.listdir(self._base) if name.startswith('r-')]
+        return [name[2:] for name in os.listdir(self._base) if _is_ours(name, 'r-') and os.path.isfile(os.path.join(self._base, name))]
 
     def _keep(self, action: Keep) -> None:
         try:
-            self._shelf(action.comp).append(action.owner, action.rows)
-        except (OSError, ValueError) as exc:
+            self._have_directory()
+            self._shelf(action.comp).append(action.owner, action.rows, action.digest)
+        except (OSError, ValueError, StartError) as exc:
             self.post(Kept(action.comp, [], str(exc)))
         else:
             self._tell(Kept(action.comp, [row[0] for row in action.rows]))
@@ -6775,18 +7563,42 @@ class Daemon(Loop):
         for comp in self._shelved():
             shelf = self._shelf(comp)
             try:
-                owner, serials = shelf.scan()
+                owner, digest, serials = shelf.scan()
                 if not serials:
                     raise ValueError('%s is empty' % shelf.path)
                 left = self._options.zombie - (time.time() - os.stat(shelf.path).st_mtime)
-                self._tell(Found(comp, owner, serials, self.now + max(0.0, left)))
+                self._tell(Found(comp, owner, serials, self.now + max(0.0, left), digest))
                 logger.info('%d results of an earlier computation wait for their client', len(serials))
             except (OSError, ValueError) as exc:
                 logger.warning('results of an earlier computation are of no use: %s', exc)
                 shelf.remove()
 
     def _send_kept(self, action: SendKept) -> None:
-        self._backlog.add(action.link, action.comp, self._shelf(action.comp).rows())
+        self._backlog.add(action.link, action.comp, self._kept_rows(action.link, action.comp))
+
+    def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
+        """Results from the disk. Those that are not there any more have been lost, which their client is told; when there is no
+        descriptor to read them with they are tried again."""
+        missing, text = set(self.node.shelf[comp].serials) if comp in self.node.shelf else set(), 'the file ends before it'
+        try:
+            for row in self._shelf(comp).rows():
+                missing.discard(row[0])
+                yield row
+        except FileNotFoundError as exc:
+            text = str(exc)
+        except OSError as exc:
+            logger.error('kept results cannot be read now: %s', exc)
+            self._read_later[link, comp] = self.now + WORKER_AGAIN
+            return
+        for serial in sorted(missing):
+            yield (serial, int(Outcome.DIED), 0.0, 0.0, ('its result was kept on the node and cannot be read: %s' % text).encode('utf-8', 'replace'), b'', b'')
+
+    def _read_again(self) -> None:
+        for (link, comp), when in list(self._read_later.items()):
+            if self.now >= when:
+                del self._read_later[link, comp]
+                if link in self.links:
+                    self._backlog.add(link, comp, self._kept_rows(link, comp))
 
     def _forget(self, action: Forget) -> None:
         self._backlog.drop(action.comp)
@@ -6857,76 +7669,107 @@ class Daemon(Loop):
     def _kill_workers(run: _Run) -> None:
         """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest of their groups, and
         for that of a runner that was killed in a setup that hung."""
-        for pid in (run.process.pid, *run.pids.values()) if hasattr(os, 'killpg') else ():
+        if hasattr(os, 'killpg'):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, signal.SIGKILL)
+                os.killpg(run.process.pid, signal.SIGKILL)
+            for worker in list(run.pids):
+                run.kill(worker)
 
     def _from_runner(self, run: _Run, record: Record) -> None:
         if record.kind == Kind.UP:
             run.up = True
-            self._tell(RunnerUp(run.comp, open_envelope(record.bodies[0])))
+            self._tell(RunnerUp(run.comp, _notes_of(record.bodies[0])))
         elif record.kind == Kind.FAILED:
             run.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
             run.unloadable = record.number == 1
             if run.closing:
                 logger.warning('%s', run.text)
+        elif record.number not in run.pipes:   # of a worker that was let go
+            if record.kind == Kind.GONE:
+                run.pids.pop(record.number, None)
         elif record.kind == Kind.BORN:
-            run.pids[record.number] = record.serial
+            if not hasattr(socket, 'SCM_CREDENTIALS') and is_child(record.serial, run.process.pid):
+                run.known(record.number, record.serial)
         elif record.kind == Kind.GONE:
+            if not -256.0 <= record.start <= 1 << 32:   # Windows has exit codes of 32 bits
+                raise PeerError('an exit code that is none')
             self._worker_ended(run, record)
         elif record.kind == Kind.TOO_BIG:
             self._tell(WorkerTooBig(record.number, record.serial))
         elif record.kind == Kind.PRINTED:
+            if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
+                raise PeerError('output of no stream')
             self._tell(WorkerPrinted(record.number, record.serial, int(record.start), int(record.end), beside(_keep(record.bodies[0]))))
-        else:
-            raise PeerError('a runner sent record %d' % record.kind)
+
+    def _nonsense(self, pipe: Pipe, text: str) -> None:
+        """What came through a pipe is no record, or cannot be true: whoever wrote it is killed."""
+        run = self._runs[pipe.comp]
+        text = 'killed: it sent nonsense: %s' % text
+        logger.error('a %s of %s was %s', 'worker' if pipe.worker else 'runner', run.comp, text)
+        if not pipe.worker:
+            run.text = text
+            run.process.kill()
+            self._break(pipe, text)
+            return
+        run.nonsense[pipe.worker] = text
+        self._kill(Kill(pipe.worker))
+        run.kill(pipe.worker)
+        self.detach(pipe)
 
     def _worker_ended(self, run: _Run, record: Record) -> None:
-        run.pids.pop(record.number, None)
-        pipe = run.pipes.pop(record.number, None)
-        if pipe is not None and pipe.dirty is not None:
-            with contextlib.suppress(LinkBroken, OSError):
+        pipe = run.pipes[record.number]
+        if pipe.dirty is not None:
+            try:
                 while self._from_worker(pipe):   # results it wrote before it died
                     continue
+            except PeerError as exc:
+                self._nonsense(pipe, str(exc))
+            except (LinkBroken, OSError):
+                logger.debug('worker %d has written all it had to', record.number)
             self.detach(pipe)
+        run.pids.pop(record.number, None)
+        del run.pipes[record.number]
+        said = run.nonsense.pop(record.number, '') or exit_text(int(record.start))
         stderr = bytes(record.bodies[2])
         tail = stderr[-1000:].decode('utf-8', 'replace').strip()
-        text = 'the worker process on %s %s%s' % (self.node.name, exit_text(int(record.start)),
+        text = 'the worker process on %s %s%s' % (self.node.name, said,
                                                   '\nstderr ends:\n' + tail if tail else '')
         self._tell(WorkerGone(record.number, text, record.serial, record.bodies[1], stderr))
 
     def _from_worker(self, pipe: Pipe) -> int:
         rows, records = [], pipe.records(self.now)
+        if pipe.pid and pipe.worker not in self._runs[pipe.comp].pids:
+            self._runs[pipe.comp].known(pipe.worker, pipe.pid)
         for record in records:
             if record.kind == Kind.RESULT:
+                if record.number not in OF_WORKERS or not is_outcome(record.number, record.start, record.end, *record.bodies):
+                    raise PeerError('a result with outcome %d, from %g to %g, of %d bytes' % (
+                        record.number, record.start, record.end, len(record.bodies[0])))
                 rows.append((record.serial, record.number, record.start, record.end, *map(_keep, record.bodies)))
             elif record.kind == Kind.LOGGED:
+                log_record_of(record.bodies[0])
                 self._tell(WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
             elif record.kind == Kind.FILE:
                 row = open_envelope(record.bodies[0])
-                if not _is_file(row):
-                    raise PeerError('a worker sent a file that is none')
+                if not _is_file(row) or not _is_serial(record.serial):
+                    raise PeerError('a file that is none')
                 self._tell(WorkerFile(pipe.worker, record.serial, row, record.number * FILE_PIECE, beside(record.bodies[1])))
                 self._hold_back(pipe)
             elif record.kind == Kind.WANT:
                 request = open_envelope(record.bodies[0])
-                if type(request) not in (int, str):
-                    raise PeerError('a worker wants modules that are none')
+                if type(request) not in (int, str) or (type(request) is int and not _is_serial(request)):
+                    raise PeerError('modules that are none')
                 self._tell(WorkerWants(pipe.worker, record.serial, request))
             elif record.kind == Kind.UNSTARTED:
                 if rows:
                     self._tell(WorkerResults(pipe.worker, rows))
                     rows = []
                 body = record.bodies[0]
+                if len(body) % 8:
+                    raise PeerError('jobs given back, %d bytes of them' % len(body))
                 self._tell(WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
-            else:
-                raise PeerError('a worker sent record %d' % record.kind)
         if rows:
-            try:
-                self._tell(WorkerResults(pipe.worker, rows))
-            except PeerError as exc:   # a job wrote into what it should not have
-                logger.error('worker %d is killed: %s', pipe.worker, exc)
-                self._kill(Kill(pipe.worker))
+            self._tell(WorkerResults(pipe.worker, rows))
             self._hold_back(pipe)
         return len(records)
 
@@ -7000,6 +7843,31 @@ class Daemon(Loop):
             self.detach(run.pipes.pop(action.worker))   # the worker reads the end and leaves
 
 
+NODE_MARK = 'dispy-node'    # the file that says that a directory is a node's
+
+
+def _was_ours(root: str) -> bool:
+    """Whether a node without a mark has used this directory: its lock file tells."""
+    try:
+        with open_regular(os.path.join(root, 'lock')) as file:
+            return file.read(4) == b'PID '  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        return False
+
+
+def _is_ours(name: str, *beginnings: str) -> bool:
+    """Whether a name in the node's directory is one that it gives itself: a beginning, and the name of a computation."""
+    return name.startswith(beginnings) and bool(name[2:]) and is_comp(name[2:])
+
+
+def _notes_of(data: Buffer) -> List[str]:
+    """What a runner has to say when it is up. Raises PeerError."""
+    notes = open_envelope(data)
+    if type(notes) is not list or not all(type(note) is str for note in notes):
+        raise PeerError('notes that are none')
+    return [shorten(note, NAME_MOST) for note in notes[:100]]
+
+
 def _keep(body: memoryview) -> Buffer:
     """A body of a record for keeping: small ones on their own, so that they do not hold a whole batch in memory."""
     return bytes(body) if len(body) < OUT_OF_BAND else body
@@ -7044,6 +7912,23 @@ def installed_version(package: str) -> str:
     source = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]   # it may lie in an archive
     found = re.search(rb'^__version__ = ["\']([^"\']+)', source, re.MULTILINE)
     return found.group(1).decode() if found else ''
+
+
+def take_own_directory(path: str, mark: str, known: Sequence[str], option: str, mode: int = 0o700) -> None:
+    """Have a directory that is ours alone, with a file `mark` in it that says so: what lies there may be removed. One that has other
+    things in it, and was not begun by an earlier version, which the files `known` tell, is refused. Raises StartError, OSError."""
+    with contextlib.suppress(FileExistsError):
+        os.makedirs(path, mode=0o700)
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
+        raise StartError('%s is not a directory of this user (%s)' % (path, option))
+    names = os.listdir(path)
+    if mark not in names:
+        if names and not any(name in names for name in known):
+            raise StartError('%s holds other things, such as %s, and none of dispy\'s: files in it would be removed; give a directory '
+                             'that is empty or does not exist (%s)' % (path, printable(sorted(names)[0]), option))
+        os.close(os.open(os.path.join(path, mark), os.O_WRONLY | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600))
+    os.chmod(path, mode)
 
 
 def default_directory(port: int) -> str:
@@ -7304,6 +8189,22 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError('%r is no number above 0' % text)
 
 
+def seconds_option(text: str) -> float:
+    """A time in seconds."""
+    with contextlib.suppress(ValueError):
+        if SHORTEST <= float(text) <= LONGEST:
+            return float(text)
+    raise argparse.ArgumentTypeError('%r is no number of seconds between %g and %d (10 years)' % (text, SHORTEST, LONGEST))
+
+
+def minutes_option(text: str) -> float:
+    """A time in minutes."""
+    with contextlib.suppress(ValueError):
+        if SHORTEST <= 60 * float(text) <= LONGEST:
+            return float(text)
+    raise argparse.ArgumentTypeError('%r is no number of minutes between %g and %d (10 years)' % (text, SHORTEST / 60, LONGEST // 60))
+
+
 def _count(text: str) -> int:
     """A whole number above 0."""
     if not text.isdigit() or int(text) < 1:
@@ -7328,6 +8229,8 @@ def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) ->
 
 def find_user(name: str) -> User:
     """The user that jobs shall run as. Raises StartError."""
+    if not name:
+        raise StartError("--user '' names nobody, and jobs would run as root: give a user, or leave --user out")
     if not hasattr(os, 'geteuid') or os.geteuid() != 0:
         raise StartError('--user %s needs a dispynode that is started as root' % name)
     import pwd
@@ -7335,7 +8238,27 @@ def find_user(name: str) -> User:
         entry = pwd.getpwnam(name)
     except KeyError as exc:
         raise StartError('--user %s: this host knows no such user' % name) from exc
+    if entry.pw_uid == 0:
+        raise StartError('--user %s is root, who can read the secret: leave --user out if jobs shall run as root' % name)
     return User(name, entry.pw_uid, entry.pw_gid, entry.pw_dir)
+
+
+FAULT_STATUS = 3
+EXIT_STATUSES = '''Exit statuses: 0, it was told to end; 1, it cannot start, and the text says why;
+    2, the options are wrong; 3, it was ended by a fault of its own and should be started again.'''
+
+
+def run_until_ended(loop: Loop) -> int:
+    """Run the loop of a daemon and close it. Returns the exit status."""
+    try:
+        loop.run()
+    except Exception as exc:  # LoopFailed, or what was raised where nothing could be guarded
+        loop.log.critical('ended by a fault, start it again: %s', exc, exc_info=not isinstance(exc, LoopFailed))
+        return FAULT_STATUS
+    finally:
+        loop.close()
+    loop.log.info('ended')
+    return 0
 
 
 class Each(argparse.Action):
@@ -7348,7 +8271,8 @@ class Each(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='dispynode', description='Run jobs of dispy clients on this host.', epilog='''
-        dispy 4's spellings with underscores are understood. --config knows every long option but the secret, as {"cpus": 4, "host": ["::1"]}.''')
+        dispy 4's spellings with underscores are understood. --config knows every long option but the secret, as {"cpus": 4, "host": ["::1"]}.
+        ''' + EXIT_STATUSES)
     add = parser.add_argument
     add('-d', '--debug', action='store_true', help='log what is done in detail')
     add('-c', '--cpus', type=int, metavar='N', help='CPUs to offer; negative: leave so many free (default: all)')
@@ -7366,17 +8290,18 @@ def _parser() -> argparse.ArgumentParser:
     add('--secret-file', metavar='FILE', help='file with the secret (default: %s)' % secret_path().replace('%', '%%'))
     add('--certfile', metavar='FILE', help='certificate for TLS; clients need one that is vouched for by the same file')
     add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--user', metavar='NAME', help='started as root: run jobs as this user, who cannot read the secret')
+    add('--user', metavar='NAME', help='started as root: run jobs as this user, who cannot read the '
+        'secret; of the environment they get %s and what begins with %s' % (', '.join(KEPT_VARIABLES), ', '.join(KEPT_BEGINNINGS)))
     add('--service-start', type=_time_of_day, metavar='HH:MM', help='take jobs from this time of day on')
     add('--service-stop', type=_time_of_day, metavar='HH:MM', help='take no new jobs from this time of day on')
     add('--service-end', type=_time_of_day, metavar='HH:MM', help='end what still runs at this time of day')
     add('--serve', type=_count, metavar='N', help='end after so many clients')
     add('--client-shutdown', action='store_true', help="end after a client that calls its cluster's shutdown()")
     add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files, of clients and of jobs, are refused (default: no limit)')
-    add('--zombie-interval', type=positive, metavar='MIN',
+    add('--zombie-interval', type=minutes_option, metavar='MIN',
         help='minutes that results wait here for a client that is gone (default: %g)' % (ZOMBIE_TIME / 60))
-    add('--msg-timeout', type=positive, default=HANDSHAKE_TIME, metavar='S', help='seconds for a handshake (default: %(default)g)')
-    add('--ping-interval', type=positive, metavar='S', help='seconds between searches for clients')
+    add('--msg-timeout', type=seconds_option, default=HANDSHAKE_TIME, metavar='S', help='seconds for a handshake (default: %(default)g)')
+    add('--ping-interval', type=seconds_option, metavar='S', help='seconds between searches for clients')
     add('--log-file', metavar='FILE', help='log there instead of to stderr')
     add('--daemon', action='store_true', help='never use the terminal, and outlive it')
     add('--clean', action='store_true', help='remove all that earlier runs left in the directory')
@@ -7398,7 +8323,7 @@ def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
     try:
         with open(path, encoding='utf-8') as file:
             found = json.load(file)
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise StartError('--config %s cannot be read: %s' % (path, exc)) from exc
     if not isinstance(found, dict):
         raise StartError('--config %s: it holds no {"option": value, ...}' % path)
@@ -7411,7 +8336,8 @@ def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
 
 
 def _configured(action: argparse.Action, value: Any, where: str) -> Any:
-    kinds: Dict[Any, Any] = {int: int, _count: int, positive: (int, float), size_option: (int, str)}
+    times = dict.fromkeys((positive, seconds_option, minutes_option), (int, float))
+    kinds: Dict[Any, Any] = {int: int, _count: int, **times, size_option: (int, str)}
     if isinstance(action, Each):
         kind: Any = list
         value = [value] if isinstance(value, str) else value
@@ -7448,10 +8374,33 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> arg
     return parser.parse_args(argv)
 
 
+class LogFormatter(logging.Formatter):
+    """A line of the log holds what others have sent: names, texts. Control characters in it can neither make a line of their own
+    nor speak to the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return '\n  '.join(map(printable, super().format(record).splitlines()))
+
+
+def printable(text: str) -> str:
+    """A text with its control characters, and what cannot be encoded, written out."""
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii') for c in text)
+
+
+class PrivateFileHandler(logging.handlers.WatchedFileHandler):
+    """A log file that nobody else can read when it is made here."""
+
+    def _open(self) -> Any:
+        os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT, 0o600))
+        return super()._open()
+
+
 def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
     """Logging of a daemon: one line an event, to stderr or a file."""
-    handler: logging.Handler = logging.handlers.WatchedFileHandler(log_file) if log_file else logging.StreamHandler()
-    handler.setFormatter(logging.Formatter('%(asctime)s %(name)s %(levelname)s: %(message)s'))
+    handler: logging.Handler = PrivateFileHandler(log_file, encoding='utf-8') if log_file else logging.StreamHandler()
+    handler.setFormatter(LogFormatter('%(asctime)s %(name)s %(levelname)s: %(message)s'))
     log = logging.getLogger(name)
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -7484,6 +8433,24 @@ def own_host(word: str) -> str:
         return str(socket.getaddrinfo(word, None, 0, socket.SOCK_STREAM)[0][4][0]).partition('%')[0]
     except OSError as exc:
         raise StartError('%s is no address, name or interface of this host: %s (-i/--host, --ext-host)' % (word, exc)) from exc
+
+
+def forget_secret() -> None:
+    """The secret that came by the environment has been read: jobs shall find it neither in theirs nor in that of this process."""
+    if os.environ.pop('DISPY_SECRET', None) is not None:
+        _prctl(_libc(), _PR_SET_DUMPABLE, 0)   # /proc/PID/environ is as it was at the start, and is root's from now on
+
+
+# Of the variables of root, under whom a daemon with --user was started, jobs get these and those with such beginnings.
+KEPT_VARIABLES = ('PATH', 'LANG', 'LANGUAGE', 'TZ', 'LD_LIBRARY_PATH', 'VIRTUAL_ENV', 'DISPY_DISCOVERY')
+KEPT_BEGINNINGS = ('LC_', 'PYTHON', 'CUDA_', 'OMP_', 'MKL_', 'OPENBLAS_', 'NUMEXPR_')
+
+
+def clear_environment() -> None:
+    """Remove from the environment what is not for jobs of another user."""
+    for name in list(os.environ):
+        if name not in KEPT_VARIABLES and not name.startswith(KEPT_BEGINNINGS):
+            del os.environ[name]
 
 
 def _embedded(daemon: Daemon) -> None:
@@ -7559,7 +8526,7 @@ def _on_signals(daemon: Daemon, stay: bool) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The daemon. Returns 0 when it has ended, 1 when it could not start."""
+    """The daemon. Returns its exit status: see EXIT_STATUSES."""
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
     _standard_files()
     try:
@@ -7575,7 +8542,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return 0
         check_fork()
         set_up_log('dispynode', args.debug, args.log_file)
-        user = find_user(args.user) if args.user else None
+        tls_files(args.certfile, args.keyfile, None, '--%s')
+        user = find_user(args.user) if args.user is not None else None
         if args.embedded:
             logger.setLevel(logging.DEBUG if args.debug else logging.ERROR)
             secret = sys.stdin.buffer.readline().strip()
@@ -7583,8 +8551,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             secret = find_secret(args.secret, args.secret_file)
         if args.secret and not args.embedded:
             logger.warning('-s/--secret can be read by every user of this host (ps): --secret-file is better')
+        forget_secret()
         if user is not None:
-            os.environ.pop('DISPY_SECRET', None)   # runners would inherit it
+            clear_environment()   # root's is not for jobs; what runs from here on inherits what is left
             os.initgroups(user.name, user.gid)
         elif hasattr(os, 'geteuid') and os.geteuid() == 0:
             logger.warning('jobs run as root and can read the secret: --user NAME lets them run as another user')
@@ -7610,12 +8579,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if hasattr(signal, 'SIGTTIN'):
             signal.signal(signal.SIGTTIN, signal.SIG_IGN)   # in the background a read fails instead of stopping the node
         threading.Thread(target=_prompt, args=(daemon.post,), daemon=True).start()
-    try:
-        daemon.run()
-    finally:
-        daemon.close()
-    logger.info('ended')
-    return 0
+    return run_until_ended(daemon)
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ The life of a job here:
 After `kill -9` and a new start nodes and programs connect again, and say what they hold; what is on the disk is the rest.
 
 Payloads stay sealed: nothing that a user has sent is unpickled here, nor anything that is found on the disk, but by
-`open_envelope`, which opens builtins only.
+`open_plain`, which opens builtins only.
 
 Files this host needs: this one, dispy.py, dispynode.py, cloudpickle.
 """
@@ -38,9 +38,12 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import importlib
+import ipaddress
 import itertools
+import hmac
 import json
 import logging
 import math
@@ -53,16 +56,19 @@ import time
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from dispy import (
-    OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
-    JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState,
-    Withdrawn, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
+    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked,
+    JobState, JobWaits, JobsEnded, JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer,
+    Schedule, SendJobs, UseState, Withdrawn, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
-    BUNDLE, BUNDLES, FRAME_FILL, GOES_ON, NODE_PORT, OF_MODULES, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
-    Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
-    Offer, Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return,
-    Role, Said, Shutdown, StartError, Started, Welcome, Where, __version__, beside, check_name, derive_key, discovery_reach, find_secret, frames,
-    host_and_port, open_envelope, parse_arguments, pieces_of, positive, save_config, set_up_log, size_of, size_option, sized,
-    unpack_error)
+    BUNDLE, BUNDLES, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, KEY_SIZE, NAME_MOST, NODE_PORT, OF_CLIENTS, OF_MODULES,
+    PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each, File,
+    FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
+    Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return,
+    Returned, Role, Said, Shutdown, StartError, Started, Welcome, Where, Wrong, __version__, _write_private, beside,
+    check_name, derive_key, digest_of, discovery_reach, find_secret, frames, has_place, host_and_port, in_parts,
+    log_record_of, make_secret, may_reclaim, minutes_option, needs, open_plain, open_regular, parse_arguments, pieces_of,
+    plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of, size_option, sized,
+    take_own_directory, tls_files, unpack_error)
 
 # ---------------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -82,6 +88,14 @@ RETRY_TIME = 1.0              # s between attempts to write to a disk that was f
 PAGE = 500                    # rows of an answer to a monitor at most
 FAILURES_KEPT, FAILURES_PAGE, FAILURE_TEXT = 500, 100, 8000   # failed jobs, those told at once, characters of a traceback
 ARGUMENTS_MOST = 16384        # bytes of arguments that monitors are told
+LOW_DISK = 64 << 20           # bytes that are free, below which SQLite's log is emptied before each transaction
+PAGE_SIZE = 4096              # bytes of a page of SQLite's
+REMOVED_AT_ONCE = 20          # results that are removed in one transaction while the disk is full
+RESERVE = 2 << 20             # bytes of the disk that are kept for the removal of what is over when it is full
+QUEUED_MOST = 16 << 30        # bytes of arguments of jobs that a program may have here
+COMPS_MOST = 256              # computations of one connection
+SPECS_MOST = 10000            # nodes that a program may name
+REASON_MOST = 2000            # characters of the reason why a node is not used, where many nodes are told of
 REPORTS_APART = 5.0           # s between two questions to a node for what is free there
 
 logger = logging.getLogger('dispyscheduler')
@@ -90,6 +104,9 @@ logger = logging.getLogger('dispyscheduler')
 # ---------------------------------------------------------------------------------------------------------
 # What is kept on disk
 # ---------------------------------------------------------------------------------------------------------
+
+STATE_MARK = 'dispy-scheduler'   # the file that says that a directory is a scheduler's
+
 
 class State(Database):
     """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of computations in
@@ -117,12 +134,21 @@ class State(Database):
     def __init__(self, root: str) -> None:
         """Raises DispyError, OSError."""
         self.root, self.large = root, os.path.join(root, 'large')
-        for path in (root, self.large):
-            os.makedirs(path, mode=0o700, exist_ok=True)
-        os.chmod(root, 0o700)
+        take_own_directory(root, STATE_MARK, ('state.db',), '--state-dir')
+        os.makedirs(self.large, mode=0o700, exist_ok=True)
         super().__init__(os.path.join(root, 'state.db'), 'the state')
+        try:
+            with self.damages():
+                self._begin()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _begin(self) -> None:
         run = self._db.execute
         run('INSERT OR IGNORE INTO own VALUES (?, ?)', ('instance', os.urandom(16)))
+        run('INSERT OR IGNORE INTO own VALUES (?, ?)', ('seed', os.urandom(32)))
+        self._seed: bytes = run("SELECT value FROM own WHERE name = 'seed'").fetchone()[0]
         self.instance: bytes = run("SELECT value FROM own WHERE name = 'instance'").fetchone()[0]
         run("INSERT OR IGNORE INTO own VALUES ('starts', 0)")
         run("UPDATE own SET value = value + 1 WHERE name = 'starts'")
@@ -133,14 +159,22 @@ class State(Database):
         self._newest = itertools.count(1 + max([0, *self._comps.values(), *self._places.values()]))
         self._files = self._find_files()   # numbers of jobs with large files
         self._large: Dict[Tuple[int, str], Sequence[Any]] = {}   # large files to be written before the next transaction
+        self._short = 0                    # bytes of the disk that are missing
+        self._reserved = os.path.exists(os.path.join(self.root, 'reserve'))
         self._gone: List[int] = []         # those whose files are not needed after the next transaction
+
+    def key_of(self, comp: str) -> bytes:
+        """The key by which this scheduler takes results of a computation from nodes, also when it has been started again."""
+        return hmac.digest(self._seed, comp.encode(), 'sha256')
 
     def _find_files(self) -> Set[int]:
         """Removes those that the last run did not come to use, or to remove."""
         found: Set[int] = set()
         for name in os.listdir(self.large):
             number, _, end = name.partition('.')
-            if number.isdigit() and end in ('p', 'r') and self._db.execute('SELECT 1 FROM jobs WHERE number = ?', (int(number),)).fetchone():
+            if not number.isdigit() or end not in ('p', 'r', 'p.part', 'r.part'):
+                continue   # none of ours
+            if end in ('p', 'r') and self._db.execute('SELECT 1 FROM jobs WHERE number = ?', (int(number),)).fetchone():
                 found.add(int(number))
             else:
                 os.unlink(os.path.join(self.large, name))
@@ -153,7 +187,7 @@ class State(Database):
         place = self._comps.get(remote._comp)
         if place is None:
             place = self._comps[remote._comp] = next(self._newest)
-        self.note(self.COMP, place, remote._comp, remote.instance, pickle.dumps(remote._cargo.spec, 5))
+        self.note(self.COMP, place, remote._comp, remote.instance, pickle.dumps(dict(remote._cargo.spec, key=remote.digest), 5))
 
     def over(self, comp: str) -> None:
         """A computation, whose jobs are removed."""
@@ -225,6 +259,14 @@ class State(Database):
             return size_of(tuple(self._large[number, 'p']))
         return os.path.getsize(self._file(number, 'p')) if number in self._files else 0
 
+    def size_of_payload(self, number: int) -> int:
+        """Bytes of the arguments of a job that has not ended, at the start."""
+        if number in self._files:
+            with contextlib.suppress(OSError):   # told when they are needed
+                return os.path.getsize(self._file(number, 'p'))
+        row = self._db.execute('SELECT length(payload) FROM jobs WHERE number = ?', (number,)).fetchone()
+        return row[0] or 0 if row is not None else 0
+
     def ended(self, number: int, row: tuple) -> None:
         """A row of Results, with the serial that the program knows."""
         data: Optional[bytes] = pickle.dumps(row[:4] + tuple(map(_plain, row[4:])), 5)
@@ -243,6 +285,10 @@ class State(Database):
     def removed(self, numbers: Sequence[int]) -> None:
         """A program has these results, or wants none."""
         self._notes[self.REMOVE] += [(number,) for number in numbers]
+        if self.broken:   # what was not written because there is no room need not be written any more
+            gone = set(numbers)
+            for statement, place in ((self.INSERT, 0), (self.MOVE, 3), (self.END, 1)):
+                self._notes[statement] = [row for row in self._notes[statement] if row[place] not in gone]
         if self._large:   # not written yet, and need not be
             gone = set(numbers)
             for key in [key for key in self._large if key[0] in gone]:
@@ -256,20 +302,78 @@ class State(Database):
         if not self._gone and len(self._notes[self.REMOVE]) < REMOVED_MOST and not any(
                 rows for rows in self._notes if rows is not self._notes[self.REMOVE]):
             return True
+        if not self._has_room():
+            self._make_room()
+            return self._failed(OSError(errno.ENOSPC, '%s: %d bytes more are needed' % (os.strerror(errno.ENOSPC), self._short)))
         try:
             for (number, end), pieces in list(self._large.items()):
                 self._keep(number, end, pieces)
                 del self._large[number, end]
         except OSError as exc:
+            self._make_room()
             return self._failed(exc)
         done = super().commit()
-        if done and self._gone:
-            for number, end in itertools.product(self._gone, 'pr'):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._file(number, end))
-            self._files.difference_update(self._gone)
-            self._gone = []
+        if done:
+            self._unlink_gone()
+            self._have_reserve()
+        else:
+            self._make_room()
         return done
+
+    def _has_room(self) -> bool:
+        """Whether what waits to be written leaves some of the disk free: SQLite needs room to remove things, too, and a transaction
+        that fails has filled the disk. It is written twice, into the log and from there into the file."""
+        wanted = sum(len(row[3]) for row in self._notes[self.INSERT] if row[3] is not None)
+        wanted += sum(len(row[0]) for row in self._notes[self.END] if row[0] is not None)
+        files = sum(size_of(tuple(pieces)) for pieces in self._large.values())
+        if not wanted and not files:
+            return True
+        if shutil.disk_usage(self.root).free < LOW_DISK + 4 * (wanted + files):   # what is in the log only would make the file grow later
+            with contextlib.suppress(self._error):
+                self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
+        inside = PAGE_SIZE * self._db.execute('PRAGMA freelist_count').fetchone()[0]   # of what was removed
+        margin = RESERVE if inside < RESERVE else RESERVE // 8
+        self._short = files + wanted + max(0, wanted - inside) + margin - shutil.disk_usage(self.root).free
+        return self._short <= 0
+
+    def _unlink_gone(self) -> None:
+        for number, end in itertools.product(self._gone, 'pr'):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._file(number, end))
+        self._files.difference_update(self._gone)
+        self._gone = []
+
+    def _have_reserve(self) -> None:
+        """Bytes of the disk that are given back when it is full, so that what is over can be removed: SQLite needs room for that too."""
+        if self._reserved:
+            return
+        path = os.path.join(self.root, 'reserve')
+        try:
+            if shutil.disk_usage(self.root).free > 4 * RESERVE:
+                with open(path, 'wb') as file:
+                    file.write(bytes(RESERVE))
+                self._reserved = True
+        except OSError as exc:
+            logger.debug('%s: %s', path, exc)
+
+    def _make_room(self) -> None:
+        """The disk is full: remove what is over, and nothing else."""
+        self._unlink_gone()
+        if shutil.disk_usage(self.root).free < RESERVE:   # others have filled it
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.root, 'reserve'))
+            self._reserved = False
+        over, gone = self._notes[self.OVER], self._notes[self.REMOVE]
+        try:
+            while over or gone:   # few at a time, and the room that they take in the log is used again for the next
+                self._notes[self.OVER], self._notes[self.REMOVE] = over[:REMOVED_AT_ONCE], gone[:REMOVED_AT_ONCE]
+                self._write((self.OVER, self.REMOVE))
+                over, gone = over[REMOVED_AT_ONCE:], gone[REMOVED_AT_ONCE:]
+                self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
+        except self._error as exc:
+            logger.debug('%s', exc)   # it is tried again
+        finally:
+            self._notes[self.OVER], self._notes[self.REMOVE] = over, gone
 
     def results(self, numbers: Sequence[int], unread: List[int]) -> Iterator[tuple]:
         """Rows of Results that are on the disk, one after the other; `unread` gets those that cannot be read now."""
@@ -286,15 +390,15 @@ class State(Database):
                         logger.error('a result cannot be read now: %s', exc)
                     unread.append(number)
                 else:
-                    yield open_envelope(data)
+                    yield open_plain(data)
             elif row is not None:
-                yield open_envelope(row[0])
+                yield open_plain(row[0])
 
     # -- at the start -----------------------------------------------------------------------------------------
 
     def comps(self) -> List[Tuple[str, bytes, dict]]:
         """Computations in the order in which they came: name, instance of the program, spec."""
-        return [(comp, client, open_envelope(spec)) for comp, client, spec in
+        return [(comp, client, open_plain(spec)) for comp, client, spec in
                 self._db.execute('SELECT comp, client, spec FROM comps ORDER BY place')]
 
     def jobs(self, comp: str) -> Iterator[Tuple[int, int, Any, int, int, Any]]:
@@ -302,7 +406,7 @@ class State(Database):
         keys = {place: _key_of(key) for key, place in self._places.items()}
         for number, client, options, state, attempt, node in self._db.execute(
                 'SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? ORDER BY number', (self._comps[comp],)):
-            yield number, client, open_envelope(options) if options else None, state, number << 16 | attempt, keys.get(node)
+            yield number, client, open_plain(options) if options else None, state, number << 16 | attempt, keys.get(node)
 
     def nodes(self) -> List[tuple]:
         """Rows (key, host, port, name, instance)."""
@@ -334,11 +438,11 @@ def _key_of(text: str) -> Any:
 
 class RemoteWork(Work):
     """A job of a program."""
-    __slots__ = ('_client',)   # the serial that the program knows it by
+    __slots__ = ('_client', '_size')   # the serial that the program knows it by; bytes of its arguments
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict], serial: int, client: int) -> None:
         super().__init__(comp, payload, options)
-        self._serial, self._client = serial, client
+        self._serial, self._client, self._size = serial, client, 0
 
 
 MODULES_OF = '.modules'   # ends the name of the directory that has the files of a program's modules
@@ -398,10 +502,12 @@ class Remote:
     _cluster_status = _on_output = None
     _chains: Dict[Any, Any] = {}
 
-    def __init__(self, comp: str, client: bytes, spec: dict, directory: str) -> None:
+    def __init__(self, comp: str, client: bytes, spec: dict, directory: str, key: bytes = b'') -> None:
+        self._key = key    # the scheduler's own, to nodes
         shared = spec['shared']
         self._comp, self._client, self.name = comp, client.hex(), spec['name']
         self.instance, self.link = client, 0
+        self.digest: bytes = spec.get('key', bytes(KEY_SIZE))   # of what shows that results are its
         self.directory = directory
         self._reentrant, self.exclusive, self.cloudpickle = shared['reentrant'], shared['exclusive'], shared['cloudpickle']
         self.absence = Absence(bool(shared['recovers']), shared['process'])
@@ -421,6 +527,7 @@ class Remote:
         self.calls: Dict[int, Callable[[tuple, Any], None]] = {}
         self.placing: Dict[str, IncomingFile] = {}
         self.files: Dict[int, int] = {}           # serials of jobs that send a file, to the link that it goes along
+        self.told_at = (0, 0.0)                   # by which link and when it was asked last what is here
         self.given_up_at = math.inf               # when, if its program does not come back
         self.number, self.since, self.program = 0, 0.0, ''   # for monitors: what it is called, since when it is here, whose it is
         self.ends = [0, 0, 0]                     # jobs done, failed, cancelled
@@ -429,7 +536,7 @@ class Remote:
     def take_spec(self, spec: dict) -> None:
         """What nodes are sent; it has changed after a setup with other files."""
         paths = {row[0]: os.path.join(self.directory, *row[0].split('/')) for row in spec['files']}
-        spec = dict(spec, code=bytes(spec['code']), setup_args=bytes(spec['setup_args']),
+        spec = dict(spec, code=bytes(spec['code']), setup_args=bytes(spec['setup_args']), key=digest_of(self._key),
                     support={name: bytes(source) for name, source in spec['support'].items()})
         self._cargo = Cargo(spec, paths, spec['kind'] == 'program', lambda: (b'', 'only its program can tell'))
 
@@ -486,6 +593,34 @@ class House:
         """As a cluster's."""
 
 
+def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
+    """Whether a node may be dialled by its name, or at an address that its name has. Programs name nodes; without a bound they
+    could have any host tried out."""
+    for word in allowed:
+        try:
+            network = ipaddress.ip_network(word, False)
+        except ValueError:
+            if host and NodeSpec(word, NODE_PORT).fits(host):
+                return True
+            continue
+        if address and ipaddress.ip_address(plain_address(address.partition('%')[0])) in network:
+            return True
+    if allowed or not address:
+        return False
+    found = ipaddress.ip_address(plain_address(address.partition('%')[0]))
+    return found.is_private or found.is_loopback or found.is_link_local
+
+
+def links_of_one() -> int:
+    """How many connections of programs one address may have: a quarter of what this process may have open."""
+    try:
+        import resource
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:
+        most = 512
+    return max(16, (min(most, 1 << 16) - 64) // 4)
+
+
 def specs_of(rows: Any) -> List[NodeSpec]:
     """`nodes` of a program as it came over the wire; None: all. Raises PeerError."""
     if rows is None:
@@ -498,9 +633,10 @@ def specs_of(rows: Any) -> List[NodeSpec]:
 
 
 class _Session(NamedTuple):
-    """A program's link."""
+    """A program's link. `operator`: it has the operator's secret."""
     link: Link
     names: List[str]
+    operator: bool = True
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -526,6 +662,10 @@ class Options(NamedTuple):
     zombie: float = ZOMBIE_TIME
     max_file_size: int = sys.maxsize
     multicast: bool = False
+    max_queued: int = QUEUED_MOST
+    separate: bool = False             # programs have a secret of their own, and so has the operator
+    operator_secret: bytes = b''
+    allowed: Tuple[str, ...] = ()      # networks and host names with nodes that may be dialled; none: private networks
     gone: float = GONE_TIME
 
 
@@ -559,6 +699,16 @@ class Overview:
             raise ValueError('%.40r cannot be asked of a scheduler' % (name,))
         value = self._answers[name](*args)
         return time.perf_counter() - began, value
+
+    def answer_anybody(self, name: str = '', *args: Any) -> Tuple[float, Any]:
+        """As `answer`, to who has not the operator's secret: names and counts of all programs, no order, and nothing of their jobs."""
+        if name in ('failures', 'jobs'):
+            return 0.0, []
+        if name not in ('clusters', 'nodes'):
+            raise RuntimeError("%.40r needs the operator's secret (--operator-secret-file of the dispyscheduler)" % (name,))
+        took, rows = self.answer(name, *args)
+        return took, [dict(row, comp='', program='') if name == 'clusters' else dict(row, uses=[(*use[:2], '', *use[3:]) for use in row['uses']])
+                      for row in rows]
 
     # -- told by the scheduler ------------------------------------------------------------------------------------
 
@@ -791,8 +941,64 @@ def _shown(payload: Any) -> Any:
 _RETURNED = (Outcome.RETURNED, Outcome.RETURNED_CODE)
 
 
+class Quota:
+    """How much each program may have queued here, and what is said to those who have reached it, or come while the disk is full:
+    their jobs go back to them, and they are offered no CPUs until there is room. The loop's thread."""
+
+    def __init__(self, scheduler: 'Scheduler', most: int) -> None:
+        self._scheduler, self._most = scheduler, most
+        self._queued: Dict[bytes, int] = collections.Counter()   # instance of a program -> bytes of arguments
+        self._waiting: Dict[int, bytes] = {}                     # links that are offered no CPUs -> instance
+
+    def add(self, remote: Remote, work: RemoteWork, size: int) -> None:
+        """A job was taken."""
+        work._size = OBJECT + size
+        self._queued[remote.instance] += work._size
+
+    def remove(self, remote: Remote, work: RemoteWork) -> None:
+        """It has ended, or its computation has."""
+        self._queued[remote.instance] -= work._size
+        work._size = 0
+        if not self._queued[remote.instance]:
+            del self._queued[remote.instance]
+
+    def moved(self, remote: Remote, instance: bytes) -> None:
+        """Another process of the program has taken over."""
+        size = sum(work._size for work in remote.works.values())
+        self._queued[remote.instance] -= size
+        self._queued[instance] += size
+
+    def has_room(self, remote: Remote, size: int) -> bool:
+        """Whether one more job with so many bytes may come. One is always taken, however large."""
+        queued = self._queued.get(remote.instance, 0)
+        return not queued or queued + OBJECT + size <= self._most
+
+    def give_back(self, link: Link, remote: Remote, serials: List[int], full: bool) -> None:
+        """These jobs were not taken. Said at once: while the disk is full, nothing else is."""
+        say = super(Scheduler, self._scheduler).say
+        if link.number not in self._waiting:
+            self._waiting[link.number] = link.instance
+            say(link, Offer(0))
+            text = 'the disk of the scheduler is full: new jobs wait here until there is room' if full else \
+                'this program has %d bytes of arguments at the scheduler, and may have %d there (--max-queued-bytes): more jobs ' \
+                'are taken as those end' % (self._queued.get(remote.instance, 0), self._most)
+            say(link, Said(remote._comp, text))
+        for message in in_parts(Returned, remote._comp, serials):
+            say(link, message)
+
+    def take_again(self) -> None:
+        """The disk has room: those whose program has less than half of what it may have are offered CPUs again."""
+        for number, instance in list(self._waiting.items()):
+            link = self._scheduler.links.get(number)
+            if link is None or self._queued.get(instance, 0) <= self._most // 2:
+                del self._waiting[number]
+                if link is not None:
+                    self._scheduler.say(link, Offer(ENDLESS))
+
+
 class Scheduler(Driver):
     """See the module's docstring. Driver is its side towards nodes."""
+    log = logger
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -806,7 +1012,9 @@ class Scheduler(Driver):
         self._unread_until = math.inf                # when results are read that could not be
         self._reassign = False     # whom nodes serve may have changed
         self._asking = not options.nodes
+        self._named: List[NodeSpec] = []
         self.overview = Overview(self)
+        self.quota = Quota(self, options.max_queued)
         super().__init__(Access(options.node_secret, options.node_certfile, options.node_keyfile, None, options.pulse, options.ping),
                          self._state.instance)
         self.schedule = Schedule(options.fifo)
@@ -825,7 +1033,8 @@ class Scheduler(Driver):
         """Listen, take up what an earlier run has left. Returns the port. Raises StartError, SecretError, OSError."""
         options = self._options
         one = (options.cluster_certfile, options.cluster_keyfile) == (options.node_certfile, options.node_keyfile)
-        keys = {int(Role.CLIENT): derive_key(options.cluster_secret), int(Role.NODE): derive_key(options.node_secret)}
+        programs = tuple(map(derive_key, (options.cluster_secret, options.operator_secret) if options.separate else (options.cluster_secret,)))
+        keys = {int(Role.CLIENT): programs, int(Role.NODE): (derive_key(options.node_secret),)}
         port = options.port
         for host in options.hosts:
             door = self._door(host, port, keys, (Role.CLIENT, Role.NODE) if one else (Role.CLIENT,), options.cluster_certfile, options.cluster_keyfile)
@@ -835,13 +1044,21 @@ class Scheduler(Driver):
         for door in self._doors:
             self.watch(door.socket, door.knock)
         self.now = self.clock()
-        specs = [NodeSpec(*host_and_port(node, options.node_port)) for node in options.nodes] or [NodeSpec('*', options.node_port)]
+        self._named = [NodeSpec(*host_and_port(node, options.node_port)) for node in options.nodes]
+        specs = self._named or [NodeSpec('*', options.node_port)]
         self.open(House(specs, options.node_port), False)  # type: ignore[arg-type]
         self._warn_at['house'] = math.inf
-        self._restore()
+        with self._state.damages():
+            self._restore()
         return port
 
-    def _door(self, host: str, port: int, keys: Dict[int, bytes], allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
+    def _allowed(self, peer: Peer) -> Optional[Callable[[str], bool]]:
+        named = {spec.host for spec in self._named}
+        if peer.host in named or may_dial(peer.host, '', self._options.allowed):
+            return None
+        return lambda address: may_dial('', address, self._options.allowed)
+
+    def _door(self, host: str, port: int, keys: Dict[int, Tuple[bytes, ...]], allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
         try:
             door = Gate((host, port), keys, Role.SCHEDULER, allowed, self.instance, self.post, certfile, keyfile)
         except OverflowError as exc:
@@ -871,7 +1088,7 @@ class Scheduler(Driver):
         for key, host, port, name, instance in self._state.nodes():
             places[key] = (host, port, name, instance)
         for comp, client, spec in self._state.comps():
-            remote = Remote(comp, client, spec, self._directory_of(comp))
+            remote = Remote(comp, client, spec, self._directory_of(comp), self._state.key_of(comp))
             remote.ready = True
             remote.given_up_at = self.now + self._options.zombie
             remote.absence.begin(self.now, self._options.gone)
@@ -883,6 +1100,7 @@ class Scheduler(Driver):
                     known[serial] = number
                     continue
                 work = remote.works[serial] = RemoteWork(comp, None, options, own, serial)
+                self.quota.add(remote, work, self._state.size_of_payload(number))
                 if state == State.SENT and node in places:
                     sent.setdefault(node, []).append(work)
                 else:
@@ -917,6 +1135,24 @@ class Scheduler(Driver):
         os.makedirs(path, mode=0o700, exist_ok=True)
         return path
 
+    # -- faults of ours -------------------------------------------------------------------------------------------
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """As the driver's; what concerns a computation of a program ends that computation."""
+        if isinstance(subject, Remote):
+            link = self.links.get(subject.link)
+            if link is not None:
+                self.say(link, Refused(subject._comp, 'fault', text))
+            self._over(subject)
+            return True
+        return super().on_fault(subject, text)
+
+    def _owed_by(self, cluster: Any) -> List[Any]:
+        return list(cluster.works.values()) if isinstance(cluster, Remote) else []
+
+    def _end_one(self, cluster: Any, work: Any, text: str) -> None:
+        self._end(cluster, work, (work._client, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
+
     # -- turns: nothing leaves before the transaction -----------------------------------------------------------
 
     def say(self, link: Link, message: Any) -> None:
@@ -928,6 +1164,7 @@ class Scheduler(Driver):
 
     def end_of_turn(self) -> None:
         """Decide, write, send."""
+        self._bound_answers()
         if self._stuck_until is not None and self.now < self._stuck_until:
             return
         if self._reassign:
@@ -937,16 +1174,18 @@ class Scheduler(Driver):
         super().end_of_turn()
         for comp in list(self._clusters.values()):
             if isinstance(comp, Remote):
-                self._end_turn_of(comp)
+                self.guard(comp, self._end_turn_of, comp)
         if self._write_down():
             self._unstick()
+            self.quota.take_again()
             self._backlog.send(super().say)
             self._read_again()
         else:
+            if self._stuck_until is None:   # results of nodes wait there; programs are read: what they end makes room
+                for link in [link for link in self.links.values() if link.number not in self._sessions]:
+                    link.paused = True
+                    self.interest(link)
             self._stuck_until = self.now + RETRY_TIME
-            for link in self.links.values():
-                link.paused = True
-                self.interest(link)
 
     def _read_again(self) -> None:
         """Results that could not be read are tried once more, after a while."""
@@ -979,7 +1218,7 @@ class Scheduler(Driver):
     def _unstick(self) -> None:
         if self._stuck_until is not None:
             self._stuck_until = None
-            for link in self.links.values():
+            for link in [link for link in self.links.values() if link.number not in self._sessions]:
                 link.paused, link.heard = False, self.now
                 self.interest(link)
 
@@ -1020,13 +1259,31 @@ class Scheduler(Driver):
     def on_event(self, event: Any) -> None:
         """Programs and nodes that have connected, signals, and the driver's events."""
         if isinstance(event, Arrival) and event.session.peer_role == Role.CLIENT:
-            link = Link(event.sock, event.session, event.address, self.now, self._options.pulse)
+            link = Link(event.sock, event.session, event.address, self.now, self._options.pulse, OF_CLIENTS)
             self.attach(link)
-            self._sessions[link.number] = _Session(link, [event.address])
+            self._sessions[link.number] = _Session(link, [event.address], not self._options.separate or event.session.secret == 1)
+            self._bound_links(link)
         elif isinstance(event, Stop):   # without Bye: nodes go on and keep results, programs wait, until it is started again
             self.stop()
         else:
             super().on_event(event)
+
+    def _bound_links(self, link: Link) -> None:
+        """One host's programs may not take all descriptors."""
+        there = sum(1 for session in self._sessions.values() if session.link.address == link.address)
+        most = links_of_one()
+        if there > most:
+            logger.error('%s has %d connections, and the limit for one address is %d: the last is ended', link.address, there, most)
+            self.part(link, 'there are %d connections from this address, and the limit is %d' % (there, most))
+            self._sessions.pop(link.number, None)
+
+    def _bound_answers(self) -> None:
+        """Who does not read its answers is not read from until it has."""
+        for number, session in self._sessions.items():
+            link, slow = session.link, session.link.queued > HELD_BACK
+            if link.dirty is not None and link.paused != slow and (slow or link.queued <= HELD_BACK // 2):
+                link.paused, link.heard = slow, self.now
+                self.interest(link)
 
     def on_channel(self, channel: Link) -> None:
         """A link has something."""
@@ -1037,6 +1294,8 @@ class Scheduler(Driver):
             if type(message) is Bye:
                 channel.on_purpose = True
                 raise LinkBroken('bye: %s' % message.text[:200])
+            if type(message) is Wrong:
+                raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
             handler = self._client_messages.get(type(message))
             if handler is None:
                 raise PeerError('%s may not come here' % type(message).__name__)
@@ -1100,13 +1359,16 @@ class Scheduler(Driver):
     def _c_compute(self, link: Link, message: Compute) -> None:
         remote = self._clusters.get(message.comp)
         if isinstance(remote, Remote):
-            if remote.instance != link.instance:
+            if remote.instance != link.instance or not hmac.compare_digest(remote.digest, message.spec.get('key', bytes(KEY_SIZE))):
                 self.say(link, Refused(message.comp, 'busy', 'it is of another program'))
                 return
             if remote.link in self.links and remote.link != link.number:
                 self._break(self.links[remote.link], 'its program has connected anew')
             self._came_back(remote, link)
+            if remote.ready and remote.told_at == (link.number, self.now):
+                return   # it asks again and again in one breath; the answer may be long
             if remote.ready:
+                remote.told_at = (link.number, self.now)
                 self._send_again(remote, link)
                 self.say(link, Ready(message.comp, [*remote.works, *remote.ended]))
                 self._resend(remote)
@@ -1118,12 +1380,24 @@ class Scheduler(Driver):
             if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {
                     'nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process'}:
                 raise PeerError('a computation that is not for a scheduler')
-            remote = Remote(message.comp, link.instance, message.spec, self._directory_of(message.comp))
+            if len(message.spec['shared']['nodes'] or ()) > SPECS_MOST:
+                raise PeerError('%d nodes are named, and the limit is %d' % (len(message.spec['shared']['nodes']), SPECS_MOST))
+            own = sum(1 for each in (*self._clusters.values(), *self._unopened.values()) if isinstance(each, Remote) and each.instance == link.instance)
+            if own >= COMPS_MOST or self._stuck_until is not None:
+                self.say(link, Refused(message.comp, 'busy', 'the disk of the scheduler is full' if own < COMPS_MOST else
+                                       'this program has %d computations here, and the limit is %d' % (own, COMPS_MOST)))
+                return
+            if message.comp in self._unopened:
+                raise PeerError('computation %.40r is of another program' % message.comp)
+            remote = Remote(message.comp, link.instance, message.spec, self._directory_of(message.comp), self._state.key_of(message.comp))
             self._came_back(remote, link)
             self._unopened[message.comp] = remote
         self._want(remote, remote.file_rows, functools.partial(self._complete, remote))
 
     def _came_back(self, remote: Remote, link: Link) -> None:
+        if remote.instance != link.instance:
+            self.quota.moved(remote, link.instance)
+            remote.instance = link.instance
         remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
         remote.outbox = []
         self._reassign = True
@@ -1151,6 +1425,7 @@ class Scheduler(Driver):
         number = work._serial >> 16
         if remote.works.pop(work._client, None) is None:
             return
+        self.quota.remove(remote, work)
         remote.absence.dropped[work._client] = number
         remote.ends[2] += 1
         if work._payload is not None:
@@ -1214,15 +1489,15 @@ class Scheduler(Driver):
                 continue
             if missing:
                 link = self.links.get(remote.link)
-                if link is not None:
-                    self.say(link, Need(remote._comp, missing))
+                for need in needs(remote._comp, missing) if link is not None else ():
+                    self.say(link, need)  # type: ignore[arg-type]
                 return
             remote.wanted.popleft()
             then('')
 
     def _c_file(self, link: Link, message: File) -> None:
         remote = self._unopened.get(message.comp) or self._remote(link, message.comp)
-        if remote is None or not remote.wanted:
+        if remote is None or not remote.wanted or remote.link != link.number:
             return
         try:
             whole, error = remote.piece(message.name, message.offset, message.data), ''
@@ -1275,9 +1550,13 @@ class Scheduler(Driver):
         remote = self._remote(link, message.comp)
         if remote is None:
             return
+        back: List[int] = []
         for serial, payload, options in message.rows:
             if serial in remote.works or serial in remote.ended:
                 continue   # it came before
+            if self._stuck_until is not None or not self.quota.has_room(remote, size_of(payload)):
+                back.append(serial)
+                continue
             self._state.number += 1
             payload = _plain(payload)
             work = RemoteWork(message.comp, None, options, self._state.number << 16, serial)
@@ -1286,7 +1565,10 @@ class Scheduler(Driver):
                 work._payload = payload
                 self._kept += OBJECT + len(payload)
             remote.works[serial] = work
+            self.quota.add(remote, work, len(payload))
             self._submitted.append(work)  # type: ignore[arg-type]
+        if back:
+            self.quota.give_back(link, remote, back, self._stuck_until is not None)
 
     def _c_cancel(self, link: Link, message: Cancel) -> None:
         remote = self._remote(link, message.comp)
@@ -1316,8 +1598,9 @@ class Scheduler(Driver):
             self._state.removed([remote.ended.pop(serial) for serial in message.serials if serial in remote.ended])
 
     def _c_done(self, link: Link, message: Done) -> None:
-        remote = self._unopened.pop(message.comp, None) or self._remote(link, message.comp)
-        if remote is not None:
+        remote = self._unopened.get(message.comp) or self._remote(link, message.comp)
+        if remote is not None and remote.link == link.number:
+            self._unopened.pop(message.comp, None)
             self._over(remote)
 
     def _over(self, remote: Remote) -> None:
@@ -1331,6 +1614,8 @@ class Scheduler(Driver):
                                  *(work._serial >> 16 for work in remote.works.values())])
             logger.info('%s: is over', remote.name)
         self._kept -= sum(OBJECT + len(work._payload) for work in remote.works.values() if work._payload is not None)
+        for work in remote.works.values():
+            self.quota.remove(remote, work)
         remote.works.clear()
         remote.abort()
         remote.remove()
@@ -1342,6 +1627,10 @@ class Scheduler(Driver):
     def _c_reclaim(self, link: Link, message: Reclaim) -> None:
         remote = self._clusters.get(message.comp)
         if not isinstance(remote, Remote):
+            self.say(link, Held(message.comp, []))
+            return
+        if not may_reclaim(remote.digest, message.key):
+            logger.warning('%s wants results of a computation and does not have its key', self._sessions[link.number].names[0])
             self.say(link, Held(message.comp, []))
             return
         if remote.link in self.links and remote.link != link.number:
@@ -1387,7 +1676,8 @@ class Scheduler(Driver):
                 raise RuntimeError('the scheduler does not know this cluster (any more)')
             self._take_submitted()
             if remote is None:
-                answer(self.overview.answer(*message.args))
+                session = self._sessions[link.number]
+                answer(self.overview.answer(*message.args) if session.operator else self.overview.answer_anybody(*message.args))
                 return
             self._answer_call(remote, message.name, message.args, answer)
         except Exception as exc:  # the program gets it
@@ -1396,7 +1686,9 @@ class Scheduler(Driver):
     def _answer_call(self, remote: Remote, name: str, args: tuple, answer: Callable[..., None]) -> None:
         comp = remote._comp
         if name == 'nodes':
-            answer([tuple(row) for row in self.rows_of(comp)])
+            first, count = args or (0, NODES_PAGE)
+            rows = self.rows_of(comp)[first:first + min(count, NODES_PAGE)]
+            answer([tuple(row._replace(reason=shorten(row.reason, REASON_MOST))) for row in rows])
         elif name == 'jobs':
             answer([work._client for work in self.jobs_at(comp, *args).values()])
         elif name == 'allocate':
@@ -1409,7 +1701,10 @@ class Scheduler(Driver):
                 answer(None, ('OSError', error) if error else ())
             self._cargo_changes(remote, args[3], complete)
         elif name in ('running', 'place'):
-            path = os.path.join(remote.directory, *args[1][0].split('/')) if name == 'place' else ''
+            path = ''
+            if name == 'place':   # one that its program has sent here before, and nothing else
+                path = os.path.join(remote.directory, *check_name(args[1][0]))
+                open_regular(path).close()
             future = self.question(comp, args[0], args[1] if name == 'place' else None, path)
 
             def answered(done: Any) -> None:
@@ -1596,6 +1891,7 @@ class Scheduler(Driver):
         if remote.works.pop(work._client, None) is None:
             return
         self.overview.ended(remote, work, row, node)
+        self.quota.remove(remote, work)
         if work._payload is not None:
             self._kept -= OBJECT + len(work._payload)
         remote.files.pop(work._serial, None)
@@ -1627,6 +1923,8 @@ class Scheduler(Driver):
         self._inform(action.work._comp, 'a job waits: %s' % action.text)
 
     def _on_output(self, peer: Peer, message: Output) -> None:
+        if message.stream == 0:
+            log_record_of(message.data)   # it is passed on as it came
         work, link = self._job_of(peer, message), self._client_link(message.comp)
         if work is not None and link is not None:
             self.say(link, message._replace(serial=work._client, data=beside(message.data)))
@@ -1712,7 +2010,8 @@ def default_state_dir(port: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='dispyscheduler', description='Share nodes between several programs (dispy.SharedJobCluster).')
+    parser = argparse.ArgumentParser(prog='dispyscheduler', description='Share nodes between several programs (dispy.SharedJobCluster).',
+                                     epilog=EXIT_STATUSES)
     add = parser.add_argument
     add('-d', '--debug', action='store_true', help='log what is done in detail')
     add('-i', '--host', '--ip-addr', action=Each, metavar='ADDR', help='address to listen at; may be repeated (default: all)')
@@ -1728,12 +2027,20 @@ def _parser() -> argparse.ArgumentParser:
     add('--node-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
     add('--cluster-certfile', metavar='FILE', help='certificate for TLS with programs; if it is not that for nodes, nodes connect to the next port')
     add('--cluster-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--pulse-interval', type=positive, default=PULSE, metavar='S', help='seconds between signs of life (default: %(default)g)')
-    add('--ping-interval', type=positive, default=REDIAL_MOST, metavar='S', help='most seconds between searches for nodes (default: %(default)g)')
+    add('--operator-secret-file', metavar='FILE', help="file with the operator's secret, for the web monitor: who has it sees and ends the jobs of "
+        'all programs (default: that of programs if it is the one of this user, otherwise one that is made in the state directory)')
+    add('--nodes-share-secret', action='store_true', help='programs with a secret of their own may have the same as nodes: each of them could '
+        'then pass for a node, and be given the jobs of the others')
+    add('--allow-nodes', action=Each, default=[], metavar='NET|HOST', help='addresses (10.1.0.0/16) or names (*.example.org) at which programs may '
+        'name nodes; may be repeated (default: private networks; those given with -n always)')
+    add('--max-queued-bytes', type=size_option, default=QUEUED_MOST, metavar='N[kmgt]', help='bytes of arguments that the jobs of one program '
+        'may have here; further jobs wait in the program (default: %d GiB)' % (QUEUED_MOST >> 30))
+    add('--pulse-interval', type=seconds_option, default=PULSE, metavar='S', help='seconds between signs of life (default: %(default)g)')
+    add('--ping-interval', type=seconds_option, default=REDIAL_MOST, metavar='S', help='most seconds between searches for nodes (default: %(default)g)')
     add('--ipv4-udp-multicast', action='store_true', help='look for nodes by IPv4 multicast too')
     add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files of programs are refused (default: no limit)')
-    add('--zombie-interval', type=positive, default=ZOMBIE_TIME / 60, metavar='MIN', help='minutes that results wait for a program that is gone (default: %(default)g)')
-    add('--gone-after', type=positive, default=GONE_TIME, metavar='S',
+    add('--zombie-interval', type=minutes_option, default=ZOMBIE_TIME / 60, metavar='MIN', help='minutes that results wait for a program that is gone (default: %(default)g)')
+    add('--gone-after', type=seconds_option, default=GONE_TIME, metavar='S',
         help='seconds after which, when the connection to a program without recover_file has ended, '
         'its jobs that have not begun are cancelled (default: %(default)g)')
     add('--state-dir', metavar='DIR', help='where jobs and results are kept (default: %s)' % default_state_dir(SCHEDULER_PORT).replace('%', '%%'))
@@ -1751,7 +2058,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The daemon. Returns 0 when it has ended, 1 when it could not start."""
+    """The daemon. Returns its exit status: see EXIT_STATUSES."""
     parser = _parser()
     try:
         args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
@@ -1763,21 +2070,34 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         set_up_log('dispyscheduler', args.debug, args.log_file)
         set_up_log('dispy', args.debug, args.log_file)
         set_up_log('dispynode', args.debug, args.log_file)
+        for side in ('cluster', 'node'):
+            tls_files(getattr(args, side + '_certfile'), getattr(args, side + '_keyfile'), None, '--%s-%%s' % side)
+        if not 1 <= args.node_port <= 65535:
+            raise StartError('port %d is not between 1 and 65535 (--node-port)' % args.node_port)
         for node in args.node:
             host_and_port(node, args.node_port)
         discovery_reach()
         root = args.state_dir or default_state_dir(args.port)
+        if not has_place(root):
+            raise StartError('this user has no home for the state (neither HOME nor an entry in the password file): --state-dir')
         if args.clean:
             _clean(root)
+        cluster_secret, node_secret = find_secret(args.cluster_secret, args.cluster_secret_file), find_secret(args.node_secret, args.node_secret_file)
+        separate = bool(args.cluster_secret or args.cluster_secret_file)
+        if separate and cluster_secret.strip() == node_secret.strip() and not args.nodes_share_secret:
+            raise StartError('programs have a secret of their own (--cluster-secret-file), and nodes have the same: each program could pass for '
+                             'a node and be given the jobs of the others; give nodes another (--node-secret-file), or say --nodes-share-secret')
+        operator_secret = _operator_secret(root, args.operator_secret_file) if separate else b''
+        for word in args.allow_nodes:
+            _check_allowed(word)
         scheduler = Scheduler(Options(
-            tuple(args.host or ('',)), args.port, tuple(args.node), args.node_port, root,
-            find_secret(args.cluster_secret, args.cluster_secret_file), find_secret(args.node_secret, args.node_secret_file),
+            tuple(args.host or ('',)), args.port, tuple(args.node), args.node_port, root, cluster_secret, node_secret,
             args.cluster_certfile, args.cluster_keyfile, args.node_certfile, args.node_keyfile, args.fifo, args.pulse_interval,
-            args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize,
-            args.ipv4_udp_multicast, args.gone_after))
+            args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize, args.ipv4_udp_multicast,
+            args.max_queued_bytes, separate, operator_secret, tuple(args.allow_nodes), args.gone_after))
         try:
             port = scheduler.start()
-            monitor = _monitor(scheduler, port, args.httpd) if args.httpd is not None else None
+            monitor = _monitor(scheduler, port, args.httpd, args.log_file) if args.httpd is not None else None
         except BaseException:
             scheduler.close()
             raise
@@ -1793,16 +2113,38 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     scheduler.wake_on_signals()
     logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), root)
     try:
-        scheduler.run()
+        return run_until_ended(scheduler)
     finally:
-        scheduler.close()
         if monitor is not None:
             monitor.shutdown()
-    logger.info('ended')
-    return 0
 
 
-def _monitor(scheduler: Scheduler, port: int, at: int) -> Any:
+def _operator_secret(root: str, path: Optional[str]) -> bytes:
+    """The operator's secret, made at the first start. Raises SecretError, StartError, OSError."""
+    if path is not None:
+        return find_secret(None, path)
+    take_own_directory(root, STATE_MARK, ('state.db',), '--state-dir')
+    path = os.path.join(root, 'operator-secret')
+    if not os.path.exists(path):
+        make_secret(path)
+        logger.info("the operator's secret is in %s: dispy-httpd --secret-file takes it", path)
+    return find_secret(None, path)
+
+
+def _check_allowed(word: str) -> None:
+    """Raise StartError for what is no network and no name of hosts."""
+    if not word or any(c.isspace() or c == ',' for c in word) or ('/' in word and not _is_network(word)):
+        raise StartError('--allow-nodes %s: neither a network such as 10.0.0.0/8 nor a host name' % (word or "''"))
+
+
+def _is_network(word: str) -> bool:
+    try:
+        return bool(ipaddress.ip_network(word, False))
+    except ValueError:
+        return False
+
+
+def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) -> Any:
     """A web monitor of this scheduler. Raises StartError."""
     try:
         import dispy_httpd
@@ -1810,8 +2152,14 @@ def _monitor(scheduler: Scheduler, port: int, at: int) -> Any:
         raise StartError('--httpd needs dispy_httpd.py beside this file: %s' % exc) from exc
     source = dispy_httpd.SchedulerSource(lambda *question: scheduler.ask(lambda: scheduler.overview.answer(*question)),
                                          'all programs of the dispyscheduler at port %d' % port, lambda: None)
+    def tell(text: str) -> None:
+        if log_file and os.name != 'nt' and os.stat(log_file).st_mode & 0o077:   # others would have the token
+            path = os.path.abspath(os.path.join(scheduler._state.root, 'monitor'))
+            _write_private(path, text.encode() + b'\n')
+            text = 'the link of the monitor is in %s, since others can read this log' % path
+        logger.info('%s', text)
     try:
-        return dispy_httpd.SourceHTTPServer(source, port=at, tell=logger.info)
+        return dispy_httpd.SourceHTTPServer(source, port=at, tell=tell)
     except (ValueError, OSError) as exc:
         raise StartError('--httpd: %s' % exc) from exc
 

@@ -32,7 +32,7 @@ EXAMPLES = [
     Jobs('c1', [(1, beside(b'x'), None), (2, beside(LARGE), {'timeout': 3.5}), (3, beside((b'head', LARGE, b'tail')), None)]),
     Jobs('c1', []), Cancel('c1', [1, 2, 1 << 40]), Recall('c1', [5]), Ack('c1', []), Done('c1'),
     Welcome('node', 4, {'python': (3, 8)}), Refused('', 'full', 'caf\u00e9'), Need('c1', ['a', 'b']), Ready('c1', [7]),
-    Results('c1', [(1, 1, 0.5, 1.5, beside(LARGE), b'out', b'err'), (2, 3, 0.0, 0.0, b'', b'', b'')]),
+    Results('c1', [(1, 1, 0.5, 1.5, beside(LARGE), b'out', b'err'), (2, 3, 0.0, 0.0, b'\0\0\0\0', b'', b'')]),
     Returned('c1', [9]), Offer(3), FileBack('c1', 5, ('a', 1, b'd', 0o600), 0, beside(LARGE)), FileKept('c1', 5, 'no'), Shutdown('c1'), Limit('c1', 2),
     Place('c1', ('a', 1, b'd', 0o600), 0, beside(LARGE)), Placed('c1', 'a', ''), Query('c1'), Reclaim('c1'), Held('c1', [1]), Report('c1', [(1, 0.5)], [2], {'cpu': 1.0}),
     Started('c1', [(5, 0.02)]), Output('c1', 5, 1, 0, b'text'), Where('c1', ('10.0.0.1', 9701, 'host'), [1]), Where('c1', (), [1]), News('c1', 2, tuple('0123456789')),
