@@ -1069,6 +1069,8 @@ class Space:
         """Set what has another version than what was set before."""
         for name, (version, value) in variables.items():
             if not self.native and self.applied.get(name) != version:
+                if name not in self.variables:
+                    spaces.added.append((self.variables, name))
                 self.applied[name] = version
                 self.variables[name] = value
 
@@ -1081,10 +1083,29 @@ class Spaces:
         self._by_token: Dict[tuple, Space] = {}
         self._by_id: Dict[int, Space] = {}
         self._main: Optional[types.ModuleType] = None   # a runner's: becomes the main module of its program
+        self._adopted: Optional[Dict[str, Any]] = None  # its variables
+        self.added: List[Tuple[Dict[str, Any], str]] = []   # variables that are new since the beginning of the present job
 
     def adopt_main(self, module: types.ModuleType) -> None:
         """The main module of the first program that is met here shall be this module."""
-        self._main = module
+        self._main, self._adopted = module, vars(module)
+
+    def name_class(self, cls: type) -> None:
+        """A class of the program's main module is found by its name there, so that jobs can pickle it by name."""
+        if self._adopted is not None and cls.__module__ in MAIN_NAMES and cls.__qualname__ == cls.__name__:
+            if cls.__name__ not in self._adopted:
+                self._adopted[cls.__name__] = cls
+                self.added.append((self._adopted, cls.__name__))
+
+    def forget_added(self, names: Iterable[str]) -> None:
+        """Those of these variables that came for the present job alone."""
+        for variables, name in self.added:
+            if name in names:
+                variables.pop(name, None)
+                space = self.known(variables)
+                if space is not None:
+                    space.applied.pop(name, None)
+                    space.functions.pop(name, None)
 
     def of_variables(self, variables: Dict[str, Any]) -> Optional[Space]:
         """The space of a function's global variables. None for those of no __main__."""
@@ -1271,6 +1292,7 @@ def class_of(tracker: str, version: tuple, module: str, name: str, make: Optiona
         return _by_name_here(version, module, name, 'class')
     made = _classes.setdefault(tracker, make(*args))
     _received.setdefault(made, (tracker, {}))
+    spaces.name_class(made)
     return made
 
 
@@ -5489,6 +5511,7 @@ class Worker:
                 self._in_job = True
                 if self._slots[1] == record.serial:
                     raise KeyboardInterrupt   # cancelled in the moment in which it starts
+                spaces.added.clear()
                 args, kwargs, *extras = unseal(record.bodies[0])
                 if extras:
                     self._bring(*extras)
@@ -5650,7 +5673,8 @@ def globals_of(*functions: Any) -> List[Dict[str, Any]]:
 
 def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Callable[[], None]:
     """Make names known to one job: in the computation's global variables, where they are free. Returns what takes them away
-    again."""
+    again, with those that opening them has brought there."""
+    spaces.forget_added(names)
     lent = [(variables, name) for variables in globals_ for name in names if name not in variables]
     for variables, name in lent:
         variables[name] = names[name]
