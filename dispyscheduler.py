@@ -1672,6 +1672,9 @@ class Scheduler(Driver):
             if link.dirty is not None:
                 self.say(link, Return(message.comp, message.number, error, value))
         try:
+            if message.name == 'nodes' and message.comp in self._unopened:   # its files are on their way
+                answer([])
+                return
             if remote is None and not watched:
                 raise RuntimeError('the scheduler does not know this cluster (any more)')
             self._take_submitted()

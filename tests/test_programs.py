@@ -56,10 +56,10 @@ class Talk:
 
 def spec(**changes):
     """A computation as a client of this version sends it."""
-    cluster = dispy.JobCluster(answer, nodes=[('127.0.0.1', 1)], loglevel=logging.CRITICAL)
+    cluster = dispy.SharedJobCluster(answer, scheduler_port=1, loglevel=logging.CRITICAL)
     made = dict(cluster._cargo.spec, modules=[], code=bytes(cluster._cargo.spec['code']), files=[])
+    made['shared'] = dict(made['shared'])
     cluster.close(terminate=True)
-    made['shared'] = {'nodes': None, 'reentrant': False, 'exclusive': False, 'cloudpickle': ''}
     return dict(made, **changes)
 
 
