@@ -4816,8 +4816,8 @@ class Driver(Loop):
         self._tellers = Pool('dispy-status', 1)      # one, so that changes are told in their order
         self._warn_at: Dict[str, float] = {}
         self._probes: Dict[str, float] = {}          # computation -> when to start an embedded node
-        self._incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> files from jobs
-        self._outgoing = Backlog(self.links)                       # files to nodes
+        self._incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> receiver
+        self._outgoing = Backlog(self.links)   # files
         self._chores_at = 0.0
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts: Dict[type, Callable[[Any], None]] = {
@@ -4829,7 +4829,8 @@ class Driver(Loop):
         self._messages: Dict[type, Callable[[Peer, Any], None]] = {
             Welcome: self._on_welcome, Refused: self._on_refused, Need: self._on_need, Ready: self._on_ready,
             Results: self._on_results, Returned: self._on_returned, Offer: self._on_offer,
-            FilePiece: self._on_file_piece, FileStored: self._on_file_stored, Output: self._on_output,
+            FilePiece: self._on_file_piece, FileStored: self._on_file_stored,
+            Output: self._on_output,
             Where: self._on_where, News: self._on_news, Call: self._on_call, Return: self._on_return,
             Said: lambda peer, message: self._inform(message.comp, message.text),
             Held: self._on_held, Started: self._on_started, Report: self._on_report,
@@ -5827,9 +5828,11 @@ class Driver(Loop):
         allocation = peer.uses[message.comp].allocation if message.comp in peer.uses else None
         paths = dict(cluster._cargo.paths, **allocation.paths) if allocation is not None else cluster._cargo.paths
         for purpose, key, row in message.files:
-            source = paths.get(row[0]) if purpose == Purpose.DEPENDS else self._source_of(cluster, row[0])
+            name = row[0]
+            depends = purpose == Purpose.DEPENDS
+            source = paths.get(name) if depends else self._source_of(cluster, name)
             if source is None:
-                raise PeerError('it asked for a file that was not offered: %.60r' % (row[0],))
+                raise PeerError('it asked for a file that was not offered: %.60r' % (name,))
             self._outgoing.add_file(peer.link.number, (cluster._comp, purpose, key), row, source)
 
     @staticmethod
@@ -5841,7 +5844,8 @@ class Driver(Loop):
         """A few pieces of files into links that have room."""
         for link, (comp, purpose, _, name), text in self._outgoing.send(self.say):
             if purpose == Purpose.PLACED and link.number in self._by_link:
-                self._answer(self._by_link[link.number], (comp, name), 'it cannot be read: %s' % text)
+                peer = self._by_link[link.number]
+                self._answer(peer, (comp, name), 'it cannot be read: %s' % text)
             elif purpose in ASKED_FOR:   # the node waits for it in vain
                 self._break(link, 'a file of the computation cannot be read: %s' % text)
 
@@ -5909,11 +5913,13 @@ class Driver(Loop):
         if message.purpose != Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
         cluster = self._clusters.get(message.comp)
-        if cluster is None or peer.link is None or self._job_of(peer, message.comp, message.key) is None:
+        job = self._job_of(peer, message.comp, message.key)
+        if cluster is None or peer.link is None or job is None:
             return
         place = (peer.link.number, message.comp)
         if place not in self._incoming:
-            self._incoming[place] = FileReceiver({Purpose.FROM_JOB: cluster._directory}, where='on the client: ')
+            roots = {Purpose.FROM_JOB: cluster._directory}
+            self._incoming[place] = FileReceiver(roots, where='on the client: ')
         stored = self._incoming[place].take(message)
         if stored is not None:
             self.say(peer.link, stored)
@@ -5923,7 +5929,8 @@ class Driver(Loop):
 
     def _on_output(self, peer: Peer, message: Output) -> None:
         """What a running job prints or logs."""
-        cluster, job = self._clusters.get(message.comp), self._job_of(peer, message.comp, message.serial)
+        cluster = self._clusters.get(message.comp)
+        job = self._job_of(peer, message.comp, message.serial)
         if cluster is None or job is None:
             return
         if message.stream == 0:

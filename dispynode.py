@@ -22,7 +22,8 @@ feeds back what came of them. Workers keep a pipe each to the node thread; the r
 them, reports births and deaths. The daemon never unpickles what a user sent: it forwards bytes.
 
 The life of a job here:
-  1. `Compute` names a computation and its files; what is missing is asked for (`Need`) and comes as `FilePiece`s.
+  1. `Compute` names a computation and its files; what is missing is asked for (`Need`) and comes in
+     pieces (`FilePiece`).
   2. A runner is started, loads the code, runs setup; `Ready` tells the client.
   3. `Jobs` brings attempts; each waits until a CPU is free and is then written to a worker's pipe.
   4. The worker marks the attempt as running (a shared slot), runs it, and writes the result before it looks
@@ -260,8 +261,8 @@ class Refused(NamedTuple):
 
 
 class Need(NamedTuple):
-    """Node: send these files, each given as the fields `purpose`, `key` and `row` of FilePiece. Answers Compute, and
-    comes when a job needs modules."""
+    """Node: send these files, each given by the fields `purpose`, `key` and `row` of FilePiece.
+    Answers Compute, and comes when a job needs modules."""
     comp: str
     files: list
 
@@ -371,9 +372,9 @@ ASKED_FOR = frozenset((Purpose.DEPENDS, Purpose.MODULES))   # the key is the one
 
 
 class FilePiece(NamedTuple):
-    """Either side: a piece of a file, in order of offset; an empty file is one empty piece. `row` is the file's name, size,
-    digest and mode. FileStored answers the last piece, or the first that cannot be stored, unless the file was asked
-    for: then Ready, Refused or the end of what asked for it is the answer."""
+    """Either side: a piece of a file, in order of offset; an empty file is one empty piece. `row`
+    is the file's name, size, digest and mode. FileStored answers the last piece, or the first that
+    cannot be stored, unless Need has asked for the file: then Ready or Refused follows."""
     comp: str
     purpose: int
     key: int
@@ -563,8 +564,9 @@ def _is_file(row: Any) -> bool:
 
 def _is_file_wanted(fields: Any) -> bool:
     """Purpose, key and row of a file."""
-    return type(fields) is tuple and len(fields) == 3 and type(fields[0]) is int and fields[0] in PURPOSES \
-        and _is_serial(fields[1]) and _is_file(fields[2])
+    if type(fields) is not tuple or len(fields) != 3 or type(fields[0]) is not int:
+        return False
+    return fields[0] in PURPOSES and _is_serial(fields[1]) and _is_file(fields[2])
 
 
 def _is_kept(kept: Any) -> bool:
@@ -2216,8 +2218,9 @@ def check_size(name: str, size: int, most: int, text: str = TOO_LARGE) -> None:
 
 
 def read_pieces(source: Any, size: int) -> Iterator[Tuple[int, bytes]]:
-    """Offset and content of each piece of a file; `source` is a path, the content, or what has a method `read` that
-    returns it. Raises OSError if it cannot be read or has become shorter than `size`."""
+    """Offset and content of each piece of a file; `source` is a path, the content, or an object
+    whose method `read` returns the content. Raises OSError if it cannot be read or has become
+    shorter than `size`."""
     if not isinstance(source, (str, bytes)):
         source = source.read()
     with open(source, 'rb') if isinstance(source, str) else io.BytesIO(source) as file:
@@ -2230,18 +2233,21 @@ def read_pieces(source: Any, size: int) -> Iterator[Tuple[int, bytes]]:
 
 
 class FileReceiver:
-    """The files that come for one computation, each into the directory of its purpose. Files that are there already with
-    the right size and digest are not asked for."""
+    """The files that come for one computation, each into the directory of its purpose. Files that
+    are there already with the right size and digest are not asked for. `too_large` is the text for
+    files of more than `most` bytes; `where` begins the texts of all errors."""
 
-    def __init__(self, roots: Dict[Purpose, str], most: int = sys.maxsize, too_large: str = TOO_LARGE, where: str = '') -> None:
+    def __init__(self, roots: Dict[Purpose, str], most: int = sys.maxsize,
+                 too_large: str = TOO_LARGE, where: str = '') -> None:
         self._roots, self._most, self._too_large, self._where = roots, most, too_large, where
-        self._keys: Dict[int, int] = {}                  # purpose -> key of the files that were asked for last
-        self._wanted: Dict[Tuple[int, str], tuple] = {}  # (purpose, name) -> row
-        self._partial: Dict[Tuple[int, int, str], IncomingFile] = {}   # (purpose, key, name) -> what has come
+        self._keys: Dict[int, int] = {}                    # purpose -> key of what is wanted
+        self._wanted: Dict[Tuple[int, str], tuple] = {}    # (purpose, name) -> row
+        # (purpose, key, name) -> what has come of that file
+        self._partial: Dict[Tuple[int, int, str], IncomingFile] = {}
 
     def want(self, purpose: Purpose, rows: Sequence[tuple]) -> List[Tuple[int, int, tuple]]:
-        """What Need has to say to get these files; those of this purpose that were wanted before are not any more.
-        Raises ValueError or OSError."""
+        """What Need has to say to get these files. Those of this purpose that were wanted before
+        are not wanted any more. Raises ValueError or OSError."""
         root, wanted = self._roots[purpose], {}
         for row in rows if isinstance(rows, (list, tuple)) else (rows,):
             if not _is_file(row):
@@ -2253,7 +2259,8 @@ class FileReceiver:
         needed = sum(size for _, size, _, _ in wanted.values())
         free = shutil.disk_usage(root).free
         if needed > free:
-            raise OSError('%d bytes are needed for files and %d are free in %s' % (needed, free, root))
+            raise OSError('%d bytes are needed for files and %d are free in %s'
+                          % (needed, free, root))
         self.abort(purpose)
         key = self._keys[purpose] = self._keys.get(purpose, -1) + 1
         self._wanted.update(wanted)
@@ -2270,7 +2277,8 @@ class FileReceiver:
         return os.path.isfile(path) and os.path.getsize(path) == size and file_digest(path)[1] == digest
 
     def piece(self, piece: FilePiece) -> bool:
-        """Take a piece; true when its file is whole and in its place. Raises ValueError or OSError."""
+        """Take a piece; true when its file is whole and in its place. Raises ValueError or
+        OSError."""
         name = piece.row[0]
         file = (piece.purpose, piece.key, name)
         if piece.purpose in ASKED_FOR:
@@ -2296,7 +2304,7 @@ class FileReceiver:
         return True
 
     def take(self, piece: FilePiece) -> Optional[FileStored]:
-        """Take a piece; returns what is to be said of its file when that is whole or cannot be stored."""
+        """Take a piece; returns the answer when its file is whole or cannot be stored."""
         error = ''
         try:
             if not self.piece(piece):
@@ -2315,12 +2323,15 @@ class FileReceiver:
         """Whether a file of one of these purposes has been asked for and is not there."""
         return any(purpose in purposes for purpose, _ in self._wanted)
 
-    def abort(self, purpose: Optional[int] = None, key: Optional[int] = None, name: Optional[str] = None) -> None:
-        """Remove what is half here and forget what is wanted: all, or that of a purpose, a key, a name."""
+    def abort(self, purpose: Optional[int] = None, key: Optional[int] = None,
+              name: Optional[str] = None) -> None:
+        """Remove what is half here and forget what is wanted: all, or that of a purpose, a key, a
+        name."""
         for file in list(self._partial):
             if all(given in (None, own) for given, own in zip((purpose, key, name), file)):
                 self._partial.pop(file).abort()
-        self._wanted = {file: row for file, row in self._wanted.items() if purpose not in (None, file[0])}
+        kept = [file for file in self._wanted if purpose not in (None, file[0])]
+        self._wanted = {file: self._wanted[file] for file in kept}
 
 
 class ModuleStore:
@@ -2433,19 +2444,25 @@ _CRC = struct.Struct('>I')
 
 
 class Backlog:
-    """Messages that are made as links have room for them: pieces of files, results that are on the disk. The loop's thread."""
+    """Messages that are made as links have room for them: pieces of files, and results that are on
+    the disk. The loop's thread."""
 
     def __init__(self, links: Dict[int, 'Link']) -> None:
         self._links = links
-        self._waiting: Dict[int, Deque[Tuple[tuple, Iterator[Any]]]] = {}   # link -> (whose they are, messages)
+        # link -> owners and their messages
+        self._waiting: Dict[int, Deque[Tuple[tuple, Iterator[Any]]]] = {}
 
     def add(self, link: int, owner: tuple, messages: Iterator[Any]) -> None:
-        """Send these messages when those that were added before have gone. `owner` begins with a computation."""
+        """Send these messages when those that were added before have gone. `owner` begins with a
+        computation."""
         self._waiting.setdefault(link, collections.deque()).append((owner, messages))
 
     def add_file(self, link: int, transfer: Tuple[str, int, int], row: tuple, source: Any) -> None:
-        """Send a file; `transfer` is its computation, purpose and key, `source` as in `read_pieces`."""
-        self.add(link, (*transfer, row[0]), (FilePiece(*transfer, row, offset, beside(data)) for offset, data in read_pieces(source, row[1])))
+        """Send a file; `transfer` is its computation, purpose and key, `source` as in
+        `read_pieces`."""
+        pieces = read_pieces(source, row[1])
+        self.add(link, (*transfer, row[0]),
+                 (FilePiece(*transfer, row, offset, beside(data)) for offset, data in pieces))
 
     def add_results(self, link: int, comp: str, rows: Iterable[tuple]) -> None:
         """Send results."""
@@ -2463,7 +2480,8 @@ class Backlog:
         return any(link.queued < 4 * FRAME_FILL for link in map(self._links.get, self._waiting) if link)
 
     def send(self, say: Callable[['Link', Any], None]) -> List[Tuple['Link', tuple, str]]:
-        """Send what there is room for. Returns (link, owner, text) for what could not be read and is not sent on."""
+        """Send what there is room for. Returns (link, owner, text) for what could not be read and
+        is not sent on."""
         failed = []
         for number, waiting in list(self._waiting.items()):
             link = self._links.get(number)
@@ -2729,7 +2747,8 @@ class Received(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """The directory is there; these files are missing, as in Need, or nothing is possible and `error` says why."""
+    """The directory is there; these files are missing, as in Need, or nothing is possible and
+    `error` says why."""
     comp: str
     missing: list
     error: str = ''
@@ -3160,7 +3179,8 @@ class Node:
             Stop: self._stop, Pause: self._pause, Resume: self._resume, SetCpus: self._set_cpus, Release: self._take_from_holder, Status: self._status,
         }
         self._messages: Dict[type, Callable[..., None]] = {
-            Introduce: self._on_introduce, Compute: self._on_compute, FilePiece: self._on_file_piece, Jobs: self._on_jobs,
+            Introduce: self._on_introduce, Compute: self._on_compute, Jobs: self._on_jobs,
+            FilePiece: self._on_file_piece,
             Cancel: self._on_cancel, Recall: self._on_recall, Ack: self._on_ack, Done: self._on_done,
             FileStored: self._on_file_stored, Query: self._on_query, Shutdown: self._on_shutdown,
             Limit: self._on_limit,
@@ -3444,13 +3464,14 @@ class Node:
         self._reply(comp, Need(comp.comp, files))
 
     def _on_file_piece(self, link: int, message: FilePiece, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
-        if message.purpose == Purpose.FROM_JOB or (message.purpose in ASKED_FOR and comp is not None and not comp.asked):
+        comp, asked = self._comp_of(link, message.comp), message.purpose in ASKED_FOR
+        if message.purpose == Purpose.FROM_JOB or (asked and comp is not None and not comp.asked):
             raise PeerError('a file that was not asked for')
-        if comp is not None and (message.purpose in ASKED_FOR or comp.stage is Stage.READY):
+        if comp is not None and (asked or comp.stage is Stage.READY):
             self._do(Store(message))
-        elif message.purpose not in ASKED_FOR and message.offset + len(message.data) >= message.row[1]:
-            self._do(Send(link, FileStored(*message[:3], message.row[0], 'the computation is not set up there')))
+        elif not asked and message.offset + len(message.data) >= message.row[1]:
+            text = 'the computation is not set up there'
+            self._do(Send(link, FileStored(*message[:3], message.row[0], text)))
 
     def _stored(self, event: Stored, now: float) -> None:
         comp, error = self._comps.get(event.file.comp), event.file.error
@@ -6301,7 +6322,8 @@ class _Run:
 
     def __init__(self, comp: str, directory: str, private: str, keep: bool, max_file: int) -> None:
         self.comp, self.directory, self.private, self.keep = comp, directory, private, keep
-        self.receiver = FileReceiver({Purpose.DEPENDS: directory, Purpose.PLACED: directory, Purpose.MODULES: private}, max_file)
+        self.receiver = FileReceiver({Purpose.DEPENDS: directory, Purpose.PLACED: directory,
+                                      Purpose.MODULES: private}, max_file)
         self.fetched: list = []                      # rows of those that are on their way
         self.process: Any = None
         self.control: Optional[Pipe] = None
@@ -6595,7 +6617,8 @@ class Daemon(Loop):
             self._look_at_clock(time.localtime())
         self._act(self.node.flush(self.now))
         for link, _, text in self._backlog.send(self.say):
-            self._break(link, 'results cannot be read: %s' % text)   # its client comes back and gets them then
+            # Its client comes back and gets them then.
+            self._break(link, 'results cannot be read: %s' % text)
         self._dial_callers()
         if self._hello_at is not None and self.now >= self._hello_at:
             self._hello()
@@ -6667,14 +6690,16 @@ class Daemon(Loop):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.makedirs(private, mode=0o700, exist_ok=True)
                 run = self._runs[comp] = _Run(comp, directory, private, keep, self._options.max_file)
-                missing = run.receiver.want(Purpose.DEPENDS, spec['files']) + self._want_modules(run, spec['modules'])
+                missing = run.receiver.want(Purpose.DEPENDS, spec['files'])
+                missing += self._want_modules(run, spec['modules'])
         except (OSError, ValueError) as exc:
             self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc))
         else:
             self.post(Prepared(comp, missing))
 
     def _want_modules(self, run: _Run, rows: list) -> list:
-        """Files of modules that have to be sent; those that came for other computations are copied."""
+        """Files of modules that have to be sent, as in Need; those that came for other computations
+        are copied."""
         run.fetched = rows
         self._modules.bring(run.private, rows)
         return run.receiver.want(Purpose.MODULES, rows)
@@ -6694,7 +6719,8 @@ class Daemon(Loop):
             file = run.receiver.take(action.piece)
             if file is None:
                 return
-            if file.purpose == Purpose.MODULES and not file.error and not run.receiver.wants(Purpose.MODULES):
+            whole = not file.error and not run.receiver.wants(Purpose.MODULES)
+            if file.purpose == Purpose.MODULES and whole:
                 self._modules.keep(run.private, run.fetched)
         self.post(Stored(file, not run.receiver.wants(*ASKED_FOR)))
 
@@ -6857,8 +6883,9 @@ class Daemon(Loop):
                 row = open_envelope(record.bodies[0])
                 if not _is_file(row):
                     raise PeerError('a worker sent a file that is none')
-                self._tell(WorkerFile(pipe.worker, FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
-                                                             record.number * FILE_PIECE, beside(record.bodies[1]))))
+                piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
+                                  record.number * FILE_PIECE, beside(record.bodies[1]))
+                self._tell(WorkerFile(pipe.worker, piece))
                 self._hold_back(pipe)
             elif record.kind == Kind.WANT:
                 request = open_envelope(record.bodies[0])

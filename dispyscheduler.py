@@ -407,17 +407,20 @@ class Remote:
         self._specs = specs_of(shared['nodes'])
         self._source: Optional[Tuple[bytes, str]] = None
         self.take_spec(spec)
-        self.receiver = FileReceiver({Purpose.DEPENDS: directory, Purpose.PLACED: directory, Purpose.MODULES: directory + MODULES_OF},
-                                     most, TOO_LARGE, 'at the scheduler: ')
+        roots = {Purpose.DEPENDS: directory, Purpose.PLACED: directory,
+                 Purpose.MODULES: directory + MODULES_OF}
+        self.receiver = FileReceiver(roots, most, TOO_LARGE, 'at the scheduler: ')
         os.makedirs(directory + MODULES_OF, mode=0o700, exist_ok=True)
-        self.wanted: Deque[Tuple[list, list, Callable[[str], None]]] = collections.deque()   # files and modules to be had, and who waits
+        # Rows of files and of modules to be had, and who waits for them.
+        self.wanted: Deque[Tuple[list, list, Callable[[str], None]]] = collections.deque()
         self.ready = False
         self.works: Dict[int, RemoteWork] = {}    # by the program's serials
         self.ended: Dict[int, int] = {}           # the same of jobs that have ended and are not acknowledged, to their numbers
         self.outbox: List[tuple] = []
         self.unread: List[int] = []    # numbers of results that could not be read from the disk
         self.calls: Dict[int, Callable[[tuple, Any], None]] = {}
-        self.files: Dict[int, Tuple[int, str]] = {}   # serials of jobs that send a file, to the link that it goes along and its name
+        # Serial of a job that sends a file -> the link that it goes along, and its name.
+        self.files: Dict[int, Tuple[int, str]] = {}
         self.given_up_at = math.inf               # when, if its program does not come back
         self.number, self.since, self.program = 0, 0.0, ''   # for monitors: what it is called, since when it is here, whose it is
         self.ends = [0, 0, 0]                     # jobs done, failed, cancelled
@@ -786,8 +789,9 @@ class Scheduler(Driver):
         self._backlog = Backlog(self.links)
         self._doors: List[Gate] = []
         self._client_messages: Dict[type, Callable[[Link, Any], None]] = {
-            Introduce: self._c_introduce, Compute: self._c_compute, FilePiece: self._c_file_piece, Jobs: self._c_jobs, Cancel: self._c_cancel,
-            Ack: self._c_ack, Done: self._c_done, FileStored: self._c_file_stored, Reclaim: self._c_reclaim,
+            Introduce: self._c_introduce, Compute: self._c_compute, Jobs: self._c_jobs,
+            Cancel: self._c_cancel, Ack: self._c_ack, Done: self._c_done, Reclaim: self._c_reclaim,
+            FilePiece: self._c_file_piece, FileStored: self._c_file_stored,
             Call: self._c_call, Return: self._c_return, Recall: self._c_recall,
             Limit: lambda link, message: None, Query: lambda link, message: None, Shutdown: lambda link, message: None,
             Pulse: lambda link, message: None}
@@ -844,7 +848,7 @@ class Scheduler(Driver):
         for key, host, port, name, instance in self._state.nodes():
             places[key] = (host, port, name, instance)
         for comp, client, spec in self._state.comps():
-            remote = Remote(comp, client, spec, self._directory_of(comp), self._options.max_file_size)
+            remote = self._make_remote(comp, client, spec)
             remote.ready = True
             remote.given_up_at = self.now + self._options.zombie
             remote.absence.begin(self.now, self._options.gone)
@@ -882,6 +886,10 @@ class Scheduler(Driver):
         for name in os.listdir(self._state.root):
             if name.startswith('c-') and name[2:].partition('.')[0] not in there:
                 shutil.rmtree(os.path.join(self._state.root, name), ignore_errors=True)
+
+    def _make_remote(self, comp: str, client: bytes, spec: dict) -> Remote:
+        most = self._options.max_file_size
+        return Remote(comp, client, spec, self._directory_of(comp), most)
 
     def _directory_of(self, comp: str) -> str:
         if len(comp) > 64 or not comp.isalnum() or comp == House._comp:
@@ -931,9 +939,14 @@ class Scheduler(Driver):
                 if again:
                     numbers = list(remote.unread)
                     remote.unread.clear()
-                    self._backlog.add_results(remote.link, remote._comp, self._state.results(numbers, remote.unread))
+                    self._send_ended(remote, numbers)
                 else:
                     self._unread_until = min(self._unread_until, self.now + RETRY_TIME)
+
+    def _send_ended(self, remote: Remote, numbers: List[int]) -> None:
+        """Send results that are on the disk."""
+        rows = self._state.results(numbers, remote.unread)
+        self._backlog.add_results(remote.link, remote._comp, rows)
 
     def _write_down(self) -> bool:
         """What has happened goes to the disk, and then what was said about it."""
@@ -960,7 +973,7 @@ class Scheduler(Driver):
         link = self.links.get(remote.link)
         if remote.outbox and link is not None and link.queued >= 4 * FRAME_FILL:   # they wait on the disk until it has room
             ended = [remote.ended[row[0]] for row in remote.outbox if row[1] not in GOES_ON]
-            self._backlog.add_results(link.number, remote._comp, self._state.results(ended, remote.unread))
+            self._send_ended(remote, ended)
             remote.outbox = [row for row in remote.outbox if row[1] in GOES_ON]
         if remote.outbox and link is not None:
             for frame in frames(Results, remote._comp, map(sized, remote.outbox)):
@@ -1051,7 +1064,8 @@ class Scheduler(Driver):
             node = known.running.get(serial) if known is not None else None
             peer = self._peers.get(node.key) if node is not None else None
             if peer is not None:
-                self.say_to(peer, FileStored(remote._comp, int(Purpose.FROM_JOB), serial, name, 'the connection to the client has ended'))
+                self.say_to(peer, FileStored(remote._comp, int(Purpose.FROM_JOB), serial, name,
+                                             'the connection to the client has ended'))
         remote.files.clear()
 
     def _remote(self, link: Link, comp: str) -> Optional[Remote]:
@@ -1088,12 +1102,11 @@ class Scheduler(Driver):
             if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {
                     'nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process'}:
                 raise PeerError('a computation that is not for a scheduler')
-            remote = Remote(message.comp, link.instance, message.spec, self._directory_of(message.comp),
-                            self._options.max_file_size)
+            remote = self._make_remote(message.comp, link.instance, message.spec)
             self._came_back(remote, link)
             self._unopened[message.comp] = remote
-        spec = remote._cargo.spec
-        self._want(remote, spec['files'], spec['modules'], functools.partial(self._complete, remote))
+        spec, then = remote._cargo.spec, functools.partial(self._complete, remote)
+        self._want(remote, spec['files'], spec['modules'], then)
 
     def _came_back(self, remote: Remote, link: Link) -> None:
         remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
@@ -1166,7 +1179,8 @@ class Scheduler(Driver):
 
     # -- files of programs --------------------------------------------------------------------------------------
 
-    def _want(self, remote: Remote, files: list, modules: list, then: Callable[[str], None]) -> None:
+    def _want(self, remote: Remote, files: list, modules: list,
+              then: Callable[[str], None]) -> None:
         """Ask the program for files that are not here; `then` is called when all are, or with what went wrong."""
         remote.wanted.append((files, modules, then))
         if len(remote.wanted) == 1:
@@ -1176,7 +1190,8 @@ class Scheduler(Driver):
         while remote.wanted:
             files, modules, then = remote.wanted[0]
             try:
-                missing = remote.receiver.want(Purpose.DEPENDS, files) + remote.receiver.want(Purpose.MODULES, modules)
+                missing = remote.receiver.want(Purpose.DEPENDS, files)
+                missing += remote.receiver.want(Purpose.MODULES, modules)
             except (OSError, ValueError) as exc:
                 remote.wanted.popleft()
                 then('files cannot be stored at the scheduler: %s' % exc)
@@ -1312,7 +1327,7 @@ class Scheduler(Driver):
     def _resend(self, remote: Remote) -> None:
         """What its program has not acknowledged, and where its jobs are."""
         remote.unread.clear()
-        self._backlog.add_results(remote.link, remote._comp, self._state.results(list(remote.ended.values()), remote.unread))
+        self._send_ended(remote, list(remote.ended.values()))
         known = self.schedule.comps.get(remote._comp)
         for node in known.nodes.values() if known is not None else ():
             serials = [work._client for work in node.flight[remote._comp].values()]  # type: ignore[attr-defined]
@@ -1574,12 +1589,14 @@ class Scheduler(Driver):
         self._inform(action.work._comp, 'a job waits: %s' % action.text)
 
     def _on_output(self, peer: Peer, message: Output) -> None:
-        work, link = self._job_of(peer, message.comp, message.serial), self._client_link(message.comp)
+        work = self._job_of(peer, message.comp, message.serial)
+        link = self._client_link(message.comp)
         if work is not None and link is not None:
             self.say(link, message._replace(serial=work._client, data=beside(message.data)))
 
     def _on_file_piece(self, peer: Peer, message: FilePiece) -> None:
-        work, remote = self._job_of(peer, message.comp, message.key), self._clusters.get(message.comp)
+        work = self._job_of(peer, message.comp, message.key)
+        remote = self._clusters.get(message.comp)
         if work is None or not isinstance(remote, Remote):
             return
         if message.offset == 0:
@@ -1587,10 +1604,12 @@ class Scheduler(Driver):
         if message.key not in remote.files:
             return   # it was answered already: what is left of it is passed over
         if remote.link in self.links and remote.files[message.key][0] == remote.link:
-            self.say(self.links[remote.link], message._replace(key=work._client, data=beside(message.data)))
+            piece = message._replace(key=work._client, data=beside(message.data))
+            self.say(self.links[remote.link], piece)
         else:
             del remote.files[message.key]
-            self.say_to(peer, FileStored(*message[:3], message.row[0], 'the client is not connected'))
+            text = 'the client is not connected'
+            self.say_to(peer, FileStored(*message[:3], message.row[0], text))
 
     def _on_welcome(self, peer: Peer, message: Welcome) -> None:
         super()._on_welcome(peer, message)

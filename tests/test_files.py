@@ -30,7 +30,8 @@ class Receiver(FileReceiver):
 
     def piece(self, name, offset, data):
         key = self._keys.get(Purpose.DEPENDS, 0)
-        super().piece(FilePiece('c', int(Purpose.DEPENDS), key, self.rows.get(name, row(name)), offset, data))
+        asked = self.rows.get(name, row(name))
+        super().piece(FilePiece('c', int(Purpose.DEPENDS), key, asked, offset, data))
         return not self.wants(Purpose.DEPENDS)
 
 
@@ -391,8 +392,8 @@ def test_without_directory_descriptors(root, outside, monkeypatch):
 @pytest.fixture
 def receiver(root):
     """One that takes files of every purpose, none larger than 100 bytes."""
-    return FileReceiver({Purpose.DEPENDS: str(root), Purpose.PLACED: str(root), Purpose.FROM_JOB: str(root)},
-                        100, '%s has %d bytes, more than %d', 'here: ')
+    roots = dict.fromkeys(Purpose, str(root))
+    return FileReceiver(roots, 100, '%s has %d bytes, more than %d', 'here: ')
 
 
 def unasked(name, offset, data, key=0, content=DATA, purpose=Purpose.FROM_JOB):
@@ -401,7 +402,8 @@ def unasked(name, offset, data, key=0, content=DATA, purpose=Purpose.FROM_JOB):
 
 def test_a_file_that_comes_unasked_is_answered_when_it_is_whole(root, receiver):
     assert receiver.take(unasked('a/file', 0, DATA[:5], key=7)) is None
-    assert receiver.take(unasked('a/file', 5, DATA[5:], key=7)) == FileStored('c', 4, 7, 'a/file', '')
+    answer = receiver.take(unasked('a/file', 5, DATA[5:], key=7))
+    assert answer == FileStored('c', 4, 7, 'a/file', '')
     assert (root / 'a' / 'file').read_bytes() == DATA
 
 
@@ -414,12 +416,16 @@ def test_files_of_several_transfers_do_not_mix(root, receiver):
     assert tree(root) == ['one', 'two']
 
 
-@pytest.mark.parametrize('name, offset, data, content, text', [
-    ('../up', 0, DATA, DATA, 'refused'), ('file', 0, b'x' * 60, b'x' * 101, 'file has 101 bytes, more than 100'),
-    ('file', 0, bytes(len(DATA)), DATA, 'digest'), ('file', 0, DATA + b'x', DATA, 'does not fit')])
-def test_a_file_that_fails_is_answered_once_and_the_rest_of_it_is_passed_over(root, receiver, name, offset, data, content, text):
-    answer = receiver.take(unasked(name, offset, data, 7, content))
-    assert answer[:4] == ('c', 4, 7, name) and answer.error.startswith('here: ') and text in answer.error
+@pytest.mark.parametrize('name, data, content, text', [
+    ('../up', DATA, DATA, 'refused'),
+    ('file', b'x' * 60, b'x' * 101, 'file has 101 bytes, more than 100'),
+    ('file', bytes(len(DATA)), DATA, 'digest'),
+    ('file', DATA + b'x', DATA, 'does not fit')])
+def test_a_file_that_fails_is_answered_once(root, receiver, name, data, content, text):
+    """What is left of it is passed over."""
+    answer = receiver.take(unasked(name, 0, data, 7, content))
+    assert answer[:4] == ('c', 4, 7, name)
+    assert answer.error.startswith('here: ') and text in answer.error
     assert receiver.take(unasked(name, len(data), b'more', 7, content)) is None
     assert tree(root) == []
 
@@ -448,7 +454,8 @@ def test_pieces_of_what_was_asked_for_before_are_passed_over(root, receiver):
     (_, second, _), = receiver.want(Purpose.DEPENDS, [row('file', b'other')])
     assert tree(root) == [] and first != second
     assert receiver.take(FilePiece('c', 1, first, row('file'), 5, DATA[5:])) is None
-    assert receiver.take(FilePiece('c', 1, second, row('file', b'other'), 0, b'other')) == FileStored('c', 1, second, 'file', '')
+    answer = receiver.take(FilePiece('c', 1, second, row('file', b'other'), 0, b'other'))
+    assert answer == FileStored('c', 1, second, 'file', '')
     assert not receiver.wants(Purpose.DEPENDS)
 
 
@@ -500,7 +507,7 @@ def test_files_are_sent_as_there_is_room(tmp_path):
 
     def say(link, message):
         link.sent.append(message)
-        link.queued += len(message.data.raw()) if hasattr(message.data, 'raw') else len(message.data)
+        link.queued += len(bytes(message.data))
     rows = [row('large', bytes(20 * FILE_PIECE)), row('small', b'small')]
     backlog.add_file(1, ('c', 1, 0), rows[0], str(tmp_path / 'large'))
     backlog.add_file(1, ('c', 3, 0), rows[1], b'small')
@@ -514,7 +521,8 @@ def test_files_are_sent_as_there_is_room(tmp_path):
     for _ in range(4):
         links[1].queued = 0
         backlog.send(say)
-    assert [message.offset for message in links[1].sent] == [n * FILE_PIECE for n in range(20)] + [0]
+    offsets = [message.offset for message in links[1].sent]
+    assert offsets == [n * FILE_PIECE for n in range(20)] + [0]
     assert not backlog.has_room()
 
 

@@ -155,7 +155,8 @@ def test_a_file_for_a_computation_that_is_set_up():
     for offset, data in (0, b'he'), (2, b'llo'):
         piece = file_piece('name', offset, data, Purpose.PLACED)
         assert talk.say(piece) == [Store(piece)]
-    assert talk.tell(stored('name', '', Purpose.PLACED)) == [Send(1, FileStored('c', 3, 0, 'name', ''))]
+    answers = talk.tell(stored('name', '', Purpose.PLACED))
+    assert answers == [Send(1, FileStored('c', 3, 0, 'name', ''))]
     assert talk.say(file_piece('name', 0, b'he', Purpose.PLACED, 'unknown')) == []
     answer, = said(talk.say(file_piece('name', 2, b'llo', Purpose.PLACED, 'unknown')), FileStored)
     assert 'not set up' in answer.error and answer[:4] == ('unknown', 3, 0, 'name')
