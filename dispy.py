@@ -56,7 +56,6 @@ import heapq
 import importlib.machinery
 import importlib.util
 import inspect
-import io
 import ipaddress
 import itertools
 import logging
@@ -87,15 +86,15 @@ from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, Li
 import cloudpickle
 
 from dispynode import (
-    ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
-    NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
-    Dialling, Discovery, DispyError, Done, Ears, File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile,
-    Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Place, Placed, Pulse,
+    ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
+    NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
+    Dialling, Discovery, DispyError, Done, Ears, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
+    Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
     Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, Welcome,
     Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, derive_key, describe_exception, dial, digest_of,
     discovery_reach, file_digest, find_secret, frames, host_and_port, is_outcome, log_record_of, open_plain, open_regular,
     path_option, pieces_of, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
-    tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, OF_MODULES, Sealed, StateRow, build_tag,
+    tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
     Allowance, DurationEstimate, Started)
 
@@ -4568,7 +4567,7 @@ class Journal(Database):
             found = pickle.loads(result) if result else None
             if state == self.ENDED:
                 job._state = JobState(status)
-                if not isinstance(found, str) and (len(found) != 6 or not is_outcome(*found)):
+                if not isinstance(found, str) and (found is None or len(found) != 6 or not is_outcome(*found)):
                     raise ValueError('job %d has no result' % number)
             elif state not in (self.WAITING, self.SENT) or type(payload) is not bytes:
                 raise ValueError('job %d is in no state' % number)
@@ -5028,8 +5027,8 @@ class Driver(Loop):
         self._tellers = Pool('dispy-status', 1)      # one, so that changes are told in their order
         self._warn_at: Dict[str, float] = {}
         self._probes: Dict[str, float] = {}          # computation -> when to start an embedded node
-        self._incoming: Dict[Tuple[int, str, int], IncomingFile] = {}   # (link, computation, serial) -> file from a job
-        self._uploads: Dict[int, Deque[Iterator[Any]]] = {}   # link -> files on their way
+        self._incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> receiver
+        self._outgoing = Backlog(self.links)   # files
         self._chores_at = 0.0
         self._lost_text, self._lost_at = '', 0.0   # of a fault after which jobs may be nowhere; when they are looked for
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
@@ -5042,10 +5041,10 @@ class Driver(Loop):
         self._messages: Dict[type, Callable[[Peer, Any], None]] = {
             Welcome: self._on_welcome, Refused: self._on_refused, Need: self._on_need, Ready: self._on_ready,
             Results: self._on_results, Returned: self._on_returned, Offer: self._on_offer,
-            FileBack: self._on_file_back, Output: self._on_output,
+            FilePiece: self._on_file_piece, FileStored: self._on_file_stored,
+            Output: self._on_output,
             Where: self._on_where, News: self._on_news, Call: self._on_call, Return: self._on_return,
             Said: lambda peer, message: self._inform(message.comp, message.text),
-            Placed: lambda peer, message: self._answer(peer, (message.comp, message.name), message.error),
             Held: self._on_held, Started: self._on_started, Report: self._on_report,
         }
         self._commands: Dict[str, Callable[..., Any]] = {
@@ -5212,6 +5211,7 @@ class Driver(Loop):
         del self._warn_at[comp]
         self._probes.pop(comp, None)
         self._abort_incoming(lambda number, name: name == comp)
+        self._outgoing.drop(comp)
         for peer in [peer for peer in self._peers.values() if comp in peer.uses]:
             self._done(peer, comp, shutdown)
             del peer.uses[comp]
@@ -5257,7 +5257,6 @@ class Driver(Loop):
             kind = ConnectionError if what.startswith('call ') else RuntimeError   # a scheduler is asked once more
             future.set_exception(kind('the connection to %s has ended' % peer))
         peer.answers.clear()
-        self._uploads.pop(link.number, None)
         self._abort_incoming(lambda number, comp: number == link.number)
 
     def _abort_incoming(self, over: Callable[[int, str], bool]) -> None:
@@ -5267,8 +5266,9 @@ class Driver(Loop):
 
     def _abort_file(self, attempt: Tuple[str, int]) -> None:
         """The same of an attempt (computation, serial) that is over: its worker or node has died while it sent a file."""
-        for key in [key for key in self._incoming if key[1:] == attempt]:
-            self._incoming.pop(key).abort()
+        for (_, comp), receiver in self._incoming.items():
+            if comp == attempt[0]:
+                receiver.abort(Purpose.FROM_JOB, attempt[1])
 
     def cancel(self, job: DispyJob) -> None:
         """Begin to end a job."""
@@ -5446,7 +5446,7 @@ class Driver(Loop):
             if not known or spec.wild:
                 cluster._specs = [*cluster._specs, spec]
                 self.use(comp, [spec])
-                peer = self._peers.get((spec.host, spec.port))
+                peer = self._peers.get((spec.host, spec.port))  # type: ignore[assignment]
                 if peer is not None:
                     words.setdefault(_plain_host(spec.host), []).append(peer)
 
@@ -5470,19 +5470,10 @@ class Driver(Loop):
             raise RuntimeError('node %s is already being sent %s' % (peer, name))
         peer.answers[comp, name] = future
         if row:
-            pieces = self._place_pieces(peer, comp, row, path)
-            self._uploads.setdefault(peer.link.number, collections.deque()).append(pieces)
+            self._outgoing.add_file(peer.link.number, (comp, int(Purpose.PLACED), 0), row, path)
         else:
             self.say(peer.link, Query(comp))
         return future
-
-    def _place_pieces(self, peer: Peer, comp: str, row: tuple, path: str) -> Iterator[Any]:
-        """A file for a node. If it cannot be read, whoever sends it is told, and the link goes on."""
-        try:
-            for piece in _file_pieces(comp, row[0], path):
-                yield Place(comp, row, piece.offset, piece.data)
-        except (OSError, ValueError) as exc:
-            self._answer(peer, (comp, row[0]), 'it cannot be read: %s' % exc)
 
     @staticmethod
     def _answer(peer: Peer, key: Tuple[str, str], value: Any) -> None:
@@ -5608,8 +5599,7 @@ class Driver(Loop):
         """New jobs, jobs to nodes, and now and then what is due."""
         self.guard(None, self._take_submitted)
         self.guard(None, self._flush)
-        if self._uploads:
-            self.guard(None, self._upload)
+        self.guard(None, self._send_files)
         if self.now >= self._chores_at:
             self.guard(None, self._chores)
         for journal in self._journals.values():   # before anything of this turn is sent
@@ -5617,7 +5607,7 @@ class Driver(Loop):
 
     def next_timer(self) -> Optional[float]:
         """When chores are due, at once while files wait for room in a link."""
-        if self._uploads and any(not link.wants_write for link in map(self.links.get, self._uploads) if link):
+        if self._outgoing.has_room():
             return 0.0
         lost_at = self.schedule.next_timer()
         return self._chores_at if lost_at is None else min(lost_at, self._chores_at)
@@ -6161,35 +6151,27 @@ class Driver(Loop):
             return
         allocation = peer.uses[message.comp].allocation if message.comp in peer.uses else None
         paths = dict(cluster._cargo.paths, **allocation.paths) if allocation is not None else cluster._cargo.paths
-        sources = {}
-        for name in message.names:
-            sources[name] = self._source_of(cluster, name, paths)
-            if sources[name] is None:
+        for purpose, key, row in message.files:
+            name = row[0]
+            depends = purpose == Purpose.DEPENDS
+            source = paths.get(name) if depends else self._source_of(cluster, name)
+            if source is None:
                 raise PeerError('it asked for a file that was not offered: %.60r' % (name,))
-        waiting = self._uploads.setdefault(peer.link.number, collections.deque())
-        waiting.extend(_file_pieces(cluster._comp, name, source) for name, source in sources.items())
+            self._outgoing.add_file(peer.link.number, (cluster._comp, purpose, key), row, source)
 
     @staticmethod
-    def _source_of(cluster: 'JobCluster', name: str, paths: Dict[str, str]) -> Any:
-        """Where a file is read from: a path, a FileOfModule or its content."""
-        if name.startswith(OF_MODULES):
-            return cluster._bundles.source_of(name[len(OF_MODULES):])
-        return paths.get(name)
+    def _source_of(cluster: 'JobCluster', name: str) -> Any:
+        """Where a file of a module is read from: a path, a FileOfModule or its content."""
+        return cluster._bundles.source_of(name)
 
-    def _upload(self) -> None:
+    def _send_files(self) -> None:
         """A few pieces of files into links that have room."""
-        for number, files in list(self._uploads.items()):
-            link = self.links.get(number)
-            while files and link is not None and link.queued < 4 * FILE_PIECE:
-                try:
-                    self.say(link, next(files[0]))
-                except StopIteration:
-                    files.popleft()
-                except (OSError, ValueError) as exc:   # the file has gone or cannot be read any more
-                    self._break(link, 'a file of the computation cannot be read: %s' % exc)
-                    break
-            if not files or link is None:
-                self._uploads.pop(number, None)
+        for link, (comp, purpose, _, name), text in self._outgoing.send(self.say):
+            if purpose == Purpose.PLACED and link.number in self._by_link:
+                peer = self._by_link[link.number]
+                self._answer(peer, (comp, name), 'it cannot be read: %s' % text)
+            elif purpose in ASKED_FOR:   # the node waits for it in vain
+                self._break(link, 'a file of the computation cannot be read: %s' % text)
 
     def _on_ready(self, peer: Peer, message: Ready) -> None:
         use = peer.uses.get(message.comp)
@@ -6246,34 +6228,34 @@ class Driver(Loop):
             self._act(self.schedule.handle(started, self.now))
         self._answer(peer, (message.comp, ''), message)
 
-    def _job_of(self, peer: Peer, message: Any) -> Any:
+    def _job_of(self, peer: Peer, comp: str, serial: int) -> Any:
         """The job that a message of a node speaks of, while it is there."""
         node = self.schedule.nodes.get(peer.key)
-        return node.flight.get(message.comp, {}).get(message.serial) if node is not None else None
+        return node.flight.get(comp, {}).get(serial) if node is not None else None
 
-    def _on_file_back(self, peer: Peer, message: FileBack) -> None:
+    def _on_file_piece(self, peer: Peer, message: FilePiece) -> None:
         """A piece of a file that a job sends. After a failure the rest of the file is passed over."""
+        if message.purpose != Purpose.FROM_JOB:
+            raise PeerError('a file that was not asked for')
         cluster = self._clusters.get(message.comp)
-        if cluster is None or peer.link is None or self._job_of(peer, message) is None:
+        job = self._job_of(peer, message.comp, message.key)
+        if cluster is None or peer.link is None or job is None:
             return
-        name, size, digest, mode = message.row
-        key, error, whole = (peer.link.number, message.comp, message.serial), '', False
-        try:
-            if message.offset == 0:
-                self._incoming[key] = IncomingFile(cluster._directory, name, size, digest, mode)
-            if key in self._incoming:
-                whole = self._incoming[key].piece(message.offset, message.data)
-        except (OSError, ValueError) as exc:
-            error = 'on the client: %s' % exc
-        if whole or error:
-            incoming = self._incoming.pop(key, None)
-            if incoming is not None and error:
-                incoming.abort()
-            self.say(peer.link, FileKept(message.comp, message.serial, error))
+        place = (peer.link.number, message.comp)
+        if place not in self._incoming:
+            roots = {Purpose.FROM_JOB: cluster._directory}
+            self._incoming[place] = FileReceiver(roots, where='on the client: ')
+        stored = self._incoming[place].take(message)
+        if stored is not None:
+            self.say(peer.link, stored)
+
+    def _on_file_stored(self, peer: Peer, message: FileStored) -> None:
+        self._answer(peer, (message.comp, message.name), message.error)
 
     def _on_output(self, peer: Peer, message: Output) -> None:
         """What a running job prints or logs."""
-        cluster, job = self._clusters.get(message.comp), self._job_of(peer, message)
+        cluster = self._clusters.get(message.comp)
+        job = self._job_of(peer, message.comp, message.serial)
         if cluster is None or job is None:
             return
         if message.stream == 0:
@@ -6483,21 +6465,6 @@ def _user_name() -> str:
         return getpass.getuser()
     except (KeyError, OSError):   # no entry for this number, as in some containers
         return 'unknown'
-
-
-def _file_pieces(comp: str, name: str, source: Any) -> Iterator[File]:
-    """`source` is a path, a FileOfModule or the content itself."""
-    with open_regular(source) if isinstance(source, str) else io.BytesIO(
-            source if isinstance(source, bytes) else source.read()) as file:
-        offset = 0
-        while True:
-            data = file.read(FILE_PIECE)
-            if offset and not data:
-                return
-            yield File(comp, name, offset, beside(data))
-            offset += len(data)
-            if not data:   # an empty file is one empty piece
-                return
 
 
 def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:

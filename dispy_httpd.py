@@ -200,7 +200,7 @@ def arguments_text(payload: Any) -> str:
 def _check_memo(data: bytes) -> None:
     """Raise ValueError for a pickle that ends in the middle, or whose memo would be given memory up to some far index."""
     for opcode, value, _ in pickletools.genops(data):
-        if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT') and value > len(data):
+        if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT') and value is not None and value > len(data):
             raise ValueError('an index of the memo that is larger than the pickle')
 
 

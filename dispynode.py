@@ -22,7 +22,8 @@ feeds back what came of them. Workers keep a pipe each to the node thread; the r
 them, reports births and deaths. The daemon never unpickles what a user sent: it forwards bytes.
 
 The life of a job here:
-  1. `Compute` names a computation and its files; what is missing is asked for (`Need`) and stored (`File`).
+  1. `Compute` names a computation and its files; what is missing is asked for (`Need`) and comes in
+     pieces (`FilePiece`).
   2. A runner is started, loads the code, runs setup; `Ready` tells the client.
   3. `Jobs` brings attempts; each waits until a CPU is free and is then written to a worker's pipe.
   4. The worker marks the attempt as running (a shared slot), runs it, and writes the result before it looks
@@ -206,14 +207,6 @@ class Compute(NamedTuple):
     spec: dict
 
 
-class File(NamedTuple):
-    """Client: a piece of a file the node asked for, in order of offset."""
-    comp: str
-    name: str
-    offset: int
-    data: Any
-
-
 class Jobs(NamedTuple):
     """Client: attempts to run, rows of (serial, payload, options or None). Answered by Results."""
     comp: str
@@ -256,21 +249,6 @@ class Shutdown(NamedTuple):
     comp: str
 
 
-class FileKept(NamedTuple):
-    """Client, answers FileBack: the file is there, or why it is not."""
-    comp: str
-    serial: int
-    error: str
-
-
-class Place(NamedTuple):
-    """Client: a piece of a file for a computation that is set up; `row` is its name, size, digest and mode. The last is answered by Placed."""
-    comp: str
-    row: tuple
-    offset: int
-    data: Any
-
-
 class Query(NamedTuple):
     """Client: what of this computation is there? Answered by Report."""
     comp: str
@@ -298,9 +276,10 @@ class Refused(NamedTuple):
 
 
 class Need(NamedTuple):
-    """Node, answers Compute: send these files."""
+    """Node: send these files, each given by the fields `purpose`, `key` and `row` of FilePiece.
+    Answers Compute, and comes when a job needs modules."""
     comp: str
-    names: list
+    files: list
 
 
 class Ready(NamedTuple):
@@ -329,15 +308,6 @@ class Started(NamedTuple):
     rows: list
 
 
-class FileBack(NamedTuple):
-    """Node: a piece of a file that a running job sends; `row` is its name, size, digest and mode. The last is answered by FileKept."""
-    comp: str
-    serial: int
-    row: tuple
-    offset: int
-    data: Any
-
-
 class Output(NamedTuple):
     """Node, if the computation wants it live: what a running job has printed (stream 1 or 2), from byte `offset` of it;
     or a record of its logging (stream 0, data a plain pickle of level, logger and text)."""
@@ -352,13 +322,6 @@ class Offer(NamedTuple):
     """Node: the CPUs it offers from now on; 0 when it takes no new jobs. Also sent to those who were refused because
     another client held the node, when it is free."""
     cpus: int
-
-
-class Placed(NamedTuple):
-    """Node, answers Place: the file is there, or why it is not."""
-    comp: str
-    name: str
-    error: str
 
 
 class Held(NamedTuple):
@@ -412,6 +375,38 @@ class Return(NamedTuple):
     value: Any
 
 
+class Purpose(enum.IntEnum):
+    """What a file that travels is for. With a computation and a key it names a transfer."""
+    DEPENDS = 1    # a file of the computation, asked for by Need
+    MODULES = 2    # a file of the user's modules, asked for by Need
+    PLACED = 3     # a file that the client sends to a computation that is set up; the key is 0
+    FROM_JOB = 4   # a file that a running job sends to the client; the key is its serial
+
+
+ASKED_FOR = frozenset((Purpose.DEPENDS, Purpose.MODULES))   # the key is the one in Need
+
+
+class FilePiece(NamedTuple):
+    """Either side: a piece of a file, in order of offset; an empty file is one empty piece. `row`
+    is the file's name, size, digest and mode. FileStored answers the last piece, or the first that
+    cannot be stored, unless Need has asked for the file: then Ready or Refused follows."""
+    comp: str
+    purpose: int
+    key: int
+    row: tuple
+    offset: int
+    data: Any
+
+
+class FileStored(NamedTuple):
+    """Answers FilePiece: the file is there, or why it is not."""
+    comp: str
+    purpose: int
+    key: int
+    name: str
+    error: str
+
+
 class Pulse(NamedTuple):
     """Either side: alive."""
 
@@ -434,22 +429,22 @@ LIST = NAMES_MOST + (4 << 20)
 BUFFERS_MOST = 1 << 16        # of large parts beside an envelope
 # op on the wire -> (message, bytes of payload at most)
 MESSAGES: Dict[int, Tuple[type, int]] = {
-    1: (Introduce, SMALL), 2: (Compute, LARGE), 3: (File, 2 * FILE_PIECE), 4: (Jobs, LARGE), 5: (Cancel, MIDDLE),
-    6: (Recall, MIDDLE), 7: (Ack, MIDDLE), 8: (Done, SMALL), 9: (FileKept, SMALL),
-    10: (Place, 2 * FILE_PIECE), 11: (Query, SMALL),
+    1: (Introduce, SMALL), 2: (Compute, LARGE), 4: (Jobs, LARGE), 5: (Cancel, MIDDLE),
+    6: (Recall, MIDDLE), 7: (Ack, MIDDLE), 8: (Done, SMALL), 11: (Query, SMALL),
     12: (Shutdown, SMALL), 13: (Reclaim, SMALL), 14: (Limit, SMALL),
     33: (Welcome, MIDDLE), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, LIST), 37: (Results, LARGE),
-    38: (Returned, MIDDLE), 39: (Offer, SMALL), 40: (FileBack, 2 * FILE_PIECE),
-    41: (Output, 2 * FILE_PIECE), 42: (Placed, SMALL), 43: (Report, MIDDLE), 44: (Held, LIST),
+    38: (Returned, MIDDLE), 39: (Offer, SMALL),
+    41: (Output, 2 * FILE_PIECE), 43: (Report, MIDDLE), 44: (Held, LIST),
     45: (Started, MIDDLE),
     48: (Where, MIDDLE), 49: (News, MIDDLE), 50: (Said, MIDDLE),
     65: (Pulse, SMALL), 66: (Bye, SMALL), 67: (Call, MIDDLE), 68: (Return, MIDDLE), 69: (Wrong, SMALL),
+    70: (FilePiece, 2 * FILE_PIECE), 71: (FileStored, SMALL),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
 # What a process takes from the other side of a link.
 OF_CLIENTS = frozenset(op for op in MESSAGES if op < 32 or op >= 64)
 OF_NODES = frozenset(op for op in MESSAGES if op >= 32)
-SPEAK_OF_COMPS = frozenset(message for message in OPS if message._fields[:1] == ('comp',))
+SPEAK_OF_COMPS = frozenset(message for message in OPS if message._fields[:1] == ('comp',))  # type: ignore[attr-defined]
 # Some fields of these hold values whose shape nothing else checks.
 LOOSE = frozenset((Compute, Welcome, Call, Return, Report, Where, News))
 KEY_SIZE = 32    # bytes of the digest of a computation's key
@@ -526,9 +521,9 @@ def frames(kind: Callable[[str, list], Any], comp: str, rows: Iterable[Tuple[tup
         yield kind(comp, some)
 
 
-def needs(comp: str, names: Iterable[str]) -> Iterator[Need]:
-    """Messages that ask for these files."""
-    return frames(Need, comp, ((name, 4 * len(name) + 16) for name in names))  # type: ignore[arg-type, misc]
+def needs(comp: str, files: Iterable[tuple]) -> Iterator[Need]:
+    """Messages that ask for these files, each (purpose, key, row) as in FilePiece."""
+    return frames(Need, comp, ((file, 4 * len(file[2][0]) + 128) for file in files))  # type: ignore[arg-type, misc]
 
 
 def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]) -> Iterator[Any]:
@@ -820,6 +815,13 @@ def _is_file(row: Any) -> bool:
     return type(row) is tuple and [type(field) for field in row] == [str, int, bytes, int] and row[1] >= 0
 
 
+def _is_file_wanted(fields: Any) -> bool:
+    """Purpose, key and row of a file."""
+    if type(fields) is not tuple or len(fields) != 3 or type(fields[0]) is not int:
+        return False
+    return fields[0] in PURPOSES and _is_serial(fields[1]) and _is_file(fields[2])
+
+
 def _is_kept(kept: Any) -> bool:
     return type(kept) is dict and all(type(serials) is list and all(map(_is_serial, serials)) for serials in kept.values())
 
@@ -830,6 +832,7 @@ def _is_running(pair: Any) -> bool:
 
 OUTCOMES = frozenset(map(int, Outcome))
 VALUES = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
+PURPOSES = frozenset(map(int, Purpose))
 GOES_ON = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))   # those that are not the end of an attempt
 # kind is what code holds: 'function': a pickle by value, for one minor version of Python; 'source': arguments of load_source
 # in an envelope, for any; 'program': nothing.
@@ -858,11 +861,9 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Welcome: lambda fields: (fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(fields[2].get('python', ())) is tuple
                              and type(fields[2].get('available', {})) is dict),
     Compute: lambda fields: _is_spec(fields[1]),
-    File: lambda fields: _is_buffer(fields[3]),
-    FileBack: lambda fields: _is_serial(fields[1]) and _is_file(fields[2]) and _is_buffer(fields[4]),
-    FileKept: lambda fields: _is_serial(fields[1]),
+    FilePiece: lambda fields: _is_file_wanted(fields[1:4]) and _is_buffer(fields[5]),
+    FileStored: lambda fields: fields[1] in PURPOSES and _is_serial(fields[2]),
     Limit: lambda fields: fields[1] >= 1,
-    Place: lambda fields: _is_file(fields[1]) and _is_buffer(fields[3]),
     Wrong: lambda fields: _is_serial(fields[1]),
     Where: lambda fields: len(fields[1]) in (0, 3) and all(map(_is_serial, fields[2])),
     News: lambda fields: len(fields[2]) == 10,
@@ -872,7 +873,7 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Output: lambda fields: _is_serial(fields[1]) and fields[2] in (0, 1, 2) and _is_serial(fields[3]) and _is_buffer(fields[4]),
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
-    Need: lambda fields: all(type(name) is str for name in fields[1]),
+    Need: lambda fields: all(map(_is_file_wanted, fields[1])),
     Cancel: _all_serials, Recall: _all_serials, Ack: _all_serials, Ready: _all_serials,
     Held: _all_serials, Returned: _all_serials,
 }
@@ -2616,68 +2617,130 @@ class IncomingFile:
             os.unlink(prefix + self._temporary, dir_fd=handle)   # or it was never made, or is in its place already
 
 
-def check_size(name: str, size: int, most: int) -> None:
-    """Raise ValueError for a file that is larger than this node allows."""
+TOO_LARGE = '%s has %d bytes and the node takes %d at most (its --max-file-size)'
+
+
+def check_size(name: str, size: int, most: int, text: str = TOO_LARGE) -> None:
+    """Raise ValueError for a file that is larger than what is allowed."""
     if size > most:
-        raise ValueError('%s has %d bytes and the node takes %d at most (its --max-file-size)' % (name, size, most))
+        raise ValueError(text % (name, size, most))
+
+
+def read_pieces(source: Any, size: int) -> Iterator[Tuple[int, bytes]]:
+    """Offset and content of each piece of a file; `source` is a path, the content, or an object
+    whose method `read` returns the content. Raises OSError if it cannot be read or has become
+    shorter than `size`."""
+    if not isinstance(source, (str, bytes)):
+        source = source.read()
+    with open_regular(source) if isinstance(source, str) else io.BytesIO(source) as file:
+        for offset in range(0, max(size, 1), FILE_PIECE):
+            length = min(FILE_PIECE, size - offset)
+            data = file.read(length)
+            if len(data) < length:
+                raise OSError('it has %d bytes now and had %d' % (offset + len(data), size))
+            yield offset, data
 
 
 class FileReceiver:
-    """The files of one directory as they come in. Files already there with the right size and digest are not wanted."""
+    """The files that come for one computation, each into the directory of its purpose. Files that
+    are there already with the right size and digest are not asked for. `too_large` is the text for
+    files of more than `most` bytes; `where` begins the texts of all errors."""
 
-    def __init__(self, root: str, most: int = sys.maxsize) -> None:
-        self._root, self._most = root, most
-        self._wanted: Dict[str, Tuple[int, bytes, int]] = {}
-        self._partial: Dict[str, IncomingFile] = {}
+    def __init__(self, roots: Dict[Purpose, str], most: int = sys.maxsize,
+                 too_large: str = TOO_LARGE, where: str = '') -> None:
+        self._roots, self._most, self._too_large, self._where = roots, most, too_large, where
+        self._keys: Dict[int, int] = {}                    # purpose -> key of what is wanted
+        self._wanted: Dict[Tuple[int, str], tuple] = {}    # (purpose, name) -> row
+        # (purpose, key, name) -> what has come of that file
+        self._partial: Dict[Tuple[int, int, str], IncomingFile] = {}
 
-    def want(self, files: Sequence[Tuple[str, int, bytes, int]]) -> List[str]:
-        """Rows of (name, size, digest, mode); returns the names to be sent. Raises ValueError or OSError."""
-        wanted = {}
-        for row in files if isinstance(files, (list, tuple)) else (files,):
+    def want(self, purpose: Purpose, rows: Sequence[tuple]) -> List[Tuple[int, int, tuple]]:
+        """What Need has to say to get these files. Those of this purpose that were wanted before
+        are not wanted any more. Raises ValueError or OSError."""
+        root, wanted = self._roots[purpose], {}
+        for row in rows if isinstance(rows, (list, tuple)) else (rows,):
             if not _is_file(row):
                 raise ValueError('%.80r describes no file' % (row,))
-            name, size, digest, mode = row
-            check_size(name, size, self._most)
-            if not self._known(check_name(name), size, digest):
-                wanted[name] = (size, digest, mode)
-        needed = sum(size for size, _, _ in wanted.values())
-        free = shutil.disk_usage(self._root).free
+            name, size, digest, _ = row
+            check_size(name, size, self._most, self._too_large)
+            if not self._known(root, check_name(name), size, digest):
+                wanted[int(purpose), name] = row
+        needed = sum(size for _, size, _, _ in wanted.values())
+        free = shutil.disk_usage(root).free
         if needed > free:
-            raise OSError('%d bytes are needed for files and %d are free in %s' % (needed, free, self._root))
-        self._wanted = wanted
-        return sorted(wanted)
+            raise OSError('%d bytes are needed for files and %d are free in %s'
+                          % (needed, free, root))
+        self.abort(purpose)
+        key = self._keys[purpose] = self._keys.get(purpose, -1) + 1
+        self._wanted.update(wanted)
+        return [(int(purpose), key, row) for _, row in sorted(wanted.items())]
 
-    def _known(self, parts: Sequence[str], size: int, digest: bytes) -> bool:
+    @staticmethod
+    def _known(root: str, parts: Sequence[str], size: int, digest: bytes) -> bool:
         """Whether this very file is there, and not through a link."""
-        path = self._root
+        path = root
         for part in parts:
             path = os.path.join(path, part)
             if os.path.islink(path):
                 return False
         return os.path.isfile(path) and os.path.getsize(path) == size and file_digest(path)[1] == digest
 
-    def piece(self, name: str, offset: int, data: Buffer) -> bool:
-        """Take one piece; true when no file is wanted any more. Raises ValueError or OSError."""
-        if name not in self._wanted:
-            raise ValueError('%.60r was not asked for' % name)
-        partial = self._partial.get(name)
-        if partial is None:
-            partial = self._partial[name] = IncomingFile(self._root, name, *self._wanted[name])
-        if partial.piece(offset, data):
-            del self._partial[name], self._wanted[name]
-        return self.is_complete
+    def piece(self, piece: FilePiece) -> bool:
+        """Take a piece; true when its file is whole and in its place. Raises ValueError or
+        OSError."""
+        name = piece.row[0]
+        file = (piece.purpose, piece.key, name)
+        if piece.purpose in ASKED_FOR:
+            if piece.key != self._keys.get(piece.purpose):
+                return False   # of what is not wanted any more
+            if self._wanted.get((piece.purpose, name)) != piece.row:
+                raise ValueError('%.60r was not asked for' % name)
+            begins = file not in self._partial
+        else:
+            begins = piece.offset == 0
+            if begins:
+                check_size(name, piece.row[1], self._most, self._too_large)
+            elif file not in self._partial:
+                return False   # it has failed, and the other side does not know yet
+        if begins:
+            if file in self._partial:
+                self._partial.pop(file).abort()
+            self._partial[file] = IncomingFile(self._roots[Purpose(piece.purpose)], *piece.row)
+        if not self._partial[file].piece(piece.offset, piece.data):
+            return False
+        del self._partial[file]
+        self._wanted.pop((piece.purpose, name), None)
+        return True
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether no file is wanted."""
-        return not self._wanted
+    def take(self, piece: FilePiece) -> Optional[FileStored]:
+        """Take a piece; returns the answer when its file is whole or cannot be stored."""
+        error = ''
+        try:
+            if not self.piece(piece):
+                return None
+        except (OSError, ValueError) as exc:
+            error = self._where + (str(exc) or type(exc).__name__)
+            if piece.purpose in ASKED_FOR:   # of no use without the others
+                error = 'file %.100r cannot be stored: %s' % (piece.row[0], error)
+                for purpose in ASKED_FOR:
+                    self.abort(purpose)
+            else:
+                self.abort(piece.purpose, piece.key, piece.row[0])
+        return FileStored(*piece[:3], piece.row[0], error)
 
-    def abort(self) -> None:
-        """Forget what is half here."""
-        for partial in self._partial.values():
-            partial.abort()
-        self._partial.clear()
-        self._wanted.clear()
+    def wants(self, *purposes: int) -> bool:
+        """Whether a file of one of these purposes has been asked for and is not there."""
+        return any(purpose in purposes for purpose, _ in self._wanted)
+
+    def abort(self, purpose: Optional[int] = None, key: Optional[int] = None,
+              name: Optional[str] = None) -> None:
+        """Remove what is half here and forget what is wanted: all, or that of a purpose, a key, a
+        name."""
+        for file in list(self._partial):
+            if all(given in (None, own) for given, own in zip((purpose, key, name), file)):
+                self._partial.pop(file).abort()
+        kept = [file for file in self._wanted if purpose not in (None, file[0])]
+        self._wanted = {file: self._wanted[file] for file in kept}
 
 
 class ModuleStore:
@@ -2791,20 +2854,34 @@ _CRC = struct.Struct('>I')
 
 
 class Backlog:
-    """Results on the disk on their way into links, as these have room. The loop's thread."""
+    """Messages that are made as links have room for them: pieces of files, and results that are on
+    the disk. The loop's thread."""
 
     def __init__(self, links: Dict[int, 'Link']) -> None:
         self._links = links
-        self._waiting: Dict[int, Deque[Tuple[str, Iterator[tuple]]]] = {}   # link -> (computation, its results)
+        # link -> owners and their messages
+        self._waiting: Dict[int, Deque[Tuple[tuple, Iterator[Any]]]] = {}
 
-    def add(self, link: int, comp: str, rows: Iterator[tuple]) -> None:
-        """These too."""
-        self._waiting.setdefault(link, collections.deque()).append((comp, rows))
+    def add(self, link: int, owner: tuple, messages: Iterator[Any]) -> None:
+        """Send these messages when those that were added before have gone. `owner` begins with a
+        computation."""
+        self._waiting.setdefault(link, collections.deque()).append((owner, messages))
+
+    def add_file(self, link: int, transfer: Tuple[str, int, int], row: tuple, source: Any) -> None:
+        """Send a file; `transfer` is its computation, purpose and key, `source` as in
+        `read_pieces`."""
+        pieces = read_pieces(source, row[1])
+        self.add(link, (*transfer, row[0]),
+                 (FilePiece(*transfer, row, offset, beside(data)) for offset, data in pieces))
+
+    def add_results(self, link: int, comp: str, rows: Iterable[tuple]) -> None:
+        """Send results."""
+        self.add(link, (comp,), frames(Results, comp, map(sized, rows)))
 
     def drop(self, comp: str) -> None:
-        """Not these any more."""
+        """Send nothing more of a computation."""
         for waiting in self._waiting.values():
-            for entry in [entry for entry in waiting if entry[0] == comp]:
+            for entry in [entry for entry in waiting if entry[0][0] == comp]:
                 entry[1].close()  # type: ignore[attr-defined]
                 waiting.remove(entry)
 
@@ -2812,19 +2889,22 @@ class Backlog:
         """Whether something can be sent now."""
         return any(link.queued < 4 * FRAME_FILL for link in map(self._links.get, self._waiting) if link)
 
-    def send(self, say: Callable[['Link', Any], None]) -> None:
-        """What there is room for."""
+    def send(self, say: Callable[['Link', Any], None]) -> List[Tuple['Link', tuple, str]]:
+        """Send what there is room for. Returns (link, owner, text) for what could not be read and
+        is not sent on."""
+        failed = []
         for number, waiting in list(self._waiting.items()):
             link = self._links.get(number)
             while waiting and link is not None and link.queued < 4 * FRAME_FILL:
-                comp, rows = waiting[0]
-                some = list(itertools.islice(rows, 16))
-                for frame in frames(Results, comp, map(sized, some)):
-                    say(link, frame)
-                if not some:
+                try:
+                    say(link, next(waiting[0][1]))
+                except StopIteration:
                     waiting.popleft()
+                except (OSError, ValueError) as exc:   # ValueError: it is no regular file any more
+                    failed.append((link, waiting.popleft()[0], str(exc)))
             if not waiting or link is None:
                 del self._waiting[number]
+        return failed
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3135,23 +3215,17 @@ class Received(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """The directory is there; these files are missing, or nothing is possible and `error` says why."""
+    """The directory is there; these files are missing, as in Need, or nothing is possible and
+    `error` says why."""
     comp: str
     missing: list
     error: str = ''
 
 
 class Stored(NamedTuple):
-    """All files are there, or one could not be stored."""
-    comp: str
-    error: str = ''
-
-
-class Put(NamedTuple):
-    """A file of Place is there, or could not be stored."""
-    comp: str
-    name: str
-    error: str
+    """A file is there, or could not be stored. `complete`: all that were asked for are there."""
+    file: FileStored
+    complete: bool
 
 
 class Found(NamedTuple):
@@ -3193,10 +3267,7 @@ class WorkerResults(NamedTuple):
 class WorkerFile(NamedTuple):
     """A piece of a file from a job."""
     worker: int
-    serial: int
-    row: tuple
-    offset: int
-    data: Any
+    piece: FilePiece
 
 
 class WorkerWants(NamedTuple):
@@ -3209,7 +3280,7 @@ class WorkerWants(NamedTuple):
 class Fetched(NamedTuple):
     """What came of Fetch: these files are missing, or all are there, or why they cannot be."""
     comp: str
-    missing: List[str]
+    missing: list
     error: str = ''
 
 
@@ -3329,25 +3400,14 @@ class Prepare(NamedTuple):
 
 
 class Store(NamedTuple):
-    """Write a piece of a file. Fed back as Stored when the last is there."""
-    comp: str
-    name: str
-    offset: int
-    data: Any
+    """Write a piece of a file. Fed back as Stored when its file is there or cannot be stored."""
+    piece: FilePiece
 
 
 class Fetch(NamedTuple):
     """Find out which of these files of modules are missing; answered by Fetched."""
     comp: str
     rows: list
-
-
-class StorePlaced(NamedTuple):
-    """Write a piece of a file for a computation that is set up. Fed back as Put when it is there."""
-    comp: str
-    row: tuple
-    offset: int
-    data: Any
 
 
 class StartRunner(NamedTuple):
@@ -3538,6 +3598,7 @@ class _Computation:
         self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
         self.orphan_at = 0.0                   # when its results are given up, if its link is gone
         self.calls: Dict[int, int] = {}        # questions to the client -> worker that waits for the answer
+        self.asked = False                     # for files, ever
         self.fetches: Deque[Tuple[int, list]] = collections.deque()   # workers, and the files that they wait for
         self.served = 0                        # when it was given a CPU last, in numbers of the node
         self.done = 0                          # attempts that have ended
@@ -3594,7 +3655,7 @@ class Node:
         self._handlers: Dict[type, Callable[..., None]] = {
             LinkUp: self._link_up, LinkDown: self._link_down, Received: self._received, Prepared: self._prepared,
             Found: self._found, Kept: self._kept, Faulted: self._faulted,
-            Stored: self._stored, Put: self._put, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
+            Stored: self._stored, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
             WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
             WorkerWants: self._worker_wants, Fetched: self._fetched,
             WorkerReturned: self._worker_returned,
@@ -3602,9 +3663,10 @@ class Node:
             Stop: self._stop, Pause: self._pause, Resume: self._resume, SetCpus: self._set_cpus, Release: self._take_from_holder, Status: self._status,
         }
         self._messages: Dict[type, Callable[..., None]] = {
-            Introduce: self._on_introduce, Compute: self._on_compute, File: self._on_file, Jobs: self._on_jobs,
+            Introduce: self._on_introduce, Compute: self._on_compute, Jobs: self._on_jobs,
+            FilePiece: self._on_file_piece,
             Cancel: self._on_cancel, Recall: self._on_recall, Ack: self._on_ack, Done: self._on_done,
-            FileKept: self._on_file_kept, Place: self._on_place, Query: self._on_query, Shutdown: self._on_shutdown,
+            FileStored: self._on_file_stored, Query: self._on_query, Shutdown: self._on_shutdown,
             Limit: self._on_limit,
             Reclaim: self._on_reclaim, Return: self._on_return,
         }
@@ -3910,40 +3972,36 @@ class Node:
             self._refuse(comp, 'transfer', event.error)
         elif event.missing:
             self._set_stage(comp, 'missing')
-            for need in needs(comp.comp, event.missing):
-                self._reply(comp, need)
+            self._need(comp, event.missing)
         else:
             self._start(comp, now)
 
-    def _on_file(self, link: int, message: File, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
-        if comp is None:
-            return
-        if comp.stage is not Stage.RECEIVING and not comp.fetches:
+    def _need(self, comp: _Computation, files: list) -> None:
+        comp.asked = True
+        for need in needs(comp.comp, files):
+            self._reply(comp, need)
+
+    def _on_file_piece(self, link: int, message: FilePiece, now: float) -> None:
+        comp, asked = self._comp_of(link, message.comp), message.purpose in ASKED_FOR
+        if message.purpose == Purpose.FROM_JOB or (asked and comp is not None and not comp.asked):
             raise PeerError('a file that was not asked for')
-        self._do(Store(message.comp, message.name, message.offset, message.data))
+        if comp is not None and (asked or comp.stage is Stage.READY):
+            self._do(Store(message))
+        elif not asked and message.offset + len(message.data) >= message.row[1]:
+            text = 'the computation is not set up there'
+            self._do(Send(link, FileStored(*message[:3], message.row[0], text)))
 
     def _stored(self, event: Stored, now: float) -> None:
-        comp = self._comps[event.comp]
-        if comp.fetches:
-            self._fetched(Fetched(event.comp, [], event.error), now)
-        if comp.stage is not Stage.RECEIVING:
-            return
-        if event.error:
-            self._refuse(comp, 'transfer', event.error)
-        else:
-            self._start(comp, now)
-
-    def _on_place(self, link: int, message: Place, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
-        if comp is not None and comp.stage is Stage.READY:
-            self._do(StorePlaced(*message))
-        elif message.offset + len(message.data) >= message.row[1]:
-            self._do(Send(link, Placed(message.comp, message.row[0], 'the computation is not set up there')))
-
-    def _put(self, event: Put, now: float) -> None:
-        if event.comp in self._comps:
-            self._reply(self._comps[event.comp], Placed(*event))
+        comp, error = self._comps.get(event.file.comp), event.file.error
+        if comp is not None and event.file.purpose not in ASKED_FOR:
+            self._reply(comp, event.file)
+        elif comp is not None and (error or event.complete):
+            if comp.fetches:
+                self._fetched(Fetched(comp.comp, [], error), now)
+            if comp.stage is Stage.RECEIVING and error:
+                self._refuse(comp, 'transfer', error)
+            elif comp.stage is Stage.RECEIVING:
+                self._start(comp, now)
 
     def _on_query(self, link: int, message: Query, now: float) -> None:
         """Answered at the end of the turn, when what came in it has been handed out."""
@@ -4245,14 +4303,14 @@ class Node:
         worker = self._workers.get(event.worker)
         if worker is None or worker.comp.stage is Stage.CLOSING:
             return
-        if not worker.queue or worker.queue[0].serial != event.serial:
+        if not worker.queue or worker.queue[0].serial != event.piece.key:
             return   # of a job that does not run there
-        if event.offset == 0:
+        if event.piece.offset == 0:
             worker.asks = worker.comp.link or -1
         if not worker.asks:
             return   # it was answered already: what is left of it is passed over
         if worker.asks == worker.comp.link and worker.asks in self._links:
-            self._do(Send(worker.comp.link, FileBack(worker.comp.comp, event.serial, event.row, event.offset, event.data)))
+            self._do(Send(worker.comp.link, event.piece))
         else:
             self._answer(worker, 'the client is not connected')
 
@@ -4289,7 +4347,7 @@ class Node:
         if comp is None or not comp.fetches:
             return
         if event.missing:
-            self._reply(comp, Need(comp.comp, event.missing))
+            self._need(comp, event.missing)
             return
         worker = self._workers.get(comp.fetches.popleft()[0])
         if worker is not None:
@@ -4302,10 +4360,10 @@ class Node:
         if worker is not None and worker.queue and worker.queue[0].serial == event.serial:
             self._reply(worker.comp, Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data))
 
-    def _on_file_kept(self, link: int, message: FileKept, now: float) -> None:
+    def _on_file_stored(self, link: int, message: FileStored, now: float) -> None:
         comp = self._comp_of(link, message.comp)
         for worker in comp.workers.values() if comp is not None else ():
-            if worker.asks and worker.queue and worker.queue[0].serial == message.serial:
+            if worker.asks and worker.queue and worker.queue[0].serial == message.key:
                 self._answer(worker, message.error)
 
     def _answer(self, worker: _Worker, error: str) -> None:
@@ -4804,7 +4862,6 @@ MODULES = 'modules/'      # files of the user's modules: the import root
 BUNDLES = 'bundles/'      # what belongs to groups of them
 BEHIND_ROOT = 'behind'    # modules that come after the node's own
 BUNDLE = 'bundle-%d'      # name of a bundle's file
-OF_MODULES = '//'         # begins the names of files of modules in Need and File, where no other name can begin so
 
 
 class ModuleLoader(importlib.abc.MetaPathFinder):
@@ -5447,11 +5504,10 @@ class Worker:
         check_size(name, os.path.getsize(path), self._spec['max_file'])
         size, digest = file_digest(path)
         row = pickle.dumps((name, size, digest, stat.S_IMODE(os.stat(path).st_mode)))
-        with self._filing, open_regular(path) as file:
-            for piece in range(max(1, -(-size // FILE_PIECE))):
-                data = file.read(FILE_PIECE)
+        with self._filing:
+            for offset, data in read_pieces(path, size):
                 with self._beside_job():
-                    self._send(Kind.FILE, piece, self._slots[0], 0.0, 0.0, row, data)
+                    self._send(Kind.FILE, offset // FILE_PIECE, self._slots[0], 0.0, 0.0, row, data)
             with self._beside_job():
                 while not self._answers:
                     self._receive(0)
@@ -7055,10 +7111,9 @@ class _Run:
 
     def __init__(self, comp: str, directory: str, private: str, keep: bool, max_file: int) -> None:
         self.comp, self.directory, self.private, self.keep = comp, directory, private, keep
-        self.receiver = FileReceiver(directory, max_file)
-        self.modules = FileReceiver(private, max_file)   # files of the user's modules
+        self.receiver = FileReceiver({Purpose.DEPENDS: directory, Purpose.PLACED: directory,
+                                      Purpose.MODULES: private}, max_file)
         self.fetched: list = []                      # rows of those that are on their way
-        self.placing: Dict[str, IncomingFile] = {}   # files that come while the computation is set up
         self.process: Any = None
         self.control: Optional[Pipe] = None
         self.up = self.closing = self.unloadable = False
@@ -7108,7 +7163,7 @@ class Daemon(Loop):
         self._port = 0
         self._root = self._base = ''   # where computations work, and what is above: not the same with --user
         self._acts: Dict[type, Callable[[Any], None]] = {
-            Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store, StorePlaced: self._store_placed,
+            Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store,
             Fetch: self._fetch,
             StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
             Broken: lambda action: self.fault(action, action.error), Keep: self._keep, SendKept: self._send_kept, Forget: self._forget, Feed: self._feed, Interrupt: self._interrupt,
@@ -7401,7 +7456,7 @@ class Daemon(Loop):
             self._look_at_clock(time.localtime())
         self.guard(None, self._flush)
         self._read_again()
-        self.guard(None, self._backlog.send, self.say)
+        self.guard(None, self._send_waiting)
         self._dial_callers()
         if self._hello_at is not None and self.now >= self._hello_at:
             self._hello()
@@ -7485,7 +7540,8 @@ class Daemon(Loop):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.makedirs(private, mode=0o700, exist_ok=True)
                 run = self._runs[comp] = _Run(comp, directory, private, keep, self._options.max_file)
-                missing = run.receiver.want(spec['files']) + self._want_modules(run, spec['modules'])
+                missing = run.receiver.want(Purpose.DEPENDS, spec['files'])
+                missing += self._want_modules(run, spec['modules'])
         except (OSError, ValueError, StartError) as exc:
             self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc))
         else:
@@ -7500,12 +7556,18 @@ class Daemon(Loop):
                 self._lock_file = None
             self._root = self._take_directory(self._port)
 
-    def _want_modules(self, run: _Run, rows: list) -> List[str]:
-        """Names of the files of modules that have to be sent; those that came for other computations are copied."""
+    def _send_waiting(self) -> None:
+        """Files and kept results into links that have room."""
+        for link, _, text in self._backlog.send(self.say):
+            # Its client comes back and gets them then.
+            self._break(link, 'results cannot be read: %s' % text)
+
+    def _want_modules(self, run: _Run, rows: list) -> list:
+        """Files of modules that have to be sent, as in Need; those that came for other computations
+        are copied."""
         run.fetched = rows
-        run.modules.abort()
         self._modules.bring(run.private, rows)
-        return [OF_MODULES + name for name in run.modules.want(rows)]
+        return run.receiver.want(Purpose.MODULES, rows)
 
     def _fetch(self, action: Fetch) -> None:
         try:
@@ -7517,50 +7579,19 @@ class Daemon(Loop):
             self.post(Fetched(action.comp, missing))
 
     def _store(self, action: Store) -> None:
-        run = self._runs[action.comp]
-        of_modules = action.name.startswith(OF_MODULES)
-        try:
-            with self._as_user():
-                if of_modules:
-                    complete = run.modules.piece(action.name[len(OF_MODULES):], action.offset, action.data)
-                else:
-                    complete = run.receiver.piece(action.name, action.offset, action.data)
-                if complete and of_modules:
-                    self._modules.keep(run.private, run.fetched)
-                complete = run.receiver.is_complete and run.modules.is_complete
-        except (OSError, ValueError) as exc:
-            with self._as_user():
-                run.receiver.abort()
-                run.modules.abort()
-            self.post(Stored(action.comp, 'file %.100r cannot be stored: %s' % (action.name, exc)))
-        else:
-            if complete:
-                self.post(Stored(action.comp))
-
-    def _store_placed(self, action: StorePlaced) -> None:
-        run, (name, size, digest, mode), whole, error = self._runs[action.comp], action.row, False, ''
-        try:
-            check_size(name, size, self._options.max_file)
-            with self._as_user():
-                if action.offset == 0:
-                    run.placing[name] = IncomingFile(run.directory, name, size, digest, mode)
-                if name in run.placing:   # otherwise it has failed
-                    whole = run.placing[name].piece(action.offset, action.data)
-        except (OSError, ValueError) as exc:
-            error = str(exc)
-        if whole or error:
-            incoming = run.placing.pop(name, None)
-            if incoming is not None and error:
-                with self._as_user():
-                    incoming.abort()
-            self.post(Put(action.comp, name, error))
+        run = self._runs[action.piece.comp]
+        with self._as_user():
+            file = run.receiver.take(action.piece)
+            if file is None:
+                return
+            whole = not file.error and not run.receiver.wants(Purpose.MODULES)
+            if file.purpose == Purpose.MODULES and whole:
+                self._modules.keep(run.private, run.fetched)
+        self.post(Stored(file, not run.receiver.wants(*ASKED_FOR)))
 
     def _discard(self, run: _Run) -> None:
         with self._as_user():
             run.receiver.abort()
-            run.modules.abort()
-            for incoming in run.placing.values():
-                incoming.abort()
             shutil.rmtree(run.private, ignore_errors=True)
             if not run.keep:
                 shutil.rmtree(run.directory, ignore_errors=True)
@@ -7598,7 +7629,7 @@ class Daemon(Loop):
                 shelf.remove()
 
     def _send_kept(self, action: SendKept) -> None:
-        self._backlog.add(action.link, action.comp, self._kept_rows(action.link, action.comp))
+        self._backlog.add_results(action.link, action.comp, self._kept_rows(action.link, action.comp))
 
     def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
         """Results from the disk. Those that are not there any more have been lost, which their client is told; when there is no
@@ -7622,7 +7653,7 @@ class Daemon(Loop):
             if self.now >= when:
                 del self._read_later[link, comp]
                 if link in self.links:
-                    self._backlog.add(link, comp, self._kept_rows(link, comp))
+                    self._backlog.add_results(link, comp, self._kept_rows(link, comp))
 
     def _forget(self, action: Forget) -> None:
         self._backlog.drop(action.comp)
@@ -7777,7 +7808,9 @@ class Daemon(Loop):
                 row = open_envelope(record.bodies[0])
                 if not _is_file(row) or not _is_serial(record.serial):
                     raise PeerError('a file that is none')
-                self._tell(WorkerFile(pipe.worker, record.serial, row, record.number * FILE_PIECE, beside(record.bodies[1])))
+                piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
+                                  record.number * FILE_PIECE, beside(record.bodies[1]))
+                self._tell(WorkerFile(pipe.worker, piece))
                 self._hold_back(pipe)
             elif record.kind == Kind.WANT:
                 request = open_envelope(record.bodies[0])

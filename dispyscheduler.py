@@ -60,10 +60,10 @@ from dispy import (
     JobState, JobWaits, JobsEnded, JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer,
     Schedule, SendJobs, UseState, Withdrawn, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
-    BUNDLE, BUNDLES, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, KEY_SIZE, NAME_MOST, NODE_PORT, OF_CLIENTS, OF_MODULES,
-    PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each, File,
-    FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
-    Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return,
+    ASKED_FOR, BUNDLE, BUNDLES, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, KEY_SIZE, NAME_MOST, NODE_PORT, OF_CLIENTS,
+    PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each,
+    FilePiece, FileReceiver, FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
+    Outcome, Output, Payload, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
     Returned, Role, Said, Shutdown, StartError, Started, Welcome, Where, Wrong, __version__, _write_private, beside,
     check_name, derive_key, digest_of, discovery_reach, find_secret, frames, has_place, host_and_port, in_parts,
     log_record_of, make_secret, may_reclaim, minutes_option, needs, open_plain, open_regular, parse_arguments, pieces_of,
@@ -448,9 +448,7 @@ class RemoteWork(Work):
 MODULES_OF = '.modules'   # ends the name of the directory that has the files of a program's modules
 
 
-def of_modules(rows: list) -> list:
-    """Rows of files of modules, with names that tell them from other files."""
-    return [(OF_MODULES + row[0], *row[1:]) for row in rows]
+TOO_LARGE = '%s has %d bytes, and --max-file-size is %d'
 
 
 class RemoteAllocator(NamedTuple):
@@ -502,7 +500,7 @@ class Remote:
     _cluster_status = _on_output = None
     _chains: Dict[Any, Any] = {}
 
-    def __init__(self, comp: str, client: bytes, spec: dict, directory: str, key: bytes = b'') -> None:
+    def __init__(self, comp: str, client: bytes, spec: dict, directory: str, most: int, key: bytes = b'') -> None:
         self._key = key    # the scheduler's own, to nodes
         shared = spec['shared']
         self._comp, self._client, self.name = comp, client.hex(), spec['name']
@@ -515,19 +513,21 @@ class Remote:
         self._specs = specs_of(shared['nodes'])
         self._source: Optional[Tuple[bytes, str]] = None
         self.take_spec(spec)
-        self.receiver = FileReceiver(directory)
-        self.modules = FileReceiver(directory + MODULES_OF)   # files of the program's own modules
+        roots = {Purpose.DEPENDS: directory, Purpose.PLACED: directory,
+                 Purpose.MODULES: directory + MODULES_OF}
+        self.receiver = FileReceiver(roots, most, TOO_LARGE, 'at the scheduler: ')
         os.makedirs(directory + MODULES_OF, mode=0o700, exist_ok=True)
-        self.wanted: Deque[Tuple[list, Callable[[str], None]]] = collections.deque()   # files to be had, and who waits for them
+        # Rows of files and of modules to be had, and who waits for them.
+        self.wanted: Deque[Tuple[list, list, Callable[[str], None]]] = collections.deque()
         self.ready = False
         self.works: Dict[int, RemoteWork] = {}    # by the program's serials
         self.ended: Dict[int, int] = {}           # the same of jobs that have ended and are not acknowledged, to their numbers
         self.outbox: List[tuple] = []
         self.unread: List[int] = []    # numbers of results that could not be read from the disk
         self.calls: Dict[int, Callable[[tuple, Any], None]] = {}
-        self.placing: Dict[str, IncomingFile] = {}
-        self.files: Dict[int, int] = {}           # serials of jobs that send a file, to the link that it goes along
         self.told_at = (0, 0.0)                   # by which link and when it was asked last what is here
+        # Serial of a job that sends a file -> the link that it goes along, and its name.
+        self.files: Dict[int, Tuple[int, str]] = {}
         self.given_up_at = math.inf               # when, if its program does not come back
         self.number, self.since, self.program = 0, 0.0, ''   # for monitors: what it is called, since when it is here, whose it is
         self.ends = [0, 0, 0]                     # jobs done, failed, cancelled
@@ -540,34 +540,10 @@ class Remote:
                     support={name: bytes(source) for name, source in spec['support'].items()})
         self._cargo = Cargo(spec, paths, spec['kind'] == 'program', lambda: (b'', 'only its program can tell'))
 
-    def want(self, rows: list) -> List[str]:
-        """Names of the files that are not here. Those of modules have a directory of their own, and their names say so."""
-        of_modules = [(row[0][len(OF_MODULES):], *row[1:]) for row in rows if row[0].startswith(OF_MODULES)]
-        missing = self.receiver.want([row for row in rows if not row[0].startswith(OF_MODULES)])
-        return missing + [OF_MODULES + name for name in self.modules.want(of_modules)]
-
-    def piece(self, name: str, offset: int, data: Any) -> bool:
-        """A piece of a file; true when none is wanted any more. Raises ValueError or OSError."""
-        if name.startswith(OF_MODULES):
-            self.modules.piece(name[len(OF_MODULES):], offset, data)
-        else:
-            self.receiver.piece(name, offset, data)
-        return self.receiver.is_complete and self.modules.is_complete
-
-    def abort(self) -> None:
-        """Forget files that are half here."""
-        self.receiver.abort()
-        self.modules.abort()
-
     def remove(self) -> None:
         """Remove its files."""
         shutil.rmtree(self.directory, ignore_errors=True)
         shutil.rmtree(self.directory + MODULES_OF, ignore_errors=True)
-
-    @property
-    def file_rows(self) -> list:
-        """Rows of all its files, as `want` takes them."""
-        return self._cargo.spec['files'] + of_modules(self._cargo.spec['modules'])
 
     def _node_came(self) -> None:
         """As a cluster's; News tells it."""
@@ -1021,8 +997,9 @@ class Scheduler(Driver):
         self._backlog = Backlog(self.links)
         self._doors: List[Gate] = []
         self._client_messages: Dict[type, Callable[[Link, Any], None]] = {
-            Introduce: self._c_introduce, Compute: self._c_compute, File: self._c_file, Jobs: self._c_jobs, Cancel: self._c_cancel,
-            Ack: self._c_ack, Done: self._c_done, FileKept: self._c_file_kept, Place: self._c_place, Reclaim: self._c_reclaim,
+            Introduce: self._c_introduce, Compute: self._c_compute, Jobs: self._c_jobs,
+            Cancel: self._c_cancel, Ack: self._c_ack, Done: self._c_done, Reclaim: self._c_reclaim,
+            FilePiece: self._c_file_piece, FileStored: self._c_file_stored,
             Call: self._c_call, Return: self._c_return, Recall: self._c_recall,
             Limit: lambda link, message: None, Query: lambda link, message: None, Shutdown: lambda link, message: None,
             Pulse: lambda link, message: None}
@@ -1088,7 +1065,7 @@ class Scheduler(Driver):
         for key, host, port, name, instance in self._state.nodes():
             places[key] = (host, port, name, instance)
         for comp, client, spec in self._state.comps():
-            remote = Remote(comp, client, spec, self._directory_of(comp), self._state.key_of(comp))
+            remote = self._make_remote(comp, client, spec)
             remote.ready = True
             remote.given_up_at = self.now + self._options.zombie
             remote.absence.begin(self.now, self._options.gone)
@@ -1127,6 +1104,10 @@ class Scheduler(Driver):
         for name in os.listdir(self._state.root):
             if name.startswith('c-') and name[2:].partition('.')[0] not in there:
                 shutil.rmtree(os.path.join(self._state.root, name), ignore_errors=True)
+
+    def _make_remote(self, comp: str, client: bytes, spec: dict) -> Remote:
+        most = self._options.max_file_size
+        return Remote(comp, client, spec, self._directory_of(comp), most, self._state.key_of(comp))
 
     def _directory_of(self, comp: str) -> str:
         if len(comp) > 64 or not comp.isalnum() or comp == House._comp:
@@ -1197,9 +1178,14 @@ class Scheduler(Driver):
                 if again:
                     numbers = list(remote.unread)
                     remote.unread.clear()
-                    self._backlog.add(remote.link, remote._comp, self._state.results(numbers, remote.unread))
+                    self._send_ended(remote, numbers)
                 else:
                     self._unread_until = min(self._unread_until, self.now + RETRY_TIME)
+
+    def _send_ended(self, remote: Remote, numbers: List[int]) -> None:
+        """Send results that are on the disk."""
+        rows = self._state.results(numbers, remote.unread)
+        self._backlog.add_results(remote.link, remote._comp, rows)
 
     def _write_down(self) -> bool:
         """What has happened goes to the disk, and then what was said about it."""
@@ -1226,7 +1212,7 @@ class Scheduler(Driver):
         link = self.links.get(remote.link)
         if remote.outbox and link is not None and link.queued >= 4 * FRAME_FILL:   # they wait on the disk until it has room
             ended = [remote.ended[row[0]] for row in remote.outbox if row[1] not in GOES_ON]
-            self._backlog.add(link.number, remote._comp, self._state.results(ended, remote.unread))
+            self._send_ended(remote, ended)
             remote.outbox = [row for row in remote.outbox if row[1] in GOES_ON]
         if remote.outbox and link is not None:
             for frame in frames(Results, remote._comp, map(sized, remote.outbox)):
@@ -1322,12 +1308,9 @@ class Scheduler(Driver):
             for call in list(remote.calls.values()):
                 call(('RuntimeError', 'its program is not connected'), None)
             remote.calls.clear()
-            for incoming in remote.placing.values():
-                incoming.abort()
-            remote.placing.clear()
-            remote.abort()
+            remote.receiver.abort()
             while remote.wanted:
-                remote.wanted.popleft()[1]('its program is not connected')
+                remote.wanted.popleft()[-1]('its program is not connected')
             self._no_files(remote)
             self._reassign = True
             if channel.on_purpose:
@@ -1336,11 +1319,12 @@ class Scheduler(Driver):
     def _no_files(self, remote: Remote) -> None:
         """The connection to a program has ended while its jobs sent files."""
         known = self.schedule.comps.get(remote._comp)
-        for serial in remote.files:
+        for serial, (_, name) in remote.files.items():
             node = known.running.get(serial) if known is not None else None
             peer = self._peers.get(node.key) if node is not None else None
             if peer is not None:
-                self.say_to(peer, FileKept(remote._comp, serial, 'the connection to the client has ended'))
+                self.say_to(peer, FileStored(remote._comp, int(Purpose.FROM_JOB), serial, name,
+                                             'the connection to the client has ended'))
         remote.files.clear()
 
     def _remote(self, link: Link, comp: str) -> Optional[Remote]:
@@ -1389,10 +1373,11 @@ class Scheduler(Driver):
                 return
             if message.comp in self._unopened:
                 raise PeerError('computation %.40r is of another program' % message.comp)
-            remote = Remote(message.comp, link.instance, message.spec, self._directory_of(message.comp), self._state.key_of(message.comp))
+            remote = self._make_remote(message.comp, link.instance, message.spec)
             self._came_back(remote, link)
             self._unopened[message.comp] = remote
-        self._want(remote, remote.file_rows, functools.partial(self._complete, remote))
+        spec, then = remote._cargo.spec, functools.partial(self._complete, remote)
+        self._want(remote, spec['files'], spec['modules'], then)
 
     def _came_back(self, remote: Remote, link: Link) -> None:
         if remote.instance != link.instance:
@@ -1469,20 +1454,19 @@ class Scheduler(Driver):
 
     # -- files of programs --------------------------------------------------------------------------------------
 
-    def _want(self, remote: Remote, rows: list, then: Callable[[str], None]) -> None:
+    def _want(self, remote: Remote, files: list, modules: list,
+              then: Callable[[str], None]) -> None:
         """Ask the program for files that are not here; `then` is called when all are, or with what went wrong."""
-        remote.wanted.append((rows, then))
+        remote.wanted.append((files, modules, then))
         if len(remote.wanted) == 1:
             self._want_next(remote)
 
     def _want_next(self, remote: Remote) -> None:
         while remote.wanted:
-            rows, then = remote.wanted[0]
+            files, modules, then = remote.wanted[0]
             try:
-                large = [row for row in rows if row[1] > self._options.max_file_size]
-                if large:
-                    raise ValueError('%s has %d bytes, and --max-file-size is %d' % (large[0][0], large[0][1], self._options.max_file_size))
-                missing = remote.want(rows)
+                missing = remote.receiver.want(Purpose.DEPENDS, files)
+                missing += remote.receiver.want(Purpose.MODULES, modules)
             except (OSError, ValueError) as exc:
                 remote.wanted.popleft()
                 then('files cannot be stored at the scheduler: %s' % exc)
@@ -1495,49 +1479,31 @@ class Scheduler(Driver):
             remote.wanted.popleft()
             then('')
 
-    def _c_file(self, link: Link, message: File) -> None:
+    def _c_file_piece(self, link: Link, message: FilePiece) -> None:
+        """Files for nodes come here first."""
         remote = self._unopened.get(message.comp) or self._remote(link, message.comp)
-        if remote is None or not remote.wanted or remote.link != link.number:
+        if message.purpose == Purpose.FROM_JOB:
+            raise PeerError('a file that was not asked for')
+        if remote is None or remote.link != link.number or (message.purpose in ASKED_FOR and not remote.wanted):
             return
-        try:
-            whole, error = remote.piece(message.name, message.offset, message.data), ''
-        except (OSError, ValueError) as exc:
-            remote.abort()
-            whole, error = True, 'file %.100r cannot be stored at the scheduler: %s' % (message.name, exc)
-        if whole:
-            _, then = remote.wanted.popleft()
-            then(error)
+        stored = remote.receiver.take(message)
+        if stored is None:
+            return
+        if message.purpose not in ASKED_FOR:
+            self.say(link, stored)
+        elif stored.error or not remote.receiver.wants(*ASKED_FOR):
+            then = remote.wanted.popleft()[-1]
+            then(stored.error)
             self._want_next(remote)
 
-    def _c_place(self, link: Link, message: Place) -> None:
-        """A file for a node comes here first."""
+    def _c_file_stored(self, link: Link, message: FileStored) -> None:
         remote = self._remote(link, message.comp)
-        if remote is None:
+        work = remote.works.get(message.key) if remote is not None else None
+        if remote is None or work is None or remote.files.pop(work._serial, None) is None:
             return
-        (name, size, digest, mode), whole, error = message.row, False, ''
-        try:
-            if message.offset == 0:
-                if name in remote.placing:   # it is begun anew
-                    remote.placing.pop(name).abort()
-                if size > self._options.max_file_size:
-                    raise ValueError('%s has %d bytes, and --max-file-size is %d' % (name, size, self._options.max_file_size))
-                remote.placing[name] = IncomingFile(remote.directory, name, size, digest, mode)
-            if name in remote.placing:   # otherwise it has failed
-                whole = remote.placing[name].piece(message.offset, message.data)
-        except (OSError, ValueError) as exc:
-            error = 'at the scheduler: %s' % exc
-        if whole or error:
-            incoming = remote.placing.pop(name, None)
-            if incoming is not None and error:
-                incoming.abort()
-            self.say(link, Placed(message.comp, name, error))
-
-    def _c_file_kept(self, link: Link, message: FileKept) -> None:
-        remote = self._remote(link, message.comp)
-        work = remote.works.get(message.serial) if remote is not None else None
-        peer = self._peer_of(work) if work is not None else None
-        if peer is not None and work is not None and remote.files.pop(work._serial, 0):  # type: ignore[union-attr]
-            self.say_to(peer, FileKept(message.comp, work._serial, message.error))
+        peer = self._peer_of(work)
+        if peer is not None:
+            self.say_to(peer, message._replace(key=work._serial))
 
     def _peer_of(self, work: RemoteWork) -> Optional[Peer]:
         known = self.schedule.comps.get(work._comp)
@@ -1617,7 +1583,7 @@ class Scheduler(Driver):
         for work in remote.works.values():
             self.quota.remove(remote, work)
         remote.works.clear()
-        remote.abort()
+        remote.receiver.abort()
         remote.remove()
         if comp in self._exclusives:
             self._exclusives.remove(comp)
@@ -1650,7 +1616,7 @@ class Scheduler(Driver):
     def _resend(self, remote: Remote) -> None:
         """What its program has not acknowledged, and where its jobs are."""
         remote.unread.clear()
-        self._backlog.add(remote.link, remote._comp, self._state.results(list(remote.ended.values()), remote.unread))
+        self._send_ended(remote, list(remote.ended.values()))
         known = self.schedule.comps.get(remote._comp)
         for node in known.nodes.values() if known is not None else ():
             serials = [work._client for work in node.flight[remote._comp].values()]  # type: ignore[attr-defined]
@@ -1730,7 +1696,7 @@ class Scheduler(Driver):
                 remote.take_spec(dict(remote._cargo.spec, files=rows))
                 self._state.began(remote)
             then(error)
-        self._want(remote, rows, complete)
+        self._want(remote, rows, [], complete)
 
     def _ask(self, remote: Any, name: str, args: tuple, then: Callable[[tuple, Any], None]) -> None:
         """Ask a program; `then(error, value)` gets the answer."""
@@ -1766,7 +1732,7 @@ class Scheduler(Driver):
             cpus, setup_args, rows, modules = value
             paths = {row[0]: os.path.join(cluster.directory, *row[0].split('/')) for row in rows}
             self._bring_modules(cluster, modules)
-            self._want(cluster, rows + of_modules(modules), lambda failed: self._allocated(
+            self._want(cluster, rows, modules, lambda failed: self._allocated(
                 cluster._comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths), failed))
         self._ask(cluster, 'allocate', (allocator.number, row), told)
 
@@ -1798,7 +1764,7 @@ class Scheduler(Driver):
                 if not failed and type(request) is int:
                     self._bring_modules(remote, rows)
                 answer(('OSError', failed) if failed else (), rows)
-            self._want(remote, of_modules(rows), complete)
+            self._want(remote, [], rows, complete)
         self._ask(remote, 'modules', message.args, told)
 
     def _answer_node(self, peer: Peer, message: Call, error: tuple, value: Any) -> None:
@@ -1808,12 +1774,8 @@ class Scheduler(Driver):
         return {}   # the program has said which
 
     @staticmethod
-    def _source_of(cluster: Any, name: str, paths: Dict[str, str]) -> Any:
-        if name.startswith(OF_MODULES):
-            name = name[len(OF_MODULES):]
-            check_name(name)
-            return os.path.join(cluster.directory + MODULES_OF, *name.split('/'))
-        return paths.get(name)
+    def _source_of(cluster: Any, name: str) -> Any:
+        return os.path.join(cluster.directory + MODULES_OF, *check_name(name))
 
     def _support(self, cluster: Any, peer: Peer) -> Dict[str, bytes]:
         return {} if peer.facts.get('cloudpickle') == cluster.cloudpickle else cluster._cargo.spec['support']
@@ -1928,23 +1890,27 @@ class Scheduler(Driver):
     def _on_output(self, peer: Peer, message: Output) -> None:
         if message.stream == 0:
             log_record_of(message.data)   # it is passed on as it came
-        work, link = self._job_of(peer, message), self._client_link(message.comp)
+        work = self._job_of(peer, message.comp, message.serial)
+        link = self._client_link(message.comp)
         if work is not None and link is not None:
             self.say(link, message._replace(serial=work._client, data=beside(message.data)))
 
-    def _on_file_back(self, peer: Peer, message: FileBack) -> None:
-        work, remote = self._job_of(peer, message), self._clusters.get(message.comp)
+    def _on_file_piece(self, peer: Peer, message: FilePiece) -> None:
+        work = self._job_of(peer, message.comp, message.key)
+        remote = self._clusters.get(message.comp)
         if work is None or not isinstance(remote, Remote):
             return
         if message.offset == 0:
-            remote.files[message.serial] = remote.link
-        if message.serial not in remote.files:
+            remote.files[message.key] = (remote.link, message.row[0])
+        if message.key not in remote.files:
             return   # it was answered already: what is left of it is passed over
-        if remote.link in self.links and remote.files[message.serial] == remote.link:
-            self.say(self.links[remote.link], message._replace(serial=work._client, data=beside(message.data)))
+        if remote.link in self.links and remote.files[message.key][0] == remote.link:
+            piece = message._replace(key=work._client, data=beside(message.data))
+            self.say(self.links[remote.link], piece)
         else:
-            del remote.files[message.serial]
-            self.say_to(peer, FileKept(message.comp, message.serial, 'the client is not connected'))
+            del remote.files[message.key]
+            text = 'the client is not connected'
+            self.say_to(peer, FileStored(*message[:3], message.row[0], text))
 
     def _on_welcome(self, peer: Peer, message: Welcome) -> None:
         super()._on_welcome(peer, message)
@@ -1999,7 +1965,7 @@ class Scheduler(Driver):
                 self._act(self.schedule.handle(NodeOffers(peer.key, comp, limit) if limit else NodeDrains(peer.key, comp), self.now))
 
 
-_AT_ONCE = frozenset((Bye, File, FileBack, FileKept, Need, Offer, Output, Place, Pulse))
+_AT_ONCE = frozenset((Bye, FilePiece, FileStored, Need, Offer, Output, Pulse))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ import pytest
 from conftest import walk_seeds
 from dispynode import (
     BEGUN_TIME, GRACE, LEASE_TABLE, OPS, ORPHAN_TIME, RELEASED_TIME, SETUP_TIME, STAGE_TABLE, Ack, Allowance, Cancel, Compute, Done, Drop, DurationEstimate, Exit, Feed,
-    File, Forget, Found, Held, Interrupt, Introduce, Jobs, Keep, Kept, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, Offer, Outcome, Pause, PeerError, Place,
-    Placed, Prepare, Prepared, Put, Query, Ready, Recall, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire, Returned,
+    FilePiece, FileStored, Forget, Found, Held, Interrupt, Introduce, Jobs, Keep, Kept, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, Offer, Outcome, Pause, PeerError,
+    Prepare, Prepared, Purpose, Query, Ready, Recall, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire, Returned,
     RunnerGone, RunnerUp, Send, SendKept, SetCpus, Show, Shutdown, Stage, Started, StartRunner, StartWorker, Status, Stop, StopRunner, Store,
-    StorePlaced, Stored, TakeBack, Watch, Welcome, WorkerGone, WorkerResults, WorkerReturned, WorkerTooBig, WorkerUnborn, decode,
+    Stored, TakeBack, Watch, Welcome, WorkerGone, WorkerResults, WorkerReturned, WorkerTooBig, WorkerUnborn, decode,
     encode, size_of)
 
 
@@ -20,6 +20,21 @@ def spec(**changes):
               'max_jobs': 0, 'python': (3, 8), 'support': {}, 'program': '', 'live': False, 'logs': -1, 'cpus': 0, 'setup_args': b'',
               'modules': [], 'portable': False, 'sys_path': [], 'argv': []}
     return dict(fields, **changes)
+
+
+def row_of(name):
+    return (name, 5, b'd' * 32, 0o600)
+
+
+def file_piece(name, offset=0, data=b'', purpose=Purpose.DEPENDS, comp='c'):
+    return FilePiece(comp, int(purpose), 0, row_of(name), offset, data)
+
+
+def stored(name='a', error='', purpose=Purpose.DEPENDS, complete=True):
+    return Stored(FileStored('c', int(purpose), 0, name, error), complete)
+
+
+NEEDED = [(1, 0, row_of('a'))]   # as in Need
 
 
 def result(serial, outcome=Outcome.RETURNED, took=1.0):
@@ -137,13 +152,21 @@ def test_who_was_refused_is_told_when_the_node_is_free():
 def test_a_file_for_a_computation_that_is_set_up():
     talk = Talk()
     talk.ready()
-    row = ('name', 5, b'd' * 32, 0o600)
-    assert talk.say(Place('c', row, 0, b'he')) == [StorePlaced('c', row, 0, b'he')]
-    assert talk.say(Place('c', row, 2, b'llo')) == [StorePlaced('c', row, 2, b'llo')]
-    assert talk.tell(Put('c', 'name', '')) == [Send(1, Placed('c', 'name', ''))]
-    assert talk.say(Place('unknown', row, 0, b'he')) == []
-    answer, = said(talk.say(Place('unknown', row, 2, b'llo')), Placed)
-    assert 'not set up' in answer.error
+    for offset, data in (0, b'he'), (2, b'llo'):
+        piece = file_piece('name', offset, data, Purpose.PLACED)
+        assert talk.say(piece) == [Store(piece)]
+    answers = talk.tell(stored('name', '', Purpose.PLACED))
+    assert answers == [Send(1, FileStored('c', 3, 0, 'name', ''))]
+    assert talk.say(file_piece('name', 0, b'he', Purpose.PLACED, 'unknown')) == []
+    answer, = said(talk.say(file_piece('name', 2, b'llo', Purpose.PLACED, 'unknown')), FileStored)
+    assert 'not set up' in answer.error and answer[:4] == ('unknown', 3, 0, 'name')
+
+
+def test_a_file_of_a_job_comes_from_a_node_only():
+    talk = Talk()
+    talk.ready()
+    with pytest.raises(PeerError, match='not asked for'):
+        talk.say(file_piece('name', 0, b'he', Purpose.FROM_JOB))
 
 
 def test_a_query_tells_what_runs_and_what_waits():
@@ -382,14 +405,15 @@ def test_a_computation_with_files():
     talk = Talk()
     talk.link()
     talk.compute(files=[('a', 3, b'digest', 0o600)])
-    assert talk.tell(Prepared('c', ['a'])) == [Send(1, Need('c', ['a']))]
-    assert talk.say(File('c', 'a', 0, b'abc')) == [Store('c', 'a', 0, b'abc')]
-    assert only(talk.tell(Stored('c')), StartRunner)
+    assert talk.tell(Prepared('c', NEEDED)) == [Send(1, Need('c', NEEDED))]
+    assert talk.say(file_piece('a', 0, b'abc')) == [Store(file_piece('a', 0, b'abc'))]
+    assert talk.tell(stored('another', complete=False)) == []
+    assert only(talk.tell(stored()), StartRunner)
 
 
 @pytest.mark.parametrize('before, event, code', [
     ([], Prepared('c', [], 'no room'), 'transfer'),
-    ([Prepared('c', ['a'])], Stored('c', 'wrong digest'), 'transfer'),
+    ([Prepared('c', NEEDED)], stored('a', 'wrong digest'), 'transfer'),
     ([Prepared('c', [])], RunnerGone('c', 'setup raised'), 'setup'),
     ([Prepared('c', []), RunnerUp('c')], RunnerGone('c', 'killed'), 'setup')])
 def test_failures_are_told_and_end_it(before, event, code):
@@ -419,20 +443,29 @@ def test_late_news_of_a_computation_that_is_closing_is_dropped():
     talk.link()
     talk.compute()
     talk.say(Done('c'))
-    assert talk.tell(Prepared('c', []), Stored('c'), RunnerUp('c')) == []
+    assert talk.tell(Prepared('c', []), stored(), RunnerUp('c')) == []
     assert talk.say(Jobs('c', [(1, b'', None)])) == talk.say(Recall('c', 1)) == talk.say(Done('c')) == []
     assert talk.tell(RunnerGone('c', ''), RunnerGone('c', '')) == []
+
+
+def test_what_is_left_of_files_that_were_asked_for_does_no_harm():
+    talk = Talk()
+    talk.link()
+    talk.compute()
+    talk.tell(Prepared('c', NEEDED), stored(), RunnerUp('c'))
+    assert only(talk.say(file_piece('a')), Store)
+    assert talk.tell(stored('a', 'it was not asked for')) == []
 
 
 def test_a_file_that_was_not_asked_for():
     talk = Talk()
     talk.ready()
     with pytest.raises(PeerError):
-        talk.say(File('c', 'a', 0, b''))
+        talk.say(file_piece('a'))
 
 
 @pytest.mark.parametrize('message', [
-    Compute('c', {}), File('c', 'a', 0, b''), Jobs('c', []), Cancel('c', []), Recall('c', 1), Ack('c', []), Done('c')])
+    Compute('c', {}), file_piece('a'), Jobs('c', []), Cancel('c', []), Recall('c', 1), Ack('c', []), Done('c')])
 def test_a_computation_of_another_client(message):
     talk = Talk()
     talk.ready()

@@ -14,7 +14,7 @@ import dispy
 from conftest import ROOT, eventually
 from dispy import DispyJob
 from dispynode import (
-    Call, Compute, Done, File, FrameOpener, FrameSealer, HandshakeError, Held, Introduce, Jobs, Need, Place, Ready, Reclaim, Refused, Return,
+    Call, Compute, Done, FilePiece, FrameOpener, FrameSealer, HandshakeError, Held, Introduce, Jobs, Need, Purpose, Ready, Reclaim, Refused, Return,
     Role, Welcome, derive_key, dial)
 from dispyscheduler import _check_allowed, may_dial
 from nodes import NodeProcess, SchedulerProcess
@@ -87,7 +87,7 @@ def shared(scheduler, compute=answer, **options):
 
 ODD = {
     'a pattern': [Compute('a', {'nodes': '*' * 30 + 'a'})], 'a very long name in a question': [Call('', 1, 'x' * 1000000, ())],
-    'a place of a long name': [Place('a', ('x' * 100000, 1, bytes(32), 0), 0, b'x')], 'many computations': [Done('a')] * 100,
+    'a place of a long name': [FilePiece('a', int(Purpose.PLACED), 0, ('x' * 100000, 1, bytes(32), 0), 0, b'x')], 'many computations': [Done('a')] * 100,
     'an overview of nonsense': [Call('', 1, 'overview', (('deep',) * 3, []))], 'a very large overview': [Call('', 1, 'overview', ('clusters', 0, 10 ** 30))]}
 
 
@@ -314,12 +314,13 @@ def test_one_users_secret_is_the_operators_too(scheduler):
 
 def test_a_computation_is_its_programs_alone_while_its_files_come(scheduler):
     with Talk(scheduler.port) as owner, Talk(scheduler.port) as other:
-        made = spec(files=[('file', 3, hashlib.sha256(b'abc').digest(), 0o600)])
+        row = ('file', 3, hashlib.sha256(b'abc').digest(), 0o600)
+        made = spec(files=[row])
         owner.say(Introduce('x', 600.0), Compute('a', made))
         owner.hear(Need)
-        other.say(Done('a'), File('a', 'file', 0, b'xyz'), Call('', 1, 'overview', ('nodes', 0, 1, False)))
+        other.say(Done('a'), FilePiece('a', int(Purpose.DEPENDS), 0, row, 0, b'xyz'), Call('', 1, 'overview', ('nodes', 0, 1, False)))
         other.hear(Return)
-        owner.say(File('a', 'file', 0, b'abc'))
+        owner.say(FilePiece('a', int(Purpose.DEPENDS), 0, row, 0, b'abc'))
         assert owner.hear(Ready, Refused) == Ready('a', [])
 
 
