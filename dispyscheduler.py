@@ -2121,6 +2121,7 @@ def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) 
         raise StartError('--httpd needs dispy_httpd.py beside this file: %s' % exc) from exc
     source = dispy_httpd.SchedulerSource(lambda *question: scheduler.ask(lambda: scheduler.overview.answer(*question)),
                                          'all programs of the dispyscheduler at port %d' % port, lambda: None)
+
     def tell(text: str) -> None:
         if log_file and os.name != 'nt' and os.stat(log_file).st_mode & 0o077:   # others would have the token
             path = os.path.abspath(os.path.join(scheduler._state.root, 'monitor'))

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 
+import cloudpickle
 import psutil
 import pytest
 
@@ -23,6 +24,9 @@ from dispynode import (
     find_hours)
 from nodes import NodeProcess
 from test_node import hold, run_node, square
+
+# Nodes without pytest run the functions of this module: by its name it could not be imported there.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 root_only = pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='only root may become another user')
 DAEMON = [sys.executable, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', '-p', '0', '-c', '1']

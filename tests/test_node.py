@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 
+import cloudpickle
 import psutil
 import pytest
 
@@ -19,6 +20,9 @@ import dispy
 from conftest import ROOT, eventually
 from dispy import DispyJob
 from nodes import NodeProcess
+
+# Nodes without pytest run the functions of this module: by its name it could not be imported there.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 SECRET = os.environ['DISPY_SECRET']
 
