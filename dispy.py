@@ -1774,8 +1774,18 @@ def _constant(node: Any) -> Tuple[Any, ...]:
     return (value,) if _is_constant(value) else ()
 
 
+# Python counts the depth of syntax trees for a whole process: two threads that make trees disturb each other's count
+# (SystemError, "AST constructor recursion depth mismatch"). Nothing of the user's runs while it is held.
+_tree_lock = threading.Lock()
+
+
 def _parse(text: Union[str, bytes]) -> ast.Module:
     """Raises SyntaxError, ValueError, RecursionError or MemoryError."""
+    with _tree_lock:
+        return _parse_alone(text)
+
+
+def _parse_alone(text: Union[str, bytes]) -> ast.Module:
     raw = text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass')
     if not _ODD_ESCAPE.search(raw):
         return ast.parse(text)
@@ -3921,7 +3931,7 @@ class SourcePicker:
         """Lines, tree and imports from __future__."""
         try:
             lines = inspect.findsource(sys.modules[module])[0]
-            tree = ast.parse(''.join(lines))
+            tree = _parse(''.join(lines))
         except (OSError, TypeError):
             raise NoSource('the source of module %s is not to be had' % module) from None
         except SyntaxError as exc:
@@ -3937,7 +3947,11 @@ class SourcePicker:
         found = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name == name]
         if not found:
             raise NoSource('%s: no statement at the top level of the file of module %s defines %s' % (what, module, name))
-        codes = list(_codes(compile(ast.Module([*future, found[-1]], []), '', 'exec', dont_inherit=True)))
+        with _tree_lock:
+            compiled = compile(ast.Module([*future, found[-1]], []), '', 'exec', dont_inherit=True)
+        codes = list(_codes(compiled))
+        if hasattr(vars(sys.modules[module])[name], 'registry') and hasattr(vars(sys.modules[module])[name], 'dispatch'):
+            raise NoSource('%s: the implementations of %s (functools.singledispatch) are statements of their own' % (what, name))
         if not _is_as_written(vars(sys.modules[module])[name], sys.modules[module].__file__, codes):
             raise NoSource('%s: %s in the file of module %s is not what runs: was the file changed?' % (what, name, module))
         taken[name] = range(min(node.lineno for node in (found[-1], *found[-1].decorator_list)), found[-1].end_lineno + 1)  # type: ignore[operator]
