@@ -5580,7 +5580,7 @@ class Driver(Loop):
 
     def _owed_by(self, cluster: Any) -> List[Any]:
         """Jobs of a cluster for which this driver still answers."""
-        return cluster._owed() if isinstance(cluster, JobCluster) else []
+        return cluster._jobs_owed() if isinstance(cluster, JobCluster) else []
 
     def _end_one(self, cluster: Any, work: Any, text: str) -> None:
         if work.status not in ENDED:
@@ -6418,7 +6418,7 @@ class Driver(Loop):
             cluster._conclude(plain, peer)
         if code:
             self._openers.run(cluster._conclude, code, peer)
-        cluster._answered([job for job, row in action.pairs if row[1] not in GOES_ON])
+        cluster._jobs_answered([job for job, row in action.pairs if row[1] not in GOES_ON])
 
     def _job_waits(self, action: JobWaits) -> None:
         job = action.work
@@ -6437,7 +6437,7 @@ class Driver(Loop):
         if job._comp in self._journals:
             self._journals[job._comp].ended(job, action.text)
         self._clusters[job._comp]._end(job, action.text)
-        self._clusters[job._comp]._answered([job])
+        self._clusters[job._comp]._jobs_answered([job])
 
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
@@ -7136,12 +7136,12 @@ class JobCluster:
 
     # -- called by the driver and its helpers ---------------------------------------------------------------
 
-    def _owed(self) -> List[DispyJob]:
+    def _jobs_owed(self) -> List[DispyJob]:
         """Jobs for whose end the driver answers. The driver's thread."""
         with self._lock:   # a job is added and posted with it held
             return list(self._owed)
 
-    def _answered(self, jobs: Sequence[DispyJob]) -> None:
+    def _jobs_answered(self, jobs: Sequence[DispyJob]) -> None:
         """These have ended, or an opener ends them. The driver's thread."""
         with self._lock:
             self._owed.difference_update(jobs)
@@ -7279,7 +7279,7 @@ class JobCluster:
     def _driver_broke(self, text: str) -> None:
         """The driver's thread is ending for a fault of ours."""
         recovering = [job for job, _ in self._recovery._jobs.values()] if self._recovery is not None else []
-        for job in self._owed() + recovering:
+        for job in self._jobs_owed() + recovering:
             if job.status not in ENDED:
                 job._state = JobState.ABANDONED
                 job.exception, job.end_time, job.status = text, time.time(), DispyJob.Abandoned
