@@ -3367,6 +3367,8 @@ class Driver(Loop):
         was_ready = use.state is UseState.READY   # its runner has died later: a new one may live
         if was_ready:
             self._tell_all(DispyNode.Closed, peer, [message.comp])
+            if not peer.scheduler:   # it has answered for all that it held: what was on the way has not begun, as with Bye
+                self._act(self.schedule.handle(NodeReady(peer.key, message.comp, 0, []), self.now))
             self._act(self.schedule.handle(NodeLeft(peer.key, message.comp, str(peer), message.text), self.now))
         self._refusal(peer, message.comp, message.text, 'busy' if message.code == 'busy' else '')   # for how long changes
         if was_ready or message.code in ('busy', 'closing', 'stopping'):

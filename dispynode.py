@@ -38,6 +38,7 @@ import array
 import collections
 import contextlib
 import enum
+import errno
 import functools
 import hashlib
 import heapq
@@ -73,7 +74,7 @@ import traceback
 import types
 import unicodedata
 import zlib
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 __version__ = '5.0.0.dev0'
 
@@ -98,6 +99,11 @@ AHEAD_MOST = 64               # jobs, the same
 OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
 OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
 WORKER_AGAIN = 1.0            # s until it is tried again to start a worker
+WORKER_TOLD = 60.0            # s of success after which it is said again that none can be started
+BEGUN_KEPT = 2045             # the last attempts that a worker has begun, which are noted in a file
+UNDEAD_TIME = 0.5             # s that a killed stray process is waited for before others are served
+RUNNER_ASKED = 2.0            # s between signs of life that a runner with jobs is asked for
+RUNNER_SILENT = 10.0          # s without an answer after which a runner is killed
 WEIGHED = 0.05                # s between looks at the memory of jobs that may not use more
 OUT_OF_BAND = 32 * 1024       # bytes from which a payload travels beside its envelope instead of inside
 FILE_PIECE = 1 << 20          # bytes of a file in one message
@@ -1132,12 +1138,15 @@ class Kind(enum.IntEnum):
     RECALL = 5      # number: worker
     CLOSE = 6       # run cleanup, end
     WATCH = 7       # number: worker, serial, start: bytes of memory that the job may use
+    ASK = 8         # is it alive?
     # runner to daemon
     UP = 16
     FAILED = 17     # body: text
     BORN = 18       # number: worker, serial: its pid
     GONE = 19       # number: worker, serial: what it was running or 0, start: exit code, bodies: -, stdout, stderr
     TOO_BIG = 21    # number: worker, serial: it is being killed
+    UNBORN = 22     # number: worker, body: text, why its process cannot be made
+    ALIVE = 23      # answers ASK
     PRINTED = 20    # number: worker, serial: the job, start: stream, end: offset, body: bytes
     # daemon to worker
     JOB = 32        # serial, body: payload
@@ -1745,9 +1754,12 @@ class RunnerUp(NamedTuple):
 
 
 class RunnerGone(NamedTuple):
-    """The runner has ended, or never came up; `text` says why, empty when it was told to end."""
+    """The runner has ended, or never came up; `text` says why, empty when it was told to end. `begun`: serials that its
+    workers are known to have begun; None: what stands first at a worker may have begun. `code`: see REASONS."""
     comp: str
     text: str
+    begun: Optional[FrozenSet[int]] = None
+    code: str = 'setup'
 
 
 class WorkerResults(NamedTuple):
@@ -1965,7 +1977,7 @@ class Attempt:
 
 class _Worker:
     """A worker process as the state sees it; the head of its queue is what it runs."""
-    __slots__ = ('key', 'comp', 'queue', 'since', 'fed', 'recalled', 'asks')
+    __slots__ = ('key', 'comp', 'queue', 'since', 'fed', 'recalled', 'asks', 'stuck')
 
     def __init__(self, key: int, comp: '_Computation') -> None:
         self.key, self.comp = key, comp
@@ -1974,6 +1986,7 @@ class _Worker:
         self.fed = 0            # jobs given to it
         self.recalled = False   # asked to give back, not answered
         self.asks = 0           # its job sends a file, or has and waits for the answer: the link it goes along
+        self.stuck = 0          # CPUs of a job that was killed and has been told, while its process has not ended
 
 
 class _Shelved(NamedTuple):
@@ -2036,6 +2049,7 @@ class Node:
         self.stopping = False
         self._disk_full = False     # which was told
         self._workers_at = 0.0      # when the next worker may be started
+        self._unborn_text = ''      # why none could be, as it was told
         self.shelf: Dict[str, _Shelved] = {}    # computation -> results on disk, also of some that are over here
         self._links: Dict[int, LinkUp] = {}
         self._comps: Dict[str, _Computation] = {}
@@ -2101,6 +2115,11 @@ class Node:
         """When `flush` has something to do at the latest."""
         return self._timers[0][0] if self._timers else None
 
+    def has_jobs(self, name: str) -> bool:
+        """Whether a computation has jobs that run or wait."""
+        comp = self._comps.get(name)
+        return comp is not None and bool(comp.attempts)
+
     # -- small parts --------------------------------------------------------------------------------------
 
     def _do(self, action: Any) -> None:
@@ -2108,7 +2127,7 @@ class Node:
 
     def _at(self, when: float, what: str, key: Any = 0, serial: int = 0) -> None:
         if len(self._timers) >= self._timers_most:   # those of attempts that have ended
-            self._timers = [timer for timer in self._timers if timer[2] not in ('timeout', 'kill') or self._heads(timer[3], timer[4])]
+            self._timers = [timer for timer in self._timers if timer[2] not in ('timeout', 'kill', 'stuck') or self._heads(timer[3], timer[4])]
             heapq.heapify(self._timers)
             self._timers_most = 2 * len(self._timers) + 64
         heapq.heappush(self._timers, (when, next(self._ticket), what, key, serial))
@@ -2376,6 +2395,7 @@ class Node:
 
     def _refuse(self, comp: _Computation, code: str, text: str) -> None:
         logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
+        self._give_back(comp)   # what has not begun waits again elsewhere
         self._deliver(comp)   # what has ended, has ended; after the refusal nobody would believe it
         self._keep(comp)
         self._reply(comp, Refused(comp.comp, code, text))
@@ -2388,11 +2408,14 @@ class Node:
         if comp.stage is not Stage.CLOSING:
             # Its workers are killed with it; what they ran has failed, and all later jobs would.
             for worker in list(comp.workers.values()):
-                self._worker_gone(WorkerGone(worker.key, 'the runner process ended: %s' % event.text,
-                                             worker.queue[0].serial if worker.queue else 0), now)
-            self._refuse(comp, 'setup', event.text)
+                comp.stillborn = 0
+                head = worker.queue[0].serial if worker.queue else 0
+                ran = head if event.begun is None or head in event.begun else 0
+                self._worker_gone(WorkerGone(worker.key, 'the runner process ended: %s' % event.text, ran), now)
+            self._refuse(comp, event.code, event.text)
             return
         for worker in list(comp.workers.values()):
+            self.free += worker.stuck
             self._bury(worker)
         del self._comps[event.comp]
         self._resize()
@@ -2680,6 +2703,7 @@ class Node:
             return
         comp = worker.comp
         self._bury(worker)
+        self.free += worker.stuck
         if comp.stage is Stage.CLOSING:
             return
         if worker.queue:
@@ -2700,15 +2724,22 @@ class Node:
 
     def _worker_unborn(self, event: WorkerUnborn, now: float) -> None:
         """What it was to run waits for another; no other is started for a while."""
-        worker = self._workers[event.worker]
-        if not self._workers_at:
-            logger.error('a worker cannot be started: %s; it is tried again and again', event.text)
+        worker = self._workers.get(event.worker)
+        if worker is None:
+            return
+        self._bury(worker)
+        comp = worker.comp
+        if self._unborn_text != event.text or now > self._workers_at + WORKER_TOLD:
+            self._unborn_text = event.text
+            text = 'node %s cannot make a worker: %s; it goes on with those that it has, and tries again and again' % (
+                self.name, event.text)
+            logger.error('%s', text)
+            self._reply(comp, Said(comp.comp, text))
         self._workers_at = now + WORKER_AGAIN
         self._at(self._workers_at, 'again')
-        self._bury(worker)
         if worker.queue:
             self.free += worker.queue[0].cpus
-            self._requeue(worker.comp, worker.queue, now)
+            self._requeue(comp, worker.queue, now)
 
     # -- ending attempts ----------------------------------------------------------------------------------
 
@@ -2775,9 +2806,26 @@ class Node:
                 return
             if what == 'kill':
                 self._do(Kill(key))
+                self._at(now + GRACE, 'stuck', key, serial)
+            elif what == 'stuck':
+                self._stuck(worker)
             elif worker.queue[0].ending is None:   # timeout
                 worker.queue[0].ending = Outcome.TIMED_OUT
                 self._interrupt(worker, worker.queue[0], now)
+
+    def _stuck(self, worker: _Worker) -> None:
+        """A worker was killed and has not ended: its process sleeps in the kernel and cannot be interrupted, as on a disk that
+        has died. Its job is told, what stood behind it waits for another, and its CPUs come back when it has ended."""
+        comp, head = worker.comp, worker.queue.popleft()
+        ending = head.ending or Outcome.DIED
+        text = '%s; it was killed, and its process has not ended within %d s (uninterruptible): its CPU is lost to node %s' % (
+            ENDING_TEXT.get(ending, 'it was to end'), GRACE, self.name)
+        logger.error('%s: %s', comp.spec['name'], text)
+        worker.stuck = head.cpus
+        self._finish(comp, (head.serial, int(ending), 0.0, 0.0, text.encode(), b'', b''))
+        behind = list(worker.queue)
+        worker.queue.clear()
+        self._requeue(comp, behind, 0.0)
 
     def _on_recall(self, link: int, message: Recall, now: float) -> None:
         comp = self._comp_of(link, message.comp)
@@ -3013,9 +3061,63 @@ def _no_stdin() -> None:
     os.set_inheritable(0, True)
 
 
-def shared_slots(count: int) -> memoryview:
-    """Numbers (u64) that this process shares with those it forks."""
-    return memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast('B')[:8 * count].cast('Q')
+class Slots:
+    """What a worker shares with the runner and, after their end, with the daemon: numbers (u64) in a file that is mapped
+    into memory. [0] the serial that runs now, [1] the serial that shall be interrupted, [2] how many attempts were begun,
+    then the last BEGUN_KEPT of these.
+
+    The file outlives all processes, so that it can be said after any end of them what was begun. Several workers share a
+    file, since each costs a descriptor; one that is started later goes on with the numbers of one that has ended.
+    """
+    SIZE, FIRST, TOGETHER = 3 + BEGUN_KEPT, 3, 8
+    NAME = 'begun-'
+
+    @classmethod
+    def make(cls, directory: str, number: int) -> List[Any]:
+        """Slots for TOGETHER workers. Without room for the file it is left empty, which says that nobody knows what was
+        begun. Raises OSError where no file can be made."""
+        size = 8 * cls.SIZE * cls.TOGETHER
+        path = os.path.join(directory, '%s%d' % (cls.NAME, number))
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.posix_fallocate(handle, 0, size)   # to write to a page without room on the disk kills the process
+            shared = mmap.mmap(handle, size)
+        except (OSError, AttributeError):   # no room, or no such call on this system
+            os.ftruncate(handle, 0)
+            shared = mmap.mmap(-1, size)
+        finally:
+            os.close(handle)
+        view = memoryview(shared).cast('Q')
+        return [view[at:at + cls.SIZE] for at in range(0, len(view), cls.SIZE)]
+
+    @classmethod
+    def begin(cls, slots: Any, serial: int) -> None:
+        """Worker: this attempt begins."""
+        slots[cls.FIRST + slots[2] % BEGUN_KEPT] = serial
+        slots[2] += 1
+        slots[0] = serial
+
+    @classmethod
+    def read(cls, directory: str) -> Optional[FrozenSet[int]]:
+        """Daemon: the attempts that were begun by the workers of a directory; None if that is not known. Raises OSError."""
+        begun: Set[int] = set()
+        for name in os.listdir(directory):
+            if not name.startswith(cls.NAME):
+                continue
+            with open(os.path.join(directory, name), 'rb') as file:
+                data = file.read()
+            if len(data) != 8 * cls.SIZE * cls.TOGETHER:
+                return None
+            numbers = memoryview(data).cast('Q')
+            for at in range(0, len(numbers), cls.SIZE):
+                count = min(numbers[at + 2], BEGUN_KEPT)
+                begun.update(numbers[at + cls.FIRST:at + cls.FIRST + count])
+        return frozenset(begun)
+
+    @classmethod
+    def mark_unknown(cls, directory: str) -> None:
+        """Daemon: from now on nobody knows what was begun. Raises OSError."""
+        os.close(os.open(os.path.join(directory, cls.NAME + 'unknown'), os.O_WRONLY | os.O_CREAT, 0o600))
 
 
 def clip(head: bytes, tail: bytes, total: int) -> bytes:
@@ -3261,8 +3363,7 @@ def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
 
 
 class Worker:
-    """Runs job after job in a process of its own. Slots shared with the runner: [0] the serial that runs now,
-    [1] the serial that shall be interrupted."""
+    """Runs job after job in a process of its own."""
 
     def __init__(self, sock: socket.socket, slots: Any, function: Callable[..., Any], out: Catch, err: Catch,
                  spec: dict, libc: Any) -> None:
@@ -3436,7 +3537,7 @@ class Worker:
 
     def _run(self, record: Record) -> None:
         self._interrupt_late = False
-        self._slots[0] = record.serial
+        Slots.begin(self._slots, record.serial)
         start, ticks = time.time(), time.perf_counter()
         failure: Optional[BaseException] = None
         value = None
@@ -3608,6 +3709,9 @@ class Runner:
         self._children: Dict[int, _Child] = {}
         self._libc = _libc()
         self._own: Set[int] = set()   # children that setup left on purpose
+        self._undead: Set[int] = set()   # killed, and they have not ended: they sleep and cannot be interrupted
+        self._slots: List[Any] = []      # free ones
+        self._slot_files = itertools.count(1)
         self._watched: Dict[int, Tuple[int, int]] = {}   # worker -> job and bytes that it may use
 
     def run(self) -> None:
@@ -3624,6 +3728,8 @@ class Runner:
         sys.stdout = open(1, 'w', 1, encoding='utf-8', errors='backslashreplace', closefd=False)
         sys.stderr = open(2, 'w', 1, encoding='utf-8', errors='backslashreplace', closefd=False)
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))   # ends a setup that hangs, and closes
+        if hasattr(os, 'register_at_fork'):   # what setup forks must not hold the line by which the daemon sees our end
+            os.register_at_fork(after_in_child=self._control.close)
         try:
             self._load(init.bodies[1])
         except BaseException as exc:  # the user's modules and setup may raise anything
@@ -3707,7 +3813,8 @@ class Runner:
         selector.register(self._control, selectors.EVENT_READ)
         selector.register(reader, selectors.EVENT_READ)
         handlers = {Kind.FORK: self._fork, Kind.INTERRUPT: self._interrupt, Kind.KILL: self._kill,
-                    Kind.RECALL: self._recall, Kind.WATCH: self._watch}
+                    Kind.RECALL: self._recall, Kind.WATCH: self._watch,
+                    Kind.ASK: lambda record: self._send(Kind.ALIVE)}
         try:
             while True:
                 ready = selector.select(WEIGHED if self._watched else OUTPUT_CHECKED if self._children else None)
@@ -3732,11 +3839,13 @@ class Runner:
         while True:
             if hasattr(socket, 'CMSG_LEN'):
                 handles = array.array('i')
-                data, ancillary, _, _ = self._control.recvmsg_into([self._intake.room()],
-                                                                   socket.CMSG_SPACE(64 * handles.itemsize))
+                data, ancillary, flags, _ = self._control.recvmsg_into([self._intake.room()],
+                                                                       socket.CMSG_SPACE(64 * handles.itemsize))
                 for level, kind, body in ancillary:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         handles.frombytes(body[:len(body) - len(body) % handles.itemsize])
+                if flags & socket.MSG_CTRUNC and not handles:
+                    handles.append(-1)   # no descriptor was left for it: the worker it was for cannot be made
                 self._handles.extend(handles)
             else:
                 data = self._control.recv_into(self._intake.room())
@@ -3751,14 +3860,37 @@ class Runner:
             self._control.sendall(buffer)
 
     def _fork(self, record: Record) -> None:
-        sock = socket.socket(fileno=_out_of_reach(self._handles.popleft()))
-        context = multiprocessing.get_context('fork')
-        child = _Child(None, shared_slots(2), Catch(self._spec['private']), Catch(self._spec['private']))
-        process = context.Process(target=self._work, args=(sock, child), name='dispy-worker-%d' % record.number)
-        process.start()
+        """A worker that cannot be made is told with the reason; those that there are go on."""
+        handle = self._handles.popleft()
+        with contextlib.ExitStack() as made:
+            try:
+                if handle < 0:
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                sock = socket.socket(fileno=_out_of_reach(handle))
+                made.callback(sock.close)
+                child = self._make_child(made)
+                process = multiprocessing.get_context('fork').Process(
+                    target=self._work, args=(sock, child), name='dispy-worker-%d' % record.number)
+                process.start()
+            except (OSError, MemoryError) as exc:
+                self._send(Kind.UNBORN, record.number, 0, 0.0, 0.0, shortage(exc).encode('utf-8', 'replace'))
+                return
+            made.pop_all()
         sock.close()
         self._children[record.number] = child._replace(process=process)
         self._send(Kind.BORN, record.number, process.pid)
+
+    def _make_child(self, made: contextlib.ExitStack) -> _Child:
+        """What a worker shares with us; `made` lets go of it if there will be no worker."""
+        catches = []
+        for _ in range(2):
+            catches.append(Catch(self._spec['private']))
+            made.callback(catches[-1].close)
+        if not self._slots:
+            self._slots += Slots.make(self._spec['private'], next(self._slot_files))
+        slots = self._slots.pop()
+        made.callback(self._slots.append, slots)
+        return _Child(None, slots, *catches)
 
     def _work(self, sock: socket.socket, child: _Child) -> None:
         """In the forked process. Leaves by os._exit alone: exit handlers here are the runner's."""
@@ -3768,16 +3900,15 @@ class Runner:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _prctl(self._libc, _PR_SET_PDEATHSIG, signal.SIGKILL)
             _prctl(self._libc, _PR_SET_CHILD_SUBREAPER, 1)
-            self._control.close()
             for handle in self._wakeup:
                 os.close(handle)
             for other in self._children.values():
                 other.out.close()
                 other.err.close()
             Worker(sock, child.slots, self._function, child.out, child.err, self._spec, self._libc).serve()
-        except (OSError, EOFError):
+        except (BrokenPipeError, ConnectionError, EOFError):
             os._exit(1)   # the pipe is gone, and with it whoever could be told
-        except BaseException:  # our own fault: the runner reads it from the file and tells
+        except BaseException:  # no descriptors, or our own fault: the runner reads it from the file and tells
             traceback.print_exc()
             sys.stderr.flush()
             os._exit(70)
@@ -3821,19 +3952,35 @@ class Runner:
                 child.out.close()
                 child.err.close()
                 child.process.close()
+                child.slots[0] = child.slots[1] = 0
+                self._slots.append(child.slots)
+        self._undead = {pid for pid in self._undead if not self._has_ended(pid)}
 
     def _kill_strays(self) -> None:
-        """Descendants of dead workers that left their group came to us, who adopt orphans (Linux)."""
-        for _ in range(20):
-            known = {child.process.pid for child in self._children.values()} | self._own
-            strays = [pid for pid in self._descendants() if pid not in known]
+        """Descendants of dead workers that left their group came to us, who adopt orphans (Linux). One that sleeps and cannot
+        be interrupted, as on a disk that has died, is waited for by nobody: it is looked at again from time to time."""
+        until = time.monotonic() + UNDEAD_TIME
+        while True:
+            known = {child.process.pid for child in self._children.values()} | self._own | self._undead
+            strays = {pid for pid in self._descendants() if pid not in known}
             for pid in strays:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
-            if not strays:
+            strays = {pid for pid in strays if not self._has_ended(pid)}
+            if not strays and not any(pid not in known for pid in self._descendants()):
                 return
+            if time.monotonic() > until:
+                self._undead |= strays
+                return
+            time.sleep(0.002)
+
+    @staticmethod
+    def _has_ended(pid: int) -> bool:
+        """Whether a child of ours is no more; it is waited for if so."""
+        try:
+            return os.waitpid(pid, os.WNOHANG)[0] != 0
+        except ChildProcessError:   # somebody else has waited for it
+            return True
 
     @staticmethod
     def _descendants() -> List[int]:
@@ -3880,8 +4027,9 @@ class Runner:
     def _end(self) -> None:
         for child in self._children.values():
             self._signal(child, signal.SIGKILL)
+        until = time.monotonic() + GRACE
         for child in self._children.values():
-            child.process.join(5)
+            child.process.join(max(0.0, until - time.monotonic()))
         self._children.clear()
         self._kill_strays()
         if self._cleanup is not None:
@@ -4731,6 +4879,67 @@ class _Run:
         self.pipes: Dict[int, Pipe] = {}
         self.pids: Dict[int, int] = {}
         self.kill_at: Optional[float] = None
+        self.watch: Optional[RunnerWatch] = None
+
+
+class RunnerWatch:
+    """Whether a runner lives and answers. Its process is watched, since others may hold its socket: a child that setup has
+    forked in C, say. While it has jobs it is asked for a sign of life. The loop's thread."""
+    SOON, OFTEN = 0.02, 1.0   # s between looks at one that is on its way out; at one that can be watched by looks alone
+
+    def __init__(self, loop: Loop, pid: int, ended: Callable[[], None]) -> None:
+        self._loop, self._handle = loop, -1
+        self.look_at: Optional[float] = None     # when to look at the process
+        self.killed_at: Optional[float] = None
+        self.shall_ask = False
+        self._ask_at: Optional[float] = None     # when to ask next
+        self._asked_at: Optional[float] = None   # of the question that has not been answered
+        try:
+            self._handle = os.pidfd_open(pid)  # type: ignore[attr-defined]
+            loop.watch(self._handle, ended)
+        except (AttributeError, OSError):   # Python 3.8, another system, no descriptors
+            self.look_at = loop.now + self.OFTEN
+
+    def next_look(self, now: float) -> Optional[float]:
+        """When to look again."""
+        return now + self.OFTEN if self._handle < 0 else None
+
+    def answered(self) -> None:
+        """It has said something."""
+        self._asked_at = None
+
+    def is_silent(self, now: float, busy: bool) -> bool:
+        """Whether it has not answered for too long. Sets `shall_ask`. If this process itself was stopped meanwhile, the runner
+        has as much time as before."""
+        self.shall_ask = False
+        if not busy or self.killed_at is not None:
+            self._ask_at = self._asked_at = None
+            return False
+        if self._ask_at is None:
+            self._ask_at = now + RUNNER_ASKED
+        if now < self._ask_at:
+            return False
+        if self._asked_at is not None and now - self._ask_at > RUNNER_ASKED:
+            self._asked_at += now - self._ask_at
+        self._ask_at = now + RUNNER_ASKED
+        if self._asked_at is None:
+            self._asked_at, self.shall_ask = now, True
+        return now - self._asked_at >= RUNNER_SILENT
+
+    def is_undead(self, now: float) -> bool:
+        """Whether it was killed and will not end soon."""
+        return self.killed_at is not None and now >= self.killed_at + GRACE
+
+    def times(self) -> Tuple[Optional[float], ...]:
+        """When there is something to do."""
+        return self._ask_at, self.look_at, None if self.killed_at is None else self.killed_at + GRACE
+
+    def close(self) -> None:
+        """Watch no more."""
+        if self._handle >= 0:
+            self._loop.unwatch(self._handle)
+            os.close(self._handle)
+            self._handle = -1
 
 
 class Daemon(Loop):
@@ -4897,6 +5106,8 @@ class Daemon(Loop):
         for caller in self._callers:
             caller.dialling.abort()
         for run in list(self._runs.values()):
+            if run.watch is not None:
+                run.watch.close()
             if run.process is not None:
                 run.process.join(3.0)
                 run.process.kill()
@@ -4918,7 +5129,7 @@ class Daemon(Loop):
         """The state's, or the end of a runner that does not end; at once when held pipes can be read again."""
         if self._may_let_go() or self._backlog.has_room():
             return self.now
-        times = [self.node.next_timer(), self._hello_at, self._clock_at, *(run.kill_at for run in self._runs.values()),
+        times = [self.node.next_timer(), self._hello_at, self._clock_at, *(when for run in self._runs.values() for when in (run.kill_at, *(run.watch.times() if run.watch is not None else ()))),
                  *(caller.dialling.due for caller in self._callers)]
         return min((when for when in times if when is not None), default=None)
 
@@ -4997,17 +5208,14 @@ class Daemon(Loop):
                     caller.link = 0
                     caller.dialling.again(self.now, self.now - caller.since)
         elif not channel.worker:
-            self._runner_ended(self._runs[channel.comp])
+            self._look_at_runner(self._runs[channel.comp])
         # A worker's pipe that ends says nothing yet: the runner tells what became of the process.
 
     def end_of_turn(self) -> None:
         """What came of this turn's actions, then the state's own turn."""
         while self._inbox:
             self.on_event(self._inbox.popleft())
-        for run in list(self._runs.values()):
-            if run.kill_at is not None and self.now >= run.kill_at and run.process is not None:
-                run.kill_at = None
-                run.process.kill()
+        self._see_to_runners()
         if self._clock_at is not None and self.now >= self._clock_at:
             self._look_at_clock(time.localtime())
         self._act(self.node.flush(self.now))
@@ -5191,6 +5399,7 @@ class Daemon(Loop):
             theirs.close()
         run.control = Pipe(ours, action.comp)
         self.attach(run.control)
+        run.watch = RunnerWatch(self, run.process.pid, functools.partial(self._look_at_runner, run))
         init = {'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
                 'support': {name: bytes(source) for name, source in spec['support'].items()},
                 'max_file': self._options.max_file, 'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
@@ -5211,21 +5420,77 @@ class Daemon(Loop):
         else:
             run.process.terminate()
 
+    def _look_at_runner(self, run: _Run) -> None:
+        """Its process has ended, or its socket alone: it is on its way out, or a job or setup has closed that."""
+        if run.process is None:
+            return
+        if run.process.exitcode is not None:
+            self._runner_ended(run)
+            return
+        if run.control is not None and run.control.dirty is None and run.kill_at is None:
+            run.kill_at = self.now + GRACE
+        if run.watch is not None:
+            run.watch.look_at = self.now + RunnerWatch.SOON
+
+    def _see_to_runners(self) -> None:
+        """Those that are to be killed, do not answer, or cannot be watched otherwise."""
+        for run in list(self._runs.values()):
+            if run.process is None or run.watch is None:
+                continue
+            if run.kill_at is not None and self.now >= run.kill_at:
+                run.kill_at = None
+                run.process.kill()
+                run.watch.killed_at = self.now
+            if run.watch.is_silent(self.now, run.up and not run.closing and self.node.has_jobs(run.comp)):
+                run.text = 'the runner process did not answer for %d s and was killed' % RUNNER_SILENT
+                run.process.kill()
+                run.watch.killed_at = self.now
+            elif run.watch.shall_ask and run.control is not None and run.control.dirty is not None:
+                run.control.push(pack_record(Kind.ASK))
+            if run.watch.is_undead(self.now):
+                logger.error('runner process %d was killed and has not ended (uninterruptible)', run.process.pid)
+                self._runner_ended(run)
+            elif run.watch.look_at is not None and self.now >= run.watch.look_at:
+                run.watch.look_at = run.watch.next_look(self.now)
+                self._look_at_runner(run)
+
     def _runner_ended(self, run: _Run) -> None:
-        run.process.join(GRACE)
+        """What it and its workers wrote before is read first: the rest of what they had never began, but for what they noted."""
         code = run.process.exitcode
-        if code is None:
-            run.process.kill()
-            run.process.join()
         self._kill_workers(run)
-        for pipe in run.pipes.values():
-            self.detach(pipe)
-        run.process.close()
+        self._read_out(run)
+        begun = None
+        with contextlib.suppress(OSError):   # no descriptors: then nobody knows
+            begun = Slots.read(run.private)
+        for pipe in (*run.pipes.values(), run.control):
+            if pipe is not None:
+                self.detach(pipe)
+        if run.watch is not None:
+            run.watch.close()
+        if code is not None:
+            run.process.close()
         run.process = None
         if os.getpid() == 1:
             self._reap()
         self._discard(self._runs.pop(run.comp))
-        self._tell(RunnerGone(run.comp, run.text or exit_text(code)))
+        self._tell(RunnerGone(run.comp, run.text or exit_text(code), begun))
+
+    def _read_out(self, run: _Run) -> None:
+        try:
+            while run.control is not None and run.control.dirty is not None:
+                records = run.control.records(self.now)
+                for record in records:
+                    self._from_runner(run, record)
+                if not records:
+                    break
+        except (LinkBroken, PeerError, OSError) as exc:
+            logger.debug('the socket of a runner: %s', exc)   # its end, which is what we see to
+        for pipe in list(run.pipes.values()):
+            try:
+                while pipe.dirty is not None and self._from_worker(pipe):
+                    continue
+            except (LinkBroken, PeerError, OSError) as exc:
+                logger.debug('the pipe of a worker: %s', exc)   # as above
 
     @staticmethod
     def _kill_workers(run: _Run) -> None:
@@ -5236,6 +5501,10 @@ class Daemon(Loop):
                 os.killpg(pid, signal.SIGKILL)
 
     def _from_runner(self, run: _Run, record: Record) -> None:
+        if run.watch is not None:
+            run.watch.answered()
+        if record.kind == Kind.ALIVE:
+            return
         if record.kind == Kind.UP:
             run.up = True
             self._tell(RunnerUp(run.comp))
@@ -5247,6 +5516,11 @@ class Daemon(Loop):
             run.pids[record.number] = record.serial
         elif record.kind == Kind.GONE:
             self._worker_ended(run, record)
+        elif record.kind == Kind.UNBORN:
+            pipe = run.pipes.pop(record.number, None)
+            if pipe is not None:
+                self.detach(pipe)
+            self._tell(WorkerUnborn(record.number, bytes(record.bodies[0]).decode('utf-8', 'replace')))
         elif record.kind == Kind.TOO_BIG:
             self._tell(WorkerTooBig(record.number, record.serial))
         elif record.kind == Kind.PRINTED:
@@ -5325,7 +5599,7 @@ class Daemon(Loop):
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:   # no descriptors
-            self._tell(WorkerUnborn(action.worker, str(exc)))
+            self._tell(WorkerUnborn(action.worker, shortage(exc)))
             return
         for sock in (ours, theirs):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
@@ -5371,6 +5645,50 @@ class Daemon(Loop):
 def _keep(body: memoryview) -> Buffer:
     """A body of a record for keeping: small ones on their own, so that they do not hold a whole batch in memory."""
     return bytes(body) if len(body) < OUT_OF_BAND else body
+
+
+def shortage(exc: BaseException) -> str:
+    """Why a process could not be made, with the limit that was met and what raises it."""
+    number = getattr(exc, 'errno', None)
+    limits = {errno.EMFILE: ('RLIMIT_NOFILE', 'no more descriptors: limit %s; raise it with ulimit -n'),
+              errno.EAGAIN: ('RLIMIT_NPROC', 'no more processes: limit %s; raise it with ulimit -u, or pids.max of the cgroup')}
+    if number in limits:
+        name, text = limits[number]
+        return text % _limit_of(name)
+    if number == errno.ENOSPC:
+        return 'no more room or no more files on the disk: %s' % exc
+    if number == errno.ENOMEM or isinstance(exc, MemoryError):
+        return 'no more memory'
+    return str(exc)
+
+
+def _limit_of(name: str) -> str:
+    """A limit of this process for people; of processes also that of its cgroup, which may be lower."""
+    found = []
+    try:
+        import resource
+        soft = resource.getrlimit(getattr(resource, name))[0]
+        if soft != resource.RLIM_INFINITY:
+            found.append(soft)
+    except (ImportError, AttributeError):
+        logger.debug('there is no %s here', name)
+    if name == 'RLIMIT_NPROC':
+        found += _cgroup_pids()
+    return str(min(found)) if found else 'of the system'
+
+
+def _cgroup_pids() -> List[int]:
+    """Limits of processes by the cgroups that this process is in (Linux)."""
+    found = []
+    with contextlib.suppress(OSError, ValueError), open('/proc/self/cgroup') as file:
+        for line in file:
+            _, controllers, path = line.rstrip('\n').split(':', 2)
+            if controllers not in ('', 'pids'):
+                continue
+            below = os.path.join('/sys/fs/cgroup', controllers, path.lstrip('/'))
+            with contextlib.suppress(OSError, ValueError), open(os.path.join(below, 'pids.max')) as limit:
+                found.append(int(limit.read()))   # 'max' is no number
+    return found
 
 
 def exit_text(code: Optional[int]) -> str:
