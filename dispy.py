@@ -74,16 +74,16 @@ import types
 import uuid
 import weakref
 import zlib
-from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Callable, Deque, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 import cloudpickle
 
 from dispynode import (
-    ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
-    SCHEDULER_PORT, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
+    ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, PULSES_SILENT,
+    QUEUED_TIME, SCHEDULER_PORT, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
     File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
-    Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
-    Role, Said, SecretError, Shutdown, Welcome, Where, __version__, beside, call_chunk, call_packed, check_name, class_of_client,
+    Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Remains, Report, Results, Return,
+    Returned, Role, Said, Second, SecretError, Shutdown, Welcome, Where, __version__, beside, call_chunk, call_packed, check_name, class_of_client,
     derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret, frames, host_and_port, open_envelope, pieces_of,
     place, python_of, same_secret, seal, size_of, tls_context, unpack_error, unseal, value_pickler)
 
@@ -508,11 +508,13 @@ class NodeHad(NamedTuple):
 
 
 class NodeLost(NamedTuple):
-    """The node is gone; `name` and `text` for people. `kept`: computation -> serials whose results it has none the less."""
+    """The node is gone; `name` and `text` for people. `kept`: computation -> serials whose results it has none the less.
+    `begun`: computation -> serials that may have begun there, the others have not; those may have of one that is not named."""
     node: Any
     name: str
     text: str
     kept: Dict[str, list] = {}
+    begun: Dict[str, FrozenSet[int]] = {}
 
 
 class NodeLeft(NamedTuple):
@@ -1045,7 +1047,7 @@ class Schedule:
         if node is None:
             return
         for name in list(node.comps):
-            self._leave(node, name, event.name, event.text, frozenset(event.kept.get(name, ())))
+            self._leave(node, name, event.name, event.text, frozenset(event.kept.get(name, ())), event.begun.get(name))
         if not node.comps:
             del self.nodes[event.node]
             self._away.pop(node.key, None)
@@ -1056,12 +1058,17 @@ class Schedule:
         if node is not None and event.comp in node.comps:
             self._leave(node, event.comp, event.name, event.text)
 
-    def _leave(self, node: _Node, name: str, node_name: str, text: str, kept: Any = frozenset()) -> None:
+    def _leave(self, node: _Node, name: str, node_name: str, text: str, kept: Any = frozenset(),
+               begun: Optional[FrozenSet[int]] = None) -> None:
         comp = node.comps[name]
         node.draining.discard(name)
         serials = [serial for serial in sorted(node.flight[name], reverse=True) if serial not in kept]   # each goes to the front
-        for work in self._land(node, comp, serials).values():
-            self._lost(comp, work, node_name, text)
+        for serial in serials:
+            if begun is not None and serial not in begun:
+                self._back(node, comp, serial)
+                continue
+            for work in self._land(node, comp, [serial]).values():
+                self._lost(comp, work, node_name, text)
         if not node.flight[name]:
             self._forget(node, comp)
 
@@ -2189,7 +2196,7 @@ class Peer:
         self.linked_at = 0.0
         self.instance = b''
         self.restarted = False                     # another process than before; told when it says Welcome
-        self.refused_at: Optional[float] = None    # when, since its link broke, nothing listened there
+        self.second = Second(self)                 # connection, while the first is silent
         self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0  # type: Tuple[str, str, dict, int]
         self.reason = 'not reached yet'
         self.dialling = Dialling(REDIAL_FIRST, redial)
@@ -2528,7 +2535,8 @@ class Driver(Loop):
         for asker in self._ears.values():
             asker.ears.close()
         for peer in {*self._dials, *self._peers.values()}:   # also those that no cluster uses any more
-            peer.dialling.abort()
+            peer.dialling.abort(peer.embedded)
+            peer.second.abort()
             peer.end_process()
         for event in list(self._inbox):
             if isinstance(event, Asked):
@@ -3066,17 +3074,20 @@ class Driver(Loop):
         self._dials.add(peer)
         peer.dialling.start(self.post, peer, functools.partial(self._reach_peer, peer))
 
-    def _reach_peer(self, peer: Peer, note: Callable[[Any], None]) -> Arrival:
+    def _reach_peer(self, peer: Peer, note: Callable[[Any], None], patience: float = HANDSHAKE_TIME) -> Arrival:
         """A dial thread."""
         if not peer.embedded:
             wanted = Role.SCHEDULER if peer.scheduler else Role.NODE
-            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self.instance, self._tls, note)
+            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self.instance, self._tls, note, patience)
         peer.end_process()
         peer.process, port, psk = _start_embedded(peer)
         return dial(peer.host, port, psk, Role.CLIENT, Role.NODE, self.instance, None, note)
 
     def _dialled(self, event: Dialled) -> None:
         peer = event.peer
+        if isinstance(peer, Second):
+            self._second_reached(event)
+            return
         self._dials.discard(peer)
         peer.dialling.ended()
         if peer.state is not NodeState.DIALLING:
@@ -3116,7 +3127,7 @@ class Driver(Loop):
         peer.move('connect')
         peer.failures, peer.probed = 0, False
         peer.restarted = bool(peer.instance) and peer.instance != event.session.peer_instance
-        peer.instance, peer.refused_at = event.session.peer_instance, None
+        peer.instance = event.session.peer_instance
         peer.ip_addr, peer.reason = event.address, ''
         peer.link = Link(event.sock, event.session, event.address, self.now, self.access.pulse)
         peer.linked_at = self.now
@@ -3148,6 +3159,11 @@ class Driver(Loop):
 
     def _dial_failed(self, event: DialFailed) -> None:
         peer = event.peer
+        if isinstance(peer, Second):
+            link = peer.peer.link
+            if peer.ended(self.now) and link is not None and self.is_silent(link):
+                self.on_silent(link)
+            return
         self._dials.discard(peer)
         peer.dialling.ended()
         if peer.state is not NodeState.DIALLING:
@@ -3156,13 +3172,20 @@ class Driver(Loop):
         peer.failures += 1
         self._reached_not(peer, event.text)
         if event.refused and peer.key in self.schedule.nodes and not peer.scheduler:
-            if peer.refused_at is None:
-                peer.refused_at = self.now
-            else:   # its process has ended: whoever listens there next does not know our jobs
-                self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'its process has ended'), self.now))
+            self._look_for_remains(peer)
         silent = self.now - peer.heard > 2 * self.access.redial   # who still answers by UDP is kept, with the reason
         if not peer.listed and (peer.failures >= FOUND_FAILURES and silent or self._only_probed(peer)):
             self._forget_peer(peer)
+
+    def _look_for_remains(self, peer: Peer) -> None:
+        """Nothing listens where a node was: if it was on this machine, its lock file tells whether its process has ended."""
+        remains = Remains(peer.facts.get('lock'), peer.instance)
+        if not remains.has_ended():
+            return
+        comps = list(self.schedule.nodes[peer.key].comps)
+        known = {comp: begun for comp, begun in ((comp, remains.begun(comp)) for comp in comps) if begun is not None}
+        kept = {comp: remains.kept(comp) for comp in comps}
+        self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'its process has ended', kept, known), self.now))
 
     def _forget_peer(self, peer: Peer) -> None:
         """One that was found and not named cannot be reached: it is found again when it is there again."""
@@ -3207,6 +3230,30 @@ class Driver(Loop):
                 raise PeerError('%s may not come here' % kind.__name__)
             self._messages[kind](peer, message)
 
+    def on_silent(self, link: Link) -> None:
+        """Another connection is tried while this one still counts. What dials us does so itself."""
+        peer = self._by_link.get(link.number)
+        if peer is not None and peer.port:
+            peer.second.start(self.now, self.post, functools.partial(self._reach_peer, peer, patience=max(1.0, link.pulse)))
+
+    def _second_reached(self, event: Dialled) -> None:
+        """It takes the place of a link that is silent still, or has come to its end for that."""
+        peer = event.peer.peer
+        event.peer.ended()
+        old = peer.link
+        if peer.key not in self._peers or self._peers[peer.key] is not peer or (
+                peer.state not in _MAY_DIAL if old is None else not self.is_silent(old)):
+            event.sock.close()
+            return
+        if old is not None:
+            self._break(old, 'nothing was heard for %.0f s, and it was reached anew' % (self.now - old.heard))
+        if self._peers.get(peer.key) is not peer:   # nobody wants it any more
+            event.sock.close()
+            return
+        peer.move('dial')
+        peer.dialling.due = None
+        self._connected(peer, event)
+
     def on_broken(self, channel: Link, text: str) -> None:
         """A link came to its end: the node is lost until it is reached again."""
         peer = self._by_link[channel.number]
@@ -3214,7 +3261,7 @@ class Driver(Loop):
         used = [comp for comp, use in peer.uses.items() if use.state is UseState.READY]
         self._tell_all(DispyNode.Closed, peer, used)
         self._unlink(peer, channel)
-        until = channel.heard + PULSES_LOST * channel.pulse if not peer.scheduler else math.inf   # it keeps what it has on disk
+        until = self._away_until(peer, channel)
         lost = until <= self.now or peer.embedded or not any(self.schedule.nodes[peer.key].flight.values()) \
             if peer.key in self.schedule.nodes else True
         self._act(self.schedule.handle(NodeLost(peer.key, str(peer), text) if lost else NodeAway(peer.key, str(peer), text, until), self.now))
@@ -3230,6 +3277,15 @@ class Driver(Loop):
             logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, peer.reason)
             if lost:
                 self._forget_peer(peer)
+
+    def _away_until(self, peer: Peer, link: Link) -> float:
+        """Until when what is on a node is not lost. Not before a new connection has been tried in vain."""
+        if peer.scheduler:
+            return math.inf   # it keeps what it has on disk
+        until = link.heard + PULSES_LOST * link.pulse
+        if peer.port and (peer.second.busy or not peer.second.has_failed(link.heard)):
+            until = max(until, self.now + PULSES_SILENT * link.pulse)
+        return until
 
     def _gone(self, action: NodeGone) -> None:
         peer = self._peers.get(action.node)

@@ -86,12 +86,15 @@ NODE_PORT = 9701              # TCP and UDP
 SCHEDULER_PORT = 9702         # TCP, of the scheduler and of clients that nodes dial
 PULSE = 2.0                   # s between signs of life on a link
 PULSES_LOST = 5               # silent pulses after which a link is broken
+SECOND_APART = 0.5            # s between the beginnings of such attempts at least
+PULSES_SILENT = 2             # silent pulses after which a second connection is tried while the first still counts
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 SETUP_TIME = 600.0            # s that loading code and setup() may take
 ORPHAN_TIME = 3.0             # s that a computation without jobs waits for a client whose link broke
 ZOMBIE_TIME = 86400.0         # s that results wait on the disk for their client
-FLAP_TIME = 10.0              # s that a link must have lived for the next attempt to be made soon
+FLAP_TIME = 10.0              # s that a link must have lived for not being one of several that end at once
+FLAPS = 4                     # links in a row that ended at once, after which the next attempts come later and later
 RELEASED_TIME = 10.0          # s for which a client from which the node was taken is not served, so that another comes first
 QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 AHEAD_TIME = 0.005            # s of work that a worker may hold beyond what it runs
@@ -4277,6 +4280,9 @@ class Loop:
         """A channel is of no use any more; it is detached and closed already."""
         raise NotImplementedError
 
+    def on_silent(self, link: 'Link') -> None:
+        """Nothing was heard on a link for PULSES_SILENT pulses; called again and again while it lasts."""
+
     def end_of_turn(self) -> None:
         """After all that was read and posted: decide and send."""
 
@@ -4426,9 +4432,16 @@ class Loop:
         for link in list(self.links.values()):
             if self.now - link.heard > PULSES_LOST * link.pulse and not link.paused:
                 self._break(link, 'nothing was heard for %.0f s' % (self.now - link.heard))
-            elif self.now - link.said >= link.pulse * 0.9 and not link.wants_write:
+                continue
+            if self.is_silent(link):
+                self.on_silent(link)
+            if self.now - link.said >= link.pulse * 0.9 and not link.wants_write:
                 self.say(link, Pulse())
         self._pulse_at = self.now + min([PULSE, *(link.pulse for link in self.links.values())]) / 2
+
+    def is_silent(self, link: 'Link') -> bool:
+        """Whether a second connection is to be tried while this one still counts."""
+        return self.now - link.heard > PULSES_SILENT * link.pulse and not link.paused
 
     def close(self) -> None:
         """Close all that is owned."""
@@ -4566,15 +4579,16 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: bytes, tls: Any = None,
-         note: Callable[[Any], None] = lambda sock: None) -> Arrival:
+         note: Callable[[Any], None] = lambda sock: None, patience: float = HANDSHAKE_TIME) -> Arrival:
     """Connect, TLS, handshake: blocking, for a thread. `tls` is a context of `tls_context`; `note` is told each socket as it
-    is made, so that another thread can shut it down. Raises HandshakeError or OSError; `dial_text` says it in words."""
+    is made, so that another thread can shut it down; `patience` is for the connection, and again for the handshake. Raises
+    HandshakeError or OSError; `dial_text` says it in words."""
     failure: OSError = OSError('it has no address')
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
         sock: Any = socket.socket(family, kind, protocol)
         note(sock)
         try:
-            sock.settimeout(HANDSHAKE_TIME)
+            sock.settimeout(patience)
             sock.connect(address)
             break
         except OSError as exc:
@@ -4584,7 +4598,7 @@ def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: b
         raise failure
     try:
         tune(sock)
-        binding, deadline = NO_TLS, time.monotonic() + HANDSHAKE_TIME
+        binding, deadline = NO_TLS, time.monotonic() + patience
         if tls is not None:
             sock = _dial_tls(sock, tls)
             note(sock)
@@ -4637,51 +4651,117 @@ class Dialling:
     def __init__(self, first: float, most: float) -> None:
         self._first, self._most, self._wait = first, most, first
         self.due: Optional[float] = 0.0    # when to begin, None: not to begin
-        self._sock: Any = None
-        self._thread: Optional[threading.Thread] = None
+        self._flaps = 0                    # links in a row that ended at once
+        self._attempt: Optional[_Attempt] = None
 
     @property
     def busy(self) -> bool:
         """Whether a thread is at it."""
-        return self._thread is not None
+        return self._attempt is not None
 
     def start(self, post: Callable[[Any], None], peer: Any, reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
         """`reach(note)` is `dial` with its arguments, but for `note`. Dialled or DialFailed is posted with `peer`."""
-        def work() -> None:
-            try:
-                found = reach(self._note)
-            except (DispyError, OSError, ValueError, RuntimeError) as exc:   # Runtime: no process at interpreter's exit
-                post(DialFailed(peer, dial_text(exc), isinstance(exc, ConnectionRefusedError)))
-            else:
-                post(Dialled(peer, *found))
-        self.due, self._thread = None, threading.Thread(target=work, name='dispy-dial', daemon=True)
+        self.due, self._attempt = None, _Attempt(post, peer, reach)
         try:
-            self._thread.start()
+            self._attempt.thread.start()
         except RuntimeError as exc:   # no more threads, or the interpreter is on its way out
-            self._thread = None
+            self._attempt = None
             post(DialFailed(peer, 'no thread could be started: %s' % exc))
-
-    def _note(self, sock: Any) -> None:
-        self._sock = sock
 
     def ended(self) -> None:
         """Its event has come."""
-        self._sock = self._thread = None
+        self._attempt = None
 
     def again(self, now: float, lived: float = 0.0) -> None:
-        """It failed, or the link that came of it ended after `lived` seconds: once more, later, and soon if it lived long."""
-        if lived > FLAP_TIME:
-            self._wait = self._first
+        """It failed, or the link that came of it ended after `lived` seconds: once more, later. With each connection that was
+        made the wait begins anew, unless several in a row have ended at once."""
+        if lived:
+            self._flaps = 0 if lived > FLAP_TIME else self._flaps + 1
+            if self._flaps < FLAPS:
+                self._wait = self._first
         self.due, self._wait = now + self._wait, min(2 * self._wait, self._most)
 
-    def abort(self) -> None:
-        """End the attempt."""
-        sock, thread = self._sock, self._thread
+    def abort(self, waits: bool = False) -> None:
+        """End the attempt. One that asks for a name cannot be woken: it is left to itself, and nothing comes of it. With `waits`
+        it is waited for even so, as it starts a process that it has to see to."""
+        if self._attempt is not None:
+            self._attempt.abort(waits)
+
+
+class _Attempt:
+    """One thread of a Dialling."""
+
+    def __init__(self, post: Callable[[Any], None], peer: Any, reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
+        self._post, self._peer, self._reach = post, peer, reach
+        self._lock = threading.Lock()   # guards the two below
+        self._sock: Any = None
+        self._aborted = False
+        self.thread = threading.Thread(target=self._work, name='dispy-dial', daemon=True)
+
+    def _work(self) -> None:
+        try:
+            found = self._reach(self._note)
+        except (DispyError, OSError, ValueError, RuntimeError) as exc:   # Runtime: no process at interpreter's exit
+            self._post(DialFailed(self._peer, dial_text(exc), isinstance(exc, ConnectionRefusedError)))
+        else:
+            self._post(Dialled(self._peer, *found))
+
+    def _note(self, sock: Any) -> None:
+        with self._lock:
+            self._sock = sock
+            if not self._aborted:
+                return
+        sock.close()
+        raise OSError('given up')
+
+    def abort(self, waits: bool) -> None:
+        """End it, and wait for its end if it has come so far that it can be woken."""
+        with self._lock:
+            self._aborted, sock = True, self._sock
         if sock is not None:
             with contextlib.suppress(OSError):   # not connected yet, or not any more
                 sock.shutdown(socket.SHUT_RDWR)
-        if thread is not None:
-            thread.join(HANDSHAKE_TIME)
+        if sock is not None or waits:
+            self.thread.join(HANDSHAKE_TIME)
+
+
+class Second:
+    """A second connection to a peer whose link is silent: whichever speaks first is used. The loop's thread.
+
+    Attempts are short, and one follows the other: a packet that was lost is sent again by TCP after 1, 3, 7 s, a new attempt
+    finds out at once that a cut is over.
+    """
+
+    def __init__(self, peer: Any) -> None:
+        self.peer = peer
+        self._dialling = Dialling(0.0, 0.0)
+        self._failed_at: Optional[float] = None    # when an attempt has failed last
+        self._began = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether an attempt is under way."""
+        return self._dialling.busy
+
+    def has_failed(self, since: float) -> bool:
+        """Whether an attempt has failed since then."""
+        return self._failed_at is not None and self._failed_at >= since
+
+    def start(self, now: float, post: Callable[[Any], None], reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
+        """One more attempt, unless there is one."""
+        if not self.busy:
+            self._began = now
+            self._dialling.start(post, self, reach)
+
+    def ended(self, failed_at: Optional[float] = None) -> bool:
+        """Its event has come. Returns whether the next attempt may begin at once: one that was refused at once has to wait."""
+        self._dialling.ended()
+        self._failed_at = failed_at
+        return failed_at is not None and failed_at - self._began > SECOND_APART
+
+    def abort(self) -> None:
+        """End the attempt."""
+        self._dialling.abort()
 
 
 # Multicast groups of the site; none is routed, as packets have one hop to go. IPv6 of the link would be asked from link-local
@@ -4863,6 +4943,7 @@ class _Caller:
         self.dialling = Dialling(min(1.0, most), most)
         self.link, self.since = 0, 0.0
         self.told = ''     # the last failure that was logged
+        self.second = Second(self)
 
 
 class _Run:
@@ -4981,6 +5062,7 @@ class Daemon(Loop):
                 self._gates.append(self._listen(host, port))
                 port = self._gates[0].server_address[1]
             self._root = self._take_directory(port)
+            self.node.facts['lock'] = machine(), os.path.join(self._base, 'lock')
             self._find_kept()
             if self._callers and options.certfile:
                 self._tls = tls_context(False, options.certfile, options.keyfile)
@@ -5043,7 +5125,7 @@ class Daemon(Loop):
                 if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
                     raise StartError('%s is not a directory of this user (--dest-path-prefix)' % path)
                 os.chmod(path, 0o711 if self._options.user else 0o700)
-            self._lock_file = _lock(os.path.join(root, 'lock'), port)
+            self._lock_file = _lock(os.path.join(root, 'lock'), port, self._instance)
             self._base = os.path.realpath(root)
             if self._options.clean:
                 for comp in self._shelved():
@@ -5105,6 +5187,7 @@ class Daemon(Loop):
             self._ears.close()
         for caller in self._callers:
             caller.dialling.abort()
+            caller.second.abort()
         for run in list(self._runs.values()):
             if run.watch is not None:
                 run.watch.close()
@@ -5143,6 +5226,10 @@ class Daemon(Loop):
         if isinstance(event, DialFailed):
             self._dial_failed(event.peer, event.text)
             return
+        if isinstance(event, Dialled) and isinstance(event.peer, Second):
+            event = self._second_reached(event)
+            if event is None:
+                return
         if isinstance(event, (Arrival, Dialled)):
             link = Link(event.sock, event.session, event.address, self.now)
             self.attach(link)
@@ -5155,7 +5242,34 @@ class Daemon(Loop):
             event = LinkUp(link.number, link.instance, link.address)
         self._tell(event)
 
-    def _dial_failed(self, caller: _Caller, text: str) -> None:
+    def on_silent(self, link: Link) -> None:
+        """A scheduler that we have dialled is silent: another connection is tried. Others dial us."""
+        for caller in self._callers:
+            if caller.link == link.number and not self.node.stopping:
+                caller.second.start(self.now, self.post, self._reach(caller, max(1.0, link.pulse)))
+
+    def _reach(self, caller: _Caller, patience: float) -> Callable[..., Arrival]:
+        return functools.partial(dial, caller.host, caller.port, derive_key(self._options.secret), Role.NODE, Role.SCHEDULER,
+                                 self._instance, self._tls, patience=patience)
+
+    def _second_reached(self, event: Dialled) -> Optional[Dialled]:
+        """It takes the place of a link that is silent still; None if that has spoken, or another has its place."""
+        caller = event.peer.peer
+        event.peer.ended()
+        old = self.links.get(caller.link)
+        if old is None or not self.is_silent(old):
+            event.sock.close()
+            return None
+        self._break(old, 'nothing was heard for %.0f s, and it was reached anew' % (self.now - old.heard))
+        caller.dialling.due = None
+        return event._replace(peer=caller)
+
+    def _dial_failed(self, caller: Any, text: str) -> None:
+        if isinstance(caller, Second):
+            link = self.links.get(caller.peer.link)
+            if caller.ended(self.now) and link is not None and self.is_silent(link):
+                self.on_silent(link)
+            return
         caller.dialling.ended()
         caller.dialling.again(self.now)
         if caller.told != text and not (caller.told and text == CLOSED_AT_ONCE):   # it refuses us for a while, for the reason told
@@ -5165,8 +5279,7 @@ class Daemon(Loop):
     def _dial_callers(self) -> None:
         for caller in self._callers:
             if caller.dialling.due is not None and caller.dialling.due <= self.now and not self.node.stopping:
-                caller.dialling.start(self.post, caller, functools.partial(
-                    dial, caller.host, caller.port, derive_key(self._options.secret), Role.NODE, Role.SCHEDULER, self._instance, self._tls))
+                caller.dialling.start(self.post, caller, self._reach(caller, HANDSHAKE_TIME))
 
     def _tell(self, event: Any) -> None:
         self._act(self.node.handle(event, self.now))
@@ -5737,16 +5850,37 @@ def default_directory(port: int) -> str:
     return os.path.join(tempfile.gettempdir(), 'dispy-%s' % user, 'node-%d' % port)
 
 
-def _lock(path: str, port: int) -> Any:
-    """Take the lock file or raise StartError naming who has it. Released by the system when the process ends."""
+def machine() -> str:
+    """What this machine is known by while it runs; empty where nothing tells. Containers of one machine have the same."""
+    try:
+        with open('/proc/sys/kernel/random/boot_id') as file:
+            return file.read().strip()
+    except OSError:
+        return ''
+
+
+def _try_lock(file: Any, shared: bool = False) -> None:
+    if os.name == 'nt':
+        import msvcrt
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        import fcntl
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
+def _lock(path: str, port: int, instance: bytes = b'') -> Any:
+    """Take the lock file or raise StartError naming who has it. Released by the system when the process ends. Clients look
+    for a moment whether it is locked, so that it is tried several times."""
     file = open(path, 'a+')
     try:
-        if os.name == 'nt':
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in reversed(range(5)):
+            try:
+                _try_lock(file)
+                break
+            except OSError:
+                if not left:
+                    raise
+                time.sleep(0.02)
     except OSError as exc:
         file.seek(0)
         holder = file.read(200).strip()
@@ -5754,9 +5888,49 @@ def _lock(path: str, port: int) -> Any:
         raise StartError('the directory %s is in use by a dispynode (%s): choose another with --dest-path-prefix'
                          % (os.path.dirname(path), holder or 'no PID is noted')) from exc
     file.truncate(0)
-    file.write('PID %d, port %d\n' % (os.getpid(), port))
+    file.write('PID %d, port %d\n%s' % (os.getpid(), port, 'instance %s\n' % instance.hex() if instance else ''))
     file.flush()
     return file
+
+
+class Remains:
+    """What a node whose process has ended has left on this machine, read by a client that was connected to it.
+
+    That nothing listens at an address proves nothing: it may be a forwarder's. The node's lock file does, if it names the
+    process that was connected and is not locked.
+    """
+
+    def __init__(self, lock: Any, instance: bytes) -> None:
+        """`lock`: machine and path of the lock file, as the node has told."""
+        self._machine, self._path = lock if type(lock) is tuple and len(lock) == 2 else ('', '')
+        self._instance = instance
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended, for certain."""
+        if not self._machine or self._machine != machine() or os.name == 'nt':
+            return False
+        try:
+            with open(self._path, 'r+') as file:
+                named = 'instance %s' % self._instance.hex() in file.read(400)
+                _try_lock(file, shared=True)
+                return named
+        except OSError:   # it is not ours to read, or is locked
+            return False
+
+    def begun(self, comp: str) -> Optional[FrozenSet[int]]:
+        """Attempts of a computation that may have begun there; None: any may have."""
+        path = os.path.join(os.path.dirname(self._path), 'p-' + comp)
+        try:
+            return Slots.read(path) if os.path.isdir(path) else None
+        except OSError:
+            return None
+
+    def kept(self, comp: str) -> List[int]:
+        """Attempts whose results it has kept."""
+        try:
+            return [row[0] for row in Shelf(os.path.join(os.path.dirname(self._path), 'r-' + comp)).rows()]
+        except OSError:   # none, as a rule
+            return []
 
 
 # ---------------------------------------------------------------------------------------------------------
