@@ -80,7 +80,7 @@ import cloudpickle
 
 from dispynode import (
     ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, PULSES_SILENT,
-    QUEUED_TIME, SCHEDULER_PORT, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
+    QUEUED_TIME, REASONS, SCHEDULER_PORT, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
     File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
     Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Remains, Report, Results, Return,
     Returned, Role, Said, Second, SecretError, Shutdown, Welcome, Where, __version__, beside, call_chunk, call_packed, check_name, class_of_client,
@@ -2160,12 +2160,13 @@ class Monitor:
 
 class Use:
     """A node and a cluster. Driver thread only."""
-    __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told')
+    __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told', 'passes')
 
     def __init__(self, spec: NodeSpec) -> None:
         self.state = UseState.WAITING
         self.spec = spec
         self.reason = ''                             # why it was refused
+        self.passes = False                          # the reason may pass: it is tried again
         self.allocation: Optional[Allocation] = None   # what the user's NodeAllocate said
         self.wanted: Optional[int] = None            # CPUs by set_node_cpus; 0: deallocated
         self.acks: List[int] = []                    # serials to be acknowledged
@@ -3344,12 +3345,13 @@ class Driver(Loop):
             code, obstacle = cluster._source
             if obstacle:
                 self._refusal(peer, comp, 'it runs %s, this program %s, where functions go as source only: %s'
-                              % (python_of(there), python_of(spec['python']), obstacle))
+                              % (python_of(there), python_of(spec['python']), obstacle), 'version')
                 return
             spec = dict(spec, kind='source', code=code)
         if peer.allowed(comp) < 1 and use.wanted is None:
             self._refusal(peer, comp, 'it has no CPU to use: %d offered, limit %d' % (peer.offered, use.spec.cpus)
-                          if allocation is None else 'allocate() returned %d' % allocation.cpus)
+                          if allocation is None else 'allocate() returned %d' % allocation.cpus,
+                          'cpus' if allocation is None else 'allocate')
             return
         if allocation is not None:
             spec = dict(spec, cpus=allocation.cpus, setup_args=allocation.setup_args, files=spec['files'] + allocation.files)
@@ -3399,19 +3401,26 @@ class Driver(Loop):
         if comp not in self._clusters or peer.link is not link or comp not in peer.uses:
             return   # closed or lost meanwhile
         if error:
-            self._refusal(peer, comp, 'allocate() failed: ' + error)
+            self._refusal(peer, comp, 'allocate() failed: ' + error, 'allocate')
         elif peer.uses[comp].state is UseState.ASKING:
             peer.uses[comp].allocation = allocation
             self._set_up(peer, comp)
 
-    def _refusal(self, peer: Peer, comp: str, text: str, about: str = '') -> None:
-        """Not used: said once for each reason, or what it is about."""
-        use = peer.uses[comp]
+    def _refusal(self, peer: Peer, comp: str, text: str, code: str) -> None:
+        """Not used, for a reason of REASONS. One that passes is said once, whatever its numbers, and tried again."""
+        use, reason = peer.uses[comp], REASONS.get(code)
         use.move('refuse')
         use.reason, use.then = text, ''
-        if (about or text) not in use.told:
-            use.told.add(about or text)
-            self._inform(comp, 'node %s does not take %s: %s' % (peer, self._clusters[comp].name, text))
+        use.passes = reason is not None and reason.passes
+        about = code if use.passes else text
+        if about not in use.told:
+            use.told.add(about)
+            self._inform(comp, 'node %s does not take %s: %s%s' % (
+                peer, self._clusters[comp].name, text, '; it is tried again and again' if use.passes else ''))
+        if use.passes:
+            peer.retry_at = self.now + peer.retry_wait
+            peer.retry_wait = min(peer.retry_wait * 2, RETRY_MOST)
+            self._soon()
 
     def _on_refused(self, peer: Peer, message: Refused) -> None:
         use = peer.uses.get(message.comp)
@@ -3426,17 +3435,13 @@ class Driver(Loop):
             if not peer.scheduler:   # it has answered for all that it held: what was on the way has not begun, as with Bye
                 self._act(self.schedule.handle(NodeReady(peer.key, message.comp, 0, []), self.now))
             self._act(self.schedule.handle(NodeLeft(peer.key, message.comp, str(peer), message.text), self.now))
-        self._refusal(peer, message.comp, message.text, 'busy' if message.code == 'busy' else '')   # for how long changes
-        if was_ready or message.code in ('busy', 'closing', 'stopping'):
-            peer.retry_at = self.now + peer.retry_wait
-            peer.retry_wait = min(peer.retry_wait * 2, RETRY_MOST)
-            self._soon()
+        self._refusal(peer, message.comp, message.text, 'process' if was_ready and message.code == 'setup' else message.code)
 
     def _retry(self, peer: Peer) -> None:
-        """Offer again what the node was too busy for."""
+        """Offer again what the node could not take, for a reason that passes."""
         peer.retry_at = None
         for comp, use in list(peer.uses.items()):
-            if comp in self._clusters and use.state is UseState.REFUSED:
+            if comp in self._clusters and use.state is UseState.REFUSED and use.passes:
                 self._set_up(peer, comp)
 
     def _on_need(self, peer: Peer, message: Need) -> None:

@@ -174,6 +174,38 @@ class Outcome(enum.IntEnum):
     ABANDONED = 11         # text; of a scheduler only
 
 
+class Reason(NamedTuple):
+    """A reason for which a node does not take a computation: what it is, and whether it can pass by itself. One that passes is
+    tried again, later and later; one that does not is final until the node or the computation is another."""
+    about: str
+    passes: bool
+
+
+# The codes of Refused, and those that a client finds by itself (the last four).
+REASONS: Dict[str, Reason] = {
+    'busy': Reason('another client holds the node', True),
+    'closing': Reason('the same computation is still being closed there', True),
+    'stopping': Reason('the node is being stopped', True),
+    'paused': Reason('it takes no new jobs: hours of service, or its operator', True),
+    'released': Reason('its operator has taken it from this client', True),
+    'room': Reason('no room for files, or no more files, descriptors or memory', True),
+    'process': Reason('the process that runs setup could not be started, or was killed', True),
+    'worker': Reason('workers die before they run anything', True),
+    'transfer': Reason('a file is not as it was announced, too large, or has a name that is refused', False),
+    'setup': Reason('the code could not be loaded, or setup raised, returned something or did not end', False),
+    'version': Reason('functions cannot go there as source', False),
+    'allocate': Reason("the program's allocate() has failed or wants none", False),
+    'cpus': Reason('it has no CPU to use for this computation', False),
+    'source': Reason('the program that could give the source is not connected', True),
+}
+SHORTAGES = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN))
+
+
+def reason_of(exc: BaseException) -> str:
+    """The code of a failure to store files or to start a process."""
+    return 'room' if getattr(exc, 'errno', None) in SHORTAGES or isinstance(exc, MemoryError) else 'transfer'
+
+
 class Introduce(NamedTuple):
     """Client, first on a link: who it is (shown to others), its pulse in seconds. Answered by Welcome."""
     name: str
@@ -1313,6 +1345,11 @@ def check_size(name: str, size: int, most: int) -> None:
         raise ValueError('%s has %d bytes and the node takes %d at most (its --max-file-size)' % (name, size, most))
 
 
+class NoRoom(OSError):
+    """Files that were announced do not fit."""
+    errno = errno.ENOSPC
+
+
 class FileReceiver:
     """The files of one directory as they come in. Files already there with the right size and digest are not wanted."""
 
@@ -1334,7 +1371,7 @@ class FileReceiver:
         needed = sum(size for size, _, _ in wanted.values())
         free = shutil.disk_usage(self._root).free
         if needed > free:
-            raise OSError('%d bytes are needed for files and %d are free in %s' % (needed, free, self._root))
+            raise NoRoom('%d bytes are needed for files and %d are free in %s' % (needed, free, self._root))
         self._wanted = wanted
         return sorted(wanted)
 
@@ -1721,12 +1758,14 @@ class Prepared(NamedTuple):
     comp: str
     missing: list
     error: str = ''
+    code: str = 'transfer'   # of REASONS
 
 
 class Stored(NamedTuple):
     """All files are there, or one could not be stored."""
     comp: str
     error: str = ''
+    code: str = 'transfer'   # of REASONS
 
 
 class Put(NamedTuple):
@@ -2340,7 +2379,7 @@ class Node:
         if comp.stage is not Stage.PREPARING:
             return
         if event.error:
-            self._refuse(comp, 'transfer', event.error)
+            self._refuse(comp, event.code, event.error)
         elif event.missing:
             self._set_stage(comp, 'missing')
             self._reply(comp, Need(comp.comp, event.missing))
@@ -2360,7 +2399,7 @@ class Node:
         if comp.stage is not Stage.RECEIVING:
             return
         if event.error:
-            self._refuse(comp, 'transfer', event.error)
+            self._refuse(comp, event.code, event.error)
         else:
             self._start(comp, now)
 
@@ -5406,7 +5445,7 @@ class Daemon(Loop):
                 run = self._runs[comp] = _Run(comp, directory, private, keep, self._options.max_file)
                 missing = run.receiver.want(spec['files'])
         except (OSError, ValueError) as exc:
-            self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc))
+            self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc, reason_of(exc)))
         else:
             self.post(Prepared(comp, missing))
 
@@ -5418,7 +5457,7 @@ class Daemon(Loop):
         except (OSError, ValueError) as exc:
             with self._as_user():
                 run.receiver.abort()
-            self.post(Stored(action.comp, 'file %.100r cannot be stored: %s' % (action.name, exc)))
+            self.post(Stored(action.comp, 'file %.100r cannot be stored: %s' % (action.name, exc), reason_of(exc)))
         else:
             if complete:
                 self.post(Stored(action.comp))
@@ -5495,7 +5534,7 @@ class Daemon(Loop):
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:   # no descriptors
-            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % exc))
+            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), None, 'process'))
             return
         link = self.links.get(action.link)
         address = (self._options.ext_hosts[:1] or (plain_address(link.sock.getsockname()[0]) if link is not None else '127.0.0.1',))[0]
@@ -5506,7 +5545,7 @@ class Daemon(Loop):
         except OSError as exc:
             ours.close()
             run.process = None
-            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % exc))
+            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), None, 'process'))
             return
         finally:
             theirs.close()
@@ -5586,7 +5625,8 @@ class Daemon(Loop):
         if os.getpid() == 1:
             self._reap()
         self._discard(self._runs.pop(run.comp))
-        self._tell(RunnerGone(run.comp, run.text or exit_text(code), begun))
+        passes = not run.text and code in (None, -signal.SIGTERM, -getattr(signal, 'SIGKILL', signal.SIGTERM))
+        self._tell(RunnerGone(run.comp, run.text or exit_text(code), begun, 'process' if passes else 'setup'))
 
     def _read_out(self, run: _Run) -> None:
         try:

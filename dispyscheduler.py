@@ -60,7 +60,7 @@ from dispynode import (
     Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
     Offer, Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
     Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, derive_key, discovery_reach, find_secret, frames,
-    host_and_port, open_envelope, parse_arguments, pieces_of, positive, save_config, set_up_log, size_of, size_option, sized,
+    host_and_port, open_envelope, parse_arguments, pieces_of, positive, reason_of, save_config, set_up_log, size_of, size_option, sized,
     unpack_error)
 
 # ---------------------------------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ class Remote:
         self._source: Optional[Tuple[bytes, str]] = None
         self.take_spec(spec)
         self.receiver = FileReceiver(directory)
-        self.wanted: Deque[Tuple[list, Callable[[str], None]]] = collections.deque()   # files to be had, and who waits for them
+        self.wanted: Deque[Tuple[list, Callable[..., None]]] = collections.deque()   # files to be had, and who waits for them
         self.ready = False
         self.works: Dict[int, RemoteWork] = {}    # by the program's serials
         self.ended: Dict[int, int] = {}           # the same of jobs that have ended and are not acknowledged, to their numbers
@@ -1038,14 +1038,14 @@ class Scheduler(Driver):
         remote.outbox = []
         self._reassign = True
 
-    def _complete(self, remote: Remote, error: str) -> None:
+    def _complete(self, remote: Remote, error: str, code: str = 'transfer') -> None:
         """All files of a new computation are there, or cannot be."""
         link = self.links.get(remote.link)
         if error:
             self._unopened.pop(remote._comp, None)
             shutil.rmtree(remote.directory, ignore_errors=True)
             if link is not None:
-                self.say(link, Refused(remote._comp, 'transfer', error))
+                self.say(link, Refused(remote._comp, code, error))
             return
         if self._unopened.pop(remote._comp, None) is None:
             return
@@ -1064,8 +1064,9 @@ class Scheduler(Driver):
 
     # -- files of programs --------------------------------------------------------------------------------------
 
-    def _want(self, remote: Remote, rows: list, then: Callable[[str], None]) -> None:
-        """Ask the program for files that are not here; `then` is called when all are, or with what went wrong."""
+    def _want(self, remote: Remote, rows: list, then: Callable[..., None]) -> None:
+        """Ask the program for files that are not here; `then` is called when all are, or with what went wrong and its code (of
+        REASONS)."""
         remote.wanted.append((rows, then))
         if len(remote.wanted) == 1:
             self._want_next(remote)
@@ -1080,7 +1081,7 @@ class Scheduler(Driver):
                 missing = remote.receiver.want(rows)
             except (OSError, ValueError) as exc:
                 remote.wanted.popleft()
-                then('files cannot be stored at the scheduler: %s' % exc)
+                then('files cannot be stored at the scheduler: %s' % exc, reason_of(exc))
                 continue
             if missing:
                 link = self.links.get(remote.link)
@@ -1095,13 +1096,13 @@ class Scheduler(Driver):
         if remote is None or not remote.wanted:
             return
         try:
-            whole, error = remote.receiver.piece(message.name, message.offset, message.data), ''
+            whole, error, code = remote.receiver.piece(message.name, message.offset, message.data), '', ''
         except (OSError, ValueError) as exc:
             remote.receiver.abort()
-            whole, error = True, 'file %.100r cannot be stored at the scheduler: %s' % (message.name, exc)
+            whole, error, code = True, 'file %.100r cannot be stored at the scheduler: %s' % (message.name, exc), reason_of(exc)
         if whole:
             _, then = remote.wanted.popleft()
-            then(error)
+            then(error, code)
             self._want_next(remote)
 
     def _c_place(self, link: Link, message: Place) -> None:
@@ -1245,7 +1246,7 @@ class Scheduler(Driver):
             self.allocate(comp, specs_of(args[0]))
             answer(None)
         elif name == 'leave' and len(args) == 4:   # with files as they are now
-            def complete(error: str) -> None:
+            def complete(error: str, code: str = '') -> None:
                 if not error:
                     self.leave(comp, *args[:3])
                 answer(None, ('OSError', error) if error else ())
@@ -1268,8 +1269,8 @@ class Scheduler(Driver):
         else:
             raise ValueError('%.40r cannot be asked of a scheduler' % name)
 
-    def _cargo_changes(self, remote: Remote, rows: list, then: Callable[[str], None]) -> None:
-        def complete(error: str) -> None:
+    def _cargo_changes(self, remote: Remote, rows: list, then: Callable[..., None]) -> None:
+        def complete(error: str, code: str = '') -> None:
             if not error:
                 remote.take_spec(dict(remote._cargo.spec, files=rows))
                 self._state.began(remote)
@@ -1297,7 +1298,7 @@ class Scheduler(Driver):
             if not error:
                 self._packed_source(cluster, peer, link, (bytes(value[0]), value[1]))
             elif cluster._comp in self._clusters and peer.link is link and cluster._comp in peer.uses:
-                self._refusal(peer, cluster._comp, 'its source is not to be had: ' + error[1])
+                self._refusal(peer, cluster._comp, 'its source is not to be had: ' + error[1], 'source')
         self._ask(cluster, 'source', (), told)
 
     def _ask_allocator(self, allocator: Any, cluster: Any, peer: Peer, link: Link) -> None:
@@ -1309,7 +1310,7 @@ class Scheduler(Driver):
                 return
             cpus, setup_args, rows = value
             paths = {row[0]: os.path.join(cluster.directory, *row[0].split('/')) for row in rows}
-            self._want(cluster, rows, lambda failed: self._allocated(cluster._comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths), failed))
+            self._want(cluster, rows, lambda failed, code='': self._allocated(cluster._comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths), failed))
         self._ask(cluster, 'allocate', (allocator.number, row), told)
 
     def _support(self, cluster: Any, peer: Peer) -> Dict[str, bytes]:
