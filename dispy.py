@@ -74,13 +74,13 @@ import types
 import uuid
 import weakref
 import zlib
-from typing import Any, Callable, Deque, Dict, FrozenSet, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
 import cloudpickle
 
 from dispynode import (
     ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, PULSES_SILENT,
-    QUEUED_TIME, REASONS, SCHEDULER_PORT, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
+    Past, QUEUED_TIME, REASONS, SCHEDULER_PORT, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
     File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
     Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Remains, Report, Results, Return,
     Returned, Role, Said, Second, SecretError, Shutdown, Welcome, Where, __version__, beside, call_chunk, call_packed, check_name, class_of_client,
@@ -433,6 +433,100 @@ class ClusterStatus(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------
 
 # Events.
+class Known(enum.Enum):
+    """What is known of an attempt that was sent to a node or a scheduler, or noted as sent."""
+    UNSENT = 'it never left: that it was sent could not be noted, or the link ended before'
+    HELD = 'it is there: it waits, runs, or its result is kept'
+    UNBEGUN = 'it was there and did not begin: given back, or written down when the node ended'
+    ABSENT = 'it is not there, and all is known that ever came: it never arrived, or never began'
+    LOST = 'it began, and ended with the process of the node'
+    GIVEN_UP = 'it began, and what came of it was given up'
+    FORGOTTEN = 'it is not there, and not all is known that ever came'
+    SILENT = 'nobody can be asked'
+
+
+class Occasion(enum.Enum):
+    """When that is asked."""
+    CONNECTED = 'a program is connected again'
+    RECOVERED = 'another program collects the jobs of one that has crashed'
+    ENDED = 'the node was away too long, or its process has ended'
+
+
+class Verdict(enum.Enum):
+    """What becomes of the job."""
+    STAYS = 'it is waited for'
+    WAITS = 'it waits again'
+    LOST = 'Abandoned, or run again if the computation is reentrant'
+
+
+KNOWN_TABLE: Dict[Tuple[Known, Occasion], Verdict] = {
+    (Known.UNSENT, Occasion.CONNECTED): Verdict.WAITS,
+    (Known.UNSENT, Occasion.RECOVERED): Verdict.WAITS,
+    (Known.UNSENT, Occasion.ENDED): Verdict.WAITS,
+    (Known.HELD, Occasion.CONNECTED): Verdict.STAYS,
+    (Known.HELD, Occasion.RECOVERED): Verdict.STAYS,
+    (Known.HELD, Occasion.ENDED): Verdict.STAYS,      # its result is on the disk there
+    (Known.UNBEGUN, Occasion.CONNECTED): Verdict.WAITS,
+    (Known.UNBEGUN, Occasion.RECOVERED): Verdict.WAITS,
+    (Known.UNBEGUN, Occasion.ENDED): Verdict.WAITS,
+    (Known.ABSENT, Occasion.CONNECTED): Verdict.WAITS,
+    (Known.ABSENT, Occasion.RECOVERED): Verdict.WAITS,
+    (Known.ABSENT, Occasion.ENDED): Verdict.WAITS,
+    (Known.LOST, Occasion.CONNECTED): Verdict.LOST,
+    (Known.LOST, Occasion.RECOVERED): Verdict.LOST,
+    (Known.LOST, Occasion.ENDED): Verdict.LOST,
+    (Known.GIVEN_UP, Occasion.CONNECTED): Verdict.LOST,
+    (Known.GIVEN_UP, Occasion.RECOVERED): Verdict.LOST,
+    (Known.GIVEN_UP, Occasion.ENDED): Verdict.LOST,
+    (Known.FORGOTTEN, Occasion.CONNECTED): Verdict.LOST,
+    (Known.FORGOTTEN, Occasion.RECOVERED): Verdict.LOST,
+    (Known.FORGOTTEN, Occasion.ENDED): Verdict.LOST,
+    (Known.SILENT, Occasion.CONNECTED): Verdict.STAYS,   # until it was away too long
+    (Known.SILENT, Occasion.RECOVERED): Verdict.STAYS,   # told as Running
+    (Known.SILENT, Occasion.ENDED): Verdict.LOST,        # as one that has begun
+}
+KNOWN_TEXTS = {
+    Known.LOST: 'it had begun when the node ended',
+    Known.FORGOTTEN: 'the node does not know it any more',
+}
+
+
+class Account(NamedTuple):
+    """What a node or a scheduler says of attempts of a computation."""
+    held: FrozenSet[int] = frozenset()
+    past: Past = Past()
+    whole: bool = True   # its memory is the one that was there when they were sent
+
+    def known(self, serial: int) -> Known:
+        """What that means for one that was sent there."""
+        if serial in self.held:
+            return Known.HELD
+        if serial in self.past.given_up:
+            return Known.GIVEN_UP
+        if serial in self.past.lost:
+            return Known.LOST
+        if serial in self.past.unbegun:
+            return Known.UNBEGUN
+        return Known.ABSENT if self.whole and self.past.whole else Known.FORGOTTEN
+
+    def verdict(self, serial: int, occasion: Occasion) -> Tuple[Verdict, str]:
+        """What becomes of it, and why, for people."""
+        known = self.known(serial)
+        return KNOWN_TABLE[known, occasion], self.past.text if known is Known.GIVEN_UP else KNOWN_TEXTS.get(known, '')
+
+
+def known_table() -> str:
+    """The table for people: `python -m dispy states`."""
+    width = max(len(known.name) for known in Known)
+    lines = ['%-*s  %s' % (width, '', '  '.join('%-9s' % occasion.name for occasion in Occasion))]
+    for known in Known:
+        cells = '  '.join('%-9s' % KNOWN_TABLE[known, occasion].name for occasion in Occasion)
+        lines.append('%-*s  %s' % (width, known.name, cells.rstrip()))
+    for kind in (Known, Occasion, Verdict):
+        lines += ['', *('%-*s  %s' % (width, one.name, one.value) for one in kind)]
+    return '\n'.join(lines)
+
+
 class Opened(NamedTuple):
     """A computation of a client. CPUs are shared evenly between clients. If it is `remote`, its one node is a scheduler, which
     sees to attempts that fail."""
@@ -460,6 +554,15 @@ class NodeReady(NamedTuple):
     held: list
     name: str = ''
     offers: int = 0   # CPUs that it has, also for others
+    past: Past = Past()
+    whole: bool = True   # as in Account
+
+
+class NodeTold(NamedTuple):
+    """A node has told what it knows of attempts of a computation, which may not be set up there."""
+    node: Any
+    comp: str
+    account: Account
 
 
 class NodeOffers(NamedTuple):
@@ -508,13 +611,11 @@ class NodeHad(NamedTuple):
 
 
 class NodeLost(NamedTuple):
-    """The node is gone; `name` and `text` for people. `kept`: computation -> serials whose results it has none the less.
-    `begun`: computation -> serials that may have begun there, the others have not; those may have of one that is not named."""
+    """The node is gone; `name` and `text` for people. `known`: computation -> what is known of it none the less."""
     node: Any
     name: str
     text: str
-    kept: Dict[str, list] = {}
-    begun: Dict[str, FrozenSet[int]] = {}
+    known: Dict[str, Account] = {}
 
 
 class NodeLeft(NamedTuple):
@@ -749,7 +850,7 @@ class Schedule:
         self._dirty: Dict[Any, _Node] = {}          # nodes that something has happened to since the last flush
         self._handlers: Dict[type, Callable[[Any], None]] = {
             Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked,
-            NodeReady: self._node_ready, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
+            NodeReady: self._node_ready, NodeTold: self._node_told, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
             NodeResults: self._node_results, NodeReturned: self._node_returned,
             NodeHad: self._node_had, NodeAway: self._node_away, NodeLost: self._node_lost, NodeLeft: self._node_left, Closed: self._closed,
         }
@@ -884,12 +985,29 @@ class Schedule:
         self._unpark(comp, node)
         node.recalled.discard(event.comp)   # what was asked of it may not have arrived
         held, flight = set(event.held), node.flight.setdefault(event.comp, {})
-        for serial in sorted(set(flight) - held, reverse=True):
-            self._back(node, comp, serial)   # it never arrived there
+        self._judge(node, comp, Account(frozenset(held), event.past, event.whole), Occasion.CONNECTED)
         unwanted = [serial for serial, work in flight.items() if work._state is JobState.CANCELLING]
         unwanted += sorted(held - set(flight))   # given up while the node was away
         if unwanted:
             self._do(SendCancel(node.key, comp.comp, unwanted))
+
+    def _node_told(self, event: NodeTold) -> None:
+        node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
+        if node is None or comp is None or event.comp not in node.comps:
+            return
+        self._judge(node, comp, event.account, Occasion.CONNECTED)
+        if node.away is not None:   # it is there, and what it holds will come; nothing is sent there before it is ready
+            node.away = node.away._replace(until=math.inf)
+
+    def _judge(self, node: _Node, comp: _Comp, account: Account, occasion: Occasion) -> None:
+        """What becomes of attempts that were sent to a node, by what is known there."""
+        for serial in sorted(node.flight[comp.comp], reverse=True):   # each goes to the front
+            verdict, text = account.verdict(serial, occasion)
+            if verdict is Verdict.WAITS:
+                self._back(node, comp, serial)
+            elif verdict is Verdict.LOST:
+                for work in self._land(node, comp, [serial]).values():
+                    self._lost(comp, work, node.name, text)
 
     def _node_offers(self, event: NodeOffers) -> None:
         node = self.nodes.get(event.node)
@@ -1047,7 +1165,7 @@ class Schedule:
         if node is None:
             return
         for name in list(node.comps):
-            self._leave(node, name, event.name, event.text, frozenset(event.kept.get(name, ())), event.begun.get(name))
+            self._leave(node, name, event.name, event.text, event.known.get(name))
         if not node.comps:
             del self.nodes[event.node]
             self._away.pop(node.key, None)
@@ -1058,17 +1176,16 @@ class Schedule:
         if node is not None and event.comp in node.comps:
             self._leave(node, event.comp, event.name, event.text)
 
-    def _leave(self, node: _Node, name: str, node_name: str, text: str, kept: Any = frozenset(),
-               begun: Optional[FrozenSet[int]] = None) -> None:
+    def _leave(self, node: _Node, name: str, node_name: str, text: str, account: Optional[Account] = None) -> None:
         comp = node.comps[name]
         node.draining.discard(name)
-        serials = [serial for serial in sorted(node.flight[name], reverse=True) if serial not in kept]   # each goes to the front
-        for serial in serials:
-            if begun is not None and serial not in begun:
+        for serial in sorted(node.flight[name], reverse=True):   # each goes to the front
+            verdict = KNOWN_TABLE[Known.SILENT if account is None else account.known(serial), Occasion.ENDED]
+            if verdict is Verdict.WAITS:
                 self._back(node, comp, serial)
-                continue
-            for work in self._land(node, comp, [serial]).values():
-                self._lost(comp, work, node_name, text)
+            elif verdict is Verdict.LOST:
+                for work in self._land(node, comp, [serial]).values():
+                    self._lost(comp, work, node_name, text)
         if not node.flight[name]:
             self._forget(node, comp)
 
@@ -1993,10 +2110,11 @@ class Journal(Database):
         job._serial = number << 16
         self._rows.append((number, job._comp, ident, payload, options, job.submit_time, self.WAITING))
 
-    def sent(self, works: Sequence[Work], node: str) -> None:
-        """Jobs on their way to a node."""
+    def sent(self, works: Sequence[Work], node: str, memory: str) -> None:
+        """Jobs on their way to a node, and what its memory is known by."""
+        where = '%s#%s' % (node, memory[:8])
         for work in works:
-            self.note(self.MOVE, work._comp, self.SENT, work._serial, node, work._serial >> 16)
+            self.note(self.MOVE, work._comp, self.SENT, work._serial, where, work._serial >> 16)
 
     def waits(self, work: Work) -> None:
         """It came back without having been started, or may be run again."""
@@ -2158,6 +2276,55 @@ class Monitor:
         """A running job has printed, to stdout (1) or stderr (2), from byte `offset` of it."""
 
 
+class Outgoing:
+    """Jobs of clusters with a journal on their way to nodes: they leave when it has been noted that they do. While that cannot
+    be noted they wait again, no more are sent, and results are not acknowledged. The driver's thread."""
+    AGAIN = 1.0   # s between attempts to write to a disk that was full
+
+    def __init__(self) -> None:
+        self.journals: Dict[str, Journal] = {}   # by computation
+        self._frames: Dict[str, List[Tuple['Peer', Jobs, List[int]]]] = {}
+        self.held_up: Set[str] = set()           # computations whose journals cannot be written
+
+    def has(self, comp: str) -> bool:
+        """Whether a computation has a journal."""
+        return comp in self.journals
+
+    def add(self, comp: str, peer: 'Peer', frames_: Iterable[Any]) -> None:
+        """Frames of jobs for a node."""
+        waiting = self._frames.setdefault(comp, [])
+        waiting.extend((peer, frame, [row[0] for row in frame.rows]) for frame in frames_)
+
+    def drop(self, peer: 'Peer') -> List[Tuple[str, List[int]]]:
+        """The link to a node has ended: computations and serials of what has not left."""
+        dropped = []
+        for comp, frames_ in self._frames.items():
+            dropped += [(comp, serials) for other, _, serials in frames_ if other is peer]
+            self._frames[comp] = [row for row in frames_ if row[0] is not peer]
+        return dropped
+
+    def forget(self, comp: str) -> None:
+        """A computation is over."""
+        self.journals.pop(comp, None)
+        self._frames.pop(comp, None)
+        self.held_up.discard(comp)
+
+    def commit(self) -> Tuple[List[Tuple['Peer', Any]], List[Tuple['Peer', str, List[int]]]]:
+        """The end of a turn: what may leave now, and what may not, as (node, computation, serials). Sets `held_up`."""
+        leaving: List[Tuple['Peer', Any]] = []
+        staying: List[Tuple['Peer', str, List[int]]] = []
+        for comp, journal in self.journals.items():
+            written = journal.commit()
+            frames_ = self._frames.pop(comp, [])
+            if written:
+                leaving += [(peer, frame) for peer, frame, _ in frames_]
+                self.held_up.discard(comp)
+            else:
+                staying += [(peer, comp, serials) for peer, _, serials in frames_]
+                self.held_up.add(comp)
+        return leaving, staying
+
+
 class Use:
     """A node and a cluster. Driver thread only."""
     __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told', 'passes')
@@ -2197,6 +2364,8 @@ class Peer:
         self.linked_at = 0.0
         self.instance = b''
         self.restarted = False                     # another process than before; told when it says Welcome
+        self.memory = ''                           # what its memory is known by, see dispynode.Memory
+        self.whole = True                          # its memory is the one that was there when jobs were sent
         self.second = Second(self)                 # connection, while the first is silent
         self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0  # type: Tuple[str, str, dict, int]
         self.reason = 'not reached yet'
@@ -2261,7 +2430,8 @@ class Peer:
 
 class Recovery:
     """Collects what nodes have of computations whose program has crashed. To the driver it is a cluster that only looks.
-    `done(job, row, peer)` is told a result, `lost(job, text)` a job that its node does not know, `over()` that none is left.
+    `done(job, row, peer)` is told a result, `lost(job, text)` a job that has begun and is lost, `again(job)` one that has not
+    begun and waits again, `over()` that none is left.
     The driver's thread."""
     _cargo = _cluster_status = _on_output = None
     _reentrant = _multicast = _remote = False
@@ -2269,16 +2439,17 @@ class Recovery:
     _client = 'recovery'
 
     def __init__(self, journal: Journal, sent: Sequence[Tuple[DispyJob, str]], done: Callable[[DispyJob, tuple, Peer], None],
-                 lost: Callable[[DispyJob, str], None], over: Callable[[], None], cancel: bool = False) -> None:
+                 lost: Callable[[DispyJob, str], None], again: Callable[[DispyJob], None], over: Callable[[], None],
+                 cancel: bool = False) -> None:
         rows, self._journal = journal.comps(), journal
         self.old = [row[0] for row in rows]
         self.met: List[Peer] = []
         self._jobs = {job._serial >> 16: (job, node) for job, node in sent}
-        self._done, self._lost, self._over, self._cancel = done, lost, over, cancel
+        self._done, self._lost, self._again, self._over, self._cancel = done, lost, again, over, cancel
         self._comp, self._port = uuid.uuid4().hex, NODE_PORT
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
         self._specs = [NodeSpec(*host_and_port(node.lstrip('@'), NODE_PORT), scheduler=node.startswith('@'))
-                       for node in sorted({node for _, node in sent}) if not node.startswith(' ')]
+                       for node in sorted({node.rpartition('#')[0] for _, node in sent}) if not node.startswith(' ')]
         hosts = [row[4] for row in rows if row[4]]
         self._host = None if not any(node.startswith(' ') for _, node in sent) or not hosts else \
             (hosts[0].rpartition(':')[0], int(hosts[0].rpartition(':')[2]))
@@ -2297,16 +2468,30 @@ class Recovery:
     def _node_came(self) -> None:
         """As a cluster's."""
 
-    def held(self, peer: Peer, comp: str, serials: Sequence[int]) -> None:
+    def held(self, peer: Peer, comp: str, serials: Sequence[int], past: Past) -> None:
         """A node has told what it knows."""
-        known = {serial >> 16 for serial in serials}
         for number, (job, node) in list(self._jobs.items()):
-            if node == peer.place and job._comp == comp and number not in known:
+            where, _, memory = node.rpartition('#')
+            if where != peer.place or job._comp != comp:
+                continue
+            whole = memory != '' and peer.memory.startswith(memory)
+            verdict, text = Account(frozenset(serials), past, whole).verdict(job._serial, Occasion.RECOVERED)
+            if verdict is Verdict.WAITS:
                 del self._jobs[number]
-                self._lost(job, 'abandoned: node %s does not know it any more' % peer)
+                self._again(job)
+            elif verdict is Verdict.LOST:
+                del self._jobs[number]
+                self._lost(job, 'abandoned: node %s: %s' % (peer, text))
         if self._cancel and serials:
             self.driver.say(peer.link, Cancel(comp, list(serials)))
         self._check()
+
+    def where(self, serials: Sequence[int], node: tuple) -> None:
+        """A scheduler says which jobs are on a node, or wait."""
+        for serial in serials:
+            job, _ = self._jobs.get(serial >> 16, (None, ''))
+            if job is not None:
+                job.status = DispyJob.Running if node else DispyJob.Created
 
     def results(self, peer: Peer, rows: Sequence[tuple]) -> None:
         """Results came; some perhaps for the second time."""
@@ -2327,7 +2512,8 @@ class Recovery:
     def cancel(self, job: DispyJob) -> None:
         """End a job that runs."""
         for peer in self.met:
-            if self._jobs.get(job._serial >> 16, (None, ''))[1] == peer.place and peer.link is not None:
+            where = self._jobs.get(job._serial >> 16, (None, ''))[1].rpartition('#')[0]
+            if where == peer.place and peer.link is not None:
                 self.driver.say(peer.link, Cancel(job._comp, [job._serial]))
 
     def left(self) -> List[DispyJob]:
@@ -2384,10 +2570,15 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
                 job._state = JobState.ABANDONED
                 end_without(job, text)
                 ended.append(job)
+
+    def wait_again(job: DispyJob) -> None:
+        with lock:
+            job.status = DispyJob.Created
+            journal.waits(job)
     for job, state, node, result in journal.jobs():
         jobs.append(job)
-        if state == Journal.SENT:
-            job.status = DispyJob.Running
+        if state == Journal.SENT:   # a scheduler tells which of them are on a node
+            job.status = DispyJob.Created if node.startswith('@') else DispyJob.Running
             sent.append((job, node))
         elif state == Journal.ENDED and isinstance(result, str):
             end_without(job, result)
@@ -2398,7 +2589,7 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
         driver = Driver.acquire(access)
         try:
             over = threading.Event()
-            recovery = Recovery(journal, sent, done, lost, over.set, cancel)
+            recovery = Recovery(journal, sent, done, lost, wait_again, over.set, cancel)
             driver.ask(lambda: recovery.begin(driver))
             over.wait(timeout)
             driver.ask(lambda: driver.give_up(recovery, over.is_set()))
@@ -2436,7 +2627,7 @@ class Driver(Loop):
         self._discovery = Discovery(self._psk, Role.CLIENT, self.instance)
         self._ears: Dict[Tuple[int, bool], _Asker] = {}      # (UDP port, multicast) -> who asks there
         self._gates: Dict[Tuple[str, int], Gate] = {}        # where nodes may dial
-        self._journals: Dict[str, Journal] = {}      # computation -> where its jobs are written down
+        self._outgoing = Outgoing()                  # of clusters with a journal
         self._reclaimed: Dict[str, 'Recovery'] = {}  # computations of programs that have crashed
         self._call_numbers = itertools.count(1)
         self._strangers: Dict[Any, Peer] = {}        # instance or address -> one that cannot be used, and is no node that was named
@@ -2565,7 +2756,7 @@ class Driver(Loop):
         if cluster._host is not None:
             self._listen(*cluster._host, may_fail=not cluster._host_has_port)
         if getattr(cluster, '_journal', None) is not None:
-            self._journals[comp] = cluster._journal  # type: ignore[assignment]
+            self._outgoing.journals[comp] = cluster._journal  # type: ignore[assignment]
         self._clusters[comp] = cluster
         self._act(self.schedule.handle(Opened(comp, cluster._client, cluster._reentrant, cluster._remote), self.now))
         self._warn_at[comp] = math.inf if isinstance(cluster, Survey) else self.now + WARN_AFTER
@@ -2622,7 +2813,7 @@ class Driver(Loop):
         self._take_submitted()
         self._act(self.schedule.handle(Closed(comp), self.now))
         cluster = self._clusters.pop(comp)
-        self._journals.pop(comp, None)
+        self._outgoing.forget(comp)
         del self._warn_at[comp]
         self._probes.pop(comp, None)
         self._abort_incoming(lambda number, name: name == comp)
@@ -2663,6 +2854,8 @@ class Driver(Loop):
         """A link is over: forget all that went along it."""
         del self._by_link[link.number]
         peer.link = None
+        for comp, serials in self._outgoing.drop(peer):   # it never left
+            self._act(self.schedule.handle(NodeReturned(peer.key, comp, serials), self.now))
         for use in peer.uses.values():
             use.move('lost')
             use.allocation, use.then = None, ''
@@ -2897,6 +3090,11 @@ class Driver(Loop):
             if comp in self._clusters:
                 self._told(Told(self._clusters[comp], status, peer, None))
 
+    def take(self, job: DispyJob) -> None:
+        """A job that waits again from now on."""
+        self._submitted.append(job)
+        self._soon()
+
     def _take_submitted(self) -> None:
         if self._submitted:
             works = list(self._submitted)
@@ -2909,10 +3107,38 @@ class Driver(Loop):
         self._act(self.schedule.flush(self.now))
         if self._uploads:
             self._upload()
+        if self._outgoing.journals:   # before anything of this turn is sent, and before results are acknowledged
+            self._note_down()
         if self.now >= self._chores_at:
             self._chores()
-        for journal in self._journals.values():   # before anything of this turn is sent
-            journal.commit()
+
+    def _note_down(self) -> None:
+        before = set(self._outgoing.held_up)
+        leaving, staying = self._outgoing.commit()
+        for peer, frame in leaving:
+            self.say_to(peer, frame)
+        for comp in self._outgoing.held_up | before:
+            self._hold_up(comp, comp not in before)
+        for peer, comp, serials in staying:   # it never left
+            self._act(self.schedule.handle(NodeReturned(peer.key, comp, serials), self.now))
+        if self._outgoing.held_up:
+            self._chores_at = min(self._chores_at, self.now + Outgoing.AGAIN)
+
+    def _hold_up(self, comp: str, is_new: bool) -> None:
+        """The journal of a cluster cannot be written, or can be again."""
+        stuck = comp in self._outgoing.held_up
+        if stuck and is_new:
+            logger.error('%s: its recovery file cannot be written: no jobs are sent and no results acknowledged until there is room',
+                         self._clusters[comp].name)
+        for peer in self.peers_of(comp):
+            if (comp in peer.blocked) == stuck:
+                continue
+            if stuck:
+                peer.blocked.add(comp)
+            else:
+                peer.blocked.discard(comp)
+            if peer.uses[comp].state is UseState.READY and not peer.uses[comp].then:
+                self._act(self.schedule.handle(NodeOffers(peer.key, comp, peer.limit(comp), peer.offered), self.now))
 
     def next_timer(self) -> Optional[float]:
         """When chores are due, at once while files wait for room in a link."""
@@ -2980,7 +3206,10 @@ class Driver(Loop):
                          else 'no node can connect, port %d was taken' % cluster._host[1])
         peers = self.peers_of(comp)
         todo = 'Start `python dispynode.py` on a host, with the same secret, and name it (nodes=, at the shell -n)'
-        if peers and all(peer.scheduler for peer in peers):
+        if peers and any(peer.scheduler and peer.link is not None for peer in peers):
+            todo = 'The scheduler is connected and has no node for it: start `python dispynode.py` on a host, with the same secret, ' \
+                'and name it to the scheduler (-n)'
+        elif peers and all(peer.scheduler for peer in peers):
             todo = 'Start `python dispyscheduler.py` there, with the same secret'
         return 'Tried: %s. %s' % ('; '.join(lines), todo)
 
@@ -3183,10 +3412,12 @@ class Driver(Loop):
         remains = Remains(peer.facts.get('lock'), peer.instance)
         if not remains.has_ended():
             return
-        comps = list(self.schedule.nodes[peer.key].comps)
-        known = {comp: begun for comp, begun in ((comp, remains.begun(comp)) for comp in comps) if begun is not None}
-        kept = {comp: remains.kept(comp) for comp in comps}
-        self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'its process has ended', kept, known), self.now))
+        known = {}
+        for comp in self.schedule.nodes[peer.key].comps:
+            begun = remains.begun(comp)
+            past = Past(whole=False) if begun is None else Past(lost=begun)
+            known[comp] = Account(frozenset(remains.kept(comp)), past)
+        self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'its process has ended', known), self.now))
 
     def _forget_peer(self, peer: Peer) -> None:
         """One that was found and not named cannot be reached: it is found again when it is there again."""
@@ -3295,11 +3526,16 @@ class Driver(Loop):
 
     def _on_welcome(self, peer: Peer, message: Welcome) -> None:
         peer.name, peer.facts, peer.offered = message.name, message.facts, message.cpus
-        kept = message.facts.get('kept', {})
-        if peer.restarted:
-            peer.restarted = False
-            self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'it was started anew', kept), self.now))
-        for comp in kept:   # results that it has from before come first, also if it is busy now
+        kept, memory = message.facts.get('kept', {}), str(message.facts.get('memory', ''))
+        peer.whole = not peer.restarted or (memory != '' and memory == peer.memory)
+        peer.memory = memory
+        node = self.schedule.nodes.get(peer.key)
+        sent = [comp for comp, flight in node.flight.items() if flight] if node is not None else []
+        if peer.restarted and not peer.whole:
+            known = {comp: Account(frozenset(serials), Past(whole=False)) for comp, serials in kept.items()}
+            self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'it was started anew', known), self.now))
+        peer.restarted = False
+        for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:   # what it has from before comes first, also if it is busy now
             if comp in self._clusters:
                 self.say(peer.link, Reclaim(comp))  # type: ignore[arg-type]
         for comp, cluster in sorted(self._clusters.items(), key=lambda item: item[1]._cargo is not None):   # recoveries first
@@ -3479,12 +3715,17 @@ class Driver(Loop):
             self._clusters[message.comp]._node_came()
             self._tell_all(DispyNode.Initialized, peer, [message.comp])
             limit = self._tell_limit(peer, message.comp)   # before the first job
-            self._act(self.schedule.handle(NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered), self.now))
+            self._act(self.schedule.handle(NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered,
+                                                     Past.of(message.past), peer.whole), self.now))
 
     def _on_held(self, peer: Peer, message: Held) -> None:
         """The results come by themselves."""
+        past = Past.of(message.past)
         if message.comp in self._reclaimed:
-            self._reclaimed[message.comp].held(peer, message.comp, message.serials)
+            self._reclaimed[message.comp].held(peer, message.comp, message.serials, past)
+        else:
+            account = Account(frozenset(message.serials), past, peer.whole)
+            self._act(self.schedule.handle(NodeTold(peer.key, message.comp, account), self.now))
 
     def reclaim(self, peer: Peer, recovery: 'Recovery') -> None:
         """Ask a node for what it has of computations of a program that has crashed."""
@@ -3568,6 +3809,9 @@ class Driver(Loop):
 
     def _on_where(self, peer: Peer, message: Where) -> None:
         """Jobs of ours have gone to a node, or are back in a scheduler's queue."""
+        if message.comp in self._reclaimed:
+            self._reclaimed[message.comp].where(message.serials, message.node)
+            return
         cluster, node = self._clusters.get(message.comp), self.schedule.nodes.get(peer.key)
         flight = node.flight.get(message.comp, {}) if node is not None else {}
         for job in [flight[serial] for serial in message.serials if serial in flight] if cluster is not None else ():
@@ -3627,11 +3871,14 @@ class Driver(Loop):
         now, names = time.time(), _OF_JOBS_THERE if peer.scheduler else OF_JOBS
         for work in action.works if not peer.scheduler else ():   # that one tells when and where
             work.status, work.ip_addr, work.start_time = DispyJob.Running, peer.ip_addr, now
-        for frame in frames(Jobs, action.comp, (job_row(work, work._payload, names) for work in action.works)):
-            self.say(peer.link, frame)
+        messages = frames(Jobs, action.comp, (job_row(work, work._payload, names) for work in action.works))
         cluster = self._clusters[action.comp]
-        if action.comp in self._journals:
-            self._journals[action.comp].sent(action.works, peer.place)
+        if self._outgoing.has(action.comp):
+            self._outgoing.journals[action.comp].sent(action.works, peer.place, peer.memory)
+            self._outgoing.add(action.comp, peer, messages)
+        else:
+            for frame in messages:
+                self.say(peer.link, frame)
         if cluster._cluster_status is not None and not peer.scheduler:
             for work in action.works:
                 self._told(Told(cluster, DispyJob.Running, peer, work))
@@ -3648,7 +3895,7 @@ class Driver(Loop):
             return
         acks = peer.uses[action.comp].acks
         acks.extend(action.serials)
-        if len(acks) >= ACKS_MOST:
+        if len(acks) >= ACKS_MOST and not self._outgoing.has(action.comp):
             self._acknowledge(peer)
         else:
             self._chores_at = min(self._chores_at, self.now + ACK_AFTER)
@@ -3656,7 +3903,7 @@ class Driver(Loop):
     def _acknowledge(self, peer: Peer) -> None:
         if peer.link is not None:
             for comp, use in peer.uses.items():
-                if use.acks:
+                if use.acks and comp not in self._outgoing.held_up:
                     self.say(peer.link, Ack(comp, use.acks))
                     use.acks = []
 
@@ -3671,8 +3918,8 @@ class Driver(Loop):
                 self._abort_file((action.comp, pair[1][0]))
             if cluster._on_output is not None and outcome not in GOES_ON:
                 self._show_rest(cluster, *pair)
-            if action.comp in self._journals and outcome not in GOES_ON:
-                self._journals[action.comp].ended(*pair)
+            if self._outgoing.has(action.comp) and outcome not in GOES_ON:
+                self._outgoing.journals[action.comp].ended(*pair)
             if outcome in GOES_ON or (cluster._chains and pair[0] in cluster._chains):
                 cluster._chain(pair, peer)
                 continue
@@ -3685,8 +3932,8 @@ class Driver(Loop):
 
     def _job_waits(self, action: JobWaits) -> None:
         job = action.work
-        if job._comp in self._journals:
-            self._journals[job._comp].waits(job)
+        if self._outgoing.has(job._comp):
+            self._outgoing.journals[job._comp].waits(job)
         job.status, job.ip_addr, job.start_time = DispyJob.Created, None, None
 
     @staticmethod
@@ -3695,8 +3942,8 @@ class Driver(Loop):
 
     def _job_ended(self, action: JobEnded) -> None:
         job = action.work
-        if job._comp in self._journals:
-            self._journals[job._comp].ended(job, action.text)
+        if self._outgoing.has(job._comp):
+            self._outgoing.journals[job._comp].ended(job, action.text)
         self._clusters[job._comp]._end(job, action.text)
 
 
@@ -3969,15 +4216,19 @@ class JobCluster:
         def over() -> None:
             self._driver.post(Asked(self._recovered, concurrent.futures.Future()))
 
-        def resubmit(job: DispyJob) -> None:
+        def renew(job: DispyJob) -> None:
             job._comp, job._state, job.status = self._comp, JobState.CREATED, DispyJob.Created
             job._options = {name: value for name, value in (job._options or {}).items() if name != 'node'} or None   # it may be gone
-            self._driver.post(job)
+
+        def resubmit(job: DispyJob) -> None:   # the driver's thread; posted, it might come behind the end of the cluster
+            renew(job)
+            self._driver.take(job)
         for job in again:
-            resubmit(job)
+            renew(job)
+            self._driver.post(job)
         if sent:
             logger.info('%d jobs of an earlier run are on nodes: their results are collected', len(sent))
-            recovery = self._recovery = Recovery(journal, sent, done, lost, over)
+            recovery = self._recovery = Recovery(journal, sent, done, lost, resubmit, over)
             self._driver.ask(lambda: recovery.begin(self._driver))
 
     def _recovered(self) -> None:
@@ -5049,6 +5300,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in ('deploy', 'stop'):
         return _deploy(argv[0], argv[1:])
+    if argv == ['states']:
+        print(known_table())
+        return 0
     parser = _parser()
     args = parser.parse_args(argv)
     ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()

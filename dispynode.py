@@ -92,6 +92,7 @@ GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 SETUP_TIME = 600.0            # s that loading code and setup() may take
 ORPHAN_TIME = 3.0             # s that a computation without jobs waits for a client whose link broke
+PAST_TIME = 30 * 86400.0      # s for which it is remembered that something was given up
 ZOMBIE_TIME = 86400.0         # s that results wait on the disk for their client
 FLAP_TIME = 10.0              # s that a link must have lived for not being one of several that end at once
 FLAPS = 4                     # links in a row that ended at once, after which the next attempts come later and later
@@ -172,6 +173,34 @@ class Outcome(enum.IntEnum):
     PROVISIONAL_CODE = 9   # as RETURNED_CODE, of a job that goes on
     OUT_OF_MEMORY = 10     # text
     ABANDONED = 11         # text; of a scheduler only
+
+
+class Past(NamedTuple):
+    """What a node or a scheduler still knows of attempts of a computation that it does not hold any more: numbers, not data.
+    One that is in none of the lists never came, or never began - if all is known."""
+    whole: bool = True                     # all is known that ever came
+    unbegun: FrozenSet[int] = frozenset()  # given back, while nobody was connected
+    lost: FrozenSet[int] = frozenset()     # had begun, and ended with the process of the node
+    given_up: FrozenSet[int] = frozenset()   # had begun, and what came of them was given up
+    text: str = ''                         # why it was given up
+
+    def row(self) -> tuple:
+        """As messages carry it; empty where there is nothing to tell."""
+        if self == Past():
+            return ()
+        return (self.whole, *(sorted(serials) for serials in self[1:4]), self.text)
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> 'Past':
+        """The inverse."""
+        if not row:
+            return cls()
+        return cls(row[0], frozenset(row[1]), frozenset(row[2]), frozenset(row[3]), row[4])
+
+    def and_also(self, other: 'Past') -> 'Past':
+        """What both say."""
+        return Past(self.whole and other.whole, self.unbegun | other.unbegun, self.lost | other.lost,
+                    self.given_up | other.given_up, other.text or self.text)
 
 
 class Reason(NamedTuple):
@@ -313,9 +342,10 @@ class Need(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """Node: set up. `held` are the serials it knows, running, waiting or ended without Ack."""
+    """Node: set up. `held` are the serials it knows, running, waiting or ended without Ack; `past` is a row of Past."""
     comp: str
     held: list
+    past: tuple = ()
 
 
 class Results(NamedTuple):
@@ -363,9 +393,10 @@ class Placed(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Node, answers Reclaim: serials it knows, running, waiting or ended without Ack."""
+    """Node, answers Reclaim: serials it knows, running, waiting or ended without Ack; `past` is a row of Past."""
     comp: str
     serials: list
+    past: tuple = ()
 
 
 class Report(NamedTuple):
@@ -585,6 +616,12 @@ def _is_kept(kept: Any) -> bool:
     return type(kept) is dict and all(type(serials) is list and all(map(_is_serial, serials)) for serials in kept.values())
 
 
+def _is_past(row: tuple) -> bool:
+    """A row of Past, or nothing."""
+    return not row or (len(row) == 5 and type(row[0]) is bool and type(row[4]) is str
+                       and all(type(serials) is list and all(map(_is_serial, serials)) for serials in row[1:4]))
+
+
 def _is_running(pair: Any) -> bool:
     return type(pair) is tuple and len(pair) == 2 and _is_serial(pair[0]) and _is_number(pair[1])
 
@@ -627,7 +664,9 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(type(name) is str for name in fields[1]),
-    Cancel: _all_serials, Ack: _all_serials, Ready: _all_serials, Held: _all_serials, Returned: _all_serials,
+    Cancel: _all_serials, Ack: _all_serials, Returned: _all_serials,
+    Ready: lambda fields: _all_serials(fields) and _is_past(fields[2]),
+    Held: lambda fields: _all_serials(fields) and _is_past(fields[2]),
 }
 
 
@@ -1467,6 +1506,89 @@ class Shelf:
 _CRC = struct.Struct('>I')
 
 
+class Memory:
+    """What a node remembers of attempts that it does not hold any more: a file `g-NAME` a computation in its directory, and
+    `memory`, with what this memory is known by. A client that finds another memory than before knows that what this one
+    does not name may have begun. It is another one when the machine has ended without the node (what was not on the disk yet is
+    gone), or something could not be written down.
+    """
+
+    def __init__(self, directory: str) -> None:
+        """Raises OSError."""
+        self._directory, self._path = directory, os.path.join(directory, 'memory')
+        self._known: Dict[str, Past] = {}
+        self.ident = ''
+        try:
+            with open(self._path) as file:
+                ident, boot, clean = file.read().split(' ')
+            if clean == 'clean' or boot == machine():
+                self.ident = ident
+        except (OSError, ValueError):
+            logger.debug('this node begins to remember')
+        self._torn = False
+        self.ident = self.ident or os.urandom(16).hex()
+        self._write(self._path, '%s %s open' % (self.ident, machine()))
+
+    def _write(self, path: str, text: str) -> None:
+        with open(path + '.part', 'w') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + '.part', path)
+
+    def _file(self, comp: str) -> str:
+        return os.path.join(self._directory, 'g-' + comp)
+
+    def begin(self, wrecks: Dict[str, Optional[FrozenSet[int]]]) -> Dict[str, Past]:
+        """When the daemon starts: what is known by computation. `wrecks` are those that an earlier process had when it was
+        killed, and what had begun of them, None if nobody knows. Raises OSError."""
+        for name in os.listdir(self._directory):
+            path = os.path.join(self._directory, name)
+            if not name.startswith('g-') or name.endswith('.part') or time.time() - os.stat(path).st_mtime > PAST_TIME:
+                if name.startswith('g-'):
+                    os.unlink(path)
+                continue
+            try:
+                with open(path) as file:
+                    row = json.load(file)
+                if not _is_past(tuple(row)):
+                    raise ValueError('it has other contents')
+                self._known[name[2:]] = Past.of(row)
+            except (TypeError, ValueError) as exc:
+                logger.warning('%s is of no use: %s', path, exc)
+                self._known[name[2:]] = Past(whole=False)
+        for comp, begun in wrecks.items():
+            past = Past(whole=False) if begun is None else Past(lost=begun)
+            self.write(comp, self._known.get(comp, Past()).and_also(past))
+        return self._known
+
+    def write(self, comp: str, past: Past) -> None:
+        """This is what is known of a computation now."""
+        try:
+            if past == Past():
+                self._known.pop(comp, None)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._file(comp))
+            else:
+                self._known[comp] = past
+                self._write(self._file(comp), json.dumps(past.row()))
+        except OSError as exc:
+            logger.error('what was given up cannot be written down: %s', exc)
+            self.tear()
+
+    def tear(self) -> None:
+        """Something is not known here that ought to be: the next process begins another memory."""
+        self._torn = True
+        with contextlib.suppress(OSError):   # it is gone already
+            os.unlink(self._path)
+
+    def close(self) -> None:
+        """The node ends in good order."""
+        if not self._torn:
+            with contextlib.suppress(OSError):   # a full disk: as if the machine had ended
+                self._write(self._path, '%s %s clean' % (self.ident, machine()))
+
+
 class Backlog:
     """Results on the disk on their way into links, as these have room. The loop's thread."""
 
@@ -1783,6 +1905,12 @@ class Found(NamedTuple):
     until: float
 
 
+class Remembered(NamedTuple):
+    """When the daemon starts: what is known of attempts of a computation that it had."""
+    comp: str
+    past: Past
+
+
 class Kept(NamedTuple):
     """Results are on the disk; or, with a text, they could not be written."""
     comp: str
@@ -1906,6 +2034,17 @@ class SendKept(NamedTuple):
 
 class Forget(NamedTuple):
     """Remove results from the disk."""
+    comp: str
+
+
+class Remember(NamedTuple):
+    """Write down what is known of attempts that are not held any more; nothing is left to be known where it is empty."""
+    comp: str
+    past: Past
+
+
+class NoteOverrun(NamedTuple):
+    """So many results are not acknowledged that the notes of what has begun do not reach back to the first of them."""
     comp: str
 
 
@@ -2059,6 +2198,7 @@ class _Computation:
         self.orphan_at = 0.0                   # when its results are given up, if its link is gone
         self.served = 0                        # when it was given a CPU last, in numbers of the node
         self.done = 0                          # attempts that have ended
+        self.overrun = False                   # notes of what has begun do not reach back far enough
 
     def ahead(self) -> int:
         """How many attempts a worker may hold behind the one it runs."""
@@ -2093,6 +2233,8 @@ class Node:
         self._workers_at = 0.0      # when the next worker may be started
         self._unborn_text = ''      # why none could be, as it was told
         self.shelf: Dict[str, _Shelved] = {}    # computation -> results on disk, also of some that are over here
+        self.past: Dict[str, Past] = {}         # computation -> what is known of attempts that are not held any more
+        self._resent: Set[Tuple[int, str]] = set()   # links on which results of a computation were sent again
         self._links: Dict[int, LinkUp] = {}
         self._comps: Dict[str, _Computation] = {}
         self._workers: Dict[int, _Worker] = {}
@@ -2101,11 +2243,12 @@ class Node:
         self._timers_most = 64   # after which they are looked through
         self._ticket = itertools.count()
         self._actions: List[Any] = []
+        self._now = now
         self._names: Dict[int, str] = {}
         self._checking = False
         self._handlers: Dict[type, Callable[..., None]] = {
             LinkUp: self._link_up, LinkDown: self._link_down, Received: self._received, Prepared: self._prepared,
-            Found: self._found, Kept: self._kept,
+            Found: self._found, Kept: self._kept, Remembered: self._remembered,
             Stored: self._stored, Put: self._put, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
             WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
             WorkerReturned: self._worker_returned,
@@ -2124,13 +2267,13 @@ class Node:
 
     def handle(self, event: Any, now: float) -> List[Any]:
         """Take one event; returns what must be done at once. Raises PeerError for a message that may not come."""
-        self._actions = []
+        self._actions, self._now = [], now
         self._handlers[type(event)](event, now)
         return self._actions
 
     def flush(self, now: float) -> List[Any]:
         """The end of a turn: due timers, work for idle workers, results to clients."""
-        self._actions = []
+        self._actions, self._now = [], now
         while self._timers and self._timers[0][0] <= now:
             _, _, what, key, serial = heapq.heappop(self._timers)
             self._due(what, key, serial, now)
@@ -2141,6 +2284,9 @@ class Node:
             if not serving:
                 self._give_back(comp)
             self._deliver(comp)
+            if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
+                comp.overrun = True
+                self._do(NoteOverrun(comp.comp))
         if self.stopping and not any(worker.queue for worker in self._workers.values()) \
                 and not any(comp.unacknowledged and comp.link in self._links for comp in self._comps.values()):
             self._leave(now)
@@ -2230,6 +2376,7 @@ class Node:
         gone = self._links.pop(event.link, None)
         self._names.pop(event.link, None)
         self._turned_away.discard(event.link)
+        self._resent = {(link, name) for link, name in self._resent if link != event.link}
         if gone is None or gone.instance != self.holder:
             return
         for comp in [comp for comp in self._comps.values() if comp.link == event.link]:
@@ -2238,6 +2385,7 @@ class Node:
             if event.on_purpose:
                 self._close(comp, at_once=True)
                 self._forget(comp.comp)
+                self._remember(comp.comp, None)
             else:
                 self._keep(comp)
                 comp.orphan_at = now + ORPHAN_TIME
@@ -2283,14 +2431,35 @@ class Node:
         if self.shelf.pop(name, None) is not None:
             self._do(Forget(name))
 
+    def _remembered(self, event: Remembered, now: float) -> None:
+        self.past[event.comp] = event.past
+        self._at(now + PAST_TIME, 'past', event.comp)
+
+    def _remember(self, name: str, past: Optional[Past]) -> None:
+        """Add to what is known of attempts that are not held any more; None: its client is done with it."""
+        if past is None:
+            if self.past.pop(name, None) is not None:
+                self._do(Remember(name, Past()))
+            return
+        if name not in self.past:
+            self._at(self._now + PAST_TIME, 'past', name)
+        self.past[name] = self.past.get(name, Past()).and_also(past)
+        self._do(Remember(name, self.past[name]))
+
     def _held(self, name: str) -> List[int]:
         """All attempts of a computation that are known here."""
         comp, shelved = self._comps.get(name), self.shelf.get(name)
         known = [*comp.attempts, *comp.unacknowledged] if comp is not None and comp.stage is not Stage.CLOSING else []
         return known + (sorted(shelved.serials) if shelved is not None else [])
 
+    def _past_row(self, name: str) -> tuple:
+        return self.past[name].row() if name in self.past else ()
+
     def _resend(self, name: str, link: int) -> None:
-        """What its client has not acknowledged; it may have some of it."""
+        """What its client has not acknowledged; it may have some of it. Once on a link."""
+        if (link, name) in self._resent:
+            return
+        self._resent.add((link, name))
         comp = self._comps.get(name)
         if comp is not None and comp.unacknowledged:
             self._do(Send(link, Results(name, list(comp.unacknowledged.values()))))
@@ -2309,7 +2478,7 @@ class Node:
             self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
         if message.comp in self.shelf:
             self.shelf[message.comp] = self.shelf[message.comp]._replace(owner=up.instance)
-        self._do(Send(link, Held(message.comp, self._held(message.comp))))
+        self._do(Send(link, Held(message.comp, self._held(message.comp), self._past_row(message.comp))))
         self._resend(message.comp, link)
 
     def _make_way(self) -> None:
@@ -2348,7 +2517,7 @@ class Node:
             comp.link = link
             self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
             if comp.stage is Stage.READY:
-                self._do(Send(link, Ready(comp.comp, self._held(comp.comp))))
+                self._do(Send(link, Ready(comp.comp, self._held(comp.comp), self._past_row(comp.comp))))
             self._resend(comp.comp, link)
             return
         if self.stopping:
@@ -2433,7 +2602,7 @@ class Node:
         comp = self._comps[event.comp]
         if comp.stage is Stage.STARTING:
             self._set_stage(comp, 'up')
-            self._reply(comp, Ready(comp.comp, self._held(comp.comp)))
+            self._reply(comp, Ready(comp.comp, self._held(comp.comp), self._past_row(comp.comp)))
 
     def _refuse(self, comp: _Computation, code: str, text: str) -> None:
         logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
@@ -2469,6 +2638,7 @@ class Node:
             self._close(comp, at_once=False)
         if comp is not None or message.comp not in self._comps:
             self._forget(message.comp)
+            self._remember(message.comp, None)
 
     def _close(self, comp: _Computation, at_once: bool) -> None:
         if comp.stage is Stage.CLOSING:
@@ -2490,7 +2660,7 @@ class Node:
 
     def _on_jobs(self, link: int, message: Jobs, now: float) -> None:
         comp = self._comp_of(link, message.comp)
-        if comp is None:
+        if comp is None or comp.link != link:   # another connection has the place of this one, and was told what had come
             return
         if self.stopping or self.paused:
             self._reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
@@ -2831,9 +3001,13 @@ class Node:
             if now < until:
                 self._at(until, 'expire', key)
             else:
-                logger.warning('%d results of a computation whose client has not come back are given up (--zombie-interval)',
-                               len(self.shelf[key].serials))
+                serials = self.shelf[key].serials
+                logger.warning('%d results of a computation whose client has not come back are given up (--zombie-interval)', len(serials))
+                self._remember(key, Past(given_up=frozenset(serials), text='node %s gave up its result after %g s '
+                                         '(--zombie-interval)' % (self.name, self._zombie)))
                 self._forget(key)
+        elif what == 'past':
+            self._remember(key, None)
         elif what == 'setup':
             late = self._comps.get(key)
             if late is not None and late.stage is Stage.STARTING:
@@ -2891,7 +3065,10 @@ class Node:
             del comp.attempts[attempt.serial]
             self.held_bytes -= size_of(attempt.payload)
             serials.append(attempt.serial)
-        self._reply(comp, Returned(comp.comp, serials[::-1]))
+        if comp.link in self._links:
+            self._reply(comp, Returned(comp.comp, serials[::-1]))
+        elif serials:   # it is told when it is back
+            self._remember(comp.comp, Past(unbegun=frozenset(serials)))
 
     def _on_ack(self, link: int, message: Ack, now: float) -> None:
         comp, shelved = self._comp_of(link, message.comp), self.shelf.get(message.comp)
@@ -5081,13 +5258,16 @@ class Daemon(Loop):
         self._tls: Any = None
         self._runs: Dict[str, _Run] = {}
         self._lock_file: Any = None
+        self._memory: Optional[Memory] = None
+        self._unkept: Set[str] = set()    # computations with results that could not be kept
         self._held: Set[Pipe] = set()     # not read until links have room
         self._backlog = Backlog(self.links)
         self._root = self._base = ''   # where computations work, and what is above: not the same with --user
         self._acts: Dict[type, Callable[[Any], None]] = {
             Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store, StorePlaced: self._store_placed,
             StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
-            Keep: self._keep, SendKept: self._send_kept, Forget: self._forget, Feed: self._feed, Interrupt: self._interrupt,
+            Keep: self._keep, SendKept: self._send_kept, Forget: self._forget, Remember: self._remember,
+            NoteOverrun: self._note_overrun, Feed: self._feed, Interrupt: self._interrupt,
             Kill: self._kill, Watch: self._watch, TakeBack: self._take_back, Retire: self._retire, TellKept: self._tell_kept, Show: self._show, Exit: lambda action: self.stop(),
         }
 
@@ -5167,11 +5347,24 @@ class Daemon(Loop):
             self._lock_file = _lock(os.path.join(root, 'lock'), port, self._instance)
             self._base = os.path.realpath(root)
             if self._options.clean:
-                for comp in self._shelved():
-                    self._shelf(comp).remove()
+                for name in os.listdir(root):
+                    if name.startswith(('r-', 'g-')) or name == 'memory':
+                        os.unlink(os.path.join(root, name))
+            self._memory = Memory(self._base)
+            self.node.facts['memory'] = self._memory.ident
             if self._options.user is not None:
                 self._check_reach(self._options.user)
                 root = self._user_directory(root, self._options.user)
+            wrecks = {}
+            for name in os.listdir(root):
+                if name.startswith('p-') and os.path.isdir(os.path.join(root, name)):
+                    try:
+                        wrecks[name[2:]] = Slots.read(os.path.join(root, name))
+                    except OSError as exc:
+                        logger.warning('what had begun cannot be read: %s', exc)
+                        wrecks[name[2:]] = None
+            for comp, past in self._memory.begin(wrecks).items():
+                self._tell(Remembered(comp, past))
             with self._as_user():
                 for name in os.listdir(root):
                     path = os.path.join(root, name)
@@ -5237,6 +5430,11 @@ class Daemon(Loop):
                 self._kill_workers(run)
             self._discard(run)
         self._runs.clear()
+        if self._memory is not None:
+            if self._unkept:
+                self._memory.tear()
+            self._memory.close()
+            self._memory = None
         if self._lock_file is not None:
             self._lock_file.close()
             self._lock_file = None
@@ -5501,8 +5699,10 @@ class Daemon(Loop):
         try:
             self._shelf(action.comp).append(action.owner, action.rows)
         except (OSError, ValueError) as exc:
+            self._unkept.add(action.comp)
             self.post(Kept(action.comp, [], str(exc)))
         else:
+            self._unkept.discard(action.comp)
             self._tell(Kept(action.comp, [row[0] for row in action.rows]))
 
     def _find_kept(self) -> None:
@@ -5523,7 +5723,23 @@ class Daemon(Loop):
     def _send_kept(self, action: SendKept) -> None:
         self._backlog.add(action.link, action.comp, self._shelf(action.comp).rows())
 
+    def _remember(self, action: Remember) -> None:
+        if self._memory is not None:
+            self._memory.write(action.comp, action.past)
+
+    def _note_overrun(self, action: NoteOverrun) -> None:
+        run = self._runs.get(action.comp)
+        if run is not None:
+            try:
+                with self._as_user():
+                    Slots.mark_unknown(run.private)
+            except OSError as exc:
+                logger.error('it cannot be noted that not all is known that has begun: %s', exc)
+                if self._memory is not None:
+                    self._memory.tear()
+
     def _forget(self, action: Forget) -> None:
+        self._unkept.discard(action.comp)
         self._backlog.drop(action.comp)
         self._shelf(action.comp).remove()
 

@@ -48,6 +48,7 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import sys
 import time
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
@@ -56,9 +57,9 @@ from dispy import (
     OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
     NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState, Work, job_row, parse_nodes)
 from dispynode import (
-    FRAME_FILL, GOES_ON, NODE_PORT, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
+    FRAME_FILL, GOES_ON, NODE_PORT, PAST_TIME, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
     Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
-    Offer, Outcome, Output, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
+    Offer, Outcome, Output, Past, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
     Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, derive_key, discovery_reach, find_secret, frames,
     host_and_port, open_envelope, parse_arguments, pieces_of, positive, reason_of, save_config, set_up_log, size_of, size_option, sized,
     unpack_error)
@@ -99,7 +100,7 @@ class State(Database):
             attempt INTEGER, node INTEGER, result BLOB);
         CREATE TABLE nodes (place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT, instance BLOB)
         """   # rows of jobs name others by their places, and hardly grow when they are sent: pages need not be split then
-    COMP, OVER, INSERT, MOVE, END, REMOVE, NODE = range(7)
+    COMP, OVER, INSERT, MOVE, END, REMOVE, NODE, MEMORY, PAST, PAST_OVER = range(10)
     STATEMENTS = (
         'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
         'DELETE FROM comps WHERE comp = ?',
@@ -107,7 +108,10 @@ class State(Database):
         'UPDATE jobs SET state = ?, attempt = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = 2, payload = NULL, result = ? WHERE number = ?',
         'DELETE FROM jobs WHERE number = ?',
-        'INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?, ?)')
+        'INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?, ?)',
+        'INSERT OR REPLACE INTO memories VALUES (?, ?)',
+        'INSERT OR REPLACE INTO past VALUES (?, ?, ?, ?)',
+        'DELETE FROM past WHERE comp = ?')
 
     def __init__(self, root: str) -> None:
         """Raises DispyError, OSError."""
@@ -123,6 +127,9 @@ class State(Database):
         run("UPDATE own SET value = value + 1 WHERE name = 'starts'")
         # Nodes may still hold results of jobs that are not here any more: their numbers are not given twice.
         self.number: int = max(*run("SELECT value << 30, (SELECT coalesce(max(number), 0) FROM jobs) FROM own WHERE name = 'starts'").fetchone())
+        run('CREATE TABLE IF NOT EXISTS past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)')   # of what was given up
+        run('CREATE TABLE IF NOT EXISTS memories (place INTEGER PRIMARY KEY, memory TEXT)')                # of nodes
+        run('DELETE FROM past WHERE at < ?', (time.time() - PAST_TIME,))
         self._comps: Dict[str, int] = dict(run('SELECT comp, place FROM comps'))
         self._places: Dict[str, int] = dict(run('SELECT key, place FROM nodes'))
         self._newest = itertools.count(1 + max([0, *self._comps.values(), *self._places.values()]))
@@ -161,6 +168,18 @@ class State(Database):
         if key not in self._places:
             self._places[key] = next(self._newest)
         self.note(self.NODE, self._places[key], key, peer.host, peer.port, peer.name, peer.instance)
+        self.note(self.MEMORY, self._places[key], peer.memory)
+
+    def gave_up(self, comp: str, serials: Sequence[int], text: str) -> None:
+        """What a program did not come back for; the numbers are its own."""
+        self.note(self.PAST, comp, time.time(), struct.pack('>%dQ' % len(serials), *serials), text)
+
+    def past(self, comp: str) -> Past:
+        """What is known of the jobs of a computation that is not here any more."""
+        row = self._db.execute('SELECT serials, text FROM past WHERE comp = ?', (comp,)).fetchone()
+        if row is None:
+            return Past()
+        return Past(given_up=frozenset(struct.unpack('>%dQ' % (len(row[0]) // 8), row[0])), text=row[1])
 
     # -- jobs -----------------------------------------------------------------------------------------------
 
@@ -295,6 +314,10 @@ class State(Database):
     def nodes(self) -> List[tuple]:
         """Rows (key, host, port, name, instance)."""
         return [(_key_of(key), *rest) for key, *rest in self._db.execute('SELECT key, host, port, name, instance FROM nodes')]
+
+    def memories(self) -> Dict[Any, str]:
+        """What the memories of nodes were known by, by keys of nodes."""
+        return {_key_of(key): memory for key, memory in self._db.execute('SELECT key, memory FROM nodes JOIN memories USING (place)')}
 
     def close(self) -> None:
         """Let go of it. A row whose large file could not be written is not written either: the other side has it still."""
@@ -789,6 +812,7 @@ class Scheduler(Driver):
     def _restore(self) -> None:
         """What an earlier run has left: jobs that waited wait, those on nodes are there until these come back or are given up."""
         places = {}
+        memories = self._state.memories()
         for key, host, port, name, instance in self._state.nodes():
             places[key] = (host, port, name, instance)
         for comp, client, spec in self._state.comps():
@@ -811,7 +835,7 @@ class Scheduler(Driver):
                 host, port, name, instance = places[key]
                 if key not in self._peers:
                     peer = self._peers[key] = Peer(host, port, self.access.redial)
-                    peer.key, peer.instance, peer.name = key, instance, name
+                    peer.key, peer.instance, peer.name, peer.memory = key, instance, name, memories.get(key, '')
                     if not port:
                         peer.dialling.due = None
                         peer.move('dial')
@@ -819,6 +843,7 @@ class Scheduler(Driver):
                     self._take(peer, 'house', NodeSpec(host, port))
                 elif self._peers[key].link is None:
                     self._peers[key].instance = instance   # or nobody would see that its process is another
+                    self._peers[key].memory = memories.get(key, '')
                 self._act(self.schedule.handle(NodeHad(key, comp, works, name, self.now + RETURN_TIME), self.now))
             self._submitted.extend(waiting)  # type: ignore[arg-type]
             if remote.works or remote.ended:
@@ -914,6 +939,9 @@ class Scheduler(Driver):
         remote.outbox = []
         if self.now >= remote.given_up_at and link is None and not remote.works:
             logger.warning('%s: its program has not come back: %d results are given up', remote.name, len(remote.ended))
+            if remote.ended:
+                self._state.gave_up(remote._comp, list(remote.ended), 'the scheduler gave up its result after %g s (--zombie-interval)'
+                                    % self._options.zombie)
             self._over(remote)
 
     def next_timer(self) -> Optional[float]:
@@ -1006,7 +1034,7 @@ class Scheduler(Driver):
     def _c_introduce(self, link: Link, message: Introduce) -> None:
         link.pulse = min(max(message.pulse, 0.1), 3600.0)
         self._sessions[link.number].names[0] = message.name[:200]
-        facts = {'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'role': 'scheduler'}
+        facts = {'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'role': 'scheduler', 'memory': self.instance.hex()}
         self.say(link, Welcome('dispyscheduler', ENDLESS, facts))
 
     def _c_compute(self, link: Link, message: Compute) -> None:
@@ -1017,10 +1045,12 @@ class Scheduler(Driver):
                 return
             if remote.link in self.links and remote.link != link.number:
                 self._break(self.links[remote.link], 'its program has connected anew')
+            again = remote.link == link.number   # a Reclaim on this link was answered
             self._came_back(remote, link)
             if remote.ready:
                 self.say(link, Ready(message.comp, [*remote.works, *remote.ended]))
-                self._resend(remote)
+                if not again:
+                    self._resend(remote)
                 for peer in self.peers_of(message.comp):   # perhaps because its program could not be asked
                     if peer.uses[message.comp].state is UseState.REFUSED:
                         self._set_up(peer, message.comp)
@@ -1053,7 +1083,7 @@ class Scheduler(Driver):
         self._state.began(remote)
         self._open_remote(remote)
         if link is not None:
-            self.say(link, Ready(remote._comp, []))
+            self.say(link, Ready(remote._comp, [], self._state.past(remote._comp).row()))
 
     def _open_remote(self, remote: Remote) -> None:
         self.overview.opened(remote)
@@ -1174,6 +1204,7 @@ class Scheduler(Driver):
         remote = self._unopened.pop(message.comp, None) or self._remote(link, message.comp)
         if remote is not None:
             self._over(remote)
+        self._state.note(self._state.PAST_OVER, message.comp)
 
     def _over(self, remote: Remote) -> None:
         """A computation ends: jobs of it too, on nodes and on the disk."""
@@ -1196,7 +1227,7 @@ class Scheduler(Driver):
     def _c_reclaim(self, link: Link, message: Reclaim) -> None:
         remote = self._clusters.get(message.comp)
         if not isinstance(remote, Remote):
-            self.say(link, Held(message.comp, []))
+            self.say(link, Held(message.comp, [], self._state.past(message.comp).row()))
             return
         if remote.link in self.links and remote.link != link.number:
             self.say(link, Refused(message.comp, 'busy', 'its program is connected'))

@@ -280,7 +280,9 @@ def test_results_that_find_no_room_on_the_disk_stay():
 def test_results_that_nobody_fetches_are_given_up_at_last():
     talk = Talk(zombie=60.0)
     talk.tell(Found('c', b'me', [1, 2], talk.now + 60.0))
-    assert talk.after(59.0) == [] and talk.after(1.0) == [Forget('c')]
+    assert talk.after(59.0) == []
+    remembered, forgotten = talk.after(1.0)
+    assert forgotten == Forget('c') and remembered.past.given_up == {1, 2} and '60 s' in remembered.past.text
 
 
 def test_results_of_a_client_that_made_way_for_another_are_given_up_at_last():

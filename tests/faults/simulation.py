@@ -42,8 +42,8 @@ if __name__ == '__main__':
 import dispy
 import dispynode
 from dispy import ENDED, DispyJob, Driver, JobCluster, JobState, Journal
-from dispynode import (PULSE, PULSES_LOST, Ack, Arrival, Bye, Daemon, DialFailed, Dialled, Kept, Lease, LinkBroken, Loop, Options, Outcome,
-                       Pause, Prepared, Release, Results, Resume, RunnerGone, RunnerUp, Session as Handshake, SetCpus, Shelf, Stage, Stop,
+from dispynode import (PULSE, PULSES_LOST, Ack, Arrival, Bye, Daemon, DialFailed, Dialled, Kept, Lease, LinkBroken, Loop, Memory, Options,
+                       Outcome, Pause, Prepared, Release, Remembered, Results, Resume, RunnerGone, RunnerUp, Session as Handshake, SetCpus, Shelf, Stage, Stop,
                        WorkerGone, WorkerResults, WorkerReturned, decode, encode, pieces_of, seal)
 
 SILENCE = PULSE * PULSES_LOST
@@ -298,6 +298,8 @@ class SimClient(Driver, SimLoop):
 
     def ask(self, call):
         self.now = self.world.now
+        for _ in range(len(self._inbox)):   # what was posted before comes first
+            self.on_event(self._inbox.popleft())
         answer = call()
         self.world.at(self.now, self.wake)
         return answer
@@ -317,10 +319,10 @@ class SimDialling(dispynode.Dialling):
     """Attempts without threads."""
 
     def start(self, post, peer, reach):
-        self.due, self._thread = None, 'dialling'
+        self.due, self._attempt = None, 'dialling'
         post.__self__.world.dial(post.__self__, peer)
 
-    def abort(self):
+    def abort(self, waits=False):
         """The process has ended."""
 
 
@@ -361,7 +363,7 @@ class SimJournal(Journal):
     def commit(self):
         if self.driver is not None:
             self.driver.may_die('before it commits')
-        super().commit()
+        return super().commit()
 
 
 class SimShelf(Shelf):
@@ -390,6 +392,11 @@ class SimDaemon(Daemon, SimLoop):
         self.instance, self.workers = bytes(self.world.rng.getrandbits(8) for _ in range(16)), {}
         self.runners = {}          # computation -> its runner
         self._base = self._root = home.directory
+        self._memory = Memory(self._base)
+        self.node.facts['memory'] = self._memory.ident
+        for comp, past in self._memory.begin({comp: frozenset(begun) for comp, begun in home.begun.items()}).items():
+            self._tell(Remembered(comp, past))
+        home.begun.clear()
         self._find_kept()
 
     def _shelf(self, comp):
@@ -448,6 +455,7 @@ class SimDaemon(Daemon, SimLoop):
 
     def end(self):
         assert not any(comp.attempts for comp in self.node._comps.values()), 'it ends and has not answered for all'
+        self.home.begun.clear()   # as its directories go
         self.world.kill(self)
         self.world.at(self.world.now + self.world.rng.expovariate(1 / 10), self.home.start)
 
@@ -473,6 +481,7 @@ class Worker:
             self.running = 0
             return
         self.running, payload = self.queue.popleft()
+        self.daemon.home.begun.setdefault(self.comp, set()).add(self.running)
         self.job = self.world.started(self, payload)
         self.began, self.ticket = self.world.now, self.ticket + 1
         self.daemon.later(self.job.took, self.finish, self.ticket)
@@ -524,6 +533,7 @@ class Host:
         self.world, self.name, self.cpus = world, name, cpus
         self.directory = os.path.join(world.directory, name)
         self.full_until = self.slow_until = 0.0
+        self.begun = {}            # computation -> serials that its workers have noted, until the next daemon reads it
         self.daemon = None
         os.mkdir(self.directory)
         self.start()
@@ -1018,7 +1028,8 @@ class World:
             assert node.free == node.cpus and not node._workers and not node._comps, '%s is not free at the end: %s' % (
                 home.name, [(comp.stage, len(comp.attempts), len(comp.unacknowledged)) for comp in node._comps.values()])
             assert node.lease is Lease.FREE and node.held_bytes == 0
-            assert not node.shelf and not os.listdir(home.directory), 'results are left on the disk of %s' % home.name
+            left = [name for name in os.listdir(home.directory) if name != 'memory' and not name.startswith('g-')]   # numbers, for a month
+            assert not node.shelf and not left, 'results are left on the disk of %s: %s' % (home.name, left)
         left = [job.number for job in self.jobs.values() if job.status is None]
         assert not left, 'never ended: %s' % left[:20]
 
