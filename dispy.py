@@ -2367,6 +2367,7 @@ class Peer:
         self.memory = ''                           # what its memory is known by, see dispynode.Memory
         self.whole = True                          # its memory is the one that was there when jobs were sent
         self.second = Second(self)                 # connection, while the first is silent
+        self.replacing = False                     # the first is being replaced by it
         self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0  # type: Tuple[str, str, dict, int]
         self.reason = 'not reached yet'
         self.dialling = Dialling(REDIAL_FIRST, redial)
@@ -3431,7 +3432,7 @@ class Driver(Loop):
         if peer.scheduler:
             text = text.replace('a dispynode 5', 'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
         peer.reason = text
-        if text not in peer.told and not self._only_probed(peer):
+        if text not in peer.told and not self._only_probed(peer) and not peer.replacing:
             peer.told.add(text)
             self._tell_reached_not(peer, text)
         peer.dialling.again(self.now, lived)
@@ -3478,7 +3479,10 @@ class Driver(Loop):
             event.sock.close()
             return
         if old is not None:
-            self._break(old, 'nothing was heard for %.0f s, and it was reached anew' % (self.now - old.heard))
+            logger.info('%s: nothing was heard for %.1f s, and it was reached anew', peer, self.now - old.heard)
+            peer.replacing = True
+            self._break(old, 'it was reached anew')
+            peer.replacing = False
         if self._peers.get(peer.key) is not peer:   # nobody wants it any more
             event.sock.close()
             return

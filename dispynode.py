@@ -92,6 +92,7 @@ GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 SETUP_TIME = 600.0            # s that loading code and setup() may take
 ORPHAN_TIME = 3.0             # s that a computation without jobs waits for a client whose link broke
+LONGEST_WAIT = 86400.0        # s that a loop sleeps at most: systems take no timers of months
 PAST_TIME = 30 * 86400.0      # s for which it is remembered that something was given up
 ZOMBIE_TIME = 86400.0         # s that results wait on the disk for their client
 FLAP_TIME = 10.0              # s that a link must have lived for not being one of several that end at once
@@ -4527,8 +4528,14 @@ class Loop:
         self._selector.register(channel.sock, channel.interest, channel)
         if isinstance(channel, Link):
             self.links[channel.number] = channel
+            self.set_pulse(channel, channel.pulse)
         if channel.wants_write:
             self._dirty.add(channel)
+
+    def set_pulse(self, link: 'Link', pulse: float) -> None:
+        """The other side gives a link up when it hears nothing for several of these."""
+        link.pulse = pulse
+        self._pulse_at = min(self._pulse_at, self.now + pulse / 2) if self._pulse_at else 0.0
 
     def detach(self, channel: Channel) -> None:
         """Let go of a channel and close it. Does nothing the second time."""
@@ -4592,7 +4599,7 @@ class Loop:
             return 0
         times = [when for when in (self.next_timer(), self._pulse_at if self.links else None) if when is not None]
         if times:
-            wait = max(0.0, min(times) - self.clock())
+            wait = min(max(0.0, min(times) - self.clock()), LONGEST_WAIT)
             return wait if timeout is None else min(wait, timeout)
         return timeout
 
@@ -5541,7 +5548,7 @@ class Daemon(Loop):
             link.on_purpose = True
             raise LinkBroken('bye: %s' % message.text[:200])
         if isinstance(message, Introduce):
-            link.pulse = min(max(message.pulse, 0.1), 3600.0)
+            self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
         if not isinstance(message, Pulse):
             if type(message) is Query:
                 self.node.facts['available'] = availability(self._root)

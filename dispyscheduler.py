@@ -1032,7 +1032,7 @@ class Scheduler(Driver):
         return remote if isinstance(remote, Remote) else None
 
     def _c_introduce(self, link: Link, message: Introduce) -> None:
-        link.pulse = min(max(message.pulse, 0.1), 3600.0)
+        self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
         self._sessions[link.number].names[0] = message.name[:200]
         facts = {'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'role': 'scheduler', 'memory': self.instance.hex()}
         self.say(link, Welcome('dispyscheduler', ENDLESS, facts))
