@@ -46,9 +46,12 @@ import collections
 import collections.abc
 import concurrent.futures
 import contextlib
+import copyreg
 import dis
 import enum
 import functools
+import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
 import io
@@ -72,6 +75,7 @@ import threading
 import time
 import types
 import uuid
+import warnings
 import weakref
 import zlib
 from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
@@ -82,10 +86,11 @@ from dispynode import (
     ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, PULSES_SILENT,
     Past, QUEUED_TIME, REASONS, SCHEDULER_PORT, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
     File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
-    Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Remains, Report, Results, Return,
-    Returned, Role, Said, Second, SecretError, Shutdown, Welcome, Where, __version__, beside, call_chunk, call_packed, check_name, class_of_client,
-    derive_key, describe_exception, dial, discovery_reach, file_digest, find_secret, frames, host_and_port, open_envelope, pieces_of,
-    place, python_of, same_secret, seal, size_of, tls_context, unpack_error, unseal, value_pickler)
+    Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Remains, Report, Results, Return, Returned,
+    BUNDLE, BUNDLES, MODULES, OF_MODULES, Role, Said, Sealed, Second, SecretError, Shutdown, StateRow, Welcome, Where, __version__, beside,
+    build_tag, call_chunk, call_packed, check_name, check_not_importing, contents_of, derive_key, describe_exception, dial, discovery_reach,
+    file_digest, find_named, find_secret, frames, globals_of, host_and_port, is_named, keeps_identity, open_envelope,
+    pieces_of, place, plain_form, python_of, same_secret, seal, size_of, tls_context, unpack_error, unseal, value_pickler, with_needs)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -177,6 +182,7 @@ JOB_TABLE: Dict[Tuple[JobState, str], JobState] = {
     (JobState.PROVISIONAL, 'provisional'): JobState.PROVISIONAL,
     (JobState.CANCELLING, 'provisional'): JobState.CANCELLING,
     (JobState.CREATED, 'give up'): JobState.ABANDONED, (JobState.REQUEUED, 'give up'): JobState.ABANDONED,
+    (JobState.CREATED, 'fail'): JobState.TERMINATED, (JobState.REQUEUED, 'fail'): JobState.TERMINATED,
 }
 for _running in (JobState.RUNNING, JobState.PROVISIONAL):
     JOB_TABLE.update({
@@ -626,6 +632,12 @@ class NodeLeft(NamedTuple):
     text: str
 
 
+class Unloadable(NamedTuple):
+    """No node can load the code of a computation, for this reason; an empty text: perhaps one can."""
+    comp: str
+    text: str
+
+
 class Closed(NamedTuple):
     """The computation is over; what has not ended is cancelled."""
     comp: str
@@ -764,6 +776,7 @@ class _Comp:
         self.idle: Dict[Any, '_Node'] = {}      # those with a CPU for it
         self.donors: Dict[Any, '_Node'] = {}    # those that hold more of its jobs than they have CPUs
         self.blocked: Optional[Work] = None     # head of the queue that no idle node has room for
+        self.unloadable = ''                    # why no node can load its code
         self.widest: Optional[int] = None       # most CPUs that a node has for it, None if that is not known now
 
     def queue_of(self, work: Work) -> _Queue:
@@ -849,6 +862,7 @@ class Schedule:
         self._flying: Dict[str, int] = collections.Counter()   # client -> CPUs of its jobs on nodes
         self._dirty: Dict[Any, _Node] = {}          # nodes that something has happened to since the last flush
         self._handlers: Dict[type, Callable[[Any], None]] = {
+            Unloadable: self._unloadable,
             Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked,
             NodeReady: self._node_ready, NodeTold: self._node_told, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
             NodeResults: self._node_results, NodeReturned: self._node_returned,
@@ -929,12 +943,28 @@ class Schedule:
             if comp is None:
                 self._move(work, 'cancel')
                 self._do(JobEnded(work, 'the cluster was closed'))
+            elif comp.unloadable:
+                self._move(work, 'fail')
+                self._do(JobEnded(work, comp.unloadable))
             else:
                 comp.queue_of(work).push(work)
                 self._waiting[comp.comp] = comp
                 if not comp.flying and not comp.idle:   # a newcomer where all CPUs are taken: one job to the queue of some nodes,
                     for node in itertools.islice(comp.nodes.values(), 64):   # which give the next CPU to who has fewest
                         self._dirty[node.key] = node
+
+    def _unloadable(self, event: Unloadable) -> None:
+        comp = self.comps.get(event.comp)
+        if comp is None:
+            return
+        comp.unloadable = event.text
+        for work in comp.waiting() if event.text else ():
+            self._move(work, 'fail')
+            if work in comp.parked:
+                comp.parked.remove(work)
+            else:
+                comp.queue_of(work).forget()
+            self._do(JobEnded(work, event.text))
 
     def _cancel_asked(self, event: CancelAsked) -> None:
         work, comp = event.work, self.comps.get(event.work._comp)
@@ -1373,129 +1403,1678 @@ _EVENT_OF = {Outcome.RETURNED: 'finish', Outcome.RETURNED_CODE: 'finish', Outcom
              Outcome.ABANDONED: 'give up'}
 
 # ---------------------------------------------------------------------------------------------------------
+# Modules of the user's: which travel, and their files. Nothing here imports a module or takes a lock: finders and
+# loaders that are asked may be the user's code. What is kept is kept in dictionaries, one entry replaced at a time.
+# ---------------------------------------------------------------------------------------------------------
+
+PACKAGE_DATA = 20 << 20    # bytes of data files that travel with one package
+PACKAGE_FILES = 20000      # entries of its directories that are looked at to find them
+UNLOADED_TIME = 1.0        # s for which it is believed where a module is that is not loaded
+STABLE_READS = 3           # attempts to read a file that is written at the same time
+NOT_OWN = frozenset((      # top-level modules that are never the user's own, wherever they lie
+    'dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd', 'cloudpickle', 'psutil'))
+SITE_DIRECTORIES = frozenset(('site-packages', 'dist-packages'))
+
+
+class ModuleKind(enum.Enum):
+    """Where a module comes from, which decides how a node gets it."""
+    STANDARD = 'built in, frozen, or of the standard library'
+    INSTALLED = 'of an installed distribution, or of dispy'
+    OWN = "the user's own: its file travels"
+    BY_VALUE = 'has no name by which a node could import it: what is in it is pickled by value'
+    MISSING = 'neither loaded nor found'
+
+
+class NameKind(enum.Enum):
+    """How the source of a module, or the body of a class, gives a name its value."""
+    CONSTANT = 'by literals of immutable values, nothing else'
+    COMPUTED = 'by anything else than a literal, a definition or an import'
+    DEFINED = 'by def or class'
+    IMPORTED = 'by an import; elsewhere perhaps by a definition or a constant, for where that fails'
+
+
+class NameBinding:
+    """A name that a source text binds. `value` is there only for what is bound once, to a constant."""
+    __slots__ = ('kind', 'value', 'origin', 'origins', 'from_file')
+    value: Any
+
+    def __init__(self, kind: NameKind, origins: Tuple[str, ...] = ()) -> None:
+        self.kind = kind
+        self.origins = origins              # modules that it is imported from, in the order of the text
+        self.origin = origins[0] if origins else ''
+        self.from_file = False              # whether the value depends on where the module's file lies
+
+    def __repr__(self) -> str:
+        value = ' %.80r' % (self.value,) if hasattr(self, 'value') else ''
+        origin = ' from %s' % ', '.join(self.origins) if self.origins else ''
+        return '<%s%s%s%s>' % (self.kind.name, value, origin, ' from_file' if self.from_file else '')
+
+
+class ImportedModule(NamedTuple):
+    """An import in a source text."""
+    module: str               # absolute name
+    names: Tuple[str, ...]    # what is imported from it; ('*',) for all
+    certain: bool             # whether it is done whenever the text is run
+
+
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_BLOCKS = ('body', 'orelse', 'handlers', 'finalbody', 'cases')
+_PLAIN_STATEMENTS = frozenset((
+    ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.Import, ast.ImportFrom,
+    ast.Pass, ast.Raise, ast.Delete, ast.Assert, ast.Global, ast.Nonlocal, ast.Break, ast.Continue))
+_CONSTANT_TYPES = frozenset((
+    type(None), bool, int, float, complex, str, bytes, type(Ellipsis)))
+_ODD_ESCAPE = re.compile(rb'\\[^\\\'"abfnrtvxNuU0-7\r\n]')
+
+
+def _statements(body: Sequence[Any], inward: bool, certain: bool = True) -> Iterator[Tuple[Any, bool]]:
+    """Statements of a block and of the blocks in it, each with whether it is run whenever the block is. Those of
+    functions and classes only with `inward`. Handlers of exceptions and cases of `match` are among them."""
+    for node in body:
+        yield node, certain
+        kind = type(node)
+        if kind in _PLAIN_STATEMENTS:
+            continue
+        if isinstance(node, _FUNCTIONS):
+            if inward:
+                yield from _statements(node.body, True, False)
+        elif kind is ast.ClassDef:
+            if inward:
+                yield from _statements(node.body, True, certain)
+        else:
+            for field in _BLOCKS:
+                yield from _statements(getattr(node, field, ()), inward, False)
+
+
+def _names_in(target: Any) -> Iterator[str]:
+    """Names that an assignment to this target binds."""
+    if isinstance(target, ast.Name):
+        yield target.id
+    elif isinstance(target, (ast.Tuple, ast.List)):
+        for element in target.elts:
+            yield from _names_in(element)
+    elif isinstance(target, ast.Starred):
+        yield from _names_in(target.value)
+
+
+def _is_constant(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_constant, value))
+    return type(value) in _CONSTANT_TYPES
+
+
+def _constant(node: Any) -> Tuple[Any, ...]:
+    """The value of a literal that cannot change, in a tuple of one; () if this is none."""
+    if isinstance(node, ast.Constant):
+        return (node.value,)
+    if not isinstance(node, (ast.Tuple, ast.UnaryOp, ast.BinOp)):
+        return ()
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):   # no literal
+        return ()
+    return (value,) if _is_constant(value) else ()
+
+
+def _parse(text: Union[str, bytes]) -> ast.Module:
+    """Raises SyntaxError, ValueError, RecursionError or MemoryError."""
+    raw = text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass')
+    if not _ODD_ESCAPE.search(raw):
+        return ast.parse(text)
+    # Only the import of the module should warn of '\d', and `-W error` must not make an error of it here. What is
+    # done to the filters makes Python forget which warnings it has given, so other texts do without.
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return ast.parse(text)
+
+
+class _ScopeNames:
+    """Collects the names that the statements of a module or of a class body bind."""
+
+    def __init__(self, resolve: Callable[[Any], str]) -> None:
+        self._resolve = resolve
+        # name -> how it is bound, in the order of the text: rows of (kind, constant in a tuple of one, origin)
+        self.rows: Dict[str, List[Tuple[NameKind, Tuple[Any, ...], str]]] = {}
+        self.globals: Set[str] = set()
+        self.classes: List[ast.ClassDef] = []
+
+    def read(self, body: Sequence[Any], walrus: bool) -> None:
+        for node, _ in _statements(body, False):
+            reader = self._READERS.get(type(node).__name__)
+            if reader is not None:
+                reader(self, node)
+            if walrus:
+                self._read_expressions(node)
+
+    def add(self, name: str, kind: NameKind, constant: Tuple[Any, ...] = (), origin: str = '') -> None:
+        self.rows.setdefault(name, []).append((kind, constant, origin))
+
+    def table(self) -> Dict[str, NameBinding]:
+        return {name: self._binding(rows) for name, rows in self.rows.items()}
+
+    @staticmethod
+    def _binding(rows: List[Tuple[NameKind, Tuple[Any, ...], str]]) -> NameBinding:
+        kinds = {kind for kind, _, _ in rows}
+        if len(kinds) == 1:
+            kind = rows[0][0]
+        elif NameKind.IMPORTED in kinds and NameKind.COMPUTED not in kinds:
+            kind = NameKind.IMPORTED
+        else:
+            kind = NameKind.COMPUTED
+        binding = NameBinding(kind, tuple(dict.fromkeys(origin for _, _, origin in rows if origin)))
+        if kind is NameKind.CONSTANT and len(rows) == 1:
+            binding.value = rows[0][1][0]
+        return binding
+
+    def _assign(self, target: Any, value: Any) -> None:
+        if isinstance(target, ast.Name):
+            constant = _constant(value)
+            self.add(target.id, NameKind.CONSTANT if constant else NameKind.COMPUTED, constant)
+        elif self._fits(target, value):
+            for part, its_value in zip(target.elts, value.elts):
+                self._assign(part, its_value)
+        else:
+            self._compute(target)
+
+    @staticmethod
+    def _fits(target: Any, value: Any) -> bool:
+        """Whether the targets of `a, b = 1, 2` get one value each."""
+        displays = (ast.Tuple, ast.List)
+        if not isinstance(target, displays) or not isinstance(value, displays):
+            return False
+        starred = any(isinstance(part, ast.Starred) for part in target.elts + value.elts)
+        return len(target.elts) == len(value.elts) and not starred
+
+    def _compute(self, target: Any) -> None:
+        for name in _names_in(target):
+            self.add(name, NameKind.COMPUTED)
+
+    def _read_assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            self._assign(target, node.value)
+
+    def _read_annotated(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self._assign(node.target, node.value)
+
+    def _read_target(self, node: Any) -> None:
+        self._compute(node.target)
+
+    def _read_with(self, node: Any) -> None:
+        for item in node.items:
+            self._compute(item.optional_vars)
+
+    def _read_delete(self, node: ast.Delete) -> None:
+        for target in node.targets:
+            self._compute(target)
+
+    def _read_definition(self, node: Any) -> None:
+        self.add(node.name, NameKind.DEFINED)
+        if isinstance(node, ast.ClassDef):
+            self.classes.append(node)
+
+    def _read_handler(self, node: ast.ExceptHandler) -> None:
+        if node.name:
+            self.add(node.name, NameKind.COMPUTED)
+
+    def _read_import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            first = alias.name.partition('.')[0]
+            origin = alias.name if alias.asname else first
+            self.add(alias.asname or first, NameKind.IMPORTED, (), origin)
+
+    def _read_import_from(self, node: ast.ImportFrom) -> None:
+        origin = self._resolve(node)
+        for alias in node.names:
+            if alias.name != '*':
+                self.add(alias.asname or alias.name, NameKind.IMPORTED, (), origin)
+
+    def _read_globals(self, node: ast.Global) -> None:
+        self.globals.update(node.names)
+
+    def _read_type_alias(self, node: Any) -> None:
+        self._compute(node.name)
+
+    def _read_case(self, node: Any) -> None:
+        for part in ast.walk(node.pattern):
+            name = getattr(part, 'name', None) or getattr(part, 'rest', None)
+            if isinstance(name, str):
+                self.add(name, NameKind.COMPUTED)
+
+    def _read_expressions(self, node: Any) -> None:
+        """Names bound by := in the expressions of one statement; blocks in it are read as statements."""
+        waiting: List[Any] = [child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.expr, ast.withitem))]
+        while waiting:
+            part = waiting.pop()
+            if isinstance(part, ast.Lambda):
+                continue
+            if isinstance(part, ast.NamedExpr):
+                self._compute(part.target)
+            waiting.extend(ast.iter_child_nodes(part))
+
+    _READERS: Dict[str, Callable[[Any, Any], None]] = {   # some of these classes are not in every Python
+        'Assign': _read_assign, 'AnnAssign': _read_annotated, 'AugAssign': _read_target,
+        'For': _read_target, 'AsyncFor': _read_target, 'With': _read_with, 'AsyncWith': _read_with,
+        'Delete': _read_delete, 'FunctionDef': _read_definition,
+        'AsyncFunctionDef': _read_definition, 'ClassDef': _read_definition,
+        'ExceptHandler': _read_handler, 'Import': _read_import, 'ImportFrom': _read_import_from,
+        'Global': _read_globals, 'TypeAlias': _read_type_alias, 'match_case': _read_case}
+
+
+class ModuleSource:
+    """What one source text says of the module that it is of: what it imports, and what gives its names their values.
+
+    imports: what is imported anywhere in the text, in its order.
+    names: what the top level of the module binds.
+    classes: the same for the bodies of its classes, by qualified name; classes inside of functions are left out.
+    exports: `__all__`, if that is written as a literal.
+    stars: modules from which all is imported at the top level.
+    error: why the text could not be parsed; then there is nothing else.
+    """
+
+    def __init__(self, text: Union[str, bytes], name: str, is_package: bool = False) -> None:
+        self.name = name
+        self._text = text
+        self._package = name if is_package else name.rpartition('.')[0]
+        self.imports: List[ImportedModule] = []
+        self.names: Dict[str, NameBinding] = {}
+        self.classes: Dict[str, Dict[str, NameBinding]] = {}
+        self.exports: Optional[Tuple[str, ...]] = None
+        self.stars: Tuple[str, ...] = ()
+        self.error = ''
+        try:
+            tree = _parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
+            self.error = '%s: %s' % (type(exc).__name__, exc)
+            return
+        self._read_imports(tree)
+        self._read_names(tree)
+
+    def _has(self, *words: str) -> bool:
+        if isinstance(self._text, bytes):
+            return any(word.encode() in self._text for word in words)
+        return any(word in self._text for word in words)
+
+    def _read_imports(self, tree: ast.Module) -> None:
+        for node, certain in _statements(tree.body, True):
+            if type(node) is ast.Import:
+                self.imports.extend(ImportedModule(alias.name, (), certain) for alias in node.names)
+            elif type(node) is ast.ImportFrom:
+                origin = self._resolve(node)
+                if origin:
+                    names = tuple(alias.name for alias in node.names)
+                    self.imports.append(ImportedModule(origin, names, certain))
+        if self._has('import_module', '__import__'):
+            self._read_calls(tree)
+
+    def _resolve(self, node: ast.ImportFrom) -> str:
+        return self._absolute(node.level, node.module or '')
+
+    def _absolute(self, level: int, module: str) -> str:
+        """'' for what leads out of the package."""
+        if not level:
+            return module
+        parts = self._package.split('.')
+        parts = parts[:len(parts) - level + 1]
+        if not self._package or not parts:
+            return ''
+        return '.'.join(parts + [module] if module else parts)
+
+    def _read_calls(self, tree: ast.Module) -> None:
+        direct = set()
+        for node, certain in _statements(tree.body, True):
+            value = getattr(node, 'value', None) if certain else None
+            while isinstance(value, ast.Attribute):
+                value = value.value
+            direct.add(value)
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant):
+                function = getattr(call.func, 'attr', None) or getattr(call.func, 'id', None)
+                name = call.args[0].value
+                if function in ('import_module', '__import__') and isinstance(name, str) and name:
+                    stripped = name.lstrip('.')
+                    absolute = self._absolute(len(name) - len(stripped), stripped)
+                    if absolute:
+                        self.imports.append(ImportedModule(absolute, (), call in direct))
+
+    def _read_names(self, tree: ast.Module) -> None:
+        walrus = self._has(':=')
+        scope = _ScopeNames(self._resolve)
+        scope.read(tree.body, walrus)
+        waiting = [(node.name, node) for node in reversed(scope.classes)]
+        while waiting:
+            qualified, node = waiting.pop()
+            body = _ScopeNames(self._resolve)
+            body.read(node.body, walrus)
+            for name in body.globals & body.rows.keys():
+                scope.rows.setdefault(name, []).extend(body.rows.pop(name))
+            self.classes[qualified] = body.table()
+            waiting += [('%s.%s' % (qualified, inner.name), inner) for inner in reversed(body.classes)]
+        self.names = scope.table()
+        self._read_exports(tree)
+
+    def _read_exports(self, tree: ast.Module) -> None:
+        stars = []
+        node: Any
+        for node, _ in _statements(tree.body, False):
+            if type(node) is ast.ImportFrom and node.names[0].name == '*':
+                stars.append(self._resolve(node))
+            elif '__all__' not in self.names:
+                continue
+            elif isinstance(node, (ast.Assign, ast.AugAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                if any(isinstance(target, ast.Name) and target.id == '__all__' for target in targets):
+                    self.exports = (self.exports or ()) + self._texts(node.value)
+        self.stars = tuple(filter(None, stars))
+
+    @staticmethod
+    def _texts(node: Any) -> Tuple[str, ...]:
+        if not isinstance(node, (ast.List, ast.Tuple)):
+            return ()
+        values = [part.value for part in node.elts if isinstance(part, ast.Constant)]
+        return tuple(value for value in values if isinstance(value, str))
+
+
+class Whereabouts(NamedTuple):
+    """What is known of a module without importing it."""
+    kind: ModuleKind
+    path: str = ''                                # of its file, which may be in an archive
+    locations: Optional[Tuple[str, ...]] = None   # directories of its submodules, if it is a package
+    loader: Any = None
+
+
+_dict_of_module: Any = vars(types.ModuleType)['__dict__']
+
+
+def module_dict(module: Any) -> Dict[str, Any]:
+    """The globals of a module. Nothing of the user's runs for that: the class of a module may have a `__getattr__`
+    that imports. Empty for what is in `sys.modules` and is no module."""
+    if not issubclass(type(module), types.ModuleType):
+        return {}
+    found = _dict_of_module.__get__(module)
+    return found if found is not None else {}
+
+
+def _is_below(path: str, roots: Sequence[str]) -> bool:
+    return any(path.startswith(root) for root in roots)
+
+
+def _as_roots(paths: Sequence[Optional[str]]) -> Tuple[str, ...]:
+    return tuple({os.path.normcase(os.path.realpath(path)) + os.sep for path in paths if path})
+
+
+@functools.lru_cache(maxsize=None)
+def _standard_roots() -> Tuple[str, ...]:
+    """Where the standard library is, that of the base installation of a venv included."""
+    paths: List[Optional[str]] = []
+    for base in {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix}:
+        there = {'base': base, 'platbase': base, 'installed_base': base, 'installed_platbase': base}
+        for name in ('stdlib', 'platstdlib'):
+            if base in (sys.base_prefix, sys.base_exec_prefix):
+                paths.append(sysconfig.get_path(name, vars=there))
+        if os.name == 'nt':
+            paths.append(os.path.join(base, 'DLLs'))
+    paths += [sysconfig.get_path('stdlib'), sysconfig.get_path('platstdlib')]
+    paths.append(sysconfig.get_config_var('DESTSHARED'))
+    archive = 'python%d%d.zip' % sys.version_info[:2]
+    paths += [path for path in sys.path if os.path.basename(path) == archive]
+    return _as_roots(paths)
+
+
+@functools.lru_cache(maxsize=None)
+def _site_roots() -> Tuple[str, ...]:
+    """Where distributions are installed, whatever these directories are called."""
+    site = sys.modules.get('site')
+    user = module_dict(site).get('USER_SITE')
+    return _as_roots([sysconfig.get_path('purelib'), sysconfig.get_path('platlib'), user])
+
+
+def archive_of(path: str) -> Tuple[str, str]:
+    """(archive, name in it with '/') of the path of a file in an archive; ('', '') if it is in none."""
+    archive = path
+    while archive and not os.path.lexists(archive):
+        shorter = os.path.dirname(archive)
+        if shorter == archive:
+            break
+        archive = shorter
+    if archive == path or not os.path.isfile(archive):
+        return '', ''
+    return archive, path[len(archive) + 1:].replace(os.sep, '/')
+
+
+class Installations:
+    """What distributions say that they have put into a directory, or into an archive. Each is read once, and again
+    when it has changed."""
+
+    def __init__(self) -> None:
+        # directory -> (time of its last change, path of a file below it -> distribution's metadata directory)
+        self._tables: Dict[str, Tuple[int, Dict[str, str]]] = {}
+
+    def owner(self, holder: str, path: str) -> str:
+        """The metadata directory, such as 'numpy-1.26.4.dist-info', of the distribution that has put a file, by its
+        name below the directory and with '/', or the package that it is in, into a directory; '' if none says so."""
+        table = self._table(holder)
+        found = table.get(path)
+        if found is None and '/' in path:
+            found = table.get(path.partition('/')[0] + '/__init__.py')
+        return found or ''
+
+    def owner_of_name(self, holder: str, name: str) -> str:
+        """The same for a top-level module or package."""
+        table = self._table(holder)
+        for path in (name + '/__init__.py', name + '.py'):
+            if path in table:
+                return table[path]
+        starts = (name + '/', name + '.')
+        return next((owner for path, owner in table.items() if path.startswith(starts)), '')
+
+    def _table(self, holder: str) -> Dict[str, str]:
+        archive, prefix = archive_of(holder) if not os.path.isdir(holder) else ('', '')
+        if not archive and os.path.isfile(holder):
+            archive = holder
+        try:
+            changed = os.stat(archive or holder).st_mtime_ns
+        except OSError:
+            return {}
+        kept = self._tables.get(holder)
+        if kept is None or kept[0] != changed:
+            read = _archive_metadata(archive, prefix) if archive else _directory_metadata(holder)
+            kept = changed, self._read(read)
+            self._tables[holder] = kept
+        return kept[1]
+
+    @staticmethod
+    def _read(metadata: Iterator[Tuple[str, str, str]]) -> Dict[str, str]:
+        import csv
+        import posixpath
+        table: Dict[str, str] = {}
+        for owner, file, text in metadata:
+            if file == 'RECORD':
+                paths = [row[0] for row in csv.reader(text.splitlines()) if row]
+            else:
+                paths = [posixpath.join(owner, line) for line in text.splitlines()]
+            for path in paths:
+                table[posixpath.normpath(path.replace('\\', '/'))] = owner
+        return table
+
+
+_METADATA_FILES = {'.dist-info': 'RECORD', '.egg-info': 'installed-files.txt'}
+
+
+def _directory_metadata(directory: str) -> Iterator[Tuple[str, str, str]]:
+    """(metadata directory, name of the list of files, its text) of each distribution."""
+    for name in sorted(os.listdir(directory)):
+        file = _METADATA_FILES.get(os.path.splitext(name)[1])
+        path = os.path.join(directory, name, file or '')
+        if file and os.path.isfile(path):
+            with open(path, encoding='utf-8', errors='replace') as record:
+                yield name, file, record.read()
+
+
+def _archive_metadata(archive: str, prefix: str) -> Iterator[Tuple[str, str, str]]:
+    import zipfile
+    try:
+        with zipfile.ZipFile(archive) as members:
+            for member in members.namelist():
+                below = member[len(prefix) + 1:] if prefix else member
+                name, _, file = below.partition('/')
+                if member.endswith(below) and _METADATA_FILES.get(os.path.splitext(name)[1]) == file:
+                    yield name, file, members.read(member).decode('utf-8', 'replace')
+    except (OSError, zipfile.BadZipFile) as exc:
+        logger.debug('%s cannot be read as an archive: %s', archive, exc)
+
+
+class ModuleFinder:
+    """Says where a module is and of which kind it is. Loaded modules are asked first, then finders; nothing is imported."""
+
+    def __init__(self) -> None:
+        self.installations = Installations()
+        # name -> (what sys.modules had, time until which this is believed if that was nothing, what was found)
+        self._kept: Dict[str, Tuple[Any, float, Whereabouts]] = {}
+
+    def look(self, name: str) -> Whereabouts:
+        """Any thread."""
+        module = sys.modules.get(name, self)
+        kept = self._kept.get(name)
+        if kept is not None and kept[0] is module and (module is not self or time.monotonic() < kept[1]):
+            found = kept[2]
+        else:
+            found = self._look(name, module)
+            self._kept[name] = module, time.monotonic() + UNLOADED_TIME, found
+        if found.kind is not ModuleKind.BY_VALUE and self._is_by_value(name, module):
+            return found._replace(kind=ModuleKind.BY_VALUE)
+        return found
+
+    @staticmethod
+    def _is_by_value(name: str, module: Any) -> bool:
+        """What may change at any time: what the main module is, and what the user has registered."""
+        if name.partition('.')[0] in NOT_OWN:
+            return False
+        if name in ('__main__', '__mp_main__') or module is sys.modules.get('__main__'):
+            return True
+        registered = cloudpickle.list_registry_pickle_by_value()
+        return any(name == other or name.startswith(other + '.') for other in registered)
+
+    def _look(self, name: str, module: Any) -> Whereabouts:
+        if module is None or not name:   # `sys.modules[name] = None` forbids an import
+            return Whereabouts(ModuleKind.MISSING)
+        if issubclass(type(module), types.ModuleType):
+            found = self._look_at(name, module)
+        else:
+            found = self._look_for(name)
+            if found.kind is ModuleKind.MISSING and module is not self:   # a package has put it there
+                found = Whereabouts(self._kind_without_file(name, None, None))
+        if name.partition('.')[0] in NOT_OWN:
+            return found._replace(kind=ModuleKind.INSTALLED)
+        return found
+
+    def _look_at(self, name: str, module: Any) -> Whereabouts:
+        """A module that is loaded."""
+        spec = module_dict(module).get('__spec__')
+        if not issubclass(type(spec), importlib.machinery.ModuleSpec):
+            spec = None
+        path = module_dict(module).get('__file__')
+        loader = spec.loader if spec is not None else module_dict(module).get('__loader__')
+        locations = self._as_locations(module_dict(module).get('__path__'))
+        if self._is_frozen(spec, loader):
+            return Whereabouts(ModuleKind.STANDARD, '', locations, loader)
+        if not isinstance(path, str) or not path:
+            kind = self._kind_without_file(name, spec, locations)
+            return Whereabouts(kind, '', locations, loader)
+        path = os.path.abspath(path)
+        kind = self._kind_of_file(name, path)
+        if kind is ModuleKind.OWN and not self._leads_to(name, path):
+            kind = ModuleKind.BY_VALUE
+        return Whereabouts(kind, path, locations, loader)
+
+    def _look_for(self, name: str) -> Whereabouts:
+        """A module that is not loaded, or something else under its name."""
+        spec = self._search(name)
+        if spec is None:
+            return Whereabouts(ModuleKind.MISSING)
+        locations = self._as_locations(spec.submodule_search_locations)
+        if self._is_frozen(spec, spec.loader):
+            return Whereabouts(ModuleKind.STANDARD, '', locations, spec.loader)
+        if spec.has_location and isinstance(spec.origin, str):
+            path = os.path.abspath(spec.origin)
+            kind = self._kind_of_file(name, path)
+            return Whereabouts(kind, path, locations, spec.loader)
+        if locations is not None:
+            return Whereabouts(self._kind_of_namespace(name, locations), '', locations, spec.loader)
+        return Whereabouts(self._kind_without_file(name, spec, None), '', None, spec.loader)
+
+    @staticmethod
+    def _is_frozen(spec: Any, loader: Any) -> bool:
+        if loader is importlib.machinery.BuiltinImporter or loader is importlib.machinery.FrozenImporter:
+            return True
+        return spec is not None and type(spec.origin) is str and spec.origin in ('built-in', 'frozen')
+
+    @staticmethod
+    def _as_locations(path: Any) -> Optional[Tuple[str, ...]]:
+        if path is None:
+            return None
+        try:   # of a namespace package: it looks at sys.path again, with the finders that are there
+            return tuple(entry for entry in path if isinstance(entry, str))
+        except Exception as exc:   # the user's own; such a package has no submodules that could be found
+            logger.debug('the __path__ of a package cannot be read: %s', describe_exception(exc))
+            return ()
+
+    def _kind_without_file(self, name: str, spec: Any, locations: Optional[Tuple[str, ...]]) -> ModuleKind:
+        """Of a module that a package made while it was imported the kind is that of the package, if every node that
+        has the package makes it too."""
+        if spec is not None and locations:
+            kind = self._kind_of_namespace(name, locations)
+            if kind is not ModuleKind.OWN:
+                return kind
+            found = self._search(name)
+            if found is not None and set(found.submodule_search_locations or ()) & set(locations):
+                return self._below_parent(name)
+            return ModuleKind.BY_VALUE
+        parent = name.rpartition('.')[0]
+        kind = self.look(parent).kind if parent else ModuleKind.BY_VALUE
+        return kind if kind in (ModuleKind.STANDARD, ModuleKind.INSTALLED) else ModuleKind.BY_VALUE
+
+    def _kind_of_namespace(self, name: str, locations: Tuple[str, ...]) -> ModuleKind:
+        """A part of it that is the user's own travels."""
+        kinds = {self._kind_of_file(name, os.path.join(os.path.abspath(path), '__init__.py')) for path in locations}
+        if len(kinds) == 1:
+            return kinds.pop()
+        return ModuleKind.OWN if ModuleKind.OWN in kinds else ModuleKind.INSTALLED
+
+    def _below_parent(self, name: str) -> ModuleKind:
+        parent = name.rpartition('.')[0]
+        if parent and self.look(parent).kind in (ModuleKind.BY_VALUE, ModuleKind.MISSING):
+            return ModuleKind.BY_VALUE
+        return ModuleKind.OWN
+
+    def _kind_of_file(self, name: str, path: str) -> ModuleKind:
+        """By its path, and where that leaves it open by the metadata beside its top-level module."""
+        real = os.path.normcase(os.path.realpath(path))
+        if _is_below(real, _site_roots()) or SITE_DIRECTORIES & set(real.split(os.sep)):
+            return ModuleKind.INSTALLED
+        if _is_below(real, _standard_roots()):
+            return ModuleKind.STANDARD
+        levels = name.count('.') + 1 + os.path.basename(path).startswith('__init__.')
+        holder = path
+        for _ in range(levels):
+            holder = os.path.dirname(holder)
+        below = path[len(holder):].replace(os.sep, '/').lstrip('/')
+        if holder.endswith('.egg') and os.path.isdir(os.path.join(holder, 'EGG-INFO')):
+            return ModuleKind.INSTALLED
+        if self.installations.owner(holder, below):
+            return ModuleKind.INSTALLED
+        return ModuleKind.OWN
+
+    def _leads_to(self, name: str, path: str) -> bool:
+        """Whether an import of this name, elsewhere and by the same rules, would load this file."""
+        if not path.endswith(tuple(importlib.machinery.all_suffixes())):
+            return False
+        if self._below_parent(name) is ModuleKind.BY_VALUE:
+            return False
+        spec = self._search(name)
+        if spec is None or not isinstance(spec.origin, str):
+            return False
+        return spec.origin == path or os.path.realpath(spec.origin) == os.path.realpath(path)
+
+    def _search(self, name: str) -> Any:
+        """The spec of a module, by the finders. `importlib.util.find_spec` would import the packages that it is in."""
+        parent = name.rpartition('.')[0]
+        if not parent:
+            return self._ask(sys.meta_path, name, None)
+        locations = self.look(parent).locations
+        if locations is None:
+            return None
+        below = self._ask([importlib.machinery.PathFinder], name, list(locations))
+        # Finders of editable installs may know of submodules that lie elsewhere.
+        return below or self._ask(sys.meta_path, name, list(locations))
+
+    @staticmethod
+    def _ask(finders: Sequence[Any], name: str, path: Optional[List[str]]) -> Any:
+        for finder in tuple(finders):
+            if type(finder).__module__ == '_distutils_hack':   # it imports setuptools when it is asked for distutils
+                continue
+            try:
+                spec = finder.find_spec(name, path)
+            except Exception as exc:   # the user's own finder; the others are asked still
+                logger.debug('%r was asked for module %s: %s', finder, name, describe_exception(exc))
+                continue
+            if issubclass(type(spec), importlib.machinery.ModuleSpec):
+                return spec
+        return None
+
+
+class FileStamp(NamedTuple):
+    """What tells a file from what it was before, without reading it."""
+    mtime_ns: int
+    size: int
+    inode: int = 0
+
+
+class FileOfModule(NamedTuple):
+    """A file that travels: of a module, or of the data of a package."""
+    target: str        # its name on the node, with '/'
+    path: str          # where it is read from; inside of an archive `loader` reads it
+    loader: Any = None
+
+    def read(self) -> bytes:
+        """Its content as it is now. Raises OSError."""
+        return _read_at_once(self.path, self.loader)[0]
+
+    def stamp(self) -> FileStamp:
+        """Raises OSError."""
+        return _stamp_of(self.path)
+
+
+class ModuleFile(NamedTuple):
+    """A module that travels, and its file."""
+    name: str
+    path: str                        # where it is read from; inside of an archive `loader` reads it
+    target: str                      # its name on the node, with '/'
+    is_package: bool
+    is_extension: bool
+    source: Optional[ModuleSource]   # none of an extension module, and of one without source
+    loader: Any = None
+    chain: Tuple[str, ...] = ()      # modules by whose imports it was reached, from one that was asked for to itself
+
+    def read(self) -> bytes:
+        """Its content as it is now. Raises OSError."""
+        return _read_at_once(self.path, self.loader)[0]
+
+    def stamp(self) -> FileStamp:
+        """Raises OSError."""
+        return _stamp_of(self.path)
+
+
+def _stamp_of(path: str) -> FileStamp:
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        archive = archive_of(path)[0]
+        if not archive:
+            raise
+        found = os.stat(archive)
+    return FileStamp(found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def _read_at_once(path: str, loader: Any) -> Tuple[bytes, Optional[FileStamp], int]:
+    """Content, stamp and mode of a file, all of one moment; no stamp if the file never kept still. Raises OSError."""
+    archive, member = archive_of(path)
+    if archive:
+        stamp = _stamp_of(path)
+        return _read_member(archive, member, path, loader), stamp, 0o644
+    with open(path, 'rb') as file:
+        for _ in range(STABLE_READS):
+            before = os.fstat(file.fileno())
+            content = file.read()
+            after = os.fstat(file.fileno())
+            stamp = FileStamp(after.st_mtime_ns, after.st_size, after.st_ino)
+            if stamp == FileStamp(before.st_mtime_ns, len(content), before.st_ino):
+                return content, stamp, stat.S_IMODE(after.st_mode)
+            file.seek(0)
+    return content, None, stat.S_IMODE(after.st_mode)
+
+
+def _read_member(archive: str, member: str, path: str, loader: Any) -> bytes:
+    """A file in an archive, by the loader of its module if that can read files."""
+    import zipfile
+    try:
+        if hasattr(loader, 'get_data'):
+            return bytes(loader.get_data(path))
+        with zipfile.ZipFile(archive) as members:
+            return members.read(member)
+    except Exception as exc:   # loaders may be the user's own
+        raise OSError('%s in %s cannot be read: %s' % (member, archive, describe_exception(exc))) from exc
+
+
+def _is_settled(stamp: FileStamp) -> bool:
+    """Whether a later change of the file would change its stamp too: file systems count time in steps."""
+    step = 50_000_000 if stamp.mtime_ns % 1_000_000_000 else 2_000_000_000
+    return abs(time.time_ns() - stamp.mtime_ns) > step
+
+
+class Digests:
+    """Digests of files; none is read twice while it is the same."""
+
+    def __init__(self) -> None:
+        # path -> stamp, (size, digest, mode)
+        self._kept: Dict[str, Tuple[FileStamp, Tuple[int, bytes, int]]] = {}
+
+    def note(self, path: str, content: bytes, stamp: Optional[FileStamp], mode: int) -> None:
+        """What was read for another purpose."""
+        self._keep(path, stamp, (len(content), hashlib.sha256(content).digest(), mode))
+
+    def of(self, file: FileOfModule) -> Tuple[FileStamp, Tuple[int, bytes, int]]:
+        """Stamp of a file, and its size, digest and mode, all of one read. Raises OSError."""
+        stamp = _stamp_of(file.path)
+        kept = self._kept.get(file.path)
+        if kept is not None and kept[0] == stamp:
+            return kept
+        if archive_of(file.path)[0]:
+            content, _, mode = _read_at_once(file.path, file.loader)
+            found = len(content), hashlib.sha256(content).digest(), mode
+            return self._keep(file.path, stamp, found)
+        for _ in range(STABLE_READS):
+            size, digest = file_digest(file.path)
+            status = os.stat(file.path)
+            before, stamp = stamp, FileStamp(status.st_mtime_ns, status.st_size, status.st_ino)
+            found = size, digest, stat.S_IMODE(status.st_mode)
+            if stamp == before and size == stamp.size:
+                return self._keep(file.path, stamp, found)
+        return stamp, found
+
+    def _keep(self, path: str, stamp: Optional[FileStamp], found: Tuple[int, bytes, int]) -> Any:
+        if stamp is not None and _is_settled(stamp):
+            self._kept[path] = stamp, found
+        return stamp, found
+
+
+class _ModuleWalk:
+    """Follows imports from module to module, breadth first, so that the chains are short."""
+
+    def __init__(self, finder: ModuleFinder, file_of: Callable[[str, Whereabouts], ModuleFile],
+                 shipped: Sequence[str]) -> None:
+        self._finder = finder
+        self._file_of = file_of
+        self._shipped = frozenset(shipped)
+        self._seen: Set[str] = set()
+        self._waiting: Deque[ModuleFile] = collections.deque()
+        self.found: List[ModuleFile] = []
+
+    def run(self, names: Iterator[str]) -> None:
+        for name in names:
+            self._reach(name, ())
+        while self._waiting:
+            file = self._waiting.popleft()
+            if file.source is not None:
+                for imported in file.source.imports:
+                    self._reach(imported.module, file.chain)
+                    if imported.names:
+                        self._reach_members(imported, file.chain)
+
+    def _reach(self, name: str, chain: Tuple[str, ...]) -> None:
+        if name in self._seen:
+            return
+        self._seen.add(name)
+        where = self._finder.look(name)
+        if where.kind is ModuleKind.OWN or where.kind is ModuleKind.MISSING:
+            parent = name.rpartition('.')[0]
+            if parent:   # it is imported first
+                self._reach(parent, chain)
+        if where.kind is ModuleKind.OWN and where.path:
+            file = self._file_of(name, where)._replace(chain=chain + (name,))
+            self._waiting.append(file)
+            if not self._travels_otherwise(name):
+                self.found.append(file)
+
+    def _travels_otherwise(self, name: str) -> bool:
+        while name:
+            if name in self._shipped:
+                return True
+            name = name.rpartition('.')[0]
+        return False
+
+    def _reach_members(self, imported: ImportedModule, chain: Tuple[str, ...]) -> None:
+        """What is imported from a package may be a module in it."""
+        where = self._finder.look(imported.module)
+        if where.kind is not ModuleKind.OWN or where.locations is None:
+            return
+        names: Sequence[str] = imported.names
+        if names == ('*',):
+            names = self._starred(imported.module, where)
+        attributes = module_dict(sys.modules.get(imported.module))
+        for name in names:
+            full = '%s.%s' % (imported.module, name)
+            if full in sys.modules or name not in attributes:
+                self._reach(full, chain)
+
+    def _starred(self, package: str, where: Whereabouts) -> Sequence[str]:
+        """Names of submodules that `from package import *` may reach."""
+        source = self._file_of(package, where).source if where.path else None
+        if source is not None and source.exports is not None:
+            return source.exports
+        attributes = module_dict(sys.modules.get(package))
+        return [name for name, value in list(attributes.items())
+                if value is not None and value is sys.modules.get('%s.%s' % (package, name))]
+
+
+class DataFiles:
+    """Finds the data files of packages: what lies beside the modules and is no code."""
+
+    def __init__(self) -> None:
+        self._warned: Set[str] = set()
+        self._extensions: Dict[str, Tuple[Tuple[int, int], bool]] = {}   # path -> stamp, whether it is one
+
+    def of(self, package: ModuleFile) -> List[FileOfModule]:
+        """In the order of their names, as far as they are not too large together."""
+        archive, member = archive_of(package.path)
+        if archive:
+            rows = self._in_archive(archive, member.rpartition('/')[0])
+        else:
+            rows = self._in_directory(os.path.dirname(package.path))
+        prefix = package.target.rpartition('/')[0]
+        room = PACKAGE_DATA
+        found: List[FileOfModule] = []
+        left: List[Tuple[str, int]] = []
+        for below, path, size in rows:
+            if size > room:
+                left.append((below, size))
+            else:
+                room -= size
+                found.append(FileOfModule('%s/%s' % (prefix, below), path, package.loader))
+        if left:
+            self._warn(package.name, left)
+        return found
+
+    def _warn(self, package: str, left: List[Tuple[str, int]]) -> None:
+        if package in self._warned:
+            return
+        self._warned.add(package)
+        logger.warning(
+            'package %s has more than the %d MB of data files that travel with a package: %d files of %.1f MB, '
+            '%s among them, are not sent; list those that jobs need in depends=',
+            package, PACKAGE_DATA >> 20, len(left), sum(size for _, size in left) / 2**20, left[0][0])
+
+    def _in_directory(self, root: str) -> Iterator[Tuple[str, str, int]]:
+        """(name below the package with '/', path, size)."""
+        waiting = [('', root)]
+        looked_at = 0
+        while waiting:
+            prefix, directory = waiting.pop()
+            entries = self._entries(directory)
+            if prefix and any(_is_package_file(entry.name) for entry in entries):
+                continue   # a package itself
+            looked_at += len(entries)
+            if looked_at > PACKAGE_FILES:
+                self._warn_of_many(root)
+                return
+            directories = []
+            for entry in entries:
+                name = prefix + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append((name + '/', entry.path))
+                elif self._is_data(entry):
+                    yield name, entry.path, entry.stat().st_size
+            waiting += reversed(directories)
+
+    def _warn_of_many(self, root: str) -> None:
+        if root not in self._warned:
+            self._warned.add(root)
+            logger.warning(
+                'the directory of package %s has more than %d files: the data files beyond these are not sent; '
+                'list those that jobs need in depends=', root, PACKAGE_FILES)
+
+    @staticmethod
+    def _entries(directory: str) -> List[Any]:
+        try:
+            with os.scandir(directory) as entries:
+                shown = [entry for entry in entries if _may_travel(entry.name)]
+        except OSError as exc:
+            logger.warning('directory %s cannot be read, so its data files are not sent: %s', directory, exc)
+            return []
+        return sorted(shown, key=lambda entry: entry.name)
+
+    def _is_data(self, entry: Any) -> bool:
+        """Of links it counts where they lead."""
+        if entry.name.endswith(_CODE_SUFFIXES):
+            return False
+        try:
+            if not entry.is_file():
+                return False
+            return not self._is_extension(entry)
+        except OSError as exc:
+            logger.debug('%s is no data file: %s', entry.path, exc)
+            return False
+
+    def _is_extension(self, entry: Any) -> bool:
+        """Whether this is an extension module, and no other shared library."""
+        suffix = next(filter(entry.name.endswith, importlib.machinery.EXTENSION_SUFFIXES), '')
+        stem = entry.name[:-len(suffix)] if suffix else ''
+        if not stem.isidentifier():
+            return False
+        if suffix not in ('.so', '.pyd'):   # has the name of this implementation in it
+            return True
+        status = entry.stat()
+        if status.st_size > PACKAGE_DATA:
+            return False
+        stamp = status.st_mtime_ns, status.st_size
+        kept = self._extensions.get(entry.path)
+        if kept is None or kept[0] != stamp:
+            with open(entry.path, 'rb') as file:
+                kept = stamp, b'PyInit_' + stem.encode() in file.read()
+            self._extensions[entry.path] = kept
+        return kept[1]
+
+    @staticmethod
+    def _in_archive(archive: str, directory: str) -> Iterator[Tuple[str, str, int]]:
+        import zipfile
+        try:
+            with zipfile.ZipFile(archive) as members:
+                infos = sorted(members.infolist(), key=lambda info: info.filename)
+        except (OSError, zipfile.BadZipFile) as exc:
+            logger.warning('archive %s cannot be read, so no data files of it are sent: %s', archive, exc)
+            return
+        prefix = directory + '/'
+        names = {info.filename for info in infos}
+        packages = {name.rpartition('/')[0] for name in names if _is_package_file(name.rpartition('/')[2])}
+        for info in infos:
+            below = info.filename[len(prefix):]
+            if not info.filename.startswith(prefix) or not below or info.is_dir():
+                continue
+            parts = below.split('/')
+            inner = {prefix + '/'.join(parts[:end]) for end in range(1, len(parts))}
+            if all(map(_may_travel, parts)) and not inner & packages and not below.endswith(_CODE_SUFFIXES):
+                yield below, os.path.join(archive, *info.filename.split('/')), info.file_size
+
+
+_CODE_SUFFIXES = ('.py', '.pyc', '.pyo')
+
+
+def _is_package_file(name: str) -> bool:
+    return name.startswith('__init__.') and name[8:] in importlib.machinery.all_suffixes()
+
+
+def _may_travel(name: str) -> bool:
+    """Whether a file or directory of this name is sent with a package."""
+    if name.startswith('.') or name == '__pycache__':
+        return False
+    try:
+        check_name(name)
+    except ValueError as exc:   # a name that a node would refuse
+        logger.debug('%r is not sent: %s', name, exc)
+        return False
+    return True
+
+
+class OwnModules:
+    """Which modules are the user's own, and what travels for them. One is enough for a process, for it remembers what
+    it has read. Any thread."""
+
+    def __init__(self) -> None:
+        self._finder = ModuleFinder()
+        self._digests = Digests()
+        self._data = DataFiles()
+        # name -> (module, its __spec__, stamp of the file if it was not loaded, what was found)
+        self._files: Dict[str, Tuple[Any, Any, Optional[FileStamp], ModuleFile]] = {}
+        self._rows: Dict[str, Tuple[FileStamp, bytes]] = {}   # path -> stamp and digest of the last row
+        self._versions: Dict[str, str] = {}
+
+    def kind(self, name: Any) -> ModuleKind:
+        """What decides how an object of this module goes to a node."""
+        return self._finder.look(name).kind if isinstance(name, str) else ModuleKind.MISSING
+
+    def closure(self, names: Sequence[str], shipped: Sequence[str] = ()) -> List[ModuleFile]:
+        """The user's own modules among these, with all that they import and the packages that they are in, in the
+        order in which they are reached. `shipped` are modules that travel otherwise, with all below them."""
+        walk = _ModuleWalk(self._finder, self._file_of, shipped)
+        walk.run(iter(sorted(set(names))))
+        return walk.found
+
+    def files(self, closure: Sequence[ModuleFile]) -> Dict[str, FileOfModule]:
+        """What travels, by the names that it has on the node: code, and the data files of packages."""
+        found = {module.target: FileOfModule(module.target, module.path, module.loader) for module in closure}
+        for module in closure:
+            if module.is_package:
+                for file in self._data.of(module):
+                    found.setdefault(file.target, file)
+        return found
+
+    def rows(self, files: Dict[str, FileOfModule]) -> List[Tuple[str, int, bytes, int]]:
+        """(name, size, digest, mode) of each file. Raises OSError."""
+        rows = []
+        for target, file in files.items():
+            stamp, (size, digest, mode) = self._digests.of(file)
+            self._rows[file.path] = stamp, digest
+            rows.append((target, size, digest, mode))
+        return rows
+
+    def changed(self, closure: Sequence[ModuleFile]) -> List[ModuleFile]:
+        """Modules whose files are not as they were when the last row of them was made."""
+        return [module for module in closure if self._has_changed(module)]
+
+    def _has_changed(self, module: ModuleFile) -> bool:
+        row = self._rows.get(module.path)
+        if row is None:
+            return False
+        try:
+            if module.stamp() == row[0] and _is_settled(row[0]):
+                return False
+            stamp, (_, digest, _) = self._digests.of(FileOfModule(module.target, module.path, module.loader))
+        except OSError as exc:   # it was taken away: there is no other text that could be sent
+            logger.debug('the file of module %s cannot be read: %s', module.name, exc)
+            return False
+        if digest != row[1]:
+            return True
+        self._rows[module.path] = stamp, digest
+        return False
+
+    def _file_of(self, name: str, where: Whereabouts) -> ModuleFile:
+        """The file of a module of the user's. The text of a loaded module is read once."""
+        module = sys.modules.get(name)
+        spec = module_dict(module).get('__spec__')
+        kept = self._files.get(name)
+        if kept is not None and kept[0] is module and kept[1] is spec and kept[3].path == where.path:
+            if module is not None or self._is_as_it_was(kept[2], where.path):
+                return kept[3]
+        file, stamp = self._read_file(name, where)
+        self._files[name] = module, spec, stamp, file
+        return file
+
+    @staticmethod
+    def _is_as_it_was(stamp: Optional[FileStamp], path: str) -> bool:
+        try:
+            return stamp is not None and stamp == _stamp_of(path)
+        except OSError:   # whoever reads it says so
+            return False
+
+    def _read_file(self, name: str, where: Whereabouts) -> Tuple[ModuleFile, Optional[FileStamp]]:
+        base = os.path.basename(where.path)
+        is_package = _is_package_file(base)
+        is_extension = base.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES))
+        is_source = base.endswith(tuple(importlib.machinery.SOURCE_SUFFIXES))
+        parts = name.split('.')
+        if is_source:
+            target = '/'.join(parts) + ('/__init__.py' if is_package else '.py')
+        else:
+            target = '/'.join((parts if is_package else parts[:-1]) + [base])
+        source = None
+        stamp = None
+        if is_source:
+            try:
+                content, stamp, mode = _read_at_once(where.path, where.loader)
+            except OSError as exc:
+                source = ModuleSource('', name, is_package)
+                source.error = str(exc)
+            else:
+                self._digests.note(where.path, content, stamp, mode)
+                source = ModuleSource(content, name, is_package)
+        if stamp is not None and not _is_settled(stamp):
+            stamp = None
+        return ModuleFile(name, where.path, target, is_package, is_extension, source, where.loader), stamp
+
+    def uses_dispy(self, closure: Sequence[ModuleFile]) -> bool:
+        """Whether one of these imports a module of dispy."""
+        ours = NOT_OWN - {'cloudpickle', 'psutil'}
+        return any(imported.module.partition('.')[0] in ours for _, imported in self._imports(closure))
+
+    @staticmethod
+    def _imports(closure: Sequence[ModuleFile]) -> Iterator[Tuple[ModuleFile, ImportedModule]]:
+        for module in closure:
+            if module.source is not None:
+                for imported in module.source.imports:
+                    yield module, imported
+
+    def packages(self, closure: Sequence[ModuleFile]) -> Dict[str, Tuple[str, bool, Tuple[str, ...]]]:
+        """The installed packages that these import: version here ('' if that is unknown), whether an import of it is
+        certain, and the chain of imports that leads to it."""
+        found: Dict[str, Tuple[str, bool, Tuple[str, ...]]] = {}
+        for module, imported in self._imports(closure):
+            for name in self._installed(imported):
+                known = found.get(name)
+                if known is None or (imported.certain and not known[1]):
+                    chain = module.chain + (name,)
+                    found[name] = self._version(name), imported.certain, chain
+        return found
+
+    def _installed(self, imported: ImportedModule) -> List[str]:
+        """Top-level packages. Below a namespace package these are what is in it, of which each may be installed or not."""
+        parts = imported.module.split('.')
+        if parts[0] in NOT_OWN:
+            return []
+        for end in range(1, len(parts) + 1):
+            name = '.'.join(parts[:end])
+            where = self._finder.look(name)
+            if where.path or where.locations is None:
+                return [name] if where.kind is ModuleKind.INSTALLED else []
+        members = ['%s.%s' % (imported.module, name) for name in imported.names if name != '*']
+        return [name for name in members if self._finder.look(name).kind is ModuleKind.INSTALLED]
+
+    def _version(self, name: str) -> str:
+        version = self._versions.get(name)
+        if version is None:
+            version = self._find_version(name)
+            self._versions[name] = version
+        return version
+
+    def _find_version(self, name: str) -> str:
+        import importlib.metadata
+        try:
+            version: Any = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        except Exception as exc:   # damaged metadata, or a finder of the user's
+            logger.debug('the version of %s cannot be read: %s', name, describe_exception(exc))
+            version = None
+        if not isinstance(version, str):
+            version = module_dict(sys.modules.get(name)).get('__version__')
+        if isinstance(version, str):
+            return version
+        path = self._finder.look(name).path
+        if not path:
+            return ''
+        holder = os.path.dirname(os.path.dirname(path) if _is_package_file(os.path.basename(path)) else path)
+        owner = self._finder.installations.owner_of_name(holder, name.replace('.', '/'))
+        return os.path.splitext(owner)[0].partition('-')[2]
+
+
+own_modules = OwnModules()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What the program has set in its modules, and bundles: the modules that a pickle needs, with their state
+# ---------------------------------------------------------------------------------------------------------
+
+STATE_LIMIT = 1 << 20         # bytes of a pickled variable that a module's source computes, after which it stays at home
+LOOK_EVERY = 1.0              # s between looks at whether files of modules have changed
+BEHIND = 'behind/dispy.py'    # this file, for modules that import it on a node that has only dispynode.py
+
+
+class _CannotTravel(Exception):
+    """A variable that the program has set cannot be pickled: (name, type)."""
+
+
+def _state_pickler(numbers: Dict[int, int]) -> Any:
+    class StatePickler(client_pickler()):  # type: ignore[misc]
+        """Objects that keep their identity on the node go as numbers."""
+
+        def persistent_id(self, obj: Any) -> Optional[int]:
+            """Called by the pickler for every object."""
+            return numbers.get(id(obj))
+    return StatePickler
+
+
+class StateCapture:
+    """Collects what the variables of modules hold. A module whose state cannot be carried whole is left out whole, since what
+    is left of it would not fit together."""
+
+    def __init__(self) -> None:
+        self.rows: List[StateRow] = []
+        self.warnings: List[str] = []
+        self._objects: List[Any] = []              # those that keep their identity, by number
+        self._numbers: Dict[int, int] = {}         # id -> number
+        self._values: Dict[Tuple[str, str, str], Any] = {}
+
+    def add(self, file: ModuleFile) -> None:
+        """A module that the client has loaded, if its source is known."""
+        module = sys.modules.get(file.name)
+        if module is None or file.source is None or file.source.error:
+            return
+        found: List[Tuple[StateRow, Any]] = []
+        try:
+            for name, value in list(module_dict(module).items()):
+                self._consider(file.source, (file.name, '', name), value, file.source.names.get(name), found)
+            for owner, table in file.source.classes.items():
+                self._add_class(file.source, owner, table, found)
+        except _CannotTravel as exc:
+            self.warnings.append(
+                'module %s: what its variable %s holds (a %s) cannot be pickled, so nothing that the program has set in this '
+                'module reaches the jobs. Set it in setup, or call cloudpickle.register_pickle_by_value(%s)'
+                % (file.name, *exc.args, file.name.partition('.')[0]))
+            return
+        for row, value in found:
+            number = self._number(value) if keeps_identity(value) else -1
+            self.rows.append(row._replace(number=number))
+            if number < 0:
+                self._values[row[:3]] = value
+
+    def _add_class(self, source: ModuleSource, owner: str, table: Dict[str, NameBinding], found: List[Tuple[StateRow, Any]]) -> None:
+        try:
+            cls = find_named(source.name, owner)
+        except Exception:  # it is not there any more, or a __getattr__ of the user's raises
+            return
+        if not isinstance(cls, type) or issubclass(cls, enum.Enum) or not is_named(cls, source.name, owner):
+            return
+        for name, value in list(vars(cls).items()):
+            self._consider(source, (source.name, owner, name), value, table.get(name), found)
+
+    def _consider(self, source: ModuleSource, key: Tuple[str, str, str], value: Any, binding: Optional[NameBinding],
+                  found: List[Tuple[StateRow, Any]]) -> None:
+        """A variable, if the node's own import would not give it the same value."""
+        module, owner, name = key
+        if name.startswith('__') or isinstance(value, types.ModuleType) or self._is_as_imported(key, value, binding, source):
+            return
+        given = binding is None or binding.kind is NameKind.CONSTANT   # then the program has set it
+        form = plain_form(value, sys.maxsize if given else STATE_LIMIT)
+        if form is not None:
+            found.append((StateRow(module, owner, name, form, -1, not given), value))
+        elif given and (not owner or binding is not None) and not self._is_made_by_module(module, value):
+            raise _CannotTravel(name, '%s.%s' % (type(value).__module__, type(value).__qualname__))
+
+    @staticmethod
+    def _is_as_imported(key: Tuple[str, str, str], value: Any, binding: Optional[NameBinding], source: ModuleSource) -> bool:
+        module, owner, name = key
+        if binding is None:
+            return any(module_dict(sys.modules.get(star)).get(name, key) is value for star in source.stars)
+        if binding.from_file:
+            return True
+        if binding.kind is NameKind.CONSTANT and hasattr(binding, 'value'):
+            return type(binding.value) is type(value) and bool(binding.value == value)
+        if binding.kind is NameKind.IMPORTED:
+            return any(own_modules.kind(origin) in (ModuleKind.STANDARD, ModuleKind.INSTALLED) for origin in binding.origins)
+        if binding.kind is NameKind.DEFINED:
+            return is_named(value, module, '%s.%s' % (owner, name) if owner else name) or not hasattr(value, '__qualname__')
+        return False
+
+    @staticmethod
+    def _is_made_by_module(module: str, value: Any) -> bool:
+        """Whether a function or class, which the source does not name, came of running the module all the same."""
+        return isinstance(value, (type, types.FunctionType)) and value.__module__ == module
+
+    def _number(self, value: Any) -> int:
+        number = self._numbers.setdefault(id(value), len(self._objects))
+        if number == len(self._objects):
+            self._objects.append(value)
+        return number
+
+    def pickled(self) -> Tuple[List[Tuple[str, str]], bytes, Set[str]]:
+        """Classes of the numbered objects, the state, and the modules that opening it imports. Raises what pickling raises."""
+        if not self.rows:
+            return [], b'', set()
+        contents = [contents_of(value) for value in self._objects]   # all there at once: their ids must differ
+        sealed = seal((contents, self._values), _state_pickler(self._numbers))
+        kinds = [(type(value).__module__, type(value).__qualname__) for value in self._objects]
+        body = b''.join(bytes(piece) for piece in pieces_of(sealed.payload))
+        return kinds, body, sealed.modules | {kind[0] for kind in kinds}
+
+
+class Bundle(NamedTuple):
+    """Modules that travel together: their files, and how they were set when they first travelled."""
+    number: int
+    closure: Tuple[ModuleFile, ...]
+    files: Dict[str, FileOfModule]    # those that no earlier bundle has, by their names on the node
+    content: bytes                    # an envelope, for ModuleLoader
+
+    @property
+    def name(self) -> str:
+        """The name of its own file on the node."""
+        return BUNDLES + BUNDLE % self.number
+
+
+class ModuleBundles:
+    """The modules of one computation that have travelled, or will. Number 0 is what its code needs. Any thread; no lock is
+    held while objects of the user's are pickled."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.shipped: List[str] = []               # modules that depends brings along as files
+        self.known_globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
+        self.portable = False                      # whether the code holds no functions and classes by value
+        self._lock = threading.Lock()              # guards those below
+        self._bundles: List[Bundle] = []
+        self._number_of: Dict[str, int] = {}       # module -> bundle
+        self._plain: Set[str] = set()              # names of modules that need none
+        self._extra: Dict[str, FileOfModule] = {}  # files of modules that jobs have asked for by name
+        self._looked_at = time.monotonic()
+        self._has_changed: List[str] = []
+
+    def pack_code(self, computation: Any, setup: Any, cleanup: Any, objects: Dict[str, Any]) -> bytes:
+        """The code of the computation, with bundle 0. One pickle for all, so that they share their variables on the node."""
+        labels = [('the computation', computation), ('setup', setup), ('cleanup', cleanup)]
+        labels += [('depends, %s' % name, value) for name, value in objects.items()]
+        sealed = pack((computation, setup, cleanup, objects), labels)
+        self.portable = sealed.portable
+        self._make(0, sealed.modules)
+        return b''.join(bytes(piece) for piece in pieces_of(sealed.payload))
+
+    def packed(self, value: Any, labels: Sequence[Tuple[str, Any]]) -> Any:
+        """A payload that says which bundles have to be there before it is opened. Raises what pickling raises."""
+        sealed = pack(value, labels)
+        numbers = self.numbers(sealed.modules)
+        return with_needs(sealed.payload, numbers) if numbers else sealed.payload
+
+    def numbers(self, modules: Set[str]) -> Set[int]:
+        """The bundles that have these modules, but for number 0. New modules make a new one."""
+        if modules <= self._plain:
+            return set()
+        new = {name for name in modules - self._plain if name not in self._number_of and self._is_own(name)}
+        if new:
+            self._make(max(1, len(self._bundles)), new)
+        found = {self._number_of.get(name, 0) for name in modules} - {0}
+        if not found:
+            self._plain |= modules
+        return found
+
+    def _is_own(self, name: str) -> bool:
+        return own_modules.kind(name) is ModuleKind.OWN and not any(
+            name == shipped or name.startswith(shipped + '.') for shipped in self.shipped)
+
+    def _make(self, number: int, modules: Set[str]) -> None:
+        """A bundle with these modules, unless another thread has just made one."""
+        new, capture, kinds, state = self._capture(modules)
+        closure = [file for file in new if self._is_own(file.name)]
+        for text in capture.warnings:
+            logger.warning('%s', text)
+        with self._lock:
+            if number == 0 and not closure and not capture.rows:
+                self._bundles.append(Bundle(0, (), {}, b''))
+                return
+            if not self._bundles and number:
+                self._bundles.append(Bundle(0, (), {}, b''))
+            if modules and all(name in self._number_of for name in modules):
+                return
+            number = len(self._bundles)
+            before = {target for bundle in self._bundles for target in bundle.files}
+            files = {target: file for target, file in own_modules.files(closure).items() if target not in before}
+            content = self._content(closure, capture, kinds, state)
+            self._bundles.append(Bundle(number, tuple(closure), files, content))
+            for file in new:
+                self._number_of.setdefault(file.name, number)
+            for name in modules:
+                self._number_of.setdefault(name, number)
+            self._plain -= modules
+
+    def _capture(self, modules: Set[str]) -> Tuple[List[ModuleFile], StateCapture, List[Tuple[str, str]], bytes]:
+        """The modules with all that they import, and their state. The state may refer to more modules, which may have state."""
+        wanted = set(modules)
+        while True:
+            # Modules that travel as files of depends have state like the others.
+            closure = own_modules.closure(sorted(wanted))
+            new = [file for file in closure if file.name not in self._number_of]
+            capture = StateCapture()
+            for file in new:
+                capture.add(file)
+            kinds, state, met = capture.pickled()
+            more = {name for name in met if own_modules.kind(name) is ModuleKind.OWN} - wanted - {file.name for file in closure}
+            if not more:
+                return new, capture, kinds, state
+            wanted |= more
+
+    @staticmethod
+    def _content(closure: List[ModuleFile], capture: StateCapture, kinds: List[Tuple[str, str]], state: bytes) -> bytes:
+        travelling = {file.name for file in closure} | {row.module for row in capture.rows}
+        compiled = [file.name for file in closure if file.is_extension]
+        packages = {name: version for name, (version, _, _) in own_modules.packages(closure).items() if version}
+        return pickle.dumps({
+            'order': [name for name in list(sys.modules) if name in travelling], 'platform': sys.platform,
+            'rows': [tuple(row) for row in capture.rows], 'kinds': kinds, 'state': state, 'packages': packages,
+            'compiled': compiled, 'build': build_tag()}, 5)
+
+    # -- what nodes get -----------------------------------------------------------------------------------
+
+    def rows(self, embedded: bool) -> List[Tuple[str, int, bytes, int]]:
+        """Rows of all files that a node gets: those of all bundles and, if it is not a part of this program, of the modules.
+        Raises OSError."""
+        with self._lock:
+            bundles = list(self._bundles)
+        rows = [self._row_of(bundle) for bundle in bundles if bundle.content]
+        if not embedded:
+            for bundle in bundles:
+                rows += self._file_rows(bundle.files)
+            if any(own_modules.uses_dispy(bundle.closure) for bundle in bundles):
+                rows += own_modules.rows({BEHIND: _THIS_FILE})
+        return rows
+
+    @staticmethod
+    def _row_of(bundle: Bundle) -> Tuple[str, int, bytes, int]:
+        return bundle.name, len(bundle.content), hashlib.sha256(bundle.content).digest(), 0o600
+
+    @staticmethod
+    def _file_rows(files: Dict[str, FileOfModule]) -> List[Tuple[str, int, bytes, int]]:
+        return [(MODULES + name, size, digest, mode) for name, size, digest, mode in own_modules.rows(files)]
+
+    def more(self, request: Any, embedded: bool) -> List[Tuple[str, int, bytes, int]]:
+        """Rows for what a job has asked for: a bundle by number, or a module by name. Raises ModuleNotFoundError."""
+        if isinstance(request, int):
+            with self._lock:
+                bundle = self._bundles[request] if 0 < request < len(self._bundles) else None
+            if bundle is None:
+                raise ModuleNotFoundError('the program knows no bundle of modules with number %d' % request)
+            return [self._row_of(bundle)] + ([] if embedded else self._file_rows(bundle.files))
+        if embedded or own_modules.kind(request) is not ModuleKind.OWN:
+            raise ModuleNotFoundError('the program has no module of its own called %s' % request)
+        files = own_modules.files(own_modules.closure([request], self.shipped))
+        with self._lock:
+            self._extra.update(files)
+        return self._file_rows(files)
+
+    def source_of(self, name: str) -> Any:
+        """Where a file that a node asks for is read from: its content, or a FileOfModule. None for a name not offered."""
+        with self._lock:
+            if name == BEHIND:
+                return _THIS_FILE
+            for bundle in self._bundles:
+                if name == bundle.name:
+                    return bundle.content
+                if name.startswith(MODULES) and name[len(MODULES):] in bundle.files:
+                    return bundle.files[name[len(MODULES):]]
+            return self._extra.get(name[len(MODULES):]) if name.startswith(MODULES) else None
+
+    # -- files that change --------------------------------------------------------------------------------
+
+    def changed(self) -> List[str]:
+        """Names of modules whose files have changed since they travelled. Looks at most once a second."""
+        now = time.monotonic()
+        if now - self._looked_at >= LOOK_EVERY and not self._has_changed:
+            self._looked_at = now
+            with self._lock:
+                closure = [file for bundle in self._bundles for file in bundle.closure]
+            self._has_changed = [file.name for file in own_modules.changed(closure)]
+        return self._has_changed
+
+
+_THIS_FILE = FileOfModule(BEHIND, os.path.abspath(__file__))
+
+
+# ---------------------------------------------------------------------------------------------------------
 # What travels: computations, their files, arguments
 # ---------------------------------------------------------------------------------------------------------
 
-@functools.lru_cache(maxsize=None)
-def _installed_roots() -> Tuple[str, ...]:
-    paths = sysconfig.get_paths()
-    return tuple({os.path.realpath(paths[name]) + os.sep for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')})
+_NOT_BY_NAME = frozenset((ModuleKind.BY_VALUE, ModuleKind.MISSING))
+_CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError, pickle.PicklingError)
 
 
-def _on_nodes(name: Optional[str]) -> bool:
-    """Whether a module is taken to be on nodes as well: what is built in or installed is, the user's own is not."""
-    if name in ('dispynode', 'cloudpickle', 'builtins'):
-        return True
-    module = sys.modules.get(name or '')
-    if name == '__main__' or module is None:
-        return False
-    path = getattr(module, '__file__', None)
-    if not path:
-        return getattr(module, '__spec__', None) is not None   # built in; a namespace or typed module has no origin
-    path = os.path.realpath(path)
-    return path.startswith(_installed_roots()) or 'site-packages' in path or 'dist-packages' in path
+def client_pickler() -> Any:
+    """The pickler of a program, a class: modules that a node can import go by their names."""
+    return _client_pickler(value_pickler())
 
 
-@functools.lru_cache(maxsize=4096)
-def _travels_by_name(name: Optional[str], loaded: bool) -> bool:
-    return _on_nodes(name)
+@functools.lru_cache(maxsize=2)
+def _client_pickler(base: Any) -> Any:
+    class ClientPickler(base):  # type: ignore[misc, valid-type]
+        def importable(self, module: str) -> bool:
+            """Whether nodes have the module, or get its file."""
+            return own_modules.kind(module) not in _NOT_BY_NAME
+    return ClientPickler
 
 
-def travels(obj: Any) -> bool:
-    """Whether an object met by the pickler can be found on a node by its name, or is no class or function at all."""
-    if not isinstance(obj, (type, types.FunctionType)):
-        return True
-    return _travels_by_name(obj.__module__, obj.__module__ in sys.modules)
-
-
-@functools.lru_cache(maxsize=4)
-def _own_modules(loaded: int, shipped: Tuple[str, ...]) -> Tuple[types.ModuleType, ...]:
-    """Modules of the user's: what is in them is pickled by value. `loaded` makes the cache forget."""
-    return tuple(module for name, module in list(sys.modules.items())
-                 if isinstance(module, types.ModuleType) and module.__name__ == name and name not in shipped
-                 and not name.startswith('__') and getattr(module, '__file__', None) and not _on_nodes(name)
-                 and name.partition('.')[0] not in ('dispy', 'dispyscheduler', 'dispy_httpd'))
-
-
-def by_value(value: Any, file: Any, protocol: int, buffer_callback: Any, shipped: Tuple[str, ...] = (), pickler: Any = None) -> None:
-    """cloudpickle, with functions and classes of the user's own modules by value and not by name."""
-    with _lock:
-        registered = []
-        try:
-            for module in _own_modules(len(sys.modules), shipped):
-                if module.__name__ not in cloudpickle.list_registry_pickle_by_value():
-                    cloudpickle.register_pickle_by_value(module)
-                    registered.append(module)
-            (pickler or value_pickler())(file, protocol, buffer_callback).dump(value)
-        finally:
-            for module in registered:
-                cloudpickle.unregister_pickle_by_value(module)
-
-
-@functools.lru_cache(maxsize=None)
-def _argument_pickler() -> Any:
-    """A class that has a name goes with it: a node with another version of Python has that class from source."""
-    pickler = value_pickler()
-
-    class Pickler(pickler):  # type: ignore[misc, valid-type]
-        def reducer_override(self, obj: Any) -> Any:
-            """Called by the pickler for everything that is not a builtin value."""
-            if not isinstance(obj, (type, types.FunctionType)):
-                return NotImplemented   # as cloudpickle does; there may be many
-            if isinstance(obj, type) and not travels(obj) and _is_named(obj):
-                body = io.BytesIO()
-                pickler(body, 5).dump(obj)
-                return class_of_client, (sys.version_info[:2], obj.__module__, obj.__qualname__, body.getvalue())
-            return super().reducer_override(obj)
-    return Pickler
-
-
-def _arguments_by_value(value: Any, file: Any, protocol: int, buffer_callback: Any) -> None:
-    by_value(value, file, protocol, buffer_callback, (), _argument_pickler())
-
-
-def _is_named(obj: Any) -> bool:
-    """Whether an object is what its module has under its qualified name."""
+def pack(value: Any, labels: Sequence[Tuple[str, Any]]) -> Sealed:
+    """Pickle what goes to a node. Where that fails the error names the path to the culprit; `labels` are the parts of the
+    value, with what they are called. Raises what pickling raises."""
     try:
-        found = functools.reduce(getattr, obj.__qualname__.split('.'), sys.modules[obj.__module__])
-    except (AttributeError, KeyError):
+        return seal(value, client_pickler())
+    except _CANNOT as exc:
+        text = explain_unpicklable(labels, exc)
+        if not text or type(exc) not in _CANNOT:
+            raise
+        raise type(exc)(text) from exc
+
+
+def explain_unpicklable(labels: Sequence[Tuple[str, Any]], exc: BaseException) -> str:
+    """Which part of a value cannot be pickled, and what can be done. Empty if no single part is to blame."""
+    for label, value in labels:
+        if not _can_be_packed(value):
+            path, culprit, module = _find_culprit(label, value)
+            kind = type(culprit)
+            owner = ' of module %s' % module if module else ''
+            return ('%s (a %s.%s)%s cannot be pickled: %s. Make it in setup or in the job, leave it out in a '
+                    '__getstate__ of what holds it, or put its function or class into a module of its own'
+                    % (path, kind.__module__, kind.__qualname__, owner, exc))
+    return ''
+
+
+def _can_be_packed(value: Any) -> bool:
+    try:
+        seal(value, client_pickler())
+    except Exception:  # the user's __reduce__ may raise anything; what it is comes with the error that is told
         return False
-    return found is obj or (isinstance(obj, types.MethodType) and found == obj)
+    return True
 
 
-def pack_arguments(args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
+def _find_culprit(path: str, value: Any) -> Tuple[str, Any, str]:
+    """Follow the parts that cannot be pickled: (path, the last of them, module of the function or class it was met in)."""
+    module, seen = '', {id(value)}
+    for _ in range(30):
+        if isinstance(value, (types.FunctionType, type)) or getattr(type(value), '__module__', '') not in ('builtins', None):
+            module = getattr(value, '__module__', None) or module
+        found = next(((step, part) for step, part in _parts_of(value)
+                      if id(part) not in seen and not _can_be_packed(part)), None)
+        if found is None:
+            break
+        path, value = '%s -> %s' % (path, found[0]), found[1]
+        seen.add(id(value))
+    return path, value, module if isinstance(module, str) else ''
+
+
+def _parts_of(value: Any) -> Iterator[Tuple[str, Any]]:
+    """What a pickle of a value would hold next, with names for it."""
+    if isinstance(value, functools.partial):
+        yield 'function', value.func
+        yield from (('argument %d' % number, part) for number, part in enumerate(value.args, 1))
+        yield from (('argument %s' % name, part) for name, part in value.keywords.items())
+    elif isinstance(value, types.MethodType):
+        yield 'self', value.__self__
+        yield 'function', value.__func__
+    elif isinstance(value, types.FunctionType):
+        yield from _parts_of_function(value)
+    elif isinstance(value, collections.abc.Mapping):
+        yield from (('[%.40r]' % (key,), part) for key, part in list(value.items()))
+    elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        yield from (('[%d]' % number, part) for number, part in enumerate(list(value)))
+    if isinstance(value, type):
+        yield from (('.' + name, part) for name, part in list(vars(value).items()) if not name.startswith('__'))
+    elif not isinstance(value, types.FunctionType):
+        yield from (('.' + name, part) for name, part in list(getattr(value, '__dict__', {}).items()))
+        yield from (('.' + name, getattr(value, name)) for name in copyreg._slotnames(type(value))  # type: ignore[attr-defined]
+                    if hasattr(value, name))
+
+
+def _parts_of_function(function: types.FunctionType) -> Iterator[Tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):   # it is empty
+            yield 'variable %s' % name, cell.cell_contents
+    for name in sorted({name for code in _codes(function.__code__) for name in code.co_names}):
+        if name in function.__globals__:
+            yield 'global %s' % name, function.__globals__[name]
+    yield from (('default of %s' % function.__name__, part) for part in function.__defaults__ or ())
+    yield from (('.' + name, part) for name, part in vars(function).items())
+
+
+def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles', depends: Sequence[Any] = ()) -> Any:
     """Arguments as they are now: what the caller changes later does not reach the job. Raises what pickling raises.
     `depends` are files and objects for this job alone; files are read now."""
-    if depends:
-        payload, _ = seal((args, kwargs, *_job_depends(depends)), _arguments_by_value, travels)
-    elif not kwargs and ATOMS.issuperset(map(type, args)):
+    if not depends and not kwargs and ATOMS.issuperset(map(type, args)):
         return pickle.dumps((args, kwargs), 5)
-    else:
-        payload, _ = seal((args, kwargs), _arguments_by_value, travels)
-    if type(payload) is tuple:   # large parts are the caller's own memory still
+    labels = [('argument %d' % number, value) for number, value in enumerate(args, 1)]
+    labels += [('argument %s' % name, value) for name, value in kwargs.items()]
+    value: tuple = (args, kwargs)
+    if depends:
+        files, objects = _job_depends(depends, bundles.known_globals)
+        labels += [('dispy_job_depends, %s' % name, thing) for name, thing in objects.items()]
+        value = (args, kwargs, files, objects)
+    return own_memory(bundles.packed(value, labels))
+
+
+def own_memory(payload: Any) -> Any:
+    """A payload no part of which is the caller's own memory."""
+    if type(payload) is tuple:
         return tuple(piece if type(piece) is bytes else bytes(piece) for piece in payload)
     return payload
 
 
-def _job_depends(depends: Sequence[Any]) -> Tuple[List[Tuple[str, int, bytes]], Dict[str, Any]]:
+def _job_depends(depends: Sequence[Any], globals_: Sequence[Dict[str, Any]]) -> Tuple[List[Tuple[str, int, bytes]], Dict[str, Any]]:
     """(name, mode, content) of files, and objects by their names."""
     if not isinstance(depends, (list, tuple)):
         raise TypeError('dispy_job_depends is a %s; it must be a list' % type(depends).__name__)
     paths: Dict[str, str] = {}
-    objects = {}
+    objects: Dict[str, Any] = {}
     for item in depends:
         if isinstance(item, (str, os.PathLike)):
             _add_path(os.fspath(item), paths)
-        elif callable(item) and hasattr(item, '__name__'):
-            objects[item.__name__] = item
         else:
-            raise TypeError('dispy_job_depends: %.80r is neither a file, a directory, a function nor a class' % (item,))
+            objects.update(_names_of(item, globals_, 'dispy_job_depends'))
     files = []
     for name, path in paths.items():
         check_name(name)
         with open(path, 'rb') as file:
             files.append((name, stat.S_IMODE(os.stat(path).st_mode) & 0o755 | 0o600, file.read()))
     return files, objects
+
+
+def _names_of(item: Any, globals_: Sequence[Dict[str, Any]], where: str) -> Dict[str, Any]:
+    """An object of depends with the names by which jobs find it: its own, or those that it has in the global variables of the
+    computation and of the main module. An instance brings its class along, as in dispy 4. Raises TypeError."""
+    if isinstance(item, types.ModuleType):
+        return {item.__name__.rpartition('.')[2]: item}
+    if isinstance(item, (type, types.FunctionType, types.BuiltinFunctionType)) or (
+            callable(item) and isinstance(getattr(item, '__name__', None), str)):
+        return {item.__name__: item}
+    if type(item).__module__ == 'builtins':
+        raise TypeError('%s: %.80r is neither a file, a directory, a module, a function, a class nor an instance of one'
+                        % (where, item))
+    found = {name: item for variables in (*globals_, vars(sys.modules['__main__']))
+             for name, value in list(variables.items()) if value is item}
+    if isinstance(item, functools.partial):
+        return found or {getattr(item.func, '__name__', 'partial'): item}
+    return {type(item).__name__: type(item), **found}
 
 
 class Cargo(NamedTuple):
@@ -1506,43 +3085,46 @@ class Cargo(NamedTuple):
     source: Callable[[], Tuple[bytes, str]]   # see pack_source; called when a node of another version of Python is met
 
 
-def _sort_depends(depends: Sequence[Any], paths: Dict[str, str]) -> Tuple[List[Any], List[str]]:
-    """Functions and classes, and names of modules that travel as files; files go into `paths`."""
-    objects: List[Any] = []
+def _sort_depends(depends: Sequence[Any], paths: Dict[str, str], globals_: Sequence[Dict[str, Any]]) -> Tuple[Dict[str, Any], List[str]]:
+    """Objects by name, and names of modules that travel as files; files go into `paths`."""
+    objects: Dict[str, Any] = {}
     shipped: List[str] = []
     for item in depends:
         if isinstance(item, types.ModuleType):
             shipped += _module_files(item, paths)
-        elif isinstance(item, (str, os.PathLike)):
+        if isinstance(item, (str, os.PathLike)):
             _add_path(os.fspath(item), paths)
-        elif callable(item) and hasattr(item, '__name__'):
-            objects.append(item)
         else:
-            raise TypeError('depends: %.80r is neither a file, a directory, a module, a function nor a class' % (item,))
+            objects.update(_names_of(item, globals_, 'depends'))
     return objects, shipped
 
 
 def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, cleanup: Any, dest_path: Optional[str],
-                     max_jobs: Optional[int], name: str) -> Cargo:
+                     max_jobs: Optional[int], name: str, bundles: 'ModuleBundles') -> Cargo:
     """Raises TypeError, ValueError, FileNotFoundError or what pickling raises, naming what was wrong."""
     paths: Dict[str, str] = {}
-    objects, shipped = _sort_depends(depends, paths)
-    program = ''
+    program, code, objects, cleaner = '', b'', {}, cleanup if callable(cleanup) else None  # type: Tuple[str, bytes, Dict[str, Any], Any]
     if isinstance(computation, (str, os.PathLike)):
+        _sort_depends(depends, paths, ())
         path = _program_path(os.fspath(computation))
         program = os.path.basename(path)
         paths[program] = path
-        code: Any = b''
     elif callable(computation):
-        code = _pack_code(computation, setup, cleanup if callable(cleanup) else None, objects, tuple(shipped))
+        for label, function in (('setup', setup), ('cleanup', cleaner)):
+            if function is not None and not callable(function):
+                raise TypeError('%s is a %s; it must be a function' % (label, type(function).__name__))
+        bundles.known_globals = globals_of(computation, setup, cleaner)
+        objects, bundles.shipped = _sort_depends(depends, paths, bundles.known_globals)
+        code = bundles.pack_code(computation, setup, cleaner, objects)
     else:
         raise TypeError('computation is a %s; it must be a function or the path of a program' % type(computation).__name__)
     files = _file_rows(paths, program)
     spec = {'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
             'cleanup': bool(cleanup), 'dest_path': dest_path or '', 'max_jobs': max_jobs or 0,
-            'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0, 'setup_args': b''}
+            'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0, 'setup_args': b'',
+            'portable': bundles.portable, 'sys_path': [], 'argv': []}
     return Cargo(spec, paths, bool(program), functools.partial(
-        pack_source, computation, setup, cleanup if callable(cleanup) else None, objects, tuple(shipped)))
+        pack_source, computation, setup, cleaner, objects, tuple(bundles.shipped)))
 
 
 def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int, bytes, int]]:
@@ -1552,21 +3134,6 @@ def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int,
         size, digest = file_digest(path)
         rows.append((name, size, digest, stat.S_IMODE(os.stat(path).st_mode) | (0o500 if name == program else 0)))
     return rows
-
-
-def _pack_code(computation: Any, setup: Any, cleanup: Any, objects: List[Any], shipped: Tuple[str, ...]) -> bytes:
-    for name, function in (('setup', setup), ('cleanup', cleanup)):
-        if function is not None and not callable(function):
-            raise TypeError('%s is a %s; it must be a function' % (name, type(function).__name__))
-    # One pickle for all three, so that they share one set of global variables on the node.
-    return pack_by_value((computation, setup, cleanup, {obj.__name__: obj for obj in objects}), shipped)
-
-
-def pack_by_value(value: Any, shipped: Tuple[str, ...] = ()) -> bytes:
-    """`by_value`, in one piece."""
-    pieces: List[bytes] = []
-    by_value(value, types.SimpleNamespace(write=lambda piece: pieces.append(bytes(piece))), 5, None, shipped)
-    return b''.join(pieces)
 
 
 def _program_path(program: str) -> str:
@@ -1582,8 +3149,10 @@ def _program_path(program: str) -> str:
 
 def _module_files(module: types.ModuleType, paths: Dict[str, str]) -> List[str]:
     """A module's file, or a package's files below the name that it is imported by. Returns the modules' names."""
-    origin = getattr(module, '__file__', None)
-    if not origin or not origin.endswith('.py'):
+    origin = module_dict(module).get('__file__')
+    if not isinstance(origin, str) or not origin.endswith('.py') or not os.path.isfile(origin):
+        if own_modules.kind(module.__name__) in (ModuleKind.OWN, ModuleKind.BY_VALUE):
+            return []   # in an archive, compiled or made at run time: it travels by itself
         raise TypeError('depends: module %s has no Python file that could be sent' % module.__name__)
     parts = module.__name__.split('.')
     if os.path.basename(origin) != '__init__.py':
@@ -1613,19 +3182,39 @@ def _add_path(path: str, paths: Dict[str, str]) -> None:
 
 @functools.lru_cache(maxsize=None)
 def _support_files() -> Dict[str, bytes]:
-    """cloudpickle itself, for nodes that have none or another version."""
-    root = os.path.dirname(cloudpickle.__file__)
+    """cloudpickle itself, for nodes that have none or another version. It may lie in an archive."""
+    import importlib.resources
     found = {}
-    for name in os.listdir(root):
-        if name.endswith('.py'):
-            with open(os.path.join(root, name), 'rb') as file:
-                found['cloudpickle/' + name] = file.read()
+    if hasattr(importlib.resources, 'files'):
+        files = [(entry.name, entry.read_bytes) for entry in importlib.resources.files(cloudpickle).iterdir() if entry.name.endswith('.py')]
+    else:   # Python 3.8
+        files = [(name, functools.partial(importlib.resources.read_binary, cloudpickle, name))
+                 for name in importlib.resources.contents(cloudpickle) if name.endswith('.py')]
+    for name, read in files:
+        found['cloudpickle/' + name] = read()
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Source, for nodes with another version of Python: the statements that a computation needs, and no others
 # ---------------------------------------------------------------------------------------------------------
+
+def _refer_depend(picker: 'SourcePicker', name: str, obj: Any) -> Tuple[str, str]:
+    """(module, name) of an object of depends."""
+    if isinstance(obj, types.ModuleType):
+        return obj.__name__, ''
+    return picker.refer(obj, name + ' in depends')
+
+
+def _is_named(obj: Any, module: str, name: str) -> bool:
+    """Whether an object is what its module has under a qualified name. A bound method is made anew by each look."""
+    if isinstance(obj, types.MethodType):
+        try:
+            return bool(functools.reduce(getattr, name.split('.'), sys.modules[module]) == obj)
+        except (AttributeError, KeyError):
+            return False
+    return is_named(obj, module, name)
+
 
 class NoSource(Exception):
     """What stands in the way, in words."""
@@ -1652,7 +3241,7 @@ class SourcePicker:
             free = getattr(getattr(obj, '__code__', None), 'co_freevars', ())
             raise NoSource('%s is a closure over variable %s' % (what, ', '.join(free)) if free else
                            '%s is defined inside of %s' % (what, name.partition('.')[0]))
-        if not _is_named(obj):
+        if not _is_named(obj, module, name):
             raise NoSource('%s, of type %s, is not what is called %s in module %s' % (what, type(obj).__name__, name, module))
         if not self._is_there(module):
             self._take(module, name.partition('.')[0], what)
@@ -1700,7 +3289,7 @@ class SourcePicker:
                 [link for links in taken.values() if isinstance(links, list) for link in links])
 
     def _is_there(self, module: str) -> bool:
-        return module in self._shipped or _on_nodes(module)
+        return module in self._shipped or own_modules.kind(module) not in _NOT_BY_NAME
 
     @staticmethod
     def _read_file(module: str) -> Tuple[List[str], ast.Module, List[Any]]:
@@ -1812,14 +3401,14 @@ def _is_as_written(obj: Any, file: Optional[str], codes: List[types.CodeType]) -
     return True
 
 
-def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Sequence[Any], shipped: Sequence[str]) -> Tuple[bytes, str]:
+def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, Any], shipped: Sequence[str]) -> Tuple[bytes, str]:
     """A computation of functions as arguments of `load_source`, or what stands in the way of that."""
     if computation is call_packed:
         return b'', 'the functions of an executor travel pickled'
     picker = SourcePicker(shipped)
     try:
         wanted = (picker.refer(computation, 'the computation'), setup and picker.refer(setup, 'setup'), cleanup and picker.refer(cleanup, 'cleanup'),
-                  {obj.__name__: picker.refer(obj, obj.__name__ + ' in depends') for obj in objects})
+                  {name: _refer_depend(picker, name, obj) for name, obj in objects.items()})
         return pickle.dumps((sys.version_info[:2], picker.rows({}), picker.classes(), wanted), 5), ''
     except NoSource as exc:
         return b'', str(exc)
@@ -1898,8 +3487,11 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['P
     if isinstance(cpus, bool) or not isinstance(cpus, int):
         raise TypeError('allocate() returned %.80r, which is no number of CPUs' % (cpus,))
     paths: Dict[str, str] = {}
-    objects, _ = _sort_depends(allocator.depends, paths)
-    blob = pack_by_value((tuple(allocator.setup_args), {obj.__name__: obj for obj in objects}))
+    bundles = cluster._bundles
+    objects, _ = _sort_depends(allocator.depends, paths, bundles.known_globals)
+    labels = [('setup argument %d' % number, value) for number, value in enumerate(allocator.setup_args, 1)]
+    payload = bundles.packed((tuple(allocator.setup_args), objects), labels)
+    blob = b''.join(bytes(piece) for piece in pieces_of(payload))
     return Allocation(cpus, blob, _file_rows(paths), paths)
 
 
@@ -2327,7 +3919,7 @@ class Outgoing:
 
 class Use:
     """A node and a cluster. Driver thread only."""
-    __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told', 'passes')
+    __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told', 'passes', 'unloadable')
 
     def __init__(self, spec: NodeSpec) -> None:
         self.state = UseState.WAITING
@@ -2339,6 +3931,7 @@ class Use:
         self.acks: List[int] = []                    # serials to be acknowledged
         self.then = ''                               # when it has drained: 'close' or 'open'
         self.told: Set[str] = set()                  # reasons that were logged
+        self.unloadable = False                      # the node cannot load the code, and said why
 
     def move(self, event: str) -> None:
         """The one place where its state changes."""
@@ -2652,13 +4245,13 @@ class Driver(Loop):
             Results: self._on_results, Returned: self._on_returned, Offer: self._on_offer,
             FileBack: self._on_file_back, Output: self._on_output,
             Where: self._on_where, News: self._on_news, Call: self._on_call, Return: self._on_return,
-            Said: lambda peer, message: logger.warning('%s', message.text),
+            Said: lambda peer, message: self._inform(message.comp, message.text),
             Placed: lambda peer, message: self._answer(peer, (message.comp, message.name), message.error),
             Held: self._on_held,
             Report: lambda peer, message: self._answer(peer, (message.comp, ''), message),
         }
         self._commands: Dict[str, Callable[..., Any]] = {
-            'nodes': self.rows_of, 'complaint': self.complaint, 'find': lambda comp, node: self.find(comp, node).key,
+            'nodes': self.rows_of, 'complaint': self.complaint, 'why_unloadable': self.why_unloadable, 'find': lambda comp, node: self.find(comp, node).key,
             'set_cpus': lambda comp, node, cpus: self.set_cpus(comp, self.find(comp, node), cpus), 'leave': self.leave,
             'allocate': self.allocate, 'jobs': lambda comp, node: list(self.jobs_at(comp, node)), 'question': self.question}
         self._events: Dict[type, Callable[[Any], None]] = {
@@ -3576,7 +5169,7 @@ class Driver(Loop):
                 self._ask_allocator(use.spec.allocator, cluster, peer, peer.link)
             return
         spec, there, allocation = cluster._cargo.spec, peer.facts.get('python', ()), use.allocation
-        if spec['kind'] == 'function' and there[:2] != spec['python'][:2] and not peer.scheduler:
+        if spec['kind'] == 'function' and not spec['portable'] and there[:2] != spec['python'][:2] and not peer.scheduler:
             if cluster._source is None:
                 if use.state is not UseState.ASKING or allocation is not None:
                     use.move('ask')
@@ -3595,9 +5188,14 @@ class Driver(Loop):
             return
         if allocation is not None:
             spec = dict(spec, cpus=allocation.cpus, setup_args=allocation.setup_args, files=spec['files'] + allocation.files)
-        spec = dict(spec, support=self._support(cluster, peer))
+        try:
+            spec = dict(spec, support=self._support(cluster, peer), **self._modules(cluster, peer))
+        except OSError as exc:
+            self._refusal(peer, comp, 'a file of a module cannot be read: %s' % exc, 'module')
+            return
         use.move('offer')
-        use.reason = ''
+        use.reason, use.unloadable = '', False
+        self._check_unloadable(comp)
         self._probes.pop(comp, None)
         self.say(peer.link, Compute(comp, dict(spec, code=beside(spec['code']))))
 
@@ -3605,6 +5203,14 @@ class Driver(Loop):
         """cloudpickle, if the node does not have the same; a scheduler does not know who needs it."""
         needs = cluster._cargo.spec['kind'] != 'program' and (peer.scheduler or peer.facts.get('cloudpickle') != cloudpickle.__version__)
         return _support_files() if needs else {}
+
+    def _modules(self, cluster: 'JobCluster', peer: Peer) -> Dict[str, Any]:
+        """What a node gets of the program's modules. A node that is a part of the program reads them where they are."""
+        rows = cluster._bundles.rows(peer.embedded)
+        if not peer.embedded:
+            return {'modules': rows}
+        return {'modules': rows, 'sys_path': [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)],
+                'argv': [word for word in sys.argv if isinstance(word, str)]}
 
     def _ask_allocator(self, allocator: NodeAllocate, cluster: 'JobCluster', peer: Peer, link: Link) -> None:
         self._openers.run(self._allocate, allocator, cluster, peer, link)
@@ -3676,6 +5282,23 @@ class Driver(Loop):
                 self._act(self.schedule.handle(NodeReady(peer.key, message.comp, 0, []), self.now))
             self._act(self.schedule.handle(NodeLeft(peer.key, message.comp, str(peer), message.text), self.now))
         self._refusal(peer, message.comp, message.text, 'process' if was_ready and message.code == 'setup' else message.code)
+        use.unloadable = message.code == 'code'
+        self._check_unloadable(message.comp)
+
+    def _check_unloadable(self, comp: str) -> None:
+        """Where every node that can come has said that it cannot load the code, jobs would wait for ever: they end."""
+        text = self.why_unloadable(comp)
+        known = self.schedule.comps.get(comp)
+        if known is not None and known.unloadable != text:
+            self._act(self.schedule.handle(Unloadable(comp, text), self.now))
+
+    def why_unloadable(self, comp: str) -> str:
+        """Why no node can load the code of a computation; empty if one may."""
+        cluster, uses = self._clusters[comp], [peer.uses[comp] for peer in self.peers_of(comp)]
+        others = cluster._host is not None or any(spec.wild or spec.scheduler for spec in cluster._specs)
+        if others or not uses or not all(use.unloadable for use in uses):
+            return ''
+        return 'no node can load the code of %s: %s' % (cluster.name, uses[0].reason)
 
     def _retry(self, peer: Peer) -> None:
         """Offer again what the node could not take, for a reason that passes."""
@@ -3690,11 +5313,20 @@ class Driver(Loop):
             return
         allocation = peer.uses[message.comp].allocation if message.comp in peer.uses else None
         paths = dict(cluster._cargo.paths, **allocation.paths) if allocation is not None else cluster._cargo.paths
+        sources = {}
         for name in message.names:
-            if name not in paths:
+            sources[name] = self._source_of(cluster, name, paths)
+            if sources[name] is None:
                 raise PeerError('it asked for a file that was not offered: %.60r' % (name,))
         waiting = self._uploads.setdefault(peer.link.number, collections.deque())
-        waiting.extend(_file_pieces(cluster._comp, name, paths[name]) for name in message.names)
+        waiting.extend(_file_pieces(cluster._comp, name, source) for name, source in sources.items())
+
+    @staticmethod
+    def _source_of(cluster: 'JobCluster', name: str, paths: Dict[str, str]) -> Any:
+        """Where a file is read from: a path, a FileOfModule or its content."""
+        if name.startswith(OF_MODULES):
+            return cluster._bundles.source_of(name[len(OF_MODULES):])
+        return paths.get(name)
 
     def _upload(self) -> None:
         """A few pieces of files into links that have room."""
@@ -3993,8 +5625,10 @@ def _user_name() -> str:
         return 'unknown'
 
 
-def _file_pieces(comp: str, name: str, path: str) -> Iterator[File]:
-    with open(path, 'rb') as file:
+def _file_pieces(comp: str, name: str, source: Any) -> Iterator[File]:
+    """`source` is a path, a FileOfModule or the content itself."""
+    with open(source, 'rb') if isinstance(source, str) else io.BytesIO(
+            source if isinstance(source, bytes) else source.read()) as file:
         offset = 0
         while True:
             data = file.read(FILE_PIECE)
@@ -4105,6 +5739,7 @@ class JobCluster:
                  on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None, forward_logs: bool = False,
                  callback: Optional[Callable[[DispyJob], Any]] = None, ip_addr: Optional[str] = None, ext_ip_addr: Optional[str] = None,
                  fault_recover: Union[None, bool, str] = None, poll_interval: Optional[float] = None, ipv4_udp_multicast: bool = False) -> None:
+        check_not_importing()
         self._port = _in_range('dispy_port', dispy_port, NODE_PORT, 1, 65535)
         pulse = _in_range('pulse_interval', pulse_interval, PULSE, 0.1, 600)
         redial = _in_range('ping_interval', ping_interval, REDIAL_MOST, 0.1, 3600)
@@ -4131,9 +5766,11 @@ class JobCluster:
         self.name = getattr(computation, '__name__', None) or os.path.basename(str(computation))[:60]
         self._comp = self._client = uuid.uuid4().hex
         self._reentrant = bool(reentrant)
-        self._cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name)
+        self._bundles = ModuleBundles(self.name)
+        self._cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name, self._bundles)
         self._cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
         self._source: Optional[Tuple[bytes, str]] = None     # what pack_source gave; driver thread only
+        self._told_of_change = False                         # that files of modules have changed
         self._job_status, self._cluster_status, self._on_output = callback if job_status is None else job_status, cluster_status, on_output
         self._shown: Dict[DispyJob, List[int]] = {}          # bytes of stdout and stderr shown live; driver thread only
         self._lock = threading.Lock()                        # guards those below
@@ -4181,9 +5818,20 @@ class JobCluster:
         """A scheduler says where a job is."""
         raise PeerError('a node is no scheduler')
 
+    def _look_at_modules(self) -> None:
+        """The files of modules may have changed since they travelled: jobs go on with what was sent, and the user is told."""
+        changed = self._bundles.changed()
+        if changed and not self._told_of_change:
+            self._told_of_change = True
+            logger.warning('%s: the file of module %s has changed; this cluster keeps the text that it began with. '
+                           'Make a new cluster to run the new one', self.name, ', '.join(changed))
+
     def _asked(self, name: str, args: tuple) -> Any:
-        """A scheduler asks what only the client can tell. An opener."""
-        raise PeerError('a node is no scheduler')
+        """A node or scheduler asks what only the client can tell. An opener."""
+        if name != 'modules':
+            raise PeerError('%.40r is asked of a program' % (name,))
+        embedded = not self._remote and all(peer.embedded for peer in self._driver.peers_of(self._comp))
+        return self._bundles.more(args[0], embedded)
 
     def _carry_on(self, journal: Journal) -> None:
         """Take over what is in the journal from a program that has crashed."""
@@ -4286,7 +5934,8 @@ class JobCluster:
             options = dict(options or {}, node=node)
         if self._cargo.is_program and kwargs:
             raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
-        job = DispyJob(self._comp, pack_arguments(args, kwargs, depends), options, number)
+        self._look_at_modules()
+        job = DispyJob(self._comp, pack_arguments(args, kwargs, self._bundles, depends), options, number)
         if size_of(job._payload) > MAX_PAYLOAD:
             raise ValueError('arguments of %d bytes are over the limit of %d: send a file (depends)'
                              % (size_of(job._payload), MAX_PAYLOAD))
@@ -4416,6 +6065,9 @@ class JobCluster:
                 raise RuntimeError('wait_nodes: the cluster was closed')
             if sum(node.state == 'ready' for node in self.status().nodes) >= n:
                 return
+            reason = self._why_unloadable()
+            if reason:
+                raise NoNodes(reason)
             left = FOREVER if until is None else until - time.monotonic()
             if left <= 0:
                 raise NoNodes('%d node%s waited for. %s' % (n, ' was' if n == 1 else 's were', self._complaint()))
@@ -4424,6 +6076,10 @@ class JobCluster:
 
     def _complaint(self) -> str:
         return self._command('complaint')  # type: ignore[no-any-return]
+
+    def _why_unloadable(self) -> str:
+        """Why no node can load the code of the computation; empty if one may."""
+        return self._command('why_unloadable')  # type: ignore[no-any-return]
 
     def status(self) -> ClusterStatus:
         """Nodes (with the reason if one is not used) and the number of jobs that have not ended. Any thread."""
@@ -4802,6 +6458,12 @@ class SharedJobCluster(JobCluster):
         return [NodeRow(*row) for row in self._call('nodes')] or \
             [row._replace(state='connected', reason='has no node for this cluster yet', cpus=0) for row in super()._command('nodes')]
 
+    def _why_unloadable(self) -> str:
+        if self._is_connected():
+            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # it has gone meanwhile
+                return self._call('why_unloadable')  # type: ignore[no-any-return]
+        return ''
+
     def _complaint(self) -> str:
         if self._is_connected():
             with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # it has gone meanwhile
@@ -4834,8 +6496,8 @@ class SharedJobCluster(JobCluster):
             number, row = args[0], NodeRow(*args[1])
             found = ask_allocator(self._allocators[number - 1], self, row)
             self._cargo.paths.update(found.paths)
-            return (found.cpus, found.setup_args, found.files)
-        raise PeerError('the scheduler asks for %.40r' % (name,))
+            return (found.cpus, found.setup_args, found.files, self._bundles.rows(False))
+        return super()._asked(name, args)
 
     def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Any) -> None:
         for job, row in pairs:
@@ -5012,17 +6674,30 @@ class DispyExecutor(concurrent.futures.Executor):
     """
 
     def __init__(self, nodes: Any = None, **options: Any) -> None:
-        self.cluster = JobCluster(call_packed, nodes, job_status=lambda job: job.id.settle(job), **options)
+        self._make_cluster = functools.partial(JobCluster, call_packed, nodes, job_status=lambda job: job.id.settle(job), **options)
+        self._renewing = threading.Lock()   # guards the change of `cluster`
+        self.cluster = self._make_cluster()
 
     def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> DispyFuture:  # type: ignore[override]
         """Call fn(*args, **kwargs) on a node. Raises RuntimeError after shutdown, TypeError for what cannot
         be called, and what pickling raises. Any thread."""
         if not callable(fn):
             raise TypeError('%.80r cannot be called' % (fn,))
-        future = DispyFuture(self.cluster)
-        payload = b''.join(pieces_of(seal(fn, by_value, travels)[0]))
-        future.job = self.cluster.submit_job_id(future, payload, args, kwargs)
+        cluster = self.cluster
+        if cluster._bundles.changed():
+            cluster = self._renew(cluster)
+        future = DispyFuture(cluster)
+        payload = b''.join(bytes(piece) for piece in pieces_of(cluster._bundles.packed(fn, [('the function', fn)])))
+        future.job = cluster.submit_job_id(future, payload, args, kwargs)
         return future
+
+    def _renew(self, old: JobCluster) -> JobCluster:
+        """The file of a module has changed: later calls run its new text, in new workers. Those that were submitted go on."""
+        with self._renewing:
+            if self.cluster is old and not old._closed:
+                self.cluster = self._make_cluster()
+                threading.Thread(target=old.close, name='dispy-renew', daemon=True).start()
+            return self.cluster
 
     def map(self, fn: Callable[..., Any], *iterables: Any, timeout: Optional[float] = None, chunksize: int = 1) -> Iterator[Any]:
         """As in concurrent.futures: all inputs are taken at once, results come in order, `chunksize` inputs a job. Raises

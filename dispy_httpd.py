@@ -94,7 +94,7 @@ from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optio
 import dispy
 from dispy import Access, DispyJob, Driver, JobCluster, Monitor, NodeSpec, SharedJobCluster
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, Query, SecretError, __version__, find_secret, host_and_port, _no_password,
-                       _write_private, size_of)
+                       _write_private, size_of, split_needs)
 
 __all__ = ['DispyHTTPServer']
 
@@ -157,11 +157,11 @@ class _Opener(pickle.Unpickler):
     """Opens builtins; every other name becomes a class that stands for it."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ('dispynode', 'class_of_client'):   # how a class of the program itself travels
-            return lambda version, module, name, code: _Shown(name)
+        if (module, name) == ('dispynode', 'class_of'):   # how a class of the program itself travels
+            return lambda tracker, version, module, name, make, args: _Shown(name)
         if module == 'builtins':
             return {'complex': complex, 'range': range}.get(name, _Shown(name))
-        return _Shown('function' if name == '_make_function' else '%s.%s' % (module, name))   # cloudpickle's
+        return _Shown('function' if (module, name) == ('dispynode', 'function_of') else '%s.%s' % (module, name))
 
     def persistent_load(self, number: Any) -> Any:
         raise pickle.UnpicklingError('a persistent id')
@@ -179,7 +179,8 @@ def arguments_text(payload: Any) -> str:
     if isinstance(payload, int) or size_of(payload) > ARGUMENTS_MOST:
         return '%s of arguments' % bytes_text(payload if isinstance(payload, int) else size_of(payload))
     try:
-        args, kwargs = _Opener(io.BytesIO(b''.join(payload) if isinstance(payload, tuple) else payload)).load()[:2]
+        _, body = split_needs(b''.join(payload) if isinstance(payload, tuple) else payload)
+        args, kwargs = _Opener(io.BytesIO(body)).load()[:2]
         words = [_short.repr(arg) for arg in args] + ['%s=%s' % (name, _short.repr(value)) for name, value in kwargs.items()]
     except Exception:  # an unpickler without the real classes may stumble over anything
         return '%s of arguments' % bytes_text(size_of(payload))

@@ -37,12 +37,16 @@ import argparse
 import array
 import collections
 import contextlib
+import contextvars
+import copyreg
 import enum
 import errno
 import functools
 import hashlib
 import heapq
 import hmac
+import importlib.abc
+import importlib.machinery
 import importlib.util
 import io
 import ipaddress
@@ -72,7 +76,9 @@ import threading
 import time
 import traceback
 import types
+import typing
 import unicodedata
+import weakref
 import zlib
 from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
 
@@ -117,6 +123,7 @@ MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of th
 HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
 DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
 DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
+MODULES_KEPT = 256 << 20      # bytes of modules' files that a node keeps for other computations
 RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are not read
 
 logger = logging.getLogger('dispynode')
@@ -211,7 +218,7 @@ class Reason(NamedTuple):
     passes: bool
 
 
-# The codes of Refused, and those that a client finds by itself (the last four).
+# The codes of Refused, and those that a client finds by itself (the last five).
 REASONS: Dict[str, Reason] = {
     'busy': Reason('another client holds the node', True),
     'closing': Reason('the same computation is still being closed there', True),
@@ -222,10 +229,12 @@ REASONS: Dict[str, Reason] = {
     'process': Reason('the process that runs setup could not be started, or was killed', True),
     'worker': Reason('workers die before they run anything', True),
     'transfer': Reason('a file is not as it was announced, too large, or has a name that is refused', False),
+    'code': Reason('the code of the computation cannot even be loaded there', False),
     'setup': Reason('the code could not be loaded, or setup raised, returned something or did not end', False),
     'version': Reason('functions cannot go there as source', False),
     'allocate': Reason("the program's allocate() has failed or wants none", False),
     'cpus': Reason('it has no CPU to use for this computation', False),
+    'module': Reason('a file of a module of the program cannot be read', False),
     'source': Reason('the program that could give the source is not connected', True),
 }
 SHORTAGES = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN))
@@ -633,11 +642,13 @@ GOES_ON = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))   # those t
 # in an envelope, for any; 'program': nothing.
 SPEC_FIELDS: Dict[str, Any] = {'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
                                'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str, 'live': bool, 'logs': int,
-                               'cpus': int, 'setup_args': (bytes, memoryview)}
+                               'cpus': int, 'setup_args': (bytes, memoryview), 'modules': list, 'portable': bool,
+                               'sys_path': list, 'argv': list}
 
 
 def _is_spec(spec: dict) -> bool:
-    return all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) \
+    return all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
+        and all(type(word) is str for word in (*spec['sys_path'], *spec['argv'])) \
         and spec['kind'] in ('function', 'source', 'program') \
         and spec['max_jobs'] >= 0 and all(type(name) is str and _is_buffer(source) for name, source in spec['support'].items())
 
@@ -694,10 +705,7 @@ def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
 
 ATOMS = frozenset((int, float, str, bool, type(None), complex))
 _BUFFERS = struct.Struct('>B3xI')  # 1, number of buffers; a bare pickle begins with 0x80
-
-
-class _NotPlain(Exception):
-    pass
+_NEEDS = struct.Struct('>B3xI')    # 2, bytes of a pickled tuple of bundles' numbers; the payload itself follows
 
 
 class _Pieces(list):
@@ -705,32 +713,22 @@ class _Pieces(list):
     write = list.append
 
 
-class _Sealer(pickle.Pickler):
-    """Pickles and notes whether anything but builtins was met."""
-
-    def __init__(self, file: _Pieces, beside: Callable[[Any], bool], travels: Optional[Callable[[Any], bool]]) -> None:
-        super().__init__(file, 5, buffer_callback=beside)
-        self.plain = True
-        self._travels = travels
-
-    def reducer_override(self, obj: Any) -> Any:
-        """Called by the pickler for everything that is not a builtin value."""
-        self.plain = False
-        if self._travels is not None and not self._travels(obj):
-            raise _NotPlain
-        return NotImplemented
+class Sealed(NamedTuple):
+    """A pickled value."""
+    payload: Payload
+    plain: bool           # whether it holds builtin values only, so that opening it runs no code
+    modules: Set[str]     # names of the modules that opening it imports
+    portable: bool        # whether it holds no functions and classes by value, which only one minor version of Python can run
 
 
-def seal(value: Any, by_value: Optional[Callable[..., None]] = None,
-         travels: Optional[Callable[[Any], bool]] = None) -> Tuple[Payload, bool]:
+def seal(value: Any, pickler: Optional[Callable[..., Any]] = None) -> Sealed:
     """Pickle `value` for the other side; large buffers (of numpy and the like) are kept beside, not copied.
 
-    by_value(value, file, protocol, buffer_callback) pickles by value what plain pickle cannot (cloudpickle);
-    travels(obj) is false for classes and functions that the other side could not import.
-    Returns the payload and whether it holds builtin values only. Raises what pickling raises.
+    pickler(file, protocol, buffer_callback) is the class that pickles; the default is `value_pickler`.
+    Raises what pickling raises.
     """
     if type(value) in ATOMS:
-        return pickle.dumps(value, 5), True
+        return Sealed(pickle.dumps(value, 5), True, set(), True)
     pieces, buffers = _Pieces(), []  # type: Tuple[_Pieces, List[memoryview]]
 
     def beside(buffer: pickle.PickleBuffer) -> bool:
@@ -739,19 +737,13 @@ def seal(value: Any, by_value: Optional[Callable[..., None]] = None,
         buffers.append(buffer.raw())
         return False
 
-    sealer = _Sealer(pieces, beside, travels)
-    plain = False
-    try:
-        sealer.dump(value)
-        plain = sealer.plain
-    except Exception:  # whatever pickle cannot do is tried by value; that attempt's error is the one to tell
-        if by_value is None:
-            raise
-        del pieces[:], buffers[:]
-        by_value(value, pieces, 5, beside)
+    writer = (pickler or value_pickler())(pieces, 5, beside)
+    writer.dump(value)
     if buffers:
-        return _with_buffers(b''.join(pieces), buffers), plain
-    return (pieces[0] if len(pieces) == 1 else tuple(pieces)), plain
+        payload: Payload = _with_buffers(b''.join(pieces), buffers)
+    else:
+        payload = pieces[0] if len(pieces) == 1 else tuple(pieces)
+    return Sealed(payload, writer.plain, writer.modules, writer.portable)
 
 
 def _with_buffers(body: bytes, buffers: List[memoryview]) -> Payload:
@@ -759,8 +751,27 @@ def _with_buffers(body: bytes, buffers: List[memoryview]) -> Payload:
     return (head + body, *buffers)
 
 
+def with_needs(payload: Payload, numbers: Iterable[int]) -> Payload:
+    """A payload that says which bundles of modules have to be there before it is opened."""
+    body = pickle.dumps(tuple(sorted(numbers)), 5)
+    pieces = pieces_of(payload)
+    return (_NEEDS.pack(2, len(body)) + body + bytes(pieces[0]), *pieces[1:])
+
+
+def split_needs(payload: Buffer) -> Tuple[Sequence[int], Buffer]:
+    """The inverse: numbers of bundles, and the payload itself."""
+    if payload[0] != 2:
+        return (), payload
+    _, length = _NEEDS.unpack_from(payload)
+    numbers = open_envelope(payload[_NEEDS.size:_NEEDS.size + length])
+    return numbers, memoryview(payload)[_NEEDS.size + length:]
+
+
 def unseal(payload: Buffer) -> Any:
     """Open a payload. Runs the user's code; raises whatever that raises."""
+    needs, payload = split_needs(payload)
+    if needs and modules is not None:   # in the program itself its modules are there
+        modules.need(needs)
     if payload[0] != 1:
         return pickle.loads(payload)
     view = memoryview(payload)
@@ -773,6 +784,724 @@ def unseal(payload: Buffer) -> Any:
         at += length
     # A bytearray each: what numpy makes of a read-only view could not be written to by the job.
     return pickle.loads(parts[0], buffers=[bytearray(part) for part in parts[1:]])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Objects by value: what has no module that could be imported. Used by clients and by workers alike.
+#
+# Functions and classes of importable modules are pickled by name. Those of a program's __main__, and those
+# that only a running function has, are pickled by value with cloudpickle's reducers. Three additions keep them
+# what they are in the program:
+#   - A class has one identity in each process, by the number that cloudpickle's class tracker gives to it.
+#   - Functions of one __main__ share one dictionary of global variables in each process, a `Space`.
+#   - A variable or class attribute travels with a version. A process applies a version once, so that what
+#     setup() or a job has changed stays until the program itself changes the same thing.
+# ---------------------------------------------------------------------------------------------------------
+
+MAIN_NAMES = ('__main__', '__mp_main__')   # the second one in children of multiprocessing's spawn
+
+
+class Versions:
+    """Tells versions of named values apart: a name keeps its version until its value changes."""
+    __slots__ = ('_known',)
+
+    def __init__(self) -> None:
+        self._known: Dict[str, Tuple[Any, bytes, bytes]] = {}   # name -> value, its form, version
+
+    def of(self, name: str, value: Any) -> bytes:
+        """The version of this value. A value that can change in place is told by its pickled form."""
+        known = self._known.get(name)
+        form = b'' if type(value) in ATOMS else _form_of(value)
+        if known is not None and known[1] == form and self._is_same(known[0], value, form):
+            return known[2]
+        version = os.urandom(8)
+        self._known[name] = (value, form, version)
+        return version
+
+    @staticmethod
+    def _is_same(before: Any, now: Any, form: bytes) -> bool:
+        if before is now or form:
+            return True
+        return type(now) in ATOMS and type(before) is type(now) and before == now
+
+
+class _FormPickler(pickle.Pickler):
+    """Shows whether a value has changed. Functions, classes and the like count by their identity."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Called by the pickler for everything that is not a builtin value."""
+        if isinstance(obj, _IDENTICAL) or type(obj) in _REDUCERS:
+            return id, (id(obj),)
+        return NotImplemented
+
+
+def _form_of(value: Any) -> bytes:
+    """A digest of what a value holds; empty for one that counts by its identity, or cannot be pickled."""
+    if isinstance(value, _IDENTICAL):
+        return b''
+    digest = hashlib.blake2b(digest_size=16)
+    file = _Pieces()
+    try:
+        _FormPickler(file, 5, buffer_callback=lambda buffer: digest.update(buffer.raw())).dump(value)
+    except Exception:  # whatever pickle cannot do, __reduce__ of the user's among it
+        return b''
+    for piece in file:
+        digest.update(piece)
+    return digest.digest()
+
+
+class Space:
+    """The global variables that the functions of one __main__ share in this process."""
+    __slots__ = ('token', 'variables', 'native', 'versions', 'applied', 'functions')
+
+    def __init__(self, token: tuple, variables: Dict[str, Any], native: bool) -> None:
+        self.token = token                       # what every process knows it by
+        self.variables = variables
+        self.native = native                     # it was made here, and nothing from elsewhere changes it
+        self.versions = Versions()               # of variables that are sent from here
+        self.applied: Dict[str, bytes] = {}      # name -> version that was applied here
+        self.functions: Dict[str, Tuple[bytes, Any]] = {}   # name -> version and function without state
+
+    def apply(self, variables: Dict[str, Tuple[bytes, Any]]) -> None:
+        """Set what has another version than what was set before."""
+        for name, (version, value) in variables.items():
+            if not self.native and self.applied.get(name) != version:
+                self.applied[name] = version
+                self.variables[name] = value
+
+
+class Spaces:
+    """All spaces of this process."""
+
+    def __init__(self) -> None:
+        self.instance = os.urandom(8)     # of the process that makes tokens
+        self._by_token: Dict[tuple, Space] = {}
+        self._by_id: Dict[int, Space] = {}
+        self._main: Optional[types.ModuleType] = None   # a runner's: becomes the main module of its program
+
+    def adopt_main(self, module: types.ModuleType) -> None:
+        """The main module of the first program that is met here shall be this module."""
+        self._main = module
+
+    def of_variables(self, variables: Dict[str, Any]) -> Optional[Space]:
+        """The space of a function's global variables. None for those of no __main__."""
+        space = self._by_id.get(id(variables))
+        if space is None and variables.get('__name__') in MAIN_NAMES:
+            space = self._add(Space((self.instance, len(self._by_id)), variables, True))
+        return space
+
+    def of_token(self, token: tuple, basics: Dict[str, Any]) -> Space:
+        """The space that came with a payload."""
+        space = self._by_token.get(token)
+        if space is None:
+            module, self._main = self._main, None
+            variables = {} if module is None else vars(module)
+            variables.update(basics)
+            space = self._add(Space(token, variables, False))
+        return space
+
+    def known(self, variables: Dict[str, Any]) -> Optional[Space]:
+        """The space that has these variables, if it is known already."""
+        return self._by_id.get(id(variables))
+
+    def _add(self, space: Space) -> Space:
+        self._by_token[space.token] = self._by_id[id(space.variables)] = space
+        return space
+
+
+spaces = Spaces()
+_class_versions: 'weakref.WeakKeyDictionary[type, Versions]' = weakref.WeakKeyDictionary()
+_classes: 'weakref.WeakValueDictionary[str, type]' = weakref.WeakValueDictionary()   # by cloudpickle's number
+# classes that came from elsewhere -> number, and name -> version of the attributes that were set
+_received: 'weakref.WeakKeyDictionary[type, Tuple[str, Dict[str, bytes]]]' = weakref.WeakKeyDictionary()
+_unfinished: 'weakref.WeakSet[Any]' = weakref.WeakSet()   # functions that were made and have no state yet
+
+
+class _SpaceRef:
+    """Stands for a function's global variables in a pickle; one object for each dictionary, so that the memo works."""
+    __slots__ = ('variables', 'reduced')
+
+    def __init__(self, variables: Dict[str, Any], module: str) -> None:
+        self.variables = variables   # kept, so that no other dictionary gets its id
+        if module:
+            self.reduced: tuple = (variables_of_module, (module,))
+            return
+        basics = {name: variables[name] for name in _SPACE_BASICS if name in variables}
+        space = spaces.of_variables(variables)
+        if space is None:
+            self.reduced = (dict, (basics,))
+        else:
+            self.reduced = (variables_of_space, (space.token, basics))
+
+    def __reduce__(self) -> tuple:
+        return self.reduced
+
+
+class _CellRef:
+    """Stands for a cell of closures in a pickle, so that functions that share a variable go on sharing it."""
+    __slots__ = ('cell',)
+
+    def __init__(self, cell: Any) -> None:
+        self.cell = cell
+
+    def __reduce__(self) -> tuple:
+        return empty_cell, ()
+
+
+_SPACE_BASICS = ('__name__', '__package__', '__file__', '__path__', '__doc__')
+_CachedType = type(functools.lru_cache(maxsize=1)(lambda: None))
+# What is the same value for as long as it is the same object.
+_IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, property, classmethod,
+              staticmethod, _CachedType, contextvars.ContextVar)
+
+
+def empty_cell() -> Any:
+    """A cell of a closure, without contents."""
+    return types.CellType()
+
+
+def variables_of_space(token: tuple, basics: Dict[str, Any]) -> Dict[str, Any]:
+    """The global variables that functions of a program's main module have in this process."""
+    return spaces.of_token(token, basics).variables
+
+
+def variables_of_module(name: str) -> Dict[str, Any]:
+    """The global variables of an importable module."""
+    return vars(importlib.import_module(name))
+
+
+class ForeignCode:
+    """Stands for a code object of another minor version of Python, which nothing here could run."""
+
+    def __init__(self, version: tuple) -> None:
+        self.version = version
+
+
+def python_of(version: tuple) -> str:
+    """A version of Python as people read it: '3.8'."""
+    return 'Python ' + '.'.join(map(str, version[:2]))
+
+
+def make_code(version: tuple, args: tuple, file: str) -> Any:
+    """A code object that came pickled. One of another version could be made, and would crash whoever calls it. Its file is for
+    tracebacks; cloudpickle leaves it out since 3.1.3."""
+    if version != sys.version_info[:2]:
+        return ForeignCode(version)
+    return types.CodeType(*args).replace(co_filename=file)
+
+
+def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
+    """What came by value for another version of Python, from the source that was sent beside it."""
+    try:
+        return find_named(module, name)
+    except (ImportError, AttributeError):
+        why = _left_out.get((module, name), 'it is not in the source sent; put it into depends')
+        raise TypeError('%s %s.%s of the client, which runs %s, cannot be had by %s: %s'
+                        % (kind, module, name, python_of(version), python_of(sys.version_info), why)) from None
+
+
+def function_of(variables: Dict[str, Any], code: Any, module: str, name: str, version: bytes, cells: tuple) -> Any:
+    """A function that came by value, without its state: `fill_function` sets that. With a version it is a function
+    without state of its own that its main module has under this name: the same version is the same function."""
+    if isinstance(code, ForeignCode):
+        return _by_name_here(code.version, module, name, 'function')
+    space = spaces.known(variables)
+    if space is not None and version:
+        if space.native and isinstance(variables.get(name), types.FunctionType):
+            return variables[name]
+        known = space.functions.get(name)
+        if known is not None and known[0] == version:
+            return known[1]
+    function = types.FunctionType(code, variables, name.rpartition('.')[2], None, cells or None)
+    _unfinished.add(function)
+    return function
+
+
+def fill_function(function: Any, state: tuple) -> None:
+    """The state of a function: attributes, slots, contents of its cells, variables that it uses, its version."""
+    attributes, slots, contents, variables, name, version, _ = state
+    if not isinstance(function, types.FunctionType):
+        return
+    space = spaces.known(function.__globals__)
+    if function in _unfinished:
+        _unfinished.discard(function)
+        vars(function).update(attributes)
+        for slot, value in slots.items():
+            setattr(function, slot, value)
+        for cell, value in contents:
+            cell.cell_contents = value
+        if space is None and variables:
+            function.__globals__.update({key: value for key, (_, value) in variables.items()})
+        if space is not None and version and not space.native:
+            space.functions[name] = (version, function)
+            space.apply({name: (version, function)})
+    if space is not None:
+        space.apply(variables)
+
+
+def variable_of(variables: Dict[str, Any], name: str, version: bytes, make: Callable[..., Any], args: tuple) -> Any:
+    """An object that has one identity in each process, by the name and version that its main module gives to it."""
+    space = spaces.known(variables)
+    if space is None:
+        return make(*args)
+    if space.native and name in variables:
+        return variables[name]
+    if space.applied.get(name) != version or name not in variables:
+        space.apply({name: (version, make(*args))})
+    return variables[name]
+
+
+def class_of(tracker: str, version: tuple, module: str, name: str, make: Optional[Callable[..., Any]], args: tuple) -> Any:
+    """A class of a program, by the number that its program gives to it. Without `make` it must be known here already,
+    by that number or by its name."""
+    known = _classes.get(tracker)
+    if known is not None:
+        return known
+    if make is None or version != sys.version_info[:2]:
+        return _by_name_here(version, module, name, 'class')
+    made = _classes.setdefault(tracker, make(*args))
+    _received.setdefault(made, (tracker, {}))
+    return made
+
+
+def fill_class(cls: type, state: tuple) -> None:
+    """The attributes of a class that came by value: those that have another version than was set before. A class that was
+    defined in this process stays as it is."""
+    versions, attributes, set_state = state
+    if cls not in _received:
+        return
+    applied = _received[cls][1]
+    changed = {name: value for name, value in attributes.items() if applied.get(name) != versions[name]}
+    for name in [name for name in applied if name not in attributes]:
+        del applied[name]
+        if name in vars(cls):
+            delattr(cls, name)
+    applied.update((name, versions[name]) for name in changed)
+    set_state(cls, (changed, {}))
+
+
+class Referent(weakref.ref):
+    """A weak reference whose object lives as long as it does: what held the object in the program stayed there."""
+    __slots__ = ('kept',)
+
+
+def make_reference(obj: Any) -> Any:
+    """A weak reference in a job."""
+    reference = Referent(obj)
+    reference.kept = obj
+    return reference
+
+
+def make_weak(kind: type, contents: Any) -> Any:
+    """A weak container in a job, which holds its contents for the same reason."""
+    made = kind(contents)
+    made._dispy_kept = contents
+    return made
+
+
+def make_local(kind: type, attributes: Dict[str, Any]) -> Any:
+    """threading.local with what it has in the thread that pickled it."""
+    made = kind.__new__(kind)
+    vars(made).update(attributes)
+    return made
+
+
+def make_context_variable(name: str, default: tuple, value: tuple) -> Any:
+    """A ContextVar; default and value are tuples of one, or empty."""
+    made = contextvars.ContextVar(name, default=default[0]) if default else contextvars.ContextVar(name)
+    if value:
+        made.set(value[0])
+    return made
+
+
+def make_cached(function: Callable[..., Any], most: Optional[int], typed: bool) -> Any:
+    """A function with functools.lru_cache; it begins with an empty cache."""
+    return functools.lru_cache(most, typed)(function)
+
+
+def make_dispatcher(rows: List[Tuple[type, Callable[..., Any]]]) -> Any:
+    """A function of functools.singledispatch, from its implementations."""
+    implementations = dict(rows)
+    made = functools.singledispatch(implementations.pop(object))
+    for kind, implementation in implementations.items():
+        made.register(kind, implementation)
+    return made
+
+
+def make_view(data: Any, form: str, shape: tuple) -> memoryview:
+    """A memoryview of memory of its own."""
+    return memoryview(data).cast('B').cast(form, shape)  # type: ignore[call-overload]
+
+
+def make_object(kind: type, attributes: Dict[str, Any]) -> Any:
+    """An object whose class reduces it to a name that only its program has."""
+    made = object.__new__(kind)
+    vars(made).update(attributes)
+    return made
+
+
+def make_typed(kind: type, args: tuple, options: dict) -> Any:
+    """A type variable and the like."""
+    return kind(*args, **options)
+
+
+def _reduce_method(method: types.MethodType) -> tuple:
+    """As pickle does it where the name leads back to the method; it does not for names with two underscores."""
+    name = getattr(method.__func__, '__name__', '')
+    try:
+        found = getattr(method.__self__, name, None) == method
+    except Exception:  # __getattr__ or __eq__ of the user's
+        found = False
+    if found:
+        return getattr, (method.__self__, name)
+    return types.MethodType, (method.__func__, method.__self__)
+
+
+def _reduce_file(file: Any) -> tuple:
+    for name in ('stdin', 'stdout', 'stderr'):
+        if file is getattr(sys, name):
+            return getattr, (sys, name)
+    raise TypeError('an open file cannot be pickled: open it in the job, or send it (depends)')
+
+
+def _reduce_view(view: memoryview) -> tuple:
+    data = bytes(view) if view.readonly else bytearray(view)
+    return make_view, (data, view.format, view.shape)
+
+
+def _reduce_context_variable(variable: Any) -> tuple:
+    context = contextvars.copy_context()
+    try:
+        default: tuple = (contextvars.Context().run(variable.get),)
+    except LookupError:
+        default = ()
+    return make_context_variable, (variable.name, default, (context[variable],) if variable in context else ())
+
+
+def _reduce_cached(function: Any) -> tuple:
+    parameters = function.cache_parameters() if hasattr(function, 'cache_parameters') else {}
+    return make_cached, (function.__wrapped__, function.cache_info().maxsize, parameters.get('typed', False))
+
+
+def _reduce_dispatcher(function: Any) -> tuple:
+    return make_dispatcher, (list(function.registry.items()),)
+
+
+def _reduce_typed(variable: Any) -> tuple:
+    """TypeVar, ParamSpec, TypeVarTuple, NewType: what their constructors take."""
+    if hasattr(variable, '__supertype__'):
+        return make_typed, (type(variable), (variable.__name__, variable.__supertype__), {})
+    names = (('bound', '__bound__'), ('covariant', '__covariant__'), ('contravariant', '__contravariant__'))
+    options = {option: getattr(variable, name) for option, name in names if getattr(variable, name, None)}
+    return make_typed, (type(variable), (variable.__name__, *getattr(variable, '__constraints__', ())), options)
+
+
+def _reduce_library(library: Any) -> tuple:
+    return type(library), (library._name,)
+
+
+def _is_stateless(function: types.FunctionType) -> bool:
+    """Whether a function has no default values that calls could change."""
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    return ATOMS.issuperset(map(type, defaults))
+
+
+def _is_dispatcher(function: types.FunctionType) -> bool:
+    return all(hasattr(function, name) for name in ('dispatch', 'register', 'registry', '__wrapped__'))
+
+
+_REDUCERS: Dict[type, Callable[[Any], tuple]] = {
+    type(threading.Lock()): lambda lock: (threading.Lock, ()),
+    type(threading.RLock()): lambda lock: (threading.RLock, ()),
+    weakref.ref: lambda reference: (make_reference, (reference(),)) if reference() is not None else (_dead_reference, ()),
+    weakref.WeakSet: lambda weak: (make_weak, (weakref.WeakSet, list(weak))),
+    weakref.WeakValueDictionary: lambda weak: (make_weak, (weakref.WeakValueDictionary, dict(weak))),
+    weakref.WeakKeyDictionary: lambda weak: (make_weak, (weakref.WeakKeyDictionary, list(weak.items()))),
+    types.MethodType: _reduce_method,
+    io.TextIOWrapper: _reduce_file,
+    memoryview: _reduce_view,
+}
+
+
+def _dead_reference() -> Any:
+    return weakref.ref(Space((), {}, False))
+
+
+class ValueReducer:
+    """What the pickler of clients and workers adds to cloudpickle's, to be mixed into it.
+
+    `modules` are the names of the modules that the pickle refers to by name or imports; `plain` says whether it
+    holds builtin values only, so that opening it runs no code of the user's.
+    """
+
+    modules: Set[str]
+    plain: bool
+    portable: bool
+    complete = False   # whether classes that came from elsewhere are written out as well
+
+    def __init__(self, file: Any, protocol: int = 5, buffer_callback: Any = None) -> None:
+        super().__init__(file, protocol, buffer_callback)  # type: ignore[call-arg]
+        self.modules = set()
+        self.plain = self.portable = True
+        self._spaces: Dict[int, _SpaceRef] = {}
+        self._cells: Dict[int, _CellRef] = {}
+        self._registered = cloudpickle_part('list_registry_pickle_by_value')()
+
+    def importable(self, module: str) -> bool:
+        """Whether the other side finds this module by its name."""
+        return module in sys.modules and module not in MAIN_NAMES
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Called by the pickler for everything that is not a builtin value."""
+        self.plain = False
+        kind = type(obj)
+        if kind in _ordinary:
+            return NotImplemented
+        if issubclass(kind, type):
+            return self._reduce_class(obj)
+        if kind is types.FunctionType:
+            return self._reduce_function(obj)
+        if kind is types.ModuleType or isinstance(obj, types.ModuleType):
+            return self._reduce_module(obj)
+        if isinstance(obj, types.BuiltinFunctionType) or 'function_or_method' in kind.__name__:
+            self._note(getattr(obj, '__module__', None))
+            return NotImplemented
+        special = self._special(kind)
+        if special is not None:
+            return special(obj)
+        if len(_ordinary) >= 4096:   # a program that makes classes without end
+            _ordinary.clear()
+        _ordinary.add(kind)
+        return NotImplemented
+
+    def _special(self, kind: type) -> Optional[Callable[[Any], Any]]:
+        """How objects of this class are reduced, if that is not pickle's own way."""
+        if kind is _CachedType:
+            return self._reduce_cached
+        if kind is contextvars.ContextVar:
+            return self._reduce_context_variable
+        if kind in _TYPED:
+            return self._reduce_typed
+        if issubclass(kind, threading.local):
+            return self._reduce_local
+        if 'ctypes' in sys.modules and issubclass(kind, sys.modules['ctypes'].CDLL):
+            return _reduce_library
+        if kind in copyreg.dispatch_table or kind in _REDUCERS:
+            return None
+        if isinstance(kind.__reduce__, types.FunctionType) or isinstance(kind.__reduce_ex__, types.FunctionType):
+            return self._reduce_named
+        return None
+
+    def _note(self, module: Any) -> None:
+        if isinstance(module, str):
+            self.modules.add(module)
+
+    def _is_by_name(self, obj: Any, name: Any) -> bool:
+        """Whether an object is what an importable module has under its qualified name."""
+        module = getattr(obj, '__module__', None)
+        if not isinstance(module, str) or not isinstance(name, str) or not is_named(obj, module, name):
+            return False
+        if not self.importable(module) or self._is_registered(module):
+            return False
+        self.modules.add(module)
+        return True
+
+    def _is_registered(self, module: str) -> bool:
+        """Whether cloudpickle.register_pickle_by_value names the module or a package that it is in."""
+        return bool(self._registered) and any(
+            module == name or module.startswith(name + '.') for name in self._registered)
+
+    def _reduce_class(self, cls: Any) -> Any:
+        if cls.__module__ == 'builtins' or self._is_by_name(cls, cls.__qualname__):
+            return super().reducer_override(cls) if cls.__module__ == 'builtins' else NotImplemented  # type: ignore[misc]
+        received = _received.get(cls)
+        if received is not None and not self.complete and '<locals>' not in cls.__qualname__:   # its program has it
+            return class_of, (received[0], sys.version_info[:2], cls.__module__, cls.__qualname__, None, ())
+        self.portable = False
+        make, args, (attributes, _), _, _, set_state = cloudpickle_part('_dynamic_class_reduce')(cls)
+        attributes.pop('__slotnames__', None)   # what copyreg has found out
+        args = _with_slots(cls, args, attributes)
+        tracker = args[-2]
+        _classes.setdefault(tracker, cls)
+        versions = _class_versions.setdefault(cls, Versions())
+        return (class_of, (tracker, sys.version_info[:2], cls.__module__, cls.__qualname__, make, args),
+                ({name: versions.of(name, value) for name, value in attributes.items()}, attributes, set_state),
+                None, None, fill_class)
+
+    def _space(self, variables: Dict[str, Any], module: Any) -> _SpaceRef:
+        found = self._spaces.get(id(variables))
+        if found is None:
+            imported = sys.modules.get(module) if isinstance(module, str) else None
+            by_name = imported is not None and vars(imported) is variables and self.importable(module) \
+                and not self._is_registered(module)
+            found = self._spaces[id(variables)] = _SpaceRef(variables, module if by_name else '')
+            if by_name:
+                self.modules.add(module)
+        return found
+
+    def _reduce_function(self, function: types.FunctionType) -> Any:
+        if self._is_by_name(function, function.__qualname__):
+            return NotImplemented
+        if _is_dispatcher(function):
+            return self._of_main(function, _reduce_dispatcher(function))
+        self.portable = False
+        attributes, slots = super()._dynamic_function_reduce(function)[2]  # type: ignore[misc]
+        variables, closure = slots.pop('__globals__'), slots.pop('__closure__') or ()
+        submodules = slots.pop('_cloudpickle_submodules')
+        imported, cells = imports_of(function.__code__, function.__globals__.get('__package__')), []
+        self.modules.update(imported)
+        contents = []
+        for cell in closure:
+            reference = self._cells.setdefault(id(cell), _CellRef(cell))
+            cells.append(reference)
+            with contextlib.suppress(ValueError):   # it is empty
+                contents.append((reference, cell.cell_contents))
+        place = self._space(function.__globals__, function.__globals__.get('__name__'))
+        space = spaces.known(function.__globals__)
+        if place.reduced[0] is variables_of_module or (space is not None and not space.native):
+            rows: Dict[str, Tuple[bytes, Any]] = {}
+        else:
+            rows = {name: (space.versions.of(name, value) if space is not None else b'', value)
+                    for name, value in variables.items()}
+        name, version = function.__qualname__, b''
+        if space is not None and not space.native:
+            version = space.functions.get(name, (b'', None))[0]
+        elif space is not None and space.variables.get(name) is function \
+                and not attributes and not closure and _is_stateless(function):
+            version = space.versions.of(name, function)
+        return (function_of, (place, function.__code__, function.__module__, name, version, tuple(cells)),
+                (attributes, slots, contents, rows, name, version, submodules), None, None, fill_function)
+
+    def _reduce_module(self, module: types.ModuleType) -> Any:
+        name = module.__name__
+        if sys.modules.get(name) is module and self.importable(name) and not self._is_registered(name):
+            self.modules.add(name)
+            return importlib.import_module, (name,)
+        return super().dispatch_table[types.ModuleType](module)  # type: ignore[misc]
+
+    def _of_main(self, obj: Any, made: tuple) -> tuple:
+        """Something that is not made anew with each payload if the main module has it under its name."""
+        module = sys.modules.get('__main__')
+        variables = vars(module) if module is not None else {}
+        name = getattr(obj, '__qualname__', None) or getattr(obj, '__name__', None)
+        if not isinstance(name, str) or variables.get(name) is not obj:
+            name = next((key for key, value in list(variables.items()) if value is obj), '')
+        space = spaces.of_variables(variables) if name else None
+        if space is None:
+            return made
+        version = space.versions.of(name, obj) if space.native else space.applied.get(name, b'')
+        return variable_of, (self._space(variables, '__main__'), name, version, *made[:2])
+
+    def _reduce_cached(self, function: Any) -> Any:
+        if self._is_by_name(function, getattr(function, '__qualname__', None)):
+            return NotImplemented
+        return self._of_main(function, _reduce_cached(function))
+
+    def _reduce_typed(self, variable: Any) -> Any:
+        if self._is_by_name(variable, variable.__name__):
+            return NotImplemented
+        return self._of_main(variable, _reduce_typed(variable))
+
+    def _reduce_context_variable(self, variable: Any) -> Any:
+        return self._of_main(variable, _reduce_context_variable(variable))
+
+    def _reduce_local(self, local: Any) -> Any:
+        return self._of_main(local, (make_local, (type(local), dict(vars(local)))))
+
+    def _reduce_named(self, obj: Any) -> Any:
+        """An object whose class may reduce it to the name of a variable."""
+        reduced = obj.__reduce_ex__(5)
+        if not isinstance(reduced, str):
+            return reduced
+        if self._is_by_name(obj, reduced):
+            return reduced
+        return self._of_main(obj, (make_object, (type(obj), dict(vars(obj)))))
+
+
+_ordinary: Set[type] = set()   # classes whose objects are left to pickle
+_TYPED = frozenset(getattr(typing, name) for name in ('TypeVar', 'ParamSpec', 'TypeVarTuple', 'NewType')
+                   if isinstance(getattr(typing, name, None), type))
+
+
+def is_named(obj: Any, module: str, name: str) -> bool:
+    """Whether an object is what its module has under a qualified name."""
+    if '<locals>' in name or module not in sys.modules:
+        return False
+    try:
+        return functools.reduce(getattr, name.split('.'), sys.modules[module]) is obj
+    except Exception:  # AttributeError, or whatever a __getattr__ of the user's raises
+        return False
+
+
+def _with_slots(cls: type, args: tuple, attributes: Dict[str, Any]) -> tuple:
+    """Arguments of cloudpickle's maker of classes, with the slots of the class. Slots are there from the beginning or never;
+    their descriptors come with them, names of private ones as the class has them."""
+    slots = [name for name, value in vars(cls).items() if isinstance(value, types.MemberDescriptorType)]
+    if '__slots__' not in vars(cls) or not isinstance(args[3], dict):
+        return args
+    for name in slots:
+        attributes.pop(name, None)
+    extra = [name for name in ('__dict__', '__weakref__') if name in vars(cls)]
+    return (*args[:3], dict(args[3], __slots__=tuple(slots + extra)), *args[4:])
+
+
+_imports: 'weakref.WeakKeyDictionary[types.CodeType, List[Tuple[int, str, tuple]]]' = weakref.WeakKeyDictionary()
+
+
+def imports_of(code: types.CodeType, package: Any) -> Set[str]:
+    """Absolute names that the import statements of a function may mean, also of functions inside of it."""
+    found = _imports.get(code)
+    if found is None:
+        found = _imports[code] = list(_import_statements(code))
+    names = set()
+    for level, module, wanted in found:
+        if level and not (isinstance(package, str) and package):
+            continue
+        try:
+            origin = importlib.util.resolve_name('.' * level + module, package) if level else module
+        except (ImportError, ValueError):   # beyond the top-level package: the job is told
+            continue
+        names.add(origin)
+        names.update('%s.%s' % (origin, name) for name in wanted if name != '*')
+    return names
+
+
+def _import_statements(code: types.CodeType) -> Iterator[Tuple[int, str, tuple]]:
+    """Level, module, names of each import statement."""
+    import dis
+    if dis.opmap['IMPORT_NAME'] in code.co_code[::2]:
+        steps = [step for step in dis.get_instructions(code) if step.opname not in ('EXTENDED_ARG', 'CACHE')]
+        for at, step in enumerate(steps):
+            if step.opname == 'IMPORT_NAME':
+                level, wanted = (steps[at - back].argval for back in (2, 1))
+                yield level if isinstance(level, int) else 0, step.argval, wanted if isinstance(wanted, tuple) else ()
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _import_statements(const)
+
+
+@functools.lru_cache(maxsize=None)
+def cloudpickle_part(name: str) -> Any:
+    """A function of cloudpickle's, in whichever of its modules this version has it."""
+    import cloudpickle
+    modules = (cloudpickle, cloudpickle.cloudpickle, getattr(cloudpickle, 'cloudpickle_fast', None))
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
+
+
+def value_pickler() -> Any:
+    """The pickler for what leaves this process: a class. It knows reducers that were registered with copyreg since."""
+    return _value_pickler(len(copyreg.dispatch_table))
+
+
+@functools.lru_cache(maxsize=2)
+def _value_pickler(known: int) -> Any:
+    import cloudpickle
+    reduce_code = cloudpickle.Pickler.dispatch_table[types.CodeType]
+
+    class ValuePickler(ValueReducer, cloudpickle.Pickler):  # type: ignore[misc, name-defined]
+        dispatch_table = {**cloudpickle.Pickler.dispatch_table, **_REDUCERS, types.CodeType: lambda code: (
+            make_code, (sys.version_info[:2], reduce_code(code)[1], code.co_filename))}
+    return ValuePickler
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1225,12 +1954,13 @@ class Kind(enum.IntEnum):
     PRINTED = 20    # number: worker, serial: the job, start: stream, end: offset, body: bytes
     # daemon to worker
     JOB = 32        # serial, body: payload
-    KEPT = 33       # body: text, empty if the file it sent has been kept
+    KEPT = 33       # body: text, empty if the file it sent has been kept, or what it wanted is there
     # worker to daemon
     RESULT = 48     # number: outcome, serial, times, bodies: payload, stdout, stderr
     UNSTARTED = 49  # serial: given back
     LOGGED = 51     # serial, body: plain pickle of level, logger and text
     FILE = 50       # serial, number: offset in pieces, bodies: row (a plain pickle), data
+    WANT = 52       # serial, body: plain pickle of a bundle's number or a module's name; answered by KEPT
 
 
 class Record(NamedTuple):
@@ -1433,6 +2163,11 @@ class FileReceiver:
             partial = self._partial[name] = IncomingFile(self._root, name, *self._wanted[name])
         if partial.piece(offset, data):
             del self._partial[name], self._wanted[name]
+        return self.is_complete
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no file is wanted."""
         return not self._wanted
 
     def abort(self) -> None:
@@ -1441,6 +2176,51 @@ class FileReceiver:
             partial.abort()
         self._partial.clear()
         self._wanted.clear()
+
+
+class ModuleStore:
+    """Files of modules by their digests, so that each travels once to a node. It is kept below a limit."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def _path(self, digest: bytes) -> str:
+        return os.path.join(self._root, digest.hex())
+
+    def bring(self, root: str, rows: Sequence[Tuple[str, int, bytes, int]]) -> None:
+        """Put those files that are here below a computation's own directory. A file that is damaged is sent again."""
+        for name, size, digest, mode in rows:
+            target, path = os.path.join(root, *check_name(name)), self._path(digest)
+            try:
+                if not os.path.lexists(target) and file_digest(path) == (size, digest):
+                    os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+                    shutil.copyfile(path, target)
+                    os.chmod(target, mode & 0o755 | 0o600)
+                    os.utime(path)
+            except OSError:   # it is not here
+                continue
+
+    def keep(self, root: str, rows: Sequence[Tuple[str, int, bytes, int]]) -> None:
+        """Take copies of files that have come."""
+        try:
+            os.makedirs(self._root, mode=0o700, exist_ok=True)
+            for name, size, digest, _ in rows:
+                path = self._path(digest)
+                if size <= MODULES_KEPT // 4 and not os.path.exists(path):
+                    shutil.copyfile(os.path.join(root, *check_name(name)), path + '.new')
+                    os.replace(path + '.new', path)
+            self._shorten()
+        except OSError as exc:   # no room: they are sent again to the next computation
+            logger.debug('files of modules are not kept: %s', exc)
+
+    def _shorten(self) -> None:
+        """Remove the files that were not used for longest."""
+        files = sorted(((entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(self._root)), reverse=True)
+        total = 0
+        for _, size, path in files:
+            total += size
+            if total > MODULES_KEPT:
+                os.unlink(path)
 
 
 class Shelf:
@@ -1920,17 +2700,21 @@ class Kept(NamedTuple):
 
 
 class RunnerUp(NamedTuple):
-    """Code is loaded and setup has run."""
+    """Code is loaded and setup has run; `notes` are for the client's log."""
     comp: str
+    notes: Sequence[str] = ()
 
 
 class RunnerGone(NamedTuple):
-    """The runner has ended, or never came up; `text` says why, empty when it was told to end. `begun`: serials that its
-    workers are known to have begun; None: what stands first at a worker may have begun. `code`: see REASONS."""
+    """The runner has ended, or never came up; `text` says why, empty when it was told to end. `unloadable`: the code of the
+    computation cannot even be loaded here. `begun`: serials that its workers are known to have begun; None: what stands first
+    at a worker may have begun. `code`: see REASONS."""
     comp: str
     text: str
+    unloadable: bool = False
     begun: Optional[FrozenSet[int]] = None
     code: str = 'setup'
+
 
 
 class WorkerResults(NamedTuple):
@@ -1946,6 +2730,20 @@ class WorkerFile(NamedTuple):
     row: tuple
     offset: int
     data: Any
+
+
+class WorkerWants(NamedTuple):
+    """A job needs modules that are not here: a bundle by number, or one by name."""
+    worker: int
+    serial: int
+    request: Any
+
+
+class Fetched(NamedTuple):
+    """What came of Fetch: these files are missing, or all are there, or why they cannot be."""
+    comp: str
+    missing: List[str]
+    error: str = ''
 
 
 class WorkerPrinted(NamedTuple):
@@ -2067,6 +2865,12 @@ class Store(NamedTuple):
     name: str
     offset: int
     data: Any
+
+
+class Fetch(NamedTuple):
+    """Find out which of these files of modules are missing; answered by Fetched."""
+    comp: str
+    rows: list
 
 
 class StorePlaced(NamedTuple):
@@ -2197,6 +3001,8 @@ class _Computation:
         self.most = spec.get('max_jobs') or 0
         self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
         self.orphan_at = 0.0                   # when its results are given up, if its link is gone
+        self.calls: Dict[int, int] = {}        # questions to the client -> worker that waits for the answer
+        self.fetches: Deque[Tuple[int, list]] = collections.deque()   # workers, and the files that they wait for
         self.served = 0                        # when it was given a CPU last, in numbers of the node
         self.done = 0                          # attempts that have ended
         self.overrun = False                   # notes of what has begun do not reach back far enough
@@ -2252,6 +3058,7 @@ class Node:
             Found: self._found, Kept: self._kept, Remembered: self._remembered,
             Stored: self._stored, Put: self._put, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
             WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
+            WorkerWants: self._worker_wants, Fetched: self._fetched,
             WorkerReturned: self._worker_returned,
             WorkerGone: self._worker_gone, WorkerUnborn: self._worker_unborn, WorkerTooBig: self._worker_too_big,
             Stop: self._stop, Pause: self._pause, Resume: self._resume, SetCpus: self._set_cpus, Release: self._take_from_holder, Status: self._status,
@@ -2261,7 +3068,7 @@ class Node:
             Cancel: self._on_cancel, Recall: self._on_recall, Ack: self._on_ack, Done: self._on_done,
             FileKept: self._on_file_kept, Place: self._on_place, Query: self._on_query, Shutdown: self._on_shutdown,
             Limit: self._on_limit,
-            Reclaim: self._on_reclaim,
+            Reclaim: self._on_reclaim, Return: self._on_return,
         }
 
     # -- called by the shell ------------------------------------------------------------------------------
@@ -2381,6 +3188,8 @@ class Node:
         if gone is None or gone.instance != self.holder:
             return
         for comp in [comp for comp in self._comps.values() if comp.link == event.link]:
+            comp.calls.clear()
+            comp.fetches.clear()
             for worker in comp.workers.values():
                 self._answer(worker, 'the connection to the client has ended')
             if event.on_purpose:
@@ -2560,12 +3369,14 @@ class Node:
         comp = self._comp_of(link, message.comp)
         if comp is None:
             return
-        if comp.stage is not Stage.RECEIVING:
+        if comp.stage is not Stage.RECEIVING and not comp.fetches:
             raise PeerError('a file that was not asked for')
         self._do(Store(message.comp, message.name, message.offset, message.data))
 
     def _stored(self, event: Stored, now: float) -> None:
         comp = self._comps[event.comp]
+        if comp.fetches:
+            self._fetched(Fetched(event.comp, [], event.error), now)
         if comp.stage is not Stage.RECEIVING:
             return
         if event.error:
@@ -2604,6 +3415,9 @@ class Node:
         if comp.stage is Stage.STARTING:
             self._set_stage(comp, 'up')
             self._reply(comp, Ready(comp.comp, self._held(comp.comp), self._past_row(comp.comp)))
+            for note in event.notes:
+                self._reply(comp, Said(comp.comp, 'node %s: %s' % (self.name, note)))
+
 
     def _refuse(self, comp: _Computation, code: str, text: str) -> None:
         logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
@@ -2624,7 +3438,7 @@ class Node:
                 head = worker.queue[0].serial if worker.queue else 0
                 ran = head if event.begun is None or head in event.begun else 0
                 self._worker_gone(WorkerGone(worker.key, 'the runner process ended: %s' % event.text, ran), now)
-            self._refuse(comp, event.code, event.text)
+            self._refuse(comp, 'code' if event.unloadable else event.code, event.text)
             return
         for worker in list(comp.workers.values()):
             self.free += worker.stuck
@@ -2852,6 +3666,47 @@ class Node:
             self._do(Send(worker.comp.link, FileBack(worker.comp.comp, event.serial, event.row, event.offset, event.data)))
         else:
             self._answer(worker, 'the client is not connected')
+
+    def _worker_wants(self, event: WorkerWants, now: float) -> None:
+        """Its job waits until the client has sent what is wanted, or cannot."""
+        worker = self._workers.get(event.worker)
+        if worker is None or worker.comp.stage is Stage.CLOSING:
+            return
+        comp, worker.asks = worker.comp, worker.comp.link or -1
+        if comp.link not in self._links:
+            self._answer(worker, 'the client is not connected')
+            return
+        number = next(self._ticket)
+        comp.calls[number] = worker.key
+        self._do(Send(comp.link, Call(comp.comp, number, 'modules', (event.request,))))
+
+    def _on_return(self, link: int, message: Return, now: float) -> None:
+        """The client knows which files a job needs, or why there are none."""
+        comp = self._comp_of(link, message.comp)
+        worker = self._workers.get(comp.calls.pop(message.number, 0)) if comp is not None else None
+        if comp is None or worker is None:
+            return
+        if message.error:
+            self._answer(worker, str(message.error[1])[:1000])
+            return
+        if type(message.value) is not list or not all(map(_is_file, message.value)):
+            raise PeerError('files of modules that are none')
+        comp.fetches.append((worker.key, message.value))
+        if len(comp.fetches) == 1:
+            self._do(Fetch(comp.comp, message.value))
+
+    def _fetched(self, event: Fetched, now: float) -> None:
+        comp = self._comps.get(event.comp)
+        if comp is None or not comp.fetches:
+            return
+        if event.missing:
+            self._reply(comp, Need(comp.comp, event.missing))
+            return
+        worker = self._workers.get(comp.fetches.popleft()[0])
+        if worker is not None:
+            self._answer(worker, event.error)
+        if comp.fetches:
+            self._do(Fetch(comp.comp, comp.fetches[0][1]))
 
     def _worker_printed(self, event: WorkerPrinted, now: float) -> None:
         worker = self._workers.get(event.worker)
@@ -3226,6 +4081,345 @@ ENDING_TEXT = {
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Modules of the user's, on the node: imported by their names from where the client's files were put, then given
+# what the program has set in them. A `bundle` is what travels for a group of modules; a computation begins with
+# bundle 0, and arguments of jobs may bring more. Used by runners and workers.
+# ---------------------------------------------------------------------------------------------------------
+
+class StateRow(NamedTuple):
+    """A variable of a module, or an attribute of a class in it, as the program had it."""
+    module: str
+    owner: str        # qualified name of the class; empty: the module itself
+    name: str
+    form: bytes       # digest of what plain pickle makes of the value
+    number: int       # of the object in the state's pickle that is changed in place; -1: the value is set
+    computed: bool    # the module's source computes it: on another platform it stays as it is there
+
+
+class _StateUnpickler(pickle.Unpickler):
+    """Opens the state of modules. Objects that keep their identity stand in it as numbers."""
+
+    def __init__(self, data: bytes, targets: List[Any]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._targets = targets
+
+    def persistent_load(self, number: Any) -> Any:
+        """The object on this node that has this number."""
+        return self._targets[number]
+
+
+class _Form:
+    """A file for picklers that keeps a digest of what they write, up to a number of bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._left = limit
+
+    def write(self, piece: Any) -> None:
+        """Raises OverflowError over the limit, so that no more is pickled."""
+        self._left -= len(piece)
+        if self._left < 0:
+            raise OverflowError('a value is larger than it may be')
+        self._digest.update(piece)
+
+    def digest(self) -> bytes:
+        """Of all that was written."""
+        return self._digest.digest()
+
+
+def plain_form(value: Any, limit: int = sys.maxsize) -> Optional[bytes]:
+    """A digest of what plain pickle makes of a value, with functions and classes by name; None if it cannot, or if that
+    is larger than `limit` bytes."""
+    form = _Form(limit)
+    try:
+        pickle.Pickler(form, 5, buffer_callback=lambda buffer: form.write(buffer.raw())).dump(value)  # type: ignore[arg-type]
+    except Exception:  # whatever pickle cannot do, __reduce__ of the user's among it
+        return None
+    return form.digest()
+
+
+_CONTAINERS = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.Counter, collections.deque)
+
+
+def keeps_identity(value: Any) -> bool:
+    """Whether a value is changed in place on a node: a container, or an instance that is nothing but its attributes."""
+    kind = type(value)
+    if kind in _CONTAINERS or kind is types.SimpleNamespace:
+        return True
+    if isinstance(value, (*_IDENTICAL, int, str, bytes, float, tuple, list, dict, set, frozenset, BaseException)):
+        return False
+    own = ('__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs__', '__getnewargs_ex__')
+    return (isinstance(getattr(value, '__dict__', None), dict) and kind not in copyreg.dispatch_table
+            and all(getattr(kind, name, None) is getattr(object, name, None) for name in own)
+            and not copyreg._slotnames(kind))  # type: ignore[attr-defined]
+
+
+def contents_of(value: Any) -> Any:
+    """What `fill_in_place` takes."""
+    if isinstance(value, collections.defaultdict):
+        return value.default_factory, dict(value)
+    if isinstance(value, (list, collections.deque)):
+        return list(value)
+    if isinstance(value, dict):
+        return dict(value)
+    return set(value) if isinstance(value, set) else dict(vars(value))
+
+
+def fill_in_place(target: Any, contents: Any) -> None:
+    """Give an object that keeps its identity the contents that it has in the program."""
+    if isinstance(target, collections.defaultdict):
+        target.default_factory, contents = contents
+    if isinstance(target, (list, dict, set, collections.deque)):
+        target.clear()
+        (target.extend if isinstance(target, (list, collections.deque)) else target.update)(contents)
+    else:
+        vars(target).clear()
+        vars(target).update(contents)
+
+
+class ModuleState:
+    """Puts in place what a program has set in its modules."""
+
+    def __init__(self, platform_: str, rows: List[StateRow], kinds: List[Tuple[str, str]], pickled: bytes) -> None:
+        same = platform_ == sys.platform
+        self._rows = [row for row in rows if same or not row.computed]
+        self._kinds = kinds        # number -> module and name of the object's class
+        self._pickled = pickled
+
+    def apply(self) -> None:
+        """Raises what importing the modules and opening the state raise."""
+        changed = [row for row in self._rows if plain_form(self._value(row)) != row.form]
+        if not changed:
+            return
+        targets = self._targets()
+        contents, values = _StateUnpickler(self._pickled, targets).load()
+        for number in {row.number for row in changed if row.number >= 0}:
+            fill_in_place(targets[number], contents[number])
+        for row in changed:
+            value = targets[row.number] if row.number >= 0 else values[row.module, row.owner, row.name]
+            if self._value(row) is not value:
+                setattr(find_named(row.module, row.owner), row.name, value)
+
+    @staticmethod
+    def _value(row: StateRow) -> Any:
+        return vars(find_named(row.module, row.owner)).get(row.name, _MISSING)
+
+    def _targets(self) -> List[Any]:
+        """Number -> the object here that becomes what the program has: the one under its name if that is of the same class
+        and no other number has it, else a new one."""
+        targets: List[Any] = [_MISSING] * len(self._kinds)
+        taken: Set[int] = set()
+        for row in self._rows:
+            if row.number < 0 or targets[row.number] is not _MISSING:
+                continue
+            value = self._value(row)
+            if type(value) is find_named(*self._kinds[row.number]) and id(value) not in taken:
+                targets[row.number] = value
+                taken.add(id(value))
+        for number, target in enumerate(targets):
+            if target is _MISSING:
+                kind = find_named(*self._kinds[number])
+                targets[number] = kind.__new__(kind)
+        return targets
+
+
+_MISSING = object()
+# What is below the directory that a computation has for itself on a node.
+MODULES = 'modules/'      # files of the user's modules: the import root
+BUNDLES = 'bundles/'      # what belongs to groups of them
+BEHIND_ROOT = 'behind'    # modules that come after the node's own
+BUNDLE = 'bundle-%d'      # name of a bundle's file
+OF_MODULES = '//'         # begins the names of files of modules in Need and File, where no other name can begin so
+
+
+class ModuleLoader(importlib.abc.MetaPathFinder):
+    """Loads the user's modules in a runner and its workers, and finds those that nothing here has.
+
+    `private` is the directory that the computation has for itself, `directory` that of its jobs; `path` is the program's own sys.path where the node is a part of the program
+    (the files are read where they are). `ask(request)` gets from the client what is asked for, a bundle's number or a
+    module's name, and returns '' or why it was not to be had. `loading` is true while a runner loads.
+    """
+
+    def __init__(self, private: str, path: List[str], directory: str) -> None:
+        self.root = os.path.join(private, MODULES.rstrip('/'))
+        self.directory = directory
+        self._private, self._path = private, path
+        self._loaded: Set[int] = set()
+        self._denied: Set[str] = set()     # names that the client has not
+        self.ask: Optional[Callable[[Any], str]] = None
+        self.loading = True
+        self.notes: List[str] = []         # for the client's log
+
+    def install(self) -> None:
+        """Put the user's modules ahead of the node's own."""
+        if self._path:
+            sys.path[:] = [*self._path, self.directory, *(entry for entry in sys.path if entry not in self._path)]
+        else:
+            sys.path[:0] = [self.root, self.directory]
+        sys.path.append(os.path.join(self._private, BEHIND_ROOT))
+        sys.meta_path.append(self)
+
+    def need(self, numbers: Iterable[int]) -> None:
+        """Import the modules of these bundles, once. Raises what that raises, or ModuleNotFoundError."""
+        for number in numbers:
+            if number not in self._loaded:
+                before, self.loading = self.loading, True
+                try:
+                    self._load(number)
+                finally:
+                    self.loading = before
+
+    def _load(self, number: int) -> None:
+        path = os.path.join(self._private, BUNDLES, BUNDLE % number)
+        if not os.path.exists(path):
+            error = 'this process cannot ask for them' if self.ask is None else self.ask(number)
+            if error:
+                raise ModuleNotFoundError('modules of the program are not on this node: %s' % error)
+        with open(path, 'rb') as file:
+            bundle = open_envelope(file.read())
+        importlib.invalidate_caches()
+        if bundle['compiled'] and bundle['build'] != build_tag():
+            raise ImportError('module %s is compiled for %s; this node is %s' % (bundle['compiled'][0], bundle['build'], build_tag()))
+        for name in bundle['order']:
+            importlib.import_module(name)
+        rows = [StateRow(*row) for row in bundle['rows']]
+        ModuleState(bundle['platform'], rows, bundle['kinds'], bundle['state']).apply()
+        self._loaded.add(number)
+        self.notes += compare_packages(bundle['packages'])
+
+    # -- a finder: the last one in sys.meta_path ------------------------------------------------------------
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """A module that a job imports and nothing here has: the client may have it."""
+        if self.ask is None or self._path or name in self._denied or not self._is_of_user(name, path):
+            return None
+        if self.ask(name):
+            self._denied.add(name)
+            return None
+        importlib.invalidate_caches()
+        return importlib.machinery.PathFinder.find_spec(name, path)
+
+    def _is_of_user(self, name: str, path: Any) -> bool:
+        """Whether the user's code imports it: what libraries try to import is none of the client's."""
+        if path is not None:
+            return any(str(entry).startswith(self.root) for entry in path)
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_globals.get('__name__', '').partition('.')[0] in ('importlib', '_frozen_importlib'):
+            frame = frame.f_back  # type: ignore[assignment]
+        if frame is None:
+            return False
+        file = frame.f_code.co_filename
+        module = frame.f_globals.get('__name__')
+        return module in MAIN_NAMES or file.startswith((self.root, self.directory))
+
+
+modules: Optional[ModuleLoader] = None   # of a runner and its workers
+
+
+def check_not_importing() -> None:
+    """Raises RuntimeError while a node imports the user's modules: a cluster that was made then would be made once more on
+    each node, and so on without end."""
+    if modules is not None and modules.loading:
+        raise RuntimeError('a module that a node imports makes a cluster: put that under "if __name__ == \'__main__\':" or into '
+                           'a function that jobs do not call')
+
+
+
+def explain_import(exc: BaseException, name: str) -> str:
+    """What led to an import that failed, and what can be done; empty for another error. `name` is the computation's."""
+    chain, trace = [name], exc.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == '<module>':
+            chain.append(str(trace.tb_frame.f_globals.get('__name__')))
+        trace = trace.tb_next
+    if not isinstance(exc, ImportError):
+        return '' if len(chain) == 1 else 'the import failed: %s' % ' -> '.join(chain)
+    missing = exc.name or ''
+    if missing and missing != chain[-1]:
+        chain.append(missing)
+    own = chain[1] if len(chain) > 2 else missing
+    return ('the import failed: %s. Install %s on this node, list its file in depends, or call '
+            'cloudpickle.register_pickle_by_value(%s) in the program'
+            % (' -> '.join(chain), missing.partition('.')[0] or 'what is missing', own.partition('.')[0] or 'module'))
+
+
+def build_tag() -> str:
+    """What compiled modules have to fit: the platform and this Python."""
+    import sysconfig
+    return '%s %s' % (sysconfig.get_platform(), sys.implementation.cache_tag)
+
+
+def package_version(name: str) -> str:
+    """The version of an installed package by its import name; empty if it is not to be found out."""
+    import importlib.metadata
+    try:
+        return importlib.metadata.version(name)
+    except Exception:  # not of that name, or metadata that cannot be read
+        return str(getattr(sys.modules.get(name), '__version__', ''))
+
+
+def compare_packages(packages: Dict[str, str]) -> List[str]:
+    """What differs between the program and this node in major or minor versions, in words."""
+    notes = []
+    for name, there in sorted(packages.items()):
+        here = package_version(name) if there else ''
+        if here and here.split('.')[:2] != there.split('.')[:2]:
+            notes.append('it has %s %s; the program has %s' % (name, here, there))
+    return notes
+
+
+def main_for_children(directory: str) -> None:
+    """Let multiprocessing's start methods spawn and forkserver work in jobs: their children import the computation's main
+    module, as it is when they are started, from a file. The user's script is never run."""
+    from multiprocessing import spawn
+    original = spawn.get_preparation_data
+
+    def get_preparation_data(name: str) -> dict:
+        data = original(name)
+        data.pop('init_main_from_path', None)
+        data['init_main_from_name'] = _write_main(directory)
+        data['sys_path'] = [*data['sys_path'], directory, os.path.dirname(os.path.abspath(__file__))]
+        return data
+    spawn.get_preparation_data = get_preparation_data
+
+
+_MAIN_TEXT = '''"""The main module of a computation, for children of its jobs."""
+import dispynode
+dispynode.load_main(globals(), %r)
+'''
+
+
+def _write_main(directory: str) -> str:
+    """Write what the main module defines. Returns the name of a module that defines it again."""
+    class Pickler(value_pickler()):  # type: ignore[misc]
+        complete = True
+    found: Dict[str, bytes] = {}
+    for name, value in list(vars(sys.modules['__main__']).items()):
+        if not name.startswith('__'):
+            with contextlib.suppress(Exception):  # what cannot be pickled, the child has not
+                found[name] = b''.join(bytes(piece) for piece in pieces_of(seal(value, Pickler).payload))
+    module = 'dispy_main_%d' % os.getpid()
+    path = os.path.join(directory, module)
+    with open(path + '.pickle', 'wb') as file:
+        pickle.dump(found, file)
+    with open(path + '.py', 'w', encoding='utf-8') as source:
+        source.write(_MAIN_TEXT % (path + '.pickle'))
+    return module
+
+
+def load_main(variables: Dict[str, Any], path: str) -> None:
+    """In a child of a job: define what the job's main module defines."""
+    with open(path, 'rb') as file:
+        found = pickle.load(file)   # written by the job's own worker
+    main = sys.modules.get('__mp_main__')
+    if main is not None and vars(main) is variables:
+        spaces.adopt_main(main)
+    for name, payload in found.items():
+        with contextlib.suppress(Exception):  # it is missing when it is used
+            variables[name] = unseal(payload)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The job side: worker and runner processes. One thread each; the only place where a user's code runs.
 # ---------------------------------------------------------------------------------------------------------
 
@@ -3427,43 +4621,12 @@ class Catch:
         os.close(self.handle)
 
 
-def python_of(version: tuple) -> str:
-    """A version of Python as people read it: '3.8'."""
-    return 'Python ' + '.'.join(map(str, version[:2]))
-
-
-def make_code(version: tuple, args: tuple, file: str) -> types.CodeType:
-    """A code object that came pickled. One of another version could be made, and would crash whoever calls it. Its file is for
-    tracebacks; cloudpickle leaves it out since 3.1.3."""
-    if version != sys.version_info[:2]:
-        raise TypeError('it holds a function or class by value, whose code is for %s; this is %s'
-                        % (python_of(version), python_of(sys.version_info)))
-    return types.CodeType(*args).replace(co_filename=file)
-
-
-@functools.lru_cache(maxsize=None)
-def value_pickler() -> Any:
-    """cloudpickle's Pickler, with the version and the file in every code object."""
-    import cloudpickle
-    reduce_code = cloudpickle.Pickler.dispatch_table[types.CodeType]
-
-    class Pickler(cloudpickle.Pickler):  # type: ignore[misc, name-defined]
-        dispatch_table = collections.ChainMap(
-            {types.CodeType: lambda code: (make_code, (sys.version_info[:2], reduce_code(code)[1], code.co_filename))},
-            cloudpickle.Pickler.dispatch_table)
-    return Pickler
-
-
-def _by_value(value: Any, file: Any, protocol: int, buffer_callback: Any) -> None:
-    value_pickler()(file, protocol, buffer_callback).dump(value)
-
-
 def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
     """The payload of a job that raised: the text, and the exception when it survives pickling."""
     body: bytes = b''
     if exc is not None:
         try:
-            body = b''.join(pieces_of(seal(exc, _by_value)[0]))
+            body = b''.join(pieces_of(seal(exc).payload))
             unseal(body)
         except Exception:  # the user's exception does what it likes; the text is what counts
             body = b''
@@ -3491,18 +4654,6 @@ def describe_exception(exc: BaseException, skip: int = 0) -> str:
 def find_named(module: str, name: str) -> Any:
     """What has this qualified name in a module; the module itself for an empty name."""
     return functools.reduce(getattr, name.split('.') if name else (), importlib.import_module(module))
-
-
-def class_of_client(version: tuple, module: str, name: str, code: bytes) -> Any:
-    """A class of the user's in a job's arguments: from the source sent where Python is of another version, else by value."""
-    if version == sys.version_info[:2]:
-        return pickle.loads(code)
-    try:
-        return find_named(module, name)
-    except (ImportError, AttributeError):
-        why = _left_out.get((module, name), 'it is not in the source sent; put it into depends')
-        raise TypeError('class %s.%s of the client, which runs %s, cannot be had by %s: %s'
-                        % (module, name, python_of(version), python_of(sys.version_info), why)) from None
 
 
 _left_out: Dict[Tuple[str, str], str] = {}   # classes that the computation does not need and that do not load here
@@ -3569,12 +4720,10 @@ def _name_of(path: str, directory: str) -> str:
     return name
 
 
-_opened_function = functools.lru_cache(maxsize=64)(unseal)   # an executor's jobs bring their function along, mostly the same
-
-
 def call_packed(function: bytes, args: tuple, kwargs: dict) -> Any:
-    """The computation of an executor: any function a call."""
-    return _opened_function(function)(*args, **kwargs)
+    """The computation of an executor: any function a call. It is opened for each call, so that no call sees what another
+    has done to it."""
+    return unseal(function)(*args, **kwargs)
 
 
 def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
@@ -3586,7 +4735,8 @@ class Worker:
     """Runs job after job in a process of its own."""
 
     def __init__(self, sock: socket.socket, slots: Any, function: Callable[..., Any], out: Catch, err: Catch,
-                 spec: dict, libc: Any) -> None:
+                 spec: dict, libc: Any, globals_: Sequence[Dict[str, Any]] = ()) -> None:
+        self._globals = globals_   # of the computation, setup and cleanup
         self._sock, self._slots, self._function = sock, slots, function
         self._out, self._err, self._spec, self._libc = out, err, spec, libc
         self._directory = spec['directory']
@@ -3598,7 +4748,7 @@ class Worker:
         self._sending = threading.Lock()   # guards the writing end of the pipe: a job may have threads
         self._filing = threading.Lock()    # one file at a time; guards _answers
         self._answers: Deque[str] = collections.deque()
-        self._brought: Optional[Tuple[str, Dict[str, Any]]] = None   # directory and names that are the job's alone
+        self._brought: Optional[Tuple[str, Callable[[], None]]] = None   # the job's own directory; takes its names away
 
     def serve(self) -> None:
         """Until the daemon closes the pipe, or this process is not fit for another job."""
@@ -3633,7 +4783,9 @@ class Worker:
                    'SIGQUIT', 'SIGXCPU')
         self._handlers = [(int(number), _getsignal(number)) for number in
                           (getattr(signal, name, None) for name in watched) if number is not None]
-        Runner.offer({'dispy_provisional_result': self._provisional, 'dispy_send_file': self._send_file})
+        Runner.offer({'dispy_provisional_result': self._provisional, 'dispy_send_file': self._send_file}, self._globals)
+        if modules is not None:
+            modules.ask = self._ask_client
         if self._spec['logs'] >= 0:
             handler = logging.Handler()
             handler.emit = self._forward  # type: ignore[method-assign]
@@ -3691,7 +4843,7 @@ class Worker:
 
     def _provisional(self, result: Any) -> int:
         """dispy_provisional_result: hand the client a value while the job goes on. Raises what pickling raises."""
-        payload, plain = seal(result, _by_value)
+        payload, plain, _, _ = seal(result)
         with self._beside_job():
             now = time.time()
             self._send(Kind.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE, self._slots[0], now, now, payload)
@@ -3722,6 +4874,14 @@ class Worker:
         if error:
             raise OSError('%s could not be sent: %s' % (path, error))
         return 0
+
+    def _ask_client(self, request: Any) -> str:
+        """Have a bundle of modules, by number, or a module, by name, fetched from the client. Returns '' or why that failed."""
+        with self._filing, self._beside_job():
+            self._send(Kind.WANT, 0, self._slots[0], 0.0, 0.0, pickle.dumps(request))
+            while not self._answers:
+                self._receive(0)
+            return self._answers.popleft()
 
     def _give_back(self) -> None:
         """Return all that has not started, from this process and from the pipe."""
@@ -3792,10 +4952,8 @@ class Worker:
 
     def _bring(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any]) -> None:
         """dispy_job_depends: a directory of the job's own, with its files and links to the computation's, and names."""
-        import builtins
         private = tempfile.mkdtemp(prefix='job-', dir=self._spec['private'])
-        self._brought = (private, {name: vars(builtins).get(name, self) for name in objects})
-        Runner.offer(objects)
+        self._brought = (private, lend_names(objects, self._globals))
         for name in os.listdir(self._directory):
             os.symlink(os.path.join(self._directory, name), os.path.join(private, name))
         for name, mode, data in files:
@@ -3810,16 +4968,11 @@ class Worker:
         os.chdir(private)
 
     def _take_away(self) -> None:
-        """The inverse. `self` marks names that were not there before."""
-        import builtins
+        """The inverse."""
         assert self._brought is not None
-        private, names = self._brought
+        private, give_back = self._brought
         self._brought = None
-        for name, value in names.items():
-            if value is self:
-                delattr(builtins, name)
-            else:
-                setattr(builtins, name, value)
+        give_back()
         os.chdir(self._directory)
         shutil.rmtree(private, ignore_errors=True)
 
@@ -3827,7 +4980,7 @@ class Worker:
         if failure is not None:
             return Outcome.RAISED, pack_error(describe_exception(failure, 1), failure)
         try:
-            payload, plain = seal(value, _by_value)
+            payload, plain, _, _ = seal(value)
             return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
         except BaseException as exc:  # __reduce__ and its kin are the user's code
             text = 'the result, of type %s, could not be pickled: %s' % (type(value).__name__, describe_exception(exc, 1))
@@ -3911,6 +5064,42 @@ class Worker:
             return False
 
 
+def globals_of(*functions: Any) -> List[Dict[str, Any]]:
+    """The global variables of these functions, once each; not those of this module, whose functions an executor calls."""
+    found: List[Dict[str, Any]] = []
+    for function in functions:
+        while hasattr(function, 'func') and not hasattr(function, '__globals__'):   # a partial
+            function = function.func
+        if not isinstance(function, (types.FunctionType, types.MethodType)):
+            function = getattr(function, '__wrapped__', None) or getattr(type(function), '__call__', None)
+        variables = getattr(getattr(function, '__func__', function), '__globals__', None)
+        if variables is globals():
+            variables = vars(sys.modules['__main__'])
+        if variables is not None and not any(variables is other for other in found):
+            found.append(variables)
+    return found
+
+
+def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Callable[[], None]:
+    """Make names known to one job: in the computation's global variables where they are free, and in builtins for other
+    modules. Returns what takes them away again."""
+    import builtins
+    lent: List[Tuple[Dict[str, Any], str, Any]] = []
+    for variables in globals_:
+        lent += [(variables, name, _MISSING) for name in names if name not in variables]
+    lent += [(vars(builtins), name, vars(builtins).get(name, _MISSING)) for name in names]
+
+    def give_back() -> None:
+        for variables, name, before in lent:
+            if before is _MISSING:
+                variables.pop(name, None)
+            else:
+                variables[name] = before
+    for variables, name, _ in lent:
+        variables[name] = names[name]
+    return give_back
+
+
 class _Child(NamedTuple):
     process: Any
     slots: Any
@@ -3950,13 +5139,15 @@ class Runner:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))   # ends a setup that hangs, and closes
         if hasattr(os, 'register_at_fork'):   # what setup forks must not hold the line by which the daemon sees our end
             os.register_at_fork(after_in_child=self._control.close)
+        self._loaded = False
         try:
             self._load(init.bodies[1])
         except BaseException as exc:  # the user's modules and setup may raise anything
             self._kill_strays()
-            self._tell_failure(describe_exception(exc, 1))
+            hint = '' if self._loaded else explain_import(exc, self._spec['name'])
+            self._tell_failure(hint + '\n' * bool(hint) + describe_exception(exc, 1))
             return
-        self._send(Kind.UP)
+        self._send(Kind.UP, 0, 0, 0.0, 0.0, pickle.dumps(modules.notes if modules is not None else []))
         self._serve()
 
     # -- loading ------------------------------------------------------------------------------------------
@@ -3965,42 +5156,61 @@ class Runner:
         os.chdir(self._directory)
         for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMEXPR_NUM_THREADS'):
             os.environ.setdefault(name, '1')   # a worker a CPU runs already
-        sys.path.insert(0, self._directory)
-        self.offer(dict(self._spec['names'], os=os, sys=sys, time=time))
         self._unpack_support()
+        loader = self._loader()
+        self.offer(dict(self._spec['names'], os=os, sys=sys, time=time), ())
         if self._spec['kind'] == 'program':
             self._function: Callable[..., Any] = Program(os.path.join(self._directory, self._spec['program']))
             self._cleanup = None
+            self._loaded = True
         else:
-            self._function, setup, self._cleanup, objects = \
-                load_source(*open_envelope(code)) if self._spec['kind'] == 'source' else unseal(code)
-            self._setup_args, own_objects = unseal(self._spec['setup_args']) if self._spec['setup_args'] else ((), {})
-            self.offer(dict(objects, **own_objects))
-            self._name_main()
+            setup = self._load_functions(code, loader)
+            self._loaded = True
             if setup is not None:
                 answer = setup(*self._setup_args)
                 if answer is not None and answer != 0:
                     raise RuntimeError('setup returned %.200r, which refuses this node' % (answer,))
+        loader.loading = False
         self._own = set(self._descendants())
         import gc
         gc.collect()
         gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
 
-    def _name_main(self) -> None:
-        """What the user's __main__ defines and the computation uses gets its name in ours, so that jobs can pickle it by
-        name: for a multiprocessing.Pool of their own, and in results."""
-        function = getattr(self._function, 'func', self._function)   # of a partial
-        known = getattr(getattr(function, '__func__', function), '__globals__', {})
-        for name, value in list(known.items()):
-            if getattr(value, '__module__', None) == '__main__' and getattr(value, '__qualname__', None) == name:
-                setattr(sys.modules['__main__'], name, value)
+    def _loader(self) -> ModuleLoader:
+        """Make the modules and the main module of the program importable here."""
+        global modules
+        main = types.ModuleType('__main__')
+        sys.modules['__main__'] = sys.modules['__mp_main__'] = main
+        spaces.adopt_main(main)
+        modules = ModuleLoader(self._spec['private'], self._spec['sys_path'], self._directory)
+        modules.install()
+        if self._spec['argv']:
+            sys.argv = list(self._spec['argv'])
+        main_for_children(self._spec['private'])
+        return modules
+
+    def _load_functions(self, code: memoryview, loader: ModuleLoader) -> Any:
+        """The computation, cleanup and what is found by name beside them. Returns setup."""
+        source = load_source if self._spec['kind'] == 'source' else None
+        if self._spec['bundles']:
+            loader.need((0,))
+        self._function, setup, self._cleanup, objects = \
+            load_source(*open_envelope(code)) if source is not None else unseal(code)
+        self._setup_args, own_objects = unseal(self._spec['setup_args']) if self._spec['setup_args'] else ((), {})
+        self._globals = globals_of(self._function, setup, self._cleanup)
+        self.offer(dict(self._spec['names'], **objects, **own_objects), self._globals)
+        return setup
 
     @staticmethod
-    def offer(names: Dict[str, Any]) -> None:
-        """Names that need no import in a job. In builtins, so that the computation's own globals come first."""
+    def offer(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
+        """Names that need no import in a job: in the global variables of the computation where they are free, and in
+        builtins for the other modules."""
         import builtins
         for name, value in names.items():
             setattr(builtins, name, value)
+        for variables in spaces_:
+            for name, value in names.items():
+                variables.setdefault(name, value)
 
     def _unpack_support(self) -> None:
         """The client's cloudpickle, where this host has none or another version."""
@@ -4014,10 +5224,11 @@ class Runner:
             sys.path.insert(0, root)
 
     def _tell_failure(self, text: str) -> None:
+        """The computation cannot be used here; the record's number is 1 if its code cannot even be loaded."""
         sys.stdout.flush()
         sys.stderr.flush()
         printed = self._err.peek(os.fstat(2).st_size).decode('utf-8', 'replace')[-2000:]
-        self._send(Kind.FAILED, 0, 0, 0.0, 0.0, (text + ('\nstderr:\n' + printed if printed else '')).encode('utf-8', 'replace'))
+        self._send(Kind.FAILED, int(not self._loaded), 0, 0.0, 0.0, (text + ('\nstderr:\n' + printed if printed else '')).encode('utf-8', 'replace'))
 
     # -- serving ------------------------------------------------------------------------------------------
 
@@ -4125,8 +5336,9 @@ class Runner:
             for other in self._children.values():
                 other.out.close()
                 other.err.close()
-            Worker(sock, child.slots, self._function, child.out, child.err, self._spec, self._libc).serve()
+            Worker(sock, child.slots, self._function, child.out, child.err, self._spec, self._libc, self._globals).serve()
         except (BrokenPipeError, ConnectionError, EOFError):
+
             os._exit(1)   # the pipe is gone, and with it whoever could be told
         except BaseException:  # no descriptors, or our own fault: the runner reads it from the file and tells
             traceback.print_exc()
@@ -5175,10 +6387,12 @@ class _Run:
     def __init__(self, comp: str, directory: str, private: str, keep: bool, max_file: int) -> None:
         self.comp, self.directory, self.private, self.keep = comp, directory, private, keep
         self.receiver = FileReceiver(directory, max_file)
+        self.modules = FileReceiver(private, max_file)   # files of the user's modules
+        self.fetched: list = []                      # rows of those that are on their way
         self.placing: Dict[str, IncomingFile] = {}   # files that come while the computation is set up
         self.process: Any = None
         self.control: Optional[Pipe] = None
-        self.up = self.closing = False
+        self.up = self.closing = self.unloadable = False
         self.text = ''
         self.pipes: Dict[int, Pipe] = {}
         self.pids: Dict[int, int] = {}
@@ -5272,6 +6486,7 @@ class Daemon(Loop):
         self._root = self._base = ''   # where computations work, and what is above: not the same with --user
         self._acts: Dict[type, Callable[[Any], None]] = {
             Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store, StorePlaced: self._store_placed,
+            Fetch: self._fetch,
             StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
             Keep: self._keep, SendKept: self._send_kept, Forget: self._forget, Remember: self._remember,
             NoteOverrun: self._note_overrun, Feed: self._feed, Interrupt: self._interrupt,
@@ -5289,6 +6504,7 @@ class Daemon(Loop):
                 port = self._gates[0].server_address[1]
             self._root = self._take_directory(port)
             self.node.facts['lock'] = machine(), os.path.join(self._base, 'lock')
+            self._modules = ModuleStore(os.path.join(self._root, 'p-.modules'))
             self._find_kept()
             if self._callers and options.certfile:
                 self._tls = tls_context(False, options.certfile, options.keyfile)
@@ -5364,7 +6580,7 @@ class Daemon(Loop):
                 root = self._user_directory(root, self._options.user)
             wrecks = {}
             for name in os.listdir(root):
-                if name.startswith('p-') and os.path.isdir(os.path.join(root, name)):
+                if name.startswith('p-') and name[2:].isalnum() and os.path.isdir(os.path.join(root, name)):
                     try:
                         wrecks[name[2:]] = Slots.read(os.path.join(root, name))
                     except OSError as exc:
@@ -5445,6 +6661,8 @@ class Daemon(Loop):
         if self._lock_file is not None:
             self._lock_file.close()
             self._lock_file = None
+            with self._as_user():
+                shutil.rmtree(os.path.join(self._root, 'p-.modules'), ignore_errors=True)
             if self._options.embedded:
                 shutil.rmtree(self._root, ignore_errors=True)
             elif self._options.user is not None:
@@ -5648,21 +6866,46 @@ class Daemon(Loop):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.makedirs(private, mode=0o700, exist_ok=True)
                 run = self._runs[comp] = _Run(comp, directory, private, keep, self._options.max_file)
-                missing = run.receiver.want(spec['files'])
+                missing = run.receiver.want(spec['files']) + self._want_modules(run, spec['modules'])
         except (OSError, ValueError) as exc:
             self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc, reason_of(exc)))
         else:
             self.post(Prepared(comp, missing))
 
-    def _store(self, action: Store) -> None:
-        run = self._runs[action.comp]
+    def _want_modules(self, run: _Run, rows: list) -> List[str]:
+        """Names of the files of modules that have to be sent; those that came for other computations are copied."""
+        run.fetched = rows
+        run.modules.abort()
+        self._modules.bring(run.private, rows)
+        return [OF_MODULES + name for name in run.modules.want(rows)]
+
+    def _fetch(self, action: Fetch) -> None:
         try:
             with self._as_user():
-                complete = run.receiver.piece(action.name, action.offset, action.data)
+                missing = self._want_modules(self._runs[action.comp], action.rows)
+        except (OSError, ValueError) as exc:
+            self.post(Fetched(action.comp, [], 'files cannot be stored: %s' % exc))
+        else:
+            self.post(Fetched(action.comp, missing))
+
+    def _store(self, action: Store) -> None:
+        run = self._runs[action.comp]
+        of_modules = action.name.startswith(OF_MODULES)
+        try:
+            with self._as_user():
+                if of_modules:
+                    complete = run.modules.piece(action.name[len(OF_MODULES):], action.offset, action.data)
+                else:
+                    complete = run.receiver.piece(action.name, action.offset, action.data)
+                if complete and of_modules:
+                    self._modules.keep(run.private, run.fetched)
+                complete = run.receiver.is_complete and run.modules.is_complete
         except (OSError, ValueError) as exc:
             with self._as_user():
                 run.receiver.abort()
+                run.modules.abort()
             self.post(Stored(action.comp, 'file %.100r cannot be stored: %s' % (action.name, exc), reason_of(exc)))
+
         else:
             if complete:
                 self.post(Stored(action.comp))
@@ -5688,6 +6931,7 @@ class Daemon(Loop):
     def _discard(self, run: _Run) -> None:
         with self._as_user():
             run.receiver.abort()
+            run.modules.abort()
             for incoming in run.placing.values():
                 incoming.abort()
             shutil.rmtree(run.private, ignore_errors=True)
@@ -5757,7 +7001,7 @@ class Daemon(Loop):
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:   # no descriptors
-            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), None, 'process'))
+            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), code='process'))
             return
         link = self.links.get(action.link)
         address = (self._options.ext_hosts[:1] or (plain_address(link.sock.getsockname()[0]) if link is not None else '127.0.0.1',))[0]
@@ -5768,14 +7012,15 @@ class Daemon(Loop):
         except OSError as exc:
             ours.close()
             run.process = None
-            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), None, 'process'))
+            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), code='process'))
             return
         finally:
             theirs.close()
         run.control = Pipe(ours, action.comp)
         self.attach(run.control)
         run.watch = RunnerWatch(self, run.process.pid, functools.partial(self._look_at_runner, run))
-        init = {'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
+        init = {'name': spec['name'], 'sys_path': spec['sys_path'], 'argv': spec['argv'],
+                'bundles': any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']), 'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
                 'support': {name: bytes(source) for name, source in spec['support'].items()},
                 'max_file': self._options.max_file, 'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
                 'names': {'dispy_node_name': self.node.name, 'dispy_node_ip_addr': address, 'dispy_job_path': run.directory}}
@@ -5849,7 +7094,7 @@ class Daemon(Loop):
             self._reap()
         self._discard(self._runs.pop(run.comp))
         passes = not run.text and code in (None, -signal.SIGTERM, -getattr(signal, 'SIGKILL', signal.SIGTERM))
-        self._tell(RunnerGone(run.comp, run.text or exit_text(code), begun, 'process' if passes else 'setup'))
+        self._tell(RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun, 'process' if passes else 'setup'))
 
     def _read_out(self, run: _Run) -> None:
         try:
@@ -5883,9 +7128,10 @@ class Daemon(Loop):
             return
         if record.kind == Kind.UP:
             run.up = True
-            self._tell(RunnerUp(run.comp))
+            self._tell(RunnerUp(run.comp, open_envelope(record.bodies[0])))
         elif record.kind == Kind.FAILED:
             run.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+            run.unloadable = record.number == 1
             if run.closing:
                 logger.warning('%s', run.text)
         elif record.kind == Kind.BORN:
@@ -5931,6 +7177,11 @@ class Daemon(Loop):
                     raise PeerError('a worker sent a file that is none')
                 self._tell(WorkerFile(pipe.worker, record.serial, row, record.number * FILE_PIECE, beside(record.bodies[1])))
                 self._hold_back(pipe)
+            elif record.kind == Kind.WANT:
+                request = open_envelope(record.bodies[0])
+                if type(request) not in (int, str):
+                    raise PeerError('a worker wants modules that are none')
+                self._tell(WorkerWants(pipe.worker, record.serial, request))
             elif record.kind == Kind.UNSTARTED:
                 if rows:
                     self._tell(WorkerResults(pipe.worker, rows))
@@ -6100,11 +7351,11 @@ def availability(directory: str) -> dict:
 def installed_version(package: str) -> str:
     """Version of a package without importing it; empty when it is not there."""
     spec = importlib.util.find_spec(package)
-    if spec is None or not spec.origin:
+    if spec is None or not spec.origin or not hasattr(spec.loader, 'get_data'):
         return ''
-    with open(spec.origin, encoding='utf-8') as file:
-        found = re.search(r'^__version__ = ["\']([^"\']+)', file.read(), re.MULTILINE)
-    return found.group(1) if found else ''
+    source = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]   # it may lie in an archive
+    found = re.search(rb'^__version__ = ["\']([^"\']+)', source, re.MULTILINE)
+    return found.group(1).decode() if found else ''
 
 
 def default_directory(port: int) -> str:

@@ -57,10 +57,10 @@ from dispy import (
     OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
     NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState, Work, job_row, parse_nodes)
 from dispynode import (
-    FRAME_FILL, GOES_ON, NODE_PORT, PAST_TIME, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
+    BUNDLE, BUNDLES, FRAME_FILL, GOES_ON, NODE_PORT, OF_MODULES, PAST_TIME, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
     Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
     Offer, Outcome, Output, Past, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
-    Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, derive_key, discovery_reach, find_secret, frames,
+    Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, check_name, derive_key, discovery_reach, find_secret, frames,
     host_and_port, open_envelope, parse_arguments, pieces_of, positive, reason_of, save_config, set_up_log, size_of, size_option, sized,
     unpack_error)
 
@@ -352,6 +352,14 @@ class RemoteWork(Work):
         self._serial, self._client = serial, client
 
 
+MODULES_OF = '.modules'   # ends the name of the directory that has the files of a program's modules
+
+
+def of_modules(rows: list) -> list:
+    """Rows of files of modules, with names that tell them from other files."""
+    return [(OF_MODULES + row[0], *row[1:]) for row in rows]
+
+
 class RemoteAllocator(NamedTuple):
     """A NodeAllocate of a program, which is asked by its number."""
     number: int
@@ -374,7 +382,10 @@ class Remote:
         self._source: Optional[Tuple[bytes, str]] = None
         self.take_spec(spec)
         self.receiver = FileReceiver(directory)
+        self.modules = FileReceiver(directory + MODULES_OF)   # files of the program's own modules
+        os.makedirs(directory + MODULES_OF, mode=0o700, exist_ok=True)
         self.wanted: Deque[Tuple[list, Callable[..., None]]] = collections.deque()   # files to be had, and who waits for them
+
         self.ready = False
         self.works: Dict[int, RemoteWork] = {}    # by the program's serials
         self.ended: Dict[int, int] = {}           # the same of jobs that have ended and are not acknowledged, to their numbers
@@ -394,6 +405,35 @@ class Remote:
         spec = dict(spec, code=bytes(spec['code']), setup_args=bytes(spec['setup_args']),
                     support={name: bytes(source) for name, source in spec['support'].items()})
         self._cargo = Cargo(spec, paths, spec['kind'] == 'program', lambda: (b'', 'only its program can tell'))
+
+    def want(self, rows: list) -> List[str]:
+        """Names of the files that are not here. Those of modules have a directory of their own, and their names say so."""
+        of_modules = [(row[0][len(OF_MODULES):], *row[1:]) for row in rows if row[0].startswith(OF_MODULES)]
+        missing = self.receiver.want([row for row in rows if not row[0].startswith(OF_MODULES)])
+        return missing + [OF_MODULES + name for name in self.modules.want(of_modules)]
+
+    def piece(self, name: str, offset: int, data: Any) -> bool:
+        """A piece of a file; true when none is wanted any more. Raises ValueError or OSError."""
+        if name.startswith(OF_MODULES):
+            self.modules.piece(name[len(OF_MODULES):], offset, data)
+        else:
+            self.receiver.piece(name, offset, data)
+        return self.receiver.is_complete and self.modules.is_complete
+
+    def abort(self) -> None:
+        """Forget files that are half here."""
+        self.receiver.abort()
+        self.modules.abort()
+
+    def remove(self) -> None:
+        """Remove its files."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self.directory + MODULES_OF, ignore_errors=True)
+
+    @property
+    def file_rows(self) -> list:
+        """Rows of all its files, as `want` takes them."""
+        return self._cargo.spec['files'] + of_modules(self._cargo.spec['modules'])
 
     def _node_came(self) -> None:
         """As a cluster's; News tells it."""
@@ -851,7 +891,7 @@ class Scheduler(Driver):
                             len(remote.works) - len(waiting), len(remote.ended))
         known = {comp for comp, _, _ in self._state.comps()}
         for name in os.listdir(self._state.root):
-            if name.startswith('c-') and name[2:] not in known:
+            if name.startswith('c-') and name[2:].partition('.')[0] not in known:
                 shutil.rmtree(os.path.join(self._state.root, name), ignore_errors=True)
 
     def _directory_of(self, comp: str) -> str:
@@ -1006,7 +1046,7 @@ class Scheduler(Driver):
             for incoming in remote.placing.values():
                 incoming.abort()
             remote.placing.clear()
-            remote.receiver.abort()
+            remote.abort()
             while remote.wanted:
                 remote.wanted.popleft()[1]('its program is not connected')
             self._no_files(remote)
@@ -1061,7 +1101,7 @@ class Scheduler(Driver):
             remote = Remote(message.comp, link.instance, message.spec, self._directory_of(message.comp))
             self._came_back(remote, link)
             self._unopened[message.comp] = remote
-        self._want(remote, remote._cargo.spec['files'], functools.partial(self._complete, remote))
+        self._want(remote, remote.file_rows, functools.partial(self._complete, remote))
 
     def _came_back(self, remote: Remote, link: Link) -> None:
         remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
@@ -1073,7 +1113,7 @@ class Scheduler(Driver):
         link = self.links.get(remote.link)
         if error:
             self._unopened.pop(remote._comp, None)
-            shutil.rmtree(remote.directory, ignore_errors=True)
+            remote.remove()
             if link is not None:
                 self.say(link, Refused(remote._comp, code, error))
             return
@@ -1108,7 +1148,7 @@ class Scheduler(Driver):
                 large = [row for row in rows if row[1] > self._options.max_file_size]
                 if large:
                     raise ValueError('%s has %d bytes, and --max-file-size is %d' % (large[0][0], large[0][1], self._options.max_file_size))
-                missing = remote.receiver.want(rows)
+                missing = remote.want(rows)
             except (OSError, ValueError) as exc:
                 remote.wanted.popleft()
                 then('files cannot be stored at the scheduler: %s' % exc, reason_of(exc))
@@ -1126,10 +1166,11 @@ class Scheduler(Driver):
         if remote is None or not remote.wanted:
             return
         try:
-            whole, error, code = remote.receiver.piece(message.name, message.offset, message.data), '', ''
+            whole, error, code = remote.piece(message.name, message.offset, message.data), '', ''
         except (OSError, ValueError) as exc:
-            remote.receiver.abort()
+            remote.abort()
             whole, error, code = True, 'file %.100r cannot be stored at the scheduler: %s' % (message.name, exc), reason_of(exc)
+
         if whole:
             _, then = remote.wanted.popleft()
             then(error, code)
@@ -1217,8 +1258,8 @@ class Scheduler(Driver):
             logger.info('%s: is over', remote.name)
         self._kept -= sum(OBJECT + len(work._payload) for work in remote.works.values() if work._payload is not None)
         remote.works.clear()
-        remote.receiver.abort()
-        shutil.rmtree(remote.directory, ignore_errors=True)
+        remote.abort()
+        remote.remove()
         if comp in self._exclusives:
             self._exclusives.remove(comp)
         self._reassign = True
@@ -1295,7 +1336,7 @@ class Scheduler(Driver):
                     running = {serial for serial, _ in done.result().running}
                     answer([work._client for serial, work in self.jobs_at(comp, args[0]).items() if serial in running])
             future.add_done_callback(answered)
-        elif name in ('find', 'set_cpus', 'leave', 'complaint'):
+        elif name in ('find', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
             answer(self.command(comp, name, *args))
         else:
             raise ValueError('%.40r cannot be asked of a scheduler' % name)
@@ -1339,10 +1380,58 @@ class Scheduler(Driver):
             if error:
                 self._allocated(cluster._comp, peer, link, Allocation(0, b'', [], {}), error[1])
                 return
-            cpus, setup_args, rows = value
+            cpus, setup_args, rows, modules = value
             paths = {row[0]: os.path.join(cluster.directory, *row[0].split('/')) for row in rows}
-            self._want(cluster, rows, lambda failed, code='': self._allocated(cluster._comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths), failed))
+            self._bring_modules(cluster, modules)
+            self._want(cluster, rows + of_modules(modules), lambda failed, code='': self._allocated(
+                cluster._comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths), failed))
+
         self._ask(cluster, 'allocate', (allocator.number, row), told)
+
+    def _bring_modules(self, remote: Remote, rows: list) -> None:
+        """Files of modules that arguments of later jobs need: nodes that are set up from now on get them at once."""
+        known = {row[0] for row in remote._cargo.spec['modules']}
+        more = [row for row in rows if row[0] not in known]
+        if more:
+            remote.take_spec(dict(remote._cargo.spec, modules=remote._cargo.spec['modules'] + more))
+            self._state.began(remote)
+
+    def _on_call(self, peer: Peer, message: Call) -> None:
+        """A job on a node needs modules of its program. What was fetched before is here."""
+        remote = self._clusters.get(message.comp)
+        if not isinstance(remote, Remote):
+            return
+        answer = functools.partial(self._answer_node, peer, message)
+        request = message.args[0] if message.name == 'modules' and len(message.args) == 1 else None
+        if any(row[0] == BUNDLES + BUNDLE % request for row in remote._cargo.spec['modules']) if type(request) is int else False:
+            answer((), remote._cargo.spec['modules'])
+            return
+
+        def told(error: tuple, rows: Any) -> None:
+            if error:
+                answer(error, None)
+                return
+
+            def complete(failed: str) -> None:
+                if not failed and type(request) is int:
+                    self._bring_modules(remote, rows)
+                answer(('OSError', failed) if failed else (), rows)
+            self._want(remote, of_modules(rows), complete)
+        self._ask(remote, 'modules', message.args, told)
+
+    def _answer_node(self, peer: Peer, message: Call, error: tuple, value: Any) -> None:
+        self.say_to(peer, Return(message.comp, message.number, error, value))
+
+    def _modules(self, cluster: Any, peer: Peer) -> Dict[str, Any]:
+        return {}   # the program has said which
+
+    @staticmethod
+    def _source_of(cluster: Any, name: str, paths: Dict[str, str]) -> Any:
+        if name.startswith(OF_MODULES):
+            name = name[len(OF_MODULES):]
+            check_name(name)
+            return os.path.join(cluster.directory + MODULES_OF, *name.split('/'))
+        return paths.get(name)
 
     def _support(self, cluster: Any, peer: Peer) -> Dict[str, bytes]:
         return {} if peer.facts.get('cloudpickle') == cluster.cloudpickle else cluster._cargo.spec['support']
@@ -1429,7 +1518,7 @@ class Scheduler(Driver):
     def _job_ended(self, action: JobEnded) -> None:
         work, remote = action.work, self._clusters.get(action.work._comp)
         if isinstance(remote, Remote):
-            outcome = Outcome.ABANDONED if work._state is JobState.ABANDONED else Outcome.CANCELLED
+            outcome = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome.DIED}.get(work._state, Outcome.CANCELLED)
             self._end(remote, work, (work._client, int(outcome), 0.0, 0.0, action.text.encode('utf-8', 'replace'), b'', b''))
 
     def _job_waits(self, action: JobWaits) -> None:

@@ -35,7 +35,7 @@ def test_every_code_of_a_refusal_stands_in_the_table():
         found |= set(re.findall(r"Refused\([\w.]+, '(\w+)'", text)) | set(re.findall(r"self\._refuse\(comp, '(\w+)'", text))
     assert found <= set(REASONS) and {'busy', 'closing', 'stopping', 'released', 'worker'} <= found
     assert {code for code, reason in REASONS.items() if not reason.passes} == {
-        'transfer', 'setup', 'version', 'allocate', 'cpus'}
+        'transfer', 'setup', 'code', 'version', 'allocate', 'module', 'cpus'}
 
 
 @pytest.mark.parametrize('where', ['node', 'scheduler'])
