@@ -115,6 +115,7 @@ REDIAL_FIRST, REDIAL_MOST = 0.5, 30.0   # s between attempts to reach a node, do
 FOUND_FAILURES = 5            # attempts after which a node that was found, not named, is forgotten
 ASK_FIRST = 0.2               # s between the first two questions by UDP, doubling up to ping_interval
 RETRY_FIRST, RETRY_MOST = 0.1, 30.0     # s until a computation is offered again to a node that could not take it, doubling
+FORGET_TIME = 3.0             # s that nodes are tried which keep results that need not be kept any more
 CALL_TIME = 30.0              # s that a question to the driver may take; its turns take milliseconds
 ACKS_MOST, ACK_AFTER = 256, 0.05        # results that wait for their acknowledgement, and s that they do
 CALLBACK_THREADS = 16         # callbacks that may block at the same time
@@ -1276,6 +1277,7 @@ class Schedule:
         for (key, name), works in self._sends.items():
             self._do(SendJobs(key, name, works))
             self._index(self.nodes[key])
+        self._sends = {}   # or the last jobs, and their results, would be kept until there are others
 
     def _still_waiting(self) -> List[_Comp]:
         waiting = [comp for comp in self._waiting.values() if comp.length()]
@@ -3737,8 +3739,13 @@ class Journal(Database):
     # -- after a crash ----------------------------------------------------------------------------------------
 
     def comps(self) -> List[tuple]:
-        """Rows (comp, name, reentrant, program, host) of computations with jobs on nodes."""
-        return self._db.execute('SELECT * FROM comps WHERE comp IN (SELECT comp FROM jobs WHERE state = ?)', (self.SENT,)).fetchall()
+        """Rows (comp, name, reentrant, program, host) of computations of which nodes may have something."""
+        return self._db.execute('SELECT * FROM comps WHERE comp IN (SELECT comp FROM jobs WHERE node IS NOT NULL)').fetchall()
+
+    def holders(self) -> Set[str]:
+        """Nodes that may keep results which have been noted: that they need not was perhaps not said any more."""
+        rows = self._db.execute('SELECT DISTINCT node FROM jobs WHERE state = ? AND node IS NOT NULL AND NOT delivered', (self.ENDED,))
+        return {node.rpartition('#')[0] for node, in rows}
 
     def is_program(self) -> bool:
         """Whether the jobs are runs of a program."""
@@ -4032,18 +4039,20 @@ class Recovery:
     _host_has_port = True
     _client = 'recovery'
 
-    def __init__(self, journal: Journal, sent: Sequence[Tuple[DispyJob, str]], done: Callable[[DispyJob, tuple, Peer], None],
+    def __init__(self, journal: Journal, sent: Sequence[Tuple[DispyJob, str]], holders: Set[str], done: Callable[[DispyJob, tuple, Peer], None],
                  lost: Callable[[DispyJob, str], None], again: Callable[[DispyJob], None], over: Callable[[], None],
                  cancel: bool = False) -> None:
         rows, self._journal = journal.comps(), journal
         self.old = [row[0] for row in rows]
+        self._unmet = holders - {node.rpartition('#')[0] for _, node in sent}   # they may keep results that are noted
         self.met: List[Peer] = []
+        self.collected = threading.Event()
         self._jobs = {job._serial >> 16: (job, node) for job, node in sent}
         self._done, self._lost, self._again, self._over, self._cancel = done, lost, again, over, cancel
         self._comp, self._port = uuid.uuid4().hex, NODE_PORT
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
         self._specs = [NodeSpec(*host_and_port(node.lstrip('@'), NODE_PORT), scheduler=node.startswith('@'))
-                       for node in sorted({node.rpartition('#')[0] for _, node in sent}) if not node.startswith(' ')]
+                       for node in sorted({node.rpartition('#')[0] for _, node in sent} | self._unmet) if not node.startswith(' ')]
         hosts = [row[4] for row in rows if row[4]]
         self._host = None if not any(node.startswith(' ') for _, node in sent) or not hosts else \
             (hosts[0].rpartition(':')[0], int(hosts[0].rpartition(':')[2]))
@@ -4057,7 +4066,9 @@ class Recovery:
     def _met(self, peer: Peer) -> None:
         if peer not in self.met:
             self.met.append(peer)
+        self._unmet.discard(peer.place)
         self.driver.reclaim(peer, self)
+        self._check()
 
     def _node_came(self) -> None:
         """As a cluster's."""
@@ -4120,7 +4131,16 @@ class Recovery:
 
     def _check(self) -> None:
         if not self._jobs:
-            self._over()
+            self.collected.set()
+            if not self._unmet:
+                self._over()
+
+    def wait(self, over: threading.Event, timeout: Optional[float]) -> None:
+        """Until all has been collected, and a little longer for nodes that may forget what they keep."""
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while not self.collected.wait(min(max(0.0, until - time.monotonic()), FOREVER)) and time.monotonic() < until:
+            continue
+        over.wait(min(max(0.0, until - time.monotonic()), FORGET_TIME))
 
 
 def recover_jobs(recover_file: str, timeout: Optional[float] = None, terminate_pending: bool = False, secret: Union[str, bytes, None] = None,
@@ -4147,7 +4167,7 @@ fault_recover_jobs = recover_jobs   # its name in dispy 4
 def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: 'Access') -> List[DispyJob]:
     is_program, lock = journal.is_program(), threading.Lock()
     jobs, sent, ended = [], [], []  # type: List[DispyJob], List[Tuple[DispyJob, str]], List[DispyJob]
-    again = {row[0] for row in journal.comps() if row[2]}
+    again, holders = {row[0] for row in journal.comps() if row[2]}, journal.holders()
 
     def done(job: DispyJob, row: tuple, peer: Optional[Peer]) -> None:
         with lock:
@@ -4179,14 +4199,14 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
             ended.append(job)
         elif state == Journal.ENDED:
             done(job, (job._serial, *result), None)
-    if sent:
+    if sent or holders:
         driver = Driver.acquire(access)
         try:
             over = threading.Event()
-            recovery = Recovery(journal, sent, done, lost, wait_again, over.set, cancel)
+            recovery = Recovery(journal, sent, holders, done, lost, wait_again, over.set, cancel)
             driver.ask(lambda: recovery.begin(driver))
-            over.wait(timeout)
-            driver.ask(lambda: driver.give_up(recovery, over.is_set()))
+            recovery.wait(over, timeout)
+            driver.ask(lambda: driver.give_up(recovery, recovery.collected.is_set()))
         finally:
             driver.release()
     with lock:
@@ -5006,11 +5026,8 @@ class Driver(Loop):
         remains = Remains(peer.facts.get('lock'), peer.instance)
         if not remains.has_ended():
             return
-        known = {}
-        for comp in self.schedule.nodes[peer.key].comps:
-            begun = remains.begun(comp)
-            past = Past(whole=False) if begun is None else Past(lost=begun)
-            known[comp] = Account(frozenset(remains.kept(comp)), past)
+        known = {comp: Account(frozenset(remains.kept(comp)), remains.past(comp, peer.memory))
+                 for comp in self.schedule.nodes[peer.key].comps}
         self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'its process has ended', known), self.now))
 
     def _forget_peer(self, peer: Peer) -> None:
@@ -5836,6 +5853,7 @@ class JobCluster:
     def _carry_on(self, journal: Journal) -> None:
         """Take over what is in the journal from a program that has crashed."""
         sent: List[Tuple[DispyJob, str]] = []
+        holders = journal.holders()
         again: List[DispyJob] = []
         ended: List[DispyJob] = []
         for job, state, node, result in journal.jobs():
@@ -5878,9 +5896,9 @@ class JobCluster:
         for job in again:
             renew(job)
             self._driver.post(job)
-        if sent:
+        if sent or holders:
             logger.info('%d jobs of an earlier run are on nodes: their results are collected', len(sent))
-            recovery = self._recovery = Recovery(journal, sent, done, lost, resubmit, over)
+            recovery = self._recovery = Recovery(journal, sent, holders, done, lost, resubmit, over)
             self._driver.ask(lambda: recovery.begin(self._driver))
 
     def _recovered(self) -> None:

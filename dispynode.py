@@ -2170,11 +2170,16 @@ class FileReceiver:
         """Whether no file is wanted."""
         return not self._wanted
 
-    def abort(self) -> None:
-        """Forget what is half here."""
+    def again(self) -> List[str]:
+        """The connection on which files came has ended: drop what is half here. Returns the names that are wanted still."""
         for partial in self._partial.values():
             partial.abort()
         self._partial.clear()
+        return sorted(self._wanted)
+
+    def abort(self) -> None:
+        """Forget what is half here."""
+        self.again()
         self._wanted.clear()
 
 
@@ -2329,19 +2334,27 @@ class Memory:
                 if name.startswith('g-'):
                     os.unlink(path)
                 continue
-            try:
-                with open(path) as file:
-                    row = json.load(file)
-                if not _is_past(tuple(row)):
-                    raise ValueError('it has other contents')
-                self._known[name[2:]] = Past.of(row)
-            except (TypeError, ValueError) as exc:
-                logger.warning('%s is of no use: %s', path, exc)
-                self._known[name[2:]] = Past(whole=False)
+            self._known[name[2:]] = self.read(self._directory, name[2:])
         for comp, begun in wrecks.items():
             past = Past(whole=False) if begun is None else Past(lost=begun)
             self.write(comp, self._known.get(comp, Past()).and_also(past))
         return self._known
+
+    @staticmethod
+    def read(directory: str, comp: str) -> Past:
+        """What is written down of a computation. Raises OSError."""
+        path = os.path.join(directory, 'g-' + comp)
+        try:
+            with open(path) as file:
+                row = json.load(file)
+            if not _is_past(tuple(row)):
+                raise ValueError('it has other contents')
+            return Past.of(row)
+        except FileNotFoundError:
+            return Past()
+        except (TypeError, ValueError) as exc:
+            logger.warning('%s is of no use: %s', path, exc)
+            return Past(whole=False)
 
     def write(self, comp: str, past: Past) -> None:
         """This is what is known of a computation now."""
@@ -2664,6 +2677,12 @@ class Prepared(NamedTuple):
     code: str = 'transfer'   # of REASONS
 
 
+class Wanted(NamedTuple):
+    """Answers WantAgain: these files are missing still."""
+    comp: str
+    names: list
+
+
 class Stored(NamedTuple):
     """All files are there, or one could not be stored."""
     comp: str
@@ -2857,6 +2876,11 @@ class Prepare(NamedTuple):
     """Make the computation's directory and compare its files. Fed back as Prepared."""
     comp: str
     spec: dict
+
+
+class WantAgain(NamedTuple):
+    """The connection on which files came has ended: drop what is half here. Fed back as Wanted."""
+    comp: str
 
 
 class Store(NamedTuple):
@@ -3055,7 +3079,7 @@ class Node:
         self._checking = False
         self._handlers: Dict[type, Callable[..., None]] = {
             LinkUp: self._link_up, LinkDown: self._link_down, Received: self._received, Prepared: self._prepared,
-            Found: self._found, Kept: self._kept, Remembered: self._remembered,
+            Wanted: self._on_wanted, Found: self._found, Kept: self._kept, Remembered: self._remembered,
             Stored: self._stored, Put: self._put, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
             WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
             WorkerWants: self._worker_wants, Fetched: self._fetched,
@@ -3326,6 +3350,8 @@ class Node:
         if comp is not None:   # its client is back after a broken link
             comp.link = link
             self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
+            if comp.stage is Stage.RECEIVING:
+                self._do(WantAgain(comp.comp))
             if comp.stage is Stage.READY:
                 self._do(Send(link, Ready(comp.comp, self._held(comp.comp), self._past_row(comp.comp))))
             self._resend(comp.comp, link)
@@ -3365,9 +3391,14 @@ class Node:
         else:
             self._start(comp, now)
 
+    def _on_wanted(self, event: Wanted, now: float) -> None:
+        comp = self._comps.get(event.comp)
+        if comp is not None and comp.stage is Stage.RECEIVING and event.names:
+            self._reply(comp, Need(comp.comp, event.names))
+
     def _on_file(self, link: int, message: File, now: float) -> None:
         comp = self._comp_of(link, message.comp)
-        if comp is None:
+        if comp is None or comp.link != link:   # what came on another connection is sent again on this one
             return
         if comp.stage is not Stage.RECEIVING and not comp.fetches:
             raise PeerError('a file that was not asked for')
@@ -6485,7 +6516,7 @@ class Daemon(Loop):
         self._backlog = Backlog(self.links)
         self._root = self._base = ''   # where computations work, and what is above: not the same with --user
         self._acts: Dict[type, Callable[[Any], None]] = {
-            Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store, StorePlaced: self._store_placed,
+            Send: self._send, Drop: self._drop, Prepare: self._prepare, WantAgain: self._want_again, Store: self._store, StorePlaced: self._store_placed,
             Fetch: self._fetch,
             StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
             Keep: self._keep, SendKept: self._send_kept, Forget: self._forget, Remember: self._remember,
@@ -6887,6 +6918,12 @@ class Daemon(Loop):
             self.post(Fetched(action.comp, [], 'files cannot be stored: %s' % exc))
         else:
             self.post(Fetched(action.comp, missing))
+
+    def _want_again(self, action: WantAgain) -> None:
+        run = self._runs.get(action.comp)
+        if run is not None:
+            with self._as_user():
+                self.post(Wanted(action.comp, run.receiver.again() + [OF_MODULES + name for name in run.modules.again()]))
 
     def _store(self, action: Store) -> None:
         run = self._runs[action.comp]
@@ -7431,13 +7468,20 @@ class Remains:
         except OSError:   # it is not ours to read, or is locked
             return False
 
-    def begun(self, comp: str) -> Optional[FrozenSet[int]]:
-        """Attempts of a computation that may have begun there; None: any may have."""
-        path = os.path.join(os.path.dirname(self._path), 'p-' + comp)
+    def past(self, comp: str, memory: str) -> Past:
+        """What can be known of attempts of a computation; `memory` is what the node's memory was known by."""
+        root = os.path.dirname(self._path)
         try:
-            return Slots.read(path) if os.path.isdir(path) else None
+            with open(os.path.join(root, 'memory')) as file:
+                whole = memory != '' and file.read().startswith(memory + ' ')
+            past = Memory.read(root, comp)
+            private = os.path.join(root, 'p-' + comp)
+            if not os.path.isdir(private):   # it has ended in good order, or the computation has
+                return past.and_also(Past(whole=whole))
+            begun = Slots.read(private)
         except OSError:
-            return None
+            return Past(whole=False)
+        return past.and_also(Past(whole=whole and begun is not None, lost=begun or frozenset()))
 
     def kept(self, comp: str) -> List[int]:
         """Attempts whose results it has kept."""

@@ -55,9 +55,9 @@ from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTu
 
 from dispy import (
     OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
-    NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState, Work, job_row, parse_nodes)
+    NodeDrained, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState, Work, job_row, parse_nodes)
 from dispynode import (
-    BUNDLE, BUNDLES, FRAME_FILL, GOES_ON, NODE_PORT, OF_MODULES, PAST_TIME, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
+    BUNDLE, BUNDLES, FRAME_FILL, GOES_ON, NODE_PORT, OF_MODULES, ORPHAN_TIME, PAST_TIME, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
     Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
     Offer, Outcome, Output, Past, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
     Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, check_name, derive_key, discovery_reach, find_secret, frames,
@@ -395,6 +395,8 @@ class Remote:
         self.placing: Dict[str, IncomingFile] = {}
         self.files: Dict[int, int] = {}           # serials of jobs that send a file, to the link that it goes along
         self.given_up_at = math.inf               # when, if its program does not come back
+        self.rests_at = math.inf                  # when it lets its nodes go, if its program is not back and it has no jobs
+        self.rests = False                        # it has none: only results are kept, as files
         self.number, self.since, self.program = 0, 0.0, ''   # for monitors: what it is called, since when it is here, whose it is
         self.ends = [0, 0, 0]                     # jobs done, failed, cancelled
         self.ended_at: Dict[Any, List[float]] = {}   # node -> jobs ended there, seconds that they ran
@@ -858,7 +860,7 @@ class Scheduler(Driver):
         for comp, client, spec in self._state.comps():
             remote = Remote(comp, client, spec, self._directory_of(comp))
             remote.ready = True
-            remote.given_up_at = self.now + self._options.zombie
+            remote.given_up_at, remote.rests_at = self.now + self._options.zombie, self.now + ORPHAN_TIME
             waiting: List[RemoteWork] = []
             sent: Dict[Any, List[RemoteWork]] = {}
             for number, serial, options, state, own, node in self._state.jobs(comp):
@@ -977,6 +979,8 @@ class Scheduler(Driver):
             for frame in frames(Results, remote._comp, map(sized, remote.outbox)):
                 self.say(link, frame)
         remote.outbox = []
+        if self.now >= remote.rests_at and link is None and not remote.works and not remote.rests:
+            self._rest(remote)
         if self.now >= remote.given_up_at and link is None and not remote.works:
             logger.warning('%s: its program has not come back: %d results are given up', remote.name, len(remote.ended))
             if remote.ended:
@@ -984,13 +988,28 @@ class Scheduler(Driver):
                                     % self._options.zombie)
             self._over(remote)
 
+    def _rest(self, remote: Remote) -> None:
+        """All that a program which is gone may still collect has ended: its nodes are let go, their processes and files too."""
+        if not remote.ended:
+            logger.info('%s: its program is gone, and nothing is left for it', remote.name)
+            self._over(remote)
+            return
+        logger.info('%s: its program is gone; %d results wait for it', remote.name, len(remote.ended))
+        remote.rests = True
+        for peer in self.peers_of(remote._comp):
+            self._done(peer, remote._comp)
+            self._act(self.schedule.handle(NodeLeft(peer.key, remote._comp, str(peer), 'its program is gone'), self.now))
+            del peer.uses[remote._comp]
+            self._drop_unused(peer)
+        self._reassign = True
+
     def next_timer(self) -> Optional[float]:
         """The driver's, a new try to write, results from the disk."""
         if self._stuck_until is not None:
             return self._stuck_until
         if self._backlog.has_room():
             return self.now
-        given_up = [remote.given_up_at for remote in self._clusters.values() if isinstance(remote, Remote) and remote.link not in self.links
+        given_up = [remote.given_up_at if remote.rests else min(remote.rests_at, remote.given_up_at) for remote in self._clusters.values() if isinstance(remote, Remote) and remote.link not in self.links
                     and not remote.works]
         if self._unread_until < math.inf:
             given_up.append(self._unread_until)
@@ -1039,7 +1058,7 @@ class Scheduler(Driver):
         for remote in [remote for remote in (*self._clusters.values(), *self._unopened.values())
                        if isinstance(remote, Remote) and remote.link == channel.number]:
             remote.link = 0
-            remote.given_up_at = self.now + self._options.zombie
+            remote.given_up_at, remote.rests_at = self.now + self._options.zombie, self.now + ORPHAN_TIME
             for call in list(remote.calls.values()):
                 call(('RuntimeError', 'its program is not connected'), None)
             remote.calls.clear()
@@ -1105,8 +1124,12 @@ class Scheduler(Driver):
 
     def _came_back(self, remote: Remote, link: Link) -> None:
         remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
+        remote.rests_at = math.inf
         remote.outbox = []
         self._reassign = True
+        if remote.rests:
+            remote.rests = False
+            self.use(remote._comp, remote._specs)
 
     def _complete(self, remote: Remote, error: str, code: str = 'transfer') -> None:
         """All files of a new computation are there, or cannot be."""
@@ -1558,6 +1581,9 @@ class Scheduler(Driver):
     # -- nodes for one computation alone --------------------------------------------------------------------------
 
     def _set_up(self, peer: Peer, comp: str) -> None:
+        remote = self._clusters.get(comp)
+        if isinstance(remote, Remote) and remote.rests:
+            return
         if not self.overview.keeps(peer, comp):
             super()._set_up(peer, comp)
 

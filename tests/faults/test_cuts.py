@@ -147,3 +147,31 @@ def test_nobody_waits_for_a_name_that_is_not_answered(monkeypatch):
     with pytest.raises(BlockingIOError):
         made.append(listener.accept())
     listener.close()
+
+
+def length_of(name):
+    import os
+    return os.path.getsize(name) if os.path.exists(name) else len(os.listdir('.'))
+
+
+@pytest.mark.parametrize('kind', ['JobCluster', 'SharedJobCluster'])
+@pytest.mark.parametrize('what', ['large', 'many'])
+def test_a_link_that_breaks_while_files_come_goes_on_where_it_was(tmp_path, node, kind, what):
+    """Twice, at two places: what is half there is dropped, and what is wanted is said again on the new link."""
+    files = tmp_path / 'files'
+    files.mkdir()
+    for number in range(1 if what == 'large' else 300):
+        (files / ('file-%d' % number)).write_bytes(b'x' * (8 << 20 if what == 'large' else 4096))
+    with SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % node.port) as scheduler:
+        with Proxy(node.address if kind == 'JobCluster' else scheduler.address) as proxy:
+            for byte in (3 << 20, 5 << 20) if what == 'large' else (300000, 700000):
+                proxy.at(byte, 'reset')
+            options = {'depends': [str(files / name.name) for name in files.iterdir()], 'ping_interval': 0.5}
+            if kind == 'JobCluster':
+                cluster = dispy.JobCluster(length_of, nodes=[proxy.address], **options)
+            else:
+                cluster = dispy.SharedJobCluster(length_of, scheduler_host=proxy.address[0], scheduler_port=proxy.address[1], **options)
+            with cluster:
+                job = cluster.submit('file-0')
+                assert job(60) == (8 << 20 if what == 'large' else 4096)
+                assert proxy.count >= 3 and not proxy.armed

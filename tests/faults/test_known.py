@@ -106,30 +106,25 @@ print(len(jobs), {job.status_text() for job in jobs})
 
 
 def test_a_node_that_ends_in_good_order_while_its_client_is_away_loses_nothing_that_waits(tmp_path, ledger):
-    """60 jobs there, two of which run: these are lost, the others have not begun."""
+    """Its connection is cut, and cannot be made anew before the node has ended. Many jobs are there, two of which run: these
+    are lost, the others have not begun."""
     node = NodeProcess(tmp_path / 'node', cpus=2)
-    with Client('''
-with cluster() as cluster_:
-    jobs = [cluster_.submit_job_id(number, path, number, 0.001) for number in range(400)]
-    cluster_.wait()
-    jobs = [cluster_.submit_job_id(number, path, number, 30 if number < 1002 else 0.0) for number in range(1000, 1060)]
-    while True:
-        begun = sum(attempt.job in ('1000', '1001') for attempt in Ledger(path).attempts())
-        if begun == 2:
-            break
-        time.sleep(0.01)
-    print('ready', flush=True)
-    cluster_.wait()
-    for job in jobs:
-        print(job.id, job.status_text())
-''', ledger.path, node) as client:
-        client.process.send_signal(signal.SIGSTOP)
-        node.stop()
-        with NodeProcess(tmp_path / 'node', cpus=2, port=node.port):
-            client.process.send_signal(signal.SIGCONT)
-            told = dict(re.findall(r'(\d+) (\w+)', client.rest()))
-    assert {number for number, text in told.items() if text == 'abandoned'} <= {'1000', '1001'}
-    assert len(told) == 60 and set(told.values()) <= {'abandoned', 'finished'}
+    with Proxy(node.address) as proxy:
+        with dispy.JobCluster(compute, depends=[enter], nodes=[proxy.address], ping_interval=0.5) as cluster:
+            for number in range(400):
+                cluster.submit(ledger.path, number, 0.001)
+            assert cluster.wait(30)
+            jobs = [cluster.submit(ledger.path, number, 30 if number < 1002 else 0.001) for number in range(1000, 1060)]
+            eventually(lambda: {'1000', '1001'} <= set(begun(ledger)))
+            proxy.refuse()
+            proxy.cut()
+            eventually(lambda: cluster.status().nodes[0].state != 'ready')
+            node.stop()
+            with NodeProcess(tmp_path / 'node', cpus=2, port=node.port):
+                proxy.accept()
+                assert cluster.wait(30)
+    assert [job.status for job in jobs[:2]] == 2 * [DispyJob.Abandoned]
+    assert {job.status for job in jobs[2:]} == {DispyJob.Finished}, [job.exception for job in jobs[2:] if job.exception][:1]
     assert max(begun(ledger).values()) == 1
 
 
