@@ -5019,15 +5019,39 @@ class Worker:
 
     def _collect(self) -> Tuple[bytes, bytes]:
         """What the job printed. Puts descriptors and streams back in the same breath."""
-        for number, stream in zip((1, 2), self._streams[1:]):
-            with contextlib.suppress(OSError, ValueError):   # the job closed it; it is put back below
-                stream.flush()
+        lost = [self._flush(index) for index in (1, 2)]
         if sys.stdout is not self._streams[1] or sys.stderr is not self._streams[2] or self._streams[1].closed \
                 or self._streams[2].closed or sys.stdin is not self._streams[0]:
             self._flush_strangers()
         if self._libc is not None:
             self._libc.fflush(None)   # printf of C code into a file is held back until then
-        return self._collect_one(1, self._out), self._collect_one(2, self._err)
+        out, err = self._collect_one(1, self._out), self._collect_one(2, self._err)
+        return out, b''.join((err, *lost))
+
+    def _flush(self, index: int) -> bytes:
+        """Write down what a job has printed. What finds no room would stay in the stream and be taken for the next job's: it is
+        thrown away, and a line for the job's stderr says so."""
+        stream = self._streams[index]
+        try:
+            stream.flush()
+        except ValueError:   # the job closed it; it is put back below
+            return b''
+        except OSError as exc:
+            if exc.errno != errno.EBADF:   # otherwise it closed the descriptor
+                self._throw_away(stream, index)
+                return ('dispy: a part of what the job wrote to %s is lost: %s\n' % (
+                    'stdout' if index == 1 else 'stderr', exc)).encode()
+        return b''
+
+    def _throw_away(self, stream: Any, index: int) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nothing, index)
+                stream.flush()
+            finally:
+                os.close(nothing)
+                os.dup2((self._out if index == 1 else self._err).handle, index)
 
     def _flush_strangers(self) -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -7902,6 +7926,15 @@ def own_host(word: str) -> str:
         raise StartError('%s is no address, name or interface of this host: %s (-i/--host, --ext-host)' % (word, exc)) from exc
 
 
+def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
+    """Addresses to listen at, each once. A wildcard address means all there are, of both families, as when none is given, and
+    is told to nobody: who dials it reaches itself. Raises StartError."""
+    addresses = dict.fromkeys(own_host(word) if word else '' for word in words)
+    if any(not address or ipaddress.ip_address(address).is_unspecified for address in addresses):
+        return ('',)
+    return tuple(addresses)
+
+
 def _embedded(daemon: Daemon) -> None:
     """A node that a client started: stdin is its lifeline, whatever way the client ends."""
     sys.stdin.buffer.read()
@@ -7993,7 +8026,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             os.initgroups(user.name, user.gid)
         elif hasattr(os, 'geteuid') and os.geteuid() == 0:
             logger.warning('jobs run as root and can read the secret: --user NAME lets them run as another user')
-        daemon = Daemon(Options(cpus, tuple(own_host(host) if host else '' for host in args.host or ('',)), args.port, args.name,
+        daemon = Daemon(Options(cpus, own_hosts(args.host or ('',)), args.port, args.name,
                                 args.dest_path_prefix, secret, args.certfile, args.keyfile, args.clean, args.embedded,
                                 tuple(map(own_host, args.ext_host or ())), schedulers, args.ipv4_udp_multicast,
                                 'off' if args.embedded else discovery_reach(),
