@@ -2975,7 +2975,7 @@ class Exit(NamedTuple):
 
 class Attempt:
     """One try of a job, here."""
-    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'ending', 'comp')
+    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'ending', 'comp', 'counted')
 
     def __init__(self, serial: int, payload: Payload, options: Optional[dict], comp: '_Computation') -> None:
         self.serial, self.payload, self.comp = serial, payload, comp
@@ -2983,6 +2983,7 @@ class Attempt:
         self.timeout = options.get('timeout') if options else None
         self.memory = options.get('memory') if options else None
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
+        self.counted = 0        # bytes of its arguments in the node's books: while it waits
 
 
 class _Worker:
@@ -3490,7 +3491,7 @@ class Node:
         if comp.stage is Stage.CLOSING:
             return
         self._set_stage(comp, 'close')
-        self.held_bytes -= sum(size_of(attempt.payload) for attempt in comp.attempts.values())
+        self.held_bytes -= sum(attempt.counted for attempt in comp.attempts.values())
         comp.waiting.clear()
         comp.attempts.clear()
         comp.unacknowledged.clear()
@@ -3523,7 +3524,7 @@ class Node:
                 continue
             comp.attempts[serial] = attempt
             comp.waiting.append(attempt)
-            self.held_bytes += size_of(payload)
+            self._count(attempt, True)
 
     def _share_out(self, now: float) -> None:
         """CPUs to computations; when several wait, to the one that has fewest, then to the one served longest ago."""
@@ -3591,6 +3592,7 @@ class Node:
                     or (attempts and (attempt.timeout or attempt.memory)):
                 break
             attempts.append(comp.waiting.popleft())
+            self._count(attempt, False)   # what runs does not keep links from being read: orders come along them
             worker.queue.append(attempt)
             count -= 1
         if attempts:
@@ -3629,11 +3631,17 @@ class Node:
                     self._checking = True
                     self._at(worker.since + 0.02, 'balance')
 
+    def _count(self, attempt: Attempt, waits: bool) -> None:
+        """Into the books of what waits, or out of them."""
+        counted = size_of(attempt.payload) if waits else 0
+        self.held_bytes += counted - attempt.counted
+        attempt.counted = counted
+
     def _finish(self, comp: _Computation, row: tuple) -> None:
         attempt = comp.attempts.pop(row[0], None)
         comp.done += 1
         if attempt is not None:
-            self.held_bytes -= size_of(attempt.payload)
+            self._count(attempt, False)
         comp.unacknowledged[row[0]] = row
         comp.outbox.append(row)
 
@@ -3779,6 +3787,7 @@ class Node:
             else:
                 attempt.ending = None
                 comp.waiting.appendleft(attempt)
+                self._count(attempt, True)
 
     @staticmethod
     def _unstarted(attempt: Attempt) -> tuple:
@@ -3950,7 +3959,7 @@ class Node:
                 self._finish(comp, self._unstarted(attempt))
                 continue
             del comp.attempts[attempt.serial]
-            self.held_bytes -= size_of(attempt.payload)
+            self._count(attempt, False)
             serials.append(attempt.serial)
         if comp.link in self._links:
             self._reply(comp, Returned(comp.comp, serials[::-1]))
