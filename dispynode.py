@@ -2065,17 +2065,77 @@ def file_digest(path: str) -> Tuple[int, bytes]:
     return size, digest.digest()
 
 
-class IncomingFile:
-    """One file on its way in: a temporary name until size and digest are right."""
+class Digests:
+    """Digests of large files that were there before, remembered by what the system says of a file: they take minutes, in which
+    no loop may stand still. Any thread: each entry is replaced as a whole."""
+    INLINE = 16 << 20    # bytes that are digested at once
+    MOST = 4096          # that are remembered
+    _known: Dict[str, Tuple[tuple, bytes]] = {}
 
-    def __init__(self, root: str, name: str, size: int, digest: bytes, mode: int) -> None:
+    @staticmethod
+    def _state(path: str) -> tuple:
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+    @classmethod
+    def of(cls, path: str) -> bytes:
+        """The digest of a file. Raises OSError."""
+        state, known = cls._state(path), cls._known.get(path)
+        if known is not None and known[0] == state:
+            return known[1]
+        digest = file_digest(path)[1]
+        if state[0] > FILE_PIECE and cls._state(path) == state:
+            if len(cls._known) >= cls.MOST:
+                cls._known = {}
+            cls._known[path] = state, digest
+        return digest
+
+    @classmethod
+    def unknown(cls, root: str, rows: Sequence[tuple]) -> List[str]:
+        """Paths of files that are there, as large as announced, and would have to be digested; none if that is soon done."""
+        paths, total = [], 0
+        for name, size, _, _ in rows:
+            path = os.path.join(root, *name.split('/'))
+            with contextlib.suppress(OSError, ValueError):   # it is not there, or has a name that will be refused
+                state = cls._state(path)
+                if state[0] == size and cls._known.get(path, ((), b''))[0] != state and not os.path.islink(path):
+                    paths.append(path)
+                    total += size
+        return paths if total > cls.INLINE else []
+
+    @classmethod
+    def learn(cls, paths: Sequence[str]) -> None:
+        """Digest these. A thread of its own."""
+        for path in paths:
+            with contextlib.suppress(OSError):   # who compares it will find out
+                cls.of(path)
+
+
+class IncomingFile:
+    """One file on its way in: a temporary name until size and digest are right. `scratch` is a directory where it lies until
+    then, which is removed with its computation; without one, it lies beside its place. With `sync` it is on the disk when it is in
+    its place: files of a computation need not be, as each is compared before it is used again."""
+
+    def __init__(self, root: str, name: str, size: int, digest: bytes, mode: int, scratch: Optional[str] = None,
+                 sync: bool = True) -> None:
+        self._scratch, self._sync = scratch, sync
         self._root, self._parts = root, check_name(name)
         self._size, self._digest, self._mode = size, digest, mode & 0o755 | 0o600
         self._seen, self._hash = 0, hashlib.sha256()
         self._temporary = '.%s.part' % os.urandom(6).hex()
         with _parent_of(root, self._parts) as (prefix, handle):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
-            self._file = os.open(prefix + self._temporary, flags, 0o600, dir_fd=handle)
+            if scratch is not None and not self._is_near(scratch, handle):
+                self._scratch = None
+            if self._scratch is not None:
+                self._file = os.open(os.path.join(self._scratch, self._temporary), flags, 0o600)
+            else:
+                self._file = os.open(prefix + self._temporary, flags, 0o600, dir_fd=handle)
+
+    @staticmethod
+    def _is_near(scratch: str, handle: Optional[int]) -> bool:
+        """Whether a file can be moved from there: both are of one file system."""
+        return handle is not None and os.stat(scratch).st_dev == os.fstat(handle).st_dev
 
     def piece(self, offset: int, data: Buffer) -> bool:
         """Write the next piece; true when the file is whole and in its place."""
@@ -2091,11 +2151,17 @@ class IncomingFile:
             return False
         if self._hash.digest() != self._digest:
             raise ValueError('the digest is wrong')
-        os.fsync(self._file)
+        if self._sync:
+            os.fsync(self._file)
         handle, self._file = self._file, -1
         os.close(handle)
         with _parent_of(self._root, self._parts) as (prefix, handle):   # handle: of the directory now
             target = prefix + self._parts[-1]
+            if self._scratch is not None:
+                temporary = os.path.join(self._scratch, self._temporary)
+                os.chmod(temporary, self._mode)
+                os.replace(temporary, target, dst_dir_fd=handle)
+                return True
             os.chmod(prefix + self._temporary, self._mode, **({'dir_fd': handle} if handle is not None else {}))
             os.replace(prefix + self._temporary, target, src_dir_fd=handle, dst_dir_fd=handle)
         return True
@@ -2105,6 +2171,10 @@ class IncomingFile:
         if self._file >= 0:
             handle, self._file = self._file, -1
             os.close(handle)
+        if self._scratch is not None:
+            with contextlib.suppress(OSError):   # as below
+                os.unlink(os.path.join(self._scratch, self._temporary))
+            return
         with contextlib.suppress(OSError, ValueError), _parent_of(self._root, self._parts) as (prefix, handle):
             os.unlink(prefix + self._temporary, dir_fd=handle)   # or it was never made, or is in its place already
 
@@ -2123,8 +2193,8 @@ class NoRoom(OSError):
 class FileReceiver:
     """The files of one directory as they come in. Files already there with the right size and digest are not wanted."""
 
-    def __init__(self, root: str, most: int = sys.maxsize) -> None:
-        self._root, self._most = root, most
+    def __init__(self, root: str, most: int = sys.maxsize, scratch: Optional[str] = None) -> None:
+        self._root, self._most, self._scratch = root, most, scratch
         self._wanted: Dict[str, Tuple[int, bytes, int]] = {}
         self._partial: Dict[str, IncomingFile] = {}
 
@@ -2152,7 +2222,7 @@ class FileReceiver:
             path = os.path.join(path, part)
             if os.path.islink(path):
                 return False
-        return os.path.isfile(path) and os.path.getsize(path) == size and file_digest(path)[1] == digest
+        return os.path.isfile(path) and os.path.getsize(path) == size and Digests.of(path) == digest
 
     def piece(self, name: str, offset: int, data: Buffer) -> bool:
         """Take one piece; true when no file is wanted any more. Raises ValueError or OSError."""
@@ -2160,7 +2230,7 @@ class FileReceiver:
             raise ValueError('%.60r was not asked for' % name)
         partial = self._partial.get(name)
         if partial is None:
-            partial = self._partial[name] = IncomingFile(self._root, name, *self._wanted[name])
+            partial = self._partial[name] = IncomingFile(self._root, name, *self._wanted[name], scratch=self._scratch, sync=False)
         if partial.piece(offset, data):
             del self._partial[name], self._wanted[name]
         return self.is_complete
@@ -3135,6 +3205,11 @@ class Node:
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
         return self._timers[0][0] if self._timers else None
+
+    def is_preparing(self, name: str) -> bool:
+        """Whether files of a computation are to be compared."""
+        comp = self._comps.get(name)
+        return comp is not None and comp.stage is Stage.PREPARING
 
     def has_jobs(self, name: str) -> bool:
         """Whether a computation has jobs that run or wait."""
@@ -6303,7 +6378,7 @@ class Ear(socketserver.UDPServer):
         if self.server_address[0] not in ('', '0.0.0.0', '::') or not self.server_address[1]:
             return
         if self.address_family == socket.AF_INET6:
-            for index, _ in socket.if_nameindex():
+            for index in interfaces():
                 with contextlib.suppress(OSError):   # one without multicast, or with too many groups
                     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, socket.inet_pton(socket.AF_INET6, GROUP6) + struct.pack('@I', index))
         elif self._multicast:
@@ -6320,7 +6395,10 @@ class Ear(socketserver.UDPServer):
                 sock.sendto(answer, client_address)
         source = plain_address(client_address[0])
         if len(client_address) == 4 and client_address[3]:   # link-local: it means something with the interface only
-            source += '%' + socket.if_indextoname(client_address[3])
+            try:
+                source += '%' + socket.if_indextoname(client_address[3])
+            except OSError:   # no descriptor is left: it will ask again
+                return
         self._hear(data, source, reply)
 
     def knock(self) -> None:
@@ -6333,13 +6411,30 @@ class Ear(socketserver.UDPServer):
 
 
 def own_addresses() -> Dict[str, str]:
-    """IPv4 addresses of this host and where each one's network is addressed as a whole; needs psutil, else none."""
+    """IPv4 addresses of this host and where each one's network is addressed as a whole; needs psutil, else none. While no
+    descriptor is left, those that were there before."""
+    global _own_addresses
     try:
         import psutil
+        _own_addresses = {item.address: item.broadcast or '' for items in psutil.net_if_addrs().values() for item in items
+                          if item.family == socket.AF_INET}
     except ImportError:
         return {}
-    return {item.address: item.broadcast or '' for items in psutil.net_if_addrs().values() for item in items
-            if item.family == socket.AF_INET}
+    except OSError as exc:
+        logger.debug('addresses of this host: %s', exc)
+    return _own_addresses
+
+
+_own_addresses: Dict[str, str] = {}
+
+
+def interfaces() -> List[int]:
+    """Numbers of the interfaces of this host; none while no descriptor is left."""
+    try:
+        return [index for index, _ in socket.if_nameindex()]
+    except OSError as exc:
+        logger.debug('interfaces of this host: %s', exc)
+        return []
 
 
 class Ears:
@@ -6377,7 +6472,7 @@ class Ears:
 
     def _shout(self, ear: Ear, data: bytes, port: int) -> None:
         if ear.address_family == socket.AF_INET6:
-            targets: List[tuple] = [(GROUP6, port, 0, index) for index, _ in socket.if_nameindex()]
+            targets: List[tuple] = [(GROUP6, port, 0, index) for index in interfaces()]
         else:
             hosts = {'127.255.255.255'}
             if self._reach == 'lan':
@@ -6434,6 +6529,11 @@ class ChildEnded(NamedTuple):
     """Posted when this is PID 1, as in a container: a process has ended that may be nobody's but ours."""
 
 
+class Digested(NamedTuple):
+    """Posted by a thread: digests of files that were there are known."""
+    action: Prepare
+
+
 class _Caller:
     """A scheduler, or a client that listens, which this node dials."""
 
@@ -6450,7 +6550,7 @@ class _Run:
 
     def __init__(self, comp: str, directory: str, private: str, keep: bool, max_file: int) -> None:
         self.comp, self.directory, self.private, self.keep = comp, directory, private, keep
-        self.receiver = FileReceiver(directory, max_file)
+        self.receiver = FileReceiver(directory, max_file, private)
         self.modules = FileReceiver(private, max_file)   # files of the user's modules
         self.fetched: list = []                      # rows of those that are on their way
         self.placing: Dict[str, IncomingFile] = {}   # files that come while the computation is set up
@@ -6544,6 +6644,7 @@ class Daemon(Loop):
         self._runs: Dict[str, _Run] = {}
         self._lock_file: Any = None
         self._memory: Optional[Memory] = None
+        self._digesting: Set[str] = set()   # computations whose files are being compared
         self._unkept: Set[str] = set()    # computations with results that could not be kept
         self._held: Set[Pipe] = set()     # not read until links have room
         self._backlog = Backlog(self.links)
@@ -6749,6 +6850,9 @@ class Daemon(Loop):
         if isinstance(event, ChildEnded):
             self._reap()
             return
+        if isinstance(event, Digested):
+            self._digested(event)
+            return
         if isinstance(event, DialFailed):
             self._dial_failed(event.peer, event.text)
             return
@@ -6926,6 +7030,11 @@ class Daemon(Loop):
                 directory = os.path.join(self._root, *check_name(spec['dest_path']))
             else:
                 directory = os.path.join(self._root, ('k-' if keep else 'c-') + comp)
+            unknown = Digests.unknown(directory, spec['files']) if self._options.user is None else []   # a thread has no rights of its own
+            if unknown and comp not in self._digesting:
+                self._digest(action, unknown)
+                return
+            self._digesting.discard(comp)
             with self._as_user():
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.makedirs(private, mode=0o700, exist_ok=True)
@@ -6935,6 +7044,20 @@ class Daemon(Loop):
             self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc, reason_of(exc)))
         else:
             self.post(Prepared(comp, missing))
+
+    def _digest(self, action: Prepare, paths: Sequence[str]) -> None:
+        """Large files are there from before: whether they are the same is found out beside the loop."""
+        def work() -> None:
+            Digests.learn(paths)
+            self.post(Digested(action))
+        self._digesting.add(action.comp)
+        threading.Thread(target=work, name='dispy-digest', daemon=True).start()
+
+    def _digested(self, event: Digested) -> None:
+        if self.node.is_preparing(event.action.comp):
+            self._prepare(event.action)
+        else:
+            self._digesting.discard(event.action.comp)
 
     def _want_modules(self, run: _Run, rows: list) -> List[str]:
         """Names of the files of modules that have to be sent; those that came for other computations are copied."""
@@ -6986,7 +7109,7 @@ class Daemon(Loop):
             check_size(name, size, self._options.max_file)
             with self._as_user():
                 if action.offset == 0:
-                    run.placing[name] = IncomingFile(run.directory, name, size, digest, mode)
+                    run.placing[name] = IncomingFile(run.directory, name, size, digest, mode, run.private)
                 if name in run.placing:   # otherwise it has failed
                     whole = run.placing[name].piece(action.offset, action.data)
         except (OSError, ValueError) as exc:

@@ -54,10 +54,10 @@ import time
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from dispy import (
-    OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
+    OF_JOBS, REDIAL_MOST, Access, Allocation, Asked, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
     NodeDrained, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState, Work, job_row, parse_nodes)
 from dispynode import (
-    BUNDLE, BUNDLES, FRAME_FILL, GOES_ON, NODE_PORT, OF_MODULES, ORPHAN_TIME, PAST_TIME, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError,
+    BUNDLE, BUNDLES, FRAME_FILL, GOES_ON, NODE_PORT, OF_MODULES, ORPHAN_TIME, PAST_TIME, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Digests, DispyError,
     Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
     Offer, Outcome, Output, Past, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
     Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, check_name, derive_key, discovery_reach, find_secret, frames,
@@ -386,6 +386,7 @@ class Remote:
         os.makedirs(directory + MODULES_OF, mode=0o700, exist_ok=True)
         self.wanted: Deque[Tuple[list, Callable[..., None]]] = collections.deque()   # files to be had, and who waits for them
 
+        self.compared: Optional[list] = None      # rows of files that were compared beside the loop
         self.ready = False
         self.works: Dict[int, RemoteWork] = {}    # by the program's serials
         self.ended: Dict[int, int] = {}           # the same of jobs that have ended and are not acknowledged, to their numbers
@@ -396,6 +397,7 @@ class Remote:
         self.files: Dict[int, int] = {}           # serials of jobs that send a file, to the link that it goes along
         self.given_up_at = math.inf               # when, if its program does not come back
         self.rests_at = math.inf                  # when it lets its nodes go, if its program is not back and it has no jobs
+        self.recovers = bool(shared.get('recovers', True))   # its program may come back for results as another process
         self.rests = False                        # it has none: only results are kept, as files
         self.number, self.since, self.program = 0, 0.0, ''   # for monitors: what it is called, since when it is here, whose it is
         self.ends = [0, 0, 0]                     # jobs done, failed, cancelled
@@ -990,7 +992,7 @@ class Scheduler(Driver):
 
     def _rest(self, remote: Remote) -> None:
         """All that a program which is gone may still collect has ended: its nodes are let go, their processes and files too."""
-        if not remote.ended:
+        if not remote.ended or not remote.recovers:
             logger.info('%s: its program is gone, and nothing is left for it', remote.name)
             self._over(remote)
             return
@@ -1167,6 +1169,11 @@ class Scheduler(Driver):
     def _want_next(self, remote: Remote) -> None:
         while remote.wanted:
             rows, then = remote.wanted[0]
+            unknown = Digests.unknown(remote.directory, [row for row in rows if not row[0].startswith(OF_MODULES)])
+            if unknown and remote.compared is not rows:   # large files are there: others do not wait while they are digested
+                remote.compared = rows
+                self._openers.run(self._compare, remote, unknown)
+                return
             try:
                 large = [row for row in rows if row[1] > self._options.max_file_size]
                 if large:
@@ -1183,6 +1190,11 @@ class Scheduler(Driver):
                 return
             remote.wanted.popleft()
             then('')
+
+    def _compare(self, remote: Remote, paths: Sequence[str]) -> None:
+        """An opener."""
+        Digests.learn(paths)
+        self.post(Asked(functools.partial(self._want_next, remote), concurrent.futures.Future()))
 
     def _c_file(self, link: Link, message: File) -> None:
         remote = self._unopened.get(message.comp) or self._remote(link, message.comp)

@@ -5,7 +5,6 @@ import os
 import signal
 import weakref
 
-import psutil
 import pytest
 
 import dispy
@@ -14,6 +13,7 @@ from conftest import eventually
 from ledger import Ledger
 from nodes import NodeProcess, SchedulerProcess
 from test_known import There, program
+from test_runners import runners_of
 
 
 @pytest.fixture
@@ -23,11 +23,6 @@ def ledger(tmp_path):
 
 def answer():
     return 42
-
-
-def runners(node):
-    return [child for child in psutil.Process(node.process.pid).children()
-            if child.is_running() and any('spawn_main' in word for word in child.cmdline())]
 
 
 @pytest.mark.parametrize('kept', [False, True])
@@ -46,8 +41,8 @@ print('ready', flush=True)
 time.sleep(600)
 ''' % (kept, kept)), ledger.path, There(scheduler.address)) as client:
             client.kill()
-        assert runners(node)
-        eventually(lambda: not runners(node), 20, 'the end of the runner')
+        assert runners_of(node)
+        eventually(lambda: not runners_of(node), 20, 'the end of the runner')
         with dispy.JobCluster(answer, nodes=[node.address]) as cluster:
             assert cluster.submit()(30) == 42
         if kept:
@@ -69,7 +64,7 @@ with make(KIND, pulse_interval=0.2, ping_interval=0.5) as cluster_:
     print(cluster_.submit(path, 'second')())
 '''), ledger.path, There(scheduler.address)) as client:
             client.process.send_signal(signal.SIGSTOP)
-            eventually(lambda: not runners(node), 30, 'the end of the runner')
+            eventually(lambda: not runners_of(node), 30, 'the end of the runner')
             client.process.send_signal(signal.SIGCONT)
             assert [line for line in client.rest().splitlines() if line in ('first', 'second')] == ['first', 'second']
     assert len(ledger.attempts()) == 2

@@ -7,7 +7,6 @@ import re
 import resource
 import time
 
-import psutil
 import pytest
 
 import dispy
@@ -15,7 +14,7 @@ from conftest import ROOT, eventually
 from dispynode import REASONS
 from nodes import NodeProcess, SchedulerProcess
 from test_resources import fill, small_disk  # noqa: F401
-from test_runners import runner_of
+from test_runners import runner_of, runners_of
 
 
 def answer():
@@ -77,8 +76,7 @@ def test_a_runner_that_was_killed_in_setup_is_started_again(tmp_path, caplog):
         with dispy.JobCluster(answer, nodes=[node.address], setup=functools.partial(wait_for_file, str(tmp_path / 'go'))) as cluster:
             job = cluster.submit()
             for _ in range(3):
-                eventually(lambda: [child for child in psutil.Process(node.process.pid).children() if child.cmdline()
-                                    and any('spawn_main' in word for word in child.cmdline())])
+                eventually(lambda: runners_of(node))
                 runner_of(node).kill()
                 time.sleep(0.3)
             (tmp_path / 'go').touch()

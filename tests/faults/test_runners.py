@@ -29,10 +29,19 @@ def ledger(tmp_path):
     return Ledger(tmp_path / 'ledger')
 
 
+def runners_of(node):
+    """The runners of a node, one a computation."""
+    found = []
+    for child in psutil.Process(node.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):   # a zombie too
+            if any('spawn_main' in word for word in child.cmdline()):
+                found.append(child)
+    return found
+
+
 def runner_of(node):
     """The runner of a node that serves one computation."""
-    found = [child for child in psutil.Process(node.process.pid).children()
-             if any('spawn_main' in word for word in child.cmdline())]
+    found = runners_of(node)
     assert len(found) == 1, found
     return found[0]
 
