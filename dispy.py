@@ -61,6 +61,7 @@ import logging
 import math
 import os
 import pickle
+import pkgutil
 import queue
 import re
 import shlex
@@ -88,7 +89,9 @@ from dispynode import (
     File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
     Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Remains, Report, Results, Return, Returned,
     BUNDLE, BUNDLES, MODULES, OF_MODULES, Role, Said, Sealed, Second, SecretError, Shutdown, StateRow, Welcome, Where, __version__, beside,
-    build_tag, call_chunk, call_packed, check_name, check_not_importing, contents_of, derive_key, describe_exception, dial, discovery_reach,
+    build_tag, call_chunk, call_packed, check_fork, check_name, check_not_importing, contents_of, derive_key,
+    describe_exception, dial, discovery_reach,
+
     file_digest, find_named, find_secret, frames, globals_of, host_and_port, is_named, keeps_identity, open_envelope,
     pieces_of, place, plain_form, python_of, same_secret, seal, size_of, tls_context, unpack_error, unseal, value_pickler, with_needs)
 
@@ -160,6 +163,39 @@ def result_of(job: 'DispyJob') -> Any:
     if job.status != JobState.FINISHED:
         raise error_of(job)
     return result
+
+
+def in_slices(wait: Callable[[float], Any], timeout: Optional[float]) -> Any:
+    """Call `wait(seconds)` again and again until what it returns is true or `timeout` seconds
+    have passed (None: without limit), and return what it returned last. No call waits longer than
+    FOREVER, since on Windows Ctrl-C does not end a wait. All waits of the user's threads go
+    through here. Any thread."""
+    until = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = FOREVER if until is None else min(FOREVER, until - time.monotonic())
+        found = wait(max(0.0, left))
+        if found or (until is not None and time.monotonic() >= until):
+            return found
+
+
+def next_of(ended: 'queue.SimpleQueue[Any]', timeout: Optional[float] = None) -> Any:
+    """The next item of a queue. Raises queue.Empty after `timeout` seconds (None: waits without
+    limit)."""
+    def get(seconds: float) -> Tuple[Any, ...]:
+        with contextlib.suppress(queue.Empty):
+            return (ended.get(timeout=seconds),)
+        return ()
+    found = in_slices(get, timeout)
+    if not found:
+        raise queue.Empty
+    return found[0]
+
+
+def answer_of(future: 'concurrent.futures.Future[Any]', timeout: Optional[float]) -> Any:
+    """The future's result, or what it raises; concurrent.futures.TimeoutError after `timeout`
+    seconds (None: waits without limit)."""
+    in_slices(lambda seconds: concurrent.futures.wait([future], seconds).done, timeout)
+    return future.result(0)
 
 
 class JobState(enum.IntEnum):
@@ -260,12 +296,7 @@ class DispyJob(Work):
         """Wait up to `timeout` seconds (None: without limit); whether the job has ended. Any thread."""
         if self.status in ENDED:
             return True
-        event = self.finish
-        if timeout is not None:
-            return event.wait(timeout)
-        while not event.wait(FOREVER):
-            continue
-        return True
+        return in_slices(self.finish.wait, timeout)  # type: ignore[no-any-return]
 
     def _call_when_ended(self, call: Callable[['DispyJob'], None]) -> None:
         """Call it with the job when that has ended, at once if it has; perhaps twice. Any thread; must be quick."""
@@ -1405,8 +1436,9 @@ _EVENT_OF = {Outcome.RETURNED: 'finish', Outcome.RETURNED_CODE: 'finish', Outcom
              Outcome.ABANDONED: 'give up'}
 
 # ---------------------------------------------------------------------------------------------------------
-# Modules of the user's: which travel, and their files. Nothing here imports a module or takes a lock: finders and
-# loaders that are asked may be the user's code. What is kept is kept in dictionaries, one entry replaced at a time.
+# Modules of the user's: which travel, and their files. Nothing here imports a module or takes a
+# lock: finders and loaders that are asked may be the user's code. What is remembered is in
+# dictionaries, of which one entry is replaced at a time.
 # ---------------------------------------------------------------------------------------------------------
 
 PACKAGE_DATA = 20 << 20    # bytes of data files that travel with one package
@@ -1415,6 +1447,7 @@ UNLOADED_TIME = 1.0        # s for which it is believed where a module is that i
 STABLE_READS = 3           # attempts to read a file that is written at the same time
 NOT_OWN = frozenset((      # top-level modules that are never the user's own, wherever they lie
     'dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd', 'cloudpickle', 'psutil'))
+_MAIN_NAMES = frozenset(('__main__', '__mp_main__'))
 SITE_DIRECTORIES = frozenset(('site-packages', 'dist-packages'))
 
 
@@ -1436,20 +1469,22 @@ class NameKind(enum.Enum):
 
 
 class NameBinding:
-    """A name that a source text binds. `value` is there only for what is bound once, to a constant."""
+    """A name that a source text binds. `value` is there only for what is bound once, to a
+    constant."""
     __slots__ = ('kind', 'value', 'origin', 'origins', 'from_file')
     value: Any
 
     def __init__(self, kind: NameKind, origins: Tuple[str, ...] = ()) -> None:
         self.kind = kind
-        self.origins = origins              # modules that it is imported from, in the order of the text
+        self.origins = origins      # modules that it is imported from, in the order of the text
         self.origin = origins[0] if origins else ''
-        self.from_file = False              # whether the value depends on where the module's file lies
+        self.from_file = False      # whether the value depends on where the module's file lies
 
     def __repr__(self) -> str:
         value = ' %.80r' % (self.value,) if hasattr(self, 'value') else ''
         origin = ' from %s' % ', '.join(self.origins) if self.origins else ''
-        return '<%s%s%s%s>' % (self.kind.name, value, origin, ' from_file' if self.from_file else '')
+        file = ' from_file' if self.from_file else ''
+        return '<%s%s%s%s>' % (self.kind.name, value, origin, file)
 
 
 class ImportedModule(NamedTuple):
@@ -1458,9 +1493,13 @@ class ImportedModule(NamedTuple):
     names: Tuple[str, ...]    # what is imported from it; ('*',) for all
     certain: bool             # whether it is done whenever the text is run
 
+    def members(self) -> List[str]:
+        """What is imported from it, by the names that these have if they are modules."""
+        return ['%s.%s' % (self.module, name) for name in self.names if name != '*']
+
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_BLOCKS = ('body', 'orelse', 'handlers', 'finalbody', 'cases')
+_BLOCKS = ('body', 'handlers', 'orelse', 'finalbody', 'cases')   # as they stand in a text
 _PLAIN_STATEMENTS = frozenset((
     ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return, ast.Import, ast.ImportFrom,
     ast.Pass, ast.Raise, ast.Delete, ast.Assert, ast.Global, ast.Nonlocal, ast.Break, ast.Continue))
@@ -1469,9 +1508,11 @@ _CONSTANT_TYPES = frozenset((
 _ODD_ESCAPE = re.compile(rb'\\[^\\\'"abfnrtvxNuU0-7\r\n]')
 
 
-def _statements(body: Sequence[Any], inward: bool, certain: bool = True) -> Iterator[Tuple[Any, bool]]:
-    """Statements of a block and of the blocks in it, each with whether it is run whenever the block is. Those of
-    functions and classes only with `inward`. Handlers of exceptions and cases of `match` are among them."""
+def _statements(body: Sequence[Any], inward: bool,
+                certain: bool = True) -> Iterator[Tuple[Any, bool]]:
+    """Statements of a block and of the blocks in it, each with whether it is run whenever the
+    block is. Those of functions and classes only with `inward`. Handlers of exceptions and cases
+    of `match` are among them."""
     for node in body:
         yield node, certain
         kind = type(node)
@@ -1499,6 +1540,26 @@ def _names_in(target: Any) -> Iterator[str]:
         yield from _names_in(target.value)
 
 
+def _fits(target: Any, value: Any) -> bool:
+    """Whether the targets of `a, b = 1, 2` get one value each."""
+    displays = (ast.Tuple, ast.List)
+    if not isinstance(target, displays) or not isinstance(value, displays):
+        return False
+    starred = any(isinstance(part, ast.Starred) for part in target.elts + value.elts)
+    return len(target.elts) == len(value.elts) and not starred
+
+
+def _expressions_of(node: Any) -> Iterator[Any]:
+    """Expressions in one statement, without those of the blocks and of the lambdas in it."""
+    waiting: List[Any] = [part for part in ast.iter_child_nodes(node)
+                          if isinstance(part, (ast.expr, ast.withitem))]
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, ast.Lambda):
+            yield part
+            waiting.extend(ast.iter_child_nodes(part))
+
+
 def _is_constant(value: Any) -> bool:
     if type(value) is tuple:
         return all(map(_is_constant, value))
@@ -1523,8 +1584,9 @@ def _parse(text: Union[str, bytes]) -> ast.Module:
     raw = text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass')
     if not _ODD_ESCAPE.search(raw):
         return ast.parse(text)
-    # Only the import of the module should warn of '\d', and `-W error` must not make an error of it here. What is
-    # done to the filters makes Python forget which warnings it has given, so other texts do without.
+    # Only the import of the module should warn of '\d', and `-W error` must not make an error of it
+    # here. What is done to the filters makes Python forget which warnings it has given, so other
+    # texts do without.
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return ast.parse(text)
@@ -1535,7 +1597,8 @@ class _ScopeNames:
 
     def __init__(self, resolve: Callable[[Any], str]) -> None:
         self._resolve = resolve
-        # name -> how it is bound, in the order of the text: rows of (kind, constant in a tuple of one, origin)
+        # name -> how it is bound, in the order of the text: rows of (kind, constant in a tuple of
+        # one, origin)
         self.rows: Dict[str, List[Tuple[NameKind, Tuple[Any, ...], str]]] = {}
         self.globals: Set[str] = set()
         self.classes: List[ast.ClassDef] = []
@@ -1548,7 +1611,8 @@ class _ScopeNames:
             if walrus:
                 self._read_expressions(node)
 
-    def add(self, name: str, kind: NameKind, constant: Tuple[Any, ...] = (), origin: str = '') -> None:
+    def add(self, name: str, kind: NameKind, constant: Tuple[Any, ...] = (),
+            origin: str = '') -> None:
         self.rows.setdefault(name, []).append((kind, constant, origin))
 
     def table(self) -> Dict[str, NameBinding]:
@@ -1572,20 +1636,11 @@ class _ScopeNames:
         if isinstance(target, ast.Name):
             constant = _constant(value)
             self.add(target.id, NameKind.CONSTANT if constant else NameKind.COMPUTED, constant)
-        elif self._fits(target, value):
+        elif _fits(target, value):
             for part, its_value in zip(target.elts, value.elts):
                 self._assign(part, its_value)
         else:
             self._compute(target)
-
-    @staticmethod
-    def _fits(target: Any, value: Any) -> bool:
-        """Whether the targets of `a, b = 1, 2` get one value each."""
-        displays = (ast.Tuple, ast.List)
-        if not isinstance(target, displays) or not isinstance(value, displays):
-            return False
-        starred = any(isinstance(part, ast.Starred) for part in target.elts + value.elts)
-        return len(target.elts) == len(value.elts) and not starred
 
     def _compute(self, target: Any) -> None:
         for name in _names_in(target):
@@ -1644,17 +1699,14 @@ class _ScopeNames:
                 self.add(name, NameKind.COMPUTED)
 
     def _read_expressions(self, node: Any) -> None:
-        """Names bound by := in the expressions of one statement; blocks in it are read as statements."""
-        waiting: List[Any] = [child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.expr, ast.withitem))]
-        while waiting:
-            part = waiting.pop()
-            if isinstance(part, ast.Lambda):
-                continue
+        """Names bound by := in the expressions of one statement; blocks in it are read as
+        statements."""
+        for part in _expressions_of(node):
             if isinstance(part, ast.NamedExpr):
                 self._compute(part.target)
-            waiting.extend(ast.iter_child_nodes(part))
 
-    _READERS: Dict[str, Callable[[Any, Any], None]] = {   # some of these classes are not in every Python
+    # Some of these classes are not in every version of Python.
+    _READERS: Dict[str, Callable[[Any, Any], None]] = {
         'Assign': _read_assign, 'AnnAssign': _read_annotated, 'AugAssign': _read_target,
         'For': _read_target, 'AsyncFor': _read_target, 'With': _read_with, 'AsyncWith': _read_with,
         'Delete': _read_delete, 'FunctionDef': _read_definition,
@@ -1663,14 +1715,218 @@ class _ScopeNames:
         'Global': _read_globals, 'TypeAlias': _read_type_alias, 'match_case': _read_case}
 
 
+_FILE_NAMES = frozenset(('__file__', '__spec__', '__path__', '__cached__', '__loader__'))
+_FILE_MODULES = frozenset((   # give paths beside a module
+    'importlib.resources', 'importlib_resources', 'pkg_resources'))
+_FILE_WORDS = (
+    *_FILE_NAMES, 'import resources', 'importlib.resources', 'importlib_resources', 'pkg_resources')
+_MUTATORS = frozenset((
+    'append', 'appendleft', 'add', 'extend', 'insert', 'setdefault', 'update'))
+_CALLERS = frozenset(('map', 'filter'))
+
+
+def _dotted(node: Any) -> str:
+    """'a.b.c' of an expression that is written so, otherwise ''."""
+    parts: List[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return '.'.join([node.id] + parts[::-1]) if isinstance(node, ast.Name) else ''
+
+
+def _locals_of(function: Any) -> FrozenSet[str]:
+    """Names of parameters and of variables of a function or lambda. What it imports is not among
+    them: that is followed as if the module had imported it."""
+    rows = function.args
+    parameters = rows.args + rows.kwonlyargs + rows.posonlyargs + [rows.vararg, rows.kwarg]
+    found = {parameter.arg for parameter in parameters if parameter is not None}
+    kept_global: Set[str] = set()
+    if isinstance(function, _FUNCTIONS):
+        for node in ast.walk(function):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Global):
+                kept_global.update(node.names)
+    return frozenset(found - kept_global)
+
+
+def _uses(node: Any, local: FrozenSet[str] = frozenset()) -> Set[str]:
+    """What the value of an expression, or what a call of a function, depends on: names, with their
+    attributes ('config', 'config.ROOT'), and what is called ('load()')."""
+    found: Set[str] = set()
+    waiting: List[Tuple[Any, FrozenSet[str]]] = [(node, local)]
+    while waiting:
+        part, local = waiting.pop()
+        if type(part) in (ast.Name, ast.Attribute):
+            name = _dotted(part)
+            if isinstance(part, ast.Attribute) and part.attr in _FILE_NAMES:
+                found.add('__file__')
+            if name and name.partition('.')[0] not in local:
+                found.update(itertools.accumulate(name.split('.'), '{}.{}'.format))
+            elif not name:
+                waiting.append((part.value, local))
+            continue
+        if isinstance(part, ast.Call):
+            found.update(_called(part, local))
+        elif isinstance(part, (ast.Lambda, *_FUNCTIONS)):
+            local = local | _locals_of(part)
+        elif isinstance(part, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            local = local.union(*(_names_in(row.target) for row in part.generators))
+        waiting += [(child, local) for child in ast.iter_child_nodes(part)]
+    return found
+
+
+def _called(call: ast.Call, local: FrozenSet[str]) -> Iterator[str]:
+    functions: List[Any] = [call.func]
+    if _dotted(call.func) in _CALLERS:
+        functions += call.args[:1]
+    for function in functions:
+        name = _dotted(function)
+        if name and name.partition('.')[0] not in local:
+            yield name + '()'
+
+
+class _FileUse:
+    """Which names of a module depend on where files lie. `C.x` is attribute x of class C, `f()`
+    and `C.f()` are what calls of functions depend on, `C()` what an instance does."""
+
+    def __init__(self, tree: ast.Module, source: 'ModuleSource',
+                 resolve: Callable[[Any], str]) -> None:
+        self._classes = source.classes
+        self._walrus = source.has(':=')
+        self._resolve = resolve
+        self._users: Dict[str, Set[str]] = {}   # what is used -> what uses it
+        # Imports: rows of (name here, module, name there or '').
+        self.links: List[Tuple[str, str, str]] = []
+        self._read_body(tree.body, '')
+        for node, _ in _statements(tree.body, True):
+            self._read_link(node)
+
+    def dependents(self, seeds: Sequence[str]) -> FrozenSet[str]:
+        """All names that depend on these, these included."""
+        found = set(seeds)
+        waiting = list(found)
+        while waiting:
+            for user in self._users.get(waiting.pop(), ()):
+                if user not in found:
+                    found.add(user)
+                    waiting.append(user)
+        return frozenset(found)
+
+    def roots(self) -> List[str]:
+        """What gives paths of files, by the names that it has in this module."""
+        found = [*_FILE_NAMES, *_FILE_MODULES]
+        for here, module, there in self.links:
+            if module in _FILE_MODULES or '%s.%s' % (module, there) in _FILE_MODULES:
+                found.append(here)
+                found.append(here + '()')
+        return found
+
+    def _read_link(self, node: Any) -> None:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.asname:
+                    self.links.append((alias.asname, alias.name, ''))
+                else:
+                    self.links.append((alias.name, alias.name, ''))
+        elif isinstance(node, ast.ImportFrom):
+            origin = self._resolve(node)
+            for alias in node.names:
+                self.links.append((alias.asname or alias.name, origin, alias.name))
+
+    def _note(self, key: str, used: Set[str], scope: str) -> None:
+        names: Any = self._classes.get(scope, ())
+        for name in used:
+            if name.partition('.')[0].rstrip('()') in names:
+                name = '%s.%s' % (scope, name)
+            self._users.setdefault(name, set()).add(key)
+
+    def _read_body(self, body: Sequence[Any], scope: str) -> None:
+        """The statements of a module, or of the class that `scope` names."""
+        for node, _ in _statements(body, False):
+            if isinstance(node, _FUNCTIONS):
+                self._read_function(node, scope)
+            elif isinstance(node, ast.ClassDef):
+                self._read_class(node, scope)
+            elif isinstance(node, ast.Assign):
+                for target in node.targets:
+                    self._assign(target, node.value, scope)
+            elif isinstance(node, (ast.AnnAssign, ast.AugAssign)) and node.value is not None:
+                self._assign(node.target, node.value, scope)
+            elif isinstance(node, (ast.For, ast.AsyncFor)):
+                self._assign(node.target, node.iter, scope)
+            elif isinstance(node, (ast.With, ast.AsyncWith)):
+                for item in node.items:
+                    self._assign(item.optional_vars, item.context_expr, scope)
+            elif isinstance(node, ast.Expr):
+                self._read_call(node.value, scope)
+            if self._walrus and not isinstance(node, ast.ClassDef):
+                self._read_walrus(node, scope)
+
+    def _assign(self, target: Any, value: Any, scope: str) -> None:
+        if _fits(target, value):
+            for part, its_value in zip(target.elts, value.elts):
+                self._assign(part, its_value, scope)
+            return
+        used = _uses(value)
+        while isinstance(target, ast.Subscript):   # a value in a container changes the container
+            target = target.value
+        names = list(_names_in(target)) or list(filter(None, [_dotted(target)]))
+        for name in names:
+            self._note('%s.%s' % (scope, name) if scope else name, used, scope)
+
+    def _read_walrus(self, node: Any, scope: str) -> None:
+        for part in _expressions_of(node):
+            if isinstance(part, ast.NamedExpr):
+                self._assign(part.target, part.value, scope)
+
+    def _read_call(self, call: Any, scope: str) -> None:
+        """`paths.append(ROOT)` makes `paths` depend on ROOT."""
+        method = getattr(call, 'func', None)
+        if isinstance(method, ast.Attribute) and method.attr in _MUTATORS:
+            for value in call.args + [keyword.value for keyword in call.keywords]:
+                self._assign(method.value, value, scope)
+
+    def _read_function(self, node: Any, scope: str) -> None:
+        key = '%s.%s()' % (scope, node.name) if scope else node.name + '()'
+        # The names of a class are no variables of its methods.
+        self._note(key, _uses(node), '')
+        if scope:
+            self._users.setdefault(key, set()).add(scope + '()')
+        for part in ast.walk(node):
+            if isinstance(part, ast.Global):
+                for name in part.names:
+                    self._users.setdefault(key, set()).add(name)
+
+    def _read_class(self, node: ast.ClassDef, scope: str) -> None:
+        qualified = '%s.%s' % (scope, node.name) if scope else node.name
+        instance = qualified + '()'
+        for base in node.bases:
+            self._note(instance, {name + '()' for name in _uses(base)}, scope)
+        for name in self._classes.get(qualified, ()):
+            self._users.setdefault('%s.%s' % (qualified, name), set()).add(instance)
+        self._read_body(node.body, qualified)
+
+
+def _renamed(names: FrozenSet[str], there: str, here: str) -> Iterator[str]:
+    """'N', 'N.x' and 'N()' for what a module has imported as N."""
+    for name in names:
+        if name == there or name.startswith((there + '.', there + '()')):
+            yield here + name[len(there):]
+
+
 class ModuleSource:
-    """What one source text says of the module that it is of: what it imports, and what gives its names their values.
+    """What one source text says of its module: what it imports, and what gives its names their
+    values.
 
     imports: what is imported anywhere in the text, in its order.
     names: what the top level of the module binds.
-    classes: the same for the bodies of its classes, by qualified name; classes inside of functions are left out.
+    classes: the same for the bodies of its classes, by qualified name, without those inside of
+        functions.
     exports: `__all__`, if that is written as a literal.
     stars: modules from which all is imported at the top level.
+    file_names: what depends on where the file of the module lies: names, those that only functions
+        assign included, 'C.x' for attribute x of class C, 'f()' for what a call of f depends on.
     error: why the text could not be parsed; then there is nothing else.
     """
 
@@ -1683,6 +1939,8 @@ class ModuleSource:
         self.classes: Dict[str, Dict[str, NameBinding]] = {}
         self.exports: Optional[Tuple[str, ...]] = None
         self.stars: Tuple[str, ...] = ()
+        self.file_names: FrozenSet[str] = frozenset()
+        self._file_use: Optional[_FileUse] = None
         self.error = ''
         try:
             tree = _parse(text)
@@ -1691,8 +1949,39 @@ class ModuleSource:
             return
         self._read_imports(tree)
         self._read_names(tree)
+        if self.has(*_FILE_WORDS):
+            self._read_file_use(tree)
 
-    def _has(self, *words: str) -> bool:
+    def file_names_with(self, others: Callable[[str], FrozenSet[str]]) -> FrozenSet[str]:
+        """`file_names` if other modules have names that depend on files as well, which `others`
+        says of each."""
+        if self.error:
+            return self.file_names
+        if self._file_use is None:
+            self._file_use = _FileUse(_parse(self._text), self, self._resolve)
+        seeds = list(self.file_names)
+        for here, module, there in self._file_use.links:
+            if there == '*':
+                seeds += others(module)
+            elif there:
+                seeds += _renamed(others(module), there, here)
+                seeds += [here + '.' + name for name in others('%s.%s' % (module, there))]
+            else:
+                seeds += [here + '.' + name for name in others(module)]
+        return self._file_use.dependents(seeds)
+
+    def _read_file_use(self, tree: ast.Module) -> None:
+        use = _FileUse(tree, self, self._resolve)
+        self._file_use = use
+        self.file_names = use.dependents(use.roots())
+        for name, binding in self.names.items():
+            binding.from_file = name in self.file_names
+        for qualified, table in self.classes.items():
+            for name, binding in table.items():
+                binding.from_file = '%s.%s' % (qualified, name) in self.file_names
+
+    def has(self, *words: str) -> bool:
+        """Whether any of these stands in the text."""
         if isinstance(self._text, bytes):
             return any(word.encode() in self._text for word in words)
         return any(word in self._text for word in words)
@@ -1706,7 +1995,7 @@ class ModuleSource:
                 if origin:
                     names = tuple(alias.name for alias in node.names)
                     self.imports.append(ImportedModule(origin, names, certain))
-        if self._has('import_module', '__import__'):
+        if self.has('import_module', '__import__'):
             self._read_calls(tree)
 
     def _resolve(self, node: ast.ImportFrom) -> str:
@@ -1716,10 +2005,10 @@ class ModuleSource:
         """'' for what leads out of the package."""
         if not level:
             return module
-        parts = self._package.split('.')
-        parts = parts[:len(parts) - level + 1]
-        if not self._package or not parts:
+        parts = self._package.split('.') if self._package else []
+        if level > len(parts):
             return ''
+        parts = parts[:len(parts) - level + 1]
         return '.'.join(parts + [module] if module else parts)
 
     def _read_calls(self, tree: ast.Module) -> None:
@@ -1740,7 +2029,7 @@ class ModuleSource:
                         self.imports.append(ImportedModule(absolute, (), call in direct))
 
     def _read_names(self, tree: ast.Module) -> None:
-        walrus = self._has(':=')
+        walrus = self.has(':=')
         scope = _ScopeNames(self._resolve)
         scope.read(tree.body, walrus)
         waiting = [(node.name, node) for node in reversed(scope.classes)]
@@ -1751,7 +2040,8 @@ class ModuleSource:
             for name in body.globals & body.rows.keys():
                 scope.rows.setdefault(name, []).extend(body.rows.pop(name))
             self.classes[qualified] = body.table()
-            waiting += [('%s.%s' % (qualified, inner.name), inner) for inner in reversed(body.classes)]
+            for inner in reversed(body.classes):
+                waiting.append(('%s.%s' % (qualified, inner.name), inner))
         self.names = scope.table()
         self._read_exports(tree)
 
@@ -1765,7 +2055,7 @@ class ModuleSource:
                 continue
             elif isinstance(node, (ast.Assign, ast.AugAssign)):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                if any(isinstance(target, ast.Name) and target.id == '__all__' for target in targets):
+                if any(getattr(target, 'id', '') == '__all__' for target in targets):
                     self.exports = (self.exports or ()) + self._texts(node.value)
         self.stars = tuple(filter(None, stars))
 
@@ -1781,7 +2071,7 @@ class Whereabouts(NamedTuple):
     """What is known of a module without importing it."""
     kind: ModuleKind
     path: str = ''                                # of its file, which may be in an archive
-    locations: Optional[Tuple[str, ...]] = None   # directories of its submodules, if it is a package
+    locations: Optional[Tuple[str, ...]] = None   # of a package: directories of its submodules
     loader: Any = None
 
 
@@ -1789,8 +2079,8 @@ _dict_of_module: Any = vars(types.ModuleType)['__dict__']
 
 
 def module_dict(module: Any) -> Dict[str, Any]:
-    """The globals of a module. Nothing of the user's runs for that: the class of a module may have a `__getattr__`
-    that imports. Empty for what is in `sys.modules` and is no module."""
+    """The globals of a module. Nothing of the user's runs for that: the class of a module may have
+    a `__getattr__` that imports. Empty for what is in `sys.modules` and is no module."""
     if not issubclass(type(module), types.ModuleType):
         return {}
     found = _dict_of_module.__get__(module)
@@ -1832,7 +2122,8 @@ def _site_roots() -> Tuple[str, ...]:
 
 
 def archive_of(path: str) -> Tuple[str, str]:
-    """(archive, name in it with '/') of the path of a file in an archive; ('', '') if it is in none."""
+    """(archive, name in it with '/') of the path of a file in an archive; ('', '') if it is in
+    none."""
     archive = path
     while archive and not os.path.lexists(archive):
         shorter = os.path.dirname(archive)
@@ -1845,16 +2136,17 @@ def archive_of(path: str) -> Tuple[str, str]:
 
 
 class Installations:
-    """What distributions say that they have put into a directory, or into an archive. Each is read once, and again
-    when it has changed."""
+    """What distributions say that they have put into a directory, or into an archive. Each is read
+    once, and again when it has changed."""
 
     def __init__(self) -> None:
-        # directory -> (time of its last change, path of a file below it -> distribution's metadata directory)
+        # directory -> (time of its last change, file below it -> metadata directory)
         self._tables: Dict[str, Tuple[int, Dict[str, str]]] = {}
 
     def owner(self, holder: str, path: str) -> str:
-        """The metadata directory, such as 'numpy-1.26.4.dist-info', of the distribution that has put a file, by its
-        name below the directory and with '/', or the package that it is in, into a directory; '' if none says so."""
+        """The metadata directory, such as 'numpy-1.26.4.dist-info', of the distribution that has
+        put a file, by its name below the directory and with '/', or the package that it is in,
+        into a directory; '' if none says so."""
         table = self._table(holder)
         found = table.get(path)
         if found is None and '/' in path:
@@ -1920,25 +2212,28 @@ def _archive_metadata(archive: str, prefix: str) -> Iterator[Tuple[str, str, str
             for member in members.namelist():
                 below = member[len(prefix) + 1:] if prefix else member
                 name, _, file = below.partition('/')
-                if member.endswith(below) and _METADATA_FILES.get(os.path.splitext(name)[1]) == file:
+                expected = _METADATA_FILES.get(os.path.splitext(name)[1])
+                if member.endswith(below) and expected == file:
                     yield name, file, members.read(member).decode('utf-8', 'replace')
     except (OSError, zipfile.BadZipFile) as exc:
         logger.debug('%s cannot be read as an archive: %s', archive, exc)
 
 
 class ModuleFinder:
-    """Says where a module is and of which kind it is. Loaded modules are asked first, then finders; nothing is imported."""
+    """Says where a module is and of which kind it is. Loaded modules are asked first, then
+    finders; nothing is imported."""
 
     def __init__(self) -> None:
         self.installations = Installations()
-        # name -> (what sys.modules had, time until which this is believed if that was nothing, what was found)
+        # name -> (what sys.modules had, time until which this is believed if that was nothing,
+        # what was found)
         self._kept: Dict[str, Tuple[Any, float, Whereabouts]] = {}
 
     def look(self, name: str) -> Whereabouts:
         """Any thread."""
         module = sys.modules.get(name, self)
         kept = self._kept.get(name)
-        if kept is not None and kept[0] is module and (module is not self or time.monotonic() < kept[1]):
+        if kept is not None and kept[0] is module and self._is_valid(kept):
             found = kept[2]
         else:
             found = self._look(name, module)
@@ -1947,14 +2242,18 @@ class ModuleFinder:
             return found._replace(kind=ModuleKind.BY_VALUE)
         return found
 
+    def _is_valid(self, kept: Tuple[Any, float, Whereabouts]) -> bool:
+        return kept[0] is not self or time.monotonic() < kept[1]
+
     @staticmethod
     def _is_by_value(name: str, module: Any) -> bool:
-        """What may change at any time: what the main module is, and what the user has registered."""
-        if name.partition('.')[0] in NOT_OWN:
-            return False
-        if name in ('__main__', '__mp_main__') or module is sys.modules.get('__main__'):
-            return True
+        """What may change at any time: what the main module is, and what the user has
+        registered."""
+        if module is sys.modules.get('__main__') or name in _MAIN_NAMES:
+            return name.partition('.')[0] not in NOT_OWN
         registered = cloudpickle.list_registry_pickle_by_value()
+        if not registered or name.partition('.')[0] in NOT_OWN:
+            return False
         return any(name == other or name.startswith(other + '.') for other in registered)
 
     def _look(self, name: str, module: Any) -> Whereabouts:
@@ -1964,7 +2263,8 @@ class ModuleFinder:
             found = self._look_at(name, module)
         else:
             found = self._look_for(name)
-            if found.kind is ModuleKind.MISSING and module is not self:   # a package has put it there
+            if found.kind is ModuleKind.MISSING and module is not self:
+                # A package has put it there.
                 found = Whereabouts(self._kind_without_file(name, None, None))
         if name.partition('.')[0] in NOT_OWN:
             return found._replace(kind=ModuleKind.INSTALLED)
@@ -2007,29 +2307,34 @@ class ModuleFinder:
 
     @staticmethod
     def _is_frozen(spec: Any, loader: Any) -> bool:
-        if loader is importlib.machinery.BuiltinImporter or loader is importlib.machinery.FrozenImporter:
+        machinery: Any = importlib.machinery
+        if loader is machinery.BuiltinImporter or loader is machinery.FrozenImporter:
             return True
-        return spec is not None and type(spec.origin) is str and spec.origin in ('built-in', 'frozen')
+        origin = spec.origin if spec is not None else None
+        return isinstance(origin, str) and origin in ('built-in', 'frozen')
 
     @staticmethod
     def _as_locations(path: Any) -> Optional[Tuple[str, ...]]:
         if path is None:
             return None
-        try:   # of a namespace package: it looks at sys.path again, with the finders that are there
-            return tuple(entry for entry in path if isinstance(entry, str))
-        except Exception as exc:   # the user's own; such a package has no submodules that could be found
+        try:   # of a namespace package: it asks finders if sys.path is another one now
+            entries = tuple(path)
+        except Exception as exc:   # the user's own; no submodules of this can be found
             logger.debug('the __path__ of a package cannot be read: %s', describe_exception(exc))
             return ()
+        return tuple(entry for entry in entries if isinstance(entry, str))
 
-    def _kind_without_file(self, name: str, spec: Any, locations: Optional[Tuple[str, ...]]) -> ModuleKind:
-        """Of a module that a package made while it was imported the kind is that of the package, if every node that
-        has the package makes it too."""
+    def _kind_without_file(self, name: str, spec: Any,
+                           locations: Optional[Tuple[str, ...]]) -> ModuleKind:
+        """Of a module that a package made while it was imported the kind is that of the package,
+        if every node that has the package makes it too."""
         if spec is not None and locations:
             kind = self._kind_of_namespace(name, locations)
             if kind is not ModuleKind.OWN:
                 return kind
             found = self._search(name)
-            if found is not None and set(found.submodule_search_locations or ()) & set(locations):
+            there = self._as_locations(getattr(found, 'submodule_search_locations', None)) or ()
+            if set(map(os.path.realpath, there)) & set(map(os.path.realpath, locations)):
                 return self._below_parent(name)
             return ModuleKind.BY_VALUE
         parent = name.rpartition('.')[0]
@@ -2038,7 +2343,8 @@ class ModuleFinder:
 
     def _kind_of_namespace(self, name: str, locations: Tuple[str, ...]) -> ModuleKind:
         """A part of it that is the user's own travels."""
-        kinds = {self._kind_of_file(name, os.path.join(os.path.abspath(path), '__init__.py')) for path in locations}
+        files = [os.path.join(os.path.abspath(path), '__init__.py') for path in locations]
+        kinds = {self._kind_of_file(name, file) for file in files}
         if len(kinds) == 1:
             return kinds.pop()
         return ModuleKind.OWN if ModuleKind.OWN in kinds else ModuleKind.INSTALLED
@@ -2050,7 +2356,8 @@ class ModuleFinder:
         return ModuleKind.OWN
 
     def _kind_of_file(self, name: str, path: str) -> ModuleKind:
-        """By its path, and where that leaves it open by the metadata beside its top-level module."""
+        """By its path, and where that leaves it open by the metadata beside its top-level
+        module."""
         real = os.path.normcase(os.path.realpath(path))
         if _is_below(real, _site_roots()) or SITE_DIRECTORIES & set(real.split(os.sep)):
             return ModuleKind.INSTALLED
@@ -2065,12 +2372,12 @@ class ModuleFinder:
             return ModuleKind.INSTALLED
         if self.installations.owner(holder, below):
             return ModuleKind.INSTALLED
+        if not path.endswith(tuple(importlib.machinery.all_suffixes())):
+            return ModuleKind.BY_VALUE   # a hook of the user's has loaded it; a node has none
         return ModuleKind.OWN
 
     def _leads_to(self, name: str, path: str) -> bool:
         """Whether an import of this name, elsewhere and by the same rules, would load this file."""
-        if not path.endswith(tuple(importlib.machinery.all_suffixes())):
-            return False
         if self._below_parent(name) is ModuleKind.BY_VALUE:
             return False
         spec = self._search(name)
@@ -2079,26 +2386,52 @@ class ModuleFinder:
         return spec.origin == path or os.path.realpath(spec.origin) == os.path.realpath(path)
 
     def _search(self, name: str) -> Any:
-        """The spec of a module, by the finders. `importlib.util.find_spec` would import the packages that it is in."""
+        """The spec of a module, by the finders. `importlib.util.find_spec` would import the
+        packages that it is in."""
         parent = name.rpartition('.')[0]
         if not parent:
             return self._ask(sys.meta_path, name, None)
         locations = self.look(parent).locations
         if locations is None:
             return None
-        below = self._ask([importlib.machinery.PathFinder], name, list(locations))
+        if parent in sys.modules:
+            below = self._ask([importlib.machinery.PathFinder], name, list(locations))
+        else:   # PathFinder would look for a loaded package that a namespace package is in
+            below = self._ask_entries(name, locations)
         # Finders of editable installs may know of submodules that lie elsewhere.
         return below or self._ask(sys.meta_path, name, list(locations))
 
     @staticmethod
+    def _ask_entries(name: str, locations: Sequence[str]) -> Any:
+        """What PathFinder does."""
+        portions: List[str] = []
+        for location in locations:
+            try:
+                spec = pkgutil.get_importer(location).find_spec(name)   # type: ignore[union-attr]
+            except Exception as exc:   # the user's own finder, or none for this directory
+                text = describe_exception(exc)
+                logger.debug('%s was asked for module %s: %s', location, name, text)
+                continue
+            if spec is not None and spec.loader is not None:
+                return spec
+            if spec is not None:
+                portions += spec.submodule_search_locations or []
+        if not portions:
+            return None
+        spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = portions
+        return spec
+
+    @staticmethod
     def _ask(finders: Sequence[Any], name: str, path: Optional[List[str]]) -> Any:
         for finder in tuple(finders):
-            if type(finder).__module__ == '_distutils_hack':   # it imports setuptools when it is asked for distutils
+            if type(finder).__module__ == '_distutils_hack':   # imports setuptools
                 continue
             try:
                 spec = finder.find_spec(name, path)
             except Exception as exc:   # the user's own finder; the others are asked still
-                logger.debug('%r was asked for module %s: %s', finder, name, describe_exception(exc))
+                text = describe_exception(exc)
+                logger.debug('%s was asked for module %s: %s', type(finder), name, text)
                 continue
             if issubclass(type(spec), importlib.machinery.ModuleSpec):
                 return spec
@@ -2136,15 +2469,18 @@ class ModuleFile(NamedTuple):
     is_extension: bool
     source: Optional[ModuleSource]   # none of an extension module, and of one without source
     loader: Any = None
-    chain: Tuple[str, ...] = ()      # modules by whose imports it was reached, from one that was asked for to itself
+    chain: Tuple[str, ...] = ()      # by whose imports it was reached, itself the last
+
+    def file(self) -> FileOfModule:
+        return FileOfModule(self.target, self.path, self.loader)
 
     def read(self) -> bytes:
         """Its content as it is now. Raises OSError."""
-        return _read_at_once(self.path, self.loader)[0]
+        return self.file().read()
 
     def stamp(self) -> FileStamp:
         """Raises OSError."""
-        return _stamp_of(self.path)
+        return self.file().stamp()
 
 
 def _stamp_of(path: str) -> FileStamp:
@@ -2159,7 +2495,8 @@ def _stamp_of(path: str) -> FileStamp:
 
 
 def _read_at_once(path: str, loader: Any) -> Tuple[bytes, Optional[FileStamp], int]:
-    """Content, stamp and mode of a file, all of one moment; no stamp if the file never kept still. Raises OSError."""
+    """Content, stamp and mode of a file, all of one moment; no stamp if the file never kept still.
+    Raises OSError."""
     archive, member = archive_of(path)
     if archive:
         stamp = _stamp_of(path)
@@ -2177,19 +2514,25 @@ def _read_at_once(path: str, loader: Any) -> Tuple[bytes, Optional[FileStamp], i
 
 
 def _read_member(archive: str, member: str, path: str, loader: Any) -> bytes:
-    """A file in an archive, by the loader of its module if that can read files."""
+    """A file in an archive, by the loader of its module if that can read it."""
     import zipfile
     try:
-        if hasattr(loader, 'get_data'):
+        if not zipfile.is_zipfile(archive):
             return bytes(loader.get_data(path))
+        root = getattr(loader, 'archive', None)
+        if isinstance(root, str) and os.path.abspath(root) == archive:
+            # It knows where in the archive its files are, by the path that it has itself.
+            return bytes(loader.get_data(os.path.join(root, *member.split('/'))))
         with zipfile.ZipFile(archive) as members:
             return members.read(member)
     except Exception as exc:   # loaders may be the user's own
-        raise OSError('%s in %s cannot be read: %s' % (member, archive, describe_exception(exc))) from exc
+        text = describe_exception(exc)
+        raise OSError('%s in %s cannot be read: %s' % (member, archive, text)) from exc
 
 
 def _is_settled(stamp: FileStamp) -> bool:
-    """Whether a later change of the file would change its stamp too: file systems count time in steps."""
+    """Whether a later change of the file would change its stamp too: file systems count time in
+    steps."""
     step = 50_000_000 if stamp.mtime_ns % 1_000_000_000 else 2_000_000_000
     return abs(time.time_ns() - stamp.mtime_ns) > step
 
@@ -2304,7 +2647,8 @@ class DataFiles:
 
     def __init__(self) -> None:
         self._warned: Set[str] = set()
-        self._extensions: Dict[str, Tuple[Tuple[int, int], bool]] = {}   # path -> stamp, whether it is one
+        # path -> stamp, whether it is an extension module
+        self._extensions: Dict[str, Tuple[Tuple[int, int], bool]] = {}
 
     def of(self, package: ModuleFile) -> List[FileOfModule]:
         """In the order of their names, as far as they are not too large together."""
@@ -2318,23 +2662,24 @@ class DataFiles:
         found: List[FileOfModule] = []
         left: List[Tuple[str, int]] = []
         for below, path, size in rows:
+            target = '%s/%s' % (prefix, below)
             if size > room:
-                left.append((below, size))
+                left.append((target, size))
             else:
                 room -= size
-                found.append(FileOfModule('%s/%s' % (prefix, below), path, package.loader))
-        if left:
-            self._warn(package.name, left)
+                found.append(FileOfModule(target, path, package.loader))
+        if left and package.name not in self._warned:
+            self._warned.add(package.name)
+            self._warn(package.name, left, len(left) + len(found))
         return found
 
-    def _warn(self, package: str, left: List[Tuple[str, int]]) -> None:
-        if package in self._warned:
-            return
-        self._warned.add(package)
+    @staticmethod
+    def _warn(package: str, left: List[Tuple[str, int]], count: int) -> None:
+        size = sum(size for _, size in left) / 2**20
         logger.warning(
-            'package %s has more than the %d MB of data files that travel with a package: %d files of %.1f MB, '
-            '%s among them, are not sent; list those that jobs need in depends=',
-            package, PACKAGE_DATA >> 20, len(left), sum(size for _, size in left) / 2**20, left[0][0])
+            'package %s has more data files than the %d MB that travel with a package; not sent are '
+            '%d of %d files (%.1f MB), the first of them %s: list those that jobs need in depends=',
+            package, PACKAGE_DATA >> 20, len(left), count, size, left[0][0])
 
     def _in_directory(self, root: str) -> Iterator[Tuple[str, str, int]]:
         """(name below the package with '/', path, size)."""
@@ -2352,7 +2697,7 @@ class DataFiles:
             directories = []
             for entry in entries:
                 name = prefix + entry.name
-                if entry.is_dir(follow_symlinks=False):
+                if entry.is_dir(follow_symlinks=False) and _may_travel(entry.name):
                     directories.append((name + '/', entry.path))
                 elif self._is_data(entry):
                     yield name, entry.path, entry.stat().st_size
@@ -2362,22 +2707,23 @@ class DataFiles:
         if root not in self._warned:
             self._warned.add(root)
             logger.warning(
-                'the directory of package %s has more than %d files: the data files beyond these are not sent; '
-                'list those that jobs need in depends=', root, PACKAGE_FILES)
+                'package directory %s has more than %d files: the data files beyond these are not '
+                'sent; list those that jobs need in depends=', root, PACKAGE_FILES)
 
     @staticmethod
     def _entries(directory: str) -> List[Any]:
         try:
             with os.scandir(directory) as entries:
-                shown = [entry for entry in entries if _may_travel(entry.name)]
+                shown = [entry for entry in entries if _is_shown(entry.name)]
         except OSError as exc:
-            logger.warning('directory %s cannot be read, so its data files are not sent: %s', directory, exc)
+            logger.warning('directory %s cannot be read, so its data files are not sent: %s',
+                           directory, exc)
             return []
         return sorted(shown, key=lambda entry: entry.name)
 
     def _is_data(self, entry: Any) -> bool:
         """Of links it counts where they lead."""
-        if entry.name.endswith(_CODE_SUFFIXES):
+        if entry.name.endswith(_CODE_SUFFIXES) or not _may_travel(entry.name):
             return False
         try:
             if not entry.is_file():
@@ -2413,19 +2759,27 @@ class DataFiles:
             with zipfile.ZipFile(archive) as members:
                 infos = sorted(members.infolist(), key=lambda info: info.filename)
         except (OSError, zipfile.BadZipFile) as exc:
-            logger.warning('archive %s cannot be read, so no data files of it are sent: %s', archive, exc)
+            logger.warning('archive %s cannot be read, so its data files are not sent: %s',
+                           archive, exc)
             return
         prefix = directory + '/'
         names = {info.filename for info in infos}
-        packages = {name.rpartition('/')[0] for name in names if _is_package_file(name.rpartition('/')[2])}
+        packages = set()
+        for name in names:
+            holder, _, base = name.rpartition('/')
+            if _is_package_file(base):
+                packages.add(holder)
         for info in infos:
             below = info.filename[len(prefix):]
             if not info.filename.startswith(prefix) or not below or info.is_dir():
                 continue
             parts = below.split('/')
             inner = {prefix + '/'.join(parts[:end]) for end in range(1, len(parts))}
-            if all(map(_may_travel, parts)) and not inner & packages and not below.endswith(_CODE_SUFFIXES):
-                yield below, os.path.join(archive, *info.filename.split('/')), info.file_size
+            if inner & packages or below.endswith(_CODE_SUFFIXES):
+                continue
+            if all(map(_is_shown, parts)) and all(map(_may_travel, parts)):
+                path = os.path.join(archive, *info.filename.split('/'))
+                yield below, path, info.file_size
 
 
 _CODE_SUFFIXES = ('.py', '.pyc', '.pyo')
@@ -2435,10 +2789,12 @@ def _is_package_file(name: str) -> bool:
     return name.startswith('__init__.') and name[8:] in importlib.machinery.all_suffixes()
 
 
+def _is_shown(name: str) -> bool:
+    return not name.startswith('.') and name != '__pycache__'
+
+
 def _may_travel(name: str) -> bool:
-    """Whether a file or directory of this name is sent with a package."""
-    if name.startswith('.') or name == '__pycache__':
-        return False
+    """Whether a node would take a file or directory of this name."""
     try:
         check_name(name)
     except ValueError as exc:   # a name that a node would refuse
@@ -2447,9 +2803,14 @@ def _may_travel(name: str) -> bool:
     return True
 
 
+def _of_files(names: FrozenSet[str]) -> FrozenSet[str]:
+    """Without what every module has."""
+    return names - _FILE_NAMES - _FILE_MODULES
+
+
 class OwnModules:
-    """Which modules are the user's own, and what travels for them. One is enough for a process, for it remembers what
-    it has read. Any thread."""
+    """Which modules are the user's own, and what travels for them. One is enough for a process,
+    for it remembers what it has read. Any thread."""
 
     def __init__(self) -> None:
         self._finder = ModuleFinder()
@@ -2457,7 +2818,8 @@ class OwnModules:
         self._data = DataFiles()
         # name -> (module, its __spec__, stamp of the file if it was not loaded, what was found)
         self._files: Dict[str, Tuple[Any, Any, Optional[FileStamp], ModuleFile]] = {}
-        self._rows: Dict[str, Tuple[FileStamp, bytes]] = {}   # path -> stamp and digest of the last row
+        # path -> stamp and digest of the last row
+        self._rows: Dict[str, Tuple[FileStamp, bytes]] = {}
         self._versions: Dict[str, str] = {}
 
     def kind(self, name: Any) -> ModuleKind:
@@ -2465,15 +2827,17 @@ class OwnModules:
         return self._finder.look(name).kind if isinstance(name, str) else ModuleKind.MISSING
 
     def closure(self, names: Sequence[str], shipped: Sequence[str] = ()) -> List[ModuleFile]:
-        """The user's own modules among these, with all that they import and the packages that they are in, in the
-        order in which they are reached. `shipped` are modules that travel otherwise, with all below them."""
+        """The user's own modules among these, with all that they import and the packages that they
+        are in, in the order in which they are reached. `shipped` are modules that travel
+        otherwise, with all below them."""
         walk = _ModuleWalk(self._finder, self._file_of, shipped)
         walk.run(iter(sorted(set(names))))
         return walk.found
 
     def files(self, closure: Sequence[ModuleFile]) -> Dict[str, FileOfModule]:
-        """What travels, by the names that it has on the node: code, and the data files of packages."""
-        found = {module.target: FileOfModule(module.target, module.path, module.loader) for module in closure}
+        """What travels, by the names that it has on the node: code, and the data files of
+        packages."""
+        found = {module.target: module.file() for module in closure}
         for module in closure:
             if module.is_package:
                 for file in self._data.of(module):
@@ -2500,7 +2864,7 @@ class OwnModules:
         try:
             if module.stamp() == row[0] and _is_settled(row[0]):
                 return False
-            stamp, (_, digest, _) = self._digests.of(FileOfModule(module.target, module.path, module.loader))
+            stamp, (_, digest, _) = self._digests.of(module.file())
         except OSError as exc:   # it was taken away: there is no other text that could be sent
             logger.debug('the file of module %s cannot be read: %s', module.name, exc)
             return False
@@ -2514,7 +2878,11 @@ class OwnModules:
         module = sys.modules.get(name)
         spec = module_dict(module).get('__spec__')
         kept = self._files.get(name)
-        if kept is not None and kept[0] is module and kept[1] is spec and kept[3].path == where.path:
+        if kept is None or kept[3].path != where.path:
+            same = False
+        else:
+            same = kept[0] is module and kept[1] is spec
+        if kept is not None and same:
             if module is not None or self._is_as_it_was(kept[2], where.path):
                 return kept[3]
         file, stamp = self._read_file(name, where)
@@ -2551,12 +2919,38 @@ class OwnModules:
                 source = ModuleSource(content, name, is_package)
         if stamp is not None and not _is_settled(stamp):
             stamp = None
-        return ModuleFile(name, where.path, target, is_package, is_extension, source, where.loader), stamp
+        file = ModuleFile(
+            name, where.path, target, is_package, is_extension, source, where.loader)
+        return file, stamp
+
+    def file_names(self, closure: Sequence[ModuleFile]) -> Dict[str, FrozenSet[str]]:
+        """`ModuleSource.file_names` of each, with what they import from each other."""
+        sources = {module.name: module.source for module in closure if module.source is not None}
+        found = {name: source.file_names for name, source in sources.items()}
+        users: Dict[str, Set[str]] = {}
+        for name, source in sources.items():
+            for imported in source.imports:
+                for origin in [imported.module, *imported.members()]:
+                    if origin in sources:
+                        users.setdefault(origin, set()).add(name)
+        waiting: Deque[str] = collections.deque()
+        for name in sources:
+            if _of_files(found[name]):
+                waiting += sorted(users.get(name, ()))
+        while waiting:
+            name = waiting.popleft()
+            names = sources[name].file_names_with(
+                lambda other: _of_files(found.get(other, frozenset())))
+            if names != found[name]:
+                found[name] = names
+                waiting += sorted(users.get(name, ()))
+        return found
 
     def uses_dispy(self, closure: Sequence[ModuleFile]) -> bool:
         """Whether one of these imports a module of dispy."""
         ours = NOT_OWN - {'cloudpickle', 'psutil'}
-        return any(imported.module.partition('.')[0] in ours for _, imported in self._imports(closure))
+        return any(imported.module.partition('.')[0] in ours
+                   for _, imported in self._imports(closure))
 
     @staticmethod
     def _imports(closure: Sequence[ModuleFile]) -> Iterator[Tuple[ModuleFile, ImportedModule]]:
@@ -2565,9 +2959,10 @@ class OwnModules:
                 for imported in module.source.imports:
                     yield module, imported
 
-    def packages(self, closure: Sequence[ModuleFile]) -> Dict[str, Tuple[str, bool, Tuple[str, ...]]]:
-        """The installed packages that these import: version here ('' if that is unknown), whether an import of it is
-        certain, and the chain of imports that leads to it."""
+    def packages(self,
+                 closure: Sequence[ModuleFile]) -> Dict[str, Tuple[str, bool, Tuple[str, ...]]]:
+        """The installed packages that these import: version here ('' if that is unknown), whether
+        an import of it is certain, and the chain of imports that leads to it."""
         found: Dict[str, Tuple[str, bool, Tuple[str, ...]]] = {}
         for module, imported in self._imports(closure):
             for name in self._installed(imported):
@@ -2578,7 +2973,8 @@ class OwnModules:
         return found
 
     def _installed(self, imported: ImportedModule) -> List[str]:
-        """Top-level packages. Below a namespace package these are what is in it, of which each may be installed or not."""
+        """Top-level packages. Below a namespace package these are what is in it, of which each may
+        be installed or not."""
         parts = imported.module.split('.')
         if parts[0] in NOT_OWN:
             return []
@@ -2587,8 +2983,8 @@ class OwnModules:
             where = self._finder.look(name)
             if where.path or where.locations is None:
                 return [name] if where.kind is ModuleKind.INSTALLED else []
-        members = ['%s.%s' % (imported.module, name) for name in imported.names if name != '*']
-        return [name for name in members if self._finder.look(name).kind is ModuleKind.INSTALLED]
+        return [name for name in imported.members()
+                if self._finder.look(name).kind is ModuleKind.INSTALLED]
 
     def _version(self, name: str) -> str:
         version = self._versions.get(name)
@@ -2613,7 +3009,9 @@ class OwnModules:
         path = self._finder.look(name).path
         if not path:
             return ''
-        holder = os.path.dirname(os.path.dirname(path) if _is_package_file(os.path.basename(path)) else path)
+        holder = os.path.dirname(path)
+        if _is_package_file(os.path.basename(path)):
+            holder = os.path.dirname(holder)
         owner = self._finder.installations.owner_of_name(holder, name.replace('.', '/'))
         return os.path.splitext(owner)[0].partition('-')[2]
 
@@ -2655,14 +3053,17 @@ class StateCapture:
         self._numbers: Dict[int, int] = {}         # id -> number
         self._values: Dict[Tuple[str, str, str], Any] = {}
 
-    def add(self, file: ModuleFile) -> None:
-        """A module that the client has loaded, if its source is known."""
+    def add(self, file: ModuleFile, placed: Iterable[str] = ()) -> None:
+        """A module that the client has loaded, if its source is known. `placed` are the names whose values depend on where
+        files lie: on the node these lie elsewhere."""
         module = sys.modules.get(file.name)
         if module is None or file.source is None or file.source.error:
             return
         found: List[Tuple[StateRow, Any]] = []
         try:
             for name, value in list(module_dict(module).items()):
+                if name in placed:
+                    continue
                 self._consider(file.source, (file.name, '', name), value, file.source.names.get(name), found)
             for owner, table in file.source.classes.items():
                 self._add_class(file.source, owner, table, found)
@@ -2772,14 +3173,14 @@ class ModuleBundles:
         """The code of the computation, with bundle 0. One pickle for all, so that they share their variables on the node."""
         labels = [('the computation', computation), ('setup', setup), ('cleanup', cleanup)]
         labels += [('depends, %s' % name, value) for name, value in objects.items()]
-        sealed = pack((computation, setup, cleanup, objects), labels)
+        sealed = pack((computation, setup, cleanup, objects), labels, True)
         self.portable = sealed.portable
         self._make(0, sealed.modules)
         return b''.join(bytes(piece) for piece in pieces_of(sealed.payload))
 
-    def packed(self, value: Any, labels: Sequence[Tuple[str, Any]]) -> Any:
+    def packed(self, value: Any, labels: Sequence[Tuple[str, Any]], exact: bool = False) -> Any:
         """A payload that says which bundles have to be there before it is opened. Raises what pickling raises."""
-        sealed = pack(value, labels)
+        sealed = pack(value, labels, exact)
         numbers = self.numbers(sealed.modules)
         return with_needs(sealed.payload, numbers) if numbers else sealed.payload
 
@@ -2831,9 +3232,9 @@ class ModuleBundles:
             # Modules that travel as files of depends have state like the others.
             closure = own_modules.closure(sorted(wanted))
             new = [file for file in closure if file.name not in self._number_of]
-            capture = StateCapture()
+            capture, placed = StateCapture(), own_modules.file_names(closure)
             for file in new:
-                capture.add(file)
+                capture.add(file, placed.get(file.name, ()))
             kinds, state, met = capture.pickled()
             more = {name for name in met if own_modules.kind(name) is ModuleKind.OWN} - wanted - {file.name for file in closure}
             if not more:
@@ -2932,17 +3333,27 @@ def client_pickler() -> Any:
 @functools.lru_cache(maxsize=2)
 def _client_pickler(base: Any) -> Any:
     class ClientPickler(base):  # type: ignore[misc, valid-type]
+        """Of arguments."""
+
         def importable(self, module: str) -> bool:
             """Whether nodes have the module, or get its file."""
             return own_modules.kind(module) not in _NOT_BY_NAME
     return ClientPickler
 
 
-def pack(value: Any, labels: Sequence[Tuple[str, Any]]) -> Sealed:
+@functools.lru_cache(maxsize=2)
+def _code_pickler(base: Any) -> Any:
+    class CodePickler(base):  # type: ignore[misc, valid-type]
+        """Of code, whose variables are to be as they are in the program."""
+        exact = True
+    return CodePickler
+
+
+def pack(value: Any, labels: Sequence[Tuple[str, Any]], exact: bool = False) -> Sealed:
     """Pickle what goes to a node. Where that fails the error names the path to the culprit; `labels` are the parts of the
     value, with what they are called. Raises what pickling raises."""
     try:
-        return seal(value, client_pickler())
+        return seal(value, _code_pickler(client_pickler()) if exact else client_pickler())
     except _CANNOT as exc:
         text = explain_unpicklable(labels, exc)
         if not text or type(exc) not in _CANNOT:
@@ -4138,8 +4549,7 @@ class Recovery:
     def wait(self, over: threading.Event, timeout: Optional[float]) -> None:
         """Until all has been collected, and a little longer for nodes that may forget what they keep."""
         until = math.inf if timeout is None else time.monotonic() + timeout
-        while not self.collected.wait(min(max(0.0, until - time.monotonic()), FOREVER)) and time.monotonic() < until:
-            continue
+        in_slices(self.collected.wait, timeout)
         over.wait(min(max(0.0, until - time.monotonic()), FORGET_TIME))
 
 
@@ -4207,6 +4617,7 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
             driver.ask(lambda: recovery.begin(driver))
             recovery.wait(over, timeout)
             driver.ask(lambda: driver.give_up(recovery, recovery.collected.is_set()))
+
         finally:
             driver.release()
     with lock:
@@ -4302,7 +4713,11 @@ class Driver(Loop):
                 del _drivers[self.access]
         with contextlib.suppress(RuntimeError, TimeoutError):   # it has broken before
             self.ask(self._leave)
-        self._thread.join(CALL_TIME)
+
+        def join(seconds: float) -> bool:
+            self._thread.join(seconds)
+            return not self._thread.is_alive()
+        in_slices(join, CALL_TIME)
 
     def ask(self, call: Callable[[], Any]) -> Any:
         """Call it in the driver's thread and return what it returns. Any thread but the driver's."""
@@ -4312,7 +4727,7 @@ class Driver(Loop):
         self.post(Asked(call, future))
         if self.broken:   # set before the inbox is emptied for the last time
             raise RuntimeError(self.broken)
-        return future.result(CALL_TIME)
+        return answer_of(future, CALL_TIME)
 
     def _main(self) -> None:
         try:
@@ -5663,6 +6078,7 @@ def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     program again."""
     import tempfile
     import dispynode
+    check_fork()
     secret = os.urandom(32).hex().encode()
     code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
@@ -5765,6 +6181,8 @@ class JobCluster:
         reach = discovery_reach()
         self._specs = [NodeSpec('*', self._port)] if nodes is None and reach != 'off' else [] if nodes is None or nodes == LOCAL \
             else parse_nodes(nodes, self._port, self._remote)
+        if not self._specs and not self._remote:
+            check_fork()
         host = host if host is not None else ip_addr
         self._host = None if host is None else (host, SCHEDULER_PORT) if host == '' else host_and_port(host, SCHEDULER_PORT) \
             if isinstance(host, str) else (str(host[0]), int(host[1]))
@@ -6009,13 +6427,11 @@ class JobCluster:
             job._call_when_ended(ended.put)
         left = set(jobs)
         while left:
-            wait = FOREVER if until is None else min(FOREVER, until - time.monotonic())
             try:
-                job = ended.get(timeout=max(0.0, wait))
+                job = next_of(ended, None if until is None else until - time.monotonic())
             except queue.Empty:
-                if until is not None and time.monotonic() >= until:
-                    raise TimeoutError('%d of %d jobs have not ended within %s s' % (len(left), len(jobs), timeout)) from None
-                continue
+                raise TimeoutError('%d of %d jobs have not ended within %s s'
+                                   % (len(left), len(jobs), timeout)) from None
             if job in left:
                 left.discard(job)
                 yield job
@@ -6061,10 +6477,10 @@ class JobCluster:
                 self._changed.notify_all()
             try:
                 while self._pending > (self._waiters if own else 0):   # callbacks that wait do not wait for each other
-                    left = FOREVER if until is None else min(FOREVER, until - time.monotonic())
-                    if left <= 0:
+                    left = None if until is None else until - time.monotonic()
+                    if left is not None and left <= 0:
                         return False
-                    self._changed.wait(left)
+                    in_slices(self._changed.wait, left)
             finally:
                 self._waiters -= own
         return True
@@ -6173,7 +6589,8 @@ class JobCluster:
         run, and only these are returned. Raises ValueError for an unknown node, RuntimeError if it is not connected."""
         serials = self._command('jobs', node)
         if from_node:
-            running = {serial for serial, _ in self._command('question', node).result(CALL_TIME).running}
+            report = answer_of(self._command('question', node), CALL_TIME)
+            running = {serial for serial, _ in report.running}
             serials = [serial for serial in serials if serial in running]
         return self._driver.ask(lambda: self._driver.jobs_of(self._comp, serials))  # type: ignore[no-any-return]
 
@@ -6185,7 +6602,7 @@ class JobCluster:
         row, = _file_rows({name: os.fspath(path)})
         future = self._command('question', node, row, os.fspath(path))
         try:
-            error = future.result(timeout)
+            error = answer_of(future, timeout)
         except concurrent.futures.TimeoutError:
             raise TimeoutError('send_file: %s is not on the node within %s s' % (name, timeout)) from None
         if error:
@@ -6454,7 +6871,8 @@ class SharedJobCluster(JobCluster):
         until = time.monotonic() + CALL_TIME
         while True:
             try:
-                return self._driver.ask(lambda: self._driver.call(self._comp, name, *args)).result(CALL_TIME)
+                future = self._driver.ask(lambda: self._driver.call(self._comp, name, *args))
+                return answer_of(future, CALL_TIME)
             except ConnectionError:
                 if self._closed or time.monotonic() >= until:
                     raise RuntimeError('the scheduler %s is not connected' % self._scheduler.host) from None
@@ -6466,7 +6884,8 @@ class SharedJobCluster(JobCluster):
         if row is None:
             future.set_result(Report(self._comp, [(serial, 0.0) for serial in self._call('running', node)], [], {}))
             return future
-        error = self._driver.ask(lambda: self._driver.question(self._comp, None, row, path)).result(CALL_TIME)   # to the scheduler
+        to_scheduler = self._driver.ask(lambda: self._driver.question(self._comp, None, row, path))
+        error = answer_of(to_scheduler, CALL_TIME)
         future.set_result(error or self._call('place', node, row))
         return future
 
@@ -6705,7 +7124,7 @@ class DispyExecutor(concurrent.futures.Executor):
         if cluster._bundles.changed():
             cluster = self._renew(cluster)
         future = DispyFuture(cluster)
-        payload = b''.join(bytes(piece) for piece in pieces_of(cluster._bundles.packed(fn, [('the function', fn)])))
+        payload = b''.join(bytes(piece) for piece in pieces_of(cluster._bundles.packed(fn, [('the function', fn)], True)))
         future.job = cluster.submit_job_id(future, payload, args, kwargs)
         return future
 
@@ -7028,12 +7447,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                     cluster.submit(*line)
                     total += 1
                     while total - printer.done >= 1000 or not ended.empty():
-                        printer.show(ended.get(), total)
+                        printer.show(next_of(ended), total)
             except (ValueError, OSError) as exc:
                 print('dispy: arguments of job %d: %s; no more jobs are started' % (total + 1, exc), file=sys.stderr)
                 printer.failed += 1
             while printer.done < total:
-                printer.show(ended.get(), total)
+                printer.show(next_of(ended), total)
     except NoNodes as exc:
         parser.error(str(exc))
     except KeyboardInterrupt:

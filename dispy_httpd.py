@@ -120,6 +120,7 @@ SNAPSHOT_SHARE = 20           # a snapshot that takes the driver 1 s is the only
 MAX_LINE, MAX_HEAD, MAX_BODY = 4096, 16384, 65536     # bytes of a request
 MAX_CONNECTIONS = 64
 IO_TIME = 10.0                # s for a request to come, and for an answer to be taken
+SIGNAL_CHECK = 0.5            # s after which a signal is seen at the latest
 HEARTBEAT = 2.0               # s of silence in a stream: a browser that has gone is noticed
 
 logger = dispy.logger
@@ -356,7 +357,8 @@ class WatchedShared(Watched):
             flights.setdefault((place.ip_addr, place.name), {})[job._serial] = job
         self._flights = flights
         with contextlib.suppress(ConnectionError, concurrent.futures.TimeoutError):
-            rows = driver.ask(lambda: driver.call(cluster._comp, 'nodes')).result(dispy.CALL_TIME)
+            future = driver.ask(lambda: driver.call(cluster._comp, 'nodes'))
+            rows = dispy.answer_of(future, dispy.CALL_TIME)
             self._known = {row.key: row for row in (dispy.NodeRow(*row) for row in rows)}
             return
         self._known = {row.key: row for row in driver.ask(lambda: driver.rows_of(cluster._comp))}
@@ -727,7 +729,8 @@ class SchedulerLink(dispy.Survey):
     def ask(self, *question: Any) -> Any:
         """What `Overview.answer` of the scheduler returns. Raises what it raises, RuntimeError if it is not connected. Any thread."""
         try:
-            return self._driver.ask(lambda: self._driver.call(self._comp, 'overview', *question)).result(dispy.CALL_TIME)
+            future = self._driver.ask(lambda: self._driver.call(self._comp, 'overview', *question))
+            return dispy.answer_of(future, dispy.CALL_TIME)
         except ConnectionError:
             row, = self._driver.ask(lambda: self._driver.rows_of(self._comp))
             raise RuntimeError('the scheduler %s is not connected: %s' % (dispy.place(row.key[1], row.key[2]), row.reason or row.state)) from None
@@ -1615,6 +1618,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     try:
         server = SourceHTTPServer(_source_of(args), args.host, args.port, args.poll_sec, args.keyfile, args.certfile)
     except (ValueError, TypeError, OSError, DispyError) as exc:
@@ -1623,9 +1628,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     with server:
         if args.token_file:
             _write_private(os.path.abspath(args.token_file), server._server.token.encode())
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        while not stop.wait(dispy.FOREVER):
+        # A signal that comes just before the wait begins does not end it: its handler has not
+        # run yet.
+        while not stop.wait(SIGNAL_CHECK):
             continue
     return 0
 

@@ -35,6 +35,7 @@ The life of a job here:
 
 import argparse
 import array
+import builtins
 import collections
 import contextlib
 import contextvars
@@ -58,9 +59,11 @@ import logging.handlers
 import math
 import mmap
 import multiprocessing
+import operator
 import os
 import pickle
 import platform
+import queue
 import re
 import selectors
 import shutil
@@ -80,7 +83,10 @@ import typing
 import unicodedata
 import weakref
 import zlib
-from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
+from typing import (
+    Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set,
+    TextIO, Tuple, Type, Union)
+
 
 __version__ = '5.0.0.dev0'
 
@@ -897,6 +903,7 @@ class Spaces:
             module, self._main = self._main, None
             variables = {} if module is None else vars(module)
             variables.update(basics)
+            variables['__builtins__'] = builtins
             space = self._add(Space(token, variables, False))
         return space
 
@@ -929,7 +936,7 @@ class _SpaceRef:
         basics = {name: variables[name] for name in _SPACE_BASICS if name in variables}
         space = spaces.of_variables(variables)
         if space is None:
-            self.reduced = (dict, (basics,))
+            self.reduced = (new_variables, (basics,))
         else:
             self.reduced = (variables_of_space, (space.token, basics))
 
@@ -958,6 +965,11 @@ _IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleT
 def empty_cell() -> Any:
     """A cell of a closure, without contents."""
     return types.CellType()
+
+
+def new_variables(basics: Dict[str, Any]) -> Dict[str, Any]:
+    """Global variables that the functions of one payload have for themselves."""
+    return dict(basics, __builtins__=builtins)
 
 
 def variables_of_space(token: tuple, basics: Dict[str, Any]) -> Dict[str, Any]:
@@ -1178,6 +1190,54 @@ def _reduce_context_variable(variable: Any) -> tuple:
     return make_context_variable, (variable.name, default, (context[variable],) if variable in context else ())
 
 
+def _reduce_match(match: Any) -> tuple:
+    """Found again at the same place. Raises TypeError where that would not be the same."""
+    again = match.re.match(match.string, match.start(), match.endpos)
+    if again is None or (again.regs, again.pos) != (match.regs, match.start()):
+        raise TypeError("cannot pickle 're.Match' object: take its groups")
+    return make_match, (match.re, match.string, match.start(), match.endpos)
+
+
+def make_match(pattern: Any, text: Any, start: int, end: int) -> Any:
+    """A match object."""
+    return pattern.match(text, start, end)
+
+
+def make_context(items: List[Tuple[Any, Any]]) -> contextvars.Context:
+    """A context with these values of its variables."""
+    made = contextvars.Context()
+    for variable, value in items:
+        made.run(variable.set, value)
+    return made
+
+
+def _reduce_queue(waiting: Any) -> tuple:
+    """A queue with what waits in it now; nothing tells that but taking it out and putting it back."""
+    items = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            items.append(waiting.get_nowait())
+    for item in items:
+        waiting.put(item)
+    return make_queue, (items,)
+
+
+def make_queue(items: List[Any]) -> Any:
+    """A queue.SimpleQueue."""
+    made: Any = queue.SimpleQueue()
+    for item in items:
+        made.put(item)
+    return made
+
+
+def make_exception(kind: Type[BaseException], args: tuple, attributes: Optional[dict]) -> BaseException:
+    """An exception as it was, without calling a constructor that wants other arguments than it has kept."""
+    made = kind.__new__(kind, *args)
+    made.args = args
+    vars(made).update(attributes or {})
+    return made
+
+
 def _reduce_cached(function: Any) -> tuple:
     parameters = function.cache_parameters() if hasattr(function, 'cache_parameters') else {}
     return make_cached, (function.__wrapped__, function.cache_info().maxsize, parameters.get('typed', False))
@@ -1220,6 +1280,10 @@ _REDUCERS: Dict[type, Callable[[Any], tuple]] = {
     types.MethodType: _reduce_method,
     io.TextIOWrapper: _reduce_file,
     memoryview: _reduce_view,
+    struct.Struct: lambda layout: (struct.Struct, (layout.format,)),
+    re.Match: _reduce_match,
+    contextvars.Context: lambda context: (make_context, (list(context.items()),)),
+    queue.SimpleQueue: _reduce_queue,
 }
 
 
@@ -1237,6 +1301,7 @@ class ValueReducer:
     modules: Set[str]
     plain: bool
     portable: bool
+    exact = False      # whether objects are variables of a program, to be had as they are there
     complete = False   # whether classes that came from elsewhere are written out as well
 
     def __init__(self, file: Any, protocol: int = 5, buffer_callback: Any = None) -> None:
@@ -1278,6 +1343,8 @@ class ValueReducer:
         """How objects of this class are reduced, if that is not pickle's own way."""
         if kind is _CachedType:
             return self._reduce_cached
+        if kind is object:
+            return self._reduce_sentinel
         if kind is contextvars.ContextVar:
             return self._reduce_context_variable
         if kind in _TYPED:
@@ -1288,6 +1355,8 @@ class ValueReducer:
             return _reduce_library
         if kind in copyreg.dispatch_table or kind in _REDUCERS:
             return None
+        if issubclass(kind, BaseException):
+            return self._reduce_exception if isinstance(kind.__init__, types.FunctionType) else None
         if isinstance(kind.__reduce__, types.FunctionType) or isinstance(kind.__reduce_ex__, types.FunctionType):
             return self._reduce_named
         return None
@@ -1312,16 +1381,25 @@ class ValueReducer:
             module == name or module.startswith(name + '.') for name in self._registered)
 
     def _reduce_class(self, cls: Any) -> Any:
-        if cls.__module__ == 'builtins' or self._is_by_name(cls, cls.__qualname__):
-            return super().reducer_override(cls) if cls.__module__ == 'builtins' else NotImplemented  # type: ignore[misc]
+        if cls.__module__ == 'builtins':
+            hidden = _hidden_types().get(cls)
+            return (find_named, hidden) if hidden else super().reducer_override(cls)  # type: ignore[misc]
+        if self._is_by_name(cls, cls.__qualname__):
+            return NotImplemented
+        if cls.__module__ == '_ctypes':
+            return type, (_ctypes_bases()[cls],)
+        if type(cls).__module__ == '_ctypes' and hasattr(cls, '_length_') and '_length_' in vars(cls) and cls.__name__.startswith(cls._type_.__name__):
+            return operator.mul, (cls._type_, cls._length_)
         received = _received.get(cls)
         if received is not None and not self.complete and '<locals>' not in cls.__qualname__:   # its program has it
             return class_of, (received[0], sys.version_info[:2], cls.__module__, cls.__qualname__, None, ())
         self.portable = False
         make, args, (attributes, _), _, _, set_state = cloudpickle_part('_dynamic_class_reduce')(cls)
         attributes.pop('__slotnames__', None)   # what copyreg has found out
-        args = _with_slots(cls, args, attributes)
+        args = _class_arguments(cls, args, attributes)
         tracker = args[-2]
+        if issubclass(cls, enum.Enum) and _has_own_members(cls):
+            make, args = make_enum, (type(cls), cls.__name__, cls.__qualname__, cls.__module__, cls.__bases__, _members_of(cls))
         _classes.setdefault(tracker, cls)
         versions = _class_versions.setdefault(cls, Versions())
         return (class_of, (tracker, sys.version_info[:2], cls.__module__, cls.__qualname__, make, args),
@@ -1365,7 +1443,8 @@ class ValueReducer:
                     for name, value in variables.items()}
         name, version = function.__qualname__, b''
         if space is not None and not space.native:
-            version = space.functions.get(name, (b'', None))[0]
+            # Its program finds it by its name; any other gets what is written here.
+            version = b'received' if space.variables.get(name) is function else b''
         elif space is not None and space.variables.get(name) is function \
                 and not attributes and not closure and _is_stateless(function):
             version = space.versions.of(name, function)
@@ -1392,6 +1471,11 @@ class ValueReducer:
         version = space.versions.of(name, obj) if space.native else space.applied.get(name, b'')
         return variable_of, (self._space(variables, '__main__'), name, version, *made[:2])
 
+    def _reduce_sentinel(self, obj: Any) -> Any:
+        """A bare object(), which programs compare by identity."""
+        made: tuple = (object, ())
+        return self._of_main(obj, made) if self.exact else made
+
     def _reduce_cached(self, function: Any) -> Any:
         if self._is_by_name(function, getattr(function, '__qualname__', None)):
             return NotImplemented
@@ -1403,10 +1487,34 @@ class ValueReducer:
         return self._of_main(variable, _reduce_typed(variable))
 
     def _reduce_context_variable(self, variable: Any) -> Any:
-        return self._of_main(variable, _reduce_context_variable(variable))
+        return self._of_module(variable, _reduce_context_variable(variable))
 
     def _reduce_local(self, local: Any) -> Any:
-        return self._of_main(local, (make_local, (type(local), dict(vars(local)))))
+        return self._of_module(local, (make_local, (type(local), dict(vars(local)))))
+
+    def _of_module(self, obj: Any, made: tuple) -> tuple:
+        """Something that has no name of its own, and is what an importable module has in a variable."""
+        for module, imported in list(sys.modules.items()):
+            variables = getattr(imported, '__dict__', None)
+            if module in MAIN_NAMES or type(variables) is not dict or not self.importable(module) or self._is_registered(module):
+                continue
+            name = next((name for name, value in list(variables.items()) if value is obj), None)
+            if name is not None:
+                self.modules.add(module)
+                return find_named, (module, name)
+        return self._of_main(obj, made)
+
+    def _reduce_exception(self, exc: BaseException) -> Any:
+        """An exception whose constructor is the user's: what pickle does would call it with the arguments that the exception
+        has kept, which may not be those that it takes."""
+        reduced = exc.__reduce_ex__(5)
+        if isinstance(reduced, str) or reduced[:2] != (type(exc), exc.args):
+            return reduced
+        if not self.exact:
+            with contextlib.suppress(Exception):  # where it is opened it would fail just so
+                type(exc)(*exc.args)
+                return reduced
+        return make_exception, (type(exc), exc.args, dict(vars(exc)))
 
     def _reduce_named(self, obj: Any) -> Any:
         """An object whose class may reduce it to the name of a variable."""
@@ -1416,6 +1524,14 @@ class ValueReducer:
         if self._is_by_name(obj, reduced):
             return reduced
         return self._of_main(obj, (make_object, (type(obj), dict(vars(obj)))))
+
+
+@functools.lru_cache(maxsize=None)
+def _hidden_types() -> Dict[type, Tuple[str, str]]:
+    """Builtin types that builtins does not name, such as that of a dictionary's keys: module and name."""
+    import _collections_abc
+    return {value: ('_collections_abc', name) for name, value in vars(_collections_abc).items()
+            if isinstance(value, type) and value.__module__ == 'builtins' and not hasattr(builtins, name)}
 
 
 _ordinary: Set[type] = set()   # classes whose objects are left to pickle
@@ -1433,16 +1549,67 @@ def is_named(obj: Any, module: str, name: str) -> bool:
         return False
 
 
-def _with_slots(cls: type, args: tuple, attributes: Dict[str, Any]) -> tuple:
-    """Arguments of cloudpickle's maker of classes, with the slots of the class. Slots are there from the beginning or never;
-    their descriptors come with them, names of private ones as the class has them."""
-    slots = [name for name, value in vars(cls).items() if isinstance(value, types.MemberDescriptorType)]
-    if '__slots__' not in vars(cls) or not isinstance(args[3], dict):
+@functools.lru_cache(maxsize=None)
+def _ctypes_bases() -> Dict[type, type]:
+    """Classes of the classes of ctypes, which have no names there -> an example of each."""
+    import ctypes
+    return {type(base): base for base in (ctypes.Structure, ctypes.Union, ctypes.Array, ctypes.c_int, ctypes._Pointer, ctypes._CFuncPtr)}
+
+
+def _has_own_members(cls: Any) -> bool:
+    """Whether the members of an enum are made by a constructor of the user's, which made them of more than their values."""
+    made_by = [vars(base).get(name) for base in cls.__mro__ if base not in enum.Enum.__mro__ and base.__module__ != 'enum'
+               for name in ('__new_member__', '__init__')]
+    return any(isinstance(function, types.FunctionType) for function in made_by)
+
+
+def _members_of(cls: Any) -> List[Tuple[str, Any, dict]]:
+    """Name, data of the type that is mixed in, and attributes of each member."""
+    kind = cls._member_type_
+    return [(member.name, () if kind is object else (kind(member),),
+             {name: value for name, value in vars(member).items() if name != '__objclass__'}) for member in cls]
+
+
+def make_enum(meta: Any, name: str, qualname: str, module: str, bases: tuple, members: List[Tuple[str, tuple, dict]]) -> Any:
+    """An enum class with its members, without running their constructor again."""
+    space = meta.__prepare__(name, bases)
+    space['__module__'], space['__qualname__'] = module, qualname
+    made = meta.__new__(meta, name, bases, space)
+    kind = made._member_type_
+    for member_name, data, attributes in members:
+        member = kind.__new__(made, *data)
+        vars(member).update(attributes, __objclass__=made)
+        type.__setattr__(made, member_name, member)
+        made._member_names_.append(member_name)
+        made._member_map_[member_name] = member
+        with contextlib.suppress(TypeError):   # a value that cannot be a key is searched for
+            made._value2member_map_[member._value_] = member
+    return made
+
+
+def _class_arguments(cls: type, args: tuple, attributes: Dict[str, Any]) -> tuple:
+    """Arguments of cloudpickle's maker of classes, with what a class must have from its beginning: its qualified name, its
+    slots, the fields of a ctypes structure. What these bring along is taken out of the attributes, whose order is that of
+    the class."""
+    ordered = {name: attributes.pop(name) for name in list(vars(cls)) if name in attributes}
+    attributes.update(ordered)
+    if len(args) != 6:   # of an enum
         return args
-    for name in slots:
-        attributes.pop(name, None)
-    extra = [name for name in ('__dict__', '__weakref__') if name in vars(cls)]
-    return (*args[:3], dict(args[3], __slots__=tuple(slots + extra)), *args[4:])
+    bases, options = args[2], dict(args[3], __qualname__=cls.__qualname__)
+    if typing.NamedTuple in bases:   # what it makes is a tuple; made by it again, it would have no fields
+        bases = cls.__bases__
+    if '__slots__' in vars(cls):
+        slots = [name for name, value in vars(cls).items() if isinstance(value, types.MemberDescriptorType)]
+        for name in slots:
+            attributes.pop(name, None)
+        extra = [name for name in ('__dict__', '__weakref__') if name in vars(cls)]
+        options['__slots__'] = tuple(slots + extra)
+    if '_fields_' in vars(cls) and type(cls).__module__ == '_ctypes':
+        options.update((name, attributes.pop(name)) for name in ('_anonymous_', '_pack_', '_fields_') if name in attributes)
+        for name, value in list(attributes.items()):
+            if type(value).__name__ == 'CField':
+                del attributes[name]
+    return (*args[:2], bases, options, *args[4:])
 
 
 _imports: 'weakref.WeakKeyDictionary[types.CodeType, List[Tuple[int, str, tuple]]]' = weakref.WeakKeyDictionary()
@@ -4439,7 +4606,6 @@ def check_not_importing() -> None:
                            'a function that jobs do not call')
 
 
-
 def explain_import(exc: BaseException, name: str) -> str:
     """What led to an import that failed, and what can be done; empty for another error. `name` is the computation's."""
     chain, trace = [name], exc.__traceback__
@@ -4579,6 +4745,13 @@ def _out_of_reach(handle: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))   # open descriptors above it stay open
     os.close(handle)
     return high
+
+
+def output_stream(number: int, buffering: int) -> TextIO:
+    """A text stream on descriptor 1 or 2 of a runner or worker. Line ends stay as the job writes
+    them, on Windows too, since the output may be shown on another system."""
+    return open(number, 'w', buffering, encoding='utf-8', errors='backslashreplace',
+                newline='\n', closefd=False)
 
 
 def _no_stdin() -> None:
@@ -4886,8 +5059,8 @@ class Worker:
         os.dup2(self._err.handle, 2)
         _no_stdin()
         self._zero = os.fstat(0).st_ino
-        self._streams = [open(0, closefd=False)] + [
-            open(handle, 'w', self._buffering, encoding='utf-8', errors='backslashreplace', closefd=False) for handle in (1, 2)]
+        self._streams = [open(0, closefd=False), output_stream(1, self._buffering),
+                         output_stream(2, self._buffering)]
         sys.stdin, sys.stdout, sys.stderr = self._streams
         signal.signal(signal.SIGINT, self._on_interrupt)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -5143,7 +5316,7 @@ class Worker:
                 stream.flush()
         for index in (1, 2):
             if self._streams[index].closed:
-                self._streams[index] = open(index, 'w', self._buffering, encoding='utf-8', errors='backslashreplace', closefd=False)
+                self._streams[index] = output_stream(index, self._buffering)
         sys.stdin, sys.stdout, sys.stderr = self._streams
 
     @staticmethod
@@ -5222,7 +5395,6 @@ def globals_of(*functions: Any) -> List[Dict[str, Any]]:
 def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Callable[[], None]:
     """Make names known to one job: in the computation's global variables where they are free, and in builtins for other
     modules. Returns what takes them away again."""
-    import builtins
     lent: List[Tuple[Dict[str, Any], str, Any]] = []
     for variables in globals_:
         lent += [(variables, name, _MISSING) for name in names if name not in variables]
@@ -5256,6 +5428,7 @@ class Runner:
         self._handles: Deque[int] = collections.deque()
         self._children: Dict[int, _Child] = {}
         self._libc = _libc()
+        self._globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
         self._own: Set[int] = set()   # children that setup left on purpose
         self._undead: Set[int] = set()   # killed, and they have not ended: they sleep and cannot be interrupted
         self._slots: List[Any] = []      # free ones
@@ -5273,8 +5446,7 @@ class Runner:
         self._out, self._err = Catch(self._spec['private']), Catch(self._spec['private'])
         os.dup2(self._out.handle, 1)
         os.dup2(self._err.handle, 2)
-        sys.stdout = open(1, 'w', 1, encoding='utf-8', errors='backslashreplace', closefd=False)
-        sys.stderr = open(2, 'w', 1, encoding='utf-8', errors='backslashreplace', closefd=False)
+        sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))   # ends a setup that hangs, and closes
         if hasattr(os, 'register_at_fork'):   # what setup forks must not hold the line by which the daemon sees our end
             os.register_at_fork(after_in_child=self._control.close)
@@ -5344,7 +5516,6 @@ class Runner:
     def offer(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
         """Names that need no import in a job: in the global variables of the computation where they are free, and in
         builtins for the other modules."""
-        import builtins
         for name, value in names.items():
             setattr(builtins, name, value)
         for variables in spaces_:
@@ -5633,6 +5804,19 @@ def become(user: User) -> None:
     os.environ.update(HOME=user.home, USER=user.name, LOGNAME=user.name)
 
 
+def ask_psutil(question: Callable[[Any], Any]) -> Any:
+    """What `question(psutil)` returns; None where psutil is not installed or cannot tell. psutil
+    may raise anything, such as RuntimeError where Windows has its performance counters disabled."""
+    try:
+        import psutil
+        return question(psutil)
+    except ImportError:
+        return None
+    except Exception as exc:  # the figures are useful, but nothing here depends on them
+        logger.debug('psutil cannot tell: %s: %s', type(exc).__name__, exc)
+        return None
+
+
 def memory_of(pid: int) -> int:
     """Resident bytes of a process and its descendants; 0 where nothing tells (neither /proc nor psutil)."""
     try:
@@ -5643,14 +5827,11 @@ def memory_of(pid: int) -> int:
     except OSError:   # it has ended, or there is no such thing here
         if sys.platform == 'linux':
             return 0
-    try:
-        import psutil
+
+    def sum_up(psutil: Any) -> int:
         process = psutil.Process(pid)
         return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)])
-    except ImportError:
-        return 0
-    except psutil.Error:   # it has ended
-        return 0
+    return ask_psutil(sum_up) or 0   # the process may have ended
 
 
 def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
@@ -5675,13 +5856,20 @@ def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
 _WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
 
 
+def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
+    """Set an option that a socket can do without. Python may lack the constant, and where Python
+    has it the system may not know the option."""
+    if hasattr(socket, name):
+        with contextlib.suppress(OSError):   # it works without
+            sock.setsockopt(level, getattr(socket, name), value)
+
+
 def tune(sock: socket.socket) -> None:
     """Options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it can be set."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
+    set_option(sock, socket.SOL_SOCKET, 'SO_KEEPALIVE', 1)
     for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 3), ('TCP_USER_TIMEOUT', 30000)):
-        if hasattr(socket, name):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        set_option(sock, socket.IPPROTO_TCP, name, value)
 
 
 class Channel:
@@ -5827,6 +6015,7 @@ class Loop:
         self._inbox: Deque[Any] = collections.deque()
         self._dirty: Set[Channel] = set()
         self._signalled = False
+        self._wakes_on_signals = False
         self._ended = False
         self._pulse_at = 0.0
         self._waker, self._wakened = socket.socketpair()
@@ -5871,6 +6060,13 @@ class Loop:
                 self._signalled = not self._ended
 
     # -- the loop's thread --------------------------------------------------------------------------------
+
+    def wake_on_signals(self) -> None:
+        """Let every signal end the wait of a turn, so that its handler runs at once. Without this
+        a signal that comes just before the wait begins is not seen until something else ends the
+        wait; on Windows no signal ends it. For a process whose main thread runs this loop."""
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        self._wakes_on_signals = True
 
     def attach(self, channel: Channel) -> None:
         """Own a channel from now on."""
@@ -6027,6 +6223,9 @@ class Loop:
             if hasattr(event, 'sock'):   # of a connection that came too late
                 event.sock.close()
         self._selector.close()
+        if self._wakes_on_signals:
+            self._wakes_on_signals = False
+            signal.set_wakeup_fd(-1)
         self._waker.close()
         self._wakened.close()
 
@@ -6367,8 +6566,8 @@ class Ear(socketserver.UDPServer):
     def server_bind(self) -> None:
         """Options, address, groups."""
         sock = self.socket
-        if sys.platform != 'linux' and hasattr(socket, 'SO_REUSEPORT'):   # on Linux it would bar other users' nodes
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if sys.platform != 'linux':   # on Linux it would bar other users' nodes
+            set_option(sock, socket.SOL_SOCKET, 'SO_REUSEPORT', 1)
         if self.address_family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         else:
@@ -6411,17 +6610,13 @@ class Ear(socketserver.UDPServer):
 
 
 def own_addresses() -> Dict[str, str]:
-    """IPv4 addresses of this host and where each one's network is addressed as a whole; needs psutil, else none. While no
-    descriptor is left, those that were there before."""
+    """IPv4 addresses of this host and where each one's network is addressed as a whole; needs psutil, else none. While
+    they cannot be had, as without a descriptor, those that were there before."""
     global _own_addresses
-    try:
-        import psutil
-        _own_addresses = {item.address: item.broadcast or '' for items in psutil.net_if_addrs().values() for item in items
+    found = ask_psutil(lambda psutil: psutil.net_if_addrs())
+    if found is not None:
+        _own_addresses = {item.address: item.broadcast or '' for items in found.values() for item in items
                           if item.family == socket.AF_INET}
-    except ImportError:
-        return {}
-    except OSError as exc:
-        logger.debug('addresses of this host: %s', exc)
     return _own_addresses
 
 
@@ -6435,6 +6630,7 @@ def interfaces() -> List[int]:
     except OSError as exc:
         logger.debug('interfaces of this host: %s', exc)
         return []
+
 
 
 class Ears:
@@ -7422,7 +7618,7 @@ class Daemon(Loop):
             self._tell(WorkerUnborn(action.worker, shortage(exc)))
             return
         for sock in (ours, theirs):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            set_option(sock, socket.SOL_SOCKET, 'SO_SNDBUF', 1 << 20)
         pipe = run.pipes[action.worker] = Pipe(ours, action.comp, action.worker)
         self.attach(pipe)
         assert run.control is not None   # ours: the state starts workers of runners that are up
@@ -7529,15 +7725,16 @@ def node_facts() -> dict:
 
 
 def availability(directory: str) -> dict:
-    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes. None for what only psutil knows,
-    where it is not installed."""
-    found: Dict[str, Optional[float]] = {'cpu': None, 'memory': None, 'disk': shutil.disk_usage(directory).free, 'swap': None}
-    try:
-        import psutil
-    except ImportError:
-        return found
-    with contextlib.suppress(OSError):   # it reads files, and there may be no descriptor
-        found.update(cpu=100.0 - psutil.cpu_percent(), memory=psutil.virtual_memory().available, swap=psutil.swap_memory().free)
+    """What is free here now: `cpu` in percent, `memory`, `disk` and `swap` in bytes. None for what
+    cannot be told, such as all but `disk` without psutil. Each is asked for by itself, so that one
+    that fails does not hide the others."""
+    found: Dict[str, Optional[float]] = {
+        'cpu': ask_psutil(lambda psutil: 100.0 - psutil.cpu_percent()),
+        'memory': ask_psutil(lambda psutil: psutil.virtual_memory().available),
+        'disk': None,
+        'swap': ask_psutil(lambda psutil: psutil.swap_memory().free)}
+    with contextlib.suppress(OSError):   # the directory was removed
+        found['disk'] = shutil.disk_usage(directory).free
     return found
 
 
@@ -7569,6 +7766,9 @@ def machine() -> str:
 def _try_lock(file: Any, shared: bool = False) -> None:
     if os.name == 'nt':
         import msvcrt
+        # One byte is locked, at the file's position, which must be the same for all. It lies
+        # beyond the text because nobody else can read a byte that is locked.
+        file.seek(1 << 30)
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
     else:
         import fcntl
@@ -8045,13 +8245,11 @@ def host_and_port(text: str, port: int) -> Tuple[str, int]:
 
 def own_host(word: str) -> str:
     """The address meant by a word for an address of this host: itself, or by the name of its interface. Raises StartError."""
-    try:
-        import psutil
-        items = [item for item in psutil.net_if_addrs().get(word, ()) if item.family in (socket.AF_INET, socket.AF_INET6)]
-        for item in sorted(items, key=lambda item: (item.family != socket.AF_INET, '%' in item.address)):
-            return str(item.address).partition('%')[0]
-    except ImportError:   # interfaces have no names then
-        pass
+    interfaces = ask_psutil(lambda psutil: psutil.net_if_addrs()) or {}   # no names without psutil
+    families = (socket.AF_INET, socket.AF_INET6)
+    items = [item for item in interfaces.get(word, ()) if item.family in families]
+    for item in sorted(items, key=lambda item: (families.index(item.family), '%' in item.address)):
+        return str(item.address).partition('%')[0]
     try:
         return str(socket.getaddrinfo(word, None, 0, socket.SOCK_STREAM)[0][4][0]).partition('%')[0]
     except OSError as exc:
@@ -8068,8 +8266,10 @@ def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
 
 
 def _embedded(daemon: Daemon) -> None:
-    """A node that a client started: stdin is its lifeline, whatever way the client ends."""
-    sys.stdin.buffer.read()
+    """A node that a client started: stdin is its lifeline, whatever way the client ends. It is read
+    as in `_prompt`."""
+    while os.read(0, 4096):
+        continue
     daemon.post(Stop())
     daemon.post(Stop())
 
@@ -8103,6 +8303,14 @@ def _prompt(post: Callable[[Any], None]) -> None:
                 post(command(line.decode('utf-8', 'replace')))
             except ValueError as exc:
                 print(exc, flush=True)
+
+
+def check_fork() -> None:
+    """Raises StartError where a node cannot run jobs."""
+    if not hasattr(os, 'fork'):
+        raise StartError('no node can run here: its worker processes are started with fork, which '
+                         'Windows does not have. Run dispynode on Linux or macOS; clients and '
+                         'dispyscheduler also run on Windows')
 
 
 def _standard_files() -> None:
@@ -8144,6 +8352,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.save_config:
             save_config(parser, args, args.save_config)
             return 0
+        check_fork()
         set_up_log('dispynode', args.debug, args.log_file)
         user = find_user(args.user) if args.user else None
         if args.embedded:
@@ -8169,6 +8378,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print('dispynode: %s' % exc, file=sys.stderr)
         return 1
     _on_signals(daemon, args.daemon)
+    daemon.wake_on_signals()
     if args.daemon and not args.embedded:
         _no_stdin()
     logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1), port, os.getpid())

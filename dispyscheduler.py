@@ -1015,7 +1015,8 @@ class Scheduler(Driver):
                     and not remote.works]
         if self._unread_until < math.inf:
             given_up.append(self._unread_until)
-        return min(filter(None.__ne__, [super().next_timer(), *given_up]), default=None)  # type: ignore[type-var]
+        times = [super().next_timer(), *given_up]
+        return min((when for when in times if when is not None), default=None)
 
     # -- links of programs --------------------------------------------------------------------------------------
 
@@ -1729,6 +1730,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             signal.signal(number, lambda number, frame: scheduler.post(Stop()))
         elif number is not None:
             signal.signal(number, lambda number, frame: None)
+    scheduler.wake_on_signals()
     logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), root)
     try:
         scheduler.run()

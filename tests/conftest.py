@@ -119,6 +119,8 @@ def _children():
     for child in psutil.Process().children():
         if child.pid not in _of_session:
             try:
+                if 'multiprocessing.resource_tracker' in ' '.join(child.cmdline()):   # lives as long as this process
+                    continue
                 found += [child, *child.children(recursive=True)]
             except psutil.NoSuchProcess:   # it has ended meanwhile
                 continue

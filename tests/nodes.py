@@ -64,8 +64,9 @@ class NodeProcess:
 class SchedulerProcess(NodeProcess):
     """`python dispyscheduler.py` with options."""
 
-    def __init__(self, directory, *options, port=0, env=None):
+    def __init__(self, directory, *options, port=0, env=None, script=os.path.join(ROOT, 'dispyscheduler.py')):
         self.host = '127.0.0.1'
+
         self.directory = str(directory)
         os.makedirs(self.directory, exist_ok=True)
         self._log = os.path.join(self.directory, 'log')
@@ -73,6 +74,6 @@ class SchedulerProcess(NodeProcess):
         with open(self._log, 'ab') as log:
             self._from = log.tell()
             self.process = subprocess.Popen(
-                [sys.executable, os.path.join(ROOT, 'dispyscheduler.py'), '-i', '127.0.0.1', '-p', str(port), '--state-dir', self.state, *options],
+                [sys.executable, script, '-i', '127.0.0.1', '-p', str(port), '--state-dir', self.state, *options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(os.environ, **(env or {})))
         self.port = int(eventually(self._listening, what='start of a scheduler'))

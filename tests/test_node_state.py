@@ -17,7 +17,8 @@ from dispynode import (
 
 def spec(**changes):
     fields = {'name': 'compute', 'kind': 'function', 'code': b'code', 'files': [], 'cleanup': True, 'dest_path': '',
-              'max_jobs': 0, 'python': (3, 8), 'support': {}, 'program': '', 'live': False, 'logs': -1, 'cpus': 0, 'setup_args': b''}
+              'max_jobs': 0, 'python': (3, 8), 'support': {}, 'program': '', 'live': False, 'logs': -1, 'cpus': 0, 'setup_args': b'',
+              'modules': [], 'portable': False, 'sys_path': [], 'argv': []}
     return dict(fields, **changes)
 
 

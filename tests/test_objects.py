@@ -10,6 +10,7 @@ pickle the object, with what a call in the program itself gives.
     python tests/test_objects.py --print [PLACE-NODE...]     prints the table by place and node
 """
 
+import ast
 import collections
 import concurrent.futures
 import fnmatch
@@ -17,7 +18,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -27,8 +27,8 @@ import time
 
 import pytest
 
-from conftest import ROOT
-from nodes import NodeProcess, SchedulerProcess, start_here
+from nodes import SchedulerProcess
+from programs import bare_node, make_venv
 from test_versions import _others as other_pythons
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -36,12 +36,12 @@ VERSION = sys.version_info[:2]
 PLACES = ['main', 'module', 'package', 'editable']
 NODES = ['local', 'node', 'scheduler', 'other']
 PAIRS = [(place, node) for node in NODES for place in PLACES]
-LONGEST = ('main', 'other')   # is begun first
+LONGEST = ('main', 'other')   # functions go as source, not as arguments: many clusters; it is begun first
 LIMIT = 0.05    # of the cells elsewhere than on the embedded node may differ, each for a reason
 
 # What nothing but a forked process can have: a computation of __main__ that uses it is refused, with a text.
 FORKED_ONLY = {'cmp_to_key', 'open_file', 'socket', 'generator', 'async_generator', 'shared_value', 'process_lock', 'process_queue', 'process_event',
-               'instance_with_open_file'}
+               'instance_with_open_file', 'hash'}
 # What pickle refuses for good reason: as argument, result and in an exception it is refused here too, with a text.
 REFUSED = FORKED_ONLY | {
     'lock', 'rlock', 'condition', 'event', 'semaphore', 'queue', 'simple_queue', 'thread_local', 'own_thread_local', 'thread',
@@ -57,6 +57,14 @@ EXPECTED = [
     ('main', 'other', '*', 'call', 'source of __main__ gives functions at the top level of its file only'),
     ('main', 'other', '*', 'cluster', 'source of __main__ gives functions at the top level of its file only'),
 ]
+
+# What the source of __main__ is known not to give: it is not grouped with others, see `groups`.
+HARD = set('named_lambda namedtuple functional_enum sentinel_by_name default_is_a_sentinel plain_object sentinel_by_class typevar generic_class '
+           'generic_instance generic_alias_of_own subclass_of_generic newtype paramspec decorated_with_paramspec thread_local context_variable '
+           'class_with_weak_registry function_of_a_library library registered function_of_globals function_with_lock own_module '
+           'module_in_a_container'.split())
+GROUP = 24   # objects in a function
+PARTS = 8    # scripts that the objects are distributed to there: every class of a script goes along with each computation
 
 Cell = collections.namedtuple('Cell', 'name role verdict expected actual why')
 
@@ -81,33 +89,30 @@ def blocks(text, version, modules):
     return '\n'.join(kept) + '\n'
 
 
-def things(version, modules, common, parent):
-    """The text of a copy of things.py; `common` is imported from `parent` (or is a top-level module)."""
+def things(version, modules, common, parent, part=None):
+    """The text of a copy of things.py; `common` is imported from `parent` (or is a top-level module). `part` is a number: this
+    one of PARTS of the objects alone."""
     with open(os.path.join(HERE, 'objects', 'things.py')) as file:
         text = blocks(file.read(), version, modules)
     whole = 'from %s import %s as common_module' % (parent, common) if parent else 'import %s as common_module' % common
     text = text.replace('import COMMON as common_module', whole)
     text = text.replace('from COMMON import', 'from %s import' % ((parent.rstrip('.') + '.' if parent.strip('.') else parent) + common))
+    if part is not None:
+        text = sliced(text, re.findall(r'^def make_(\w+)', text, re.MULTILINE)[part::PARTS])
     for name in re.findall(r'^def make_(\w+)', text, re.MULTILINE):
         text += textwrap.dedent('''
 
             held_{0} = make_{0}()
-
-
             def use_{0}():
                 return probe_{0}(held_{0})
-
-
             def all_{0}(role, *things):
-                if role == 'argument':
-                    return probe_{0}(*things)
-                if role == 'result':
-                    return make_{0}()
-                if role == 'exception':
-                    raise ValueError(make_{0}())
-                raise make_{0}()
+                return in_role(role, probe_{0}, make_{0}, *things)
             ''').format(name)
     return text + textwrap.dedent('''
+
+        def in_role(role, probe, make, *things):
+            return caller(role, probe if things else make, *things)
+
 
         def caller(role, function, *things):
             """The computation of the cluster for arguments, results and exceptions."""
@@ -117,6 +122,49 @@ def things(version, modules, common, parent):
                 raise function()
             return function(*things)
         ''')
+
+
+def sliced(text, names):
+    """The imports and what these objects need of the text: statements that give names which others use, and those that
+    change or register something that is used."""
+    lines, statements = text.splitlines(), []
+    wanted = {kind + name for kind in ('make_', 'probe_', 'call_') for name in names}
+    for node in ast.parse(text).body:
+        used = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)}
+        given = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+        given = {node.name} if hasattr(node, 'name') else given
+        decorators = [part.func.value for part in getattr(node, 'decorator_list', ())
+                      if isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute)]
+        if decorators or not given:   # what it works on comes first
+            first = decorators or [part for part in ast.walk(node) if isinstance(part, ast.Name)][:2]
+            given = {part.id for part in first if isinstance(part, ast.Name)} - {'copyreg', 'functools', 'typing'} | given
+        statements.append((node, given, used))
+    kept, before = set(), -1
+    while len(kept) != before:
+        before = len(kept)
+        for number, (node, given, used) in enumerate(statements):
+            if number not in kept and (given & wanted or isinstance(node, (ast.Import, ast.ImportFrom))):
+                kept.add(number)
+                wanted |= used
+    return '\n\n\n'.join('\n'.join(lines[min([part.lineno for part in getattr(node, 'decorator_list', ())] + [node.lineno]) - 1:node.end_lineno])
+                           for number, (node, _, _) in enumerate(statements) if number in kept) + '\n'
+
+
+def groups(text):
+    """Functions that each stand for all roles of many objects; where these travel as source, a cluster an object takes too long.
+    The role of the computation is in them where the object is a function or class at the top level of the file."""
+    named = set(re.findall(r'^(?:async def|def|class) (\w+)', text, re.MULTILINE))
+    names = [name for name in re.findall(r'^def make_(\w+)', text, re.MULTILINE) if name not in HARD | FORKED_ONLY]
+    held = dict(re.findall(r'^def make_(\w+)\(\):\n    return (\w+)\n', text, re.MULTILINE))
+    text = ''
+    for number in range(0, len(names), GROUP):
+        text += '\n\ndef group_%d(name, role, *things):\n' % (number // GROUP)
+        for name in names[number:number + GROUP]:
+            text += '    if name == %r:\n' % name
+            if held.get(name) in named:
+                text += '        if role == "computation":\n            return use_%s()\n' % name
+            text += '        return in_role(role, probe_{0}, make_{0}, *things)\n'.format(name)
+    return text
 
 
 SCRIPT = '''
@@ -129,9 +177,10 @@ if __name__ == '__main__':
 class Program:
     """A program of the user's whose objects are defined in `place`: `run(mode, ...)` gives the cells."""
 
-    def __init__(self, directory, place, version, modules):
+    def __init__(self, directory, place, version, modules, part=None):
         self.directory = str(directory)
         self.place = place
+        self.part = part
         self.python = sys.executable
         self.script = os.path.join(self.directory, 'script.py')
         self._write('objects_driver.py', self._read('driver.py'))
@@ -139,7 +188,8 @@ class Program:
 
     def _in_main(self, text):
         self._write('objects_common.py', self._read('common.py'))
-        self._write('script.py', text('objects_common', '') + SCRIPT % 'globals()')
+        text = text('objects_common', '', self.part)
+        self._write('script.py', text + (groups(text) if self.part is not None else '') + SCRIPT % 'globals()')
 
     def _in_module(self, text):
         self._write('objects_common.py', self._read('common.py'))
@@ -197,20 +247,6 @@ class Program:
             return json.load(file), time.monotonic() - began
 
 
-def make_venv(directory, python):
-    """The Python of a virtual environment that has no packages."""
-    subprocess.run([python, '-m', 'venv', '--without-pip', directory], check=True, env=dict(os.environ, PYTHONPATH=''))
-    return os.path.join(directory, 'Scripts' if os.name == 'nt' else 'bin', 'python')
-
-
-def bare_node(directory, python=sys.executable):
-    """A dispynode in an empty directory, with nothing of the user's or of this project's beside dispynode.py."""
-    os.makedirs(str(directory))
-    script = shutil.copy(os.path.join(ROOT, 'dispynode.py'), str(directory))
-    return NodeProcess(directory, python=python, script=script, env={'PYTHONPATH': '', 'PYTHONNOUSERSITE': '1'},
-                       start=functools.partial(start_here, cwd=str(directory)))
-
-
 def other_version():
     """(Python, version) of another minor version, a newer one if there is one; None if there is none."""
     versions = {tuple(map(int, version.split('.'))): python for version, python in other_pythons().items()}
@@ -250,29 +286,38 @@ class Tables:
             self.references = {place: future.result()[0] for place, future in references.items()}
             self.found = {pair: found[pair].result() for pair in pairs}
 
-    def _program(self, place, node):
+    def _programs(self, place, node):
+        """One, or as many as there are parts."""
         version, modules = VERSION, own_modules()
         if node == 'other':
             version = min(version, self.other[1])
             modules = modules - {'numpy'}
-        return Program(os.path.join(self.directory, place + '-' + node), place, version, modules)
+        directory = os.path.join(self.directory, place + '-' + node)
+        if (place, node) != LONGEST:
+            return [Program(directory, place, version, modules)]
+        return [Program('%s-%d' % (directory, part), place, version, modules, part) for part in range(PARTS)]
 
     def _reference(self, place):
-        return self._program(place, 'reference').run('reference')
+        return self._programs(place, 'reference')[0].run('reference')
 
     def _run(self, place, node):
-        program = self._program(place, node)
+        programs = self._programs(place, node)
         directory = os.path.join(self.directory, 'nodes', place + '-' + node)
         if node == 'local':
-            return program.run('local')
+            return programs[0].run('local')
         python = sys.executable
         if node == 'other':
             python = make_venv(directory + '-venv', self.other[0])
-        with bare_node(directory, python) as daemon:
-            if node != 'scheduler':
-                return program.run(node, daemon.port)
-            with SchedulerProcess(directory + '-scheduler', '-n', '127.0.0.1:%d' % daemon.port) as scheduler:
-                return program.run('scheduler', scheduler.port, daemon.port)
+        with bare_node(directory, python=python) as daemon:
+            if node == 'scheduler':
+                with SchedulerProcess(directory + '-scheduler', '-n', '127.0.0.1:%d' % daemon.port) as scheduler:
+                    return programs[0].run('scheduler', scheduler.port, daemon.port)
+            cells, seconds = {}, 0
+            for program in programs:
+                found, took = program.run(node, daemon.port)
+                cells.update(found)
+                seconds += took
+            return cells, seconds
 
     def cells(self, place, node):
         found = self.found[place, node][0]

@@ -314,7 +314,7 @@ def test_a_program_cannot_touch_what_another_has(scheduler, gate, message):
 
 
 SPEC = {'name': 'x', 'kind': 'function', 'code': b'', 'files': [], 'cleanup': True, 'dest_path': '', 'max_jobs': 0, 'python': (3, 11, 0), 'support': {},
-        'program': '', 'live': False, 'logs': 0, 'cpus': 0, 'setup_args': b'',
+        'program': '', 'live': False, 'logs': 0, 'cpus': 0, 'setup_args': b'', 'modules': [], 'portable': False, 'sys_path': [], 'argv': [],
         'shared': {'nodes': None, 'reentrant': False, 'exclusive': False, 'cloudpickle': '1'}}
 WRONG = {
     'pulse': [Introduce('a', 10 ** 400)],
@@ -529,11 +529,10 @@ def test_a_full_disk(small_disk, tmp_path, node, size):
         with shared(lambda data: data[::-1], scheduler) as cluster:
             assert cluster.submit(b'ab')(20) == b'ba'
             filling = small_disk / 'filling'
-            with open(str(filling), 'wb') as file:
+            with open(str(filling), 'wb', buffering=0) as file:   # close() shall have nothing left to write
                 try:
                     while True:
                         file.write(bytes(65536))
-                        file.flush()
                 except OSError:
                     pass
             data = [os.urandom(size) for _ in range(9)]

@@ -1,5 +1,6 @@
 """Messages, sealed payloads, frames and records: what stands on the wire, and what is refused."""
 
+import collections
 import hashlib
 import hmac
 import os
@@ -25,7 +26,8 @@ EXAMPLES = [
     Introduce('me', 2.0), Introduce('me', 2),
     Compute('c1', {'name': 'f', 'kind': 'function', 'code': b'code', 'files': [('a', 1, b'd', 0o600)], 'cleanup': True,
                    'dest_path': '', 'max_jobs': 0, 'python': (3, 8, 1), 'support': {'m.py': b''}, 'program': '', 'live': False,
-                   'logs': -1, 'cpus': 0, 'setup_args': b''}),
+                   'logs': -1, 'cpus': 0, 'setup_args': b'', 'modules': [('modules/a.py', 1, b'd', 0o600)], 'portable': True,
+                   'sys_path': ['/a'], 'argv': ['a']}),
     File('c1', 'a/b', 0, beside(b'small')), File('c1', 'a/b', 1 << 20, beside(LARGE)), File('c1', 'a/b', 0, b''),
     Jobs('c1', [(1, beside(b'x'), None), (2, beside(LARGE), {'timeout': 3.5}), (3, beside((b'head', LARGE, b'tail')), None)]),
     Jobs('c1', []), Cancel('c1', [1, 2, 1 << 40]), Recall('c1', 5), Ack('c1', []), Done('c1'),
@@ -542,7 +544,7 @@ class Stubborn:
                                    {1, 2}, frozenset((3,)), 1 << 4000, bytearray(b'z'), LARGE, [LARGE, LARGE]],
                          ids=lambda value: repr(value)[:20])
 def test_builtin_values_are_plain(value):
-    payload, plain = seal(value)
+    payload, plain = seal(value)[:2]
     assert plain
     assert unseal(joined(payload)) == value
 
@@ -551,7 +553,7 @@ def test_builtin_values_are_plain(value):
                          ids=lambda value: repr(value)[:20])
 def test_other_values_are_not_plain(value):
     try:
-        payload, plain = seal(value)
+        payload, plain = seal(value)[:2]
     except TypeError:    # slices cannot be pickled by the oldest Pythons
         return
     assert not plain
@@ -560,14 +562,14 @@ def test_other_values_are_not_plain(value):
 
 def test_large_bytes_are_passed_on_and_not_copied():
     large = bytes(1 << 20)
-    payload, plain = seal({'a': large})
+    payload, plain = seal({'a': large})[:2]
     assert plain and any(piece is large for piece in payload)
     assert unseal(joined(payload)) == {'a': large}
 
 
 def test_large_buffers_travel_beside():
     memory = bytearray(1 << 20)
-    payload, plain = seal([Matrix(memory), Matrix(b'small')])
+    payload, plain = seal([Matrix(memory), Matrix(b'small')])[:2]
     assert not plain
     assert [piece.obj is memory for piece in payload[1:]] == [True]   # the small one is inside
     first, second = unseal(joined(payload))
@@ -583,7 +585,7 @@ def test_a_buffer_from_beside_can_be_written_to():
 def test_arrays_come_back_writable():
     numpy = pytest.importorskip('numpy')
     array = numpy.arange(100000.0).reshape(100, 1000)
-    payload, _ = seal((array, array[:, ::2], array.T))
+    payload, *_ = seal((array, array[:, ::2], array.T))
     for got, sent in zip(unseal(joined(payload)), (array, array[:, ::2], array.T)):
         assert (got == sent).all()
         got += 1
@@ -594,32 +596,27 @@ def test_a_payload_opens_from_a_view():
     assert unseal(memoryview(joined(seal('x')[0]))) == 'x'
 
 
-def test_what_plain_pickle_cannot_do_is_done_by_value():
-    def by_value(value, file, protocol, buffer_callback):
-        pickle.Pickler(file, protocol, buffer_callback=buffer_callback).dump(('by value', Matrix(LARGE)))
-    payload, plain = seal([Matrix(bytes(LARGE)), Stubborn()], by_value)
-    text, matrix = unseal(joined(payload))
-    assert (plain, text, matrix.memory) == (False, 'by value', LARGE)
-    assert len(payload) == 2    # nothing of the first attempt is left
+def test_the_pickler_may_be_another():
+    class Pickler(dispynode.value_pickler()):
+        def reducer_override(self, obj):
+            return (str, ('a matrix',)) if type(obj) is Matrix else super().reducer_override(obj)
+    payload, plain = seal([Matrix(bytes(LARGE)), 5], Pickler)[:2]
+    assert (unseal(joined(payload)), plain) == (['a matrix', 5], True)   # no object of ours is in it
 
 
-def test_the_error_of_the_second_attempt_is_told():
-    def by_value(*_args):
-        raise ValueError('by value fails')
-    with pytest.raises(ValueError, match='by value fails'):
-        seal([Stubborn()], by_value)
-
-
-def test_without_a_second_attempt_the_first_error_is_told():
+def test_what_cannot_be_pickled_raises():
     with pytest.raises(TypeError, match='plain pickle fails'):
         seal([Stubborn()])
 
 
-def test_what_does_not_travel_is_done_by_value():
-    seen = []
+def test_a_sealed_value_tells_the_modules_that_opening_it_imports():
+    found = seal([collections.OrderedDict(), Matrix, os.path])
+    assert {'collections', __name__, 'posixpath' if os.name == 'posix' else 'ntpath'} <= found.modules and found.portable
+    assert not seal([lambda: 1]).portable
 
-    def by_value(value, file, protocol, buffer_callback):
-        file.write(pickle.dumps('by value', 5))
-    payload, plain = seal([Matrix(b'x')], by_value, lambda obj: seen.append(obj))
-    assert unseal(joined(payload)) == 'by value' and not plain
-    assert type(seen[0]) is Matrix
+
+def test_a_payload_may_say_what_it_needs():
+    payload = dispynode.with_needs(seal([Matrix(LARGE)]).payload, {3, 1})
+    assert unseal(joined(payload))[0].memory == LARGE   # where there are no modules of a client's, nothing is needed
+    numbers, body = dispynode.split_needs(joined(payload))
+    assert numbers == (1, 3) and unseal(body)[0].memory == LARGE

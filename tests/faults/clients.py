@@ -32,12 +32,12 @@ PATHS = [ROOT, os.path.join(ROOT, 'tests'), os.path.join(ROOT, 'tests', 'faults'
 
 class Client:
     """A program with a cluster on a node; `code` has `cluster(**options)`, `compute`, `path` of a ledger, and `directory`. Made
-    when it has printed its first line."""
+    when it has printed its first line. `options` are those of its Python."""
 
-    def __init__(self, code, path, node, wait=True):
+    def __init__(self, code, path, node, wait=True, options=()):
         self.directory = os.path.dirname(path)
         self.process = subprocess.Popen(
-            [sys.executable, '-c', HEAD.format(paths=PATHS) + textwrap.dedent(code), path, str(node.port), node.host, self.directory],
+            [sys.executable, *options, '-c', HEAD.format(paths=PATHS) + textwrap.dedent(code), path, str(node.port), node.host, self.directory],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
         self.first = self.process.stdout.readline() if wait else ''
 

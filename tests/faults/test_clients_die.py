@@ -390,7 +390,8 @@ def test_an_exception_inside_with_frees_the_node(ledger, node):
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
 def test_fork_after_creating_a_cluster_on_a_node(ledger, node):
-    """The child ends in whatever way: its parent's jobs and its recovery file are not touched."""
+    """The child ends in whatever way: its parent's jobs and its recovery file are not touched. Python 3.12 and later warn
+    of every fork of a process with threads."""
     with Client('''
         import subprocess
         with cluster(recover_file=directory + '/jobs') as jobs:
@@ -410,7 +411,7 @@ def test_fork_after_creating_a_cluster_on_a_node(ledger, node):
             second = [jobs.submit(path, number) for number in range(10, 20)]
             print([job() for job in first + second] == list(range(20)))
         print(os.path.exists(directory + '/jobs'))
-        ''', ledger.path, node) as client:
+        ''', ledger.path, node, options=['-W', 'ignore']) as client:
         assert client.first == 'ready\n' and client.rest() == 'True\nFalse\n'
 
 

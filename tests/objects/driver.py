@@ -30,10 +30,10 @@ OWN_CLUSTERS = [   # these are the computation of a JobCluster of their own
     'partial', 'partial_of_lambda', 'partial_of_method', 'bound_method', 'class_method', 'static_method', 'inherited_method',
     'callable_instance', 'callable_with_lambda', 'builtin_function', 'function_with_lock', 'function_of_a_library']
 NOT_RAISED = {'exception_with_cause'}   # both sides replace its cause by the remote traceback
-SILENCE = 5.0    # s without any answer after which the cells that wait are given up
+SILENCE = 20.0    # s without any answer after which the cells that wait are given up
 REFUSED = 0.5    # s after which the cells of a cluster whose nodes have all refused are given up
-BUDGET = 120.0   # s after which nothing new is begun
-AT_ONCE = 16     # clusters that are open at the same time
+BUDGET = 100.0   # s after which nothing new is begun
+AT_ONCE = 8     # clusters that are open at the same time
 
 
 def plain(value):
@@ -197,11 +197,19 @@ class Runner:
         self.run_executor(executor)
         self.run_clusters([(name, 'cluster') for name in OWN_CLUSTERS if name in self.table.names])
 
-    def run_alone(self):
-        """Each object in clusters of its own: where functions travel as source, and so not as arguments."""
-        names = self.table.names
-        self.run_clusters([(name, '') for name in names] + [(name, 'computation') for name in names]
-                          + [(name, 'call') for name in self.table.callables()])
+    def run_grouped(self):
+        """Where functions travel as source, and so not as arguments: functions that stand for many objects, and then
+        clusters for each object that is in none of them, and for those of groups that were refused."""
+        for group in [name for name in self.table.space if name.startswith('group_')]:
+            self.run_clusters([(group, 'group')])
+            cells = ['%s/%s' % (name, role) for name, role, _ in self.jobs_of_group(group)]
+            if not any(self.table.cells.get(cell, [''])[0] == 'value' for cell in cells):
+                for cell in cells:
+                    self.table.cells.pop(cell, None)   # the node could not load it
+        left = [name for name in self.table.names if name + '/argument' not in self.table.cells]
+        self.run_clusters([(name, '') for name in left])
+        self.run_clusters([(name, 'computation') for name in self.table.names if name + '/computation' not in self.table.cells])
+        self.run_clusters([(name, 'call') for name in self.table.callables()])
         for name in OWN_CLUSTERS:
             if name + '/call' in self.table.cells:
                 self.table.note(name, 'cluster', self.table.cells[name + '/call'])
@@ -246,31 +254,43 @@ class Runner:
             clusters, waiting = [], []
             for name, role in some:
                 self.run_cluster(name, role, clusters, waiting)
-            self.collect(waiting, clusters)
+            self.collect(waiting, clusters, grouped=some[0][1] == 'group')
             for cluster in clusters:
                 cluster.close(terminate=True, timeout=10)
 
+    def jobs_of_group(self, group):
+        """All roles of those that are in the source of the function `group`."""
+        code = self.table.space[group].__code__
+        jobs = []
+        for name in self.table.names:
+            if name in code.co_consts:
+                roles = self.table.job_roles(name) + ['computation'] * ('use_' + name in code.co_names)
+                jobs += [(name, role, (name, role) + ((self.table.make(name),) if role == 'argument' else ())) for role in roles]
+        return jobs
+
     def run_cluster(self, name, role, clusters, waiting):
-        if role == '':
+        if role == 'group':
+            computation, jobs = self.table.space[name], self.jobs_of_group(name)
+        elif role == '':
             computation, jobs = self.table.space['all_' + name], []
             for job_role in self.table.job_roles(name):
-                jobs.append((job_role, (job_role,) + ((self.table.make(name),) if job_role == 'argument' else ())))
+                jobs.append((name, job_role, (job_role,) + ((self.table.make(name),) if job_role == 'argument' else ())))
         elif role == 'computation':
-            computation, jobs = self.table.space['use_' + name], [(role, ())]
+            computation, jobs = self.table.space['use_' + name], [(name, role, ())]
         else:
-            computation, jobs = self.table.make(name), [(role, self.table.arguments(name))]
+            computation, jobs = self.table.make(name), [(name, role, self.table.arguments(name))]
         try:
             cluster = self.make_cluster(computation)
         except Exception as exc:
-            for job_role, _ in jobs:
-                self.table.note(name, job_role, ['refused', text_of(exc)])
+            for name_of_job, job_role, _ in jobs if role != 'group' else ():
+                self.table.note(name_of_job, job_role, ['refused', text_of(exc)])
             return
         clusters.append(cluster)
-        for job_role, args in jobs:
-            self.submit(waiting, name, job_role, cluster, *args)
+        for name_of_job, job_role, args in jobs:
+            self.submit(waiting, name_of_job, job_role, cluster, *args)
 
-    def collect(self, waiting, clusters):
-        """Wait for all that is not given up."""
+    def collect(self, waiting, clusters, grouped=False):
+        """Wait for all that is not given up; what a group gives up is not noted, for it is tried again alone."""
         last = looked = time.monotonic()
         while waiting and time.monotonic() < last + SILENCE:
             ended = [row for row in waiting if self.has_ended(row[2])]
@@ -281,17 +301,17 @@ class Runner:
                 last = time.monotonic()
             elif time.monotonic() > looked + REFUSED:
                 looked = time.monotonic()
-                waiting = self.without_refused(waiting, clusters)
+                waiting = self.without_refused(waiting, clusters, grouped)
             else:
                 time.sleep(0.005)
-        for name, role, _, cluster in waiting:
+        for name, role, _, cluster in waiting if not grouped else ():
             self.table.note(name, role, ['silent', reasons(cluster)])
 
-    def without_refused(self, waiting, clusters):
+    def without_refused(self, waiting, clusters, grouped):
         """Those whose cluster may still answer."""
         refused = [cluster for cluster in clusters if has_refused(cluster)]
         for name, role, _, cluster in waiting:
-            if cluster in refused:
+            if cluster in refused and not grouped:
                 self.table.note(name, role, ['silent', reasons(cluster)])
         return [row for row in waiting if row[3] not in refused]
 
@@ -338,7 +358,7 @@ def main(space):
             return kind(computation, **dict(more, **options))
         runner = Runner(table, make_cluster)
         if mode == 'other' and space['__name__'] == '__main__':
-            runner.run_alone()
+            runner.run_grouped()
         else:
             dispy.JobCluster = make_cluster   # an executor makes its cluster itself
             runner.run(dispy.DispyExecutor())
