@@ -29,7 +29,8 @@ The life of a job here:
   1. `submit` pickles the arguments, makes a DispyJob, counts it as pending and posts it.
   2. The driver gives all that was posted since its last turn to the Schedule, which queues it.
   3. The Schedule sends attempts to nodes with free CPUs, and a little more than that: as much as the node will
-     have done in 100 ms. What a node does not come to is called back when another is idle.
+     have done in 100 ms. What a node does not come to is called back when another is idle, or when jobs turn
+     out to be longer. A node tells which have begun (`Started`); until then they are Created to the user.
   4. `Results` of a node are acknowledged, also if they are known already. Plain values are opened at once; what
      may run the user's code when it is unpickled goes through an opener thread.
   5. The job gets result, output, times and, last, its status; whoever waits is woken; the callback is called.
@@ -51,15 +52,16 @@ import dis
 import enum
 import functools
 import hashlib
+import heapq
 import importlib.machinery
 import importlib.util
 import inspect
-import io
 import ipaddress
 import itertools
 import logging
 import math
 import os
+import numbers
 import pickle
 import pkgutil
 import queue
@@ -84,16 +86,17 @@ from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, Li
 import cloudpickle
 
 from dispynode import (
-    ATOMS, CLOSED_AT_ONCE, DEPLOYED, FILE_PIECE, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, PULSES_SILENT,
-    Past, QUEUED_TIME, REASONS, SCHEDULER_PORT, Ack, Arrival, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery, DispyError, Done, Ears,
-    File, FileBack, FileKept, Gate, HandshakeError, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News,
-    Offer, Outcome, Output, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Remains, Report, Results, Return, Returned,
-    BUNDLE, BUNDLES, MODULES, OF_MODULES, Role, Said, Sealed, Second, SecretError, Shutdown, StateRow, Welcome, Where, __version__, beside,
-    build_tag, call_chunk, call_packed, check_fork, check_name, check_not_importing, contents_of, derive_key,
-    describe_exception, dial, discovery_reach,
-
-    file_digest, find_named, find_secret, frames, globals_of, host_and_port, is_named, keeps_identity, open_envelope,
-    pieces_of, place, plain_form, python_of, same_secret, seal, size_of, tls_context, unpack_error, unseal, value_pickler, with_needs)
+    ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
+    NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
+    Dialling, Discovery, DispyError, Done, Ears, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
+    Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
+    Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, Welcome,
+    Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, derive_key, describe_exception, dial, digest_of,
+    discovery_reach, file_digest, find_secret, frames, host_and_port, is_outcome, log_record_of, open_plain, open_regular,
+    path_option, pieces_of, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
+    tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
+    check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
+    Allowance, DurationEstimate, Started, PULSES_SILENT, Past, REASONS, Remains, Second)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -106,7 +109,14 @@ __all__ = [
 
 AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it runs, however short they are
 AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
-MAX_PAYLOAD = 960 << 20       # bytes of one job's arguments; a frame holds a GiB
+SHARED_ARGS_MOST = 15 << 20   # bytes of setup_args that go by way of a scheduler
+DIALS_MOST = 64               # nodes that are dialled at the same time
+REFUSED_MOST = 3              # frames with a job that could not be used, after which the job is ended
+FRAMES_NOTED = 64             # of jobs, the last ones sent on a link
+NODES_PAGE = 500              # nodes of a scheduler in one answer
+# Times a job is called back for reasons of the schedule; then it is sent to idle CPUs only
+RECALLS_MOST = 2
+WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
 LOST_MOST = 3                 # nodes a job may be lost with before it is given up
 LOST_TIMES = 16               # times it may be lost, with however few of them: a node that is started again is the same node
 IPV6_LATER = 0.1              # s for which a node that was found by IPv6 may answer by IPv4, which people expect to see
@@ -209,10 +219,13 @@ class JobState(enum.IntEnum):
     FINISHED = 11
     CANCELLING = 12   # shown as Running
     REQUEUED = 13     # shown as Created
+    SENT = 14         # on a node, not known to have begun; shown as Created
 
 
 JOB_TABLE: Dict[Tuple[JobState, str], JobState] = {
-    (JobState.CREATED, 'send'): JobState.RUNNING, (JobState.REQUEUED, 'send'): JobState.RUNNING,
+    (JobState.CREATED, 'send'): JobState.SENT, (JobState.REQUEUED, 'send'): JobState.SENT,
+    (JobState.SENT, 'start'): JobState.RUNNING, (JobState.SENT, 'cancel'): JobState.CANCELLING,
+    (JobState.SENT, 'provisional'): JobState.PROVISIONAL,
     (JobState.CREATED, 'cancel'): JobState.CANCELLED, (JobState.REQUEUED, 'cancel'): JobState.CANCELLED,
     (JobState.RUNNING, 'cancel'): JobState.CANCELLING, (JobState.PROVISIONAL, 'cancel'): JobState.CANCELLING,
     (JobState.RUNNING, 'provisional'): JobState.PROVISIONAL,
@@ -221,7 +234,7 @@ JOB_TABLE: Dict[Tuple[JobState, str], JobState] = {
     (JobState.CREATED, 'give up'): JobState.ABANDONED, (JobState.REQUEUED, 'give up'): JobState.ABANDONED,
     (JobState.CREATED, 'fail'): JobState.TERMINATED, (JobState.REQUEUED, 'fail'): JobState.TERMINATED,
 }
-for _running in (JobState.RUNNING, JobState.PROVISIONAL):
+for _running in (JobState.SENT, JobState.RUNNING, JobState.PROVISIONAL):
     JOB_TABLE.update({
         (_running, 'finish'): JobState.FINISHED, (_running, 'fail'): JobState.TERMINATED,
         (_running, 'cancelled'): JobState.CANCELLED, (_running, 'back'): JobState.REQUEUED,
@@ -296,7 +309,7 @@ class DispyJob(Work):
         """Wait up to `timeout` seconds (None: without limit); whether the job has ended. Any thread."""
         if self.status in ENDED:
             return True
-        return in_slices(self.finish.wait, timeout)  # type: ignore[no-any-return]
+        return in_slices(self.finish.wait, _seconds('timeout', timeout))  # type: ignore[no-any-return]
 
     def _call_when_ended(self, call: Callable[['DispyJob'], None]) -> None:
         """Call it with the job when that has ended, at once if it has; perhaps twice. Any thread; must be quick."""
@@ -436,7 +449,8 @@ class DispyNode:
     ip_addr, port, name - where it is and what it calls itself
     state - what it is to this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling', 'connected', 'lost' or
         'closed'; reason - why it is not used, else ''
-    cpus - how many it offers; busy - jobs of this cluster that are there now, those that wait there included
+    cpus - how many it offers; busy - jobs of this cluster that run there now, without those that wait
+        there
     jobs_done, cpu_time - jobs of this cluster that ended there, and the seconds that they ran
     platform - its operating system and processor; avail_info - DispyNodeAvailInfo of when it was connected
     """
@@ -447,7 +461,7 @@ class DispyNode:
         self.ip_addr, self.port, self.name = ip_addr, port, name
         self.state, self.reason = state, reason      # of this cluster; reason: why it is not used
         self.cpus, self.avail_cpus = cpus, cpus
-        self.busy = busy                              # jobs of this cluster there
+        self.busy = busy                              # jobs of this cluster that run there
         self.jobs_done, self.cpu_time = jobs_done, cpu_time   # of this cluster; seconds
         self.platform = facts.get('platform', '')
         # When it was connected: free CPU in percent, memory, disk and swap in bytes; None where it has no psutil.
@@ -584,6 +598,12 @@ class CancelAsked(NamedTuple):
     work: Work
 
 
+class WithdrawAsked(NamedTuple):
+    """The user wants these cancelled as far as they have not begun. For each of them it is answered
+    by Withdrawn or, if it waited, by JobEnded."""
+    works: list
+
+
 class NodeReady(NamedTuple):
     """A node is set up for a computation; `held` are the serials it still knows of it; `name` is for people."""
     node: Any
@@ -592,6 +612,7 @@ class NodeReady(NamedTuple):
     held: list
     name: str = ''
     offers: int = 0   # CPUs that it has, also for others
+    trip: float = 0.0   # s that a message to it and its answer take, 0 if that is not known
     past: Past = Past()
     whole: bool = True   # as in Account
 
@@ -619,6 +640,13 @@ class NodeDrains(NamedTuple):
 
 class NodeResults(NamedTuple):
     """Rows of Results."""
+    node: Any
+    comp: str
+    rows: list
+
+
+class NodeStarted(NamedTuple):
+    """Attempts that have begun there: rows of (serial, s that it has run)."""
     node: Any
     comp: str
     rows: list
@@ -691,10 +719,10 @@ class SendCancel(NamedTuple):
 
 
 class SendRecall(NamedTuple):
-    """Ask a node for so many attempts it has not started."""
+    """Ask a node for those of these attempts that have not begun."""
     node: Any
     comp: str
-    most: int
+    serials: list
 
 
 class SendAck(NamedTuple):
@@ -709,6 +737,19 @@ class JobsEnded(NamedTuple):
     node: Any
     comp: str
     pairs: list
+
+
+class JobsStarted(NamedTuple):
+    """Jobs have begun: pairs of (work, s that it has run)."""
+    node: Any
+    comp: str
+    pairs: list
+
+
+class Withdrawn(NamedTuple):
+    """The answer to WithdrawAsked: whether the job will never begin."""
+    work: Any
+    gone: bool
 
 
 class NodeDrained(NamedTuple):
@@ -801,7 +842,13 @@ class _Comp:
         self.queue = _Queue()
         self.pinned: Dict[Any, _Queue] = {}   # by node: jobs for that one alone
         self.parked: List[Work] = []          # wanting more CPUs than any node has
-        self.mean: Optional[float] = None     # s a job takes, quick to rise and slow to fall
+        self.estimate = DurationEstimate()    # of a job
+        # Number of a job -> times that it was called back by the schedule
+        self.called: Dict[int, int] = {}
+        self.withdrawn: Set[Work] = set()     # on nodes, and cancelled if they have not begun
+        self.ranked = False                   # some jobs have a priority
+        # When a job of it was sent last, in numbers of the schedule
+        self.served = 0
         self.flying = 0                       # CPUs of jobs on nodes
         self.running: Dict[int, '_Node'] = {}   # serial -> where
         self.nodes: Dict[Any, '_Node'] = {}     # where it is set up; of these:
@@ -829,10 +876,22 @@ class _Comp:
         """All jobs that wait."""
         return [work for queue in (self.queue, *self.pinned.values()) for work in queue] + self.parked
 
+    def not_begun(self) -> List[Work]:
+        """All that wait, and those on nodes that are not known to have begun."""
+        return self.waiting() + [work for node in self.nodes.values()
+                                 for work in node.flight[self.comp].values()
+                                 if work._state is JobState.SENT]
+
+    def may_wait_there(self, work: Work) -> bool:
+        """Whether a job may be sent to a node that has no idle CPU for it."""
+        return not self.called or self.called.get(work._serial >> 16, 0) < RECALLS_MOST
+
 
 class _Node:
     """A node in the schedule."""
-    __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'flight', 'comps', 'recalled', 'limits', 'parts', 'draining', 'away', 'offers', 'taken')
+    __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'flight', 'comps', 'recalled', 'limits',
+                 'parts', 'draining', 'away', 'offers', 'taken', 'begun', 'ahead', 'ranks', 'trip',
+                 'probe')
 
     def __init__(self, key: Any) -> None:
         self.key, self.name = key, str(key)
@@ -841,13 +900,59 @@ class _Node:
         self.used = 0       # CPUs of jobs there, run or not
         self.taken = 0      # of these, no more of a computation than it may use
         self.bytes = 0      # of their arguments
-        self.flight: Dict[str, Dict[int, Work]] = {}   # computation -> serial -> work
-        self.comps: Dict[str, _Comp] = {}              # set up there
-        self.limits: Dict[str, int] = {}               # computation -> CPUs it may use there
-        self.parts: Dict[str, int] = {}                # computation -> its part of `used`
-        self.recalled: Set[str] = set()                # computations with a Recall on its way
+        self.trip = 0.0     # s that a message to it and its answer take
+        # A job that was sent to an idle CPU, and when: what is over is the trip
+        self.probe: Optional[Tuple[int, float]] = None
         self.draining: Set[str] = set()
         self.away: Optional[NodeAway] = None
+        self.comps: Dict[str, _Comp] = {}              # set up there; of each of them:
+        self.flight: Dict[str, Dict[int, Work]] = {}   # serial -> work
+        self.limits: Dict[str, int] = {}               # CPUs it may use there
+        self.parts: Dict[str, int] = {}                # its part of `used`
+        # Serial -> since when, of those that are known to run
+        self.begun: Dict[str, Dict[int, float]] = {}
+        # Serial -> whether for reasons of the schedule, of those called back
+        self.recalled: Dict[str, Dict[int, bool]] = {}
+        self.ahead: Dict[str, Allowance] = {}          # jobs a CPU that may wait there
+        # Priority -> CPUs, if the computation has priorities
+        self.ranks: Dict[str, Dict[int, int]] = {}
+
+    def begin(self, comp: _Comp) -> None:
+        """A computation is set up here, perhaps not for the first time."""
+        if comp.comp not in self.comps:
+            name = comp.comp
+            self.comps[name] = comp
+            self.flight[name], self.begun[name], self.recalled[name] = {}, {}, {}
+            self.limits[name] = self.parts[name] = 0
+            self.ahead[name] = Allowance(comp.estimate, 1, AHEAD_MOST)
+            self.ranks[name] = collections.Counter()
+
+    @property
+    def horizon(self) -> float:
+        """Seconds of work that may wait here: enough for the next to arrive before it is done."""
+        return max(QUEUED_TIME, 2 * self.trip)
+
+    def reserve(self, comp: str, now: float, rivals: int = 1) -> int:
+        """CPUs of jobs of a computation that may wait here, where so many share the node. A CPU
+        whose job has run for as long as that work was to last is not counted: nobody knows when it
+        will be free."""
+        ahead = self.ahead[comp].jobs(self.horizon) // rivals
+        begun = self.begun[comp]
+        if ahead and begun:
+            horizon, flight = self.horizon, self.flight[comp]   # a sum, as the timer's: a difference is rounded
+            stuck = sum(cpus_of(flight[serial]) for serial, since in begun.items()
+                        if since + horizon <= now)
+            return ahead * max(0, self.limits[comp] - stuck)
+        return ahead * self.limits[comp]
+
+    def standing_before(self, comp: _Comp, work: Work) -> int:
+        """CPUs of jobs here that come before one that would be sent now."""
+        part = self.parts[comp.comp]
+        if not comp.ranked:
+            return part
+        rank = priority_of(work)
+        lower = sum(cpus for other, cpus in self.ranks[comp.comp].items() if other < rank)
+        return part - max(0, lower - self.limits[comp.comp])
 
     def limit(self, comp: str, cpus: int) -> None:
         """CPUs for a computation."""
@@ -867,15 +972,25 @@ class _Node:
 
     def forget(self, comp: str) -> None:
         """It is over here; nothing of it is in flight."""
-        for table in (self.flight, self.comps, self.limits, self.parts):
+        for table in (self.flight, self.comps, self.limits, self.parts, self.begun, self.recalled,
+                      self.ahead, self.ranks):
             table.pop(comp, None)  # type: ignore[attr-defined]
-        self.recalled.discard(comp)
         self.draining.discard(comp)
         self._count()
 
     def room(self, comp: str) -> int:
         """CPUs that a computation would find idle here."""
         return min(self.cpus - self.taken, self.limits[comp] - self.parts[comp])
+
+
+def cpus_of(work: Work) -> int:
+    """CPUs that a job uses."""
+    return work._options.get('cpus', 1) if work._options else 1  # type: ignore[no-any-return]
+
+
+def priority_of(work: Work) -> int:
+    """Jobs of higher ones go first."""
+    return work._options.get('priority', 0) if work._options else 0  # type: ignore[no-any-return]
 
 
 class Schedule:
@@ -887,6 +1002,9 @@ class Schedule:
         self.nodes: Dict[Any, _Node] = {}
         self._fifo = fifo
         self._numbers, self._orders = itertools.count(1), itertools.count()
+        self._now = 0.0
+        # When a running job will be late, a number, its node
+        self._late: List[Tuple[float, int, Any]] = []
         self._actions: List[Any] = []
         self._sends: Dict[Tuple[Any, str], List[Work]] = {}
         self._away: Dict[Any, _Node] = {}
@@ -896,6 +1014,7 @@ class Schedule:
         self._handlers: Dict[type, Callable[[Any], None]] = {
             Unloadable: self._unloadable,
             Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked,
+            WithdrawAsked: self._withdraw_asked, NodeStarted: self._node_started,
             NodeReady: self._node_ready, NodeTold: self._node_told, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
             NodeResults: self._node_results, NodeReturned: self._node_returned,
             NodeHad: self._node_had, NodeAway: self._node_away, NodeLost: self._node_lost, NodeLeft: self._node_left, Closed: self._closed,
@@ -903,19 +1022,25 @@ class Schedule:
 
     def handle(self, event: Any, now: float) -> List[Any]:
         """Take one event; returns what must be done at once."""
-        self._actions = []
+        self._actions, self._now = [], now
         self._handlers[type(event)](event)
         return self._actions
 
     def flush(self, now: float) -> List[Any]:
         """The end of a turn: what waits goes to nodes that have room."""
-        self._actions = []
+        self._actions, self._now = [], now
+        while self._late and self._late[0][0] <= now:
+            node = self.nodes.get(heapq.heappop(self._late)[2])
+            if node is not None:
+                self._dirty[node.key] = node
         for node in [node for node in self._away.values() if node.away is not None and node.away.until <= now]:
             away = node.away
             self._node_lost(NodeLost(node.key, away.name, away.text))  # type: ignore[union-attr]
             self._do(NodeGone(node.key))
         for node in self._dirty.values():
             self._index(node)
+        for node in self._dirty.values():
+            self._reduce(node)
         if self._waiting:
             self._distribute()
         if len(self.nodes) > 1 and self._dirty:
@@ -925,7 +1050,43 @@ class Schedule:
 
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
-        return min((node.away.until for node in self._away.values() if node.away is not None), default=None)
+        times = [node.away.until for node in self._away.values() if node.away is not None]
+        return min(times + [self._late[0][0]] if self._late else times, default=None)
+
+    def runs(self, key: Any) -> Dict[str, List[int]]:
+        """Computation -> serials of its jobs that run on a node: those that have said so, then the
+        first of those sent there, as far as there are CPUs. Where there is more than the CPUs can
+        take, the node shares them out evenly."""
+        node = self.nodes.get(key)
+        found: Dict[str, List[int]] = {}
+        if node is None or not node.used:
+            return found
+        wants = sorted((min(part, node.limits[comp] or node.offers or part), comp)
+                       for comp, part in node.parts.items() if part)
+        left = node.cpus or node.offers or sum(want for want, _ in wants)
+        for index, (want, comp) in enumerate(wants):
+            flight, begun = node.flight[comp], node.begun[comp]
+            serials, used = list(begun), 0
+            for serial in begun:
+                used += cpus_of(flight[serial])
+            most = max(min(want, -(-left // (len(wants) - index))), used)
+            for serial, work in flight.items() if used < most else ():
+                if serial not in begun:
+                    used += cpus_of(work)
+                    if used > most:
+                        break
+                    serials.append(serial)
+            found[comp] = serials
+            left = max(0, left - min(used, most))
+        return found
+
+    def ran(self, work: Work) -> float:
+        """Seconds that a job has run, 0 if that is not known."""
+        comp = self.comps.get(work._comp)
+        node = comp.running.get(work._serial) if comp is not None else None
+        if node is None:
+            return 0.0
+        return self._now - node.begun[work._comp].get(work._serial, self._now)
 
     # -- small parts --------------------------------------------------------------------------------------
 
@@ -938,14 +1099,13 @@ class Schedule:
         state = work._state = JOB_TABLE[work._state, event]
         return state
 
-    @staticmethod
-    def _cpus(work: Work) -> int:
-        return work._options.get('cpus', 1) if work._options else 1
+    _cpus = staticmethod(cpus_of)
 
     def _land(self, node: _Node, comp: _Comp, serials: Sequence[int]) -> Dict[int, Work]:
         """Take attempts off a node's books. Those are left out that are not there: results that come twice or too late."""
         landed: Dict[int, Work] = {}
         flight, cpus, size = node.flight[comp.comp], 0, 0
+        known = [table for table in (node.begun[comp.comp], node.recalled[comp.comp]) if table]
         for serial in serials:
             work = flight.pop(serial, None)
             if work is not None:
@@ -953,6 +1113,10 @@ class Schedule:
                 cpus += self._cpus(work)
                 size += _bytes_of(work)
                 del comp.running[serial]
+                for table in known:
+                    table.pop(serial, None)  # type: ignore[attr-defined]
+                if comp.ranked:
+                    node.ranks[comp.comp][priority_of(work)] -= self._cpus(work)
         if landed:
             node.take(comp.comp, -cpus)
             node.bytes -= size
@@ -975,15 +1139,23 @@ class Schedule:
             if comp is None:
                 self._move(work, 'cancel')
                 self._do(JobEnded(work, 'the cluster was closed'))
-            elif comp.unloadable:
+                continue
+            if comp.unloadable:
                 self._move(work, 'fail')
                 self._do(JobEnded(work, comp.unloadable))
-            else:
-                comp.queue_of(work).push(work)
-                self._waiting[comp.comp] = comp
-                if not comp.flying and not comp.idle:   # a newcomer where all CPUs are taken: one job to the queue of some nodes,
-                    for node in itertools.islice(comp.nodes.values(), 64):   # which give the next CPU to who has fewest
-                        self._dirty[node.key] = node
+                continue
+            comp.queue_of(work).push(work)
+            self._waiting[comp.comp] = comp
+            if work._options and 'priority' in work._options and not comp.ranked:
+                comp.ranked = True
+                for node in comp.nodes.values():
+                    node.ranks[comp.comp] = collections.Counter({0: node.parts[comp.comp]})
+            if not comp.idle and (not comp.flying or comp.ranked):
+                # All CPUs are taken, and it is new or may be urgent: some nodes get it into their
+                # queues. They give the next CPU to the computation that has fewest, and of its jobs
+                # to that of the highest priority.
+                for node in itertools.islice(comp.nodes.values(), 64):
+                    self._dirty[node.key] = node
 
     def _unloadable(self, event: Unloadable) -> None:
         comp = self.comps.get(event.comp)
@@ -1002,14 +1174,48 @@ class Schedule:
         work, comp = event.work, self.comps.get(event.work._comp)
         if work._state in ENDED or work._state is JobState.CANCELLING or comp is None:
             return
-        if self._move(work, 'cancel') is JobState.CANCELLED:
-            if work in comp.parked:
-                comp.parked.remove(work)
-            else:
-                comp.queue_of(work).forget()
-            self._do(JobEnded(work, 'cancelled before it was started'))
+        if work._state in _WAITING:
+            self._cancel_waiting(work, comp)
         else:
+            self._move(work, 'cancel')
             self._do(SendCancel(comp.running[work._serial].key, comp.comp, [work._serial]))
+
+    def _cancel_waiting(self, work: Work, comp: _Comp) -> None:
+        self._move(work, 'cancel')
+        if work in comp.parked:
+            comp.parked.remove(work)
+        else:
+            comp.queue_of(work).forget()
+        self._do(JobEnded(work, 'cancelled before it was started'))
+
+    def _withdraw_asked(self, event: WithdrawAsked) -> None:
+        recalls: Dict[Tuple[Any, str], List[int]] = {}
+        for work in event.works:
+            comp = self.comps.get(work._comp)
+            node = comp.running.get(work._serial) if comp is not None else None
+            if comp is not None and work._state in _WAITING:
+                self._cancel_waiting(work, comp)
+            elif comp is None or node is None or node.away is not None \
+                    or work._state is not JobState.SENT:
+                self._do(Withdrawn(work, work._state is JobState.CANCELLED))
+            else:
+                comp.withdrawn.add(work)
+                if work._serial not in node.recalled[comp.comp]:
+                    node.recalled[comp.comp][work._serial] = False
+                    recalls.setdefault((node.key, comp.comp), []).append(work._serial)
+        for (key, name), serials in recalls.items():
+            self._do(SendRecall(key, name, serials))
+
+    def keep(self, work: Work) -> None:
+        """The inverse of WithdrawAsked, if it has not been answered."""
+        if work._comp in self.comps:
+            self.comps[work._comp].withdrawn.discard(work)
+
+    def _answer(self, comp: _Comp, work: Work) -> None:
+        """What was to be withdrawn has begun, ended or cannot be asked for."""
+        if work in comp.withdrawn:
+            comp.withdrawn.discard(work)
+            self._do(Withdrawn(work, work._state is JobState.CANCELLED))
 
     def _closed(self, event: Closed) -> None:
         comp = self.comps.pop(event.comp, None)
@@ -1040,14 +1246,16 @@ class Schedule:
         if node is None:
             node = self.nodes[event.node] = _Node(event.node)
         node.name, node.offers = event.name or node.name, event.offers
+        node.trip, node.probe = event.trip or node.trip, None
         self._back_again(node)
-        node.comps[event.comp], comp.nodes[event.node] = comp, node
-        node.parts.setdefault(event.comp, 0)
+        node.begin(comp)
+        comp.nodes[event.node] = node
+        node.recalled[event.comp].clear()   # what was asked of it may not have arrived
+        node.draining.discard(event.comp)
+        held, flight = set(event.held), node.flight[event.comp]
+        self._judge(node, comp, Account(frozenset(held), event.past, event.whole), Occasion.CONNECTED)
         self._limit(node, comp, event.cpus)
         self._unpark(comp, node)
-        node.recalled.discard(event.comp)   # what was asked of it may not have arrived
-        held, flight = set(event.held), node.flight.setdefault(event.comp, {})
-        self._judge(node, comp, Account(frozenset(held), event.past, event.whole), Occasion.CONNECTED)
         unwanted = [serial for serial, work in flight.items() if work._state is JobState.CANCELLING]
         unwanted += sorted(held - set(flight))   # given up while the node was away
         if unwanted:
@@ -1080,7 +1288,11 @@ class Schedule:
 
     def _limit(self, node: _Node, comp: _Comp, cpus: int) -> None:
         node.draining.discard(comp.comp)
+        lowered = cpus < node.limits[comp.comp]
         node.limit(comp.comp, cpus)
+        if lowered and node.away is None and not comp.remote:
+            most = node.parts[comp.comp] - cpus - node.reserve(comp.comp, self._now)
+            self._call_back(node, comp, self._movable(node, comp, most, math.inf, False), False)
         comp.widest = None
         self._dirty[node.key] = node
 
@@ -1099,9 +1311,6 @@ class Schedule:
             return
         self._limit(node, node.comps[event.comp], 0)
         node.draining.add(event.comp)
-        if node.flight[event.comp]:
-            node.recalled.add(event.comp)
-            self._do(SendRecall(node.key, event.comp, len(node.flight[event.comp])))
         self._drained(node, event.comp)
 
     def _drained(self, node: _Node, comp: str) -> None:
@@ -1130,11 +1339,17 @@ class Schedule:
 
     def _back(self, node: _Node, comp: _Comp, serial: int) -> None:
         """An attempt that was never started: the job waits again."""
+        own = node.recalled[comp.comp].get(serial, False)
         for work in self._land(node, comp, [serial]).values():
+            if own:
+                comp.called[serial >> 16] = comp.called.get(serial >> 16, 0) + 1
+            if work in comp.withdrawn:
+                self._move(work, 'cancel')
             if self._move(work, 'back') is JobState.REQUEUED:
                 self._wait_again(comp, work)
             else:
                 self._do(JobEnded(work, 'cancelled before it was started'))
+                self._answer(comp, work)
 
     def _wait_again(self, comp: _Comp, work: Work) -> None:
         comp.queue_of(work).push_front(work)
@@ -1144,10 +1359,30 @@ class Schedule:
     def _node_returned(self, event: NodeReturned) -> None:
         node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
         if node is not None and comp is not None and event.comp in node.comps:
-            if event.serials:   # otherwise all has started there: not to be asked again before something ends
-                node.recalled.discard(event.comp)
             for serial in sorted(event.serials, reverse=True):   # each goes to the front
                 self._back(node, comp, serial)
+
+    def _node_started(self, event: NodeStarted) -> None:
+        node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
+        if node is None or comp is None or event.comp not in node.comps:
+            return
+        flight, begun, pairs = node.flight[event.comp], node.begun[event.comp], []
+        for serial, ran in event.rows:
+            work = flight.get(serial)
+            if work is None:
+                continue
+            begun[serial] = self._now - max(0.0, ran)
+            node.recalled[event.comp].pop(serial, None)
+            if work._state is JobState.SENT:
+                self._move(work, 'start')
+            self._answer(comp, work)
+            pairs.append((work, ran))
+            if not comp.remote:
+                late = begun[serial] + node.horizon
+                heapq.heappush(self._late, (late, next(self._orders), node.key))
+        if pairs:
+            self._dirty[node.key] = node
+            self._do(JobsStarted(node.key, comp.comp, pairs))
 
     def _node_results(self, event: NodeResults) -> None:
         node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
@@ -1157,15 +1392,17 @@ class Schedule:
             return
         if any(row[1] not in OUTCOMES for row in event.rows):
             raise PeerError('a result with an unknown outcome')
-        node.recalled.discard(event.comp)
         serials = [row[0] for row in event.rows if row[1] not in GOES_ON]
         landed, flight = self._land(node, comp, serials), node.flight[comp.comp]
-        pairs, mean = [], comp.mean
+        pairs = []
+        self._learn(node, comp, event.rows, landed)
         for row in event.rows:
             outcome = row[1]
             if outcome in GOES_ON:
                 work = landed.get(row[0]) or flight.get(row[0])   # its end may be in the same message
                 if work is not None:
+                    if work._state is JobState.SENT:
+                        self._do(JobsStarted(node.key, comp.comp, [(work, 0.0)]))
                     self._move(work, 'provisional')
                     pairs.append((work, row))
                 continue
@@ -1181,23 +1418,33 @@ class Schedule:
                 self._lost(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
                 continue
             self._move(work, _EVENT_OF[outcome])
-            took = row[3] - row[2]
-            if took:
-                mean = took if mean is None else mean + (took - mean) * (0.25 if took > mean else 0.0625)
+            if comp.withdrawn:
+                self._answer(comp, work)
+            if comp.called:
+                comp.called.pop(row[0] >> 16, None)
             pairs.append((work, row))
-        comp.mean = mean
         self._do(SendAck(node.key, comp.comp, serials))
         if pairs:
             self._do(JobsEnded(node.key, comp.comp, pairs))
+
+    def _learn(self, node: _Node, comp: _Comp, rows: list, landed: Dict[int, Work]) -> None:
+        """Jobs have ended: how long they took, and how long what they were sent with and told by."""
+        ended = [row for row in rows if row[0] in landed and row[1] not in GOES_ON]
+        comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
+        node.ahead[comp.comp].ended(len(ended), len(node.flight[comp.comp]), node.limits[comp.comp])
+        if node.probe is not None and node.probe[0] in landed:
+            took = next(row[3] - row[2] for row in ended if row[0] == node.probe[0])
+            node.trip = min(node.trip, max(0.0, self._now - node.probe[1] - took))
+            node.probe = None
 
     def _node_had(self, event: NodeHad) -> None:
         comp, node = self.comps[event.comp], self.nodes.get(event.node)
         if node is None:
             node = self.nodes[event.node] = _Node(event.node)
         node.name = event.name
-        node.comps[event.comp], comp.nodes[event.node] = comp, node
-        node.parts[event.comp] = 0
-        flight = node.flight.setdefault(event.comp, {})
+        node.begin(comp)
+        comp.nodes[event.node] = node
+        flight = node.flight[event.comp]
         self._limit(node, comp, 0)
         for work in event.works:
             cpus = self._cpus(work)
@@ -1207,6 +1454,12 @@ class Schedule:
             self._flying[comp.client] += cpus
             flight[work._serial] = work
             comp.running[work._serial] = node
+            if work._options and 'priority' in work._options:
+                comp.ranked = True
+        for there in comp.nodes.values() if comp.ranked else ():
+            there.ranks[comp.comp] = collections.Counter()
+            for work in there.flight[comp.comp].values():
+                there.ranks[comp.comp][priority_of(work)] += self._cpus(work)
         self._node_away(NodeAway(event.node, event.name, 'the node did not come back', event.until))
 
     def _node_away(self, event: NodeAway) -> None:
@@ -1216,6 +1469,9 @@ class Schedule:
             self._away[node.key] = self._dirty[node.key] = node
             for comp in node.comps.values():
                 comp.widest = None
+                there = [work for work in comp.withdrawn if comp.running.get(work._serial) is node]
+                for work in there:
+                    self._answer(comp, work)
 
     def _back_again(self, node: _Node) -> None:
         node.away = None
@@ -1252,7 +1508,10 @@ class Schedule:
             self._forget(node, comp)
 
     def _lost(self, comp: _Comp, work: Work, node_name: str, text: str) -> None:
-        """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it came."""
+        """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it
+        came, and whether it had begun, whatever was known last. One that is known not to have begun
+        comes by `_back`."""
+        self._answer(comp, work)
         work._lost += (node_name,)
         retries = work._options.get('retries') if work._options else None
         times = retries + 1 if retries else LOST_TIMES if comp.reentrant else 1
@@ -1278,14 +1537,17 @@ class Schedule:
                 comp.idle[node.key] = node
             else:
                 comp.idle.pop(node.key, None)
-            if surplus and name not in node.recalled and node.flight[name]:
+            known = len(node.begun[name]) + len(node.recalled[name])
+            if surplus and len(node.flight[name]) > known:
                 comp.donors[node.key] = node
             else:
                 comp.donors.pop(node.key, None)
 
     def _distribute(self) -> None:
-        """First to CPUs that are idle; then to queues on the nodes that something has happened to. What this costs depends
-        on how many nodes that are, not on how many there are."""
+        """First to CPUs that are idle; then to queues on the nodes that something has happened to.
+        What this costs depends on how many nodes that are, not on how many there are. While a job
+        waits that may go to idle CPUs only, nothing is sent to queues, or there would never be
+        one."""
         self._sends = {}
         waiting = self._still_waiting()
         while waiting:
@@ -1299,7 +1561,8 @@ class Schedule:
             before = sum(map(len, self._sends.values()))
             total = max(1, sum(node.cpus for node in self._dirty.values()))
             shares = {comp.comp: math.ceil(comp.length() / total) for comp in waiting}
-            for node in list(self._dirty.values()):
+            full = all(map(self._may_be_ahead, waiting))
+            for node in list(self._dirty.values()) if full else ():
                 if node.away is None:
                     self._fill(node, shares)
             waiting = self._still_waiting()
@@ -1316,9 +1579,18 @@ class Schedule:
             self._waiting = {comp.comp: comp for comp in waiting}
         return waiting
 
-    def _rank(self, comp: _Comp) -> Tuple[int, int]:
-        """Who has least of this is next: the CPUs of its client, and of these its own; or its place in the order of coming."""
-        return (comp.order, 0) if self._fifo else (self._flying[comp.client], comp.flying)
+    @staticmethod
+    def _may_be_ahead(comp: _Comp) -> bool:
+        """Whether the next job of a computation may wait on a node."""
+        work = comp.queue.head() if comp.called else None
+        return work is None or comp.may_wait_there(work)
+
+    def _rank(self, comp: _Comp) -> Tuple[int, int, int]:
+        """Who has least of this is next: the CPUs of its client, of these its own, and the time
+        when it was served last; or its place in the order of coming."""
+        if self._fifo:
+            return comp.order, 0, 0
+        return self._flying[comp.client], comp.flying, comp.served
 
     def _start_one(self, comp: _Comp) -> bool:
         """Send the next job to an idle CPU."""
@@ -1352,28 +1624,40 @@ class Schedule:
         if len(rivals) > 1:
             rivals.sort(key=self._rank)
         for comp in rivals:
-            limit = node.limits[comp.comp]
-            depth = self._depth(comp, shares[comp.comp], len(rivals))
-            while node.parts[comp.comp] < limit * depth and (
-                    depth > 1 or node.taken < node.cpus or (len(parts) > 1 and parts[comp.client] < max(1, limit // len(parts)))):
+            reserve = min(node.reserve(comp.comp, self._now, len(rivals)),
+                          node.limits[comp.comp] * shares[comp.comp])
+            while True:
                 source = comp.source(node.key)
                 work = source.head()
-                fits = limit if node.bytes <= AHEAD_BYTES else node.room(comp.comp)
-                if work is None or self._cpus(work) > fits:
+                if work is None or not self._may_send(node, comp, work, reserve, parts):
                     break
                 self._launch(node, comp, source.pop())
                 parts[comp.client] += self._cpus(work)
 
+    def _may_send(self, node: _Node, comp: _Comp, work: Work, reserve: int,
+                  parts: Dict[str, int]) -> bool:
+        """Whether a job may go to a node that has no idle CPU for it, where jobs for so many CPUs
+        may wait."""
+        limit = node.limits[comp.comp]
+        fits = limit if node.bytes <= AHEAD_BYTES else node.room(comp.comp)
+        if self._cpus(work) > fits or not comp.may_wait_there(work):
+            return False
+        if reserve or node.taken < node.cpus:
+            if node.standing_before(comp, work) < limit + reserve:
+                return True
+        return len(parts) > 1 and self._is_choice(node, comp, parts)
+
     @staticmethod
-    def _depth(comp: _Comp, share: int, rivals: int) -> int:
-        """Jobs a CPU that a node may hold, run or not."""
-        if comp.mean is None:
-            ahead = 1
-        elif comp.mean >= QUEUED_TIME:
-            ahead = 0
-        else:
-            ahead = min(AHEAD_MOST, int(QUEUED_TIME / max(comp.mean, 1e-6)))
-        return 1 + min(ahead // rivals, share)
+    def _is_choice(node: _Node, comp: _Comp, parts: Dict[str, int]) -> bool:
+        """Whether a node that several clients (of `parts`) share needs a job more of one, to have a
+        choice when a CPU is free: an even part of its jobs, and one behind them if all of them
+        run."""
+        limit, part = node.limits[comp.comp], parts[comp.client]
+        if part < max(1, limit // len(parts)):
+            return True
+        return part <= limit and all(
+            len(node.begun[name]) == len(node.flight[name])
+            for name, other in node.comps.items() if other.client == comp.client)
 
     def _launch(self, node: _Node, comp: _Comp, work: Work) -> None:
         self._move(work, 'send')
@@ -1384,11 +1668,14 @@ class Schedule:
         node.take(comp.comp, cpus)
         node.bytes += _bytes_of(work)
         comp.flying += cpus
+        comp.served = next(self._orders)
         self._flying[comp.client] += cpus
         node.flight[comp.comp][work._serial] = work
         comp.running[work._serial] = node
-        if node.recalled:   # the node forgets what was recalled when new work comes
-            node.recalled.discard(comp.comp)
+        if comp.ranked:
+            node.ranks[comp.comp][priority_of(work)] += cpus
+        if node.probe is None and node.taken == node.used:   # it will not wait there
+            node.probe = (work._serial, self._now)
         if node.key in comp.idle and node.room(comp.comp) < 1:
             self._index(node)
         works = self._sends.get((node.key, comp.comp))
@@ -1396,6 +1683,21 @@ class Schedule:
             works = self._sends[node.key, comp.comp] = []
             self._dirty[node.key] = node
         works.append(work)
+
+    def _reduce(self, node: _Node) -> None:
+        """Call back what waits on a node beyond twice the bound that holds now: jobs turn out to be
+        longer than those before them, or some run that will not end soon. Twice, because estimates
+        go up and down a little."""
+        for name, comp in node.comps.items() if node.away is None else ():
+            spare = node.parts[name] - node.limits[name]
+            if spare <= 0 or comp.remote or name in node.draining:
+                continue
+            reserve = node.reserve(name, self._now)
+            choice = min(1, node.used - node.parts[name])   # see `_is_choice`
+            if spare > max(choice, 2 * reserve):
+                asked = sum(self._cpus(node.flight[name][serial]) for serial in node.recalled[name])
+                most = spare - reserve - asked
+                self._call_back(node, comp, self._movable(node, comp, most, math.inf, True), True)
 
     def _balance(self) -> None:
         """Call back what waits on one node while CPUs of another are idle."""
@@ -1407,23 +1709,42 @@ class Schedule:
             for donor in list(comp.donors.values()):
                 surplus = donor.used - min(donor.cpus, donor.taken)
                 most = max(free, surplus * free // (free + donor.cpus))   # of short jobs its part of all, at once
-                count = self._movable(donor.flight[comp.comp], max(rooms), min(surplus, most))
+                serials = self._movable(donor, comp, min(surplus, most), max(rooms), True)
                 del comp.donors[donor.key]   # until it is looked at again
-                if count:
-                    donor.recalled.add(comp.comp)
-                    self._do(SendRecall(donor.key, comp.comp, count))
-                    called += count
-                    if called >= free:
-                        break
+                self._call_back(donor, comp, serials, True)
+                called += len(serials)
+                if called >= free:
+                    break
 
-    def _movable(self, flight: Dict[int, Work], room: int, most: int) -> int:
-        """How many of the last attempts of a node would find room elsewhere; the first of all runs."""
-        count = 0
-        for work in itertools.islice(reversed(list(flight.values())), max(0, len(flight) - 1)):
-            if count >= most or self._cpus(work) > room or (work._options and 'node' in work._options):
+    def _movable(self, node: _Node, comp: _Comp, most: int, room: float, own: bool) -> List[int]:
+        """Serials of the last attempts on a node that may not have begun, of up to so many CPUs:
+        those of low priority first; if it is for reasons of our own, none that was called back too
+        often. Less `room` than all: for another node."""
+        begun, recalled = node.begun[comp.comp], node.recalled[comp.comp]
+        serials: List[int] = []
+        last = list(node.flight[comp.comp].items())[::-1] if most > 0 else []
+        if comp.ranked:
+            last.sort(key=lambda item: priority_of(item[1]))
+        for serial, work in last:
+            if most <= 0:
                 break
-            count += 1
-        return count
+            if serial in begun or serial in recalled or work._state is not JobState.SENT:
+                continue
+            if own and not comp.may_wait_there(work):
+                continue
+            for_this_node = bool(work._options) and 'node' in work._options  # type: ignore[operator]
+            if room < math.inf and (self._cpus(work) > room or for_this_node):
+                break
+            serials.append(serial)
+            most -= self._cpus(work)
+        return serials
+
+    def _call_back(self, node: _Node, comp: _Comp, serials: List[int], own: bool) -> None:
+        """Ask a node for attempts; `own`: for reasons of the schedule, not because the user wants
+        it."""
+        if serials:
+            node.recalled[comp.comp].update((serial, own) for serial in serials)
+            self._do(SendRecall(node.key, comp.comp, serials))
 
 
 def _bytes_of(work: Work) -> int:
@@ -2819,7 +3140,6 @@ class OwnModules:
         # name -> (module, its __spec__, stamp of the file if it was not loaded, what was found)
         self._files: Dict[str, Tuple[Any, Any, Optional[FileStamp], ModuleFile]] = {}
         # path -> stamp and digest of the last row
-        self._rows: Dict[str, Tuple[FileStamp, bytes]] = {}
         self._versions: Dict[str, str] = {}
 
     def kind(self, name: Any) -> ModuleKind:
@@ -2848,30 +3168,25 @@ class OwnModules:
         """(name, size, digest, mode) of each file. Raises OSError."""
         rows = []
         for target, file in files.items():
-            stamp, (size, digest, mode) = self._digests.of(file)
-            self._rows[file.path] = stamp, digest
+            _, (size, digest, mode) = self._digests.of(file)
             rows.append((target, size, digest, mode))
         return rows
 
-    def changed(self, closure: Sequence[ModuleFile]) -> List[ModuleFile]:
-        """Modules whose files are not as they were when the last row of them was made."""
-        return [module for module in closure if self._has_changed(module)]
+    def digests(self, closure: Sequence[ModuleFile]) -> Dict[str, bytes]:
+        """The digest of each module's file as it is now, by its path. A file that cannot be read is left out: there is no
+        other text that could be sent."""
+        found = {}
+        for module in closure:
+            try:
+                found[module.path] = self._digests.of(module.file())[1][1]
+            except OSError as exc:
+                logger.debug('the file of module %s cannot be read: %s', module.name, exc)
+        return found
 
-    def _has_changed(self, module: ModuleFile) -> bool:
-        row = self._rows.get(module.path)
-        if row is None:
-            return False
-        try:
-            if module.stamp() == row[0] and _is_settled(row[0]):
-                return False
-            stamp, (_, digest, _) = self._digests.of(module.file())
-        except OSError as exc:   # it was taken away: there is no other text that could be sent
-            logger.debug('the file of module %s cannot be read: %s', module.name, exc)
-            return False
-        if digest != row[1]:
-            return True
-        self._rows[module.path] = stamp, digest
-        return False
+    def changed(self, closure: Sequence[ModuleFile], before: Dict[str, bytes]) -> List[ModuleFile]:
+        """Modules whose files are not as they were when `before` was taken, as `digests`."""
+        now = self.digests(closure)
+        return [module for module in closure if module.path in now and now[module.path] != before.get(module.path, now[module.path])]
 
     def _file_of(self, name: str, where: Whereabouts) -> ModuleFile:
         """The file of a module of the user's. The text of a loaded module is read once."""
@@ -3166,6 +3481,7 @@ class ModuleBundles:
         self._number_of: Dict[str, int] = {}       # module -> bundle
         self._plain: Set[str] = set()              # names of modules that need none
         self._extra: Dict[str, FileOfModule] = {}  # files of modules that jobs have asked for by name
+        self._as_sent: Dict[str, bytes] = {}       # path of a module's file -> its digest when it travelled
         self._looked_at = time.monotonic()
         self._has_changed: List[str] = []
 
@@ -3218,6 +3534,7 @@ class ModuleBundles:
             before = {target for bundle in self._bundles for target in bundle.files}
             files = {target: file for target, file in own_modules.files(closure).items() if target not in before}
             content = self._content(closure, capture, kinds, state)
+            self._as_sent.update(own_modules.digests(closure))
             self._bundles.append(Bundle(number, tuple(closure), files, content))
             for file in new:
                 self._number_of.setdefault(file.name, number)
@@ -3303,14 +3620,14 @@ class ModuleBundles:
 
     # -- files that change --------------------------------------------------------------------------------
 
-    def changed(self) -> List[str]:
-        """Names of modules whose files have changed since they travelled. Looks at most once a second."""
+    def changed(self, every: float = LOOK_EVERY) -> List[str]:
+        """Names of modules whose files have changed since they travelled. Looks at most once in so many seconds."""
         now = time.monotonic()
-        if now - self._looked_at >= LOOK_EVERY and not self._has_changed:
+        if now - self._looked_at >= every and not self._has_changed:
             self._looked_at = now
             with self._lock:
                 closure = [file for bundle in self._bundles for file in bundle.closure]
-            self._has_changed = [file.name for file in own_modules.changed(closure)]
+            self._has_changed = [file.name for file in own_modules.changed(closure, self._as_sent)]
         return self._has_changed
 
 
@@ -3367,7 +3684,7 @@ def explain_unpicklable(labels: Sequence[Tuple[str, Any]], exc: BaseException) -
         if not _can_be_packed(value):
             path, culprit, module = _find_culprit(label, value)
             kind = type(culprit)
-            owner = ' of module %s' % module if module else ''
+            owner = ', met in module %s,' % module if module else ''
             return ('%s (a %s.%s)%s cannot be pickled: %s. Make it in setup or in the job, leave it out in a '
                     '__getstate__ of what holds it, or put its function or class into a module of its own'
                     % (path, kind.__module__, kind.__qualname__, owner, exc))
@@ -3386,8 +3703,9 @@ def _find_culprit(path: str, value: Any) -> Tuple[str, Any, str]:
     """Follow the parts that cannot be pickled: (path, the last of them, module of the function or class it was met in)."""
     module, seen = '', {id(value)}
     for _ in range(30):
-        if isinstance(value, (types.FunctionType, type)) or getattr(type(value), '__module__', '') not in ('builtins', None):
-            module = getattr(value, '__module__', None) or module
+        met = getattr(value, '__module__', None)
+        if isinstance(met, str) and own_modules.kind(met) in (ModuleKind.OWN, ModuleKind.BY_VALUE):
+            module = met
         found = next(((step, part) for step, part in _parts_of(value)
                       if id(part) not in seen and not _can_be_packed(part)), None)
         if found is None:
@@ -3467,7 +3785,7 @@ def _job_depends(depends: Sequence[Any], globals_: Sequence[Dict[str, Any]]) -> 
     files = []
     for name, path in paths.items():
         check_name(name)
-        with open(path, 'rb') as file:
+        with open_regular(path) as file:
             files.append((name, stat.S_IMODE(os.stat(path).st_mode) & 0o755 | 0o600, file.read()))
     return files, objects
 
@@ -3532,12 +3850,25 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
     else:
         raise TypeError('computation is a %s; it must be a function or the path of a program' % type(computation).__name__)
     files = _file_rows(paths, program)
-    spec = {'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
+    spec: Dict[str, Any] = {
+            'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
             'cleanup': bool(cleanup), 'dest_path': dest_path or '', 'max_jobs': max_jobs or 0,
             'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0, 'setup_args': b'',
             'portable': bundles.portable, 'sys_path': [], 'argv': []}
     return Cargo(spec, paths, bool(program), functools.partial(
         pack_source, computation, setup, cleaner, objects, tuple(bundles.shipped)))
+
+
+def check_cargo(spec: dict) -> None:
+    """Raise ValueError for a computation that is too large for a message."""
+    size = len(spec['code'])
+    if size > VALUE_MOST:
+        raise ValueError('the computation, with the data that it refers to, has %d bytes, and the limit is %d: '
+                         'read large data from a file in setup() (depends)' % (size, VALUE_MOST))
+    names = sum(len(row[0].encode('utf-8', 'replace')) + 80 for row in spec['files'])
+    if names > NAMES_MOST:
+        raise ValueError('depends: the list of %d files takes %d bytes, and the limit is %d: pack them into an archive'
+                         % (len(spec['files']), names, NAMES_MOST))
 
 
 def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int, bytes, int]]:
@@ -3588,7 +3919,14 @@ def _add_path(path: str, paths: Dict[str, str]) -> None:
         for directory, _, names in os.walk(root):
             for name in names:
                 full = os.path.join(directory, name)
+                if os.path.islink(full) and not os.path.exists(full):
+                    logger.debug('depends: %s is a link to nothing and is left out', full)   # as locks of editors are
+                    continue
+                if not os.path.isfile(full):   # opening a FIFO would wait, and a device has no end
+                    raise ValueError('depends: %s is no regular file' % full)
                 paths['/'.join([os.path.basename(root)] + os.path.relpath(full, root).split(os.sep))] = full
+    elif os.path.exists(path):
+        raise ValueError('depends: %s is no regular file' % path)
     else:
         raise FileNotFoundError('depends: there is no file %s (in %s)' % (path, os.getcwd()))
 
@@ -3795,7 +4133,7 @@ def _names_used(code: types.CodeType) -> Iterator[str]:
 
 def _is_plain(value: Any) -> bool:
     try:
-        open_envelope(pickle.dumps(value, 5))   # as the node will
+        open_plain(pickle.dumps(value, 5))   # as the node will
     except Exception:  # whatever pickle cannot do, __reduce__ of the user's among it
         return False
     return True
@@ -3846,9 +4184,37 @@ class NodeAllocate:
         self.host, self.port, self.cpus, self.depends, self.setup_args = host, port, cpus, depends, setup_args
 
     def allocate(self, cluster: 'JobCluster', ip_addr: str, name: str, cpus: int, avail_info: Any = None, platform: str = '') -> int:
-        """How many jobs to run there at once: 0 refuses the node, more than `cpus`, the number it offers, is allowed. May
-        set self.depends and self.setup_args. Called once a connection of the node, in a thread of the cluster's."""
-        return cpus
+        """How many jobs to run there at once: 0 refuses the node, more than `cpus`, the number it
+        offers, is allowed, a negative number leaves so many free. May set self.depends and
+        self.setup_args. Called once a connection of the node, in a thread of the cluster's. If it
+        is not overridden, `cpus` of the constructor counts as in `nodes`."""
+        return limited(cpus, self.cpus)
+
+
+def limited(offered: int, cpus: int) -> int:
+    """CPUs to use of those that a node offers: at most so many; if that is negative, all but so
+    many; if it is 0, all."""
+    return min(offered, cpus) if cpus > 0 else max(0, offered + cpus)
+
+
+def matches(pattern: str, word: str) -> bool:
+    """Whether a word fits a pattern in which `*` stands for any characters. Each part is looked for once, where it comes
+    first: a regular expression could try for hours."""
+    if '\n' in word:   # no name has one
+        return False
+    first, *parts = pattern.split('*')
+    if not parts:
+        return word == pattern
+    last = parts.pop()
+    if len(word) < len(first) + len(last) or not word.startswith(first) or not word.endswith(last):
+        return False
+    at, end = len(first), len(word) - len(last)
+    for part in parts:
+        at = word.find(part, at, end)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
 
 
 class NodeSpec(NamedTuple):
@@ -3869,8 +4235,7 @@ class NodeSpec(NamedTuple):
         wanted = _plain_host(self.host)
         if not self.wild:
             return wanted in map(_plain_host, words)
-        pattern = re.compile('.*'.join(map(re.escape, wanted.split('*'))))
-        return any(pattern.fullmatch(_plain_host(word)) for word in words if word)
+        return any(matches(wanted, _plain_host(word)) for word in words if word)
 
     def may_fit(self, address: str) -> bool:
         """Whether a node at this address may be meant; it may also be meant by its name, which is not known yet."""
@@ -3897,15 +4262,26 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['P
     """Runs the user's code; raises what that raises, TypeError for what is no number."""
     available = DispyNodeAvailInfo(*map(peer.facts.get('available', {}).get, DispyNodeAvailInfo._fields))
     cpus = allocator.allocate(cluster, peer.ip_addr, peer.name, peer.offered, avail_info=available, platform=peer.facts.get('platform', ''))
-    if isinstance(cpus, bool) or not isinstance(cpus, int):
+    number = plain_number(cpus, True)
+    if number is None:
         raise TypeError('allocate() returned %.80r, which is no number of CPUs' % (cpus,))
+    cpus = max(0, peer.offered + cpus) if cpus < 0 else cpus
     paths: Dict[str, str] = {}
     bundles = cluster._bundles
     objects, _ = _sort_depends(allocator.depends, paths, bundles.known_globals)
     labels = [('setup argument %d' % number, value) for number, value in enumerate(allocator.setup_args, 1)]
     payload = bundles.packed((tuple(allocator.setup_args), objects), labels)
     blob = b''.join(bytes(piece) for piece in pieces_of(payload))
-    return Allocation(cpus, blob, _file_rows(paths), paths)
+    check_setup_args(len(blob), cluster._remote)
+    return Allocation(number, blob, _file_rows(paths), paths)
+
+
+def check_setup_args(size: int, remote: bool) -> None:
+    """Raise ValueError for setup_args that are too large; a scheduler takes less of them."""
+    most = SHARED_ARGS_MOST if remote else VALUE_MOST
+    if size > most:
+        raise ValueError('setup_args of %d bytes are over the limit of %d%s: send a file (depends)'
+                         % (size, most, ' of a SharedJobCluster' if remote else ''))
 
 
 def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec]:
@@ -3937,21 +4313,103 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
     else:
         raise TypeError("nodes: %.80r is no host name, ('host', port), ('host', port, cpus) or {'host':, 'port':, 'cpus':}" % (node,))
     host, its_port, cpus = (*parts, None, None)[:3]
-    if not isinstance(host, str) or not host or any(c.isspace() for c in host):
-        raise ValueError('nodes: %.80r is no host' % (host,))
+    if not isinstance(host, str) or not host or any(c.isspace() or c in ',\0' for c in host):
+        raise ValueError('nodes: %.80r is no host; several hosts are a list' % (host,))
+    host = plain_text(host)
+    if host == LOCAL:
+        raise ValueError('nodes: %r stands alone, not in a list: this machine is %r there, if a dispynode runs here' % (LOCAL, '127.0.0.1'))
     if '*' in host and discovery_reach() == 'off' and not elsewhere:
         raise ValueError("nodes: %r: wildcards need discovery, which the environment's DISPY_DISCOVERY forbids; name the hosts" % host)
-    its_port = port if its_port is None else its_port
-    if not isinstance(its_port, int) or not 1 <= its_port <= 65535:
-        raise ValueError('nodes: port %.40r of %s is not between 1 and 65535' % (its_port, host))
-    if cpus is not None and not isinstance(cpus, int):
-        raise TypeError('nodes: cpus %.40r of %s is no number' % (cpus, host))
-    return NodeSpec(host, its_port, cpus or 0, allocator)
+    number = plain_number(port if its_port is None else its_port, True)
+    if number is None or not 1 <= number <= 65535:
+        raise ValueError('nodes: port %.40r of %s is not a whole number between 1 and 65535' % (its_port, host))
+    if cpus is not None and plain_number(cpus, True) is None:
+        raise TypeError('nodes: cpus %.40r of %s is no whole number' % (cpus, host))
+    return NodeSpec(host, number, plain_number(cpus, True) or 0, allocator)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Journal: what a cluster with a recover_file has submitted, sent and got back
 # ---------------------------------------------------------------------------------------------------------
+
+def check_own_file(path: str, what: str) -> None:
+    """Raise DispyError for a file that is there and that others can have written: what is in it may be code."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    _check_status(status, path, what)
+
+
+def _check_status(status: os.stat_result, path: str, what: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise DispyError('%s: %s is no regular file' % (what, path))
+    if hasattr(os, 'geteuid') and status.st_uid != os.geteuid():
+        raise DispyError('%s: %s belongs to another user (number %d), who may have put anything into it' % (what, path, status.st_uid))
+    if os.name != 'nt' and status.st_mode & 0o022:
+        raise DispyError('%s: %s can be written by others (mode %03o): if you know that what is in it is yours, chmod 600 %s'
+                         % (what, path, stat.S_IMODE(status.st_mode), path))
+
+
+def open_own_file(path: str, what: str, flags: int = 0) -> int:
+    """Open a file of this user's for reading and writing, or make it; no link of anybody's is followed. Returns the descriptor.
+    Raises DispyError, OSError."""
+    flags |= os.O_RDWR | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
+    check_own_file(path, what)
+    handle = os.open(path, flags | os.O_CREAT, 0o600)
+    try:
+        _check_status(os.fstat(handle), path, what)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def own_process() -> Tuple[str, int, str]:
+    """This process for others on the same machine, who may ask whether it has ended: machine, PID,
+    when it began."""
+    return _machine(), os.getpid(), _start_of(os.getpid())
+
+
+def has_ended(process: Tuple[str, int, str]) -> Optional[bool]:
+    """Whether a process of this machine, as of `own_process`, has ended. None if that cannot be
+    known: it is of another machine or another container."""
+    machine, pid, start = process
+    if not start or machine != _machine():
+        return None
+    return _start_of(pid) != start
+
+
+@functools.lru_cache(maxsize=None)
+def _machine() -> str:
+    """This machine, since it was started; of containers each is one of its own."""
+    try:
+        with open('/proc/sys/kernel/random/boot_id') as file:
+            return '%s %s' % (file.read().strip(), os.readlink('/proc/self/ns/pid'))
+    except OSError:   # no Linux
+        return '%x %s' % (uuid.getnode(), socket.gethostname())
+
+
+def _start_of(pid: int) -> str:
+    """When a process began, to tell it from a later one of the same PID; empty if there is none, or
+    nobody can say."""
+    try:
+        with open('/proc/%d/stat' % pid) as file:
+            fields = file.read().rpartition(')')[2].split()   # the name before it may hold anything
+        # One that waits to be reaped has ended.
+        return '' if fields[0] in 'ZX' else fields[19]
+    except OSError:
+        if os.path.isdir('/proc/self'):
+            return ''
+    try:
+        import psutil
+    except ImportError:
+        return ''
+    try:
+        return str(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return ''
+
 
 class Database:
     """A SQLite file in WAL mode, held by one process at a time. What happens is noted, and written in one transaction a turn,
@@ -3964,12 +4422,16 @@ class Database:
     def __init__(self, path: str, what: str) -> None:
         """Raises DispyError for a file that is in use, or none of ours; OSError. `what` is its name for people."""
         self.path, self._what = os.path.abspath(path), what
+        if os.path.islink(self.path) and hasattr(os, 'geteuid') and os.lstat(self.path).st_uid in (0, os.geteuid()):
+            self.path = os.path.realpath(self.path)   # the user's own link, or the system's
         self._notes: List[List[tuple]] = [[] for _ in self.STATEMENTS]
         self.broken = False    # the last transaction failed; its notes are still here
         import sqlite3   # 10 ms that only those pay who need it
         self._error = sqlite3.Error
         try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            for end in ('-wal', '-shm', '-journal'):
+                check_own_file(self.path + end, what)
+            os.close(open_own_file(self.path, what))
         except OSError as exc:
             raise OSError(exc.errno, '%s cannot be opened: %s' % (what, exc.strerror), self.path) from None
         self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -3980,6 +4442,9 @@ class Database:
             if 'locked' in str(exc):
                 raise DispyError('%s %s is in use by another program' % (what, path)) from exc
             raise DispyError("%s %s cannot be used: %s; if it is none of dispy's or is damaged, move it away" % (what, path, exc)) from exc
+        except UnicodeError as exc:   # an error text of SQLite with bytes of a file that is damaged
+            self._db.close()
+            raise DispyError('%s %s is damaged: move it away' % (what, path)) from exc
         except BaseException:
             self._db.close()
             raise
@@ -4002,6 +4467,19 @@ class Database:
                 self._what, self.path, 'of version %d and this dispy knows %d' % (version, self.VERSION) if mark == self.MARK else 'no file of dispy'))
         run('COMMIT')
 
+    @contextlib.contextmanager
+    def damages(self) -> Iterator[None]:
+        """What is read within this may be damaged: whatever is raised then becomes a DispyError, and the file is left alone."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as exc:  # of SQLite, pickle, struct, enums: by the bytes that are wrong
+            if isinstance(exc, DispyError) and not isinstance(exc, PeerError):
+                raise
+            raise DispyError('%s %s is damaged (%s: %s); nothing in it was changed: move it away' % (
+                self._what, self.path, type(exc).__name__, exc)) from exc
+
     def note(self, statement: int, *row: Any) -> None:
         """A row for a statement of the next transaction."""
         self._notes[statement].append(row)
@@ -4011,21 +4489,49 @@ class Database:
         if not any(self._notes):
             return True
         try:
-            self._db.execute('BEGIN')
-            for statement, rows in zip(self.STATEMENTS, self._notes):
-                if rows:
-                    self._db.executemany(statement, rows)
-            self._db.execute('COMMIT')
+            self._write(range(len(self.STATEMENTS)))
         except self._error as exc:
-            if self._db.in_transaction:
-                self._db.execute('ROLLBACK')
             return self._failed(exc)
+        except Exception as exc:  # a row that can never be written; without it the others can
+            self._drop_unfit(exc)
+            return self.commit()
         if self.broken:
             logger.info('%s %s can be written again', self._what, self.path)
         self.broken = False
         for rows in self._notes:
             rows.clear()
         return True
+
+    def _write(self, statements: Sequence[int]) -> None:
+        """The rows of some statements in one transaction, all or none of them."""
+        try:
+            self._db.execute('BEGIN')
+            for number in statements:
+                if self._notes[number]:
+                    self._db.executemany(self.STATEMENTS[number], self._notes[number])
+            self._db.execute('COMMIT')
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute('ROLLBACK')
+            raise
+
+    def _drop_unfit(self, exc: Exception) -> None:
+        """Forget the rows that SQLite does not take, such as of texts that are not Unicode. At least one goes."""
+        logger.error('%s %s: a row cannot be written and is left out: %s', self._what, self.path, exc)
+        for number, rows in enumerate(self._notes):
+            fit = []
+            for row in rows:
+                try:
+                    self._db.execute('SELECT %s' % ', '.join('?' * len(row)), row)
+                except self._error:
+                    fit.append(row)   # of the file, not of the row
+                except Exception:  # of this row: UnicodeEncodeError, OverflowError
+                    continue
+                else:
+                    fit.append(row)
+            if len(fit) == len(rows) and rows and number == len(self._notes) - 1 and not any(self._notes[:number]):
+                fit = []   # nothing was found: better without them than never again
+            self._notes[number] = fit
 
     def _failed(self, exc: Exception) -> bool:
         if not self.broken:
@@ -4042,11 +4548,11 @@ class Journal(Database):
     A job is known by its number, which is its serial without the attempt. What it holds is pickled: arguments and results
     as they travel, and the user's ids; it is opened only by the user's program.
     """
-    MARK, VERSION = 0x64735035, 1
+    MARK, VERSION = 0x64735035, 2
     WAITING, SENT, ENDED = range(3)
     TRIM = 1 << 20             # bytes after which FILE-new is emptied when it may be
     TABLES = """
-        CREATE TABLE comps (comp TEXT PRIMARY KEY, name TEXT, reentrant INTEGER, program INTEGER, host TEXT);
+        CREATE TABLE comps (comp TEXT PRIMARY KEY, name TEXT, reentrant INTEGER, program INTEGER, host TEXT, key BLOB);
         CREATE TABLE jobs (number INTEGER PRIMARY KEY, comp TEXT, id BLOB, payload BLOB, options BLOB, submitted REAL,
             state INTEGER, serial INTEGER, node TEXT, status INTEGER, result BLOB, delivered INTEGER DEFAULT 0);
         """
@@ -4055,6 +4561,7 @@ class Journal(Database):
         'INSERT OR IGNORE INTO jobs (number, comp, id, payload, options, submitted, state) VALUES (?, ?, ?, ?, ?, ?, ?)',
         'UPDATE jobs SET comp = ?, state = ?, serial = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?')
+    NEW_MARK = b'dispy5n\1'     # begins FILE-new
     _HEAD = struct.Struct('>IQdIII')   # CRC-32 of the rest, number, submitted, lengths of id, payload and options
 
     def __init__(self, path: str, must_exist: bool = False) -> None:
@@ -4064,16 +4571,31 @@ class Journal(Database):
         self._rows: Deque[tuple] = collections.deque()     # submitted, by any thread, and not noted
         self.last = self._committed = 0                    # numbers
         super().__init__(path, 'recover_file')
+        self._new = -1
         try:
-            self._new = os.open(self.path + '-new', os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, 'O_BINARY', 0), 0o600)
-            self._take_new()
+            self._new = open_own_file(self.path + '-new', 'recover_file', os.O_APPEND)
+            self._check_new()
+            with self.damages():
+                self._take_new()
         except BaseException:
             self._db.close()
+            if self._new >= 0:
+                os.close(self._new)
             raise
+
+    def _check_new(self) -> None:
+        """FILE-new is ours if it begins so, or was made now. Raises DispyError for a file of the user's, which is left alone."""
+        head = os.pread(self._new, len(self.NEW_MARK), 0) if hasattr(os, 'pread') else open(self.path + '-new', 'rb').read(len(self.NEW_MARK))
+        if len(head) < len(self.NEW_MARK) and self.NEW_MARK.startswith(head):   # made now, or torn when it was made
+            os.ftruncate(self._new, 0)
+            os.write(self._new, self.NEW_MARK)
+        elif head != self.NEW_MARK:
+            raise DispyError('recover_file: %s-new is no file of dispy, and would have to be: give another name' % self.path)
 
     def _take_new(self) -> None:
         """Jobs that had been submitted and were in no transaction when the program ended; a torn one was never returned."""
         with open(self.path + '-new', 'rb') as file:
+            file.seek(len(self.NEW_MARK))
             while True:
                 head = file.read(self._HEAD.size)
                 if len(head) < self._HEAD.size:
@@ -4085,15 +4607,16 @@ class Journal(Database):
                 ident, payload, options = body[:sizes[0]], body[sizes[0]:sizes[0] + sizes[1]], body[sizes[0] + sizes[1]:]
                 self._rows.append((number, '', ident, payload, options, submitted, self.WAITING))
         if self.commit():
-            os.ftruncate(self._new, 0)
+            os.ftruncate(self._new, len(self.NEW_MARK))
         self.last = self._committed = self._db.execute('SELECT coalesce(max(number), 0) FROM jobs').fetchone()[0]
 
     # -- while a cluster runs -------------------------------------------------------------------------------
 
-    def begin(self, comp: str, name: str, reentrant: bool, program: bool, host: Optional[Tuple[str, int]]) -> None:
+    def begin(self, comp: str, name: str, reentrant: bool, program: bool, host: Optional[Tuple[str, int]], key: bytes = b'') -> None:
         """A computation whose jobs come now."""
-        self._db.execute('INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?, ?)',
-                         (comp, name, reentrant, program, '%s:%d' % host if host else None))
+        with self.damages():
+            self._db.execute('INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?, ?, ?)',
+                             (comp, name, reentrant, program, '%s:%d' % host if host else None, key))
 
     def submitted(self, job: DispyJob) -> None:
         """A job, before `submit` returns; gives it its number. The user's thread, with the cluster's lock held. Raises
@@ -4145,12 +4668,12 @@ class Journal(Database):
     def trim(self) -> None:
         """Empty FILE-new if all in it is in the database. With the cluster's lock held."""
         if self._committed == self.last and os.fstat(self._new).st_size > self.TRIM:
-            os.ftruncate(self._new, 0)
+            os.ftruncate(self._new, len(self.NEW_MARK))
 
     # -- after a crash ----------------------------------------------------------------------------------------
 
     def comps(self) -> List[tuple]:
-        """Rows (comp, name, reentrant, program, host) of computations of which nodes may have something."""
+        """Rows (comp, name, reentrant, program, host, key) of computations of which nodes may have something."""
         return self._db.execute('SELECT * FROM comps WHERE comp IN (SELECT comp FROM jobs WHERE node IS NOT NULL)').fetchall()
 
     def holders(self) -> Set[str]:
@@ -4162,26 +4685,41 @@ class Journal(Database):
         """Whether the jobs are runs of a program."""
         return bool(self._db.execute('SELECT max(program) FROM comps').fetchone()[0])
 
+    def known(self) -> List[Tuple[DispyJob, int, str, Any]]:
+        """All of `jobs`. Raises DispyError for a file that is damaged."""
+        with self.damages():
+            return list(self.jobs())
+
     def jobs(self) -> Iterator[Tuple[DispyJob, int, str, Any]]:
         """(job, state, node, result) of all jobs that have not been handed to the user since a crash."""
         for number, comp, ident, payload, options, submitted, state, serial, node, status, result in self._db.execute(
                 'SELECT number, comp, id, payload, options, submitted, state, serial, node, status, result FROM jobs WHERE NOT delivered'):
             job = DispyJob(comp, payload, pickle.loads(options) if options else None, pickle.loads(ident))
             job._serial, job.submit_time = serial or number << 16, submitted
+            found = pickle.loads(result) if result else None
             if state == self.ENDED:
                 job._state = JobState(status)
-            yield job, state, node or '', pickle.loads(result) if result else None
+                if not isinstance(found, str) and (found is None or len(found) != 6 or not is_outcome(*found)):
+                    raise ValueError('job %d has no result' % number)
+            elif state not in (self.WAITING, self.SENT) or type(payload) is not bytes:
+                raise ValueError('job %d is in no state' % number)
+            yield job, state, node or '', found
 
     def delivered(self, jobs: Sequence[DispyJob]) -> None:
         """These were handed to the user; not again."""
-        self._db.execute('BEGIN')
-        self._db.executemany('UPDATE jobs SET delivered = 1, result = NULL WHERE number = ?', [(job._serial >> 16,) for job in jobs])
-        self._db.execute('COMMIT')
+        with self.damages():
+            self._db.execute('BEGIN')
+            self._db.executemany('UPDATE jobs SET delivered = 1, result = NULL WHERE number = ?', [(job._serial >> 16,) for job in jobs])
+            self._db.execute('COMMIT')
 
     def close(self, remove: bool = False) -> None:
-        """Let go of the file; with `remove`, or if no job is left in it, remove it."""
-        self.commit()
-        left = self._db.execute('SELECT count(*) FROM jobs WHERE NOT delivered').fetchone()[0]
+        """Let go of the file; with `remove`, or if no job is left in it, remove it. One that is damaged is left alone."""
+        left = 1
+        try:
+            self.commit()
+            left = self._db.execute('SELECT count(*) FROM jobs WHERE NOT delivered').fetchone()[0]
+        except self._error as exc:
+            logger.error('recover_file %s cannot be read any more: %s', self.path, exc)
         self._db.close()
         os.close(self._new)
         if remove or not left:
@@ -4220,8 +4758,12 @@ class Pool:
     def run(self, call: Callable[..., Any], *args: Any) -> None:
         """Call it in one of the threads. One thread only (the driver's)."""
         if not self._idle.acquire(blocking=False) and self._count < self._most:
-            self._count += 1
-            threading.Thread(target=self._work, name='%s-%d' % (self._name, self._count), daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name='%s-%d' % (self._name, self._count + 1), daemon=True).start()
+                self._count += 1
+            except RuntimeError:   # no thread is to be had: those that there are do it
+                if not self._count:
+                    raise
         self._tasks.put((call, args))
 
     def _work(self) -> None:
@@ -4243,9 +4785,9 @@ class Pool:
 
 
 class Asked(NamedTuple):
-    """Posted by `Driver.ask`: call this in the driver's thread."""
+    """Call this in the driver's thread; posted by `Driver.ask`, who waits for `future`, or by a helper, without one."""
     call: Callable[[], Any]
-    future: 'concurrent.futures.Future[Any]'
+    future: Optional['concurrent.futures.Future[Any]']
 
 
 class Told(NamedTuple):
@@ -4373,7 +4915,9 @@ class Peer:
         self.state = NodeState.FOUND
         self.link: Optional[Link] = None
         self.linked_at = 0.0
+        self.trip = 0.0                            # s from Introduce to Welcome
         self.instance = b''
+        self.wrong = False                         # it could not use what was sent: it is not reached again at once
         self.restarted = False                     # another process than before; told when it says Welcome
         self.memory = ''                           # what its memory is known by, see dispynode.Memory
         self.whole = True                          # its memory is the one that was there when jobs were sent
@@ -4428,7 +4972,7 @@ class Peer:
             return min(use.wanted, self.offered) if use.wanted >= 0 else max(0, self.offered + use.wanted)
         if use.allocation is not None:
             return use.allocation.cpus if self.offered else 0
-        return min(self.offered, use.spec.cpus) if use.spec.cpus > 0 else max(0, self.offered + use.spec.cpus)
+        return limited(self.offered, use.spec.cpus)
 
     @property
     def place(self) -> str:
@@ -4454,7 +4998,7 @@ class Recovery:
                  lost: Callable[[DispyJob, str], None], again: Callable[[DispyJob], None], over: Callable[[], None],
                  cancel: bool = False) -> None:
         rows, self._journal = journal.comps(), journal
-        self.old = [row[0] for row in rows]
+        self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}   # computations and their keys
         self._unmet = holders - {node.rpartition('#')[0] for _, node in sent}   # they may keep results that are noted
         self.met: List[Peer] = []
         self.collected = threading.Event()
@@ -4564,9 +5108,13 @@ def recover_jobs(recover_file: str, timeout: Optional[float] = None, terminate_p
 
     Raises FileNotFoundError; DispyError if the file is in use, damaged or none of dispy's; OSError. Any thread.
     """
-    journal = Journal(recover_file, must_exist=True)
+    path = path_option('recover_file', recover_file)
+    if path is None:
+        raise TypeError('recover_file=None: it must be the path of a file')
+    journal = Journal(path, must_exist=True)
     try:
-        return _recover(journal, timeout, terminate_pending, Access(find_secret(secret), certfile, keyfile, cafile, PULSE, REDIAL_MOST))
+        return _recover(journal, _seconds('timeout', timeout), terminate_pending,
+                        Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
     finally:
         journal.close()
 
@@ -4575,9 +5123,13 @@ fault_recover_jobs = recover_jobs   # its name in dispy 4
 
 
 def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: 'Access') -> List[DispyJob]:
-    is_program, lock = journal.is_program(), threading.Lock()
+    lock = threading.Lock()
     jobs, sent, ended = [], [], []  # type: List[DispyJob], List[Tuple[DispyJob, str]], List[DispyJob]
-    again, holders = {row[0] for row in journal.comps() if row[2]}, journal.holders()
+    with journal.damages():
+        is_program = journal.is_program()
+        again = {row[0] for row in journal.comps() if row[2]}
+        holders = journal.holders()
+    rows = journal.known()
 
     def done(job: DispyJob, row: tuple, peer: Optional[Peer]) -> None:
         with lock:
@@ -4599,7 +5151,7 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
         with lock:
             job.status = DispyJob.Created
             journal.waits(job)
-    for job, state, node, result in journal.jobs():
+    for job, state, node, result in rows:
         jobs.append(job)
         if state == Journal.SENT:   # a scheduler tells which of them are on a node
             job.status = DispyJob.Created if node.startswith('@') else DispyJob.Running
@@ -4632,8 +5184,39 @@ class _Asker:
         self.ears, self.due, self.wait, self.last = ears, 0.0, ASK_FIRST, 0.0
 
 
+class Refusals:
+    """Frames of jobs that went into links, so that it is known which jobs were in one that the other side could not use. After
+    REFUSED_MOST such frames a job is ended: it would not come through the next time either."""
+
+    def __init__(self) -> None:
+        # link -> (number of a frame, computation, serials), the last of them
+        self._sent: Dict[int, Deque[Tuple[int, str, List[int]]]] = {}
+        self._counts: Dict[Tuple[str, int], int] = collections.Counter()   # (computation, job number) -> frames
+
+    def sent(self, link: Link, frame: Jobs) -> None:
+        """A frame of jobs was sent."""
+        frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
+        frames_of.append((link.sent - 1, frame.comp, [row[0] for row in frame.rows]))
+
+    def refused(self, link: Link, number: int) -> List[Tuple[str, int]]:
+        """The other side cannot use this frame. Returns (computation, serial) of jobs to be ended for it."""
+        over = []
+        for at, comp, serials in self._sent.get(link.number, ()):
+            for serial in serials if at == number else ():
+                self._counts[comp, serial >> 16] += 1
+                if self._counts[comp, serial >> 16] >= REFUSED_MOST:
+                    del self._counts[comp, serial >> 16]
+                    over.append((comp, serial))
+        return over
+
+    def forget(self, link: Link) -> None:
+        """A link has ended."""
+        self._sent.pop(link.number, None)
+
+
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed."""
+    log = logger
 
     def __init__(self, access: Access, instance: bytes = b'') -> None:
         self.instance = instance or _instance
@@ -4652,9 +5235,12 @@ class Driver(Loop):
         self._discovery = Discovery(self._psk, Role.CLIENT, self.instance)
         self._ears: Dict[Tuple[int, bool], _Asker] = {}      # (UDP port, multicast) -> who asks there
         self._gates: Dict[Tuple[str, int], Gate] = {}        # where nodes may dial
-        self._outgoing = Outgoing()                  # of clusters with a journal
+        self._leaving = Outgoing()                   # of clusters with a journal
         self._reclaimed: Dict[str, 'Recovery'] = {}  # computations of programs that have crashed
         self._call_numbers = itertools.count(1)
+        self.refusals = Refusals()
+        # Jobs to be cancelled if they have not begun
+        self._withdrawals: Dict[Any, 'concurrent.futures.Future[bool]'] = {}
         self._strangers: Dict[Any, Peer] = {}        # instance or address -> one that cannot be used, and is no node that was named
         self._submitted: List[DispyJob] = []
         self._openers = Pool('dispy-opener', 2)
@@ -4662,24 +5248,25 @@ class Driver(Loop):
         self._tellers = Pool('dispy-status', 1)      # one, so that changes are told in their order
         self._warn_at: Dict[str, float] = {}
         self._probes: Dict[str, float] = {}          # computation -> when to start an embedded node
-        self._incoming: Dict[Tuple[int, str, int], IncomingFile] = {}   # (link, computation, serial) -> file from a job
-        self._uploads: Dict[int, Deque[Iterator[Any]]] = {}   # link -> files on their way
+        self._incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> receiver
+        self._outgoing = Backlog(self.links)   # files
         self._chores_at = 0.0
+        self._lost_text, self._lost_at = '', 0.0   # of a fault after which jobs may be nowhere; when they are looked for
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts: Dict[type, Callable[[Any], None]] = {
             SendJobs: self._send_jobs, SendCancel: self._send_to, SendRecall: self._send_to, SendAck: self._send_ack,
             JobsEnded: self._jobs_ended, JobEnded: self._job_ended, JobWaits: self._job_waits,
+            JobsStarted: self._jobs_started, Withdrawn: self._withdrawn,
             JobParked: self._job_parked, NodeDrained: self._drained, NodeGone: self._gone,
         }
         self._messages: Dict[type, Callable[[Peer, Any], None]] = {
             Welcome: self._on_welcome, Refused: self._on_refused, Need: self._on_need, Ready: self._on_ready,
             Results: self._on_results, Returned: self._on_returned, Offer: self._on_offer,
-            FileBack: self._on_file_back, Output: self._on_output,
+            FilePiece: self._on_file_piece, FileStored: self._on_file_stored,
+            Output: self._on_output,
             Where: self._on_where, News: self._on_news, Call: self._on_call, Return: self._on_return,
             Said: lambda peer, message: self._inform(message.comp, message.text),
-            Placed: lambda peer, message: self._answer(peer, (message.comp, message.name), message.error),
-            Held: self._on_held,
-            Report: lambda peer, message: self._answer(peer, (message.comp, ''), message),
+            Held: self._on_held, Started: self._on_started, Report: self._on_report,
         }
         self._commands: Dict[str, Callable[..., Any]] = {
             'nodes': self.rows_of, 'complaint': self.complaint, 'why_unloadable': self.why_unloadable, 'find': lambda comp, node: self.find(comp, node).key,
@@ -4760,7 +5347,7 @@ class Driver(Loop):
             peer.second.abort()
             peer.end_process()
         for event in list(self._inbox):
-            if isinstance(event, Asked):
+            if isinstance(event, Asked) and event.future is not None:
                 event.future.set_exception(RuntimeError(self.broken))
 
     def after_fork(self) -> None:
@@ -4785,7 +5372,7 @@ class Driver(Loop):
         if cluster._host is not None:
             self._listen(*cluster._host, may_fail=not cluster._host_has_port)
         if getattr(cluster, '_journal', None) is not None:
-            self._outgoing.journals[comp] = cluster._journal  # type: ignore[assignment]
+            self._leaving.journals[comp] = cluster._journal  # type: ignore[assignment]
         self._clusters[comp] = cluster
         self._act(self.schedule.handle(Opened(comp, cluster._client, cluster._reentrant, cluster._remote), self.now))
         self._warn_at[comp] = math.inf if isinstance(cluster, Survey) else self.now + WARN_AFTER
@@ -4842,10 +5429,11 @@ class Driver(Loop):
         self._take_submitted()
         self._act(self.schedule.handle(Closed(comp), self.now))
         cluster = self._clusters.pop(comp)
-        self._outgoing.forget(comp)
+        self._leaving.forget(comp)
         del self._warn_at[comp]
         self._probes.pop(comp, None)
         self._abort_incoming(lambda number, name: name == comp)
+        self._outgoing.drop(comp)
         for peer in [peer for peer in self._peers.values() if comp in peer.uses]:
             self._done(peer, comp, shutdown)
             del peer.uses[comp]
@@ -4883,7 +5471,7 @@ class Driver(Loop):
         """A link is over: forget all that went along it."""
         del self._by_link[link.number]
         peer.link = None
-        for comp, serials in self._outgoing.drop(peer):   # it never left
+        for comp, serials in self._leaving.drop(peer):   # it never left
             self._act(self.schedule.handle(NodeReturned(peer.key, comp, serials), self.now))
         for use in peer.uses.values():
             use.move('lost')
@@ -4893,7 +5481,6 @@ class Driver(Loop):
             kind = ConnectionError if what.startswith('call ') else RuntimeError   # a scheduler is asked once more
             future.set_exception(kind('the connection to %s has ended' % peer))
         peer.answers.clear()
-        self._uploads.pop(link.number, None)
         self._abort_incoming(lambda number, comp: number == link.number)
 
     def _abort_incoming(self, over: Callable[[int, str], bool]) -> None:
@@ -4903,8 +5490,9 @@ class Driver(Loop):
 
     def _abort_file(self, attempt: Tuple[str, int]) -> None:
         """The same of an attempt (computation, serial) that is over: its worker or node has died while it sent a file."""
-        for key in [key for key in self._incoming if key[1:] == attempt]:
-            self._incoming.pop(key).abort()
+        for (_, comp), receiver in self._incoming.items():
+            if comp == attempt[0]:
+                receiver.abort(Purpose.FROM_JOB, attempt[1])
 
     def cancel(self, job: DispyJob) -> None:
         """Begin to end a job."""
@@ -4913,15 +5501,43 @@ class Driver(Loop):
         for recovery in set(self._reclaimed.values()):
             recovery.cancel(job)
 
-    def cancel_waiting(self, comp: str) -> None:
-        """End all jobs of a cluster that wait here."""
+    def cancel_waiting(self, comp: str) -> int:
+        """End all jobs of a cluster that have not begun. Returns of how many this is tried."""
         self._take_submitted()
         known = self.schedule.comps.get(comp)
-        works = known.waiting() if known is not None else []
-        for node in known.nodes.values() if known is not None and known.remote else ():   # those that wait at a scheduler
-            works += [work for work in node.flight[comp].values() if work.status == DispyJob.Created]  # type: ignore[attr-defined]
-        for work in works:
-            self._act(self.schedule.handle(CancelAsked(work), self.now))
+        if known is not None:
+            works = known.not_begun()
+            self._act(self.schedule.handle(WithdrawAsked(works), self.now))
+            return len(works)
+        return 0
+
+    def withdraw_all(self, jobs: Sequence[DispyJob]) -> None:
+        """Cancel those that have not begun."""
+        self._take_submitted()
+        left = [job for job in jobs if job._state not in ENDED]
+        self._act(self.schedule.handle(WithdrawAsked(left), self.now))
+
+    def withdraw(self, job: DispyJob) -> 'concurrent.futures.Future[bool]':
+        """Cancel a job if it has not begun. The future tells whether it will never begin."""
+        self._take_submitted()
+        future = self._withdrawals.get(job)
+        if future is None:
+            future = self._withdrawals[job] = concurrent.futures.Future()
+            self._act(self.schedule.handle(WithdrawAsked([job]), self.now))
+        return future
+
+    def keep(self, job: DispyJob) -> bool:
+        """The answer to `withdraw` is not waited for any longer: the job goes on if it has not
+        ended. Whether it has been cancelled."""
+        future = self._withdrawals.pop(job, None)
+        if future is not None:
+            self.schedule.keep(job)
+        return job._state is JobState.CANCELLED
+
+    def _withdrawn(self, action: Withdrawn) -> None:
+        future = self._withdrawals.pop(action.work, None)
+        if future is not None:
+            future.set_result(action.gone)
 
     @staticmethod
     def watch_cluster(cluster: 'JobCluster', monitor: Monitor) -> None:
@@ -4940,9 +5556,9 @@ class Driver(Loop):
         return [peer for peer in self._peers.values() if comp in peer.uses]
 
     def node_of(self, comp: str, peer: Peer) -> Tuple[Peer, str, str, int, int]:
-        """A node of a cluster: (peer, state, reason, CPUs it may use, jobs there)."""
-        use, node = peer.uses[comp], self.schedule.nodes.get(peer.key)
-        busy = len(node.flight.get(comp, ())) if node is not None else 0
+        """A node of a cluster: (peer, state, reason, CPUs it may use, jobs that run there)."""
+        use = peer.uses[comp]
+        busy = len(self.schedule.runs(peer.key).get(comp, ())) if not peer.scheduler else 0
         state, reason = use.state.value, use.reason
         if use.state is UseState.WAITING:
             state, reason = peer.state.value, peer.reason
@@ -5037,9 +5653,10 @@ class Driver(Loop):
 
     def allocate(self, comp: str, specs: Sequence[NodeSpec]) -> None:
         """Use these nodes, new ones and those deallocated or closed before."""
-        cluster = self._clusters[comp]
+        cluster, words = self._clusters[comp], self._words_of(comp)
         for spec in specs:
-            known = [peer for peer in self.peers_of(comp) if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
+            candidates = self.peers_of(comp) if spec.wild else words.get(_plain_host(spec.host), ())
+            known = [peer for peer in candidates if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
                      or peer.is_meant(spec.host) and (peer.port in (0, spec.port) or (peer.name, cluster._port) == (spec.host, spec.port))]
             for peer in known:
                 use = peer.uses[comp]
@@ -5053,6 +5670,17 @@ class Driver(Loop):
             if not known or spec.wild:
                 cluster._specs = [*cluster._specs, spec]
                 self.use(comp, [spec])
+                peer = self._peers.get((spec.host, spec.port))  # type: ignore[assignment]
+                if peer is not None:
+                    words.setdefault(_plain_host(spec.host), []).append(peer)
+
+    def _words_of(self, comp: str) -> Dict[str, List[Peer]]:
+        """Nodes of a cluster by their names and addresses, so that a list of thousands is not compared with itself."""
+        found: Dict[str, List[Peer]] = {}
+        for peer in self.peers_of(comp):
+            for word in {_plain_host(word) for word in (peer.ip_addr, peer.host, peer.name) if word}:
+                found.setdefault(word, []).append(peer)
+        return found
 
     def question(self, comp: str, node: Any, row: Optional[tuple] = None, path: str = '') -> 'concurrent.futures.Future[Any]':
         """Send a file (name, size, digest, mode, from `path`) or, without one, ask what is there. The future has the node's answer."""
@@ -5066,8 +5694,7 @@ class Driver(Loop):
             raise RuntimeError('node %s is already being sent %s' % (peer, name))
         peer.answers[comp, name] = future
         if row:
-            pieces = (Place(comp, row, piece.offset, piece.data) for piece in _file_pieces(comp, name, path))
-            self._uploads.setdefault(peer.link.number, collections.deque()).append(pieces)
+            self._outgoing.add_file(peer.link.number, (comp, int(Purpose.PLACED), 0), row, path)
         else:
             self.say(peer.link, Query(comp))
         return future
@@ -5099,9 +5726,76 @@ class Driver(Loop):
         try:
             answer = event.call()
         except Exception as exc:  # the asker gets it
+            if event.future is None:
+                raise
             event.future.set_exception(exc)
         else:
-            event.future.set_result(answer)
+            if event.future is not None:
+                event.future.set_result(answer)
+
+    # -- faults of ours -----------------------------------------------------------------------------------
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """End what the fault concerns: a link, or jobs that are nowhere any more."""
+        self._lost_text = text   # jobs that were in hand are looked for soon, once for many faults
+        self._soon()
+        if isinstance(subject, SendJobs):   # some of them cannot be sent, and nobody knows which
+            self._end_unsent(subject, text)
+            return True
+        if isinstance(subject, (Asked, Told, JobsEnded, JobEnded)):
+            return True
+        peer = self._peers.get(getattr(subject, 'node', None))
+        if peer is not None and peer.link is not None:
+            self._break(peer.link, text)
+            return True
+        return super().on_fault(subject, text)
+
+    def say(self, link: Link, message: Any) -> None:
+        """As a Loop's; it is noted which jobs are in which frame."""
+        super().say(link, message)
+        if type(message) is Jobs:
+            self.refusals.sent(link, message)
+
+    def unsaid(self, link: Link, message: Any, text: str) -> None:
+        """As a Loop's; who asks a scheduler for something gets the error."""
+        peer = self._by_link.get(link.number)
+        future = None
+        if peer is not None and type(message) is Call:
+            future = peer.answers.pop((message.comp, 'call %d' % message.number), None)
+        if future is not None:
+            future.set_exception(ValueError(text))
+        else:
+            super().unsaid(link, message, text)
+
+    def _end_unsent(self, action: SendJobs, text: str) -> None:
+        payload = text.encode('utf-8', 'replace')
+        rows = [(work._serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'') for work in action.works]
+        self._act(self.schedule.handle(NodeResults(action.node, action.comp, rows), self.now))
+
+    def _end_lost(self, text: str) -> None:
+        """End the jobs that neither wait nor are on a node after a fault."""
+        for comp, cluster in list(self._clusters.items()):
+            lost = self._owed_by(cluster)
+            if not lost:
+                continue
+            known = {id(work) for work in self._submitted}
+            known.update(id(event) for event in list(self._inbox))
+            if comp in self.schedule.comps:
+                known.update(map(id, self.schedule.comps[comp].waiting()))
+            for node in self.schedule.nodes.values():
+                known.update(map(id, node.flight.get(comp, {}).values()))
+            for work in lost:
+                if id(work) not in known:
+                    self._end_one(cluster, work, text)
+
+    def _owed_by(self, cluster: Any) -> List[Any]:
+        """Jobs of a cluster for which this driver still answers."""
+        return cluster.owed() if isinstance(cluster, JobCluster) else []
+
+    def _end_one(self, cluster: Any, work: Any, text: str) -> None:
+        if work.status not in ENDED:
+            work._state = JobState.ABANDONED
+            self._job_ended(JobEnded(work, text))
 
     def _told(self, event: Told) -> None:
         if event.cluster._cluster_status is not None:
@@ -5132,30 +5826,29 @@ class Driver(Loop):
 
     def end_of_turn(self) -> None:
         """New jobs, jobs to nodes, and now and then what is due."""
-        self._take_submitted()
-        self._act(self.schedule.flush(self.now))
-        if self._uploads:
-            self._upload()
-        if self._outgoing.journals:   # before anything of this turn is sent, and before results are acknowledged
-            self._note_down()
+        self.guard(None, self._take_submitted)
+        self.guard(None, self._flush)
+        self.guard(None, self._send_files)
+        if self._leaving.journals:   # before anything of this turn is sent, and before results are acknowledged
+            self.guard(None, self._note_down)
         if self.now >= self._chores_at:
-            self._chores()
+            self.guard(None, self._chores)
 
     def _note_down(self) -> None:
-        before = set(self._outgoing.held_up)
-        leaving, staying = self._outgoing.commit()
+        before = set(self._leaving.held_up)
+        leaving, staying = self._leaving.commit()
         for peer, frame in leaving:
             self.say_to(peer, frame)
-        for comp in self._outgoing.held_up | before:
+        for comp in self._leaving.held_up | before:
             self._hold_up(comp, comp not in before)
         for peer, comp, serials in staying:   # it never left
             self._act(self.schedule.handle(NodeReturned(peer.key, comp, serials), self.now))
-        if self._outgoing.held_up:
+        if self._leaving.held_up:
             self._chores_at = min(self._chores_at, self.now + Outgoing.AGAIN)
 
     def _hold_up(self, comp: str, is_new: bool) -> None:
         """The journal of a cluster cannot be written, or can be again."""
-        stuck = comp in self._outgoing.held_up
+        stuck = comp in self._leaving.held_up
         if stuck and is_new:
             logger.error('%s: its recovery file cannot be written: no jobs are sent and no results acknowledged until there is room',
                          self._clusters[comp].name)
@@ -5171,18 +5864,30 @@ class Driver(Loop):
 
     def next_timer(self) -> Optional[float]:
         """When chores are due, at once while files wait for room in a link."""
-        if self._uploads and any(not link.wants_write for link in map(self.links.get, self._uploads) if link):
+        if self._outgoing.has_room():
             return 0.0
         lost_at = self.schedule.next_timer()
         return self._chores_at if lost_at is None else min(lost_at, self._chores_at)
 
+    def _flush(self) -> None:
+        self._act(self.schedule.flush(self.now))
+
     def _act(self, actions: List[Any]) -> None:
         for action in actions:
-            self._acts[type(action)](action)
+            try:
+                self._acts[type(action)](action)
+            except Exception as exc:  # the other actions are carried out all the same
+                self.fault(action, exc)
 
     def _chores(self) -> None:
         """Dial, ask, give up probing, warn; and when to do so next."""
         due = [self.now + 60.0]
+        if self._lost_text:
+            if self.now >= self._lost_at:
+                text, self._lost_text, self._lost_at = self._lost_text, '', self.now + 1.0
+                self._end_lost(text)
+            else:
+                due.append(self._lost_at)
         for asker in self._ears.values():
             if self.now >= asker.due:
                 asker.ears.shout(lambda: self._discovery.say(Cry.QUESTION))
@@ -5191,7 +5896,8 @@ class Driver(Loop):
         for peer in self._peers.values():
             when = peer.dialling.due
             if when is not None and when <= self.now and peer.state in _MAY_DIAL:
-                self._dial(peer)
+                if len(self._dials) < DIALS_MOST:   # each takes a thread and a descriptor; those that end make place for others
+                    self._dial(peer)
             elif when is not None and peer.state in _MAY_DIAL:
                 due.append(when)
         for comp, when in list(self._probes.items()):
@@ -5299,7 +6005,7 @@ class Driver(Loop):
 
     def _turned_away(self, address: str, text: str) -> None:
         """A gate's thread: a node that dialled us was refused."""
-        self.post(Asked(functools.partial(self._stranger, address, address, 'it connected and was turned away: ' + text), concurrent.futures.Future()))
+        self.post(Asked(functools.partial(self._stranger, address, address, 'it connected and was turned away: ' + text), None))
 
     def _use_embedded(self, comp: str) -> None:
         """A node of this program's own, for all its clusters of this driver."""
@@ -5333,11 +6039,16 @@ class Driver(Loop):
         self._dials.add(peer)
         peer.dialling.start(self.post, peer, functools.partial(self._reach_peer, peer))
 
+    def _allowed(self, peer: Peer) -> Optional[Callable[[str], bool]]:
+        """Which addresses of a node may be connected to; None: all. A dial thread."""
+        return None
+
     def _reach_peer(self, peer: Peer, note: Callable[[Any], None], patience: float = HANDSHAKE_TIME) -> Arrival:
         """A dial thread."""
         if not peer.embedded:
             wanted = Role.SCHEDULER if peer.scheduler else Role.NODE
-            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self.instance, self._tls, note, patience)
+            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self.instance, self._tls, note, patience,
+                        self._allowed(peer))
         peer.end_process()
         peer.process, port, psk = _start_embedded(peer)
         return dial(peer.host, port, psk, Role.CLIENT, Role.NODE, self.instance, None, note)
@@ -5348,6 +6059,7 @@ class Driver(Loop):
             self._second_reached(event)
             return
         self._dials.discard(peer)
+        self._soon()   # others may wait to be dialled
         peer.dialling.ended()
         if peer.state is not NodeState.DIALLING:
             event.sock.close()
@@ -5388,7 +6100,7 @@ class Driver(Loop):
         peer.restarted = bool(peer.instance) and peer.instance != event.session.peer_instance
         peer.instance = event.session.peer_instance
         peer.ip_addr, peer.reason = event.address, ''
-        peer.link = Link(event.sock, event.session, event.address, self.now, self.access.pulse)
+        peer.link = Link(event.sock, event.session, event.address, self.now, self.access.pulse, OF_NODES)
         peer.linked_at = self.now
         self.attach(peer.link)
         self._by_link[peer.link.number] = peer
@@ -5399,7 +6111,7 @@ class Driver(Loop):
         instance = event.session.peer_instance
         for other in [other for other in self._peers.values() if other.link is not None and other.link.instance == instance]:
             if other.port or other.embedded:   # we have dialled it
-                link = Link(event.sock, event.session, event.address, self.now)
+                link = Link(event.sock, event.session, event.address, self.now, takes=OF_NODES)
                 self.attach(link)
                 self.part(link, 'this program has connected to it already')
                 return
@@ -5424,6 +6136,7 @@ class Driver(Loop):
                 self.on_silent(link)
             return
         self._dials.discard(peer)
+        self._soon()   # as above
         peer.dialling.ended()
         if peer.state is not NodeState.DIALLING:
             return
@@ -5479,6 +6192,8 @@ class Driver(Loop):
             kind = type(message)
             if kind is Pulse:
                 continue
+            if kind is Wrong:
+                self._refused_frame(peer, channel, message)
             if kind is Bye:   # what a node has not answered for was never started
                 for comp, use in peer.uses.items():
                     if use.state is UseState.READY and not peer.scheduler:
@@ -5515,6 +6230,15 @@ class Driver(Loop):
         peer.dialling.due = None
         self._connected(peer, event)
 
+    def _refused_frame(self, peer: Peer, link: Link, message: Wrong) -> None:
+        """The other side cannot use what was sent: the jobs that were in it end after a few times, and it is reached again later."""
+        text = 'it cannot use what was sent: %s' % message.text
+        for comp, serial in self.refusals.refused(link, message.frame):
+            row = (serial, int(Outcome.DIED), 0.0, 0.0, ('%s: %s' % (peer, text)).encode('utf-8', 'replace'), b'', b'')
+            self._act(self.schedule.handle(NodeResults(peer.key, comp, [row]), self.now))
+        peer.wrong = True
+        raise LinkBroken(text)
+
     def on_broken(self, channel: Link, text: str) -> None:
         """A link came to its end: the node is lost until it is reached again."""
         peer = self._by_link[channel.number]
@@ -5527,12 +6251,14 @@ class Driver(Loop):
             if peer.key in self.schedule.nodes else True
         self._act(self.schedule.handle(NodeLost(peer.key, str(peer), text) if lost else NodeAway(peer.key, str(peer), text, until), self.now))
         peer.told.clear()
+        self.refusals.forget(channel)
         for comp in used:
             self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
         if peer.port or peer.embedded:
             self._reached_not(peer, 'the connection ended: %s' % text, self.now - peer.linked_at)
-            if not lost:
+            if not lost and not peer.wrong:
                 peer.dialling.due = self.now
+            peer.wrong = False
         else:   # it dials us
             peer.reason = 'the connection ended: %s' % text
             logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, peer.reason)
@@ -5555,6 +6281,7 @@ class Driver(Loop):
 
     def _on_welcome(self, peer: Peer, message: Welcome) -> None:
         peer.name, peer.facts, peer.offered = message.name, message.facts, message.cpus
+        peer.trip = self.now - peer.linked_at
         kept, memory = message.facts.get('kept', {}), str(message.facts.get('memory', ''))
         peer.whole = not peer.restarted or (memory != '' and memory == peer.memory)
         peer.memory = memory
@@ -5566,7 +6293,7 @@ class Driver(Loop):
         peer.restarted = False
         for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:   # what it has from before comes first, also if it is busy now
             if comp in self._clusters:
-                self.say(peer.link, Reclaim(comp))  # type: ignore[arg-type]
+                self.say(peer.link, Reclaim(comp, getattr(self._clusters[comp], '_key', b'')))  # type: ignore[arg-type]
         for comp, cluster in sorted(self._clusters.items(), key=lambda item: item[1]._cargo is not None):   # recoveries first
             use = peer.uses.get(comp)
             if use is None:
@@ -5629,7 +6356,8 @@ class Driver(Loop):
         use.reason, use.unloadable = '', False
         self._check_unloadable(comp)
         self._probes.pop(comp, None)
-        self.say(peer.link, Compute(comp, dict(spec, code=beside(spec['code']))))
+        spec.update(code=beside(spec['code']), setup_args=beside(spec['setup_args']))
+        self.say(peer.link, Compute(comp, spec))
 
     def _support(self, cluster: 'JobCluster', peer: Peer) -> Dict[str, bytes]:
         """cloudpickle, if the node does not have the same; a scheduler does not know who needs it."""
@@ -5660,7 +6388,7 @@ class Driver(Loop):
             source = cluster._cargo.source()
         except Exception as exc:  # of those objects
             source = b'', 'its source could not be collected: ' + describe_exception(exc, 1)
-        self.post(Asked(functools.partial(self._packed_source, cluster, peer, link, source), concurrent.futures.Future()))
+        self.post(Asked(functools.partial(self._packed_source, cluster, peer, link, source), None))
 
     def _packed_source(self, cluster: 'JobCluster', peer: Peer, link: Link, source: Tuple[bytes, str]) -> None:
         cluster._source = source
@@ -5673,7 +6401,7 @@ class Driver(Loop):
             allocation, error = ask_allocator(allocator, cluster, peer), ''
         except Exception as exc:  # the user's allocate()
             allocation, error = Allocation(0, b'', [], {}), describe_exception(exc, 1)
-        self.post(Asked(functools.partial(self._allocated, cluster._comp, peer, link, allocation, error), concurrent.futures.Future()))
+        self.post(Asked(functools.partial(self._allocated, cluster._comp, peer, link, allocation, error), None))
 
     def _allocated(self, comp: str, peer: Peer, link: Link, allocation: Allocation, error: str) -> None:
         if comp not in self._clusters or peer.link is not link or comp not in peer.uses:
@@ -5745,35 +6473,27 @@ class Driver(Loop):
             return
         allocation = peer.uses[message.comp].allocation if message.comp in peer.uses else None
         paths = dict(cluster._cargo.paths, **allocation.paths) if allocation is not None else cluster._cargo.paths
-        sources = {}
-        for name in message.names:
-            sources[name] = self._source_of(cluster, name, paths)
-            if sources[name] is None:
+        for purpose, key, row in message.files:
+            name = row[0]
+            depends = purpose == Purpose.DEPENDS
+            source = paths.get(name) if depends else self._source_of(cluster, name)
+            if source is None:
                 raise PeerError('it asked for a file that was not offered: %.60r' % (name,))
-        waiting = self._uploads.setdefault(peer.link.number, collections.deque())
-        waiting.extend(_file_pieces(cluster._comp, name, source) for name, source in sources.items())
+            self._outgoing.add_file(peer.link.number, (cluster._comp, purpose, key), row, source)
 
     @staticmethod
-    def _source_of(cluster: 'JobCluster', name: str, paths: Dict[str, str]) -> Any:
-        """Where a file is read from: a path, a FileOfModule or its content."""
-        if name.startswith(OF_MODULES):
-            return cluster._bundles.source_of(name[len(OF_MODULES):])
-        return paths.get(name)
+    def _source_of(cluster: 'JobCluster', name: str) -> Any:
+        """Where a file of a module is read from: a path, a FileOfModule or its content."""
+        return cluster._bundles.source_of(name)
 
-    def _upload(self) -> None:
+    def _send_files(self) -> None:
         """A few pieces of files into links that have room."""
-        for number, files in list(self._uploads.items()):
-            link = self.links.get(number)
-            while files and link is not None and link.queued < 4 * FILE_PIECE:
-                try:
-                    self.say(link, next(files[0]))
-                except StopIteration:
-                    files.popleft()
-                except OSError as exc:   # the file has gone or cannot be read any more
-                    self._break(link, 'a file of the computation cannot be read: %s' % exc)
-                    break
-            if not files or link is None:
-                self._uploads.pop(number, None)
+        for link, (comp, purpose, _, name), text in self._outgoing.send(self.say):
+            if purpose == Purpose.PLACED and link.number in self._by_link:
+                peer = self._by_link[link.number]
+                self._answer(peer, (comp, name), 'it cannot be read: %s' % text)
+            elif purpose in ASKED_FOR:   # the node waits for it in vain
+                self._break(link, 'a file of the computation cannot be read: %s' % text)
 
     def _on_ready(self, peer: Peer, message: Ready) -> None:
         use = peer.uses.get(message.comp)
@@ -5783,8 +6503,9 @@ class Driver(Loop):
             self._clusters[message.comp]._node_came()
             self._tell_all(DispyNode.Initialized, peer, [message.comp])
             limit = self._tell_limit(peer, message.comp)   # before the first job
-            self._act(self.schedule.handle(NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered,
-                                                     Past.of(message.past), peer.whole), self.now))
+            ready = NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered,
+                              peer.trip, Past.of(message.past), peer.whole)
+            self._act(self.schedule.handle(ready, self.now))
 
     def _on_held(self, peer: Peer, message: Held) -> None:
         """The results come by themselves."""
@@ -5797,9 +6518,9 @@ class Driver(Loop):
 
     def reclaim(self, peer: Peer, recovery: 'Recovery') -> None:
         """Ask a node for what it has of computations of a program that has crashed."""
-        for comp in recovery.old:
+        for comp, key in recovery.old.items():
             self._reclaimed[comp] = recovery
-            self.say(peer.link, Reclaim(comp))  # type: ignore[arg-type]
+            self.say(peer.link, Reclaim(comp, key))  # type: ignore[arg-type]
 
     def give_up(self, recovery: 'Recovery', whole: bool) -> None:
         """A recovery is over: if it is whole, nodes forget what is left of its computations."""
@@ -5816,52 +6537,68 @@ class Driver(Loop):
         if message.comp in self._reclaimed:
             self._reclaimed[message.comp].results(peer, message.rows)
             serials = [row[0] for row in message.rows if row[1] not in GOES_ON]
-            self.say(peer.link, Ack(message.comp, serials))  # type: ignore[arg-type]
+            for ack in in_parts(Ack, message.comp, serials):
+                self.say(peer.link, ack)  # type: ignore[arg-type]
             return
         self._act(self.schedule.handle(NodeResults(peer.key, message.comp, message.rows), self.now))
 
     def _on_returned(self, peer: Peer, message: Returned) -> None:
         self._act(self.schedule.handle(NodeReturned(peer.key, message.comp, message.serials), self.now))
 
-    def _job_of(self, peer: Peer, message: Any) -> Any:
+    def _on_started(self, peer: Peer, message: Started) -> None:
+        self._act(self.schedule.handle(NodeStarted(peer.key, message.comp, message.rows), self.now))
+
+    def _on_report(self, peer: Peer, message: Report) -> None:
+        if message.running:
+            started = NodeStarted(peer.key, message.comp, message.running)
+            self._act(self.schedule.handle(started, self.now))
+        self._answer(peer, (message.comp, ''), message)
+
+    def _job_of(self, peer: Peer, comp: str, serial: int) -> Any:
         """The job that a message of a node speaks of, while it is there."""
         node = self.schedule.nodes.get(peer.key)
-        return node.flight.get(message.comp, {}).get(message.serial) if node is not None else None
+        return node.flight.get(comp, {}).get(serial) if node is not None else None
 
-    def _on_file_back(self, peer: Peer, message: FileBack) -> None:
+    def _on_file_piece(self, peer: Peer, message: FilePiece) -> None:
         """A piece of a file that a job sends. After a failure the rest of the file is passed over."""
+        if message.purpose != Purpose.FROM_JOB:
+            raise PeerError('a file that was not asked for')
         cluster = self._clusters.get(message.comp)
-        if cluster is None or peer.link is None or self._job_of(peer, message) is None:
+        job = self._job_of(peer, message.comp, message.key)
+        if cluster is None or peer.link is None or job is None:
             return
-        name, size, digest, mode = message.row
-        key, error, whole = (peer.link.number, message.comp, message.serial), '', False
-        try:
-            if message.offset == 0:
-                self._incoming[key] = IncomingFile(cluster._directory, name, size, digest, mode)
-            if key in self._incoming:
-                whole = self._incoming[key].piece(message.offset, message.data)
-        except (OSError, ValueError) as exc:
-            error = 'on the client: %s' % exc
-        if whole or error:
-            incoming = self._incoming.pop(key, None)
-            if incoming is not None and error:
-                incoming.abort()
-            self.say(peer.link, FileKept(message.comp, message.serial, error))
+        place = (peer.link.number, message.comp)
+        if place not in self._incoming:
+            roots = {Purpose.FROM_JOB: cluster._directory}
+            self._incoming[place] = FileReceiver(roots, where='on the client: ')
+        stored = self._incoming[place].take(message)
+        if stored is not None:
+            self.say(peer.link, stored)
+
+    def _on_file_stored(self, peer: Peer, message: FileStored) -> None:
+        self._answer(peer, (message.comp, message.name), message.error)
 
     def _on_output(self, peer: Peer, message: Output) -> None:
         """What a running job prints or logs."""
-        cluster, job = self._clusters.get(message.comp), self._job_of(peer, message)
+        cluster = self._clusters.get(message.comp)
+        job = self._job_of(peer, message.comp, message.serial)
         if cluster is None or job is None:
             return
         if message.stream == 0:
-            level, name, text = open_envelope(message.data)
-            logger.log(level, 'job %s: %s: %s', job.id, name, text, extra={'job_id': job.id, 'job_logger': name})
+            self._show_log(job, *log_record_of(message.data))
         elif cluster._on_output is not None:
             cluster._shown.setdefault(job, [0, 0])[message.stream - 1] = message.offset + len(message.data)
             self._show_output(cluster, job, message.stream, message.data)
         if message.stream:
             for monitor in cluster._monitors:
                 monitor.printed(job, message.stream, message.offset, bytes(message.data))
+
+    @staticmethod
+    def _show_log(job: DispyJob, level: int, name: str, text: str) -> None:
+        try:
+            logger.log(level, 'job %s: %s: %s', job.id, name, text, extra={'job_id': job.id, 'job_logger': name})
+        except Exception:  # a handler of the user's; the link is not to blame
+            logger.exception('a handler of logging has failed')
 
     def _show_output(self, cluster: 'JobCluster', job: DispyJob, stream: int, data: Any) -> None:
         if len(data) and cluster._on_output is not None:
@@ -5924,7 +6661,7 @@ class Driver(Loop):
             error, value = (), cluster._asked(message.name, message.args)  # type: Tuple[tuple, Any]
         except Exception as exc:  # of the user's code
             error, value = (type(exc).__name__, describe_exception(exc, 1)), None
-        self.post(Asked(functools.partial(self.say_to, peer, Return(message.comp, message.number, error, value)), concurrent.futures.Future()))
+        self.post(Asked(functools.partial(self.say_to, peer, Return(message.comp, message.number, error, value)), None))
 
     def say_to(self, peer: Peer, message: Any) -> None:
         """Send a message to a node or scheduler, if it is connected."""
@@ -5936,25 +6673,26 @@ class Driver(Loop):
     def _send_jobs(self, action: SendJobs) -> None:
         peer = self._peers[action.node]
         assert peer.link is not None   # ours: the schedule knows nodes with a link only
-        now, names = time.time(), _OF_JOBS_THERE if peer.scheduler else OF_JOBS
-        for work in action.works if not peer.scheduler else ():   # that one tells when and where
-            work.status, work.ip_addr, work.start_time = DispyJob.Running, peer.ip_addr, now
+        names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
         messages = frames(Jobs, action.comp, (job_row(work, work._payload, names) for work in action.works))
-        cluster = self._clusters[action.comp]
-        if self._outgoing.has(action.comp):
-            self._outgoing.journals[action.comp].sent(action.works, peer.place, peer.memory)
-            self._outgoing.add(action.comp, peer, messages)
+        if self._leaving.has(action.comp):
+            self._leaving.journals[action.comp].sent(action.works, peer.place, peer.memory)
+            self._leaving.add(action.comp, peer, messages)
         else:
             for frame in messages:
                 self.say(peer.link, frame)
-        if cluster._cluster_status is not None and not peer.scheduler:
-            for work in action.works:
-                self._told(Told(cluster, DispyJob.Running, peer, work))
+
+    def _jobs_started(self, action: JobsStarted) -> None:
+        cluster, peer = self._clusters[action.comp], self._peers[action.node]
+        for job, ran in action.pairs:
+            cluster._began(job, time.time() - ran, peer)
 
     def _send_to(self, action: Any) -> None:
         peer = self._peers.get(action.node)
         if peer is not None and peer.link is not None:
-            self.say(peer.link, _MESSAGE_OF[type(action)](action.comp, action[2]))
+            kind = Cancel if isinstance(action, SendCancel) else Recall
+            for message in in_parts(kind, action.comp, action.serials):
+                self.say(peer.link, message)
 
     def _send_ack(self, action: SendAck) -> None:
         """Collected, so that a round trip of one job is not two."""
@@ -5963,7 +6701,7 @@ class Driver(Loop):
             return
         acks = peer.uses[action.comp].acks
         acks.extend(action.serials)
-        if len(acks) >= ACKS_MOST and not self._outgoing.has(action.comp):
+        if len(acks) >= ACKS_MOST and not self._leaving.has(action.comp):
             self._acknowledge(peer)
         else:
             self._chores_at = min(self._chores_at, self.now + ACK_AFTER)
@@ -5971,8 +6709,9 @@ class Driver(Loop):
     def _acknowledge(self, peer: Peer) -> None:
         if peer.link is not None:
             for comp, use in peer.uses.items():
-                if use.acks and comp not in self._outgoing.held_up:
-                    self.say(peer.link, Ack(comp, use.acks))
+                if use.acks and comp not in self._leaving.held_up:
+                    for message in in_parts(Ack, comp, use.acks):
+                        self.say(peer.link, message)
                     use.acks = []
 
     def _jobs_ended(self, action: JobsEnded) -> None:
@@ -5986,8 +6725,8 @@ class Driver(Loop):
                 self._abort_file((action.comp, pair[1][0]))
             if cluster._on_output is not None and outcome not in GOES_ON:
                 self._show_rest(cluster, *pair)
-            if self._outgoing.has(action.comp) and outcome not in GOES_ON:
-                self._outgoing.journals[action.comp].ended(*pair)
+            if self._leaving.has(action.comp) and outcome not in GOES_ON:
+                self._leaving.journals[action.comp].ended(*pair)
             if outcome in GOES_ON or (cluster._chains and pair[0] in cluster._chains):
                 cluster._chain(pair, peer)
                 continue
@@ -5997,11 +6736,12 @@ class Driver(Loop):
             cluster._conclude(plain, peer)
         if code:
             self._openers.run(cluster._conclude, code, peer)
+        cluster.answered([job for job, row in action.pairs if row[1] not in GOES_ON])
 
     def _job_waits(self, action: JobWaits) -> None:
         job = action.work
-        if self._outgoing.has(job._comp):
-            self._outgoing.journals[job._comp].waits(job)
+        if self._leaving.has(job._comp):
+            self._leaving.journals[job._comp].waits(job)
         job.status, job.ip_addr, job.start_time = DispyJob.Created, None, None
 
     @staticmethod
@@ -6010,9 +6750,12 @@ class Driver(Loop):
 
     def _job_ended(self, action: JobEnded) -> None:
         job = action.work
-        if self._outgoing.has(job._comp):
-            self._outgoing.journals[job._comp].ended(job, action.text)
+        if self._withdrawals:
+            self._withdrawn(Withdrawn(job, job._state is JobState.CANCELLED))
+        if self._leaving.has(job._comp):
+            self._leaving.journals[job._comp].ended(job, action.text)
         self._clusters[job._comp]._end(job, action.text)
+        self._clusters[job._comp].answered([job])
 
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
@@ -6024,9 +6767,8 @@ def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
 _ERRORS: Dict[str, Type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, KeyError, OSError, NoNodes)}
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.REFUSED, NodeState.LOST))
 _MAY_OFFER = frozenset((UseState.WAITING, UseState.ASKING, UseState.REFUSED))
-OF_JOBS = ('cpus', 'timeout', 'memory')   # options of a job that its node has to know
-_OF_JOBS_THERE = (*OF_JOBS, 'priority', 'retries', 'node')   # and a scheduler
-_MESSAGE_OF = {SendCancel: Cancel, SendRecall: Recall}
+OF_JOBS = ('cpus', 'timeout', 'memory', 'priority')   # options of a job that its node has to know
+_OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
 _lock = threading.Lock()      # guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
 _drivers: Dict[Access, Driver] = {}
 _clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()
@@ -6057,21 +6799,6 @@ def _user_name() -> str:
         return 'unknown'
 
 
-def _file_pieces(comp: str, name: str, source: Any) -> Iterator[File]:
-    """`source` is a path, a FileOfModule or the content itself."""
-    with open(source, 'rb') if isinstance(source, str) else io.BytesIO(
-            source if isinstance(source, bytes) else source.read()) as file:
-        offset = 0
-        while True:
-            data = file.read(FILE_PIECE)
-            if offset and not data:
-                return
-            yield File(comp, name, offset, beside(data))
-            offset += len(data)
-            if not data:   # an empty file is one empty piece
-                return
-
-
 def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     """A dispynode for this program alone: loopback, a random secret, and stdin as the line it lives by. Not run as
     a script, which would be compiled anew each time, and not by multiprocessing, which would run the user's main
@@ -6084,7 +6811,8 @@ def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
     process = subprocess.Popen(
         [sys.executable, '-c', code % os.path.dirname(os.path.abspath(dispynode.__file__)), '--embedded', '-i', '127.0.0.1',
-         '-p', '0', '--dest-path-prefix', prefix], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+         '-p', '0', '--dest-path-prefix', prefix], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        env={name: value for name, value in os.environ.items() if name != 'DISPY_SECRET'})   # it has a secret of its own
     assert process.stdin is not None and process.stdout is not None   # ours: both are pipes
     try:
         process.stdin.write(secret + b'\n')
@@ -6173,10 +6901,10 @@ class JobCluster:
                  callback: Optional[Callable[[DispyJob], Any]] = None, ip_addr: Optional[str] = None, ext_ip_addr: Optional[str] = None,
                  fault_recover: Union[None, bool, str] = None, poll_interval: Optional[float] = None, ipv4_udp_multicast: bool = False) -> None:
         check_not_importing()
-        self._port = _in_range('dispy_port', dispy_port, NODE_PORT, 1, 65535)
+        self._port = _in_range('dispy_port', dispy_port, NODE_PORT, 1, 65535, True)
         pulse = _in_range('pulse_interval', pulse_interval, PULSE, 0.1, 600)
         redial = _in_range('ping_interval', ping_interval, REDIAL_MOST, 0.1, 3600)
-        most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31)
+        most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31, True)
         _in_range('poll_interval', poll_interval, None, 0.1, 3600)   # dispy 4 asked nodes for results; ours send them
         reach = discovery_reach()
         self._specs = [NodeSpec('*', self._port)] if nodes is None and reach != 'off' else [] if nodes is None or nodes == LOCAL \
@@ -6184,8 +6912,7 @@ class JobCluster:
         if not self._specs and not self._remote:
             check_fork()
         host = host if host is not None else ip_addr
-        self._host = None if host is None else (host, SCHEDULER_PORT) if host == '' else host_and_port(host, SCHEDULER_PORT) \
-            if isinstance(host, str) else (str(host[0]), int(host[1]))
+        self._host = _own_host(host)
         # Old scripts always give ip_addr: two of them on one machine must not be in each other's way.
         self._host_has_port = self._host is not None and (not isinstance(host, str) or self._host[0] != host.strip('[]'))
         self._multicast = bool(ipv4_udp_multicast)
@@ -6193,23 +6920,38 @@ class JobCluster:
                                ('on_output', on_output)):
             if function is not None and not callable(function):
                 raise TypeError('%s is a %s; it must be a function' % (name, type(function).__name__))
+        if dest_path is not None and not isinstance(dest_path, str):
+            raise TypeError('dest_path=%.80r is a %s; it must be the name of a directory' % (dest_path, type(dest_path).__name__))
         if dest_path:
             check_name(dest_path)
+            dest_path = plain_text(dest_path)
         if isinstance(depends, (str, bytes)) or not isinstance(depends, (list, tuple, set)):
             raise TypeError('depends is a %s; it must be a list' % type(depends).__name__)
-        logger.setLevel(loglevel)
+        level = plain_number(loglevel, True)
+        logger.setLevel(loglevel if level is None else level)
+        loglevel = int(logger.level)
         self.name = getattr(computation, '__name__', None) or os.path.basename(str(computation))[:60]
         self._comp = self._client = uuid.uuid4().hex
-        self._reentrant = bool(reentrant)
+        self._key = os.urandom(32)    # who has it may take the results; it is sent when that is wanted
+        self._reentrant = _flag('reentrant', reentrant)
+        if not callable(cleanup):
+            cleanup = _flag('cleanup', cleanup)
+        forward_logs = _flag('forward_logs', forward_logs)
         self._bundles = ModuleBundles(self.name)
         self._cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name, self._bundles)
+        check_cargo(self._cargo.spec)
+        for spec in self._specs:
+            if spec.allocator is not None and spec.allocator.setup_args:   # it may choose others later, which are checked then
+                check_setup_args(size_of(self._bundles.packed((tuple(spec.allocator.setup_args), []), [])), self._remote)
+        self._cargo.spec['key'] = digest_of(self._key)
         self._cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
         self._source: Optional[Tuple[bytes, str]] = None     # what pack_source gave; driver thread only
-        self._told_of_change = False                         # that files of modules have changed
+        self._told_of_change = computation is call_packed    # that files of modules have changed; an executor runs the new text
         self._job_status, self._cluster_status, self._on_output = callback if job_status is None else job_status, cluster_status, on_output
         self._shown: Dict[DispyJob, List[int]] = {}          # bytes of stdout and stderr shown live; driver thread only
         self._lock = threading.Lock()                        # guards those below
         self._changed = threading.Condition(self._lock)
+        self._owed: Set[DispyJob] = set()                    # jobs for whose end the driver answers
         self._pending = 0                                    # jobs that have not ended or whose callback has not returned
         self._count = 0                                      # jobs submitted
         self._waiters = 0                                    # callbacks that are in `wait`
@@ -6222,17 +6964,20 @@ class JobCluster:
         self._monitors: Tuple[Monitor, ...] = ()             # replaced as a whole
         self._started = time.time()
         self._directory = os.getcwd()                        # files that jobs send come below it
+        path = path_option('recover_file', recover_file) or (
+            '_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
+        self._recovers = bool(path)                          # another process may carry on
         self._reach_by(nodes is None and reach != 'off')
         self.recovered: List[DispyJob] = []
         self._recovery: Optional[Recovery] = None
-        access = Access(find_secret(secret), certfile, keyfile, cafile, pulse, redial)
-        path = recover_file or ('_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
+        access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), pulse, redial)
         self._journal = Journal(path) if path else None
         try:
+            known = self._journal.known() if self._journal is not None else []
             self._driver = Driver.acquire(access)
             try:
                 if self._journal is not None:
-                    self._journal.begin(self._comp, self.name, self._reentrant, self._cargo.is_program, self._host)
+                    self._journal.begin(self._comp, self.name, self._reentrant, self._cargo.is_program, self._host, self._key)
                 self._driver.ask(lambda: self._driver.open(self, self._probe))
             except BaseException:
                 self._driver.release()
@@ -6243,7 +6988,7 @@ class JobCluster:
             raise
         _clusters.add(self)
         if self._journal is not None:
-            self._carry_on(self._journal)
+            self._carry_on(self._journal, known)
 
     def _reach_by(self, probe: bool) -> None:
         """Whom to dial for nodes; called when all but the driver is there."""
@@ -6253,9 +6998,9 @@ class JobCluster:
         """A scheduler says where a job is."""
         raise PeerError('a node is no scheduler')
 
-    def _look_at_modules(self) -> None:
+    def _look_at_modules(self, every: float = LOOK_EVERY) -> None:
         """The files of modules may have changed since they travelled: jobs go on with what was sent, and the user is told."""
-        changed = self._bundles.changed()
+        changed = self._bundles.changed(every)
         if changed and not self._told_of_change:
             self._told_of_change = True
             logger.warning('%s: the file of module %s has changed; this cluster keeps the text that it began with. '
@@ -6268,13 +7013,14 @@ class JobCluster:
         embedded = not self._remote and all(peer.embedded for peer in self._driver.peers_of(self._comp))
         return self._bundles.more(args[0], embedded)
 
-    def _carry_on(self, journal: Journal) -> None:
-        """Take over what is in the journal from a program that has crashed."""
+    def _carry_on(self, journal: Journal, rows: List[tuple]) -> None:
+        """Take over what is in the journal from a program that has crashed: rows of `Journal.known`."""
         sent: List[Tuple[DispyJob, str]] = []
-        holders = journal.holders()
+        with journal.damages():
+            holders = journal.holders()
         again: List[DispyJob] = []
         ended: List[DispyJob] = []
-        for job, state, node, result in journal.jobs():
+        for job, state, node, result in rows:
             self.recovered.append(job)
             if state == Journal.ENDED:
                 end_without(job, result) if isinstance(result, str) else fill_in(job, (job._serial, *result), self._cargo.is_program)
@@ -6302,11 +7048,13 @@ class JobCluster:
             self._conclude([(job, row)], peer)
 
         def over() -> None:
-            self._driver.post(Asked(self._recovered, concurrent.futures.Future()))
+            self._driver.post(Asked(self._recovered, None))
 
         def renew(job: DispyJob) -> None:
             job._comp, job._state, job.status = self._comp, JobState.CREATED, DispyJob.Created
             job._options = {name: value for name, value in (job._options or {}).items() if name != 'node'} or None   # it may be gone
+            with self._lock:
+                self._owed.add(job)
 
         def resubmit(job: DispyJob) -> None:   # the driver's thread; posted, it might come behind the end of the cluster
             renew(job)
@@ -6372,9 +7120,9 @@ class JobCluster:
             raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
         self._look_at_modules()
         job = DispyJob(self._comp, pack_arguments(args, kwargs, self._bundles, depends), options, number)
-        if size_of(job._payload) > MAX_PAYLOAD:
+        if size_of(job._payload) > VALUE_MOST:
             raise ValueError('arguments of %d bytes are over the limit of %d: send a file (depends)'
-                             % (size_of(job._payload), MAX_PAYLOAD))
+                             % (size_of(job._payload), VALUE_MOST))
         with self._lock:
             if self._closed or self._driver.broken:
                 raise RuntimeError('submit: %s' % (self._driver.broken or 'the cluster was closed'))
@@ -6383,6 +7131,7 @@ class JobCluster:
                 self._journal.trim()
             self._pending += 1
             self._count += 1
+            self._owed.add(job)
             self._driver.post(job)   # with the lock held: `close` comes after it or before the test above
         return job
 
@@ -6391,7 +7140,7 @@ class JobCluster:
         results are: at most `in_flight` jobs (default: 1000) are under way, so a generator may be endless. For a job
         that failed its exception is raised (JobFailed if there is none); leaving the loop cancels the rest. Raises
         ValueError for an `in_flight` below 1."""
-        most = _in_range('in_flight', in_flight, 1000, 1, 1 << 31)
+        most = _in_range('in_flight', in_flight, 1000, 1, 1 << 31, True)
         return self._map(zip(*iterables), most)
 
     def _map(self, inputs: Iterator[tuple], most: int) -> Iterator[Any]:
@@ -6419,6 +7168,7 @@ class JobCluster:
                 yield job
 
     def _as_completed(self, jobs: Sequence[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
+        timeout = _seconds('timeout', timeout)
         until = None if timeout is None else time.monotonic() + timeout
         ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
         for job in jobs:
@@ -6447,13 +7197,35 @@ class JobCluster:
         return 0
 
     def cancel_waiting(self) -> None:
-        """End all jobs that have not been sent to a node. Any thread."""
+        """End all jobs that have not begun, those that wait on nodes included. Any thread."""
         self._driver.ask(lambda: self._driver.cancel_waiting(self._comp))
+
+    def _withdraw_all(self, jobs: Sequence[Any]) -> None:
+        """Cancel those that have not begun; the answers are not waited for. Any thread but the
+        driver's."""
+        with contextlib.suppress(RuntimeError):   # the driver has ended, and its jobs with it
+            self._driver.ask(lambda: self._driver.withdraw_all(jobs))
+
+    def _withdraw(self, job: DispyJob) -> bool:
+        """Cancel a job if it has not begun; whether it never will. Waits for the answer of its node
+        for WITHDRAW_TIME; then the job goes on. Any thread; without answer in the driver's."""
+        driver = self._driver
+        if job.status in ENDED or driver.broken or threading.current_thread() is driver._thread:
+            return job.status == DispyJob.Cancelled
+        try:
+            future = driver.ask(lambda: driver.withdraw(job))
+            try:
+                return future.result(WITHDRAW_TIME)  # type: ignore[no-any-return]
+            except concurrent.futures.TimeoutError:
+                return driver.ask(lambda: driver.keep(job))  # type: ignore[no-any-return]
+        except RuntimeError:   # the driver has ended meanwhile, and its jobs with it
+            return job.status == DispyJob.Cancelled
 
     def wait(self, timeout: Optional[float] = None, progress: bool = False) -> bool:
         """Wait until every job has ended and its callback has returned, at most `timeout` seconds; whether they have.
         `progress` shows how many on stderr if that is a terminal (with tqdm if that is installed). Any thread; in a
         callback, the job it was called for is not waited for."""
+        timeout = _seconds('timeout', timeout)
         if not progress:
             return self._wait(timeout)
         until = None if timeout is None else time.monotonic() + timeout
@@ -6493,6 +7265,7 @@ class JobCluster:
         """Wait until `n` nodes are ready for jobs. Raises NoNodes, which names every address tried and every
         refusal with its reason, after `timeout` seconds (None: waits without limit), RuntimeError when the cluster is or gets
         closed. Any thread."""
+        timeout, n = _seconds('timeout', timeout), _in_range('n', n, 1, 0, 1 << 31, True)
         until = None if timeout is None else time.monotonic() + timeout
         while True:
             if self._closed:
@@ -6540,6 +7313,8 @@ class JobCluster:
 
     def _command(self, name: str, *args: Any) -> Any:
         """Ask whoever has the nodes: the driver."""
+        if self._closed:
+            raise RuntimeError('the cluster was closed')
         return self._driver.ask(lambda: self._driver.command(self._comp, name, *args))
 
     def _rows(self) -> List[NodeRow]:
@@ -6580,13 +7355,15 @@ class JobCluster:
     def set_node_cpus(self, node: Any, cpus: int) -> int:
         """Use at most so many CPUs of a node (negative: leave so many free; 0: none). Returns how many that are. Raises
         ValueError when it has fewer. Any thread."""
-        if isinstance(cpus, bool) or not isinstance(cpus, int):
-            raise TypeError('cpus=%r is no number' % (cpus,))
-        return self._command('set_cpus', node, cpus)  # type: ignore[no-any-return]
+        number = plain_number(cpus, True)
+        if number is None:
+            raise TypeError('cpus=%.80r is no whole number' % (cpus,))
+        return self._command('set_cpus', node, number)  # type: ignore[no-any-return]
 
     def node_jobs(self, node: Any, from_node: bool = False) -> List[DispyJob]:
-        """Jobs of this cluster that have been sent to a node and have not ended; with `from_node` it is asked which of them
-        run, and only these are returned. Raises ValueError for an unknown node, RuntimeError if it is not connected."""
+        """Jobs of this cluster that have been sent to a node and have not ended: those that wait
+        there are Created. With `from_node` it is asked which of them run; only these are returned,
+        as Running. Raises ValueError for an unknown node, RuntimeError if it is not connected."""
         serials = self._command('jobs', node)
         if from_node:
             report = answer_of(self._command('question', node), CALL_TIME)
@@ -6600,6 +7377,7 @@ class JobCluster:
         unknown node, RuntimeError if that is not ready, TimeoutError after `timeout` seconds. Any thread."""
         name = os.path.basename(os.fspath(path))
         row, = _file_rows({name: os.fspath(path)})
+        timeout = _seconds('timeout', timeout)
         future = self._command('question', node, row, os.fspath(path))
         try:
             error = answer_of(future, timeout)
@@ -6639,8 +7417,10 @@ class JobCluster:
         return self._close(timeout, terminate, shutdown=True)
 
     def _close(self, timeout: Optional[float], terminate: bool, shutdown: bool = False) -> bool:
-        if not terminate and not self._closed and not self.wait(timeout):
-            return False
+        if not terminate and not self._closed:
+            self._look_at_modules(0.0)
+            if not self.wait(timeout):
+                return False
         with self._lock:
             if self._closed:
                 return True
@@ -6680,6 +7460,28 @@ class JobCluster:
 
     # -- called by the driver and its helpers ---------------------------------------------------------------
 
+    def owed(self) -> List[DispyJob]:
+        """Jobs for whose end the driver answers. The driver's thread."""
+        with self._lock:   # a job is added and posted with it held
+            return list(self._owed)
+
+    def answered(self, jobs: Sequence[DispyJob]) -> None:
+        """These have ended, or an opener ends them. The driver's thread."""
+        with self._lock:
+            self._owed.difference_update(jobs)
+
+    def _began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
+        """A job has begun, at this time since the epoch. The driver's thread."""
+        with self._lock:   # beside a provisional result, and the end
+            if job.status in ENDED:
+                return
+            is_news = job.status == DispyJob.Created
+            job.ip_addr, job.start_time = peer.ip_addr, start
+            if is_news:
+                job.status = DispyJob.Running
+        if is_news and self._cluster_status is not None:
+            self._driver._told(Told(self, DispyJob.Running, peer, job))
+
     def _node_came(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -6689,6 +7491,11 @@ class JobCluster:
         seconds, finished = 0.0, 0
         for job, row in pairs:
             payload = job._payload
+            # Nobody had told that it has begun
+            if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
+                job.ip_addr = peer.ip_addr
+                if self._cluster_status is not None:
+                    self._driver.post(Told(self, DispyJob.Running, peer, job))
             fill_in(job, row, self._cargo.is_program)
             if job.status == 11:
                 finished += 1
@@ -6795,13 +7602,8 @@ class JobCluster:
 
     def _driver_broke(self, text: str) -> None:
         """The driver's thread is ending for a fault of ours."""
-        schedule = self._driver.schedule
-        comp = schedule.comps.get(self._comp)
-        works: List[Any] = list(self._driver._submitted) + [event for event in self._driver._inbox if isinstance(event, DispyJob)]
-        if comp is not None:
-            works += [*comp.waiting()] + [work for node in schedule.nodes.values() for work in node.flight.get(self._comp, {}).values()]
         recovering = [job for job, _ in self._recovery._jobs.values()] if self._recovery is not None else []
-        for job in [job for job in works if job._comp == self._comp] + recovering:
+        for job in self.owed() + recovering:
             if job.status not in ENDED:
                 job._state = JobState.ABANDONED
                 job.exception, job.end_time, job.status = text, time.time(), DispyJob.Abandoned
@@ -6829,9 +7631,9 @@ class SharedJobCluster(JobCluster):
         where = scheduler_host or scheduler_node or '127.0.0.1'
         if not isinstance(where, str):
             raise TypeError("scheduler_host=%.80r: it must be 'host' or 'host:port'" % (where,))
-        host, port = host_and_port(where, _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535))
+        host, port = host_and_port(where, _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535, True))
         self._scheduler = NodeSpec(host, port, scheduler=True)
-        self._exclusive = bool(exclusive)
+        self._exclusive = _flag('exclusive', exclusive)
         self._places: Dict[DispyJob, NodeRow] = {}     # where jobs are; driver thread and openers, each job in one at a time
         self._any = nodes is None
         self._allocators: List[NodeAllocate] = []
@@ -6839,7 +7641,9 @@ class SharedJobCluster(JobCluster):
 
     def _reach_by(self, probe: bool) -> None:
         self._probe = False
-        self._cargo.spec['shared'] = {'nodes': None if self._any else self._plain(self._specs), 'reentrant': self._reentrant,
+        self._cargo.spec['shared'] = {'recovers': self._recovers, 'process': own_process(),
+                                      'nodes': None if self._any else self._plain(self._specs),
+                                      'reentrant': self._reentrant,
                                       'exclusive': self._exclusive, 'cloudpickle': cloudpickle.__version__}
         self._specs = [self._scheduler]
 
@@ -6856,6 +7660,8 @@ class SharedJobCluster(JobCluster):
 
     def _command(self, name: str, *args: Any) -> Any:
         """Ask the scheduler's driver."""
+        if self._closed:
+            raise RuntimeError('the cluster was closed')
         if name == 'allocate':
             args = (self._plain(args[0]),)
         elif name == 'jobs' or name == 'nodes':
@@ -6889,10 +7695,19 @@ class SharedJobCluster(JobCluster):
         future.set_result(error or self._call('place', node, row))
         return future
 
+    def _pages(self) -> List[NodeRow]:
+        """What the scheduler tells of its nodes, which may be thousands, some at a time."""
+        rows: List[NodeRow] = []
+        while True:
+            page = self._call('nodes', len(rows), NODES_PAGE)
+            rows += [NodeRow(*row) for row in page]
+            if len(page) < NODES_PAGE:
+                return rows
+
     def _rows(self) -> List[NodeRow]:
         if not self._is_connected():
             return super()._command('nodes')  # type: ignore[no-any-return]
-        return [NodeRow(*row) for row in self._call('nodes')] or \
+        return self._pages() or \
             [row._replace(state='connected', reason='has no node for this cluster yet', cpus=0) for row in super()._command('nodes')]
 
     def _why_unloadable(self) -> str:
@@ -6917,14 +7732,11 @@ class SharedJobCluster(JobCluster):
             self._places.pop(job, None)
             job.status, job.ip_addr, job.start_time = DispyJob.Created, None, None
             return
-        row = self._places[job] = NodeRow((node[0], node[1]), node[0], node[1], node[2], 'ready', '', 0, 0, 0, {})
-        with self._lock:   # beside a provisional result
-            if job.status in ENDED:
-                return
-            job.status, job.ip_addr, job.start_time = DispyJob.Running, node[0], time.time()
-        if self._cluster_status is not None:
-            described = self._describe(row, row.state, '', 0, 0)
-            self._driver._tellers.run(self._cluster_status, DispyJob.Running, described, job)
+        host, port, name = node
+        self._places[job] = NodeRow((host, port), host, port, name, 'ready', '', 0, 0, 0, {})
+
+    def _began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
+        super()._began(job, start, self._places.get(job, peer))
 
     def _asked(self, name: str, args: tuple) -> Any:
         if name == 'source':
@@ -6959,7 +7771,7 @@ class Survey:
     def __init__(self, nodes: Any = None, port: int = NODE_PORT, secret: Union[str, bytes, None] = None, certfile: Optional[str] = None,
                  keyfile: Optional[str] = None, cafile: Optional[str] = None) -> None:
         self._specs, self._port, self._comp = parse_nodes('*' if nodes is None else nodes, port), port, uuid.uuid4().hex
-        self._driver = Driver.acquire(Access(find_secret(secret), certfile, keyfile, cafile, PULSE, REDIAL_MOST))
+        self._driver = Driver.acquire(Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
         self._driver.ask(lambda: self._driver.open(self, False))  # type: ignore[arg-type]
 
     def look(self, timeout: float = HANDSHAKE_TIME + 1.0, listen: float = SURVEY_TIME) -> List[DispyNode]:
@@ -7040,12 +7852,62 @@ class Progress:
 _calling = threading.local()  # .cluster: whose callback this thread is in
 
 
-def _in_range(name: str, value: Any, default: Any, low: float, high: float) -> Any:
+def _own_host(host: Any) -> Optional[Tuple[str, int]]:
+    """The parameter `host`: an address, ADDRESS:PORT or (address, port). Raises TypeError or ValueError."""
+    if host is None:
+        return None
+    if isinstance(host, str):
+        try:
+            return (host, SCHEDULER_PORT) if host == '' else host_and_port(plain_text(host), SCHEDULER_PORT)
+        except ValueError as exc:
+            raise ValueError("host: %s: it must be an address of this host, 'address:port' or (address, port)" % exc) from None
+    if not isinstance(host, (tuple, list)) or len(host) != 2 or not isinstance(host[0], str):
+        raise TypeError("host=%.80r: it must be an address of this host, 'address:port' or (address, port)" % (host,))
+    return plain_text(host[0]), _in_range('host: port', host[1], None, 1, 65535, True)
+
+
+def plain_number(value: Any, whole: bool = False) -> Any:
+    """An int or float for any number: of numpy, of an enum, a Fraction. None for what is no number, also for bool; for NaN; and
+    if it must be `whole` for others."""
+    if isinstance(value, bool) or type(value).__name__ in ('bool_', 'bool'):   # numpy's
+        return None
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if whole or not isinstance(value, numbers.Real) or value != value:
+        return None
+    try:
+        return float(value)
+    except OverflowError:   # a fraction
+        return None
+
+
+def _in_range(name: str, value: Any, default: Any, low: float, high: float, whole: bool = False) -> Any:
+    """A parameter as a plain number. Raises ValueError."""
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError('%s=%r is not a number between %s and %s' % (name, value, low, high))
-    return value
+    number = plain_number(value, whole)
+    if number is None or not low <= number <= high:
+        raise ValueError('%s=%.80r is not a %snumber between %s and %s' % (name, value, 'whole ' if whole else '', low, high))
+    return number
+
+
+def _seconds(name: str, value: Any) -> Optional[float]:
+    """A time to wait, None for one without limit. Raises TypeError or ValueError."""
+    if value is None:
+        return None
+    number = plain_number(value)
+    if number is None:
+        raise (ValueError if isinstance(value, numbers.Real) else TypeError)(
+            '%s=%.80r is not a number of seconds, nor None' % (name, value))
+    return None if number > threading.TIMEOUT_MAX else float(number)
+
+
+def _flag(name: str, value: Any) -> bool:
+    """A parameter that is True or False. Raises TypeError."""
+    if isinstance(value, (bool, numbers.Number)) or type(value).__name__ in ('bool_', 'bool'):
+        if value == 0 or value == 1:
+            return bool(value)
+    raise TypeError('%s=%.80r is neither True nor False' % (name, value))
 
 
 def _take_options(kwargs: dict) -> Optional[dict]:
@@ -7056,16 +7918,13 @@ def _take_options(kwargs: dict) -> Optional[dict]:
             raise TypeError('submit: unknown keyword %s; there are %s and dispy_job_depends' % (name, ', '.join(_OPTIONS)))
         value = kwargs.pop(name)
         if value is not None:
-            kind, low, high = _OPTIONS[name]
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-                raise ValueError('submit: %s=%r is not a number between %s and %s' % (name, value, low, high))
-            options[name[len('dispy_'):]] = value
+            options[name[len('dispy_'):]] = _in_range('submit: ' + name, value, None, *_OPTIONS[name])
     return options or None
 
 
-_OPTIONS: Dict[str, Tuple[Any, float, float]] = {
-    'dispy_timeout': ((int, float), 0.001, 1e9), 'dispy_priority': (int, -(1 << 31), 1 << 31), 'dispy_cpus': (int, 1, 1 << 16),
-    'dispy_memory': (int, 1, 1 << 60), 'dispy_retries': (int, 0, 1000)}
+_OPTIONS: Dict[str, Tuple[float, float, bool]] = {   # lowest and highest value, and whether it is a whole number
+    'dispy_timeout': (0.001, 1e9, False), 'dispy_priority': (-(1 << 31), 1 << 31, True), 'dispy_cpus': (1, 1 << 16, True),
+    'dispy_memory': (1, 1 << 60, True), 'dispy_retries': (0, 1000, True)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -7081,14 +7940,16 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
         self.job: Optional[DispyJob] = None
 
     def cancel(self) -> bool:
-        """Cancel it if it waits. As with other executors, what runs goes on (`cluster.cancel` ends that too)."""
+        """Cancel the call if it has not begun: its node is asked, and the answer is waited for, 1 s
+        at most. Returns whether it will never begin. As with other executors, what runs goes on
+        (`cluster.cancel` ends that too). Any thread."""
+        if self.done():
+            return self.cancelled()
         job = self.job
-        if job is not None and job.status == JobState.CREATED:
-            self._cluster.cancel(job)
-        return job is not None and job.status == JobState.CANCELLED and super().cancel()
+        return job is not None and self._cluster._withdraw(job) and super().cancel()
 
     def running(self) -> bool:
-        """Whether it is on a node."""
+        """Whether it is on a CPU."""
         return self.job is not None and self.job.status in (JobState.RUNNING, JobState.PROVISIONAL)
 
     def settle(self, job: DispyJob) -> None:
@@ -7141,11 +8002,32 @@ class DispyExecutor(concurrent.futures.Executor):
         TimeoutError when the next result is not there `timeout` seconds after the call, and what a call raised."""
         if chunksize < 1:
             raise ValueError('chunksize=%r must be at least 1' % (chunksize,))
-        if chunksize == 1:
-            return super().map(fn, *iterables, timeout=timeout)
+        until = None if timeout is None else time.monotonic() + timeout
         inputs = zip(*iterables)
+        if chunksize == 1:
+            return self._results([self.submit(fn, *args) for args in inputs], until)
+        call = functools.partial(call_chunk, fn)
         chunks = iter(lambda: list(itertools.islice(inputs, chunksize)), [])
-        return itertools.chain.from_iterable(super().map(functools.partial(call_chunk, fn), chunks, timeout=timeout))
+        return self._flat(self._results([self.submit(call, chunk) for chunk in chunks], until))
+
+    @staticmethod
+    def _flat(results: Any) -> Iterator[Any]:
+        with contextlib.closing(results):
+            for chunk in results:
+                yield from chunk
+
+    def _results(self, futures: List[DispyFuture], until: Optional[float]) -> Iterator[Any]:
+        """Results in order; when they are not wanted any more, the calls that have not begun are
+        cancelled."""
+        futures.reverse()
+        try:
+            while futures:
+                left = None if until is None else max(0.0, until - time.monotonic())
+                yield futures[-1].result(left)
+                futures.pop()
+        finally:
+            if futures:
+                self.cluster._withdraw_all([future.job for future in futures])
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         """As in concurrent.futures, waits for all calls; Ctrl-C and sys.exit end them."""
@@ -7155,7 +8037,8 @@ class DispyExecutor(concurrent.futures.Executor):
             self.shutdown()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more calls; wait for those there are (or cancel those that wait) and let the nodes go."""
+        """Take no more calls; wait for those there are (`cancel_futures`: for those that have
+        begun) and let the nodes go."""
         if cancel_futures:
             self.cluster.cancel_waiting()
         if wait:
@@ -7260,11 +8143,12 @@ def _parser() -> argparse.ArgumentParser:
         'they can be used; the exit status is 0 if any can')
     add('-n', '--nodes', action='append', metavar='HOST[:PORT]', help="a node; may be repeated; 'local': this machine "
         '(default: a dispynode on this machine, or one started for this run)')
+    add('--scheduler-host', '--scheduler-node', metavar='HOST[:PORT]', help='the jobs go to this dispyscheduler; -n then says which of its nodes they may use')
     add('-f', '--depends', action='append', default=[], metavar='FILE', help='file that the program needs beside it; may be repeated')
     add('-a', '--args', action='append', default=[], metavar='"ARGS"', help='arguments of one job, split as a shell does; may be repeated')
     add('--args-file', metavar='FILE', help='file with the arguments of a job on each line; -: standard input')
     add('-o', '--output', metavar='DIR', help='write the output of job N to DIR/N.out and DIR/N.err instead of printing it')
-    add('--wait-nodes', type=float, metavar='S', help='give up, with exit status 2, if no node can be used within so many seconds (default: wait for one)')
+    add('--wait-nodes', type=seconds_option, metavar='S', help='give up, with exit status 2, if no node can be used within so many seconds (default: wait for one)')
     add('--secret-file', metavar='FILE', help='file with the secret (default: the one of this user)')
     add('--certfile', metavar='FILE', help='certificate for TLS')
     add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
@@ -7433,8 +8317,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 return _list_nodes(survey.look())
         if args.program is None:
             raise ValueError('PROGRAM is missing')
-        cluster = JobCluster(args.program, nodes, depends=args.depends, job_status=ended.put, secret=secret,
-                             certfile=args.certfile, keyfile=args.keyfile)
+        options: Dict[str, Any] = dict(depends=args.depends, job_status=ended.put, secret=secret, certfile=args.certfile, keyfile=args.keyfile)
+        if args.scheduler_host is not None:
+            if nodes == LOCAL:
+                raise ValueError("-n local is a node of this program alone, and --scheduler-host a scheduler's: give one of them")
+            host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
+            cluster: JobCluster = SharedJobCluster(args.program, nodes, scheduler_host=host, scheduler_port=port, **options)
+        else:
+            cluster = JobCluster(args.program, nodes, **options)
     except (ValueError, TypeError, OSError, DispyError) as exc:
         parser.error(str(exc))
     printer, total = _Printer(args.output), 0

@@ -74,6 +74,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import math
 import os
@@ -81,6 +82,7 @@ import pickle
 import re
 import reprlib
 import secrets
+import pickletools
 import signal
 import socket
 import socketserver
@@ -89,12 +91,12 @@ import threading
 import time
 import urllib.parse
 import uuid
-from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import dispy
 from dispy import Access, DispyJob, Driver, JobCluster, Monitor, NodeSpec, SharedJobCluster
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, Query, SecretError, __version__, find_secret, host_and_port, _no_password,
-                       _write_private, size_of, split_needs)
+    _write_private, size_of, tls_files, split_needs)
 
 __all__ = ['DispyHTTPServer']
 
@@ -111,6 +113,7 @@ REPORTS_APART = 5.0           # s between two questions to a node for what is fr
 REPORTS_A_TURN = 20           # questions asked in one turn of the driver
 LOOKED_FOR = 5.0              # s after a request that snapshots are still taken as often as asked for
 FAILURES_KEPT, FAILURE_TEXT = 500, 8000        # failed jobs of a cluster, and characters of a traceback
+SHOWN_MOST = 50               # arguments of a job that are shown
 ARGUMENTS_MOST = 16384        # bytes of pickled arguments that are opened to be shown
 OUTPUT_KEPT, OUTPUTS_KEPT = 4096, 1000         # bytes of a running job's output; jobs with output
 PER_PAGE, PER_PAGE_MOST = 50, 200
@@ -179,14 +182,26 @@ def arguments_text(payload: Any) -> str:
         return ''
     if isinstance(payload, int) or size_of(payload) > ARGUMENTS_MOST:
         return '%s of arguments' % bytes_text(payload if isinstance(payload, int) else size_of(payload))
+    data = b''.join(payload) if isinstance(payload, tuple) else bytes(payload)
     try:
-        _, body = split_needs(b''.join(payload) if isinstance(payload, tuple) else payload)
+        _, body = split_needs(data)
+        _check_memo(bytes(body))
         args, kwargs = _Opener(io.BytesIO(body)).load()[:2]
-        words = [_short.repr(arg) for arg in args] + ['%s=%s' % (name, _short.repr(value)) for name, value in kwargs.items()]
+        if type(args) is not tuple or type(kwargs) is not dict:   # as no program packs them: they might have no end
+            raise ValueError('no arguments')
+        words = [_short.repr(arg) for arg in args[:SHOWN_MOST]]
+        words += ['%.80s=%s' % (name, _short.repr(value)) for name, value in itertools.islice(kwargs.items(), SHOWN_MOST) if type(name) is str]
     except Exception:  # an unpickler without the real classes may stumble over anything
         return '%s of arguments' % bytes_text(size_of(payload))
     text = ', '.join(words)
     return text if len(text) <= 300 else text[:300] + '...'
+
+
+def _check_memo(data: bytes) -> None:
+    """Raise ValueError for a pickle that ends in the middle, or whose memo would be given memory up to some far index."""
+    for opcode, value, _ in pickletools.genops(data):
+        if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT') and value is not None and value > len(data):
+            raise ValueError('an index of the memo that is larger than the pickle')
 
 
 def bytes_text(size: float) -> str:
@@ -294,16 +309,14 @@ class Watched(Monitor):
         node = self.cluster._driver.schedule.nodes.get(key)
         return node.flight.get(self.cluster._comp, {}) if node is not None else {}
 
-    def running(self, peer: Any, cpus: int) -> Tuple[int, int]:
-        """Jobs that run on a node, and their CPUs: the first of those sent there; what CPUs are not left for waits. O(CPUs). The driver's
-        thread."""
-        jobs, used, most = 0, 0, cpus if cpus > 0 else peer.offered     # a node that is drained still runs what it has
-        for job in self.flight(peer.key).values():
-            wide = job._options.get('cpus', 1) if job._options else 1
-            if used + wide > most:
-                break
-            jobs, used = jobs + 1, used + wide
-        return jobs, used
+    def runs(self, peer: Any) -> List[int]:
+        """Serials of jobs that run on a node; others wait there. O(CPUs). The driver's thread."""
+        return self.cluster._driver.schedule.runs(peer.key).get(self.cluster._comp, [])
+
+    def running(self, peer: Any) -> Tuple[int, int]:
+        """How many that are, and their CPUs."""
+        flight, serials = self.flight(peer.key), self.runs(peer)
+        return len(serials), sum(dispy.cpus_of(flight[serial]) for serial in serials)
 
     def look(self, asks: List[int]) -> List[dict]:
         """Rows of its nodes. The driver's thread."""
@@ -314,7 +327,7 @@ class Watched(Monitor):
             if asks[0] > 0 and self.ask(peer, SAMPLES_APART if survey else REPORTS_APART):
                 asks[0] -= 1
             report = self.reports.get(peer.key, (0.0, None))[1]
-            running, used = self.running(peer, cpus)
+            running, used = self.running(peer)
             free = dict(peer.facts.get('available', {}), **(report.available if report is not None else {}))
             rows.append({
                 'key': peer.key, 'name': peer.name, 'address': peer.ip_addr, 'port': peer.port, 'reason': reason.strip()[-2000:],
@@ -326,22 +339,15 @@ class Watched(Monitor):
                 'holder': str(free.get('holder', peer.facts.get('holder', ''))) if survey else '', 'platform': str(peer.facts.get('platform', ''))})
         return rows
 
-    def times(self, key: Any) -> Tuple[Dict[int, float], int, bool]:
-        """Of a node: serial -> seconds that the job has run, how many run at least, whether output comes. The driver's thread."""
-        driver, comp = self.cluster._driver, self.cluster._comp
+    def times(self, key: Any) -> Tuple[Dict[int, float], Set[int], bool]:
+        """Of a node: serial -> seconds that the job has run, which run as far as is known, whether
+        output comes. The driver's thread."""
+        driver = self.cluster._driver
         peer = driver._peers[key]
         self.ask(peer, SAMPLES_APART)
         at, report = self.reports.get(key, (0.0, None))
         runs = {serial: seconds + driver.clock() - at for serial, seconds in report.running} if report is not None else {}
-        return runs, self.running(peer, peer.limit(comp))[0], peer.link is not self.live_from.get(key, False)
-
-    def waiting(self) -> List[Any]:
-        """Jobs that do not run, also those that wait on nodes. The driver's thread."""
-        driver, comp = self.cluster._driver, self.cluster._comp
-        driver._take_submitted()
-        known = driver.schedule.comps.get(comp)
-        return [*(known.waiting() if known is not None else ()),
-                *(job for peer in self.nodes() for job in list(self.flight(peer.key).values())[self.running(peer, peer.limit(comp))[0]:])]
+        return runs, set(self.runs(peer)), peer.link is not self.live_from.get(key, False)
 
 
 class WatchedShared(Watched):
@@ -357,8 +363,12 @@ class WatchedShared(Watched):
             flights.setdefault((place.ip_addr, place.name), {})[job._serial] = job
         self._flights = flights
         with contextlib.suppress(ConnectionError, concurrent.futures.TimeoutError):
-            future = driver.ask(lambda: driver.call(cluster._comp, 'nodes'))
-            rows = dispy.answer_of(future, dispy.CALL_TIME)
+            rows: List[Any] = []
+            page: List[Any] = [()] * dispy.NODES_PAGE
+            while len(page) == dispy.NODES_PAGE:
+                future = driver.ask(lambda: driver.call(cluster._comp, 'nodes', len(rows), dispy.NODES_PAGE))
+                page = dispy.answer_of(future, dispy.CALL_TIME)
+                rows += page
             self._known = {row.key: row for row in (dispy.NodeRow(*row) for row in rows)}
             return
         self._known = {row.key: row for row in driver.ask(lambda: driver.rows_of(cluster._comp))}
@@ -372,11 +382,20 @@ class WatchedShared(Watched):
         row = self._known.get(key)
         return self._flights.get((row.ip_addr, row.name), {}) if row is not None else {}
 
+    def runs(self, peer: Any) -> List[int]:
+        """As above: those that are known to have begun, then the first, as many as the scheduler
+        says."""
+        flight = self.flight(peer.key)
+        is_on = (dispy.DispyJob.Running, dispy.DispyJob.ProvisionalResult)
+        begun = [serial for serial, job in flight.items() if job.status in is_on]
+        more = (serial for serial, job in flight.items() if job.status == dispy.DispyJob.Created)
+        return begun + list(itertools.islice(more, max(0, peer.busy - len(begun))))
+
     def look(self, asks: List[int]) -> List[dict]:
         """As above."""
         rows = []
         for row in self.nodes():
-            running, used = self.running(row, row.cpus)
+            running, used = self.running(row)
             free = row.facts.get('available', {})
             rows.append({
                 'key': row.key, 'name': row.name, 'address': row.ip_addr, 'port': row.port, 'reason': row.reason.strip()[-2000:],
@@ -385,19 +404,10 @@ class WatchedShared(Watched):
                 'platform': str(row.facts.get('platform', ''))})
         return rows
 
-    def times(self, key: Any) -> Tuple[Dict[int, float], int, bool]:
-        """As above; how long jobs have run is not known, only since when they are there."""
+    def times(self, key: Any) -> Tuple[Dict[int, float], Set[int], bool]:
+        """As above; how long a job has run is known by its start_time."""
         row, links = self._known[key], {peer.link for peer in self.cluster._driver.peers_of(self.cluster._comp)}
-        return {}, self.running(row, row.cpus)[0], not links & set(self.live_from.values())
-
-    def waiting(self) -> List[Any]:
-        """As above; the scheduler has all of them."""
-        driver = self.cluster._driver
-        driver._take_submitted()
-        known = driver.schedule.comps.get(self.cluster._comp)
-        there = [job for node in known.nodes.values() for job in node.flight[self.cluster._comp].values()] if known is not None else []
-        runs = {job for row in self.nodes() for job in list(self.flight(row.key).values())[:self.running(row, row.cpus)[0]]}
-        return [*(known.waiting() if known is not None else ()), *(job for job in there if job not in runs)]
+        return {}, set(self.runs(row)), not links & set(self.live_from.values())
 
 
 def cluster_row(row: dict, history: History, closed: bool = False) -> dict:
@@ -564,13 +574,13 @@ class ClusterSource:
         flight = watched.flight(key)
         if not flight:
             return []
-        runs, first, live = watched.times(key)
+        runs, there, live = watched.times(key)
         now, nothing, rows = time.time(), [b'', b''], []
-        for place, (serial, job) in enumerate(flight.items()):
+        for serial, job in flight.items():
             out, err = watched.output.get(job, nothing)
             sent = now - job.start_time if job.start_time else 0.0
             rows.append({'cluster': watched.number, 'job': serial >> 16, 'id': job.id, 'arguments': job._payload,
-                         'state': 'running' if serial in runs or place < first else 'waits there',
+                         'state': 'running' if serial in runs or serial in there else 'waits there',
                          'seconds': round(max(0.0, runs.get(serial, sent)), 1), 'stdout': out, 'stderr': err, 'live': live})
         return rows
 
@@ -605,16 +615,9 @@ class ClusterSource:
         return driver.ask(end)  # type: ignore[no-any-return]
 
     def cancel_waiting(self, cluster: int) -> int:
-        """End jobs that do not run, also those that wait on nodes. Returns how many."""
-        watched = self._cluster(cluster)
-        driver = watched.cluster._driver
-
-        def end() -> int:
-            waiting = watched.waiting()
-            for job in waiting:
-                driver.cancel(job)
-            return len(waiting)
-        return driver.ask(end)  # type: ignore[no-any-return]
+        """End jobs that have not begun, also those that wait on nodes. Returns how many."""
+        watched = self._cluster(cluster).cluster
+        return watched._driver.ask(lambda: watched._driver.cancel_waiting(watched._comp))  # type: ignore[no-any-return]
 
     def add_node(self, cluster: int, host: str, port: Optional[int] = None, cpus: Optional[int] = None) -> int:
         """Look for a node."""
@@ -1504,8 +1507,11 @@ class DispyHTTPServer:
             raise
 
     def _start(self, source: Any, host: str, port: int, poll_sec: float, keyfile: Optional[str], certfile: Optional[str]) -> None:
-        port = dispy._in_range('port', port, HTTPD_PORT, 0, 65535)
+        if not isinstance(host, str):
+            raise TypeError('host=%.80r is a %s; it must be an address of this host' % (host, type(host).__name__))
+        port = dispy._in_range('port', port, HTTPD_PORT, 0, 65535, True)
         every = float(dispy._in_range('poll_sec', poll_sec, 0.5, SNAPSHOTS_APART, 3600))
+        certfile, keyfile, _ = tls_files(certfile, keyfile)
         tls = _web_tls(certfile, keyfile) if certfile else None
         self._source, self._watch = source, Watch(source, every)
         try:
@@ -1605,11 +1611,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _source_of(args: argparse.Namespace) -> Any:
     secret = find_secret(None, args.secret_file)
-    if not args.scheduler:
+    if args.scheduler is None:
         return NodesSource(NodeSurvey([host_and_port(text, NODE_PORT) for text in args.nodes], secret=secret, certfile=args.node_certfile,
                                       keyfile=args.node_keyfile))
     host, port = host_and_port(args.scheduler, SCHEDULER_PORT)
-    link = SchedulerLink(host, port, Access(secret, args.node_certfile, args.node_keyfile, None, PULSE, dispy.REDIAL_MOST))
+    files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
+    link = SchedulerLink(host, port, Access(secret, *files, PULSE, dispy.REDIAL_MOST))
     return SchedulerSource(link.ask, 'all programs of the dispyscheduler at %s' % dispy.place(host, port), link.close)
 
 
@@ -1621,13 +1628,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
+        tls_files(args.certfile, args.keyfile, None, '--%s')
         server = SourceHTTPServer(_source_of(args), args.host, args.port, args.poll_sec, args.keyfile, args.certfile)
     except (ValueError, TypeError, OSError, DispyError) as exc:
         print('dispy-httpd: %s' % exc, file=sys.stderr)
         return 1
     with server:
-        if args.token_file:
-            _write_private(os.path.abspath(args.token_file), server._server.token.encode())
+        try:
+            if args.token_file is not None:
+                _write_private(os.path.abspath(args.token_file), server._server.token.encode())
+        except OSError as exc:
+            print('dispy-httpd: --token-file %s cannot be written: %s' % (args.token_file, exc.strerror or exc), file=sys.stderr)
+            return 1
         # A signal that comes just before the wait begins does not end it: its handler has not
         # run yet.
         while not stop.wait(SIGNAL_CHECK):

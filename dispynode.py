@@ -22,11 +22,13 @@ feeds back what came of them. Workers keep a pipe each to the node thread; the r
 them, reports births and deaths. The daemon never unpickles what a user sent: it forwards bytes.
 
 The life of a job here:
-  1. `Compute` names a computation and its files; what is missing is asked for (`Need`) and stored (`File`).
+  1. `Compute` names a computation and its files; what is missing is asked for (`Need`) and comes in
+     pieces (`FilePiece`).
   2. A runner is started, loads the code, runs setup; `Ready` tells the client.
   3. `Jobs` brings attempts; each waits until a CPU is free and is then written to a worker's pipe.
   4. The worker marks the attempt as running (a shared slot), runs it, and writes the result before it looks
-     at the next one. Output is caught at descriptor level in a file of the worker's.
+     at the next one. Output is caught at descriptor level in a file of the worker's. After about 20 ms the
+     client is told that it has begun (`Started`), and its worker gives back what stands behind it.
   5. Results of one turn leave in one `Results`, and are kept until the client's `Ack`.
   6. A worker that dies is reported by the runner with the attempt it was running; that one has failed, those
      behind it go back to the queue, and a new worker is forked.
@@ -104,7 +106,6 @@ GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 SETUP_TIME = 600.0            # s that loading code and setup() may take
 ORPHAN_TIME = 3.0             # s that a computation without jobs waits for a client whose link broke
-LONGEST_WAIT = 86400.0        # s that a loop sleeps at most: systems take no timers of months
 PAST_TIME = 30 * 86400.0      # s for which it is remembered that something was given up
 ZOMBIE_TIME = 86400.0         # s that results wait on the disk for their client
 FLAP_TIME = 10.0              # s that a link must have lived for not being one of several that end at once
@@ -113,7 +114,11 @@ RELEASED_TIME = 10.0          # s for which a client from which the node was tak
 QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 AHEAD_TIME = 0.005            # s of work that a worker may hold beyond what it runs
 AHEAD_MOST = 64               # jobs, the same
+# S after which the client is told that a job runs, and its worker holds nothing behind it
+BEGUN_TIME = 0.025
 OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
+OUTPUT_MOST = 2 * OUTPUT_KEPT + 1024   # bytes of one stream of a job, with the mark where its middle was
+LATEST = 1e11                 # s since the epoch, the latest time that a job can have ended
 OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
 WORKER_AGAIN = 1.0            # s until it is tried again to start a worker
 WORKER_TOLD = 60.0            # s of success after which it is said again that none can be started
@@ -125,10 +130,18 @@ WEIGHED = 0.05                # s between looks at the memory of jobs that may n
 OUT_OF_BAND = 32 * 1024       # bytes from which a payload travels beside its envelope instead of inside
 FILE_PIECE = 1 << 20          # bytes of a file in one message
 FRAME_FILL = 1 << 20          # bytes after which a batch is a frame: the other side can begin with it
+VALUE_MOST = 960 << 20        # bytes of one value: arguments or result of a job, a computation; a frame holds a GiB
+TEXT_MOST = 64 * 1024         # characters of a text for people, such as a traceback; longer ones lose their middle
+NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
 HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
+SHORTEST, LONGEST = 1e-3, 10 * 365.25 * 86400   # s that an interval of an option may have
+LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
 DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
 DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
+SERIALS_MOST = 50000          # of jobs in one message
+ROWS_MOST = 20000             # of jobs or results in one message
+NAME_MOST = 1000              # characters of a name from outside that are kept
 MODULES_KEPT = 256 << 20      # bytes of modules' files that a node keeps for other computations
 RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are not read
 
@@ -161,6 +174,10 @@ class SecretError(DispyError, ValueError):
 
 class StartError(DispyError):
     """The daemon cannot start; the text says what is wrong and which option changes it."""
+
+
+class LoopFailed(DispyError):
+    """The loop has failed many times within a second, and nothing that it serves was to blame."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -263,14 +280,6 @@ class Compute(NamedTuple):
     spec: dict
 
 
-class File(NamedTuple):
-    """Client: a piece of a file the node asked for, in order of offset."""
-    comp: str
-    name: str
-    offset: int
-    data: Any
-
-
 class Jobs(NamedTuple):
     """Client: attempts to run, rows of (serial, payload, options or None). Answered by Results."""
     comp: str
@@ -284,9 +293,11 @@ class Cancel(NamedTuple):
 
 
 class Recall(NamedTuple):
-    """Client: give back up to `most` attempts that have not started. Answered by Returned."""
+    """Client: give back those of these attempts that have not begun. Each is answered by Returned,
+    Started or Results. A scheduler cancels those of these jobs that have not begun; each is
+    answered by Started or Results."""
     comp: str
-    most: int
+    serials: list
 
 
 class Ack(NamedTuple):
@@ -311,30 +322,16 @@ class Shutdown(NamedTuple):
     comp: str
 
 
-class FileKept(NamedTuple):
-    """Client, answers FileBack: the file is there, or why it is not."""
-    comp: str
-    serial: int
-    error: str
-
-
-class Place(NamedTuple):
-    """Client: a piece of a file for a computation that is set up; `row` is its name, size, digest and mode. The last is answered by Placed."""
-    comp: str
-    row: tuple
-    offset: int
-    data: Any
-
-
 class Query(NamedTuple):
     """Client: what of this computation is there? Answered by Report."""
     comp: str
 
 
 class Reclaim(NamedTuple):
-    """Client, perhaps another process than the one that began it: what is there of this computation is mine now. Answered
-    by Held and Results."""
+    """Client, perhaps another process than the one that began it: what is there of this computation is mine now. `key` shows
+    that it is: only the program and its recovery file have it, `spec['key']` is its digest. Answered by Held and Results."""
     comp: str
+    key: bytes = b''
 
 
 class Welcome(NamedTuple):
@@ -352,9 +349,10 @@ class Refused(NamedTuple):
 
 
 class Need(NamedTuple):
-    """Node, answers Compute: send these files."""
+    """Node: send these files, each given by the fields `purpose`, `key` and `row` of FilePiece.
+    Answers Compute, and comes when a job needs modules."""
     comp: str
-    names: list
+    files: list
 
 
 class Ready(NamedTuple):
@@ -376,13 +374,12 @@ class Returned(NamedTuple):
     serials: list
 
 
-class FileBack(NamedTuple):
-    """Node: a piece of a file that a running job sends; `row` is its name, size, digest and mode. The last is answered by FileKept."""
+class Started(NamedTuple):
+    """Node or scheduler: these attempts have begun; rows of (serial, s that it has run). Comes for
+    those that have run for about 20 ms and for those that were recalled too late; of others the
+    result tells."""
     comp: str
-    serial: int
-    row: tuple
-    offset: int
-    data: Any
+    rows: list
 
 
 class Output(NamedTuple):
@@ -399,13 +396,6 @@ class Offer(NamedTuple):
     """Node: the CPUs it offers from now on; 0 when it takes no new jobs. Also sent to those who were refused because
     another client held the node, when it is free."""
     cpus: int
-
-
-class Placed(NamedTuple):
-    """Node, answers Place: the file is there, or why it is not."""
-    comp: str
-    name: str
-    error: str
 
 
 class Held(NamedTuple):
@@ -425,7 +415,7 @@ class Report(NamedTuple):
 
 
 class Where(NamedTuple):
-    """Scheduler: these jobs are on a node now (address, port, name), or wait again (empty)."""
+    """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again (empty)."""
     comp: str
     node: tuple
     serials: list
@@ -460,6 +450,38 @@ class Return(NamedTuple):
     value: Any
 
 
+class Purpose(enum.IntEnum):
+    """What a file that travels is for. With a computation and a key it names a transfer."""
+    DEPENDS = 1    # a file of the computation, asked for by Need
+    MODULES = 2    # a file of the user's modules, asked for by Need
+    PLACED = 3     # a file that the client sends to a computation that is set up; the key is 0
+    FROM_JOB = 4   # a file that a running job sends to the client; the key is its serial
+
+
+ASKED_FOR = frozenset((Purpose.DEPENDS, Purpose.MODULES))   # the key is the one in Need
+
+
+class FilePiece(NamedTuple):
+    """Either side: a piece of a file, in order of offset; an empty file is one empty piece. `row`
+    is the file's name, size, digest and mode. FileStored answers the last piece, or the first that
+    cannot be stored, unless Need has asked for the file: then Ready or Refused follows."""
+    comp: str
+    purpose: int
+    key: int
+    row: tuple
+    offset: int
+    data: Any
+
+
+class FileStored(NamedTuple):
+    """Answers FilePiece: the file is there, or why it is not."""
+    comp: str
+    purpose: int
+    key: int
+    name: str
+    error: str
+
+
 class Pulse(NamedTuple):
     """Either side: alive."""
 
@@ -470,19 +492,49 @@ class Bye(NamedTuple):
     text: str
 
 
+class Wrong(NamedTuple):
+    """Either side, last on a link: the frame of this number, counted from 0, cannot be used. The same is not to be sent again at
+    once. Nothing is said by it of what came before."""
+    text: str
+    frame: int
+
+
 SMALL, MIDDLE, LARGE = 64 * 1024, 16 << 20, MAX_FRAME
+LIST = NAMES_MOST + (4 << 20)
+BUFFERS_MOST = 1 << 16        # of large parts beside an envelope
 # op on the wire -> (message, bytes of payload at most)
 MESSAGES: Dict[int, Tuple[type, int]] = {
-    1: (Introduce, SMALL), 2: (Compute, LARGE), 3: (File, 2 * FILE_PIECE), 4: (Jobs, LARGE), 5: (Cancel, MIDDLE),
-    6: (Recall, SMALL), 7: (Ack, MIDDLE), 8: (Done, SMALL), 9: (FileKept, SMALL), 10: (Place, 2 * FILE_PIECE), 11: (Query, SMALL),
+    1: (Introduce, SMALL), 2: (Compute, LARGE), 4: (Jobs, LARGE), 5: (Cancel, MIDDLE),
+    6: (Recall, MIDDLE), 7: (Ack, MIDDLE), 8: (Done, SMALL), 11: (Query, SMALL),
     12: (Shutdown, SMALL), 13: (Reclaim, SMALL), 14: (Limit, SMALL),
-    33: (Welcome, MIDDLE), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, LARGE), 37: (Results, LARGE),
-    38: (Returned, LARGE), 39: (Offer, SMALL), 40: (FileBack, 2 * FILE_PIECE),
-    41: (Output, 2 * FILE_PIECE), 42: (Placed, SMALL), 43: (Report, MIDDLE), 44: (Held, LARGE),
+    33: (Welcome, MIDDLE), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, LIST), 37: (Results, LARGE),
+    38: (Returned, MIDDLE), 39: (Offer, SMALL),
+    41: (Output, 2 * FILE_PIECE), 43: (Report, MIDDLE), 44: (Held, LIST),
+    45: (Started, MIDDLE),
     48: (Where, MIDDLE), 49: (News, MIDDLE), 50: (Said, MIDDLE),
-    65: (Pulse, SMALL), 66: (Bye, SMALL), 67: (Call, MIDDLE), 68: (Return, MIDDLE),
+    65: (Pulse, SMALL), 66: (Bye, SMALL), 67: (Call, MIDDLE), 68: (Return, MIDDLE), 69: (Wrong, SMALL),
+    70: (FilePiece, 2 * FILE_PIECE), 71: (FileStored, SMALL),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
+# What a process takes from the other side of a link.
+OF_CLIENTS = frozenset(op for op in MESSAGES if op < 32 or op >= 64)
+OF_NODES = frozenset(op for op in MESSAGES if op >= 32)
+SPEAK_OF_COMPS = frozenset(message for message in OPS if message._fields[:1] == ('comp',))  # type: ignore[attr-defined]
+# Some fields of these hold values whose shape nothing else checks.
+LOOSE = frozenset((Compute, Welcome, Call, Return, Report, Where, News))
+KEY_SIZE = 32    # bytes of the digest of a computation's key
+
+
+def digest_of(key: bytes) -> bytes:
+    """What others than its program know of a computation's key."""
+    return hashlib.sha256(b'dispy 5 key' + key).digest() if key else bytes(KEY_SIZE)
+
+
+def may_reclaim(digest: bytes, key: bytes) -> bool:
+    """Whether this key is that of a computation; one that was begun without a key is anybody's."""
+    return not digest.strip(b'\0') or hmac.compare_digest(digest, digest_of(key))
+
+
 FIELD_TYPES = {message: tuple((float, int) if kind is float else object if kind is Any else kind
                               for kind in message.__annotations__.values()) for message in OPS}
 
@@ -500,6 +552,20 @@ def size_of(payload: Payload) -> int:
     if type(payload) is tuple:
         return sum(len(piece) for piece in payload)
     return len(payload)  # type: ignore[arg-type]
+
+
+def shorten(text: str, most: int = TEXT_MOST) -> str:
+    """A text with its middle left out, if it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return '%s\n[dispy: %d characters left out here]\n%s' % (text[:half], len(text) - 2 * half, text[-half:])
+
+
+def over_limit(what: str, size: int) -> str:
+    """What is said of a value of a job that is too large."""
+    return '%s has %d bytes, and the limit for one value is %d: return less of it, or write it to a file and send ' \
+        'that with dispy_send_file' % (what, size, VALUE_MOST)
 
 
 def beside(payload: Payload) -> Any:
@@ -523,11 +589,159 @@ def frames(kind: Callable[[str, list], Any], comp: str, rows: Iterable[Tuple[tup
     for row, size in rows:
         some.append(row)
         filled += size
-        if filled >= FRAME_FILL:
+        if filled >= FRAME_FILL or len(some) >= ROWS_MOST:
             yield kind(comp, some)
             some, filled = [], 0
     if some:
         yield kind(comp, some)
+
+
+def needs(comp: str, files: Iterable[tuple]) -> Iterator[Need]:
+    """Messages that ask for these files, each (purpose, key, row) as in FilePiece."""
+    return frames(Need, comp, ((file, 4 * len(file[2][0]) + 128) for file in files))  # type: ignore[arg-type, misc]
+
+
+def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]) -> Iterator[Any]:
+    """Messages `kind(comp, serials)` of bounded length."""
+    for start in range(0, len(serials), SERIALS_MOST):
+        yield kind(comp, list(serials[start:start + SERIALS_MOST]))
+
+
+def plain_text(value: str) -> str:
+    """A str of its own, of an instance of a subclass too."""
+    return value if type(value) is str else ''.join((value, ''))
+
+
+class Bounds(NamedTuple):
+    """What an envelope may cost whoever opens it."""
+    size: int        # bytes
+    operations: int  # of the pickle; each makes one object of less than 100 bytes at most
+    dicts: int
+
+
+ITEMS_MOST = 256     # of one dict: the time that colliding keys take grows with the square of it
+
+
+class PlainReader:
+    """Reads the operations of a pickle without carrying them out, before it is opened. What a pickle costs is then bounded by
+    its bytes: nothing but plain values, no position in the memo but the next one (others would be given memory up to there), no
+    dict that may be filled again and again, no number of more than 255 bytes. It follows the height of the unpickler's stack.
+
+    A message of thousands of rows is read here: one loop, and a table for what most operations do.
+    """
+    # operation -> (bytes that it takes, what it adds to the height of the stack); those of variable length and those that look
+    # at the stack stand below.
+    FIXED = {pickle.PROTO: (2, 0), pickle.FRAME: (9, 0), pickle.NONE: (1, 1), pickle.NEWTRUE: (1, 1), pickle.NEWFALSE: (1, 1),
+             pickle.BININT: (5, 1), pickle.BININT1: (2, 1), pickle.BININT2: (3, 1), pickle.BINFLOAT: (9, 1),
+             pickle.EMPTY_TUPLE: (1, 1), pickle.EMPTY_LIST: (1, 1), pickle.TUPLE1: (1, 0), pickle.TUPLE2: (1, -1),
+             pickle.TUPLE3: (1, -2), pickle.APPEND: (1, -1), pickle.MEMOIZE: (1, 0), pickle.NEXT_BUFFER: (1, 1),
+             pickle.READONLY_BUFFER: (1, 0)}
+    # operation -> bytes of the length that follows it; then come so many bytes, which are one object
+    COUNTED = {pickle.LONG1: 1, pickle.SHORT_BINUNICODE: 1, pickle.BINUNICODE: 4, pickle.BINUNICODE8: 8, pickle.SHORT_BINBYTES: 1,
+               pickle.BINBYTES: 4, pickle.BINBYTES8: 8, pickle.BYTEARRAY8: 8}
+    STEPS = [0] * 256
+    GROWTH = [0] * 256
+    LENGTHS = [0] * 256
+    for _name, (_step, _growth) in FIXED.items():
+        STEPS[_name[0]], GROWTH[_name[0]] = _step, _growth
+    for _name, _length in COUNTED.items():
+        LENGTHS[_name[0]] = _length
+
+    def __init__(self, data: Buffer, bounds: Bounds) -> None:
+        if len(data) > bounds.size:
+            raise PeerError('an envelope of %d bytes is over the limit of %d' % (len(data), bounds.size))
+        self._data, self._bounds = data, bounds
+        self._height = 0
+        self._marks: List[int] = []
+        self._items: Dict[int, int] = {}   # height of a dict on the stack -> items that it has got
+        self._dicts = 0
+
+    # Operations without dicts in a row, which take a tenth of the time so.
+    _RUN = re.compile(rb'(?:[N\x88\x89)\]\x85\x86\x87ae(t\x94\x97\x98]|[Kh].|M..|[Jj].{4}|G.{8}'
+                      rb'|\x8a(?:\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8}))*', re.DOTALL)
+
+    def check(self) -> None:
+        """Raises PeerError, or IndexError for a pickle that ends in the middle."""
+        if len(self._data) > self._bounds.operations or not self._is_without_dicts():
+            self._follow()
+
+    def _is_without_dicts(self) -> bool:
+        """Whether it can be read to its end without looking at the stack, since no operation makes a dict."""
+        data, lengths, run, at = self._data, self.LENGTHS, self._RUN.match, 0
+        while True:
+            at = run(data, at).end()  # type: ignore[union-attr]
+            operation = data[at]
+            length = lengths[operation]
+            if length == 1:
+                at += 2 + data[at + 1]
+            elif length:
+                at += 1 + length + int.from_bytes(data[at + 1:at + 1 + length], 'little')
+            elif operation == 0x80 or operation == 0x95:   # PROTO, FRAME
+                at += 2 if operation == 0x80 else 9
+            else:
+                return operation == 0x2e and at + 1 == len(data)   # STOP
+
+    def _follow(self) -> None:
+        data, steps, growth, lengths = self._data, self.STEPS, self.GROWTH, self.LENGTHS
+        at = height = 0
+        for _ in range(self._bounds.operations):
+            operation = data[at]
+            step = steps[operation]
+            if step:
+                at += step
+                height += growth[operation]
+                continue
+            length = lengths[operation]
+            if length:
+                at += 1 + length + (data[at + 1] if length == 1 else int.from_bytes(data[at + 1:at + 1 + length], 'little'))
+                height += 1
+            elif operation == 0x2e:   # STOP
+                if at + 1 != len(data):
+                    raise PeerError('an envelope goes on behind its end')
+                return
+            else:
+                self._height = height
+                at += self._special(operation)
+                height = self._height
+        raise PeerError('an envelope has more than %d operations' % self._bounds.operations)
+
+    def _special(self, operation: int) -> int:
+        """An operation that looks at the stack; the bytes that it takes."""
+        name = b'%c' % operation
+        if name == pickle.MARK:
+            self._marks.append(self._height)
+        elif name == pickle.TUPLE:
+            self._height = self._marks.pop() + 1
+        elif name == pickle.APPENDS:
+            self._height = self._marks.pop()
+        elif name == pickle.SETITEMS:
+            mark = self._marks.pop()
+            self._fill(mark, (self._height - mark) // 2)
+            self._height = mark
+        elif name == pickle.SETITEM:
+            self._height -= 2
+            self._fill(self._height, 1)
+        elif name == pickle.EMPTY_DICT:
+            self._height += 1
+            self._items[self._height] = 0
+            self._dicts += 1
+            if self._dicts > self._bounds.dicts:
+                raise PeerError('an envelope has more than %d dicts' % self._bounds.dicts)
+        elif name in (pickle.BINGET, pickle.LONG_BINGET):
+            self._height += 1
+            self._items.pop(self._height, None)   # perhaps a dict that is full
+            return 2 if name == pickle.BINGET else 5
+        elif name in (pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.INST):
+            raise PeerError('an envelope names a class or function; envelopes hold plain values only')
+        else:
+            raise PeerError('an envelope has operation %d; envelopes hold plain values only' % operation)
+        return 1
+
+    def _fill(self, height: int, count: int) -> None:
+        items = self._items.get(height)
+        if items is None or items + count > ITEMS_MOST:
+            raise PeerError('an envelope has a dict of more than %d items' % ITEMS_MOST)
+        self._items[height] = items + count
 
 
 class _Plain(pickle.Unpickler):
@@ -537,14 +751,34 @@ class _Plain(pickle.Unpickler):
         raise PeerError('an envelope names %s.%s; envelopes hold plain values only' % (module[:60], name[:60]))
 
 
-def open_envelope(data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
-    """Unpickle plain builtins. Raises PeerError for anything else."""
+def open_envelope(data: Buffer, buffers: Sequence[Buffer] = (), bounds: Optional[Bounds] = None) -> Any:
+    """Unpickle plain builtins. Raises PeerError for anything else, and for what would cost more than `bounds`."""
     try:
+        PlainReader(data, bounds or BOUNDS).check()
         return _Plain(io.BytesIO(data), buffers=buffers).load()
     except PeerError:
         raise
     except Exception as exc:  # the unpickler raises nearly anything on damaged input
         raise PeerError('an envelope does not open: %s' % (exc,)) from exc
+
+
+def open_plain(data: Buffer) -> Any:
+    """The same without bounds, where a process of the user's own opens what the user sent. Raises PeerError."""
+    try:
+        return _Plain(io.BytesIO(data)).load()
+    except Exception as exc:  # as above
+        raise PeerError('what should be plain values does not open: %s' % (exc,)) from exc
+
+
+def is_shallow(value: Any, most: int = 20) -> bool:
+    """Whether plain containers stand in one another no deeper than `most`: what is deeper cannot be sent on, or shown."""
+    level = [value]
+    for _ in range(most):
+        level = [part for each in level if type(each) in (tuple, list, dict)
+                 for part in (each.values() if type(each) is dict else each)]
+        if not level:
+            return True
+    return not any(type(each) in (tuple, list, dict) for each in level)
 
 
 _INDEX = struct.Struct('>II')
@@ -567,10 +801,11 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
     if op not in MESSAGES:
         raise PeerError('message %d is unknown here' % op)
     message = MESSAGES[op][0]
+    bounds = BOUNDS_OF.get(message, BOUNDS)
     if encoding == 0:
-        fields = open_envelope(payload)
+        fields = open_envelope(payload, (), bounds)
     elif encoding == 1:
-        fields = open_envelope(*_split(memoryview(payload)))
+        fields = open_envelope(*_split(memoryview(payload)), bounds)
     else:
         raise PeerError('encoding %d is unknown here' % encoding)
     kinds = FIELD_TYPES[message]
@@ -578,12 +813,19 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
         raise PeerError('%s with wrong fields' % message.__name__)
     check = CHECKS.get(message)
     try:
-        right = check is None or check(fields)
+        right = is_comp(fields[0]) if message in SPEAK_OF_COMPS else True
+        right = right and (check is None or check(fields))
+        right = right and (message not in LOOSE or is_shallow(fields))
     except Exception:  # of numbers no float can hold, for one
         right = False
     if not right:
         raise PeerError('%s with wrong values' % message.__name__)
     return message._make(fields)  # type: ignore[attr-defined]
+
+
+def is_comp(name: str) -> bool:
+    """Whether a computation may be called so; the empty name stands for none."""
+    return len(name) <= 64 and (name.isalnum() or not name) and name.isascii()
 
 
 def _is_buffer(value: Any) -> bool:
@@ -620,12 +862,39 @@ def _is_job(row: Any) -> bool:
 
 def _is_result(row: Any) -> bool:
     return type(row) is tuple and len(row) == 7 and _is_serial(row[0]) and type(row[1]) is int and row[1] in OUTCOMES \
-        and _is_number(row[2]) and _is_number(row[3]) and _is_buffer(row[4]) and _is_buffer(row[5]) and _is_buffer(row[6])
+        and _is_number(row[2]) and _is_number(row[3]) and _is_buffer(row[4]) and _is_buffer(row[5]) and _is_buffer(row[6]) \
+        and is_outcome(*row[1:])
+
+
+def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer, stderr: Buffer) -> bool:
+    """Whether times, sizes and the payload of a result can be true."""
+    if not 0.0 <= start <= end <= LATEST or len(payload) > VALUE_MOST:
+        return False
+    if len(stdout) > OUTPUT_MOST or len(stderr) > OUTPUT_MOST:
+        return False
+    if outcome == Outcome.RAISED:   # the length of its text, the text, the exception
+        return len(payload) >= 4 and int.from_bytes(payload[:4], 'big') <= len(payload) - 4
+    return len(payload) > 0 or outcome not in VALUES
+
+
+def log_record_of(data: Buffer) -> Tuple[int, str, str]:
+    """Level, logger and text of a record of a job's logging. Raises PeerError."""
+    record = open_envelope(data)
+    if type(record) is not tuple or [type(field) for field in record] != [int, str, str] or abs(record[0]) >= 1 << 31:
+        raise PeerError('a log record that is none')
+    return record
 
 
 def _is_file(row: Any) -> bool:
     """A row of a computation's files: name, size, digest, mode."""
     return type(row) is tuple and [type(field) for field in row] == [str, int, bytes, int] and row[1] >= 0
+
+
+def _is_file_wanted(fields: Any) -> bool:
+    """Purpose, key and row of a file."""
+    if type(fields) is not tuple or len(fields) != 3 or type(fields[0]) is not int:
+        return False
+    return fields[0] in PURPOSES and _is_serial(fields[1]) and _is_file(fields[2])
 
 
 def _is_kept(kept: Any) -> bool:
@@ -643,6 +912,8 @@ def _is_running(pair: Any) -> bool:
 
 
 OUTCOMES = frozenset(map(int, Outcome))
+VALUES = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
+PURPOSES = frozenset(map(int, Purpose))
 GOES_ON = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))   # those that are not the end of an attempt
 # kind is what code holds: 'function': a pickle by value, for one minor version of Python; 'source': arguments of load_source
 # in an envelope, for any; 'program': nothing.
@@ -653,7 +924,9 @@ SPEC_FIELDS: Dict[str, Any] = {'name': str, 'kind': str, 'code': (bytes, memoryv
 
 
 def _is_spec(spec: dict) -> bool:
-    return all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
+    key = spec.get('key', bytes(KEY_SIZE))
+    return type(key) is bytes and len(key) == KEY_SIZE \
+        and all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
         and all(type(word) is str for word in (*spec['sys_path'], *spec['argv'])) \
         and spec['kind'] in ('function', 'source', 'program') \
         and spec['max_jobs'] >= 0 and all(type(name) is str and _is_buffer(source) for name, source in spec['support'].items())
@@ -669,23 +942,30 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Welcome: lambda fields: (fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(fields[2].get('python', ())) is tuple
                              and type(fields[2].get('available', {})) is dict),
     Compute: lambda fields: _is_spec(fields[1]),
-    File: lambda fields: _is_buffer(fields[3]),
-    FileBack: lambda fields: _is_serial(fields[1]) and _is_file(fields[2]) and _is_buffer(fields[4]),
-    FileKept: lambda fields: _is_serial(fields[1]),
+    FilePiece: lambda fields: _is_file_wanted(fields[1:4]) and _is_buffer(fields[5]),
+    FileStored: lambda fields: fields[1] in PURPOSES and _is_serial(fields[2]),
     Limit: lambda fields: fields[1] >= 1,
-    Place: lambda fields: _is_file(fields[1]) and _is_buffer(fields[3]),
+    Wrong: lambda fields: _is_serial(fields[1]),
     Where: lambda fields: len(fields[1]) in (0, 3) and all(map(_is_serial, fields[2])),
     News: lambda fields: len(fields[2]) == 10,
     Return: lambda fields: len(fields[2]) in (0, 2),
+    Started: lambda fields: all(map(_is_running, fields[1])),
     Report: lambda fields: all(map(_is_running, fields[1])) and all(map(_is_serial, fields[2])),
-    Output: lambda fields: _is_serial(fields[1]) and _is_buffer(fields[4]),
+    Output: lambda fields: _is_serial(fields[1]) and fields[2] in (0, 1, 2) and _is_serial(fields[3]) and _is_buffer(fields[4]),
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
-    Need: lambda fields: all(type(name) is str for name in fields[1]),
-    Cancel: _all_serials, Ack: _all_serials, Returned: _all_serials,
+    Need: lambda fields: all(map(_is_file_wanted, fields[1])),
+    Cancel: _all_serials, Recall: _all_serials, Ack: _all_serials, Returned: _all_serials,
     Ready: lambda fields: _all_serials(fields) and _is_past(fields[2]),
     Held: lambda fields: _all_serials(fields) and _is_past(fields[2]),
 }
+
+
+BOUNDS = Bounds(MIDDLE, 500_000, 50_000)
+BOUNDS_OF: Dict[type, Bounds] = {
+    Compute: Bounds(LIST, 2_000_000, 1000),                                # a row a file
+    Ready: Bounds(LIST, 8_000_000, 10), Held: Bounds(LIST, 8_000_000, 10),   # a number a job; sent by nodes and schedulers only
+    Jobs: Bounds(4 << 20, 500_000, 50_000), Results: Bounds(4 << 20, 500_000, 10)}
 
 
 def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
@@ -693,7 +973,7 @@ def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
         raise PeerError('a payload is shorter than its index')
     count, body = _INDEX.unpack_from(payload)
     at = _INDEX.size + 8 * count
-    if count > 1 << 20 or at + body > len(payload):
+    if count > BUFFERS_MOST or at + body > len(payload):
         raise PeerError('a payload is shorter than its index says')
     lengths = struct.unpack_from('>%dQ' % count, payload, _INDEX.size)
     if at + body + sum(lengths) != len(payload):
@@ -872,6 +1152,8 @@ class Space:
         """Set what has another version than what was set before."""
         for name, (version, value) in variables.items():
             if not self.native and self.applied.get(name) != version:
+                if name not in self.variables:
+                    spaces.added.append((self.variables, name))
                 self.applied[name] = version
                 self.variables[name] = value
 
@@ -884,10 +1166,29 @@ class Spaces:
         self._by_token: Dict[tuple, Space] = {}
         self._by_id: Dict[int, Space] = {}
         self._main: Optional[types.ModuleType] = None   # a runner's: becomes the main module of its program
+        self._adopted: Optional[Dict[str, Any]] = None  # its variables
+        self.added: List[Tuple[Dict[str, Any], str]] = []   # variables that are new since the beginning of the present job
 
     def adopt_main(self, module: types.ModuleType) -> None:
         """The main module of the first program that is met here shall be this module."""
-        self._main = module
+        self._main, self._adopted = module, vars(module)
+
+    def name_class(self, cls: type) -> None:
+        """A class of the program's main module is found by its name there, so that jobs can pickle it by name."""
+        if self._adopted is not None and cls.__module__ in MAIN_NAMES and cls.__qualname__ == cls.__name__:
+            if cls.__name__ not in self._adopted:
+                self._adopted[cls.__name__] = cls
+                self.added.append((self._adopted, cls.__name__))
+
+    def forget_added(self, names: Iterable[str]) -> None:
+        """Those of these variables that came for the present job alone."""
+        for variables, name in self.added:
+            if name in names:
+                variables.pop(name, None)
+                space = self.known(variables)
+                if space is not None:
+                    space.applied.pop(name, None)
+                    space.functions.pop(name, None)
 
     def of_variables(self, variables: Dict[str, Any]) -> Optional[Space]:
         """The space of a function's global variables. None for those of no __main__."""
@@ -959,7 +1260,8 @@ _SPACE_BASICS = ('__name__', '__package__', '__file__', '__path__', '__doc__')
 _CachedType = type(functools.lru_cache(maxsize=1)(lambda: None))
 # What is the same value for as long as it is the same object.
 _IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, property, classmethod,
-              staticmethod, _CachedType, contextvars.ContextVar)
+              staticmethod, _CachedType, contextvars.ContextVar, type(threading.Lock()), type(threading.RLock()))
+_LOCKS = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threading.RLock}
 
 
 def empty_cell() -> Any:
@@ -1073,6 +1375,7 @@ def class_of(tracker: str, version: tuple, module: str, name: str, make: Optiona
         return _by_name_here(version, module, name, 'class')
     made = _classes.setdefault(tracker, make(*args))
     _received.setdefault(made, (tracker, {}))
+    spaces.name_class(made)
     return made
 
 
@@ -1100,7 +1403,7 @@ class Referent(weakref.ref):
 def make_reference(obj: Any) -> Any:
     """A weak reference in a job."""
     reference = Referent(obj)
-    reference.kept = obj
+    reference.kept = obj  # type: ignore[attr-defined]   # its slot
     return reference
 
 
@@ -1113,7 +1416,7 @@ def make_weak(kind: type, contents: Any) -> Any:
 
 def make_local(kind: type, attributes: Dict[str, Any]) -> Any:
     """threading.local with what it has in the thread that pickled it."""
-    made = kind.__new__(kind)
+    made = kind.__new__(kind)  # type: ignore[call-overload]
     vars(made).update(attributes)
     return made
 
@@ -1147,7 +1450,7 @@ def make_view(data: Any, form: str, shape: tuple) -> memoryview:
 
 def make_object(kind: type, attributes: Dict[str, Any]) -> Any:
     """An object whose class reduces it to a name that only its program has."""
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     vars(made).update(attributes)
     return made
 
@@ -1271,8 +1574,6 @@ def _is_dispatcher(function: types.FunctionType) -> bool:
 
 
 _REDUCERS: Dict[type, Callable[[Any], tuple]] = {
-    type(threading.Lock()): lambda lock: (threading.Lock, ()),
-    type(threading.RLock()): lambda lock: (threading.RLock, ()),
     weakref.ref: lambda reference: (make_reference, (reference(),)) if reference() is not None else (_dead_reference, ()),
     weakref.WeakSet: lambda weak: (make_weak, (weakref.WeakSet, list(weak))),
     weakref.WeakValueDictionary: lambda weak: (make_weak, (weakref.WeakValueDictionary, dict(weak))),
@@ -1310,6 +1611,7 @@ class ValueReducer:
         self.plain = self.portable = True
         self._spaces: Dict[int, _SpaceRef] = {}
         self._cells: Dict[int, _CellRef] = {}
+        self._locks_of_code: Dict[int, Any] = {}   # by id
         self._registered = cloudpickle_part('list_registry_pickle_by_value')()
 
     def importable(self, module: str) -> bool:
@@ -1345,6 +1647,8 @@ class ValueReducer:
             return self._reduce_cached
         if kind is object:
             return self._reduce_sentinel
+        if kind in _LOCKS:
+            return self._reduce_lock
         if kind is contextvars.ContextVar:
             return self._reduce_context_variable
         if kind in _TYPED:
@@ -1396,6 +1700,8 @@ class ValueReducer:
         self.portable = False
         make, args, (attributes, _), _, _, set_state = cloudpickle_part('_dynamic_class_reduce')(cls)
         attributes.pop('__slotnames__', None)   # what copyreg has found out
+        if not self.exact:
+            self._allow_locks(attributes.values())
         args = _class_arguments(cls, args, attributes)
         tracker = args[-2]
         if issubclass(cls, enum.Enum) and _has_own_members(cls):
@@ -1441,6 +1747,8 @@ class ValueReducer:
         else:
             rows = {name: (space.versions.of(name, value) if space is not None else b'', value)
                     for name, value in variables.items()}
+        if not self.exact:
+            self._allow_locks([*attributes.values(), *slots.values(), *(value for _, value in contents), *variables.values()])
         name, version = function.__qualname__, b''
         if space is not None and not space.native:
             # Its program finds it by its name; any other gets what is written here.
@@ -1470,6 +1778,23 @@ class ValueReducer:
             return made
         version = space.versions.of(name, obj) if space.native else space.applied.get(name, b'')
         return variable_of, (self._space(variables, '__main__'), name, version, *made[:2])
+
+    def _reduce_lock(self, lock: Any) -> Any:
+        """A lock that belongs to code is a free lock in each process. One in a value is refused, as pickle does: in another
+        process it would guard nothing."""
+        if self.exact or id(lock) in self._locks_of_code:
+            return _LOCKS[type(lock)], ()
+        raise TypeError("cannot pickle '_thread.%s' object" % type(lock).__name__)
+
+    def _allow_locks(self, values: Iterable[Any]) -> None:
+        """Find the locks that belong to a class or function: its own, and those in objects that it refers to."""
+        waiting = [(value, 0) for value in values]
+        while waiting and len(waiting) < 4096:
+            value, depth = waiting.pop()
+            if type(value) in _LOCKS:
+                self._locks_of_code[id(value)] = value
+            elif depth < 4 and not isinstance(value, _IDENTICAL) and type(value) not in ATOMS:
+                waiting += [(part, depth + 1) for part in _held_by(value)]
 
     def _reduce_sentinel(self, obj: Any) -> Any:
         """A bare object(), which programs compare by identity."""
@@ -1526,6 +1851,16 @@ class ValueReducer:
         return self._of_main(obj, (make_object, (type(obj), dict(vars(obj)))))
 
 
+def _held_by(value: Any) -> List[Any]:
+    """What a container or an instance holds; nothing of another kind."""
+    if type(value) is dict:
+        return list(value.values())
+    if type(value) in (list, tuple, collections.deque):
+        return list(value)
+    attributes = getattr(value, '__dict__', None)
+    return list(attributes.values()) if type(attributes) is dict else []
+
+
 @functools.lru_cache(maxsize=None)
 def _hidden_types() -> Dict[type, Tuple[str, str]]:
     """Builtin types that builtins does not name, such as that of a dictionary's keys: module and name."""
@@ -1553,7 +1888,8 @@ def is_named(obj: Any, module: str, name: str) -> bool:
 def _ctypes_bases() -> Dict[type, type]:
     """Classes of the classes of ctypes, which have no names there -> an example of each."""
     import ctypes
-    return {type(base): base for base in (ctypes.Structure, ctypes.Union, ctypes.Array, ctypes.c_int, ctypes._Pointer, ctypes._CFuncPtr)}
+    return {type(base): base for base in (ctypes.Structure, ctypes.Union, ctypes.Array, ctypes.c_int, ctypes._Pointer,
+                                           getattr(ctypes, '_CFuncPtr'))}
 
 
 def _has_own_members(cls: Any) -> bool:
@@ -1630,7 +1966,15 @@ def imports_of(code: types.CodeType, package: Any) -> Set[str]:
             continue
         names.add(origin)
         names.update('%s.%s' % (origin, name) for name in wanted if name != '*')
-    return names
+    return names | _submodules_used(code, {name.partition('.')[0] for name in names})
+
+
+def _submodules_used(code: types.CodeType, packages: Set[str]) -> Set[str]:
+    """Loaded submodules that a function can reach as attributes of packages that it imports itself. cloudpickle finds those
+    of packages in global variables."""
+    used = set(code.co_names)
+    return {name for name in list(sys.modules) if isinstance(name, str) and '.' in name
+            and name.partition('.')[0] in packages and set(name.split('.')[1:]) <= used}
 
 
 def _import_statements(code: types.CodeType) -> Iterator[Tuple[int, str, tuple]]:
@@ -1684,6 +2028,11 @@ def secret_path() -> str:
     return os.path.join(base, 'dispy', 'secret')
 
 
+def has_place(path: str) -> bool:
+    """Whether a path in the user's home is one: without HOME and an entry in the password file it begins with '~'."""
+    return not path.startswith('~')
+
+
 def same_secret() -> str:
     """What to do when two sides have different secrets."""
     return 'the two sides have different ones. Copy %s from one host to the other, or give both the same (--secret-file; in programs ' \
@@ -1707,8 +2056,11 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
             raise SecretError('the secret is blank (%s)' % ('secret=' if secret else 'DISPY_SECRET'))
         return data
     path = secret_path()
+    if not has_place(path):
+        raise SecretError('no secret was given, and this user has no home to keep one in (neither HOME nor an entry in the password '
+                          'file): set DISPY_SECRET or XDG_CONFIG_HOME, or give a file')
     if not os.path.exists(path):
-        _make_secret(path)
+        make_secret(path)
     return _read_secret(path)
 
 
@@ -1727,7 +2079,7 @@ def _read_secret(path: str) -> bytes:
     return data
 
 
-def _make_secret(path: str) -> None:
+def make_secret(path: str) -> None:
     """Make the file whole or not at all; of two processes that make it at once one wins, and both use that."""
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
@@ -1777,6 +2129,33 @@ def tls_context(server: bool, certfile: str, keyfile: Optional[str] = None, cafi
     return context
 
 
+def path_option(name: str, value: Any) -> Optional[str]:
+    """A parameter that is the path of a file, or None. Raises TypeError or ValueError naming it."""
+    if value is None:
+        return None
+    try:
+        path = os.fspath(value)
+    except TypeError:
+        path = None
+    if not isinstance(path, str):
+        raise TypeError('%s=%.80r is a %s; it must be the path of a file' % (name, value, type(value).__name__))
+    if not path or '\0' in path:
+        raise ValueError('%s=%.80r is no path of a file' % (name, path))
+    return plain_text(path)
+
+
+def tls_files(certfile: Any, keyfile: Any, cafile: Any = None, words: str = '%s') -> Tuple[Optional[str], Optional[str], Optional[str]]:
+    """The files of TLS as they were given, if they make sense together: who gives a key or a CA wants TLS, and without a
+    certificate nothing would be encrypted. `words` makes of 'certfile' what the user calls it. Raises SecretError, TypeError
+    or ValueError."""
+    paths = {name: path_option(words % name, value) for name, value in (('certfile', certfile), ('keyfile', keyfile), ('cafile', cafile))}
+    for name in ('keyfile', 'cafile'):
+        if paths[name] is not None and paths['certfile'] is None:
+            raise SecretError('%s=%s was given without %s: nothing would be encrypted; give both, or neither'
+                              % (words % name, paths[name], words % 'certfile'))
+    return paths['certfile'], paths['keyfile'], paths['cafile']
+
+
 def _no_password() -> str:
     raise SecretError('the key of the certificate is encrypted; a daemon cannot ask for its password')
 
@@ -1814,11 +2193,12 @@ NO_TLS = bytes(32)
 
 
 class Session(NamedTuple):
-    """What a handshake agreed on."""
+    """What a handshake agreed on; `secret`: which of several the peer has."""
     send_key: bytes
     receive_key: bytes
     peer_instance: bytes
     peer_role: int
+    secret: int = 0
 
 
 def _derive(psk: bytes, transcript: bytes, label: bytes) -> bytes:
@@ -1906,7 +2286,7 @@ def handshake_dial(sock: Any, psk: bytes, role: Role, wanted: Role, instance: by
     return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role)
 
 
-def handshake_accept(sock: Any, psk: Union[bytes, Dict[int, bytes]], role: Role, allowed: Iterable[Role], instance: bytes,
+def handshake_accept(sock: Any, psk: Union[bytes, Dict[int, Tuple[bytes, ...]]], role: Role, allowed: Iterable[Role], instance: bytes,
                      binding: bytes = NO_TLS, deadline: Optional[float] = None,
                      clock: Callable[[], float] = time.monotonic) -> Session:
     """S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read before the proof is checked."""
@@ -1926,12 +2306,13 @@ def handshake_accept(sock: Any, psk: Union[bytes, Dict[int, bytes]], role: Role,
         raise HandshakeError('the peer is a %s that wants a %s' % (_role_name(peer_role), _role_name(wanted)))
     challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, os.urandom(32))
     sock.sendall(challenge)
-    keys = _Keys(psk if isinstance(psk, bytes) else psk[peer_role], hello, challenge, binding)
     proof = _receive_exactly(sock, _PROOF.size, deadline, clock)
-    if not hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
-        raise HandshakeError('wrong secret: ' + same_secret())
-    sock.sendall(_PROOF.pack(MAGIC, keys.server))
-    return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role)
+    for number, one in enumerate((psk,) if isinstance(psk, bytes) else psk[peer_role]):
+        keys = _Keys(one, hello, challenge, binding)
+        if hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
+            sock.sendall(_PROOF.pack(MAGIC, keys.server))
+            return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role, number)
+    raise HandshakeError('wrong secret: ' + same_secret())
 
 
 def _role_name(role: int) -> str:
@@ -2034,6 +2415,11 @@ HEAD_TAG, TAIL_TAG = 16, 32
 class FrameSealer:
     """Messages to frames of one direction: header 16, its tag 16, payload, tag 32; numbered, the number not sent."""
 
+    @property
+    def sealed(self) -> int:
+        """Frames made."""
+        return self._seq
+
     def __init__(self, key: bytes) -> None:
         self._key = key
         self._mac = hmac.new(key, digestmod='sha256')
@@ -2043,6 +2429,9 @@ class FrameSealer:
         """The frame as buffers to be sent one behind the other. Raises ValueError when it would be too large."""
         op, encoding, pieces = encode(message)
         size = sum(map(len, pieces))
+        bounds = BOUNDS_OF.get(type(message), BOUNDS)
+        if len(pieces[0]) > bounds.size + SMALL:   # and the index of what is beside it
+            raise ValueError('%s with an envelope of %d bytes is over the limit of %d' % (type(message).__name__, len(pieces[0]), bounds.size))
         if size > MESSAGES[op][1]:
             raise ValueError('%s of %d bytes is over the limit of %d' % (type(message).__name__, size, MESSAGES[op][1]))
         header = _FRAME.pack(size, op, encoding, 0, 0)
@@ -2061,9 +2450,10 @@ class FrameOpener(Intake):
     """Frames of one direction to messages. The length is believed only after the header's tag was verified, and
     nothing is decoded before the payload's was. Raises PeerError; the link is of no use then."""
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES) -> None:
         super().__init__(_FRAME.size + HEAD_TAG)
-        self._key = key
+        self._key, self._takes = key, takes   # the secret; ops that may come
+        self.opened = 0
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
         self._measured = 0
@@ -2076,6 +2466,8 @@ class FrameOpener(Intake):
             raise PeerError('a frame header is not authentic')
         self._measured += 1
         size, op = _FRAME.unpack(header)[:2]
+        if op in MESSAGES and op not in self._takes:
+            raise PeerError('%s may not come here' % MESSAGES[op][0].__name__)
         limit = MESSAGES[op][1] if op in MESSAGES else SMALL
         if size > limit:
             raise PeerError('a frame of %d bytes is over the limit of %d' % (size, limit))
@@ -2091,7 +2483,9 @@ class FrameOpener(Intake):
             raise PeerError('a frame is not authentic')
         self._seq += 1
         _, op, encoding, _, _ = _FRAME.unpack(header)
-        return decode(op, encoding, body[:-TAIL_TAG])
+        message = decode(op, encoding, body[:-TAIL_TAG])
+        self.opened += 1
+        return message
 
 
 # What passes between the daemon, a runner and its workers on one host: a head and three bodies.
@@ -2128,6 +2522,19 @@ class Kind(enum.IntEnum):
     LOGGED = 51     # serial, body: plain pickle of level, logger and text
     FILE = 50       # serial, number: offset in pieces, bodies: row (a plain pickle), data
     WANT = 52       # serial, body: plain pickle of a bundle's number or a module's name; answered by KEPT
+    HERE = 53       # first of all: the kernel tells by it which process has this pipe
+
+
+# Kind of record -> bytes of its three bodies at most. Who writes them runs a user's code, so that they are checked as what
+# comes from outside is: a record that is not in the table, or is larger, ends its worker or runner.
+FROM_WORKER = {
+    Kind.RESULT: (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST), Kind.UNSTARTED: (8 * SERIALS_MOST, 0, 0),
+    Kind.LOGGED: (8 * TEXT_MOST, 0, 0), Kind.FILE: (SMALL, FILE_PIECE, 0), Kind.WANT: (SMALL, 0, 0),
+    Kind.HERE: (0, 0, 0)}
+FROM_RUNNER = {
+    Kind.UP: (8 * TEXT_MOST, 0, 0), Kind.FAILED: (8 * TEXT_MOST, 0, 0), Kind.BORN: (0, 0, 0), Kind.GONE: (0, OUTPUT_MOST, OUTPUT_MOST),
+    Kind.TOO_BIG: (0, 0, 0), Kind.PRINTED: (OUTPUT_KEPT, 0, 0), Kind.UNBORN: (8 * TEXT_MOST, 0, 0), Kind.ALIVE: (0, 0, 0)}
+OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *GOES_ON))
 
 
 class Record(NamedTuple):
@@ -2153,13 +2560,19 @@ def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0,
 
 
 class RecordIntake(Intake):
-    """Bytes to records."""
+    """Bytes to records. With `limits`, FROM_WORKER or FROM_RUNNER, raises PeerError for others."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Optional[Dict[Kind, Tuple[int, int, int]]] = None) -> None:
         super().__init__(_RECORD.size)
+        self._limits = limits
 
     def measure(self, head: bytes) -> int:
-        return sum(_RECORD.unpack(head)[6:])
+        kind, *_, one, two, three = _RECORD.unpack(head)
+        if self._limits is not None:
+            most = self._limits.get(kind, (-1, -1, -1))  # type: ignore[call-overload]
+            if one > most[0] or two > most[1] or three > most[2]:
+                raise PeerError('record %d with bodies of %d, %d and %d bytes' % (kind, one, two, three))
+        return one + two + three  # type: ignore[no-any-return]
 
     def records(self, count: int) -> List[Record]:
         """Note `count` received bytes; return the records that are whole now."""
@@ -2222,10 +2635,23 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
         os.close(handle)
 
 
+def open_regular(path: str) -> Any:
+    """Open a file for reading. Raises ValueError at once for what is no regular file: opening a FIFO waits for its other
+    end, and a device may never come to its end; OSError."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0))
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError('%s is no regular file' % path)
+        return os.fdopen(handle, 'rb')
+    except BaseException:
+        os.close(handle)
+        raise
+
+
 def file_digest(path: str) -> Tuple[int, bytes]:
-    """Size and SHA-256 of a file."""
+    """Size and SHA-256 of a file. Raises as `open_regular`."""
     digest, size = hashlib.sha256(), 0
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         for piece in iter(lambda: file.read(FILE_PIECE), b''):
             digest.update(piece)
             size += len(piece)
@@ -2346,10 +2772,28 @@ class IncomingFile:
             os.unlink(prefix + self._temporary, dir_fd=handle)   # or it was never made, or is in its place already
 
 
-def check_size(name: str, size: int, most: int) -> None:
-    """Raise ValueError for a file that is larger than this node allows."""
+TOO_LARGE = '%s has %d bytes and the node takes %d at most (its --max-file-size)'
+
+
+def check_size(name: str, size: int, most: int, text: str = TOO_LARGE) -> None:
+    """Raise ValueError for a file that is larger than what is allowed."""
     if size > most:
-        raise ValueError('%s has %d bytes and the node takes %d at most (its --max-file-size)' % (name, size, most))
+        raise ValueError(text % (name, size, most))
+
+
+def read_pieces(source: Any, size: int) -> Iterator[Tuple[int, bytes]]:
+    """Offset and content of each piece of a file; `source` is a path, the content, or an object
+    whose method `read` returns the content. Raises OSError if it cannot be read or has become
+    shorter than `size`."""
+    if not isinstance(source, (str, bytes)):
+        source = source.read()
+    with open_regular(source) if isinstance(source, str) else io.BytesIO(source) as file:
+        for offset in range(0, max(size, 1), FILE_PIECE):
+            length = min(FILE_PIECE, size - offset)
+            data = file.read(length)
+            if len(data) < length:
+                raise OSError('it has %d bytes now and had %d' % (offset + len(data), size))
+            yield offset, data
 
 
 class NoRoom(OSError):
@@ -2358,66 +2802,120 @@ class NoRoom(OSError):
 
 
 class FileReceiver:
-    """The files of one directory as they come in. Files already there with the right size and digest are not wanted."""
+    """The files that come for one computation, each into the directory of its purpose. Files that
+    are there already with the right size and digest are not asked for. `too_large` is the text for
+    files of more than `most` bytes; `where` begins the texts of all errors."""
 
-    def __init__(self, root: str, most: int = sys.maxsize, scratch: Optional[str] = None) -> None:
-        self._root, self._most, self._scratch = root, most, scratch
-        self._wanted: Dict[str, Tuple[int, bytes, int]] = {}
-        self._partial: Dict[str, IncomingFile] = {}
+    def __init__(self, roots: Dict[Purpose, str], most: int = sys.maxsize,
+                 too_large: str = TOO_LARGE, where: str = '', scratch: Optional[str] = None) -> None:
+        self._roots, self._most, self._too_large, self._where = roots, most, too_large, where
+        self._scratch = scratch
+        self.code = ''                                     # of REASONS: why a file could not be stored
+        self._keys: Dict[int, int] = {}                    # purpose -> key of what is wanted
+        self._wanted: Dict[Tuple[int, str], tuple] = {}    # (purpose, name) -> row
+        # (purpose, key, name) -> what has come of that file
+        self._partial: Dict[Tuple[int, int, str], IncomingFile] = {}
 
-    def want(self, files: Sequence[Tuple[str, int, bytes, int]]) -> List[str]:
-        """Rows of (name, size, digest, mode); returns the names to be sent. Raises ValueError or OSError."""
-        wanted = {}
-        for row in files if isinstance(files, (list, tuple)) else (files,):
+    def want(self, purpose: Purpose, rows: Sequence[tuple]) -> List[Tuple[int, int, tuple]]:
+        """What Need has to say to get these files. Those of this purpose that were wanted before
+        are not wanted any more. Raises ValueError or OSError."""
+        root, wanted = self._roots[purpose], {}
+        for row in rows if isinstance(rows, (list, tuple)) else (rows,):
             if not _is_file(row):
                 raise ValueError('%.80r describes no file' % (row,))
-            name, size, digest, mode = row
-            check_size(name, size, self._most)
-            if not self._known(check_name(name), size, digest):
-                wanted[name] = (size, digest, mode)
-        needed = sum(size for size, _, _ in wanted.values())
-        free = shutil.disk_usage(self._root).free
+            name, size, digest, _ = row
+            check_size(name, size, self._most, self._too_large)
+            if not self._known(root, check_name(name), size, digest):
+                wanted[int(purpose), name] = row
+        needed = sum(size for _, size, _, _ in wanted.values())
+        free = shutil.disk_usage(root).free
         if needed > free:
-            raise NoRoom('%d bytes are needed for files and %d are free in %s' % (needed, free, self._root))
-        self._wanted = wanted
-        return sorted(wanted)
+            raise NoRoom('%d bytes are needed for files and %d are free in %s'
+                         % (needed, free, root))
+        self.abort(purpose)
+        key = self._keys[purpose] = self._keys.get(purpose, -1) + 1
+        self._wanted.update(wanted)
+        return [(int(purpose), key, row) for _, row in sorted(wanted.items())]
 
-    def _known(self, parts: Sequence[str], size: int, digest: bytes) -> bool:
+    @staticmethod
+    def _known(root: str, parts: Sequence[str], size: int, digest: bytes) -> bool:
         """Whether this very file is there, and not through a link."""
-        path = self._root
+        path = root
         for part in parts:
             path = os.path.join(path, part)
             if os.path.islink(path):
                 return False
         return os.path.isfile(path) and os.path.getsize(path) == size and Digests.of(path) == digest
 
-    def piece(self, name: str, offset: int, data: Buffer) -> bool:
-        """Take one piece; true when no file is wanted any more. Raises ValueError or OSError."""
-        if name not in self._wanted:
-            raise ValueError('%.60r was not asked for' % name)
-        partial = self._partial.get(name)
-        if partial is None:
-            partial = self._partial[name] = IncomingFile(self._root, name, *self._wanted[name], scratch=self._scratch, sync=False)
-        if partial.piece(offset, data):
-            del self._partial[name], self._wanted[name]
-        return self.is_complete
+    def piece(self, piece: FilePiece) -> bool:
+        """Take a piece; true when its file is whole and in its place. Raises ValueError or
+        OSError."""
+        name = piece.row[0]
+        file = (piece.purpose, piece.key, name)
+        if piece.purpose in ASKED_FOR:
+            if piece.key != self._keys.get(piece.purpose):
+                return False   # of what is not wanted any more
+            if self._wanted.get((piece.purpose, name)) != piece.row:
+                raise ValueError('%.60r was not asked for' % name)
+            begins = file not in self._partial
+        else:
+            begins = piece.offset == 0
+            if begins:
+                check_size(name, piece.row[1], self._most, self._too_large)
+            elif file not in self._partial:
+                return False   # it has failed, and the other side does not know yet
+        if begins:
+            if file in self._partial:
+                self._partial.pop(file).abort()
+            _, size, digest, mode = piece.row
+            self._partial[file] = IncomingFile(
+                self._roots[Purpose(piece.purpose)], name, size, digest, mode, self._scratch,
+                sync=piece.purpose not in ASKED_FOR)
+        if not self._partial[file].piece(piece.offset, piece.data):
+            return False
+        del self._partial[file]
+        self._wanted.pop((piece.purpose, name), None)
+        return True
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether no file is wanted."""
-        return not self._wanted
+    def take(self, piece: FilePiece) -> Optional[FileStored]:
+        """Take a piece; returns the answer when its file is whole or cannot be stored."""
+        error = ''
+        try:
+            if not self.piece(piece):
+                return None
+        except (OSError, ValueError) as exc:
+            error, self.code = self._where + (str(exc) or type(exc).__name__), reason_of(exc)
+            if piece.purpose in ASKED_FOR:   # of no use without the others
+                error = 'file %.100r cannot be stored: %s' % (piece.row[0], error)
+                for purpose in ASKED_FOR:
+                    self.abort(purpose)
+            else:
+                self.abort(piece.purpose, piece.key, piece.row[0])
+        return FileStored(*piece[:3], piece.row[0], error)
 
-    def again(self) -> List[str]:
-        """The connection on which files came has ended: drop what is half here. Returns the names that are wanted still."""
-        for partial in self._partial.values():
-            partial.abort()
-        self._partial.clear()
-        return sorted(self._wanted)
+    def again(self) -> List[Tuple[int, int, tuple]]:
+        """The connection on which files came has ended: drop what is half here. Returns what Need
+        has to say to get the rest; what is still on its way is not wanted any more."""
+        for file in list(self._partial):
+            self._partial.pop(file).abort()
+        for purpose in {purpose for purpose, _ in self._wanted}:
+            self._keys[purpose] += 1
+        return [(purpose, self._keys[purpose], row)
+                for (purpose, _), row in sorted(self._wanted.items())]
 
-    def abort(self) -> None:
-        """Forget what is half here."""
-        self.again()
-        self._wanted.clear()
+    def wants(self, *purposes: int) -> bool:
+        """Whether a file of one of these purposes has been asked for and is not there."""
+        return any(purpose in purposes for purpose, _ in self._wanted)
+
+    def abort(self, purpose: Optional[int] = None, key: Optional[int] = None,
+              name: Optional[str] = None) -> None:
+        """Remove what is half here and forget what is wanted: all, or that of a purpose, a key, a
+        name."""
+        for file in list(self._partial):
+            if all(given in (None, own) for given, own in zip((purpose, key, name), file)):
+                self._partial.pop(file).abort()
+        kept = [file for file in self._wanted if purpose not in (None, file[0])]
+        self._wanted = {file: self._wanted[file] for file in kept}
 
 
 class ModuleStore:
@@ -2468,18 +2966,19 @@ class ModuleStore:
 class Shelf:
     """Results of one computation on disk, while its client is away: a file of a header (magic, instance of the client) and
     of records (CRC-32, then a record as workers write them). What is torn at its end was never reported as kept."""
-    MAGIC = b'dispy5r\1'
+    MAGIC = b'dispy5r\2'
+    HEAD = len(MAGIC) + 16 + KEY_SIZE
 
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def append(self, owner: bytes, rows: Sequence[tuple]) -> None:
+    def append(self, owner: bytes, rows: Sequence[tuple], digest: bytes = bytes(KEY_SIZE)) -> None:
         """Keep rows of Results; they are on the disk when this returns. Raises OSError, and nothing of them is kept then."""
         with open(self.path, 'ab') as file:
             start = file.tell()
             try:
                 if not start:
-                    file.write(self.MAGIC + owner)
+                    file.write(self.MAGIC + owner + digest)
                 for row in rows:
                     pieces = pack_record(Kind.RESULT, row[1], row[0], row[2], row[3], *row[4:])
                     crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), pieces, 0)
@@ -2495,7 +2994,7 @@ class Shelf:
     def rows(self) -> Iterator[tuple]:
         """What is kept, row after row; ends before what is torn."""
         with open(self.path, 'rb') as file:
-            file.seek(len(self.MAGIC) + 16)
+            file.seek(self.HEAD)
             while True:
                 head = file.read(_CRC.size + _RECORD.size)
                 if len(head) < _CRC.size + _RECORD.size:
@@ -2507,18 +3006,18 @@ class Shelf:
                     return
                 yield (serial, number, start, end, *bodies)
 
-    def scan(self) -> Tuple[bytes, List[int]]:
-        """Owner and serials; cuts off what is torn. Raises ValueError for a file that is none of ours."""
+    def scan(self) -> Tuple[bytes, bytes, List[int]]:
+        """Owner, digest of the key and serials; cuts off what is torn. Raises ValueError for a file that is none of ours."""
         with open(self.path, 'rb') as file:
-            head = file.read(len(self.MAGIC) + 16)
-        if len(head) < len(self.MAGIC) + 16 or not head.startswith(self.MAGIC):
+            head = file.read(self.HEAD)
+        if len(head) < self.HEAD or not head.startswith(self.MAGIC):
             raise ValueError('%s holds no results' % self.path)
         size, serials = len(head), []
         for row in self.rows():
             size += _CRC.size + _RECORD.size + sum(map(len, row[4:]))
             serials.append(row[0])
         os.truncate(self.path, size)
-        return head[-16:], serials
+        return head[len(self.MAGIC):len(self.MAGIC) + 16], head[-KEY_SIZE:], serials
 
     def remove(self) -> None:
         """They are not needed any more."""
@@ -2566,12 +3065,13 @@ class Memory:
         """When the daemon starts: what is known by computation. `wrecks` are those that an earlier process had when it was
         killed, and what had begun of them, None if nobody knows. Raises OSError."""
         for name in os.listdir(self._directory):
-            path = os.path.join(self._directory, name)
-            if not name.startswith('g-') or name.endswith('.part') or time.time() - os.stat(path).st_mtime > PAST_TIME:
-                if name.startswith('g-'):
-                    os.unlink(path)
+            path, is_part = os.path.join(self._directory, name), name.endswith('.part')
+            if not _is_ours(name[:-len('.part')] if is_part else name, 'g-'):
                 continue
-            self._known[name[2:]] = self.read(self._directory, name[2:])
+            if is_part or time.time() - os.stat(path).st_mtime > PAST_TIME:
+                os.unlink(path)
+            else:
+                self._known[name[2:]] = self.read(self._directory, name[2:])
         for comp, begun in wrecks.items():
             past = Past(whole=False) if begun is None else Past(lost=begun)
             self.write(comp, self._known.get(comp, Past()).and_also(past))
@@ -2621,20 +3121,34 @@ class Memory:
 
 
 class Backlog:
-    """Results on the disk on their way into links, as these have room. The loop's thread."""
+    """Messages that are made as links have room for them: pieces of files, and results that are on
+    the disk. The loop's thread."""
 
     def __init__(self, links: Dict[int, 'Link']) -> None:
         self._links = links
-        self._waiting: Dict[int, Deque[Tuple[str, Iterator[tuple]]]] = {}   # link -> (computation, its results)
+        # link -> owners and their messages
+        self._waiting: Dict[int, Deque[Tuple[tuple, Iterator[Any]]]] = {}
 
-    def add(self, link: int, comp: str, rows: Iterator[tuple]) -> None:
-        """These too."""
-        self._waiting.setdefault(link, collections.deque()).append((comp, rows))
+    def add(self, link: int, owner: tuple, messages: Iterator[Any]) -> None:
+        """Send these messages when those that were added before have gone. `owner` begins with a
+        computation."""
+        self._waiting.setdefault(link, collections.deque()).append((owner, messages))
+
+    def add_file(self, link: int, transfer: Tuple[str, int, int], row: tuple, source: Any) -> None:
+        """Send a file; `transfer` is its computation, purpose and key, `source` as in
+        `read_pieces`."""
+        pieces = read_pieces(source, row[1])
+        self.add(link, (*transfer, row[0]),
+                 (FilePiece(*transfer, row, offset, beside(data)) for offset, data in pieces))
+
+    def add_results(self, link: int, comp: str, rows: Iterable[tuple]) -> None:
+        """Send results."""
+        self.add(link, (comp,), frames(Results, comp, map(sized, rows)))
 
     def drop(self, comp: str) -> None:
-        """Not these any more."""
+        """Send nothing more of a computation."""
         for waiting in self._waiting.values():
-            for entry in [entry for entry in waiting if entry[0] == comp]:
+            for entry in [entry for entry in waiting if entry[0][0] == comp]:
                 entry[1].close()  # type: ignore[attr-defined]
                 waiting.remove(entry)
 
@@ -2642,19 +3156,22 @@ class Backlog:
         """Whether something can be sent now."""
         return any(link.queued < 4 * FRAME_FILL for link in map(self._links.get, self._waiting) if link)
 
-    def send(self, say: Callable[['Link', Any], None]) -> None:
-        """What there is room for."""
+    def send(self, say: Callable[['Link', Any], None]) -> List[Tuple['Link', tuple, str]]:
+        """Send what there is room for. Returns (link, owner, text) for what could not be read and
+        is not sent on."""
+        failed = []
         for number, waiting in list(self._waiting.items()):
             link = self._links.get(number)
             while waiting and link is not None and link.queued < 4 * FRAME_FILL:
-                comp, rows = waiting[0]
-                some = list(itertools.islice(rows, 16))
-                for frame in frames(Results, comp, map(sized, some)):
-                    say(link, frame)
-                if not some:
+                try:
+                    say(link, next(waiting[0][1]))
+                except StopIteration:
                     waiting.popleft()
+                except (OSError, ValueError) as exc:   # ValueError: it is no regular file any more
+                    failed.append((link, waiting.popleft()[0], str(exc)))
             if not waiting or link is None:
                 del self._waiting[number]
+        return failed
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2663,31 +3180,59 @@ class Backlog:
 # ---------------------------------------------------------------------------------------------------------
 
 class Doorkeeper:
-    """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one address; after
-    five failures an address is refused for 15 s, doubling up to 10 min. Established links are not affected."""
+    """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one address. When there are more, one
+    of them makes way: of the same address, or else the oldest of the network that has most of them, so that silence keeps nobody
+    out. After five failures an address is refused for 15 s, doubling up to 10 min; one from which somebody has proved himself
+    within the last hour is refused nothing, but for all but a few handshakes at once. Established links are not affected."""
     AT_ONCE, FROM_ONE, FAILURES, SHUT, SHUT_MOST, REMEMBERED = 64, 32, 5, 15.0, 600.0, 4096
+    RECENT, FROM_MIXED = 3600.0, 8
 
     def __init__(self) -> None:
         self._open: Dict[str, int] = collections.Counter()
         self._failed: 'collections.OrderedDict[str, Tuple[int, float]]' = collections.OrderedDict()
         self._logged: 'collections.OrderedDict[str, float]' = collections.OrderedDict()
+        self._proved: 'collections.OrderedDict[str, float]' = collections.OrderedDict()   # address -> when somebody has
+
+    def is_shut(self, address: str, now: float) -> bool:
+        """Whether nobody from this address is heard at present."""
+        if now >= self._failed.get(address, (0, 0.0))[1]:
+            return False
+        proved = self._proved.get(address)
+        return proved is None or now - proved > self.RECENT or self._open[address] >= self.FROM_MIXED
 
     def admit(self, address: str, now: float) -> bool:
         """Whether a connection from this address may begin its handshake; each admitted one must be `done`."""
-        if sum(self._open.values()) >= self.AT_ONCE or self._open[address] >= self.FROM_ONE \
-                or now < self._failed.get(address, (0, 0.0))[1]:
+        if sum(self._open.values()) >= self.AT_ONCE or self._open[address] >= self.FROM_ONE or self.is_shut(address, now):
             return False
         self._open[address] += 1
         return True
+
+    def make_way(self, address: str, under_way: Iterable[Tuple[int, str]]) -> Optional[int]:
+        """Which of the handshakes under way, (number, address) in the order in which they began, is to be ended for one from this
+        address, which then counts as admitted."""
+        rows = list(under_way)
+        if self._open[address] >= self.FROM_ONE:
+            crowd = [number for number, other in rows if other == address]
+        else:
+            counts = collections.Counter(network_of(other) for _, other in rows)
+            most = max(counts.values(), default=0)
+            crowd = [number for number, other in rows if counts[network_of(other)] == most]
+        if not crowd:
+            return None
+        self._open[address] += 1
+        return crowd[0]
 
     def done(self, address: str, proved: Optional[bool], now: float) -> None:
         """The handshake ended; `proved` is whether the peer knew the secret, None if it did not try: silence guesses
         nothing, and is bounded by the number of handshakes."""
         self.leave(address)
+        if proved:
+            self._remember(self._proved, address, now)
         if proved is None or now < self._failed.get(address, (0, 0.0))[1]:
             return   # one that began before the others failed
         if proved:
             self._failed.pop(address, None)
+            self._remember(self._proved, address, now)
             return
         count = self._failed.get(address, (0, 0.0))[0] + 1
         shut = min(self.SHUT * 2 ** min(count - self.FAILURES, 10), self.SHUT_MOST) if count >= self.FAILURES else 0.0
@@ -2711,6 +3256,15 @@ class Doorkeeper:
         table.move_to_end(address)
         if len(table) > self.REMEMBERED:
             table.popitem(last=False)
+
+
+def network_of(address: str) -> str:
+    """The network of an address: 24 bits of IPv4, 64 of IPv6; one host may have all of its addresses."""
+    try:
+        found = ipaddress.ip_address(address.partition('%')[0])
+    except ValueError:
+        return address
+    return str(ipaddress.ip_network('%s/%d' % (found, 24 if found.version == 4 else 64), False))
 
 
 class Cry(enum.IntEnum):
@@ -2743,9 +3297,11 @@ class Discovery:
     """Datagrams of one process: packs its own, believes those of others that are signed and new. Who is found by them is
     dialled, and only the handshake decides; so a forged or repeated datagram costs a connection at most.
 
-    `limit` datagrams a second are answered, so that nobody is flooded through us.
+    LIMIT questions a second that are signed with the secret are answered, and besides STRANGERS others, so that nobody is flooded
+    through us and strangers take nothing from those who have the secret; one address of strangers gets TOLD_MOST answers in
+    OTHERS seconds.
     """
-    REMEMBERED, LIMIT, OTHERS, WINDOW = 4096, 100, 60.0, 64
+    REMEMBERED, LIMIT, STRANGERS, TOLD_MOST, OTHERS, WINDOW = 4096, 100, 20, 5, 60.0, 64
     _counts = itertools.count(1)   # of the whole process: its instance is the same in all that it says
 
     def __init__(self, psk: bytes, role: Role, instance: bytes, port: int = 0, addresses: Sequence[str] = ()) -> None:
@@ -2756,7 +3312,8 @@ class Discovery:
         # (address, instance) -> when it got NOT_MINE; a program that is started once more is told once more
         self._told: 'collections.OrderedDict[Tuple[str, bytes], float]' = collections.OrderedDict()
         self._asked: Deque[bytes] = collections.deque(maxlen=16)
-        self._second, self._answered = 0, 0
+        self._told_there: 'collections.OrderedDict[str, Deque[float]]' = collections.OrderedDict()   # address -> when
+        self._second, self._answered, self._strangers = 0, 0, 0
 
     def say(self, kind: Cry, to: str = '', echo: bytes = bytes(16)) -> bytes:
         """A datagram of this process, new each time; for an asker's address `to` if it is an answer."""
@@ -2814,7 +3371,7 @@ class Discovery:
             return heard, None
         asker = source, heard.instance
         if heard.kind != Cry.QUESTION or self._role is not Role.NODE or now - self._told.get(asker, -self.OTHERS) < self.OTHERS \
-                or not self._may_answer(now):
+                or not self._may_tell(source, now):
             return None, None
         self._told[asker] = now
         self._told.move_to_end(asker)
@@ -2822,11 +3379,29 @@ class Discovery:
             self._told.popitem(last=False)
         return None, self.say(Cry.NOT_MINE, source, heard.nonce)
 
-    def _may_answer(self, now: float) -> bool:
+    def _next_second(self, now: float) -> None:
         if int(now) != self._second:
-            self._second, self._answered = int(now), 0
+            self._second, self._answered, self._strangers = int(now), 0, 0
+
+    def _may_answer(self, now: float) -> bool:
+        self._next_second(now)
         self._answered += 1
         return self._answered <= self.LIMIT
+
+    def _may_tell(self, source: str, now: float) -> bool:
+        """Whether a stranger is answered."""
+        self._next_second(now)
+        times = self._told_there.get(source)
+        if self._strangers >= self.STRANGERS or (
+                times is not None and len(times) == self.TOLD_MOST and now - times[0] < self.OTHERS):
+            return False
+        self._strangers += 1
+        if times is None:
+            times = self._told_there[source] = collections.deque(maxlen=self.TOLD_MOST)
+            if len(self._told_there) > self.REMEMBERED:
+                self._told_there.popitem(last=False)
+        times.append(now)
+        return True
 
 
 def plain_address(address: str) -> str:
@@ -2907,7 +3482,8 @@ class Received(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """The directory is there; these files are missing, or nothing is possible and `error` says why."""
+    """The directory is there; these files are missing, as in Need, or nothing is possible and
+    `error` says why."""
     comp: str
     missing: list
     error: str = ''
@@ -2915,23 +3491,16 @@ class Prepared(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Answers WantAgain: these files are missing still."""
+    """Answers WantAgain: these files are missing still, as in Need."""
     comp: str
-    names: list
+    missing: list
 
 
 class Stored(NamedTuple):
-    """All files are there, or one could not be stored."""
-    comp: str
-    error: str = ''
+    """A file is there, or could not be stored. `complete`: all that were asked for are there."""
+    file: FileStored
+    complete: bool
     code: str = 'transfer'   # of REASONS
-
-
-class Put(NamedTuple):
-    """A file of Place is there, or could not be stored."""
-    comp: str
-    name: str
-    error: str
 
 
 class Found(NamedTuple):
@@ -2940,6 +3509,7 @@ class Found(NamedTuple):
     owner: bytes
     serials: list
     until: float
+    digest: bytes = bytes(KEY_SIZE)
 
 
 class Remembered(NamedTuple):
@@ -2972,7 +3542,6 @@ class RunnerGone(NamedTuple):
     code: str = 'setup'
 
 
-
 class WorkerResults(NamedTuple):
     """Rows of Results from one worker."""
     worker: int
@@ -2982,10 +3551,7 @@ class WorkerResults(NamedTuple):
 class WorkerFile(NamedTuple):
     """A piece of a file from a job."""
     worker: int
-    serial: int
-    row: tuple
-    offset: int
-    data: Any
+    piece: FilePiece
 
 
 class WorkerWants(NamedTuple):
@@ -2998,7 +3564,7 @@ class WorkerWants(NamedTuple):
 class Fetched(NamedTuple):
     """What came of Fetch: these files are missing, or all are there, or why they cannot be."""
     comp: str
-    missing: List[str]
+    missing: list
     error: str = ''
 
 
@@ -3029,6 +3595,12 @@ class WorkerGone(NamedTuple):
 class WorkerUnborn(NamedTuple):
     """A worker could not be started: there are no descriptors, say."""
     worker: int
+    text: str
+
+
+class Faulted(NamedTuple):
+    """A fault of ours concerns this computation: it cannot go on here."""
+    comp: str
     text: str
 
 
@@ -3074,11 +3646,18 @@ class Send(NamedTuple):
     message: Any
 
 
+class Broken(NamedTuple):
+    """A computation made the state raise; answered by Faulted."""
+    comp: str
+    error: BaseException
+
+
 class Keep(NamedTuple):
     """Write results, rows of a client, to the disk. Fed back as Kept."""
     comp: str
     owner: bytes
     rows: list
+    digest: bytes = bytes(KEY_SIZE)
 
 
 class SendKept(NamedTuple):
@@ -3121,25 +3700,14 @@ class WantAgain(NamedTuple):
 
 
 class Store(NamedTuple):
-    """Write a piece of a file. Fed back as Stored when the last is there."""
-    comp: str
-    name: str
-    offset: int
-    data: Any
+    """Write a piece of a file. Fed back as Stored when its file is there or cannot be stored."""
+    piece: FilePiece
 
 
 class Fetch(NamedTuple):
     """Find out which of these files of modules are missing; answered by Fetched."""
     comp: str
     rows: list
-
-
-class StorePlaced(NamedTuple):
-    """Write a piece of a file for a computation that is set up. Fed back as Put when it is there."""
-    comp: str
-    row: tuple
-    offset: int
-    data: Any
 
 
 class StartRunner(NamedTuple):
@@ -3210,27 +3778,88 @@ class Exit(NamedTuple):
     """Nothing is left to do."""
 
 
+class DurationEstimate:
+    """How long the next jobs of a computation may take, by those that ended last: their mean or
+    their 0.9 quantile, whichever is larger, so that neither a few very long jobs nor one in ten
+    that is long goes unseen."""
+    LAST = 32
+    __slots__ = ('_last', '_seconds')
+
+    def __init__(self) -> None:
+        self._last: Deque[float] = collections.deque(maxlen=self.LAST)
+        # What `seconds` returns, until it is to be computed anew
+        self._seconds: Optional[float] = None
+
+    def add(self, durations: Sequence[float]) -> None:
+        """Jobs have ended; how long they took."""
+        if durations:
+            self._last.extend(durations)
+            self._seconds = None
+
+    @property
+    def seconds(self) -> Optional[float]:
+        """The estimate; None before the first job has ended."""
+        if self._seconds is None and self._last:
+            known = sorted(self._last)
+            self._seconds = max(sum(known) / len(known), known[int(0.9 * len(known))], 1e-6)
+        return self._seconds
+
+
+class Allowance:
+    """How many jobs a CPU may be held in reserve at one place beyond what runs there. It is bounded
+    by the estimate of their duration at once, but grows to that bound at most by doubling for each
+    round, which is as many ended jobs as were there when it grew last or might have been: what the
+    first jobs of a computation promise must be kept by those behind them."""
+    __slots__ = ('_estimate', '_unknown', '_most', '_step', '_left')
+
+    def __init__(self, estimate: DurationEstimate, unknown: int, most: int) -> None:
+        """`unknown`: the allowance before any job has ended; `most`: what it never exceeds."""
+        self._estimate, self._unknown, self._most = estimate, unknown, most
+        self._step = 1
+        self._left = 0     # jobs to end until the next doubling; 0: a round begins
+
+    def ended(self, count: int, there: int, cpus: int) -> None:
+        """So many jobs have ended at this place, which has so many CPUs, and so many are still
+        there."""
+        if self._left == 0:
+            self._left = max(count + there, cpus * self._step)
+        self._left -= count
+        if self._left <= 0:
+            self._step = min(2 * self._step, self._most)
+            self._left = max(there, cpus * self._step)
+
+    def jobs(self, horizon: float) -> int:
+        """How many jobs fill `horizon` seconds of a CPU, as far as they may be held."""
+        seconds = self._estimate.seconds
+        fits = self._unknown if seconds is None else int(horizon / seconds)
+        if fits < self._step:
+            self._step = max(1, fits)
+        return min(fits, self._step)
+
+
 class Attempt:
     """One try of a job, here."""
-    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'ending', 'comp', 'counted')
+    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'priority', 'ending', 'comp', 'counted')
 
     def __init__(self, serial: int, payload: Payload, options: Optional[dict], comp: '_Computation') -> None:
         self.serial, self.payload, self.comp = serial, payload, comp
         self.cpus = options.get('cpus', 1) if options else 1
         self.timeout = options.get('timeout') if options else None
         self.memory = options.get('memory') if options else None
+        self.priority = options.get('priority', 0) if options else 0
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
         self.counted = 0        # bytes of its arguments in the node's books: while it waits
 
 
 class _Worker:
     """A worker process as the state sees it; the head of its queue is what it runs."""
-    __slots__ = ('key', 'comp', 'queue', 'since', 'fed', 'recalled', 'asks', 'stuck')
+    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'fed', 'recalled', 'asks', 'stuck')
 
     def __init__(self, key: int, comp: '_Computation') -> None:
         self.key, self.comp = key, comp
         self.queue: Deque[Attempt] = collections.deque()
         self.since = 0.0        # when the head became the head
+        self.told = False       # the client knows that the head has begun
         self.fed = 0            # jobs given to it
         self.recalled = False   # asked to give back, not answered
         self.asks = 0           # its job sends a file, or has and waits for the answer: the link it goes along
@@ -3242,6 +3871,7 @@ class _Shelved(NamedTuple):
     owner: bytes
     serials: Set[int]
     until: float
+    digest: bytes = bytes(KEY_SIZE)
 
 
 class _Computation:
@@ -3250,30 +3880,43 @@ class _Computation:
     def __init__(self, comp: str, instance: bytes, link: int, spec: dict) -> None:
         self.comp, self.instance, self.link, self.spec = comp, instance, link, spec
         self.stage = Stage.PREPARING
-        self.waiting: Deque[Attempt] = collections.deque()
+        self.waiting: Deque[Attempt] = collections.deque()   # by priority, then in order
         self.attempts: Dict[int, Attempt] = {}
         self.unacknowledged: Dict[int, tuple] = {}
         self.outbox: List[tuple] = []
         self.workers: Dict[int, _Worker] = {}
         self.idle: List[_Worker] = []
         self.hungry: Dict[int, _Worker] = {}   # busy workers whose queue may be filled up
-        self.mean: Optional[float] = None      # s a job takes, quick to rise and slow to fall
-        self.owed = 0                          # attempts recalled by the client that stand behind running ones
+        self.estimate = DurationEstimate()
+        # Jobs that a worker may hold behind the one that it runs
+        self.handed = Allowance(self.estimate, 0, AHEAD_MOST)
+        # Attempts recalled by the client that stand behind running ones
+        self.owed: Set[int] = set()
+        # Attempts that have begun and since when, to be told to the client
+        self.begun: List[Tuple[int, float]] = []
         self.stillborn = 0                     # workers in a row that died before their first job
+        self.digest = spec.get('key', bytes(KEY_SIZE))
         self.most = spec.get('max_jobs') or 0
         self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
         self.orphan_at = 0.0                   # when its results are given up, if its link is gone
         self.calls: Dict[int, int] = {}        # questions to the client -> worker that waits for the answer
+        self.asked = False                     # for files, ever
         self.fetches: Deque[Tuple[int, list]] = collections.deque()   # workers, and the files that they wait for
         self.served = 0                        # when it was given a CPU last, in numbers of the node
         self.done = 0                          # attempts that have ended
         self.overrun = False                   # notes of what has begun do not reach back far enough
 
-    def ahead(self) -> int:
-        """How many attempts a worker may hold behind the one it runs."""
-        if self.mean is None or self.mean * 2 > AHEAD_TIME:
-            return 0
-        return min(AHEAD_MOST, int(AHEAD_TIME / (self.mean + 1e-6)))
+    def enqueue(self, attempt: Attempt, again: bool = False) -> None:
+        """Let an attempt wait: behind those of its priority, or before them if it has waited
+        already."""
+        waiting = self.waiting
+        if again and (not waiting or waiting[0].priority <= attempt.priority):
+            waiting.appendleft(attempt)
+        elif not again and (not waiting or waiting[-1].priority >= attempt.priority):
+            waiting.append(attempt)
+        else:
+            least = attempt.priority if again else attempt.priority - 1
+            waiting.insert(sum(other.priority > least for other in waiting), attempt)
 
 
 class Node:
@@ -3314,11 +3957,13 @@ class Node:
         self._actions: List[Any] = []
         self._now = now
         self._names: Dict[int, str] = {}
-        self._checking = False
+        self._look_at: Optional[float] = None       # when some head will have run for BEGUN_TIME
+        self._queries: List[Tuple[int, str]] = []   # links that ask what is there of a computation
         self._handlers: Dict[type, Callable[..., None]] = {
             LinkUp: self._link_up, LinkDown: self._link_down, Received: self._received, Prepared: self._prepared,
             Wanted: self._on_wanted, Found: self._found, Kept: self._kept, Remembered: self._remembered,
-            Stored: self._stored, Put: self._put, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
+            Faulted: self._faulted,
+            Stored: self._stored, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
             WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
             WorkerWants: self._worker_wants, Fetched: self._fetched,
             WorkerReturned: self._worker_returned,
@@ -3326,9 +3971,10 @@ class Node:
             Stop: self._stop, Pause: self._pause, Resume: self._resume, SetCpus: self._set_cpus, Release: self._take_from_holder, Status: self._status,
         }
         self._messages: Dict[type, Callable[..., None]] = {
-            Introduce: self._on_introduce, Compute: self._on_compute, File: self._on_file, Jobs: self._on_jobs,
+            Introduce: self._on_introduce, Compute: self._on_compute, Jobs: self._on_jobs,
+            FilePiece: self._on_file_piece,
             Cancel: self._on_cancel, Recall: self._on_recall, Ack: self._on_ack, Done: self._on_done,
-            FileKept: self._on_file_kept, Place: self._on_place, Query: self._on_query, Shutdown: self._on_shutdown,
+            FileStored: self._on_file_stored, Query: self._on_query, Shutdown: self._on_shutdown,
             Limit: self._on_limit,
             Reclaim: self._on_reclaim, Return: self._on_return,
         }
@@ -3346,21 +3992,43 @@ class Node:
         self._actions, self._now = [], now
         while self._timers and self._timers[0][0] <= now:
             _, _, what, key, serial = heapq.heappop(self._timers)
-            self._due(what, key, serial, now)
+            self._for(key if isinstance(key, str) else self.comp_of_worker(key), self._due, what, key, serial, now)
+        if self._look_at is not None and self._look_at <= now:
+            self._look(now)
         serving = not (self.stopping or self.paused)
         if serving:
             self._share_out(now)
         for comp in list(self._comps.values()):
             if not serving:
-                self._give_back(comp)
-            self._deliver(comp)
+                self._for(comp.comp, self._give_back, comp)
+            self._for(comp.comp, self._tell_begun, comp, now)
+            self._for(comp.comp, self._deliver, comp)
             if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
                 comp.overrun = True
                 self._do(NoteOverrun(comp.comp))
+        while self._queries:
+            self._report(*self._queries.pop(), now)
         if self.stopping and not any(worker.queue for worker in self._workers.values()) \
                 and not any(comp.unacknowledged and comp.link in self._links for comp in self._comps.values()):
             self._leave(now)
         return self._actions
+
+    def decided(self) -> List[Any]:
+        """Actions of the last `handle` or `flush`, which raised."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    def comp_of_worker(self, key: int) -> str:
+        """Whose worker this is; empty when there is no such worker."""
+        worker = self._workers.get(key)
+        return worker.comp.comp if worker is not None else ''
+
+    def _for(self, comp: str, call: Callable[..., None], *args: Any) -> None:
+        """Call it for a computation, which alone ends when that raises."""
+        try:
+            call(*args)
+        except Exception as exc:  # ours; the shell logs it and tells Faulted
+            self._do(Broken(comp, exc))
 
     def _deliver(self, comp: _Computation) -> None:
         if comp.outbox and comp.link in self._links:
@@ -3371,7 +4039,9 @@ class Node:
 
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
-        return self._timers[0][0] if self._timers else None
+        if self._look_at is None:
+            return self._timers[0][0] if self._timers else None
+        return min(self._look_at, self._timers[0][0]) if self._timers else self._look_at
 
     def is_preparing(self, name: str) -> bool:
         """Whether files of a computation are to be compared."""
@@ -3390,10 +4060,20 @@ class Node:
 
     def _at(self, when: float, what: str, key: Any = 0, serial: int = 0) -> None:
         if len(self._timers) >= self._timers_most:   # those of attempts that have ended
-            self._timers = [timer for timer in self._timers if timer[2] not in ('timeout', 'kill', 'stuck') or self._heads(timer[3], timer[4])]
+            self._timers = [timer for timer in self._timers if self._is_wanted(*timer[2:])]
             heapq.heapify(self._timers)
             self._timers_most = 2 * len(self._timers) + 64
         heapq.heappush(self._timers, (when, next(self._ticket), what, key, serial))
+
+    def _is_wanted(self, what: str, key: Any, serial: int) -> bool:
+        """Whether a timer is still for something."""
+        if what in ('timeout', 'kill', 'stuck'):
+            return self._heads(key, serial)
+        if what == 'past':
+            return key in self.past
+        if what in ('setup', 'orphan'):
+            return key in self._comps
+        return what != 'expire' or key in self.shelf
 
     def _heads(self, key: int, serial: int) -> bool:
         worker = self._workers.get(key)
@@ -3477,7 +4157,7 @@ class Node:
         """Results that nobody has acknowledged go to the disk."""
         comp.outbox = []
         if comp.unacknowledged:
-            self._do(Keep(comp.comp, comp.instance, list(comp.unacknowledged.values())))
+            self._do(Keep(comp.comp, comp.instance, list(comp.unacknowledged.values()), comp.digest))
 
     def _kept(self, event: Kept, now: float) -> None:
         comp = self._comps.get(event.comp)
@@ -3495,13 +4175,13 @@ class Node:
                 comp.unacknowledged.pop(serial, None)
         shelved = self.shelf.get(event.comp)
         if shelved is None:
-            shelved = _Shelved(comp.instance if comp is not None else b'', set(), 0.0)
+            shelved = _Shelved(comp.instance, set(), 0.0, comp.digest) if comp is not None else _Shelved(b'', set(), 0.0)
             self._at(now + self._zombie, 'expire', event.comp)
         shelved.serials.update(event.serials)
         self.shelf[event.comp] = shelved._replace(until=now + self._zombie)
 
     def _found(self, event: Found, now: float) -> None:
-        self.shelf[event.comp] = _Shelved(event.owner, set(event.serials), event.until)
+        self.shelf[event.comp] = _Shelved(event.owner, set(event.serials), event.until, event.digest)
         self._at(event.until, 'expire', event.comp)
 
     def _forget(self, name: str) -> None:
@@ -3546,7 +4226,12 @@ class Node:
             self._do(SendKept(link, name))
 
     def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
-        comp, up = self._comps.get(message.comp), self._links[link]
+        comp, up, shelved = self._comps.get(message.comp), self._links[link], self.shelf.get(message.comp)
+        digests = [known.digest for known in (comp, shelved) if known is not None]
+        if not all(may_reclaim(digest, message.key) for digest in digests):
+            logger.warning('%s wants results of a computation and does not have its key', self._names.get(link, up.address))
+            self._do(Send(link, Held(message.comp, [], Past(whole=False).row())))
+            return
         if comp is not None and comp.stage is not Stage.CLOSING:
             if comp.link in self._links and comp.link != link:
                 self._do(Send(link, Refused(message.comp, 'busy', 'its client is connected: %s' % self.held_by(now))))
@@ -3590,6 +4275,8 @@ class Node:
     def _on_compute(self, link: int, message: Compute, now: float) -> None:
         up = self._links[link]
         comp = self._comp_of(link, message.comp)
+        if comp is not None and not hmac.compare_digest(comp.digest, message.spec.get('key', bytes(KEY_SIZE))):
+            raise PeerError('computation %.40r has another key' % message.comp)
         if comp is not None:   # its client is back after a broken link
             comp.link = link
             self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
@@ -3598,6 +4285,8 @@ class Node:
             if comp.stage is Stage.READY:
                 self._do(Send(link, Ready(comp.comp, self._held(comp.comp), self._past_row(comp.comp))))
             self._resend(comp.comp, link)
+            comp.begun = [(worker.queue[0].serial, worker.since) for worker in comp.workers.values()
+                          if worker.queue and worker.told]
             return
         if self.stopping:
             self._do(Send(link, Refused(message.comp, 'stopping', 'the node is being stopped')))
@@ -3617,9 +4306,10 @@ class Node:
             self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
             self._comps[message.comp] = _Computation(message.comp, up.instance, link, message.spec)
             self._resize()
-            if message.comp in self.shelf:
-                self.shelf[message.comp] = self.shelf[message.comp]._replace(owner=up.instance)
-            self._resend(message.comp, link)
+            shelved = self.shelf.get(message.comp)
+            if shelved is not None and hmac.compare_digest(shelved.digest, message.spec.get('key', bytes(KEY_SIZE))):
+                self.shelf[message.comp] = shelved._replace(owner=up.instance)
+                self._resend(message.comp, link)
             self._do(Prepare(message.comp, message.spec))
 
     def _prepared(self, event: Prepared, now: float) -> None:
@@ -3630,54 +4320,64 @@ class Node:
             self._refuse(comp, event.code, event.error)
         elif event.missing:
             self._set_stage(comp, 'missing')
-            self._reply(comp, Need(comp.comp, event.missing))
+            self._need(comp, event.missing)
         else:
             self._start(comp, now)
 
     def _on_wanted(self, event: Wanted, now: float) -> None:
         comp = self._comps.get(event.comp)
-        if comp is not None and comp.stage is Stage.RECEIVING and event.names:
-            self._reply(comp, Need(comp.comp, event.names))
+        if comp is not None and comp.stage is Stage.RECEIVING and event.missing:
+            self._need(comp, event.missing)
 
-    def _on_file(self, link: int, message: File, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
-        if comp is None or comp.link != link:   # what came on another connection is sent again on this one
-            return
-        if comp.stage is not Stage.RECEIVING and not comp.fetches:
+    def _need(self, comp: _Computation, files: list) -> None:
+        comp.asked = True
+        for need in needs(comp.comp, files):
+            self._reply(comp, need)
+
+    def _on_file_piece(self, link: int, message: FilePiece, now: float) -> None:
+        comp, asked = self._comp_of(link, message.comp), message.purpose in ASKED_FOR
+        if message.purpose == Purpose.FROM_JOB or (asked and comp is not None and not comp.asked):
             raise PeerError('a file that was not asked for')
-        self._do(Store(message.comp, message.name, message.offset, message.data))
+        if asked and comp is not None and comp.link != link:
+            return   # what came on another connection is sent again on this one
+        if comp is not None and (asked or comp.stage is Stage.READY):
+            self._do(Store(message))
+        elif not asked and message.offset + len(message.data) >= message.row[1]:
+            text = 'the computation is not set up there'
+            self._do(Send(link, FileStored(*message[:3], message.row[0], text)))
 
     def _stored(self, event: Stored, now: float) -> None:
-        comp = self._comps[event.comp]
-        if comp.fetches:
-            self._fetched(Fetched(event.comp, [], event.error), now)
-        if comp.stage is not Stage.RECEIVING:
-            return
-        if event.error:
-            self._refuse(comp, event.code, event.error)
-        else:
-            self._start(comp, now)
-
-    def _on_place(self, link: int, message: Place, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
-        if comp is not None and comp.stage is Stage.READY:
-            self._do(StorePlaced(*message))
-        elif message.offset + len(message.data) >= message.row[1]:
-            self._do(Send(link, Placed(message.comp, message.row[0], 'the computation is not set up there')))
-
-    def _put(self, event: Put, now: float) -> None:
-        if event.comp in self._comps:
-            self._reply(self._comps[event.comp], Placed(*event))
+        comp, error = self._comps.get(event.file.comp), event.file.error
+        if comp is not None and event.file.purpose not in ASKED_FOR:
+            self._reply(comp, event.file)
+        elif comp is not None and (error or event.complete):
+            if comp.fetches:
+                self._fetched(Fetched(comp.comp, [], error), now)
+            if comp.stage is Stage.RECEIVING and error:
+                self._refuse(comp, event.code, error)
+            elif comp.stage is Stage.RECEIVING:
+                self._start(comp, now)
 
     def _on_query(self, link: int, message: Query, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
+        """Answered at the end of the turn, when what came in it has been handed out."""
+        self._comp_of(link, message.comp)
+        self._queries.append((link, message.comp))
+
+    def _report(self, link: int, name: str, now: float) -> None:
+        if link not in self._links:
+            return
+        comp = self._comps.get(name)
+        if comp is not None and comp.instance != self._links[link].instance:
+            comp = None
+        if comp is not None and comp.stage is Stage.CLOSING:
+            comp = None
         running, waiting = [], []
         if comp is not None:
             running = [(worker.queue[0].serial, now - worker.since) for worker in comp.workers.values() if worker.queue]
             waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
         busy = sum(bool(worker.queue) for other in self._comps.values() for worker in other.workers.values())
         available = dict(self.facts.get('available', {}), busy=busy, holder=self.held_by(now))
-        self._do(Send(link, Report(message.comp, running, waiting, available)))
+        self._do(Send(link, Report(name, running, waiting, available)))
 
     def _start(self, comp: _Computation, now: float) -> None:
         self._set_stage(comp, 'complete')
@@ -3692,14 +4392,31 @@ class Node:
             for note in event.notes:
                 self._reply(comp, Said(comp.comp, 'node %s: %s' % (self.name, note)))
 
-
     def _refuse(self, comp: _Computation, code: str, text: str) -> None:
+        text = shorten(text)
         logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
         self._give_back(comp)   # what has not begun waits again elsewhere
         self._deliver(comp)   # what has ended, has ended; after the refusal nobody would believe it
         self._keep(comp)
         self._reply(comp, Refused(comp.comp, code, text))
         self._close(comp, at_once=True)
+
+    def _faulted(self, event: Faulted, now: float) -> None:
+        comp = self._comps.get(event.comp)
+        if comp is not None and comp.stage is not Stage.CLOSING:
+            self._account_for(comp, event.text)
+            self._refuse(comp, 'fault', event.text)
+
+    def _account_for(self, comp: _Computation, text: str) -> None:
+        """What runs has failed with this text; what waits was never started."""
+        for worker in list(comp.workers.values()):
+            if worker.queue:
+                head, rest = worker.queue[0], list(worker.queue)[1:]
+                self._finish(comp, (head.serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
+                self.free += head.cpus
+                worker.queue.clear()
+                comp.waiting.extend(rest)
+        self._give_back(comp)
 
     def _runner_gone(self, event: RunnerGone, now: float) -> None:
         comp = self._comps.get(event.comp)
@@ -3754,7 +4471,6 @@ class Node:
         if self.stopping or self.paused:
             self._reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
             return
-        comp.owed = 0   # it has work for us again
         shelved = self.shelf[comp.comp].serials if comp.comp in self.shelf else ()
         for serial, payload, options in message.rows:
             if serial in comp.attempts or serial in comp.unacknowledged or serial in shelved:
@@ -3765,7 +4481,7 @@ class Node:
                                     % (attempt.cpus, self.most), b'', b''))
                 continue
             comp.attempts[serial] = attempt
-            comp.waiting.append(attempt)
+            comp.enqueue(attempt)
             self._count(attempt, True)
 
     def _share_out(self, now: float) -> None:
@@ -3778,7 +4494,7 @@ class Node:
             if not self._occupy(comp, 0, now) or not comp.waiting:
                 rivals.remove(comp)
         for comp in ready:
-            self._dispatch(comp, now, crowded)
+            self._for(comp.comp, self._dispatch, comp, now, crowded)
 
     def _is_limited(self, comp: _Computation, cpus: int) -> bool:
         """Whether a computation may not use so many CPUs more."""
@@ -3801,7 +4517,7 @@ class Node:
         return True
 
     def _dispatch(self, comp: _Computation, now: float, crowded: bool) -> None:
-        ahead = comp.ahead()
+        ahead = comp.handed.jobs(AHEAD_TIME)
         while self._occupy(comp, ahead, now):
             continue
         if comp.waiting and comp.waiting[0].cpus > min(self.cpus, comp.limit or self.cpus):   # it came when there were more
@@ -3812,11 +4528,6 @@ class Node:
                 if comp.waiting and 2 * room > ahead and not worker.recalled:
                     self._feed(comp, worker, room, now)
         comp.hungry.clear()
-        if comp.owed and comp.waiting:   # what was taken back from workers and found no CPU here
-            owed, comp.owed = comp.owed, max(0, comp.owed - len(comp.waiting))
-            self._give_back(comp, owed)
-        if not comp.waiting and (comp.idle and not self._is_limited(comp, 1) or comp.owed):
-            self._check_later(comp, now)
 
     def _new_worker(self, comp: _Computation) -> _Worker:
         worker = _Worker(next(self._numbers), comp)
@@ -3844,8 +4555,13 @@ class Node:
             self._do(Feed(worker.key, attempts))
 
     def _head_starts(self, worker: _Worker, now: float) -> None:
-        worker.since = now
+        worker.since, worker.told = now, False
         head = worker.queue[0]
+        if self._look_at is None:
+            self._look_at = now + BEGUN_TIME
+        if head.serial in worker.comp.owed:
+            worker.comp.owed.discard(head.serial)
+            self._begins(worker)
         if self._ends:   # it started before it could be taken back
             head.ending = head.ending or Outcome.STOPPED
         if head.timeout:
@@ -3855,23 +4571,38 @@ class Node:
         if head.ending is not None:   # cancelled while it stood behind another
             self._interrupt(worker, head, now)
 
-    def _check_later(self, comp: _Computation, now: float) -> None:
-        """CPUs are idle, here or elsewhere, and a worker sits on unstarted attempts: look again soon."""
-        if not self._checking and any(len(worker.queue) > 1 and not worker.recalled for worker in comp.workers.values()):
-            self._checking = True
-            self._at(now + 0.02, 'balance')
+    def _begins(self, worker: _Worker) -> None:
+        """The client is told that the head of a worker has begun."""
+        worker.told = True
+        worker.comp.begun.append((worker.queue[0].serial, worker.since))
 
-    def _balance(self, now: float) -> None:
-        self._checking = False
+    def _tell_begun(self, comp: _Computation, now: float) -> None:
+        if comp.begun:
+            rows = [(serial, now - since) for serial, since in comp.begun]
+            self._reply(comp, Started(comp.comp, rows))
+            comp.begun = []
+
+    def _look(self, now: float) -> None:
+        """Jobs that have run for a while: they are told, and what their workers hold behind them is
+        taken back, for the estimate by which it was handed to them does not hold."""
+        self._look_at = None
         for worker in self._workers.values():
-            comp = worker.comp
-            if len(worker.queue) > 1 and (comp.idle or comp.owed) and not comp.waiting and not worker.recalled:
-                if now >= worker.since + 0.02:   # as the timer is compared: a difference is rounded
-                    worker.recalled = True
-                    self._do(TakeBack(worker.key))
-                elif not self._checking:
-                    self._checking = True
-                    self._at(worker.since + 0.02, 'balance')
+            ahead = len(worker.queue) > 1 and not worker.recalled
+            if not worker.queue or (worker.told and not ahead):
+                continue
+            when = worker.since + BEGUN_TIME
+            if when > now:
+                self._look_at = when if self._look_at is None else min(when, self._look_at)
+                continue
+            if not worker.told:
+                self._begins(worker)
+            if ahead:
+                self._take_back(worker)
+
+    def _take_back(self, worker: _Worker) -> None:
+        if not worker.recalled:
+            worker.recalled = True
+            self._do(TakeBack(worker.key))
 
     def _count(self, attempt: Attempt, waits: bool) -> None:
         """Into the books of what waits, or out of them."""
@@ -3891,7 +4622,7 @@ class Node:
         worker = self._workers.get(event.worker)
         if worker is None or worker.comp.stage is Stage.CLOSING:
             return
-        comp, mean = worker.comp, worker.comp.mean
+        comp, durations = worker.comp, []
         place, ended = 0, None
         for row in event.rows:
             if place >= len(worker.queue) or worker.queue[place].serial != row[0]:
@@ -3903,14 +4634,14 @@ class Node:
                 comp.outbox.append(row)
                 continue
             attempt = ended = worker.queue.popleft()
-            took = row[3] - row[2]
-            mean = took if mean is None else mean + (took - mean) * (0.25 if took > mean else 0.0625)
+            durations.append(row[3] - row[2])
             if attempt.ending is not None:
                 row = self._ended(attempt, row)
             self._finish(comp, row)
-        comp.mean = mean
         if ended is None:   # nothing but provisional results
             return
+        comp.estimate.add(durations)
+        comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
         if worker.queue:
             comp.hungry[worker.key] = worker
             self._head_starts(worker, now)
@@ -3939,12 +4670,14 @@ class Node:
         worker = self._workers.get(event.worker)
         if worker is None or worker.comp.stage is Stage.CLOSING:
             return
-        if event.offset == 0:
+        if not worker.queue or worker.queue[0].serial != event.piece.key:
+            return   # of a job that does not run there
+        if event.piece.offset == 0:
             worker.asks = worker.comp.link or -1
         if not worker.asks:
             return   # it was answered already: what is left of it is passed over
         if worker.asks == worker.comp.link and worker.asks in self._links:
-            self._do(Send(worker.comp.link, FileBack(worker.comp.comp, event.serial, event.row, event.offset, event.data)))
+            self._do(Send(worker.comp.link, event.piece))
         else:
             self._answer(worker, 'the client is not connected')
 
@@ -3981,7 +4714,7 @@ class Node:
         if comp is None or not comp.fetches:
             return
         if event.missing:
-            self._reply(comp, Need(comp.comp, event.missing))
+            self._need(comp, event.missing)
             return
         worker = self._workers.get(comp.fetches.popleft()[0])
         if worker is not None:
@@ -3994,10 +4727,10 @@ class Node:
         if worker is not None and worker.queue and worker.queue[0].serial == event.serial:
             self._reply(worker.comp, Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data))
 
-    def _on_file_kept(self, link: int, message: FileKept, now: float) -> None:
+    def _on_file_stored(self, link: int, message: FileStored, now: float) -> None:
         comp = self._comp_of(link, message.comp)
         for worker in comp.workers.values() if comp is not None else ():
-            if worker.asks and worker.queue and worker.queue[0].serial == message.serial:
+            if worker.asks and worker.queue and worker.queue[0].serial == message.key:
                 self._answer(worker, message.error)
 
     def _answer(self, worker: _Worker, error: str) -> None:
@@ -4022,14 +4755,35 @@ class Node:
             self._head_starts(worker, now)
 
     def _requeue(self, comp: _Computation, attempts: Iterable[Attempt], now: float) -> None:
-        """Attempts that never started go back to the front, or end if they were to be cancelled."""
+        """Attempts that never started go back to the front, or to the client if it has called them
+        back, or end if they were to be cancelled."""
+        back: List[int] = []
         for attempt in reversed(list(attempts)):
             if attempt.ending is Outcome.CANCELLED:
                 self._finish(comp, self._unstarted(attempt))
+            elif attempt.serial in comp.owed:
+                back.append(self._dismiss(comp, attempt))
             else:
                 attempt.ending = None
-                comp.waiting.appendleft(attempt)
+                comp.enqueue(attempt, again=True)
                 self._count(attempt, True)
+        if back:
+            self._hand_back(comp, back[::-1])
+
+    def _dismiss(self, comp: _Computation, attempt: Attempt) -> int:
+        """An attempt that never started is of the client again."""
+        del comp.attempts[attempt.serial]
+        comp.owed.discard(attempt.serial)
+        self._count(attempt, False)
+        return attempt.serial
+
+    def _hand_back(self, comp: _Computation, serials: List[int]) -> None:
+        """Attempts that never started are told to the client; when it is back if it is away."""
+        if comp.link in self._links:
+            for message in in_parts(Returned, comp.comp, serials) if serials else [Returned(comp.comp, [])]:
+                self._reply(comp, message)
+        elif serials:
+            self._remember(comp.comp, Past(unbegun=frozenset(serials)))
 
     @staticmethod
     def _unstarted(attempt: Attempt) -> tuple:
@@ -4111,18 +4865,15 @@ class Node:
         for worker in comp.workers.values():
             if worker.queue and worker.queue[0] is attempt:
                 self._interrupt(worker, attempt, now)
-            elif attempt in worker.queue and not worker.recalled:
-                worker.recalled = True
-                self._do(TakeBack(worker.key))
+            elif attempt in worker.queue:
+                self._take_back(worker)
 
     def _interrupt(self, worker: _Worker, attempt: Attempt, now: float) -> None:
         self._do(Interrupt(worker.key, attempt.serial))
         self._at(now + GRACE, 'kill', worker.key, attempt.serial)
 
     def _due(self, what: str, key: Any, serial: int, now: float) -> None:
-        if what == 'balance':
-            self._balance(now)
-        elif what == 'orphan':
+        if what == 'orphan':
             comp = self._comps.get(key)
             if comp is None or comp.link in self._links or now < comp.orphan_at:
                 return   # its client is back, or was back and has a timer of its own
@@ -4185,28 +4936,33 @@ class Node:
         comp = self._comp_of(link, message.comp)
         if comp is None:
             return
-        comp.owed = max(0, message.most - len(comp.waiting))
-        self._give_back(comp, message.most)
-        if comp.owed:
-            self._check_later(comp, now)
+        wanted = set(message.serials)
+        self._give_back(comp, wanted)
+        for worker in comp.workers.values():
+            if worker.queue and worker.queue[0].serial in wanted:
+                self._begins(worker)
+            behind = [attempt.serial for attempt in itertools.islice(worker.queue, 1, None)
+                      if attempt.serial in wanted]
+            if behind:
+                comp.owed.update(behind)
+                self._take_back(worker)
 
-    def _give_back(self, comp: _Computation, count: Optional[int] = None) -> None:
-        """Return attempts that wait here, from the end; without a count all there are, if there are any."""
-        if count is None and not comp.waiting:
+    def _give_back(self, comp: _Computation, wanted: Optional[Set[int]] = None) -> None:
+        """Return attempts that wait here: these, or all."""
+        back = [attempt for attempt in comp.waiting if wanted is None or attempt.serial in wanted]
+        if not back:
             return
+        if len(back) == len(comp.waiting):
+            comp.waiting.clear()
+        else:
+            comp.waiting = collections.deque(attempt for attempt in comp.waiting if attempt.serial not in wanted)  # type: ignore[operator]
         serials: List[int] = []
-        while comp.waiting and (count is None or len(serials) < count):
-            attempt = comp.waiting.pop()
+        for attempt in back:
             if attempt.ending is not None:
                 self._finish(comp, self._unstarted(attempt))
-                continue
-            del comp.attempts[attempt.serial]
-            self._count(attempt, False)
-            serials.append(attempt.serial)
-        if comp.link in self._links:
-            self._reply(comp, Returned(comp.comp, serials[::-1]))
-        elif serials:   # it is told when it is back
-            self._remember(comp.comp, Past(unbegun=frozenset(serials)))
+            else:
+                serials.append(self._dismiss(comp, attempt))
+        self._hand_back(comp, serials)
 
     def _on_ack(self, link: int, message: Ack, now: float) -> None:
         comp, shelved = self._comp_of(link, message.comp), self.shelf.get(message.comp)
@@ -4240,9 +4996,8 @@ class Node:
             if worker.queue and worker.queue[0].ending is None:
                 worker.queue[0].ending = Outcome.STOPPED
                 self._interrupt(worker, worker.queue[0], now)
-            if len(worker.queue) > 1 and not worker.recalled:
-                worker.recalled = True
-                self._do(TakeBack(worker.key))
+            if len(worker.queue) > 1:
+                self._take_back(worker)
 
     def _account(self) -> None:
         """Answer for every attempt: what runs has failed, the rest was never started."""
@@ -4511,7 +5266,6 @@ MODULES = 'modules/'      # files of the user's modules: the import root
 BUNDLES = 'bundles/'      # what belongs to groups of them
 BEHIND_ROOT = 'behind'    # modules that come after the node's own
 BUNDLE = 'bundle-%d'      # name of a bundle's file
-OF_MODULES = '//'         # begins the names of files of modules in Need and File, where no other name can begin so
 
 
 class ModuleLoader(importlib.abc.MetaPathFinder):
@@ -4541,6 +5295,10 @@ class ModuleLoader(importlib.abc.MetaPathFinder):
         sys.path.append(os.path.join(self._private, BEHIND_ROOT))
         sys.meta_path.append(self)
 
+    def here(self) -> Tuple[tuple, List[int]]:
+        """Arguments for a loader in a child of a job, and the bundles that it shall load."""
+        return (self._private, self._path, self.directory), sorted(self._loaded)
+
     def need(self, numbers: Iterable[int]) -> None:
         """Import the modules of these bundles, once. Raises what that raises, or ModuleNotFoundError."""
         for number in numbers:
@@ -4558,7 +5316,7 @@ class ModuleLoader(importlib.abc.MetaPathFinder):
             if error:
                 raise ModuleNotFoundError('modules of the program are not on this node: %s' % error)
         with open(path, 'rb') as file:
-            bundle = open_envelope(file.read())
+            bundle = open_plain(file.read())
         importlib.invalidate_caches()
         if bundle['compiled'] and bundle['build'] != build_tag():
             raise ImportError('module %s is compiled for %s; this node is %s' % (bundle['compiled'][0], bundle['build'], build_tag()))
@@ -4619,7 +5377,7 @@ def explain_import(exc: BaseException, name: str) -> str:
     if missing and missing != chain[-1]:
         chain.append(missing)
     own = chain[1] if len(chain) > 2 else missing
-    return ('the import failed: %s. Install %s on this node, list its file in depends, or call '
+    return ('the import failed: %s. To mend that, install %s on this node, list its file in depends, or call '
             'cloudpickle.register_pickle_by_value(%s) in the program'
             % (' -> '.join(chain), missing.partition('.')[0] or 'what is missing', own.partition('.')[0] or 'module'))
 
@@ -4682,7 +5440,7 @@ def _write_main(directory: str) -> str:
     module = 'dispy_main_%d' % os.getpid()
     path = os.path.join(directory, module)
     with open(path + '.pickle', 'wb') as file:
-        pickle.dump(found, file)
+        pickle.dump((modules.here() if modules is not None else (), found), file)
     with open(path + '.py', 'w', encoding='utf-8') as source:
         source.write(_MAIN_TEXT % (path + '.pickle'))
     return module
@@ -4691,7 +5449,9 @@ def _write_main(directory: str) -> str:
 def load_main(variables: Dict[str, Any], path: str) -> None:
     """In a child of a job: define what the job's main module defines."""
     with open(path, 'rb') as file:
-        found = pickle.load(file)   # written by the job's own worker
+        loader, found = pickle.load(file)   # written by the job's own worker
+    if loader:
+        ModuleLoader(*loader[0]).need(loader[1])   # the search path came from the job
     main = sys.modules.get('__mp_main__')
     if main is not None and vars(main) is variables:
         spaces.adopt_main(main)
@@ -4707,7 +5467,7 @@ def load_main(variables: Dict[str, Any], path: str) -> None:
 _ENVIRON = getattr(os.environ, '_data', os.environ)   # compared after every job: 1 us instead of 30 through os.environ
 _getsignal = getattr(sys.modules.get('_signal'), 'getsignal', signal.getsignal)   # without the enum around it: 0.1 us
 TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)   # ignored by default and used by hardly anything
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36   # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36   # linux/prctl.h
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2                       # linux/falloc.h
 
 
@@ -4922,6 +5682,16 @@ def pack_error(text: str, exc: Optional[BaseException]) -> Payload:
     return struct.pack('>I', len(raw)) + raw + body
 
 
+def cut_error(exc: BaseException, skip: int = 0) -> Payload:
+    """As `pack_error` with the traceback; an exception that is over the limit stays behind."""
+    text = describe_exception(exc, skip)
+    payload = pack_error(text, exc)
+    size = size_of(payload)
+    if size <= VALUE_MOST:
+        return payload
+    return pack_error('%s\n(%s)' % (text, over_limit('the exception', size)), None)
+
+
 def unpack_error(payload: Buffer) -> Tuple[str, Buffer]:
     """The inverse, without opening the exception."""
     length, = struct.unpack_from('>I', payload)
@@ -4934,9 +5704,10 @@ def describe_exception(exc: BaseException, skip: int = 0) -> str:
     for _ in range(skip):
         trace = trace.tb_next if trace is not None else None
     try:
-        return ''.join(traceback.format_exception(type(exc), exc, trace))
+        text = ''.join(traceback.format_exception(type(exc), exc, trace))
     except Exception:  # exactly that: the exception cannot even be shown
-        return ''.join(traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
+        text = ''.join(traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
+    return shorten(text)
 
 
 def find_named(module: str, name: str) -> Any:
@@ -5019,6 +5790,22 @@ def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
     return [function(*args) for args in chunk]
 
 
+class _Turn:
+    """Processes write into one pipe by turns. A lock of the process (lockf), which ends with it."""
+
+    def __init__(self, directory: str) -> None:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            self._handle = _out_of_reach(os.dup(file.fileno()))
+
+    def __enter__(self) -> None:
+        import fcntl
+        fcntl.lockf(self._handle, fcntl.LOCK_EX)
+
+    def __exit__(self, *exc: Any) -> None:
+        import fcntl
+        fcntl.lockf(self._handle, fcntl.LOCK_UN)
+
+
 class Worker:
     """Runs job after job in a process of its own."""
 
@@ -5036,11 +5823,16 @@ class Worker:
         self._sending = threading.Lock()   # guards the writing end of the pipe: a job may have threads
         self._filing = threading.Lock()    # one file at a time; guards _answers
         self._answers: Deque[str] = collections.deque()
+        self._shared = False               # with processes that a job has forked
+        self._turn = _Turn(spec['private'])
+        if hasattr(os, 'register_at_fork'):
+            os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork)
         self._brought: Optional[Tuple[str, Callable[[], None]]] = None   # the job's own directory; takes its names away
 
     def serve(self) -> None:
         """Until the daemon closes the pipe, or this process is not fit for another job."""
         self._prepare()
+        self._send(Kind.HERE)
         fit = True
         while fit:
             if self._recalled:
@@ -5075,9 +5867,9 @@ class Worker:
         if modules is not None:
             modules.ask = self._ask_client
         if self._spec['logs'] >= 0:
-            handler = logging.Handler()
-            handler.emit = self._forward  # type: ignore[method-assign]
-            logging.getLogger().addHandler(handler)
+            self._log_handler = logging.Handler()
+            self._log_handler.emit = self._forward  # type: ignore[method-assign]
+            logging.getLogger().addHandler(self._log_handler)
             logging.getLogger().setLevel(self._spec['logs'])
         self._environ = dict(_ENVIRON)
         self._threads = threading.active_count()
@@ -5102,9 +5894,17 @@ class Worker:
 
     def _send(self, *args: Any) -> None:
         buffers = pack_record(*args)
-        with self._sending:
+        with self._sending, self._turn if self._shared else contextlib.nullcontext():
             for buffer in buffers:
                 self._sock.sendall(buffer)
+
+    def _before_fork(self) -> None:
+        """A job forks: from now on its children may write into the pipe as well, records of any length."""
+        self._shared = True
+
+    def _after_fork(self) -> None:
+        """In the child: another thread of the parent may have held these."""
+        self._sending, self._filing = threading.Lock(), threading.Lock()
 
     @contextlib.contextmanager
     def _beside_job(self) -> Any:
@@ -5130,8 +5930,11 @@ class Worker:
             raise KeyboardInterrupt
 
     def _provisional(self, result: Any) -> int:
-        """dispy_provisional_result: hand the client a value while the job goes on. Raises what pickling raises."""
+        """dispy_provisional_result: hand the client a value while the job goes on. Raises what pickling raises,
+        ValueError for a value over the limit."""
         payload, plain, _, _ = seal(result)
+        if size_of(payload) > VALUE_MOST:
+            raise ValueError(over_limit('dispy_provisional_result: the value', size_of(payload)))
         with self._beside_job():
             now = time.time()
             self._send(Kind.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE, self._slots[0], now, now, payload)
@@ -5139,9 +5942,17 @@ class Worker:
 
     def _forward(self, record: logging.LogRecord) -> None:
         """A log record of the job, on its way to the client's logging."""
-        text = record.getMessage() + ('\n' + ''.join(traceback.format_exception(*record.exc_info)).rstrip() if record.exc_info else '')
+        try:
+            text = record.getMessage()
+            if record.exc_info and record.exc_info[0] is not None:
+                text += '\n' + ''.join(traceback.format_exception(*record.exc_info)).rstrip()
+            # A level may be an IntEnum and a name a subclass of str: the other side opens plain values only.
+            data = pickle.dumps((int(record.levelno), plain_text(record.name)[:NAME_MOST], shorten(plain_text(text))), 5)
+        except Exception:  # arguments that do not fit the format, and the like: as logging itself does
+            self._log_handler.handleError(record)
+            return
         with self._beside_job():
-            self._send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, pickle.dumps((record.levelno, record.name, text[:OUTPUT_KEPT])))
+            self._send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
 
     def _send_file(self, path: str) -> int:
         """dispy_send_file: the file is below the client's directory, under the same relative name, when this returns 0.
@@ -5150,11 +5961,10 @@ class Worker:
         check_size(name, os.path.getsize(path), self._spec['max_file'])
         size, digest = file_digest(path)
         row = pickle.dumps((name, size, digest, stat.S_IMODE(os.stat(path).st_mode)))
-        with self._filing, open(path, 'rb') as file:
-            for piece in range(max(1, -(-size // FILE_PIECE))):
-                data = file.read(FILE_PIECE)
+        with self._filing:
+            for offset, data in read_pieces(path, size):
                 with self._beside_job():
-                    self._send(Kind.FILE, piece, self._slots[0], 0.0, 0.0, row, data)
+                    self._send(Kind.FILE, offset // FILE_PIECE, self._slots[0], 0.0, 0.0, row, data)
             with self._beside_job():
                 while not self._answers:
                     self._receive(0)
@@ -5214,6 +6024,7 @@ class Worker:
                 self._in_job = True
                 if self._slots[1] == record.serial:
                     raise KeyboardInterrupt   # cancelled in the moment in which it starts
+                spaces.added.clear()
                 args, kwargs, *extras = unseal(record.bodies[0])
                 if extras:
                     self._bring(*extras)
@@ -5266,9 +6077,14 @@ class Worker:
 
     def _outcome(self, value: Any, failure: Optional[BaseException]) -> Tuple[int, Payload]:
         if failure is not None:
-            return Outcome.RAISED, pack_error(describe_exception(failure, 1), failure)
+            if isinstance(failure, ImportError):
+                failure.msg = '%s. %s' % (failure, explain_import(failure, self._spec['name']))
+                failure.args = (failure.msg,)
+            return Outcome.RAISED, cut_error(failure, 1)
         try:
             payload, plain, _, _ = seal(value)
+            if size_of(payload) > VALUE_MOST:
+                return Outcome.RAISED, pack_error(over_limit('the result', size_of(payload)), None)
             return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
         except BaseException as exc:  # __reduce__ and its kin are the user's code
             text = 'the result, of type %s, could not be pickled: %s' % (type(value).__name__, describe_exception(exc, 1))
@@ -5393,21 +6209,16 @@ def globals_of(*functions: Any) -> List[Dict[str, Any]]:
 
 
 def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Callable[[], None]:
-    """Make names known to one job: in the computation's global variables where they are free, and in builtins for other
-    modules. Returns what takes them away again."""
-    lent: List[Tuple[Dict[str, Any], str, Any]] = []
-    for variables in globals_:
-        lent += [(variables, name, _MISSING) for name in names if name not in variables]
-    lent += [(vars(builtins), name, vars(builtins).get(name, _MISSING)) for name in names]
+    """Make names known to one job: in the computation's global variables, where they are free. Returns what takes them away
+    again, with those that opening them has brought there."""
+    spaces.forget_added(names)
+    lent = [(variables, name) for variables in globals_ for name in names if name not in variables]
+    for variables, name in lent:
+        variables[name] = names[name]
 
     def give_back() -> None:
-        for variables, name, before in lent:
-            if before is _MISSING:
-                variables.pop(name, None)
-            else:
-                variables[name] = before
-    for variables, name, _ in lent:
-        variables[name] = names[name]
+        for variables, name in lent:
+            variables.pop(name, None)
     return give_back
 
 
@@ -5506,10 +6317,13 @@ class Runner:
         if self._spec['bundles']:
             loader.need((0,))
         self._function, setup, self._cleanup, objects = \
-            load_source(*open_envelope(code)) if source is not None else unseal(code)
+            load_source(*open_plain(code)) if source is not None else unseal(code)
         self._setup_args, own_objects = unseal(self._spec['setup_args']) if self._spec['setup_args'] else ((), {})
         self._globals = globals_of(self._function, setup, self._cleanup)
-        self.offer(dict(self._spec['names'], **objects, **own_objects), self._globals)
+        self.offer(self._spec['names'], self._globals)
+        for variables in self._globals:
+            for name, value in dict(objects, **own_objects).items():
+                variables.setdefault(name, value)
         return setup
 
     @staticmethod
@@ -5538,7 +6352,8 @@ class Runner:
         sys.stdout.flush()
         sys.stderr.flush()
         printed = self._err.peek(os.fstat(2).st_size).decode('utf-8', 'replace')[-2000:]
-        self._send(Kind.FAILED, int(not self._loaded), 0, 0.0, 0.0, (text + ('\nstderr:\n' + printed if printed else '')).encode('utf-8', 'replace'))
+        text = shorten(text) + ('\nstderr:\n' + printed if printed else '')
+        self._send(Kind.FAILED, int(not self._loaded), 0, 0.0, 0.0, text.encode('utf-8', 'replace'))
 
     # -- serving ------------------------------------------------------------------------------------------
 
@@ -5834,12 +6649,38 @@ def memory_of(pid: int) -> int:
     return ask_psutil(sum_up) or 0   # the process may have ended
 
 
+def start_of(pid: int) -> float:
+    """When a process began, in whatever unit tells it from another that gets its number; 0 if it cannot be told."""
+    try:
+        with open('/proc/%d/stat' % pid, 'rb') as file:
+            return float(file.read().rpartition(b')')[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        if sys.platform == 'linux':
+            return 0.0
+    try:
+        import psutil
+        return float(psutil.Process(pid).create_time())
+    except (ImportError, psutil.Error, ValueError, OverflowError):
+        return 0.0
+
+
+def is_child(pid: int, parent: int) -> bool:
+    """Whether a process is a child of another; false where nothing tells it."""
+    try:
+        import psutil
+        return bool(psutil.Process(pid).ppid() == parent)
+    except (ImportError, psutil.Error, ValueError, OverflowError):
+        return False
+
+
 def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
     """The runner process, started by the daemon with `spawn`."""
-    if user is not None:
-        become(user)
     if hasattr(os, 'setsid'):
         os.setsid()   # Ctrl-C at the daemon's terminal is the daemon's business
+    _no_stdin()       # nor are lines that are typed there meant for setup()
+    del sys.argv[1:]  # among which the secret may be
+    if user is not None:
+        become(user)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     code = 0
     try:
@@ -5931,13 +6772,17 @@ class Channel:
         plain = itertools.takewhile(lambda item: item[1] is None, itertools.islice(self._out, 64))
         return self.sock.sendmsg([view for view, _ in plain])
 
+    def receive(self, room: memoryview) -> int:
+        """As a socket's recv_into."""
+        return self.sock.recv_into(room)
+
     def read(self, now: float) -> List[Any]:
         """Receive what is there; the whole units of it. Raises LinkBroken at the end of the stream."""
         units: List[Any] = []
         for _ in range(self.READS):
             room = self._intake.room()
             try:
-                count = self.sock.recv_into(room)
+                count = self.receive(room)
             except self._again:
                 break
             if count == 0:
@@ -5968,8 +6813,9 @@ class Link(Channel):
     """An authenticated connection that carries messages."""
     _numbers = itertools.count(1)
 
-    def __init__(self, sock: socket.socket, session: Session, address: str, now: float, pulse: float = PULSE) -> None:
-        self._opener = FrameOpener(session.receive_key)
+    def __init__(self, sock: socket.socket, session: Session, address: str, now: float, pulse: float = PULSE,
+                 takes: Iterable[int] = MESSAGES) -> None:
+        self._opener = FrameOpener(session.receive_key, takes)
         super().__init__(sock, self._opener)
         self._sealer = FrameSealer(session.send_key)
         self.number = next(Link._numbers)
@@ -5982,22 +6828,63 @@ class Link(Channel):
         """Queue a message. Raises ValueError for one that is too large, before anything of it is queued."""
         self.push(self._sealer.seal(message))
 
+    @property
+    def opened(self) -> int:
+        """Frames that have been opened, or the number of the one that could not be used."""
+        return self._opener.opened
+
+    @property
+    def sent(self) -> int:
+        """Frames that were sent."""
+        return self._sealer.sealed
+
     def messages(self, now: float) -> List[Any]:
         """The messages that have come. Raises PeerError or LinkBroken; the link is of no use then."""
         return [self._opener.open(head, body) for head, body in self.read(now)]
+
+
+_CREDENTIALS = struct.Struct('3i')   # pid, uid, gid
 
 
 class Pipe(Channel):
     """A channel to a process on this host that carries records."""
 
     def __init__(self, sock: socket.socket, comp: str, worker: int = 0) -> None:
-        self._records = RecordIntake()
+        self._records = RecordIntake(FROM_WORKER if worker else FROM_RUNNER)
         super().__init__(sock, self._records)
         self.comp, self.worker = comp, worker
+        self.pid = 0     # of the process that wrote first, as the kernel tells it
+        self._asks = bool(worker) and hasattr(socket, 'SCM_CREDENTIALS')
+        if self._asks:   # what SO_PEERCRED tells of a socketpair is who made it
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+
+    def receive(self, room: memoryview) -> int:
+        if not self._asks:
+            return super().receive(room)
+        count, ancillary, _, _ = self.sock.recvmsg_into([room], socket.CMSG_SPACE(_CREDENTIALS.size))
+        for level, kind, body in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and len(body) >= _CREDENTIALS.size:
+                self.pid = _CREDENTIALS.unpack(body[:_CREDENTIALS.size])[0]
+                self._asks = False
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        return count
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
         return [RecordIntake._record(head, body) for head, body in self.read(now)]
+
+
+class Faults:
+    """Counts the faults of a loop for which nothing that it serves was to blame."""
+    MOST, WITHIN = 50, 1.0     # faults, s
+
+    def __init__(self) -> None:
+        self._times: Deque[float] = collections.deque(maxlen=self.MOST)
+
+    def are_many(self, now: float) -> bool:
+        """Count one more; whether MOST have come within the last WITHIN seconds."""
+        self._times.append(now)
+        return len(self._times) == self.MOST and now - self._times[0] < self.WITHIN
 
 
 class Loop:
@@ -6005,7 +6892,12 @@ class Loop:
 
     A subclass says what happens: `on_event`, `on_channel`, `on_broken`, `end_of_turn`, `next_timer`.
     `turn()` does one round, `run()` repeats it until `stop()`.
+
+    An exception that nobody expected ends what it concerns, which the subclass finds out in
+    `on_fault`, and the loop goes on. A loop that fails many times within a second, without
+    anything being found that could be ended, is itself at fault: `run` raises LoopFailed.
     """
+    log = logger
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -6014,9 +6906,13 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._inbox: Deque[Any] = collections.deque()
         self._dirty: Set[Channel] = set()
+        self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()   # at the end of this turn
         self._signalled = False
         self._wakes_on_signals = False
         self._ended = False
+        self._faults = Faults()
+        self._again = False        # a turn failed, and what it had to do may not be done
+        self._failed = ''          # why this loop cannot go on
         self._pulse_at = 0.0
         self._waker, self._wakened = socket.socketpair()
         for sock in (self._waker, self._wakened):
@@ -6046,6 +6942,17 @@ class Loop:
     def next_timer(self) -> Optional[float]:
         """When there will be something to do at the latest, monotonic."""
         return None
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """An unexpected exception was raised while `subject`, a channel, an event or an action, was
+        handled. End what it concerns; whether there was such a thing."""
+        if isinstance(subject, Channel):
+            self._break(subject, text)
+            return True
+        sock = getattr(subject, 'sock', None)
+        if sock is not None:   # of a connection that has just come about
+            sock.close()
+        return sock is not None
 
     # -- any thread ---------------------------------------------------------------------------------------
 
@@ -6104,14 +7011,27 @@ class Loop:
         self._selector.unregister(sock)
 
     def say(self, link: Link, message: Any) -> None:
-        """Send a message on a link, if it is still there."""
+        """Send a message on a link, if it is still there. Never raises: a message that cannot be
+        sent breaks its link, and what may become too large is cut where it comes into being."""
         if link.dirty is not None:
             link.said = self.now
-            link.send(message)
+            try:
+                link.send(message)
+            except Exception as exc:  # it is too large, or holds what cannot be packed
+                self.log.error('%s for %s cannot be sent: %s', type(message).__name__, link.address, exc)
+                self.unsaid(link, message, '%s cannot be sent: %s' % (type(message).__name__, exc))
+
+    def unsaid(self, link: Link, message: Any, text: str) -> None:
+        """A message could not be sent; nothing of it was. Who asked gets an error for an answer;
+        otherwise the other side waits in vain, and the link is of no use any more."""
+        if type(message) is Return and not message.error:
+            self.say(link, message._replace(error=('ValueError', text[:NAME_MOST]), value=None))
+        else:
+            self._later_broken.append((link, text))
 
     def part(self, link: Link, text: str) -> None:
         """End a link on purpose: what waits on it is sent as far as it goes, then it is closed."""
-        self.say(link, Bye(text))
+        self.say(link, Bye(text[:1000]))
         with contextlib.suppress(OSError):   # it is closed all the same
             link.write()
         self.detach(link)
@@ -6120,6 +7040,8 @@ class Loop:
         """Turn after turn until `stop`."""
         while not self._ended:
             self.turn()
+        if self._failed:
+            raise LoopFailed(self._failed)
 
     def stop(self) -> None:
         """Make `run` return after this turn."""
@@ -6130,25 +7052,61 @@ class Loop:
         for key, mask in self._selector.select(self._patience(timeout)):
             self.now = self.clock()
             if callable(key.data):
-                key.data()
+                self.guard(None, key.data)
             elif key.data.dirty is not None:   # not detached meanwhile
                 self._guarded(key.data, mask)
         self.now = self.clock()
-        for _ in range(len(self._inbox)):
-            self.on_event(self._inbox.popleft())
-        self._beat()
-        self.end_of_turn()
+        self.take_events(len(self._inbox))
+        self.guard(None, self._beat)
+        self.guard(None, self.end_of_turn)
+        while self._later_broken:
+            self._break(*self._later_broken.popleft())
         for channel in list(self._dirty):
             self._write(channel)
 
+    def take_events(self, count: int) -> None:
+        """Handle that many of what was posted."""
+        for _ in range(count):
+            event = self._inbox.popleft()
+            self.guard(event, self.on_event, event)
+
+    def guard(self, subject: Any, call: Callable[..., Any], *args: Any) -> None:
+        """Call it for `subject`; an unexpected exception ends what that concerns, not the loop."""
+        try:
+            call(*args)
+        except Exception as exc:  # whatever it is, others are served all the same
+            self.fault(subject, exc)
+
+    def fault(self, subject: Any, exc: BaseException) -> None:
+        """Log an unexpected exception and end what it concerns."""
+        name = type(subject).__name__ if subject is not None else 'a turn'
+        self.log.error('a fault of dispy while it handled %s', name, exc_info=exc)
+        concerned = False
+        try:
+            concerned = self.on_fault(subject, 'a fault of dispy has ended it: %s: %.500s' % (type(exc).__name__, exc))
+        except Exception:  # one more; the first stands in the log already
+            self.log.exception('a fault of dispy while it ended what the last one concerned')
+        self._again = self._again or not concerned
+        if not concerned and self._faults.are_many(self.clock()):
+            self._failed = '%d faults within %g s, the last of them %s: %.500s' % (
+                Faults.MOST, Faults.WITHIN, type(exc).__name__, exc)
+            self.stop()
+
     def _patience(self, timeout: Optional[float]) -> Optional[float]:
-        if self._inbox:
+        """Seconds until something is to be done, at most a day: a selector takes no more than 24.8 days."""
+        if self._inbox or self._again:
+            self._again = False
             return 0
-        times = [when for when in (self.next_timer(), self._pulse_at if self.links else None) if when is not None]
-        if times:
-            wait = min(max(0.0, min(times) - self.clock()), LONGEST_WAIT)
-            return wait if timeout is None else min(wait, timeout)
-        return timeout
+        wait = LONGEST_SLEEP if timeout is None else min(timeout, LONGEST_SLEEP)
+        try:
+            when = self.next_timer()
+        except Exception as exc:
+            self.fault(None, exc)
+            return 0
+        for time_of in (when, self._pulse_at if self.links else None):
+            if time_of is not None:
+                wait = min(wait, time_of - self.clock())
+        return max(0.0, wait)
 
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -6161,14 +7119,30 @@ class Loop:
                 self.on_channel(channel)
             if mask & selectors.EVENT_WRITE:
                 self._dirty.add(channel)
-        except (LinkBroken, PeerError, OSError) as exc:
+        except (LinkBroken, OSError) as exc:
             self._break(channel, str(exc) or type(exc).__name__)
+        except PeerError as exc:
+            self._refuse_link(channel, str(exc))
+        except Exception as exc:  # of the channel, which is ended for it
+            self.fault(channel, exc)
+
+    def _refuse_link(self, channel: Channel, text: str) -> None:
+        """What came cannot be used. The other side is told, so that it does not connect and send the same at once."""
+        if isinstance(channel, Link) and channel.dirty is not None:
+            self.log.error('what %s has sent cannot be used: %s', channel.address, text)
+            Loop.say(self, channel, Wrong(text[:NAME_MOST], channel.opened))
+            with contextlib.suppress(OSError):   # it is broken all the same
+                channel.write()
+        self._break(channel, text)
 
     def _write(self, channel: Channel) -> None:
         try:
             channel.write()
         except OSError as exc:
             self._break(channel, str(exc))
+            return
+        except Exception as exc:  # as above
+            self.fault(channel, exc)
             return
         self._dirty.discard(channel)
         self.interest(channel)
@@ -6189,7 +7163,7 @@ class Loop:
     def _break(self, channel: Channel, text: str) -> None:
         if channel.dirty is not None:
             self.detach(channel)
-            self.on_broken(channel, text)
+            self.guard(None, self.on_broken, channel, text)
 
     def _beat(self) -> None:
         """Signs of life on idle links, and an end to silent ones."""
@@ -6245,7 +7219,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
     request_queue_size = 128
     timeout = 0      # handle_request returns when nobody is there any more
 
-    def __init__(self, address: Tuple[str, int], psk: Union[bytes, Dict[int, bytes]], role: Role, allowed: Sequence[Role], instance: bytes,
+    def __init__(self, address: Tuple[str, int], psk: Union[bytes, Dict[int, Tuple[bytes, ...]]], role: Role, allowed: Sequence[Role], instance: bytes,
                  deliver: Callable[[Arrival], None], certfile: Optional[str] = None, keyfile: Optional[str] = None,
                  cafile: Optional[str] = None, patience: float = HANDSHAKE_TIME,
                  refused: Callable[[str, str], None] = lambda address, text: None) -> None:
@@ -6255,6 +7229,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._tls = tls_context(True, certfile, keyfile, cafile) if certfile else None
         self._binding = certificate_digest(certfile) if certfile else NO_TLS
         self._keeper, self._lock = Doorkeeper(), threading.Lock()   # the lock guards the keeper
+        self._under_way: Dict[int, Tuple[str, socket.socket]] = {}   # handshakes by the ids of their sockets, in order
         self._kept: Set[int] = set()    # ids of sockets that were delivered, not to be closed
         self._spare = os.open(os.devnull, os.O_RDONLY)
         self._both = not address[0] and socket.has_dualstack_ipv6()   # all addresses of this host, IPv4 and IPv6
@@ -6290,8 +7265,31 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether this address may begin a handshake."""
+        address, victim = client_address[0], None
         with self._lock:
-            return self._keeper.admit(client_address[0], time.monotonic())
+            now = time.monotonic()
+            if self._keeper.is_shut(address, now):
+                return False
+            if not self._keeper.admit(address, now):
+                number = self._keeper.make_way(address, [(number, other) for number, (other, _) in self._under_way.items()])
+                if number is None:
+                    return False
+                _, victim = self._under_way.pop(number)
+            # A descriptor of our own to it: TLS takes the socket's away.
+            handle = socket.socket(fileno=os.dup(request.fileno())) if self._tls else request
+            self._under_way[id(request)] = (address, handle)
+        if victim is not None:
+            with contextlib.suppress(OSError):   # it has ended meanwhile
+                victim.shutdown(socket.SHUT_RDWR)
+            if self._tls:
+                victim.close()
+        return True
+
+    def _is_over(self, request: Any) -> None:
+        """A handshake is over. With the lock held."""
+        _, handle = self._under_way.pop(id(request), ('', None))
+        if handle is not None and handle is not request:
+            handle.close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread."""
@@ -6299,6 +7297,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             super().process_request(request, client_address)
         except BaseException:   # no thread could be started: its place is free again
             with self._lock:
+                self._is_over(request)
                 self._keeper.leave(client_address[0])
             raise
 
@@ -6323,6 +7322,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             if not proved:
                 sock.close()   # under TLS not the one that socketserver knows
             with self._lock:
+                self._is_over(request)
                 self._keeper.done(address, proved, time.monotonic())
 
     def _log(self, address: str, text: str) -> None:
@@ -6352,12 +7352,16 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: bytes, tls: Any = None,
-         note: Callable[[Any], None] = lambda sock: None, patience: float = HANDSHAKE_TIME) -> Arrival:
-    """Connect, TLS, handshake: blocking, for a thread. `tls` is a context of `tls_context`; `note` is told each socket as it
-    is made, so that another thread can shut it down; `patience` is for the connection, and again for the handshake. Raises
-    HandshakeError or OSError; `dial_text` says it in words."""
+         note: Callable[[Any], None] = lambda sock: None, patience: float = HANDSHAKE_TIME,
+         allowed: Optional[Callable[[str], bool]] = None) -> Arrival:
+    """Connect, to addresses that are `allowed` only, TLS, handshake: blocking, for a thread. `tls` is a context of `tls_context`;
+    `note` is told each socket as it is made, so that another thread can shut it down; `patience` is for the connection, and again
+    for the handshake. Raises HandshakeError or OSError; `dial_text` says it in words."""
     failure: OSError = OSError('it has no address')
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
+        if allowed is not None and not allowed(str(address[0])):
+            failure = OSError('its address is none that may be connected to from here (--allow-nodes of the dispyscheduler)')
+            continue
         sock: Any = socket.socket(family, kind, protocol)
         note(sock)
         try:
@@ -6632,7 +7636,6 @@ def interfaces() -> List[int]:
         return []
 
 
-
 class Ears:
     """The UDP sockets of one process and how it speaks to all. It hears what is said to `ports`, and speaks to `there`, from the
     first of its ports, where the answers come. The loop's thread."""
@@ -6746,18 +7749,36 @@ class _Run:
 
     def __init__(self, comp: str, directory: str, private: str, keep: bool, max_file: int) -> None:
         self.comp, self.directory, self.private, self.keep = comp, directory, private, keep
-        self.receiver = FileReceiver(directory, max_file, private)
-        self.modules = FileReceiver(private, max_file)   # files of the user's modules
+        self.receiver = FileReceiver({Purpose.DEPENDS: directory, Purpose.PLACED: directory,
+                                      Purpose.MODULES: private}, max_file, scratch=private)
         self.fetched: list = []                      # rows of those that are on their way
-        self.placing: Dict[str, IncomingFile] = {}   # files that come while the computation is set up
         self.process: Any = None
         self.control: Optional[Pipe] = None
         self.up = self.closing = self.unloadable = False
         self.text = ''
         self.pipes: Dict[int, Pipe] = {}
-        self.pids: Dict[int, int] = {}
+        self.pids: Dict[int, Tuple[int, float]] = {}   # worker -> number and start of its process
+        self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
         self.kill_at: Optional[float] = None
         self.watch: Optional[RunnerWatch] = None
+
+    def known(self, worker: int, pid: int) -> None:
+        """A worker's process: from the kernel, never by its own word."""
+        if pid > 1:
+            self.pids[worker] = (pid, start_of(pid))
+
+    def kill(self, worker: int) -> None:
+        """Kill a worker's process and its group, unless the number is another process's by now."""
+        pid, start = self.pids.get(worker, (0, 0.0))
+        if not pid or start_of(pid) != start:
+            return
+        for kill in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(pid, signal.SIGKILL)
+
+    def times(self) -> Tuple[Optional[float], ...]:
+        """When there is something to do."""
+        return (self.kill_at, *(self.watch.times() if self.watch is not None else ()))
 
 
 class RunnerWatch:
@@ -6844,13 +7865,15 @@ class Daemon(Loop):
         self._unkept: Set[str] = set()    # computations with results that could not be kept
         self._held: Set[Pipe] = set()     # not read until links have room
         self._backlog = Backlog(self.links)
+        self._read_later: Dict[Tuple[int, str], float] = {}   # kept results, of a link and a computation, and when they are read again
+        self._port = 0
         self._root = self._base = ''   # where computations work, and what is above: not the same with --user
         self._acts: Dict[type, Callable[[Any], None]] = {
-            Send: self._send, Drop: self._drop, Prepare: self._prepare, WantAgain: self._want_again, Store: self._store, StorePlaced: self._store_placed,
+            Send: self._send, Drop: self._drop, Prepare: self._prepare, WantAgain: self._want_again, Store: self._store,
             Fetch: self._fetch,
             StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
-            Keep: self._keep, SendKept: self._send_kept, Forget: self._forget, Remember: self._remember,
-            NoteOverrun: self._note_overrun, Feed: self._feed, Interrupt: self._interrupt,
+            Broken: lambda action: self.fault(action, action.error), Keep: self._keep, SendKept: self._send_kept, Forget: self._forget,
+            Remember: self._remember, NoteOverrun: self._note_overrun, Feed: self._feed, Interrupt: self._interrupt,
             Kill: self._kill, Watch: self._watch, TakeBack: self._take_back, Retire: self._retire, TellKept: self._tell_kept, Show: self._show, Exit: lambda action: self.stop(),
         }
 
@@ -6863,6 +7886,7 @@ class Daemon(Loop):
             for host in options.hosts:
                 self._gates.append(self._listen(host, port))
                 port = self._gates[0].server_address[1]
+            self._port = port
             self._root = self._take_directory(port)
             self.node.facts['lock'] = machine(), os.path.join(self._base, 'lock')
             self._modules = ModuleStore(os.path.join(self._root, 'p-.modules'))
@@ -6922,18 +7946,22 @@ class Daemon(Loop):
         """The directory of this node, ours alone: 0700, locked by file `lock` with PID and port."""
         root = self._options.prefix or default_directory(port)
         try:
-            os.makedirs(root, mode=0o700, exist_ok=True)
-            for path in (root,) if self._options.prefix else (os.path.dirname(root), root):
-                status = os.lstat(path)
+            mode = 0o711 if self._options.user else 0o700
+            if not self._options.prefix:
+                above = os.path.dirname(root)
+                os.makedirs(above, mode=0o700, exist_ok=True)
+                status = os.lstat(above)
                 if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
-                    raise StartError('%s is not a directory of this user (--dest-path-prefix)' % path)
-                os.chmod(path, 0o711 if self._options.user else 0o700)
+                    raise StartError('%s is not a directory of this user (--dest-path-prefix)' % above)
+                os.chmod(above, mode)
+            take_own_directory(root, NODE_MARK, ('lock',) if _was_ours(root) else (), '--dest-path-prefix', mode)
             self._lock_file = _lock(os.path.join(root, 'lock'), port, self._instance)
             self._base = os.path.realpath(root)
             if self._options.clean:
                 for name in os.listdir(root):
-                    if name.startswith(('r-', 'g-')) or name == 'memory':
-                        os.unlink(os.path.join(root, name))
+                    path = os.path.join(root, name)
+                    if (_is_ours(name, 'r-', 'g-') or name == 'memory') and os.path.isfile(path):
+                        os.unlink(path)
             self._memory = Memory(self._base)
             self.node.facts['memory'] = self._memory.ident
             if self._options.user is not None:
@@ -6941,7 +7969,7 @@ class Daemon(Loop):
                 root = self._user_directory(root, self._options.user)
             wrecks = {}
             for name in os.listdir(root):
-                if name.startswith('p-') and name[2:].isalnum() and os.path.isdir(os.path.join(root, name)):
+                if _is_ours(name, 'p-') and os.path.isdir(os.path.join(root, name)):
                     try:
                         wrecks[name[2:]] = Slots.read(os.path.join(root, name))
                     except OSError as exc:
@@ -6952,7 +7980,7 @@ class Daemon(Loop):
             with self._as_user():
                 for name in os.listdir(root):
                     path = os.path.join(root, name)
-                    if name != 'lock' and (self._options.clean or name.startswith(('c-', 'p-'))) and os.path.isdir(path):
+                    if (self._options.clean or _is_ours(name, 'c-', 'p-')) and os.path.isdir(path):
                         shutil.rmtree(path, ignore_errors=True)
         except OSError as exc:
             raise StartError('the directory %s cannot be used%s: %s (--dest-path-prefix)' % (
@@ -7035,7 +8063,8 @@ class Daemon(Loop):
         """The state's, or the end of a runner that does not end; at once when held pipes can be read again."""
         if self._may_let_go() or self._backlog.has_room():
             return self.now
-        times = [self.node.next_timer(), self._hello_at, self._clock_at, *(when for run in self._runs.values() for when in (run.kill_at, *(run.watch.times() if run.watch is not None else ()))),
+        times = [self.node.next_timer(), self._hello_at, self._clock_at, *(when for run in self._runs.values() for when in run.times()),
+                 *self._read_later.values(),
                  *(caller.dialling.due for caller in self._callers)]
         return min((when for when in times if when is not None), default=None)
 
@@ -7057,7 +8086,7 @@ class Daemon(Loop):
             if event is None:
                 return
         if isinstance(event, (Arrival, Dialled)):
-            link = Link(event.sock, event.session, event.address, self.now)
+            link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
             self.attach(link)
             self.node.facts['available'] = availability(self._root)
             if isinstance(event, Dialled):
@@ -7108,27 +8137,56 @@ class Daemon(Loop):
                 caller.dialling.start(self.post, caller, self._reach(caller, HANDSHAKE_TIME))
 
     def _tell(self, event: Any) -> None:
-        self._act(self.node.handle(event, self.now))
+        try:
+            actions = self.node.handle(event, self.now)
+        except BaseException:
+            self._act(self.node.decided())   # what was decided before the state noticed
+            raise
+        self._act(actions)
 
     def _act(self, actions: List[Any]) -> None:
         for action in actions:
-            self._acts[type(action)](action)
+            try:
+                self._acts[type(action)](action)
+            except Exception as exc:  # the other actions are carried out all the same
+                self.fault(action, exc)
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """End what the fault concerns: a link, a worker, a computation."""
+        if isinstance(subject, Pipe):
+            self._nonsense(subject, text)
+            return True
+        comp = getattr(subject, 'comp', None) or self.node.comp_of_worker(getattr(subject, 'worker', 0))
+        link = self.links.get(getattr(subject, 'link', 0))
+        if isinstance(subject, Channel) or not comp:
+            if link is None:
+                return super().on_fault(subject, text)
+            self._break(link, text)
+            return True
+        self._tell(Faulted(comp, text))
+        return True
 
     def on_channel(self, channel: Any) -> None:
         """A link or a pipe has something."""
         if isinstance(channel, Link):
             for message in channel.messages(self.now):
                 self._message(channel, message)
-        elif channel.worker:
-            self._from_worker(channel)
         else:
-            for record in channel.records(self.now):
-                self._from_runner(self._runs[channel.comp], record)
+            try:
+                if channel.worker:
+                    self._from_worker(channel)
+                else:
+                    for record in channel.records(self.now):
+                        self._from_runner(self._runs[channel.comp], record)
+            except PeerError as exc:   # its user's code wrote into what it should not have
+                self._nonsense(channel, str(exc))
 
     def _message(self, link: Link, message: Any) -> None:
         if isinstance(message, Bye):
             link.on_purpose = True
             raise LinkBroken('bye: %s' % message.text[:200])
+        if isinstance(message, Wrong):
+            raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
         if isinstance(message, Introduce):
             self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
         if not isinstance(message, Pulse):
@@ -7153,12 +8211,14 @@ class Daemon(Loop):
     def end_of_turn(self) -> None:
         """What came of this turn's actions, then the state's own turn."""
         while self._inbox:
-            self.on_event(self._inbox.popleft())
-        self._see_to_runners()
+            self.take_events(len(self._inbox))
+        for run in list(self._runs.values()):
+            self.guard(run, self._see_to_runner, run)
         if self._clock_at is not None and self.now >= self._clock_at:
             self._look_at_clock(time.localtime())
-        self._act(self.node.flush(self.now))
-        self._backlog.send(self.say)
+        self.guard(None, self._flush)
+        self._read_again()
+        self.guard(None, self._send_waiting)
         self._dial_callers()
         if self._hello_at is not None and self.now >= self._hello_at:
             self._hello()
@@ -7170,6 +8230,14 @@ class Daemon(Loop):
                 link.paused = full
                 link.heard = self.now
                 self.interest(link)
+
+    def _flush(self) -> None:
+        try:
+            actions = self.node.flush(self.now)
+        except BaseException:
+            self._act(self.node.decided())
+            raise
+        self._act(actions)
 
     def _look_at_clock(self, local: time.struct_time) -> None:
         """Hours of service. Once a minute, so that a clock that is set is no matter."""
@@ -7213,7 +8281,7 @@ class Daemon(Loop):
 
     def _show(self, action: Show) -> None:
         with contextlib.suppress(OSError):   # the terminal may have gone
-            print(action.text, flush=True)
+            print('\n'.join(map(printable, action.text.split('\n'))), flush=True)
 
     def _prepare(self, action: Prepare) -> None:
         spec, comp = action.spec, action.comp
@@ -7221,9 +8289,13 @@ class Daemon(Loop):
         try:
             if len(comp) > 64 or not comp.isalnum():
                 raise ValueError('a computation may not be called %.70r' % comp)
+            self._have_directory()
             private = os.path.join(self._root, 'p-' + comp)
             if spec['dest_path']:
-                directory = os.path.join(self._root, *check_name(spec['dest_path']))
+                parts = check_name(spec['dest_path'])
+                if _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-', 'g-') or parts[0] in ('lock', 'memory', NODE_MARK) or parts[0].startswith('user-'):
+                    raise ValueError('dest_path %.100r begins as names of the node itself do; choose another' % spec['dest_path'])
+                directory = os.path.join(self._root, *parts)
             else:
                 directory = os.path.join(self._root, ('k-' if keep else 'c-') + comp)
             unknown = Digests.unknown(directory, spec['files']) if self._options.user is None else []   # a thread has no rights of its own
@@ -7235,8 +8307,9 @@ class Daemon(Loop):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.makedirs(private, mode=0o700, exist_ok=True)
                 run = self._runs[comp] = _Run(comp, directory, private, keep, self._options.max_file)
-                missing = run.receiver.want(spec['files']) + self._want_modules(run, spec['modules'])
-        except (OSError, ValueError) as exc:
+                missing = run.receiver.want(Purpose.DEPENDS, spec['files'])
+                missing += self._want_modules(run, spec['modules'])
+        except (OSError, ValueError, StartError) as exc:
             self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc, reason_of(exc)))
         else:
             self.post(Prepared(comp, missing))
@@ -7255,12 +8328,27 @@ class Daemon(Loop):
         else:
             self._digesting.discard(event.action.comp)
 
-    def _want_modules(self, run: _Run, rows: list) -> List[str]:
-        """Names of the files of modules that have to be sent; those that came for other computations are copied."""
+    def _have_directory(self) -> None:
+        """Make the node's directory anew if it has disappeared: what cleans /tmp has removed it. Raises StartError, OSError."""
+        if not os.path.isdir(self._root):
+            logger.error('the directory %s has disappeared and is made anew', self._root)
+            if self._lock_file is not None:
+                self._lock_file.close()
+                self._lock_file = None
+            self._root = self._take_directory(self._port)
+
+    def _send_waiting(self) -> None:
+        """Files and kept results into links that have room."""
+        for link, _, text in self._backlog.send(self.say):
+            # Its client comes back and gets them then.
+            self._break(link, 'results cannot be read: %s' % text)
+
+    def _want_modules(self, run: _Run, rows: list) -> list:
+        """Files of modules that have to be sent, as in Need; those that came for other computations
+        are copied."""
         run.fetched = rows
-        run.modules.abort()
         self._modules.bring(run.private, rows)
-        return [OF_MODULES + name for name in run.modules.want(rows)]
+        return run.receiver.want(Purpose.MODULES, rows)
 
     def _fetch(self, action: Fetch) -> None:
         try:
@@ -7275,54 +8363,22 @@ class Daemon(Loop):
         run = self._runs.get(action.comp)
         if run is not None:
             with self._as_user():
-                self.post(Wanted(action.comp, run.receiver.again() + [OF_MODULES + name for name in run.modules.again()]))
+                self.post(Wanted(action.comp, run.receiver.again()))
 
     def _store(self, action: Store) -> None:
-        run = self._runs[action.comp]
-        of_modules = action.name.startswith(OF_MODULES)
-        try:
-            with self._as_user():
-                if of_modules:
-                    complete = run.modules.piece(action.name[len(OF_MODULES):], action.offset, action.data)
-                else:
-                    complete = run.receiver.piece(action.name, action.offset, action.data)
-                if complete and of_modules:
-                    self._modules.keep(run.private, run.fetched)
-                complete = run.receiver.is_complete and run.modules.is_complete
-        except (OSError, ValueError) as exc:
-            with self._as_user():
-                run.receiver.abort()
-                run.modules.abort()
-            self.post(Stored(action.comp, 'file %.100r cannot be stored: %s' % (action.name, exc), reason_of(exc)))
-
-        else:
-            if complete:
-                self.post(Stored(action.comp))
-
-    def _store_placed(self, action: StorePlaced) -> None:
-        run, (name, size, digest, mode), whole, error = self._runs[action.comp], action.row, False, ''
-        try:
-            check_size(name, size, self._options.max_file)
-            with self._as_user():
-                if action.offset == 0:
-                    run.placing[name] = IncomingFile(run.directory, name, size, digest, mode, run.private)
-                if name in run.placing:   # otherwise it has failed
-                    whole = run.placing[name].piece(action.offset, action.data)
-        except (OSError, ValueError) as exc:
-            error = str(exc)
-        if whole or error:
-            incoming = run.placing.pop(name, None)
-            if incoming is not None and error:
-                with self._as_user():
-                    incoming.abort()
-            self.post(Put(action.comp, name, error))
+        run = self._runs[action.piece.comp]
+        with self._as_user():
+            file = run.receiver.take(action.piece)
+            if file is None:
+                return
+            whole = not file.error and not run.receiver.wants(Purpose.MODULES)
+            if file.purpose == Purpose.MODULES and whole:
+                self._modules.keep(run.private, run.fetched)
+        self.post(Stored(file, not run.receiver.wants(*ASKED_FOR), run.receiver.code))
 
     def _discard(self, run: _Run) -> None:
         with self._as_user():
             run.receiver.abort()
-            run.modules.abort()
-            for incoming in run.placing.values():
-                incoming.abort()
             shutil.rmtree(run.private, ignore_errors=True)
             if not run.keep:
                 shutil.rmtree(run.directory, ignore_errors=True)
@@ -7333,12 +8389,13 @@ class Daemon(Loop):
         return Shelf(os.path.join(self._base, 'r-' + comp))
 
     def _shelved(self) -> List[str]:
-        return [name[2:] for name in os.listdir(self._base) if name.startswith('r-')]
+        return [name[2:] for name in os.listdir(self._base) if _is_ours(name, 'r-') and os.path.isfile(os.path.join(self._base, name))]
 
     def _keep(self, action: Keep) -> None:
         try:
-            self._shelf(action.comp).append(action.owner, action.rows)
-        except (OSError, ValueError) as exc:
+            self._have_directory()
+            self._shelf(action.comp).append(action.owner, action.rows, action.digest)
+        except (OSError, ValueError, StartError) as exc:
             self._unkept.add(action.comp)
             self.post(Kept(action.comp, [], str(exc)))
         else:
@@ -7350,18 +8407,42 @@ class Daemon(Loop):
         for comp in self._shelved():
             shelf = self._shelf(comp)
             try:
-                owner, serials = shelf.scan()
+                owner, digest, serials = shelf.scan()
                 if not serials:
                     raise ValueError('%s is empty' % shelf.path)
                 left = self._options.zombie - (time.time() - os.stat(shelf.path).st_mtime)
-                self._tell(Found(comp, owner, serials, self.now + max(0.0, left)))
+                self._tell(Found(comp, owner, serials, self.now + max(0.0, left), digest))
                 logger.info('%d results of an earlier computation wait for their client', len(serials))
             except (OSError, ValueError) as exc:
                 logger.warning('results of an earlier computation are of no use: %s', exc)
                 shelf.remove()
 
     def _send_kept(self, action: SendKept) -> None:
-        self._backlog.add(action.link, action.comp, self._shelf(action.comp).rows())
+        self._backlog.add_results(action.link, action.comp, self._kept_rows(action.link, action.comp))
+
+    def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
+        """Results from the disk. Those that are not there any more have been lost, which their client is told; when there is no
+        descriptor to read them with they are tried again."""
+        missing, text = set(self.node.shelf[comp].serials) if comp in self.node.shelf else set(), 'the file ends before it'
+        try:
+            for row in self._shelf(comp).rows():
+                missing.discard(row[0])
+                yield row
+        except FileNotFoundError as exc:
+            text = str(exc)
+        except OSError as exc:
+            logger.error('kept results cannot be read now: %s', exc)
+            self._read_later[link, comp] = self.now + WORKER_AGAIN
+            return
+        for serial in sorted(missing):
+            yield (serial, int(Outcome.DIED), 0.0, 0.0, ('its result was kept on the node and cannot be read: %s' % text).encode('utf-8', 'replace'), b'', b'')
+
+    def _read_again(self) -> None:
+        for (link, comp), when in list(self._read_later.items()):
+            if self.now >= when:
+                del self._read_later[link, comp]
+                if link in self.links:
+                    self._backlog.add_results(link, comp, self._kept_rows(link, comp))
 
     def _remember(self, action: Remember) -> None:
         if self._memory is not None:
@@ -7441,27 +8522,26 @@ class Daemon(Loop):
         if run.watch is not None:
             run.watch.look_at = self.now + RunnerWatch.SOON
 
-    def _see_to_runners(self) -> None:
-        """Those that are to be killed, do not answer, or cannot be watched otherwise."""
-        for run in list(self._runs.values()):
-            if run.process is None or run.watch is None:
-                continue
-            if run.kill_at is not None and self.now >= run.kill_at:
-                run.kill_at = None
-                run.process.kill()
-                run.watch.killed_at = self.now
-            if run.watch.is_silent(self.now, run.up and not run.closing and self.node.has_jobs(run.comp)):
-                run.text = 'the runner process did not answer for %d s and was killed' % RUNNER_SILENT
-                run.process.kill()
-                run.watch.killed_at = self.now
-            elif run.watch.shall_ask and run.control is not None and run.control.dirty is not None:
-                run.control.push(pack_record(Kind.ASK))
-            if run.watch.is_undead(self.now):
-                logger.error('runner process %d was killed and has not ended (uninterruptible)', run.process.pid)
-                self._runner_ended(run)
-            elif run.watch.look_at is not None and self.now >= run.watch.look_at:
-                run.watch.look_at = run.watch.next_look(self.now)
-                self._look_at_runner(run)
+    def _see_to_runner(self, run: _Run) -> None:
+        """Kill it if it is to be killed or does not answer; look at it if it cannot be watched otherwise."""
+        if run.process is None or run.watch is None:
+            return
+        if run.kill_at is not None and self.now >= run.kill_at:
+            run.kill_at = None
+            run.process.kill()
+            run.watch.killed_at = self.now
+        if run.watch.is_silent(self.now, run.up and not run.closing and self.node.has_jobs(run.comp)):
+            run.text = 'the runner process did not answer for %d s and was killed' % RUNNER_SILENT
+            run.process.kill()
+            run.watch.killed_at = self.now
+        elif run.watch.shall_ask and run.control is not None and run.control.dirty is not None:
+            run.control.push(pack_record(Kind.ASK))
+        if run.watch.is_undead(self.now):
+            logger.error('runner process %d was killed and has not ended (uninterruptible)', run.process.pid)
+            self._runner_ended(run)
+        elif run.watch.look_at is not None and self.now >= run.watch.look_at:
+            run.watch.look_at = run.watch.next_look(self.now)
+            self._look_at_runner(run)
 
     def _runner_ended(self, run: _Run) -> None:
         """What it and its workers wrote before is read first: the rest of what they had never began, but for what they noted."""
@@ -7506,9 +8586,11 @@ class Daemon(Loop):
     def _kill_workers(run: _Run) -> None:
         """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest of their groups, and
         for that of a runner that was killed in a setup that hung."""
-        for pid in (run.process.pid, *run.pids.values()) if hasattr(os, 'killpg') else ():
+        if hasattr(os, 'killpg'):
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(pid, signal.SIGKILL)
+                os.killpg(run.process.pid, signal.SIGKILL)
+            for worker in list(run.pids):
+                run.kill(worker)
 
     def _from_runner(self, run: _Run, record: Record) -> None:
         if run.watch is not None:
@@ -7517,15 +8599,21 @@ class Daemon(Loop):
             return
         if record.kind == Kind.UP:
             run.up = True
-            self._tell(RunnerUp(run.comp, open_envelope(record.bodies[0])))
+            self._tell(RunnerUp(run.comp, _notes_of(record.bodies[0])))
         elif record.kind == Kind.FAILED:
             run.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
             run.unloadable = record.number == 1
             if run.closing:
                 logger.warning('%s', run.text)
+        elif record.number not in run.pipes:   # of a worker that was let go
+            if record.kind == Kind.GONE:
+                run.pids.pop(record.number, None)
         elif record.kind == Kind.BORN:
-            run.pids[record.number] = record.serial
+            if not hasattr(socket, 'SCM_CREDENTIALS') and is_child(record.serial, run.process.pid):
+                run.known(record.number, record.serial)
         elif record.kind == Kind.GONE:
+            if not -256.0 <= record.start <= 1 << 32:   # Windows has exit codes of 32 bits
+                raise PeerError('an exit code that is none')
             self._worker_ended(run, record)
         elif record.kind == Kind.UNBORN:
             pipe = run.pipes.pop(record.number, None)
@@ -7535,56 +8623,81 @@ class Daemon(Loop):
         elif record.kind == Kind.TOO_BIG:
             self._tell(WorkerTooBig(record.number, record.serial))
         elif record.kind == Kind.PRINTED:
+            if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
+                raise PeerError('output of no stream')
             self._tell(WorkerPrinted(record.number, record.serial, int(record.start), int(record.end), beside(_keep(record.bodies[0]))))
-        else:
-            raise PeerError('a runner sent record %d' % record.kind)
+
+    def _nonsense(self, pipe: Pipe, text: str) -> None:
+        """What came through a pipe is no record, or cannot be true: whoever wrote it is killed."""
+        run = self._runs[pipe.comp]
+        text = 'killed: it sent nonsense: %s' % text
+        logger.error('a %s of %s was %s', 'worker' if pipe.worker else 'runner', run.comp, text)
+        if not pipe.worker:
+            run.text = text
+            run.process.kill()
+            self._break(pipe, text)
+            return
+        run.nonsense[pipe.worker] = text
+        self._kill(Kill(pipe.worker))
+        run.kill(pipe.worker)
+        self.detach(pipe)
 
     def _worker_ended(self, run: _Run, record: Record) -> None:
-        run.pids.pop(record.number, None)
-        pipe = run.pipes.pop(record.number, None)
-        if pipe is not None and pipe.dirty is not None:
-            with contextlib.suppress(LinkBroken, OSError):
+        pipe = run.pipes[record.number]
+        if pipe.dirty is not None:
+            try:
                 while self._from_worker(pipe):   # results it wrote before it died
                     continue
+            except PeerError as exc:
+                self._nonsense(pipe, str(exc))
+            except (LinkBroken, OSError):
+                logger.debug('worker %d has written all it had to', record.number)
             self.detach(pipe)
+        run.pids.pop(record.number, None)
+        del run.pipes[record.number]
+        said = run.nonsense.pop(record.number, '') or exit_text(int(record.start))
         stderr = bytes(record.bodies[2])
         tail = stderr[-1000:].decode('utf-8', 'replace').strip()
-        text = 'the worker process on %s %s%s' % (self.node.name, exit_text(int(record.start)),
+        text = 'the worker process on %s %s%s' % (self.node.name, said,
                                                   '\nstderr ends:\n' + tail if tail else '')
         self._tell(WorkerGone(record.number, text, record.serial, record.bodies[1], stderr))
 
     def _from_worker(self, pipe: Pipe) -> int:
         rows, records = [], pipe.records(self.now)
+        if pipe.pid and pipe.worker not in self._runs[pipe.comp].pids:
+            self._runs[pipe.comp].known(pipe.worker, pipe.pid)
         for record in records:
             if record.kind == Kind.RESULT:
+                if record.number not in OF_WORKERS or not is_outcome(record.number, record.start, record.end, *record.bodies):
+                    raise PeerError('a result with outcome %d, from %g to %g, of %d bytes' % (
+                        record.number, record.start, record.end, len(record.bodies[0])))
                 rows.append((record.serial, record.number, record.start, record.end, *map(_keep, record.bodies)))
             elif record.kind == Kind.LOGGED:
+                log_record_of(record.bodies[0])
                 self._tell(WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
             elif record.kind == Kind.FILE:
                 row = open_envelope(record.bodies[0])
-                if not _is_file(row):
-                    raise PeerError('a worker sent a file that is none')
-                self._tell(WorkerFile(pipe.worker, record.serial, row, record.number * FILE_PIECE, beside(record.bodies[1])))
+                if not _is_file(row) or not _is_serial(record.serial):
+                    raise PeerError('a file that is none')
+                piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
+                                  record.number * FILE_PIECE, beside(record.bodies[1]))
+                self._tell(WorkerFile(pipe.worker, piece))
                 self._hold_back(pipe)
             elif record.kind == Kind.WANT:
                 request = open_envelope(record.bodies[0])
-                if type(request) not in (int, str):
-                    raise PeerError('a worker wants modules that are none')
+                if type(request) not in (int, str) or (type(request) is int and not _is_serial(request)):
+                    raise PeerError('modules that are none')
                 self._tell(WorkerWants(pipe.worker, record.serial, request))
             elif record.kind == Kind.UNSTARTED:
                 if rows:
                     self._tell(WorkerResults(pipe.worker, rows))
                     rows = []
                 body = record.bodies[0]
+                if len(body) % 8:
+                    raise PeerError('jobs given back, %d bytes of them' % len(body))
                 self._tell(WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
-            else:
-                raise PeerError('a worker sent record %d' % record.kind)
         if rows:
-            try:
-                self._tell(WorkerResults(pipe.worker, rows))
-            except PeerError as exc:   # a job wrote into what it should not have
-                logger.error('worker %d is killed: %s', pipe.worker, exc)
-                self._kill(Kill(pipe.worker))
+            self._tell(WorkerResults(pipe.worker, rows))
             self._hold_back(pipe)
         return len(records)
 
@@ -7656,6 +8769,31 @@ class Daemon(Loop):
         run = self._run_of(action.worker)
         if run is not None:
             self.detach(run.pipes.pop(action.worker))   # the worker reads the end and leaves
+
+
+NODE_MARK = 'dispy-node'    # the file that says that a directory is a node's
+
+
+def _was_ours(root: str) -> bool:
+    """Whether a node without a mark has used this directory: its lock file tells."""
+    try:
+        with open_regular(os.path.join(root, 'lock')) as file:
+            return file.read(4) == b'PID '  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        return False
+
+
+def _is_ours(name: str, *beginnings: str) -> bool:
+    """Whether a name in the node's directory is one that it gives itself: a beginning, and the name of a computation."""
+    return name.startswith(beginnings) and bool(name[2:]) and is_comp(name[2:])
+
+
+def _notes_of(data: Buffer) -> List[str]:
+    """What a runner has to say when it is up. Raises PeerError."""
+    notes = open_envelope(data)
+    if type(notes) is not list or not all(type(note) is str for note in notes):
+        raise PeerError('notes that are none')
+    return [shorten(note, NAME_MOST) for note in notes[:100]]
 
 
 def _keep(body: memoryview) -> Buffer:
@@ -7748,6 +8886,23 @@ def installed_version(package: str) -> str:
     return found.group(1).decode() if found else ''
 
 
+def take_own_directory(path: str, mark: str, known: Sequence[str], option: str, mode: int = 0o700) -> None:
+    """Have a directory that is ours alone, with a file `mark` in it that says so: what lies there may be removed. One that has other
+    things in it, and was not begun by an earlier version, which the files `known` tell, is refused. Raises StartError, OSError."""
+    with contextlib.suppress(FileExistsError):
+        os.makedirs(path, mode=0o700)
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
+        raise StartError('%s is not a directory of this user (%s)' % (path, option))
+    names = os.listdir(path)
+    if mark not in names:
+        if names and not any(name in names for name in known):
+            raise StartError('%s holds other things, such as %s, and none of dispy\'s: files in it would be removed; give a directory '
+                             'that is empty or does not exist (%s)' % (path, printable(sorted(names)[0]), option))
+        os.close(os.open(os.path.join(path, mark), os.O_WRONLY | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600))
+    os.chmod(path, mode)
+
+
 def default_directory(port: int) -> str:
     """Where the node at this port keeps its files when nothing else is said."""
     user = os.getuid() if hasattr(os, 'getuid') else os.environ.get('USERNAME', 'user')
@@ -7809,7 +8964,9 @@ class Remains:
 
     def __init__(self, lock: Any, instance: bytes) -> None:
         """`lock`: machine and path of the lock file, as the node has told."""
-        self._machine, self._path = lock if type(lock) is tuple and len(lock) == 2 else ('', '')
+        self._machine = self._path = ''
+        if type(lock) is tuple and [type(part) for part in lock] == [str, str]:
+            self._machine, self._path = lock
         self._instance = instance
 
     def has_ended(self) -> bool:
@@ -8074,6 +9231,22 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError('%r is no number above 0' % text)
 
 
+def seconds_option(text: str) -> float:
+    """A time in seconds."""
+    with contextlib.suppress(ValueError):
+        if SHORTEST <= float(text) <= LONGEST:
+            return float(text)
+    raise argparse.ArgumentTypeError('%r is no number of seconds between %g and %d (10 years)' % (text, SHORTEST, LONGEST))
+
+
+def minutes_option(text: str) -> float:
+    """A time in minutes."""
+    with contextlib.suppress(ValueError):
+        if SHORTEST <= 60 * float(text) <= LONGEST:
+            return float(text)
+    raise argparse.ArgumentTypeError('%r is no number of minutes between %g and %d (10 years)' % (text, SHORTEST / 60, LONGEST // 60))
+
+
 def _count(text: str) -> int:
     """A whole number above 0."""
     if not text.isdigit() or int(text) < 1:
@@ -8098,6 +9271,8 @@ def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) ->
 
 def find_user(name: str) -> User:
     """The user that jobs shall run as. Raises StartError."""
+    if not name:
+        raise StartError("--user '' names nobody, and jobs would run as root: give a user, or leave --user out")
     if not hasattr(os, 'geteuid') or os.geteuid() != 0:
         raise StartError('--user %s needs a dispynode that is started as root' % name)
     import pwd
@@ -8105,7 +9280,27 @@ def find_user(name: str) -> User:
         entry = pwd.getpwnam(name)
     except KeyError as exc:
         raise StartError('--user %s: this host knows no such user' % name) from exc
+    if entry.pw_uid == 0:
+        raise StartError('--user %s is root, who can read the secret: leave --user out if jobs shall run as root' % name)
     return User(name, entry.pw_uid, entry.pw_gid, entry.pw_dir)
+
+
+FAULT_STATUS = 3
+EXIT_STATUSES = '''Exit statuses: 0, it was told to end; 1, it cannot start, and the text says why;
+    2, the options are wrong; 3, it was ended by a fault of its own and should be started again.'''
+
+
+def run_until_ended(loop: Loop) -> int:
+    """Run the loop of a daemon and close it. Returns the exit status."""
+    try:
+        loop.run()
+    except Exception as exc:  # LoopFailed, or what was raised where nothing could be guarded
+        loop.log.critical('ended by a fault, start it again: %s', exc, exc_info=not isinstance(exc, LoopFailed))
+        return FAULT_STATUS
+    finally:
+        loop.close()
+    loop.log.info('ended')
+    return 0
 
 
 class Each(argparse.Action):
@@ -8118,7 +9313,8 @@ class Each(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='dispynode', description='Run jobs of dispy clients on this host.', epilog='''
-        dispy 4's spellings with underscores are understood. --config knows every long option but the secret, as {"cpus": 4, "host": ["::1"]}.''')
+        dispy 4's spellings with underscores are understood. --config knows every long option but the secret, as {"cpus": 4, "host": ["::1"]}.
+        ''' + EXIT_STATUSES)
     add = parser.add_argument
     add('-d', '--debug', action='store_true', help='log what is done in detail')
     add('-c', '--cpus', type=int, metavar='N', help='CPUs to offer; negative: leave so many free (default: all)')
@@ -8136,17 +9332,18 @@ def _parser() -> argparse.ArgumentParser:
     add('--secret-file', metavar='FILE', help='file with the secret (default: %s)' % secret_path().replace('%', '%%'))
     add('--certfile', metavar='FILE', help='certificate for TLS; clients need one that is vouched for by the same file')
     add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--user', metavar='NAME', help='started as root: run jobs as this user, who cannot read the secret')
+    add('--user', metavar='NAME', help='started as root: run jobs as this user, who cannot read the '
+        'secret; of the environment they get %s and what begins with %s' % (', '.join(KEPT_VARIABLES), ', '.join(KEPT_BEGINNINGS)))
     add('--service-start', type=_time_of_day, metavar='HH:MM', help='take jobs from this time of day on')
     add('--service-stop', type=_time_of_day, metavar='HH:MM', help='take no new jobs from this time of day on')
     add('--service-end', type=_time_of_day, metavar='HH:MM', help='end what still runs at this time of day')
     add('--serve', type=_count, metavar='N', help='end after so many clients')
     add('--client-shutdown', action='store_true', help="end after a client that calls its cluster's shutdown()")
     add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files, of clients and of jobs, are refused (default: no limit)')
-    add('--zombie-interval', type=positive, metavar='MIN',
+    add('--zombie-interval', type=minutes_option, metavar='MIN',
         help='minutes that results wait here for a client that is gone (default: %g)' % (ZOMBIE_TIME / 60))
-    add('--msg-timeout', type=positive, default=HANDSHAKE_TIME, metavar='S', help='seconds for a handshake (default: %(default)g)')
-    add('--ping-interval', type=positive, metavar='S', help='seconds between searches for clients')
+    add('--msg-timeout', type=seconds_option, default=HANDSHAKE_TIME, metavar='S', help='seconds for a handshake (default: %(default)g)')
+    add('--ping-interval', type=seconds_option, metavar='S', help='seconds between searches for clients')
     add('--log-file', metavar='FILE', help='log there instead of to stderr')
     add('--daemon', action='store_true', help='never use the terminal, and outlive it')
     add('--clean', action='store_true', help='remove all that earlier runs left in the directory')
@@ -8168,7 +9365,7 @@ def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
     try:
         with open(path, encoding='utf-8') as file:
             found = json.load(file)
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise StartError('--config %s cannot be read: %s' % (path, exc)) from exc
     if not isinstance(found, dict):
         raise StartError('--config %s: it holds no {"option": value, ...}' % path)
@@ -8181,7 +9378,8 @@ def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
 
 
 def _configured(action: argparse.Action, value: Any, where: str) -> Any:
-    kinds: Dict[Any, Any] = {int: int, _count: int, positive: (int, float), size_option: (int, str)}
+    times = dict.fromkeys((positive, seconds_option, minutes_option), (int, float))
+    kinds: Dict[Any, Any] = {int: int, _count: int, **times, size_option: (int, str)}
     if isinstance(action, Each):
         kind: Any = list
         value = [value] if isinstance(value, str) else value
@@ -8218,10 +9416,33 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> arg
     return parser.parse_args(argv)
 
 
+class LogFormatter(logging.Formatter):
+    """A line of the log holds what others have sent: names, texts. Control characters in it can neither make a line of their own
+    nor speak to the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return '\n  '.join(map(printable, super().format(record).splitlines()))
+
+
+def printable(text: str) -> str:
+    """A text with its control characters, and what cannot be encoded, written out."""
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii') for c in text)
+
+
+class PrivateFileHandler(logging.handlers.WatchedFileHandler):
+    """A log file that nobody else can read when it is made here."""
+
+    def _open(self) -> Any:
+        os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT, 0o600))
+        return super()._open()
+
+
 def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
     """Logging of a daemon: one line an event, to stderr or a file."""
-    handler: logging.Handler = logging.handlers.WatchedFileHandler(log_file) if log_file else logging.StreamHandler()
-    handler.setFormatter(logging.Formatter('%(asctime)s %(name)s %(levelname)s: %(message)s'))
+    handler: logging.Handler = PrivateFileHandler(log_file, encoding='utf-8') if log_file else logging.StreamHandler()
+    handler.setFormatter(LogFormatter('%(asctime)s %(name)s %(levelname)s: %(message)s'))
     log = logging.getLogger(name)
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if debug else logging.INFO)
@@ -8263,6 +9484,24 @@ def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
     if any(not address or ipaddress.ip_address(address).is_unspecified for address in addresses):
         return ('',)
     return tuple(addresses)
+
+
+def forget_secret() -> None:
+    """The secret that came by the environment has been read: jobs shall find it neither in theirs nor in that of this process."""
+    if os.environ.pop('DISPY_SECRET', None) is not None:
+        _prctl(_libc(), _PR_SET_DUMPABLE, 0)   # /proc/PID/environ is as it was at the start, and is root's from now on
+
+
+# Of the variables of root, under whom a daemon with --user was started, jobs get these and those with such beginnings.
+KEPT_VARIABLES = ('PATH', 'LANG', 'LANGUAGE', 'TZ', 'LD_LIBRARY_PATH', 'VIRTUAL_ENV', 'DISPY_DISCOVERY')
+KEPT_BEGINNINGS = ('LC_', 'PYTHON', 'CUDA_', 'OMP_', 'MKL_', 'OPENBLAS_', 'NUMEXPR_')
+
+
+def clear_environment() -> None:
+    """Remove from the environment what is not for jobs of another user."""
+    for name in list(os.environ):
+        if name not in KEPT_VARIABLES and not name.startswith(KEPT_BEGINNINGS):
+            del os.environ[name]
 
 
 def _embedded(daemon: Daemon) -> None:
@@ -8338,7 +9577,7 @@ def _on_signals(daemon: Daemon, stay: bool) -> None:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The daemon. Returns 0 when it has ended, 1 when it could not start."""
+    """The daemon. Returns its exit status: see EXIT_STATUSES."""
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
     _standard_files()
     try:
@@ -8354,7 +9593,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return 0
         check_fork()
         set_up_log('dispynode', args.debug, args.log_file)
-        user = find_user(args.user) if args.user else None
+        tls_files(args.certfile, args.keyfile, None, '--%s')
+        user = find_user(args.user) if args.user is not None else None
         if args.embedded:
             logger.setLevel(logging.DEBUG if args.debug else logging.ERROR)
             secret = sys.stdin.buffer.readline().strip()
@@ -8362,8 +9602,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             secret = find_secret(args.secret, args.secret_file)
         if args.secret and not args.embedded:
             logger.warning('-s/--secret can be read by every user of this host (ps): --secret-file is better')
+        forget_secret()
         if user is not None:
-            os.environ.pop('DISPY_SECRET', None)   # runners would inherit it
+            clear_environment()   # root's is not for jobs; what runs from here on inherits what is left
             os.initgroups(user.name, user.gid)
         elif hasattr(os, 'geteuid') and os.geteuid() == 0:
             logger.warning('jobs run as root and can read the secret: --user NAME lets them run as another user')
@@ -8389,12 +9630,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if hasattr(signal, 'SIGTTIN'):
             signal.signal(signal.SIGTTIN, signal.SIG_IGN)   # in the background a read fails instead of stopping the node
         threading.Thread(target=_prompt, args=(daemon.post,), daemon=True).start()
-    try:
-        daemon.run()
-    finally:
-        daemon.close()
-    logger.info('ended')
-    return 0
+    return run_until_ended(daemon)
 
 
 if __name__ == '__main__':

@@ -22,13 +22,13 @@ computation, in the place of a JobCluster.
 The life of a job here:
   1. `Jobs` of a program is noted, and handed to the Schedule.
   2. At the end of the turn the transaction is written; only then is anything sent of what the turn has brought about.
-  3. The Schedule sends it to a node; the program is told where it is (`Where`).
+  3. The Schedule sends it to a node; the program is told where it is (`Where`), and when it has begun (`Started`).
   4. The node's result is noted, sent to the program, and acknowledged to the node when it is on the disk.
   5. The program's Ack removes it.
 After `kill -9` and a new start nodes and programs connect again, and say what they hold; what is on the disk is the rest.
 
 Payloads stay sealed: nothing that a user has sent is unpickled here, nor anything that is found on the disk, but by
-`open_envelope`, which opens builtins only.
+`open_plain`, which opens builtins only.
 
 Files this host needs: this one, dispy.py, dispynode.py, cloudpickle.
 """
@@ -38,9 +38,12 @@ import bisect
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import importlib
+import ipaddress
 import itertools
+import hmac
 import json
 import logging
 import math
@@ -54,15 +57,20 @@ import time
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from dispy import (
-    OF_JOBS, REDIAL_MOST, Access, Allocation, Asked, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked, JobState, JobWaits, JobsEnded,
-    NodeDrained, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodeResults, NodeSpec, Peer, Schedule, SendJobs, UseState, Work, job_row, parse_nodes)
+    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, Asked, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked,
+    JobState, JobWaits, JobsEnded, JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodeResults, NodeSpec, Peer,
+    Schedule, SendJobs, UseState, Withdrawn, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
-    BUNDLE, BUNDLES, FRAME_FILL, GOES_ON, NODE_PORT, OF_MODULES, ORPHAN_TIME, PAST_TIME, PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Digests, DispyError,
-    Done, Each, File, FileBack, FileKept, FileReceiver, Gate, Held, IncomingFile, Introduce, Jobs, Limit, Link, LinkBroken, Need, News,
-    Offer, Outcome, Output, Past, Payload, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, Refused, Results, Return, Returned,
-    Role, Said, Shutdown, StartError, Welcome, Where, __version__, beside, check_name, derive_key, discovery_reach, find_secret, frames,
-    host_and_port, open_envelope, parse_arguments, pieces_of, positive, reason_of, save_config, set_up_log, size_of, size_option, sized,
-    unpack_error)
+    ASKED_FOR, BUNDLE, BUNDLES, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, KEY_SIZE, NAME_MOST, NODE_PORT, OF_CLIENTS,
+    ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of,
+    PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each,
+    FilePiece, FileReceiver, FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
+    Outcome, Output, Payload, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
+    Returned, Role, Said, Shutdown, StartError, Started, Welcome, Where, Wrong, __version__, _write_private, beside,
+    check_name, derive_key, digest_of, discovery_reach, find_secret, frames, has_place, host_and_port, in_parts,
+    log_record_of, make_secret, may_reclaim, minutes_option, needs, open_plain, open_regular, parse_arguments, pieces_of,
+    plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of, size_option, sized,
+    take_own_directory, tls_files, unpack_error)
 
 # ---------------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -75,10 +83,21 @@ LARGE = 64 * 1024             # bytes from which arguments and results are files
 RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
 REMOVED_MOST = 1000           # acknowledged results that may wait to be removed from the disk
 HTTPD_PORT = 8181             # of the web monitor
+# S after which what waits is cancelled for a program whose connection has ended
+GONE_TIME = 60.0
+GONE_LOOKS = 1.0              # s between looks whether the process of such a program has ended
 RETRY_TIME = 1.0              # s between attempts to write to a disk that was full
 PAGE = 500                    # rows of an answer to a monitor at most
 FAILURES_KEPT, FAILURES_PAGE, FAILURE_TEXT = 500, 100, 8000   # failed jobs, those told at once, characters of a traceback
 ARGUMENTS_MOST = 16384        # bytes of arguments that monitors are told
+LOW_DISK = 64 << 20           # bytes that are free, below which SQLite's log is emptied before each transaction
+PAGE_SIZE = 4096              # bytes of a page of SQLite's
+REMOVED_AT_ONCE = 20          # results that are removed in one transaction while the disk is full
+RESERVE = 2 << 20             # bytes of the disk that are kept for the removal of what is over when it is full
+QUEUED_MOST = 16 << 30        # bytes of arguments of jobs that a program may have here
+COMPS_MOST = 256              # computations of one connection
+SPECS_MOST = 10000            # nodes that a program may name
+REASON_MOST = 2000            # characters of the reason why a node is not used, where many nodes are told of
 REPORTS_APART = 5.0           # s between two questions to a node for what is free there
 
 logger = logging.getLogger('dispyscheduler')
@@ -88,11 +107,14 @@ logger = logging.getLogger('dispyscheduler')
 # What is kept on disk
 # ---------------------------------------------------------------------------------------------------------
 
+STATE_MARK = 'dispy-scheduler'   # the file that says that a directory is a scheduler's
+
+
 class State(Database):
     """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of computations in
     <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
     MARK, VERSION, SYNC = 0x64735335, 1, 'FULL'
-    WAITING, SENT, ENDED = range(3)
+    WAITING, SENT, ENDED, DROPPED = range(4)
     TABLES = """
         CREATE TABLE own (name TEXT PRIMARY KEY, value BLOB);
         CREATE TABLE comps (place INTEGER PRIMARY KEY, comp TEXT UNIQUE, client BLOB, spec BLOB);
@@ -100,13 +122,14 @@ class State(Database):
             attempt INTEGER, node INTEGER, result BLOB);
         CREATE TABLE nodes (place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT, instance BLOB)
         """   # rows of jobs name others by their places, and hardly grow when they are sent: pages need not be split then
-    COMP, OVER, INSERT, MOVE, END, REMOVE, NODE, MEMORY, PAST, PAST_OVER = range(10)
+    COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, PAST, PAST_OVER = range(11)
     STATEMENTS = (
         'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
         'DELETE FROM comps WHERE comp = ?',
         'INSERT INTO jobs VALUES (?, ?, ?, ?, ?, 0, 0, 0, NULL)',
         'UPDATE jobs SET state = ?, attempt = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = 2, payload = NULL, result = ? WHERE number = ?',
+        'UPDATE jobs SET state = 3, payload = NULL WHERE number = ?',
         'DELETE FROM jobs WHERE number = ?',
         'INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?, ?)',
         'INSERT OR REPLACE INTO memories VALUES (?, ?)',
@@ -116,12 +139,21 @@ class State(Database):
     def __init__(self, root: str) -> None:
         """Raises DispyError, OSError."""
         self.root, self.large = root, os.path.join(root, 'large')
-        for path in (root, self.large):
-            os.makedirs(path, mode=0o700, exist_ok=True)
-        os.chmod(root, 0o700)
+        take_own_directory(root, STATE_MARK, ('state.db',), '--state-dir')
+        os.makedirs(self.large, mode=0o700, exist_ok=True)
         super().__init__(os.path.join(root, 'state.db'), 'the state')
+        try:
+            with self.damages():
+                self._begin()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _begin(self) -> None:
         run = self._db.execute
         run('INSERT OR IGNORE INTO own VALUES (?, ?)', ('instance', os.urandom(16)))
+        run('INSERT OR IGNORE INTO own VALUES (?, ?)', ('seed', os.urandom(32)))
+        self._seed: bytes = run("SELECT value FROM own WHERE name = 'seed'").fetchone()[0]
         self.instance: bytes = run("SELECT value FROM own WHERE name = 'instance'").fetchone()[0]
         run("INSERT OR IGNORE INTO own VALUES ('starts', 0)")
         run("UPDATE own SET value = value + 1 WHERE name = 'starts'")
@@ -135,14 +167,22 @@ class State(Database):
         self._newest = itertools.count(1 + max([0, *self._comps.values(), *self._places.values()]))
         self._files = self._find_files()   # numbers of jobs with large files
         self._large: Dict[Tuple[int, str], Sequence[Any]] = {}   # large files to be written before the next transaction
+        self._short = 0                    # bytes of the disk that are missing
+        self._reserved = os.path.exists(os.path.join(self.root, 'reserve'))
         self._gone: List[int] = []         # those whose files are not needed after the next transaction
+
+    def key_of(self, comp: str) -> bytes:
+        """The key by which this scheduler takes results of a computation from nodes, also when it has been started again."""
+        return hmac.digest(self._seed, comp.encode(), 'sha256')
 
     def _find_files(self) -> Set[int]:
         """Removes those that the last run did not come to use, or to remove."""
         found: Set[int] = set()
         for name in os.listdir(self.large):
             number, _, end = name.partition('.')
-            if number.isdigit() and end in ('p', 'r') and self._db.execute('SELECT 1 FROM jobs WHERE number = ?', (int(number),)).fetchone():
+            if not number.isdigit() or end not in ('p', 'r', 'p.part', 'r.part'):
+                continue   # none of ours
+            if end in ('p', 'r') and self._db.execute('SELECT 1 FROM jobs WHERE number = ?', (int(number),)).fetchone():
                 found.add(int(number))
             else:
                 os.unlink(os.path.join(self.large, name))
@@ -155,7 +195,7 @@ class State(Database):
         place = self._comps.get(remote._comp)
         if place is None:
             place = self._comps[remote._comp] = next(self._newest)
-        self.note(self.COMP, place, remote._comp, remote.instance, pickle.dumps(remote._cargo.spec, 5))
+        self.note(self.COMP, place, remote._comp, remote.instance, pickle.dumps(dict(remote._cargo.spec, key=remote.digest), 5))
 
     def over(self, comp: str) -> None:
         """A computation, whose jobs are removed."""
@@ -239,6 +279,14 @@ class State(Database):
             return size_of(tuple(self._large[number, 'p']))
         return os.path.getsize(self._file(number, 'p')) if number in self._files else 0
 
+    def size_of_payload(self, number: int) -> int:
+        """Bytes of the arguments of a job that has not ended, at the start."""
+        if number in self._files:
+            with contextlib.suppress(OSError):   # told when they are needed
+                return os.path.getsize(self._file(number, 'p'))
+        row = self._db.execute('SELECT length(payload) FROM jobs WHERE number = ?', (number,)).fetchone()
+        return row[0] or 0 if row is not None else 0
+
     def ended(self, number: int, row: tuple) -> None:
         """A row of Results, with the serial that the program knows."""
         data: Optional[bytes] = pickle.dumps(row[:4] + tuple(map(_plain, row[4:])), 5)
@@ -247,9 +295,20 @@ class State(Database):
             data = None
         self.note(self.END, data, number)
 
+    def dropped(self, number: int) -> None:
+        """A job is cancelled because its program is gone, which may still ask for it."""
+        self._large.pop((number, 'p'), None)
+        self.note(self.DROP, number)
+        if number in self._files:
+            self._gone.append(number)
+
     def removed(self, numbers: Sequence[int]) -> None:
         """A program has these results, or wants none."""
         self._notes[self.REMOVE] += [(number,) for number in numbers]
+        if self.broken:   # what was not written because there is no room need not be written any more
+            gone = set(numbers)
+            for statement, place in ((self.INSERT, 0), (self.MOVE, 3), (self.END, 1)):
+                self._notes[statement] = [row for row in self._notes[statement] if row[place] not in gone]
         if self._large:   # not written yet, and need not be
             gone = set(numbers)
             for key in [key for key in self._large if key[0] in gone]:
@@ -263,20 +322,78 @@ class State(Database):
         if not self._gone and len(self._notes[self.REMOVE]) < REMOVED_MOST and not any(
                 rows for rows in self._notes if rows is not self._notes[self.REMOVE]):
             return True
+        if not self._has_room():
+            self._make_room()
+            return self._failed(OSError(errno.ENOSPC, '%s: %d bytes more are needed' % (os.strerror(errno.ENOSPC), self._short)))
         try:
             for (number, end), pieces in list(self._large.items()):
                 self._keep(number, end, pieces)
                 del self._large[number, end]
         except OSError as exc:
+            self._make_room()
             return self._failed(exc)
         done = super().commit()
-        if done and self._gone:
-            for number, end in itertools.product(self._gone, 'pr'):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._file(number, end))
-            self._files.difference_update(self._gone)
-            self._gone = []
+        if done:
+            self._unlink_gone()
+            self._have_reserve()
+        else:
+            self._make_room()
         return done
+
+    def _has_room(self) -> bool:
+        """Whether what waits to be written leaves some of the disk free: SQLite needs room to remove things, too, and a transaction
+        that fails has filled the disk. It is written twice, into the log and from there into the file."""
+        wanted = sum(len(row[3]) for row in self._notes[self.INSERT] if row[3] is not None)
+        wanted += sum(len(row[0]) for row in self._notes[self.END] if row[0] is not None)
+        files = sum(size_of(tuple(pieces)) for pieces in self._large.values())
+        if not wanted and not files:
+            return True
+        if shutil.disk_usage(self.root).free < LOW_DISK + 4 * (wanted + files):   # what is in the log only would make the file grow later
+            with contextlib.suppress(self._error):
+                self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
+        inside = PAGE_SIZE * self._db.execute('PRAGMA freelist_count').fetchone()[0]   # of what was removed
+        margin = RESERVE if inside < RESERVE else RESERVE // 8
+        self._short = files + wanted + max(0, wanted - inside) + margin - shutil.disk_usage(self.root).free
+        return self._short <= 0
+
+    def _unlink_gone(self) -> None:
+        for number, end in itertools.product(self._gone, 'pr'):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._file(number, end))
+        self._files.difference_update(self._gone)
+        self._gone = []
+
+    def _have_reserve(self) -> None:
+        """Bytes of the disk that are given back when it is full, so that what is over can be removed: SQLite needs room for that too."""
+        if self._reserved:
+            return
+        path = os.path.join(self.root, 'reserve')
+        try:
+            if shutil.disk_usage(self.root).free > 4 * RESERVE:
+                with open(path, 'wb') as file:
+                    file.write(bytes(RESERVE))
+                self._reserved = True
+        except OSError as exc:
+            logger.debug('%s: %s', path, exc)
+
+    def _make_room(self) -> None:
+        """The disk is full: remove what is over, and nothing else."""
+        self._unlink_gone()
+        if shutil.disk_usage(self.root).free < RESERVE:   # others have filled it
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.root, 'reserve'))
+            self._reserved = False
+        over, gone = self._notes[self.OVER], self._notes[self.REMOVE]
+        try:
+            while over or gone:   # few at a time, and the room that they take in the log is used again for the next
+                self._notes[self.OVER], self._notes[self.REMOVE] = over[:REMOVED_AT_ONCE], gone[:REMOVED_AT_ONCE]
+                self._write((self.OVER, self.REMOVE))
+                over, gone = over[REMOVED_AT_ONCE:], gone[REMOVED_AT_ONCE:]
+                self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
+        except self._error as exc:
+            logger.debug('%s', exc)   # it is tried again
+        finally:
+            self._notes[self.OVER], self._notes[self.REMOVE] = over, gone
 
     def results(self, numbers: Sequence[int], unread: List[int]) -> Iterator[tuple]:
         """Rows of Results that are on the disk, one after the other; `unread` gets those that cannot be read now."""
@@ -293,15 +410,15 @@ class State(Database):
                         logger.error('a result cannot be read now: %s', exc)
                     unread.append(number)
                 else:
-                    yield open_envelope(data)
+                    yield open_plain(data)
             elif row is not None:
-                yield open_envelope(row[0])
+                yield open_plain(row[0])
 
     # -- at the start -----------------------------------------------------------------------------------------
 
     def comps(self) -> List[Tuple[str, bytes, dict]]:
         """Computations in the order in which they came: name, instance of the program, spec."""
-        return [(comp, client, open_envelope(spec)) for comp, client, spec in
+        return [(comp, client, open_plain(spec)) for comp, client, spec in
                 self._db.execute('SELECT comp, client, spec FROM comps ORDER BY place')]
 
     def jobs(self, comp: str) -> Iterator[Tuple[int, int, Any, int, int, Any]]:
@@ -309,7 +426,7 @@ class State(Database):
         keys = {place: _key_of(key) for key, place in self._places.items()}
         for number, client, options, state, attempt, node in self._db.execute(
                 'SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? ORDER BY number', (self._comps[comp],)):
-            yield number, client, open_envelope(options) if options else None, state, number << 16 | attempt, keys.get(node)
+            yield number, client, open_plain(options) if options else None, state, number << 16 | attempt, keys.get(node)
 
     def nodes(self) -> List[tuple]:
         """Rows (key, host, port, name, instance)."""
@@ -345,24 +462,62 @@ def _key_of(text: str) -> Any:
 
 class RemoteWork(Work):
     """A job of a program."""
-    __slots__ = ('_client',)   # the serial that the program knows it by
+    __slots__ = ('_client', '_size')   # the serial that the program knows it by; bytes of its arguments
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict], serial: int, client: int) -> None:
         super().__init__(comp, payload, options)
-        self._serial, self._client = serial, client
+        self._serial, self._client, self._size = serial, client, 0
 
 
 MODULES_OF = '.modules'   # ends the name of the directory that has the files of a program's modules
 
 
-def of_modules(rows: list) -> list:
-    """Rows of files of modules, with names that tell them from other files."""
-    return [(OF_MODULES + row[0], *row[1:]) for row in rows]
+TOO_LARGE = '%s has %d bytes, and --max-file-size is %d'
 
 
 class RemoteAllocator(NamedTuple):
     """A NodeAllocate of a program, which is asked by its number."""
     number: int
+
+
+class Absence:
+    """What becomes of a computation whose program is away. One that has a recover_file is waited
+    for. Of another, what has not begun is cancelled after a while, or at once when its process is
+    known to have ended; should the program come back none the less, it is told and sends these jobs
+    again."""
+
+    def __init__(self, recovers: bool, process: Any) -> None:
+        """`process` is as of `own_process`. Raises PeerError."""
+        if type(process) is not tuple or [type(part) for part in process] != [str, int, str]:
+            raise PeerError('a process is not described as it should be')
+        self._recovers, self._process = recovers, process
+        # When it is gone, when its process is looked for next
+        self._until = self.look_at = math.inf
+        self.gone = False
+        self.for_good = False    # nobody can come back: its process has ended
+        # Jobs on nodes that are cancelled if they have not begun
+        self.dropping: Set[Any] = set()
+        # Serials of jobs that were cancelled so, to their numbers
+        self.dropped: Dict[int, int] = {}
+
+    def begin(self, now: float, patience: float) -> None:
+        """The connection of the program has ended, or it has not come yet."""
+        if not self._recovers and not self.gone:
+            self._until = now + patience
+            self.look_at = now if has_ended(self._process) is not None else self._until
+
+    def end(self) -> None:
+        """The program is connected."""
+        self._until = self.look_at = math.inf
+        self.gone = self.for_good = False
+
+    def is_over(self, now: float) -> bool:
+        """Look for it, when `look_at` has come: whether it is gone now."""
+        self.look_at = min(self._until, now + GONE_LOOKS)
+        self.for_good = bool(has_ended(self._process))
+        if now >= self._until or self.for_good:
+            self.gone, self.look_at = True, math.inf
+        return self.gone
 
 
 class Remote:
@@ -371,21 +526,25 @@ class Remote:
     _cluster_status = _on_output = None
     _chains: Dict[Any, Any] = {}
 
-    def __init__(self, comp: str, client: bytes, spec: dict, directory: str) -> None:
+    def __init__(self, comp: str, client: bytes, spec: dict, directory: str, most: int, key: bytes = b'') -> None:
+        self._key = key    # the scheduler's own, to nodes
         shared = spec['shared']
         self._comp, self._client, self.name = comp, client.hex(), spec['name']
         self.instance, self.link = client, 0
+        self.digest: bytes = spec.get('key', bytes(KEY_SIZE))   # of what shows that results are its
         self.directory = directory
         self._reentrant, self.exclusive, self.cloudpickle = shared['reentrant'], shared['exclusive'], shared['cloudpickle']
+        self.absence = Absence(bool(shared['recovers']), shared['process'])
         self._port = NODE_PORT
         self._specs = specs_of(shared['nodes'])
         self._source: Optional[Tuple[bytes, str]] = None
         self.take_spec(spec)
-        self.receiver = FileReceiver(directory)
-        self.modules = FileReceiver(directory + MODULES_OF)   # files of the program's own modules
+        roots = {Purpose.DEPENDS: directory, Purpose.PLACED: directory,
+                 Purpose.MODULES: directory + MODULES_OF}
+        self.receiver = FileReceiver(roots, most, TOO_LARGE, 'at the scheduler: ')
         os.makedirs(directory + MODULES_OF, mode=0o700, exist_ok=True)
-        self.wanted: Deque[Tuple[list, Callable[..., None]]] = collections.deque()   # files to be had, and who waits for them
-
+        # Rows of files and of modules to be had, and who waits for them.
+        self.wanted: Deque[Tuple[list, list, Callable[..., None]]] = collections.deque()
         self.compared: Optional[list] = None      # rows of files that were compared beside the loop
         self.ready = False
         self.works: Dict[int, RemoteWork] = {}    # by the program's serials
@@ -393,11 +552,11 @@ class Remote:
         self.outbox: List[tuple] = []
         self.unread: List[int] = []    # numbers of results that could not be read from the disk
         self.calls: Dict[int, Callable[[tuple, Any], None]] = {}
-        self.placing: Dict[str, IncomingFile] = {}
-        self.files: Dict[int, int] = {}           # serials of jobs that send a file, to the link that it goes along
+        self.told_at = (0, 0.0)                   # by which link and when it was asked last what is here
+        # Serial of a job that sends a file -> the link that it goes along, and its name.
+        self.files: Dict[int, Tuple[int, str]] = {}
         self.given_up_at = math.inf               # when, if its program does not come back
         self.rests_at = math.inf                  # when it lets its nodes go, if its program is not back and it has no jobs
-        self.recovers = bool(shared.get('recovers', True))   # its program may come back for results as another process
         self.rests = False                        # it has none: only results are kept, as files
         self.number, self.since, self.program = 0, 0.0, ''   # for monitors: what it is called, since when it is here, whose it is
         self.ends = [0, 0, 0]                     # jobs done, failed, cancelled
@@ -406,38 +565,14 @@ class Remote:
     def take_spec(self, spec: dict) -> None:
         """What nodes are sent; it has changed after a setup with other files."""
         paths = {row[0]: os.path.join(self.directory, *row[0].split('/')) for row in spec['files']}
-        spec = dict(spec, code=bytes(spec['code']), setup_args=bytes(spec['setup_args']),
+        spec = dict(spec, code=bytes(spec['code']), setup_args=bytes(spec['setup_args']), key=digest_of(self._key),
                     support={name: bytes(source) for name, source in spec['support'].items()})
         self._cargo = Cargo(spec, paths, spec['kind'] == 'program', lambda: (b'', 'only its program can tell'))
-
-    def want(self, rows: list) -> List[str]:
-        """Names of the files that are not here. Those of modules have a directory of their own, and their names say so."""
-        of_modules = [(row[0][len(OF_MODULES):], *row[1:]) for row in rows if row[0].startswith(OF_MODULES)]
-        missing = self.receiver.want([row for row in rows if not row[0].startswith(OF_MODULES)])
-        return missing + [OF_MODULES + name for name in self.modules.want(of_modules)]
-
-    def piece(self, name: str, offset: int, data: Any) -> bool:
-        """A piece of a file; true when none is wanted any more. Raises ValueError or OSError."""
-        if name.startswith(OF_MODULES):
-            self.modules.piece(name[len(OF_MODULES):], offset, data)
-        else:
-            self.receiver.piece(name, offset, data)
-        return self.receiver.is_complete and self.modules.is_complete
-
-    def abort(self) -> None:
-        """Forget files that are half here."""
-        self.receiver.abort()
-        self.modules.abort()
 
     def remove(self) -> None:
         """Remove its files."""
         shutil.rmtree(self.directory, ignore_errors=True)
         shutil.rmtree(self.directory + MODULES_OF, ignore_errors=True)
-
-    @property
-    def file_rows(self) -> list:
-        """Rows of all its files, as `want` takes them."""
-        return self._cargo.spec['files'] + of_modules(self._cargo.spec['modules'])
 
     def _node_came(self) -> None:
         """As a cluster's; News tells it."""
@@ -463,6 +598,34 @@ class House:
         """As a cluster's."""
 
 
+def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
+    """Whether a node may be dialled by its name, or at an address that its name has. Programs name nodes; without a bound they
+    could have any host tried out."""
+    for word in allowed:
+        try:
+            network = ipaddress.ip_network(word, False)
+        except ValueError:
+            if host and NodeSpec(word, NODE_PORT).fits(host):
+                return True
+            continue
+        if address and ipaddress.ip_address(plain_address(address.partition('%')[0])) in network:
+            return True
+    if allowed or not address:
+        return False
+    found = ipaddress.ip_address(plain_address(address.partition('%')[0]))
+    return found.is_private or found.is_loopback or found.is_link_local
+
+
+def links_of_one() -> int:
+    """How many connections of programs one address may have: a quarter of what this process may have open."""
+    try:
+        import resource
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    except ImportError:
+        most = 512
+    return max(16, (min(most, 1 << 16) - 64) // 4)
+
+
 def specs_of(rows: Any) -> List[NodeSpec]:
     """`nodes` of a program as it came over the wire; None: all. Raises PeerError."""
     if rows is None:
@@ -475,9 +638,10 @@ def specs_of(rows: Any) -> List[NodeSpec]:
 
 
 class _Session(NamedTuple):
-    """A program's link."""
+    """A program's link. `operator`: it has the operator's secret."""
     link: Link
     names: List[str]
+    operator: bool = True
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -503,6 +667,11 @@ class Options(NamedTuple):
     zombie: float = ZOMBIE_TIME
     max_file_size: int = sys.maxsize
     multicast: bool = False
+    max_queued: int = QUEUED_MOST
+    separate: bool = False             # programs have a secret of their own, and so has the operator
+    operator_secret: bytes = b''
+    allowed: Tuple[str, ...] = ()      # networks and host names with nodes that may be dialled; none: private networks
+    gone: float = GONE_TIME
 
 
 class Stop(NamedTuple):
@@ -535,6 +704,16 @@ class Overview:
             raise ValueError('%.40r cannot be asked of a scheduler' % (name,))
         value = self._answers[name](*args)
         return time.perf_counter() - began, value
+
+    def answer_anybody(self, name: str = '', *args: Any) -> Tuple[float, Any]:
+        """As `answer`, to who has not the operator's secret: names and counts of all programs, no order, and nothing of their jobs."""
+        if name in ('failures', 'jobs'):
+            return 0.0, []
+        if name not in ('clusters', 'nodes'):
+            raise RuntimeError("%.40r needs the operator's secret (--operator-secret-file of the dispyscheduler)" % (name,))
+        took, rows = self.answer(name, *args)
+        return took, [dict(row, comp='', program='') if name == 'clusters' else dict(row, uses=[(*use[:2], '', *use[3:]) for use in row['uses']])
+                      for row in rows]
 
     # -- told by the scheduler ------------------------------------------------------------------------------------
 
@@ -641,23 +820,12 @@ class Overview:
                 'heard': max(0.0, scheduler.clock() - peer.link.heard) if peer.link is not None else None}
 
     def _running(self, peer: Peer) -> Dict[str, Tuple[int, int]]:
-        """Computation -> jobs that run on a node and their CPUs: of each the first that were sent there. Where there is more than the
-        CPUs can take, the node shares them out evenly."""
-        node = self._scheduler.schedule.nodes.get(peer.key)
-        found: Dict[str, Tuple[int, int]] = {}
-        if node is None or not node.used:
-            return found
-        wants = sorted((min(part, node.limits[comp] or peer.offered), comp) for comp, part in node.parts.items() if part)
-        left = peer.offered
-        for place, (want, comp) in enumerate(wants):
-            most, jobs, used = min(want, -(-left // (len(wants) - place))), 0, 0
-            for work in node.flight[comp].values():
-                wide = work._options.get('cpus', 1) if work._options else 1
-                if used + wide > most:
-                    break
-                jobs, used = jobs + 1, used + wide
-            found[comp] = jobs, used
-            left -= used
+        """Computation -> jobs that run on a node and their CPUs."""
+        schedule = self._scheduler.schedule
+        found = {}
+        for comp, serials in schedule.runs(peer.key).items():
+            flight = schedule.nodes[peer.key].flight[comp]
+            found[comp] = len(serials), sum(cpus_of(flight[serial]) for serial in serials)
         return found
 
     def _ask(self, peer: Peer, comp: str, apart: float) -> None:
@@ -683,7 +851,8 @@ class Overview:
     def _jobs(self, key: Any) -> List[tuple]:
         """Of a node: cluster, job, whether it runs, seconds that it has run or None."""
         peer = self._peer(key)
-        node, running, rows = self._scheduler.schedule.nodes.get(peer.key), self._running(peer), []  # type: Any, Dict[str, Tuple[int, int]], List[tuple]
+        schedule = self._scheduler.schedule
+        node, running, rows = schedule.nodes.get(peer.key), schedule.runs(peer.key), []  # type: Any, Any, List[tuple]
         for remote in self._remotes() if node is not None else ():
             flight = node.flight.get(remote._comp)
             if not flight:
@@ -691,8 +860,12 @@ class Overview:
             self._ask(peer, remote._comp, 1.0)
             at, report = self._reports.get((peer.key, remote._comp), (0.0, None))
             runs = {serial: seconds + self._scheduler.now - at for serial, seconds in report.running} if report is not None else {}
-            for place, (serial, work) in enumerate(itertools.islice(flight.items(), PAGE - len(rows))):
-                rows.append((remote.number, work._client, serial in runs or place < running.get(remote._comp, (0, 0))[0], runs.get(serial)))  # type: ignore[attr-defined]
+            now = self._scheduler.now
+            runs.update((serial, now - since) for serial, since in node.begun[remote._comp].items())
+            there = set(running.get(remote._comp, ()))
+            for serial, work in itertools.islice(flight.items(), PAGE - len(rows)):
+                is_on = serial in there or serial in runs
+                rows.append((remote.number, work._client, is_on, runs.get(serial)))  # type: ignore[attr-defined]
         return rows
 
     def _arguments(self, jobs: list) -> list:
@@ -723,14 +896,8 @@ class Overview:
         return self._cancel_works([work for work in there if jobs is None or work._client in jobs])  # type: ignore[attr-defined]
 
     def _cancel_waiting(self, number: int) -> int:
-        """Jobs that do not run, also those that wait on nodes."""
-        comp, schedule = self._remote(number)._comp, self._scheduler.schedule
-        known, works = schedule.comps.get(comp), []  # type: Any, List[Any]
-        for node in known.nodes.values() if known is not None else ():
-            peer = self._scheduler._peers.get(node.key)
-            runs = self._running(peer).get(comp, (0, 0))[0] if peer is not None else 0
-            works += list(node.flight[comp].values())[runs:]
-        return self._cancel_works(known.waiting() + works if known is not None else [])
+        """Jobs that have not begun, also those that wait on nodes."""
+        return self._scheduler.cancel_waiting(self._remote(number)._comp)
 
     def _add(self, host: str, port: Optional[int]) -> int:
         """A node for all whose `nodes` mean it."""
@@ -779,8 +946,64 @@ def _shown(payload: Any) -> Any:
 _RETURNED = (Outcome.RETURNED, Outcome.RETURNED_CODE)
 
 
+class Quota:
+    """How much each program may have queued here, and what is said to those who have reached it, or come while the disk is full:
+    their jobs go back to them, and they are offered no CPUs until there is room. The loop's thread."""
+
+    def __init__(self, scheduler: 'Scheduler', most: int) -> None:
+        self._scheduler, self._most = scheduler, most
+        self._queued: Dict[bytes, int] = collections.Counter()   # instance of a program -> bytes of arguments
+        self._waiting: Dict[int, bytes] = {}                     # links that are offered no CPUs -> instance
+
+    def add(self, remote: Remote, work: RemoteWork, size: int) -> None:
+        """A job was taken."""
+        work._size = OBJECT + size
+        self._queued[remote.instance] += work._size
+
+    def remove(self, remote: Remote, work: RemoteWork) -> None:
+        """It has ended, or its computation has."""
+        self._queued[remote.instance] -= work._size
+        work._size = 0
+        if not self._queued[remote.instance]:
+            del self._queued[remote.instance]
+
+    def moved(self, remote: Remote, instance: bytes) -> None:
+        """Another process of the program has taken over."""
+        size = sum(work._size for work in remote.works.values())
+        self._queued[remote.instance] -= size
+        self._queued[instance] += size
+
+    def has_room(self, remote: Remote, size: int) -> bool:
+        """Whether one more job with so many bytes may come. One is always taken, however large."""
+        queued = self._queued.get(remote.instance, 0)
+        return not queued or queued + OBJECT + size <= self._most
+
+    def give_back(self, link: Link, remote: Remote, serials: List[int], full: bool) -> None:
+        """These jobs were not taken. Said at once: while the disk is full, nothing else is."""
+        say = super(Scheduler, self._scheduler).say
+        if link.number not in self._waiting:
+            self._waiting[link.number] = link.instance
+            say(link, Offer(0))
+            text = 'the disk of the scheduler is full: new jobs wait here until there is room' if full else \
+                'this program has %d bytes of arguments at the scheduler, and may have %d there (--max-queued-bytes): more jobs ' \
+                'are taken as those end' % (self._queued.get(remote.instance, 0), self._most)
+            say(link, Said(remote._comp, text))
+        for message in in_parts(Returned, remote._comp, serials):
+            say(link, message)
+
+    def take_again(self) -> None:
+        """The disk has room: those whose program has less than half of what it may have are offered CPUs again."""
+        for number, instance in list(self._waiting.items()):
+            link = self._scheduler.links.get(number)
+            if link is None or self._queued.get(instance, 0) <= self._most // 2:
+                del self._waiting[number]
+                if link is not None:
+                    self._scheduler.say(link, Offer(ENDLESS))
+
+
 class Scheduler(Driver):
     """See the module's docstring. Driver is its side towards nodes."""
+    log = logger
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -794,16 +1017,19 @@ class Scheduler(Driver):
         self._unread_until = math.inf                # when results are read that could not be
         self._reassign = False     # whom nodes serve may have changed
         self._asking = not options.nodes
+        self._named: List[NodeSpec] = []
         self.overview = Overview(self)
+        self.quota = Quota(self, options.max_queued)
         super().__init__(Access(options.node_secret, options.node_certfile, options.node_keyfile, None, options.pulse, options.ping),
                          self._state.instance)
         self.schedule = Schedule(options.fifo)
         self._backlog = Backlog(self.links)
         self._doors: List[Gate] = []
         self._client_messages: Dict[type, Callable[[Link, Any], None]] = {
-            Introduce: self._c_introduce, Compute: self._c_compute, File: self._c_file, Jobs: self._c_jobs, Cancel: self._c_cancel,
-            Ack: self._c_ack, Done: self._c_done, FileKept: self._c_file_kept, Place: self._c_place, Reclaim: self._c_reclaim,
-            Call: self._c_call, Return: self._c_return, Recall: lambda link, message: self.say(link, Returned(message.comp, [])),
+            Introduce: self._c_introduce, Compute: self._c_compute, Jobs: self._c_jobs,
+            Cancel: self._c_cancel, Ack: self._c_ack, Done: self._c_done, Reclaim: self._c_reclaim,
+            FilePiece: self._c_file_piece, FileStored: self._c_file_stored,
+            Call: self._c_call, Return: self._c_return, Recall: self._c_recall,
             Limit: lambda link, message: None, Query: lambda link, message: None, Shutdown: lambda link, message: None,
             Pulse: lambda link, message: None}
 
@@ -813,7 +1039,8 @@ class Scheduler(Driver):
         """Listen, take up what an earlier run has left. Returns the port. Raises StartError, SecretError, OSError."""
         options = self._options
         one = (options.cluster_certfile, options.cluster_keyfile) == (options.node_certfile, options.node_keyfile)
-        keys = {int(Role.CLIENT): derive_key(options.cluster_secret), int(Role.NODE): derive_key(options.node_secret)}
+        programs = tuple(map(derive_key, (options.cluster_secret, options.operator_secret) if options.separate else (options.cluster_secret,)))
+        keys = {int(Role.CLIENT): programs, int(Role.NODE): (derive_key(options.node_secret),)}
         port = options.port
         for host in options.hosts:
             door = self._door(host, port, keys, (Role.CLIENT, Role.NODE) if one else (Role.CLIENT,), options.cluster_certfile, options.cluster_keyfile)
@@ -823,13 +1050,21 @@ class Scheduler(Driver):
         for door in self._doors:
             self.watch(door.socket, door.knock)
         self.now = self.clock()
-        specs = [NodeSpec(*host_and_port(node, options.node_port)) for node in options.nodes] or [NodeSpec('*', options.node_port)]
+        self._named = [NodeSpec(*host_and_port(node, options.node_port)) for node in options.nodes]
+        specs = self._named or [NodeSpec('*', options.node_port)]
         self.open(House(specs, options.node_port), False)  # type: ignore[arg-type]
         self._warn_at['house'] = math.inf
-        self._restore()
+        with self._state.damages():
+            self._restore()
         return port
 
-    def _door(self, host: str, port: int, keys: Dict[int, bytes], allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
+    def _allowed(self, peer: Peer) -> Optional[Callable[[str], bool]]:
+        named = {spec.host for spec in self._named}
+        if peer.host in named or may_dial(peer.host, '', self._options.allowed):
+            return None
+        return lambda address: may_dial('', address, self._options.allowed)
+
+    def _door(self, host: str, port: int, keys: Dict[int, Tuple[bytes, ...]], allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
         try:
             door = Gate((host, port), keys, Role.SCHEDULER, allowed, self.instance, self.post, certfile, keyfile)
         except OverflowError as exc:
@@ -860,16 +1095,20 @@ class Scheduler(Driver):
         for key, host, port, name, instance in self._state.nodes():
             places[key] = (host, port, name, instance)
         for comp, client, spec in self._state.comps():
-            remote = Remote(comp, client, spec, self._directory_of(comp))
+            remote = self._make_remote(comp, client, spec)
             remote.ready = True
-            remote.given_up_at, remote.rests_at = self.now + self._options.zombie, self.now + ORPHAN_TIME
+            remote.given_up_at = self.now + self._options.zombie
+            remote.rests_at = self.now + ORPHAN_TIME
+            remote.absence.begin(self.now, self._options.gone)
             waiting: List[RemoteWork] = []
             sent: Dict[Any, List[RemoteWork]] = {}
             for number, serial, options, state, own, node in self._state.jobs(comp):
-                if state == State.ENDED:
-                    remote.ended[serial] = number
+                if state in (State.ENDED, State.DROPPED):
+                    known = remote.ended if state == State.ENDED else remote.absence.dropped
+                    known[serial] = number
                     continue
                 work = remote.works[serial] = RemoteWork(comp, None, options, own, serial)
+                self.quota.add(remote, work, self._state.size_of_payload(number))
                 if state == State.SENT and node in places:
                     sent.setdefault(node, []).append(work)
                 else:
@@ -893,10 +1132,14 @@ class Scheduler(Driver):
             if remote.works or remote.ended:
                 logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', remote.name, len(waiting),
                             len(remote.works) - len(waiting), len(remote.ended))
-        known = {comp for comp, _, _ in self._state.comps()}
+        there = {comp for comp, _, _ in self._state.comps()}
         for name in os.listdir(self._state.root):
-            if name.startswith('c-') and name[2:].partition('.')[0] not in known:
+            if name.startswith('c-') and name[2:].partition('.')[0] not in there:
                 shutil.rmtree(os.path.join(self._state.root, name), ignore_errors=True)
+
+    def _make_remote(self, comp: str, client: bytes, spec: dict) -> Remote:
+        most = self._options.max_file_size
+        return Remote(comp, client, spec, self._directory_of(comp), most, self._state.key_of(comp))
 
     def _directory_of(self, comp: str) -> str:
         if len(comp) > 64 or not comp.isalnum() or comp == House._comp:
@@ -904,6 +1147,24 @@ class Scheduler(Driver):
         path = os.path.join(self._state.root, 'c-' + comp)
         os.makedirs(path, mode=0o700, exist_ok=True)
         return path
+
+    # -- faults of ours -------------------------------------------------------------------------------------------
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """As the driver's; what concerns a computation of a program ends that computation."""
+        if isinstance(subject, Remote):
+            link = self.links.get(subject.link)
+            if link is not None:
+                self.say(link, Refused(subject._comp, 'fault', text))
+            self._over(subject)
+            return True
+        return super().on_fault(subject, text)
+
+    def _owed_by(self, cluster: Any) -> List[Any]:
+        return list(cluster.works.values()) if isinstance(cluster, Remote) else []
+
+    def _end_one(self, cluster: Any, work: Any, text: str) -> None:
+        self._end(cluster, work, (work._client, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
 
     # -- turns: nothing leaves before the transaction -----------------------------------------------------------
 
@@ -916,6 +1177,7 @@ class Scheduler(Driver):
 
     def end_of_turn(self) -> None:
         """Decide, write, send."""
+        self._bound_answers()
         if self._stuck_until is not None and self.now < self._stuck_until:
             return
         if self._reassign:
@@ -925,16 +1187,18 @@ class Scheduler(Driver):
         super().end_of_turn()
         for comp in list(self._clusters.values()):
             if isinstance(comp, Remote):
-                self._end_turn_of(comp)
+                self.guard(comp, self._end_turn_of, comp)
         if self._write_down():
             self._unstick()
+            self.quota.take_again()
             self._backlog.send(super().say)
             self._read_again()
         else:
+            if self._stuck_until is None:   # results of nodes wait there; programs are read: what they end makes room
+                for link in [link for link in self.links.values() if link.number not in self._sessions]:
+                    link.paused = True
+                    self.interest(link)
             self._stuck_until = self.now + RETRY_TIME
-            for link in self.links.values():
-                link.paused = True
-                self.interest(link)
 
     def _read_again(self) -> None:
         """Results that could not be read are tried once more, after a while."""
@@ -946,9 +1210,14 @@ class Scheduler(Driver):
                 if again:
                     numbers = list(remote.unread)
                     remote.unread.clear()
-                    self._backlog.add(remote.link, remote._comp, self._state.results(numbers, remote.unread))
+                    self._send_ended(remote, numbers)
                 else:
                     self._unread_until = min(self._unread_until, self.now + RETRY_TIME)
+
+    def _send_ended(self, remote: Remote, numbers: List[int]) -> None:
+        """Send results that are on the disk."""
+        rows = self._state.results(numbers, remote.unread)
+        self._backlog.add_results(remote.link, remote._comp, rows)
 
     def _write_down(self) -> bool:
         """What has happened goes to the disk, and then what was said about it."""
@@ -967,7 +1236,7 @@ class Scheduler(Driver):
     def _unstick(self) -> None:
         if self._stuck_until is not None:
             self._stuck_until = None
-            for link in self.links.values():
+            for link in [link for link in self.links.values() if link.number not in self._sessions]:
                 link.paused, link.heard = False, self.now
                 self.interest(link)
 
@@ -975,13 +1244,15 @@ class Scheduler(Driver):
         link = self.links.get(remote.link)
         if remote.outbox and link is not None and link.queued >= 4 * FRAME_FILL:   # they wait on the disk until it has room
             ended = [remote.ended[row[0]] for row in remote.outbox if row[1] not in GOES_ON]
-            self._backlog.add(link.number, remote._comp, self._state.results(ended, remote.unread))
+            self._send_ended(remote, ended)
             remote.outbox = [row for row in remote.outbox if row[1] in GOES_ON]
         if remote.outbox and link is not None:
             for frame in frames(Results, remote._comp, map(sized, remote.outbox)):
                 self.say(link, frame)
         remote.outbox = []
-        if self.now >= remote.rests_at and link is None and not remote.works and not remote.rests:
+        if self.now >= remote.absence.look_at and remote.absence.is_over(self.now):
+            self._drop_waiting(remote)
+        if self.now >= remote.rests_at and link is None and not remote.works:
             self._rest(remote)
         if self.now >= remote.given_up_at and link is None and not remote.works:
             logger.warning('%s: its program has not come back: %d results are given up', remote.name, len(remote.ended))
@@ -992,9 +1263,11 @@ class Scheduler(Driver):
 
     def _rest(self, remote: Remote) -> None:
         """All that a program which is gone may still collect has ended: its nodes are let go, their processes and files too."""
-        if not remote.ended or not remote.recovers:
+        if not remote.ended or remote.absence.for_good:
             logger.info('%s: its program is gone, and nothing is left for it', remote.name)
             self._over(remote)
+            return
+        if remote.rests:
             return
         logger.info('%s: its program is gone; %d results wait for it', remote.name, len(remote.ended))
         remote.rests = True
@@ -1011,10 +1284,14 @@ class Scheduler(Driver):
             return self._stuck_until
         if self._backlog.has_room():
             return self.now
-        given_up = [remote.given_up_at if remote.rests else min(remote.rests_at, remote.given_up_at) for remote in self._clusters.values() if isinstance(remote, Remote) and remote.link not in self.links
+        given_up = [remote.given_up_at if remote.rests else min(remote.rests_at, remote.given_up_at)
+                    for remote in self._clusters.values() if isinstance(remote, Remote) and remote.link not in self.links
                     and not remote.works]
         if self._unread_until < math.inf:
             given_up.append(self._unread_until)
+        looks = [remote.absence.look_at for remote in self._clusters.values()
+                 if isinstance(remote, Remote)]
+        given_up += [when for when in looks if when < math.inf]
         times = [super().next_timer(), *given_up]
         return min((when for when in times if when is not None), default=None)
 
@@ -1023,13 +1300,31 @@ class Scheduler(Driver):
     def on_event(self, event: Any) -> None:
         """Programs and nodes that have connected, signals, and the driver's events."""
         if isinstance(event, Arrival) and event.session.peer_role == Role.CLIENT:
-            link = Link(event.sock, event.session, event.address, self.now, self._options.pulse)
+            link = Link(event.sock, event.session, event.address, self.now, self._options.pulse, OF_CLIENTS)
             self.attach(link)
-            self._sessions[link.number] = _Session(link, [event.address])
+            self._sessions[link.number] = _Session(link, [event.address], not self._options.separate or event.session.secret == 1)
+            self._bound_links(link)
         elif isinstance(event, Stop):   # without Bye: nodes go on and keep results, programs wait, until it is started again
             self.stop()
         else:
             super().on_event(event)
+
+    def _bound_links(self, link: Link) -> None:
+        """One host's programs may not take all descriptors."""
+        there = sum(1 for session in self._sessions.values() if session.link.address == link.address)
+        most = links_of_one()
+        if there > most:
+            logger.error('%s has %d connections, and the limit for one address is %d: the last is ended', link.address, there, most)
+            self.part(link, 'there are %d connections from this address, and the limit is %d' % (there, most))
+            self._sessions.pop(link.number, None)
+
+    def _bound_answers(self) -> None:
+        """Who does not read its answers is not read from until it has."""
+        for number, session in self._sessions.items():
+            link, slow = session.link, session.link.queued > HELD_BACK
+            if link.dirty is not None and link.paused != slow and (slow or link.queued <= HELD_BACK // 2):
+                link.paused, link.heard = slow, self.now
+                self.interest(link)
 
     def on_channel(self, channel: Link) -> None:
         """A link has something."""
@@ -1040,6 +1335,8 @@ class Scheduler(Driver):
             if type(message) is Bye:
                 channel.on_purpose = True
                 raise LinkBroken('bye: %s' % message.text[:200])
+            if type(message) is Wrong:
+                raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
             handler = self._client_messages.get(type(message))
             if handler is None:
                 raise PeerError('%s may not come here' % type(message).__name__)
@@ -1061,16 +1358,15 @@ class Scheduler(Driver):
         for remote in [remote for remote in (*self._clusters.values(), *self._unopened.values())
                        if isinstance(remote, Remote) and remote.link == channel.number]:
             remote.link = 0
-            remote.given_up_at, remote.rests_at = self.now + self._options.zombie, self.now + ORPHAN_TIME
+            remote.given_up_at = self.now + self._options.zombie
+            remote.rests_at = self.now + ORPHAN_TIME
+            remote.absence.begin(self.now, self._options.gone)
             for call in list(remote.calls.values()):
                 call(('RuntimeError', 'its program is not connected'), None)
             remote.calls.clear()
-            for incoming in remote.placing.values():
-                incoming.abort()
-            remote.placing.clear()
-            remote.abort()
+            remote.receiver.abort()
             while remote.wanted:
-                remote.wanted.popleft()[1]('its program is not connected')
+                remote.wanted.popleft()[-1]('its program is not connected')
             self._no_files(remote)
             self._reassign = True
             if channel.on_purpose:
@@ -1079,11 +1375,12 @@ class Scheduler(Driver):
     def _no_files(self, remote: Remote) -> None:
         """The connection to a program has ended while its jobs sent files."""
         known = self.schedule.comps.get(remote._comp)
-        for serial in remote.files:
+        for serial, (_, name) in remote.files.items():
             node = known.running.get(serial) if known is not None else None
             peer = self._peers.get(node.key) if node is not None else None
             if peer is not None:
-                self.say_to(peer, FileKept(remote._comp, serial, 'the connection to the client has ended'))
+                self.say_to(peer, FileStored(remote._comp, int(Purpose.FROM_JOB), serial, name,
+                                             'the connection to the client has ended'))
         remote.files.clear()
 
     def _remote(self, link: Link, comp: str) -> Optional[Remote]:
@@ -1102,14 +1399,18 @@ class Scheduler(Driver):
     def _c_compute(self, link: Link, message: Compute) -> None:
         remote = self._clusters.get(message.comp)
         if isinstance(remote, Remote):
-            if remote.instance != link.instance:
+            if remote.instance != link.instance or not hmac.compare_digest(remote.digest, message.spec.get('key', bytes(KEY_SIZE))):
                 self.say(link, Refused(message.comp, 'busy', 'it is of another program'))
                 return
             if remote.link in self.links and remote.link != link.number:
                 self._break(self.links[remote.link], 'its program has connected anew')
             again = remote.link == link.number   # a Reclaim on this link was answered
             self._came_back(remote, link)
+            if remote.ready and remote.told_at == (link.number, self.now):
+                return   # it asks again and again in one breath; the answer may be long
             if remote.ready:
+                remote.told_at = (link.number, self.now)
+                self._send_again(remote, link)
                 self.say(link, Ready(message.comp, [*remote.works, *remote.ended]))
                 if not again:
                     self._resend(remote)
@@ -1118,14 +1419,28 @@ class Scheduler(Driver):
                         self._set_up(peer, message.comp)
                 return
         else:
-            if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {'nodes', 'reentrant', 'exclusive', 'cloudpickle'}:
+            if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {
+                    'nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process'}:
                 raise PeerError('a computation that is not for a scheduler')
-            remote = Remote(message.comp, link.instance, message.spec, self._directory_of(message.comp))
+            if len(message.spec['shared']['nodes'] or ()) > SPECS_MOST:
+                raise PeerError('%d nodes are named, and the limit is %d' % (len(message.spec['shared']['nodes']), SPECS_MOST))
+            own = sum(1 for each in (*self._clusters.values(), *self._unopened.values()) if isinstance(each, Remote) and each.instance == link.instance)
+            if own >= COMPS_MOST or self._stuck_until is not None:
+                self.say(link, Refused(message.comp, 'busy', 'the disk of the scheduler is full' if own < COMPS_MOST else
+                                       'this program has %d computations here, and the limit is %d' % (own, COMPS_MOST)))
+                return
+            if message.comp in self._unopened:
+                raise PeerError('computation %.40r is of another program' % message.comp)
+            remote = self._make_remote(message.comp, link.instance, message.spec)
             self._came_back(remote, link)
             self._unopened[message.comp] = remote
-        self._want(remote, remote.file_rows, functools.partial(self._complete, remote))
+        spec, then = remote._cargo.spec, functools.partial(self._complete, remote)
+        self._want(remote, spec['files'], spec['modules'], then)
 
     def _came_back(self, remote: Remote, link: Link) -> None:
+        if remote.instance != link.instance:
+            self.quota.moved(remote, link.instance)
+            remote.instance = link.instance
         remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
         remote.rests_at = math.inf
         remote.outbox = []
@@ -1133,6 +1448,47 @@ class Scheduler(Driver):
         if remote.rests:
             remote.rests = False
             self.use(remote._comp, remote._specs)
+        absence = remote.absence
+        absence.end()
+        for work in absence.dropping:   # not answered yet: they wait again
+            self.schedule.keep(work)
+        absence.dropping.clear()
+
+    def _drop_waiting(self, remote: Remote) -> None:
+        """A program is gone: what has not begun is cancelled, what runs goes on to its end."""
+        self._take_submitted()
+        absence, known = remote.absence, self.schedule.comps.get(remote._comp)
+        if known is None:
+            return
+        works = known.not_begun()
+        absence.dropping.update(works)
+        if works:
+            logger.warning('%s: its program is gone; its %d jobs that have not begun are cancelled '
+                           '(--gone-after)', remote.name, len(works))
+        self._act(self.schedule.handle(WithdrawAsked(works), self.now))
+
+    def _dropped(self, remote: Remote, work: RemoteWork) -> None:
+        """One of these jobs has been cancelled."""
+        number = work._serial >> 16
+        if remote.works.pop(work._client, None) is None:
+            return
+        self.quota.remove(remote, work)
+        remote.absence.dropped[work._client] = number
+        remote.ends[2] += 1
+        if work._payload is not None:
+            self._kept -= OBJECT + len(work._payload)
+        self._state.dropped(number)
+        self._reassign = self._reassign or remote.exclusive
+
+    def _send_again(self, remote: Remote, link: Link) -> None:
+        """A program is back that was taken for gone."""
+        dropped = remote.absence.dropped
+        if dropped:
+            self._state.removed(list(dropped.values()))
+            self.say(link, Said(remote._comp, (
+                'the scheduler has heard nothing of this program for a while and has cancelled %d jobs '
+                'that had not begun (--gone-after); they are sent again' % len(dropped))))
+            dropped.clear()
 
     def _complete(self, remote: Remote, error: str, code: str = 'transfer') -> None:
         """All files of a new computation are there, or cannot be."""
@@ -1160,34 +1516,33 @@ class Scheduler(Driver):
 
     # -- files of programs --------------------------------------------------------------------------------------
 
-    def _want(self, remote: Remote, rows: list, then: Callable[..., None]) -> None:
-        """Ask the program for files that are not here; `then` is called when all are, or with what went wrong and its code (of
-        REASONS)."""
-        remote.wanted.append((rows, then))
+    def _want(self, remote: Remote, files: list, modules: list,
+              then: Callable[..., None]) -> None:
+        """Ask the program for files that are not here; `then` is called when all are, or with what went wrong and its
+        code (of REASONS)."""
+        remote.wanted.append((files, modules, then))
         if len(remote.wanted) == 1:
             self._want_next(remote)
 
     def _want_next(self, remote: Remote) -> None:
         while remote.wanted:
-            rows, then = remote.wanted[0]
-            unknown = Digests.unknown(remote.directory, [row for row in rows if not row[0].startswith(OF_MODULES)])
-            if unknown and remote.compared is not rows:   # large files are there: others do not wait while they are digested
-                remote.compared = rows
+            files, modules, then = remote.wanted[0]
+            unknown = Digests.unknown(remote.directory, files)
+            if unknown and remote.compared is not files:   # large files are there: others do not wait while they are digested
+                remote.compared = files
                 self._openers.run(self._compare, remote, unknown)
                 return
             try:
-                large = [row for row in rows if row[1] > self._options.max_file_size]
-                if large:
-                    raise ValueError('%s has %d bytes, and --max-file-size is %d' % (large[0][0], large[0][1], self._options.max_file_size))
-                missing = remote.want(rows)
+                missing = remote.receiver.want(Purpose.DEPENDS, files)
+                missing += remote.receiver.want(Purpose.MODULES, modules)
             except (OSError, ValueError) as exc:
                 remote.wanted.popleft()
                 then('files cannot be stored at the scheduler: %s' % exc, reason_of(exc))
                 continue
             if missing:
                 link = self.links.get(remote.link)
-                if link is not None:
-                    self.say(link, Need(remote._comp, missing))
+                for need in needs(remote._comp, missing) if link is not None else ():
+                    self.say(link, need)  # type: ignore[arg-type]
                 return
             remote.wanted.popleft()
             then('')
@@ -1195,52 +1550,33 @@ class Scheduler(Driver):
     def _compare(self, remote: Remote, paths: Sequence[str]) -> None:
         """An opener."""
         Digests.learn(paths)
-        self.post(Asked(functools.partial(self._want_next, remote), concurrent.futures.Future()))
+        self.post(Asked(functools.partial(self._want_next, remote), None))
 
-    def _c_file(self, link: Link, message: File) -> None:
+    def _c_file_piece(self, link: Link, message: FilePiece) -> None:
+        """Files for nodes come here first."""
         remote = self._unopened.get(message.comp) or self._remote(link, message.comp)
-        if remote is None or not remote.wanted:
+        if message.purpose == Purpose.FROM_JOB:
+            raise PeerError('a file that was not asked for')
+        if remote is None or remote.link != link.number or (message.purpose in ASKED_FOR and not remote.wanted):
             return
-        try:
-            whole, error, code = remote.piece(message.name, message.offset, message.data), '', ''
-        except (OSError, ValueError) as exc:
-            remote.abort()
-            whole, error, code = True, 'file %.100r cannot be stored at the scheduler: %s' % (message.name, exc), reason_of(exc)
-
-        if whole:
-            _, then = remote.wanted.popleft()
-            then(error, code)
+        stored = remote.receiver.take(message)
+        if stored is None:
+            return
+        if message.purpose not in ASKED_FOR:
+            self.say(link, stored)
+        elif stored.error or not remote.receiver.wants(*ASKED_FOR):
+            then = remote.wanted.popleft()[-1]
+            then(stored.error, remote.receiver.code)
             self._want_next(remote)
 
-    def _c_place(self, link: Link, message: Place) -> None:
-        """A file for a node comes here first."""
+    def _c_file_stored(self, link: Link, message: FileStored) -> None:
         remote = self._remote(link, message.comp)
-        if remote is None:
+        work = remote.works.get(message.key) if remote is not None else None
+        if remote is None or work is None or remote.files.pop(work._serial, None) is None:
             return
-        (name, size, digest, mode), whole, error = message.row, False, ''
-        try:
-            if message.offset == 0:
-                if name in remote.placing:   # it is begun anew
-                    remote.placing.pop(name).abort()
-                if size > self._options.max_file_size:
-                    raise ValueError('%s has %d bytes, and --max-file-size is %d' % (name, size, self._options.max_file_size))
-                remote.placing[name] = IncomingFile(remote.directory, name, size, digest, mode)
-            if name in remote.placing:   # otherwise it has failed
-                whole = remote.placing[name].piece(message.offset, message.data)
-        except (OSError, ValueError) as exc:
-            error = 'at the scheduler: %s' % exc
-        if whole or error:
-            incoming = remote.placing.pop(name, None)
-            if incoming is not None and error:
-                incoming.abort()
-            self.say(link, Placed(message.comp, name, error))
-
-    def _c_file_kept(self, link: Link, message: FileKept) -> None:
-        remote = self._remote(link, message.comp)
-        work = remote.works.get(message.serial) if remote is not None else None
-        peer = self._peer_of(work) if work is not None else None
-        if peer is not None and work is not None and remote.files.pop(work._serial, 0):  # type: ignore[union-attr]
-            self.say_to(peer, FileKept(message.comp, work._serial, message.error))
+        peer = self._peer_of(work)
+        if peer is not None:
+            self.say_to(peer, message._replace(key=work._serial))
 
     def _peer_of(self, work: RemoteWork) -> Optional[Peer]:
         known = self.schedule.comps.get(work._comp)
@@ -1253,9 +1589,13 @@ class Scheduler(Driver):
         remote = self._remote(link, message.comp)
         if remote is None:
             return
+        back: List[int] = []
         for serial, payload, options in message.rows:
             if serial in remote.works or serial in remote.ended:
                 continue   # it came before
+            if self._stuck_until is not None or not self.quota.has_room(remote, size_of(payload)):
+                back.append(serial)
+                continue
             self._state.number += 1
             payload = _plain(payload)
             work = RemoteWork(message.comp, None, options, self._state.number << 16, serial)
@@ -1264,7 +1604,10 @@ class Scheduler(Driver):
                 work._payload = payload
                 self._kept += OBJECT + len(payload)
             remote.works[serial] = work
+            self.quota.add(remote, work, len(payload))
             self._submitted.append(work)  # type: ignore[arg-type]
+        if back:
+            self.quota.give_back(link, remote, back, self._stuck_until is not None)
 
     def _c_cancel(self, link: Link, message: Cancel) -> None:
         remote = self._remote(link, message.comp)
@@ -1272,14 +1615,31 @@ class Scheduler(Driver):
         for work in [remote.works[serial] for serial in message.serials if serial in remote.works] if remote is not None else ():
             self._act(self.schedule.handle(CancelAsked(work), self.now))
 
+    def _c_recall(self, link: Link, message: Recall) -> None:
+        """Jobs that shall be cancelled if they have not begun."""
+        remote = self._remote(link, message.comp)
+        self._take_submitted()
+        if remote is not None:
+            works = [remote.works[serial] for serial in message.serials if serial in remote.works]
+            self._act(self.schedule.handle(WithdrawAsked(works), self.now))
+
+    def _withdrawn(self, action: Withdrawn) -> None:
+        work, link = action.work, self._client_link(action.work._comp)
+        remote = self._clusters.get(work._comp)
+        if isinstance(remote, Remote):
+            remote.absence.dropping.discard(work)
+        if link is not None and work._state in (JobState.RUNNING, JobState.PROVISIONAL):
+            self.say(link, Started(work._comp, [(work._client, self.schedule.ran(work))]))
+
     def _c_ack(self, link: Link, message: Ack) -> None:
         remote = self._remote(link, message.comp)
         if remote is not None:
             self._state.removed([remote.ended.pop(serial) for serial in message.serials if serial in remote.ended])
 
     def _c_done(self, link: Link, message: Done) -> None:
-        remote = self._unopened.pop(message.comp, None) or self._remote(link, message.comp)
-        if remote is not None:
+        remote = self._unopened.get(message.comp) or self._remote(link, message.comp)
+        if remote is not None and remote.link == link.number:
+            self._unopened.pop(message.comp, None)
             self._over(remote)
         self._state.note(self._state.PAST_OVER, message.comp)
 
@@ -1290,11 +1650,14 @@ class Scheduler(Driver):
             self.forget(comp)
             self.overview.over(remote)
             self._state.over(comp)
-            self._state.removed([*remote.ended.values(), *(work._serial >> 16 for work in remote.works.values())])
+            self._state.removed([*remote.ended.values(), *remote.absence.dropped.values(),
+                                 *(work._serial >> 16 for work in remote.works.values())])
             logger.info('%s: is over', remote.name)
         self._kept -= sum(OBJECT + len(work._payload) for work in remote.works.values() if work._payload is not None)
+        for work in remote.works.values():
+            self.quota.remove(remote, work)
         remote.works.clear()
-        remote.abort()
+        remote.receiver.abort()
         remote.remove()
         if comp in self._exclusives:
             self._exclusives.remove(comp)
@@ -1306,23 +1669,38 @@ class Scheduler(Driver):
         if not isinstance(remote, Remote):
             self.say(link, Held(message.comp, [], self._state.past(message.comp).row()))
             return
+        if not may_reclaim(remote.digest, message.key):
+            logger.warning('%s wants results of a computation and does not have its key', self._sessions[link.number].names[0])
+            self.say(link, Held(message.comp, []))
+            return
         if remote.link in self.links and remote.link != link.number:
             self.say(link, Refused(message.comp, 'busy', 'its program is connected'))
             return
         self._came_back(remote, link)
+        text = (b'cancelled: it had not begun when its program was gone, and the scheduler did not wait '
+                b'any longer (--gone-after)')
+        for serial, number in remote.absence.dropped.items():
+            self._state.ended(number, (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b''))
+        remote.ended.update(remote.absence.dropped)
+        remote.absence.dropped.clear()
+        self._state.commit()   # from where they are sent now
         self.say(link, Held(message.comp, [*remote.works, *remote.ended]))
         self._resend(remote)
 
     def _resend(self, remote: Remote) -> None:
         """What its program has not acknowledged, and where its jobs are."""
         remote.unread.clear()
-        self._backlog.add(remote.link, remote._comp, self._state.results(list(remote.ended.values()), remote.unread))
+        self._send_ended(remote, list(remote.ended.values()))
         known = self.schedule.comps.get(remote._comp)
         for node in known.nodes.values() if known is not None else ():
             serials = [work._client for work in node.flight[remote._comp].values()]  # type: ignore[attr-defined]
             peer = self._peers.get(node.key)
             if serials and peer is not None:
                 self.say(self.links[remote.link], Where(remote._comp, (peer.ip_addr, peer.port, peer.name), serials))
+            rows = [(node.flight[remote._comp][serial]._client, self.now - since)  # type: ignore[attr-defined]
+                    for serial, since in node.begun[remote._comp].items()]
+            if rows:
+                self.say(self.links[remote.link], Started(remote._comp, rows))
 
     # -- questions of programs, and to them ---------------------------------------------------------------------
 
@@ -1334,11 +1712,15 @@ class Scheduler(Driver):
             if link.dirty is not None:
                 self.say(link, Return(message.comp, message.number, error, value))
         try:
+            if message.name == 'nodes' and message.comp in self._unopened:   # its files are on their way
+                answer([])
+                return
             if remote is None and not watched:
                 raise RuntimeError('the scheduler does not know this cluster (any more)')
             self._take_submitted()
             if remote is None:
-                answer(self.overview.answer(*message.args))
+                session = self._sessions[link.number]
+                answer(self.overview.answer(*message.args) if session.operator else self.overview.answer_anybody(*message.args))
                 return
             self._answer_call(remote, message.name, message.args, answer)
         except Exception as exc:  # the program gets it
@@ -1347,7 +1729,9 @@ class Scheduler(Driver):
     def _answer_call(self, remote: Remote, name: str, args: tuple, answer: Callable[..., None]) -> None:
         comp = remote._comp
         if name == 'nodes':
-            answer([tuple(row) for row in self.rows_of(comp)])
+            first, count = args or (0, NODES_PAGE)
+            rows = self.rows_of(comp)[first:first + min(count, NODES_PAGE)]
+            answer([tuple(row._replace(reason=shorten(row.reason, REASON_MOST))) for row in rows])
         elif name == 'jobs':
             answer([work._client for work in self.jobs_at(comp, *args).values()])
         elif name == 'allocate':
@@ -1360,7 +1744,10 @@ class Scheduler(Driver):
                 answer(None, ('OSError', error) if error else ())
             self._cargo_changes(remote, args[3], complete)
         elif name in ('running', 'place'):
-            path = os.path.join(remote.directory, *args[1][0].split('/')) if name == 'place' else ''
+            path = ''
+            if name == 'place':   # one that its program has sent here before, and nothing else
+                path = os.path.join(remote.directory, *check_name(args[1][0]))
+                open_regular(path).close()
             future = self.question(comp, args[0], args[1] if name == 'place' else None, path)
 
             def answered(done: Any) -> None:
@@ -1383,7 +1770,7 @@ class Scheduler(Driver):
                 remote.take_spec(dict(remote._cargo.spec, files=rows))
                 self._state.began(remote)
             then(error)
-        self._want(remote, rows, complete)
+        self._want(remote, rows, [], complete)
 
     def _ask(self, remote: Any, name: str, args: tuple, then: Callable[[tuple, Any], None]) -> None:
         """Ask a program; `then(error, value)` gets the answer."""
@@ -1419,7 +1806,7 @@ class Scheduler(Driver):
             cpus, setup_args, rows, modules = value
             paths = {row[0]: os.path.join(cluster.directory, *row[0].split('/')) for row in rows}
             self._bring_modules(cluster, modules)
-            self._want(cluster, rows + of_modules(modules), lambda failed, code='': self._allocated(
+            self._want(cluster, rows, modules, lambda failed, code='': self._allocated(
                 cluster._comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths), failed))
 
         self._ask(cluster, 'allocate', (allocator.number, row), told)
@@ -1452,7 +1839,7 @@ class Scheduler(Driver):
                 if not failed and type(request) is int:
                     self._bring_modules(remote, rows)
                 answer(('OSError', failed) if failed else (), rows)
-            self._want(remote, of_modules(rows), complete)
+            self._want(remote, [], rows, complete)
         self._ask(remote, 'modules', message.args, told)
 
     def _answer_node(self, peer: Peer, message: Call, error: tuple, value: Any) -> None:
@@ -1462,12 +1849,8 @@ class Scheduler(Driver):
         return {}   # the program has said which
 
     @staticmethod
-    def _source_of(cluster: Any, name: str, paths: Dict[str, str]) -> Any:
-        if name.startswith(OF_MODULES):
-            name = name[len(OF_MODULES):]
-            check_name(name)
-            return os.path.join(cluster.directory + MODULES_OF, *name.split('/'))
-        return paths.get(name)
+    def _source_of(cluster: Any, name: str) -> Any:
+        return os.path.join(cluster.directory + MODULES_OF, *check_name(name))
 
     def _support(self, cluster: Any, peer: Peer) -> Dict[str, bytes]:
         return {} if peer.facts.get('cloudpickle') == cluster.cloudpickle else cluster._cargo.spec['support']
@@ -1528,6 +1911,12 @@ class Scheduler(Driver):
         """Of those that wait it is on the disk."""
         return self._state.payload(work._serial >> 16) if work._payload is None else work._payload
 
+    def _jobs_started(self, action: JobsStarted) -> None:
+        link = self._client_link(action.comp)
+        if link is not None:
+            rows = [(work._client, ran) for work, ran in action.pairs]
+            self.say(link, Started(action.comp, rows))
+
     def _jobs_ended(self, action: JobsEnded) -> None:
         remote: Any = self._clusters[action.comp]
         for work, row in action.pairs:
@@ -1542,6 +1931,7 @@ class Scheduler(Driver):
         if remote.works.pop(work._client, None) is None:
             return
         self.overview.ended(remote, work, row, node)
+        self.quota.remove(remote, work)
         if work._payload is not None:
             self._kept -= OBJECT + len(work._payload)
         remote.files.pop(work._serial, None)
@@ -1555,6 +1945,11 @@ class Scheduler(Driver):
         work, remote = action.work, self._clusters.get(action.work._comp)
         if isinstance(remote, Remote):
             outcome = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome.DIED}.get(work._state, Outcome.CANCELLED)
+            if work in remote.absence.dropping:
+                remote.absence.dropping.discard(work)
+                if outcome == Outcome.CANCELLED:
+                    self._dropped(remote, work)
+                    return
             self._end(remote, work, (work._client, int(outcome), 0.0, 0.0, action.text.encode('utf-8', 'replace'), b'', b''))
 
     def _job_waits(self, action: JobWaits) -> None:
@@ -1568,23 +1963,29 @@ class Scheduler(Driver):
         self._inform(action.work._comp, 'a job waits: %s' % action.text)
 
     def _on_output(self, peer: Peer, message: Output) -> None:
-        work, link = self._job_of(peer, message), self._client_link(message.comp)
+        if message.stream == 0:
+            log_record_of(message.data)   # it is passed on as it came
+        work = self._job_of(peer, message.comp, message.serial)
+        link = self._client_link(message.comp)
         if work is not None and link is not None:
             self.say(link, message._replace(serial=work._client, data=beside(message.data)))
 
-    def _on_file_back(self, peer: Peer, message: FileBack) -> None:
-        work, remote = self._job_of(peer, message), self._clusters.get(message.comp)
+    def _on_file_piece(self, peer: Peer, message: FilePiece) -> None:
+        work = self._job_of(peer, message.comp, message.key)
+        remote = self._clusters.get(message.comp)
         if work is None or not isinstance(remote, Remote):
             return
         if message.offset == 0:
-            remote.files[message.serial] = remote.link
-        if message.serial not in remote.files:
+            remote.files[message.key] = (remote.link, message.row[0])
+        if message.key not in remote.files:
             return   # it was answered already: what is left of it is passed over
-        if remote.link in self.links and remote.files[message.serial] == remote.link:
-            self.say(self.links[remote.link], message._replace(serial=work._client, data=beside(message.data)))
+        if remote.link in self.links and remote.files[message.key][0] == remote.link:
+            piece = message._replace(key=work._client, data=beside(message.data))
+            self.say(self.links[remote.link], piece)
         else:
-            del remote.files[message.serial]
-            self.say_to(peer, FileKept(message.comp, message.serial, 'the client is not connected'))
+            del remote.files[message.key]
+            text = 'the client is not connected'
+            self.say_to(peer, FileStored(*message[:3], message.row[0], text))
 
     def _on_welcome(self, peer: Peer, message: Welcome) -> None:
         super()._on_welcome(peer, message)
@@ -1642,7 +2043,7 @@ class Scheduler(Driver):
                 self._act(self.schedule.handle(NodeOffers(peer.key, comp, limit) if limit else NodeDrains(peer.key, comp), self.now))
 
 
-_AT_ONCE = frozenset((Bye, File, FileBack, FileKept, Need, Offer, Output, Place, Pulse))
+_AT_ONCE = frozenset((Bye, FilePiece, FileStored, Need, Offer, Output, Pulse))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1656,7 +2057,8 @@ def default_state_dir(port: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='dispyscheduler', description='Share nodes between several programs (dispy.SharedJobCluster).')
+    parser = argparse.ArgumentParser(prog='dispyscheduler', description='Share nodes between several programs (dispy.SharedJobCluster).',
+                                     epilog=EXIT_STATUSES)
     add = parser.add_argument
     add('-d', '--debug', action='store_true', help='log what is done in detail')
     add('-i', '--host', '--ip-addr', action=Each, metavar='ADDR', help='address to listen at; may be repeated (default: all)')
@@ -1672,11 +2074,22 @@ def _parser() -> argparse.ArgumentParser:
     add('--node-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
     add('--cluster-certfile', metavar='FILE', help='certificate for TLS with programs; if it is not that for nodes, nodes connect to the next port')
     add('--cluster-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--pulse-interval', type=positive, default=PULSE, metavar='S', help='seconds between signs of life (default: %(default)g)')
-    add('--ping-interval', type=positive, default=REDIAL_MOST, metavar='S', help='most seconds between searches for nodes (default: %(default)g)')
+    add('--operator-secret-file', metavar='FILE', help="file with the operator's secret, for the web monitor: who has it sees and ends the jobs of "
+        'all programs (default: that of programs if it is the one of this user, otherwise one that is made in the state directory)')
+    add('--nodes-share-secret', action='store_true', help='programs with a secret of their own may have the same as nodes: each of them could '
+        'then pass for a node, and be given the jobs of the others')
+    add('--allow-nodes', action=Each, default=[], metavar='NET|HOST', help='addresses (10.1.0.0/16) or names (*.example.org) at which programs may '
+        'name nodes; may be repeated (default: private networks; those given with -n always)')
+    add('--max-queued-bytes', type=size_option, default=QUEUED_MOST, metavar='N[kmgt]', help='bytes of arguments that the jobs of one program '
+        'may have here; further jobs wait in the program (default: %d GiB)' % (QUEUED_MOST >> 30))
+    add('--pulse-interval', type=seconds_option, default=PULSE, metavar='S', help='seconds between signs of life (default: %(default)g)')
+    add('--ping-interval', type=seconds_option, default=REDIAL_MOST, metavar='S', help='most seconds between searches for nodes (default: %(default)g)')
     add('--ipv4-udp-multicast', action='store_true', help='look for nodes by IPv4 multicast too')
     add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files of programs are refused (default: no limit)')
-    add('--zombie-interval', type=positive, default=ZOMBIE_TIME / 60, metavar='MIN', help='minutes that results wait for a program that is gone (default: %(default)g)')
+    add('--zombie-interval', type=minutes_option, default=ZOMBIE_TIME / 60, metavar='MIN', help='minutes that results wait for a program that is gone (default: %(default)g)')
+    add('--gone-after', type=seconds_option, default=GONE_TIME, metavar='S',
+        help='seconds after which, when the connection to a program without recover_file has ended, '
+        'its jobs that have not begun are cancelled (default: %(default)g)')
     add('--state-dir', metavar='DIR', help='where jobs and results are kept (default: %s)' % default_state_dir(SCHEDULER_PORT).replace('%', '%%'))
     add('--fair', action='store_true', help='programs share CPUs evenly (default)')
     add('--fifo', action='store_true', help='programs are served in the order of their coming')
@@ -1692,7 +2105,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The daemon. Returns 0 when it has ended, 1 when it could not start."""
+    """The daemon. Returns its exit status: see EXIT_STATUSES."""
     parser = _parser()
     try:
         args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
@@ -1704,20 +2117,34 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         set_up_log('dispyscheduler', args.debug, args.log_file)
         set_up_log('dispy', args.debug, args.log_file)
         set_up_log('dispynode', args.debug, args.log_file)
+        for side in ('cluster', 'node'):
+            tls_files(getattr(args, side + '_certfile'), getattr(args, side + '_keyfile'), None, '--%s-%%s' % side)
+        if not 1 <= args.node_port <= 65535:
+            raise StartError('port %d is not between 1 and 65535 (--node-port)' % args.node_port)
         for node in args.node:
             host_and_port(node, args.node_port)
         discovery_reach()
         root = args.state_dir or default_state_dir(args.port)
+        if not has_place(root):
+            raise StartError('this user has no home for the state (neither HOME nor an entry in the password file): --state-dir')
         if args.clean:
             _clean(root)
+        cluster_secret, node_secret = find_secret(args.cluster_secret, args.cluster_secret_file), find_secret(args.node_secret, args.node_secret_file)
+        separate = bool(args.cluster_secret or args.cluster_secret_file)
+        if separate and cluster_secret.strip() == node_secret.strip() and not args.nodes_share_secret:
+            raise StartError('programs have a secret of their own (--cluster-secret-file), and nodes have the same: each program could pass for '
+                             'a node and be given the jobs of the others; give nodes another (--node-secret-file), or say --nodes-share-secret')
+        operator_secret = _operator_secret(root, args.operator_secret_file) if separate else b''
+        for word in args.allow_nodes:
+            _check_allowed(word)
         scheduler = Scheduler(Options(
-            tuple(args.host or ('',)), args.port, tuple(args.node), args.node_port, root,
-            find_secret(args.cluster_secret, args.cluster_secret_file), find_secret(args.node_secret, args.node_secret_file),
+            tuple(args.host or ('',)), args.port, tuple(args.node), args.node_port, root, cluster_secret, node_secret,
             args.cluster_certfile, args.cluster_keyfile, args.node_certfile, args.node_keyfile, args.fifo, args.pulse_interval,
-            args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize, args.ipv4_udp_multicast))
+            args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize, args.ipv4_udp_multicast,
+            args.max_queued_bytes, separate, operator_secret, tuple(args.allow_nodes), args.gone_after))
         try:
             port = scheduler.start()
-            monitor = _monitor(scheduler, port, args.httpd) if args.httpd is not None else None
+            monitor = _monitor(scheduler, port, args.httpd, args.log_file) if args.httpd is not None else None
         except BaseException:
             scheduler.close()
             raise
@@ -1733,16 +2160,38 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     scheduler.wake_on_signals()
     logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), root)
     try:
-        scheduler.run()
+        return run_until_ended(scheduler)
     finally:
-        scheduler.close()
         if monitor is not None:
             monitor.shutdown()
-    logger.info('ended')
-    return 0
 
 
-def _monitor(scheduler: Scheduler, port: int, at: int) -> Any:
+def _operator_secret(root: str, path: Optional[str]) -> bytes:
+    """The operator's secret, made at the first start. Raises SecretError, StartError, OSError."""
+    if path is not None:
+        return find_secret(None, path)
+    take_own_directory(root, STATE_MARK, ('state.db',), '--state-dir')
+    path = os.path.join(root, 'operator-secret')
+    if not os.path.exists(path):
+        make_secret(path)
+        logger.info("the operator's secret is in %s: dispy-httpd --secret-file takes it", path)
+    return find_secret(None, path)
+
+
+def _check_allowed(word: str) -> None:
+    """Raise StartError for what is no network and no name of hosts."""
+    if not word or any(c.isspace() or c == ',' for c in word) or ('/' in word and not _is_network(word)):
+        raise StartError('--allow-nodes %s: neither a network such as 10.0.0.0/8 nor a host name' % (word or "''"))
+
+
+def _is_network(word: str) -> bool:
+    try:
+        return bool(ipaddress.ip_network(word, False))
+    except ValueError:
+        return False
+
+
+def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) -> Any:
     """A web monitor of this scheduler. Raises StartError."""
     try:
         import dispy_httpd
@@ -1750,8 +2199,15 @@ def _monitor(scheduler: Scheduler, port: int, at: int) -> Any:
         raise StartError('--httpd needs dispy_httpd.py beside this file: %s' % exc) from exc
     source = dispy_httpd.SchedulerSource(lambda *question: scheduler.ask(lambda: scheduler.overview.answer(*question)),
                                          'all programs of the dispyscheduler at port %d' % port, lambda: None)
+
+    def tell(text: str) -> None:
+        if log_file and os.name != 'nt' and os.stat(log_file).st_mode & 0o077:   # others would have the token
+            path = os.path.abspath(os.path.join(scheduler._state.root, 'monitor'))
+            _write_private(path, text.encode() + b'\n')
+            text = 'the link of the monitor is in %s, since others can read this log' % path
+        logger.info('%s', text)
     try:
-        return dispy_httpd.SourceHTTPServer(source, port=at, tell=logger.info)
+        return dispy_httpd.SourceHTTPServer(source, port=at, tell=tell)
     except (ValueError, OSError) as exc:
         raise StartError('--httpd: %s' % exc) from exc
 

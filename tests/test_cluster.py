@@ -88,7 +88,7 @@ def test_arguments_are_taken_when_submitted(make_cluster, cluster):
 
 def test_what_cannot_be_pickled_raises_in_submit_and_leaves_nothing(cluster):
     with pytest.raises(TypeError):
-        cluster.submit(number for number in range(3))
+        cluster.submit(threading.Lock())
     assert cluster.status().jobs_pending == 0
     assert cluster.submit(2)() == 4
 

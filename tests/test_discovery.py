@@ -146,7 +146,7 @@ def test_so_many_answers_a_second_and_no_more():
 def test_strangers_do_not_get_more_answers():
     there = node()
     said = [there.hear(client(OTHER).say(Cry.QUESTION), str(ipaddress.ip_address(number)), 7.5)[1] for number in range(1000)]
-    assert sum(answer is not None for answer in said) == Discovery.LIMIT
+    assert sum(answer is not None for answer in said) == Discovery.STRANGERS
 
 
 @pytest.mark.parametrize('addresses, asker, told', [

@@ -943,7 +943,7 @@ closure = dispy.own_modules.closure(['zown.sub'])
 files = dispy.own_modules.files(closure)
 print(*files)
 rows = dispy.own_modules.rows(files)
-print(rows == dispy.own_modules.rows(files), dispy.own_modules.changed(closure))
+print(rows == dispy.own_modules.rows(files), dispy.own_modules.changed(closure, dispy.own_modules.digests(closure)))
 for name, size, digest, mode in dispy.own_modules.rows(files):
     import hashlib
     content = files[name].read()
@@ -1178,7 +1178,7 @@ def test_nothing_is_read_twice(own, monkeypatch):
     first = own.rows(own.files(own.closure(['tw'])))
     assert sorted(read) == ['__init__.py', 'a.py', 'data']
     assert own.rows(own.files(own.closure(['tw']))) == first
-    assert own.changed(own.closure(['tw'])) == []
+    own.digests(own.closure(['tw']))
     assert len(read) == 3
 
 
@@ -1190,30 +1190,30 @@ def test_a_file_that_was_just_written_is_read_again(own, tmp_path):
     stamp = path.stat().st_mtime_ns
     closure = own.closure(['new'])
     assert own.rows(own.files(closure)) == [row_of('new.py', b'X = 1', path.stat().st_mode & 0o777)]
+    before = own.digests(closure)
     path.write_text('X = 2')
     os.utime(str(path), ns=(stamp, stamp))
     if dispy._is_settled(dispy.FileStamp(stamp, 5)):
         pytest.skip('this machine was too slow')
-    assert own.changed(closure) == closure
+    assert own.changed(closure, before) == closure
     assert own.rows(own.files(closure)) == [row_of('new.py', b'X = 2', path.stat().st_mode & 0o777)]
 
 
 def test_changed_files(own, tmp_path):
     own.write({'ch.py': 'X = 1', 'ci.py': 'import ch'})
     closure = own.closure(['ch', 'ci'])
-    assert own.changed(closure) == []   # no row was made
-    rows = own.rows(own.files(closure))
-    assert own.changed(closure) == []
+    before, rows = own.digests(closure), own.rows(own.files(closure))
+    assert own.changed(closure, before) == []
     os.utime(str(tmp_path / 'ch.py'), (1000000009, 1000000009))
-    assert own.changed(closure) == []   # the text is the same
+    assert own.changed(closure, before) == []   # the text is the same
     (tmp_path / 'ch.py').write_text('X = 2')
-    assert [file.name for file in own.changed(closure)] == ['ch']
-    assert [file.name for file in own.changed(closure)] == ['ch']
+    assert [file.name for file in own.changed(closure, before)] == ['ch']
+    assert [file.name for file in own.changed(closure, before)] == ['ch']
     again = own.rows(own.files(closure))
     assert [row[:1] for row in again if row not in rows] == [('ch.py',)]
-    assert own.changed(closure) == []
+    assert own.changed(closure, own.digests(closure)) == []
     (tmp_path / 'ch.py').unlink()
-    assert own.changed(closure) == []
+    assert own.changed(closure, before) == []
     with pytest.raises(OSError):
         own.rows(own.files(closure))
 

@@ -1,6 +1,5 @@
 """Modules of the user's travel as files and are imported by their name; what has no importable module travels by value."""
 
-import glob
 import os
 import re
 import shutil
@@ -11,8 +10,7 @@ import textwrap
 
 import pytest
 
-from conftest import ROOT
-from programs import CLUSTERS, Project, bare_node, make_venv, somewhere
+from programs import Project, bare_node, make_venv, somewhere
 
 KINDS = ['local', 'node', 'scheduler']
 

@@ -7,11 +7,11 @@ import pytest
 
 from conftest import walk_seeds
 from dispynode import (
-    GRACE, LEASE_TABLE, OPS, ORPHAN_TIME, RELEASED_TIME, SETUP_TIME, STAGE_TABLE, Ack, Cancel, Compute, Done, Drop, Exit, Feed,
-    File, Forget, Found, Held, Interrupt, Introduce, Jobs, Keep, Kept, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, Offer, Outcome, Pause, PeerError, Place,
-    Placed, Prepare, Prepared, Put, Query, Ready, Recall, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire, Returned,
-    RunnerGone, RunnerUp, Send, SendKept, SetCpus, Show, Shutdown, Stage, StartRunner, StartWorker, Status, Stop, StopRunner, Store,
-    StorePlaced, Stored, TakeBack, Watch, Welcome, WorkerGone, WorkerResults, WorkerReturned, WorkerTooBig, WorkerUnborn, decode,
+    BEGUN_TIME, GRACE, LEASE_TABLE, OPS, ORPHAN_TIME, RELEASED_TIME, SETUP_TIME, STAGE_TABLE, Ack, Allowance, Cancel, Compute, Done, Drop, DurationEstimate, Exit, Feed,
+    FilePiece, FileStored, Forget, Found, Held, Interrupt, Introduce, Jobs, Keep, Kept, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, Offer, Outcome, Pause, PeerError,
+    Prepare, Prepared, Purpose, Query, Ready, Recall, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire, Returned,
+    RunnerGone, RunnerUp, Send, SendKept, SetCpus, Show, Shutdown, Stage, Started, StartRunner, StartWorker, Status, Stop, StopRunner, Store,
+    Stored, TakeBack, Watch, Welcome, WorkerGone, WorkerResults, WorkerReturned, WorkerTooBig, WorkerUnborn, decode,
     encode, size_of)
 
 
@@ -20,6 +20,21 @@ def spec(**changes):
               'max_jobs': 0, 'python': (3, 8), 'support': {}, 'program': '', 'live': False, 'logs': -1, 'cpus': 0, 'setup_args': b'',
               'modules': [], 'portable': False, 'sys_path': [], 'argv': []}
     return dict(fields, **changes)
+
+
+def row_of(name):
+    return (name, 5, b'd' * 32, 0o600)
+
+
+def file_piece(name, offset=0, data=b'', purpose=Purpose.DEPENDS, comp='c'):
+    return FilePiece(comp, int(purpose), 0, row_of(name), offset, data)
+
+
+def stored(name='a', error='', purpose=Purpose.DEPENDS, complete=True):
+    return Stored(FileStored('c', int(purpose), 0, name, error), complete)
+
+
+NEEDED = [(1, 0, row_of('a'))]   # as in Need
 
 
 def result(serial, outcome=Outcome.RETURNED, took=1.0):
@@ -137,13 +152,21 @@ def test_who_was_refused_is_told_when_the_node_is_free():
 def test_a_file_for_a_computation_that_is_set_up():
     talk = Talk()
     talk.ready()
-    row = ('name', 5, b'd' * 32, 0o600)
-    assert talk.say(Place('c', row, 0, b'he')) == [StorePlaced('c', row, 0, b'he')]
-    assert talk.say(Place('c', row, 2, b'llo')) == [StorePlaced('c', row, 2, b'llo')]
-    assert talk.tell(Put('c', 'name', '')) == [Send(1, Placed('c', 'name', ''))]
-    assert talk.say(Place('unknown', row, 0, b'he')) == []
-    answer, = said(talk.say(Place('unknown', row, 2, b'llo')), Placed)
-    assert 'not set up' in answer.error
+    for offset, data in (0, b'he'), (2, b'llo'):
+        piece = file_piece('name', offset, data, Purpose.PLACED)
+        assert talk.say(piece) == [Store(piece)]
+    answers = talk.tell(stored('name', '', Purpose.PLACED))
+    assert answers == [Send(1, FileStored('c', 3, 0, 'name', ''))]
+    assert talk.say(file_piece('name', 0, b'he', Purpose.PLACED, 'unknown')) == []
+    answer, = said(talk.say(file_piece('name', 2, b'llo', Purpose.PLACED, 'unknown')), FileStored)
+    assert 'not set up' in answer.error and answer[:4] == ('unknown', 3, 0, 'name')
+
+
+def test_a_file_of_a_job_comes_from_a_node_only():
+    talk = Talk()
+    talk.ready()
+    with pytest.raises(PeerError, match='not asked for'):
+        talk.say(file_piece('name', 0, b'he', Purpose.FROM_JOB))
 
 
 def test_a_query_tells_what_runs_and_what_waits():
@@ -384,14 +407,15 @@ def test_a_computation_with_files():
     talk = Talk()
     talk.link()
     talk.compute(files=[('a', 3, b'digest', 0o600)])
-    assert talk.tell(Prepared('c', ['a'])) == [Send(1, Need('c', ['a']))]
-    assert talk.say(File('c', 'a', 0, b'abc')) == [Store('c', 'a', 0, b'abc')]
-    assert only(talk.tell(Stored('c')), StartRunner)
+    assert talk.tell(Prepared('c', NEEDED)) == [Send(1, Need('c', NEEDED))]
+    assert talk.say(file_piece('a', 0, b'abc')) == [Store(file_piece('a', 0, b'abc'))]
+    assert talk.tell(stored('another', complete=False)) == []
+    assert only(talk.tell(stored()), StartRunner)
 
 
 @pytest.mark.parametrize('before, event, code', [
     ([], Prepared('c', [], 'no room'), 'transfer'),
-    ([Prepared('c', ['a'])], Stored('c', 'wrong digest'), 'transfer'),
+    ([Prepared('c', NEEDED)], stored('a', 'wrong digest'), 'transfer'),
     ([Prepared('c', [])], RunnerGone('c', 'setup raised'), 'setup'),
     ([Prepared('c', []), RunnerUp('c')], RunnerGone('c', 'killed'), 'setup')])
 def test_failures_are_told_and_end_it(before, event, code):
@@ -421,20 +445,29 @@ def test_late_news_of_a_computation_that_is_closing_is_dropped():
     talk.link()
     talk.compute()
     talk.say(Done('c'))
-    assert talk.tell(Prepared('c', []), Stored('c'), RunnerUp('c')) == []
+    assert talk.tell(Prepared('c', []), stored(), RunnerUp('c')) == []
     assert talk.say(Jobs('c', [(1, b'', None)])) == talk.say(Recall('c', 1)) == talk.say(Done('c')) == []
     assert talk.tell(RunnerGone('c', ''), RunnerGone('c', '')) == []
+
+
+def test_what_is_left_of_files_that_were_asked_for_does_no_harm():
+    talk = Talk()
+    talk.link()
+    talk.compute()
+    talk.tell(Prepared('c', NEEDED), stored(), RunnerUp('c'))
+    assert only(talk.say(file_piece('a')), Store)
+    assert talk.tell(stored('a', 'it was not asked for')) == []
 
 
 def test_a_file_that_was_not_asked_for():
     talk = Talk()
     talk.ready()
     with pytest.raises(PeerError):
-        talk.say(File('c', 'a', 0, b''))
+        talk.say(file_piece('a'))
 
 
 @pytest.mark.parametrize('message', [
-    Compute('c', {}), File('c', 'a', 0, b''), Jobs('c', []), Cancel('c', []), Recall('c', 1), Ack('c', []), Done('c')])
+    Compute('c', {}), file_piece('a'), Jobs('c', []), Cancel('c', []), Recall('c', 1), Ack('c', []), Done('c')])
 def test_a_computation_of_another_client(message):
     talk = Talk()
     talk.ready()
@@ -570,7 +603,8 @@ def test_long_jobs_are_not_fed_ahead():
 def test_short_jobs_are_fed_ahead():
     talk = Talk(1)
     talk.ready()
-    talk.learn_short()
+    for serial in range(800, 900):
+        talk.learn_short(serial)
     (_, serials), = fed(talk.jobs(*range(1, 200)))
     assert 10 < len(serials) <= 65 and serials == list(range(1, len(serials) + 1))
     (_, more), = fed(talk.results(1, *[result(serial, took=0.0001) for serial in serials[:-1]]))
@@ -662,15 +696,15 @@ def test_what_stands_behind_a_long_job_is_taken_back_for_an_idle_worker():
 
 
 def test_a_look_at_idle_workers_ends_when_time_is_rounded():
-    # since + 0.02 may have come while now - since is a little less than 0.02: the timer was set for now, again and again.
+    # since + BEGUN_TIME may have come while now - since is a little less: the timer was set for now, again and again.
     talk = Talk(2)
     talk.ready()
     talk.learn_short()
-    talk.now = next(when / 10 for when in range(1000) if when / 10 + 0.02 - when / 10 < 0.02)
+    talk.now = next(when / 10 for when in range(1000) if when / 10 + BEGUN_TIME - when / 10 < BEGUN_TIME)
     feeds = dict(fed(talk.jobs(1, 2, 3, 4)))
     first, second = sorted(feeds, key=lambda worker: -len(feeds[worker]))
     talk.results(second, *[result(serial, took=0.0001) for serial in feeds[second]])
-    assert only(talk.after(0.02), TakeBack) == [TakeBack(first)]
+    assert only(talk.after(BEGUN_TIME), TakeBack) == [TakeBack(first)]
 
 
 # -- workers die ------------------------------------------------------------------------------------------
@@ -753,7 +787,7 @@ def test_cancel_of_one_that_runs_is_a_request_and_then_a_kill():
     talk.jobs(1)
     assert talk.say(Cancel('c', [1])) == [Interrupt(1, 1)]
     assert talk.say(Cancel('c', [1])) == []
-    assert talk.after(GRACE - 0.1) == []
+    assert not only(talk.after(GRACE - 0.1), Kill)
     assert talk.after(0.2) == [Kill(1)]
     actions = talk.tell(WorkerGone(1, 'killed', 1))
     assert rows(actions) == [(1, Outcome.CANCELLED)] and talk.node.free == 1
@@ -803,11 +837,11 @@ def test_a_timeout():
     talk = Talk(1)
     talk.ready()
     talk.jobs(1, 2, timeout=3.0)
-    assert talk.after(2.9) == []
+    assert not only(talk.after(2.9), Interrupt)
     assert talk.after(0.2) == [Interrupt(1, 1)]
     actions = talk.results(1, result(1, Outcome.RETURNED))
     assert rows(actions) == [(1, Outcome.TIMED_OUT)] and 'dispy_timeout' in texts(actions)[1]
-    assert talk.after(2.9) == [] and talk.after(0.2) == [Interrupt(1, 2)]
+    assert not only(talk.after(2.9), Interrupt) and talk.after(0.2) == [Interrupt(1, 2)]
     assert talk.after(GRACE) == [Kill(1)]
     assert rows(talk.tell(WorkerGone(1, 'killed', 2))) == [(2, Outcome.TIMED_OUT)]
 
@@ -827,10 +861,132 @@ def test_recall_gives_back_what_waits():
     talk = Talk(1)
     talk.ready()
     talk.jobs(1, 2, 3, 4)
-    returned, = said(talk.say(Recall('c', 2)), Returned)
-    assert sorted(returned.serials) == [3, 4] and talk.node.held_bytes == 2   # what waits
-    assert said(talk.say(Recall('c', 9)), Returned) == [Returned('c', [2])]
-    assert said(talk.say(Recall('c', 9)), Returned) == [Returned('c', [])]
+    returned, = said(talk.say(Recall('c', [3, 4])), Returned)
+    assert returned.serials == [3, 4] and talk.node.held_bytes == 2   # what waits
+    actions = talk.say(Recall('c', [1, 2]))
+    assert said(actions, Returned) == [Returned('c', [2])] and said(actions, Started) == [Started('c', [(1, 0.0)])]
+    assert not said(talk.say(Recall('c', [2, 9])), Returned), 'what is not here was answered'
+
+
+def test_recall_of_what_stands_behind_another_in_a_worker():
+    # Whether it has begun is known to the worker alone; the client gets one of three answers.
+    talk = ahead(Talk(1))
+    assert only(talk.say(Recall('c', [2, 3])), TakeBack) == [TakeBack(1)]
+    actions = talk.results(1, result(1, took=0.0001))
+    assert said(actions, Started) == [Started('c', [(2, 0.0)])], 'it was recalled too late'
+    assert said(talk.tell(WorkerReturned(1, [3])), Returned) == [Returned('c', [3])]
+    assert set(talk.node._comps['c'].attempts) == {2}
+
+
+def test_what_was_recalled_goes_back_when_its_worker_dies():
+    talk = ahead(Talk(1))
+    talk.say(Recall('c', [3]))
+    actions = talk.tell(WorkerGone(1, 'killed', 1))
+    assert said(actions, Returned) == [Returned('c', [3])] and fed(actions) == [(2, [2])]
+
+
+def test_what_has_begun_is_told_when_it_has_run_for_a_while():
+    talk = Talk(2)
+    talk.ready()
+    talk.jobs(1)
+    talk.after(BEGUN_TIME / 2)
+    talk.jobs(2)
+    told = said(talk.after(BEGUN_TIME / 2), Started)
+    assert [serial for message in told for serial, _ in message.rows] == [1]
+    told = said(talk.after(BEGUN_TIME / 2), Started)
+    assert [serial for message in told for serial, _ in message.rows] == [2]
+    assert talk.after(10.0) == [] and talk.node._look_at is None, 'told once, and nothing more is looked for'
+
+
+def test_short_jobs_are_not_told_of():
+    talk = Talk(1)
+    talk.ready()
+    for serial in range(1, 1000):
+        actions = talk.jobs(serial) + talk.after(0.001) + talk.results(1, result(serial, took=0.001))
+        assert not said(actions, Started)
+
+
+def test_what_runs_is_told_again_on_a_new_connection():
+    talk = Talk(1)
+    talk.ready()
+    talk.jobs(1)
+    talk.after(1.0)
+    talk.tell(LinkDown(1, False))
+    talk.link(2)
+    assert said(talk.compute(link=2), Started) == [Started('c', [(1, 1.0)])]
+
+
+def test_a_question_is_answered_when_what_came_before_it_was_handed_out():
+    # Jobs and the question are in one turn: the job runs when the answer leaves.
+    talk = Talk(1)
+    talk.ready()
+    jobs, query = Jobs('c', [(1, b'', None), (2, b'', None)]), Query('c')
+    report, = said(talk.tell(Received(1, jobs), Received(1, query)), Report)
+    assert (report.running, report.waiting) == ([(1, 0.0)], [2])
+
+
+def test_priorities_among_what_waits():
+    talk = Talk(1)
+    talk.ready()
+    talk.jobs(1, 2, 3)
+    talk.jobs(4, 5, priority=7)
+    talk.jobs(6, priority=-1), talk.jobs(7), talk.jobs(8, priority=9)
+    order = []
+    for serial in (1, 8, 4, 5, 2, 3, 7, 6):
+        order += [serial for _, serials in fed(talk.results(1, serial)) for serial in serials]
+    assert order == [8, 4, 5, 2, 3, 7, 6]
+
+
+def test_a_worker_that_runs_a_long_job_holds_nothing_behind_it():
+    talk = ahead(Talk(1))
+    assert only(talk.after(BEGUN_TIME), TakeBack) == [TakeBack(1)]
+    talk.tell(WorkerReturned(1, [2, 3]))
+    talk.jobs(4, priority=1)
+    assert [attempt.serial for attempt in talk.node._comps['c'].waiting] == [4, 2, 3]
+
+
+# -- how long jobs take -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('durations, least, most, why', [
+    ([0.001] * 40, 0.0009, 0.0011, 'all the same'),
+    ([0.001] * 31 + [1.0], 0.03, 0.04, 'the mean sees one that is very long'),
+    ([0.001] * 27 + [0.05] * 5, 0.05, 0.05, 'the quantile sees one in ten'),
+    ([0.001, 1.0] * 20, 1.0, 1.0, 'alternating'),
+    ([1.0] * 40 + [0.001] * 32, 0.0009, 0.0011, 'what was long ago is forgotten'),
+])
+def test_the_estimate_of_durations(durations, least, most, why):
+    estimate = DurationEstimate()
+    assert estimate.seconds is None
+    for took in durations:
+        estimate.add([took])
+    assert least <= estimate.seconds <= most, why
+
+
+def test_an_allowance_grows_by_doubling_and_falls_at_once():
+    estimate = DurationEstimate()
+    allowance = Allowance(estimate, 1, 512)
+    assert allowance.jobs(0.1) == 1, 'unknown'
+    seen = []
+    for _ in range(60):
+        estimate.add([0.001])
+        allowance.ended(1, 2, 2)
+        seen.append(allowance.jobs(0.1))
+    assert all(after <= 2 * before for before, after in zip(seen, seen[1:])) and seen[-1] == 16
+    assert seen[1] == 1, 'two quick jobs on two CPUs promise nothing'
+    estimate.add([1.0] * 4)
+    assert allowance.jobs(0.1) == 0
+    estimate.add([0.001] * 32)
+    assert allowance.jobs(0.1) == 1, 'and it grows anew'
+
+
+def test_an_allowance_without_limit_ends_at_the_most():
+    estimate = DurationEstimate()
+    allowance = Allowance(estimate, 0, 64)
+    assert allowance.jobs(0.005) == 0
+    for _ in range(20):
+        estimate.add([1e-7] * 1000)
+        allowance.ended(1000, 0, 1)
+    assert allowance.jobs(0.005) == 64
 
 
 # -- stop -------------------------------------------------------------------------------------------------
@@ -1172,7 +1328,7 @@ class Walk:
         elif what < 0.6:
             self.say(Cancel(comp, rng.sample(mine, min(len(mine), 2))))
         elif what < 0.7:
-            self.say(Recall(comp, rng.randint(0, 5)))
+            self.say(Recall(comp, rng.sample(mine, min(len(mine), 5))))
         elif what < 0.98:
             self.say(Ack(comp, [serial for serial in mine if type(self.answers.get((comp, serial))) is tuple]))
         elif len(self.closed) < 3:

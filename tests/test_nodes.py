@@ -7,6 +7,7 @@ import time
 import pytest
 
 import dispy
+import dispynode
 from conftest import KINDS, eventually
 from dispy import DispyJob
 from nodes import NodeProcess, SchedulerProcess
@@ -279,6 +280,26 @@ def test_send_file(make_cluster, nodes, tmp_path):
         cluster.close_node('one')
         with pytest.raises(RuntimeError, match='not ready: closed by the program'):
             cluster.send_file(str(path), 'one')
+
+
+def test_a_file_that_cannot_be_read_on_while_it_is_sent(make_cluster, nodes, tmp_path, monkeypatch):
+    """It is an error of `send_file` alone; the next one comes whole."""
+    one = nodes()
+    path = tmp_path / 'data.txt'
+    path.write_bytes(b'0123456789abcdef' * 250000)
+    read_pieces = dispynode.read_pieces
+
+    def failing(source, size):
+        yield next(read_pieces(source, size))
+        raise OSError(5, 'Input/output error')
+    with make_cluster(content, nodes=[one.address]) as cluster:
+        cluster.wait_nodes(1, timeout=20)
+        monkeypatch.setattr(dispynode, 'read_pieces', failing)
+        with pytest.raises(OSError, match='cannot be read.*Input/output error'):
+            cluster.send_file(str(path), 'one', timeout=20)
+        monkeypatch.setattr(dispynode, 'read_pieces', read_pieces)
+        assert cluster.send_file(str(path), 'one', timeout=20) == 0
+        assert cluster.submit()(20) == '0123456789abcdef' * 250000
 
 
 def test_a_node_that_is_not_there(make_cluster, nodes, tmp_path):

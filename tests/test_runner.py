@@ -107,8 +107,8 @@ class ErrorThatCannotBeShown(Exception):
 def misbehave(how):
     if how == 'unpicklable result':
         return Refuses()
-    if how == 'generator':
-        return (number for number in range(3))
+    if how == 'lock':
+        return threading.Lock()
     if how == 'result that does not open':
         return OpensBadly()
     if how == 'error that does not open':
@@ -129,7 +129,7 @@ def misbehave(how):
 
 
 @pytest.mark.parametrize('how, text', [
-    ('unpicklable result', 'I do not travel'), ('generator', 'could not be pickled'), ('result that does not open', 'no number'),
+    ('unpicklable result', 'I do not travel'), ('lock', 'could not be pickled'), ('result that does not open', 'no number'),
     ('error that does not open', 'this that'), ('error that cannot be shown', 'ErrorThatCannotBeShown'),
     ('base exception', 'from the bottom'), ('sys.exit', 'SystemExit: 3'), ('keyboard interrupt', 'KeyboardInterrupt'),
     ('recursion', 'RecursionError'), ('memory', 'no more')])

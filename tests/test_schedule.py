@@ -7,8 +7,8 @@ import pytest
 
 from conftest import walk_seeds
 from dispy import (
-    LOST_TIMES, AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobParked, JobsEnded, JobState, JobWaits, NodeAway,
-    NodeDrained, NodeDrains, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned, Opened, Schedule, SendAck, SendCancel, SendJobs, SendRecall, Submitted, Work)
+    LOST_TIMES, AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobParked, JobsEnded, JobsStarted, JobState, JobWaits, NodeAway,
+    NodeDrained, NodeDrains, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted, Opened, Schedule, SendAck, SendCancel, SendJobs, SendRecall, Submitted, WithdrawAsked, Withdrawn, Work)
 from dispynode import Outcome, size_of
 
 WAITING = (JobState.CREATED, JobState.REQUEUED)
@@ -49,11 +49,13 @@ class Talk:
     def results(self, node, works, comp='c', outcome=Outcome.RETURNED, took=1.0):
         return self.tell(NodeResults(node, comp, [row(work, outcome, took) for work in works]))
 
-    def learn(self, took, comp='c', node='n'):
-        """Let it know how long jobs take, by one that ended."""
-        work = job(comp)
-        self.submit([work])
-        self.results(node, [work], comp, took=took)
+    def learn(self, took, comp='c', node='n', times=1):
+        """Let it know how long jobs take, by some that ended there."""
+        works = jobs(times, comp, node=node)
+        self.submit(works)
+        while works:
+            self.results(node, [work for work in works if work._state is JobState.SENT], comp, took=took)
+            works = [work for work in works if work._state not in ENDED]
 
 
 def only(actions, kind):
@@ -126,7 +128,7 @@ def test_queues_on_nodes_are_filled_evenly():
     talk = Talk()
     for name in 'abcd':
         talk.ready(name, 2)
-        talk.learn(0.001, node=name if name == 'a' else 'a')
+        talk.learn(0.001, node=name, times=100)
     assert counts(talk.submit(jobs(40))) == {'a': 10, 'b': 10, 'c': 10, 'd': 10}
 
 
@@ -139,17 +141,17 @@ def test_depth_by_length_of_jobs(took, most, why):
     talk = Talk()
     talk.ready('n', 4)
     if took is not None:
-        talk.learn(took)
+        talk.learn(took, times=5000)
     got = len(sent(talk.submit(jobs(20000))))
     assert most - 4 <= got <= most, why   # a float may round one less a CPU
     assert got >= 4
 
 
 def test_short_jobs_become_long():
-    """The mean is quick to rise: a few long ones, and the queue is shallow again."""
+    """The estimate is quick to rise: a few long ones, and the queue is shallow again."""
     talk, works = Talk(), jobs(2000)
     talk.ready('n')
-    talk.learn(0.001)
+    talk.learn(0.001, times=500)
     first = sent(talk.submit(works))
     assert len(first) > 90
     talk.results('n', first[:1], took=2.0)
@@ -160,7 +162,7 @@ def test_short_jobs_become_long():
 def test_a_node_is_not_given_more_bytes_ahead_than_the_bound():
     talk = Talk()
     talk.ready('n')
-    talk.learn(0.001)
+    talk.learn(0.001, times=500)
     size = AHEAD_BYTES // 4
     works = [job(payload=range(size)) for _ in range(50)]   # a range has a length and takes no memory
     assert len(sent(talk.submit(works))) == 5
@@ -230,10 +232,10 @@ def test_jobs_for_one_node_wait_for_it_and_go_first():
     pinned, other = job(node='b'), job()
     assert sent(talk.submit([pinned, other])) == [other]
     talk.ready('b', 1)
-    assert pinned._state is JobState.RUNNING and talk.schedule.nodes['b'].flight['c'] == {pinned._serial: pinned}
+    assert pinned._state is JobState.SENT and talk.schedule.nodes['b'].flight['c'] == {pinned._serial: pinned}
     more = [job(node='b'), job(node='b')]
     talk.submit(more)
-    assert all(work in talk.schedule.comps['c'].waiting() or work._state is JobState.RUNNING for work in more)
+    assert all(work in talk.schedule.comps['c'].waiting() or work._state is JobState.SENT for work in more)
     assert not only(talk.ready('d', 4), SendRecall), 'what is for one node is not called back for another'
     ended = only(talk.tell(Closed('c')), JobEnded)
     assert {action.work for action in ended} == {pinned, other, *more}
@@ -290,7 +292,7 @@ def test_a_result_that_comes_after_the_job_went_elsewhere_is_acknowledged_and_dr
     talk.tell(NodeLost('a', 'host-a', 'broken'))
     talk.ready('a', held=[late[0]])
     assert talk.tell(NodeResults('a', 'c', [late])) == [SendAck('a', 'c', [late[0]])]
-    assert work._state is JobState.RUNNING
+    assert work._state is JobState.SENT
     assert only(talk.results('b', [work]), JobsEnded)
 
 
@@ -457,7 +459,7 @@ def test_a_node_that_leaves_a_computation_keeps_the_others():
     talk.ready('n', 2, 'd')
     talk.submit([mine, other])
     talk.tell(NodeLeft('n', 'c', 'host', 'setup failed'))
-    assert mine._state is JobState.REQUEUED and other._state is JobState.RUNNING
+    assert mine._state is JobState.REQUEUED and other._state is JobState.SENT
     assert talk.tell(NodeLeft('n', 'c', 'host', 'again'), NodeLeft('unknown', 'c', 'x', 'y')) == []
     assert talk.schedule.nodes['n'].used == 1
 
@@ -508,7 +510,7 @@ def recall_scene(**options):
 
 def test_what_waits_on_one_node_is_called_back_for_an_idle_other():
     talk, works = recall_scene()
-    assert talk.ready('b') == [SendRecall('a', 'c', 1)]
+    assert talk.ready('b') == [SendRecall('a', 'c', [works[1]._serial])]
     assert talk.tell() == [], 'asked once'
     assert talk.tell(NodeReturned('a', 'c', [works[1]._serial])) == [JobWaits(works[1]), SendJobs('b', 'c', works[1:])]
 
@@ -537,7 +539,7 @@ def test_a_recall_that_was_lost_with_the_link_is_sent_again():
     talk, works = recall_scene()
     talk.ready('b')
     held = [work._serial for work in works]
-    assert talk.ready('a', held=held) == [SendRecall('a', 'c', 1)]
+    assert talk.ready('a', held=held) == [SendRecall('a', 'c', held[1:])]
 
 
 def test_recalled_jobs_keep_their_order():
@@ -556,17 +558,184 @@ def test_idle_cpus_are_used_although_another_client_waits_for_a_node():
     works = jobs(2)
     talk.ready('a')
     talk.submit(works)
-    assert talk.ready('b') == [SendRecall('a', 'c', 1)]
+    assert talk.ready('b') == [SendRecall('a', 'c', [works[1]._serial])]
+
+
+def test_what_waits_behind_jobs_that_do_not_end_soon_is_called_back():
+    """The estimate by which it was sent does not hold; until then the node holds it."""
+    talk = Talk()
+    talk.ready('n', 2)
+    talk.learn(0.001, times=50)
+    works = sent(talk.submit(jobs(100)))
+    assert len(works) > 10
+    started = NodeStarted('n', 'c', [(work._serial, 0.025) for work in works[:2]])
+    assert not only(talk.tell(started), SendRecall)
+    assert talk.schedule.next_timer() == pytest.approx(0.075)
+    recall, = only(talk.schedule.flush(0.076), SendRecall)
+    assert sorted(recall.serials) == [work._serial for work in works[2:]]
+    assert [work._state for work in works[:3]] == [JobState.RUNNING, JobState.RUNNING, JobState.SENT]
+    assert not only(talk.schedule.flush(0.5), SendRecall), 'each is asked for once'
+
+
+def test_a_job_that_was_called_back_twice_goes_to_idle_cpus_only():
+    talk, (first, second) = Talk(), jobs(2)
+    talk.ready('a')
+    talk.submit([first, second])
+    others = []
+    for name in 'bd':
+        recall, = only(talk.ready(name), SendRecall)
+        assert recall.serials == [second._serial]
+        others += sent(talk.submit(jobs(1)), name)   # it takes the idle CPU before the answer comes
+        talk.tell(NodeReturned(recall.node, 'c', recall.serials))
+    assert second._state is JobState.REQUEUED
+    assert sent(talk.submit(jobs(1))) == [], 'those behind it wait too, or no CPU would be idle'
+    assert sent(talk.results('d', others[1:])) == [second]
+
+
+def test_work_ahead_covers_two_round_trips():
+    counts_by_trip = {}
+    for trip in (0.0, 0.4):
+        talk = Talk()
+        talk.tell(NodeReady('n', 'c', 4, [], trip=trip))
+        assert talk.schedule.nodes['n'].trip == trip
+        talk.schedule.nodes['n'].probe = (0, 0.0)   # no other is measured: here, time stands still
+        talk.learn(0.02, times=3000)
+        counts_by_trip[trip] = len(sent(talk.submit(jobs(2000))))
+    assert 20 <= counts_by_trip[0.0] <= 24 and 160 <= counts_by_trip[0.4] <= 164
+
+
+def test_the_round_trip_is_corrected_by_jobs_that_did_not_wait():
+    talk, work = Talk(), job()
+    talk.tell(NodeReady('n', 'c', 1, [], trip=3.0))   # this program was busy when the node connected
+    talk.submit([work])
+    talk.schedule.handle(NodeResults('n', 'c', [row(work, took=1.0)]), 1.25)
+    assert talk.schedule.nodes['n'].trip == pytest.approx(0.25)
+
+
+def test_lowered_cpus_call_back_what_is_too_much():
+    talk = Talk()
+    talk.ready('n', 4)
+    talk.learn(1.0, times=4)
+    works = sent(talk.submit(jobs(4)))
+    recall, = only(talk.tell(NodeOffers('n', 'c', 2)), SendRecall)
+    assert set(recall.serials) == {work._serial for work in works[2:]}
+    talk.tell(NodeReturned('n', 'c', recall.serials))
+    assert not talk.schedule.comps['c'].called, 'the user wanted it'
+
+
+def test_a_job_of_higher_priority_is_sent_although_the_node_is_full():
+    talk = Talk()
+    talk.ready('n', 2)
+    talk.learn(0.01, times=500)
+    low = sent(talk.submit(jobs(100)))
+    assert len(low) > 10
+    urgent = jobs(3, priority=5)
+    assert sent(talk.submit(urgent)) == urgent
+    assert not sent(talk.submit(jobs(1, priority=-1)))
+
+
+def test_the_first_jobs_of_one_do_not_keep_the_only_job_of_another():
+    """Three long ones on two nodes of two CPUs; the fourth CPU is on a node that is set up for the short job later."""
+    talk, long, short = Talk('c', 'd'), jobs(3), job('d')
+    for name in 'ab':
+        talk.tell(NodeReady(name, 'c', 2, [], '', 2))
+    talk.submit(long)
+    talk.tell(NodeReady('a', 'd', 2, [], '', 2))
+    assert sent(talk.submit([short]), 'a') == [short]
+    assert only(talk.tell(NodeReady('b', 'd', 2, [], '', 2)), SendRecall) == [SendRecall('a', 'd', [short._serial])]
+
+
+# -- withdraw ---------------------------------------------------------------------------------------------
+
+def test_withdraw_of_what_waits():
+    talk, work = Talk(), job()
+    talk.submit([work])
+    assert talk.tell(WithdrawAsked([work])) == [JobEnded(work, 'cancelled before it was started')]
+    assert talk.tell(WithdrawAsked([work])) == [Withdrawn(work, True)], 'it is gone already'
+
+
+@pytest.mark.parametrize('answer, gone', [
+    (lambda work: NodeReturned('n', 'c', [work._serial]), True), (lambda work: NodeStarted('n', 'c', [(work._serial, 0.0)]), False),
+    (lambda work: NodeResults('n', 'c', [row(work)]), False), (lambda work: NodeResults('n', 'c', [row(work, Outcome.CANCELLED)]), True),
+    (lambda work: NodeAway('n', 'host', 'broken', 9.0), False), (lambda work: NodeReady('n', 'c', 1, []), True)])
+def test_withdraw_of_what_is_on_a_node(answer, gone):
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    assert talk.tell(WithdrawAsked([work])) == [SendRecall('n', 'c', [work._serial])]
+    assert talk.tell(WithdrawAsked([work])) == [], 'asked once'
+    answers = only(talk.tell(answer(work)), Withdrawn)
+    assert answers == [Withdrawn(work, gone)] and (work._state is JobState.CANCELLED) == gone
+
+
+def test_withdraw_of_what_runs_is_refused_and_does_not_disturb_it():
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.tell(NodeStarted('n', 'c', [(work._serial, 0.03)]))
+    assert talk.tell(WithdrawAsked([work])) == [Withdrawn(work, False)] and work._state is JobState.RUNNING
+
+
+def test_a_job_whose_answer_is_not_waited_for_goes_on():
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    talk.tell(WithdrawAsked([work]))
+    talk.schedule.keep(work)
+    actions = talk.tell(NodeReturned('n', 'c', [work._serial]))
+    assert sent(actions) == [work] and not only(actions, Withdrawn)
+
+
+def test_what_is_lost_with_its_node_counts_as_begun_whatever_was_known():
+    talk, (runs, waits, returned) = Talk(reentrant=False), jobs(3)
+    talk.ready('n', 3)
+    talk.submit([runs, waits, returned])
+    talk.tell(NodeStarted('n', 'c', [(runs._serial, 0.03)]), NodeOffers('n', 'c', 0))
+    talk.tell(NodeReturned('n', 'c', [returned._serial]))
+    talk.tell(NodeLost('n', 'host', 'broken'))
+    assert [work._state for work in (runs, waits, returned)] == [JobState.ABANDONED, JobState.ABANDONED, JobState.REQUEUED]
 
 
 # -- several clients --------------------------------------------------------------------------------------
+
+def test_two_computations_of_one_client_take_turns_on_one_cpu():
+    schedule = Schedule()
+    works = {comp: jobs(5, comp) for comp in 'cd'}
+    for comp in 'cd':
+        schedule.handle(Opened(comp, 'client', True), 0.0)
+        schedule.handle(Submitted(works[comp]), 0.0)
+    schedule.handle(NodeReady('n', 'c', 1, [], '', 1), 0.0)
+    schedule.handle(NodeReady('n', 'd', 1, [], '', 1), 0.0)
+    order = []
+    while len(order) < 10:
+        batch = sent(schedule.flush(0.0))
+        assert batch
+        for work in batch:
+            order.append(work._comp)
+            schedule.handle(NodeResults('n', work._comp, [row(work)]), 0.0)
+    assert order[:6] in (list('cdcdcd'), list('dcdcdc'))
+
+
+def test_what_runs_on_a_node_that_is_shared_is_no_more_than_its_cpus():
+    talk = Talk('c', 'd')
+    for comp in 'cd':
+        talk.tell(NodeReady('n', comp, 3, [], '', 3))
+        talk.submit(jobs(10, comp))
+    runs = talk.schedule.runs('n')
+    assert sum(map(len, runs.values())) == 3 and min(map(len, runs.values())) == 1
+    flight = talk.schedule.nodes['n'].flight['c']
+    last = list(flight)[-1]
+    talk.tell(NodeStarted('n', 'c', [(last, 0.03)]))
+    assert last in talk.schedule.runs('n')['c'], 'it has said so'
+    assert talk.schedule.runs('unknown') == {}
+
 
 def busy(long=True, cpus=4):
     """Client c has 10,000 jobs on a node that d may use too."""
     talk, works = Talk('c', 'd'), jobs(10000)
     talk.ready('n', cpus)
     talk.ready('n', cpus, 'd')
-    talk.learn(1.0 if long else 0.001)
+    talk.learn(1.0 if long else 0.001, times=1 if long else 1000)
     if long:
         talk.learn(1.0, 'd')
     return talk, works, sent(talk.submit(works))
@@ -621,7 +790,7 @@ def test_a_newcomer_is_served_although_the_other_clients_jobs_are_short():
     talk.submit(few)
     for _ in range(200):
         queue.extend(sent(talk.results('n', [queue.popleft() for _ in range(10)], took=0.001), comp='c'))
-        running = [work for work in few if work._state is JobState.RUNNING]
+        running = [work for work in few if work._state is JobState.SENT]
         if running:
             talk.results('n', running[:1], 'd')
         if few[-1]._state is JobState.FINISHED:
@@ -721,10 +890,13 @@ class ModelNode:
                 if (comp, serial) in self.waiting or ((comp, serial) in self.running and rng.random() < 0.8):
                     self.end((comp, serial), Outcome.CANCELLED, 0.0)
         elif kind is SendRecall:
-            keys = [key for key in reversed(self.waiting) if key[0] == comp][:what]
+            keys = [(comp, serial) for serial in what if (comp, serial) in self.waiting]
             for key in keys:
                 del self.waiting[key]
             self.outbox.append(NodeReturned(self.key, comp, [serial for _, serial in keys]))
+            begun = [(serial, 0.0) for serial in what if (comp, serial) in self.running]
+            if begun:
+                self.outbox.append(NodeStarted(self.key, comp, begun))
         else:
             for place in (self.waiting, self.running, self.results):
                 for key in [key for key in place if key[0] == comp]:
@@ -948,7 +1120,9 @@ class Walk:
             if kind is JobEnded:
                 self.end(action.work)
             elif kind is JobWaits or kind is JobParked:
-                assert action.work._state in WAITING
+                assert action.work._state in WAITING or action.work._state is JobState.SENT   # again, in the same turn
+            elif kind is JobsStarted or kind is Withdrawn:
+                continue
             elif kind is JobsEnded:
                 for work, _ in action.pairs:
                     self.end(work)
@@ -963,7 +1137,7 @@ class Walk:
                 if node.away:   # nothing can be sent, and nothing new is
                     assert kind is not SendJobs
                     continue
-                what = action.most if kind is SendRecall else self.rows(action) if kind is SendJobs else action.serials
+                what = self.rows(action) if kind is SendJobs else action.serials
                 node.inbox.append((kind, action.comp, what))
 
     def rows(self, action):

@@ -19,7 +19,7 @@ def root(tmp_path):
 
 
 def begin(state, comp='c'):
-    state.began(types.SimpleNamespace(_comp=comp, instance=b'i' * 16, _cargo=types.SimpleNamespace(spec={'name': comp})))
+    state.began(types.SimpleNamespace(_comp=comp, instance=b'i' * 16, digest=bytes(32), _cargo=types.SimpleNamespace(spec={'name': comp})))
     peer = Peer(*KEY)
     peer.name, peer.instance = 'node', b'n' * 16
     state.met(peer)
@@ -59,7 +59,7 @@ def test_a_crash_leaves_what_was_committed(root):
     assert state.commit()
     submit(state)   # and this one not
     again = after_a_crash(state, root)
-    assert again.comps() == [('c', b'i' * 16, {'name': 'c'})] and again.nodes() == [(KEY, *KEY, 'node', b'n' * 16)]
+    assert again.comps() == [('c', b'i' * 16, {'name': 'c', 'key': bytes(32)})] and again.nodes() == [(KEY, *KEY, 'node', b'n' * 16)]
     assert list(again.jobs('c')) == [
         (first, first, None, State.WAITING, waits._serial, None), (first + 1, first + 1, {'cpus': 1}, State.SENT, sent._serial, KEY),
         (first + 2, first + 2, {'cpus': 2}, State.WAITING, back._serial, None),

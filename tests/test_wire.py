@@ -15,27 +15,28 @@ import pytest
 
 import dispynode
 from dispynode import (
-    Ack, beside, Bye, Call, Cancel, Compute, decode, Done, encode, File, FileBack, FileKept, FrameOpener, FrameSealer,
+    Ack, beside, Bye, Call, Cancel, Compute, decode, Done, encode, FilePiece, FileStored, FrameOpener, FrameSealer,
     HEAD_TAG, Held, Intake, Introduce, Jobs, Kind, Limit, MESSAGES, Need, News, Offer, open_envelope, OPS, OUT_OF_BAND,
-    Output, pack_record, PeerError, Place, Placed, Pulse, Query, Ready, Recall, Reclaim, RecordIntake, Refused, Report,
-    Results, Return, Returned, Said, seal, Shutdown, TAIL_TAG, unseal, Welcome, Where)
+    Output, pack_record, PeerError, Pulse, Query, Ready, Recall, Reclaim, RecordIntake, Refused, Report,
+    Results, Return, Returned, Said, seal, Shutdown, Started, TAIL_TAG, unseal, Welcome, Where)
 
 KEY = bytes(range(32))
 LARGE = os.urandom(OUT_OF_BAND + 7)
+ROW = ('a/b', 1, b'd', 0o600)
 EXAMPLES = [
     Introduce('me', 2.0), Introduce('me', 2),
     Compute('c1', {'name': 'f', 'kind': 'function', 'code': b'code', 'files': [('a', 1, b'd', 0o600)], 'cleanup': True,
                    'dest_path': '', 'max_jobs': 0, 'python': (3, 8, 1), 'support': {'m.py': b''}, 'program': '', 'live': False,
                    'logs': -1, 'cpus': 0, 'setup_args': b'', 'modules': [('modules/a.py', 1, b'd', 0o600)], 'portable': True,
                    'sys_path': ['/a'], 'argv': ['a']}),
-    File('c1', 'a/b', 0, beside(b'small')), File('c1', 'a/b', 1 << 20, beside(LARGE)), File('c1', 'a/b', 0, b''),
+    FilePiece('c1', 1, 0, ROW, 0, beside(b'small')), FilePiece('c1', 2, 3, ROW, 1 << 20, beside(LARGE)), FilePiece('c1', 1, 0, ROW, 0, b''),
     Jobs('c1', [(1, beside(b'x'), None), (2, beside(LARGE), {'timeout': 3.5}), (3, beside((b'head', LARGE, b'tail')), None)]),
-    Jobs('c1', []), Cancel('c1', [1, 2, 1 << 40]), Recall('c1', 5), Ack('c1', []), Done('c1'),
-    Welcome('node', 4, {'python': (3, 8)}), Refused('', 'full', 'caf\u00e9'), Need('c1', ['a', 'b']), Ready('c1', [7]),
-    Results('c1', [(1, 1, 0.5, 1.5, beside(LARGE), b'out', b'err'), (2, 3, 0.0, 0.0, b'', b'', b'')]),
-    Returned('c1', [9]), Offer(3), FileBack('c1', 5, ('a', 1, b'd', 0o600), 0, beside(LARGE)), FileKept('c1', 5, 'no'), Shutdown('c1'), Limit('c1', 2),
-    Place('c1', ('a', 1, b'd', 0o600), 0, beside(LARGE)), Placed('c1', 'a', ''), Query('c1'), Reclaim('c1'), Held('c1', [1]), Report('c1', [(1, 0.5)], [2], {'cpu': 1.0}),
-    Output('c1', 5, 1, 0, b'text'), Where('c1', ('10.0.0.1', 9701, 'host'), [1]), Where('c1', (), [1]), News('c1', 2, tuple('0123456789')),
+    Jobs('c1', []), Cancel('c1', [1, 2, 1 << 40]), Recall('c1', [5]), Ack('c1', []), Done('c1'),
+    Welcome('node', 4, {'python': (3, 8)}), Refused('', 'full', 'caf\u00e9'), Need('c1', [(1, 0, ROW), (2, 7, ROW)]), Ready('c1', [7]),
+    Results('c1', [(1, 1, 0.5, 1.5, beside(LARGE), b'out', b'err'), (2, 3, 0.0, 0.0, b'\0\0\0\0', b'', b'')]),
+    Returned('c1', [9]), Offer(3), FilePiece('c1', 4, 5, ROW, 0, beside(LARGE)), FileStored('c1', 4, 5, 'a', 'no'), Shutdown('c1'), Limit('c1', 2),
+    FilePiece('c1', 3, 0, ROW, 0, beside(LARGE)), FileStored('c1', 3, 0, 'a', ''), Query('c1'), Reclaim('c1'), Held('c1', [1]), Report('c1', [(1, 0.5)], [2], {'cpu': 1.0}),
+    Started('c1', [(5, 0.02)]), Output('c1', 5, 1, 0, b'text'), Where('c1', ('10.0.0.1', 9701, 'host'), [1]), Where('c1', (), [1]), News('c1', 2, tuple('0123456789')),
     Said('c1', 'text'), Call('c1', 7, 'nodes', (1, 'x')), Return('c1', 7, ('ValueError', 'text'), None), Pulse(), Bye('enough'),
 ]
 
@@ -97,7 +98,7 @@ def test_messages_pass_in_frames(message):
 
 
 def test_large_bytes_are_not_copied_into_the_envelope():
-    _, encoding, pieces = encode(File('c', 'f', 0, beside(LARGE)))
+    _, encoding, pieces = encode(FilePiece('c', 1, 0, ROW, 0, beside(LARGE)))
     assert encoding == 1
     assert len(pieces[0]) < 200
     assert pieces[1].obj is LARGE
@@ -110,12 +111,12 @@ def test_a_payload_in_pieces_stays_a_tuple():
 
 
 def test_decoded_bytes_are_no_copy():
-    op, encoding, pieces = encode(File('c', 'f', 0, beside(LARGE)))
+    op, encoding, pieces = encode(FilePiece('c', 1, 0, ROW, 0, beside(LARGE)))
     received = b''.join(pieces)
     assert decode(op, encoding, received).data.obj is received
 
 
-@pytest.mark.parametrize('op', [0, 15, 32, 45, 64, 69, 255])
+@pytest.mark.parametrize('op', [0, 3, 9, 10, 15, 32, 40, 42, 46, 64, 71, 255])
 def test_unknown_messages_are_refused(op):
     with pytest.raises(PeerError, match='unknown'):
         decode(op, 0, pickle.dumps((), 5))
@@ -163,11 +164,11 @@ def wrong(message, *fields):
 
 @pytest.mark.parametrize('message, fields', [
     wrong(Introduce), wrong(Introduce, 'me'), wrong(Introduce, 'me', '2'), wrong(Introduce, b'me', 2.0),
-    wrong(Introduce, 'me', 2.0, 3), wrong(Compute, 'c', []), wrong(Compute, 'c', None), wrong(File, 'c', 'f', '0', b''),
+    wrong(Introduce, 'me', 2.0, 3), wrong(Compute, 'c', []), wrong(Compute, 'c', None), wrong(FilePiece, 'c', 1, 0, ROW, '0', b''),
     wrong(Jobs, 'c', ()), wrong(Jobs, 'c', {}), wrong(Jobs, 'c', [1]), wrong(Jobs, 'c', [()]), wrong(Jobs, 'c', [(1, b'')]),
     wrong(Jobs, 'c', [[1, b'', None]]), wrong(Jobs, 'c', [('1', b'', None)]), wrong(Jobs, 'c', [(True, b'', None)]),
     wrong(Results, 'c', [(1, 1, 0.0, 0.0, b'', b'')]), wrong(Results, 'c', [(1.0, 1, 0.0, 0.0, b'', b'', b'')]),
-    wrong(Cancel, 'c', (1,)), wrong(Recall, 'c', 1.0), wrong(Ack, 1, []), wrong(Done, None), wrong(Done, 'c', 'd'),
+    wrong(Cancel, 'c', (1,)), wrong(Recall, 'c', 1.0), wrong(Recall, 'c', [-1]), wrong(Started, 'c', [(1,)]), wrong(Started, 'c', [(1, float('nan'))]), wrong(Ack, 1, []), wrong(Done, None), wrong(Done, 'c', 'd'),
     wrong(Welcome, 'n', '4', {}), wrong(Ready, 'c', {}), wrong(Bye, None), wrong(Pulse, 1),
 ])
 def test_wrong_fields_and_rows_are_refused(message, fields):
@@ -181,8 +182,9 @@ def test_wrong_fields_and_rows_are_refused(message, fields):
     wrong(Jobs, 'c', [(1, (b'', 5), None)]), wrong(Jobs, 'c', [(1, b'', 5)]), wrong(Jobs, 'c', [(-1, b'', None)]),
     wrong(Jobs, 'c', [(1 << 64, b'', None)]), wrong(Results, 'c', [(1, 'x', 0.0, 0.0, b'', b'', b'')]),
     wrong(Results, 'c', [(1, 1, None, 0.0, b'', b'', b'')]), wrong(Results, 'c', [(1, 1, 0.0, 0.0, b'', 'out', b'')]),
-    wrong(File, 'c', 'f', 0, 5), wrong(File, 'c', 'f', 0, 'text'), wrong(Cancel, 'c', [[]]), wrong(Ack, 'c', [{}]),
-    wrong(Need, 'c', [1]), wrong(Ready, 'c', [[]]), wrong(Returned, 'c', [None]),
+    wrong(FilePiece, 'c', 1, 0, ROW, 0, 5), wrong(FilePiece, 'c', 1, 0, ROW, 0, 'text'), wrong(FilePiece, 'c', 9, 0, ROW, 0, b''),
+    wrong(FilePiece, 'c', 1, -1, ROW, 0, b''), wrong(FilePiece, 'c', 1, 0, ('f',), 0, b''), wrong(FileStored, 'c', 0, 0, 'f', ''), wrong(Cancel, 'c', [[]]), wrong(Ack, 'c', [{}]),
+    wrong(Need, 'c', [1]), wrong(Need, 'c', [(1, 0)]), wrong(Need, 'c', [(9, 0, ROW)]), wrong(Need, 'c', [([], 0, ROW)]), wrong(Ready, 'c', [[]]), wrong(Returned, 'c', [None]),
     wrong(Introduce, 'me', float('nan')),
 ])
 def test_wrong_values_inside_rows_and_lists_are_refused(message, fields):
@@ -203,7 +205,7 @@ def test_an_envelope_that_is_no_tuple_is_refused(fields):
 ], ids=lambda payload: payload.hex())
 def test_an_index_that_does_not_add_up_is_refused(payload):
     with pytest.raises(PeerError):
-        decode(OPS[File], 1, payload)
+        decode(OPS[FilePiece], 1, payload)
 
 
 # -- frames -----------------------------------------------------------------------------------------------------
@@ -218,10 +220,10 @@ GOLDEN = [
     (Cancel('c1', [1, 2]),
      '0000001b050000000000000000000000b81eef5491b3753f31fc71ed8fe39b9b80059510000000000000008c026331945d94'
      '284b014b026586942e9f41268122ca1a7a5e16142fbb2cba2509d980bcd1c13e77b39a14a56a98b4a2'),
-    (File('c1', 'a', 0, pickle.PickleBuffer(b'0123')),
-     '0000003003010000000000000000000027d79c5eebf23390a6eeba9b6146ff87000000010000001c00000000000000048005'
-     '951100000000000000288c026331948c0161944b00979874942e30313233f16212f7ddc3f64c5f74975847b37652d5e06cb0'
-     '0fbd9d1dfa26146f67d89c18'),
+    (FilePiece('c1', 1, 0, ROW, 0, pickle.PickleBuffer(b'0123')),
+     '0000004245010000000000000000000047d6a8dadf90310b2fa871ecd8cb4cca000000010000002e00000000000000048005'
+     '952300000000000000288c026331944b014b00288c03612f62944b01430164944d800174944b00979874942e303132337136'
+     '3d9c158772659c91bdf64f53c25731dc51fdc87b4cff286592ce10e5a62c'),
 ]
 
 

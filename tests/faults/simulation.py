@@ -148,10 +148,10 @@ class SimLink:
     """Stands in for dispynode.Link."""
     numbers = itertools.count(1)
 
-    def __init__(self, sock, session, address, now, pulse=PULSE):
+    def __init__(self, sock, session, address, now, pulse=PULSE, takes=()):
         self.sock, self.address, self.pulse = sock, address, pulse
         self.number, self.instance, self.role = next(SimLink.numbers), session.peer_instance, session.peer_role
-        self.said = now
+        self.said, self.sent, self.opened = now, 0, 0
         self.on_purpose = self.paused = False
         self.dirty, self.queued, self.wants_write, self.out = None, 0, False, []
         sock.link = self
@@ -175,6 +175,7 @@ class SimLink:
             op, encoding, pieces = encode(message)
             message = decode(op, encoding, memoryview(b''.join(pieces)))
         self.out.append(message)
+        self.sent += 1
         self.dirty[self] = None
 
     def write(self):
@@ -203,6 +204,7 @@ class SimLoop(Loop):
         self.clock = lambda: self.world.now
         self.now, self.links, self.unsent = self.world.now, {}, {}
         self._inbox, self._ended, self._pulse_at = collections.deque(), False, 0.0
+        self._later_broken, self._again = collections.deque(), False
         self.alive, self.stopped = True, False
         self.doomed = None         # where in a turn it is killed
         self.due = None            # when it is woken by its own timer
@@ -226,6 +228,10 @@ class SimLoop(Loop):
 
     def interest(self, channel):
         """There is no selector."""
+
+    def fault(self, subject, exc):
+        """What would end a link or a computation is a fault here."""
+        raise exc
 
     def wake(self):
         """A turn, if there is something to do and it may run."""
@@ -370,12 +376,12 @@ class SimShelf(Shelf):
     """The real one, on a disk that may be full or slow, of a daemon that may be killed while it writes."""
     daemon = None
 
-    def append(self, owner, rows):
+    def append(self, owner, rows, digest):
         daemon = self.daemon
         if daemon.home.full_until > daemon.now:
             raise OSError(errno.ENOSPC, 'No space left on device')
         before = os.path.getsize(self.path) if os.path.exists(self.path) else 0
-        super().append(owner, rows)
+        super().append(owner, rows, digest)
         if daemon.doomed == 'while it writes':
             os.truncate(self.path, daemon.world.rng.randint(before, os.path.getsize(self.path)))
             raise Killed
@@ -566,6 +572,7 @@ class Session:
         self.nodes = sorted(rng.sample(sorted(world.hosts), rng.randint((len(world.hosts) + 1) // 2, len(world.hosts))))
         self.path = os.path.join(world.directory, 'journal-%d' % next(world.numbers)) if rng.random() < world.journals else None
         self.scale = rng.choice((0.02, 1.0, 10.0, 60.0)) * world.scale
+        self.lengths = getattr(self, rng.choice(('exponential', 'exponential', 'quick_first', 'one_slow', 'alternating', 'growing', 'bimodal')))()
         self.jobs = {}             # of which the end has not been seen
         self.cluster = self.driver = None
         self.recent = []           # of which the end was seen in this turn, and may not be committed
@@ -631,12 +638,41 @@ class Session:
         self.left -= 1
         rare = {'dispy_cpus': rng.randint(1, 2), 'dispy_priority': rng.randint(-1, 1), 'dispy_timeout': self.scale, 'dispy_retries': 2}
         options = {name: value for name, value in rare.items() if rng.random() < 0.04}
-        job = Job(next(world.numbers), rng.expovariate(1 / self.scale),
+        job = Job(next(world.numbers), next(self.lengths),
                   rng.choices(('returns', 'raises', 'dies', 'stubborn'), (90, 5, 3, 2))[0], options)
         self.jobs[job.number] = world.jobs[job.number] = job
         job.handle = self.cluster.submit_job_id(job.number, job.number, **options)
         world.by_payload[bytes(job.handle._payload)] = self, job
         world.submitted += 1
+
+    # lengths of jobs, most of them chosen to fool whoever believes that the next job is like the last
+
+    def exponential(self):
+        while True:
+            yield self.world.rng.expovariate(1 / self.scale)
+
+    def quick_first(self):
+        yield from [0.0001] * self.world.rng.choice((1, 3, 20, 100))
+        while True:
+            yield self.scale
+
+    def one_slow(self):
+        while True:
+            yield 20 * self.scale if self.world.rng.random() < 0.03 else 0.01 * self.scale
+
+    def alternating(self):
+        for length in itertools.cycle((0.0005, self.scale)):
+            yield length
+
+    def growing(self):
+        length = 0.001
+        while True:
+            yield length
+            length = min(3 * self.scale, length * self.world.rng.uniform(1.0, 1.2))
+
+    def bimodal(self):
+        while True:
+            yield 0.001 if self.world.rng.random() < 0.8 else self.scale
 
     def ended(self, handle):
         """The user's callback."""
@@ -978,6 +1014,7 @@ class World:
             places.update(work._serial for work in works)
         for comp in schedule.comps.values():
             places.update(work._serial for work in comp.waiting())
+            assert max(comp.called.values(), default=0) <= dispy.RECALLS_MOST, 'a job was called back too often'
         assert not places or max(places.values()) == 1, 'a job is in two places'
 
     def sweep(self):
@@ -985,6 +1022,10 @@ class World:
         strange = {}
         for session in filter(None, self.sessions.values()):
             self.check_everywhere(session.driver)
+            recovered = set(session.cluster.recovered)   # of which nobody knows yet
+            for job in session.jobs.values():
+                assert job.handle.status != DispyJob.Running or job.starts or job.handle in recovered, \
+                    'job %d is Running and has never begun' % job.number
             for node in session.driver.schedule.nodes.values():
                 strange.update((('is nowhere', *key), self.now) for key in self.missing(session.driver, node))
         for home in self.hosts.values():
