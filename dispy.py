@@ -96,7 +96,7 @@ from dispynode import (
     path_option, pieces_of, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
-    Allowance, DurationEstimate, Started)
+    Allowance, DurationEstimate, Started, PULSES_SILENT, Past, REASONS, Remains, Second)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -128,6 +128,7 @@ REDIAL_FIRST, REDIAL_MOST = 0.5, 30.0   # s between attempts to reach a node, do
 FOUND_FAILURES = 5            # attempts after which a node that was found, not named, is forgotten
 ASK_FIRST = 0.2               # s between the first two questions by UDP, doubling up to ping_interval
 RETRY_FIRST, RETRY_MOST = 0.1, 30.0     # s until a computation is offered again to a node that could not take it, doubling
+FORGET_TIME = 3.0             # s that nodes are tried which keep results that need not be kept any more
 CALL_TIME = 30.0              # s that a question to the driver may take; its turns take milliseconds
 ACKS_MOST, ACK_AFTER = 256, 0.05        # results that wait for their acknowledgement, and s that they do
 CALLBACK_THREADS = 16         # callbacks that may block at the same time
@@ -484,6 +485,100 @@ class ClusterStatus(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------
 
 # Events.
+class Known(enum.Enum):
+    """What is known of an attempt that was sent to a node or a scheduler, or noted as sent."""
+    UNSENT = 'it never left: that it was sent could not be noted, or the link ended before'
+    HELD = 'it is there: it waits, runs, or its result is kept'
+    UNBEGUN = 'it was there and did not begin: given back, or written down when the node ended'
+    ABSENT = 'it is not there, and all is known that ever came: it never arrived, or never began'
+    LOST = 'it began, and ended with the process of the node'
+    GIVEN_UP = 'it began, and what came of it was given up'
+    FORGOTTEN = 'it is not there, and not all is known that ever came'
+    SILENT = 'nobody can be asked'
+
+
+class Occasion(enum.Enum):
+    """When that is asked."""
+    CONNECTED = 'a program is connected again'
+    RECOVERED = 'another program collects the jobs of one that has crashed'
+    ENDED = 'the node was away too long, or its process has ended'
+
+
+class Verdict(enum.Enum):
+    """What becomes of the job."""
+    STAYS = 'it is waited for'
+    WAITS = 'it waits again'
+    LOST = 'Abandoned, or run again if the computation is reentrant'
+
+
+KNOWN_TABLE: Dict[Tuple[Known, Occasion], Verdict] = {
+    (Known.UNSENT, Occasion.CONNECTED): Verdict.WAITS,
+    (Known.UNSENT, Occasion.RECOVERED): Verdict.WAITS,
+    (Known.UNSENT, Occasion.ENDED): Verdict.WAITS,
+    (Known.HELD, Occasion.CONNECTED): Verdict.STAYS,
+    (Known.HELD, Occasion.RECOVERED): Verdict.STAYS,
+    (Known.HELD, Occasion.ENDED): Verdict.STAYS,      # its result is on the disk there
+    (Known.UNBEGUN, Occasion.CONNECTED): Verdict.WAITS,
+    (Known.UNBEGUN, Occasion.RECOVERED): Verdict.WAITS,
+    (Known.UNBEGUN, Occasion.ENDED): Verdict.WAITS,
+    (Known.ABSENT, Occasion.CONNECTED): Verdict.WAITS,
+    (Known.ABSENT, Occasion.RECOVERED): Verdict.WAITS,
+    (Known.ABSENT, Occasion.ENDED): Verdict.WAITS,
+    (Known.LOST, Occasion.CONNECTED): Verdict.LOST,
+    (Known.LOST, Occasion.RECOVERED): Verdict.LOST,
+    (Known.LOST, Occasion.ENDED): Verdict.LOST,
+    (Known.GIVEN_UP, Occasion.CONNECTED): Verdict.LOST,
+    (Known.GIVEN_UP, Occasion.RECOVERED): Verdict.LOST,
+    (Known.GIVEN_UP, Occasion.ENDED): Verdict.LOST,
+    (Known.FORGOTTEN, Occasion.CONNECTED): Verdict.LOST,
+    (Known.FORGOTTEN, Occasion.RECOVERED): Verdict.LOST,
+    (Known.FORGOTTEN, Occasion.ENDED): Verdict.LOST,
+    (Known.SILENT, Occasion.CONNECTED): Verdict.STAYS,   # until it was away too long
+    (Known.SILENT, Occasion.RECOVERED): Verdict.STAYS,   # told as Running
+    (Known.SILENT, Occasion.ENDED): Verdict.LOST,        # as one that has begun
+}
+KNOWN_TEXTS = {
+    Known.LOST: 'it had begun when the node ended',
+    Known.FORGOTTEN: 'the node does not know it any more',
+}
+
+
+class Account(NamedTuple):
+    """What a node or a scheduler says of attempts of a computation."""
+    held: FrozenSet[int] = frozenset()
+    past: Past = Past()
+    whole: bool = True   # its memory is the one that was there when they were sent
+
+    def known(self, serial: int) -> Known:
+        """What that means for one that was sent there."""
+        if serial in self.held:
+            return Known.HELD
+        if serial in self.past.given_up:
+            return Known.GIVEN_UP
+        if serial in self.past.lost:
+            return Known.LOST
+        if serial in self.past.unbegun:
+            return Known.UNBEGUN
+        return Known.ABSENT if self.whole and self.past.whole else Known.FORGOTTEN
+
+    def verdict(self, serial: int, occasion: Occasion) -> Tuple[Verdict, str]:
+        """What becomes of it, and why, for people."""
+        known = self.known(serial)
+        return KNOWN_TABLE[known, occasion], self.past.text if known is Known.GIVEN_UP else KNOWN_TEXTS.get(known, '')
+
+
+def known_table() -> str:
+    """The table for people: `python -m dispy states`."""
+    width = max(len(known.name) for known in Known)
+    lines = ['%-*s  %s' % (width, '', '  '.join('%-9s' % occasion.name for occasion in Occasion))]
+    for known in Known:
+        cells = '  '.join('%-9s' % KNOWN_TABLE[known, occasion].name for occasion in Occasion)
+        lines.append('%-*s  %s' % (width, known.name, cells.rstrip()))
+    for kind in (Known, Occasion, Verdict):
+        lines += ['', *('%-*s  %s' % (width, one.name, one.value) for one in kind)]
+    return '\n'.join(lines)
+
+
 class Opened(NamedTuple):
     """A computation of a client. CPUs are shared evenly between clients. If it is `remote`, its one node is a scheduler, which
     sees to attempts that fail."""
@@ -518,6 +613,15 @@ class NodeReady(NamedTuple):
     name: str = ''
     offers: int = 0   # CPUs that it has, also for others
     trip: float = 0.0   # s that a message to it and its answer take, 0 if that is not known
+    past: Past = Past()
+    whole: bool = True   # as in Account
+
+
+class NodeTold(NamedTuple):
+    """A node has told what it knows of attempts of a computation, which may not be set up there."""
+    node: Any
+    comp: str
+    account: Account
 
 
 class NodeOffers(NamedTuple):
@@ -573,11 +677,11 @@ class NodeHad(NamedTuple):
 
 
 class NodeLost(NamedTuple):
-    """The node is gone; `name` and `text` for people. `kept`: computation -> serials whose results it has none the less."""
+    """The node is gone; `name` and `text` for people. `known`: computation -> what is known of it none the less."""
     node: Any
     name: str
     text: str
-    kept: Dict[str, list] = {}
+    known: Dict[str, Account] = {}
 
 
 class NodeLeft(NamedTuple):
@@ -911,7 +1015,7 @@ class Schedule:
             Unloadable: self._unloadable,
             Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked,
             WithdrawAsked: self._withdraw_asked, NodeStarted: self._node_started,
-            NodeReady: self._node_ready, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
+            NodeReady: self._node_ready, NodeTold: self._node_told, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
             NodeResults: self._node_results, NodeReturned: self._node_returned,
             NodeHad: self._node_had, NodeAway: self._node_away, NodeLost: self._node_lost, NodeLeft: self._node_left, Closed: self._closed,
         }
@@ -1149,14 +1253,31 @@ class Schedule:
         node.recalled[event.comp].clear()   # what was asked of it may not have arrived
         node.draining.discard(event.comp)
         held, flight = set(event.held), node.flight[event.comp]
-        for serial in sorted(set(flight) - held, reverse=True):
-            self._back(node, comp, serial)   # it never arrived there
+        self._judge(node, comp, Account(frozenset(held), event.past, event.whole), Occasion.CONNECTED)
         self._limit(node, comp, event.cpus)
         self._unpark(comp, node)
         unwanted = [serial for serial, work in flight.items() if work._state is JobState.CANCELLING]
         unwanted += sorted(held - set(flight))   # given up while the node was away
         if unwanted:
             self._do(SendCancel(node.key, comp.comp, unwanted))
+
+    def _node_told(self, event: NodeTold) -> None:
+        node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
+        if node is None or comp is None or event.comp not in node.comps:
+            return
+        self._judge(node, comp, event.account, Occasion.CONNECTED)
+        if node.away is not None:   # it is there, and what it holds will come; nothing is sent there before it is ready
+            node.away = node.away._replace(until=math.inf)
+
+    def _judge(self, node: _Node, comp: _Comp, account: Account, occasion: Occasion) -> None:
+        """What becomes of attempts that were sent to a node, by what is known there."""
+        for serial in sorted(node.flight[comp.comp], reverse=True):   # each goes to the front
+            verdict, text = account.verdict(serial, occasion)
+            if verdict is Verdict.WAITS:
+                self._back(node, comp, serial)
+            elif verdict is Verdict.LOST:
+                for work in self._land(node, comp, [serial]).values():
+                    self._lost(comp, work, node.name, text)
 
     def _node_offers(self, event: NodeOffers) -> None:
         node = self.nodes.get(event.node)
@@ -1362,7 +1483,7 @@ class Schedule:
         if node is None:
             return
         for name in list(node.comps):
-            self._leave(node, name, event.name, event.text, frozenset(event.kept.get(name, ())))
+            self._leave(node, name, event.name, event.text, event.known.get(name))
         if not node.comps:
             del self.nodes[event.node]
             self._away.pop(node.key, None)
@@ -1373,12 +1494,16 @@ class Schedule:
         if node is not None and event.comp in node.comps:
             self._leave(node, event.comp, event.name, event.text)
 
-    def _leave(self, node: _Node, name: str, node_name: str, text: str, kept: Any = frozenset()) -> None:
+    def _leave(self, node: _Node, name: str, node_name: str, text: str, account: Optional[Account] = None) -> None:
         comp = node.comps[name]
         node.draining.discard(name)
-        serials = [serial for serial in sorted(node.flight[name], reverse=True) if serial not in kept]   # each goes to the front
-        for work in self._land(node, comp, serials).values():
-            self._lost(comp, work, node_name, text)
+        for serial in sorted(node.flight[name], reverse=True):   # each goes to the front
+            verdict = KNOWN_TABLE[Known.SILENT if account is None else account.known(serial), Occasion.ENDED]
+            if verdict is Verdict.WAITS:
+                self._back(node, comp, serial)
+            elif verdict is Verdict.LOST:
+                for work in self._land(node, comp, [serial]).values():
+                    self._lost(comp, work, node_name, text)
         if not node.flight[name]:
             self._forget(node, comp)
 
@@ -1446,6 +1571,7 @@ class Schedule:
         for (key, name), works in self._sends.items():
             self._do(SendJobs(key, name, works))
             self._index(self.nodes[key])
+        self._sends = {}   # or the last jobs, and their results, would be kept until there are others
 
     def _still_waiting(self) -> List[_Comp]:
         waiting = [comp for comp in self._waiting.values() if comp.length()]
@@ -4526,10 +4652,11 @@ class Journal(Database):
         job._serial = number << 16
         self._rows.append((number, job._comp, ident, payload, options, job.submit_time, self.WAITING))
 
-    def sent(self, works: Sequence[Work], node: str) -> None:
-        """Jobs on their way to a node."""
+    def sent(self, works: Sequence[Work], node: str, memory: str) -> None:
+        """Jobs on their way to a node, and what its memory is known by."""
+        where = '%s#%s' % (node, memory[:8])
         for work in works:
-            self.note(self.MOVE, work._comp, self.SENT, work._serial, node, work._serial >> 16)
+            self.note(self.MOVE, work._comp, self.SENT, work._serial, where, work._serial >> 16)
 
     def waits(self, work: Work) -> None:
         """It came back without having been started, or may be run again."""
@@ -4560,8 +4687,13 @@ class Journal(Database):
     # -- after a crash ----------------------------------------------------------------------------------------
 
     def comps(self) -> List[tuple]:
-        """Rows (comp, name, reentrant, program, host, key) of computations with jobs on nodes."""
-        return self._db.execute('SELECT * FROM comps WHERE comp IN (SELECT comp FROM jobs WHERE state = ?)', (self.SENT,)).fetchall()
+        """Rows (comp, name, reentrant, program, host, key) of computations of which nodes may have something."""
+        return self._db.execute('SELECT * FROM comps WHERE comp IN (SELECT comp FROM jobs WHERE node IS NOT NULL)').fetchall()
+
+    def holders(self) -> Set[str]:
+        """Nodes that may keep results which have been noted: that they need not was perhaps not said any more."""
+        rows = self._db.execute('SELECT DISTINCT node FROM jobs WHERE state = ? AND node IS NOT NULL AND NOT delivered', (self.ENDED,))
+        return {node.rpartition('#')[0] for node, in rows}
 
     def is_program(self) -> bool:
         """Whether the jobs are runs of a program."""
@@ -4710,14 +4842,64 @@ class Monitor:
         """A running job has printed, to stdout (1) or stderr (2), from byte `offset` of it."""
 
 
+class Outgoing:
+    """Jobs of clusters with a journal on their way to nodes: they leave when it has been noted that they do. While that cannot
+    be noted they wait again, no more are sent, and results are not acknowledged. The driver's thread."""
+    AGAIN = 1.0   # s between attempts to write to a disk that was full
+
+    def __init__(self) -> None:
+        self.journals: Dict[str, Journal] = {}   # by computation
+        self._frames: Dict[str, List[Tuple['Peer', Jobs, List[int]]]] = {}
+        self.held_up: Set[str] = set()           # computations whose journals cannot be written
+
+    def has(self, comp: str) -> bool:
+        """Whether a computation has a journal."""
+        return comp in self.journals
+
+    def add(self, comp: str, peer: 'Peer', frames_: Iterable[Any]) -> None:
+        """Frames of jobs for a node."""
+        waiting = self._frames.setdefault(comp, [])
+        waiting.extend((peer, frame, [row[0] for row in frame.rows]) for frame in frames_)
+
+    def drop(self, peer: 'Peer') -> List[Tuple[str, List[int]]]:
+        """The link to a node has ended: computations and serials of what has not left."""
+        dropped = []
+        for comp, frames_ in self._frames.items():
+            dropped += [(comp, serials) for other, _, serials in frames_ if other is peer]
+            self._frames[comp] = [row for row in frames_ if row[0] is not peer]
+        return dropped
+
+    def forget(self, comp: str) -> None:
+        """A computation is over."""
+        self.journals.pop(comp, None)
+        self._frames.pop(comp, None)
+        self.held_up.discard(comp)
+
+    def commit(self) -> Tuple[List[Tuple['Peer', Any]], List[Tuple['Peer', str, List[int]]]]:
+        """The end of a turn: what may leave now, and what may not, as (node, computation, serials). Sets `held_up`."""
+        leaving: List[Tuple['Peer', Any]] = []
+        staying: List[Tuple['Peer', str, List[int]]] = []
+        for comp, journal in self.journals.items():
+            written = journal.commit()
+            frames_ = self._frames.pop(comp, [])
+            if written:
+                leaving += [(peer, frame) for peer, frame, _ in frames_]
+                self.held_up.discard(comp)
+            else:
+                staying += [(peer, comp, serials) for peer, _, serials in frames_]
+                self.held_up.add(comp)
+        return leaving, staying
+
+
 class Use:
     """A node and a cluster. Driver thread only."""
-    __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told', 'unloadable')
+    __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told', 'passes', 'unloadable')
 
     def __init__(self, spec: NodeSpec) -> None:
         self.state = UseState.WAITING
         self.spec = spec
         self.reason = ''                             # why it was refused
+        self.passes = False                          # the reason may pass: it is tried again
         self.allocation: Optional[Allocation] = None   # what the user's NodeAllocate said
         self.wanted: Optional[int] = None            # CPUs by set_node_cpus; 0: deallocated
         self.acks: List[int] = []                    # serials to be acknowledged
@@ -4751,7 +4933,10 @@ class Peer:
         self.instance = b''
         self.wrong = False                         # it could not use what was sent: it is not reached again at once
         self.restarted = False                     # another process than before; told when it says Welcome
-        self.refused_at: Optional[float] = None    # when, since its link broke, nothing listened there
+        self.memory = ''                           # what its memory is known by, see dispynode.Memory
+        self.whole = True                          # its memory is the one that was there when jobs were sent
+        self.second = Second(self)                 # connection, while the first is silent
+        self.replacing = False                     # the first is being replaced by it
         self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0  # type: Tuple[str, str, dict, int]
         self.reason = 'not reached yet'
         self.dialling = Dialling(REDIAL_FIRST, redial)
@@ -4815,24 +5000,28 @@ class Peer:
 
 class Recovery:
     """Collects what nodes have of computations whose program has crashed. To the driver it is a cluster that only looks.
-    `done(job, row, peer)` is told a result, `lost(job, text)` a job that its node does not know, `over()` that none is left.
+    `done(job, row, peer)` is told a result, `lost(job, text)` a job that has begun and is lost, `again(job)` one that has not
+    begun and waits again, `over()` that none is left.
     The driver's thread."""
     _cargo = _cluster_status = _on_output = None
     _reentrant = _multicast = _remote = False
     _host_has_port = True
     _client = 'recovery'
 
-    def __init__(self, journal: Journal, sent: Sequence[Tuple[DispyJob, str]], done: Callable[[DispyJob, tuple, Peer], None],
-                 lost: Callable[[DispyJob, str], None], over: Callable[[], None], cancel: bool = False) -> None:
+    def __init__(self, journal: Journal, sent: Sequence[Tuple[DispyJob, str]], holders: Set[str], done: Callable[[DispyJob, tuple, Peer], None],
+                 lost: Callable[[DispyJob, str], None], again: Callable[[DispyJob], None], over: Callable[[], None],
+                 cancel: bool = False) -> None:
         rows, self._journal = journal.comps(), journal
         self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}   # computations and their keys
+        self._unmet = holders - {node.rpartition('#')[0] for _, node in sent}   # they may keep results that are noted
         self.met: List[Peer] = []
+        self.collected = threading.Event()
         self._jobs = {job._serial >> 16: (job, node) for job, node in sent}
-        self._done, self._lost, self._over, self._cancel = done, lost, over, cancel
+        self._done, self._lost, self._again, self._over, self._cancel = done, lost, again, over, cancel
         self._comp, self._port = uuid.uuid4().hex, NODE_PORT
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
         self._specs = [NodeSpec(*host_and_port(node.lstrip('@'), NODE_PORT), scheduler=node.startswith('@'))
-                       for node in sorted({node for _, node in sent}) if not node.startswith(' ')]
+                       for node in sorted({node.rpartition('#')[0] for _, node in sent} | self._unmet) if not node.startswith(' ')]
         hosts = [row[4] for row in rows if row[4]]
         self._host = None if not any(node.startswith(' ') for _, node in sent) or not hosts else \
             (hosts[0].rpartition(':')[0], int(hosts[0].rpartition(':')[2]))
@@ -4846,21 +5035,37 @@ class Recovery:
     def _met(self, peer: Peer) -> None:
         if peer not in self.met:
             self.met.append(peer)
+        self._unmet.discard(peer.place)
         self.driver.reclaim(peer, self)
+        self._check()
 
     def _node_came(self) -> None:
         """As a cluster's."""
 
-    def held(self, peer: Peer, comp: str, serials: Sequence[int]) -> None:
+    def held(self, peer: Peer, comp: str, serials: Sequence[int], past: Past) -> None:
         """A node has told what it knows."""
-        known = {serial >> 16 for serial in serials}
         for number, (job, node) in list(self._jobs.items()):
-            if node == peer.place and job._comp == comp and number not in known:
+            where, _, memory = node.rpartition('#')
+            if where != peer.place or job._comp != comp:
+                continue
+            whole = memory != '' and peer.memory.startswith(memory)
+            verdict, text = Account(frozenset(serials), past, whole).verdict(job._serial, Occasion.RECOVERED)
+            if verdict is Verdict.WAITS:
                 del self._jobs[number]
-                self._lost(job, 'abandoned: node %s does not know it any more' % peer)
+                self._again(job)
+            elif verdict is Verdict.LOST:
+                del self._jobs[number]
+                self._lost(job, 'abandoned: node %s: %s' % (peer, text))
         if self._cancel and serials:
             self.driver.say(peer.link, Cancel(comp, list(serials)))
         self._check()
+
+    def where(self, serials: Sequence[int], node: tuple) -> None:
+        """A scheduler says which jobs are on a node, or wait."""
+        for serial in serials:
+            job, _ = self._jobs.get(serial >> 16, (None, ''))
+            if job is not None:
+                job.status = DispyJob.Running if node else DispyJob.Created
 
     def results(self, peer: Peer, rows: Sequence[tuple]) -> None:
         """Results came; some perhaps for the second time."""
@@ -4881,7 +5086,8 @@ class Recovery:
     def cancel(self, job: DispyJob) -> None:
         """End a job that runs."""
         for peer in self.met:
-            if self._jobs.get(job._serial >> 16, (None, ''))[1] == peer.place and peer.link is not None:
+            where = self._jobs.get(job._serial >> 16, (None, ''))[1].rpartition('#')[0]
+            if where == peer.place and peer.link is not None:
                 self.driver.say(peer.link, Cancel(job._comp, [job._serial]))
 
     def left(self) -> List[DispyJob]:
@@ -4894,7 +5100,15 @@ class Recovery:
 
     def _check(self) -> None:
         if not self._jobs:
-            self._over()
+            self.collected.set()
+            if not self._unmet:
+                self._over()
+
+    def wait(self, over: threading.Event, timeout: Optional[float]) -> None:
+        """Until all has been collected, and a little longer for nodes that may forget what they keep."""
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        in_slices(self.collected.wait, timeout)
+        over.wait(min(max(0.0, until - time.monotonic()), FORGET_TIME))
 
 
 def recover_jobs(recover_file: str, timeout: Optional[float] = None, terminate_pending: bool = False, secret: Union[str, bytes, None] = None,
@@ -4928,6 +5142,7 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
     with journal.damages():
         is_program = journal.is_program()
         again = {row[0] for row in journal.comps() if row[2]}
+        holders = journal.holders()
     rows = journal.known()
 
     def done(job: DispyJob, row: tuple, peer: Optional[Peer]) -> None:
@@ -4945,24 +5160,30 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
                 job._state = JobState.ABANDONED
                 end_without(job, text)
                 ended.append(job)
+
+    def wait_again(job: DispyJob) -> None:
+        with lock:
+            job.status = DispyJob.Created
+            journal.waits(job)
     for job, state, node, result in rows:
         jobs.append(job)
-        if state == Journal.SENT:
-            job.status = DispyJob.Running
+        if state == Journal.SENT:   # a scheduler tells which of them are on a node
+            job.status = DispyJob.Created if node.startswith('@') else DispyJob.Running
             sent.append((job, node))
         elif state == Journal.ENDED and isinstance(result, str):
             end_without(job, result)
             ended.append(job)
         elif state == Journal.ENDED:
             done(job, (job._serial, *result), None)
-    if sent:
+    if sent or holders:
         driver = Driver.acquire(access)
         try:
             over = threading.Event()
-            recovery = Recovery(journal, sent, done, lost, over.set, cancel)
+            recovery = Recovery(journal, sent, holders, done, lost, wait_again, over.set, cancel)
             driver.ask(lambda: recovery.begin(driver))
-            in_slices(over.wait, timeout)
-            driver.ask(lambda: driver.give_up(recovery, over.is_set()))
+            recovery.wait(over, timeout)
+            driver.ask(lambda: driver.give_up(recovery, recovery.collected.is_set()))
+
         finally:
             driver.release()
     with lock:
@@ -5028,7 +5249,7 @@ class Driver(Loop):
         self._discovery = Discovery(self._psk, Role.CLIENT, self.instance)
         self._ears: Dict[Tuple[int, bool], _Asker] = {}      # (UDP port, multicast) -> who asks there
         self._gates: Dict[Tuple[str, int], Gate] = {}        # where nodes may dial
-        self._journals: Dict[str, Journal] = {}      # computation -> where its jobs are written down
+        self._leaving = Outgoing()                   # of clusters with a journal
         self._reclaimed: Dict[str, 'Recovery'] = {}  # computations of programs that have crashed
         self._call_numbers = itertools.count(1)
         self.refusals = Refusals()
@@ -5136,7 +5357,8 @@ class Driver(Loop):
         for asker in self._ears.values():
             asker.ears.close()
         for peer in {*self._dials, *self._peers.values()}:   # also those that no cluster uses any more
-            peer.dialling.abort()
+            peer.dialling.abort(peer.embedded)
+            peer.second.abort()
             peer.end_process()
         for event in list(self._inbox):
             if isinstance(event, Asked) and event.future is not None:
@@ -5164,7 +5386,7 @@ class Driver(Loop):
         if cluster._host is not None:
             self._listen(*cluster._host, may_fail=not cluster._host_has_port)
         if getattr(cluster, '_journal', None) is not None:
-            self._journals[comp] = cluster._journal  # type: ignore[assignment]
+            self._leaving.journals[comp] = cluster._journal  # type: ignore[assignment]
         self._clusters[comp] = cluster
         self._act(self.schedule.handle(Opened(comp, cluster._client, cluster._reentrant, cluster._remote), self.now))
         self._warn_at[comp] = math.inf if isinstance(cluster, Survey) else self.now + WARN_AFTER
@@ -5221,7 +5443,7 @@ class Driver(Loop):
         self._take_submitted()
         self._act(self.schedule.handle(Closed(comp), self.now))
         cluster = self._clusters.pop(comp)
-        self._journals.pop(comp, None)
+        self._leaving.forget(comp)
         del self._warn_at[comp]
         self._probes.pop(comp, None)
         self._abort_incoming(lambda number, name: name == comp)
@@ -5263,6 +5485,8 @@ class Driver(Loop):
         """A link is over: forget all that went along it."""
         del self._by_link[link.number]
         peer.link = None
+        for comp, serials in self._leaving.drop(peer):   # it never left
+            self._act(self.schedule.handle(NodeReturned(peer.key, comp, serials), self.now))
         for use in peer.uses.values():
             use.move('lost')
             use.allocation, use.then = None, ''
@@ -5603,6 +5827,11 @@ class Driver(Loop):
             if comp in self._clusters:
                 self._told(Told(self._clusters[comp], status, peer, None))
 
+    def take(self, job: DispyJob) -> None:
+        """A job that waits again from now on."""
+        self._submitted.append(job)
+        self._soon()
+
     def _take_submitted(self) -> None:
         if self._submitted:
             works = list(self._submitted)
@@ -5614,10 +5843,38 @@ class Driver(Loop):
         self.guard(None, self._take_submitted)
         self.guard(None, self._flush)
         self.guard(None, self._send_files)
+        if self._leaving.journals:   # before anything of this turn is sent, and before results are acknowledged
+            self.guard(None, self._note_down)
         if self.now >= self._chores_at:
             self.guard(None, self._chores)
-        for journal in self._journals.values():   # before anything of this turn is sent
-            journal.commit()
+
+    def _note_down(self) -> None:
+        before = set(self._leaving.held_up)
+        leaving, staying = self._leaving.commit()
+        for peer, frame in leaving:
+            self.say_to(peer, frame)
+        for comp in self._leaving.held_up | before:
+            self._hold_up(comp, comp not in before)
+        for peer, comp, serials in staying:   # it never left
+            self._act(self.schedule.handle(NodeReturned(peer.key, comp, serials), self.now))
+        if self._leaving.held_up:
+            self._chores_at = min(self._chores_at, self.now + Outgoing.AGAIN)
+
+    def _hold_up(self, comp: str, is_new: bool) -> None:
+        """The journal of a cluster cannot be written, or can be again."""
+        stuck = comp in self._leaving.held_up
+        if stuck and is_new:
+            logger.error('%s: its recovery file cannot be written: no jobs are sent and no results acknowledged until there is room',
+                         self._clusters[comp].name)
+        for peer in self.peers_of(comp):
+            if (comp in peer.blocked) == stuck:
+                continue
+            if stuck:
+                peer.blocked.add(comp)
+            else:
+                peer.blocked.discard(comp)
+            if peer.uses[comp].state is UseState.READY and not peer.uses[comp].then:
+                self._act(self.schedule.handle(NodeOffers(peer.key, comp, peer.limit(comp), peer.offered), self.now))
 
     def next_timer(self) -> Optional[float]:
         """When chores are due, at once while files wait for room in a link."""
@@ -5698,7 +5955,10 @@ class Driver(Loop):
                          else 'no node can connect, port %d was taken' % cluster._host[1])
         peers = self.peers_of(comp)
         todo = 'Start `python dispynode.py` on a host, with the same secret, and name it (nodes=, at the shell -n)'
-        if peers and all(peer.scheduler for peer in peers):
+        if peers and any(peer.scheduler and peer.link is not None for peer in peers):
+            todo = 'The scheduler is connected and has no node for it: start `python dispynode.py` on a host, with the same secret, ' \
+                'and name it to the scheduler (-n)'
+        elif peers and all(peer.scheduler for peer in peers):
             todo = 'Start `python dispyscheduler.py` there, with the same secret'
         return 'Tried: %s. %s' % ('; '.join(lines), todo)
 
@@ -5797,17 +6057,21 @@ class Driver(Loop):
         """Which addresses of a node may be connected to; None: all. A dial thread."""
         return None
 
-    def _reach_peer(self, peer: Peer, note: Callable[[Any], None]) -> Arrival:
+    def _reach_peer(self, peer: Peer, note: Callable[[Any], None], patience: float = HANDSHAKE_TIME) -> Arrival:
         """A dial thread."""
         if not peer.embedded:
             wanted = Role.SCHEDULER if peer.scheduler else Role.NODE
-            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self.instance, self._tls, note, self._allowed(peer))
+            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self.instance, self._tls, note, patience,
+                        self._allowed(peer))
         peer.end_process()
         peer.process, port, psk = _start_embedded(peer)
         return dial(peer.host, port, psk, Role.CLIENT, Role.NODE, self.instance, None, note)
 
     def _dialled(self, event: Dialled) -> None:
         peer = event.peer
+        if isinstance(peer, Second):
+            self._second_reached(event)
+            return
         self._dials.discard(peer)
         self._soon()   # others may wait to be dialled
         peer.dialling.ended()
@@ -5848,7 +6112,7 @@ class Driver(Loop):
         peer.move('connect')
         peer.failures, peer.probed = 0, False
         peer.restarted = bool(peer.instance) and peer.instance != event.session.peer_instance
-        peer.instance, peer.refused_at = event.session.peer_instance, None
+        peer.instance = event.session.peer_instance
         peer.ip_addr, peer.reason = event.address, ''
         peer.link = Link(event.sock, event.session, event.address, self.now, self.access.pulse, OF_NODES)
         peer.linked_at = self.now
@@ -5880,6 +6144,11 @@ class Driver(Loop):
 
     def _dial_failed(self, event: DialFailed) -> None:
         peer = event.peer
+        if isinstance(peer, Second):
+            link = peer.peer.link
+            if peer.ended(self.now) and link is not None and self.is_silent(link):
+                self.on_silent(link)
+            return
         self._dials.discard(peer)
         self._soon()   # as above
         peer.dialling.ended()
@@ -5889,13 +6158,19 @@ class Driver(Loop):
         peer.failures += 1
         self._reached_not(peer, event.text)
         if event.refused and peer.key in self.schedule.nodes and not peer.scheduler:
-            if peer.refused_at is None:
-                peer.refused_at = self.now
-            else:   # its process has ended: whoever listens there next does not know our jobs
-                self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'its process has ended'), self.now))
+            self._look_for_remains(peer)
         silent = self.now - peer.heard > 2 * self.access.redial   # who still answers by UDP is kept, with the reason
         if not peer.listed and (peer.failures >= FOUND_FAILURES and silent or self._only_probed(peer)):
             self._forget_peer(peer)
+
+    def _look_for_remains(self, peer: Peer) -> None:
+        """Nothing listens where a node was: if it was on this machine, its lock file tells whether its process has ended."""
+        remains = Remains(peer.facts.get('lock'), peer.instance)
+        if not remains.has_ended():
+            return
+        known = {comp: Account(frozenset(remains.kept(comp)), remains.past(comp, peer.memory))
+                 for comp in self.schedule.nodes[peer.key].comps}
+        self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'its process has ended', known), self.now))
 
     def _forget_peer(self, peer: Peer) -> None:
         """One that was found and not named cannot be reached: it is found again when it is there again."""
@@ -5909,7 +6184,7 @@ class Driver(Loop):
         if peer.scheduler:
             text = text.replace('a dispynode 5', 'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
         peer.reason = text
-        if text not in peer.told and not self._only_probed(peer):
+        if text not in peer.told and not self._only_probed(peer) and not peer.replacing:
             peer.told.add(text)
             self._tell_reached_not(peer, text)
         peer.dialling.again(self.now, lived)
@@ -5942,6 +6217,33 @@ class Driver(Loop):
                 raise PeerError('%s may not come here' % kind.__name__)
             self._messages[kind](peer, message)
 
+    def on_silent(self, link: Link) -> None:
+        """Another connection is tried while this one still counts. What dials us does so itself."""
+        peer = self._by_link.get(link.number)
+        if peer is not None and peer.port:
+            peer.second.start(self.now, self.post, functools.partial(self._reach_peer, peer, patience=max(1.0, link.pulse)))
+
+    def _second_reached(self, event: Dialled) -> None:
+        """It takes the place of a link that is silent still, or has come to its end for that."""
+        peer = event.peer.peer
+        event.peer.ended()
+        old = peer.link
+        if peer.key not in self._peers or self._peers[peer.key] is not peer or (
+                peer.state not in _MAY_DIAL if old is None else not self.is_silent(old)):
+            event.sock.close()
+            return
+        if old is not None:
+            logger.info('%s: nothing was heard for %.1f s, and it was reached anew', peer, self.now - old.heard)
+            peer.replacing = True
+            self._break(old, 'it was reached anew')
+            peer.replacing = False
+        if self._peers.get(peer.key) is not peer:   # nobody wants it any more
+            event.sock.close()
+            return
+        peer.move('dial')
+        peer.dialling.due = None
+        self._connected(peer, event)
+
     def _refused_frame(self, peer: Peer, link: Link, message: Wrong) -> None:
         """The other side cannot use what was sent: the jobs that were in it end after a few times, and it is reached again later."""
         text = 'it cannot use what was sent: %s' % message.text
@@ -5958,7 +6260,7 @@ class Driver(Loop):
         used = [comp for comp, use in peer.uses.items() if use.state is UseState.READY]
         self._tell_all(DispyNode.Closed, peer, used)
         self._unlink(peer, channel)
-        until = channel.heard + PULSES_LOST * channel.pulse if not peer.scheduler else math.inf   # it keeps what it has on disk
+        until = self._away_until(peer, channel)
         lost = until <= self.now or peer.embedded or not any(self.schedule.nodes[peer.key].flight.values()) \
             if peer.key in self.schedule.nodes else True
         self._act(self.schedule.handle(NodeLost(peer.key, str(peer), text) if lost else NodeAway(peer.key, str(peer), text, until), self.now))
@@ -5977,6 +6279,15 @@ class Driver(Loop):
             if lost:
                 self._forget_peer(peer)
 
+    def _away_until(self, peer: Peer, link: Link) -> float:
+        """Until when what is on a node is not lost. Not before a new connection has been tried in vain."""
+        if peer.scheduler:
+            return math.inf   # it keeps what it has on disk
+        until = link.heard + PULSES_LOST * link.pulse
+        if peer.port and (peer.second.busy or not peer.second.has_failed(link.heard)):
+            until = max(until, self.now + PULSES_SILENT * link.pulse)
+        return until
+
     def _gone(self, action: NodeGone) -> None:
         peer = self._peers.get(action.node)
         if peer is not None and peer.link is None and not peer.port and not peer.embedded:
@@ -5985,11 +6296,16 @@ class Driver(Loop):
     def _on_welcome(self, peer: Peer, message: Welcome) -> None:
         peer.name, peer.facts, peer.offered = message.name, message.facts, message.cpus
         peer.trip = self.now - peer.linked_at
-        kept = message.facts.get('kept', {})
-        if peer.restarted:
-            peer.restarted = False
-            self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'it was started anew', kept), self.now))
-        for comp in kept:   # results that it has from before come first, also if it is busy now
+        kept, memory = message.facts.get('kept', {}), str(message.facts.get('memory', ''))
+        peer.whole = not peer.restarted or (memory != '' and memory == peer.memory)
+        peer.memory = memory
+        node = self.schedule.nodes.get(peer.key)
+        sent = [comp for comp, flight in node.flight.items() if flight] if node is not None else []
+        if peer.restarted and not peer.whole:
+            known = {comp: Account(frozenset(serials), Past(whole=False)) for comp, serials in kept.items()}
+            self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'it was started anew', known), self.now))
+        peer.restarted = False
+        for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:   # what it has from before comes first, also if it is busy now
             if comp in self._clusters:
                 self.say(peer.link, Reclaim(comp, getattr(self._clusters[comp], '_key', b'')))  # type: ignore[arg-type]
         for comp, cluster in sorted(self._clusters.items(), key=lambda item: item[1]._cargo is not None):   # recoveries first
@@ -6035,19 +6351,20 @@ class Driver(Loop):
             code, obstacle = cluster._source
             if obstacle:
                 self._refusal(peer, comp, 'it runs %s, this program %s, where functions go as source only: %s'
-                              % (python_of(there), python_of(spec['python']), obstacle))
+                              % (python_of(there), python_of(spec['python']), obstacle), 'version')
                 return
             spec = dict(spec, kind='source', code=code)
         if peer.allowed(comp) < 1 and use.wanted is None:
             self._refusal(peer, comp, 'it has no CPU to use: %d offered, limit %d' % (peer.offered, use.spec.cpus)
-                          if allocation is None else 'allocate() returned %d' % allocation.cpus)
+                          if allocation is None else 'allocate() returned %d' % allocation.cpus,
+                          'cpus' if allocation is None else 'allocate')
             return
         if allocation is not None:
             spec = dict(spec, cpus=allocation.cpus, setup_args=allocation.setup_args, files=spec['files'] + allocation.files)
         try:
             spec = dict(spec, support=self._support(cluster, peer), **self._modules(cluster, peer))
         except OSError as exc:
-            self._refusal(peer, comp, 'a file of a module cannot be read: %s' % exc)
+            self._refusal(peer, comp, 'a file of a module cannot be read: %s' % exc, 'module')
             return
         use.move('offer')
         use.reason, use.unloadable = '', False
@@ -6104,19 +6421,26 @@ class Driver(Loop):
         if comp not in self._clusters or peer.link is not link or comp not in peer.uses:
             return   # closed or lost meanwhile
         if error:
-            self._refusal(peer, comp, 'allocate() failed: ' + error)
+            self._refusal(peer, comp, 'allocate() failed: ' + error, 'allocate')
         elif peer.uses[comp].state is UseState.ASKING:
             peer.uses[comp].allocation = allocation
             self._set_up(peer, comp)
 
-    def _refusal(self, peer: Peer, comp: str, text: str, about: str = '') -> None:
-        """Not used: said once for each reason, or what it is about."""
-        use = peer.uses[comp]
+    def _refusal(self, peer: Peer, comp: str, text: str, code: str) -> None:
+        """Not used, for a reason of REASONS. One that passes is said once, whatever its numbers, and tried again."""
+        use, reason = peer.uses[comp], REASONS.get(code)
         use.move('refuse')
         use.reason, use.then = text, ''
-        if (about or text) not in use.told:
-            use.told.add(about or text)
-            self._inform(comp, 'node %s does not take %s: %s' % (peer, self._clusters[comp].name, text))
+        use.passes = reason is not None and reason.passes
+        about = code if use.passes else text
+        if about not in use.told:
+            use.told.add(about)
+            self._inform(comp, 'node %s does not take %s: %s%s' % (
+                peer, self._clusters[comp].name, text, '; it is tried again and again' if use.passes else ''))
+        if use.passes:
+            peer.retry_at = self.now + peer.retry_wait
+            peer.retry_wait = min(peer.retry_wait * 2, RETRY_MOST)
+            self._soon()
 
     def _on_refused(self, peer: Peer, message: Refused) -> None:
         use = peer.uses.get(message.comp)
@@ -6128,14 +6452,12 @@ class Driver(Loop):
         was_ready = use.state is UseState.READY   # its runner has died later: a new one may live
         if was_ready:
             self._tell_all(DispyNode.Closed, peer, [message.comp])
+            if not peer.scheduler:   # it has answered for all that it held: what was on the way has not begun, as with Bye
+                self._act(self.schedule.handle(NodeReady(peer.key, message.comp, 0, []), self.now))
             self._act(self.schedule.handle(NodeLeft(peer.key, message.comp, str(peer), message.text), self.now))
-        self._refusal(peer, message.comp, message.text, 'busy' if message.code == 'busy' else '')   # for how long changes
+        self._refusal(peer, message.comp, message.text, 'process' if was_ready and message.code == 'setup' else message.code)
         use.unloadable = message.code == 'code'
         self._check_unloadable(message.comp)
-        if was_ready or message.code in ('busy', 'closing', 'stopping'):
-            peer.retry_at = self.now + peer.retry_wait
-            peer.retry_wait = min(peer.retry_wait * 2, RETRY_MOST)
-            self._soon()
 
     def _check_unloadable(self, comp: str) -> None:
         """Where every node that can come has said that it cannot load the code, jobs would wait for ever: they end."""
@@ -6153,10 +6475,10 @@ class Driver(Loop):
         return 'no node can load the code of %s: %s' % (cluster.name, uses[0].reason)
 
     def _retry(self, peer: Peer) -> None:
-        """Offer again what the node was too busy for."""
+        """Offer again what the node could not take, for a reason that passes."""
         peer.retry_at = None
         for comp, use in list(peer.uses.items()):
-            if comp in self._clusters and use.state is UseState.REFUSED:
+            if comp in self._clusters and use.state is UseState.REFUSED and use.passes:
                 self._set_up(peer, comp)
 
     def _on_need(self, peer: Peer, message: Need) -> None:
@@ -6196,13 +6518,17 @@ class Driver(Loop):
             self._tell_all(DispyNode.Initialized, peer, [message.comp])
             limit = self._tell_limit(peer, message.comp)   # before the first job
             ready = NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered,
-                              peer.trip)
+                              peer.trip, Past.of(message.past), peer.whole)
             self._act(self.schedule.handle(ready, self.now))
 
     def _on_held(self, peer: Peer, message: Held) -> None:
         """The results come by themselves."""
+        past = Past.of(message.past)
         if message.comp in self._reclaimed:
-            self._reclaimed[message.comp].held(peer, message.comp, message.serials)
+            self._reclaimed[message.comp].held(peer, message.comp, message.serials, past)
+        else:
+            account = Account(frozenset(message.serials), past, peer.whole)
+            self._act(self.schedule.handle(NodeTold(peer.key, message.comp, account), self.now))
 
     def reclaim(self, peer: Peer, recovery: 'Recovery') -> None:
         """Ask a node for what it has of computations of a program that has crashed."""
@@ -6302,6 +6628,9 @@ class Driver(Loop):
 
     def _on_where(self, peer: Peer, message: Where) -> None:
         """Jobs of ours have gone to a node, or are back in a scheduler's queue."""
+        if message.comp in self._reclaimed:
+            self._reclaimed[message.comp].where(message.serials, message.node)
+            return
         cluster, node = self._clusters.get(message.comp), self.schedule.nodes.get(peer.key)
         flight = node.flight.get(message.comp, {}) if node is not None else {}
         for job in [flight[serial] for serial in message.serials if serial in flight] if cluster is not None else ():
@@ -6359,10 +6688,13 @@ class Driver(Loop):
         peer = self._peers[action.node]
         assert peer.link is not None   # ours: the schedule knows nodes with a link only
         names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
-        for frame in frames(Jobs, action.comp, (job_row(work, work._payload, names) for work in action.works)):
-            self.say(peer.link, frame)
-        if action.comp in self._journals:
-            self._journals[action.comp].sent(action.works, peer.place)
+        messages = frames(Jobs, action.comp, (job_row(work, work._payload, names) for work in action.works))
+        if self._leaving.has(action.comp):
+            self._leaving.journals[action.comp].sent(action.works, peer.place, peer.memory)
+            self._leaving.add(action.comp, peer, messages)
+        else:
+            for frame in messages:
+                self.say(peer.link, frame)
 
     def _jobs_started(self, action: JobsStarted) -> None:
         cluster, peer = self._clusters[action.comp], self._peers[action.node]
@@ -6383,7 +6715,7 @@ class Driver(Loop):
             return
         acks = peer.uses[action.comp].acks
         acks.extend(action.serials)
-        if len(acks) >= ACKS_MOST:
+        if len(acks) >= ACKS_MOST and not self._leaving.has(action.comp):
             self._acknowledge(peer)
         else:
             self._chores_at = min(self._chores_at, self.now + ACK_AFTER)
@@ -6391,7 +6723,7 @@ class Driver(Loop):
     def _acknowledge(self, peer: Peer) -> None:
         if peer.link is not None:
             for comp, use in peer.uses.items():
-                if use.acks:
+                if use.acks and comp not in self._leaving.held_up:
                     for message in in_parts(Ack, comp, use.acks):
                         self.say(peer.link, message)
                     use.acks = []
@@ -6407,8 +6739,8 @@ class Driver(Loop):
                 self._abort_file((action.comp, pair[1][0]))
             if cluster._on_output is not None and outcome not in GOES_ON:
                 self._show_rest(cluster, *pair)
-            if action.comp in self._journals and outcome not in GOES_ON:
-                self._journals[action.comp].ended(*pair)
+            if self._leaving.has(action.comp) and outcome not in GOES_ON:
+                self._leaving.journals[action.comp].ended(*pair)
             if outcome in GOES_ON or (cluster._chains and pair[0] in cluster._chains):
                 cluster._chain(pair, peer)
                 continue
@@ -6422,8 +6754,8 @@ class Driver(Loop):
 
     def _job_waits(self, action: JobWaits) -> None:
         job = action.work
-        if job._comp in self._journals:
-            self._journals[job._comp].waits(job)
+        if self._leaving.has(job._comp):
+            self._leaving.journals[job._comp].waits(job)
         job.status, job.ip_addr, job.start_time = DispyJob.Created, None, None
 
     @staticmethod
@@ -6434,8 +6766,8 @@ class Driver(Loop):
         job = action.work
         if self._withdrawals:
             self._withdrawn(Withdrawn(job, job._state is JobState.CANCELLED))
-        if job._comp in self._journals:
-            self._journals[job._comp].ended(job, action.text)
+        if self._leaving.has(job._comp):
+            self._leaving.journals[job._comp].ended(job, action.text)
         self._clusters[job._comp]._end(job, action.text)
         self._clusters[job._comp]._jobs_answered([job])
 
@@ -6698,6 +7030,8 @@ class JobCluster:
     def _carry_on(self, journal: Journal, rows: List[tuple]) -> None:
         """Take over what is in the journal from a program that has crashed: rows of `Journal.known`."""
         sent: List[Tuple[DispyJob, str]] = []
+        with journal.damages():
+            holders = journal.holders()
         again: List[DispyJob] = []
         ended: List[DispyJob] = []
         for job, state, node, result in rows:
@@ -6730,17 +7064,21 @@ class JobCluster:
         def over() -> None:
             self._driver.post(Asked(self._recovered, None))
 
-        def resubmit(job: DispyJob) -> None:
+        def renew(job: DispyJob) -> None:
             job._comp, job._state, job.status = self._comp, JobState.CREATED, DispyJob.Created
             job._options = {name: value for name, value in (job._options or {}).items() if name != 'node'} or None   # it may be gone
             with self._lock:
                 self._owed.add(job)
-            self._driver.post(job)
+
+        def resubmit(job: DispyJob) -> None:   # the driver's thread; posted, it might come behind the end of the cluster
+            renew(job)
+            self._driver.take(job)
         for job in again:
-            resubmit(job)
-        if sent:
+            renew(job)
+            self._driver.post(job)
+        if sent or holders:
             logger.info('%d jobs of an earlier run are on nodes: their results are collected', len(sent))
-            recovery = self._recovery = Recovery(journal, sent, done, lost, over)
+            recovery = self._recovery = Recovery(journal, sent, holders, done, lost, resubmit, over)
             self._driver.ask(lambda: recovery.begin(self._driver))
 
     def _recovered(self) -> None:
@@ -7976,6 +8314,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in ('deploy', 'stop'):
         return _deploy(argv[0], argv[1:])
+    if argv == ['states']:
+        print(known_table())
+        return 0
     parser = _parser()
     args = parser.parse_args(argv)
     ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()

@@ -43,6 +43,7 @@ import contextlib
 import contextvars
 import copyreg
 import enum
+import errno
 import functools
 import hashlib
 import heapq
@@ -85,8 +86,9 @@ import unicodedata
 import weakref
 import zlib
 from typing import (
-    Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set,
+    Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set,
     TextIO, Tuple, Type, Union)
+
 
 __version__ = '5.0.0.dev0'
 
@@ -98,12 +100,16 @@ NODE_PORT = 9701              # TCP and UDP
 SCHEDULER_PORT = 9702         # TCP, of the scheduler and of clients that nodes dial
 PULSE = 2.0                   # s between signs of life on a link
 PULSES_LOST = 5               # silent pulses after which a link is broken
+SECOND_APART = 0.5            # s between the beginnings of such attempts at least
+PULSES_SILENT = 2             # silent pulses after which a second connection is tried while the first still counts
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 SETUP_TIME = 600.0            # s that loading code and setup() may take
 ORPHAN_TIME = 3.0             # s that a computation without jobs waits for a client whose link broke
+PAST_TIME = 30 * 86400.0      # s for which it is remembered that something was given up
 ZOMBIE_TIME = 86400.0         # s that results wait on the disk for their client
-FLAP_TIME = 10.0              # s that a link must have lived for the next attempt to be made soon
+FLAP_TIME = 10.0              # s that a link must have lived for not being one of several that end at once
+FLAPS = 4                     # links in a row that ended at once, after which the next attempts come later and later
 RELEASED_TIME = 10.0          # s for which a client from which the node was taken is not served, so that another comes first
 QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 AHEAD_TIME = 0.005            # s of work that a worker may hold beyond what it runs
@@ -115,6 +121,11 @@ OUTPUT_MOST = 2 * OUTPUT_KEPT + 1024   # bytes of one stream of a job, with the 
 LATEST = 1e11                 # s since the epoch, the latest time that a job can have ended
 OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
 WORKER_AGAIN = 1.0            # s until it is tried again to start a worker
+WORKER_TOLD = 60.0            # s of success after which it is said again that none can be started
+BEGUN_KEPT = 2045             # the last attempts that a worker has begun, which are noted in a file
+UNDEAD_TIME = 0.5             # s that a killed stray process is waited for before others are served
+RUNNER_ASKED = 2.0            # s between signs of life that a runner with jobs is asked for
+RUNNER_SILENT = 10.0          # s without an answer after which a runner is killed
 WEIGHED = 0.05                # s between looks at the memory of jobs that may not use more
 OUT_OF_BAND = 32 * 1024       # bytes from which a payload travels beside its envelope instead of inside
 FILE_PIECE = 1 << 20          # bytes of a file in one message
@@ -193,6 +204,68 @@ class Outcome(enum.IntEnum):
     PROVISIONAL_CODE = 9   # as RETURNED_CODE, of a job that goes on
     OUT_OF_MEMORY = 10     # text
     ABANDONED = 11         # text; of a scheduler only
+
+
+class Past(NamedTuple):
+    """What a node or a scheduler still knows of attempts of a computation that it does not hold any more: numbers, not data.
+    One that is in none of the lists never came, or never began - if all is known."""
+    whole: bool = True                     # all is known that ever came
+    unbegun: FrozenSet[int] = frozenset()  # given back, while nobody was connected
+    lost: FrozenSet[int] = frozenset()     # had begun, and ended with the process of the node
+    given_up: FrozenSet[int] = frozenset()   # had begun, and what came of them was given up
+    text: str = ''                         # why it was given up
+
+    def row(self) -> tuple:
+        """As messages carry it; empty where there is nothing to tell."""
+        if self == Past():
+            return ()
+        return (self.whole, *(sorted(serials) for serials in self[1:4]), self.text)
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> 'Past':
+        """The inverse."""
+        if not row:
+            return cls()
+        return cls(row[0], frozenset(row[1]), frozenset(row[2]), frozenset(row[3]), row[4])
+
+    def and_also(self, other: 'Past') -> 'Past':
+        """What both say."""
+        return Past(self.whole and other.whole, self.unbegun | other.unbegun, self.lost | other.lost,
+                    self.given_up | other.given_up, other.text or self.text)
+
+
+class Reason(NamedTuple):
+    """A reason for which a node does not take a computation: what it is, and whether it can pass by itself. One that passes is
+    tried again, later and later; one that does not is final until the node or the computation is another."""
+    about: str
+    passes: bool
+
+
+# The codes of Refused, and those that a client finds by itself (the last five).
+REASONS: Dict[str, Reason] = {
+    'busy': Reason('another client holds the node', True),
+    'closing': Reason('the same computation is still being closed there', True),
+    'stopping': Reason('the node is being stopped', True),
+    'paused': Reason('it takes no new jobs: hours of service, or its operator', True),
+    'released': Reason('its operator has taken it from this client', True),
+    'room': Reason('no room for files, or no more files, descriptors or memory', True),
+    'process': Reason('the process that runs setup could not be started, or was killed', True),
+    'worker': Reason('workers die before they run anything', True),
+    'transfer': Reason('a file is not as it was announced, too large, or has a name that is refused', False),
+    'code': Reason('the code of the computation cannot even be loaded there', False),
+    'setup': Reason('the code could not be loaded, or setup raised, returned something or did not end', False),
+    'version': Reason('functions cannot go there as source', False),
+    'allocate': Reason("the program's allocate() has failed or wants none", False),
+    'cpus': Reason('it has no CPU to use for this computation', False),
+    'module': Reason('a file of a module of the program cannot be read', False),
+    'source': Reason('the program that could give the source is not connected', True),
+}
+SHORTAGES = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN))
+
+
+def reason_of(exc: BaseException) -> str:
+    """The code of a failure to store files or to start a process."""
+    return 'room' if getattr(exc, 'errno', None) in SHORTAGES or isinstance(exc, MemoryError) else 'transfer'
 
 
 class Introduce(NamedTuple):
@@ -283,9 +356,10 @@ class Need(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """Node: set up. `held` are the serials it knows, running, waiting or ended without Ack."""
+    """Node: set up. `held` are the serials it knows, running, waiting or ended without Ack; `past` is a row of Past."""
     comp: str
     held: list
+    past: tuple = ()
 
 
 class Results(NamedTuple):
@@ -325,9 +399,10 @@ class Offer(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Node, answers Reclaim: serials it knows, running, waiting or ended without Ack."""
+    """Node, answers Reclaim: serials it knows, running, waiting or ended without Ack; `past` is a row of Past."""
     comp: str
     serials: list
+    past: tuple = ()
 
 
 class Report(NamedTuple):
@@ -826,6 +901,12 @@ def _is_kept(kept: Any) -> bool:
     return type(kept) is dict and all(type(serials) is list and all(map(_is_serial, serials)) for serials in kept.values())
 
 
+def _is_past(row: tuple) -> bool:
+    """A row of Past, or nothing."""
+    return not row or (len(row) == 5 and type(row[0]) is bool and type(row[4]) is str
+                       and all(type(serials) is list and all(map(_is_serial, serials)) for serials in row[1:4]))
+
+
 def _is_running(pair: Any) -> bool:
     return type(pair) is tuple and len(pair) == 2 and _is_serial(pair[0]) and _is_number(pair[1])
 
@@ -874,8 +955,9 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(map(_is_file_wanted, fields[1])),
-    Cancel: _all_serials, Recall: _all_serials, Ack: _all_serials, Ready: _all_serials,
-    Held: _all_serials, Returned: _all_serials,
+    Cancel: _all_serials, Recall: _all_serials, Ack: _all_serials, Returned: _all_serials,
+    Ready: lambda fields: _all_serials(fields) and _is_past(fields[2]),
+    Held: lambda fields: _all_serials(fields) and _is_past(fields[2]),
 }
 
 
@@ -2459,12 +2541,15 @@ class Kind(enum.IntEnum):
     RECALL = 5      # number: worker
     CLOSE = 6       # run cleanup, end
     WATCH = 7       # number: worker, serial, start: bytes of memory that the job may use
+    ASK = 8         # is it alive?
     # runner to daemon
     UP = 16
     FAILED = 17     # body: text
     BORN = 18       # number: worker, serial: its pid
     GONE = 19       # number: worker, serial: what it was running or 0, start: exit code, bodies: -, stdout, stderr
     TOO_BIG = 21    # number: worker, serial: it is being killed
+    UNBORN = 22     # number: worker, body: text, why its process cannot be made
+    ALIVE = 23      # answers ASK
     PRINTED = 20    # number: worker, serial: the job, start: stream, end: offset, body: bytes
     # daemon to worker
     JOB = 32        # serial, body: payload
@@ -2486,7 +2571,7 @@ FROM_WORKER = {
     Kind.HERE: (0, 0, 0)}
 FROM_RUNNER = {
     Kind.UP: (8 * TEXT_MOST, 0, 0), Kind.FAILED: (8 * TEXT_MOST, 0, 0), Kind.BORN: (0, 0, 0), Kind.GONE: (0, OUTPUT_MOST, OUTPUT_MOST),
-    Kind.TOO_BIG: (0, 0, 0), Kind.PRINTED: (OUTPUT_KEPT, 0, 0)}
+    Kind.TOO_BIG: (0, 0, 0), Kind.PRINTED: (OUTPUT_KEPT, 0, 0), Kind.UNBORN: (8 * TEXT_MOST, 0, 0), Kind.ALIVE: (0, 0, 0)}
 OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *GOES_ON))
 
 
@@ -2611,17 +2696,77 @@ def file_digest(path: str) -> Tuple[int, bytes]:
     return size, digest.digest()
 
 
-class IncomingFile:
-    """One file on its way in: a temporary name until size and digest are right."""
+class Digests:
+    """Digests of large files that were there before, remembered by what the system says of a file: they take minutes, in which
+    no loop may stand still. Any thread: each entry is replaced as a whole."""
+    INLINE = 16 << 20    # bytes that are digested at once
+    MOST = 4096          # that are remembered
+    _known: Dict[str, Tuple[tuple, bytes]] = {}
 
-    def __init__(self, root: str, name: str, size: int, digest: bytes, mode: int) -> None:
+    @staticmethod
+    def _state(path: str) -> tuple:
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+    @classmethod
+    def of(cls, path: str) -> bytes:
+        """The digest of a file. Raises OSError."""
+        state, known = cls._state(path), cls._known.get(path)
+        if known is not None and known[0] == state:
+            return known[1]
+        digest = file_digest(path)[1]
+        if state[0] > FILE_PIECE and cls._state(path) == state:
+            if len(cls._known) >= cls.MOST:
+                cls._known = {}
+            cls._known[path] = state, digest
+        return digest
+
+    @classmethod
+    def unknown(cls, root: str, rows: Sequence[tuple]) -> List[str]:
+        """Paths of files that are there, as large as announced, and would have to be digested; none if that is soon done."""
+        paths, total = [], 0
+        for name, size, _, _ in rows:
+            path = os.path.join(root, *name.split('/'))
+            with contextlib.suppress(OSError, ValueError):   # it is not there, or has a name that will be refused
+                state = cls._state(path)
+                if state[0] == size and cls._known.get(path, ((), b''))[0] != state and not os.path.islink(path):
+                    paths.append(path)
+                    total += size
+        return paths if total > cls.INLINE else []
+
+    @classmethod
+    def learn(cls, paths: Sequence[str]) -> None:
+        """Digest these. A thread of its own."""
+        for path in paths:
+            with contextlib.suppress(OSError):   # who compares it will find out
+                cls.of(path)
+
+
+class IncomingFile:
+    """One file on its way in: a temporary name until size and digest are right. `scratch` is a directory where it lies until
+    then, which is removed with its computation; without one, it lies beside its place. With `sync` it is on the disk when it is in
+    its place: files of a computation need not be, as each is compared before it is used again."""
+
+    def __init__(self, root: str, name: str, size: int, digest: bytes, mode: int, scratch: Optional[str] = None,
+                 sync: bool = True) -> None:
+        self._scratch, self._sync = scratch, sync
         self._root, self._parts = root, check_name(name)
         self._size, self._digest, self._mode = size, digest, mode & 0o755 | 0o600
         self._seen, self._hash = 0, hashlib.sha256()
         self._temporary = '.%s.part' % os.urandom(6).hex()
         with _parent_of(root, self._parts) as (prefix, handle):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, 'O_BINARY', 0)
-            self._file = os.open(prefix + self._temporary, flags, 0o600, dir_fd=handle)
+            if scratch is not None and not self._is_near(scratch, handle):
+                self._scratch = None
+            if self._scratch is not None:
+                self._file = os.open(os.path.join(self._scratch, self._temporary), flags, 0o600)
+            else:
+                self._file = os.open(prefix + self._temporary, flags, 0o600, dir_fd=handle)
+
+    @staticmethod
+    def _is_near(scratch: str, handle: Optional[int]) -> bool:
+        """Whether a file can be moved from there: both are of one file system."""
+        return handle is not None and os.stat(scratch).st_dev == os.fstat(handle).st_dev
 
     def piece(self, offset: int, data: Buffer) -> bool:
         """Write the next piece; true when the file is whole and in its place."""
@@ -2637,11 +2782,17 @@ class IncomingFile:
             return False
         if self._hash.digest() != self._digest:
             raise ValueError('the digest is wrong')
-        os.fsync(self._file)
+        if self._sync:
+            os.fsync(self._file)
         handle, self._file = self._file, -1
         os.close(handle)
         with _parent_of(self._root, self._parts) as (prefix, handle):   # handle: of the directory now
             target = prefix + self._parts[-1]
+            if self._scratch is not None:
+                temporary = os.path.join(self._scratch, self._temporary)
+                os.chmod(temporary, self._mode)
+                os.replace(temporary, target, dst_dir_fd=handle)
+                return True
             os.chmod(prefix + self._temporary, self._mode, **({'dir_fd': handle} if handle is not None else {}))
             os.replace(prefix + self._temporary, target, src_dir_fd=handle, dst_dir_fd=handle)
         return True
@@ -2651,6 +2802,10 @@ class IncomingFile:
         if self._file >= 0:
             handle, self._file = self._file, -1
             os.close(handle)
+        if self._scratch is not None:
+            with contextlib.suppress(OSError):   # as below
+                os.unlink(os.path.join(self._scratch, self._temporary))
+            return
         with contextlib.suppress(OSError, ValueError), _parent_of(self._root, self._parts) as (prefix, handle):
             os.unlink(prefix + self._temporary, dir_fd=handle)   # or it was never made, or is in its place already
 
@@ -2679,14 +2834,21 @@ def read_pieces(source: Any, size: int) -> Iterator[Tuple[int, bytes]]:
             yield offset, data
 
 
+class NoRoom(OSError):
+    """Files that were announced do not fit."""
+    errno = errno.ENOSPC
+
+
 class FileReceiver:
     """The files that come for one computation, each into the directory of its purpose. Files that
     are there already with the right size and digest are not asked for. `too_large` is the text for
     files of more than `most` bytes; `where` begins the texts of all errors."""
 
     def __init__(self, roots: Dict[Purpose, str], most: int = sys.maxsize,
-                 too_large: str = TOO_LARGE, where: str = '') -> None:
+                 too_large: str = TOO_LARGE, where: str = '', scratch: Optional[str] = None) -> None:
         self._roots, self._most, self._too_large, self._where = roots, most, too_large, where
+        self._scratch = scratch
+        self.code = ''                                     # of REASONS: why a file could not be stored
         self._keys: Dict[int, int] = {}                    # purpose -> key of what is wanted
         self._wanted: Dict[Tuple[int, str], tuple] = {}    # (purpose, name) -> row
         # (purpose, key, name) -> what has come of that file
@@ -2707,8 +2869,8 @@ class FileReceiver:
         needed = sum(size for _, size, _, _ in wanted.values())
         free = shutil.disk_usage(root).free
         if needed > free:
-            raise OSError('%d bytes are needed for files and %d are free in %s'
-                          % (needed, free, root))
+            raise NoRoom('%d bytes are needed for files and %d are free in %s'
+                         % (needed, free, root))
         self.abort(purpose)
         key = self._keys[purpose] = self._keys.get(purpose, -1) + 1
         self._wanted.update(wanted)
@@ -2722,7 +2884,7 @@ class FileReceiver:
             path = os.path.join(path, part)
             if os.path.islink(path):
                 return False
-        return os.path.isfile(path) and os.path.getsize(path) == size and file_digest(path)[1] == digest
+        return os.path.isfile(path) and os.path.getsize(path) == size and Digests.of(path) == digest
 
     def piece(self, piece: FilePiece) -> bool:
         """Take a piece; true when its file is whole and in its place. Raises ValueError or
@@ -2744,7 +2906,10 @@ class FileReceiver:
         if begins:
             if file in self._partial:
                 self._partial.pop(file).abort()
-            self._partial[file] = IncomingFile(self._roots[Purpose(piece.purpose)], *piece.row)
+            _, size, digest, mode = piece.row
+            self._partial[file] = IncomingFile(
+                self._roots[Purpose(piece.purpose)], name, size, digest, mode, self._scratch,
+                sync=piece.purpose not in ASKED_FOR)
         if not self._partial[file].piece(piece.offset, piece.data):
             return False
         del self._partial[file]
@@ -2758,7 +2923,7 @@ class FileReceiver:
             if not self.piece(piece):
                 return None
         except (OSError, ValueError) as exc:
-            error = self._where + (str(exc) or type(exc).__name__)
+            error, self.code = self._where + (str(exc) or type(exc).__name__), reason_of(exc)
             if piece.purpose in ASKED_FOR:   # of no use without the others
                 error = 'file %.100r cannot be stored: %s' % (piece.row[0], error)
                 for purpose in ASKED_FOR:
@@ -2766,6 +2931,16 @@ class FileReceiver:
             else:
                 self.abort(piece.purpose, piece.key, piece.row[0])
         return FileStored(*piece[:3], piece.row[0], error)
+
+    def again(self) -> List[Tuple[int, int, tuple]]:
+        """The connection on which files came has ended: drop what is half here. Returns what Need
+        has to say to get the rest; what is still on its way is not wanted any more."""
+        for file in list(self._partial):
+            self._partial.pop(file).abort()
+        for purpose in {purpose for purpose, _ in self._wanted}:
+            self._keys[purpose] += 1
+        return [(purpose, self._keys[purpose], row)
+                for (purpose, _), row in sorted(self._wanted.items())]
 
     def wants(self, *purposes: int) -> bool:
         """Whether a file of one of these purposes has been asked for and is not there."""
@@ -2890,6 +3065,98 @@ class Shelf:
 
 
 _CRC = struct.Struct('>I')
+
+
+class Memory:
+    """What a node remembers of attempts that it does not hold any more: a file `g-NAME` a computation in its directory, and
+    `memory`, with what this memory is known by. A client that finds another memory than before knows that what this one
+    does not name may have begun. It is another one when the machine has ended without the node (what was not on the disk yet is
+    gone), or something could not be written down.
+    """
+
+    def __init__(self, directory: str) -> None:
+        """Raises OSError."""
+        self._directory, self._path = directory, os.path.join(directory, 'memory')
+        self._known: Dict[str, Past] = {}
+        self.ident = ''
+        try:
+            with open(self._path) as file:
+                ident, boot, clean = file.read().split(' ')
+            if clean == 'clean' or boot == machine():
+                self.ident = ident
+        except (OSError, ValueError):
+            logger.debug('this node begins to remember')
+        self._torn = False
+        self.ident = self.ident or os.urandom(16).hex()
+        self._write(self._path, '%s %s open' % (self.ident, machine()))
+
+    def _write(self, path: str, text: str) -> None:
+        with open(path + '.part', 'w') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + '.part', path)
+
+    def _file(self, comp: str) -> str:
+        return os.path.join(self._directory, 'g-' + comp)
+
+    def begin(self, wrecks: Dict[str, Optional[FrozenSet[int]]]) -> Dict[str, Past]:
+        """When the daemon starts: what is known by computation. `wrecks` are those that an earlier process had when it was
+        killed, and what had begun of them, None if nobody knows. Raises OSError."""
+        for name in os.listdir(self._directory):
+            path, is_part = os.path.join(self._directory, name), name.endswith('.part')
+            if not _is_ours(name[:-len('.part')] if is_part else name, 'g-'):
+                continue
+            if is_part or time.time() - os.stat(path).st_mtime > PAST_TIME:
+                os.unlink(path)
+            else:
+                self._known[name[2:]] = self.read(self._directory, name[2:])
+        for comp, begun in wrecks.items():
+            past = Past(whole=False) if begun is None else Past(lost=begun)
+            self.write(comp, self._known.get(comp, Past()).and_also(past))
+        return self._known
+
+    @staticmethod
+    def read(directory: str, comp: str) -> Past:
+        """What is written down of a computation. Raises OSError."""
+        path = os.path.join(directory, 'g-' + comp)
+        try:
+            with open(path) as file:
+                row = json.load(file)
+            if not _is_past(tuple(row)):
+                raise ValueError('it has other contents')
+            return Past.of(row)
+        except FileNotFoundError:
+            return Past()
+        except (TypeError, ValueError) as exc:
+            logger.warning('%s is of no use: %s', path, exc)
+            return Past(whole=False)
+
+    def write(self, comp: str, past: Past) -> None:
+        """This is what is known of a computation now."""
+        try:
+            if past == Past():
+                self._known.pop(comp, None)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._file(comp))
+            else:
+                self._known[comp] = past
+                self._write(self._file(comp), json.dumps(past.row()))
+        except OSError as exc:
+            logger.error('what was given up cannot be written down: %s', exc)
+            self.tear()
+
+    def tear(self) -> None:
+        """Something is not known here that ought to be: the next process begins another memory."""
+        self._torn = True
+        with contextlib.suppress(OSError):   # it is gone already
+            os.unlink(self._path)
+
+    def close(self) -> None:
+        """The node ends in good order."""
+        if not self._torn:
+            with contextlib.suppress(OSError):   # a full disk: as if the machine had ended
+                self._write(self._path, '%s %s clean' % (self.ident, machine()))
 
 
 class Backlog:
@@ -3259,12 +3526,20 @@ class Prepared(NamedTuple):
     comp: str
     missing: list
     error: str = ''
+    code: str = 'transfer'   # of REASONS
+
+
+class Wanted(NamedTuple):
+    """Answers WantAgain: these files are missing still, as in Need."""
+    comp: str
+    missing: list
 
 
 class Stored(NamedTuple):
     """A file is there, or could not be stored. `complete`: all that were asked for are there."""
     file: FileStored
     complete: bool
+    code: str = 'transfer'   # of REASONS
 
 
 class Found(NamedTuple):
@@ -3274,6 +3549,12 @@ class Found(NamedTuple):
     serials: list
     until: float
     digest: bytes = bytes(KEY_SIZE)
+
+
+class Remembered(NamedTuple):
+    """When the daemon starts: what is known of attempts of a computation that it had."""
+    comp: str
+    past: Past
 
 
 class Kept(NamedTuple):
@@ -3291,10 +3572,13 @@ class RunnerUp(NamedTuple):
 
 class RunnerGone(NamedTuple):
     """The runner has ended, or never came up; `text` says why, empty when it was told to end. `unloadable`: the code of the
-    computation cannot even be loaded here."""
+    computation cannot even be loaded here. `begun`: serials that its workers are known to have begun; None: what stands first
+    at a worker may have begun. `code`: see REASONS."""
     comp: str
     text: str
     unloadable: bool = False
+    begun: Optional[FrozenSet[int]] = None
+    code: str = 'setup'
 
 
 class WorkerResults(NamedTuple):
@@ -3426,6 +3710,17 @@ class Forget(NamedTuple):
     comp: str
 
 
+class Remember(NamedTuple):
+    """Write down what is known of attempts that are not held any more; nothing is left to be known where it is empty."""
+    comp: str
+    past: Past
+
+
+class NoteOverrun(NamedTuple):
+    """So many results are not acknowledged that the notes of what has begun do not reach back to the first of them."""
+    comp: str
+
+
 class Drop(NamedTuple):
     """Close a link after what was sent on it."""
     link: int
@@ -3436,6 +3731,11 @@ class Prepare(NamedTuple):
     """Make the computation's directory and compare its files. Fed back as Prepared."""
     comp: str
     spec: dict
+
+
+class WantAgain(NamedTuple):
+    """The connection on which files came has ended: drop what is half here. Fed back as Wanted."""
+    comp: str
 
 
 class Store(NamedTuple):
@@ -3578,7 +3878,7 @@ class Allowance:
 
 class Attempt:
     """One try of a job, here."""
-    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'priority', 'ending', 'comp')
+    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'priority', 'ending', 'comp', 'counted')
 
     def __init__(self, serial: int, payload: Payload, options: Optional[dict], comp: '_Computation') -> None:
         self.serial, self.payload, self.comp = serial, payload, comp
@@ -3587,11 +3887,12 @@ class Attempt:
         self.memory = options.get('memory') if options else None
         self.priority = options.get('priority', 0) if options else 0
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
+        self.counted = 0        # bytes of its arguments in the node's books: while it waits
 
 
 class _Worker:
     """A worker process as the state sees it; the head of its queue is what it runs."""
-    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'fed', 'recalled', 'asks')
+    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'fed', 'recalled', 'asks', 'stuck')
 
     def __init__(self, key: int, comp: '_Computation') -> None:
         self.key, self.comp = key, comp
@@ -3601,6 +3902,7 @@ class _Worker:
         self.fed = 0            # jobs given to it
         self.recalled = False   # asked to give back, not answered
         self.asks = 0           # its job sends a file, or has and waits for the answer: the link it goes along
+        self.stuck = 0          # CPUs of a job that was killed and has been told, while its process has not ended
 
 
 class _Shelved(NamedTuple):
@@ -3641,6 +3943,7 @@ class _Computation:
         self.fetches: Deque[Tuple[int, list]] = collections.deque()   # workers, and the files that they wait for
         self.served = 0                        # when it was given a CPU last, in numbers of the node
         self.done = 0                          # attempts that have ended
+        self.overrun = False                   # notes of what has begun do not reach back far enough
 
     def enqueue(self, attempt: Attempt, again: bool = False) -> None:
         """Let an attempt wait: behind those of its priority, or before them if it has waited
@@ -3679,7 +3982,10 @@ class Node:
         self.stopping = False
         self._disk_full = False     # which was told
         self._workers_at = 0.0      # when the next worker may be started
+        self._unborn_text = ''      # why none could be, as it was told
         self.shelf: Dict[str, _Shelved] = {}    # computation -> results on disk, also of some that are over here
+        self.past: Dict[str, Past] = {}         # computation -> what is known of attempts that are not held any more
+        self._resent: Set[Tuple[int, str]] = set()   # links on which results of a computation were sent again
         self._links: Dict[int, LinkUp] = {}
         self._comps: Dict[str, _Computation] = {}
         self._workers: Dict[int, _Worker] = {}
@@ -3688,12 +3994,14 @@ class Node:
         self._timers_most = 64   # after which they are looked through
         self._ticket = itertools.count()
         self._actions: List[Any] = []
+        self._now = now
         self._names: Dict[int, str] = {}
         self._look_at: Optional[float] = None       # when some head will have run for BEGUN_TIME
         self._queries: List[Tuple[int, str]] = []   # links that ask what is there of a computation
         self._handlers: Dict[type, Callable[..., None]] = {
             LinkUp: self._link_up, LinkDown: self._link_down, Received: self._received, Prepared: self._prepared,
-            Found: self._found, Kept: self._kept, Faulted: self._faulted,
+            Wanted: self._on_wanted, Found: self._found, Kept: self._kept, Remembered: self._remembered,
+            Faulted: self._faulted,
             Stored: self._stored, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
             WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
             WorkerWants: self._worker_wants, Fetched: self._fetched,
@@ -3714,13 +4022,13 @@ class Node:
 
     def handle(self, event: Any, now: float) -> List[Any]:
         """Take one event; returns what must be done at once. Raises PeerError for a message that may not come."""
-        self._actions = []
+        self._actions, self._now = [], now
         self._handlers[type(event)](event, now)
         return self._actions
 
     def flush(self, now: float) -> List[Any]:
         """The end of a turn: due timers, work for idle workers, results to clients."""
-        self._actions = []
+        self._actions, self._now = [], now
         while self._timers and self._timers[0][0] <= now:
             _, _, what, key, serial = heapq.heappop(self._timers)
             self._for(key if isinstance(key, str) else self.comp_of_worker(key), self._due, what, key, serial, now)
@@ -3734,6 +4042,9 @@ class Node:
                 self._for(comp.comp, self._give_back, comp)
             self._for(comp.comp, self._tell_begun, comp, now)
             self._for(comp.comp, self._deliver, comp)
+            if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
+                comp.overrun = True
+                self._do(NoteOverrun(comp.comp))
         while self._queries:
             self._report(*self._queries.pop(), now)
         if self.stopping and not any(worker.queue for worker in self._workers.values()) \
@@ -3771,6 +4082,16 @@ class Node:
             return self._timers[0][0] if self._timers else None
         return min(self._look_at, self._timers[0][0]) if self._timers else self._look_at
 
+    def is_preparing(self, name: str) -> bool:
+        """Whether files of a computation are to be compared."""
+        comp = self._comps.get(name)
+        return comp is not None and comp.stage is Stage.PREPARING
+
+    def has_jobs(self, name: str) -> bool:
+        """Whether a computation has jobs that run or wait."""
+        comp = self._comps.get(name)
+        return comp is not None and bool(comp.attempts)
+
     # -- small parts --------------------------------------------------------------------------------------
 
     def _do(self, action: Any) -> None:
@@ -3785,8 +4106,10 @@ class Node:
 
     def _is_wanted(self, what: str, key: Any, serial: int) -> bool:
         """Whether a timer is still for something."""
-        if what in ('timeout', 'kill'):
+        if what in ('timeout', 'kill', 'stuck'):
             return self._heads(key, serial)
+        if what == 'past':
+            return key in self.past
         if what in ('setup', 'orphan'):
             return key in self._comps
         return what != 'expire' or key in self.shelf
@@ -3847,6 +4170,7 @@ class Node:
         gone = self._links.pop(event.link, None)
         self._names.pop(event.link, None)
         self._turned_away.discard(event.link)
+        self._resent = {(link, name) for link, name in self._resent if link != event.link}
         if gone is None or gone.instance != self.holder:
             return
         for comp in [comp for comp in self._comps.values() if comp.link == event.link]:
@@ -3857,6 +4181,7 @@ class Node:
             if event.on_purpose:
                 self._close(comp, at_once=True)
                 self._forget(comp.comp)
+                self._remember(comp.comp, None)
             else:
                 self._keep(comp)
                 comp.orphan_at = now + ORPHAN_TIME
@@ -3902,14 +4227,35 @@ class Node:
         if self.shelf.pop(name, None) is not None:
             self._do(Forget(name))
 
+    def _remembered(self, event: Remembered, now: float) -> None:
+        self.past[event.comp] = event.past
+        self._at(now + PAST_TIME, 'past', event.comp)
+
+    def _remember(self, name: str, past: Optional[Past]) -> None:
+        """Add to what is known of attempts that are not held any more; None: its client is done with it."""
+        if past is None:
+            if self.past.pop(name, None) is not None:
+                self._do(Remember(name, Past()))
+            return
+        if name not in self.past:
+            self._at(self._now + PAST_TIME, 'past', name)
+        self.past[name] = self.past.get(name, Past()).and_also(past)
+        self._do(Remember(name, self.past[name]))
+
     def _held(self, name: str) -> List[int]:
         """All attempts of a computation that are known here."""
         comp, shelved = self._comps.get(name), self.shelf.get(name)
         known = [*comp.attempts, *comp.unacknowledged] if comp is not None and comp.stage is not Stage.CLOSING else []
         return known + (sorted(shelved.serials) if shelved is not None else [])
 
+    def _past_row(self, name: str) -> tuple:
+        return self.past[name].row() if name in self.past else ()
+
     def _resend(self, name: str, link: int) -> None:
-        """What its client has not acknowledged; it may have some of it."""
+        """What its client has not acknowledged; it may have some of it. Once on a link."""
+        if (link, name) in self._resent:
+            return
+        self._resent.add((link, name))
         comp = self._comps.get(name)
         if comp is not None and comp.unacknowledged:
             self._do(Send(link, Results(name, list(comp.unacknowledged.values()))))
@@ -3923,7 +4269,7 @@ class Node:
         digests = [known.digest for known in (comp, shelved) if known is not None]
         if not all(may_reclaim(digest, message.key) for digest in digests):
             logger.warning('%s wants results of a computation and does not have its key', self._names.get(link, up.address))
-            self._do(Send(link, Held(message.comp, [])))
+            self._do(Send(link, Held(message.comp, [], Past(whole=False).row())))
             return
         if comp is not None and comp.stage is not Stage.CLOSING:
             if comp.link in self._links and comp.link != link:
@@ -3933,7 +4279,7 @@ class Node:
             self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
         if message.comp in self.shelf:
             self.shelf[message.comp] = self.shelf[message.comp]._replace(owner=up.instance)
-        self._do(Send(link, Held(message.comp, self._held(message.comp))))
+        self._do(Send(link, Held(message.comp, self._held(message.comp), self._past_row(message.comp))))
         self._resend(message.comp, link)
 
     def _make_way(self) -> None:
@@ -3973,8 +4319,10 @@ class Node:
         if comp is not None:   # its client is back after a broken link
             comp.link = link
             self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
+            if comp.stage is Stage.RECEIVING:
+                self._do(WantAgain(comp.comp))
             if comp.stage is Stage.READY:
-                self._do(Send(link, Ready(comp.comp, self._held(comp.comp))))
+                self._do(Send(link, Ready(comp.comp, self._held(comp.comp), self._past_row(comp.comp))))
             self._resend(comp.comp, link)
             comp.begun = [(worker.queue[0].serial, worker.since) for worker in comp.workers.values()
                           if worker.queue and worker.told]
@@ -4008,12 +4356,17 @@ class Node:
         if comp.stage is not Stage.PREPARING:
             return
         if event.error:
-            self._refuse(comp, 'transfer', event.error)
+            self._refuse(comp, event.code, event.error)
         elif event.missing:
             self._set_stage(comp, 'missing')
             self._need(comp, event.missing)
         else:
             self._start(comp, now)
+
+    def _on_wanted(self, event: Wanted, now: float) -> None:
+        comp = self._comps.get(event.comp)
+        if comp is not None and comp.stage is Stage.RECEIVING and event.missing:
+            self._need(comp, event.missing)
 
     def _need(self, comp: _Computation, files: list) -> None:
         comp.asked = True
@@ -4024,6 +4377,8 @@ class Node:
         comp, asked = self._comp_of(link, message.comp), message.purpose in ASKED_FOR
         if message.purpose == Purpose.FROM_JOB or (asked and comp is not None and not comp.asked):
             raise PeerError('a file that was not asked for')
+        if asked and comp is not None and comp.link != link:
+            return   # what came on another connection is sent again on this one
         if comp is not None and (asked or comp.stage is Stage.READY):
             self._do(Store(message))
         elif not asked and message.offset + len(message.data) >= message.row[1]:
@@ -4038,7 +4393,7 @@ class Node:
             if comp.fetches:
                 self._fetched(Fetched(comp.comp, [], error), now)
             if comp.stage is Stage.RECEIVING and error:
-                self._refuse(comp, 'transfer', error)
+                self._refuse(comp, event.code, error)
             elif comp.stage is Stage.RECEIVING:
                 self._start(comp, now)
 
@@ -4072,13 +4427,14 @@ class Node:
         comp = self._comps[event.comp]
         if comp.stage is Stage.STARTING:
             self._set_stage(comp, 'up')
-            self._reply(comp, Ready(comp.comp, self._held(comp.comp)))
+            self._reply(comp, Ready(comp.comp, self._held(comp.comp), self._past_row(comp.comp)))
             for note in event.notes:
                 self._reply(comp, Said(comp.comp, 'node %s: %s' % (self.name, note)))
 
     def _refuse(self, comp: _Computation, code: str, text: str) -> None:
         text = shorten(text)
         logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
+        self._give_back(comp)   # what has not begun waits again elsewhere
         self._deliver(comp)   # what has ended, has ended; after the refusal nobody would believe it
         self._keep(comp)
         self._reply(comp, Refused(comp.comp, code, text))
@@ -4108,11 +4464,14 @@ class Node:
         if comp.stage is not Stage.CLOSING:
             # Its workers are killed with it; what they ran has failed, and all later jobs would.
             for worker in list(comp.workers.values()):
-                self._worker_gone(WorkerGone(worker.key, 'the runner process ended: %s' % event.text,
-                                             worker.queue[0].serial if worker.queue else 0), now)
-            self._refuse(comp, 'code' if event.unloadable else 'setup', event.text)
+                comp.stillborn = 0
+                head = worker.queue[0].serial if worker.queue else 0
+                ran = head if event.begun is None or head in event.begun else 0
+                self._worker_gone(WorkerGone(worker.key, 'the runner process ended: %s' % event.text, ran), now)
+            self._refuse(comp, 'code' if event.unloadable else event.code, event.text)
             return
         for worker in list(comp.workers.values()):
+            self.free += worker.stuck
             self._bury(worker)
         del self._comps[event.comp]
         self._resize()
@@ -4124,12 +4483,13 @@ class Node:
             self._close(comp, at_once=False)
         if comp is not None or message.comp not in self._comps:
             self._forget(message.comp)
+            self._remember(message.comp, None)
 
     def _close(self, comp: _Computation, at_once: bool) -> None:
         if comp.stage is Stage.CLOSING:
             return
         self._set_stage(comp, 'close')
-        self.held_bytes -= sum(size_of(attempt.payload) for attempt in comp.attempts.values())
+        self.held_bytes -= sum(attempt.counted for attempt in comp.attempts.values())
         comp.waiting.clear()
         comp.attempts.clear()
         comp.unacknowledged.clear()
@@ -4145,7 +4505,7 @@ class Node:
 
     def _on_jobs(self, link: int, message: Jobs, now: float) -> None:
         comp = self._comp_of(link, message.comp)
-        if comp is None:
+        if comp is None or comp.link != link:   # another connection has the place of this one, and was told what had come
             return
         if self.stopping or self.paused:
             self._reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
@@ -4161,7 +4521,7 @@ class Node:
                 continue
             comp.attempts[serial] = attempt
             comp.enqueue(attempt)
-            self.held_bytes += size_of(payload)
+            self._count(attempt, True)
 
     def _share_out(self, now: float) -> None:
         """CPUs to computations; when several wait, to the one that has fewest, then to the one served longest ago."""
@@ -4224,6 +4584,7 @@ class Node:
                     or (attempts and (attempt.timeout or attempt.memory)):
                 break
             attempts.append(comp.waiting.popleft())
+            self._count(attempt, False)   # what runs does not keep links from being read: orders come along them
             worker.queue.append(attempt)
             count -= 1
         if attempts:
@@ -4282,11 +4643,17 @@ class Node:
             worker.recalled = True
             self._do(TakeBack(worker.key))
 
+    def _count(self, attempt: Attempt, waits: bool) -> None:
+        """Into the books of what waits, or out of them."""
+        counted = size_of(attempt.payload) if waits else 0
+        self.held_bytes += counted - attempt.counted
+        attempt.counted = counted
+
     def _finish(self, comp: _Computation, row: tuple) -> None:
         attempt = comp.attempts.pop(row[0], None)
         comp.done += 1
         if attempt is not None:
-            self.held_bytes -= size_of(attempt.payload)
+            self._count(attempt, False)
         comp.unacknowledged[row[0]] = row
         comp.outbox.append(row)
 
@@ -4438,15 +4805,24 @@ class Node:
             else:
                 attempt.ending = None
                 comp.enqueue(attempt, again=True)
+                self._count(attempt, True)
         if back:
-            self._reply(comp, Returned(comp.comp, back[::-1]))
+            self._hand_back(comp, back[::-1])
 
     def _dismiss(self, comp: _Computation, attempt: Attempt) -> int:
         """An attempt that never started is of the client again."""
         del comp.attempts[attempt.serial]
         comp.owed.discard(attempt.serial)
-        self.held_bytes -= size_of(attempt.payload)
+        self._count(attempt, False)
         return attempt.serial
+
+    def _hand_back(self, comp: _Computation, serials: List[int]) -> None:
+        """Attempts that never started are told to the client; when it is back if it is away."""
+        if comp.link in self._links:
+            for message in in_parts(Returned, comp.comp, serials) if serials else [Returned(comp.comp, [])]:
+                self._reply(comp, message)
+        elif serials:
+            self._remember(comp.comp, Past(unbegun=frozenset(serials)))
 
     @staticmethod
     def _unstarted(attempt: Attempt) -> tuple:
@@ -4470,6 +4846,7 @@ class Node:
             return
         comp = worker.comp
         self._bury(worker)
+        self.free += worker.stuck
         if comp.stage is Stage.CLOSING:
             return
         if worker.queue:
@@ -4490,15 +4867,22 @@ class Node:
 
     def _worker_unborn(self, event: WorkerUnborn, now: float) -> None:
         """What it was to run waits for another; no other is started for a while."""
-        worker = self._workers[event.worker]
-        if not self._workers_at:
-            logger.error('a worker cannot be started: %s; it is tried again and again', event.text)
+        worker = self._workers.get(event.worker)
+        if worker is None:
+            return
+        self._bury(worker)
+        comp = worker.comp
+        if self._unborn_text != event.text or now > self._workers_at + WORKER_TOLD:
+            self._unborn_text = event.text
+            text = 'node %s cannot make a worker: %s; it goes on with those that it has, and tries again and again' % (
+                self.name, event.text)
+            logger.error('%s', text)
+            self._reply(comp, Said(comp.comp, text))
         self._workers_at = now + WORKER_AGAIN
         self._at(self._workers_at, 'again')
-        self._bury(worker)
         if worker.queue:
             self.free += worker.queue[0].cpus
-            self._requeue(worker.comp, worker.queue, now)
+            self._requeue(comp, worker.queue, now)
 
     # -- ending attempts ----------------------------------------------------------------------------------
 
@@ -4545,9 +4929,13 @@ class Node:
             if now < until:
                 self._at(until, 'expire', key)
             else:
-                logger.warning('%d results of a computation whose client has not come back are given up (--zombie-interval)',
-                               len(self.shelf[key].serials))
+                serials = self.shelf[key].serials
+                logger.warning('%d results of a computation whose client has not come back are given up (--zombie-interval)', len(serials))
+                self._remember(key, Past(given_up=frozenset(serials), text='node %s gave up its result after %g s '
+                                         '(--zombie-interval)' % (self.name, self._zombie)))
                 self._forget(key)
+        elif what == 'past':
+            self._remember(key, None)
         elif what == 'setup':
             late = self._comps.get(key)
             if late is not None and late.stage is Stage.STARTING:
@@ -4562,9 +4950,26 @@ class Node:
                 return
             if what == 'kill':
                 self._do(Kill(key))
+                self._at(now + GRACE, 'stuck', key, serial)
+            elif what == 'stuck':
+                self._stuck(worker)
             elif worker.queue[0].ending is None:   # timeout
                 worker.queue[0].ending = Outcome.TIMED_OUT
                 self._interrupt(worker, worker.queue[0], now)
+
+    def _stuck(self, worker: _Worker) -> None:
+        """A worker was killed and has not ended: its process sleeps in the kernel and cannot be interrupted, as on a disk that
+        has died. Its job is told, what stood behind it waits for another, and its CPUs come back when it has ended."""
+        comp, head = worker.comp, worker.queue.popleft()
+        ending = head.ending or Outcome.DIED
+        text = '%s; it was killed, and its process has not ended within %d s (uninterruptible): its CPU is lost to node %s' % (
+            ENDING_TEXT.get(ending, 'it was to end'), GRACE, self.name)
+        logger.error('%s: %s', comp.spec['name'], text)
+        worker.stuck = head.cpus
+        self._finish(comp, (head.serial, int(ending), 0.0, 0.0, text.encode(), b'', b''))
+        behind = list(worker.queue)
+        worker.queue.clear()
+        self._requeue(comp, behind, 0.0)
 
     def _on_recall(self, link: int, message: Recall, now: float) -> None:
         comp = self._comp_of(link, message.comp)
@@ -4596,8 +5001,7 @@ class Node:
                 self._finish(comp, self._unstarted(attempt))
             else:
                 serials.append(self._dismiss(comp, attempt))
-        for message in in_parts(Returned, comp.comp, serials) if serials else [Returned(comp.comp, [])]:
-            self._reply(comp, message)
+        self._hand_back(comp, serials)
 
     def _on_ack(self, link: int, message: Ack, now: float) -> None:
         comp, shelved = self._comp_of(link, message.comp), self.shelf.get(message.comp)
@@ -5158,9 +5562,63 @@ def _no_stdin() -> None:
     os.set_inheritable(0, True)
 
 
-def shared_slots(count: int) -> memoryview:
-    """Numbers (u64) that this process shares with those it forks."""
-    return memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast('B')[:8 * count].cast('Q')
+class Slots:
+    """What a worker shares with the runner and, after their end, with the daemon: numbers (u64) in a file that is mapped
+    into memory. [0] the serial that runs now, [1] the serial that shall be interrupted, [2] how many attempts were begun,
+    then the last BEGUN_KEPT of these.
+
+    The file outlives all processes, so that it can be said after any end of them what was begun. Several workers share a
+    file, since each costs a descriptor; one that is started later goes on with the numbers of one that has ended.
+    """
+    SIZE, FIRST, TOGETHER = 3 + BEGUN_KEPT, 3, 8
+    NAME = 'begun-'
+
+    @classmethod
+    def make(cls, directory: str, number: int) -> List[Any]:
+        """Slots for TOGETHER workers. Without room for the file it is left empty, which says that nobody knows what was
+        begun. Raises OSError where no file can be made."""
+        size = 8 * cls.SIZE * cls.TOGETHER
+        path = os.path.join(directory, '%s%d' % (cls.NAME, number))
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.posix_fallocate(handle, 0, size)   # to write to a page without room on the disk kills the process
+            shared = mmap.mmap(handle, size)
+        except (OSError, AttributeError):   # no room, or no such call on this system
+            os.ftruncate(handle, 0)
+            shared = mmap.mmap(-1, size)
+        finally:
+            os.close(handle)
+        view = memoryview(shared).cast('Q')
+        return [view[at:at + cls.SIZE] for at in range(0, len(view), cls.SIZE)]
+
+    @classmethod
+    def begin(cls, slots: Any, serial: int) -> None:
+        """Worker: this attempt begins."""
+        slots[cls.FIRST + slots[2] % BEGUN_KEPT] = serial
+        slots[2] += 1
+        slots[0] = serial
+
+    @classmethod
+    def read(cls, directory: str) -> Optional[FrozenSet[int]]:
+        """Daemon: the attempts that were begun by the workers of a directory; None if that is not known. Raises OSError."""
+        begun: Set[int] = set()
+        for name in os.listdir(directory):
+            if not name.startswith(cls.NAME):
+                continue
+            with open(os.path.join(directory, name), 'rb') as file:
+                data = file.read()
+            if len(data) != 8 * cls.SIZE * cls.TOGETHER:
+                return None
+            numbers = memoryview(data).cast('Q')
+            for at in range(0, len(numbers), cls.SIZE):
+                count = min(numbers[at + 2], BEGUN_KEPT)
+                begun.update(numbers[at + cls.FIRST:at + cls.FIRST + count])
+        return frozenset(begun)
+
+    @classmethod
+    def mark_unknown(cls, directory: str) -> None:
+        """Daemon: from now on nobody knows what was begun. Raises OSError."""
+        os.close(os.open(os.path.join(directory, cls.NAME + 'unknown'), os.O_WRONLY | os.O_CREAT, 0o600))
 
 
 def clip(head: bytes, tail: bytes, total: int) -> bytes:
@@ -5389,8 +5847,7 @@ class _Turn:
 
 
 class Worker:
-    """Runs job after job in a process of its own. Slots shared with the runner: [0] the serial that runs now,
-    [1] the serial that shall be interrupted."""
+    """Runs job after job in a process of its own."""
 
     def __init__(self, sock: socket.socket, slots: Any, function: Callable[..., Any], out: Catch, err: Catch,
                  spec: dict, libc: Any, globals_: Sequence[Dict[str, Any]] = ()) -> None:
@@ -5598,7 +6055,7 @@ class Worker:
 
     def _run(self, record: Record) -> None:
         self._interrupt_late = False
-        self._slots[0] = record.serial
+        Slots.begin(self._slots, record.serial)
         start, ticks = time.time(), time.perf_counter()
         failure: Optional[BaseException] = None
         value = None
@@ -5675,15 +6132,39 @@ class Worker:
 
     def _collect(self) -> Tuple[bytes, bytes]:
         """What the job printed. Puts descriptors and streams back in the same breath."""
-        for number, stream in zip((1, 2), self._streams[1:]):
-            with contextlib.suppress(OSError, ValueError):   # the job closed it; it is put back below
-                stream.flush()
+        lost = [self._flush(index) for index in (1, 2)]
         if sys.stdout is not self._streams[1] or sys.stderr is not self._streams[2] or self._streams[1].closed \
                 or self._streams[2].closed or sys.stdin is not self._streams[0]:
             self._flush_strangers()
         if self._libc is not None:
             self._libc.fflush(None)   # printf of C code into a file is held back until then
-        return self._collect_one(1, self._out), self._collect_one(2, self._err)
+        out, err = self._collect_one(1, self._out), self._collect_one(2, self._err)
+        return out, b''.join((err, *lost))
+
+    def _flush(self, index: int) -> bytes:
+        """Write down what a job has printed. What finds no room would stay in the stream and be taken for the next job's: it is
+        thrown away, and a line for the job's stderr says so."""
+        stream = self._streams[index]
+        try:
+            stream.flush()
+        except ValueError:   # the job closed it; it is put back below
+            return b''
+        except OSError as exc:
+            if exc.errno != errno.EBADF:   # otherwise it closed the descriptor
+                self._throw_away(stream, index)
+                return ('dispy: a part of what the job wrote to %s is lost: %s\n' % (
+                    'stdout' if index == 1 else 'stderr', exc)).encode()
+        return b''
+
+    def _throw_away(self, stream: Any, index: int) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            try:
+                os.dup2(nothing, index)
+                stream.flush()
+            finally:
+                os.close(nothing)
+                os.dup2((self._out if index == 1 else self._err).handle, index)
 
     def _flush_strangers(self) -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -5800,6 +6281,9 @@ class Runner:
         self._libc = _libc()
         self._globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
         self._own: Set[int] = set()   # children that setup left on purpose
+        self._undead: Set[int] = set()   # killed, and they have not ended: they sleep and cannot be interrupted
+        self._slots: List[Any] = []      # free ones
+        self._slot_files = itertools.count(1)
         self._watched: Dict[int, Tuple[int, int]] = {}   # worker -> job and bytes that it may use
 
     def run(self) -> None:
@@ -5815,6 +6299,8 @@ class Runner:
         os.dup2(self._err.handle, 2)
         sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))   # ends a setup that hangs, and closes
+        if hasattr(os, 'register_at_fork'):   # what setup forks must not hold the line by which the daemon sees our end
+            os.register_at_fork(after_in_child=self._control.close)
         self._loaded = False
         try:
             self._load(init.bodies[1])
@@ -5923,7 +6409,8 @@ class Runner:
         selector.register(self._control, selectors.EVENT_READ)
         selector.register(reader, selectors.EVENT_READ)
         handlers = {Kind.FORK: self._fork, Kind.INTERRUPT: self._interrupt, Kind.KILL: self._kill,
-                    Kind.RECALL: self._recall, Kind.WATCH: self._watch}
+                    Kind.RECALL: self._recall, Kind.WATCH: self._watch,
+                    Kind.ASK: lambda record: self._send(Kind.ALIVE)}
         try:
             while True:
                 ready = selector.select(WEIGHED if self._watched else OUTPUT_CHECKED if self._children else None)
@@ -5948,11 +6435,13 @@ class Runner:
         while True:
             if hasattr(socket, 'CMSG_LEN'):
                 handles = array.array('i')
-                data, ancillary, _, _ = self._control.recvmsg_into([self._intake.room()],
-                                                                   socket.CMSG_SPACE(64 * handles.itemsize))
+                data, ancillary, flags, _ = self._control.recvmsg_into([self._intake.room()],
+                                                                       socket.CMSG_SPACE(64 * handles.itemsize))
                 for level, kind, body in ancillary:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         handles.frombytes(body[:len(body) - len(body) % handles.itemsize])
+                if flags & socket.MSG_CTRUNC and not handles:
+                    handles.append(-1)   # no descriptor was left for it: the worker it was for cannot be made
                 self._handles.extend(handles)
             else:
                 data = self._control.recv_into(self._intake.room())
@@ -5967,14 +6456,37 @@ class Runner:
             self._control.sendall(buffer)
 
     def _fork(self, record: Record) -> None:
-        sock = socket.socket(fileno=_out_of_reach(self._handles.popleft()))
-        context = multiprocessing.get_context('fork')
-        child = _Child(None, shared_slots(2), Catch(self._spec['private']), Catch(self._spec['private']))
-        process = context.Process(target=self._work, args=(sock, child), name='dispy-worker-%d' % record.number)
-        process.start()
+        """A worker that cannot be made is told with the reason; those that there are go on."""
+        handle = self._handles.popleft()
+        with contextlib.ExitStack() as made:
+            try:
+                if handle < 0:
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                sock = socket.socket(fileno=_out_of_reach(handle))
+                made.callback(sock.close)
+                child = self._make_child(made)
+                process = multiprocessing.get_context('fork').Process(
+                    target=self._work, args=(sock, child), name='dispy-worker-%d' % record.number)
+                process.start()
+            except (OSError, MemoryError) as exc:
+                self._send(Kind.UNBORN, record.number, 0, 0.0, 0.0, shortage(exc).encode('utf-8', 'replace'))
+                return
+            made.pop_all()
         sock.close()
         self._children[record.number] = child._replace(process=process)
         self._send(Kind.BORN, record.number, process.pid)
+
+    def _make_child(self, made: contextlib.ExitStack) -> _Child:
+        """What a worker shares with us; `made` lets go of it if there will be no worker."""
+        catches = []
+        for _ in range(2):
+            catches.append(Catch(self._spec['private']))
+            made.callback(catches[-1].close)
+        if not self._slots:
+            self._slots += Slots.make(self._spec['private'], next(self._slot_files))
+        slots = self._slots.pop()
+        made.callback(self._slots.append, slots)
+        return _Child(None, slots, *catches)
 
     def _work(self, sock: socket.socket, child: _Child) -> None:
         """In the forked process. Leaves by os._exit alone: exit handlers here are the runner's."""
@@ -5984,16 +6496,16 @@ class Runner:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _prctl(self._libc, _PR_SET_PDEATHSIG, signal.SIGKILL)
             _prctl(self._libc, _PR_SET_CHILD_SUBREAPER, 1)
-            self._control.close()
             for handle in self._wakeup:
                 os.close(handle)
             for other in self._children.values():
                 other.out.close()
                 other.err.close()
             Worker(sock, child.slots, self._function, child.out, child.err, self._spec, self._libc, self._globals).serve()
-        except (OSError, EOFError):
+        except (BrokenPipeError, ConnectionError, EOFError):
+
             os._exit(1)   # the pipe is gone, and with it whoever could be told
-        except BaseException:  # our own fault: the runner reads it from the file and tells
+        except BaseException:  # no descriptors, or our own fault: the runner reads it from the file and tells
             traceback.print_exc()
             sys.stderr.flush()
             os._exit(70)
@@ -6037,19 +6549,35 @@ class Runner:
                 child.out.close()
                 child.err.close()
                 child.process.close()
+                child.slots[0] = child.slots[1] = 0
+                self._slots.append(child.slots)
+        self._undead = {pid for pid in self._undead if not self._has_ended(pid)}
 
     def _kill_strays(self) -> None:
-        """Descendants of dead workers that left their group came to us, who adopt orphans (Linux)."""
-        for _ in range(20):
-            known = {child.process.pid for child in self._children.values()} | self._own
-            strays = [pid for pid in self._descendants() if pid not in known]
+        """Descendants of dead workers that left their group came to us, who adopt orphans (Linux). One that sleeps and cannot
+        be interrupted, as on a disk that has died, is waited for by nobody: it is looked at again from time to time."""
+        until = time.monotonic() + UNDEAD_TIME
+        while True:
+            known = {child.process.pid for child in self._children.values()} | self._own | self._undead
+            strays = {pid for pid in self._descendants() if pid not in known}
             for pid in strays:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, 0)
-            if not strays:
+            strays = {pid for pid in strays if not self._has_ended(pid)}
+            if not strays and not any(pid not in known for pid in self._descendants()):
                 return
+            if time.monotonic() > until:
+                self._undead |= strays
+                return
+            time.sleep(0.002)
+
+    @staticmethod
+    def _has_ended(pid: int) -> bool:
+        """Whether a child of ours is no more; it is waited for if so."""
+        try:
+            return os.waitpid(pid, os.WNOHANG)[0] != 0
+        except ChildProcessError:   # somebody else has waited for it
+            return True
 
     @staticmethod
     def _descendants() -> List[int]:
@@ -6096,8 +6624,9 @@ class Runner:
     def _end(self) -> None:
         for child in self._children.values():
             self._signal(child, signal.SIGKILL)
+        until = time.monotonic() + GRACE
         for child in self._children.values():
-            child.process.join(5)
+            child.process.join(max(0.0, until - time.monotonic()))
         self._children.clear()
         self._kill_strays()
         if self._cleanup is not None:
@@ -6444,6 +6973,9 @@ class Loop:
         """A channel is of no use any more; it is detached and closed already."""
         raise NotImplementedError
 
+    def on_silent(self, link: 'Link') -> None:
+        """Nothing was heard on a link for PULSES_SILENT pulses; called again and again while it lasts."""
+
     def end_of_turn(self) -> None:
         """After all that was read and posted: decide and send."""
 
@@ -6490,8 +7022,14 @@ class Loop:
         self._selector.register(channel.sock, channel.interest, channel)
         if isinstance(channel, Link):
             self.links[channel.number] = channel
+            self.set_pulse(channel, channel.pulse)
         if channel.wants_write:
             self._dirty.add(channel)
+
+    def set_pulse(self, link: 'Link', pulse: float) -> None:
+        """The other side gives a link up when it hears nothing for several of these."""
+        link.pulse = pulse
+        self._pulse_at = min(self._pulse_at, self.now + pulse / 2) if self._pulse_at else 0.0
 
     def detach(self, channel: Channel) -> None:
         """Let go of a channel and close it. Does nothing the second time."""
@@ -6678,9 +7216,16 @@ class Loop:
         for link in list(self.links.values()):
             if self.now - link.heard > PULSES_LOST * link.pulse and not link.paused:
                 self._break(link, 'nothing was heard for %.0f s' % (self.now - link.heard))
-            elif self.now - link.said >= link.pulse * 0.9 and not link.wants_write:
+                continue
+            if self.is_silent(link):
+                self.on_silent(link)
+            if self.now - link.said >= link.pulse * 0.9 and not link.wants_write:
                 self.say(link, Pulse())
         self._pulse_at = self.now + min([PULSE, *(link.pulse for link in self.links.values())]) / 2
+
+    def is_silent(self, link: 'Link') -> bool:
+        """Whether a second connection is to be tried while this one still counts."""
+        return self.now - link.heard > PULSES_SILENT * link.pulse and not link.paused
 
     def close(self) -> None:
         """Close all that is owned."""
@@ -6847,9 +7392,11 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: bytes, tls: Any = None,
-         note: Callable[[Any], None] = lambda sock: None, allowed: Optional[Callable[[str], bool]] = None) -> Arrival:
-    """Connect, to addresses that are `allowed` only, TLS, handshake: blocking, for a thread. `tls` is a context of `tls_context`; `note` is told each socket as it
-    is made, so that another thread can shut it down. Raises HandshakeError or OSError; `dial_text` says it in words."""
+         note: Callable[[Any], None] = lambda sock: None, patience: float = HANDSHAKE_TIME,
+         allowed: Optional[Callable[[str], bool]] = None) -> Arrival:
+    """Connect, to addresses that are `allowed` only, TLS, handshake: blocking, for a thread. `tls` is a context of `tls_context`;
+    `note` is told each socket as it is made, so that another thread can shut it down; `patience` is for the connection, and again
+    for the handshake. Raises HandshakeError or OSError; `dial_text` says it in words."""
     failure: OSError = OSError('it has no address')
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
         if allowed is not None and not allowed(str(address[0])):
@@ -6858,7 +7405,7 @@ def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: b
         sock: Any = socket.socket(family, kind, protocol)
         note(sock)
         try:
-            sock.settimeout(HANDSHAKE_TIME)
+            sock.settimeout(patience)
             sock.connect(address)
             break
         except OSError as exc:
@@ -6868,7 +7415,7 @@ def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: b
         raise failure
     try:
         tune(sock)
-        binding, deadline = NO_TLS, time.monotonic() + HANDSHAKE_TIME
+        binding, deadline = NO_TLS, time.monotonic() + patience
         if tls is not None:
             sock = _dial_tls(sock, tls)
             note(sock)
@@ -6921,51 +7468,117 @@ class Dialling:
     def __init__(self, first: float, most: float) -> None:
         self._first, self._most, self._wait = first, most, first
         self.due: Optional[float] = 0.0    # when to begin, None: not to begin
-        self._sock: Any = None
-        self._thread: Optional[threading.Thread] = None
+        self._flaps = 0                    # links in a row that ended at once
+        self._attempt: Optional[_Attempt] = None
 
     @property
     def busy(self) -> bool:
         """Whether a thread is at it."""
-        return self._thread is not None
+        return self._attempt is not None
 
     def start(self, post: Callable[[Any], None], peer: Any, reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
         """`reach(note)` is `dial` with its arguments, but for `note`. Dialled or DialFailed is posted with `peer`."""
-        def work() -> None:
-            try:
-                found = reach(self._note)
-            except (DispyError, OSError, ValueError, RuntimeError) as exc:   # Runtime: no process at interpreter's exit
-                post(DialFailed(peer, dial_text(exc), isinstance(exc, ConnectionRefusedError)))
-            else:
-                post(Dialled(peer, *found))
-        self.due, self._thread = None, threading.Thread(target=work, name='dispy-dial', daemon=True)
+        self.due, self._attempt = None, _Attempt(post, peer, reach)
         try:
-            self._thread.start()
+            self._attempt.thread.start()
         except RuntimeError as exc:   # no more threads, or the interpreter is on its way out
-            self._thread = None
+            self._attempt = None
             post(DialFailed(peer, 'no thread could be started: %s' % exc))
-
-    def _note(self, sock: Any) -> None:
-        self._sock = sock
 
     def ended(self) -> None:
         """Its event has come."""
-        self._sock = self._thread = None
+        self._attempt = None
 
     def again(self, now: float, lived: float = 0.0) -> None:
-        """It failed, or the link that came of it ended after `lived` seconds: once more, later, and soon if it lived long."""
-        if lived > FLAP_TIME:
-            self._wait = self._first
+        """It failed, or the link that came of it ended after `lived` seconds: once more, later. With each connection that was
+        made the wait begins anew, unless several in a row have ended at once."""
+        if lived:
+            self._flaps = 0 if lived > FLAP_TIME else self._flaps + 1
+            if self._flaps < FLAPS:
+                self._wait = self._first
         self.due, self._wait = now + self._wait, min(2 * self._wait, self._most)
 
-    def abort(self) -> None:
-        """End the attempt."""
-        sock, thread = self._sock, self._thread
+    def abort(self, waits: bool = False) -> None:
+        """End the attempt. One that asks for a name cannot be woken: it is left to itself, and nothing comes of it. With `waits`
+        it is waited for even so, as it starts a process that it has to see to."""
+        if self._attempt is not None:
+            self._attempt.abort(waits)
+
+
+class _Attempt:
+    """One thread of a Dialling."""
+
+    def __init__(self, post: Callable[[Any], None], peer: Any, reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
+        self._post, self._peer, self._reach = post, peer, reach
+        self._lock = threading.Lock()   # guards the two below
+        self._sock: Any = None
+        self._aborted = False
+        self.thread = threading.Thread(target=self._work, name='dispy-dial', daemon=True)
+
+    def _work(self) -> None:
+        try:
+            found = self._reach(self._note)
+        except (DispyError, OSError, ValueError, RuntimeError) as exc:   # Runtime: no process at interpreter's exit
+            self._post(DialFailed(self._peer, dial_text(exc), isinstance(exc, ConnectionRefusedError)))
+        else:
+            self._post(Dialled(self._peer, *found))
+
+    def _note(self, sock: Any) -> None:
+        with self._lock:
+            self._sock = sock
+            if not self._aborted:
+                return
+        sock.close()
+        raise OSError('given up')
+
+    def abort(self, waits: bool) -> None:
+        """End it, and wait for its end if it has come so far that it can be woken."""
+        with self._lock:
+            self._aborted, sock = True, self._sock
         if sock is not None:
             with contextlib.suppress(OSError):   # not connected yet, or not any more
                 sock.shutdown(socket.SHUT_RDWR)
-        if thread is not None:
-            thread.join(HANDSHAKE_TIME)
+        if sock is not None or waits:
+            self.thread.join(HANDSHAKE_TIME)
+
+
+class Second:
+    """A second connection to a peer whose link is silent: whichever speaks first is used. The loop's thread.
+
+    Attempts are short, and one follows the other: a packet that was lost is sent again by TCP after 1, 3, 7 s, a new attempt
+    finds out at once that a cut is over.
+    """
+
+    def __init__(self, peer: Any) -> None:
+        self.peer = peer
+        self._dialling = Dialling(0.0, 0.0)
+        self._failed_at: Optional[float] = None    # when an attempt has failed last
+        self._began = 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether an attempt is under way."""
+        return self._dialling.busy
+
+    def has_failed(self, since: float) -> bool:
+        """Whether an attempt has failed since then."""
+        return self._failed_at is not None and self._failed_at >= since
+
+    def start(self, now: float, post: Callable[[Any], None], reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
+        """One more attempt, unless there is one."""
+        if not self.busy:
+            self._began = now
+            self._dialling.start(post, self, reach)
+
+    def ended(self, failed_at: Optional[float] = None) -> bool:
+        """Its event has come. Returns whether the next attempt may begin at once: one that was refused at once has to wait."""
+        self._dialling.ended()
+        self._failed_at = failed_at
+        return failed_at is not None and failed_at - self._began > SECOND_APART
+
+    def abort(self) -> None:
+        """End the attempt."""
+        self._dialling.abort()
 
 
 # Multicast groups of the site; none is routed, as packets have one hop to go. IPv6 of the link would be asked from link-local
@@ -7008,7 +7621,7 @@ class Ear(socketserver.UDPServer):
         if self.server_address[0] not in ('', '0.0.0.0', '::') or not self.server_address[1]:
             return
         if self.address_family == socket.AF_INET6:
-            for index, _ in socket.if_nameindex():
+            for index in interfaces():
                 with contextlib.suppress(OSError):   # one without multicast, or with too many groups
                     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, socket.inet_pton(socket.AF_INET6, GROUP6) + struct.pack('@I', index))
         elif self._multicast:
@@ -7025,7 +7638,10 @@ class Ear(socketserver.UDPServer):
                 sock.sendto(answer, client_address)
         source = plain_address(client_address[0])
         if len(client_address) == 4 and client_address[3]:   # link-local: it means something with the interface only
-            source += '%' + socket.if_indextoname(client_address[3])
+            try:
+                source += '%' + socket.if_indextoname(client_address[3])
+            except OSError:   # no descriptor is left: it will ask again
+                return
         self._hear(data, source, reply)
 
     def knock(self) -> None:
@@ -7038,10 +7654,26 @@ class Ear(socketserver.UDPServer):
 
 
 def own_addresses() -> Dict[str, str]:
-    """IPv4 addresses of this host and where each one's network is addressed as a whole; needs psutil, else none."""
-    interfaces = ask_psutil(lambda psutil: psutil.net_if_addrs()) or {}
-    return {item.address: item.broadcast or '' for items in interfaces.values() for item in items
-            if item.family == socket.AF_INET}
+    """IPv4 addresses of this host and where each one's network is addressed as a whole; needs psutil, else none. While
+    they cannot be had, as without a descriptor, those that were there before."""
+    global _own_addresses
+    found = ask_psutil(lambda psutil: psutil.net_if_addrs())
+    if found is not None:
+        _own_addresses = {item.address: item.broadcast or '' for items in found.values() for item in items
+                          if item.family == socket.AF_INET}
+    return _own_addresses
+
+
+_own_addresses: Dict[str, str] = {}
+
+
+def interfaces() -> List[int]:
+    """Numbers of the interfaces of this host; none while no descriptor is left."""
+    try:
+        return [index for index, _ in socket.if_nameindex()]
+    except OSError as exc:
+        logger.debug('interfaces of this host: %s', exc)
+        return []
 
 
 class Ears:
@@ -7079,7 +7711,7 @@ class Ears:
 
     def _shout(self, ear: Ear, data: bytes, port: int) -> None:
         if ear.address_family == socket.AF_INET6:
-            targets: List[tuple] = [(GROUP6, port, 0, index) for index, _ in socket.if_nameindex()]
+            targets: List[tuple] = [(GROUP6, port, 0, index) for index in interfaces()]
         else:
             hosts = {'127.255.255.255'}
             if self._reach == 'lan':
@@ -7136,6 +7768,11 @@ class ChildEnded(NamedTuple):
     """Posted when this is PID 1, as in a container: a process has ended that may be nobody's but ours."""
 
 
+class Digested(NamedTuple):
+    """Posted by a thread: digests of files that were there are known."""
+    action: Prepare
+
+
 class _Caller:
     """A scheduler, or a client that listens, which this node dials."""
 
@@ -7144,6 +7781,7 @@ class _Caller:
         self.dialling = Dialling(min(1.0, most), most)
         self.link, self.since = 0, 0.0
         self.told = ''     # the last failure that was logged
+        self.second = Second(self)
 
 
 class _Run:
@@ -7152,7 +7790,7 @@ class _Run:
     def __init__(self, comp: str, directory: str, private: str, keep: bool, max_file: int) -> None:
         self.comp, self.directory, self.private, self.keep = comp, directory, private, keep
         self.receiver = FileReceiver({Purpose.DEPENDS: directory, Purpose.PLACED: directory,
-                                      Purpose.MODULES: private}, max_file)
+                                      Purpose.MODULES: private}, max_file, scratch=private)
         self.fetched: list = []                      # rows of those that are on their way
         self.process: Any = None
         self.control: Optional[Pipe] = None
@@ -7162,6 +7800,7 @@ class _Run:
         self.pids: Dict[int, Tuple[int, float]] = {}   # worker -> number and start of its process
         self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
         self.kill_at: Optional[float] = None
+        self.watch: Optional[RunnerWatch] = None
 
     def known(self, worker: int, pid: int) -> None:
         """A worker's process: from the kernel, never by its own word."""
@@ -7176,6 +7815,70 @@ class _Run:
         for kill in (os.killpg, os.kill):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 kill(pid, signal.SIGKILL)
+
+    def times(self) -> Tuple[Optional[float], ...]:
+        """When there is something to do."""
+        return (self.kill_at, *(self.watch.times() if self.watch is not None else ()))
+
+
+class RunnerWatch:
+    """Whether a runner lives and answers. Its process is watched, since others may hold its socket: a child that setup has
+    forked in C, say. While it has jobs it is asked for a sign of life. The loop's thread."""
+    SOON, OFTEN = 0.02, 1.0   # s between looks at one that is on its way out; at one that can be watched by looks alone
+
+    def __init__(self, loop: Loop, pid: int, ended: Callable[[], None]) -> None:
+        self._loop, self._handle = loop, -1
+        self.look_at: Optional[float] = None     # when to look at the process
+        self.killed_at: Optional[float] = None
+        self.shall_ask = False
+        self._ask_at: Optional[float] = None     # when to ask next
+        self._asked_at: Optional[float] = None   # of the question that has not been answered
+        try:
+            self._handle = os.pidfd_open(pid)  # type: ignore[attr-defined]
+            loop.watch(self._handle, ended)
+        except (AttributeError, OSError):   # Python 3.8, another system, no descriptors
+            self.look_at = loop.now + self.OFTEN
+
+    def next_look(self, now: float) -> Optional[float]:
+        """When to look again."""
+        return now + self.OFTEN if self._handle < 0 else None
+
+    def answered(self) -> None:
+        """It has said something."""
+        self._asked_at = None
+
+    def is_silent(self, now: float, busy: bool) -> bool:
+        """Whether it has not answered for too long. Sets `shall_ask`. If this process itself was stopped meanwhile, the runner
+        has as much time as before."""
+        self.shall_ask = False
+        if not busy or self.killed_at is not None:
+            self._ask_at = self._asked_at = None
+            return False
+        if self._ask_at is None:
+            self._ask_at = now + RUNNER_ASKED
+        if now < self._ask_at:
+            return False
+        if self._asked_at is not None and now - self._ask_at > RUNNER_ASKED:
+            self._asked_at += now - self._ask_at
+        self._ask_at = now + RUNNER_ASKED
+        if self._asked_at is None:
+            self._asked_at, self.shall_ask = now, True
+        return now - self._asked_at >= RUNNER_SILENT
+
+    def is_undead(self, now: float) -> bool:
+        """Whether it was killed and will not end soon."""
+        return self.killed_at is not None and now >= self.killed_at + GRACE
+
+    def times(self) -> Tuple[Optional[float], ...]:
+        """When there is something to do."""
+        return self._ask_at, self.look_at, None if self.killed_at is None else self.killed_at + GRACE
+
+    def close(self) -> None:
+        """Watch no more."""
+        if self._handle >= 0:
+            self._loop.unwatch(self._handle)
+            os.close(self._handle)
+            self._handle = -1
 
 
 class Daemon(Loop):
@@ -7197,16 +7900,20 @@ class Daemon(Loop):
         self._tls: Any = None
         self._runs: Dict[str, _Run] = {}
         self._lock_file: Any = None
+        self._memory: Optional[Memory] = None
+        self._digesting: Set[str] = set()   # computations whose files are being compared
+        self._unkept: Set[str] = set()    # computations with results that could not be kept
         self._held: Set[Pipe] = set()     # not read until links have room
         self._backlog = Backlog(self.links)
         self._read_later: Dict[Tuple[int, str], float] = {}   # kept results, of a link and a computation, and when they are read again
         self._port = 0
         self._root = self._base = ''   # where computations work, and what is above: not the same with --user
         self._acts: Dict[type, Callable[[Any], None]] = {
-            Send: self._send, Drop: self._drop, Prepare: self._prepare, Store: self._store,
+            Send: self._send, Drop: self._drop, Prepare: self._prepare, WantAgain: self._want_again, Store: self._store,
             Fetch: self._fetch,
             StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
-            Broken: lambda action: self.fault(action, action.error), Keep: self._keep, SendKept: self._send_kept, Forget: self._forget, Feed: self._feed, Interrupt: self._interrupt,
+            Broken: lambda action: self.fault(action, action.error), Keep: self._keep, SendKept: self._send_kept, Forget: self._forget,
+            Remember: self._remember, NoteOverrun: self._note_overrun, Feed: self._feed, Interrupt: self._interrupt,
             Kill: self._kill, Watch: self._watch, TakeBack: self._take_back, Retire: self._retire, TellKept: self._tell_kept, Show: self._show, Exit: lambda action: self.stop(),
         }
 
@@ -7221,6 +7928,7 @@ class Daemon(Loop):
                 port = self._gates[0].server_address[1]
             self._port = port
             self._root = self._take_directory(port)
+            self.node.facts['lock'] = machine(), os.path.join(self._base, 'lock')
             self._modules = ModuleStore(os.path.join(self._root, 'p-.modules'))
             self._find_kept()
             if self._callers and options.certfile:
@@ -7287,14 +7995,28 @@ class Daemon(Loop):
                     raise StartError('%s is not a directory of this user (--dest-path-prefix)' % above)
                 os.chmod(above, mode)
             take_own_directory(root, NODE_MARK, ('lock',) if _was_ours(root) else (), '--dest-path-prefix', mode)
-            self._lock_file = _lock(os.path.join(root, 'lock'), port)
+            self._lock_file = _lock(os.path.join(root, 'lock'), port, self._instance)
             self._base = os.path.realpath(root)
             if self._options.clean:
-                for comp in self._shelved():
-                    self._shelf(comp).remove()
+                for name in os.listdir(root):
+                    path = os.path.join(root, name)
+                    if (_is_ours(name, 'r-', 'g-') or name == 'memory') and os.path.isfile(path):
+                        os.unlink(path)
+            self._memory = Memory(self._base)
+            self.node.facts['memory'] = self._memory.ident
             if self._options.user is not None:
                 self._check_reach(self._options.user)
                 root = self._user_directory(root, self._options.user)
+            wrecks = {}
+            for name in os.listdir(root):
+                if _is_ours(name, 'p-') and os.path.isdir(os.path.join(root, name)):
+                    try:
+                        wrecks[name[2:]] = Slots.read(os.path.join(root, name))
+                    except OSError as exc:
+                        logger.warning('what had begun cannot be read: %s', exc)
+                        wrecks[name[2:]] = None
+            for comp, past in self._memory.begin(wrecks).items():
+                self._tell(Remembered(comp, past))
             with self._as_user():
                 for name in os.listdir(root):
                     path = os.path.join(root, name)
@@ -7349,7 +8071,10 @@ class Daemon(Loop):
             self._ears.close()
         for caller in self._callers:
             caller.dialling.abort()
+            caller.second.abort()
         for run in list(self._runs.values()):
+            if run.watch is not None:
+                run.watch.close()
             if run.process is not None:
                 run.process.join(3.0)
                 run.process.kill()
@@ -7357,6 +8082,11 @@ class Daemon(Loop):
                 self._kill_workers(run)
             self._discard(run)
         self._runs.clear()
+        if self._memory is not None:
+            if self._unkept:
+                self._memory.tear()
+            self._memory.close()
+            self._memory = None
         if self._lock_file is not None:
             self._lock_file.close()
             self._lock_file = None
@@ -7373,7 +8103,8 @@ class Daemon(Loop):
         """The state's, or the end of a runner that does not end; at once when held pipes can be read again."""
         if self._may_let_go() or self._backlog.has_room():
             return self.now
-        times = [self.node.next_timer(), self._hello_at, self._clock_at, *(run.kill_at for run in self._runs.values()), *self._read_later.values(),
+        times = [self.node.next_timer(), self._hello_at, self._clock_at, *(when for run in self._runs.values() for when in run.times()),
+                 *self._read_later.values(),
                  *(caller.dialling.due for caller in self._callers)]
         return min((when for when in times if when is not None), default=None)
 
@@ -7384,9 +8115,16 @@ class Daemon(Loop):
         if isinstance(event, ChildEnded):
             self._reap()
             return
+        if isinstance(event, Digested):
+            self._digested(event)
+            return
         if isinstance(event, DialFailed):
             self._dial_failed(event.peer, event.text)
             return
+        if isinstance(event, Dialled) and isinstance(event.peer, Second):
+            event = self._second_reached(event)
+            if event is None:
+                return
         if isinstance(event, (Arrival, Dialled)):
             link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
             self.attach(link)
@@ -7399,7 +8137,34 @@ class Daemon(Loop):
             event = LinkUp(link.number, link.instance, link.address)
         self._tell(event)
 
-    def _dial_failed(self, caller: _Caller, text: str) -> None:
+    def on_silent(self, link: Link) -> None:
+        """A scheduler that we have dialled is silent: another connection is tried. Others dial us."""
+        for caller in self._callers:
+            if caller.link == link.number and not self.node.stopping:
+                caller.second.start(self.now, self.post, self._reach(caller, max(1.0, link.pulse)))
+
+    def _reach(self, caller: _Caller, patience: float) -> Callable[..., Arrival]:
+        return functools.partial(dial, caller.host, caller.port, derive_key(self._options.secret), Role.NODE, Role.SCHEDULER,
+                                 self._instance, self._tls, patience=patience)
+
+    def _second_reached(self, event: Dialled) -> Optional[Dialled]:
+        """It takes the place of a link that is silent still; None if that has spoken, or another has its place."""
+        caller = event.peer.peer
+        event.peer.ended()
+        old = self.links.get(caller.link)
+        if old is None or not self.is_silent(old):
+            event.sock.close()
+            return None
+        self._break(old, 'nothing was heard for %.0f s, and it was reached anew' % (self.now - old.heard))
+        caller.dialling.due = None
+        return event._replace(peer=caller)
+
+    def _dial_failed(self, caller: Any, text: str) -> None:
+        if isinstance(caller, Second):
+            link = self.links.get(caller.peer.link)
+            if caller.ended(self.now) and link is not None and self.is_silent(link):
+                self.on_silent(link)
+            return
         caller.dialling.ended()
         caller.dialling.again(self.now)
         if caller.told != text and not (caller.told and text == CLOSED_AT_ONCE):   # it refuses us for a while, for the reason told
@@ -7409,8 +8174,7 @@ class Daemon(Loop):
     def _dial_callers(self) -> None:
         for caller in self._callers:
             if caller.dialling.due is not None and caller.dialling.due <= self.now and not self.node.stopping:
-                caller.dialling.start(self.post, caller, functools.partial(
-                    dial, caller.host, caller.port, derive_key(self._options.secret), Role.NODE, Role.SCHEDULER, self._instance, self._tls))
+                caller.dialling.start(self.post, caller, self._reach(caller, HANDSHAKE_TIME))
 
     def _tell(self, event: Any) -> None:
         try:
@@ -7464,7 +8228,7 @@ class Daemon(Loop):
         if isinstance(message, Wrong):
             raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
         if isinstance(message, Introduce):
-            link.pulse = min(max(message.pulse, 0.1), 3600.0)
+            self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
         if not isinstance(message, Pulse):
             if type(message) is Query:
                 self.node.facts['available'] = availability(self._root)
@@ -7481,7 +8245,7 @@ class Daemon(Loop):
                     caller.link = 0
                     caller.dialling.again(self.now, self.now - caller.since)
         elif not channel.worker:
-            self._runner_ended(self._runs[channel.comp])
+            self._look_at_runner(self._runs[channel.comp])
         # A worker's pipe that ends says nothing yet: the runner tells what became of the process.
 
     def end_of_turn(self) -> None:
@@ -7489,9 +8253,7 @@ class Daemon(Loop):
         while self._inbox:
             self.take_events(len(self._inbox))
         for run in list(self._runs.values()):
-            if run.kill_at is not None and self.now >= run.kill_at and run.process is not None:
-                run.kill_at = None
-                run.process.kill()
+            self.guard(run, self._see_to_runner, run)
         if self._clock_at is not None and self.now >= self._clock_at:
             self._look_at_clock(time.localtime())
         self.guard(None, self._flush)
@@ -7571,11 +8333,16 @@ class Daemon(Loop):
             private = os.path.join(self._root, 'p-' + comp)
             if spec['dest_path']:
                 parts = check_name(spec['dest_path'])
-                if _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-') or parts[0] in ('lock', NODE_MARK) or parts[0].startswith('user-'):
+                if _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-', 'g-') or parts[0] in ('lock', 'memory', NODE_MARK) or parts[0].startswith('user-'):
                     raise ValueError('dest_path %.100r begins as names of the node itself do; choose another' % spec['dest_path'])
                 directory = os.path.join(self._root, *parts)
             else:
                 directory = os.path.join(self._root, ('k-' if keep else 'c-') + comp)
+            unknown = Digests.unknown(directory, spec['files']) if self._options.user is None else []   # a thread has no rights of its own
+            if unknown and comp not in self._digesting:
+                self._digest(action, unknown)
+                return
+            self._digesting.discard(comp)
             with self._as_user():
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.makedirs(private, mode=0o700, exist_ok=True)
@@ -7583,9 +8350,23 @@ class Daemon(Loop):
                 missing = run.receiver.want(Purpose.DEPENDS, spec['files'])
                 missing += self._want_modules(run, spec['modules'])
         except (OSError, ValueError, StartError) as exc:
-            self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc))
+            self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc, reason_of(exc)))
         else:
             self.post(Prepared(comp, missing))
+
+    def _digest(self, action: Prepare, paths: Sequence[str]) -> None:
+        """Large files are there from before: whether they are the same is found out beside the loop."""
+        def work() -> None:
+            Digests.learn(paths)
+            self.post(Digested(action))
+        self._digesting.add(action.comp)
+        threading.Thread(target=work, name='dispy-digest', daemon=True).start()
+
+    def _digested(self, event: Digested) -> None:
+        if self.node.is_preparing(event.action.comp):
+            self._prepare(event.action)
+        else:
+            self._digesting.discard(event.action.comp)
 
     def _have_directory(self) -> None:
         """Make the node's directory anew if it has disappeared: what cleans /tmp has removed it. Raises StartError, OSError."""
@@ -7618,6 +8399,12 @@ class Daemon(Loop):
         else:
             self.post(Fetched(action.comp, missing))
 
+    def _want_again(self, action: WantAgain) -> None:
+        run = self._runs.get(action.comp)
+        if run is not None:
+            with self._as_user():
+                self.post(Wanted(action.comp, run.receiver.again()))
+
     def _store(self, action: Store) -> None:
         run = self._runs[action.piece.comp]
         with self._as_user():
@@ -7627,7 +8414,7 @@ class Daemon(Loop):
             whole = not file.error and not run.receiver.wants(Purpose.MODULES)
             if file.purpose == Purpose.MODULES and whole:
                 self._modules.keep(run.private, run.fetched)
-        self.post(Stored(file, not run.receiver.wants(*ASKED_FOR)))
+        self.post(Stored(file, not run.receiver.wants(*ASKED_FOR), run.receiver.code))
 
     def _discard(self, run: _Run) -> None:
         with self._as_user():
@@ -7649,8 +8436,10 @@ class Daemon(Loop):
             self._have_directory()
             self._shelf(action.comp).append(action.owner, action.rows, action.digest)
         except (OSError, ValueError, StartError) as exc:
+            self._unkept.add(action.comp)
             self.post(Kept(action.comp, [], str(exc)))
         else:
+            self._unkept.discard(action.comp)
             self._tell(Kept(action.comp, [row[0] for row in action.rows]))
 
     def _find_kept(self) -> None:
@@ -7695,7 +8484,23 @@ class Daemon(Loop):
                 if link in self.links:
                     self._backlog.add_results(link, comp, self._kept_rows(link, comp))
 
+    def _remember(self, action: Remember) -> None:
+        if self._memory is not None:
+            self._memory.write(action.comp, action.past)
+
+    def _note_overrun(self, action: NoteOverrun) -> None:
+        run = self._runs.get(action.comp)
+        if run is not None:
+            try:
+                with self._as_user():
+                    Slots.mark_unknown(run.private)
+            except OSError as exc:
+                logger.error('it cannot be noted that not all is known that has begun: %s', exc)
+                if self._memory is not None:
+                    self._memory.tear()
+
     def _forget(self, action: Forget) -> None:
+        self._unkept.discard(action.comp)
         self._backlog.drop(action.comp)
         self._shelf(action.comp).remove()
 
@@ -7706,7 +8511,7 @@ class Daemon(Loop):
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:   # no descriptors
-            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % exc))
+            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), code='process'))
             return
         link = self.links.get(action.link)
         address = (self._options.ext_hosts[:1] or (plain_address(link.sock.getsockname()[0]) if link is not None else '127.0.0.1',))[0]
@@ -7717,12 +8522,13 @@ class Daemon(Loop):
         except OSError as exc:
             ours.close()
             run.process = None
-            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % exc))
+            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), code='process'))
             return
         finally:
             theirs.close()
         run.control = Pipe(ours, action.comp)
         self.attach(run.control)
+        run.watch = RunnerWatch(self, run.process.pid, functools.partial(self._look_at_runner, run))
         init = {'name': spec['name'], 'sys_path': spec['sys_path'], 'argv': spec['argv'],
                 'bundles': any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']), 'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
                 'support': {name: bytes(source) for name, source in spec['support'].items()},
@@ -7744,21 +8550,77 @@ class Daemon(Loop):
         else:
             run.process.terminate()
 
-    def _runner_ended(self, run: _Run) -> None:
-        run.process.join(GRACE)
-        code = run.process.exitcode
-        if code is None:
+    def _look_at_runner(self, run: _Run) -> None:
+        """Its process has ended, or its socket alone: it is on its way out, or a job or setup has closed that."""
+        if run.process is None:
+            return
+        if run.process.exitcode is not None:
+            self._runner_ended(run)
+            return
+        if run.control is not None and run.control.dirty is None and run.kill_at is None:
+            run.kill_at = self.now + GRACE
+        if run.watch is not None:
+            run.watch.look_at = self.now + RunnerWatch.SOON
+
+    def _see_to_runner(self, run: _Run) -> None:
+        """Kill it if it is to be killed or does not answer; look at it if it cannot be watched otherwise."""
+        if run.process is None or run.watch is None:
+            return
+        if run.kill_at is not None and self.now >= run.kill_at:
+            run.kill_at = None
             run.process.kill()
-            run.process.join()
+            run.watch.killed_at = self.now
+        if run.watch.is_silent(self.now, run.up and not run.closing and self.node.has_jobs(run.comp)):
+            run.text = 'the runner process did not answer for %d s and was killed' % RUNNER_SILENT
+            run.process.kill()
+            run.watch.killed_at = self.now
+        elif run.watch.shall_ask and run.control is not None and run.control.dirty is not None:
+            run.control.push(pack_record(Kind.ASK))
+        if run.watch.is_undead(self.now):
+            logger.error('runner process %d was killed and has not ended (uninterruptible)', run.process.pid)
+            self._runner_ended(run)
+        elif run.watch.look_at is not None and self.now >= run.watch.look_at:
+            run.watch.look_at = run.watch.next_look(self.now)
+            self._look_at_runner(run)
+
+    def _runner_ended(self, run: _Run) -> None:
+        """What it and its workers wrote before is read first: the rest of what they had never began, but for what they noted."""
+        code = run.process.exitcode
         self._kill_workers(run)
-        for pipe in run.pipes.values():
-            self.detach(pipe)
-        run.process.close()
+        self._read_out(run)
+        begun = None
+        with contextlib.suppress(OSError):   # no descriptors: then nobody knows
+            begun = Slots.read(run.private)
+        for pipe in (*run.pipes.values(), run.control):
+            if pipe is not None:
+                self.detach(pipe)
+        if run.watch is not None:
+            run.watch.close()
+        if code is not None:
+            run.process.close()
         run.process = None
         if os.getpid() == 1:
             self._reap()
         self._discard(self._runs.pop(run.comp))
-        self._tell(RunnerGone(run.comp, run.text or exit_text(code), run.unloadable))
+        passes = not run.text and code in (None, -signal.SIGTERM, -getattr(signal, 'SIGKILL', signal.SIGTERM))
+        self._tell(RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun, 'process' if passes else 'setup'))
+
+    def _read_out(self, run: _Run) -> None:
+        try:
+            while run.control is not None and run.control.dirty is not None:
+                records = run.control.records(self.now)
+                for record in records:
+                    self._from_runner(run, record)
+                if not records:
+                    break
+        except (LinkBroken, PeerError, OSError) as exc:
+            logger.debug('the socket of a runner: %s', exc)   # its end, which is what we see to
+        for pipe in list(run.pipes.values()):
+            try:
+                while pipe.dirty is not None and self._from_worker(pipe):
+                    continue
+            except (LinkBroken, PeerError, OSError) as exc:
+                logger.debug('the pipe of a worker: %s', exc)   # as above
 
     @staticmethod
     def _kill_workers(run: _Run) -> None:
@@ -7771,6 +8633,10 @@ class Daemon(Loop):
                 run.kill(worker)
 
     def _from_runner(self, run: _Run, record: Record) -> None:
+        if run.watch is not None:
+            run.watch.answered()
+        if record.kind == Kind.ALIVE:
+            return
         if record.kind == Kind.UP:
             run.up = True
             self._tell(RunnerUp(run.comp, _notes_of(record.bodies[0])))
@@ -7789,6 +8655,11 @@ class Daemon(Loop):
             if not -256.0 <= record.start <= 1 << 32:   # Windows has exit codes of 32 bits
                 raise PeerError('an exit code that is none')
             self._worker_ended(run, record)
+        elif record.kind == Kind.UNBORN:
+            pipe = run.pipes.pop(record.number, None)
+            if pipe is not None:
+                self.detach(pipe)
+            self._tell(WorkerUnborn(record.number, bytes(record.bodies[0]).decode('utf-8', 'replace')))
         elif record.kind == Kind.TOO_BIG:
             self._tell(WorkerTooBig(record.number, record.serial))
         elif record.kind == Kind.PRINTED:
@@ -7897,7 +8768,7 @@ class Daemon(Loop):
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:   # no descriptors
-            self._tell(WorkerUnborn(action.worker, str(exc)))
+            self._tell(WorkerUnborn(action.worker, shortage(exc)))
             return
         for sock in (ours, theirs):
             set_option(sock, socket.SOL_SOCKET, 'SO_SNDBUF', 1 << 20)
@@ -7970,6 +8841,50 @@ def _keep(body: memoryview) -> Buffer:
     return bytes(body) if len(body) < OUT_OF_BAND else body
 
 
+def shortage(exc: BaseException) -> str:
+    """Why a process could not be made, with the limit that was met and what raises it."""
+    number = getattr(exc, 'errno', None)
+    limits = {errno.EMFILE: ('RLIMIT_NOFILE', 'no more descriptors: limit %s; raise it with ulimit -n'),
+              errno.EAGAIN: ('RLIMIT_NPROC', 'no more processes: limit %s; raise it with ulimit -u, or pids.max of the cgroup')}
+    if number in limits:
+        name, text = limits[number]
+        return text % _limit_of(name)
+    if number == errno.ENOSPC:
+        return 'no more room or no more files on the disk: %s' % exc
+    if number == errno.ENOMEM or isinstance(exc, MemoryError):
+        return 'no more memory'
+    return str(exc)
+
+
+def _limit_of(name: str) -> str:
+    """A limit of this process for people; of processes also that of its cgroup, which may be lower."""
+    found = []
+    try:
+        import resource
+        soft = resource.getrlimit(getattr(resource, name))[0]
+        if soft != resource.RLIM_INFINITY:
+            found.append(soft)
+    except (ImportError, AttributeError):
+        logger.debug('there is no %s here', name)
+    if name == 'RLIMIT_NPROC':
+        found += _cgroup_pids()
+    return str(min(found)) if found else 'of the system'
+
+
+def _cgroup_pids() -> List[int]:
+    """Limits of processes by the cgroups that this process is in (Linux)."""
+    found = []
+    with contextlib.suppress(OSError, ValueError), open('/proc/self/cgroup') as file:
+        for line in file:
+            _, controllers, path = line.rstrip('\n').split(':', 2)
+            if controllers not in ('', 'pids'):
+                continue
+            below = os.path.join('/sys/fs/cgroup', controllers, path.lstrip('/'))
+            with contextlib.suppress(OSError, ValueError), open(os.path.join(below, 'pids.max')) as limit:
+                found.append(int(limit.read()))   # 'max' is no number
+    return found
+
+
 def exit_text(code: Optional[int]) -> str:
     """What an exit code says, in words."""
     if code is None or code >= 0:
@@ -8034,19 +8949,40 @@ def default_directory(port: int) -> str:
     return os.path.join(tempfile.gettempdir(), 'dispy-%s' % user, 'node-%d' % port)
 
 
-def _lock(path: str, port: int) -> Any:
-    """Take the lock file or raise StartError naming who has it. Released by the system when the process ends."""
+def machine() -> str:
+    """What this machine is known by while it runs; empty where nothing tells. Containers of one machine have the same."""
+    try:
+        with open('/proc/sys/kernel/random/boot_id') as file:
+            return file.read().strip()
+    except OSError:
+        return ''
+
+
+def _try_lock(file: Any, shared: bool = False) -> None:
+    if os.name == 'nt':
+        import msvcrt
+        # One byte is locked, at the file's position, which must be the same for all. It lies
+        # beyond the text because nobody else can read a byte that is locked.
+        file.seek(1 << 30)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        import fcntl
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+
+
+def _lock(path: str, port: int, instance: bytes = b'') -> Any:
+    """Take the lock file or raise StartError naming who has it. Released by the system when the process ends. Clients look
+    for a moment whether it is locked, so that it is tried several times."""
     file = open(path, 'a+')
     try:
-        if os.name == 'nt':
-            import msvcrt
-            # One byte is locked, at the file's position, which must be the same for all. It lies
-            # beyond the text because nobody else can read a byte that is locked.
-            file.seek(1 << 30)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in reversed(range(5)):
+            try:
+                _try_lock(file)
+                break
+            except OSError:
+                if not left:
+                    raise
+                time.sleep(0.02)
     except OSError as exc:
         file.seek(0)
         holder = file.read(200).strip()
@@ -8054,9 +8990,58 @@ def _lock(path: str, port: int) -> Any:
         raise StartError('the directory %s is in use by a dispynode (%s): choose another with --dest-path-prefix'
                          % (os.path.dirname(path), holder or 'no PID is noted')) from exc
     file.truncate(0)
-    file.write('PID %d, port %d\n' % (os.getpid(), port))
+    file.write('PID %d, port %d\n%s' % (os.getpid(), port, 'instance %s\n' % instance.hex() if instance else ''))
     file.flush()
     return file
+
+
+class Remains:
+    """What a node whose process has ended has left on this machine, read by a client that was connected to it.
+
+    That nothing listens at an address proves nothing: it may be a forwarder's. The node's lock file does, if it names the
+    process that was connected and is not locked.
+    """
+
+    def __init__(self, lock: Any, instance: bytes) -> None:
+        """`lock`: machine and path of the lock file, as the node has told."""
+        self._machine = self._path = ''
+        if type(lock) is tuple and [type(part) for part in lock] == [str, str]:
+            self._machine, self._path = lock
+        self._instance = instance
+
+    def has_ended(self) -> bool:
+        """Whether the process has ended, for certain."""
+        if not self._machine or self._machine != machine() or os.name == 'nt':
+            return False
+        try:
+            with open(self._path, 'r+') as file:
+                named = 'instance %s' % self._instance.hex() in file.read(400)
+                _try_lock(file, shared=True)
+                return named
+        except OSError:   # it is not ours to read, or is locked
+            return False
+
+    def past(self, comp: str, memory: str) -> Past:
+        """What can be known of attempts of a computation; `memory` is what the node's memory was known by."""
+        root = os.path.dirname(self._path)
+        try:
+            with open(os.path.join(root, 'memory')) as file:
+                whole = memory != '' and file.read().startswith(memory + ' ')
+            past = Memory.read(root, comp)
+            private = os.path.join(root, 'p-' + comp)
+            if not os.path.isdir(private):   # it has ended in good order, or the computation has
+                return past.and_also(Past(whole=whole))
+            begun = Slots.read(private)
+        except OSError:
+            return Past(whole=False)
+        return past.and_also(Past(whole=whole and begun is not None, lost=begun or frozenset()))
+
+    def kept(self, comp: str) -> List[int]:
+        """Attempts whose results it has kept."""
+        try:
+            return [row[0] for row in Shelf(os.path.join(os.path.dirname(self._path), 'r-' + comp)).rows()]
+        except OSError:   # none, as a rule
+            return []
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -8532,6 +9517,15 @@ def own_host(word: str) -> str:
         raise StartError('%s is no address, name or interface of this host: %s (-i/--host, --ext-host)' % (word, exc)) from exc
 
 
+def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
+    """Addresses to listen at, each once. A wildcard address means all there are, of both families, as when none is given, and
+    is told to nobody: who dials it reaches itself. Raises StartError."""
+    addresses = dict.fromkeys(own_host(word) if word else '' for word in words)
+    if any(not address or ipaddress.ip_address(address).is_unspecified for address in addresses):
+        return ('',)
+    return tuple(addresses)
+
+
 def forget_secret() -> None:
     """The secret that came by the environment has been read: jobs shall find it neither in theirs nor in that of this process."""
     if os.environ.pop('DISPY_SECRET', None) is not None:
@@ -8654,7 +9648,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             os.initgroups(user.name, user.gid)
         elif hasattr(os, 'geteuid') and os.geteuid() == 0:
             logger.warning('jobs run as root and can read the secret: --user NAME lets them run as another user')
-        daemon = Daemon(Options(cpus, tuple(own_host(host) if host else '' for host in args.host or ('',)), args.port, args.name,
+        daemon = Daemon(Options(cpus, own_hosts(args.host or ('',)), args.port, args.name,
                                 args.dest_path_prefix, secret, args.certfile, args.keyfile, args.clean, args.embedded,
                                 tuple(map(own_host, args.ext_host or ())), schedulers, args.ipv4_udp_multicast,
                                 'off' if args.embedded else discovery_reach(),

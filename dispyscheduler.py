@@ -51,16 +51,18 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import sys
 import time
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from dispy import (
-    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked,
-    JobState, JobWaits, JobsEnded, JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeOffers, NodeResults, NodeSpec, Peer,
+    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, Asked, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked,
+    JobState, JobWaits, JobsEnded, JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodeResults, NodeSpec, Peer,
     Schedule, SendJobs, UseState, Withdrawn, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, KEY_SIZE, NAME_MOST, NODE_PORT, OF_CLIENTS,
+    ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of,
     PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each,
     FilePiece, FileReceiver, FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
     Outcome, Output, Payload, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
@@ -120,7 +122,7 @@ class State(Database):
             attempt INTEGER, node INTEGER, result BLOB);
         CREATE TABLE nodes (place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT, instance BLOB)
         """   # rows of jobs name others by their places, and hardly grow when they are sent: pages need not be split then
-    COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE = range(8)
+    COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, PAST, PAST_OVER = range(11)
     STATEMENTS = (
         'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
         'DELETE FROM comps WHERE comp = ?',
@@ -129,7 +131,10 @@ class State(Database):
         'UPDATE jobs SET state = 2, payload = NULL, result = ? WHERE number = ?',
         'UPDATE jobs SET state = 3, payload = NULL WHERE number = ?',
         'DELETE FROM jobs WHERE number = ?',
-        'INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?, ?)')
+        'INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?, ?)',
+        'INSERT OR REPLACE INTO memories VALUES (?, ?)',
+        'INSERT OR REPLACE INTO past VALUES (?, ?, ?, ?)',
+        'DELETE FROM past WHERE comp = ?')
 
     def __init__(self, root: str) -> None:
         """Raises DispyError, OSError."""
@@ -154,6 +159,9 @@ class State(Database):
         run("UPDATE own SET value = value + 1 WHERE name = 'starts'")
         # Nodes may still hold results of jobs that are not here any more: their numbers are not given twice.
         self.number: int = max(*run("SELECT value << 30, (SELECT coalesce(max(number), 0) FROM jobs) FROM own WHERE name = 'starts'").fetchone())
+        run('CREATE TABLE IF NOT EXISTS past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)')   # of what was given up
+        run('CREATE TABLE IF NOT EXISTS memories (place INTEGER PRIMARY KEY, memory TEXT)')                # of nodes
+        run('DELETE FROM past WHERE at < ?', (time.time() - PAST_TIME,))
         self._comps: Dict[str, int] = dict(run('SELECT comp, place FROM comps'))
         self._places: Dict[str, int] = dict(run('SELECT key, place FROM nodes'))
         self._newest = itertools.count(1 + max([0, *self._comps.values(), *self._places.values()]))
@@ -200,6 +208,18 @@ class State(Database):
         if key not in self._places:
             self._places[key] = next(self._newest)
         self.note(self.NODE, self._places[key], key, peer.host, peer.port, peer.name, peer.instance)
+        self.note(self.MEMORY, self._places[key], peer.memory)
+
+    def gave_up(self, comp: str, serials: Sequence[int], text: str) -> None:
+        """What a program did not come back for; the numbers are its own."""
+        self.note(self.PAST, comp, time.time(), struct.pack('>%dQ' % len(serials), *serials), text)
+
+    def past(self, comp: str) -> Past:
+        """What is known of the jobs of a computation that is not here any more."""
+        row = self._db.execute('SELECT serials, text FROM past WHERE comp = ?', (comp,)).fetchone()
+        if row is None:
+            return Past()
+        return Past(given_up=frozenset(struct.unpack('>%dQ' % (len(row[0]) // 8), row[0])), text=row[1])
 
     # -- jobs -----------------------------------------------------------------------------------------------
 
@@ -412,6 +432,10 @@ class State(Database):
         """Rows (key, host, port, name, instance)."""
         return [(_key_of(key), *rest) for key, *rest in self._db.execute('SELECT key, host, port, name, instance FROM nodes')]
 
+    def memories(self) -> Dict[Any, str]:
+        """What the memories of nodes were known by, by keys of nodes."""
+        return {_key_of(key): memory for key, memory in self._db.execute('SELECT key, memory FROM nodes JOIN memories USING (place)')}
+
     def close(self) -> None:
         """Let go of it. A row whose large file could not be written is not written either: the other side has it still."""
         if self.commit() or not self._large:
@@ -470,6 +494,7 @@ class Absence:
         # When it is gone, when its process is looked for next
         self._until = self.look_at = math.inf
         self.gone = False
+        self.for_good = False    # nobody can come back: its process has ended
         # Jobs on nodes that are cancelled if they have not begun
         self.dropping: Set[Any] = set()
         # Serials of jobs that were cancelled so, to their numbers
@@ -484,12 +509,13 @@ class Absence:
     def end(self) -> None:
         """The program is connected."""
         self._until = self.look_at = math.inf
-        self.gone = False
+        self.gone = self.for_good = False
 
     def is_over(self, now: float) -> bool:
         """Look for it, when `look_at` has come: whether it is gone now."""
         self.look_at = min(self._until, now + GONE_LOOKS)
-        if now >= self._until or has_ended(self._process):
+        self.for_good = bool(has_ended(self._process))
+        if now >= self._until or self.for_good:
             self.gone, self.look_at = True, math.inf
         return self.gone
 
@@ -518,7 +544,8 @@ class Remote:
         self.receiver = FileReceiver(roots, most, TOO_LARGE, 'at the scheduler: ')
         os.makedirs(directory + MODULES_OF, mode=0o700, exist_ok=True)
         # Rows of files and of modules to be had, and who waits for them.
-        self.wanted: Deque[Tuple[list, list, Callable[[str], None]]] = collections.deque()
+        self.wanted: Deque[Tuple[list, list, Callable[..., None]]] = collections.deque()
+        self.compared: Optional[list] = None      # rows of files that were compared beside the loop
         self.ready = False
         self.works: Dict[int, RemoteWork] = {}    # by the program's serials
         self.ended: Dict[int, int] = {}           # the same of jobs that have ended and are not acknowledged, to their numbers
@@ -529,6 +556,8 @@ class Remote:
         # Serial of a job that sends a file -> the link that it goes along, and its name.
         self.files: Dict[int, Tuple[int, str]] = {}
         self.given_up_at = math.inf               # when, if its program does not come back
+        self.rests_at = math.inf                  # when it lets its nodes go, if its program is not back and it has no jobs
+        self.rests = False                        # it has none: only results are kept, as files
         self.number, self.since, self.program = 0, 0.0, ''   # for monitors: what it is called, since when it is here, whose it is
         self.ends = [0, 0, 0]                     # jobs done, failed, cancelled
         self.ended_at: Dict[Any, List[float]] = {}   # node -> jobs ended there, seconds that they ran
@@ -1062,12 +1091,14 @@ class Scheduler(Driver):
     def _restore(self) -> None:
         """What an earlier run has left: jobs that waited wait, those on nodes are there until these come back or are given up."""
         places = {}
+        memories = self._state.memories()
         for key, host, port, name, instance in self._state.nodes():
             places[key] = (host, port, name, instance)
         for comp, client, spec in self._state.comps():
             remote = self._make_remote(comp, client, spec)
             remote.ready = True
             remote.given_up_at = self.now + self._options.zombie
+            remote.rests_at = self.now + ORPHAN_TIME
             remote.absence.begin(self.now, self._options.gone)
             waiting: List[RemoteWork] = []
             sent: Dict[Any, List[RemoteWork]] = {}
@@ -1087,7 +1118,7 @@ class Scheduler(Driver):
                 host, port, name, instance = places[key]
                 if key not in self._peers:
                     peer = self._peers[key] = Peer(host, port, self.access.redial)
-                    peer.key, peer.instance, peer.name = key, instance, name
+                    peer.key, peer.instance, peer.name, peer.memory = key, instance, name, memories.get(key, '')
                     if not port:
                         peer.dialling.due = None
                         peer.move('dial')
@@ -1095,6 +1126,7 @@ class Scheduler(Driver):
                     self._take(peer, 'house', NodeSpec(host, port))
                 elif self._peers[key].link is None:
                     self._peers[key].instance = instance   # or nobody would see that its process is another
+                    self._peers[key].memory = memories.get(key, '')
                 self._act(self.schedule.handle(NodeHad(key, comp, works, name, self.now + RETURN_TIME), self.now))
             self._submitted.extend(waiting)  # type: ignore[arg-type]
             if remote.works or remote.ended:
@@ -1220,9 +1252,31 @@ class Scheduler(Driver):
         remote.outbox = []
         if self.now >= remote.absence.look_at and remote.absence.is_over(self.now):
             self._drop_waiting(remote)
+        if self.now >= remote.rests_at and link is None and not remote.works:
+            self._rest(remote)
         if self.now >= remote.given_up_at and link is None and not remote.works:
             logger.warning('%s: its program has not come back: %d results are given up', remote.name, len(remote.ended))
+            if remote.ended:
+                self._state.gave_up(remote._comp, list(remote.ended), 'the scheduler gave up its result after %g s (--zombie-interval)'
+                                    % self._options.zombie)
             self._over(remote)
+
+    def _rest(self, remote: Remote) -> None:
+        """All that a program which is gone may still collect has ended: its nodes are let go, their processes and files too."""
+        if not remote.ended or remote.absence.for_good:
+            logger.info('%s: its program is gone, and nothing is left for it', remote.name)
+            self._over(remote)
+            return
+        if remote.rests:
+            return
+        logger.info('%s: its program is gone; %d results wait for it', remote.name, len(remote.ended))
+        remote.rests = True
+        for peer in self.peers_of(remote._comp):
+            self._done(peer, remote._comp)
+            self._act(self.schedule.handle(NodeLeft(peer.key, remote._comp, str(peer), 'its program is gone'), self.now))
+            del peer.uses[remote._comp]
+            self._drop_unused(peer)
+        self._reassign = True
 
     def next_timer(self) -> Optional[float]:
         """The driver's, a new try to write, results from the disk."""
@@ -1230,7 +1284,8 @@ class Scheduler(Driver):
             return self._stuck_until
         if self._backlog.has_room():
             return self.now
-        given_up = [remote.given_up_at for remote in self._clusters.values() if isinstance(remote, Remote) and remote.link not in self.links
+        given_up = [remote.given_up_at if remote.rests else min(remote.rests_at, remote.given_up_at)
+                    for remote in self._clusters.values() if isinstance(remote, Remote) and remote.link not in self.links
                     and not remote.works]
         if self._unread_until < math.inf:
             given_up.append(self._unread_until)
@@ -1304,6 +1359,7 @@ class Scheduler(Driver):
                        if isinstance(remote, Remote) and remote.link == channel.number]:
             remote.link = 0
             remote.given_up_at = self.now + self._options.zombie
+            remote.rests_at = self.now + ORPHAN_TIME
             remote.absence.begin(self.now, self._options.gone)
             for call in list(remote.calls.values()):
                 call(('RuntimeError', 'its program is not connected'), None)
@@ -1335,9 +1391,9 @@ class Scheduler(Driver):
         return remote if isinstance(remote, Remote) else None
 
     def _c_introduce(self, link: Link, message: Introduce) -> None:
-        link.pulse = min(max(message.pulse, 0.1), 3600.0)
+        self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
         self._sessions[link.number].names[0] = message.name[:200]
-        facts = {'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'role': 'scheduler'}
+        facts = {'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'role': 'scheduler', 'memory': self.instance.hex()}
         self.say(link, Welcome('dispyscheduler', ENDLESS, facts))
 
     def _c_compute(self, link: Link, message: Compute) -> None:
@@ -1348,6 +1404,7 @@ class Scheduler(Driver):
                 return
             if remote.link in self.links and remote.link != link.number:
                 self._break(self.links[remote.link], 'its program has connected anew')
+            again = remote.link == link.number   # a Reclaim on this link was answered
             self._came_back(remote, link)
             if remote.ready and remote.told_at == (link.number, self.now):
                 return   # it asks again and again in one breath; the answer may be long
@@ -1355,7 +1412,8 @@ class Scheduler(Driver):
                 remote.told_at = (link.number, self.now)
                 self._send_again(remote, link)
                 self.say(link, Ready(message.comp, [*remote.works, *remote.ended]))
-                self._resend(remote)
+                if not again:
+                    self._resend(remote)
                 for peer in self.peers_of(message.comp):   # perhaps because its program could not be asked
                     if peer.uses[message.comp].state is UseState.REFUSED:
                         self._set_up(peer, message.comp)
@@ -1384,8 +1442,12 @@ class Scheduler(Driver):
             self.quota.moved(remote, link.instance)
             remote.instance = link.instance
         remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
+        remote.rests_at = math.inf
         remote.outbox = []
         self._reassign = True
+        if remote.rests:
+            remote.rests = False
+            self.use(remote._comp, remote._specs)
         absence = remote.absence
         absence.end()
         for work in absence.dropping:   # not answered yet: they wait again
@@ -1428,14 +1490,14 @@ class Scheduler(Driver):
                 'that had not begun (--gone-after); they are sent again' % len(dropped))))
             dropped.clear()
 
-    def _complete(self, remote: Remote, error: str) -> None:
+    def _complete(self, remote: Remote, error: str, code: str = 'transfer') -> None:
         """All files of a new computation are there, or cannot be."""
         link = self.links.get(remote.link)
         if error:
             self._unopened.pop(remote._comp, None)
             remote.remove()
             if link is not None:
-                self.say(link, Refused(remote._comp, 'transfer', error))
+                self.say(link, Refused(remote._comp, code, error))
             return
         if self._unopened.pop(remote._comp, None) is None:
             return
@@ -1443,7 +1505,7 @@ class Scheduler(Driver):
         self._state.began(remote)
         self._open_remote(remote)
         if link is not None:
-            self.say(link, Ready(remote._comp, []))
+            self.say(link, Ready(remote._comp, [], self._state.past(remote._comp).row()))
 
     def _open_remote(self, remote: Remote) -> None:
         self.overview.opened(remote)
@@ -1455,8 +1517,9 @@ class Scheduler(Driver):
     # -- files of programs --------------------------------------------------------------------------------------
 
     def _want(self, remote: Remote, files: list, modules: list,
-              then: Callable[[str], None]) -> None:
-        """Ask the program for files that are not here; `then` is called when all are, or with what went wrong."""
+              then: Callable[..., None]) -> None:
+        """Ask the program for files that are not here; `then` is called when all are, or with what went wrong and its
+        code (of REASONS)."""
         remote.wanted.append((files, modules, then))
         if len(remote.wanted) == 1:
             self._want_next(remote)
@@ -1464,12 +1527,17 @@ class Scheduler(Driver):
     def _want_next(self, remote: Remote) -> None:
         while remote.wanted:
             files, modules, then = remote.wanted[0]
+            unknown = Digests.unknown(remote.directory, files)
+            if unknown and remote.compared is not files:   # large files are there: others do not wait while they are digested
+                remote.compared = files
+                self._openers.run(self._compare, remote, unknown)
+                return
             try:
                 missing = remote.receiver.want(Purpose.DEPENDS, files)
                 missing += remote.receiver.want(Purpose.MODULES, modules)
             except (OSError, ValueError) as exc:
                 remote.wanted.popleft()
-                then('files cannot be stored at the scheduler: %s' % exc)
+                then('files cannot be stored at the scheduler: %s' % exc, reason_of(exc))
                 continue
             if missing:
                 link = self.links.get(remote.link)
@@ -1478,6 +1546,11 @@ class Scheduler(Driver):
                 return
             remote.wanted.popleft()
             then('')
+
+    def _compare(self, remote: Remote, paths: Sequence[str]) -> None:
+        """An opener."""
+        Digests.learn(paths)
+        self.post(Asked(functools.partial(self._want_next, remote), None))
 
     def _c_file_piece(self, link: Link, message: FilePiece) -> None:
         """Files for nodes come here first."""
@@ -1493,7 +1566,7 @@ class Scheduler(Driver):
             self.say(link, stored)
         elif stored.error or not remote.receiver.wants(*ASKED_FOR):
             then = remote.wanted.popleft()[-1]
-            then(stored.error)
+            then(stored.error, remote.receiver.code)
             self._want_next(remote)
 
     def _c_file_stored(self, link: Link, message: FileStored) -> None:
@@ -1568,6 +1641,7 @@ class Scheduler(Driver):
         if remote is not None and remote.link == link.number:
             self._unopened.pop(message.comp, None)
             self._over(remote)
+        self._state.note(self._state.PAST_OVER, message.comp)
 
     def _over(self, remote: Remote) -> None:
         """A computation ends: jobs of it too, on nodes and on the disk."""
@@ -1593,7 +1667,7 @@ class Scheduler(Driver):
     def _c_reclaim(self, link: Link, message: Reclaim) -> None:
         remote = self._clusters.get(message.comp)
         if not isinstance(remote, Remote):
-            self.say(link, Held(message.comp, []))
+            self.say(link, Held(message.comp, [], self._state.past(message.comp).row()))
             return
         if not may_reclaim(remote.digest, message.key):
             logger.warning('%s wants results of a computation and does not have its key', self._sessions[link.number].names[0])
@@ -1664,7 +1738,7 @@ class Scheduler(Driver):
             self.allocate(comp, specs_of(args[0]))
             answer(None)
         elif name == 'leave' and len(args) == 4:   # with files as they are now
-            def complete(error: str) -> None:
+            def complete(error: str, code: str = '') -> None:
                 if not error:
                     self.leave(comp, *args[:3])
                 answer(None, ('OSError', error) if error else ())
@@ -1690,8 +1764,8 @@ class Scheduler(Driver):
         else:
             raise ValueError('%.40r cannot be asked of a scheduler' % name)
 
-    def _cargo_changes(self, remote: Remote, rows: list, then: Callable[[str], None]) -> None:
-        def complete(error: str) -> None:
+    def _cargo_changes(self, remote: Remote, rows: list, then: Callable[..., None]) -> None:
+        def complete(error: str, code: str = '') -> None:
             if not error:
                 remote.take_spec(dict(remote._cargo.spec, files=rows))
                 self._state.began(remote)
@@ -1719,7 +1793,7 @@ class Scheduler(Driver):
             if not error:
                 self._packed_source(cluster, peer, link, (bytes(value[0]), value[1]))
             elif cluster._comp in self._clusters and peer.link is link and cluster._comp in peer.uses:
-                self._refusal(peer, cluster._comp, 'its source is not to be had: ' + error[1])
+                self._refusal(peer, cluster._comp, 'its source is not to be had: ' + error[1], 'source')
         self._ask(cluster, 'source', (), told)
 
     def _ask_allocator(self, allocator: Any, cluster: Any, peer: Peer, link: Link) -> None:
@@ -1732,8 +1806,9 @@ class Scheduler(Driver):
             cpus, setup_args, rows, modules = value
             paths = {row[0]: os.path.join(cluster.directory, *row[0].split('/')) for row in rows}
             self._bring_modules(cluster, modules)
-            self._want(cluster, rows, modules, lambda failed: self._allocated(
+            self._want(cluster, rows, modules, lambda failed, code='': self._allocated(
                 cluster._comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths), failed))
+
         self._ask(cluster, 'allocate', (allocator.number, row), told)
 
     def _bring_modules(self, remote: Remote, rows: list) -> None:
@@ -1920,6 +1995,9 @@ class Scheduler(Driver):
     # -- nodes for one computation alone --------------------------------------------------------------------------
 
     def _set_up(self, peer: Peer, comp: str) -> None:
+        remote = self._clusters.get(comp)
+        if isinstance(remote, Remote) and remote.rests:
+            return
         if not self.overview.keeps(peer, comp):
             super()._set_up(peer, comp)
 

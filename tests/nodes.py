@@ -65,6 +65,8 @@ class SchedulerProcess(NodeProcess):
     """`python dispyscheduler.py` with options."""
 
     def __init__(self, directory, *options, port=0, env=None, script=os.path.join(ROOT, 'dispyscheduler.py')):
+        self.host = '127.0.0.1'
+
         self.directory = str(directory)
         os.makedirs(self.directory, exist_ok=True)
         self._log = os.path.join(self.directory, 'log')

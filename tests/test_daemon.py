@@ -19,6 +19,7 @@ import pytest
 import dispy
 from conftest import ROOT, eventually
 from dispy import DispyJob
+from dispynode import own_hosts
 from dispynode import (
     Hours, Pause, Phase, Release, Resume, SetCpus, StartError, Status, Stop, _parser, parse_arguments, size_option, available_cpus, command,
     find_hours)
@@ -530,3 +531,11 @@ def test_options_of_the_examples_exist():
             line, = [line[len(begin):] for line in file if line.startswith(begin)]
         words = json.loads(line) if line.startswith('[') else line.split()
         assert parsed(*words[2:]).user == 'nobody'
+
+
+@pytest.mark.parametrize('words, hosts', [
+    (('',), ('',)), (('0.0.0.0',), ('',)), (('::',), ('',)), (('127.0.0.1', '0.0.0.0'), ('',)),
+    (('127.0.0.1', 'localhost', '127.0.0.1'), ('127.0.0.1',)), (('127.0.0.1', '127.0.0.2'), ('127.0.0.1', '127.0.0.2'))])
+def test_addresses_to_listen_at(words, hosts):
+    """A wildcard is all addresses and is told to nobody; one that is named twice is one."""
+    assert own_hosts(words) == hosts

@@ -304,7 +304,9 @@ def test_results_that_find_no_room_on_the_disk_stay():
 def test_results_that_nobody_fetches_are_given_up_at_last():
     talk = Talk(zombie=60.0)
     talk.tell(Found('c', b'me', [1, 2], talk.now + 60.0))
-    assert talk.after(59.0) == [] and talk.after(1.0) == [Forget('c')]
+    assert talk.after(59.0) == []
+    remembered, forgotten = talk.after(1.0)
+    assert forgotten == Forget('c') and remembered.past.given_up == {1, 2} and '60 s' in remembered.past.text
 
 
 def test_results_of_a_client_that_made_way_for_another_are_given_up_at_last():
@@ -613,7 +615,7 @@ def test_duplicates_of_jobs_are_ignored():
     talk = Talk(1)
     talk.ready()
     talk.jobs(1, 2, 2)
-    assert talk.jobs(1, 2) == [] and talk.node.held_bytes == 4
+    assert talk.jobs(1, 2) == [] and talk.node.held_bytes == 2   # what waits
     assert fed(talk.results(1, 1)) == [(1, [2])]
     assert talk.jobs(1) == [], 'it has ended and is not acknowledged'
 
@@ -860,7 +862,7 @@ def test_recall_gives_back_what_waits():
     talk.ready()
     talk.jobs(1, 2, 3, 4)
     returned, = said(talk.say(Recall('c', [3, 4])), Returned)
-    assert returned.serials == [3, 4] and talk.node.held_bytes == 4
+    assert returned.serials == [3, 4] and talk.node.held_bytes == 2   # what waits
     actions = talk.say(Recall('c', [1, 2]))
     assert said(actions, Returned) == [Returned('c', [2])] and said(actions, Started) == [Started('c', [(1, 0.0)])]
     assert not said(talk.say(Recall('c', [2, 9])), Returned), 'what is not here was answered'
@@ -1374,7 +1376,7 @@ class Walk:
                 assert not (worker in comp.idle and worker.queue)
             assert set(places) == set(comp.attempts) and set(places.values()) <= {1}
             assert not set(places) & set(comp.unacknowledged)
-            size += sum(size_of(attempt.payload) for attempt in comp.attempts.values())
+            size += sum(size_of(attempt.payload) for attempt in comp.waiting)
             for (given, serial), answer in self.answers.items():
                 assert given != name or serial not in comp.attempts, 'answered and still here'
             if comp.stage is not Stage.CLOSING and comp.link == self.link and self.linked:
@@ -1413,3 +1415,15 @@ class Walk:
 @pytest.mark.parametrize('first', range(0, 240, 20))
 def test_random_walk(first):
     walk_seeds(Walk, first)
+
+
+def test_arguments_of_what_runs_do_not_keep_links_from_being_read():
+    """Only what waits is in the books, also when it comes back from a worker."""
+    talk = Talk(2)
+    talk.ready()
+    talk.jobs(1, 2, 3)
+    assert talk.node.held_bytes == 2 * 1
+    talk.tell(WorkerGone(1, 'killed', 0))   # it had not begun
+    assert talk.node.held_bytes == sum(size_of(attempt.payload) for attempt in talk.node._comps['c'].waiting)
+    talk.say(Done('c'))
+    assert talk.node.held_bytes == 0

@@ -29,6 +29,7 @@ class Connection:
         self._lock = threading.Lock()   # guards those below
         self._copying = 2               # threads
         self.is_open = True
+        self.forgotten = False          # what comes is dropped, without a word
         self.threads = [threading.Thread(target=self._copy, args=(way,), name='proxy-' + way) for way in (UP, DOWN)]
 
     def start(self):
@@ -90,6 +91,7 @@ class Proxy:
         self.connections = []          # all there ever were
         self._faults = {UP: collections.deque(), DOWN: collections.deque()}
         self._lock = threading.Lock()
+        self._swallowed = frozenset()
         self._flows, self._ended = threading.Event(), threading.Event()
         self._flows.set()
         self._listener = self._accepting = None
@@ -177,6 +179,18 @@ class Proxy:
     def resume(self):
         self._flows.set()
 
+    def forget(self):
+        """As a NAT that has forgotten, or after a change of address: what comes on the connections so far is dropped without a
+        word, new ones flow."""
+        for connection in self.open:
+            connection.forgotten = True
+
+    def swallow(self, *ways):
+        """What comes these ways is read and dropped, on all connections; without ways it flows again, on new connections."""
+        self._swallowed = frozenset(ways)
+        if not ways:
+            self.forget()   # a stream with a gap is of no use
+
     def at(self, byte, fault, way=UP):
         """Arm a fault: 'cut' (all bytes before this one arrive, then the end), 'reset', 'hold', 'flip' (the lowest bit of
         that byte), or ('repeat', n): the n bytes before this one are sent once more. Faults of a way are armed in the order
@@ -197,6 +211,8 @@ class Proxy:
 
     def _pass_on(self, connection, way, data):
         """These bytes, with what is to happen to them. A thread a connection and way."""
+        if connection.forgotten or way in self._swallowed:
+            return
         while data and connection.is_open:
             self._flows.wait()
             if self.delay:

@@ -42,8 +42,8 @@ if __name__ == '__main__':
 import dispy
 import dispynode
 from dispy import ENDED, DispyJob, Driver, JobCluster, JobState, Journal
-from dispynode import (PULSE, PULSES_LOST, Ack, Arrival, Bye, Daemon, DialFailed, Dialled, Kept, Lease, LinkBroken, Loop, Options, Outcome,
-                       Pause, Prepared, Release, Results, Resume, RunnerGone, RunnerUp, Session as Handshake, SetCpus, Shelf, Stage, Stop,
+from dispynode import (PULSE, PULSES_LOST, Ack, Arrival, Bye, Daemon, DialFailed, Dialled, Kept, Lease, LinkBroken, Loop, Memory, Options,
+                       Outcome, Pause, Prepared, Release, Remembered, Results, Resume, RunnerGone, RunnerUp, Session as Handshake, SetCpus, Shelf, Stage, Stop,
                        WorkerGone, WorkerResults, WorkerReturned, decode, encode, pieces_of, seal)
 
 SILENCE = PULSE * PULSES_LOST
@@ -148,10 +148,10 @@ class SimLink:
     """Stands in for dispynode.Link."""
     numbers = itertools.count(1)
 
-    def __init__(self, sock, session, address, now, pulse=PULSE):
+    def __init__(self, sock, session, address, now, pulse=PULSE, takes=()):
         self.sock, self.address, self.pulse = sock, address, pulse
         self.number, self.instance, self.role = next(SimLink.numbers), session.peer_instance, session.peer_role
-        self.said = now
+        self.said, self.sent, self.opened = now, 0, 0
         self.on_purpose = self.paused = False
         self.dirty, self.queued, self.wants_write, self.out = None, 0, False, []
         sock.link = self
@@ -175,6 +175,7 @@ class SimLink:
             op, encoding, pieces = encode(message)
             message = decode(op, encoding, memoryview(b''.join(pieces)))
         self.out.append(message)
+        self.sent += 1
         self.dirty[self] = None
 
     def write(self):
@@ -203,6 +204,7 @@ class SimLoop(Loop):
         self.clock = lambda: self.world.now
         self.now, self.links, self.unsent = self.world.now, {}, {}
         self._inbox, self._ended, self._pulse_at = collections.deque(), False, 0.0
+        self._later_broken, self._again = collections.deque(), False
         self.alive, self.stopped = True, False
         self.doomed = None         # where in a turn it is killed
         self.due = None            # when it is woken by its own timer
@@ -226,6 +228,10 @@ class SimLoop(Loop):
 
     def interest(self, channel):
         """There is no selector."""
+
+    def fault(self, subject, exc):
+        """What would end a link or a computation is a fault here."""
+        raise exc
 
     def wake(self):
         """A turn, if there is something to do and it may run."""
@@ -319,10 +325,10 @@ class SimDialling(dispynode.Dialling):
     """Attempts without threads."""
 
     def start(self, post, peer, reach):
-        self.due, self._thread = None, 'dialling'
+        self.due, self._attempt = None, 'dialling'
         post.__self__.world.dial(post.__self__, peer)
 
-    def abort(self):
+    def abort(self, waits=False):
         """The process has ended."""
 
 
@@ -363,19 +369,19 @@ class SimJournal(Journal):
     def commit(self):
         if self.driver is not None:
             self.driver.may_die('before it commits')
-        super().commit()
+        return super().commit()
 
 
 class SimShelf(Shelf):
     """The real one, on a disk that may be full or slow, of a daemon that may be killed while it writes."""
     daemon = None
 
-    def append(self, owner, rows):
+    def append(self, owner, rows, digest):
         daemon = self.daemon
         if daemon.home.full_until > daemon.now:
             raise OSError(errno.ENOSPC, 'No space left on device')
         before = os.path.getsize(self.path) if os.path.exists(self.path) else 0
-        super().append(owner, rows)
+        super().append(owner, rows, digest)
         if daemon.doomed == 'while it writes':
             os.truncate(self.path, daemon.world.rng.randint(before, os.path.getsize(self.path)))
             raise Killed
@@ -392,6 +398,11 @@ class SimDaemon(Daemon, SimLoop):
         self.instance, self.workers = bytes(self.world.rng.getrandbits(8) for _ in range(16)), {}
         self.runners = {}          # computation -> its runner
         self._base = self._root = home.directory
+        self._memory = Memory(self._base)
+        self.node.facts['memory'] = self._memory.ident
+        for comp, past in self._memory.begin({comp: frozenset(begun) for comp, begun in home.begun.items()}).items():
+            self._tell(Remembered(comp, past))
+        home.begun.clear()
         self._find_kept()
 
     def _shelf(self, comp):
@@ -450,6 +461,7 @@ class SimDaemon(Daemon, SimLoop):
 
     def end(self):
         assert not any(comp.attempts for comp in self.node._comps.values()), 'it ends and has not answered for all'
+        self.home.begun.clear()   # as its directories go
         self.world.kill(self)
         self.world.at(self.world.now + self.world.rng.expovariate(1 / 10), self.home.start)
 
@@ -475,6 +487,7 @@ class Worker:
             self.running = 0
             return
         self.running, payload = self.queue.popleft()
+        self.daemon.home.begun.setdefault(self.comp, set()).add(self.running)
         self.job = self.world.started(self, payload)
         self.began, self.ticket = self.world.now, self.ticket + 1
         self.daemon.later(self.job.took, self.finish, self.ticket)
@@ -526,6 +539,7 @@ class Host:
         self.world, self.name, self.cpus = world, name, cpus
         self.directory = os.path.join(world.directory, name)
         self.full_until = self.slow_until = 0.0
+        self.begun = {}            # computation -> serials that its workers have noted, until the next daemon reads it
         self.daemon = None
         os.mkdir(self.directory)
         self.start()
@@ -1055,7 +1069,8 @@ class World:
             assert node.free == node.cpus and not node._workers and not node._comps, '%s is not free at the end: %s' % (
                 home.name, [(comp.stage, len(comp.attempts), len(comp.unacknowledged)) for comp in node._comps.values()])
             assert node.lease is Lease.FREE and node.held_bytes == 0
-            assert not node.shelf and not os.listdir(home.directory), 'results are left on the disk of %s' % home.name
+            left = [name for name in os.listdir(home.directory) if name != 'memory' and not name.startswith('g-')]   # numbers, for a month
+            assert not node.shelf and not left, 'results are left on the disk of %s: %s' % (home.name, left)
         left = [job.number for job in self.jobs.values() if job.status is None]
         assert not left, 'never ended: %s' % left[:20]
 

@@ -272,3 +272,25 @@ with dispy.JobCluster(compute, nodes='local', pulse_interval=0.2) as cluster:
     done = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, PYTHONPATH=path, TEST_CLOCK=str(tmp_path / 'step')),
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=60)
     assert done.stdout == 'True\n', done.stdout
+
+
+def say(text):
+    print(text)
+    return text
+
+
+def test_what_found_no_room_is_not_taken_for_the_output_of_another_job(tmp_path, small_disk):
+    """The job's stderr says what is lost of its own; the job that prints when there is room again has its own text alone."""
+    with NodeProcess(tmp_path / 'node', '--dest-path-prefix', small_disk, cpus=1) as node:
+        with dispy.JobCluster(say, nodes=[node.address]) as cluster:
+            assert cluster.submit('first')(30) == 'first'
+            filler = fill(small_disk)
+            jobs = [cluster.submit('text %d' % number) for number in range(3)]
+            assert cluster.wait(30)
+            os.unlink(filler)
+            last = cluster.submit('last')
+            assert last(30) == 'last'
+    assert last.stdout == 'last\n' and not last.stderr
+    for number, job in enumerate(jobs):
+        assert job.stdout == 'text %d\n' % number or (job.stdout == '' and 'is lost' in job.stderr), (job.stdout, job.stderr)
+    assert any('is lost' in job.stderr for job in jobs)

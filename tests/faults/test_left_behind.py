@@ -1,0 +1,108 @@
+"""A program that is gone holds no node, no process and no memory once what it may still collect has ended."""
+
+import gc
+import os
+import signal
+import weakref
+
+import pytest
+
+import dispy
+from clients import Client
+from conftest import eventually
+from ledger import Ledger
+from nodes import NodeProcess, SchedulerProcess
+from test_known import There, program
+from test_runners import runners_of
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(tmp_path / 'ledger')
+
+
+def answer():
+    return 42
+
+
+@pytest.mark.parametrize('kept', [False, True])
+def test_a_program_of_a_scheduler_that_was_killed_holds_no_node(tmp_path, ledger, kept):
+    """Another cluster that wants the node has it soon; results that are kept are files, and are had by who comes back."""
+    with NodeProcess(tmp_path / 'node', cpus=1) as node, \
+            SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % node.port) as scheduler:
+        with Client(program('SharedJobCluster', '''
+cluster_ = make(KIND, recover_file=directory + '/file' if %r else None)
+cluster_.submit(path, 'first')()
+if %r:
+    cluster_.submit(path, 'second', 1.0)
+    while len(Ledger(path).attempts()) < 2:
+        time.sleep(0.01)
+print('ready', flush=True)
+time.sleep(600)
+''' % (kept, kept)), ledger.path, There(scheduler.address)) as client:
+            client.kill()
+        assert runners_of(node)
+        eventually(lambda: not runners_of(node), 20, 'the end of the runner')
+        with dispy.JobCluster(answer, nodes=[node.address]) as cluster:
+            assert cluster.submit()(30) == 42
+        if kept:
+            found = dispy.recover_jobs(str(tmp_path / 'file'), timeout=20)
+            assert sorted(job.result for job in found) == ['first', 'second']
+
+
+def test_a_program_that_comes_back_has_its_nodes_again(tmp_path, ledger):
+    """It was stopped for so long that they were let go."""
+    with NodeProcess(tmp_path / 'node', cpus=1) as node, \
+            SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % node.port) as scheduler:
+        with Client(program('SharedJobCluster', '''
+with make(KIND, pulse_interval=0.2, ping_interval=0.5) as cluster_:
+    job = cluster_.submit(path, 'first', 3.0)
+    while len(Ledger(path).attempts()) < 1:
+        time.sleep(0.01)
+    print('ready', flush=True)
+    print(job())
+    print(cluster_.submit(path, 'second')())
+'''), ledger.path, There(scheduler.address)) as client:
+            client.process.send_signal(signal.SIGSTOP)
+            eventually(lambda: not runners_of(node), 30, 'the end of the runner')
+            client.process.send_signal(signal.SIGCONT)
+            assert [line for line in client.rest().splitlines() if line in ('first', 'second')] == ['first', 'second']
+    assert len(ledger.attempts()) == 2
+
+
+class Large:
+    """A result that can be seen to be gone."""
+
+    def __init__(self):
+        self.data = bytes(1000)
+
+
+def large():
+    return Large()
+
+
+def test_the_last_result_of_a_cluster_is_not_kept_by_it(tmp_path):
+    with NodeProcess(tmp_path / 'node', cpus=1) as node:
+        with dispy.JobCluster(large, nodes=[node.address], depends=[Large]) as cluster:
+            job = cluster.submit()
+            watched = weakref.ref(job(30))
+            del job
+            eventually(lambda: gc.collect() is not None and watched() is None)
+
+
+def test_results_that_a_program_had_noted_are_not_kept_by_nodes(tmp_path, ledger):
+    """It noted them, and was killed before they were acknowledged; who collects them acknowledges them too."""
+    with NodeProcess(tmp_path / 'node', cpus=1) as node:
+        with Client('''
+dispy.Driver._acknowledge = lambda self, peer: None
+cluster_ = cluster(recover_file=directory + '/file')
+for number in range(3):
+    cluster_.submit(path, number)
+cluster_.wait()
+print('ready', flush=True)
+time.sleep(600)
+''', ledger.path, node) as client:
+            client.kill()
+        eventually(lambda: any(name.startswith('r-') for name in os.listdir(node.prefix)))
+        assert sorted(job.result for job in dispy.recover_jobs(str(tmp_path / 'file'), timeout=20)) == [0, 1, 2]
+        eventually(lambda: not any(name.startswith('r-') for name in os.listdir(node.prefix)))
