@@ -5749,6 +5749,17 @@ def describe_exception(exc: BaseException, skip: int = 0) -> str:
     return shorten(text)
 
 
+def frames_of_ours(exc: BaseException) -> int:
+    """How many frames of a traceback come before the user's: those of this file and of the import of a module."""
+    count, trace = 0, exc.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if file != __file__ and 'importlib' not in file:
+            break
+        count, trace = count + 1, trace.tb_next
+    return max(count, 1)
+
+
 def find_named(module: str, name: str) -> Any:
     """What has this qualified name in a module; the module itself for an empty name."""
     return functools.reduce(getattr, name.split('.') if name else (), importlib.import_module(module))
@@ -6307,7 +6318,7 @@ class Runner:
         except BaseException as exc:  # the user's modules and setup may raise anything
             self._kill_strays()
             hint = '' if self._loaded else explain_import(exc, self._spec['name'])
-            self._tell_failure(hint + '\n' * bool(hint) + describe_exception(exc, 1))
+            self._tell_failure(hint + '\n' * bool(hint) + describe_exception(exc, frames_of_ours(exc)))
             return
         self._send(Kind.UP, 0, 0, 0.0, 0.0, pickle.dumps(modules.notes if modules is not None else []))
         self._serve()
