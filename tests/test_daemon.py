@@ -453,7 +453,7 @@ def test_jobs_of_another_user(tmp_path, open_directory, python_for_all, monkeypa
             assert cluster.submit(3)() == 9
         assert psutil.Process(node.process.pid).uids().effective == 0
         assert node.stop() == 0
-        assert sorted(name for _, _, names in os.walk(node.prefix) for name in names) == ['dispy-node', 'lock']
+        assert sorted(name for _, _, names in os.walk(node.prefix) for name in names) == ['dispy-node', 'lock', 'memory']
 
 
 @root_only
