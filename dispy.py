@@ -6355,6 +6355,8 @@ class Driver(Loop):
                 return
             spec = dict(spec, kind='source', code=code)
         if peer.allowed(comp) < 1 and use.wanted is None:
+            if not peer.offered and use.state is UseState.REFUSED and use.reason:
+                return   # the node has said why it offers none, and offers them when it does again
             self._refusal(peer, comp, 'it has no CPU to use: %d offered, limit %d' % (peer.offered, use.spec.cpus)
                           if allocation is None else 'allocate() returned %d' % allocation.cpus,
                           'cpus' if allocation is None else 'allocate')

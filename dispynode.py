@@ -9185,7 +9185,7 @@ class Deployment:
             raise StartError('PID %d does not end after SIGTERM' % pid)
         root = self._note.get('root', '')
         with contextlib.suppress(OSError):   # not there, or other nodes have theirs beside it
-            if os.listdir(root) == ['lock']:
+            if set(os.listdir(root)) <= {'lock', 'memory', NODE_MARK}:
                 shutil.rmtree(root)
                 os.rmdir(os.path.dirname(default_directory(0)))
 
