@@ -1900,8 +1900,18 @@ def _constant(node: Any) -> Tuple[Any, ...]:
     return (value,) if _is_constant(value) else ()
 
 
+# Python counts the depth of syntax trees for a whole process: two threads that make trees disturb each other's count
+# (SystemError, "AST constructor recursion depth mismatch"). Nothing of the user's runs while it is held.
+_tree_lock = threading.Lock()
+
+
 def _parse(text: Union[str, bytes]) -> ast.Module:
     """Raises SyntaxError, ValueError, RecursionError or MemoryError."""
+    with _tree_lock:
+        return _parse_alone(text)
+
+
+def _parse_alone(text: Union[str, bytes]) -> ast.Module:
     raw = text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass')
     if not _ODD_ESCAPE.search(raw):
         return ast.parse(text)
@@ -4047,7 +4057,7 @@ class SourcePicker:
         """Lines, tree and imports from __future__."""
         try:
             lines = inspect.findsource(sys.modules[module])[0]
-            tree = ast.parse(''.join(lines))
+            tree = _parse(''.join(lines))
         except (OSError, TypeError):
             raise NoSource('the source of module %s is not to be had' % module) from None
         except SyntaxError as exc:
@@ -4063,7 +4073,11 @@ class SourcePicker:
         found = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name == name]
         if not found:
             raise NoSource('%s: no statement at the top level of the file of module %s defines %s' % (what, module, name))
-        codes = list(_codes(compile(ast.Module([*future, found[-1]], []), '', 'exec', dont_inherit=True)))
+        with _tree_lock:
+            compiled = compile(ast.Module([*future, found[-1]], []), '', 'exec', dont_inherit=True)
+        codes = list(_codes(compiled))
+        if hasattr(vars(sys.modules[module])[name], 'registry') and hasattr(vars(sys.modules[module])[name], 'dispatch'):
+            raise NoSource('%s: the implementations of %s (functools.singledispatch) are statements of their own' % (what, name))
         if not _is_as_written(vars(sys.modules[module])[name], sys.modules[module].__file__, codes):
             raise NoSource('%s: %s in the file of module %s is not what runs: was the file changed?' % (what, name, module))
         taken[name] = range(min(node.lineno for node in (found[-1], *found[-1].decorator_list)), found[-1].end_lineno + 1)  # type: ignore[operator]
@@ -5790,7 +5804,7 @@ class Driver(Loop):
 
     def _owed_by(self, cluster: Any) -> List[Any]:
         """Jobs of a cluster for which this driver still answers."""
-        return cluster.owed() if isinstance(cluster, JobCluster) else []
+        return cluster._jobs_owed() if isinstance(cluster, JobCluster) else []
 
     def _end_one(self, cluster: Any, work: Any, text: str) -> None:
         if work.status not in ENDED:
@@ -6736,7 +6750,7 @@ class Driver(Loop):
             cluster._conclude(plain, peer)
         if code:
             self._openers.run(cluster._conclude, code, peer)
-        cluster.answered([job for job, row in action.pairs if row[1] not in GOES_ON])
+        cluster._jobs_answered([job for job, row in action.pairs if row[1] not in GOES_ON])
 
     def _job_waits(self, action: JobWaits) -> None:
         job = action.work
@@ -6755,7 +6769,7 @@ class Driver(Loop):
         if self._leaving.has(job._comp):
             self._leaving.journals[job._comp].ended(job, action.text)
         self._clusters[job._comp]._end(job, action.text)
-        self._clusters[job._comp].answered([job])
+        self._clusters[job._comp]._jobs_answered([job])
 
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
@@ -7460,12 +7474,12 @@ class JobCluster:
 
     # -- called by the driver and its helpers ---------------------------------------------------------------
 
-    def owed(self) -> List[DispyJob]:
+    def _jobs_owed(self) -> List[DispyJob]:
         """Jobs for whose end the driver answers. The driver's thread."""
         with self._lock:   # a job is added and posted with it held
             return list(self._owed)
 
-    def answered(self, jobs: Sequence[DispyJob]) -> None:
+    def _jobs_answered(self, jobs: Sequence[DispyJob]) -> None:
         """These have ended, or an opener ends them. The driver's thread."""
         with self._lock:
             self._owed.difference_update(jobs)
@@ -7603,7 +7617,7 @@ class JobCluster:
     def _driver_broke(self, text: str) -> None:
         """The driver's thread is ending for a fault of ours."""
         recovering = [job for job, _ in self._recovery._jobs.values()] if self._recovery is not None else []
-        for job in self.owed() + recovering:
+        for job in self._jobs_owed() + recovering:
             if job.status not in ENDED:
                 job._state = JobState.ABANDONED
                 job.exception, job.end_time, job.status = text, time.time(), DispyJob.Abandoned

@@ -1287,8 +1287,26 @@ def variables_of_module(name: str) -> Dict[str, Any]:
 class ForeignCode:
     """Stands for a code object of another minor version of Python, which nothing here could run."""
 
-    def __init__(self, version: tuple) -> None:
-        self.version = version
+    def __init__(self, version: tuple, name: str, line: int) -> None:
+        self.version, self.name, self.line = version, name, line
+
+
+def code_from_source(module: Any, foreign: ForeignCode) -> Optional[types.CodeType]:
+    """The code of this Python for a function inside of another: found by its name and line in the module's own source,
+    which has travelled. None if there is no such source, or the function is not there."""
+    imported = sys.modules.get(module) if isinstance(module, str) else None
+    loader = getattr(getattr(imported, '__spec__', None), 'loader', None)
+    if not hasattr(loader, 'get_code'):
+        return None
+    waiting = [loader.get_code(module)]  # type: ignore[union-attr]
+    while waiting:
+        code = waiting.pop()
+        if code is None:
+            continue
+        if (code.co_name, code.co_firstlineno) == (foreign.name, foreign.line):
+            return code  # type: ignore[no-any-return]
+        waiting += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return None
 
 
 def python_of(version: tuple) -> str:
@@ -1296,11 +1314,11 @@ def python_of(version: tuple) -> str:
     return 'Python ' + '.'.join(map(str, version[:2]))
 
 
-def make_code(version: tuple, args: tuple, file: str) -> Any:
+def make_code(version: tuple, args: tuple, file: str, name: str, line: int) -> Any:
     """A code object that came pickled. One of another version could be made, and would crash whoever calls it. Its file is for
     tracebacks; cloudpickle leaves it out since 3.1.3."""
     if version != sys.version_info[:2]:
-        return ForeignCode(version)
+        return ForeignCode(version, name, line)
     return types.CodeType(*args).replace(co_filename=file)
 
 
@@ -1318,7 +1336,9 @@ def function_of(variables: Dict[str, Any], code: Any, module: str, name: str, ve
     """A function that came by value, without its state: `fill_function` sets that. With a version it is a function
     without state of its own that its main module has under this name: the same version is the same function."""
     if isinstance(code, ForeignCode):
-        return _by_name_here(code.version, module, name, 'function')
+        foreign, code = code, code_from_source(module, code)
+        if code is None or len(code.co_freevars) != len(cells):
+            return _by_name_here(foreign.version, module, name, 'function')
     space = spaces.known(variables)
     if space is not None and version:
         if space.native and isinstance(variables.get(name), types.FunctionType):
@@ -1371,7 +1391,7 @@ def class_of(tracker: str, version: tuple, module: str, name: str, make: Optiona
     known = _classes.get(tracker)
     if known is not None:
         return known
-    if make is None or version != sys.version_info[:2]:
+    if make is None or (version != sys.version_info[:2] and '<locals>' not in name):
         return _by_name_here(version, module, name, 'class')
     made = _classes.setdefault(tracker, make(*args))
     _received.setdefault(made, (tracker, {}))
@@ -1697,7 +1717,8 @@ class ValueReducer:
         received = _received.get(cls)
         if received is not None and not self.complete and '<locals>' not in cls.__qualname__:   # its program has it
             return class_of, (received[0], sys.version_info[:2], cls.__module__, cls.__qualname__, None, ())
-        self.portable = False
+        if '<locals>' not in cls.__qualname__ or not self.importable(cls.__module__):
+            self.portable = False
         make, args, (attributes, _), _, _, set_state = cloudpickle_part('_dynamic_class_reduce')(cls)
         attributes.pop('__slotnames__', None)   # what copyreg has found out
         if not self.exact:
@@ -1726,9 +1747,11 @@ class ValueReducer:
     def _reduce_function(self, function: types.FunctionType) -> Any:
         if self._is_by_name(function, function.__qualname__):
             return NotImplemented
+        variable = self._variable_of_module(function)
+        if variable is not None:
+            return variable
         if _is_dispatcher(function):
             return self._of_main(function, _reduce_dispatcher(function))
-        self.portable = False
         attributes, slots = super()._dynamic_function_reduce(function)[2]  # type: ignore[misc]
         variables, closure = slots.pop('__globals__'), slots.pop('__closure__') or ()
         submodules = slots.pop('_cloudpickle_submodules')
@@ -1742,6 +1765,8 @@ class ValueReducer:
                 contents.append((reference, cell.cell_contents))
         place = self._space(function.__globals__, function.__globals__.get('__name__'))
         space = spaces.known(function.__globals__)
+        if place.reduced[0] is not variables_of_module:   # another Python would find it in the source of its module
+            self.portable = False
         if place.reduced[0] is variables_of_module or (space is not None and not space.native):
             rows: Dict[str, Tuple[bytes, Any]] = {}
         else:
@@ -1758,6 +1783,19 @@ class ValueReducer:
             version = space.versions.of(name, function)
         return (function_of, (place, function.__code__, function.__module__, name, version, tuple(cells)),
                 (attributes, slots, contents, rows, name, version, submodules), None, None, fill_function)
+
+    def _variable_of_module(self, function: types.FunctionType) -> Optional[tuple]:
+        """A function that an importable module has under another name than its own, such as a lambda in a variable."""
+        module = function.__module__
+        imported = sys.modules.get(module) if isinstance(module, str) and module not in MAIN_NAMES else None
+        variables = getattr(imported, '__dict__', None)
+        if type(variables) is not dict or not self.importable(module) or self._is_registered(module):
+            return None
+        name = next((name for name, value in list(variables.items()) if value is function), None)
+        if name is None:
+            return None
+        self.modules.add(module)
+        return find_named, (module, name)
 
     def _reduce_module(self, module: types.ModuleType) -> Any:
         name = module.__name__
@@ -2011,7 +2049,7 @@ def _value_pickler(known: int) -> Any:
 
     class ValuePickler(ValueReducer, cloudpickle.Pickler):  # type: ignore[misc, name-defined]
         dispatch_table = {**cloudpickle.Pickler.dispatch_table, **_REDUCERS, types.CodeType: lambda code: (
-            make_code, (sys.version_info[:2], reduce_code(code)[1], code.co_filename))}
+            make_code, (sys.version_info[:2], reduce_code(code)[1], code.co_filename, code.co_name, code.co_firstlineno))}
     return ValuePickler
 
 
@@ -2824,7 +2862,8 @@ class FileReceiver:
             if not _is_file(row):
                 raise ValueError('%.80r describes no file' % (row,))
             name, size, digest, _ = row
-            check_size(name, size, self._most, self._too_large)
+            if purpose != Purpose.MODULES:   # what a computation cannot do without is no file of the user's choice
+                check_size(name, size, self._most, self._too_large)
             if not self._known(root, check_name(name), size, digest):
                 wanted[int(purpose), name] = row
         needed = sum(size for _, size, _, _ in wanted.values())
@@ -5710,6 +5749,17 @@ def describe_exception(exc: BaseException, skip: int = 0) -> str:
     return shorten(text)
 
 
+def frames_of_ours(exc: BaseException) -> int:
+    """How many frames of a traceback come before the user's: those of this file and of the import of a module."""
+    count, trace = 0, exc.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if file != __file__ and 'importlib' not in file:
+            break
+        count, trace = count + 1, trace.tb_next
+    return max(count, 1)
+
+
 def find_named(module: str, name: str) -> Any:
     """What has this qualified name in a module; the module itself for an empty name."""
     return functools.reduce(getattr, name.split('.') if name else (), importlib.import_module(module))
@@ -5722,7 +5772,8 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
     """A computation that came as source: (computation, setup, cleanup, objects by name). `modules` has rows of (name, file,
     text, values, links), `classes` rows of (module, class, such rows), `wanted` (module, name) of what is returned."""
     for name, file in {row[:2] for rows in (modules, *(extra[2] for extra in classes)) for row in rows}:
-        module = sys.modules[name] = types.ModuleType(name)
+        module = sys.modules['__main__'] if name in MAIN_NAMES else types.ModuleType(name)   # jobs have the same one
+        sys.modules[name] = module
         module.__file__, module.__package__ = file, name.rpartition('.')[0]
     try:
         for row in modules:
@@ -6267,7 +6318,7 @@ class Runner:
         except BaseException as exc:  # the user's modules and setup may raise anything
             self._kill_strays()
             hint = '' if self._loaded else explain_import(exc, self._spec['name'])
-            self._tell_failure(hint + '\n' * bool(hint) + describe_exception(exc, 1))
+            self._tell_failure(hint + '\n' * bool(hint) + describe_exception(exc, frames_of_ours(exc)))
             return
         self._send(Kind.UP, 0, 0, 0.0, 0.0, pickle.dumps(modules.notes if modules is not None else []))
         self._serve()

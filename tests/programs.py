@@ -21,7 +21,7 @@ import sys
 
 import dispy
 
-MODE, *PORTS = sys.argv[1].split(',')
+MODE, *PORTS = next(word for word in sys.argv if word.split(',')[0] in ('local', 'node', 'scheduler')).split(',')
 PORTS = [int(port) for port in PORTS]
 ALONE = [('127.0.0.1', PORTS[-1])] if PORTS else 'local'
 

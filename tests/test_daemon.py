@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 
+import cloudpickle
 import psutil
 import pytest
 
@@ -24,6 +25,9 @@ from dispynode import (
     find_hours)
 from nodes import NodeProcess
 from test_node import hold, run_node, square
+
+# Nodes without pytest run the functions of this module: by its name it could not be imported there.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 root_only = pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='only root may become another user')
 DAEMON = [sys.executable, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', '-p', '0', '-c', '1']
@@ -449,7 +453,7 @@ def test_jobs_of_another_user(tmp_path, open_directory, python_for_all, monkeypa
             assert cluster.submit(3)() == 9
         assert psutil.Process(node.process.pid).uids().effective == 0
         assert node.stop() == 0
-        assert sorted(name for _, _, names in os.walk(node.prefix) for name in names) == ['dispy-node', 'lock']
+        assert sorted(name for _, _, names in os.walk(node.prefix) for name in names) == ['dispy-node', 'lock', 'memory']
 
 
 @root_only

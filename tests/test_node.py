@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 
+import cloudpickle
 import psutil
 import pytest
 
@@ -19,6 +20,9 @@ import dispy
 from conftest import ROOT, eventually
 from dispy import DispyJob
 from nodes import NodeProcess
+
+# Nodes without pytest run the functions of this module: by its name it could not be imported there.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 SECRET = os.environ['DISPY_SECRET']
 
@@ -59,7 +63,7 @@ def test_it_serves_and_sigterm_ends_it(node):
     with dispy.JobCluster(square, nodes=[node.address]) as cluster:
         assert [job() for job in [cluster.submit(n) for n in range(100)]] == [n * n for n in range(100)]
     assert node.stop() == 0
-    assert sorted(os.listdir(node.prefix)) == ['dispy-node', 'lock']
+    assert sorted(os.listdir(node.prefix)) == ['dispy-node', 'lock', 'memory']
 
 
 def test_idle_it_sleeps(node):
@@ -354,7 +358,7 @@ def test_files_travel_once_and_are_removed(node, tmp_path):
             digest, size, directory = cluster.submit()()
         assert (digest, size) == (dispy.file_digest(str(data))[1].hex(), 0)
         eventually(lambda: not os.path.exists(directory))
-    eventually(lambda: sorted(os.listdir(node.prefix)) == ['dispy-node', 'lock'])
+    eventually(lambda: sorted(os.listdir(node.prefix)) == ['dispy-node', 'lock', 'memory'])
 
 
 def test_files_are_kept_and_not_sent_again(node, tmp_path):

@@ -12,7 +12,7 @@ from clients import Client
 from conftest import eventually
 from ledger import Ledger
 from nodes import NodeProcess, SchedulerProcess
-from test_known import There, program
+from test_what_is_known import There, program
 from test_runners import runners_of
 
 
