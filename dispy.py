@@ -4652,7 +4652,7 @@ class Journal(Database):
         job._serial = number << 16
         self._rows.append((number, job._comp, ident, payload, options, job.submit_time, self.WAITING))
 
-    def sent(self, works: Sequence[Work], node: str, memory: str) -> None:
+    def sent(self, works: Sequence[Work], node: str, memory: str = '') -> None:
         """Jobs on their way to a node, and what its memory is known by."""
         where = '%s#%s' % (node, memory[:8])
         for work in works:

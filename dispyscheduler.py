@@ -1441,9 +1441,10 @@ class Scheduler(Driver):
         if remote.instance != link.instance:
             self.quota.moved(remote, link.instance)
             remote.instance = link.instance
+        if remote.link != link.number:   # otherwise what has come since the answer to Reclaim would be lost
+            remote.outbox = []
         remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
         remote.rests_at = math.inf
-        remote.outbox = []
         self._reassign = True
         if remote.rests:
             remote.rests = False
@@ -1671,18 +1672,19 @@ class Scheduler(Driver):
             return
         if not may_reclaim(remote.digest, message.key):
             logger.warning('%s wants results of a computation and does not have its key', self._sessions[link.number].names[0])
-            self.say(link, Held(message.comp, []))
+            self.say(link, Held(message.comp, [], Past(whole=False).row()))
             return
         if remote.link in self.links and remote.link != link.number:
             self.say(link, Refused(message.comp, 'busy', 'its program is connected'))
             return
+        dropped = remote.absence.dropped if remote.instance != link.instance else {}   # the program itself sends these again
         self._came_back(remote, link)
         text = (b'cancelled: it had not begun when its program was gone, and the scheduler did not wait '
                 b'any longer (--gone-after)')
-        for serial, number in remote.absence.dropped.items():
+        for serial, number in dropped.items():
             self._state.ended(number, (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b''))
-        remote.ended.update(remote.absence.dropped)
-        remote.absence.dropped.clear()
+        remote.ended.update(dropped)
+        dropped.clear()
         self._state.commit()   # from where they are sent now
         self.say(link, Held(message.comp, [*remote.works, *remote.ended]))
         self._resend(remote)

@@ -26,7 +26,8 @@ def test_a_node_gives_kept_results_for_the_key(key, given):
     node = node_with_kept(digest_of(key))
     actions = node.handle(Received(5, Reclaim('c', given)), 0.0)
     right = key == given
-    assert [action.message for action in actions if isinstance(action, Send)][0] == Held('c', [1, 2] if right else [])
+    answer = Held('c', [1, 2]) if right else Held('c', [], (False, [], [], [], ''))   # who is refused must not take it for told that nothing began
+    assert [action.message for action in actions if isinstance(action, Send)][0] == answer
     assert (node.shelf['c'].owner == b'b' * 16) is right
 
 

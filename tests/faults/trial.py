@@ -358,8 +358,6 @@ class Trial:
         self.scheduler.stop()
         with contextlib.closing(sqlite3.connect(os.path.join(self.scheduler.state, 'state.db'))) as db:
             rows = [db.execute('SELECT count(*) FROM %s' % table).fetchone()[0] for table in ('comps', 'jobs')]
-        if self.programs[2].lives > 1:   # results of a plain program that was killed are kept for it, as files
-            rows = []
         return left + (['scheduler: %d computations, %d jobs are left' % tuple(rows)] if any(rows) else [])
 
     def close(self):
