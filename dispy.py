@@ -6600,6 +6600,8 @@ class Driver(Loop):
         job = self._job_of(peer, message.comp, message.serial)
         if cluster is None or job is None:
             return
+        if job._state is JobState.SENT:   # it has begun, and what says so may come later
+            self._act(self.schedule.handle(NodeStarted(peer.key, message.comp, [(message.serial, 0.0)]), self.now))
         if message.stream == 0:
             self._show_log(job, *log_record_of(message.data))
         elif cluster._on_output is not None:

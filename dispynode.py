@@ -1402,9 +1402,11 @@ def class_of(tracker: str, version: tuple, module: str, name: str, make: Optiona
 def fill_class(cls: type, state: tuple) -> None:
     """The attributes of a class that came by value: those that have another version than was set before. A class that was
     defined in this process stays as it is."""
-    versions, attributes, set_state = state
+    versions, attributes, set_state, reducer = state
     if cls not in _received:
         return
+    if reducer is not None:   # of copyreg
+        copyreg.pickle(cls, reducer)  # type: ignore[arg-type]
     applied = _received[cls][1]
     changed = {name: value for name, value in attributes.items() if applied.get(name) != versions[name]}
     for name in [name for name in applied if name not in attributes]:
@@ -1730,7 +1732,8 @@ class ValueReducer:
         _classes.setdefault(tracker, cls)
         versions = _class_versions.setdefault(cls, Versions())
         return (class_of, (tracker, sys.version_info[:2], cls.__module__, cls.__qualname__, make, args),
-                ({name: versions.of(name, value) for name, value in attributes.items()}, attributes, set_state),
+                ({name: versions.of(name, value) for name, value in attributes.items()}, attributes, set_state,
+                 copyreg.dispatch_table.get(cls)),
                 None, None, fill_class)
 
     def _space(self, variables: Dict[str, Any], module: Any) -> _SpaceRef:
@@ -6647,6 +6650,11 @@ class Runner:
                 self._tell_failure('cleanup failed: ' + describe_exception(exc, 1))
         self._own.clear()   # what setup has started ends with its computation
         self._kill_strays()
+        # This process ends without exit handlers, those of the user's modules; shared variables that setup has made leave
+        # named semaphores behind unless they are finalized.
+        finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
+        if finalize is not None:
+            finalize(0)
 
 
 class User(NamedTuple):
