@@ -17,8 +17,9 @@ os.environ['DISPY_DISCOVERY'] = 'loopback'
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as a shell starts what it puts into the background; programs started here would not hear it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ['DISPY_SECRET'] = 'the secret of the test-suite'
-os.environ['XDG_CONFIG_HOME'] = tempfile.mkdtemp(prefix='dispy-tests-')
-atexit.register(shutil.rmtree, os.environ['XDG_CONFIG_HOME'], True)
+if 'DISPY_TESTS' not in os.environ:   # this module is imported by jobs as well, in the environment of the tests
+    os.environ['DISPY_TESTS'] = os.environ['XDG_CONFIG_HOME'] = tempfile.mkdtemp(prefix='dispy-tests-')
+    atexit.register(shutil.rmtree, os.environ['XDG_CONFIG_HOME'], True)
 os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, *filter(None, [os.environ.get('PYTHONPATH')])])
 
 import psutil  # noqa: E402

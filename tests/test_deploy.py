@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 
+import cloudpickle
 import psutil
 import pytest
 
@@ -18,6 +19,9 @@ import dispy
 import dispynode
 from conftest import ROOT, eventually, lives
 from nodes import NodeProcess
+
+# By its name a node would import this module, and with it what the tests do at their start.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 SSHD = shutil.which('sshd') or shutil.which('sshd', path='/usr/sbin:/usr/local/sbin')
 pytestmark = pytest.mark.skipif(not SSHD or not shutil.which('ssh') or not shutil.which('ssh-keygen'),
