@@ -8,7 +8,7 @@ import pytest
 
 import dispynode
 from conftest import eventually
-from dispynode import Digested, Digests, FileReceiver, IncomingFile, Options, Prepare, Prepared
+from dispynode import Digested, Digests, FilePiece, FileReceiver, IncomingFile, Options, Prepare, Prepared, Purpose
 from test_node_state import spec
 
 LARGE = Digests.INLINE + 1
@@ -33,9 +33,15 @@ def test_digests_of_large_files_are_remembered_until_they_change(large, monkeypa
     assert Digests.unknown(str(large.parent), rows) == [str(large)]
     Digests.learn([str(large)])
     assert Digests.unknown(str(large.parent), rows) == [] and len(count) == 1
-    assert FileReceiver(str(large.parent)).want(rows) == [] and len(count) == 1
+    assert wanted(large.parent, rows) == [] and len(count) == 1
     large.write_bytes(b'y' * LARGE)
-    assert FileReceiver(str(large.parent)).want(rows) == ['large'] and len(count) == 2
+    assert wanted(large.parent, rows) == ['large'] and len(count) == 2
+
+
+def wanted(directory, rows):
+    """Names of the files of `depends` that a node would ask for."""
+    found = FileReceiver({Purpose.DEPENDS: str(directory)}).want(Purpose.DEPENDS, rows)
+    return [row[0] for _, _, row in found]
 
 
 def test_a_node_compares_large_files_beside_its_loop(tmp_path, monkeypatch):
@@ -66,10 +72,10 @@ def test_a_node_compares_large_files_beside_its_loop(tmp_path, monkeypatch):
 def test_small_files_of_a_computation_are_not_waited_for_on_the_disk(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, 'fsync', synced.append)
-    receiver, data = FileReceiver(str(tmp_path)), b'data'
+    receiver, data = FileReceiver({Purpose.DEPENDS: str(tmp_path)}), b'data'
     rows = [('file-%d' % number, 4, hashlib.sha256(data).digest(), 0o600) for number in range(100)]
-    for name in receiver.want(rows):
-        receiver.piece(name, 0, data)
+    for purpose, key, one in receiver.want(Purpose.DEPENDS, rows):
+        receiver.piece(FilePiece('c', purpose, key, one, 0, data))
     assert len(list(tmp_path.iterdir())) == 100 and not synced
 
 
@@ -78,11 +84,11 @@ def test_half_a_file_lies_where_it_is_cleaned(tmp_path):
     kept, scratch = tmp_path / 'kept', tmp_path / 'scratch'
     kept.mkdir(), scratch.mkdir()
     data = b'0123456789'
-    receiver = FileReceiver(str(kept), scratch=str(scratch))
-    receiver.want([('a/file', 10, hashlib.sha256(data).digest(), 0o640)])
-    receiver.piece('a/file', 0, data[:5])
+    receiver = FileReceiver({Purpose.DEPENDS: str(kept)}, scratch=str(scratch))
+    [need] = receiver.want(Purpose.DEPENDS, [('a/file', 10, hashlib.sha256(data).digest(), 0o640)])
+    receiver.piece(FilePiece('c', *need, 0, data[:5]))
     assert not [name for _, _, names in os.walk(kept) for name in names] and len(list(scratch.iterdir())) == 1
-    receiver.piece('a/file', 5, data[5:])
+    receiver.piece(FilePiece('c', *need, 5, data[5:]))
     assert (kept / 'a' / 'file').read_bytes() == data and not list(scratch.iterdir())
     other = IncomingFile(str(kept), 'b', 10, b'', 0o600, str(scratch))
     other.piece(0, data[:5])
