@@ -244,6 +244,7 @@ class Reason(NamedTuple):
 # The codes of Refused, and those that a client finds by itself (the last five).
 REASONS: Dict[str, Reason] = {
     'busy': Reason('another client holds the node', True),
+    'fault': Reason('a fault of the node itself while it served the computation', True),
     'closing': Reason('the same computation is still being closed there', True),
     'stopping': Reason('the node is being stopped', True),
     'paused': Reason('it takes no new jobs: hours of service, or its operator', True),

@@ -352,7 +352,7 @@ class State(Database):
             with contextlib.suppress(self._error):
                 self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
         inside = PAGE_SIZE * self._db.execute('PRAGMA freelist_count').fetchone()[0]   # of what was removed
-        margin = RESERVE if inside < RESERVE else RESERVE // 8
+        margin = self._reserve if inside < self._reserve else self._reserve // 8
         self._short = files + wanted + max(0, wanted - inside) + margin - shutil.disk_usage(self.root).free
         return self._short <= 0
 
@@ -363,15 +363,20 @@ class State(Database):
         self._files.difference_update(self._gone)
         self._gone = []
 
+    @property
+    def _reserve(self) -> int:
+        """RESERVE, or less on a small disk."""
+        return min(RESERVE, shutil.disk_usage(self.root).total // 16)
+
     def _have_reserve(self) -> None:
         """Bytes of the disk that are given back when it is full, so that what is over can be removed: SQLite needs room for that too."""
         if self._reserved:
             return
         path = os.path.join(self.root, 'reserve')
         try:
-            if shutil.disk_usage(self.root).free > 4 * RESERVE:
+            if shutil.disk_usage(self.root).free > 4 * self._reserve:
                 with open(path, 'wb') as file:
-                    file.write(bytes(RESERVE))
+                    file.write(bytes(self._reserve))
                 self._reserved = True
         except OSError as exc:
             logger.debug('%s: %s', path, exc)
@@ -379,7 +384,7 @@ class State(Database):
     def _make_room(self) -> None:
         """The disk is full: remove what is over, and nothing else."""
         self._unlink_gone()
-        if shutil.disk_usage(self.root).free < RESERVE:   # others have filled it
+        if shutil.disk_usage(self.root).free < self._reserve:   # others have filled it
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self.root, 'reserve'))
             self._reserved = False
