@@ -1842,7 +1842,7 @@ class Scheduler(Driver):
                 answer(error, None)
                 return
 
-            def complete(failed: str) -> None:
+            def complete(failed: str, code: str = '') -> None:
                 if not failed and type(request) is int:
                     self._bring_modules(remote, rows)
                 answer(('OSError', failed) if failed else (), rows)
