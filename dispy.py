@@ -7451,9 +7451,13 @@ class JobCluster:
         driver = self._driver
         if driver.broken:
             return
-        with contextlib.suppress(RuntimeError):   # the driver has failed meanwhile, and has ended the jobs itself
+        try:
             driver.ask(self._recovered)
             driver.ask(lambda: driver.forget(self._comp, shutdown))
+        except RuntimeError as exc:   # the driver has failed meanwhile, and has ended the jobs itself
+            logger.debug('%s: %s', self.name, exc)
+        except Exception as exc:  # a fault of ours; the cluster is closed all the same
+            logger.error('%s: the nodes could not be let go in good order: %s: %s', self.name, type(exc).__name__, exc)
         self.wait(CALL_TIME)   # for callbacks of what was cancelled
         if self._journal is not None:
             self._journal.close(remove=True)

@@ -149,7 +149,7 @@ def test_a_node_dies_while_the_scheduler_is_down(shared, tmp_path, reentrant):
     jobs += [cluster.submit_job_id(n, n) for n in (4, 5)]
     shared.start()
     open(gate, 'w').close()
-    assert cluster.wait(60)
+    assert cluster.wait(100)   # a scheduler that was started anew waits a minute for nodes to come back
     statuses = sorted(job.status for job in jobs)
     assert statuses == ([DispyJob.Finished] * 6 if reentrant else [DispyJob.Abandoned] * 2 + [DispyJob.Finished] * 4), \
         [(job.id, job.status, job.exception) for job in jobs]
