@@ -29,9 +29,9 @@ def test_lists_are_sent_in_parts():
     serials = list(range(2 * SERIALS_MOST + 5))
     parts = list(in_parts(Ack, 'c', serials))
     assert [serial for part in parts for serial in part.serials] == serials and len(parts) == 3
-    names = ['%d' % n * 40 for n in range(100000)]
-    parts = list(needs('c', names))
-    assert [name for part in parts for name in part.names] == names
+    files = [(1, 0, ('%d' % n * 40, n, bytes(32), 0o600)) for n in range(100000)]
+    parts = list(needs('c', files))
+    assert [file for part in parts for file in part.files] == files
     for part in parts:
         op, _, pieces = dispynode.encode(part)
         assert sum(map(len, pieces)) <= dispynode.MESSAGES[op][1]
