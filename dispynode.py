@@ -2855,6 +2855,8 @@ class FileReceiver:
         self.code = ''                                     # of REASONS: why a file could not be stored
         self._keys: Dict[int, int] = {}                    # purpose -> key of what is wanted
         self._wanted: Dict[Tuple[int, str], tuple] = {}    # (purpose, name) -> row
+        # How many of each purpose: a look at a dictionary from which many were taken walks over where they were.
+        self._left: Dict[int, int] = collections.Counter()
         # (purpose, key, name) -> what has come of that file
         self._partial: Dict[Tuple[int, int, str], IncomingFile] = {}
 
@@ -2878,6 +2880,7 @@ class FileReceiver:
         self.abort(purpose)
         key = self._keys[purpose] = self._keys.get(purpose, -1) + 1
         self._wanted.update(wanted)
+        self._left[int(purpose)] += len(wanted)
         return [(int(purpose), key, row) for _, row in sorted(wanted.items())]
 
     @staticmethod
@@ -2917,7 +2920,8 @@ class FileReceiver:
         if not self._partial[file].piece(piece.offset, piece.data):
             return False
         del self._partial[file]
-        self._wanted.pop((piece.purpose, name), None)
+        if self._wanted.pop((piece.purpose, name), None) is not None:
+            self._left[piece.purpose] -= 1
         return True
 
     def take(self, piece: FilePiece) -> Optional[FileStored]:
@@ -2948,7 +2952,7 @@ class FileReceiver:
 
     def wants(self, *purposes: int) -> bool:
         """Whether a file of one of these purposes has been asked for and is not there."""
-        return any(purpose in purposes for purpose, _ in self._wanted)
+        return any(self._left[purpose] for purpose in purposes)
 
     def abort(self, purpose: Optional[int] = None, key: Optional[int] = None,
               name: Optional[str] = None) -> None:
@@ -2959,6 +2963,7 @@ class FileReceiver:
                 self._partial.pop(file).abort()
         kept = [file for file in self._wanted if purpose not in (None, file[0])]
         self._wanted = {file: self._wanted[file] for file in kept}
+        self._left = collections.Counter(file[0] for file in kept)
 
 
 class ModuleStore:
