@@ -4279,15 +4279,15 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['P
     number = plain_number(cpus, True)
     if number is None:
         raise TypeError('allocate() returned %.80r, which is no number of CPUs' % (cpus,))
-    cpus = max(0, peer.offered + cpus) if cpus < 0 else cpus
+    cpus = max(0, peer.offered + number) if number < 0 else number
     paths: Dict[str, str] = {}
     bundles = cluster._bundles
     objects, _ = _sort_depends(allocator.depends, paths, bundles.known_globals)
-    labels = [('setup argument %d' % number, value) for number, value in enumerate(allocator.setup_args, 1)]
+    labels = [('setup argument %d' % place, value) for place, value in enumerate(allocator.setup_args, 1)]
     payload = bundles.packed((tuple(allocator.setup_args), objects), labels)
     blob = b''.join(bytes(piece) for piece in pieces_of(payload))
     check_setup_args(len(blob), cluster._remote)
-    return Allocation(number, blob, _file_rows(paths), paths)
+    return Allocation(cpus, blob, _file_rows(paths), paths)
 
 
 def check_setup_args(size: int, remote: bool) -> None:
