@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections import OrderedDict
 
+import cloudpickle
 import pytest
 
 import dispy
@@ -25,6 +26,9 @@ try:
     import no_such_module as absent
 except ImportError:
     absent = None
+
+# The functions of this file travel by value: nodes without pytest cannot import the file.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 HERE = '%d.%d' % sys.version_info[:2]
 FACTOR, TABLE = 3, {'a': [1, 2], 'b': (None, b'x')}
