@@ -19,7 +19,7 @@ import pytest
 import dispy
 from conftest import eventually
 from dispy import DispyJob, SourcePicker, pack_source
-from dispynode import make_code, unseal, value_pickler
+from dispynode import ForeignCode, make_code, unseal, value_pickler
 from nodes import NodeProcess
 
 try:
@@ -216,7 +216,7 @@ def test_a_class_that_the_computation_does_not_name_as_argument(other):
 def test_an_argument_that_cannot_be_opened_there_ends_the_job(other):
     """A function by value, and a class of another file."""
     node, version = other
-    for argument, why in ((lambda: 1, 'by value'), (Elsewhere.make(), 'depends')):
+    for argument, why in ((lambda: 1, 'depends'), (Elsewhere.make(), 'depends')):
         job = run(node, show, argument)
         assert job.status == DispyJob.Terminated
         assert all(part in job.exception for part in ('Python ' + version, 'Python ' + HERE, why)), job.exception
@@ -296,10 +296,12 @@ def test_a_program_runs_on_any_version(other, tmp_path):
     assert (job.result, job.stdout) == (0, b'hello\n')
 
 
-def test_an_executor_is_refused_for_its_functions_are_pickled(other):
+def test_functions_of_an_executor_go_there_by_name_alone(other):
+    """A function of a module that is there runs; one by value is refused with both versions named."""
     with dispy.DispyExecutor([other[0].address], loglevel=logging.CRITICAL) as executor:
-        reason = eventually(lambda: [n.reason for n in executor.cluster.status().nodes if n.state == 'refused'])[0]
-    assert reason.endswith('the functions of an executor travel pickled')
+        assert executor.submit(mathematics.sqrt, 4).result(30) == 2
+        with pytest.raises(Exception, match='Python ' + other[1].replace('.', r'\.')):
+            executor.submit(nameless, 1).result(30)
 
 
 def test_nodes_of_two_versions_share_the_jobs(other, tmp_path):
@@ -348,9 +350,9 @@ def test_a_script_in_main(other, tmp_path):
 
 # -- picking, without a node -----------------------------------------------------------------------------------------------
 
-def picked(computation, *shipped, objects=()):
+def picked(computation, *shipped, objects=None):
     """(rows by module, wanted)"""
-    code, obstacle = pack_source(computation, None, None, objects, shipped)
+    code, obstacle = pack_source(computation, None, None, objects or {}, shipped)
     assert not obstacle
     version, rows, classes, wanted = pickle.loads(code)
     assert version == sys.version_info[:2]
@@ -358,14 +360,15 @@ def picked(computation, *shipped, objects=()):
 
 
 def obstacle(computation, *shipped, **names):
-    code, text = pack_source(computation, names.get('setup'), names.get('cleanup'), names.get('objects', ()), shipped)
+    code, text = pack_source(computation, names.get('setup'), names.get('cleanup'), names.get('objects', {}), shipped)
     assert code == b''
     return text
 
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """Makes modules of a user's: module(name, text) is imported."""
+    """Makes modules of a user's: module(name, text) is imported. They are registered to travel by value,
+    as the functions of __main__ do; other modules travel as files, see test_modules_travel.py."""
     monkeypatch.syspath_prepend(str(tmp_path))
     names = []
 
@@ -375,10 +378,14 @@ def module(tmp_path, monkeypatch):
         path.write_text(text)
         names.append(name)
         importlib.invalidate_caches()
-        return importlib.import_module(name)
+        made = importlib.import_module(name)
+        cloudpickle.register_pickle_by_value(made)
+        return made
     yield make
     for name in names:
-        sys.modules.pop(name, None)
+        made = sys.modules.pop(name, None)
+        if made is not None:
+            cloudpickle.unregister_pickle_by_value(made)
 
 
 def test_only_what_is_needed_is_taken_with_its_line_numbers():
@@ -490,5 +497,5 @@ def test_code_of_another_version_is_not_made():
     pieces = []
     value_pickler()(type('File', (), {'write': lambda self, piece: pieces.append(bytes(piece))})(), 5).dump(lambda: 41 + 1)
     assert unseal(b''.join(pieces))() == 42
-    with pytest.raises(TypeError, match=r'code is for Python 3\.7; this is Python ' + HERE.replace('.', r'\.')):
-        make_code((3, 7), (), '')
+    stands_for_it = make_code((3, 7), (), '', 'f', 1)
+    assert isinstance(stands_for_it, ForeignCode) and not callable(stands_for_it)
