@@ -13,6 +13,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -96,8 +97,8 @@ class Dispy:
         while time.monotonic() < until:
             try:
                 with open(path) as file:
-                    return int(file.read().split()[-1])
-            except (OSError, IndexError, ValueError):
+                    return int(re.search(r', port (\d+)\n', file.read()).group(1))
+            except (OSError, AttributeError):   # not there yet, or not written yet
                 time.sleep(0.02)
         raise RuntimeError('the node did not start')
 
