@@ -8737,34 +8737,39 @@ class Daemon(Loop):
                     raise PeerError('a result with outcome %d, from %g to %g, of %d bytes' % (
                         record.number, record.start, record.end, len(record.bodies[0])))
                 rows.append((record.serial, record.number, record.start, record.end, *map(_keep, record.bodies)))
-            elif record.kind == Kind.LOGGED:
-                log_record_of(record.bodies[0])
-                self._tell(WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
-            elif record.kind == Kind.FILE:
-                row = open_envelope(record.bodies[0])
-                if not _is_file(row) or not _is_serial(record.serial):
-                    raise PeerError('a file that is none')
-                piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
-                                  record.number * FILE_PIECE, beside(record.bodies[1]))
-                self._tell(WorkerFile(pipe.worker, piece))
-                self._hold_back(pipe)
-            elif record.kind == Kind.WANT:
-                request = open_envelope(record.bodies[0])
-                if type(request) not in (int, str) or (type(request) is int and not _is_serial(request)):
-                    raise PeerError('modules that are none')
-                self._tell(WorkerWants(pipe.worker, record.serial, request))
-            elif record.kind == Kind.UNSTARTED:
-                if rows:
-                    self._tell(WorkerResults(pipe.worker, rows))
-                    rows = []
-                body = record.bodies[0]
-                if len(body) % 8:
-                    raise PeerError('jobs given back, %d bytes of them' % len(body))
-                self._tell(WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
+                continue
+            if rows:   # what the next job does comes after the results of those before it
+                self._tell(WorkerResults(pipe.worker, rows))
+                rows = []
+            self._from_job(pipe, record)
         if rows:
             self._tell(WorkerResults(pipe.worker, rows))
             self._hold_back(pipe)
         return len(records)
+
+    def _from_job(self, pipe: Pipe, record: Record) -> None:
+        """What a worker sends that is no result."""
+        if record.kind == Kind.LOGGED:
+            log_record_of(record.bodies[0])
+            self._tell(WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
+        elif record.kind == Kind.FILE:
+            row = open_envelope(record.bodies[0])
+            if not _is_file(row) or not _is_serial(record.serial):
+                raise PeerError('a file that is none')
+            piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
+                              record.number * FILE_PIECE, beside(record.bodies[1]))
+            self._tell(WorkerFile(pipe.worker, piece))
+            self._hold_back(pipe)
+        elif record.kind == Kind.WANT:
+            request = open_envelope(record.bodies[0])
+            if type(request) not in (int, str) or (type(request) is int and not _is_serial(request)):
+                raise PeerError('modules that are none')
+            self._tell(WorkerWants(pipe.worker, record.serial, request))
+        elif record.kind == Kind.UNSTARTED:
+            body = record.bodies[0]
+            if len(body) % 8:
+                raise PeerError('jobs given back, %d bytes of them' % len(body))
+            self._tell(WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
 
     def _hold_back(self, pipe: Pipe) -> None:
         """Files or results come faster than the client takes them: the worker's pipe is not read for a while."""

@@ -1,6 +1,7 @@
 """What all tests share: only loopback, a secret and a home of the tests' own, and nothing may be left over."""
 
 import atexit
+import logging
 import os
 import shutil
 import signal
@@ -20,6 +21,9 @@ os.environ['DISPY_SECRET'] = 'the secret of the test-suite'
 if 'DISPY_TESTS' not in os.environ:   # this module is imported by jobs as well, in the environment of the tests
     os.environ['DISPY_TESTS'] = os.environ['XDG_CONFIG_HOME'] = tempfile.mkdtemp(prefix='dispy-tests-')
     atexit.register(shutil.rmtree, os.environ['XDG_CONFIG_HOME'], True)
+    # The tests start thousands of processes, and each would compile the modules anew without a cache.
+    os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
+    os.environ['PYTHONPYCACHEPREFIX'] = os.path.join(os.environ['DISPY_TESTS'], 'pycache')
 os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, *filter(None, [os.environ.get('PYTHONPATH')])])
 
 import psutil  # noqa: E402
@@ -140,6 +144,16 @@ def _sockets():
         if target.startswith('socket:') or 'eventpoll' in target:
             found.add(target)
     return found
+
+
+@pytest.fixture(autouse=True)
+def log_as_before():
+    """What a test sets of the loggers (a cluster's `loglevel`, a daemon's `main`) is that test's alone."""
+    loggers = [logging.getLogger(name) for name in ('dispy', 'dispynode', 'dispyscheduler', 'dispy_httpd')]
+    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, (level, logger.propagate, logger.handlers[:]) in zip(loggers, before):
+        logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

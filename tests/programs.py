@@ -21,7 +21,8 @@ import sys
 
 import dispy
 
-MODE, *PORTS = next(word for word in sys.argv if word.split(',')[0] in ('local', 'node', 'scheduler')).split(',')
+# A node that imports this module has a command line of its own.
+MODE, *PORTS = next((word for word in sys.argv if word.split(',')[0] in ('local', 'node', 'scheduler')), 'local').split(',')
 PORTS = [int(port) for port in PORTS]
 ALONE = [('127.0.0.1', PORTS[-1])] if PORTS else 'local'
 

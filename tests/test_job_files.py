@@ -52,6 +52,16 @@ def test_files_of_many_jobs_at_once(make_cluster, here):
     assert sorted(os.listdir(str(here))) == sorted('file %d' % n for n in range(40))
 
 
+def test_log_lines_of_many_quick_jobs(make_cluster, caplog):
+    """A worker's next job speaks in the same read of its pipe in which the last one's result comes."""
+    def compute(n):
+        logging.getLogger('own').warning('line %d', n)
+    with make_cluster(compute, nodes='local', forward_logs=True) as cluster:
+        for job in [cluster.submit(n) for n in range(300)]:
+            job(30)
+        eventually(lambda: sum('own: line' in text for text in caplog.messages) == 300)
+
+
 def test_paths_elsewhere_and_absolute_ones(make_cluster, here, tmp_path):
     def compute(path):
         inside = os.path.join(os.getcwd(), 'sub', 'inside.txt')

@@ -464,9 +464,11 @@ def test_what_is_installed(name):
 def test_nothing_in_this_process_is_taken_for_the_users_own():
     instance = OwnModules()
     own = [name for name in list(sys.modules) if instance.kind(name) is ModuleKind.OWN]
-    assert {name.partition('.')[0] for name in own} <= {'nodes', 'tools', 'inputs', 'tests',
-                                                        'conftest'} | {
-        name for name in own if name.startswith(('test_', 'own'))}
+    tests = os.path.dirname(os.path.abspath(__file__))
+    there = {os.path.splitext(name)[0] for _, directories, names in os.walk(tests)
+             for name in directories + names}
+    assert {name.partition('.')[0] for name in own} <= there | {'tests'} | {
+        name for name in own if name.startswith('own')}
 
 
 @pytest.mark.parametrize('name', ['', None, 3, 'nosuchmodule', 'nosuch.module', 'os.nosuch', '.',

@@ -132,6 +132,7 @@ def test_what_psutil_can_tell_is_told_without_the_rest(monkeypatch, tmp_path):
 
 def test_what_psutil_cannot_tell(monkeypatch):
     monkeypatch.setitem(sys.modules, 'psutil', Failing())
+    monkeypatch.setattr(dispynode, '_own_addresses', {})   # those known from before are kept
     assert dispynode.own_addresses() == {}
     assert dispynode.own_host('127.0.0.1') == '127.0.0.1'
     monkeypatch.setattr(sys, 'platform', 'darwin')
