@@ -1,10 +1,12 @@
 """What all tests share: only loopback, a secret and a home of the tests' own, and nothing may be left over."""
 
 import atexit
+import ctypes
 import logging
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -18,12 +20,45 @@ os.environ['DISPY_DISCOVERY'] = 'loopback'
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as a shell starts what it puts into the background; programs started here would not hear it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ['DISPY_SECRET'] = 'the secret of the test-suite'
-if 'DISPY_TESTS' not in os.environ:   # this module is imported by jobs as well, in the environment of the tests
-    os.environ['DISPY_TESTS'] = os.environ['XDG_CONFIG_HOME'] = tempfile.mkdtemp(prefix='dispy-tests-')
-    atexit.register(shutil.rmtree, os.environ['XDG_CONFIG_HOME'], True)
+WORKER = os.environ.get('PYTEST_XDIST_WORKER', '')   # a worker of `pytest -n`, or none
+
+
+def take_network():
+    """Give this process a network of its own, which has loopback only: what another worker of
+    `pytest -n` starts is not found here, and its ports are free. Raises OSError where that is not
+    allowed. See unshare(2) and netdevice(7)."""
+    import fcntl
+    unshare = getattr(ctypes.CDLL(None, use_errno=True), 'unshare', None)
+    if unshare is None or unshare(0x40000000):   # CLONE_NEWNET
+        raise OSError(ctypes.get_errno(), 'no network namespace')
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        flags = struct.pack('16sh14x', b'lo', 1)   # IFF_UP
+        fcntl.ioctl(sock, 0x8914, flags)           # SIOCSIFFLAGS
+
+
+def pytest_xdist_auto_num_workers(config):
+    """`pytest -n auto`: tests wait more than they compute. One process where workers would meet."""
+    try:
+        subprocess.run(['unshare', '--net', 'true'], check=True, stderr=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return (os.cpu_count() or 1) + 1
+
+
+OURS = 'dispy-tests-%s-' % WORKER
+if OURS not in os.environ.get('DISPY_TESTS', ''):
+    # This module is imported by jobs as well, in the environment of the tests.
+    os.environ['DISPY_TESTS'] = tempfile.mkdtemp(prefix=OURS)
+    os.environ['XDG_CONFIG_HOME'] = os.environ['DISPY_TESTS']
+    atexit.register(shutil.rmtree, os.environ['DISPY_TESTS'], True)
     # The tests start thousands of processes, and each would compile the modules anew without a cache.
     os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
     os.environ['PYTHONPYCACHEPREFIX'] = os.path.join(os.environ['DISPY_TESTS'], 'pycache')
+    if WORKER:
+        take_network()
+        os.environ['TMPDIR'] = os.path.join(os.environ['DISPY_TESTS'], 'tmp')
+        os.mkdir(os.environ['TMPDIR'])
+        tempfile.tempdir = None   # asked for anew
 os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, *filter(None, [os.environ.get('PYTHONPATH')])])
 
 import psutil  # noqa: E402
