@@ -81,7 +81,9 @@ import uuid
 import warnings
 import weakref
 import zlib
-from typing import Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union
+from typing import (
+    AbstractSet, Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
+    Set, Tuple, Type, Union)
 
 import cloudpickle
 
@@ -3453,7 +3455,7 @@ class StateCapture:
             self._objects.append(value)
         return number
 
-    def pickled(self) -> Tuple[List[Tuple[str, str]], bytes, Set[str]]:
+    def pickled(self) -> Tuple[List[Tuple[str, str]], bytes, AbstractSet[str]]:
         """Classes of the numbered objects, the state, and the modules that opening it imports. Raises what pickling raises."""
         if not self.rows:
             return [], b'', set()
@@ -3504,13 +3506,13 @@ class ModuleBundles:
         self._make(0, sealed.modules)
         return b''.join(bytes(piece) for piece in pieces_of(sealed.payload))
 
-    def packed(self, value: Any, labels: Sequence[Tuple[str, Any]], exact: bool = False) -> Any:
+    def packed(self, value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False) -> Any:
         """A payload that says which bundles have to be there before it is opened. Raises what pickling raises."""
         sealed = pack(value, labels, exact)
         numbers = self.numbers(sealed.modules)
         return with_needs(sealed.payload, numbers) if numbers else sealed.payload
 
-    def numbers(self, modules: Set[str]) -> Set[int]:
+    def numbers(self, modules: AbstractSet[str]) -> Set[int]:
         """The bundles that have these modules, but for number 0. New modules make a new one."""
         if modules <= self._plain:
             return set()
@@ -3526,7 +3528,7 @@ class ModuleBundles:
         return own_modules.kind(name) is ModuleKind.OWN and not any(
             name == shipped or name.startswith(shipped + '.') for shipped in self.shipped)
 
-    def _make(self, number: int, modules: Set[str]) -> None:
+    def _make(self, number: int, modules: AbstractSet[str]) -> None:
         """A bundle with these modules, unless another thread has just made one."""
         new, capture, kinds, state = self._capture(modules)
         closure = [file for file in new if self._is_own(file.name)]
@@ -3552,7 +3554,7 @@ class ModuleBundles:
                 self._number_of.setdefault(name, number)
             self._plain -= modules
 
-    def _capture(self, modules: Set[str]) -> Tuple[List[ModuleFile], StateCapture, List[Tuple[str, str]], bytes]:
+    def _capture(self, modules: AbstractSet[str]) -> Tuple[List[ModuleFile], StateCapture, List[Tuple[str, str]], bytes]:
         """The modules with all that they import, and their state. The state may refer to more modules, which may have state."""
         wanted = set(modules)
         while True:
@@ -3676,7 +3678,7 @@ def _code_pickler(base: Any) -> Any:
     return CodePickler
 
 
-def pack(value: Any, labels: Sequence[Tuple[str, Any]], exact: bool = False) -> Sealed:
+def pack(value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False) -> Sealed:
     """Pickle what goes to a node. Where that fails the error names the path to the culprit; `labels` are the parts of the
     value, with what they are called. Raises what pickling raises."""
     try:
@@ -3688,7 +3690,7 @@ def pack(value: Any, labels: Sequence[Tuple[str, Any]], exact: bool = False) -> 
         raise type(exc)(text) from exc
 
 
-def explain_unpicklable(labels: Sequence[Tuple[str, Any]], exc: BaseException) -> str:
+def explain_unpicklable(labels: Iterable[Tuple[str, Any]], exc: BaseException) -> str:
     """Which part of a value cannot be pickled, and what can be done. Empty if no single part is to blame."""
     for label, value in labels:
         if not _can_be_packed(value):
@@ -3764,13 +3766,16 @@ def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles', depends:
     `depends` are files and objects for this job alone; files are read now."""
     if not depends and not kwargs and ATOMS.issuperset(map(type, args)):
         return pickle.dumps((args, kwargs), 5)
-    labels = [('argument %d' % number, value) for number, value in enumerate(args, 1)]
-    labels += [('argument %s' % name, value) for name, value in kwargs.items()]
+    objects: Dict[str, Any] = {}
     value: tuple = (args, kwargs)
     if depends:
         files, objects = _job_depends(depends, bundles.known_globals)
-        labels += [('dispy_job_depends, %s' % name, thing) for name, thing in objects.items()]
         value = (args, kwargs, files, objects)
+    # Made only if pickling fails.
+    labels = itertools.chain(
+        (('argument %d' % number, value) for number, value in enumerate(args, 1)),
+        (('argument %s' % name, value) for name, value in kwargs.items()),
+        (('dispy_job_depends, %s' % name, thing) for name, thing in objects.items()))
     return own_memory(bundles.packed(value, labels))
 
 
@@ -6747,6 +6752,8 @@ class Driver(Loop):
                 self._leaving.journals[action.comp].ended(*pair)
             if outcome in GOES_ON or (cluster._chains and pair[0] in cluster._chains):
                 cluster._chain(pair, peer)
+                if outcome not in GOES_ON:
+                    cluster._jobs_answered([pair[0]])
                 continue
             opens = outcome == Outcome.RETURNED_CODE or (outcome == Outcome.RAISED and len(unpack_error(pair[1][4])[1]))
             (code if opens else plain).append(pair)
@@ -6754,7 +6761,7 @@ class Driver(Loop):
             cluster._conclude(plain, peer)
         if code:
             self._openers.run(cluster._conclude, code, peer)
-        cluster._jobs_answered([job for job, row in action.pairs if row[1] not in GOES_ON])
+            cluster._jobs_answered([job for job, _ in code])
 
     def _job_waits(self, action: JobWaits) -> None:
         job = action.work
@@ -7524,12 +7531,14 @@ class JobCluster:
             else:
                 self._note(job, payload)
             seconds += row[3] - row[2]
+        jobs = [job for job, _ in pairs]
         with self._lock:
+            self._owed.difference_update(jobs)
             self._finished += finished
             count = self._counts.setdefault('%s:%s' % (peer.ip_addr, peer.name), [peer, 0, 0.0])
             count[1] += len(pairs)
             count[2] += seconds
-        self._ended([job for job, _ in pairs], peer)
+        self._ended(jobs, peer)
 
     def _chain(self, pair: Tuple[DispyJob, tuple], peer: Peer) -> None:
         """A result that must be seen after earlier ones of its job. The driver's thread."""

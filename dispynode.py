@@ -48,7 +48,6 @@ import functools
 import hashlib
 import heapq
 import hmac
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import io
@@ -86,8 +85,8 @@ import unicodedata
 import weakref
 import zlib
 from typing import (
-    Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set,
-    TextIO, Tuple, Type, Union)
+    AbstractSet, Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
+    Set, TextIO, Tuple, Type, Union)
 
 
 __version__ = '5.0.0.dev0'
@@ -829,8 +828,12 @@ def is_comp(name: str) -> bool:
     return len(name) <= 64 and (name.isalnum() or not name) and name.isascii()
 
 
+_NUMBERS = frozenset((int, float))
+_BUFFER_TYPES = frozenset((bytes, memoryview))
+
+
 def _is_buffer(value: Any) -> bool:
-    return type(value) is bytes or type(value) is memoryview
+    return type(value) in _BUFFER_TYPES
 
 
 def _is_payload(value: Any) -> bool:
@@ -842,7 +845,7 @@ def _is_serial(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in _NUMBERS and math.isfinite(value)
 
 
 def _is_options(value: Any) -> bool:
@@ -862,9 +865,13 @@ def _is_job(row: Any) -> bool:
 
 
 def _is_result(row: Any) -> bool:
-    return type(row) is tuple and len(row) == 7 and _is_serial(row[0]) and type(row[1]) is int and row[1] in OUTCOMES \
-        and _is_number(row[2]) and _is_number(row[3]) and _is_buffer(row[4]) and _is_buffer(row[5]) and _is_buffer(row[6]) \
-        and is_outcome(*row[1:])
+    if type(row) is not tuple or len(row) != 7:
+        return False
+    serial, outcome, start, end, *buffers = row
+    # Each result passes here: no more calls than needed. `is_outcome` excludes what is no finite number.
+    return type(serial) is int and 0 <= serial < 1 << 63 and type(outcome) is int and outcome in OUTCOMES \
+        and type(start) in _NUMBERS and type(end) in _NUMBERS and _BUFFER_TYPES.issuperset(map(type, buffers)) \
+        and is_outcome(outcome, start, end, *buffers)
 
 
 def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer, stderr: Buffer) -> bool:
@@ -1000,11 +1007,14 @@ class _Pieces(list):
     write = list.append
 
 
+_NO_MODULES: AbstractSet[str] = frozenset()
+
+
 class Sealed(NamedTuple):
     """A pickled value."""
     payload: Payload
     plain: bool           # whether it holds builtin values only, so that opening it runs no code
-    modules: Set[str]     # names of the modules that opening it imports
+    modules: AbstractSet[str]   # names of the modules that opening it imports
     portable: bool        # whether it holds no functions and classes by value, which only one minor version of Python can run
 
 
@@ -1015,7 +1025,7 @@ def seal(value: Any, pickler: Optional[Callable[..., Any]] = None) -> Sealed:
     Raises what pickling raises.
     """
     if type(value) in ATOMS:
-        return Sealed(pickle.dumps(value, 5), True, set(), True)
+        return Sealed(pickle.dumps(value, 5), True, _NO_MODULES, True)
     pieces, buffers = _Pieces(), []  # type: Tuple[_Pieces, List[memoryview]]
 
     def beside(buffer: pickle.PickleBuffer) -> bool:
@@ -1056,9 +1066,10 @@ def split_needs(payload: Buffer) -> Tuple[Sequence[int], Buffer]:
 
 def unseal(payload: Buffer) -> Any:
     """Open a payload. Runs the user's code; raises whatever that raises."""
-    needs, payload = split_needs(payload)
-    if needs and modules is not None:   # in the program itself its modules are there
-        modules.need(needs)
+    if payload[0] == 2:
+        needs, payload = split_needs(payload)
+        if modules is not None:   # in the program itself its modules are there
+            modules.need(needs)
     if payload[0] != 1:
         return pickle.loads(payload)
     view = memoryview(payload)
@@ -5316,7 +5327,7 @@ BEHIND_ROOT = 'behind'    # modules that come after the node's own
 BUNDLE = 'bundle-%d'      # name of a bundle's file
 
 
-class ModuleLoader(importlib.abc.MetaPathFinder):
+class ModuleLoader:
     """Loads the user's modules in a runner and its workers, and finds those that nothing here has.
 
     `private` is the directory that the computation has for itself, `directory` that of its jobs; `path` is the program's own sys.path where the node is a part of the program
@@ -5954,9 +5965,16 @@ class Worker:
 
     def _send(self, *args: Any) -> None:
         buffers = pack_record(*args)
-        with self._sending, self._turn if self._shared else contextlib.nullcontext():
-            for buffer in buffers:
-                self._sock.sendall(buffer)
+        with self._sending:
+            if self._shared:
+                with self._turn:
+                    self._write(buffers)
+            else:
+                self._write(buffers)
+
+    def _write(self, buffers: List[Buffer]) -> None:
+        for buffer in buffers:
+            self._sock.sendall(buffer)
 
     def _before_fork(self) -> None:
         """A job forks: from now on its children may write into the pipe as well, records of any length."""
@@ -7133,7 +7151,10 @@ class Loop:
         """Handle that many of what was posted."""
         for _ in range(count):
             event = self._inbox.popleft()
-            self.guard(event, self.on_event, event)
+            try:
+                self.on_event(event)
+            except Exception as exc:  # as in `guard`, whose call every event would pay
+                self.fault(event, exc)
 
     def guard(self, subject: Any, call: Callable[..., Any], *args: Any) -> None:
         """Call it for `subject`; an unexpected exception ends what that concerns, not the loop."""
