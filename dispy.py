@@ -98,7 +98,7 @@ from dispynode import (
     path_option, pieces_of, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
-    Allowance, DurationEstimate, Started, PULSES_SILENT, Past, REASONS, Remains, Second)
+    Allowance, DurationEstimate, Started, PULSES_SILENT, Past, REASONS, Remains, Second, machine, start_of)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -4387,7 +4387,7 @@ def open_own_file(path: str, what: str, flags: int = 0) -> int:
 def own_process() -> Tuple[str, int, str]:
     """This process for others on the same machine, who may ask whether it has ended: machine, PID,
     when it began."""
-    return _machine(), os.getpid(), _start_of(os.getpid())
+    return _machine(), os.getpid(), start_of(os.getpid())
 
 
 def has_ended(process: Tuple[str, int, str]) -> Optional[bool]:
@@ -4396,38 +4396,16 @@ def has_ended(process: Tuple[str, int, str]) -> Optional[bool]:
     machine, pid, start = process
     if not start or machine != _machine():
         return None
-    return _start_of(pid) != start
+    return start_of(pid, zombie=False) != start
 
 
 @functools.lru_cache(maxsize=None)
 def _machine() -> str:
     """This machine, since it was started; of containers each is one of its own."""
     try:
-        with open('/proc/sys/kernel/random/boot_id') as file:
-            return '%s %s' % (file.read().strip(), os.readlink('/proc/self/ns/pid'))
+        return '%s %s' % (machine(), os.readlink('/proc/self/ns/pid'))
     except OSError:   # no Linux
         return '%x %s' % (uuid.getnode(), socket.gethostname())
-
-
-def _start_of(pid: int) -> str:
-    """When a process began, to tell it from a later one of the same PID; empty if there is none, or
-    nobody can say."""
-    try:
-        with open('/proc/%d/stat' % pid) as file:
-            fields = file.read().rpartition(')')[2].split()   # the name before it may hold anything
-        # One that waits to be reaped has ended.
-        return '' if fields[0] in 'ZX' else fields[19]
-    except OSError:
-        if os.path.isdir('/proc/self'):
-            return ''
-    try:
-        import psutil
-    except ImportError:
-        return ''
-    try:
-        return str(psutil.Process(pid).create_time())
-    except psutil.Error:
-        return ''
 
 
 class Database:

@@ -6732,28 +6732,26 @@ def memory_of(pid: int) -> int:
     return ask_psutil(sum_up) or 0   # the process may have ended
 
 
-def start_of(pid: int) -> float:
-    """When a process began, in whatever unit tells it from another that gets its number; 0 if it cannot be told."""
+def start_of(pid: int, zombie: bool = True) -> str:
+    """When a process began, in whatever unit tells it from another that gets its number; '' if there is none, or if that
+    cannot be told. `zombie`: one that has ended and waits to be reaped counts. See proc(5)."""
     try:
         with open('/proc/%d/stat' % pid, 'rb') as file:
-            return float(file.read().rpartition(b')')[2].split()[19])
+            state, *fields = file.read().rpartition(b')')[2].split()   # the name before it may hold anything
+        return fields[18].decode() if zombie or state not in b'ZX' else ''
     except (OSError, IndexError, ValueError):
-        if sys.platform == 'linux':
-            return 0.0
-    try:
-        import psutil
-        return float(psutil.Process(pid).create_time())
-    except (ImportError, psutil.Error, ValueError, OverflowError):
-        return 0.0
+        if os.path.isdir('/proc/self'):
+            return ''
+    return ask_psutil(lambda psutil: _start_told(psutil.Process(pid), zombie)) or ''
+
+
+def _start_told(process: Any, zombie: bool) -> str:
+    return str(process.create_time()) if zombie or process.status() != 'zombie' else ''
 
 
 def is_child(pid: int, parent: int) -> bool:
     """Whether a process is a child of another; false where nothing tells it."""
-    try:
-        import psutil
-        return bool(psutil.Process(pid).ppid() == parent)
-    except (ImportError, psutil.Error, ValueError, OverflowError):
-        return False
+    return bool(ask_psutil(lambda psutil: psutil.Process(pid).ppid() == parent))
 
 
 def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
@@ -7843,7 +7841,7 @@ class _Run:
         self.up = self.closing = self.unloadable = False
         self.text = ''
         self.pipes: Dict[int, Pipe] = {}
-        self.pids: Dict[int, Tuple[int, float]] = {}   # worker -> number and start of its process
+        self.pids: Dict[int, Tuple[int, str]] = {}   # worker -> number and start of its process
         self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
         self.kill_at: Optional[float] = None
         self.watch: Optional[RunnerWatch] = None
@@ -7855,7 +7853,7 @@ class _Run:
 
     def kill(self, worker: int) -> None:
         """Kill a worker's process and its group, unless the number is another process's by now."""
-        pid, start = self.pids.get(worker, (0, 0.0))
+        pid, start = self.pids.get(worker, (0, ''))
         if not pid or start_of(pid) != start:
             return
         for kill in (os.killpg, os.kill):

@@ -140,6 +140,16 @@ def test_what_psutil_cannot_tell(monkeypatch):
     assert dispynode.memory_of(os.getpid()) == 0
 
 
+def test_the_start_of_a_process_where_there_is_no_proc(monkeypatch):
+    monkeypatch.setattr(dispynode, 'open', open_nothing, raising=False)
+    monkeypatch.setattr(os.path, 'isdir', lambda path: False)
+    assert float(dispynode.start_of(os.getpid())) > 0
+    assert dispynode.is_child(os.getpid(), os.getppid())
+    monkeypatch.setitem(sys.modules, 'psutil', None)
+    assert dispynode.start_of(os.getpid()) == ''
+    assert not dispynode.is_child(os.getpid(), os.getppid())
+
+
 def open_nothing(path, *args, **kwargs):
     raise FileNotFoundError(path)
 
