@@ -94,8 +94,8 @@ from dispynode import (
     Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
     Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, Welcome,
     Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, derive_key, describe_exception, dial, digest_of,
-    discovery_reach, file_digest, find_secret, frames, host_and_port, is_outcome, log_record_of, open_plain, open_regular,
-    path_option, pieces_of, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
+    discovery_reach, file_digest, find_secret, frames, host_and_port, in_one_piece, is_outcome, log_record_of, open_plain, open_regular,
+    path_option, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
     Allowance, DurationEstimate, Started, PULSES_SILENT, Past, REASONS, Remains, Second, machine, start_of)
@@ -3462,7 +3462,7 @@ class StateCapture:
         contents = [contents_of(value) for value in self._objects]   # all there at once: their ids must differ
         sealed = seal((contents, self._values), _state_pickler(self._numbers))
         kinds = [(type(value).__module__, type(value).__qualname__) for value in self._objects]
-        body = b''.join(bytes(piece) for piece in pieces_of(sealed.payload))
+        body = in_one_piece(sealed.payload)
         return kinds, body, sealed.modules | {kind[0] for kind in kinds}
 
 
@@ -3504,7 +3504,7 @@ class ModuleBundles:
         sealed = pack((computation, setup, cleanup, objects), labels, True)
         self.portable = sealed.portable
         self._make(0, sealed.modules)
-        return b''.join(bytes(piece) for piece in pieces_of(sealed.payload))
+        return in_one_piece(sealed.payload)
 
     def packed(self, value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False) -> Any:
         """A payload that says which bundles have to be there before it is opened. Raises what pickling raises."""
@@ -4290,7 +4290,7 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['P
     objects, _ = _sort_depends(allocator.depends, paths, bundles.known_globals)
     labels = [('setup argument %d' % place, value) for place, value in enumerate(allocator.setup_args, 1)]
     payload = bundles.packed((tuple(allocator.setup_args), objects), labels)
-    blob = b''.join(bytes(piece) for piece in pieces_of(payload))
+    blob = in_one_piece(payload)
     check_setup_args(len(blob), cluster._remote)
     return Allocation(cpus, blob, _file_rows(paths), paths)
 
@@ -4619,7 +4619,7 @@ class Journal(Database):
         """A job, before `submit` returns; gives it its number. The user's thread, with the cluster's lock held. Raises
         OSError, and what pickling its id raises; the job is not submitted then."""
         number = self.last + 1
-        ident, payload = pickle.dumps(job.id), b''.join(pieces_of(job._payload))
+        ident, payload = pickle.dumps(job.id), in_one_piece(job._payload)
         options = pickle.dumps(job._options) if job._options else b''
         head = self._HEAD.pack(0, number, job.submit_time, len(ident), len(payload), len(options))[4:]
         body = b''.join((ident, payload, options))
@@ -5250,7 +5250,7 @@ class Driver(Loop):
         self._chores_at = 0.0
         self._lost_text, self._lost_at = '', 0.0   # of a fault after which jobs may be nowhere; when they are looked for
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
-        self._acts: Dict[type, Callable[[Any], None]] = {
+        self._acts = {
             SendJobs: self._send_jobs, SendCancel: self._send_to, SendRecall: self._send_to, SendAck: self._send_ack,
             JobsEnded: self._jobs_ended, JobEnded: self._job_ended, JobWaits: self._job_waits,
             JobsStarted: self._jobs_started, Withdrawn: self._withdrawn,
@@ -5868,13 +5868,6 @@ class Driver(Loop):
 
     def _flush(self) -> None:
         self._act(self.schedule.flush(self.now))
-
-    def _act(self, actions: List[Any]) -> None:
-        for action in actions:
-            try:
-                self._acts[type(action)](action)
-            except Exception as exc:  # the other actions are carried out all the same
-                self.fault(action, exc)
 
     def _chores(self) -> None:
         """Dial, ask, give up probing, warn; and when to do so next."""
@@ -7994,7 +7987,7 @@ class DispyExecutor(concurrent.futures.Executor):
         if cluster._bundles.changed():
             cluster = self._renew(cluster)
         future = DispyFuture(cluster)
-        payload = b''.join(bytes(piece) for piece in pieces_of(cluster._bundles.packed(fn, [('the function', fn)], True)))
+        payload = in_one_piece(cluster._bundles.packed(fn, [('the function', fn)], True))
         future.job = cluster.submit_job_id(future, payload, args, kwargs)
         return future
 

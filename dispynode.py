@@ -547,6 +547,11 @@ def pieces_of(payload: Payload) -> Tuple[Buffer, ...]:
     return payload if type(payload) is tuple else (payload,)  # type: ignore[return-value]
 
 
+def in_one_piece(payload: Payload) -> bytes:
+    """A payload as bytes of its own."""
+    return b''.join(pieces_of(payload))
+
+
 def size_of(payload: Payload) -> int:
     """Bytes in a payload."""
     if type(payload) is tuple:
@@ -931,8 +936,13 @@ SPEC_FIELDS: Dict[str, Any] = {'name': str, 'kind': str, 'code': (bytes, memoryv
                                'sys_path': list, 'argv': list}
 
 
+def result_key(spec: dict) -> bytes:
+    """The digest of what shows that results are a program's own; zeros for a program that has none."""
+    return spec.get('key', bytes(KEY_SIZE))  # type: ignore[no-any-return]
+
+
 def _is_spec(spec: dict) -> bool:
-    key = spec.get('key', bytes(KEY_SIZE))
+    key = result_key(spec)
     return type(key) is bytes and len(key) == KEY_SIZE \
         and all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
         and all(type(word) is str for word in (*spec['sys_path'], *spec['argv'])) \
@@ -3291,7 +3301,6 @@ class Doorkeeper:
             return   # one that began before the others failed
         if proved:
             self._failed.pop(address, None)
-            self._remember(self._proved, address, now)
             return
         count = self._failed.get(address, (0, 0.0))[0] + 1
         shut = min(self.SHUT * 2 ** min(count - self.FAILURES, 10), self.SHUT_MOST) if count >= self.FAILURES else 0.0
@@ -3954,7 +3963,7 @@ class _Computation:
         # Attempts that have begun and since when, to be told to the client
         self.begun: List[Tuple[int, float]] = []
         self.stillborn = 0                     # workers in a row that died before their first job
-        self.digest = spec.get('key', bytes(KEY_SIZE))
+        self.digest = result_key(spec)
         self.most = spec.get('max_jobs') or 0
         self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
         self.orphan_at = 0.0                   # when its results are given up, if its link is gone
@@ -4334,7 +4343,7 @@ class Node:
     def _on_compute(self, link: int, message: Compute, now: float) -> None:
         up = self._links[link]
         comp = self._comp_of(link, message.comp)
-        if comp is not None and not hmac.compare_digest(comp.digest, message.spec.get('key', bytes(KEY_SIZE))):
+        if comp is not None and not hmac.compare_digest(comp.digest, result_key(message.spec)):
             raise PeerError('computation %.40r has another key' % message.comp)
         if comp is not None:   # its client is back after a broken link
             comp.link = link
@@ -4366,7 +4375,7 @@ class Node:
             self._comps[message.comp] = _Computation(message.comp, up.instance, link, message.spec)
             self._resize()
             shelved = self.shelf.get(message.comp)
-            if shelved is not None and hmac.compare_digest(shelved.digest, message.spec.get('key', bytes(KEY_SIZE))):
+            if shelved is not None and hmac.compare_digest(shelved.digest, result_key(message.spec)):
                 self.shelf[message.comp] = shelved._replace(owner=up.instance)
                 self._resend(message.comp, link)
             self._do(Prepare(message.comp, message.spec))
@@ -5495,7 +5504,7 @@ def _write_main(directory: str) -> str:
     for name, value in list(vars(sys.modules['__main__']).items()):
         if not name.startswith('__'):
             with contextlib.suppress(Exception):  # what cannot be pickled, the child has not
-                found[name] = b''.join(bytes(piece) for piece in pieces_of(seal(value, Pickler).payload))
+                found[name] = in_one_piece(seal(value, Pickler).payload)
     module = 'dispy_main_%d' % os.getpid()
     path = os.path.join(directory, module)
     with open(path + '.pickle', 'wb') as file:
@@ -6994,6 +7003,7 @@ class Loop:
         self._faults = Faults()
         self._again = False        # a turn failed, and what it had to do may not be done
         self._failed = ''          # why this loop cannot go on
+        self._acts: Dict[type, Callable[[Any], None]] = {}   # how each action of the state is carried out
         self._pulse_at = 0.0
         self._waker, self._wakened = socket.socketpair()
         for sock in (self._waker, self._wakened):
@@ -7160,6 +7170,14 @@ class Loop:
             call(*args)
         except Exception as exc:  # whatever it is, others are served all the same
             self.fault(subject, exc)
+
+    def _act(self, actions: List[Any]) -> None:
+        """Carry out what the state has decided, by the table of the loop."""
+        for action in actions:
+            try:
+                self._acts[type(action)](action)
+            except Exception as exc:  # the other actions are carried out all the same
+                self.fault(action, exc)
 
     def fault(self, subject: Any, exc: BaseException) -> None:
         """Log an unexpected exception and end what it concerns."""
@@ -7952,7 +7970,7 @@ class Daemon(Loop):
         self._read_later: Dict[Tuple[int, str], float] = {}   # kept results, of a link and a computation, and when they are read again
         self._port = 0
         self._root = self._base = ''   # where computations work, and what is above: not the same with --user
-        self._acts: Dict[type, Callable[[Any], None]] = {
+        self._acts = {
             Send: self._send, Drop: self._drop, Prepare: self._prepare, WantAgain: self._want_again, Store: self._store,
             Fetch: self._fetch,
             StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
@@ -8221,19 +8239,16 @@ class Daemon(Loop):
                 caller.dialling.start(self.post, caller, self._reach(caller, HANDSHAKE_TIME))
 
     def _tell(self, event: Any) -> None:
+        self._decide(self.node.handle, event)
+
+    def _decide(self, call: Callable[..., List[Any]], *args: Any) -> None:
+        """Have the state decide, and carry that out."""
         try:
-            actions = self.node.handle(event, self.now)
+            actions = call(*args, self.now)
         except BaseException:
             self._act(self.node.decided())   # what was decided before the state noticed
             raise
         self._act(actions)
-
-    def _act(self, actions: List[Any]) -> None:
-        for action in actions:
-            try:
-                self._acts[type(action)](action)
-            except Exception as exc:  # the other actions are carried out all the same
-                self.fault(action, exc)
 
     def on_fault(self, subject: Any, text: str) -> bool:
         """End what the fault concerns: a link, a worker, a computation."""
@@ -8316,12 +8331,7 @@ class Daemon(Loop):
                 self.interest(link)
 
     def _flush(self) -> None:
-        try:
-            actions = self.node.flush(self.now)
-        except BaseException:
-            self._act(self.node.decided())
-            raise
-        self._act(actions)
+        self._decide(self.node.flush)
 
     def _look_at_clock(self, local: time.struct_time) -> None:
         """Hours of service. Once a minute, so that a clock that is set is no matter."""
@@ -8371,7 +8381,7 @@ class Daemon(Loop):
         spec, comp = action.spec, action.comp
         keep = not spec['cleanup']
         try:
-            if len(comp) > 64 or not comp.isalnum():
+            if not comp or not is_comp(comp):
                 raise ValueError('a computation may not be called %.70r' % comp)
             self._have_directory()
             private = os.path.join(self._root, 'p-' + comp)

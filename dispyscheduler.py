@@ -61,14 +61,14 @@ from dispy import (
     JobState, JobWaits, JobsEnded, JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodeResults, NodeSpec, Peer,
     Schedule, SendJobs, UseState, Withdrawn, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
-    ASKED_FOR, BUNDLE, BUNDLES, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, KEY_SIZE, NAME_MOST, NODE_PORT, OF_CLIENTS,
+    ASKED_FOR, BUNDLE, BUNDLES, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT, OF_CLIENTS,
     ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of,
     PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each,
     FilePiece, FileReceiver, FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
     Outcome, Output, Payload, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
     Returned, Role, Said, Shutdown, StartError, Started, Welcome, Where, Wrong, __version__, _write_private, beside,
-    check_name, derive_key, digest_of, discovery_reach, find_secret, frames, has_place, host_and_port, in_parts,
-    log_record_of, make_secret, may_reclaim, minutes_option, needs, open_plain, open_regular, parse_arguments, pieces_of,
+    check_name, derive_key, digest_of, discovery_reach, find_secret, frames, has_place, host_and_port, in_parts, is_comp,
+    log_record_of, make_secret, may_reclaim, minutes_option, needs, open_plain, open_regular, parse_arguments, pieces_of, result_key,
     plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of, size_option, sized,
     take_own_directory, tls_files, unpack_error)
 
@@ -536,7 +536,7 @@ class Remote:
         shared = spec['shared']
         self._comp, self._client, self.name = comp, client.hex(), spec['name']
         self.instance, self.link = client, 0
-        self.digest: bytes = spec.get('key', bytes(KEY_SIZE))   # of what shows that results are its
+        self.digest = result_key(spec)   # of what shows that results are its
         self.directory = directory
         self._reentrant, self.exclusive, self.cloudpickle = shared['reentrant'], shared['exclusive'], shared['cloudpickle']
         self.absence = Absence(bool(shared['recovers']), shared['process'])
@@ -1147,7 +1147,7 @@ class Scheduler(Driver):
         return Remote(comp, client, spec, self._directory_of(comp), most, self._state.key_of(comp))
 
     def _directory_of(self, comp: str) -> str:
-        if len(comp) > 64 or not comp.isalnum() or comp == House._comp:
+        if not comp or not is_comp(comp) or comp == House._comp:
             raise PeerError('a computation may not be called %.70r' % comp)
         path = os.path.join(self._state.root, 'c-' + comp)
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -1404,7 +1404,7 @@ class Scheduler(Driver):
     def _c_compute(self, link: Link, message: Compute) -> None:
         remote = self._clusters.get(message.comp)
         if isinstance(remote, Remote):
-            if remote.instance != link.instance or not hmac.compare_digest(remote.digest, message.spec.get('key', bytes(KEY_SIZE))):
+            if remote.instance != link.instance or not hmac.compare_digest(remote.digest, result_key(message.spec)):
                 self.say(link, Refused(message.comp, 'busy', 'it is of another program'))
                 return
             if remote.link in self.links and remote.link != link.number:
