@@ -98,7 +98,8 @@ from dispynode import (
     path_option, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
-    Allowance, DurationEstimate, Started, PULSES_SILENT, Past, REASONS, Remains, Second, machine, start_of)
+    Allowance, DurationEstimate, Started, PULSES_SILENT, Past, REASONS, Remains, Second, machine, module_dict,
+    package_version, start_of)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -2408,18 +2409,6 @@ class Whereabouts(NamedTuple):
     loader: Any = None
 
 
-_dict_of_module: Any = vars(types.ModuleType)['__dict__']
-
-
-def module_dict(module: Any) -> Dict[str, Any]:
-    """The globals of a module. Nothing of the user's runs for that: the class of a module may have
-    a `__getattr__` that imports. Empty for what is in `sys.modules` and is no module."""
-    if not issubclass(type(module), types.ModuleType):
-        return {}
-    found = _dict_of_module.__get__(module)
-    return found if found is not None else {}
-
-
 def _is_below(path: str, roots: Sequence[str]) -> bool:
     return any(path.startswith(root) for root in roots)
 
@@ -3321,17 +3310,8 @@ class OwnModules:
         return version
 
     def _find_version(self, name: str) -> str:
-        import importlib.metadata
-        try:
-            version: Any = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            version = None
-        except Exception as exc:   # damaged metadata, or a finder of the user's
-            logger.debug('the version of %s cannot be read: %s', name, describe_exception(exc))
-            version = None
-        if not isinstance(version, str):
-            version = module_dict(sys.modules.get(name)).get('__version__')
-        if isinstance(version, str):
+        version = package_version(name)
+        if version:
             return version
         path = self._finder.look(name).path
         if not path:
@@ -4582,7 +4562,8 @@ class Journal(Database):
 
     def _check_new(self) -> None:
         """FILE-new is ours if it begins so, or was made now. Raises DispyError for a file of the user's, which is left alone."""
-        head = os.pread(self._new, len(self.NEW_MARK), 0) if hasattr(os, 'pread') else open(self.path + '-new', 'rb').read(len(self.NEW_MARK))
+        os.lseek(self._new, 0, os.SEEK_SET)   # what is written is added at the end all the same
+        head = os.read(self._new, len(self.NEW_MARK))
         if len(head) < len(self.NEW_MARK) and self.NEW_MARK.startswith(head):   # made now, or torn when it was made
             os.ftruncate(self._new, 0)
             os.write(self._new, self.NEW_MARK)
@@ -6121,9 +6102,7 @@ class Driver(Loop):
     def _dial_failed(self, event: DialFailed) -> None:
         peer = event.peer
         if isinstance(peer, Second):
-            link = peer.peer.link
-            if peer.ended(self.now) and link is not None and self.is_silent(link):
-                self.on_silent(link)
+            self.second_failed(peer, peer.peer.link)
             return
         self._dials.discard(peer)
         self._soon()   # as above
@@ -7613,6 +7592,16 @@ class JobCluster:
                 self._ended([job])
 
 
+def pages_of_nodes(ask: Callable[[int, int], List[tuple]]) -> List[NodeRow]:
+    """All that a scheduler tells of its nodes; ask(first, most) gets that many rows. Raises what that raises."""
+    rows: List[NodeRow] = []
+    while True:
+        page = ask(len(rows), NODES_PAGE)
+        rows += [NodeRow(*row) for row in page]
+        if len(page) < NODES_PAGE:
+            return rows
+
+
 class SharedJobCluster(JobCluster):
     """As JobCluster, with nodes that a dispyscheduler shares between several programs.
 
@@ -7699,12 +7688,7 @@ class SharedJobCluster(JobCluster):
 
     def _pages(self) -> List[NodeRow]:
         """What the scheduler tells of its nodes, which may be thousands, some at a time."""
-        rows: List[NodeRow] = []
-        while True:
-            page = self._call('nodes', len(rows), NODES_PAGE)
-            rows += [NodeRow(*row) for row in page]
-            if len(page) < NODES_PAGE:
-                return rows
+        return pages_of_nodes(lambda first, most: self._call('nodes', first, most))
 
     def _rows(self) -> List[NodeRow]:
         if not self._is_connected():

@@ -363,13 +363,9 @@ class WatchedShared(Watched):
             flights.setdefault((place.ip_addr, place.name), {})[job._serial] = job
         self._flights = flights
         with contextlib.suppress(ConnectionError, concurrent.futures.TimeoutError):
-            rows: List[Any] = []
-            page: List[Any] = [()] * dispy.NODES_PAGE
-            while len(page) == dispy.NODES_PAGE:
-                future = driver.ask(lambda: driver.call(cluster._comp, 'nodes', len(rows), dispy.NODES_PAGE))
-                page = dispy.answer_of(future, dispy.CALL_TIME)
-                rows += page
-            self._known = {row.key: row for row in (dispy.NodeRow(*row) for row in rows)}
+            rows = dispy.pages_of_nodes(lambda first, most: dispy.answer_of(
+                driver.ask(lambda: driver.call(cluster._comp, 'nodes', first, most)), dispy.CALL_TIME))
+            self._known = {row.key: row for row in rows}
             return
         self._known = {row.key: row for row in driver.ask(lambda: driver.rows_of(cluster._comp))}
 

@@ -5456,13 +5456,31 @@ def build_tag() -> str:
     return '%s %s' % (sysconfig.get_platform(), sys.implementation.cache_tag)
 
 
+_dict_of_module: Any = vars(types.ModuleType)['__dict__']
+
+
+def module_dict(module: Any) -> Dict[str, Any]:
+    """The globals of a module. Nothing of the user's runs for that: the class of a module may have
+    a `__getattr__` that imports. Empty for what is in `sys.modules` and is no module."""
+    if not issubclass(type(module), types.ModuleType):
+        return {}
+    found = _dict_of_module.__get__(module)
+    return found if found is not None else {}
+
+
 def package_version(name: str) -> str:
     """The version of an installed package by its import name; empty if it is not to be found out."""
     import importlib.metadata
+    version: Any = None
     try:
-        return importlib.metadata.version(name)
-    except Exception:  # not of that name, or metadata that cannot be read
-        return str(getattr(sys.modules.get(name), '__version__', ''))
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass   # its distribution has another name
+    except Exception as exc:   # damaged metadata, or a finder of the user's
+        logger.debug('the version of %s cannot be read: %s', name, describe_exception(exc))
+    if not isinstance(version, str):
+        version = module_dict(sys.modules.get(name)).get('__version__')
+    return version if isinstance(version, str) else ''
 
 
 def compare_packages(packages: Dict[str, str]) -> List[str]:
@@ -6400,11 +6418,10 @@ class Runner:
 
     def _load_functions(self, code: memoryview, loader: ModuleLoader) -> Any:
         """The computation, cleanup and what is found by name beside them. Returns setup."""
-        source = load_source if self._spec['kind'] == 'source' else None
         if self._spec['bundles']:
             loader.need((0,))
         self._function, setup, self._cleanup, objects = \
-            load_source(*open_plain(code)) if source is not None else unseal(code)
+            load_source(*open_plain(code)) if self._spec['kind'] == 'source' else unseal(code)
         self._setup_args, own_objects = unseal(self._spec['setup_args']) if self._spec['setup_args'] else ((), {})
         self._globals = globals_of(self._function, setup, self._cleanup)
         self.offer(self._spec['names'], self._globals)
@@ -6549,8 +6566,7 @@ class Runner:
                 other.out.close()
                 other.err.close()
             Worker(sock, child.slots, self._function, child.out, child.err, self._spec, self._libc, self._globals).serve()
-        except (BrokenPipeError, ConnectionError, EOFError):
-
+        except (ConnectionError, EOFError):
             os._exit(1)   # the pipe is gone, and with it whoever could be told
         except BaseException:  # no descriptors, or our own fault: the runner reads it from the file and tells
             traceback.print_exc()
@@ -7026,6 +7042,11 @@ class Loop:
 
     def on_silent(self, link: 'Link') -> None:
         """Nothing was heard on a link for PULSES_SILENT pulses; called again and again while it lasts."""
+
+    def second_failed(self, second: 'Second', link: Optional['Link']) -> None:
+        """Another connection beside this link could not be made. If the link is silent still, the next one is tried."""
+        if second.ended(self.now) and link is not None and self.is_silent(link):
+            self.on_silent(link)
 
     def end_of_turn(self) -> None:
         """After all that was read and posted: decide and send."""
@@ -8223,9 +8244,7 @@ class Daemon(Loop):
 
     def _dial_failed(self, caller: Any, text: str) -> None:
         if isinstance(caller, Second):
-            link = self.links.get(caller.peer.link)
-            if caller.ended(self.now) and link is not None and self.is_silent(link):
-                self.on_silent(link)
+            self.second_failed(caller, self.links.get(caller.peer.link))
             return
         caller.dialling.ended()
         caller.dialling.again(self.now)
@@ -8387,7 +8406,7 @@ class Daemon(Loop):
             private = os.path.join(self._root, 'p-' + comp)
             if spec['dest_path']:
                 parts = check_name(spec['dest_path'])
-                if _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-', 'g-') or parts[0] in ('lock', 'memory', NODE_MARK) or parts[0].startswith('user-'):
+                if _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-', 'g-') or parts[0] in KEEPING_FILES or parts[0].startswith('user-'):
                     raise ValueError('dest_path %.100r begins as names of the node itself do; choose another' % spec['dest_path'])
                 directory = os.path.join(self._root, *parts)
             else:
@@ -8871,6 +8890,7 @@ class Daemon(Loop):
 
 
 NODE_MARK = 'dispy-node'    # the file that says that a directory is a node's
+KEEPING_FILES = frozenset(('lock', 'memory', NODE_MARK))   # all that an idle node has in its directory
 
 
 def _was_ours(root: str) -> bool:
@@ -9233,7 +9253,7 @@ class Deployment:
             raise StartError('PID %d does not end after SIGTERM' % pid)
         root = self._note.get('root', '')
         with contextlib.suppress(OSError):   # not there, or other nodes have theirs beside it
-            if set(os.listdir(root)) <= {'lock', 'memory', NODE_MARK}:
+            if set(os.listdir(root)) <= KEEPING_FILES:
                 shutil.rmtree(root)
                 os.rmdir(os.path.dirname(default_directory(0)))
 

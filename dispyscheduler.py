@@ -139,7 +139,7 @@ class State(Database):
     def __init__(self, root: str) -> None:
         """Raises DispyError, OSError."""
         self.root, self.large = root, os.path.join(root, 'large')
-        take_own_directory(root, STATE_MARK, ('state.db',), '--state-dir')
+        take_state_directory(root)
         os.makedirs(self.large, mode=0o700, exist_ok=True)
         super().__init__(os.path.join(root, 'state.db'), 'the state')
         try:
@@ -603,9 +603,15 @@ class House:
         """As a cluster's."""
 
 
+def take_state_directory(root: str) -> None:
+    """Make the directory of --state-dir, or make sure that it is ours. Raises DispyError, OSError."""
+    take_own_directory(root, STATE_MARK, ('state.db',), '--state-dir')
+
+
 def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
     """Whether a node may be dialled by its name, or at an address that its name has. Programs name nodes; without a bound they
     could have any host tried out."""
+    found = ipaddress.ip_address(plain_address(address.partition('%')[0])) if address else None
     for word in allowed:
         try:
             network = ipaddress.ip_network(word, False)
@@ -613,11 +619,10 @@ def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
             if host and NodeSpec(word, NODE_PORT).fits(host):
                 return True
             continue
-        if address and ipaddress.ip_address(plain_address(address.partition('%')[0])) in network:
+        if found is not None and found in network:
             return True
-    if allowed or not address:
+    if allowed or found is None:
         return False
-    found = ipaddress.ip_address(plain_address(address.partition('%')[0]))
     return found.is_private or found.is_loopback or found.is_link_local
 
 
@@ -1200,7 +1205,7 @@ class Scheduler(Driver):
             self._read_again()
         else:
             if self._stuck_until is None:   # results of nodes wait there; programs are read: what they end makes room
-                for link in [link for link in self.links.values() if link.number not in self._sessions]:
+                for link in self._links_of_nodes():
                     link.paused = True
                     self.interest(link)
             self._stuck_until = self.now + RETRY_TIME
@@ -1241,9 +1246,12 @@ class Scheduler(Driver):
     def _unstick(self) -> None:
         if self._stuck_until is not None:
             self._stuck_until = None
-            for link in [link for link in self.links.values() if link.number not in self._sessions]:
+            for link in self._links_of_nodes():
                 link.paused, link.heard = False, self.now
                 self.interest(link)
+
+    def _links_of_nodes(self) -> List[Link]:
+        return [link for link in self.links.values() if link.number not in self._sessions]
 
     def _end_turn_of(self, remote: Remote) -> None:
         link = self.links.get(remote.link)
@@ -2177,7 +2185,7 @@ def _operator_secret(root: str, path: Optional[str]) -> bytes:
     """The operator's secret, made at the first start. Raises SecretError, StartError, OSError."""
     if path is not None:
         return find_secret(None, path)
-    take_own_directory(root, STATE_MARK, ('state.db',), '--state-dir')
+    take_state_directory(root)
     path = os.path.join(root, 'operator-secret')
     if not os.path.exists(path):
         make_secret(path)
