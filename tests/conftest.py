@@ -181,6 +181,21 @@ def _sockets():
     return found
 
 
+@pytest.fixture
+def small_disk(request, tmp_path):
+    """A directory that is a file system of its own, of '1m' or what the test asks for as its parameter."""
+    path = tmp_path / 'small'
+    path.mkdir()
+    size = getattr(request, 'param', '1m')
+    try:
+        subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=%s' % size, 'tmpfs', str(path)], check=True,
+                       stderr=subprocess.PIPE, universal_newlines=True)
+    except (OSError, subprocess.CalledProcessError) as exc:
+        pytest.skip('a file system is mounted here, which takes root on Linux: %s' % (getattr(exc, 'stderr', '') or exc))
+    yield str(path)
+    subprocess.run(['umount', '--lazy', str(path)], check=True)
+
+
 @pytest.fixture(autouse=True)
 def log_as_before():
     """What a test sets of the loggers (a cluster's `loglevel`, a daemon's `main`) is that test's alone."""

@@ -10,11 +10,11 @@ import itertools
 import random
 
 from dispy import (
-    CancelAsked, JobEnded, JobWaits, JobsEnded, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted, Opened, Schedule, SendAck,
-    SendCancel, SendJobs, SendRecall, Submitted, Work)
+    JobWaits, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted, Opened, Schedule, SendAck, SendCancel, SendJobs, SendRecall,
+    Submitted, Work)
 from dispynode import (
-    Ack, Cancel, Compute, Feed, Interrupt, Jobs, Limit, LinkUp, Node, Outcome, Prepare, Prepared, Ready, Recall, Received, Results, Returned,
-    RunnerUp, Send, Started, StartRunner, StartWorker, TakeBack, WorkerResults, WorkerReturned)
+    Ack, Cancel, Compute, Feed, Interrupt, Jobs, Limit, LinkUp, Node, Outcome, Prepared, Ready, Recall, Received, Results, Returned, RunnerUp,
+    Send, Started, StartWorker, TakeBack, WorkerResults, WorkerReturned)
 
 PIPE = 0.0003      # s between a daemon and its workers
 BIRTH = 0.005      # s until a worker that is forked is there

@@ -3,7 +3,6 @@
 import os
 import pickle
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -14,8 +13,8 @@ import dispynode
 from conftest import ROOT
 from dispy import NodeSpec, matches
 from dispynode import (
-    BOUNDS, BOUNDS_OF, Bounds, FrameOpener, FrameSealer, ITEMS_MOST, MESSAGES, OF_CLIENTS, OF_NODES, PeerError, PlainReader, Ready, Results,
-    Welcome, Where, decode, encode, is_shallow, open_envelope, open_regular)
+    BOUNDS, FrameOpener, FrameSealer, ITEMS_MOST, MESSAGES, OF_CLIENTS, OF_NODES, PeerError, Ready, Welcome, Where, decode, encode,
+    is_shallow, open_envelope, open_regular)
 
 
 def colliding(count):

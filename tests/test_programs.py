@@ -206,17 +206,7 @@ def test_a_quota_is_told_and_jobs_wait_for_it(tmp_path, node, caplog):
 
 # -- a full disk ----------------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def small_disk(tmp_path):
-    path = tmp_path / 'disk'
-    path.mkdir()
-    if not sys.platform.startswith('linux') or os.geteuid() \
-            or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=12m', 'tmpfs', str(path)], stderr=subprocess.DEVNULL).returncode:
-        pytest.skip('a file system of its own is mounted, which takes root on Linux')
-    yield path
-    subprocess.run(['umount', '-l', str(path)], check=True)
-
-
+@pytest.mark.parametrize('small_disk', ('12m',), indirect=True)
 @pytest.mark.parametrize('size', (20000, 300000))
 def test_a_full_disk_heals_when_its_program_ends(small_disk, tmp_path, node, size):
     """One program fills it and is closed: the others go on, and nobody has to remove anything."""
@@ -225,7 +215,7 @@ def test_a_full_disk_heals_when_its_program_ends(small_disk, tmp_path, node, siz
             time.sleep(0.01)
         return len(data)
     flag = tmp_path / 'flag'
-    with SchedulerProcess(small_disk / 'scheduler', '-n', '127.0.0.1:%d' % node.port) as scheduler:
+    with SchedulerProcess(os.path.join(small_disk, 'scheduler'), '-n', '127.0.0.1:%d' % node.port) as scheduler:
         with shared(scheduler) as other:
             assert other.submit()(20) == 42
             culprit = shared(scheduler, hold)

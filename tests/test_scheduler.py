@@ -510,26 +510,15 @@ def test_recovery(scheduler, tmp_path, carry_on):
 
 # -- a full disk -----------------------------------------------------------------------------------------------------------
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A directory for 8 MB."""
-    path = tmp_path / 'disk'
-    path.mkdir()
-    if not sys.platform.startswith('linux') or os.geteuid() != 0 \
-            or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', str(path)], stderr=subprocess.DEVNULL).returncode:
-        pytest.skip('a file system of its own is mounted, which takes root on Linux')
-    yield path
-    subprocess.run(['umount', '-l', str(path)], check=True)
-
-
+@pytest.mark.parametrize('small_disk', ('8m',), indirect=True)
 @pytest.mark.parametrize('size', (10000, 300000))
 def test_a_full_disk(small_disk, tmp_path, node, size):
     """What is not kept is not acknowledged; it is told, and goes on when there is room."""
-    with SchedulerProcess(small_disk / 'scheduler', '-n', '127.0.0.1:%d' % node.port) as scheduler:
+    with SchedulerProcess(os.path.join(small_disk, 'scheduler'), '-n', '127.0.0.1:%d' % node.port) as scheduler:
         with shared(lambda data: data[::-1], scheduler) as cluster:
             assert cluster.submit(b'ab')(20) == b'ba'
-            filling = small_disk / 'filling'
-            with open(str(filling), 'wb', buffering=0) as file:   # close() shall have nothing left to write
+            filling = os.path.join(small_disk, 'filling')
+            with open(filling, 'wb', buffering=0) as file:   # close() shall have nothing left to write
                 try:
                     while True:
                         file.write(bytes(65536))
@@ -539,6 +528,6 @@ def test_a_full_disk(small_disk, tmp_path, node, size):
             jobs = [cluster.submit(each) for each in data]
             eventually(lambda: 'cannot be written' in scheduler.log())
             assert [job.status for job in jobs if job.status == DispyJob.Finished] == []
-            filling.unlink()
+            os.unlink(filling)
             assert cluster.wait(30) and [job.result for job in jobs] == [each[::-1] for each in data]
             assert 'can be written again' in scheduler.log()

@@ -13,7 +13,7 @@ import dispy
 from conftest import ROOT, eventually
 from dispynode import REASONS
 from nodes import NodeProcess, SchedulerProcess
-from test_resources import fill, small_disk  # noqa: F401
+from test_resources import fill
 from test_runners import runner_of, runners_of
 
 
@@ -37,8 +37,10 @@ def test_every_code_of_a_refusal_stands_in_the_table():
         'transfer', 'setup', 'code', 'version', 'allocate', 'module', 'cpus'}
 
 
+# There is room for this module as well, which imports dispy, whose files travel along.
+@pytest.mark.parametrize('small_disk', ['4m'], indirect=True)
 @pytest.mark.parametrize('where', ['node', 'scheduler'])
-def test_a_disk_that_was_full_when_files_came_is_tried_again(tmp_path, small_disk, caplog, where):   # noqa: F811
+def test_a_disk_that_was_full_when_files_came_is_tried_again(tmp_path, small_disk, caplog, where):
     """There is room for 200 KB, as daemons write a little too, and a file has more."""
     data = tmp_path / 'data'
     data.write_bytes(os.urandom(300000))

@@ -2,7 +2,6 @@
 
 import ast
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,20 +21,6 @@ from nodes import NodeProcess
 @pytest.fixture
 def ledger(tmp_path):
     return Ledger(tmp_path / 'ledger')
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A directory with room for a MiB."""
-    if not sys.platform.startswith('linux') or os.geteuid() != 0 or not shutil.which('mount'):
-        pytest.skip('a small file system needs root on Linux')
-    path = tmp_path / 'small'
-    path.mkdir()
-    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(path)], stderr=subprocess.PIPE, universal_newlines=True)
-    if mounted.returncode:
-        pytest.skip('no file system can be mounted here: %s' % mounted.stderr.strip())
-    yield str(path)
-    subprocess.run(['umount', '--lazy', str(path)], check=True)
 
 
 def fill(directory):

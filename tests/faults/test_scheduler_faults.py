@@ -17,7 +17,6 @@ from dispy import DispyJob
 from ledger import Ledger, enter
 from nodes import NodeProcess, SchedulerProcess, start_here
 from proxy import Proxy
-from test_resources import small_disk   # noqa: F401  (a fixture)
 
 
 class Shared:
@@ -381,7 +380,7 @@ def test_nodes_behind_one_address_come_back_in_another_order(tmp_path):
 # -- what runs out -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('large', ('arguments', 'result'))
-def test_the_scheduler_is_stopped_while_its_disk_has_no_room(tmp_path, small_disk, large):   # noqa: F811
+def test_the_scheduler_is_stopped_while_its_disk_has_no_room(tmp_path, small_disk, large):
     """What it could not keep the other side has, and gives again when there is room."""
     size = 3 << 20
     with NodeProcess(tmp_path / 'node') as node:

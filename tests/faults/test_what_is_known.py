@@ -4,20 +4,18 @@ import collections
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 import dispy
-from clients import PATHS, Client
+from clients import Client
 from conftest import eventually
 from dispy import DispyJob
 from ledger import Ledger, enter
 from nodes import NodeProcess, SchedulerProcess
 from proxy import UP, Proxy
-from test_resources import fill, small_disk  # noqa: F401
+from test_resources import fill
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, 'SIGSTOP'), reason='no SIGSTOP here')
 
@@ -182,7 +180,7 @@ def compute(path, number, seconds):
     return number
 
 
-def test_what_cannot_be_noted_is_not_sent(tmp_path, small_disk, ledger):   # noqa: F811
+def test_what_cannot_be_noted_is_not_sent(tmp_path, small_disk, ledger):
     """The recovery file is on a full disk: nothing that is sent is told as never started, nothing is delivered twice, and the
     cluster goes on when there is room."""
     with NodeProcess(tmp_path / 'node', cpus=2) as node:
@@ -228,7 +226,7 @@ for job in dispy.recover_jobs(directory + '/small/file', timeout=20):
         assert len(told) == int(line)
 
 
-def test_a_full_recovery_file_is_told_and_goes_on_when_there_is_room(tmp_path, small_disk, ledger, caplog):   # noqa: F811
+def test_a_full_recovery_file_is_told_and_goes_on_when_there_is_room(tmp_path, small_disk, ledger, caplog):
     with NodeProcess(tmp_path / 'node', cpus=2) as node:
         with dispy.JobCluster(compute, depends=[enter], nodes=[node.address], recover_file=os.path.join(small_disk, 'file')) as cluster:
             cluster.wait_nodes(1, 20)
