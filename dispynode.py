@@ -1133,6 +1133,35 @@ class Versions:
         return type(now) in ATOMS and type(before) is type(now) and before == now
 
 
+class _Form:
+    """A file for picklers that keeps a digest of what they write, up to a number of bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._left = limit
+
+    def write(self, piece: Any) -> None:
+        """Raises OverflowError over the limit, so that no more is pickled."""
+        self._left -= len(piece)
+        if self._left < 0:
+            raise OverflowError('a value is larger than it may be')
+        self._digest.update(piece)
+
+    def digest(self) -> bytes:
+        """Of all that was written."""
+        return self._digest.digest()
+
+
+def _digest_of_pickle(pickler: Callable[..., Any], value: Any, limit: int = sys.maxsize) -> Optional[bytes]:
+    """A digest of what a class of picklers makes of a value; None if it cannot, or if that is larger than `limit` bytes."""
+    form = _Form(limit)
+    try:
+        pickler(form, 5, buffer_callback=lambda buffer: form.write(buffer.raw())).dump(value)
+    except Exception:  # whatever pickle cannot do, __reduce__ of the user's among it
+        return None
+    return form.digest()
+
+
 class _FormPickler(pickle.Pickler):
     """Shows whether a value has changed. Functions, classes and the like count by their identity."""
 
@@ -1147,15 +1176,7 @@ def _form_of(value: Any) -> bytes:
     """A digest of what a value holds; empty for one that counts by its identity, or cannot be pickled."""
     if isinstance(value, _IDENTICAL):
         return b''
-    digest = hashlib.blake2b(digest_size=16)
-    file = _Pieces()
-    try:
-        _FormPickler(file, 5, buffer_callback=lambda buffer: digest.update(buffer.raw())).dump(value)
-    except Exception:  # whatever pickle cannot do, __reduce__ of the user's among it
-        return b''
-    for piece in file:
-        digest.update(piece)
-    return digest.digest()
+    return _digest_of_pickle(_FormPickler, value) or b''
 
 
 class Space:
@@ -5213,34 +5234,10 @@ class _StateUnpickler(pickle.Unpickler):
         return self._targets[number]
 
 
-class _Form:
-    """A file for picklers that keeps a digest of what they write, up to a number of bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self._digest = hashlib.blake2b(digest_size=16)
-        self._left = limit
-
-    def write(self, piece: Any) -> None:
-        """Raises OverflowError over the limit, so that no more is pickled."""
-        self._left -= len(piece)
-        if self._left < 0:
-            raise OverflowError('a value is larger than it may be')
-        self._digest.update(piece)
-
-    def digest(self) -> bytes:
-        """Of all that was written."""
-        return self._digest.digest()
-
-
 def plain_form(value: Any, limit: int = sys.maxsize) -> Optional[bytes]:
     """A digest of what plain pickle makes of a value, with functions and classes by name; None if it cannot, or if that
     is larger than `limit` bytes."""
-    form = _Form(limit)
-    try:
-        pickle.Pickler(form, 5, buffer_callback=lambda buffer: form.write(buffer.raw())).dump(value)  # type: ignore[arg-type]
-    except Exception:  # whatever pickle cannot do, __reduce__ of the user's among it
-        return None
-    return form.digest()
+    return _digest_of_pickle(pickle.Pickler, value, limit)
 
 
 _CONTAINERS = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.Counter, collections.deque)
@@ -6071,9 +6068,7 @@ class Worker:
                 with self._beside_job():
                     self._send(Kind.FILE, offset // FILE_PIECE, self._slots[0], 0.0, 0.0, row, data)
             with self._beside_job():
-                while not self._answers:
-                    self._receive(0)
-                error = self._answers.popleft()
+                error = self._answer()
         if error:
             raise OSError('%s could not be sent: %s' % (path, error))
         return 0
@@ -6082,9 +6077,13 @@ class Worker:
         """Have a bundle of modules, by number, or a module, by name, fetched from the client. Returns '' or why that failed."""
         with self._filing, self._beside_job():
             self._send(Kind.WANT, 0, self._slots[0], 0.0, 0.0, pickle.dumps(request))
-            while not self._answers:
-                self._receive(0)
-            return self._answers.popleft()
+            return self._answer()
+
+    def _answer(self) -> str:
+        """What the client says to what was sent last; '' if all is well."""
+        while not self._answers:
+            self._receive(0)
+        return self._answers.popleft()
 
     def _give_back(self) -> None:
         """Return all that has not started, from this process and from the pipe."""
