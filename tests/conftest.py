@@ -42,6 +42,8 @@ def pytest_xdist_auto_num_workers(config):
         subprocess.run(['unshare', '--net', 'true'], check=True, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         return 0
+    if config.option.dist == 'no':   # not given
+        config.option.dist = 'worksteal'   # some tests take a minute
     return (os.cpu_count() or 1) + 1
 
 
