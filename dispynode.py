@@ -5494,12 +5494,12 @@ def main_for_children(directory: str) -> None:
     """Let multiprocessing's start methods spawn and forkserver work in jobs: their children import the computation's main
     module, as it is when they are started, from a file. The user's script is never run."""
     from multiprocessing import spawn
-    original = spawn.get_preparation_data
+    original, main = spawn.get_preparation_data, MainFile(directory)
 
     def get_preparation_data(name: str) -> dict:
         data = original(name)
         data.pop('init_main_from_path', None)
-        data['init_main_from_name'] = _write_main(directory)
+        data['init_main_from_name'] = main.module()
         data['sys_path'] = [*data['sys_path'], directory, os.path.dirname(os.path.abspath(__file__))]
         return data
     spawn.get_preparation_data = get_preparation_data
@@ -5511,22 +5511,35 @@ dispynode.load_main(globals(), %r)
 '''
 
 
-def _write_main(directory: str) -> str:
-    """Write what the main module defines. Returns the name of a module that defines it again."""
-    class Pickler(value_pickler()):  # type: ignore[misc]
-        complete = True
-    found: Dict[str, bytes] = {}
-    for name, value in list(vars(sys.modules['__main__']).items()):
-        if not name.startswith('__'):
-            with contextlib.suppress(Exception):  # what cannot be pickled, the child has not
-                found[name] = in_one_piece(seal(value, Pickler).payload)
-    module = 'dispy_main_%d' % os.getpid()
-    path = os.path.join(directory, module)
-    with open(path + '.pickle', 'wb') as file:
-        pickle.dump((modules.here() if modules is not None else (), found), file)
-    with open(path + '.py', 'w', encoding='utf-8') as source:
-        source.write(_MAIN_TEXT % (path + '.pickle'))
-    return module
+class MainFile:
+    """What the main module of a computation defines, in files for the children of its jobs. Each is written once, as other
+    children may be about to read it."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._numbers = itertools.count(1)
+        self._last = ('', 0, b'')   # module, the process that wrote it, what it says
+
+    def module(self) -> str:
+        """The name of a module that defines it as it is now."""
+        class Pickler(value_pickler()):  # type: ignore[misc]
+            complete = True
+        found: Dict[str, bytes] = {}
+        for name, value in list(vars(sys.modules['__main__']).items()):
+            if not name.startswith('__'):
+                with contextlib.suppress(Exception):  # what cannot be pickled, the child has not
+                    found[name] = in_one_piece(seal(value, Pickler).payload)
+        content = pickle.dumps((modules.here() if modules is not None else (), found))
+        module, pid, before = self._last
+        if (pid, before) != (os.getpid(), content):
+            module = 'dispy_main_%d_%d' % (os.getpid(), next(self._numbers))
+            path = os.path.join(self._directory, module)
+            with open(path + '.pickle', 'wb') as file:
+                file.write(content)
+            with open(path + '.py', 'w', encoding='utf-8') as source:
+                source.write(_MAIN_TEXT % (path + '.pickle'))
+            self._last = (module, os.getpid(), content)
+        return module
 
 
 def load_main(variables: Dict[str, Any], path: str) -> None:

@@ -56,11 +56,6 @@ if OURS not in os.environ.get('DISPY_TESTS', ''):
     # The tests start thousands of processes, and each would compile the modules anew without a cache.
     os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
     os.environ['PYTHONPYCACHEPREFIX'] = os.path.join(os.environ['DISPY_TESTS'], 'pycache')
-    if WORKER:
-        take_network()
-        os.environ['TMPDIR'] = os.path.join(os.environ['DISPY_TESTS'], 'tmp')
-        os.mkdir(os.environ['TMPDIR'])
-        tempfile.tempdir = None   # asked for anew
 os.environ['PYTHONPATH'] = os.pathsep.join([ROOT, *filter(None, [os.environ.get('PYTHONPATH')])])
 
 import psutil  # noqa: E402
@@ -69,6 +64,15 @@ import pytest  # noqa: E402
 import dispy  # noqa: E402
 
 KINDS = ['JobCluster', 'SharedJobCluster']
+
+
+def pytest_configure(config):
+    if hasattr(config, 'workerinput'):   # a worker itself, and not a program that it has started
+        take_network()
+        os.environ['TMPDIR'] = tempfile.mkdtemp(prefix=OURS + 'tmp-')
+        os.chmod(os.environ['TMPDIR'], 0o1777)
+        atexit.register(shutil.rmtree, os.environ['TMPDIR'], True)
+        tempfile.tempdir = None   # asked for anew
 
 
 def pytest_addoption(parser):
