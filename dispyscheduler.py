@@ -95,6 +95,7 @@ PAGE_SIZE = 4096              # bytes of a page of SQLite's
 REMOVED_AT_ONCE = 20          # results that are removed in one transaction while the disk is full
 RESERVE = 2 << 20             # bytes of the disk that are kept for the removal of what is over when it is full
 QUEUED_MOST = 16 << 30        # bytes of arguments of jobs that a program may have here
+QUESTIONS_MOST = 64           # of a computation whose files are on their way
 COMPS_MOST = 256              # computations of one connection
 SPECS_MOST = 10000            # nodes that a program may name
 REASON_MOST = 2000            # characters of the reason why a node is not used, where many nodes are told of
@@ -552,6 +553,7 @@ class Remote:
         self.wanted: Deque[Tuple[list, list, Callable[..., None]]] = collections.deque()
         self.compared: Optional[list] = None      # rows of files that were compared beside the loop
         self.ready = False
+        self.questions: List[Tuple[Link, Call]] = []   # that came before its files were there
         self.works: Dict[int, RemoteWork] = {}    # by the program's serials
         self.ended: Dict[int, int] = {}           # the same of jobs that have ended and are not acknowledged, to their numbers
         self.outbox: List[tuple] = []
@@ -1512,6 +1514,7 @@ class Scheduler(Driver):
             remote.remove()
             if link is not None:
                 self.say(link, Refused(remote._comp, code, error))
+            self._answer_early(remote)
             return
         if self._unopened.pop(remote._comp, None) is None:
             return
@@ -1520,6 +1523,7 @@ class Scheduler(Driver):
         self._open_remote(remote)
         if link is not None:
             self.say(link, Ready(remote._comp, [], self._state.past(remote._comp).row()))
+        self._answer_early(remote)
 
     def _open_remote(self, remote: Remote) -> None:
         self.overview.opened(remote)
@@ -1655,6 +1659,7 @@ class Scheduler(Driver):
         if remote is not None and remote.link == link.number:
             self._unopened.pop(message.comp, None)
             self._over(remote)
+            self._answer_early(remote)
         self._state.note(self._state.PAST_OVER, message.comp)
 
     def _over(self, remote: Remote) -> None:
@@ -1727,8 +1732,7 @@ class Scheduler(Driver):
             if link.dirty is not None:
                 self.say(link, Return(message.comp, message.number, error, value))
         try:
-            if message.name == 'nodes' and message.comp in self._unopened:   # its files are on their way
-                answer([])
+            if self._is_early(link, message, answer):
                 return
             if remote is None and not watched:
                 raise RuntimeError('the scheduler does not know this cluster (any more)')
@@ -1740,6 +1744,24 @@ class Scheduler(Driver):
             self._answer_call(remote, message.name, message.args, answer)
         except Exception as exc:  # the program gets it
             answer(None, (type(exc).__name__, str(exc)))
+
+    def _is_early(self, link: Link, message: Call, answer: Callable[..., None]) -> bool:
+        """Whether the files of the computation are on their way: questions about its jobs wait until they are there."""
+        remote = self._unopened.get(message.comp)
+        if remote is None or remote.link != link.number:
+            return False
+        if message.name == 'nodes':
+            answer([])
+        elif len(remote.questions) < QUESTIONS_MOST:
+            remote.questions.append((link, message))
+        else:
+            raise RuntimeError('%d questions wait until the files of this cluster are at the scheduler' % QUESTIONS_MOST)
+        return True
+
+    def _answer_early(self, remote: Remote) -> None:
+        questions, remote.questions = remote.questions, []
+        for link, message in questions:
+            self._c_call(link, message)
 
     def _answer_call(self, remote: Remote, name: str, args: tuple, answer: Callable[..., None]) -> None:
         comp = remote._comp

@@ -508,6 +508,16 @@ def test_recovery(scheduler, tmp_path, carry_on):
     eventually(lambda: not [name for name in os.listdir(scheduler.state) if name.startswith('c-')])
 
 
+def test_questions_that_come_before_the_files(scheduler, node, tmp_path):
+    data = tmp_path / 'data'
+    data.write_bytes(bytes(100 << 20))
+    with shared(whole, scheduler, depends=[str(data)]) as cluster:
+        job = cluster.submit()
+        assert cluster.node_jobs(node.address) in ([], [job])
+        assert cluster.set_node_cpus(node.address, 1) == 1
+        assert job(60) and cluster.node_jobs(node.address) == []
+
+
 # -- a full disk -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('small_disk', ('8m',), indirect=True)

@@ -64,7 +64,8 @@ def test_a_runner_that_is_killed_takes_no_job_with_it_that_has_not_begun(tmp_pat
     failed = [job for job in jobs if job.status == DispyJob.Terminated]
     assert len(failed) <= 2 and all('runner process ended' in job.exception for job in failed), failed
     begun = collections.Counter(attempt.job for attempt in ledger.attempts())
-    assert len(begun) == len(jobs) or {str(job.args[1]) for job in failed} >= set(map(str, range(6000))) - set(begun)
+    # A job that had begun may have had no time to write so.
+    assert {str(number) for number, job in enumerate(jobs) if job not in failed} <= set(map(str, begun))
     assert max(begun.values()) == 1
 
 
