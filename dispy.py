@@ -949,13 +949,10 @@ class _Node:
         return ahead * self.limits[comp]
 
     def standing_before(self, comp: _Comp, work: Work) -> int:
-        """CPUs of jobs here that come before one that would be sent now."""
-        part = self.parts[comp.comp]
-        if not comp.ranked:
-            return part
+        """CPUs of jobs here that come before one that would be sent now; they differ in priority."""
         rank = priority_of(work)
         lower = sum(cpus for other, cpus in self.ranks[comp.comp].items() if other < rank)
-        return part - max(0, lower - self.limits[comp.comp])
+        return self.parts[comp.comp] - max(0, lower - self.limits[comp.comp])
 
     def limit(self, comp: str, cpus: int) -> None:
         """CPUs for a computation."""
@@ -1643,10 +1640,11 @@ class Schedule:
         may wait."""
         limit = node.limits[comp.comp]
         fits = limit if node.bytes <= AHEAD_BYTES else node.room(comp.comp)
-        if self._cpus(work) > fits or not comp.may_wait_there(work):
+        if self._cpus(work) > fits or comp.called and not comp.may_wait_there(work):
             return False
         if reserve or node.taken < node.cpus:
-            if node.standing_before(comp, work) < limit + reserve:
+            before = node.standing_before(comp, work) if comp.ranked else node.parts[comp.comp]
+            if before < limit + reserve:
                 return True
         return len(parts) > 1 and self._is_choice(node, comp, parts)
 
@@ -5804,9 +5802,11 @@ class Driver(Loop):
 
     def end_of_turn(self) -> None:
         """New jobs, jobs to nodes, and now and then what is due."""
-        self.guard(None, self._take_submitted)
+        if self._submitted:
+            self.guard(None, self._take_submitted)
         self.guard(None, self._flush)
-        self.guard(None, self._send_files)
+        if self._outgoing:
+            self.guard(None, self._send_files)
         if self._leaving.journals:   # before anything of this turn is sent, and before results are acknowledged
             self.guard(None, self._note_down)
         if self.now >= self._chores_at:
@@ -6692,21 +6692,24 @@ class Driver(Loop):
         cluster, peer = self._clusters[action.comp], self._peers[action.node]
         plain: List[Tuple[DispyJob, tuple]] = []
         code: List[Tuple[DispyJob, tuple]] = []
+        journal = self._leaving.journals.get(action.comp)
         for pair in action.pairs:
             outcome = pair[1][1]
             if self._incoming and outcome not in GOES_ON:
                 self._abort_file((action.comp, pair[1][0]))
             if cluster._on_output is not None and outcome not in GOES_ON:
                 self._show_rest(cluster, *pair)
-            if self._leaving.has(action.comp) and outcome not in GOES_ON:
-                self._leaving.journals[action.comp].ended(*pair)
+            if journal is not None and outcome not in GOES_ON:
+                journal.ended(*pair)
             if outcome in GOES_ON or (cluster._chains and pair[0] in cluster._chains):
                 cluster._chain(pair, peer)
                 if outcome not in GOES_ON:
                     cluster._jobs_answered([pair[0]])
                 continue
-            opens = outcome == Outcome.RETURNED_CODE or (outcome == Outcome.RAISED and len(unpack_error(pair[1][4])[1]))
-            (code if opens else plain).append(pair)
+            if outcome in _MAY_OPEN and (outcome != Outcome.RAISED or len(unpack_error(pair[1][4])[1])):
+                code.append(pair)
+            else:
+                plain.append(pair)
         if plain:
             cluster._conclude(plain, peer)
         if code:
@@ -6742,6 +6745,7 @@ def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
 _ERRORS: Dict[str, Type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, KeyError, OSError, NoNodes)}
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.REFUSED, NodeState.LOST))
 _MAY_OFFER = frozenset((UseState.WAITING, UseState.ASKING, UseState.REFUSED))
+_MAY_OPEN = frozenset((Outcome.RETURNED_CODE, Outcome.RAISED))   # results that may hold what runs code when it is opened
 OF_JOBS = ('cpus', 'timeout', 'memory', 'priority')   # options of a job that its node has to know
 _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
 _lock = threading.Lock()      # guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
