@@ -2857,8 +2857,8 @@ def _is_settled(stamp: FileStamp) -> bool:
     return abs(time.time_ns() - stamp.mtime_ns) > step
 
 
-class Digests:
-    """Digests of files; none is read twice while it is the same."""
+class ModuleDigests:
+    """Digests of the files of modules; none is read twice while it is the same."""
 
     def __init__(self) -> None:
         # path -> stamp, (size, digest, mode)
@@ -3134,7 +3134,7 @@ class OwnModules:
 
     def __init__(self) -> None:
         self._finder = ModuleFinder()
-        self._digests = Digests()
+        self._digests = ModuleDigests()
         self._data = DataFiles()
         # name -> (module, its __spec__, stamp of the file if it was not loaded, what was found)
         self._files: Dict[str, Tuple[Any, Any, Optional[FileStamp], ModuleFile]] = {}
