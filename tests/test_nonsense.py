@@ -151,7 +151,7 @@ def test_a_number_that_another_process_has_by_now_is_not_killed():
     try:
         run.known(1, process.pid)
         right = run.pids[1]
-        run.pids[1] = (process.pid, right[1] - 1.0)
+        run.pids[1] = (process.pid, '1' + right[1])
         run.kill(1)
         assert process.poll() is None
         run.pids[1] = right
