@@ -95,6 +95,7 @@ PAGE_SIZE = 4096              # bytes of a page of SQLite's
 REMOVED_AT_ONCE = 20          # results that are removed in one transaction while the disk is full
 RESERVE = 2 << 20             # bytes of the disk that are kept for the removal of what is over when it is full
 QUEUED_MOST = 16 << 30        # bytes of arguments of jobs that a program may have here
+LOCK_MOST = 4096              # characters of the path of a node's lock file
 QUESTIONS_MOST = 64           # of a computation whose files are on their way
 COMPS_MOST = 256              # computations of one connection
 SPECS_MOST = 10000            # nodes that a program may name
@@ -123,7 +124,7 @@ class State(Database):
             attempt INTEGER, node INTEGER, result BLOB);
         CREATE TABLE nodes (place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT, instance BLOB)
         """   # rows of jobs name others by their places, and hardly grow when they are sent: pages need not be split then
-    COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, PAST, PAST_OVER = range(11)
+    COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, LOCK, PAST, PAST_OVER = range(12)
     STATEMENTS = (
         'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
         'DELETE FROM comps WHERE comp = ?',
@@ -134,6 +135,7 @@ class State(Database):
         'DELETE FROM jobs WHERE number = ?',
         'INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?, ?)',
         'INSERT OR REPLACE INTO memories VALUES (?, ?)',
+        'INSERT OR REPLACE INTO locks VALUES (?, ?, ?)',
         'INSERT OR REPLACE INTO past VALUES (?, ?, ?, ?)',
         'DELETE FROM past WHERE comp = ?')
 
@@ -162,6 +164,7 @@ class State(Database):
         self.number: int = max(*run("SELECT value << 30, (SELECT coalesce(max(number), 0) FROM jobs) FROM own WHERE name = 'starts'").fetchone())
         run('CREATE TABLE IF NOT EXISTS past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)')   # of what was given up
         run('CREATE TABLE IF NOT EXISTS memories (place INTEGER PRIMARY KEY, memory TEXT)')                # of nodes
+        run('CREATE TABLE IF NOT EXISTS locks (place INTEGER PRIMARY KEY, machine TEXT, path TEXT)')       # of nodes too
         run('DELETE FROM past WHERE at < ?', (time.time() - PAST_TIME,))
         self._comps: Dict[str, int] = dict(run('SELECT comp, place FROM comps'))
         self._places: Dict[str, int] = dict(run('SELECT key, place FROM nodes'))
@@ -210,6 +213,9 @@ class State(Database):
             self._places[key] = next(self._newest)
         self.note(self.NODE, self._places[key], key, peer.host, peer.port, peer.name, peer.instance)
         self.note(self.MEMORY, self._places[key], peer.memory)
+        lock = peer.facts.get('lock')
+        if type(lock) is tuple and [type(part) for part in lock] == [str, str]:
+            self.note(self.LOCK, self._places[key], *(part[:LOCK_MOST] for part in lock))
 
     def gave_up(self, comp: str, serials: Sequence[int], text: str) -> None:
         """What a program did not come back for; the numbers are its own."""
@@ -441,6 +447,11 @@ class State(Database):
     def memories(self) -> Dict[Any, str]:
         """What the memories of nodes were known by, by keys of nodes."""
         return {_key_of(key): memory for key, memory in self._db.execute('SELECT key, memory FROM nodes JOIN memories USING (place)')}
+
+    def locks(self) -> Dict[Any, Tuple[str, str]]:
+        """Machine and path of the lock files of nodes, by keys of nodes."""
+        rows = self._db.execute('SELECT key, machine, path FROM nodes JOIN locks USING (place)')
+        return {_key_of(key): (machine, path) for key, machine, path in rows}
 
     def close(self) -> None:
         """Let go of it. A row whose large file could not be written is not written either: the other side has it still."""
@@ -1103,7 +1114,7 @@ class Scheduler(Driver):
     def _restore(self) -> None:
         """What an earlier run has left: jobs that waited wait, those on nodes are there until these come back or are given up."""
         places = {}
-        memories = self._state.memories()
+        memories, locks = self._state.memories(), self._state.locks()
         for key, host, port, name, instance in self._state.nodes():
             places[key] = (host, port, name, instance)
         for comp, client, spec in self._state.comps():
@@ -1131,6 +1142,7 @@ class Scheduler(Driver):
                 if key not in self._peers:
                     peer = self._peers[key] = Peer(host, port, self.access.redial)
                     peer.key, peer.instance, peer.name, peer.memory = key, instance, name, memories.get(key, '')
+                    peer.facts['lock'] = locks.get(key)   # with which it can be seen whether its process has ended
                     if not port:
                         peer.dialling.due = None
                         peer.move('dial')
@@ -1139,6 +1151,7 @@ class Scheduler(Driver):
                 elif self._peers[key].link is None:
                     self._peers[key].instance = instance   # or nobody would see that its process is another
                     self._peers[key].memory = memories.get(key, '')
+                    self._peers[key].facts['lock'] = locks.get(key)
                 self._act(self.schedule.handle(NodeHad(key, comp, works, name, self.now + RETURN_TIME), self.now))
             self._submitted.extend(waiting)  # type: ignore[arg-type]
             if remote.works or remote.ended:
