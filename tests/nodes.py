@@ -14,6 +14,38 @@ def start_here(argv, env=None, **options):
     return subprocess.Popen(argv, env=dict(os.environ, **(env or {})), **options)
 
 
+CLOCK = """
+import os, time
+real = time.time
+
+
+def stepped():
+    with open(os.environ['TEST_CLOCK']) as file:
+        return real() + float(file.read() or 0)
+
+
+time.time = stepped
+"""
+
+
+class Clock:
+    """A clock on the wall that can be set, for the processes that get `environment`, and what these start."""
+
+    def __init__(self, directory):
+        self._path = os.path.join(str(directory), 'step')
+        self.set(0)
+        with open(os.path.join(str(directory), 'sitecustomize.py'), 'w') as file:
+            file.write(CLOCK)
+        path = os.pathsep.join([str(directory), os.environ['PYTHONPATH']])
+        self.environment = {'PYTHONPATH': path, 'TEST_CLOCK': self._path}
+
+    def set(self, seconds):
+        """So much later than it is."""
+        with open(self._path + '-new', 'w') as file:
+            file.write(str(seconds))
+        os.replace(file.name, self._path)
+
+
 class NodeProcess:
     """`python dispynode.py` with options; `port` once it listens, `log()` what it said. `host` is where clients reach it,
     `start` starts it: both differ for a node on another host."""

@@ -15,7 +15,7 @@ from clients import Client
 from conftest import ROOT, eventually
 from dispy import DispyJob
 from ledger import Ledger, enter, open_files
-from nodes import NodeProcess
+from nodes import Clock, NodeProcess
 
 
 @pytest.fixture
@@ -214,24 +214,8 @@ def test_the_clock_on_the_wall_decides_nothing(name):
     assert wall_clock_uses(name) <= WALL_CLOCK[name], 'is the clock on the wall only shown there?'
 
 
-CLOCK = """
-import os, time
-real = time.time
-
-
-def stepped():
-    with open(os.environ['TEST_CLOCK']) as file:
-        return real() + float(file.read() or 0)
-
-
-time.time = stepped
-"""
-
-
 def test_the_clock_on_the_wall_steps_by_hours(tmp_path):
     """In the client, its node, runner and workers: Python's own clock is replaced by one that a file sets."""
-    (tmp_path / 'sitecustomize.py').write_text(CLOCK)
-    (tmp_path / 'step').write_text('0')
     code = '''
 import os, sys, time
 import dispy
@@ -253,8 +237,7 @@ with dispy.JobCluster(compute, nodes='local', pulse_interval=0.2) as cluster:
         jobs += [cluster.submit(number) for number in range(100, 110)]
     print([job()[0] for job in jobs] == [*range(100), *3 * [*range(100, 110)]])
 '''
-    path = os.pathsep.join([str(tmp_path), os.environ['PYTHONPATH']])
-    done = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, PYTHONPATH=path, TEST_CLOCK=str(tmp_path / 'step')),
+    done = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, **Clock(tmp_path).environment),
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, timeout=60)
     assert done.stdout == 'True\n', done.stdout
 

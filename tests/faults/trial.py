@@ -27,7 +27,7 @@ import time
 sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 
 from ledger import Ledger, open_files  # noqa: E402
-from nodes import NodeProcess, SchedulerProcess  # noqa: E402
+from nodes import Clock, NodeProcess, SchedulerProcess  # noqa: E402
 from proxy import DOWN, UP, Proxy  # noqa: E402
 from clients import PATHS  # noqa: E402
 
@@ -110,7 +110,8 @@ class Program:
         with open(os.path.join(self.trial.directory, 'log-' + self.name), 'a') as log:
             self.process = subprocess.Popen(
                 [sys.executable, '-c', PROGRAM.format(paths=PATHS), self.kind, self.name, str(self.lives), self.trial.directory,
-                 self.address[0], str(self.address[1])], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                 self.address[0], str(self.address[1])], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=dict(os.environ, **self.trial.clock.environment))
 
     def look(self, now):
         """Start it again, a while after its end."""
@@ -130,12 +131,41 @@ class Program:
             self.process.send_signal(number)
 
 
+class Disk:
+    """A directory that is a small file system of its own, if this may be mounted."""
+
+    def __init__(self, path):
+        self.path, self._filler = path, os.path.join(path, 'filler')
+        os.makedirs(path)
+        self.is_small = os.geteuid() == 0 and subprocess.call(
+            ['mount', '-t', 'tmpfs', '-o', 'size=8m', 'tmpfs', path], stderr=subprocess.DEVNULL) == 0
+
+    def fill(self):
+        with open(self._filler, 'wb', buffering=0) as file:
+            for size in (65536, 4096, 1):
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(size))
+
+    def free(self):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._filler)
+
+    def close(self):
+        if self.is_small:
+            subprocess.call(['umount', '--lazy', self.path])
+
+
 class Trial:
     """Everything of one run."""
 
     def __init__(self, seed, directory):
         self.rng, self.seed, self.directory = random.Random(seed), seed, directory
         self.history, self.heals = [], []     # faults; (when, call) to end them
+        self.clock = Clock(directory)
+        # Each node and the scheduler (the last) have a small disk, where one can be mounted.
+        self.disks = [Disk(os.path.join(directory, 'disk-%d' % number)) for number in range(4)]
+        self.faults = {name: count for name, count in self.FAULTS.items() if name != 'disk_full' or self.disks[0].is_small}
         self.nodes = [self._node(number) for number in range(3)]
         self.proxies = [Proxy(node.address) for node in self.nodes]
         for proxy in self.proxies:
@@ -149,10 +179,19 @@ class Trial:
         self.busy = set()                     # what has a fault now
 
     def _node(self, number, port=0):
-        return NodeProcess(os.path.join(self.directory, 'node-%d' % number), '--name', 'node-%d' % number, cpus=2, port=port)
+        prefix = os.path.join(self.disks[number].path, 'node')
+        node = NodeProcess(os.path.join(self.directory, 'node-%d' % number), '--name', 'node-%d' % number,
+                           '--dest-path-prefix', prefix, cpus=2, port=port, env=self.clock.environment)
+        node.prefix = prefix
+        return node
 
     def _scheduler(self, port):
-        return SchedulerProcess(os.path.join(self.directory, 'scheduler'), '-n', '127.0.0.1:%d' % self.proxies[2].address[1], port=port)
+        state = os.path.join(self.disks[3].path, 'state')
+        scheduler = SchedulerProcess(
+            os.path.join(self.directory, 'scheduler'), '-n', '127.0.0.1:%d' % self.proxies[2].address[1],
+            '--state-dir', state, port=port, env=self.clock.environment)
+        scheduler.state = state
+        return scheduler
 
     # -- faults: each returns how it ends, or None; `lasts` is less than the limit of a silent link ----------------
 
@@ -261,14 +300,25 @@ class Trial:
                 resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
         return back
 
+    def disk_full(self, which):
+        self.disks[which].fill()
+        return self.disks[which].free
+
+    def clock_stepped(self, which):
+        self.clock.set(self.rng.choice((-7200, -60, 0, 60, 7200)))
+
     FAULTS = {'program_killed': 3, 'program_stopped': 3, 'node_killed': 3, 'node_ended': 3, 'node_stopped': 3, 'scheduler_killed': 1,
               'scheduler_stopped': 1, 'runner_killed': 3, 'runner_stopped': 3, 'worker_killed': 3, 'link_cut': 4, 'link_forgotten': 4,
-              'link_silent_one_way': 4, 'link_held': 4, 'link_slow': 4, 'no_descriptors': 3}   # and among how many
+              'link_silent_one_way': 4, 'link_held': 4, 'link_slow': 4, 'no_descriptors': 3,
+              'disk_full': 4, 'clock_stepped': 1}   # and among how many
 
     def strike(self, now):
-        name = self.rng.choice(sorted(self.FAULTS))
-        which, lasts = self.rng.randrange(self.FAULTS[name]), self.rng.uniform(0.2, 4.0)
-        victim = name.partition('_')[0].replace('runner', 'node').replace('worker', 'node').replace('no', 'node', name == 'no_descriptors'), which
+        name = self.rng.choice(sorted(self.faults))
+        which, lasts = self.rng.randrange(self.faults[name]), self.rng.uniform(0.2, 4.0)
+        kind = name.partition('_')[0]
+        victim = (kind if kind in ('program', 'link', 'clock', 'scheduler') else 'node'), which
+        if name == 'disk_full' and which == 3:
+            victim = 'scheduler', 0
         if victim in self.busy or (victim[0] == 'node' and self.nodes[which].process.poll() is not None):
             return
         self.history.append((round(now - self.began, 1), name, which, round(lasts, 1)))
@@ -374,6 +424,8 @@ class Trial:
                 process.stop()
                 continue
             process.kill()
+        for disk in self.disks:
+            disk.close()
 
 
 def trial(seed, seconds, directory):
