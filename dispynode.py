@@ -137,6 +137,7 @@ HELD_BACK = 16 << 20          # bytes that wait on a link after which files of j
 SHORTEST, LONGEST = 1e-3, 10 * 365.25 * 86400   # s that an interval of an option may have
 LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
 DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
+NO_MEMORY = 'there is no memory for what was sent'
 DEPLOYED = 'dispy: '          # begins the line that says on a host what deploy or stop has done
 SERIALS_MOST = 50000          # of jobs in one message
 ROWS_MOST = 20000             # of jobs or results in one message
@@ -7267,6 +7268,8 @@ class Loop:
             self._break(channel, str(exc) or type(exc).__name__)
         except PeerError as exc:
             self._refuse_link(channel, str(exc))
+        except MemoryError:
+            self._refuse_link(channel, NO_MEMORY)
         except Exception as exc:  # of the channel, which is ended for it
             self.fault(channel, exc)
 
@@ -8291,7 +8294,7 @@ class Daemon(Loop):
     def on_fault(self, subject: Any, text: str) -> bool:
         """End what the fault concerns: a link, a worker, a computation."""
         if isinstance(subject, Pipe):
-            self._nonsense(subject, text)
+            self._end_writer(subject, text)
             return True
         comp = getattr(subject, 'comp', None) or self.node.comp_of_worker(getattr(subject, 'worker', 0))
         link = self.links.get(getattr(subject, 'link', 0))
@@ -8317,6 +8320,8 @@ class Daemon(Loop):
                         self._from_runner(self._runs[channel.comp], record)
             except PeerError as exc:   # its user's code wrote into what it should not have
                 self._nonsense(channel, str(exc))
+            except MemoryError:
+                self._end_writer(channel, NO_MEMORY)
 
     def _message(self, link: Link, message: Any) -> None:
         if isinstance(message, Bye):
@@ -8763,8 +8768,12 @@ class Daemon(Loop):
 
     def _nonsense(self, pipe: Pipe, text: str) -> None:
         """What came through a pipe is no record, or cannot be true: whoever wrote it is killed."""
+        self._end_writer(pipe, 'it sent nonsense: %s' % text)
+
+    def _end_writer(self, pipe: Pipe, why: str) -> None:
+        """What comes through a pipe cannot be taken: whoever writes it is killed."""
         run = self._runs[pipe.comp]
-        text = 'killed: it sent nonsense: %s' % text
+        text = 'killed: %s' % why
         logger.error('a %s of %s was %s', 'worker' if pipe.worker else 'runner', run.comp, text)
         if not pipe.worker:
             run.text = text
@@ -8784,6 +8793,8 @@ class Daemon(Loop):
                     continue
             except PeerError as exc:
                 self._nonsense(pipe, str(exc))
+            except MemoryError:
+                self._end_writer(pipe, NO_MEMORY)
             except (LinkBroken, OSError):
                 logger.debug('worker %d has written all it had to', record.number)
             self.detach(pipe)

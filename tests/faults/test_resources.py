@@ -2,6 +2,7 @@
 
 import ast
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -184,6 +185,32 @@ def test_a_hundred_megabytes_printed_leave_the_memory_of_the_daemon_flat(tmp_pat
             most = max(most, process.memory_info().rss)
         assert [job.result for job in jobs] == [0, 1, 2, 3]
         assert all(len(job.stdout) < 600000 for job in jobs) and most - before < 20 << 20
+
+
+# -- memory ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason='limits of another process are set here')
+@pytest.mark.parametrize('what', ['argument', 'result'])
+def test_a_value_for_which_a_node_has_no_memory_ends_its_job_alone(tmp_path, what):
+    size, gate = 300 << 20, str(tmp_path / 'gate')
+
+    def wait(path):
+        while not os.path.exists(path):
+            time.sleep(0.01)
+        return 42
+    with NodeProcess(tmp_path / 'node', cpus=2) as node:
+        with dispy.JobCluster(wait, nodes=[node.address]) as beside, \
+                dispy.JobCluster(len if what == 'argument' else bytes, nodes=[node.address]) as cluster:
+            neighbour = beside.submit(gate)
+            eventually(lambda: neighbour.status == DispyJob.Running)
+            most = psutil.Process(node.process.pid).memory_info().vms + size
+            resource.prlimit(node.process.pid, resource.RLIMIT_AS, (most, most))
+            job = cluster.submit(bytes(size) if what == 'argument' else size)
+            assert job.wait(60) and job.status == DispyJob.Terminated and 'no memory' in job.exception, job.exception
+            assert cluster.submit(b'abc' if what == 'argument' else 3)(30) in (3, bytes(3))
+            open(gate, 'w').close()
+            assert neighbour(30) == 42
+        assert node.process.poll() is None
 
 
 # -- clocks ---------------------------------------------------------------------------------------------------------
