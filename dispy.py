@@ -114,8 +114,6 @@ AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it r
 AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
 SHARED_ARGS_MOST = 15 << 20   # bytes of setup_args that go by way of a scheduler
 DIALS_MOST = 64               # nodes that are dialled at the same time
-REFUSED_MOST = 3              # frames with a job that could not be used, after which the job is ended
-FRAMES_NOTED = 64             # of jobs, the last ones sent on a link
 NODES_PAGE = 500              # nodes of a scheduler in one answer
 # Times a job is called back for reasons of the schedule; then it is sent to idle CPUs only
 RECALLS_MOST = 2
@@ -5160,36 +5158,6 @@ class _Asker:
         self.ears, self.due, self.wait, self.last = ears, 0.0, ASK_FIRST, 0.0
 
 
-class Refusals:
-    """Frames of jobs that went into links, so that it is known which jobs were in one that the other side could not use. After
-    REFUSED_MOST such frames a job is ended: it would not come through the next time either."""
-
-    def __init__(self) -> None:
-        # link -> (number of a frame, computation, serials), the last of them
-        self._sent: Dict[int, Deque[Tuple[int, str, List[int]]]] = {}
-        self._counts: Dict[Tuple[str, int], int] = collections.Counter()   # (computation, job number) -> frames
-
-    def sent(self, link: Link, frame: Jobs) -> None:
-        """A frame of jobs was sent."""
-        frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
-        frames_of.append((link.sent - 1, frame.comp, [row[0] for row in frame.rows]))
-
-    def refused(self, link: Link, number: int) -> List[Tuple[str, int]]:
-        """The other side cannot use this frame. Returns (computation, serial) of jobs to be ended for it."""
-        over = []
-        for at, comp, serials in self._sent.get(link.number, ()):
-            for serial in serials if at == number else ():
-                self._counts[comp, serial >> 16] += 1
-                if self._counts[comp, serial >> 16] >= REFUSED_MOST:
-                    del self._counts[comp, serial >> 16]
-                    over.append((comp, serial))
-        return over
-
-    def forget(self, link: Link) -> None:
-        """A link has ended."""
-        self._sent.pop(link.number, None)
-
-
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed."""
     log = logger
@@ -5214,7 +5182,6 @@ class Driver(Loop):
         self._leaving = Outgoing()                   # of clusters with a journal
         self._reclaimed: Dict[str, 'Recovery'] = {}  # computations of programs that have crashed
         self._call_numbers = itertools.count(1)
-        self.refusals = Refusals()
         # Jobs to be cancelled if they have not begun
         self._withdrawals: Dict[Any, 'concurrent.futures.Future[bool]'] = {}
         self._strangers: Dict[Any, Peer] = {}        # instance or address -> one that cannot be used, and is no node that was named
@@ -6220,7 +6187,6 @@ class Driver(Loop):
             if peer.key in self.schedule.nodes else True
         self._act(self.schedule.handle(NodeLost(peer.key, str(peer), text) if lost else NodeAway(peer.key, str(peer), text, until), self.now))
         peer.told.clear()
-        self.refusals.forget(channel)
         for comp in used:
             self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
         if peer.port or peer.embedded:

@@ -879,6 +879,13 @@ def _is_result(row: Any) -> bool:
         and is_outcome(outcome, start, end, *buffers)
 
 
+def refused_row(row: tuple, text: str) -> tuple:
+    """What is told in the place of a result that the other side could not take; what the job printed goes with it."""
+    size = sum(map(len, row[4:]))
+    text = '%s (%d bytes): let the job return less, or send a file (dispy_send_file)' % (text, size)
+    return (*row[:1], int(Outcome.DIED), *row[2:4], text.encode('utf-8', 'replace'), b'', b'')
+
+
 def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer, stderr: Buffer) -> bool:
     """Whether times, sizes and the payload of a result can be true."""
     size = len(payload)
@@ -7011,6 +7018,41 @@ class Faults:
         return len(self._times) == self.MOST and now - self._times[0] < self.WITHIN
 
 
+REFUSED_MOST = 3              # frames with a job or result that could not be used, after which it is ended
+FRAMES_NOTED = 64             # of jobs or results, the last ones sent on a link
+NOTED = 1 << 20               # bytes of a frame of results from which it is noted what was in it
+
+
+class Refusals:
+    """Frames of jobs or results that went into links, so that it is known what was in one that the other side could not use.
+    After REFUSED_MOST such frames a job is ended, or its result is told as lost: it would not come through the next time either."""
+
+    def __init__(self) -> None:
+        # link -> (number of a frame, computation, serials), the last of them
+        self._sent: Dict[int, Deque[Tuple[int, str, List[int]]]] = {}
+        self._counts: Dict[Tuple[str, int], int] = collections.Counter()   # (computation, job number) -> frames
+
+    def sent(self, link: Link, frame: Any) -> None:
+        """A frame of jobs or results was sent."""
+        frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
+        frames_of.append((link.sent - 1, frame.comp, [row[0] for row in frame.rows]))
+
+    def refused(self, link: Link, number: int) -> List[Tuple[str, int]]:
+        """The other side cannot use this frame. Returns (computation, serial) of what is to be ended for it."""
+        over = []
+        for at, comp, serials in self._sent.get(link.number, ()):
+            for serial in serials if at == number else ():
+                self._counts[comp, serial >> 16] += 1
+                if self._counts[comp, serial >> 16] >= REFUSED_MOST:
+                    del self._counts[comp, serial >> 16]
+                    over.append((comp, serial))
+        return over
+
+    def forget(self, link: Link) -> None:
+        """A link has ended."""
+        self._sent.pop(link.number, None)
+
+
 class Loop:
     """One thread, a selector, and everything that thread owns. Other threads only call `post`.
 
@@ -7037,6 +7079,7 @@ class Loop:
         self._faults = Faults()
         self._again = False        # a turn failed, and what it had to do may not be done
         self._failed = ''          # why this loop cannot go on
+        self.refusals = Refusals()
         self._acts: Dict[type, Callable[[Any], None]] = {}   # how each action of the state is carried out
         self._pulse_at = 0.0
         self._waker, self._wakened = socket.socketpair()
@@ -7131,6 +7174,7 @@ class Loop:
             channel.close()
             if isinstance(channel, Link):
                 self.links.pop(channel.number, None)
+                self.refusals.forget(channel)
 
     def watch(self, sock: Any, call: Callable[[], None]) -> None:
         """Call when a listening socket has something."""
@@ -7145,8 +7189,11 @@ class Loop:
         sent breaks its link, and what may become too large is cut where it comes into being."""
         if link.dirty is not None:
             link.said = self.now
+            before = link.queued
             try:
                 link.send(message)
+                if link.queued - before >= NOTED and type(message) is Results:
+                    self.refusals.sent(link, message)
             except Exception as exc:  # it is too large, or holds what cannot be packed
                 self.log.error('%s for %s cannot be sent: %s', type(message).__name__, link.address, exc)
                 self.unsaid(link, message, '%s cannot be sent: %s' % (type(message).__name__, exc))
@@ -7286,6 +7333,7 @@ class Loop:
         try:
             channel.write()
         except OSError as exc:
+            self._guarded(channel, selectors.EVENT_READ)   # the other side may have said why it goes
             self._break(channel, str(exc))
             return
         except Exception as exc:  # as above
@@ -8010,6 +8058,7 @@ class Daemon(Loop):
         self._unkept: Set[str] = set()    # computations with results that could not be kept
         self._held: Set[Pipe] = set()     # not read until links have room
         self._backlog = Backlog(self.links)
+        self._refused: Dict[Tuple[str, int], str] = {}   # results that their clients could not take, and why
         self._read_later: Dict[Tuple[int, str], float] = {}   # kept results, of a link and a computation, and when they are read again
         self._port = 0
         self._root = self._base = ''   # where computations work, and what is above: not the same with --user
@@ -8328,7 +8377,10 @@ class Daemon(Loop):
             link.on_purpose = True
             raise LinkBroken('bye: %s' % message.text[:200])
         if isinstance(message, Wrong):
-            raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
+            text = 'it cannot use what was sent: %s' % message.text[:NAME_MOST]
+            for comp, serial in self.refusals.refused(link, message.frame):
+                self._refused[comp, serial] = 'the result could not be taken: ' + message.text[:NAME_MOST]
+            raise LinkBroken(text)
         if isinstance(message, Introduce):
             self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
         if not isinstance(message, Pulse):
@@ -8410,8 +8462,14 @@ class Daemon(Loop):
         if type(message) is not Results:
             self.say(link, message)
             return
-        for frame in frames(Results, message.comp, map(sized, message.rows)):
+        rows = map(functools.partial(self._usable, message.comp), message.rows) if self._refused else message.rows
+        for frame in frames(Results, message.comp, map(sized, rows)):
             self.say(link, frame)
+
+    def _usable(self, comp: str, row: tuple) -> tuple:
+        """A row of Results, or what is told in the place of one that its client could not take."""
+        text = self._refused.get((comp, row[0]))
+        return row if text is None else refused_row(row, text)
 
     def _drop(self, action: Drop) -> None:
         link = self.links.get(action.link)
@@ -8566,7 +8624,7 @@ class Daemon(Loop):
         try:
             for row in self._shelf(comp).rows():
                 missing.discard(row[0])
-                yield row
+                yield self._usable(comp, row)
         except FileNotFoundError as exc:
             text = str(exc)
         except OSError as exc:
@@ -8601,6 +8659,7 @@ class Daemon(Loop):
     def _forget(self, action: Forget) -> None:
         self._unkept.discard(action.comp)
         self._backlog.drop(action.comp)
+        self._refused = {key: text for key, text in self._refused.items() if key[0] != action.comp}
         self._shelf(action.comp).remove()
 
     # -- runners and workers ------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ from dispynode import (
     Outcome, Output, Payload, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
     Returned, Role, Said, Shutdown, StartError, Started, Welcome, Where, Wrong, __version__, _write_private, beside,
     check_name, derive_key, digest_of, discovery_reach, find_secret, frames, has_place, host_and_port, in_parts, is_comp,
-    log_record_of, make_secret, may_reclaim, minutes_option, needs, open_plain, open_regular, parse_arguments, pieces_of, result_key,
+    log_record_of, make_secret, may_reclaim, minutes_option, needs, open_plain, open_regular, parse_arguments, pieces_of, refused_row, result_key,
     plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of, size_option, sized,
     take_own_directory, tls_files, unpack_error)
 
@@ -1364,7 +1364,7 @@ class Scheduler(Driver):
                 channel.on_purpose = True
                 raise LinkBroken('bye: %s' % message.text[:200])
             if type(message) is Wrong:
-                raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
+                self._refused_results(channel, message)
             handler = self._client_messages.get(type(message))
             if handler is None:
                 raise PeerError('%s may not come here' % type(message).__name__)
@@ -1375,6 +1375,15 @@ class Scheduler(Driver):
             except Exception as exc:  # what no honest program says ends its link and nothing else
                 logger.exception('%s of %s', type(message).__name__, self._sessions[channel.number].names[0])
                 raise PeerError('%s cannot be understood: %s' % (type(message).__name__, exc)) from exc
+
+    def _refused_results(self, link: Link, message: Wrong) -> None:
+        """A program cannot use what was sent: after a few times a text takes the place of a result that was in it."""
+        for comp, serial in self.refusals.refused(link, message.frame):
+            remote = self._remote(link, comp)
+            numbers = [remote.ended[serial]] if remote is not None and serial in remote.ended else []
+            for number, row in zip(numbers, self._state.results(numbers, [])):
+                self._state.ended(number, refused_row(row, 'the program could not take the result: ' + message.text[:NAME_MOST]))
+        raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
 
     def on_broken(self, channel: Link, text: str) -> None:
         """A link came to its end."""

@@ -12,6 +12,7 @@ import pytest
 
 import dispy
 from dispy import _flag, _in_range, _seconds, plain_number
+from dispynode import REFUSED_MOST
 from nodes import NodeProcess
 
 numpy = pytest.importorskip('numpy')
@@ -129,7 +130,7 @@ def test_what_a_node_cannot_use_is_not_sent_for_ever(tmp_path, caplog):
             cluster._driver.post(job)
         assert job.wait(60) and job.status == job.Terminated and 'cannot use what was sent' in job.exception, job.exception
         assert cluster.submit(5)(60) == 25
-        assert node.log().count('cannot be used') <= dispy.REFUSED_MOST + 1
+        assert node.log().count('cannot be used') <= REFUSED_MOST + 1
         assert node.process.poll() is None
 
 

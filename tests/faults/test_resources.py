@@ -1,6 +1,7 @@
 """Disks that are full, descriptors that run out, memory, clocks."""
 
 import ast
+import contextlib
 import os
 import resource
 import signal
@@ -16,7 +17,7 @@ from clients import Client
 from conftest import ROOT, eventually
 from dispy import DispyJob
 from ledger import Ledger, enter, open_files
-from nodes import Clock, NodeProcess
+from nodes import Clock, NodeProcess, SchedulerProcess
 
 
 @pytest.fixture
@@ -211,6 +212,52 @@ def test_a_value_for_which_a_node_has_no_memory_ends_its_job_alone(tmp_path, wha
             open(gate, 'w').close()
             assert neighbour(30) == 42
         assert node.process.poll() is None
+
+
+NO_ROOM = '''
+import os, resource, sys, time
+import dispy
+import psutil
+
+SIZE = 300 << 20
+
+
+def make(size):
+    return bytes(size)
+
+
+if __name__ == '__main__':
+    host, port, scheduler, victim = '127.0.0.1', int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) or os.getpid()
+    if scheduler:
+        cluster = dispy.SharedJobCluster(make, scheduler_port=scheduler)
+    else:
+        cluster = dispy.JobCluster(make, nodes=[(host, port)])
+    with cluster:
+        assert cluster.submit(3)(30) == bytes(3)
+        most = psutil.Process(victim).memory_info().vms + SIZE
+        resource.prlimit(victim, resource.RLIMIT_AS, (most, most))
+        job = cluster.submit(SIZE)
+        assert job.wait(60)
+        print(job.status_text(), job.exception)
+        print(len(cluster.submit(3)(30)))
+'''
+
+
+@pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason='limits of another process are set here')
+@pytest.mark.parametrize('who', ['program', 'scheduler', 'program of a scheduler'])
+def test_a_result_for_which_somebody_has_no_memory_ends_its_job_alone(tmp_path, who):
+    (tmp_path / 'program.py').write_text(NO_ROOM)
+    with contextlib.ExitStack() as stack:
+        node = stack.enter_context(NodeProcess(tmp_path / 'node'))
+        port = victim = 0
+        if who != 'program':
+            scheduler = stack.enter_context(SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % node.port))
+            port, victim = scheduler.port, scheduler.process.pid if who == 'scheduler' else 0
+        done = subprocess.run([sys.executable, str(tmp_path / 'program.py'), str(node.port), str(port), str(victim)],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        first, last = done.stdout.splitlines()
+        assert first.startswith('terminated') and 'no memory' in first and 'dispy_send_file' in first and last == '3', done.stdout
 
 
 # -- clocks ---------------------------------------------------------------------------------------------------------
