@@ -1711,7 +1711,8 @@ class Schedule:
                 continue
             reserve = node.reserve(name, self._now)
             shared = node.is_shared(comp)
-            choice = node.choice(comp, [comp]) if shared else 0
+            sharers = list(node.comps.values())
+            choice = len(sharers) * node.choice(comp, sharers) if shared else 0
             if spare > 2 * max(choice, reserve):
                 asked = sum(self._cpus(node.flight[name][serial]) for serial in node.recalled[name])
                 most = spare - reserve - asked
@@ -1750,7 +1751,9 @@ class Schedule:
             if serial in begun or serial in recalled or work._state is not JobState.SENT:
                 continue
             if times and not comp.may_wait_there(work, times):
-                continue
+                if room < math.inf:
+                    continue
+                break   # those before it would be overtaken
             for_this_node = bool(work._options) and 'node' in work._options  # type: ignore[operator]
             if room < math.inf and (self._cpus(work) > room or for_this_node):
                 break
