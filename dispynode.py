@@ -112,7 +112,7 @@ FLAP_TIME = 10.0              # s that a link must have lived for not being one 
 FLAPS = 4                     # links in a row that ended at once, after which the next attempts come later and later
 RELEASED_TIME = 10.0          # s for which a client from which the node was taken is not served, so that another comes first
 QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
-AHEAD_TIME = 0.005            # s of work that a worker may hold beyond what it runs
+AHEAD_TIME = 0.02             # s of work that a worker may hold beyond what it runs
 AHEAD_MOST = 64               # jobs, the same
 CREDIT_TIME = 2.0             # s for each CPU, of what a computation gets back that has had less than others
 ABSENT_TIME = 1.0             # s without jobs here after which a computation claims nothing of what it had not
@@ -3880,7 +3880,7 @@ class DurationEstimate:
     their 0.9 quantile, whichever is larger, so that neither a few very long jobs nor one in ten
     that is long goes unseen."""
     LAST = 32
-    KEPT = 256      # for `row` and `remaining`
+    KEPT = 512      # for `row` and `remaining`
     __slots__ = ('_last', '_seconds', '_sorted', '_sums', '_new', '_rows')
 
     def __init__(self) -> None:
