@@ -98,7 +98,7 @@ from dispynode import (
     path_option, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
-    Allowance, DurationEstimate, Started, PULSES_SILENT, Past, REASONS, Remains, Second, machine, module_dict,
+    Allowance, DurationEstimate, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, Remains, Second, machine, module_dict,
     package_version, start_of)
 
 __all__ = [
@@ -111,6 +111,7 @@ __all__ = [
 # ---------------------------------------------------------------------------------------------------------
 
 AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it runs, however short they are
+TURN_TIME = 0.005            # s that a node and a schedule take beyond the round trip between them
 AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
 SHARED_ARGS_MOST = 15 << 20   # bytes of setup_args that go by way of a scheduler
 DIALS_MOST = 64               # nodes that are dialled at the same time
@@ -883,9 +884,10 @@ class _Comp:
                                  for work in node.flight[self.comp].values()
                                  if work._state is JobState.SENT]
 
-    def may_wait_there(self, work: Work) -> bool:
-        """Whether a job may be sent to a node that has no idle CPU for it."""
-        return not self.called or self.called.get(work._serial >> 16, 0) < RECALLS_MOST
+    def may_wait_there(self, work: Work, times: int = RECALLS_MOST) -> bool:
+        """Whether a job may be sent to a node that has no idle CPU for it: if it was called back
+        less than so many times."""
+        return not self.called or self.called.get(work._serial >> 16, 0) < times
 
 
 class _Node:
@@ -945,6 +947,32 @@ class _Node:
                         if since + horizon <= now)
             return ahead * max(0, self.limits[comp] - stuck)
         return ahead * self.limits[comp]
+
+    def choice(self, comp: _Comp, sharers: Sequence[_Comp]) -> int:
+        """Jobs of a computation that shall wait here, where these share the node, so that each has
+        some whenever a CPU becomes free: until others can come, however quick those are. When none
+        of any has ended, its client's part of the CPUs and one behind these if all run."""
+        row = comp.estimate.row(self.trip + TURN_TIME)
+        limit = self.limits[comp.comp]
+        if row or any(other.estimate.seconds is not None for other in sharers):
+            return (row or ROW_FIRST) * max(1, limit // len(sharers))
+        there = [other for other in sharers if other.client == comp.client]
+        if not self.parts[comp.comp]:
+            return 1
+        part = sum(self.parts[other.comp] for other in there)
+        even = max(1, limit // len({other.client for other in sharers}))
+        if part < even:
+            return even - part + self.waits(comp.comp)
+        return int(part <= limit and not any(self.waits(other.comp) for other in there))
+
+    def is_shared(self, comp: _Comp) -> bool:
+        """Whether others have jobs here, or jobs that may come here."""
+        return len(self.comps) > 1 and any(self.parts[name] or other.length()
+                                           for name, other in self.comps.items() if other is not comp)
+
+    def waits(self, comp: str) -> int:
+        """Jobs of a computation here that are not known to have begun."""
+        return len(self.flight[comp]) - len(self.begun[comp])
 
     def standing_before(self, comp: _Comp, work: Work) -> int:
         """CPUs of jobs here that come before one that would be sent now; they differ in priority."""
@@ -1290,7 +1318,7 @@ class Schedule:
         node.limit(comp.comp, cpus)
         if lowered and node.away is None and not comp.remote:
             most = node.parts[comp.comp] - cpus - node.reserve(comp.comp, self._now)
-            self._call_back(node, comp, self._movable(node, comp, most, math.inf, False), False)
+            self._call_back(node, comp, self._movable(node, comp, most, math.inf, 0), False)
         comp.widest = None
         self._dirty[node.key] = node
 
@@ -1559,9 +1587,10 @@ class Schedule:
             before = sum(map(len, self._sends.values()))
             total = max(1, sum(node.cpus for node in self._dirty.values()))
             shares = {comp.comp: math.ceil(comp.length() / total) for comp in waiting}
-            full = all(map(self._may_be_ahead, waiting))
-            for node in list(self._dirty.values()) if full else ():
-                if node.away is None:
+            picky = [comp for comp in waiting if comp.called and not self._may_be_ahead(comp)]
+            for node in list(self._dirty.values()):
+                if node.away is None and (not picky or all(
+                        comp.comp not in node.comps or node.is_shared(comp) for comp in picky)):
                     self._fill(node, shares)
             waiting = self._still_waiting()
             if before == sum(map(len, self._sends.values())):   # otherwise another head may find an idle CPU
@@ -1580,7 +1609,7 @@ class Schedule:
     @staticmethod
     def _may_be_ahead(comp: _Comp) -> bool:
         """Whether the next job of a computation may wait on a node."""
-        work = comp.queue.head() if comp.called else None
+        work = comp.queue.head()
         return work is None or comp.may_wait_there(work)
 
     def _rank(self, comp: _Comp) -> Tuple[int, int, int]:
@@ -1615,48 +1644,35 @@ class Schedule:
         rivals = [comp for comp in node.comps.values() if comp.comp in shares and comp.source(node.key).length]
         if not rivals:
             return
-        parts: Dict[str, int] = collections.Counter()   # of clients
-        for comp in node.comps.values() if len(node.comps) > 1 else ():
-            if node.parts[comp.comp] or comp in rivals:
-                parts[comp.client] += node.parts[comp.comp]
+        sharers = [comp for comp in node.comps.values() if node.parts[comp.comp] or comp in rivals]
         if len(rivals) > 1:
             rivals.sort(key=self._rank)
         for comp in rivals:
             reserve = min(node.reserve(comp.comp, self._now, len(rivals)),
                           node.limits[comp.comp] * shares[comp.comp])
+            choice = node.choice(comp, sharers) if len(sharers) > 1 else 0
+            choice = min(choice, node.limits[comp.comp] * shares[comp.comp])
             while True:
                 source = comp.source(node.key)
                 work = source.head()
-                if work is None or not self._may_send(node, comp, work, reserve, parts):
+                if work is None or not self._may_send(node, comp, work, reserve, choice):
                     break
                 self._launch(node, comp, source.pop())
-                parts[comp.client] += self._cpus(work)
 
-    def _may_send(self, node: _Node, comp: _Comp, work: Work, reserve: int,
-                  parts: Dict[str, int]) -> bool:
+    def _may_send(self, node: _Node, comp: _Comp, work: Work, reserve: int, choice: int) -> bool:
         """Whether a job may go to a node that has no idle CPU for it, where jobs for so many CPUs
         may wait."""
         limit = node.limits[comp.comp]
         fits = limit if node.bytes <= AHEAD_BYTES else node.room(comp.comp)
-        if self._cpus(work) > fits or comp.called and not comp.may_wait_there(work):
+        if self._cpus(work) > fits:
             return False
+        if comp.called and not comp.may_wait_there(work):
+            return choice > 0 and not node.waits(comp.comp)   # no CPU is ever idle there
         if reserve or node.taken < node.cpus:
             before = node.standing_before(comp, work) if comp.ranked else node.parts[comp.comp]
             if before < limit + reserve:
                 return True
-        return len(parts) > 1 and self._is_choice(node, comp, parts)
-
-    @staticmethod
-    def _is_choice(node: _Node, comp: _Comp, parts: Dict[str, int]) -> bool:
-        """Whether a node that several clients (of `parts`) share needs a job more of one, to have a
-        choice when a CPU is free: an even part of its jobs, and one behind them if all of them
-        run."""
-        limit, part = node.limits[comp.comp], parts[comp.client]
-        if part < max(1, limit // len(parts)):
-            return True
-        return part <= limit and all(
-            len(node.begun[name]) == len(node.flight[name])
-            for name, other in node.comps.items() if other.client == comp.client)
+        return node.waits(comp.comp) < choice
 
     def _launch(self, node: _Node, comp: _Comp, work: Work) -> None:
         self._move(work, 'send')
@@ -1692,11 +1708,14 @@ class Schedule:
             if spare <= 0 or comp.remote or name in node.draining:
                 continue
             reserve = node.reserve(name, self._now)
-            choice = min(1, node.used - node.parts[name])   # see `_is_choice`
-            if spare > max(choice, 2 * reserve):
+            shared = node.is_shared(comp)
+            sharers = list(node.comps.values())
+            choice = len(sharers) * node.choice(comp, sharers) if shared else 0
+            if spare > 2 * max(choice, reserve):
                 asked = sum(self._cpus(node.flight[name][serial]) for serial in node.recalled[name])
                 most = spare - reserve - asked
-                self._call_back(node, comp, self._movable(node, comp, most, math.inf, True), True)
+                times = 1 if shared else RECALLS_MOST   # the last time is for an idle CPU elsewhere
+                self._call_back(node, comp, self._movable(node, comp, most, math.inf, times), True)
 
     def _balance(self) -> None:
         """Call back what waits on one node while CPUs of another are idle."""
@@ -1708,17 +1727,17 @@ class Schedule:
             for donor in list(comp.donors.values()):
                 surplus = donor.used - min(donor.cpus, donor.taken)
                 most = max(free, surplus * free // (free + donor.cpus))   # of short jobs its part of all, at once
-                serials = self._movable(donor, comp, min(surplus, most), max(rooms), True)
+                serials = self._movable(donor, comp, min(surplus, most), max(rooms), RECALLS_MOST)
                 del comp.donors[donor.key]   # until it is looked at again
                 self._call_back(donor, comp, serials, True)
                 called += len(serials)
                 if called >= free:
                     break
 
-    def _movable(self, node: _Node, comp: _Comp, most: int, room: float, own: bool) -> List[int]:
+    def _movable(self, node: _Node, comp: _Comp, most: int, room: float, times: int) -> List[int]:
         """Serials of the last attempts on a node that may not have begun, of up to so many CPUs:
-        those of low priority first; if it is for reasons of our own, none that was called back too
-        often. Less `room` than all: for another node."""
+        those of low priority first; none that was called back so many times already (0: however
+        often). Less `room` than all: for another node."""
         begun, recalled = node.begun[comp.comp], node.recalled[comp.comp]
         serials: List[int] = []
         last = list(node.flight[comp.comp].items())[::-1] if most > 0 else []
@@ -1729,8 +1748,10 @@ class Schedule:
                 break
             if serial in begun or serial in recalled or work._state is not JobState.SENT:
                 continue
-            if own and not comp.may_wait_there(work):
-                continue
+            if times and not comp.may_wait_there(work, times):
+                if room < math.inf:
+                    continue
+                break   # those before it would be overtaken
             for_this_node = bool(work._options) and 'node' in work._options  # type: ignore[operator]
             if room < math.inf and (self._cpus(work) > room or for_this_node):
                 break
@@ -6293,7 +6314,7 @@ class Driver(Loop):
         use.reason, use.unloadable = '', False
         self._check_unloadable(comp)
         self._probes.pop(comp, None)
-        spec.update(code=beside(spec['code']), setup_args=beside(spec['setup_args']))
+        spec.update(code=beside(spec['code']), setup_args=beside(spec['setup_args']), client=cluster._client)
         self.say(peer.link, Compute(comp, spec))
 
     def _support(self, cluster: 'JobCluster', peer: Peer) -> Dict[str, bytes]:

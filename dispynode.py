@@ -37,6 +37,7 @@ The life of a job here:
 
 import argparse
 import array
+import bisect
 import builtins
 import collections
 import contextlib
@@ -111,8 +112,12 @@ FLAP_TIME = 10.0              # s that a link must have lived for not being one 
 FLAPS = 4                     # links in a row that ended at once, after which the next attempts come later and later
 RELEASED_TIME = 10.0          # s for which a client from which the node was taken is not served, so that another comes first
 QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
-AHEAD_TIME = 0.005            # s of work that a worker may hold beyond what it runs
+AHEAD_TIME = 0.02             # s of work that a worker may hold beyond what it runs
 AHEAD_MOST = 64               # jobs, the same
+CREDIT_TIME = 2.0             # s for each CPU, of what a computation gets back that has had less than others
+ABSENT_TIME = 1.0             # s without jobs here after which a computation claims nothing of what it had not
+ROW_FIRST = 64                # jobs, the first guess of how many fill a round trip
+UNKNOWN_TIME = 0.5            # s that a job may take, before any has ended
 # S after which the client is told that a job runs, and its worker holds nothing behind it
 BEGUN_TIME = 0.025
 OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
@@ -3883,26 +3888,66 @@ class DurationEstimate:
     their 0.9 quantile, whichever is larger, so that neither a few very long jobs nor one in ten
     that is long goes unseen."""
     LAST = 32
-    __slots__ = ('_last', '_seconds')
+    KEPT = 512      # for `row` and `remaining`
+    __slots__ = ('_last', '_seconds', '_sorted', '_sums', '_new', '_rows')
 
     def __init__(self) -> None:
-        self._last: Deque[float] = collections.deque(maxlen=self.LAST)
+        self._last: Deque[float] = collections.deque(maxlen=self.KEPT)
         # What `seconds` returns, until it is to be computed anew
         self._seconds: Optional[float] = None
+        self._sorted: List[float] = []      # for `remaining`, the same; and the sums of the first of these
+        self._sums: List[float] = [0.0]
+        self._new = 0                       # durations since this was computed:
+        self._rows: Dict[float, int] = {}   # what `row` has returned
 
     def add(self, durations: Sequence[float]) -> None:
         """Jobs have ended; how long they took."""
         if durations:
             self._last.extend(durations)
             self._seconds = None
+            self._new += len(durations)
+            if self._sorted:
+                self._sorted = []
 
     @property
     def seconds(self) -> Optional[float]:
         """The estimate; None before the first job has ended."""
         if self._seconds is None and self._last:
-            known = sorted(self._last)
+            known = sorted(itertools.islice(reversed(self._last), self.LAST))
             self._seconds = max(sum(known) / len(known), known[int(0.9 * len(known))], 1e-6)
         return self._seconds
+
+    def remaining(self, age: float) -> float:
+        """How long a job that has run for `age` seconds will go on: by those that took longer; if
+        there are none, for as long again."""
+        if not self._sorted:
+            self._sorted = sorted(self._last)
+            self._sums = [0.0, *itertools.accumulate(self._sorted)]
+        place = bisect.bisect_right(self._sorted, age)
+        longer = len(self._sorted) - place
+        return (self._sums[-1] - self._sums[place]) / longer - age if longer else max(age, UNKNOWN_TIME)
+
+    def row(self, seconds: float) -> int:
+        """How many jobs one after the other fill so many seconds of a CPU, however they fall: one
+        more than there were in the longest row that did not. If all that is known did not, twice
+        as many, but not less than ROW_FIRST; 0 before the first has ended. Looked at when an
+        eighth is new."""
+        if not self._last:
+            return 0
+        if self._new > len(self._last) >> 3:
+            self._new, self._rows = 0, {}
+        found = self._rows.get(seconds)
+        if found is None:
+            most, total, begin, last = 0, 0.0, 0, list(self._last)
+            for end, took in enumerate(last):
+                total += took
+                while total >= seconds and begin <= end:
+                    total -= last[begin]
+                    begin += 1
+                most = max(most, end + 1 - begin)
+            found = most + 1 if most < len(last) else min(self.KEPT, max(ROW_FIRST, 2 * most))
+            self._rows[seconds] = found
+        return found
 
 
 class Allowance:
@@ -3953,13 +3998,14 @@ class Attempt:
 
 class _Worker:
     """A worker process as the state sees it; the head of its queue is what it runs."""
-    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'fed', 'recalled', 'asks', 'stuck')
+    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'fed', 'recalled', 'asks', 'stuck', 'pardoned')
 
     def __init__(self, key: int, comp: '_Computation') -> None:
         self.key, self.comp = key, comp
         self.queue: Deque[Attempt] = collections.deque()
         self.since = 0.0        # when the head became the head
         self.told = False       # the client knows that the head has begun
+        self.pardoned = False   # the head began before another computation came, and does not count any more
         self.fed = 0            # jobs given to it
         self.recalled = False   # asked to give back, not answered
         self.asks = 0           # its job sends a file, or has and waits for the answer: the link it goes along
@@ -3974,11 +4020,27 @@ class _Shelved(NamedTuple):
     digest: bytes = bytes(KEY_SIZE)
 
 
+class _Claim:
+    """What a computation, or a client with all of its own, has used of a node that several share."""
+    __slots__ = ('used', 'reckoned', 'seen', 'fresh')
+
+    def __init__(self) -> None:
+        self.used = 0.0          # CPU seconds of attempts that have ended
+        self.reckoned = 0.0      # the same and what runs, in a turn
+        self.seen = -math.inf    # when it last had attempts while others were here
+        self.fresh = True        # none has begun since it came
+
+    def rank(self) -> Tuple[bool, float]:
+        """The lowest is next."""
+        return not self.fresh, self.reckoned
+
+
 class _Computation:
     """A computation of a client on this node."""
 
     def __init__(self, comp: str, instance: bytes, link: int, spec: dict) -> None:
         self.comp, self.instance, self.link, self.spec = comp, instance, link, spec
+        self.client_name = str(spec.get('client', comp))[:NAME_MOST]
         self.stage = Stage.PREPARING
         self.waiting: Deque[Attempt] = collections.deque()   # by priority, then in order
         self.attempts: Dict[int, Attempt] = {}
@@ -4003,6 +4065,7 @@ class _Computation:
         self.asked = False                     # for files, ever
         self.fetches: Deque[Tuple[int, list]] = collections.deque()   # workers, and the files that they wait for
         self.served = 0                        # when it was given a CPU last, in numbers of the node
+        self.own = self.client = _Claim()      # see `_share_between`; the second is set by the node
         self.done = 0                          # attempts that have ended
         self.overrun = False                   # notes of what has begun do not reach back far enough
 
@@ -4402,7 +4465,10 @@ class Node:
             if self.lease is Lease.FREE:
                 self._released = (None, 0.0)
             self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
-            self._comps[message.comp] = _Computation(message.comp, up.instance, link, message.spec)
+            comp = _Computation(message.comp, up.instance, link, message.spec)
+            comp.client = next((other.client for other in self._comps.values()
+                                if other.client_name == comp.client_name), _Claim())
+            self._comps[message.comp] = comp
             self._resize()
             shelved = self.shelf.get(message.comp)
             if shelved is not None and hmac.compare_digest(shelved.digest, result_key(message.spec)):
@@ -4570,6 +4636,9 @@ class Node:
             self._reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
             return
         shelved = self.shelf[comp.comp].serials if comp.comp in self.shelf else ()
+        if not comp.attempts:
+            for claim in (comp.own, comp.client):
+                claim.fresh = claim.fresh or claim.seen + ABSENT_TIME < now
         for serial, payload, options in message.rows:
             if serial in comp.attempts or serial in comp.unacknowledged or serial in shelved:
                 continue
@@ -4583,20 +4652,93 @@ class Node:
             self._count(attempt, True)
 
     def _share_out(self, now: float) -> None:
-        """CPUs to computations; when several wait, to the one that has fewest, then to the one served longest ago."""
+        """CPUs to computations."""
         ready = [comp for comp in self._comps.values() if comp.stage is Stage.READY]
-        rivals = [comp for comp in ready if comp.waiting]
-        crowded = len(rivals) > 1
-        while len(rivals) > 1 and self.free > 0:
-            comp = min(rivals, key=lambda comp: (sum(w.queue[0].cpus for w in comp.workers.values() if w.queue), comp.served))
-            if not self._occupy(comp, 0, now) or not comp.waiting:
-                rivals.remove(comp)
+        crowded = len(ready) > 1 and self._share_between(ready, now)
         for comp in ready:
             self._for(comp.comp, self._dispatch, comp, now, crowded)
 
+    def _share_between(self, ready: List[_Computation], now: float) -> bool:
+        """When several wait, a CPU goes to the client, and of its computations to the one, that
+        will have used least when what runs now has ended; then to the one served longest ago. So
+        who has had less, because it had nothing here in some moment, gets it back. One that has
+        come is next, and claims nothing of what others used before. Returns whether several
+        wait."""
+        rivals = [comp for comp in ready if comp.waiting]
+        for comp in ready:
+            if comp.attempts:
+                fresh = not self._running(comp)
+                for claim in (comp.own, comp.client):
+                    claim.seen, claim.fresh = now, claim.fresh and fresh
+        if len(rivals) < 2 or self.free <= 0:
+            return len(rivals) > 1
+        self._reckon(now)
+        while len(rivals) > 1 and self.free > 0:
+            comp = min(rivals, key=lambda comp: (*comp.client.rank(), *comp.own.rank(), comp.served))
+            before = self.free
+            if not self._occupy(comp, 0, now) or not comp.waiting:
+                rivals.remove(comp)
+            if before > self.free:
+                self._level(comp, now)
+                for claim in (comp.own, comp.client):
+                    claim.reckoned += (before - self.free) * comp.estimate.remaining(0.0)
+        return True
+
+    def _reckon(self, now: float) -> None:
+        """CPU seconds that each will have used when what runs has ended; who has had much less
+        than others gets so much back at most."""
+        here = [comp for comp in self._comps.values() if comp.attempts]
+        ages = {comp: [(now - worker.since, worker.queue[0].cpus) for worker in comp.workers.values()
+                       if worker.queue and not worker.pardoned] for comp in here}
+        used = {comp: sum(age * cpus for age, cpus in ages[comp]) for comp in here}
+        groups: Dict[_Claim, List[_Computation]] = {}
+        for comp in here:
+            groups.setdefault(comp.client, []).append(comp)
+        self._forgive({client: sum(map(used.__getitem__, comps)) for client, comps in groups.items()})
+        for client, comps in groups.items():
+            self._forgive({comp.own: used[comp] for comp in comps})
+            for comp in comps:
+                left = sum(comp.estimate.remaining(age) * cpus for age, cpus in ages[comp])
+                comp.own.reckoned += left
+                client.reckoned += left
+
+    def _forgive(self, used: Dict[_Claim, float]) -> None:
+        """Claims, and what each uses by jobs that run: what is beyond CREDIT_TIME is forgotten."""
+        floor = max(claim.used + more for claim, more in used.items()) - CREDIT_TIME * self.cpus
+        for claim, more in used.items():
+            claim.used = max(claim.used, floor - more)
+            claim.reckoned = claim.used + more
+
+    def _level(self, comp: _Computation, now: float) -> None:
+        """The first job of one that has come begins: from now on it claims as much as the others,
+        and what jobs of other clients that run will use is not held against these."""
+        client, own = comp.client, comp.own
+        if client.fresh:
+            for other in self._comps.values():
+                for worker in other.workers.values() if other.client is not client else ():
+                    if worker.queue and not worker.pardoned:
+                        worker.pardoned = True
+                        age, cpus = now - worker.since, worker.queue[0].cpus
+                        for claim in (other.own, other.client):
+                            claim.used += age * cpus
+                            claim.reckoned -= other.estimate.remaining(age) * cpus
+        for claim, others in ((client, {other.client for other in self._comps.values() if other.attempts}),
+                              (own, {other.own for other in self._comps.values()
+                                     if other.attempts and other.client is client})):
+            if claim.fresh:
+                claim.fresh = False
+                least = min((other.reckoned for other in others if not other.fresh and other is not claim),
+                            default=0.0)
+                claim.used = claim.reckoned = max(claim.used, least)
+
+    @staticmethod
+    def _running(comp: _Computation) -> int:
+        """CPUs that a computation uses."""
+        return sum(worker.queue[0].cpus for worker in comp.workers.values() if worker.queue)
+
     def _is_limited(self, comp: _Computation, cpus: int) -> bool:
         """Whether a computation may not use so many CPUs more."""
-        return 0 < comp.limit < self.cpus and comp.limit < cpus + sum(w.queue[0].cpus for w in comp.workers.values() if w.queue)
+        return 0 < comp.limit < self.cpus and comp.limit < cpus + self._running(comp)
 
     def _occupy(self, comp: _Computation, ahead: int, now: float) -> bool:
         """Work for one more worker, if there is a CPU."""
@@ -4743,6 +4885,10 @@ class Node:
         if ended is None:   # nothing but provisional results
             return
         comp.estimate.add(durations)
+        used = sum(durations[worker.pardoned:]) * ended.cpus
+        comp.own.used += used
+        comp.client.used += used
+        worker.pardoned = False
         comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
         if worker.queue:
             comp.hungry[worker.key] = worker
@@ -4914,6 +5060,9 @@ class Node:
             return
         if worker.queue:
             self.free += worker.queue[0].cpus
+            used = (now - worker.since) * worker.queue[0].cpus * (not worker.pardoned)
+            comp.own.used += used
+            comp.client.used += used
         if worker.queue and worker.queue[0].serial == event.running:
             attempt = worker.queue.popleft()
             ending = attempt.ending or Outcome.DIED

@@ -85,8 +85,8 @@ class Place:
         self.idle = collections.deque([0.0] * cpus)   # since when CPUs are idle; who begins takes the one that is so for longest
         self.tell(LinkUp(1, b'me', 'here'))
 
-    def set_up(self, comp):
-        for event in (Received(1, Compute(comp, SPEC)), Prepared(comp, []), RunnerUp(comp)):
+    def set_up(self, comp, client):
+        for event in (Received(1, Compute(comp, dict(SPEC, client=client))), Prepared(comp, []), RunnerUp(comp)):
             self.tell(event)
 
     def tell(self, *events):
@@ -200,7 +200,7 @@ class World:
         self.comps[comp] = []
         self.event(Opened(comp, client or comp, True))
         for key in nodes or self.places:
-            self.places[key].set_up(comp)
+            self.places[key].set_up(comp, client or comp)
 
     def submit(self, comp, lengths, **options):
         """Jobs of these lengths."""

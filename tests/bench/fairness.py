@@ -34,10 +34,10 @@ def sleep(seconds):
 class Service:
     """A dispynode or a dispyscheduler; `port` once it listens."""
 
-    def __init__(self, root, name, options, lock):
+    def __init__(self, root, name, options, lock, tree):
         self.log = os.path.join(root, 'log-%s' % os.path.basename(lock.strip('/')))
         with open(self.log, 'w') as log:
-            self.process = subprocess.Popen([sys.executable, os.path.join(ARGS.tree, name), *options],
+            self.process = subprocess.Popen([sys.executable, os.path.join(tree, name), *options],
                                             stdin=subprocess.DEVNULL, stderr=log, stdout=log)
         self.port = self._wait_for_port(lock)
 
@@ -59,18 +59,19 @@ class Service:
 class Place:
     """A directory with nodes of so many CPUs, and a scheduler for them."""
 
-    def __init__(self, *cpus, scheduler=False):
+    def __init__(self, *cpus, scheduler=False, tree=None):
+        tree = tree or ARGS.tree
         self._directory = tempfile.TemporaryDirectory()
         root = self._directory.name
         self.services = [Service(root, 'dispynode.py', [
             '-c', str(count), '-i', '127.0.0.1', '-p', '0', '--dest-path-prefix', os.path.join(root, 'n%d' % number)],
-            'node%d' % number) for number, count in enumerate(cpus)]
+            'node%d' % number, tree) for number, count in enumerate(cpus)]
         self.nodes = [('127.0.0.1', service.port) for service in self.services]
         self.scheduler = None
         if scheduler:
             named = [word for host, port in self.nodes for word in ('-n', '%s:%d' % (host, port))]
             self.scheduler = Service(root, 'dispyscheduler.py', [
-                '-i', '127.0.0.1', '-p', '0', '--state-dir', os.path.join(root, 'state'), *named], 'scheduler')
+                '-i', '127.0.0.1', '-p', '0', '--state-dir', os.path.join(root, 'state'), *named], 'scheduler', tree)
             self.services.append(self.scheduler)
 
     def __enter__(self):

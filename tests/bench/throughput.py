@@ -3,9 +3,12 @@
 loopback), concurrent.futures.ProcessPoolExecutor and multiprocessing.Pool; two workers each.
 
     python tests/bench/throughput.py [--json] [--rounds N] [--quick]
+    python tests/bench/throughput.py --against DIR [--rounds N] [--quick] [--only PART ...]
 
 The engines take turns within a round, and the median over rounds is shown, since machines are noisy: compare
-the ratios of one run, not figures of two.
+the ratios of one run, not figures of two. The second form compares this copy of dispy with another one, in DIR,
+which take turns too: on 2 CPUs, on a node of 16 CPUs whose jobs sleep, on a link with a round trip of 150 ms, and
+in a scheduler with 200 nodes that are made up by one process.
 """
 
 import argparse
@@ -13,15 +16,19 @@ import json
 import logging
 import multiprocessing
 import os
+import queue
 import re
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+OWN = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.environ.get('DISPY_BENCH_TREE') or OWN   # where dispy is
 sys.path.insert(0, ROOT)
 os.environ['DISPY_DISCOVERY'] = 'loopback'
 os.environ['DISPY_SECRET'] = 'a secret of the benchmark alone'
@@ -41,6 +48,39 @@ def burn(seconds):
     while time.perf_counter() < end:
         pass
     return seconds
+
+
+def rest(seconds):
+    import time
+    time.sleep(seconds)
+
+
+def distant(port, trip):
+    """Another port that leads to this one, on a link on which a message and its answer take so many seconds.
+    Bytes are late, and as many of them are on their way as there may be."""
+    listener = socket.create_server(('127.0.0.1', 0))
+
+    def pump(source, target):
+        late = queue.SimpleQueue()
+
+        def deliver():
+            for when, data in iter(late.get, None):
+                time.sleep(max(0.0, when - time.monotonic()))
+                target.sendall(data)
+            target.close()
+        threading.Thread(target=deliver, daemon=True).start()
+        for data in iter(lambda: source.recv(1 << 18), b''):
+            late.put((time.monotonic() + trip / 2, data))
+        late.put(None)
+
+    def accept():
+        while True:
+            client, server = listener.accept()[0], socket.create_connection(('127.0.0.1', port))
+            for source, target in ((client, server), (server, client)):
+                target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=pump, args=(source, target), daemon=True).start()
+    threading.Thread(target=accept, daemon=True).start()
+    return listener.getsockname()[1]
 
 
 class Futures:
@@ -82,13 +122,15 @@ class Dispy:
     """This project: a real daemon, a secret, TCP over loopback."""
     name = 'dispy'
 
-    def __init__(self):
+    def __init__(self, cpus=WORKERS, trip=0.0):
         self._directory = tempfile.TemporaryDirectory()
         with open(os.path.join(self._directory.name, 'log'), 'w') as log:
             self._node = subprocess.Popen(
-                [sys.executable, os.path.join(ROOT, 'dispynode.py'), '-c', str(WORKERS), '-i', '127.0.0.1', '-p', '0',
+                [sys.executable, os.path.join(ROOT, 'dispynode.py'), '-c', str(cpus), '-i', '127.0.0.1', '-p', '0',
                  '--dest-path-prefix', os.path.join(self._directory.name, 'node')], stdin=subprocess.DEVNULL, stderr=log)
         self._port = self._wait_for_port()
+        if trip:
+            self._port = distant(self._port, trip)
         self._clusters = {}
 
     def _wait_for_port(self):
@@ -217,6 +259,60 @@ def measure_memory(count):
     return float(out.stdout)
 
 
+def measure_lengths(cpus, trip, function, jobs):
+    """Jobs a second of a node, empty ones and of three lengths; for each as many as are in `jobs`."""
+    engine, found = Dispy(cpus, trip), {}
+    try:
+        gather(engine, empty, range(200))
+        found['empty'] = jobs[0] / gather(engine, empty, range(jobs[0]))
+        for seconds, count in zip((0.001, 0.005, 0.02), jobs[1:]):
+            gather(engine, function, [seconds] * 4 * cpus)
+            found['%g ms' % (seconds * 1e3)] = count / gather(engine, function, [seconds] * count)
+    finally:
+        engine.close()
+    return found
+
+
+def measure_crowd(quick):
+    """Jobs a second of a scheduler with 200 nodes, by the benchmark of that copy."""
+    command = [sys.executable, os.path.join(ROOT, 'tests', 'bench', 'scheduler.py'), '--only', 'crowd'] + ['--quick'] * quick
+    text = subprocess.run(command, stdout=subprocess.PIPE, check=True, universal_newlines=True).stdout
+    return {'empty': float(re.search(r'^empty jobs a second +([0-9.]+)', text, re.M).group(1))}
+
+
+def counts(quick, *jobs):
+    """So many, or a tenth."""
+    return [count // 10 if quick else count for count in jobs]
+
+
+# part: its name in the table, and what it measures, of fewer jobs if it is to be quick
+PARTS = {
+    '2': ('2 CPUs, jobs that compute', lambda quick: measure_lengths(2, 0.0, burn, counts(quick, 20000, 3000, 800, 200))),
+    '16': ('16 CPUs, jobs that sleep', lambda quick: measure_lengths(16, 0.0, rest, counts(quick, 20000, 12000, 6000, 3200))),
+    'far': ('16 CPUs, link of 150 ms, jobs that sleep',
+            lambda quick: measure_lengths(16, 0.15, rest, counts(quick, 20000, 12000, 6000, 3200))),
+    'crowd': ('200 nodes of 8 CPUs and 10 programs, on a scheduler', measure_crowd)}
+
+
+def compare(other, rounds, parts, quick):
+    """The table of two copies of dispy, this one and another, which take turns."""
+    found = {}
+    for number in range(rounds):
+        for part in parts:
+            for tree in (other, OWN)[::-1 if number % 2 else 1]:
+                command = [sys.executable, os.path.abspath(__file__), '--part', part] + ['--quick'] * quick
+                environ = dict(os.environ, DISPY_BENCH_TREE=os.path.abspath(tree))
+                out = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environ, timeout=600).stdout
+                for name, value in json.loads(out.splitlines()[-1]).items():
+                    found.setdefault((part, name), {}).setdefault(tree, []).append(value)
+    print('%-54s %-8s %10s %10s %8s %14s' % ('jobs a second, median of %d' % rounds, 'jobs of', 'there', 'here', 'ratio', 'of ratios'))
+    for (part, name), values in found.items():
+        there, here = statistics.median(values[other]), statistics.median(values[OWN])
+        ratios = sorted(new / old for new, old in zip(values[OWN], values[other]))
+        print('%-54s %-8s %10.0f %10.0f %8.2f %14s' % (
+            PARTS[part][0], name, there, here, here / there, '%.2f to %.2f' % (ratios[0], ratios[-1])), flush=True)
+
+
 ENGINES = (Dispy, Futures, Pool)
 # measurement, count, better is (more: dispy / other; less: dispy / other, too)
 WORKLOADS = ((measure_empty, 20000), (measure_round_trip, 500), (measure_large, 100), (measure_efficiency, 200))
@@ -227,7 +323,17 @@ def main():
     parser.add_argument('--json', action='store_true', help='print JSON instead of the table')
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--quick', action='store_true', help='a tenth of the jobs, one round: to see that it runs')
+    parser.add_argument('--against', metavar='DIR', help='compare with the copy of dispy there')
+    parser.add_argument('--only', nargs='+', choices=PARTS, default=list(PARTS), metavar='PART',
+                        help='what is compared with it, of: %s' % ' '.join(PARTS))
+    parser.add_argument('--part', choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.part:
+        print(json.dumps(PARTS[args.part][1](args.quick)))
+        return
+    if args.against:
+        compare(args.against, 1 if args.quick else args.rounds, args.only, args.quick)
+        return
     rounds, divide = (1, 10) if args.quick else (args.rounds, 1)
     figures = {engine.name: {} for engine in ENGINES}
     for _ in range(rounds):
