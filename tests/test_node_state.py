@@ -9,7 +9,7 @@ from conftest import walk_seeds
 from dispynode import (
     BEGUN_TIME, GRACE, LEASE_TABLE, OPS, ORPHAN_TIME, RELEASED_TIME, SETUP_TIME, STAGE_TABLE, Ack, Allowance, Cancel, Compute, Done, Drop, DurationEstimate, Exit, Feed,
     FilePiece, FileStored, Forget, Found, Held, Interrupt, Introduce, Jobs, Keep, Kept, Kill, Lease, Limit, LinkDown, LinkUp, Need, Node, Offer, Outcome, Pause, PeerError,
-    Prepare, Prepared, Purpose, Query, Ready, Recall, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire, Returned,
+    ROW_FIRST, UNKNOWN_TIME, Prepare, Prepared, Purpose, Query, Ready, Recall, Received, Reclaim, Refused, Release, Report, Results, Resume, Retire, Returned,
     RunnerGone, RunnerUp, Send, SendKept, SetCpus, Show, Shutdown, Stage, Started, StartRunner, StartWorker, Status, Stop, StopRunner, Store,
     Stored, TakeBack, Watch, Welcome, WorkerGone, WorkerResults, WorkerReturned, WorkerTooBig, WorkerUnborn, decode,
     encode, size_of)
@@ -987,6 +987,56 @@ def test_an_allowance_without_limit_ends_at_the_most():
         estimate.add([1e-7] * 1000)
         allowance.ended(1000, 0, 1)
     assert allowance.jobs(0.005) == 64
+
+
+def test_how_long_a_running_job_goes_on():
+    estimate = DurationEstimate()
+    assert estimate.remaining(0.0) == estimate.remaining(0.1) == UNKNOWN_TIME and estimate.remaining(7.0) == 7.0
+    estimate.add([0.001] * 8 + [1.0] * 2)
+    assert estimate.remaining(0.0) == pytest.approx(0.2008)
+    assert estimate.remaining(0.25) == pytest.approx(0.75), 'the short ones would have ended'
+    assert estimate.remaining(2.0) == 2.0, 'as long again'
+
+
+@pytest.mark.parametrize('durations, seconds, count, why', [
+    ([], 0.1, 0, 'nothing is known'),
+    ([1.0], 0.1, 1, 'a long one'),
+    ([0.001], 0.1, ROW_FIRST, 'all that is known is short'),
+    ([0.001] * 50, 0.1, 100, 'twice what is known'),
+    ([0.001] * 5 + [1.0] + [0.001] * 8 + [1.0], 0.1, 9, 'the longest row of short ones, and the one behind it'),
+    ([0.02] * 40, 0.1, 5, 'none of them needs more'),
+])
+def test_how_many_jobs_fill_a_time(durations, seconds, count, why):
+    estimate = DurationEstimate()
+    estimate.add(durations)
+    assert estimate.row(seconds) == count, why
+
+
+def test_who_had_nothing_here_for_a_moment_gets_it_back():
+    """By count each has one of two CPUs at most, whatever was before."""
+    talk = Talk(2)
+    talk.ready('c'), talk.ready('d')
+    talk.jobs(*range(1, 20))
+    talk.jobs(101, comp='d')
+    talk.now = 1.0
+    assert fed(talk.results(1, 1)) == [(3, [101])], 'it has come, and is next'
+    talk.now = 1.001
+    assert fed(talk.results(3, result(101, took=0.001))) == [(1, [3])], 'it has nothing here'
+    talk.now = 1.9
+    talk.jobs(*range(102, 110), comp='d')
+    talk.now = 2.0
+    assert [serials for worker, serial in ((1, 3), (2, 2)) for _, serials in fed(talk.results(worker, serial))] == [[102], [103]]
+
+
+def test_computations_of_one_client_have_one_claim():
+    talk = Talk(4)
+    for comp, client in (('c1', 'c'), ('c2', 'c'), ('d', 'd')):
+        talk.ready(comp, client=client)
+    talk.jobs(1, 2, 3, 4, comp='c1')
+    talk.jobs(*range(11, 20), comp='c2'), talk.jobs(*range(21, 30), comp='d')
+    talk.now = 1.0
+    actions = talk.tell(*(WorkerResults(worker, [result(worker)]) for worker in (1, 2, 3, 4)))
+    assert sorted(serials for _, serials in fed(actions)) == [[11], [12], [21], [22]]
 
 
 # -- stop -------------------------------------------------------------------------------------------------

@@ -146,3 +146,32 @@ def test_what_waits_is_back_soon_after_jobs_turn_out_to_be_long(trip):
     world.run(world.now + 0.6 + 4 * trip)
     node = world.schedule.nodes['a']
     assert len(node.flight['c']) <= 2 * node.cpus
+
+
+@each
+@pytest.mark.parametrize('shape', [SHAPES[0], SHAPES[2], SHAPES[4]], ids=lambda shape: shape.__name__)
+def test_programs_share_and_not_their_computations(shape, trip):
+    world = World({'a': 4, 'b': 2}, trip)
+    for comp, client in (('c', 'one'), ('d', 'one'), ('e', 'other')):
+        world.open(comp, client)
+    world.run(2 * trip + 0.1)
+    for number, comp in enumerate('cde'):
+        world.submit(comp, lengths(shape, seeded(shape.__name__, trip, number), 20000))
+    world.run(world.now + LEARNED)
+    begin, end = world.now, world.now + 20.0
+    world.run(end)
+    parts = [used(world, comp, begin, end) for comp in 'cde']
+    assert abs(parts[0] + parts[1] - parts[2]) <= 0.05 * max(sum(parts[:2]), parts[2]), parts
+    assert abs(parts[0] - parts[1]) <= 0.15 * max(parts[:2]), parts   # three CPUs: a job more at each end
+
+
+@each
+@shaped
+def test_a_newcomer_does_not_wait_for_two_that_share(shape, trip):
+    for seed in range(SEEDS):
+        world = sharing(shape, trip, seed, True, {'a': 3})
+        world.open('e')
+        world.run(world.now + 2 * trip + 0.1)
+        asked = world.now
+        job = world.submit('e', lengths(shape, seeded(seed), 50))[0]
+        check_wait(world, job, asked)
