@@ -42,7 +42,7 @@ if __name__ == '__main__':
 import dispy
 import dispynode
 from dispy import ENDED, DispyJob, Driver, JobCluster, JobState, Journal
-from dispynode import (PULSE, PULSES_LOST, Ack, Arrival, Bye, Daemon, DialFailed, Dialled, Kept, Lease, LinkBroken, Loop, Memory, Options,
+from dispynode import (PULSE, PULSES_LOST, Refusals, Ack, Arrival, Bye, Daemon, DialFailed, Dialled, Kept, Lease, LinkBroken, Loop, Memory, Options,
                        Outcome, Pause, Prepared, Release, Remembered, Results, Resume, RunnerGone, RunnerUp, Session as Handshake, SetCpus, Shelf, Stage, Stop,
                        WorkerGone, WorkerResults, WorkerReturned, decode, encode, pieces_of, seal)
 
@@ -204,7 +204,7 @@ class SimLoop(Loop):
         self.clock = lambda: self.world.now
         self.now, self.links, self.unsent = self.world.now, {}, {}
         self._inbox, self._ended, self._pulse_at = collections.deque(), False, 0.0
-        self._later_broken, self._again = collections.deque(), False
+        self._later_broken, self._again, self.refusals = collections.deque(), False, Refusals()
         self.alive, self.stopped = True, False
         self.doomed = None         # where in a turn it is killed
         self.due = None            # when it is woken by its own timer
