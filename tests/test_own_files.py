@@ -178,7 +178,7 @@ def recover_file(tmp_path):
     """A recovery file with a job of each kind."""
     journal = Journal(str(tmp_path / 'recover'))
     journal.begin('c', 'compute', False, False, None)
-    jobs = [dispy.DispyJob('c', pickle.dumps(((n,), {})), {'cpus': 1}, n) for n in range(3)]
+    jobs = [dispy.KeptJob('c', pickle.dumps(((n,), {})), {'cpus': 1}, n) for n in range(3)]
     for job in jobs:
         journal.submitted(job)
     journal.commit()
