@@ -51,6 +51,7 @@ import contextlib
 import copyreg
 import dis
 import enum
+import errno
 import functools
 import hashlib
 import heapq
@@ -4837,9 +4838,10 @@ def _make_state_directory() -> str:
 
 
 def own_script() -> str:
-    """The path of the program that runs here; empty at a prompt and with `python -c`."""
+    """The path of the program that runs here; empty at a prompt and with `python -c`. It is not known any more when the program
+    has come to its end."""
     path = getattr(sys.modules.get('__main__'), '__file__', None)
-    return os.path.realpath(path) if isinstance(path, str) else ''
+    return path if isinstance(path, str) else ''
 
 
 def _lock_own(file: Any) -> None:
@@ -4862,6 +4864,7 @@ class Trail:
 
     def __init__(self, head: Callable[[], Dict[str, Any]], name: str, comp: str) -> None:
         self._head, self._name, self._comp = head, name, comp
+        self.script = own_script()
         self._file: Any = None
         self._places: Set[str] = set()
         self._told = False
@@ -4874,8 +4877,9 @@ class Trail:
         self._places.add(place)
         is_new = self._file is None
         try:
-            head = self._make() if is_new else b''
-            self._file.write(head + b'\n' + json.dumps(place).encode())
+            data = (self._make() if is_new else b'') + b'\n' + json.dumps(place).encode()
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, 'no room for it on the disk')
         except (OSError, DispyError) as exc:
             if not self._told:
                 logger.info('%s: what its jobs come to could not be collected if this program ended before them: no '
@@ -4893,7 +4897,7 @@ class Trail:
         self._file = os.fdopen(open_own_file(path, 'recovery file', os.O_APPEND), 'ab', 0)
         self.path = path
         _lock_own(self._file)
-        return json.dumps(self._head()).encode()
+        return json.dumps(dict(self._head(), script=os.path.realpath(self.script) if self.script else '')).encode()
 
     def close(self, remove: bool = True) -> None:
         """Let go of the file. Without `remove` it says that somebody may come for results."""
@@ -5670,6 +5674,7 @@ def is_trail(path: str) -> bool:
 def _recover_newest(timeout: Optional[float], cancel: bool, access: Access) -> List[DispyJob]:
     """What the newest program of this script has left that has left anything."""
     script, lefts = own_script(), programs_left()
+    script = os.path.realpath(script) if script else ''
     mine = [left for left in lefts if script and left.row.script == script]
     for left in lefts:
         if left not in mine:
@@ -7762,7 +7767,7 @@ class JobCluster:
     def _describe_for_trail(self) -> Dict[str, Any]:
         """What another process needs to collect the results. The driver's thread."""
         return {'dispy': 1, 'comp': self._comp, 'key': self._key.hex(), 'name': self.name, 'program': self._cargo.is_program,
-                'code': hashlib.sha256(in_one_piece(self._cargo.spec['code'])).hexdigest(), 'script': own_script(),
+                'code': hashlib.sha256(in_one_piece(self._cargo.spec['code'])).hexdigest(),
                 'host': socket.gethostname(), 'pid': os.getpid(), 'process': list(own_process()), 'began': self._started,
                 'listen': '%s:%d' % self._host if self._host else ''}
 
@@ -8968,13 +8973,13 @@ def _stay_behind(clusters: List[JobCluster]) -> None:
     for cluster in clusters:
         nodes.update(cluster._left_behind())
         owed += len(cluster._owed)
-    running, script = sum(nodes.values()), own_script()
+    running, trails = sum(nodes.values()), [cluster._trail for cluster in clusters if cluster._trail is not None]
     lost = '; %d others had not begun and are lost' % (owed - running) if owed > running else ''
-    how = 'dispy.recover_jobs()' if script else 'dispy.recover_jobs(%s)' % ', '.join(
-        repr(cluster._trail.path) for cluster in clusters if cluster._trail is not None)
-    logger.warning('the program ends by an error: %d job%s on %d node%s to %s end%s; %s collects the results, %s ends them',
-                   running, ' runs on' if running == 1 else 's run on', len(nodes), 's' if len(nodes) > 1 else '',
-                   'its' if running == 1 else 'their', lost, how, CANCEL_LOST)
+    how = ['dispy.recover_jobs()'] if all(trail.script for trail in trails) else [
+        'dispy.recover_jobs(%r)' % trail.path for trail in trails]
+    logger.warning('the program ends by an error, and %s to %s end on %d node%s%s; %s collects the results, %s ends them',
+                   '1 job runs on' if running == 1 else '%d jobs run on' % running, 'its' if running == 1 else 'their',
+                   len(nodes), 's' if len(nodes) > 1 else '', lost, ' and '.join(how), CANCEL_LOST)
 
 
 def _ended_by_error() -> bool:
