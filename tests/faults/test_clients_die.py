@@ -285,7 +285,7 @@ def test_a_foreign_file_and_one_of_another_version_are_refused(tmp_path):
         database.execute('PRAGMA application_id=%d' % dispy.Journal.MARK)
         database.execute('PRAGMA user_version=99')
     database.close()
-    with pytest.raises(dispy.DispyError, match='of version 99 and this dispy knows 2'):
+    with pytest.raises(dispy.DispyError, match='of version 99 and this dispy knows 3'):
         dispy.JobCluster(abs, nodes='local', recover_file=path)
     with pytest.raises(OSError):
         dispy.JobCluster(abs, nodes='local', recover_file=str(tmp_path / 'no' / 'such' / 'directory'))
