@@ -5472,7 +5472,8 @@ class Gathering:
         self.rows: Dict[Tuple[str, int], Tuple[tuple, str]] = {}   # (computation, number) -> its result and where from
         self.gone: Dict[Tuple[str, int], Tuple[JobState, str]] = {}   # of those of which no result will come
         self.placed: Dict[Tuple[str, int], bool] = {}   # a scheduler has them on a node
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()           # guards all of these
+        self._is_over = False                           # what comes now is left to the next one
         places = {place for left in lefts for place in left.places}
         self._specs = [NodeSpec(*host_and_port(place.lstrip('@'), NODE_PORT), scheduler=place.startswith('@'))
                        for place in sorted(places) if not place.startswith(' ')]
@@ -5528,7 +5529,7 @@ class Gathering:
     def held(self, peer: Peer, comp: str, serials: Sequence[int], past: Past) -> None:
         """A node has told what it knows."""
         with self._changed:
-            for key in self._places_of(peer, comp):
+            for key in self._places_of(peer, comp) if not self._is_over else ():
                 known, now, taking = self.there.get(key, set()), set(serials), self._stages[key] == 'taking'
                 if self._stages[key] in ('look', 'taking'):
                     self._stages[key] = 'done' if taking else 'take' if key in self.taken else 'seen'
@@ -5553,7 +5554,7 @@ class Gathering:
     def returned(self, peer: Peer, comp: str, serials: Sequence[int]) -> None:
         """A node gives back what has not begun: there is nobody who could send it again."""
         with self._changed:
-            for key in self._places_of(peer, comp):
+            for key in self._places_of(peer, comp) if not self._is_over else ():
                 gone = self.there.get(key, set()) & set(serials)
                 self.there.get(key, set()).difference_update(gone)
                 for serial in gone:
@@ -5571,12 +5572,13 @@ class Gathering:
 
     def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
         """A scheduler says which jobs are on a node, or wait."""
-        self.placed.update({(comp, serial >> 16): bool(node) for serial in serials})
+        with self._changed:
+            self.placed.update({(comp, serial >> 16): bool(node) for serial in serials})
 
     def results(self, peer: Peer, comp: str, rows: Sequence[tuple]) -> None:
         """Results came; some perhaps for the second time."""
         with self._changed:
-            for row in rows:
+            for row in rows if not self._is_over else ():
                 number = row[0] >> 16
                 if row[1] in GOES_ON:
                     continue
@@ -5600,10 +5602,16 @@ class Gathering:
                 return self._changed.wait_for(done, seconds)
         return in_slices(once, timeout)  # type: ignore[no-any-return]
 
+    def finish(self) -> None:
+        """Nothing changes any more."""
+        with self._changed:
+            self._is_over = True
+
     def unreached(self, comp: Optional[str] = None) -> List[str]:
         """Nodes that have not answered, of one computation or of all."""
-        return sorted({place for (place, name), stage in self._stages.items()
-                       if stage == 'look' and comp in (None, name)})
+        with self._changed:
+            return sorted({where for (where, name), stage in self._stages.items()
+                           if stage == 'look' and comp in (None, name)})
 
     def is_through(self) -> bool:
         """All that was to be taken has come, from nodes that have answered."""
@@ -5612,12 +5620,16 @@ class Gathering:
 
     def is_whole(self, comp: str) -> bool:
         """Nothing of a computation is left anywhere, once nodes were told that it is over."""
-        keys = [key for key in self._stages if key[1] == comp]
-        return bool(keys) and all(self._stages[key] in ('seen', 'done') and not self.there.get(key) for key in keys)
+        with self._changed:
+            keys = [key for key in self._stages if key[1] == comp]
+            return bool(keys) and all(
+                self._stages[key] in ('seen', 'done') and not self.there.get(key) for key in keys)
 
     def count(self, comp: str) -> int:
         """Jobs and results of it that are on nodes."""
-        return len({serial for key, serials in self.there.items() if key[1] == comp for serial in serials})
+        with self._changed:
+            return len({serial for key, serials in self.there.items() if key[1] == comp
+                        for serial in serials})
 
 
 RETURNED = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE))
@@ -5703,6 +5715,7 @@ def _collect(lefts: Sequence[Left], timeout: Optional[float], cancel: bool, acce
     jobs: List[DispyJob] = []
     with gathering(lefts, access, cancel) as found:
         comps = _take(found, timeout)
+        found.finish()
         for comp in comps:
             jobs += _jobs_of(found, comp)
         for left in lefts:
@@ -5733,6 +5746,7 @@ def gathering(lefts: Sequence[Left], access: Access, cancel: bool = False) -> It
         try:
             driver.ask(lambda: found.begin(driver))
             yield found
+            found.finish()
             whole = {comp for comp in found.lefts if found.is_whole(comp)}
             driver.ask(lambda: driver.acknowledge(found, whole))
         finally:

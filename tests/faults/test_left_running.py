@@ -188,8 +188,9 @@ except ValueError:
 
 @pytest.mark.parametrize('code, status', [
     (INSIDE, 1), (CAUGHT, 0), ('cluster, jobs = start()\nsys.exit(3)\n', 3), ('cluster, jobs = start()\n', 0),
-    ("cluster, jobs = start()\nsys.exit('a text')\n", 1), ('cluster, jobs = start()\nraise KeyboardInterrupt\n', None)],
-    ids=['inside with', 'caught', 'sys.exit', 'the end', 'sys.exit with a text', 'KeyboardInterrupt'])
+    ("cluster, jobs = start()\nsys.exit('a text')\n", 1), ('cluster, jobs = start()\nraise KeyboardInterrupt\n', None),
+    ('import builtins\nbuiltins.__IPYTHON__ = True\n' + RAISES, 1)],
+    ids=['inside with', 'caught', 'sys.exit', 'the end', 'sys.exit with a text', 'KeyboardInterrupt', 'in a notebook'])
 def test_other_ends_cancel_and_leave_no_file(place, node, code, status):
     found, _, err = place.run(node, code)
     assert found == status or status is None and found, err
