@@ -369,7 +369,8 @@ SHORT.maxlist = SHORT.maxtuple = SHORT.maxdict = SHORT.maxset = 8
 
 
 def words_of(args: tuple, kwargs: Dict[str, Any]) -> str:
-    """The arguments of a job as people read them, in at most 300 characters. Runs the user's `__repr__`."""
+    """The arguments of a job as people read them, in at most 300 characters. Runs the user's
+    `__repr__`."""
     words = [_word_of(arg) for arg in args[:SHOWN_MOST]]
     words += ['%.80s=%s' % (name, _word_of(value))
               for name, value in itertools.islice(kwargs.items(), SHOWN_MOST) if type(name) is str]
@@ -385,7 +386,8 @@ def _word_of(value: Any) -> str:
 
 
 class KeptJob(DispyJob):
-    """A job that is written down in a recover_file; an `id` that is set later is written down too."""
+    """A job that is written down in a recover_file; an `id` that is set later is written down
+    too."""
     __slots__ = ('arguments', '_journal')
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict], number: Any,
@@ -4405,8 +4407,8 @@ def _check_status(status: os.stat_result, path: str, what: str) -> None:
 
 
 def open_own_file(path: str, what: str, flags: int = 0, make: bool = True) -> int:
-    """Open a file of this user's for reading and writing, or `make` it; no link of anybody's is followed. Returns the descriptor.
-    Raises DispyError, OSError."""
+    """Open a file of this user's for reading and writing, or `make` it; no link of anybody's is
+    followed. Returns the descriptor. Raises DispyError, OSError."""
     flags |= os.O_CREAT if make else 0
     flags |= os.O_RDWR | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
     check_own_file(path, what)
@@ -4595,7 +4597,8 @@ class Journal(Database):
         'UPDATE jobs SET comp = ?, state = ?, serial = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?')
     NEW_MARK = b'dispy5n\2'     # begins FILE-new
-    # CRC-32 of the rest, INSERT or RENAME, number, submitted, lengths of id, payload, options and arguments
+    # CRC-32 of the rest, INSERT or RENAME, number, submitted, lengths of id, payload, options and
+    # arguments
     _HEAD = struct.Struct('>IBQdIIII')
 
     def __init__(self, path: str, must_exist: bool = False) -> None:
@@ -4641,11 +4644,12 @@ class Journal(Database):
                     break
                 crc, kind, number, submitted, *sizes = self._HEAD.unpack(head)
                 body = io.BytesIO(file.read(sum(sizes)))
-                if len(body.getbuffer()) < sum(sizes) or zlib.crc32(body.getbuffer(), zlib.crc32(head[4:])) != crc:
+                found = zlib.crc32(body.getbuffer(), zlib.crc32(head[4:]))
+                if len(body.getbuffer()) < sum(sizes) or found != crc:
                     break
                 ident, payload, options, arguments = map(body.read, sizes)
-                self._add(kind, (number, '', ident, payload, options, submitted, arguments.decode(), self.WAITING)
-                          if kind == self.INSERT else (ident, number))
+                row = (number, '', ident, payload, options, submitted, arguments.decode(), self.WAITING)
+                self._add(kind, row if kind == self.INSERT else (ident, number))
         if self.commit():
             os.ftruncate(self._new, len(self.NEW_MARK))
         self.last = self._db.execute('SELECT coalesce(max(number), 0) FROM jobs').fetchone()[0]
@@ -4671,16 +4675,19 @@ class Journal(Database):
         arguments = job.arguments.encode('utf-8', 'replace')
         with self._guard:
             self._append(self.INSERT, number, job.submit_time, ident, payload, options, arguments)
-            self._add(self.INSERT, (number, job._comp, ident, payload, options, job.submit_time, arguments.decode(), self.WAITING))
+            self._add(self.INSERT, (number, job._comp, ident, payload, options, job.submit_time,
+                                    arguments.decode(), self.WAITING))
         self.last = number
         job._serial, job._journal = number << 16, self
 
     def renamed(self, job: KeptJob) -> None:
-        """A job has got another id. What cannot be pickled is told, and then the one before counts. Any thread."""
+        """A job has got another id. What cannot be pickled is told, and then the one before
+        counts. Any thread."""
         try:
             ident = pickle.dumps(job.id)
         except Exception as exc:  # of the user's object
-            logger.warning('the id %.80r of a job cannot be written into the recover_file: %s', job.id, exc)
+            logger.warning('the id %.80r of a job cannot be written into the recover_file: %s',
+                           job.id, exc)
             return
         with self._guard:
             if self._new >= 0:   # otherwise it is closed
@@ -4757,10 +4764,12 @@ class Journal(Database):
 
     def jobs(self) -> Iterator[Tuple[KeptJob, int, str, Any]]:
         """(job, state, node, result) of all jobs that have not been handed to the user since a crash."""
-        for number, comp, ident, payload, options, submitted, arguments, state, serial, node, status, result in self._db.execute(
-                'SELECT number, comp, id, payload, options, submitted, arguments, state, serial, node, status, result '
-                'FROM jobs WHERE NOT delivered'):
-            job = KeptJob(comp, payload, pickle.loads(options) if options else None, pickle.loads(ident), arguments)
+        for (number, comp, ident, payload, options, submitted, arguments, state, serial, node,
+             status, result) in self._db.execute(
+                'SELECT number, comp, id, payload, options, submitted, arguments, state, serial, '
+                'node, status, result FROM jobs WHERE NOT delivered'):
+            job = KeptJob(comp, payload, pickle.loads(options) if options else None,
+                          pickle.loads(ident), arguments)
             job._serial, job.submit_time = serial or number << 16, submitted
             found = pickle.loads(result) if result else None
             if state == self.ENDED:
@@ -4805,7 +4814,8 @@ def _joined(payload: Any) -> Any:
 # Trail: the small file by which what a program leaves on nodes is found when it ends before its jobs
 # ---------------------------------------------------------------------------------------------------------
 
-TRAIL_END, TRAIL_MARK = '.recover', b'{"dispy": '   # ends the names of these files, begins what is in them
+TRAIL_END = '.recover'        # ends the names of these files
+TRAIL_MARK = b'{"dispy": '    # begins what is in them
 TRAIL_KEPT = 30 * 86400.0     # s after which one is removed, whatever it says
 TRAIL_MOST = 1 << 20          # bytes of one that are read: 20,000 nodes
 REACH_TIME = 10.0             # s for which nodes are tried that a dead program had
@@ -4833,20 +4843,21 @@ def _make_state_directory() -> str:
     os.makedirs(path, mode=0o700, exist_ok=True)
     status = os.stat(path)
     if hasattr(os, 'geteuid') and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
-        raise DispyError('the directory %s belongs to another user, or others can write into it' % path)
+        raise DispyError('the directory %s belongs to another user, or others can write into it'
+                         % path)
     return path
 
 
 def own_script() -> str:
-    """The path of the program that runs here; empty at a prompt and with `python -c`. It is not known any more when the program
-    has come to its end."""
+    """The path of the program that runs here; empty at a prompt and with `python -c`. It is not
+    known any more when the program has come to its end."""
     path = getattr(sys.modules.get('__main__'), '__file__', None)
     return path if isinstance(path, str) else ''
 
 
 def _lock_own(file: Any) -> None:
-    """Lock a file until it is closed or the process ends. Who looks whether it is locked has the lock
-    for a moment, so that it is tried several times. Raises OSError."""
+    """Lock a file until it is closed or the process ends. Who looks whether it is locked has the
+    lock for a moment, so that it is tried several times. Raises OSError."""
     for left in reversed(range(5)):
         try:
             return _try_lock(file)
@@ -4859,8 +4870,8 @@ def _lock_own(file: Any) -> None:
 class Trail:
     """The file of one cluster: whose jobs they are, the key by which nodes give their results, and
     after that a line for each node that may have some. Made with the first such node, so that a
-    cluster without one has none; locked while the program lives; removed when the cluster is closed.
-    Nothing is written for a job. The driver's thread."""
+    cluster without one has none; locked while the program lives; removed when the cluster is
+    closed. Nothing is written for a job. The driver's thread."""
 
     def __init__(self, head: Callable[[], Dict[str, Any]], name: str, comp: str) -> None:
         self._head, self._name, self._comp = head, name, comp
@@ -4882,8 +4893,8 @@ class Trail:
                 raise OSError(errno.ENOSPC, 'no room for it on the disk')
         except (OSError, DispyError) as exc:
             if not self._told:
-                logger.info('%s: what its jobs come to could not be collected if this program ended before them: no '
-                            'file is kept for that: %s', self._name, exc)
+                logger.info('%s: what its jobs come to could not be collected if this program ended '
+                            'before them: no file is kept for that: %s', self._name, exc)
             self._told = True
             if is_new:
                 self.close()
@@ -4897,7 +4908,8 @@ class Trail:
         self._file = os.fdopen(open_own_file(path, 'recovery file', os.O_APPEND), 'ab', 0)
         self.path = path
         _lock_own(self._file)
-        return json.dumps(dict(self._head(), script=os.path.realpath(self.script) if self.script else '')).encode()
+        script = os.path.realpath(self.script) if self.script else ''
+        return json.dumps(dict(self._head(), script=script)).encode()
 
     def close(self, remove: bool = True) -> None:
         """Let go of the file. Without `remove` it says that somebody may come for results."""
@@ -4924,11 +4936,14 @@ def _close_trail(file: Any, path: str, remove: bool) -> None:
 
 
 class Recoverable(NamedTuple):
-    """A cluster without `recover_file` whose program has ended before its jobs. `recover_jobs` takes it, or its `path`.
+    """A cluster without `recover_file` whose program has ended before its jobs. `recover_jobs`
+    takes it, or its `path`.
 
-    path - of the file that says so; name - of the computation; script - path of the program, empty for a prompt; host, pid -
-        where and with which number it ran; began - when the cluster was made, seconds since the epoch
-    code - the digest of its code; nodes - that may have something of it, as HOST:PORT, with @ before a scheduler
+    path - of the file that says so; name - of the computation; script - path of the program, empty
+        for a prompt; host, pid - where and with which number it ran; began - when the cluster was
+        made, seconds since the epoch
+    code - the digest of its code; nodes - that may have something of it, as HOST:PORT, with @
+        before a scheduler
     jobs - how many jobs and results of it they say they have; None if none of them has answered
     unreached - those that have not answered
     """
@@ -4948,8 +4963,8 @@ class Recoverable(NamedTuple):
 
     def __str__(self) -> str:
         count = '' if self.jobs is None else ', %d jobs' % self.jobs
-        return '%s (%s) of %s%s: %s' % (os.path.basename(self.script) or 'a prompt', self.name, _moment(self.began),
-                                        count, self.path)
+        return '%s (%s) of %s%s: %s' % (os.path.basename(self.script) or 'a prompt', self.name,
+                                        _moment(self.began), count, self.path)
 
 
 def _moment(seconds: float) -> str:
@@ -4957,8 +4972,8 @@ def _moment(seconds: float) -> str:
 
 
 _HEAD_KINDS: Dict[str, Any] = {
-    'dispy': int, 'comp': str, 'key': str, 'code': str, 'name': str, 'script': str, 'host': str, 'pid': int,
-    'process': list, 'began': float, 'program': bool, 'listen': str}
+    'dispy': int, 'comp': str, 'key': str, 'code': str, 'name': str, 'script': str, 'host': str,
+    'pid': int, 'process': list, 'began': float, 'program': bool, 'listen': str}
 
 
 class Left:
@@ -4966,11 +4981,11 @@ class Left:
 
     def __init__(self, file: Any, path: str, head: Dict[str, Any], places: Sequence[str]) -> None:
         self._file, self.path, self.places = file, path, tuple(places)
-        self.comp, self.key, self.is_program = head['comp'], bytes.fromhex(head['key']), head['program']
-        self.listen = head['listen']
+        self.comp, self.key = head['comp'], bytes.fromhex(head['key'])
+        self.is_program, self.listen = head['program'], head['listen']
         self.process = tuple(head['process'])
-        self.row = Recoverable(path, head['name'], head['script'], head['host'], head['pid'], head['began'], head['code'],
-                               tuple(place.strip() for place in self.places))
+        self.row = Recoverable(path, head['name'], head['script'], head['host'], head['pid'], head['began'],
+                               head['code'], tuple(where.strip() for where in self.places))
 
     def close(self, remove: bool = False) -> None:
         """Let go of it; with `remove` nothing is left of it on the nodes."""
@@ -4980,8 +4995,9 @@ class Left:
 
     @classmethod
     def find(cls, path: str) -> Optional['Left']:
-        """What such a file says; None if its program lives, or another collects it. What is old, or says nothing of any
-        node, is removed. Raises DispyError for a file that others can have written, or that is damaged; OSError."""
+        """What such a file says; None if its program lives, or another collects it. What is old,
+        or says nothing of any node, is removed. Raises DispyError for a file that others can have
+        written, or that is damaged; OSError."""
         file = os.fdopen(open_own_file(path, 'recovery file', make=False), 'rb', 0)
         try:
             _lock_own(file)
@@ -4995,7 +5011,8 @@ class Left:
             head = _json(lines[0])
             if not _is_head(head):
                 if not is_old:   # it may be in the making
-                    raise DispyError('recovery file %s is damaged, or none of this version of dispy' % path)
+                    raise DispyError('recovery file %s is damaged, or none of this version of dispy'
+                                     % path)
                 _close_trail(file, path, True)
                 return None
             places = [place for place in map(_json, lines[1:]) if isinstance(place, str)]
@@ -5020,8 +5037,8 @@ def _json(line: bytes) -> Any:
 
 
 def _is_head(head: Any) -> bool:
-    return isinstance(head, dict) and all(type(head.get(name)) is kind for name, kind in _HEAD_KINDS.items()) \
-        and head['dispy'] == 1 and re.fullmatch('[0-9a-f]{64}', head['key']) is not None \
+    return isinstance(head, dict) \
+        and all(type(head.get(name)) is kind for name, kind in _HEAD_KINDS.items()) and head['dispy'] == 1 and re.fullmatch('[0-9a-f]{64}', head['key']) is not None \
         and [type(part) for part in head['process']] == [str, int, str]
 
 
@@ -5057,7 +5074,8 @@ def remove_old_trails() -> None:
 
 
 def who_holds(text: str, place: str) -> str:
-    """A node says by whom it is held: if that is a program of this user that has ended, which it was, and what to do."""
+    """A node says by whom it is held: if that is a program of this user that has ended, which it
+    was, and what to do."""
     found = re.search(r'@(\S+) PID (\d+) .*; its connection is lost', text)
     if found is None:
         return ''
@@ -5066,8 +5084,8 @@ def who_holds(text: str, place: str) -> str:
         left.close()
         row = left.row
         if (row.host, row.pid) == (host, pid) and place in left.places:
-            return ': these are jobs of %s (%s), a program of yours that began %s and has ended; they run to their end. ' \
-                'dispy.recover_jobs() collects their results, %s ends them' % (
+            return ': these are jobs of %s (%s), a program of yours that began %s and has ended; ' \
+                'they run to their end. dispy.recover_jobs() collects their results, %s ends them' % (
                     row.script or 'a prompt', row.name, _moment(row.began), CANCEL_LOST)
     return ''
 
@@ -5448,9 +5466,10 @@ class Recovery:
 
 
 class Gathering:
-    """Asks nodes what they have of computations of which no jobs were written down, and collects it.
-    Nodes are asked first; what is to be had is then taken, from a program that is not connected to any
-    of them. To the driver it is a cluster that only looks. The driver's thread, but for `wait`."""
+    """Asks nodes what they have of computations of which no jobs were written down, and collects
+    it. Nodes are asked first; what is to be had is then taken, from a program that is not
+    connected to any of them. To the driver it is a cluster that only looks. The driver's thread,
+    but for `wait`."""
     _cargo = _cluster_status = _on_output = None
     _reentrant = _multicast = _remote = False
     _host_has_port = True
@@ -5463,22 +5482,26 @@ class Gathering:
         self.lefts = {left.comp: left for left in lefts}
         self._cancel = cancel
         self.met: List[Peer] = []
-        # (place, computation) -> 'look': has not told yet what it has; 'seen': has; 'take': is to give it;
-        # 'taking': was asked for it; 'done': the answer has come, and results come; 'lives': nothing is to be had
-        self._stages: Dict[Tuple[str, str], str] = {(place, left.comp): 'look' for left in lefts for place in left.places}
+        # (place, computation) -> 'look': has not told yet what it has; 'seen': has; 'take': is to
+        # give it; 'taking': was asked for it; 'done': the answer has come, and results come;
+        # 'lives': nothing is to be had
+        self._stages: Dict[Tuple[str, str], str] = {
+            (where, left.comp): 'look' for left in lefts for where in left.places}
         self.taken: Set[Tuple[str, str]] = set()
         self.alive: Set[str] = set()        # computations whose programs are connected to a node
         self.there: Dict[Tuple[str, str], Set[int]] = {}   # serials that are not in `rows`
-        self.rows: Dict[Tuple[str, int], Tuple[tuple, str]] = {}   # (computation, number) -> its result and where from
-        self.gone: Dict[Tuple[str, int], Tuple[JobState, str]] = {}   # of those of which no result will come
+        # (computation, number) -> its result and where from; what became of it if none will come
+        self.rows: Dict[Tuple[str, int], Tuple[tuple, str]] = {}
+        self.gone: Dict[Tuple[str, int], Tuple[JobState, str]] = {}
         self.placed: Dict[Tuple[str, int], bool] = {}   # a scheduler has them on a node
         self._changed = threading.Condition()           # guards all of these
         self._is_over = False                           # what comes now is left to the next one
-        places = {place for left in lefts for place in left.places}
-        self._specs = [NodeSpec(*host_and_port(place.lstrip('@'), NODE_PORT), scheduler=place.startswith('@'))
-                       for place in sorted(places) if not place.startswith(' ')]
-        hosts = [left.listen for left in lefts if left.listen and any(place.startswith(' ') for place in left.places)]
-        self._host = (hosts[0].rpartition(':')[0], int(hosts[0].rpartition(':')[2])) if hosts else None
+        places = {where for left in lefts for where in left.places}
+        self._specs = [NodeSpec(*host_and_port(where.lstrip('@'), NODE_PORT), scheduler=where[0] == '@')
+                       for where in sorted(places) if not where.startswith(' ')]
+        hosts = [left.listen.rpartition(':') for left in lefts
+                 if left.listen and any(where.startswith(' ') for where in left.places)]
+        self._host = (hosts[0][0], int(hosts[0][2])) if hosts else None
         self.driver: Any = None
 
     def begin(self, driver: 'Driver') -> None:
@@ -5498,7 +5521,8 @@ class Gathering:
             self._ask(peer)
 
     def _ask(self, peer: Peer, anew: bool = False) -> None:
-        """Ask a node; `anew` on a new link, along which no answers come to what was asked before."""
+        """Ask a node; `anew` on a new link, along which no answers come to what was asked
+        before."""
         for key, stage in list(self._stages.items()):
             if key[0] not in (peer.place, *peer.aliases) or peer.link is None:
                 continue
@@ -5524,16 +5548,20 @@ class Gathering:
             self._changed.notify_all()
 
     def _places_of(self, peer: Peer, comp: str) -> List[Tuple[str, str]]:
-        return [key for key in self._stages if key[1] == comp and key[0] in (peer.place, *peer.aliases)]
+        return [key for key in self._stages
+                if key[1] == comp and key[0] in (peer.place, *peer.aliases)]
 
     def held(self, peer: Peer, comp: str, serials: Sequence[int], past: Past) -> None:
         """A node has told what it knows."""
         with self._changed:
             for key in self._places_of(peer, comp) if not self._is_over else ():
-                known, now, taking = self.there.get(key, set()), set(serials), self._stages[key] == 'taking'
-                if self._stages[key] in ('look', 'taking'):
-                    self._stages[key] = 'done' if taking else 'take' if key in self.taken else 'seen'
-                self.there[key] = {serial for serial in now if (comp, serial >> 16) not in self.rows}
+                known, now = self.there.get(key, set()), set(serials)
+                taking = self._stages[key] == 'taking'
+                if taking:
+                    self._stages[key] = 'done'
+                elif self._stages[key] == 'look':
+                    self._stages[key] = 'take' if key in self.taken else 'seen'
+                self.there[key] = {one for one in now if (comp, one >> 16) not in self.rows}
                 if taking:
                     for serial in known - now:
                         self._went(comp, serial, Account(frozenset(now), past), peer)
@@ -5546,10 +5574,11 @@ class Gathering:
         """A job is not at its node any more, and no result of it came."""
         if (comp, serial >> 16) not in self.rows:
             verdict, text = account.verdict(serial, Occasion.RECOVERED)
-            lost = verdict is Verdict.LOST
-            self.gone[comp, serial >> 16] = (JobState.ABANDONED, 'abandoned: node %s: %s' % (peer, text)) if lost else \
-                (JobState.CANCELLED, 'cancelled: it had not begun when node %s ended or gave it back, and its program '
-                 'was gone' % peer)
+            state, text = (JobState.ABANDONED, 'abandoned: node %s: %s' % (peer, text)) \
+                if verdict is Verdict.LOST else (
+                    JobState.CANCELLED, 'cancelled: it had not begun when node %s ended or gave it '
+                    'back, and its program was gone' % peer)
+            self.gone[comp, serial >> 16] = state, text
 
     def returned(self, peer: Peer, comp: str, serials: Sequence[int]) -> None:
         """A node gives back what has not begun: there is nobody who could send it again."""
@@ -5615,8 +5644,8 @@ class Gathering:
 
     def is_through(self) -> bool:
         """All that was to be taken has come, from nodes that have answered."""
-        return not any(self._stages.get(key) in ('take', 'taking') or (self._stages.get(key) == 'done' and self.there.get(key))
-                       for key in self.taken)
+        return not any(self._stages.get(key) in ('take', 'taking')
+                       or (self._stages.get(key) == 'done' and self.there.get(key)) for key in self.taken)
 
     def is_whole(self, comp: str) -> bool:
         """Nothing of a computation is left anywhere, once nodes were told that it is over."""
@@ -5635,22 +5664,27 @@ class Gathering:
 RETURNED = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE))
 
 
-def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None, terminate_pending: bool = False, secret: Union[str, bytes, None] = None,
-                 certfile: Optional[str] = None, keyfile: Optional[str] = None, cafile: Optional[str] = None) -> List[DispyJob]:
+def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
+                 terminate_pending: bool = False, secret: Union[str, bytes, None] = None,
+                 certfile: Optional[str] = None, keyfile: Optional[str] = None,
+                 cafile: Optional[str] = None) -> List[DispyJob]:
     """The jobs of a program that has crashed, or was ended by an exception.
 
-    recover_file - the file of a cluster (`JobCluster(..., recover_file=...)`); None: what this script has left on nodes when it ran last
-        and ended before its jobs, without such a file; or one of what `recoverable()` lists
+    recover_file - the file of a cluster (`JobCluster(..., recover_file=...)`); None: what this
+        script has left on nodes when it ran last and ended before its jobs, without such a file;
+        or one of what `recoverable()` lists
     timeout - seconds for which what runs is waited for; None: without limit
 
-    Jobs that have ended are returned with their results, in one call only; those that run on nodes are waited for, and returned
-    as Running if the time was too short; those that were never started are returned as Created, with `job.args` and `job.kwargs`, and
-    are run by `JobCluster(..., recover_file=recover_file)`. With `terminate_pending` what runs is cancelled. When nothing is left
-    to be recovered, the file is removed. Without a `recover_file` only what was on nodes is known: results, by `job.id`, the
-    running number; what waited in the program is lost with it.
+    Jobs that have ended are returned with their results, in one call only; those that run on nodes
+    are waited for, and returned as Running if the time was too short; those that were never
+    started are returned as Created, with `job.args` and `job.kwargs`, and are run by
+    `JobCluster(..., recover_file=recover_file)`. With `terminate_pending` what runs is cancelled.
+    When nothing is left to be recovered, the file is removed. Without a `recover_file` only what
+    was on nodes is known: results, by `job.id`, the running number; what waited in the program is
+    lost with it.
 
-    Raises FileNotFoundError; DispyError if the file is in use, damaged or none of dispy's, or if this script has left
-    nothing, naming what others have; OSError. Any thread.
+    Raises FileNotFoundError; DispyError if the file is in use, damaged or none of dispy's, or if
+    this script has left nothing, naming what others have; OSError. Any thread.
     """
     path = path_option('recover_file', recover_file)
     seconds = _seconds('timeout', timeout)
@@ -5660,7 +5694,8 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None, term
     if is_trail(path):
         left = Left.find(path)
         if left is None:
-            raise DispyError('recover_file %s: its program lives, or another collects its jobs' % path)
+            raise DispyError('recover_file %s: its program lives, or another collects its jobs'
+                             % path)
         return _collect([left], seconds, terminate_pending, access)[0]
     journal = Journal(path, must_exist=True)
     try:
@@ -5695,8 +5730,8 @@ def _recover_newest(timeout: Optional[float], cancel: bool, access: Access) -> L
         rows = '; '.join(str(left.row) for left in lefts[:20])
         raise DispyError('recover_jobs: %s has left no jobs on nodes. %s' % (
             script or 'this program, which is no script,',
-            'Others have, each of which may be given as recover_file (see dispy.recoverable()): %s' % rows if rows
-            else 'Nor has any other program of this user'))
+            'Others have, each of which may be given as recover_file (see dispy.recoverable()): %s'
+            % rows if rows else 'Nor has any other program of this user'))
     try:
         while mine:
             run = [left for left in mine if left.process == mine[0].process]   # its clusters
@@ -5710,7 +5745,8 @@ def _recover_newest(timeout: Optional[float], cancel: bool, access: Access) -> L
             left.close()
 
 
-def _collect(lefts: Sequence[Left], timeout: Optional[float], cancel: bool, access: Access) -> Tuple[List[DispyJob], List[str]]:
+def _collect(lefts: Sequence[Left], timeout: Optional[float], cancel: bool,
+             access: Access) -> Tuple[List[DispyJob], List[str]]:
     """The jobs of dead programs, and the nodes that have not answered. Lets go of `lefts`."""
     jobs: List[DispyJob] = []
     with gathering(lefts, access, cancel) as found:
@@ -5723,7 +5759,8 @@ def _collect(lefts: Sequence[Left], timeout: Optional[float], cancel: bool, acce
                 logger.warning('%s: its program lives, and is left alone', left.row)
         unreached = found.unreached()
         if unreached:
-            logger.warning('%s: not reached: %s. What they have of it can be collected later', lefts[0].row, ', '.join(unreached))
+            logger.warning('%s: not reached: %s. What they have of it can be collected later',
+                           lefts[0].row, ', '.join(unreached))
     return jobs, unreached
 
 
@@ -5739,7 +5776,8 @@ def _take(found: Gathering, timeout: Optional[float]) -> List[str]:
 
 @contextlib.contextmanager
 def gathering(lefts: Sequence[Left], access: Access, cancel: bool = False) -> Iterator[Gathering]:
-    """Ask the nodes of dead programs. At the end those that have been emptied forget them, and so do we; others keep what they have."""
+    """Ask the nodes of dead programs. At the end those that have been emptied forget them, and so
+    do we; others keep what they have."""
     found, whole = Gathering(lefts, cancel), set()   # type: Gathering, Set[str]
     try:
         driver = Driver.alone(access)
@@ -5759,7 +5797,8 @@ def gathering(lefts: Sequence[Left], access: Access, cancel: bool = False) -> It
 
 
 def _jobs_of(found: Gathering, comp: str) -> List[DispyJob]:
-    """The jobs of a computation by what nodes have told of it, in order. Opens results, which may run the user's code."""
+    """The jobs of a computation by what nodes have told of it, in order. Opens results, which may
+    run the user's code."""
     left, jobs = found.lefts[comp], {}   # type: Left, Dict[int, DispyJob]
 
     def job_of(number: int, serial: int = 0) -> DispyJob:
@@ -5784,16 +5823,17 @@ def _jobs_of(found: Gathering, comp: str) -> List[DispyJob]:
     for (where, name), serials in found.there.items():
         for serial in serials if name == comp else ():
             if serial >> 16 not in jobs:
-                on_node = found.placed.get((comp, serial >> 16), False) if where.startswith('@') else True
-                job_of(serial >> 16, serial).status = DispyJob.Running if on_node else DispyJob.Created
+                waits = where.startswith('@') and not found.placed.get((comp, serial >> 16))
+                job_of(serial >> 16, serial).status = DispyJob.Created if waits else DispyJob.Running
     return [jobs[number] for number in sorted(jobs)]
 
 
-def recoverable(timeout: float = REACH_TIME, secret: Union[str, bytes, None] = None, certfile: Optional[str] = None,
-                keyfile: Optional[str] = None, cafile: Optional[str] = None) -> List[Recoverable]:
-    """What programs of this user without a `recover_file` have left on nodes, when they were killed or ended by an exception before
-    their jobs; newest first. Their nodes are asked, for at most `timeout` seconds; files of which no node knows anything
-    any more are removed. Raises SecretError, TypeError, ValueError. Any thread."""
+def recoverable(timeout: float = REACH_TIME, secret: Union[str, bytes, None] = None,
+                certfile: Optional[str] = None, keyfile: Optional[str] = None, cafile: Optional[str] = None) -> List[Recoverable]:
+    """What programs of this user without a `recover_file` have left on nodes, when they were
+    killed or ended by an exception before their jobs; newest first. Their nodes are asked, for at
+    most `timeout` seconds; files of which no node knows anything any more are removed. Raises
+    SecretError, TypeError, ValueError. Any thread."""
     seconds = _seconds('timeout', timeout)
     access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST)
     lefts, rows = programs_left(), []
@@ -5805,14 +5845,14 @@ def recoverable(timeout: float = REACH_TIME, secret: Union[str, bytes, None] = N
             if left.comp in found.alive or found.is_whole(left.comp):
                 continue
             unreached = tuple(found.unreached(left.comp))
-            rows.append(left.row._replace(jobs=None if len(unreached) == len(left.places) else found.count(left.comp),
-                                          unreached=unreached))
+            jobs = None if len(unreached) == len(left.places) else found.count(left.comp)
+            rows.append(left.row._replace(jobs=jobs, unreached=unreached))
     return rows
 
 
 def cancel_lost(access: Access) -> int:
-    """End what programs of this user that have ended have left on nodes, and say so. Returns of how many of them something may
-    be left. What belongs to a program that lives is left alone."""
+    """End what programs of this user that have ended have left on nodes, and say so. Returns of
+    how many of them something may be left. What belongs to a program that lives is left alone."""
     lefts = programs_left()
     if not lefts:
         print('no program of yours that has ended has left jobs on nodes')
@@ -5830,9 +5870,11 @@ def cancel_lost(access: Access) -> int:
             elif not found.is_whole(left.comp):
                 rest += 1
                 unreached = found.unreached(left.comp)
-                ended = 'not reached: %s' % ', '.join(unreached) if unreached else '%d jobs have not ended yet' % found.count(left.comp)
-            print('%s (%s) of %s, PID %d on %s: %s' % (left.row.script or 'a prompt', left.row.name, _moment(left.row.began),
-                                                      left.row.pid, left.row.host, ended))
+                ended = 'not reached: %s' % ', '.join(unreached) if unreached \
+                    else '%d jobs have not ended yet' % found.count(left.comp)
+            row = left.row
+            print('%s (%s) of %s, PID %d on %s: %s' % (
+                row.script or 'a prompt', row.name, _moment(row.began), row.pid, row.host, ended))
     return min(rest, 100)
 
 
@@ -6006,7 +6048,8 @@ class Driver(Loop):
 
     @staticmethod
     def alone(access: Access) -> 'Driver':
-        """A driver that no cluster shares: to nodes it is another program. Any thread. Raises SecretError."""
+        """A driver that no cluster shares: to nodes it is another program. Any thread. Raises
+        SecretError."""
         driver = Driver(access, os.urandom(16))
         driver.users = 1
         driver._thread.start()
@@ -6793,7 +6836,8 @@ class Driver(Loop):
             for comp, use in peer.uses.items():
                 known = comp in twin.uses
                 self._take(twin, comp, use.spec)
-                if known and twin.name and self._clusters[comp]._cargo is None:   # it may look for something by this name
+                if known and twin.name and self._clusters[comp]._cargo is None:
+                    # It may look for something by this name.
                     self._clusters[comp]._met(twin)
             if peer.listed and not twin.port and not twin.embedded:   # it has dialled us; when that ends, we dial it
                 peer.move('fail')
@@ -7263,7 +7307,8 @@ class Driver(Loop):
             account = Account(frozenset(message.serials), past, peer.whole)
             self._act(self.schedule.handle(NodeTold(peer.key, message.comp, account), self.now))
 
-    def reclaim(self, peer: Peer, recovery: Union['Recovery', 'Gathering'], keys: Dict[str, bytes], take: bool = True) -> None:
+    def reclaim(self, peer: Peer, recovery: Union['Recovery', 'Gathering'], keys: Dict[str, bytes],
+                take: bool = True) -> None:
         """Ask a node for what it has of computations of a program that has crashed."""
         for comp, key in keys.items():
             self._reclaimed[comp] = recovery
@@ -7287,7 +7332,9 @@ class Driver(Loop):
         for comp in found.lefts:
             self._reclaimed.pop(comp, None)
         for peer in found.met:
-            if peer.link is not None and any(where in (peer.place, *peer.aliases) and comp not in whole for where, comp in found.taken):
+            left = any(comp not in whole and where in (peer.place, *peer.aliases)
+                       for where, comp in found.taken)
+            if peer.link is not None and left:
                 peer.replacing = True   # not to be told
                 self._break(peer.link, 'the recovery has ended')
         self.forget(found._comp)
@@ -7754,7 +7801,8 @@ class JobCluster:
         path = path_option('recover_file', None if recover_file is False else recover_file) or (
             '_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
         self._recovers = bool(path)                          # another process may carry on
-        self._trail = None if path or recover_file is False else Trail(self._describe_for_trail, self.name, self._comp)
+        self._trail = None if path or recover_file is False else Trail(
+            self._describe_for_trail, self.name, self._comp)
         self._reach_by(nodes is None and reach != 'off')
         self.recovered: List[DispyJob] = []
         self._recovery: Optional[Recovery] = None
@@ -7780,13 +7828,15 @@ class JobCluster:
 
     def _describe_for_trail(self) -> Dict[str, Any]:
         """What another process needs to collect the results. The driver's thread."""
-        return {'dispy': 1, 'comp': self._comp, 'key': self._key.hex(), 'name': self.name, 'program': self._cargo.is_program,
+        return {'dispy': 1, 'comp': self._comp, 'key': self._key.hex(), 'name': self.name,
+                'program': self._cargo.is_program,
                 'code': hashlib.sha256(in_one_piece(self._cargo.spec['code'])).hexdigest(),
-                'host': socket.gethostname(), 'pid': os.getpid(), 'process': list(own_process()), 'began': self._started,
-                'listen': '%s:%d' % self._host if self._host else ''}
+                'host': socket.gethostname(), 'pid': os.getpid(), 'process': list(own_process()),
+                'began': self._started, 'listen': '%s:%d' % self._host if self._host else ''}
 
     def _left_behind(self) -> Dict[Any, int]:
-        """Nodes that outlive this program, and how many jobs run on there. The driver's thread, or after its end."""
+        """Nodes that outlive this program, and how many jobs run on there. The driver's thread, or
+        after its end."""
         return self._driver.left_behind(self._comp)
 
     def _reach_by(self, probe: bool) -> None:
@@ -8548,7 +8598,8 @@ class SharedJobCluster(JobCluster):
     def _left_behind(self) -> Dict[Any, int]:
         counts: Dict[Any, int] = collections.Counter()
         for job, row in list(self._places.items()):
-            if job.status in (DispyJob.Running, DispyJob.ProvisionalResult):   # what waits there is cancelled by the scheduler
+            # What waits there is cancelled by the scheduler.
+            if job.status in (DispyJob.Running, DispyJob.ProvisionalResult):
                 counts[row.key] += 1
         return counts
 
@@ -8943,8 +8994,8 @@ if 'joblib' in sys.modules:
 
 @atexit.register
 def _at_exit() -> None:
-    """The program ends with clusters open: end what is left, and say so. After an exception that nobody caught,
-    what runs on nodes goes on to its end."""
+    """The program ends with clusters open: end what is left, and say so. After an exception that
+    nobody caught, what runs on nodes goes on to its end."""
     clusters = list(_clusters)
     staying = [cluster for cluster in clusters if _may_stay(cluster)] if _ended_by_error() else []
     for cluster in clusters:
@@ -8963,7 +9014,8 @@ def _at_exit() -> None:
 
 
 def _may_stay(cluster: JobCluster) -> bool:
-    """Whether a cluster has something on nodes that can be collected after the end of this program."""
+    """Whether a cluster has something on nodes that can be collected after the end of this
+    program."""
     if cluster._trail is None or not cluster._trail.path or cluster._closed:
         return False
     try:
@@ -8976,39 +9028,47 @@ def _may_stay(cluster: JobCluster) -> bool:
 def _stay_behind(clusters: List[JobCluster]) -> None:
     """Let go of nodes without a word, so that they go on, and say what becomes of the jobs."""
     until = time.monotonic() + LEAVE_TIME
+    owed = sum(len(cluster._owed) for cluster in clusters)
+    for cluster in clusters:
+        with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # its driver has failed
+            if cluster._remote:   # what waits there might begin before it is known that nobody waits for it
+                cluster.cancel_waiting()
+                while time.monotonic() < until and any(
+                        job.status == DispyJob.Created for job in cluster._driver.ask(cluster._jobs_owed)):
+                    time.sleep(0.01)
     for driver in {cluster._driver for cluster in clusters}:
-        with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # it has failed
+        with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # as above
             while not driver.ask(driver.has_sent) and time.monotonic() < until:
                 time.sleep(0.01)
             driver.ask(driver.stop)
             driver._thread.join(CALL_TIME)
     nodes: Dict[Any, int] = collections.Counter()
-    owed = 0
     for cluster in clusters:
         nodes.update(cluster._left_behind())
-        owed += len(cluster._owed)
-    running, trails = sum(nodes.values()), [cluster._trail for cluster in clusters if cluster._trail is not None]
+    running = sum(nodes.values())
+    trails = [cluster._trail for cluster in clusters if cluster._trail is not None]
     lost = '; %d others had not begun and are lost' % (owed - running) if owed > running else ''
     how = ['dispy.recover_jobs()'] if all(trail.script for trail in trails) else [
         'dispy.recover_jobs(%r)' % trail.path for trail in trails]
-    logger.warning('the program ends by an error, and %s to %s end on %d node%s%s; %s collects the results, %s ends them',
-                   '1 job runs on' if running == 1 else '%d jobs run on' % running, 'its' if running == 1 else 'their',
-                   len(nodes), 's' if len(nodes) > 1 else '', lost, ' and '.join(how), CANCEL_LOST)
+    logger.warning('the program ends by an error, and %s end on %d node%s%s; %s collects the results, '
+                   '%s ends them', '1 job runs on to its' if running == 1 else '%d jobs run on to their'
+                   % running, len(nodes), 's' if len(nodes) > 1 else '', lost, ' and '.join(how), CANCEL_LOST)
 
 
 def _ended_by_error() -> bool:
-    """Whether an exception that nobody caught ends this program: not Ctrl-C, nor sys.exit. The interpreter notes it in sys.last_value,
-    as prompts, notebooks and test runners do with each that they have caught and shown: that is an older one, and decides nothing."""
+    """Whether an exception that nobody caught ends this program: not Ctrl-C, nor sys.exit. The
+    interpreter notes it in sys.last_value, as prompts, notebooks and test runners do with each
+    that they have caught and shown: that is an older one, and decides nothing."""
     error = getattr(sys, 'last_exc', None) or getattr(sys, 'last_value', None)
     if error is None or isinstance(error, (KeyboardInterrupt, SystemExit)):
         return False
-    if hasattr(sys, 'ps1') or sys.flags.interactive or sys.flags.inspect or os.environ.get('PYTHONINSPECT') \
-            or '__IPYTHON__' in vars(builtins):
+    if hasattr(sys, 'ps1') or sys.flags.interactive or sys.flags.inspect \
+            or os.environ.get('PYTHONINSPECT') or '__IPYTHON__' in vars(builtins):
         return False
     trace = error.__traceback__ or getattr(sys, 'last_traceback', None)
     if trace is None:
         return False
-    # It begins with the frame that has caught the exception. If nobody has, that is the program's first.
+    # It begins with the frame that has caught the exception; if nobody has, with the first of all.
     code, globals_ = trace.tb_frame.f_code, trace.tb_frame.f_globals
     if globals_.get('__name__') == 'runpy':   # python -m
         return code.co_name == '_run_module_as_main'
@@ -9028,8 +9088,9 @@ def _parser() -> argparse.ArgumentParser:
     add('program', metavar='PROGRAM', nargs='?', help='path of a program or script; it is copied to the nodes')
     add('--list-nodes', action='store_true', help='instead of running a program show the nodes (-n; default: all that answer) and whether '
         'they can be used; the exit status is 0 if any can')
-    add('--cancel-lost', action='store_true', help='instead of running a program end what programs of yours that were killed or ended by an '
-        'exception have left on nodes; the exit status is the number of those of which something may be left')
+    add('--cancel-lost', action='store_true', help='instead of running a program end what programs of '
+        'yours that were killed or ended by an exception have left on nodes; the exit status is the '
+        'number of those of which something may be left')
     add('-n', '--nodes', action='append', metavar='HOST[:PORT]', help="a node; may be repeated; 'local': this machine "
         '(default: a dispynode on this machine, or one started for this run)')
     add('--scheduler-host', '--scheduler-node', metavar='HOST[:PORT]', help='the jobs go to this dispyscheduler; -n then says which of its nodes they may use')
@@ -9201,7 +9262,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             os.makedirs(args.output, exist_ok=True)
         secret = find_secret(None, args.secret_file) if args.secret_file else None
         if args.cancel_lost:
-            return cancel_lost(Access(find_secret(secret), *tls_files(args.certfile, args.keyfile, None), PULSE, REDIAL_MOST))
+            files = tls_files(args.certfile, args.keyfile, None)
+            return cancel_lost(Access(find_secret(secret), *files, PULSE, REDIAL_MOST))
         if args.list_nodes:
             logger.setLevel(logging.ERROR)   # the table says it
             with Survey(nodes, secret=secret, certfile=args.certfile, keyfile=args.keyfile) as survey:

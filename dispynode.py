@@ -328,9 +328,10 @@ class Query(NamedTuple):
 
 
 class Reclaim(NamedTuple):
-    """Client, perhaps another process than the one that began it: what is there of this computation is mine now. `key` shows
-    that it is: only the program and its recovery file have it, `spec['key']` is its digest. Answered by Held and Results.
-    Without `take` it is only asked, nothing becomes another's, and no results come."""
+    """Client, perhaps another process than the one that began it: what is there of this
+    computation is mine now. `key` shows that it is: only the program and its recovery file have
+    it, `spec['key']` is its digest. Answered by Held and Results. Without `take` it is only asked,
+    nothing becomes another's, and no results come."""
     comp: str
     key: bytes = b''
     take: bool = True
