@@ -5367,6 +5367,8 @@ class Recovery:
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
         self._specs = [NodeSpec(*host_and_port(node.lstrip('@'), NODE_PORT), scheduler=node.startswith('@'))
                        for node in sorted({node.rpartition('#')[0] for _, node in sent} | self._unmet) if not node.startswith(' ')]
+        # Names of nodes that will dial us
+        self._callers = {node.rpartition('#')[0][1:] for _, node in sent if node.startswith(' ')}
         hosts = [row[4] for row in rows if row[4]]
         self._host = None if not any(node.startswith(' ') for _, node in sent) or not hosts else \
             (hosts[0].rpartition(':')[0], int(hosts[0].rpartition(':')[2]))
@@ -5499,6 +5501,7 @@ class Gathering:
         places = {where for left in lefts for where in left.places}
         self._specs = [NodeSpec(*host_and_port(where.lstrip('@'), NODE_PORT), scheduler=where[0] == '@')
                        for where in sorted(places) if not where.startswith(' ')]
+        self._callers = {where[1:] for where in places if where.startswith(' ')}   # that will dial us
         hosts = [left.listen.rpartition(':') for left in lefts
                  if left.listen and any(where.startswith(' ') for where in left.places)]
         self._host = (hosts[0][0], int(hosts[0][2])) if hosts else None
@@ -6187,6 +6190,8 @@ class Driver(Loop):
 
     def _spec_of(self, peer: Peer, comp: str) -> Optional[NodeSpec]:
         """What of a cluster's `nodes` means a node. One that has dialled us has no port."""
+        if not peer.port and peer.name in getattr(self._clusters[comp], '_callers', ()):
+            return NodeSpec(peer.host, 0)
         return next((spec for spec in self._clusters[comp]._specs if spec.fits(peer.ip_addr, peer.host, peer.name)
                      and (spec.wild or peer.port in (0, spec.port))), None)
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -643,3 +644,23 @@ def test_arguments_are_bounded_and_may_fail():
             raise ValueError('no')
     assert len(dispy.words_of((list(range(10 ** 6)), 'x' * 10 ** 6), {'y' * 10 ** 5: 1})) <= 300
     assert 'Odd' in dispy.words_of((Odd(),), {'odd': Odd()})
+
+
+@pytest.mark.parametrize('kept', (False, True))
+def test_a_node_that_connects_by_itself_is_waited_for(place, tmp_path, kept):
+    """`dispynode --scheduler-host`: it cannot be reached, and comes to whoever collects. `kept`: with a recover_file."""
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        port = sock.getsockname()[1]
+    options = ['--scheduler-host', '127.0.0.1:%d' % port, '--ping-interval', '1', '--name', 'caller']
+    with NodeProcess(tmp_path / 'n', *options, cpus=4) as node:
+        file = ', recover_file=directory + "/jobs"' if kept else ''
+        place.killed(node, WAITS.replace('start()', "start(host=('127.0.0.1', %d), nodes='*', dispy_port=9%s)" % (port, file)))
+        place.end()
+        if kept:
+            path = str(tmp_path / 'jobs')
+        else:
+            row, = dispy.recoverable()
+            assert row.nodes == ('caller',) and row.jobs == 4
+            path = row.path
+        assert collected(dispy.recover_jobs(path, 30)) == FOUR and not os.path.exists(path)
