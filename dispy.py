@@ -43,6 +43,7 @@ import argparse
 import ast
 import atexit
 import base64
+import builtins
 import collections
 import collections.abc
 import concurrent.futures
@@ -50,14 +51,17 @@ import contextlib
 import copyreg
 import dis
 import enum
+import errno
 import functools
 import hashlib
 import heapq
 import importlib.machinery
 import importlib.util
 import inspect
+import io
 import ipaddress
 import itertools
+import json
 import logging
 import math
 import os
@@ -66,6 +70,7 @@ import pickle
 import pkgutil
 import queue
 import re
+import reprlib
 import shlex
 import shutil
 import socket
@@ -99,10 +104,10 @@ from dispynode import (
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
     Allowance, DurationEstimate, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, Remains, Second, machine, module_dict,
-    package_version, start_of)
+    package_version, start_of, GRACE, _try_lock, has_place)
 
 __all__ = [
-    'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
+    'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'recoverable', 'Recoverable', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
     'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError',
     'SecretError', 'logger']
 
@@ -125,6 +130,8 @@ IPV6_LATER = 0.1              # s for which a node that was found by IPv6 may an
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
 PROGRESS_EVERY = 1.0          # s between lines of progress
+LEAVE_TIME = 1.0              # s for which jobs on their way may leave a program that has failed
+SHOWN_MOST = 50               # arguments of a job that are shown
 WARN_AFTER, WARN_EVERY = 5.0, 60.0      # s without a usable node
 REDIAL_FIRST, REDIAL_MOST = 0.5, 30.0   # s between attempts to reach a node, doubling
 FOUND_FAILURES = 5            # attempts after which a node that was found, not named, is forgotten
@@ -268,7 +275,10 @@ class DispyJob(Work):
         `bytes` for programs); exception - text of the traceback or of what went wrong, else None; error - the exception
         itself if it could be pickled, else None
     ip_addr - where it ran, else None; submit_time, start_time, end_time - seconds since the epoch, None before that
+    arguments - of a cluster with a recover_file, and of what `recover_jobs` returns from one: the arguments as text of at
+        most 300 characters, also when they are not there any more; else empty
     """
+    arguments = ''
     __slots__ = ('id', 'status', 'result', 'stdout', 'stderr', 'exception', 'error', 'ip_addr', 'submit_time',
                  'start_time', 'end_time', '_event', '_when_ended')
 
@@ -350,6 +360,54 @@ class DispyJob(Work):
 
     def __repr__(self) -> str:
         return '<DispyJob %r %s>' % (self.id, self.status_text())
+
+
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 4, 80, 80
+SHORT.maxlist = SHORT.maxtuple = SHORT.maxdict = SHORT.maxset = 8
+
+
+def words_of(args: tuple, kwargs: Dict[str, Any]) -> str:
+    """The arguments of a job as people read them, in at most 300 characters. Runs the user's
+    `__repr__`."""
+    words = [_word_of(arg) for arg in args[:SHOWN_MOST]]
+    words += ['%.80s=%s' % (name, _word_of(value))
+              for name, value in itertools.islice(kwargs.items(), SHOWN_MOST) if type(name) is str]
+    text = ', '.join(words)
+    return text if len(text) <= 300 else text[:297] + '...'
+
+
+def _word_of(value: Any) -> str:
+    try:
+        return SHORT.repr(value)
+    except Exception:  # of the user's object
+        return '<%s>' % type(value).__name__
+
+
+class KeptJob(DispyJob):
+    """A job that is written down in a recover_file; an `id` that is set later is written down
+    too."""
+    __slots__ = ('arguments', '_journal')
+
+    def __init__(self, comp: str, payload: Any, options: Optional[dict], number: Any,
+                 arguments: str = '') -> None:
+        self._journal: Optional['Journal'] = None
+        self.arguments = arguments
+        super().__init__(comp, payload, options, number)
+
+    @property
+    def id(self) -> Any:
+        """As a DispyJob's."""
+        return _plain_id.__get__(self, KeptJob)
+
+    @id.setter
+    def id(self, value: Any) -> None:
+        _plain_id.__set__(self, value)
+        if self._journal is not None:
+            self._journal.renamed(self)
+
+
+_plain_id: Any = vars(DispyJob)['id']
 
 
 class NodeState(enum.Enum):
@@ -4367,12 +4425,13 @@ def _check_status(status: os.stat_result, path: str, what: str) -> None:
                          % (what, path, stat.S_IMODE(status.st_mode), path))
 
 
-def open_own_file(path: str, what: str, flags: int = 0) -> int:
-    """Open a file of this user's for reading and writing, or make it; no link of anybody's is followed. Returns the descriptor.
-    Raises DispyError, OSError."""
+def open_own_file(path: str, what: str, flags: int = 0, make: bool = True) -> int:
+    """Open a file of this user's for reading and writing, or `make` it; no link of anybody's is
+    followed. Returns the descriptor. Raises DispyError, OSError."""
+    flags |= os.O_CREAT if make else 0
     flags |= os.O_RDWR | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
     check_own_file(path, what)
-    handle = os.open(path, flags | os.O_CREAT, 0o600)
+    handle = os.open(path, flags, 0o600)
     try:
         _check_status(os.fstat(handle), path, what)
     except BaseException:
@@ -4542,28 +4601,35 @@ class Journal(Database):
     A job is known by its number, which is its serial without the attempt. What it holds is pickled: arguments and results
     as they travel, and the user's ids; it is opened only by the user's program.
     """
-    MARK, VERSION = 0x64735035, 2
+    MARK, VERSION = 0x64735035, 3
     WAITING, SENT, ENDED = range(3)
     TRIM = 1 << 20             # bytes after which FILE-new is emptied when it may be
     TABLES = """
         CREATE TABLE comps (comp TEXT PRIMARY KEY, name TEXT, reentrant INTEGER, program INTEGER, host TEXT, key BLOB);
         CREATE TABLE jobs (number INTEGER PRIMARY KEY, comp TEXT, id BLOB, payload BLOB, options BLOB, submitted REAL,
-            state INTEGER, serial INTEGER, node TEXT, status INTEGER, result BLOB, delivered INTEGER DEFAULT 0);
+            arguments TEXT, state INTEGER, serial INTEGER, node TEXT, status INTEGER, result BLOB, delivered INTEGER DEFAULT 0);
         """
-    INSERT, MOVE, END = range(3)
+    INSERT, RENAME, MOVE, END = range(4)
     STATEMENTS = (
-        'INSERT OR IGNORE INTO jobs (number, comp, id, payload, options, submitted, state) VALUES (?, ?, ?, ?, ?, ?, ?)',
+        'INSERT OR IGNORE INTO jobs (number, comp, id, payload, options, submitted, arguments, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
+        'UPDATE jobs SET id = ? WHERE number = ?',
         'UPDATE jobs SET comp = ?, state = ?, serial = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?')
-    NEW_MARK = b'dispy5n\1'     # begins FILE-new
-    _HEAD = struct.Struct('>IQdIII')   # CRC-32 of the rest, number, submitted, lengths of id, payload and options
+    NEW_MARK = b'dispy5n\2'     # begins FILE-new
+    # CRC-32 of the rest, INSERT or RENAME, number, submitted, lengths of id, payload, options and
+    # arguments
+    _HEAD = struct.Struct('>IBQdIIII')
 
     def __init__(self, path: str, must_exist: bool = False) -> None:
         """As Database; FileNotFoundError if it must be there."""
         if must_exist and not os.path.exists(path):
             raise FileNotFoundError('recover_file: there is no file %s (in %s)' % (path, os.getcwd()))
-        self._rows: Deque[tuple] = collections.deque()     # submitted, by any thread, and not noted
-        self.last = self._committed = 0                    # numbers
+        # What is in FILE-new and not noted, by any thread: pairs of a statement and its row
+        self._rows: Deque[Tuple[int, tuple]] = collections.deque()
+        self._guard = threading.Lock()           # guards FILE-new, and what it is behind
+        self.last = 0                            # number of a job
+        # Rows that came into FILE-new, that were noted, that are in the database
+        self._added = self._noted = self._committed = 0
         super().__init__(path, 'recover_file')
         self._new = -1
         try:
@@ -4595,15 +4661,21 @@ class Journal(Database):
                 head = file.read(self._HEAD.size)
                 if len(head) < self._HEAD.size:
                     break
-                crc, number, submitted, *sizes = self._HEAD.unpack(head)
-                body = file.read(sum(sizes))
-                if len(body) < sum(sizes) or zlib.crc32(body, zlib.crc32(head[4:])) != crc:
+                crc, kind, number, submitted, *sizes = self._HEAD.unpack(head)
+                body = io.BytesIO(file.read(sum(sizes)))
+                found = zlib.crc32(body.getbuffer(), zlib.crc32(head[4:]))
+                if len(body.getbuffer()) < sum(sizes) or found != crc:
                     break
-                ident, payload, options = body[:sizes[0]], body[sizes[0]:sizes[0] + sizes[1]], body[sizes[0] + sizes[1]:]
-                self._rows.append((number, '', ident, payload, options, submitted, self.WAITING))
+                ident, payload, options, arguments = map(body.read, sizes)
+                row = (number, '', ident, payload, options, submitted, arguments.decode(), self.WAITING)
+                self._add(kind, row if kind == self.INSERT else (ident, number))
         if self.commit():
             os.ftruncate(self._new, len(self.NEW_MARK))
-        self.last = self._committed = self._db.execute('SELECT coalesce(max(number), 0) FROM jobs').fetchone()[0]
+        self.last = self._db.execute('SELECT coalesce(max(number), 0) FROM jobs').fetchone()[0]
+
+    def _add(self, statement: int, row: tuple) -> None:
+        self._rows.append((statement, row))
+        self._added += 1
 
     # -- while a cluster runs -------------------------------------------------------------------------------
 
@@ -4613,14 +4685,41 @@ class Journal(Database):
             self._db.execute('INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?, ?, ?)',
                              (comp, name, reentrant, program, '%s:%d' % host if host else None, key))
 
-    def submitted(self, job: DispyJob) -> None:
+    def submitted(self, job: KeptJob) -> None:
         """A job, before `submit` returns; gives it its number. The user's thread, with the cluster's lock held. Raises
         OSError, and what pickling its id raises; the job is not submitted then."""
         number = self.last + 1
         ident, payload = pickle.dumps(job.id), in_one_piece(job._payload)
         options = pickle.dumps(job._options) if job._options else b''
-        head = self._HEAD.pack(0, number, job.submit_time, len(ident), len(payload), len(options))[4:]
-        body = b''.join((ident, payload, options))
+        arguments = job.arguments.encode('utf-8', 'replace')
+        with self._guard:
+            self._append(self.INSERT, number, job.submit_time, ident, payload, options, arguments)
+            self._add(self.INSERT, (number, job._comp, ident, payload, options, job.submit_time,
+                                    arguments.decode(), self.WAITING))
+        self.last = number
+        job._serial, job._journal = number << 16, self
+
+    def renamed(self, job: KeptJob) -> None:
+        """A job has got another id. What cannot be pickled is told, and then the one before
+        counts. Any thread."""
+        try:
+            ident = pickle.dumps(job.id)
+        except Exception as exc:  # of the user's object
+            logger.warning('the id %.80r of a job cannot be written into the recover_file: %s',
+                           job.id, exc)
+            return
+        with self._guard:
+            if self._new >= 0:   # otherwise it is closed
+                try:
+                    self._append(self.RENAME, job._serial >> 16, 0.0, ident)
+                except OSError as exc:   # no room; `commit` tells that
+                    logger.debug('the id of a job will be written later: %s', exc)
+                self._add(self.RENAME, (ident, job._serial >> 16))
+
+    def _append(self, kind: int, number: int, submitted: float, *parts: Any) -> None:
+        """A record into FILE-new, whole or not at all. With `_guard` held. Raises OSError."""
+        sizes = [len(part) for part in parts] + [0] * (4 - len(parts))
+        head, body = self._HEAD.pack(0, kind, number, submitted, *sizes)[4:], b''.join(parts)
         data = memoryview(struct.pack('>I', zlib.crc32(body, zlib.crc32(head))) + head + body)
         start = os.fstat(self._new).st_size
         try:
@@ -4629,9 +4728,6 @@ class Journal(Database):
         except OSError:
             os.ftruncate(self._new, start)   # what comes behind a torn one is not found
             raise
-        self.last = number
-        job._serial = number << 16
-        self._rows.append((number, job._comp, ident, payload, options, job.submit_time, self.WAITING))
 
     def sent(self, works: Sequence[Work], node: str, memory: str = '') -> None:
         """Jobs on their way to a node, and what its memory is known by."""
@@ -4650,20 +4746,20 @@ class Journal(Database):
 
     def commit(self) -> bool:
         """As Database, with what was submitted."""
-        last = 0
         while self._rows:
-            row = self._rows.popleft()
-            self.note(self.INSERT, *row)
-            last = row[0]
+            statement, row = self._rows.popleft()
+            self.note(statement, *row)
+            self._noted += 1
         done = super().commit()
-        if done and last:
-            self._committed = last
+        if done:
+            self._committed = self._noted
         return done
 
     def trim(self) -> None:
-        """Empty FILE-new if all in it is in the database. With the cluster's lock held."""
-        if self._committed == self.last and os.fstat(self._new).st_size > self.TRIM:
-            os.ftruncate(self._new, len(self.NEW_MARK))
+        """Empty FILE-new if all in it is in the database. Any thread."""
+        with self._guard:
+            if self._committed == self._added and os.fstat(self._new).st_size > self.TRIM:
+                os.ftruncate(self._new, len(self.NEW_MARK))
 
     # -- after a crash ----------------------------------------------------------------------------------------
 
@@ -4680,16 +4776,19 @@ class Journal(Database):
         """Whether the jobs are runs of a program."""
         return bool(self._db.execute('SELECT max(program) FROM comps').fetchone()[0])
 
-    def known(self) -> List[Tuple[DispyJob, int, str, Any]]:
+    def known(self) -> List[Tuple[KeptJob, int, str, Any]]:
         """All of `jobs`. Raises DispyError for a file that is damaged."""
         with self.damages():
             return list(self.jobs())
 
-    def jobs(self) -> Iterator[Tuple[DispyJob, int, str, Any]]:
+    def jobs(self) -> Iterator[Tuple[KeptJob, int, str, Any]]:
         """(job, state, node, result) of all jobs that have not been handed to the user since a crash."""
-        for number, comp, ident, payload, options, submitted, state, serial, node, status, result in self._db.execute(
-                'SELECT number, comp, id, payload, options, submitted, state, serial, node, status, result FROM jobs WHERE NOT delivered'):
-            job = DispyJob(comp, payload, pickle.loads(options) if options else None, pickle.loads(ident))
+        for (number, comp, ident, payload, options, submitted, arguments, state, serial, node,
+             status, result) in self._db.execute(
+                'SELECT number, comp, id, payload, options, submitted, arguments, state, serial, '
+                'node, status, result FROM jobs WHERE NOT delivered'):
+            job = KeptJob(comp, payload, pickle.loads(options) if options else None,
+                          pickle.loads(ident), arguments)
             job._serial, job.submit_time = serial or number << 16, submitted
             found = pickle.loads(result) if result else None
             if state == self.ENDED:
@@ -4716,7 +4815,9 @@ class Journal(Database):
         except self._error as exc:
             logger.error('recover_file %s cannot be read any more: %s', self.path, exc)
         self._db.close()
-        os.close(self._new)
+        with self._guard:
+            os.close(self._new)
+            self._new = -1
         if remove or not left:
             for end in ('-new', '', '-wal', '-shm'):   # alone, FILE-new would be taken for new jobs
                 with contextlib.suppress(FileNotFoundError):
@@ -4726,6 +4827,286 @@ class Journal(Database):
 def _joined(payload: Any) -> Any:
     """A payload in one piece."""
     return b''.join(payload) if type(payload) is tuple else payload
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Trail: the small file by which what a program leaves on nodes is found when it ends before its jobs
+# ---------------------------------------------------------------------------------------------------------
+
+TRAIL_END = '.recover'        # ends the names of these files
+TRAIL_MARK = b'{"dispy": '    # begins what is in them
+TRAIL_KEPT = 30 * 86400.0     # s after which one is removed, whatever it says
+TRAIL_MOST = 1 << 20          # bytes of one that are read: 20,000 nodes
+REACH_TIME = 10.0             # s for which nodes are tried that a dead program had
+CANCEL_LOST = '`python -m dispy --cancel-lost`'
+
+
+def state_directory() -> str:
+    """Where files of this user lie that outlive a program."""
+    if os.name == 'nt':
+        base = os.environ.get('LOCALAPPDATA') or os.path.expanduser('~')
+    elif os.environ.get('XDG_STATE_HOME'):
+        base = os.environ['XDG_STATE_HOME']
+    elif sys.platform == 'darwin':
+        base = os.path.join(os.path.expanduser('~'), 'Library', 'Application Support')
+    else:
+        base = os.path.join(os.path.expanduser('~'), '.local', 'state')
+    return os.path.join(base, 'dispy')
+
+
+def _make_state_directory() -> str:
+    """The same, made if need be. Raises DispyError, OSError."""
+    path = state_directory()
+    if not has_place(path):
+        raise DispyError('this user has no home')
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    status = os.stat(path)
+    if hasattr(os, 'geteuid') and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+        raise DispyError('the directory %s belongs to another user, or others can write into it'
+                         % path)
+    return path
+
+
+def own_script() -> str:
+    """The path of the program that runs here; empty at a prompt and with `python -c`. It is not
+    known any more when the program has come to its end."""
+    path = getattr(sys.modules.get('__main__'), '__file__', None)
+    return path if isinstance(path, str) else ''
+
+
+def _lock_own(file: Any) -> None:
+    """Lock a file until it is closed or the process ends. Who looks whether it is locked has the
+    lock for a moment, so that it is tried several times. Raises OSError."""
+    for left in reversed(range(5)):
+        try:
+            return _try_lock(file)
+        except OSError:
+            if not left:
+                raise
+            time.sleep(0.02)
+
+
+class Trail:
+    """The file of one cluster: whose jobs they are, the key by which nodes give their results, and
+    after that a line for each node that may have some. Made with the first such node, so that a
+    cluster without one has none; locked while the program lives; removed when the cluster is
+    closed. Nothing is written for a job. The driver's thread."""
+
+    def __init__(self, head: Callable[[], Dict[str, Any]], name: str, comp: str) -> None:
+        self._head, self._name, self._comp = head, name, comp
+        self.script = own_script()
+        self._file: Any = None
+        self._places: Set[str] = set()
+        self._told = False
+        self.path = ''         # while there is one
+
+    def add(self, place: str) -> bool:
+        """A node is about to get jobs. Whether the file was made now."""
+        if place in self._places:
+            return False
+        self._places.add(place)
+        is_new = self._file is None
+        try:
+            data = (self._make() if is_new else b'') + b'\n' + json.dumps(place).encode()
+            if self._file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, 'no room for it on the disk')
+        except (OSError, DispyError) as exc:
+            if not self._told:
+                logger.info('%s: what its jobs come to could not be collected if this program ended '
+                            'before them: no file is kept for that: %s', self._name, exc)
+            self._told = True
+            if is_new:
+                self.close()
+            return False
+        return is_new
+
+    def _make(self) -> bytes:
+        """Raises OSError, DispyError."""
+        path = os.path.join(_make_state_directory(), '%s-%s%s' % (
+            time.strftime('%Y%m%d-%H%M%S'), self._comp[:12], TRAIL_END))
+        self._file = os.fdopen(open_own_file(path, 'recovery file', os.O_APPEND), 'ab', 0)
+        self.path = path
+        _lock_own(self._file)
+        script = os.path.realpath(self.script) if self.script else ''
+        return json.dumps(dict(self._head(), script=script)).encode()
+
+    def close(self, remove: bool = True) -> None:
+        """Let go of the file. Without `remove` it says that somebody may come for results."""
+        file, path, self._file, self.path = self._file, self.path, None, ''
+        if file is not None:
+            _close_trail(file, path, remove)
+
+    def after_fork(self) -> None:
+        """In a forked child: the lock is the parent's, and ends with that."""
+        self.close(remove=False)
+
+
+def _close_trail(file: Any, path: str, remove: bool) -> None:
+    if remove and os.name == 'nt':   # what is open cannot be removed there
+        file.close()
+    if remove:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as exc:
+            logger.info('%s cannot be removed: %s', path, exc)
+    file.close()
+
+
+class Recoverable(NamedTuple):
+    """A cluster without `recover_file` whose program has ended before its jobs. `recover_jobs`
+    takes it, or its `path`.
+
+    path - of the file that says so; name - of the computation; script - path of the program, empty
+        for a prompt; host, pid - where and with which number it ran; began - when the cluster was
+        made, seconds since the epoch
+    code - the digest of its code; nodes - that may have something of it, as HOST:PORT, with @
+        before a scheduler
+    jobs - how many jobs and results of it they say they have; None if none of them has answered
+    unreached - those that have not answered
+    """
+    path: str
+    name: str
+    script: str
+    host: str
+    pid: int
+    began: float
+    code: str
+    nodes: Tuple[str, ...]
+    jobs: Optional[int] = None
+    unreached: Tuple[str, ...] = ()
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def __str__(self) -> str:
+        count = '' if self.jobs is None else ', %d jobs' % self.jobs
+        return '%s (%s) of %s%s: %s' % (os.path.basename(self.script) or 'a prompt', self.name,
+                                        _moment(self.began), count, self.path)
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))
+
+
+_HEAD_KINDS: Dict[str, Any] = {
+    'dispy': int, 'comp': str, 'key': str, 'code': str, 'name': str, 'script': str, 'host': str,
+    'pid': int, 'process': list, 'began': float, 'program': bool, 'listen': str}
+
+
+class Left:
+    """A trail of a program that has ended, with its lock, which keeps others off until `close`."""
+
+    def __init__(self, file: Any, path: str, head: Dict[str, Any], places: Sequence[str]) -> None:
+        self._file, self.path, self.places = file, path, tuple(places)
+        self.comp, self.key = head['comp'], bytes.fromhex(head['key'])
+        self.is_program, self.listen = head['program'], head['listen']
+        self.process = tuple(head['process'])
+        self.row = Recoverable(path, head['name'], head['script'], head['host'], head['pid'], head['began'],
+                               head['code'], tuple(where.strip() for where in self.places))
+
+    def close(self, remove: bool = False) -> None:
+        """Let go of it; with `remove` nothing is left of it on the nodes."""
+        file, self._file = self._file, None
+        if file is not None:
+            _close_trail(file, self.path, remove)
+
+    @classmethod
+    def find(cls, path: str) -> Optional['Left']:
+        """What such a file says; None if its program lives, or another collects it. What is old,
+        or says nothing of any node, is removed. Raises DispyError for a file that others can have
+        written, or that is damaged; OSError."""
+        file = os.fdopen(open_own_file(path, 'recovery file', make=False), 'rb', 0)
+        try:
+            _lock_own(file)
+        except OSError:   # it lives, here or on another host with the same home
+            file.close()
+            return None
+        try:
+            file.seek(0)
+            lines = file.read(TRAIL_MOST).split(b'\n')
+            is_old = time.time() - os.fstat(file.fileno()).st_mtime > TRAIL_KEPT
+            head = _json(lines[0])
+            if not _is_head(head):
+                if not is_old:   # it may be in the making
+                    raise DispyError('recovery file %s is damaged, or none of this version of dispy'
+                                     % path)
+                _close_trail(file, path, True)
+                return None
+            places = [place for place in map(_json, lines[1:]) if isinstance(place, str)]
+            if has_ended(tuple(head['process'])) is False:
+                file.close()
+                return None
+            if is_old or not places:
+                _close_trail(file, path, True)
+                return None
+            return cls(file, path, head, sorted(set(places)))
+        except BaseException:
+            file.close()
+            raise
+
+
+def _json(line: bytes) -> Any:
+    """A line of a trail; None for one that is torn."""
+    try:
+        return json.loads(line.decode())
+    except ValueError:
+        return None
+
+
+def _is_head(head: Any) -> bool:
+    return isinstance(head, dict) \
+        and all(type(head.get(name)) is kind for name, kind in _HEAD_KINDS.items()) and head['dispy'] == 1 and re.fullmatch('[0-9a-f]{64}', head['key']) is not None \
+        and [type(part) for part in head['process']] == [str, int, str]
+
+
+def _paths_of_trails() -> List[str]:
+    try:
+        with os.scandir(state_directory()) as entries:
+            return sorted(entry.path for entry in entries if entry.name.endswith(TRAIL_END))
+    except OSError:   # none was ever written
+        return []
+
+
+def programs_left() -> List[Left]:
+    """All that dead programs of this user have left, newest first; each is to be closed."""
+    found = []
+    for path in _paths_of_trails():
+        try:
+            left = Left.find(path)
+        except (OSError, DispyError) as exc:
+            logger.debug('passed over: %s', exc)
+        else:
+            found += [left] if left is not None else []
+    return sorted(found, key=lambda left: left.row.began, reverse=True)
+
+
+def remove_old_trails() -> None:
+    """Done once by a program that makes such a file."""
+    for path in _paths_of_trails():
+        with contextlib.suppress(OSError, DispyError):
+            if time.time() - os.lstat(path).st_mtime > TRAIL_KEPT:
+                left = Left.find(path)
+                if left is not None:
+                    left.close()
+
+
+def who_holds(text: str, place: str) -> str:
+    """A node says by whom it is held: if that is a program of this user that has ended, which it
+    was, and what to do."""
+    found = re.search(r'@(\S+) PID (\d+) .*; its connection is lost', text)
+    if found is None:
+        return ''
+    host, pid = found.group(1), int(found.group(2))
+    for left in programs_left():
+        left.close()
+        row = left.row
+        if (row.host, row.pid) == (host, pid) and place in left.places:
+            return ': these are jobs of %s (%s), a program of yours that began %s and has ended; ' \
+                'they run to their end. dispy.recover_jobs() collects their results, %s ends them' % (
+                    row.script or 'a prompt', row.name, _moment(row.began), CANCEL_LOST)
+    return ''
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4915,6 +5296,7 @@ class Peer:
         self.wrong = False                         # it could not use what was sent: it is not reached again at once
         self.restarted = False                     # another process than before; told when it says Welcome
         self.memory = ''                           # what its memory is known by, see dispynode.Memory
+        self.aliases: Set[str] = set()             # places of other names that it was dialled by
         self.whole = True                          # its memory is the one that was there when jobs were sent
         self.second = Second(self)                 # connection, while the first is silent
         self.replacing = False                     # the first is being replaced by it
@@ -4988,6 +5370,7 @@ class Recovery:
     _reentrant = _multicast = _remote = False
     _host_has_port = True
     _client = 'recovery'
+    acknowledges = True    # results, when they come: they are noted
 
     def __init__(self, journal: Journal, sent: Sequence[Tuple[DispyJob, str]], holders: Set[str], done: Callable[[DispyJob, tuple, Peer], None],
                  lost: Callable[[DispyJob, str], None], again: Callable[[DispyJob], None], over: Callable[[], None],
@@ -5003,6 +5386,8 @@ class Recovery:
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
         self._specs = [NodeSpec(*host_and_port(node.lstrip('@'), NODE_PORT), scheduler=node.startswith('@'))
                        for node in sorted({node.rpartition('#')[0] for _, node in sent} | self._unmet) if not node.startswith(' ')]
+        # Names of nodes that will dial us
+        self._callers = {node.rpartition('#')[0][1:] for _, node in sent if node.startswith(' ')}
         hosts = [row[4] for row in rows if row[4]]
         self._host = None if not any(node.startswith(' ') for _, node in sent) or not hosts else \
             (hosts[0].rpartition(':')[0], int(hosts[0].rpartition(':')[2]))
@@ -5017,7 +5402,7 @@ class Recovery:
         if peer not in self.met:
             self.met.append(peer)
         self._unmet.discard(peer.place)
-        self.driver.reclaim(peer, self)
+        self.driver.reclaim(peer, self, self.old)
         self._check()
 
     def _node_came(self) -> None:
@@ -5041,14 +5426,23 @@ class Recovery:
             self.driver.say(peer.link, Cancel(comp, list(serials)))
         self._check()
 
-    def where(self, serials: Sequence[int], node: tuple) -> None:
+    def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
         """A scheduler says which jobs are on a node, or wait."""
         for serial in serials:
             job, _ = self._jobs.get(serial >> 16, (None, ''))
             if job is not None:
                 job.status = DispyJob.Running if node else DispyJob.Created
 
-    def results(self, peer: Peer, rows: Sequence[tuple]) -> None:
+    def returned(self, peer: Peer, comp: str, serials: Sequence[int]) -> None:
+        """A node gives back what has not begun."""
+        for serial in serials:
+            job, node = self._jobs.get(serial >> 16, (None, ''))
+            if job is not None and node.rpartition('#')[0] == peer.place:
+                del self._jobs[serial >> 16]
+                self._again(job)
+        self._check()
+
+    def results(self, peer: Peer, comp: str, rows: Sequence[tuple]) -> None:
         """Results came; some perhaps for the second time."""
         for row in rows:
             job, _ = self._jobs.get(row[0] >> 16, (None, ''))
@@ -5075,7 +5469,7 @@ class Recovery:
         """Those of which nothing has been heard."""
         return [job for job, _ in self._jobs.values()]
 
-    def refused(self, peer: Peer, text: str) -> None:
+    def refused(self, peer: Peer, comp: str, text: str) -> None:
         """The program is connected to the node still, or again."""
         logger.warning('node %s: nothing can be recovered: %s', peer, text)
 
@@ -5092,29 +5486,418 @@ class Recovery:
         over.wait(min(max(0.0, until - time.monotonic()), FORGET_TIME))
 
 
-def recover_jobs(recover_file: str, timeout: Optional[float] = None, terminate_pending: bool = False, secret: Union[str, bytes, None] = None,
-                 certfile: Optional[str] = None, keyfile: Optional[str] = None, cafile: Optional[str] = None) -> List[DispyJob]:
-    """The jobs of a cluster (`JobCluster(..., recover_file=...)`) whose program has crashed.
+class Gathering:
+    """Asks nodes what they have of computations of which no jobs were written down, and collects
+    it. Nodes are asked first; what is to be had is then taken, from a program that is not
+    connected to any of them. To the driver it is a cluster that only looks. The driver's thread,
+    but for `wait`."""
+    _cargo = _cluster_status = _on_output = None
+    _reentrant = _multicast = _remote = False
+    _host_has_port = True
+    _client = 'recovery'
+    acknowledges = False    # at the end, when the user has them
+    name = 'the recovery of programs that have ended'
 
-    Jobs that have ended are returned with their results, in one call only; those that run on nodes are waited for, at most
-    `timeout` seconds (None: without limit), and returned as Running if that was too short; those that were never started
-    are returned as Created, with `job.args` and `job.kwargs`, and are run by `JobCluster(..., recover_file=recover_file)`.
-    With `terminate_pending` what runs is cancelled. When nothing is left to be recovered, the file is removed.
+    def __init__(self, lefts: Sequence[Left], cancel: bool = False) -> None:
+        self._comp, self._port = uuid.uuid4().hex, NODE_PORT
+        self.lefts = {left.comp: left for left in lefts}
+        self._cancel = cancel
+        self.met: List[Peer] = []
+        # (place, computation) -> 'look': has not told yet what it has; 'seen': has; 'take': is to
+        # give it; 'taking': was asked for it; 'done': the answer has come, and results come;
+        # 'lives': nothing is to be had
+        self._stages: Dict[Tuple[str, str], str] = {
+            (where, left.comp): 'look' for left in lefts for where in left.places}
+        self.taken: Set[Tuple[str, str]] = set()
+        self.alive: Set[str] = set()        # computations whose programs are connected to a node
+        self.there: Dict[Tuple[str, str], Set[int]] = {}   # serials that are not in `rows`
+        # (computation, number) -> its result and where from; what became of it if none will come
+        self.rows: Dict[Tuple[str, int], Tuple[tuple, str]] = {}
+        self.gone: Dict[Tuple[str, int], Tuple[JobState, str]] = {}
+        self.placed: Dict[Tuple[str, int], bool] = {}   # a scheduler has them on a node
+        self._changed = threading.Condition()           # guards all of these
+        self._is_over = False                           # what comes now is left to the next one
+        places = {where for left in lefts for where in left.places}
+        self._specs = [NodeSpec(*host_and_port(where.lstrip('@'), NODE_PORT), scheduler=where[0] == '@')
+                       for where in sorted(places) if not where.startswith(' ')]
+        self._callers = {where[1:] for where in places if where.startswith(' ')}   # that will dial us
+        hosts = [left.listen.rpartition(':') for left in lefts
+                 if left.listen and any(where.startswith(' ') for where in left.places)]
+        self._host = (hosts[0][0], int(hosts[0][2])) if hosts else None
+        self.driver: Any = None
 
-    Raises FileNotFoundError; DispyError if the file is in use, damaged or none of dispy's; OSError. Any thread.
+    def begin(self, driver: 'Driver') -> None:
+        """Dial the nodes. Raises OSError."""
+        self.driver = driver
+        driver.open(self, False)  # type: ignore[arg-type]
+
+    def take(self, comps: Iterable[str]) -> None:
+        """Collect these from the nodes that have answered, and from others when they do."""
+        wanted = set(comps)
+        for key, stage in list(self._stages.items()):
+            if key[1] in wanted:
+                self.taken.add(key)
+                if stage == 'seen':
+                    self._stages[key] = 'take'
+        for peer in self.met:
+            self._ask(peer)
+
+    def _ask(self, peer: Peer, anew: bool = False) -> None:
+        """Ask a node; `anew` on a new link, along which no answers come to what was asked
+        before."""
+        for key, stage in list(self._stages.items()):
+            if key[0] not in (peer.place, *peer.aliases) or peer.link is None:
+                continue
+            if stage == 'take' or (anew and stage in ('look', 'taking', 'done')):
+                taking = stage != 'look'
+                if taking:
+                    self._stages[key] = 'taking'
+                self.driver.reclaim(peer, self, {key[1]: self.lefts[key[1]].key}, taking)
+
+    def _met(self, peer: Peer) -> None:
+        if peer not in self.met:
+            self.met.append(peer)
+        self._ask(peer, anew=True)
+
+    def _node_came(self) -> None:
+        """As a cluster's."""
+
+    def _driver_broke(self, text: str) -> None:
+        """Nothing more will come."""
+        with self._changed:
+            self._stages.clear()
+            self.there.clear()
+            self._changed.notify_all()
+
+    def _places_of(self, peer: Peer, comp: str) -> List[Tuple[str, str]]:
+        return [key for key in self._stages
+                if key[1] == comp and key[0] in (peer.place, *peer.aliases)]
+
+    def held(self, peer: Peer, comp: str, serials: Sequence[int], past: Past) -> None:
+        """A node has told what it knows."""
+        with self._changed:
+            for key in self._places_of(peer, comp) if not self._is_over else ():
+                known, now = self.there.get(key, set()), set(serials)
+                taking = self._stages[key] == 'taking'
+                if taking:
+                    self._stages[key] = 'done'
+                elif self._stages[key] == 'look':
+                    self._stages[key] = 'take' if key in self.taken else 'seen'
+                self.there[key] = {one for one in now if (comp, one >> 16) not in self.rows}
+                if taking:
+                    for serial in known - now:
+                        self._went(comp, serial, Account(frozenset(now), past), peer)
+                    if self._cancel and serials:
+                        self.driver.say(peer.link, Cancel(comp, list(serials)))
+            self._changed.notify_all()
+        self._ask(peer)
+
+    def _went(self, comp: str, serial: int, account: Account, peer: Peer) -> None:
+        """A job is not at its node any more, and no result of it came."""
+        if (comp, serial >> 16) not in self.rows:
+            verdict, text = account.verdict(serial, Occasion.RECOVERED)
+            state, text = (JobState.ABANDONED, 'abandoned: node %s: %s' % (peer, text)) \
+                if verdict is Verdict.LOST else (
+                    JobState.CANCELLED, 'cancelled: it had not begun when node %s ended or gave it '
+                    'back, and its program was gone' % peer)
+            self.gone[comp, serial >> 16] = state, text
+
+    def returned(self, peer: Peer, comp: str, serials: Sequence[int]) -> None:
+        """A node gives back what has not begun: there is nobody who could send it again."""
+        with self._changed:
+            for key in self._places_of(peer, comp) if not self._is_over else ():
+                gone = self.there.get(key, set()) & set(serials)
+                self.there.get(key, set()).difference_update(gone)
+                for serial in gone:
+                    self._went(comp, serial, Account(past=Past(unbegun=frozenset(gone))), peer)
+            self._changed.notify_all()
+
+    def refused(self, peer: Peer, comp: str, text: str) -> None:
+        """Its program is connected there: it lives."""
+        with self._changed:
+            self.alive.add(comp)
+            for key in self._stages:
+                if key[1] == comp:
+                    self._stages[key] = 'lives'
+            self._changed.notify_all()
+
+    def where(self, comp: str, serials: Sequence[int], node: tuple) -> None:
+        """A scheduler says which jobs are on a node, or wait."""
+        with self._changed:
+            self.placed.update({(comp, serial >> 16): bool(node) for serial in serials})
+
+    def results(self, peer: Peer, comp: str, rows: Sequence[tuple]) -> None:
+        """Results came; some perhaps for the second time."""
+        with self._changed:
+            for row in rows if not self._is_over else ():
+                number = row[0] >> 16
+                if row[1] in GOES_ON:
+                    continue
+                before = self.rows.get((comp, number))
+                if before is None or (before[0][1] not in RETURNED and row[0] >= before[0][0]):
+                    self.rows[comp, number] = (row, peer.ip_addr)
+                    self.gone.pop((comp, number), None)
+                for key in self._places_of(peer, comp):
+                    self.there.get(key, set()).discard(row[0])
+            self._changed.notify_all()
+
+    def cancel(self, job: DispyJob) -> None:
+        """Nobody has these jobs in hand while they are collected."""
+
+    # -- any thread -----------------------------------------------------------------------------------------
+
+    def wait(self, done: Callable[[], bool], timeout: Optional[float]) -> bool:
+        """Wait until that is so, at most `timeout` seconds; whether it is."""
+        def once(seconds: float) -> bool:
+            with self._changed:
+                return self._changed.wait_for(done, seconds)
+        return in_slices(once, timeout)  # type: ignore[no-any-return]
+
+    def finish(self) -> None:
+        """Nothing changes any more."""
+        with self._changed:
+            self._is_over = True
+
+    def unreached(self, comp: Optional[str] = None) -> List[str]:
+        """Nodes that have not answered, of one computation or of all."""
+        with self._changed:
+            return sorted({where for (where, name), stage in self._stages.items()
+                           if stage == 'look' and comp in (None, name)})
+
+    def is_through(self) -> bool:
+        """All that was to be taken has come, from nodes that have answered."""
+        return not any(self._stages.get(key) in ('take', 'taking')
+                       or (self._stages.get(key) == 'done' and self.there.get(key)) for key in self.taken)
+
+    def is_whole(self, comp: str) -> bool:
+        """Nothing of a computation is left anywhere, once nodes were told that it is over."""
+        with self._changed:
+            keys = [key for key in self._stages if key[1] == comp]
+            return bool(keys) and all(
+                self._stages[key] in ('seen', 'done') and not self.there.get(key) for key in keys)
+
+    def count(self, comp: str) -> int:
+        """Jobs and results of it that are on nodes."""
+        with self._changed:
+            return len({serial for key, serials in self.there.items() if key[1] == comp
+                        for serial in serials})
+
+
+RETURNED = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE))
+
+
+def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
+                 terminate_pending: bool = False, secret: Union[str, bytes, None] = None,
+                 certfile: Optional[str] = None, keyfile: Optional[str] = None,
+                 cafile: Optional[str] = None) -> List[DispyJob]:
+    """The jobs of a program that has crashed, or was ended by an exception.
+
+    recover_file - the file of a cluster (`JobCluster(..., recover_file=...)`); None: what this
+        script has left on nodes when it ran last and ended before its jobs, without such a file;
+        or one of what `recoverable()` lists
+    timeout - seconds for which what runs is waited for; None: without limit
+
+    Jobs that have ended are returned with their results, in one call only; those that run on nodes
+    are waited for, and returned as Running if the time was too short; those that were never
+    started are returned as Created, with `job.args` and `job.kwargs`, and are run by
+    `JobCluster(..., recover_file=recover_file)`. With `terminate_pending` what runs is cancelled.
+    When nothing is left to be recovered, the file is removed. Without a `recover_file` only what
+    was on nodes is known: results, by `job.id`, the running number; what waited in the program is
+    lost with it.
+
+    Raises FileNotFoundError; DispyError if the file is in use, damaged or none of dispy's, or if
+    this script has left nothing, naming what others have; OSError. Any thread.
     """
     path = path_option('recover_file', recover_file)
+    seconds = _seconds('timeout', timeout)
+    access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST)
     if path is None:
-        raise TypeError('recover_file=None: it must be the path of a file')
+        return _recover_newest(seconds, terminate_pending, access)
+    if is_trail(path):
+        left = Left.find(path)
+        if left is None:
+            raise DispyError('recover_file %s: its program lives, or another collects its jobs'
+                             % path)
+        return _collect([left], seconds, terminate_pending, access)[0]
     journal = Journal(path, must_exist=True)
     try:
-        return _recover(journal, _seconds('timeout', timeout), terminate_pending,
-                        Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
+        return _recover(journal, seconds, terminate_pending, access)
     finally:
         journal.close()
 
 
 fault_recover_jobs = recover_jobs   # its name in dispy 4
+
+
+def is_trail(path: str) -> bool:
+    """Whether a file is one that a cluster without `recover_file` has left."""
+    if not path.endswith(TRAIL_END):
+        return False
+    try:
+        with open_regular(path) as file:
+            return file.read(len(TRAIL_MARK)) == TRAIL_MARK  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        return False
+
+
+def _recover_newest(timeout: Optional[float], cancel: bool, access: Access) -> List[DispyJob]:
+    """What the newest program of this script has left that has left anything."""
+    script, lefts = own_script(), programs_left()
+    script = os.path.realpath(script) if script else ''
+    mine = [left for left in lefts if script and left.row.script == script]
+    for left in lefts:
+        if left not in mine:
+            left.close()
+    if not mine:
+        rows = '; '.join(str(left.row) for left in lefts[:20])
+        raise DispyError('recover_jobs: %s has left no jobs on nodes. %s' % (
+            script or 'this program, which is no script,',
+            'Others have, each of which may be given as recover_file (see dispy.recoverable()): %s'
+            % rows if rows else 'Nor has any other program of this user'))
+    try:
+        while mine:
+            run = [left for left in mine if left.process == mine[0].process]   # its clusters
+            mine = [left for left in mine if left not in run]
+            jobs, unreached = _collect(run, timeout, cancel, access)
+            if jobs or unreached:
+                return jobs
+        return []
+    finally:
+        for left in mine:
+            left.close()
+
+
+def _collect(lefts: Sequence[Left], timeout: Optional[float], cancel: bool,
+             access: Access) -> Tuple[List[DispyJob], List[str]]:
+    """The jobs of dead programs, and the nodes that have not answered. Lets go of `lefts`."""
+    jobs: List[DispyJob] = []
+    with gathering(lefts, access, cancel) as found:
+        comps = _take(found, timeout)
+        found.finish()
+        for comp in comps:
+            jobs += _jobs_of(found, comp)
+        for left in lefts:
+            if left.comp in found.alive:
+                logger.warning('%s: its program lives, and is left alone', left.row)
+        unreached = found.unreached()
+        if unreached:
+            logger.warning('%s: not reached: %s. What they have of it can be collected later',
+                           lefts[0].row, ', '.join(unreached))
+    return jobs, unreached
+
+
+def _take(found: Gathering, timeout: Optional[float]) -> List[str]:
+    """Collect what belongs to no program that lives; returns whose it is."""
+    until = math.inf if timeout is None else time.monotonic() + timeout
+    found.wait(lambda: not found.unreached(), min(REACH_TIME, until - time.monotonic()))
+    comps = [comp for comp in found.lefts if comp not in found.alive]
+    found.driver.ask(lambda: found.take(comps))
+    found.wait(found.is_through, None if timeout is None else max(0.0, until - time.monotonic()))
+    return [comp for comp in comps if comp not in found.alive]
+
+
+@contextlib.contextmanager
+def gathering(lefts: Sequence[Left], access: Access, cancel: bool = False) -> Iterator[Gathering]:
+    """Ask the nodes of dead programs. At the end those that have been emptied forget them, and so
+    do we; others keep what they have."""
+    found, whole = Gathering(lefts, cancel), set()   # type: Gathering, Set[str]
+    try:
+        driver = Driver.alone(access)
+        try:
+            driver.ask(lambda: found.begin(driver))
+            yield found
+            found.finish()
+            whole = {comp for comp in found.lefts if found.is_whole(comp)}
+            driver.ask(lambda: driver.acknowledge(found, whole))
+        finally:
+            with contextlib.suppress(RuntimeError):   # it has failed
+                driver.ask(lambda: driver.let_go(found, whole))
+            driver.release()
+    finally:
+        for left in lefts:
+            left.close(remove=left.comp in whole)
+
+
+def _jobs_of(found: Gathering, comp: str) -> List[DispyJob]:
+    """The jobs of a computation by what nodes have told of it, in order. Opens results, which may
+    run the user's code."""
+    left, jobs = found.lefts[comp], {}   # type: Left, Dict[int, DispyJob]
+
+    def job_of(number: int, serial: int = 0) -> DispyJob:
+        job = jobs[number] = DispyJob(comp, None, None, number)
+        job._serial, job.submit_time = serial, left.row.began
+        return job
+    for (name, number), (row, address) in found.rows.items():
+        if name == comp:
+            job = job_of(number, row[0])
+            job.ip_addr = address
+            if row[1] == Outcome.STOPPED:
+                job._state = JobState.ABANDONED
+                end_without(job, 'abandoned: its node %s was stopped while it ran' % address)
+            else:
+                job._state = JOB_TABLE[JobState.RUNNING, _EVENT_OF[row[1]]]
+                fill_in(job, row, left.is_program)
+    for (name, number), (state, text) in found.gone.items():
+        if name == comp:
+            job = job_of(number)
+            job._state = state
+            end_without(job, text)
+    for (where, name), serials in found.there.items():
+        for serial in serials if name == comp else ():
+            if serial >> 16 not in jobs:
+                waits = where.startswith('@') and not found.placed.get((comp, serial >> 16))
+                job_of(serial >> 16, serial).status = DispyJob.Created if waits else DispyJob.Running
+    return [jobs[number] for number in sorted(jobs)]
+
+
+def recoverable(timeout: float = REACH_TIME, secret: Union[str, bytes, None] = None,
+                certfile: Optional[str] = None, keyfile: Optional[str] = None, cafile: Optional[str] = None) -> List[Recoverable]:
+    """What programs of this user without a `recover_file` have left on nodes, when they were
+    killed or ended by an exception before their jobs; newest first. Their nodes are asked, for at
+    most `timeout` seconds; files of which no node knows anything any more are removed. Raises
+    SecretError, TypeError, ValueError. Any thread."""
+    seconds = _seconds('timeout', timeout)
+    access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST)
+    lefts, rows = programs_left(), []
+    if not lefts:
+        return []
+    with gathering(lefts, access) as found:
+        found.wait(lambda: not found.unreached(), seconds)
+        for left in lefts:
+            if left.comp in found.alive or found.is_whole(left.comp):
+                continue
+            unreached = tuple(found.unreached(left.comp))
+            jobs = None if len(unreached) == len(left.places) else found.count(left.comp)
+            rows.append(left.row._replace(jobs=jobs, unreached=unreached))
+    return rows
+
+
+def cancel_lost(access: Access) -> int:
+    """End what programs of this user that have ended have left on nodes, and say so. Returns of
+    how many of them something may be left. What belongs to a program that lives is left alone."""
+    lefts = programs_left()
+    if not lefts:
+        print('no program of yours that has ended has left jobs on nodes')
+        return 0
+    with gathering(lefts, access, cancel=True) as found:
+        before = {left.comp: 0 for left in lefts}
+        found.wait(lambda: not found.unreached(), REACH_TIME)
+        before.update((comp, found.count(comp)) for comp in before)
+        _take(found, 3 * GRACE)
+        rest = 0
+        for left in lefts:
+            ended = '%d jobs and results were there, all are gone' % before[left.comp]
+            if left.comp in found.alive:
+                ended = 'left alone, its program lives'
+            elif not found.is_whole(left.comp):
+                rest += 1
+                unreached = found.unreached(left.comp)
+                ended = 'not reached: %s' % ', '.join(unreached) if unreached \
+                    else '%d jobs have not ended yet' % found.count(left.comp)
+            row = left.row
+            print('%s (%s) of %s, PID %d on %s: %s' % (
+                row.script or 'a prompt', row.name, _moment(row.began), row.pid, row.host, ended))
+    return min(rest, 100)
 
 
 def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: 'Access') -> List[DispyJob]:
@@ -5157,7 +5940,7 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
         elif state == Journal.ENDED:
             done(job, (job._serial, *result), None)
     if sent or holders:
-        driver = Driver.acquire(access)
+        driver = Driver.alone(access)
         try:
             over = threading.Event()
             recovery = Recovery(journal, sent, holders, done, lost, wait_again, over.set, cancel)
@@ -5201,7 +5984,7 @@ class Driver(Loop):
         self._ears: Dict[Tuple[int, bool], _Asker] = {}      # (UDP port, multicast) -> who asks there
         self._gates: Dict[Tuple[str, int], Gate] = {}        # where nodes may dial
         self._leaving = Outgoing()                   # of clusters with a journal
-        self._reclaimed: Dict[str, 'Recovery'] = {}  # computations of programs that have crashed
+        self._reclaimed: Dict[str, Union['Recovery', 'Gathering']] = {}  # computations of programs that have crashed
         self._call_numbers = itertools.count(1)
         # Jobs to be cancelled if they have not begun
         self._withdrawals: Dict[Any, 'concurrent.futures.Future[bool]'] = {}
@@ -5237,7 +6020,7 @@ class Driver(Loop):
             'set_cpus': lambda comp, node, cpus: self.set_cpus(comp, self.find(comp, node), cpus), 'leave': self.leave,
             'allocate': self.allocate, 'jobs': lambda comp, node: list(self.jobs_at(comp, node)), 'question': self.question}
         self._events: Dict[type, Callable[[Any], None]] = {
-            DispyJob: self._submitted.append, Dialled: self._dialled, DialFailed: self._dial_failed, Arrival: self._arrived, Asked: self._asked,
+            DispyJob: self._submitted.append, KeptJob: self._submitted.append, Dialled: self._dialled, DialFailed: self._dial_failed, Arrival: self._arrived, Asked: self._asked,
             Told: self._told, CallBack: lambda event: self.callbacks.run(event.cluster._call_back, event.job)}
 
     # -- life; user threads -------------------------------------------------------------------------------
@@ -5254,6 +6037,17 @@ class Driver(Loop):
             driver.users += 1
             return driver
 
+    @staticmethod
+    def alone(access: Access) -> 'Driver':
+        """A driver that no cluster shares: to nodes it is another program. Any thread. Raises
+        SecretError."""
+        driver = Driver(access, os.urandom(16))
+        driver.users = 1
+        driver._thread.start()
+        with _lock:
+            _alone.add(driver)
+        return driver
+
     def release(self) -> None:
         """A cluster is done with it; the last one ends it. Any thread but the driver's."""
         with _lock:
@@ -5262,6 +6056,7 @@ class Driver(Loop):
                 return
             if _drivers.get(self.access) is self:
                 del _drivers[self.access]
+            _alone.discard(self)
         with contextlib.suppress(RuntimeError, TimeoutError):   # it has broken before
             self.ask(self._leave)
 
@@ -5339,7 +6134,7 @@ class Driver(Loop):
             self._leaving.journals[comp] = cluster._journal  # type: ignore[assignment]
         self._clusters[comp] = cluster
         self._act(self.schedule.handle(Opened(comp, cluster._client, cluster._reentrant, cluster._remote), self.now))
-        self._warn_at[comp] = math.inf if isinstance(cluster, Survey) else self.now + WARN_AFTER
+        self._warn_at[comp] = math.inf if isinstance(cluster, (Survey, Gathering)) else self.now + WARN_AFTER
         self.use(comp, cluster._specs)
         if probe:
             self._probes[comp] = self.now + PROBE_TIME
@@ -5383,6 +6178,8 @@ class Driver(Loop):
 
     def _spec_of(self, peer: Peer, comp: str) -> Optional[NodeSpec]:
         """What of a cluster's `nodes` means a node. One that has dialled us has no port."""
+        if not peer.port and peer.name in getattr(self._clusters[comp], '_callers', ()):
+            return NodeSpec(peer.host, 0)
         return next((spec for spec in self._clusters[comp]._specs if spec.fits(peer.ip_addr, peer.host, peer.name)
                      and (spec.wild or peer.port in (0, spec.port))), None)
 
@@ -6028,8 +6825,13 @@ class Driver(Loop):
                      and other.link.instance == instance), None)
         if twin is not None:   # one node by two names or addresses: one link is enough
             event.sock.close()
+            twin.aliases.add(peer.place)
             for comp, use in peer.uses.items():
+                known = comp in twin.uses
                 self._take(twin, comp, use.spec)
+                if known and twin.name and self._clusters[comp]._cargo is None:
+                    # It may look for something by this name.
+                    self._clusters[comp]._met(twin)
             if peer.listed and not twin.port and not twin.embedded:   # it has dialled us; when that ends, we dial it
                 peer.move('fail')
                 peer.reason = 'it has connected by itself'
@@ -6389,7 +7191,7 @@ class Driver(Loop):
     def _on_refused(self, peer: Peer, message: Refused) -> None:
         use = peer.uses.get(message.comp)
         if message.comp in self._reclaimed:
-            self._reclaimed[message.comp].refused(peer, message.text)
+            self._reclaimed[message.comp].refused(peer, message.comp, message.text)
             return
         if message.comp not in self._clusters or use is None or not use.offered:
             return
@@ -6399,7 +7201,10 @@ class Driver(Loop):
             if not peer.scheduler:   # it has answered for all that it held: what was on the way has not begun, as with Bye
                 self._act(self.schedule.handle(NodeReady(peer.key, message.comp, 0, []), self.now))
             self._act(self.schedule.handle(NodeLeft(peer.key, message.comp, str(peer), message.text), self.now))
-        self._refusal(peer, message.comp, message.text, 'process' if was_ready and message.code == 'setup' else message.code)
+        text = message.text
+        if message.code == 'busy':
+            text += who_holds(text, peer.place)
+        self._refusal(peer, message.comp, text, 'process' if was_ready and message.code == 'setup' else message.code)
         use.unloadable = message.code == 'code'
         self._check_unloadable(message.comp)
 
@@ -6456,6 +7261,9 @@ class Driver(Loop):
     def _on_ready(self, peer: Peer, message: Ready) -> None:
         use = peer.uses.get(message.comp)
         if message.comp in self._clusters and use is not None and use.state is UseState.SETTING_UP:
+            trail = getattr(self._clusters[message.comp], '_trail', None)
+            if trail is not None and not peer.embedded and trail.add(peer.place):
+                self._remove_old_trails()
             use.move('ready')
             peer.retry_wait = RETRY_FIRST
             self._clusters[message.comp]._node_came()
@@ -6464,6 +7272,23 @@ class Driver(Loop):
             ready = NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered,
                               peer.trip, Past.of(message.past), peer.whole)
             self._act(self.schedule.handle(ready, self.now))
+
+    def _remove_old_trails(self) -> None:
+        """Once in a program."""
+        global _trails_looked_at
+        if not _trails_looked_at:
+            _trails_looked_at = True
+            self._openers.run(remove_old_trails)
+
+    def left_behind(self, comp: str) -> Dict[Any, int]:
+        """Nodes that outlive this program, and how many jobs of a computation they have."""
+        found = {key: len(node.flight.get(comp, ())) for key, node in self.schedule.nodes.items()
+                 if key in self._peers and not self._peers[key].embedded}
+        return {key: count for key, count in found.items() if count}
+
+    def has_sent(self) -> bool:
+        """Whether all that was said has left, where there is a link."""
+        return not any(link.wants_write for link in self.links.values())
 
     def _on_held(self, peer: Peer, message: Held) -> None:
         """The results come by themselves."""
@@ -6474,11 +7299,37 @@ class Driver(Loop):
             account = Account(frozenset(message.serials), past, peer.whole)
             self._act(self.schedule.handle(NodeTold(peer.key, message.comp, account), self.now))
 
-    def reclaim(self, peer: Peer, recovery: 'Recovery') -> None:
+    def reclaim(self, peer: Peer, recovery: Union['Recovery', 'Gathering'], keys: Dict[str, bytes],
+                take: bool = True) -> None:
         """Ask a node for what it has of computations of a program that has crashed."""
-        for comp, key in recovery.old.items():
+        for comp, key in keys.items():
             self._reclaimed[comp] = recovery
-            self.say(peer.link, Reclaim(comp, key))  # type: ignore[arg-type]
+            self.say(peer.link, Reclaim(comp, key, take))  # type: ignore[arg-type]
+
+    def acknowledge(self, found: 'Gathering', whole: Set[str]) -> None:
+        """What was collected is the user's; nodes that have no more of a computation forget it."""
+        for peer in found.met:
+            for where, comp in found.taken if peer.link is not None else ():
+                if where not in (peer.place, *peer.aliases):
+                    continue
+                if comp in whole:
+                    self.say_to(peer, Done(comp))
+                else:
+                    serials = [row[0] for (name, _), (row, _) in found.rows.items() if name == comp]
+                    for ack in in_parts(Ack, comp, serials):
+                        self.say_to(peer, ack)
+
+    def let_go(self, found: 'Gathering', whole: Set[str]) -> None:
+        """A gathering is over. Nodes that have more keep it: their links end without Bye."""
+        for comp in found.lefts:
+            self._reclaimed.pop(comp, None)
+        for peer in found.met:
+            left = any(comp not in whole and where in (peer.place, *peer.aliases)
+                       for where, comp in found.taken)
+            if peer.link is not None and left:
+                peer.replacing = True   # not to be told
+                self._break(peer.link, 'the recovery has ended')
+        self.forget(found._comp)
 
     def give_up(self, recovery: 'Recovery', whole: bool) -> None:
         """A recovery is over: if it is whole, nodes forget what is left of its computations."""
@@ -6493,14 +7344,18 @@ class Driver(Loop):
 
     def _on_results(self, peer: Peer, message: Results) -> None:
         if message.comp in self._reclaimed:
-            self._reclaimed[message.comp].results(peer, message.rows)
-            serials = [row[0] for row in message.rows if row[1] not in GOES_ON]
+            recovery = self._reclaimed[message.comp]
+            recovery.results(peer, message.comp, message.rows)
+            serials = [row[0] for row in message.rows if row[1] not in GOES_ON and recovery.acknowledges]
             for ack in in_parts(Ack, message.comp, serials):
                 self.say(peer.link, ack)  # type: ignore[arg-type]
             return
         self._act(self.schedule.handle(NodeResults(peer.key, message.comp, message.rows), self.now))
 
     def _on_returned(self, peer: Peer, message: Returned) -> None:
+        if message.comp in self._reclaimed:
+            self._reclaimed[message.comp].returned(peer, message.comp, message.serials)
+            return
         self._act(self.schedule.handle(NodeReturned(peer.key, message.comp, message.serials), self.now))
 
     def _on_started(self, peer: Peer, message: Started) -> None:
@@ -6575,7 +7430,7 @@ class Driver(Loop):
     def _on_where(self, peer: Peer, message: Where) -> None:
         """Jobs of ours have gone to a node, or are back in a scheduler's queue."""
         if message.comp in self._reclaimed:
-            self._reclaimed[message.comp].where(message.serials, message.node)
+            self._reclaimed[message.comp].where(message.comp, message.serials, message.node)
             return
         cluster, node = self._clusters.get(message.comp), self.schedule.nodes.get(peer.key)
         flight = node.flight.get(message.comp, {}) if node is not None else {}
@@ -6737,17 +7592,20 @@ OF_JOBS = ('cpus', 'timeout', 'memory', 'priority')   # options of a job that it
 _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
 _lock = threading.Lock()      # guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
 _drivers: Dict[Access, Driver] = {}
+_alone: Set[Driver] = set()   # others
 _clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()
 _instance = os.urandom(16)    # this process to nodes
+_trails_looked_at = False     # for old ones
 
 
 def _forked() -> None:
     """In the child of a fork: nothing of the parent's is ours."""
     global _lock, _instance
     _lock, _instance = threading.Lock(), os.urandom(16)
-    for driver in list(_drivers.values()):
+    for driver in [*_drivers.values(), *_alone]:
         driver.after_fork()
     _drivers.clear()
+    _alone.clear()
     for cluster in list(_clusters):
         cluster._after_fork()
     _clusters.clear()
@@ -6839,7 +7697,9 @@ class JobCluster:
     secret, certfile, keyfile, cafile - the secret as str or bytes, paths of files in PEM format; see "Security" in the README
     recover_file - path of a file, made if there is none, in which jobs are written down so that they outlive this program; see
         `recover_jobs`. With the file of a program that has crashed its jobs are carried on with: they are in `recovered`, those
-        that had ended with their results. A clean end removes it (old name: fault_recover)
+        that had ended with their results. A clean end removes it (old name: fault_recover). None: a small file in the user's state
+        directory, with which what runs on nodes can be collected or ended if this program is killed or ends by an
+        exception; False: not even that
     max_jobs_per_worker - a worker process is replaced after so many jobs; None: kept
     on_output - function, called as (job, 'stdout' or 'stderr', text) within a second of its being printed; by the job's
         end it has had all that is kept. `text` is str for functions, bytes for programs
@@ -6862,7 +7722,7 @@ class JobCluster:
                  setup: Optional[Callable[..., Any]] = None, cleanup: Union[bool, Callable[..., Any]] = True,
                  ping_interval: Optional[float] = None, pulse_interval: Optional[float] = None, reentrant: bool = False,
                  secret: Union[str, bytes, None] = None, keyfile: Optional[str] = None, certfile: Optional[str] = None,
-                 cafile: Optional[str] = None, recover_file: Optional[str] = None, max_jobs_per_worker: Optional[int] = None,
+                 cafile: Optional[str] = None, recover_file: Union[None, bool, str] = None, max_jobs_per_worker: Optional[int] = None,
                  on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None, forward_logs: bool = False,
                  callback: Optional[Callable[[DispyJob], Any]] = None, ip_addr: Optional[str] = None, ext_ip_addr: Optional[str] = None,
                  fault_recover: Union[None, bool, str] = None, poll_interval: Optional[float] = None, ipv4_udp_multicast: bool = False) -> None:
@@ -6930,9 +7790,11 @@ class JobCluster:
         self._monitors: Tuple[Monitor, ...] = ()             # replaced as a whole
         self._started = time.time()
         self._directory = os.getcwd()                        # files that jobs send come below it
-        path = path_option('recover_file', recover_file) or (
+        path = path_option('recover_file', None if recover_file is False else recover_file) or (
             '_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
         self._recovers = bool(path)                          # another process may carry on
+        self._trail = None if path or recover_file is False else Trail(
+            self._describe_for_trail, self.name, self._comp)
         self._reach_by(nodes is None and reach != 'off')
         self.recovered: List[DispyJob] = []
         self._recovery: Optional[Recovery] = None
@@ -6955,6 +7817,19 @@ class JobCluster:
         _clusters.add(self)
         if self._journal is not None:
             self._carry_on(self._journal, known)
+
+    def _describe_for_trail(self) -> Dict[str, Any]:
+        """What another process needs to collect the results. The driver's thread."""
+        return {'dispy': 1, 'comp': self._comp, 'key': self._key.hex(), 'name': self.name,
+                'program': self._cargo.is_program,
+                'code': hashlib.sha256(in_one_piece(self._cargo.spec['code'])).hexdigest(),
+                'host': socket.gethostname(), 'pid': os.getpid(), 'process': list(own_process()),
+                'began': self._started, 'listen': '%s:%d' % self._host if self._host else ''}
+
+    def _left_behind(self) -> Dict[Any, int]:
+        """Nodes that outlive this program, and how many jobs run on there. The driver's thread, or
+        after its end."""
+        return self._driver.left_behind(self._comp)
 
     def _reach_by(self, probe: bool) -> None:
         """Whom to dial for nodes; called when all but the driver is there."""
@@ -6987,6 +7862,7 @@ class JobCluster:
         again: List[DispyJob] = []
         ended: List[DispyJob] = []
         for job, state, node, result in rows:
+            job._journal = journal
             self.recovered.append(job)
             if state == Journal.ENDED:
                 end_without(job, result) if isinstance(result, str) else fill_in(job, (job._serial, *result), self._cargo.is_program)
@@ -7085,14 +7961,16 @@ class JobCluster:
         if self._cargo.is_program and kwargs:
             raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
         self._look_at_modules()
-        job = DispyJob(self._comp, pack_arguments(args, kwargs, self._bundles, depends), options, number)
+        payload = pack_arguments(args, kwargs, self._bundles, depends)
+        job = DispyJob(self._comp, payload, options, number) if self._journal is None \
+            else KeptJob(self._comp, payload, options, number, words_of(args, kwargs))
         if size_of(job._payload) > VALUE_MOST:
             raise ValueError('arguments of %d bytes are over the limit of %d: send a file (depends)'
                              % (size_of(job._payload), VALUE_MOST))
         with self._lock:
             if self._closed or self._driver.broken:
                 raise RuntimeError('submit: %s' % (self._driver.broken or 'the cluster was closed'))
-            if self._journal is not None:
+            if self._journal is not None and isinstance(job, KeptJob):
                 self._journal.submitted(job)
                 self._journal.trim()
             self._pending += 1
@@ -7397,7 +8275,9 @@ class JobCluster:
 
     def _leave(self, shutdown: bool = False) -> None:
         driver = self._driver
-        if driver.broken:
+        if driver.broken:   # nodes could not be told, and what runs there can be collected
+            if self._trail is not None:
+                self._trail.close(remove=False)
             return
         try:
             driver.ask(self._recovered)
@@ -7407,6 +8287,8 @@ class JobCluster:
         except Exception as exc:  # a fault of ours; the cluster is closed all the same
             logger.error('%s: the nodes could not be let go in good order: %s: %s', self.name, type(exc).__name__, exc)
         self.wait(CALL_TIME)   # for callbacks of what was cancelled
+        if self._trail is not None:
+            self._trail.close()
         if self._journal is not None:
             self._journal.close(remove=True)
         if threading.current_thread() is not driver._thread:
@@ -7417,6 +8299,8 @@ class JobCluster:
         self._lock = threading.Lock()   # a thread that is not here may hold the old one
         self._changed = threading.Condition(self._lock)
         self._closed, self._pending, self._journal = True, 0, None
+        if self._trail is not None:
+            self._trail.after_fork()
 
     def __enter__(self) -> 'JobCluster':
         return self
@@ -7624,6 +8508,7 @@ class SharedJobCluster(JobCluster):
     def _reach_by(self, probe: bool) -> None:
         self._probe = False
         self._cargo.spec['shared'] = {'recovers': self._recovers, 'process': own_process(),
+                                      'collected': self._recovers or self._trail is not None,
                                       'nodes': None if self._any else self._plain(self._specs),
                                       'reentrant': self._reentrant,
                                       'exclusive': self._exclusive, 'cloudpickle': cloudpickle.__version__}
@@ -7701,6 +8586,14 @@ class SharedJobCluster(JobCluster):
 
     def _is_connected(self) -> bool:
         return any(peer.link is not None and peer.name for peer in self._driver.ask(lambda: self._driver.peers_of(self._comp)))
+
+    def _left_behind(self) -> Dict[Any, int]:
+        counts: Dict[Any, int] = collections.Counter()
+        for job, row in list(self._places.items()):
+            # What waits there is cancelled by the scheduler.
+            if job.status in (DispyJob.Running, DispyJob.ProvisionalResult):
+                counts[row.key] += 1
+        return counts
 
     # -- told by the scheduler --------------------------------------------------------------------------------
 
@@ -8093,8 +8986,13 @@ if 'joblib' in sys.modules:
 
 @atexit.register
 def _at_exit() -> None:
-    """The program ends with clusters open: end what is left, and say so."""
-    for cluster in list(_clusters):
+    """The program ends with clusters open: end what is left, and say so. After an exception that
+    nobody caught, what runs on nodes goes on to its end."""
+    clusters = list(_clusters)
+    staying = [cluster for cluster in clusters if _may_stay(cluster)] if _ended_by_error() else []
+    for cluster in clusters:
+        if cluster in staying:
+            continue
         if cluster._pending and cluster._journal is not None:
             logger.warning('%s: the program ends with %d jobs that have not ended; dispy.recover_jobs(%r) collects them', cluster.name,
                            cluster._pending, cluster._journal.path)
@@ -8103,6 +9001,70 @@ def _at_exit() -> None:
             logger.warning('%s: the program ends with %d jobs that have not ended; they are cancelled (cluster.wait() '
                            'waits for them)', cluster.name, cluster._pending)
         cluster.close(terminate=True)
+    if staying:
+        _stay_behind(staying)
+
+
+def _may_stay(cluster: JobCluster) -> bool:
+    """Whether a cluster has something on nodes that can be collected after the end of this
+    program."""
+    if cluster._trail is None or not cluster._trail.path or cluster._closed:
+        return False
+    try:
+        return bool(cluster._driver.ask(cluster._left_behind))
+    except Exception as exc:  # of the driver, which has failed or does not answer
+        logger.debug('%s: %s', cluster.name, exc)
+        return False
+
+
+def _stay_behind(clusters: List[JobCluster]) -> None:
+    """Let go of nodes without a word, so that they go on, and say what becomes of the jobs."""
+    until = time.monotonic() + LEAVE_TIME
+    owed = sum(len(cluster._owed) for cluster in clusters)
+    for cluster in clusters:
+        with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # its driver has failed
+            if cluster._remote:   # what waits there might begin before it is known that nobody waits for it
+                cluster.cancel_waiting()
+                while time.monotonic() < until and any(
+                        job.status == DispyJob.Created for job in cluster._driver.ask(cluster._jobs_owed)):
+                    time.sleep(0.01)
+    for driver in {cluster._driver for cluster in clusters}:
+        with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # as above
+            while not driver.ask(driver.has_sent) and time.monotonic() < until:
+                time.sleep(0.01)
+            driver.ask(driver.stop)
+            driver._thread.join(CALL_TIME)
+    nodes: Dict[Any, int] = collections.Counter()
+    for cluster in clusters:
+        nodes.update(cluster._left_behind())
+    running = sum(nodes.values())
+    trails = [cluster._trail for cluster in clusters if cluster._trail is not None]
+    lost = '; %d others had not begun and are lost' % (owed - running) if owed > running else ''
+    how = ['dispy.recover_jobs()'] if all(trail.script for trail in trails) else [
+        'dispy.recover_jobs(%r)' % trail.path for trail in trails]
+    logger.warning('the program ends by an error, and %s end on %d node%s%s; %s collects the results, '
+                   '%s ends them', '1 job runs on to its' if running == 1 else '%d jobs run on to their'
+                   % running, len(nodes), 's' if len(nodes) > 1 else '', lost, ' and '.join(how), CANCEL_LOST)
+
+
+def _ended_by_error() -> bool:
+    """Whether an exception that nobody caught ends this program: not Ctrl-C, nor sys.exit. The
+    interpreter notes it in sys.last_value, as prompts, notebooks and test runners do with each
+    that they have caught and shown: that is an older one, and decides nothing."""
+    error = getattr(sys, 'last_exc', None) or getattr(sys, 'last_value', None)
+    if error is None or isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return False
+    if hasattr(sys, 'ps1') or sys.flags.interactive or sys.flags.inspect \
+            or os.environ.get('PYTHONINSPECT') or '__IPYTHON__' in vars(builtins):
+        return False
+    trace = error.__traceback__ or getattr(sys, 'last_traceback', None)
+    if trace is None:
+        return False
+    # It begins with the frame that has caught the exception; if nobody has, with the first of all.
+    code, globals_ = trace.tb_frame.f_code, trace.tb_frame.f_globals
+    if globals_.get('__name__') == 'runpy':   # python -m
+        return code.co_name == '_run_module_as_main'
+    return code.co_name == '<module>' and globals_ is vars(sys.modules.get('__main__'))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -8118,6 +9080,9 @@ def _parser() -> argparse.ArgumentParser:
     add('program', metavar='PROGRAM', nargs='?', help='path of a program or script; it is copied to the nodes')
     add('--list-nodes', action='store_true', help='instead of running a program show the nodes (-n; default: all that answer) and whether '
         'they can be used; the exit status is 0 if any can')
+    add('--cancel-lost', action='store_true', help='instead of running a program end what programs of '
+        'yours that were killed or ended by an exception have left on nodes; the exit status is the '
+        'number of those of which something may be left')
     add('-n', '--nodes', action='append', metavar='HOST[:PORT]', help="a node; may be repeated; 'local': this machine "
         '(default: a dispynode on this machine, or one started for this run)')
     add('--scheduler-host', '--scheduler-node', metavar='HOST[:PORT]', help='the jobs go to this dispyscheduler; -n then says which of its nodes they may use')
@@ -8288,6 +9253,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.output:
             os.makedirs(args.output, exist_ok=True)
         secret = find_secret(None, args.secret_file) if args.secret_file else None
+        if args.cancel_lost:
+            files = tls_files(args.certfile, args.keyfile, None)
+            return cancel_lost(Access(find_secret(secret), *files, PULSE, REDIAL_MOST))
         if args.list_nodes:
             logger.setLevel(logging.ERROR)   # the table says it
             with Survey(nodes, secret=secret, certfile=args.certfile, keyfile=args.keyfile) as survey:

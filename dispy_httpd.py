@@ -80,7 +80,6 @@ import math
 import os
 import pickle
 import re
-import reprlib
 import secrets
 import pickletools
 import signal
@@ -94,7 +93,7 @@ import uuid
 from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import dispy
-from dispy import Access, DispyJob, Driver, JobCluster, Monitor, NodeSpec, SharedJobCluster
+from dispy import SHORT, Access, DispyJob, Driver, JobCluster, Monitor, NodeSpec, SharedJobCluster, words_of
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, Query, SecretError, __version__, find_secret, host_and_port, _no_password,
     _write_private, size_of, tls_files, split_needs)
 
@@ -113,7 +112,6 @@ REPORTS_APART = 5.0           # s between two questions to a node for what is fr
 REPORTS_A_TURN = 20           # questions asked in one turn of the driver
 LOOKED_FOR = 5.0              # s after a request that snapshots are still taken as often as asked for
 FAILURES_KEPT, FAILURE_TEXT = 500, 8000        # failed jobs of a cluster, and characters of a traceback
-SHOWN_MOST = 50               # arguments of a job that are shown
 ARGUMENTS_MOST = 16384        # bytes of pickled arguments that are opened to be shown
 OUTPUT_KEPT, OUTPUTS_KEPT = 4096, 1000         # bytes of a running job's output; jobs with output
 PER_PAGE, PER_PAGE_MOST = 50, 200
@@ -171,11 +169,6 @@ class _Opener(pickle.Unpickler):
         raise pickle.UnpicklingError('a persistent id')
 
 
-_short = reprlib.Repr()
-_short.maxlevel, _short.maxstring, _short.maxother = 4, 80, 80
-_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = 8
-
-
 def arguments_text(payload: Any) -> str:
     """The short form of a job's packed arguments; what is large is not opened."""
     if payload is None:
@@ -189,12 +182,9 @@ def arguments_text(payload: Any) -> str:
         args, kwargs = _Opener(io.BytesIO(body)).load()[:2]
         if type(args) is not tuple or type(kwargs) is not dict:   # as no program packs them: they might have no end
             raise ValueError('no arguments')
-        words = [_short.repr(arg) for arg in args[:SHOWN_MOST]]
-        words += ['%.80s=%s' % (name, _short.repr(value)) for name, value in itertools.islice(kwargs.items(), SHOWN_MOST) if type(name) is str]
+        return words_of(args, kwargs)
     except Exception:  # an unpickler without the real classes may stumble over anything
         return '%s of arguments' % bytes_text(size_of(payload))
-    text = ', '.join(words)
-    return text if len(text) <= 300 else text[:300] + '...'
 
 
 def _check_memo(data: bytes) -> None:
@@ -915,7 +905,7 @@ def id_text(number: Any) -> str:
     if type(number) is str:
         return number[:200]
     if type(number) in plain or type(number) is tuple and all(type(part) in plain for part in number):
-        return _short.repr(number)
+        return SHORT.repr(number)
     return '<%s>' % type(number).__name__
 
 

@@ -334,10 +334,13 @@ class Query(NamedTuple):
 
 
 class Reclaim(NamedTuple):
-    """Client, perhaps another process than the one that began it: what is there of this computation is mine now. `key` shows
-    that it is: only the program and its recovery file have it, `spec['key']` is its digest. Answered by Held and Results."""
+    """Client, perhaps another process than the one that began it: what is there of this
+    computation is mine now. `key` shows that it is: only the program and its recovery file have
+    it, `spec['key']` is its digest. Answered by Held and Results. Without `take` it is only asked,
+    nothing becomes another's, and no results come."""
     comp: str
     key: bytes = b''
+    take: bool = True
 
 
 class Welcome(NamedTuple):
@@ -4397,12 +4400,14 @@ class Node:
             if comp.link in self._links and comp.link != link:
                 self._do(Send(link, Refused(message.comp, 'busy', 'its client is connected: %s' % self.held_by(now))))
                 return
-            comp.link, comp.instance = link, up.instance
-            self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
-        if message.comp in self.shelf:
+            if message.take:
+                comp.link, comp.instance = link, up.instance
+                self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
+        if message.take and message.comp in self.shelf:
             self.shelf[message.comp] = self.shelf[message.comp]._replace(owner=up.instance)
         self._do(Send(link, Held(message.comp, self._held(message.comp), self._past_row(message.comp))))
-        self._resend(message.comp, link)
+        if message.take:
+            self._resend(message.comp, link)
 
     def _make_way(self) -> None:
         """Another client wants this node: what is lost and has nothing to do is not waited for."""

@@ -540,7 +540,7 @@ class Absence:
 class Remote:
     """A program's computation; to the driver it is a cluster. The loop's thread."""
     _host, _host_has_port, _multicast, _remote = None, False, False, False
-    _cluster_status = _on_output = None
+    _cluster_status = _on_output = _trail = None
     _chains: Dict[Any, Any] = {}
 
     def __init__(self, comp: str, client: bytes, spec: dict, directory: str, most: int, key: bytes = b'') -> None:
@@ -552,6 +552,8 @@ class Remote:
         self.directory = directory
         self._reentrant, self.exclusive, self.cloudpickle = shared['reentrant'], shared['exclusive'], shared['cloudpickle']
         self.absence = Absence(bool(shared['recovers']), shared['process'])
+        # Whether another process may come for the results, see `dispy.Trail`
+        self.collected = bool(shared['recovers'] or shared.get('collected'))
         self._port = NODE_PORT
         self._specs = specs_of(shared['nodes'])
         self._source: Optional[Tuple[bytes, str]] = None
@@ -1291,7 +1293,7 @@ class Scheduler(Driver):
 
     def _rest(self, remote: Remote) -> None:
         """All that a program which is gone may still collect has ended: its nodes are let go, their processes and files too."""
-        if not remote.ended or remote.absence.for_good:
+        if not remote.ended or (remote.absence.for_good and not remote.collected):
             logger.info('%s: its program is gone, and nothing is left for it', remote.name)
             self._over(remote)
             return
@@ -1457,7 +1459,7 @@ class Scheduler(Driver):
                 return
         else:
             if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {
-                    'nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process'}:
+                    'nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process', 'collected'}:
                 raise PeerError('a computation that is not for a scheduler')
             if len(message.spec['shared']['nodes'] or ()) > SPECS_MOST:
                 raise PeerError('%d nodes are named, and the limit is %d' % (len(message.spec['shared']['nodes']), SPECS_MOST))
@@ -1716,6 +1718,9 @@ class Scheduler(Driver):
             return
         if remote.link in self.links and remote.link != link.number:
             self.say(link, Refused(message.comp, 'busy', 'its program is connected'))
+            return
+        if not message.take:
+            self.say(link, Held(message.comp, [*remote.works, *remote.ended, *remote.absence.dropped]))
             return
         dropped = remote.absence.dropped if remote.instance != link.instance else {}   # the program itself sends these again
         self._came_back(remote, link)

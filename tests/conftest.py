@@ -51,7 +51,7 @@ OURS = 'dispy-tests-%s-' % WORKER
 if OURS not in os.environ.get('DISPY_TESTS', ''):
     # This module is imported by jobs as well, in the environment of the tests.
     os.environ['DISPY_TESTS'] = tempfile.mkdtemp(prefix=OURS)
-    os.environ['XDG_CONFIG_HOME'] = os.environ['DISPY_TESTS']
+    os.environ['XDG_CONFIG_HOME'] = os.environ['XDG_STATE_HOME'] = os.environ['DISPY_TESTS']
     atexit.register(shutil.rmtree, os.environ['DISPY_TESTS'], True)
     # The tests start thousands of processes, and each would compile the modules anew without a cache.
     os.environ.pop('PYTHONDONTWRITEBYTECODE', None)

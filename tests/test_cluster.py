@@ -610,7 +610,7 @@ def test_jobs_that_are_being_recovered_end_when_their_cluster_is_closed(tmp_path
     path = str(tmp_path / 'jobs')
     journal = dispy.Journal(path)   # as a program has left it that was killed while a node ran its job
     journal.begin('c', 'square', False, False, None)
-    lost = DispyJob('c', dispy.pack_arguments((7,), {}, dispy.ModuleBundles('c')), None, 1)
+    lost = dispy.KeptJob('c', dispy.pack_arguments((7,), {}, dispy.ModuleBundles('c')), None, 1)
     journal.submitted(lost)
     lost._serial += 1
     journal.sent([lost], '127.0.0.1:1', '')

@@ -178,7 +178,7 @@ def recover_file(tmp_path):
     """A recovery file with a job of each kind."""
     journal = Journal(str(tmp_path / 'recover'))
     journal.begin('c', 'compute', False, False, None)
-    jobs = [dispy.DispyJob('c', pickle.dumps(((n,), {})), {'cpus': 1}, n) for n in range(3)]
+    jobs = [dispy.KeptJob('c', pickle.dumps(((n,), {})), {'cpus': 1}, n) for n in range(3)]
     for job in jobs:
         journal.submitted(job)
     journal.commit()
@@ -266,7 +266,7 @@ def test_a_link_of_ones_own_is_followed(recover_file, tmp_path):
 
 def test_recover_jobs_of_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / 'fifo')
-    for path, error in ((str(tmp_path / 'fifo'), DispyError), (5, TypeError), (None, TypeError), ('a\0b', ValueError), (str(tmp_path / 'none'), FileNotFoundError)):
+    for path, error in ((str(tmp_path / 'fifo'), DispyError), (5, TypeError), ('a\0b', ValueError), (str(tmp_path / 'none'), FileNotFoundError)):
         with pytest.raises(error, match='recover_file'):
             dispy.recover_jobs(path)
 

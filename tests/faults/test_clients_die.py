@@ -285,7 +285,7 @@ def test_a_foreign_file_and_one_of_another_version_are_refused(tmp_path):
         database.execute('PRAGMA application_id=%d' % dispy.Journal.MARK)
         database.execute('PRAGMA user_version=99')
     database.close()
-    with pytest.raises(dispy.DispyError, match='of version 99 and this dispy knows 2'):
+    with pytest.raises(dispy.DispyError, match='of version 99 and this dispy knows 3'):
         dispy.JobCluster(abs, nodes='local', recover_file=path)
     with pytest.raises(OSError):
         dispy.JobCluster(abs, nodes='local', recover_file=str(tmp_path / 'no' / 'such' / 'directory'))
@@ -296,7 +296,7 @@ def test_a_torn_end_of_what_was_submitted_costs_what_was_torn(tmp_path):
     path = str(tmp_path / 'jobs')
     journal = dispy.Journal(path)
     for number in range(3):
-        job = dispy.DispyJob('comp', dispy.seal(((number,), {}))[0], None, number)
+        job = dispy.KeptJob('comp', dispy.seal(((number,), {}))[0], None, number)
         job.submit_time = 1.0
         journal.submitted(job)
     with open(path + '-new', 'rb') as file:

@@ -120,7 +120,7 @@ class Drawer:
         spec = {'name': self.name(), 'kind': self.rng.choice(['function', 'source', 'program', 'x']), 'code': self.data(), 'files': [self.row() for _ in range(self.rng.randrange(3))],
                 'cleanup': True, 'dest_path': self.rng.choice(['', '', self.name()]), 'max_jobs': self.number(), 'python': (3, 11, 0), 'support': {}, 'program': self.name(),
                 'live': False, 'logs': -1, 'cpus': self.number(), 'setup_args': b'', 'modules': [], 'portable': True, 'sys_path': [], 'argv': [], 'bundles': [],
-                'shared': {'nodes': self.rng.choice([None, [], [(self.name(), self.number(), 0, 0)]]), 'reentrant': False, 'exclusive': False, 'cloudpickle': '', 'recovers': False, 'process': ('', 0, '')}}
+                'shared': {'nodes': self.rng.choice([None, [], [(self.name(), self.number(), 0, 0)]]), 'reentrant': False, 'exclusive': False, 'cloudpickle': '', 'recovers': False, 'collected': False, 'process': ('', 0, '')}}
         for _ in range(self.rng.randrange(3)):
             spec[self.rng.choice(list(spec))] = self.any()
         return spec
