@@ -89,8 +89,8 @@ import cloudpickle
 
 from dispynode import (
     ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
-    NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
-    Dialling, Discovery, DispyError, Done, Ears, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
+    NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
+    Dialling, Discovery, DispyError, Done, Ears, FILE_PIECE, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
     Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
     Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, Welcome,
     Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, derive_key, describe_exception, dial, digest_of,
@@ -99,7 +99,7 @@ from dispynode import (
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
     Allowance, DurationEstimate, Started, PULSES_SILENT, Past, REASONS, Remains, Second, machine, module_dict,
-    package_version, start_of)
+    package_version, pack_error, start_of)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -111,6 +111,7 @@ __all__ = [
 # ---------------------------------------------------------------------------------------------------------
 
 AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it runs, however short they are
+JOURNAL_MOST = 900 << 20      # bytes of arguments, or of a result, that a recovery file holds: SQLite takes a billion
 AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
 SHARED_ARGS_MOST = 15 << 20   # bytes of setup_args that go by way of a scheduler
 DIALS_MOST = 64               # nodes that are dialled at the same time
@@ -3855,9 +3856,9 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
 def check_cargo(spec: dict) -> None:
     """Raise ValueError for a computation that is too large for a message."""
     size = len(spec['code'])
-    if size > VALUE_MOST:
+    if size > WHOLE_MOST:
         raise ValueError('the computation, with the data that it refers to, has %d bytes, and the limit is %d: '
-                         'read large data from a file in setup() (depends)' % (size, VALUE_MOST))
+                         'read large data from a file in setup() (depends)' % (size, WHOLE_MOST))
     names = sum(len(row[0].encode('utf-8', 'replace')) + 80 for row in spec['files'])
     if names > NAMES_MOST:
         raise ValueError('depends: the list of %d files takes %d bytes, and the limit is %d: pack them into an archive'
@@ -4275,7 +4276,7 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['P
 
 def check_setup_args(size: int, remote: bool) -> None:
     """Raise ValueError for setup_args that are too large; a scheduler takes less of them."""
-    most = SHARED_ARGS_MOST if remote else VALUE_MOST
+    most = SHARED_ARGS_MOST if remote else WHOLE_MOST
     if size > most:
         raise ValueError('setup_args of %d bytes are over the limit of %d%s: send a file (depends)'
                          % (size, most, ' of a SharedJobCluster' if remote else ''))
@@ -4625,9 +4626,14 @@ class Journal(Database):
         self.note(self.MOVE, work._comp, self.WAITING, work._serial, None, work._serial >> 16)
 
     def ended(self, work: Work, result: Any) -> None:
-        """A row of Results, or the text of one that ended without."""
+        """A row of Results, or the text of one that ended without. A result that is too large for the file is known until this
+        program ends, and not to the next."""
+        state = work._state
+        if not isinstance(result, str) and size_of(result[4]) > JOURNAL_MOST:
+            text = 'its result of %d bytes was not kept in the recovery file, whose limit is %d' % (size_of(result[4]), JOURNAL_MOST)
+            state, result = JobState.TERMINATED, (result[0], int(Outcome.RAISED), *result[2:4], pack_error(text, None), *result[5:])
         plain = result if isinstance(result, str) else (*result[1:4], *map(bytes, map(_joined, result[4:])))
-        self.note(self.END, self.ENDED, int(work._state), pickle.dumps(plain, 5), work._serial >> 16)
+        self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), work._serial >> 16)
 
     def commit(self) -> bool:
         """As Database, with what was submitted."""
@@ -5165,20 +5171,23 @@ class Refusals:
     REFUSED_MOST such frames a job is ended: it would not come through the next time either."""
 
     def __init__(self) -> None:
-        # link -> (number of a frame, computation, serials), the last of them
-        self._sent: Dict[int, Deque[Tuple[int, str, List[int]]]] = {}
+        # link -> (numbers of the first and the last frame, computation, serials), the last of them
+        self._sent: Dict[int, Deque[Tuple[int, int, str, List[int]]]] = {}
         self._counts: Dict[Tuple[str, int], int] = collections.Counter()   # (computation, job number) -> frames
 
     def sent(self, link: Link, frame: Jobs) -> None:
         """A frame of jobs was sent."""
         frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
-        frames_of.append((link.sent - 1, frame.comp, [row[0] for row in frame.rows]))
+        last = link.sent - 1
+        if link.later and frame.comp in link.later:   # it goes in parts, or behind some, at the latest when all that waits has gone
+            last += 2 * (link.queued // FILE_PIECE) + FRAMES_NOTED
+        frames_of.append((link.sent - 1, last, frame.comp, [row[0] for row in frame.rows]))
 
     def refused(self, link: Link, number: int) -> List[Tuple[str, int]]:
         """The other side cannot use this frame. Returns (computation, serial) of jobs to be ended for it."""
         over = []
-        for at, comp, serials in self._sent.get(link.number, ()):
-            for serial in serials if at == number else ():
+        for first, last, comp, serials in self._sent.get(link.number, ()):
+            for serial in serials if first <= number <= last else ():
                 self._counts[comp, serial >> 16] += 1
                 if self._counts[comp, serial >> 16] >= REFUSED_MOST:
                     del self._counts[comp, serial >> 16]
@@ -5201,6 +5210,7 @@ class Driver(Loop):
         super().__init__()
         self.access = access
         self._reach = discovery_reach()
+        self.values.where = 'in the program'
         self.schedule = Schedule()
         self.users = 0                      # clusters
         self.broken = ''                    # why the driver's thread has ended before its time
@@ -5426,6 +5436,7 @@ class Driver(Loop):
     def _done(self, peer: Peer, comp: str, shutdown: bool = False) -> None:
         """Tell a node that a computation is over there, and that it may end."""
         if peer.uses[comp].offered and peer.link is not None:
+            peer.link.abandon(comp)
             if shutdown:
                 self.say(peer.link, Shutdown(comp))
             self.say(peer.link, Done(comp))
@@ -6407,6 +6418,8 @@ class Driver(Loop):
         if message.comp not in self._clusters or use is None or not use.offered:
             return
         was_ready = use.state is UseState.READY   # its runner has died later: a new one may live
+        if peer.link is not None:
+            peer.link.abandon(message.comp)   # nobody takes it there
         if was_ready:
             self._tell_all(DispyNode.Closed, peer, [message.comp])
             if not peer.scheduler:   # it has answered for all that it held: what was on the way has not begun, as with Bye
@@ -6504,7 +6517,13 @@ class Driver(Loop):
                     self._break(peer.link, 'the recovery has ended')   # without Bye: they keep what they have
         self.forget(recovery._comp)
 
+    @staticmethod
+    def _unsend(peer: Peer, comp: str, serials: Iterable[int]) -> List[int]:
+        """Large arguments of these need not go on to a node. Returns serials of those that have not come there."""
+        return peer.link.abandon(comp, serials) if peer.link is not None and peer.link.later else []
+
     def _on_results(self, peer: Peer, message: Results) -> None:
+        self._unsend(peer, message.comp, (row[0] for row in message.rows))
         if message.comp in self._reclaimed:
             self._reclaimed[message.comp].results(peer, message.rows)
             serials = [row[0] for row in message.rows if row[1] not in GOES_ON]
@@ -6514,6 +6533,7 @@ class Driver(Loop):
         self._act(self.schedule.handle(NodeResults(peer.key, message.comp, message.rows), self.now))
 
     def _on_returned(self, peer: Peer, message: Returned) -> None:
+        self._unsend(peer, message.comp, message.serials)
         self._act(self.schedule.handle(NodeReturned(peer.key, message.comp, message.serials), self.now))
 
     def _on_started(self, peer: Peer, message: Started) -> None:
@@ -6663,8 +6683,12 @@ class Driver(Loop):
     def _send_to(self, action: Any) -> None:
         peer = self._peers.get(action.node)
         if peer is not None and peer.link is not None:
-            kind = Cancel if isinstance(action, SendCancel) else Recall
-            for message in in_parts(kind, action.comp, action.serials):
+            kind, serials = Cancel if isinstance(action, SendCancel) else Recall, action.serials
+            stay = self._unsend(peer, action.comp, serials)
+            if stay:   # they have not come there, nor will they
+                self._act(self.schedule.handle(NodeReturned(peer.key, action.comp, stay), self.now))
+                serials = [serial for serial in serials if serial not in stay]
+            for message in in_parts(kind, action.comp, serials):
                 self.say(peer.link, message)
 
     def _send_ack(self, action: SendAck) -> None:
@@ -7070,7 +7094,7 @@ class JobCluster:
         dispy_job_depends - list of paths of files, functions and classes for this job alone
 
         Raises RuntimeError on a closed cluster; TypeError, ValueError or FileNotFoundError for bad keywords; ValueError
-        for arguments of more than 960 MiB; and what pickling them raises.
+        for arguments of more than 4 GiB (with a recover_file: 900 MiB); and what pickling them raises.
         """
         return self._submit(next(self._numbers), args, kwargs)
 
@@ -7099,9 +7123,10 @@ class JobCluster:
             raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
         self._look_at_modules()
         job = DispyJob(self._comp, pack_arguments(args, kwargs, self._bundles, depends), options, number)
-        if size_of(job._payload) > VALUE_MOST:
-            raise ValueError('arguments of %d bytes are over the limit of %d: send a file (depends)'
-                             % (size_of(job._payload), VALUE_MOST))
+        most = VALUE_MOST if self._journal is None else JOURNAL_MOST
+        if size_of(job._payload) > most:
+            raise ValueError('arguments of %d bytes are over the limit of %d%s: send a file (depends)'
+                             % (size_of(job._payload), most, '' if self._journal is None else ' of a cluster with a recover_file'))
         with self._lock:
             if self._closed or self._driver.broken:
                 raise RuntimeError('submit: %s' % (self._driver.broken or 'the cluster was closed'))
