@@ -91,7 +91,7 @@ from dispynode import (
     ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
     NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
     Dialling, Discovery, DispyError, Done, Ears, FILE_PIECE, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
-    Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
+    Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
     Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, Welcome,
     Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, derive_key, describe_exception, dial, digest_of,
     discovery_reach, file_digest, find_secret, frames, host_and_port, in_one_piece, is_outcome, log_record_of, open_plain, open_regular,
@@ -5175,13 +5175,13 @@ class Refusals:
         self._sent: Dict[int, Deque[Tuple[int, int, str, List[int]]]] = {}
         self._counts: Dict[Tuple[str, int], int] = collections.Counter()   # (computation, job number) -> frames
 
-    def sent(self, link: Link, frame: Jobs) -> None:
-        """A frame of jobs was sent."""
+    def sent(self, link: Link, frame: Jobs, before: int) -> None:
+        """A frame of jobs was sent on a link on which so many had been sent before."""
         frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
         last = link.sent - 1
-        if link.later and frame.comp in link.later:   # it goes in parts, or behind some, at the latest when all that waits has gone
+        if link.sent == before:   # it goes in parts, some time among others
             last += 2 * (link.queued // FILE_PIECE) + FRAMES_NOTED
-        frames_of.append((link.sent - 1, last, frame.comp, [row[0] for row in frame.rows]))
+        frames_of.append((before, last, frame.comp, [row[0] for row in frame.rows]))
 
     def refused(self, link: Link, number: int) -> List[Tuple[str, int]]:
         """The other side cannot use this frame. Returns (computation, serial) of jobs to be ended for it."""
@@ -5739,9 +5739,10 @@ class Driver(Loop):
 
     def say(self, link: Link, message: Any) -> None:
         """As a Loop's; it is noted which jobs are in which frame."""
+        before = link.sent
         super().say(link, message)
         if type(message) is Jobs:
-            self.refusals.sent(link, message)
+            self.refusals.sent(link, message, before)
 
     def unsaid(self, link: Link, message: Any, text: str) -> None:
         """As a Loop's; who asks a scheduler for something gets the error."""
@@ -6716,6 +6717,7 @@ class Driver(Loop):
         cluster, peer = self._clusters[action.comp], self._peers[action.node]
         plain: List[Tuple[DispyJob, tuple]] = []
         code: List[Tuple[DispyJob, tuple]] = []
+        large = len(action.pairs) == 1 and len(action.pairs[0][1][4]) > LAZY   # such come alone, and take time to open
         journal = self._leaving.journals.get(action.comp)
         for pair in action.pairs:
             outcome = pair[1][1]
@@ -6730,7 +6732,7 @@ class Driver(Loop):
                 if outcome not in GOES_ON:
                     cluster._jobs_answered([pair[0]])
                 continue
-            if outcome in _MAY_OPEN and (outcome != Outcome.RAISED or len(unpack_error(pair[1][4])[1])):
+            if large or outcome in _MAY_OPEN and (outcome != Outcome.RAISED or len(unpack_error(pair[1][4])[1])):
                 code.append(pair)
             else:
                 plain.append(pair)

@@ -495,9 +495,9 @@ class FileStored(NamedTuple):
 class Part(NamedTuple):
     """Either side: a part of one row of Jobs or Results that is too large for a frame, in order of offset. The first brings the
     row, with `HOLLOW` in the place of its payload, and all say how large that is; when it is whole, it is as if the message had
-    come with this row alone. Messages of other computations may come between parts; those of the same one come behind the
-    last. A first part replaces what has come before of a row of its computation; one with a total of 0 is none, but says that
-    the rest will not come. `data` is a buffer, or a tuple of some."""
+    come with this row alone. Other messages may come between parts, but no parts of another row of the same computation. A
+    first part replaces what has come before of a row of its computation; one with a total of 0 is none, but says that the rest
+    will not come. `data` is a buffer, or a tuple of some."""
     comp: str
     row: tuple
     total: int
@@ -613,8 +613,10 @@ def is_over_limit(size: int) -> bool:
 
 
 def limit_values(most: int) -> None:
-    """Take no larger values in this process, and make none (--max-value)."""
+    """Take no larger values in this process, and make none (--max-value). Raises StartError."""
     global VALUE_MOST
+    if most < FRAME_FILL:   # less is not looked at one by one
+        raise StartError('--max-value %d: the least is %d' % (most, FRAME_FILL))
     VALUE_MOST = min(most, VALUE_MOST)
     FROM_WORKER[Kind.RESULT] = (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST)
 
@@ -1104,7 +1106,10 @@ _NEEDS = struct.Struct('>B3xI')    # 2, bytes of a pickled tuple of bundles' num
 
 class _Pieces(list):
     """What a pickler writes, as it comes: it passes large bytes objects on and does not copy them."""
-    write = list.append
+
+    def write(self, piece: Any) -> None:
+        """As of a file. No method of `list`: here other threads of the process, which speak to nodes, can go on between pieces."""
+        self.append(piece)
 
 
 _NO_MODULES: AbstractSet[str] = frozenset()
@@ -1164,6 +1169,45 @@ def split_needs(payload: Buffer) -> Tuple[Sequence[int], Buffer]:
     return numbers, memoryview(payload)[_NEEDS.size + length:]
 
 
+COPIED_AT_ONCE = 16 << 20   # bytes that are copied while no other thread of the process can run
+
+
+class _Source:
+    """A large payload as the file that an unpickler reads: other threads run between pieces of what it copies."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view, self._at = view, 0
+
+    def readinto(self, target: Any) -> int:
+        """As of a file."""
+        view, size = memoryview(target), min(len(target), len(self._view) - self._at)
+        for start in range(0, size, COPIED_AT_ONCE):
+            end = min(start + COPIED_AT_ONCE, size)
+            view[start:end] = self._view[self._at + start:self._at + end]
+        self._at += size
+        return size
+
+    def read(self, size: int) -> bytes:
+        """As of a file."""
+        self._at += size
+        return bytes(self._view[self._at - size:self._at])
+
+    def readline(self) -> bytes:
+        """As of a file; pickles of protocol 5 have no lines."""
+        raise EOFError
+
+
+def _load_large(view: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
+    return pickle.Unpickler(_Source(memoryview(view)), buffers=buffers).load()
+
+
+def _copy(view: memoryview) -> bytearray:
+    copy = bytearray(view[:COPIED_AT_ONCE])
+    for start in range(COPIED_AT_ONCE, len(view), COPIED_AT_ONCE):   # as above
+        copy += view[start:start + COPIED_AT_ONCE]
+    return copy
+
+
 def unseal(payload: Buffer) -> Any:
     """Open a payload. Runs the user's code; raises whatever that raises."""
     if payload[0] == 2:
@@ -1171,7 +1215,7 @@ def unseal(payload: Buffer) -> Any:
         if modules is not None:   # in the program itself its modules are there
             modules.need(needs)
     if payload[0] != 1:
-        return pickle.loads(payload)
+        return pickle.loads(payload) if len(payload) <= LAZY else _load_large(payload)
     view = memoryview(payload)
     _, count = _BUFFERS.unpack_from(view)
     lengths = struct.unpack_from('>%dQ' % (count + 1), view, _BUFFERS.size)
@@ -1181,6 +1225,8 @@ def unseal(payload: Buffer) -> Any:
         parts.append(view[at:at + length])
         at += length
     # A bytearray each: what numpy makes of a read-only view could not be written to by the job.
+    if len(view) > LAZY:
+        return _load_large(parts[0], [_copy(part) for part in parts[1:]])
     return pickle.loads(parts[0], buffers=[bytearray(part) for part in parts[1:]])
 
 
@@ -2556,6 +2602,11 @@ class Intake:
         self._head = b''
         self._large: Optional[memoryview] = None
         self._filled = 0
+
+    @property
+    def coming(self) -> int:
+        """Bytes of the unit that has begun and is not whole; -1 if there is none, or its head is not there."""
+        return self._body_size
 
     def measure(self, head: bytes) -> int:
         """Length of the body that follows `head`; may raise to refuse it."""
@@ -4702,6 +4753,10 @@ class Node:
         if self.stopping or self.paused:
             self._reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
             return
+        unfit = over_limit_here(message, 'on node %s' % self.name) if len(message.rows) == 1 else None
+        if unfit is not None:
+            self._on_unfit(link, unfit, now)
+            return
         shelved = self.shelf[comp.comp].serials if comp.comp in self.shelf else ()
         for serial, payload, options in message.rows:
             if serial in comp.attempts or serial in comp.unacknowledged or serial in shelved:
@@ -4779,6 +4834,8 @@ class Node:
 
     def _feed(self, comp: _Computation, worker: _Worker, count: int, now: float) -> None:
         attempts: List[Attempt] = []
+        if worker.queue and size_of(worker.queue[-1].payload) > LAZY:   # what stands behind it could not be taken back
+            return
         if comp.most:
             count = min(count, comp.most - worker.fed)
         while count > 0 and comp.waiting:
@@ -4787,6 +4844,8 @@ class Node:
                     or (attempts and (attempt.timeout or attempt.memory)):
                 break
             attempts.append(comp.waiting.popleft())
+            if attempt.counted > LAZY:   # alone, as above
+                count = 0
             self._count(attempt, False)   # what runs does not keep links from being read: orders come along them
             worker.queue.append(attempt)
             count -= 1
@@ -7105,6 +7164,24 @@ class Channel:
         self.sock.close()
 
 
+def unfit_text(size: int, text: str) -> str:
+    """What is said of arguments for which there is no room."""
+    return 'arguments of %d bytes cannot be taken: %s: send a file (depends)' % (size, text)
+
+
+def limit_text(where: str) -> str:
+    """Why a value over the limit of this process is not taken."""
+    return 'the limit for one value is %d (%s, --max-value)' % (VALUE_MOST, where)
+
+
+def over_limit_here(message: Jobs, where: str) -> Optional[Unfit]:
+    """What stands for a message of jobs that came in one frame and whose arguments are over the limit all the same, which is a
+    lower one than the default then. What is large comes alone."""
+    if len(message.rows) == 1 and size_of(message.rows[0][1]) > VALUE_MOST:
+        return Unfit(message.comp, message.rows[0], unfit_text(size_of(message.rows[0][1]), limit_text(where)))
+    return None
+
+
 class Coming:
     """A row of Jobs or Results that comes in parts. `place` takes its payload; None: it is passed over."""
     __slots__ = ('kind', 'row', 'total', 'seen', 'place')
@@ -7187,7 +7264,7 @@ class Values:
 
     def _begin(self, comp: str, value: Coming) -> Any:
         if value.total > VALUE_MOST:
-            return self._refuse(comp, value, 'the limit for one value is %d (%s)' % (VALUE_MOST, self.where))
+            return self._refuse(comp, value, limit_text(self.where))
         try:
             value.place = self.find_place(value)
         except (OSError, MemoryError) as exc:
@@ -7210,13 +7287,11 @@ class Values:
             value.place.drop()
             value.place = None
         row = value.row
-        text = '%s of %d bytes cannot be taken: %s: %s' % (
-            'arguments' if value.kind is Jobs else 'a result', value.total, text,
-            'send a file (depends)' if value.kind is Jobs else 'return less of it, or send a file (dispy_send_file)')
         if value.kind is Jobs:
-            return Unfit(comp, row, text)
+            return Unfit(comp, row, unfit_text(value.total, text))
+        text = 'a result of %d bytes cannot be taken: %s: return less of it, or send a file (dispy_send_file)' % (value.total, text)
         if row[1] in GOES_ON:
-            self._log.error('provisional result: %s', text)
+            self._log.error('provisional: %s', text)
             return None
         return Results(comp, [(row[0], int(Outcome.RAISED), row[2], row[3], pack_error(text, None), *row[5:])])
 
@@ -7245,14 +7320,15 @@ class Link(Channel):
         self.on_purpose = False
         self._takes = takes
         self.values: Optional[Values] = None   # the loop's, while attached
-        # Computation -> messages that go in parts, and those that wait behind them
-        self.later: Dict[str, Deque[Union[InParts, tuple]]] = {}
+        # Computation -> messages that go in parts, and those that have to stay behind them: as `pack` makes them, with their serials
+        self.later: Dict[str, Deque[Union[InParts, Tuple[tuple, FrozenSet[int]]]]] = {}
+        self.unmade = 0    # bytes of `queued` that parts will be made of
 
     def send(self, message: Any) -> None:
         """Queue a message. Raises ValueError for one that is too large, before anything of it is queued. One that is too large
-        for a frame only goes in parts."""
-        if self.later and type(message) in SPEAK_OF_COMPS and message.comp in self.later:
-            self._send_later(message)
+        for a frame only goes in parts, and others overtake it: all but what tells more of the same job, or that nothing more is
+        told of the computation."""
+        if self.later and type(message) in (Results, Refused, Done) and message.comp in self.later and self._stays_behind(message):
             return
         try:
             buffers = self._sealer.seal(message)
@@ -7261,18 +7337,19 @@ class Link(Channel):
         else:
             self.push(buffers)
 
-    def _send_later(self, message: Any) -> None:
-        """Behind what goes in parts of the same computation."""
+    def _stays_behind(self, message: Any) -> bool:
         if type(message) is Done:
             self.abandon(message.comp)
-            self.push(self._sealer.seal(message))
-            return
+            return False
+        waiting = self.later[message.comp]
+        serials = frozenset(row[0] for row in message.rows) if type(message) is Results else frozenset()
+        if serials and not any(each.row[0] in serials if isinstance(each, InParts) else each[1] & serials for each in waiting):
+            return False
         try:
-            packed = self._sealer.pack(message)   # now, since what it holds may be changed
+            waiting.append((self._sealer.pack(message), serials))   # packed now, since what it holds may be changed
         except TooLarge as exc:
             self._in_parts(message, exc)
-        else:
-            self.later[message.comp].append(packed)
+        return True
 
     def _in_parts(self, message: Any, exc: TooLarge) -> None:
         """Raises `exc` for a message that cannot go so."""
@@ -7282,9 +7359,13 @@ class Link(Channel):
         if whole.total > VALUE_MOST:
             raise TooLarge('%s with a value of %d bytes is over the limit of %d' % (type(message).__name__, whole.total, VALUE_MOST))
         self.later.setdefault(message.comp, collections.deque()).append(whole)
-        self.queued += whole.total
+        self._count(whole.total)
         if self.dirty is not None:
             self.dirty.add(self)
+
+    def _count(self, size: int) -> None:
+        self.queued += size
+        self.unmade += size
 
     def go_on(self) -> None:
         """Make parts while the socket takes them."""
@@ -7303,10 +7384,10 @@ class Link(Channel):
             part = first.next()
             if part is not None:
                 self.push(self._sealer.seal(part))
-                self.queued -= left - first.left
+                self._count(first.left - left)
                 return
         else:
-            self.push(self._sealer.frame(*first))
+            self.push(self._sealer.frame(*first[0]))
         waiting.popleft()
         if not waiting:
             del self.later[comp]
@@ -7319,7 +7400,7 @@ class Link(Channel):
         for each in unwanted:
             if each.left < each.total:
                 self.push(self._sealer.seal(Part(comp, (), 0, 0, b'')))
-            self.queued -= each.left
+            self._count(-each.left)
         kept = collections.deque(each for each in waiting if each not in unwanted) if serials is not None else ()
         if kept:
             self.later[comp] = kept  # type: ignore[assignment]
@@ -7387,6 +7468,11 @@ class Pipe(Channel):
                 self._asks = False
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
         return count
+
+    @property
+    def is_large(self) -> bool:
+        """Whether what comes now is large."""
+        return self._records.coming > LAZY
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
@@ -9216,6 +9302,8 @@ class Daemon(Loop):
         if rows:
             self._tell(WorkerResults(pipe.worker, rows))
             self._hold_back(pipe)
+        elif pipe.is_large:
+            self._hold_back(pipe)
         return len(records)
 
     def _from_job(self, pipe: Pipe, record: Record) -> None:
@@ -9244,19 +9332,24 @@ class Daemon(Loop):
 
     def _hold_back(self, pipe: Pipe) -> None:
         """Files or results come faster than the client takes them: the worker's pipe is not read for a while."""
-        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self.links.values()):
+        if pipe.dirty is not None and self._must_wait(pipe, HELD_BACK):
             pipe.paused = True
             self._held.add(pipe)
             self.interest(pipe)
 
+    def _must_wait(self, pipe: Pipe, most: int) -> bool:
+        """Whether more than so much waits on a link. A large result on its way keeps others back that are large, of which memory
+        should hold no two, and not those that are small."""
+        return any(link.queued - link.unmade > most or (link.unmade and pipe.is_large) for link in self.links.values())
+
     def _let_go(self) -> None:
-        for pipe in self._held:
+        for pipe in [pipe for pipe in self._held if not self._must_wait(pipe, HELD_BACK // 2)]:
             pipe.paused = False
             self.interest(pipe)
-        self._held.clear()
+            self._held.remove(pipe)
 
     def _may_let_go(self) -> bool:
-        return bool(self._held) and all(link.queued <= HELD_BACK // 2 for link in self.links.values())
+        return bool(self._held) and not all(self._must_wait(pipe, HELD_BACK // 2) for pipe in self._held)
 
     def _run_of(self, worker: int) -> Optional[_Run]:
         for run in self._runs.values():
