@@ -5202,6 +5202,7 @@ class Refusals:
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed."""
     log = logger
+    PARTING = 2.0    # parts of large values may fill a link; without these words the other side waits for this program
 
     def __init__(self, access: Access, instance: bytes = b'') -> None:
         self.instance = instance or _instance

@@ -7110,6 +7110,19 @@ class Channel:
                 sent -= len(view)
                 self._out.popleft()
 
+    def drain(self, seconds: float) -> None:
+        """Send what was pushed, and wait so long for room at most. Raises OSError."""
+        until = time.monotonic() + seconds
+        self.write()
+        if not self._out or seconds <= 0:
+            return
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.sock, selectors.EVENT_WRITE)
+            while self._out and selector.select(until - time.monotonic()):
+                self.write()
+                if time.monotonic() > until:
+                    return
+
     def _send_some(self) -> int:
         view, passing = self._out[0]
         if passing is not None:
@@ -7503,6 +7516,7 @@ class Loop:
     anything being found that could be ended, is itself at fault: `run` raises LoopFailed.
     """
     log = logger
+    PARTING = 0.0    # s that an end on purpose waits for room for its last words
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -7647,7 +7661,7 @@ class Loop:
         if not link.owes:
             self.say(link, Bye(text[:1000]))
         with contextlib.suppress(OSError):   # it is closed all the same
-            link.write()
+            link.drain(self.PARTING)
         self.detach(link)
 
     def run(self) -> None:

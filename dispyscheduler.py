@@ -1121,6 +1121,7 @@ class Quota:
 class Scheduler(Driver):
     """See the module's docstring. Driver is its side towards nodes."""
     log = logger
+    PARTING = 0.0
 
     def __init__(self, options: Options) -> None:
         self._options = options

@@ -15,11 +15,11 @@ import dispy
 import dispynode
 from conftest import ROOT, eventually
 from dispynode import (
-    HOLLOW, MESSAGES, OPS, Compute, Done, InParts, Introduce, Jobs, Link, Outcome, Part, PeerError, Ready, Refused, Results,
-    Role, Session, Started, Unfit, Values, Wrong, beside, frames, sized)
+    HOLLOW, MESSAGES, OPS, Done, InParts, Introduce, Jobs, Link, Outcome, Part, PeerError, Refused, Results, Role, Session,
+    Started, Unfit, Values, Welcome, Wrong, beside, frames, sized)
 from nodes import NodeProcess, SchedulerProcess
 from proxy import DOWN, UP, Proxy
-from test_programs import Talk, spec
+from test_programs import Talk
 
 MIB = 1 << 20
 FRAME = 3 * MIB       # what a frame of jobs or of results may have here
@@ -416,8 +416,8 @@ def test_a_liar_ends_its_own_link_alone(tmp_path, lie):
     """The node goes on, has not taken what was announced, and serves the next one."""
     with NodeProcess(tmp_path) as node:
         with Talk(node.port, wanted=Role.NODE) as talk:
-            talk.say(Introduce('x', 600.0), Compute('c', {name: value for name, value in spec(cleanup=True).items() if name != 'shared'}))
-            talk.hear(Ready)
+            talk.say(Introduce('x', 600.0))
+            talk.hear(Welcome)
             before = psutil.Process(node.process.pid).memory_info().rss
             if lie == 'silence':
                 talk.say(job_part(2 << 30, 0, b'x' * MIB))
