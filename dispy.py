@@ -382,7 +382,7 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool) -> None:
     status = int(job._state)
     if outcome == 1 or outcome == 2:   # RETURNED, RETURNED_CODE
         try:
-            job.result = unseal(payload)
+            job.result = unseal(payload, True)
         except BaseException as exc:  # unpickling runs the user's code
             status = DispyJob.Terminated
             job.exception = 'the result could not be opened here: %s' % describe_exception(exc, 1)
@@ -7552,7 +7552,7 @@ class JobCluster:
     def _show(self, job: DispyJob, row: tuple) -> bool:
         """A provisional result; false if the job has ended meanwhile, or it cannot be opened."""
         try:
-            value = unseal(row[4])
+            value = unseal(row[4], True)
         except BaseException as exc:  # unpickling runs the user's code
             logger.error('a provisional result of job %r could not be opened: %s', job.id, describe_exception(exc, 1))
             return False

@@ -138,8 +138,8 @@ MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of th
 HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
 WRITE_MOST = 32 << 20         # bytes that are written to one channel in one turn, so that others are served
 LAZY = 64 << 20               # bytes from which memory for what comes is mapped, and taken only as it is filled
-ARGUMENTS_COPIED = 3          # times that a node has arguments in memory: the daemon, the worker as they came, and opened
-RESULTS_COPIED = 2            # times that a program has a result: as it came, and opened
+ARGUMENTS_COPIED = 2          # times that a node has arguments in memory: the daemon and the worker, which opens them in place
+RESULTS_COPIED = 1            # times that a program has a result, which is opened in place too
 SHORTEST, LONGEST = 1e-3, 10 * 365.25 * 86400   # s that an interval of an option may have
 LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
 DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
@@ -1173,61 +1173,82 @@ COPIED_AT_ONCE = 16 << 20   # bytes that are copied while no other thread of the
 
 
 class _Source:
-    """A large payload as the file that an unpickler reads: other threads run between pieces of what it copies."""
+    """A large payload, or a part of it, as the file that an unpickler reads. Other threads run between pieces of what it copies. If it
+    is read `once`, the system gets the memory of what was read back: it is never there twice."""
 
-    def __init__(self, view: memoryview) -> None:
-        self._view, self._at = view, 0
+    def __init__(self, view: memoryview, once: bool) -> None:
+        memory = view.obj
+        self._memory: Any = memory if once and isinstance(memory, mmap.mmap) and len(memory) == len(view) and hasattr(mmap, 'MADV_DONTNEED') else None
+        self._view, self._at, self._end = view, 0, len(view)
+
+    def goto(self, at: int, size: int) -> None:
+        """Read so many bytes from there on next."""
+        self._at, self._end = at, at + size
 
     def readinto(self, target: Any) -> int:
         """As of a file."""
-        view, size = memoryview(target), min(len(target), len(self._view) - self._at)
+        view = memoryview(target)
+        size = min(len(view), self._end - self._at)
         for start in range(0, size, COPIED_AT_ONCE):
             end = min(start + COPIED_AT_ONCE, size)
-            view[start:end] = self._view[self._at + start:self._at + end]
-        self._at += size
+            view[start:end] = self._view[self._at:self._at + end - start]
+            self._went(end - start)
         return size
 
     def read(self, size: int) -> bytes:
         """As of a file."""
-        self._at += size
-        return bytes(self._view[self._at - size:self._at])
+        data = bytes(self._view[self._at:min(self._at + size, self._end)])
+        self._went(len(data))
+        return data
 
     def readline(self) -> bytes:
-        """As of a file; pickles of protocol 5 have no lines."""
-        raise EOFError
+        """As of a file. Only pickles of old protocols have lines."""
+        line = io.BytesIO(self._view[self._at:min(self._at + NAME_MOST, self._end)]).readline()
+        self._went(len(line))
+        return line
+
+    def copy(self) -> bytearray:
+        """All that is to be read."""
+        data = bytearray()
+        while self._at < self._end:
+            data += self.read(COPIED_AT_ONCE)
+        return data
+
+    def _went(self, size: int) -> None:
+        first, self._at = -(-self._at // mmap.PAGESIZE), self._at + size
+        last = self._at // mmap.PAGESIZE
+        if self._memory is not None and size > FILE_PIECE and last > first:
+            self._memory.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)  # type: ignore[attr-defined]
 
 
-def _load_large(view: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
-    return pickle.Unpickler(_Source(memoryview(view)), buffers=buffers).load()
-
-
-def _copy(view: memoryview) -> bytearray:
-    copy = bytearray(view[:COPIED_AT_ONCE])
-    for start in range(COPIED_AT_ONCE, len(view), COPIED_AT_ONCE):   # as above
-        copy += view[start:start + COPIED_AT_ONCE]
-    return copy
-
-
-def unseal(payload: Buffer) -> Any:
-    """Open a payload. Runs the user's code; raises whatever that raises."""
+def unseal(payload: Buffer, once: bool = False) -> Any:
+    """Open a payload. Runs the user's code; raises whatever that raises. With `once` nobody will look at the payload again."""
+    view, at = payload, 0
     if payload[0] == 2:
-        needs, payload = split_needs(payload)
+        needs, view = split_needs(payload)
+        at = len(payload) - len(view)
         if modules is not None:   # in the program itself its modules are there
             modules.need(needs)
-    if payload[0] != 1:
-        return pickle.loads(payload) if len(payload) <= LAZY else _load_large(payload)
-    view = memoryview(payload)
+    large = _Source(memoryview(payload), once) if len(payload) > LAZY else None
+    if view[0] != 1:
+        if large is None:
+            return pickle.loads(view)
+        large.goto(at, len(view))
+        return pickle.Unpickler(large).load()
+    view = memoryview(view)
     _, count = _BUFFERS.unpack_from(view)
     lengths = struct.unpack_from('>%dQ' % (count + 1), view, _BUFFERS.size)
-    at = _BUFFERS.size + 8 * (count + 1)
-    parts = []
-    for length in lengths:
-        parts.append(view[at:at + length])
-        at += length
+    start = _BUFFERS.size + 8 * (count + 1)
+    ends = list(itertools.accumulate(lengths, initial=start))
     # A bytearray each: what numpy makes of a read-only view could not be written to by the job.
-    if len(view) > LAZY:
-        return _load_large(parts[0], [_copy(part) for part in parts[1:]])
-    return pickle.loads(parts[0], buffers=[bytearray(part) for part in parts[1:]])
+    if large is None:
+        return pickle.loads(view[start:ends[1]], buffers=[bytearray(view[begin:end]) for begin, end in zip(ends[1:], ends[2:])])
+    buffers = []
+    for begin, length in zip(ends[1:], lengths[1:]):
+        large.goto(at + begin, length)
+        buffers.append(large.copy())
+    large.goto(at + start, lengths[0])
+    return pickle.Unpickler(large, buffers=buffers).load()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -6363,7 +6384,7 @@ class Worker:
                 if self._slots[1] == record.serial:
                     raise KeyboardInterrupt   # cancelled in the moment in which it starts
                 spaces.added.clear()
-                args, kwargs, *extras = unseal(record.bodies[0])
+                args, kwargs, *extras = unseal(record.bodies[0], True)
                 if len(record.bodies[0]) > LAZY:   # the job has its memory
                     self._free(record)
                 if extras:
@@ -7287,11 +7308,11 @@ class Values:
     def find_place(self, value: Coming) -> Any:
         """Where a value comes to lie. Raises MemoryError or OSError if there is no room."""
         free = free_memory()
-        needed = value.copies * value.total
+        needed = value.copies * value.total + LAZY
         if free is not None:
             free -= sum(other.copies * other.total - other.seen for other in self._coming.values() if other.place is not None)
             if needed > free:
-                raise MemoryError('%d bytes of memory are free, and it is there %d times' % (max(0, free), value.copies))
+                raise MemoryError('%d bytes of memory are free, and %d are needed' % (max(0, free), needed))
         return InMemory(value.total)
 
     def _refuse(self, comp: str, value: Coming, text: str) -> Any:

@@ -5,7 +5,8 @@ import hashlib
 import logging
 import os
 import socket
-
+import subprocess
+import sys
 import textwrap
 
 import psutil
@@ -354,6 +355,71 @@ def test_what_a_recovery_file_says_of_a_result_that_was_too_large(tmp_path, monk
     [(_, state, _, found)] = journal.known()
     assert state == journal.ENDED and found[0] == Outcome.RAISED and b'was not kept in the recovery file' in found[3]
     journal.close(remove=True)
+
+
+# -- opening --------------------------------------------------------------------------------------------------------------
+
+def mapped_payload(payload):
+    data = b''.join(bytes(piece) for piece in dispynode.pieces_of(payload))
+    memory = dispynode.mapped(len(data))
+    memory[:] = data
+    return memory
+
+
+class Buffers:
+    """Has large buffers beside its pickle."""
+
+    def __init__(self, *contents):
+        self.contents = contents
+
+    def __reduce_ex__(self, protocol):
+        import pickle
+        return Buffers, tuple(map(pickle.PickleBuffer, self.contents))
+
+
+@pytest.mark.parametrize('once', [False, True])
+@pytest.mark.parametrize('needs', [False, True])
+def test_large_payloads_open_as_small_ones_do(monkeypatch, once, needs):
+    monkeypatch.setattr(dispynode, 'COPIED_AT_ONCE', MIB + 5)
+    values = [pattern(9 * MIB), [bytearray(pattern(7 * MIB, b'1')), 'text' * MIB, {'a': pattern(5 * MIB)}, list(range(10000))],
+              Buffers(bytearray(pattern(6 * MIB)), bytearray(b'small'), bytearray(pattern(9 * MIB + 3, b'2')))]
+    for value in values:
+        payload = dispynode.seal(value).payload
+        if needs:
+            payload = dispynode.with_needs(payload, [3, 4])
+        small = dispynode.unseal(mapped_payload(payload))
+        monkeypatch.setattr(dispynode, 'LAZY', MIB)
+        for place in (mapped_payload(payload), memoryview(b'x' + bytes(mapped_payload(payload)))[1:]):
+            large = dispynode.unseal(place, once)
+            if isinstance(value, Buffers):
+                assert large.contents == small.contents == value.contents and type(large.contents[0]) is bytearray
+            else:
+                assert large == small == value
+        monkeypatch.undo()
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='memory is given back so on Linux alone')
+@pytest.mark.parametrize('make', [bytes, lambda data: Buffers(bytearray(data))], ids=['bytes', 'buffers'])
+def test_what_is_opened_once_is_there_once(make):
+    """The peak of a process of its own, 300 MiB above what it has."""
+    code = textwrap.dedent('''
+        import resource, sys
+        import dispynode
+        from test_parts import Buffers, mapped_payload
+        payload = dispynode.seal(%s).payload
+        memory = dispynode.mapped(sum(map(len, dispynode.pieces_of(payload))))
+        at = 0
+        for piece in dispynode.pieces_of(payload):
+            memory[at:at + len(piece)] = piece
+            at += len(piece)
+        del payload, piece
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        value = dispynode.unseal(memory, True)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    ''' % ("b'x' * (300 << 20)" if make is bytes else "Buffers(bytearray(300 << 20))"))
+    path = os.pathsep.join([ROOT, os.path.join(ROOT, 'tests'), os.path.join(ROOT, 'tests', 'faults')])
+    more = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, check=True, env=dict(os.environ, PYTHONPATH=path)).stdout
+    assert int(more) < 60 << 10
 
 
 # -- lies -----------------------------------------------------------------------------------------------------------------
