@@ -5175,13 +5175,13 @@ class Refusals:
         self._sent: Dict[int, Deque[Tuple[int, int, str, List[int]]]] = {}
         self._counts: Dict[Tuple[str, int], int] = collections.Counter()   # (computation, job number) -> frames
 
-    def sent(self, link: Link, frame: Jobs, before: int) -> None:
-        """A frame of jobs was sent on a link on which so many had been sent before."""
+    def sent(self, link: Link, frame: Jobs) -> None:
+        """A frame of jobs was sent."""
         frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
-        last = link.sent - 1
-        if link.sent == before:   # it goes in parts, some time among others
-            last += 2 * (link.queued // FILE_PIECE) + FRAMES_NOTED
-        frames_of.append((before, last, frame.comp, [row[0] for row in frame.rows]))
+        first = last = link.sent - 1
+        if link.later and link.goes_in_parts(frame):   # some time among others
+            first, last = link.sent, link.sent + 2 * (link.queued // FILE_PIECE) + FRAMES_NOTED
+        frames_of.append((first, last, frame.comp, [row[0] for row in frame.rows]))
 
     def refused(self, link: Link, number: int) -> List[Tuple[str, int]]:
         """The other side cannot use this frame. Returns (computation, serial) of jobs to be ended for it."""
@@ -5740,10 +5740,9 @@ class Driver(Loop):
 
     def say(self, link: Link, message: Any) -> None:
         """As a Loop's; it is noted which jobs are in which frame."""
-        before = link.sent
         super().say(link, message)
         if type(message) is Jobs:
-            self.refusals.sent(link, message, before)
+            self.refusals.sent(link, message)
 
     def unsaid(self, link: Link, message: Any, text: str) -> None:
         """As a Loop's; who asks a scheduler for something gets the error."""
@@ -6525,7 +6524,8 @@ class Driver(Loop):
         return peer.link.abandon(comp, serials) if peer.link is not None and peer.link.later else []
 
     def _on_results(self, peer: Peer, message: Results) -> None:
-        self._unsend(peer, message.comp, (row[0] for row in message.rows))
+        if peer.link is not None and peer.link.later:
+            self._unsend(peer, message.comp, [row[0] for row in message.rows])
         if message.comp in self._reclaimed:
             self._reclaimed[message.comp].results(peer, message.rows)
             serials = [row[0] for row in message.rows if row[1] not in GOES_ON]

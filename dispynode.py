@@ -659,6 +659,7 @@ class InParts:
     """A message that is too large for a frame, on its way. Its one row goes in parts, as the link has room for them."""
 
     def __init__(self, message: Any) -> None:
+        self.message = message
         self.comp, (self.row,) = message
         place = 4 if len(self.row) == 7 else 1
         self._buffers = [memoryview(piece).cast('B') for piece in pieces_of(self.row[place])]
@@ -2714,9 +2715,8 @@ class FrameSealer:
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
 
-    @staticmethod
-    def pack(message: Any) -> Tuple[int, int, List[Buffer], int]:
-        """A message as `encode` makes it, and its bytes. Raises ValueError when they are too many."""
+    def seal(self, message: Any) -> List[Buffer]:
+        """The frame as buffers to be sent one behind the other. Raises ValueError when it would be too large."""
         op, encoding, pieces = encode(message)
         size = sum(map(len, pieces))
         bounds = BOUNDS_OF.get(type(message), BOUNDS)
@@ -2724,14 +2724,6 @@ class FrameSealer:
             raise ValueError('%s with an envelope of %d bytes is over the limit of %d' % (type(message).__name__, len(pieces[0]), bounds.size))
         if size > MESSAGES[op][1]:
             raise TooLarge('%s of %d bytes is over the limit of %d' % (type(message).__name__, size, MESSAGES[op][1]))
-        return op, encoding, pieces, size
-
-    def seal(self, message: Any) -> List[Buffer]:
-        """The frame as buffers to be sent one behind the other. Raises ValueError when it would be too large."""
-        return self.frame(*self.pack(message))
-
-    def frame(self, op: int, encoding: int, pieces: List[Buffer], size: int) -> List[Buffer]:
-        """The same for what `pack` has made. Frames are to be sent in the order in which they are made."""
         header = _FRAME.pack(size, op, encoding, 0, 0)
         head = header + hmac.digest(self._key, _SEQ.pack(self._seq, 0) + header, 'sha256')[:HEAD_TAG]
         mac = self._mac.copy()
@@ -7354,8 +7346,8 @@ class Link(Channel):
         self.on_purpose = False
         self._takes = takes
         self.values: Optional[Values] = None   # the loop's, while attached
-        # Computation -> messages that go in parts, and those that have to stay behind them: as `pack` makes them, with their serials
-        self.later: Dict[str, Deque[Union[InParts, Tuple[tuple, FrozenSet[int]]]]] = {}
+        # Computation -> messages that go in parts, and those that have to stay behind them
+        self.later: Dict[str, Deque[Union[InParts, Results, Refused]]] = {}
         self.unmade = 0    # bytes of `queued` that parts will be made of
 
     def send(self, message: Any) -> None:
@@ -7376,14 +7368,19 @@ class Link(Channel):
             self.abandon(message.comp)
             return False
         waiting = self.later[message.comp]
-        serials = frozenset(row[0] for row in message.rows) if type(message) is Results else frozenset()
-        if serials and not any(each.row[0] in serials if isinstance(each, InParts) else each[1] & serials for each in waiting):
-            return False
-        try:
-            waiting.append((self._sealer.pack(message), serials))   # packed now, since what it holds may be changed
-        except TooLarge as exc:
-            self._in_parts(message, exc)
+        if type(message) is Results:
+            serials = {row[0] for row in message.rows}
+            rows = [row for each in waiting if not isinstance(each, Refused)
+                    for row in ([each.row] if isinstance(each, InParts) else each.rows)]
+            if not any(row[0] in serials for row in rows):
+                return False
+        waiting.append(message)
         return True
+
+    def goes_in_parts(self, message: Any) -> bool:
+        """Whether this message, of one row, was the last that was sent and goes in parts."""
+        waiting = self.later.get(message.comp)
+        return bool(waiting) and isinstance(waiting[-1], InParts) and waiting[-1].message is message  # type: ignore[index]
 
     def _in_parts(self, message: Any, exc: TooLarge) -> None:
         """Raises `exc` for a message that cannot go so."""
@@ -7421,7 +7418,13 @@ class Link(Channel):
                 self._count(first.left - left)
                 return
         else:
-            self.push(self._sealer.frame(*first[0]))
+            try:
+                self.push(self._sealer.seal(first))
+            except TooLarge as exc:
+                self._in_parts(first, exc)   # to the end, and from there to its place
+                waiting.rotate(1)
+                del waiting[1]
+                return
         waiting.popleft()
         if not waiting:
             del self.later[comp]
@@ -9367,7 +9370,7 @@ class Daemon(Loop):
 
     def _hold_back(self, pipe: Pipe) -> None:
         """Files or results come faster than the client takes them: the worker's pipe is not read for a while."""
-        if pipe.dirty is not None and self._must_wait(pipe, HELD_BACK):
+        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self.links.values()) and self._must_wait(pipe, HELD_BACK):
             pipe.paused = True
             self._held.add(pipe)
             self.interest(pipe)

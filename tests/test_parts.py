@@ -241,7 +241,7 @@ def test_a_scheduler_that_is_killed_has_what_it_was_given(tmp_path, small_frames
 
 def test_arguments_for_which_a_node_has_no_memory_end_their_job_alone(tmp_path, small_frames):
     """With a text; the job takes no second node with it, and the link goes on."""
-    script = stand_in(tmp_path / 'changed', 'def free_memory(): return 20 << 20')
+    script = stand_in(tmp_path / 'changed', 'def free_memory(): return 15 << 20')
     with NodeProcess(tmp_path / 'a', script=script) as one, NodeProcess(tmp_path / 'b', script=script) as two:
         with Proxy(one.address) as first, Proxy(two.address) as second:
             with dispy.JobCluster(work, nodes=[first.address, second.address], reentrant=True) as cluster:
@@ -260,7 +260,7 @@ def test_a_result_for_which_a_program_has_no_memory(tmp_path, small_frames, monk
     with NodeProcess(tmp_path / 'node', script=stand_in(tmp_path / 'changed')) as node, Proxy(node.address) as proxy:
         with dispy.JobCluster(work, nodes=[proxy.address]) as cluster:
             assert cluster.submit(b'', '', 0)(30)
-            monkeypatch.setattr(dispynode, 'free_memory', lambda: 10 << 20)
+            monkeypatch.setattr(dispynode, 'free_memory', lambda: 8 << 20)
             job = cluster.submit(b'', 'result', 9 * MIB)
             job.wait(30)
             assert job.status == job.Terminated and 'a result of 94' in job.exception and 'in the program' in job.exception
@@ -271,7 +271,7 @@ def test_a_provisional_result_for_which_there_is_no_memory_ends_nothing(tmp_path
     with NodeProcess(tmp_path / 'node', script=stand_in(tmp_path / 'changed')) as node:
         with dispy.JobCluster(work, nodes=[node.address]) as cluster:
             assert cluster.submit(b'', '', 0)(30)
-            monkeypatch.setattr(dispynode, 'free_memory', lambda: 10 << 20)
+            monkeypatch.setattr(dispynode, 'free_memory', lambda: 8 << 20)
             assert cluster.submit(b'', 'provisional', 9 * MIB)(30)
     assert 'provisional: a result of 94' in caplog.text
 
@@ -401,7 +401,7 @@ def test_large_payloads_open_as_small_ones_do(monkeypatch, once, needs):
 @pytest.mark.skipif(sys.platform != 'linux', reason='memory is given back so on Linux alone')
 @pytest.mark.parametrize('make', [bytes, lambda data: Buffers(bytearray(data))], ids=['bytes', 'buffers'])
 def test_what_is_opened_once_is_there_once(make):
-    """The peak of a process of its own, 300 MiB above what it has."""
+    """The peak of memory of a process of its own, which opens 300 MiB."""
     code = textwrap.dedent('''
         import resource, sys
         import dispynode
@@ -617,7 +617,7 @@ def test_parts_are_of_bounded_size():
 
 
 def test_memory_that_is_promised_counts(monkeypatch):
-    monkeypatch.setattr(dispynode, 'free_memory', lambda: 100 * MIB)
+    monkeypatch.setattr(dispynode, 'free_memory', lambda: 70 * MIB)
     values, takes = Values('here', logging.getLogger()), (OPS[Jobs],)
     assert values.take(1, job_part(20 * MIB, 0, b'x'), takes) is None
     assert type(values.take(2, job_part(20 * MIB, 0, b'x'), takes)) is Unfit
