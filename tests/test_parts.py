@@ -616,7 +616,7 @@ def test_parts_are_of_bounded_size():
     assert sum(map(len, dispynode.encode(first)[2])) <= MESSAGES[OPS[Part]][1]
 
 
-def test_memory_that_is_promised_counts(monkeypatch):
+def test_memory_that_is_promised_counts(monkeypatch, small_frames):
     monkeypatch.setattr(dispynode, 'free_memory', lambda: 70 * MIB)
     values, takes = Values('here', logging.getLogger()), (OPS[Jobs],)
     assert values.take(1, job_part(20 * MIB, 0, b'x'), takes) is None
