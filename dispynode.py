@@ -4237,6 +4237,7 @@ class Node:
         self.held_since = 0.0
         self._turned_away: Set[int] = set()     # links that were refused because another holds the node
         self.held_bytes = 0
+        self._in_parts: List[Attempt] = []      # whose arguments came so
         self.stopping = False
         self._disk_full = False     # which was told
         self._workers_at = 0.0      # when the next worker may be started
@@ -4782,6 +4783,16 @@ class Node:
             comp.attempts[serial] = attempt
             comp.enqueue(attempt)
             self._count(attempt, True)
+        if len(message.rows) == 1 and size_of(message.rows[0][1]) > MAX_FRAME and message.rows[0][0] in comp.attempts:
+            self._in_parts.append(comp.attempts[message.rows[0][0]])
+
+    def is_full(self) -> bool:
+        """Whether so much waits that links are not to be read: without what came in parts, for which memory was found before."""
+        held = self.held_bytes
+        if held > RECEIVE_BUDGET and self._in_parts:
+            self._in_parts = [attempt for attempt in self._in_parts if attempt.serial in attempt.comp.attempts]
+            held -= sum(attempt.counted for attempt in self._in_parts)
+        return held > RECEIVE_BUDGET
 
     def _on_unfit(self, link: int, message: Unfit, now: float) -> None:
         """An attempt whose arguments find no room here."""
@@ -8889,7 +8900,7 @@ class Daemon(Loop):
             self._hello()
         if self._may_let_go():
             self._let_go()
-        full = self.node.held_bytes > RECEIVE_BUDGET
+        full = self.node.is_full()
         for link in self.links.values():
             if link.paused != full:
                 link.paused = full

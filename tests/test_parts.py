@@ -422,6 +422,25 @@ def test_what_is_opened_once_is_there_once(make):
     assert int(more) < 60 << 10
 
 
+def test_what_came_in_parts_and_waits_keeps_no_link_from_being_read(monkeypatch):
+    """Its memory was looked for before it came; cancels of other jobs are read on."""
+    from test_node_state import Talk as NodeTalk
+    monkeypatch.setattr(dispynode, 'MAX_FRAME', 3 * MIB)
+    monkeypatch.setattr(dispynode, 'RECEIVE_BUDGET', MIB)
+    talk = NodeTalk(cpus=1)
+    talk.ready()
+    talk.jobs(1)
+    talk.jobs(2, payload=bytes(4 * MIB))
+    assert talk.node.held_bytes >= 4 * MIB and not talk.node.is_full()
+    talk.jobs(3, payload=bytes(2 * MIB))
+    assert talk.node.is_full()
+    talk.say(dispynode.Cancel('c', [3]))
+    assert not talk.node.is_full()
+    talk.say(dispynode.Cancel('c', [2]))
+    talk.jobs(4, payload=bytes(2 * MIB))
+    assert talk.node.is_full() and not talk.node._in_parts
+
+
 # -- lies -----------------------------------------------------------------------------------------------------------------
 
 def job_part(total, offset, data, serial=1):
