@@ -111,7 +111,7 @@ __all__ = [
 # ---------------------------------------------------------------------------------------------------------
 
 AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it runs, however short they are
-JOURNAL_MOST = 900 << 20      # bytes of arguments, or of a result, that a recovery file holds: SQLite takes a billion
+JOURNAL_MOST = 900 << 20      # bytes of arguments, or of a result, that a recovery file holds
 AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
 SHARED_ARGS_MOST = 15 << 20   # bytes of setup_args that go by way of a scheduler
 DIALS_MOST = 64               # nodes that are dialled at the same time
@@ -4626,12 +4626,14 @@ class Journal(Database):
         self.note(self.MOVE, work._comp, self.WAITING, work._serial, None, work._serial >> 16)
 
     def ended(self, work: Work, result: Any) -> None:
-        """A row of Results, or the text of one that ended without. A result that is too large for the file is known until this
-        program ends, and not to the next."""
+        """A row of Results, or the text of one that ended without. A result that is too large for
+        the file is known until this program ends, and not to the next."""
         state = work._state
         if not isinstance(result, str) and size_of(result[4]) > JOURNAL_MOST:
-            text = 'its result of %d bytes was not kept in the recovery file, whose limit is %d' % (size_of(result[4]), JOURNAL_MOST)
-            state, result = JobState.TERMINATED, (result[0], int(Outcome.RAISED), *result[2:4], pack_error(text, None), *result[5:])
+            text = 'its result of %d bytes was not kept in the recovery file, whose limit is %d' % (
+                size_of(result[4]), JOURNAL_MOST)
+            state = JobState.TERMINATED
+            result = (result[0], int(Outcome.RAISED), *result[2:4], pack_error(text, None), *result[5:])
         plain = result if isinstance(result, str) else (*result[1:4], *map(bytes, map(_joined, result[4:])))
         self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), work._serial >> 16)
 
@@ -5202,7 +5204,7 @@ class Refusals:
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed."""
     log = logger
-    PARTING = 2.0    # parts of large values may fill a link; without these words the other side waits for this program
+    PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
 
     def __init__(self, access: Access, instance: bytes = b'') -> None:
         self.instance = instance or _instance
@@ -6520,7 +6522,8 @@ class Driver(Loop):
 
     @staticmethod
     def _unsend(peer: Peer, comp: str, serials: Iterable[int]) -> List[int]:
-        """Large arguments of these need not go on to a node. Returns serials of those that have not come there."""
+        """Large arguments of these need not go on to a node. Returns serials of those that have not
+        come there."""
         return peer.link.abandon(comp, serials) if peer.link is not None and peer.link.later else []
 
     def _on_results(self, peer: Peer, message: Results) -> None:
@@ -6718,7 +6721,8 @@ class Driver(Loop):
         cluster, peer = self._clusters[action.comp], self._peers[action.node]
         plain: List[Tuple[DispyJob, tuple]] = []
         code: List[Tuple[DispyJob, tuple]] = []
-        large = len(action.pairs) == 1 and len(action.pairs[0][1][4]) > LAZY   # such come alone, and take time to open
+        # Such come alone, and take time to open
+        large = len(action.pairs) == 1 and len(action.pairs[0][1][4]) > LAZY
         journal = self._leaving.journals.get(action.comp)
         for pair in action.pairs:
             outcome = pair[1][1]
@@ -6733,7 +6737,8 @@ class Driver(Loop):
                 if outcome not in GOES_ON:
                     cluster._jobs_answered([pair[0]])
                 continue
-            if large or outcome in _MAY_OPEN and (outcome != Outcome.RAISED or len(unpack_error(pair[1][4])[1])):
+            if large or outcome in _MAY_OPEN and (
+                    outcome != Outcome.RAISED or len(unpack_error(pair[1][4])[1])):
                 code.append(pair)
             else:
                 plain.append(pair)
@@ -7128,8 +7133,9 @@ class JobCluster:
         job = DispyJob(self._comp, pack_arguments(args, kwargs, self._bundles, depends), options, number)
         most = VALUE_MOST if self._journal is None else JOURNAL_MOST
         if size_of(job._payload) > most:
-            raise ValueError('arguments of %d bytes are over the limit of %d%s: send a file (depends)'
-                             % (size_of(job._payload), most, '' if self._journal is None else ' of a cluster with a recover_file'))
+            raise ValueError('arguments of %d bytes are over the limit of %d%s: send a file (depends)' % (
+                size_of(job._payload), most,
+                '' if self._journal is None else ' of a cluster with a recover_file'))
         with self._lock:
             if self._closed or self._driver.broken:
                 raise RuntimeError('submit: %s' % (self._driver.broken or 'the cluster was closed'))

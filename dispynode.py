@@ -130,16 +130,18 @@ OUT_OF_BAND = 32 * 1024       # bytes from which a payload travels beside its en
 FILE_PIECE = 1 << 20          # bytes of a file in one message
 FRAME_FILL = 1 << 20          # bytes after which a batch is a frame: the other side can begin with it
 WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one frame; that holds a GiB
-# Bytes of one value, arguments or result of a job: 4 GiB, and what packing them adds. What is over a frame travels in parts.
+# Bytes of one value, arguments or result of a job: 4 GiB, and what packing them adds. What is over
+# a frame travels in parts.
 VALUE_MOST = (4 << 30) + (1 << 20)
 TEXT_MOST = 64 * 1024         # characters of a text for people, such as a traceback; longer ones lose their middle
 NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
 HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
-WRITE_MOST = 32 << 20         # bytes that are written to one channel in one turn, so that others are served
-LAZY = 64 << 20               # bytes from which memory for what comes is mapped, and taken only as it is filled
-ARGUMENTS_COPIED = 2          # times that a node has arguments in memory: the daemon and the worker, which opens them in place
-RESULTS_COPIED = 1            # times that a program has a result, which is opened in place too
+WRITE_MOST = 32 << 20         # bytes that are written to one channel in one turn
+LAZY = 64 << 20               # bytes from which memory is mapped, and taken only as it is filled
+# Times that a node has arguments in memory: the daemon, and the worker, which opens them in place;
+# and that a program has a result, which is opened in place too.
+ARGUMENTS_COPIED, RESULTS_COPIED = 2, 1
 SHORTEST, LONGEST = 1e-3, 10 * 365.25 * 86400   # s that an interval of an option may have
 LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
 DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
@@ -493,11 +495,12 @@ class FileStored(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Either side: a part of one row of Jobs or Results that is too large for a frame, in order of offset. The first brings the
-    row, with `HOLLOW` in the place of its payload, and all say how large that is; when it is whole, it is as if the message had
-    come with this row alone. Other messages may come between parts, but no parts of another row of the same computation. A
-    first part replaces what has come before of a row of its computation; one with a total of 0 is none, but says that the rest
-    will not come. `data` is a buffer, or a tuple of some."""
+    """Either side: a part of one row of Jobs or Results that is too large for a frame, in order of
+    offset. The first brings the row, with `HOLLOW` in the place of its payload, and all say how
+    large that is; when it is whole, it is as if the message had come with this row alone. Other
+    messages may come between parts, but no parts of another row of the same computation. A first
+    part replaces what has come before of a row of its computation; one with a total of 0 is none,
+    but says that the rest will not come. `data` is a buffer, or a tuple of some."""
     comp: str
     row: tuple
     total: int
@@ -506,7 +509,7 @@ class Part(NamedTuple):
 
 
 class Unfit(NamedTuple):
-    """Never sent: in the place of Jobs when there is no room for the arguments of this row, and why."""
+    """Never sent: in the place of Jobs when there is no room for the arguments of this row."""
     comp: str
     row: tuple
     text: str
@@ -608,7 +611,7 @@ def over_limit(what: str, size: int) -> str:
 
 
 def is_over_limit(size: int) -> bool:
-    """Whether a value of a job is too large to be returned: over the limit, or more than what is free of memory."""
+    """Whether a value of a job is too large to be returned: for the limit, or for free memory."""
     return size > VALUE_MOST or (size > LAZY and size > (free_memory() or size))
 
 
@@ -656,7 +659,8 @@ HOLLOW = bytes(4)    # stands for a payload: right for every outcome
 
 
 class InParts:
-    """A message that is too large for a frame, on its way. Its one row goes in parts, as the link has room for them."""
+    """A message that is too large for a frame, on its way. Its one row goes in parts, as the link
+    has room for them."""
 
     def __init__(self, message: Any) -> None:
         self.message = message
@@ -984,7 +988,9 @@ def log_record_of(data: Buffer) -> Tuple[int, str, str]:
 
 def _is_part(fields: tuple) -> bool:
     _, row, total, offset, data = fields
-    if not 0 <= offset <= total < 1 << 62 or not _is_payload(data) or bool(row) != (total > 0 == offset):
+    if not 0 <= offset <= total < 1 << 62 or not _is_payload(data):
+        return False
+    if bool(row) != (total > 0 == offset):
         return False
     return not row or (_is_job(row) if len(row) == 3 else _is_result(row))
 
@@ -1109,7 +1115,8 @@ class _Pieces(list):
     """What a pickler writes, as it comes: it passes large bytes objects on and does not copy them."""
 
     def write(self, piece: Any) -> None:
-        """As of a file. No method of `list`: here other threads of the process, which speak to nodes, can go on between pieces."""
+        """As of a file. No method of `list`: so other threads of the process, which speak to nodes,
+        can go on between pieces."""
         self.append(piece)
 
 
@@ -1174,12 +1181,15 @@ COPIED_AT_ONCE = 16 << 20   # bytes that are copied while no other thread of the
 
 
 class _Source:
-    """A large payload, or a part of it, as the file that an unpickler reads. Other threads run between pieces of what it copies. If it
-    is read `once`, the system gets the memory of what was read back: it is never there twice."""
+    """A large payload, or a part of it, as the file that an unpickler reads. Other threads run
+    between pieces of what it copies. If it is read `once`, the system gets the memory of what was
+    read back: it is never there twice."""
 
     def __init__(self, view: memoryview, once: bool) -> None:
         memory = view.obj
-        self._memory: Any = memory if once and isinstance(memory, mmap.mmap) and len(memory) == len(view) and hasattr(mmap, 'MADV_DONTNEED') else None
+        self._memory: Any = None
+        if once and isinstance(memory, mmap.mmap) and len(memory) == len(view):   # all of it
+            self._memory = memory if hasattr(mmap, 'MADV_DONTNEED') else None
         self._view, self._at, self._end = view, 0, len(view)
 
     def goto(self, at: int, size: int) -> None:
@@ -1219,11 +1229,13 @@ class _Source:
         first, self._at = -(-self._at // mmap.PAGESIZE), self._at + size
         last = self._at // mmap.PAGESIZE
         if self._memory is not None and size > FILE_PIECE and last > first:
-            self._memory.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)  # type: ignore[attr-defined]
+            self._memory.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE,  # type: ignore[attr-defined]
+                                 (last - first) * mmap.PAGESIZE)
 
 
 def unseal(payload: Buffer, once: bool = False) -> Any:
-    """Open a payload. Runs the user's code; raises whatever that raises. With `once` nobody will look at the payload again."""
+    """Open a payload. Runs the user's code; raises whatever that raises. With `once` nobody will look
+    at the payload again."""
     view, at = payload, 0
     if payload[0] == 2:
         needs, view = split_needs(payload)
@@ -1243,7 +1255,8 @@ def unseal(payload: Buffer, once: bool = False) -> Any:
     ends = list(itertools.accumulate(lengths, initial=start))
     # A bytearray each: what numpy makes of a read-only view could not be written to by the job.
     if large is None:
-        return pickle.loads(view[start:ends[1]], buffers=[bytearray(view[begin:end]) for begin, end in zip(ends[1:], ends[2:])])
+        return pickle.loads(view[start:ends[1]], buffers=[
+            bytearray(view[begin:end]) for begin, end in zip(ends[1:], ends[2:])])
     buffers = []
     for begin, length in zip(ends[1:], lengths[1:]):
         large.goto(at + begin, length)
@@ -2576,7 +2589,8 @@ def mapped(size: int) -> memoryview:
 
 
 def free_memory() -> Optional[int]:
-    """Bytes of memory that are free on this host, and in the cgroup of this process; None where nobody tells."""
+    """Bytes of memory that are free on this host, and in the cgroup of this process; None where
+    nobody tells."""
     free = None
     with contextlib.suppress(OSError, ValueError, AttributeError):   # another system
         with open('/proc/meminfo', 'rb') as file:
@@ -2627,7 +2641,7 @@ class Intake:
 
     @property
     def coming(self) -> int:
-        """Bytes of the unit that has begun and is not whole; -1 if there is none, or its head is not there."""
+        """Bytes of the unit that has begun and is not whole; -1 if its head is not there."""
         return self._body_size
 
     def measure(self, head: bytes) -> int:
@@ -2644,7 +2658,7 @@ class Intake:
 
     def _grow(self, size: int) -> None:
         old = self._large
-        if size >= LAZY:   # in one step: nothing is copied any more, and none of it is taken before it is filled
+        if size >= LAZY:   # in one step: it is taken as it is filled, and nothing is copied any more
             self._large = mapped(self._body_size)
         else:
             self._large = memoryview(bytearray(min(size, self._body_size)))
@@ -2779,7 +2793,7 @@ class FrameOpener(Intake):
 
 
 # What passes between the daemon, a runner and its workers on one host: a head and three bodies.
-# kind, 0, number (worker, or exit code + 2^31), serial, start, end, lengths of the three bodies, of which the first may be large
+# kind, 0, number (worker, or exit code + 2^31), serial, start, end, lengths of the three bodies
 _RECORD = struct.Struct('>BBIQddQII')
 
 
@@ -4767,10 +4781,11 @@ class Node:
         if self.stopping or self.paused:
             self._reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
             return
-        unfit = over_limit_here(message, 'on node %s' % self.name) if len(message.rows) == 1 else None
-        if unfit is not None:
-            self._on_unfit(link, unfit, now)
-            return
+        if len(message.rows) == 1:
+            unfit = over_limit_here(message, 'on node %s' % self.name)
+            if unfit is not None:
+                self._on_unfit(link, unfit, now)
+                return
         shelved = self.shelf[comp.comp].serials if comp.comp in self.shelf else ()
         for serial, payload, options in message.rows:
             if serial in comp.attempts or serial in comp.unacknowledged or serial in shelved:
@@ -4783,14 +4798,18 @@ class Node:
             comp.attempts[serial] = attempt
             comp.enqueue(attempt)
             self._count(attempt, True)
-        if len(message.rows) == 1 and size_of(message.rows[0][1]) > MAX_FRAME and message.rows[0][0] in comp.attempts:
-            self._in_parts.append(comp.attempts[message.rows[0][0]])
+        if len(message.rows) == 1 and size_of(payload) > MAX_FRAME and serial in comp.attempts:
+            attempt = comp.attempts[serial]
+            if attempt not in self._in_parts:
+                self._in_parts.append(attempt)
 
     def is_full(self) -> bool:
-        """Whether so much waits that links are not to be read: without what came in parts, for which memory was found before."""
+        """Whether so much waits that links are not to be read: without what came in parts, for which
+        memory was found before."""
         held = self.held_bytes
         if held > RECEIVE_BUDGET and self._in_parts:
-            self._in_parts = [attempt for attempt in self._in_parts if attempt.serial in attempt.comp.attempts]
+            self._in_parts = [attempt for attempt in self._in_parts
+                              if attempt.serial in attempt.comp.attempts]
             held -= sum(attempt.counted for attempt in self._in_parts)
         return held > RECEIVE_BUDGET
 
@@ -4799,7 +4818,7 @@ class Node:
         comp = self._comp_of(link, message.comp)
         if comp is None or comp.link != link or self._is_known(comp, message.row[0]):
             return
-        self._finish(comp, (message.row[0], int(Outcome.RAISED), 0.0, 0.0, pack_error(message.text, None), b'', b''))
+        self._finish(comp, refused_row(message))
 
     def _is_known(self, comp: _Computation, serial: int) -> bool:
         shelved = self.shelf[comp.comp].serials if comp.comp in self.shelf else ()
@@ -4858,8 +4877,8 @@ class Node:
 
     def _feed(self, comp: _Computation, worker: _Worker, count: int, now: float) -> None:
         attempts: List[Attempt] = []
-        if worker.queue and size_of(worker.queue[-1].payload) > LAZY:   # what stands behind it could not be taken back
-            return
+        if worker.queue and size_of(worker.queue[-1].payload) > LAZY:
+            return   # what stands behind that could not be taken back
         if comp.most:
             count = min(count, comp.most - worker.fed)
         while count > 0 and comp.waiting:
@@ -6415,7 +6434,7 @@ class Worker:
 
     @staticmethod
     def _free(record: Record) -> None:
-        """Let go of the memory of arguments that have been opened, whoever holds the record still."""
+        """Let go of the memory of arguments that have been opened, whoever holds the record."""
         for body in record.bodies:
             with contextlib.suppress(BufferError):   # something of it is in use
                 body.release()
@@ -7118,7 +7137,7 @@ class Channel:
             self.dirty.add(self)
 
     def write(self) -> None:
-        """Send what the socket takes now, WRITE_MOST bytes at most. Raises OSError when it is broken."""
+        """Send what the socket takes now, up to WRITE_MOST bytes. Raises OSError if it is broken."""
         enough = self.queued - WRITE_MOST
         while self._out and self.queued > enough:
             try:
@@ -7212,15 +7231,22 @@ def limit_text(where: str) -> str:
 
 
 def over_limit_here(message: Jobs, where: str) -> Optional[Unfit]:
-    """What stands for a message of jobs that came in one frame and whose arguments are over the limit all the same, which is a
-    lower one than the default then. What is large comes alone."""
-    if len(message.rows) == 1 and size_of(message.rows[0][1]) > VALUE_MOST:
-        return Unfit(message.comp, message.rows[0], unfit_text(size_of(message.rows[0][1]), limit_text(where)))
+    """What stands for a message of one job that came in one frame, and whose arguments are over the
+    limit all the same: it is a lower one than the default. What is large comes alone."""
+    size = size_of(message.rows[0][1])
+    if size > VALUE_MOST:
+        return Unfit(message.comp, message.rows[0], unfit_text(size, limit_text(where)))
     return None
 
 
+def refused_row(message: Unfit) -> tuple:
+    """The row of Results of a job for whose arguments there is no room."""
+    return (message.row[0], int(Outcome.RAISED), 0.0, 0.0, pack_error(message.text, None), b'', b'')
+
+
 class Coming:
-    """A row of Jobs or Results that comes in parts. `place` takes its payload; None: it is passed over."""
+    """A row of Jobs or Results that comes in parts. `place` takes its payload; if there is none, it
+    is passed over."""
     __slots__ = ('kind', 'row', 'total', 'seen', 'place')
 
     def __init__(self, row: tuple, total: int) -> None:
@@ -7262,8 +7288,9 @@ class InMemory:
 
 
 class Values:
-    """What comes in parts on the links of a loop, one value at a time of each computation. One for which there is no room is
-    refused when it begins, with a text for its job, and passed over. The loop's thread."""
+    """What comes in parts on the links of a loop, one value at a time of each computation. One for
+    which there is no room is refused when it begins, with a text for its job, and passed over. The
+    loop's thread."""
 
     def __init__(self, where: str, log: logging.Logger) -> None:
         """`where` tells whose memory it is, for people."""
@@ -7271,7 +7298,8 @@ class Values:
         self._coming: Dict[Tuple[int, str], Coming] = {}   # (link, computation) -> what comes
 
     def take(self, link: int, part: Part, takes: Container[int]) -> Any:
-        """The message that is whole with this part; what stands for one for which there is no room; or None. Raises PeerError."""
+        """The message that is whole with this part; what stands for one for which there is no room;
+        or None. Raises PeerError."""
         key, buffers = (link, part.comp), pieces_of(part.data)
         refused = None
         if not part.offset:
@@ -7284,9 +7312,11 @@ class Values:
             refused = self._begin(part.comp, value)
         else:
             value = self._coming.get(key)  # type: ignore[assignment]
-        if value is None or part.offset != value.seen or part.total != value.total or not any(map(len, buffers)) \
-                or part.offset + sum(map(len, buffers)) > part.total:
-            raise PeerError('a part at %d of %d bytes does not follow what came before' % (part.offset, part.total))
+        size = sum(map(len, buffers))
+        if value is None or (part.offset, part.total) != (value.seen, value.total) \
+                or not 0 < size <= part.total - part.offset:
+            raise PeerError('a part at %d of %d bytes does not follow what came before'
+                            % (part.offset, part.total))
         for data in buffers:
             if value.place is not None:
                 try:
@@ -7313,9 +7343,11 @@ class Values:
         free = free_memory()
         needed = value.copies * value.total + LAZY
         if free is not None:
-            free -= sum(other.copies * other.total - other.seen for other in self._coming.values() if other.place is not None)
+            free -= sum(other.copies * other.total - other.seen for other in self._coming.values()
+                        if other.place is not None)
             if needed > free:
-                raise MemoryError('%d bytes of memory are free, and %d are needed' % (max(0, free), needed))
+                raise MemoryError('%d bytes of memory are free, and %d are needed'
+                                  % (max(0, free), needed))
         return InMemory(value.total)
 
     def _refuse(self, comp: str, value: Coming, text: str) -> Any:
@@ -7326,11 +7358,13 @@ class Values:
         row = value.row
         if value.kind is Jobs:
             return Unfit(comp, row, unfit_text(value.total, text))
-        text = 'a result of %d bytes cannot be taken: %s: return less of it, or send a file (dispy_send_file)' % (value.total, text)
+        text = 'a result of %d bytes cannot be taken: %s: return less of it, or send a file ' \
+            '(dispy_send_file)' % (value.total, text)
         if row[1] in GOES_ON:
             self._log.error('provisional: %s', text)
             return None
-        return Results(comp, [(row[0], int(Outcome.RAISED), row[2], row[3], pack_error(text, None), *row[5:])])
+        refused = (row[0], int(Outcome.RAISED), *row[2:4], pack_error(text, None), *row[5:])
+        return Results(comp, [refused])
 
     def drop(self, link: int, comp: Optional[str] = None) -> None:
         """What comes of a computation is not wanted any more; None: the link has ended."""
@@ -7362,10 +7396,10 @@ class Link(Channel):
         self.unmade = 0    # bytes of `queued` that parts will be made of
 
     def send(self, message: Any) -> None:
-        """Queue a message. Raises ValueError for one that is too large, before anything of it is queued. One that is too large
-        for a frame only goes in parts, and others overtake it: all but what tells more of the same job, or that nothing more is
-        told of the computation."""
-        if self.later and type(message) in (Results, Refused, Done) and message.comp in self.later and self._stays_behind(message):
+        """Queue a message. Raises ValueError for one that is too large, before anything of it is
+        queued. One that is too large for a frame only goes in parts, and others overtake it: all but
+        what tells more of the same job, or that nothing more is told of the computation."""
+        if self.later and type(message) in (Results, Refused, Done) and self._stays_behind(message):
             return
         try:
             buffers = self._sealer.seal(message)
@@ -7378,7 +7412,9 @@ class Link(Channel):
         if type(message) is Done:
             self.abandon(message.comp)
             return False
-        waiting = self.later[message.comp]
+        waiting = self.later.get(message.comp)
+        if not waiting:
+            return False
         if type(message) is Results:
             serials = {row[0] for row in message.rows}
             rows = [row for each in waiting if not isinstance(each, Refused)
@@ -7390,8 +7426,8 @@ class Link(Channel):
 
     def goes_in_parts(self, message: Any) -> bool:
         """Whether this message, of one row, was the last that was sent and goes in parts."""
-        waiting = self.later.get(message.comp)
-        return bool(waiting) and isinstance(waiting[-1], InParts) and waiting[-1].message is message  # type: ignore[index]
+        last = self.later[message.comp][-1] if message.comp in self.later else None
+        return isinstance(last, InParts) and last.message is message
 
     def _in_parts(self, message: Any, exc: TooLarge) -> None:
         """Raises `exc` for a message that cannot go so."""
@@ -7399,7 +7435,8 @@ class Link(Channel):
             raise exc
         whole = InParts(message)
         if whole.total > VALUE_MOST:
-            raise TooLarge('%s with a value of %d bytes is over the limit of %d' % (type(message).__name__, whole.total, VALUE_MOST))
+            raise TooLarge('%s with a value of %d bytes is over the limit of %d'
+                           % (type(message).__name__, whole.total, VALUE_MOST))
         self.later.setdefault(message.comp, collections.deque()).append(whole)
         self._count(whole.total)
         if self.dirty is not None:
@@ -7441,25 +7478,27 @@ class Link(Channel):
             del self.later[comp]
 
     def abandon(self, comp: str, serials: Optional[Iterable[int]] = None) -> List[int]:
-        """Do not send what is to go in parts for these serials and has not left; None: nothing that waits of a computation.
-        Returns the serials of what does not leave."""
+        """Do not send what is to go in parts for these serials and has not left; None: nothing that
+        waits of a computation. Returns the serials of what does not leave."""
         waiting, wanted = self.later.get(comp, ()), None if serials is None else set(serials)
-        unwanted = [each for each in waiting if isinstance(each, InParts) and (wanted is None or each.row[0] in wanted)]
+        unwanted = [each for each in waiting if isinstance(each, InParts)
+                    and (wanted is None or each.row[0] in wanted)]
         for each in unwanted:
             if each.left < each.total:
                 self.push(self._sealer.seal(Part(comp, (), 0, 0, b'')))
             self._count(-each.left)
-        kept = collections.deque(each for each in waiting if each not in unwanted) if serials is not None else ()
-        if kept:
-            self.later[comp] = kept  # type: ignore[assignment]
+        kept = collections.deque(each for each in waiting if each not in unwanted)
+        if kept and serials is not None:
+            self.later[comp] = kept
         else:
             self.later.pop(comp, None)
         return [each.row[0] for each in unwanted]
 
     @property
     def owes(self) -> bool:
-        """Whether results are on their way in parts: a Bye would say that their jobs had never begun."""
-        return any(isinstance(each, InParts) and len(each.row) == 7 for waiting in self.later.values() for each in waiting)
+        """Whether results go in parts: a Bye would say that their jobs had never begun."""
+        return any(isinstance(each, InParts) and len(each.row) == 7
+                   for waiting in self.later.values() for each in waiting)
 
     def close(self) -> None:
         """As a channel, with what has come in part."""
@@ -7484,7 +7523,8 @@ class Link(Channel):
         for head, body in self.read(now):
             message = self._opener.open(head, body)
             if type(message) is Part and self.values is not None:
-                message = self.values.take(self.number, message, self._takes)  # type: ignore[arg-type]
+                takes: Any = self._takes
+                message = self.values.take(self.number, message, takes)
                 if message is None:
                     continue
             messages.append(message)
@@ -9381,15 +9421,17 @@ class Daemon(Loop):
 
     def _hold_back(self, pipe: Pipe) -> None:
         """Files or results come faster than the client takes them: the worker's pipe is not read for a while."""
-        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self.links.values()) and self._must_wait(pipe, HELD_BACK):
+        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self.links.values()) \
+                and self._must_wait(pipe, HELD_BACK):
             pipe.paused = True
             self._held.add(pipe)
             self.interest(pipe)
 
     def _must_wait(self, pipe: Pipe, most: int) -> bool:
-        """Whether more than so much waits on a link. A large result on its way keeps others back that are large, of which memory
-        should hold no two, and not those that are small."""
-        return any(link.queued - link.unmade > most or (link.unmade and pipe.is_large) for link in self.links.values())
+        """Whether more than so much waits on a link. A large result on its way keeps others back that
+        are large, of which memory should hold no two, and not those that are small."""
+        return any(link.queued - link.unmade > most or (link.unmade and pipe.is_large)
+                   for link in self.links.values())
 
     def _let_go(self) -> None:
         for pipe in [pipe for pipe in self._held if not self._must_wait(pipe, HELD_BACK // 2)]:
@@ -9398,7 +9440,7 @@ class Daemon(Loop):
             self._held.remove(pipe)
 
     def _may_let_go(self) -> bool:
-        return bool(self._held) and not all(self._must_wait(pipe, HELD_BACK // 2) for pipe in self._held)
+        return any(not self._must_wait(pipe, HELD_BACK // 2) for pipe in self._held)
 
     def _run_of(self, worker: int) -> Optional[_Run]:
         for run in self._runs.values():
@@ -10024,8 +10066,9 @@ def _parser() -> argparse.ArgumentParser:
     add('--serve', type=_count, metavar='N', help='end after so many clients')
     add('--client-shutdown', action='store_true', help="end after a client that calls its cluster's shutdown()")
     add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files, of clients and of jobs, are refused (default: no limit)')
-    add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]', help='larger arguments and results of jobs are refused, as are '
-        'those for which no memory is free (default and most: %d GiB)' % (VALUE_MOST >> 30))
+    add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]',
+        help='larger arguments and results of jobs are refused, as are those for which no memory is '
+        'free (default and most: %d GiB)' % (VALUE_MOST >> 30))
     add('--zombie-interval', type=minutes_option, metavar='MIN',
         help='minutes that results wait here for a client that is gone (default: %g)' % (ZOMBIE_TIME / 60))
     add('--msg-timeout', type=seconds_option, default=HANDSHAKE_TIME, metavar='S', help='seconds for a handshake (default: %(default)g)')

@@ -69,7 +69,7 @@ from dispynode import (
     Outcome, Output, Payload, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
     Returned, Role, Said, Shutdown, StartError, Started, Unfit, Values, Welcome, Where, Wrong, __version__, _write_private, beside,
     check_name, derive_key, digest_of, discovery_reach, find_secret, frames, has_place, host_and_port, in_parts, is_comp, limit_values,
-    log_record_of, over_limit_here, pack_error, make_secret, may_reclaim, minutes_option, needs, open_plain, open_regular, parse_arguments, pieces_of, result_key,
+    log_record_of, over_limit_here, refused_row, make_secret, may_reclaim, minutes_option, needs, open_plain, open_regular, parse_arguments, pieces_of, result_key,
     plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of, size_option, sized,
     take_own_directory, tls_files, unpack_error)
 
@@ -113,8 +113,8 @@ STATE_MARK = 'dispy-scheduler'   # the file that says that a directory is a sche
 
 
 class StoredValue(mmap.mmap):
-    """Arguments or a result in a file, of which the system reads what is looked at. Its file goes with it unless it has been given
-    a place, which clears `path`."""
+    """Arguments or a result in a file, of which the system reads what is looked at. Its file goes
+    with it unless it has been given a place, which clears `path`."""
     path = ''
 
     def __del__(self) -> None:
@@ -126,7 +126,8 @@ class StoredValue(mmap.mmap):
 def stored(path: str, is_own: bool = False) -> Any:
     """The contents of a file; large ones are not read yet. Raises OSError."""
     with open(path, 'rb') as file:
-        if os.name == 'nt' or os.fstat(file.fileno()).st_size <= LAZY:   # there files cannot be moved or removed that are mapped
+        # On Windows files cannot be moved or removed that are mapped
+        if os.name == 'nt' or os.fstat(file.fileno()).st_size <= LAZY:
             data = file.read()
             if is_own:
                 os.unlink(path)
@@ -143,7 +144,8 @@ def _place_of(pieces: Sequence[Any]) -> Optional[StoredValue]:
 
 
 class OnDisk:
-    """A place for a value that comes in parts: a file, which is on the disk when it is whole, written as the parts come."""
+    """A place for a value that comes in parts: a file, written as the parts come, and on the disk
+    when it is whole."""
     SYNC = 64 << 20    # bytes after which is waited for the disk, so that nobody waits long
 
     def __init__(self, path: str) -> None:
@@ -186,7 +188,9 @@ class StoredValues(Values):
 
     def find_place(self, value: Coming) -> Any:
         """A file if there is room on the disk. Raises OSError."""
-        return self._state.find_place(value.total, sum(other.total - other.seen for other in self._coming.values() if other.place is not None))
+        promised = sum(other.total - other.seen for other in self._coming.values()
+                       if other.place is not None)
+        return self._state.find_place(value.total, promised)
 
 
 class State(Database):
@@ -330,7 +334,8 @@ class State(Database):
         self._files.add(number)
 
     def find_place(self, size: int, promised: int) -> OnDisk:
-        """A place for a value of so many bytes that comes in parts, while others bring so many more. Raises OSError."""
+        """A place for a value of so many bytes that comes in parts, while others bring so many more.
+        Raises OSError."""
         free = shutil.disk_usage(self.large).free - promised - self._reserve
         if size > free:
             raise OSError(errno.ENOSPC, '%d bytes are free on its disk' % max(0, free))
@@ -383,7 +388,8 @@ class State(Database):
         return row[0] or 0 if row is not None else 0
 
     def ended(self, number: int, row: tuple) -> None:
-        """A row of Results, with the serial that the program knows. The payload of a very large one is a file alone."""
+        """A row of Results, with the serial that the program knows. The payload of a very large one
+        is a file alone."""
         if size_of(row[4]) > LAZY:
             self._large[number, 'r'] = pieces_of(row[4])
             row = (*row[:4], None, *row[5:])
@@ -443,7 +449,8 @@ class State(Database):
         that fails has filled the disk. It is written twice, into the log and from there into the file."""
         wanted = sum(len(row[3]) for row in self._notes[self.INSERT] if row[3] is not None)
         wanted += sum(len(row[0]) for row in self._notes[self.END] if row[0] is not None)
-        files = sum(size_of(tuple(pieces)) for pieces in self._large.values() if _place_of(pieces) is None)
+        files = sum(size_of(tuple(pieces)) for pieces in self._large.values()
+                    if _place_of(pieces) is None)
         if not wanted and not files:
             return True
         if shutil.disk_usage(self.root).free < LOW_DISK + 4 * (wanted + files):   # what is in the log only would make the file grow later
@@ -848,7 +855,8 @@ class Overview:
             count[0] += 1
             count[1] += row[3] - row[2]
         if kind == 1:
-            payload, peer = row[4] if len(row[4]) > LAZY else _plain(row[4]), self._scheduler._peers.get(node)
+            payload = row[4] if len(row[4]) > LAZY else _plain(row[4])
+            peer = self._scheduler._peers.get(node)
             text = unpack_error(payload)[0] if outcome == Outcome.RAISED and len(payload) >= 4 else payload.decode('utf-8', 'replace')
             self._failed += 1
             self._failures.append((
@@ -1364,7 +1372,8 @@ class Scheduler(Driver):
 
     def _end_turn_of(self, remote: Remote) -> None:
         link = self.links.get(remote.link)
-        if remote.outbox and link is not None and link.queued - link.unmade >= 4 * FRAME_FILL:   # they wait on the disk until it has room
+        # They wait on the disk until it has room
+        if remote.outbox and link is not None and link.queued - link.unmade >= 4 * FRAME_FILL:
             ended = [remote.ended[row[0]] for row in remote.outbox if row[1] not in GOES_ON]
             self._send_ended(remote, ended)
             remote.outbox = [row for row in remote.outbox if row[1] in GOES_ON]
@@ -1716,10 +1725,11 @@ class Scheduler(Driver):
         remote = self._remote(link, message.comp)
         if remote is None:
             return
-        unfit = over_limit_here(message, self.values.where) if len(message.rows) == 1 else None
-        if unfit is not None:
-            self._c_unfit(link, unfit)
-            return
+        if len(message.rows) == 1:
+            unfit = over_limit_here(message, self.values.where)
+            if unfit is not None:
+                self._c_unfit(link, unfit)
+                return
         back: List[int] = []
         for serial, payload, options in message.rows:
             if serial in remote.works or serial in remote.ended:
@@ -1745,7 +1755,7 @@ class Scheduler(Driver):
         """A job whose arguments find no room here. Its program is told, and it is forgotten."""
         remote, serial = self._remote(link, message.comp), message.row[0]
         if remote is not None and serial not in remote.works and serial not in remote.ended:
-            self.say(link, Results(message.comp, [(serial, int(Outcome.RAISED), 0.0, 0.0, pack_error(message.text, None), b'', b'')]))
+            self.say(link, Results(message.comp, [refused_row(message)]))
 
     def _c_cancel(self, link: Link, message: Cancel) -> None:
         remote = self._remote(link, message.comp)
@@ -2243,8 +2253,9 @@ def _parser() -> argparse.ArgumentParser:
     add('--ping-interval', type=seconds_option, default=REDIAL_MOST, metavar='S', help='most seconds between searches for nodes (default: %(default)g)')
     add('--ipv4-udp-multicast', action='store_true', help='look for nodes by IPv4 multicast too')
     add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files of programs are refused (default: no limit)')
-    add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]', help='larger arguments and results of jobs are refused, as are '
-        'those for which the disk has no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
+    add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]',
+        help='larger arguments and results of jobs are refused, as are those for which the disk has '
+        'no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
     add('--zombie-interval', type=minutes_option, default=ZOMBIE_TIME / 60, metavar='MIN', help='minutes that results wait for a program that is gone (default: %(default)g)')
     add('--gone-after', type=seconds_option, default=GONE_TIME, metavar='S',
         help='seconds after which, when the connection to a program without recover_file has ended, '
