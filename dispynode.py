@@ -1236,33 +1236,42 @@ class _Source:
 def unseal(payload: Buffer, once: bool = False) -> Any:
     """Open a payload. Runs the user's code; raises whatever that raises. With `once` nobody will look
     at the payload again."""
-    view, at = payload, 0
+    size = len(payload)
+    source = _Source(memoryview(payload), once) if size > LAZY else None
     if payload[0] == 2:
-        needs, view = split_needs(payload)
-        at = len(payload) - len(view)
+        needs, payload = split_needs(payload)
         if modules is not None:   # in the program itself its modules are there
             modules.need(needs)
-    large = _Source(memoryview(payload), once) if len(payload) > LAZY else None
-    if view[0] != 1:
-        if large is None:
-            return pickle.loads(view)
-        large.goto(at, len(view))
-        return pickle.Unpickler(large).load()
-    view = memoryview(view)
+    if source is not None:
+        return _unseal_large(source, memoryview(payload), size - len(payload))
+    if payload[0] != 1:
+        return pickle.loads(payload)
+    view = memoryview(payload)
+    ends = _ends_of(view)
+    # A bytearray each: what numpy makes of a read-only view could not be written to by the job.
+    return pickle.loads(view[ends[0]:ends[1]], buffers=[
+        bytearray(view[begin:end]) for begin, end in zip(ends[1:], ends[2:])])
+
+
+def _ends_of(view: memoryview) -> List[int]:
+    """Where the pickle of a payload begins, where it ends, and where the buffers behind it do."""
     _, count = _BUFFERS.unpack_from(view)
     lengths = struct.unpack_from('>%dQ' % (count + 1), view, _BUFFERS.size)
-    start = _BUFFERS.size + 8 * (count + 1)
-    ends = list(itertools.accumulate(lengths, initial=start))
-    # A bytearray each: what numpy makes of a read-only view could not be written to by the job.
-    if large is None:
-        return pickle.loads(view[start:ends[1]], buffers=[
-            bytearray(view[begin:end]) for begin, end in zip(ends[1:], ends[2:])])
+    return list(itertools.accumulate(lengths, initial=_BUFFERS.size + 8 * (count + 1)))
+
+
+def _unseal_large(source: _Source, view: memoryview, at: int) -> Any:
+    """Open what the source has from `at` on, which is `view`."""
+    if view[0] != 1:
+        source.goto(at, len(view))
+        return pickle.Unpickler(source).load()
+    ends = _ends_of(view)
     buffers = []
-    for begin, length in zip(ends[1:], lengths[1:]):
-        large.goto(at + begin, length)
-        buffers.append(large.copy())
-    large.goto(at + start, lengths[0])
-    return pickle.Unpickler(large, buffers=buffers).load()
+    for begin, end in zip(ends[1:], ends[2:]):
+        source.goto(at + begin, end - begin)
+        buffers.append(source.copy())
+    source.goto(at + ends[0], ends[1] - ends[0])
+    return pickle.Unpickler(source, buffers=buffers).load()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4781,7 +4790,8 @@ class Node:
         if self.stopping or self.paused:
             self._reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
             return
-        if len(message.rows) == 1:
+        is_large = len(message.rows) == 1 and size_of(message.rows[0][1]) > FRAME_FILL
+        if is_large:
             unfit = over_limit_here(message, 'on node %s' % self.name)
             if unfit is not None:
                 self._on_unfit(link, unfit, now)
@@ -4798,7 +4808,7 @@ class Node:
             comp.attempts[serial] = attempt
             comp.enqueue(attempt)
             self._count(attempt, True)
-        if len(message.rows) == 1 and size_of(payload) > MAX_FRAME and serial in comp.attempts:
+        if is_large and size_of(payload) > MAX_FRAME and serial in comp.attempts:
             attempt = comp.attempts[serial]
             if attempt not in self._in_parts:
                 self._in_parts.append(attempt)
@@ -8940,7 +8950,7 @@ class Daemon(Loop):
             self._hello()
         if self._may_let_go():
             self._let_go()
-        full = self.node.is_full()
+        full = self.node.held_bytes > RECEIVE_BUDGET and self.node.is_full()
         for link in self.links.values():
             if link.paused != full:
                 link.paused = full
