@@ -94,9 +94,9 @@ import cloudpickle
 
 from dispynode import (
     ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
-    NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
-    Dialling, Discovery, DispyError, Done, Ears, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
-    Introduce, Jobs, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
+    NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
+    Dialling, Discovery, DispyError, Done, Ears, FILE_PIECE, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
+    Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
     Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, Welcome,
     Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, derive_key, describe_exception, dial, digest_of,
     discovery_reach, file_digest, find_secret, frames, host_and_port, in_one_piece, is_outcome, log_record_of, open_plain, open_regular,
@@ -104,7 +104,7 @@ from dispynode import (
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
     Allowance, DurationEstimate, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, Remains, Second, machine, module_dict,
-    package_version, start_of, GRACE, _try_lock, has_place)
+    package_version, pack_error, start_of, GRACE, _try_lock, has_place)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'recoverable', 'Recoverable', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -117,6 +117,7 @@ __all__ = [
 
 AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it runs, however short they are
 TURN_TIME = 0.005            # s that a node and a schedule take beyond the round trip between them
+JOURNAL_MOST = 900 << 20      # bytes of arguments, or of a result, that a recovery file holds
 AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
 SHARED_ARGS_MOST = 15 << 20   # bytes of setup_args that go by way of a scheduler
 DIALS_MOST = 64               # nodes that are dialled at the same time
@@ -438,7 +439,7 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool) -> None:
     status = int(job._state)
     if outcome == 1 or outcome == 2:   # RETURNED, RETURNED_CODE
         try:
-            job.result = unseal(payload)
+            job.result = unseal(payload, True)
         except BaseException as exc:  # unpickling runs the user's code
             status = DispyJob.Terminated
             job.exception = 'the result could not be opened here: %s' % describe_exception(exc, 1)
@@ -3932,9 +3933,9 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
 def check_cargo(spec: dict) -> None:
     """Raise ValueError for a computation that is too large for a message."""
     size = len(spec['code'])
-    if size > VALUE_MOST:
+    if size > WHOLE_MOST:
         raise ValueError('the computation, with the data that it refers to, has %d bytes, and the limit is %d: '
-                         'read large data from a file in setup() (depends)' % (size, VALUE_MOST))
+                         'read large data from a file in setup() (depends)' % (size, WHOLE_MOST))
     names = sum(len(row[0].encode('utf-8', 'replace')) + 80 for row in spec['files'])
     if names > NAMES_MOST:
         raise ValueError('depends: the list of %d files takes %d bytes, and the limit is %d: pack them into an archive'
@@ -4352,7 +4353,7 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['P
 
 def check_setup_args(size: int, remote: bool) -> None:
     """Raise ValueError for setup_args that are too large; a scheduler takes less of them."""
-    most = SHARED_ARGS_MOST if remote else VALUE_MOST
+    most = SHARED_ARGS_MOST if remote else WHOLE_MOST
     if size > most:
         raise ValueError('setup_args of %d bytes are over the limit of %d%s: send a file (depends)'
                          % (size, most, ' of a SharedJobCluster' if remote else ''))
@@ -4740,9 +4741,16 @@ class Journal(Database):
         self.note(self.MOVE, work._comp, self.WAITING, work._serial, None, work._serial >> 16)
 
     def ended(self, work: Work, result: Any) -> None:
-        """A row of Results, or the text of one that ended without."""
+        """A row of Results, or the text of one that ended without. A result that is too large for
+        the file is known until this program ends, and not to the next."""
+        state = work._state
+        if not isinstance(result, str) and size_of(result[4]) > JOURNAL_MOST:
+            text = 'its result of %d bytes was not kept in the recovery file, whose limit is %d' % (
+                size_of(result[4]), JOURNAL_MOST)
+            state = JobState.TERMINATED
+            result = (result[0], int(Outcome.RAISED), *result[2:4], pack_error(text, None), *result[5:])
         plain = result if isinstance(result, str) else (*result[1:4], *map(bytes, map(_joined, result[4:])))
-        self.note(self.END, self.ENDED, int(work._state), pickle.dumps(plain, 5), work._serial >> 16)
+        self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), work._serial >> 16)
 
     def commit(self) -> bool:
         """As Database, with what was submitted."""
@@ -5965,6 +5973,7 @@ class _Asker:
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed."""
     log = logger
+    PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
 
     def __init__(self, access: Access, instance: bytes = b'') -> None:
         self.instance = instance or _instance
@@ -5973,6 +5982,7 @@ class Driver(Loop):
         super().__init__()
         self.access = access
         self._reach = discovery_reach()
+        self.values.where = 'in the program'
         self.schedule = Schedule()
         self.users = 0                      # clusters
         self.broken = ''                    # why the driver's thread has ended before its time
@@ -6211,6 +6221,7 @@ class Driver(Loop):
     def _done(self, peer: Peer, comp: str, shutdown: bool = False) -> None:
         """Tell a node that a computation is over there, and that it may end."""
         if peer.uses[comp].offered and peer.link is not None:
+            peer.link.abandon(comp)
             if shutdown:
                 self.say(peer.link, Shutdown(comp))
             self.say(peer.link, Done(comp))
@@ -7196,6 +7207,8 @@ class Driver(Loop):
         if message.comp not in self._clusters or use is None or not use.offered:
             return
         was_ready = use.state is UseState.READY   # its runner has died later: a new one may live
+        if peer.link is not None:
+            peer.link.abandon(message.comp)   # nobody takes it there
         if was_ready:
             self._tell_all(DispyNode.Closed, peer, [message.comp])
             if not peer.scheduler:   # it has answered for all that it held: what was on the way has not begun, as with Bye
@@ -7342,7 +7355,15 @@ class Driver(Loop):
                     self._break(peer.link, 'the recovery has ended')   # without Bye: they keep what they have
         self.forget(recovery._comp)
 
+    @staticmethod
+    def _unsend(peer: Peer, comp: str, serials: Iterable[int]) -> List[int]:
+        """Large arguments of these need not go on to a node. Returns serials of those that have not
+        come there."""
+        return peer.link.abandon(comp, serials) if peer.link is not None and peer.link.later else []
+
     def _on_results(self, peer: Peer, message: Results) -> None:
+        if peer.link is not None and peer.link.later:
+            self._unsend(peer, message.comp, [row[0] for row in message.rows])
         if message.comp in self._reclaimed:
             recovery = self._reclaimed[message.comp]
             recovery.results(peer, message.comp, message.rows)
@@ -7356,6 +7377,7 @@ class Driver(Loop):
         if message.comp in self._reclaimed:
             self._reclaimed[message.comp].returned(peer, message.comp, message.serials)
             return
+        self._unsend(peer, message.comp, message.serials)
         self._act(self.schedule.handle(NodeReturned(peer.key, message.comp, message.serials), self.now))
 
     def _on_started(self, peer: Peer, message: Started) -> None:
@@ -7505,8 +7527,12 @@ class Driver(Loop):
     def _send_to(self, action: Any) -> None:
         peer = self._peers.get(action.node)
         if peer is not None and peer.link is not None:
-            kind = Cancel if isinstance(action, SendCancel) else Recall
-            for message in in_parts(kind, action.comp, action.serials):
+            kind, serials = Cancel if isinstance(action, SendCancel) else Recall, action.serials
+            stay = self._unsend(peer, action.comp, serials)
+            if stay:   # they have not come there, nor will they
+                self._act(self.schedule.handle(NodeReturned(peer.key, action.comp, stay), self.now))
+                serials = [serial for serial in serials if serial not in stay]
+            for message in in_parts(kind, action.comp, serials):
                 self.say(peer.link, message)
 
     def _send_ack(self, action: SendAck) -> None:
@@ -7534,6 +7560,8 @@ class Driver(Loop):
         cluster, peer = self._clusters[action.comp], self._peers[action.node]
         plain: List[Tuple[DispyJob, tuple]] = []
         code: List[Tuple[DispyJob, tuple]] = []
+        # Such come alone, and take time to open
+        large = len(action.pairs) == 1 and len(action.pairs[0][1][4]) > LAZY
         journal = self._leaving.journals.get(action.comp)
         for pair in action.pairs:
             outcome = pair[1][1]
@@ -7548,7 +7576,8 @@ class Driver(Loop):
                 if outcome not in GOES_ON:
                     cluster._jobs_answered([pair[0]])
                 continue
-            if outcome in _MAY_OPEN and (outcome != Outcome.RAISED or len(unpack_error(pair[1][4])[1])):
+            if large or outcome in _MAY_OPEN and (
+                    outcome != Outcome.RAISED or len(unpack_error(pair[1][4])[1])):
                 code.append(pair)
             else:
                 plain.append(pair)
@@ -7933,7 +7962,7 @@ class JobCluster:
         dispy_job_depends - list of paths of files, functions and classes for this job alone
 
         Raises RuntimeError on a closed cluster; TypeError, ValueError or FileNotFoundError for bad keywords; ValueError
-        for arguments of more than 960 MiB; and what pickling them raises.
+        for arguments of more than 4 GiB (with a recover_file: 900 MiB); and what pickling them raises.
         """
         return self._submit(next(self._numbers), args, kwargs)
 
@@ -7962,11 +7991,12 @@ class JobCluster:
             raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
         self._look_at_modules()
         payload = pack_arguments(args, kwargs, self._bundles, depends)
+        most = VALUE_MOST if self._journal is None else JOURNAL_MOST
+        if size_of(payload) > most:
+            raise ValueError('arguments of %d bytes are over the limit of %d%s: send a file (depends)' % (
+                size_of(payload), most, '' if self._journal is None else ' of a cluster with a recover_file'))
         job = DispyJob(self._comp, payload, options, number) if self._journal is None \
             else KeptJob(self._comp, payload, options, number, words_of(args, kwargs))
-        if size_of(job._payload) > VALUE_MOST:
-            raise ValueError('arguments of %d bytes are over the limit of %d: send a file (depends)'
-                             % (size_of(job._payload), VALUE_MOST))
         with self._lock:
             if self._closed or self._driver.broken:
                 raise RuntimeError('submit: %s' % (self._driver.broken or 'the cluster was closed'))
@@ -8395,7 +8425,7 @@ class JobCluster:
     def _show(self, job: DispyJob, row: tuple) -> bool:
         """A provisional result; false if the job has ended meanwhile, or it cannot be opened."""
         try:
-            value = unseal(row[4])
+            value = unseal(row[4], True)
         except BaseException as exc:  # unpickling runs the user's code
             logger.error('a provisional result of job %r could not be opened: %s', job.id, describe_exception(exc, 1))
             return False

@@ -86,7 +86,7 @@ import unicodedata
 import weakref
 import zlib
 from typing import (
-    AbstractSet, Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
+    AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
     Set, TextIO, Tuple, Type, Union)
 
 
@@ -134,11 +134,19 @@ WEIGHED = 0.05                # s between looks at the memory of jobs that may n
 OUT_OF_BAND = 32 * 1024       # bytes from which a payload travels beside its envelope instead of inside
 FILE_PIECE = 1 << 20          # bytes of a file in one message
 FRAME_FILL = 1 << 20          # bytes after which a batch is a frame: the other side can begin with it
-VALUE_MOST = 960 << 20        # bytes of one value: arguments or result of a job, a computation; a frame holds a GiB
+WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one frame; that holds a GiB
+# Bytes of one value, arguments or result of a job: 4 GiB, and what packing them adds. What is over
+# a frame travels in parts.
+VALUE_MOST = (4 << 30) + (1 << 20)
 TEXT_MOST = 64 * 1024         # characters of a text for people, such as a traceback; longer ones lose their middle
 NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
 HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
+WRITE_MOST = 32 << 20         # bytes that are written to one channel in one turn
+LAZY = 64 << 20               # bytes from which memory is mapped, and taken only as it is filled
+# Times that a node has arguments in memory: the daemon, and the worker, which opens them in place;
+# and that a program has a result, which is opened in place too.
+ARGUMENTS_COPIED, RESULTS_COPIED = 2, 1
 SHORTEST, LONGEST = 1e-3, 10 * 365.25 * 86400   # s that an interval of an option may have
 LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
 DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
@@ -171,6 +179,10 @@ class HandshakeError(DispyError):
 
 class Silence(HandshakeError):
     """The peer did not say what it had to in time."""
+
+
+class TooLarge(ValueError):
+    """A message is larger than a frame may be."""
 
 
 class SecretError(DispyError, ValueError):
@@ -491,6 +503,27 @@ class FileStored(NamedTuple):
     error: str
 
 
+class Part(NamedTuple):
+    """Either side: a part of one row of Jobs or Results that is too large for a frame, in order of
+    offset. The first brings the row, with `HOLLOW` in the place of its payload, and all say how
+    large that is; when it is whole, it is as if the message had come with this row alone. Other
+    messages may come between parts, but no parts of another row of the same computation. A first
+    part replaces what has come before of a row of its computation; one with a total of 0 is none,
+    but says that the rest will not come. `data` is a buffer, or a tuple of some."""
+    comp: str
+    row: tuple
+    total: int
+    offset: int
+    data: Any
+
+
+class Unfit(NamedTuple):
+    """Never sent: in the place of Jobs when there is no room for the arguments of this row."""
+    comp: str
+    row: tuple
+    text: str
+
+
 class Pulse(NamedTuple):
     """Either side: alive."""
 
@@ -522,7 +555,7 @@ MESSAGES: Dict[int, Tuple[type, int]] = {
     45: (Started, MIDDLE),
     48: (Where, MIDDLE), 49: (News, MIDDLE), 50: (Said, MIDDLE),
     65: (Pulse, SMALL), 66: (Bye, SMALL), 67: (Call, MIDDLE), 68: (Return, MIDDLE), 69: (Wrong, SMALL),
-    70: (FilePiece, 2 * FILE_PIECE), 71: (FileStored, SMALL),
+    70: (FilePiece, 2 * FILE_PIECE), 71: (FileStored, SMALL), 72: (Part, 4 * FILE_PIECE),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
 # What a process takes from the other side of a link.
@@ -578,8 +611,26 @@ def shorten(text: str, most: int = TEXT_MOST) -> str:
 
 def over_limit(what: str, size: int) -> str:
     """What is said of a value of a job that is too large."""
-    return '%s has %d bytes, and the limit for one value is %d: return less of it, or write it to a file and send ' \
-        'that with dispy_send_file' % (what, size, VALUE_MOST)
+    if size <= VALUE_MOST:
+        limit = '%d bytes of memory are free on the node' % (free_memory() or 0)
+    else:
+        limit = 'the limit for one value is %d' % VALUE_MOST
+    return '%s has %d bytes, and %s: return less of it, or write it to a file and send ' \
+        'that with dispy_send_file' % (what, size, limit)
+
+
+def is_over_limit(size: int) -> bool:
+    """Whether a value of a job is too large to be returned: for the limit, or for free memory."""
+    return size > VALUE_MOST or (size > LAZY and size > (free_memory() or size))
+
+
+def limit_values(most: int) -> None:
+    """Take no larger values in this process, and make none (--max-value). Raises StartError."""
+    global VALUE_MOST
+    if most < FRAME_FILL:   # less is not looked at one by one
+        raise StartError('--max-value %d: the least is %d' % (most, FRAME_FILL))
+    VALUE_MOST = min(most, VALUE_MOST)
+    FROM_WORKER[Kind.RESULT] = (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST)
 
 
 def beside(payload: Payload) -> Any:
@@ -604,10 +655,49 @@ def frames(kind: Callable[[str, list], Any], comp: str, rows: Iterable[Tuple[tup
         some.append(row)
         filled += size
         if filled >= FRAME_FILL or len(some) >= ROWS_MOST:
+            if size >= FRAME_FILL and len(some) > 1:   # alone, as it may have to go in parts
+                yield kind(comp, some[:-1])
+                some = some[-1:]
             yield kind(comp, some)
             some, filled = [], 0
     if some:
         yield kind(comp, some)
+
+
+HOLLOW = bytes(4)    # stands for a payload: right for every outcome
+
+
+class InParts:
+    """A message that is too large for a frame, on its way. Its one row goes in parts, as the link
+    has room for them."""
+
+    def __init__(self, message: Any) -> None:
+        self.message = message
+        self.comp, (self.row,) = message
+        place = 4 if len(self.row) == 7 else 1
+        self._buffers = [memoryview(piece).cast('B') for piece in pieces_of(self.row[place])]
+        self.total = self.left = sum(map(len, self._buffers))
+        self.row = (*self.row[:place], HOLLOW, *self.row[place + 1:])
+        self._parts = self._made()
+
+    def next(self) -> Optional[Part]:
+        """The next part; None behind the last."""
+        return next(self._parts, None)
+
+    def _made(self) -> Iterator[Part]:
+        row, offset = self.row, 0
+        some, filled = [], 0   # type: List[pickle.PickleBuffer], int
+        for buffer in self._buffers:
+            start = 0
+            while start < len(buffer):
+                piece = buffer[start:start + FILE_PIECE - filled]
+                some.append(pickle.PickleBuffer(piece))
+                start, filled = start + len(piece), filled + len(piece)
+                if filled < FILE_PIECE and offset + filled < self.total:
+                    continue
+                self.left -= filled
+                yield Part(self.comp, row, self.total, offset, tuple(some))
+                row, offset, some, filled = (), offset + filled, [], 0
 
 
 def needs(comp: str, files: Iterable[tuple]) -> Iterator[Need]:
@@ -889,15 +979,15 @@ def _is_result(row: Any) -> bool:
 
 def refused_row(row: tuple, text: str) -> tuple:
     """What is told in the place of a result that the other side could not take; what the job printed goes with it."""
-    size = sum(map(len, row[4:]))
+    size = sum(map(size_of, row[4:]))
     text = '%s (%d bytes): let the job return less, or send a file (dispy_send_file)' % (text, size)
     return (*row[:1], int(Outcome.DIED), *row[2:4], text.encode('utf-8', 'replace'), b'', b'')
 
 
 def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer, stderr: Buffer) -> bool:
     """Whether times, sizes and the payload of a result can be true."""
-    size = len(payload)
-    if not 0.0 <= start <= end <= LATEST or size > VALUE_MOST or len(stdout) > OUTPUT_MOST or len(stderr) > OUTPUT_MOST:
+    size = len(payload)   # bounded by frames, parts and records
+    if not 0.0 <= start <= end <= LATEST or len(stdout) > OUTPUT_MOST or len(stderr) > OUTPUT_MOST:
         return False
     if outcome == _RAISED:   # the length of its text, the text, the exception
         return size >= 4 and int.from_bytes(payload[:4], 'big') <= size - 4
@@ -910,6 +1000,15 @@ def log_record_of(data: Buffer) -> Tuple[int, str, str]:
     if type(record) is not tuple or [type(field) for field in record] != [int, str, str] or abs(record[0]) >= 1 << 31:
         raise PeerError('a log record that is none')
     return record
+
+
+def _is_part(fields: tuple) -> bool:
+    _, row, total, offset, data = fields
+    if not 0 <= offset <= total < 1 << 62 or not _is_payload(data):
+        return False
+    if bool(row) != (total > 0 == offset):
+        return False
+    return not row or (_is_job(row) if len(row) == 3 else _is_result(row))
 
 
 def _is_file(row: Any) -> bool:
@@ -977,6 +1076,7 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Compute: lambda fields: _is_spec(fields[1]),
     FilePiece: lambda fields: _is_file_wanted(fields[1:4]) and _is_buffer(fields[5]),
     FileStored: lambda fields: fields[1] in PURPOSES and _is_serial(fields[2]),
+    Part: _is_part,
     Limit: lambda fields: fields[1] >= 1,
     Wrong: lambda fields: _is_serial(fields[1]),
     Where: lambda fields: len(fields[1]) in (0, 3) and all(map(_is_serial, fields[2])),
@@ -1029,7 +1129,11 @@ _NEEDS = struct.Struct('>B3xI')    # 2, bytes of a pickled tuple of bundles' num
 
 class _Pieces(list):
     """What a pickler writes, as it comes: it passes large bytes objects on and does not copy them."""
-    write = list.append
+
+    def write(self, piece: Any) -> None:
+        """As of a file. No method of `list`: so other threads of the process, which speak to nodes,
+        can go on between pieces."""
+        self.append(piece)
 
 
 _NO_MODULES: AbstractSet[str] = frozenset()
@@ -1089,24 +1193,101 @@ def split_needs(payload: Buffer) -> Tuple[Sequence[int], Buffer]:
     return numbers, memoryview(payload)[_NEEDS.size + length:]
 
 
-def unseal(payload: Buffer) -> Any:
-    """Open a payload. Runs the user's code; raises whatever that raises."""
+COPIED_AT_ONCE = 16 << 20   # bytes that are copied while no other thread of the process can run
+
+
+class _Source:
+    """A large payload, or a part of it, as the file that an unpickler reads. Other threads run
+    between pieces of what it copies. If it is read `once`, the system gets the memory of what was
+    read back: it is never there twice."""
+
+    def __init__(self, view: memoryview, once: bool) -> None:
+        memory = view.obj
+        self._memory: Any = None
+        if once and isinstance(memory, mmap.mmap) and len(memory) == len(view):   # all of it
+            self._memory = memory if hasattr(mmap, 'MADV_DONTNEED') else None
+        self._view, self._at, self._end = view, 0, len(view)
+
+    def goto(self, at: int, size: int) -> None:
+        """Read so many bytes from there on next."""
+        self._at, self._end = at, at + size
+
+    def readinto(self, target: Any) -> int:
+        """As of a file."""
+        view = memoryview(target)
+        size = min(len(view), self._end - self._at)
+        for start in range(0, size, COPIED_AT_ONCE):
+            end = min(start + COPIED_AT_ONCE, size)
+            view[start:end] = self._view[self._at:self._at + end - start]
+            self._went(end - start)
+        return size
+
+    def read(self, size: int) -> bytes:
+        """As of a file."""
+        data = bytes(self._view[self._at:min(self._at + size, self._end)])
+        self._went(len(data))
+        return data
+
+    def readline(self) -> bytes:
+        """As of a file. Only pickles of old protocols have lines."""
+        line = io.BytesIO(self._view[self._at:min(self._at + NAME_MOST, self._end)]).readline()
+        self._went(len(line))
+        return line
+
+    def copy(self) -> bytearray:
+        """All that is to be read."""
+        data = bytearray()
+        while self._at < self._end:
+            data += self.read(COPIED_AT_ONCE)
+        return data
+
+    def _went(self, size: int) -> None:
+        first, self._at = -(-self._at // mmap.PAGESIZE), self._at + size
+        last = self._at // mmap.PAGESIZE
+        if self._memory is not None and size > FILE_PIECE and last > first:
+            self._memory.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE,  # type: ignore[attr-defined]
+                                 (last - first) * mmap.PAGESIZE)
+
+
+def unseal(payload: Buffer, once: bool = False) -> Any:
+    """Open a payload. Runs the user's code; raises whatever that raises. With `once` nobody will look
+    at the payload again."""
+    size = len(payload)
+    source = _Source(memoryview(payload), once) if size > LAZY else None
     if payload[0] == 2:
         needs, payload = split_needs(payload)
         if modules is not None:   # in the program itself its modules are there
             modules.need(needs)
+    if source is not None:
+        return _unseal_large(source, memoryview(payload), size - len(payload))
     if payload[0] != 1:
         return pickle.loads(payload)
     view = memoryview(payload)
+    ends = _ends_of(view)
+    # A bytearray each: what numpy makes of a read-only view could not be written to by the job.
+    return pickle.loads(view[ends[0]:ends[1]], buffers=[
+        bytearray(view[begin:end]) for begin, end in zip(ends[1:], ends[2:])])
+
+
+def _ends_of(view: memoryview) -> List[int]:
+    """Where the pickle of a payload begins, where it ends, and where the buffers behind it do."""
     _, count = _BUFFERS.unpack_from(view)
     lengths = struct.unpack_from('>%dQ' % (count + 1), view, _BUFFERS.size)
-    at = _BUFFERS.size + 8 * (count + 1)
-    parts = []
-    for length in lengths:
-        parts.append(view[at:at + length])
-        at += length
-    # A bytearray each: what numpy makes of a read-only view could not be written to by the job.
-    return pickle.loads(parts[0], buffers=[bytearray(part) for part in parts[1:]])
+    return list(itertools.accumulate(lengths, initial=_BUFFERS.size + 8 * (count + 1)))
+
+
+def _unseal_large(source: _Source, view: memoryview, at: int) -> Any:
+    """Open what the source has from `at` on, which is `view`."""
+    if view[0] != 1:
+        source.goto(at, len(view))
+        return pickle.Unpickler(source).load()
+    ends = _ends_of(view)
+    buffers = []
+    for begin, end in zip(ends[1:], ends[2:]):
+        source.goto(at + begin, end - begin)
+        buffers.append(source.copy())
+    source.goto(at + ends[0], ends[1] - ends[0])
+    return pickle.Unpickler(source, buffers=buffers).load()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2422,6 +2603,46 @@ def _role_name(role: int) -> str:
 # Frames and records: bytes to units and back. Nothing here opens a socket, reads a clock or takes a lock.
 # ---------------------------------------------------------------------------------------------------------
 
+def mapped(size: int) -> memoryview:
+    """Memory for so many bytes, which the system gives as it is filled. Raises MemoryError."""
+    try:
+        if hasattr(mmap, 'MAP_PRIVATE'):
+            return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        return memoryview(mmap.mmap(-1, size))
+    except (OSError, OverflowError, ValueError) as exc:
+        raise MemoryError('no memory for %d bytes: %s' % (size, exc)) from exc
+
+
+def free_memory() -> Optional[int]:
+    """Bytes of memory that are free on this host, and in the cgroup of this process; None where
+    nobody tells."""
+    free = None
+    with contextlib.suppress(OSError, ValueError, AttributeError):   # another system
+        with open('/proc/meminfo', 'rb') as file:
+            found = re.search(rb'^MemAvailable: *(\d+) kB', file.read(), re.MULTILINE)
+        free = int(found.group(1)) << 10  # type: ignore[union-attr]
+    if free is None:
+        free = ask_psutil(lambda psutil: psutil.virtual_memory().available)
+    within = _free_of_cgroup()
+    return min((size for size in (free, within) if size is not None), default=None)
+
+
+def _free_of_cgroup() -> Optional[int]:
+    """What the limit of this process's cgroup (version 2) leaves."""
+    with contextlib.suppress(OSError, ValueError):   # none, or another system
+        with open('/proc/self/cgroup') as file:
+            path = next(line[3:].strip() for line in [*file, '0::/'] if line.startswith('0::'))
+        group = '/sys/fs/cgroup/' + path.strip('/') + '/'
+        sizes = []
+        for name in ('memory.max', 'memory.current'):
+            with open(group + name) as file:
+                sizes.append(int(file.read()))   # 'max' is none
+        with open(group + 'memory.stat') as file:
+            cache = sum(int(line.split()[1]) for line in file if line.startswith('inactive_file '))
+        return max(0, sizes[0] - sizes[1] + cache)
+    return None
+
+
 class Intake:
     """Cuts a stream of bytes into units of a head of fixed size and a body whose length the head tells.
 
@@ -2431,6 +2652,7 @@ class Intake:
     """
     STAGING = 256 * 1024
     FIRST = 2 << 20      # twice what most frames hold; freshly mapped memory would cost 40 times as much as reused
+    AT_ONCE = 1 << 30    # bytes that a system call is asked for; some systems refuse 2 GiB
 
     def __init__(self, head_size: int) -> None:
         self._head_size = head_size
@@ -2442,6 +2664,11 @@ class Intake:
         self._large: Optional[memoryview] = None
         self._filled = 0
 
+    @property
+    def coming(self) -> int:
+        """Bytes of the unit that has begun and is not whole; -1 if its head is not there."""
+        return self._body_size
+
     def measure(self, head: bytes) -> int:
         """Length of the body that follows `head`; may raise to refuse it."""
         raise NotImplementedError
@@ -2452,11 +2679,14 @@ class Intake:
             return self._view[self._end:]
         if self._filled == len(self._large):
             self._grow(2 * self._filled)
-        return self._large[self._filled:]
+        return self._large[self._filled:self._filled + self.AT_ONCE]
 
     def _grow(self, size: int) -> None:
         old = self._large
-        self._large = memoryview(bytearray(min(size, self._body_size)))
+        if size >= LAZY:   # in one step: it is taken as it is filled, and nothing is copied any more
+            self._large = mapped(self._body_size)
+        else:
+            self._large = memoryview(bytearray(min(size, self._body_size)))
         if old is not None:
             self._large[:self._filled] = old
 
@@ -2532,7 +2762,7 @@ class FrameSealer:
         if len(pieces[0]) > bounds.size + SMALL:   # and the index of what is beside it
             raise ValueError('%s with an envelope of %d bytes is over the limit of %d' % (type(message).__name__, len(pieces[0]), bounds.size))
         if size > MESSAGES[op][1]:
-            raise ValueError('%s of %d bytes is over the limit of %d' % (type(message).__name__, size, MESSAGES[op][1]))
+            raise TooLarge('%s of %d bytes is over the limit of %d' % (type(message).__name__, size, MESSAGES[op][1]))
         header = _FRAME.pack(size, op, encoding, 0, 0)
         head = header + hmac.digest(self._key, _SEQ.pack(self._seq, 0) + header, 'sha256')[:HEAD_TAG]
         mac = self._mac.copy()
@@ -2589,7 +2819,7 @@ class FrameOpener(Intake):
 
 # What passes between the daemon, a runner and its workers on one host: a head and three bodies.
 # kind, 0, number (worker, or exit code + 2^31), serial, start, end, lengths of the three bodies
-_RECORD = struct.Struct('>BBIQddIII')
+_RECORD = struct.Struct('>BBIQddQII')
 
 
 class Kind(enum.IntEnum):
@@ -2648,10 +2878,8 @@ class Record(NamedTuple):
 
 def pack_record(kind: int, number: int = 0, serial: int = 0, start: float = 0.0, end: float = 0.0,
                 first: Payload = b'', second: Buffer = b'', third: Buffer = b'') -> List[Buffer]:
-    """A record as buffers to be written one behind the other. Raises ValueError for a body of 4 GiB or more."""
+    """A record as buffers to be written one behind the other."""
     size = size_of(first)
-    if size >= 1 << 32:
-        raise ValueError('%d bytes are more than a record can hold' % size)
     head = _RECORD.pack(kind, 0, number, serial, start, end, size, len(second), len(third))
     if size + len(second) + len(third) < OUT_OF_BAND:
         return [b''.join((head, *pieces_of(first), second, third))]
@@ -3071,7 +3299,7 @@ class ModuleStore:
 class Shelf:
     """Results of one computation on disk, while its client is away: a file of a header (magic, instance of the client) and
     of records (CRC-32, then a record as workers write them). What is torn at its end was never reported as kept."""
-    MAGIC = b'dispy5r\2'
+    MAGIC = b'dispy5r\3'
     HEAD = len(MAGIC) + 16 + KEY_SIZE
 
     def __init__(self, path: str) -> None:
@@ -4106,6 +4334,7 @@ class Node:
         self.held_since = 0.0
         self._turned_away: Set[int] = set()     # links that were refused because another holds the node
         self.held_bytes = 0
+        self._in_parts: List[Attempt] = []      # whose arguments came so
         self.stopping = False
         self._disk_full = False     # which was told
         self._workers_at = 0.0      # when the next worker may be started
@@ -4141,7 +4370,7 @@ class Node:
             FilePiece: self._on_file_piece,
             Cancel: self._on_cancel, Recall: self._on_recall, Ack: self._on_ack, Done: self._on_done,
             FileStored: self._on_file_stored, Query: self._on_query, Shutdown: self._on_shutdown,
-            Limit: self._on_limit,
+            Limit: self._on_limit, Unfit: self._on_unfit,
             Reclaim: self._on_reclaim, Return: self._on_return,
         }
 
@@ -4640,6 +4869,12 @@ class Node:
         if self.stopping or self.paused:
             self._reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
             return
+        is_large = len(message.rows) == 1 and size_of(message.rows[0][1]) > FRAME_FILL
+        if is_large:
+            unfit = over_limit_here(message, 'on node %s' % self.name)
+            if unfit is not None:
+                self._on_unfit(link, unfit, now)
+                return
         shelved = self.shelf[comp.comp].serials if comp.comp in self.shelf else ()
         if not comp.attempts:
             for claim in (comp.own, comp.client):
@@ -4655,6 +4890,31 @@ class Node:
             comp.attempts[serial] = attempt
             comp.enqueue(attempt)
             self._count(attempt, True)
+        if is_large and size_of(payload) > MAX_FRAME and serial in comp.attempts:
+            attempt = comp.attempts[serial]
+            if attempt not in self._in_parts:
+                self._in_parts.append(attempt)
+
+    def is_full(self) -> bool:
+        """Whether so much waits that links are not to be read: without what came in parts, for which
+        memory was found before."""
+        held = self.held_bytes
+        if held > RECEIVE_BUDGET and self._in_parts:
+            self._in_parts = [attempt for attempt in self._in_parts
+                              if attempt.serial in attempt.comp.attempts]
+            held -= sum(attempt.counted for attempt in self._in_parts)
+        return held > RECEIVE_BUDGET
+
+    def _on_unfit(self, link: int, message: Unfit, now: float) -> None:
+        """An attempt whose arguments find no room here."""
+        comp = self._comp_of(link, message.comp)
+        if comp is None or comp.link != link or self._is_known(comp, message.row[0]):
+            return
+        self._finish(comp, unfit_row(message))
+
+    def _is_known(self, comp: _Computation, serial: int) -> bool:
+        shelved = self.shelf[comp.comp].serials if comp.comp in self.shelf else ()
+        return serial in comp.attempts or serial in comp.unacknowledged or serial in shelved
 
     def _share_out(self, now: float) -> None:
         """CPUs to computations."""
@@ -4782,6 +5042,8 @@ class Node:
 
     def _feed(self, comp: _Computation, worker: _Worker, count: int, now: float) -> None:
         attempts: List[Attempt] = []
+        if worker.queue and size_of(worker.queue[-1].payload) > LAZY:
+            return   # what stands behind that could not be taken back
         if comp.most:
             count = min(count, comp.most - worker.fed)
         while count > 0 and comp.waiting:
@@ -4790,6 +5052,8 @@ class Node:
                     or (attempts and (attempt.timeout or attempt.memory)):
                 break
             attempts.append(comp.waiting.popleft())
+            if attempt.counted > LAZY:   # alone, as above
+                count = 0
             self._count(attempt, False)   # what runs does not keep links from being read: orders come along them
             worker.queue.append(attempt)
             count -= 1
@@ -5950,7 +6214,7 @@ def cut_error(exc: BaseException, skip: int = 0) -> Payload:
     text = describe_exception(exc, skip)
     payload = pack_error(text, exc)
     size = size_of(payload)
-    if size <= VALUE_MOST:
+    if not is_over_limit(size):
         return payload
     return pack_error('%s\n(%s)' % (text, over_limit('the exception', size)), None)
 
@@ -6178,7 +6442,12 @@ class Worker:
 
     def _write(self, buffers: List[Buffer]) -> None:
         for buffer in buffers:
-            self._sock.sendall(buffer)
+            if len(buffer) <= WRITE_MOST:
+                self._sock.sendall(buffer)
+                continue
+            view = memoryview(buffer).cast('B')
+            for start in range(0, len(view), WRITE_MOST):   # some systems refuse 2 GiB at once
+                self._sock.sendall(view[start:start + WRITE_MOST])
 
     def _before_fork(self) -> None:
         """A job forks: from now on its children may write into the pipe as well, records of any length."""
@@ -6215,7 +6484,7 @@ class Worker:
         """dispy_provisional_result: hand the client a value while the job goes on. Raises what pickling raises,
         ValueError for a value over the limit."""
         payload, plain, _, _ = seal(result)
-        if size_of(payload) > VALUE_MOST:
+        if is_over_limit(size_of(payload)):
             raise ValueError(over_limit('dispy_provisional_result: the value', size_of(payload)))
         with self._beside_job():
             now = time.time()
@@ -6309,7 +6578,9 @@ class Worker:
                 if self._slots[1] == record.serial:
                     raise KeyboardInterrupt   # cancelled in the moment in which it starts
                 spaces.added.clear()
-                args, kwargs, *extras = unseal(record.bodies[0])
+                args, kwargs, *extras = unseal(record.bodies[0], True)
+                if len(record.bodies[0]) > LAZY:   # the job has its memory
+                    self._free(record)
                 if extras:
                     self._bring(*extras)
                 value = self._function(*args, **kwargs)
@@ -6332,6 +6603,13 @@ class Worker:
         except ValueError as exc:
             self._send(Kind.RESULT, Outcome.RAISED, record.serial, start, end,
                        pack_error('the result could not be sent: %s' % exc, None), out, err)
+
+    @staticmethod
+    def _free(record: Record) -> None:
+        """Let go of the memory of arguments that have been opened, whoever holds the record."""
+        for body in record.bodies:
+            with contextlib.suppress(BufferError):   # something of it is in use
+                body.release()
 
     def _bring(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any]) -> None:
         """dispy_job_depends: a directory of the job's own, with its files and links to the computation's, and names."""
@@ -6367,7 +6645,7 @@ class Worker:
             return Outcome.RAISED, cut_error(failure, 1)
         try:
             payload, plain, _, _ = seal(value)
-            if size_of(payload) > VALUE_MOST:
+            if is_over_limit(size_of(payload)):
                 return Outcome.RAISED, pack_error(over_limit('the result', size_of(payload)), None)
             return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
         except BaseException as exc:  # __reduce__ and its kin are the user's code
@@ -6537,6 +6815,7 @@ class Runner:
         self._receive()
         init = self._records.popleft()
         self._spec = pickle.loads(init.bodies[0])   # from the daemon that started this process
+        limit_values(self._spec.get('max_value', VALUE_MOST))
         self._directory = self._spec['directory']
         self._out, self._err = Catch(self._spec['private']), Catch(self._spec['private'])
         os.dup2(self._out.handle, 1)
@@ -7011,6 +7290,7 @@ class Channel:
         self.dirty: Optional[Set['Channel']] = None   # the loop's, while attached
         self.interest = 0
         self._intake = intake
+        self.later: Any = ()   # what is made when there is room for it
         self._out: Deque[Tuple[memoryview, Optional[socket.socket]]] = collections.deque()
         self._gathers = hasattr(sock, 'sendmsg') and not hasattr(sock, 'do_handshake')
         self._again: Tuple[Type[OSError], ...] = _WOULD_BLOCK
@@ -7029,8 +7309,9 @@ class Channel:
             self.dirty.add(self)
 
     def write(self) -> None:
-        """Send what the socket takes now. Raises OSError when it is broken."""
-        while self._out:
+        """Send what the socket takes now, up to WRITE_MOST bytes. Raises OSError if it is broken."""
+        enough = self.queued - WRITE_MOST
+        while self._out and self.queued > enough:
             try:
                 sent = self._send_some()
             except self._again:
@@ -7043,6 +7324,19 @@ class Channel:
                     break
                 sent -= len(view)
                 self._out.popleft()
+
+    def drain(self, seconds: float) -> None:
+        """Send what was pushed, and wait so long for room at most. Raises OSError."""
+        until = time.monotonic() + seconds
+        self.write()
+        if not self._out or seconds <= 0:
+            return
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.sock, selectors.EVENT_WRITE)
+            while self._out and selector.select(until - time.monotonic()):
+                self.write()
+                if time.monotonic() > until:
+                    return
 
     def _send_some(self) -> int:
         view, passing = self._out[0]
@@ -7083,7 +7377,11 @@ class Channel:
     @property
     def wants_write(self) -> bool:
         """Whether anything waits to be sent."""
-        return bool(self._out)
+        return bool(self._out or self.later)
+
+    def go_on(self) -> None:
+        """Make more of `later`, and send it."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Close the socket and those that were to be passed."""
@@ -7094,8 +7392,163 @@ class Channel:
         self.sock.close()
 
 
+def unfit_text(size: int, text: str) -> str:
+    """What is said of arguments for which there is no room."""
+    return 'arguments of %d bytes cannot be taken: %s: send a file (depends)' % (size, text)
+
+
+def limit_text(where: str) -> str:
+    """Why a value over the limit of this process is not taken."""
+    return 'the limit for one value is %d (%s, --max-value)' % (VALUE_MOST, where)
+
+
+def over_limit_here(message: Jobs, where: str) -> Optional[Unfit]:
+    """What stands for a message of one job that came in one frame, and whose arguments are over the
+    limit all the same: it is a lower one than the default. What is large comes alone."""
+    size = size_of(message.rows[0][1])
+    if size > VALUE_MOST:
+        return Unfit(message.comp, message.rows[0], unfit_text(size, limit_text(where)))
+    return None
+
+
+def unfit_row(message: Unfit) -> tuple:
+    """The row of Results of a job for whose arguments there is no room."""
+    return (message.row[0], int(Outcome.RAISED), 0.0, 0.0, pack_error(message.text, None), b'', b'')
+
+
+class Coming:
+    """A row of Jobs or Results that comes in parts. `place` takes its payload; if there is none, it
+    is passed over."""
+    __slots__ = ('kind', 'row', 'total', 'seen', 'place')
+
+    def __init__(self, row: tuple, total: int) -> None:
+        self.kind = Jobs if len(row) == 3 else Results   # type: Any
+        self.row, self.total, self.seen = row, total, 0
+        self.place: Any = None
+
+    @property
+    def copies(self) -> int:
+        """How often it is in memory until it can be used."""
+        return ARGUMENTS_COPIED if self.kind is Jobs else RESULTS_COPIED
+
+    def message(self, comp: str) -> Any:
+        """What has come, when it is whole. Raises PeerError."""
+        at = 1 if self.kind is Jobs else 4
+        message = self.kind(comp, [(*self.row[:at], self.place.whole(), *self.row[at + 1:])])
+        if not CHECKS[self.kind](message):
+            raise PeerError('%s with wrong values' % self.kind.__name__)
+        return message
+
+
+class InMemory:
+    """A place for a value: memory that is taken as the value comes."""
+
+    def __init__(self, size: int) -> None:
+        """Raises MemoryError."""
+        self._view = mapped(size)
+
+    def add(self, offset: int, data: Buffer) -> None:
+        """These bytes have come. Raises OSError if they find no room."""
+        self._view[offset:offset + len(data)] = data
+
+    def whole(self) -> memoryview:
+        """All that has come."""
+        return self._view
+
+    def drop(self) -> None:
+        """It is not wanted any more."""
+
+
+class Values:
+    """What comes in parts on the links of a loop, one value at a time of each computation. One for
+    which there is no room is refused when it begins, with a text for its job, and passed over. The
+    loop's thread."""
+
+    def __init__(self, where: str, log: logging.Logger) -> None:
+        """`where` tells whose memory it is, for people."""
+        self.where, self._log = where, log
+        self._coming: Dict[Tuple[int, str], Coming] = {}   # (link, computation) -> what comes
+
+    def take(self, link: int, part: Part, takes: Container[int]) -> Any:
+        """The message that is whole with this part; what stands for one for which there is no room;
+        or None. Raises PeerError."""
+        key, buffers = (link, part.comp), pieces_of(part.data)
+        refused = None
+        if not part.offset:
+            self.drop(link, part.comp)
+            if not part.total:
+                return None
+            value = self._coming[key] = Coming(part.row, part.total)
+            if OPS[value.kind] not in takes:
+                raise PeerError('%s may not come here' % value.kind.__name__)
+            refused = self._begin(part.comp, value)
+        else:
+            value = self._coming.get(key)  # type: ignore[assignment]
+        size = sum(map(len, buffers))
+        if value is None or (part.offset, part.total) != (value.seen, value.total) \
+                or not 0 < size <= part.total - part.offset:
+            raise PeerError('a part at %d of %d bytes does not follow what came before'
+                            % (part.offset, part.total))
+        for data in buffers:
+            if value.place is not None:
+                try:
+                    value.place.add(value.seen, data)
+                except OSError as exc:
+                    refused = self._refuse(part.comp, value, '%s (%s)' % (exc, self.where))
+            value.seen += len(data)
+        if value.seen < value.total:
+            return refused
+        del self._coming[key]
+        return value.message(part.comp) if value.place is not None else refused
+
+    def _begin(self, comp: str, value: Coming) -> Any:
+        if value.total > VALUE_MOST:
+            return self._refuse(comp, value, limit_text(self.where))
+        try:
+            value.place = self.find_place(value)
+        except (OSError, MemoryError) as exc:
+            return self._refuse(comp, value, '%s (%s)' % (exc, self.where))
+        return None
+
+    def find_place(self, value: Coming) -> Any:
+        """Where a value comes to lie. Raises MemoryError or OSError if there is no room."""
+        free = free_memory()
+        needed = value.copies * value.total + LAZY
+        if free is not None:
+            free -= sum(other.copies * other.total - other.seen for other in self._coming.values()
+                        if other.place is not None)
+            if needed > free:
+                raise MemoryError('%d bytes of memory are free, and %d are needed'
+                                  % (max(0, free), needed))
+        return InMemory(value.total)
+
+    def _refuse(self, comp: str, value: Coming, text: str) -> Any:
+        """What stands for a value for which there is no room. The rest of it is passed over."""
+        if value.place is not None:
+            value.place.drop()
+            value.place = None
+        row = value.row
+        if value.kind is Jobs:
+            return Unfit(comp, row, unfit_text(value.total, text))
+        text = 'a result of %d bytes cannot be taken: %s: return less of it, or send a file ' \
+            '(dispy_send_file)' % (value.total, text)
+        if row[1] in GOES_ON:
+            self._log.error('provisional: %s', text)
+            return None
+        refused = (row[0], int(Outcome.RAISED), *row[2:4], pack_error(text, None), *row[5:])
+        return Results(comp, [refused])
+
+    def drop(self, link: int, comp: Optional[str] = None) -> None:
+        """What comes of a computation is not wanted any more; None: the link has ended."""
+        for key in [key for key in self._coming if key[0] == link and comp in (None, key[1])]:
+            value = self._coming.pop(key)
+            if value.place is not None:
+                value.place.drop()
+
+
 class Link(Channel):
     """An authenticated connection that carries messages."""
+    AT_ONCE = 16     # parts that are made in one turn
     _numbers = itertools.count(1)
 
     def __init__(self, sock: socket.socket, session: Session, address: str, now: float, pulse: float = PULSE,
@@ -7108,10 +7561,123 @@ class Link(Channel):
         self.pulse = pulse
         self.heard = self.said = now
         self.on_purpose = False
+        self._takes = takes
+        self.values: Optional[Values] = None   # the loop's, while attached
+        # Computation -> messages that go in parts, and those that have to stay behind them
+        self.later: Dict[str, Deque[Union[InParts, Results, Refused]]] = {}
+        self.unmade = 0    # bytes of `queued` that parts will be made of
 
     def send(self, message: Any) -> None:
-        """Queue a message. Raises ValueError for one that is too large, before anything of it is queued."""
-        self.push(self._sealer.seal(message))
+        """Queue a message. Raises ValueError for one that is too large, before anything of it is
+        queued. One that is too large for a frame only goes in parts, and others overtake it: all but
+        what tells more of the same job, or that nothing more is told of the computation."""
+        if self.later and type(message) in (Results, Refused, Done) and self._stays_behind(message):
+            return
+        try:
+            buffers = self._sealer.seal(message)
+        except TooLarge as exc:
+            self._in_parts(message, exc)
+        else:
+            self.push(buffers)
+
+    def _stays_behind(self, message: Any) -> bool:
+        if type(message) is Done:
+            self.abandon(message.comp)
+            return False
+        waiting = self.later.get(message.comp)
+        if not waiting:
+            return False
+        if type(message) is Results:
+            serials = {row[0] for row in message.rows}
+            rows = [row for each in waiting if not isinstance(each, Refused)
+                    for row in ([each.row] if isinstance(each, InParts) else each.rows)]
+            if not any(row[0] in serials for row in rows):
+                return False
+        waiting.append(message)
+        return True
+
+    def goes_in_parts(self, message: Any) -> bool:
+        """Whether this message, of one row, was the last that was sent and goes in parts."""
+        last = self.later[message.comp][-1] if message.comp in self.later else None
+        return isinstance(last, InParts) and last.message is message
+
+    def _in_parts(self, message: Any, exc: TooLarge) -> None:
+        """Raises `exc` for a message that cannot go so."""
+        if type(message) not in (Jobs, Results) or len(message.rows) != 1:
+            raise exc
+        whole = InParts(message)
+        if whole.total > VALUE_MOST:
+            raise TooLarge('%s with a value of %d bytes is over the limit of %d'
+                           % (type(message).__name__, whole.total, VALUE_MOST))
+        self.later.setdefault(message.comp, collections.deque()).append(whole)
+        self._count(whole.total)
+        if self.dirty is not None:
+            self.dirty.add(self)
+
+    def _count(self, size: int) -> None:
+        self.queued += size
+        self.unmade += size
+
+    def go_on(self) -> None:
+        """Make parts while the socket takes them."""
+        for _ in range(self.AT_ONCE):
+            for comp in list(self.later) if not self._out else ():
+                self._part(comp)
+            if self._out:
+                self.write()
+
+    def _part(self, comp: str) -> None:
+        """The next part of a computation's, or what stands behind the last."""
+        waiting = self.later[comp]
+        first = waiting[0]
+        if isinstance(first, InParts):
+            left = first.left
+            part = first.next()
+            if part is not None:
+                self.push(self._sealer.seal(part))
+                self._count(first.left - left)
+                return
+        else:
+            try:
+                self.push(self._sealer.seal(first))
+            except TooLarge as exc:
+                self._in_parts(first, exc)   # to the end, and from there to its place
+                waiting.rotate(1)
+                del waiting[1]
+                return
+        waiting.popleft()
+        if not waiting:
+            del self.later[comp]
+
+    def abandon(self, comp: str, serials: Optional[Iterable[int]] = None) -> List[int]:
+        """Do not send what is to go in parts for these serials and has not left; None: nothing that
+        waits of a computation. Returns the serials of what does not leave."""
+        waiting, wanted = self.later.get(comp, ()), None if serials is None else set(serials)
+        unwanted = [each for each in waiting if isinstance(each, InParts)
+                    and (wanted is None or each.row[0] in wanted)]
+        for each in unwanted:
+            if each.left < each.total:
+                self.push(self._sealer.seal(Part(comp, (), 0, 0, b'')))
+            self._count(-each.left)
+        kept = collections.deque(each for each in waiting if each not in unwanted)
+        if kept and serials is not None:
+            self.later[comp] = kept
+        else:
+            self.later.pop(comp, None)
+        return [each.row[0] for each in unwanted]
+
+    @property
+    def owes(self) -> bool:
+        """Whether results go in parts: a Bye would say that their jobs had never begun."""
+        return any(isinstance(each, InParts) and len(each.row) == 7
+                   for waiting in self.later.values() for each in waiting)
+
+    def close(self) -> None:
+        """As a channel, with what has come in part."""
+        super().close()
+        self.later.clear()
+        if self.values is not None:
+            self.values.drop(self.number)
 
     @property
     def opened(self) -> int:
@@ -7125,7 +7691,16 @@ class Link(Channel):
 
     def messages(self, now: float) -> List[Any]:
         """The messages that have come. Raises PeerError or LinkBroken; the link is of no use then."""
-        return [self._opener.open(head, body) for head, body in self.read(now)]
+        messages = []
+        for head, body in self.read(now):
+            message = self._opener.open(head, body)
+            if type(message) is Part and self.values is not None:
+                takes: Any = self._takes
+                message = self.values.take(self.number, message, takes)
+                if message is None:
+                    continue
+            messages.append(message)
+        return messages
 
 
 _CREDENTIALS = struct.Struct('3i')   # pid, uid, gid
@@ -7153,6 +7728,11 @@ class Pipe(Channel):
                 self._asks = False
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
         return count
+
+    @property
+    def is_large(self) -> bool:
+        """Whether what comes now is large."""
+        return self._records.coming > LAZY
 
     def records(self, now: float) -> List[Record]:
         """The records that have come. Raises LinkBroken."""
@@ -7182,20 +7762,23 @@ class Refusals:
     After REFUSED_MOST such frames a job is ended, or its result is told as lost: it would not come through the next time either."""
 
     def __init__(self) -> None:
-        # link -> (number of a frame, computation, serials), the last of them
-        self._sent: Dict[int, Deque[Tuple[int, str, List[int]]]] = {}
+        # link -> (numbers of the first and the last frame, computation, serials), the last of them
+        self._sent: Dict[int, Deque[Tuple[int, int, str, List[int]]]] = {}
         self._counts: Dict[Tuple[str, int], int] = collections.Counter()   # (computation, job number) -> frames
 
     def sent(self, link: Link, frame: Any) -> None:
         """A frame of jobs or results was sent."""
         frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
-        frames_of.append((link.sent - 1, frame.comp, [row[0] for row in frame.rows]))
+        first = last = link.sent - 1
+        if link.later and link.goes_in_parts(frame):   # some time among others
+            first, last = link.sent, link.sent + 2 * (link.queued // FILE_PIECE) + FRAMES_NOTED
+        frames_of.append((first, last, frame.comp, [row[0] for row in frame.rows]))
 
     def refused(self, link: Link, number: int) -> List[Tuple[str, int]]:
         """The other side cannot use this frame. Returns (computation, serial) of what is to be ended for it."""
         over = []
-        for at, comp, serials in self._sent.get(link.number, ()):
-            for serial in serials if at == number else ():
+        for first, last, comp, serials in self._sent.get(link.number, ()):
+            for serial in serials if first <= number <= last else ():
                 self._counts[comp, serial >> 16] += 1
                 if self._counts[comp, serial >> 16] >= REFUSED_MOST:
                     del self._counts[comp, serial >> 16]
@@ -7218,6 +7801,7 @@ class Loop:
     anything being found that could be ended, is itself at fault: `run` raises LoopFailed.
     """
     log = logger
+    PARTING = 0.0    # s that an end on purpose waits for room for its last words
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -7231,6 +7815,7 @@ class Loop:
         self._wakes_on_signals = False
         self._ended = False
         self._faults = Faults()
+        self.values = Values('here', self.log)   # that come in parts
         self._again = False        # a turn failed, and what it had to do may not be done
         self._failed = ''          # why this loop cannot go on
         self.refusals = Refusals()
@@ -7309,6 +7894,7 @@ class Loop:
         self._selector.register(channel.sock, channel.interest, channel)
         if isinstance(channel, Link):
             self.links[channel.number] = channel
+            channel.values = self.values
             self.set_pulse(channel, channel.pulse)
         if channel.wants_write:
             self._dirty.add(channel)
@@ -7362,9 +7948,10 @@ class Loop:
 
     def part(self, link: Link, text: str) -> None:
         """End a link on purpose: what waits on it is sent as far as it goes, then it is closed."""
-        self.say(link, Bye(text[:1000]))
+        if not link.owes:
+            self.say(link, Bye(text[:1000]))
         with contextlib.suppress(OSError):   # it is closed all the same
-            link.write()
+            link.drain(self.PARTING)
         self.detach(link)
 
     def run(self) -> None:
@@ -7486,6 +8073,8 @@ class Loop:
     def _write(self, channel: Channel) -> None:
         try:
             channel.write()
+            if channel.later:
+                channel.go_on()
         except OSError as exc:
             self._guarded(channel, selectors.EVENT_READ)   # the other side may have said why it goes
             self._break(channel, str(exc))
@@ -8196,6 +8785,7 @@ class Daemon(Loop):
         self._options = options
         name = options.name or platform.node() or 'node'
         self.node = Node(name, options.cpus, node_facts(), options.zombie, options.serve, options.client_shutdown, self.now)
+        self.values.where = 'on node %s' % name
         self._phase = Phase.SERVING
         self._clock_at = self.now if options.hours else None   # when to look at the clock on the wall
         self._instance = os.urandom(16)
@@ -8574,7 +9164,7 @@ class Daemon(Loop):
             self._hello()
         if self._may_let_go():
             self._let_go()
-        full = self.node.held_bytes > RECEIVE_BUDGET
+        full = self.node.held_bytes > RECEIVE_BUDGET and self.node.is_full()
         for link in self.links.values():
             if link.paused != full:
                 link.paused = full
@@ -8844,7 +9434,7 @@ class Daemon(Loop):
         init = {'name': spec['name'], 'sys_path': spec['sys_path'], 'argv': spec['argv'],
                 'bundles': any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']), 'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
                 'support': {name: bytes(source) for name, source in spec['support'].items()},
-                'max_file': self._options.max_file, 'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
+                'max_file': self._options.max_file, 'max_value': VALUE_MOST, 'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
                 'names': {'dispy_node_name': self.node.name, 'dispy_node_ip_addr': address, 'dispy_job_path': run.directory}}
         run.control.push(pack_record(Kind.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
 
@@ -9038,6 +9628,8 @@ class Daemon(Loop):
         if rows:
             self._tell(WorkerResults(pipe.worker, rows))
             self._hold_back(pipe)
+        elif pipe.is_large:
+            self._hold_back(pipe)
         return len(records)
 
     def _from_job(self, pipe: Pipe, record: Record) -> None:
@@ -9066,19 +9658,26 @@ class Daemon(Loop):
 
     def _hold_back(self, pipe: Pipe) -> None:
         """Files or results come faster than the client takes them: the worker's pipe is not read for a while."""
-        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self.links.values()):
+        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self.links.values()) \
+                and self._must_wait(pipe, HELD_BACK):
             pipe.paused = True
             self._held.add(pipe)
             self.interest(pipe)
 
+    def _must_wait(self, pipe: Pipe, most: int) -> bool:
+        """Whether more than so much waits on a link. A large result on its way keeps others back that
+        are large, of which memory should hold no two, and not those that are small."""
+        return any(link.queued - link.unmade > most or (link.unmade and pipe.is_large)
+                   for link in self.links.values())
+
     def _let_go(self) -> None:
-        for pipe in self._held:
+        for pipe in [pipe for pipe in self._held if not self._must_wait(pipe, HELD_BACK // 2)]:
             pipe.paused = False
             self.interest(pipe)
-        self._held.clear()
+            self._held.remove(pipe)
 
     def _may_let_go(self) -> bool:
-        return bool(self._held) and all(link.queued <= HELD_BACK // 2 for link in self.links.values())
+        return any(not self._must_wait(pipe, HELD_BACK // 2) for pipe in self._held)
 
     def _run_of(self, worker: int) -> Optional[_Run]:
         for run in self._runs.values():
@@ -9704,6 +10303,9 @@ def _parser() -> argparse.ArgumentParser:
     add('--serve', type=_count, metavar='N', help='end after so many clients')
     add('--client-shutdown', action='store_true', help="end after a client that calls its cluster's shutdown()")
     add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files, of clients and of jobs, are refused (default: no limit)')
+    add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]',
+        help='larger arguments and results of jobs are refused, as are those for which no memory is '
+        'free (default and most: %d GiB)' % (VALUE_MOST >> 30))
     add('--zombie-interval', type=minutes_option, metavar='MIN',
         help='minutes that results wait here for a client that is gone (default: %g)' % (ZOMBIE_TIME / 60))
     add('--msg-timeout', type=seconds_option, default=HANDSHAKE_TIME, metavar='S', help='seconds for a handshake (default: %(default)g)')
@@ -9957,6 +10559,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return 0
         check_fork()
         set_up_log('dispynode', args.debug, args.log_file)
+        limit_values(args.max_value)
         tls_files(args.certfile, args.keyfile, None, '--%s')
         user = find_user(args.user) if args.user is not None else None
         if args.embedded:

@@ -47,6 +47,7 @@ import hmac
 import json
 import logging
 import math
+import mmap
 import os
 import pickle
 import shutil
@@ -61,14 +62,14 @@ from dispy import (
     JobState, JobWaits, JobsEnded, JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodeResults, NodeSpec, Peer,
     Schedule, SendJobs, UseState, Withdrawn, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
-    ASKED_FOR, BUNDLE, BUNDLES, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT, OF_CLIENTS,
+    ASKED_FOR, BUNDLE, BUNDLES, LAZY, VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT, OF_CLIENTS,
     ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of,
     PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each,
     FilePiece, FileReceiver, FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
     Outcome, Output, Payload, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
-    Returned, Role, Said, Shutdown, StartError, Started, Welcome, Where, Wrong, __version__, _write_private, beside,
-    check_name, derive_key, digest_of, discovery_reach, find_secret, frames, has_place, host_and_port, in_parts, is_comp,
-    log_record_of, make_secret, may_reclaim, minutes_option, needs, open_plain, open_regular, parse_arguments, pieces_of, refused_row, result_key,
+    Returned, Role, Said, Shutdown, StartError, Started, Unfit, Values, Welcome, Where, Wrong, __version__, _write_private, beside,
+    check_name, derive_key, digest_of, discovery_reach, find_secret, frames, has_place, host_and_port, in_parts, is_comp, limit_values,
+    log_record_of, over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs, open_plain, open_regular, parse_arguments, pieces_of, result_key,
     plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of, size_option, sized,
     take_own_directory, tls_files, unpack_error)
 
@@ -112,11 +113,93 @@ logger = logging.getLogger('dispyscheduler')
 STATE_MARK = 'dispy-scheduler'   # the file that says that a directory is a scheduler's
 
 
+class StoredValue(mmap.mmap):
+    """Arguments or a result in a file, of which the system reads what is looked at. Its file goes
+    with it unless it has been given a place, which clears `path`."""
+    path = ''
+
+    def __del__(self) -> None:
+        if self.path:
+            with contextlib.suppress(OSError):   # it has gone
+                os.unlink(self.path)
+
+
+def stored(path: str, is_own: bool = False) -> Any:
+    """The contents of a file; large ones are not read yet. Raises OSError."""
+    with open(path, 'rb') as file:
+        # On Windows files cannot be moved or removed that are mapped
+        if os.name == 'nt' or os.fstat(file.fileno()).st_size <= LAZY:
+            data = file.read()
+            if is_own:
+                os.unlink(path)
+            return data
+        value = StoredValue(file.fileno(), 0, access=mmap.ACCESS_READ)
+    value.path = path if is_own else ''
+    return memoryview(value)
+
+
+def _place_of(pieces: Sequence[Any]) -> Optional[StoredValue]:
+    """The file in which a payload lies already, if there is one."""
+    value = pieces[0].obj if len(pieces) == 1 and type(pieces[0]) is memoryview else None
+    return value if isinstance(value, StoredValue) and value.path else None
+
+
+class OnDisk:
+    """A place for a value that comes in parts: a file, written as the parts come, and on the disk
+    when it is whole."""
+    SYNC = 64 << 20    # bytes after which is waited for the disk, so that nobody waits long
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError."""
+        self._path, self._unsynced = path, 0
+        self._file: Any = open(path, 'wb', buffering=0)
+
+    def add(self, offset: int, data: Any) -> None:
+        """As of InMemory."""
+        view = memoryview(data)
+        self._unsynced += len(view)
+        while view:
+            view = view[self._file.write(view):]
+        if self._unsynced >= self.SYNC:
+            self._sync()
+
+    def _sync(self) -> None:
+        getattr(os, 'fdatasync', os.fsync)(self._file.fileno())
+        self._unsynced = 0
+
+    def whole(self) -> Any:
+        """As of InMemory. Raises OSError."""
+        self._sync()
+        self._file.close()
+        return memoryview(stored(self._path, True))
+
+    def drop(self) -> None:
+        """As of InMemory."""
+        self._file.close()
+        with contextlib.suppress(OSError):   # it has gone
+            os.unlink(self._path)
+
+
+class StoredValues(Values):
+    """As Values, on the disk."""
+
+    def __init__(self, state: 'State') -> None:
+        super().__init__('at the scheduler', logger)
+        self._state = state
+
+    def find_place(self, value: Coming) -> Any:
+        """A file if there is room on the disk. Raises OSError."""
+        promised = sum(other.total - other.seen for other in self._coming.values()
+                       if other.place is not None)
+        return self._state.find_place(value.total, promised)
+
+
 class State(Database):
     """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of computations in
     <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
     MARK, VERSION, SYNC = 0x64735335, 1, 'FULL'
     WAITING, SENT, ENDED, DROPPED = range(4)
+    NEW = 'new-'               # begins names of large files that come
     TABLES = """
         CREATE TABLE own (name TEXT PRIMARY KEY, value BLOB);
         CREATE TABLE comps (place INTEGER PRIMARY KEY, comp TEXT UNIQUE, client BLOB, spec BLOB);
@@ -173,6 +256,7 @@ class State(Database):
         self._large: Dict[Tuple[int, str], Sequence[Any]] = {}   # large files to be written before the next transaction
         self._short = 0                    # bytes of the disk that are missing
         self._reserved = os.path.exists(os.path.join(self.root, 'reserve'))
+        self._new_values = itertools.count(1)
         self._gone: List[int] = []         # those whose files are not needed after the next transaction
 
     def key_of(self, comp: str) -> bytes:
@@ -184,6 +268,8 @@ class State(Database):
         found: Set[int] = set()
         for name in os.listdir(self.large):
             number, _, end = name.partition('.')
+            if number.startswith(self.NEW) and end == 'part':   # it came when the last run ended
+                os.unlink(os.path.join(self.large, name))
             if not number.isdigit() or end not in ('p', 'r', 'p.part', 'r.part'):
                 continue   # none of ours
             if end in ('p', 'r') and self._db.execute('SELECT 1 FROM jobs WHERE number = ?', (int(number),)).fetchone():
@@ -234,7 +320,12 @@ class State(Database):
         return os.path.join(self.large, '%d.%s' % (number, end))
 
     def _keep(self, number: int, end: str, pieces: Sequence[Any]) -> None:
-        path = self._file(number, end)
+        path, value = self._file(number, end), _place_of(pieces)
+        if value is not None:   # it is on the disk
+            os.replace(value.path, path)
+            value.path = ''
+            self._files.add(number)
+            return
         try:
             with open(path + '.part', 'wb') as file:
                 for piece in pieces:
@@ -247,6 +338,14 @@ class State(Database):
             raise
         os.replace(path + '.part', path)
         self._files.add(number)
+
+    def find_place(self, size: int, promised: int) -> OnDisk:
+        """A place for a value of so many bytes that comes in parts, while others bring so many more.
+        Raises OSError."""
+        free = shutil.disk_usage(self.large).free - promised - self._reserve
+        if size > free:
+            raise OSError(errno.ENOSPC, '%d bytes are free on its disk' % max(0, free))
+        return OnDisk(os.path.join(self.large, '%s%d.part' % (self.NEW, next(self._new_values))))
 
     def submitted(self, work: 'RemoteWork', payload: Any) -> None:
         """A new job."""
@@ -264,12 +363,12 @@ class State(Database):
         if at < len(new) and new[at][0] == number and new[at][3] is not None:
             return new[at][3]
         if (number, 'p') in self._large:
-            return b''.join(self._large[number, 'p'])
+            pieces = self._large[number, 'p']
+            return pieces[0] if len(pieces) == 1 else b''.join(pieces)
         row = self._db.execute('SELECT payload FROM jobs WHERE number = ?', (number,)).fetchone()
         if row is not None and row[0] is not None:
             return row[0]
-        with open(self._file(number, 'p'), 'rb') as file:
-            return file.read()
+        return stored(self._file(number, 'p'))
 
     def sent(self, works: Sequence[Work], key: Any) -> None:
         """Jobs go to a node, when this is on the disk."""
@@ -295,7 +394,11 @@ class State(Database):
         return row[0] or 0 if row is not None else 0
 
     def ended(self, number: int, row: tuple) -> None:
-        """A row of Results, with the serial that the program knows."""
+        """A row of Results, with the serial that the program knows. The payload of a very large one
+        is a file alone."""
+        if size_of(row[4]) > LAZY:
+            self._large[number, 'r'] = pieces_of(row[4])
+            row = (*row[:4], None, *row[5:])
         data: Optional[bytes] = pickle.dumps(row[:4] + tuple(map(_plain, row[4:])), 5)
         if len(data) >= LARGE:  # type: ignore[arg-type]
             self._large[number, 'r'] = [data]
@@ -352,7 +455,8 @@ class State(Database):
         that fails has filled the disk. It is written twice, into the log and from there into the file."""
         wanted = sum(len(row[3]) for row in self._notes[self.INSERT] if row[3] is not None)
         wanted += sum(len(row[0]) for row in self._notes[self.END] if row[0] is not None)
-        files = sum(size_of(tuple(pieces)) for pieces in self._large.values())
+        files = sum(size_of(tuple(pieces)) for pieces in self._large.values()
+                    if _place_of(pieces) is None)
         if not wanted and not files:
             return True
         if shutil.disk_usage(self.root).free < LOW_DISK + 4 * (wanted + files):   # what is in the log only would make the file grow later
@@ -411,20 +515,28 @@ class State(Database):
         """Rows of Results that are on the disk, one after the other; `unread` gets those that cannot be read now."""
         for number in numbers:
             row = self._db.execute('SELECT result, client FROM jobs WHERE number = ? AND state = 2', (number,)).fetchone()
-            if row is not None and row[0] is None:
-                try:
-                    with open(self._file(number, 'r'), 'rb') as file:
-                        data = file.read()
-                except FileNotFoundError as exc:
-                    yield row[1], int(Outcome.DIED), 0.0, 0.0, b'its result cannot be read at the scheduler: %s' % str(exc).encode(), b'', b''
-                except OSError as exc:   # no descriptor is left
-                    if not unread:
-                        logger.error('a result cannot be read now: %s', exc)
-                    unread.append(number)
-                else:
-                    yield open_plain(data)
-            elif row is not None:
-                yield open_plain(row[0])
+            if row is None:
+                continue
+            try:
+                found = self._result(number, row[0])
+            except FileNotFoundError as exc:
+                yield row[1], int(Outcome.DIED), 0.0, 0.0, b'its result cannot be read at the scheduler: %s' % str(exc).encode(), b'', b''
+            except OSError as exc:   # no descriptor is left
+                if not unread:
+                    logger.error('a result cannot be read now: %s', exc)
+                unread.append(number)
+            else:
+                yield found
+
+    def _result(self, number: int, data: Optional[bytes]) -> tuple:
+        """A row of Results. Raises OSError."""
+        if data is None:
+            with open(self._file(number, 'r'), 'rb') as file:
+                data = file.read()
+        found: tuple = open_plain(data)
+        if found[4] is None:
+            found = (*found[:4], stored(self._file(number, 'r')), *found[5:])
+        return found
 
     # -- at the start -----------------------------------------------------------------------------------------
 
@@ -756,7 +868,8 @@ class Overview:
             count[0] += 1
             count[1] += row[3] - row[2]
         if kind == 1:
-            payload, peer = _plain(row[4]), self._scheduler._peers.get(node)
+            payload = row[4] if len(row[4]) > LAZY else _plain(row[4])
+            peer = self._scheduler._peers.get(node)
             text = unpack_error(payload)[0] if outcome == Outcome.RAISED and len(payload) >= 4 else payload.decode('utf-8', 'replace')
             self._failed += 1
             self._failures.append((
@@ -1029,6 +1142,7 @@ class Quota:
 class Scheduler(Driver):
     """See the module's docstring. Driver is its side towards nodes."""
     log = logger
+    PARTING = 0.0
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -1048,13 +1162,14 @@ class Scheduler(Driver):
         super().__init__(Access(options.node_secret, options.node_certfile, options.node_keyfile, None, options.pulse, options.ping),
                          self._state.instance)
         self.schedule = Schedule(options.fifo)
+        self.values = StoredValues(self._state)
         self._backlog = Backlog(self.links)
         self._doors: List[Gate] = []
         self._client_messages: Dict[type, Callable[[Link, Any], None]] = {
             Introduce: self._c_introduce, Compute: self._c_compute, Jobs: self._c_jobs,
             Cancel: self._c_cancel, Ack: self._c_ack, Done: self._c_done, Reclaim: self._c_reclaim,
             FilePiece: self._c_file_piece, FileStored: self._c_file_stored,
-            Call: self._c_call, Return: self._c_return, Recall: self._c_recall,
+            Call: self._c_call, Return: self._c_return, Recall: self._c_recall, Unfit: self._c_unfit,
             Limit: lambda link, message: None, Query: lambda link, message: None, Shutdown: lambda link, message: None,
             Pulse: lambda link, message: None}
 
@@ -1272,7 +1387,8 @@ class Scheduler(Driver):
 
     def _end_turn_of(self, remote: Remote) -> None:
         link = self.links.get(remote.link)
-        if remote.outbox and link is not None and link.queued >= 4 * FRAME_FILL:   # they wait on the disk until it has room
+        # They wait on the disk until it has room
+        if remote.outbox and link is not None and link.queued - link.unmade >= 4 * FRAME_FILL:
             ended = [remote.ended[row[0]] for row in remote.outbox if row[1] not in GOES_ON]
             self._send_ended(remote, ended)
             remote.outbox = [row for row in remote.outbox if row[1] in GOES_ON]
@@ -1351,8 +1467,10 @@ class Scheduler(Driver):
     def _bound_answers(self) -> None:
         """Who does not read its answers is not read from until it has."""
         for number, session in self._sessions.items():
-            link, slow = session.link, session.link.queued > HELD_BACK
-            if link.dirty is not None and link.paused != slow and (slow or link.queued <= HELD_BACK // 2):
+            link = session.link
+            queued = link.queued - link.unmade   # what is to go in parts lies on the disk
+            slow = queued > HELD_BACK
+            if link.dirty is not None and link.paused != slow and (slow or queued <= HELD_BACK // 2):
                 link.paused, link.heard = slow, self.now
                 self.interest(link)
 
@@ -1631,6 +1749,11 @@ class Scheduler(Driver):
         remote = self._remote(link, message.comp)
         if remote is None:
             return
+        if len(message.rows) == 1:
+            unfit = over_limit_here(message, self.values.where)
+            if unfit is not None:
+                self._c_unfit(link, unfit)
+                return
         back: List[int] = []
         for serial, payload, options in message.rows:
             if serial in remote.works or serial in remote.ended:
@@ -1639,7 +1762,8 @@ class Scheduler(Driver):
                 back.append(serial)
                 continue
             self._state.number += 1
-            payload = _plain(payload)
+            if len(payload) <= LAZY or type(payload) is tuple:
+                payload = _plain(payload)
             work = RemoteWork(message.comp, None, options, self._state.number << 16, serial)
             self._state.submitted(work, payload)
             if self._kept < IN_MEMORY and len(payload) < LARGE:
@@ -1650,6 +1774,12 @@ class Scheduler(Driver):
             self._submitted.append(work)  # type: ignore[arg-type]
         if back:
             self.quota.give_back(link, remote, back, self._stuck_until is not None)
+
+    def _c_unfit(self, link: Link, message: Unfit) -> None:
+        """A job whose arguments find no room here. Its program is told, and it is forgotten."""
+        remote, serial = self._remote(link, message.comp), message.row[0]
+        if remote is not None and serial not in remote.works and serial not in remote.ended:
+            self.say(link, Results(message.comp, [unfit_row(message)]))
 
     def _c_cancel(self, link: Link, message: Cancel) -> None:
         remote = self._remote(link, message.comp)
@@ -2150,6 +2280,9 @@ def _parser() -> argparse.ArgumentParser:
     add('--ping-interval', type=seconds_option, default=REDIAL_MOST, metavar='S', help='most seconds between searches for nodes (default: %(default)g)')
     add('--ipv4-udp-multicast', action='store_true', help='look for nodes by IPv4 multicast too')
     add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files of programs are refused (default: no limit)')
+    add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]',
+        help='larger arguments and results of jobs are refused, as are those for which the disk has '
+        'no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
     add('--zombie-interval', type=minutes_option, default=ZOMBIE_TIME / 60, metavar='MIN', help='minutes that results wait for a program that is gone (default: %(default)g)')
     add('--gone-after', type=seconds_option, default=GONE_TIME, metavar='S',
         help='seconds after which, when the connection to a program without recover_file has ended, '
@@ -2178,6 +2311,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.save_config:
             save_config(parser, args, args.save_config)
             return 0
+        limit_values(args.max_value)
         set_up_log('dispyscheduler', args.debug, args.log_file)
         set_up_log('dispy', args.debug, args.log_file)
         set_up_log('dispynode', args.debug, args.log_file)

@@ -11,7 +11,7 @@ import pytest
 import dispy
 import dispynode
 from conftest import eventually
-from dispynode import NAMES_MOST, SERIALS_MOST, TEXT_MOST, VALUE_MOST, Ack, in_parts, needs, shorten
+from dispynode import NAMES_MOST, SERIALS_MOST, TEXT_MOST, Ack, in_parts, needs, shorten
 from nodes import NodeProcess
 
 large_memory = pytest.mark.skipif(psutil.virtual_memory().available < 9 << 30, reason='needs 9 GiB of free memory')
@@ -115,7 +115,7 @@ def test_a_setup_that_raises_100_mb_of_text(tmp_path):
 
 @pytest.mark.parametrize('kind', ['JobCluster', 'SharedJobCluster'])
 def test_a_computation_over_the_limit_raises_in_the_constructor(monkeypatch, kind):
-    monkeypatch.setattr(dispy, 'VALUE_MOST', 100000)
+    monkeypatch.setattr(dispy, 'WHOLE_MOST', 100000)
     data = b'x' * 200000
 
     def compute():
@@ -140,13 +140,12 @@ def test_setup_args_over_the_limit_raise_in_the_constructor():
 
 
 @large_memory
-def test_a_result_over_a_gib_ends_its_job_alone(tmp_path):
+def test_a_result_over_the_limit_of_its_node_ends_its_job_alone(tmp_path):
     def compute(size, seconds):
         import time
         time.sleep(seconds)
         return bytes(size)
-    assert 1100000000 > VALUE_MOST
-    with NodeProcess(tmp_path) as node, dispy.JobCluster(compute, nodes=[node.address], reentrant=True) as cluster:
+    with NodeProcess(tmp_path, '--max-value', '1g') as node, dispy.JobCluster(compute, nodes=[node.address], reentrant=True) as cluster:
         neighbour = cluster.submit(3, 2)
         large = cluster.submit(1100000000, 0)
         large.wait(60)

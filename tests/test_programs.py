@@ -121,10 +121,10 @@ def test_files_of_the_host_are_not_read(scheduler, node):
         assert cluster.submit()(30) == 42
 
 
-def test_a_job_of_exactly_the_limit_of_a_message_is_refused():
-    """960 MiB are the limit of arguments: a frame has room for its envelope then, and the scheduler for its own."""
-    from dispynode import CHECKS, MESSAGES, VALUE_MOST
-    assert VALUE_MOST + (4 << 20) < MESSAGES[4][1]
+def test_a_computation_of_exactly_the_limit_fits_a_message():
+    """960 MiB are the limit of a computation: a frame has room for its envelope then, and the scheduler for its own."""
+    from dispynode import CHECKS, MESSAGES, WHOLE_MOST
+    assert WHOLE_MOST + (4 << 20) < MESSAGES[4][1]
     assert not CHECKS[Jobs](('a', [(1, memoryview(bytes(1)).cast('B'), {'cpus': 0})]))
 
 

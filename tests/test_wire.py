@@ -18,7 +18,7 @@ from dispynode import (
     Ack, beside, Bye, Call, Cancel, Compute, decode, Done, encode, FilePiece, FileStored, FrameOpener, FrameSealer,
     HEAD_TAG, Held, Intake, Introduce, Jobs, Kind, Limit, MESSAGES, Need, News, Offer, open_envelope, OPS, OUT_OF_BAND,
     Output, pack_record, PeerError, Pulse, Query, Ready, Recall, Reclaim, RecordIntake, Refused, Report,
-    Results, Return, Returned, Said, seal, Shutdown, Started, TAIL_TAG, unseal, Welcome, Where, Wrong)
+    Results, Return, Part, Returned, Said, seal, Shutdown, Started, TAIL_TAG, unseal, Welcome, Where, Wrong)
 
 KEY = bytes(range(32))
 LARGE = random.Random(1).getrandbits(8 * (OUT_OF_BAND + 7)).to_bytes(OUT_OF_BAND + 7, 'big')
@@ -37,6 +37,8 @@ EXAMPLES = [
     Returned('c1', [9]), Offer(3), FilePiece('c1', 4, 5, ROW, 0, beside(LARGE)), FileStored('c1', 4, 5, 'a', 'no'), Shutdown('c1'), Limit('c1', 2),
     FilePiece('c1', 3, 0, ROW, 0, beside(LARGE)), FileStored('c1', 3, 0, 'a', ''), Query('c1'), Reclaim('c1'), Held('c1', [1]), Report('c1', [(1, 0.5)], [2], {'cpu': 1.0}),
     Started('c1', [(5, 0.02)]), Output('c1', 5, 1, 0, b'text'), Where('c1', ('10.0.0.1', 9701, 'host'), [1]), Where('c1', (), [1]), News('c1', 2, tuple('0123456789')),
+    Part('c1', (5, dispynode.HOLLOW, None), 8 << 30, 0, beside((LARGE, b'small'))), Part('c1', (), 8 << 30, 1 << 32, (beside(LARGE),)),
+    Part('c1', (5, 1, 0.5, 1.5, dispynode.HOLLOW, b'out', b''), 5, 0, b'small'), Part('c1', (), 0, 0, b''),
     Said('c1', 'text'), Call('c1', 7, 'nodes', (1, 'x')), Return('c1', 7, ('ValueError', 'text'), None), Pulse(), Bye('enough'), Wrong('text', 7),
 ]
 
@@ -116,7 +118,7 @@ def test_decoded_bytes_are_no_copy():
     assert decode(op, encoding, received).data.obj is received
 
 
-@pytest.mark.parametrize('op', [0, 3, 9, 10, 15, 32, 40, 42, 46, 64, 72, 255])
+@pytest.mark.parametrize('op', [0, 3, 9, 10, 15, 32, 40, 42, 46, 64, 73, 255])
 def test_unknown_messages_are_refused(op):
     with pytest.raises(PeerError, match='unknown'):
         decode(op, 0, pickle.dumps((), 5))
@@ -511,12 +513,12 @@ def test_a_large_record_is_not_copied():
     assert any(piece is LARGE for piece in pack_record(Kind.JOB, first=LARGE))
 
 
-def test_a_record_has_its_limit():
+def test_a_record_has_room_for_the_largest_value():
     class Huge(bytes):
         def __len__(self):
-            return 1 << 32
-    with pytest.raises(ValueError, match='more than a record'):
-        pack_record(Kind.JOB, first=Huge())
+            return dispynode.VALUE_MOST
+    head = pack_record(Kind.JOB, first=Huge(b'x'))[0]
+    assert RecordIntake().measure(bytes(head)) == dispynode.VALUE_MOST > 1 << 32
 
 
 # -- sealed payloads ----------------------------------------------------------------------------------------------

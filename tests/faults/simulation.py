@@ -42,8 +42,8 @@ if __name__ == '__main__':
 import dispy
 import dispynode
 from dispy import ENDED, DispyJob, Driver, JobCluster, JobState, Journal
-from dispynode import (PULSE, PULSES_LOST, Refusals, Ack, Arrival, Bye, Daemon, DialFailed, Dialled, Kept, Lease, LinkBroken, Loop, Memory, Options,
-                       Outcome, Pause, Prepared, Release, Remembered, Results, Resume, RunnerGone, RunnerUp, Session as Handshake, SetCpus, Shelf, Stage, Stop,
+from dispynode import (PULSE, PULSES_LOST, Ack, Arrival, Bye, Daemon, DialFailed, Dialled, Kept, Lease, LinkBroken, Loop, Memory, Options,
+                       Outcome, Pause, Prepared, Release, Remembered, Results, Resume, RunnerGone, Refusals, RunnerUp, Session as Handshake, SetCpus, Shelf, Stage, Stop,
                        WorkerGone, WorkerResults, WorkerReturned, decode, encode, pieces_of, seal)
 
 SILENCE = PULSE * PULSES_LOST
