@@ -95,7 +95,7 @@ import cloudpickle
 from dispynode import (
     ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
     NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
-    Dialling, Discovery, DispyError, Done, Ears, FILE_PIECE, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
+    Dialling, Discovery, DispyError, Done, Ears, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
     Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
     Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, Welcome,
     Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, derive_key, describe_exception, dial, digest_of,

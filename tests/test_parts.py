@@ -346,7 +346,7 @@ def test_what_a_recovery_file_says_of_a_result_that_was_too_large(tmp_path, monk
     monkeypatch.setattr(dispy, 'JOURNAL_MOST', MIB)
     journal = dispy.Journal(str(tmp_path / 'jobs'))
     journal.begin('c', 'work', False, False, None)
-    job = dispy.DispyJob('c', b'payload', None, 1)
+    job = dispy.KeptJob('c', b'payload', None, 1)
     job.submit_time = 1.0
     journal.submitted(job)
     job._state = dispy.JobState.FINISHED

@@ -44,7 +44,7 @@ import dispynode
 from dispy import ENDED, DispyJob, Driver, JobCluster, JobState, Journal
 from dispynode import (PULSE, PULSES_LOST, Ack, Arrival, Bye, Daemon, DialFailed, Dialled, Kept, Lease, LinkBroken, Loop, Memory, Options,
                        Outcome, Pause, Prepared, Release, Remembered, Results, Resume, RunnerGone, Refusals, RunnerUp, Session as Handshake, SetCpus, Shelf, Stage, Stop,
-                       WorkerGone, WorkerResults, WorkerReturned, decode, encode, pieces_of, seal)
+                       Values, WorkerGone, WorkerResults, WorkerReturned, decode, encode, pieces_of, seal)
 
 SILENCE = PULSE * PULSES_LOST
 PIPE = 0.0003            # s on the way between a daemon and its workers
@@ -152,10 +152,14 @@ class SimLink:
         self.sock, self.address, self.pulse = sock, address, pulse
         self.number, self.instance, self.role = next(SimLink.numbers), session.peer_instance, session.peer_role
         self.said, self.sent, self.opened = now, 0, 0
-        self.on_purpose = self.paused = False
+        self.on_purpose = self.paused = self.owes = False
+        self.later = {}   # nothing here is so large that it goes in parts
         self.dirty, self.queued, self.wants_write, self.out = None, 0, False, []
         sock.link = self
         sock.heed()
+
+    def abandon(self, comp, serials=None):
+        return []
 
     @property
     def heard(self):
@@ -205,6 +209,7 @@ class SimLoop(Loop):
         self.now, self.links, self.unsent = self.world.now, {}, {}
         self._inbox, self._ended, self._pulse_at = collections.deque(), False, 0.0
         self._later_broken, self._again, self.refusals = collections.deque(), False, Refusals()
+        self.values = Values('here', self.log)
         self.alive, self.stopped = True, False
         self.doomed = None         # where in a turn it is killed
         self.due = None            # when it is woken by its own timer
@@ -992,7 +997,7 @@ class World:
                 continue
             recovering = len(session.cluster._recovery._jobs) if session.cluster._recovery is not None else 0
             known = comp.length() + len(comp.parked) + flying + recovering + len(driver._submitted) + sum(
-                1 for event in driver._inbox if type(event) in (DispyJob, dispy.CallBack))
+                1 for event in driver._inbox if isinstance(event, (DispyJob, dispy.CallBack)))
             assert known == len(session.jobs), '%d jobs have not ended, %d are known' % (len(session.jobs), known)
 
     def check_node(self, node):
