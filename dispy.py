@@ -5955,7 +5955,6 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
             driver.ask(lambda: recovery.begin(driver))
             recovery.wait(over, timeout)
             driver.ask(lambda: driver.give_up(recovery, recovery.collected.is_set()))
-
         finally:
             driver.release()
     with lock:

@@ -307,6 +307,8 @@ class SimClient(Driver, SimLoop):
         driver.instance = bytes(world.rng.getrandbits(8) for _ in range(16))
         return driver
 
+    alone = acquire
+
     def ask(self, call):
         self.now = self.world.now
         for _ in range(len(self._inbox)):   # what was posted before comes first
