@@ -1026,8 +1026,9 @@ class _Node:
 
     def is_shared(self, comp: _Comp) -> bool:
         """Whether others have jobs here, or jobs that may come here."""
-        return len(self.comps) > 1 and any(self.parts[name] or other.length()
-                                           for name, other in self.comps.items() if other is not comp)
+        return len(self.comps) > 1 and any(
+            self.parts[name] or other.length()
+            for name, other in self.comps.items() if other is not comp)
 
     def waits(self, comp: str) -> int:
         """Jobs of a computation here that are not known to have begun."""
@@ -7126,7 +7127,8 @@ class Driver(Loop):
         use.reason, use.unloadable = '', False
         self._check_unloadable(comp)
         self._probes.pop(comp, None)
-        spec.update(code=beside(spec['code']), setup_args=beside(spec['setup_args']), client=cluster._client)
+        spec.update(code=beside(spec['code']), setup_args=beside(spec['setup_args']),
+                    client=cluster._client)   # whose claims on the node's CPUs it shares
         self.say(peer.link, Compute(comp, spec))
 
     def _support(self, cluster: 'JobCluster', peer: Peer) -> Dict[str, bytes]:

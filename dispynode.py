@@ -114,8 +114,8 @@ RELEASED_TIME = 10.0          # s for which a client from which the node was tak
 QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 AHEAD_TIME = 0.02             # s of work that a worker may hold beyond what it runs
 AHEAD_MOST = 64               # jobs, the same
-CREDIT_TIME = 2.0             # s for each CPU, of what a computation gets back that has had less than others
-ABSENT_TIME = 1.0             # s without jobs here after which a computation claims nothing of what it had not
+CREDIT_TIME = 2.0             # s for each CPU, of what who has had less than others gets back
+ABSENT_TIME = 1.0             # s without jobs here after which nobody gets anything back
 ROW_FIRST = 64                # jobs, the first guess of how many fill a round trip
 UNKNOWN_TIME = 0.5            # s that a job may take, before any has ended
 # S after which the client is told that a job runs, and its worker holds nothing behind it
@@ -4126,7 +4126,7 @@ class DurationEstimate:
         self._last: Deque[float] = collections.deque(maxlen=self.KEPT)
         # What `seconds` returns, until it is to be computed anew
         self._seconds: Optional[float] = None
-        self._sorted: List[float] = []      # for `remaining`, the same; and the sums of the first of these
+        self._sorted: List[float] = []      # for `remaining`, and the sums of the first of these
         self._sums: List[float] = [0.0]
         self._new = 0                       # durations since this was computed:
         self._rows: Dict[float, int] = {}   # what `row` has returned
@@ -4156,7 +4156,9 @@ class DurationEstimate:
             self._sums = [0.0, *itertools.accumulate(self._sorted)]
         place = bisect.bisect_right(self._sorted, age)
         longer = len(self._sorted) - place
-        return (self._sums[-1] - self._sums[place]) / longer - age if longer else max(age, UNKNOWN_TIME)
+        if not longer:
+            return max(age, UNKNOWN_TIME)
+        return (self._sums[-1] - self._sums[place]) / longer - age
 
     def row(self, seconds: float) -> int:
         """How many jobs one after the other fill so many seconds of a CPU, however they fall: one
@@ -4229,14 +4231,15 @@ class Attempt:
 
 class _Worker:
     """A worker process as the state sees it; the head of its queue is what it runs."""
-    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'fed', 'recalled', 'asks', 'stuck', 'pardoned')
+    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'fed', 'recalled', 'asks', 'stuck',
+                 'pardoned')
 
     def __init__(self, key: int, comp: '_Computation') -> None:
         self.key, self.comp = key, comp
         self.queue: Deque[Attempt] = collections.deque()
         self.since = 0.0        # when the head became the head
         self.told = False       # the client knows that the head has begun
-        self.pardoned = False   # the head began before another computation came, and does not count any more
+        self.pardoned = False   # the head began before another client came, and does not count
         self.fed = 0            # jobs given to it
         self.recalled = False   # asked to give back, not answered
         self.asks = 0           # its job sends a file, or has and waits for the answer: the link it goes along
@@ -4252,7 +4255,7 @@ class _Shelved(NamedTuple):
 
 
 class _Claim:
-    """What a computation, or a client with all of its own, has used of a node that several share."""
+    """What a computation, or a client with all of its own, has used of a shared node."""
     __slots__ = ('used', 'reckoned', 'seen', 'fresh')
 
     def __init__(self) -> None:
@@ -4939,7 +4942,8 @@ class Node:
             return len(rivals) > 1
         self._reckon(now)
         while len(rivals) > 1 and self.free > 0:
-            comp = min(rivals, key=lambda comp: (*comp.client.rank(), *comp.own.rank(), comp.served))
+            comp = min(rivals, key=lambda comp: (
+                *comp.client.rank(), *comp.own.rank(), comp.served))
             before = self.free
             if not self._occupy(comp, 0, now) or not comp.waiting:
                 rivals.remove(comp)
@@ -4953,13 +4957,15 @@ class Node:
         """CPU seconds that each will have used when what runs has ended; who has had much less
         than others gets so much back at most."""
         here = [comp for comp in self._comps.values() if comp.attempts]
-        ages = {comp: [(now - worker.since, worker.queue[0].cpus) for worker in comp.workers.values()
+        ages = {comp: [(now - worker.since, worker.queue[0].cpus)
+                       for worker in comp.workers.values()
                        if worker.queue and not worker.pardoned] for comp in here}
         used = {comp: sum(age * cpus for age, cpus in ages[comp]) for comp in here}
         groups: Dict[_Claim, List[_Computation]] = {}
         for comp in here:
             groups.setdefault(comp.client, []).append(comp)
-        self._forgive({client: sum(map(used.__getitem__, comps)) for client, comps in groups.items()})
+        self._forgive({client: sum(map(used.__getitem__, comps))
+                       for client, comps in groups.items()})
         for client, comps in groups.items():
             self._forgive({comp.own: used[comp] for comp in comps})
             for comp in comps:
@@ -4987,12 +4993,12 @@ class Node:
                         for claim in (other.own, other.client):
                             claim.used += age * cpus
                             claim.reckoned -= other.estimate.remaining(age) * cpus
-        for claim, others in ((client, {other.client for other in self._comps.values() if other.attempts}),
-                              (own, {other.own for other in self._comps.values()
-                                     if other.attempts and other.client is client})):
+        here = [other for other in self._comps.values() if other.attempts]
+        for claim, others in ((client, {other.client for other in here}),
+                              (own, {other.own for other in here if other.client is client})):
             if claim.fresh:
                 claim.fresh = False
-                least = min((other.reckoned for other in others if not other.fresh and other is not claim),
+                least = min((other.reckoned for other in others - {claim} if not other.fresh),
                             default=0.0)
                 claim.used = claim.reckoned = max(claim.used, least)
 
