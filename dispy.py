@@ -1768,10 +1768,11 @@ class Schedule:
             if spare <= 0 or comp.remote or name in node.draining:
                 continue
             reserve = node.reserve(name, self._now)
-            shared = node.is_shared(comp)
+            if spare <= 2 * reserve:
+                continue
             sharers = list(node.comps.values())
-            choice = len(sharers) * node.choice(comp, sharers) if shared else 0
-            if spare > 2 * max(choice, reserve):
+            shared = node.is_shared(comp)
+            if not shared or spare > 2 * len(sharers) * node.choice(comp, sharers):
                 asked = sum(self._cpus(node.flight[name][serial]) for serial in node.recalled[name])
                 most = spare - reserve - asked
                 times = 1 if shared else RECALLS_MOST   # the last time is for an idle CPU elsewhere

@@ -27,6 +27,7 @@ os.environ['DISPY_SECRET'] = 'a secret of the benchmark alone'
 import psutil  # noqa: E402
 
 import dispy  # noqa: E402
+import dispynode  # noqa: E402
 import dispyscheduler  # noqa: E402
 from dispynode import (  # noqa: E402
     Ack, Bye, Compute, Introduce, Jobs, Link, Loop, Outcome, Ready, Recall, Results, Returned, Role, Welcome, derive_key, dial)
@@ -155,7 +156,9 @@ class Crowd(Loop):
     FACTS = {'python': tuple(sys.version_info[:3]), 'dispy': dispy.__version__, 'cloudpickle': ''}
     SPEC = {'name': 'crowd', 'kind': 'program', 'code': b'', 'files': [], 'cleanup': False, 'dest_path': '', 'max_jobs': 0, 'live': False, 'logs': 0,
             'python': FACTS['python'], 'support': {}, 'program': 'x', 'cpus': 0, 'setup_args': b'',
-            'shared': {'nodes': None, 'reentrant': False, 'exclusive': False, 'cloudpickle': ''}}
+            'modules': [], 'portable': False, 'sys_path': [], 'argv': [],
+            'shared': {'nodes': None, 'reentrant': False, 'exclusive': False, 'cloudpickle': '', 'recovers': False,
+                       'process': dispy.own_process()}}
 
     def __init__(self, port, nodes, programs):
         super().__init__()
@@ -202,7 +205,7 @@ class Crowd(Loop):
 
     def run_jobs(self, count, first):
         """So many of each program."""
-        payload, wanted = dispy.pack_arguments((1,), {}), self.results + count * len(self.programs)
+        payload, wanted = b''.join(dispynode.pieces_of(dispynode.seal(((1,), {}))[0])), self.results + count * len(self.programs)
         for number, link in enumerate(self.programs):
             for begin in range(first, first + count, 1000):
                 self.say(link, Jobs('program%d' % number, [(serial << 16, payload, None) for serial in range(begin, min(begin + 1000, first + count))]))
