@@ -8599,8 +8599,8 @@ class SharedJobCluster(JobCluster):
         return pages_of_nodes(lambda first, most: self._call('nodes', first, most))
 
     def _rows(self) -> List[NodeRow]:
-        if not self._is_connected():
-            return super()._command('nodes')  # type: ignore[no-any-return]
+        if not self._is_connected():   # the CPUs of its own row stand for all that it takes; it may come meanwhile
+            return [row._replace(cpus=0) for row in super()._command('nodes')]
         return self._pages() or \
             [row._replace(state='connected', reason='has no node for this cluster yet', cpus=0) for row in super()._command('nodes')]
 

@@ -357,7 +357,7 @@ class WatchedShared(Watched):
                 driver.ask(lambda: driver.call(cluster._comp, 'nodes', first, most)), dispy.CALL_TIME))
             self._known = {row.key: row for row in rows}
             return
-        self._known = {row.key: row for row in driver.ask(lambda: driver.rows_of(cluster._comp))}
+        self._known = {row.key: row._replace(cpus=0) for row in driver.ask(lambda: driver.rows_of(cluster._comp))}
 
     def nodes(self) -> List[Any]:
         """As above."""
