@@ -163,6 +163,7 @@ class Trial:
         self.rng, self.seed, self.directory = random.Random(seed), seed, directory
         self.history, self.heals = [], []     # faults; (when, call) to end them
         self.clock = Clock(directory)
+        self.clock.environment['XDG_STATE_HOME'] = os.path.join(directory, 'state-of-programs')
         # Each node and the scheduler (the last) have a small disk, where one can be mounted.
         self.disks = [Disk(os.path.join(directory, 'disk-%d' % number)) for number in range(4)]
         self.faults = {name: count for name, count in self.FAULTS.items() if name != 'disk_full' or self.disks[0].is_small}
@@ -388,6 +389,9 @@ class Trial:
                 found.append('%s and never begun: %s: %s' % (rows[-1][1], job, rows[-1][2]))
         found += ['begun %d times: %s' % (count, job) for job, count in begun.items() if count > 1]
         if ended:
+            # What killed programs have left may be collected for a day; here nobody wants it.
+            subprocess.run([sys.executable, '-m', 'dispy', '--cancel-lost'], stdout=subprocess.DEVNULL, timeout=60,
+                           cwd=self.directory, env=dict(os.environ, **self.clock.environment), check=True)
             found += self.left_over()
         return found
 
