@@ -26,7 +26,17 @@ MIB = 1 << 20
 FRAME = 3 * MIB       # what a frame of jobs or of results may have here
 LAZY = MIB // 2
 
-large_memory = pytest.mark.skipif(psutil.virtual_memory().available < 12 << 30, reason='needs 12 GiB of free memory')
+
+@pytest.fixture
+def large_memory():
+    """12 GiB, for one test at a time: `pytest -n` runs several."""
+    fcntl = pytest.importorskip('fcntl')
+    with open(os.path.join(os.path.dirname(os.environ['DISPY_TESTS']), 'dispy-tests-memory'), 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if psutil.virtual_memory().available < 12 << 30:
+            pytest.skip('needs 12 GiB of free memory')
+        yield
+
 
 STAND_IN = '''
 import importlib, os, sys
@@ -662,9 +672,8 @@ def extremes(data, size):
     return len(data), bytes(data[:1]), bytes(data[-1:]), back
 
 
-@large_memory
 @pytest.mark.parametrize('way', ['argument', 'result'])
-def test_3_5_gib_through_a_node(tmp_path, way):
+def test_3_5_gib_through_a_node(large_memory, tmp_path, way):
     """One value; the link lives, and small jobs go on beside it."""
     size = 7 << 29
     with NodeProcess(tmp_path / 'node') as node, dispy.JobCluster(extremes, nodes=[node.address]) as cluster:
