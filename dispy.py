@@ -1704,13 +1704,15 @@ class Schedule:
         rivals = [comp for comp in node.comps.values() if comp.comp in shares and comp.source(node.key).length]
         if not rivals:
             return
-        sharers = [comp for comp in node.comps.values() if node.parts[comp.comp] or comp in rivals]
         if len(rivals) > 1:
             rivals.sort(key=self._rank)
+        if self._fifo:   # the node shares its CPUs, and shall not have others to share them with
+            del rivals[1:]
+        sharers = [comp for comp in node.comps.values() if node.parts[comp.comp] or comp in rivals]
         for comp in rivals:
             reserve = min(node.reserve(comp.comp, self._now, len(rivals)),
                           node.limits[comp.comp] * shares[comp.comp])
-            choice = node.choice(comp, sharers) if len(sharers) > 1 else 0
+            choice = node.choice(comp, sharers) if len(sharers) > 1 and not self._fifo else 0
             choice = min(choice, node.limits[comp.comp] * shares[comp.comp])
             while True:
                 source = comp.source(node.key)

@@ -4397,8 +4397,7 @@ class Node:
         if serving:
             self._share_out(now)
         for comp in list(self._comps.values()):
-            if comp.begun or comp.outbox or not serving:
-                self._for(comp.comp, self._tell, comp, serving, now)
+            self._for(comp.comp, self._tell, comp, serving, now)
             if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
                 comp.overrun = True
                 self._do(NoteOverrun(comp.comp))

@@ -131,7 +131,7 @@ def test_fifo_serves_in_the_order_of_coming(tmp_path, node, gate):
             gate.open()
             assert all(job.wait(20) for job in held + late + early)
             order = sorted(late + early, key=lambda job: job.result[0])
-            assert sum(job in early for job in order[:15]) >= 10   # a node has a few of each ahead, and shares its CPUs between them
+            assert sum(job in early for job in order[:15]) >= 13   # a node may have had one of each ahead
 
 
 def test_priorities_within_a_program(scheduler, gate):
