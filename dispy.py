@@ -103,8 +103,8 @@ from dispynode import (
     path_option, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
-    Allowance, DurationEstimate, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, Remains, Second, machine, module_dict,
-    package_version, pack_error, start_of, GRACE, _try_lock, has_place)
+    Allowance, DurationEstimate, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine, module_dict,
+    package_version, pack_error, start_of, GRACE, has_place, lock_file)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'recoverable', 'Recoverable', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -348,12 +348,12 @@ class DispyJob(Work):
     @property
     def args(self) -> Any:
         """Arguments, until it has ended; then None."""
-        return None if self._payload is None else unseal(_joined(self._payload))[0]
+        return None if self._payload is None else unseal(in_one_piece(self._payload))[0]
 
     @property
     def kwargs(self) -> Any:
         """Keyword arguments, until it has ended; then None."""
-        return None if self._payload is None else unseal(_joined(self._payload))[1]
+        return None if self._payload is None else unseal(in_one_piece(self._payload))[1]
 
     def status_text(self) -> str:
         """The status as a word."""
@@ -4753,7 +4753,7 @@ class Journal(Database):
                 size_of(result[4]), JOURNAL_MOST)
             state = JobState.TERMINATED
             result = (result[0], int(Outcome.RAISED), *result[2:4], pack_error(text, None), *result[5:])
-        plain = result if isinstance(result, str) else (*result[1:4], *map(bytes, map(_joined, result[4:])))
+        plain = result if isinstance(result, str) else (*result[1:4], *map(in_one_piece, result[4:]))
         self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), work._serial >> 16)
 
     def commit(self) -> bool:
@@ -4836,11 +4836,6 @@ class Journal(Database):
                     os.unlink(self.path + end)
 
 
-def _joined(payload: Any) -> Any:
-    """A payload in one piece."""
-    return b''.join(payload) if type(payload) is tuple else payload
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Trail: the small file by which what a program leaves on nodes is found when it ends before its jobs
 # ---------------------------------------------------------------------------------------------------------
@@ -4886,18 +4881,6 @@ def own_script() -> str:
     return path if isinstance(path, str) else ''
 
 
-def _lock_own(file: Any) -> None:
-    """Lock a file until it is closed or the process ends. Who looks whether it is locked has the
-    lock for a moment, so that it is tried several times. Raises OSError."""
-    for left in reversed(range(5)):
-        try:
-            return _try_lock(file)
-        except OSError:
-            if not left:
-                raise
-            time.sleep(0.02)
-
-
 class Trail:
     """The file of one cluster: whose jobs they are, the key by which nodes give their results, and
     after that a line for each node that may have some. Made with the first such node, so that a
@@ -4938,7 +4921,7 @@ class Trail:
             time.strftime('%Y%m%d-%H%M%S'), self._comp[:12], TRAIL_END))
         self._file = os.fdopen(open_own_file(path, 'recovery file', os.O_APPEND), 'ab', 0)
         self.path = path
-        _lock_own(self._file)
+        lock_file(self._file)
         script = os.path.realpath(self.script) if self.script else ''
         return json.dumps(dict(self._head(), script=script)).encode()
 
@@ -5031,7 +5014,7 @@ class Left:
         written, or that is damaged; OSError."""
         file = os.fdopen(open_own_file(path, 'recovery file', make=False), 'rb', 0)
         try:
-            _lock_own(file)
+            lock_file(file)
         except OSError:   # it lives, here or on another host with the same home
             file.close()
             return None
@@ -5069,7 +5052,8 @@ def _json(line: bytes) -> Any:
 
 def _is_head(head: Any) -> bool:
     return isinstance(head, dict) \
-        and all(type(head.get(name)) is kind for name, kind in _HEAD_KINDS.items()) and head['dispy'] == 1 and re.fullmatch('[0-9a-f]{64}', head['key']) is not None \
+        and all(type(head.get(name)) is kind for name, kind in _HEAD_KINDS.items()) \
+        and head['dispy'] == 1 and re.fullmatch('[0-9a-f]{64}', head['key']) is not None \
         and [type(part) for part in head['process']] == [str, int, str]
 
 
@@ -5693,9 +5677,6 @@ class Gathering:
         with self._changed:
             return len({serial for key, serials in self.there.items() if key[1] == comp
                         for serial in serials})
-
-
-RETURNED = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE))
 
 
 def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,

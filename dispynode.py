@@ -1038,7 +1038,8 @@ def _is_running(pair: Any) -> bool:
 
 
 OUTCOMES = frozenset(map(int, Outcome))
-VALUES = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
+RETURNED = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE))
+VALUES = RETURNED | {Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE}
 PURPOSES = frozenset(map(int, Purpose))
 _RAISED = int(Outcome.RAISED)   # compared for each result; a member of an enumeration takes longer
 GOES_ON = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))   # those that are not the end of an attempt
@@ -5184,7 +5185,7 @@ class Node:
     def _ended(attempt: Attempt, row: tuple) -> tuple:
         """The result of an attempt that was interrupted. One that was cancelled and returned all the same counts."""
         assert attempt.ending is not None   # ours
-        if attempt.ending is Outcome.CANCELLED and row[1] in (Outcome.RETURNED, Outcome.RETURNED_CODE):
+        if attempt.ending is Outcome.CANCELLED and row[1] in RETURNED:
             return row
         return (row[0], int(attempt.ending), row[2], row[3], ENDING_TEXT[attempt.ending].encode(), *row[5:])
 
@@ -5904,13 +5905,13 @@ def module_dict(module: Any) -> Dict[str, Any]:
 def package_version(name: str) -> str:
     """The version of an installed package by its import name; empty if it is not to be found out."""
     import importlib.metadata
-    version: Any = None
     try:
-        version = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        pass   # its distribution has another name
+        version: Any = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:   # its distribution has another name
+        version = None
     except Exception as exc:   # damaged metadata, or a finder of the user's
         logger.debug('the version of %s cannot be read: %s', name, describe_exception(exc))
+        version = None
     if not isinstance(version, str):
         version = module_dict(sys.modules.get(name)).get('__version__')
     return version if isinstance(version, str) else ''
@@ -6820,7 +6821,7 @@ class Runner:
         self._receive()
         init = self._records.popleft()
         self._spec = pickle.loads(init.bodies[0])   # from the daemon that started this process
-        limit_values(self._spec.get('max_value', VALUE_MOST))
+        limit_values(self._spec['max_value'])
         self._directory = self._spec['directory']
         self._out, self._err = Catch(self._spec['private']), Catch(self._spec['private'])
         os.dup2(self._out.handle, 1)
@@ -9169,7 +9170,7 @@ class Daemon(Loop):
             self._hello()
         if self._may_let_go():
             self._let_go()
-        full = self.node.held_bytes > RECEIVE_BUDGET and self.node.is_full()
+        full = self.node.is_full()
         for link in self.links.values():
             if link.paused != full:
                 link.paused = full
@@ -9898,19 +9899,23 @@ def _try_lock(file: Any, shared: bool = False) -> None:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
+def lock_file(file: Any) -> None:
+    """Lock a file until it is closed or the process ends. Who looks whether it is locked has the
+    lock for a moment, so that it is tried several times. Raises OSError."""
+    for left in reversed(range(5)):
+        try:
+            return _try_lock(file)
+        except OSError:
+            if not left:
+                raise
+            time.sleep(0.02)
+
+
 def _lock(path: str, port: int, instance: bytes = b'') -> Any:
-    """Take the lock file or raise StartError naming who has it. Released by the system when the process ends. Clients look
-    for a moment whether it is locked, so that it is tried several times."""
+    """Take the lock file or raise StartError naming who has it. Released by the system when the process ends."""
     file = open(path, 'a+')
     try:
-        for left in reversed(range(5)):
-            try:
-                _try_lock(file)
-                break
-            except OSError:
-                if not left:
-                    raise
-                time.sleep(0.02)
+        lock_file(file)
     except OSError as exc:
         file.seek(0)
         holder = file.read(200).strip()

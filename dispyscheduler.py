@@ -64,7 +64,7 @@ from dispy import (
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, LAZY, VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT, OF_CLIENTS,
     ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of,
-    PULSE, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each,
+    PULSE, RETURNED, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each,
     FilePiece, FileReceiver, FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
     Outcome, Output, Payload, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
     Returned, Role, Said, Shutdown, StartError, Started, Unfit, Values, Welcome, Where, Wrong, __version__, _write_private, beside,
@@ -861,7 +861,7 @@ class Overview:
     def ended(self, remote: Remote, work: RemoteWork, row: tuple, node: Any) -> None:
         """A job has ended with this row of Results, `node` is where, if it was on one."""
         outcome = row[1]
-        kind = 0 if outcome in _RETURNED else 2 if outcome == Outcome.CANCELLED else 1
+        kind = 0 if outcome in RETURNED else 2 if outcome == Outcome.CANCELLED else 1
         remote.ends[kind] += 1
         if node is not None:
             count = remote.ended_at.setdefault(node, [0, 0.0])
@@ -1081,9 +1081,6 @@ def _shown(payload: Any) -> Any:
     return len(payload) if payload is not None and len(payload) > ARGUMENTS_MOST else payload
 
 
-_RETURNED = (Outcome.RETURNED, Outcome.RETURNED_CODE)
-
-
 class Quota:
     """How much each program may have queued here, and what is said to those who have reached it, or come while the disk is full:
     their jobs go back to them, and they are offered no CPUs until there is room. The loop's thread."""
@@ -1256,19 +1253,19 @@ class Scheduler(Driver):
             self._open_remote(remote)
             for key, works in sent.items():
                 host, port, name, instance = places[key]
-                if key not in self._peers:
-                    peer = self._peers[key] = Peer(host, port, self.access.redial)
-                    peer.key, peer.instance, peer.name, peer.memory = key, instance, name, memories.get(key, '')
-                    peer.facts['lock'] = locks.get(key)   # with which it can be seen whether its process has ended
+                is_new = key not in self._peers
+                peer = Peer(host, port, self.access.redial) if is_new else self._peers[key]
+                if peer.link is None:
+                    # Otherwise nobody would see that its process has ended, or is another.
+                    peer.instance, peer.memory = instance, memories.get(key, '')
+                    peer.facts['lock'] = locks.get(key)
+                if is_new:
+                    self._peers[key], peer.key, peer.name = peer, key, name
                     if not port:
                         peer.dialling.due = None
                         peer.move('dial')
                         peer.move('fail')
                     self._take(peer, 'house', NodeSpec(host, port))
-                elif self._peers[key].link is None:
-                    self._peers[key].instance = instance   # or nobody would see that its process is another
-                    self._peers[key].memory = memories.get(key, '')
-                    self._peers[key].facts['lock'] = locks.get(key)
                 self._act(self.schedule.handle(NodeHad(key, comp, works, name, self.now + RETURN_TIME), self.now))
             self._submitted.extend(waiting)  # type: ignore[arg-type]
             if remote.works or remote.ended:
