@@ -4942,10 +4942,9 @@ def _close_trail(file: Any, path: str, remove: bool) -> None:
     if remove:
         try:
             os.unlink(path)
-        except FileNotFoundError:
-            pass
         except OSError as exc:
-            logger.info('%s cannot be removed: %s', path, exc)
+            if exc.errno != errno.ENOENT:   # otherwise somebody else has removed it
+                logger.info('%s cannot be removed: %s', path, exc)
     file.close()
 
 
