@@ -116,6 +116,7 @@ __all__ = [
 # ---------------------------------------------------------------------------------------------------------
 
 AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it runs, however short they are
+ROUNDS_FAR = 1               # further rounds of jobs that end unheard, for each QUEUED_TIME of a round trip
 TURN_TIME = 0.005            # s that a node and a schedule take beyond the round trip between them
 JOURNAL_MOST = 900 << 20      # bytes of arguments, or of a result, that a recovery file holds
 AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
@@ -994,24 +995,44 @@ class _Node:
         """Seconds of work that may wait here: enough for the next to arrive before it is done."""
         return max(QUEUED_TIME, 2 * self.trip)
 
+    @property
+    def rounds(self) -> int:
+        """How many rounds of jobs may end here until it is heard of."""
+        return 1 + int(ROUNDS_FAR * self.trip / QUEUED_TIME)
+
     def reserve(self, comp: str, now: float, rivals: int = 1) -> int:
         """CPUs of jobs of a computation that may wait here, where so many share the node. A CPU
         whose job has run for as long as that work was to last is not counted: nobody knows when it
         will be free."""
         ahead = self.ahead[comp].jobs(self.horizon) // rivals
+        return ahead * self._prompt(comp, now) if ahead else 0
+
+    def bearable(self, comp: str, now: float, shared: bool) -> int:
+        """CPUs of jobs that may go on waiting here: twice what would be sent, since estimates go up
+        and down a little, and as many as last twice as long by the mean, since the quantile of
+        short jobs goes up and down much on a machine that has other work."""
+        ahead = 2 * self.ahead[comp].jobs(self.horizon)
+        mean = self.comps[comp].estimate.mean
+        if mean is not None and not shared:
+            ahead = max(ahead, min(AHEAD_MOST, int(2 * self.horizon / mean)))
+        return ahead * self._prompt(comp, now)
+
+    def _prompt(self, comp: str, now: float) -> int:
+        """CPUs of a computation that will be free before the next job can arrive."""
         begun = self.begun[comp]
-        if ahead and begun:
-            horizon, flight = self.horizon, self.flight[comp]   # a sum, as the timer's: a difference is rounded
-            stuck = sum(cpus_of(flight[serial]) for serial, since in begun.items()
-                        if since + horizon <= now)
-            return ahead * max(0, self.limits[comp] - stuck)
-        return ahead * self.limits[comp]
+        if not begun:
+            return self.limits[comp]
+        horizon, flight = self.horizon, self.flight[comp]   # a sum, as the timer's: a difference is rounded
+        stuck = sum(cpus_of(flight[serial]) for serial, since in begun.items()
+                    if since + horizon <= now)
+        return max(0, self.limits[comp] - stuck)
 
     def choice(self, comp: _Comp, sharers: Sequence[_Comp]) -> int:
         """Jobs of a computation that shall wait here, where these share the node, so that each has
         some whenever a CPU becomes free: until others can come, however quick those are. When none
         of any has ended, its client's part of the CPUs and one behind these if all run."""
-        row = comp.estimate.row(self.trip + TURN_TIME)
+        # In whole milliseconds, so that a node finds what was computed for others
+        row = comp.estimate.row(math.ceil(self.trip * 1000) / 1000 + TURN_TIME)
         limit = self.limits[comp.comp]
         if row or any(other.estimate.seconds is not None for other in sharers):
             return (row or ROW_FIRST) * max(1, limit // len(sharers))
@@ -1517,7 +1538,8 @@ class Schedule:
         """Jobs have ended: how long they took, and how long what they were sent with and told by."""
         ended = [row for row in rows if row[0] in landed and row[1] not in GOES_ON]
         comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
-        node.ahead[comp.comp].ended(len(ended), len(node.flight[comp.comp]), node.limits[comp.comp])
+        node.ahead[comp.comp].ended(len(ended), len(node.flight[comp.comp]), node.limits[comp.comp],
+                                    1 if node.is_shared(comp) else node.rounds)
         if node.probe is not None and node.probe[0] in landed:
             took = next(row[3] - row[2] for row in ended if row[0] == node.probe[0])
             node.trip = min(node.trip, max(0.0, self._now - node.probe[1] - took))
@@ -1762,18 +1784,17 @@ class Schedule:
         works.append(work)
 
     def _reduce(self, node: _Node) -> None:
-        """Call back what waits on a node beyond twice the bound that holds now: jobs turn out to be
-        longer than those before them, or some run that will not end soon. Twice, because estimates
-        go up and down a little."""
+        """Call back what waits on a node far beyond the bound that holds now: jobs turn out to be
+        longer than those before them, or some run that will not end soon."""
         for name, comp in node.comps.items() if node.away is None else ():
             spare = node.parts[name] - node.limits[name]
             if spare <= 0 or comp.remote or name in node.draining:
                 continue
-            reserve = node.reserve(name, self._now)
-            if spare <= 2 * reserve:
-                continue
-            sharers = list(node.comps.values())
             shared = node.is_shared(comp)
+            if spare <= node.bearable(name, self._now, shared):
+                continue
+            reserve = node.reserve(name, self._now)
+            sharers = list(node.comps.values())
             if not shared or spare > 2 * len(sharers) * node.choice(comp, sharers):
                 asked = sum(self._cpus(node.flight[name][serial]) for serial in node.recalled[name])
                 most = spare - reserve - asked

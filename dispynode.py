@@ -4121,12 +4121,13 @@ class DurationEstimate:
     that is long goes unseen."""
     LAST = 32
     KEPT = 512      # for `row` and `remaining`
-    __slots__ = ('_last', '_seconds', '_sorted', '_sums', '_new', '_rows')
+    __slots__ = ('_last', '_seconds', '_mean', '_sorted', '_sums', '_new', '_rows')
 
     def __init__(self) -> None:
         self._last: Deque[float] = collections.deque(maxlen=self.KEPT)
         # What `seconds` returns, until it is to be computed anew
         self._seconds: Optional[float] = None
+        self._mean = 0.0
         self._sorted: List[float] = []      # for `remaining`, and the sums of the first of these
         self._sums: List[float] = [0.0]
         self._new = 0                       # durations since this was computed:
@@ -4146,8 +4147,14 @@ class DurationEstimate:
         """The estimate; None before the first job has ended."""
         if self._seconds is None and self._last:
             known = sorted(itertools.islice(reversed(self._last), self.LAST))
-            self._seconds = max(sum(known) / len(known), known[int(0.9 * len(known))], 1e-6)
+            self._mean = max(sum(known) / len(known), 1e-6)
+            self._seconds = max(self._mean, known[int(0.9 * len(known))])
         return self._seconds
+
+    @property
+    def mean(self) -> Optional[float]:
+        """The mean of those that ended last; None before the first has ended."""
+        return None if self.seconds is None else self._mean
 
     def remaining(self, age: float) -> float:
         """How long a job that has run for `age` seconds will go on: by those that took longer; if
@@ -4197,15 +4204,18 @@ class Allowance:
         self._step = 1
         self._left = 0     # jobs to end until the next doubling; 0: a round begins
 
-    def ended(self, count: int, there: int, cpus: int) -> None:
+    def ended(self, count: int, there: int, cpus: int, rounds: int = 1) -> None:
         """So many jobs have ended at this place, which has so many CPUs, and so many are still
-        there."""
+        there. What is there counts as so many rounds: several where messages take long, since the
+        ends of all of it are heard of at once there, and the CPUs are idle until more has come."""
         if self._left == 0:
-            self._left = max(count + there, cpus * self._step)
+            self._left = max(count + there, cpus * self._step) // rounds or 1
         self._left -= count
-        if self._left <= 0:
+        for _ in range(rounds):
+            if self._left > 0:
+                break
             self._step = min(2 * self._step, self._most)
-            self._left = max(there, cpus * self._step)
+            self._left += max(there, cpus * self._step) // rounds or 1
 
     def jobs(self, horizon: float) -> int:
         """How many jobs fill `horizon` seconds of a CPU, as far as they may be held."""

@@ -979,6 +979,19 @@ def test_an_allowance_grows_by_doubling_and_falls_at_once():
     assert allowance.jobs(0.1) == 1, 'and it grows anew'
 
 
+def test_an_allowance_of_several_rounds_doubles_as_often():
+    """All 32 that were there have ended unheard: the CPUs have ended many rounds of them."""
+    seen = {}
+    for rounds in (1, 2, 4):
+        estimate = DurationEstimate()
+        allowance = Allowance(estimate, 1, 512)
+        for _ in range(4):
+            estimate.add([0.001] * 32)
+            allowance.ended(32, 0, 16, rounds)
+        seen[rounds] = allowance.jobs(1.0)
+    assert seen[1] < seen[2] < seen[4] <= 512
+
+
 def test_an_allowance_without_limit_ends_at_the_most():
     estimate = DurationEstimate()
     allowance = Allowance(estimate, 0, 64)

@@ -158,11 +158,12 @@ class Crowd(Loop):
             'python': FACTS['python'], 'support': {}, 'program': 'x', 'cpus': 0, 'setup_args': b'',
             'modules': [], 'portable': False, 'sys_path': [], 'argv': [],
             'shared': {'nodes': None, 'reentrant': False, 'exclusive': False, 'cloudpickle': '', 'recovers': False,
-                       'process': dispy.own_process()}}
+                       'collected': False, 'process': dispy.own_process()}}
 
     def __init__(self, port, nodes, programs):
         super().__init__()
         self.ready = self.results = 0
+        self.ended_by = ''
         self.set_up = {}     # computations of nodes' links -> how many nodes have them
         self.programs = [self._dial(port, Role.CLIENT) for _ in range(programs)]
         for number, link in enumerate(self.programs):
@@ -170,7 +171,7 @@ class Crowd(Loop):
             self.say(link, Compute('program%d' % number, self.SPEC))
         self.nodes = [self._dial(port, Role.NODE) for _ in range(nodes)]
         while sum(self.set_up.values()) < nodes * programs or self.ready < programs:
-            self.turn(0.1)
+            self.wait(0.1)
 
     def _dial(self, port, role):
         arrival = dial('127.0.0.1', port, derive_key(os.environ['DISPY_SECRET'].encode()), role, Role.SCHEDULER, os.urandom(16))
@@ -198,10 +199,16 @@ class Crowd(Loop):
             elif kind is Ready:
                 self.ready += 1
             elif kind is Bye:
-                raise RuntimeError(message.text)
+                self.ended_by = message.text
 
     def on_broken(self, channel, text):
-        raise RuntimeError(text)
+        self.ended_by = '%s: %s' % (channel.address, text)   # an exception would only end that link
+
+    def wait(self, seconds):
+        """A turn; the process ends with an error when a link has ended."""
+        self.turn(seconds)
+        if self.ended_by:
+            sys.exit('a link to the scheduler has ended: %s' % self.ended_by)
 
     def run_jobs(self, count, first):
         """So many of each program."""
@@ -210,7 +217,7 @@ class Crowd(Loop):
             for begin in range(first, first + count, 1000):
                 self.say(link, Jobs('program%d' % number, [(serial << 16, payload, None) for serial in range(begin, min(begin + 1000, first + count))]))
         while self.results < wanted:
-            self.turn(1.0)
+            self.wait(1.0)
 
 
 def be_crowd(pipe, port, nodes, programs):
@@ -219,7 +226,7 @@ def be_crowd(pipe, port, nodes, programs):
     pipe.send('begun')
     while True:
         while not pipe.poll():
-            crowd.turn(0.05)
+            crowd.wait(0.05)
         count = pipe.recv()
         if not count:
             break
