@@ -3281,11 +3281,21 @@ class ModuleStore:
             for name, size, digest, _ in rows:
                 path = self._path(digest)
                 if size <= MODULES_KEPT // 4 and not os.path.exists(path):
-                    shutil.copyfile(os.path.join(root, *check_name(name)), path + '.new')
-                    os.replace(path + '.new', path)
+                    self._copy(os.path.join(root, *check_name(name)), path)
             self._shorten()
         except OSError as exc:   # no room: they are sent again to the next computation
             logger.debug('files of modules are not kept: %s', exc)
+
+    @staticmethod
+    def _copy(source: str, path: str) -> None:
+        """Whole or not at all. Raises OSError."""
+        try:
+            shutil.copyfile(source, path + '.new')
+            os.replace(path + '.new', path)
+        except OSError:
+            with contextlib.suppress(OSError):   # it was not even made
+                os.unlink(path + '.new')
+            raise
 
     def _shorten(self) -> None:
         """Remove the files that were not used for longest."""
@@ -3307,7 +3317,8 @@ class Shelf:
         self.path = path
 
     def append(self, owner: bytes, rows: Sequence[tuple], digest: bytes = bytes(KEY_SIZE)) -> None:
-        """Keep rows of Results; they are on the disk when this returns. Raises OSError, and nothing of them is kept then."""
+        """Keep rows of Results; they are on the disk when this returns. Raises OSError or ValueError, and nothing of them is
+        kept then: a file that was made for them is gone again, since nobody would remove it later."""
         with open(self.path, 'ab') as file:
             start = file.tell()
             try:
@@ -3319,10 +3330,13 @@ class Shelf:
                     file.writelines((_CRC.pack(crc), *pieces))
                 file.flush()
                 os.fsync(file.fileno())
-            except OSError:
+            except BaseException:
                 with contextlib.suppress(OSError):   # what is buffered has no room either
                     file.close()
-                os.truncate(self.path, start)
+                if start:
+                    os.truncate(self.path, start)
+                else:
+                    os.unlink(self.path)
                 raise
 
     def rows(self) -> Iterator[tuple]:
@@ -3386,11 +3400,16 @@ class Memory:
         self._write(self._path, '%s %s open' % (self.ident, machine()))
 
     def _write(self, path: str, text: str) -> None:
-        with open(path + '.part', 'w') as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + '.part', path)
+        try:
+            with open(path + '.part', 'w') as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + '.part', path)
+        except OSError:
+            with contextlib.suppress(OSError):   # it was not even made
+                os.unlink(path + '.part')
+            raise
 
     def _file(self, comp: str) -> str:
         return os.path.join(self._directory, 'g-' + comp)
