@@ -6936,9 +6936,16 @@ class Driver(Loop):
         self._reached_not(peer, event.text)
         if event.refused and peer.key in self.schedule.nodes and not peer.scheduler:
             self._look_for_remains(peer)
-        silent = self.now - peer.heard > 2 * self.access.redial   # who still answers by UDP is kept, with the reason
-        if not peer.listed and (peer.failures >= FOUND_FAILURES and silent or self._only_probed(peer)):
+        if self._is_forgotten(peer):
             self._forget_peer(peer)
+
+    def _is_forgotten(self, peer: Peer) -> bool:
+        """Whether a node that cannot be reached is not tried any more: one that was found and not
+        named, and does not answer by UDP either. Not while jobs are there that may come back."""
+        if peer.listed or self.schedule.lost_at(peer.key) < math.inf:
+            return False
+        silent = self.now - peer.heard > 2 * self.access.redial
+        return peer.failures >= FOUND_FAILURES and silent or self._only_probed(peer)
 
     def _look_for_remains(self, peer: Peer) -> None:
         """Nothing listens where a node was: if it was on this machine, its lock file tells whether its process has ended."""

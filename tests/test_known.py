@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -159,6 +160,21 @@ def test_an_attempt_to_reach_a_node_that_is_not_away_changes_nothing():
     talk, _ = busy()
     talk.tell(dispy.NodeTried('n', 5.0), dispy.NodeTried('unknown', 5.0))
     assert talk.schedule.lost_at('n') == talk.schedule.lost_at('unknown') == math.inf
+
+
+def test_a_node_that_was_found_is_not_forgotten_while_its_jobs_may_come_back():
+    """It is tried often then, so that several attempts fail in a short time."""
+    talk, _ = busy()
+    peer = dispy.Peer('n', 1)
+    peer.key, peer.failures = 'n', 100
+    driver = types.SimpleNamespace(schedule=talk.schedule, now=1000.0, access=types.SimpleNamespace(redial=0.5),
+                                   _only_probed=dispy.Driver._only_probed)
+    talk.tell(dispy.NodeAway('n', 'host', 'broken', 1010.0))
+    assert not dispy.Driver._is_forgotten(driver, peer)
+    talk.schedule.flush(1010.0)
+    assert dispy.Driver._is_forgotten(driver, peer)
+    peer.heard = 999.9
+    assert not dispy.Driver._is_forgotten(driver, peer), 'it answers by UDP'
 
 
 # -- what outlives processes ------------------------------------------------------------------------------------------
