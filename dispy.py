@@ -104,7 +104,7 @@ from dispynode import (
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
     Allowance, DurationEstimate, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine, module_dict,
-    package_version, pack_error, start_of, GRACE, has_place, lock_file)
+    package_version, pack_error, start_of, GRACE, has_place, lock_file, told_once)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'recoverable', 'Recoverable', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
@@ -136,6 +136,10 @@ LEAVE_TIME = 1.0              # s for which jobs on their way may leave a progra
 SHOWN_MOST = 50               # arguments of a job that are shown
 WARN_AFTER, WARN_EVERY = 5.0, 60.0      # s without a usable node
 REDIAL_FIRST, REDIAL_MOST = 0.5, 30.0   # s between attempts to reach a node, doubling
+LAST_TRY = 0.1                # s before the jobs on a node are lost, when it is tried once more
+# An attempt to reach a node takes at most so many times its patience: for its name, the connection
+# and the handshake
+TRY_TIMES = 3
 FOUND_FAILURES = 5            # attempts after which a node that was found, not named, is forgotten
 ASK_FIRST = 0.2               # s between the first two questions by UDP, doubling up to ping_interval
 RETRY_FIRST, RETRY_MOST = 0.1, 30.0     # s until a computation is offered again to a node that could not take it, doubling
@@ -729,6 +733,14 @@ class NodeAway(NamedTuple):
     until: float
 
 
+class NodeTried(NamedTuple):
+    """There is an attempt to reach a node that is away, or a connection on which it has not told
+    what it holds: what is there is not lost before then. An `until` that has passed says that the
+    attempt has failed."""
+    node: Any
+    until: float
+
+
 class NodeHad(NamedTuple):
     """When a scheduler starts: jobs that were on a node when it ended; lost if the node does not come until then."""
     node: Any
@@ -954,7 +966,7 @@ class _Node:
     """A node in the schedule."""
     __slots__ = ('key', 'name', 'cpus', 'used', 'bytes', 'flight', 'comps', 'recalled', 'limits',
                  'parts', 'draining', 'away', 'offers', 'taken', 'begun', 'ahead', 'ranks', 'trip',
-                 'probe')
+                 'probe', 'tried_until')
 
     def __init__(self, key: Any) -> None:
         self.key, self.name = key, str(key)
@@ -968,6 +980,7 @@ class _Node:
         self.probe: Optional[Tuple[int, float]] = None
         self.draining: Set[str] = set()
         self.away: Optional[NodeAway] = None
+        self.tried_until = -math.inf   # as in NodeTried
         self.comps: Dict[str, _Comp] = {}              # set up there; of each of them:
         self.flight: Dict[str, Dict[int, Work]] = {}   # serial -> work
         self.limits: Dict[str, int] = {}               # CPUs it may use there
@@ -979,6 +992,10 @@ class _Node:
         self.ahead: Dict[str, Allowance] = {}          # jobs a CPU that may wait there
         # Priority -> CPUs, if the computation has priorities
         self.ranks: Dict[str, Dict[int, int]] = {}
+
+    def lost_at(self) -> float:
+        """When what is on a node that is away is lost, unless it is reached before."""
+        return math.inf if self.away is None else max(self.away.until, self.tried_until)
 
     def begin(self, comp: _Comp) -> None:
         """A computation is set up here, perhaps not for the first time."""
@@ -1125,6 +1142,7 @@ class Schedule:
             NodeReady: self._node_ready, NodeTold: self._node_told, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
             NodeResults: self._node_results, NodeReturned: self._node_returned,
             NodeHad: self._node_had, NodeAway: self._node_away, NodeLost: self._node_lost, NodeLeft: self._node_left, Closed: self._closed,
+            NodeTried: self._node_tried,
         }
 
     def handle(self, event: Any, now: float) -> List[Any]:
@@ -1140,7 +1158,7 @@ class Schedule:
             node = self.nodes.get(heapq.heappop(self._late)[2])
             if node is not None:
                 self._dirty[node.key] = node
-        for node in [node for node in self._away.values() if node.away is not None and node.away.until <= now]:
+        for node in [node for node in self._away.values() if node.lost_at() <= now]:
             away = node.away
             self._node_lost(NodeLost(node.key, away.name, away.text))  # type: ignore[union-attr]
             self._do(NodeGone(node.key))
@@ -1155,9 +1173,14 @@ class Schedule:
         self._dirty.clear()
         return self._actions
 
+    def lost_at(self, key: Any) -> float:
+        """As of the node; never if it is not known."""
+        node = self.nodes.get(key)
+        return math.inf if node is None else node.lost_at()
+
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
-        times = [node.away.until for node in self._away.values() if node.away is not None]
+        times = [node.lost_at() for node in self._away.values() if node.away is not None]
         return min(times + [self._late[0][0]] if self._late else times, default=None)
 
     def runs(self, key: Any) -> Dict[str, List[int]]:
@@ -1573,13 +1596,18 @@ class Schedule:
     def _node_away(self, event: NodeAway) -> None:
         node = self.nodes.get(event.node)
         if node is not None:
-            node.away = event
+            node.away, node.tried_until = event, -math.inf
             self._away[node.key] = self._dirty[node.key] = node
             for comp in node.comps.values():
                 comp.widest = None
                 there = [work for work in comp.withdrawn if comp.running.get(work._serial) is node]
                 for work in there:
                     self._answer(comp, work)
+
+    def _node_tried(self, event: NodeTried) -> None:
+        node = self.nodes.get(event.node)
+        if node is not None and node.away is not None:
+            node.tried_until = event.until
 
     def _back_again(self, node: _Node) -> None:
         node.away = None
@@ -6808,7 +6836,14 @@ class Driver(Loop):
     def _dial(self, peer: Peer) -> None:
         peer.move('dial')
         self._dials.add(peer)
-        peer.dialling.start(self.post, peer, functools.partial(self._reach_peer, peer))
+        patience = peer.dialling.patience(self.now, self.access.pulse, peer.trip)
+        self._tried(peer, TRY_TIMES * patience)
+        reach = functools.partial(self._reach_peer, peer, patience=patience)
+        peer.dialling.start(self.post, peer, reach)
+
+    def _tried(self, peer: Peer, lasts: float) -> None:
+        """What is on a node that is away is not lost for so many s: it is tried to reach it."""
+        self._act(self.schedule.handle(NodeTried(peer.key, self.now + lasts), self.now))
 
     def _allowed(self, peer: Peer) -> Optional[Callable[[str], bool]]:
         """Which addresses of a node may be connected to; None: all. A dial thread."""
@@ -6832,6 +6867,7 @@ class Driver(Loop):
         self._dials.discard(peer)
         self._soon()   # others may wait to be dialled
         peer.dialling.ended()
+        self._tried(peer, 0.0)
         if peer.state is not NodeState.DIALLING:
             event.sock.close()
             return
@@ -6880,6 +6916,7 @@ class Driver(Loop):
         peer.linked_at = self.now
         self.attach(peer.link)
         self._by_link[peer.link.number] = peer
+        self._tried(peer, PULSES_LOST * self.access.pulse)   # it is about to tell what it holds
         self.say(peer.link, Introduce('%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid()), self.access.pulse))
 
     def _arrived(self, event: Arrival) -> None:
@@ -6912,6 +6949,7 @@ class Driver(Loop):
         self._dials.discard(peer)
         self._soon()   # as above
         peer.dialling.ended()
+        self._tried(peer, 0.0)
         if peer.state is not NodeState.DIALLING:
             return
         peer.move('fail')
@@ -6919,9 +6957,16 @@ class Driver(Loop):
         self._reached_not(peer, event.text)
         if event.refused and peer.key in self.schedule.nodes and not peer.scheduler:
             self._look_for_remains(peer)
-        silent = self.now - peer.heard > 2 * self.access.redial   # who still answers by UDP is kept, with the reason
-        if not peer.listed and (peer.failures >= FOUND_FAILURES and silent or self._only_probed(peer)):
+        if self._is_forgotten(peer):
             self._forget_peer(peer)
+
+    def _is_forgotten(self, peer: Peer) -> bool:
+        """Whether a node that cannot be reached is not tried any more: one that was found and not
+        named, and does not answer by UDP either. Not while jobs are there that may come back."""
+        if peer.listed or self.schedule.lost_at(peer.key) < math.inf:
+            return False
+        silent = self.now - peer.heard > 2 * self.access.redial
+        return peer.failures >= FOUND_FAILURES and silent or self._only_probed(peer)
 
     def _look_for_remains(self, peer: Peer) -> None:
         """Nothing listens where a node was: if it was on this machine, its lock file tells whether its process has ended."""
@@ -6944,10 +6989,14 @@ class Driver(Loop):
         if peer.scheduler:
             text = text.replace('a dispynode 5', 'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
         peer.reason = text
-        if text not in peer.told and not self._only_probed(peer) and not peer.replacing:
-            peer.told.add(text)
+        about = told_once(text)
+        if about not in peer.told and not self._only_probed(peer) and not peer.replacing:
+            peer.told.add(about)
             self._tell_reached_not(peer, text)
-        peer.dialling.again(self.now, lived)
+        peer.dialling.again(self.now, lived, self.access.pulse)
+        last, due = self.schedule.lost_at(peer.key) - LAST_TRY, peer.dialling.due
+        if due is not None and self.now < last < due:
+            peer.dialling.due = last
         self._soon()
 
     def _tell_reached_not(self, peer: Peer, text: str) -> None:

@@ -104,6 +104,7 @@ SECOND_APART = 0.5            # s between the beginnings of such attempts at lea
 PULSES_SILENT = 2             # silent pulses after which a second connection is tried while the first still counts
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
+TRIPS = 10                    # to a peer and back, which these take at most
 SETUP_TIME = 600.0            # s that loading code and setup() may take
 ORPHAN_TIME = 3.0             # s that a computation without jobs waits for a client whose link broke
 PAST_TIME = 30 * 86400.0      # s for which it is remembered that something was given up
@@ -2502,18 +2503,19 @@ def _receive_exactly(sock: Any, size: int, deadline: float, clock: Callable[[], 
     while len(data) < size:
         left = deadline - clock()
         if left <= 0:
-            raise Silence('no answer within %d s' % HANDSHAKE_TIME)
+            raise Silence('%s %d s' % (NO_ANSWER, HANDSHAKE_TIME))
         sock.settimeout(left)
         try:
             piece = sock.recv(size - len(data))
         except socket.timeout as exc:
-            raise Silence('no answer within %d s' % HANDSHAKE_TIME) from exc
+            raise Silence('%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)) from exc
         if not piece:
             raise EOFError
         data += piece
     return data
 
 
+NO_ANSWER = 'no answer within'
 CLOSED_AT_ONCE = ('it closed the connection at once: is it a dispynode 5, do both sides use TLS or neither (--certfile, in programs '
                   'certfile=), or does it refuse this address for a while after failures?')
 
@@ -3281,11 +3283,21 @@ class ModuleStore:
             for name, size, digest, _ in rows:
                 path = self._path(digest)
                 if size <= MODULES_KEPT // 4 and not os.path.exists(path):
-                    shutil.copyfile(os.path.join(root, *check_name(name)), path + '.new')
-                    os.replace(path + '.new', path)
+                    self._copy(os.path.join(root, *check_name(name)), path)
             self._shorten()
         except OSError as exc:   # no room: they are sent again to the next computation
             logger.debug('files of modules are not kept: %s', exc)
+
+    @staticmethod
+    def _copy(source: str, path: str) -> None:
+        """Whole or not at all. Raises OSError."""
+        try:
+            shutil.copyfile(source, path + '.new')
+            os.replace(path + '.new', path)
+        except OSError:
+            with contextlib.suppress(OSError):   # it was not even made
+                os.unlink(path + '.new')
+            raise
 
     def _shorten(self) -> None:
         """Remove the files that were not used for longest."""
@@ -3307,7 +3319,8 @@ class Shelf:
         self.path = path
 
     def append(self, owner: bytes, rows: Sequence[tuple], digest: bytes = bytes(KEY_SIZE)) -> None:
-        """Keep rows of Results; they are on the disk when this returns. Raises OSError, and nothing of them is kept then."""
+        """Keep rows of Results; they are on the disk when this returns. Raises OSError or ValueError, and nothing of them is
+        kept then: a file that was made for them is gone again, since nobody would remove it later."""
         with open(self.path, 'ab') as file:
             start = file.tell()
             try:
@@ -3319,10 +3332,13 @@ class Shelf:
                     file.writelines((_CRC.pack(crc), *pieces))
                 file.flush()
                 os.fsync(file.fileno())
-            except OSError:
+            except BaseException:
                 with contextlib.suppress(OSError):   # what is buffered has no room either
                     file.close()
-                os.truncate(self.path, start)
+                if start:
+                    os.truncate(self.path, start)
+                else:
+                    os.unlink(self.path)
                 raise
 
     def rows(self) -> Iterator[tuple]:
@@ -3386,11 +3402,16 @@ class Memory:
         self._write(self._path, '%s %s open' % (self.ident, machine()))
 
     def _write(self, path: str, text: str) -> None:
-        with open(path + '.part', 'w') as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + '.part', path)
+        try:
+            with open(path + '.part', 'w') as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + '.part', path)
+        except OSError:
+            with contextlib.suppress(OSError):   # it was not even made
+                os.unlink(path + '.part')
+            raise
 
     def _file(self, comp: str) -> str:
         return os.path.join(self._directory, 'g-' + comp)
@@ -8324,6 +8345,8 @@ def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: b
             failure = exc
             sock.close()
     else:
+        if isinstance(failure, socket.timeout):
+            raise Silence('%s %g s' % (NO_ANSWER, patience)) from failure
         raise failure
     try:
         tune(sock)
@@ -8334,6 +8357,9 @@ def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: b
             binding = hashlib.sha256(sock.getpeercert(True)).digest()
         session = handshake_dial(sock, psk, role, wanted, instance, binding, deadline)
         return Arrival(sock, session, plain_address(sock.getpeername()[0]))
+    except Silence as exc:
+        sock.close()
+        raise Silence('%s %g s' % (NO_ANSWER, patience)) from exc
     except BaseException:
         sock.close()
         raise
@@ -8353,10 +8379,16 @@ def dial_text(exc: BaseException) -> str:
     if isinstance(exc, socket.gaierror):
         return 'its name does not resolve'
     if isinstance(exc, socket.timeout):
-        return 'no answer within %d s' % HANDSHAKE_TIME
+        return '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
     if type(exc).__name__.startswith('SSL'):   # with TLS 1.3 a rejected certificate comes to light in the handshake
         return tls_text(exc)
     return str(exc)
+
+
+def told_once(text: str) -> str:
+    """By what a reason of `dial_text` is known: that nobody answers is told once, however long was
+    waited for it."""
+    return NO_ANSWER if text.startswith(NO_ANSWER) else text
 
 
 class Dialled(NamedTuple):
@@ -8375,12 +8407,20 @@ class DialFailed(NamedTuple):
 
 
 class Dialling:
-    """Attempts to reach one peer: one at a time, each in a thread, after each failure twice the wait. Loop's thread."""
+    """Attempts to reach one peer: one at a time, each in a thread. After each failure the wait is
+    twice as long. The loop's thread.
+
+    After the end of a connection the jobs that are there are lost if there is no other within
+    PULSES_LOST pulses. As long, attempts are short and one follows the other after a pulse at most:
+    one that was begun during a cut may never be answered, even when the cut is over, and what
+    follows it finds that out at once.
+    """
 
     def __init__(self, first: float, most: float) -> None:
         self._first, self._most, self._wait = first, most, first
         self.due: Optional[float] = 0.0    # when to begin, None: not to begin
         self._flaps = 0                    # links in a row that ended at once
+        self._hurry_until = -math.inf      # attempts are short and frequent
         self._attempt: Optional[_Attempt] = None
 
     @property
@@ -8401,14 +8441,23 @@ class Dialling:
         """Its event has come."""
         self._attempt = None
 
-    def again(self, now: float, lived: float = 0.0) -> None:
+    def again(self, now: float, lived: float = 0.0, pulse: float = PULSE) -> None:
         """It failed, or the link that came of it ended after `lived` seconds: once more, later. With each connection that was
         made the wait begins anew, unless several in a row have ended at once."""
         if lived:
             self._flaps = 0 if lived > FLAP_TIME else self._flaps + 1
+            self._hurry_until = -math.inf
             if self._flaps < FLAPS:
-                self._wait = self._first
-        self.due, self._wait = now + self._wait, min(2 * self._wait, self._most)
+                self._wait, self._hurry_until = self._first, now + PULSES_LOST * pulse
+        self.due = now + (min(self._wait, pulse) if now < self._hurry_until else self._wait)
+        self._wait = min(2 * self._wait, self._most)
+
+    def patience(self, now: float, pulse: float, trip: float = 0.0) -> float:
+        """S that an attempt waits for an answer. As long as jobs may be lost meanwhile that is a
+        pulse, or what connection and handshake take at a peer whose answers take `trip` s."""
+        if now >= self._hurry_until:
+            return HANDSHAKE_TIME
+        return min(HANDSHAKE_TIME, max(1.0, pulse, TRIPS * trip))
 
     def abort(self, waits: bool = False) -> None:
         """End the attempt. One that asks for a name cannot be woken: it is left to itself, and nothing comes of it. With `waits`
@@ -9079,14 +9128,17 @@ class Daemon(Loop):
             return
         caller.dialling.ended()
         caller.dialling.again(self.now)
-        if caller.told != text and not (caller.told and text == CLOSED_AT_ONCE):   # it refuses us for a while, for the reason told
-            caller.told = text
+        about = told_once(text)
+        # One that closes at once refuses us for a while, for the reason that was told.
+        if caller.told != about and not (caller.told and text == CLOSED_AT_ONCE):
+            caller.told = about
             logger.warning('%s (--scheduler-host) cannot be reached: %s; it is tried again and again', place(caller.host, caller.port), text)
 
     def _dial_callers(self) -> None:
         for caller in self._callers:
             if caller.dialling.due is not None and caller.dialling.due <= self.now and not self.node.stopping:
-                caller.dialling.start(self.post, caller, self._reach(caller, HANDSHAKE_TIME))
+                reach = self._reach(caller, caller.dialling.patience(self.now, PULSE))
+                caller.dialling.start(self.post, caller, reach)
 
     def _tell(self, event: Any) -> None:
         self._decide(self.node.handle, event)

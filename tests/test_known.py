@@ -1,9 +1,11 @@
 """What is known of an attempt, and what becomes of its job: the whole table, cell by cell, and who fills it in."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -130,6 +132,49 @@ def test_a_node_that_has_told_what_it_holds_is_not_lost_while_it_sets_up():
     assert len(talk.schedule.nodes['n'].flight['c']) == 4   # nothing is sent before it is ready
     talk.tell(dispy.NodeAway('n', 'host', 'broken', 2000.0))
     assert len(only(talk.schedule.flush(2000.0), dispy.JobEnded)) == 4
+
+
+@pytest.mark.parametrize('tried, lost_at', [
+    ([], 10.0), ([16.0], 16.0), ([16.0, 9.5], 10.0), ([8.0], 10.0), ([16.0, 'away'], 12.0), ([16.0, 'told'], None)])
+def test_a_node_is_not_lost_while_there_is_an_attempt_to_reach_it(tried, lost_at):
+    """One that failed before the limit changes nothing, one that is under way then is waited for; with another connection that
+    breaks there is another limit."""
+    talk, works = busy()
+    talk.tell(dispy.NodeAway('n', 'host', 'broken', 10.0))
+    for event in tried:
+        if event == 'away':
+            talk.tell(dispy.NodeAway('n', 'host', 'broken', 12.0))
+        elif event == 'told':
+            talk.tell(NodeTold('n', 'c', account_of(works, held=[0, 1, 2, 3])))
+        else:
+            talk.tell(dispy.NodeTried('n', event))
+    assert talk.schedule.lost_at('n') == (math.inf if lost_at is None else lost_at)
+    if lost_at is None:
+        assert only(talk.schedule.flush(1000.0), dispy.JobEnded) == []
+    else:
+        assert only(talk.schedule.flush(lost_at - 0.1), dispy.JobEnded) == []
+        assert len(only(talk.schedule.flush(lost_at), dispy.JobEnded)) == 4
+
+
+def test_an_attempt_to_reach_a_node_that_is_not_away_changes_nothing():
+    talk, _ = busy()
+    talk.tell(dispy.NodeTried('n', 5.0), dispy.NodeTried('unknown', 5.0))
+    assert talk.schedule.lost_at('n') == talk.schedule.lost_at('unknown') == math.inf
+
+
+def test_a_node_that_was_found_is_not_forgotten_while_its_jobs_may_come_back():
+    """It is tried often then, so that several attempts fail in a short time."""
+    talk, _ = busy()
+    peer = dispy.Peer('n', 1)
+    peer.key, peer.failures = 'n', 100
+    driver = types.SimpleNamespace(schedule=talk.schedule, now=1000.0, access=types.SimpleNamespace(redial=0.5),
+                                   _only_probed=dispy.Driver._only_probed)
+    talk.tell(dispy.NodeAway('n', 'host', 'broken', 1010.0))
+    assert not dispy.Driver._is_forgotten(driver, peer)
+    talk.schedule.flush(1010.0)
+    assert dispy.Driver._is_forgotten(driver, peer)
+    peer.heard = 999.9
+    assert not dispy.Driver._is_forgotten(driver, peer), 'it answers by UDP'
 
 
 # -- what outlives processes ------------------------------------------------------------------------------------------

@@ -48,7 +48,6 @@ from dispynode import (PULSE, PULSES_LOST, Ack, Arrival, Bye, Daemon, DialFailed
 
 SILENCE = PULSE * PULSES_LOST
 PIPE = 0.0003            # s on the way between a daemon and its workers
-CONNECT = 10.0           # s until a handshake is given up
 SWEEP = 30.0             # s between looks at everything
 UNWANTED = 30.0          # s that an attempt may run that nobody wants, while its client and its node are connected
 ZOMBIE = 1800.0          # s that results wait on a disk here
@@ -333,7 +332,7 @@ class SimDialling(dispynode.Dialling):
 
     def start(self, post, peer, reach):
         self.due, self._attempt = None, 'dialling'
-        post.__self__.world.dial(post.__self__, peer)
+        post.__self__.world.dial(post.__self__, peer, reach.keywords['patience'])
 
     def abort(self, waits=False):
         """The process has ended."""
@@ -800,11 +799,11 @@ class World:
     def is_blocked(self, source, target):
         return self.blocked[source, target] > 0
 
-    def dial(self, driver, peer):
+    def dial(self, driver, peer, patience):
         home, delay = self.hosts[peer.host], self.delay() + 0.001
         if self.is_blocked(driver.host, home.name) or self.is_blocked(home.name, driver.host) \
                 or (home.daemon.alive and home.daemon.stopped):
-            self.at(self.now + CONNECT, driver.post, DialFailed(peer, 'no answer'))
+            self.at(self.now + patience, driver.post, DialFailed(peer, 'no answer within %g s' % patience))
         elif not home.daemon.alive:
             self.at(self.now + delay, driver.post, DialFailed(peer, 'connection refused', True))
         else:

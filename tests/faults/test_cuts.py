@@ -1,6 +1,7 @@
 """Short cuts are short: forwarders that are away, addresses that change, names that nobody answers for."""
 
 import collections
+import contextlib
 import socket
 import threading
 import time
@@ -117,6 +118,55 @@ def test_the_wait_of_redials_begins_anew_with_each_connection():
         dialling.again(300.0, lived=0.01)
         dues.append(dialling.due - 300.0)
     assert dues[-1] == 30.0, 'a link that ends at once again and again is no storm of connects'
+
+
+def test_what_has_lost_its_connection_is_tried_often_and_not_for_long():
+    """As long as jobs there are not lost: after that with long waits, as what was never reached."""
+    dialling, now = dispynode.Dialling(0.5, 30.0), 1000.0
+    dialling.again(now)
+    assert dialling.patience(now, 2.0) == dispynode.HANDSHAKE_TIME
+    dialling.again(now, lived=100.0, pulse=2.0)
+    waits, patiences = [], []
+    while len(waits) < 8:
+        waits.append(dialling.due - now)
+        now = dialling.due
+        patiences.append(dialling.patience(now, 2.0))
+        dialling.again(now)   # it is refused at once
+    assert waits == [0.5, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 30.0]
+    assert patiences == 6 * [2.0] + 2 * [dispynode.HANDSHAKE_TIME]
+    dialling.again(now, lived=100.0, pulse=0.2)
+    assert [dialling.patience(now, 0.2, trip) for trip in (0.0, 0.3, 5.0)] == [1.0, 3.0, dispynode.HANDSHAKE_TIME]
+    for _ in range(8):
+        dialling.again(now, lived=0.01)
+    assert dialling.due > now + 5.0, 'a link that ends at once again and again is no storm of connects'
+
+
+@pytest.mark.parametrize('way', [UP, DOWN])
+@pytest.mark.parametrize('who', ['the program', 'the node'])
+def test_an_attempt_that_is_never_answered_is_not_waited_for_until_jobs_are_lost(tmp_path, ledger, way, who):
+    """The connection is cut, and what is tried next falls into silence. When that is over nobody answers this attempt either,
+    as where a router has forgotten it, but another one, which has to come before the jobs are lost."""
+    with contextlib.ExitStack() as stack:
+        if who == 'the program':
+            node = stack.enter_context(NodeProcess(tmp_path / 'node', cpus=2))
+            proxy = stack.enter_context(Proxy(node.address))
+            cluster = stack.enter_context(cluster_at(proxy, pulse_interval=1.5))
+        else:
+            scheduler = stack.enter_context(SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:9', '--pulse-interval', '1.5'))
+            proxy = stack.enter_context(Proxy(scheduler.address))
+            stack.enter_context(NodeProcess(tmp_path / 'node', '--scheduler-host', '127.0.0.1:%d' % proxy.address[1], cpus=2))
+            cluster = stack.enter_context(dispy.SharedJobCluster(compute, depends=[enter], scheduler_host=scheduler.host,
+                                                                 scheduler_port=scheduler.port))
+        jobs = [cluster.submit(ledger.path, number, 10.0) for number in range(2)]
+        eventually(lambda: len(ledger.attempts()) == 2, 40)
+        count = proxy.count
+        proxy.swallow(way)
+        proxy.cut()
+        eventually(lambda: proxy.count > count)
+        time.sleep(1.0)
+        proxy.swallow()
+        assert cluster.wait(30)
+        assert all_once(ledger, jobs)
 
 
 def test_nobody_waits_for_a_name_that_is_not_answered(monkeypatch):

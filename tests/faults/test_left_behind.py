@@ -1,6 +1,7 @@
 """A program that is gone holds no node, no process and no memory once what it may still collect has ended."""
 
 import gc
+import hashlib
 import os
 import signal
 import weakref
@@ -10,8 +11,10 @@ import pytest
 import dispy
 from clients import Client
 from conftest import eventually
+from dispynode import Memory, ModuleStore, Outcome, Past, Shelf
 from ledger import Ledger
 from nodes import NodeProcess, SchedulerProcess
+from test_resources import fill
 from test_what_is_known import There, program
 from test_runners import runners_of
 
@@ -106,3 +109,38 @@ time.sleep(600)
         eventually(lambda: any(name.startswith('r-') for name in os.listdir(node.prefix)))
         assert sorted(job.result for job in dispy.recover_jobs(str(tmp_path / 'file'), timeout=20)) == [0, 1, 2]
         eventually(lambda: not any(name.startswith('r-') for name in os.listdir(node.prefix)))
+
+
+def row(serial, data):
+    return (serial, int(Outcome.RETURNED), 0.0, 1.0, data, b'', b'')
+
+
+def test_a_node_leaves_no_file_of_what_it_could_not_write(tmp_path, small_disk):
+    """The disk is full. What is left of a file that could not be made is removed at once: results that stay in memory are
+    acknowledged later, and then nobody knows that there is a file."""
+    shelf, before = Shelf(os.path.join(small_disk, 'r-full')), Shelf(os.path.join(small_disk, 'r-before'))
+    store, memory = ModuleStore(os.path.join(small_disk, 'modules')), Memory(small_disk)
+    before.append(b'a' * 16, [row(1, b'kept')])
+    os.mkdir(os.path.join(small_disk, 'modules'))
+    source = tmp_path / 'source.py'
+    source.write_bytes(bytes(8192))
+    there = sorted(os.listdir(small_disk))
+    filler = fill(small_disk)
+    os.truncate(filler, os.path.getsize(filler) // 4096 * 4096 - 4096)   # a page, so that something can be written
+    for full in (shelf, before):
+        with pytest.raises(OSError):
+            full.append(b'a' * 16, [row(2, b'fits'), row(3, bytes(100000))])
+    store.keep(str(tmp_path), [('source.py', 8192, hashlib.sha256(bytes(8192)).digest(), 0o600)])
+    memory.write('given-up', Past(given_up=frozenset(range(100000))))
+    os.unlink(filler)
+    left = sorted(os.listdir(small_disk))
+    assert [name for name in left if name not in there] == [] and os.listdir(os.path.join(small_disk, 'modules')) == []
+    assert [number for number, *_ in before.rows()] == [1]
+
+
+def test_results_that_cannot_be_packed_leave_no_file(tmp_path):
+    """Whatever the reason is, not a part of them is kept."""
+    shelf = Shelf(str(tmp_path / 'r-c'))
+    with pytest.raises(TypeError):
+        shelf.append(b'a' * 16, [row(1, b'good'), row(2, None)])
+    assert os.listdir(str(tmp_path)) == []

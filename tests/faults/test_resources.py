@@ -56,6 +56,7 @@ def test_results_stay_in_memory_while_the_disk_of_the_node_is_full(tmp_path, sma
             eventually(lambda: 'results cannot be kept on the disk: [Errno 28]' in node.log())
             time.sleep(5)
             assert node.log().count('results cannot be kept') == 1, node.log()
+            assert not [name for name in os.listdir(small_disk) if name.startswith('r-')]   # nobody would remove it
             os.unlink(filler)
 
             def kept():
