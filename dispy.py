@@ -64,6 +64,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import numbers
 import pickle
@@ -7123,7 +7124,8 @@ class Driver(Loop):
         if allocation is not None:
             spec = dict(spec, cpus=allocation.cpus, setup_args=allocation.setup_args, files=spec['files'] + allocation.files)
         try:
-            spec = dict(spec, support=self._support(cluster, peer), **self._modules(cluster, peer))
+            spec = dict(spec, support=self._support(cluster, peer), **self._modules(cluster, peer),
+                        **self._managers(peer))
         except OSError as exc:
             self._refusal(peer, comp, 'a file of a module cannot be read: %s' % exc, 'module')
             return
@@ -7147,6 +7149,20 @@ class Driver(Loop):
             return {'modules': rows}
         return {'modules': rows, 'sys_path': [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)],
                 'argv': [word for word in sys.argv if isinstance(word, str)]}
+
+    def _managers(self, peer: Peer) -> Dict[str, Any]:
+        """What lets jobs on this machine use proxies of managers (multiprocessing.Manager) that the
+        program has made. Other machines do not reach the program's managers and get no key."""
+        if peer.scheduler or peer.link is None:
+            return {}
+        sock = peer.link.sock
+        try:
+            here = sock.getsockname()[0] == sock.getpeername()[0]
+        except OSError:   # the link is breaking, and nothing will go along it
+            here = False
+        if not here:
+            return {}
+        return {'authkey': bytes(multiprocessing.current_process().authkey)}
 
     def _ask_allocator(self, allocator: NodeAllocate, cluster: 'JobCluster', peer: Peer, link: Link) -> None:
         self._openers.run(self._allocate, allocator, cluster, peer, link)

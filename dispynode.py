@@ -46,6 +46,7 @@ import copyreg
 import enum
 import errno
 import functools
+import gc
 import hashlib
 import heapq
 import hmac
@@ -56,6 +57,7 @@ import ipaddress
 import itertools
 import json
 import linecache
+import locale
 import logging
 import logging.handlers
 import math
@@ -83,6 +85,7 @@ import traceback
 import types
 import typing
 import unicodedata
+import warnings
 import weakref
 import zlib
 from typing import (
@@ -1058,6 +1061,8 @@ def result_key(spec: dict) -> bytes:
 
 def _is_spec(spec: dict) -> bool:
     key = result_key(spec)
+    if not _is_buffer(spec.get('authkey', b'')):
+        return False
     return type(key) is bytes and len(key) == KEY_SIZE \
         and all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
         and all(type(word) is str for word in (*spec['sys_path'], *spec['argv'])) \
@@ -2844,7 +2849,7 @@ class Kind(enum.IntEnum):
     ALIVE = 23      # answers ASK
     PRINTED = 20    # number: worker, serial: the job, start: stream, end: offset, body: bytes
     # daemon to worker
-    JOB = 32        # serial, body: payload
+    JOB = 32        # number: CPUs, serial, body: payload
     KEPT = 33       # body: text, empty if the file it sent has been kept, or what it wanted is there
     # worker to daemon
     RESULT = 48     # number: outcome, serial, times, bodies: payload, stdout, stderr
@@ -5796,6 +5801,7 @@ class ModuleLoader:
         self._denied: Set[str] = set()     # names that the client has not
         self.ask: Optional[Callable[[Any], str]] = None
         self.loading = True
+        self._left: List[str] = []         # what jobs had in sys.path
         self.notes: List[str] = []         # for the client's log
 
     def install(self) -> None:
@@ -5841,8 +5847,18 @@ class ModuleLoader:
 
     # -- a finder: the last one in sys.meta_path ------------------------------------------------------------
 
+    def keep_reachable(self, path: Any, before: Sequence[str]) -> None:
+        """A job has changed sys.path, which is put back. A module that it imported may have done
+        that, and remains: what that module imports later is to be found where it expects it."""
+        self._left += [entry for entry in path
+                       if isinstance(entry, str) and entry not in before and entry not in self._left]
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """A module that a job imports and nothing here has: the client may have it."""
+        if self._left and path is None and self._importer() not in MAIN_NAMES:
+            spec = importlib.machinery.PathFinder.find_spec(name, self._left)
+            if spec is not None:
+                return spec
         if self.ask is None or self._path or name in self._denied or not self._is_of_user(name, path):
             return None
         if self.ask(name):
@@ -5855,14 +5871,27 @@ class ModuleLoader:
         """Whether the user's code imports it: what libraries try to import is none of the client's."""
         if path is not None:
             return any(str(entry).startswith(self.root) for entry in path)
-        frame = sys._getframe(2)
-        while frame is not None and frame.f_globals.get('__name__', '').partition('.')[0] in ('importlib', '_frozen_importlib'):
-            frame = frame.f_back  # type: ignore[assignment]
+        frame = self._importing_frame()
         if frame is None:
             return False
-        file = frame.f_code.co_filename
-        module = frame.f_globals.get('__name__')
-        return module in MAIN_NAMES or file.startswith((self.root, self.directory))
+        return self._importer() in MAIN_NAMES or frame.f_code.co_filename.startswith(
+            (self.root, self.directory))
+
+    def _importer(self) -> str:
+        """The name of the module whose code imports another."""
+        frame = self._importing_frame()
+        return str(frame.f_globals.get('__name__')) if frame is not None else ''
+
+    @staticmethod
+    def _importing_frame() -> Any:
+        frame: Any = sys._getframe(0)
+        here = frame.f_code.co_filename
+        while frame is not None and frame.f_code.co_filename == here:
+            frame = frame.f_back
+        while frame is not None and frame.f_globals.get('__name__', '').partition('.')[0] in (
+                'importlib', '_frozen_importlib'):
+            frame = frame.f_back
+        return frame
 
 
 modules: Optional[ModuleLoader] = None   # of a runner and its workers
@@ -5993,6 +6022,7 @@ def load_main(variables: Dict[str, Any], path: str) -> None:
     """In a child of a job: define what the job's main module defines."""
     with open(path, 'rb') as file:
         loader, found = pickle.load(file)   # written by the job's own worker
+    SharedMemoryTracker().install()
     if loader:
         ModuleLoader(*loader[0]).need(loader[1])   # the search path came from the job
     main = sys.modules.get('__mp_main__')
@@ -6029,13 +6059,24 @@ def _prctl(libc: Any, option: int, value: int) -> None:
         libc.prctl(option, value, 0, 0, 0)
 
 
-def _out_of_reach(handle: int) -> int:
-    """The same file under a descriptor from 1024 up, so that a job that closes all it can think of spares it."""
+def _own_resource() -> Any:
+    """The module `resource`, which is not left among the imported ones: whoever finds it there
+    knows that the user's code or a library has imported it. None where there is no such module."""
+    if 'resource' in sys.modules:
+        return sys.modules['resource']
     try:
-        import fcntl
         import resource
     except ImportError:
+        return None
+    return sys.modules.pop('resource', resource)
+
+
+def _out_of_reach(handle: int) -> int:
+    """The same file under a descriptor from 1024 up, so that a job that closes all it can think of spares it."""
+    resource = _own_resource()
+    if resource is None:
         return handle
+    import fcntl
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
     try:
@@ -6055,6 +6096,18 @@ def output_stream(number: int, buffering: int) -> TextIO:
     them, on Windows too, since the output may be shown on another system."""
     return open(number, 'w', buffering, encoding='utf-8', errors='backslashreplace',
                 newline='\n', closefd=False)
+
+
+def buffer_lines(libc: Any) -> None:
+    """Have C code, too, write each line of its standard output when it is complete."""
+    if not hasattr(libc, 'setvbuf'):
+        return
+    import ctypes
+    for name in ('stdout', '__stdoutp'):   # Linux, macOS
+        with contextlib.suppress(ValueError):   # there is no such variable
+            stream = ctypes.c_void_p.in_dll(libc, name)
+            libc.setvbuf(stream, None, ctypes.c_int(1), ctypes.c_size_t(0))
+            return
 
 
 def _no_stdin() -> None:
@@ -6361,16 +6414,310 @@ class _Turn:
         fcntl.lockf(self._handle, fcntl.LOCK_UN)
 
 
+class NumericThreads:
+    """How many threads numerical libraries use: as many as the job has CPUs.
+
+    Libraries that are loaded later read the environment; those that are loaded are told by the
+    functions that they export for it, as `threadpoolctl` does. A variable that the user or the
+    operator has set is left alone, and so are the libraries that read it.
+    """
+
+    # Part of a library's file name: the variables that it reads, and the functions that set it.
+    LIBRARIES = {
+        'openblas': (('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS'),
+                     [prefix + 'openblas_set_num_threads' + suffix
+                      for prefix in ('', 'scipy_') for suffix in ('', '64_', '_64')]),
+        'mkl_rt': (('MKL_NUM_THREADS', 'OMP_NUM_THREADS'), ['MKL_Set_Num_Threads']),
+        'blis': (('BLIS_NUM_THREADS', 'OMP_NUM_THREADS'), ['bli_thread_set_num_threads']),
+        'gomp': (('OMP_NUM_THREADS',), ['omp_set_num_threads']),
+        'iomp': (('OMP_NUM_THREADS',), ['omp_set_num_threads']),
+        'libomp': (('OMP_NUM_THREADS',), ['omp_set_num_threads']),
+    }
+    VARIABLES = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS',
+                 'NUMEXPR_NUM_THREADS')
+
+    def __init__(self) -> None:
+        self.cpus = 1   # a worker a CPU runs already
+        names = {name for variables, _ in self.LIBRARIES.values() for name in variables}
+        self._of_user = frozenset(name for name in names.union(self.VARIABLES)
+                                  if name in os.environ)
+        for name in self.VARIABLES:
+            os.environ.setdefault(name, '1')
+
+    def use(self, cpus: int, surroundings: 'Surroundings') -> None:
+        """Worker: the next job has so many CPUs."""
+        self.cpus = cpus
+        for name in self.VARIABLES:
+            if name not in self._of_user:
+                surroundings.set_environ(name, str(cpus))
+        for path in self._loaded():
+            for part, (variables, functions) in self.LIBRARIES.items():
+                if part in os.path.basename(path) and not self._of_user.intersection(variables):
+                    self._tell(path, functions, cpus)
+        numexpr = sys.modules.get('numexpr')
+        if 'NUMEXPR_NUM_THREADS' not in self._of_user and hasattr(numexpr, 'set_num_threads'):
+            numexpr.set_num_threads(cpus)   # type: ignore[union-attr]
+
+    @staticmethod
+    def _loaded() -> Set[str]:
+        """The files of libraries in this process; none where nothing tells it."""
+        try:
+            with open('/proc/self/maps', errors='surrogateescape') as file:
+                return {line[line.index('/'):].rstrip('\n') for line in file if '/' in line}
+        except OSError:
+            found = ask_psutil(lambda psutil: {row.path for row in psutil.Process().memory_maps()})
+            return found or set()
+
+    @staticmethod
+    def _tell(path: str, functions: Sequence[str], cpus: int) -> None:
+        import ctypes
+        try:
+            library = ctypes.CDLL(path)   # it is loaded already
+        except OSError as exc:   # its file has been replaced, for instance
+            logger.debug('%s cannot be told to use %d threads: %s', path, cpus, exc)
+            return
+        for name in functions:
+            function = getattr(library, name, None)
+            if function is not None:
+                function.argtypes, function.restype = [ctypes.c_int], None
+                function(cpus)
+
+
+class SharedMemoryTracker:
+    """Keeps the resource tracker of a node away from shared memory that a job only attaches to.
+
+    Python registers it there like its own, and the tracker would destroy it at the end of the
+    node, while the program that has made it goes on using it. What a job makes stays registered.
+    """
+
+    def __init__(self) -> None:
+        from multiprocessing import resource_tracker
+        self._tracker: Any = resource_tracker
+        self._register = resource_tracker.register
+        self._unregister = resource_tracker.unregister
+
+    def install(self) -> None:
+        """From now on, and in all forked children."""
+        if os.name != 'nt':   # there memory goes with the last process that has it
+            self._tracker.register = self._register_own
+            self._tracker.unregister = self._unregister_any
+
+    def _register_own(self, name: str, kind: str) -> None:
+        if kind == 'shared_memory':
+            caller = sys._getframe(1)   # SharedMemory.__init__(name, create, size)
+            if not caller.f_locals.get('create', True):
+                return
+        self._register(name, kind)
+
+    def _unregister_any(self, name: str, kind: str) -> None:
+        """Who destroys memory may have attached to it only; the tracker fails for a name that it
+        does not know, and takes one that it knows twice."""
+        if kind == 'shared_memory':
+            self._register(name, kind)
+        self._unregister(name, kind)
+
+
+class _Lists(NamedTuple):
+    """Lists of the interpreter that everybody changes in place, and what they held."""
+    owner: Any
+    name: str
+    itself: List[Any]
+    held: List[Any]
+
+
+class Surroundings:
+    """What a job finds around it in its process, beside the computation's globals.
+
+    It is looked at when the worker begins and put back after each job. Nearly always nothing has
+    changed, so that it is compared first. What takes long to ask for is asked for only where the
+    module through which it could be changed has been imported.
+    """
+
+    # Where the interpreter keeps what jobs replace.
+    ATTRIBUTES = ((sys, 'excepthook'), (sys, 'unraisablehook'), (sys, 'displayhook'),
+                  (sys, 'breakpointhook'), (sys, 'dont_write_bytecode'),
+                  (threading, 'excepthook'), (warnings, 'formatwarning'))
+    LISTS = ((sys, 'argv'), (sys, 'path'), (warnings, 'filters'), (gc, 'callbacks'))
+    # What is asked for by one function and set by another.
+    PAIRS = ((gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
+             (gc.get_threshold, lambda numbers: gc.set_threshold(*numbers)),
+             (gc.get_debug, gc.set_debug),
+             (socket.getdefaulttimeout, socket.setdefaulttimeout),
+             (sys.getswitchinterval, sys.setswitchinterval),
+             (sys.getrecursionlimit, sys.setrecursionlimit),
+             (functools.partial(locale.setlocale, locale.LC_ALL),
+              functools.partial(locale.setlocale, locale.LC_ALL)))
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._zero = os.fstat(0).st_ino
+        self._environ = dict(_ENVIRON)
+        self._umask = os.umask(0o077)
+        os.umask(self._umask)
+        self._signals = [number for number in range(1, signal.NSIG) if self._is_signal(number)]
+        self._handlers = list(map(_getsignal, self._signals))
+        if hasattr(signal, 'setitimer'):
+            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._zone = time.tzname   # each call of time.tzset() makes a new tuple
+        self._attributes = [(owner, name, getattr(owner, name))
+                            for owner, name in self.ATTRIBUTES if hasattr(owner, name)]
+        self._show = warnings.showwarning
+        self._lists = [_Lists(owner, name, getattr(owner, name), list(getattr(owner, name)))
+                       for owner, name in self.LISTS]
+        pairs = [*self.PAIRS, *self._of_this_system()]
+        self._pairs = [(ask, put, ask()) for ask, put in pairs]
+        self._disabled = logging.root.manager.disable
+        self._limits = self._limits_now(_own_resource())
+        self._ids = self._ids_now()
+        decimal = sys.modules.get('decimal')
+        self._decimal = decimal.getcontext().copy() if decimal is not None else None
+
+    @staticmethod
+    def _is_signal(number: int) -> bool:
+        try:
+            _getsignal(number)
+        except ValueError:   # it is not one that this system lets be handled
+            return False
+        return True
+
+    @staticmethod
+    def _of_this_system() -> List[Tuple[Callable[[], Any], Callable[[Any], Any]]]:
+        found: List[Tuple[Callable[[], Any], Callable[[Any], Any]]] = []
+        if hasattr(os, 'sched_getaffinity'):
+            found.append((functools.partial(os.sched_getaffinity, 0),
+                          functools.partial(os.sched_setaffinity, 0)))
+        if hasattr(os, 'sched_getscheduler') and hasattr(os, 'sched_setscheduler'):
+            parameters = os.sched_getparam(0)
+            found.append((functools.partial(os.sched_getscheduler, 0),
+                          lambda policy: os.sched_setscheduler(0, policy, parameters)))
+        if hasattr(os, 'getpriority'):
+            found.append((functools.partial(os.getpriority, os.PRIO_PROCESS, 0),
+                          functools.partial(os.setpriority, os.PRIO_PROCESS, 0)))
+        if hasattr(sys, 'get_int_max_str_digits'):
+            found.append((sys.get_int_max_str_digits, sys.set_int_max_str_digits))
+        return found
+
+    @staticmethod
+    def _limits_now(resource: Any) -> Dict[int, Tuple[int, int]]:
+        names = [name for name in dir(resource) if name.startswith('RLIMIT_')]
+        numbers = {getattr(resource, name) for name in names}
+        return {number: resource.getrlimit(number) for number in numbers}
+
+    @staticmethod
+    def _ids_now() -> Any:
+        """Only root can become somebody else."""
+        if not hasattr(os, 'getresuid') or 0 not in os.getresuid():
+            return None
+        return os.getresuid(), os.getresgid()
+
+    def set_environ(self, name: str, value: str) -> None:
+        """A variable that the next jobs find."""
+        os.environ[name] = value
+        self._environ = dict(_ENVIRON)
+
+    def restore(self) -> bool:
+        """Put back what the job has changed. False when only a new process is free of it: where
+        the job has given up a right, such as that to a higher limit, or has left behind what
+        raises when it is looked at."""
+        try:
+            if self._ids is not None and self._ids_now() != self._ids:
+                return False
+            self._restore_files()
+            self._restore_environ()
+            self._restore_signals()
+            self._restore_interpreter()
+            for ask, put, was in self._pairs:
+                if ask() != was:
+                    put(was)
+            if 'resource' in sys.modules:
+                self._restore_limits(sys.modules['resource'])
+        except Exception as exc:  # of the system, and of objects that the job has left there
+            logger.debug('this process is replaced: %s: %s', type(exc).__name__, exc)
+            return False
+        return True
+
+    def _restore_files(self) -> None:
+        try:
+            if os.getcwd() != self._directory:
+                os.chdir(self._directory)
+            if os.fstat(0).st_ino != self._zero:
+                _no_stdin()
+        except OSError:   # its directory or its stdin is gone
+            os.chdir(self._directory)
+            _no_stdin()
+        os.umask(self._umask)
+
+    def _restore_environ(self) -> None:
+        if _ENVIRON != self._environ:
+            for name in list(os.environ):
+                del os.environ[name]
+            for key, value in self._environ.items():
+                os.environ[os.fsdecode(key)] = os.fsdecode(value)
+            if hasattr(time, 'tzset'):   # the C library may have read TZ without Python's knowing
+                time.tzset()
+                self._zone = time.tzname
+        elif time.tzname is not self._zone:
+            time.tzset()
+            self._zone = time.tzname
+
+    def _restore_signals(self) -> None:
+        handlers = list(map(_getsignal, self._signals))
+        if handlers != self._handlers:
+            for number, now, was in zip(self._signals, handlers, self._handlers):
+                if now != was:
+                    signal.signal(number, was)   # raises for one that C code had made
+            if TAKE_BACK_SIGNAL is not None:
+                signal.siginterrupt(TAKE_BACK_SIGNAL, False)
+        signal.set_wakeup_fd(-1)
+        if hasattr(signal, 'setitimer'):
+            for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+                signal.setitimer(timer, 0)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    def _restore_interpreter(self) -> None:
+        if sys.gettrace() is not None or sys.getprofile() is not None:
+            sys.settrace(None)
+            sys.setprofile(None)
+        if warnings.showwarning is not self._show:
+            logging.captureWarnings(False)   # or it would take itself for switched on
+            warnings.showwarning = self._show
+        for owner, name, was in self._attributes:
+            if getattr(owner, name, None) is not was:
+                setattr(owner, name, was)
+        for row in self._lists:
+            if getattr(row.owner, row.name, None) is not row.itself or row.itself != row.held:
+                self._restore_list(row)
+        if logging.root.manager.disable != self._disabled:
+            logging.disable(self._disabled)
+        if self._decimal is not None:
+            sys.modules['decimal'].setcontext(self._decimal.copy())
+
+    @staticmethod
+    def _restore_list(row: _Lists) -> None:
+        if row.owner is sys and row.name == 'path' and modules is not None:
+            modules.keep_reachable(getattr(sys, 'path', ()), row.held)
+        if row.owner is warnings:
+            warnings.resetwarnings()   # what is remembered of filters is forgotten
+        row.itself[:] = row.held
+        setattr(row.owner, row.name, row.itself)
+
+    def _restore_limits(self, resource: Any) -> None:
+        for number, was in self._limits.items():
+            if resource.getrlimit(number) != was:
+                resource.setrlimit(number, was)
+
+
 class Worker:
     """Runs job after job in a process of its own."""
 
     def __init__(self, sock: socket.socket, slots: Any, function: Callable[..., Any], out: Catch, err: Catch,
-                 spec: dict, libc: Any, globals_: Sequence[Dict[str, Any]] = ()) -> None:
+                 spec: dict, libc: Any, threads: NumericThreads,
+                 globals_: Sequence[Dict[str, Any]] = ()) -> None:
         self._globals = globals_   # of the computation, setup and cleanup
+        self._numeric = threads
         self._sock, self._slots, self._function = sock, slots, function
         self._out, self._err, self._spec, self._libc = out, err, spec, libc
         self._directory = spec['directory']
-        self._buffering = 1 if spec['live'] else -1
         self._intake = RecordIntake()
         self._queue: Deque[Record] = collections.deque()
         self._in_job = self._interrupt_late = self._recalled = False
@@ -6405,19 +6752,15 @@ class Worker:
         os.dup2(self._out.handle, 1)
         os.dup2(self._err.handle, 2)
         _no_stdin()
-        self._zero = os.fstat(0).st_ino
-        self._streams = [open(0, closefd=False), output_stream(1, self._buffering),
-                         output_stream(2, self._buffering)]
+        # By lines, as C code is told as well: children of a job write in between.
+        self._streams = [open(0, closefd=False), output_stream(1, 1), output_stream(2, 1)]
+        buffer_lines(self._libc)
         sys.stdin, sys.stdout, sys.stderr = self._streams
         signal.signal(signal.SIGINT, self._on_interrupt)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if TAKE_BACK_SIGNAL is not None:
             signal.signal(TAKE_BACK_SIGNAL, self._on_take_back)
             signal.siginterrupt(TAKE_BACK_SIGNAL, False)
-        watched = ('SIGINT', 'SIGTERM', 'SIGURG', 'SIGHUP', 'SIGALRM', 'SIGCHLD', 'SIGUSR1', 'SIGUSR2', 'SIGPIPE',
-                   'SIGQUIT', 'SIGXCPU')
-        self._handlers = [(int(number), _getsignal(number)) for number in
-                          (getattr(signal, name, None) for name in watched) if number is not None]
         Runner.offer({'dispy_provisional_result': self._provisional, 'dispy_send_file': self._send_file}, self._globals)
         if modules is not None:
             modules.ask = self._ask_client
@@ -6426,12 +6769,8 @@ class Worker:
             self._log_handler.emit = self._forward  # type: ignore[method-assign]
             logging.getLogger().addHandler(self._log_handler)
             logging.getLogger().setLevel(self._spec['logs'])
-        self._environ = dict(_ENVIRON)
         self._threads = threading.active_count()
-        self._recursion, self._umask = sys.getrecursionlimit(), os.umask(0o077)
-        os.umask(self._umask)
-        if hasattr(signal, 'setitimer'):
-            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._surroundings = Surroundings(self._directory)
         if 'numpy' in sys.modules:   # forked twins would draw the same "random" numbers; `random` sees to it itself
             sys.modules['numpy'].random.seed()
 
@@ -6466,8 +6805,12 @@ class Worker:
                 self._sock.sendall(view[start:start + WRITE_MOST])
 
     def _before_fork(self) -> None:
-        """A job forks: from now on its children may write into the pipe as well, records of any length."""
+        """A job forks: from now on its children may write into the pipe as well, records of any length.
+        What it has printed of a line is not to be printed by them again."""
         self._shared = True
+        for stream in self._streams[1:]:
+            with contextlib.suppress(OSError, ValueError):   # it is told when the job ends; closed
+                stream.flush()
 
     def _after_fork(self) -> None:
         """In the child: another thread of the parent may have held these."""
@@ -6585,6 +6928,8 @@ class Worker:
     def _run(self, record: Record) -> None:
         self._interrupt_late = False
         Slots.begin(self._slots, record.serial)
+        if record.number != self._numeric.cpus:
+            self._numeric.use(record.number, self._surroundings)
         start, ticks = time.time(), time.perf_counter()
         failure: Optional[BaseException] = None
         value = None
@@ -6599,7 +6944,7 @@ class Worker:
                     self._free(record)
                 if extras:
                     self._bring(*extras)
-                value = self._function(*args, **kwargs)
+                value = contextvars.copy_context().run(self._function, *args, **kwargs)
                 self._in_job = False
             except BaseException as exc:  # whatever a job raises is its result; SystemExit and the like too
                 self._in_job = False
@@ -6710,7 +7055,7 @@ class Worker:
                 stream.flush()
         for index in (1, 2):
             if self._streams[index].closed:
-                self._streams[index] = output_stream(index, self._buffering)
+                self._streams[index] = output_stream(index, 1)
         sys.stdin, sys.stdout, sys.stderr = self._streams
 
     @staticmethod
@@ -6726,37 +7071,19 @@ class Worker:
 
     def _tidy(self) -> bool:
         """Put back what the job changed. False when something is left that only a new process is free of."""
-        if threading.active_count() != self._threads or self._has_children():
+        if threading.active_count() != self._threads and not self._are_idle_threads():
             return False
-        try:
-            if os.getcwd() != self._directory:
-                os.chdir(self._directory)
-            if os.fstat(0).st_ino != self._zero:
-                _no_stdin()
-        except OSError:   # its directory or its stdin is gone
-            try:
-                os.chdir(self._directory)
-                _no_stdin()
-            except OSError:
-                return False
-        if _ENVIRON != self._environ:
-            for name in list(os.environ):
-                del os.environ[name]
-            for key, value in self._environ.items():
-                os.environ[os.fsdecode(key)] = os.fsdecode(value)
-        os.umask(self._umask)
-        sys.setrecursionlimit(self._recursion)
-        if sys.gettrace() is not None or sys.getprofile() is not None:
-            sys.settrace(None)
-            sys.setprofile(None)
-        for number, handler in self._handlers:
-            if _getsignal(number) != handler:
-                signal.signal(number, handler)
-        if hasattr(signal, 'setitimer'):
-            for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
-                signal.setitimer(timer, 0)
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-        return True
+        return not self._has_children() and self._surroundings.restore()
+
+    @staticmethod
+    def _are_idle_threads() -> bool:
+        """Whether all that a job has left running are threads of installed libraries which do not
+        keep a process alive, such as that of tqdm. They are none of the job's, and the next job
+        finds them as it would in the user's own program."""
+        frames = sys._current_frames()
+        return all(thread.daemon and _is_of_library(frames.get(thread.ident or 0))
+                   for thread in threading.enumerate()
+                   if thread is not threading.main_thread())
 
     @staticmethod
     def _has_children() -> bool:
@@ -6768,6 +7095,22 @@ class Worker:
             return True
         except ChildProcessError:
             return False
+
+
+_SITE = tuple(os.sep + name + os.sep for name in ('site-packages', 'dist-packages'))
+
+
+def _is_of_library(frame: Any) -> bool:
+    """Whether a thread began in an installed library and runs nothing of anybody else but the
+    standard library. One that began in the standard library runs what it was given."""
+    files = []
+    while frame is not None:
+        files.append(frame.f_code.co_filename)
+        frame = frame.f_back
+    own = [file for file in files if file != threading.__file__]
+    standard = os.path.dirname(os.__file__) + os.sep
+    return bool(own) and any(part in own[-1] for part in _SITE) and all(
+        file.startswith(standard) or any(part in file for part in _SITE) for file in own)
 
 
 def globals_of(*functions: Any) -> List[Dict[str, Any]]:
@@ -6855,8 +7198,10 @@ class Runner:
 
     def _load(self, code: memoryview) -> None:
         os.chdir(self._directory)
-        for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMEXPR_NUM_THREADS'):
-            os.environ.setdefault(name, '1')   # a worker a CPU runs already
+        self._threads = NumericThreads()
+        SharedMemoryTracker().install()
+        if self._spec['authkey']:
+            multiprocessing.current_process().authkey = self._spec['authkey']
         self._unpack_support()
         loader = self._loader()
         self.offer(dict(self._spec['names'], os=os, sys=sys, time=time), ())
@@ -6871,11 +7216,22 @@ class Runner:
                 answer = setup(*self._setup_args)
                 if answer is not None and answer != 0:
                     raise RuntimeError('setup returned %.200r, which refuses this node' % (answer,))
+                self._warn_of_threads(loader)
         loader.loading = False
         self._own = set(self._descendants())
-        import gc
         gc.collect()
         gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
+
+    @staticmethod
+    def _warn_of_threads(loader: ModuleLoader) -> None:
+        left = [thread.name for thread in threading.enumerate()
+                if thread is not threading.main_thread()]
+        if left:
+            loader.notes.append(
+                'setup() has left %d thread%s running (%s). Jobs run in other processes, in which '
+                'these threads do not exist: a job that waits for one of them waits for ever. '
+                'Start threads and pools of threads in the job that uses them'
+                % (len(left), 's' * (len(left) != 1), ', '.join(left[:5])))
 
     def _loader(self) -> ModuleLoader:
         """Make the modules and the main module of the program importable here."""
@@ -7039,7 +7395,8 @@ class Runner:
             for other in self._children.values():
                 other.out.close()
                 other.err.close()
-            Worker(sock, child.slots, self._function, child.out, child.err, self._spec, self._libc, self._globals).serve()
+            Worker(sock, child.slots, self._function, child.out, child.err, self._spec, self._libc,
+                   self._threads, self._globals).serve()
         except (ConnectionError, EOFError):
             os._exit(1)   # the pipe is gone, and with it whoever could be told
         except BaseException:  # no descriptors, or our own fault: the runner reads it from the file and tells
@@ -9448,6 +9805,7 @@ class Daemon(Loop):
         self.attach(run.control)
         run.watch = RunnerWatch(self, run.process.pid, functools.partial(self._look_at_runner, run))
         init = {'name': spec['name'], 'sys_path': spec['sys_path'], 'argv': spec['argv'],
+                'authkey': bytes(spec.get('authkey', b'')),
                 'bundles': any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']), 'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
                 'support': {name: bytes(source) for name, source in spec['support'].items()},
                 'max_file': self._options.max_file, 'max_value': VALUE_MOST, 'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
@@ -9719,7 +10077,8 @@ class Daemon(Loop):
         run = self._run_of(action.worker)
         if run is not None:
             for attempt in action.attempts:
-                run.pipes[action.worker].push(pack_record(Kind.JOB, 0, attempt.serial, 0.0, 0.0, attempt.payload))
+                run.pipes[action.worker].push(pack_record(
+                    Kind.JOB, attempt.cpus, attempt.serial, 0.0, 0.0, attempt.payload))
 
     def _order(self, kind: Kind, worker: int, serial: int = 0, value: float = 0.0) -> None:
         run = self._run_of(worker)
