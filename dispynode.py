@@ -5855,7 +5855,7 @@ class ModuleLoader:
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """A module that a job imports and nothing here has: the client may have it."""
-        if self._left and path is None and self._importer() not in MAIN_NAMES:
+        if self._left and path is None and self._is_for_module():
             spec = importlib.machinery.PathFinder.find_spec(name, self._left)
             if spec is not None:
                 return spec
@@ -5874,13 +5874,15 @@ class ModuleLoader:
         frame = self._importing_frame()
         if frame is None:
             return False
-        return self._importer() in MAIN_NAMES or frame.f_code.co_filename.startswith(
+        return frame.f_globals.get('__name__') in MAIN_NAMES or frame.f_code.co_filename.startswith(
             (self.root, self.directory))
 
-    def _importer(self) -> str:
-        """The name of the module whose code imports another."""
+    def _is_for_module(self) -> bool:
+        """Whether a module that has been imported imports another; not the job's own function."""
         frame = self._importing_frame()
-        return str(frame.f_globals.get('__name__')) if frame is not None else ''
+        name = frame.f_globals.get('__name__') if frame is not None else None
+        return name not in MAIN_NAMES and \
+            module_dict(sys.modules.get(str(name))) is getattr(frame, 'f_globals', None)
 
     @staticmethod
     def _importing_frame() -> Any:
@@ -6039,6 +6041,8 @@ def load_main(variables: Dict[str, Any], path: str) -> None:
 
 _ENVIRON = getattr(os.environ, '_data', os.environ)   # compared after every job: 1 us instead of 30 through os.environ
 _getsignal = getattr(sys.modules.get('_signal'), 'getsignal', signal.getsignal)   # without the enum around it: 0.1 us
+_sigmask = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
+    or getattr(signal, 'pthread_sigmask', None)   # the same
 TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)   # ignored by default and used by hardly anything
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36   # linux/prctl.h
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2                       # linux/falloc.h
@@ -6517,40 +6521,18 @@ class SharedMemoryTracker:
         self._unregister(name, kind)
 
 
-class _Lists(NamedTuple):
-    """Lists of the interpreter that everybody changes in place, and what they held."""
-    owner: Any
-    name: str
-    itself: List[Any]
-    held: List[Any]
-
-
 class Surroundings:
     """What a job finds around it in its process, beside the computation's globals.
 
     It is looked at when the worker begins and put back after each job. Nearly always nothing has
-    changed, so that it is compared first. What takes long to ask for is asked for only where the
-    module through which it could be changed has been imported.
+    changed: it is asked for and compared in the quickest way, with one comparison for many things.
+    Limits of resources take long to ask for, and are asked for only where the module `resource`,
+    through which they are changed, has been imported by anybody.
     """
-
-    # Where the interpreter keeps what jobs replace.
-    ATTRIBUTES = ((sys, 'excepthook'), (sys, 'unraisablehook'), (sys, 'displayhook'),
-                  (sys, 'breakpointhook'), (sys, 'dont_write_bytecode'),
-                  (threading, 'excepthook'), (warnings, 'formatwarning'))
-    LISTS = ((sys, 'argv'), (sys, 'path'), (warnings, 'filters'), (gc, 'callbacks'))
-    # What is asked for by one function and set by another.
-    PAIRS = ((gc.isenabled, lambda on: gc.enable() if on else gc.disable()),
-             (gc.get_threshold, lambda numbers: gc.set_threshold(*numbers)),
-             (gc.get_debug, gc.set_debug),
-             (socket.getdefaulttimeout, socket.setdefaulttimeout),
-             (sys.getswitchinterval, sys.setswitchinterval),
-             (sys.getrecursionlimit, sys.setrecursionlimit),
-             (functools.partial(locale.setlocale, locale.LC_ALL),
-              functools.partial(locale.setlocale, locale.LC_ALL)))
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        self._zero = os.fstat(0).st_ino
+        self._nothing = _out_of_reach(os.open(os.devnull, os.O_RDONLY))
         self._environ = dict(_ENVIRON)
         self._umask = os.umask(0o077)
         os.umask(self._umask)
@@ -6559,16 +6541,15 @@ class Surroundings:
         if hasattr(signal, 'setitimer'):
             self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._zone = time.tzname   # each call of time.tzset() makes a new tuple
-        self._attributes = [(owner, name, getattr(owner, name))
-                            for owner, name in self.ATTRIBUTES if hasattr(owner, name)]
-        self._show = warnings.showwarning
-        self._lists = [_Lists(owner, name, getattr(owner, name), list(getattr(owner, name)))
-                       for owner, name in self.LISTS]
-        pairs = [*self.PAIRS, *self._of_this_system()]
-        self._pairs = [(ask, put, ask()) for ask, put in pairs]
-        self._disabled = logging.root.manager.disable
+        self._path, self._filters = list(sys.path), list(warnings.filters)
+        self._lists = [(held, list(held)) for held in (sys.argv, gc.callbacks)]
+        self._hooks = self._hooks_now()
+        self._numbers = self._numbers_now()
+        self._settings = self._settings_of_system()
+        self._were = [ask() for ask, _ in self._settings]
+        self._locale = locale.setlocale(locale.LC_ALL)
         self._limits = self._limits_now(_own_resource())
-        self._ids = self._ids_now()
+        self._ids = self._ids_now() if hasattr(os, 'geteuid') and os.geteuid() == 0 else None
         decimal = sys.modules.get('decimal')
         self._decimal = decimal.getcontext().copy() if decimal is not None else None
 
@@ -6581,7 +6562,8 @@ class Surroundings:
         return True
 
     @staticmethod
-    def _of_this_system() -> List[Tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    def _settings_of_system() -> List[Tuple[Callable[[], Any], Callable[[Any], Any]]]:
+        """What is asked for by one function and set by another, where there is such a thing."""
         found: List[Tuple[Callable[[], Any], Callable[[Any], Any]]] = []
         if hasattr(os, 'sched_getaffinity'):
             found.append((functools.partial(os.sched_getaffinity, 0),
@@ -6598,17 +6580,46 @@ class Surroundings:
         return found
 
     @staticmethod
+    def _hooks_now() -> tuple:
+        return (sys.excepthook, sys.unraisablehook, sys.displayhook, sys.breakpointhook,
+                threading.excepthook, warnings.showwarning, warnings.formatwarning,
+                sys.argv, sys.path, warnings.filters, gc.callbacks)
+
+    def _set_hooks(self) -> None:
+        logging.captureWarnings(False)   # or it would take itself for switched on
+        (sys.excepthook, sys.unraisablehook, sys.displayhook, sys.breakpointhook,
+         threading.excepthook, warnings.showwarning, warnings.formatwarning,
+         sys.argv, sys.path, warnings.filters, gc.callbacks) = self._hooks
+
+    @staticmethod
+    def _numbers_now() -> tuple:
+        return (gc.isenabled(), gc.get_threshold(), gc.get_debug(), sys.getrecursionlimit(),
+                sys.getswitchinterval(), socket.getdefaulttimeout(), logging.root.manager.disable,
+                sys.dont_write_bytecode)
+
+    def _set_numbers(self) -> None:
+        (enabled, threshold, debug, recursion, interval, timeout, disabled,
+         sys.dont_write_bytecode) = self._numbers
+        if enabled:
+            gc.enable()
+        else:
+            gc.disable()
+        gc.set_threshold(*threshold)
+        gc.set_debug(debug)
+        sys.setrecursionlimit(recursion)
+        sys.setswitchinterval(interval)
+        socket.setdefaulttimeout(timeout)
+        logging.disable(disabled)
+
+    @staticmethod
     def _limits_now(resource: Any) -> Dict[int, Tuple[int, int]]:
         names = [name for name in dir(resource) if name.startswith('RLIMIT_')]
         numbers = {getattr(resource, name) for name in names}
         return {number: resource.getrlimit(number) for number in numbers}
 
     @staticmethod
-    def _ids_now() -> Any:
-        """Only root can become somebody else."""
-        if not hasattr(os, 'getresuid') or 0 not in os.getresuid():
-            return None
-        return os.getresuid(), os.getresgid()
+    def _ids_now() -> tuple:
+        return os.geteuid(), os.getegid()
 
     def set_environ(self, name: str, value: str) -> None:
         """A variable that the next jobs find."""
@@ -6620,13 +6631,13 @@ class Surroundings:
         the job has given up a right, such as that to a higher limit, or has left behind what
         raises when it is looked at."""
         try:
-            if self._ids is not None and self._ids_now() != self._ids:
+            if self._ids is not None and self._ids_now() != self._ids:   # only root can change them
                 return False
             self._restore_files()
             self._restore_environ()
             self._restore_signals()
             self._restore_interpreter()
-            for ask, put, was in self._pairs:
+            for (ask, put), was in zip(self._settings, self._were):
                 if ask() != was:
                     put(was)
             if 'resource' in sys.modules:
@@ -6638,11 +6649,10 @@ class Surroundings:
 
     def _restore_files(self) -> None:
         try:
+            os.dup2(self._nothing, 0)   # this takes less time than to look whether it is open
             if os.getcwd() != self._directory:
                 os.chdir(self._directory)
-            if os.fstat(0).st_ino != self._zero:
-                _no_stdin()
-        except OSError:   # its directory or its stdin is gone
+        except OSError:   # its directory is gone, or a descriptor
             os.chdir(self._directory)
             _no_stdin()
         os.umask(self._umask)
@@ -6653,10 +6663,9 @@ class Surroundings:
                 del os.environ[name]
             for key, value in self._environ.items():
                 os.environ[os.fsdecode(key)] = os.fsdecode(value)
-            if hasattr(time, 'tzset'):   # the C library may have read TZ without Python's knowing
-                time.tzset()
-                self._zone = time.tzname
-        elif time.tzname is not self._zone:
+        elif time.tzname is self._zone:
+            return
+        if hasattr(time, 'tzset'):   # the C library may have read TZ without Python's knowing
             time.tzset()
             self._zone = time.tzname
 
@@ -6670,36 +6679,33 @@ class Surroundings:
                 signal.siginterrupt(TAKE_BACK_SIGNAL, False)
         signal.set_wakeup_fd(-1)
         if hasattr(signal, 'setitimer'):
-            for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
-                signal.setitimer(timer, 0)
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+            signal.alarm(0)   # ITIMER_REAL
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            _sigmask(signal.SIG_SETMASK, self._mask)
 
     def _restore_interpreter(self) -> None:
         if sys.gettrace() is not None or sys.getprofile() is not None:
             sys.settrace(None)
             sys.setprofile(None)
-        if warnings.showwarning is not self._show:
-            logging.captureWarnings(False)   # or it would take itself for switched on
-            warnings.showwarning = self._show
-        for owner, name, was in self._attributes:
-            if getattr(owner, name, None) is not was:
-                setattr(owner, name, was)
-        for row in self._lists:
-            if getattr(row.owner, row.name, None) is not row.itself or row.itself != row.held:
-                self._restore_list(row)
-        if logging.root.manager.disable != self._disabled:
-            logging.disable(self._disabled)
+        if self._numbers_now() != self._numbers:
+            self._set_numbers()
+        if sys.path != self._path and modules is not None:
+            modules.keep_reachable(sys.path, self._path)
+        if self._hooks_now() != self._hooks:
+            self._set_hooks()
+        if sys.path != self._path:
+            sys.path[:] = self._path
+        if warnings.filters != self._filters:
+            warnings.resetwarnings()   # it also has what is remembered of filters forgotten
+            warnings.filters[:] = self._filters
+        for itself, held in self._lists:
+            if itself != held:
+                itself[:] = held
+        if locale.setlocale(locale.LC_ALL) != self._locale:
+            locale.setlocale(locale.LC_ALL, self._locale)
         if self._decimal is not None:
             sys.modules['decimal'].setcontext(self._decimal.copy())
-
-    @staticmethod
-    def _restore_list(row: _Lists) -> None:
-        if row.owner is sys and row.name == 'path' and modules is not None:
-            modules.keep_reachable(getattr(sys, 'path', ()), row.held)
-        if row.owner is warnings:
-            warnings.resetwarnings()   # what is remembered of filters is forgotten
-        row.itself[:] = row.held
-        setattr(row.owner, row.name, row.itself)
 
     def _restore_limits(self, resource: Any) -> None:
         for number, was in self._limits.items():
