@@ -5802,6 +5802,7 @@ class ModuleLoader:
         self.ask: Optional[Callable[[Any], str]] = None
         self.loading = True
         self._left: List[str] = []         # what jobs had in sys.path
+        self._first: FrozenSet[str] = frozenset()   # modules that were there before any job
         self.notes: List[str] = []         # for the client's log
 
     def install(self) -> None:
@@ -5847,6 +5848,11 @@ class ModuleLoader:
 
     # -- a finder: the last one in sys.meta_path ------------------------------------------------------------
 
+    def loaded(self) -> None:
+        """The runner has loaded its computation."""
+        self.loading = False
+        self._first = frozenset(sys.modules)
+
     def keep_reachable(self, path: Any, before: Sequence[str]) -> None:
         """A job has changed sys.path, which is put back. A module that it imported may have done
         that, and remains: what that module imports later is to be found where it expects it."""
@@ -5878,11 +5884,9 @@ class ModuleLoader:
             (self.root, self.directory))
 
     def _is_for_module(self) -> bool:
-        """Whether a module that has been imported imports another; not the job's own function."""
+        """Whether a module that a job has imported imports another; not the computation."""
         frame = self._importing_frame()
-        name = frame.f_globals.get('__name__') if frame is not None else None
-        return name not in MAIN_NAMES and \
-            module_dict(sys.modules.get(str(name))) is getattr(frame, 'f_globals', None)
+        return frame is not None and frame.f_globals.get('__name__') not in self._first
 
     @staticmethod
     def _importing_frame() -> Any:
@@ -7223,7 +7227,7 @@ class Runner:
                 if answer is not None and answer != 0:
                     raise RuntimeError('setup returned %.200r, which refuses this node' % (answer,))
                 self._warn_of_threads(loader)
-        loader.loading = False
+        loader.loaded()
         self._own = set(self._descendants())
         gc.collect()
         gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
