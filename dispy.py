@@ -98,7 +98,7 @@ from dispynode import (
     NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
     Dialling, Discovery, DispyError, Done, Ears, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
     Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
-    Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, Welcome,
+    Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, StartError, Welcome,
     Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, derive_key, describe_exception, dial, digest_of,
     discovery_reach, file_digest, find_secret, frames, host_and_port, in_one_piece, is_outcome, log_record_of, open_plain, open_regular,
     path_option, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
@@ -7648,9 +7648,15 @@ _instance = os.urandom(16)    # this process to nodes
 _trails_looked_at = False     # for old ones
 
 
+# Held while a thread starts a process. Popen reads a pipe to its end, which a child that is forked
+# meanwhile, such as one of a multiprocessing.Pool, would hold open for as long as it lives.
+_starting = threading.Lock()
+
+
 def _forked() -> None:
     """In the child of a fork: nothing of the parent's is ours."""
     global _lock, _instance
+    _starting.release()
     _lock, _instance = threading.Lock(), os.urandom(16)
     for driver in [*_drivers.values(), *_alone]:
         driver.after_fork()
@@ -7662,7 +7668,8 @@ def _forked() -> None:
 
 
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release,
+                        after_in_child=_forked)
 
 
 def _user_name() -> str:
@@ -7673,6 +7680,21 @@ def _user_name() -> str:
         return 'unknown'
 
 
+def own_python() -> str:
+    """The program that runs Python code for this one. Raises StartError in a frozen program, whose
+    `sys.executable` is itself: it would start itself again, and each of these once more."""
+    spawn: Any = sys.modules.get('multiprocessing.spawn')   # where set_executable() keeps it
+    python = os.fsdecode(spawn.get_executable() or '') if spawn is not None else ''
+    if getattr(sys, 'frozen', False) and python in ('', sys.executable):
+        raise StartError(
+            "no node can be started on this machine: this program is frozen into one executable "
+            "(%s), so that sys.executable is no Python, and would only start the program again. "
+            "Start `python dispynode.py` on this machine and name it (nodes=['127.0.0.1']), or call "
+            "multiprocessing.set_executable() with the path of a Python %d.%d before a cluster is made"
+            % (sys.executable, *sys.version_info[:2]))
+    return python or sys.executable
+
+
 def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     """A dispynode for this program alone: loopback, a random secret, and stdin as the line it lives by. Not run as
     a script, which would be compiled anew each time, and not by multiprocessing, which would run the user's main
@@ -7680,13 +7702,16 @@ def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     import tempfile
     import dispynode
     check_fork()
+    python = own_python()
     secret = os.urandom(32).hex().encode()
     code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
-    process = subprocess.Popen(
-        [sys.executable, '-c', code % os.path.dirname(os.path.abspath(dispynode.__file__)), '--embedded', '-i', '127.0.0.1',
-         '-p', '0', '--dest-path-prefix', prefix], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-        env={name: value for name, value in os.environ.items() if name != 'DISPY_SECRET'})   # it has a secret of its own
+    command = [python, '-c', code % os.path.dirname(os.path.abspath(dispynode.__file__)), '--embedded',
+               '-i', '127.0.0.1', '-p', '0', '--dest-path-prefix', prefix]
+    with _starting:
+        process = peer.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            env={name: value for name, value in os.environ.items() if name != 'DISPY_SECRET'})   # it has a secret of its own
     assert process.stdin is not None and process.stdout is not None   # ours: both are pipes
     try:
         process.stdin.write(secret + b'\n')
@@ -7787,6 +7812,7 @@ class JobCluster:
             else parse_nodes(nodes, self._port, self._remote)
         if not self._specs and not self._remote:
             check_fork()
+            own_python()
         host = host if host is not None else ip_addr
         self._host = _own_host(host)
         # Old scripts always give ip_addr: two of them on one machine must not be in each other's way.

@@ -365,3 +365,77 @@ def test_output_is_in_the_order_in_which_it_was_printed(make_cluster):
         job = cluster.submit()
         job(30)
     assert job.stdout.splitlines() == ['before', 'program', 'between', 'shell', 'C code', 'part of a line, child', 'after'], job.stderr
+
+
+# -- processes of the program ---------------------------------------------------------------------------------
+
+def run_script(tmp_path, code, *args, **variables):
+    """A program of its own; (exit code, stdout, stderr)."""
+    script = tmp_path / 'script.py'
+    script.write_text(textwrap.dedent(code))
+    done = subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True, timeout=120,
+                          cwd=tmp_path, env=dict(os.environ, PYTHONPATH=ROOT, **variables))
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='there is no fork here')
+def test_processes_that_are_forked_while_a_node_starts_do_not_hold_it_up(tmp_path):
+    """Popen in one thread reads a pipe to its end, which a child that is forked meanwhile would hold open."""
+    code, out, err = run_script(tmp_path, '''
+        import itertools
+        import multiprocessing
+        import os
+        import threading
+        import dispy
+
+        original, numbers, pipes = os.pipe, itertools.count(1), threading.Event()
+
+        def pipe():
+            """The last pipe that Popen makes is the one by which it learns that the program runs:
+            this program forks in just this moment, or as soon as it may."""
+            made = original()
+            if threading.current_thread() is not threading.main_thread() and next(numbers) == 3:
+                pipes.set()
+                forked.wait(1)
+            return made
+
+        def compute(n):
+            return n * 2
+
+        if __name__ == '__main__':
+            forked, ended = threading.Event(), multiprocessing.get_context('fork').Event()
+            os.pipe = pipe
+            with dispy.JobCluster(compute, nodes='local') as cluster:
+                assert pipes.wait(20)
+                process = multiprocessing.get_context('fork').Process(target=ended.wait)
+                process.start()
+                forked.set()
+                print(cluster.submit(4)(30))
+                ended.set()
+                process.join()
+        ''')
+    assert (code, out) == (0, '8\n'), err
+
+
+def test_a_frozen_program_does_not_start_itself(tmp_path):
+    """`sys.executable` is the program. The text says what to do."""
+    code, out, err = run_script(tmp_path, '''
+        import multiprocessing
+        import os
+        import sys
+        real, sys.executable, sys.frozen = sys.executable, os.path.abspath('app'), True
+        import dispy
+
+        def compute(x):
+            return x + 1
+
+        for make in (lambda: dispy.JobCluster(compute, nodes='local'), lambda: dispy.JobCluster(compute).wait_nodes(1, 5)):
+            try:
+                make()
+            except (dispy.DispyError, dispy.NoNodes) as exc:
+                print('frozen into one executable' in str(exc))
+        multiprocessing.set_executable(real)
+        with dispy.JobCluster(compute, nodes='local') as cluster:
+            print(cluster.submit(1)(30))
+        ''', DISPY_DISCOVERY='off')
+    assert (code, out) == (0, 'True\n' * 2 + '2\n'), err
