@@ -127,6 +127,7 @@ OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of 
 OUTPUT_MOST = 2 * OUTPUT_KEPT + 1024   # bytes of one stream of a job, with the mark where its middle was
 LATEST = 1e11                 # s since the epoch, the latest time that a job can have ended
 OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
+WORKER_IDLE = 300.0           # s without a job after which a worker ends
 WORKER_AGAIN = 1.0            # s until it is tried again to start a worker
 WORKER_TOLD = 60.0            # s of success after which it is said again that none can be started
 BEGUN_KEPT = 2045             # the last attempts that a worker has begun, which are noted in a file
@@ -4253,7 +4254,7 @@ class _Worker:
     def __init__(self, key: int, comp: '_Computation') -> None:
         self.key, self.comp = key, comp
         self.queue: Deque[Attempt] = collections.deque()
-        self.since = 0.0        # when the head became the head
+        self.since = 0.0        # when the head became the head, or when it became idle
         self.told = False       # the client knows that the head has begun
         self.pardoned = False   # the head began before another client came, and does not count
         self.fed = 0            # jobs given to it
@@ -4298,6 +4299,7 @@ class _Computation:
         self.outbox: List[tuple] = []
         self.workers: Dict[int, _Worker] = {}
         self.idle: List[_Worker] = []
+        self.has_idle_timer = False
         self.hungry: Dict[int, _Worker] = {}   # busy workers whose queue may be filled up
         self.estimate = DurationEstimate()
         # Jobs that a worker may hold behind the one that it runs
@@ -4482,7 +4484,7 @@ class Node:
             return self._heads(key, serial)
         if what == 'past':
             return key in self.past
-        if what in ('setup', 'orphan'):
+        if what in ('setup', 'orphan', 'idle'):
             return key in self._comps
         return what != 'expire' or key in self.shelf
 
@@ -5194,7 +5196,23 @@ class Node:
             self._bury(worker)
             self._do(Retire(worker.key))
         else:
+            worker.since = self._now
             comp.idle.append(worker)
+            if not comp.has_idle_timer:
+                comp.has_idle_timer = True
+                self._at(self._now + WORKER_IDLE, 'idle', comp.comp)
+
+    def _retire_idle(self, comp: _Computation, now: float) -> None:
+        """Workers that have had nothing to do for long give back their memory. What setup has
+        made is in the runner, which forks others when there are jobs again."""
+        for worker in list(comp.idle):
+            if worker.since + WORKER_IDLE <= now:
+                self._bury(worker)
+                self._do(Retire(worker.key))
+        comp.has_idle_timer = bool(comp.idle)
+        if comp.idle:
+            first = min(worker.since for worker in comp.idle)
+            self._at(first + WORKER_IDLE, 'idle', comp.comp)
 
     @staticmethod
     def _ended(attempt: Attempt, row: tuple) -> tuple:
@@ -5444,6 +5462,9 @@ class Node:
                 self._refuse(late, 'setup', 'setup did not end within %d s' % SETUP_TIME)
         elif what == 'stop':
             self._leave(now)
+        elif what == 'idle':
+            if key in self._comps:
+                self._retire_idle(self._comps[key], now)
         elif what == 'again':
             pass   # workers may be started again
         else:

@@ -373,7 +373,7 @@ def run_script(tmp_path, code, *args, **variables):
     """A program of its own; (exit code, stdout, stderr)."""
     script = tmp_path / 'script.py'
     script.write_text(textwrap.dedent(code))
-    done = subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True, timeout=60,
                           cwd=tmp_path, env=dict(os.environ, PYTHONPATH=ROOT, **variables))
     return done.returncode, done.stdout, done.stderr
 
