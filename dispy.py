@@ -4909,7 +4909,7 @@ class Trail:
     cluster without one has none; locked while the program lives; removed when the cluster is
     closed. Nothing is written for a job. The driver's thread."""
 
-    def __init__(self, head: Callable[[], Dict[str, Any]], name: str, comp: str) -> None:
+    def __init__(self, head: 'weakref.WeakMethod[Any]', name: str, comp: str) -> None:
         self._head, self._name, self._comp = head, name, comp
         self.script = own_script()
         self._file: Any = None
@@ -4945,7 +4945,9 @@ class Trail:
         self.path = path
         lock_file(self._file)
         script = os.path.realpath(self.script) if self.script else ''
-        return json.dumps(dict(self._head(), script=script)).encode()
+        describe = self._head()   # a method of the cluster, which must not be kept alive by that
+        head = describe() if describe is not None else {}
+        return json.dumps(dict(head, script=script)).encode()
 
     def close(self, remove: bool = True) -> None:
         """Let go of the file. Without `remove` it says that somebody may come for results."""
@@ -5975,6 +5977,45 @@ class _Asker:
         self.ears, self.due, self.wait, self.last = ears, 0.0, ASK_FIRST, 0.0
 
 
+class Unused:
+    """Finds clusters to which no variable of the program refers any more, as in a notebook whose
+    cell is run again. The driver's thread.
+
+    The driver refers to each of its clusters, so that none ends by itself; it counts whether it is
+    the only one. A cluster that has jobs, or one to which its own callback refers, is in use.
+    """
+    EVERY = 2.0   # s
+
+    def __init__(self) -> None:
+        self._at = 0.0
+        self._found: Set[str] = set()
+
+    def look(self, clusters: Dict[str, Any], now: float) -> float:
+        """Close those of them that are not used. Returns when to look again."""
+        if now < self._at:
+            return self._at
+        self._at = now + self.EVERY
+        self._found.intersection_update(clusters)
+        for comp in list(clusters):
+            if comp not in self._found and self._is_idle(clusters[comp]) \
+                    and self._references(clusters, comp) <= self._references({comp: object()}, comp):
+                self._found.add(comp)
+                logger.info('%s: nothing in the program refers to this cluster any more, and it has no '
+                            'jobs: it is closed', clusters[comp].name)
+                threading.Thread(target=clusters[comp].close, name='dispy-close', daemon=True).start()
+        return self._at if clusters else math.inf
+
+    @staticmethod
+    def _is_idle(cluster: Any) -> bool:
+        return isinstance(cluster, JobCluster) and not cluster._pending and not cluster._closed \
+            and cluster._recovery is None
+
+    @staticmethod
+    def _references(values: Dict[str, Any], key: str) -> int:
+        value = values[key]
+        return sys.getrefcount(value)
+
+
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed."""
     log = logger
@@ -6013,6 +6054,7 @@ class Driver(Loop):
         self._incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> receiver
         self._outgoing = Backlog(self.links)   # files
         self._chores_at = 0.0
+        self._unused = Unused()
         self._lost_text, self._lost_at = '', 0.0   # of a fault after which jobs may be nowhere; when they are looked for
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
@@ -6653,7 +6695,7 @@ class Driver(Loop):
 
     def _chores(self) -> None:
         """Dial, ask, give up probing, warn; and when to do so next."""
-        due = [self.now + 60.0]
+        due = [self.now + 60.0, self._unused.look(self._clusters, self.now)]
         if self._lost_text:
             if self.now >= self._lost_at:
                 text, self._lost_text, self._lost_at = self._lost_text, '', self.now + 1.0
@@ -7644,6 +7686,7 @@ _lock = threading.Lock()      # guards _drivers and their user counts, the makin
 _drivers: Dict[Access, Driver] = {}
 _alone: Set[Driver] = set()   # others
 _clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()
+_told_of_many: Set[Tuple[str, str]] = set()   # functions of which several clusters were open
 _instance = os.urandom(16)    # this process to nodes
 _trails_looked_at = False     # for old ones
 
@@ -7788,6 +7831,7 @@ class JobCluster:
     """
 
     _remote = False   # jobs go to a scheduler
+    _function: Optional[Tuple[str, str]] = None   # of the computation, by name
 
     def __init__(self, computation: Any, nodes: Any = None, depends: Sequence[Any] = (),
                  job_status: Optional[Callable[[DispyJob], Any]] = None,
@@ -7870,7 +7914,7 @@ class JobCluster:
             '_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
         self._recovers = bool(path)                          # another process may carry on
         self._trail = None if path or recover_file is False else Trail(
-            self._describe_for_trail, self.name, self._comp)
+            weakref.WeakMethod(self._describe_for_trail), self.name, self._comp)
         self._reach_by(nodes is None and reach != 'off')
         self.recovered: List[DispyJob] = []
         self._recovery: Optional[Recovery] = None
@@ -7891,8 +7935,22 @@ class JobCluster:
                 self._journal.close()
             raise
         _clusters.add(self)
+        self._warn_of_others(computation)
         if self._journal is not None:
             self._carry_on(self._journal, known)
+
+    def _warn_of_others(self, computation: Any) -> None:
+        """The third cluster of one function that is open: a cell or a loop makes one each time."""
+        if computation is call_packed:   # an executor has functions of all sorts
+            return
+        self._function = (getattr(computation, '__module__', ''), getattr(computation, '__qualname__', str(computation)))
+        same = [cluster for cluster in list(_clusters)
+                if cluster._function == self._function and not cluster._closed]
+        if len(same) >= 3 and self._function not in _told_of_many:
+            _told_of_many.add(self._function)
+            logger.warning('%s: %d clusters of this function are open, and each has processes of its '
+                           'own on the nodes. Call close() when a cluster is not needed any more, or use '
+                           '"with JobCluster(...) as cluster:"', self.name, len(same))
 
     def _describe_for_trail(self) -> Dict[str, Any]:
         """What another process needs to collect the results. The driver's thread."""

@@ -11,7 +11,6 @@ import time
 import pytest
 
 import dispy
-import dispynode
 from conftest import eventually
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -439,3 +438,35 @@ def test_a_frozen_program_does_not_start_itself(tmp_path):
             print(cluster.submit(1)(30))
         ''', DISPY_DISCOVERY='off')
     assert (code, out) == (0, 'True\n' * 2 + '2\n'), err
+
+
+# -- clusters that are dropped ---------------------------------------------------------------------------------
+
+def test_clusters_to_which_nothing_refers_are_closed(make_cluster, caplog):
+    """A cell of a notebook that is run again binds its names anew; what had jobs is closed when
+    they have ended. Three clusters of one function that are open draw one warning."""
+    gate = threading.Event()
+    dispy._told_of_many.clear()
+
+    def compute(n):
+        time.sleep(n)
+        return n
+
+    cluster = None
+    for _ in range(4):
+        cluster = make_cluster(compute, nodes='local')
+        assert result_of(cluster.submit(0)) == 0
+    number = sum('clusters of this function are open' in message for message in caplog.messages)
+    assert number == 1
+    busy = make_cluster(compute, nodes='local', job_status=lambda job: gate.wait(60))
+    job = busy.submit(0.1)
+    assert job(30) == 0.1
+    del busy
+    mine = {cluster.name}
+    eventually(lambda: len([one for one in list(dispy._clusters) if one.name in mine]) == 2,
+               what='the end of the clusters that were dropped')
+    gate.set()
+    eventually(lambda: [one for one in list(dispy._clusters) if one.name in mine] == [cluster],
+               what='the end of the cluster whose callback has returned')
+    assert result_of(cluster.submit(0)) == 0
+    cluster.close()
