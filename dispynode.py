@@ -7144,6 +7144,33 @@ def _is_of_library(frame: Any) -> bool:
         file.startswith(standard) or any(part in file for part in _SITE) for file in own)
 
 
+# Names of what joblib and loky make, with the number of the process that has made it.
+_JOBLIB_NAME = re.compile(r'(?:joblib_memmapping_folder_|sem\.loky-|loky-)(\d+)[_-]')
+
+
+def remove_joblib_remains(pids: Set[int]) -> None:
+    """Remove what processes of a job that have been killed have left in shared memory: arrays that
+    joblib has mapped, and semaphores of loky. Each has a process that would have removed it, which
+    is one of those that have been killed."""
+    for directory in ('/dev/shm', tempfile.gettempdir()):
+        try:
+            names = os.listdir(directory)
+        except OSError:   # there is no such thing on this system
+            continue
+        for name in names:
+            match = _JOBLIB_NAME.match(name)
+            if match is None or int(match.group(1)) not in pids:
+                continue
+            path = os.path.join(directory, name)
+            try:
+                if os.path.isdir(path) and not os.path.islink(path):
+                    shutil.rmtree(path)
+                else:
+                    os.unlink(path)
+            except OSError as exc:   # another user's, or it is gone already
+                logger.debug('%s of a job that has ended cannot be removed: %s', path, exc)
+
+
 def globals_of(*functions: Any) -> List[Dict[str, Any]]:
     """The global variables of these functions, once each; not those of this module, whose functions an executor calls."""
     found: List[Dict[str, Any]] = []
@@ -7468,7 +7495,7 @@ class Runner:
                 del self._children[key]
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(child.process.pid, signal.SIGKILL)
-                self._kill_strays()
+                remove_joblib_remains({child.process.pid, *self._kill_strays()})
                 out, err = (output.peek(os.fstat(output.handle).st_size) for output in (child.out, child.err))
                 self._send(Kind.GONE, key, child.slots[0], float(child.process.exitcode), 0.0, b'', out, err)
                 child.out.close()
@@ -7478,22 +7505,25 @@ class Runner:
                 self._slots.append(child.slots)
         self._undead = {pid for pid in self._undead if not self._has_ended(pid)}
 
-    def _kill_strays(self) -> None:
+    def _kill_strays(self) -> Set[int]:
         """Descendants of dead workers that left their group came to us, who adopt orphans (Linux). One that sleeps and cannot
-        be interrupted, as on a disk that has died, is waited for by nobody: it is looked at again from time to time."""
+        be interrupted, as on a disk that has died, is waited for by nobody: it is looked at again from time to time. Returns
+        all that there were, those of the group too."""
         until = time.monotonic() + UNDEAD_TIME
+        found: Set[int] = set()
         while True:
             known = {child.process.pid for child in self._children.values()} | self._own | self._undead
             strays = {pid for pid in self._descendants() if pid not in known}
+            found |= strays
             for pid in strays:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
             strays = {pid for pid in strays if not self._has_ended(pid)}
             if not strays and not any(pid not in known for pid in self._descendants()):
-                return
+                return found
             if time.monotonic() > until:
                 self._undead |= strays
-                return
+                return found
             time.sleep(0.002)
 
     @staticmethod
@@ -7552,8 +7582,9 @@ class Runner:
         until = time.monotonic() + GRACE
         for child in self._children.values():
             child.process.join(max(0.0, until - time.monotonic()))
+        workers = {child.process.pid for child in self._children.values()}
         self._children.clear()
-        self._kill_strays()
+        remove_joblib_remains(workers | self._kill_strays())
         if self._cleanup is not None:
             try:
                 self._cleanup(*self._setup_args)

@@ -470,3 +470,49 @@ def test_clusters_to_which_nothing_refers_are_closed(make_cluster, caplog):
                what='the end of the cluster whose callback has returned')
     assert result_of(cluster.submit(0)) == 0
     cluster.close()
+
+
+# -- what a job's own processes leave --------------------------------------------------------------------------
+
+def nap(array, seconds):
+    time.sleep(seconds)
+    return float(array[0])
+
+
+def shared_names():
+    return {name for name in os.listdir('/dev/shm') if 'joblib' in name or 'loky' in name}
+
+
+@pytest.mark.skipif(not os.path.isdir('/dev/shm'), reason='there is no /dev/shm here')
+def test_nothing_of_joblib_in_a_job_stays_in_shared_memory(make_cluster, tmp_path):
+    """Whether the job returns, runs past its time, or its cluster is closed."""
+    pytest.importorskip('joblib')
+    pytest.importorskip('numpy')
+
+    def compute(seconds, path):
+        import joblib
+        import numpy
+        array = numpy.ones(1_000_000)
+        calls = (joblib.delayed(nap)(array, 0.0) for _ in range(2))
+        got = joblib.Parallel(n_jobs=2)(calls)
+        with open(path, 'w') as file:
+            file.write('\n'.join(name for name in shared_names() if str(os.getpid()) in name))
+        joblib.Parallel(n_jobs=2)(joblib.delayed(nap)(array, seconds) for _ in range(2 * bool(seconds)))
+        return got
+
+    def names_of(path):
+        return set(path.read_text().split()) if path.exists() else set()
+
+    paths = [tmp_path / name for name in ('returned', 'late', 'closed')]
+    cluster = make_cluster(compute, nodes='local')
+    assert result_of(cluster.submit(0, str(paths[0]))) == [1.0, 1.0]
+    late = cluster.submit(1000, str(paths[1]))
+    eventually(lambda: names_of(paths[1]), what='shared memory of the second job')
+    cluster.cancel(late)
+    assert late.wait(60)
+    cluster.submit(1000, str(paths[2]))
+    eventually(lambda: names_of(paths[2]), what='shared memory of the third job')
+    cluster.close(terminate=True)
+    for path in paths:
+        assert names_of(path), path
+        eventually(lambda: not names_of(path) & shared_names(), what='the end of what is shared')
