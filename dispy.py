@@ -98,7 +98,8 @@ from dispynode import (
     NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
     Dialling, Discovery, DispyError, Done, Ears, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
     Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
-    Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, StartError, Welcome,
+    Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown,
+    StartError, Welcome,
     Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, derive_key, describe_exception, dial, digest_of,
     discovery_reach, file_digest, find_secret, frames, host_and_port, in_one_piece, is_outcome, log_record_of, open_plain, open_regular,
     path_option, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
@@ -5996,14 +5997,20 @@ class Unused:
             return self._at
         self._at = now + self.EVERY
         self._found.intersection_update(clusters)
+        alone = self._references({'': object()}, '')
         for comp in list(clusters):
-            if comp not in self._found and self._is_idle(clusters[comp]) \
-                    and self._references(clusters, comp) <= self._references({comp: object()}, comp):
+            if comp in self._found or not self._is_idle(clusters[comp]):
+                continue
+            if self._references(clusters, comp) <= alone:
                 self._found.add(comp)
-                logger.info('%s: nothing in the program refers to this cluster any more, and it has no '
-                            'jobs: it is closed', clusters[comp].name)
-                threading.Thread(target=clusters[comp].close, name='dispy-close', daemon=True).start()
+                self._close(clusters[comp])
         return self._at if clusters else math.inf
+
+    @staticmethod
+    def _close(cluster: 'JobCluster') -> None:
+        logger.info('%s: nothing in the program refers to this cluster any more, and it has no '
+                    'jobs: it is closed', cluster.name)
+        threading.Thread(target=cluster.close, name='dispy-close', daemon=True).start()
 
     @staticmethod
     def _is_idle(cluster: Any) -> bool:
@@ -7732,9 +7739,9 @@ def own_python() -> str:
         raise StartError(
             "no node can be started on this machine: this program is frozen into one executable "
             "(%s), so that sys.executable is no Python, and would only start the program again. "
-            "Start `python dispynode.py` on this machine and name it (nodes=['127.0.0.1']), or call "
-            "multiprocessing.set_executable() with the path of a Python %d.%d before a cluster is made"
-            % (sys.executable, *sys.version_info[:2]))
+            "Start `python dispynode.py` on this machine and name it (nodes=['127.0.0.1']), or "
+            "call multiprocessing.set_executable() with the path of a Python %d.%d before a "
+            "cluster is made" % (sys.executable, *sys.version_info[:2]))
     return python or sys.executable
 
 
@@ -7749,12 +7756,14 @@ def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     secret = os.urandom(32).hex().encode()
     code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
-    command = [python, '-c', code % os.path.dirname(os.path.abspath(dispynode.__file__)), '--embedded',
-               '-i', '127.0.0.1', '-p', '0', '--dest-path-prefix', prefix]
+    command = [python, '-c', code % os.path.dirname(os.path.abspath(dispynode.__file__)),
+               '--embedded', '-i', '127.0.0.1', '-p', '0', '--dest-path-prefix', prefix]
+    variables = dict(os.environ)
+    variables.pop('DISPY_SECRET', None)   # it has a secret of its own
     with _starting:
         process = peer.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-            env={name: value for name, value in os.environ.items() if name != 'DISPY_SECRET'})   # it has a secret of its own
+            env=variables)
     assert process.stdin is not None and process.stdout is not None   # ours: both are pipes
     try:
         process.stdin.write(secret + b'\n')
@@ -7943,14 +7952,15 @@ class JobCluster:
         """The third cluster of one function that is open: a cell or a loop makes one each time."""
         if computation is call_packed:   # an executor has functions of all sorts
             return
-        self._function = (getattr(computation, '__module__', ''), getattr(computation, '__qualname__', str(computation)))
+        self._function = (getattr(computation, '__module__', ''),
+                          getattr(computation, '__qualname__', str(computation)))
         same = [cluster for cluster in list(_clusters)
                 if cluster._function == self._function and not cluster._closed]
         if len(same) >= 3 and self._function not in _told_of_many:
             _told_of_many.add(self._function)
-            logger.warning('%s: %d clusters of this function are open, and each has processes of its '
-                           'own on the nodes. Call close() when a cluster is not needed any more, or use '
-                           '"with JobCluster(...) as cluster:"', self.name, len(same))
+            logger.warning('%s: %d clusters of this function are open, and each has processes of '
+                           'its own on the nodes. Call close() when a cluster is not needed any '
+                           'more, or use "with JobCluster(...) as cluster:"', self.name, len(same))
 
     def _describe_for_trail(self) -> Dict[str, Any]:
         """What another process needs to collect the results. The driver's thread."""

@@ -5878,7 +5878,7 @@ class ModuleLoader:
         """A job has changed sys.path, which is put back. A module that it imported may have done
         that, and remains: what that module imports later is to be found where it expects it."""
         self._left += [entry for entry in path
-                       if isinstance(entry, str) and entry not in before and entry not in self._left]
+                       if isinstance(entry, str) and entry not in [*before, *self._left]]
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """A module that a job imports and nothing here has: the client may have it."""
@@ -6066,7 +6066,7 @@ def load_main(variables: Dict[str, Any], path: str) -> None:
 
 _ENVIRON = getattr(os.environ, '_data', os.environ)   # compared after every job: 1 us instead of 30 through os.environ
 _getsignal = getattr(sys.modules.get('_signal'), 'getsignal', signal.getsignal)   # without the enum around it: 0.1 us
-_sigmask = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
+_sigmask: Any = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
     or getattr(signal, 'pthread_sigmask', None)   # the same
 TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)   # ignored by default and used by hardly anything
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36   # linux/prctl.h
@@ -6567,7 +6567,8 @@ class Surroundings:
             self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._zone = time.tzname   # each call of time.tzset() makes a new tuple
         self._path, self._filters = list(sys.path), list(warnings.filters)
-        self._lists = [(held, list(held)) for held in (sys.argv, gc.callbacks)]
+        self._lists: List[Tuple[Any, List[Any]]] = [
+            (itself, list(itself)) for itself in (sys.argv, gc.callbacks)]
         self._hooks = self._hooks_now()
         self._numbers = self._numbers_now()
         self._settings = self._settings_of_system()
@@ -6723,7 +6724,8 @@ class Surroundings:
             sys.path[:] = self._path
         if warnings.filters != self._filters:
             warnings.resetwarnings()   # it also has what is remembered of filters forgotten
-            warnings.filters[:] = self._filters
+            filters: Any = warnings.filters
+            filters[:] = self._filters
         for itself, held in self._lists:
             if itself != held:
                 itself[:] = held
@@ -6836,8 +6838,8 @@ class Worker:
                 self._sock.sendall(view[start:start + WRITE_MOST])
 
     def _before_fork(self) -> None:
-        """A job forks: from now on its children may write into the pipe as well, records of any length.
-        What it has printed of a line is not to be printed by them again."""
+        """A job forks: from now on its children may write into the pipe as well, records of any
+        length. What it has printed of a line is not to be printed by them again."""
         self._shared = True
         for stream in self._streams[1:]:
             with contextlib.suppress(OSError, ValueError):   # it is told when the job ends; closed
@@ -7148,10 +7150,11 @@ def _is_of_library(frame: Any) -> bool:
 _JOBLIB_NAME = re.compile(r'(?:joblib_memmapping_folder_|sem\.loky-|loky-)(\d+)[_-]')
 
 
-def remove_joblib_remains(pids: Set[int]) -> None:
+def remove_joblib_remains(pids: Set[int], since: float) -> None:
     """Remove what processes of a job that have been killed have left in shared memory: arrays that
     joblib has mapped, and semaphores of loky. Each has a process that would have removed it, which
-    is one of those that have been killed."""
+    is one of those that have been killed. What is older than `since` (in seconds since the epoch)
+    is of another process, which has had the same number."""
     for directory in ('/dev/shm', tempfile.gettempdir()):
         try:
             names = os.listdir(directory)
@@ -7163,7 +7166,10 @@ def remove_joblib_remains(pids: Set[int]) -> None:
                 continue
             path = os.path.join(directory, name)
             try:
-                if os.path.isdir(path) and not os.path.islink(path):
+                status = os.lstat(path)
+                if status.st_uid != os.geteuid() or status.st_mtime < since:
+                    continue
+                if stat.S_ISDIR(status.st_mode):
                     shutil.rmtree(path)
                 else:
                     os.unlink(path)
@@ -7218,6 +7224,7 @@ class Runner:
         self._handles: Deque[int] = collections.deque()
         self._children: Dict[int, _Child] = {}
         self._libc = _libc()
+        self._born = time.time() - 1.0   # clocks of file systems are a little behind
         self._globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
         self._own: Set[int] = set()   # children that setup left on purpose
         self._undead: Set[int] = set()   # killed, and they have not ended: they sleep and cannot be interrupted
@@ -7495,7 +7502,7 @@ class Runner:
                 del self._children[key]
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(child.process.pid, signal.SIGKILL)
-                remove_joblib_remains({child.process.pid, *self._kill_strays()})
+                remove_joblib_remains({child.process.pid, *self._kill_strays()}, self._born)
                 out, err = (output.peek(os.fstat(output.handle).st_size) for output in (child.out, child.err))
                 self._send(Kind.GONE, key, child.slots[0], float(child.process.exitcode), 0.0, b'', out, err)
                 child.out.close()
@@ -7507,8 +7514,8 @@ class Runner:
 
     def _kill_strays(self) -> Set[int]:
         """Descendants of dead workers that left their group came to us, who adopt orphans (Linux). One that sleeps and cannot
-        be interrupted, as on a disk that has died, is waited for by nobody: it is looked at again from time to time. Returns
-        all that there were, those of the group too."""
+        be interrupted, as on a disk that has died, is waited for by nobody: it is looked at again from time to time.
+        Returns all that there were, those of the group too."""
         until = time.monotonic() + UNDEAD_TIME
         found: Set[int] = set()
         while True:
@@ -7576,15 +7583,25 @@ class Runner:
             child.out.shorten(self._libc)
             child.err.shorten(self._libc)
 
+    def _end_workers(self) -> None:
+        """A signal to end that comes meanwhile, as one does when the daemon ends, waits: half done,
+        this would leave behind what nobody else removes."""
+        mask = _sigmask(signal.SIG_BLOCK, (signal.SIGTERM,)) if _sigmask is not None else ()
+        try:
+            for child in self._children.values():
+                self._signal(child, signal.SIGKILL)
+            until = time.monotonic() + GRACE
+            for child in self._children.values():
+                child.process.join(max(0.0, until - time.monotonic()))
+            workers = {child.process.pid for child in self._children.values()}
+            self._children.clear()
+            remove_joblib_remains(workers | self._kill_strays(), self._born)
+        finally:
+            if _sigmask is not None:
+                _sigmask(signal.SIG_SETMASK, mask)
+
     def _end(self) -> None:
-        for child in self._children.values():
-            self._signal(child, signal.SIGKILL)
-        until = time.monotonic() + GRACE
-        for child in self._children.values():
-            child.process.join(max(0.0, until - time.monotonic()))
-        workers = {child.process.pid for child in self._children.values()}
-        self._children.clear()
-        remove_joblib_remains(workers | self._kill_strays())
+        self._end_workers()
         if self._cleanup is not None:
             try:
                 self._cleanup(*self._setup_args)
