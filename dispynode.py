@@ -6066,6 +6066,16 @@ def load_main(variables: Dict[str, Any], path: str) -> None:
 
 _ENVIRON = getattr(os.environ, '_data', os.environ)   # compared after every job: 1 us instead of 30 through os.environ
 _getsignal = getattr(sys.modules.get('_signal'), 'getsignal', signal.getsignal)   # without the enum around it: 0.1 us
+def _not_here(*args: Any) -> None:
+    """In place of a function that this system or version of Python does not have."""
+
+
+# Asked after each job. PRIO_PROCESS is 0, and 0 is this process.
+_affinity: Any = getattr(os, 'sched_getaffinity', _not_here)
+_policy: Any = getattr(os, 'sched_getscheduler', _not_here)
+_priority: Any = getattr(os, 'getpriority', _not_here)
+_digits: Any = getattr(sys, 'get_int_max_str_digits', _not_here)
+_locale_now: Any = getattr(sys.modules.get('_locale'), 'setlocale', locale.setlocale)
 _sigmask: Any = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
     or getattr(signal, 'pthread_sigmask', None)   # the same
 TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)   # ignored by default and used by hardly anything
@@ -6228,7 +6238,6 @@ class Catch:
         if hasattr(os, 'O_APPEND') and os.name != 'nt':
             import fcntl
             fcntl.fcntl(self.handle, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
-        self.inode = os.fstat(self.handle).st_ino
         self.shown = (0, 0)   # runner: the job whose output was last shown live, and how much of it
         self._hole = OUTPUT_KEPT   # runner: where what has been let go ends
 
@@ -6571,9 +6580,8 @@ class Surroundings:
             (itself, list(itself)) for itself in (sys.argv, gc.callbacks)]
         self._hooks = self._hooks_now()
         self._numbers = self._numbers_now()
-        self._settings = self._settings_of_system()
-        self._were = [ask() for ask, _ in self._settings]
-        self._locale = locale.setlocale(locale.LC_ALL)
+        self._system = self._system_now()
+        self._parameters = os.sched_getparam(0) if self._system[1] is not None else None
         self._limits = self._limits_now(_own_resource())
         self._ids = self._ids_now() if hasattr(os, 'geteuid') and os.geteuid() == 0 else None
         decimal = sys.modules.get('decimal')
@@ -6588,22 +6596,21 @@ class Surroundings:
         return True
 
     @staticmethod
-    def _settings_of_system() -> List[Tuple[Callable[[], Any], Callable[[Any], Any]]]:
-        """What is asked for by one function and set by another, where there is such a thing."""
-        found: List[Tuple[Callable[[], Any], Callable[[Any], Any]]] = []
-        if hasattr(os, 'sched_getaffinity'):
-            found.append((functools.partial(os.sched_getaffinity, 0),
-                          functools.partial(os.sched_setaffinity, 0)))
-        if hasattr(os, 'sched_getscheduler') and hasattr(os, 'sched_setscheduler'):
-            parameters = os.sched_getparam(0)
-            found.append((functools.partial(os.sched_getscheduler, 0),
-                          lambda policy: os.sched_setscheduler(0, policy, parameters)))
-        if hasattr(os, 'getpriority'):
-            found.append((functools.partial(os.getpriority, os.PRIO_PROCESS, 0),
-                          functools.partial(os.setpriority, os.PRIO_PROCESS, 0)))
-        if hasattr(sys, 'get_int_max_str_digits'):
-            found.append((sys.get_int_max_str_digits, sys.set_int_max_str_digits))
-        return found
+    def _system_now() -> tuple:
+        return (_affinity(0), _policy(0), _priority(0, 0), _digits(), _locale_now(locale.LC_ALL))
+
+    def _set_system(self) -> None:
+        """Raises OSError where the job has given up the right to that."""
+        affinity, policy, priority, digits, name = self._system
+        if affinity is not None:
+            os.sched_setaffinity(0, affinity)
+        if policy is not None:
+            os.sched_setscheduler(0, policy, self._parameters)
+        if priority is not None:
+            os.setpriority(os.PRIO_PROCESS, 0, priority)
+        if digits is not None:
+            sys.set_int_max_str_digits(digits)
+        locale.setlocale(locale.LC_ALL, name)
 
     @staticmethod
     def _hooks_now() -> tuple:
@@ -6663,9 +6670,8 @@ class Surroundings:
             self._restore_environ()
             self._restore_signals()
             self._restore_interpreter()
-            for (ask, put), was in zip(self._settings, self._were):
-                if ask() != was:
-                    put(was)
+            if self._system_now() != self._system:
+                self._set_system()
             if 'resource' in sys.modules:
                 self._restore_limits(sys.modules['resource'])
         except Exception as exc:  # of the system, and of objects that the job has left there
@@ -6729,8 +6735,6 @@ class Surroundings:
         for itself, held in self._lists:
             if itself != held:
                 itself[:] = held
-        if locale.setlocale(locale.LC_ALL) != self._locale:
-            locale.setlocale(locale.LC_ALL, self._locale)
         if self._decimal is not None:
             sys.modules['decimal'].setcontext(self._decimal.copy())
 
@@ -7093,14 +7097,9 @@ class Worker:
 
     @staticmethod
     def _collect_one(number: int, output: Catch) -> bytes:
-        try:
-            status = os.fstat(number)
-        except OSError:
-            status = None
-        if status is None or status.st_ino != output.inode:
-            os.dup2(output.handle, number)
-            status = os.fstat(number)
-        return output.take(status.st_size) if status.st_size else b''
+        os.dup2(output.handle, number)   # this takes less time than to look where it leads
+        size = os.lseek(output.handle, 0, os.SEEK_END)
+        return output.take(size) if size else b''
 
     def _tidy(self) -> bool:
         """Put back what the job changed. False when something is left that only a new process is free of."""
