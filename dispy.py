@@ -64,6 +64,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import numbers
 import pickle
@@ -97,7 +98,8 @@ from dispynode import (
     NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
     Dialling, Discovery, DispyError, Done, Ears, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
     Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
-    Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown, Welcome,
+    Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown,
+    StartError, Welcome,
     Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, derive_key, describe_exception, dial, digest_of,
     discovery_reach, file_digest, find_secret, frames, host_and_port, in_one_piece, is_outcome, log_record_of, open_plain, open_regular,
     path_option, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
@@ -4936,7 +4938,7 @@ class Trail:
     cluster without one has none; locked while the program lives; removed when the cluster is
     closed. Nothing is written for a job. The driver's thread."""
 
-    def __init__(self, head: Callable[[], Dict[str, Any]], name: str, comp: str) -> None:
+    def __init__(self, head: 'weakref.WeakMethod[Any]', name: str, comp: str) -> None:
         self._head, self._name, self._comp = head, name, comp
         self.script = own_script()
         self._file: Any = None
@@ -4972,7 +4974,9 @@ class Trail:
         self.path = path
         lock_file(self._file)
         script = os.path.realpath(self.script) if self.script else ''
-        return json.dumps(dict(self._head(), script=script)).encode()
+        describe = self._head()   # a method of the cluster, which must not be kept alive by that
+        head = describe() if describe is not None else {}
+        return json.dumps(dict(head, script=script)).encode()
 
     def close(self, remove: bool = True) -> None:
         """Let go of the file. Without `remove` it says that somebody may come for results."""
@@ -6002,6 +6006,51 @@ class _Asker:
         self.ears, self.due, self.wait, self.last = ears, 0.0, ASK_FIRST, 0.0
 
 
+class Unused:
+    """Finds clusters to which no variable of the program refers any more, as in a notebook whose
+    cell is run again. The driver's thread.
+
+    The driver refers to each of its clusters, so that none ends by itself; it counts whether it is
+    the only one. A cluster that has jobs, or one to which its own callback refers, is in use.
+    """
+    EVERY = 2.0   # s
+
+    def __init__(self) -> None:
+        self._at = 0.0
+        self._found: Set[str] = set()
+
+    def look(self, clusters: Dict[str, Any], now: float) -> float:
+        """Close those of them that are not used. Returns when to look again."""
+        if now < self._at:
+            return self._at
+        self._at = now + self.EVERY
+        self._found.intersection_update(clusters)
+        alone = self._references({'': object()}, '')
+        for comp in list(clusters):
+            if comp in self._found or not self._is_idle(clusters[comp]):
+                continue
+            if self._references(clusters, comp) <= alone:
+                self._found.add(comp)
+                self._close(clusters[comp])
+        return self._at if clusters else math.inf
+
+    @staticmethod
+    def _close(cluster: 'JobCluster') -> None:
+        logger.info('%s: nothing in the program refers to this cluster any more, and it has no '
+                    'jobs: it is closed', cluster.name)
+        threading.Thread(target=cluster.close, name='dispy-close', daemon=True).start()
+
+    @staticmethod
+    def _is_idle(cluster: Any) -> bool:
+        return isinstance(cluster, JobCluster) and not cluster._pending and not cluster._closed \
+            and cluster._recovery is None
+
+    @staticmethod
+    def _references(values: Dict[str, Any], key: str) -> int:
+        value = values[key]
+        return sys.getrefcount(value)
+
+
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed."""
     log = logger
@@ -6040,6 +6089,7 @@ class Driver(Loop):
         self._incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> receiver
         self._outgoing = Backlog(self.links)   # files
         self._chores_at = 0.0
+        self._unused = Unused()
         self._lost_text, self._lost_at = '', 0.0   # of a fault after which jobs may be nowhere; when they are looked for
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
@@ -6680,7 +6730,7 @@ class Driver(Loop):
 
     def _chores(self) -> None:
         """Dial, ask, give up probing, warn; and when to do so next."""
-        due = [self.now + 60.0]
+        due = [self.now + 60.0, self._unused.look(self._clusters, self.now)]
         if self._lost_text:
             if self.now >= self._lost_at:
                 text, self._lost_text, self._lost_at = self._lost_text, '', self.now + 1.0
@@ -7172,7 +7222,8 @@ class Driver(Loop):
         if allocation is not None:
             spec = dict(spec, cpus=allocation.cpus, setup_args=allocation.setup_args, files=spec['files'] + allocation.files)
         try:
-            spec = dict(spec, support=self._support(cluster, peer), **self._modules(cluster, peer))
+            spec = dict(spec, support=self._support(cluster, peer), **self._modules(cluster, peer),
+                        **self._managers(peer))
         except OSError as exc:
             self._refusal(peer, comp, 'a file of a module cannot be read: %s' % exc, 'module')
             return
@@ -7196,6 +7247,20 @@ class Driver(Loop):
             return {'modules': rows}
         return {'modules': rows, 'sys_path': [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)],
                 'argv': [word for word in sys.argv if isinstance(word, str)]}
+
+    def _managers(self, peer: Peer) -> Dict[str, Any]:
+        """What lets jobs on this machine use proxies of managers (multiprocessing.Manager) that the
+        program has made. Other machines do not reach the program's managers and get no key."""
+        if peer.scheduler or peer.link is None:
+            return {}
+        sock = peer.link.sock
+        try:
+            here = sock.getsockname()[0] == sock.getpeername()[0]
+        except OSError:   # the link is breaking, and nothing will go along it
+            here = False
+        if not here:
+            return {}
+        return {'authkey': bytes(multiprocessing.current_process().authkey)}
 
     def _ask_allocator(self, allocator: NodeAllocate, cluster: 'JobCluster', peer: Peer, link: Link) -> None:
         self._openers.run(self._allocate, allocator, cluster, peer, link)
@@ -7677,13 +7742,20 @@ _lock = threading.Lock()      # guards _drivers and their user counts, the makin
 _drivers: Dict[Access, Driver] = {}
 _alone: Set[Driver] = set()   # others
 _clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()
+_told_of_many: Set[Tuple[str, str]] = set()   # functions of which several clusters were open
 _instance = os.urandom(16)    # this process to nodes
 _trails_looked_at = False     # for old ones
+
+
+# Held while a thread starts a process. Popen reads a pipe to its end, which a child that is forked
+# meanwhile, such as one of a multiprocessing.Pool, would hold open for as long as it lives.
+_starting = threading.Lock()
 
 
 def _forked() -> None:
     """In the child of a fork: nothing of the parent's is ours."""
     global _lock, _instance
+    _starting.release()
     _lock, _instance = threading.Lock(), os.urandom(16)
     for driver in [*_drivers.values(), *_alone]:
         driver.after_fork()
@@ -7695,7 +7767,8 @@ def _forked() -> None:
 
 
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_forked)
+    os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release,
+                        after_in_child=_forked)
 
 
 def _user_name() -> str:
@@ -7706,6 +7779,21 @@ def _user_name() -> str:
         return 'unknown'
 
 
+def own_python() -> str:
+    """The program that runs Python code for this one. Raises StartError in a frozen program, whose
+    `sys.executable` is itself: it would start itself again, and each of these once more."""
+    spawn: Any = sys.modules.get('multiprocessing.spawn')   # where set_executable() keeps it
+    python = os.fsdecode(spawn.get_executable() or '') if spawn is not None else ''
+    if getattr(sys, 'frozen', False) and python in ('', sys.executable):
+        raise StartError(
+            "no node can be started on this machine: this program is frozen into one executable "
+            "(%s), so that sys.executable is no Python, and would only start the program again. "
+            "Start `python dispynode.py` on this machine and name it (nodes=['127.0.0.1']), or "
+            "call multiprocessing.set_executable() with the path of a Python %d.%d before a "
+            "cluster is made" % (sys.executable, *sys.version_info[:2]))
+    return python or sys.executable
+
+
 def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     """A dispynode for this program alone: loopback, a random secret, and stdin as the line it lives by. Not run as
     a script, which would be compiled anew each time, and not by multiprocessing, which would run the user's main
@@ -7713,13 +7801,18 @@ def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
     import tempfile
     import dispynode
     check_fork()
+    python = own_python()
     secret = os.urandom(32).hex().encode()
     code = 'import sys; sys.path.insert(0, %r); import dispynode; sys.exit(dispynode.main())'
     prefix = peer.directory = tempfile.mkdtemp(prefix='dispy-')
-    process = subprocess.Popen(
-        [sys.executable, '-c', code % os.path.dirname(os.path.abspath(dispynode.__file__)), '--embedded', '-i', '127.0.0.1',
-         '-p', '0', '--dest-path-prefix', prefix], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-        env={name: value for name, value in os.environ.items() if name != 'DISPY_SECRET'})   # it has a secret of its own
+    command = [python, '-c', code % os.path.dirname(os.path.abspath(dispynode.__file__)),
+               '--embedded', '-i', '127.0.0.1', '-p', '0', '--dest-path-prefix', prefix]
+    variables = dict(os.environ)
+    variables.pop('DISPY_SECRET', None)   # it has a secret of its own
+    with _starting:
+        process = peer.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            env=variables)
     assert process.stdin is not None and process.stdout is not None   # ours: both are pipes
     try:
         process.stdin.write(secret + b'\n')
@@ -7796,6 +7889,7 @@ class JobCluster:
     """
 
     _remote = False   # jobs go to a scheduler
+    _function: Optional[Tuple[str, str]] = None   # of the computation, by name
 
     def __init__(self, computation: Any, nodes: Any = None, depends: Sequence[Any] = (),
                  job_status: Optional[Callable[[DispyJob], Any]] = None,
@@ -7820,6 +7914,7 @@ class JobCluster:
             else parse_nodes(nodes, self._port, self._remote)
         if not self._specs and not self._remote:
             check_fork()
+            own_python()
         host = host if host is not None else ip_addr
         self._host = _own_host(host)
         # Old scripts always give ip_addr: two of them on one machine must not be in each other's way.
@@ -7877,7 +7972,7 @@ class JobCluster:
             '_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
         self._recovers = bool(path)                          # another process may carry on
         self._trail = None if path or recover_file is False else Trail(
-            self._describe_for_trail, self.name, self._comp)
+            weakref.WeakMethod(self._describe_for_trail), self.name, self._comp)
         self._reach_by(nodes is None and reach != 'off')
         self.recovered: List[DispyJob] = []
         self._recovery: Optional[Recovery] = None
@@ -7898,8 +7993,23 @@ class JobCluster:
                 self._journal.close()
             raise
         _clusters.add(self)
+        self._warn_of_others(computation)
         if self._journal is not None:
             self._carry_on(self._journal, known)
+
+    def _warn_of_others(self, computation: Any) -> None:
+        """The third cluster of one function that is open: a cell or a loop makes one each time."""
+        if computation is call_packed:   # an executor has functions of all sorts
+            return
+        self._function = (getattr(computation, '__module__', ''),
+                          getattr(computation, '__qualname__', str(computation)))
+        same = [cluster for cluster in list(_clusters)
+                if cluster._function == self._function and not cluster._closed]
+        if len(same) >= 3 and self._function not in _told_of_many:
+            _told_of_many.add(self._function)
+            logger.warning('%s: %d clusters of this function are open, and each has processes of '
+                           'its own on the nodes. Call close() when a cluster is not needed any '
+                           'more, or use "with JobCluster(...) as cluster:"', self.name, len(same))
 
     def _describe_for_trail(self) -> Dict[str, Any]:
         """What another process needs to collect the results. The driver's thread."""

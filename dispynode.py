@@ -46,6 +46,7 @@ import copyreg
 import enum
 import errno
 import functools
+import gc
 import hashlib
 import heapq
 import hmac
@@ -56,6 +57,7 @@ import ipaddress
 import itertools
 import json
 import linecache
+import locale
 import logging
 import logging.handlers
 import math
@@ -83,6 +85,7 @@ import traceback
 import types
 import typing
 import unicodedata
+import warnings
 import weakref
 import zlib
 from typing import (
@@ -125,6 +128,7 @@ OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of 
 OUTPUT_MOST = 2 * OUTPUT_KEPT + 1024   # bytes of one stream of a job, with the mark where its middle was
 LATEST = 1e11                 # s since the epoch, the latest time that a job can have ended
 OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
+WORKER_IDLE = 300.0           # s without a job after which a worker ends
 WORKER_AGAIN = 1.0            # s until it is tried again to start a worker
 WORKER_TOLD = 60.0            # s of success after which it is said again that none can be started
 BEGUN_KEPT = 2045             # the last attempts that a worker has begun, which are noted in a file
@@ -1059,6 +1063,8 @@ def result_key(spec: dict) -> bytes:
 
 def _is_spec(spec: dict) -> bool:
     key = result_key(spec)
+    if not _is_buffer(spec.get('authkey', b'')):
+        return False
     return type(key) is bytes and len(key) == KEY_SIZE \
         and all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
         and all(type(word) is str for word in (*spec['sys_path'], *spec['argv'])) \
@@ -2846,7 +2852,7 @@ class Kind(enum.IntEnum):
     ALIVE = 23      # answers ASK
     PRINTED = 20    # number: worker, serial: the job, start: stream, end: offset, body: bytes
     # daemon to worker
-    JOB = 32        # serial, body: payload
+    JOB = 32        # number: CPUs, serial, body: payload
     KEPT = 33       # body: text, empty if the file it sent has been kept, or what it wanted is there
     # worker to daemon
     RESULT = 48     # number: outcome, serial, times, bodies: payload, stdout, stderr
@@ -4269,7 +4275,7 @@ class _Worker:
     def __init__(self, key: int, comp: '_Computation') -> None:
         self.key, self.comp = key, comp
         self.queue: Deque[Attempt] = collections.deque()
-        self.since = 0.0        # when the head became the head
+        self.since = 0.0        # when the head became the head, or when it became idle
         self.told = False       # the client knows that the head has begun
         self.pardoned = False   # the head began before another client came, and does not count
         self.fed = 0            # jobs given to it
@@ -4314,6 +4320,7 @@ class _Computation:
         self.outbox: List[tuple] = []
         self.workers: Dict[int, _Worker] = {}
         self.idle: List[_Worker] = []
+        self.has_idle_timer = False
         self.hungry: Dict[int, _Worker] = {}   # busy workers whose queue may be filled up
         self.estimate = DurationEstimate()
         # Jobs that a worker may hold behind the one that it runs
@@ -4498,7 +4505,7 @@ class Node:
             return self._heads(key, serial)
         if what == 'past':
             return key in self.past
-        if what in ('setup', 'orphan'):
+        if what in ('setup', 'orphan', 'idle'):
             return key in self._comps
         return what != 'expire' or key in self.shelf
 
@@ -5210,7 +5217,23 @@ class Node:
             self._bury(worker)
             self._do(Retire(worker.key))
         else:
+            worker.since = self._now
             comp.idle.append(worker)
+            if not comp.has_idle_timer:
+                comp.has_idle_timer = True
+                self._at(self._now + WORKER_IDLE, 'idle', comp.comp)
+
+    def _retire_idle(self, comp: _Computation, now: float) -> None:
+        """Workers that have had nothing to do for long give back their memory. What setup has
+        made is in the runner, which forks others when there are jobs again."""
+        for worker in list(comp.idle):
+            if worker.since + WORKER_IDLE <= now:
+                self._bury(worker)
+                self._do(Retire(worker.key))
+        comp.has_idle_timer = bool(comp.idle)
+        if comp.idle:
+            first = min(worker.since for worker in comp.idle)
+            self._at(first + WORKER_IDLE, 'idle', comp.comp)
 
     @staticmethod
     def _ended(attempt: Attempt, row: tuple) -> tuple:
@@ -5460,6 +5483,9 @@ class Node:
                 self._refuse(late, 'setup', 'setup did not end within %d s' % SETUP_TIME)
         elif what == 'stop':
             self._leave(now)
+        elif what == 'idle':
+            if key in self._comps:
+                self._retire_idle(self._comps[key], now)
         elif what == 'again':
             pass   # workers may be started again
         else:
@@ -5817,6 +5843,8 @@ class ModuleLoader:
         self._denied: Set[str] = set()     # names that the client has not
         self.ask: Optional[Callable[[Any], str]] = None
         self.loading = True
+        self._left: List[str] = []         # what jobs had in sys.path
+        self._first: FrozenSet[str] = frozenset()   # modules that were there before any job
         self.notes: List[str] = []         # for the client's log
 
     def install(self) -> None:
@@ -5862,8 +5890,23 @@ class ModuleLoader:
 
     # -- a finder: the last one in sys.meta_path ------------------------------------------------------------
 
+    def loaded(self) -> None:
+        """The runner has loaded its computation."""
+        self.loading = False
+        self._first = frozenset(sys.modules)
+
+    def keep_reachable(self, path: Any, before: Sequence[str]) -> None:
+        """A job has changed sys.path, which is put back. A module that it imported may have done
+        that, and remains: what that module imports later is to be found where it expects it."""
+        self._left += [entry for entry in path
+                       if isinstance(entry, str) and entry not in [*before, *self._left]]
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """A module that a job imports and nothing here has: the client may have it."""
+        if self._left and path is None and self._is_for_module():
+            spec = importlib.machinery.PathFinder.find_spec(name, self._left)
+            if spec is not None:
+                return spec
         if self.ask is None or self._path or name in self._denied or not self._is_of_user(name, path):
             return None
         if self.ask(name):
@@ -5876,14 +5919,27 @@ class ModuleLoader:
         """Whether the user's code imports it: what libraries try to import is none of the client's."""
         if path is not None:
             return any(str(entry).startswith(self.root) for entry in path)
-        frame = sys._getframe(2)
-        while frame is not None and frame.f_globals.get('__name__', '').partition('.')[0] in ('importlib', '_frozen_importlib'):
-            frame = frame.f_back  # type: ignore[assignment]
+        frame = self._importing_frame()
         if frame is None:
             return False
-        file = frame.f_code.co_filename
-        module = frame.f_globals.get('__name__')
-        return module in MAIN_NAMES or file.startswith((self.root, self.directory))
+        return frame.f_globals.get('__name__') in MAIN_NAMES or frame.f_code.co_filename.startswith(
+            (self.root, self.directory))
+
+    def _is_for_module(self) -> bool:
+        """Whether a module that a job has imported imports another; not the computation."""
+        frame = self._importing_frame()
+        return frame is not None and frame.f_globals.get('__name__') not in self._first
+
+    @staticmethod
+    def _importing_frame() -> Any:
+        frame: Any = sys._getframe(0)
+        here = frame.f_code.co_filename
+        while frame is not None and frame.f_code.co_filename == here:
+            frame = frame.f_back
+        while frame is not None and frame.f_globals.get('__name__', '').partition('.')[0] in (
+                'importlib', '_frozen_importlib'):
+            frame = frame.f_back
+        return frame
 
 
 modules: Optional[ModuleLoader] = None   # of a runner and its workers
@@ -6014,6 +6070,7 @@ def load_main(variables: Dict[str, Any], path: str) -> None:
     """In a child of a job: define what the job's main module defines."""
     with open(path, 'rb') as file:
         loader, found = pickle.load(file)   # written by the job's own worker
+    SharedMemoryTracker().install()
     if loader:
         ModuleLoader(*loader[0]).need(loader[1])   # the search path came from the job
     main = sys.modules.get('__mp_main__')
@@ -6030,6 +6087,18 @@ def load_main(variables: Dict[str, Any], path: str) -> None:
 
 _ENVIRON = getattr(os.environ, '_data', os.environ)   # compared after every job: 1 us instead of 30 through os.environ
 _getsignal = getattr(sys.modules.get('_signal'), 'getsignal', signal.getsignal)   # without the enum around it: 0.1 us
+def _not_here(*args: Any) -> None:
+    """In place of a function that this system or version of Python does not have."""
+
+
+# Asked after each job. PRIO_PROCESS is 0, and 0 is this process.
+_affinity: Any = getattr(os, 'sched_getaffinity', _not_here)
+_policy: Any = getattr(os, 'sched_getscheduler', _not_here)
+_priority: Any = getattr(os, 'getpriority', _not_here)
+_digits: Any = getattr(sys, 'get_int_max_str_digits', _not_here)
+_locale_now: Any = getattr(sys.modules.get('_locale'), 'setlocale', locale.setlocale)
+_sigmask: Any = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
+    or getattr(signal, 'pthread_sigmask', None)   # the same
 TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)   # ignored by default and used by hardly anything
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36   # linux/prctl.h
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2                       # linux/falloc.h
@@ -6050,13 +6119,24 @@ def _prctl(libc: Any, option: int, value: int) -> None:
         libc.prctl(option, value, 0, 0, 0)
 
 
-def _out_of_reach(handle: int) -> int:
-    """The same file under a descriptor from 1024 up, so that a job that closes all it can think of spares it."""
+def _own_resource() -> Any:
+    """The module `resource`, which is not left among the imported ones: whoever finds it there
+    knows that the user's code or a library has imported it. None where there is no such module."""
+    if 'resource' in sys.modules:
+        return sys.modules['resource']
     try:
-        import fcntl
         import resource
     except ImportError:
+        return None
+    return sys.modules.pop('resource', resource)
+
+
+def _out_of_reach(handle: int) -> int:
+    """The same file under a descriptor from 1024 up, so that a job that closes all it can think of spares it."""
+    resource = _own_resource()
+    if resource is None:
         return handle
+    import fcntl
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
     try:
@@ -6076,6 +6156,18 @@ def output_stream(number: int, buffering: int) -> TextIO:
     them, on Windows too, since the output may be shown on another system."""
     return open(number, 'w', buffering, encoding='utf-8', errors='backslashreplace',
                 newline='\n', closefd=False)
+
+
+def buffer_lines(libc: Any) -> None:
+    """Have C code, too, write each line of its standard output when it is complete."""
+    if not hasattr(libc, 'setvbuf'):
+        return
+    import ctypes
+    for name in ('stdout', '__stdoutp'):   # Linux, macOS
+        with contextlib.suppress(ValueError):   # there is no such variable
+            stream = ctypes.c_void_p.in_dll(libc, name)
+            libc.setvbuf(stream, None, ctypes.c_int(1), ctypes.c_size_t(0))
+            return
 
 
 def _no_stdin() -> None:
@@ -6167,7 +6259,6 @@ class Catch:
         if hasattr(os, 'O_APPEND') and os.name != 'nt':
             import fcntl
             fcntl.fcntl(self.handle, fcntl.F_SETFL, os.O_RDWR | os.O_APPEND)
-        self.inode = os.fstat(self.handle).st_ino
         self.shown = (0, 0)   # runner: the job whose output was last shown live, and how much of it
         self._hole = OUTPUT_KEPT   # runner: where what has been let go ends
 
@@ -6382,16 +6473,309 @@ class _Turn:
         fcntl.lockf(self._handle, fcntl.LOCK_UN)
 
 
+class NumericThreads:
+    """How many threads numerical libraries use: as many as the job has CPUs.
+
+    Libraries that are loaded later read the environment; those that are loaded are told by the
+    functions that they export for it, as `threadpoolctl` does. A variable that the user or the
+    operator has set is left alone, and so are the libraries that read it.
+    """
+
+    # Part of a library's file name: the variables that it reads, and the functions that set it.
+    LIBRARIES = {
+        'openblas': (('OPENBLAS_NUM_THREADS', 'OMP_NUM_THREADS'),
+                     [prefix + 'openblas_set_num_threads' + suffix
+                      for prefix in ('', 'scipy_') for suffix in ('', '64_', '_64')]),
+        'mkl_rt': (('MKL_NUM_THREADS', 'OMP_NUM_THREADS'), ['MKL_Set_Num_Threads']),
+        'blis': (('BLIS_NUM_THREADS', 'OMP_NUM_THREADS'), ['bli_thread_set_num_threads']),
+        'gomp': (('OMP_NUM_THREADS',), ['omp_set_num_threads']),
+        'iomp': (('OMP_NUM_THREADS',), ['omp_set_num_threads']),
+        'libomp': (('OMP_NUM_THREADS',), ['omp_set_num_threads']),
+    }
+    VARIABLES = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS',
+                 'NUMEXPR_NUM_THREADS')
+
+    def __init__(self) -> None:
+        self.cpus = 1   # a worker a CPU runs already
+        names = {name for variables, _ in self.LIBRARIES.values() for name in variables}
+        self._of_user = frozenset(name for name in names.union(self.VARIABLES)
+                                  if name in os.environ)
+        for name in self.VARIABLES:
+            os.environ.setdefault(name, '1')
+
+    def use(self, cpus: int, surroundings: 'Surroundings') -> None:
+        """Worker: the next job has so many CPUs."""
+        self.cpus = cpus
+        for name in self.VARIABLES:
+            if name not in self._of_user:
+                surroundings.set_environ(name, str(cpus))
+        for path in self._loaded():
+            for part, (variables, functions) in self.LIBRARIES.items():
+                if part in os.path.basename(path) and not self._of_user.intersection(variables):
+                    self._tell(path, functions, cpus)
+        numexpr = sys.modules.get('numexpr')
+        if 'NUMEXPR_NUM_THREADS' not in self._of_user and hasattr(numexpr, 'set_num_threads'):
+            numexpr.set_num_threads(cpus)   # type: ignore[union-attr]
+
+    @staticmethod
+    def _loaded() -> Set[str]:
+        """The files of libraries in this process; none where nothing tells it."""
+        try:
+            with open('/proc/self/maps', errors='surrogateescape') as file:
+                return {line[line.index('/'):].rstrip('\n') for line in file if '/' in line}
+        except OSError:
+            found = ask_psutil(lambda psutil: {row.path for row in psutil.Process().memory_maps()})
+            return found or set()
+
+    @staticmethod
+    def _tell(path: str, functions: Sequence[str], cpus: int) -> None:
+        import ctypes
+        try:
+            library = ctypes.CDLL(path)   # it is loaded already
+        except OSError as exc:   # its file has been replaced, for instance
+            logger.debug('%s cannot be told to use %d threads: %s', path, cpus, exc)
+            return
+        for name in functions:
+            function = getattr(library, name, None)
+            if function is not None:
+                function.argtypes, function.restype = [ctypes.c_int], None
+                function(cpus)
+
+
+class SharedMemoryTracker:
+    """Keeps the resource tracker of a node away from shared memory that a job only attaches to.
+
+    Python registers it there like its own, and the tracker would destroy it at the end of the
+    node, while the program that has made it goes on using it. What a job makes stays registered.
+    """
+
+    def __init__(self) -> None:
+        from multiprocessing import resource_tracker
+        self._tracker: Any = resource_tracker
+        self._register = resource_tracker.register
+        self._unregister = resource_tracker.unregister
+
+    def install(self) -> None:
+        """From now on, and in all forked children."""
+        if os.name != 'nt':   # there memory goes with the last process that has it
+            self._tracker.register = self._register_own
+            self._tracker.unregister = self._unregister_any
+
+    def _register_own(self, name: str, kind: str) -> None:
+        if kind == 'shared_memory':
+            caller = sys._getframe(1)   # SharedMemory.__init__(name, create, size)
+            if not caller.f_locals.get('create', True):
+                return
+        self._register(name, kind)
+
+    def _unregister_any(self, name: str, kind: str) -> None:
+        """Who destroys memory may have attached to it only; the tracker fails for a name that it
+        does not know, and takes one that it knows twice."""
+        if kind == 'shared_memory':
+            self._register(name, kind)
+        self._unregister(name, kind)
+
+
+class Surroundings:
+    """What a job finds around it in its process, beside the computation's globals.
+
+    It is looked at when the worker begins and put back after each job. Nearly always nothing has
+    changed: it is asked for and compared in the quickest way, with one comparison for many things.
+    Limits of resources take long to ask for, and are asked for only where the module `resource`,
+    through which they are changed, has been imported by anybody.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._nothing = _out_of_reach(os.open(os.devnull, os.O_RDONLY))
+        self._environ = dict(_ENVIRON)
+        self._umask = os.umask(0o077)
+        os.umask(self._umask)
+        self._signals = [number for number in range(1, signal.NSIG) if self._is_signal(number)]
+        self._handlers = list(map(_getsignal, self._signals))
+        if hasattr(signal, 'setitimer'):
+            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._zone = time.tzname   # each call of time.tzset() makes a new tuple
+        self._path, self._filters = list(sys.path), list(warnings.filters)
+        self._lists: List[Tuple[Any, List[Any]]] = [
+            (itself, list(itself)) for itself in (sys.argv, gc.callbacks)]
+        self._hooks = self._hooks_now()
+        self._numbers = self._numbers_now()
+        self._system = self._system_now()
+        self._parameters = os.sched_getparam(0) if self._system[1] is not None else None
+        self._limits = self._limits_now(_own_resource())
+        self._ids = self._ids_now() if hasattr(os, 'geteuid') and os.geteuid() == 0 else None
+        decimal = sys.modules.get('decimal')
+        self._decimal = decimal.getcontext().copy() if decimal is not None else None
+
+    @staticmethod
+    def _is_signal(number: int) -> bool:
+        try:
+            _getsignal(number)
+        except ValueError:   # it is not one that this system lets be handled
+            return False
+        return True
+
+    @staticmethod
+    def _system_now() -> tuple:
+        return (_affinity(0), _policy(0), _priority(0, 0), _digits(), _locale_now(locale.LC_ALL))
+
+    def _set_system(self) -> None:
+        """Raises OSError where the job has given up the right to that."""
+        affinity, policy, priority, digits, name = self._system
+        if affinity is not None:
+            os.sched_setaffinity(0, affinity)
+        if policy is not None:
+            os.sched_setscheduler(0, policy, self._parameters)
+        if priority is not None:
+            os.setpriority(os.PRIO_PROCESS, 0, priority)
+        if digits is not None:
+            sys.set_int_max_str_digits(digits)
+        locale.setlocale(locale.LC_ALL, name)
+
+    @staticmethod
+    def _hooks_now() -> tuple:
+        return (sys.excepthook, sys.unraisablehook, sys.displayhook, sys.breakpointhook,
+                threading.excepthook, warnings.showwarning, warnings.formatwarning,
+                sys.argv, sys.path, warnings.filters, gc.callbacks)
+
+    def _set_hooks(self) -> None:
+        logging.captureWarnings(False)   # or it would take itself for switched on
+        (sys.excepthook, sys.unraisablehook, sys.displayhook, sys.breakpointhook,
+         threading.excepthook, warnings.showwarning, warnings.formatwarning,
+         sys.argv, sys.path, warnings.filters, gc.callbacks) = self._hooks
+
+    @staticmethod
+    def _numbers_now() -> tuple:
+        return (gc.isenabled(), gc.get_threshold(), gc.get_debug(), sys.getrecursionlimit(),
+                sys.getswitchinterval(), socket.getdefaulttimeout(), logging.root.manager.disable,
+                sys.dont_write_bytecode)
+
+    def _set_numbers(self) -> None:
+        (enabled, threshold, debug, recursion, interval, timeout, disabled,
+         sys.dont_write_bytecode) = self._numbers
+        if enabled:
+            gc.enable()
+        else:
+            gc.disable()
+        gc.set_threshold(*threshold)
+        gc.set_debug(debug)
+        sys.setrecursionlimit(recursion)
+        sys.setswitchinterval(interval)
+        socket.setdefaulttimeout(timeout)
+        logging.disable(disabled)
+
+    @staticmethod
+    def _limits_now(resource: Any) -> Dict[int, Tuple[int, int]]:
+        names = [name for name in dir(resource) if name.startswith('RLIMIT_')]
+        numbers = {getattr(resource, name) for name in names}
+        return {number: resource.getrlimit(number) for number in numbers}
+
+    @staticmethod
+    def _ids_now() -> tuple:
+        return os.geteuid(), os.getegid()
+
+    def set_environ(self, name: str, value: str) -> None:
+        """A variable that the next jobs find."""
+        os.environ[name] = value
+        self._environ = dict(_ENVIRON)
+
+    def restore(self) -> bool:
+        """Put back what the job has changed. False when only a new process is free of it: where
+        the job has given up a right, such as that to a higher limit, or has left behind what
+        raises when it is looked at."""
+        try:
+            if self._ids is not None and self._ids_now() != self._ids:   # only root can change them
+                return False
+            self._restore_files()
+            self._restore_environ()
+            self._restore_signals()
+            self._restore_interpreter()
+            if self._system_now() != self._system:
+                self._set_system()
+            if 'resource' in sys.modules:
+                self._restore_limits(sys.modules['resource'])
+        except Exception as exc:  # of the system, and of objects that the job has left there
+            logger.debug('this process is replaced: %s: %s', type(exc).__name__, exc)
+            return False
+        return True
+
+    def _restore_files(self) -> None:
+        try:
+            os.dup2(self._nothing, 0)   # this takes less time than to look whether it is open
+            if os.getcwd() != self._directory:
+                os.chdir(self._directory)
+        except OSError:   # its directory is gone, or a descriptor
+            os.chdir(self._directory)
+            _no_stdin()
+        os.umask(self._umask)
+
+    def _restore_environ(self) -> None:
+        if _ENVIRON != self._environ:
+            for name in list(os.environ):
+                del os.environ[name]
+            for key, value in self._environ.items():
+                os.environ[os.fsdecode(key)] = os.fsdecode(value)
+        elif time.tzname is self._zone:
+            return
+        if hasattr(time, 'tzset'):   # the C library may have read TZ without Python's knowing
+            time.tzset()
+            self._zone = time.tzname
+
+    def _restore_signals(self) -> None:
+        handlers = list(map(_getsignal, self._signals))
+        if handlers != self._handlers:
+            for number, now, was in zip(self._signals, handlers, self._handlers):
+                if now != was:
+                    signal.signal(number, was)   # raises for one that C code had made
+            if TAKE_BACK_SIGNAL is not None:
+                signal.siginterrupt(TAKE_BACK_SIGNAL, False)
+        signal.set_wakeup_fd(-1)
+        if hasattr(signal, 'setitimer'):
+            signal.alarm(0)   # ITIMER_REAL
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            _sigmask(signal.SIG_SETMASK, self._mask)
+
+    def _restore_interpreter(self) -> None:
+        if sys.gettrace() is not None or sys.getprofile() is not None:
+            sys.settrace(None)
+            sys.setprofile(None)
+        if self._numbers_now() != self._numbers:
+            self._set_numbers()
+        if sys.path != self._path and modules is not None:
+            modules.keep_reachable(sys.path, self._path)
+        if self._hooks_now() != self._hooks:
+            self._set_hooks()
+        if sys.path != self._path:
+            sys.path[:] = self._path
+        if warnings.filters != self._filters:
+            warnings.resetwarnings()   # it also has what is remembered of filters forgotten
+            filters: Any = warnings.filters
+            filters[:] = self._filters
+        for itself, held in self._lists:
+            if itself != held:
+                itself[:] = held
+        if self._decimal is not None:
+            sys.modules['decimal'].setcontext(self._decimal.copy())
+
+    def _restore_limits(self, resource: Any) -> None:
+        for number, was in self._limits.items():
+            if resource.getrlimit(number) != was:
+                resource.setrlimit(number, was)
+
+
 class Worker:
     """Runs job after job in a process of its own."""
 
     def __init__(self, sock: socket.socket, slots: Any, function: Callable[..., Any], out: Catch, err: Catch,
-                 spec: dict, libc: Any, globals_: Sequence[Dict[str, Any]] = ()) -> None:
+                 spec: dict, libc: Any, threads: NumericThreads,
+                 globals_: Sequence[Dict[str, Any]] = ()) -> None:
         self._globals = globals_   # of the computation, setup and cleanup
+        self._numeric = threads
         self._sock, self._slots, self._function = sock, slots, function
         self._out, self._err, self._spec, self._libc = out, err, spec, libc
         self._directory = spec['directory']
-        self._buffering = 1 if spec['live'] else -1
         self._intake = RecordIntake()
         self._queue: Deque[Record] = collections.deque()
         self._in_job = self._interrupt_late = self._recalled = False
@@ -6426,19 +6810,15 @@ class Worker:
         os.dup2(self._out.handle, 1)
         os.dup2(self._err.handle, 2)
         _no_stdin()
-        self._zero = os.fstat(0).st_ino
-        self._streams = [open(0, closefd=False), output_stream(1, self._buffering),
-                         output_stream(2, self._buffering)]
+        # By lines, as C code is told as well: children of a job write in between.
+        self._streams = [open(0, closefd=False), output_stream(1, 1), output_stream(2, 1)]
+        buffer_lines(self._libc)
         sys.stdin, sys.stdout, sys.stderr = self._streams
         signal.signal(signal.SIGINT, self._on_interrupt)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if TAKE_BACK_SIGNAL is not None:
             signal.signal(TAKE_BACK_SIGNAL, self._on_take_back)
             signal.siginterrupt(TAKE_BACK_SIGNAL, False)
-        watched = ('SIGINT', 'SIGTERM', 'SIGURG', 'SIGHUP', 'SIGALRM', 'SIGCHLD', 'SIGUSR1', 'SIGUSR2', 'SIGPIPE',
-                   'SIGQUIT', 'SIGXCPU')
-        self._handlers = [(int(number), _getsignal(number)) for number in
-                          (getattr(signal, name, None) for name in watched) if number is not None]
         Runner.offer({'dispy_provisional_result': self._provisional, 'dispy_send_file': self._send_file}, self._globals)
         if modules is not None:
             modules.ask = self._ask_client
@@ -6447,12 +6827,8 @@ class Worker:
             self._log_handler.emit = self._forward  # type: ignore[method-assign]
             logging.getLogger().addHandler(self._log_handler)
             logging.getLogger().setLevel(self._spec['logs'])
-        self._environ = dict(_ENVIRON)
         self._threads = threading.active_count()
-        self._recursion, self._umask = sys.getrecursionlimit(), os.umask(0o077)
-        os.umask(self._umask)
-        if hasattr(signal, 'setitimer'):
-            self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._surroundings = Surroundings(self._directory)
         if 'numpy' in sys.modules:   # forked twins would draw the same "random" numbers; `random` sees to it itself
             sys.modules['numpy'].random.seed()
 
@@ -6487,8 +6863,12 @@ class Worker:
                 self._sock.sendall(view[start:start + WRITE_MOST])
 
     def _before_fork(self) -> None:
-        """A job forks: from now on its children may write into the pipe as well, records of any length."""
+        """A job forks: from now on its children may write into the pipe as well, records of any
+        length. What it has printed of a line is not to be printed by them again."""
         self._shared = True
+        for stream in self._streams[1:]:
+            with contextlib.suppress(OSError, ValueError):   # it is told when the job ends; closed
+                stream.flush()
 
     def _after_fork(self) -> None:
         """In the child: another thread of the parent may have held these."""
@@ -6606,6 +6986,8 @@ class Worker:
     def _run(self, record: Record) -> None:
         self._interrupt_late = False
         Slots.begin(self._slots, record.serial)
+        if record.number != self._numeric.cpus:
+            self._numeric.use(record.number, self._surroundings)
         start, ticks = time.time(), time.perf_counter()
         failure: Optional[BaseException] = None
         value = None
@@ -6620,7 +7002,7 @@ class Worker:
                     self._free(record)
                 if extras:
                     self._bring(*extras)
-                value = self._function(*args, **kwargs)
+                value = contextvars.copy_context().run(self._function, *args, **kwargs)
                 self._in_job = False
             except BaseException as exc:  # whatever a job raises is its result; SystemExit and the like too
                 self._in_job = False
@@ -6731,53 +7113,30 @@ class Worker:
                 stream.flush()
         for index in (1, 2):
             if self._streams[index].closed:
-                self._streams[index] = output_stream(index, self._buffering)
+                self._streams[index] = output_stream(index, 1)
         sys.stdin, sys.stdout, sys.stderr = self._streams
 
     @staticmethod
     def _collect_one(number: int, output: Catch) -> bytes:
-        try:
-            status = os.fstat(number)
-        except OSError:
-            status = None
-        if status is None or status.st_ino != output.inode:
-            os.dup2(output.handle, number)
-            status = os.fstat(number)
-        return output.take(status.st_size) if status.st_size else b''
+        os.dup2(output.handle, number)   # this takes less time than to look where it leads
+        size = os.lseek(output.handle, 0, os.SEEK_END)
+        return output.take(size) if size else b''
 
     def _tidy(self) -> bool:
         """Put back what the job changed. False when something is left that only a new process is free of."""
-        if threading.active_count() != self._threads or self._has_children():
+        if threading.active_count() != self._threads and not self._are_idle_threads():
             return False
-        try:
-            if os.getcwd() != self._directory:
-                os.chdir(self._directory)
-            if os.fstat(0).st_ino != self._zero:
-                _no_stdin()
-        except OSError:   # its directory or its stdin is gone
-            try:
-                os.chdir(self._directory)
-                _no_stdin()
-            except OSError:
-                return False
-        if _ENVIRON != self._environ:
-            for name in list(os.environ):
-                del os.environ[name]
-            for key, value in self._environ.items():
-                os.environ[os.fsdecode(key)] = os.fsdecode(value)
-        os.umask(self._umask)
-        sys.setrecursionlimit(self._recursion)
-        if sys.gettrace() is not None or sys.getprofile() is not None:
-            sys.settrace(None)
-            sys.setprofile(None)
-        for number, handler in self._handlers:
-            if _getsignal(number) != handler:
-                signal.signal(number, handler)
-        if hasattr(signal, 'setitimer'):
-            for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
-                signal.setitimer(timer, 0)
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
-        return True
+        return not self._has_children() and self._surroundings.restore()
+
+    @staticmethod
+    def _are_idle_threads() -> bool:
+        """Whether all that a job has left running are threads of installed libraries which do not
+        keep a process alive, such as that of tqdm. They are none of the job's, and the next job
+        finds them as it would in the user's own program."""
+        frames = sys._current_frames()
+        return all(thread.daemon and _is_of_library(frames.get(thread.ident or 0))
+                   for thread in threading.enumerate()
+                   if thread is not threading.main_thread())
 
     @staticmethod
     def _has_children() -> bool:
@@ -6789,6 +7148,53 @@ class Worker:
             return True
         except ChildProcessError:
             return False
+
+
+_SITE = tuple(os.sep + name + os.sep for name in ('site-packages', 'dist-packages'))
+
+
+def _is_of_library(frame: Any) -> bool:
+    """Whether a thread began in an installed library and runs nothing of anybody else but the
+    standard library. One that began in the standard library runs what it was given."""
+    files = []
+    while frame is not None:
+        files.append(frame.f_code.co_filename)
+        frame = frame.f_back
+    own = [file for file in files if file != threading.__file__]
+    standard = os.path.dirname(os.__file__) + os.sep
+    return bool(own) and any(part in own[-1] for part in _SITE) and all(
+        file.startswith(standard) or any(part in file for part in _SITE) for file in own)
+
+
+# Names of what joblib and loky make, with the number of the process that has made it.
+_JOBLIB_NAME = re.compile(r'(?:joblib_memmapping_folder_|sem\.loky-|loky-)(\d+)[_-]')
+
+
+def remove_joblib_remains(pids: Set[int], since: float) -> None:
+    """Remove what processes of a job that have been killed have left in shared memory: arrays that
+    joblib has mapped, and semaphores of loky. Each has a process that would have removed it, which
+    is one of those that have been killed. What is older than `since` (in seconds since the epoch)
+    is of another process, which has had the same number."""
+    for directory in ('/dev/shm', tempfile.gettempdir()):
+        try:
+            names = os.listdir(directory)
+        except OSError:   # there is no such thing on this system
+            continue
+        for name in names:
+            match = _JOBLIB_NAME.match(name)
+            if match is None or int(match.group(1)) not in pids:
+                continue
+            path = os.path.join(directory, name)
+            try:
+                status = os.lstat(path)
+                if status.st_uid != os.geteuid() or status.st_mtime < since:
+                    continue
+                if stat.S_ISDIR(status.st_mode):
+                    shutil.rmtree(path)
+                else:
+                    os.unlink(path)
+            except OSError as exc:   # another user's, or it is gone already
+                logger.debug('%s of a job that has ended cannot be removed: %s', path, exc)
 
 
 def globals_of(*functions: Any) -> List[Dict[str, Any]]:
@@ -6838,6 +7244,7 @@ class Runner:
         self._handles: Deque[int] = collections.deque()
         self._children: Dict[int, _Child] = {}
         self._libc = _libc()
+        self._born = time.time() - 1.0   # clocks of file systems are a little behind
         self._globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
         self._own: Set[int] = set()   # children that setup left on purpose
         self._undead: Set[int] = set()   # killed, and they have not ended: they sleep and cannot be interrupted
@@ -6876,8 +7283,10 @@ class Runner:
 
     def _load(self, code: memoryview) -> None:
         os.chdir(self._directory)
-        for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMEXPR_NUM_THREADS'):
-            os.environ.setdefault(name, '1')   # a worker a CPU runs already
+        self._threads = NumericThreads()
+        SharedMemoryTracker().install()
+        if self._spec['authkey']:
+            multiprocessing.current_process().authkey = self._spec['authkey']
         self._unpack_support()
         loader = self._loader()
         self.offer(dict(self._spec['names'], os=os, sys=sys, time=time), ())
@@ -6892,11 +7301,22 @@ class Runner:
                 answer = setup(*self._setup_args)
                 if answer is not None and answer != 0:
                     raise RuntimeError('setup returned %.200r, which refuses this node' % (answer,))
-        loader.loading = False
+                self._warn_of_threads(loader)
+        loader.loaded()
         self._own = set(self._descendants())
-        import gc
         gc.collect()
         gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
+
+    @staticmethod
+    def _warn_of_threads(loader: ModuleLoader) -> None:
+        left = [thread.name for thread in threading.enumerate()
+                if thread is not threading.main_thread()]
+        if left:
+            loader.notes.append(
+                'setup() has left %d thread%s running (%s). Jobs run in other processes, in which '
+                'these threads do not exist: a job that waits for one of them waits for ever. '
+                'Start threads and pools of threads in the job that uses them'
+                % (len(left), 's' * (len(left) != 1), ', '.join(left[:5])))
 
     def _loader(self) -> ModuleLoader:
         """Make the modules and the main module of the program importable here."""
@@ -7060,7 +7480,8 @@ class Runner:
             for other in self._children.values():
                 other.out.close()
                 other.err.close()
-            Worker(sock, child.slots, self._function, child.out, child.err, self._spec, self._libc, self._globals).serve()
+            Worker(sock, child.slots, self._function, child.out, child.err, self._spec, self._libc,
+                   self._threads, self._globals).serve()
         except (ConnectionError, EOFError):
             os._exit(1)   # the pipe is gone, and with it whoever could be told
         except BaseException:  # no descriptors, or our own fault: the runner reads it from the file and tells
@@ -7101,7 +7522,7 @@ class Runner:
                 del self._children[key]
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(child.process.pid, signal.SIGKILL)
-                self._kill_strays()
+                remove_joblib_remains({child.process.pid, *self._kill_strays()}, self._born)
                 out, err = (output.peek(os.fstat(output.handle).st_size) for output in (child.out, child.err))
                 self._send(Kind.GONE, key, child.slots[0], float(child.process.exitcode), 0.0, b'', out, err)
                 child.out.close()
@@ -7111,22 +7532,25 @@ class Runner:
                 self._slots.append(child.slots)
         self._undead = {pid for pid in self._undead if not self._has_ended(pid)}
 
-    def _kill_strays(self) -> None:
+    def _kill_strays(self) -> Set[int]:
         """Descendants of dead workers that left their group came to us, who adopt orphans (Linux). One that sleeps and cannot
-        be interrupted, as on a disk that has died, is waited for by nobody: it is looked at again from time to time."""
+        be interrupted, as on a disk that has died, is waited for by nobody: it is looked at again from time to time.
+        Returns all that there were, those of the group too."""
         until = time.monotonic() + UNDEAD_TIME
+        found: Set[int] = set()
         while True:
             known = {child.process.pid for child in self._children.values()} | self._own | self._undead
             strays = {pid for pid in self._descendants() if pid not in known}
+            found |= strays
             for pid in strays:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
             strays = {pid for pid in strays if not self._has_ended(pid)}
             if not strays and not any(pid not in known for pid in self._descendants()):
-                return
+                return found
             if time.monotonic() > until:
                 self._undead |= strays
-                return
+                return found
             time.sleep(0.002)
 
     @staticmethod
@@ -7179,14 +7603,25 @@ class Runner:
             child.out.shorten(self._libc)
             child.err.shorten(self._libc)
 
+    def _end_workers(self) -> None:
+        """A signal to end that comes meanwhile, as one does when the daemon ends, waits: half done,
+        this would leave behind what nobody else removes."""
+        mask = _sigmask(signal.SIG_BLOCK, (signal.SIGTERM,)) if _sigmask is not None else ()
+        try:
+            for child in self._children.values():
+                self._signal(child, signal.SIGKILL)
+            until = time.monotonic() + GRACE
+            for child in self._children.values():
+                child.process.join(max(0.0, until - time.monotonic()))
+            workers = {child.process.pid for child in self._children.values()}
+            self._children.clear()
+            remove_joblib_remains(workers | self._kill_strays(), self._born)
+        finally:
+            if _sigmask is not None:
+                _sigmask(signal.SIG_SETMASK, mask)
+
     def _end(self) -> None:
-        for child in self._children.values():
-            self._signal(child, signal.SIGKILL)
-        until = time.monotonic() + GRACE
-        for child in self._children.values():
-            child.process.join(max(0.0, until - time.monotonic()))
-        self._children.clear()
-        self._kill_strays()
+        self._end_workers()
         if self._cleanup is not None:
             try:
                 self._cleanup(*self._setup_args)
@@ -9500,6 +9935,7 @@ class Daemon(Loop):
         self.attach(run.control)
         run.watch = RunnerWatch(self, run.process.pid, functools.partial(self._look_at_runner, run))
         init = {'name': spec['name'], 'sys_path': spec['sys_path'], 'argv': spec['argv'],
+                'authkey': bytes(spec.get('authkey', b'')),
                 'bundles': any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']), 'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
                 'support': {name: bytes(source) for name, source in spec['support'].items()},
                 'max_file': self._options.max_file, 'max_value': VALUE_MOST, 'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
@@ -9771,7 +10207,8 @@ class Daemon(Loop):
         run = self._run_of(action.worker)
         if run is not None:
             for attempt in action.attempts:
-                run.pipes[action.worker].push(pack_record(Kind.JOB, 0, attempt.serial, 0.0, 0.0, attempt.payload))
+                run.pipes[action.worker].push(pack_record(
+                    Kind.JOB, attempt.cpus, attempt.serial, 0.0, 0.0, attempt.payload))
 
     def _order(self, kind: Kind, worker: int, serial: int = 0, value: float = 0.0) -> None:
         run = self._run_of(worker)

@@ -524,6 +524,26 @@ def test_absent_pairs_raise_and_change_nothing(table, states, events):
 
 # -- dispatch ---------------------------------------------------------------------------------------------
 
+def test_workers_that_have_nothing_to_do_for_long_end():
+    """The one that was used is spared, and another is started when there is work again."""
+    talk = Talk()
+    talk.ready()
+    first, second = (worker for worker, _ in fed(talk.jobs(1, 2)))
+    talk.results(first, 1)
+    talk.after(60.0)
+    talk.results(second, 2)
+    assert not only(talk.after(239.0), Retire)
+    assert only(talk.after(1.0), Retire) == [Retire(first)]
+    (again, _), = fed(talk.jobs(3))
+    assert again == second
+    talk.results(second, 3)
+    assert not only(talk.after(299.0), Retire)
+    assert only(talk.after(1.0), Retire) == [Retire(second)]
+    talk.after(1000.0)
+    assert len(only(talk.jobs(4), StartWorker)) == 1
+    assert talk.node.free == 1
+
+
 def test_workers_are_started_when_there_is_work_and_used_again():
     talk = Talk()
     assert not only(talk.ready(), StartWorker)
