@@ -6346,12 +6346,18 @@ class Driver(Loop):
         for recovery in set(self._reclaimed.values()):
             recovery.cancel(job)
 
-    def cancel_waiting(self, comp: str) -> int:
-        """End all jobs of a cluster that have not begun. Returns of how many this is tried."""
+    def cancel_waiting(self, comp: str, but_first: bool = False) -> int:
+        """End all jobs of a cluster that have not begun; `but_first`: that no CPU is about to take.
+        Returns of how many this is tried."""
         self._take_submitted()
         known = self.schedule.comps.get(comp)
         if known is not None:
+            if but_first:   # also if they have come in this turn
+                self._flush()
             works = known.not_begun()
+            if but_first:
+                taken = {serial for key in known.nodes for serial in self.schedule.runs(key).get(comp, ())}
+                works = [work for work in works if work._serial not in taken]
             self._act(self.schedule.handle(WithdrawAsked(works), self.now))
             return len(works)
         return 0
@@ -8174,7 +8180,10 @@ class JobCluster:
 
     def cancel_waiting(self) -> None:
         """End all jobs that have not begun, those that wait on nodes included. Any thread."""
-        self._driver.ask(lambda: self._driver.cancel_waiting(self._comp))
+        self._cancel_waiting(False)
+
+    def _cancel_waiting(self, but_first: bool) -> None:
+        self._driver.ask(lambda: self._driver.cancel_waiting(self._comp, but_first))
 
     def _withdraw_all(self, jobs: Sequence[Any]) -> None:
         """Cancel those that have not begun; the answers are not waited for. Any thread but the
@@ -9055,7 +9064,7 @@ class _ExecutorClusters:
         self._end.detach()
         for cluster in clusters if cancel else ():
             if not cluster._closed:
-                cluster.cancel_waiting()
+                cluster._cancel_waiting(True)
         if not wait:
             _close_later(clusters)
         for cluster in clusters if wait else ():
@@ -9184,7 +9193,7 @@ class DispyExecutor(concurrent.futures.Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls; wait for those there are (`cancel_futures`: for those that have
-        begun) and let the nodes go. Without `wait` that is done later. Any thread."""
+        begun or that a CPU is about to take) and let the nodes go. Without `wait` that is done later. Any thread."""
         self._pool.close(wait, cancel_futures)
 
     def __repr__(self) -> str:

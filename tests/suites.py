@@ -36,6 +36,9 @@ class Server:
         self.listener = multiprocessing.connection.Listener(('127.0.0.1', 0), authkey=self.key)
         threading.Thread(target=self._accept, name='things', daemon=True).start()
 
+    def __reduce__(self):
+        return type(None), ()   # workers have this module without it
+
     def _accept(self):
         while True:
             threading.Thread(target=self._serve, args=(self.listener.accept(),), daemon=True).start()
@@ -155,6 +158,7 @@ class Adapted(dispy.DispyExecutor):
         super().__init__(max_workers, mp_context or context, initializer, initargs,
                          max_tasks_per_child=max_tasks_per_child, nodes='local')
         self._max_workers = max_workers or os.cpu_count()
+        self.cluster.wait_nodes(1, 60)   # processes of a pool are there at once
 
     def _started(self):
         """Workers of calls that wait: where there are as many as there will be at the latest."""
@@ -230,7 +234,8 @@ def cpython(kind='Spawn', pattern=''):
         for test in unittest.defaultTestLoader.loadTestsFromModule(module):
             for case in test:
                 name = type(case).__name__
-                if name.startswith('ProcessPool%s' % kind) and not name.startswith('ProcessPool%sserver' % kind) and pattern in case.id():
+                of_kind = name.startswith('ProcessPool%s' % kind) and not name.startswith('ProcessPool%sserver' % kind)
+                if (of_kind or name.startswith('Failing')) and pattern in case.id():
                     suite.addTest(case)
     suite.run(Result())
     return outcomes
