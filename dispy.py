@@ -8988,7 +8988,7 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
             self.set_result(job.result)
         else:
             error = error_of(job)
-            if getattr(error, 'dispy_unopened', False):
+            if getattr(error, 'dispy_unopened', False) and not isinstance(error, ImportError):
                 lost = WorkerLost('the call could not be opened by its worker:\n%s' % job.exception)
                 lost.__cause__ = error
                 error = lost

@@ -1356,7 +1356,7 @@ def _digest_of_pickle(pickler: Callable[..., Any], value: Any, limit: int = sys.
     form = _Form(limit)
     try:
         pickler(form, 5, buffer_callback=lambda buffer: form.write(buffer.raw())).dump(value)
-    except Exception:  # whatever pickle cannot do, __reduce__ of the user's among it
+    except (Exception, SystemExit):  # whatever pickle cannot do, __reduce__ of the user's among it
         return None
     return form.digest()
 

@@ -23,7 +23,7 @@ sys.path[:0] = [os.path.dirname(HERE), HERE]
 import dispy  # noqa: E402
 
 
-TEST_TIME = 120   # s of one test
+TEST_TIME = 60   # s of one test
 
 
 class Server:
@@ -83,6 +83,9 @@ class Thing:
 
     def clear(self):
         return self._call('clear')
+
+    def is_set(self):
+        return self._call('is_set')
 
     def wait(self, timeout=None):
         return self._call('wait', timeout)
@@ -241,13 +244,113 @@ def cpython(kind='Spawn', pattern=''):
     return outcomes
 
 
+class Flags:
+    """What loky's executors tell of themselves; here what their calls have told."""
+    broken = None
+
+    def __init__(self, cluster):
+        self.cluster = cluster
+
+    shutdown = property(lambda self: self.cluster._closed)
+
+    def note(self, future):
+        if not future.cancelled() and isinstance(future.exception(), dispy.WorkerLost):
+            self.broken = future.exception()
+
+
+class AdaptedLoky(Adapted):
+    """With loky's parameters and what its tests look at besides. What it alone has is not tested."""
+
+    def __init__(self, max_workers=None, job_reducers=None, result_reducers=None, timeout=None, context=None,
+                 initializer=None, initargs=(), env=None):
+        import pytest
+        for name, value in (('job_reducers', job_reducers), ('timeout', timeout), ('env', env)):
+            if value is not None:
+                pytest.skip("%s= is loky's own" % name)
+        super().__init__(max_workers, context, initializer, initargs)
+        self._flags = Flags(self.cluster)
+
+    def submit(self, fn, /, *args, **kwargs):
+        future = super().submit(fn, *args, **kwargs)
+        future.add_done_callback(self._flags.note)
+        return future
+
+    def shutdown(self, wait=True, kill_workers=False):
+        if kill_workers:
+            self._pool.terminate()
+        super().shutdown(wait)
+
+
+def check_workers(executor=None, expected_process_number=None, expected_max_process_number=None, patience=10):
+    """Workers are started when there is work for them, so that there may be fewer."""
+    most = expected_max_process_number if expected_process_number is None else expected_process_number
+    if executor is not None:
+        until = time.monotonic() + patience
+        while len(workers_of(executor.cluster)) > most and time.monotonic() < until:
+            time.sleep(0.05)
+        assert len(workers_of(executor.cluster)) <= most
+
+
+def no_workers(cls, patience=5, sleep_duration=0.01):
+    import psutil
+    until = time.monotonic() + patience
+    while psutil.Process().children(recursive=True) and time.monotonic() < until:
+        time.sleep(sleep_duration)
+    assert not psutil.Process().children(recursive=True)
+
+
+def install_loky():
+    """In the place of loky's executor."""
+    import concurrent.futures.process
+    import loky.backend
+    import loky.process_executor as replaced
+    AdaptedLoky.__name__ = AdaptedLoky.__qualname__ = 'ProcessPoolExecutor'
+    replaced.ProcessPoolExecutor = AdaptedLoky
+    replaced.BrokenProcessPool = concurrent.futures.process.BrokenProcessPool
+    replaced.TerminatedWorkerError, replaced.ShutdownExecutorError = dispy.WorkerLost, RuntimeError
+    replaced._RemoteTraceback = dispy.RemoteTraceback
+    loky.backend.get_context = Context
+
+
+def loky(directory, pattern=''):
+    """Outcomes of the tests of loky's executor."""
+    import pytest
+    os.chdir(directory)
+    sys.path.insert(0, directory)
+    install_loky()
+    from tests import _executor_mixin, _test_process_executor
+    _executor_mixin._check_subprocesses_number = check_workers
+    _executor_mixin.ExecutorMixin.check_no_running_workers = classmethod(no_workers)
+    run = _test_process_executor.check_subprocess_call
+    program = 'import sys; sys.path[:0] = [%r, %r]; import suites; suites.install_loky()\n' % (HERE, directory)
+    _test_process_executor.check_subprocess_call = lambda command, **options: run(
+        [*command[:-1], program + command[-1]], **options)
+    outcomes = {}
+
+    class Plugin:
+        @staticmethod
+        def pytest_runtest_logreport(report):
+            name = report.nodeid.partition('::')[2]
+            if report.skipped:
+                outcomes[name] = ['skipped', str(report.longrepr[2])]
+            elif report.failed:
+                outcomes[name] = ['failed', str(report.longrepr)]
+            else:
+                outcomes.setdefault(name, ['ok', ''])
+
+    pytest.main(['-v', '-p', 'no:cacheprovider', '--skip-high-memory', '--loky-verbosity=40', '-o', 'faulthandler_timeout=%d' % TEST_TIME,
+                 '-o', 'faulthandler_exit_on_timeout=1', 'tests/test_process_executor_loky.py', *(('-k', pattern) if pattern else ())],
+                plugins=[Plugin])
+    return outcomes
+
+
 server = None
 
 
 def main(argv):
     global server
     server = Server()
-    outcomes = {'cpython': cpython}[argv[0]](*argv[1:])
+    outcomes = {'cpython': cpython, 'loky': loky}[argv[0]](*argv[1:])
     print(json.dumps(outcomes))
     return 0
 
