@@ -197,6 +197,12 @@ def error_of(job: 'DispyJob') -> BaseException:
     return job.error
 
 
+def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
+    """The exception for a program that has ended with an exit status other than 0."""
+    names = [cluster.name for cluster in list(_clusters) if cluster._comp == job._comp]
+    return subprocess.CalledProcessError(job.result, [*names, 'job %s' % (job.id,)], job.stdout, job.stderr)
+
+
 # The job's own exception could not travel, or it ended as its options say
 _OUTCOMES_TOLD = frozenset((Outcome.RAISED, Outcome.TIMED_OUT))
 
@@ -267,6 +273,7 @@ JOB_TABLE: Dict[Tuple[JobState, str], JobState] = {
     (JobState.CANCELLING, 'provisional'): JobState.CANCELLING,
     (JobState.CREATED, 'give up'): JobState.ABANDONED, (JobState.REQUEUED, 'give up'): JobState.ABANDONED,
     (JobState.CREATED, 'fail'): JobState.TERMINATED, (JobState.REQUEUED, 'fail'): JobState.TERMINATED,
+    (JobState.REQUEUED, 'finish'): JobState.FINISHED,   # it might have been repeated, and is not
 }
 for _running in (JobState.SENT, JobState.RUNNING, JobState.PROVISIONAL):
     JOB_TABLE.update({
@@ -369,6 +376,42 @@ class DispyJob(Work):
         if not self.wait(timeout):
             raise TimeoutError('job %r has not ended within %s s' % (self.id, timeout))
         return self.result
+
+    def get(self, timeout: Optional[float] = None) -> Any:
+        """Wait and return the result, or raise what the job raised, with the node's traceback as its
+        cause: JobFailed where that exception could not travel or the job was cancelled or ran past its
+        time, WorkerLost where its process or node was lost, subprocess.CalledProcessError for
+        a program with an exit status other than 0. Raises TimeoutError after `timeout` seconds. Any
+        thread."""
+        if not self.wait(timeout):
+            raise TimeoutError('job %r has not ended within %s s' % (self.id, timeout))
+        if self.status != JobState.FINISHED:
+            raise error_of(self)
+        if self._has_exit_status():
+            raise exit_error(self)
+        return self.result
+
+    def _has_exit_status(self) -> bool:
+        """Whether it was a program that failed, as far as its exit status says."""
+        return isinstance(self.stdout, bytes) and self.result != 0
+
+    def __await__(self) -> Iterator[Any]:
+        """`await job` is `get` in a coroutine of asyncio. A task that is cancelled meanwhile leaves the
+        job as it is."""
+        import asyncio
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+
+        def tell() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        def wake(job: 'DispyJob') -> None:
+            with contextlib.suppress(RuntimeError):   # the loop has been closed
+                loop.call_soon_threadsafe(tell)
+        self._call_when_ended(wake)
+        yield from ended.__await__()
+        return self.get(0)
 
     @property
     def args(self) -> Any:
@@ -741,6 +784,18 @@ class NodeStarted(NamedTuple):
     rows: list
 
 
+class Repeat(NamedTuple):
+    """A job that has failed, and was to be asked for, waits again: after so many seconds."""
+    work: Work
+    delay: float
+
+
+class RepeatNot(NamedTuple):
+    """It does not: it has ended with this outcome."""
+    work: Work
+    outcome: int
+
+
 class NodeReturned(NamedTuple):
     """Attempts that were never started there."""
     node: Any
@@ -835,6 +890,20 @@ class JobsEnded(NamedTuple):
     pairs: list
 
 
+class JobFailedOnce(NamedTuple):
+    """An attempt of a job has failed that may be repeated: the program is to say whether it is, by Repeat
+    or RepeatNot."""
+    node: Any
+    comp: str
+    work: Work
+    row: tuple
+
+
+class JobStays(NamedTuple):
+    """Answers RepeatNot for a job that still waited for it."""
+    work: Work
+
+
 class JobsStarted(NamedTuple):
     """Jobs have begun: pairs of (work, s that it has run)."""
     node: Any
@@ -874,6 +943,31 @@ class JobEnded(NamedTuple):
     """A job has ended without a result; `text` says why."""
     work: Any
     text: str
+
+
+class Repeats:
+    """When a job that has failed by itself is repeated: `dispy_retry_on`, `dispy_retry_delay`."""
+    __slots__ = ('on', 'delay', 'most', 'is_program', 'failures')
+
+    def __init__(self, on: Any, delay: float, most: int) -> None:
+        self.on, self.delay, self.most = on, delay, most
+        self.is_program = False
+        self.failures = 0     # so far
+
+    def may_be(self, outcome: int, lost: int) -> bool:
+        """Whether a job with this outcome may be repeated, which was lost so many times."""
+        failed = outcome in _OUTCOMES_FAILED or (self.is_program and outcome in RETURNED)
+        return failed and self.failures + lost < self.most
+
+    def next_delay(self, error: Optional[BaseException]) -> Optional[float]:
+        """Seconds until it is tried again after this failure; None if it is not."""
+        if error is None or not (self.on is True or isinstance(error, self.on)):
+            return None
+        self.failures += 1
+        return self.delay * 2 ** min(self.failures - 1, 60)  # type: ignore[no-any-return]
+
+
+_OUTCOMES_FAILED = frozenset((Outcome.RAISED, Outcome.DIED, Outcome.TIMED_OUT, Outcome.OUT_OF_MEMORY))
 
 
 class _Queue:
@@ -942,6 +1036,8 @@ class _Comp:
         self.estimate = DurationEstimate()    # of a job
         # Number of a job -> times that it was called back by the schedule
         self.called: Dict[int, int] = {}
+        # Jobs that have failed and may be repeated -> when; infinite until the program has said
+        self.resting: Dict[Work, float] = {}
         self.withdrawn: Set[Work] = set()     # on nodes, and cancelled if they have not begun
         self.ranked = False                   # some jobs have a priority
         # When a job of it was sent last, in numbers of the schedule
@@ -971,7 +1067,17 @@ class _Comp:
 
     def waiting(self) -> List[Work]:
         """All jobs that wait."""
-        return [work for queue in (self.queue, *self.pinned.values()) for work in queue] + self.parked
+        return [work for queue in (self.queue, *self.pinned.values()) for work in queue] + self.parked \
+            + list(self.resting)
+
+    def take_out(self, work: Work) -> None:
+        """One of these waits no more."""
+        if work in self.resting:
+            del self.resting[work]
+        elif work in self.parked:
+            self.parked.remove(work)
+        else:
+            self.queue_of(work).forget()
 
     def not_begun(self) -> List[Work]:
         """All that wait, and those on nodes that are not known to have begun."""
@@ -1147,6 +1253,8 @@ class Schedule:
         self._now = 0.0
         # When a running job will be late, a number, its node
         self._late: List[Tuple[float, int, Any]] = []
+        # When a job that rests waits again, a number, the job
+        self._rests: List[Tuple[float, int, Work]] = []
         self._actions: List[Any] = []
         self._sends: Dict[Tuple[Any, str], List[Work]] = {}
         self._away: Dict[Any, _Node] = {}
@@ -1156,6 +1264,7 @@ class Schedule:
         self._handlers: Dict[type, Callable[[Any], None]] = {
             Unloadable: self._unloadable,
             Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked,
+            Repeat: self._repeat, RepeatNot: self._repeat_not,
             WithdrawAsked: self._withdraw_asked, NodeStarted: self._node_started,
             NodeReady: self._node_ready, NodeTold: self._node_told, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
             NodeResults: self._node_results, NodeReturned: self._node_returned,
@@ -1175,6 +1284,8 @@ class Schedule:
             node = self.nodes.get(heapq.heappop(self._late)[2])
             if node is not None:
                 self._dirty[node.key] = node
+        while self._rests and self._rests[0][0] <= now:
+            self._rested(*heapq.heappop(self._rests))
         for node in [node for node in self._away.values() if node.away is not None and node.away.until <= now]:
             away = node.away
             self._node_lost(NodeLost(node.key, away.name, away.text))  # type: ignore[union-attr]
@@ -1193,7 +1304,8 @@ class Schedule:
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
         times = [node.away.until for node in self._away.values() if node.away is not None]
-        return min(times + [self._late[0][0]] if self._late else times, default=None)
+        times += [heap[0][0] for heap in (self._late, self._rests) if heap]
+        return min(times, default=None)
 
     def runs(self, key: Any) -> Dict[str, List[int]]:
         """Computation -> serials of its jobs that run on a node: those that have said so, then the
@@ -1306,10 +1418,7 @@ class Schedule:
         comp.unloadable = event.text
         for work in comp.waiting() if event.text else ():
             self._move(work, 'fail')
-            if work in comp.parked:
-                comp.parked.remove(work)
-            else:
-                comp.queue_of(work).forget()
+            comp.take_out(work)
             self._do(JobEnded(work, event.text))
 
     def _cancel_asked(self, event: CancelAsked) -> None:
@@ -1324,10 +1433,7 @@ class Schedule:
 
     def _cancel_waiting(self, work: Work, comp: _Comp) -> None:
         self._move(work, 'cancel')
-        if work in comp.parked:
-            comp.parked.remove(work)
-        else:
-            comp.queue_of(work).forget()
+        comp.take_out(work)
         self._do(JobEnded(work, 'cancelled before it was started'))
 
     def _withdraw_asked(self, event: WithdrawAsked) -> None:
@@ -1582,6 +1688,9 @@ class Schedule:
             if outcome == Outcome.DIED and work._options and work._options.get('retries') and not comp.remote:
                 self._lost(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
                 continue
+            if work._options and 'repeats' in work._options and self._is_asked_for(comp, work, row):
+                self._do(JobFailedOnce(node.key, comp.comp, work, row))
+                continue
             self._move(work, _EVENT_OF[outcome])
             if comp.withdrawn:
                 self._answer(comp, work)
@@ -1591,6 +1700,40 @@ class Schedule:
         self._do(SendAck(node.key, comp.comp, serials))
         if pairs:
             self._do(JobsEnded(node.key, comp.comp, pairs))
+
+    def _is_asked_for(self, comp: _Comp, work: Work, row: tuple) -> bool:
+        """Whether the program is to say if a job is repeated that has ended so. It waits until then."""
+        repeats: Optional[Repeats] = work._options.get('repeats') if work._options else None
+        if repeats is None or not repeats.may_be(row[1], len(work._lost)) \
+                or work._state is JobState.CANCELLING:
+            return False
+        self._move(work, 'back')
+        self._answer(comp, work)
+        comp.resting[work] = math.inf
+        return True
+
+    def _repeat(self, event: Repeat) -> None:
+        comp = self.comps.get(event.work._comp)
+        if comp is not None and event.work in comp.resting:   # not cancelled meanwhile
+            until = comp.resting[event.work] = self._now + event.delay
+            heapq.heappush(self._rests, (until, next(self._orders), event.work))
+            self._do(JobWaits(event.work))
+
+    def _rested(self, until: float, number: int, work: Work) -> None:
+        comp = self.comps.get(work._comp)
+        if comp is not None and comp.resting.get(work) == until:
+            del comp.resting[work]
+            comp.queue_of(work).push(work)
+            self._waiting[comp.comp] = comp
+            for node in itertools.islice(comp.nodes.values(), 64):
+                self._dirty[node.key] = node
+
+    def _repeat_not(self, event: RepeatNot) -> None:
+        comp = self.comps.get(event.work._comp)
+        if comp is not None and event.work in comp.resting:
+            del comp.resting[event.work]
+            self._move(event.work, _EVENT_OF[event.outcome])
+            self._do(JobStays(event.work))
 
     def _learn(self, node: _Node, comp: _Comp, rows: list, landed: Dict[int, Work]) -> None:
         """Jobs have ended: how long they took, and how long what they were sent with and told by."""
@@ -1682,7 +1825,8 @@ class Schedule:
         retries = work._options.get('retries') if work._options else None
         times = retries + 1 if retries else LOST_TIMES if comp.reentrant else 1
         nodes = list(dict.fromkeys(work._lost))
-        if len(work._lost) < times and (retries or len(nodes) < LOST_MOST) and work._state is not JobState.CANCELLING:
+        tried = len(work._lost) + (work._options['repeats'].failures if retries and 'repeats' in work._options else 0)
+        if tried < times and (retries or len(nodes) < LOST_MOST) and work._state is not JobState.CANCELLING:
             self._move(work, 'back')
             self._wait_again(comp, work)
         elif self._move(work, 'give up') is JobState.CANCELLED:
@@ -4776,7 +4920,8 @@ class Journal(Database):
         OSError, and what pickling its id raises; the job is not submitted then."""
         number = self.last + 1
         ident, payload = pickle.dumps(job.id), in_one_piece(job._payload)
-        options = pickle.dumps(job._options) if job._options else b''
+        plain = {name: value for name, value in (job._options or {}).items() if name != 'repeats'}
+        options = pickle.dumps(plain) if plain else b''
         arguments = job.arguments.encode('utf-8', 'replace')
         with self._guard:
             self._append(self.INSERT, number, job.submit_time, ident, payload, options, arguments)
@@ -6076,7 +6221,7 @@ class Driver(Loop):
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
             SendJobs: self._send_jobs, SendCancel: self._send_to, SendRecall: self._send_to, SendAck: self._send_ack,
-            LimitNode: self._limit_node,
+            LimitNode: self._limit_node, JobFailedOnce: self._failed_once,
             JobsEnded: self._jobs_ended, JobEnded: self._job_ended, JobWaits: self._job_waits,
             JobsStarted: self._jobs_started, Withdrawn: self._withdrawn,
             JobParked: self._job_parked, NodeDrained: self._drained, NodeGone: self._gone,
@@ -7649,18 +7794,43 @@ class Driver(Loop):
                         self.say(peer.link, message)
                     use.acks = []
 
-    def _jobs_ended(self, action: JobsEnded) -> None:
-        """Results at last. What may run the user's code when it is opened is left to an opener."""
+    def _failed_once(self, action: JobFailedOnce) -> None:
+        """Whether a job is repeated is found out by an opener: its exception may be the user's."""
+        if self._incoming:
+            self._abort_file((action.comp, action.row[0]))
         cluster, peer = self._clusters[action.comp], self._peers[action.node]
+        self._openers.run(self._think_over, cluster, peer, action.work, action.row)
+
+    def _think_over(self, cluster: 'JobCluster', peer: Peer, job: DispyJob, row: tuple) -> None:
+        """An opener."""
+        delay: Optional[float] = None
+        try:
+            delay = job._options['repeats'].next_delay(failure_of(row, cluster._cargo.is_program))  # type: ignore[index]
+        except Exception as exc:  # of the user's code
+            logger.warning('job %r is not repeated: dispy_retry_on: %s', job.id, describe_exception(exc, 1))
+        self.post(Asked(functools.partial(self._thought_over, cluster, peer, job, row, delay), None))
+
+    def _thought_over(self, cluster: 'JobCluster', peer: Peer, job: DispyJob, row: tuple,
+                      delay: Optional[float]) -> None:
+        if delay is not None:
+            self._act(self.schedule.handle(Repeat(job, delay), self.now))
+        elif self.schedule.handle(RepeatNot(job, row[1]), self.now):
+            self._have_ended(cluster, peer, [(job, row)])
+
+    def _jobs_ended(self, action: JobsEnded) -> None:
+        self._have_ended(self._clusters[action.comp], self._peers[action.node], action.pairs)
+
+    def _have_ended(self, cluster: 'JobCluster', peer: Peer, pairs: List[Tuple[DispyJob, tuple]]) -> None:
+        """Results at last. What may run the user's code when it is opened is left to an opener."""
         plain: List[Tuple[DispyJob, tuple]] = []
         code: List[Tuple[DispyJob, tuple]] = []
         # Such come alone, and take time to open
-        large = len(action.pairs) == 1 and len(action.pairs[0][1][4]) > LAZY
-        journal = self._leaving.journals.get(action.comp)
-        for pair in action.pairs:
+        large = len(pairs) == 1 and len(pairs[0][1][4]) > LAZY
+        journal = self._leaving.journals.get(cluster._comp)
+        for pair in pairs:
             outcome = pair[1][1]
             if self._incoming and outcome not in GOES_ON:
-                self._abort_file((action.comp, pair[1][0]))
+                self._abort_file((cluster._comp, pair[1][0]))
             if cluster._on_output is not None and outcome not in GOES_ON:
                 self._show_rest(cluster, *pair)
             if journal is not None and outcome not in GOES_ON:
@@ -7699,6 +7869,17 @@ class Driver(Loop):
             self._leaving.journals[job._comp].ended(job, action.text)
         self._clusters[job._comp]._end(job, action.text)
         self._clusters[job._comp]._jobs_answered([job])
+
+
+def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
+    """What `get` would raise for a row of Results; None for one that is no failure. Runs the user's
+    code."""
+    job = DispyJob('', None, None, 0)
+    job._state = JobState.FINISHED if row[1] in RETURNED else JobState.TERMINATED
+    fill_in(job, row, is_program)
+    if job.status != JobState.FINISHED:
+        return error_of(job)
+    return exit_error(job) if job._has_exit_status() else None
 
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
@@ -7911,8 +8092,8 @@ class JobCluster:
         self._counts: Dict[str, List[Any]] = {}              # node -> [peer, jobs done, seconds]
         self._chains: Dict[DispyJob, Deque[Tuple[tuple, Peer]]] = {}   # rows of jobs with provisional results, in order
         self._numbers = itertools.count(1)
-        self._finished = 0                                   # jobs whose status is Finished
-        self._unfinished: Dict[int, int] = {}                # status -> jobs that ended otherwise
+        self._finished = 0                                   # jobs whose status is Finished, but for those of the next
+        self._unfinished: Dict[int, int] = {}                # status -> jobs that failed; Finished: programs, by exit status
         self._monitors: Tuple[Monitor, ...] = ()             # replaced as a whole
         self._started = time.time()
         self._directory = os.getcwd()                        # files that jobs send come below it
@@ -8056,6 +8237,9 @@ class JobCluster:
         dispy_memory - bytes that its process and those it starts may use together; with more they are killed (default: no limit)
         dispy_retries - so often it is tried again if its worker or node is lost, also if the cluster is not reentrant;
             then it is Abandoned
+        dispy_retry_on - classes of exceptions, or True for any failure, exit statuses of programs included: it is tried
+            again, so often in all, after such a failure of its own too
+        dispy_retry_delay - seconds before that, doubled each time (default 0)
         dispy_job_depends - list of paths of files, functions and classes for this job alone
 
         Raises RuntimeError on a closed cluster; TypeError, ValueError or FileNotFoundError for bad keywords; ValueError
@@ -8084,6 +8268,8 @@ class JobCluster:
         options = _take_options(kwargs) if kwargs else None
         if node is not None:
             options = dict(options or {}, node=node)
+        if options is not None and 'repeats' in options:
+            options['repeats'].is_program = self._cargo.is_program
         if self._cargo.is_program and kwargs:
             raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
         return self._enter(number, args, kwargs, options, self._pack(args, kwargs, depends))
@@ -8135,27 +8321,39 @@ class JobCluster:
             while jobs:
                 yield result_of(jobs.popleft())
         finally:
-            for job in jobs:
-                self.cancel(job)
+            if jobs:
+                with contextlib.suppress(RuntimeError):   # the driver has ended, and its jobs with it
+                    self._driver.ask(lambda: [self._driver.cancel(job) for job in jobs])
 
-    def as_completed(self, jobs: Sequence[DispyJob], timeout: Optional[float] = None, progress: bool = False) -> Iterator[DispyJob]:
-        """Yield the jobs as they end, whatever their end. Raises TimeoutError when some have not after `timeout` seconds.
-        `progress` as in `wait`."""
-        if not progress:
-            yield from self._as_completed(jobs, timeout)
-            return
-        with Progress() as shown:
-            for done, job in enumerate(self._as_completed(jobs, timeout), 1):
-                shown.show(done, len(jobs))
-                yield job
-
-    def _as_completed(self, jobs: Sequence[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
+    def as_completed(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None, progress: bool = False) -> Iterator[DispyJob]:
+        """Yield the jobs, any iterable of them, which is read at once, as they end, whatever their end. Raises TimeoutError
+        when some have not after `timeout` seconds. `progress` as in `wait`."""
         timeout = _seconds('timeout', timeout)
-        until = None if timeout is None else time.monotonic() + timeout
-        ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
+        jobs = list(jobs)
         for job in jobs:
             if not isinstance(job, DispyJob):
                 raise TypeError('as_completed: %.80r is no job' % (job,))
+        ended = self._as_completed(jobs, timeout)
+        return self._with_progress(ended, len(set(jobs))) if progress else ended
+
+    @staticmethod
+    def _with_progress(ended: Iterator[DispyJob], total: int) -> Iterator[DispyJob]:
+        with Progress() as shown:
+            for done, job in enumerate(ended, 1):
+                shown.show(done, total)
+                yield job
+
+    def gather(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None) -> List[Any]:
+        """Wait for jobs, any iterable of them, and return their results in this order. Raises what `get` raises for the
+        first of them that failed; the others go on. Raises TimeoutError after `timeout` seconds. Any thread."""
+        timeout = _seconds('timeout', timeout)
+        until = None if timeout is None else time.monotonic() + timeout
+        return [job.get(None if until is None else max(0.0, until - time.monotonic())) for job in list(jobs)]
+
+    def _as_completed(self, jobs: List[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
+        until = None if timeout is None else time.monotonic() + timeout
+        ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
+        for job in jobs:
             job._call_when_ended(ended.put)
         left = set(jobs)
         while left:
@@ -8492,7 +8690,7 @@ class JobCluster:
                 if self._cluster_status is not None:
                     self._driver.post(Told(self, DispyJob.Running, peer, job))
             fill_in(job, row, self._cargo.is_program)
-            if job.status == 11:
+            if job.status == 11 and not (self._cargo.is_program and job.result):
                 finished += 1
             else:
                 self._note(job, payload)
@@ -8547,7 +8745,8 @@ class JobCluster:
         return True
 
     def _note(self, job: DispyJob, payload: Any) -> None:
-        """A job has ended without a result: count it, and tell who watches."""
+        """A job has ended without a result, or with the exit status of a program that failed: count it, and tell who
+        watches."""
         with self._lock:
             self._unfinished[job.status] = self._unfinished.get(job.status, 0) + 1
         for monitor in self._monitors:
@@ -8923,14 +9122,34 @@ def _flag(name: str, value: Any) -> bool:
 
 def _take_options(kwargs: dict) -> Optional[dict]:
     """Take the keywords that are the cluster's out of those of the job."""
-    options = {}
+    repeats = _take_repeats(kwargs)
+    options: Dict[str, Any] = {}
     for name in [name for name in kwargs if name.startswith('dispy_')]:
         if name not in _OPTIONS:
-            raise TypeError('submit: unknown keyword %s; there are %s and dispy_job_depends' % (name, ', '.join(_OPTIONS)))
+            raise TypeError('submit: unknown keyword %s; there are %s, dispy_retry_on, dispy_retry_delay and '
+                            'dispy_job_depends' % (name, ', '.join(_OPTIONS)))
         value = kwargs.pop(name)
         if value is not None:
             options[name[len('dispy_'):]] = _in_range('submit: ' + name, value, None, *_OPTIONS[name])
+    if repeats is not None:
+        if not options.get('retries'):
+            raise ValueError('submit: dispy_retry_on needs dispy_retries, how often it is tried again')
+        repeats.most = options['retries']
+        options['repeats'] = repeats
     return options or None
+
+
+def _take_repeats(kwargs: dict) -> Optional[Repeats]:
+    """Those that say which failures are repeated. Raises TypeError or ValueError."""
+    on, delay = kwargs.pop('dispy_retry_on', None), kwargs.pop('dispy_retry_delay', None)
+    if on is None or on is False:
+        if delay is not None:
+            raise ValueError('submit: dispy_retry_delay needs dispy_retry_on, which failures are repeated')
+        return None
+    kinds = on if isinstance(on, (tuple, list)) else (on,)
+    if on is not True and not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):
+        raise TypeError('submit: dispy_retry_on=%.80r: it must be True, a class of exceptions or several of these' % (on,))
+    return Repeats(on if on is True else tuple(kinds), _in_range('submit: dispy_retry_delay', delay, 0.0, 0, 1e6), 0)
 
 
 _OPTIONS: Dict[str, Tuple[float, float, bool]] = {   # lowest and highest value, and whether it is a whole number
@@ -9207,7 +9426,7 @@ def _positive(name: str, value: Any) -> int:
         hint = '; nodes are given as nodes=' if name == 'max_workers' else ''
         raise TypeError('%s must be an integer, not %.80r%s' % (name, value, hint))
     if number < 1:
-        raise ValueError('%s must be greater than 0, not %d' % (name, number))
+        raise ValueError('%s must be greater than 0' % name)
     return number  # type: ignore[no-any-return]
 
 

@@ -338,7 +338,10 @@ def loky(directory, pattern=''):
             else:
                 outcomes.setdefault(name, ['ok', ''])
 
-    pytest.main(['-v', '-p', 'no:cacheprovider', '--skip-high-memory', '--loky-verbosity=40', '-o', 'faulthandler_timeout=%d' % TEST_TIME,
+    # This one waits for something inside of loky and then for minutes.
+    left_out = 'TestsProcessPoolLokyExecutor::test_killed_child_with_cancelled_work_items'
+    outcomes[left_out] = ['skipped', "it waits for what stands in loky's _running_work_items"]
+    pytest.main(['-v', '--deselect', 'tests/test_process_executor_loky.py::' + left_out, '-p', 'no:cacheprovider', '--skip-high-memory', '--loky-verbosity=40', '-o', 'faulthandler_timeout=%d' % TEST_TIME,
                  '-o', 'faulthandler_exit_on_timeout=1', 'tests/test_process_executor_loky.py', *(('-k', pattern) if pattern else ())],
                 plugins=[Plugin])
     return outcomes
