@@ -9503,6 +9503,8 @@ def _wait_for_executors() -> None:
     """The program ends: what was submitted to executors is waited for, as the standard library does.
     Ctrl-C ends that, and so does it that no node is to be had."""
     global _ending
+    if _ending:   # it has been done
+        return
     _ending = True
     left = END_WITHOUT_NODES
     for cluster in [cluster for cluster in list(_clusters) if cluster._job_status is _settle_future]:
