@@ -131,7 +131,7 @@ NODES_PAGE = 500              # nodes of a scheduler in one answer
 # Times a job is called back for reasons of the schedule; then it is sent to idle CPUs only
 RECALLS_MOST = 2
 NO_INITIALIZER = 'no node can run the initializer of the executor'
-END_WITHOUT_NODES = 30.0      # s for which a program that ends waits for calls while no node is ready
+END_WITHOUT_NODES = 30.0      # s for which a program's end waits for calls while no node is ready
 WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
 LOST_MOST = 3                 # nodes a job may be lost with before it is given up
 LOST_TIMES = 16               # times it may be lost, with however few of them: a node that is started again is the same node
@@ -200,7 +200,8 @@ def error_of(job: 'DispyJob') -> BaseException:
 def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
     """The exception for a program that has ended with an exit status other than 0."""
     names = [cluster.name for cluster in list(_clusters) if cluster._comp == job._comp]
-    return subprocess.CalledProcessError(job.result, [*names, 'job %s' % (job.id,)], job.stdout, job.stderr)
+    command = [*names, 'job %s' % (job.id,)]
+    return subprocess.CalledProcessError(job.result, command, job.stdout, job.stderr)
 
 
 # The job's own exception could not travel, or it ended as its options say
@@ -378,11 +379,11 @@ class DispyJob(Work):
         return self.result
 
     def get(self, timeout: Optional[float] = None) -> Any:
-        """Wait and return the result, or raise what the job raised, with the node's traceback as its
-        cause: JobFailed where that exception could not travel or the job was cancelled or ran past its
-        time, WorkerLost where its process or node was lost, subprocess.CalledProcessError for
-        a program with an exit status other than 0. Raises TimeoutError after `timeout` seconds. Any
-        thread."""
+        """Wait and return the result, or raise what the job raised, with the node's traceback as
+        its cause: JobFailed where that exception could not travel or the job was cancelled or ran
+        past its time, WorkerLost where its process or node was lost,
+        subprocess.CalledProcessError for a program with an exit status other than 0. Raises
+        TimeoutError after `timeout` seconds. Any thread."""
         if not self.wait(timeout):
             raise TimeoutError('job %r has not ended within %s s' % (self.id, timeout))
         if self.status != JobState.FINISHED:
@@ -396,8 +397,8 @@ class DispyJob(Work):
         return isinstance(self.stdout, bytes) and self.result != 0
 
     def __await__(self) -> Iterator[Any]:
-        """`await job` is `get` in a coroutine of asyncio. A task that is cancelled meanwhile leaves the
-        job as it is."""
+        """`await job` is `get` in a coroutine of asyncio. A task that is cancelled meanwhile
+        leaves the job as it is."""
         import asyncio
         loop = asyncio.get_running_loop()
         ended = loop.create_future()
@@ -891,8 +892,8 @@ class JobsEnded(NamedTuple):
 
 
 class JobFailedOnce(NamedTuple):
-    """An attempt of a job has failed that may be repeated: the program is to say whether it is, by Repeat
-    or RepeatNot."""
+    """An attempt of a job has failed that may be repeated: the program is to say whether it is, by
+    Repeat or RepeatNot."""
     node: Any
     comp: str
     work: Work
@@ -967,7 +968,8 @@ class Repeats:
         return self.delay * 2 ** min(self.failures - 1, 60)  # type: ignore[no-any-return]
 
 
-_OUTCOMES_FAILED = frozenset((Outcome.RAISED, Outcome.DIED, Outcome.TIMED_OUT, Outcome.OUT_OF_MEMORY))
+_OUTCOMES_FAILED = frozenset((
+    Outcome.RAISED, Outcome.DIED, Outcome.TIMED_OUT, Outcome.OUT_OF_MEMORY))
 
 
 class _Queue:
@@ -1028,7 +1030,8 @@ class _Comp:
 
     def __init__(self, opened: Opened, order: int) -> None:
         self.comp, self.client, self.reentrant, self.remote, self.most = opened
-        self.offers: Dict[Any, int] = {}      # node -> CPUs that it may use there, if `most` were more
+        # Node -> CPUs that it may use there, if `most` were more
+        self.offers: Dict[Any, int] = {}
         self.order = order
         self.queue = _Queue()
         self.pinned: Dict[Any, _Queue] = {}   # by node: jobs for that one alone
@@ -1067,8 +1070,8 @@ class _Comp:
 
     def waiting(self) -> List[Work]:
         """All jobs that wait."""
-        return [work for queue in (self.queue, *self.pinned.values()) for work in queue] + self.parked \
-            + list(self.resting)
+        queued = [work for queue in (self.queue, *self.pinned.values()) for work in queue]
+        return queued + self.parked + list(self.resting)
 
     def take_out(self, work: Work) -> None:
         """One of these waits no more."""
@@ -1702,7 +1705,8 @@ class Schedule:
             self._do(JobsEnded(node.key, comp.comp, pairs))
 
     def _is_asked_for(self, comp: _Comp, work: Work, row: tuple) -> bool:
-        """Whether the program is to say if a job is repeated that has ended so. It waits until then."""
+        """Whether the program is to say if a job is repeated that has ended so. It waits until
+        then."""
         repeats: Optional[Repeats] = work._options.get('repeats') if work._options else None
         if repeats is None or not repeats.may_be(row[1], len(work._lost)) \
                 or work._state is JobState.CANCELLING:
@@ -1825,8 +1829,11 @@ class Schedule:
         retries = work._options.get('retries') if work._options else None
         times = retries + 1 if retries else LOST_TIMES if comp.reentrant else 1
         nodes = list(dict.fromkeys(work._lost))
-        tried = len(work._lost) + (work._options['repeats'].failures if retries and 'repeats' in work._options else 0)
-        if tried < times and (retries or len(nodes) < LOST_MOST) and work._state is not JobState.CANCELLING:
+        tried = len(work._lost)
+        if retries and 'repeats' in work._options:  # type: ignore[operator]
+            tried += work._options['repeats'].failures  # type: ignore[index]
+        may_go_on = tried < times and (retries or len(nodes) < LOST_MOST)
+        if may_go_on and work._state is not JobState.CANCELLING:
             self._move(work, 'back')
             self._wait_again(comp, work)
         elif self._move(work, 'give up') is JobState.CANCELLED:
@@ -6353,8 +6360,9 @@ class Driver(Loop):
         if getattr(cluster, '_journal', None) is not None:
             self._leaving.journals[comp] = cluster._journal  # type: ignore[assignment]
         self._clusters[comp] = cluster
-        self._act(self.schedule.handle(Opened(
-            comp, cluster._client, cluster._reentrant, cluster._remote, self._most_of(cluster)), self.now))
+        opened = Opened(comp, cluster._client, cluster._reentrant, cluster._remote,
+                        self._most_of(cluster))
+        self._act(self.schedule.handle(opened, self.now))
         self._warn_at[comp] = math.inf if isinstance(cluster, (Survey, Gathering)) else self.now + WARN_AFTER
         self.use(comp, cluster._specs)
         if probe:
@@ -6501,7 +6509,8 @@ class Driver(Loop):
                 self._flush()
             works = known.not_begun()
             if but_first:
-                taken = {serial for key in known.nodes for serial in self.schedule.runs(key).get(comp, ())}
+                taken = {serial for key in known.nodes
+                         for serial in self.schedule.runs(key).get(comp, ())}
                 works = [work for work in works if work._serial not in taken]
             self._act(self.schedule.handle(WithdrawAsked(works), self.now))
             return len(works)
@@ -7805,10 +7814,13 @@ class Driver(Loop):
         """An opener."""
         delay: Optional[float] = None
         try:
-            delay = job._options['repeats'].next_delay(failure_of(row, cluster._cargo.is_program))  # type: ignore[index]
+            failure = failure_of(row, cluster._cargo.is_program)
+            delay = job._options['repeats'].next_delay(failure)  # type: ignore[index]
         except Exception as exc:  # of the user's code
-            logger.warning('job %r is not repeated: dispy_retry_on: %s', job.id, describe_exception(exc, 1))
-        self.post(Asked(functools.partial(self._thought_over, cluster, peer, job, row, delay), None))
+            logger.warning('job %r is not repeated: dispy_retry_on: %s',
+                           job.id, describe_exception(exc, 1))
+        decided = functools.partial(self._thought_over, cluster, peer, job, row, delay)
+        self.post(Asked(decided, None))
 
     def _thought_over(self, cluster: 'JobCluster', peer: Peer, job: DispyJob, row: tuple,
                       delay: Optional[float]) -> None:
@@ -7820,7 +7832,8 @@ class Driver(Loop):
     def _jobs_ended(self, action: JobsEnded) -> None:
         self._have_ended(self._clusters[action.comp], self._peers[action.node], action.pairs)
 
-    def _have_ended(self, cluster: 'JobCluster', peer: Peer, pairs: List[Tuple[DispyJob, tuple]]) -> None:
+    def _have_ended(self, cluster: 'JobCluster', peer: Peer,
+                    pairs: List[Tuple[DispyJob, tuple]]) -> None:
         """Results at last. What may run the user's code when it is opened is left to an opener."""
         plain: List[Tuple[DispyJob, tuple]] = []
         code: List[Tuple[DispyJob, tuple]] = []
@@ -8092,8 +8105,9 @@ class JobCluster:
         self._counts: Dict[str, List[Any]] = {}              # node -> [peer, jobs done, seconds]
         self._chains: Dict[DispyJob, Deque[Tuple[tuple, Peer]]] = {}   # rows of jobs with provisional results, in order
         self._numbers = itertools.count(1)
-        self._finished = 0                                   # jobs whose status is Finished, but for those of the next
-        self._unfinished: Dict[int, int] = {}                # status -> jobs that failed; Finished: programs, by exit status
+        self._finished = 0                                   # jobs that have ended as they should
+        # Status -> jobs that have not; Finished: programs, by their exit status
+        self._unfinished: Dict[int, int] = {}
         self._monitors: Tuple[Monitor, ...] = ()             # replaced as a whole
         self._started = time.time()
         self._directory = os.getcwd()                        # files that jobs send come below it
@@ -8237,8 +8251,8 @@ class JobCluster:
         dispy_memory - bytes that its process and those it starts may use together; with more they are killed (default: no limit)
         dispy_retries - so often it is tried again if its worker or node is lost, also if the cluster is not reentrant;
             then it is Abandoned
-        dispy_retry_on - classes of exceptions, or True for any failure, exit statuses of programs included: it is tried
-            again, so often in all, after such a failure of its own too
+        dispy_retry_on - classes of exceptions, or True for any failure, exit statuses of programs
+            included: it is tried again, so often in all, after such a failure of its own too
         dispy_retry_delay - seconds before that, doubled each time (default 0)
         dispy_job_depends - list of paths of files, functions and classes for this job alone
 
@@ -8322,12 +8336,15 @@ class JobCluster:
                 yield result_of(jobs.popleft())
         finally:
             if jobs:
-                with contextlib.suppress(RuntimeError):   # the driver has ended, and its jobs with it
-                    self._driver.ask(lambda: [self._driver.cancel(job) for job in jobs])
+                driver = self._driver
+                with contextlib.suppress(RuntimeError):   # it has ended, and its jobs with it
+                    driver.ask(lambda: [driver.cancel(job) for job in jobs])
 
-    def as_completed(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None, progress: bool = False) -> Iterator[DispyJob]:
-        """Yield the jobs, any iterable of them, which is read at once, as they end, whatever their end. Raises TimeoutError
-        when some have not after `timeout` seconds. `progress` as in `wait`."""
+    def as_completed(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None,
+                     progress: bool = False) -> Iterator[DispyJob]:
+        """Yield the jobs, any iterable of them, which is read at once, as they end, whatever their
+        end. Raises TimeoutError when some have not after `timeout` seconds. `progress` as in
+        `wait`."""
         timeout = _seconds('timeout', timeout)
         jobs = list(jobs)
         for job in jobs:
@@ -8344,11 +8361,12 @@ class JobCluster:
                 yield job
 
     def gather(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None) -> List[Any]:
-        """Wait for jobs, any iterable of them, and return their results in this order. Raises what `get` raises for the
-        first of them that failed; the others go on. Raises TimeoutError after `timeout` seconds. Any thread."""
+        """Wait for jobs, any iterable of them, and return their results in this order. Raises what
+        `get` raises for the first of them that failed; the others go on. Raises TimeoutError after
+        `timeout` seconds. Any thread."""
         timeout = _seconds('timeout', timeout)
-        until = None if timeout is None else time.monotonic() + timeout
-        return [job.get(None if until is None else max(0.0, until - time.monotonic())) for job in list(jobs)]
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        return [job.get(max(0.0, until - time.monotonic())) for job in list(jobs)]
 
     def _as_completed(self, jobs: List[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
         until = None if timeout is None else time.monotonic() + timeout
@@ -8745,8 +8763,8 @@ class JobCluster:
         return True
 
     def _note(self, job: DispyJob, payload: Any) -> None:
-        """A job has ended without a result, or with the exit status of a program that failed: count it, and tell who
-        watches."""
+        """A job has ended without a result, or with the exit status of a program that failed:
+        count it, and tell who watches."""
         with self._lock:
             self._unfinished[job.status] = self._unfinished.get(job.status, 0) + 1
         for monitor in self._monitors:
@@ -9133,7 +9151,8 @@ def _take_options(kwargs: dict) -> Optional[dict]:
             options[name[len('dispy_'):]] = _in_range('submit: ' + name, value, None, *_OPTIONS[name])
     if repeats is not None:
         if not options.get('retries'):
-            raise ValueError('submit: dispy_retry_on needs dispy_retries, how often it is tried again')
+            raise ValueError('submit: dispy_retry_on needs dispy_retries, how often it is tried '
+                             'again')
         repeats.most = options['retries']
         options['repeats'] = repeats
     return options or None
@@ -9144,12 +9163,16 @@ def _take_repeats(kwargs: dict) -> Optional[Repeats]:
     on, delay = kwargs.pop('dispy_retry_on', None), kwargs.pop('dispy_retry_delay', None)
     if on is None or on is False:
         if delay is not None:
-            raise ValueError('submit: dispy_retry_delay needs dispy_retry_on, which failures are repeated')
+            raise ValueError('submit: dispy_retry_delay needs dispy_retry_on, which failures are '
+                             'repeated')
         return None
     kinds = on if isinstance(on, (tuple, list)) else (on,)
-    if on is not True and not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):
-        raise TypeError('submit: dispy_retry_on=%.80r: it must be True, a class of exceptions or several of these' % (on,))
-    return Repeats(on if on is True else tuple(kinds), _in_range('submit: dispy_retry_delay', delay, 0.0, 0, 1e6), 0)
+    if on is not True and not all(
+            isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):
+        raise TypeError('submit: dispy_retry_on=%.80r: it must be True, a class of exceptions or '
+                        'several of these' % (on,))
+    seconds = _in_range('submit: dispy_retry_delay', delay, 0.0, 0, 1e6)
+    return Repeats(on if on is True else tuple(kinds), seconds, 0)
 
 
 _OPTIONS: Dict[str, Tuple[float, float, bool]] = {   # lowest and highest value, and whether it is a whole number
@@ -9162,7 +9185,8 @@ _OPTIONS: Dict[str, Tuple[float, float, bool]] = {   # lowest and highest value,
 # ---------------------------------------------------------------------------------------------------------
 
 class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
-    """A future of a DispyExecutor; `job` is the job behind it, None if the call could not be pickled."""
+    """A future of a DispyExecutor; `job` is the job behind it, None if the call could not be
+    pickled."""
 
     def __init__(self, cluster: JobCluster) -> None:
         self.job: Optional[DispyJob] = None
@@ -9220,7 +9244,7 @@ def _show_printed(job: DispyJob) -> None:
     """What a call has printed, as from a process of this machine: whole, when it has ended."""
     for text, stream in ((job.stdout, sys.stdout), (job.stderr, sys.stderr)):
         if text and stream is not None:
-            with contextlib.suppress(OSError, ValueError):   # it is closed, or lacks these characters
+            with contextlib.suppress(OSError, ValueError):   # closed, or it lacks these characters
                 stream.write(text)
                 stream.flush()
 
@@ -9260,7 +9284,8 @@ class _ExecutorClusters:
             raise RuntimeError('cannot schedule new futures after interpreter shutdown: '
                                'the program ends')
         if self._closed or cluster._closed:
-            raise RuntimeError('cannot schedule new futures after shutdown: the executor was closed')
+            raise RuntimeError('cannot schedule new futures after shutdown: '
+                               'the executor was closed')
         if cluster._unusable:
             raise BrokenProcessPool(cluster._unusable)
         return self._renewed(cluster) if cluster._bundles.changed() else cluster
@@ -9307,16 +9332,19 @@ def _close_later(clusters: Sequence[JobCluster]) -> None:
 
 
 class DispyExecutor(concurrent.futures.Executor):
-    """A concurrent.futures.Executor whose calls run on the nodes of a cluster: any function a call, exceptions as they
-    were raised with the node's traceback as their cause. `cluster` is the cluster.
+    """A concurrent.futures.Executor whose calls run on the nodes of a cluster: any function a call,
+    exceptions as they were raised with the node's traceback as their cause. `cluster` is the
+    cluster.
 
     Parameters:
     max_workers - CPUs that calls use at once, over all nodes (default: all that these have). A node
-        that this program has started itself runs so many calls at once even if the machine has fewer CPUs
-    nodes - as of JobCluster, whose other parameters but `computation` and `job_status` may be given as well
+        that this program has started itself runs so many calls at once even if the machine has
+        fewer CPUs
+    nodes - as of JobCluster, whose other parameters but `computation` and `job_status` may be given
+        as well
     initializer, initargs - a function and its arguments: each worker process calls it before its
-        first call. A node where it fails is not used; if there is no other, all futures and `submit`
-        raise BrokenExecutor
+        first call. A node where it fails is not used; if there is no other, all futures and
+        `submit` raise BrokenExecutor
     max_tasks_per_child - a worker process is replaced after so many calls (default: never)
     mp_context - a context of `multiprocessing`, or the name of a start method. Workers are started
         by fork; another method is named in the log, once
@@ -9328,7 +9356,8 @@ class DispyExecutor(concurrent.futures.Executor):
 
     def __init__(self, max_workers: Optional[int] = None, mp_context: Any = None,
                  initializer: Optional[Callable[..., Any]] = None, initargs: Sequence[Any] = (), *,
-                 max_tasks_per_child: Optional[int] = None, nodes: Any = None, **options: Any) -> None:
+                 max_tasks_per_child: Optional[int] = None, nodes: Any = None,
+                 **options: Any) -> None:
         if max_tasks_per_child is not None:
             options['max_jobs_per_worker'] = _positive('max_tasks_per_child', max_tasks_per_child)
         most = 0 if max_workers is None else _positive('max_workers', max_workers)
@@ -9348,20 +9377,22 @@ class DispyExecutor(concurrent.futures.Executor):
     def with_options(self, *, timeout: Optional[float] = None, priority: Optional[int] = None,
                      memory: Optional[int] = None, cpus: Optional[int] = None,
                      retries: Optional[int] = None) -> 'DispyExecutor':
-        """An executor with the same workers, whose calls have these options: see `dispy_timeout` and
-        so on of JobCluster.submit. What is not given stays as it is. To shut down one of them is to
-        shut down all. Raises ValueError for an option out of range."""
-        given = _take_options({'dispy_timeout': timeout, 'dispy_priority': priority,
-                               'dispy_memory': memory, 'dispy_cpus': cpus, 'dispy_retries': retries})
+        """An executor with the same workers, whose calls have these options: see `dispy_timeout`
+        and so on of JobCluster.submit. What is not given stays as it is. To shut down one of them
+        is to shut down all. Raises ValueError for an option out of range."""
+        given = _take_options({
+            'dispy_timeout': timeout, 'dispy_priority': priority, 'dispy_memory': memory,
+            'dispy_cpus': cpus, 'dispy_retries': retries})
         other = DispyExecutor.__new__(type(self))
         other._pool = self._pool
         other._options = dict(self._options or {}, **given or {}) or None
         return other
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> DispyFuture:  # type: ignore[override]
-        """Call fn(*args, **kwargs) on a node. What pickling raises is the future's exception. Raises
-        RuntimeError after shutdown, BrokenExecutor if the initializer has failed on all nodes,
-        TypeError for what cannot be called. Any thread."""
+    def submit(self, fn: Callable[..., Any], /,  # type: ignore[override]
+               *args: Any, **kwargs: Any) -> DispyFuture:
+        """Call fn(*args, **kwargs) on a node. What pickling raises is the future's exception.
+        Raises RuntimeError after shutdown, BrokenExecutor if the initializer has failed on all
+        nodes, TypeError for what cannot be called. Any thread."""
         if not callable(fn):
             raise TypeError('%.80r cannot be called' % (fn,))
         cluster = self._pool.current()
@@ -9380,11 +9411,12 @@ class DispyExecutor(concurrent.futures.Executor):
             raise RuntimeError('cannot schedule new futures after shutdown: %s' % exc) from None
         return future
 
-    def map(self, fn: Callable[..., Any], *iterables: Any, timeout: Optional[float] = None, chunksize: int = 1,
-            buffersize: Optional[int] = None) -> Iterator[Any]:
-        """As in concurrent.futures: results come in order, `chunksize` inputs a job. All inputs are taken at once; with
-        `buffersize`, so many jobs are under way at most, and others are taken as results are. Raises
-        TimeoutError when the next result is not there `timeout` seconds after the call, and what a call raised."""
+    def map(self, fn: Callable[..., Any], *iterables: Any, timeout: Optional[float] = None,
+            chunksize: int = 1, buffersize: Optional[int] = None) -> Iterator[Any]:
+        """As in concurrent.futures: results come in order, `chunksize` inputs a job. All inputs are
+        taken at once; with `buffersize`, so many jobs are under way at most, and others are taken
+        as results are. Raises TimeoutError when the next result is not there `timeout` seconds
+        after the call, and what a call raised."""
         if chunksize < 1:
             raise ValueError('chunksize=%r must be at least 1' % (chunksize,))
         if buffersize is not None:
@@ -9395,8 +9427,10 @@ class DispyExecutor(concurrent.futures.Executor):
         if chunksize > 1:
             call = functools.partial(call_chunk, fn)
             rows = inputs
-            inputs = ((chunk,) for chunk in iter(lambda: list(itertools.islice(rows, chunksize)), []))
-        futures = collections.deque(self.submit(call, *args) for args in itertools.islice(inputs, buffersize))
+            chunks = iter(lambda: list(itertools.islice(rows, chunksize)), [])
+            inputs = ((chunk,) for chunk in chunks)
+        first = itertools.islice(inputs, buffersize)
+        futures = collections.deque(self.submit(call, *args) for args in first)
         more = None
         if buffersize is not None:   # what is not asked for shall not keep the executor
             more = functools.partial(_submit_next, weakref.ref(self), call, inputs)
@@ -9412,7 +9446,8 @@ class DispyExecutor(concurrent.futures.Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls; wait for those there are (`cancel_futures`: for those that have
-        begun or that a CPU is about to take) and let the nodes go. Without `wait` that is done later. Any thread."""
+        begun or that a CPU is about to take) and let the nodes go. Without `wait` that is done
+        later. Any thread."""
         self._pool.close(wait, cancel_futures)
 
     def __repr__(self) -> str:
@@ -9442,7 +9477,8 @@ _methods_noted: Set[str] = set()
 
 
 def _pickling_error(exc: BaseException) -> BaseException:
-    """The exception of a call that could not be pickled. One by which a program ends does not end it."""
+    """The exception of a call that could not be pickled. One by which a program ends does not end
+    it."""
     if isinstance(exc, SystemExit):
         error = pickle.PicklingError('the call could not be pickled: %r' % exc)
         error.__cause__ = exc
@@ -9454,7 +9490,9 @@ def _submit_next(executor: 'weakref.ref[DispyExecutor]', call: Callable[..., Any
                  inputs: Iterator[tuple]) -> List[DispyFuture]:
     """The next input of `map`, if there is one."""
     there = executor()
-    return [there.submit(call, *args) for args in itertools.islice(inputs, 1)] if there is not None else []
+    if there is None:
+        return []
+    return [there.submit(call, *args) for args in itertools.islice(inputs, 1)]
 
 
 def _results_of(futures: Deque[DispyFuture], until: Optional[float],
@@ -9468,7 +9506,8 @@ def _results_of(futures: Deque[DispyFuture], until: Optional[float],
             yield _result_or_cancel(futures, until)
     finally:
         if futures:
-            futures[0]._cluster._withdraw_all([future.job for future in futures if future.job is not None])
+            jobs = [future.job for future in futures if future.job is not None]
+            futures[0]._cluster._withdraw_all(jobs)
 
 
 def _result_or_cancel(futures: Deque[DispyFuture], until: Optional[float]) -> Any:
@@ -9500,26 +9539,29 @@ _ending = False    # the interpreter ends, and executors take no more calls
 
 
 def _wait_for_executors() -> None:
-    """The program ends: what was submitted to executors is waited for, as the standard library does.
-    Ctrl-C ends that, and so does it that no node is to be had."""
+    """The program ends: what was submitted to executors is waited for, as the standard library
+    does. Ctrl-C ends that, and so does it that no node is to be had."""
     global _ending
     if _ending:   # it has been done
         return
     _ending = True
     left = END_WITHOUT_NODES
-    for cluster in [cluster for cluster in list(_clusters) if cluster._job_status is _settle_future]:
+    calling = [cluster for cluster in _clusters if cluster._job_status is _settle_future]
+    for cluster in calling:
         try:
             while left > 0 and not cluster._closed and not cluster.wait(0.5):
                 if not any(node.state == 'ready' for node in cluster.status().nodes):
                     left -= 0.5
         except KeyboardInterrupt:
-            logger.warning('%s: the program ends, and calls are not waited for any more', cluster.name)
+            logger.warning('%s: the program ends, and calls are not waited for any more',
+                           cluster.name)
             return
         except RuntimeError as exc:   # it was closed, or its driver has failed
             logger.debug('%s: %s', cluster.name, exc)
 
 
-if hasattr(threading, '_register_atexit'):   # before other exit handlers, which may not submit calls any more
+# Before other exit handlers, which may not submit calls any more
+if hasattr(threading, '_register_atexit'):
     with contextlib.suppress(RuntimeError):   # it ends already
         threading._register_atexit(_wait_for_executors)
 

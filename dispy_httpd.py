@@ -663,9 +663,10 @@ def counts_of(cluster: Any) -> Dict[str, int]:
     """Jobs of a cluster, but for those that have not ended. Any thread."""
     with cluster._lock:
         ends = cluster._unfinished
+        # Finished: programs with an exit status other than 0
+        failed = (DispyJob.Terminated, DispyJob.Abandoned, DispyJob.Finished)
         return {'submitted': cluster._count, 'done': cluster._finished, 'cancelled': ends.get(DispyJob.Cancelled, 0),
-                # Finished: programs with an exit status other than 0
-                'failed': sum(ends.get(status, 0) for status in (DispyJob.Terminated, DispyJob.Abandoned, DispyJob.Finished))}
+                'failed': sum(ends.get(status, 0) for status in failed)}
 
 
 _STATE_ORDER = ['ready', 'draining', 'drained', 'setting up', 'asking', 'connected', 'dialling', 'waiting', 'found', 'refused', 'lost', 'closed']

@@ -5075,7 +5075,8 @@ class Node:
     def _initialize(self, comp: _Computation, now: float) -> None:
         """Make workers for what waits. They get work when their initializer has returned."""
         most = min(self.free, len(comp.waiting))
-        while len(comp.workers) < self.cpus and len(comp.starting) < most and now >= self._workers_at:
+        while len(comp.workers) < self.cpus and len(comp.starting) < most \
+                and now >= self._workers_at:
             comp.starting.add(self._new_worker(comp).key)
 
     def _worker_initialized(self, event: WorkerInitialized, now: float) -> None:
@@ -6389,7 +6390,8 @@ class Calls:
         return {'initializer': self.initializer is not None, 'most': self.most}
 
     def __call__(self, function: bytes, args: tuple, kwargs: dict) -> Any:
-        """The function is opened for each call, so that no call sees what another has done to it."""
+        """The function is opened for each call, so that no call sees what another has done to
+        it."""
         try:
             call = unseal(function)
         except BaseException as exc:  # unpickling runs the user's code
@@ -6507,7 +6509,9 @@ class Worker:
         try:
             calls.initializer(*calls.initargs)
         except BaseException as exc:  # the user's code
-            logging.getLogger('concurrent.futures').critical('Exception in initializer:', exc_info=True)
+            # As the standard library does
+            log = logging.getLogger('concurrent.futures')
+            log.critical('Exception in initializer:', exc_info=True)
             text = 'the initializer has failed: %s' % describe_exception(exc, 1)
             self._send(Kind.INITIALIZED, 0, 0, 0.0, 0.0, shorten(text).encode('utf-8', 'replace'))
             os._exit(1)
@@ -9750,7 +9754,8 @@ class Daemon(Loop):
             self._tell(WorkerWants(pipe.worker, record.serial, request))
         elif record.kind == Kind.INITIALIZED:
             text = bytes(record.bodies[0]).decode('utf-8', 'replace')
-            self._tell(WorkerInitialized(pipe.worker, text and 'on node %s %s' % (self.node.name, text)))
+            error = text and 'on node %s %s' % (self.node.name, text)
+            self._tell(WorkerInitialized(pipe.worker, error))
         elif record.kind == Kind.UNSTARTED:
             body = record.bodies[0]
             if len(body) % 8:

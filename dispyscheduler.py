@@ -580,7 +580,8 @@ def _exit_status(row: tuple) -> int:
     return 0
 
 
-_STATE_OF = {Outcome.ABANDONED: JobState.ABANDONED, Outcome.RETURNED: JobState.FINISHED}   # of jobs that have failed
+# Of jobs that have failed
+_STATE_OF = {Outcome.ABANDONED: JobState.ABANDONED, Outcome.RETURNED: JobState.FINISHED}
 
 
 def _plain(value: Any) -> Any:

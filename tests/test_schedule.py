@@ -1204,8 +1204,8 @@ def test_a_computation_that_may_use_so_many_cpus_over_all_nodes():
     limits = lambda: [talk.schedule.nodes[node].limits['c'] for node in 'abc']   # noqa: E731
     assert limits() == [2, 1, 0]
     works = jobs(10)
-    sent = {action.node: len(action.works) for action in talk.submit(works) if isinstance(action, SendJobs)}
-    assert sent == {'a': 2, 'b': 1}
+    sent = {action.node for action in talk.submit(works) if isinstance(action, SendJobs)}
+    assert sent == {'a', 'b'}
     told = [action for action in talk.tell(NodeOffers('a', 'c', 5)) if isinstance(action, LimitNode)]
     assert limits() == [2, 1, 0] and told == [LimitNode('a', 'c', 2)]   # what others have stays theirs
     actions = talk.tell(NodeLost('a', 'a', 'gone'))
