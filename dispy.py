@@ -93,6 +93,11 @@ from typing import (
 
 import cloudpickle
 
+try:
+    from concurrent.futures.process import BrokenProcessPool
+except ImportError:   # a system without semaphores
+    from concurrent.futures import BrokenExecutor as BrokenProcessPool  # type: ignore[assignment]
+
 from dispynode import (
     ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
     NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
@@ -100,7 +105,7 @@ from dispynode import (
     Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
     Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown,
     StartError, Welcome,
-    Where, Wrong, __version__, beside, call_chunk, call_packed, check_name, derive_key, describe_exception, dial, digest_of,
+    Where, Wrong, __version__, beside, call_chunk, Calls, check_name, derive_key, describe_exception, dial, digest_of,
     discovery_reach, file_digest, find_secret, frames, host_and_port, in_one_piece, is_outcome, log_record_of, open_plain, open_regular,
     path_option, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
@@ -110,7 +115,7 @@ from dispynode import (
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'recoverable', 'Recoverable', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
-    'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError',
+    'DispyJob', 'JobFailed', 'WorkerLost', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError',
     'SecretError', 'logger']
 
 # ---------------------------------------------------------------------------------------------------------
@@ -127,6 +132,8 @@ DIALS_MOST = 64               # nodes that are dialled at the same time
 NODES_PAGE = 500              # nodes of a scheduler in one answer
 # Times a job is called back for reasons of the schedule; then it is sent to idle CPUs only
 RECALLS_MOST = 2
+NO_INITIALIZER = 'no node can run the initializer of the executor'
+END_WITHOUT_NODES = 30.0      # s for which a program's end waits for calls while no node is ready
 WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
 LOST_MOST = 3                 # nodes a job may be lost with before it is given up
 LOST_TIMES = 16               # times it may be lost, with however few of them: a node that is started again is the same node
@@ -169,8 +176,19 @@ class JobFailed(DispyError):
     exception object is not to be had."""
 
 
+class WorkerLost(JobFailed, BrokenProcessPool):
+    """What ran a job is lost: its worker process was killed or ended itself, its node is lost, or
+    what was sent or came back could not be opened. The others go on, and so does an executor,
+    unlike one of the standard library, whose exception this is as well."""
+
+
 class RemoteTraceback(DispyError):
     """The cause of an exception that a job raised: where it did, on the node."""
+
+    @property
+    def tb(self) -> str:
+        """The traceback, by the name that it has in the standard library."""
+        return str(self.args[0])
 
     def __str__(self) -> str:
         return '\n"""\n%s"""' % self.args[0]
@@ -179,9 +197,21 @@ class RemoteTraceback(DispyError):
 def error_of(job: 'DispyJob') -> BaseException:
     """The exception to raise for a job that failed, with the node's traceback as its cause."""
     if job.error is None:
-        return JobFailed(job.exception)
+        told = job.status == JobState.CANCELLED or job._outcome in _OUTCOMES_TOLD
+        return (JobFailed if told else WorkerLost)(job.exception)
     job.error.__cause__ = RemoteTraceback(job.exception)
     return job.error
+
+
+def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
+    """The exception for a program that has ended with an exit status other than 0."""
+    names = [cluster.name for cluster in list(_clusters) if cluster._comp == job._comp]
+    command = [*names, 'job %s' % (job.id,)]
+    return subprocess.CalledProcessError(job.result, command, job.stdout, job.stderr)
+
+
+# The job's own exception could not travel, or it ended as its options say
+_OUTCOMES_TOLD = frozenset((Outcome.RAISED, Outcome.TIMED_OUT))
 
 
 def result_of(job: 'DispyJob') -> Any:
@@ -250,6 +280,7 @@ JOB_TABLE: Dict[Tuple[JobState, str], JobState] = {
     (JobState.CANCELLING, 'provisional'): JobState.CANCELLING,
     (JobState.CREATED, 'give up'): JobState.ABANDONED, (JobState.REQUEUED, 'give up'): JobState.ABANDONED,
     (JobState.CREATED, 'fail'): JobState.TERMINATED, (JobState.REQUEUED, 'fail'): JobState.TERMINATED,
+    (JobState.REQUEUED, 'finish'): JobState.FINISHED,   # it might have been repeated, and is not
 }
 for _running in (JobState.SENT, JobState.RUNNING, JobState.PROVISIONAL):
     JOB_TABLE.update({
@@ -287,8 +318,9 @@ class DispyJob(Work):
         most 300 characters, also when they are not there any more; else empty
     """
     arguments = ''
+    _future: 'DispyFuture'   # of the call of an executor, until it is settled
     __slots__ = ('id', 'status', 'result', 'stdout', 'stderr', 'exception', 'error', 'ip_addr', 'submit_time',
-                 'start_time', 'end_time', '_event', '_when_ended')
+                 'start_time', 'end_time', '_event', '_when_ended', '_outcome', '_future')
 
     Created, Running, ProvisionalResult = int(JobState.CREATED), int(JobState.RUNNING), int(JobState.PROVISIONAL)
     Cancelled, Terminated = int(JobState.CANCELLED), int(JobState.TERMINATED)
@@ -311,6 +343,7 @@ class DispyJob(Work):
         self.end_time: Optional[float] = None
         self._event: Optional[threading.Event] = None
         self._when_ended: Optional[List[Callable[['DispyJob'], None]]] = None
+        self._outcome = 0     # of the attempt that was its last, if that did not return
 
     @property
     def finish(self) -> threading.Event:
@@ -351,6 +384,42 @@ class DispyJob(Work):
         if not self.wait(timeout):
             raise TimeoutError('job %r has not ended within %s s' % (self.id, timeout))
         return self.result
+
+    def get(self, timeout: Optional[float] = None) -> Any:
+        """Wait and return the result, or raise what the job raised, with the node's traceback as
+        its cause: JobFailed where that exception could not travel or the job was cancelled or ran
+        past its time, WorkerLost where its process or node was lost,
+        subprocess.CalledProcessError for a program with an exit status other than 0. Raises
+        TimeoutError after `timeout` seconds. Any thread."""
+        if not self.wait(timeout):
+            raise TimeoutError('job %r has not ended within %s s' % (self.id, timeout))
+        if self.status != JobState.FINISHED:
+            raise error_of(self)
+        if self._has_exit_status():
+            raise exit_error(self)
+        return self.result
+
+    def _has_exit_status(self) -> bool:
+        """Whether it was a program that failed, as far as its exit status says."""
+        return isinstance(self.stdout, bytes) and self.result != 0
+
+    def __await__(self) -> Iterator[Any]:
+        """`await job` is `get` in a coroutine of asyncio. A task that is cancelled meanwhile
+        leaves the job as it is."""
+        import asyncio
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+
+        def tell() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        def wake(job: 'DispyJob') -> None:
+            with contextlib.suppress(RuntimeError):   # the loop has been closed
+                loop.call_soon_threadsafe(tell)
+        self._call_when_ended(wake)
+        yield from ended.__await__()
+        return self.get(0)
 
     @property
     def args(self) -> Any:
@@ -451,6 +520,7 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool) -> None:
             status = DispyJob.Terminated
             job.exception = 'the result could not be opened here: %s' % describe_exception(exc, 1)
     elif outcome == Outcome.RAISED:
+        job._outcome = outcome
         job.result = None   # a provisional one may stand there
         job.exception, body = unpack_error(payload)
         if len(body):
@@ -459,6 +529,7 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool) -> None:
             except BaseException as exc:  # as above; the text is there
                 logger.debug('an exception of job %r could not be opened: %s', job.id, type(exc).__name__)
     else:
+        job._outcome = outcome
         job.result, job.exception = None, bytes(payload).decode('utf-8', 'replace')
     if start:
         job.start_time = start
@@ -654,6 +725,7 @@ class Opened(NamedTuple):
     client: str
     reentrant: bool
     remote: bool = False
+    most: Optional[int] = None   # CPUs that it may use at once over all nodes
 
 
 class Submitted(NamedTuple):
@@ -718,6 +790,18 @@ class NodeStarted(NamedTuple):
     node: Any
     comp: str
     rows: list
+
+
+class Repeat(NamedTuple):
+    """A job that has failed, and was to be asked for, waits again: after so many seconds."""
+    work: Work
+    delay: float
+
+
+class RepeatNot(NamedTuple):
+    """It does not: it has ended with this outcome."""
+    work: Work
+    outcome: int
 
 
 class NodeReturned(NamedTuple):
@@ -801,6 +885,13 @@ class SendRecall(NamedTuple):
     serials: list
 
 
+class LimitNode(NamedTuple):
+    """A computation that may use so many CPUs over all nodes has this many of a node now."""
+    node: Any
+    comp: str
+    cpus: int
+
+
 class SendAck(NamedTuple):
     """Results are here; the node may forget them. No haste: they are kept and dropped if they come again."""
     node: Any
@@ -813,6 +904,20 @@ class JobsEnded(NamedTuple):
     node: Any
     comp: str
     pairs: list
+
+
+class JobFailedOnce(NamedTuple):
+    """An attempt of a job has failed that may be repeated: the program is to say whether it is, by
+    Repeat or RepeatNot."""
+    node: Any
+    comp: str
+    work: Work
+    row: tuple
+
+
+class JobStays(NamedTuple):
+    """Answers RepeatNot for a job that still waited for it."""
+    work: Work
 
 
 class JobsStarted(NamedTuple):
@@ -854,6 +959,32 @@ class JobEnded(NamedTuple):
     """A job has ended without a result; `text` says why."""
     work: Any
     text: str
+
+
+class Repeats:
+    """When a job that has failed by itself is repeated: `dispy_retry_on`, `dispy_retry_delay`."""
+    __slots__ = ('on', 'delay', 'most', 'is_program', 'failures')
+
+    def __init__(self, on: Any, delay: float, most: int) -> None:
+        self.on, self.delay, self.most = on, delay, most
+        self.is_program = False
+        self.failures = 0     # so far
+
+    def may_be(self, outcome: int, lost: int) -> bool:
+        """Whether a job with this outcome may be repeated, which was lost so many times."""
+        failed = outcome in _OUTCOMES_FAILED or (self.is_program and outcome in RETURNED)
+        return failed and self.failures + lost < self.most
+
+    def next_delay(self, error: Optional[BaseException]) -> Optional[float]:
+        """Seconds until it is tried again after this failure; None if it is not."""
+        if error is None or not (self.on is True or isinstance(error, self.on)):
+            return None
+        self.failures += 1
+        return self.delay * 2 ** min(self.failures - 1, 60)  # type: ignore[no-any-return]
+
+
+_OUTCOMES_FAILED = frozenset((
+    Outcome.RAISED, Outcome.DIED, Outcome.TIMED_OUT, Outcome.OUT_OF_MEMORY))
 
 
 class _Queue:
@@ -913,7 +1044,9 @@ class _Comp:
     """A computation in the schedule."""
 
     def __init__(self, opened: Opened, order: int) -> None:
-        self.comp, self.client, self.reentrant, self.remote = opened
+        self.comp, self.client, self.reentrant, self.remote, self.most = opened
+        # Node -> CPUs that it may use there, if `most` were more
+        self.offers: Dict[Any, int] = {}
         self.order = order
         self.queue = _Queue()
         self.pinned: Dict[Any, _Queue] = {}   # by node: jobs for that one alone
@@ -921,6 +1054,8 @@ class _Comp:
         self.estimate = DurationEstimate()    # of a job
         # Number of a job -> times that it was called back by the schedule
         self.called: Dict[int, int] = {}
+        # Jobs that have failed and may be repeated -> when; infinite until the program has said
+        self.resting: Dict[Work, float] = {}
         self.withdrawn: Set[Work] = set()     # on nodes, and cancelled if they have not begun
         self.ranked = False                   # some jobs have a priority
         # When a job of it was sent last, in numbers of the schedule
@@ -950,7 +1085,17 @@ class _Comp:
 
     def waiting(self) -> List[Work]:
         """All jobs that wait."""
-        return [work for queue in (self.queue, *self.pinned.values()) for work in queue] + self.parked
+        queued = [work for queue in (self.queue, *self.pinned.values()) for work in queue]
+        return queued + self.parked + list(self.resting)
+
+    def take_out(self, work: Work) -> None:
+        """One of these waits no more."""
+        if work in self.resting:
+            del self.resting[work]
+        elif work in self.parked:
+            self.parked.remove(work)
+        else:
+            self.queue_of(work).forget()
 
     def not_begun(self) -> List[Work]:
         """All that wait, and those on nodes that are not known to have begun."""
@@ -1131,6 +1276,8 @@ class Schedule:
         self._now = 0.0
         # When a running job will be late, a number, its node
         self._late: List[Tuple[float, int, Any]] = []
+        # When a job that rests waits again, a number, the job
+        self._rests: List[Tuple[float, int, Work]] = []
         self._actions: List[Any] = []
         self._sends: Dict[Tuple[Any, str], List[Work]] = {}
         self._away: Dict[Any, _Node] = {}
@@ -1140,6 +1287,7 @@ class Schedule:
         self._handlers: Dict[type, Callable[[Any], None]] = {
             Unloadable: self._unloadable,
             Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked,
+            Repeat: self._repeat, RepeatNot: self._repeat_not,
             WithdrawAsked: self._withdraw_asked, NodeStarted: self._node_started,
             NodeReady: self._node_ready, NodeTold: self._node_told, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
             NodeResults: self._node_results, NodeReturned: self._node_returned,
@@ -1160,6 +1308,8 @@ class Schedule:
             node = self.nodes.get(heapq.heappop(self._late)[2])
             if node is not None:
                 self._dirty[node.key] = node
+        while self._rests and self._rests[0][0] <= now:
+            self._rested(*heapq.heappop(self._rests))
         for node in [node for node in self._away.values() if node.lost_at() <= now]:
             away = node.away
             self._node_lost(NodeLost(node.key, away.name, away.text))  # type: ignore[union-attr]
@@ -1183,7 +1333,8 @@ class Schedule:
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
         times = [node.lost_at() for node in self._away.values() if node.away is not None]
-        return min(times + [self._late[0][0]] if self._late else times, default=None)
+        times += [heap[0][0] for heap in (self._late, self._rests) if heap]
+        return min(times, default=None)
 
     def runs(self, key: Any) -> Dict[str, List[int]]:
         """Computation -> serials of its jobs that run on a node: those that have said so, then the
@@ -1296,10 +1447,7 @@ class Schedule:
         comp.unloadable = event.text
         for work in comp.waiting() if event.text else ():
             self._move(work, 'fail')
-            if work in comp.parked:
-                comp.parked.remove(work)
-            else:
-                comp.queue_of(work).forget()
+            comp.take_out(work)
             self._do(JobEnded(work, event.text))
 
     def _cancel_asked(self, event: CancelAsked) -> None:
@@ -1314,10 +1462,7 @@ class Schedule:
 
     def _cancel_waiting(self, work: Work, comp: _Comp) -> None:
         self._move(work, 'cancel')
-        if work in comp.parked:
-            comp.parked.remove(work)
-        else:
-            comp.queue_of(work).forget()
+        comp.take_out(work)
         self._do(JobEnded(work, 'cancelled before it was started'))
 
     def _withdraw_asked(self, event: WithdrawAsked) -> None:
@@ -1419,6 +1564,27 @@ class Schedule:
             self._unpark(node.comps[event.comp], node)
 
     def _limit(self, node: _Node, comp: _Comp, cpus: int) -> None:
+        if comp.most is None:
+            self._set_limit(node, comp, cpus)
+        else:
+            comp.offers[node.key] = cpus
+            self._set_limit(node, comp, min(cpus, node.limits[comp.comp]))
+            self._do(LimitNode(node.key, comp.comp, node.limits[comp.comp]))
+            self._share_out(comp)
+
+    def _share_out(self, comp: _Comp) -> None:
+        """Give a computation that may use so many CPUs over all nodes those that it has not got:
+        of the node that came first, as far as that has more."""
+        left = (comp.most or 0) - sum(node.limits[comp.comp] for node in comp.nodes.values())
+        for key, node in comp.nodes.items():
+            limit = node.limits[comp.comp]
+            more = min(left, comp.offers.get(key, 0) - limit)
+            if more > 0 and node.away is None:
+                left -= more
+                self._set_limit(node, comp, limit + more)
+                self._do(LimitNode(key, comp.comp, limit + more))
+
+    def _set_limit(self, node: _Node, comp: _Comp, cpus: int) -> None:
         node.draining.discard(comp.comp)
         lowered = cpus < node.limits[comp.comp]
         node.limit(comp.comp, cpus)
@@ -1431,10 +1597,12 @@ class Schedule:
     def _forget(self, node: _Node, comp: _Comp) -> None:
         """A computation is over on a node; nothing of it is in flight there."""
         node.forget(comp.comp)
-        for table in (comp.nodes, comp.idle, comp.donors):
-            table.pop(node.key, None)
+        for table in (comp.nodes, comp.idle, comp.donors, comp.offers):
+            table.pop(node.key, None)  # type: ignore[attr-defined]
         comp.widest = None
         self._dirty[node.key] = node
+        if comp.most is not None:
+            self._share_out(comp)
 
     def _node_drains(self, event: NodeDrains) -> None:
         node = self.nodes.get(event.node)
@@ -1549,6 +1717,9 @@ class Schedule:
             if outcome == Outcome.DIED and work._options and work._options.get('retries') and not comp.remote:
                 self._lost(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
                 continue
+            if work._options and 'repeats' in work._options and self._is_asked_for(comp, work, row):
+                self._do(JobFailedOnce(node.key, comp.comp, work, row))
+                continue
             self._move(work, _EVENT_OF[outcome])
             if comp.withdrawn:
                 self._answer(comp, work)
@@ -1558,6 +1729,41 @@ class Schedule:
         self._do(SendAck(node.key, comp.comp, serials))
         if pairs:
             self._do(JobsEnded(node.key, comp.comp, pairs))
+
+    def _is_asked_for(self, comp: _Comp, work: Work, row: tuple) -> bool:
+        """Whether the program is to say if a job is repeated that has ended so. It waits until
+        then."""
+        repeats: Optional[Repeats] = work._options.get('repeats') if work._options else None
+        if repeats is None or not repeats.may_be(row[1], len(work._lost)) \
+                or work._state is JobState.CANCELLING:
+            return False
+        self._move(work, 'back')
+        self._answer(comp, work)
+        comp.resting[work] = math.inf
+        return True
+
+    def _repeat(self, event: Repeat) -> None:
+        comp = self.comps.get(event.work._comp)
+        if comp is not None and event.work in comp.resting:   # not cancelled meanwhile
+            until = comp.resting[event.work] = self._now + event.delay
+            heapq.heappush(self._rests, (until, next(self._orders), event.work))
+            self._do(JobWaits(event.work))
+
+    def _rested(self, until: float, number: int, work: Work) -> None:
+        comp = self.comps.get(work._comp)
+        if comp is not None and comp.resting.get(work) == until:
+            del comp.resting[work]
+            comp.queue_of(work).push(work)
+            self._waiting[comp.comp] = comp
+            for node in itertools.islice(comp.nodes.values(), 64):
+                self._dirty[node.key] = node
+
+    def _repeat_not(self, event: RepeatNot) -> None:
+        comp = self.comps.get(event.work._comp)
+        if comp is not None and event.work in comp.resting:
+            del comp.resting[event.work]
+            self._move(event.work, _EVENT_OF[Outcome(event.outcome)])
+            self._do(JobStays(event.work))
 
     def _learn(self, node: _Node, comp: _Comp, rows: list, landed: Dict[int, Work]) -> None:
         """Jobs have ended: how long they took, and how long what they were sent with and told by."""
@@ -1654,7 +1860,11 @@ class Schedule:
         retries = work._options.get('retries') if work._options else None
         times = retries + 1 if retries else LOST_TIMES if comp.reentrant else 1
         nodes = list(dict.fromkeys(work._lost))
-        if len(work._lost) < times and (retries or len(nodes) < LOST_MOST) and work._state is not JobState.CANCELLING:
+        tried = len(work._lost)
+        if retries and 'repeats' in work._options:  # type: ignore[operator]
+            tried += work._options['repeats'].failures  # type: ignore[index]
+        may_go_on = tried < times and (retries or len(nodes) < LOST_MOST)
+        if may_go_on and work._state is not JobState.CANCELLING:
             self._move(work, 'back')
             self._wait_again(comp, work)
         elif self._move(work, 'give up') is JobState.CANCELLED:
@@ -1898,6 +2108,7 @@ _EVENT_OF = {Outcome.RETURNED: 'finish', Outcome.RETURNED_CODE: 'finish', Outcom
 
 PACKAGE_DATA = 20 << 20    # bytes of data files that travel with one package
 PACKAGE_FILES = 20000      # entries of its directories that are looked at to find them
+NAME_PARTS = 4             # of a dotted name that is followed from module to module, at most
 UNLOADED_TIME = 1.0        # s for which it is believed where a module is that is not loaded
 STABLE_READS = 3           # attempts to read a file that is written at the same time
 NOT_OWN = frozenset((      # top-level modules that are never the user's own, wherever they lie
@@ -2433,7 +2644,8 @@ class ModuleSource:
                 seeds += [here + '.' + name for name in others('%s.%s' % (module, there))]
             else:
                 seeds += [here + '.' + name for name in others(module)]
-        return self._file_use.dependents(seeds)
+        # Modules that import each other have a.X, b.a.X, a.b.a.X and so on without end.
+        return self._file_use.dependents([name for name in seeds if name.count('.') < NAME_PARTS])
 
     def _read_file_use(self, tree: ast.Module) -> None:
         use = _FileUse(tree, self, self._resolve)
@@ -4284,7 +4496,7 @@ def _is_as_written(obj: Any, file: Optional[str], codes: List[types.CodeType]) -
 
 def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, Any], shipped: Sequence[str]) -> Tuple[bytes, str]:
     """A computation of functions as arguments of `load_source`, or what stands in the way of that."""
-    if computation is call_packed:
+    if isinstance(computation, Calls):
         return b'', 'the functions of an executor travel pickled'
     picker = SourcePicker(shipped)
     try:
@@ -4746,7 +4958,8 @@ class Journal(Database):
         OSError, and what pickling its id raises; the job is not submitted then."""
         number = self.last + 1
         ident, payload = pickle.dumps(job.id), in_one_piece(job._payload)
-        options = pickle.dumps(job._options) if job._options else b''
+        plain = {name: value for name, value in (job._options or {}).items() if name != 'repeats'}
+        options = pickle.dumps(plain) if plain else b''
         arguments = job.arguments.encode('utf-8', 'replace')
         with self._guard:
             self._append(self.INSERT, number, job.submit_time, ident, payload, options, arguments)
@@ -6094,6 +6307,7 @@ class Driver(Loop):
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
             SendJobs: self._send_jobs, SendCancel: self._send_to, SendRecall: self._send_to, SendAck: self._send_ack,
+            LimitNode: self._limit_node, JobFailedOnce: self._failed_once,
             JobsEnded: self._jobs_ended, JobEnded: self._job_ended, JobWaits: self._job_waits,
             JobsStarted: self._jobs_started, Withdrawn: self._withdrawn,
             JobParked: self._job_parked, NodeDrained: self._drained, NodeGone: self._gone,
@@ -6225,7 +6439,9 @@ class Driver(Loop):
         if getattr(cluster, '_journal', None) is not None:
             self._leaving.journals[comp] = cluster._journal  # type: ignore[assignment]
         self._clusters[comp] = cluster
-        self._act(self.schedule.handle(Opened(comp, cluster._client, cluster._reentrant, cluster._remote), self.now))
+        opened = Opened(comp, cluster._client, cluster._reentrant, cluster._remote,
+                        self._most_of(cluster))
+        self._act(self.schedule.handle(opened, self.now))
         self._warn_at[comp] = math.inf if isinstance(cluster, (Survey, Gathering)) else self.now + WARN_AFTER
         self.use(comp, cluster._specs)
         if probe:
@@ -6233,6 +6449,13 @@ class Driver(Loop):
             self._use_address(comp, '127.0.0.1', cluster._port, cluster._specs[0], False).probed = True
         elif not cluster._specs:
             self._use_embedded(comp)
+
+    @staticmethod
+    def _most_of(cluster: 'JobCluster') -> Optional[int]:
+        """CPUs that a cluster may use over all nodes; a scheduler sees to that itself."""
+        if cluster._remote or cluster._cargo is None:
+            return None
+        return cluster._cargo.spec.get('most') or None
 
     def use(self, comp: str, specs: Sequence[NodeSpec]) -> None:
         """Look for nodes: dial those named, ask for those meant by wildcards."""
@@ -6355,12 +6578,19 @@ class Driver(Loop):
         for recovery in set(self._reclaimed.values()):
             recovery.cancel(job)
 
-    def cancel_waiting(self, comp: str) -> int:
-        """End all jobs of a cluster that have not begun. Returns of how many this is tried."""
+    def cancel_waiting(self, comp: str, but_first: bool = False) -> int:
+        """End all jobs of a cluster that have not begun; `but_first`: that no CPU is about to take.
+        Returns of how many this is tried."""
         self._take_submitted()
         known = self.schedule.comps.get(comp)
         if known is not None:
+            if but_first:   # also if they have come in this turn
+                self._flush()
             works = known.not_begun()
+            if but_first:
+                taken = {serial for key in known.nodes
+                         for serial in self.schedule.runs(key).get(comp, ())}
+                works = [work for work in works if work._serial not in taken]
             self._act(self.schedule.handle(WithdrawAsked(works), self.now))
             return len(works)
         return 0
@@ -6475,6 +6705,11 @@ class Driver(Loop):
         if limit and peer.link is not None:
             self.say(peer.link, Limit(comp, limit))
         return limit
+
+    def _limit_node(self, action: LimitNode) -> None:
+        peer = self._peers.get(action.node)
+        if action.cpus and peer is not None and peer.link is not None:
+            self.say(peer.link, Limit(action.comp, action.cpus))
 
     def leave(self, comp: str, node: Any, then: str, at_once: bool) -> None:
         """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at once."""
@@ -6863,6 +7098,11 @@ class Driver(Loop):
                 return   # a dispynode has answered meanwhile
             logger.info('no dispynode answers: one is started on this machine for this program (nodes=%r says so at once)', LOCAL)
         peer = self._peers.setdefault(LOCAL, Peer('127.0.0.1', 0, self.access.redial, True, True))
+        most = self._most_of(self._clusters[comp])
+        if comp not in peer.uses and most is not None:   # also if the machine has fewer CPUs
+            peer.uses[comp] = Use(NodeSpec('127.0.0.1', 0))
+            peer.uses[comp].allocation = Allocation(most, b'', [], {})
+            self._set_up(peer, comp)
         self._take(peer, comp, NodeSpec('127.0.0.1', 0))
 
     def _listen(self, host: str, port: int, may_fail: bool) -> None:
@@ -7337,7 +7577,7 @@ class Driver(Loop):
         if message.code == 'busy':
             text += who_holds(text, peer.place)
         self._refusal(peer, message.comp, text, 'process' if was_ready and message.code == 'setup' else message.code)
-        use.unloadable = message.code == 'code'
+        use.unloadable = message.code in ('code', 'initializer')
         self._check_unloadable(message.comp)
 
     def _check_unloadable(self, comp: str) -> None:
@@ -7351,7 +7591,11 @@ class Driver(Loop):
         """Why no node can load the code of a computation; empty if one may."""
         cluster, uses = self._clusters[comp], [peer.uses[comp] for peer in self.peers_of(comp)]
         others = cluster._host is not None or any(spec.wild or spec.scheduler for spec in cluster._specs)
-        if others or not uses or not all(use.unloadable for use in uses):
+        if not uses or not all(use.unloadable for use in uses):
+            return ''
+        if cluster._cargo is not None and cluster._cargo.spec.get('initializer'):
+            return '%s: %s' % (NO_INITIALIZER, uses[0].reason)
+        if others:
             return ''
         return 'no node can load the code of %s: %s' % (cluster.name, uses[0].reason)
 
@@ -7674,18 +7918,47 @@ class Driver(Loop):
                         self.say(peer.link, message)
                     use.acks = []
 
-    def _jobs_ended(self, action: JobsEnded) -> None:
-        """Results at last. What may run the user's code when it is opened is left to an opener."""
+    def _failed_once(self, action: JobFailedOnce) -> None:
+        """Whether a job is repeated is found out by an opener: its exception may be the user's."""
+        if self._incoming:
+            self._abort_file((action.comp, action.row[0]))
         cluster, peer = self._clusters[action.comp], self._peers[action.node]
+        self._openers.run(self._think_over, cluster, peer, action.work, action.row)
+
+    def _think_over(self, cluster: 'JobCluster', peer: Peer, job: DispyJob, row: tuple) -> None:
+        """An opener."""
+        delay: Optional[float] = None
+        try:
+            failure = failure_of(row, cluster._cargo.is_program)
+            delay = job._options['repeats'].next_delay(failure)  # type: ignore[index]
+        except Exception as exc:  # of the user's code
+            logger.warning('job %r is not repeated: dispy_retry_on: %s',
+                           job.id, describe_exception(exc, 1))
+        decided = functools.partial(self._thought_over, cluster, peer, job, row, delay)
+        self.post(Asked(decided, None))
+
+    def _thought_over(self, cluster: 'JobCluster', peer: Peer, job: DispyJob, row: tuple,
+                      delay: Optional[float]) -> None:
+        if delay is not None:
+            self._act(self.schedule.handle(Repeat(job, delay), self.now))
+        elif self.schedule.handle(RepeatNot(job, row[1]), self.now):
+            self._have_ended(cluster, peer, [(job, row)])
+
+    def _jobs_ended(self, action: JobsEnded) -> None:
+        self._have_ended(self._clusters[action.comp], self._peers[action.node], action.pairs)
+
+    def _have_ended(self, cluster: 'JobCluster', peer: Peer,
+                    pairs: List[Tuple[DispyJob, tuple]]) -> None:
+        """Results at last. What may run the user's code when it is opened is left to an opener."""
         plain: List[Tuple[DispyJob, tuple]] = []
         code: List[Tuple[DispyJob, tuple]] = []
         # Such come alone, and take time to open
-        large = len(action.pairs) == 1 and len(action.pairs[0][1][4]) > LAZY
-        journal = self._leaving.journals.get(action.comp)
-        for pair in action.pairs:
+        large = len(pairs) == 1 and len(pairs[0][1][4]) > LAZY
+        journal = self._leaving.journals.get(cluster._comp)
+        for pair in pairs:
             outcome = pair[1][1]
             if self._incoming and outcome not in GOES_ON:
-                self._abort_file((action.comp, pair[1][0]))
+                self._abort_file((cluster._comp, pair[1][0]))
             if cluster._on_output is not None and outcome not in GOES_ON:
                 self._show_rest(cluster, *pair)
             if journal is not None and outcome not in GOES_ON:
@@ -7724,6 +7997,17 @@ class Driver(Loop):
             self._leaving.journals[job._comp].ended(job, action.text)
         self._clusters[job._comp]._end(job, action.text)
         self._clusters[job._comp]._jobs_answered([job])
+
+
+def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
+    """What `get` would raise for a row of Results; None for one that is no failure. Runs the user's
+    code."""
+    job = DispyJob('', None, None, 0)
+    job._state = JobState.FINISHED if row[1] in RETURNED else JobState.TERMINATED
+    fill_in(job, row, is_program)
+    if job.status != JobState.FINISHED:
+        return error_of(job)
+    return exit_error(job) if job._has_exit_status() else None
 
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
@@ -7890,6 +8174,7 @@ class JobCluster:
 
     _remote = False   # jobs go to a scheduler
     _function: Optional[Tuple[str, str]] = None   # of the computation, by name
+    _unusable = ''    # why an executor can run nothing any more
 
     def __init__(self, computation: Any, nodes: Any = None, depends: Sequence[Any] = (),
                  job_status: Optional[Callable[[DispyJob], Any]] = None,
@@ -7948,9 +8233,11 @@ class JobCluster:
             if spec.allocator is not None and spec.allocator.setup_args:   # it may choose others later, which are checked then
                 check_setup_args(size_of(self._bundles.packed((tuple(spec.allocator.setup_args), []), [])), self._remote)
         self._cargo.spec['key'] = digest_of(self._key)
+        if isinstance(computation, Calls):
+            self._cargo.spec.update(computation.spec)
         self._cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
         self._source: Optional[Tuple[bytes, str]] = None     # what pack_source gave; driver thread only
-        self._told_of_change = computation is call_packed    # that files of modules have changed; an executor runs the new text
+        self._told_of_change = isinstance(computation, Calls)    # that files of modules have changed; an executor runs the new text
         self._job_status, self._cluster_status, self._on_output = callback if job_status is None else job_status, cluster_status, on_output
         self._shown: Dict[DispyJob, List[int]] = {}          # bytes of stdout and stderr shown live; driver thread only
         self._lock = threading.Lock()                        # guards those below
@@ -7963,8 +8250,9 @@ class JobCluster:
         self._counts: Dict[str, List[Any]] = {}              # node -> [peer, jobs done, seconds]
         self._chains: Dict[DispyJob, Deque[Tuple[tuple, Peer]]] = {}   # rows of jobs with provisional results, in order
         self._numbers = itertools.count(1)
-        self._finished = 0                                   # jobs whose status is Finished
-        self._unfinished: Dict[int, int] = {}                # status -> jobs that ended otherwise
+        self._finished = 0                                   # jobs that have ended as they should
+        # Status -> jobs that have not; Finished: programs, by their exit status
+        self._unfinished: Dict[int, int] = {}
         self._monitors: Tuple[Monitor, ...] = ()             # replaced as a whole
         self._started = time.time()
         self._directory = os.getcwd()                        # files that jobs send come below it
@@ -7999,7 +8287,7 @@ class JobCluster:
 
     def _warn_of_others(self, computation: Any) -> None:
         """The third cluster of one function that is open: a cell or a loop makes one each time."""
-        if computation is call_packed:   # an executor has functions of all sorts
+        if isinstance(computation, Calls):   # an executor has functions of all sorts
             return
         self._function = (getattr(computation, '__module__', ''),
                           getattr(computation, '__qualname__', str(computation)))
@@ -8113,7 +8401,7 @@ class JobCluster:
 
     # -- jobs ---------------------------------------------------------------------------------------------
 
-    def submit(self, *args: Any, **kwargs: Any) -> DispyJob:
+    def submit(self, /, *args: Any, **kwargs: Any) -> DispyJob:
         """Run the computation once, with these arguments. Returns the job. Any thread.
 
         Keywords that are not passed on:
@@ -8123,6 +8411,9 @@ class JobCluster:
         dispy_memory - bytes that its process and those it starts may use together; with more they are killed (default: no limit)
         dispy_retries - so often it is tried again if its worker or node is lost, also if the cluster is not reentrant;
             then it is Abandoned
+        dispy_retry_on - classes of exceptions, or True for any failure, exit statuses of programs
+            included: it is tried again, so often in all, after such a failure of its own too
+        dispy_retry_delay - seconds before that, doubled each time (default 0)
         dispy_job_depends - list of paths of files, functions and classes for this job alone
 
         Raises RuntimeError on a closed cluster; TypeError, ValueError or FileNotFoundError for bad keywords; ValueError
@@ -8130,16 +8421,16 @@ class JobCluster:
         """
         return self._submit(next(self._numbers), args, kwargs)
 
-    def submit_job_id(self, id: Any, *args: Any, **kwargs: Any) -> DispyJob:
+    def submit_job_id(self, id: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
         """As `submit`; the job's `id` is the one given, any object. Any thread."""
         return self._submit(id, args, kwargs)
 
-    def submit_node(self, node: Any, *args: Any, **kwargs: Any) -> DispyJob:
+    def submit_node(self, node: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
         """As `submit`, on this node and no other: a DispyNode, its name, address or (address, port). The job waits while the
         node cannot be used. Raises ValueError for a node that this cluster does not know, naming those it does. Any thread."""
         return self._submit(next(self._numbers), args, kwargs, self._key_of_node(node))
 
-    def submit_job_id_node(self, id: Any, node: Any, *args: Any, **kwargs: Any) -> DispyJob:
+    def submit_job_id_node(self, id: Any, node: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
         """As `submit_node`, with the job's `id`. Any thread."""
         return self._submit(id, args, kwargs, self._key_of_node(node))
 
@@ -8151,14 +8442,24 @@ class JobCluster:
         options = _take_options(kwargs) if kwargs else None
         if node is not None:
             options = dict(options or {}, node=node)
+        if options is not None and 'repeats' in options:
+            options['repeats'].is_program = self._cargo.is_program
         if self._cargo.is_program and kwargs:
             raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
+        return self._enter(number, args, kwargs, options, self._pack(args, kwargs, depends))
+
+    def _pack(self, args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
+        """Arguments as they are now."""
         self._look_at_modules()
         payload = pack_arguments(args, kwargs, self._bundles, depends)
         most = VALUE_MOST if self._journal is None else JOURNAL_MOST
         if size_of(payload) > most:
             raise ValueError('arguments of %d bytes are over the limit of %d%s: send a file (depends)' % (
                 size_of(payload), most, '' if self._journal is None else ' of a cluster with a recover_file'))
+        return payload
+
+    def _enter(self, number: Any, args: tuple, kwargs: dict, options: Optional[dict], payload: Any,
+               future: Optional['DispyFuture'] = None) -> DispyJob:
         job = DispyJob(self._comp, payload, options, number) if self._journal is None \
             else KeptJob(self._comp, payload, options, number, words_of(args, kwargs))
         with self._lock:
@@ -8167,6 +8468,9 @@ class JobCluster:
             if self._journal is not None and isinstance(job, KeptJob):
                 self._journal.submitted(job)
                 self._journal.trim()
+            if future is not None:
+                job._future = future
+                future.job = job
             self._pending += 1
             self._count += 1
             self._owed.add(job)
@@ -8191,27 +8495,45 @@ class JobCluster:
             while jobs:
                 yield result_of(jobs.popleft())
         finally:
-            for job in jobs:
-                self.cancel(job)
+            if jobs:
+                def cancel() -> None:
+                    for job in jobs:
+                        self._driver.cancel(job)
+                with contextlib.suppress(RuntimeError):   # it has ended, and its jobs with it
+                    self._driver.ask(cancel)
 
-    def as_completed(self, jobs: Sequence[DispyJob], timeout: Optional[float] = None, progress: bool = False) -> Iterator[DispyJob]:
-        """Yield the jobs as they end, whatever their end. Raises TimeoutError when some have not after `timeout` seconds.
-        `progress` as in `wait`."""
-        if not progress:
-            yield from self._as_completed(jobs, timeout)
-            return
-        with Progress() as shown:
-            for done, job in enumerate(self._as_completed(jobs, timeout), 1):
-                shown.show(done, len(jobs))
-                yield job
-
-    def _as_completed(self, jobs: Sequence[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
+    def as_completed(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None,
+                     progress: bool = False) -> Iterator[DispyJob]:
+        """Yield the jobs, any iterable of them, which is read at once, as they end, whatever their
+        end. Raises TimeoutError when some have not after `timeout` seconds. `progress` as in
+        `wait`."""
         timeout = _seconds('timeout', timeout)
-        until = None if timeout is None else time.monotonic() + timeout
-        ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
+        jobs = list(jobs)
         for job in jobs:
             if not isinstance(job, DispyJob):
                 raise TypeError('as_completed: %.80r is no job' % (job,))
+        ended = self._as_completed(jobs, timeout)
+        return self._with_progress(ended, len(set(jobs))) if progress else ended
+
+    @staticmethod
+    def _with_progress(ended: Iterator[DispyJob], total: int) -> Iterator[DispyJob]:
+        with Progress() as shown:
+            for done, job in enumerate(ended, 1):
+                shown.show(done, total)
+                yield job
+
+    def gather(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None) -> List[Any]:
+        """Wait for jobs, any iterable of them, and return their results in this order. Raises what
+        `get` raises for the first of them that failed; the others go on. Raises TimeoutError after
+        `timeout` seconds. Any thread."""
+        timeout = _seconds('timeout', timeout)
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        return [job.get(max(0.0, until - time.monotonic())) for job in list(jobs)]
+
+    def _as_completed(self, jobs: List[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
+        until = None if timeout is None else time.monotonic() + timeout
+        ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
+        for job in jobs:
             job._call_when_ended(ended.put)
         left = set(jobs)
         while left:
@@ -8236,7 +8558,10 @@ class JobCluster:
 
     def cancel_waiting(self) -> None:
         """End all jobs that have not begun, those that wait on nodes included. Any thread."""
-        self._driver.ask(lambda: self._driver.cancel_waiting(self._comp))
+        self._cancel_waiting(False)
+
+    def _cancel_waiting(self, but_first: bool) -> None:
+        self._driver.ask(lambda: self._driver.cancel_waiting(self._comp, but_first))
 
     def _withdraw_all(self, jobs: Sequence[Any]) -> None:
         """Cancel those that have not begun; the answers are not waited for. Any thread but the
@@ -8545,7 +8870,7 @@ class JobCluster:
                 if self._cluster_status is not None:
                     self._driver.post(Told(self, DispyJob.Running, peer, job))
             fill_in(job, row, self._cargo.is_program)
-            if job.status == 11:
+            if job.status == 11 and not (self._cargo.is_program and job.result):
                 finished += 1
             else:
                 self._note(job, payload)
@@ -8600,7 +8925,8 @@ class JobCluster:
         return True
 
     def _note(self, job: DispyJob, payload: Any) -> None:
-        """A job has ended without a result: count it, and tell who watches."""
+        """A job has ended without a result, or with the exit status of a program that failed:
+        count it, and tell who watches."""
         with self._lock:
             self._unfinished[job.status] = self._unfinished.get(job.status, 0) + 1
         for monitor in self._monitors:
@@ -8976,14 +9302,39 @@ def _flag(name: str, value: Any) -> bool:
 
 def _take_options(kwargs: dict) -> Optional[dict]:
     """Take the keywords that are the cluster's out of those of the job."""
-    options = {}
+    repeats = _take_repeats(kwargs)
+    options: Dict[str, Any] = {}
     for name in [name for name in kwargs if name.startswith('dispy_')]:
         if name not in _OPTIONS:
-            raise TypeError('submit: unknown keyword %s; there are %s and dispy_job_depends' % (name, ', '.join(_OPTIONS)))
+            raise TypeError('submit: unknown keyword %s; there are %s, dispy_retry_on, dispy_retry_delay and '
+                            'dispy_job_depends' % (name, ', '.join(_OPTIONS)))
         value = kwargs.pop(name)
         if value is not None:
             options[name[len('dispy_'):]] = _in_range('submit: ' + name, value, None, *_OPTIONS[name])
+    if repeats is not None:
+        if not options.get('retries'):
+            raise ValueError('submit: dispy_retry_on needs dispy_retries, how often it is tried '
+                             'again')
+        repeats.most = options['retries']
+        options['repeats'] = repeats
     return options or None
+
+
+def _take_repeats(kwargs: dict) -> Optional[Repeats]:
+    """Those that say which failures are repeated. Raises TypeError or ValueError."""
+    on, delay = kwargs.pop('dispy_retry_on', None), kwargs.pop('dispy_retry_delay', None)
+    if on is None or on is False:
+        if delay is not None:
+            raise ValueError('submit: dispy_retry_delay needs dispy_retry_on, which failures are '
+                             'repeated')
+        return None
+    kinds = on if isinstance(on, (tuple, list)) else (on,)
+    if on is not True and not all(
+            isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):
+        raise TypeError('submit: dispy_retry_on=%.80r: it must be True, a class of exceptions or '
+                        'several of these' % (on,))
+    seconds = _in_range('submit: dispy_retry_delay', delay, 0.0, 0, 1e6)
+    return Repeats(on if on is True else tuple(kinds), seconds, 0)
 
 
 _OPTIONS: Dict[str, Tuple[float, float, bool]] = {   # lowest and highest value, and whether it is a whole number
@@ -8996,119 +9347,385 @@ _OPTIONS: Dict[str, Tuple[float, float, bool]] = {   # lowest and highest value,
 # ---------------------------------------------------------------------------------------------------------
 
 class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
-    """A future of a DispyExecutor; `job` is the job behind it."""
+    """A future of a DispyExecutor; `job` is the job behind it, None if the call could not be
+    pickled."""
 
     def __init__(self, cluster: JobCluster) -> None:
-        super().__init__()
-        self._cluster = cluster
         self.job: Optional[DispyJob] = None
+        self._cluster = cluster
+        super().__init__()
+
+    @property
+    def _state(self) -> str:
+        """The state by the names of the standard library, which shows it and decides by it."""
+        state, job = self._set_state, self.job
+        if state == 'PENDING' and job is not None and job.status in (6, 7):
+            return 'RUNNING'
+        return state
+
+    @_state.setter
+    def _state(self, state: str) -> None:
+        self._set_state = state
 
     def cancel(self) -> bool:
         """Cancel the call if it has not begun: its node is asked, and the answer is waited for, 1 s
         at most. Returns whether it will never begin. As with other executors, what runs goes on
-        (`cluster.cancel` ends that too). Any thread."""
+        (`cluster.cancel` ends that too). In a thread with a running event loop the answer is not
+        waited for: the call is cancelled as soon as it has come. Any thread."""
         if self.done():
             return self.cancelled()
-        job = self.job
-        return job is not None and self._cluster._withdraw(job) and super().cancel()
-
-    def running(self) -> bool:
-        """Whether it is on a CPU."""
-        return self.job is not None and self.job.status in (JobState.RUNNING, JobState.PROVISIONAL)
+        if self.job is None:
+            return False
+        if _in_event_loop():
+            self._cluster._withdraw_all([self.job])
+            return self.job.status == JobState.CANCELLED and super().cancel()
+        return self._cluster._withdraw(self.job) and super().cancel()
 
     def settle(self, job: DispyJob) -> None:
-        """The job has ended. A callback thread."""
-        self.job = job
+        """The job has ended. What it printed is shown here, unless the program takes that itself
+        (`on_output`). A callback thread."""
+        if self._cluster._on_output is None:
+            _show_printed(job)
         if self.cancelled() or job.status == JobState.CANCELLED:
             super().cancel()
             self.set_running_or_notify_cancel()
         elif job.status == JobState.FINISHED:
             self.set_result(job.result)
         else:
-            self.set_exception(error_of(job))
+            error = error_of(job)
+            if getattr(error, 'dispy_unopened', False) and not isinstance(error, ImportError):
+                lost = WorkerLost('the call could not be opened by its worker:\n%s' % job.exception)
+                lost.__cause__ = error
+                error = lost
+            elif isinstance(error, WorkerLost) and NO_INITIALIZER in str(error):
+                self._cluster._unusable = str(error)
+            self.set_exception(error)
+
+
+def _show_printed(job: DispyJob) -> None:
+    """What a call has printed, as from a process of this machine: whole, when it has ended."""
+    for text, stream in ((job.stdout, sys.stdout), (job.stderr, sys.stderr)):
+        if text and stream is not None:
+            with contextlib.suppress(OSError, ValueError):   # closed, or it lacks these characters
+                stream.write(str(text))
+                stream.flush()
+
+
+def _in_event_loop() -> bool:
+    """Whether this thread runs an event loop of asyncio, which must not be kept waiting."""
+    asyncio = sys.modules.get('asyncio')
+    return asyncio is not None and asyncio._get_running_loop() is not None
+
+
+def _settle_future(job: DispyJob) -> None:
+    """The callback of an executor's cluster. Afterwards the job refers to the future no more:
+    both are freed, with the result, when the last reference to them is gone."""
+    future = job._future
+    del job._future
+    future.settle(job)
+
+
+class _ExecutorClusters:
+    """The clusters of an executor: one, and while the file of a module has changed those before
+    it, whose calls go on. Nothing that lasts refers to this, so that it is freed with the last
+    executor that uses it; its clusters are closed then."""
+
+    def __init__(self, make_cluster: Callable[[], JobCluster]) -> None:
+        self._make_cluster = make_cluster
+        self._lock = threading.Lock()      # guards those below
+        self.cluster = make_cluster()
+        self._clusters = [self.cluster]    # that are open
+        self._closed = False
+        self._end = weakref.finalize(self, _close_later, self._clusters)
+        self._end.atexit = False           # the end of the program sees to clusters itself
+
+    def current(self) -> JobCluster:
+        """The cluster for a new call. Raises RuntimeError."""
+        cluster = self.cluster
+        if _ending:
+            raise RuntimeError('cannot schedule new futures after interpreter shutdown: '
+                               'the program ends')
+        if self._closed or cluster._closed:
+            raise RuntimeError('cannot schedule new futures after shutdown: '
+                               'the executor was closed')
+        if cluster._unusable:
+            raise BrokenProcessPool(cluster._unusable)
+        return self._renewed(cluster) if cluster._bundles.changed() else cluster
+
+    def _renewed(self, old: JobCluster) -> JobCluster:
+        """The file of a module has changed: later calls run its new text, in new workers."""
+        with self._lock:
+            if self.cluster is old and not old._closed and not self._closed:
+                self.cluster = self._make_cluster()
+                open_ones = [cluster for cluster in self._clusters if not cluster._closed]
+                self._clusters[:] = [*open_ones, self.cluster]
+                _close_later([old])
+            return self.cluster
+
+    def close(self, wait: bool, cancel: bool) -> None:
+        """Take no more calls."""
+        with self._lock:
+            self._closed = True
+            clusters = list(self._clusters)
+        self._end.detach()
+        for cluster in clusters if cancel else ():
+            if not cluster._closed:
+                cluster._cancel_waiting(True)
+        if not wait:
+            _close_later(clusters)
+        for cluster in clusters if wait else ():
+            cluster.close()
+
+    def terminate(self) -> None:
+        """End what runs, too."""
+        with self._lock:
+            self._closed = True
+        for cluster in self._clusters:
+            cluster.close(terminate=True)
+
+
+def _close_later(clusters: Sequence[JobCluster]) -> None:
+    """Close clusters when their jobs have ended. Any thread, also one that collects garbage."""
+    def close() -> None:
+        for cluster in clusters:
+            cluster.close()
+    with contextlib.suppress(RuntimeError):   # the interpreter ends, and its clusters with it
+        threading.Thread(target=close, name='dispy-shutdown', daemon=True).start()
 
 
 class DispyExecutor(concurrent.futures.Executor):
-    """A concurrent.futures.Executor whose calls run on the nodes of a cluster: any function a call, exceptions as they
-    were raised with the node's traceback as their cause. `cluster` is the cluster.
+    """A concurrent.futures.Executor whose calls run on the nodes of a cluster: any function a call,
+    exceptions as they were raised with the node's traceback as their cause. `cluster` is the
+    cluster.
 
-    Parameters: `nodes` and the other parameters of JobCluster but `computation` and `job_status`. Raises what that raises.
+    Parameters:
+    max_workers - CPUs that calls use at once, over all nodes (default: all that these have). A node
+        that this program has started itself runs so many calls at once even if the machine has
+        fewer CPUs
+    nodes - as of JobCluster, whose other parameters but `computation` and `job_status` may be given
+        as well
+    initializer, initargs - a function and its arguments: each worker process calls it before its
+        first call. A node where it fails is not used; if there is no other, all futures and
+        `submit` raise BrokenExecutor
+    max_tasks_per_child - a worker process is replaced after so many calls (default: never)
+    mp_context - a context of `multiprocessing`, or the name of a start method. Workers are started
+        by fork; another method is named in the log, once
+
+    A worker process that is killed ends its call with WorkerLost, which is a BrokenExecutor; the
+    executor itself goes on. When the program ends, it waits for calls that have not ended; Ctrl-C
+    ends that wait. Raises what JobCluster raises.
     """
 
-    def __init__(self, nodes: Any = None, **options: Any) -> None:
-        self._make_cluster = functools.partial(JobCluster, call_packed, nodes, job_status=lambda job: job.id.settle(job), **options)
-        self._renewing = threading.Lock()   # guards the change of `cluster`
-        self.cluster = self._make_cluster()
+    def __init__(self, max_workers: Optional[int] = None, mp_context: Any = None,
+                 initializer: Optional[Callable[..., Any]] = None, initargs: Sequence[Any] = (), *,
+                 max_tasks_per_child: Optional[int] = None, nodes: Any = None,
+                 **options: Any) -> None:
+        if max_tasks_per_child is not None:
+            options['max_jobs_per_worker'] = _positive('max_tasks_per_child', max_tasks_per_child)
+        most = 0 if max_workers is None else _positive('max_workers', max_workers)
+        if initializer is not None and not callable(initializer):
+            raise TypeError('initializer must be a callable, not %.80r' % (initializer,))
+        _note_start_method(mp_context)
+        calls = Calls(initializer, tuple(initargs), most)
+        self._pool = _ExecutorClusters(functools.partial(
+            JobCluster, calls, nodes, job_status=_settle_future, **options))
+        self._options: Optional[dict] = None
 
-    def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> DispyFuture:  # type: ignore[override]
-        """Call fn(*args, **kwargs) on a node. Raises RuntimeError after shutdown, TypeError for what cannot
-        be called, and what pickling raises. Any thread."""
+    @property
+    def cluster(self) -> JobCluster:
+        """The cluster that runs the calls."""
+        return self._pool.cluster
+
+    def with_options(self, *, timeout: Optional[float] = None, priority: Optional[int] = None,
+                     memory: Optional[int] = None, cpus: Optional[int] = None,
+                     retries: Optional[int] = None) -> 'DispyExecutor':
+        """An executor with the same workers, whose calls have these options: see `dispy_timeout`
+        and so on of JobCluster.submit. What is not given stays as it is. To shut down one of them
+        is to shut down all. Raises ValueError for an option out of range."""
+        given = _take_options({
+            'dispy_timeout': timeout, 'dispy_priority': priority, 'dispy_memory': memory,
+            'dispy_cpus': cpus, 'dispy_retries': retries})
+        other = DispyExecutor.__new__(type(self))
+        other._pool = self._pool
+        other._options = dict(self._options or {}, **given or {}) or None
+        return other
+
+    def submit(self, fn: Callable[..., Any], /,  # type: ignore[override]
+               *args: Any, **kwargs: Any) -> DispyFuture:
+        """Call fn(*args, **kwargs) on a node. What pickling raises is the future's exception.
+        Raises RuntimeError after shutdown, BrokenExecutor if the initializer has failed on all
+        nodes, TypeError for what cannot be called. Any thread."""
         if not callable(fn):
             raise TypeError('%.80r cannot be called' % (fn,))
-        cluster = self.cluster
-        if cluster._bundles.changed():
-            cluster = self._renew(cluster)
+        cluster = self._pool.current()
         future = DispyFuture(cluster)
-        payload = in_one_piece(cluster._bundles.packed(fn, [('the function', fn)], True))
-        future.job = cluster.submit_job_id(future, payload, args, kwargs)
+        try:
+            function = in_one_piece(cluster._bundles.packed(fn, [('the function', fn)], True))
+            payload = cluster._pack((function, args, kwargs), {})
+        except (Exception, SystemExit) as exc:  # pickling runs the user's code
+            future.set_exception(_pickling_error(exc))
+            return future
+        try:
+            cluster._enter(next(cluster._numbers), args, kwargs, self._options, payload, future)
+        except RuntimeError as exc:
+            if cluster is not self._pool.cluster:   # it has been replaced meanwhile
+                return self.submit(fn, *args, **kwargs)
+            raise RuntimeError('cannot schedule new futures after shutdown: %s' % exc) from None
         return future
 
-    def _renew(self, old: JobCluster) -> JobCluster:
-        """The file of a module has changed: later calls run its new text, in new workers. Those that were submitted go on."""
-        with self._renewing:
-            if self.cluster is old and not old._closed:
-                self.cluster = self._make_cluster()
-                threading.Thread(target=old.close, name='dispy-renew', daemon=True).start()
-            return self.cluster
-
-    def map(self, fn: Callable[..., Any], *iterables: Any, timeout: Optional[float] = None, chunksize: int = 1) -> Iterator[Any]:
-        """As in concurrent.futures: all inputs are taken at once, results come in order, `chunksize` inputs a job. Raises
-        TimeoutError when the next result is not there `timeout` seconds after the call, and what a call raised."""
+    def map(self, fn: Callable[..., Any], *iterables: Any, timeout: Optional[float] = None,
+            chunksize: int = 1, buffersize: Optional[int] = None) -> Iterator[Any]:
+        """As in concurrent.futures: results come in order, `chunksize` inputs a job. All inputs are
+        taken at once; with `buffersize`, so many jobs are under way at most, and others are taken
+        as results are. Raises TimeoutError when the next result is not there `timeout` seconds
+        after the call, and what a call raised."""
         if chunksize < 1:
             raise ValueError('chunksize=%r must be at least 1' % (chunksize,))
+        if buffersize is not None:
+            buffersize = _positive('buffersize', buffersize)
         until = None if timeout is None else time.monotonic() + timeout
-        inputs = zip(*iterables)
-        if chunksize == 1:
-            return self._results([self.submit(fn, *args) for args in inputs], until)
-        call = functools.partial(call_chunk, fn)
-        chunks = iter(lambda: list(itertools.islice(inputs, chunksize)), [])
-        return self._flat(self._results([self.submit(call, chunk) for chunk in chunks], until))
-
-    @staticmethod
-    def _flat(results: Any) -> Iterator[Any]:
-        with contextlib.closing(results):
-            for chunk in results:
-                yield from chunk
-
-    def _results(self, futures: List[DispyFuture], until: Optional[float]) -> Iterator[Any]:
-        """Results in order; when they are not wanted any more, the calls that have not begun are
-        cancelled."""
-        futures.reverse()
-        try:
-            while futures:
-                left = None if until is None else max(0.0, until - time.monotonic())
-                yield futures[-1].result(left)
-                futures.pop()
-        finally:
-            if futures:
-                self.cluster._withdraw_all([future.job for future in futures])
+        inputs: Iterator[tuple] = zip(*iterables)
+        call = fn
+        if chunksize > 1:
+            call = functools.partial(call_chunk, fn)
+            rows = inputs
+            chunks = iter(lambda: list(itertools.islice(rows, chunksize)), [])
+            inputs = ((chunk,) for chunk in chunks)
+        first = itertools.islice(inputs, buffersize)
+        futures = collections.deque(self.submit(call, *args) for args in first)
+        more = None
+        if buffersize is not None:   # what is not asked for shall not keep the executor
+            more = functools.partial(_submit_next, weakref.ref(self), call, inputs)
+        results = _results_of(futures, until, more)
+        return results if chunksize == 1 else _flat(results)
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         """As in concurrent.futures, waits for all calls; Ctrl-C and sys.exit end them."""
         if kind is not None and not issubclass(kind, Exception):
-            self.cluster.close(terminate=True)
+            self._pool.terminate()
         else:
             self.shutdown()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls; wait for those there are (`cancel_futures`: for those that have
-        begun) and let the nodes go."""
-        if cancel_futures:
-            self.cluster.cancel_waiting()
-        if wait:
-            self.cluster.close()
-        else:
-            threading.Thread(target=self.cluster.close, name='dispy-shutdown', daemon=True).start()
+        begun or that a CPU is about to take) and let the nodes go. Without `wait` that is done
+        later. Any thread."""
+        self._pool.close(wait, cancel_futures)
+
+    def __repr__(self) -> str:
+        return '<DispyExecutor of %r>' % self.cluster
+
+
+def _positive(name: str, value: Any) -> int:
+    """A parameter of an executor that is a number of things. Raises TypeError or ValueError."""
+    number = plain_number(value, True)
+    if number is None:
+        hint = '; nodes are given as nodes=' if name == 'max_workers' else ''
+        raise TypeError('%s must be an integer, not %.80r%s' % (name, value, hint))
+    if number < 1:
+        raise ValueError('%s must be greater than 0' % name)
+    return number  # type: ignore[no-any-return]
+
+
+def _note_start_method(context: Any) -> None:
+    """Workers are started by fork; say so to who asks for another method."""
+    method = context if context is None or isinstance(context, str) else context.get_start_method()
+    if method not in (None, 'fork') and method not in _methods_noted:
+        _methods_noted.add(method)
+        logger.info('mp_context: workers are started by fork, not by %s', method)
+
+
+_methods_noted: Set[str] = set()
+
+
+def _pickling_error(exc: BaseException) -> BaseException:
+    """The exception of a call that could not be pickled. One by which a program ends does not end
+    it."""
+    if isinstance(exc, SystemExit):
+        error = pickle.PicklingError('the call could not be pickled: %r' % exc)
+        error.__cause__ = exc
+        return error
+    return exc
+
+
+def _submit_next(executor: 'weakref.ref[DispyExecutor]', call: Callable[..., Any],
+                 inputs: Iterator[tuple]) -> List[DispyFuture]:
+    """The next input of `map`, if there is one."""
+    there = executor()
+    if there is None:
+        return []
+    return [there.submit(call, *args) for args in itertools.islice(inputs, 1)]
+
+
+def _results_of(futures: Deque[DispyFuture], until: Optional[float],
+                more: Optional[Callable[[], List[DispyFuture]]]) -> Iterator[Any]:
+    """Results in order; when they are not wanted any more, the calls that have not begun are
+    cancelled. No result is referred to from here once it has been yielded."""
+    try:
+        while futures:
+            if more is not None:
+                futures.extend(more())
+            yield _result_or_cancel(futures, until)
+    finally:
+        if futures:
+            jobs = [future.job for future in futures if future.job is not None]
+            futures[0]._cluster._withdraw_all(jobs)
+
+
+def _result_or_cancel(futures: Deque[DispyFuture], until: Optional[float]) -> Any:
+    """The result of the first one, which is taken out if it is there."""
+    left = None if until is None else max(0.0, until - time.monotonic())
+    try:
+        result = futures[0].result(left)
+    except concurrent.futures.TimeoutError:
+        if futures[0].done():   # the call has raised it
+            futures.popleft()
+        raise
+    except BaseException:
+        futures.popleft()
+        raise
+    futures.popleft()
+    return result
+
+
+def _flat(results: Any) -> Iterator[Any]:
+    """The results of several calls a job, one after the other."""
+    with contextlib.closing(results):
+        for chunk in results:
+            chunk.reverse()
+            while chunk:
+                yield chunk.pop()
+
+
+_ending = False    # the interpreter ends, and executors take no more calls
+
+
+def _wait_for_executors() -> None:
+    """The program ends: what was submitted to executors is waited for, as the standard library
+    does. Ctrl-C ends that, and so does it that no node is to be had."""
+    global _ending
+    if _ending:   # it has been done
+        return
+    _ending = True
+    left = END_WITHOUT_NODES
+    calling = [cluster for cluster in _clusters if cluster._job_status is _settle_future]
+    for cluster in calling:
+        try:
+            while left > 0 and not cluster._closed and not cluster.wait(0.5):
+                if not any(node.state == 'ready' for node in cluster.status().nodes):
+                    left -= 0.5
+        except KeyboardInterrupt:
+            logger.warning('%s: the program ends, and calls are not waited for any more',
+                           cluster.name)
+            return
+        except RuntimeError as exc:   # it was closed, or its driver has failed
+            logger.debug('%s: %s', cluster.name, exc)
+
+
+# Before other exit handlers, which may not submit calls any more
+if hasattr(threading, '_register_atexit'):
+    with contextlib.suppress(RuntimeError):   # it ends already
+        threading._register_atexit(_wait_for_executors)
 
 
 def register_joblib() -> None:
@@ -9182,6 +9799,7 @@ if 'joblib' in sys.modules:
 def _at_exit() -> None:
     """The program ends with clusters open: end what is left, and say so. After an exception that
     nobody caught, what runs on nodes goes on to its end."""
+    _wait_for_executors()
     clusters = list(_clusters)
     staying = [cluster for cluster in clusters if _may_stay(cluster)] if _ended_by_error() else []
     for cluster in clusters:

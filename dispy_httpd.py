@@ -251,7 +251,7 @@ class Watched(Monitor):
         if job.status != DispyJob.Cancelled:
             size = size_of(payload) if payload is not None else 0
             self.failures.append((job.end_time or time.time(), job.id, payload if size <= ARGUMENTS_MOST else size, job.status, job.ip_addr or '',
-                                  (job.exception or '')[-FAILURE_TEXT:]))
+                                  (job.exception or 'exit status %s' % (job.result,))[-FAILURE_TEXT:]))
 
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
         tails = self.output.setdefault(job, [b'', b''])
@@ -663,8 +663,10 @@ def counts_of(cluster: Any) -> Dict[str, int]:
     """Jobs of a cluster, but for those that have not ended. Any thread."""
     with cluster._lock:
         ends = cluster._unfinished
+        # Finished: programs with an exit status other than 0
+        failed = (DispyJob.Terminated, DispyJob.Abandoned, DispyJob.Finished)
         return {'submitted': cluster._count, 'done': cluster._finished, 'cancelled': ends.get(DispyJob.Cancelled, 0),
-                'failed': ends.get(DispyJob.Terminated, 0) + ends.get(DispyJob.Abandoned, 0)}
+                'failed': sum(ends.get(status, 0) for status in failed)}
 
 
 _STATE_ORDER = ['ready', 'draining', 'drained', 'setting up', 'asking', 'connected', 'dialling', 'waiting', 'found', 'refused', 'lost', 'closed']

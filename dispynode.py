@@ -277,6 +277,7 @@ REASONS: Dict[str, Reason] = {
     'transfer': Reason('a file is not as it was announced, too large, or has a name that is refused', False),
     'code': Reason('the code of the computation cannot even be loaded there', False),
     'setup': Reason('the code could not be loaded, or setup raised, returned something or did not end', False),
+    'initializer': Reason('the initializer of an executor has failed in a worker', False),
     'version': Reason('functions cannot go there as source', False),
     'allocate': Reason("the program's allocate() has failed or wants none", False),
     'cpus': Reason('it has no CPU to use for this computation', False),
@@ -1069,6 +1070,7 @@ def _is_spec(spec: dict) -> bool:
         and all(isinstance(spec.get(name), kind) for name, kind in SPEC_FIELDS.items()) and all(map(_is_file, spec['files'])) and all(map(_is_file, spec['modules'])) \
         and all(type(word) is str for word in (*spec['sys_path'], *spec['argv'])) \
         and spec['kind'] in ('function', 'source', 'program') \
+        and type(spec.get('initializer', False)) is bool and _is_serial(spec.get('most', 0)) \
         and spec['max_jobs'] >= 0 and all(type(name) is str and _is_buffer(source) for name, source in spec['support'].items())
 
 
@@ -1361,7 +1363,7 @@ def _digest_of_pickle(pickler: Callable[..., Any], value: Any, limit: int = sys.
     form = _Form(limit)
     try:
         pickler(form, 5, buffer_callback=lambda buffer: form.write(buffer.raw())).dump(value)
-    except Exception:  # whatever pickle cannot do, __reduce__ of the user's among it
+    except (Exception, SystemExit):  # whatever pickle cannot do, __reduce__ of the user's among it
         return None
     return form.digest()
 
@@ -2861,6 +2863,7 @@ class Kind(enum.IntEnum):
     FILE = 50       # serial, number: offset in pieces, bodies: row (a plain pickle), data
     WANT = 52       # serial, body: plain pickle of a bundle's number or a module's name; answered by KEPT
     HERE = 53       # first of all: the kernel tells by it which process has this pipe
+    INITIALIZED = 54   # body: text, empty if the initializer of an executor has returned
 
 
 # Kind of record -> bytes of its three bodies at most. Who writes them runs a user's code, so that they are checked as what
@@ -2868,7 +2871,7 @@ class Kind(enum.IntEnum):
 FROM_WORKER = {
     Kind.RESULT: (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST), Kind.UNSTARTED: (8 * SERIALS_MOST, 0, 0),
     Kind.LOGGED: (8 * TEXT_MOST, 0, 0), Kind.FILE: (SMALL, FILE_PIECE, 0), Kind.WANT: (SMALL, 0, 0),
-    Kind.HERE: (0, 0, 0)}
+    Kind.HERE: (0, 0, 0), Kind.INITIALIZED: (8 * TEXT_MOST, 0, 0)}
 FROM_RUNNER = {
     Kind.UP: (8 * TEXT_MOST, 0, 0), Kind.FAILED: (8 * TEXT_MOST, 0, 0), Kind.BORN: (0, 0, 0), Kind.GONE: (0, OUTPUT_MOST, OUTPUT_MOST),
     Kind.TOO_BIG: (0, 0, 0), Kind.PRINTED: (OUTPUT_KEPT, 0, 0), Kind.UNBORN: (8 * TEXT_MOST, 0, 0), Kind.ALIVE: (0, 0, 0)}
@@ -3962,6 +3965,12 @@ class WorkerUnborn(NamedTuple):
     text: str
 
 
+class WorkerInitialized(NamedTuple):
+    """The initializer has returned in a worker, or failed with this text."""
+    worker: int
+    error: str
+
+
 class Faulted(NamedTuple):
     """A fault of ours concerns this computation: it cannot go on here."""
     comp: str
@@ -4330,6 +4339,9 @@ class _Computation:
         # Attempts that have begun and since when, to be told to the client
         self.begun: List[Tuple[int, float]] = []
         self.stillborn = 0                     # workers in a row that died before their first job
+        # Keys of workers in which the initializer runs, and whether there is one
+        self.starting: Set[int] = set()
+        self.initializer = spec.get('initializer', False)
         self.digest = result_key(spec)
         self.most = spec.get('max_jobs') or 0
         self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
@@ -4404,7 +4416,8 @@ class Node:
             WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
             WorkerWants: self._worker_wants, Fetched: self._fetched,
             WorkerReturned: self._worker_returned,
-            WorkerGone: self._worker_gone, WorkerUnborn: self._worker_unborn, WorkerTooBig: self._worker_too_big,
+            WorkerGone: self._worker_gone, WorkerUnborn: self._worker_unborn,
+            WorkerInitialized: self._worker_initialized, WorkerTooBig: self._worker_too_big,
             Stop: self._stop, Pause: self._pause, Resume: self._resume, SetCpus: self._set_cpus, Release: self._take_from_holder, Status: self._status,
         }
         self._messages: Dict[type, Callable[..., None]] = {
@@ -5055,6 +5068,9 @@ class Node:
             return False
         if comp.idle:
             worker = comp.idle.pop()
+        elif comp.initializer:
+            self._initialize(comp, now)
+            return False
         elif len(comp.workers) < self.cpus and now >= self._workers_at:
             worker = self._new_worker(comp)
         else:
@@ -5083,6 +5099,28 @@ class Node:
         self._workers[worker.key] = comp.workers[worker.key] = worker
         self._do(StartWorker(worker.key, comp.comp))
         return worker
+
+    def _initialize(self, comp: _Computation, now: float) -> None:
+        """Make workers for what waits. They get work when their initializer has returned."""
+        most = min(self.free, len(comp.waiting))
+        while len(comp.workers) < self.cpus and len(comp.starting) < most \
+                and now >= self._workers_at:
+            comp.starting.add(self._new_worker(comp).key)
+
+    def _worker_initialized(self, event: WorkerInitialized, now: float) -> None:
+        worker = self._workers.get(event.worker)
+        if worker is None or event.worker not in worker.comp.starting:
+            return
+        comp = worker.comp
+        comp.starting.discard(event.worker)
+        comp.stillborn = 0
+        if comp.stage is Stage.CLOSING:
+            return
+        if event.error:
+            self._account_for(comp, event.error)
+            self._refuse(comp, 'initializer', event.error)
+        else:
+            self._idle(worker, 0)
 
     def _feed(self, comp: _Computation, worker: _Worker, count: int, now: float) -> None:
         attempts: List[Attempt] = []
@@ -5374,6 +5412,7 @@ class Node:
         self._workers.pop(worker.key, None)
         comp = worker.comp
         comp.workers.pop(worker.key, None)
+        comp.starting.discard(worker.key)
         comp.hungry.pop(worker.key, None)
         if worker in comp.idle:
             comp.idle.remove(worker)
@@ -5383,6 +5422,7 @@ class Node:
         if worker is None:
             return
         comp = worker.comp
+        initializing = worker.key in comp.starting
         self._bury(worker)
         self.free += worker.stuck
         if comp.stage is Stage.CLOSING:
@@ -5404,7 +5444,8 @@ class Node:
         if worker.queue and worker.fed == len(worker.queue):
             comp.stillborn += 1
         if comp.stillborn > 3:
-            self._refuse(comp, 'worker', 'workers die before they run anything: %s' % event.text)
+            self._refuse(comp, 'initializer' if initializing else 'worker', 'workers die %s: %s' % (
+                'in the initializer' if initializing else 'before they run anything', event.text))
 
     def _worker_unborn(self, event: WorkerUnborn, now: float) -> None:
         """What it was to run waits for another; no other is started for a while."""
@@ -6446,10 +6487,35 @@ def _name_of(path: str, directory: str) -> str:
     return name
 
 
-def call_packed(function: bytes, args: tuple, kwargs: dict) -> Any:
-    """The computation of an executor: any function a call. It is opened for each call, so that no call sees what another
-    has done to it."""
-    return unseal(function)(*args, **kwargs)
+class Calls:
+    """The computation of an executor: any function a call. Each worker process calls an initializer
+    first, if there is one. `most`: CPUs that the calls may use at once over all nodes."""
+    __name__ = 'executor'
+
+    def __init__(self, initializer: Optional[Callable[..., Any]] = None, initargs: tuple = (),
+                 most: int = 0) -> None:
+        self.initializer, self.initargs, self.most = initializer, initargs, most
+
+    @property
+    def spec(self) -> Dict[str, Any]:
+        """What nodes and schedulers have to know of it."""
+        return {'initializer': self.initializer is not None, 'most': self.most}
+
+    def __call__(self, function: bytes, args: tuple, kwargs: dict) -> Any:
+        """The function is opened for each call, so that no call sees what another has done to
+        it."""
+        try:
+            call = unseal(function)
+        except BaseException as exc:  # unpickling runs the user's code
+            mark_unopened(exc)
+            raise
+        return call(*args, **kwargs)
+
+
+def mark_unopened(exc: BaseException) -> None:
+    """Let an exception say to the client that a call, or its arguments, could not be opened."""
+    with contextlib.suppress(Exception):  # its class may refuse attributes
+        exc.dispy_unopened = True  # type: ignore[attr-defined]
 
 
 def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
@@ -6625,7 +6691,7 @@ class Surroundings:
         affinity, policy, priority, digits, name = self._system
         if affinity is not None:
             os.sched_setaffinity(0, affinity)
-        if policy is not None:
+        if policy is not None and self._parameters is not None:
             os.sched_setscheduler(0, policy, self._parameters)
         if priority is not None:
             os.setpriority(os.PRIO_PROCESS, 0, priority)
@@ -6791,8 +6857,8 @@ class Worker:
 
     def serve(self) -> None:
         """Until the daemon closes the pipe, or this process is not fit for another job."""
-        self._prepare()
         self._send(Kind.HERE)
+        self._prepare()
         fit = True
         while fit:
             if self._recalled:
@@ -6827,10 +6893,26 @@ class Worker:
             self._log_handler.emit = self._forward  # type: ignore[method-assign]
             logging.getLogger().addHandler(self._log_handler)
             logging.getLogger().setLevel(self._spec['logs'])
-        self._threads = threading.active_count()
-        self._surroundings = Surroundings(self._directory)
         if 'numpy' in sys.modules:   # forked twins would draw the same "random" numbers; `random` sees to it itself
             sys.modules['numpy'].random.seed()
+        if isinstance(self._function, Calls) and self._function.initializer is not None:
+            self._initialize(self._function)
+        self._threads = threading.active_count()
+        self._surroundings = Surroundings(self._directory)
+
+    def _initialize(self, calls: Calls) -> None:
+        """Call the initializer of an executor. What it changes stays as it is for all jobs here."""
+        assert calls.initializer is not None   # asked by the caller
+        try:
+            calls.initializer(*calls.initargs)
+        except BaseException as exc:  # the user's code
+            # As the standard library does
+            log = logging.getLogger('concurrent.futures')
+            log.critical('Exception in initializer:', exc_info=True)
+            text = 'the initializer has failed: %s' % describe_exception(exc, 1)
+            self._send(Kind.INITIALIZED, 0, 0, 0.0, 0.0, shorten(text).encode('utf-8', 'replace'))
+            os._exit(1)
+        self._send(Kind.INITIALIZED)
 
     # -- the pipe -----------------------------------------------------------------------------------------
 
@@ -6991,6 +7073,7 @@ class Worker:
         start, ticks = time.time(), time.perf_counter()
         failure: Optional[BaseException] = None
         value = None
+        opened = False
         try:
             try:
                 self._in_job = True
@@ -6998,6 +7081,7 @@ class Worker:
                     raise KeyboardInterrupt   # cancelled in the moment in which it starts
                 spaces.added.clear()
                 args, kwargs, *extras = unseal(record.bodies[0], True)
+                opened = True
                 if len(record.bodies[0]) > LAZY:   # the job has its memory
                     self._free(record)
                 if extras:
@@ -7007,6 +7091,8 @@ class Worker:
             except BaseException as exc:  # whatever a job raises is its result; SystemExit and the like too
                 self._in_job = False
                 failure = exc
+                if not opened:
+                    mark_unopened(exc)
         except KeyboardInterrupt as exc:  # it came while the handler above was entered
             self._in_job = False
             failure = exc
@@ -10154,6 +10240,10 @@ class Daemon(Loop):
             if type(request) not in (int, str) or (type(request) is int and not _is_serial(request)):
                 raise PeerError('modules that are none')
             self._tell(WorkerWants(pipe.worker, record.serial, request))
+        elif record.kind == Kind.INITIALIZED:
+            text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+            error = text and 'on node %s %s' % (self.node.name, text)
+            self._tell(WorkerInitialized(pipe.worker, error))
         elif record.kind == Kind.UNSTARTED:
             body = record.bodies[0]
             if len(body) % 8:

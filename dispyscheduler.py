@@ -69,7 +69,7 @@ from dispynode import (
     Outcome, Output, Payload, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
     Returned, Role, Said, Shutdown, StartError, Started, Unfit, Values, Welcome, Where, Wrong, __version__, _write_private, beside,
     check_name, derive_key, digest_of, discovery_reach, find_secret, frames, has_place, host_and_port, in_parts, is_comp, limit_values,
-    log_record_of, over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs, open_plain, open_regular, parse_arguments, pieces_of, result_key,
+    log_record_of, over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs, open_envelope, open_plain, open_regular, parse_arguments, pieces_of, result_key,
     plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of, size_option, sized,
     take_own_directory, tls_files, unpack_error)
 
@@ -572,6 +572,18 @@ class State(Database):
         self._db.close()
 
 
+def _exit_status(row: tuple) -> int:
+    """Of a program, by its row of Results; 0 if a node has sent something else."""
+    with contextlib.suppress(PeerError):
+        value = open_envelope(_plain(row[4]))
+        return value if type(value) is int else 0
+    return 0
+
+
+# Of jobs that have failed
+_STATE_OF = {Outcome.ABANDONED: JobState.ABANDONED, Outcome.RETURNED: JobState.FINISHED}
+
+
 def _plain(value: Any) -> Any:
     return bytes(value) if isinstance(value, (memoryview, bytearray)) else b''.join(value) if type(value) is tuple else value
 
@@ -861,7 +873,8 @@ class Overview:
     def ended(self, remote: Remote, work: RemoteWork, row: tuple, node: Any) -> None:
         """A job has ended with this row of Results, `node` is where, if it was on one."""
         outcome = row[1]
-        kind = 0 if outcome in RETURNED else 2 if outcome == Outcome.CANCELLED else 1
+        exit_status = _exit_status(row) if outcome in RETURNED and remote._cargo.is_program else 0
+        kind = 2 if outcome == Outcome.CANCELLED else int(outcome not in RETURNED or exit_status != 0)
         remote.ends[kind] += 1
         if node is not None:
             count = remote.ended_at.setdefault(node, [0, 0.0])
@@ -870,11 +883,13 @@ class Overview:
         if kind == 1:
             payload = row[4] if len(row[4]) > LAZY else _plain(row[4])
             peer = self._scheduler._peers.get(node)
+            if exit_status:
+                payload = b'exit status %d' % exit_status
             text = unpack_error(payload)[0] if outcome == Outcome.RAISED and len(payload) >= 4 else payload.decode('utf-8', 'replace')
             self._failed += 1
             self._failures.append((
                 self._failed, row[3] or time.time(), remote.number, work._client >> 16, _shown(work._payload),
-                int(JobState.ABANDONED if outcome == Outcome.ABANDONED else JobState.TERMINATED), str(peer) if peer is not None else '', text[-FAILURE_TEXT:]))
+                int(_STATE_OF.get(outcome, JobState.TERMINATED)), str(peer) if peer is not None else '', text[-FAILURE_TEXT:]))
 
     def over(self, remote: Remote) -> None:
         """A computation is over."""

@@ -441,6 +441,15 @@ def test_values_that_depend_on_the_files_of_other_modules(own):
     assert 'X' in found['fpkg.d'] and 'Y' not in found['fpkg.d']
 
 
+def test_modules_that_import_each_other_have_names_without_end(own):
+    """Each has its own by way of the others: a.HERE, b.a.HERE, a.b.a.HERE and so on."""
+    for name in 'abcd':
+        own.write({'round/__init__.py': '', 'round/%s.py' % name: ''.join(
+            'from round import %s\n' % other for other in 'abcd') + 'HERE = __file__\n'})
+    found = own.file_names(own.closure(['round.a']))
+    assert all({'HERE', 'b.HERE', 'd.HERE'} <= found['round.' + name] for name in 'abcd')
+
+
 # Kinds
 
 @pytest.mark.parametrize('name', ['sys', 'builtins', 'os', 'os.path', 'json', 'json.decoder',

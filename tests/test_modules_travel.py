@@ -741,7 +741,7 @@ def test_an_error_while_pickling_names_the_path(on_local):
                 clusters.show(second=clusters.attempt(cluster.submit, 1, Holder()), item=clusters.attempt(cluster.submit, [0, {'a': Holder()}]),
                               keyword=clusters.attempt(cluster.submit, named=Holder()))
             with clusters.make_executor() as executor:
-                clusters.show(executor=clusters.attempt(executor.submit, compute, 1, Holder()))
+                clusters.show(executor=clusters.attempt(executor.submit(compute, 1, Holder()).result, 20))
         ''')
     values = on_local.run().values()
     assert values['second'].startswith('TypeError: ') and 'argument 2 -> .model -> .lock (a _thread.lock)' in values['second']

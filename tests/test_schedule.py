@@ -7,8 +7,8 @@ import pytest
 
 from conftest import walk_seeds
 from dispy import (
-    LOST_TIMES, AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobParked, JobsEnded, JobsStarted, JobState, JobWaits, NodeAway,
-    NodeDrained, NodeDrains, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted, Opened, Schedule, SendAck, SendCancel, SendJobs, SendRecall, Submitted, WithdrawAsked, Withdrawn, Work)
+    LOST_TIMES, AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobFailedOnce, JobParked, JobsEnded, JobsStarted, JobState, JobStays, JobWaits, LimitNode, NodeAway,
+    NodeDrained, NodeDrains, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted, Opened, Repeat, RepeatNot, Repeats, Schedule, SendAck, SendCancel, SendJobs, SendRecall, Submitted, WithdrawAsked, Withdrawn, Work)
 from dispynode import Outcome, size_of
 
 WAITING = (JobState.CREATED, JobState.REQUEUED)
@@ -1194,3 +1194,37 @@ class Walk:
 @pytest.mark.parametrize('first', range(0, 240, 20))
 def test_random_walk(first):
     walk_seeds(Walk, first)
+
+
+def test_a_computation_that_may_use_so_many_cpus_over_all_nodes():
+    talk = Talk('other')
+    talk.tell(Opened('c', 'c', True, False, 3))
+    for node in 'abc':
+        talk.ready(node, 2)
+    limits = lambda: [talk.schedule.nodes[node].limits['c'] for node in 'abc']   # noqa: E731
+    assert limits() == [2, 1, 0]
+    works = jobs(10)
+    sent = {action.node for action in talk.submit(works) if isinstance(action, SendJobs)}
+    assert sent == {'a', 'b'}
+    told = [action for action in talk.tell(NodeOffers('a', 'c', 5)) if isinstance(action, LimitNode)]
+    assert limits() == [2, 1, 0] and told == [LimitNode('a', 'c', 2)]   # what others have stays theirs
+    actions = talk.tell(NodeLost('a', 'a', 'gone'))
+    assert LimitNode('b', 'c', 2) in actions and LimitNode('c', 'c', 1) in actions
+    assert talk.schedule.nodes['b'].limits['c'] + talk.schedule.nodes['c'].limits['c'] == 3
+    talk.tell(NodeOffers('b', 'c', 0))
+    assert talk.schedule.nodes['c'].limits['c'] == 2
+
+
+def test_a_job_that_failed_rests_until_it_is_tried_again():
+    talk = Talk()
+    talk.ready('n', 1)
+    work = job('c', repeats=Repeats(True, 5.0, 2), retries=2)
+    talk.submit([work])
+    asked, = [action for action in talk.results('n', [work], outcome=Outcome.RAISED) if isinstance(action, JobFailedOnce)]
+    assert work._state is JobState.REQUEUED and talk.schedule.comps['c'].waiting() == [work]
+    assert talk.schedule.handle(Repeat(work, 5.0), 0.0) == [JobWaits(work)]
+    assert talk.schedule.next_timer() == 5.0
+    assert not talk.schedule.flush(4.9) and [type(action) for action in talk.schedule.flush(5.0)] == [SendJobs]
+    talk.results('n', [work], outcome=Outcome.RAISED)
+    assert talk.tell(RepeatNot(work, Outcome.RAISED)) == [JobStays(work)] and work._state is JobState.TERMINATED
+    assert talk.tell(RepeatNot(work, Outcome.RAISED)) == []

@@ -298,7 +298,7 @@ def test_a_program_runs_on_any_version(other, tmp_path):
 
 def test_functions_of_an_executor_go_there_by_name_alone(other):
     """A function of a module that is there runs; one by value is refused with both versions named."""
-    with dispy.DispyExecutor([other[0].address], loglevel=logging.CRITICAL) as executor:
+    with dispy.DispyExecutor(nodes=[other[0].address], loglevel=logging.CRITICAL) as executor:
         assert executor.submit(mathematics.sqrt, 4).result(30) == 2
         with pytest.raises(Exception, match='Python ' + other[1].replace('.', r'\.')):
             executor.submit(nameless, 1).result(30)
