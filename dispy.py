@@ -92,6 +92,7 @@ from typing import (
 
 import cloudpickle
 
+import dispynode
 from dispynode import (
     ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
     NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
@@ -103,12 +104,13 @@ from dispynode import (
     path_option, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
+    OUT_OF_BAND, SHARED_FROM, open_pieces, shared_payload,
     Allowance, DurationEstimate, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine, module_dict,
     package_version, pack_error, start_of, GRACE, has_place, lock_file)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'recoverable', 'Recoverable', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
-    'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError',
+    'DispyJob', 'ValueRef', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError',
     'SecretError', 'logger']
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3587,11 +3589,18 @@ class ModuleBundles:
         self._make(0, sealed.modules)
         return in_one_piece(sealed.payload)
 
-    def packed(self, value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False) -> Any:
-        """A payload that says which bundles have to be there before it is opened. Raises what pickling raises."""
-        sealed = pack(value, labels, exact)
+    def packed(self, value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
+               share: Optional[Callable[[list, list], Any]] = None) -> Any:
+        """A payload that says which bundles have to be there before it is opened; `share` as in
+        `seal`. Raises what pickling raises."""
+        sealed = pack(value, labels, exact, share)
         numbers = self.numbers(sealed.modules)
-        return with_needs(sealed.payload, numbers) if numbers else sealed.payload
+        if not numbers:
+            return sealed.payload
+        payload = with_needs(sealed.payload, numbers)
+        if isinstance(sealed.payload, SharedPayload):
+            return SharedValues.with_values(in_one_piece(payload), sealed.payload.values)
+        return payload
 
     def numbers(self, modules: AbstractSet[str]) -> Set[int]:
         """The bundles that have these modules, but for number 0. New modules make a new one."""
@@ -3748,6 +3757,14 @@ def _client_pickler(base: Any) -> Any:
         def importable(self, module: str) -> bool:
             """Whether nodes have the module, or get its file."""
             return own_modules.kind(module) not in _NOT_BY_NAME
+
+        def _special(self, kind: type) -> Any:
+            return self._reduce_ref if kind is ValueRef else super()._special(kind)
+
+        def _reduce_ref(self, ref: 'ValueRef') -> tuple:
+            self.modules.update(ref._modules)
+            self.portable = self.portable and ref._portable
+            return ref._reduced()
     return ClientPickler
 
 
@@ -3759,11 +3776,12 @@ def _code_pickler(base: Any) -> Any:
     return CodePickler
 
 
-def pack(value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False) -> Sealed:
+def pack(value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
+         share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
     """Pickle what goes to a node. Where that fails the error names the path to the culprit; `labels` are the parts of the
-    value, with what they are called. Raises what pickling raises."""
+    value, with what they are called; `share` as in `seal`. Raises what pickling raises."""
     try:
-        return seal(value, _code_pickler(client_pickler()) if exact else client_pickler())
+        return seal(value, _code_pickler(client_pickler()) if exact else client_pickler(), share)
     except _CANNOT as exc:
         text = explain_unpicklable(labels, exc)
         if not text or type(exc) not in _CANNOT:
@@ -3842,6 +3860,166 @@ def _parts_of_function(function: types.FunctionType) -> Iterator[Tuple[str, Any]
     yield from (('.' + name, part) for name, part in vars(function).items())
 
 
+class Value:
+    """A part of arguments that nodes know by its digest. `data` is the program's own copy, which
+    nobody changes."""
+    __slots__ = ('digest', 'data', '__weakref__')
+
+    def __init__(self, digest: bytes, data: Union[bytes, bytearray]) -> None:
+        self.digest, self.data = digest, data
+
+    @property
+    def row(self) -> Tuple[int, bytes]:
+        """Size and digest."""
+        return len(self.data), self.digest
+
+
+class SharedPayload(bytes):
+    """Packed arguments, some parts of which are values. These stay in the program as long as it does."""
+    values: Tuple[Value, ...] = ()
+
+    def rows(self) -> tuple:
+        """Size and digest of each value."""
+        return tuple(value.row for value in self.values)
+
+    def total(self) -> int:
+        """Bytes, with the values."""
+        return len(self) + sum(len(value.data) for value in self.values)
+
+
+class SharedValues:
+    """The values of this program that nodes know by their digests, each once, as long as a job or a
+    ref needs it. A buffer that the program may change is compared with the copy that was made of
+    it; only another content is copied and digested. Any thread."""
+    SAMPLES, SAMPLE = 16, 64     # places of a buffer, and bytes at each, by which the copy is found
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()    # guards those below
+        self._by_digest: 'weakref.WeakValueDictionary[bytes, Value]' = weakref.WeakValueDictionary()
+        self._by_object: 'weakref.WeakValueDictionary[int, Value]' = weakref.WeakValueDictionary()
+        self._by_sample: 'weakref.WeakValueDictionary[tuple, Value]' = weakref.WeakValueDictionary()
+        # In a job that uses clusters: what opens the job's own values
+        self._others = dispynode.known_values
+
+    def payload(self, pieces: Sequence[Any], buffers: Sequence[Any]) -> Optional[SharedPayload]:
+        """A payload of these; None if there are no values among them."""
+        values: List[Value] = []
+
+        def known(part: Any) -> Any:
+            value = self.of(part) if len(part) > SHARED_FROM else self._kept(part)
+            if value is None:
+                return part
+            values.append(value)
+            return value.row
+        parts = [known(piece) for piece in pieces], [known(buffer) for buffer in buffers]
+        return self.with_values(shared_payload(*parts), values) if values else None
+
+    @staticmethod
+    def with_values(payload: bytes, values: Iterable[Value]) -> SharedPayload:
+        """A payload that keeps these values."""
+        found = SharedPayload(payload)
+        found.values = tuple(dict.fromkeys(values))
+        return found
+
+    def _kept(self, part: Any) -> Optional[Value]:
+        """The value whose own memory this is, all of it."""
+        whole = part.obj if type(part) is memoryview else part
+        value = self._by_object.get(id(whole))
+        return value if value is not None and value.data is whole and len(part) == len(whole) else None
+
+    def of(self, part: Any) -> Value:
+        """The value with this content."""
+        value = self._kept(part)
+        if value is not None:
+            return value
+        sample = None
+        if type(part) is bytes:   # nobody can change it: no copy is needed
+            data: Union[bytes, bytearray] = part
+        else:
+            sample = self._sample(part)
+            value = self._by_sample.get(sample)
+            # Of a bytearray, and not of a view, this is a comparison of memory.
+            if value is not None and type(value.data) is bytearray and value.data == part:
+                return value
+            data = bytearray(part)
+        return self.adopt(hashlib.sha256(data).digest(), data, sample)
+
+    def _sample(self, part: memoryview) -> tuple:
+        step = max(1, len(part) // self.SAMPLES)
+        return (len(part), *(bytes(part[at:at + self.SAMPLE]) for at in range(0, len(part), step)))
+
+    def adopt(self, digest: bytes, data: Union[bytes, bytearray], sample: Optional[tuple] = None) -> Value:
+        """The value with this digest; `data` is its content if it is new."""
+        with self._lock:
+            value = self._by_digest.get(digest)
+            if value is None:
+                value = self._by_digest[digest] = Value(digest, data)
+                self._by_object[id(data)] = value
+            if sample is not None:
+                self._by_sample[sample] = value
+            return value
+
+    def find(self, digest: bytes) -> Optional[Value]:
+        """A value, while it is needed."""
+        with self._lock:
+            return self._by_digest.get(digest)
+
+    def open(self, size: int, digest: bytes) -> Any:
+        """A copy of a value. Raises LookupError."""
+        value = self.find(digest)
+        if value is not None:
+            return bytearray(value.data)
+        if self._others is None:
+            raise LookupError('a value of %d bytes is not needed any more and has gone' % size)
+        return self._others.open(size, digest)
+
+    def after_fork(self) -> None:
+        """In a forked child: another thread of the parent may have held the lock."""
+        self._lock = threading.Lock()
+
+
+shared_values = SharedValues()
+dispynode.known_values = shared_values
+
+
+class ValueRef:
+    """A value that `JobCluster.put` has taken. Where it stands in the arguments of a job, the job
+    gets the value, opened anew. It stays in the program as long as this object, or a job that has
+    it, is there."""
+
+    def __init__(self, value: Any, labels: Iterable[Tuple[str, Any]]) -> None:
+        """Raises what pickling raises."""
+        parts: List[Any] = []
+
+        def take(pieces: list, buffers: list) -> bytes:
+            parts[:] = [b''.join(pieces), *buffers]
+            return b''
+        sealed = pack(value, labels, share=take)
+        parts = parts or [in_one_piece(sealed.payload)]
+        # Values are known by their own memory; what is small goes along with each job.
+        self._values = [shared_values.of(part) if len(part) >= OUT_OF_BAND else None for part in parts]
+        self._parts = [part if value is None else value.data for part, value in zip(parts, self._values)]
+        self._modules, self._portable = sealed.modules, sealed.portable
+
+    @property
+    def size(self) -> int:
+        """Bytes of the value, packed."""
+        return sum(map(len, self._parts))
+
+    def get(self) -> Any:
+        """The value, opened anew here. Raises what opening it raises."""
+        return open_pieces(*self._parts[:1], *map(bytearray, self._parts[1:]))
+
+    def _reduced(self) -> tuple:
+        return open_pieces, tuple(map(pickle.PickleBuffer, self._parts))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError('a ref of JobCluster.put can be passed to jobs of this program, and nowhere else')
+
+    def __repr__(self) -> str:
+        return '<ValueRef of %d bytes>' % self.size
+
+
 def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles', depends: Sequence[Any] = ()) -> Any:
     """Arguments as they are now: what the caller changes later does not reach the job. Raises what pickling raises.
     `depends` are files and objects for this job alone; files are read now."""
@@ -3857,7 +4035,7 @@ def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles', depends:
         (('argument %d' % number, value) for number, value in enumerate(args, 1)),
         (('argument %s' % name, value) for name, value in kwargs.items()),
         (('dispy_job_depends, %s' % name, thing) for name, thing in objects.items()))
-    return own_memory(bundles.packed(value, labels))
+    return own_memory(bundles.packed(value, labels, share=shared_values.payload))
 
 
 def own_memory(payload: Any) -> Any:
@@ -7257,10 +7435,28 @@ class Driver(Loop):
         for purpose, key, row in message.files:
             name = row[0]
             depends = purpose == Purpose.DEPENDS
+            if purpose == Purpose.VALUES:
+                self._send_value(peer, cluster, key, row)
+                continue
             source = paths.get(name) if depends else self._source_of(cluster, name)
             if source is None:
                 raise PeerError('it asked for a file that was not offered: %.60r' % (name,))
             self._outgoing.add_file(peer.link.number, (cluster._comp, purpose, key), row, source)
+
+    def _send_value(self, peer: Peer, cluster: Any, key: int, row: tuple) -> None:
+        """A node lacks a value that jobs need."""
+        source = self._value_of(cluster, row[2])
+        if source is None:   # and its jobs have ended
+            text = 'the program does not have it any more'
+            self.say_to(peer, FileStored(cluster._comp, int(Purpose.VALUES), key, row[0], text))
+        else:
+            transfer = (cluster._comp, int(Purpose.VALUES), key)
+            self._outgoing.add_file(peer.link.number, transfer, row, source)  # type: ignore[union-attr]
+
+    def _value_of(self, cluster: Any, digest: bytes) -> Any:
+        """Where a value is read from: its content, or a path."""
+        value = shared_values.find(digest)
+        return memoryview(value.data) if value is not None else None
 
     @staticmethod
     def _source_of(cluster: 'JobCluster', name: str) -> Any:
@@ -7269,8 +7465,10 @@ class Driver(Loop):
 
     def _send_files(self) -> None:
         """A few pieces of files into links that have room."""
-        for link, (comp, purpose, _, name), text in self._outgoing.send(self.say):
-            if purpose == Purpose.PLACED and link.number in self._by_link:
+        for link, (comp, purpose, key, name), text in self._outgoing.send(self.say):
+            if purpose == Purpose.VALUES:
+                self.say(link, FileStored(comp, purpose, key, name, 'it cannot be read: %s' % text))
+            elif purpose == Purpose.PLACED and link.number in self._by_link:
                 peer = self._by_link[link.number]
                 self._answer(peer, (comp, name), 'it cannot be read: %s' % text)
             elif purpose in ASKED_FOR:   # the node waits for it in vain
@@ -7622,7 +7820,7 @@ _ERRORS: Dict[str, Type[Exception]] = {kind.__name__: kind for kind in (ValueErr
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.REFUSED, NodeState.LOST))
 _MAY_OFFER = frozenset((UseState.WAITING, UseState.ASKING, UseState.REFUSED))
 _MAY_OPEN = frozenset((Outcome.RETURNED_CODE, Outcome.RAISED))   # results that may hold what runs code when it is opened
-OF_JOBS = ('cpus', 'timeout', 'memory', 'priority')   # options of a job that its node has to know
+OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values')   # options of a job that its node has to know
 _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
 _lock = threading.Lock()      # guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
 _drivers: Dict[Access, Driver] = {}
@@ -7640,6 +7838,7 @@ def _forked() -> None:
         driver.after_fork()
     _drivers.clear()
     _alone.clear()
+    shared_values.after_fork()
     for cluster in list(_clusters):
         cluster._after_fork()
     _clusters.clear()
@@ -7996,10 +8195,13 @@ class JobCluster:
             raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
         self._look_at_modules()
         payload = pack_arguments(args, kwargs, self._bundles, depends)
+        size = size_of(payload)
+        if type(payload) is SharedPayload:
+            size, options = payload.total(), dict(options or {}, values=payload.rows())
         most = VALUE_MOST if self._journal is None else JOURNAL_MOST
-        if size_of(payload) > most:
+        if size > most:
             raise ValueError('arguments of %d bytes are over the limit of %d%s: send a file (depends)' % (
-                size_of(payload), most, '' if self._journal is None else ' of a cluster with a recover_file'))
+                size, most, '' if self._journal is None else ' of a cluster with a recover_file'))
         job = DispyJob(self._comp, payload, options, number) if self._journal is None \
             else KeptJob(self._comp, payload, options, number, words_of(args, kwargs))
         with self._lock:
@@ -8013,6 +8215,16 @@ class JobCluster:
             self._owed.add(job)
             self._driver.post(job)   # with the lock held: `close` comes after it or before the test above
         return job
+
+    def put(self, value: Any) -> ValueRef:
+        """Take a value for many jobs. The ref that this returns may stand anywhere in the arguments
+        of jobs of this program, and there the job gets the value: opened anew for each job, so that
+        what one job changes no other sees. A node is sent it once (below 32 KiB: with each job).
+        What the program changes in the value later does not reach jobs. Arrays and other buffers over 1 MiB
+        in arguments are treated so without `put`, which saves packing and comparing them for each job.
+        Raises what pickling the value raises. Any thread."""
+        self._look_at_modules()
+        return ValueRef(value, [('the value', value)])
 
     def map(self, *iterables: Any, in_flight: Optional[int] = None) -> Iterator[Any]:
         """Yield the results of computing over the inputs, in their order, like the builtin `map`. Inputs are taken as
