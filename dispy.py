@@ -4813,12 +4813,16 @@ class Journal(Database):
         CREATE TABLE jobs (number INTEGER PRIMARY KEY, comp TEXT, id BLOB, payload BLOB, options BLOB, submitted REAL,
             arguments TEXT, state INTEGER, serial INTEGER, node TEXT, status INTEGER, result BLOB, delivered INTEGER DEFAULT 0);
         """
-    INSERT, RENAME, MOVE, END = range(4)
+    # Values that jobs which have not ended have in their arguments; each is here once.
+    VALUES = 'CREATE TABLE IF NOT EXISTS vals (digest BLOB PRIMARY KEY, data BLOB)'
+    INSERT, RENAME, MOVE, END, FREE, VALUE = range(6)
     STATEMENTS = (
         'INSERT OR IGNORE INTO jobs (number, comp, id, payload, options, submitted, arguments, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
         'UPDATE jobs SET id = ? WHERE number = ?',
         'UPDATE jobs SET comp = ?, state = ?, serial = ?, node = ? WHERE number = ?',
-        'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?')
+        'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?',
+        'DELETE FROM vals WHERE digest = ?',
+        'INSERT OR IGNORE INTO vals VALUES (?, ?)')
     NEW_MARK = b'dispy5n\2'     # begins FILE-new
     # CRC-32 of the rest, INSERT or RENAME, number, submitted, lengths of id, payload, options and
     # arguments
@@ -4834,12 +4838,16 @@ class Journal(Database):
         self.last = 0                            # number of a job
         # Rows that came into FILE-new, that were noted, that are in the database
         self._added = self._noted = self._committed = 0
+        # Digest of a value -> how many jobs that have not ended need it; and those that are written
+        self._needed: Dict[bytes, int] = collections.Counter()
+        self._written: Set[bytes] = set()
         super().__init__(path, 'recover_file')
         self._new = -1
         try:
             self._new = open_own_file(self.path + '-new', 'recover_file', os.O_APPEND)
             self._check_new()
             with self.damages():
+                self._db.execute(self.VALUES)
                 self._take_new()
         except BaseException:
             self._db.close()
@@ -4871,6 +4879,9 @@ class Journal(Database):
                 if len(body.getbuffer()) < sum(sizes) or found != crc:
                     break
                 ident, payload, options, arguments = map(body.read, sizes)
+                if kind == self.VALUE:
+                    self._add(kind, (ident, payload))
+                    continue
                 row = (number, '', ident, payload, options, submitted, arguments.decode(), self.WAITING)
                 self._add(kind, row if kind == self.INSERT else (ident, number))
         if self.commit():
@@ -4897,11 +4908,30 @@ class Journal(Database):
         options = pickle.dumps(job._options) if job._options else b''
         arguments = job.arguments.encode('utf-8', 'replace')
         with self._guard:
+            if type(job._payload) is SharedPayload:
+                self._keep_values(job._payload.values)
             self._append(self.INSERT, number, job.submit_time, ident, payload, options, arguments)
             self._add(self.INSERT, (number, job._comp, ident, payload, options, job.submit_time,
                                     arguments.decode(), self.WAITING))
         self.last = number
         job._serial, job._journal = number << 16, self
+
+    def _keep_values(self, values: Sequence[Value]) -> None:
+        """Values come before the first job that needs them. With `_guard` held. Raises OSError."""
+        for value in values:
+            if value.digest not in self._written:
+                self._append(self.VALUE, 0, 0.0, value.digest, value.data)
+                self._add(self.VALUE, (value.digest, value.data))
+                self._written.add(value.digest)
+        self._needed.update(value.digest for value in values)
+
+    def _free_values(self) -> None:
+        """Note that those go that no job needs."""
+        with self._guard:
+            free = {digest for digest in self._written if not self._needed.get(digest)}
+            self._written -= free
+        for digest in free:
+            self.note(self.FREE, digest)
 
     def renamed(self, job: KeptJob) -> None:
         """A job has got another id. What cannot be pickled is told, and then the one before
@@ -4952,11 +4982,23 @@ class Journal(Database):
                 size_of(result[4]), JOURNAL_MOST)
             state = JobState.TERMINATED
             result = (result[0], int(Outcome.RAISED), *result[2:4], pack_error(text, None), *result[5:])
+        self._needs_no_more(work)
         plain = result if isinstance(result, str) else (*result[1:4], *map(in_one_piece, result[4:]))
         self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), work._serial >> 16)
 
+    def _needs_no_more(self, work: Work) -> None:
+        """A job has ended."""
+        rows = work._options.get('values', ()) if work._options else ()
+        with self._guard:
+            for _, digest in rows:
+                self._needed[digest] -= 1
+                if self._needed[digest] <= 0:
+                    del self._needed[digest]
+
     def commit(self) -> bool:
         """As Database, with what was submitted."""
+        if len(self._written) > len(self._needed):
+            self._free_values()
         while self._rows:
             statement, row = self._rows.popleft()
             self.note(statement, *row)
@@ -4990,7 +5032,9 @@ class Journal(Database):
     def known(self) -> List[Tuple[KeptJob, int, str, Any]]:
         """All of `jobs`. Raises DispyError for a file that is damaged."""
         with self.damages():
-            return list(self.jobs())
+            found = list(self.jobs())
+            self._written.update(digest for digest, in self._db.execute('SELECT digest FROM vals'))
+        return found
 
     def jobs(self) -> Iterator[Tuple[KeptJob, int, str, Any]]:
         """(job, state, node, result) of all jobs that have not been handed to the user since a crash."""
@@ -4998,17 +5042,35 @@ class Journal(Database):
              status, result) in self._db.execute(
                 'SELECT number, comp, id, payload, options, submitted, arguments, state, serial, '
                 'node, status, result FROM jobs WHERE NOT delivered'):
-            job = KeptJob(comp, payload, pickle.loads(options) if options else None,
-                          pickle.loads(ident), arguments)
+            known = pickle.loads(options) if options else None
+            if known and payload is not None and 'values' in known:
+                payload = self._with_values(payload, known['values'])
+            job = KeptJob(comp, payload, known, pickle.loads(ident), arguments)
             job._serial, job.submit_time = serial or number << 16, submitted
             found = pickle.loads(result) if result else None
             if state == self.ENDED:
                 job._state = JobState(status)
                 if not isinstance(found, str) and (found is None or len(found) != 6 or not is_outcome(*found)):
                     raise ValueError('job %d has no result' % number)
-            elif state not in (self.WAITING, self.SENT) or type(payload) is not bytes:
+            elif state not in (self.WAITING, self.SENT) or not isinstance(payload, bytes):
                 raise ValueError('job %d is in no state' % number)
             yield job, state, node or '', found
+
+    def _with_values(self, payload: bytes, rows: Sequence[Tuple[int, bytes]]) -> SharedPayload:
+        """Arguments of a job that has not ended, with their values. Raises ValueError if one is not
+        here."""
+        values = []
+        for size, digest in rows:
+            value = shared_values.find(digest)
+            if value is None:
+                found = self._db.execute('SELECT data FROM vals WHERE digest = ?', (digest,)).fetchone()
+                if found is None or len(found[0]) != size:
+                    raise ValueError('a value of %d bytes is not there' % size)
+                value = shared_values.adopt(digest, found[0])
+            values.append(value)
+        with self._guard:
+            self._needed.update(value.digest for value in values)
+        return SharedValues.with_values(payload, values)
 
     def delivered(self, jobs: Sequence[DispyJob]) -> None:
         """These were handed to the user; not again."""

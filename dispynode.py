@@ -4386,7 +4386,7 @@ class ValueDesk:
     def admit(self, comp: str, one: Any) -> bool:
         """Whether all values are there that this one needs. Otherwise it waits."""
         if comp not in self._waiting and self._has_all(comp, one):
-            self._need(comp, one)
+            self.hold(comp, one)
             return True
         self._waiting.setdefault(comp, collections.deque()).append(one)
         return False
@@ -4394,11 +4394,13 @@ class ValueDesk:
     def _has_all(self, comp: str, one: Any) -> bool:
         return all((comp, digest) in self._here for _, digest in one.values)
 
-    def _need(self, comp: str, one: Any) -> None:
+    def hold(self, comp: str, one: Any) -> None:
+        """One needs its values, until they are released."""
         self._holders.add(one)
         for _, digest in one.values:
             self._needs[comp, digest] += 1
-            self._here.move_to_end((comp, digest))
+            if (comp, digest) in self._here:
+                self._here.move_to_end((comp, digest))
 
     def release(self, comp: str, one: Any) -> None:
         """One does not need its values any more, if it was served."""
@@ -4447,6 +4449,10 @@ class ValueDesk:
         return self.leave(comp, {one for one in self.waiting(comp)
                                  if any(digest == other for _, other in one.values)})
 
+    def postpone(self, comp: str) -> None:
+        """The value that was to be fetched finds no room now; the next `serve` tries again."""
+        self._coming.pop(comp, None)
+
     def interrupt(self, comp: str) -> List[Any]:
         """Whoever has the values is not connected any more. Returns those that waited."""
         self._coming.pop(comp, None)
@@ -4467,7 +4473,7 @@ class ValueDesk:
         for comp in list(self._waiting):
             waiting = self._waiting[comp]
             while waiting and self._has_all(comp, waiting[0]):
-                self._need(comp, waiting[0])
+                self.hold(comp, waiting[0])
                 served.append((comp, waiting.popleft()))
             self._set_waiting(comp, waiting)
             if waiting and comp not in self._coming:
