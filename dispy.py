@@ -104,7 +104,7 @@ from dispynode import (
     path_option, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
-    OUT_OF_BAND, SHARED_FROM, open_pieces, shared_payload,
+    OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
     Allowance, DurationEstimate, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine, module_dict,
     package_version, pack_error, start_of, GRACE, has_place, lock_file)
 
@@ -5602,7 +5602,8 @@ class Peer:
         """The same, were no other computation alone here."""
         use = self.uses[comp]
         if use.wanted is not None:
-            return min(use.wanted, self.offered) if use.wanted >= 0 else max(0, self.offered + use.wanted)
+            most = use.wanted if self.embedded else self.offered   # the program's own may have more processes than CPUs
+            return min(use.wanted, most) if use.wanted >= 0 else max(0, self.offered + use.wanted)
         if use.allocation is not None:
             return use.allocation.cpus if self.offered else 0
         return limited(self.offered, use.spec.cpus)
@@ -6621,7 +6622,7 @@ class Driver(Loop):
     def set_cpus(self, comp: str, peer: Peer, cpus: Optional[int]) -> int:
         """Limit a cluster's CPUs of a node; None: as at first. Returns how many these are now."""
         use = peer.uses[comp]
-        if cpus is not None and cpus > peer.offered > 0:
+        if cpus is not None and cpus > peer.offered > 0 and not peer.embedded:
             raise ValueError('cpus=%d: node %s offers %d' % (cpus, peer, peer.offered))
         use.wanted = cpus
         if use.state is UseState.READY and not use.then:
@@ -7901,6 +7902,7 @@ def _forked() -> None:
     _drivers.clear()
     _alone.clear()
     shared_values.after_fork()
+    joblib_clusters.after_fork()
     for cluster in list(_clusters):
         cluster._after_fork()
     _clusters.clear()
@@ -9226,71 +9228,368 @@ class DispyExecutor(concurrent.futures.Executor):
             threading.Thread(target=self.cluster.close, name='dispy-shutdown', daemon=True).start()
 
 
-def register_joblib() -> None:
-    """Make `with joblib.parallel_backend('dispy', nodes=...)` work; keywords are those of DispyExecutor. Done by the
-    import of dispy if joblib was imported before. Raises ImportError without joblib."""
-    import joblib
+class JoblibCall:
+    """A batch of joblib's calls, on its way. `result` and `get` are what joblib asks it for."""
+    __slots__ = ('parallel', 'job', '_callback', '_error', '_backend')
 
-    class Backend(joblib.parallel.ParallelBackendBase):  # type: ignore[misc, name-defined]
+    def __init__(self, backend: Any, callback: Optional[Callable[[Any], Any]]) -> None:
+        self.parallel = getattr(callback, 'parallel', None)   # the Parallel that it belongs to
+        self.job: Optional[DispyJob] = None
+        self._backend, self._callback = backend, callback
+        self._error: Optional[BaseException] = None
+
+    def settle(self, job: DispyJob) -> None:
+        """The job has ended. A callback thread."""
+        self.job = job
+        for text, stream in ((job.stdout, sys.stdout), (job.stderr, sys.stderr)):
+            if text and stream is not None:
+                print(text, end='', file=stream, flush=True)
+        self._tell()
+
+    def fail(self, error: BaseException) -> None:
+        """It could not even be submitted. Any thread."""
+        self._error = error
+        # joblib holds locks of its own while it submits
+        threading.Thread(target=self._tell, name='dispy-joblib', daemon=True).start()
+
+    def _tell(self) -> None:
+        self._backend.ended(self)
+        if self._callback is not None:
+            self._callback(self)
+
+    def result(self) -> Any:
+        """What the batch returned. Raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return result_of(self.job)  # type: ignore[arg-type]
+
+    def get(self, timeout: Optional[float] = None) -> Any:
+        """The same, for joblib before 1.3. Raises TimeoutError."""
+        if self._error is None and not self.job.wait(timeout):  # type: ignore[union-attr]
+            raise TimeoutError('a batch of calls has not ended within %s s' % timeout)
+        return self.result()
+
+
+class _KeptCluster:
+    """A cluster of joblib's calls: with which options it was made, who uses it, and since when
+    nobody does."""
+
+    def __init__(self, options: dict, cluster: JobCluster) -> None:
+        self.options, self.cluster = options, cluster
+        self.users: 'weakref.WeakSet[Any]' = weakref.WeakSet()
+        self.idle_since = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be used: it may have been closed, or be of the parent of a forked process."""
+        return not self.cluster._closed and not self.cluster._driver.broken
+
+
+class JoblibClusters:
+    """Clusters that joblib's calls run on, by the options of their backends. One that no call uses is
+    kept for a while, since the next call wants the same as a rule. Any thread."""
+    KEPT = 300.0       # s, as joblib's own backend keeps its workers
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()   # guards those below; held while a cluster is made
+        self._kept: List[_KeptCluster] = []
+        self._asked: List[Tuple[Any, float, int]] = []   # nodes, when they were asked, CPUs
+        self._timer: Optional[threading.Timer] = None
+
+    def take(self, user: Any, options: dict, make: Callable[[], JobCluster]) -> JobCluster:
+        """The cluster with these options, made if need be. Raises what making it raises."""
+        with self._lock:
+            found = self._find(options)
+            if found is not None and found.cluster._bundles.changed():
+                # The file of a module has changed: later calls run its new text.
+                self._kept.remove(found)
+                threading.Thread(target=found.cluster.close, name='dispy-renew', daemon=True).start()
+                found = None
+            if found is None:
+                found = _KeptCluster(options, make())
+                self._kept.append(found)
+            found.users.add(user)
+            return found.cluster
+
+    def _find(self, options: dict) -> Optional[_KeptCluster]:
+        self._kept = [kept for kept in self._kept if kept.is_open]
+        return next((kept for kept in self._kept if kept.options == options), None)
+
+    def release(self, user: Any) -> None:
+        """This user needs none any more."""
+        with self._lock:
+            for kept in self._kept:
+                if user in kept.users:
+                    kept.users.discard(user)
+                    kept.idle_since = time.monotonic()
+            if self._timer is None and self._kept:
+                self._start_timer()
+
+    def _start_timer(self) -> None:
+        self._timer = threading.Timer(self.KEPT, self._look)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _look(self) -> None:
+        """End those that were not used for a while."""
+        with self._lock:
+            self._timer = None
+            self._end(lambda kept: time.monotonic() - kept.idle_since > self.KEPT / 2)
+            if self._kept:
+                self._start_timer()
+
+    def close(self) -> None:
+        """End those that nobody uses now."""
+        with self._lock:
+            timer, self._timer = self._timer, None
+            self._end(lambda kept: True)
+        if timer is not None:
+            timer.cancel()
+            timer.join()
+
+    def _end(self, which: Callable[[_KeptCluster], bool]) -> None:
+        idle = [kept for kept in self._kept if not kept.users and which(kept)]
+        self._kept = [kept for kept in self._kept if kept not in idle]
+        for kept in idle:
+            kept.cluster.close(terminate=True)
+
+    def cpus_of(self, options: dict) -> int:
+        """CPUs that calls with these options would have. Nodes are asked for that and not used; the
+        answer is remembered."""
+        nodes = options.get('nodes')
+        if nodes == LOCAL or nodes is None and discovery_reach() == 'off':
+            return available_cpus()
+        with self._lock:
+            found = self._find(options)
+        if found is not None:
+            ready = sum(min(row.cpus, row.offered) for row in found.cluster._rows() if row.state == 'ready')
+            if ready:
+                return ready
+        now = time.monotonic()
+        with self._lock:
+            known = next((cpus for asked, when, cpus in self._asked
+                          if asked == nodes and now - when < self.KEPT), None)
+        if known is not None:
+            return known
+        cpus = self._ask(nodes, options) or available_cpus()
+        with self._lock:
+            self._asked = [row for row in self._asked if row[0] != nodes] + [(nodes, now, cpus)]
+        return cpus
+
+    @staticmethod
+    def _ask(nodes: Any, options: dict) -> int:
+        """CPUs of nodes that answer; without the program's own node."""
+        access = {name: options[name] for name in ('secret', 'certfile', 'keyfile', 'cafile') if name in options}
+        with Survey(nodes, options.get('dispy_port') or NODE_PORT, **access) as survey:
+            found = survey.look(listen=PROBE_TIME)
+        return sum(node.cpus for node in found if node.state == 'connected')
+
+    def after_fork(self) -> None:
+        """In a forked child: the clusters and the timer are the parent's."""
+        self.__init__()  # type: ignore[misc]
+
+
+joblib_clusters = JoblibClusters()
+JOBLIB_START = 30.0    # s that a call of joblib waits for its first node
+# Variables that say how many threads numerical libraries use
+THREAD_VARIABLES = (
+    'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'BLIS_NUM_THREADS',
+    'VECLIB_MAXIMUM_THREADS', 'NUMBA_NUM_THREADS', 'NUMEXPR_NUM_THREADS')
+
+
+class JoblibRun:
+    """What a backend of joblib does with its batches: each is a job, and no more of them are under
+    way than there shall be. Any thread."""
+
+    def __init__(self, options: dict, initializer: Optional[Callable[..., Any]], initargs: tuple) -> None:
+        self._options, self._initializer, self._initargs = options, initializer, initargs
+        self._token = ''
+        self._lock = threading.Lock()    # guards those below
+        self._cluster: Optional[JobCluster] = None
+        self._most = sys.maxsize         # jobs under way
+        self._calls: Set[JoblibCall] = set()
+        self._waiting: Deque[Tuple[JoblibCall, Callable[..., Any]]] = collections.deque()
+
+    @property
+    def _key(self) -> dict:
+        return dict(self._options, initializer=self._initializer, initargs=self._initargs)
+
+    def _make(self) -> JobCluster:
+        options = dict(self._options)
+        threads = options.pop('inner_max_num_threads', None)
+        if threads is not None:
+            variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
+            options['setup'] = functools.partial(set_numerical_threads, variables)
+        start = functools.partial(run_batch, os.urandom(8).hex(), self._initializer, self._initargs)
+        kind = SharedJobCluster if 'scheduler_host' in options else JobCluster
+        cluster = kind(start, job_status=lambda job: job.id.settle(job), **options)
+        try:
+            cluster.wait_nodes(1, timeout=JOBLIB_START)
+        except BaseException:
+            cluster.close(terminate=True)
+            raise
+        return cluster
+
+    def cpus(self) -> int:
+        """CPUs that there are."""
+        return joblib_clusters.cpus_of(self._key)
+
+    def begin(self, n_jobs: int) -> None:
+        """Calls come, so many of which may be under way. Raises what making a cluster raises."""
+        cluster = joblib_clusters.take(self, self._key, self._make)
+        cpus = 0
+        for row in cluster._rows():
+            if row.key == LOCAL and n_jobs > row.offered:   # as many processes as are asked for
+                cluster._command('set_cpus', row.key, n_jobs)
+            cpus += row.cpus
+        with self._lock:
+            self._cluster = cluster
+            self._most = n_jobs if n_jobs < cpus else sys.maxsize
+
+    def end(self) -> None:
+        """No more calls come for now."""
+        joblib_clusters.release(self)
+
+    def submit(self, call: JoblibCall, function: Callable[..., Any]) -> JoblibCall:
+        """One more batch."""
+        with self._lock:
+            wait = len(self._calls) >= self._most
+            if wait:
+                self._waiting.append((call, function))
+            else:
+                self._calls.add(call)
+        if not wait:
+            self._send(call, function)
+        return call
+
+    def _send(self, call: JoblibCall, function: Callable[..., Any]) -> None:
+        try:
+            call.job = self._cluster.submit_job_id(call, function)  # type: ignore[union-attr]
+        except Exception as exc:  # of the user's objects, which cannot be pickled; or the cluster has been closed
+            call.fail(exc)
+
+    def ended(self, call: JoblibCall) -> None:
+        """A batch has ended, and another may begin."""
+        following = None
+        with self._lock:
+            self._calls.discard(call)
+            if self._waiting and len(self._calls) < self._most:
+                following = self._waiting.popleft()
+                self._calls.add(following[0])
+        if following is not None:
+            self._send(*following)
+
+    def abort(self) -> None:
+        """End the batches of calls that joblib has given up."""
+        with self._lock:
+            self._waiting = collections.deque(
+                row for row in self._waiting if not getattr(row[0].parallel, '_aborting', True))
+            unwanted = [call.job for call in self._calls if getattr(call.parallel, '_aborting', True)]
+        for job in unwanted:
+            if job is not None and job.status not in ENDED:
+                with contextlib.suppress(RuntimeError):   # the cluster has ended, and its jobs with it
+                    self._cluster.cancel(job)  # type: ignore[union-attr]
+
+
+def joblib_backend(parallel: Any) -> Any:
+    """The backend of joblib: a class, of what is in the module joblib.parallel."""
+    class DispyBackend(parallel.AutoBatchingMixin, parallel.ParallelBackendBase):  # type: ignore[misc, name-defined]
         """joblib's calls as jobs; see joblib's documentation of ParallelBackendBase."""
-        supports_retrieve_callback = supports_timeout = True
+        supports_retrieve_callback = supports_timeout = supports_inner_max_num_threads = True
         default_n_jobs = -1
 
-        def __init__(self, nesting_level: Optional[int] = None, inner_max_num_threads: Optional[int] = None, **options: Any) -> None:
+        def __init__(self, nesting_level: Optional[int] = None, inner_max_num_threads: Optional[int] = None,
+                     initializer: Optional[Callable[..., Any]] = None, initargs: tuple = (), **options: Any) -> None:
             super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
-            self._options = options
-            self._executor: Optional[DispyExecutor] = None
+            self._options, self._start = options, (initializer, tuple(initargs))
+            self._run: Optional[JoblibRun] = None
 
-        def effective_n_jobs(self, n_jobs: int) -> int:
-            """CPUs of the nodes, or fewer if that is wanted."""
-            self.start_call()
-            assert self._executor is not None
-            cpus = sum(node.cpus for node in self._executor.cluster.status().nodes if node.state == 'ready')
-            return cpus if n_jobs is None or n_jobs < 1 else min(cpus, n_jobs)
+        def _get_run(self) -> JoblibRun:
+            if self._run is None:
+                options = dict(self._options)
+                if self.inner_max_num_threads is not None:   # joblib may set it after the constructor
+                    options['inner_max_num_threads'] = self.inner_max_num_threads
+                self._run = JoblibRun(options, *self._start)
+            return self._run
+
+        def effective_n_jobs(self, n_jobs: Optional[int]) -> int:
+            """How many calls at once n_jobs stands for: negative numbers count from the CPUs of all
+            nodes downwards, -1 is all."""
+            if n_jobs == 0:
+                raise ValueError('n_jobs == 0 in Parallel has no meaning')
+            if n_jobs is None or dispynode.modules is not None:   # a job has one CPU
+                return 1
+            return max(1, self._get_run().cpus() + 1 + n_jobs) if n_jobs < 0 else n_jobs
 
         def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
-            """Begin: nodes are waited for."""
+            """Begin: a node is waited for."""
+            count = self.effective_n_jobs(n_jobs)
+            if count == 1:
+                raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
             self.parallel = parallel
-            return self.effective_n_jobs(n_jobs)
+            self._get_run().begin(count)
+            return count
 
-        def start_call(self) -> None:
-            """A cluster, if there is none."""
-            if self._executor is None:
-                self._executor = DispyExecutor(**self._options)
-                self._executor.cluster.wait_nodes(1, timeout=30)
-
-        def submit(self, func: Callable[..., Any], callback: Optional[Callable[..., Any]] = None) -> DispyFuture:
+        def submit(self, func: Callable[..., Any], callback: Optional[Callable[..., Any]] = None) -> JoblibCall:
             """One batch of calls."""
-            assert self._executor is not None
-            future = self._executor.submit(func)
-            future.get = future.result  # type: ignore[attr-defined]
-            if callback is not None:
-                future.add_done_callback(callback)
-            return future
+            run = self._get_run()
+            return run.submit(JoblibCall(run, callback), func)
 
         apply_async = submit   # its name before joblib 1.4
 
-        def retrieve_result_callback(self, out: DispyFuture) -> Any:
-            """What a batch returned or raised."""
+        def retrieve_result_callback(self, out: JoblibCall) -> Any:
+            """What a batch returned. Raises what it raised."""
             return out.result()
 
         def terminate(self) -> None:
-            """The end."""
-            if self._executor is not None:
-                self._executor.cluster.close(terminate=True)
-                self._executor = None
+            """The end of a call. The cluster is kept for the next one."""
+            if self._run is not None:
+                self._run.end()
+            self.reset_batch_stats()
 
         def abort_everything(self, ensure_ready: bool = True) -> None:
             """A call raised: what is left is not wanted."""
-            self.terminate()
-            if ensure_ready:
-                self.start_call()
+            if self._run is not None:
+                self._run.abort()
+    SequentialBackend = parallel.SequentialBackend
+    FallbackToBackend = parallel.FallbackToBackend
+    return DispyBackend
 
-    joblib.register_parallel_backend('dispy', Backend)
+
+def register_joblib() -> None:
+    """Make `with joblib.parallel_config(backend='dispy', nodes=...)` work; keywords are those of
+    JobCluster, with scheduler_host those of SharedJobCluster, and initializer, initargs and
+    inner_max_num_threads. Done by itself where joblib is imported, before dispy or after it.
+    Raises ImportError without joblib."""
+    import joblib
+    offer_to_joblib(joblib_backend)
+    assert 'dispy' in joblib.parallel.BACKENDS   # ours
 
 
-if 'joblib' in sys.modules:
-    register_joblib()
+class _WhenJoblibComes:
+    """Registers the backend when joblib is imported: the first finder in sys.meta_path, until then."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Only joblib.parallel is found here, by those who find modules otherwise."""
+        if name != 'joblib.parallel':
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = importlib.util.find_spec(name)
+        loader: Any = spec.loader if spec is not None else None
+        if loader is not None:
+            load = loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                load(module)
+                offer_to_joblib(joblib_backend)
+            loader.exec_module = exec_module
+        return spec
+
+
+if 'joblib.parallel' in sys.modules:
+    offer_to_joblib(joblib_backend)
+else:
+    sys.meta_path.insert(0, _WhenJoblibComes())  # type: ignore[arg-type]
 
 
 @atexit.register

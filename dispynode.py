@@ -6723,6 +6723,43 @@ def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
     return [function(*args) for args in chunk]
 
 
+def run_batch(token: str, initializer: Optional[Callable[..., Any]], initargs: tuple, batch: Callable[[], Any]) -> Any:
+    """The computation of the backend for joblib: some calls in one job. `initializer` is called once
+    in each worker process, which `token` tells."""
+    offer_to_joblib(joblib_backend_in_job)
+    if initializer is not None and token not in _initialized:
+        initializer(*initargs)
+        _initialized.add(token)
+    return batch()
+
+
+_initialized: Set[str] = set()
+
+
+def offer_to_joblib(make: Callable[[Any], Any], name: str = 'dispy') -> None:
+    """Register a backend with joblib, if that has been imported and has none of this name;
+    make(joblib.parallel) returns its class."""
+    parallel = sys.modules.get('joblib.parallel')
+    if parallel is not None and name not in parallel.BACKENDS:
+        parallel.register_parallel_backend(name, make(parallel))
+
+
+def joblib_backend_in_job(parallel: Any) -> Any:
+    """In a job there is one CPU: calls of joblib that name the backend there run one after the other."""
+    class BackendInJob(parallel.SequentialBackend):  # type: ignore[misc, name-defined]
+        """As joblib's own for n_jobs=1, whatever else is asked for."""
+
+        def __init__(self, nesting_level: Optional[int] = None, **options: Any) -> None:
+            super().__init__(nesting_level=nesting_level)
+    return BackendInJob
+
+
+def set_numerical_threads(variables: Dict[str, str]) -> None:
+    """setup of the backend for joblib: what limits the threads of numerical libraries, which are not
+    loaded yet."""
+    os.environ.update(variables)
+
+
 class _Turn:
     """Processes write into one pipe by turns. A lock of the process (lockf), which ends with it."""
 
