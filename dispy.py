@@ -9390,6 +9390,9 @@ class JoblibClusters:
 
 
 joblib_clusters = JoblibClusters()
+# What Parallel gives to all backends, and what is of joblib's own
+_OF_JOBLIB = frozenset((
+    'max_nbytes', 'temp_folder', 'mmap_mode', 'prefer', 'require', 'verbose', 'context', 'idle_worker_timeout'))
 JOBLIB_START = 30.0    # s that a call of joblib waits for its first node
 # Variables that say how many threads numerical libraries use
 THREAD_VARIABLES = (
@@ -9401,26 +9404,23 @@ class JoblibRun:
     """What a backend of joblib does with its batches: each is a job, and no more of them are under
     way than there shall be. Any thread."""
 
-    def __init__(self, options: dict, initializer: Optional[Callable[..., Any]], initargs: tuple) -> None:
-        self._options, self._initializer, self._initargs = options, initializer, initargs
-        self._token = ''
+    def __init__(self, options: dict) -> None:
+        """`options`: of the backend."""
+        self.options = options
         self._lock = threading.Lock()    # guards those below
         self._cluster: Optional[JobCluster] = None
         self._most = sys.maxsize         # jobs under way
         self._calls: Set[JoblibCall] = set()
         self._waiting: Deque[Tuple[JoblibCall, Callable[..., Any]]] = collections.deque()
 
-    @property
-    def _key(self) -> dict:
-        return dict(self._options, initializer=self._initializer, initargs=self._initargs)
-
     def _make(self) -> JobCluster:
-        options = dict(self._options)
+        options = dict(self.options)
+        initializer, initargs = options.pop('initializer'), options.pop('initargs')
         threads = options.pop('inner_max_num_threads', None)
         if threads is not None:
             variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
             options['setup'] = functools.partial(set_numerical_threads, variables)
-        start = functools.partial(run_batch, os.urandom(8).hex(), self._initializer, self._initargs)
+        start = functools.partial(run_batch, os.urandom(8).hex(), initializer, tuple(initargs))
         kind = SharedJobCluster if 'scheduler_host' in options else JobCluster
         cluster = kind(start, job_status=lambda job: job.id.settle(job), **options)
         try:
@@ -9432,11 +9432,11 @@ class JoblibRun:
 
     def cpus(self) -> int:
         """CPUs that there are."""
-        return joblib_clusters.cpus_of(self._key)
+        return joblib_clusters.cpus_of(self.options)
 
     def begin(self, n_jobs: int) -> None:
         """Calls come, so many of which may be under way. Raises what making a cluster raises."""
-        cluster = joblib_clusters.take(self, self._key, self._make)
+        cluster = joblib_clusters.take(self, self.options, self._make)
         cpus = 0
         for row in cluster._rows():
             if row.key == LOCAL and n_jobs > row.offered:   # as many processes as are asked for
@@ -9466,7 +9466,11 @@ class JoblibRun:
         try:
             call.job = self._cluster.submit_job_id(call, function)  # type: ignore[union-attr]
         except Exception as exc:  # of the user's objects, which cannot be pickled; or the cluster has been closed
-            call.fail(exc)
+            error: Exception = exc
+            if not self._cluster._closed and not self._cluster._driver.broken:  # type: ignore[union-attr]
+                error = pickle.PicklingError('a call cannot be pickled: %s' % exc)
+                error.__cause__ = exc
+            call.fail(error)
 
     def ended(self, call: JoblibCall) -> None:
         """A batch has ended, and another may begin."""
@@ -9491,6 +9495,15 @@ class JoblibRun:
                     self._cluster.cancel(job)  # type: ignore[union-attr]
 
 
+def _above_joblib(backend: Any) -> str:
+    """Below what a call stands that is to use this backend, if that has taken the CPUs already: as
+    with joblib's own backends."""
+    process = sys.modules.get('multiprocessing.process')
+    if process is not None and process.current_process().daemon:
+        return 'multiprocessing'
+    return '' if backend.in_main_thread() or backend.nesting_level == 0 else 'threads'
+
+
 def joblib_backend(parallel: Any) -> Any:
     """The backend of joblib: a class, of what is in the module joblib.parallel."""
     class DispyBackend(parallel.AutoBatchingMixin, parallel.ParallelBackendBase):  # type: ignore[misc, name-defined]
@@ -9501,15 +9514,14 @@ def joblib_backend(parallel: Any) -> Any:
         def __init__(self, nesting_level: Optional[int] = None, inner_max_num_threads: Optional[int] = None,
                      initializer: Optional[Callable[..., Any]] = None, initargs: tuple = (), **options: Any) -> None:
             super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
-            self._options, self._start = options, (initializer, tuple(initargs))
+            self._options = dict(options, initializer=initializer, initargs=tuple(initargs))
             self._run: Optional[JoblibRun] = None
 
         def _get_run(self) -> JoblibRun:
-            if self._run is None:
-                options = dict(self._options)
-                if self.inner_max_num_threads is not None:   # joblib may set it after the constructor
-                    options['inner_max_num_threads'] = self.inner_max_num_threads
-                self._run = JoblibRun(options, *self._start)
+            if self.inner_max_num_threads is not None:   # joblib may set it after the constructor
+                self._options['inner_max_num_threads'] = self.inner_max_num_threads
+            if self._run is None or self._run.options != self._options:
+                self._run = JoblibRun(dict(self._options))
             return self._run
 
         def effective_n_jobs(self, n_jobs: Optional[int]) -> int:
@@ -9519,10 +9531,17 @@ def joblib_backend(parallel: Any) -> Any:
                 raise ValueError('n_jobs == 0 in Parallel has no meaning')
             if n_jobs is None or dispynode.modules is not None:   # a job has one CPU
                 return 1
+            above = _above_joblib(self)
+            if above:
+                if n_jobs != 1:
+                    warnings.warn('dispy-backed parallel loops cannot be nested below %s: they run with n_jobs=1'
+                                  % above, stacklevel=3)
+                return 1
             return max(1, self._get_run().cpus() + 1 + n_jobs) if n_jobs < 0 else n_jobs
 
         def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
-            """Begin: a node is waited for."""
+            """Begin: a node is waited for. Keywords of Parallel come here, too."""
+            self._options.update((name, value) for name, value in options.items() if name not in _OF_JOBLIB)
             count = self.effective_n_jobs(n_jobs)
             if count == 1:
                 raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
