@@ -98,6 +98,7 @@ try:
 except ImportError:   # a system without semaphores
     from concurrent.futures import BrokenExecutor as BrokenProcessPool  # type: ignore[assignment]
 
+import dispynode
 from dispynode import (
     ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
     NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
@@ -110,12 +111,14 @@ from dispynode import (
     path_option, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
+    OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
     Allowance, DurationEstimate, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine, module_dict,
     package_version, pack_error, start_of, GRACE, has_place, lock_file, told_once)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'recoverable', 'Recoverable', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
-    'DispyJob', 'JobFailed', 'WorkerLost', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError',
+    'DispyJob', 'ValueRef', 'JobFailed', 'WorkerLost', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus',
+    'NoNodes', 'DispyError',
     'SecretError', 'logger']
 
 # ---------------------------------------------------------------------------------------------------------
@@ -3829,11 +3832,18 @@ class ModuleBundles:
         self._make(0, sealed.modules)
         return in_one_piece(sealed.payload)
 
-    def packed(self, value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False) -> Any:
-        """A payload that says which bundles have to be there before it is opened. Raises what pickling raises."""
-        sealed = pack(value, labels, exact)
+    def packed(self, value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
+               share: Optional[Callable[[list, list], Any]] = None) -> Any:
+        """A payload that says which bundles have to be there before it is opened; `share` as in
+        `seal`. Raises what pickling raises."""
+        sealed = pack(value, labels, exact, share)
         numbers = self.numbers(sealed.modules)
-        return with_needs(sealed.payload, numbers) if numbers else sealed.payload
+        if not numbers:
+            return sealed.payload
+        payload = with_needs(sealed.payload, numbers)
+        if isinstance(sealed.payload, SharedPayload):
+            return SharedValues.with_values(in_one_piece(payload), sealed.payload.values)
+        return payload
 
     def numbers(self, modules: AbstractSet[str]) -> Set[int]:
         """The bundles that have these modules, but for number 0. New modules make a new one."""
@@ -3990,6 +4000,15 @@ def _client_pickler(base: Any) -> Any:
         def importable(self, module: str) -> bool:
             """Whether nodes have the module, or get its file."""
             return own_modules.kind(module) not in _NOT_BY_NAME
+
+        def _special(self, kind: type) -> Any:
+            return self._reduce_ref if kind is ValueRef else super()._special(kind)
+
+        def _reduce_ref(self, ref: 'ValueRef') -> tuple:
+            self.modules.update(ref._modules)
+            if not ref._portable:
+                self.portable = False
+            return ref._reduced()
     return ClientPickler
 
 
@@ -4001,11 +4020,12 @@ def _code_pickler(base: Any) -> Any:
     return CodePickler
 
 
-def pack(value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False) -> Sealed:
+def pack(value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
+         share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
     """Pickle what goes to a node. Where that fails the error names the path to the culprit; `labels` are the parts of the
-    value, with what they are called. Raises what pickling raises."""
+    value, with what they are called; `share` as in `seal`. Raises what pickling raises."""
     try:
-        return seal(value, _code_pickler(client_pickler()) if exact else client_pickler())
+        return seal(value, _code_pickler(client_pickler()) if exact else client_pickler(), share)
     except _CANNOT as exc:
         text = explain_unpicklable(labels, exc)
         if not text or type(exc) not in _CANNOT:
@@ -4084,6 +4104,166 @@ def _parts_of_function(function: types.FunctionType) -> Iterator[Tuple[str, Any]
     yield from (('.' + name, part) for name, part in vars(function).items())
 
 
+class Value:
+    """A part of arguments that nodes know by its digest. `data` is the program's own copy, which
+    nobody changes."""
+    __slots__ = ('digest', 'data', '__weakref__')
+
+    def __init__(self, digest: bytes, data: Union[bytes, bytearray]) -> None:
+        self.digest, self.data = digest, data
+
+    @property
+    def row(self) -> Tuple[int, bytes]:
+        """Size and digest."""
+        return len(self.data), self.digest
+
+
+class SharedPayload(bytes):
+    """Packed arguments, some parts of which are values. These stay in the program as long as it does."""
+    values: Tuple[Value, ...] = ()
+
+    def rows(self) -> tuple:
+        """Size and digest of each value."""
+        return tuple(value.row for value in self.values)
+
+    def total(self) -> int:
+        """Bytes, with the values."""
+        return len(self) + sum(len(value.data) for value in self.values)
+
+
+class SharedValues:
+    """The values of this program that nodes know by their digests, each once, as long as a job or a
+    ref needs it. A buffer that the program may change is compared with the copy that was made of
+    it; only another content is copied and digested. Any thread."""
+    SAMPLES, SAMPLE = 16, 64     # places of a buffer, and bytes at each, by which the copy is found
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()    # guards those below
+        self._by_digest: 'weakref.WeakValueDictionary[bytes, Value]' = weakref.WeakValueDictionary()
+        self._by_object: 'weakref.WeakValueDictionary[int, Value]' = weakref.WeakValueDictionary()
+        self._by_sample: 'weakref.WeakValueDictionary[tuple, Value]' = weakref.WeakValueDictionary()
+        # In a job that uses clusters: what opens the job's own values
+        self._others = dispynode.known_values
+
+    def payload(self, pieces: Sequence[Any], buffers: Sequence[Any]) -> Optional[SharedPayload]:
+        """A payload of these; None if there are no values among them."""
+        values: List[Value] = []
+
+        def known(part: Any) -> Any:
+            value = self.of(part) if len(part) > SHARED_FROM else self._kept(part)
+            if value is None:
+                return part
+            values.append(value)
+            return value.row
+        parts = [known(piece) for piece in pieces], [known(buffer) for buffer in buffers]
+        return self.with_values(shared_payload(*parts), values) if values else None
+
+    @staticmethod
+    def with_values(payload: bytes, values: Iterable[Value]) -> SharedPayload:
+        """A payload that keeps these values."""
+        found = SharedPayload(payload)
+        found.values = tuple(dict.fromkeys(values))
+        return found
+
+    def _kept(self, part: Any) -> Optional[Value]:
+        """The value whose own memory this is, all of it."""
+        whole = part.obj if type(part) is memoryview else part
+        value = self._by_object.get(id(whole))
+        return value if value is not None and value.data is whole and len(part) == len(whole) else None
+
+    def of(self, part: Any) -> Value:
+        """The value with this content."""
+        value = self._kept(part)
+        if value is not None:
+            return value
+        sample = None
+        if type(part) is bytes:   # nobody can change it: no copy is needed
+            data: Union[bytes, bytearray] = part
+        else:
+            sample = self._sample(part)
+            value = self._by_sample.get(sample)
+            # Of a bytearray, and not of a view, this is a comparison of memory.
+            if value is not None and type(value.data) is bytearray and value.data == part:
+                return value
+            data = bytearray(part)
+        return self.adopt(hashlib.sha256(data).digest(), data, sample)
+
+    def _sample(self, part: memoryview) -> tuple:
+        step = max(1, len(part) // self.SAMPLES)
+        return (len(part), *(bytes(part[at:at + self.SAMPLE]) for at in range(0, len(part), step)))
+
+    def adopt(self, digest: bytes, data: Union[bytes, bytearray], sample: Optional[tuple] = None) -> Value:
+        """The value with this digest; `data` is its content if it is new."""
+        with self._lock:
+            value = self._by_digest.get(digest)
+            if value is None:
+                value = self._by_digest[digest] = Value(digest, data)
+                self._by_object[id(data)] = value
+            if sample is not None:
+                self._by_sample[sample] = value
+            return value
+
+    def find(self, digest: bytes) -> Optional[Value]:
+        """A value, while it is needed."""
+        with self._lock:
+            return self._by_digest.get(digest)
+
+    def open(self, size: int, digest: bytes) -> Any:
+        """A copy of a value. Raises LookupError."""
+        value = self.find(digest)
+        if value is not None:
+            return bytearray(value.data)
+        if self._others is None:
+            raise LookupError('a value of %d bytes is not needed any more and has gone' % size)
+        return self._others.open(size, digest)
+
+    def after_fork(self) -> None:
+        """In a forked child: another thread of the parent may have held the lock."""
+        self._lock = threading.Lock()
+
+
+shared_values = SharedValues()
+dispynode.known_values = shared_values
+
+
+class ValueRef:
+    """A value that `JobCluster.put` has taken. Where it stands in the arguments of a job, the job
+    gets the value, opened anew. It stays in the program as long as this object, or a job that has
+    it, is there."""
+
+    def __init__(self, value: Any, labels: Iterable[Tuple[str, Any]]) -> None:
+        """Raises what pickling raises."""
+        parts: List[Any] = []
+
+        def take(pieces: list, buffers: list) -> bytes:
+            parts[:] = [b''.join(pieces), *buffers]
+            return b''
+        sealed = pack(value, labels, share=take)
+        parts = parts or [in_one_piece(sealed.payload)]
+        # Values are known by their own memory; what is small goes along with each job.
+        self._values = [shared_values.of(part) if len(part) >= OUT_OF_BAND else None for part in parts]
+        self._parts = [part if value is None else value.data for part, value in zip(parts, self._values)]
+        self._modules, self._portable = sealed.modules, sealed.portable
+
+    @property
+    def size(self) -> int:
+        """Bytes of the value, packed."""
+        return sum(map(len, self._parts))
+
+    def get(self) -> Any:
+        """The value, opened anew here. Raises what opening it raises."""
+        return open_pieces(*self._parts[:1], *map(bytearray, self._parts[1:]))
+
+    def _reduced(self) -> tuple:
+        return open_pieces, tuple(map(pickle.PickleBuffer, self._parts))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError('a ref of JobCluster.put can be passed to jobs of this program, and nowhere else')
+
+    def __repr__(self) -> str:
+        return '<ValueRef of %d bytes>' % self.size
+
+
 def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles', depends: Sequence[Any] = ()) -> Any:
     """Arguments as they are now: what the caller changes later does not reach the job. Raises what pickling raises.
     `depends` are files and objects for this job alone; files are read now."""
@@ -4099,7 +4279,7 @@ def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles', depends:
         (('argument %d' % number, value) for number, value in enumerate(args, 1)),
         (('argument %s' % name, value) for name, value in kwargs.items()),
         (('dispy_job_depends, %s' % name, thing) for name, thing in objects.items()))
-    return own_memory(bundles.packed(value, labels))
+    return own_memory(bundles.packed(value, labels, share=shared_values.payload))
 
 
 def own_memory(payload: Any) -> Any:
@@ -4877,12 +5057,16 @@ class Journal(Database):
         CREATE TABLE jobs (number INTEGER PRIMARY KEY, comp TEXT, id BLOB, payload BLOB, options BLOB, submitted REAL,
             arguments TEXT, state INTEGER, serial INTEGER, node TEXT, status INTEGER, result BLOB, delivered INTEGER DEFAULT 0);
         """
-    INSERT, RENAME, MOVE, END = range(4)
+    # Values that jobs which have not ended have in their arguments; each is here once.
+    VALUES = 'CREATE TABLE IF NOT EXISTS vals (digest BLOB PRIMARY KEY, data BLOB)'
+    INSERT, RENAME, MOVE, END, FREE, VALUE = range(6)
     STATEMENTS = (
         'INSERT OR IGNORE INTO jobs (number, comp, id, payload, options, submitted, arguments, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
         'UPDATE jobs SET id = ? WHERE number = ?',
         'UPDATE jobs SET comp = ?, state = ?, serial = ?, node = ? WHERE number = ?',
-        'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?')
+        'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?',
+        'DELETE FROM vals WHERE digest = ?',
+        'INSERT OR IGNORE INTO vals VALUES (?, ?)')
     NEW_MARK = b'dispy5n\2'     # begins FILE-new
     # CRC-32 of the rest, INSERT or RENAME, number, submitted, lengths of id, payload, options and
     # arguments
@@ -4898,12 +5082,16 @@ class Journal(Database):
         self.last = 0                            # number of a job
         # Rows that came into FILE-new, that were noted, that are in the database
         self._added = self._noted = self._committed = 0
+        # Digest of a value -> how many jobs that have not ended need it; and those that are written
+        self._needed: 'collections.Counter[bytes]' = collections.Counter()
+        self._written: Set[bytes] = set()
         super().__init__(path, 'recover_file')
         self._new = -1
         try:
             self._new = open_own_file(self.path + '-new', 'recover_file', os.O_APPEND)
             self._check_new()
             with self.damages():
+                self._db.execute(self.VALUES)
                 self._take_new()
         except BaseException:
             self._db.close()
@@ -4935,6 +5123,9 @@ class Journal(Database):
                 if len(body.getbuffer()) < sum(sizes) or found != crc:
                     break
                 ident, payload, options, arguments = map(body.read, sizes)
+                if kind == self.VALUE:
+                    self._add(kind, (ident, payload))
+                    continue
                 row = (number, '', ident, payload, options, submitted, arguments.decode(), self.WAITING)
                 self._add(kind, row if kind == self.INSERT else (ident, number))
         if self.commit():
@@ -4962,11 +5153,30 @@ class Journal(Database):
         options = pickle.dumps(plain) if plain else b''
         arguments = job.arguments.encode('utf-8', 'replace')
         with self._guard:
+            if type(job._payload) is SharedPayload:
+                self._keep_values(job._payload.values)
             self._append(self.INSERT, number, job.submit_time, ident, payload, options, arguments)
             self._add(self.INSERT, (number, job._comp, ident, payload, options, job.submit_time,
                                     arguments.decode(), self.WAITING))
         self.last = number
         job._serial, job._journal = number << 16, self
+
+    def _keep_values(self, values: Sequence[Value]) -> None:
+        """Values come before the first job that needs them. With `_guard` held. Raises OSError."""
+        for value in values:
+            if value.digest not in self._written:
+                self._append(self.VALUE, 0, 0.0, value.digest, value.data)
+                self._add(self.VALUE, (value.digest, value.data))
+                self._written.add(value.digest)
+        self._needed.update(value.digest for value in values)
+
+    def _free_values(self) -> None:
+        """Note that those go that no job needs."""
+        with self._guard:
+            free = {digest for digest in self._written if not self._needed.get(digest)}
+            self._written -= free
+        for digest in free:
+            self.note(self.FREE, digest)
 
     def renamed(self, job: KeptJob) -> None:
         """A job has got another id. What cannot be pickled is told, and then the one before
@@ -5017,11 +5227,23 @@ class Journal(Database):
                 size_of(result[4]), JOURNAL_MOST)
             state = JobState.TERMINATED
             result = (result[0], int(Outcome.RAISED), *result[2:4], pack_error(text, None), *result[5:])
+        self._needs_no_more(work)
         plain = result if isinstance(result, str) else (*result[1:4], *map(in_one_piece, result[4:]))
         self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), work._serial >> 16)
 
+    def _needs_no_more(self, work: Work) -> None:
+        """A job has ended."""
+        rows = work._options.get('values', ()) if work._options else ()
+        with self._guard:
+            for _, digest in rows:
+                self._needed[digest] -= 1
+                if self._needed[digest] <= 0:
+                    del self._needed[digest]
+
     def commit(self) -> bool:
         """As Database, with what was submitted."""
+        if len(self._written) > len(self._needed):
+            self._free_values()
         while self._rows:
             statement, row = self._rows.popleft()
             self.note(statement, *row)
@@ -5055,7 +5277,9 @@ class Journal(Database):
     def known(self) -> List[Tuple[KeptJob, int, str, Any]]:
         """All of `jobs`. Raises DispyError for a file that is damaged."""
         with self.damages():
-            return list(self.jobs())
+            found = list(self.jobs())
+            self._written.update(digest for digest, in self._db.execute('SELECT digest FROM vals'))
+        return found
 
     def jobs(self) -> Iterator[Tuple[KeptJob, int, str, Any]]:
         """(job, state, node, result) of all jobs that have not been handed to the user since a crash."""
@@ -5063,17 +5287,35 @@ class Journal(Database):
              status, result) in self._db.execute(
                 'SELECT number, comp, id, payload, options, submitted, arguments, state, serial, '
                 'node, status, result FROM jobs WHERE NOT delivered'):
-            job = KeptJob(comp, payload, pickle.loads(options) if options else None,
-                          pickle.loads(ident), arguments)
+            known = pickle.loads(options) if options else None
+            if known and payload is not None and 'values' in known:
+                payload = self._with_values(payload, known['values'])
+            job = KeptJob(comp, payload, known, pickle.loads(ident), arguments)
             job._serial, job.submit_time = serial or number << 16, submitted
             found = pickle.loads(result) if result else None
             if state == self.ENDED:
                 job._state = JobState(status)
                 if not isinstance(found, str) and (found is None or len(found) != 6 or not is_outcome(*found)):
                     raise ValueError('job %d has no result' % number)
-            elif state not in (self.WAITING, self.SENT) or type(payload) is not bytes:
+            elif state not in (self.WAITING, self.SENT) or not isinstance(payload, bytes):
                 raise ValueError('job %d is in no state' % number)
             yield job, state, node or '', found
+
+    def _with_values(self, payload: bytes, rows: Sequence[Tuple[int, bytes]]) -> SharedPayload:
+        """Arguments of a job that has not ended, with their values. Raises ValueError if one is not
+        here."""
+        values = []
+        for size, digest in rows:
+            value = shared_values.find(digest)
+            if value is None:
+                found = self._db.execute('SELECT data FROM vals WHERE digest = ?', (digest,)).fetchone()
+                if found is None or len(found[0]) != size:
+                    raise ValueError('a value of %d bytes is not there' % size)
+                value = shared_values.adopt(digest, found[0])
+            values.append(value)
+        with self._guard:
+            self._needed.update(value.digest for value in values)
+        return SharedValues.with_values(payload, values)
 
     def delivered(self, jobs: Sequence[DispyJob]) -> None:
         """These were handed to the user; not again."""
@@ -5607,7 +5849,8 @@ class Peer:
         """The same, were no other computation alone here."""
         use = self.uses[comp]
         if use.wanted is not None:
-            return min(use.wanted, self.offered) if use.wanted >= 0 else max(0, self.offered + use.wanted)
+            most = use.wanted if self.embedded else self.offered   # the program's own may have more processes than CPUs
+            return min(use.wanted, most) if use.wanted >= 0 else max(0, self.offered + use.wanted)
         if use.allocation is not None:
             return use.allocation.cpus if self.offered else 0
         return limited(self.offered, use.spec.cpus)
@@ -6689,7 +6932,7 @@ class Driver(Loop):
     def set_cpus(self, comp: str, peer: Peer, cpus: Optional[int]) -> int:
         """Limit a cluster's CPUs of a node; None: as at first. Returns how many these are now."""
         use = peer.uses[comp]
-        if cpus is not None and cpus > peer.offered > 0:
+        if cpus is not None and cpus > peer.offered > 0 and not peer.embedded:
             raise ValueError('cpus=%d: node %s offers %d' % (cpus, peer, peer.offered))
         use.wanted = cpus
         if use.state is UseState.READY and not use.then:
@@ -7615,10 +7858,28 @@ class Driver(Loop):
         for purpose, key, row in message.files:
             name = row[0]
             depends = purpose == Purpose.DEPENDS
+            if purpose == Purpose.VALUES:
+                self._send_value(peer, cluster, key, row)
+                continue
             source = paths.get(name) if depends else self._source_of(cluster, name)
             if source is None:
                 raise PeerError('it asked for a file that was not offered: %.60r' % (name,))
             self._outgoing.add_file(peer.link.number, (cluster._comp, purpose, key), row, source)
+
+    def _send_value(self, peer: Peer, cluster: Any, key: int, row: tuple) -> None:
+        """A node lacks a value that jobs need."""
+        source = self._value_of(cluster, row[2])
+        if source is None:   # and its jobs have ended
+            text = 'the program does not have it any more'
+            self.say_to(peer, FileStored(cluster._comp, int(Purpose.VALUES), key, row[0], text))
+        else:
+            transfer = (cluster._comp, int(Purpose.VALUES), key)
+            self._outgoing.add_file(peer.link.number, transfer, row, source)  # type: ignore[union-attr]
+
+    def _value_of(self, cluster: Any, digest: bytes) -> Any:
+        """Where a value is read from: its content, or a path."""
+        value = shared_values.find(digest)
+        return memoryview(value.data) if value is not None else None
 
     @staticmethod
     def _source_of(cluster: 'JobCluster', name: str) -> Any:
@@ -7627,8 +7888,10 @@ class Driver(Loop):
 
     def _send_files(self) -> None:
         """A few pieces of files into links that have room."""
-        for link, (comp, purpose, _, name), text in self._outgoing.send(self.say):
-            if purpose == Purpose.PLACED and link.number in self._by_link:
+        for link, (comp, purpose, key, name), text in self._outgoing.send(self.say):
+            if purpose == Purpose.VALUES:
+                self.say(link, FileStored(comp, purpose, key, name, 'it cannot be read: %s' % text))
+            elif purpose == Purpose.PLACED and link.number in self._by_link:
                 peer = self._by_link[link.number]
                 self._answer(peer, (comp, name), 'it cannot be read: %s' % text)
             elif purpose in ASKED_FOR:   # the node waits for it in vain
@@ -8020,7 +8283,7 @@ _ERRORS: Dict[str, Type[Exception]] = {kind.__name__: kind for kind in (ValueErr
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.REFUSED, NodeState.LOST))
 _MAY_OFFER = frozenset((UseState.WAITING, UseState.ASKING, UseState.REFUSED))
 _MAY_OPEN = frozenset((Outcome.RETURNED_CODE, Outcome.RAISED))   # results that may hold what runs code when it is opened
-OF_JOBS = ('cpus', 'timeout', 'memory', 'priority')   # options of a job that its node has to know
+OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values')   # options of a job that its node has to know
 _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
 _lock = threading.Lock()      # guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
 _drivers: Dict[Access, Driver] = {}
@@ -8045,6 +8308,8 @@ def _forked() -> None:
         driver.after_fork()
     _drivers.clear()
     _alone.clear()
+    shared_values.after_fork()
+    joblib_clusters.after_fork()
     for cluster in list(_clusters):
         cluster._after_fork()
     _clusters.clear()
@@ -8452,14 +8717,17 @@ class JobCluster:
         """Arguments as they are now."""
         self._look_at_modules()
         payload = pack_arguments(args, kwargs, self._bundles, depends)
+        size = payload.total() if type(payload) is SharedPayload else size_of(payload)
         most = VALUE_MOST if self._journal is None else JOURNAL_MOST
-        if size_of(payload) > most:
+        if size > most:
             raise ValueError('arguments of %d bytes are over the limit of %d%s: send a file (depends)' % (
-                size_of(payload), most, '' if self._journal is None else ' of a cluster with a recover_file'))
+                size, most, '' if self._journal is None else ' of a cluster with a recover_file'))
         return payload
 
     def _enter(self, number: Any, args: tuple, kwargs: dict, options: Optional[dict], payload: Any,
                future: Optional['DispyFuture'] = None) -> DispyJob:
+        if type(payload) is SharedPayload:
+            options = dict(options or {}, values=payload.rows())
         job = DispyJob(self._comp, payload, options, number) if self._journal is None \
             else KeptJob(self._comp, payload, options, number, words_of(args, kwargs))
         with self._lock:
@@ -8476,6 +8744,16 @@ class JobCluster:
             self._owed.add(job)
             self._driver.post(job)   # with the lock held: `close` comes after it or before the test above
         return job
+
+    def put(self, value: Any) -> ValueRef:
+        """Take a value for many jobs. The ref that this returns may stand anywhere in the arguments
+        of jobs of this program, and there the job gets the value: opened anew for each job, so that
+        what one job changes no other sees. A node is sent it once (below 32 KiB: with each job).
+        What the program changes in the value later does not reach jobs. Arrays and other buffers over 1 MiB
+        in arguments are treated so without `put`, which saves packing and comparing them for each job.
+        Raises what pickling the value raises. Any thread."""
+        self._look_at_modules()
+        return ValueRef(value, [('the value', value)])
 
     def map(self, *iterables: Any, in_flight: Optional[int] = None) -> Iterator[Any]:
         """Yield the results of computing over the inputs, in their order, like the builtin `map`. Inputs are taken as
@@ -9728,71 +10006,387 @@ if hasattr(threading, '_register_atexit'):
         threading._register_atexit(_wait_for_executors)
 
 
-def register_joblib() -> None:
-    """Make `with joblib.parallel_backend('dispy', nodes=...)` work; keywords are those of DispyExecutor. Done by the
-    import of dispy if joblib was imported before. Raises ImportError without joblib."""
-    import joblib
+class JoblibCall:
+    """A batch of joblib's calls, on its way. `result` and `get` are what joblib asks it for."""
+    __slots__ = ('parallel', 'job', '_callback', '_error', '_backend')
 
-    class Backend(joblib.parallel.ParallelBackendBase):  # type: ignore[misc, name-defined]
+    def __init__(self, backend: Any, callback: Optional[Callable[[Any], Any]]) -> None:
+        self.parallel = getattr(callback, 'parallel', None)   # the Parallel that it belongs to
+        self.job: Optional[DispyJob] = None
+        self._backend, self._callback = backend, callback
+        self._error: Optional[BaseException] = None
+
+    def settle(self, job: DispyJob) -> None:
+        """The job has ended. A callback thread."""
+        self.job = job
+        for text, stream in ((job.stdout, sys.stdout), (job.stderr, sys.stderr)):
+            if text and stream is not None:
+                print(text, end='', file=stream, flush=True)
+        self._tell()
+
+    def fail(self, error: BaseException) -> None:
+        """It could not even be submitted. Any thread."""
+        self._error = error
+        # joblib holds locks of its own while it submits
+        threading.Thread(target=self._tell, name='dispy-joblib', daemon=True).start()
+
+    def _tell(self) -> None:
+        self._backend.ended(self)
+        if self._callback is not None:
+            self._callback(self)
+
+    def result(self) -> Any:
+        """What the batch returned. Raises what it raised."""
+        if self._error is not None:
+            raise self._error
+        return result_of(self.job)  # type: ignore[arg-type]
+
+    def get(self, timeout: Optional[float] = None) -> Any:
+        """The same, for joblib before 1.3. Raises TimeoutError."""
+        if self._error is None and not self.job.wait(timeout):  # type: ignore[union-attr]
+            raise TimeoutError('a batch of calls has not ended within %s s' % timeout)
+        return self.result()
+
+
+class _KeptCluster:
+    """A cluster of joblib's calls: with which options it was made, who uses it, and since when
+    nobody does."""
+
+    def __init__(self, options: dict, cluster: JobCluster) -> None:
+        self.options, self.cluster = options, cluster
+        self.users: 'weakref.WeakSet[Any]' = weakref.WeakSet()
+        self.idle_since = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be used: it may have been closed, or be of the parent of a forked process."""
+        return not self.cluster._closed and not self.cluster._driver.broken
+
+
+class JoblibClusters:
+    """Clusters that joblib's calls run on, by the options of their backends. One that no call uses is
+    kept for a while, since the next call wants the same as a rule. Any thread."""
+    KEPT = 300.0       # s, as joblib's own backend keeps its workers
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()   # guards those below; held while a cluster is made
+        self._kept: List[_KeptCluster] = []
+        self._asked: List[Tuple[Any, float, int]] = []   # nodes, when they were asked, CPUs
+        self._timer: Optional[threading.Timer] = None
+
+    def take(self, user: Any, options: dict, make: Callable[[], JobCluster]) -> JobCluster:
+        """The cluster with these options, made if need be. Raises what making it raises."""
+        with self._lock:
+            found = self._find(options)
+            if found is not None and found.cluster._bundles.changed():
+                # The file of a module has changed: later calls run its new text.
+                self._kept.remove(found)
+                threading.Thread(target=found.cluster.close, name='dispy-renew', daemon=True).start()
+                found = None
+            if found is None:
+                found = _KeptCluster(options, make())
+                self._kept.append(found)
+            found.users.add(user)
+            return found.cluster
+
+    def _find(self, options: dict) -> Optional[_KeptCluster]:
+        self._kept = [kept for kept in self._kept if kept.is_open]
+        return next((kept for kept in self._kept if kept.options == options), None)
+
+    def release(self, user: Any) -> None:
+        """This user needs none any more."""
+        with self._lock:
+            for kept in self._kept:
+                if user in kept.users:
+                    kept.users.discard(user)
+                    kept.idle_since = time.monotonic()
+            if self._timer is None and self._kept:
+                self._start_timer()
+
+    def _start_timer(self) -> None:
+        self._timer = threading.Timer(self.KEPT, self._look)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _look(self) -> None:
+        """End those that were not used for a while."""
+        with self._lock:
+            self._timer = None
+            self._end(lambda kept: time.monotonic() - kept.idle_since > self.KEPT / 2)
+            if self._kept:
+                self._start_timer()
+
+    def close(self) -> None:
+        """End those that nobody uses now."""
+        with self._lock:
+            timer, self._timer = self._timer, None
+            self._end(lambda kept: True)
+        if timer is not None:
+            timer.cancel()
+            timer.join()
+
+    def _end(self, which: Callable[[_KeptCluster], bool]) -> None:
+        idle = [kept for kept in self._kept if not kept.users and which(kept)]
+        self._kept = [kept for kept in self._kept if kept not in idle]
+        for kept in idle:
+            kept.cluster.close(terminate=True)
+
+    def cpus_of(self, options: dict) -> int:
+        """CPUs that calls with these options would have. Nodes are asked for that and not used; the
+        answer is remembered."""
+        nodes = options.get('nodes')
+        if nodes == LOCAL or nodes is None and discovery_reach() == 'off':
+            return available_cpus()
+        with self._lock:
+            found = self._find(options)
+        if found is not None:
+            ready = sum(min(row.cpus, row.offered) for row in found.cluster._rows() if row.state == 'ready')
+            if ready:
+                return ready
+        now = time.monotonic()
+        with self._lock:
+            known = next((cpus for asked, when, cpus in self._asked
+                          if asked == nodes and now - when < self.KEPT), None)
+        if known is not None:
+            return known
+        cpus = self._ask(nodes, options) or available_cpus()
+        with self._lock:
+            self._asked = [row for row in self._asked if row[0] != nodes] + [(nodes, now, cpus)]
+        return cpus
+
+    @staticmethod
+    def _ask(nodes: Any, options: dict) -> int:
+        """CPUs of nodes that answer; without the program's own node."""
+        access = {name: options[name] for name in ('secret', 'certfile', 'keyfile', 'cafile') if name in options}
+        with Survey(nodes, options.get('dispy_port') or NODE_PORT, **access) as survey:
+            found = survey.look(listen=PROBE_TIME)
+        return sum(node.cpus for node in found if node.state == 'connected')
+
+    def after_fork(self) -> None:
+        """In a forked child: the clusters and the timer are the parent's."""
+        self.__init__()  # type: ignore[misc]
+
+
+joblib_clusters = JoblibClusters()
+# What Parallel gives to all backends, and what is of joblib's own
+_OF_JOBLIB = frozenset((
+    'max_nbytes', 'temp_folder', 'mmap_mode', 'prefer', 'require', 'verbose', 'context', 'idle_worker_timeout'))
+JOBLIB_START = 30.0    # s that a call of joblib waits for its first node
+# Variables that say how many threads numerical libraries use
+THREAD_VARIABLES = (
+    'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS', 'BLIS_NUM_THREADS',
+    'VECLIB_MAXIMUM_THREADS', 'NUMBA_NUM_THREADS', 'NUMEXPR_NUM_THREADS')
+
+
+class JoblibRun:
+    """What a backend of joblib does with its batches: each is a job, and no more of them are under
+    way than there shall be. Any thread."""
+
+    def __init__(self, options: dict) -> None:
+        """`options`: of the backend."""
+        self.options = options
+        self._lock = threading.Lock()    # guards those below
+        self._cluster: Optional[JobCluster] = None
+        self._most = sys.maxsize         # jobs under way
+        self._calls: Set[JoblibCall] = set()
+        self._waiting: Deque[Tuple[JoblibCall, Callable[..., Any]]] = collections.deque()
+
+    def _make(self) -> JobCluster:
+        options = dict(self.options)
+        initializer, initargs = options.pop('initializer'), options.pop('initargs')
+        threads = options.pop('inner_max_num_threads', None)
+        if threads is not None:
+            variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
+            options['setup'] = functools.partial(set_numerical_threads, variables)
+        start = functools.partial(run_batch, os.urandom(8).hex(), initializer, tuple(initargs))
+        kind = SharedJobCluster if 'scheduler_host' in options else JobCluster
+        cluster = kind(start, job_status=lambda job: job.id.settle(job), **options)
+        try:
+            cluster.wait_nodes(1, timeout=JOBLIB_START)
+        except BaseException:
+            cluster.close(terminate=True)
+            raise
+        return cluster
+
+    def cpus(self) -> int:
+        """CPUs that there are."""
+        return joblib_clusters.cpus_of(self.options)
+
+    def begin(self, n_jobs: int) -> None:
+        """Calls come, so many of which may be under way. Raises what making a cluster raises."""
+        cluster = joblib_clusters.take(self, self.options, self._make)
+        cpus = 0
+        for row in cluster._rows():
+            if row.key == LOCAL and n_jobs > row.offered:   # as many processes as are asked for
+                cluster._command('set_cpus', row.key, n_jobs)
+            cpus += row.cpus
+        with self._lock:
+            self._cluster = cluster
+            self._most = n_jobs if n_jobs < cpus else sys.maxsize
+
+    def end(self) -> None:
+        """No more calls come for now."""
+        joblib_clusters.release(self)
+
+    def submit(self, call: JoblibCall, function: Callable[..., Any]) -> JoblibCall:
+        """One more batch."""
+        with self._lock:
+            wait = len(self._calls) >= self._most
+            if wait:
+                self._waiting.append((call, function))
+            else:
+                self._calls.add(call)
+        if not wait:
+            self._send(call, function)
+        return call
+
+    def _send(self, call: JoblibCall, function: Callable[..., Any]) -> None:
+        try:
+            call.job = self._cluster.submit_job_id(call, function)  # type: ignore[union-attr]
+        except Exception as exc:  # of the user's objects, which cannot be pickled; or the cluster has been closed
+            error: Exception = exc
+            if not self._cluster._closed and not self._cluster._driver.broken:  # type: ignore[union-attr]
+                error = pickle.PicklingError('a call cannot be pickled: %s' % exc)
+                error.__cause__ = exc
+            call.fail(error)
+
+    def ended(self, call: JoblibCall) -> None:
+        """A batch has ended, and another may begin."""
+        following = None
+        with self._lock:
+            self._calls.discard(call)
+            if self._waiting and len(self._calls) < self._most:
+                following = self._waiting.popleft()
+                self._calls.add(following[0])
+        if following is not None:
+            self._send(*following)
+
+    def abort(self) -> None:
+        """End the batches of calls that joblib has given up."""
+        with self._lock:
+            self._waiting = collections.deque(
+                row for row in self._waiting if not getattr(row[0].parallel, '_aborting', True))
+            unwanted = [call.job for call in self._calls if getattr(call.parallel, '_aborting', True)]
+        for job in unwanted:
+            if job is not None and job.status not in ENDED:
+                with contextlib.suppress(RuntimeError):   # the cluster has ended, and its jobs with it
+                    self._cluster.cancel(job)  # type: ignore[union-attr]
+
+
+def _above_joblib(backend: Any) -> str:
+    """Below what a call stands that is to use this backend, if that has taken the CPUs already: as
+    with joblib's own backends."""
+    process = sys.modules.get('multiprocessing.process')
+    if process is not None and process.current_process().daemon:
+        return 'multiprocessing'
+    return '' if backend.in_main_thread() or backend.nesting_level == 0 else 'threads'
+
+
+def joblib_backend(parallel: Any) -> Any:
+    """The backend of joblib: a class, of what is in the module joblib.parallel."""
+    class DispyBackend(parallel.AutoBatchingMixin, parallel.ParallelBackendBase):  # type: ignore[misc, name-defined]
         """joblib's calls as jobs; see joblib's documentation of ParallelBackendBase."""
-        supports_retrieve_callback = supports_timeout = True
+        supports_retrieve_callback = supports_timeout = supports_inner_max_num_threads = True
         default_n_jobs = -1
 
-        def __init__(self, nesting_level: Optional[int] = None, inner_max_num_threads: Optional[int] = None, **options: Any) -> None:
+        def __init__(self, nesting_level: Optional[int] = None, inner_max_num_threads: Optional[int] = None,
+                     initializer: Optional[Callable[..., Any]] = None, initargs: tuple = (), **options: Any) -> None:
             super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
-            self._options = options
-            self._executor: Optional[DispyExecutor] = None
+            self._options = dict(options, initializer=initializer, initargs=tuple(initargs))
+            self._run: Optional[JoblibRun] = None
 
-        def effective_n_jobs(self, n_jobs: int) -> int:
-            """CPUs of the nodes, or fewer if that is wanted."""
-            self.start_call()
-            assert self._executor is not None
-            cpus = sum(node.cpus for node in self._executor.cluster.status().nodes if node.state == 'ready')
-            return cpus if n_jobs is None or n_jobs < 1 else min(cpus, n_jobs)
+        def _get_run(self) -> JoblibRun:
+            if self.inner_max_num_threads is not None:   # joblib may set it after the constructor
+                self._options['inner_max_num_threads'] = self.inner_max_num_threads
+            if self._run is None or self._run.options != self._options:
+                self._run = JoblibRun(dict(self._options))
+            return self._run
+
+        def effective_n_jobs(self, n_jobs: Optional[int]) -> int:
+            """How many calls at once n_jobs stands for: negative numbers count from the CPUs of all
+            nodes downwards, -1 is all."""
+            if n_jobs == 0:
+                raise ValueError('n_jobs == 0 in Parallel has no meaning')
+            if n_jobs is None or dispynode.modules is not None:   # a job has one CPU
+                return 1
+            above = _above_joblib(self)
+            if above:
+                if n_jobs != 1:
+                    warnings.warn('dispy-backed parallel loops cannot be nested below %s: they run with n_jobs=1'
+                                  % above, stacklevel=3)
+                return 1
+            return max(1, self._get_run().cpus() + 1 + n_jobs) if n_jobs < 0 else n_jobs
 
         def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
-            """Begin: nodes are waited for."""
+            """Begin: a node is waited for. Keywords of Parallel come here, too."""
+            self._options.update((name, value) for name, value in options.items() if name not in _OF_JOBLIB)
+            count = self.effective_n_jobs(n_jobs)
+            if count == 1:
+                raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
             self.parallel = parallel
-            return self.effective_n_jobs(n_jobs)
+            self._get_run().begin(count)
+            return count
 
-        def start_call(self) -> None:
-            """A cluster, if there is none."""
-            if self._executor is None:
-                self._executor = DispyExecutor(**self._options)
-                self._executor.cluster.wait_nodes(1, timeout=30)
-
-        def submit(self, func: Callable[..., Any], callback: Optional[Callable[..., Any]] = None) -> DispyFuture:
+        def submit(self, func: Callable[..., Any], callback: Optional[Callable[..., Any]] = None) -> JoblibCall:
             """One batch of calls."""
-            assert self._executor is not None
-            future = self._executor.submit(func)
-            future.get = future.result  # type: ignore[attr-defined]
-            if callback is not None:
-                future.add_done_callback(callback)
-            return future
+            run = self._get_run()
+            return run.submit(JoblibCall(run, callback), func)
 
         apply_async = submit   # its name before joblib 1.4
 
-        def retrieve_result_callback(self, out: DispyFuture) -> Any:
-            """What a batch returned or raised."""
+        def retrieve_result_callback(self, out: JoblibCall) -> Any:
+            """What a batch returned. Raises what it raised."""
             return out.result()
 
         def terminate(self) -> None:
-            """The end."""
-            if self._executor is not None:
-                self._executor.cluster.close(terminate=True)
-                self._executor = None
+            """The end of a call. The cluster is kept for the next one."""
+            if self._run is not None:
+                self._run.end()
+            self.reset_batch_stats()
 
         def abort_everything(self, ensure_ready: bool = True) -> None:
             """A call raised: what is left is not wanted."""
-            self.terminate()
-            if ensure_ready:
-                self.start_call()
+            if self._run is not None:
+                self._run.abort()
+    SequentialBackend = parallel.SequentialBackend
+    FallbackToBackend = parallel.FallbackToBackend
+    return DispyBackend
 
-    joblib.register_parallel_backend('dispy', Backend)
+
+def register_joblib() -> None:
+    """Make `with joblib.parallel_config(backend='dispy', nodes=...)` work; keywords are those of
+    JobCluster, with scheduler_host those of SharedJobCluster, and initializer, initargs and
+    inner_max_num_threads. Done by itself where joblib is imported, before dispy or after it.
+    Raises ImportError without joblib."""
+    import joblib
+    offer_to_joblib(joblib_backend)
+    assert 'dispy' in joblib.parallel.BACKENDS   # ours
 
 
-if 'joblib' in sys.modules:
-    register_joblib()
+class _WhenJoblibComes:
+    """Registers the backend when joblib is imported: the first finder in sys.meta_path, until then."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Only joblib.parallel is found here, by those who find modules otherwise."""
+        if name != 'joblib.parallel':
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = importlib.util.find_spec(name)
+        loader: Any = spec.loader if spec is not None else None
+        if loader is not None:
+            load = loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                load(module)
+                offer_to_joblib(joblib_backend)
+            loader.exec_module = exec_module
+        return spec
+
+
+if 'joblib.parallel' in sys.modules:
+    offer_to_joblib(joblib_backend)
+else:
+    sys.meta_path.insert(0, _WhenJoblibComes())  # type: ignore[arg-type]
 
 
 @atexit.register

@@ -161,6 +161,8 @@ SERIALS_MOST = 50000          # of jobs in one message
 ROWS_MOST = 20000             # of jobs or results in one message
 NAME_MOST = 1000              # characters of a name from outside that are kept
 MODULES_KEPT = 256 << 20      # bytes of modules' files that a node keeps for other computations
+SHARED_FROM = 1 << 20         # bytes from which a part of arguments is known by its digest
+VALUES_KEPT = 4 << 30         # bytes of such parts that a node keeps, beyond what jobs there need
 RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are not read
 
 logger = logging.getLogger('dispynode')
@@ -305,7 +307,9 @@ class Compute(NamedTuple):
 
 
 class Jobs(NamedTuple):
-    """Client: attempts to run, rows of (serial, payload, options or None). Answered by Results."""
+    """Client: attempts to run, rows of (serial, payload, options or None). Answered by Results. The
+    option `values` has rows (size, digest) of the parts of the payload that do not stand in it; a
+    node that lacks one asks for it (Need)."""
     comp: str
     rows: list
 
@@ -483,9 +487,11 @@ class Purpose(enum.IntEnum):
     MODULES = 2    # a file of the user's modules, asked for by Need
     PLACED = 3     # a file that the client sends to a computation that is set up; the key is 0
     FROM_JOB = 4   # a file that a running job sends to the client; the key is its serial
+    VALUES = 5     # a part of arguments, known by its digest, asked for by Need
 
 
-ASKED_FOR = frozenset((Purpose.DEPENDS, Purpose.MODULES))   # the key is the one in Need
+FOR_CODE = frozenset((Purpose.DEPENDS, Purpose.MODULES))   # of no use without one another
+ASKED_FOR = FOR_CODE | {Purpose.VALUES}   # the key is the one in Need
 
 
 class FilePiece(NamedTuple):
@@ -501,7 +507,8 @@ class FilePiece(NamedTuple):
 
 
 class FileStored(NamedTuple):
-    """Answers FilePiece: the file is there, or why it is not."""
+    """Answers FilePiece: the file is there, or why it is not. A client says it of a value that a
+    node has asked for and that it does not have."""
     comp: str
     purpose: int
     key: int
@@ -571,6 +578,7 @@ SPEAK_OF_COMPS = frozenset(message for message in OPS if message._fields[:1] == 
 # Some fields of these hold values whose shape nothing else checks.
 LOOSE = frozenset((Compute, Welcome, Call, Return, Report, Where, News))
 KEY_SIZE = 32    # bytes of the digest of a computation's key
+DIGEST_SIZE = 32
 
 
 def digest_of(key: bytes) -> bytes:
@@ -645,6 +653,8 @@ def beside(payload: Payload) -> Any:
         return tuple(beside(piece) for piece in payload)
     if type(payload) is bytes and len(payload) < OUT_OF_BAND:
         return payload
+    if isinstance(payload, bytes) and len(payload) < OUT_OF_BAND:   # of a subclass
+        return b''.join((payload,))
     return pickle.PickleBuffer(payload)  # type: ignore[arg-type]
 
 
@@ -958,9 +968,20 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_options(value: Any) -> bool:
-    return type(value) is dict and not set(value) - {'cpus', 'timeout', 'memory', 'priority', 'retries', 'node'} \
-        and all(_is_number(option) for name, option in value.items() if name != 'node') \
-        and type(value.get('cpus', 1)) is int and value.get('cpus', 1) >= 1 and _is_key(value.get('node', ''))
+    return type(value) is dict and not set(value) - {'cpus', 'timeout', 'memory', 'priority', 'retries', 'node', 'values'} \
+        and all(_is_number(option) for name, option in value.items() if name not in ('node', 'values')) \
+        and type(value.get('cpus', 1)) is int and value.get('cpus', 1) >= 1 and _is_key(value.get('node', '')) \
+        and _are_values(value.get('values', ()))
+
+
+def _are_values(rows: Any) -> bool:
+    """Sizes and digests of values."""
+    return type(rows) is tuple and len(rows) <= BUFFERS_MOST and all(map(_is_value, rows))
+
+
+def _is_value(row: Any) -> bool:
+    return type(row) is tuple and len(row) == 2 and type(row[0]) is int and 0 < row[0] < 1 << 62 \
+        and type(row[1]) is bytes and len(row[1]) == DIGEST_SIZE
 
 
 def _is_key(value: Any) -> bool:
@@ -1135,6 +1156,9 @@ def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
 ATOMS = frozenset((int, float, str, bool, type(None), complex))
 _BUFFERS = struct.Struct('>B3xI')  # 1, number of buffers; a bare pickle begins with 0x80
 _NEEDS = struct.Struct('>B3xI')    # 2, bytes of a pickled tuple of bundles' numbers; the payload itself follows
+# 3, bytes of a pickled pair: pieces of the pickle, and buffers. Of each it has the length, or size
+# and digest if it is a value that is known by these. The others follow, one behind the other.
+_SHARED = struct.Struct('>B3xI')
 
 
 class _Pieces(list):
@@ -1157,10 +1181,13 @@ class Sealed(NamedTuple):
     portable: bool        # whether it holds no functions and classes by value, which only one minor version of Python can run
 
 
-def seal(value: Any, pickler: Optional[Callable[..., Any]] = None) -> Sealed:
+def seal(value: Any, pickler: Optional[Callable[..., Any]] = None,
+         share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
     """Pickle `value` for the other side; large buffers (of numpy and the like) are kept beside, not copied.
 
     pickler(file, protocol, buffer_callback) is the class that pickles; the default is `value_pickler`.
+    share(pieces, buffers) may make the payload, from pieces of the pickle and the buffers beside it;
+    it is asked when one of these is not small, and returns None for what is to be packed as usual.
     Raises what pickling raises.
     """
     if type(value) in ATOMS:
@@ -1175,8 +1202,13 @@ def seal(value: Any, pickler: Optional[Callable[..., Any]] = None) -> Sealed:
 
     writer = (pickler or value_pickler())(pieces, 5, beside)
     writer.dump(value)
-    if buffers:
-        payload: Payload = _with_buffers(b''.join(pieces), buffers)
+    shared = None
+    if share is not None and (buffers or len(pieces) > 1 or len(pieces[0]) >= OUT_OF_BAND):
+        shared = share(pieces, buffers)
+    if shared is not None:
+        payload: Payload = shared
+    elif buffers:
+        payload = _with_buffers(b''.join(pieces), buffers)
     else:
         payload = pieces[0] if len(pieces) == 1 else tuple(pieces)
     return Sealed(payload, writer.plain, writer.modules, writer.portable)
@@ -1185,6 +1217,78 @@ def seal(value: Any, pickler: Optional[Callable[..., Any]] = None) -> Sealed:
 def _with_buffers(body: bytes, buffers: List[memoryview]) -> Payload:
     head = _BUFFERS.pack(1, len(buffers)) + struct.pack('>Q%dQ' % len(buffers), len(body), *map(len, buffers))
     return (head + body, *buffers)
+
+
+def shared_payload(pieces: Sequence[Any], buffers: Sequence[Any]) -> bytes:
+    """A payload of these pieces and buffers; those that are rows (size, digest) do not stand in it."""
+    there = [part for part in (*pieces, *buffers) if type(part) is not tuple]
+    spec = pickle.dumps(tuple([part if type(part) is tuple else len(part) for part in parts]
+                              for parts in (pieces, buffers)), 5)
+    return b''.join((_SHARED.pack(3, len(spec)), spec, *there))
+
+
+class _Segments:
+    """Pieces of a pickle, as the file that an unpickler reads."""
+
+    def __init__(self, pieces: Iterable[Any]) -> None:
+        self._pieces = collections.deque(memoryview(piece).cast('B') for piece in pieces)
+
+    def readinto(self, target: Any) -> int:
+        """As of a file."""
+        view, filled = memoryview(target).cast('B'), 0
+        while filled < len(view) and self._pieces:
+            first = self._pieces[0]
+            some = first[:len(view) - filled]
+            view[filled:filled + len(some)] = some
+            filled += len(some)
+            self._pieces[0] = first[len(some):]
+            if not len(self._pieces[0]):
+                self._pieces.popleft()
+        return filled
+
+    def read(self, size: int) -> bytes:
+        """As of a file."""
+        left = sum(map(len, self._pieces))
+        data = bytearray(left if size < 0 else min(size, left))
+        self.readinto(data)
+        return bytes(data)
+
+    def readline(self) -> bytes:
+        """As of a file. Only pickles of old protocols have lines."""
+        raise pickle.UnpicklingError('a pickle of protocol 5 has no lines')
+
+
+def _unseal_shared(payload: Buffer) -> Any:
+    """Open a payload some parts of which are values that are known by digest."""
+    view = memoryview(payload)
+    at = _SHARED.size + _SHARED.unpack_from(view)[1]
+    spec = open_envelope(view[_SHARED.size:at])
+    if known_values is None:
+        raise RuntimeError('this process has no values that are known by digest')
+    opened: Tuple[List[Any], List[Any]] = ([], [])
+    for parts, found in zip(spec, opened):
+        for part in parts:
+            if type(part) is tuple:
+                found.append(known_values.open(*part))
+                continue
+            piece = view[at:at + part]
+            at += part
+            # A bytearray each, as in `unseal`
+            found.append(bytearray(piece) if found is opened[1] else piece)
+    pieces, buffers = opened
+    if len(pieces) == 1:
+        return pickle.loads(pieces[0], buffers=buffers)
+    return pickle.Unpickler(_Segments(pieces), buffers=buffers).load()  # type: ignore[arg-type]
+
+
+def open_pieces(body: Buffer, *buffers: Buffer) -> Any:
+    """Open the pickle of a value that travels apart from the arguments in which it stands."""
+    return pickle.loads(body, buffers=buffers)
+
+
+# Whoever opens values by digest in this process: an object with the method open(size, digest),
+# which returns a buffer of its own for each call.
+known_values: Any = None
 
 
 def with_needs(payload: Payload, numbers: Iterable[int]) -> Payload:
@@ -1268,6 +1372,8 @@ def unseal(payload: Buffer, once: bool = False) -> Any:
         needs, payload = split_needs(payload)
         if modules is not None:   # in the program itself its modules are there
             modules.need(needs)
+    if payload[0] == 3:
+        return _unseal_shared(payload)
     if source is not None:
         return _unseal_large(source, memoryview(payload), size - len(payload))
     if payload[0] != 1:
@@ -3120,10 +3226,14 @@ def check_size(name: str, size: int, most: int, text: str = TOO_LARGE) -> None:
         raise ValueError(text % (name, size, most))
 
 
-def read_pieces(source: Any, size: int) -> Iterator[Tuple[int, bytes]]:
+def read_pieces(source: Any, size: int) -> Iterator[Tuple[int, Buffer]]:
     """Offset and content of each piece of a file; `source` is a path, the content, or an object
-    whose method `read` returns the content. Raises OSError if it cannot be read or has become
-    shorter than `size`."""
+    whose method `read` returns the content. What is a memoryview is not copied. Raises OSError if
+    it cannot be read or has become shorter than `size`."""
+    if isinstance(source, memoryview):
+        for offset in range(0, size, FILE_PIECE):
+            yield offset, source[offset:offset + FILE_PIECE]
+        return
     if not isinstance(source, (str, bytes)):
         source = source.read()
     with open_regular(source) if isinstance(source, str) else io.BytesIO(source) as file:
@@ -3143,12 +3253,14 @@ class NoRoom(OSError):
 class FileReceiver:
     """The files that come for one computation, each into the directory of its purpose. Files that
     are there already with the right size and digest are not asked for. `too_large` is the text for
-    files of more than `most` bytes; `where` begins the texts of all errors."""
+    files of more than `most` bytes; `where` begins the texts of all errors. Files for the purposes
+    in `sync` are on the disk when they are in their place."""
 
     def __init__(self, roots: Dict[Purpose, str], most: int = sys.maxsize,
-                 too_large: str = TOO_LARGE, where: str = '', scratch: Optional[str] = None) -> None:
+                 too_large: str = TOO_LARGE, where: str = '', scratch: Optional[str] = None,
+                 sync: Container[int] = frozenset((Purpose.PLACED, Purpose.FROM_JOB))) -> None:
         self._roots, self._most, self._too_large, self._where = roots, most, too_large, where
-        self._scratch = scratch
+        self._scratch, self._sync = scratch, sync
         self.code = ''                                     # of REASONS: why a file could not be stored
         self._keys: Dict[int, int] = {}                    # purpose -> key of what is wanted
         self._wanted: Dict[Tuple[int, str], tuple] = {}    # (purpose, name) -> row
@@ -3165,7 +3277,8 @@ class FileReceiver:
             if not _is_file(row):
                 raise ValueError('%.80r describes no file' % (row,))
             name, size, digest, _ = row
-            if purpose != Purpose.MODULES:   # what a computation cannot do without is no file of the user's choice
+            # What a computation or a job cannot do without is no file of the user's choice.
+            if purpose not in (Purpose.MODULES, Purpose.VALUES):
                 check_size(name, size, self._most, self._too_large)
             if not self._known(root, check_name(name), size, digest):
                 wanted[int(purpose), name] = row
@@ -3213,7 +3326,7 @@ class FileReceiver:
             _, size, digest, mode = piece.row
             self._partial[file] = IncomingFile(
                 self._roots[Purpose(piece.purpose)], name, size, digest, mode, self._scratch,
-                sync=piece.purpose not in ASKED_FOR)
+                sync=piece.purpose in self._sync)
         if not self._partial[file].piece(piece.offset, piece.data):
             return False
         del self._partial[file]
@@ -3229,9 +3342,9 @@ class FileReceiver:
                 return None
         except (OSError, ValueError) as exc:
             error, self.code = self._where + (str(exc) or type(exc).__name__), reason_of(exc)
-            if piece.purpose in ASKED_FOR:   # of no use without the others
+            if piece.purpose in FOR_CODE:   # of no use without the others
                 error = 'file %.100r cannot be stored: %s' % (piece.row[0], error)
-                for purpose in ASKED_FOR:
+                for purpose in FOR_CODE:
                     self.abort(purpose)
             else:
                 self.abort(piece.purpose, piece.key, piece.row[0])
@@ -3863,8 +3976,17 @@ class Wanted(NamedTuple):
     missing: list
 
 
+class ValueSought(NamedTuple):
+    """What came of FetchValue: it is missing, as in Need, or it is there, or why it cannot be."""
+    comp: str
+    digest: bytes
+    missing: list
+    error: str = ''
+
+
 class Stored(NamedTuple):
-    """A file is there, or could not be stored. `complete`: all that were asked for are there."""
+    """A file is there, or could not be stored. `complete`: all that were asked for with the code
+    are there."""
     file: FileStored
     complete: bool
     code: str = 'transfer'   # of REASONS
@@ -4083,6 +4205,19 @@ class Fetch(NamedTuple):
     rows: list
 
 
+class FetchValue(NamedTuple):
+    """Find out whether a value is there. Fed back as ValueSought."""
+    comp: str
+    size: int
+    digest: bytes
+
+
+class DropValue(NamedTuple):
+    """Remove a value."""
+    comp: str
+    digest: bytes
+
+
 class StartRunner(NamedTuple):
     """Start the process that loads the code. Fed back as RunnerUp or RunnerGone."""
     comp: str
@@ -4262,9 +4397,143 @@ class Allowance:
         return min(fits, self._step)
 
 
+class ValueDesk:
+    """Values that are known by digest at one place: which are there, which are needed, and whoever
+    waits for some. Each computation has its own. Who waits is served in the order of coming, and one
+    value of a computation at a time is fetched. When values are there that nobody needs, those that
+    were not needed for longest make room for others; one that is needed is fetched when there is
+    room, or when nothing else is needed. Pure; whoever waits has an attribute `values`, which are
+    rows (size, digest)."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most       # bytes
+        # (computation, digest) -> size, the one that was needed last at the end
+        self._here: 'collections.OrderedDict[Tuple[str, bytes], int]' = collections.OrderedDict()
+        self._needs: Dict[Tuple[str, bytes], int] = collections.Counter()
+        self._waiting: Dict[str, Deque[Any]] = {}
+        self._coming: Dict[str, Tuple[int, bytes]] = {}
+        self._holders: Set[Any] = set()    # who has been served and still needs its values
+        self.total = 0          # bytes that are there
+
+    def __bool__(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self._waiting)
+
+    def admit(self, comp: str, one: Any) -> bool:
+        """Whether all values are there that this one needs. Otherwise it waits."""
+        if comp not in self._waiting and self._has_all(comp, one):
+            self.hold(comp, one)
+            return True
+        self._waiting.setdefault(comp, collections.deque()).append(one)
+        return False
+
+    def _has_all(self, comp: str, one: Any) -> bool:
+        return all((comp, digest) in self._here for _, digest in one.values)
+
+    def hold(self, comp: str, one: Any) -> None:
+        """One needs its values, until they are released."""
+        self._holders.add(one)
+        for _, digest in one.values:
+            self._needs[comp, digest] += 1
+            if (comp, digest) in self._here:
+                self._here.move_to_end((comp, digest))
+
+    def release(self, comp: str, one: Any) -> None:
+        """One does not need its values any more, if it was served."""
+        for _, digest in one.values if one in self._holders else ():
+            self._needs[comp, digest] -= 1
+            if not self._needs[comp, digest]:
+                del self._needs[comp, digest]
+        self._holders.discard(one)
+
+    def waiting(self, comp: str) -> Sequence[Any]:
+        """Who waits."""
+        return self._waiting.get(comp, ())
+
+    def leave(self, comp: str, some: Container[Any]) -> List[Any]:
+        """These wait no more, if they do. Returns those that did."""
+        waiting = self._waiting.get(comp, ())
+        gone = [one for one in waiting if one in some]
+        if gone:
+            kept = collections.deque(one for one in waiting if one not in some)
+            self._set_waiting(comp, kept)
+        return gone
+
+    def _set_waiting(self, comp: str, kept: Deque[Any]) -> None:
+        if kept:
+            self._waiting[comp] = kept
+        else:
+            del self._waiting[comp]
+
+    def come(self, comp: str, size: int, digest: bytes) -> None:
+        """A value is there."""
+        if (comp, digest) not in self._here:
+            self.total += size
+        self._here[comp, digest] = size
+
+    def came(self, comp: str) -> None:
+        """The value that was fetched is there."""
+        self.come(comp, *self._coming.pop(comp))
+
+    def coming(self, comp: str) -> bytes:
+        """The digest of the value that is fetched; empty if none is."""
+        return self._coming.get(comp, (0, b''))[1]
+
+    def failed(self, comp: str) -> List[Any]:
+        """The value that was fetched cannot be had. Returns those that waited for it."""
+        _, digest = self._coming.pop(comp)
+        return self.leave(comp, {one for one in self.waiting(comp)
+                                 if any(digest == other for _, other in one.values)})
+
+    def postpone(self, comp: str) -> None:
+        """The value that was to be fetched finds no room now; the next `serve` tries again."""
+        self._coming.pop(comp, None)
+
+    def interrupt(self, comp: str) -> List[Any]:
+        """Whoever has the values is not connected any more. Returns those that waited."""
+        self._coming.pop(comp, None)
+        return list(self._waiting.pop(comp, ()))
+
+    def forget(self, comp: str) -> None:
+        """A computation is over, and its values are gone; all that it had was released."""
+        self.interrupt(comp)
+        for key in [key for key in self._here if key[0] == comp]:
+            self.total -= self._here.pop(key)
+            self._needs.pop(key, None)
+
+    def serve(self) -> Tuple[List[Tuple[str, Any]], List[Any]]:
+        """Whoever waits no more, with its computation, and actions: what is to be fetched, and what
+        makes room for that."""
+        served: List[Tuple[str, Any]] = []
+        actions: List[Any] = []
+        for comp in list(self._waiting):
+            waiting = self._waiting[comp]
+            while waiting and self._has_all(comp, waiting[0]):
+                self.hold(comp, waiting[0])
+                served.append((comp, waiting.popleft()))
+            self._set_waiting(comp, waiting)
+            if waiting and comp not in self._coming:
+                self._fetch(comp, waiting[0], actions)
+        return served, actions
+
+    def _fetch(self, comp: str, one: Any, actions: List[Any]) -> None:
+        own = {(name, digest) for name, waiting in self._waiting.items()
+               for _, digest in waiting[0].values}
+        size, digest = next(row for row in one.values if (comp, row[1]) not in self._here)
+        spare = [key for key in self._here if key not in own and key not in self._needs]
+        for key in spare:
+            if self.total + size <= self._most:
+                break
+            self.total -= self._here.pop(key)
+            actions.append(DropValue(*key))
+        if self.total + size <= self._most or not any(key not in own for key in self._needs):
+            self._coming[comp] = (size, digest)
+            actions.append(FetchValue(comp, size, digest))
+
+
 class Attempt:
     """One try of a job, here."""
-    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'priority', 'ending', 'comp', 'counted')
+    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'priority', 'ending', 'comp', 'counted', 'values')
 
     def __init__(self, serial: int, payload: Payload, options: Optional[dict], comp: '_Computation') -> None:
         self.serial, self.payload, self.comp = serial, payload, comp
@@ -4272,6 +4541,7 @@ class Attempt:
         self.timeout = options.get('timeout') if options else None
         self.memory = options.get('memory') if options else None
         self.priority = options.get('priority', 0) if options else 0
+        self.values = options.get('values', ()) if options else ()   # rows (size, digest)
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
         self.counted = 0        # bytes of its arguments in the node's books: while it waits
 
@@ -4389,6 +4659,7 @@ class Node:
         self._turned_away: Set[int] = set()     # links that were refused because another holds the node
         self.held_bytes = 0
         self._in_parts: List[Attempt] = []      # whose arguments came so
+        self.values = ValueDesk(VALUES_KEPT)
         self.stopping = False
         self._disk_full = False     # which was told
         self._workers_at = 0.0      # when the next worker may be started
@@ -4414,7 +4685,7 @@ class Node:
             Faulted: self._faulted,
             Stored: self._stored, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
             WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
-            WorkerWants: self._worker_wants, Fetched: self._fetched,
+            WorkerWants: self._worker_wants, Fetched: self._fetched, ValueSought: self._value_sought,
             WorkerReturned: self._worker_returned,
             WorkerGone: self._worker_gone, WorkerUnborn: self._worker_unborn,
             WorkerInitialized: self._worker_initialized, WorkerTooBig: self._worker_too_big,
@@ -4446,6 +4717,8 @@ class Node:
         if self._look_at is not None and self._look_at <= now:
             self._look(now)
         serving = not (self.stopping or self.paused)
+        if self.values:
+            self._serve_values()
         if serving:
             self._share_out(now)
         for comp in list(self._comps.values()):
@@ -4591,6 +4864,7 @@ class Node:
                 self._forget(comp.comp)
                 self._remember(comp.comp, None)
             else:
+                self._give_back_waiting(comp, self.values.interrupt(comp.comp))
                 self._keep(comp)
                 comp.orphan_at = now + ORPHAN_TIME
                 self._at(comp.orphan_at, 'orphan', comp.comp)
@@ -4800,7 +5074,9 @@ class Node:
 
     def _stored(self, event: Stored, now: float) -> None:
         comp, error = self._comps.get(event.file.comp), event.file.error
-        if comp is not None and event.file.purpose not in ASKED_FOR:
+        if event.file.purpose == Purpose.VALUES:
+            self._value_stored(event.file, now)
+        elif comp is not None and event.file.purpose not in ASKED_FOR:
             self._reply(comp, event.file)
         elif comp is not None and (error or event.complete):
             if comp.fetches:
@@ -4809,6 +5085,47 @@ class Node:
                 self._refuse(comp, event.code, error)
             elif comp.stage is Stage.RECEIVING:
                 self._start(comp, now)
+
+    # -- values by digest ---------------------------------------------------------------------------------
+
+    def _serve_values(self) -> None:
+        """Attempts whose values are there wait for a CPU from now on; what others lack is fetched."""
+        served, actions = self.values.serve()
+        for _, attempt in served:
+            attempt.comp.enqueue(attempt)
+        for action in actions:
+            self._do(action)
+
+    def _value_sought(self, event: ValueSought, now: float) -> None:
+        """A value is missing, is there, or cannot be had."""
+        comp = self._comps.get(event.comp)
+        if comp is None or not event.digest or self.values.coming(event.comp) != event.digest:
+            return
+        if event.missing:
+            self._need(comp, event.missing)
+        elif event.error:
+            for attempt in self.values.failed(event.comp):
+                self._finish(comp, unfit_row(Unfit(comp.comp, (attempt.serial,), unfit_text(
+                    sum(size for size, _ in attempt.values), '%s (on node %s)' % (event.error, self.name)))))
+        else:
+            self.values.came(event.comp)
+
+    def _value_stored(self, file: FileStored, now: float) -> None:
+        """The value that is fetched is there, or cannot be had."""
+        digest = self.values.coming(file.comp)
+        if digest.hex() == file.name:
+            self._value_sought(ValueSought(file.comp, digest, [], file.error), now)
+
+    def _give_back_waiting(self, comp: _Computation, attempts: Sequence[Attempt]) -> None:
+        """Attempts that waited for values are not waited for any more."""
+        serials: List[int] = []
+        for attempt in attempts:
+            if attempt.ending is not None:
+                self._finish(comp, self._unstarted(attempt))
+            else:
+                serials.append(self._dismiss(comp, attempt))
+        if serials:
+            self._hand_back(comp, serials)
 
     def _on_query(self, link: int, message: Query, now: float) -> None:
         """Answered at the end of the turn, when what came in it has been handed out."""
@@ -4903,11 +5220,15 @@ class Node:
             return
         self._set_stage(comp, 'close')
         self.held_bytes -= sum(attempt.counted for attempt in comp.attempts.values())
+        attempts = [attempt for attempt in comp.attempts.values() if attempt.values]
         comp.waiting.clear()
         comp.attempts.clear()
         comp.unacknowledged.clear()
         comp.idle.clear()
         comp.hungry.clear()
+        for attempt in attempts:
+            self.values.release(comp.comp, attempt)
+        self.values.forget(comp.comp)
         for worker in comp.workers.values():
             if worker.queue:
                 self.free += worker.queue[0].cpus
@@ -4942,7 +5263,8 @@ class Node:
                                     % (attempt.cpus, self.most), b'', b''))
                 continue
             comp.attempts[serial] = attempt
-            comp.enqueue(attempt)
+            if not attempt.values or self.values.admit(comp.comp, attempt):
+                comp.enqueue(attempt)
             self._count(attempt, True)
         if is_large and size_of(payload) > MAX_FRAME and serial in comp.attempts:
             attempt = comp.attempts[serial]
@@ -5210,8 +5532,14 @@ class Node:
         comp.done += 1
         if attempt is not None and attempt.counted:
             self._count(attempt, False)
+        if attempt is not None and attempt.values:
+            self._done_with_values(comp, attempt)
         comp.unacknowledged[row[0]] = row
         comp.outbox.append(row)
+
+    def _done_with_values(self, comp: _Computation, attempt: Attempt) -> None:
+        self.values.leave(comp.comp, (attempt,))
+        self.values.release(comp.comp, attempt)
 
     def _worker_results(self, event: WorkerResults, now: float) -> None:
         worker = self._workers.get(event.worker)
@@ -5344,6 +5672,10 @@ class Node:
 
     def _on_file_stored(self, link: int, message: FileStored, now: float) -> None:
         comp = self._comp_of(link, message.comp)
+        if message.purpose == Purpose.VALUES:
+            if comp is not None and comp.link == link and message.error:
+                self._value_stored(message, now)
+            return
         for worker in comp.workers.values() if comp is not None else ():
             if worker.asks and worker.queue and worker.queue[0].serial == message.key:
                 self._answer(worker, message.error)
@@ -5390,6 +5722,8 @@ class Node:
         del comp.attempts[attempt.serial]
         comp.owed.discard(attempt.serial)
         self._count(attempt, False)
+        if attempt.values:
+            self._done_with_values(comp, attempt)
         return attempt.serial
 
     def _hand_back(self, comp: _Computation, serials: List[int]) -> None:
@@ -5483,6 +5817,9 @@ class Node:
             comp.waiting.remove(attempt)
             self._finish(comp, self._unstarted(attempt))
             return
+        if attempt.values and attempt in self.values.waiting(comp.comp):
+            self._finish(comp, self._unstarted(attempt))
+            return
         for worker in comp.workers.values():
             if worker.queue and worker.queue[0] is attempt:
                 self._interrupt(worker, attempt, now)
@@ -5573,6 +5910,10 @@ class Node:
 
     def _give_back(self, comp: _Computation, wanted: Optional[Set[int]] = None) -> None:
         """Return attempts that wait here: these, or all."""
+        lacking = [attempt for attempt in self.values.waiting(comp.comp)
+                   if wanted is None or attempt.serial in wanted]
+        if lacking:
+            self._give_back_waiting(comp, lacking)
         back = [attempt for attempt in comp.waiting if wanted is None or attempt.serial in wanted]
         if not back:
             return
@@ -5866,6 +6207,43 @@ MODULES = 'modules/'      # files of the user's modules: the import root
 BUNDLES = 'bundles/'      # what belongs to groups of them
 BEHIND_ROOT = 'behind'    # modules that come after the node's own
 BUNDLE = 'bundle-%d'      # name of a bundle's file
+
+
+def values_in(private: str) -> str:
+    """The directory of values that are known by digest, each a file of that name."""
+    return os.path.join(private, 'values')
+
+
+_NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) else {}
+
+
+class ValueFiles:
+    """Opens values by digest in a runner and its workers. Each time the file is mapped anew, copy on
+    write, so that many jobs have it in memory once, and what one job changes no other sees. Its
+    memory stays its own when the file is removed. A mapping holds a descriptor (before Python 3.13):
+    where very many live, as in jobs that keep all that they get, it is read instead."""
+    MAPPED_MOST = 128
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._mapped: 'weakref.WeakSet[mmap.mmap]' = weakref.WeakSet()
+
+    def open(self, size: int, digest: bytes) -> Any:
+        """A value, as a buffer that can be written to. Raises OSError."""
+        with open(os.path.join(self._directory, digest.hex()), 'rb', buffering=0) as file:
+            if len(self._mapped) < self.MAPPED_MOST:
+                with contextlib.suppress(OSError, ValueError):   # no descriptor, or no mappings here
+                    value = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, **_NO_HANDLE)
+                    self._mapped.add(value)
+                    return value
+            data = bytearray(size)
+            view, at = memoryview(data), 0
+            while at < size:
+                count = file.readinto(view[at:at + Intake.AT_ONCE])  # type: ignore[arg-type]
+                if not count:
+                    raise OSError('a value of %d bytes ends after %d' % (size, at))
+                at += count
+            return data
 
 
 class ModuleLoader:
@@ -6521,6 +6899,43 @@ def mark_unopened(exc: BaseException) -> None:
 def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
     """Several calls in one job."""
     return [function(*args) for args in chunk]
+
+
+def run_batch(token: str, initializer: Optional[Callable[..., Any]], initargs: tuple, batch: Callable[[], Any]) -> Any:
+    """The computation of the backend for joblib: some calls in one job. `initializer` is called once
+    in each worker process, which `token` tells."""
+    offer_to_joblib(joblib_backend_in_job)
+    if initializer is not None and token not in _initialized:
+        initializer(*initargs)
+        _initialized.add(token)
+    return batch()
+
+
+_initialized: Set[str] = set()
+
+
+def offer_to_joblib(make: Callable[[Any], Any], name: str = 'dispy') -> None:
+    """Register a backend with joblib, if that has been imported and has none of this name;
+    make(joblib.parallel) returns its class."""
+    parallel = sys.modules.get('joblib.parallel')
+    if parallel is not None and name not in parallel.BACKENDS:
+        parallel.register_parallel_backend(name, make(parallel))
+
+
+def joblib_backend_in_job(parallel: Any) -> Any:
+    """In a job there is one CPU: calls of joblib that name the backend there run one after the other."""
+    class BackendInJob(parallel.SequentialBackend):  # type: ignore[misc, name-defined]
+        """As joblib's own for n_jobs=1, whatever else is asked for."""
+
+        def __init__(self, nesting_level: Optional[int] = None, **options: Any) -> None:
+            super().__init__(nesting_level=nesting_level)
+    return BackendInJob
+
+
+def set_numerical_threads(variables: Dict[str, str]) -> None:
+    """setup of the backend for joblib: what limits the threads of numerical libraries, which are not
+    loaded yet."""
+    os.environ.update(variables)
 
 
 class _Turn:
@@ -7406,12 +7821,13 @@ class Runner:
 
     def _loader(self) -> ModuleLoader:
         """Make the modules and the main module of the program importable here."""
-        global modules
+        global modules, known_values
         main = types.ModuleType('__main__')
         sys.modules['__main__'] = sys.modules['__mp_main__'] = main
         spaces.adopt_main(main)
         modules = ModuleLoader(self._spec['private'], self._spec['sys_path'], self._directory)
         modules.install()
+        known_values = ValueFiles(values_in(self._spec['private']))
         if self._spec['argv']:
             sys.argv = list(self._spec['argv'])
         main_for_children(self._spec['private'])
@@ -9272,7 +9688,8 @@ class _Run:
     def __init__(self, comp: str, directory: str, private: str, keep: bool, max_file: int) -> None:
         self.comp, self.directory, self.private, self.keep = comp, directory, private, keep
         self.receiver = FileReceiver({Purpose.DEPENDS: directory, Purpose.PLACED: directory,
-                                      Purpose.MODULES: private}, max_file, scratch=private)
+                                      Purpose.MODULES: private, Purpose.VALUES: values_in(private)},
+                                     max_file, scratch=private)
         self.fetched: list = []                      # rows of those that are on their way
         self.process: Any = None
         self.control: Optional[Pipe] = None
@@ -9394,7 +9811,7 @@ class Daemon(Loop):
         self._root = self._base = ''   # where computations work, and what is above: not the same with --user
         self._acts = {
             Send: self._send, Drop: self._drop, Prepare: self._prepare, WantAgain: self._want_again, Store: self._store,
-            Fetch: self._fetch,
+            Fetch: self._fetch, FetchValue: self._fetch_value, DropValue: self._drop_value,
             StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
             Broken: lambda action: self.fault(action, action.error), Keep: self._keep, SendKept: self._send_kept, Forget: self._forget,
             Remember: self._remember, NoteOverrun: self._note_overrun, Feed: self._feed, Interrupt: self._interrupt,
@@ -9889,6 +10306,28 @@ class Daemon(Loop):
         else:
             self.post(Fetched(action.comp, missing))
 
+    def _fetch_value(self, action: FetchValue) -> None:
+        run = self._runs.get(action.comp)
+        if run is None:   # it is over
+            return
+        missing: list = []
+        error = limit_text('on this node') if action.size > VALUE_MOST else ''
+        try:
+            with self._as_user():
+                os.makedirs(values_in(run.private), mode=0o700, exist_ok=True)
+                if not error:
+                    row = (action.digest.hex(), action.size, action.digest, 0o400)
+                    missing = run.receiver.want(Purpose.VALUES, [row])
+        except (OSError, ValueError) as exc:
+            error = str(exc)
+        self.post(ValueSought(action.comp, action.digest, missing, error))
+
+    def _drop_value(self, action: DropValue) -> None:
+        run = self._runs.get(action.comp)
+        if run is not None:
+            with self._as_user(), contextlib.suppress(OSError):   # it has gone
+                os.unlink(os.path.join(values_in(run.private), action.digest.hex()))
+
     def _want_again(self, action: WantAgain) -> None:
         run = self._runs.get(action.comp)
         if run is not None:
@@ -9904,7 +10343,7 @@ class Daemon(Loop):
             whole = not file.error and not run.receiver.wants(Purpose.MODULES)
             if file.purpose == Purpose.MODULES and whole:
                 self._modules.keep(run.private, run.fetched)
-        self.post(Stored(file, not run.receiver.wants(*ASKED_FOR), run.receiver.code))
+        self.post(Stored(file, not run.receiver.wants(*FOR_CODE), run.receiver.code))
 
     def _discard(self, run: _Run) -> None:
         with self._as_user():

@@ -62,7 +62,7 @@ from dispy import (
     JobState, JobWaits, JobsEnded, JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodeResults, NodeSpec, Peer,
     Schedule, SendJobs, UseState, Withdrawn, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
-    ASKED_FOR, BUNDLE, BUNDLES, LAZY, VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT, OF_CLIENTS,
+    ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error, VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT, OF_CLIENTS,
     ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of,
     PULSE, RETURNED, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each,
     FilePiece, FileReceiver, FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
@@ -609,8 +609,14 @@ class RemoteWork(Work):
         super().__init__(comp, payload, options)
         self._serial, self._client, self._size = serial, client, 0
 
+    @property
+    def values(self) -> tuple:
+        """Sizes and digests of values that it needs."""
+        return self._options.get('values', ()) if self._options else ()
+
 
 MODULES_OF = '.modules'   # ends the name of the directory that has the files of a program's modules
+VALUES_OF = '.values'     # the same of the values that its jobs need, each a file called by its digest
 
 
 TOO_LARGE = '%s has %d bytes, and --max-file-size is %d'
@@ -661,13 +667,122 @@ class Absence:
         return self.gone
 
 
+class EarlyJob:
+    """A job that has come and is not taken yet, because it needs values that are not here."""
+    __slots__ = ('row', 'values')
+
+    def __init__(self, row: tuple) -> None:
+        self.row = row    # of Jobs
+        self.values = row[2]['values']
+
+
+class RemoteValues:
+    """The values, known by their digests, that the jobs of one computation need. A job is taken when
+    all that it needs is on the disk; the program is asked for what is not. The loop's thread."""
+
+    def __init__(self, remote: 'Remote', most: int) -> None:
+        """`most`: bytes that are kept, see ValueDesk."""
+        self._remote, self._desk = remote, ValueDesk(most)
+        self._directory = remote.directory + VALUES_OF
+        self.retry_at = math.inf    # when room is looked for again
+        self.told = False           # that there is none
+
+    def path(self, digest: bytes) -> str:
+        """Where a value is."""
+        return os.path.join(self._directory, digest.hex())
+
+    def restore(self) -> None:
+        """What an earlier run has left."""
+        for name in os.listdir(self._directory):
+            path = os.path.join(self._directory, name)
+            if len(name) == 2 * DIGEST_SIZE:
+                self._desk.come(self._remote._comp, os.path.getsize(path), bytes.fromhex(name))
+            else:   # it came when that ended
+                os.unlink(path)
+
+    def took(self, work: 'RemoteWork') -> None:
+        """A job that was taken needs its values."""
+        self._desk.hold(self._remote._comp, work)
+
+    def admit(self, row: tuple) -> bool:
+        """Whether a job can be taken now. Otherwise it waits for what it needs."""
+        waiting = self._desk.waiting(self._remote._comp)
+        if any(early.row[0] == row[0] for early in waiting):
+            return False   # it came twice
+        early = EarlyJob(row)
+        ready = self._desk.admit(self._remote._comp, early)
+        if ready:
+            self._let_go(early)
+        return ready
+
+    def release(self, work: 'RemoteWork') -> None:
+        """A job has ended."""
+        self._desk.release(self._remote._comp, work)
+
+    def leave(self, serials: Iterable[int]) -> List[int]:
+        """These jobs are not wanted any more. Returns those that waited for values."""
+        wanted = set(serials)
+        waiting = self._desk.waiting(self._remote._comp)
+        gone = {early for early in waiting if early.row[0] in wanted}
+        self._desk.leave(self._remote._comp, gone)
+        return [early.row[0] for early in gone]
+
+    def interrupt(self) -> None:
+        """The program is not connected any more; it sends its jobs again."""
+        self._desk.interrupt(self._remote._comp)
+
+    def serve(self) -> Tuple[List[tuple], List[tuple], str]:
+        """Jobs that can be taken now, what Need has to say, and why a value finds no room."""
+        if not self._desk:
+            return [], [], ''
+        served, actions = self._desk.serve()
+        missing: List[tuple] = []
+        error = ''
+        for action in actions:
+            if isinstance(action, DropValue):
+                with contextlib.suppress(OSError):   # it has gone
+                    os.unlink(self.path(action.digest))
+                continue
+            row = (action.digest.hex(), action.size, action.digest, 0o400)
+            try:
+                missing = self._remote.receiver.want(Purpose.VALUES, [row])
+            except (OSError, ValueError) as exc:
+                error = str(exc)
+            else:
+                if not missing:   # it is there from before
+                    self._desk.came(action.comp)
+        return [self._let_go(early) for _, early in served], missing, error
+
+    def _let_go(self, early: EarlyJob) -> tuple:
+        """The job itself needs the values when it has been taken."""
+        self._desk.release(self._remote._comp, early)
+        return early.row
+
+    def postpone(self, until: float) -> None:
+        """The value that was to come finds no room."""
+        self._desk.postpone(self._remote._comp)
+        self.retry_at = until
+
+    def came(self, name: str) -> None:
+        """The value that was asked for is there."""
+        if self._desk.coming(self._remote._comp).hex() == name:
+            self._desk.came(self._remote._comp)
+
+    def failed(self) -> List[int]:
+        """It cannot be had, or finds no room. Returns the jobs that waited for it."""
+        if not self._desk.coming(self._remote._comp):
+            return []
+        return [early.row[0] for early in self._desk.failed(self._remote._comp)]
+
+
 class Remote:
     """A program's computation; to the driver it is a cluster. The loop's thread."""
     _host, _host_has_port, _multicast, _remote = None, False, False, False
     _cluster_status = _on_output = _trail = None
     _chains: Dict[Any, Any] = {}
 
-    def __init__(self, comp: str, client: bytes, spec: dict, directory: str, most: int, key: bytes = b'') -> None:
+    def __init__(self, comp: str, client: bytes, spec: dict, directory: str, most: int, key: bytes = b'',
+                 max_values: int = QUEUED_MOST) -> None:
         self._key = key    # the scheduler's own, to nodes
         shared = spec['shared']
         self._comp, self._client, self.name = comp, client.hex(), spec['name']
@@ -683,9 +798,13 @@ class Remote:
         self._source: Optional[Tuple[bytes, str]] = None
         self.take_spec(spec)
         roots = {Purpose.DEPENDS: directory, Purpose.PLACED: directory,
-                 Purpose.MODULES: directory + MODULES_OF}
-        self.receiver = FileReceiver(roots, most, TOO_LARGE, 'at the scheduler: ')
+                 Purpose.MODULES: directory + MODULES_OF, Purpose.VALUES: directory + VALUES_OF}
+        # Jobs that need a value are acknowledged when it is on the disk
+        self.receiver = FileReceiver(roots, most, TOO_LARGE, 'at the scheduler: ',
+                                     sync=(Purpose.PLACED, Purpose.VALUES))
         os.makedirs(directory + MODULES_OF, mode=0o700, exist_ok=True)
+        os.makedirs(directory + VALUES_OF, mode=0o700, exist_ok=True)
+        self.values = RemoteValues(self, max_values)
         # Rows of files and of modules to be had, and who waits for them.
         self.wanted: Deque[Tuple[list, list, Callable[..., None]]] = collections.deque()
         self.compared: Optional[list] = None      # rows of files that were compared beside the loop
@@ -717,6 +836,7 @@ class Remote:
         """Remove its files."""
         shutil.rmtree(self.directory, ignore_errors=True)
         shutil.rmtree(self.directory + MODULES_OF, ignore_errors=True)
+        shutil.rmtree(self.directory + VALUES_OF, ignore_errors=True)
 
     def _node_came(self) -> None:
         """As a cluster's; News tells it."""
@@ -1248,6 +1368,7 @@ class Scheduler(Driver):
             places[key] = (host, port, name, instance)
         for comp, client, spec in self._state.comps():
             remote = self._make_remote(comp, client, spec)
+            remote.values.restore()
             remote.ready = True
             remote.given_up_at = self.now + self._options.zombie
             remote.rests_at = self.now + ORPHAN_TIME
@@ -1260,6 +1381,8 @@ class Scheduler(Driver):
                     known[serial] = number
                     continue
                 work = remote.works[serial] = RemoteWork(comp, None, options, own, serial)
+                if work.values:
+                    remote.values.took(work)
                 self.quota.add(remote, work, self._state.size_of_payload(number))
                 if state == State.SENT and node in places:
                     sent.setdefault(node, []).append(work)
@@ -1293,7 +1416,8 @@ class Scheduler(Driver):
 
     def _make_remote(self, comp: str, client: bytes, spec: dict) -> Remote:
         most = self._options.max_file_size
-        return Remote(comp, client, spec, self._directory_of(comp), most, self._state.key_of(comp))
+        return Remote(comp, client, spec, self._directory_of(comp), most, self._state.key_of(comp),
+                      self._options.max_queued)
 
     def _directory_of(self, comp: str) -> str:
         if not comp or not is_comp(comp) or comp == House._comp:
@@ -1404,6 +1528,10 @@ class Scheduler(Driver):
             ended = [remote.ended[row[0]] for row in remote.outbox if row[1] not in GOES_ON]
             self._send_ended(remote, ended)
             remote.outbox = [row for row in remote.outbox if row[1] in GOES_ON]
+        if self.now >= remote.values.retry_at:
+            remote.values.retry_at = math.inf
+            if link is not None:
+                self._serve_values(link, remote)
         if remote.outbox and link is not None:
             for frame in frames(Results, remote._comp, map(sized, remote.outbox)):
                 self.say(link, frame)
@@ -1447,7 +1575,7 @@ class Scheduler(Driver):
                     and not remote.works]
         if self._unread_until < math.inf:
             given_up.append(self._unread_until)
-        looks = [remote.absence.look_at for remote in self._clusters.values()
+        looks = [min(remote.absence.look_at, remote.values.retry_at) for remote in self._clusters.values()
                  if isinstance(remote, Remote)]
         given_up += [when for when in looks if when < math.inf]
         times = [super().next_timer(), *given_up]
@@ -1534,6 +1662,7 @@ class Scheduler(Driver):
                 call(('RuntimeError', 'its program is not connected'), None)
             remote.calls.clear()
             remote.receiver.abort()
+            remote.values.interrupt()
             while remote.wanted:
                 remote.wanted.popleft()[-1]('its program is not connected')
             self._no_files(remote)
@@ -1643,6 +1772,7 @@ class Scheduler(Driver):
         if remote.works.pop(work._client, None) is None:
             return
         self.quota.remove(remote, work)
+        remote.values.release(work)
         remote.absence.dropped[work._client] = number
         remote.ends[2] += 1
         if work._payload is not None:
@@ -1729,20 +1859,63 @@ class Scheduler(Driver):
         remote = self._unopened.get(message.comp) or self._remote(link, message.comp)
         if message.purpose == Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
-        if remote is None or remote.link != link.number or (message.purpose in ASKED_FOR and not remote.wanted):
+        if remote is None or remote.link != link.number or (message.purpose in FOR_CODE and not remote.wanted):
             return
         stored = remote.receiver.take(message)
         if stored is None:
             return
-        if message.purpose not in ASKED_FOR:
+        if message.purpose == Purpose.VALUES:
+            self._value_stored(link, remote, stored)
+        elif message.purpose not in ASKED_FOR:
             self.say(link, stored)
-        elif stored.error or not remote.receiver.wants(*ASKED_FOR):
+        elif stored.error or not remote.receiver.wants(*FOR_CODE):
             then = remote.wanted.popleft()[-1]
             then(stored.error, remote.receiver.code)
             self._want_next(remote)
 
+    def _value_stored(self, link: Link, remote: Remote, stored: FileStored) -> None:
+        """A value that jobs wait for is here, or cannot be."""
+        if not stored.error:
+            remote.values.came(stored.name)
+            remote.values.told = False
+        elif remote.receiver.code == 'room':
+            self._no_room(link, remote, stored.error)
+            return
+        else:
+            self._without_values(link, remote, stored.error)
+        self._serve_values(link, remote)
+
+    def _without_values(self, link: Link, remote: Remote, error: str) -> None:
+        """Jobs that need a value which cannot be had."""
+        for serial in remote.values.failed():
+            text = 'a value in the arguments cannot be taken at the scheduler: %s' % error
+            row = (serial, int(Outcome.RAISED), 0.0, 0.0, pack_error(text, None), b'', b'')
+            self.say(link, Results(remote._comp, [row]))
+
+    def _serve_values(self, link: Link, remote: Remote) -> None:
+        """Take the jobs whose values are here, and ask for what others need."""
+        rows, missing, error = remote.values.serve()
+        for need in needs(remote._comp, missing):
+            self.say(link, need)
+        if error:
+            self._no_room(link, remote, error)
+        self._take_jobs(link, remote, rows, admitted=True)
+
+    def _no_room(self, link: Link, remote: Remote, error: str) -> None:
+        """The jobs that need a value wait until there is room for it."""
+        remote.values.postpone(self.now + RETRY_TIME)
+        if not remote.values.told:
+            remote.values.told = True
+            text = 'a value that jobs need finds no room at the scheduler: %s; they wait until it does' % error
+            logger.error('%s: %s', remote.name, text)
+            self.say(link, Said(remote._comp, text))
+
     def _c_file_stored(self, link: Link, message: FileStored) -> None:
         remote = self._remote(link, message.comp)
+        if message.purpose == Purpose.VALUES and remote is not None:
+            if message.error:
+                self._without_values(link, remote, message.error)
+            return
         work = remote.works.get(message.key) if remote is not None else None
         if remote is None or work is None or remote.files.pop(work._serial, None) is None:
             return
@@ -1766,17 +1939,27 @@ class Scheduler(Driver):
             if unfit is not None:
                 self._c_unfit(link, unfit)
                 return
+        self._take_jobs(link, remote, message.rows)
+
+    def _take_jobs(self, link: Link, remote: Remote, rows: Sequence[tuple], admitted: bool = False) -> None:
         back: List[int] = []
-        for serial, payload, options in message.rows:
+        lacking = False
+        for row in rows:
+            serial, payload, options = row
             if serial in remote.works or serial in remote.ended:
                 continue   # it came before
+            if options and 'values' in options and not admitted and not remote.values.admit(row):
+                lacking = True
+                continue
             if self._stuck_until is not None or not self.quota.has_room(remote, size_of(payload)):
                 back.append(serial)
                 continue
             self._state.number += 1
             if len(payload) <= LAZY or type(payload) is tuple:
                 payload = _plain(payload)
-            work = RemoteWork(message.comp, None, options, self._state.number << 16, serial)
+            work = RemoteWork(remote._comp, None, options, self._state.number << 16, serial)
+            if work.values:
+                remote.values.took(work)
             self._state.submitted(work, payload)
             if self._kept < IN_MEMORY and len(payload) < LARGE:
                 work._payload = payload
@@ -1786,6 +1969,8 @@ class Scheduler(Driver):
             self._submitted.append(work)  # type: ignore[arg-type]
         if back:
             self.quota.give_back(link, remote, back, self._stuck_until is not None)
+        if lacking:
+            self._serve_values(link, remote)
 
     def _c_unfit(self, link: Link, message: Unfit) -> None:
         """A job whose arguments find no room here. Its program is told, and it is forgotten."""
@@ -1796,13 +1981,22 @@ class Scheduler(Driver):
     def _c_cancel(self, link: Link, message: Cancel) -> None:
         remote = self._remote(link, message.comp)
         self._take_submitted()
+        self._cancel_early(link, remote, message.serials)
         for work in [remote.works[serial] for serial in message.serials if serial in remote.works] if remote is not None else ():
             self._act(self.schedule.handle(CancelAsked(work), self.now))
+
+    def _cancel_early(self, link: Link, remote: Optional[Remote], serials: Sequence[int]) -> None:
+        """End those of these jobs that are not taken yet."""
+        for serial in remote.values.leave(serials) if remote is not None else ():
+            text = b'cancelled before it started'
+            row = (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b'')
+            self.say(link, Results(remote._comp, [row]))  # type: ignore[union-attr]
 
     def _c_recall(self, link: Link, message: Recall) -> None:
         """Jobs that shall be cancelled if they have not begun."""
         remote = self._remote(link, message.comp)
         self._take_submitted()
+        self._cancel_early(link, remote, message.serials)
         if remote is not None:
             works = [remote.works[serial] for serial in message.serials if serial in remote.works]
             self._act(self.schedule.handle(WithdrawAsked(works), self.now))
@@ -2054,6 +2248,9 @@ class Scheduler(Driver):
     def _modules(self, cluster: Any, peer: Peer) -> Dict[str, Any]:
         return {}   # the program has said which
 
+    def _value_of(self, cluster: Any, digest: bytes) -> Any:
+        return cluster.values.path(digest)
+
     @staticmethod
     def _source_of(cluster: Any, name: str) -> Any:
         return os.path.join(cluster.directory + MODULES_OF, *check_name(name))
@@ -2138,6 +2335,8 @@ class Scheduler(Driver):
             return
         self.overview.ended(remote, work, row, node)
         self.quota.remove(remote, work)
+        if work.values:
+            self._done_with_values(remote, work)
         if work._payload is not None:
             self._kept -= OBJECT + len(work._payload)
         remote.files.pop(work._serial, None)
@@ -2146,6 +2345,13 @@ class Scheduler(Driver):
         self._state.ended(number, row)
         remote.ended[work._client] = number
         remote.outbox.append(row)
+
+    def _done_with_values(self, remote: Remote, work: RemoteWork) -> None:
+        """Jobs that waited for room may have it."""
+        remote.values.release(work)
+        link = self.links.get(remote.link)
+        if link is not None:
+            self._serve_values(link, remote)
 
     def _job_ended(self, action: JobEnded) -> None:
         work, remote = action.work, self._clusters.get(action.work._comp)

@@ -10,9 +10,8 @@ except ImportError:
     print('joblib is not installed here (pip install joblib): nothing to show')
     sys.exit()
 
-import dispy
+import dispy   # noqa: F401 -- registers the backend
 
-dispy.register_joblib()
-with joblib.parallel_backend('dispy', nodes='local'):
+with joblib.parallel_config(backend='dispy', nodes='local'):
     roots = joblib.Parallel(n_jobs=-1)(joblib.delayed(math.sqrt)(n * n) for n in range(10))
 print(roots)

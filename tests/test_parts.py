@@ -27,6 +27,12 @@ FRAME = 3 * MIB       # what a frame of jobs or of results may have here
 LAZY = MIB // 2
 
 
+@pytest.fixture(autouse=True)
+def no_values(monkeypatch):
+    """Arguments travel as a whole, not as values that are known by digest."""
+    monkeypatch.setattr(dispy, 'SHARED_FROM', 1 << 62)
+
+
 @pytest.fixture
 def large_memory():
     """12 GiB, for one test at a time: `pytest -n` runs several."""
