@@ -89,7 +89,7 @@ def test_directory_in_use(node):
 
 
 @pytest.mark.parametrize('options, code, text', [
-    (['-c', '0'], 2, '--cpus 0'), (['-c', '-1000'], 2, '--cpus'), (['-p', '70000'], 1, '70000'), (['--colour'], 2, 'colour'),
+    (['-c', '-1000'], 2, '--cpus'), (['-p', '70000'], 1, '70000'), (['--colour'], 2, 'colour'),
     (['-i', '203.0.113.77'], 1, '203.0.113.77'), (['--secret-file', '/no/such'], 1, '/no/such'),
     (['--certfile', '/no/such.pem'], 1, '/no/such.pem'), (['--log-file', '/no/such/dir/log'], 1, '/no/such/dir')])
 def test_bad_options(options, code, text):
