@@ -7844,6 +7844,7 @@ class Channel:
         sock.setblocking(False)
         self.sock = sock
         self.queued = 0      # bytes that wait
+        self.bytes_out = self.bytes_in = 0   # since it was made
         self.heard = 0.0     # when bytes last came, monotonic
         self.paused = False  # not read from until there is room
         self.dirty: Optional[Set['Channel']] = None   # the loop's, while attached
@@ -7876,6 +7877,7 @@ class Channel:
             except self._again:
                 return
             self.queued -= sent
+            self.bytes_out += sent
             while sent:
                 view, _ = self._out[0]
                 if sent < len(view):
@@ -7928,6 +7930,7 @@ class Channel:
                     break    # what came is handled first; the end will be read again
                 raise LinkBroken('the connection was closed')
             self.heard = now
+            self.bytes_in += count
             units.extend(self._intake.took(count))
             if count < len(room) and self._gathers:
                 break

@@ -1954,7 +1954,7 @@ class Scheduler(Driver):
                     running = {serial for serial, _ in done.result().running}
                     answer([work._client for serial, work in self.jobs_at(comp, args[0]).items() if serial in running])
             future.add_done_callback(answered)
-        elif name in ('find', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
+        elif name in ('find', 'seat', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
             answer(self.command(comp, name, *args))
         else:
             raise ValueError('%.40r cannot be asked of a scheduler' % name)
