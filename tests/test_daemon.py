@@ -275,7 +275,7 @@ def test_the_prompt(tmp_path):
             eventually(lambda: terminal.shows('N is a number'))
             terminal.type(b'release\n')
             assert job.wait(20) and job.status == DispyJob.Abandoned and 'taken from this client' in job.exception
-            eventually(lambda: [node for node in cluster.status().nodes if 'operator has taken it' in node.reason])
+            eventually(lambda: [node for node in cluster.status().all_nodes if 'operator has taken it' in node.reason])
             eventually(lambda: terminal.said('free'))
         terminal.type(b'quit\n')
         assert terminal.process.wait(20) == 0
@@ -290,7 +290,7 @@ def test_stop_and_start_at_the_prompt(tmp_path):
             eventually(lambda: [node.cpus for node in cluster.status().nodes] == [0])
             jobs = [cluster.submit(n) for n in range(5)]
             with dispy.JobCluster(square, nodes=[address], loglevel=logging.CRITICAL) as second:
-                eventually(lambda: [node for node in second.status().nodes if node.reason])
+                eventually(lambda: [node for node in second.status().all_nodes if node.reason])
                 jobs.append(second.submit(5))
                 assert not any(job.wait(0.05) for job in jobs)
                 terminal.type(b'start\n')

@@ -467,7 +467,7 @@ def test_a_later_run_is_told_by_name_and_time_who_holds_its_nodes(place, node, c
     place.killed(node)
     with dispy.JobCluster(abs, nodes=[node.address]) as cluster:
         job = cluster.submit(-1)
-        text = eventually(lambda: next((node.reason for node in cluster.status().nodes if 'connection is lost' in node.reason), ''))
+        text = eventually(lambda: next((node.reason for node in cluster.status().all_nodes if 'connection is lost' in node.reason), ''))
         assert str(place.path / 'program.py') in text and '(hold)' in text and '--cancel-lost' in text
         assert re.search(r'began \d{4}-\d\d-\d\d \d\d:\d\d:\d\d', text)
         assert command('--cancel-lost').returncode == 0
