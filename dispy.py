@@ -110,7 +110,7 @@ from dispynode import (
     old_spelling, told_once)
 
 __all__ = [
-    'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'recoverable', 'Recoverable', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
+    'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover', 'recoverable', 'Recoverable', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
     'DispyJob', 'JobFailed', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError',
     'SecretError', 'logger']
 
@@ -178,6 +178,10 @@ class LogToStderr(logging.Handler):
 
 if not any(type(_handler).__name__ == LogToStderr.__name__ for _handler in logger.handlers):
     logger.addHandler(LogToStderr())
+
+
+class NothingToRecover(DispyError, FileNotFoundError):
+    """`recover_jobs()` without a file has found nothing that this script has left."""
 
 
 class NoNodes(DispyError):
@@ -5883,9 +5887,10 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
                  cafile: Optional[str] = None) -> List[DispyJob]:
     """The jobs of a program that has crashed, or was ended by an exception.
 
-    recover_file - the file of a cluster (`JobCluster(..., recover_file=...)`); None: what this
-        script has left on nodes when it ran last and ended before its jobs, without such a file;
-        or one of what `recoverable()` lists
+    recover_file - the file of a cluster (`JobCluster(..., recover_file=...)`); None: the newest file
+        of `fault_recover=True` in the current directory, else what this script has left on nodes
+        when it ran last and ended before its jobs, without such a file; or one of what
+        `recoverable()` lists
     timeout - seconds for which what runs is waited for; None: without limit
 
     Jobs that have ended are returned with their results, in one call only; those that run on nodes
@@ -5896,21 +5901,23 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
     was on nodes is known: results, by `job.id`, the running number; what waited in the program is
     lost with it.
 
-    Raises FileNotFoundError; DispyError if the file is in use, damaged or none of dispy's, or if
-    this script has left nothing, naming what others have; OSError. Any thread.
+    Raises FileNotFoundError, also (NothingToRecover) if this script has left nothing, naming what
+    others have; DispyError if the file is in use, damaged or none of dispy's; OSError. Any thread.
     """
     path = path_option('recover_file', recover_file)
     seconds = _seconds('timeout', timeout)
     access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST)
-    if path is None:
+    journal = _journal_here() if path is None else None
+    if path is None and journal is None:
         return _recover_newest(seconds, terminate_pending, access)
-    if is_trail(path):
+    if path is not None and is_trail(path):
         left = Left.find(path)
         if left is None:
             raise DispyError('recover_file %s: its program lives, or another collects its jobs'
                              % path)
         return _collect([left], seconds, terminate_pending, access)[0]
-    journal = Journal(path, must_exist=True)
+    if journal is None:
+        journal = Journal(path, must_exist=True)  # type: ignore[arg-type]
     try:
         return _recover(journal, seconds, terminate_pending, access)
     finally:
@@ -5918,6 +5925,18 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
 
 
 fault_recover_jobs = recover_jobs   # its name in dispy 4
+
+
+def _journal_here() -> Optional[Journal]:
+    """The newest file in the current directory that `fault_recover=True` has made, if its program
+    has ended. Files of dispy 4 have such names too and are left alone."""
+    names = [name for name in os.listdir() if re.fullmatch(r'_dispy_\d{14}', name)]
+    for name in sorted(names, reverse=True):
+        try:
+            return Journal(name, must_exist=True)
+        except (DispyError, OSError) as exc:
+            logger.info('recover_jobs: %s', exc)
+    return None
 
 
 def is_trail(path: str) -> bool:
@@ -5941,7 +5960,7 @@ def _recover_newest(timeout: Optional[float], cancel: bool, access: Access) -> L
             left.close()
     if not mine:
         rows = '; '.join(str(left.row) for left in lefts[:20])
-        raise DispyError('recover_jobs: %s has left no jobs on nodes. %s' % (
+        raise NothingToRecover('recover_jobs: %s has left no jobs on nodes. %s' % (
             script or 'this program, which is no script,',
             'Others have, each of which may be given as recover_file (see dispy.recoverable()): %s'
             % rows if rows else 'Nor has any other program of this user'))

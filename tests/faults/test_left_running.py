@@ -285,7 +285,7 @@ def test_another_script_is_told_what_there_is_and_may_name_it(place, node):
     assert out.startswith('DispyError: recover_jobs: ') and 'other.py has left no jobs' in out and row.path in out, out + err
     out, err = at_a_prompt(place, node, ['-i'], RECOVERS + '\n')
     assert 'DispyError' in out and 'no script' in out and row.path in out, err
-    with pytest.raises(DispyError, match='each of which may be given'):
+    with pytest.raises(FileNotFoundError, match='each of which may be given'):
         dispy.recover_jobs()
     place.end()
     assert collected(dispy.recover_jobs(row.path, 30)) == FOUR and dispy.recoverable() == []
