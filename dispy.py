@@ -586,7 +586,7 @@ class DispyNode:
     def __init__(self, ip_addr: str, name: str = '', cpus: int = 0, port: int = NODE_PORT, state: str = '',
                  reason: str = '', avail_cpus: Optional[int] = None, busy: int = 0, jobs_done: int = 0,
                  cpu_time: float = 0.0, facts: Optional[dict] = None) -> None:
-        facts = {} if facts is None else facts
+        is_of_program, facts = facts is None, facts or {}
         self.ip_addr, self.port, self.name = ip_addr, port, name
         self.state, self.reason = state, reason
         self.cpus = cpus
@@ -597,7 +597,8 @@ class DispyNode:
         self.update_time = facts.get('heard', 0.0)
         self.platform = facts.get('platform', '')
         available = facts.get('available', {})
-        self.avail_info = DispyNodeAvailInfo(*map(available.get, DispyNodeAvailInfo._fields))
+        self.avail_info = None if is_of_program else DispyNodeAvailInfo(
+            *map(available.get, DispyNodeAvailInfo._fields))
         self.facts = facts
 
     def __repr__(self) -> str:
@@ -4392,7 +4393,9 @@ class NodeAllocate:
 
     def __init__(self, host: str, port: Optional[int] = None, cpus: int = 0, depends: Sequence[Any] = (),
                  setup_args: Sequence[Any] = ()) -> None:
-        self.host, self.port, self.cpus, self.depends, self.setup_args = host, port, cpus, depends, setup_args
+        self.host, self.depends, self.setup_args = host, depends, setup_args
+        self.port = number_in(port, True) if isinstance(port, str) and number_in(port, True) else port
+        self.cpus = number_in(cpus, True) if isinstance(cpus, str) and number_in(cpus, True) is not None else cpus
 
     @property
     def ip_addr(self) -> Optional[str]:
@@ -4410,7 +4413,7 @@ class NodeAllocate:
         offers, is allowed, a negative number leaves so many free. May set self.depends and
         self.setup_args. Called once a connection of the node, in a thread of the cluster's. If it
         is not overridden, `cpus` of the constructor counts as in `nodes`."""
-        return limited(cpus, number_in(self.cpus, True) or 0)
+        return limited(cpus, self.cpus)
 
 
 def address_of(host: str) -> Optional[str]:
