@@ -178,6 +178,8 @@ class LogToStderr(logging.Handler):
 
 if not any(type(_handler).__name__ == LogToStderr.__name__ for _handler in logger.handlers):
     logger.addHandler(LogToStderr())
+if logger.level == logging.NOTSET:
+    logger.setLevel(logging.INFO)   # as in dispy 4; each cluster sets it to its loglevel
 
 
 class NothingToRecover(DispyError, FileNotFoundError):
