@@ -616,7 +616,7 @@ class ClusterStatus(_NodesAndJobs):
     """What `status()` returns, a pair: the nodes that have answered and can be used, and the number
     of jobs that have not ended. `refused` are the other nodes: those that were not reached, are
     lost, or were refused; the `reason` of each says why. `all_nodes` are both."""
-    refused: List[DispyNode]
+    refused: List[DispyNode] = []
     NOT_USED = frozenset(('found', 'dialling', 'refused', 'lost'))   # states
 
     def __new__(cls, nodes: Sequence[DispyNode], jobs_pending: int) -> 'ClusterStatus':
