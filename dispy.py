@@ -150,6 +150,7 @@ FORGET_TIME = 3.0             # s that nodes are tried which keep results that n
 CALL_TIME = 30.0              # s that a question to the driver may take; its turns take milliseconds
 ACKS_MOST, ACK_AFTER = 256, 0.05        # results that wait for their acknowledgement, and s that they do
 CALLBACK_THREADS = 16         # callbacks that may block at the same time
+CALLBACK_TIME = 0.1           # s that callbacks take one after the other before they do so
 FOREVER = 0.5 if os.name == 'nt' else 3600.0   # s of one slice of a wait: Ctrl-C does not end a wait on Windows
 
 logger = logging.getLogger('dispy')
@@ -5308,23 +5309,66 @@ class Access(NamedTuple):
 
 
 class Pool:
-    """A few daemon threads for what may block. Unlike concurrent.futures' they do not hold up the interpreter's exit."""
+    """A few daemon threads for what may block. Unlike concurrent.futures' they do not hold up the interpreter's exit.
 
-    def __init__(self, name: str, most: int) -> None:
-        self.name, self._most, self._count = name, most, 0
+    With `patience`, a second thread begins only when what the others do takes longer than so many
+    seconds: short callbacks are called one after the other, as dispy 4 called all of them, and
+    programs whose callbacks share variables without a lock rely on that.
+    """
+
+    def __init__(self, name: str, most: int, patience: float = 0.0) -> None:
+        self.name, self._most, self._patience = name, most, patience
         self._tasks: 'queue.SimpleQueue[Optional[Tuple[Callable[..., Any], tuple]]]' = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)
+        self._given = 0             # tasks
+        self._guard = threading.Lock()   # guards those below
+        self._done = 0              # tasks
+        self._count = 0             # threads
+        self._looks = False         # a thread looks whether another is needed
+        self._closed = False
 
     def run(self, call: Callable[..., Any], *args: Any) -> None:
         """Call it in one of the threads. One thread only (the driver's)."""
-        if not self._idle.acquire(blocking=False) and self._count < self._most:
-            try:
-                threading.Thread(target=self._work, name='%s-%d' % (self.name, self._count + 1), daemon=True).start()
-                self._count += 1
-            except RuntimeError:   # no thread is to be had: those that there are do it
-                if not self._count:
-                    raise
+        self._given += 1
         self._tasks.put((call, args))
+        if self._given - self._done <= self._count or self._count >= self._most:
+            return
+        if not self._patience or not self._count:
+            self._begin()
+            return
+        with self._guard:
+            if self._looks:
+                return
+            self._looks = True
+        self._start(self._look, 'look')
+
+    def _start(self, target: Callable[[], None], number: Any) -> bool:
+        try:
+            threading.Thread(target=target, name='%s-%s' % (self.name, number), daemon=True).start()
+        except RuntimeError:   # no thread is to be had: those that there are do it
+            if not self._count:
+                raise
+            with self._guard:
+                self._looks = self._looks and number != 'look'
+            return False
+        return True
+
+    def _begin(self) -> None:
+        if self._start(self._work, self._count + 1):
+            with self._guard:
+                self._count += 1
+
+    def _look(self) -> None:
+        """While tasks wait: begin another thread when those that there are have got on with none."""
+        while True:
+            done = self._done
+            time.sleep(self._patience)
+            with self._guard:
+                if self._closed or self._tasks.empty() or self._count >= self._most:
+                    self._looks = False
+                    return
+                is_stuck = self._done == done
+            if is_stuck:
+                self._begin()
 
     def _work(self) -> None:
         while True:
@@ -5336,11 +5380,15 @@ class Pool:
             except BaseException:  # the user's callback, sys.exit in it too; the next one is served all the same
                 logger.exception('%s raised', getattr(task[0], '__name__', task[0]))
             del task
-            self._idle.release()
+            with self._guard:
+                self._done += 1
 
     def close(self) -> None:
         """Let threads end when they have done what is queued."""
-        for _ in range(self._count):
+        with self._guard:
+            self._closed = True
+            count = self._count
+        for _ in range(count):
             self._tasks.put(None)
 
 
@@ -6252,7 +6300,7 @@ class Driver(Loop):
         self._strangers: Dict[Any, Peer] = {}        # instance or address -> one that cannot be used, and is no node that was named
         self._submitted: List[DispyJob] = []
         self._openers = Pool('dispy-opener', 2)
-        self.callbacks = Pool('dispy-callback', CALLBACK_THREADS)
+        self.callbacks = Pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
         self._tellers = Pool('dispy-status', 1)      # one, so that changes are told in their order
         self._warn_at: Dict[str, float] = {}
         self._probes: Dict[str, float] = {}          # computation -> when to start an embedded node
@@ -9346,8 +9394,8 @@ _calling = threading.local()  # .cluster: whose callback this thread is in
 
 def _own_hosts(host: Any) -> List[Any]:
     """The parameter `host`: one, or a list of them."""
-    if isinstance(host, (list, tuple)) and host and all(isinstance(each, str) for each in host):
-        return list(host)
+    if isinstance(host, list) and host and all(isinstance(each, str) for each in host):
+        return host
     return [host]
 
 

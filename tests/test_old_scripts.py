@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -65,6 +66,7 @@ def test_calls_as_in_dispy_4(tmp_path):
 
 IMPORTS = """
 import sys
+import threading
 import dispy.httpd
 import dispy.dispynode, dispy.dispyscheduler
 import dispy_httpd, dispynode, dispyscheduler
@@ -447,3 +449,28 @@ def test_options_of_the_shell(tmp_path):
         out, err = run_python('-m', 'dispy', '--secret', 'another secret of these tests', '--ip_addr', '127.0.0.1', '--wait-nodes', '60',
                               '-n', '127.0.0.1:%d' % node.port, '-a', 'y', str(tmp_path / 'program'))
     assert out == 'y\n'
+
+
+def test_short_callbacks_come_one_after_the_other():
+    """As in dispy 4, so that they may share variables; one that blocks keeps no other from its turn."""
+    inside, most, release = [], [], threading.Event()
+
+    def ended(job):
+        inside.append(job)
+        most.append(len(inside))
+        if job.result == 'block':
+            release.wait(60)
+        inside.remove(job)
+        if job.result == 'last':
+            release.set()
+
+    with dispy.JobCluster(lambda value: value, nodes='local', job_status=ended) as cluster:
+        for n in range(500):
+            cluster.submit(n)
+        assert cluster.wait(60)
+        assert len(most) == 500 and set(most) == {1}
+        for _ in range(2):
+            cluster.submit('block')
+        eventually(lambda: len(inside) == 2)
+        cluster.submit('last')
+        assert cluster.wait(60) and max(most) == 3
