@@ -112,13 +112,13 @@ from dispynode import (
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
     OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
-    Allowance, DurationEstimate, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine, module_dict,
-    package_version, pack_error, start_of, GRACE, has_place, lock_file, told_once)
+    Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine,
+    module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once)
 
 __all__ = [
-    'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'recoverable', 'Recoverable', 'NodeAllocate', 'DispyExecutor', 'register_joblib',
-    'DispyJob', 'ValueRef', 'JobFailed', 'WorkerLost', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus',
-    'NoNodes', 'DispyError',
+    'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover', 'recoverable', 'Recoverable',
+    'NodeAllocate', 'DispyExecutor', 'register_joblib', 'DispyJob', 'ValueRef', 'JobFailed', 'WorkerLost', 'RemoteTraceback',
+    'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError',
     'SecretError', 'logger']
 
 # ---------------------------------------------------------------------------------------------------------
@@ -159,11 +159,41 @@ FORGET_TIME = 3.0             # s that nodes are tried which keep results that n
 CALL_TIME = 30.0              # s that a question to the driver may take; its turns take milliseconds
 ACKS_MOST, ACK_AFTER = 256, 0.05        # results that wait for their acknowledgement, and s that they do
 CALLBACK_THREADS = 16         # callbacks that may block at the same time
+CALLBACK_TIME = 0.1           # s that callbacks take one after the other before they do so
 FOREVER = 0.5 if os.name == 'nt' else 3600.0   # s of one slice of a wait: Ctrl-C does not end a wait on Windows
 
 logger = logging.getLogger('dispy')
-for _name in ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'CRITICAL'):
+for _name in ('DEBUG', 'INFO', 'WARN', 'WARNING', 'ERROR', 'CRITICAL', 'FATAL'):
     setattr(logger, _name, getattr(logging, _name))   # scripts for dispy 4 say dispy.logger.DEBUG
+
+
+class LogToStderr(logging.Handler):
+    """Shows messages of dispy.logger from its level up, also those of the program itself, while
+    nobody has configured logging, as dispy 4 did. `logging` alone would show only warnings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter('%(asctime)s %(name)s - %(message)s', '%Y-%m-%d %H:%M:%S'))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        if sys.stderr is None or logger.handlers != [self] or logging.getLogger().handlers:
+            return
+        try:
+            sys.stderr.write(self.format(record) + '\n')
+            sys.stderr.flush()
+        except Exception:   # a closed stream, or arguments that do not fit: as logging itself does
+            self.handleError(record)
+
+
+if not any(type(_handler).__name__ == LogToStderr.__name__ for _handler in logger.handlers):
+    logger.addHandler(LogToStderr())
+if logger.level == logging.NOTSET:
+    logger.setLevel(logging.INFO)   # as in dispy 4; each cluster sets it to its loglevel
+
+
+class NothingToRecover(DispyError, FileNotFoundError):
+    """`recover_jobs()` without a file has found nothing that this script has left."""
 
 
 class NoNodes(DispyError):
@@ -309,6 +339,15 @@ class Work:
         self._lost: Tuple[str, ...] = ()   # nodes that were lost while it was there
 
 
+_OF_PROGRAM: Any = object()       # in place of the number of a job
+_own_numbers = itertools.count(1)
+
+
+def packed_plain(args: tuple, kwargs: dict) -> bytes:
+    """Arguments of a job that belongs to no cluster. Raises what pickling raises."""
+    return in_one_piece(seal((args, kwargs)).payload)
+
+
 class DispyJob(Work):
     """A job; `submit` makes it. Attributes:
 
@@ -329,7 +368,12 @@ class DispyJob(Work):
     Cancelled, Terminated = int(JobState.CANCELLED), int(JobState.TERMINATED)
     Abandoned, Finished = int(JobState.ABANDONED), int(JobState.FINISHED)
 
-    def __init__(self, comp: str, payload: Any, options: Optional[dict], number: Any) -> None:
+    def __init__(self, comp: Any, payload: Any, options: Any, number: Any = _OF_PROGRAM) -> None:
+        """Of a cluster. A program may make one that belongs to no cluster, as with dispy 4, by
+        DispyJob(id, args, kwargs)."""
+        if number is _OF_PROGRAM:
+            number = next(_own_numbers) if comp is None else comp
+            comp, payload, options = '', packed_plain(tuple(payload), dict(options)), None
         self._state = JobState.CREATED
         self._comp, self._payload, self._options = comp, payload, options
         self._serial, self._lost = 0, ()
@@ -381,9 +425,14 @@ class DispyJob(Work):
         for call in self._when_ended or ():
             call(self)
 
-    def __call__(self, timeout: Optional[float] = None) -> Any:
+    def __call__(self, timeout: Union[None, bool, float] = None, clear: bool = False) -> Any:
         """Wait and return the result; None for a job that failed. Raises TimeoutError after `timeout` seconds.
-        Any thread."""
+        `clear`, in dispy 4 the first parameter, is accepted and has no meaning any more. Any thread."""
+        if isinstance(timeout, bool):
+            clear = timeout
+            timeout = None
+        if clear:
+            old_names.tell('clear')
         if not self.wait(timeout):
             raise TimeoutError('job %r has not ended within %s s' % (self.id, timeout))
         return self.result
@@ -437,6 +486,15 @@ class DispyJob(Work):
     def status_text(self) -> str:
         """The status as a word."""
         return JobState(self.status).name.lower()
+
+    _args = args       # their names in dispy 4
+    _kwargs = kwargs
+
+    def __lt__(self, other: Any) -> bool:
+        """In the order of submission, so that (priority, job) can be put into a queue."""
+        if not isinstance(other, DispyJob):
+            return NotImplemented
+        return (self.submit_time, id(self)) < (other.submit_time, id(other))
 
     def __repr__(self) -> str:
         return '<DispyJob %r %s>' % (self.id, self.status_text())
@@ -591,34 +649,61 @@ class DispyNode:
     ip_addr, port, name - where it is and what it calls itself
     state - what it is to this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling', 'connected', 'lost' or
         'closed'; reason - why it is not used, else ''
-    cpus - how many it offers; busy - jobs of this cluster that run there now, without those that wait
-        there
+    cpus - how many of it this cluster uses; avail_cpus - how many it offers; busy - jobs of this
+        cluster that run there now, without those that wait there
     jobs_done, cpu_time - jobs of this cluster that ended there, and the seconds that they ran
-    platform - its operating system and processor; avail_info - DispyNodeAvailInfo of when it was connected
+    tx, rx - bytes that this program has sent there and has received from there, all clusters together
+    update_time - when it was heard last, in seconds since the epoch; 0 for never
+    platform - its operating system and processor; avail_info - DispyNodeAvailInfo of when it was
+        connected; what is not known, as without psutil, is None
     """
-    Initialized, Closed = 2, 3   # what cluster_status says of a node; numbers that no job's status has
+    # What cluster_status says of a node; no job's status has these numbers.
+    Initialized, Closed, AvailInfo = 4, 16, 17
 
-    def __init__(self, ip_addr: str, port: int, name: str, state: str, reason: str, cpus: int, busy: int, jobs_done: int,
-                 cpu_time: float, facts: dict) -> None:
+    def __init__(self, ip_addr: str, name: str = '', cpus: int = 0, port: int = NODE_PORT, state: str = '',
+                 reason: str = '', avail_cpus: Optional[int] = None, busy: int = 0, jobs_done: int = 0,
+                 cpu_time: float = 0.0, facts: Optional[dict] = None) -> None:
+        is_of_program, facts = facts is None, facts or {}
         self.ip_addr, self.port, self.name = ip_addr, port, name
-        self.state, self.reason = state, reason      # of this cluster; reason: why it is not used
-        self.cpus, self.avail_cpus = cpus, cpus
-        self.busy = busy                              # jobs of this cluster that run there
-        self.jobs_done, self.cpu_time = jobs_done, cpu_time   # of this cluster; seconds
+        self.state, self.reason = state, reason
+        self.cpus = cpus
+        self.avail_cpus = cpus if avail_cpus is None else avail_cpus
+        self.busy = busy
+        self.jobs_done, self.cpu_time = jobs_done, cpu_time
+        self.tx, self.rx = facts.get('tx', 0), facts.get('rx', 0)
+        self.update_time = facts.get('heard', 0.0)
         self.platform = facts.get('platform', '')
-        # When it was connected: free CPU in percent, memory, disk and swap in bytes; None where it has no psutil.
         available = facts.get('available', {})
-        self.avail_info = DispyNodeAvailInfo(*map(available.get, DispyNodeAvailInfo._fields))
+        self.avail_info = None if is_of_program else DispyNodeAvailInfo(
+            *map(available.get, DispyNodeAvailInfo._fields))
         self.facts = facts
 
     def __repr__(self) -> str:
         return '<DispyNode %s %s %s>' % (place(self.ip_addr, self.port), self.name, self.state)
 
 
-class ClusterStatus(NamedTuple):
-    """What `status()` returns: the nodes, and the number of jobs that have not ended."""
+class _NodesAndJobs(NamedTuple):
     nodes: List[DispyNode]
     jobs_pending: int
+
+
+class ClusterStatus(_NodesAndJobs):
+    """What `status()` returns, a pair: the nodes that have answered and can be used, and the number
+    of jobs that have not ended. `refused` are the other nodes: those that were not reached, are
+    lost, or were refused; the `reason` of each says why. `all_nodes` are both."""
+    refused: List[DispyNode] = []
+    NOT_USED = frozenset(('found', 'dialling', 'refused', 'lost'))   # states
+
+    def __new__(cls, nodes: Sequence[DispyNode], jobs_pending: int) -> 'ClusterStatus':
+        status = super().__new__(cls, [node for node in nodes if node.state not in cls.NOT_USED],
+                                 jobs_pending)
+        status.refused = [node for node in nodes if node.state in cls.NOT_USED]
+        return status
+
+    @property
+    def all_nodes(self) -> List[DispyNode]:
+        """Nodes that are used, and those that are not."""
+        return [*self.nodes, *self.refused]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4703,7 +4788,20 @@ class NodeAllocate:
 
     def __init__(self, host: str, port: Optional[int] = None, cpus: int = 0, depends: Sequence[Any] = (),
                  setup_args: Sequence[Any] = ()) -> None:
-        self.host, self.port, self.cpus, self.depends, self.setup_args = host, port, cpus, depends, setup_args
+        self.host, self.depends, self.setup_args = host, depends, setup_args
+        self.port = number_in(port, True) if isinstance(port, str) and number_in(port, True) else port
+        self.cpus = number_in(cpus, True) if isinstance(cpus, str) and number_in(cpus, True) is not None else cpus
+
+    @property
+    def ip_addr(self) -> Optional[str]:
+        """The address of `host`; None if the name is not known. A pattern is returned as it is."""
+        if not hasattr(self, '_ip_addr'):
+            self._ip_addr = address_of(self.host)
+        return self._ip_addr
+
+    @ip_addr.setter
+    def ip_addr(self, address: Optional[str]) -> None:
+        self._ip_addr = address
 
     def allocate(self, cluster: 'JobCluster', ip_addr: str, name: str, cpus: int, avail_info: Any = None, platform: str = '') -> int:
         """How many jobs to run there at once: 0 refuses the node, more than `cpus`, the number it
@@ -4711,6 +4809,19 @@ class NodeAllocate:
         self.setup_args. Called once a connection of the node, in a thread of the cluster's. If it
         is not overridden, `cpus` of the constructor counts as in `nodes`."""
         return limited(cpus, self.cpus)
+
+
+def address_of(host: str) -> Optional[str]:
+    """An address of a host, IPv4 before IPv6; None for a name that is not known. Waits for the
+    resolver."""
+    if '*' in host:
+        return host
+    try:
+        found = socket.getaddrinfo(host, None, 0, socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return None
+    found.sort(key=lambda row: row[0] != socket.AF_INET)
+    return _plain_host(str(found[0][4][0]))
 
 
 def limited(offered: int, cpus: int) -> int:
@@ -4809,7 +4920,7 @@ def check_setup_args(size: int, remote: bool) -> None:
 def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec]:
     """What was written as `nodes`, not None; `elsewhere`: wildcards are not for this process to look for. Raises TypeError or
     ValueError naming the element."""
-    if isinstance(nodes, (str, tuple, dict, DispyNode, NodeAllocate)):
+    if _is_one_node(nodes):
         nodes = [nodes]
     if not isinstance(nodes, collections.abc.Iterable):
         raise TypeError('nodes: %.80r is no list of hosts' % (nodes,))
@@ -4819,10 +4930,36 @@ def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec
     return found
 
 
+def any_node(nodes: Any) -> bool:
+    """Whether no nodes are named: None, or, as in dispy 4, an empty list."""
+    return nodes is None or isinstance(nodes, (list, tuple, set)) and not nodes
+
+
+def _is_one_node(nodes: Any) -> bool:
+    """Whether this is an element of `nodes` and no list of them. A tuple may be either: ('host',
+    port) or ('host1', 'host2')."""
+    if not isinstance(nodes, tuple):
+        return isinstance(nodes, (str, dict, DispyNode, NodeAllocate))
+    if not nodes or not isinstance(nodes[0], str):
+        return False
+    return len(nodes) == 1 or not isinstance(nodes[1], str) or number_in(nodes[1], True) is not None
+
+
+def _allocator_of(node: Any) -> Optional[NodeAllocate]:
+    """Of an element with `depends` or `setup_args`, as dispy 4 took it; None for another."""
+    if isinstance(node, (tuple, list)) and 4 <= len(node) <= 5:
+        return NodeAllocate(*node)
+    if isinstance(node, dict) and node and ('host' not in node or set(node) & {'depends', 'setup_args'}) \
+            and not set(node) - {'host', 'port', 'cpus', 'depends', 'setup_args'}:
+        return NodeAllocate(**{'host': '*', **node})
+    return None
+
+
 def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
     allocator = None
     if isinstance(node, DispyNode):
         return NodeSpec(node.ip_addr, node.port)
+    node = _allocator_of(node) or node
     if isinstance(node, NodeAllocate):
         parts: Sequence[Any] = (node.host, node.port, node.cpus)
         allocator = node
@@ -4842,12 +4979,12 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
         raise ValueError('nodes: %r stands alone, not in a list: this machine is %r there, if a dispynode runs here' % (LOCAL, '127.0.0.1'))
     if '*' in host and discovery_reach() == 'off' and not elsewhere:
         raise ValueError("nodes: %r: wildcards need discovery, which the environment's DISPY_DISCOVERY forbids; name the hosts" % host)
-    number = plain_number(port if its_port is None else its_port, True)
+    number = number_in(port if its_port is None else its_port, True)
     if number is None or not 1 <= number <= 65535:
         raise ValueError('nodes: port %.40r of %s is not a whole number between 1 and 65535' % (its_port, host))
-    if cpus is not None and plain_number(cpus, True) is None:
+    if cpus is not None and number_in(cpus, True) is None:
         raise TypeError('nodes: cpus %.40r of %s is no whole number' % (cpus, host))
-    return NodeSpec(host, number, plain_number(cpus, True) or 0, allocator)
+    return NodeSpec(host, number, number_in(cpus, True) or 0, allocator)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -5627,23 +5764,66 @@ class Access(NamedTuple):
 
 
 class Pool:
-    """A few daemon threads for what may block. Unlike concurrent.futures' they do not hold up the interpreter's exit."""
+    """A few daemon threads for what may block. Unlike concurrent.futures' they do not hold up the interpreter's exit.
 
-    def __init__(self, name: str, most: int) -> None:
-        self._name, self._most, self._count = name, most, 0
+    With `patience`, a second thread begins only when what the others do takes longer than so many
+    seconds: short callbacks are called one after the other, as dispy 4 called all of them, and
+    programs whose callbacks share variables without a lock rely on that.
+    """
+
+    def __init__(self, name: str, most: int, patience: float = 0.0) -> None:
+        self.name, self._most, self._patience = name, most, patience
         self._tasks: 'queue.SimpleQueue[Optional[Tuple[Callable[..., Any], tuple]]]' = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)
+        self._given = 0             # tasks
+        self._guard = threading.Lock()   # guards those below
+        self._done = 0              # tasks
+        self._count = 0             # threads
+        self._looks = False         # a thread looks whether another is needed
+        self._closed = False
 
     def run(self, call: Callable[..., Any], *args: Any) -> None:
         """Call it in one of the threads. One thread only (the driver's)."""
-        if not self._idle.acquire(blocking=False) and self._count < self._most:
-            try:
-                threading.Thread(target=self._work, name='%s-%d' % (self._name, self._count + 1), daemon=True).start()
-                self._count += 1
-            except RuntimeError:   # no thread is to be had: those that there are do it
-                if not self._count:
-                    raise
+        self._given += 1
         self._tasks.put((call, args))
+        if self._given - self._done <= self._count or self._count >= self._most:
+            return
+        if not self._patience or not self._count:
+            self._begin()
+            return
+        with self._guard:
+            if self._looks:
+                return
+            self._looks = True
+        self._start(self._look, 'look')
+
+    def _start(self, target: Callable[[], None], number: Any) -> bool:
+        try:
+            threading.Thread(target=target, name='%s-%s' % (self.name, number), daemon=True).start()
+        except RuntimeError:   # no thread is to be had: those that there are do it
+            if not self._count:
+                raise
+            with self._guard:
+                self._looks = self._looks and number != 'look'
+            return False
+        return True
+
+    def _begin(self) -> None:
+        if self._start(self._work, self._count + 1):
+            with self._guard:
+                self._count += 1
+
+    def _look(self) -> None:
+        """While tasks wait: begin another thread when those that there are have got on with none."""
+        while True:
+            done = self._done
+            time.sleep(self._patience)
+            with self._guard:
+                if self._closed or self._tasks.empty() or self._count >= self._most:
+                    self._looks = False
+                    return
+                is_stuck = self._done == done
+            if is_stuck:
+                self._begin()
 
     def _work(self) -> None:
         while True:
@@ -5655,11 +5835,15 @@ class Pool:
             except BaseException:  # the user's callback, sys.exit in it too; the next one is served all the same
                 logger.exception('%s raised', getattr(task[0], '__name__', task[0]))
             del task
-            self._idle.release()
+            with self._guard:
+                self._done += 1
 
     def close(self) -> None:
         """Let threads end when they have done what is queued."""
-        for _ in range(self._count):
+        with self._guard:
+            self._closed = True
+            count = self._count
+        for _ in range(count):
             self._tasks.put(None)
 
 
@@ -5695,6 +5879,10 @@ class NodeRow(NamedTuple):
     busy: int      # jobs of the cluster
     offered: int   # CPUs by the node
     facts: dict
+
+    def facts_now(self) -> dict:
+        """As a Peer's."""
+        return self.facts
 
 
 class Monitor:
@@ -5758,12 +5946,13 @@ class Outgoing:
 
 class Use:
     """A node and a cluster. Driver thread only."""
-    __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told', 'passes', 'unloadable')
+    __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told', 'passes', 'unloadable', 'seat_told')
 
     def __init__(self, spec: NodeSpec) -> None:
         self.state = UseState.WAITING
         self.spec = spec
         self.reason = ''                             # why it was refused
+        self.seat_told = False                       # to who submitted jobs to it
         self.passes = False                          # the reason may pass: it is tried again
         self.allocation: Optional[Allocation] = None   # what the user's NodeAllocate said
         self.wanted: Optional[int] = None            # CPUs by set_node_cpus; 0: deallocated
@@ -5808,6 +5997,7 @@ class Peer:
         self.dialling = Dialling(REDIAL_FIRST, redial)
         self.failures = 0                          # in a row
         self.heard = 0.0                           # when it was last found by UDP
+        self.tx, self.rx, self.heard_last = 0, 0, 0.0   # of links before this one
         self.retry_at: Optional[float] = None
         self.retry_wait = RETRY_FIRST
         self.told: Set[str] = set()                # reasons that were logged
@@ -5830,6 +6020,19 @@ class Peer:
         if self.directory:
             shutil.rmtree(self.directory, ignore_errors=True)
             self.directory = ''
+
+    def facts_now(self) -> dict:
+        """What is known of it, with the bytes that went over its links and when it was heard last."""
+        link = self.link
+        if link is None:
+            return dict(self.facts, tx=self.tx, rx=self.rx, heard=self.heard_last)
+        return dict(self.facts, tx=self.tx + link.bytes_out, rx=self.rx + link.bytes_in,
+                    heard=time.time() - max(0.0, time.monotonic() - link.heard))
+
+    def count_link(self) -> None:
+        """Its link has ended, or ends now."""
+        facts = self.facts_now()
+        self.tx, self.rx, self.heard_last = facts['tx'], facts['rx'], facts['heard']
 
     def is_meant(self, node: Any) -> bool:
         """Whether a user's word for a node means this one."""
@@ -6193,9 +6396,10 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
                  cafile: Optional[str] = None) -> List[DispyJob]:
     """The jobs of a program that has crashed, or was ended by an exception.
 
-    recover_file - the file of a cluster (`JobCluster(..., recover_file=...)`); None: what this
-        script has left on nodes when it ran last and ended before its jobs, without such a file;
-        or one of what `recoverable()` lists
+    recover_file - the file of a cluster (`JobCluster(..., recover_file=...)`); None: the newest file
+        of `fault_recover=True` in the current directory, else what this script has left on nodes
+        when it ran last and ended before its jobs, without such a file; or one of what
+        `recoverable()` lists
     timeout - seconds for which what runs is waited for; None: without limit
 
     Jobs that have ended are returned with their results, in one call only; those that run on nodes
@@ -6206,21 +6410,23 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
     was on nodes is known: results, by `job.id`, the running number; what waited in the program is
     lost with it.
 
-    Raises FileNotFoundError; DispyError if the file is in use, damaged or none of dispy's, or if
-    this script has left nothing, naming what others have; OSError. Any thread.
+    Raises FileNotFoundError, also (NothingToRecover) if this script has left nothing, naming what
+    others have; DispyError if the file is in use, damaged or none of dispy's; OSError. Any thread.
     """
     path = path_option('recover_file', recover_file)
     seconds = _seconds('timeout', timeout)
     access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST)
-    if path is None:
+    journal = _journal_here() if path is None else None
+    if path is None and journal is None:
         return _recover_newest(seconds, terminate_pending, access)
-    if is_trail(path):
+    if path is not None and is_trail(path):
         left = Left.find(path)
         if left is None:
             raise DispyError('recover_file %s: its program lives, or another collects its jobs'
                              % path)
         return _collect([left], seconds, terminate_pending, access)[0]
-    journal = Journal(path, must_exist=True)
+    if journal is None:
+        journal = Journal(path, must_exist=True)  # type: ignore[arg-type]
     try:
         return _recover(journal, seconds, terminate_pending, access)
     finally:
@@ -6228,6 +6434,18 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
 
 
 fault_recover_jobs = recover_jobs   # its name in dispy 4
+
+
+def _journal_here() -> Optional[Journal]:
+    """The newest file in the current directory that `fault_recover=True` has made, if its program
+    has ended. Files of dispy 4 have such names too and are left alone."""
+    names = [name for name in os.listdir() if re.fullmatch(r'_dispy_\d{14}', name)]
+    for name in sorted(names, reverse=True):
+        try:
+            return Journal(name, must_exist=True)
+        except (DispyError, OSError) as exc:
+            logger.info('recover_jobs: %s', exc)
+    return None
 
 
 def is_trail(path: str) -> bool:
@@ -6251,7 +6469,7 @@ def _recover_newest(timeout: Optional[float], cancel: bool, access: Access) -> L
             left.close()
     if not mine:
         rows = '; '.join(str(left.row) for left in lefts[:20])
-        raise DispyError('recover_jobs: %s has left no jobs on nodes. %s' % (
+        raise NothingToRecover('recover_jobs: %s has left no jobs on nodes. %s' % (
             script or 'this program, which is no script,',
             'Others have, each of which may be given as recover_file (see dispy.recoverable()): %s'
             % rows if rows else 'Nor has any other program of this user'))
@@ -6538,7 +6756,7 @@ class Driver(Loop):
         self._strangers: Dict[Any, Peer] = {}        # instance or address -> one that cannot be used, and is no node that was named
         self._submitted: List[DispyJob] = []
         self._openers = Pool('dispy-opener', 2)
-        self.callbacks = Pool('dispy-callback', CALLBACK_THREADS)
+        self.callbacks = Pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
         self._tellers = Pool('dispy-status', 1)      # one, so that changes are told in their order
         self._warn_at: Dict[str, float] = {}
         self._probes: Dict[str, float] = {}          # computation -> when to start an embedded node
@@ -6566,6 +6784,7 @@ class Driver(Loop):
         }
         self._commands: Dict[str, Callable[..., Any]] = {
             'nodes': self.rows_of, 'complaint': self.complaint, 'why_unloadable': self.why_unloadable, 'find': lambda comp, node: self.find(comp, node).key,
+            'seat': self.seat,
             'set_cpus': lambda comp, node, cpus: self.set_cpus(comp, self.find(comp, node), cpus), 'leave': self.leave,
             'allocate': self.allocate, 'jobs': lambda comp, node: list(self.jobs_at(comp, node)), 'question': self.question}
         self._events: Dict[type, Callable[[Any], None]] = {
@@ -6677,8 +6896,8 @@ class Driver(Loop):
         """Begin to use nodes for a cluster; with `probe` start one here if none answers soon. Raises OSError if it is to
         listen and cannot."""
         comp = cluster._comp
-        if cluster._host is not None:
-            self._listen(*cluster._host, may_fail=not cluster._host_has_port)
+        for where in cluster_hosts(cluster):
+            self._listen(*where, may_fail=not cluster._host_has_port)
         if getattr(cluster, '_journal', None) is not None:
             self._leaving.journals[comp] = cluster._journal  # type: ignore[assignment]
         self._clusters[comp] = cluster
@@ -6760,8 +6979,10 @@ class Driver(Loop):
         wanted = {(spec.port, other._multicast) for other in self._clusters.values() for spec in other._specs if spec.wild}
         for key in set(self._ears) - wanted:
             self._ears.pop(key).ears.close()
-        if cluster._host is not None and not any(other._host == cluster._host for other in self._clusters.values()):
-            gate = self._gates.pop(cluster._host, None)
+        for where in cluster_hosts(cluster):
+            if any(where in cluster_hosts(other) for other in self._clusters.values()):
+                continue
+            gate = self._gates.pop(where, None)
             if gate is not None:   # else its port was taken
                 self.unwatch(gate.socket)
                 gate.server_close()
@@ -6790,6 +7011,7 @@ class Driver(Loop):
     def _unlink(self, peer: Peer, link: Link) -> None:
         """A link is over: forget all that went along it."""
         del self._by_link[link.number]
+        peer.count_link()
         peer.link = None
         for comp, serials in self._leaving.drop(peer):   # it never left
             self._act(self.schedule.handle(NodeReturned(peer.key, comp, serials), self.now))
@@ -6911,7 +7133,7 @@ class Driver(Loop):
     @staticmethod
     def row_of(peer: Peer, state: str, reason: str, cpus: int, busy: int) -> NodeRow:
         """One of them."""
-        return NodeRow(peer.key, peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy, peer.offered, peer.facts)
+        return NodeRow(peer.key, peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy, peer.offered, peer.facts_now())
 
     def command(self, comp: str, name: str, *args: Any) -> Any:
         """What a cluster's methods ask of its nodes; a SharedJobCluster's ask it of the scheduler's driver."""
@@ -6926,6 +7148,19 @@ class Driver(Loop):
             raise ValueError('%s %.80r; this cluster knows %s' % ('no node is' if not found else 'several nodes are', node,
                                                                   ', '.join(sorted(map(str, self.peers_of(comp)))) or 'none'))
         return found[0]
+
+    def seat(self, comp: str, node: Any) -> Tuple[Any, str]:
+        """For a job that is submitted to a node: the key of the node and, once until it is ready,
+        why it cannot be used. A node that has not been tried yet has no reason. Raises ValueError."""
+        peer = self.find(comp, node)
+        use = peer.uses[comp]
+        _, state, reason, _, _ = self.node_of(comp, peer)
+        if state not in ClusterStatus.NOT_USED and use.state is not UseState.CLOSED or not (use.reason or peer.failures):
+            return peer.key, ''
+        if use.seat_told:
+            return peer.key, ''
+        use.seat_told = True
+        return peer.key, reason.strip().rpartition('\n')[2] or state
 
     # -- what users do to nodes -----------------------------------------------------------------------------
 
@@ -7138,7 +7373,15 @@ class Driver(Loop):
                 state = 'closed' if event.status == DispyNode.Closed else 'ready'
                 known = event.cluster._comp in event.peer.uses
                 node = event.cluster._describe(event.peer, state, event.peer.reason, event.peer.limit(event.cluster._comp) if known else 0, 0)
-            self._tellers.run(event.cluster._cluster_status, event.status, node, event.job)
+            self.tell_later(event.cluster._cluster_status, event.status, node, event.job)
+
+    def tell_later(self, call: Callable[..., Any], *args: Any) -> None:
+        """Call it after all that cluster_status functions have been told until now. The driver's thread."""
+        self._tellers.run(call, *args)
+
+    def is_teller(self) -> bool:
+        """Whether this is the thread that calls cluster_status functions. Any thread."""
+        return threading.current_thread().name.startswith(self._tellers.name + '-')
 
     def _tell_all(self, status: int, peer: Peer, comps: Any) -> None:
         for comp in comps if not peer.scheduler else ():   # that one tells of its nodes
@@ -7904,9 +8147,12 @@ class Driver(Loop):
             if trail is not None and not peer.embedded and trail.add(peer.place):
                 self._remove_old_trails()
             use.move('ready')
+            use.seat_told = False
             peer.retry_wait = RETRY_FIRST
             self._clusters[message.comp]._node_came()
             self._tell_all(DispyNode.Initialized, peer, [message.comp])
+            if any(value is not None for value in peer.facts.get('available', {}).values()):
+                self._tell_all(DispyNode.AvailInfo, peer, [message.comp])
             limit = self._tell_limit(peer, message.comp)   # before the first job
             ready = NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered,
                               peer.trip, Past.of(message.past), peer.whole)
@@ -8273,6 +8519,11 @@ def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
     return exit_error(job) if job._has_exit_status() else None
 
 
+def cluster_hosts(cluster: Any) -> List[Tuple[str, int]]:
+    """Where a cluster lets nodes connect to it."""
+    return [where for where in (cluster._host, *getattr(cluster, '_more_hosts', ())) if where is not None]
+
+
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
     """A row of Jobs, with these of its options, and its bytes."""
     options = work._options and {name: work._options[name] for name in names if name in work._options}
@@ -8386,10 +8637,177 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Scripts for dispy 4: what they give, read and call that nothing else here needs
+# ---------------------------------------------------------------------------------------------------------
+
+class OldNames:
+    """What is accepted and has no meaning any more. Each is said once in a process, at INFO."""
+    INSTEAD = {   # what takes its place
+        'port': 'this program needs no port of its own',
+        'client_port': 'this program needs no port of its own',
+        'poll_interval': 'nodes send results at once',
+        'ext_host': 'nodes answer by the connection that this program has made',
+        'relay': 'files and results go by the connections that there are',
+        'clear': 'a job ends once',
+        'DocumentRoot': 'the page is a part of dispy_httpd',
+        'MsgTimeout': 'connections are kept while pulses come (pulse_interval=)',
+        'MaxFileSize': 'nodes limit the size of files (dispynode --max-file-size)',
+        'DispyPort': 'give dispy_port= to the cluster, and -p to dispynode',
+        'NodePort': 'give dispy_port= to the cluster, and -p to dispynode',
+        'ClientPort': 'this program needs no port of its own',
+        'SharedSchedulerPort': 'give scheduler_port= to the cluster, and -p to dispyscheduler',
+        'HTTPServerPort': 'give port= to DispyHTTPServer',
+        'IPv4MulticastGroup': 'the group is fixed',
+        'IPv6MulticastGroup': 'the group is fixed',
+    }
+
+    def __init__(self) -> None:
+        self._told: Set[str] = set()
+
+    def tell(self, name: str) -> None:
+        """It was given. Any thread."""
+        if name not in self._told:
+            self._told.add(name)
+            logger.info('%s has no meaning any more: %s', name,
+                        self.INSTEAD.get(name, 'nothing takes its place'))
+
+    def tell_given(self, **given: Any) -> None:
+        """These were given, but for those that are None. Any thread."""
+        for name, value in given.items():
+            if value is not None:
+                self.tell(name)
+
+
+old_names = OldNames()
+
+
+class OldConfig(types.ModuleType):
+    """The module dispy.config of dispy 4. It can be read and set, and has no effect."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if not name.startswith('__'):
+            old_names.tell(name)
+
+
+config = OldConfig('dispy.config', OldConfig.__doc__)
+vars(config).update(
+    DispyPort=NODE_PORT - 1, NodePort=NODE_PORT, ClientPort=NODE_PORT - 1, SharedSchedulerPort=SCHEDULER_PORT,
+    HTTPServerPort=8181, MsgTimeout=10, MaxFileSize=0)
+_dispy_version = __version__
+__path__ = [os.path.dirname(os.path.abspath(__file__))]   # old scripts start dispynode.py from there
+OldModules.install()
+
+
+def __getattr__(name: str) -> Any:
+    """dispy.httpd and the like, which were parts of the package."""
+    if name in OldModules.NAMES:
+        return importlib.import_module('dispy.' + name)
+    raise AttributeError('module %r has no attribute %r' % (__name__, name))
+
+
+# Parameters of the constructors after the seventh, in dispy 4.15's order.
+POSITIONS_LEFT = (
+    'ext_host', 'ip_addr', 'ext_ip_addr', 'ipv4_udp_multicast', 'dest_path', 'loglevel', 'callback', 'setup',
+    'cleanup', 'ping_interval', 'pulse_interval', 'poll_interval', 'reentrant', 'secret', 'keyfile', 'certfile',
+    'recover_file')
+SHARED_POSITIONS_LEFT = (
+    'client_port', 'scheduler_host', 'ext_host', 'ip_addr', 'ext_ip_addr', 'loglevel', 'callback', 'setup',
+    'cleanup', 'dest_path', 'poll_interval', 'reentrant', 'exclusive', 'secret', 'keyfile', 'certfile',
+    'recover_file')
+
+
+def refuse_positions(remote: bool, more: tuple) -> None:
+    """Raise TypeError for parameters by position after the seventh, naming them."""
+    if more:
+        left = SHARED_POSITIONS_LEFT if remote else POSITIONS_LEFT
+        raise TypeError('%s takes 7 arguments by position, as far as dispy_port, and %d were given: '
+                        'give the others by name, as %s'
+                        % ('SharedJobCluster' if remote else 'JobCluster', 7 + len(more),
+                           ', '.join('%s=' % name for name in left[:len(more)]) or 'name='))
+
+
+class OldCluster:
+    """Attributes that clusters have in dispy 4, and what is told at the end of one."""
+    _started: float
+    _given: Dict[str, Any]
+    _counts: Dict[str, List[Any]]
+    _job_status: Any
+    _cluster_status: Any
+    _driver: Any
+    _all_ended: Optional[float] = None    # when the last job had ended
+
+    @property
+    def start_time(self) -> float:
+        """When the cluster was made, in seconds since the epoch."""
+        return self._started
+
+    @property
+    def end_time(self) -> Optional[float]:
+        """When all jobs that were submitted had ended, in seconds since the epoch; None before."""
+        return self._all_ended
+
+    @property
+    def cpu_time(self) -> float:
+        """Seconds that jobs ran, in sum."""
+        return float(sum(count[2] for count in list(self._counts.values())))
+
+    @property
+    def pulse_interval(self) -> Optional[float]:
+        """As given to the constructor."""
+        return self._given['pulse_interval']  # type: ignore[no-any-return]
+
+    @property
+    def ping_interval(self) -> Optional[float]:
+        """As given to the constructor."""
+        return self._given['ping_interval']  # type: ignore[no-any-return]
+
+    @property
+    def poll_interval(self) -> Optional[float]:
+        """As given to the constructor."""
+        return self._given['poll_interval']  # type: ignore[no-any-return]
+
+    @property
+    def job_status(self) -> Any:
+        """The function that is called with jobs that have ended. It may be set."""
+        return self._job_status
+
+    @job_status.setter
+    def job_status(self, function: Any) -> None:
+        self._job_status = function
+
+    @property
+    def cluster_status(self) -> Any:
+        """The function that is called at every change. It may be set."""
+        return self._cluster_status
+
+    @cluster_status.setter
+    def cluster_status(self, function: Any) -> None:
+        self._cluster_status = function
+
+    def _tell_closed(self, nodes: Sequence[DispyNode]) -> None:
+        """The cluster is closed: cluster_status is called with Closed for each of these nodes. It
+        is waited for, since a program often ends then. Any thread."""
+        call, told = self._cluster_status, threading.Event()
+        if call is None or not nodes:
+            return
+        is_teller = self._driver.is_teller() or threading.current_thread() is self._driver._thread
+
+        def tell() -> None:
+            for node in nodes:
+                node.state = 'closed'
+                self._driver.tell_later(call, DispyNode.Closed, node, None)
+            self._driver.tell_later(told.set)
+        self._driver.ask(tell)
+        if not is_teller:   # otherwise it would wait for itself
+            in_slices(told.wait, GRACE)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Public class
 # ---------------------------------------------------------------------------------------------------------
 
-class JobCluster:
+class JobCluster(OldCluster):
     """Nodes that run one computation for this program.
 
     Parameters; times are in seconds:
@@ -8397,18 +8815,22 @@ class JobCluster:
         the job's arguments as its command line, its exit status is the job's result
     nodes - None: all that answer on the local network, and, if none does within 1 s, one started here for this program;
         'local': that at once; or a list of 'host', ('host', port), ('host', port, cpus), {'host':, 'port':, 'cpus':}, DispyNode,
-        NodeAllocate; host: a name, an address, or either with * for any characters; cpus > 0 is an upper limit, cpus < 0 leaves
+        NodeAllocate; an empty list is None; host: a name, an address, or either with * for any characters; cpus > 0 is an upper limit, cpus < 0 leaves
         so many free
     depends - list of what cannot be found through the computation: paths of files and directories (they land in the
         jobs' working directory), modules and packages, functions and classes
     job_status - function, called with a job for each provisional result and when it has ended, in a thread of its own
         (old name: callback)
-    cluster_status - function, called as (status, node, job) at every change, in order: DispyNode.Initialized or Closed
-        with a node, a job's status with the job (and the node, when it is sent there and when its result comes)
+    cluster_status - function, called as (status, node, job) at every change, in order: DispyNode.Initialized,
+        AvailInfo or Closed with a node, also Closed at the end of the cluster; a job's status with the job,
+        beginning with Created (and the node, when it is sent there and when its result comes)
     host - also listen for nodes that connect by themselves (`dispynode --scheduler-host`), at this address of this host ('': all)
-        or 'address:port' (default port: 9702); None: this program needs no open port (old name: ip_addr)
+        or 'address:port' (default port: 9702), or a list of those; None: this program needs no open
+        port (old name: ip_addr)
     dispy_port - port of nodes for which none is given, TCP and UDP (default 9701)
-    ext_host, poll_interval - accepted for old scripts (also ext_ip_addr); nothing needs to be told of them
+    node_port - an old name of dispy_port
+    ext_host, ext_ip_addr, poll_interval, port, client_port - accepted for old scripts; they have no
+        meaning any more
     ipv4_udp_multicast - True: look for nodes by IPv4 multicast too
     dest_path - a fixed directory on the nodes for the files, below the node's own; what is there already and has not
         changed is not sent again. None: a new one
@@ -8417,7 +8839,7 @@ class JobCluster:
         they share the computation's global variables. A setup that raises or returns other than None or 0 refuses the
         node. cleanup=True removes the files afterwards, False leaves them, a function runs first and then they are removed
     ping_interval - the longest time between attempts to reach a node (0.1 to 3600, default 30)
-    pulse_interval - time between signs of life (0.1 to 600, default 2); a node that is silent for five is lost
+    pulse_interval - time between signs of life (0.1 to 1000, default 2); a node that is silent for five is lost
     reentrant - True: jobs on a lost node are run again elsewhere; False: they end as Abandoned
     secret, certfile, keyfile, cafile - the secret as str or bytes, paths of files in PEM format; see "Security" in the README
     recover_file - path of a file, made if there is none, in which jobs are written down so that they outlive this program; see
@@ -8444,7 +8866,8 @@ class JobCluster:
     def __init__(self, computation: Any, nodes: Any = None, depends: Sequence[Any] = (),
                  job_status: Optional[Callable[[DispyJob], Any]] = None,
                  cluster_status: Optional[Callable[[int, Optional[DispyNode], Optional[DispyJob]], Any]] = None,
-                 host: Union[None, str, Tuple[str, int]] = None, dispy_port: Optional[int] = None, ext_host: Optional[str] = None,
+                 host: Union[None, str, List[str], Tuple[str, int]] = None, dispy_port: Optional[int] = None,
+                 *more: Any, ext_host: Optional[str] = None,
                  dest_path: Optional[str] = None, loglevel: int = logging.INFO,
                  setup: Optional[Callable[..., Any]] = None, cleanup: Union[bool, Callable[..., Any]] = True,
                  ping_interval: Optional[float] = None, pulse_interval: Optional[float] = None, reentrant: bool = False,
@@ -8452,21 +8875,27 @@ class JobCluster:
                  cafile: Optional[str] = None, recover_file: Union[None, bool, str] = None, max_jobs_per_worker: Optional[int] = None,
                  on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None, forward_logs: bool = False,
                  callback: Optional[Callable[[DispyJob], Any]] = None, ip_addr: Optional[str] = None, ext_ip_addr: Optional[str] = None,
-                 fault_recover: Union[None, bool, str] = None, poll_interval: Optional[float] = None, ipv4_udp_multicast: bool = False) -> None:
+                 fault_recover: Union[None, bool, str] = None, poll_interval: Optional[float] = None, ipv4_udp_multicast: bool = False,
+                 node_port: Optional[int] = None, port: Optional[int] = None, client_port: Optional[int] = None) -> None:
         check_not_importing()
-        self._port = _in_range('dispy_port', dispy_port, NODE_PORT, 1, 65535, True)
-        pulse = _in_range('pulse_interval', pulse_interval, PULSE, 0.1, 600)
+        refuse_positions(self._remote, more)
+        self._port = _in_range('dispy_port', node_port or None if dispy_port is None else dispy_port, NODE_PORT, 1, 65535, True)
+        pulse = _in_range('pulse_interval', pulse_interval, PULSE, 0.1, 1000)
         redial = _in_range('ping_interval', ping_interval, REDIAL_MOST, 0.1, 3600)
         most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31, True)
-        _in_range('poll_interval', poll_interval, None, 0.1, 3600)   # dispy 4 asked nodes for results; ours send them
+        self._given = {'pulse_interval': None if pulse_interval is None else pulse,
+                       'ping_interval': None if ping_interval is None else redial,
+                       'poll_interval': _in_range('poll_interval', poll_interval, None, 0.1, 3600)}
         reach = discovery_reach()
+        nodes = None if any_node(nodes) else nodes
         self._specs = [NodeSpec('*', self._port)] if nodes is None and reach != 'off' else [] if nodes is None or nodes == LOCAL \
             else parse_nodes(nodes, self._port, self._remote)
         if not self._specs and not self._remote:
             check_fork()
             own_python()
-        host = host if host is not None else ip_addr
+        host, *more_hosts = _own_hosts(host if host is not None else ip_addr)
         self._host = _own_host(host)
+        self._more_hosts = [where for where in map(_own_host, more_hosts) if where is not None]
         # Old scripts always give ip_addr: two of them on one machine must not be in each other's way.
         self._host_has_port = self._host is not None and (not isinstance(host, str) or self._host[0] != host.strip('[]'))
         self._multicast = bool(ipv4_udp_multicast)
@@ -8476,6 +8905,10 @@ class JobCluster:
                 raise TypeError('%s is a %s; it must be a function' % (name, type(function).__name__))
         if dest_path is not None and not isinstance(dest_path, str):
             raise TypeError('dest_path=%.80r is a %s; it must be the name of a directory' % (dest_path, type(dest_path).__name__))
+        if dest_path and dest_path.startswith(os.sep) and dest_path.strip(os.sep):
+            logger.warning('dest_path=%r is taken as %r: it is below the directory of the node', dest_path,
+                           dest_path.lstrip(os.sep))
+            dest_path = dest_path.lstrip(os.sep)
         if dest_path:
             check_name(dest_path)
             dest_path = plain_text(dest_path)
@@ -8484,6 +8917,8 @@ class JobCluster:
         level = plain_number(loglevel, True)
         logger.setLevel(loglevel if level is None else level)
         loglevel = int(logger.level)
+        old_names.tell_given(port=port, client_port=client_port, poll_interval=poll_interval,
+                             ext_host=ext_ip_addr if ext_host is None else ext_host)
         self.name = getattr(computation, '__name__', None) or os.path.basename(str(computation))[:60]
         self._comp = self._client = uuid.uuid4().hex
         self._key = os.urandom(32)    # who has it may take the results; it is sent when that is wanted
@@ -8700,7 +9135,11 @@ class JobCluster:
         return self._submit(id, args, kwargs, self._key_of_node(node))
 
     def _key_of_node(self, node: Any) -> Any:
-        return self._command('find', node)
+        key, reason = self._command('seat', node)
+        if reason:
+            logger.warning('%s: node %s cannot be used now: %s. Jobs that were submitted to it wait until it can',
+                           self.name, node.ip_addr if isinstance(node, DispyNode) else node, reason)
+        return key
 
     def _submit(self, number: Any, args: tuple, kwargs: dict, node: Any = None) -> DispyJob:
         depends = kwargs.pop('dispy_job_depends', ())
@@ -8742,6 +9181,8 @@ class JobCluster:
             self._pending += 1
             self._count += 1
             self._owed.add(job)
+            if self._cluster_status is not None:
+                self._driver.post(Told(self, DispyJob.Created, None, job))
             self._driver.post(job)   # with the lock held: `close` comes after it or before the test above
         return job
 
@@ -8930,7 +9371,8 @@ class JobCluster:
         return self._command('why_unloadable')  # type: ignore[no-any-return]
 
     def status(self) -> ClusterStatus:
-        """Nodes (with the reason if one is not used) and the number of jobs that have not ended. Any thread."""
+        """The nodes that can be used and the number of jobs that have not ended; the other nodes,
+        with the reason, are in `refused`. Any thread."""
         with self._lock:
             counts = {name: list(count) for name, count in self._counts.items()}
             pending = self._pending
@@ -8941,7 +9383,8 @@ class JobCluster:
             except RuntimeError:
                 if not self._closed:   # otherwise it was closed meanwhile
                     raise
-        nodes, seen = [], set()
+        nodes: List[DispyNode] = []
+        seen = set()
         for row in found:
             key = '%s:%s' % (row.ip_addr, row.name)
             seen.add(key)
@@ -8963,7 +9406,8 @@ class JobCluster:
 
     @staticmethod
     def _describe(peer: Union[Peer, NodeRow], state: str, reason: str, cpus: int, busy: int, done: int = 0, seconds: float = 0.0) -> DispyNode:
-        return DispyNode(peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy, done, seconds, peer.facts)
+        return DispyNode(peer.ip_addr, peer.name, cpus, peer.port, state, reason, peer.offered, busy, done, seconds,
+                         peer.facts_now())
 
     def discover_nodes(self, nodes: Any) -> int:
         """Look for more nodes now, given as in the constructor; '*' asks the whole network. Returns 0. Raises TypeError or
@@ -9012,10 +9456,15 @@ class JobCluster:
             serials = [serial for serial in serials if serial in running]
         return self._driver.ask(lambda: self._driver.jobs_of(self._comp, serials))  # type: ignore[no-any-return]
 
-    def send_file(self, path: str, node: Any, timeout: Optional[float] = None) -> int:
+    def send_file(self, path: str, node: Any, timeout: Union[None, bool, float] = None,
+                  relay: Optional[bool] = None) -> int:
         """Put a file, as it is now, into the jobs' directory on a node that is ready; one of this name is replaced as a
         whole. Returns 0 when it is there. Raises OSError if it cannot be read here or stored there, ValueError for an
-        unknown node, RuntimeError if that is not ready, TimeoutError after `timeout` seconds. Any thread."""
+        unknown node, RuntimeError if that is not ready, TimeoutError after `timeout` seconds. `relay`, in
+        dispy 4 the third parameter, is accepted and has no meaning any more. Any thread."""
+        if isinstance(timeout, bool):
+            timeout, relay = None, timeout
+        old_names.tell_given(relay=relay or None)
         name = os.path.basename(os.fspath(path))
         row, = _file_rows({name: os.fspath(path)})
         timeout = _seconds('timeout', timeout)
@@ -9028,17 +9477,23 @@ class JobCluster:
             raise OSError('send_file: %s could not be stored on the node: %s' % (name, error))
         return 0
 
-    def print_status(self, file: Any = None) -> None:
-        """Print a table by node, and jobs and CPUs in sum, to `file` (default: stdout). Any thread."""
+    def print_status(self, wall_time: Any = None, file: Any = None) -> None:
+        """Print a table by node, and jobs and CPUs in sum, to `file` (default: stdout). `wall_time`
+        are the seconds that passed, if it is not the time since the cluster was made; the first
+        parameter may also be `file`. Any thread."""
+        if hasattr(wall_time, 'write'):
+            wall_time, file = None, wall_time
+        wall_time = number_in(wall_time)
         status, line = self.status(), '%-32s %5s %8s %10s %12s  %s'
         out = [line % ('Node', 'CPUs', 'Jobs', 's / Job', 'Job time s', 'State'), '-' * 84]
-        for node in status.nodes:
+        for node in status.all_nodes:
             where = place(node.ip_addr, node.port) if node.port not in (0, NODE_PORT) else node.ip_addr
             name = '%s (%s)' % (where, node.name) if node.name else where
             out.append(line % (name[:32], node.cpus, node.jobs_done,
                                '%.3f' % (node.cpu_time / node.jobs_done) if node.jobs_done else '-',
                                '%.3f' % node.cpu_time, node.state + (': ' + node.reason.strip().splitlines()[-1] if node.reason else '')))
-        busy, elapsed = sum(node.cpu_time for node in status.nodes), time.time() - self._started
+        busy = sum(node.cpu_time for node in status.all_nodes)
+        elapsed = wall_time or time.time() - self._started
         out += ['-' * 84, 'Jobs pending: %d   Job time: %.3f s   Elapsed: %.3f s   CPUs used on average: %.2f'
                 % (status.jobs_pending, busy, elapsed, busy / elapsed if elapsed else 0.0)]
         print('\n'.join(out), file=file)
@@ -9072,6 +9527,7 @@ class JobCluster:
 
     def _leave(self, shutdown: bool = False) -> None:
         driver = self._driver
+        nodes = self._nodes_in_use()
         if driver.broken:   # nodes could not be told, and what runs there can be collected
             if self._trail is not None:
                 self._trail.close(remove=False)
@@ -9084,12 +9540,28 @@ class JobCluster:
         except Exception as exc:  # a fault of ours; the cluster is closed all the same
             logger.error('%s: the nodes could not be let go in good order: %s: %s', self.name, type(exc).__name__, exc)
         self.wait(CALL_TIME)   # for callbacks of what was cancelled
+        with contextlib.suppress(RuntimeError):   # the driver has failed
+            self._tell_closed(nodes)
         if self._trail is not None:
             self._trail.close()
         if self._journal is not None:
             self._journal.close(remove=True)
         if threading.current_thread() is not driver._thread:
             driver.release()
+
+    def _rows_at_end(self) -> List[NodeRow]:
+        """Nodes, also when the cluster counts as closed."""
+        return self._driver.ask(lambda: self._driver.rows_of(self._comp))  # type: ignore[no-any-return]
+
+    def _nodes_in_use(self) -> List[DispyNode]:
+        """Nodes whose Closed is to be told; none if nobody wants to know."""
+        if self._cluster_status is None:
+            return []
+        try:
+            rows = self._rows_at_end()
+        except (RuntimeError, concurrent.futures.TimeoutError):   # the driver or the scheduler is gone
+            return []
+        return [self._describe(row, 'closed', '', row.cpus, 0) for row in rows if row.state in ('ready', 'draining')]
 
     def _after_fork(self) -> None:
         """In a forked child: its jobs and its journal are the parent's, and nobody here may wait for them."""
@@ -9252,6 +9724,7 @@ class JobCluster:
         with self._lock:
             self._pending -= count
             if self._pending <= self._waiters:   # callbacks that wait for the others do not count themselves
+                self._all_ended = time.time()
                 self._changed.notify_all()
 
     def _driver_broke(self, text: str) -> None:
@@ -9299,7 +9772,7 @@ class SharedJobCluster(JobCluster):
         self._scheduler = NodeSpec(host, port, scheduler=True)
         self._exclusive = _flag('exclusive', exclusive)
         self._places: Dict[DispyJob, NodeRow] = {}     # where jobs are; driver thread and openers, each job in one at a time
-        self._any = nodes is None
+        self._any = any_node(nodes)
         self._allocators: List[NodeAllocate] = []
         super().__init__(computation, nodes, *args, **options)
 
@@ -9369,6 +9842,9 @@ class SharedJobCluster(JobCluster):
             return [row._replace(cpus=0) for row in super()._command('nodes')]
         return self._pages() or \
             [row._replace(state='connected', reason='has no node for this cluster yet', cpus=0) for row in super()._command('nodes')]
+
+    def _rows_at_end(self) -> List[NodeRow]:
+        return self._pages() if self._is_connected() else []
 
     def _why_unloadable(self) -> str:
         if self._is_connected():
@@ -9520,8 +9996,15 @@ class Progress:
 _calling = threading.local()  # .cluster: whose callback this thread is in
 
 
+def _own_hosts(host: Any) -> List[Any]:
+    """The parameter `host`: one, or a list of them."""
+    if isinstance(host, list) and host and all(isinstance(each, str) for each in host):
+        return host
+    return [host]
+
+
 def _own_host(host: Any) -> Optional[Tuple[str, int]]:
-    """The parameter `host`: an address, ADDRESS:PORT or (address, port). Raises TypeError or ValueError."""
+    """One of the parameter `host`: an address, ADDRESS:PORT or (address, port). Raises TypeError or ValueError."""
     if host is None:
         return None
     if isinstance(host, str):
@@ -9549,11 +10032,21 @@ def plain_number(value: Any, whole: bool = False) -> Any:
         return None
 
 
+def number_in(value: Any, whole: bool = False) -> Any:
+    """As plain_number, also for a number that is given as text, as dispy 4 took them."""
+    if isinstance(value, str):
+        try:
+            value = int(value) if whole else float(value)
+        except ValueError:
+            return None
+    return plain_number(value, whole)
+
+
 def _in_range(name: str, value: Any, default: Any, low: float, high: float, whole: bool = False) -> Any:
     """A parameter as a plain number. Raises ValueError."""
     if value is None:
         return default
-    number = plain_number(value, whole)
+    number = number_in(value, whole)
     if number is None or not low <= number <= high:
         raise ValueError('%s=%.80r is not a %snumber between %s and %s' % (name, value, 'whole ' if whole else '', low, high))
     return number
@@ -10492,11 +10985,15 @@ def _parser() -> argparse.ArgumentParser:
     add('-n', '--nodes', action='append', metavar='HOST[:PORT]', help="a node; may be repeated; 'local': this machine "
         '(default: a dispynode on this machine, or one started for this run)')
     add('--scheduler-host', '--scheduler-node', metavar='HOST[:PORT]', help='the jobs go to this dispyscheduler; -n then says which of its nodes they may use')
+    add('--host', '--ip-addr', metavar='ADDR', help='also wait at this address for nodes that connect by themselves')
     add('-f', '--depends', action='append', default=[], metavar='FILE', help='file that the program needs beside it; may be repeated')
     add('-a', '--args', action='append', default=[], metavar='"ARGS"', help='arguments of one job, split as a shell does; may be repeated')
     add('--args-file', metavar='FILE', help='file with the arguments of a job on each line; -: standard input')
     add('-o', '--output', metavar='DIR', help='write the output of job N to DIR/N.out and DIR/N.err instead of printing it')
     add('--wait-nodes', type=seconds_option, metavar='S', help='give up, with exit status 2, if no node can be used within so many seconds (default: wait for one)')
+    add('-c', '--keep-files', action='store_true', help='leave the files on the nodes')
+    add('-d', '--debug', action='store_true', help='log what is done in detail')
+    add('--secret', metavar='SECRET', help='the secret; it can be seen in the list of processes, so better:')
     add('--secret-file', metavar='FILE', help='file with the secret (default: the one of this user)')
     add('--certfile', metavar='FILE', help='certificate for TLS')
     add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
@@ -10627,7 +11124,7 @@ def _list_nodes(nodes: List[DispyNode]) -> int:
     for node in sorted(nodes, key=lambda node: (node.name, node.ip_addr, node.port)):
         row = [place(node.ip_addr, node.port) if node.port else node.ip_addr, node.name or '-']
         if node.state == 'connected':
-            cpu, memory, _, _ = node.avail_info
+            cpu, memory, _, _ = node.avail_info or (None,) * 4
             row += [str(node.cpus), '-' if cpu is None else '%.0f %%' % cpu, '-' if memory is None else '%.1f GiB' % (memory / (1 << 30)),
                     str(node.facts.get('dispy', '-')), '.'.join(map(str, node.facts.get('python', '-')))]
             usable += not node.reason
@@ -10652,13 +11149,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print(known_table())
         return 0
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(old_spelling(parser, argv))
     ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
     try:
         nodes = None if not args.nodes else LOCAL if args.nodes == [LOCAL] else [host_and_port(text, NODE_PORT) for text in args.nodes]
         if args.output:
             os.makedirs(args.output, exist_ok=True)
-        secret = find_secret(None, args.secret_file) if args.secret_file else None
+        secret = find_secret(args.secret, args.secret_file) if args.secret or args.secret_file else None
         if args.cancel_lost:
             files = tls_files(args.certfile, args.keyfile, None)
             return cancel_lost(Access(find_secret(secret), *files, PULSE, REDIAL_MOST))
@@ -10668,7 +11165,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                 return _list_nodes(survey.look())
         if args.program is None:
             raise ValueError('PROGRAM is missing')
-        options: Dict[str, Any] = dict(depends=args.depends, job_status=ended.put, secret=secret, certfile=args.certfile, keyfile=args.keyfile)
+        options: Dict[str, Any] = dict(depends=args.depends, job_status=ended.put, secret=secret, certfile=args.certfile, keyfile=args.keyfile,
+                                       host=args.host, cleanup=not args.keep_files,
+                                       loglevel=logging.DEBUG if args.debug else logging.WARNING)
         if args.scheduler_host is not None:
             if nodes == LOCAL:
                 raise ValueError("-n local is a node of this program alone, and --scheduler-host a scheduler's: give one of them")

@@ -412,6 +412,7 @@ class ClusterSource:
     text = 'clusters of this program'
     nothing = 'No cluster is shown: the program has none, or has taken it away (del_cluster).'
     manages, shared = True, False
+    shows_arguments = True
 
     def __init__(self) -> None:
         self._lock = threading.Lock()      # guards the two below; user threads, requests, snapshot thread
@@ -573,11 +574,15 @@ class ClusterSource:
     def complete(self, rows: List[dict]) -> None:
         """Rows of jobs that are shown get what takes time. Any thread."""
         for row in rows:
-            row['arguments'] = arguments_text(row['arguments'])
+            row['arguments'] = arguments_text(row['arguments'] if self.shows_arguments else None)
 
     def failures(self) -> List[dict]:
         """Failed jobs grouped by the last line of their tracebacks. Any thread."""
-        return grouped((watched.number, failed) for watched in self.watched() for failed in list(watched.failures))
+        groups = grouped((watched.number, failed) for watched in self.watched() for failed in list(watched.failures))
+        if not self.shows_arguments:
+            for job in itertools.chain.from_iterable(group['jobs'] for group in groups):
+                job['arguments'] = ''
+        return groups
 
     # -- changes ------------------------------------------------------------------------------------------
 
@@ -1478,14 +1483,19 @@ class DispyHTTPServer:
     port - TCP port; 0: one that is free
     poll_sec - seconds between two updates of a page (0.25 to 3600)
     keyfile, certfile - paths of files in PEM format, for TLS
+    show_job_args - False: arguments of jobs are not shown
+    DocumentRoot - accepted for old scripts; it has no meaning any more
 
     url - the link, with the token in its fragment
     Raises TypeError, ValueError, SecretError, OSError (the port is in use), RuntimeError (the cluster was closed). A context manager.
     """
 
     def __init__(self, cluster: Optional[JobCluster] = None, host: str = '127.0.0.1', port: int = HTTPD_PORT, poll_sec: float = 0.5,
-                 keyfile: Optional[str] = None, certfile: Optional[str] = None) -> None:
+                 keyfile: Optional[str] = None, certfile: Optional[str] = None, show_job_args: bool = True,
+                 DocumentRoot: Optional[str] = None) -> None:
         source = ClusterSource()
+        source.shows_arguments = dispy._flag('show_job_args', show_job_args)
+        dispy.old_names.tell_given(DocumentRoot=DocumentRoot)
         if cluster is not None:
             source.add(cluster)
         try:
@@ -1521,9 +1531,17 @@ class DispyHTTPServer:
     def _tell(text: str) -> None:
         print(text, file=sys.stderr)
 
-    def cluster_status(self, status: int, node: Any, job: Any) -> None:
-        """To be given as cluster_status of a cluster, or called by the program's own, as dispy 4 wanted it. The server sees all by
-        itself and needs not be told; without it the cluster has less to do."""
+    def cluster_status(self, *told: Any) -> None:
+        """To be given as cluster_status of a cluster, or called by the program's own, as dispy 4
+        wanted it: (status, node, job), or these behind an element of `_clusters`. The server sees
+        all by itself and needs not be told; without it the cluster has less to do."""
+        if len(told) not in (3, 4):
+            raise TypeError('cluster_status takes (status, node, job), and %d arguments were given' % len(told))
+
+    @property
+    def _clusters(self) -> Dict[str, Any]:
+        """The clusters that are shown, by name, which scripts for dispy 4 hand to cluster_status."""
+        return {watched.cluster.name: watched.cluster for watched in list(self._source.watched())}
 
     def add_cluster(self, cluster: JobCluster) -> None:
         """Show this cluster too. Nothing happens if it is shown. Raises TypeError, RuntimeError if it was closed. Any thread."""

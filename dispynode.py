@@ -2958,6 +2958,7 @@ class Kind(enum.IntEnum):
     TOO_BIG = 21    # number: worker, serial: it is being killed
     UNBORN = 22     # number: worker, body: text, why its process cannot be made
     ALIVE = 23      # answers ASK
+    END_NODE = 24   # the cleanup of the computation asks for the end of the node
     PRINTED = 20    # number: worker, serial: the job, start: stream, end: offset, body: bytes
     # daemon to worker
     JOB = 32        # number: CPUs, serial, body: payload
@@ -2980,7 +2981,8 @@ FROM_WORKER = {
     Kind.HERE: (0, 0, 0), Kind.INITIALIZED: (8 * TEXT_MOST, 0, 0)}
 FROM_RUNNER = {
     Kind.UP: (8 * TEXT_MOST, 0, 0), Kind.FAILED: (8 * TEXT_MOST, 0, 0), Kind.BORN: (0, 0, 0), Kind.GONE: (0, OUTPUT_MOST, OUTPUT_MOST),
-    Kind.TOO_BIG: (0, 0, 0), Kind.PRINTED: (OUTPUT_KEPT, 0, 0), Kind.UNBORN: (8 * TEXT_MOST, 0, 0), Kind.ALIVE: (0, 0, 0)}
+    Kind.TOO_BIG: (0, 0, 0), Kind.PRINTED: (OUTPUT_KEPT, 0, 0), Kind.UNBORN: (8 * TEXT_MOST, 0, 0), Kind.ALIVE: (0, 0, 0),
+    Kind.END_NODE: (0, 0, 0)}
 OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *GOES_ON))
 
 
@@ -4020,6 +4022,11 @@ class RunnerUp(NamedTuple):
     notes: Sequence[str] = ()
 
 
+class EndWanted(NamedTuple):
+    """The cleanup of a computation has called dispynode_shutdown()."""
+    comp: str
+
+
 class RunnerGone(NamedTuple):
     """The runner has ended, or never came up; `text` says why, empty when it was told to end. `unloadable`: the code of the
     computation cannot even be loaded here. `begun`: serials that its workers are known to have begun; None: what stands first
@@ -4684,6 +4691,7 @@ class Node:
             Wanted: self._on_wanted, Found: self._found, Kept: self._kept, Remembered: self._remembered,
             Faulted: self._faulted,
             Stored: self._stored, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
+            EndWanted: self._end_wanted,
             WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
             WorkerWants: self._worker_wants, Fetched: self._fetched, ValueSought: self._value_sought,
             WorkerReturned: self._worker_returned,
@@ -6028,6 +6036,11 @@ class Node:
 
     def _on_shutdown(self, link: int, message: Shutdown, now: float) -> None:
         if self._comp_of(link, message.comp) is not None:
+            self._end_wanted(EndWanted(message.comp), now)
+
+    def _end_wanted(self, event: EndWanted, now: float) -> None:
+        """End when the lease ends, if the operator allows that."""
+        if event.comp in self._comps:
             self._last = self._client_shutdown
             logger.info('%s asks for the end of this node%s', self.holder_text,
                         '' if self._last else ', which was started without --client-shutdown')
@@ -6273,6 +6286,7 @@ class ModuleLoader:
         else:
             sys.path[:0] = [self.root, self.directory]
         sys.path.append(os.path.join(self._private, BEHIND_ROOT))
+        OldModules.install()
         sys.meta_path.append(self)
 
     def here(self) -> Tuple[tuple, List[int]]:
@@ -6388,6 +6402,71 @@ def explain_import(exc: BaseException, name: str) -> str:
     return ('the import failed: %s. To mend that, install %s on this node, list its file in depends, or call '
             'cloudpickle.register_pickle_by_value(%s) in the program'
             % (' -> '.join(chain), missing.partition('.')[0] or 'what is missing', own.partition('.')[0] or 'module'))
+
+
+class OldModules:
+    """A finder for modules by the names that they had in dispy 4, where `dispy` was a package: the
+    module `dispy.httpd` is the module `dispy_httpd`, and so on. It stands first in sys.meta_path:
+    `dispy.__path__`, which old scripts read, is a directory that holds other modules too, and none
+    of them is a part of dispy.
+
+    On a host that has dispynode.py alone it also makes a module `dispy`, since a job may write to
+    `dispy.dispynode.dispynode_logger`.
+    """
+    NAMES = {'dispynode': 'dispynode', 'dispyscheduler': 'dispyscheduler', 'httpd': 'dispy_httpd',
+             'dispy_httpd': 'dispy_httpd'}
+
+    @classmethod
+    def install(cls) -> None:
+        """Begin to find them. May be called twice."""
+        if not any(isinstance(finder, cls) for finder in sys.meta_path):
+            sys.meta_path.insert(0, cls())
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """See importlib.abc.MetaPathFinder."""
+        package, _, rest = name.partition('.')
+        if package != 'dispy':
+            return None
+        if not rest:
+            return self._stand_in(name)
+        if rest == 'config' and hasattr(sys.modules['dispy'], rest):
+            return importlib.machinery.ModuleSpec(name, self)  # type: ignore[arg-type]
+        if rest not in self.NAMES:
+            raise ModuleNotFoundError('No module named %r: dispy has no such part' % name, name=name)
+        return importlib.machinery.ModuleSpec(name, self)  # type: ignore[arg-type]
+
+    def _stand_in(self, name: str) -> Any:
+        """A module `dispy` where there is none."""
+        for finder in sys.meta_path:
+            if finder is not self and finder is not modules and finder.find_spec(name, None) is not None:
+                return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec: Any) -> Any:
+        """See importlib.abc.Loader."""
+        return None
+
+    def exec_module(self, module: Any) -> None:
+        """Put the module that is meant into sys.modules; the import takes it from there."""
+        package, _, rest = module.__name__.partition('.')
+        if not rest:
+            module.__version__ = __version__
+            module.logger = logger
+            module.__getattr__ = _missing_in_dispy
+            return
+        found = sys.modules[package].config if rest == 'config' \
+            else importlib.import_module(self.NAMES[rest])
+        sys.modules[module.__name__] = found
+
+
+def _missing_in_dispy(name: str) -> Any:
+    """What a job asks of a `dispy` that is not on its host."""
+    raise AttributeError('module dispy has no attribute %r here: this host has dispynode.py alone. '
+                         'Install dispy on it' % name)
+
+
+dispynode_logger = logger   # its name in dispy 4
 
 
 def build_tag() -> str:
@@ -7394,9 +7473,10 @@ class Worker:
             self._interrupt_late = False
             raise KeyboardInterrupt
 
-    def _provisional(self, result: Any) -> int:
-        """dispy_provisional_result: hand the client a value while the job goes on. Raises what pickling raises,
-        ValueError for a value over the limit."""
+    def _provisional(self, result: Any, relay: Any = None, timeout: Any = None) -> int:
+        """dispy_provisional_result: hand the client a value while the job goes on. `relay` and
+        `timeout` are accepted, as in dispy 4, and have no meaning any more. Raises what pickling
+        raises, ValueError for a value over the limit."""
         payload, plain, _, _ = seal(result)
         if is_over_limit(size_of(payload)):
             raise ValueError(over_limit('dispy_provisional_result: the value', size_of(payload)))
@@ -7419,9 +7499,9 @@ class Worker:
         with self._beside_job():
             self._send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
 
-    def _send_file(self, path: str) -> int:
+    def _send_file(self, path: str, relay: Any = None, timeout: Any = None) -> int:
         """dispy_send_file: the file is below the client's directory, under the same relative name, when this returns 0.
-        Raises ValueError for a path that climbs out, OSError when it cannot be read here or kept there."""
+        `relay` and `timeout` are accepted, as in dispy 4, and have no meaning any more. Raises ValueError for a path that climbs out, OSError when it cannot be read here or kept there."""
         name = _name_of(path, self._directory)
         check_size(name, os.path.getsize(path), self._spec['max_file'])
         size, digest = file_digest(path)
@@ -8125,6 +8205,8 @@ class Runner:
     def _end(self) -> None:
         self._end_workers()
         if self._cleanup is not None:
+            if self._spec['client_shutdown']:
+                self.offer({'dispynode_shutdown': self._end_node}, self._globals)
             try:
                 self._cleanup(*self._setup_args)
             except BaseException as exc:  # the user's cleanup may raise anything; the daemon logs it
@@ -8136,6 +8218,11 @@ class Runner:
         finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
         if finalize is not None:
             finalize(0)
+
+    def _end_node(self) -> None:
+        """dispynode_shutdown, which a cleanup finds where the node was started with
+        --client-shutdown: the node ends when its client lets go of it."""
+        self._send(Kind.END_NODE)
 
 
 class User(NamedTuple):
@@ -8259,6 +8346,7 @@ class Channel:
         sock.setblocking(False)
         self.sock = sock
         self.queued = 0      # bytes that wait
+        self.bytes_out = self.bytes_in = 0   # since it was made
         self.heard = 0.0     # when bytes last came, monotonic
         self.paused = False  # not read from until there is room
         self.dirty: Optional[Set['Channel']] = None   # the loop's, while attached
@@ -8291,6 +8379,7 @@ class Channel:
             except self._again:
                 return
             self.queued -= sent
+            self.bytes_out += sent
             while sent:
                 view, _ = self._out[0]
                 if sent < len(view):
@@ -8343,6 +8432,7 @@ class Channel:
                     break    # what came is handled first; the end will be read again
                 raise LinkBroken('the connection was closed')
             self.heard = now
+            self.bytes_in += count
             units.extend(self._intake.took(count))
             if count < len(room) and self._gathers:
                 break
@@ -9660,6 +9750,7 @@ class Options(NamedTuple):
     max_file: int = sys.maxsize            # bytes
     zombie: float = ZOMBIE_TIME            # s
     msg_timeout: float = HANDSHAKE_TIME    # s
+    force_cleanup: bool = False            # files of computations are removed, whatever clients say
 
 
 class ChildEnded(NamedTuple):
@@ -10232,7 +10323,7 @@ class Daemon(Loop):
 
     def _prepare(self, action: Prepare) -> None:
         spec, comp = action.spec, action.comp
-        keep = not spec['cleanup']
+        keep = not spec['cleanup'] and not self._options.force_cleanup
         try:
             if not comp or not is_comp(comp):
                 raise ValueError('a computation may not be called %.70r' % comp)
@@ -10464,6 +10555,7 @@ class Daemon(Loop):
                 'bundles': any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']), 'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
                 'support': {name: bytes(source) for name, source in spec['support'].items()},
                 'max_file': self._options.max_file, 'max_value': VALUE_MOST, 'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
+                'client_shutdown': self._options.client_shutdown,
                 'names': {'dispy_node_name': self.node.name, 'dispy_node_ip_addr': address, 'dispy_job_path': run.directory}}
         run.control.push(pack_record(Kind.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
 
@@ -10568,7 +10660,9 @@ class Daemon(Loop):
             run.watch.answered()
         if record.kind == Kind.ALIVE:
             return
-        if record.kind == Kind.UP:
+        if record.kind == Kind.END_NODE:
+            self._tell(EndWanted(run.comp))
+        elif record.kind == Kind.UP:
             run.up = True
             self._tell(RunnerUp(run.comp, _notes_of(record.bodies[0])))
         elif record.kind == Kind.FAILED:
@@ -11197,6 +11291,15 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
+def serve_option(text: str) -> Optional[int]:
+    """A number of clients; with 0 and less, as in dispy 4, None: there is no such number."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError('%r is no whole number' % text) from None
+    return number if number > 0 else None
+
+
 def count_cpus(wanted: Optional[int]) -> int:
     """CPUs to offer. Raises ValueError for 0 or when nothing would be left."""
     have = available_cpus()
@@ -11246,13 +11349,6 @@ def minutes_option(text: str) -> float:
         if SHORTEST <= 60 * float(text) <= LONGEST:
             return float(text)
     raise argparse.ArgumentTypeError('%r is no number of minutes between %g and %d (10 years)' % (text, SHORTEST / 60, LONGEST // 60))
-
-
-def _count(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError('%r is no whole number above 0' % text)
-    return int(text)
 
 
 def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) -> Optional[Hours]:
@@ -11309,7 +11405,98 @@ class Each(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
         before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [values] if before is self.default else before + [values])
+        words = values.split() or [values]   # `-i "$(hostname -I)"` gives all addresses in one argument
+        setattr(namespace, self.dest, words if before is self.default else before + words)
+
+
+class Obsolete(argparse.Action):
+    """An option of dispy 4 that is accepted and has no meaning any more; see tell_obsolete."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
+        namespace.obsolete = [*namespace.obsolete, self.option_strings[0]]
+
+
+# Options of dispy 4 without a meaning, whether they take a value, and what takes their place.
+OBSOLETE_NODE = {
+    '--init': (True, 'give setup= to the cluster'),
+    '--unsafe-setup': (False, 'setup() runs in a process of its computation'),
+    '--admin-secret': (True, 'there is no dispyadmin'),
+}
+OBSOLETE_SCHEDULER = {
+    '--msg-timeout': (True, 'connections are kept'),
+    '--dest-path-prefix': (True, 'files of programs are in the directory of --state-dir'),
+    '--cooperative': (False, 'each program limits its own CPUs of a node'),
+}
+
+
+def accept_obsolete(parser: argparse.ArgumentParser, options: Dict[str, Tuple[bool, str]]) -> None:
+    """Let a parser accept options without a meaning."""
+    for option, (takes_value, _) in options.items():
+        parser.add_argument(option, action=Obsolete, nargs=None if takes_value else 0,
+                            dest='obsolete', default=[], help=argparse.SUPPRESS)
+
+
+def tell_obsolete(args: argparse.Namespace, options: Dict[str, Tuple[bool, str]]) -> None:
+    """Say once which of the options that were given have no meaning."""
+    for option in dict.fromkeys(args.obsolete):
+        logger.info('%s has no meaning any more: %s', option, options[option][1])
+
+
+def old_spelling(parser: argparse.ArgumentParser, argv: Sequence[str]) -> List[str]:
+    """A command line with dispy 4's spellings, underscores, of the options that a parser knows."""
+    words = []
+    for word in argv:
+        name, sign, value = word.partition('=')
+        known = name.startswith('--') and name.replace('_', '-') in parser._option_string_actions
+        words.append(name.replace('_', '-') + sign + value if known else word)
+    return words
+
+
+class OldConfig:
+    """A configuration that dispy 4 has saved: one section, [DEFAULT], in which every option has a
+    value, also those that were not given."""
+    NAMES = {'hosts': '--host', 'ext_hosts': '--ext-host', 'nodes': '--node', 'loglevel': '--debug',
+             'dispy_port': '--port', 'node_init': '--init', 'http_server': '--httpd'}
+    # (key, value) -> option that it stands for, or none
+    WORDS = {('safe_setup', 'False'): ['--unsafe-setup'], ('safe_setup', 'True'): [],
+             ('scheduler_alg', 'fair_cluster'): ['--fair'], ('scheduler_alg', 'fcfs_cluster'): ['--fifo'],
+             ('dispy_port', '9700'): []}   # its default; nodes were at the next port, as they are now
+    NOT_GIVEN = frozenset(('', 'None', 'False', '[]', '0', '0.0'))
+
+    @classmethod
+    def words(cls, text: str, parser: argparse.ArgumentParser) -> List[str]:
+        """The command line that says the same. Raises ValueError."""
+        import configparser
+        found = configparser.RawConfigParser()
+        try:
+            found.read_string(text)
+        except configparser.Error as exc:
+            raise ValueError('it is neither JSON nor a file that dispy 4 has saved: %s'
+                             % str(exc).splitlines()[0]) from exc
+        words: List[str] = []
+        for key, value in found.defaults().items():
+            words += cls._words_of(key, value.strip(), parser)
+        return words
+
+    @classmethod
+    def _words_of(cls, key: str, value: str, parser: argparse.ArgumentParser) -> List[str]:
+        if (key, value) in cls.WORDS:
+            return cls.WORDS[key, value]
+        option = cls.NAMES.get(key, '--' + key.replace('_', '-'))
+        if value in cls.NOT_GIVEN:
+            return []
+        if option not in parser._option_string_actions:
+            raise ValueError('%r is no option that can stand there' % key)
+        if value == 'True':
+            return [option]
+        if not value.startswith('['):
+            return ['%s=%s' % (option, value)]
+        import ast
+        try:
+            items = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            raise ValueError('%s = %.80s is no list' % (key, value)) from None
+        return ['%s=%s' % (option, item) for item in items]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -11318,14 +11505,16 @@ def _parser() -> argparse.ArgumentParser:
         ''' + EXIT_STATUSES)
     add = parser.add_argument
     add('-d', '--debug', action='store_true', help='log what is done in detail')
-    add('-c', '--cpus', type=int, metavar='N', help='CPUs to offer; negative: leave so many free (default: all)')
+    add('-c', '--cpus', type=int, metavar='N', help='CPUs to offer; negative: leave so many free (default, and 0: all)')
     add('-i', '--host', '--ip-addr', action=Each, metavar='ADDR', help='address to listen at; may be repeated (default: all)')
     add('--ext-host', '--ext-ip-addr', action=Each, metavar='ADDR', help='address that others reach this host by, '
         'if it is another one (NAT); may be repeated')
-    add('-p', '--port', '--node-port', type=int, default=NODE_PORT, metavar='N', help='TCP and UDP port; 0: any (default: %(default)s)')
+    add('-p', '--port', '--node-port', '--dispy-port', type=int, default=NODE_PORT, metavar='N', help='TCP and UDP port; 0: any (default: %(default)s)')
     add('--scheduler-host', '--scheduler-node', action=Each, default=[], metavar='HOST[:PORT]',
         help='connect to this scheduler, or client that listens (host=), and keep trying: for nodes that cannot be reached; '
         'may be repeated (port: %d)' % SCHEDULER_PORT)
+    add('--scheduler-port', type=int, default=SCHEDULER_PORT, metavar='N',
+        help='port of a --scheduler-host for which none is given (default: %(default)s)')
     add('--ipv4-udp-multicast', action='store_true', help='answer at the multicast group %s too' % GROUP4)
     add('--name', default='', help='name to show (default: host name)')
     add('--dest-path-prefix', default='', metavar='DIR', help='directory for files of computations')
@@ -11338,8 +11527,10 @@ def _parser() -> argparse.ArgumentParser:
     add('--service-start', type=_time_of_day, metavar='HH:MM', help='take jobs from this time of day on')
     add('--service-stop', type=_time_of_day, metavar='HH:MM', help='take no new jobs from this time of day on')
     add('--service-end', type=_time_of_day, metavar='HH:MM', help='end what still runs at this time of day')
-    add('--serve', type=_count, metavar='N', help='end after so many clients')
+    add('--serve', type=serve_option, metavar='N',
+        help='end after so many clients (default, 0 and less: do not)')
     add('--client-shutdown', action='store_true', help="end after a client that calls its cluster's shutdown()")
+    add('--force-cleanup', action='store_true', help='remove the files of a client also if it gives cleanup=False')
     add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files, of clients and of jobs, are refused (default: no limit)')
     add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]',
         help='larger arguments and results of jobs are refused, as are those for which no memory is '
@@ -11354,6 +11545,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--config', metavar='FILE', help='take options from this JSON file; those given here count more')
     add('--save-config', metavar='FILE', help='write these options to a JSON file, without the secret, and end')
     add('--embedded', action='store_true', help=argparse.SUPPRESS)   # started by a client: see _embedded
+    accept_obsolete(parser, OBSOLETE_NODE)
     add('--version', action='version', version='%(prog)s ' + __version__)
     return parser
 
@@ -11361,14 +11553,20 @@ def _parser() -> argparse.ArgumentParser:
 def _configurable(parser: argparse.ArgumentParser) -> Dict[str, argparse.Action]:
     """Options that may stand in a configuration file, by long name."""
     return {action.dest.replace('_', '-'): action for action in parser._actions
-            if action.dest not in ('help', 'version', 'config', 'save_config', 'embedded') and not action.dest.endswith('secret')}
+            if action.dest not in ('help', 'version', 'config', 'save_config', 'embedded', 'obsolete') and not action.dest.endswith('secret')}
 
 
 def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
-    """Make what a JSON file says the defaults. Raises StartError naming file and key."""
+    """Make what a JSON file, or one that dispy 4 has saved, says the defaults. Raises StartError naming file and key."""
     try:
         with open(path, encoding='utf-8') as file:
-            found = json.load(file)
+            text = file.read()
+        if text.lstrip().startswith('[DEFAULT]'):
+            given = parser.parse_args(OldConfig.words(text, parser))
+            parser.set_defaults(**{name: value for name, value in vars(given).items()
+                                   if value != parser.get_default(name)})
+            return
+        found = json.loads(text)
     except (OSError, ValueError, RecursionError) as exc:
         raise StartError('--config %s cannot be read: %s' % (path, exc)) from exc
     if not isinstance(found, dict):
@@ -11383,7 +11581,7 @@ def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
 
 def _configured(action: argparse.Action, value: Any, where: str) -> Any:
     times = dict.fromkeys((positive, seconds_option, minutes_option), (int, float))
-    kinds: Dict[Any, Any] = {int: int, _count: int, **times, size_option: (int, str)}
+    kinds: Dict[Any, Any] = {int: int, serve_option: int, **times, size_option: (int, str)}
     if isinstance(action, Each):
         kind: Any = list
         value = [value] if isinstance(value, str) else value
@@ -11588,8 +11786,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser = _parser()
         args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
         try:
-            cpus, hours = count_cpus(args.cpus), find_hours(args.service_start, args.service_stop, args.service_end)
-            schedulers = tuple(host_and_port(text, SCHEDULER_PORT) for text in args.scheduler_host)
+            cpus, hours = count_cpus(args.cpus or None), find_hours(args.service_start, args.service_stop, args.service_end)
+            schedulers = tuple(host_and_port(text, args.scheduler_port) for text in args.scheduler_host)
         except ValueError as exc:
             parser.error(str(exc))
         if args.save_config:
@@ -11597,6 +11795,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return 0
         check_fork()
         set_up_log('dispynode', args.debug, args.log_file)
+        tell_obsolete(args, OBSOLETE_NODE)
         limit_values(args.max_value)
         tls_files(args.certfile, args.keyfile, None, '--%s')
         user = find_user(args.user) if args.user is not None else None
@@ -11618,7 +11817,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                                 tuple(map(own_host, args.ext_host or ())), schedulers, args.ipv4_udp_multicast,
                                 'off' if args.embedded else discovery_reach(),
                                 args.ping_interval, user, hours, args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
-                                60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME, args.msg_timeout))
+                                60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME, args.msg_timeout, args.force_cleanup))
         port = daemon.start()
     except (StartError, SecretError, OSError, ValueError) as exc:
         print('dispynode: %s' % exc, file=sys.stderr)

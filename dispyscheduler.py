@@ -58,12 +58,13 @@ import time
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from dispy import (
-    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, Asked, CancelAsked, Cargo, Database, Driver, JobEnded, JobParked,
+    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, Asked, CancelAsked, Cargo, Database, DispyNode, Driver, JobEnded, JobParked,
     JobState, JobWaits, JobsEnded, JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodeResults, NodeSpec, Peer,
     Schedule, SendJobs, UseState, Withdrawn, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error, VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT, OF_CLIENTS,
     ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of,
+    OBSOLETE_SCHEDULER, accept_obsolete, tell_obsolete,
     PULSE, RETURNED, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each,
     FilePiece, FileReceiver, FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
     Outcome, Output, Payload, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
@@ -941,6 +942,7 @@ class Options(NamedTuple):
     operator_secret: bytes = b''
     allowed: Tuple[str, ...] = ()      # networks and host names with nodes that may be dialled; none: private networks
     gone: float = GONE_TIME
+    cleanup_nodes: bool = False        # nodes remove files, whatever programs say
 
 
 class Stop(NamedTuple):
@@ -1729,6 +1731,8 @@ class Scheduler(Driver):
                 return
             if message.comp in self._unopened:
                 raise PeerError('computation %.40r is of another program' % message.comp)
+            if self._options.cleanup_nodes:
+                message.spec['cleanup'] = True
             remote = self._make_remote(message.comp, link.instance, message.spec)
             self._came_back(remote, link)
             self._unopened[message.comp] = remote
@@ -2159,7 +2163,7 @@ class Scheduler(Driver):
                     running = {serial for serial, _ in done.result().running}
                     answer([work._client for serial, work in self.jobs_at(comp, args[0]).items() if serial in running])
             future.add_done_callback(answered)
-        elif name in ('find', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
+        elif name in ('find', 'seat', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
             answer(self.command(comp, name, *args))
         else:
             raise ValueError('%.40r cannot be asked of a scheduler' % name)
@@ -2274,7 +2278,7 @@ class Scheduler(Driver):
         for comp in comps:
             remote = self._clusters.get(comp)
             if isinstance(remote, Remote) and remote.link in self.links and comp in peer.uses:
-                row = self.row_of(*self.node_of(comp, peer))._replace(state='ready' if status == 2 else 'closed')
+                row = self.row_of(*self.node_of(comp, peer))._replace(state='closed' if status == DispyNode.Closed else 'ready')
                 self.say(self.links[remote.link], News(comp, status, tuple(row)))
 
     def _ask_all(self, port: int, multicast: bool) -> None:
@@ -2476,7 +2480,7 @@ def _parser() -> argparse.ArgumentParser:
     add('-i', '--host', '--ip-addr', action=Each, metavar='ADDR', help='address to listen at; may be repeated (default: all)')
     add('-p', '--port', '--scheduler-port', type=int, default=SCHEDULER_PORT, metavar='N', help='TCP port for programs and nodes; 0: any (default: %(default)s)')
     add('--ext-host', '--ext-ip-addr', action=Each, metavar='ADDR', help='accepted for old scripts; nothing needs to be told of it')
-    add('-n', '--node', action=Each, default=[], metavar='HOST[:PORT]', help='a node; may be repeated (default: all that answer on the local network)')
+    add('-n', '--node', '--nodes', action=Each, default=[], metavar='HOST[:PORT]', help='a node; may be repeated (default: all that answer on the local network)')
     add('--node-port', type=int, default=NODE_PORT, metavar='N', help='port of nodes for which none is given (default: %(default)s)')
     add('--node-secret', metavar='SECRET', help='secret of nodes, if it is another; it can be seen in the list of processes, so better:')
     add('--node-secret-file', metavar='FILE', help='file with the secret of nodes')
@@ -2506,16 +2510,18 @@ def _parser() -> argparse.ArgumentParser:
         help='seconds after which, when the connection to a program without recover_file has ended, '
         'its jobs that have not begun are cancelled (default: %(default)g)')
     add('--state-dir', metavar='DIR', help='where jobs and results are kept (default: %s)' % default_state_dir(SCHEDULER_PORT).replace('%', '%%'))
-    add('--fair', action='store_true', help='programs share CPUs evenly (default)')
-    add('--fifo', action='store_true', help='programs are served in the order of their coming')
+    add('--fair', '--fair-cluster-scheduler', action='store_true', help='programs share CPUs evenly (default)')
+    add('--fifo', '--early-cluster-scheduler', action='store_true', help='programs are served in the order of their coming')
     add('--httpd', type=int, nargs='?', const=HTTPD_PORT, metavar='PORT', help='show all this in a browser (needs dispy_httpd.py), at this port of '
         '127.0.0.1; the link is in the log (default: %d)' % HTTPD_PORT)
     add('--log-file', metavar='FILE', help='log there instead of to stderr')
     add('--daemon', action='store_true', help='outlive the terminal')
+    add('--cleanup-nodes', action='store_true', help='nodes remove the files of a program also if it gives cleanup=False')
     add('--clean', action='store_true', help='forget what earlier runs have left')
     add('--config', metavar='FILE', help='take options from this JSON file; those given here count more')
     add('--save-config', metavar='FILE', help='write these options to a JSON file, without secrets, and end')
     add('--version', action='version', version='%(prog)s ' + __version__)
+    accept_obsolete(parser, OBSOLETE_SCHEDULER)
     return parser
 
 
@@ -2533,6 +2539,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         set_up_log('dispyscheduler', args.debug, args.log_file)
         set_up_log('dispy', args.debug, args.log_file)
         set_up_log('dispynode', args.debug, args.log_file)
+        tell_obsolete(args, OBSOLETE_SCHEDULER)
         for side in ('cluster', 'node'):
             tls_files(getattr(args, side + '_certfile'), getattr(args, side + '_keyfile'), None, '--%s-%%s' % side)
         if not 1 <= args.node_port <= 65535:
@@ -2557,7 +2564,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             tuple(args.host or ('',)), args.port, tuple(args.node), args.node_port, root, cluster_secret, node_secret,
             args.cluster_certfile, args.cluster_keyfile, args.node_certfile, args.node_keyfile, args.fifo, args.pulse_interval,
             args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize, args.ipv4_udp_multicast,
-            args.max_queued_bytes, separate, operator_secret, tuple(args.allow_nodes), args.gone_after))
+            args.max_queued_bytes, separate, operator_secret, tuple(args.allow_nodes), args.gone_after, args.cleanup_nodes))
         try:
             port = scheduler.start()
             monitor = _monitor(scheduler, port, args.httpd, args.log_file) if args.httpd is not None else None

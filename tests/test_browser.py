@@ -190,7 +190,7 @@ def test_a_node_is_added_limited_drained_and_released(browse, tmp_path):
             browser.reads('0 of 2')
 
             def nodes():
-                return {node.name: (node.state, node.cpus) for node in cluster.status().nodes}
+                return {node.name: (node.state, node.cpus) for node in cluster.status().all_nodes}
             box = browser.all('td form input')[0]
             box.clear()
             box.send_keys('1' + Keys.ENTER)

@@ -298,7 +298,7 @@ def test_a_program_is_interrupted_and_killed(make_cluster, tmp_path):
 @pytest.mark.parametrize('arguments, error, text', [
     (dict(computation=5), TypeError, 'computation is a int'),
     (dict(computation='/no/such/program'), FileNotFoundError, '/no/such/program'),
-    (dict(nodes=[]), ValueError, 'empty list'), (dict(nodes=5), TypeError, 'nodes: 5'), (dict(nodes=['a:b']), ValueError, "'a:b'"),
+    (dict(nodes=5), TypeError, 'nodes: 5'), (dict(nodes=['a:b']), ValueError, "'a:b'"),
     (dict(nodes=['a:70000']), ValueError, '70000'), (dict(secret=5), TypeError, 'secret'), (dict(nodes=['']), ValueError, "''"), (dict(nodes=[5]), TypeError, '5'),
     (dict(nodes=[('host', 70000)]), ValueError, '70000'), (dict(nodes=[('host', 1, 'x')]), TypeError, "'x'"),
     (dict(nodes=[{'host': 'a', 'colour': 1}]), TypeError, 'colour'),
@@ -406,12 +406,14 @@ def test_cluster_status_is_told_every_change_in_order(make_cluster, tmp_path):
                       cluster_status=lambda *change: seen.append(change)) as cluster:
         job = cluster.submit(4)
         assert job(20) == 16
-        eventually(lambda: len(seen) == 3)
+        eventually(lambda: len(seen) == 5)
         node.stop()
-        eventually(lambda: len(seen) == 4)
-    assert [status for status, _, _ in seen] == [dispy.DispyNode.Initialized, DispyJob.Running, DispyJob.Finished, dispy.DispyNode.Closed]
-    assert [node.name if node else None for _, node, _ in seen] == ['one'] * 4
-    assert [job for _, _, job in seen] == [None, job, job, None]
+        eventually(lambda: len(seen) == 6)
+    of_node = dispy.DispyNode
+    assert [status for status, _, other in seen if other is job] == [DispyJob.Created, DispyJob.Running, DispyJob.Finished]
+    assert [node and node.name for _, node, other in seen if other is job] == [None, 'one', 'one']
+    assert [(status, node.name) for status, node, other in seen if other is None] == [
+        (of_node.Initialized, 'one'), (of_node.AvailInfo, 'one'), (of_node.Closed, 'one')]
 
 
 # -- several clusters ---------------------------------------------------------------------------------------------------

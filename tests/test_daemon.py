@@ -87,7 +87,7 @@ def test_no_sizes(text):
 
 @pytest.mark.parametrize('options, text', [
     (['--service-start', '8'], '--service-start'), (['--service_start', '24:00', '--service-stop', '01:00'], '24:00'),
-    (['--service-stop', '08:00'], '--service-start'), (['--serve', '0'], '--serve'), (['--max-file-size', '1x'], '1x'),
+    (['--service-stop', '08:00'], '--service-start'), (['--serve', 'few'], '--serve'), (['--max-file-size', '1x'], '1x'),
     (['--zombie-interval', '-1'], '--zombie-interval'), (['--msg-timeout', 'nan'], 'nan'), (['--ping-interval', 'x'], '--ping-interval')])
 def test_wrong_usage(options, text):
     code, err = run_node('-p', '0', *options)
@@ -123,7 +123,7 @@ def test_what_was_saved_is_loaded_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize('text, expected', [
     ('{"colour": 1}', 'colour'), ('{"secret": "x"}', 'secret'), ('{"config": "x"}', 'config'), ('{"cpus": "2"}', 'cpus.*int is wanted'),
     ('{"cpus": true}', 'cpus'), ('{"daemon": 1}', 'daemon.*bool'), ('{"host": [1]}', 'host'), ('{"name": 1}', 'name.*str'),
-    ('{"msg-timeout": "1"}', 'msg-timeout.*int or float'), ('{"serve": 0}', 'serve'), ('{"service-start": "25:00"}', '25:00'),
+    ('{"msg-timeout": "1"}', 'msg-timeout.*int or float'), ('{"serve": 1.5}', 'serve'), ('{"service-start": "25:00"}', '25:00'),
     ('{"max-file-size": null}', 'max-file-size'), ('[1]', 'option'), ('{', 'cannot be read')])
 def test_a_wrong_configuration_is_refused_by_file_and_key(tmp_path, text, expected):
     path = tmp_path / 'config'
@@ -275,7 +275,7 @@ def test_the_prompt(tmp_path):
             eventually(lambda: terminal.shows('N is a number'))
             terminal.type(b'release\n')
             assert job.wait(20) and job.status == DispyJob.Abandoned and 'taken from this client' in job.exception
-            eventually(lambda: [node for node in cluster.status().nodes if 'operator has taken it' in node.reason])
+            eventually(lambda: [node for node in cluster.status().all_nodes if 'operator has taken it' in node.reason])
             eventually(lambda: terminal.said('free'))
         terminal.type(b'quit\n')
         assert terminal.process.wait(20) == 0
@@ -290,7 +290,7 @@ def test_stop_and_start_at_the_prompt(tmp_path):
             eventually(lambda: [node.cpus for node in cluster.status().nodes] == [0])
             jobs = [cluster.submit(n) for n in range(5)]
             with dispy.JobCluster(square, nodes=[address], loglevel=logging.CRITICAL) as second:
-                eventually(lambda: [node for node in second.status().nodes if node.reason])
+                eventually(lambda: [node for node in second.status().all_nodes if node.reason])
                 jobs.append(second.submit(5))
                 assert not any(job.wait(0.05) for job in jobs)
                 terminal.type(b'start\n')

@@ -769,9 +769,9 @@ def test_nodes_of_a_scheduler_are_managed_for_all(shared):
             eventually(lambda: [use['state'] for use in site.rows('/api/nodes')[0]['clusters']] == ['drained', 'drained'])
             assert job.status == dispy.DispyJob.Created
             assert site.post('/api/release', node=node['id'])[0] == 200
-            eventually(lambda: state()[0] == 'closed' and {node.state for node in first.status().nodes} == {'closed'})
+            eventually(lambda: state()[0] == 'closed' and {node.state for node in first.status().all_nodes} == {'closed'})
             with shared.cluster(fail) as third:
-                eventually(lambda: [node.reason for node in third.status().nodes] == ['released at the scheduler'])
+                eventually(lambda: [node.reason for node in third.status().all_nodes] == ['released at the scheduler'])
                 with dispy.JobCluster(fail, nodes=[shared.node.address]) as direct:     # others may have it now
                     assert direct.submit(4)(20) == 4
                 assert site.post('/api/use', node=node['id'])[0] == 200

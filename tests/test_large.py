@@ -106,7 +106,7 @@ def test_a_setup_that_raises_100_mb_of_text(tmp_path):
     with NodeProcess(tmp_path) as node:
         with dispy.JobCluster(compute, nodes=[node.address], setup=setup, loglevel=logging.CRITICAL) as cluster:
             cluster.submit(1)
-            refused = eventually(lambda: [node for node in cluster.status().nodes if node.state == 'refused'], 60)
+            refused = eventually(lambda: [node for node in cluster.status().all_nodes if node.state == 'refused'], 60)
             assert 'begin' in refused[0].reason and len(refused[0].reason) < 2 * TEXT_MOST
             cluster.close(terminate=True)
         with dispy.JobCluster(compute, nodes=[node.address]) as cluster:

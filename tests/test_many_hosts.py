@@ -33,7 +33,7 @@ FIND = '''
             print(*sorted('%s %s %d %s' % (node.name, node.ip_addr, node.port, job()) for node, job in zip(ready, ran)), sep='\\n')
         except dispy.NoNodes as exc:
             print(exc)
-        print(json.dumps([[node.name, node.ip_addr, node.port, node.state, node.reason] for node in cluster.status().nodes]))
+        print(json.dumps([[node.name, node.ip_addr, node.port, node.state, node.reason] for node in cluster.status().all_nodes]))
 '''
 # Holds its nodes until its stdin ends: says which, as they come.
 HOLD = '''
@@ -53,7 +53,7 @@ HOLD = '''
         print('open', flush=True)
         for line in sys.stdin:
             if line.strip() == 'status':
-                print(json.dumps([[node.name, node.ip_addr, node.port, node.state, node.reason] for node in cluster.status().nodes]), flush=True)
+                print(json.dumps([[node.name, node.ip_addr, node.port, node.state, node.reason] for node in cluster.status().all_nodes]), flush=True)
             elif line.strip() == 'jobs':
                 print(*sorted(cluster.map(range(0, 1))), flush=True)
             else:

@@ -89,7 +89,7 @@ def test_directory_in_use(node):
 
 
 @pytest.mark.parametrize('options, code, text', [
-    (['-c', '0'], 2, '--cpus 0'), (['-c', '-1000'], 2, '--cpus'), (['-p', '70000'], 1, '70000'), (['--colour'], 2, 'colour'),
+    (['-c', '-1000'], 2, '--cpus'), (['-p', '70000'], 1, '70000'), (['--colour'], 2, 'colour'),
     (['-i', '203.0.113.77'], 1, '203.0.113.77'), (['--secret-file', '/no/such'], 1, '/no/such'),
     (['--certfile', '/no/such.pem'], 1, '/no/such.pem'), (['--log-file', '/no/such/dir/log'], 1, '/no/such/dir')])
 def test_bad_options(options, code, text):
@@ -272,7 +272,7 @@ def test_node_allocate_refuses(make_cluster, node, want, text):
     allocator = Allocate('127.0.0.1', node.port)
     allocator.want = want
     with make_cluster(square, nodes=allocator, loglevel=logging.CRITICAL) as cluster:
-        found = eventually(lambda: [n.reason for n in cluster.status().nodes if n.state == 'refused'])[0]
+        found = eventually(lambda: [n.reason for n in cluster.status().all_nodes if n.state == 'refused'])[0]
         assert text in found
 
 
@@ -299,7 +299,7 @@ def test_another_client_is_told_who_has_the_node_and_gets_it_when_that_one_is_ki
     other = other_client(node.port, 1.0)
     with dispy.JobCluster(square, nodes=[node.address]) as cluster:
         job = cluster.submit(5)
-        found = eventually(lambda: [node for node in cluster.status().nodes if node.state == 'refused'])[0]
+        found = eventually(lambda: [node for node in cluster.status().all_nodes if node.state == 'refused'])[0]
         assert 'PID %d' % other.pid in found.reason
         other.kill()
         other.wait()
@@ -321,7 +321,7 @@ def test_a_job_of_a_vanished_client_ends_before_the_next_is_served(node, tmp_pat
 
 def test_wrong_secret(node, caplog):
     with dispy.JobCluster(square, nodes=[node.address], secret='another secret than the node has') as cluster:
-        text = eventually(lambda: [n.reason for n in cluster.status().nodes if n.state == 'refused'])[0]
+        text = eventually(lambda: [n.reason for n in cluster.status().all_nodes if n.state == 'refused'])[0]
         assert 'wrong secret' in text and '--secret-file' in text
         with pytest.raises(dispy.NoNodes, match='wrong secret'):
             cluster.wait_nodes(1, 0.1)
@@ -399,13 +399,13 @@ def test_tls(certificates, tmp_path):
             assert [job() for job in [cluster.submit('x' * n) for n in range(2000)]] == list(range(2000))
         for bad in (certificates('foreign'), {}):
             with dispy.JobCluster(len, nodes=[node.address], loglevel=logging.CRITICAL, **bad) as cluster:
-                text = eventually(lambda: [n.reason for n in cluster.status().nodes if n.state == 'refused'])[0]
+                text = eventually(lambda: [n.reason for n in cluster.status().all_nodes if n.state == 'refused'])[0]
                 assert 'certfile' in text, text
 
 
 def test_tls_client_and_plain_node(certificates, node):
     with dispy.JobCluster(len, nodes=[node.address], loglevel=logging.CRITICAL, **certificates('shared')) as cluster:
-        text = eventually(lambda: [n.reason for n in cluster.status().nodes if n.state == 'refused'])[0]
+        text = eventually(lambda: [n.reason for n in cluster.status().all_nodes if n.state == 'refused'])[0]
         assert 'TLS' in text and 'certfile' in text
 
 

@@ -63,7 +63,7 @@ class Gate:
 
 
 def states(cluster):
-    return {node.name: node.state for node in cluster.status().nodes}
+    return {node.name: node.state for node in cluster.status().all_nodes}
 
 
 # -- deallocate, allocate -----------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def test_two_clusters_allocate_one_node_differently(make_cluster, nodes, tmp_pat
     with make_cluster(hold, nodes=[few]) as first, make_cluster(hold, nodes=[more]) as second, make_cluster(hold, nodes=none) as third:
         gates = Gate(second, tmp_path / 'second', 5), Gate(first, tmp_path / 'first', 4)
         eventually(lambda: [len(cluster.node_jobs('one', from_node=True)) for cluster in (first, second)] == [1, 3])
-        row, = eventually(lambda: [node for node in third.status().nodes if node.state == 'refused'])
+        row, = eventually(lambda: [node for node in third.status().all_nodes if node.state == 'refused'])
         assert row.reason == 'allocate() returned 0'
         for gate in gates:
             gate.open()

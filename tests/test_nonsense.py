@@ -106,7 +106,7 @@ def test_an_odd_record_of_a_runner_ends_its_computation_alone(node, odd):
     allocator = dispy.NodeAllocate(*node.address, setup_args=(runner_sends, odd))
     with dispy.JobCluster(pow, nodes=[allocator], setup=setup, loglevel=logging.CRITICAL) as cluster:
         job = cluster.submit(2, 3)
-        eventually(lambda: job.status == job.Finished or any(each.state == 'refused' for each in cluster.status().nodes))
+        eventually(lambda: job.status == job.Finished or any(each.state == 'refused' for each in cluster.status().all_nodes))
         cluster.close(terminate=True)
     with dispy.JobCluster(pow, nodes=[node.address], loglevel=logging.CRITICAL) as cluster:
         assert cluster.submit(2, 4)(30) == 16
@@ -125,7 +125,7 @@ def test_numbers_of_processes_come_from_the_kernel(node):
         allocator = dispy.NodeAllocate(*node.address, setup_args=(runner_sends, victim.pid))
         with dispy.JobCluster(pow, nodes=[allocator], setup=setup, loglevel=logging.CRITICAL) as cluster:
             cluster.submit(2, 3)
-            eventually(lambda: any(each.state == 'refused' for each in cluster.status().nodes))
+            eventually(lambda: any(each.state == 'refused' for each in cluster.status().all_nodes))
             cluster.close(terminate=True)
 
         def compute(pid):

@@ -91,7 +91,7 @@ def test_names_of_the_user_do_not_meet_ours(tmp_path, name):
     with NodeProcess(tmp_path) as node:
         with dispy.JobCluster(answer, nodes=[node.address], dest_path=name, cleanup=False, loglevel=logging.CRITICAL) as cluster:
             cluster.submit()
-            refused = eventually(lambda: [each for each in cluster.status().nodes if each.state == 'refused'])
+            refused = eventually(lambda: [each for each in cluster.status().all_nodes if each.state == 'refused'])
             assert 'dest_path' in refused[0].reason
             cluster.close(terminate=True)
 

@@ -98,7 +98,7 @@ def test_without_fork_none_is_started_where_no_other_answers(no_fork):
         port = sock.getsockname()[1]
     with dispy.JobCluster(abs, dispy_port=port, loglevel=logging.CRITICAL) as cluster:
         with pytest.raises(dispy.NoNodes, match=NO_FORK):
-            eventually(lambda: [node for node in cluster.status().nodes if 'fork' in node.reason])
+            eventually(lambda: [node for node in cluster.status().all_nodes if 'fork' in node.reason])
             cluster.wait_nodes(1, 0.1)
 
 

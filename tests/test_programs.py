@@ -340,7 +340,7 @@ def test_a_scheduler_dials_only_what_it_may(tmp_path, node):
     with SchedulerProcess(tmp_path / 's', '-n', '127.0.0.1:%d' % node.port, '--allow-nodes', '10.99.0.0/16') as scheduler:
         with shared(scheduler, nodes=[('127.0.0.2', port), ('127.0.0.1', node.port)]) as cluster:
             assert cluster.submit()(30) == 42   # one that was named with -n
-            reason = eventually(lambda: [each.reason for each in cluster.status().nodes if each.ip_addr == '127.0.0.2' and each.reason != 'not reached yet'])[0]
+            reason = eventually(lambda: [each.reason for each in cluster.status().all_nodes if each.ip_addr == '127.0.0.2' and each.reason != 'not reached yet'])[0]
             assert '--allow-nodes' in reason
             with pytest.raises(socket.timeout):
                 listener.accept()

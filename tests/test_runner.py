@@ -458,7 +458,7 @@ def _refuse():
 def test_setup_that_fails_refuses_the_node_and_says_why(make_cluster, setup, text, caplog):
     cluster = make_cluster(abs, nodes='local', setup=setup)
     job = cluster.submit(-1)
-    node = eventually(lambda: [node for node in cluster.status().nodes if node.state == 'refused'])[0]
+    node = eventually(lambda: [node for node in cluster.status().all_nodes if node.state == 'refused'])[0]
     assert text in node.reason
     with pytest.raises(dispy.NoNodes, match=text):
         cluster.wait_nodes(1, timeout=0.1)
@@ -488,7 +488,7 @@ def test_a_setup_that_hangs_is_ended_by_a_limit(make_cluster, tmp_path, ignores_
     with NodeProcess(tmp_path / 'node', script=str(node_of_little_patience)) as node:
         with make_cluster(abs, nodes=[node.address], setup=setup, loglevel=logging.CRITICAL) as cluster:
             job = cluster.submit(-1)
-            reason = eventually(lambda: [n.reason for n in cluster.status().nodes if n.state == 'refused'])[0]
+            reason = eventually(lambda: [n.reason for n in cluster.status().all_nodes if n.state == 'refused'])[0]
             assert 'setup did not end within 2 s' in reason
             with open(flag) as file:
                 pids = [int(pid) for pid in file.read().split()]
@@ -508,7 +508,7 @@ def test_what_a_setup_started_ends_when_it_fails(make_cluster, tmp_path):
             file.write(str(subprocess.Popen(['sleep', '1000'], start_new_session=True).pid))
         raise ValueError('no')
     with make_cluster(abs, nodes='local', setup=setup, loglevel=logging.CRITICAL) as cluster:
-        eventually(lambda: [n for n in cluster.status().nodes if n.state == 'refused'])
+        eventually(lambda: [n for n in cluster.status().all_nodes if n.state == 'refused'])
         with open(flag) as file:
             pid = int(file.read())
         eventually(lambda: not psutil.pid_exists(pid))

@@ -220,7 +220,7 @@ def test_a_program_with_a_broken_setup_fails_alone(scheduler):
             bad.wait_nodes(1, 5)
         job = bad.submit()
         assert good.submit()(20)[2] == 'one'
-        assert job.status == DispyJob.Created and 'no data here' in bad.status().nodes[0].reason
+        assert job.status == DispyJob.Created and 'no data here' in bad.status().all_nodes[0].reason
     bad.close(terminate=True)
     assert job.status == DispyJob.Cancelled
 

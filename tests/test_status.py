@@ -89,7 +89,8 @@ def test_each_job_is_told_to_run_before_it_ends(cluster):
     assert cluster.wait(30)
     eventually(lambda: sum(job is not None and status == DispyJob.Finished for status, _, job in TOLD) == 50)
     for job in jobs:
-        assert [status for status, _, other in TOLD if other is job] == [DispyJob.Running, DispyJob.Finished]
+        assert [status for status, _, other in TOLD if other is job] == [
+            DispyJob.Created, DispyJob.Running, DispyJob.Finished]
 
 
 def test_what_a_node_says_agrees_with_the_status(cluster, node, flag):
@@ -201,7 +202,7 @@ def test_without_a_connection_to_the_node_nothing_is_cancelled(tmp_path, flag):
             eventually(futures[0].running)
             node.kill()
             waiting = futures[1]
-            eventually(lambda: executor.cluster.status().nodes[0].state != 'ready')
+            eventually(lambda: executor.cluster.status().all_nodes[0].state != 'ready')
             assert waiting.cancel() in (True, False)   # it waits here again, or is not answered for
             executor.cluster.close(terminate=True)
 

@@ -180,7 +180,7 @@ def run(node, computation, *args, **options):
 def refusal(node, computation, **options):
     """Why a node does not take a computation: the same in `status` and in NoNodes."""
     with dispy.JobCluster(computation, nodes=[node.address], loglevel=logging.CRITICAL, **options) as cluster:
-        text = eventually(lambda: [n.reason for n in cluster.status().nodes if n.state == 'refused'])[0]
+        text = eventually(lambda: [n.reason for n in cluster.status().all_nodes if n.state == 'refused'])[0]
         with pytest.raises(dispy.NoNodes) as caught:
             cluster.wait_nodes(1, 0.1)
         assert text.strip().splitlines()[-1] in str(caught.value)

@@ -285,7 +285,7 @@ def test_another_script_is_told_what_there_is_and_may_name_it(place, node):
     assert out.startswith('DispyError: recover_jobs: ') and 'other.py has left no jobs' in out and row.path in out, out + err
     out, err = at_a_prompt(place, node, ['-i'], RECOVERS + '\n')
     assert 'DispyError' in out and 'no script' in out and row.path in out, err
-    with pytest.raises(DispyError, match='each of which may be given'):
+    with pytest.raises(FileNotFoundError, match='each of which may be given'):
         dispy.recover_jobs()
     place.end()
     assert collected(dispy.recover_jobs(row.path, 30)) == FOUR and dispy.recoverable() == []
@@ -467,7 +467,7 @@ def test_a_later_run_is_told_by_name_and_time_who_holds_its_nodes(place, node, c
     place.killed(node)
     with dispy.JobCluster(abs, nodes=[node.address]) as cluster:
         job = cluster.submit(-1)
-        text = eventually(lambda: next((node.reason for node in cluster.status().nodes if 'connection is lost' in node.reason), ''))
+        text = eventually(lambda: next((node.reason for node in cluster.status().all_nodes if 'connection is lost' in node.reason), ''))
         assert str(place.path / 'program.py') in text and '(hold)' in text and '--cancel-lost' in text
         assert re.search(r'began \d{4}-\d\d-\d\d \d\d:\d\d:\d\d', text)
         assert command('--cancel-lost').returncode == 0

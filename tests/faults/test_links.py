@@ -220,14 +220,14 @@ def test_a_link_that_hangs_is_noticed_and_nothing_is_lost(node, ledger):
             jobs = submit(cluster, ledger, range(100), 0.01)
             eventually(lambda: len(ended) > 10)
             proxy.hold()
-            eventually(lambda: [one.state for one in cluster.status().nodes] != ['ready'], 20)
+            eventually(lambda: [one.state for one in cluster.status().all_nodes] != ['ready'], 20)
             proxy.resume()
             assert cluster.wait(60)
             assert finished(jobs) == list(range(100)) and ledger.check(range(100), ended).clean
             proxy.hold()
-            eventually(lambda: [one.state for one in cluster.status().nodes] != ['ready'], 20)
+            eventually(lambda: [one.state for one in cluster.status().all_nodes] != ['ready'], 20)
             proxy.resume()
-            eventually(lambda: [one.state for one in cluster.status().nodes] == ['ready'], 30)
+            eventually(lambda: [one.state for one in cluster.status().all_nodes] == ['ready'], 30)
             one_more_each(cluster, ledger.path, 'more')
 
 

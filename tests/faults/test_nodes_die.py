@@ -170,7 +170,7 @@ def test_jobs_of_a_node_stopped_for_more_than_five_pulses_run_elsewhere_and_its_
             tally = ledger.check(range(4), ended)
             assert tally.clean and len(tally.again) == 2 and tally.executions == 6
             stop_all(psutil.Process(one.process.pid), signal.SIGCONT)
-            eventually(lambda: [node.state for node in cluster.status().nodes] == ['ready', 'ready'], 30)
+            eventually(lambda: [node.state for node in cluster.status().all_nodes] == ['ready', 'ready'], 30)
             one_more_each(cluster, ledger.path, 'more')
             used = {job.ip_addr for job in jobs}
             assert len(ended) == 8 and used

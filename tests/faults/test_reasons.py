@@ -112,7 +112,7 @@ def test_a_setup_that_raised_is_final(tmp_path):
     with NodeProcess(tmp_path / 'node') as node:
         with dispy.JobCluster(answer, nodes=[node.address], setup=functools.partial(refuse, str(tmp_path / 'ran'))) as cluster:
             cluster.submit()
-            eventually(lambda: cluster.status().nodes and cluster.status().nodes[0].state == 'refused')
+            eventually(lambda: cluster.status().all_nodes and cluster.status().all_nodes[0].state == 'refused')
             with dispy.JobCluster(len, nodes=[node.address]) as other:   # what is final does not keep others from being tried
                 assert other.submit('ab')(30) == 2
             time.sleep(1.0)   # a reason that passes would have been tried again several times

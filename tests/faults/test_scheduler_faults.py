@@ -345,7 +345,7 @@ def test_a_node_by_two_names_is_one_after_a_restart(tmp_path, names):
             run.submit(2)
             old.kill()
             with SchedulerProcess(tmp_path / 'scheduler', '-n', then, *QUICK, port=old.port) as new:
-                eventually(lambda: [node.state for node in run.cluster.status().nodes] == ['ready'])
+                eventually(lambda: [node.state for node in run.cluster.status().all_nodes] == ['ready'])
                 run.open()
                 assert run.results() == ['one'] * 2
                 assert new.process.poll() is None

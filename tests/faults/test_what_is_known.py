@@ -116,7 +116,7 @@ def test_a_node_that_ends_in_good_order_while_its_client_is_away_loses_nothing_t
             eventually(lambda: {'1000', '1001'} <= set(begun(ledger)))
             proxy.refuse()
             proxy.cut()
-            eventually(lambda: cluster.status().nodes[0].state != 'ready')
+            eventually(lambda: cluster.status().all_nodes[0].state != 'ready')
             node.stop()
             with NodeProcess(tmp_path / 'node', cpus=2, port=node.port):
                 proxy.accept()

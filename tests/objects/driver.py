@@ -329,12 +329,12 @@ class Runner:
 
 def has_refused(cluster):
     """Whether nothing can come, for all nodes have refused."""
-    states = [node.state for node in cluster.status().nodes]
+    states = [node.state for node in cluster.status().all_nodes]
     return bool(states) and all(state == 'refused' for state in states)
 
 
 def reasons(cluster):
-    return '; '.join(node.reason.strip() for node in cluster.status().nodes if node.reason)[-600:]
+    return '; '.join(node.reason.strip() for node in cluster.status().all_nodes if node.reason)[-600:]
 
 
 def main(space):
