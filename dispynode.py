@@ -8941,6 +8941,14 @@ class Loop:
                 self._waker.send(b'\0')
             except (BlockingIOError, OSError):   # full: it wakes anyway; closed: nobody is left to hear
                 self._signalled = not self._ended
+                if self._ended:
+                    self._close_late()
+
+    def _close_late(self) -> None:
+        """Close the connections that nobody takes any more. Any thread."""
+        for event in list(self._inbox):
+            if hasattr(event, 'sock'):
+                event.sock.close()
 
     # -- the loop's thread --------------------------------------------------------------------------------
 
@@ -9193,15 +9201,14 @@ class Loop:
         for key in list(self._selector.get_map().values()):
             if isinstance(key.data, Channel):
                 self.detach(key.data)
-        for event in self._inbox:
-            if hasattr(event, 'sock'):   # of a connection that came too late
-                event.sock.close()
         self._selector.close()
         if self._wakes_on_signals:
             self._wakes_on_signals = False
             signal.set_wakeup_fd(-1)
         self._waker.close()
         self._wakened.close()
+        self._signalled = False   # who posts from now on sees that this has ended
+        self._close_late()
 
 
 class Arrival(NamedTuple):

@@ -199,6 +199,18 @@ def test_nobody_waits_for_a_name_that_is_not_answered(monkeypatch):
     listener.close()
 
 
+def test_a_connection_that_comes_when_its_loop_has_ended_is_closed():
+    """Whether it is posted before that or after, and although somebody was to be woken then."""
+    loop, pairs = dispynode.Loop(), [socket.socketpair() for _ in range(3)]
+    loop.post(dispynode.Dialled('peer', pairs[0][0], None, 'address'))
+    loop.close()
+    for pair in pairs[1:]:
+        loop.post(dispynode.Dialled('peer', pair[0], None, 'address'))
+    assert [pair[0].fileno() for pair in pairs] == [-1, -1, -1]
+    for pair in pairs:
+        pair[1].close()
+
+
 def length_of(name):
     import os
     return os.path.getsize(name) if os.path.exists(name) else len(os.listdir('.'))
