@@ -20,7 +20,7 @@ KNOWN = {'dispy': dispy, 'dispy_httpd': dispy_httpd, 'cluster': dispy.JobCluster
 RETURNS = {dispy.JobCluster.status: dispy.ClusterStatus}
 IN_JOBS = {'dispy_provisional_result': ['value'], 'dispy_send_file': ['path'], 'dispy_node_name': None, 'dispy_node_ip_addr': None,
            'dispy_job_path': None}   # name -> parameters of a function
-OF_SUBMIT = {*dispy._OPTIONS, 'dispy_job_depends'}
+OF_SUBMIT = {*dispy._OPTIONS, 'dispy_job_depends', 'dispy_retry_on', 'dispy_retry_delay'}
 
 
 def parse(line):
