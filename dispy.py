@@ -10692,6 +10692,8 @@ class JoblibRun:
             variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
             options['setup'] = functools.partial(set_numerical_threads, variables)
         start = functools.partial(run_batch, os.urandom(8).hex(), initializer, tuple(initargs))
+        # What people are told of it
+        start.__name__ = 'calls of joblib'  # type: ignore[attr-defined]
         kind = SharedJobCluster if 'scheduler_host' in options else JobCluster
         cluster = kind(start, job_status=lambda job: job.id.settle(job), **options)
         try:

@@ -21,8 +21,13 @@ import tempfile
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 HEAD = 'import dispy\n'
-# Each program that the tests start finds the backend without asking for it.
-SITE = 'import dispy\n'
+# Each program that the tests start finds the backend without asking for it; daemons and workers
+# need not import it.
+SITE = '''
+import sys
+if any(word.endswith('.py') or 'joblib' in word for word in getattr(sys, 'orig_argv', ())):
+    import dispy
+'''
 
 
 def adapted(text):

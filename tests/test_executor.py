@@ -22,6 +22,8 @@ from conftest import eventually, lives
 def over_each_kind(make_cluster, monkeypatch):
     """Executors and joblib's backend make their cluster themselves."""
     monkeypatch.setattr(dispy, 'JobCluster', make_cluster)
+    yield
+    dispy.joblib_clusters.close()
 
 
 @pytest.fixture

@@ -325,12 +325,12 @@ def test_a_scheduler_keeps_values_until_no_job_needs_them(tmp_path):
             jobs = [cluster.submit(array, str(tmp_path / 'go')) for _ in range(6)]
             late = cluster.submit(other, str(tmp_path / 'go'))
             eventually(lambda: len(values_at(scheduler)) == 2)
-            assert sum(connection.sent[UP] for connection in proxy.connections) < 1.05 * 2 * array.nbytes
+            assert sum(connection.sent[UP] for connection in proxy.connections) < 2 * array.nbytes + 2 * MIB
             scheduler.kill()
             with SchedulerProcess(tmp_path / 'scheduler', *options, port=scheduler.port) as scheduler:
                 (tmp_path / 'go').write_text('')
                 assert [job(60) for job in jobs] == [1.0] * 6 and late(60) == 2.0
-                assert sum(connection.sent[UP] for connection in proxy.connections) < 1.05 * 2 * array.nbytes
+                assert sum(connection.sent[UP] for connection in proxy.connections) < 2 * array.nbytes + 2 * MIB
                 cluster.close()
                 eventually(lambda: not values_at(scheduler))
 
