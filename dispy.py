@@ -5766,9 +5766,10 @@ class Access(NamedTuple):
 class Pool:
     """A few daemon threads for what may block. Unlike concurrent.futures' they do not hold up the interpreter's exit.
 
-    With `patience`, a second thread begins only when what the others do takes longer than so many
-    seconds: short callbacks are called one after the other, as dispy 4 called all of them, and
-    programs whose callbacks share variables without a lock rely on that.
+    With `patience`, one thread does all as long as nothing takes longer than so many seconds, and
+    others begin, for what waits now, only then: short callbacks are called one after the other, as
+    dispy 4 called all of them, and programs whose callbacks share variables without a lock, or
+    hold one of its thread, rely on that.
     """
 
     def __init__(self, name: str, most: int, patience: float = 0.0) -> None:
@@ -5783,34 +5784,37 @@ class Pool:
 
     def run(self, call: Callable[..., Any], *args: Any) -> None:
         """Call it in one of the threads. One thread only (the driver's)."""
-        self._given += 1
-        self._tasks.put((call, args))
-        if self._given - self._done <= self._count or self._count >= self._most:
-            return
-        if not self._patience or not self._count:
-            self._begin()
-            return
+        self._tasks.put((call, args))   # before the look at who is there, see `_help`
         with self._guard:
-            if self._looks:
+            self._given += 1
+            if self._given - self._done <= self._count or self._count >= self._most or self._looks:
                 return
-            self._looks = True
-        self._start(self._look, 'look')
+            self._looks = waits = bool(self._patience and self._count)
+        if not waits:
+            self._begin()
+        elif not self._start(self._look, 'look'):
+            self._looks = False   # the next task tries again
 
-    def _start(self, target: Callable[[], None], number: Any) -> bool:
+    def _start(self, target: Callable[[], None], name: str) -> bool:
+        """Whether there is a thread to be had."""
         try:
-            threading.Thread(target=target, name='%s-%s' % (self.name, number), daemon=True).start()
-        except RuntimeError:   # no thread is to be had: those that there are do it
-            if not self._count:
-                raise
-            with self._guard:
-                self._looks = self._looks and number != 'look'
+            threading.Thread(target=target, name='%s-%s' % (self.name, name), daemon=True).start()
+        except RuntimeError:
             return False
         return True
 
     def _begin(self) -> None:
-        if self._start(self._work, self._count + 1):
+        """Another thread. If there is none to be had, those that there are do it; raises
+        RuntimeError if there are none."""
+        with self._guard:   # it may end at once
+            self._count += 1
+            number = self._count
+        work = self._help if self._patience and number > 1 else self._work
+        if not self._start(work, str(number)):
             with self._guard:
-                self._count += 1
+                self._count -= 1
+            if number == 1:
+                raise RuntimeError('no thread can be started')
 
     def _look(self) -> None:
         """While tasks wait: begin another thread when those that there are have got on with none."""
@@ -5830,19 +5834,37 @@ class Pool:
             task = self._tasks.get()
             if task is None:
                 return
-            try:
-                task[0](*task[1])
-            except BaseException:  # the user's callback, sys.exit in it too; the next one is served all the same
-                logger.exception('%s raised', getattr(task[0], '__name__', task[0]))
+            self._do(*task)
             del task
-            with self._guard:
-                self._done += 1
+
+    def _help(self) -> None:
+        """As `_work`, until nothing waits."""
+        while True:
+            with self._guard:   # what `run` puts from here on has somebody else
+                if self._closed or self._tasks.empty():
+                    self._count -= 1
+                    return
+            with contextlib.suppress(queue.Empty):
+                task = self._tasks.get_nowait()
+                if task is None:   # for another thread
+                    self._tasks.put(None)
+                else:
+                    self._do(*task)
+                del task
+
+    def _do(self, call: Callable[..., Any], args: tuple) -> None:
+        try:
+            call(*args)
+        except BaseException:  # the user's callback, sys.exit in it too; the next one is served all the same
+            logger.exception('%s raised', getattr(call, '__name__', call))
+        with self._guard:
+            self._done += 1
 
     def close(self) -> None:
         """Let threads end when they have done what is queued."""
         with self._guard:
             self._closed = True
-            count = self._count
+            count = self._count if not self._patience else min(self._count, 1)
         for _ in range(count):
             self._tasks.put(None)
 

@@ -474,3 +474,28 @@ def test_short_callbacks_come_one_after_the_other():
         eventually(lambda: len(inside) == 2)
         cluster.submit('last')
         assert cluster.wait(60) and max(most) == 3
+
+
+def test_threads_for_callbacks():
+    """One does all that is short; others help while it is held up, also if it is held up for long, and go."""
+    pool, release, done = dispy.Pool('test-pool', 4, 0.05), threading.Event(), []
+
+    def names():
+        return {thread.name for thread in threading.enumerate() if thread.name.startswith('test-pool-')}
+    for n in range(1000):
+        pool.run(lambda n=n: done.append((n, threading.current_thread().name)))
+    eventually(lambda: len(done) == 1000)
+    assert done == [(n, 'test-pool-1') for n in range(1000)]
+    pool.run(release.wait, 60)
+    for n in range(30):   # each finds the others gone, or about to go
+        pool.run(done.append, n)
+        eventually(lambda: done[-1] == n)
+    eventually(lambda: names() == {'test-pool-1'})
+    for _ in range(5):
+        pool.run(release.wait, 60)
+    eventually(lambda: {'test-pool-2', 'test-pool-3', 'test-pool-4'} <= names())
+    release.set()
+    pool.run(done.append, 'last')
+    eventually(lambda: done[-1] == 'last' and names() <= {'test-pool-1'})
+    pool.close()
+    eventually(lambda: not names())
