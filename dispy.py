@@ -682,22 +682,25 @@ class DispyNode:
         return '<DispyNode %s %s %s>' % (place(self.ip_addr, self.port), self.name, self.state)
 
 
+NOT_CONNECTED = frozenset(('found', 'dialling', 'refused', 'lost'))   # states of nodes
+
+
 class _NodesAndJobs(NamedTuple):
     nodes: List[DispyNode]
     jobs_pending: int
 
 
 class ClusterStatus(_NodesAndJobs):
-    """What `status()` returns, a pair: the nodes that have answered and can be used, and the number
-    of jobs that have not ended. `refused` are the other nodes: those that were not reached, are
-    lost, or were refused; the `reason` of each says why. `all_nodes` are both."""
+    """What `status()` returns, a pair: the nodes that have answered, and the number of jobs that
+    have not ended. `refused` are the other nodes: those that have never answered, and those that
+    cannot be used; the `reason` of each says why. `all_nodes` are both."""
     refused: List[DispyNode] = []
-    NOT_USED = frozenset(('found', 'dialling', 'refused', 'lost'))   # states
 
     def __new__(cls, nodes: Sequence[DispyNode], jobs_pending: int) -> 'ClusterStatus':
-        status = super().__new__(cls, [node for node in nodes if node.state not in cls.NOT_USED],
-                                 jobs_pending)
-        status.refused = [node for node in nodes if node.state in cls.NOT_USED]
+        # One that has answered has told its name.
+        answered = [node for node in nodes if node.name and node.state != 'refused']
+        status = super().__new__(cls, answered, jobs_pending)
+        status.refused = [node for node in nodes if node not in answered]
         return status
 
     @property
@@ -7177,7 +7180,7 @@ class Driver(Loop):
         peer = self.find(comp, node)
         use = peer.uses[comp]
         _, state, reason, _, _ = self.node_of(comp, peer)
-        if state not in ClusterStatus.NOT_USED and use.state is not UseState.CLOSED or not (use.reason or peer.failures):
+        if state not in NOT_CONNECTED and use.state is not UseState.CLOSED or not (use.reason or peer.failures):
             return peer.key, ''
         if use.seat_told:
             return peer.key, ''
@@ -9393,7 +9396,7 @@ class JobCluster(OldCluster):
         return self._command('why_unloadable')  # type: ignore[no-any-return]
 
     def status(self) -> ClusterStatus:
-        """The nodes that can be used and the number of jobs that have not ended; the other nodes,
+        """The nodes that have answered and the number of jobs that have not ended; the other nodes,
         with the reason, are in `refused`. Any thread."""
         with self._lock:
             counts = {name: list(count) for name, count in self._counts.items()}

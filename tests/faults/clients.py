@@ -23,6 +23,7 @@ def compute(path, number, seconds=0.0):
 
 
 def cluster(**options):
+    options.setdefault('loglevel', 30)   # its output is read
     return dispy.JobCluster(compute, depends=[enter], nodes=[(host, port)], **options)
 
 
