@@ -7136,6 +7136,8 @@ class Driver(Loop):
         state, reason = use.state.value, use.reason
         if use.state is UseState.WAITING:
             state, reason = peer.state.value, peer.reason
+            if peer.state is NodeState.REFUSED and peer.offered:   # it has been connected before
+                state = NodeState.LOST.value
         elif use.then:
             state = 'draining'
         elif (use.wanted == 0 or peer.most == 0) and use.state is UseState.READY:
