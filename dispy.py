@@ -7069,11 +7069,12 @@ class Driver(Loop):
             recovery.cancel(job)
 
     def cancel_waiting(self, comp: str, but_first: bool = False) -> int:
-        """End all jobs of a cluster that have not begun; `but_first`: that no CPU is about to take.
-        Returns of how many this is tried."""
+        """End all jobs of a cluster that have not begun; `but_first`: that no CPU is about to take
+        (at a scheduler, nobody here knows which these are). Returns of how many this is tried."""
         self._take_submitted()
         known = self.schedule.comps.get(comp)
         if known is not None:
+            but_first = but_first and not known.remote
             if but_first:   # also if they have come in this turn
                 self._flush()
             works = known.not_begun()
@@ -10313,6 +10314,7 @@ class DispyExecutor(concurrent.futures.Executor):
     executor itself goes on. When the program ends, it waits for calls that have not ended; Ctrl-C
     ends that wait. Raises what JobCluster raises.
     """
+    _cluster_class: Callable[..., JobCluster] = JobCluster
 
     def __init__(self, max_workers: Optional[int] = None, mp_context: Any = None,
                  initializer: Optional[Callable[..., Any]] = None, initargs: Sequence[Any] = (), *,
@@ -10326,7 +10328,7 @@ class DispyExecutor(concurrent.futures.Executor):
         _note_start_method(mp_context)
         calls = Calls(initializer, tuple(initargs), most)
         self._pool = _ExecutorClusters(functools.partial(
-            JobCluster, calls, nodes, job_status=_settle_future, **options))
+            self._cluster_class, calls, nodes, job_status=_settle_future, **options))
         self._options: Optional[dict] = None
 
     @property

@@ -44,12 +44,12 @@ def make_cluster(computation, nodes=None, **options):
 
 def make_executor(**options):
     """A DispyExecutor on the same nodes."""
-    kept = dispy.JobCluster
-    dispy.JobCluster = make_cluster
+    kept = dispy.DispyExecutor._cluster_class
+    dispy.DispyExecutor._cluster_class = staticmethod(make_cluster)
     try:
         return dispy.DispyExecutor(**options)
     finally:
-        dispy.JobCluster = kept
+        dispy.DispyExecutor._cluster_class = kept
 
 
 _patience = [20]

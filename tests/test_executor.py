@@ -21,9 +21,9 @@ from conftest import eventually, lives
 @pytest.fixture(autouse=True)
 def over_each_kind(make_cluster, monkeypatch):
     """Executors and joblib's backend make their cluster themselves."""
-    monkeypatch.setattr(dispy, 'JobCluster', make_cluster)
+    monkeypatch.setattr(dispy.DispyExecutor, '_cluster_class', staticmethod(make_cluster))
     yield
-    dispy.joblib_clusters.close()
+    dispy.joblib_clusters.close()   # they are kept for a while
 
 
 @pytest.fixture

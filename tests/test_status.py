@@ -29,7 +29,7 @@ def cluster(make_cluster, node):
 
 @pytest.fixture
 def executor(make_cluster, monkeypatch, node):
-    monkeypatch.setattr(dispy, 'JobCluster', make_cluster)
+    monkeypatch.setattr(dispy.DispyExecutor, '_cluster_class', staticmethod(make_cluster))
     with dispy.DispyExecutor(nodes=[node.address]) as executor:
         yield executor
 

@@ -360,7 +360,7 @@ def main(space):
         if mode == 'other' and space['__name__'] == '__main__':
             runner.run_grouped()
         else:
-            dispy.JobCluster = make_cluster   # an executor makes its cluster itself
+            dispy.DispyExecutor._cluster_class = staticmethod(make_cluster)
             runner.run(dispy.DispyExecutor())
     with open(output, 'w') as file:
         json.dump(table.cells, file)
