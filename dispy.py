@@ -55,6 +55,7 @@ import errno
 import functools
 import hashlib
 import heapq
+import html
 import importlib.machinery
 import importlib.util
 import inspect
@@ -62,11 +63,13 @@ import io
 import ipaddress
 import itertools
 import json
+import linecache
 import logging
 import math
 import multiprocessing
 import os
 import numbers
+import operator
 import pickle
 import pkgutil
 import queue
@@ -145,7 +148,8 @@ SURVEY_TIME = 2.0             # s for which answers to a question to all are wai
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
 PROGRESS_EVERY = 1.0          # s between lines of progress
 LEAVE_TIME = 1.0              # s for which jobs on their way may leave a program that has failed
-SHOWN_MOST = 50               # arguments of a job that are shown
+SHOWN_MOST = 50               # arguments of a job that are shown, and rows of a table in a notebook
+REASON_MOST = 300             # characters of the line that says why a job failed
 WARN_AFTER, WARN_EVERY = 5.0, 60.0      # s without a usable node
 REDIAL_FIRST, REDIAL_MOST = 0.5, 30.0   # s between attempts to reach a node, doubling
 LAST_TRY = 0.1                # s before the jobs on a node are lost, when it is tried once more
@@ -158,6 +162,7 @@ RETRY_FIRST, RETRY_MOST = 0.1, 30.0     # s until a computation is offered again
 FORGET_TIME = 3.0             # s that nodes are tried which keep results that need not be kept any more
 CALL_TIME = 30.0              # s that a question to the driver may take; its turns take milliseconds
 ACKS_MOST, ACK_AFTER = 256, 0.05        # results that wait for their acknowledgement, and s that they do
+CANCELS_MOST = 1000           # jobs that are cancelled in one turn of the driver
 CALLBACK_THREADS = 16         # callbacks that may block at the same time
 CALLBACK_TIME = 0.1           # s that callbacks take one after the other before they do so
 FOREVER = 0.5 if os.name == 'nt' else 3600.0   # s of one slice of a wait: Ctrl-C does not end a wait on Windows
@@ -326,6 +331,7 @@ JOB_TABLE.update({
     (JobState.CANCELLING, 'give up'): JobState.CANCELLED})
 
 ENDED = frozenset((JobState.CANCELLED, JobState.TERMINATED, JobState.ABANDONED, JobState.FINISHED))
+FAILED = frozenset((JobState.TERMINATED, JobState.ABANDONED))
 
 
 class Work:
@@ -361,8 +367,8 @@ class DispyJob(Work):
     """
     arguments = ''
     _future: 'DispyFuture'   # of the call of an executor, until it is settled
-    __slots__ = ('id', 'status', 'result', 'stdout', 'stderr', 'exception', 'error', 'ip_addr', 'submit_time',
-                 'start_time', 'end_time', '_event', '_when_ended', '_outcome', '_future')
+    __slots__ = ('id', 'status', 'result', 'stdout', 'stderr', '_exception', '_error', 'ip_addr', 'submit_time',
+                 'start_time', 'end_time', '_event', '_when_ended', '_outcome', '_future', '_failure')
 
     Created, Running, ProvisionalResult = int(JobState.CREATED), int(JobState.RUNNING), int(JobState.PROVISIONAL)
     Cancelled, Terminated = int(JobState.CANCELLED), int(JobState.TERMINATED)
@@ -382,8 +388,8 @@ class DispyJob(Work):
         self.result: Any = None
         self.stdout: Union[str, bytes, None] = None
         self.stderr: Union[str, bytes, None] = None
-        self.exception: Optional[str] = None
-        self.error: Optional[BaseException] = None
+        self._exception: Optional[str] = None
+        self._error: Optional[BaseException] = None
         self.ip_addr: Optional[str] = None
         self.submit_time = time.time()
         self.start_time: Optional[float] = None
@@ -391,6 +397,29 @@ class DispyJob(Work):
         self._event: Optional[threading.Event] = None
         self._when_ended: Optional[List[Callable[['DispyJob'], None]]] = None
         self._outcome = 0     # of the attempt that was its last, if that did not return
+        self._failure: Optional[Failure] = None
+
+    @property
+    def exception(self) -> Optional[str]:
+        """Text of the traceback or of what went wrong, else None."""
+        if self._failure is not None:
+            self._failure.seen()
+        return self._exception
+
+    @exception.setter
+    def exception(self, text: Optional[str]) -> None:
+        self._exception = text
+
+    @property
+    def error(self) -> Optional[BaseException]:
+        """The exception itself if it could be pickled, else None."""
+        if self._failure is not None:
+            self._failure.seen()
+        return self._error
+
+    @error.setter
+    def error(self, error: Optional[BaseException]) -> None:
+        self._error = error
 
     @property
     def finish(self) -> threading.Event:
@@ -497,7 +526,13 @@ class DispyJob(Work):
         return (self.submit_time, id(self)) < (other.submit_time, id(other))
 
     def __repr__(self) -> str:
-        return '<DispyJob %r %s>' % (self.id, self.status_text())
+        words, where, reason = state_of(self)
+        return '<DispyJob %r %s%s%s>' % (
+            self.id, words, where and ' on ' + where, reason and ': ' + reason)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a table."""
+        return html_of_jobs([self])
 
 
 SHORT = reprlib.Repr()
@@ -570,8 +605,9 @@ NODE_TABLE: Dict[Tuple[NodeState, str], NodeState] = {
 }
 
 
-def fill_in(job: DispyJob, row: tuple, is_program: bool) -> None:
-    """Give a job what its row of Results says."""
+def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Failures'] = None,
+            node: str = '') -> None:
+    """Give a job what its row of Results, which comes from this node, says."""
     _, outcome, start, end, payload, stdout, stderr = row
     status = int(job._state)
     if outcome == 1 or outcome == 2:   # RETURNED, RETURNED_CODE
@@ -601,12 +637,16 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool) -> None:
         job.stdout = str(stdout, 'utf-8', 'replace') if stdout else ''
         job.stderr = str(stderr, 'utf-8', 'replace') if stderr else ''
     job._payload = None
+    if failures is not None and status in FAILED:
+        failures.add(job, node)
     job.status = status   # last: whoever sees it sees all of the above
 
 
-def end_without(job: DispyJob, text: str) -> None:
+def end_without(job: DispyJob, text: str, failures: Optional['Failures'] = None) -> None:
     """A job has ended without a result."""
     job.result, job.exception, job._payload, job.end_time = None, text, None, time.time()
+    if failures is not None and job._state in FAILED:
+        failures.add(job)
     job.status = int(job._state)
 
 
@@ -679,7 +719,16 @@ class DispyNode:
         self.facts = facts
 
     def __repr__(self) -> str:
-        return '<DispyNode %s %s %s>' % (place(self.ip_addr, self.port), self.name, self.state)
+        where = place(self.ip_addr, self.port) if self.port else self.ip_addr
+        words = [self.state and self.state + (self.reason and ' (%s)' % reason_of(self.reason)),
+                 self.cpus and many(self.cpus, 'CPU'), self.busy and '%d running' % self.busy,
+                 self.jobs_done and many(self.jobs_done, 'job') + ' done']
+        told = ', '.join(word for word in words if word)
+        return '<DispyNode %s%s%s>' % (where, self.name and ' ' + self.name, told and ': ' + told)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a table."""
+        return html_of_nodes([self])
 
 
 NOT_CONNECTED = frozenset(('found', 'dialling', 'refused', 'lost'))   # states of nodes
@@ -707,6 +756,319 @@ class ClusterStatus(_NodesAndJobs):
     def all_nodes(self) -> List[DispyNode]:
         """Nodes that are used, and those that are not."""
         return [*self.nodes, *self.refused]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What people see: why jobs failed, lines of source code, representations. Values in, text out: nothing here
+# asks a node. SourceHere and Failures look at files of this host, and keep what they have been told.
+# ---------------------------------------------------------------------------------------------------------
+
+def many(count: int, word: str) -> str:
+    """'1 node', '2 nodes'."""
+    return '%d %s%s' % (count, word, '' if count == 1 else 's')
+
+
+_OF_FRAME = re.compile(r'^  File ".*", line \d+', re.M)
+_OF_GROUP = re.compile(r'^  \| (\w[\w.]*: .*)$', re.M)
+
+
+def reason_of(text: str) -> str:
+    """The line of a traceback that names the exception; of another text the first line."""
+    at = 0
+    for frame in _OF_FRAME.finditer(text):
+        at = frame.end()
+    if at:
+        lines = [line for line in text[at:].splitlines()[1:] if line[:1].strip()]
+    else:
+        group = _OF_GROUP.search(text)
+        lines = [group.group(1)] if group else [line for line in text.splitlines() if line.strip()]
+    return lines[0].strip()[:REASON_MOST] if lines else ''
+
+
+def kind_of_reason(reason: str) -> str:
+    """What reasons that differ in numbers or arguments have in common: the class of an exception."""
+    name, colon, _ = reason.partition(': ')
+    if colon and re.fullmatch(r'[\w.]+', name):
+        return name
+    return re.sub(r'\d+', '#', reason)
+
+
+_NOT_FOUND = re.compile(r'^(?:[\w.]+\.)?FileNotFoundError: (.*)$', re.M)
+_QUOTED = re.compile(r"""(['"])(.+?)\1""")
+
+
+def missing_file(text: str, is_here: Callable[[str], bool]) -> Tuple[str, int]:
+    """The relative path that a job has not found and that is here, and where in the text the line
+    ends that says so; ('', 0) if there is none. Also a path that is not quoted, as with numpy, if
+    it looks like the name of a file."""
+    for line in reversed(list(_NOT_FOUND.finditer(text))):
+        message = line.group(1)
+        words = [word.rstrip('.,:;') for word in message.split()]
+        found = [quoted for _, quoted in _QUOTED.findall(message)]
+        for path in found + [word for word in words if re.search(r'\w[./]\w', word)]:
+            if not os.path.isabs(path) and is_here(path):
+                return path, line.end()
+    return '', 0
+
+
+def hint_for_missing(path: str, directory: str, is_sent: bool) -> str:
+    """What to do about a relative path that a job has not found, and that is in this directory."""
+    name = os.path.basename(os.path.normpath(path))
+    if is_sent:
+        return '%r was sent by depends, and is called %r in the directory of the job' % (path, name)
+    opened = '' if path == name else ', and open it in the job as %r' % name
+    return '%r is in the directory of the program, %s, but a job runs in a directory of its own, on ' \
+        'the node: send it along by depends=[%r]%s' % (path, directory, path, opened)
+
+
+class Failure:
+    """Why a job has failed, in a line, and where. Until somebody has looked at it, it counts in a
+    row of its cluster's Failures."""
+    __slots__ = ('reason', 'node', 'row')
+
+    def __init__(self, reason: str, node: str, row: Optional[List[Any]]) -> None:
+        self.reason, self.node, self.row = reason, node, row
+
+    def seen(self) -> None:
+        """Somebody has looked. Any thread."""
+        if self.row is None:
+            return
+        with _lock:
+            row, self.row = self.row, None
+            if row is not None:
+                row[0] -= 1
+
+
+class Failures:
+    """The failed jobs of a cluster at which nobody has looked. `directory` is where its program
+    began, `sent` the names of files that travel. Any thread.
+
+    Jobs are counted and not kept: a job that the program has dropped stays counted.
+    """
+    KINDS_MOST = 100   # of reasons; others count as one
+
+    def __init__(self, directory: str, sent: Iterable[str], counts: bool) -> None:
+        self._directory, self._sent = directory, sent
+        self._counts = counts                  # no callback of the program is told
+        self._rows: Dict[str, List[Any]] = {}  # kind of reason -> [jobs, reason of the first, its id]
+
+    def add(self, job: 'DispyJob', node: str = '') -> None:
+        """A job has failed; nobody sees yet that it has ended. Adds to its exception what is known
+        here and not at the node."""
+        text = source_here.added_to(job._exception or '')
+        reason = told = reason_of(text)
+        if 'FileNotFoundError' in text:
+            path, at = missing_file(text, self._is_here)
+            if path:
+                is_sent = os.path.basename(path) in self._sent
+                hint = ' (%s)' % hint_for_missing(path, self._directory, is_sent)
+                text = text[:at] + hint + text[at:]
+                told += hint
+        job._exception = text
+        row = self._count(told, reason, job.id) if self._counts else None
+        job._failure = Failure(reason, node, row)
+
+    def _is_here(self, path: str) -> bool:
+        return os.path.exists(os.path.join(self._directory, path))
+
+    def _count(self, told: str, reason: str, number: Any) -> List[Any]:
+        kind = kind_of_reason(reason)
+        with _lock:
+            if kind not in self._rows and len(self._rows) >= self.KINDS_MOST:
+                kind, told = '', 'various'
+            row = self._rows.setdefault(kind, [0, told, number])
+            row[0] += 1
+        return row
+
+    def take(self, submitted: int) -> str:
+        """What is to be said of them, of so many jobs; empty if there are none. Whoever asks again
+        is told of later ones."""
+        with _lock:
+            rows = [tuple(row) for row in self._rows.values() if row[0] > 0]
+            self._rows = {}
+        return failures_text(rows, submitted)
+
+
+def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
+    """Of rows of (jobs, the reason of the first of them, its id) the sum and the commonest."""
+    if not rows:
+        return ''
+    failed = sum(row[0] for row in rows)
+    count, reason, number = max(rows, key=lambda row: row[0])
+    which = 'The reason (job %.80r)' % (number,)
+    if failed > 1:
+        which = 'The commonest reason (%s; here of job %.80r)' % (many(count, 'job'), number)
+    return '%d of %s failed, and the program has not looked at why. %s: %s. job.exception has the ' \
+        'traceback of a job, and job.get() raises what it raised' % (failed, many(submitted, 'job'), which, reason.rstrip('.'))
+
+
+class SourceHere:
+    """Adds to the tracebacks of nodes the lines of source code that these do not have: those of a
+    notebook's cells, of prompts, and of files that are on this host alone."""
+    _FRAME = re.compile(r'^(?P<lead>[ |]*)  File "(?P<file>.*)", line (?P<line>\d+)(?:, in .*)?$')
+
+    def added_to(self, text: str) -> str:
+        """The text with them. Any thread."""
+        if '  File "' not in text:
+            return text
+        lines = text.split('\n')
+        out: List[str] = []
+        at = 0
+        while at < len(lines):
+            frame = self._FRAME.match(lines[at])
+            out.append(lines[at])
+            at += 1
+            if frame is None:
+                continue
+            indent = frame.group('lead') + '    '
+            end = at
+            while end < len(lines) and lines[end].startswith(indent):
+                end += 1
+            out += self._of_frame(frame, indent, lines[at:end])
+            at = end
+        return '\n'.join(out)
+
+    def _of_frame(self, frame: Any, indent: str, shown: List[str]) -> List[str]:
+        """The lines below that of a frame; `shown` are those that the node has given."""
+        file = frame.group('file')
+        is_own = self.is_own(file)
+        if shown and not is_own:
+            return shown
+        line = self.line(file, int(frame.group('line')), is_own).strip()
+        if not line or (shown and shown[0].strip() == line):
+            return shown
+        return [indent + line]   # the node has another file by this name, or none
+
+    @staticmethod
+    def is_own(file: str) -> bool:
+        """Whether this program has the text and no other place can: that of its main script, or of
+        what was typed into it."""
+        if file == getattr(sys.modules.get('__main__'), '__file__', None):
+            return True
+        return is_cell(file)
+
+    @staticmethod
+    def line(file: str, number: int, is_own: bool) -> str:
+        """A line of a file as it is here, else ''."""
+        if not is_own and not file.endswith('.py'):
+            return ''
+        try:
+            return linecache.getline(file, number)
+        except Exception:  # of a loader that linecache asks
+            return ''
+
+
+source_here = SourceHere()
+
+
+def is_cell(file: str) -> bool:
+    """Whether this is no file, but what was typed into a notebook or at a prompt, of which linecache
+    keeps the text."""
+    entry: Any = linecache.cache.get(file)
+    return entry is not None and len(entry) == 4 and entry[1] is None
+
+
+class Counts(NamedTuple):
+    """How many jobs of a cluster are in which state."""
+    done: int
+    failed: int
+    cancelled: int
+    running: int
+    waiting: int
+
+    def __str__(self) -> str:
+        words = ['%d %s' % (count, name) for name, count in zip(self._fields, self) if count]
+        return ', '.join(words) or 'no jobs'
+
+
+_STATE_WORDS = {JobState.CREATED: 'waiting', JobState.PROVISIONAL: 'running',
+                JobState.TERMINATED: 'failed', JobState.ABANDONED: 'failed'}
+
+
+def state_of(job: 'DispyJob') -> Tuple[str, str, str]:
+    """What a job does, in a word; where, unless it has gone well; why it has failed."""
+    state = JobState(job.status)
+    words = _STATE_WORDS.get(state, state.name.lower())
+    if state == JobState.FINISHED and job._has_exit_status():
+        return 'failed', job.ip_addr or '', 'exit status %s' % job.result
+    if state not in FAILED:
+        return words, (job.ip_addr or '') if words == 'running' else '', ''
+    text = job.exception or ''   # to show why is to look at it
+    if job._failure is None:
+        return words, job.ip_addr or '', reason_of(text)
+    return words, job._failure.node or job.ip_addr or '', job._failure.reason
+
+
+class JobList(List['DispyJob']):
+    """Jobs, in a list that shows itself as a line, and as a table in a notebook."""
+
+    def __repr__(self) -> str:
+        words = collections.Counter(state_of(job)[0] for job in self)
+        told = ', '.join('%d %s' % (count, word) for word, count in words.items())
+        return '<%s%s>' % (many(len(self), 'job'), told and ': ' + told)
+
+    def _repr_html_(self) -> str:
+        return html_of_jobs(self)
+
+
+def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], others: int = 0) -> str:
+    """A table of texts, which are escaped; `others`: rows that are left out."""
+    def row(cells: Sequence[Any], tag: str) -> str:
+        return '<tr>%s</tr>' % ''.join(
+            '<%s style="text-align:left">%s</%s>' % (tag, html.escape(str(cell)), tag) for cell in cells)
+    more = '<tr><td colspan="%d">and %d more</td></tr>' % (len(head), others) if others else ''
+    return '<table>%s%s%s</table>' % (row(head, 'th'), ''.join(row(cells, 'td') for cells in rows), more)
+
+
+def html_of_jobs(jobs: Sequence['DispyJob']) -> str:
+    """A table of jobs, of the first ones if they are many."""
+    rows = []
+    for job in jobs[:SHOWN_MOST]:
+        words, where, reason = state_of(job)
+        took = ''
+        if job.start_time and job.end_time:
+            took = '%.3f' % (job.end_time - job.start_time)
+        rows.append((_word_of(job.id), words, where or job.ip_addr or '', took, reason))
+    return html_table(('Job', 'State', 'Node', 's', 'Reason'), rows, max(0, len(jobs) - SHOWN_MOST))
+
+
+def html_of_nodes(nodes: Sequence['DispyNode']) -> str:
+    """A table of nodes, of the first ones if they are many."""
+    rows = []
+    for node in nodes[:SHOWN_MOST]:
+        where = place(node.ip_addr, node.port) if node.port else node.ip_addr
+        rows.append((node.name or where, where, node.state, node.cpus, node.busy, node.jobs_done,
+                     '%.3f' % node.cpu_time, reason_of(node.reason)))
+    head = ('Node', 'Address', 'State', 'CPUs', 'Running', 'Jobs done', 'Job time s', 'Reason')
+    return html_table(head, rows, max(0, len(nodes) - SHOWN_MOST))
+
+
+def html_bar(counts: Counts) -> str:
+    """How far the jobs are: a bar with a part for each state."""
+    whole = max(1, sum(counts))
+    colours = {'done': '#2e7d32', 'failed': '#c62828', 'cancelled': '#9e9e9e', 'running': '#1565c0'}
+    parts = ['<div title="%s" style="width:%.2f%%;background:%s"></div>' % (
+        name, 100.0 * getattr(counts, name) / whole, colour) for name, colour in colours.items()]
+    return '<div style="display:flex;height:10px;max-width:40em;background:#e0e0e0">%s</div>' % ''.join(parts)
+
+
+def html_of_cluster(title: str, state: str, counts: Counts, nodes: Optional[Sequence['DispyNode']],
+                    page: str) -> str:
+    """State, progress, counts, nodes, and a link to the web page, if there is one."""
+    ended = counts.done + counts.failed + counts.cancelled
+    lines = ['<b>%s</b>: %s' % (html.escape(title), html.escape(state)), html_bar(counts),
+             '%d of %s: %s' % (ended, many(sum(counts), 'job'), counts) if sum(counts) else 'no jobs']
+    if page:
+        lines.append('<a href="%s" target="_blank">web page</a>' % html.escape(page))
+    if nodes:
+        lines.append(html_of_nodes(nodes))
+    return '<div>%s</div>' % ''.join('<div>%s</div>' % line for line in lines)
+
+
+def nodes_text(nodes: Sequence['DispyNode']) -> str:
+    """'3 nodes, 9 CPUs': those that can be used."""
+    ready = [node for node in nodes if node.state == 'ready']
+    return '%s, %s' % (many(len(ready), 'node'), many(sum(node.cpus for node in ready), 'CPU'))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -4585,7 +4947,8 @@ class SourcePicker:
         # module -> name there -> lines of its statement (a range), value (in a tuple of one), or links: rows of (name,
         # module, name there) that stand for imports
         self._taken: Dict[str, Dict[str, Any]] = {}
-        self._read = functools.lru_cache(maxsize=None)(self._read_file)
+        self._read = functools.lru_cache(maxsize=None)(self._read_file)   # of (module, cell)
+        self._cell_of = functools.lru_cache(maxsize=None)(cell_of)        # of (module, name)
 
     def refer(self, obj: Any, what: str) -> Tuple[str, str]:
         """(module, name) by which a node will find a function or class. `what` it is begins the text of NoSource."""
@@ -4608,7 +4971,7 @@ class SourcePicker:
         """The other classes of the files, for arguments of jobs: rows of (module, class, rows as of `rows`)."""
         found = []
         for module in list(self._taken):
-            for node in self._read(module)[1].body:
+            for node in self._statements(module):
                 before = {name: dict(taken) for name, taken in self._taken.items()}
                 obj = vars(sys.modules[module]).get(getattr(node, 'name', ''))
                 if isinstance(node, ast.ClassDef) and isinstance(obj, type) and node.name not in before[module]:
@@ -4618,6 +4981,16 @@ class SourcePicker:
                         self._taken = before
                     else:
                         found.append((module, node.name, self.rows(before)))
+        return found
+
+    def _statements(self, module: str) -> List[Any]:
+        """Those at the top level of the file of a module, and of the cells that define its classes."""
+        classes = [name for name, obj in vars(sys.modules[module]).items()
+                   if isinstance(obj, type) and obj.__module__ == module]
+        found: List[Any] = []
+        for cell in ['', *sorted({self._cell_of(module, name) for name in classes} - {''})]:
+            with contextlib.suppress(NoSource):   # a job that has one as argument is told
+                found += self._read(module, cell)[1].body
         return found
 
     def rows(self, without: Dict[str, Dict[str, Any]]) -> List[Tuple[str, str, str, Dict[str, Any], list]]:
@@ -4634,25 +5007,38 @@ class SourcePicker:
         visiting: Set[str] = set()
         for module in self._taken:
             visit(module)
-        return [self._row(module, {name: taken for name, taken in self._taken[module].items() if name not in without.get(module, ())})
-                for module in order if self._taken[module].keys() - without.get(module, {}).keys()]
+        return [row for module in order if self._taken[module].keys() - without.get(module, {}).keys()
+                for row in self._rows_of(module, {name: taken for name, taken in self._taken[module].items() if name not in without.get(module, ())})]
 
-    def _row(self, module: str, taken: Dict[str, Any]) -> Tuple[str, str, str, Dict[str, Any], list]:
-        lines, _, future = self._read(module)
+    def _rows_of(self, module: str, taken: Dict[str, Any]) -> List[Tuple[str, str, str, Dict[str, Any], list]]:
+        """One row for the file, if there is one; one for each cell, in the order in which they were
+        run. Values come first."""
+        parts: Dict[str, Dict[str, Any]] = {'': {}}
+        for name, what in taken.items():
+            cell = self._cell_of(module, name) if isinstance(what, range) else ''
+            parts.setdefault(cell, {})[name] = what
+        cells = [cell for cell in list(linecache.cache) if cell and cell in parts]
+        if not cells or any(isinstance(what, range) for what in parts[''].values()):
+            first = self._row(module, '', parts[''])
+        else:
+            first = (module, cells[0], '', *_values_and_links(parts['']))
+        return [first, *(self._row(module, cell, parts[cell]) for cell in cells)]
+
+    def _row(self, module: str, cell: str, taken: Dict[str, Any]) -> Tuple[str, str, str, Dict[str, Any], list]:
+        lines, _, future = self._read(module, cell)
         wanted = {line for node in future for line in range(node.lineno, node.end_lineno + 1)}
         wanted.update(*(statement for statement in taken.values() if isinstance(statement, range)))
         text = ''.join(line if number in wanted else '\n' for number, line in enumerate(lines[:max(wanted, default=0)], 1))
-        return (module, sys.modules[module].__file__ or '', text, {name: value[0] for name, value in taken.items() if isinstance(value, tuple)},
-                [link for links in taken.values() if isinstance(links, list) for link in links])
+        return (module, cell or sys.modules[module].__file__ or '', text, *_values_and_links(taken))
 
     def _is_there(self, module: str) -> bool:
         return module in self._shipped or own_modules.kind(module) not in _NOT_BY_NAME
 
     @staticmethod
-    def _read_file(module: str) -> Tuple[List[str], ast.Module, List[Any]]:
-        """Lines, tree and imports from __future__."""
+    def _read_file(module: str, cell: str) -> Tuple[List[str], ast.Module, List[Any]]:
+        """Lines, tree and imports from __future__ of a module's file, or of one of its cells."""
         try:
-            lines = inspect.findsource(sys.modules[module])[0]
+            lines = linecache.getlines(cell) if cell else inspect.findsource(sys.modules[module])[0]
             tree = _parse(''.join(lines))
         except (OSError, TypeError):
             raise NoSource('the source of module %s is not to be had' % module) from None
@@ -4662,7 +5048,8 @@ class SourcePicker:
 
     def _take(self, module: str, name: str, what: str) -> None:
         """A function or class, with all that it uses."""
-        _, tree, future = self._read(module)
+        cell = self._cell_of(module, name)
+        _, tree, future = self._read(module, cell)
         taken = self._taken.setdefault(module, {})
         if name in taken:
             return
@@ -4674,7 +5061,7 @@ class SourcePicker:
         codes = list(_codes(compiled))
         if hasattr(vars(sys.modules[module])[name], 'registry') and hasattr(vars(sys.modules[module])[name], 'dispatch'):
             raise NoSource('%s: the implementations of %s (functools.singledispatch) are statements of their own' % (what, name))
-        if not _is_as_written(vars(sys.modules[module])[name], sys.modules[module].__file__, codes):
+        if not _is_as_written(vars(sys.modules[module])[name], cell or sys.modules[module].__file__, codes):
             raise NoSource('%s: %s in the file of module %s is not what runs: was the file changed?' % (what, name, module))
         taken[name] = range(min(node.lineno for node in (found[-1], *found[-1].decorator_list)), found[-1].end_lineno + 1)  # type: ignore[operator]
         for used in sorted({used for code in codes for used in _names_used(code)}):
@@ -4702,7 +5089,10 @@ class SourcePicker:
 
     def _imports(self, module: str, name: str, value: Any) -> Iterator[Tuple[str, str, str]]:
         """Links for the import statements of a file, also of those within `if` and `try`, that have given a name its value."""
-        nodes: List[Any] = [self._read(module)[1]]
+        try:
+            nodes: List[Any] = [self._read(module, '')[1]]
+        except NoSource:   # cells: what they import is known by its own module and name
+            return
         while nodes:
             node = nodes.pop()
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.expr)):
@@ -4724,6 +5114,31 @@ class SourcePicker:
                         yield name, '%s.%s' % (origin, bound), ''
                     elif self._is_there(origin) and getattr(sys.modules.get(origin), bound, nodes) is value:
                         yield name, origin, bound
+
+
+def _values_and_links(taken: Dict[str, Any]) -> Tuple[Dict[str, Any], list]:
+    """Of what a SourcePicker has taken of a module."""
+    return ({name: value[0] for name, value in taken.items() if isinstance(value, tuple)},
+            [link for links in taken.values() if isinstance(links, list) for link in links])
+
+
+def cell_of(module: str, name: str) -> str:
+    """The name by which linecache has the cell of a notebook, or what was typed at a prompt, that
+    defines a function or class; '' for one of a file. A class without methods is looked for in
+    all of them, the latest first."""
+    obj = vars(sys.modules[module]).get(name)
+    functions = [obj, *(vars(obj).values() if isinstance(obj, type) else ())]
+    files = [inspect.unwrap(function).__code__.co_filename for function in functions
+             if isinstance(function, types.FunctionType)]
+    for file in files:
+        if is_cell(file):
+            return file
+    has_file = getattr(sys.modules[module], '__file__', None) is not None
+    if not isinstance(obj, type) or (has_file and module not in _MAIN_NAMES):
+        return ''
+    start = re.compile(r'^class %s\b' % re.escape(name), re.M)
+    return next((file for file in reversed(list(linecache.cache))
+                 if is_cell(file) and start.search(''.join(linecache.getlines(file)))), '')
 
 
 _OF_EVERY_MODULE = frozenset(('__builtins__', '__file__', *vars(types.ModuleType(''))))
@@ -5912,6 +6327,7 @@ class NodeRow(NamedTuple):
 
 class Monitor:
     """Who watches a cluster, see `Driver.watch_cluster`. Called by the driver's thread and its openers: must be quick."""
+    page = ''   # the link to where it shows the cluster
 
     def failed(self, job: DispyJob, payload: Any) -> None:
         """A job has ended without a result; `payload` are its arguments, packed."""
@@ -7068,6 +7484,11 @@ class Driver(Loop):
         for recovery in set(self._reclaimed.values()):
             recovery.cancel(job)
 
+    def cancel_some(self, jobs: Sequence[DispyJob]) -> None:
+        """Begin to end these."""
+        for job in jobs:
+            self.cancel(job)
+
     def cancel_waiting(self, comp: str, but_first: bool = False) -> int:
         """End all jobs of a cluster that have not begun; `but_first`: that no CPU is about to take
         (at a scheduler, nobody here knows which these are). Returns of how many this is tried."""
@@ -8087,7 +8508,7 @@ class Driver(Loop):
             if not peer.scheduler:   # it has answered for all that it held: what was on the way has not begun, as with Bye
                 self._act(self.schedule.handle(NodeReady(peer.key, message.comp, 0, []), self.now))
             self._act(self.schedule.handle(NodeLeft(peer.key, message.comp, str(peer), message.text), self.now))
-        text = message.text
+        text = source_here.added_to(message.text)
         if message.code == 'busy':
             text += who_holds(text, peer.place)
         self._refusal(peer, message.comp, text, 'process' if was_ready and message.code == 'setup' else message.code)
@@ -8984,6 +9405,8 @@ class JobCluster(OldCluster):
         self._monitors: Tuple[Monitor, ...] = ()             # replaced as a whole
         self._started = time.time()
         self._directory = os.getcwd()                        # files that jobs send come below it
+        self._failures = Failures(self._directory, self._cargo.paths,
+                                  self._job_status is None and cluster_status is None)
         path = path_option('recover_file', None if recover_file is False else recover_file) or (
             '_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
         self._recovers = bool(path)                          # another process may carry on
@@ -9224,13 +9647,14 @@ class JobCluster(OldCluster):
         self._look_at_modules()
         return ValueRef(value, [('the value', value)])
 
-    def map(self, *iterables: Any, in_flight: Optional[int] = None) -> Iterator[Any]:
+    def map(self, *iterables: Any, in_flight: Optional[int] = None, progress: bool = False) -> Iterator[Any]:
         """Yield the results of computing over the inputs, in their order, like the builtin `map`. Inputs are taken as
         results are: at most `in_flight` jobs (default: 1000) are under way, so a generator may be endless. For a job
         that failed its exception is raised (JobFailed if there is none); leaving the loop cancels the rest. Raises
-        ValueError for an `in_flight` below 1."""
+        ValueError for an `in_flight` below 1. `progress` as in `wait`, of results that have been taken."""
         most = _in_range('in_flight', in_flight, 1000, 1, 1 << 31, True)
-        return self._map(zip(*iterables), most)
+        results = self._map(zip(*iterables), most)
+        return in_sight(results, shortest(iterables)) if progress else results
 
     def _map(self, inputs: Iterator[tuple], most: int) -> Iterator[Any]:
         jobs: Deque[DispyJob] = collections.deque()
@@ -9260,14 +9684,7 @@ class JobCluster(OldCluster):
             if not isinstance(job, DispyJob):
                 raise TypeError('as_completed: %.80r is no job' % (job,))
         ended = self._as_completed(jobs, timeout)
-        return self._with_progress(ended, len(set(jobs))) if progress else ended
-
-    @staticmethod
-    def _with_progress(ended: Iterator[DispyJob], total: int) -> Iterator[DispyJob]:
-        with Progress() as shown:
-            for done, job in enumerate(ended, 1):
-                shown.show(done, total)
-                yield job
+        return in_sight(ended, len(set(jobs))) if progress else ended
 
     def gather(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None) -> List[Any]:
         """Wait for jobs, any iterable of them, and return their results in this order. Raises what
@@ -9303,6 +9720,23 @@ class JobCluster(OldCluster):
         self._driver.ask(lambda: self._driver.cancel(job))
         return 0
 
+    def jobs(self) -> JobList:
+        """The jobs that have not ended, in the order of submission: a list, which a notebook shows as
+        a table. Any thread."""
+        with self._lock:
+            owed = list(self._owed)
+        jobs = [job for job in owed if job.status not in ENDED]
+        return JobList(sorted(jobs, key=lambda job: (job.submit_time, job._serial >> 16)))
+
+    def cancel_all(self) -> int:
+        """End all jobs that have not ended, those that wait at once, those that run as `cancel` does.
+        The cluster takes others afterwards. Returns how many they were. Any thread."""
+        jobs = self.jobs()
+        jobs.reverse()   # none begins instead of one that was cancelled before it
+        for at in range(0, len(jobs), CANCELS_MOST):
+            self._driver.ask(functools.partial(self._driver.cancel_some, jobs[at:at + CANCELS_MOST]))
+        return len(jobs)
+
     def cancel_waiting(self) -> None:
         """End all jobs that have not begun, those that wait on nodes included. Any thread."""
         self._cancel_waiting(False)
@@ -9333,7 +9767,7 @@ class JobCluster(OldCluster):
 
     def wait(self, timeout: Optional[float] = None, progress: bool = False) -> bool:
         """Wait until every job has ended and its callback has returned, at most `timeout` seconds; whether they have.
-        `progress` shows how many on stderr if that is a terminal (with tqdm if that is installed). Any thread; in a
+        `progress` shows how many on stderr if that is a terminal, and in a notebook (with tqdm if that is installed). Any thread; in a
         callback, the job it was called for is not waited for."""
         timeout = _seconds('timeout', timeout)
         if not progress:
@@ -9512,6 +9946,7 @@ class JobCluster(OldCluster):
         if hasattr(wall_time, 'write'):
             wall_time, file = None, wall_time
         wall_time = number_in(wall_time)
+        self._tell_failures()
         status, line = self.status(), '%-32s %5s %8s %10s %12s  %s'
         out = [line % ('Node', 'CPUs', 'Jobs', 's / Job', 'Job time s', 'State'), '-' * 84]
         for node in status.all_nodes:
@@ -9527,6 +9962,12 @@ class JobCluster(OldCluster):
         print('\n'.join(out), file=file)
 
     stats = print_status
+
+    def _tell_failures(self) -> None:
+        """Jobs have failed, and the program has not looked at any reason: that is said once."""
+        text = self._failures.take(self._count)
+        if text:
+            logger.warning('%s: %s', self.name, text)
 
     # -- end ----------------------------------------------------------------------------------------------
 
@@ -9551,6 +9992,7 @@ class JobCluster(OldCluster):
             self._closed = True
         _clusters.discard(self)
         self._leave(shutdown)
+        self._tell_failures()
         return True
 
     def _leave(self, shutdown: bool = False) -> None:
@@ -9606,8 +10048,38 @@ class JobCluster(OldCluster):
         """Waits for the jobs; leaving by an exception cancels them."""
         self.close(terminate=kind is not None)
 
+    def _counted(self) -> Counts:
+        """Its jobs by state. Any thread."""
+        with self._lock:
+            owed = list(self._owed)
+            done, ends, submitted = self._finished, dict(self._unfinished), self._count
+        failed = sum(ends.get(int(state), 0) for state in (*FAILED, JobState.FINISHED))   # programs
+        cancelled = ends.get(DispyJob.Cancelled, 0)
+        waiting = sum(job.status == DispyJob.Created for job in owed)
+        running = max(0, submitted - done - failed - cancelled - waiting)
+        return Counts(done, failed, cancelled, running, waiting)
+
+    def _nodes_in_words(self) -> str:
+        """Its nodes, as far as that can be told at once."""
+        if self._closed or threading.current_thread() is self._driver._thread:
+            return 'closed' if self._closed else 'open'
+        try:
+            return nodes_text(self.status().nodes)
+        except RuntimeError:   # it has been closed meanwhile, or the driver has failed
+            return 'closed'
+        except concurrent.futures.TimeoutError:   # the driver does not answer
+            return 'open'
+
     def __repr__(self) -> str:
-        return '<JobCluster %s %s, %d pending>' % (self.name, 'closed' if self._closed else 'open', self._pending)
+        return '<%s %s: %s; %s>' % (type(self).__name__, self.name, self._nodes_in_words(), self._counted())
+
+    def _repr_html_(self) -> str:
+        """For notebooks: state, progress, counts, nodes, and a link to the web page if there is one."""
+        nodes = self.status().nodes
+        state = 'closed' if self._closed else nodes_text(nodes)
+        page = next((monitor.page for monitor in self._monitors if monitor.page), '')
+        return html_of_cluster('%s %s' % (type(self).__name__, self.name), state, self._counted(), nodes,
+                               '' if self._closed else page)
 
     # -- called by the driver and its helpers ---------------------------------------------------------------
 
@@ -9647,7 +10119,7 @@ class JobCluster(OldCluster):
                 job.ip_addr = peer.ip_addr
                 if self._cluster_status is not None:
                     self._driver.post(Told(self, DispyJob.Running, peer, job))
-            fill_in(job, row, self._cargo.is_program)
+            fill_in(job, row, self._cargo.is_program, self._failures, peer.name)
             if job.status == 11 and not (self._cargo.is_program and job.result):
                 finished += 1
             else:
@@ -9714,7 +10186,7 @@ class JobCluster(OldCluster):
         """A job that ended without a result. The driver's thread."""
         payload = job._payload
         with self._lock:   # beside a provisional result
-            end_without(job, text)
+            end_without(job, text, self._failures)
         self._note(job, payload)
         self._ended([job])
 
@@ -9761,7 +10233,9 @@ class JobCluster(OldCluster):
         for job in self._jobs_owed() + recovering:
             if job.status not in ENDED:
                 job._state = JobState.ABANDONED
-                job.exception, job.end_time, job.status = text, time.time(), DispyJob.Abandoned
+                job.exception, job.end_time = text, time.time()
+                self._failures.add(job)
+                job.status = DispyJob.Abandoned
                 self._note(job, job._payload)
                 self._ended([job])
 
@@ -9897,6 +10371,11 @@ class SharedJobCluster(JobCluster):
                 counts[row.key] += 1
         return counts
 
+    def _nodes_in_words(self) -> str:
+        """The scheduler is not asked: that may take as long as it likes."""
+        host, port = self._scheduler[:2]
+        return 'closed' if self._closed else 'scheduler %s' % place(host, port)
+
     # -- told by the scheduler --------------------------------------------------------------------------------
 
     def _moved(self, job: DispyJob, node: tuple) -> None:
@@ -9986,39 +10465,87 @@ class Survey:
 
 
 class Progress:
-    """How many jobs have ended, on stderr: tqdm's bar if it is installed, otherwise a line a second, rewritten; nothing
-    if stderr is no terminal."""
+    """How many jobs have ended, on stderr: tqdm's bar if it is installed, otherwise a line a second, rewritten. In a
+    notebook, tqdm shows a bar of its own there. Nothing is shown if stderr is neither that nor a terminal."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._started, self._next = clock, clock(), 0.0
         self._bar: Any = None
-        self._quiet = not sys.stderr.isatty()
+        self._begun = False
+        self._in_notebook = in_notebook()
+        self._quiet = not self._in_notebook and (sys.stderr is None or not sys.stderr.isatty())
 
     def __enter__(self) -> 'Progress':
-        if not self._quiet:
-            with contextlib.suppress(ImportError):   # tqdm is not asked for, only used
-                import tqdm
-                self._bar = tqdm.tqdm(unit='job', file=sys.stderr)
         return self
 
-    def show(self, done: int, total: int) -> None:
-        """Bring the display up to date."""
+    def _make_bar(self, total: Optional[int]) -> Any:
+        """A bar of tqdm; None if it is not installed."""
+        with contextlib.suppress(ImportError):   # it is not asked for, only used
+            if not self._in_notebook:
+                import tqdm
+                return tqdm.tqdm(total=total, unit='job', file=sys.stderr)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')   # without ipywidgets it warns, and shows text
+                import tqdm.auto
+                return tqdm.auto.tqdm(total=total, unit='job')
+        return None
+
+    def show(self, done: int, total: Optional[int]) -> None:
+        """Bring the display up to date; None: it is not known how many there are."""
         if self._quiet:
             return
+        if not self._begun:
+            self._begun = True
+            self._bar = self._make_bar(total)
         if self._bar is not None:
-            self._bar.total = total
+            if self._bar.total != total:
+                self._set_total(total)
             self._bar.update(done - self._bar.n)
         elif self._clock() >= self._next or done == total:
             self._next = self._clock() + PROGRESS_EVERY
-            rate = done / max(1e-9, self._clock() - self._started)
-            left = ', about %.0f s left' % ((total - done) / rate) if done and done < total else ''
-            print('\r%d of %d jobs, %.1f a second%s   ' % (done, total, rate, left), end='', file=sys.stderr, flush=True)
+            print('\r%s   ' % self._line(done, total), end='', file=sys.stderr, flush=True)
+
+    def _set_total(self, total: Optional[int]) -> None:
+        """The bar of a notebook has a widget that must know."""
+        if self._in_notebook:
+            done = self._bar.n
+            self._bar.reset(total)
+            self._bar.update(done)
+        else:
+            self._bar.total = total
+
+    def _line(self, done: int, total: Optional[int]) -> str:
+        rate = done / max(1e-9, self._clock() - self._started)
+        if total is None:
+            return '%d jobs, %.1f a second' % (done, rate)
+        left = ', about %.0f s left' % ((total - done) / rate) if done and done < total else ''
+        return '%d of %d jobs, %.1f a second%s' % (done, total, rate, left)
 
     def __exit__(self, *exc: Any) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif not self._quiet:
+        elif self._begun:
             print(file=sys.stderr)
+
+
+def in_notebook() -> bool:
+    """Whether what is printed is shown in a notebook: this is a kernel of Jupyter."""
+    shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
+    return shell is not None and hasattr(shell, 'kernel')
+
+
+def shortest(iterables: Sequence[Any]) -> Optional[int]:
+    """How many items `zip` makes of them, None if none of them knows."""
+    hints = [operator.length_hint(iterable, -1) for iterable in iterables]
+    return min((hint for hint in hints if hint >= 0), default=None)
+
+
+def in_sight(results: Any, total: Optional[int]) -> Iterator[Any]:
+    """Results, while it is shown how many of this total have been taken."""
+    with contextlib.closing(results), Progress() as shown:
+        for done, result in enumerate(results, 1):
+            shown.show(done, total)
+            yield result
 
 
 _calling = threading.local()  # .cluster: whose callback this thread is in
@@ -10374,11 +10901,14 @@ class DispyExecutor(concurrent.futures.Executor):
         return future
 
     def map(self, fn: Callable[..., Any], *iterables: Any, timeout: Optional[float] = None,
-            chunksize: int = 1, buffersize: Optional[int] = None) -> Iterator[Any]:
+            chunksize: int = 1, buffersize: Optional[int] = None, progress: bool = False) -> Iterator[Any]:
         """As in concurrent.futures: results come in order, `chunksize` inputs a job. All inputs are
         taken at once; with `buffersize`, so many jobs are under way at most, and others are taken
         as results are. Raises TimeoutError when the next result is not there `timeout` seconds
-        after the call, and what a call raised."""
+        after the call, and what a call raised. `progress` as in JobCluster.map."""
+        if progress:
+            results = self.map(fn, *iterables, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
+            return in_sight(results, shortest(iterables))
         if chunksize < 1:
             raise ValueError('chunksize=%r must be at least 1' % (chunksize,))
         if buffersize is not None:

@@ -251,7 +251,7 @@ class Watched(Monitor):
         if job.status != DispyJob.Cancelled:
             size = size_of(payload) if payload is not None else 0
             self.failures.append((job.end_time or time.time(), job.id, payload if size <= ARGUMENTS_MOST else size, job.status, job.ip_addr or '',
-                                  (job.exception or 'exit status %s' % (job.result,))[-FAILURE_TEXT:]))
+                                  (job._exception or 'exit status %s' % (job.result,))[-FAILURE_TEXT:]))
 
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
         tails = self.output.setdefault(job, [b'', b''])
@@ -413,6 +413,7 @@ class ClusterSource:
     nothing = 'No cluster is shown: the program has none, or has taken it away (del_cluster).'
     manages, shared = True, False
     shows_arguments = True
+    page = ''   # the link to the page that shows them
 
     def __init__(self) -> None:
         self._lock = threading.Lock()      # guards the two below; user threads, requests, snapshot thread
@@ -429,10 +430,18 @@ class ClusterSource:
                 return
             self._count += 1
             watched = (WatchedShared if isinstance(cluster, SharedJobCluster) else Watched)(self._count, cluster)
+            watched.page = self.page
             cluster._driver.ask(watched.attach)
             self._watched.append(watched)
             if cluster._driver not in self._drivers:
                 self._drivers.append(cluster._driver)
+
+    def publish(self, page: str) -> None:
+        """The clusters may name this link as that of their page."""
+        with self._lock:
+            self.page = page
+            for watched in self._watched:
+                watched.page = page
 
     def remove(self, cluster: Any) -> None:
         """Watch it no more. Nothing happens if it was not watched."""
@@ -1503,6 +1512,7 @@ class DispyHTTPServer:
         except BaseException:
             source.close()
             raise
+        source.publish(self.url)
 
     def _start(self, source: Any, host: str, port: int, poll_sec: float, keyfile: Optional[str], certfile: Optional[str]) -> None:
         if not isinstance(host, str):

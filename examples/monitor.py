@@ -28,6 +28,6 @@ with dispy.JobCluster(simulate, nodes=sys.argv[2:] or 'local') as cluster:
     server = dispy_httpd.DispyHTTPServer(cluster, port=0)      # port 0: any that is free
     jobs = [cluster.submit(seed, steps=random.randint(5, 30)) for seed in range(count)]
     cluster.wait()
+    failed = [job for job in jobs if job.exception]
     server.shutdown()
-failed = [job for job in jobs if job.status != dispy.DispyJob.Finished]
 print('%d jobs, %d of them failed: %s' % (len(jobs), len(failed), failed[0].exception.splitlines()[-1] if failed else 'none'))
