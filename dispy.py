@@ -7126,7 +7126,9 @@ class Unused:
     cell is run again. The driver's thread.
 
     The driver refers to each of its clusters, so that none ends by itself; it counts whether it is
-    the only one. A cluster that has jobs, or one to which its own callback refers, is in use.
+    the only one. A cluster that has jobs, or one to which its own callback refers, is in use. When
+    there is a later cluster of the same function, then that a notebook or prompt has shown the
+    cluster (`Out[3]`, `_`) is no use of it.
     """
     EVERY = 2.0   # s
 
@@ -7144,7 +7146,11 @@ class Unused:
         for comp in list(clusters):
             if comp in self._found or not self._is_idle(clusters[comp]):
                 continue
-            if self._references(clusters, comp) <= alone:
+            shown = references_of_history(clusters[comp]) if self._is_replaced(clusters, comp) else 0
+            unused = self._references(clusters, comp) <= alone + shown
+            if unused and shown:   # it may have been shown anew meanwhile
+                unused = shown == references_of_history(clusters[comp])
+            if unused:
                 self._found.add(comp)
                 self._close(clusters[comp])
         return self._at if clusters else math.inf
@@ -7159,6 +7165,14 @@ class Unused:
     def _is_idle(cluster: Any) -> bool:
         return isinstance(cluster, JobCluster) and not cluster._pending and not cluster._closed \
             and cluster._recovery is None
+
+    @staticmethod
+    def _is_replaced(clusters: Dict[str, Any], comp: str) -> bool:
+        """Whether a cluster of the same function was made later."""
+        function, started = clusters[comp]._function, clusters[comp]._started
+        return function is not None and any(
+            isinstance(other, JobCluster) and other._function == function and other._started > started
+            for other in clusters.values())
 
     @staticmethod
     def _references(values: Dict[str, Any], key: str) -> int:
@@ -10532,6 +10546,22 @@ def in_notebook() -> bool:
     """Whether what is printed is shown in a notebook: this is a kernel of Jupyter."""
     shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
     return shell is not None and hasattr(shell, 'kernel')
+
+
+_OF_HISTORY = re.compile(r'_+|_\d+')
+
+
+def references_of_history(value: Any) -> int:
+    """How many references to a value there are because a notebook or prompt has shown it. Any
+    thread."""
+    spaces: List[Any] = [vars(builtins)]   # `_` of Python's own prompt
+    shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
+    if shell is not None:
+        user = getattr(shell, 'user_ns', {})
+        spaces += [user, user.get('_oh', {}), getattr(shell, 'user_ns_hidden', {}),
+                   vars(getattr(shell, 'displayhook', shell))]
+    return sum(one is value and (isinstance(name, int) or _OF_HISTORY.fullmatch(name) is not None)
+               for space in spaces for name, one in list(space.items()))
 
 
 def shortest(iterables: Sequence[Any]) -> Optional[int]:

@@ -381,6 +381,17 @@ def test_how_many_results_there_will_be():
     assert FAILED == {JobState.TERMINATED, JobState.ABANDONED}
 
 
+def test_what_a_prompt_has_shown_is_told_from_what_a_program_keeps(monkeypatch):
+    shown, kept = object(), object()
+    user = {'_': shown, '__': shown, '_3': shown, 'name': shown, '_own': shown, '_oh': {3: shown}}
+    shell = types.SimpleNamespace(user_ns=user, user_ns_hidden={'_3': shown}, displayhook=types.SimpleNamespace(_=shown))
+    monkeypatch.setitem(sys.modules, 'IPython', types.SimpleNamespace(get_ipython=lambda: shell))
+    assert dispy.references_of_history(shown) == 6 and dispy.references_of_history(kept) == 0
+    monkeypatch.delitem(sys.modules, 'IPython')
+    monkeypatch.setattr('builtins._', shown, raising=False)
+    assert dispy.references_of_history(shown) == 1
+
+
 # -- a notebook --------------------------------------------------------------------------------------------------------------------
 
 CELLS = ['''
@@ -437,6 +448,21 @@ sleepers.jobs()
 sleepers.cancel_all(), sleepers.wait(30), sleepers
 ''', '''
 sleepers.close(), cluster.close()
+''', '''
+first = again = dispy.JobCluster(compute, nodes=[node])
+first
+''', '''
+first
+''', '''
+again = dispy.JobCluster(compute, nodes=[node])   # the cell is run again
+del first
+''', '''
+until = time.monotonic() + 30
+while len(dispy._clusters) > 1 and time.monotonic() < until:
+    time.sleep(0.1)
+[one is again for one in dispy._clusters]
+''', '''
+again.close()
 ''']
 
 
@@ -483,4 +509,5 @@ def test_a_notebook(tmp_path, monkeypatch, version):
     assert output(10, 'text/plain').startswith('<3 jobs: ') and '<table>' in output(10, 'text/html')
     assert output(11, 'text/plain').startswith('(3, True, <JobCluster sleep: ') and '3 cancelled' in output(11, 'text/plain')
     assert output(12, 'text/plain') == '(True, True)'
+    assert output(16, 'text/plain') == '[True]' and output(17, 'text/plain') == 'True'   # though Out has the first one
     assert 'has not looked' not in str(outputs)
