@@ -116,7 +116,7 @@ from dispynode import (
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
     OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
     Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine,
-    module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once)
+    module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover', 'recoverable', 'Recoverable',
@@ -5206,7 +5206,9 @@ class NodeAllocate:
 
     def __init__(self, host: str, port: Optional[int] = None, cpus: int = 0, depends: Sequence[Any] = (),
                  setup_args: Sequence[Any] = ()) -> None:
-        self.host, self.depends, self.setup_args = host, depends, setup_args
+        self.host, self.setup_args = host, setup_args
+        # A list of its own, to which `allocate` may add. What is no list is refused later.
+        self.depends = list(depends) if isinstance(depends, (list, tuple, set)) else depends
         self.port = number_in(port, True) if isinstance(port, str) and number_in(port, True) else port
         self.cpus = number_in(cpus, True) if isinstance(cpus, str) and number_in(cpus, True) is not None else cpus
 
@@ -5396,7 +5398,8 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
     if host == LOCAL:
         raise ValueError('nodes: %r stands alone, not in a list: this machine is %r there, if a dispynode runs here' % (LOCAL, '127.0.0.1'))
     if '*' in host and discovery_reach() == 'off' and not elsewhere:
-        raise ValueError("nodes: %r: wildcards need discovery, which the environment's DISPY_DISCOVERY forbids; name the hosts" % host)
+        raise ValueError("nodes: %r: wildcards need discovery, which the environment's DISPY_DISCOVERY forbids; name the hosts, or "
+                         "let nodes connect by themselves (host=, and dispynode --scheduler-host there)" % host)
     number = number_in(port if its_port is None else its_port, True)
     if number is None or not 1 <= number <= 65535:
         raise ValueError('nodes: port %.40r of %s is not a whole number between 1 and 65535' % (its_port, host))
@@ -7966,7 +7969,8 @@ class Driver(Loop):
         lines = ['%s: %s%s' % (peer, state, ': ' + reason.strip().splitlines()[-1] if reason else '')
                  for peer, state, reason, _, _ in self.nodes_of(comp)]
         cluster = self._clusters[comp]
-        for port in sorted({spec.port for spec in cluster._specs if spec.wild}):
+        asked_for = {spec.port for spec in cluster._specs if spec.wild} if self._reach != 'off' else ()
+        for port in sorted(asked_for):
             lines.append('all that answer at UDP port %d %s' % (port, 'of this machine' if self._reach == 'loopback' else 'of the local network')
                          if any(asked == port for asked, _ in self._ears) else 'those of the scheduler, whose nodes are all named (-n)')
         if cluster._host is not None:
@@ -9352,7 +9356,7 @@ class JobCluster(OldCluster):
         reach = discovery_reach()
         nodes = None if any_node(nodes) else nodes
         self._specs = [NodeSpec('*', self._port)] if nodes is None and reach != 'off' else [] if nodes is None or nodes == LOCAL \
-            else parse_nodes(nodes, self._port, self._remote)
+            else parse_nodes(nodes, self._port, self._remote or (ip_addr if host is None else host) is not None)
         if not self._specs and not self._remote:
             check_fork()
             own_python()
@@ -9888,7 +9892,7 @@ class JobCluster(OldCluster):
     def discover_nodes(self, nodes: Any) -> int:
         """Look for more nodes now, given as in the constructor; '*' asks the whole network. Returns 0. Raises TypeError or
         ValueError for what is no node. Any thread."""
-        self._command('allocate', parse_nodes(nodes, self._port))
+        self._command('allocate', parse_nodes(nodes, self._port, self._host is not None))
         return 0
 
     def allocate_node(self, node: Any) -> int:
@@ -11573,7 +11577,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--cancel-lost', action='store_true', help='instead of running a program end what programs of '
         'yours that were killed or ended by an exception have left on nodes; the exit status is the '
         'number of those of which something may be left')
-    add('-n', '--nodes', action='append', metavar='HOST[:PORT]', help="a node; may be repeated; 'local': this machine "
+    add('-n', '--node', '--nodes', action=Each, default=[], dest='nodes', metavar='HOST[:PORT]',
+        help="a node, or several in quotes; may be repeated; 'local': this machine "
         '(default: a dispynode on this machine, or one started for this run)')
     add('--scheduler-host', '--scheduler-node', metavar='HOST[:PORT]', help='the jobs go to this dispyscheduler; -n then says which of its nodes they may use')
     add('--host', '--ip-addr', metavar='ADDR', help='also wait at this address for nodes that connect by themselves')

@@ -95,7 +95,7 @@ from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optio
 import dispy
 from dispy import SHORT, Access, DispyJob, Driver, JobCluster, Monitor, NodeSpec, SharedJobCluster, words_of
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, Query, SecretError, __version__, find_secret, host_and_port, _no_password,
-    _write_private, size_of, tls_files, split_needs)
+    _write_private, size_of, tls_files, split_needs, Each, HANDSHAKE_TIME)
 
 __all__ = ['DispyHTTPServer']
 
@@ -730,6 +730,17 @@ class SchedulerLink(dispy.Survey):
         self._specs, self._port, self._comp = [NodeSpec(host, port, scheduler=True)], port, uuid.uuid4().hex
         self._driver = Driver.acquire(access)
         self._driver.ask(lambda: self._driver.open(self, False))  # type: ignore[arg-type]
+
+    def why_not(self) -> str:
+        """Why the scheduler cannot be asked, when that is known; empty when it can."""
+        until = time.monotonic() + HANDSHAKE_TIME
+        while True:
+            peer, = self._driver.ask(lambda: self._driver.peers_of(self._comp))
+            if peer.link is not None and peer.name:
+                return ''
+            if peer.failures or time.monotonic() >= until:
+                return str(peer.reason).strip() or 'it does not answer'
+            time.sleep(0.02)
 
     def ask(self, *question: Any) -> Any:
         """What `Overview.answer` of the scheduler returns. Raises what it raises, RuntimeError if it is not connected. Any thread."""
@@ -1609,9 +1620,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='dispy-httpd', description='Show a dispyscheduler in a browser, or nodes, whoever uses them: these are not taken '
                                      'from their client. The link to open is printed; Ctrl-C ends it.')
     add = parser.add_argument
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument('--nodes', nargs='+', metavar='HOST[:PORT]', help='nodes to watch; HOST may have * for any characters')
-    which.add_argument('--scheduler', metavar='HOST[:PORT]', help='a dispyscheduler to watch')
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument('-n', '--node', '--nodes', action=Each, nargs='+', default=[], dest='nodes', metavar='HOST[:PORT]',
+                       help='nodes to watch; may be repeated; HOST may have * for any characters (default: the dispyscheduler '
+                       'of this machine, or, if there is none, all nodes that answer)')
+    which.add_argument('--scheduler', '--scheduler-host', metavar='HOST[:PORT]', help='a dispyscheduler to watch')
     add('-i', '--host', default='127.0.0.1', metavar='ADDR', help='address to listen at (default: %(default)s); with another give --certfile too')
     add('-p', '--port', type=int, default=HTTPD_PORT, metavar='N', help='port to listen at (default: %(default)s; 0: any that is free)')
     add('--poll-sec', type=float, default=0.5, metavar='S', help='seconds between two updates of a page (default: %(default)s, at least 0.25)')
@@ -1627,12 +1640,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _source_of(args: argparse.Namespace) -> Any:
     secret = find_secret(None, args.secret_file)
-    if args.scheduler is None:
-        return NodesSource(NodeSurvey([host_and_port(text, NODE_PORT) for text in args.nodes], secret=secret, certfile=args.node_certfile,
-                                      keyfile=args.node_keyfile))
-    host, port = host_and_port(args.scheduler, SCHEDULER_PORT)
-    files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
-    link = SchedulerLink(host, port, Access(secret, *files, PULSE, dispy.REDIAL_MOST))
+    nodes: Any = [host_and_port(text, NODE_PORT) for text in args.nodes]
+    host, port = host_and_port(args.scheduler or '127.0.0.1', SCHEDULER_PORT)
+    if not nodes:
+        files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
+        link = SchedulerLink(host, port, Access(secret, *files, PULSE, dispy.REDIAL_MOST))
+        if args.scheduler is None:
+            why = link.why_not()
+            print('dispy-httpd: %s' % (('no dispyscheduler at %s can be shown (%s): the nodes that answer are shown' if why else
+                                        'the dispyscheduler at %s is shown%s') % (dispy.place(host, port), why)), file=sys.stderr)
+            if why:
+                link.close()
+                nodes = '*'
+    if nodes:
+        return NodesSource(NodeSurvey(nodes, secret=secret, certfile=args.node_certfile, keyfile=args.node_keyfile))
     return SchedulerSource(link.ask, 'all programs of the dispyscheduler at %s' % dispy.place(host, port), link.close)
 
 

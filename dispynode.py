@@ -11412,7 +11412,9 @@ class Each(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
         before = getattr(namespace, self.dest)
-        words = values.split() or [values]   # `-i "$(hostname -I)"` gives all addresses in one argument
+        given = [values] if isinstance(values, str) else values
+        # `-i "$(hostname -I)"` gives all addresses in one argument
+        words = [word for text in given for word in text.split() or [text]]
         setattr(namespace, self.dest, words if before is self.default else before + words)
 
 

@@ -2480,7 +2480,7 @@ def _parser() -> argparse.ArgumentParser:
     add('-i', '--host', '--ip-addr', action=Each, metavar='ADDR', help='address to listen at; may be repeated (default: all)')
     add('-p', '--port', '--scheduler-port', type=int, default=SCHEDULER_PORT, metavar='N', help='TCP port for programs and nodes; 0: any (default: %(default)s)')
     add('--ext-host', '--ext-ip-addr', action=Each, metavar='ADDR', help='accepted for old scripts; nothing needs to be told of it')
-    add('-n', '--node', '--nodes', action=Each, default=[], metavar='HOST[:PORT]', help='a node; may be repeated (default: all that answer on the local network)')
+    add('-n', '--node', '--nodes', action=Each, nargs='+', default=[], metavar='HOST[:PORT]', help='nodes; may be repeated (default: all that answer on the local network)')
     add('--node-port', type=int, default=NODE_PORT, metavar='N', help='port of nodes for which none is given (default: %(default)s)')
     add('--node-secret', metavar='SECRET', help='secret of nodes, if it is another; it can be seen in the list of processes, so better:')
     add('--node-secret-file', metavar='FILE', help='file with the secret of nodes')

@@ -830,8 +830,8 @@ def test_a_scheduler_is_asked_in_pages(monkeypatch):
 
 
 @pytest.mark.parametrize('options, code, text', [
-    (['--scheduler', 'a b', '-p', '0'], 1, "'a b' is not HOST"), ([], 2, 'one of the arguments --nodes --scheduler is required'),
-    (['--nodes', 'a b', '-p', '0'], 1, "'a b' is not HOST"), (['--nodes', 'x', '-p', '70000'], 1, 'port=70000'),
+    (['--scheduler', 'a b', '-p', '0'], 1, "'a b' is not HOST"), (['--scheduler', 'x', '-n', 'y'], 2, 'not allowed with argument'),
+    (['--nodes', 'a:x', '-p', '0'], 1, "'a:x' is not HOST"), (['--nodes', 'x', '-p', '70000'], 1, 'port=70000'),
     (['--nodes', 'x', '--secret-file', '/no/such'], 1, '/no/such')])
 def test_a_command_line_that_does_not_work(options, code, text):
     done = subprocess.run([sys.executable, os.path.join(ROOT, 'dispy_httpd.py'), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)

@@ -5,6 +5,7 @@ import json
 import linecache
 import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,9 +16,10 @@ import pytest
 
 import dispy
 import dispy_httpd
+import dispyscheduler
 from conftest import eventually
 from dispy import Counts, DispyJob, DispyNode, FAILED, JobState
-from nodes import NodeProcess
+from nodes import NodeProcess, SchedulerProcess
 
 # -- why a job failed: pure ----------------------------------------------------------------------------------------------------
 
@@ -511,3 +513,62 @@ def test_a_notebook(tmp_path, monkeypatch, version):
     assert output(12, 'text/plain') == '(True, True)'
     assert output(16, 'text/plain') == '[True]' and output(17, 'text/plain') == 'True'   # though Out has the first one
     assert 'has not looked' not in str(outputs)
+
+
+# -- small things that were in the way ------------------------------------------------------------------------------------------
+
+def a_free_port():
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        return sock.getsockname()[1]
+
+
+def test_the_monitor_alone_shows_the_scheduler_of_this_machine_or_the_nodes(tmp_path, monkeypatch, capsys):
+    parser = dispy_httpd._parser()
+    with SchedulerProcess(tmp_path / 'scheduler') as scheduler:
+        monkeypatch.setattr(dispy_httpd, 'SCHEDULER_PORT', scheduler.port)
+        source = dispy_httpd._source_of(parser.parse_args([]))
+        try:
+            assert isinstance(source, dispy_httpd.SchedulerSource)
+            assert 'the dispyscheduler at 127.0.0.1:%d is shown' % scheduler.port in capsys.readouterr().err
+        finally:
+            source.close()
+    source = dispy_httpd._source_of(parser.parse_args([]))   # it has ended
+    try:
+        assert isinstance(source, dispy_httpd.NodesSource)
+        assert 'the nodes that answer are shown' in capsys.readouterr().err
+    finally:
+        source.close()
+
+
+def test_nodes_are_named_by_the_same_option_in_all_commands():
+    for parser, option in ((dispy._parser(), 'nodes'), (dispy_httpd._parser(), 'nodes'), (dispyscheduler._parser(), 'node')):
+        for words in (['-n', 'a', '--node', 'b:5', '--nodes', 'c'], ['-n', 'a b:5 c']):
+            assert getattr(parser.parse_args(words), option) == ['a', 'b:5', 'c'], parser.prog
+        assert getattr(parser.parse_args([]), option) == []
+    for parser in (dispy_httpd._parser(), dispyscheduler._parser()):   # they have no PROGRAM that might be meant
+        assert parser.parse_args(['-n', 'a', 'b:5', '-n', 'c']) == parser.parse_args(['--nodes', 'a b:5 c'])
+    args = dispy._parser().parse_args(['-n', 'a', 'program'])
+    assert (args.nodes, args.program) == (['a'], 'program')
+
+
+def test_an_allocator_has_a_list_of_files_of_its_own():
+    files = ['a.txt']
+    first, second = dispy.NodeAllocate('a', depends=files), dispy.NodeAllocate('b')
+    first.depends.append('b.txt')
+    second.depends.append('c.txt')
+    assert files == ['a.txt'] and first.depends == ['a.txt', 'b.txt'] and dispy.NodeAllocate('c').depends == []
+
+
+def test_nodes_that_connect_by_themselves_are_used_without_discovery(tmp_path, monkeypatch):
+    monkeypatch.setenv('DISPY_DISCOVERY', 'off')
+    with pytest.raises(ValueError, match='DISPY_DISCOVERY.*host='):
+        dispy.JobCluster(work, nodes='*')
+    port = a_free_port()
+    with dispy.JobCluster(work, nodes='*', host=('127.0.0.1', port)) as cluster:
+        with pytest.raises(dispy.NoNodes) as caught:
+            cluster.wait_nodes(1, 0.1)
+        assert 'waited for nodes to connect to 127.0.0.1:%d' % port in str(caught.value) and 'UDP' not in str(caught.value)
+        with NodeProcess(tmp_path / 'node', '--scheduler-host', '127.0.0.1:%d' % port):
+            assert cluster.submit(2)(30) == 2
+            assert cluster.discover_nodes('*') == 0
