@@ -116,7 +116,8 @@ from dispynode import (
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
     OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
     Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine,
-    module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each)
+    module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each,
+    FILES_LEFT)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover', 'recoverable', 'Recoverable',
@@ -8761,20 +8762,13 @@ class Driver(Loop):
         if job._state is JobState.SENT:   # it has begun, and what says so may come later
             self._act(self.schedule.handle(NodeStarted(peer.key, message.comp, [(message.serial, 0.0)]), self.now))
         if message.stream == 0:
-            self._show_log(job, *log_record_of(message.data))
+            cluster._show_record(job, *log_record_of(message.data))
         elif cluster._on_output is not None:
             cluster._shown.setdefault(job, [0, 0])[message.stream - 1] = message.offset + len(message.data)
             self._show_output(cluster, job, message.stream, message.data)
         if message.stream:
             for monitor in cluster._monitors:
                 monitor.printed(job, message.stream, message.offset, bytes(message.data))
-
-    @staticmethod
-    def _show_log(job: DispyJob, level: int, name: str, text: str) -> None:
-        try:
-            logger.log(level, 'job %s: %s: %s', job.id, name, text, extra={'job_id': job.id, 'job_logger': name})
-        except Exception:  # a handler of the user's; the link is not to blame
-            logger.exception('a handler of logging has failed')
 
     def _show_output(self, cluster: 'JobCluster', job: DispyJob, stream: int, data: Any) -> None:
         if len(data) and cluster._on_output is not None:
@@ -9327,6 +9321,7 @@ class JobCluster(OldCluster):
     """
 
     _remote = False   # jobs go to a scheduler
+    _told_of_files = False   # that jobs leave behind; the driver's thread
     _function: Optional[Tuple[str, str]] = None   # of the computation, by name
     _unusable = ''    # why an executor can run nothing any more
 
@@ -9980,6 +9975,20 @@ class JobCluster(OldCluster):
         print('\n'.join(out), file=file)
 
     stats = print_status
+
+    def _show_record(self, job: DispyJob, level: int, name: str, text: str) -> None:
+        """What a job has logged; or that it has left files behind, which is said once. The driver's
+        thread."""
+        try:
+            if name != FILES_LEFT:
+                logger.log(level, 'job %s: %s: %s', job.id, name, text, extra={'job_id': job.id, 'job_logger': name})
+            elif not self._told_of_files:
+                self._told_of_files = True
+                logger.warning('%s: job %r has left a file in its directory: %s. What a program leaves there does not '
+                               'come back, and is removed when the cluster is closed. Call the program in a function, '
+                               'by subprocess, which then calls dispy_send_file(name)', self.name, job.id, text)
+        except Exception:  # a handler of the user's; the link is not to blame
+            logger.exception('a handler of logging has failed')
 
     def _tell_failures(self) -> None:
         """Jobs have failed, and the program has not looked at any reason: that is said once."""

@@ -6917,6 +6917,9 @@ def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: 
     exec(compile(text, file, 'exec', dont_inherit=True), space)
 
 
+FILES_LEFT = 'dispy.files_left'   # in place of the name of a logger: a program has left files behind
+
+
 class Program:
     """A computation that is a program: called with arguments, returns the exit status."""
 
@@ -6925,13 +6928,29 @@ class Program:
         # An interrupt goes to the whole process group and so to the program. Here it is noted and not raised: raised
         # in the moment in which waitpid returns, it would lose the status.
         self.interrupted = False
+        # Told the names of the files that the program leaves in its directory, once; None: no more
+        self.tell: Optional[Callable[[List[str]], None]] = None
 
     def __call__(self, *args: Any) -> int:
         self.interrupted = False
+        before = self._names_here() if self.tell is not None else set()
         status = subprocess.Popen([self.path, *map(str, args)], stdin=subprocess.DEVNULL).wait()
         if self.interrupted and status < 0:
             raise KeyboardInterrupt   # one that ends by itself has returned
+        if self.tell is not None:
+            left = sorted(self._names_here() - before)
+            if left:
+                self.tell(left)
+                self.tell = None
         return status
+
+    @staticmethod
+    def _names_here() -> Set[str]:
+        """Of files in the directory of the job, without those that no program means to leave."""
+        try:
+            return {name for name in os.listdir('.') if not name.startswith(('.', '__'))}
+        except OSError:   # a job has removed the directory
+            return set()
 
 
 def _name_of(path: str, directory: str) -> str:
@@ -7353,6 +7372,8 @@ class Worker:
         """Until the daemon closes the pipe, or this process is not fit for another job."""
         self._send(Kind.HERE)
         self._prepare()
+        if isinstance(self._function, Program) and self._spec['cleanup']:   # else they are to stay
+            self._function.tell = self._tell_left
         fit = True
         while fit:
             if self._recalled:
@@ -7496,6 +7517,14 @@ class Worker:
         except Exception:  # arguments that do not fit the format, and the like: as logging itself does
             self._log_handler.handleError(record)
             return
+        with self._beside_job():
+            self._send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
+
+    def _tell_left(self, names: List[str]) -> None:
+        """A program has left these files behind. It goes the way of log records."""
+        others = ' and %d others' % (len(names) - 1) if len(names) > 1 else ''
+        text = '%r%s on node %s' % (names[0], others, self._spec['names']['dispy_node_name'])
+        data = pickle.dumps((logging.WARNING, FILES_LEFT, shorten(text)), 5)
         with self._beside_job():
             self._send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
 
@@ -10562,7 +10591,7 @@ class Daemon(Loop):
                 'bundles': any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']), 'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
                 'support': {name: bytes(source) for name, source in spec['support'].items()},
                 'max_file': self._options.max_file, 'max_value': VALUE_MOST, 'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
-                'client_shutdown': self._options.client_shutdown,
+                'client_shutdown': self._options.client_shutdown, 'cleanup': spec['cleanup'],
                 'names': {'dispy_node_name': self.node.name, 'dispy_node_ip_addr': address, 'dispy_job_path': run.directory}}
         run.control.push(pack_record(Kind.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
 

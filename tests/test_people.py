@@ -572,3 +572,21 @@ def test_nodes_that_connect_by_themselves_are_used_without_discovery(tmp_path, m
         with NodeProcess(tmp_path / 'node', '--scheduler-host', '127.0.0.1:%d' % port):
             assert cluster.submit(2)(30) == 2
             assert cluster.discover_nodes('*') == 0
+
+
+def test_files_that_a_program_leaves_behind_are_told_once(make_cluster, tmp_path, caplog):
+    program = tmp_path / 'conv'
+    program.write_text('#!/bin/sh\ntest "$1" = 0 || echo $1 > out-$1.txt\ntouch .hidden\necho $1 > conv.input\n')
+    program.chmod(0o755)
+    (tmp_path / 'conv.input').write_text('')
+    told_of = lambda: [text for text in caplog.messages if 'has left a file' in text]   # noqa: E731
+    with make_cluster(str(program), nodes='local', depends=[str(tmp_path / 'conv.input')]) as cluster:
+        assert cluster.submit(0)(30) == 0   # it has left nothing, and changed what was there
+        assert not told_of()
+        assert [cluster.submit(n)(30) for n in range(1, 6)] == [0] * 5
+        text, = eventually(told_of)
+        assert "'out-" in text and 'dispy_send_file' in text and 'by subprocess' in text
+    assert len(told_of()) == 1
+    with make_cluster(str(program), nodes='local', cleanup=False, depends=[str(tmp_path / 'conv.input')]) as cluster:
+        assert cluster.submit(7)(30) == 0   # what shall stay there is not missed
+    assert len(told_of()) == 1
