@@ -1641,7 +1641,7 @@ def _parser() -> argparse.ArgumentParser:
 def _source_of(args: argparse.Namespace) -> Any:
     secret = find_secret(None, args.secret_file)
     nodes: Any = [host_and_port(text, NODE_PORT) for text in args.nodes]
-    host, port = host_and_port(args.scheduler or '127.0.0.1', SCHEDULER_PORT)
+    host, port = host_and_port('127.0.0.1' if args.scheduler is None else args.scheduler, SCHEDULER_PORT)
     if not nodes:
         files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
         link = SchedulerLink(host, port, Access(secret, *files, PULSE, dispy.REDIAL_MOST))
