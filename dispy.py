@@ -787,7 +787,7 @@ def reason_of(text: str) -> str:
 
 
 def kind_of_reason(reason: str) -> str:
-    """What reasons that differ in numbers or arguments have in common: the class of an exception."""
+    """What reasons that differ in numbers have in common: the class of an exception."""
     name, colon, _ = reason.partition(': ')
     if colon and re.fullmatch(r'[\w.]+', name):
         return name
@@ -818,8 +818,8 @@ def hint_for_missing(path: str, directory: str, is_sent: bool) -> str:
     if is_sent:
         return '%r was sent by depends, and is called %r in the directory of the job' % (path, name)
     opened = '' if path == name else ', and open it in the job as %r' % name
-    return '%r is in the directory of the program, %s, but a job runs in a directory of its own, on ' \
-        'the node: send it along by depends=[%r]%s' % (path, directory, path, opened)
+    return '%r is in the directory of the program, %s, but a job runs in a directory of its own, ' \
+        'on the node: send it along by depends=[%r]%s' % (path, directory, path, opened)
 
 
 class Failure:
@@ -851,7 +851,8 @@ class Failures:
     def __init__(self, directory: str, sent: Iterable[str], counts: bool) -> None:
         self._directory, self._sent = directory, sent
         self._counts = counts                  # no callback of the program is told
-        self._rows: Dict[str, List[Any]] = {}  # kind of reason -> [jobs, reason of the first, its id]
+        # Kind of reason -> [jobs, reason of the first, its id]
+        self._rows: Dict[str, List[Any]] = {}
 
     def add(self, job: 'DispyJob', node: str = '') -> None:
         """A job has failed; nobody sees yet that it has ended. Adds to its exception what is known
@@ -899,8 +900,9 @@ def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
     which = 'The reason (job %.80r)' % (number,)
     if failed > 1:
         which = 'The commonest reason (%s; here of job %.80r)' % (many(count, 'job'), number)
-    return '%d of %s failed, and the program has not looked at why. %s: %s. job.exception has the ' \
-        'traceback of a job, and job.get() raises what it raised' % (failed, many(submitted, 'job'), which, reason.rstrip('.'))
+    return '%d of %s failed, and the program has not looked at why. %s: %s. job.exception has ' \
+        'the traceback of a job, and job.get() raises what it raised' % (
+            failed, many(submitted, 'job'), which, reason.rstrip('.'))
 
 
 class SourceHere:
@@ -963,8 +965,8 @@ source_here = SourceHere()
 
 
 def is_cell(file: str) -> bool:
-    """Whether this is no file, but what was typed into a notebook or at a prompt, of which linecache
-    keeps the text."""
+    """Whether this is no file, but what was typed into a notebook or at a prompt, of which
+    linecache keeps the text."""
     entry: Any = linecache.cache.get(file)
     return entry is not None and len(entry) == 4 and entry[1] is None
 
@@ -1015,10 +1017,11 @@ class JobList(List['DispyJob']):
 def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], others: int = 0) -> str:
     """A table of texts, which are escaped; `others`: rows that are left out."""
     def row(cells: Sequence[Any], tag: str) -> str:
-        return '<tr>%s</tr>' % ''.join(
-            '<%s style="text-align:left">%s</%s>' % (tag, html.escape(str(cell)), tag) for cell in cells)
+        form = '<%s style="text-align:left">%%s</%s>' % (tag, tag)
+        return '<tr>%s</tr>' % ''.join(form % html.escape(str(cell)) for cell in cells)
     more = '<tr><td colspan="%d">and %d more</td></tr>' % (len(head), others) if others else ''
-    return '<table>%s%s%s</table>' % (row(head, 'th'), ''.join(row(cells, 'td') for cells in rows), more)
+    body = ''.join(row(cells, 'td') for cells in rows)
+    return '<table>%s%s%s</table>' % (row(head, 'th'), body, more)
 
 
 def html_of_jobs(jobs: Sequence['DispyJob']) -> str:
@@ -1050,7 +1053,8 @@ def html_bar(counts: Counts) -> str:
     colours = {'done': '#2e7d32', 'failed': '#c62828', 'cancelled': '#9e9e9e', 'running': '#1565c0'}
     parts = ['<div title="%s" style="width:%.2f%%;background:%s"></div>' % (
         name, 100.0 * getattr(counts, name) / whole, colour) for name, colour in colours.items()]
-    return '<div style="display:flex;height:10px;max-width:40em;background:#e0e0e0">%s</div>' % ''.join(parts)
+    style = 'display:flex;height:10px;max-width:40em;background:#e0e0e0'
+    return '<div style="%s">%s</div>' % (style, ''.join(parts))
 
 
 def html_of_cluster(title: str, state: str, counts: Counts, nodes: Optional[Sequence['DispyNode']],
@@ -1058,7 +1062,7 @@ def html_of_cluster(title: str, state: str, counts: Counts, nodes: Optional[Sequ
     """State, progress, counts, nodes, and a link to the web page, if there is one."""
     ended = counts.done + counts.failed + counts.cancelled
     lines = ['<b>%s</b>: %s' % (html.escape(title), html.escape(state)), html_bar(counts),
-             '%d of %s: %s' % (ended, many(sum(counts), 'job'), counts) if sum(counts) else 'no jobs']
+             '%d of %s: %s' % (ended, many(sum(counts), 'job'), counts)]
     if page:
         lines.append('<a href="%s" target="_blank">web page</a>' % html.escape(page))
     if nodes:
@@ -4985,7 +4989,7 @@ class SourcePicker:
         return found
 
     def _statements(self, module: str) -> List[Any]:
-        """Those at the top level of the file of a module, and of the cells that define its classes."""
+        """Those at the top level of a module's file, and of the cells that define its classes."""
         classes = [name for name, obj in vars(sys.modules[module]).items()
                    if isinstance(obj, type) and obj.__module__ == module]
         found: List[Any] = []
@@ -5008,10 +5012,16 @@ class SourcePicker:
         visiting: Set[str] = set()
         for module in self._taken:
             visit(module)
-        return [row for module in order if self._taken[module].keys() - without.get(module, {}).keys()
-                for row in self._rows_of(module, {name: taken for name, taken in self._taken[module].items() if name not in without.get(module, ())})]
+        found: List[Tuple[str, str, str, Dict[str, Any], list]] = []
+        for module in order:
+            before = without.get(module, {})
+            taken = {name: what for name, what in self._taken[module].items() if name not in before}
+            if taken:
+                found += self._rows_of(module, taken)
+        return found
 
-    def _rows_of(self, module: str, taken: Dict[str, Any]) -> List[Tuple[str, str, str, Dict[str, Any], list]]:
+    def _rows_of(self, module: str, taken: Dict[str, Any]
+                 ) -> List[Tuple[str, str, str, Dict[str, Any], list]]:
         """One row for the file, if there is one; one for each cell, in the order in which they were
         run. Values come first."""
         parts: Dict[str, Dict[str, Any]] = {'': {}}
@@ -5025,7 +5035,8 @@ class SourcePicker:
             first = (module, cells[0], '', *_values_and_links(parts['']))
         return [first, *(self._row(module, cell, parts[cell]) for cell in cells)]
 
-    def _row(self, module: str, cell: str, taken: Dict[str, Any]) -> Tuple[str, str, str, Dict[str, Any], list]:
+    def _row(self, module: str, cell: str, taken: Dict[str, Any]
+             ) -> Tuple[str, str, str, Dict[str, Any], list]:
         lines, _, future = self._read(module, cell)
         wanted = {line for node in future for line in range(node.lineno, node.end_lineno + 1)}
         wanted.update(*(statement for statement in taken.values() if isinstance(statement, range)))
@@ -5062,7 +5073,8 @@ class SourcePicker:
         codes = list(_codes(compiled))
         if hasattr(vars(sys.modules[module])[name], 'registry') and hasattr(vars(sys.modules[module])[name], 'dispatch'):
             raise NoSource('%s: the implementations of %s (functools.singledispatch) are statements of their own' % (what, name))
-        if not _is_as_written(vars(sys.modules[module])[name], cell or sys.modules[module].__file__, codes):
+        file = cell or sys.modules[module].__file__
+        if not _is_as_written(vars(sys.modules[module])[name], file, codes):
             raise NoSource('%s: %s in the file of module %s is not what runs: was the file changed?' % (what, name, module))
         taken[name] = range(min(node.lineno for node in (found[-1], *found[-1].decorator_list)), found[-1].end_lineno + 1)  # type: ignore[operator]
         for used in sorted({used for code in codes for used in _names_used(code)}):
@@ -5399,8 +5411,9 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
     if host == LOCAL:
         raise ValueError('nodes: %r stands alone, not in a list: this machine is %r there, if a dispynode runs here' % (LOCAL, '127.0.0.1'))
     if '*' in host and discovery_reach() == 'off' and not elsewhere:
-        raise ValueError("nodes: %r: wildcards need discovery, which the environment's DISPY_DISCOVERY forbids; name the hosts, or "
-                         "let nodes connect by themselves (host=, and dispynode --scheduler-host there)" % host)
+        raise ValueError("nodes: %r: wildcards need discovery, which the environment's DISPY_DISCOVERY "
+                         "forbids; name the hosts, or let nodes connect by themselves (host=, and "
+                         "dispynode --scheduler-host there)" % host)
     number = number_in(port if its_port is None else its_port, True)
     if number is None or not 1 <= number <= 65535:
         raise ValueError('nodes: port %.40r of %s is not a whole number between 1 and 65535' % (its_port, host))
@@ -7150,7 +7163,9 @@ class Unused:
         for comp in list(clusters):
             if comp in self._found or not self._is_idle(clusters[comp]):
                 continue
-            shown = references_of_history(clusters[comp]) if self._is_replaced(clusters, comp) else 0
+            shown = 0
+            if self._is_replaced(clusters, comp):
+                shown = references_of_history(clusters[comp])
             unused = self._references(clusters, comp) <= alone + shown
             if unused and shown:   # it may have been shown anew meanwhile
                 unused = shown == references_of_history(clusters[comp])
@@ -7174,9 +7189,9 @@ class Unused:
     def _is_replaced(clusters: Dict[str, Any], comp: str) -> bool:
         """Whether a cluster of the same function was made later."""
         function, started = clusters[comp]._function, clusters[comp]._started
+        others = [other for other in clusters.values() if isinstance(other, JobCluster)]
         return function is not None and any(
-            isinstance(other, JobCluster) and other._function == function and other._started > started
-            for other in clusters.values())
+            other._function == function and other._started > started for other in others)
 
     @staticmethod
     def _references(values: Dict[str, Any], key: str) -> int:
@@ -7970,8 +7985,8 @@ class Driver(Loop):
         lines = ['%s: %s%s' % (peer, state, ': ' + reason.strip().splitlines()[-1] if reason else '')
                  for peer, state, reason, _, _ in self.nodes_of(comp)]
         cluster = self._clusters[comp]
-        asked_for = {spec.port for spec in cluster._specs if spec.wild} if self._reach != 'off' else ()
-        for port in sorted(asked_for):
+        wild = [] if self._reach == 'off' else [spec for spec in cluster._specs if spec.wild]
+        for port in sorted({spec.port for spec in wild}):
             lines.append('all that answer at UDP port %d %s' % (port, 'of this machine' if self._reach == 'loopback' else 'of the local network')
                          if any(asked == port for asked, _ in self._ears) else 'those of the scheduler, whose nodes are all named (-n)')
         if cluster._host is not None:
@@ -9351,7 +9366,7 @@ class JobCluster(OldCluster):
         reach = discovery_reach()
         nodes = None if any_node(nodes) else nodes
         self._specs = [NodeSpec('*', self._port)] if nodes is None and reach != 'off' else [] if nodes is None or nodes == LOCAL \
-            else parse_nodes(nodes, self._port, self._remote or (ip_addr if host is None else host) is not None)
+            else parse_nodes(nodes, self._port, self._remote or host is not None or ip_addr is not None)
         if not self._specs and not self._remote:
             check_fork()
             own_python()
@@ -9660,7 +9675,8 @@ class JobCluster(OldCluster):
         self._look_at_modules()
         return ValueRef(value, [('the value', value)])
 
-    def map(self, *iterables: Any, in_flight: Optional[int] = None, progress: bool = False) -> Iterator[Any]:
+    def map(self, *iterables: Any, in_flight: Optional[int] = None,
+            progress: bool = False) -> Iterator[Any]:
         """Yield the results of computing over the inputs, in their order, like the builtin `map`. Inputs are taken as
         results are: at most `in_flight` jobs (default: 1000) are under way, so a generator may be endless. For a job
         that failed its exception is raised (JobFailed if there is none); leaving the loop cancels the rest. Raises
@@ -9734,20 +9750,21 @@ class JobCluster(OldCluster):
         return 0
 
     def jobs(self) -> JobList:
-        """The jobs that have not ended, in the order of submission: a list, which a notebook shows as
-        a table. Any thread."""
+        """The jobs that have not ended, in the order of submission: a list, which a notebook shows
+        as a table. Any thread."""
         with self._lock:
             owed = list(self._owed)
         jobs = [job for job in owed if job.status not in ENDED]
         return JobList(sorted(jobs, key=lambda job: (job.submit_time, job._serial >> 16)))
 
     def cancel_all(self) -> int:
-        """End all jobs that have not ended, those that wait at once, those that run as `cancel` does.
-        The cluster takes others afterwards. Returns how many they were. Any thread."""
+        """End all jobs that have not ended: those that wait at once, those that run as `cancel`
+        does. The cluster takes others afterwards. Returns how many they were. Any thread."""
         jobs = self.jobs()
         jobs.reverse()   # none begins instead of one that was cancelled before it
         for at in range(0, len(jobs), CANCELS_MOST):
-            self._driver.ask(functools.partial(self._driver.cancel_some, jobs[at:at + CANCELS_MOST]))
+            some = jobs[at:at + CANCELS_MOST]
+            self._driver.ask(functools.partial(self._driver.cancel_some, some))
         return len(jobs)
 
     def cancel_waiting(self) -> None:
@@ -9981,12 +9998,14 @@ class JobCluster(OldCluster):
         thread."""
         try:
             if name != FILES_LEFT:
-                logger.log(level, 'job %s: %s: %s', job.id, name, text, extra={'job_id': job.id, 'job_logger': name})
+                logger.log(level, 'job %s: %s: %s', job.id, name, text,
+                           extra={'job_id': job.id, 'job_logger': name})
             elif not self._told_of_files:
                 self._told_of_files = True
-                logger.warning('%s: job %r has left a file in its directory: %s. What a program leaves there does not '
-                               'come back, and is removed when the cluster is closed. Call the program in a function, '
-                               'by subprocess, which then calls dispy_send_file(name)', self.name, job.id, text)
+                logger.warning('%s: job %r has left a file in its directory: %s. What a program leaves '
+                               'there does not come back, and is removed when the cluster is closed. '
+                               'Call the program in a function, by subprocess, which then calls '
+                               'dispy_send_file(name)', self.name, job.id, text)
         except Exception:  # a handler of the user's; the link is not to blame
             logger.exception('a handler of logging has failed')
 
@@ -10098,15 +10117,16 @@ class JobCluster(OldCluster):
             return 'open'
 
     def __repr__(self) -> str:
-        return '<%s %s: %s; %s>' % (type(self).__name__, self.name, self._nodes_in_words(), self._counted())
+        return '<%s %s: %s; %s>' % (
+            type(self).__name__, self.name, self._nodes_in_words(), self._counted())
 
     def _repr_html_(self) -> str:
-        """For notebooks: state, progress, counts, nodes, and a link to the web page if there is one."""
+        """For notebooks: state, progress, counts, nodes, and a link to the web page, if any."""
         nodes = self.status().nodes
         state = 'closed' if self._closed else nodes_text(nodes)
         page = next((monitor.page for monitor in self._monitors if monitor.page), '')
-        return html_of_cluster('%s %s' % (type(self).__name__, self.name), state, self._counted(), nodes,
-                               '' if self._closed else page)
+        title = '%s %s' % (type(self).__name__, self.name)
+        return html_of_cluster(title, state, self._counted(), nodes, '' if self._closed else page)
 
     # -- called by the driver and its helpers ---------------------------------------------------------------
 
@@ -10492,8 +10512,9 @@ class Survey:
 
 
 class Progress:
-    """How many jobs have ended, on stderr: tqdm's bar if it is installed, otherwise a line a second, rewritten. In a
-    notebook, tqdm shows a bar of its own there. Nothing is shown if stderr is neither that nor a terminal."""
+    """How many jobs have ended, on stderr: tqdm's bar if it is installed, otherwise a line a second,
+    rewritten. In a notebook tqdm shows its bar there. Nothing is shown if stderr is neither that
+    nor a terminal."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._started, self._next = clock, clock(), 0.0
@@ -10950,7 +10971,8 @@ class DispyExecutor(concurrent.futures.Executor):
         as results are. Raises TimeoutError when the next result is not there `timeout` seconds
         after the call, and what a call raised. `progress` as in JobCluster.map."""
         if progress:
-            results = self.map(fn, *iterables, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
+            results = self.map(fn, *iterables, timeout=timeout, chunksize=chunksize,
+                               buffersize=buffersize)
             return in_sight(results, shortest(iterables))
         if chunksize < 1:
             raise ValueError('chunksize=%r must be at least 1' % (chunksize,))

@@ -1621,9 +1621,10 @@ def _parser() -> argparse.ArgumentParser:
                                      'from their client. The link to open is printed; Ctrl-C ends it.')
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
-    which.add_argument('-n', '--node', '--nodes', action=Each, nargs='+', default=[], dest='nodes', metavar='HOST[:PORT]',
-                       help='nodes to watch; may be repeated; HOST may have * for any characters (default: the dispyscheduler '
-                       'of this machine, or, if there is none, all nodes that answer)')
+    which.add_argument('-n', '--node', '--nodes', action=Each, nargs='+', default=[], dest='nodes',
+                       metavar='HOST[:PORT]', help='nodes to watch; may be repeated; HOST may have * '
+                       'for any characters (default: the dispyscheduler of this machine, or, if there '
+                       'is none, all nodes that answer)')
     which.add_argument('--scheduler', '--scheduler-host', metavar='HOST[:PORT]', help='a dispyscheduler to watch')
     add('-i', '--host', default='127.0.0.1', metavar='ADDR', help='address to listen at (default: %(default)s); with another give --certfile too')
     add('-p', '--port', type=int, default=HTTPD_PORT, metavar='N', help='port to listen at (default: %(default)s; 0: any that is free)')
@@ -1641,19 +1642,24 @@ def _parser() -> argparse.ArgumentParser:
 def _source_of(args: argparse.Namespace) -> Any:
     secret = find_secret(None, args.secret_file)
     nodes: Any = [host_and_port(text, NODE_PORT) for text in args.nodes]
-    host, port = host_and_port('127.0.0.1' if args.scheduler is None else args.scheduler, SCHEDULER_PORT)
+    where = '127.0.0.1' if args.scheduler is None else args.scheduler
+    host, port = host_and_port(where, SCHEDULER_PORT)
     if not nodes:
         files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
         link = SchedulerLink(host, port, Access(secret, *files, PULSE, dispy.REDIAL_MOST))
         if args.scheduler is None:
             why = link.why_not()
-            print('dispy-httpd: %s' % (('no dispyscheduler at %s can be shown (%s): the nodes that answer are shown' if why else
-                                        'the dispyscheduler at %s is shown%s') % (dispy.place(host, port), why)), file=sys.stderr)
+            there = dispy.place(host, port)
+            text = 'the dispyscheduler at %s is shown' % there
             if why:
                 link.close()
                 nodes = '*'
+                text = 'no dispyscheduler at %s can be shown (%s): the nodes that answer are shown' % (
+                    there, why)
+            print('dispy-httpd: ' + text, file=sys.stderr)
     if nodes:
-        return NodesSource(NodeSurvey(nodes, secret=secret, certfile=args.node_certfile, keyfile=args.node_keyfile))
+        return NodesSource(NodeSurvey(nodes, secret=secret, certfile=args.node_certfile,
+                                      keyfile=args.node_keyfile))
     return SchedulerSource(link.ask, 'all programs of the dispyscheduler at %s' % dispy.place(host, port), link.close)
 
 

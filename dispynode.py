@@ -6917,7 +6917,8 @@ def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: 
     exec(compile(text, file, 'exec', dont_inherit=True), space)
 
 
-FILES_LEFT = 'dispy.files_left'   # in place of the name of a logger: a program has left files behind
+# In place of the name of a logger: a program has left files behind
+FILES_LEFT = 'dispy.files_left'
 
 
 class Program:

@@ -260,7 +260,7 @@ def test_failed_jobs_are_heard(make_cluster, caplog, capsys, tmp_path, monkeypat
         assert repr(jobs[1]).startswith('<DispyJob 2 failed on ') and repr(jobs[1]).endswith(': ValueError: odd 1>')
         cluster.print_status()
         text, = told(caplog)
-        assert text.startswith('work: 2 of 6 jobs failed') and re.search(r'\(2 jobs; here of job [46]\): ValueError: odd [35]', text)
+        assert text.startswith('work: 2 of 6 jobs failed') and re.search(r'\(2 jobs; here of job [246]\): ValueError: odd [135]', text)
         cluster.print_status()
         assert told(caplog) == [text]
         jobs = [cluster.submit(n) for n in (7, 100)]
