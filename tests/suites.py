@@ -22,6 +22,8 @@ sys.path[:0] = [os.path.dirname(HERE), HERE]
 
 import dispy  # noqa: E402
 
+dispy._methods_noted.update(('spawn', 'forkserver', 'loky'))   # programs of the suites shall write nothing to stderr
+
 
 TEST_TIME = 60   # s of one test
 
@@ -180,7 +182,9 @@ class Adapted(dispy.DispyExecutor):
 
 def program_of(code):
     """What a program of the suites begins with, which runs by itself."""
-    return 'import sys; sys.path.insert(0, %r); import suites; suites.install()\n%s' % (HERE, code)
+    import cloudpickle   # such programs have no PYTHONPATH
+    paths = [HERE, os.path.dirname(os.path.dirname(cloudpickle.__file__))]
+    return 'import sys; sys.path[:0] = %r; import suites; suites.install()\n%s' % (paths, code)
 
 
 def install():
