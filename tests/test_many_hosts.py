@@ -42,7 +42,7 @@ HOLD = '''
 
     def status(status, node, job):
         if job is None:
-            print({2: 'ready', 3: 'closed'}[status], node.name, flush=True)
+            print({dispy.DispyNode.Initialized: 'ready', dispy.DispyNode.Closed: 'closed'}.get(status), node.name, flush=True)
 
     def where(seconds=0):
         import socket, time
