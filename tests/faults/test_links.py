@@ -79,7 +79,8 @@ def test_a_link_cut_for_longer_than_the_limit(node, ledger, reentrant):
                     time.sleep(0.05)
                     return number
 
-                with dispy.JobCluster(compute, nodes=[(%r, 9701)], reentrant=%r, pulse_interval=0.2, ping_interval=0.5) as cluster:
+                with dispy.JobCluster(compute, nodes=[(%r, 9701)], reentrant=%r, pulse_interval=0.2, ping_interval=0.5,
+                                      loglevel=50) as cluster:   # its output is read
                     cluster.wait_nodes(1, timeout=20)
                     jobs = [cluster.submit(number) for number in range(200)]
                     while jobs[10].status < 9:
