@@ -9203,6 +9203,25 @@ def refuse_positions(remote: bool, more: tuple) -> None:
                            ', '.join('%s=' % name for name in left[:len(more)]) or 'name='))
 
 
+def node_port_of(dispy_port: Any, node_port: Any) -> int:
+    """The port of nodes for which none is given, by its two names. Raises ValueError."""
+    port = dispy_port if dispy_port is not None or not node_port else node_port
+    return _in_range('dispy_port', port, NODE_PORT, 1, 65535, True)  # type: ignore[no-any-return]
+
+
+def plain_dest_path(path: Any) -> Optional[str]:
+    """The parameter `dest_path`; it is below the node's own directory. Raises TypeError, ValueError."""
+    if path is not None and not isinstance(path, str):
+        raise TypeError('dest_path=%.80r is a %s; it must be the name of a directory' % (path, type(path).__name__))
+    if not path:
+        return path
+    if path.startswith(os.sep) and path.strip(os.sep):
+        logger.warning('dest_path=%r is taken as %r: it is below the directory of the node', path, path.lstrip(os.sep))
+        path = path.lstrip(os.sep)
+    check_name(path)
+    return plain_text(path)
+
+
 class OldCluster:
     """Attributes that clusters have in dispy 4, and what is told at the end of one."""
     _started: float
@@ -9295,8 +9314,9 @@ class JobCluster(OldCluster):
         so many free
     depends - list of what cannot be found through the computation: paths of files and directories (they land in the
         jobs' working directory), modules and packages, functions and classes
-    job_status - function, called with a job for each provisional result and when it has ended, in a thread of its own
-        (old name: callback)
+    job_status - function, called with a job for each provisional result and when it has ended, in a thread of its
+        own, for one job after the other; while it takes longer than 0.1 s for one, it is also called for others, in
+        other threads (old name: callback)
     cluster_status - function, called as (status, node, job) at every change, in order: DispyNode.Initialized,
         AvailInfo or Closed with a node, also Closed at the end of the cluster; a job's status with the job,
         beginning with Created (and the node, when it is sent there and when its result comes)
@@ -9356,12 +9376,11 @@ class JobCluster(OldCluster):
                  node_port: Optional[int] = None, port: Optional[int] = None, client_port: Optional[int] = None) -> None:
         check_not_importing()
         refuse_positions(self._remote, more)
-        self._port = _in_range('dispy_port', node_port or None if dispy_port is None else dispy_port, NODE_PORT, 1, 65535, True)
+        self._port = node_port_of(dispy_port, node_port)
         pulse = _in_range('pulse_interval', pulse_interval, PULSE, 0.1, 1000)
         redial = _in_range('ping_interval', ping_interval, REDIAL_MOST, 0.1, 3600)
         most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31, True)
-        self._given = {'pulse_interval': None if pulse_interval is None else pulse,
-                       'ping_interval': None if ping_interval is None else redial,
+        self._given = {'pulse_interval': pulse_interval and pulse, 'ping_interval': ping_interval and redial,
                        'poll_interval': _in_range('poll_interval', poll_interval, None, 0.1, 3600)}
         reach = discovery_reach()
         nodes = None if any_node(nodes) else nodes
@@ -9371,8 +9390,7 @@ class JobCluster(OldCluster):
             check_fork()
             own_python()
         host, *more_hosts = _own_hosts(host if host is not None else ip_addr)
-        self._host = _own_host(host)
-        self._more_hosts = [where for where in map(_own_host, more_hosts) if where is not None]
+        self._host, *self._more_hosts = map(_own_host, (host, *more_hosts))
         # Old scripts always give ip_addr: two of them on one machine must not be in each other's way.
         self._host_has_port = self._host is not None and (not isinstance(host, str) or self._host[0] != host.strip('[]'))
         self._multicast = bool(ipv4_udp_multicast)
@@ -9380,22 +9398,14 @@ class JobCluster(OldCluster):
                                ('on_output', on_output)):
             if function is not None and not callable(function):
                 raise TypeError('%s is a %s; it must be a function' % (name, type(function).__name__))
-        if dest_path is not None and not isinstance(dest_path, str):
-            raise TypeError('dest_path=%.80r is a %s; it must be the name of a directory' % (dest_path, type(dest_path).__name__))
-        if dest_path and dest_path.startswith(os.sep) and dest_path.strip(os.sep):
-            logger.warning('dest_path=%r is taken as %r: it is below the directory of the node', dest_path,
-                           dest_path.lstrip(os.sep))
-            dest_path = dest_path.lstrip(os.sep)
-        if dest_path:
-            check_name(dest_path)
-            dest_path = plain_text(dest_path)
+        dest_path = plain_dest_path(dest_path)
         if isinstance(depends, (str, bytes)) or not isinstance(depends, (list, tuple, set)):
             raise TypeError('depends is a %s; it must be a list' % type(depends).__name__)
         level = plain_number(loglevel, True)
         logger.setLevel(loglevel if level is None else level)
         loglevel = int(logger.level)
         old_names.tell_given(port=port, client_port=client_port, poll_interval=poll_interval,
-                             ext_host=ext_ip_addr if ext_host is None else ext_host)
+                             ext_host=ext_host or ext_ip_addr)
         self.name = getattr(computation, '__name__', None) or os.path.basename(str(computation))[:60]
         self._comp = self._client = uuid.uuid4().hex
         self._key = os.urandom(32)    # who has it may take the results; it is sent when that is wanted
