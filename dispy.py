@@ -2101,7 +2101,7 @@ class Schedule:
         for work in self._land(node, comp, [serial]).values():
             if own:
                 comp.called[serial >> 16] = comp.called.get(serial >> 16, 0) + 1
-            if work in comp.withdrawn:
+            if work in comp.withdrawn and work._state is not JobState.CANCELLING:
                 self._move(work, 'cancel')
             if self._move(work, 'back') is JobState.REQUEUED:
                 self._wait_again(comp, work)

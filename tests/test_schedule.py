@@ -668,6 +668,18 @@ def test_withdraw_of_what_is_on_a_node(answer, gone):
     assert answers == [Withdrawn(work, gone)] and (work._state is JobState.CANCELLED) == gone
 
 
+@pytest.mark.parametrize('cancel_first', (True, False))
+def test_what_is_withdrawn_and_cancelled_comes_back_once(cancel_first):
+    talk, work = Talk(), job()
+    talk.ready('n')
+    talk.submit([work])
+    events = [CancelAsked(work), WithdrawAsked([work])]
+    for event in events if cancel_first else events[::-1]:
+        talk.tell(event)
+    actions = talk.tell(NodeReturned('n', 'c', [work._serial]))
+    assert len(only(actions, JobEnded)) == 1 and work._state is JobState.CANCELLED
+
+
 def test_withdraw_of_what_runs_is_refused_and_does_not_disturb_it():
     talk, work = Talk(), job()
     talk.ready('n')
