@@ -8,6 +8,7 @@ The last line of stdout is JSON: {test: [outcome, text]} with the outcomes ok, f
 """
 
 import faulthandler
+import gc
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -173,7 +174,9 @@ class Adapted(dispy.DispyExecutor):
             if len(found) >= min(self._max_workers, max(1, self.cluster._pending)):
                 break
             time.sleep(0.05)
-        return workers_of(self.cluster)
+        found = workers_of(self.cluster)
+        gc.collect()   # exceptions of psutil keep frames, and these what is looked at
+        return found
 
     _processes = property(_started)
     _broken = property(lambda self: self.cluster._unusable)
@@ -273,6 +276,10 @@ class AdaptedLoky(Adapted):
                 pytest.skip("%s= is loky's own" % name)
         super().__init__(max_workers, context, initializer, initargs)
         self._flags = Flags(self.cluster)
+        for _ in range(20):   # loky's processes are all there from the first on
+            if len(workers_of(self.cluster)) >= self._max_workers:
+                break
+            list(super().map(time.sleep, [0.2] * self._max_workers))
 
     def submit(self, fn, /, *args, **kwargs):
         future = super().submit(fn, *args, **kwargs)

@@ -21,7 +21,6 @@ OF_CPYTHON = {
     'FailingInitializerResourcesTest.test_forkserver': 'the same',
 }
 OF_LOKY = {
-    'TestsProcessPoolLokyShutdown::test_processes_terminate': 'all processes are there from the first call on: here as they are needed',
     'TestsProcessPoolLokyShutdown::test_shutdown_and_kill_workers': 'kill_workers= is its own; ours cancels',
     'TestsProcessPoolLokyExecutor::test_killed_child': 'a pool goes on when a worker was killed: `submit` works',
     'TestsProcessPoolLokyExecutor::test_exited_child': 'the same, and the text says "exit code 42" instead of EXIT(42)',
