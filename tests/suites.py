@@ -36,7 +36,7 @@ class Server:
     def __init__(self):
         self.key = os.urandom(16)
         self.things = {}
-        self.listener = multiprocessing.connection.Listener(('127.0.0.1', 0), authkey=self.key)
+        self.listener = multiprocessing.connection.Listener(('127.0.0.1', 0), backlog=100, authkey=self.key)
         threading.Thread(target=self._accept, name='things', daemon=True).start()
 
     def __reduce__(self):
