@@ -6677,6 +6677,17 @@ def _no_stdin() -> None:
     os.set_inheritable(0, True)
 
 
+def was_importing(exc: BaseException) -> bool:
+    """Whether an exception came out of an import. An interrupt leaves a package half imported: some
+    of its modules stay in sys.modules, and the next import of it fails."""
+    trace = exc.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename.startswith('<frozen importlib'):
+            return True
+        trace = trace.tb_next
+    return False
+
+
 class Slots:
     """What a worker shares with the runner and, after their end, with the daemon: numbers (u64) in a file that is mapped
     into memory. [0] the serial that runs now, [1] the serial that shall be interrupted, [2] how many attempts were begun,
@@ -7359,6 +7370,7 @@ class Worker:
         self._intake = RecordIntake()
         self._queue: Deque[Record] = collections.deque()
         self._in_job = self._interrupt_late = self._recalled = False
+        self._half_imported = False        # a job was interrupted while it imported a module
         self._pid = 0                      # of the process that serves, not of what a job forks
         self._sending = threading.Lock()   # guards the writing end of the pipe: a job may have threads
         self._filing = threading.Lock()    # one file at a time; guards _answers
@@ -7624,6 +7636,8 @@ class Worker:
         if os.getpid() != self._pid:   # a child that the job has forked and that came back: the pipe is not its
             os._exit(0 if failure is None else 1)
         end = start + time.perf_counter() - ticks
+        if isinstance(failure, KeyboardInterrupt):
+            self._half_imported = was_importing(failure)
         outcome, payload = self._outcome(value, failure)
         out, err = self._collect()
         if self._brought is not None:
@@ -7736,6 +7750,8 @@ class Worker:
     def _tidy(self) -> bool:
         """Put back what the job changed. False when something is left that only a new process is free of."""
         if threading.active_count() != self._threads and not self._are_idle_threads():
+            return False
+        if self._half_imported:
             return False
         return not self._has_children() and self._surroundings.restore()
 

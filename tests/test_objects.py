@@ -345,7 +345,8 @@ def judge(place, node, name, role, expected, actual, obstacle):
         return 'equal', ''
     if role in ('argument', 'result', 'exception') and name in REFUSED and obstacle and is_refusal(role, actual):
         return 'equal', 'refused, as by pickle: ' + obstacle
-    if place == 'main' and name in FORKED_ONLY and role in ('computation', 'call', 'cluster') and is_refusal('argument', actual):
+    if place == 'main' and name in FORKED_ONLY and role in ('computation', 'call', 'cluster') \
+            and (is_refusal('argument', actual) or is_refusal('call', actual)):   # an executor tells by the future
         return 'allowed', 'nothing but a forked process can have it'
     if node != 'local' and actual and actual[0] in ('refused', 'failed', 'absent', 'silent') and len(actual[1]) > 20:
         for pattern in EXPECTED:

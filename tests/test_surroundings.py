@@ -13,6 +13,7 @@ import pytest
 
 import dispy
 from conftest import eventually
+from nodes import NodeProcess
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -532,3 +533,36 @@ def test_nothing_of_joblib_in_a_job_stays_in_shared_memory(make_cluster, tmp_pat
         assert names_of(path), path
         eventually(lambda: not names_of(path) & shared_names(),
                    what='the end of what was shared when the job had %s' % path.name)
+
+
+def test_a_worker_whose_job_was_interrupted_in_an_import_is_replaced(tmp_path, monkeypatch):
+    """What is half imported stays in sys.modules, and the next import of it would fail."""
+    package = tmp_path / 'parts'
+    package.mkdir()
+    (package / '__init__.py').write_text('from .inner import *\n'
+                                         'import os, time\n'
+                                         'open(os.environ["PARTS_BEGUN"], "w").close()\n'
+                                         'while not os.path.exists(os.environ["PARTS_GATE"]): time.sleep(0.01)\n'
+                                         'found = inner.VALUE\n')
+    (package / 'inner.py').write_text('VALUE = 42\n')
+    begun, gate = str(tmp_path / 'begun'), str(tmp_path / 'gate')
+    environ = {'PARTS_BEGUN': begun, 'PARTS_GATE': gate}
+
+    def find(path, environ):
+        import os
+        import sys
+        os.environ.update(environ)
+        if path not in sys.path:
+            sys.path.insert(0, path)
+        import parts
+        return parts.found
+
+    with NodeProcess(tmp_path / 'node', cpus=1) as node, \
+            dispy.JobCluster(find, nodes=[node.address]) as cluster:
+        first = cluster.submit(str(tmp_path), environ)
+        eventually(lambda: os.path.exists(begun))
+        cluster.cancel(first)
+        assert first.wait(20) and first.status == first.Cancelled
+        open(gate, 'w').close()
+        again = cluster.submit(str(tmp_path), environ)
+        assert again(20) == 42, again.exception

@@ -76,6 +76,14 @@ class Plug:
         self.fuse = None                       # messages that are still carried before the connection is cut
         self.quiet = None                      # since when nothing can be heard
 
+    def getsockname(self):
+        """As of a socket."""
+        return self.owner.host, 0
+
+    def getpeername(self):
+        """As of a socket."""
+        return self.other.owner.host, 0
+
     def transmit(self, items):
         """Into the network."""
         world = self.world
@@ -146,6 +154,7 @@ class Plug:
 class SimLink:
     """Stands in for dispynode.Link."""
     numbers = itertools.count(1)
+    bytes_in = bytes_out = 0
 
     def __init__(self, sock, session, address, now, pulse=PULSE, takes=()):
         self.sock, self.address, self.pulse = sock, address, pulse
@@ -361,7 +370,7 @@ class SimEvent:
 class SimPool:
     """Runs at once what is left to threads."""
 
-    def __init__(self, name, most):
+    def __init__(self, name, most, patience=0.0):
         self.run = lambda call, *args: call(*args)
 
     def close(self):

@@ -193,7 +193,8 @@ def test_a_hundred_megabytes_printed_leave_the_memory_of_the_daemon_flat(tmp_pat
 
 @pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason='limits of another process are set here')
 @pytest.mark.parametrize('what', ['argument', 'result'])
-def test_a_value_for_which_a_node_has_no_memory_ends_its_job_alone(tmp_path, what):
+def test_a_value_for_which_a_node_has_no_memory_ends_its_job_alone(tmp_path, what, monkeypatch):
+    monkeypatch.setattr(dispy, 'SHARED_FROM', 1 << 62)   # a node keeps others in files
     size, gate = 300 << 20, str(tmp_path / 'gate')
 
     def wait(path):
@@ -266,8 +267,8 @@ def test_a_result_for_which_somebody_has_no_memory_ends_its_job_alone(tmp_path, 
 # Where the clock on the wall may be read: for what a user sees, and to compare with times of files and hours of service.
 WALL_CLOCK = {
     'dispy.py': {'fill_in', 'end_without', '__init__', 'print_status', '_send_jobs', '_driver_broke', '_moved', 'submit', '_submit', '_jobs_started',
-                 'remove_old_trails', 'find', '_moment'},
-    'dispynode.py': {'_find_kept', 'end_of_turn', '_run', '_provisional', 'begin'},
+                 'remove_old_trails', 'find', '_moment', 'facts_now', '_settle'},
+    'dispynode.py': {'_find_kept', 'end_of_turn', '_run', '_provisional', 'begin', '__init__'},
 }
 
 
