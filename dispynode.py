@@ -6678,11 +6678,12 @@ def _no_stdin() -> None:
 
 
 def was_importing(exc: BaseException) -> bool:
-    """Whether an exception came out of an import. An interrupt leaves a package half imported: some
-    of its modules stay in sys.modules, and the next import of it fails."""
+    """Whether an exception came out of the code of a module, as while it is imported. An interrupt
+    leaves a package half imported: some of its modules stay in sys.modules, and the next import of
+    it fails. The interpreter takes the frames of the import itself out of a traceback."""
     trace = exc.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename.startswith('<frozen importlib'):
+        if trace.tb_frame.f_code.co_name == '<module>':
             return True
         trace = trace.tb_next
     return False
