@@ -741,14 +741,14 @@ class _NodesAndJobs(NamedTuple):
 
 
 class ClusterStatus(_NodesAndJobs):
-    """What `status()` returns, a pair: the nodes that have answered, and the number of jobs that
-    have not ended. `refused` are the other nodes: those that have never answered, and those that
-    cannot be used; the `reason` of each says why. `all_nodes` are both."""
+    """What `status()` returns, a pair: the nodes that have answered, also those that do not take
+    this computation, and the number of jobs that have not ended. `refused` are the nodes that no
+    connection was ever made with; the `reason` of each says why. `all_nodes` are both."""
     refused: List[DispyNode] = []
 
     def __new__(cls, nodes: Sequence[DispyNode], jobs_pending: int) -> 'ClusterStatus':
-        # One that has answered has told its name.
-        answered = [node for node in nodes if node.name and node.state != 'refused']
+        # One that has answered has told its CPUs.
+        answered = [node for node in nodes if node.avail_cpus or node.state not in NOT_CONNECTED]
         status = super().__new__(cls, answered, jobs_pending)
         status.refused = [node for node in nodes if node not in answered]
         return status
