@@ -747,10 +747,14 @@ class ClusterStatus(_NodesAndJobs):
     refused: List[DispyNode] = []
 
     def __new__(cls, nodes: Sequence[DispyNode], jobs_pending: int) -> 'ClusterStatus':
-        # One that has answered has told its CPUs.
-        answered = [node for node in nodes if node.avail_cpus or node.state not in NOT_CONNECTED]
+        answered: List[DispyNode] = []
+        refused: List[DispyNode] = []
+        for node in nodes:
+            # One that has answered has told its CPUs.
+            has_answered = node.avail_cpus or node.state not in NOT_CONNECTED
+            (answered if has_answered else refused).append(node)
         status = super().__new__(cls, answered, jobs_pending)
-        status.refused = [node for node in nodes if node not in answered]
+        status.refused = refused
         return status
 
     @property
@@ -1629,15 +1633,14 @@ class _Node:
         ahead = self.ahead[comp].jobs(self.horizon) // rivals
         return ahead * self._prompt(comp, now) if ahead else 0
 
-    def bearable(self, comp: str, now: float, shared: bool) -> int:
-        """CPUs of jobs that may go on waiting here: twice what would be sent, since estimates go up
-        and down a little, and as many as last twice as long by the mean, since the quantile of
-        short jobs goes up and down much on a machine that has other work."""
-        ahead = 2 * self.ahead[comp].jobs(self.horizon)
+    def bearable(self, comp: str, now: float) -> int:
+        """CPUs of jobs that may go on waiting here by the mean of their lengths: what lasts twice as
+        long as what would be sent. The quantile of short jobs goes up and down much on a machine
+        that has other work."""
         mean = self.comps[comp].estimate.mean
-        if mean is not None and not shared:
-            ahead = max(ahead, min(AHEAD_MOST, int(2 * self.horizon / mean)))
-        return ahead * self._prompt(comp, now)
+        if mean is None:
+            return 0
+        return min(AHEAD_MOST, int(2 * self.horizon / mean)) * self._prompt(comp, now)
 
     def _prompt(self, comp: str, now: float) -> int:
         """CPUs of a computation that will be free before the next job can arrive."""
@@ -2227,8 +2230,11 @@ class Schedule:
         """Jobs have ended: how long they took, and how long what they were sent with and told by."""
         ended = [row for row in rows if row[0] in landed and row[1] not in GOES_ON]
         comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
+        rounds = node.rounds
+        if rounds > 1 and node.is_shared(comp):
+            rounds = 1
         node.ahead[comp.comp].ended(len(ended), len(node.flight[comp.comp]), node.limits[comp.comp],
-                                    1 if node.is_shared(comp) else node.rounds)
+                                    rounds)
         if node.probe is not None and node.probe[0] in landed:
             took = next(row[3] - row[2] for row in ended if row[0] == node.probe[0])
             node.trip = min(node.trip, max(0.0, self._now - node.probe[1] - took))
@@ -2488,10 +2494,12 @@ class Schedule:
             spare = node.parts[name] - node.limits[name]
             if spare <= 0 or comp.remote or name in node.draining:
                 continue
-            shared = node.is_shared(comp)
-            if spare <= node.bearable(name, self._now, shared):
-                continue
             reserve = node.reserve(name, self._now)
+            if spare <= 2 * reserve:   # estimates go up and down a little
+                continue
+            shared = node.is_shared(comp)
+            if not shared and spare <= node.bearable(name, self._now):
+                continue
             sharers = list(node.comps.values())
             if not shared or spare > 2 * len(sharers) * node.choice(comp, sharers):
                 asked = sum(self._cpus(node.flight[name][serial]) for serial in node.recalled[name])
@@ -11146,9 +11154,7 @@ class JoblibCall:
     def settle(self, job: DispyJob) -> None:
         """The job has ended. A callback thread."""
         self.job = job
-        for text, stream in ((job.stdout, sys.stdout), (job.stderr, sys.stderr)):
-            if text and stream is not None:
-                print(text, end='', file=stream, flush=True)
+        _show_printed(job)
         self._tell()
 
     def fail(self, error: BaseException) -> None:

@@ -3378,6 +3378,20 @@ class FileReceiver:
         self._left = collections.Counter(file[0] for file in kept)
 
 
+@contextlib.contextmanager
+def replaced(path: str, end: str = '.part') -> Iterator[str]:
+    """The name of a file that takes the place of another when it was written whole. It is removed
+    when that fails. Raises OSError."""
+    temporary = path + end
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):   # it was not even made
+            os.unlink(temporary)
+        raise
+
+
 class ModuleStore:
     """Files of modules by their digests, so that each travels once to a node. It is kept below a limit."""
 
@@ -3407,21 +3421,11 @@ class ModuleStore:
             for name, size, digest, _ in rows:
                 path = self._path(digest)
                 if size <= MODULES_KEPT // 4 and not os.path.exists(path):
-                    self._copy(os.path.join(root, *check_name(name)), path)
+                    with replaced(path, '.new') as temporary:
+                        shutil.copyfile(os.path.join(root, *check_name(name)), temporary)
             self._shorten()
         except OSError as exc:   # no room: they are sent again to the next computation
             logger.debug('files of modules are not kept: %s', exc)
-
-    @staticmethod
-    def _copy(source: str, path: str) -> None:
-        """Whole or not at all. Raises OSError."""
-        try:
-            shutil.copyfile(source, path + '.new')
-            os.replace(path + '.new', path)
-        except OSError:
-            with contextlib.suppress(OSError):   # it was not even made
-                os.unlink(path + '.new')
-            raise
 
     def _shorten(self) -> None:
         """Remove the files that were not used for longest."""
@@ -3526,16 +3530,10 @@ class Memory:
         self._write(self._path, '%s %s open' % (self.ident, machine()))
 
     def _write(self, path: str, text: str) -> None:
-        try:
-            with open(path + '.part', 'w') as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(path + '.part', path)
-        except OSError:
-            with contextlib.suppress(OSError):   # it was not even made
-                os.unlink(path + '.part')
-            raise
+        with replaced(path) as temporary, open(temporary, 'w') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
 
     def _file(self, comp: str) -> str:
         return os.path.join(self._directory, 'g-' + comp)

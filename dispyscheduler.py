@@ -70,7 +70,7 @@ from dispynode import (
     Outcome, Output, Payload, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
     Returned, Role, Said, Shutdown, StartError, Started, Unfit, Values, Welcome, Where, Wrong, __version__, _write_private, beside,
     check_name, derive_key, digest_of, discovery_reach, find_secret, frames, has_place, host_and_port, in_parts, is_comp, limit_values,
-    log_record_of, over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs, open_envelope, open_plain, open_regular, parse_arguments, pieces_of, result_key,
+    log_record_of, over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs, open_envelope, open_plain, open_regular, parse_arguments, pieces_of, replaced, result_key,
     plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of, size_option, sized,
     take_own_directory, tls_files, unpack_error)
 
@@ -327,17 +327,11 @@ class State(Database):
             value.path = ''
             self._files.add(number)
             return
-        try:
-            with open(path + '.part', 'wb') as file:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(path + '.part')
-            raise
-        os.replace(path + '.part', path)
+        with replaced(path) as temporary, open(temporary, 'wb') as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
         self._files.add(number)
 
     def find_place(self, size: int, promised: int) -> OnDisk:

@@ -202,6 +202,13 @@ def small_disk(request, tmp_path):
     subprocess.run(['umount', '--lazy', str(path)], check=True)
 
 
+@pytest.fixture
+def whole_arguments(monkeypatch):
+    """Arguments travel as a whole, not as values that are known by digest."""
+    import dispy
+    monkeypatch.setattr(dispy, 'SHARED_FROM', 1 << 62)
+
+
 @pytest.fixture(autouse=True)
 def log_as_before():
     """What a test sets of the loggers (a cluster's `loglevel`, a daemon's `main`) is that test's alone."""

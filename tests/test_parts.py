@@ -27,10 +27,7 @@ FRAME = 3 * MIB       # what a frame of jobs or of results may have here
 LAZY = MIB // 2
 
 
-@pytest.fixture(autouse=True)
-def no_values(monkeypatch):
-    """Arguments travel as a whole, not as values that are known by digest."""
-    monkeypatch.setattr(dispy, 'SHARED_FROM', 1 << 62)
+pytestmark = pytest.mark.usefixtures('whole_arguments')
 
 
 @pytest.fixture

@@ -193,8 +193,7 @@ def test_a_hundred_megabytes_printed_leave_the_memory_of_the_daemon_flat(tmp_pat
 
 @pytest.mark.skipif(not hasattr(resource, 'prlimit'), reason='limits of another process are set here')
 @pytest.mark.parametrize('what', ['argument', 'result'])
-def test_a_value_for_which_a_node_has_no_memory_ends_its_job_alone(tmp_path, what, monkeypatch):
-    monkeypatch.setattr(dispy, 'SHARED_FROM', 1 << 62)   # a node keeps others in files
+def test_a_value_for_which_a_node_has_no_memory_ends_its_job_alone(tmp_path, what, whole_arguments):
     size, gate = 300 << 20, str(tmp_path / 'gate')
 
     def wait(path):

@@ -380,9 +380,8 @@ def test_nodes_behind_one_address_come_back_in_another_order(tmp_path):
 # -- what runs out -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('large', ('arguments', 'result'))
-def test_the_scheduler_is_stopped_while_its_disk_has_no_room(tmp_path, small_disk, large, monkeypatch):
+def test_the_scheduler_is_stopped_while_its_disk_has_no_room(tmp_path, small_disk, large, whole_arguments):
     """What it could not keep the other side has, and gives again when there is room."""
-    monkeypatch.setattr(dispy, 'SHARED_FROM', 1 << 62)   # arguments are in the messages of their jobs
     size = 3 << 20
     with NodeProcess(tmp_path / 'node') as node:
         options = ('--state-dir', os.path.join(small_disk, 'state'), '-n', '127.0.0.1:%d' % node.port, *QUICK)
