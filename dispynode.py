@@ -4355,16 +4355,28 @@ class DurationEstimate:
             self._new, self._rows = 0, {}
         found = self._rows.get(seconds)
         if found is None:
-            most, total, begin, last = 0, 0.0, 0, list(self._last)
-            for end, took in enumerate(last):
-                total += took
-                while total >= seconds and begin <= end:
-                    total -= last[begin]
-                    begin += 1
-                most = max(most, end + 1 - begin)
-            found = most + 1 if most < len(last) else min(self.KEPT, max(ROW_FIRST, 2 * most))
+            most = self._longest_row(seconds)
+            if most < len(self._last):
+                found = most + 1
+            else:
+                found = min(self.KEPT, max(ROW_FIRST, 2 * most))
             self._rows[seconds] = found
         return found
+
+    def _longest_row(self, seconds: float) -> int:
+        """The most jobs one after the other among the last that did not fill so many seconds."""
+        if sum(self._last) < seconds:   # so it is with short jobs, whose cost counts
+            return len(self._last)
+        last = list(self._last)
+        most = begin = 0
+        total = 0.0
+        for end, took in enumerate(last):
+            total += took
+            while total >= seconds and begin <= end:
+                total -= last[begin]
+                begin += 1
+            most = max(most, end + 1 - begin)
+        return most
 
 
 class Allowance:

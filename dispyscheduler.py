@@ -567,8 +567,13 @@ class State(Database):
         self._db.close()
 
 
+_SUCCESS = pickle.dumps(0, 5)   # as `seal` packs the exit status of a program that has not failed
+
+
 def _exit_status(row: tuple) -> int:
     """Of a program, by its row of Results; 0 if a node has sent something else."""
+    if row[4] == _SUCCESS:
+        return 0
     with contextlib.suppress(PeerError):
         value = open_envelope(_plain(row[4]))
         return value if type(value) is int else 0

@@ -154,8 +154,8 @@ def measure_queued(quick):
 class Crowd(Loop):
     """Nodes that answer each job at once, and programs; one thread."""
     FACTS = {'python': tuple(sys.version_info[:3]), 'dispy': dispy.__version__, 'cloudpickle': ''}
-    SPEC = {'name': 'crowd', 'kind': 'program', 'code': b'', 'files': [], 'cleanup': False, 'dest_path': '', 'max_jobs': 0, 'live': False, 'logs': 0,
-            'python': FACTS['python'], 'support': {}, 'program': 'x', 'cpus': 0, 'setup_args': b'',
+    SPEC = {'name': 'crowd', 'kind': 'function', 'code': b'', 'files': [], 'cleanup': False, 'dest_path': '', 'max_jobs': 0, 'live': False, 'logs': 0,
+            'python': FACTS['python'], 'support': {}, 'program': '', 'cpus': 0, 'setup_args': b'',
             'modules': [], 'portable': False, 'sys_path': [], 'argv': [],
             'shared': {'nodes': None, 'reentrant': False, 'exclusive': False, 'cloudpickle': '', 'recovers': False,
                        'collected': False, 'process': dispy.own_process()}}
