@@ -1531,6 +1531,12 @@ class _Comp:
         self.unloadable = ''                    # why no node can load its code
         self.widest: Optional[int] = None       # most CPUs that a node has for it, None if that is not known now
 
+    def rank(self) -> None:
+        """One of its jobs has a priority; those before it have none."""
+        self.ranked = True
+        for node in self.nodes.values():
+            node.ranks[self.comp] = collections.Counter({0: node.parts[self.comp]})
+
     def queue_of(self, work: Work) -> _Queue:
         """Where this job waits; which node it is for, a scheduler sees to."""
         key = work._options.get('node') if work._options and not self.remote else None
@@ -1676,6 +1682,47 @@ class _Node:
             self.parts[name] or other.length()
             for name, other in self.comps.items() if other is not comp)
 
+    def runs(self) -> Dict[str, List[int]]:
+        """Computation -> serials of its jobs that run here: those that have said so, then the first
+        of those sent, as far as there are CPUs. Where there is more than the CPUs can take, the
+        node shares them out evenly."""
+        found: Dict[str, List[int]] = {}
+        if not self.used:
+            return found
+        wants = sorted((min(part, self.limits[comp] or self.offers or part), comp)
+                       for comp, part in self.parts.items() if part)
+        left = self.cpus or self.offers or sum(want for want, _ in wants)
+        for index, (want, comp) in enumerate(wants):
+            flight, begun = self.flight[comp], self.begun[comp]
+            serials = list(begun)
+            used = sum(cpus_of(flight[serial]) for serial in begun)
+            most = max(min(want, -(-left // (len(wants) - index))), used)
+            for serial, work in flight.items() if used < most else ():
+                if serial not in begun:
+                    used += cpus_of(work)
+                    if used > most:
+                        break
+                    serials.append(serial)
+            found[comp] = serials
+            left = max(0, left - min(used, most))
+        return found
+
+    def learn(self, comp: _Comp, ended: List[tuple], now: float) -> None:
+        """Jobs have ended here: how long they took, and how long what they were sent with and told
+        by. Rows of Results, of jobs that were taken off."""
+        comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
+        rounds = self.rounds
+        if rounds > 1 and self.is_shared(comp):
+            rounds = 1
+        name = comp.comp
+        self.ahead[name].ended(len(ended), len(self.flight[name]), self.limits[name], rounds)
+        if self.probe is not None:
+            serial, sent = self.probe
+            for row in ended:
+                if row[0] == serial:
+                    self.trip = min(self.trip, max(0.0, now - sent - (row[3] - row[2])))
+                    self.probe = None
+
     def waits(self, comp: str) -> int:
         """Jobs of a computation here that are not known to have begun."""
         return len(self.flight[comp]) - len(self.begun[comp])
@@ -1725,128 +1772,109 @@ def priority_of(work: Work) -> int:
     return work._options.get('priority', 0) if work._options else 0  # type: ignore[no-any-return]
 
 
-class Schedule:
-    """Jobs to nodes. Events in, actions out; `flush` once a turn, after all events of the turn."""
+def move_job(work: Work, event: str) -> JobState:
+    """The one place where a job's state changes."""
+    state = work._state = JOB_TABLE[work._state, event]
+    return state
 
-    def __init__(self, fifo: bool = False) -> None:
-        """Clients share CPUs evenly; with `fifo` those who came first are served first."""
+
+class Books:
+    """What the schedule knows: the computations, the nodes, and which jobs are on which node. What
+    is counted over these, such as the CPUs of a client's jobs, is changed here alone, so that the
+    counts stay equal to what they count."""
+
+    def __init__(self) -> None:
         self.comps: Dict[str, _Comp] = {}
         self.nodes: Dict[Any, _Node] = {}
-        self._fifo = fifo
-        self._numbers, self._orders = itertools.count(1), itertools.count()
-        self._now = 0.0
-        # When a running job will be late, a number, its node
-        self._late: List[Tuple[float, int, Any]] = []
-        # When a job that rests waits again, a number, the job
-        self._rests: List[Tuple[float, int, Work]] = []
+        self.away: Dict[Any, _Node] = {}          # nodes that cannot be reached now
+        self.waiting: Dict[str, _Comp] = {}       # with jobs that wait, and perhaps some that had
+        # Client -> CPUs of its jobs on nodes
+        self.client_cpus: Dict[str, int] = collections.Counter()
+        # Nodes that something has happened to since the last flush
+        self.changed: Dict[Any, _Node] = {}
+        # (node, computation) -> jobs that were put there in this turn
+        self._to_send: Dict[Tuple[Any, str], List[Work]] = {}
+        self.numbers = itertools.count()          # they tell what came earlier
+        self.now = 0.0
         self._actions: List[Any] = []
-        self._sends: Dict[Tuple[Any, str], List[Work]] = {}
-        self._away: Dict[Any, _Node] = {}
-        self._waiting: Dict[str, _Comp] = {}        # with jobs that wait, and perhaps some that had
-        self._flying: Dict[str, int] = collections.Counter()   # client -> CPUs of its jobs on nodes
-        self._dirty: Dict[Any, _Node] = {}          # nodes that something has happened to since the last flush
-        self._handlers: Dict[type, Callable[[Any], None]] = {
-            Unloadable: self._unloadable,
-            Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked,
-            Repeat: self._repeat, RepeatNot: self._repeat_not,
-            WithdrawAsked: self._withdraw_asked, NodeStarted: self._node_started,
-            NodeReady: self._node_ready, NodeTold: self._node_told, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
-            NodeResults: self._node_results, NodeReturned: self._node_returned,
-            NodeHad: self._node_had, NodeAway: self._node_away, NodeLost: self._node_lost, NodeLeft: self._node_left, Closed: self._closed,
-            NodeTried: self._node_tried,
-        }
 
-    def handle(self, event: Any, now: float) -> List[Any]:
-        """Take one event; returns what must be done at once."""
-        self._actions, self._now = [], now
-        self._handlers[type(event)](event)
+    def begin(self, now: float) -> List[Any]:
+        """An event or the end of a turn is looked at: the list of what is to be done about it."""
+        self.now, self._actions = now, []
         return self._actions
 
-    def flush(self, now: float) -> List[Any]:
-        """The end of a turn: what waits goes to nodes that have room."""
-        self._actions, self._now = [], now
-        while self._late and self._late[0][0] <= now:
-            node = self.nodes.get(heapq.heappop(self._late)[2])
-            if node is not None:
-                self._dirty[node.key] = node
-        while self._rests and self._rests[0][0] <= now:
-            self._rested(*heapq.heappop(self._rests))
-        for node in [node for node in self._away.values() if node.lost_at() <= now]:
-            away = node.away
-            self._node_lost(NodeLost(node.key, away.name, away.text))  # type: ignore[union-attr]
-            self._do(NodeGone(node.key))
-        for node in self._dirty.values():
-            self._index(node)
-        for node in self._dirty.values():
-            self._reduce(node)
-        if self._waiting:
-            self._distribute()
-        if len(self.nodes) > 1 and self._dirty:
-            self._balance()
-        self._dirty.clear()
-        return self._actions
-
-    def lost_at(self, key: Any) -> float:
-        """As of the node; never if it is not known."""
-        node = self.nodes.get(key)
-        return math.inf if node is None else node.lost_at()
-
-    def next_timer(self) -> Optional[float]:
-        """When `flush` has something to do at the latest."""
-        times = [node.lost_at() for node in self._away.values() if node.away is not None]
-        times += [heap[0][0] for heap in (self._late, self._rests) if heap]
-        return min(times, default=None)
-
-    def runs(self, key: Any) -> Dict[str, List[int]]:
-        """Computation -> serials of its jobs that run on a node: those that have said so, then the
-        first of those sent there, as far as there are CPUs. Where there is more than the CPUs can
-        take, the node shares them out evenly."""
-        node = self.nodes.get(key)
-        found: Dict[str, List[int]] = {}
-        if node is None or not node.used:
-            return found
-        wants = sorted((min(part, node.limits[comp] or node.offers or part), comp)
-                       for comp, part in node.parts.items() if part)
-        left = node.cpus or node.offers or sum(want for want, _ in wants)
-        for index, (want, comp) in enumerate(wants):
-            flight, begun = node.flight[comp], node.begun[comp]
-            serials, used = list(begun), 0
-            for serial in begun:
-                used += cpus_of(flight[serial])
-            most = max(min(want, -(-left // (len(wants) - index))), used)
-            for serial, work in flight.items() if used < most else ():
-                if serial not in begun:
-                    used += cpus_of(work)
-                    if used > most:
-                        break
-                    serials.append(serial)
-            found[comp] = serials
-            left = max(0, left - min(used, most))
-        return found
-
-    def ran(self, work: Work) -> float:
-        """Seconds that a job has run, 0 if that is not known."""
-        comp = self.comps.get(work._comp)
-        node = comp.running.get(work._serial) if comp is not None else None
-        if node is None:
-            return 0.0
-        return self._now - node.begun[work._comp].get(work._serial, self._now)
-
-    # -- small parts --------------------------------------------------------------------------------------
-
-    def _do(self, action: Any) -> None:
+    def do(self, action: Any) -> None:
+        """An action for whoever has called the schedule."""
         self._actions.append(action)
 
-    @staticmethod
-    def _move(work: Work, event: str) -> JobState:
-        """The one place where a job's state changes."""
-        state = work._state = JOB_TABLE[work._state, event]
-        return state
+    def node(self, key: Any) -> _Node:
+        """The node with this key, which may be new."""
+        node = self.nodes.get(key)
+        if node is None:
+            node = self.nodes[key] = _Node(key)
+        return node
 
-    _cpus = staticmethod(cpus_of)
+    def pair(self, key: Any, name: str) -> Optional[Tuple[_Node, _Comp]]:
+        """The node and the computation of an event, if the one is set up for the other."""
+        node, comp = self.nodes.get(key), self.comps.get(name)
+        if node is None or comp is None or name not in node.comps:
+            return None
+        return node, comp
 
-    def _land(self, node: _Node, comp: _Comp, serials: Sequence[int]) -> Dict[int, Work]:
-        """Take attempts off a node's books. Those are left out that are not there: results that come twice or too late."""
+    def put_on(self, node: _Node, comp: _Comp, work: Work) -> None:
+        """A job goes to a node."""
+        move_job(work, 'send')
+        if comp.blocked is work:
+            comp.blocked = None
+        work._serial += 1
+        cpus = cpus_of(work)
+        node.take(comp.comp, cpus)
+        node.bytes += _bytes_of(work)
+        comp.flying += cpus
+        comp.served = next(self.numbers)
+        self.client_cpus[comp.client] += cpus
+        node.flight[comp.comp][work._serial] = work
+        comp.running[work._serial] = node
+        if comp.ranked:
+            node.ranks[comp.comp][priority_of(work)] += cpus
+        if node.probe is None and node.taken == node.used:   # it will not wait there
+            node.probe = (work._serial, self.now)
+        if node.key in comp.idle and node.room(comp.comp) < 1:
+            self.look_at(node)
+        works = self._to_send.get((node.key, comp.comp))
+        if works is None:
+            works = self._to_send[node.key, comp.comp] = []
+            self.changed[node.key] = node
+        works.append(work)
+
+    def send(self) -> None:
+        """Have those jobs sent that were put on nodes in this turn."""
+        to_send = self._to_send
+        self._to_send = {}   # or the last jobs, and their results, would be kept
+        for (key, name), works in to_send.items():
+            self.do(SendJobs(key, name, works))
+            self.look_at(self.nodes[key])
+
+    def were_on(self, node: _Node, comp: _Comp, works: Sequence[Work]) -> None:
+        """Jobs were sent to a node by the process before this one."""
+        for work in works:
+            move_job(work, 'send')
+            cpus = cpus_of(work)
+            node.take(comp.comp, cpus)
+            comp.flying += cpus
+            self.client_cpus[comp.client] += cpus
+            node.flight[comp.comp][work._serial] = work
+            comp.running[work._serial] = node
+            if work._options and 'priority' in work._options:
+                comp.ranked = True
+        for there in comp.nodes.values() if comp.ranked else ():
+            there.ranks[comp.comp] = collections.Counter()
+            for work in there.flight[comp.comp].values():
+                there.ranks[comp.comp][priority_of(work)] += cpus_of(work)
+
+    def take_off(self, node: _Node, comp: _Comp, serials: Sequence[int]) -> Dict[int, Work]:
+        """Take attempts off a node. Those are left out that are not there: results that come twice
+        or too late."""
         landed: Dict[int, Work] = {}
         flight, cpus, size = node.flight[comp.comp], 0, 0
         known = [table for table in (node.begun[comp.comp], node.recalled[comp.comp]) if table]
@@ -1854,495 +1882,31 @@ class Schedule:
             work = flight.pop(serial, None)
             if work is not None:
                 landed[serial] = work
-                cpus += self._cpus(work)
+                cpus += cpus_of(work)
                 size += _bytes_of(work)
                 del comp.running[serial]
                 for table in known:
                     table.pop(serial, None)  # type: ignore[attr-defined]
                 if comp.ranked:
-                    node.ranks[comp.comp][priority_of(work)] -= self._cpus(work)
+                    node.ranks[comp.comp][priority_of(work)] -= cpus_of(work)
         if landed:
             node.take(comp.comp, -cpus)
             node.bytes -= size
             comp.flying -= cpus
-            self._flying[comp.client] -= cpus
-            self._dirty[node.key] = node
+            self.client_cpus[comp.client] -= cpus
+            self.changed[node.key] = node
             if node.draining:
-                self._drained(node, comp.comp)
+                self.tell_drained(node, comp.comp)
         return landed
 
-    # -- jobs ---------------------------------------------------------------------------------------------
-
-    def _opened(self, event: Opened) -> None:
-        self.comps[event.comp] = _Comp(event, next(self._orders))
-
-    def _submitted(self, event: Submitted) -> None:
-        for work in event.works:
-            work._serial = work._serial or next(self._numbers) << 16   # one with a journal has its number
-            comp = self.comps.get(work._comp)
-            if comp is None:
-                self._move(work, 'cancel')
-                self._do(JobEnded(work, 'the cluster was closed'))
-                continue
-            if comp.unloadable:
-                self._move(work, 'fail')
-                self._do(JobEnded(work, comp.unloadable))
-                continue
-            comp.queue_of(work).push(work)
-            self._waiting[comp.comp] = comp
-            if work._options and 'priority' in work._options and not comp.ranked:
-                comp.ranked = True
-                for node in comp.nodes.values():
-                    node.ranks[comp.comp] = collections.Counter({0: node.parts[comp.comp]})
-            if not comp.idle and (not comp.flying or comp.ranked):
-                # All CPUs are taken, and it is new or may be urgent: some nodes get it into their
-                # queues. They give the next CPU to the computation that has fewest, and of its jobs
-                # to that of the highest priority.
-                for node in itertools.islice(comp.nodes.values(), 64):
-                    self._dirty[node.key] = node
-
-    def _unloadable(self, event: Unloadable) -> None:
-        comp = self.comps.get(event.comp)
-        if comp is None:
-            return
-        comp.unloadable = event.text
-        for work in comp.waiting() if event.text else ():
-            self._move(work, 'fail')
-            comp.take_out(work)
-            self._do(JobEnded(work, event.text))
-
-    def _cancel_asked(self, event: CancelAsked) -> None:
-        work, comp = event.work, self.comps.get(event.work._comp)
-        if work._state in ENDED or work._state is JobState.CANCELLING or comp is None:
-            return
-        if work._state in _WAITING:
-            self._cancel_waiting(work, comp)
-        else:
-            self._move(work, 'cancel')
-            self._do(SendCancel(comp.running[work._serial].key, comp.comp, [work._serial]))
-
-    def _cancel_waiting(self, work: Work, comp: _Comp) -> None:
-        self._move(work, 'cancel')
-        comp.take_out(work)
-        self._do(JobEnded(work, 'cancelled before it was started'))
-
-    def _withdraw_asked(self, event: WithdrawAsked) -> None:
-        recalls: Dict[Tuple[Any, str], List[int]] = {}
-        for work in event.works:
-            comp = self.comps.get(work._comp)
-            node = comp.running.get(work._serial) if comp is not None else None
-            if comp is not None and work._state in _WAITING:
-                self._cancel_waiting(work, comp)
-            elif comp is None or node is None or node.away is not None \
-                    or work._state is not JobState.SENT:
-                self._do(Withdrawn(work, work._state is JobState.CANCELLED))
-            else:
-                comp.withdrawn.add(work)
-                if work._serial not in node.recalled[comp.comp]:
-                    node.recalled[comp.comp][work._serial] = False
-                    recalls.setdefault((node.key, comp.comp), []).append(work._serial)
-        for (key, name), serials in recalls.items():
-            self._do(SendRecall(key, name, serials))
-
-    def keep(self, work: Work) -> None:
-        """The inverse of WithdrawAsked, if it has not been answered."""
-        if work._comp in self.comps:
-            self.comps[work._comp].withdrawn.discard(work)
-
-    def _answer(self, comp: _Comp, work: Work) -> None:
-        """What was to be withdrawn has begun, ended or cannot be asked for."""
-        if work in comp.withdrawn:
-            comp.withdrawn.discard(work)
-            self._do(Withdrawn(work, work._state is JobState.CANCELLED))
-
-    def _closed(self, event: Closed) -> None:
-        comp = self.comps.pop(event.comp, None)
-        if comp is None:
-            return
-        self._waiting.pop(comp.comp, None)
-        for node in list(comp.nodes.values()):
-            node.draining.discard(comp.comp)
-            for work in self._land(node, comp, list(node.flight[comp.comp])).values():
-                if work._state is not JobState.CANCELLING:
-                    self._move(work, 'cancel')
-                self._move(work, 'cancelled')
-                self._do(JobEnded(work, 'cancelled: the cluster was closed'))
-            self._forget(node, comp)
-        if not any(other.client == comp.client for other in self.comps.values()):
-            self._flying.pop(comp.client, None)
-        for work in comp.waiting():
-            self._move(work, 'cancel')
-            self._do(JobEnded(work, 'cancelled: the cluster was closed'))
-
-    # -- nodes --------------------------------------------------------------------------------------------
-
-    def _node_ready(self, event: NodeReady) -> None:
-        comp = self.comps.get(event.comp)
-        if comp is None:
-            return
-        node = self.nodes.get(event.node)
-        if node is None:
-            node = self.nodes[event.node] = _Node(event.node)
-        node.name, node.offers = event.name or node.name, event.offers
-        node.trip, node.probe = event.trip or node.trip, None
-        self._back_again(node)
-        node.begin(comp)
-        comp.nodes[event.node] = node
-        node.recalled[event.comp].clear()   # what was asked of it may not have arrived
-        node.draining.discard(event.comp)
-        held, flight = set(event.held), node.flight[event.comp]
-        self._judge(node, comp, Account(frozenset(held), event.past, event.whole), Occasion.CONNECTED)
-        self._limit(node, comp, event.cpus)
-        self._unpark(comp, node)
-        unwanted = [serial for serial, work in flight.items() if work._state is JobState.CANCELLING]
-        unwanted += sorted(held - set(flight))   # given up while the node was away
-        if unwanted:
-            self._do(SendCancel(node.key, comp.comp, unwanted))
-
-    def _node_told(self, event: NodeTold) -> None:
-        node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
-        if node is None or comp is None or event.comp not in node.comps:
-            return
-        self._judge(node, comp, event.account, Occasion.CONNECTED)
-        if node.away is not None:   # it is there, and what it holds will come; nothing is sent there before it is ready
-            node.away = node.away._replace(until=math.inf)
-
-    def _judge(self, node: _Node, comp: _Comp, account: Account, occasion: Occasion) -> None:
-        """What becomes of attempts that were sent to a node, by what is known there."""
-        for serial in sorted(node.flight[comp.comp], reverse=True):   # each goes to the front
-            verdict, text = account.verdict(serial, occasion)
-            if verdict is Verdict.WAITS:
-                self._back(node, comp, serial)
-            elif verdict is Verdict.LOST:
-                for work in self._land(node, comp, [serial]).values():
-                    self._lost(comp, work, node.name, text)
-
-    def _node_offers(self, event: NodeOffers) -> None:
-        node = self.nodes.get(event.node)
-        if node is not None and event.comp in node.comps:
-            node.offers = event.offers or node.offers
-            self._limit(node, node.comps[event.comp], event.cpus)
-            self._unpark(node.comps[event.comp], node)
-
-    def _limit(self, node: _Node, comp: _Comp, cpus: int) -> None:
-        if comp.most is None:
-            self._set_limit(node, comp, cpus)
-        else:
-            comp.offers[node.key] = cpus
-            self._set_limit(node, comp, min(cpus, node.limits[comp.comp]))
-            self._do(LimitNode(node.key, comp.comp, node.limits[comp.comp]))
-            self._share_out(comp)
-
-    def _share_out(self, comp: _Comp) -> None:
-        """Give a computation that may use so many CPUs over all nodes those that it has not got:
-        of the node that came first, as far as that has more."""
-        left = (comp.most or 0) - sum(node.limits[comp.comp] for node in comp.nodes.values())
-        for key, node in comp.nodes.items():
-            limit = node.limits[comp.comp]
-            more = min(left, comp.offers.get(key, 0) - limit)
-            if more > 0 and node.away is None:
-                left -= more
-                self._set_limit(node, comp, limit + more)
-                self._do(LimitNode(key, comp.comp, limit + more))
-
-    def _set_limit(self, node: _Node, comp: _Comp, cpus: int) -> None:
-        node.draining.discard(comp.comp)
-        lowered = cpus < node.limits[comp.comp]
-        node.limit(comp.comp, cpus)
-        if lowered and node.away is None and not comp.remote:
-            most = node.parts[comp.comp] - cpus - node.reserve(comp.comp, self._now)
-            self._call_back(node, comp, self._movable(node, comp, most, math.inf, 0), False)
-        comp.widest = None
-        self._dirty[node.key] = node
-
-    def _forget(self, node: _Node, comp: _Comp) -> None:
-        """A computation is over on a node; nothing of it is in flight there."""
-        node.forget(comp.comp)
-        for table in (comp.nodes, comp.idle, comp.donors, comp.offers):
-            table.pop(node.key, None)  # type: ignore[attr-defined]
-        comp.widest = None
-        self._dirty[node.key] = node
-        if comp.most is not None:
-            self._share_out(comp)
-
-    def _node_drains(self, event: NodeDrains) -> None:
-        node = self.nodes.get(event.node)
-        if node is None or event.comp not in node.comps:
-            self._do(NodeDrained(event.node, event.comp))
-            return
-        self._limit(node, node.comps[event.comp], 0)
-        node.draining.add(event.comp)
-        self._drained(node, event.comp)
-
-    def _drained(self, node: _Node, comp: str) -> None:
+    def tell_drained(self, node: _Node, comp: str) -> None:
+        """Nothing of a computation is on a node any more that was to become free of it."""
         if comp in node.draining and not node.flight[comp]:
-            self._do(NodeDrained(node.key, comp))
+            self.do(NodeDrained(node.key, comp))
 
-    def _unpark(self, comp: _Comp, node: _Node) -> None:
-        """A node with more CPUs has come."""
-        for work in [work for work in reversed(comp.parked) if self._cpus(work) <= node.limits[comp.comp]]:
-            comp.parked.remove(work)
-            comp.queue.push_front(work)
-            self._waiting[comp.comp] = comp
-
-    def _park(self, comp: _Comp) -> None:
-        """What no node can take shall not stop those behind it."""
-        work = comp.queue.head()
-        if work is None or self._cpus(work) == 1:
-            return
-        if comp.widest is None:
-            comp.widest = max((node.limits[comp.comp] for node in comp.nodes.values() if node.away is None), default=0)
-        widest = comp.widest
-        while widest and work is not None and self._cpus(work) > widest:
-            comp.parked.append(comp.queue.pop())
-            self._do(JobParked(work, 'it wants %d CPUs (dispy_cpus) and no node has more than %d' % (self._cpus(work), widest)))
-            work = comp.queue.head()
-
-    def _back(self, node: _Node, comp: _Comp, serial: int) -> None:
-        """An attempt that was never started: the job waits again."""
-        own = node.recalled[comp.comp].get(serial, False)
-        for work in self._land(node, comp, [serial]).values():
-            if own:
-                comp.called[serial >> 16] = comp.called.get(serial >> 16, 0) + 1
-            if work in comp.withdrawn and work._state is not JobState.CANCELLING:
-                self._move(work, 'cancel')
-            if self._move(work, 'back') is JobState.REQUEUED:
-                self._wait_again(comp, work)
-            else:
-                self._do(JobEnded(work, 'cancelled before it was started'))
-                self._answer(comp, work)
-
-    def _wait_again(self, comp: _Comp, work: Work) -> None:
-        comp.queue_of(work).push_front(work)
-        self._waiting[comp.comp] = comp
-        self._do(JobWaits(work))
-
-    def _node_returned(self, event: NodeReturned) -> None:
-        node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
-        if node is not None and comp is not None and event.comp in node.comps:
-            for serial in sorted(event.serials, reverse=True):   # each goes to the front
-                self._back(node, comp, serial)
-
-    def _node_started(self, event: NodeStarted) -> None:
-        node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
-        if node is None or comp is None or event.comp not in node.comps:
-            return
-        flight, begun, pairs = node.flight[event.comp], node.begun[event.comp], []
-        for serial, ran in event.rows:
-            work = flight.get(serial)
-            if work is None:
-                continue
-            begun[serial] = self._now - max(0.0, ran)
-            node.recalled[event.comp].pop(serial, None)
-            if work._state is JobState.SENT:
-                self._move(work, 'start')
-            self._answer(comp, work)
-            pairs.append((work, ran))
-            if not comp.remote:
-                late = begun[serial] + node.horizon
-                heapq.heappush(self._late, (late, next(self._orders), node.key))
-        if pairs:
-            self._dirty[node.key] = node
-            self._do(JobsStarted(node.key, comp.comp, pairs))
-
-    def _node_results(self, event: NodeResults) -> None:
-        node, comp = self.nodes.get(event.node), self.comps.get(event.comp)
-        if node is None or comp is None or event.comp not in node.comps:
-            if comp is not None:   # of jobs that were given up: it need not keep them
-                self._do(SendAck(event.node, event.comp, [row[0] for row in event.rows if row[1] not in GOES_ON]))
-            return
-        if any(row[1] not in OUTCOMES for row in event.rows):
-            raise PeerError('a result with an unknown outcome')
-        serials = [row[0] for row in event.rows if row[1] not in GOES_ON]
-        landed, flight = self._land(node, comp, serials), node.flight[comp.comp]
-        pairs = []
-        self._learn(node, comp, event.rows, landed)
-        for row in event.rows:
-            outcome = row[1]
-            if outcome in GOES_ON:
-                work = landed.get(row[0]) or flight.get(row[0])   # its end may be in the same message
-                if work is not None:
-                    if work._state is JobState.SENT:
-                        self._do(JobsStarted(node.key, comp.comp, [(work, 0.0)]))
-                    self._move(work, 'provisional')
-                    pairs.append((work, row))
-                continue
-            work = landed.pop(row[0], None)
-            if work is None:
-                continue
-            if outcome == Outcome.STOPPED:
-                for other in node.comps.values():   # nothing more goes there, until it is Ready again
-                    self._limit(node, other, 0)
-                self._lost(comp, work, node.name, 'it was stopped, or taken from this client')
-                continue
-            if outcome == Outcome.DIED and work._options and work._options.get('retries') and not comp.remote:
-                self._lost(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
-                continue
-            if work._options and 'repeats' in work._options and self._is_asked_for(comp, work, row):
-                self._do(JobFailedOnce(node.key, comp.comp, work, row))
-                continue
-            self._move(work, _EVENT_OF[outcome])
-            if comp.withdrawn:
-                self._answer(comp, work)
-            if comp.called:
-                comp.called.pop(row[0] >> 16, None)
-            pairs.append((work, row))
-        self._do(SendAck(node.key, comp.comp, serials))
-        if pairs:
-            self._do(JobsEnded(node.key, comp.comp, pairs))
-
-    def _is_asked_for(self, comp: _Comp, work: Work, row: tuple) -> bool:
-        """Whether the program is to say if a job is repeated that has ended so. It waits until
-        then."""
-        repeats: Optional[Repeats] = work._options.get('repeats') if work._options else None
-        if repeats is None or not repeats.may_be(row[1], len(work._lost)) \
-                or work._state is JobState.CANCELLING:
-            return False
-        self._move(work, 'back')
-        self._answer(comp, work)
-        comp.resting[work] = math.inf
-        return True
-
-    def _repeat(self, event: Repeat) -> None:
-        comp = self.comps.get(event.work._comp)
-        if comp is not None and event.work in comp.resting:   # not cancelled meanwhile
-            until = comp.resting[event.work] = self._now + event.delay
-            heapq.heappush(self._rests, (until, next(self._orders), event.work))
-            self._do(JobWaits(event.work))
-
-    def _rested(self, until: float, number: int, work: Work) -> None:
-        comp = self.comps.get(work._comp)
-        if comp is not None and comp.resting.get(work) == until:
-            del comp.resting[work]
-            comp.queue_of(work).push(work)
-            self._waiting[comp.comp] = comp
-            for node in itertools.islice(comp.nodes.values(), 64):
-                self._dirty[node.key] = node
-
-    def _repeat_not(self, event: RepeatNot) -> None:
-        comp = self.comps.get(event.work._comp)
-        if comp is not None and event.work in comp.resting:
-            del comp.resting[event.work]
-            self._move(event.work, _EVENT_OF[Outcome(event.outcome)])
-            self._do(JobStays(event.work))
-
-    def _learn(self, node: _Node, comp: _Comp, rows: list, landed: Dict[int, Work]) -> None:
-        """Jobs have ended: how long they took, and how long what they were sent with and told by."""
-        ended = [row for row in rows if row[0] in landed and row[1] not in GOES_ON]
-        comp.estimate.add([row[3] - row[2] for row in ended if row[3] > row[2]])
-        rounds = node.rounds
-        if rounds > 1 and node.is_shared(comp):
-            rounds = 1
-        node.ahead[comp.comp].ended(len(ended), len(node.flight[comp.comp]), node.limits[comp.comp],
-                                    rounds)
-        if node.probe is not None and node.probe[0] in landed:
-            took = next(row[3] - row[2] for row in ended if row[0] == node.probe[0])
-            node.trip = min(node.trip, max(0.0, self._now - node.probe[1] - took))
-            node.probe = None
-
-    def _node_had(self, event: NodeHad) -> None:
-        comp, node = self.comps[event.comp], self.nodes.get(event.node)
-        if node is None:
-            node = self.nodes[event.node] = _Node(event.node)
-        node.name = event.name
-        node.begin(comp)
-        comp.nodes[event.node] = node
-        flight = node.flight[event.comp]
-        self._limit(node, comp, 0)
-        for work in event.works:
-            cpus = self._cpus(work)
-            self._move(work, 'send')
-            node.take(event.comp, cpus)
-            comp.flying += cpus
-            self._flying[comp.client] += cpus
-            flight[work._serial] = work
-            comp.running[work._serial] = node
-            if work._options and 'priority' in work._options:
-                comp.ranked = True
-        for there in comp.nodes.values() if comp.ranked else ():
-            there.ranks[comp.comp] = collections.Counter()
-            for work in there.flight[comp.comp].values():
-                there.ranks[comp.comp][priority_of(work)] += self._cpus(work)
-        self._node_away(NodeAway(event.node, event.name, 'the node did not come back', event.until))
-
-    def _node_away(self, event: NodeAway) -> None:
-        node = self.nodes.get(event.node)
-        if node is not None:
-            node.away, node.tried_until = event, -math.inf
-            self._away[node.key] = self._dirty[node.key] = node
-            for comp in node.comps.values():
-                comp.widest = None
-                there = [work for work in comp.withdrawn if comp.running.get(work._serial) is node]
-                for work in there:
-                    self._answer(comp, work)
-
-    def _node_tried(self, event: NodeTried) -> None:
-        node = self.nodes.get(event.node)
-        if node is not None and node.away is not None:
-            node.tried_until = event.until
-
-    def _back_again(self, node: _Node) -> None:
-        node.away = None
-        self._away.pop(node.key, None)
-        self._dirty[node.key] = node
-
-    def _node_lost(self, event: NodeLost) -> None:
-        node = self.nodes.get(event.node)
-        if node is None:
-            return
-        for name in list(node.comps):
-            self._leave(node, name, event.name, event.text, event.known.get(name))
-        if not node.comps:
-            del self.nodes[event.node]
-            self._away.pop(node.key, None)
-            self._dirty.pop(node.key, None)
-
-    def _node_left(self, event: NodeLeft) -> None:
-        node = self.nodes.get(event.node)
-        if node is not None and event.comp in node.comps:
-            self._leave(node, event.comp, event.name, event.text)
-
-    def _leave(self, node: _Node, name: str, node_name: str, text: str, account: Optional[Account] = None) -> None:
-        comp = node.comps[name]
-        node.draining.discard(name)
-        for serial in sorted(node.flight[name], reverse=True):   # each goes to the front
-            verdict = KNOWN_TABLE[Known.SILENT if account is None else account.known(serial), Occasion.ENDED]
-            if verdict is Verdict.WAITS:
-                self._back(node, comp, serial)
-            elif verdict is Verdict.LOST:
-                for work in self._land(node, comp, [serial]).values():
-                    self._lost(comp, work, node_name, text)
-        if not node.flight[name]:
-            self._forget(node, comp)
-
-    def _lost(self, comp: _Comp, work: Work, node_name: str, text: str) -> None:
-        """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it
-        came, and whether it had begun, whatever was known last. One that is known not to have begun
-        comes by `_back`."""
-        self._answer(comp, work)
-        work._lost += (node_name,)
-        retries = work._options.get('retries') if work._options else None
-        times = retries + 1 if retries else LOST_TIMES if comp.reentrant else 1
-        nodes = list(dict.fromkeys(work._lost))
-        tried = len(work._lost)
-        if retries and 'repeats' in work._options:  # type: ignore[operator]
-            tried += work._options['repeats'].failures  # type: ignore[index]
-        may_go_on = tried < times and (retries or len(nodes) < LOST_MOST)
-        if may_go_on and work._state is not JobState.CANCELLING:
-            self._move(work, 'back')
-            self._wait_again(comp, work)
-        elif self._move(work, 'give up') is JobState.CANCELLED:
-            self._do(JobEnded(work, 'cancelled; its node was lost meanwhile'))
-        else:
-            self._do(JobEnded(work, 'abandoned: lost with node%s %s (%s); %s' % (
-                's' * (len(nodes) > 1), ', '.join(nodes), text, 'the computation is not reentrant' if times == 1
-                else 'given up after %d nodes' % len(nodes) if len(nodes) == LOST_MOST and not retries
-                else 'given up after %d attempts' % len(work._lost))))
-
-    # -- distribution -------------------------------------------------------------------------------------
-
-    def _index(self, node: _Node) -> None:
-        """Note for which computations a node has an idle CPU, and of which it holds more than it runs."""
+    def look_at(self, node: _Node) -> None:
+        """Note for which computations a node has an idle CPU, and of which it holds more than it
+        runs."""
         surplus = (node.used > node.cpus or node.used > node.taken) and node.away is None
         for name, comp in node.comps.items():
             if node.away is None and node.room(name) > 0:
@@ -2355,42 +1919,87 @@ class Schedule:
             else:
                 comp.donors.pop(node.key, None)
 
-    def _distribute(self) -> None:
+    def wait_again(self, comp: _Comp, work: Work) -> None:
+        """A job waits before the others of its priority."""
+        comp.queue_of(work).push_front(work)
+        self.waiting[comp.comp] = comp
+        self.do(JobWaits(work))
+
+    def answer(self, comp: _Comp, work: Work) -> None:
+        """What was to be withdrawn has begun, ended or cannot be asked for."""
+        if work in comp.withdrawn:
+            comp.withdrawn.discard(work)
+            self.do(Withdrawn(work, work._state is JobState.CANCELLED))
+
+    def reached(self, node: _Node) -> None:
+        """A node can be reached, perhaps again."""
+        node.away = None
+        self.away.pop(node.key, None)
+        self.changed[node.key] = node
+
+
+class Placement:
+    """Which job goes to which node, and which is called back from there."""
+
+    def __init__(self, books: Books, fifo: bool) -> None:
+        self._books, self._fifo = books, fifo
+
+    def distribute(self) -> None:
         """First to CPUs that are idle; then to queues on the nodes that something has happened to.
-        What this costs depends on how many nodes that are, not on how many there are. While a job
-        waits that may go to idle CPUs only, nothing is sent to queues, or there would never be
-        one."""
-        self._sends = {}
+        What this costs depends on how many nodes that are, not on how many there are."""
         waiting = self._still_waiting()
         while waiting:
             for comp in waiting:
                 self._park(comp)
-            rivals = [comp for comp in waiting if comp.length()]
-            while rivals:
-                comp = min(rivals, key=self._rank) if len(rivals) > 1 else rivals[0]
-                if not self._start_one(comp):
-                    rivals.remove(comp)
-            before = sum(map(len, self._sends.values()))
-            total = max(1, sum(node.cpus for node in self._dirty.values()))
-            shares = {comp.comp: math.ceil(comp.length() / total) for comp in waiting}
-            picky = [comp for comp in waiting if comp.called and not self._may_be_ahead(comp)]
-            for node in list(self._dirty.values()):
-                if node.away is None and (not picky or all(
-                        comp.comp not in node.comps or node.is_shared(comp) for comp in picky)):
-                    self._fill(node, shares)
+            self._use_idle([comp for comp in waiting if comp.length()])
+            is_filled = self._fill_queues(waiting)
             waiting = self._still_waiting()
-            if before == sum(map(len, self._sends.values())):   # otherwise another head may find an idle CPU
+            if not is_filled:   # otherwise another head may find an idle CPU
                 break
-        for (key, name), works in self._sends.items():
-            self._do(SendJobs(key, name, works))
-            self._index(self.nodes[key])
-        self._sends = {}   # or the last jobs, and their results, would be kept until there are others
+        self._books.send()
+
+    def _use_idle(self, rivals: List[_Comp]) -> None:
+        """Jobs of these computations go to idle CPUs, as long as there are both."""
+        while rivals:
+            comp = min(rivals, key=self._rank) if len(rivals) > 1 else rivals[0]
+            if not self._start_one(comp):
+                rivals.remove(comp)
+
+    def _fill_queues(self, waiting: List[_Comp]) -> bool:
+        """Jobs of these computations go to queues on nodes. Returns whether any did. While a job
+        waits that may go to idle CPUs only, none is sent, or there would never be an idle one."""
+        changed = self._books.changed
+        total = max(1, sum(node.cpus for node in changed.values()))
+        shares = {comp.comp: math.ceil(comp.length() / total) for comp in waiting}
+        picky = [comp for comp in waiting if comp.called and not self._may_be_ahead(comp)]
+        is_filled = False
+        for node in list(changed.values()):
+            if node.away is None and (not picky or all(
+                    comp.comp not in node.comps or node.is_shared(comp) for comp in picky)):
+                is_filled = self._fill(node, shares) or is_filled
+        return is_filled
 
     def _still_waiting(self) -> List[_Comp]:
-        waiting = [comp for comp in self._waiting.values() if comp.length()]
-        if len(waiting) < len(self._waiting):
-            self._waiting = {comp.comp: comp for comp in waiting}
+        waiting = [comp for comp in self._books.waiting.values() if comp.length()]
+        if len(waiting) < len(self._books.waiting):
+            self._books.waiting = {comp.comp: comp for comp in waiting}
         return waiting
+
+    def _park(self, comp: _Comp) -> None:
+        """What no node can take shall not stop those behind it."""
+        work = comp.queue.head()
+        if work is None or cpus_of(work) == 1:
+            return
+        if comp.widest is None:
+            comp.widest = max((node.limits[comp.comp] for node in comp.nodes.values()
+                               if node.away is None), default=0)
+        widest = comp.widest
+        while widest and work is not None and cpus_of(work) > widest:
+            comp.parked.append(comp.queue.pop())
+            text = 'it wants %d CPUs (dispy_cpus) and no node has more than %d' % (
+                cpus_of(work), widest)
+            self._books.do(JobParked(work, text))
+            work = comp.queue.head()
 
     @staticmethod
     def _may_be_ahead(comp: _Comp) -> bool:
@@ -2403,40 +2012,45 @@ class Schedule:
         when it was served last; or its place in the order of coming."""
         if self._fifo:
             return comp.order, 0, 0
-        return self._flying[comp.client], comp.flying, comp.served
+        return self._books.client_cpus[comp.client], comp.flying, comp.served
 
     def _start_one(self, comp: _Comp) -> bool:
         """Send the next job to an idle CPU."""
         for key, pinned in comp.pinned.items() if comp.pinned else ():
             if pinned.length and key in comp.idle:
                 node, work = comp.idle[key], pinned.head()
-                if work is not None and self._cpus(work) <= node.room(comp.comp):
-                    self._launch(node, comp, pinned.pop())
+                if work is not None and cpus_of(work) <= node.room(comp.comp):
+                    self._books.put_on(node, comp, pinned.pop())
                     return True
         work = comp.queue.head()
         if work is None:
             return False
-        cpus, nodes = self._cpus(work), comp.idle.values()
-        for node in nodes if comp.blocked is not work else [node for node in self._dirty.values() if node.key in comp.idle]:
+        cpus = cpus_of(work)
+        nodes: Iterable[_Node] = comp.idle.values()
+        if comp.blocked is work:
+            nodes = [node for node in self._books.changed.values() if node.key in comp.idle]
+        for node in nodes:
             if cpus <= node.room(comp.comp):
-                self._launch(node, comp, comp.queue.pop())
+                self._books.put_on(node, comp, comp.queue.pop())
                 return True
         comp.blocked = work   # until something happens to a node
         return False
 
-    def _fill(self, node: _Node, shares: Dict[str, int]) -> None:
-        """Send ahead what a node will soon come to: by how long jobs take; of long ones no more than a client's even part, so
-        that the node, which gives a CPU to who has fewest, has someone to choose from."""
+    def _fill(self, node: _Node, shares: Dict[str, int]) -> bool:
+        """Send ahead what a node will soon come to: by how long jobs take; of long ones no more
+        than a client's even part, so that the node, which gives a CPU to who has fewest, has
+        someone to choose from. Returns whether anything is sent."""
         rivals = [comp for comp in node.comps.values() if comp.comp in shares and comp.source(node.key).length]
         if not rivals:
-            return
+            return False
         if len(rivals) > 1:
             rivals.sort(key=self._rank)
         if self._fifo:   # the node shares its CPUs, and shall not have others to share them with
             del rivals[1:]
         sharers = [comp for comp in node.comps.values() if node.parts[comp.comp] or comp in rivals]
+        before = node.used
         for comp in rivals:
-            reserve = min(node.reserve(comp.comp, self._now, len(rivals)),
+            reserve = min(node.reserve(comp.comp, self._books.now, len(rivals)),
                           node.limits[comp.comp] * shares[comp.comp])
             choice = node.choice(comp, sharers) if len(sharers) > 1 and not self._fifo else 0
             choice = min(choice, node.limits[comp.comp] * shares[comp.comp])
@@ -2445,14 +2059,15 @@ class Schedule:
                 work = source.head()
                 if work is None or not self._may_send(node, comp, work, reserve, choice):
                     break
-                self._launch(node, comp, source.pop())
+                self._books.put_on(node, comp, source.pop())
+        return node.used > before
 
     def _may_send(self, node: _Node, comp: _Comp, work: Work, reserve: int, choice: int) -> bool:
         """Whether a job may go to a node that has no idle CPU for it, where jobs for so many CPUs
         may wait."""
         limit = node.limits[comp.comp]
         fits = limit if node.bytes <= AHEAD_BYTES else node.room(comp.comp)
-        if self._cpus(work) > fits:
+        if cpus_of(work) > fits:
             return False
         if comp.called and not comp.may_wait_there(work):
             return choice > 0 and not node.waits(comp.comp)   # no CPU is ever idle there
@@ -2462,69 +2077,46 @@ class Schedule:
                 return True
         return node.waits(comp.comp) < choice
 
-    def _launch(self, node: _Node, comp: _Comp, work: Work) -> None:
-        self._move(work, 'send')
-        if comp.blocked is work:
-            comp.blocked = None
-        work._serial += 1
-        cpus = self._cpus(work)
-        node.take(comp.comp, cpus)
-        node.bytes += _bytes_of(work)
-        comp.flying += cpus
-        comp.served = next(self._orders)
-        self._flying[comp.client] += cpus
-        node.flight[comp.comp][work._serial] = work
-        comp.running[work._serial] = node
-        if comp.ranked:
-            node.ranks[comp.comp][priority_of(work)] += cpus
-        if node.probe is None and node.taken == node.used:   # it will not wait there
-            node.probe = (work._serial, self._now)
-        if node.key in comp.idle and node.room(comp.comp) < 1:
-            self._index(node)
-        works = self._sends.get((node.key, comp.comp))
-        if works is None:
-            works = self._sends[node.key, comp.comp] = []
-            self._dirty[node.key] = node
-        works.append(work)
-
-    def _reduce(self, node: _Node) -> None:
+    def reduce(self, node: _Node) -> None:
         """Call back what waits on a node far beyond the bound that holds now: jobs turn out to be
         longer than those before them, or some run that will not end soon."""
         for name, comp in node.comps.items() if node.away is None else ():
             spare = node.parts[name] - node.limits[name]
             if spare <= 0 or comp.remote or name in node.draining:
                 continue
-            reserve = node.reserve(name, self._now)
+            reserve = node.reserve(name, self._books.now)
             if spare <= 2 * reserve:   # estimates go up and down a little
                 continue
             shared = node.is_shared(comp)
-            if not shared and spare <= node.bearable(name, self._now):
+            if not shared and spare <= node.bearable(name, self._books.now):
                 continue
             sharers = list(node.comps.values())
             if not shared or spare > 2 * len(sharers) * node.choice(comp, sharers):
-                asked = sum(self._cpus(node.flight[name][serial]) for serial in node.recalled[name])
+                asked = sum(cpus_of(node.flight[name][serial]) for serial in node.recalled[name])
                 most = spare - reserve - asked
                 times = 1 if shared else RECALLS_MOST   # the last time is for an idle CPU elsewhere
-                self._call_back(node, comp, self._movable(node, comp, most, math.inf, times), True)
+                self.call_back(node, comp, self.movable(node, comp, most, math.inf, times), True)
 
-    def _balance(self) -> None:
+    def balance(self) -> None:
         """Call back what waits on one node while CPUs of another are idle."""
-        for comp in self.comps.values():
+        for comp in self._books.comps.values():
             if not comp.donors or not comp.idle or comp.queue.length:
                 continue
-            rooms = [node.room(comp.comp) for node in itertools.islice(comp.idle.values(), 64)]   # more are seen to in later turns
+            # More than 64 are seen to in later turns
+            rooms = [node.room(comp.comp) for node in itertools.islice(comp.idle.values(), 64)]
             free, called = sum(rooms), 0
             for donor in list(comp.donors.values()):
                 surplus = donor.used - min(donor.cpus, donor.taken)
-                most = max(free, surplus * free // (free + donor.cpus))   # of short jobs its part of all, at once
-                serials = self._movable(donor, comp, min(surplus, most), max(rooms), RECALLS_MOST)
+                # Of short jobs the idle CPUs get their part of all at once
+                most = max(free, surplus * free // (free + donor.cpus))
+                serials = self.movable(donor, comp, min(surplus, most), max(rooms), RECALLS_MOST)
                 del comp.donors[donor.key]   # until it is looked at again
-                self._call_back(donor, comp, serials, True)
+                self.call_back(donor, comp, serials, True)
                 called += len(serials)
                 if called >= free:
                     break
 
-    def _movable(self, node: _Node, comp: _Comp, most: int, room: float, times: int) -> List[int]:
+    def movable(self, node: _Node, comp: _Comp, most: int, room: float, times: int) -> List[int]:
         """Serials of the last attempts on a node that may not have begun, of up to so many CPUs:
         those of low priority first; none that was called back so many times already (0: however
         often). Less `room` than all: for another node."""
@@ -2543,18 +2135,557 @@ class Schedule:
                     continue
                 break   # those before it would be overtaken
             for_this_node = bool(work._options) and 'node' in work._options  # type: ignore[operator]
-            if room < math.inf and (self._cpus(work) > room or for_this_node):
+            if room < math.inf and (cpus_of(work) > room or for_this_node):
                 break
             serials.append(serial)
-            most -= self._cpus(work)
+            most -= cpus_of(work)
         return serials
 
-    def _call_back(self, node: _Node, comp: _Comp, serials: List[int], own: bool) -> None:
+    def call_back(self, node: _Node, comp: _Comp, serials: List[int], own: bool) -> None:
         """Ask a node for attempts; `own`: for reasons of the schedule, not because the user wants
         it."""
         if serials:
             node.recalled[comp.comp].update((serial, own) for serial in serials)
-            self._do(SendRecall(node.key, comp.comp, serials))
+            self._books.do(SendRecall(node.key, comp.comp, serials))
+
+
+class Limits:
+    """How many CPUs of each node a computation may use."""
+
+    def __init__(self, books: Books, placement: Placement) -> None:
+        self._books, self._placement = books, placement
+
+    def limit(self, node: _Node, comp: _Comp, cpus: int) -> None:
+        """A node offers a computation so many CPUs."""
+        if comp.most is None:
+            self._set_limit(node, comp, cpus)
+        else:
+            comp.offers[node.key] = cpus
+            self._set_limit(node, comp, min(cpus, node.limits[comp.comp]))
+            self._books.do(LimitNode(node.key, comp.comp, node.limits[comp.comp]))
+            self._share_out(comp)
+
+    def _share_out(self, comp: _Comp) -> None:
+        """Give a computation that may use so many CPUs over all nodes those that it has not got:
+        of the node that came first, as far as that has more."""
+        left = (comp.most or 0) - sum(node.limits[comp.comp] for node in comp.nodes.values())
+        for key, node in comp.nodes.items():
+            limit = node.limits[comp.comp]
+            more = min(left, comp.offers.get(key, 0) - limit)
+            if more > 0 and node.away is None:
+                left -= more
+                self._set_limit(node, comp, limit + more)
+                self._books.do(LimitNode(key, comp.comp, limit + more))
+
+    def _set_limit(self, node: _Node, comp: _Comp, cpus: int) -> None:
+        node.draining.discard(comp.comp)
+        lowered = cpus < node.limits[comp.comp]
+        node.limit(comp.comp, cpus)
+        if lowered and node.away is None and not comp.remote:
+            most = node.parts[comp.comp] - cpus - node.reserve(comp.comp, self._books.now)
+            self._placement.call_back(node, comp, self._placement.movable(node, comp, most, math.inf, 0), False)
+        comp.widest = None
+        self._books.changed[node.key] = node
+
+    def forget(self, node: _Node, comp: _Comp) -> None:
+        """A computation is over on a node; nothing of it is in flight there."""
+        node.forget(comp.comp)
+        for table in (comp.nodes, comp.idle, comp.donors, comp.offers):
+            table.pop(node.key, None)  # type: ignore[attr-defined]
+        comp.widest = None
+        self._books.changed[node.key] = node
+        if comp.most is not None:
+            self._share_out(comp)
+
+    def unpark(self, comp: _Comp, node: _Node) -> None:
+        """A node with more CPUs has come."""
+        for work in [work for work in reversed(comp.parked) if cpus_of(work) <= node.limits[comp.comp]]:
+            comp.parked.remove(work)
+            comp.queue.push_front(work)
+            self._books.waiting[comp.comp] = comp
+
+
+class Repetitions:
+    """Jobs that have failed, and are tried again if their program says so."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        # When a job that rests waits again, a number, the job
+        self._rests: List[Tuple[float, int, Work]] = []
+
+    def is_asked_for(self, comp: _Comp, work: Work, row: tuple) -> bool:
+        """Whether the program is to say if a job is repeated that has ended so. It waits until
+        then."""
+        repeats: Optional[Repeats] = work._options.get('repeats') if work._options else None
+        if repeats is None or not repeats.may_be(row[1], len(work._lost)) \
+                or work._state is JobState.CANCELLING:
+            return False
+        move_job(work, 'back')
+        self._books.answer(comp, work)
+        comp.resting[work] = math.inf
+        return True
+
+    def repeat(self, event: Repeat) -> None:
+        """A job is to be tried again, after a delay."""
+        comp = self._books.comps.get(event.work._comp)
+        if comp is not None and event.work in comp.resting:   # not cancelled meanwhile
+            until = comp.resting[event.work] = self._books.now + event.delay
+            heapq.heappush(self._rests, (until, next(self._books.numbers), event.work))
+            self._books.do(JobWaits(event.work))
+
+    def stay(self, event: RepeatNot) -> None:
+        """The last failure of a job was its end."""
+        comp = self._books.comps.get(event.work._comp)
+        if comp is not None and event.work in comp.resting:
+            del comp.resting[event.work]
+            move_job(event.work, _EVENT_OF[Outcome(event.outcome)])
+            self._books.do(JobStays(event.work))
+
+    def next_at(self) -> Optional[float]:
+        """When the first of these jobs has rested."""
+        return self._rests[0][0] if self._rests else None
+
+    def wake(self) -> None:
+        """Jobs that have rested wait for a CPU."""
+        while self._rests and self._rests[0][0] <= self._books.now:
+            self._rested(*heapq.heappop(self._rests))
+
+    def _rested(self, until: float, number: int, work: Work) -> None:
+        comp = self._books.comps.get(work._comp)
+        if comp is not None and comp.resting.get(work) == until:
+            del comp.resting[work]
+            comp.queue_of(work).push(work)
+            self._books.waiting[comp.comp] = comp
+            for node in itertools.islice(comp.nodes.values(), 64):
+                self._books.changed[node.key] = node
+
+
+class Schedule:
+    """Jobs to nodes. Events in, actions out; `flush` once a turn, after all events of the turn."""
+
+    def __init__(self, fifo: bool = False) -> None:
+        """Clients share CPUs evenly; with `fifo` those who came first are served first."""
+        self._books = Books()
+        self.comps, self.nodes = self._books.comps, self._books.nodes
+        self._placement = Placement(self._books, fifo)
+        self._limits = Limits(self._books, self._placement)
+        self._numbers = itertools.count(1)
+        # When a running job will be late, a number, its node
+        self._late: List[Tuple[float, int, Any]] = []
+        self._repetitions = Repetitions(self._books)
+        self._handlers: Dict[type, Callable[[Any], None]] = {
+            Unloadable: self._unloadable,
+            Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked,
+            Repeat: self._repetitions.repeat, RepeatNot: self._repetitions.stay,
+            WithdrawAsked: self._withdraw_asked, NodeStarted: self._node_started,
+            NodeReady: self._node_ready, NodeTold: self._node_told, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
+            NodeResults: self._node_results, NodeReturned: self._node_returned,
+            NodeHad: self._node_had, NodeAway: self._node_away, NodeLost: self._node_lost, NodeLeft: self._node_left, Closed: self._closed,
+            NodeTried: self._node_tried,
+        }
+
+    def handle(self, event: Any, now: float) -> List[Any]:
+        """Take one event; returns what must be done at once."""
+        actions = self._books.begin(now)
+        self._handlers[type(event)](event)
+        return actions
+
+    def flush(self, now: float) -> List[Any]:
+        """The end of a turn: what waits goes to nodes that have room."""
+        books, placement = self._books, self._placement
+        actions = books.begin(now)
+        while self._late and self._late[0][0] <= now:
+            node = self.nodes.get(heapq.heappop(self._late)[2])
+            if node is not None:
+                books.changed[node.key] = node
+        self._repetitions.wake()
+        for node in [node for node in books.away.values() if node.lost_at() <= now]:
+            away = node.away
+            self._node_lost(NodeLost(node.key, away.name, away.text))  # type: ignore[union-attr]
+            books.do(NodeGone(node.key))
+        for node in books.changed.values():
+            books.look_at(node)
+        for node in books.changed.values():
+            placement.reduce(node)
+        if books.waiting:
+            placement.distribute()
+        if len(self.nodes) > 1 and books.changed:
+            placement.balance()
+        books.changed.clear()
+        return actions
+
+    def lost_at(self, key: Any) -> float:
+        """As of the node; never if it is not known."""
+        node = self.nodes.get(key)
+        return math.inf if node is None else node.lost_at()
+
+    def next_timer(self) -> Optional[float]:
+        """When `flush` has something to do at the latest."""
+        times = [node.lost_at() for node in self._books.away.values() if node.away is not None]
+        if self._late:
+            times.append(self._late[0][0])
+        rested = self._repetitions.next_at()
+        if rested is not None:
+            times.append(rested)
+        return min(times, default=None)
+
+    def runs(self, key: Any) -> Dict[str, List[int]]:
+        """As of the node; nothing if it is not known."""
+        node = self.nodes.get(key)
+        return {} if node is None else node.runs()
+
+    def ran(self, work: Work) -> float:
+        """Seconds that a job has run, 0 if that is not known."""
+        comp = self.comps.get(work._comp)
+        node = comp.running.get(work._serial) if comp is not None else None
+        if node is None:
+            return 0.0
+        return self._books.now - node.begun[work._comp].get(work._serial, self._books.now)
+
+    # -- jobs -----------------------------------------------------------------------------------------
+
+    def _opened(self, event: Opened) -> None:
+        self.comps[event.comp] = _Comp(event, next(self._books.numbers))
+
+    def _submitted(self, event: Submitted) -> None:
+        for work in event.works:
+            work._serial = work._serial or next(self._numbers) << 16   # one with a journal has its number
+            comp = self.comps.get(work._comp)
+            if comp is None:
+                move_job(work, 'cancel')
+                self._books.do(JobEnded(work, 'the cluster was closed'))
+                continue
+            if comp.unloadable:
+                move_job(work, 'fail')
+                self._books.do(JobEnded(work, comp.unloadable))
+                continue
+            comp.queue_of(work).push(work)
+            self._books.waiting[comp.comp] = comp
+            if work._options and 'priority' in work._options and not comp.ranked:
+                comp.rank()
+            if not comp.idle and (not comp.flying or comp.ranked):
+                # All CPUs are taken, and it is new or may be urgent: some nodes get it into their
+                # queues. They give the next CPU to the computation that has fewest, and of its jobs
+                # to that of the highest priority.
+                for node in itertools.islice(comp.nodes.values(), 64):
+                    self._books.changed[node.key] = node
+
+    def _unloadable(self, event: Unloadable) -> None:
+        comp = self.comps.get(event.comp)
+        if comp is None:
+            return
+        comp.unloadable = event.text
+        for work in comp.waiting() if event.text else ():
+            move_job(work, 'fail')
+            comp.take_out(work)
+            self._books.do(JobEnded(work, event.text))
+
+    def _cancel_asked(self, event: CancelAsked) -> None:
+        work, comp = event.work, self.comps.get(event.work._comp)
+        if work._state in ENDED or work._state is JobState.CANCELLING or comp is None:
+            return
+        if work._state in _WAITING:
+            self._cancel_waiting(work, comp)
+        else:
+            move_job(work, 'cancel')
+            self._books.do(SendCancel(comp.running[work._serial].key, comp.comp, [work._serial]))
+
+    def _cancel_waiting(self, work: Work, comp: _Comp) -> None:
+        move_job(work, 'cancel')
+        comp.take_out(work)
+        self._books.do(JobEnded(work, 'cancelled before it was started'))
+
+    def _withdraw_asked(self, event: WithdrawAsked) -> None:
+        recalls: Dict[Tuple[Any, str], List[int]] = {}
+        for work in event.works:
+            comp = self.comps.get(work._comp)
+            node = comp.running.get(work._serial) if comp is not None else None
+            if comp is not None and work._state in _WAITING:
+                self._cancel_waiting(work, comp)
+            elif comp is None or node is None or node.away is not None \
+                    or work._state is not JobState.SENT:
+                self._books.do(Withdrawn(work, work._state is JobState.CANCELLED))
+            else:
+                comp.withdrawn.add(work)
+                if work._serial not in node.recalled[comp.comp]:
+                    node.recalled[comp.comp][work._serial] = False
+                    recalls.setdefault((node.key, comp.comp), []).append(work._serial)
+        for (key, name), serials in recalls.items():
+            self._books.do(SendRecall(key, name, serials))
+
+    def keep(self, work: Work) -> None:
+        """The inverse of WithdrawAsked, if it has not been answered."""
+        if work._comp in self.comps:
+            self.comps[work._comp].withdrawn.discard(work)
+
+    def _closed(self, event: Closed) -> None:
+        comp = self.comps.pop(event.comp, None)
+        if comp is None:
+            return
+        self._books.waiting.pop(comp.comp, None)
+        for node in list(comp.nodes.values()):
+            node.draining.discard(comp.comp)
+            for work in self._books.take_off(node, comp, list(node.flight[comp.comp])).values():
+                if work._state is not JobState.CANCELLING:
+                    move_job(work, 'cancel')
+                move_job(work, 'cancelled')
+                self._books.do(JobEnded(work, 'cancelled: the cluster was closed'))
+            self._limits.forget(node, comp)
+        if not any(other.client == comp.client for other in self.comps.values()):
+            self._books.client_cpus.pop(comp.client, None)
+        for work in comp.waiting():
+            move_job(work, 'cancel')
+            self._books.do(JobEnded(work, 'cancelled: the cluster was closed'))
+
+    # -- nodes ----------------------------------------------------------------------------------------
+
+    def _node_ready(self, event: NodeReady) -> None:
+        comp = self.comps.get(event.comp)
+        if comp is None:
+            return
+        node = self._books.node(event.node)
+        node.name, node.offers = event.name or node.name, event.offers
+        node.trip, node.probe = event.trip or node.trip, None
+        self._books.reached(node)
+        node.begin(comp)
+        comp.nodes[event.node] = node
+        node.recalled[event.comp].clear()   # what was asked of it may not have arrived
+        node.draining.discard(event.comp)
+        held, flight = set(event.held), node.flight[event.comp]
+        self._judge(node, comp, Account(frozenset(held), event.past, event.whole), Occasion.CONNECTED)
+        self._limits.limit(node, comp, event.cpus)
+        self._limits.unpark(comp, node)
+        unwanted = [serial for serial, work in flight.items() if work._state is JobState.CANCELLING]
+        unwanted += sorted(held - set(flight))   # given up while the node was away
+        if unwanted:
+            self._books.do(SendCancel(node.key, comp.comp, unwanted))
+
+    def _node_told(self, event: NodeTold) -> None:
+        pair = self._books.pair(event.node, event.comp)
+        if pair is None:
+            return
+        node, comp = pair
+        self._judge(node, comp, event.account, Occasion.CONNECTED)
+        if node.away is not None:   # it is there, and what it holds will come; nothing is sent there before it is ready
+            node.away = node.away._replace(until=math.inf)
+
+    def _judge(self, node: _Node, comp: _Comp, account: Account, occasion: Occasion) -> None:
+        """What becomes of attempts that were sent to a node, by what is known there."""
+        for serial in sorted(node.flight[comp.comp], reverse=True):   # each goes to the front
+            verdict, text = account.verdict(serial, occasion)
+            if verdict is Verdict.WAITS:
+                self._back(node, comp, serial)
+            elif verdict is Verdict.LOST:
+                for work in self._books.take_off(node, comp, [serial]).values():
+                    self._lost(comp, work, node.name, text)
+
+    def _node_offers(self, event: NodeOffers) -> None:
+        node = self.nodes.get(event.node)
+        if node is not None and event.comp in node.comps:
+            node.offers = event.offers or node.offers
+            self._limits.limit(node, node.comps[event.comp], event.cpus)
+            self._limits.unpark(node.comps[event.comp], node)
+
+    def _node_drains(self, event: NodeDrains) -> None:
+        node = self.nodes.get(event.node)
+        if node is None or event.comp not in node.comps:
+            self._books.do(NodeDrained(event.node, event.comp))
+            return
+        self._limits.limit(node, node.comps[event.comp], 0)
+        node.draining.add(event.comp)
+        self._books.tell_drained(node, event.comp)
+
+    def _back(self, node: _Node, comp: _Comp, serial: int) -> None:
+        """An attempt that was never started: the job waits again."""
+        own = node.recalled[comp.comp].get(serial, False)
+        for work in self._books.take_off(node, comp, [serial]).values():
+            if own:
+                comp.called[serial >> 16] = comp.called.get(serial >> 16, 0) + 1
+            if work in comp.withdrawn and work._state is not JobState.CANCELLING:
+                move_job(work, 'cancel')
+            if move_job(work, 'back') is JobState.REQUEUED:
+                self._books.wait_again(comp, work)
+            else:
+                self._books.do(JobEnded(work, 'cancelled before it was started'))
+                self._books.answer(comp, work)
+
+    def _node_returned(self, event: NodeReturned) -> None:
+        pair = self._books.pair(event.node, event.comp)
+        if pair is not None:
+            for serial in sorted(event.serials, reverse=True):   # each goes to the front
+                self._back(*pair, serial)
+
+    def _node_started(self, event: NodeStarted) -> None:
+        pair = self._books.pair(event.node, event.comp)
+        if pair is None:
+            return
+        node, comp = pair
+        flight, begun, pairs = node.flight[event.comp], node.begun[event.comp], []
+        for serial, ran in event.rows:
+            work = flight.get(serial)
+            if work is None:
+                continue
+            begun[serial] = self._books.now - max(0.0, ran)
+            node.recalled[event.comp].pop(serial, None)
+            if work._state is JobState.SENT:
+                move_job(work, 'start')
+            self._books.answer(comp, work)
+            pairs.append((work, ran))
+            if not comp.remote:
+                late = begun[serial] + node.horizon
+                heapq.heappush(self._late, (late, next(self._books.numbers), node.key))
+        if pairs:
+            self._books.changed[node.key] = node
+            self._books.do(JobsStarted(node.key, comp.comp, pairs))
+
+    def _node_results(self, event: NodeResults) -> None:
+        pair = self._books.pair(event.node, event.comp)
+        serials = [row[0] for row in event.rows if row[1] not in GOES_ON]
+        if pair is None:
+            if event.comp in self.comps:   # of jobs that were given up: it need not keep them
+                self._books.do(SendAck(event.node, event.comp, serials))
+            return
+        node, comp = pair
+        if any(row[1] not in OUTCOMES for row in event.rows):
+            raise PeerError('a result with an unknown outcome')
+        landed = self._books.take_off(node, comp, serials)
+        ended = [row for row in event.rows if row[0] in landed and row[1] not in GOES_ON]
+        node.learn(comp, ended, self._books.now)
+        pairs = []
+        for row in event.rows:
+            outcome = row[1]
+            if outcome in GOES_ON:
+                # Its end may be in the same message
+                work = landed.get(row[0]) or node.flight[comp.comp].get(row[0])
+                if work is not None:
+                    self._goes_on(node, comp, work)
+                    pairs.append((work, row))
+                continue
+            work = landed.pop(row[0], None)
+            if work is None:
+                continue
+            if (work._options or outcome not in RETURNED) and self._is_tried_again(node, comp, work, row):
+                continue
+            move_job(work, _EVENT_OF[outcome])
+            if comp.withdrawn:
+                self._books.answer(comp, work)
+            if comp.called:
+                comp.called.pop(row[0] >> 16, None)
+            pairs.append((work, row))
+        self._books.do(SendAck(node.key, comp.comp, serials))
+        if pairs:
+            self._books.do(JobsEnded(node.key, comp.comp, pairs))
+
+    def _goes_on(self, node: _Node, comp: _Comp, work: Work) -> None:
+        """A job has a provisional result."""
+        if work._state is JobState.SENT:
+            self._books.do(JobsStarted(node.key, comp.comp, [(work, 0.0)]))
+        move_job(work, 'provisional')
+
+    def _is_tried_again(self, node: _Node, comp: _Comp, work: Work, row: tuple) -> bool:
+        """Whether the end of an attempt is not that of its job, or not yet."""
+        options = work._options or {}
+        if row[1] == Outcome.STOPPED:
+            for other in node.comps.values():   # nothing more goes there, until it is Ready again
+                self._limits.limit(node, other, 0)
+            self._lost(comp, work, node.name, 'it was stopped, or taken from this client')
+            return True
+        if row[1] == Outcome.DIED and options.get('retries') and not comp.remote:
+            self._lost(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
+            return True
+        if 'repeats' in options and self._repetitions.is_asked_for(comp, work, row):
+            self._books.do(JobFailedOnce(node.key, comp.comp, work, row))
+            return True
+        return False
+
+    def _node_had(self, event: NodeHad) -> None:
+        comp, node = self.comps[event.comp], self._books.node(event.node)
+        node.name = event.name
+        node.begin(comp)
+        comp.nodes[event.node] = node
+        self._limits.limit(node, comp, 0)
+        self._books.were_on(node, comp, event.works)
+        self._node_away(NodeAway(event.node, event.name, 'the node did not come back', event.until))
+
+    # -- loss -----------------------------------------------------------------------------------------
+
+    def _node_away(self, event: NodeAway) -> None:
+        node = self.nodes.get(event.node)
+        if node is not None:
+            node.away, node.tried_until = event, -math.inf
+            self._books.away[node.key] = self._books.changed[node.key] = node
+            for comp in node.comps.values():
+                comp.widest = None
+                there = [work for work in comp.withdrawn if comp.running.get(work._serial) is node]
+                for work in there:
+                    self._books.answer(comp, work)
+
+    def _node_tried(self, event: NodeTried) -> None:
+        node = self.nodes.get(event.node)
+        if node is not None and node.away is not None:
+            node.tried_until = event.until
+
+    def _node_lost(self, event: NodeLost) -> None:
+        node = self.nodes.get(event.node)
+        if node is None:
+            return
+        for name in list(node.comps):
+            self._leave(node, name, event.name, event.text, event.known.get(name))
+        if not node.comps:
+            del self.nodes[event.node]
+            self._books.away.pop(node.key, None)
+            self._books.changed.pop(node.key, None)
+
+    def _node_left(self, event: NodeLeft) -> None:
+        node = self.nodes.get(event.node)
+        if node is not None and event.comp in node.comps:
+            self._leave(node, event.comp, event.name, event.text)
+
+    def _leave(self, node: _Node, name: str, node_name: str, text: str, account: Optional[Account] = None) -> None:
+        comp = node.comps[name]
+        node.draining.discard(name)
+        for serial in sorted(node.flight[name], reverse=True):   # each goes to the front
+            verdict = KNOWN_TABLE[Known.SILENT if account is None else account.known(serial), Occasion.ENDED]
+            if verdict is Verdict.WAITS:
+                self._back(node, comp, serial)
+            elif verdict is Verdict.LOST:
+                for work in self._books.take_off(node, comp, [serial]).values():
+                    self._lost(comp, work, node_name, text)
+        if not node.flight[name]:
+            self._limits.forget(node, comp)
+
+    def _lost(self, comp: _Comp, work: Work, node_name: str, text: str) -> None:
+        """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it
+        came, and whether it had begun, whatever was known last. One that is known not to have begun
+        comes by `_back`."""
+        self._books.answer(comp, work)
+        work._lost += (node_name,)
+        retries = work._options.get('retries') if work._options else None
+        times = retries + 1 if retries else LOST_TIMES if comp.reentrant else 1
+        nodes = list(dict.fromkeys(work._lost))
+        tried = len(work._lost)
+        if retries and 'repeats' in work._options:  # type: ignore[operator]
+            tried += work._options['repeats'].failures  # type: ignore[index]
+        may_go_on = tried < times and (retries or len(nodes) < LOST_MOST)
+        if may_go_on and work._state is not JobState.CANCELLING:
+            move_job(work, 'back')
+            self._books.wait_again(comp, work)
+        elif move_job(work, 'give up') is JobState.CANCELLED:
+            self._books.do(JobEnded(work, 'cancelled; its node was lost meanwhile'))
+        else:
+            self._books.do(JobEnded(work, _abandoned(work, nodes, text, times, bool(retries))))
+
+
+def _abandoned(work: Work, nodes: List[str], text: str, times: int, has_retries: bool) -> str:
+    """Why a job is not tried again that was lost with these nodes. It might be tried so many times."""
+    if times == 1:
+        reason = 'the computation is not reentrant'
+    elif len(nodes) == LOST_MOST and not has_retries:
+        reason = 'given up after %d nodes' % len(nodes)
+    else:
+        reason = 'given up after %d attempts' % len(work._lost)
+    return 'abandoned: lost with node%s %s (%s); %s' % (
+        's' * (len(nodes) > 1), ', '.join(nodes), text, reason)
 
 
 def _bytes_of(work: Work) -> int:

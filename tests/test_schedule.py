@@ -8,7 +8,7 @@ import pytest
 from conftest import walk_seeds
 from dispy import (
     LOST_TIMES, AHEAD_BYTES, ENDED, JOB_TABLE, CancelAsked, Closed, JobEnded, JobFailedOnce, JobParked, JobsEnded, JobsStarted, JobState, JobStays, JobWaits, LimitNode, NodeAway,
-    NodeDrained, NodeDrains, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted, Opened, Repeat, RepeatNot, Repeats, Schedule, SendAck, SendCancel, SendJobs, SendRecall, Submitted, WithdrawAsked, Withdrawn, Work)
+    NodeDrained, NodeDrains, NodeGone, NodeLeft, NodeLost, NodeOffers, NodeReady, NodeResults, NodeReturned, NodeStarted, Opened, Repeat, RepeatNot, Repeats, Schedule, SendAck, SendCancel, SendJobs, SendRecall, Submitted, WithdrawAsked, Withdrawn, Work, cpus_of, move_job)
 from dispynode import Outcome, size_of
 
 WAITING = (JobState.CREATED, JobState.REQUEUED)
@@ -849,11 +849,11 @@ def test_an_absent_pair_raises_and_changes_nothing(state, event):
     work = job()
     work._state = state
     if (state, event) in JOB_TABLE:
-        assert Schedule._move(work, event) is JOB_TABLE[state, event] is work._state
+        assert move_job(work, event) is JOB_TABLE[state, event] is work._state
         assert state not in ENDED
     else:
         with pytest.raises(KeyError):
-            Schedule._move(work, event)
+            move_job(work, event)
         assert work._state is state
 
 
@@ -1160,7 +1160,7 @@ class Walk:
             if before is not None and not self.reentrant[work._comp]:
                 assert before in self.free_again, 'a job that is not reentrant was sent twice'
             self.sent[work] = work._serial
-        return [(work._serial, Schedule._cpus(work)) for work in action.works]
+        return [(work._serial, cpus_of(work)) for work in action.works]
 
     def end(self, work):
         assert work not in self.ended and work._state in ENDED, 'ended twice'
@@ -1171,7 +1171,7 @@ class Walk:
         flying = collections.Counter()
         for node in self.schedule.nodes.values():
             works = [(name, serial, work) for name, flight in node.flight.items() for serial, work in flight.items()]
-            assert node.used == sum(Schedule._cpus(work) for _, _, work in works) == sum(node.parts.values())
+            assert node.used == sum(cpus_of(work) for _, _, work in works) == sum(node.parts.values())
             assert set(node.parts) == set(node.limits) == set(node.flight) == set(node.comps)
             assert node.cpus == max(node.limits.values(), default=0)
             assert node.taken == sum(min(node.parts[name], node.limits[name]) for name in node.parts)
@@ -1179,7 +1179,7 @@ class Walk:
             for name, serial, work in works:
                 assert work._serial == serial and work._comp == name
                 assert self.schedule.comps[name].running[serial] is node
-                flying[name] += Schedule._cpus(work)
+                flying[name] += cpus_of(work)
                 places[work] += 1
         for comp in self.schedule.comps.values():
             queue = list(comp.queue)
@@ -1200,7 +1200,7 @@ class Walk:
             for comp in node.comps.values() if node.away is None else ():
                 head = comp.queue.head()
                 if node.room(comp.comp) > 0 and head is not None:
-                    assert Schedule._cpus(head) > node.room(comp.comp), 'a CPU is idle and a job waits'
+                    assert cpus_of(head) > node.room(comp.comp), 'a CPU is idle and a job waits'
 
 
 @pytest.mark.parametrize('first', range(0, 240, 20))

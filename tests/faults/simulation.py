@@ -1025,7 +1025,7 @@ class World:
         places, schedule = collections.Counter(), driver.schedule
         for node in schedule.nodes.values():
             works = [work for flight in node.flight.values() for work in flight.values()]
-            assert node.used == sum(map(schedule._cpus, works)) == sum(node.parts.values())
+            assert node.used == sum(map(dispy.cpus_of, works)) == sum(node.parts.values())
             places.update(work._serial for work in works)
         for comp in schedule.comps.values():
             places.update(work._serial for work in comp.waiting())
