@@ -91,7 +91,7 @@ import warnings
 import weakref
 import zlib
 from typing import (
-    AbstractSet, Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
+    AbstractSet, Any, Callable, Collection, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
     Set, Tuple, Type, Union)
 
 import cloudpickle
@@ -244,7 +244,7 @@ def error_of(job: 'DispyJob') -> BaseException:
 
 def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
     """The exception for a program that has ended with an exit status other than 0."""
-    names = [cluster.name for cluster in list(_clusters) if cluster._comp == job._comp]
+    names = [cluster.name for cluster in list(_clusters) if cluster.comp == job._comp]
     command = [*names, 'job %s' % (job.id,)]
     return subprocess.CalledProcessError(job.result, command, job.stdout, job.stderr)
 
@@ -5477,7 +5477,7 @@ def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['P
     labels = [('setup argument %d' % place, value) for place, value in enumerate(allocator.setup_args, 1)]
     payload = bundles.packed((tuple(allocator.setup_args), objects), labels)
     blob = in_one_piece(payload)
-    check_setup_args(len(blob), cluster._remote)
+    check_setup_args(len(blob), cluster.remote)
     return Allocation(cpus, blob, _file_rows(paths), paths)
 
 
@@ -6481,8 +6481,15 @@ class NodeRow(NamedTuple):
         return self.facts
 
 
+def describe_node(peer: 'Union[Peer, NodeRow]', state: str, reason: str, cpus: int, busy: int,
+                  done: int = 0, seconds: float = 0.0) -> DispyNode:
+    """A node as users get it."""
+    return DispyNode(peer.ip_addr, peer.name, cpus, peer.port, state, reason, peer.offered, busy, done, seconds,
+                     peer.facts_now())
+
+
 class Monitor:
-    """Who watches a cluster, see `Driver.watch_cluster`. Called by the driver's thread and its openers: must be quick."""
+    """Who watches a cluster, see `JobCluster.add_monitor`. Called by the driver's thread and its openers: must be quick."""
     page = ''   # the link to where it shows the cluster
 
     def failed(self, job: DispyJob, payload: Any) -> None:
@@ -6665,15 +6672,149 @@ class Peer:
         return '%s (%s)' % (self.name, where) if self.name and self.name != self.host else where
 
 
-class Recovery:
+class NodeUser:
+    """What a driver uses nodes for: a cluster, or something that only looks at nodes. The driver
+    reads these attributes, and calls these methods when something has happened. They are called in
+    the driver's thread, must be quick, and do nothing here unless the docstring says what."""
+    comp = ''                                   # the name of its computation, to nodes
+    name = ''                                   # for people
+    client = ''                                 # whose claims on CPUs it shares
+    key = b''                                   # who has it may take the results
+    cargo: Optional[Cargo] = None               # the computation; None: it only looks
+    source: Optional[Tuple[bytes, str]] = None  # what pack_source gave
+    specs: List[NodeSpec] = []                  # the nodes that are meant, replaced as a whole
+    port = NODE_PORT                            # of nodes for which none is given
+    hosts: Sequence[Tuple[str, int]] = ()       # where nodes may connect to this program
+    hosts_may_fail = False                      # a port of those that is taken is no error
+    callers: Collection[str] = ()               # names of nodes that will connect to this program
+    multicast = False                           # nodes are looked for by IPv4 multicast, too
+    searches = True                             # nodes that a wildcard means are looked for by UDP
+    warns = True                                # when no node is ready for a while
+    reentrant = False                           # jobs of a lost node are run again elsewhere
+    remote = False                              # jobs go to a scheduler
+    journal: Optional[Journal] = None           # where its jobs are written down
+
+    def cpus_in_all(self) -> Optional[int]:
+        """CPUs that it may use over all nodes; a scheduler sees to that itself."""
+        if self.remote or self.cargo is None:
+            return None
+        return self.cargo.spec.get('most') or None
+
+    def spec_of(self, peer: 'Peer') -> Optional[NodeSpec]:
+        """What of `specs` means a node. One that has dialled us has no port."""
+        if not peer.port and peer.name in self.callers:
+            return NodeSpec(peer.host, 0)
+        return next((spec for spec in self.specs if spec.fits(peer.ip_addr, peer.host, peer.name)
+                     and (spec.wild or peer.port in (0, spec.port))), None)
+
+    # -- whether the program still needs it ---------------------------------------------------------------
+
+    def is_idle(self) -> bool:
+        """Whether it is a cluster that has no jobs."""
+        return False
+
+    def is_replaced(self, others: Iterable['NodeUser']) -> bool:
+        """Whether a cluster of the same function was made later."""
+        return False
+
+    # -- nodes --------------------------------------------------------------------------------------------
+
+    def node_connected(self, peer: 'Peer') -> None:
+        """A node is connected, and has told what it is. Called if this only looks."""
+
+    def node_ready(self, peer: 'Peer') -> None:
+        """The computation is set up at a node."""
+
+    def node_changed(self, status: int, peer: 'Peer') -> None:
+        """A node is ready, has told what is free there, or is used no more: a status of DispyNode."""
+
+    def node_unreachable(self, peer: 'Peer', text: str) -> None:
+        """A node cannot be reached, for this reason."""
+
+    def node_told(self, status: int, row: 'NodeRow') -> None:
+        """As `node_changed`, of a node of the scheduler."""
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know. It is logged here."""
+        logger.warning('%s', text)
+
+    # -- setting up a node --------------------------------------------------------------------------------
+
+    def ask_source(self, peer: 'Peer', link: Link) -> None:
+        """Find out what the source of the computation is, and call `Driver.source_found`."""
+
+    def ask_allocator(self, allocator: Any, peer: 'Peer', link: Link) -> None:
+        """Ask the user's allocator, and call `Driver.allocated`."""
+
+    def support_for(self, peer: 'Peer') -> Dict[str, bytes]:
+        """cloudpickle, if the node does not have the same."""
+        return {}
+
+    def modules_for(self, peer: 'Peer') -> Dict[str, Any]:
+        """What a node gets of the program's modules."""
+        return {}
+
+    def module_source(self, name: str) -> Any:
+        """Where a file of a module is read from: a path, a FileOfModule, its content, or None."""
+
+    def value_source(self, digest: bytes) -> Any:
+        """Where a value is read from: its content, or a path."""
+
+    def asked(self, peer: 'Peer', message: Call) -> None:
+        """A node or scheduler asks what only the program can tell; it gets a Return."""
+
+    # -- jobs ---------------------------------------------------------------------------------------------
+
+    def send_jobs(self, peer: 'Peer', works: Sequence[Any]) -> None:
+        """Send these to a node."""
+
+    def jobs_started(self, peer: 'Peer', pairs: Sequence[Tuple[Any, float]]) -> None:
+        """Jobs run at a node, each since so many seconds."""
+
+    def jobs_ended(self, peer: 'Peer', pairs: List[Tuple[Any, tuple]]) -> None:
+        """Jobs and their rows of Results; also those that are provisional."""
+
+    def job_ended(self, work: Any, text: str) -> None:
+        """A job has ended without a row of Results."""
+
+    def job_waits(self, work: Any) -> None:
+        """A job that was sent waits again."""
+
+    def job_parked(self, work: Any, text: str) -> None:
+        """A job waits for a node that is large enough."""
+
+    def job_moved(self, work: Any, node: tuple) -> None:
+        """A scheduler says where a job is."""
+        raise PeerError('a node is no scheduler')
+
+    def job_goes_on(self, work: Any) -> None:
+        """A job that was to be cancelled if it has not begun has begun, or has ended."""
+
+    def output(self, peer: 'Peer', work: Any, message: Output) -> None:
+        """What a running job prints or logs."""
+
+    def file_piece(self, peer: 'Peer', work: Any, message: FilePiece) -> None:
+        """A piece of a file that a running job sends."""
+
+    # -- faults -------------------------------------------------------------------------------------------
+
+    def jobs_owed(self) -> List[Any]:
+        """Jobs for whose end the driver answers."""
+        return []
+
+    def fail_job(self, work: Any, text: str) -> None:
+        """End a job that is nowhere any more."""
+
+    def driver_failed(self, text: str) -> None:
+        """The driver's thread is ending for a fault of ours."""
+
+
+class Recovery(NodeUser):
     """Collects what nodes have of computations whose program has crashed. To the driver it is a cluster that only looks.
     `done(job, row, peer)` is told a result, `lost(job, text)` a job that has begun and is lost, `again(job)` one that has not
     begun and waits again, `over()` that none is left.
     The driver's thread."""
-    _cargo = _cluster_status = _on_output = None
-    _reentrant = _multicast = _remote = False
-    _host_has_port = True
-    _client = 'recovery'
+    client = 'recovery'
     acknowledges = True    # results, when they come: they are noted
 
     def __init__(self, journal: Journal, sent: Sequence[Tuple[DispyJob, str]], holders: Set[str], done: Callable[[DispyJob, tuple, Peer], None],
@@ -6686,31 +6827,29 @@ class Recovery:
         self.collected = threading.Event()
         self._jobs = {job._serial >> 16: (job, node) for job, node in sent}
         self._done, self._lost, self._again, self._over, self._cancel = done, lost, again, over, cancel
-        self._comp, self._port = uuid.uuid4().hex, NODE_PORT
+        self.comp, self.port = uuid.uuid4().hex, NODE_PORT
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
-        self._specs = [NodeSpec(*host_and_port(node.lstrip('@'), NODE_PORT), scheduler=node.startswith('@'))
+        self.specs = [NodeSpec(*host_and_port(node.lstrip('@'), NODE_PORT), scheduler=node.startswith('@'))
                        for node in sorted({node.rpartition('#')[0] for _, node in sent} | self._unmet) if not node.startswith(' ')]
         # Names of nodes that will dial us
-        self._callers = {node.rpartition('#')[0][1:] for _, node in sent if node.startswith(' ')}
+        self.callers = {node.rpartition('#')[0][1:] for _, node in sent if node.startswith(' ')}
         hosts = [row[4] for row in rows if row[4]]
-        self._host = None if not any(node.startswith(' ') for _, node in sent) or not hosts else \
-            (hosts[0].rpartition(':')[0], int(hosts[0].rpartition(':')[2]))
+        if hosts and any(node.startswith(' ') for _, node in sent):
+            self.hosts = [(hosts[0].rpartition(':')[0], int(hosts[0].rpartition(':')[2]))]
         self.driver: Any = None
 
     def begin(self, driver: 'Driver') -> None:
         """Dial the nodes. Raises OSError."""
         self.driver = driver
-        driver.open(self, False)  # type: ignore[arg-type]
+        driver.open(self, False)
 
-    def _met(self, peer: Peer) -> None:
+    def node_connected(self, peer: Peer) -> None:
+        """It is asked for what it has."""
         if peer not in self.met:
             self.met.append(peer)
         self._unmet.discard(peer.place)
         self.driver.reclaim(peer, self, self.old)
         self._check()
-
-    def _node_came(self) -> None:
-        """As a cluster's."""
 
     def held(self, peer: Peer, comp: str, serials: Sequence[int], past: Past) -> None:
         """A node has told what it knows."""
@@ -6790,20 +6929,18 @@ class Recovery:
         over.wait(min(max(0.0, until - time.monotonic()), FORGET_TIME))
 
 
-class Gathering:
+class Gathering(NodeUser):
     """Asks nodes what they have of computations of which no jobs were written down, and collects
     it. Nodes are asked first; what is to be had is then taken, from a program that is not
     connected to any of them. To the driver it is a cluster that only looks. The driver's thread,
     but for `wait`."""
-    _cargo = _cluster_status = _on_output = None
-    _reentrant = _multicast = _remote = False
-    _host_has_port = True
-    _client = 'recovery'
+    client = 'recovery'
+    warns = False
     acknowledges = False    # at the end, when the user has them
     name = 'the recovery of programs that have ended'
 
     def __init__(self, lefts: Sequence[Left], cancel: bool = False) -> None:
-        self._comp, self._port = uuid.uuid4().hex, NODE_PORT
+        self.comp, self.port = uuid.uuid4().hex, NODE_PORT
         self.lefts = {left.comp: left for left in lefts}
         self._cancel = cancel
         self.met: List[Peer] = []
@@ -6822,18 +6959,18 @@ class Gathering:
         self._changed = threading.Condition()           # guards all of these
         self._is_over = False                           # what comes now is left to the next one
         places = {where for left in lefts for where in left.places}
-        self._specs = [NodeSpec(*host_and_port(where.lstrip('@'), NODE_PORT), scheduler=where[0] == '@')
+        self.specs = [NodeSpec(*host_and_port(where.lstrip('@'), NODE_PORT), scheduler=where[0] == '@')
                        for where in sorted(places) if not where.startswith(' ')]
-        self._callers = {where[1:] for where in places if where.startswith(' ')}   # that will dial us
+        self.callers = {where[1:] for where in places if where.startswith(' ')}   # that will dial us
         hosts = [left.listen.rpartition(':') for left in lefts
                  if left.listen and any(where.startswith(' ') for where in left.places)]
-        self._host = (hosts[0][0], int(hosts[0][2])) if hosts else None
+        self.hosts = [(hosts[0][0], int(hosts[0][2]))] if hosts else []
         self.driver: Any = None
 
     def begin(self, driver: 'Driver') -> None:
         """Dial the nodes. Raises OSError."""
         self.driver = driver
-        driver.open(self, False)  # type: ignore[arg-type]
+        driver.open(self, False)
 
     def take(self, comps: Iterable[str]) -> None:
         """Collect these from the nodes that have answered, and from others when they do."""
@@ -6858,15 +6995,13 @@ class Gathering:
                     self._stages[key] = 'taking'
                 self.driver.reclaim(peer, self, {key[1]: self.lefts[key[1]].key}, taking)
 
-    def _met(self, peer: Peer) -> None:
+    def node_connected(self, peer: Peer) -> None:
+        """It is asked for what it has."""
         if peer not in self.met:
             self.met.append(peer)
         self._ask(peer, anew=True)
 
-    def _node_came(self) -> None:
-        """As a cluster's."""
-
-    def _driver_broke(self, text: str) -> None:
+    def driver_failed(self, text: str) -> None:
         """Nothing more will come."""
         with self._changed:
             self._stages.clear()
@@ -7300,10 +7435,10 @@ class Unused:
         self._found.intersection_update(clusters)
         alone = self._references({'': object()}, '')
         for comp in list(clusters):
-            if comp in self._found or not self._is_idle(clusters[comp]):
+            if comp in self._found or not clusters[comp].is_idle():
                 continue
             shown = 0
-            if self._is_replaced(clusters, comp):
+            if clusters[comp].is_replaced(clusters.values()):
                 shown = references_of_history(clusters[comp])
             unused = self._references(clusters, comp) <= alone + shown
             if unused and shown:   # it may have been shown anew meanwhile
@@ -7318,19 +7453,6 @@ class Unused:
         logger.info('%s: nothing in the program refers to this cluster any more, and it has no '
                     'jobs: it is closed', cluster.name)
         threading.Thread(target=cluster.close, name='dispy-close', daemon=True).start()
-
-    @staticmethod
-    def _is_idle(cluster: Any) -> bool:
-        return isinstance(cluster, JobCluster) and not cluster._pending and not cluster._closed \
-            and cluster._recovery is None
-
-    @staticmethod
-    def _is_replaced(clusters: Dict[str, Any], comp: str) -> bool:
-        """Whether a cluster of the same function was made later."""
-        function, started = clusters[comp]._function, clusters[comp]._started
-        others = [other for other in clusters.values() if isinstance(other, JobCluster)]
-        return function is not None and any(
-            other._function == function and other._started > started for other in others)
 
     @staticmethod
     def _references(values: Dict[str, Any], key: str) -> int:
@@ -7354,23 +7476,23 @@ class Driver(Loop):
         self.schedule = Schedule()
         self.users = 0                      # clusters
         self.broken = ''                    # why the driver's thread has ended before its time
-        self._clusters: Dict[str, Any] = {}          # JobClusters, and what looks like one
+        self.clusters: Dict[str, NodeUser] = {}      # by their computations
         self._peers: Dict[Any, Peer] = {}
         self._by_link: Dict[int, Peer] = {}
         self._dials: Set[Peer] = set()               # with a dial thread at work
         self._discovery = Discovery(self._psk, Role.CLIENT, self.instance)
         self._ears: Dict[Tuple[int, bool], _Asker] = {}      # (UDP port, multicast) -> who asks there
         self._gates: Dict[Tuple[str, int], Gate] = {}        # where nodes may dial
-        self._leaving = Outgoing()                   # of clusters with a journal
+        self.outgoing = Outgoing()                   # of clusters with a journal
         self._reclaimed: Dict[str, Union['Recovery', 'Gathering']] = {}  # computations of programs that have crashed
         self._call_numbers = itertools.count(1)
         # Jobs to be cancelled if they have not begun
         self._withdrawals: Dict[Any, 'concurrent.futures.Future[bool]'] = {}
         self._strangers: Dict[Any, Peer] = {}        # instance or address -> one that cannot be used, and is no node that was named
         self._submitted: List[DispyJob] = []
-        self._openers = Pool('dispy-opener', 2)
+        self.openers = Pool('dispy-opener', 2)
         self.callbacks = Pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
-        self._tellers = Pool('dispy-status', 1)      # one, so that changes are told in their order
+        self.tellers = Pool('dispy-status', 1)      # one, so that changes are told in their order
         self._warn_at: Dict[str, float] = {}
         self._probes: Dict[str, float] = {}          # computation -> when to start an embedded node
         self._incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> receiver
@@ -7392,7 +7514,7 @@ class Driver(Loop):
             FilePiece: self._on_file_piece, FileStored: self._on_file_stored,
             Output: self._on_output,
             Where: self._on_where, News: self._on_news, Call: self._on_call, Return: self._on_return,
-            Said: lambda peer, message: self._inform(message.comp, message.text),
+            Said: self._on_said,
             Held: self._on_held, Started: self._on_started, Report: self._on_report,
         }
         self._commands: Dict[str, Callable[..., Any]] = {
@@ -7402,7 +7524,8 @@ class Driver(Loop):
             'allocate': self.allocate, 'jobs': lambda comp, node: list(self.jobs_at(comp, node)), 'question': self.question}
         self._events: Dict[type, Callable[[Any], None]] = {
             DispyJob: self._submitted.append, KeptJob: self._submitted.append, Dialled: self._dialled, DialFailed: self._dial_failed, Arrival: self._arrived, Asked: self._asked,
-            Told: self._told, CallBack: lambda event: self.callbacks.run(event.cluster._call_back, event.job)}
+            Told: lambda event: event.cluster.tell(event.status, event.peer, event.job),
+            CallBack: lambda event: self.callbacks.run(event.cluster.call_back, event.job)}
 
     # -- life; user threads -------------------------------------------------------------------------------
 
@@ -7456,14 +7579,18 @@ class Driver(Loop):
             raise RuntimeError(self.broken)
         return answer_of(future, CALL_TIME)
 
+    def call_soon(self, call: Callable[..., Any], *args: Any) -> None:
+        """Call it in the driver's thread. Any thread."""
+        self.post(Asked(functools.partial(call, *args), None))
+
     def _main(self) -> None:
         try:
             self.run()
         except BaseException as exc:  # our own fault; nobody may wait for ever because of it
             self.broken = "dispy's driver thread has failed: %s" % describe_exception(exc).strip()
             logger.exception('the driver thread has failed; all jobs end as Abandoned')
-            for cluster in list(self._clusters.values()):
-                cluster._driver_broke(self.broken)
+            for cluster in list(self.clusters.values()):
+                cluster.driver_failed(self.broken)
         finally:
             self.broken = self.broken or 'the cluster was closed'
             self._hang_up()
@@ -7476,7 +7603,7 @@ class Driver(Loop):
         self.stop()
 
     def _hang_up(self) -> None:
-        for pool in (self._openers, self.callbacks, self._tellers):
+        for pool in (self.openers, self.callbacks, self.tellers):
             pool.close()
         for gate in self._gates.values():
             gate.server_close()
@@ -7505,32 +7632,25 @@ class Driver(Loop):
 
     # -- clusters -----------------------------------------------------------------------------------------
 
-    def open(self, cluster: 'JobCluster', probe: bool) -> None:
+    def open(self, cluster: NodeUser, probe: bool) -> None:
         """Begin to use nodes for a cluster; with `probe` start one here if none answers soon. Raises OSError if it is to
         listen and cannot."""
-        comp = cluster._comp
-        for where in cluster_hosts(cluster):
-            self._listen(*where, may_fail=not cluster._host_has_port)
-        if getattr(cluster, '_journal', None) is not None:
-            self._leaving.journals[comp] = cluster._journal  # type: ignore[assignment]
-        self._clusters[comp] = cluster
-        opened = Opened(comp, cluster._client, cluster._reentrant, cluster._remote,
-                        self._most_of(cluster))
+        comp = cluster.comp
+        for where in cluster.hosts:
+            self._listen(*where, may_fail=cluster.hosts_may_fail)
+        if cluster.journal is not None:
+            self.outgoing.journals[comp] = cluster.journal
+        self.clusters[comp] = cluster
+        opened = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
+                        cluster.cpus_in_all())
         self._act(self.schedule.handle(opened, self.now))
-        self._warn_at[comp] = math.inf if isinstance(cluster, (Survey, Gathering)) else self.now + WARN_AFTER
-        self.use(comp, cluster._specs)
+        self._warn_at[comp] = self.now + WARN_AFTER if cluster.warns else math.inf
+        self.use(comp, cluster.specs)
         if probe:
             self._probes[comp] = self.now + PROBE_TIME
-            self._use_address(comp, '127.0.0.1', cluster._port, cluster._specs[0], False).probed = True
-        elif not cluster._specs:
+            self._use_address(comp, '127.0.0.1', cluster.port, cluster.specs[0], False).probed = True
+        elif not cluster.specs:
             self._use_embedded(comp)
-
-    @staticmethod
-    def _most_of(cluster: 'JobCluster') -> Optional[int]:
-        """CPUs that a cluster may use over all nodes; a scheduler sees to that itself."""
-        if cluster._remote or cluster._cargo is None:
-            return None
-        return cluster._cargo.spec.get('most') or None
 
     def use(self, comp: str, specs: Sequence[NodeSpec]) -> None:
         """Look for nodes: dial those named, ask for those meant by wildcards."""
@@ -7539,7 +7659,8 @@ class Driver(Loop):
                 for peer in list(self._peers.values()):
                     if peer.link is not None:
                         self._consider(peer, comp)
-                self._ask_all(spec.port, self._clusters[comp]._multicast)
+                if self.clusters[comp].searches:
+                    self._ask_all(spec.port, self.clusters[comp].multicast)
             else:
                 self._use_address(comp, spec.host, spec.port, spec, True)
         self._soon()
@@ -7562,25 +7683,18 @@ class Driver(Loop):
 
     def _consider(self, peer: Peer, comp: str) -> None:
         """Use a connected node if this cluster's specs mean it."""
-        spec = self._spec_of(peer, comp)
+        spec = self.clusters[comp].spec_of(peer)
         if spec is not None and not peer.embedded:
             self._take(peer, comp, spec)
 
-    def _spec_of(self, peer: Peer, comp: str) -> Optional[NodeSpec]:
-        """What of a cluster's `nodes` means a node. One that has dialled us has no port."""
-        if not peer.port and peer.name in getattr(self._clusters[comp], '_callers', ()):
-            return NodeSpec(peer.host, 0)
-        return next((spec for spec in self._clusters[comp]._specs if spec.fits(peer.ip_addr, peer.host, peer.name)
-                     and (spec.wild or peer.port in (0, spec.port))), None)
-
     def forget(self, comp: str, shutdown: bool = False) -> None:
         """A cluster is closed: end its jobs, tell its nodes, which may end when this client lets them go."""
-        if self._clusters.get(comp) is None:
+        if self.clusters.get(comp) is None:
             return
         self._take_submitted()
         self._act(self.schedule.handle(Closed(comp), self.now))
-        cluster = self._clusters.pop(comp)
-        self._leaving.forget(comp)
+        cluster = self.clusters.pop(comp)
+        self.outgoing.forget(comp)
         del self._warn_at[comp]
         self._probes.pop(comp, None)
         self._abort_incoming(lambda number, name: name == comp)
@@ -7589,11 +7703,11 @@ class Driver(Loop):
             self._done(peer, comp, shutdown)
             del peer.uses[comp]
             self._drop_unused(peer)
-        wanted = {(spec.port, other._multicast) for other in self._clusters.values() for spec in other._specs if spec.wild}
+        wanted = {(spec.port, other.multicast) for other in self.clusters.values() for spec in other.specs if spec.wild}
         for key in set(self._ears) - wanted:
             self._ears.pop(key).ears.close()
-        for where in cluster_hosts(cluster):
-            if any(where in cluster_hosts(other) for other in self._clusters.values()):
+        for where in cluster.hosts:
+            if any(where in other.hosts for other in self.clusters.values()):
                 continue
             gate = self._gates.pop(where, None)
             if gate is not None:   # else its port was taken
@@ -7626,7 +7740,7 @@ class Driver(Loop):
         del self._by_link[link.number]
         peer.count_link()
         peer.link = None
-        for comp, serials in self._leaving.drop(peer):   # it never left
+        for comp, serials in self.outgoing.drop(peer):   # it never left
             self._act(self.schedule.handle(NodeReturned(peer.key, comp, serials), self.now))
         for use in peer.uses.values():
             use.move('lost')
@@ -7703,21 +7817,13 @@ class Driver(Loop):
         return job._state is JobState.CANCELLED
 
     def _withdrawn(self, action: Withdrawn) -> None:
-        future = self._withdrawals.pop(action.work, None)
+        self._answer_withdrawal(action.work, action.gone)
+        self.clusters[action.work._comp].job_goes_on(action.work)
+
+    def _answer_withdrawal(self, work: Any, is_gone: bool) -> None:
+        future = self._withdrawals.pop(work, None)
         if future is not None:
-            future.set_result(action.gone)
-
-    @staticmethod
-    def watch_cluster(cluster: 'JobCluster', monitor: Monitor) -> None:
-        """Tell a monitor of a cluster's jobs from now on. What jobs print it is told by nodes that are set up later."""
-        cluster._monitors += (monitor,)
-        cluster._cargo.spec['live'] = True
-
-    @staticmethod
-    def unwatch_cluster(cluster: 'JobCluster', monitor: Monitor) -> None:
-        """The inverse."""
-        cluster._monitors = tuple(other for other in cluster._monitors if other is not monitor)
-        cluster._cargo.spec['live'] = bool(cluster._monitors) or cluster._on_output is not None
+            future.set_result(is_gone)
 
     def peers_of(self, comp: str) -> List[Peer]:
         """Nodes of a cluster."""
@@ -7740,12 +7846,12 @@ class Driver(Loop):
 
     def nodes_of(self, comp: str) -> List[Tuple[Peer, str, str, int, int]]:
         """All of them, and those that it cannot have. Raises RuntimeError if it was closed."""
-        if comp not in self._clusters:
+        if comp not in self.clusters:
             raise RuntimeError('the cluster was closed')
         found = [self.node_of(comp, peer) for peer in self.peers_of(comp)]
-        cluster, linked = self._clusters[comp], {peer.ip_addr for peer in self._peers.values() if peer.link is not None}
+        cluster, linked = self.clusters[comp], {peer.ip_addr for peer in self._peers.values() if peer.link is not None}
         return found + [(peer, 'refused', peer.reason, 0, 0) for peer in self._strangers.values() if peer.host not in linked
-                        and (cluster._host is not None or any(spec.wild and spec.may_fit(peer.host) for spec in cluster._specs))]
+                        and (cluster.hosts or any(spec.wild and spec.may_fit(peer.host) for spec in cluster.specs))]
 
     def rows_of(self, comp: str) -> List[NodeRow]:
         """Nodes of a cluster, to be told to others."""
@@ -7841,11 +7947,11 @@ class Driver(Loop):
 
     def allocate(self, comp: str, specs: Sequence[NodeSpec]) -> None:
         """Use these nodes, new ones and those deallocated or closed before."""
-        cluster, words = self._clusters[comp], self._words_of(comp)
+        cluster, words = self.clusters[comp], self._words_of(comp)
         for spec in specs:
             candidates = self.peers_of(comp) if spec.wild else words.get(_plain_host(spec.host), ())
             known = [peer for peer in candidates if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
-                     or peer.is_meant(spec.host) and (peer.port in (0, spec.port) or (peer.name, cluster._port) == (spec.host, spec.port))]
+                     or peer.is_meant(spec.host) and (peer.port in (0, spec.port) or (peer.name, cluster.port) == (spec.host, spec.port))]
             for peer in known:
                 use = peer.uses[comp]
                 use.spec = spec if not spec.wild else use.spec
@@ -7856,7 +7962,7 @@ class Driver(Loop):
                 else:
                     self.set_cpus(comp, peer, None)
             if not known or spec.wild:
-                cluster._specs = [*cluster._specs, spec]
+                cluster.specs = [*cluster.specs, spec]
                 self.use(comp, [spec])
                 peer = self._peers.get((spec.host, spec.port))  # type: ignore[assignment]
                 if peer is not None:
@@ -7962,8 +8068,8 @@ class Driver(Loop):
 
     def _end_lost(self, text: str) -> None:
         """End the jobs that neither wait nor are on a node after a fault."""
-        for comp, cluster in list(self._clusters.items()):
-            lost = self._owed_by(cluster)
+        for comp, cluster in list(self.clusters.items()):
+            lost = cluster.jobs_owed()
             if not lost:
                 continue
             known = {id(work) for work in self._submitted}
@@ -7974,40 +8080,21 @@ class Driver(Loop):
                 known.update(map(id, node.flight.get(comp, {}).values()))
             for work in lost:
                 if id(work) not in known:
-                    self._end_one(cluster, work, text)
-
-    def _owed_by(self, cluster: Any) -> List[Any]:
-        """Jobs of a cluster for which this driver still answers."""
-        return cluster._jobs_owed() if isinstance(cluster, JobCluster) else []
-
-    def _end_one(self, cluster: Any, work: Any, text: str) -> None:
-        if work.status not in ENDED:
-            work._state = JobState.ABANDONED
-            self._job_ended(JobEnded(work, text))
-
-    def _told(self, event: Told) -> None:
-        if event.cluster._cluster_status is not None:
-            node = None
-            if isinstance(event.peer, NodeRow):
-                node = event.cluster._describe(event.peer, event.peer.state, event.peer.reason, event.peer.cpus, event.peer.busy)
-            elif event.peer is not None:
-                state = 'closed' if event.status == DispyNode.Closed else 'ready'
-                known = event.cluster._comp in event.peer.uses
-                node = event.cluster._describe(event.peer, state, event.peer.reason, event.peer.limit(event.cluster._comp) if known else 0, 0)
-            self.tell_later(event.cluster._cluster_status, event.status, node, event.job)
+                    self._answer_withdrawal(work, False)
+                    cluster.fail_job(work, text)
 
     def tell_later(self, call: Callable[..., Any], *args: Any) -> None:
         """Call it after all that cluster_status functions have been told until now. The driver's thread."""
-        self._tellers.run(call, *args)
+        self.tellers.run(call, *args)
 
     def is_teller(self) -> bool:
         """Whether this is the thread that calls cluster_status functions. Any thread."""
-        return threading.current_thread().name.startswith(self._tellers.name + '-')
+        return threading.current_thread().name.startswith(self.tellers.name + '-')
 
     def _tell_all(self, status: int, peer: Peer, comps: Any) -> None:
-        for comp in comps if not peer.scheduler else ():   # that one tells of its nodes
-            if comp in self._clusters:
-                self._told(Told(self._clusters[comp], status, peer, None))
+        for comp in comps:
+            if comp in self.clusters:
+                self.clusters[comp].node_changed(status, peer)
 
     def take(self, job: DispyJob) -> None:
         """A job that waits again from now on."""
@@ -8027,29 +8114,29 @@ class Driver(Loop):
         self.guard(None, self._flush)
         if self._outgoing:
             self.guard(None, self._send_files)
-        if self._leaving.journals:   # before anything of this turn is sent, and before results are acknowledged
+        if self.outgoing.journals:   # before anything of this turn is sent, and before results are acknowledged
             self.guard(None, self._note_down)
         if self.now >= self._chores_at:
             self.guard(None, self._chores)
 
     def _note_down(self) -> None:
-        before = set(self._leaving.held_up)
-        leaving, staying = self._leaving.commit()
+        before = set(self.outgoing.held_up)
+        leaving, staying = self.outgoing.commit()
         for peer, frame in leaving:
             self.say_to(peer, frame)
-        for comp in self._leaving.held_up | before:
+        for comp in self.outgoing.held_up | before:
             self._hold_up(comp, comp not in before)
         for peer, comp, serials in staying:   # it never left
             self._act(self.schedule.handle(NodeReturned(peer.key, comp, serials), self.now))
-        if self._leaving.held_up:
+        if self.outgoing.held_up:
             self._chores_at = min(self._chores_at, self.now + Outgoing.AGAIN)
 
     def _hold_up(self, comp: str, is_new: bool) -> None:
         """The journal of a cluster cannot be written, or can be again."""
-        stuck = comp in self._leaving.held_up
+        stuck = comp in self.outgoing.held_up
         if stuck and is_new:
             logger.error('%s: its recovery file cannot be written: no jobs are sent and no results acknowledged until there is room',
-                         self._clusters[comp].name)
+                         self.clusters[comp].name)
         for peer in self.peers_of(comp):
             if (comp in peer.blocked) == stuck:
                 continue
@@ -8072,7 +8159,7 @@ class Driver(Loop):
 
     def _chores(self) -> None:
         """Dial, ask, give up probing, warn; and when to do so next."""
-        due = [self.now + 60.0, self._unused.look(self._clusters, self.now)]
+        due = [self.now + 60.0, self._unused.look(self.clusters, self.now)]
         if self._lost_text:
             if self.now >= self._lost_at:
                 text, self._lost_text, self._lost_at = self._lost_text, '', self.now + 1.0
@@ -8117,20 +8204,21 @@ class Driver(Loop):
         """Nobody waits in silence."""
         self._warn_at[comp] = self.now + WARN_EVERY
         if not any(state == 'ready' for _, state, _, _, _ in self.nodes_of(comp)):
-            self._inform(comp, '%s waits for a node. %s' % (self._clusters[comp].name, self.complaint(comp)))
+            self.clusters[comp].warn('%s waits for a node. %s' % (self.clusters[comp].name, self.complaint(comp)))
 
     def complaint(self, comp: str) -> str:
         """What was tried, what came of it, what to do."""
         lines = ['%s: %s%s' % (peer, state, ': ' + reason.strip().splitlines()[-1] if reason else '')
                  for peer, state, reason, _, _ in self.nodes_of(comp)]
-        cluster = self._clusters[comp]
-        wild = [] if self._reach == 'off' else [spec for spec in cluster._specs if spec.wild]
+        cluster = self.clusters[comp]
+        wild = [] if self._reach == 'off' else [spec for spec in cluster.specs if spec.wild]
         for port in sorted({spec.port for spec in wild}):
             lines.append('all that answer at UDP port %d %s' % (port, 'of this machine' if self._reach == 'loopback' else 'of the local network')
                          if any(asked == port for asked, _ in self._ears) else 'those of the scheduler, whose nodes are all named (-n)')
-        if cluster._host is not None:
-            lines.append('waited for nodes to connect to %s' % place(*cluster._host) if cluster._host in self._gates
-                         else 'no node can connect, port %d was taken' % cluster._host[1])
+        if cluster.hosts:
+            host, port = cluster.hosts[0]
+            lines.append('waited for nodes to connect to %s' % place(host, port) if (host, port) in self._gates
+                         else 'no node can connect, port %d was taken' % port)
         peers = self.peers_of(comp)
         todo = 'Start `python dispynode.py` on a host, with the same secret, and name it (nodes=, at the shell -n)'
         if peers and any(peer.scheduler and peer.link is not None for peer in peers):
@@ -8164,8 +8252,8 @@ class Driver(Loop):
             self._soon()
             return
         host = heard.address or source
-        for comp, cluster in list(self._clusters.items()):
-            spec = next((spec for spec in cluster._specs if spec.wild and spec.may_fit(host)), None)
+        for comp, cluster in list(self.clusters.items()):
+            spec = next((spec for spec in cluster.specs if spec.wild and spec.may_fit(host)), None)
             if spec is None:
                 continue
             known = next((peer for peer in self._peers.values() if peer.instance == heard.instance or peer.key == (host, heard.port)), None)
@@ -8197,7 +8285,7 @@ class Driver(Loop):
 
     def _turned_away(self, address: str, text: str) -> None:
         """A gate's thread: a node that dialled us was refused."""
-        self.post(Asked(functools.partial(self._stranger, address, address, 'it connected and was turned away: ' + text), None))
+        self.call_soon(self._stranger, address, address, 'it connected and was turned away: ' + text)
 
     def _use_embedded(self, comp: str) -> None:
         """A node of this program's own, for all its clusters of this driver."""
@@ -8206,7 +8294,7 @@ class Driver(Loop):
                 return   # a dispynode has answered meanwhile
             logger.info('no dispynode answers: one is started on this machine for this program (nodes=%r says so at once)', LOCAL)
         peer = self._peers.setdefault(LOCAL, Peer('127.0.0.1', 0, self.access.redial, True, True))
-        most = self._most_of(self._clusters[comp])
+        most = self.clusters[comp].cpus_in_all()
         if comp not in peer.uses and most is not None:   # also if the machine has fewer CPUs
             peer.uses[comp] = Use(NodeSpec('127.0.0.1', 0))
             peer.uses[comp].allocation = Allocation(most, b'', [], {})
@@ -8278,9 +8366,9 @@ class Driver(Loop):
             for comp, use in peer.uses.items():
                 known = comp in twin.uses
                 self._take(twin, comp, use.spec)
-                if known and twin.name and self._clusters[comp]._cargo is None:
+                if known and twin.name and self.clusters[comp].cargo is None:
                     # It may look for something by this name.
-                    self._clusters[comp]._met(twin)
+                    self.clusters[comp].node_connected(twin)
             if peer.listed and not twin.port and not twin.embedded:   # it has dialled us; when that ends, we dial it
                 peer.move('fail')
                 peer.reason = 'it has connected by itself'
@@ -8390,15 +8478,14 @@ class Driver(Loop):
         about = told_once(text)
         if about not in peer.told and not self._only_probed(peer) and not peer.replacing:
             peer.told.add(about)
-            self._tell_reached_not(peer, text)
+            logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, text)
+            for cluster in [self.clusters[comp] for comp in peer.uses if comp in self.clusters]:
+                cluster.node_unreachable(peer, text)
         peer.dialling.again(self.now, lived, self.access.pulse)
         last, due = self.schedule.lost_at(peer.key) - LAST_TRY, peer.dialling.due
         if due is not None and self.now < last < due:
             peer.dialling.due = last
         self._soon()
-
-    def _tell_reached_not(self, peer: Peer, text: str) -> None:
-        logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, text)
 
     @staticmethod
     def _only_probed(peer: Peer) -> bool:
@@ -8512,16 +8599,16 @@ class Driver(Loop):
             self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'it was started anew', known), self.now))
         peer.restarted = False
         for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:   # what it has from before comes first, also if it is busy now
-            if comp in self._clusters:
-                self.say(peer.link, Reclaim(comp, getattr(self._clusters[comp], '_key', b'')))  # type: ignore[arg-type]
-        for comp, cluster in sorted(self._clusters.items(), key=lambda item: item[1]._cargo is not None):   # recoveries first
+            if comp in self.clusters:
+                self.say(peer.link, Reclaim(comp, self.clusters[comp].key))  # type: ignore[arg-type]
+        for comp, cluster in sorted(self.clusters.items(), key=lambda item: item[1].cargo is not None):   # recoveries first
             use = peer.uses.get(comp)
             if use is None:
                 self._consider(peer, comp)
-            elif use.spec.wild and self._spec_of(peer, comp) is None:
+            elif use.spec.wild and cluster.spec_of(peer) is None:
                 del peer.uses[comp]   # at its address might have been one that is meant, but it has another name
             else:
-                use.spec = self._spec_of(peer, comp) or use.spec if use.spec.wild else use.spec
+                use.spec = cluster.spec_of(peer) or use.spec if use.spec.wild else use.spec
                 self._set_up(peer, comp)
         self._drop_unused(peer)
 
@@ -8536,25 +8623,25 @@ class Driver(Loop):
 
     def _set_up(self, peer: Peer, comp: str) -> None:
         """Offer a computation to a node."""
-        cluster, use = self._clusters[comp], peer.uses[comp]
+        cluster, use = self.clusters[comp], peer.uses[comp]
         if peer.link is None or not peer.name or use.state not in _MAY_OFFER:
             return
-        if cluster._cargo is None:   # it only looks
-            cluster._met(peer)
+        if cluster.cargo is None:   # it only looks
+            cluster.node_connected(peer)
             return
         if use.spec.allocator is not None and use.allocation is None:
             if use.state is not UseState.ASKING:
                 use.move('ask')
-                self._ask_allocator(use.spec.allocator, cluster, peer, peer.link)
+                cluster.ask_allocator(use.spec.allocator, peer, peer.link)
             return
-        spec, there, allocation = cluster._cargo.spec, peer.facts.get('python', ()), use.allocation
+        spec, there, allocation = cluster.cargo.spec, peer.facts.get('python', ()), use.allocation
         if spec['kind'] == 'function' and not spec['portable'] and there[:2] != spec['python'][:2] and not peer.scheduler:
-            if cluster._source is None:
+            if cluster.source is None:
                 if use.state is not UseState.ASKING or allocation is not None:
                     use.move('ask')
-                    self._ask_source(cluster, peer, peer.link)
+                    cluster.ask_source(peer, peer.link)
                 return
-            code, obstacle = cluster._source
+            code, obstacle = cluster.source
             if obstacle:
                 self._refusal(peer, comp, 'it runs %s, this program %s, where functions go as source only: %s'
                               % (python_of(there), python_of(spec['python']), obstacle), 'version')
@@ -8570,7 +8657,7 @@ class Driver(Loop):
         if allocation is not None:
             spec = dict(spec, cpus=allocation.cpus, setup_args=allocation.setup_args, files=spec['files'] + allocation.files)
         try:
-            spec = dict(spec, support=self._support(cluster, peer), **self._modules(cluster, peer),
+            spec = dict(spec, support=cluster.support_for(peer), **cluster.modules_for(peer),
                         **self._managers(peer))
         except OSError as exc:
             self._refusal(peer, comp, 'a file of a module cannot be read: %s' % exc, 'module')
@@ -8580,21 +8667,8 @@ class Driver(Loop):
         self._check_unloadable(comp)
         self._probes.pop(comp, None)
         spec.update(code=beside(spec['code']), setup_args=beside(spec['setup_args']),
-                    client=cluster._client)   # whose claims on the node's CPUs it shares
+                    client=cluster.client)   # whose claims on the node's CPUs it shares
         self.say(peer.link, Compute(comp, spec))
-
-    def _support(self, cluster: 'JobCluster', peer: Peer) -> Dict[str, bytes]:
-        """cloudpickle, if the node does not have the same; a scheduler does not know who needs it."""
-        needs = cluster._cargo.spec['kind'] != 'program' and (peer.scheduler or peer.facts.get('cloudpickle') != cloudpickle.__version__)
-        return _support_files() if needs else {}
-
-    def _modules(self, cluster: 'JobCluster', peer: Peer) -> Dict[str, Any]:
-        """What a node gets of the program's modules. A node that is a part of the program reads them where they are."""
-        rows = cluster._bundles.rows(peer.embedded)
-        if not peer.embedded:
-            return {'modules': rows}
-        return {'modules': rows, 'sys_path': [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)],
-                'argv': [word for word in sys.argv if isinstance(word, str)]}
 
     def _managers(self, peer: Peer) -> Dict[str, Any]:
         """What lets jobs on this machine use proxies of managers (multiprocessing.Manager) that the
@@ -8610,45 +8684,33 @@ class Driver(Loop):
             return {}
         return {'authkey': bytes(multiprocessing.current_process().authkey)}
 
-    def _ask_allocator(self, allocator: NodeAllocate, cluster: 'JobCluster', peer: Peer, link: Link) -> None:
-        self._openers.run(self._allocate, allocator, cluster, peer, link)
+    def source_found(self, cluster: NodeUser, peer: Peer, link: Link, source: Tuple[bytes, str]) -> None:
+        """What the source of a computation is, or why there is none."""
+        cluster.source = source
+        if cluster.comp in self.clusters and peer.link is link and cluster.comp in peer.uses:
+            self._set_up(peer, cluster.comp)
 
-    def _ask_source(self, cluster: 'JobCluster', peer: Peer, link: Link) -> None:
-        self._openers.run(self._pack_source, cluster, peer, link)
+    def source_missing(self, cluster: NodeUser, peer: Peer, link: Link, text: str) -> None:
+        """It could not be found out."""
+        if cluster.comp in self.clusters and peer.link is link and cluster.comp in peer.uses:
+            self._refusal(peer, cluster.comp, 'its source is not to be had: ' + text, 'source')
 
-    def _inform(self, comp: str, text: str) -> None:
-        """Tell a cluster's user."""
-        logger.warning('%s', text)
-
-    def _pack_source(self, cluster: 'JobCluster', peer: Peer, link: Link) -> None:
-        """For a node with another version of Python. An opener: files are read, and objects of the user's looked at."""
-        try:
-            source = cluster._cargo.source()
-        except Exception as exc:  # of those objects
-            source = b'', 'its source could not be collected: ' + describe_exception(exc, 1)
-        self.post(Asked(functools.partial(self._packed_source, cluster, peer, link, source), None))
-
-    def _packed_source(self, cluster: 'JobCluster', peer: Peer, link: Link, source: Tuple[bytes, str]) -> None:
-        cluster._source = source
-        if cluster._comp in self._clusters and peer.link is link and cluster._comp in peer.uses:
-            self._set_up(peer, cluster._comp)
-
-    def _allocate(self, allocator: NodeAllocate, cluster: 'JobCluster', peer: Peer, link: Link) -> None:
-        """Ask the user's allocator. An opener."""
-        try:
-            allocation, error = ask_allocator(allocator, cluster, peer), ''
-        except Exception as exc:  # the user's allocate()
-            allocation, error = Allocation(0, b'', [], {}), describe_exception(exc, 1)
-        self.post(Asked(functools.partial(self._allocated, cluster._comp, peer, link, allocation, error), None))
-
-    def _allocated(self, comp: str, peer: Peer, link: Link, allocation: Allocation, error: str) -> None:
-        if comp not in self._clusters or peer.link is not link or comp not in peer.uses:
+    def allocated(self, comp: str, peer: Peer, link: Link, allocation: Allocation, error: str) -> None:
+        """What the user's allocator has said."""
+        if comp not in self.clusters or peer.link is not link or comp not in peer.uses:
             return   # closed or lost meanwhile
         if error:
             self._refusal(peer, comp, 'allocate() failed: ' + error, 'allocate')
         elif peer.uses[comp].state is UseState.ASKING:
             peer.uses[comp].allocation = allocation
             self._set_up(peer, comp)
+
+    def _on_said(self, peer: Peer, message: Said) -> None:
+        cluster = self.clusters.get(message.comp)
+        if cluster is not None:
+            cluster.warn(message.text)
+        else:   # it was closed meanwhile
+            logger.warning('%s', message.text)
 
     def _refusal(self, peer: Peer, comp: str, text: str, code: str) -> None:
         """Not used, for a reason of REASONS. One that passes is said once, whatever its numbers, and tried again."""
@@ -8659,8 +8721,8 @@ class Driver(Loop):
         about = code if use.passes else text
         if about not in use.told:
             use.told.add(about)
-            self._inform(comp, 'node %s does not take %s: %s%s' % (
-                peer, self._clusters[comp].name, text, '; it is tried again and again' if use.passes else ''))
+            self.clusters[comp].warn('node %s does not take %s: %s%s' % (
+                peer, self.clusters[comp].name, text, '; it is tried again and again' if use.passes else ''))
         if use.passes:
             peer.retry_at = self.now + peer.retry_wait
             peer.retry_wait = min(peer.retry_wait * 2, RETRY_MOST)
@@ -8671,7 +8733,7 @@ class Driver(Loop):
         if message.comp in self._reclaimed:
             self._reclaimed[message.comp].refused(peer, message.comp, message.text)
             return
-        if message.comp not in self._clusters or use is None or not use.offered:
+        if message.comp not in self.clusters or use is None or not use.offered:
             return
         was_ready = use.state is UseState.READY   # its runner has died later: a new one may live
         if peer.link is not None:
@@ -8697,11 +8759,11 @@ class Driver(Loop):
 
     def why_unloadable(self, comp: str) -> str:
         """Why no node can load the code of a computation; empty if one may."""
-        cluster, uses = self._clusters[comp], [peer.uses[comp] for peer in self.peers_of(comp)]
-        others = cluster._host is not None or any(spec.wild or spec.scheduler for spec in cluster._specs)
+        cluster, uses = self.clusters[comp], [peer.uses[comp] for peer in self.peers_of(comp)]
+        others = bool(cluster.hosts) or any(spec.wild or spec.scheduler for spec in cluster.specs)
         if not uses or not all(use.unloadable for use in uses):
             return ''
-        if cluster._cargo is not None and cluster._cargo.spec.get('initializer'):
+        if cluster.cargo is not None and cluster.cargo.spec.get('initializer'):
             return '%s: %s' % (NO_INITIALIZER, uses[0].reason)
         if others:
             return ''
@@ -8711,45 +8773,35 @@ class Driver(Loop):
         """Offer again what the node could not take, for a reason that passes."""
         peer.retry_at = None
         for comp, use in list(peer.uses.items()):
-            if comp in self._clusters and use.state is UseState.REFUSED and use.passes:
+            if comp in self.clusters and use.state is UseState.REFUSED and use.passes:
                 self._set_up(peer, comp)
 
     def _on_need(self, peer: Peer, message: Need) -> None:
-        cluster = self._clusters.get(message.comp)
-        if cluster is None or peer.link is None:
+        cluster = self.clusters.get(message.comp)
+        if cluster is None or cluster.cargo is None or peer.link is None:
             return
         allocation = peer.uses[message.comp].allocation if message.comp in peer.uses else None
-        paths = dict(cluster._cargo.paths, **allocation.paths) if allocation is not None else cluster._cargo.paths
+        paths = dict(cluster.cargo.paths, **allocation.paths) if allocation is not None else cluster.cargo.paths
         for purpose, key, row in message.files:
             name = row[0]
             depends = purpose == Purpose.DEPENDS
             if purpose == Purpose.VALUES:
                 self._send_value(peer, cluster, key, row)
                 continue
-            source = paths.get(name) if depends else self._source_of(cluster, name)
+            source = paths.get(name) if depends else cluster.module_source(name)
             if source is None:
                 raise PeerError('it asked for a file that was not offered: %.60r' % (name,))
-            self._outgoing.add_file(peer.link.number, (cluster._comp, purpose, key), row, source)
+            self._outgoing.add_file(peer.link.number, (cluster.comp, purpose, key), row, source)
 
-    def _send_value(self, peer: Peer, cluster: Any, key: int, row: tuple) -> None:
+    def _send_value(self, peer: Peer, cluster: NodeUser, key: int, row: tuple) -> None:
         """A node lacks a value that jobs need."""
-        source = self._value_of(cluster, row[2])
+        source = cluster.value_source(row[2])
         if source is None:   # and its jobs have ended
             text = 'the program does not have it any more'
-            self.say_to(peer, FileStored(cluster._comp, int(Purpose.VALUES), key, row[0], text))
+            self.say_to(peer, FileStored(cluster.comp, int(Purpose.VALUES), key, row[0], text))
         else:
-            transfer = (cluster._comp, int(Purpose.VALUES), key)
+            transfer = (cluster.comp, int(Purpose.VALUES), key)
             self._outgoing.add_file(peer.link.number, transfer, row, source)  # type: ignore[union-attr]
-
-    def _value_of(self, cluster: Any, digest: bytes) -> Any:
-        """Where a value is read from: its content, or a path."""
-        value = shared_values.find(digest)
-        return memoryview(value.data) if value is not None else None
-
-    @staticmethod
-    def _source_of(cluster: 'JobCluster', name: str) -> Any:
-        """Where a file of a module is read from: a path, a FileOfModule or its content."""
-        return cluster._bundles.source_of(name)
 
     def _send_files(self) -> None:
         """A few pieces of files into links that have room."""
@@ -8764,14 +8816,11 @@ class Driver(Loop):
 
     def _on_ready(self, peer: Peer, message: Ready) -> None:
         use = peer.uses.get(message.comp)
-        if message.comp in self._clusters and use is not None and use.state is UseState.SETTING_UP:
-            trail = getattr(self._clusters[message.comp], '_trail', None)
-            if trail is not None and not peer.embedded and trail.add(peer.place):
-                self._remove_old_trails()
+        if message.comp in self.clusters and use is not None and use.state is UseState.SETTING_UP:
             use.move('ready')
             use.seat_told = False
             peer.retry_wait = RETRY_FIRST
-            self._clusters[message.comp]._node_came()
+            self.clusters[message.comp].node_ready(peer)
             self._tell_all(DispyNode.Initialized, peer, [message.comp])
             if any(value is not None for value in peer.facts.get('available', {}).values()):
                 self._tell_all(DispyNode.AvailInfo, peer, [message.comp])
@@ -8780,12 +8829,12 @@ class Driver(Loop):
                               peer.trip, Past.of(message.past), peer.whole)
             self._act(self.schedule.handle(ready, self.now))
 
-    def _remove_old_trails(self) -> None:
+    def remove_old_trails(self) -> None:
         """Once in a program."""
         global _trails_looked_at
         if not _trails_looked_at:
             _trails_looked_at = True
-            self._openers.run(remove_old_trails)
+            self.openers.run(remove_old_trails)
 
     def left_behind(self, comp: str) -> Dict[Any, int]:
         """Nodes that outlive this program, and how many jobs of a computation they have."""
@@ -8836,7 +8885,7 @@ class Driver(Loop):
             if peer.link is not None and left:
                 peer.replacing = True   # not to be told
                 self._break(peer.link, 'the recovery has ended')
-        self.forget(found._comp)
+        self.forget(found.comp)
 
     def give_up(self, recovery: 'Recovery', whole: bool) -> None:
         """A recovery is over: if it is whole, nodes forget what is left of its computations."""
@@ -8845,9 +8894,9 @@ class Driver(Loop):
             for peer in recovery.met:
                 if peer.link is not None and whole:
                     self.say(peer.link, Done(comp))
-                elif peer.link is not None and not any(comp != recovery._comp for comp in peer.uses):
+                elif peer.link is not None and not any(comp != recovery.comp for comp in peer.uses):
                     self._break(peer.link, 'the recovery has ended')   # without Bye: they keep what they have
-        self.forget(recovery._comp)
+        self.forget(recovery.comp)
 
     @staticmethod
     def _unsend(peer: Peer, comp: str, serials: Iterable[int]) -> List[int]:
@@ -8889,16 +8938,20 @@ class Driver(Loop):
         return node.flight.get(comp, {}).get(serial) if node is not None else None
 
     def _on_file_piece(self, peer: Peer, message: FilePiece) -> None:
-        """A piece of a file that a job sends. After a failure the rest of the file is passed over."""
+        cluster = self.clusters.get(message.comp)
+        job = self._job_of(peer, message.comp, message.key)
         if message.purpose != Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
-        cluster = self._clusters.get(message.comp)
-        job = self._job_of(peer, message.comp, message.key)
-        if cluster is None or peer.link is None or job is None:
+        if cluster is not None and job is not None:
+            cluster.file_piece(peer, job, message)
+
+    def store_file(self, peer: Peer, directory: str, message: FilePiece) -> None:
+        """A piece of a file that a job sends. After a failure the rest of the file is passed over."""
+        if peer.link is None:
             return
         place = (peer.link.number, message.comp)
         if place not in self._incoming:
-            roots = {Purpose.FROM_JOB: cluster._directory}
+            roots = {Purpose.FROM_JOB: directory}
             self._incoming[place] = FileReceiver(roots, where='on the client: ')
         stored = self._incoming[place].take(message)
         if stored is not None:
@@ -8908,31 +8961,14 @@ class Driver(Loop):
         self._answer(peer, (message.comp, message.name), message.error)
 
     def _on_output(self, peer: Peer, message: Output) -> None:
-        """What a running job prints or logs."""
-        cluster = self._clusters.get(message.comp)
+        cluster = self.clusters.get(message.comp)
         job = self._job_of(peer, message.comp, message.serial)
-        if cluster is None or job is None:
-            return
-        if job._state is JobState.SENT:   # it has begun, and what says so may come later
-            self._act(self.schedule.handle(NodeStarted(peer.key, message.comp, [(message.serial, 0.0)]), self.now))
-        if message.stream == 0:
-            cluster._show_record(job, *log_record_of(message.data))
-        elif cluster._on_output is not None:
-            cluster._shown.setdefault(job, [0, 0])[message.stream - 1] = message.offset + len(message.data)
-            self._show_output(cluster, job, message.stream, message.data)
-        if message.stream:
-            for monitor in cluster._monitors:
-                monitor.printed(job, message.stream, message.offset, bytes(message.data))
+        if cluster is not None and job is not None:
+            cluster.output(peer, job, message)
 
-    def _show_output(self, cluster: 'JobCluster', job: DispyJob, stream: int, data: Any) -> None:
-        if len(data) and cluster._on_output is not None:
-            text = bytes(data) if cluster._cargo.is_program else str(data, 'utf-8', 'replace')
-            self._tellers.run(cluster._on_output, job, 'stdout' if stream == 1 else 'stderr', text)
-
-    def _show_rest(self, cluster: 'JobCluster', job: Any, row: tuple) -> None:
-        """What of a job's output came with its result and has not been shown."""
-        for stream, at in enumerate(cluster._shown.pop(job, (0, 0)), 1):
-            self._show_output(cluster, job, stream, row[4 + stream][at:])
+    def job_started(self, peer: Peer, job: Any) -> None:
+        """A job has begun, and what says so may come later."""
+        self._act(self.schedule.handle(NodeStarted(peer.key, job._comp, [(job._serial, 0.0)]), self.now))
 
     # -- schedulers -----------------------------------------------------------------------------------------
 
@@ -8941,20 +8977,17 @@ class Driver(Loop):
         if message.comp in self._reclaimed:
             self._reclaimed[message.comp].where(message.comp, message.serials, message.node)
             return
-        cluster, node = self._clusters.get(message.comp), self.schedule.nodes.get(peer.key)
+        cluster, node = self.clusters.get(message.comp), self.schedule.nodes.get(peer.key)
         flight = node.flight.get(message.comp, {}) if node is not None else {}
         for job in [flight[serial] for serial in message.serials if serial in flight] if cluster is not None else ():
             if self._incoming:
                 self._abort_file((message.comp, job._serial))
-            cluster._moved(job, message.node)  # type: ignore[union-attr, arg-type]
+            cluster.job_moved(job, message.node)  # type: ignore[union-attr]
 
     def _on_news(self, peer: Peer, message: News) -> None:
-        cluster = self._clusters.get(message.comp)
+        cluster = self.clusters.get(message.comp)
         if cluster is not None:
-            row = NodeRow(*message.node)
-            cluster._node_came()
-            if cluster._cluster_status is not None:
-                self._tellers.run(cluster._cluster_status, message.status, cluster._describe(row, row.state, row.reason, row.cpus, row.busy), None)
+            cluster.node_told(message.status, NodeRow(*message.node))
 
     def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
         """Ask a cluster's scheduler."""
@@ -8975,17 +9008,10 @@ class Driver(Loop):
             future.set_result(message.value)
 
     def _on_call(self, peer: Peer, message: Call) -> None:
-        """A scheduler asks what only this program can tell: it is the user's code, so an opener finds out."""
-        cluster = self._clusters.get(message.comp)
+        """A node or scheduler asks what only the program can tell."""
+        cluster = self.clusters.get(message.comp)
         if cluster is not None:
-            self._openers.run(self._find_out, cluster, peer, message)
-
-    def _find_out(self, cluster: 'JobCluster', peer: Peer, message: Call) -> None:
-        try:
-            error, value = (), cluster._asked(message.name, message.args)  # type: Tuple[tuple, Any]
-        except Exception as exc:  # of the user's code
-            error, value = (type(exc).__name__, describe_exception(exc, 1)), None
-        self.post(Asked(functools.partial(self.say_to, peer, Return(message.comp, message.number, error, value)), None))
+            cluster.asked(peer, message)
 
     def say_to(self, peer: Peer, message: Any) -> None:
         """Send a message to a node or scheduler, if it is connected."""
@@ -8995,21 +9021,10 @@ class Driver(Loop):
     # -- actions ------------------------------------------------------------------------------------------
 
     def _send_jobs(self, action: SendJobs) -> None:
-        peer = self._peers[action.node]
-        assert peer.link is not None   # ours: the schedule knows nodes with a link only
-        names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
-        messages = frames(Jobs, action.comp, (job_row(work, work._payload, names) for work in action.works))
-        if self._leaving.has(action.comp):
-            self._leaving.journals[action.comp].sent(action.works, peer.place, peer.memory)
-            self._leaving.add(action.comp, peer, messages)
-        else:
-            for frame in messages:
-                self.say(peer.link, frame)
+        self.clusters[action.comp].send_jobs(self._peers[action.node], action.works)
 
     def _jobs_started(self, action: JobsStarted) -> None:
-        cluster, peer = self._clusters[action.comp], self._peers[action.node]
-        for job, ran in action.pairs:
-            cluster._began(job, time.time() - ran, peer)
+        self.clusters[action.comp].jobs_started(self._peers[action.node], action.pairs)
 
     def _send_to(self, action: Any) -> None:
         peer = self._peers.get(action.node)
@@ -9029,7 +9044,7 @@ class Driver(Loop):
             return
         acks = peer.uses[action.comp].acks
         acks.extend(action.serials)
-        if len(acks) >= ACKS_MOST and not self._leaving.has(action.comp):
+        if len(acks) >= ACKS_MOST and not self.outgoing.has(action.comp):
             self._acknowledge(peer)
         else:
             self._chores_at = min(self._chores_at, self.now + ACK_AFTER)
@@ -9037,7 +9052,7 @@ class Driver(Loop):
     def _acknowledge(self, peer: Peer) -> None:
         if peer.link is not None:
             for comp, use in peer.uses.items():
-                if use.acks and comp not in self._leaving.held_up:
+                if use.acks and comp not in self.outgoing.held_up:
                     for message in in_parts(Ack, comp, use.acks):
                         self.say(peer.link, message)
                     use.acks = []
@@ -9046,81 +9061,45 @@ class Driver(Loop):
         """Whether a job is repeated is found out by an opener: its exception may be the user's."""
         if self._incoming:
             self._abort_file((action.comp, action.row[0]))
-        cluster, peer = self._clusters[action.comp], self._peers[action.node]
-        self._openers.run(self._think_over, cluster, peer, action.work, action.row)
+        cluster, peer = self.clusters[action.comp], self._peers[action.node]
+        self.openers.run(self._think_over, cluster, peer, action.work, action.row)
 
-    def _think_over(self, cluster: 'JobCluster', peer: Peer, job: DispyJob, row: tuple) -> None:
+    def _think_over(self, cluster: NodeUser, peer: Peer, job: DispyJob, row: tuple) -> None:
         """An opener."""
         delay: Optional[float] = None
         try:
-            failure = failure_of(row, cluster._cargo.is_program)
+            failure = failure_of(row, cluster.cargo.is_program)  # type: ignore[union-attr]
             delay = job._options['repeats'].next_delay(failure)  # type: ignore[index]
         except Exception as exc:  # of the user's code
             logger.warning('job %r is not repeated: dispy_retry_on: %s',
                            job.id, describe_exception(exc, 1))
-        decided = functools.partial(self._thought_over, cluster, peer, job, row, delay)
-        self.post(Asked(decided, None))
+        self.call_soon(self._thought_over, cluster, peer, job, row, delay)
 
-    def _thought_over(self, cluster: 'JobCluster', peer: Peer, job: DispyJob, row: tuple,
+    def _thought_over(self, cluster: NodeUser, peer: Peer, job: DispyJob, row: tuple,
                       delay: Optional[float]) -> None:
         if delay is not None:
             self._act(self.schedule.handle(Repeat(job, delay), self.now))
         elif self.schedule.handle(RepeatNot(job, row[1]), self.now):
-            self._have_ended(cluster, peer, [(job, row)])
+            cluster.jobs_ended(peer, [(job, row)])
 
     def _jobs_ended(self, action: JobsEnded) -> None:
-        self._have_ended(self._clusters[action.comp], self._peers[action.node], action.pairs)
-
-    def _have_ended(self, cluster: 'JobCluster', peer: Peer,
-                    pairs: List[Tuple[DispyJob, tuple]]) -> None:
-        """Results at last. What may run the user's code when it is opened is left to an opener."""
-        plain: List[Tuple[DispyJob, tuple]] = []
-        code: List[Tuple[DispyJob, tuple]] = []
-        # Such come alone, and take time to open
-        large = len(pairs) == 1 and len(pairs[0][1][4]) > LAZY
-        journal = self._leaving.journals.get(cluster._comp)
-        for pair in pairs:
-            outcome = pair[1][1]
-            if self._incoming and outcome not in GOES_ON:
-                self._abort_file((cluster._comp, pair[1][0]))
-            if cluster._on_output is not None and outcome not in GOES_ON:
-                self._show_rest(cluster, *pair)
-            if journal is not None and outcome not in GOES_ON:
-                journal.ended(*pair)
-            if outcome in GOES_ON or (cluster._chains and pair[0] in cluster._chains):
-                cluster._chain(pair, peer)
-                if outcome not in GOES_ON:
-                    cluster._jobs_answered([pair[0]])
-                continue
-            if large or outcome in _MAY_OPEN and (
-                    outcome != Outcome.RAISED or len(unpack_error(pair[1][4])[1])):
-                code.append(pair)
-            else:
-                plain.append(pair)
-        if plain:
-            cluster._conclude(plain, peer)
-        if code:
-            self._openers.run(cluster._conclude, code, peer)
-            cluster._jobs_answered([job for job, _ in code])
+        if self._incoming:
+            for _, row in action.pairs:
+                if row[1] not in GOES_ON:
+                    self._abort_file((action.comp, row[0]))
+        self.clusters[action.comp].jobs_ended(self._peers[action.node], action.pairs)
 
     def _job_waits(self, action: JobWaits) -> None:
-        job = action.work
-        if self._leaving.has(job._comp):
-            self._leaving.journals[job._comp].waits(job)
-        job.status, job.ip_addr, job.start_time = DispyJob.Created, None, None
+        self.clusters[action.work._comp].job_waits(action.work)
 
-    @staticmethod
-    def _job_parked(action: JobParked) -> None:
-        logger.warning('job %r waits: %s', action.work.id, action.text)
+    def _job_parked(self, action: JobParked) -> None:
+        self.clusters[action.work._comp].job_parked(action.work, action.text)
 
     def _job_ended(self, action: JobEnded) -> None:
-        job = action.work
+        work = action.work
         if self._withdrawals:
-            self._withdrawn(Withdrawn(job, job._state is JobState.CANCELLED))
-        if self._leaving.has(job._comp):
-            self._leaving.journals[job._comp].ended(job, action.text)
-        self._clusters[job._comp]._end(job, action.text)
-        self._clusters[job._comp]._jobs_answered([job])
+            self._answer_withdrawal(work, work._state is JobState.CANCELLED)
+        self.clusters[work._comp].job_ended(work, action.text)
 
 
 def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
@@ -9132,11 +9111,6 @@ def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
     if job.status != JobState.FINISHED:
         return error_of(job)
     return exit_error(job) if job._has_exit_status() else None
-
-
-def cluster_hosts(cluster: Any) -> List[Tuple[str, int]]:
-    """Where a cluster lets nodes connect to it."""
-    return [where for where in (cluster._host, *getattr(cluster, '_more_hosts', ())) if where is not None]
 
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
@@ -9361,14 +9335,14 @@ def plain_dest_path(path: Any) -> Optional[str]:
     return plain_text(path)
 
 
-class OldCluster:
+class OldCluster(NodeUser):
     """Attributes that clusters have in dispy 4, and what is told at the end of one."""
     _started: float
     _given: Dict[str, Any]
     _counts: Dict[str, List[Any]]
     _job_status: Any
     _cluster_status: Any
-    _driver: Any
+    driver: Any
     _all_ended: Optional[float] = None    # when the last job had ended
 
     @property
@@ -9425,14 +9399,14 @@ class OldCluster:
         call, told = self._cluster_status, threading.Event()
         if call is None or not nodes:
             return
-        is_teller = self._driver.is_teller() or threading.current_thread() is self._driver._thread
+        is_teller = self.driver.is_teller() or threading.current_thread() is self.driver._thread
 
         def tell() -> None:
             for node in nodes:
                 node.state = 'closed'
-                self._driver.tell_later(call, DispyNode.Closed, node, None)
-            self._driver.tell_later(told.set)
-        self._driver.ask(tell)
+                self.driver.tell_later(call, DispyNode.Closed, node, None)
+            self.driver.tell_later(told.set)
+        self.driver.ask(tell)
         if not is_teller:   # otherwise it would wait for itself
             in_slices(told.wait, GRACE)
 
@@ -9494,7 +9468,8 @@ class JobCluster(OldCluster):
     pickling the computation raises. It starts nothing then. A context manager: see `close`, which it calls at the end.
     """
 
-    _remote = False   # jobs go to a scheduler
+    cargo: Cargo
+    directory: str
     _told_of_files = False   # that jobs leave behind; the driver's thread
     _function: Optional[Tuple[str, str]] = None   # of the computation, by name
     _unusable = ''    # why an executor can run nothing any more
@@ -9514,8 +9489,8 @@ class JobCluster(OldCluster):
                  fault_recover: Union[None, bool, str] = None, poll_interval: Optional[float] = None, ipv4_udp_multicast: bool = False,
                  node_port: Optional[int] = None, port: Optional[int] = None, client_port: Optional[int] = None) -> None:
         check_not_importing()
-        refuse_positions(self._remote, more)
-        self._port = node_port_of(dispy_port, node_port)
+        refuse_positions(self.remote, more)
+        self.port = node_port_of(dispy_port, node_port)
         pulse = _in_range('pulse_interval', pulse_interval, PULSE, 0.1, 1000)
         redial = _in_range('ping_interval', ping_interval, REDIAL_MOST, 0.1, 3600)
         most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31, True)
@@ -9523,16 +9498,17 @@ class JobCluster(OldCluster):
                        'poll_interval': _in_range('poll_interval', poll_interval, None, 0.1, 3600)}
         reach = discovery_reach()
         nodes = None if any_node(nodes) else nodes
-        self._specs = [NodeSpec('*', self._port)] if nodes is None and reach != 'off' else [] if nodes is None or nodes == LOCAL \
-            else parse_nodes(nodes, self._port, self._remote or host is not None or ip_addr is not None)
-        if not self._specs and not self._remote:
+        self.specs = [NodeSpec('*', self.port)] if nodes is None and reach != 'off' else [] if nodes is None or nodes == LOCAL \
+            else parse_nodes(nodes, self.port, self.remote or host is not None or ip_addr is not None)
+        if not self.specs and not self.remote:
             check_fork()
             own_python()
         host, *more_hosts = _own_hosts(host if host is not None else ip_addr)
-        self._host, *self._more_hosts = map(_own_host, (host, *more_hosts))
+        first, *others = map(_own_host, (host, *more_hosts))
+        self.hosts = [where for where in (first, *others) if where is not None]
         # Old scripts always give ip_addr: two of them on one machine must not be in each other's way.
-        self._host_has_port = self._host is not None and (not isinstance(host, str) or self._host[0] != host.strip('[]'))
-        self._multicast = bool(ipv4_udp_multicast)
+        self.hosts_may_fail = first is None or (isinstance(host, str) and first[0] == host.strip('[]'))
+        self.multicast = bool(ipv4_udp_multicast)
         for name, function in (('job_status', job_status), ('callback', callback), ('cluster_status', cluster_status),
                                ('on_output', on_output)):
             if function is not None and not callable(function):
@@ -9546,23 +9522,22 @@ class JobCluster(OldCluster):
         old_names.tell_given(port=port, client_port=client_port, poll_interval=poll_interval,
                              ext_host=ext_host or ext_ip_addr)
         self.name = getattr(computation, '__name__', None) or os.path.basename(str(computation))[:60]
-        self._comp = self._client = uuid.uuid4().hex
-        self._key = os.urandom(32)    # who has it may take the results; it is sent when that is wanted
-        self._reentrant = _flag('reentrant', reentrant)
+        self.comp = self.client = uuid.uuid4().hex
+        self.key = os.urandom(32)    # who has it may take the results; it is sent when that is wanted
+        self.reentrant = _flag('reentrant', reentrant)
         if not callable(cleanup):
             cleanup = _flag('cleanup', cleanup)
         forward_logs = _flag('forward_logs', forward_logs)
         self._bundles = ModuleBundles(self.name)
-        self._cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name, self._bundles)
-        check_cargo(self._cargo.spec)
-        for spec in self._specs:
+        self.cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name, self._bundles)
+        check_cargo(self.cargo.spec)
+        for spec in self.specs:
             if spec.allocator is not None and spec.allocator.setup_args:   # it may choose others later, which are checked then
-                check_setup_args(size_of(self._bundles.packed((tuple(spec.allocator.setup_args), []), [])), self._remote)
-        self._cargo.spec['key'] = digest_of(self._key)
+                check_setup_args(size_of(self._bundles.packed((tuple(spec.allocator.setup_args), []), [])), self.remote)
+        self.cargo.spec['key'] = digest_of(self.key)
         if isinstance(computation, Calls):
-            self._cargo.spec.update(computation.spec)
-        self._cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
-        self._source: Optional[Tuple[bytes, str]] = None     # what pack_source gave; driver thread only
+            self.cargo.spec.update(computation.spec)
+        self.cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
         self._told_of_change = isinstance(computation, Calls)    # that files of modules have changed; an executor runs the new text
         self._job_status, self._cluster_status, self._on_output = callback if job_status is None else job_status, cluster_status, on_output
         self._shown: Dict[DispyJob, List[int]] = {}          # bytes of stdout and stderr shown live; driver thread only
@@ -9581,37 +9556,37 @@ class JobCluster(OldCluster):
         self._unfinished: Dict[int, int] = {}
         self._monitors: Tuple[Monitor, ...] = ()             # replaced as a whole
         self._started = time.time()
-        self._directory = os.getcwd()                        # files that jobs send come below it
-        self._failures = Failures(self._directory, self._cargo.paths,
+        self.directory = os.getcwd()                        # files that jobs send come below it
+        self._failures = Failures(self.directory, self.cargo.paths,
                                   self._job_status is None and cluster_status is None)
         path = path_option('recover_file', None if recover_file is False else recover_file) or (
             '_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
         self._recovers = bool(path)                          # another process may carry on
         self._trail = None if path or recover_file is False else Trail(
-            weakref.WeakMethod(self._describe_for_trail), self.name, self._comp)
+            weakref.WeakMethod(self._describe_for_trail), self.name, self.comp)
         self._reach_by(nodes is None and reach != 'off')
         self.recovered: List[DispyJob] = []
         self._recovery: Optional[Recovery] = None
         access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), pulse, redial)
-        self._journal = Journal(path) if path else None
+        self.journal = Journal(path) if path else None
         try:
-            known = self._journal.known() if self._journal is not None else []
-            self._driver = Driver.acquire(access)
+            known = self.journal.known() if self.journal is not None else []
+            self.driver = Driver.acquire(access)
             try:
-                if self._journal is not None:
-                    self._journal.begin(self._comp, self.name, self._reentrant, self._cargo.is_program, self._host, self._key)
-                self._driver.ask(lambda: self._driver.open(self, self._probe))
+                if self.journal is not None:
+                    self.journal.begin(self.comp, self.name, self.reentrant, self.cargo.is_program, self._first_host(), self.key)
+                self.driver.ask(lambda: self.driver.open(self, self._probe))
             except BaseException:
-                self._driver.release()
+                self.driver.release()
                 raise
         except BaseException:
-            if self._journal is not None:
-                self._journal.close()
+            if self.journal is not None:
+                self.journal.close()
             raise
         _clusters.add(self)
         self._warn_of_others(computation)
-        if self._journal is not None:
-            self._carry_on(self._journal, known)
+        if self.journal is not None:
+            self._carry_on(self.journal, known)
 
     def _warn_of_others(self, computation: Any) -> None:
         """The third cluster of one function that is open: a cell or a loop makes one each time."""
@@ -9629,24 +9604,24 @@ class JobCluster(OldCluster):
 
     def _describe_for_trail(self) -> Dict[str, Any]:
         """What another process needs to collect the results. The driver's thread."""
-        return {'dispy': 1, 'comp': self._comp, 'key': self._key.hex(), 'name': self.name,
-                'program': self._cargo.is_program,
-                'code': hashlib.sha256(in_one_piece(self._cargo.spec['code'])).hexdigest(),
+        return {'dispy': 1, 'comp': self.comp, 'key': self.key.hex(), 'name': self.name,
+                'program': self.cargo.is_program,
+                'code': hashlib.sha256(in_one_piece(self.cargo.spec['code'])).hexdigest(),
                 'host': socket.gethostname(), 'pid': os.getpid(), 'process': list(own_process()),
-                'began': self._started, 'listen': '%s:%d' % self._host if self._host else ''}
+                'began': self._started, 'listen': '%s:%d' % self._first_host() if self.hosts else ''}
+
+    def _first_host(self) -> Any:
+        """Where nodes may connect, for who recovers the jobs."""
+        return self.hosts[0] if self.hosts else None
 
     def _left_behind(self) -> Dict[Any, int]:
         """Nodes that outlive this program, and how many jobs run on there. The driver's thread, or
         after its end."""
-        return self._driver.left_behind(self._comp)
+        return self.driver.left_behind(self.comp)
 
     def _reach_by(self, probe: bool) -> None:
         """Whom to dial for nodes; called when all but the driver is there."""
         self._probe = probe   # start a node here if none answers
-
-    def _moved(self, job: DispyJob, node: tuple) -> None:
-        """A scheduler says where a job is."""
-        raise PeerError('a node is no scheduler')
 
     def _look_at_modules(self, every: float = LOOK_EVERY) -> None:
         """The files of modules may have changed since they travelled: jobs go on with what was sent, and the user is told."""
@@ -9656,11 +9631,22 @@ class JobCluster(OldCluster):
             logger.warning('%s: the file of module %s has changed; this cluster keeps the text that it began with. '
                            'Make a new cluster to run the new one', self.name, ', '.join(changed))
 
+    def asked(self, peer: Peer, message: Call) -> None:
+        """It is the user's code, so an opener finds out."""
+        self.driver.openers.run(self._find_out, peer, message)
+
+    def _find_out(self, peer: Peer, message: Call) -> None:
+        try:
+            error, value = (), self._asked(message.name, message.args)  # type: Tuple[tuple, Any]
+        except Exception as exc:  # of the user's code
+            error, value = (type(exc).__name__, describe_exception(exc, 1)), None
+        self.driver.call_soon(self.driver.say_to, peer, Return(message.comp, message.number, error, value))
+
     def _asked(self, name: str, args: tuple) -> Any:
         """A node or scheduler asks what only the client can tell. An opener."""
         if name != 'modules':
             raise PeerError('%.40r is asked of a program' % (name,))
-        embedded = not self._remote and all(peer.embedded for peer in self._driver.peers_of(self._comp))
+        embedded = not self.remote and all(peer.embedded for peer in self.driver.peers_of(self.comp))
         return self._bundles.more(args[0], embedded)
 
     def _carry_on(self, journal: Journal, rows: List[tuple]) -> None:
@@ -9674,7 +9660,7 @@ class JobCluster(OldCluster):
             job._journal = journal
             self.recovered.append(job)
             if state == Journal.ENDED:
-                end_without(job, result) if isinstance(result, str) else fill_in(job, (job._serial, *result), self._cargo.is_program)
+                end_without(job, result) if isinstance(result, str) else fill_in(job, (job._serial, *result), self.cargo.is_program)
                 ended.append(job)
             elif state == Journal.SENT:
                 job.status, job._state = DispyJob.Running, JobState.RUNNING
@@ -9687,7 +9673,7 @@ class JobCluster(OldCluster):
             self._count += len(sent) + len(again)
 
         def lost(job: DispyJob, text: str) -> None:
-            if self._reentrant:
+            if self.reentrant:
                 resubmit(job)
             else:
                 job._state = JobState.ABANDONED
@@ -9699,30 +9685,30 @@ class JobCluster(OldCluster):
             self._conclude([(job, row)], peer)
 
         def over() -> None:
-            self._driver.post(Asked(self._recovered, None))
+            self.driver.call_soon(self._recovered)
 
         def renew(job: DispyJob) -> None:
-            job._comp, job._state, job.status = self._comp, JobState.CREATED, DispyJob.Created
+            job._comp, job._state, job.status = self.comp, JobState.CREATED, DispyJob.Created
             job._options = {name: value for name, value in (job._options or {}).items() if name != 'node'} or None   # it may be gone
             with self._lock:
                 self._owed.add(job)
 
         def resubmit(job: DispyJob) -> None:   # the driver's thread; posted, it might come behind the end of the cluster
             renew(job)
-            self._driver.take(job)
+            self.driver.take(job)
         for job in again:
             renew(job)
-            self._driver.post(job)
+            self.driver.post(job)
         if sent or holders:
             logger.info('%d jobs of an earlier run are on nodes: their results are collected', len(sent))
             recovery = self._recovery = Recovery(journal, sent, holders, done, lost, resubmit, over)
-            self._driver.ask(lambda: recovery.begin(self._driver))
+            self.driver.ask(lambda: recovery.begin(self.driver))
 
     def _recovered(self) -> None:
         """What an earlier run had on nodes has been collected, or the cluster is closed. The driver's thread."""
         recovery, self._recovery = self._recovery, None
         if recovery is not None:
-            self._driver.give_up(recovery, True)
+            self.driver.give_up(recovery, True)
             for job in recovery.left():
                 job._state = JobState.CANCELLED
                 self._end(job, 'cancelled: the cluster was closed')
@@ -9775,8 +9761,8 @@ class JobCluster(OldCluster):
         if node is not None:
             options = dict(options or {}, node=node)
         if options is not None and 'repeats' in options:
-            options['repeats'].is_program = self._cargo.is_program
-        if self._cargo.is_program and kwargs:
+            options['repeats'].is_program = self.cargo.is_program
+        if self.cargo.is_program and kwargs:
             raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
         return self._enter(number, args, kwargs, options, self._pack(args, kwargs, depends))
 
@@ -9785,24 +9771,24 @@ class JobCluster(OldCluster):
         self._look_at_modules()
         payload = pack_arguments(args, kwargs, self._bundles, depends)
         size = payload.total() if type(payload) is SharedPayload else size_of(payload)
-        most = VALUE_MOST if self._journal is None else JOURNAL_MOST
+        most = VALUE_MOST if self.journal is None else JOURNAL_MOST
         if size > most:
             raise ValueError('arguments of %d bytes are over the limit of %d%s: send a file (depends)' % (
-                size, most, '' if self._journal is None else ' of a cluster with a recover_file'))
+                size, most, '' if self.journal is None else ' of a cluster with a recover_file'))
         return payload
 
     def _enter(self, number: Any, args: tuple, kwargs: dict, options: Optional[dict], payload: Any,
                future: Optional['DispyFuture'] = None) -> DispyJob:
         if type(payload) is SharedPayload:
             options = dict(options or {}, values=payload.rows())
-        job = DispyJob(self._comp, payload, options, number) if self._journal is None \
-            else KeptJob(self._comp, payload, options, number, words_of(args, kwargs))
+        job = DispyJob(self.comp, payload, options, number) if self.journal is None \
+            else KeptJob(self.comp, payload, options, number, words_of(args, kwargs))
         with self._lock:
-            if self._closed or self._driver.broken:
-                raise RuntimeError('submit: %s' % (self._driver.broken or 'the cluster was closed'))
-            if self._journal is not None and isinstance(job, KeptJob):
-                self._journal.submitted(job)
-                self._journal.trim()
+            if self._closed or self.driver.broken:
+                raise RuntimeError('submit: %s' % (self.driver.broken or 'the cluster was closed'))
+            if self.journal is not None and isinstance(job, KeptJob):
+                self.journal.submitted(job)
+                self.journal.trim()
             if future is not None:
                 job._future = future
                 future.job = job
@@ -9810,8 +9796,8 @@ class JobCluster(OldCluster):
             self._count += 1
             self._owed.add(job)
             if self._cluster_status is not None:
-                self._driver.post(Told(self, DispyJob.Created, None, job))
-            self._driver.post(job)   # with the lock held: `close` comes after it or before the test above
+                self.driver.post(Told(self, DispyJob.Created, None, job))
+            self.driver.post(job)   # with the lock held: `close` comes after it or before the test above
         return job
 
     def put(self, value: Any) -> ValueRef:
@@ -9847,9 +9833,9 @@ class JobCluster(OldCluster):
             if jobs:
                 def cancel() -> None:
                     for job in jobs:
-                        self._driver.cancel(job)
+                        self.driver.cancel(job)
                 with contextlib.suppress(RuntimeError):   # it has ended, and its jobs with it
-                    self._driver.ask(cancel)
+                    self.driver.ask(cancel)
 
     def as_completed(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None,
                      progress: bool = False) -> Iterator[DispyJob]:
@@ -9895,7 +9881,7 @@ class JobCluster(OldCluster):
             raise TypeError('cancel: %.80r is no job' % (job,))
         if job.status in ENDED:
             return -1
-        self._driver.ask(lambda: self._driver.cancel(job))
+        self.driver.ask(lambda: self.driver.cancel(job))
         return 0
 
     def jobs(self) -> JobList:
@@ -9913,7 +9899,7 @@ class JobCluster(OldCluster):
         jobs.reverse()   # none begins instead of one that was cancelled before it
         for at in range(0, len(jobs), CANCELS_MOST):
             some = jobs[at:at + CANCELS_MOST]
-            self._driver.ask(functools.partial(self._driver.cancel_some, some))
+            self.driver.ask(functools.partial(self.driver.cancel_some, some))
         return len(jobs)
 
     def cancel_waiting(self) -> None:
@@ -9921,18 +9907,18 @@ class JobCluster(OldCluster):
         self._cancel_waiting(False)
 
     def _cancel_waiting(self, but_first: bool) -> None:
-        self._driver.ask(lambda: self._driver.cancel_waiting(self._comp, but_first))
+        self.driver.ask(lambda: self.driver.cancel_waiting(self.comp, but_first))
 
     def _withdraw_all(self, jobs: Sequence[Any]) -> None:
         """Cancel those that have not begun; the answers are not waited for. Any thread but the
         driver's."""
         with contextlib.suppress(RuntimeError):   # the driver has ended, and its jobs with it
-            self._driver.ask(lambda: self._driver.withdraw_all(jobs))
+            self.driver.ask(lambda: self.driver.withdraw_all(jobs))
 
     def _withdraw(self, job: DispyJob) -> bool:
         """Cancel a job if it has not begun; whether it never will. Waits for the answer of its node
         for WITHDRAW_TIME; then the job goes on. Any thread; without answer in the driver's."""
-        driver = self._driver
+        driver = self.driver
         if job.status in ENDED or driver.broken or threading.current_thread() is driver._thread:
             return job.status == DispyJob.Cancelled
         try:
@@ -10030,30 +10016,25 @@ class JobCluster(OldCluster):
             key = '%s:%s' % (row.ip_addr, row.name)
             seen.add(key)
             _, done, seconds = counts.get(key, (row, 0, 0.0))
-            nodes.append(self._describe(row, row.state, row.reason, row.cpus, row.busy, done, seconds))
+            nodes.append(describe_node(row, row.state, row.reason, row.cpus, row.busy, done, seconds))
         for key, (peer, done, seconds) in counts.items():
             if key not in seen:
-                nodes.append(self._describe(peer, 'closed', '', peer.offered, 0, done, seconds))
+                nodes.append(describe_node(peer, 'closed', '', peer.offered, 0, done, seconds))
         return ClusterStatus(nodes, pending)
 
     def _command(self, name: str, *args: Any) -> Any:
         """Ask whoever has the nodes: the driver."""
         if self._closed:
             raise RuntimeError('the cluster was closed')
-        return self._driver.ask(lambda: self._driver.command(self._comp, name, *args))
+        return self.driver.ask(lambda: self.driver.command(self.comp, name, *args))
 
     def _rows(self) -> List[NodeRow]:
         return self._command('nodes')  # type: ignore[no-any-return]
 
-    @staticmethod
-    def _describe(peer: Union[Peer, NodeRow], state: str, reason: str, cpus: int, busy: int, done: int = 0, seconds: float = 0.0) -> DispyNode:
-        return DispyNode(peer.ip_addr, peer.name, cpus, peer.port, state, reason, peer.offered, busy, done, seconds,
-                         peer.facts_now())
-
     def discover_nodes(self, nodes: Any) -> int:
         """Look for more nodes now, given as in the constructor; '*' asks the whole network. Returns 0. Raises TypeError or
         ValueError for what is no node. Any thread."""
-        self._command('allocate', parse_nodes(nodes, self._port, self._host is not None))
+        self._command('allocate', parse_nodes(nodes, self.port, bool(self.hosts)))
         return 0
 
     def allocate_node(self, node: Any) -> int:
@@ -10074,7 +10055,7 @@ class JobCluster(OldCluster):
     def resetup_node(self, node: Any, terminate_pending: bool = False) -> int:
         """Set a node up anew, with files as they are now: cleanup, what has changed of `depends`, setup. When and with what
         effect on its jobs as in `close_node`. Returns 0 at once. Any thread."""
-        self._cargo.spec['files'] = _file_rows(self._cargo.paths, self._cargo.spec['program'])
+        self.cargo.spec['files'] = _file_rows(self.cargo.paths, self.cargo.spec['program'])
         self._command('leave', node, 'open', bool(terminate_pending))
         return 0
 
@@ -10095,7 +10076,7 @@ class JobCluster(OldCluster):
             report = answer_of(self._command('question', node), CALL_TIME)
             running = {serial for serial, _ in report.running}
             serials = [serial for serial in serials if serial in running]
-        return self._driver.ask(lambda: self._driver.jobs_of(self._comp, serials))  # type: ignore[no-any-return]
+        return self.driver.ask(lambda: self.driver.jobs_of(self.comp, serials))  # type: ignore[no-any-return]
 
     def send_file(self, path: str, node: Any, timeout: Union[None, bool, float] = None,
                   relay: Optional[bool] = None) -> int:
@@ -10191,7 +10172,7 @@ class JobCluster(OldCluster):
         return True
 
     def _leave(self, shutdown: bool = False) -> None:
-        driver = self._driver
+        driver = self.driver
         nodes = self._nodes_in_use()
         if driver.broken:   # nodes could not be told, and what runs there can be collected
             if self._trail is not None:
@@ -10199,7 +10180,7 @@ class JobCluster(OldCluster):
             return
         try:
             driver.ask(self._recovered)
-            driver.ask(lambda: driver.forget(self._comp, shutdown))
+            driver.ask(lambda: driver.forget(self.comp, shutdown))
         except RuntimeError as exc:   # the driver has failed meanwhile, and has ended the jobs itself
             logger.debug('%s: %s', self.name, exc)
         except Exception as exc:  # a fault of ours; the cluster is closed all the same
@@ -10209,14 +10190,14 @@ class JobCluster(OldCluster):
             self._tell_closed(nodes)
         if self._trail is not None:
             self._trail.close()
-        if self._journal is not None:
-            self._journal.close(remove=True)
+        if self.journal is not None:
+            self.journal.close(remove=True)
         if threading.current_thread() is not driver._thread:
             driver.release()
 
     def _rows_at_end(self) -> List[NodeRow]:
         """Nodes, also when the cluster counts as closed."""
-        return self._driver.ask(lambda: self._driver.rows_of(self._comp))  # type: ignore[no-any-return]
+        return self.driver.ask(lambda: self.driver.rows_of(self.comp))  # type: ignore[no-any-return]
 
     def _nodes_in_use(self) -> List[DispyNode]:
         """Nodes whose Closed is to be told; none if nobody wants to know."""
@@ -10226,13 +10207,13 @@ class JobCluster(OldCluster):
             rows = self._rows_at_end()
         except (RuntimeError, concurrent.futures.TimeoutError):   # the driver or the scheduler is gone
             return []
-        return [self._describe(row, 'closed', '', row.cpus, 0) for row in rows if row.state in ('ready', 'draining')]
+        return [describe_node(row, 'closed', '', row.cpus, 0) for row in rows if row.state in ('ready', 'draining')]
 
     def _after_fork(self) -> None:
         """In a forked child: its jobs and its journal are the parent's, and nobody here may wait for them."""
         self._lock = threading.Lock()   # a thread that is not here may hold the old one
         self._changed = threading.Condition(self._lock)
-        self._closed, self._pending, self._journal = True, 0, None
+        self._closed, self._pending, self.journal = True, 0, None
         if self._trail is not None:
             self._trail.after_fork()
 
@@ -10256,7 +10237,7 @@ class JobCluster(OldCluster):
 
     def _nodes_in_words(self) -> str:
         """Its nodes, as far as that can be told at once."""
-        if self._closed or threading.current_thread() is self._driver._thread:
+        if self._closed or threading.current_thread() is self.driver._thread:
             return 'closed' if self._closed else 'open'
         try:
             return nodes_text(self.status().nodes)
@@ -10277,9 +10258,205 @@ class JobCluster(OldCluster):
         title = '%s %s' % (type(self).__name__, self.name)
         return html_of_cluster(title, state, self._counted(), nodes, '' if self._closed else page)
 
-    # -- called by the driver and its helpers ---------------------------------------------------------------
+    # -- called by the driver: nodes ------------------------------------------------------------------------
 
-    def _jobs_owed(self) -> List[DispyJob]:
+    def is_idle(self) -> bool:
+        """Whether it has no jobs, and is not closed."""
+        return not self._pending and not self._closed and self._recovery is None
+
+    def is_replaced(self, others: Iterable[NodeUser]) -> bool:
+        """Whether a cluster of the same function was made later."""
+        clusters = [other for other in others if isinstance(other, JobCluster)]
+        return self._function is not None and any(
+            other._function == self._function and other._started > self._started for other in clusters)
+
+    def node_ready(self, peer: Peer) -> None:
+        """It is noted for recover_jobs(), and who waits for nodes looks again."""
+        if self._trail is not None and not peer.embedded and self._trail.add(peer.place):
+            self.driver.remove_old_trails()
+        with self._changed:
+            self._changed.notify_all()
+
+    def node_told(self, status: int, row: NodeRow) -> None:
+        """As `node_changed`, of a node of the scheduler."""
+        with self._changed:
+            self._changed.notify_all()
+        if self._cluster_status is not None:
+            node = describe_node(row, row.state, row.reason, row.cpus, row.busy)
+            self.driver.tell_later(self._cluster_status, status, node, None)
+
+    def node_changed(self, status: int, peer: Peer) -> None:
+        """The user is told; a scheduler tells of its nodes itself."""
+        if not peer.scheduler:
+            self.tell(status, peer, None)
+
+    def tell(self, status: int, peer: Union[Peer, NodeRow, None], job: Optional[DispyJob]) -> None:
+        """Call cluster_status for a change of a node or a job."""
+        if self._cluster_status is None:
+            return
+        node = None
+        if isinstance(peer, NodeRow):
+            node = describe_node(peer, peer.state, peer.reason, peer.cpus, peer.busy)
+        elif peer is not None:
+            state = 'closed' if status == DispyNode.Closed else 'ready'
+            known = self.comp in peer.uses
+            node = describe_node(peer, state, peer.reason, peer.limit(self.comp) if known else 0, 0)
+        self.driver.tellers.run(self._cluster_status, status, node, job)
+
+    def ask_allocator(self, allocator: NodeAllocate, peer: Peer, link: Link) -> None:
+        """It is the user's code, so an opener calls it."""
+        self.driver.openers.run(self._allocate, allocator, peer, link)
+
+    def _allocate(self, allocator: NodeAllocate, peer: Peer, link: Link) -> None:
+        """Ask the user's allocator. An opener."""
+        try:
+            allocation, error = ask_allocator(allocator, self, peer), ''
+        except Exception as exc:  # the user's allocate()
+            allocation, error = Allocation(0, b'', [], {}), describe_exception(exc, 1)
+        self.driver.call_soon(self.driver.allocated, self.comp, peer, link, allocation, error)
+
+    def ask_source(self, peer: Peer, link: Link) -> None:
+        """An opener finds out."""
+        self.driver.openers.run(self._pack_source, peer, link)
+
+    def _pack_source(self, peer: Peer, link: Link) -> None:
+        """For a node with another version of Python. An opener: files are read, and objects of the user's looked at."""
+        try:
+            source = self.cargo.source()
+        except Exception as exc:  # of those objects
+            source = b'', 'its source could not be collected: ' + describe_exception(exc, 1)
+        self.driver.call_soon(self.driver.source_found, self, peer, link, source)
+
+    def support_for(self, peer: Peer) -> Dict[str, bytes]:
+        """cloudpickle, if the node does not have the same; a scheduler does not know who needs it."""
+        needs = self.cargo.spec['kind'] != 'program' and (peer.scheduler or peer.facts.get('cloudpickle') != cloudpickle.__version__)
+        return _support_files() if needs else {}
+
+    def modules_for(self, peer: Peer) -> Dict[str, Any]:
+        """What a node gets of the program's modules. A node that is a part of the program reads them where they are."""
+        rows = self._bundles.rows(peer.embedded)
+        if not peer.embedded:
+            return {'modules': rows}
+        return {'modules': rows, 'sys_path': [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)],
+                'argv': [word for word in sys.argv if isinstance(word, str)]}
+
+    def module_source(self, name: str) -> Any:
+        """Where a file of a module is read from: a path, a FileOfModule or its content."""
+        return self._bundles.source_of(name)
+
+    def value_source(self, digest: bytes) -> Any:
+        """The content of a value."""
+        value = shared_values.find(digest)
+        return memoryview(value.data) if value is not None else None
+
+    # -- called by the driver: jobs -------------------------------------------------------------------------
+
+    def add_monitor(self, monitor: Monitor) -> None:
+        """Tell a monitor of jobs from now on. What jobs print it is told by nodes that are set up later."""
+        self._monitors += (monitor,)
+        self.cargo.spec['live'] = True
+
+    def remove_monitor(self, monitor: Monitor) -> None:
+        """Tell it no more."""
+        self._monitors = tuple(other for other in self._monitors if other is not monitor)
+        self.cargo.spec['live'] = bool(self._monitors) or self._on_output is not None
+
+    def send_jobs(self, peer: Peer, works: Sequence[DispyJob]) -> None:
+        """With a journal they leave when it has been noted that they do."""
+        names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
+        messages = frames(Jobs, self.comp, (job_row(work, work._payload, names) for work in works))
+        if self.journal is not None:
+            self.journal.sent(works, peer.place, peer.memory)
+            self.driver.outgoing.add(self.comp, peer, messages)
+        else:
+            for frame in messages:
+                self.driver.say(peer.link, frame)
+
+    def jobs_started(self, peer: Peer, pairs: Sequence[Tuple[DispyJob, float]]) -> None:
+        """Users see that they run."""
+        for job, ran in pairs:
+            self._began(job, time.time() - ran, peer)
+
+    def jobs_ended(self, peer: Peer, pairs: List[Tuple[DispyJob, tuple]]) -> None:
+        """Results at last. What may run the user's code when it is opened is left to an opener."""
+        plain: List[Tuple[DispyJob, tuple]] = []
+        code: List[Tuple[DispyJob, tuple]] = []
+        # Such come alone, and take time to open
+        large = len(pairs) == 1 and len(pairs[0][1][4]) > LAZY
+        journal = self.journal
+        for pair in pairs:
+            outcome = pair[1][1]
+            if self._on_output is not None and outcome not in GOES_ON:
+                self._show_rest(*pair)
+            if journal is not None and outcome not in GOES_ON:
+                journal.ended(*pair)
+            if outcome in GOES_ON or (self._chains and pair[0] in self._chains):
+                self._chain(pair, peer)
+                if outcome not in GOES_ON:
+                    self._jobs_answered([pair[0]])
+                continue
+            if large or outcome in _MAY_OPEN and (
+                    outcome != Outcome.RAISED or len(unpack_error(pair[1][4])[1])):
+                code.append(pair)
+            else:
+                plain.append(pair)
+        if plain:
+            self._conclude(plain, peer)
+        if code:
+            self.driver.openers.run(self._conclude, code, peer)
+            self._jobs_answered([job for job, _ in code])
+
+    def job_ended(self, work: DispyJob, text: str) -> None:
+        """It has ended without a result."""
+        if self.journal is not None:
+            self.journal.ended(work, text)
+        self._end(work, text)
+        self._jobs_answered([work])
+
+    def job_waits(self, work: DispyJob) -> None:
+        """It is as if it had not been sent."""
+        if self.journal is not None:
+            self.journal.waits(work)
+        work.status, work.ip_addr, work.start_time = DispyJob.Created, None, None
+
+    def job_parked(self, work: DispyJob, text: str) -> None:
+        """The user is warned."""
+        logger.warning('job %r waits: %s', work.id, text)
+
+    def fail_job(self, work: DispyJob, text: str) -> None:
+        """It is nowhere any more."""
+        if work.status not in ENDED:
+            work._state = JobState.ABANDONED
+            self.job_ended(work, text)
+
+    def output(self, peer: Peer, work: DispyJob, message: Output) -> None:
+        """What a running job prints or logs."""
+        if work._state is JobState.SENT:
+            self.driver.job_started(peer, work)
+        if message.stream == 0:
+            self._show_record(work, *log_record_of(message.data))
+        elif self._on_output is not None:
+            self._shown.setdefault(work, [0, 0])[message.stream - 1] = message.offset + len(message.data)
+            self._show_output(work, message.stream, message.data)
+        if message.stream:
+            for monitor in self._monitors:
+                monitor.printed(work, message.stream, message.offset, bytes(message.data))
+
+    def _show_output(self, job: DispyJob, stream: int, data: Any) -> None:
+        if len(data) and self._on_output is not None:
+            text = bytes(data) if self.cargo.is_program else str(data, 'utf-8', 'replace')
+            self.driver.tell_later(self._on_output, job, 'stdout' if stream == 1 else 'stderr', text)
+
+    def _show_rest(self, job: Any, row: tuple) -> None:
+        """What of a job's output came with its result and has not been shown."""
+        for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
+            self._show_output(job, stream, row[4 + stream][at:])
+
+    def file_piece(self, peer: Peer, work: DispyJob, message: FilePiece) -> None:
+        """It comes below the directory in which the program made the cluster."""
+        self.driver.store_file(peer, self.directory, message)
+
+    def jobs_owed(self) -> List[DispyJob]:
         """Jobs for whose end the driver answers. The driver's thread."""
         with self._lock:   # a job is added and posted with it held
             return list(self._owed)
@@ -10299,11 +10476,7 @@ class JobCluster(OldCluster):
             if is_news:
                 job.status = DispyJob.Running
         if is_news and self._cluster_status is not None:
-            self._driver._told(Told(self, DispyJob.Running, peer, job))
-
-    def _node_came(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
+            self.tell(DispyJob.Running, peer, job)
 
     def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Union[Peer, NodeRow]) -> None:
         """Give jobs their results. The driver's thread or an opener."""
@@ -10314,9 +10487,9 @@ class JobCluster(OldCluster):
             if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
                 job.ip_addr = peer.ip_addr
                 if self._cluster_status is not None:
-                    self._driver.post(Told(self, DispyJob.Running, peer, job))
-            fill_in(job, row, self._cargo.is_program, self._failures, peer.name)
-            if job.status == 11 and not (self._cargo.is_program and job.result):
+                    self.driver.post(Told(self, DispyJob.Running, peer, job))
+            fill_in(job, row, self.cargo.is_program, self._failures, peer.name)
+            if job.status == 11 and not (self.cargo.is_program and job.result):
                 finished += 1
             else:
                 self._note(job, payload)
@@ -10338,7 +10511,7 @@ class JobCluster(OldCluster):
                 self._chains[job].append((row, peer))
                 return
             self._chains[job] = collections.deque([(row, peer)])
-        pool = self._driver.callbacks if self._job_status is not None else self._driver._openers
+        pool = self.driver.callbacks if self._job_status is not None else self.driver.openers
         pool.run(self._run_chain, job)
 
     def _run_chain(self, job: DispyJob) -> None:
@@ -10389,7 +10562,7 @@ class JobCluster(OldCluster):
     def _ended(self, jobs: List[DispyJob], peer: Union[Peer, NodeRow, None] = None) -> None:
         if self._cluster_status is not None:
             for job in jobs:
-                self._driver.post(Told(self, job.status, peer, job))
+                self.driver.post(Told(self, job.status, peer, job))
         for job in jobs:
             if job._event is not None or job._when_ended is not None:
                 job._wake()
@@ -10397,12 +10570,12 @@ class JobCluster(OldCluster):
             self._settle(len(jobs))
             return
         for job in jobs:
-            if self._driver.broken:
-                self._call_back(job)   # the pool has ended with the driver
+            if self.driver.broken:
+                self.call_back(job)   # the pool has ended with the driver
             else:
-                self._driver.post(CallBack(self, job))
+                self.driver.post(CallBack(self, job))
 
-    def _call_back(self, job: DispyJob) -> None:
+    def call_back(self, job: DispyJob) -> None:
         """A callback thread."""
         try:
             self._guarded_call(job)
@@ -10423,10 +10596,10 @@ class JobCluster(OldCluster):
                 self._all_ended = time.time()
                 self._changed.notify_all()
 
-    def _driver_broke(self, text: str) -> None:
+    def driver_failed(self, text: str) -> None:
         """The driver's thread is ending for a fault of ours."""
-        recovering = [job for job, _ in self._recovery._jobs.values()] if self._recovery is not None else []
-        for job in self._jobs_owed() + recovering:
+        recovering = self._recovery.left() if self._recovery is not None else []
+        for job in self.jobs_owed() + recovering:
             if job.status not in ENDED:
                 job._state = JobState.ABANDONED
                 job.exception, job.end_time = text, time.time()
@@ -10457,7 +10630,7 @@ class SharedJobCluster(JobCluster):
 
     When the scheduler ends and is started again, jobs go on. Raises what JobCluster raises.
     """
-    _remote = True
+    remote = True
 
     def __init__(self, computation: Any, nodes: Any = None, *args: Any, scheduler_host: Optional[str] = None, scheduler_port: Optional[int] = None,
                  exclusive: bool = False, scheduler_node: Optional[str] = None, **options: Any) -> None:
@@ -10476,12 +10649,12 @@ class SharedJobCluster(JobCluster):
 
     def _reach_by(self, probe: bool) -> None:
         self._probe = False
-        self._cargo.spec['shared'] = {'recovers': self._recovers, 'process': own_process(),
+        self.cargo.spec['shared'] = {'recovers': self._recovers, 'process': own_process(),
                                       'collected': self._recovers or self._trail is not None,
-                                      'nodes': None if self._any else self._plain(self._specs),
-                                      'reentrant': self._reentrant,
+                                      'nodes': None if self._any else self._plain(self.specs),
+                                      'reentrant': self.reentrant,
                                       'exclusive': self._exclusive, 'cloudpickle': cloudpickle.__version__}
-        self._specs = [self._scheduler]
+        self.specs = [self._scheduler]
 
     def _plain(self, specs: Sequence[NodeSpec]) -> List[tuple]:
         """Specs for the wire; allocators stay here and are known by their numbers."""
@@ -10505,7 +10678,7 @@ class SharedJobCluster(JobCluster):
         elif name == 'question':
             return self._question(*args)
         elif name == 'leave' and args[1] == 'open':
-            args = (*args, self._cargo.spec['files'])
+            args = (*args, self.cargo.spec['files'])
         args = tuple((arg.ip_addr, arg.port) if isinstance(arg, DispyNode) else arg for arg in args)
         return self._call(name, *args)
 
@@ -10513,7 +10686,7 @@ class SharedJobCluster(JobCluster):
         until = time.monotonic() + CALL_TIME
         while True:
             try:
-                future = self._driver.ask(lambda: self._driver.call(self._comp, name, *args))
+                future = self.driver.ask(lambda: self.driver.call(self.comp, name, *args))
                 return answer_of(future, CALL_TIME)
             except ConnectionError:
                 if self._closed or time.monotonic() >= until:
@@ -10524,9 +10697,9 @@ class SharedJobCluster(JobCluster):
         future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
         node = (node.ip_addr, node.port) if isinstance(node, DispyNode) else node
         if row is None:
-            future.set_result(Report(self._comp, [(serial, 0.0) for serial in self._call('running', node)], [], {}))
+            future.set_result(Report(self.comp, [(serial, 0.0) for serial in self._call('running', node)], [], {}))
             return future
-        to_scheduler = self._driver.ask(lambda: self._driver.question(self._comp, None, row, path))
+        to_scheduler = self.driver.ask(lambda: self.driver.question(self.comp, None, row, path))
         error = answer_of(to_scheduler, CALL_TIME)
         future.set_result(error or self._call('place', node, row))
         return future
@@ -10557,7 +10730,7 @@ class SharedJobCluster(JobCluster):
         return super()._command('complaint')  # type: ignore[no-any-return]
 
     def _is_connected(self) -> bool:
-        return any(peer.link is not None and peer.name for peer in self._driver.ask(lambda: self._driver.peers_of(self._comp)))
+        return any(peer.link is not None and peer.name for peer in self.driver.ask(lambda: self.driver.peers_of(self.comp)))
 
     def _left_behind(self) -> Dict[Any, int]:
         counts: Dict[Any, int] = collections.Counter()
@@ -10574,24 +10747,25 @@ class SharedJobCluster(JobCluster):
 
     # -- told by the scheduler --------------------------------------------------------------------------------
 
-    def _moved(self, job: DispyJob, node: tuple) -> None:
+    def job_moved(self, work: DispyJob, node: tuple) -> None:
+        """A job is on a node now, or waits again."""
         if not node:
-            self._places.pop(job, None)
-            job.status, job.ip_addr, job.start_time = DispyJob.Created, None, None
+            self._places.pop(work, None)
+            work.status, work.ip_addr, work.start_time = DispyJob.Created, None, None
             return
         host, port, name = node
-        self._places[job] = NodeRow((host, port), host, port, name, 'ready', '', 0, 0, 0, {})
+        self._places[work] = NodeRow((host, port), host, port, name, 'ready', '', 0, 0, 0, {})
 
     def _began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
         super()._began(job, start, self._places.get(job, peer))
 
     def _asked(self, name: str, args: tuple) -> Any:
         if name == 'source':
-            return self._cargo.source()
+            return self.cargo.source()
         if name == 'allocate':
             number, row = args[0], NodeRow(*args[1])
             found = ask_allocator(self._allocators[number - 1], self, row)
-            self._cargo.paths.update(found.paths)
+            self.cargo.paths.update(found.paths)
             return (found.cpus, found.setup_args, found.files, self._bundles.rows(False))
         return super()._asked(name, args)
 
@@ -10604,32 +10778,31 @@ class SharedJobCluster(JobCluster):
         super()._end(job, text)
 
 
-class Survey:
+class Survey(NodeUser):
     """What nodes there are and whether they can be used, without using them: a cluster for the driver, but without a computation.
 
     nodes, port, secret, certfile, keyfile, cafile - as of JobCluster; nodes=None: all that answer on the local network.
     Raises TypeError, ValueError, SecretError. A context manager.
     """
-    _cargo = _host = _cluster_status = _source = None
-    _host_has_port = _multicast = _reentrant = _remote = False
-    _client = 'survey'
+    client = 'survey'
+    warns = False
     name = 'a look at nodes'
 
     def __init__(self, nodes: Any = None, port: int = NODE_PORT, secret: Union[str, bytes, None] = None, certfile: Optional[str] = None,
                  keyfile: Optional[str] = None, cafile: Optional[str] = None) -> None:
-        self._specs, self._port, self._comp = parse_nodes('*' if nodes is None else nodes, port), port, uuid.uuid4().hex
-        self._driver = Driver.acquire(Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
-        self._driver.ask(lambda: self._driver.open(self, False))  # type: ignore[arg-type]
+        self.specs, self.port, self.comp = parse_nodes('*' if nodes is None else nodes, port), port, uuid.uuid4().hex
+        self.driver = Driver.acquire(Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
+        self.driver.ask(lambda: self.driver.open(self, False))
 
     def look(self, timeout: float = HANDSHAKE_TIME + 1.0, listen: float = SURVEY_TIME) -> List[DispyNode]:
         """The nodes, when each that was named has answered or failed, at the latest after `timeout` seconds; answers to a question to
         all are waited for `listen` seconds. `state` is 'connected', and `reason` then who uses it, or why it cannot be used."""
         began = time.monotonic()
         while True:
-            found = self._driver.ask(lambda: [(peer, self._seen(peer, state, reason))
-                                              for peer, state, reason, _, _ in self._driver.nodes_of(self._comp)])
+            found = self.driver.ask(lambda: [(peer, self._seen(peer, state, reason))
+                                              for peer, state, reason, _, _ in self.driver.nodes_of(self.comp)])
             passed = time.monotonic() - began
-            if passed >= timeout or (passed >= listen or not any(spec.wild for spec in self._specs)) and not any(
+            if passed >= timeout or (passed >= listen or not any(spec.wild for spec in self.specs)) and not any(
                     peer.state in (NodeState.FOUND, NodeState.DIALLING) and not peer.failures and peer.port
                     or peer.link is not None and not peer.name for peer, _ in found):
                 return [node for _, node in found]
@@ -10640,24 +10813,18 @@ class Survey:
         if state == 'connected':
             holder = peer.facts.get('holder')
             reason = 'serves %s' % holder if holder else '' if peer.offered else 'takes no new jobs'
-        return JobCluster._describe(peer, state, reason, peer.offered, 0)
+        return describe_node(peer, state, reason, peer.offered, 0)
 
     def close(self) -> None:
         """Let the nodes go."""
-        self._driver.ask(lambda: self._driver.forget(self._comp))
-        self._driver.release()
+        self.driver.ask(lambda: self.driver.forget(self.comp))
+        self.driver.release()
 
     def __enter__(self) -> 'Survey':
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self.close()
-
-    def _met(self, peer: Peer) -> None:
-        """Its facts are what is wanted of it."""
-
-    def _driver_broke(self, text: str) -> None:
-        """Whoever asks next is told."""
 
 
 class Progress:
@@ -11324,7 +11491,7 @@ class _KeptCluster:
     @property
     def is_open(self) -> bool:
         """Whether it can be used: it may have been closed, or be of the parent of a forked process."""
-        return not self.cluster._closed and not self.cluster._driver.broken
+        return not self.cluster._closed and not self.cluster.driver.broken
 
 
 class JoblibClusters:
@@ -11511,7 +11678,7 @@ class JoblibRun:
             call.job = self._cluster.submit_job_id(call, function)  # type: ignore[union-attr]
         except Exception as exc:  # of the user's objects, which cannot be pickled; or the cluster has been closed
             error: Exception = exc
-            if not self._cluster._closed and not self._cluster._driver.broken:  # type: ignore[union-attr]
+            if not self._cluster._closed and not self._cluster.driver.broken:  # type: ignore[union-attr]
                 error = pickle.PicklingError('a call cannot be pickled: %s' % exc)
                 error.__cause__ = exc
             call.fail(error)
@@ -11665,9 +11832,9 @@ def _at_exit() -> None:
     for cluster in clusters:
         if cluster in staying:
             continue
-        if cluster._pending and cluster._journal is not None:
+        if cluster._pending and cluster.journal is not None:
             logger.warning('%s: the program ends with %d jobs that have not ended; dispy.recover_jobs(%r) collects them', cluster.name,
-                           cluster._pending, cluster._journal.path)
+                           cluster._pending, cluster.journal.path)
             continue
         if cluster._pending:
             logger.warning('%s: the program ends with %d jobs that have not ended; they are cancelled (cluster.wait() '
@@ -11683,7 +11850,7 @@ def _may_stay(cluster: JobCluster) -> bool:
     if cluster._trail is None or not cluster._trail.path or cluster._closed:
         return False
     try:
-        return bool(cluster._driver.ask(cluster._left_behind))
+        return bool(cluster.driver.ask(cluster._left_behind))
     except Exception as exc:  # of the driver, which has failed or does not answer
         logger.debug('%s: %s', cluster.name, exc)
         return False
@@ -11695,12 +11862,12 @@ def _stay_behind(clusters: List[JobCluster]) -> None:
     owed = sum(len(cluster._owed) for cluster in clusters)
     for cluster in clusters:
         with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # its driver has failed
-            if cluster._remote:   # what waits there might begin before it is known that nobody waits for it
+            if cluster.remote:   # what waits there might begin before it is known that nobody waits for it
                 cluster.cancel_waiting()
                 while time.monotonic() < until and any(
-                        job.status == DispyJob.Created for job in cluster._driver.ask(cluster._jobs_owed)):
+                        job.status == DispyJob.Created for job in cluster.driver.ask(cluster.jobs_owed)):
                     time.sleep(0.01)
-    for driver in {cluster._driver for cluster in clusters}:
+    for driver in {cluster.driver for cluster in clusters}:
         with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # as above
             while not driver.ask(driver.has_sent) and time.monotonic() < until:
                 time.sleep(0.01)

@@ -265,14 +265,14 @@ class Watched(Monitor):
     def attach(self) -> None:
         """The driver's thread."""
         cluster = self.cluster
-        if cluster._cargo is not None:
-            if not cluster._cargo.spec['live']:
-                self.live_from = {peer.key: peer.link for peer in cluster._driver.peers_of(cluster._comp) if peer.uses[cluster._comp].offered}
-            cluster._driver.watch_cluster(cluster, self)
+        if cluster.cargo is not None:
+            if not cluster.cargo.spec['live']:
+                self.live_from = {peer.key: peer.link for peer in cluster.driver.peers_of(cluster.comp) if peer.uses[cluster.comp].offered}
+            cluster.add_monitor(self)
 
     def ask(self, peer: Any, apart: float) -> bool:
         """Ask a node what is there, `apart` s after the last time. The driver's thread."""
-        comp, driver = self.cluster._comp, self.cluster._driver
+        comp, driver = self.cluster.comp, self.cluster.driver
         if peer.link is None or not peer.name or driver.now - self.asked.get(peer.key, -apart) < apart:
             return False
         self.asked[peer.key] = driver.now
@@ -285,23 +285,23 @@ class Watched(Monitor):
 
     def _reported(self, key: Any, future: Any) -> None:
         if future.exception() is None:
-            self.reports[key] = (self.cluster._driver.now, future.result())
+            self.reports[key] = (self.cluster.driver.now, future.result())
 
     def refresh(self) -> None:
         """Before a turn of the driver: what others know. The snapshot thread."""
 
     def nodes(self) -> List[Any]:
         """Its nodes, with their keys. The driver's thread."""
-        return list(self.cluster._driver.peers_of(self.cluster._comp))
+        return list(self.cluster.driver.peers_of(self.cluster.comp))
 
     def flight(self, key: Any) -> Dict[int, Any]:
         """Serial -> job of what was sent to a node. The driver's thread."""
-        node = self.cluster._driver.schedule.nodes.get(key)
-        return node.flight.get(self.cluster._comp, {}) if node is not None else {}
+        node = self.cluster.driver.schedule.nodes.get(key)
+        return node.flight.get(self.cluster.comp, {}) if node is not None else {}
 
     def runs(self, peer: Any) -> List[int]:
         """Serials of jobs that run on a node; others wait there. O(CPUs). The driver's thread."""
-        return self.cluster._driver.schedule.runs(peer.key).get(self.cluster._comp, [])
+        return self.cluster.driver.schedule.runs(peer.key).get(self.cluster.comp, [])
 
     def running(self, peer: Any) -> Tuple[int, int]:
         """How many that are, and their CPUs."""
@@ -310,10 +310,10 @@ class Watched(Monitor):
 
     def look(self, asks: List[int]) -> List[dict]:
         """Rows of its nodes. The driver's thread."""
-        cluster, driver = self.cluster, self.cluster._driver
+        cluster, driver = self.cluster, self.cluster.driver
         rows = []
-        for peer, state, reason, cpus, _ in driver.nodes_of(cluster._comp):
-            survey = cluster._cargo is None
+        for peer, state, reason, cpus, _ in driver.nodes_of(cluster.comp):
+            survey = cluster.cargo is None
             if asks[0] > 0 and self.ask(peer, SAMPLES_APART if survey else REPORTS_APART):
                 asks[0] -= 1
             report = self.reports.get(peer.key, (0.0, None))[1]
@@ -332,7 +332,7 @@ class Watched(Monitor):
     def times(self, key: Any) -> Tuple[Dict[int, float], Set[int], bool]:
         """Of a node: serial -> seconds that the job has run, which run as far as is known, whether
         output comes. The driver's thread."""
-        driver = self.cluster._driver
+        driver = self.cluster.driver
         peer = driver._peers[key]
         self.ask(peer, SAMPLES_APART)
         at, report = self.reports.get(key, (0.0, None))
@@ -347,17 +347,17 @@ class WatchedShared(Watched):
 
     def refresh(self) -> None:
         """As above. While the scheduler is away there is one node: the scheduler, and why."""
-        cluster, driver = self.cluster, self.cluster._driver
+        cluster, driver = self.cluster, self.cluster.driver
         flights: Dict[Tuple[str, str], Dict[int, Any]] = {}
         for job, place in cluster._places.copy().items():
             flights.setdefault((place.ip_addr, place.name), {})[job._serial] = job
         self._flights = flights
         with contextlib.suppress(ConnectionError, concurrent.futures.TimeoutError):
             rows = dispy.pages_of_nodes(lambda first, most: dispy.answer_of(
-                driver.ask(lambda: driver.call(cluster._comp, 'nodes', first, most)), dispy.CALL_TIME))
+                driver.ask(lambda: driver.call(cluster.comp, 'nodes', first, most)), dispy.CALL_TIME))
             self._known = {row.key: row for row in rows}
             return
-        self._known = {row.key: row._replace(cpus=0) for row in driver.ask(lambda: driver.rows_of(cluster._comp))}
+        self._known = {row.key: row._replace(cpus=0) for row in driver.ask(lambda: driver.rows_of(cluster.comp))}
 
     def nodes(self) -> List[Any]:
         """As above."""
@@ -392,7 +392,7 @@ class WatchedShared(Watched):
 
     def times(self, key: Any) -> Tuple[Dict[int, float], Set[int], bool]:
         """As above; how long a job has run is known by its start_time."""
-        row, links = self._known[key], {peer.link for peer in self.cluster._driver.peers_of(self.cluster._comp)}
+        row, links = self._known[key], {peer.link for peer in self.cluster.driver.peers_of(self.cluster.comp)}
         return {}, set(self.runs(row)), not links & set(self.live_from.values())
 
 
@@ -431,10 +431,10 @@ class ClusterSource:
             self._count += 1
             watched = (WatchedShared if isinstance(cluster, SharedJobCluster) else Watched)(self._count, cluster)
             watched.page = self.page
-            cluster._driver.ask(watched.attach)
+            cluster.driver.ask(watched.attach)
             self._watched.append(watched)
-            if cluster._driver not in self._drivers:
-                self._drivers.append(cluster._driver)
+            if cluster.driver not in self._drivers:
+                self._drivers.append(cluster.driver)
 
     def publish(self, page: str) -> None:
         """The clusters may name this link as that of their page."""
@@ -448,9 +448,9 @@ class ClusterSource:
         with self._lock:
             for watched in [watched for watched in self._watched if watched.cluster is cluster]:
                 self._watched.remove(watched)
-                if cluster._cargo is not None:
+                if cluster.cargo is not None:
                     with contextlib.suppress(RuntimeError):   # its driver has ended
-                        cluster._driver.ask(functools.partial(cluster._driver.unwatch_cluster, cluster, watched))
+                        cluster.driver.ask(functools.partial(cluster.remove_monitor, watched))
 
     def close(self) -> None:
         """Let go of all clusters."""
@@ -473,11 +473,11 @@ class ClusterSource:
             if not closed:
                 try:
                     watched.refresh()
-                    rows, counts, took = watched.cluster._driver.ask(functools.partial(self._turn, watched, asking))
+                    rows, counts, took = watched.cluster.driver.ask(functools.partial(self._turn, watched, asking))
                     cost += took
                 except RuntimeError:   # closed meanwhile, or its driver has failed
                     closed = True
-            if watched.cluster._cargo is not None:
+            if watched.cluster.cargo is not None:
                 clusters.append(self._cluster_row(watched, rows, counts, closed))
             self._merge(watched, rows, nodes)
         return clusters, list(nodes.values()), cost
@@ -487,7 +487,7 @@ class ClusterSource:
         """What only the driver knows, O(nodes). The driver's thread."""
         began = time.perf_counter()
         cluster = watched.cluster
-        cluster._driver._take_submitted()
+        cluster.driver._take_submitted()
         rows = watched.look([REPORTS_A_TURN if asking else 0])
         counts = counts_of(cluster)   # with the driver at rest: what is on nodes and what has ended add up
         return rows, counts, time.perf_counter() - began
@@ -507,7 +507,7 @@ class ClusterSource:
     def _merge(self, watched: Watched, rows: List[dict], nodes: Dict[str, dict]) -> None:
         """Rows of one cluster's nodes into those of all."""
         cluster = watched.cluster
-        prefix = '%d.' % (self._drivers.index(cluster._driver) + 1)
+        prefix = '%d.' % (self._drivers.index(cluster.driver) + 1)
         with cluster._lock:
             counts = {name: tuple(count) for name, count in cluster._counts.items()}
         for row in rows:
@@ -527,7 +527,7 @@ class ClusterSource:
                'used': row['used'], 'jobs': jobs, 'job_seconds': round(seconds, 3)}
         there = nodes.get(row['id'])
         if there is None:
-            nodes[row['id']] = dict(row, jobs=jobs, job_seconds=round(seconds, 3), clusters=[use] if watched.cluster._cargo is not None else [])
+            nodes[row['id']] = dict(row, jobs=jobs, job_seconds=round(seconds, 3), clusters=[use] if watched.cluster.cargo is not None else [])
             return
         there['clusters'].append(use)
         there['jobs'] += jobs
@@ -544,10 +544,10 @@ class ClusterSource:
         found = []
         for watched in self.watched():
             cluster = watched.cluster
-            prefix = '%d.' % (self._drivers.index(cluster._driver) + 1)
+            prefix = '%d.' % (self._drivers.index(cluster.driver) + 1)
             if number not in (None, watched.number) or not node.startswith(prefix) or cluster._closed:
                 continue
-            for peer in cluster._driver.ask(watched.nodes):
+            for peer in cluster.driver.ask(watched.nodes):
                 if prefix + key_text(peer.key) == node:
                     found.append((watched, peer.key))
         if not found:
@@ -559,7 +559,7 @@ class ClusterSource:
         rows: List[dict] = []
         for watched, key in self._uses(node):
             try:
-                rows += watched.cluster._driver.ask(functools.partial(self._jobs_turn, watched, key))
+                rows += watched.cluster.driver.ask(functools.partial(self._jobs_turn, watched, key))
             except RuntimeError:   # closed meanwhile
                 continue
         return rows
@@ -605,7 +605,7 @@ class ClusterSource:
         """End jobs on a node. Returns how many."""
         chosen_jobs(jobs)
         (watched, key), = self._uses(node, cluster)
-        driver = watched.cluster._driver
+        driver = watched.cluster.driver
 
         def end() -> int:
             chosen = [job for serial, job in watched.flight(key).items() if jobs == 'all' or serial >> 16 in jobs]
@@ -617,7 +617,7 @@ class ClusterSource:
     def cancel_waiting(self, cluster: int) -> int:
         """End jobs that have not begun, also those that wait on nodes. Returns how many."""
         watched = self._cluster(cluster).cluster
-        return watched._driver.ask(lambda: watched._driver.cancel_waiting(watched._comp))  # type: ignore[no-any-return]
+        return watched.driver.ask(lambda: watched.driver.cancel_waiting(watched.comp))  # type: ignore[no-any-return]
 
     def add_node(self, cluster: int, host: str, port: Optional[int] = None, cpus: Optional[int] = None) -> int:
         """Look for a node."""
@@ -727,15 +727,15 @@ class SchedulerLink(dispy.Survey):
     name = 'a web monitor'
 
     def __init__(self, host: str, port: int, access: Access) -> None:
-        self._specs, self._port, self._comp = [NodeSpec(host, port, scheduler=True)], port, uuid.uuid4().hex
-        self._driver = Driver.acquire(access)
-        self._driver.ask(lambda: self._driver.open(self, False))  # type: ignore[arg-type]
+        self.specs, self.port, self.comp = [NodeSpec(host, port, scheduler=True)], port, uuid.uuid4().hex
+        self.driver = Driver.acquire(access)
+        self.driver.ask(lambda: self.driver.open(self, False))
 
     def why_not(self) -> str:
         """Why the scheduler cannot be asked, when that is known; empty when it can."""
         until = time.monotonic() + HANDSHAKE_TIME
         while True:
-            peer, = self._driver.ask(lambda: self._driver.peers_of(self._comp))
+            peer, = self.driver.ask(lambda: self.driver.peers_of(self.comp))
             if peer.link is not None and peer.name:
                 return ''
             if peer.failures or time.monotonic() >= until:
@@ -745,10 +745,10 @@ class SchedulerLink(dispy.Survey):
     def ask(self, *question: Any) -> Any:
         """What `Overview.answer` of the scheduler returns. Raises what it raises, RuntimeError if it is not connected. Any thread."""
         try:
-            future = self._driver.ask(lambda: self._driver.call(self._comp, 'overview', *question))
+            future = self.driver.ask(lambda: self.driver.call(self.comp, 'overview', *question))
             return dispy.answer_of(future, dispy.CALL_TIME)
         except ConnectionError:
-            row, = self._driver.ask(lambda: self._driver.rows_of(self._comp))
+            row, = self.driver.ask(lambda: self.driver.rows_of(self.comp))
             raise RuntimeError('the scheduler %s is not connected: %s' % (dispy.place(row.key[1], row.key[2]), row.reason or row.state)) from None
 
 

@@ -58,9 +58,9 @@ import time
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from dispy import (
-    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, Asked, CancelAsked, Cargo, Database, DispyNode, Driver, JobEnded, JobParked,
-    JobState, JobWaits, JobsEnded, JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodeResults, NodeSpec, Peer,
-    Schedule, SendJobs, UseState, Withdrawn, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
+    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, DispyNode, Driver, JobState,
+    NodeDrained, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodeResults, NodeSpec, NodeUser, Peer, Schedule, UseState,
+    WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error, VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT, OF_CLIENTS,
     ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of,
@@ -283,10 +283,10 @@ class State(Database):
 
     def began(self, remote: 'Remote') -> None:
         """A computation is new, or its spec has changed."""
-        place = self._comps.get(remote._comp)
+        place = self._comps.get(remote.comp)
         if place is None:
-            place = self._comps[remote._comp] = next(self._newest)
-        self.note(self.COMP, place, remote._comp, remote.instance, pickle.dumps(dict(remote._cargo.spec, key=remote.digest), 5))
+            place = self._comps[remote.comp] = next(self._newest)
+        self.note(self.COMP, place, remote.comp, remote.instance, pickle.dumps(dict(remote.cargo.spec, key=remote.digest), 5))
 
     def over(self, comp: str) -> None:
         """A computation, whose jobs are removed."""
@@ -601,6 +601,10 @@ def _key_of(text: str) -> Any:
 # Computations of programs
 # ---------------------------------------------------------------------------------------------------------
 
+# How a job has ended that has no result; others were cancelled.
+_OUTCOMES = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome.DIED}
+
+
 class RemoteWork(Work):
     """A job of a program."""
     __slots__ = ('_client', '_size')   # the serial that the program knows it by; bytes of its arguments
@@ -696,40 +700,40 @@ class RemoteValues:
         for name in os.listdir(self._directory):
             path = os.path.join(self._directory, name)
             if len(name) == 2 * DIGEST_SIZE:
-                self._desk.come(self._remote._comp, os.path.getsize(path), bytes.fromhex(name))
+                self._desk.come(self._remote.comp, os.path.getsize(path), bytes.fromhex(name))
             else:   # it came when that ended
                 os.unlink(path)
 
     def took(self, work: 'RemoteWork') -> None:
         """A job that was taken needs its values."""
-        self._desk.hold(self._remote._comp, work)
+        self._desk.hold(self._remote.comp, work)
 
     def admit(self, row: tuple) -> bool:
         """Whether a job can be taken now. Otherwise it waits for what it needs."""
-        waiting = self._desk.waiting(self._remote._comp)
+        waiting = self._desk.waiting(self._remote.comp)
         if any(early.row[0] == row[0] for early in waiting):
             return False   # it came twice
         early = EarlyJob(row)
-        ready = self._desk.admit(self._remote._comp, early)
+        ready = self._desk.admit(self._remote.comp, early)
         if ready:
             self._let_go(early)
         return ready
 
     def release(self, work: 'RemoteWork') -> None:
         """A job has ended."""
-        self._desk.release(self._remote._comp, work)
+        self._desk.release(self._remote.comp, work)
 
     def leave(self, serials: Iterable[int]) -> List[int]:
         """These jobs are not wanted any more. Returns those that waited for values."""
         wanted = set(serials)
-        waiting = self._desk.waiting(self._remote._comp)
+        waiting = self._desk.waiting(self._remote.comp)
         gone = {early for early in waiting if early.row[0] in wanted}
-        self._desk.leave(self._remote._comp, gone)
+        self._desk.leave(self._remote.comp, gone)
         return [early.row[0] for early in gone]
 
     def interrupt(self) -> None:
         """The program is not connected any more; it sends its jobs again."""
-        self._desk.interrupt(self._remote._comp)
+        self._desk.interrupt(self._remote.comp)
 
     def serve(self) -> Tuple[List[tuple], List[tuple], str]:
         """Jobs that can be taken now, what Need has to say, and why a value finds no room."""
@@ -755,47 +759,46 @@ class RemoteValues:
 
     def _let_go(self, early: EarlyJob) -> tuple:
         """The job itself needs the values when it has been taken."""
-        self._desk.release(self._remote._comp, early)
+        self._desk.release(self._remote.comp, early)
         return early.row
 
     def postpone(self, until: float) -> None:
         """The value that was to come finds no room."""
-        self._desk.postpone(self._remote._comp)
+        self._desk.postpone(self._remote.comp)
         self.retry_at = until
 
     def came(self, name: str) -> None:
         """The value that was asked for is there."""
-        if self._desk.coming(self._remote._comp).hex() == name:
-            self._desk.came(self._remote._comp)
+        if self._desk.coming(self._remote.comp).hex() == name:
+            self._desk.came(self._remote.comp)
 
     def failed(self) -> List[int]:
         """It cannot be had, or finds no room. Returns the jobs that waited for it."""
-        if not self._desk.coming(self._remote._comp):
+        if not self._desk.coming(self._remote.comp):
             return []
-        return [early.row[0] for early in self._desk.failed(self._remote._comp)]
+        return [early.row[0] for early in self._desk.failed(self._remote.comp)]
 
 
-class Remote:
-    """A program's computation; to the driver it is a cluster. The loop's thread."""
-    _host, _host_has_port, _multicast, _remote = None, False, False, False
-    _cluster_status = _on_output = _trail = None
-    _chains: Dict[Any, Any] = {}
+class Remote(NodeUser):
+    """A program's computation. The loop's thread."""
+    cargo: Cargo
 
-    def __init__(self, comp: str, client: bytes, spec: dict, directory: str, most: int, key: bytes = b'',
-                 max_values: int = QUEUED_MOST) -> None:
-        self._key = key    # the scheduler's own, to nodes
+    def __init__(self, scheduler: 'Scheduler', comp: str, client: bytes, spec: dict, directory: str, most: int,
+                 key: bytes = b'', max_values: int = QUEUED_MOST) -> None:
+        self._scheduler = scheduler
+        self.searches = not scheduler.options.nodes   # otherwise nodes are named, and nothing is broadcast
+        self.multicast = scheduler.options.multicast
+        self.key = key    # the scheduler's own, to nodes
         shared = spec['shared']
-        self._comp, self._client, self.name = comp, client.hex(), spec['name']
+        self.comp, self.client, self.name = comp, client.hex(), spec['name']
         self.instance, self.link = client, 0
         self.digest = result_key(spec)   # of what shows that results are its
         self.directory = directory
-        self._reentrant, self.exclusive, self.cloudpickle = shared['reentrant'], shared['exclusive'], shared['cloudpickle']
+        self.reentrant, self.exclusive, self.cloudpickle = shared['reentrant'], shared['exclusive'], shared['cloudpickle']
         self.absence = Absence(bool(shared['recovers']), shared['process'])
         # Whether another process may come for the results, see `dispy.Trail`
         self.collected = bool(shared['recovers'] or shared.get('collected'))
-        self._port = NODE_PORT
-        self._specs = specs_of(shared['nodes'])
-        self._source: Optional[Tuple[bytes, str]] = None
+        self.specs = specs_of(shared['nodes'])
         self.take_spec(spec)
         roots = {Purpose.DEPENDS: directory, Purpose.PLACED: directory,
                  Purpose.MODULES: directory + MODULES_OF, Purpose.VALUES: directory + VALUES_OF}
@@ -828,9 +831,9 @@ class Remote:
     def take_spec(self, spec: dict) -> None:
         """What nodes are sent; it has changed after a setup with other files."""
         paths = {row[0]: os.path.join(self.directory, *row[0].split('/')) for row in spec['files']}
-        spec = dict(spec, code=bytes(spec['code']), setup_args=bytes(spec['setup_args']), key=digest_of(self._key),
+        spec = dict(spec, code=bytes(spec['code']), setup_args=bytes(spec['setup_args']), key=digest_of(self.key),
                     support={name: bytes(source) for name, source in spec['support'].items()})
-        self._cargo = Cargo(spec, paths, spec['kind'] == 'program', lambda: (b'', 'only its program can tell'))
+        self.cargo = Cargo(spec, paths, spec['kind'] == 'program', lambda: (b'', 'only its program can tell'))
 
     def remove(self) -> None:
         """Remove its files."""
@@ -838,28 +841,141 @@ class Remote:
         shutil.rmtree(self.directory + MODULES_OF, ignore_errors=True)
         shutil.rmtree(self.directory + VALUES_OF, ignore_errors=True)
 
-    def _node_came(self) -> None:
-        """As a cluster's; News tells it."""
+    def say(self, message: Any) -> None:
+        """Send a message to the program, if it is connected."""
+        link = self._scheduler.links.get(self.link)
+        if link is not None:
+            self._scheduler.say(link, message)
 
-    def _describe(self, *args: Any) -> None:
-        """As a cluster's."""
+    def warn(self, text: str) -> None:
+        """It is logged here and there."""
+        super().warn(text)
+        self.say(Said(self.comp, text))
+
+    def node_unreachable(self, peer: Peer, text: str) -> None:
+        """The program is told."""
+        self.say(Said(self.comp, 'node %s cannot be used: %s' % (peer, text)))
+
+    def node_changed(self, status: int, peer: Peer) -> None:
+        """The program is told."""
+        if self.link in self._scheduler.links and self.comp in peer.uses:
+            row = self._scheduler.row_of(*self._scheduler.node_of(self.comp, peer))
+            row = row._replace(state='closed' if status == DispyNode.Closed else 'ready')
+            self.say(News(self.comp, status, tuple(row)))
+
+    def ask_source(self, peer: Peer, link: Link) -> None:
+        """The program is asked."""
+        self._scheduler.ask_source(self, peer, link)
+
+    def ask_allocator(self, allocator: Any, peer: Peer, link: Link) -> None:
+        """The program is asked."""
+        self._scheduler.ask_allocator(self, allocator, peer, link)
+
+    def asked(self, peer: Peer, message: Call) -> None:
+        """The program is asked."""
+        self._scheduler.ask_for_modules(self, peer, message)
+
+    def support_for(self, peer: Peer) -> Dict[str, bytes]:
+        """The program has sent it."""
+        return {} if peer.facts.get('cloudpickle') == self.cloudpickle else self.cargo.spec['support']
+
+    def module_source(self, name: str) -> Any:
+        """The path of a file of a module, which is here."""
+        return os.path.join(self.directory + MODULES_OF, *check_name(name))
+
+    def value_source(self, digest: bytes) -> Any:
+        """The path of a value."""
+        return self.values.path(digest)
+
+    def send_jobs(self, peer: Peer, works: Sequence[Any]) -> None:
+        """What they need is read from the disk."""
+        self._scheduler.send_jobs(self, peer, works)
+
+    def jobs_started(self, peer: Peer, pairs: Sequence[Tuple[Any, float]]) -> None:
+        """The program is told."""
+        self.say(Started(self.comp, [(work._client, ran) for work, ran in pairs]))
+
+    def jobs_ended(self, peer: Peer, pairs: List[Tuple[Any, tuple]]) -> None:
+        """They go to the disk and to the program."""
+        for work, row in pairs:
+            row = (work._client, *row[1:])
+            if row[1] not in GOES_ON:
+                self._scheduler.end_job(self, work, row, peer.key)
+            else:
+                self.outbox.append(row)
+
+    def job_ended(self, work: Any, text: str) -> None:
+        """The same, without a row of Results."""
+        outcome = _OUTCOMES.get(work._state, Outcome.CANCELLED)
+        if work in self.absence.dropping:
+            self.absence.dropping.discard(work)
+            if outcome == Outcome.CANCELLED:
+                self._scheduler.drop_job(self, work)
+                return
+        self._end(work, outcome, text)
+
+    def fail_job(self, work: Any, text: str) -> None:
+        """It is nowhere any more."""
+        self._end(work, Outcome.DIED, text)
+
+    def _end(self, work: Any, outcome: Outcome, text: str) -> None:
+        row = (work._client, int(outcome), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b'')
+        self._scheduler.end_job(self, work, row)
+
+    def job_waits(self, work: Any) -> None:
+        """The program is told."""
+        self.files.pop(work._serial, None)
+        self._scheduler.state.waits(work)
+        self.say(Where(self.comp, (), [work._client]))
+
+    def job_parked(self, work: Any, text: str) -> None:
+        """The program is told."""
+        self.warn('a job waits: %s' % text)
+
+    def job_goes_on(self, work: Any) -> None:
+        """The program, which wanted to know whether it has begun, is told."""
+        self.absence.dropping.discard(work)
+        if work._state in (JobState.RUNNING, JobState.PROVISIONAL):
+            self.say(Started(work._comp, [(work._client, self._scheduler.schedule.ran(work))]))
+
+    def output(self, peer: Peer, work: Any, message: Output) -> None:
+        """It is passed on as it came."""
+        if message.stream == 0:
+            log_record_of(message.data)   # raises PeerError
+        self.say(message._replace(serial=work._client, data=beside(message.data)))
+
+    def file_piece(self, peer: Peer, work: Any, message: FilePiece) -> None:
+        """It is passed on to the program."""
+        if message.offset == 0:
+            self.files[message.key] = (self.link, message.row[0])
+        if message.key not in self.files:
+            return   # it was answered already: what is left of it is passed over
+        if self.link in self._scheduler.links and self.files[message.key][0] == self.link:
+            self.say(message._replace(key=work._client, data=beside(message.data)))
+        else:
+            del self.files[message.key]
+            text = 'the client is not connected'
+            self._scheduler.say_to(peer, FileStored(*message[:3], message.row[0], text))
+
+    def jobs_owed(self) -> List[Any]:
+        """Jobs that have not ended."""
+        return list(self.works.values())
 
 
-class House:
+class House(NodeUser):
     """The scheduler's own hold on its nodes: it looks and never computes, and they stay connected."""
-    _cargo = _host = _cluster_status = _on_output = _source = None
-    _host_has_port = _multicast = _reentrant = _remote = False
-    _client = _comp = 'house'
+    client = comp = 'house'
     name = 'the scheduler'
+    warns = False
 
-    def __init__(self, specs: List[NodeSpec], port: int) -> None:
-        self._specs, self._port = specs, port
+    def __init__(self, specs: List[NodeSpec], port: int, options: 'Options') -> None:
+        self.specs, self.port = specs, port
+        self.searches = not options.nodes
+        self.multicast = options.multicast
 
-    def _met(self, peer: Peer) -> None:
-        """Connected, which is enough."""
-
-    def _node_came(self) -> None:
-        """As a cluster's."""
+    def spec_of(self, peer: Peer) -> Optional[NodeSpec]:
+        """A node that knows the secret and has come by itself is one, too."""
+        return super().spec_of(peer) if peer.port else NodeSpec('*', 0)
 
 
 def take_state_directory(root: str) -> None:
@@ -994,7 +1110,7 @@ class Overview:
     def ended(self, remote: Remote, work: RemoteWork, row: tuple, node: Any) -> None:
         """A job has ended with this row of Results, `node` is where, if it was on one."""
         outcome = row[1]
-        exit_status = _exit_status(row) if outcome in RETURNED and remote._cargo.is_program else 0
+        exit_status = _exit_status(row) if outcome in RETURNED and remote.cargo.is_program else 0
         kind = 2 if outcome == Outcome.CANCELLED else int(outcome not in RETURNED or exit_status != 0)
         remote.ends[kind] += 1
         if node is not None:
@@ -1020,7 +1136,7 @@ class Overview:
             count[0] += jobs
             count[1] += seconds
         self._ended_at = {key: count for key, count in self._ended_at.items() if key in peers}
-        self._asked = {where: at for where, at in self._asked.items() if where[0] in peers and where[1] != remote._comp}
+        self._asked = {where: at for where, at in self._asked.items() if where[0] in peers and where[1] != remote.comp}
         self._reports = {where: report for where, report in self._reports.items() if where in self._asked}
 
     def keeps(self, peer: Peer, comp: str) -> bool:
@@ -1036,7 +1152,7 @@ class Overview:
     # -- questions --------------------------------------------------------------------------------------------------
 
     def _remotes(self) -> List[Remote]:
-        return [cluster for cluster in self._scheduler._clusters.values() if isinstance(cluster, Remote)]
+        return [cluster for cluster in self._scheduler.clusters.values() if isinstance(cluster, Remote)]
 
     def _remote(self, number: int) -> Remote:
         for remote in self._remotes():
@@ -1055,7 +1171,7 @@ class Overview:
         for remote in self._remotes()[first:first + min(count, PAGE)]:
             done, failed, cancelled = remote.ends
             rows.append({
-                'number': remote.number, 'comp': remote._comp, 'name': remote.name[:200], 'program': remote.program,
+                'number': remote.number, 'comp': remote.comp, 'name': remote.name[:200], 'program': remote.program,
                 'connected': remote.link in self._scheduler.links, 'submitted': len(remote.works) + done + failed + cancelled, 'done': done,
                 'failed': failed, 'cancelled': cancelled, 'job_seconds': sum(seconds for _, seconds in remote.ended_at.values()),
                 'elapsed': now - remote.since})
@@ -1076,12 +1192,12 @@ class Overview:
         jobs, seconds = self._ended_at.get(peer.key, (0, 0.0))
         uses = []
         for remote in remotes:
-            use = peer.uses.get(remote._comp)
+            use = peer.uses.get(remote.comp)
             mine = remote.ended_at.get(peer.key, (0, 0.0))
             jobs, seconds = jobs + mine[0], seconds + mine[1]
             if use is not None:
-                _, state, reason, cpus, _ = scheduler.node_of(remote._comp, peer)
-                there, used = running.get(remote._comp, (0, 0))
+                _, state, reason, cpus, _ = scheduler.node_of(remote.comp, peer)
+                there, used = running.get(remote.comp, (0, 0))
                 uses.append((remote.number, 'drained' if reason == 'deallocated' else state, reason[-500:], cpus, there, used, *mine))
         state, reason = peer.state.value, peer.reason
         if peer.key in self._released:
@@ -1128,15 +1244,15 @@ class Overview:
         schedule = self._scheduler.schedule
         node, running, rows = schedule.nodes.get(peer.key), schedule.runs(peer.key), []  # type: Any, Any, List[tuple]
         for remote in self._remotes() if node is not None else ():
-            flight = node.flight.get(remote._comp)
+            flight = node.flight.get(remote.comp)
             if not flight:
                 continue
-            self._ask(peer, remote._comp, 1.0)
-            at, report = self._reports.get((peer.key, remote._comp), (0.0, None))
+            self._ask(peer, remote.comp, 1.0)
+            at, report = self._reports.get((peer.key, remote.comp), (0.0, None))
             runs = {serial: seconds + self._scheduler.now - at for serial, seconds in report.running} if report is not None else {}
             now = self._scheduler.now
-            runs.update((serial, now - since) for serial, since in node.begun[remote._comp].items())
-            there = set(running.get(remote._comp, ()))
+            runs.update((serial, now - since) for serial, since in node.begun[remote.comp].items())
+            there = set(running.get(remote.comp, ()))
             for serial, work in itertools.islice(flight.items(), PAGE - len(rows)):
                 is_on = serial in there or serial in runs
                 rows.append((remote.number, work._client, is_on, runs.get(serial)))  # type: ignore[attr-defined]
@@ -1144,7 +1260,7 @@ class Overview:
 
     def _arguments(self, jobs: list) -> list:
         """Of pairs of cluster and job: the packed arguments, how many bytes they are if that is much, or None."""
-        state, found = self._scheduler._state, []  # type: State, List[Any]
+        state, found = self._scheduler.state, []  # type: State, List[Any]
         for number, serial in jobs[:PAGE]:
             work = next((remote.works.get(serial) for remote in self._remotes() if remote.number == number), None)
             payload: Any = None
@@ -1165,17 +1281,17 @@ class Overview:
 
     def _cancel(self, number: int, key: Any, jobs: Any) -> int:
         """Jobs on a node, a list of them or None: all."""
-        comp, node = self._remote(number)._comp, self._scheduler.schedule.nodes.get(self._peer(key).key)
+        comp, node = self._remote(number).comp, self._scheduler.schedule.nodes.get(self._peer(key).key)
         there = list(node.flight.get(comp, {}).values()) if node is not None else []
         return self._cancel_works([work for work in there if jobs is None or work._client in jobs])  # type: ignore[attr-defined]
 
     def _cancel_waiting(self, number: int) -> int:
         """Jobs that have not begun, also those that wait on nodes."""
-        return self._scheduler.cancel_waiting(self._remote(number)._comp)
+        return self._scheduler.cancel_waiting(self._remote(number).comp)
 
     def _add(self, host: str, port: Optional[int]) -> int:
         """A node for all whose `nodes` mean it."""
-        self._scheduler.allocate('house', parse_nodes([host if port is None else (host, port)], self._scheduler._clusters['house']._port))
+        self._scheduler.allocate('house', parse_nodes([host if port is None else (host, port)], self._scheduler.clusters['house'].port))
         return 1
 
     def _cpus(self, key: Any, cpus: int) -> int:
@@ -1258,8 +1374,8 @@ class Quota:
             text = 'the disk of the scheduler is full: new jobs wait here until there is room' if full else \
                 'this program has %d bytes of arguments at the scheduler, and may have %d there (--max-queued-bytes): more jobs ' \
                 'are taken as those end' % (self._queued.get(remote.instance, 0), self._most)
-            say(link, Said(remote._comp, text))
-        for message in in_parts(Returned, remote._comp, serials):
+            say(link, Said(remote.comp, text))
+        for message in in_parts(Returned, remote.comp, serials):
             say(link, message)
 
     def take_again(self) -> None:
@@ -1278,8 +1394,8 @@ class Scheduler(Driver):
     PARTING = 0.0
 
     def __init__(self, options: Options) -> None:
-        self._options = options
-        self._state = State(options.state_dir)
+        self.options = options
+        self.state = State(options.state_dir)
         self._sessions: Dict[int, _Session] = {}
         self._unopened: Dict[str, Remote] = {}       # computations whose files are on their way
         self._later: List[Tuple[Link, Any]] = []     # messages that wait for the transaction of this turn
@@ -1288,14 +1404,13 @@ class Scheduler(Driver):
         self._exclusives: List[str] = []             # computations that want their nodes alone, in the order of coming
         self._unread_until = math.inf                # when results are read that could not be
         self._reassign = False     # whom nodes serve may have changed
-        self._asking = not options.nodes
         self._named: List[NodeSpec] = []
         self.overview = Overview(self)
         self.quota = Quota(self, options.max_queued)
         super().__init__(Access(options.node_secret, options.node_certfile, options.node_keyfile, None, options.pulse, options.ping),
-                         self._state.instance)
+                         self.state.instance)
         self.schedule = Schedule(options.fifo)
-        self.values = StoredValues(self._state)
+        self.values = StoredValues(self.state)
         self._backlog = Backlog(self.links)
         self._doors: List[Gate] = []
         self._client_messages: Dict[type, Callable[[Link, Any], None]] = {
@@ -1310,7 +1425,7 @@ class Scheduler(Driver):
 
     def start(self) -> int:
         """Listen, take up what an earlier run has left. Returns the port. Raises StartError, SecretError, OSError."""
-        options = self._options
+        options = self.options
         one = (options.cluster_certfile, options.cluster_keyfile) == (options.node_certfile, options.node_keyfile)
         programs = tuple(map(derive_key, (options.cluster_secret, options.operator_secret) if options.separate else (options.cluster_secret,)))
         keys = {int(Role.CLIENT): programs, int(Role.NODE): (derive_key(options.node_secret),)}
@@ -1325,17 +1440,16 @@ class Scheduler(Driver):
         self.now = self.clock()
         self._named = [NodeSpec(*host_and_port(node, options.node_port)) for node in options.nodes]
         specs = self._named or [NodeSpec('*', options.node_port)]
-        self.open(House(specs, options.node_port), False)  # type: ignore[arg-type]
-        self._warn_at['house'] = math.inf
-        with self._state.damages():
+        self.open(House(specs, options.node_port, options), False)
+        with self.state.damages():
             self._restore()
         return port
 
     def _allowed(self, peer: Peer) -> Optional[Callable[[str], bool]]:
         named = {spec.host for spec in self._named}
-        if peer.host in named or may_dial(peer.host, '', self._options.allowed):
+        if peer.host in named or may_dial(peer.host, '', self.options.allowed):
             return None
-        return lambda address: may_dial('', address, self._options.allowed)
+        return lambda address: may_dial('', address, self.options.allowed)
 
     def _door(self, host: str, port: int, keys: Dict[int, Tuple[bytes, ...]], allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
         try:
@@ -1358,25 +1472,25 @@ class Scheduler(Driver):
         self._doors = []
         self.broken = 'the scheduler has ended'   # said to whoever asks it
         self._hang_up()
-        self._state.close()
+        self.state.close()
         super().close()
 
     def _restore(self) -> None:
         """What an earlier run has left: jobs that waited wait, those on nodes are there until these come back or are given up."""
         places = {}
-        memories, locks = self._state.memories(), self._state.locks()
-        for key, host, port, name, instance in self._state.nodes():
+        memories, locks = self.state.memories(), self.state.locks()
+        for key, host, port, name, instance in self.state.nodes():
             places[key] = (host, port, name, instance)
-        for comp, client, spec in self._state.comps():
+        for comp, client, spec in self.state.comps():
             remote = self._make_remote(comp, client, spec)
             remote.values.restore()
             remote.ready = True
-            remote.given_up_at = self.now + self._options.zombie
+            remote.given_up_at = self.now + self.options.zombie
             remote.rests_at = self.now + ORPHAN_TIME
-            remote.absence.begin(self.now, self._options.gone)
+            remote.absence.begin(self.now, self.options.gone)
             waiting: List[RemoteWork] = []
             sent: Dict[Any, List[RemoteWork]] = {}
-            for number, serial, options, state, own, node in self._state.jobs(comp):
+            for number, serial, options, state, own, node in self.state.jobs(comp):
                 if state in (State.ENDED, State.DROPPED):
                     known = remote.ended if state == State.ENDED else remote.absence.dropped
                     known[serial] = number
@@ -1384,7 +1498,7 @@ class Scheduler(Driver):
                 work = remote.works[serial] = RemoteWork(comp, None, options, own, serial)
                 if work.values:
                     remote.values.took(work)
-                self.quota.add(remote, work, self._state.size_of_payload(number))
+                self.quota.add(remote, work, self.state.size_of_payload(number))
                 if state == State.SENT and node in places:
                     sent.setdefault(node, []).append(work)
                 else:
@@ -1410,20 +1524,20 @@ class Scheduler(Driver):
             if remote.works or remote.ended:
                 logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', remote.name, len(waiting),
                             len(remote.works) - len(waiting), len(remote.ended))
-        there = {comp for comp, _, _ in self._state.comps()}
-        for name in os.listdir(self._state.root):
+        there = {comp for comp, _, _ in self.state.comps()}
+        for name in os.listdir(self.state.root):
             if name.startswith('c-') and name[2:].partition('.')[0] not in there:
-                shutil.rmtree(os.path.join(self._state.root, name), ignore_errors=True)
+                shutil.rmtree(os.path.join(self.state.root, name), ignore_errors=True)
 
     def _make_remote(self, comp: str, client: bytes, spec: dict) -> Remote:
-        most = self._options.max_file_size
-        return Remote(comp, client, spec, self._directory_of(comp), most, self._state.key_of(comp),
-                      self._options.max_queued)
+        most = self.options.max_file_size
+        return Remote(self, comp, client, spec, self._directory_of(comp), most, self.state.key_of(comp),
+                      self.options.max_queued)
 
     def _directory_of(self, comp: str) -> str:
-        if not comp or not is_comp(comp) or comp == House._comp:
+        if not comp or not is_comp(comp) or comp == House.comp:
             raise PeerError('a computation may not be called %.70r' % comp)
-        path = os.path.join(self._state.root, 'c-' + comp)
+        path = os.path.join(self.state.root, 'c-' + comp)
         os.makedirs(path, mode=0o700, exist_ok=True)
         return path
 
@@ -1434,16 +1548,10 @@ class Scheduler(Driver):
         if isinstance(subject, Remote):
             link = self.links.get(subject.link)
             if link is not None:
-                self.say(link, Refused(subject._comp, 'fault', text))
+                self.say(link, Refused(subject.comp, 'fault', text))
             self._over(subject)
             return True
         return super().on_fault(subject, text)
-
-    def _owed_by(self, cluster: Any) -> List[Any]:
-        return list(cluster.works.values()) if isinstance(cluster, Remote) else []
-
-    def _end_one(self, cluster: Any, work: Any, text: str) -> None:
-        self._end(cluster, work, (work._client, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
 
     # -- turns: nothing leaves before the transaction -----------------------------------------------------------
 
@@ -1464,7 +1572,7 @@ class Scheduler(Driver):
             for peer in list(self._peers.values()):
                 self._assign(peer)
         super().end_of_turn()
-        for comp in list(self._clusters.values()):
+        for comp in list(self.clusters.values()):
             if isinstance(comp, Remote):
                 self.guard(comp, self._end_turn_of, comp)
         if self._write_down():
@@ -1484,7 +1592,7 @@ class Scheduler(Driver):
         again = self.now >= self._unread_until
         if again:
             self._unread_until = math.inf
-        for remote in self._clusters.values():
+        for remote in self.clusters.values():
             if isinstance(remote, Remote) and remote.unread and remote.link in self.links:
                 if again:
                     numbers = list(remote.unread)
@@ -1495,12 +1603,12 @@ class Scheduler(Driver):
 
     def _send_ended(self, remote: Remote, numbers: List[int]) -> None:
         """Send results that are on the disk."""
-        rows = self._state.results(numbers, remote.unread)
-        self._backlog.add_results(remote.link, remote._comp, rows)
+        rows = self.state.results(numbers, remote.unread)
+        self._backlog.add_results(remote.link, remote.comp, rows)
 
     def _write_down(self) -> bool:
         """What has happened goes to the disk, and then what was said about it."""
-        done = self._state.commit()
+        done = self.state.commit()
         if done:
             later, self._later = self._later, []
             for link, message in later:
@@ -1534,7 +1642,7 @@ class Scheduler(Driver):
             if link is not None:
                 self._serve_values(link, remote)
         if remote.outbox and link is not None:
-            for frame in frames(Results, remote._comp, map(sized, remote.outbox)):
+            for frame in frames(Results, remote.comp, map(sized, remote.outbox)):
                 self.say(link, frame)
         remote.outbox = []
         if self.now >= remote.absence.look_at and remote.absence.is_over(self.now):
@@ -1544,8 +1652,8 @@ class Scheduler(Driver):
         if self.now >= remote.given_up_at and link is None and not remote.works:
             logger.warning('%s: its program has not come back: %d results are given up', remote.name, len(remote.ended))
             if remote.ended:
-                self._state.gave_up(remote._comp, list(remote.ended), 'the scheduler gave up its result after %g s (--zombie-interval)'
-                                    % self._options.zombie)
+                self.state.gave_up(remote.comp, list(remote.ended), 'the scheduler gave up its result after %g s (--zombie-interval)'
+                                    % self.options.zombie)
             self._over(remote)
 
     def _rest(self, remote: Remote) -> None:
@@ -1558,10 +1666,10 @@ class Scheduler(Driver):
             return
         logger.info('%s: its program is gone; %d results wait for it', remote.name, len(remote.ended))
         remote.rests = True
-        for peer in self.peers_of(remote._comp):
-            self._done(peer, remote._comp)
-            self._act(self.schedule.handle(NodeLeft(peer.key, remote._comp, str(peer), 'its program is gone'), self.now))
-            del peer.uses[remote._comp]
+        for peer in self.peers_of(remote.comp):
+            self._done(peer, remote.comp)
+            self._act(self.schedule.handle(NodeLeft(peer.key, remote.comp, str(peer), 'its program is gone'), self.now))
+            del peer.uses[remote.comp]
             self._drop_unused(peer)
         self._reassign = True
 
@@ -1572,11 +1680,11 @@ class Scheduler(Driver):
         if self._backlog.has_room():
             return self.now
         given_up = [remote.given_up_at if remote.rests else min(remote.rests_at, remote.given_up_at)
-                    for remote in self._clusters.values() if isinstance(remote, Remote) and remote.link not in self.links
+                    for remote in self.clusters.values() if isinstance(remote, Remote) and remote.link not in self.links
                     and not remote.works]
         if self._unread_until < math.inf:
             given_up.append(self._unread_until)
-        looks = [min(remote.absence.look_at, remote.values.retry_at) for remote in self._clusters.values()
+        looks = [min(remote.absence.look_at, remote.values.retry_at) for remote in self.clusters.values()
                  if isinstance(remote, Remote)]
         given_up += [when for when in looks if when < math.inf]
         times = [super().next_timer(), *given_up]
@@ -1587,9 +1695,9 @@ class Scheduler(Driver):
     def on_event(self, event: Any) -> None:
         """Programs and nodes that have connected, signals, and the driver's events."""
         if isinstance(event, Arrival) and event.session.peer_role == Role.CLIENT:
-            link = Link(event.sock, event.session, event.address, self.now, self._options.pulse, OF_CLIENTS)
+            link = Link(event.sock, event.session, event.address, self.now, self.options.pulse, OF_CLIENTS)
             self.attach(link)
-            self._sessions[link.number] = _Session(link, [event.address], not self._options.separate or event.session.secret == 1)
+            self._sessions[link.number] = _Session(link, [event.address], not self.options.separate or event.session.secret == 1)
             self._bound_links(link)
         elif isinstance(event, Stop):   # without Bye: nodes go on and keep results, programs wait, until it is started again
             self.stop()
@@ -1642,8 +1750,8 @@ class Scheduler(Driver):
         for comp, serial in self.refusals.refused(link, message.frame):
             remote = self._remote(link, comp)
             numbers = [remote.ended[serial]] if remote is not None and serial in remote.ended else []
-            for number, row in zip(numbers, self._state.results(numbers, [])):
-                self._state.ended(number, refused_row(row, 'the program could not take the result: ' + message.text[:NAME_MOST]))
+            for number, row in zip(numbers, self.state.results(numbers, [])):
+                self.state.ended(number, refused_row(row, 'the program could not take the result: ' + message.text[:NAME_MOST]))
         raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
 
     def on_broken(self, channel: Link, text: str) -> None:
@@ -1653,12 +1761,12 @@ class Scheduler(Driver):
             super().on_broken(channel, text)
             return
         logger.log(logging.INFO if channel.on_purpose else logging.WARNING, 'the link of %s ended: %s', session.names[0], text)
-        for remote in [remote for remote in (*self._clusters.values(), *self._unopened.values())
+        for remote in [remote for remote in (*self.clusters.values(), *self._unopened.values())
                        if isinstance(remote, Remote) and remote.link == channel.number]:
             remote.link = 0
-            remote.given_up_at = self.now + self._options.zombie
+            remote.given_up_at = self.now + self.options.zombie
             remote.rests_at = self.now + ORPHAN_TIME
-            remote.absence.begin(self.now, self._options.gone)
+            remote.absence.begin(self.now, self.options.gone)
             for call in list(remote.calls.values()):
                 call(('RuntimeError', 'its program is not connected'), None)
             remote.calls.clear()
@@ -1673,18 +1781,18 @@ class Scheduler(Driver):
 
     def _no_files(self, remote: Remote) -> None:
         """The connection to a program has ended while its jobs sent files."""
-        known = self.schedule.comps.get(remote._comp)
+        known = self.schedule.comps.get(remote.comp)
         for serial, (_, name) in remote.files.items():
             node = known.running.get(serial) if known is not None else None
             peer = self._peers.get(node.key) if node is not None else None
             if peer is not None:
-                self.say_to(peer, FileStored(remote._comp, int(Purpose.FROM_JOB), serial, name,
+                self.say_to(peer, FileStored(remote.comp, int(Purpose.FROM_JOB), serial, name,
                                              'the connection to the client has ended'))
         remote.files.clear()
 
     def _remote(self, link: Link, comp: str) -> Optional[Remote]:
         """The computation a message speaks of, which must be of this link. None for one that has ended here."""
-        remote = self._clusters.get(comp)
+        remote = self.clusters.get(comp)
         if isinstance(remote, Remote) and remote.link != link.number:
             raise PeerError('computation %.40r is of another program' % comp)
         return remote if isinstance(remote, Remote) else None
@@ -1696,7 +1804,7 @@ class Scheduler(Driver):
         self.say(link, Welcome('dispyscheduler', ENDLESS, facts))
 
     def _c_compute(self, link: Link, message: Compute) -> None:
-        remote = self._clusters.get(message.comp)
+        remote = self.clusters.get(message.comp)
         if isinstance(remote, Remote):
             if remote.instance != link.instance or not hmac.compare_digest(remote.digest, result_key(message.spec)):
                 self.say(link, Refused(message.comp, 'busy', 'it is of another program'))
@@ -1723,19 +1831,19 @@ class Scheduler(Driver):
                 raise PeerError('a computation that is not for a scheduler')
             if len(message.spec['shared']['nodes'] or ()) > SPECS_MOST:
                 raise PeerError('%d nodes are named, and the limit is %d' % (len(message.spec['shared']['nodes']), SPECS_MOST))
-            own = sum(1 for each in (*self._clusters.values(), *self._unopened.values()) if isinstance(each, Remote) and each.instance == link.instance)
+            own = sum(1 for each in (*self.clusters.values(), *self._unopened.values()) if isinstance(each, Remote) and each.instance == link.instance)
             if own >= COMPS_MOST or self._stuck_until is not None:
                 self.say(link, Refused(message.comp, 'busy', 'the disk of the scheduler is full' if own < COMPS_MOST else
                                        'this program has %d computations here, and the limit is %d' % (own, COMPS_MOST)))
                 return
             if message.comp in self._unopened:
                 raise PeerError('computation %.40r is of another program' % message.comp)
-            if self._options.cleanup_nodes:
+            if self.options.cleanup_nodes:
                 message.spec['cleanup'] = True
             remote = self._make_remote(message.comp, link.instance, message.spec)
             self._came_back(remote, link)
             self._unopened[message.comp] = remote
-        spec, then = remote._cargo.spec, functools.partial(self._complete, remote)
+        spec, then = remote.cargo.spec, functools.partial(self._complete, remote)
         self._want(remote, spec['files'], spec['modules'], then)
 
     def _came_back(self, remote: Remote, link: Link) -> None:
@@ -1749,7 +1857,7 @@ class Scheduler(Driver):
         self._reassign = True
         if remote.rests:
             remote.rests = False
-            self.use(remote._comp, remote._specs)
+            self.use(remote.comp, remote.specs)
         absence = remote.absence
         absence.end()
         for work in absence.dropping:   # not answered yet: they wait again
@@ -1759,7 +1867,7 @@ class Scheduler(Driver):
     def _drop_waiting(self, remote: Remote) -> None:
         """A program is gone: what has not begun is cancelled, what runs goes on to its end."""
         self._take_submitted()
-        absence, known = remote.absence, self.schedule.comps.get(remote._comp)
+        absence, known = remote.absence, self.schedule.comps.get(remote.comp)
         if known is None:
             return
         works = known.not_begun()
@@ -1769,7 +1877,7 @@ class Scheduler(Driver):
                            '(--gone-after)', remote.name, len(works))
         self._act(self.schedule.handle(WithdrawAsked(works), self.now))
 
-    def _dropped(self, remote: Remote, work: RemoteWork) -> None:
+    def drop_job(self, remote: Remote, work: RemoteWork) -> None:
         """One of these jobs has been cancelled."""
         number = work._serial >> 16
         if remote.works.pop(work._client, None) is None:
@@ -1780,15 +1888,15 @@ class Scheduler(Driver):
         remote.ends[2] += 1
         if work._payload is not None:
             self._kept -= OBJECT + len(work._payload)
-        self._state.dropped(number)
+        self.state.dropped(number)
         self._reassign = self._reassign or remote.exclusive
 
     def _send_again(self, remote: Remote, link: Link) -> None:
         """A program is back that was taken for gone."""
         dropped = remote.absence.dropped
         if dropped:
-            self._state.removed(list(dropped.values()))
-            self.say(link, Said(remote._comp, (
+            self.state.removed(list(dropped.values()))
+            self.say(link, Said(remote.comp, (
                 'the scheduler has heard nothing of this program for a while and has cancelled %d jobs '
                 'that had not begun (--gone-after); they are sent again' % len(dropped))))
             dropped.clear()
@@ -1797,26 +1905,26 @@ class Scheduler(Driver):
         """All files of a new computation are there, or cannot be."""
         link = self.links.get(remote.link)
         if error:
-            self._unopened.pop(remote._comp, None)
+            self._unopened.pop(remote.comp, None)
             remote.remove()
             if link is not None:
-                self.say(link, Refused(remote._comp, code, error))
+                self.say(link, Refused(remote.comp, code, error))
             self._answer_early(remote)
             return
-        if self._unopened.pop(remote._comp, None) is None:
+        if self._unopened.pop(remote.comp, None) is None:
             return
         remote.ready = True
-        self._state.began(remote)
+        self.state.began(remote)
         self._open_remote(remote)
         if link is not None:
-            self.say(link, Ready(remote._comp, [], self._state.past(remote._comp).row()))
+            self.say(link, Ready(remote.comp, [], self.state.past(remote.comp).row()))
         self._answer_early(remote)
 
     def _open_remote(self, remote: Remote) -> None:
         self.overview.opened(remote)
         if remote.exclusive:
-            self._exclusives.append(remote._comp)
-        self.open(remote, False)  # type: ignore[arg-type]
+            self._exclusives.append(remote.comp)
+        self.open(remote, False)
         logger.info('%s: begins%s', remote.name, ', and wants its nodes alone' if remote.exclusive else '')
 
     # -- files of programs --------------------------------------------------------------------------------------
@@ -1835,7 +1943,7 @@ class Scheduler(Driver):
             unknown = Digests.unknown(remote.directory, files)
             if unknown and remote.compared is not files:   # large files are there: others do not wait while they are digested
                 remote.compared = files
-                self._openers.run(self._compare, remote, unknown)
+                self.openers.run(self._compare, remote, unknown)
                 return
             try:
                 missing = remote.receiver.want(Purpose.DEPENDS, files)
@@ -1846,7 +1954,7 @@ class Scheduler(Driver):
                 continue
             if missing:
                 link = self.links.get(remote.link)
-                for need in needs(remote._comp, missing) if link is not None else ():
+                for need in needs(remote.comp, missing) if link is not None else ():
                     self.say(link, need)  # type: ignore[arg-type]
                 return
             remote.wanted.popleft()
@@ -1855,7 +1963,7 @@ class Scheduler(Driver):
     def _compare(self, remote: Remote, paths: Sequence[str]) -> None:
         """An opener."""
         Digests.learn(paths)
-        self.post(Asked(functools.partial(self._want_next, remote), None))
+        self.call_soon(self._want_next, remote)
 
     def _c_file_piece(self, link: Link, message: FilePiece) -> None:
         """Files for nodes come here first."""
@@ -1893,12 +2001,12 @@ class Scheduler(Driver):
         for serial in remote.values.failed():
             text = 'a value in the arguments cannot be taken at the scheduler: %s' % error
             row = (serial, int(Outcome.RAISED), 0.0, 0.0, pack_error(text, None), b'', b'')
-            self.say(link, Results(remote._comp, [row]))
+            self.say(link, Results(remote.comp, [row]))
 
     def _serve_values(self, link: Link, remote: Remote) -> None:
         """Take the jobs whose values are here, and ask for what others need."""
         rows, missing, error = remote.values.serve()
-        for need in needs(remote._comp, missing):
+        for need in needs(remote.comp, missing):
             self.say(link, need)
         if error:
             self._no_room(link, remote, error)
@@ -1911,7 +2019,7 @@ class Scheduler(Driver):
             remote.values.told = True
             text = 'a value that jobs need finds no room at the scheduler: %s; they wait until it does' % error
             logger.error('%s: %s', remote.name, text)
-            self.say(link, Said(remote._comp, text))
+            self.say(link, Said(remote.comp, text))
 
     def _c_file_stored(self, link: Link, message: FileStored) -> None:
         remote = self._remote(link, message.comp)
@@ -1957,13 +2065,13 @@ class Scheduler(Driver):
             if self._stuck_until is not None or not self.quota.has_room(remote, size_of(payload)):
                 back.append(serial)
                 continue
-            self._state.number += 1
+            self.state.number += 1
             if len(payload) <= LAZY or type(payload) is tuple:
                 payload = _plain(payload)
-            work = RemoteWork(remote._comp, None, options, self._state.number << 16, serial)
+            work = RemoteWork(remote.comp, None, options, self.state.number << 16, serial)
             if work.values:
                 remote.values.took(work)
-            self._state.submitted(work, payload)
+            self.state.submitted(work, payload)
             if self._kept < IN_MEMORY and len(payload) < LARGE:
                 work._payload = payload
                 self._kept += OBJECT + len(payload)
@@ -1993,7 +2101,7 @@ class Scheduler(Driver):
         for serial in remote.values.leave(serials) if remote is not None else ():
             text = b'cancelled before it started'
             row = (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b'')
-            self.say(link, Results(remote._comp, [row]))  # type: ignore[union-attr]
+            self.say(link, Results(remote.comp, [row]))  # type: ignore[union-attr]
 
     def _c_recall(self, link: Link, message: Recall) -> None:
         """Jobs that shall be cancelled if they have not begun."""
@@ -2004,18 +2112,10 @@ class Scheduler(Driver):
             works = [remote.works[serial] for serial in message.serials if serial in remote.works]
             self._act(self.schedule.handle(WithdrawAsked(works), self.now))
 
-    def _withdrawn(self, action: Withdrawn) -> None:
-        work, link = action.work, self._client_link(action.work._comp)
-        remote = self._clusters.get(work._comp)
-        if isinstance(remote, Remote):
-            remote.absence.dropping.discard(work)
-        if link is not None and work._state in (JobState.RUNNING, JobState.PROVISIONAL):
-            self.say(link, Started(work._comp, [(work._client, self.schedule.ran(work))]))
-
     def _c_ack(self, link: Link, message: Ack) -> None:
         remote = self._remote(link, message.comp)
         if remote is not None:
-            self._state.removed([remote.ended.pop(serial) for serial in message.serials if serial in remote.ended])
+            self.state.removed([remote.ended.pop(serial) for serial in message.serials if serial in remote.ended])
 
     def _c_done(self, link: Link, message: Done) -> None:
         remote = self._unopened.get(message.comp) or self._remote(link, message.comp)
@@ -2023,16 +2123,16 @@ class Scheduler(Driver):
             self._unopened.pop(message.comp, None)
             self._over(remote)
             self._answer_early(remote)
-        self._state.note(self._state.PAST_OVER, message.comp)
+        self.state.note(self.state.PAST_OVER, message.comp)
 
     def _over(self, remote: Remote) -> None:
         """A computation ends: jobs of it too, on nodes and on the disk."""
-        comp = remote._comp
-        if comp in self._clusters:
+        comp = remote.comp
+        if comp in self.clusters:
             self.forget(comp)
             self.overview.over(remote)
-            self._state.over(comp)
-            self._state.removed([*remote.ended.values(), *remote.absence.dropped.values(),
+            self.state.over(comp)
+            self.state.removed([*remote.ended.values(), *remote.absence.dropped.values(),
                                  *(work._serial >> 16 for work in remote.works.values())])
             logger.info('%s: is over', remote.name)
         self._kept -= sum(OBJECT + len(work._payload) for work in remote.works.values() if work._payload is not None)
@@ -2047,9 +2147,9 @@ class Scheduler(Driver):
         self._soon()
 
     def _c_reclaim(self, link: Link, message: Reclaim) -> None:
-        remote = self._clusters.get(message.comp)
+        remote = self.clusters.get(message.comp)
         if not isinstance(remote, Remote):
-            self.say(link, Held(message.comp, [], self._state.past(message.comp).row()))
+            self.say(link, Held(message.comp, [], self.state.past(message.comp).row()))
             return
         if not may_reclaim(remote.digest, message.key):
             logger.warning('%s wants results of a computation and does not have its key', self._sessions[link.number].names[0])
@@ -2066,10 +2166,10 @@ class Scheduler(Driver):
         text = (b'cancelled: it had not begun when its program was gone, and the scheduler did not wait '
                 b'any longer (--gone-after)')
         for serial, number in dropped.items():
-            self._state.ended(number, (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b''))
+            self.state.ended(number, (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b''))
         remote.ended.update(dropped)
         dropped.clear()
-        self._state.commit()   # from where they are sent now
+        self.state.commit()   # from where they are sent now
         self.say(link, Held(message.comp, [*remote.works, *remote.ended]))
         self._resend(remote)
 
@@ -2077,16 +2177,16 @@ class Scheduler(Driver):
         """What its program has not acknowledged, and where its jobs are."""
         remote.unread.clear()
         self._send_ended(remote, list(remote.ended.values()))
-        known = self.schedule.comps.get(remote._comp)
+        known = self.schedule.comps.get(remote.comp)
         for node in known.nodes.values() if known is not None else ():
-            serials = [work._client for work in node.flight[remote._comp].values()]  # type: ignore[attr-defined]
+            serials = [work._client for work in node.flight[remote.comp].values()]  # type: ignore[attr-defined]
             peer = self._peers.get(node.key)
             if serials and peer is not None:
-                self.say(self.links[remote.link], Where(remote._comp, (peer.ip_addr, peer.port, peer.name), serials))
-            rows = [(node.flight[remote._comp][serial]._client, self.now - since)  # type: ignore[attr-defined]
-                    for serial, since in node.begun[remote._comp].items()]
+                self.say(self.links[remote.link], Where(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
+            rows = [(node.flight[remote.comp][serial]._client, self.now - since)  # type: ignore[attr-defined]
+                    for serial, since in node.begun[remote.comp].items()]
             if rows:
-                self.say(self.links[remote.link], Started(remote._comp, rows))
+                self.say(self.links[remote.link], Started(remote.comp, rows))
 
     # -- questions of programs, and to them ---------------------------------------------------------------------
 
@@ -2130,7 +2230,7 @@ class Scheduler(Driver):
             self._c_call(link, message)
 
     def _answer_call(self, remote: Remote, name: str, args: tuple, answer: Callable[..., None]) -> None:
-        comp = remote._comp
+        comp = remote.comp
         if name == 'nodes':
             first, count = args or (0, NODES_PAGE)
             rows = self.rows_of(comp)[first:first + min(count, NODES_PAGE)]
@@ -2170,8 +2270,8 @@ class Scheduler(Driver):
     def _cargo_changes(self, remote: Remote, rows: list, then: Callable[..., None]) -> None:
         def complete(error: str, code: str = '') -> None:
             if not error:
-                remote.take_spec(dict(remote._cargo.spec, files=rows))
-                self._state.began(remote)
+                remote.take_spec(dict(remote.cargo.spec, files=rows))
+                self.state.began(remote)
             then(error)
         self._want(remote, rows, [], complete)
 
@@ -2183,7 +2283,7 @@ class Scheduler(Driver):
             return
         number = next(self._call_numbers)
         remote.calls[number] = then
-        self.say(link, Call(remote._comp, number, name, args))
+        self.say(link, Call(remote.comp, number, name, args))
 
     def _c_return(self, link: Link, message: Return) -> None:
         remote = self._remote(link, message.comp)
@@ -2191,46 +2291,45 @@ class Scheduler(Driver):
         if then is not None:
             then(message.error, message.value)
 
-    def _ask_source(self, cluster: Any, peer: Peer, link: Link) -> None:
+    def ask_source(self, remote: Remote, peer: Peer, link: Link) -> None:
+        """Ask a program for the source of its computation."""
         def told(error: tuple, value: Any) -> None:
-            if not error:
-                self._packed_source(cluster, peer, link, (bytes(value[0]), value[1]))
-            elif cluster._comp in self._clusters and peer.link is link and cluster._comp in peer.uses:
-                self._refusal(peer, cluster._comp, 'its source is not to be had: ' + error[1], 'source')
-        self._ask(cluster, 'source', (), told)
+            if error:
+                self.source_missing(remote, peer, link, error[1])
+            else:
+                self.source_found(remote, peer, link, (bytes(value[0]), value[1]))
+        self._ask(remote, 'source', (), told)
 
-    def _ask_allocator(self, allocator: Any, cluster: Any, peer: Peer, link: Link) -> None:
-        row = tuple(self.row_of(*self.node_of(cluster._comp, peer)))
+    def ask_allocator(self, remote: Remote, allocator: Any, peer: Peer, link: Link) -> None:
+        """Ask a program's allocator, and for the files that it names."""
+        row = tuple(self.row_of(*self.node_of(remote.comp, peer)))
 
         def told(error: tuple, value: Any) -> None:
             if error:
-                self._allocated(cluster._comp, peer, link, Allocation(0, b'', [], {}), error[1])
+                self.allocated(remote.comp, peer, link, Allocation(0, b'', [], {}), error[1])
                 return
             cpus, setup_args, rows, modules = value
-            paths = {row[0]: os.path.join(cluster.directory, *row[0].split('/')) for row in rows}
-            self._bring_modules(cluster, modules)
-            self._want(cluster, rows, modules, lambda failed, code='': self._allocated(
-                cluster._comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths), failed))
+            paths = {row[0]: os.path.join(remote.directory, *row[0].split('/')) for row in rows}
+            self._bring_modules(remote, modules)
+            self._want(remote, rows, modules, lambda failed, code='': self.allocated(
+                remote.comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths), failed))
 
-        self._ask(cluster, 'allocate', (allocator.number, row), told)
+        self._ask(remote, 'allocate', (allocator.number, row), told)
 
     def _bring_modules(self, remote: Remote, rows: list) -> None:
         """Files of modules that arguments of later jobs need: nodes that are set up from now on get them at once."""
-        known = {row[0] for row in remote._cargo.spec['modules']}
+        known = {row[0] for row in remote.cargo.spec['modules']}
         more = [row for row in rows if row[0] not in known]
         if more:
-            remote.take_spec(dict(remote._cargo.spec, modules=remote._cargo.spec['modules'] + more))
-            self._state.began(remote)
+            remote.take_spec(dict(remote.cargo.spec, modules=remote.cargo.spec['modules'] + more))
+            self.state.began(remote)
 
-    def _on_call(self, peer: Peer, message: Call) -> None:
+    def ask_for_modules(self, remote: Remote, peer: Peer, message: Call) -> None:
         """A job on a node needs modules of its program. What was fetched before is here."""
-        remote = self._clusters.get(message.comp)
-        if not isinstance(remote, Remote):
-            return
         answer = functools.partial(self._answer_node, peer, message)
         request = message.args[0] if message.name == 'modules' and len(message.args) == 1 else None
-        if any(row[0] == BUNDLES + BUNDLE % request for row in remote._cargo.spec['modules']) if type(request) is int else False:
-            answer((), remote._cargo.spec['modules'])
+        if any(row[0] == BUNDLES + BUNDLE % request for row in remote.cargo.spec['modules']) if type(request) is int else False:
+            answer((), remote.cargo.spec['modules'])
             return
 
         def told(error: tuple, rows: Any) -> None:
@@ -2248,91 +2347,30 @@ class Scheduler(Driver):
     def _answer_node(self, peer: Peer, message: Call, error: tuple, value: Any) -> None:
         self.say_to(peer, Return(message.comp, message.number, error, value))
 
-    def _modules(self, cluster: Any, peer: Peer) -> Dict[str, Any]:
-        return {}   # the program has said which
-
-    def _value_of(self, cluster: Any, digest: bytes) -> Any:
-        return cluster.values.path(digest)
-
-    @staticmethod
-    def _source_of(cluster: Any, name: str) -> Any:
-        return os.path.join(cluster.directory + MODULES_OF, *check_name(name))
-
-    def _support(self, cluster: Any, peer: Peer) -> Dict[str, bytes]:
-        return {} if peer.facts.get('cloudpickle') == cluster.cloudpickle else cluster._cargo.spec['support']
-
-    def _inform(self, comp: str, text: str) -> None:
-        logger.warning('%s', text)
-        remote = self._clusters.get(comp)
-        if isinstance(remote, Remote) and remote.link in self.links:
-            self.say(self.links[remote.link], Said(comp, text))
-
-    def _tell_reached_not(self, peer: Peer, text: str) -> None:
-        super()._tell_reached_not(peer, text)
-        for remote in [cluster for cluster in map(self._clusters.get, peer.uses) if isinstance(cluster, Remote)]:
-            if remote.link in self.links:
-                self.say(self.links[remote.link], Said(remote._comp, 'node %s cannot be used: %s' % (peer, text)))
-
-    def _tell_all(self, status: int, peer: Peer, comps: Any) -> None:
-        for comp in comps:
-            remote = self._clusters.get(comp)
-            if isinstance(remote, Remote) and remote.link in self.links and comp in peer.uses:
-                row = self.row_of(*self.node_of(comp, peer))._replace(state='closed' if status == DispyNode.Closed else 'ready')
-                self.say(self.links[remote.link], News(comp, status, tuple(row)))
-
-    def _ask_all(self, port: int, multicast: bool) -> None:
-        if self._asking:   # otherwise nodes are named, and nothing is broadcast
-            super()._ask_all(port, self._options.multicast)
-
-    def _spec_of(self, peer: Peer, comp: str) -> Optional[NodeSpec]:
-        if comp == 'house' and not peer.port:
-            return NodeSpec('*', 0)   # it knows the secret and has come by itself
-        return super()._spec_of(peer, comp)
-
     # -- actions of the schedule ----------------------------------------------------------------------------------
 
-    def _client_link(self, comp: str) -> Optional[Link]:
-        remote = self._clusters.get(comp)
-        return self.links.get(remote.link) if isinstance(remote, Remote) else None
-
-    def _send_jobs(self, action: SendJobs) -> None:
-        peer = self._peers[action.node]
+    def send_jobs(self, remote: Remote, peer: Peer, works: Sequence[Any]) -> None:
+        """Send jobs to a node, and tell their program where they are."""
         rows, unread = [], []
-        for work in action.works:
+        for work in works:
             try:
                 rows.append(job_row(work, self._payload_of(work), OF_JOBS))
             except OSError as exc:   # no descriptor is left, or the file has gone
                 text = 'its arguments cannot be read at the scheduler: %s' % exc
                 unread.append((work._serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
-        for frame in frames(Jobs, action.comp, rows):
+        for frame in frames(Jobs, remote.comp, rows):
             self.say(peer.link, frame)  # type: ignore[arg-type]
-        self._state.sent(action.works, peer.key)
-        link = self._client_link(action.comp)
-        if link is not None:
-            self.say(link, Where(action.comp, (peer.ip_addr, peer.port, peer.name), [work._client for work in action.works]))
+        self.state.sent(works, peer.key)
+        remote.say(Where(remote.comp, (peer.ip_addr, peer.port, peer.name), [work._client for work in works]))
         if unread:
-            self._act(self.schedule.handle(NodeResults(peer.key, action.comp, unread), self.now))
+            self._act(self.schedule.handle(NodeResults(peer.key, remote.comp, unread), self.now))
 
     def _payload_of(self, work: Any) -> Payload:
         """Of those that wait it is on the disk."""
-        return self._state.payload(work._serial >> 16) if work._payload is None else work._payload
+        return self.state.payload(work._serial >> 16) if work._payload is None else work._payload
 
-    def _jobs_started(self, action: JobsStarted) -> None:
-        link = self._client_link(action.comp)
-        if link is not None:
-            rows = [(work._client, ran) for work, ran in action.pairs]
-            self.say(link, Started(action.comp, rows))
-
-    def _jobs_ended(self, action: JobsEnded) -> None:
-        remote: Any = self._clusters[action.comp]
-        for work, row in action.pairs:
-            row = (work._client, *row[1:])
-            if row[1] not in GOES_ON:
-                self._end(remote, work, row, action.node)
-            else:
-                remote.outbox.append(row)
-
-    def _end(self, remote: Remote, work: RemoteWork, row: tuple, node: Any = None) -> None:
+    def end_job(self, remote: Remote, work: RemoteWork, row: tuple, node: Any = None) -> None:
+        """A job has ended with this row of Results, `node` is where, if it was on one."""
         number = work._serial >> 16
         if remote.works.pop(work._client, None) is None:
             return
@@ -2345,7 +2383,7 @@ class Scheduler(Driver):
         remote.files.pop(work._serial, None)
         if remote.exclusive and not remote.works:
             self._reassign = True
-        self._state.ended(number, row)
+        self.state.ended(number, row)
         remote.ended[work._client] = number
         remote.outbox.append(row)
 
@@ -2356,61 +2394,15 @@ class Scheduler(Driver):
         if link is not None:
             self._serve_values(link, remote)
 
-    def _job_ended(self, action: JobEnded) -> None:
-        work, remote = action.work, self._clusters.get(action.work._comp)
-        if isinstance(remote, Remote):
-            outcome = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome.DIED}.get(work._state, Outcome.CANCELLED)
-            if work in remote.absence.dropping:
-                remote.absence.dropping.discard(work)
-                if outcome == Outcome.CANCELLED:
-                    self._dropped(remote, work)
-                    return
-            self._end(remote, work, (work._client, int(outcome), 0.0, 0.0, action.text.encode('utf-8', 'replace'), b'', b''))
-
-    def _job_waits(self, action: JobWaits) -> None:
-        work, link = action.work, self._client_link(action.work._comp)
-        self._clusters[work._comp].files.pop(work._serial, None)
-        self._state.waits(work)
-        if link is not None:
-            self.say(link, Where(work._comp, (), [work._client]))
-
-    def _job_parked(self, action: JobParked) -> None:  # type: ignore[override]
-        self._inform(action.work._comp, 'a job waits: %s' % action.text)
-
-    def _on_output(self, peer: Peer, message: Output) -> None:
-        if message.stream == 0:
-            log_record_of(message.data)   # it is passed on as it came
-        work = self._job_of(peer, message.comp, message.serial)
-        link = self._client_link(message.comp)
-        if work is not None and link is not None:
-            self.say(link, message._replace(serial=work._client, data=beside(message.data)))
-
-    def _on_file_piece(self, peer: Peer, message: FilePiece) -> None:
-        work = self._job_of(peer, message.comp, message.key)
-        remote = self._clusters.get(message.comp)
-        if work is None or not isinstance(remote, Remote):
-            return
-        if message.offset == 0:
-            remote.files[message.key] = (remote.link, message.row[0])
-        if message.key not in remote.files:
-            return   # it was answered already: what is left of it is passed over
-        if remote.link in self.links and remote.files[message.key][0] == remote.link:
-            piece = message._replace(key=work._client, data=beside(message.data))
-            self.say(self.links[remote.link], piece)
-        else:
-            del remote.files[message.key]
-            text = 'the client is not connected'
-            self.say_to(peer, FileStored(*message[:3], message.row[0], text))
-
     def _on_welcome(self, peer: Peer, message: Welcome) -> None:
         super()._on_welcome(peer, message)
         if peer.key in self._peers:
-            self._state.met(peer)
+            self.state.met(peer)
 
     # -- nodes for one computation alone --------------------------------------------------------------------------
 
     def _set_up(self, peer: Peer, comp: str) -> None:
-        remote = self._clusters.get(comp)
+        remote = self.clusters.get(comp)
         if isinstance(remote, Remote) and remote.rests:
             return
         if not self.overview.keeps(peer, comp):
@@ -2436,8 +2428,8 @@ class Scheduler(Driver):
 
     def _holds(self, comp: str) -> bool:
         """Whether a computation that wants its nodes alone still has a program or jobs."""
-        remote = self._clusters.get(comp)
-        return remote is not None and (remote.link in self.links or bool(remote.works))
+        remote = self.clusters.get(comp)
+        return isinstance(remote, Remote) and (remote.link in self.links or bool(remote.works))
 
     def _assign(self, peer: Peer) -> None:
         """Whom a node serves: the first computation that wants it alone, when jobs of the others have ended there; or all."""
@@ -2624,7 +2616,7 @@ def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) 
 
     def tell(text: str) -> None:
         if log_file and os.name != 'nt' and os.stat(log_file).st_mode & 0o077:   # others would have the token
-            path = os.path.abspath(os.path.join(scheduler._state.root, 'monitor'))
+            path = os.path.abspath(os.path.join(scheduler.state.root, 'monitor'))
             _write_private(path, text.encode() + b'\n')
             text = 'the link of the monitor is in %s, since others can read this log' % path
         logger.info('%s', text)

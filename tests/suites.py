@@ -149,7 +149,7 @@ def workers_of(cluster):
     found = {}
     for process in psutil.Process().children(recursive=True):
         try:
-            if cluster._comp in process.cwd() and cluster._comp in process.parent().cwd():
+            if cluster.comp in process.cwd() and cluster.comp in process.parent().cwd():
                 process.join = process.wait
                 found[process.pid] = process
         except (psutil.NoSuchProcess, psutil.AccessDenied, AttributeError):

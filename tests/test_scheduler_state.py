@@ -19,7 +19,7 @@ def root(tmp_path):
 
 
 def begin(state, comp='c'):
-    state.began(types.SimpleNamespace(_comp=comp, instance=b'i' * 16, digest=bytes(32), _cargo=types.SimpleNamespace(spec={'name': comp})))
+    state.began(types.SimpleNamespace(comp=comp, instance=b'i' * 16, digest=bytes(32), cargo=types.SimpleNamespace(spec={'name': comp})))
     peer = Peer(*KEY)
     peer.name, peer.instance = 'node', b'n' * 16
     state.met(peer)

@@ -607,9 +607,9 @@ class Session:
             world.next_session = self   # others may have begun meanwhile
         self.cluster = cluster = JobCluster(compute, nodes=self.nodes, reentrant=self.reentrant, recover_file=self.path, secret=SECRET,
                                             job_status=self.ended, loglevel=logging.CRITICAL)
-        self.driver = cluster._driver
-        if cluster._journal is not None:
-            cluster._journal.driver = self.driver
+        self.driver = cluster.driver
+        if cluster.journal is not None:
+            cluster.journal.driver = self.driver
         self.recover(cluster.recovered)
         self.submit()
 
@@ -716,7 +716,7 @@ class Session:
     def killed(self):
         """The process is no more."""
         dispy._clusters.discard(self.cluster)
-        world, journal = self.world, self.cluster._journal
+        world, journal = self.world, self.cluster.journal
         for job in self.recent:
             world.statuses[JobState(job.status).name] -= 1
             self.jobs[job.number], job.status = job, None
@@ -1003,7 +1003,7 @@ class World:
         for comp in schedule.comps.values():
             flying = len(comp.running)
             session = driver.session
-            if comp.comp != session.cluster._comp or session.cluster._closed:
+            if comp.comp != session.cluster.comp or session.cluster._closed:
                 continue
             recovering = len(session.cluster._recovery._jobs) if session.cluster._recovery is not None else 0
             known = comp.length() + len(comp.parked) + flying + recovering + len(driver._submitted) + sum(
@@ -1095,10 +1095,10 @@ class World:
         """Let go of what a failed run has left open."""
         for session in filter(None, self.sessions.values()):
             dispy._clusters.discard(session.cluster)
-            if session.cluster._journal is not None:
+            if session.cluster.journal is not None:
                 with contextlib.suppress(OSError):
-                    os.close(session.cluster._journal._new)
-                session.cluster._journal._db.close()
+                    os.close(session.cluster.journal._new)
+                session.cluster.journal._db.close()
 
     def new_session(self, user):
         if self.over or self.budget <= 0:
