@@ -6741,10 +6741,10 @@ class NodeUser:
     # -- setting up a node --------------------------------------------------------------------------------
 
     def ask_source(self, peer: 'Peer', link: Link) -> None:
-        """Find out what the source of the computation is, and call `Driver.source_found`."""
+        """Find out what the source of the computation is, and call `ComputationSetup.source_found`."""
 
     def ask_allocator(self, allocator: Any, peer: 'Peer', link: Link) -> None:
-        """Ask the user's allocator, and call `Driver.allocated`."""
+        """Ask the user's allocator, and call `ComputationSetup.allocated`."""
 
     def support_for(self, peer: 'Peer') -> Dict[str, bytes]:
         """cloudpickle, if the node does not have the same."""
@@ -6809,6 +6809,31 @@ class NodeUser:
         """The driver's thread is ending for a fault of ours."""
 
 
+class NodePolicy:
+    """What whoever runs a driver says to the use of nodes, and is told of it. This one, that of a
+    program, lets everything happen. The driver's thread."""
+
+    def addresses_of(self, peer: 'Peer') -> Optional[Callable[[str], bool]]:
+        """Which addresses of a node may be connected to; None: all. A dial thread."""
+        return None
+
+    def may_set_up(self, peer: 'Peer', comp: str) -> bool:
+        """Whether a computation may be offered to a node."""
+        return True
+
+    def node_met(self, peer: 'Peer') -> None:
+        """A node is connected, and has told what it is."""
+
+    def becomes_ready(self, peer: 'Peer', comp: str) -> None:
+        """A computation is about to be ready at a node."""
+
+    def node_drained(self, peer: 'Peer') -> None:
+        """The last job of a computation that sends no more has ended there."""
+
+    def node_freed(self, peer: 'Peer') -> None:
+        """A computation has left a node, or was refused there."""
+
+
 class Recovery(NodeUser):
     """Collects what nodes have of computations whose program has crashed. To the driver it is a cluster that only looks.
     `done(job, row, peer)` is told a result, `lost(job, text)` a job that has begun and is lost, `again(job)` one that has not
@@ -6848,7 +6873,7 @@ class Recovery(NodeUser):
         if peer not in self.met:
             self.met.append(peer)
         self._unmet.discard(peer.place)
-        self.driver.reclaim(peer, self, self.old)
+        self.driver.recoveries.reclaim(peer, self, self.old)
         self._check()
 
     def held(self, peer: Peer, comp: str, serials: Sequence[int], past: Past) -> None:
@@ -6993,7 +7018,7 @@ class Gathering(NodeUser):
                 taking = stage != 'look'
                 if taking:
                     self._stages[key] = 'taking'
-                self.driver.reclaim(peer, self, {key[1]: self.lefts[key[1]].key}, taking)
+                self.driver.recoveries.reclaim(peer, self, {key[1]: self.lefts[key[1]].key}, taking)
 
     def node_connected(self, peer: Peer) -> None:
         """It is asked for what it has."""
@@ -7259,10 +7284,10 @@ def gathering(lefts: Sequence[Left], access: Access, cancel: bool = False) -> It
             yield found
             found.finish()
             whole = {comp for comp in found.lefts if found.is_whole(comp)}
-            driver.ask(lambda: driver.acknowledge(found, whole))
+            driver.ask(lambda: driver.recoveries.acknowledge(found, whole))
         finally:
             with contextlib.suppress(RuntimeError):   # it has failed
-                driver.ask(lambda: driver.let_go(found, whole))
+                driver.ask(lambda: driver.recoveries.let_go(found, whole))
             driver.release()
     finally:
         for left in lefts:
@@ -7397,7 +7422,7 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
             recovery = Recovery(journal, sent, holders, done, lost, wait_again, over.set, cancel)
             driver.ask(lambda: recovery.begin(driver))
             recovery.wait(over, timeout)
-            driver.ask(lambda: driver.give_up(recovery, recovery.collected.is_set()))
+            driver.ask(lambda: driver.recoveries.give_up(recovery, recovery.collected.is_set()))
         finally:
             driver.release()
     with lock:
@@ -7460,70 +7485,1473 @@ class Unused:
         return sys.getrefcount(value)
 
 
+class NodeTable:
+    """The nodes that a driver knows. The driver's thread."""
+
+    def __init__(self) -> None:
+        self.by_key: Dict[Any, Peer] = {}
+        self.by_link: Dict[int, Peer] = {}       # those that are connected
+        self.unusable: Dict[Any, Peer] = {}      # instance or address -> one that cannot be used, and is no node that was named
+
+    def of(self, comp: str) -> List[Peer]:
+        """Nodes of a cluster."""
+        return [peer for peer in self.by_key.values() if comp in peer.uses]
+
+    def find(self, comp: str, node: Any) -> Peer:
+        """The node that a user's word means. Raises ValueError naming those there are."""
+        if node is None and len(self.of(comp)) == 1:
+            return self.of(comp)[0]
+        found = [peer for peer in self.of(comp) if peer.is_meant(node)]
+        if len(found) != 1:
+            raise ValueError('%s %.80r; this cluster knows %s' % ('no node is' if not found else 'several nodes are', node,
+                                                                  ', '.join(sorted(map(str, self.of(comp)))) or 'none'))
+        return found[0]
+
+    def words_of(self, comp: str) -> Dict[str, List[Peer]]:
+        """Nodes of a cluster by their names and addresses, so that a list of thousands is not compared with itself."""
+        found: Dict[str, List[Peer]] = {}
+        for peer in self.of(comp):
+            for word in {_plain_host(word) for word in (peer.ip_addr, peer.host, peer.name) if word}:
+                found.setdefault(word, []).append(peer)
+        return found
+
+    def add_unusable(self, key: Any, address: str, text: str) -> None:
+        """One that cannot be used, and is no node that was named: said once."""
+        if key not in self.unusable and len(self.unusable) < 1000:
+            known = {(peer.host, peer.reason) for peer in self.unusable.values()}
+            peer = self.unusable[key] = Peer(address, 0)
+            peer.reason = text
+            if (address, text) not in known:   # a host may have many of them
+                logger.warning('%s cannot be used: %s', address, text)
+
+
+class Connector:
+    """Finds nodes and connects to them: asks by UDP, dials, lets nodes dial, and starts one here. The
+    driver's thread."""
+
+    def __init__(self, driver: 'Driver', psk: bytes, tls: Any) -> None:
+        self._driver = driver
+        self._psk, self._tls = psk, tls
+        self.reach = discovery_reach()               # how far nodes are asked for
+        self._discovery = Discovery(self._psk, Role.CLIENT, driver.instance)
+        self._ears: Dict[Tuple[int, bool], _Asker] = {}      # (UDP port, multicast) -> who asks there
+        self._gates: Dict[Tuple[str, int], Gate] = {}        # where nodes may dial
+        self._dials: Set[Peer] = set()               # with a dial thread at work
+
+    def search(self, port: int, multicast: bool) -> None:
+        """Ask for nodes at a UDP port, often at first, then every ping_interval."""
+        asker = self._ears.get((port, multicast))
+        if asker is None:
+            # Answers come to a port of our own; at the nodes' port those are heard that start later.
+            asker = self._ears[port, multicast] = _Asker(Ears(self._driver, self.reach, (port,), (0, port), self._hear, multicast))
+        asker.due, asker.wait = self._driver.now, ASK_FIRST
+
+    def searches_at(self, port: int) -> bool:
+        """Whether nodes are asked for at a UDP port."""
+        return any(asked == port for asked, _ in self._ears)
+
+    def end_searches(self) -> None:
+        """Those that no cluster needs any more."""
+        wanted = {(spec.port, other.multicast) for other in self._driver.clusters.values() for spec in other.specs if spec.wild}
+        for key in set(self._ears) - wanted:
+            self._ears.pop(key).ears.close()
+
+    def search_when_due(self, due: List[float]) -> None:
+        """Ask for nodes; appends when to do so next."""
+        for asker in self._ears.values():
+            if self._driver.now >= asker.due:
+                asker.ears.shout(lambda: self._discovery.say(Cry.QUESTION))
+                asker.last, asker.due, asker.wait = self._driver.now, self._driver.now + asker.wait, min(2 * asker.wait, self._driver.access.redial)
+            due.append(asker.due)
+
+    def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
+        """A datagram. What it says is a hint: the node is dialled, and the handshake decides."""
+        heard, _ = self._discovery.hear(data, source, self._driver.now)
+        if heard is None:
+            return
+        if heard.kind == Cry.NOT_MINE:
+            self._driver.nodes.add_unusable(heard.instance, source, 'its node has another secret: ' + same_secret())
+            return
+        if heard.kind == Cry.HELLO:   # ask, soon: which address is best depends on who asks
+            for asker in self._ears.values():
+                asker.due = min(asker.due, max(self._driver.now, asker.last + ASK_FIRST))
+            self._driver.soon()
+            return
+        host = heard.address or source
+        for comp, cluster in list(self._driver.clusters.items()):
+            spec = next((spec for spec in cluster.specs if spec.wild and spec.may_fit(host)), None)
+            if spec is None:
+                continue
+            known = next((peer for peer in self._driver.nodes.by_key.values() if peer.instance == heard.instance or peer.key == (host, heard.port)), None)
+            if known is None:
+                known = self._driver.selection.use_address(comp, host, heard.port, spec, False)
+                known.dialling.due = self._driver.now + (IPV6_LATER if ':' in host else 0.0)
+            elif known.link is not None:
+                self._driver.selection.consider(known, comp)
+            else:
+                if known.state is NodeState.FOUND and ':' in known.host and ':' not in host and not known.listed \
+                        and all(use.spec.may_fit(host) for use in known.uses.values()):
+                    del self._driver.nodes.by_key[known.key]
+                    known.host, known.ip_addr, known.key, known.dialling.due = host, host, (host, heard.port), self._driver.now
+                    self._driver.nodes.by_key[known.key] = known
+                if not known.dialling.busy and (known.instance != heard.instance or known.state is NodeState.LOST):   # it is there again
+                    known.dialling.due = self._driver.now
+                self._driver.selection.take(known, comp, spec)
+            known.instance, known.heard = heard.instance, self._driver.now
+        self._driver.soon()
+
+    def _turned_away(self, address: str, text: str) -> None:
+        """A gate's thread: a node that dialled us was refused."""
+        self._driver.call_soon(self._driver.nodes.add_unusable, address, address, 'it connected and was turned away: ' + text)
+
+    def listen(self, host: str, port: int, may_fail: bool) -> None:
+        """Let nodes connect to us (--scheduler-host). Raises OSError; if it may fail, a port that is taken is no error."""
+        if (host, port) not in self._gates:
+            access = self._driver.access
+            try:
+                gate = Gate((host, port), self._psk, Role.SCHEDULER, (Role.NODE,), self._driver.instance, self._driver.post,
+                            access.certfile, access.keyfile, access.cafile, refused=self._turned_away)
+            except OSError as exc:
+                taken = exc.errno in (48, 98, 10048)   # EADDRINUSE of macOS, Linux, Windows
+                if not taken or not may_fail:
+                    raise OSError(exc.errno, 'nodes cannot connect to %s: %s (host=%r: an address of this host, or ADDRESS:PORT)'
+                                  % (place(host, port), 'another program has that port' if taken else exc.strerror, host)) from exc
+                logger.warning('port %d is taken by another program: nodes cannot connect to this one (host=%r; ADDRESS:PORT gives '
+                               'another port); it connects to nodes all the same', port, host)
+                return
+            self._gates[host, port] = gate
+            self._driver.watch(gate.socket, gate.knock)
+
+    def listens_at(self, host: str, port: int) -> bool:
+        """Whether nodes can connect there."""
+        return (host, port) in self._gates
+
+    def end_listening(self, cluster: NodeUser) -> None:
+        """A cluster is closed: where no other lets nodes connect, they cannot any more."""
+        for where in cluster.hosts:
+            if any(where in other.hosts for other in self._driver.clusters.values()):
+                continue
+            gate = self._gates.pop(where, None)
+            if gate is not None:   # else its port was taken
+                self._driver.unwatch(gate.socket)
+                gate.server_close()
+
+    def dial_when_due(self, due: List[float]) -> None:
+        """Dial nodes; appends when to do so next."""
+        for peer in self._driver.nodes.by_key.values():
+            when = peer.dialling.due
+            if when is not None and when <= self._driver.now and peer.state in _MAY_DIAL:
+                if len(self._dials) < DIALS_MOST:   # each takes a thread and a descriptor; those that end make place for others
+                    self._dial(peer)
+            elif when is not None and peer.state in _MAY_DIAL:
+                due.append(when)
+
+    def _dial(self, peer: Peer) -> None:
+        peer.move('dial')
+        self._dials.add(peer)
+        patience = peer.dialling.patience(self._driver.now, self._driver.access.pulse, peer.trip)
+        self._tried(peer, TRY_TIMES * patience)
+        reach = functools.partial(self._reach_peer, peer, patience=patience)
+        peer.dialling.start(self._driver.post, peer, reach)
+
+    def _tried(self, peer: Peer, lasts: float) -> None:
+        """What is on a node that is away is not lost for so many s: it is tried to reach it."""
+        self._driver.decide(NodeTried(peer.key, self._driver.now + lasts))
+
+    def _reach_peer(self, peer: Peer, note: Callable[[Any], None], patience: float = HANDSHAKE_TIME) -> Arrival:
+        """A dial thread."""
+        if not peer.embedded:
+            wanted = Role.SCHEDULER if peer.scheduler else Role.NODE
+            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self._driver.instance, self._tls, note, patience,
+                        self._driver.policy.addresses_of(peer))
+        peer.end_process()
+        peer.process, port, psk = _start_embedded(peer)
+        return dial(peer.host, port, psk, Role.CLIENT, Role.NODE, self._driver.instance, None, note)
+
+    def dialled(self, event: Dialled) -> None:
+        peer = event.peer
+        if isinstance(peer, Second):
+            self._second_reached(event)
+            return
+        self._dials.discard(peer)
+        self._driver.soon()   # others may wait to be dialled
+        peer.dialling.ended()
+        self._tried(peer, 0.0)
+        if peer.state is not NodeState.DIALLING:
+            event.sock.close()
+            return
+        instance = event.session.peer_instance
+        twin = next((other for other in self._driver.nodes.by_key.values() if other is not peer and other.link is not None
+                     and other.link.instance == instance), None)
+        if twin is not None:   # one node by two names or addresses: one link is enough
+            event.sock.close()
+            twin.aliases.add(peer.place)
+            for comp, use in peer.uses.items():
+                known = comp in twin.uses
+                self._driver.selection.take(twin, comp, use.spec)
+                if known and twin.name and self._driver.clusters[comp].cargo is None:
+                    # It may look for something by this name.
+                    self._driver.clusters[comp].node_connected(twin)
+            if peer.listed and not twin.port and not twin.embedded:   # it has dialled us; when that ends, we dial it
+                peer.move('fail')
+                peer.reason = 'it has connected by itself'
+                peer.dialling.again(self._driver.now)
+                self._driver.soon()
+                return
+            twin.listed = twin.listed or peer.listed
+            peer.uses.clear()
+            self._driver.selection.drop_unused(peer)
+            return
+        elder = next((other for other in self._driver.nodes.by_key.values() if other is not peer and other.link is None and not other.embedded
+                      and other.instance == instance and other.key in self._driver.schedule.nodes), None)
+        if elder is not None:   # one node by two names: its jobs are known by the other
+            for comp, use in peer.uses.items():
+                self._driver.selection.take(elder, comp, use.spec)
+            elder.listed = elder.listed or peer.listed
+            if not elder.port:
+                elder.host, elder.port = peer.host, peer.port
+            peer.uses.clear()
+            self._driver.selection.drop_unused(peer)
+            peer = elder
+        self._connected(peer, event)
+
+    def _connected(self, peer: Peer, event: Any) -> None:
+        peer.move('connect')
+        peer.failures, peer.probed = 0, False
+        peer.restarted = bool(peer.instance) and peer.instance != event.session.peer_instance
+        peer.instance = event.session.peer_instance
+        peer.ip_addr, peer.reason = event.address, ''
+        peer.link = Link(event.sock, event.session, event.address, self._driver.now, self._driver.access.pulse, OF_NODES)
+        peer.linked_at = self._driver.now
+        self._driver.attach(peer.link)
+        self._driver.nodes.by_link[peer.link.number] = peer
+        self._tried(peer, PULSES_LOST * self._driver.access.pulse)   # it is about to tell what it holds
+        self._driver.say(peer.link, Introduce('%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid()), self._driver.access.pulse))
+
+    def arrived(self, event: Arrival) -> None:
+        """A node has dialled."""
+        instance = event.session.peer_instance
+        for other in [other for other in self._driver.nodes.by_key.values() if other.link is not None and other.link.instance == instance]:
+            if other.port or other.embedded:   # we have dialled it
+                link = Link(event.sock, event.session, event.address, self._driver.now, takes=OF_NODES)
+                self._driver.attach(link)
+                self._driver.part(link, 'this program has connected to it already')
+                return
+            self._driver.break_link(other.link, 'the node has connected anew')  # type: ignore[arg-type]
+        idle = [other for other in self._driver.nodes.by_key.values() if other.link is None and not other.embedded]
+        peer = next((other for other in idle if other.instance == instance and (not other.port or other.key in self._driver.schedule.nodes)), None)
+        there = [other for other in self._driver.nodes.by_key.values() if not other.port and other.ip_addr == event.address]
+        if peer is None and len(there) == 1 and there[0] in idle:   # of several behind one address it may be another
+            peer = there[0]
+        if peer is None:
+            peer = Peer(event.address, 0)
+            peer.key = instance.hex()
+            peer.dialling.due = None
+            self._driver.nodes.by_key[peer.key] = peer
+        self._connected(peer, event)
+
+    def try_second(self, link: Link) -> None:
+        """Dial a node that is silent once more. What dials us does so itself."""
+        peer = self._driver.nodes.by_link.get(link.number)
+        if peer is not None and peer.port:
+            peer.second.start(self._driver.now, self._driver.post, functools.partial(self._reach_peer, peer, patience=max(1.0, link.pulse)))
+
+    def _second_reached(self, event: Dialled) -> None:
+        """It takes the place of a link that is silent still, or has come to its end for that."""
+        peer = event.peer.peer
+        event.peer.ended()
+        old = peer.link
+        if peer.key not in self._driver.nodes.by_key or self._driver.nodes.by_key[peer.key] is not peer or (
+                peer.state not in _MAY_DIAL if old is None else not self._driver.is_silent(old)):
+            event.sock.close()
+            return
+        if old is not None:
+            logger.info('%s: nothing was heard for %.1f s, and it was reached anew', peer, self._driver.now - old.heard)
+            peer.replacing = True
+            self._driver.break_link(old, 'it was reached anew')
+            peer.replacing = False
+        if self._driver.nodes.by_key.get(peer.key) is not peer:   # nobody wants it any more
+            event.sock.close()
+            return
+        peer.move('dial')
+        peer.dialling.due = None
+        self._connected(peer, event)
+
+    def dial_failed(self, event: DialFailed) -> None:
+        peer = event.peer
+        if isinstance(peer, Second):
+            self._driver.second_failed(peer, peer.peer.link)
+            return
+        self._dials.discard(peer)
+        self._driver.soon()   # as above
+        peer.dialling.ended()
+        self._tried(peer, 0.0)
+        if peer.state is not NodeState.DIALLING:
+            return
+        peer.move('fail')
+        peer.failures += 1
+        self.not_reached(peer, event.text)
+        if event.refused and peer.key in self._driver.schedule.nodes and not peer.scheduler:
+            self._look_for_remains(peer)
+        if self.is_forgotten(peer):
+            self.forget(peer)
+
+    def is_forgotten(self, peer: Peer) -> bool:
+        """Whether a node that cannot be reached is not tried any more: one that was found and not
+        named, and does not answer by UDP either. Not while jobs are there that may come back."""
+        if peer.listed or self._driver.schedule.lost_at(peer.key) < math.inf:
+            return False
+        silent = self._driver.now - peer.heard > 2 * self._driver.access.redial
+        return peer.failures >= FOUND_FAILURES and silent or self._only_probed(peer)
+
+    def _look_for_remains(self, peer: Peer) -> None:
+        """Nothing listens where a node was: if it was on this machine, its lock file tells whether its process has ended."""
+        remains = Remains(peer.facts.get('lock'), peer.instance)
+        if not remains.has_ended():
+            return
+        known = {comp: Account(frozenset(remains.kept(comp)), remains.past(comp, peer.memory))
+                 for comp in self._driver.schedule.nodes[peer.key].comps}
+        self._driver.decide(NodeLost(peer.key, str(peer), 'its process has ended', known))
+
+    def forget(self, peer: Peer) -> None:
+        """One that was found and not named cannot be reached: it is found again when it is there again."""
+        peer.uses.clear()
+        self._driver.selection.drop_unused(peer)
+
+    def not_reached(self, peer: Peer, text: str, lived: float = 0.0) -> None:
+        """Say why, once for each reason, and try again later."""
+        if text == CLOSED_AT_ONCE and peer.told:   # it refuses this address for a while, for the reason that was told
+            text = peer.reason
+        if peer.scheduler:
+            text = text.replace('a dispynode 5', 'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
+        peer.reason = text
+        about = told_once(text)
+        if about not in peer.told and not self._only_probed(peer) and not peer.replacing:
+            peer.told.add(about)
+            logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, text)
+            for cluster in [self._driver.clusters[comp] for comp in peer.uses if comp in self._driver.clusters]:
+                cluster.node_unreachable(peer, text)
+        peer.dialling.again(self._driver.now, lived, self._driver.access.pulse)
+        last, due = self._driver.schedule.lost_at(peer.key) - LAST_TRY, peer.dialling.due
+        if due is not None and self._driver.now < last < due:
+            peer.dialling.due = last
+        self._driver.soon()
+
+    @staticmethod
+    def _only_probed(peer: Peer) -> bool:
+        return peer.probed and not peer.listed
+
+    def away_until(self, peer: Peer, link: Link) -> float:
+        """Until when what is on a node is not lost. Not before a new connection has been tried in vain."""
+        if peer.scheduler:
+            return math.inf   # it keeps what it has on disk
+        until = link.heard + PULSES_LOST * link.pulse
+        if peer.port and (peer.second.busy or not peer.second.has_failed(link.heard)):
+            until = max(until, self._driver.now + PULSES_SILENT * link.pulse)
+        return until
+
+    def close(self) -> None:
+        """End all of it."""
+        for gate in self._gates.values():
+            gate.server_close()
+        for asker in self._ears.values():
+            asker.ears.close()
+        for peer in {*self._dials, *self._driver.nodes.by_key.values()}:   # also those that no cluster uses any more
+            peer.dialling.abort(peer.embedded)
+            peer.second.abort()
+            peer.end_process()
+
+    def sockets(self) -> List[Any]:
+        """All that listen."""
+        return [gate.socket for gate in self._gates.values()] \
+            + [ear.socket for asker in self._ears.values() for ear in asker.ears.ears]
+
+
+class NodeSelection:
+    """Which nodes each cluster uses, with how many CPUs. The driver's thread."""
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        self.probes: Dict[str, float] = {}           # computation -> when to start an embedded node
+
+    def use(self, comp: str, specs: Sequence[NodeSpec]) -> None:
+        """Look for nodes: dial those named, ask for those meant by wildcards."""
+        for spec in specs:
+            if spec.wild:
+                for peer in list(self._driver.nodes.by_key.values()):
+                    if peer.link is not None:
+                        self.consider(peer, comp)
+                if self._driver.clusters[comp].searches:
+                    self._driver.connector.search(spec.port, self._driver.clusters[comp].multicast)
+            else:
+                self.use_address(comp, spec.host, spec.port, spec, True)
+        self._driver.soon()
+
+    def use_address(self, comp: str, host: str, port: int, spec: NodeSpec, listed: bool) -> Peer:
+        peer = self._driver.nodes.by_key.get(('scheduler', host, port) if spec.scheduler else (host, port))
+        if peer is None:
+            peer = Peer(host, port, self._driver.access.redial, scheduler=spec.scheduler)
+            self._driver.nodes.by_key[peer.key] = peer
+        peer.listed = peer.listed or listed
+        self.take(peer, comp, spec)
+        return peer
+
+    def take(self, peer: Peer, comp: str, spec: NodeSpec) -> None:
+        """A cluster may use a node."""
+        if comp not in peer.uses:
+            peer.uses[comp] = Use(spec)
+            self._driver.setup.set_up(peer, comp)
+        self._driver.soon()
+
+    def consider(self, peer: Peer, comp: str) -> None:
+        """Use a connected node if this cluster's specs mean it."""
+        spec = self._driver.clusters[comp].spec_of(peer)
+        if spec is not None and not peer.embedded:
+            self.take(peer, comp, spec)
+
+    def use_embedded(self, comp: str) -> None:
+        """A node of this program's own, for all its clusters of this driver."""
+        if self.probes.pop(comp, None) is not None:
+            if any(peer.uses[comp].offered for peer in self._driver.nodes.of(comp)):
+                return   # a dispynode has answered meanwhile
+            logger.info('no dispynode answers: one is started on this machine for this program (nodes=%r says so at once)', LOCAL)
+        peer = self._driver.nodes.by_key.setdefault(LOCAL, Peer('127.0.0.1', 0, self._driver.access.redial, True, True))
+        most = self._driver.clusters[comp].cpus_in_all()
+        if comp not in peer.uses and most is not None:   # also if the machine has fewer CPUs
+            peer.uses[comp] = Use(NodeSpec('127.0.0.1', 0))
+            peer.uses[comp].allocation = Allocation(most, b'', [], {})
+            self._driver.setup.set_up(peer, comp)
+        self.take(peer, comp, NodeSpec('127.0.0.1', 0))
+
+    def start_embedded_when_due(self, due: List[float]) -> None:
+        """Start a node here where none has answered; appends when to do so next."""
+        for comp, when in list(self.probes.items()):
+            if self._driver.now >= when:
+                self.use_embedded(comp)
+            else:
+                due.append(when)
+
+    def done(self, peer: Peer, comp: str, shutdown: bool = False) -> None:
+        """Tell a node that a computation is over there, and that it may end."""
+        if peer.uses[comp].offered and peer.link is not None:
+            peer.link.abandon(comp)
+            if shutdown:
+                self._driver.say(peer.link, Shutdown(comp))
+            self._driver.say(peer.link, Done(comp))
+        for key in [key for key in peer.answers if key[0] == comp]:
+            peer.answers.pop(key).set_exception(RuntimeError('the computation is not at node %s any more' % peer))
+
+    def drop_unused(self, peer: Peer) -> None:
+        """When no cluster uses a node any more, the next client may have it."""
+        if peer.uses or peer.embedded:
+            return
+        self._driver.nodes.by_key.pop(peer.key, None)
+        peer.move('close')
+        if peer.link is not None:
+            link = peer.link
+            self._driver.part(link, 'no cluster uses this node any more')
+            self.unlink(peer, link)
+
+    def unlink(self, peer: Peer, link: Link) -> None:
+        """A link is over: forget all that went along it."""
+        del self._driver.nodes.by_link[link.number]
+        peer.count_link()
+        peer.link = None
+        for comp, serials in self._driver.jobs.outgoing.drop(peer):   # it never left
+            self._driver.decide(NodeReturned(peer.key, comp, serials))
+        for use in peer.uses.values():
+            use.move('lost')
+            use.allocation, use.then = None, ''
+            use.acks.clear()
+        for (_, what), future in peer.answers.items():
+            kind = ConnectionError if what.startswith('call ') else RuntimeError   # a scheduler is asked once more
+            future.set_exception(kind('the connection to %s has ended' % peer))
+        peer.answers.clear()
+        self._driver.files.abort(lambda number, comp: number == link.number)
+
+    def set_cpus(self, comp: str, peer: Peer, cpus: Optional[int]) -> int:
+        """Limit a cluster's CPUs of a node; None: as at first. Returns how many these are now."""
+        use = peer.uses[comp]
+        if cpus is not None and cpus > peer.offered > 0 and not peer.embedded:
+            raise ValueError('cpus=%d: node %s offers %d' % (cpus, peer, peer.offered))
+        use.wanted = cpus
+        if use.state is UseState.READY and not use.then:
+            limit = self.tell_limit(peer, comp)
+            self._driver.decide(NodeOffers(peer.key, comp, limit) if limit else NodeDrains(peer.key, comp))
+        elif use.state is UseState.REFUSED and cpus != 0:
+            self._driver.setup.set_up(peer, comp)
+        return peer.limit(comp)
+
+    def tell_limit(self, peer: Peer, comp: str) -> int:
+        """The CPUs of a node that a computation may use; the node, which has more jobs than it runs, is told as well."""
+        limit = peer.limit(comp)
+        if limit and peer.link is not None:
+            self._driver.say(peer.link, Limit(comp, limit))
+        return limit
+
+    def limit_node(self, action: LimitNode) -> None:
+        peer = self._driver.nodes.by_key.get(action.node)
+        if action.cpus and peer is not None and peer.link is not None:
+            self._driver.say(peer.link, Limit(action.comp, action.cpus))
+
+    def leave(self, comp: str, node: Any, then: str, at_once: bool) -> None:
+        """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at once."""
+        peer = self._driver.nodes.find(comp, node)
+        use = peer.uses[comp]
+        if use.state is UseState.READY and not at_once:
+            use.then = then
+            self._driver.decide(NodeDrains(peer.key, comp))
+        else:
+            self._left(peer, comp, then)
+
+    def drained(self, action: NodeDrained) -> None:
+        peer = self._driver.nodes.by_key.get(action.node)
+        if peer is None:
+            return
+        if action.comp in peer.uses and peer.uses[action.comp].then:
+            self._left(peer, action.comp, peer.uses[action.comp].then)
+        self._driver.policy.node_drained(peer)
+
+    def _left(self, peer: Peer, comp: str, then: str) -> None:
+        use = peer.uses[comp]
+        use.then = ''
+        if use.state is UseState.READY:
+            self._driver.tell_all(DispyNode.Closed, peer, [comp])
+        self.done(peer, comp)
+        self._driver.decide(NodeLeft(peer.key, comp, str(peer), 'it was closed by the program'))
+        if then == 'close':
+            use.move('close')
+            use.reason = 'closed by the program'
+        elif use.state is not UseState.CLOSED:
+            use.move('lost')   # to be set up anew; the node says 'closing' until its cleanup has run, and is asked again
+            self._driver.setup.set_up(peer, comp)
+        self._driver.policy.node_freed(peer)
+
+    def allocate(self, comp: str, specs: Sequence[NodeSpec]) -> None:
+        """Use these nodes, new ones and those deallocated or closed before."""
+        cluster, words = self._driver.clusters[comp], self._driver.nodes.words_of(comp)
+        for spec in specs:
+            candidates = self._driver.nodes.of(comp) if spec.wild else words.get(_plain_host(spec.host), ())
+            known = [peer for peer in candidates if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
+                     or peer.is_meant(spec.host) and (peer.port in (0, spec.port) or (peer.name, cluster.port) == (spec.host, spec.port))]
+            for peer in known:
+                use = peer.uses[comp]
+                use.spec = spec if not spec.wild else use.spec
+                if use.state is UseState.CLOSED:
+                    use.move('open')
+                    use.wanted, use.reason, use.allocation = None, '', None
+                    self._driver.setup.set_up(peer, comp)
+                else:
+                    self.set_cpus(comp, peer, None)
+            if not known or spec.wild:
+                cluster.specs = [*cluster.specs, spec]
+                self.use(comp, [spec])
+                peer = self._driver.nodes.by_key.get((spec.host, spec.port))  # type: ignore[assignment]
+                if peer is not None:
+                    words.setdefault(_plain_host(spec.host), []).append(peer)
+
+
+class ComputationSetup:
+    """Sets computations up at nodes: what is offered to them, and what they answer. The driver's
+    thread."""
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+
+    def on_welcome(self, peer: Peer, message: Welcome) -> None:
+        peer.name, peer.facts, peer.offered = message.name, message.facts, message.cpus
+        peer.trip = self._driver.now - peer.linked_at
+        kept, memory = message.facts.get('kept', {}), str(message.facts.get('memory', ''))
+        peer.whole = not peer.restarted or (memory != '' and memory == peer.memory)
+        peer.memory = memory
+        node = self._driver.schedule.nodes.get(peer.key)
+        sent = [comp for comp, flight in node.flight.items() if flight] if node is not None else []
+        if peer.restarted and not peer.whole:
+            known = {comp: Account(frozenset(serials), Past(whole=False)) for comp, serials in kept.items()}
+            self._driver.decide(NodeLost(peer.key, str(peer), 'it was started anew', known))
+        peer.restarted = False
+        for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:   # what it has from before comes first, also if it is busy now
+            if comp in self._driver.clusters:
+                self._driver.say(peer.link, Reclaim(comp, self._driver.clusters[comp].key))  # type: ignore[arg-type]
+        for comp, cluster in sorted(self._driver.clusters.items(), key=lambda item: item[1].cargo is not None):   # recoveries first
+            use = peer.uses.get(comp)
+            if use is None:
+                self._driver.selection.consider(peer, comp)
+            elif use.spec.wild and cluster.spec_of(peer) is None:
+                del peer.uses[comp]   # at its address might have been one that is meant, but it has another name
+            else:
+                use.spec = cluster.spec_of(peer) or use.spec if use.spec.wild else use.spec
+                self.set_up(peer, comp)
+        self._driver.selection.drop_unused(peer)
+        if peer.key in self._driver.nodes.by_key:
+            self._driver.policy.node_met(peer)
+
+    def on_offer(self, peer: Peer, message: Offer) -> None:
+        """Its CPUs have changed, or it has become free."""
+        peer.offered = message.cpus
+        for comp, use in list(peer.uses.items()):
+            if use.state is UseState.READY and not use.then:
+                self._driver.decide(NodeOffers(peer.key, comp, self._driver.selection.tell_limit(peer, comp), peer.offered))
+            elif use.state is UseState.REFUSED and peer.offered:
+                self.set_up(peer, comp)
+
+    def set_up(self, peer: Peer, comp: str) -> None:
+        """Offer a computation to a node."""
+        cluster, use = self._driver.clusters[comp], peer.uses[comp]
+        if not self._driver.policy.may_set_up(peer, comp):
+            return
+        if peer.link is None or not peer.name or use.state not in _MAY_OFFER:
+            return
+        if cluster.cargo is None:   # it only looks
+            cluster.node_connected(peer)
+            return
+        if use.spec.allocator is not None and use.allocation is None:
+            if use.state is not UseState.ASKING:
+                use.move('ask')
+                cluster.ask_allocator(use.spec.allocator, peer, peer.link)
+            return
+        spec, there, allocation = cluster.cargo.spec, peer.facts.get('python', ()), use.allocation
+        if spec['kind'] == 'function' and not spec['portable'] and there[:2] != spec['python'][:2] and not peer.scheduler:
+            if cluster.source is None:
+                if use.state is not UseState.ASKING or allocation is not None:
+                    use.move('ask')
+                    cluster.ask_source(peer, peer.link)
+                return
+            code, obstacle = cluster.source
+            if obstacle:
+                self._refusal(peer, comp, 'it runs %s, this program %s, where functions go as source only: %s'
+                              % (python_of(there), python_of(spec['python']), obstacle), 'version')
+                return
+            spec = dict(spec, kind='source', code=code)
+        if peer.allowed(comp) < 1 and use.wanted is None:
+            if not peer.offered and use.state is UseState.REFUSED and use.reason:
+                return   # the node has said why it offers none, and offers them when it does again
+            self._refusal(peer, comp, 'it has no CPU to use: %d offered, limit %d' % (peer.offered, use.spec.cpus)
+                          if allocation is None else 'allocate() returned %d' % allocation.cpus,
+                          'cpus' if allocation is None else 'allocate')
+            return
+        if allocation is not None:
+            spec = dict(spec, cpus=allocation.cpus, setup_args=allocation.setup_args, files=spec['files'] + allocation.files)
+        try:
+            spec = dict(spec, support=cluster.support_for(peer), **cluster.modules_for(peer),
+                        **self._managers(peer))
+        except OSError as exc:
+            self._refusal(peer, comp, 'a file of a module cannot be read: %s' % exc, 'module')
+            return
+        use.move('offer')
+        use.reason, use.unloadable = '', False
+        self._check_unloadable(comp)
+        self._driver.selection.probes.pop(comp, None)
+        spec.update(code=beside(spec['code']), setup_args=beside(spec['setup_args']),
+                    client=cluster.client)   # whose claims on the node's CPUs it shares
+        self._driver.say(peer.link, Compute(comp, spec))
+
+    def _managers(self, peer: Peer) -> Dict[str, Any]:
+        """What lets jobs on this machine use proxies of managers (multiprocessing.Manager) that the
+        program has made. Other machines do not reach the program's managers and get no key."""
+        if peer.scheduler or peer.link is None:
+            return {}
+        sock = peer.link.sock
+        try:
+            here = sock.getsockname()[0] == sock.getpeername()[0]
+        except OSError:   # the link is breaking, and nothing will go along it
+            here = False
+        if not here:
+            return {}
+        return {'authkey': bytes(multiprocessing.current_process().authkey)}
+
+    def source_found(self, cluster: NodeUser, peer: Peer, link: Link, source: Tuple[bytes, str]) -> None:
+        """What the source of a computation is, or why there is none."""
+        cluster.source = source
+        if cluster.comp in self._driver.clusters and peer.link is link and cluster.comp in peer.uses:
+            self.set_up(peer, cluster.comp)
+
+    def source_missing(self, cluster: NodeUser, peer: Peer, link: Link, text: str) -> None:
+        """It could not be found out."""
+        if cluster.comp in self._driver.clusters and peer.link is link and cluster.comp in peer.uses:
+            self._refusal(peer, cluster.comp, 'its source is not to be had: ' + text, 'source')
+
+    def allocated(self, comp: str, peer: Peer, link: Link, allocation: Allocation, error: str) -> None:
+        """What the user's allocator has said."""
+        if comp not in self._driver.clusters or peer.link is not link or comp not in peer.uses:
+            return   # closed or lost meanwhile
+        if error:
+            self._refusal(peer, comp, 'allocate() failed: ' + error, 'allocate')
+        elif peer.uses[comp].state is UseState.ASKING:
+            peer.uses[comp].allocation = allocation
+            self.set_up(peer, comp)
+
+    def _refusal(self, peer: Peer, comp: str, text: str, code: str) -> None:
+        """Not used, for a reason of REASONS. One that passes is said once, whatever its numbers, and tried again."""
+        use, reason = peer.uses[comp], REASONS.get(code)
+        use.move('refuse')
+        use.reason, use.then = text, ''
+        use.passes = reason is not None and reason.passes
+        about = code if use.passes else text
+        if about not in use.told:
+            use.told.add(about)
+            self._driver.clusters[comp].warn('node %s does not take %s: %s%s' % (
+                peer, self._driver.clusters[comp].name, text, '; it is tried again and again' if use.passes else ''))
+        if use.passes:
+            peer.retry_at = self._driver.now + peer.retry_wait
+            peer.retry_wait = min(peer.retry_wait * 2, RETRY_MOST)
+            self._driver.soon()
+
+    def on_refused(self, peer: Peer, message: Refused) -> None:
+        use = peer.uses.get(message.comp)
+        if message.comp in self._driver.recoveries.by_comp:
+            self._driver.recoveries.by_comp[message.comp].refused(peer, message.comp, message.text)
+            return
+        if message.comp not in self._driver.clusters or use is None or not use.offered:
+            return
+        was_ready = use.state is UseState.READY   # its runner has died later: a new one may live
+        if peer.link is not None:
+            peer.link.abandon(message.comp)   # nobody takes it there
+        if was_ready:
+            self._driver.tell_all(DispyNode.Closed, peer, [message.comp])
+            if not peer.scheduler:   # it has answered for all that it held: what was on the way has not begun, as with Bye
+                self._driver.decide(NodeReady(peer.key, message.comp, 0, []))
+            self._driver.decide(NodeLeft(peer.key, message.comp, str(peer), message.text))
+        text = source_here.added_to(message.text)
+        if message.code == 'busy':
+            text += who_holds(text, peer.place)
+        self._refusal(peer, message.comp, text, 'process' if was_ready and message.code == 'setup' else message.code)
+        use.unloadable = message.code in ('code', 'initializer')
+        self._check_unloadable(message.comp)
+        self._driver.policy.node_freed(peer)
+
+    def _check_unloadable(self, comp: str) -> None:
+        """Where every node that can come has said that it cannot load the code, jobs would wait for ever: they end."""
+        text = self.why_unloadable(comp)
+        known = self._driver.schedule.comps.get(comp)
+        if known is not None and known.unloadable != text:
+            self._driver.decide(Unloadable(comp, text))
+
+    def why_unloadable(self, comp: str) -> str:
+        """Why no node can load the code of a computation; empty if one may."""
+        cluster, uses = self._driver.clusters[comp], [peer.uses[comp] for peer in self._driver.nodes.of(comp)]
+        others = bool(cluster.hosts) or any(spec.wild or spec.scheduler for spec in cluster.specs)
+        if not uses or not all(use.unloadable for use in uses):
+            return ''
+        if cluster.cargo is not None and cluster.cargo.spec.get('initializer'):
+            return '%s: %s' % (NO_INITIALIZER, uses[0].reason)
+        if others:
+            return ''
+        return 'no node can load the code of %s: %s' % (cluster.name, uses[0].reason)
+
+    def retry(self, peer: Peer) -> None:
+        """Offer again what the node could not take, for a reason that passes."""
+        peer.retry_at = None
+        for comp, use in list(peer.uses.items()):
+            if comp in self._driver.clusters and use.state is UseState.REFUSED and use.passes:
+                self.set_up(peer, comp)
+
+    def on_ready(self, peer: Peer, message: Ready) -> None:
+        self._driver.policy.becomes_ready(peer, message.comp)
+        use = peer.uses.get(message.comp)
+        if message.comp in self._driver.clusters and use is not None and use.state is UseState.SETTING_UP:
+            use.move('ready')
+            use.seat_told = False
+            peer.retry_wait = RETRY_FIRST
+            self._driver.clusters[message.comp].node_ready(peer)
+            self._driver.tell_all(DispyNode.Initialized, peer, [message.comp])
+            if any(value is not None for value in peer.facts.get('available', {}).values()):
+                self._driver.tell_all(DispyNode.AvailInfo, peer, [message.comp])
+            limit = self._driver.selection.tell_limit(peer, message.comp)   # before the first job
+            ready = NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered,
+                              peer.trip, Past.of(message.past), peer.whole)
+            self._driver.decide(ready)
+
+
+class FileTransfers:
+    """Files that go to nodes and that come from jobs. The driver's thread."""
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        self.incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> receiver
+        self.backlog = Backlog(driver.links)         # what goes to nodes
+
+    def on_need(self, peer: Peer, message: Need) -> None:
+        cluster = self._driver.clusters.get(message.comp)
+        if cluster is None or cluster.cargo is None or peer.link is None:
+            return
+        allocation = peer.uses[message.comp].allocation if message.comp in peer.uses else None
+        paths = dict(cluster.cargo.paths, **allocation.paths) if allocation is not None else cluster.cargo.paths
+        for purpose, key, row in message.files:
+            name = row[0]
+            depends = purpose == Purpose.DEPENDS
+            if purpose == Purpose.VALUES:
+                self._send_value(peer, cluster, key, row)
+                continue
+            source = paths.get(name) if depends else cluster.module_source(name)
+            if source is None:
+                raise PeerError('it asked for a file that was not offered: %.60r' % (name,))
+            self.backlog.add_file(peer.link.number, (cluster.comp, purpose, key), row, source)
+
+    def _send_value(self, peer: Peer, cluster: NodeUser, key: int, row: tuple) -> None:
+        """A node lacks a value that jobs need."""
+        source = cluster.value_source(row[2])
+        if source is None:   # and its jobs have ended
+            text = 'the program does not have it any more'
+            self._driver.say_to(peer, FileStored(cluster.comp, int(Purpose.VALUES), key, row[0], text))
+        else:
+            transfer = (cluster.comp, int(Purpose.VALUES), key)
+            self.backlog.add_file(peer.link.number, transfer, row, source)  # type: ignore[union-attr]
+
+    def send(self) -> None:
+        """A few pieces of files into links that have room."""
+        for link, (comp, purpose, key, name), text in self.backlog.send(self._driver.say):
+            if purpose == Purpose.VALUES:
+                self._driver.say(link, FileStored(comp, purpose, key, name, 'it cannot be read: %s' % text))
+            elif purpose == Purpose.PLACED and link.number in self._driver.nodes.by_link:
+                peer = self._driver.nodes.by_link[link.number]
+                self._driver.queries.answer(peer, (comp, name), 'it cannot be read: %s' % text)
+            elif purpose in ASKED_FOR:   # the node waits for it in vain
+                self._driver.break_link(link, 'a file of the computation cannot be read: %s' % text)
+
+    def on_file_piece(self, peer: Peer, message: FilePiece) -> None:
+        cluster = self._driver.clusters.get(message.comp)
+        job = self._driver.jobs.job_of(peer, message.comp, message.key)
+        if message.purpose != Purpose.FROM_JOB:
+            raise PeerError('a file that was not asked for')
+        if cluster is not None and job is not None:
+            cluster.file_piece(peer, job, message)
+
+    def store(self, peer: Peer, directory: str, message: FilePiece) -> None:
+        """A piece of a file that a job sends. After a failure the rest of the file is passed over."""
+        if peer.link is None:
+            return
+        place = (peer.link.number, message.comp)
+        if place not in self.incoming:
+            roots = {Purpose.FROM_JOB: directory}
+            self.incoming[place] = FileReceiver(roots, where='on the client: ')
+        stored = self.incoming[place].take(message)
+        if stored is not None:
+            self._driver.say(peer.link, stored)
+
+    def on_file_stored(self, peer: Peer, message: FileStored) -> None:
+        self._driver.queries.answer(peer, (message.comp, message.name), message.error)
+
+    def abort(self, over: Callable[[int, str], bool]) -> None:
+        """Remove what has come of files whose link or computation is over."""
+        for key in [key for key in self.incoming if over(key[0], key[1])]:
+            self.incoming.pop(key).abort()
+
+    def abort_attempt(self, attempt: Tuple[str, int]) -> None:
+        """The same of an attempt (computation, serial) that is over: its worker or node has died while it sent a file."""
+        for (_, comp), receiver in self.incoming.items():
+            if comp == attempt[0]:
+                receiver.abort(Purpose.FROM_JOB, attempt[1])
+
+
+class JobExchange:
+    """Jobs to nodes, and what comes of them: what the Schedule decides is sent, and what nodes tell of
+    jobs is handed to it. The driver's thread."""
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        self.submitted: List[Any] = []               # in this turn
+        self.outgoing = Outgoing()                   # of clusters with a journal
+        self._lost_text, self._lost_at = '', 0.0     # of a fault after which jobs may be nowhere; when they are looked for
+
+    def take(self, job: DispyJob) -> None:
+        """A job that waits again from now on."""
+        self.submitted.append(job)
+        self._driver.soon()
+
+    def take_submitted(self) -> None:
+        if self.submitted:
+            works = list(self.submitted)
+            self.submitted.clear()
+            self._driver.act(self._driver.schedule.handle(Submitted(works), self._driver.now))
+
+    def send_jobs(self, action: SendJobs) -> None:
+        self._driver.clusters[action.comp].send_jobs(self._driver.nodes.by_key[action.node], action.works)
+
+    def send_to_node(self, action: Any) -> None:
+        peer = self._driver.nodes.by_key.get(action.node)
+        if peer is not None and peer.link is not None:
+            kind, serials = Cancel if isinstance(action, SendCancel) else Recall, action.serials
+            stay = self._unsend(peer, action.comp, serials)
+            if stay:   # they have not come there, nor will they
+                self._driver.decide(NodeReturned(peer.key, action.comp, stay))
+                serials = [serial for serial in serials if serial not in stay]
+            for message in in_parts(kind, action.comp, serials):
+                self._driver.say(peer.link, message)
+
+    def send_ack(self, action: SendAck) -> None:
+        """Collected, so that a round trip of one job is not two."""
+        peer = self._driver.nodes.by_key.get(action.node)
+        if peer is None or action.comp not in peer.uses:
+            return
+        acks = peer.uses[action.comp].acks
+        acks.extend(action.serials)
+        if len(acks) >= ACKS_MOST and not self.outgoing.has(action.comp):
+            self.acknowledge(peer)
+        else:
+            self._driver.chores_at = min(self._driver.chores_at, self._driver.now + ACK_AFTER)
+
+    def acknowledge(self, peer: Peer) -> None:
+        if peer.link is not None:
+            for comp, use in peer.uses.items():
+                if use.acks and comp not in self.outgoing.held_up:
+                    for message in in_parts(Ack, comp, use.acks):
+                        self._driver.say(peer.link, message)
+                    use.acks = []
+
+    @staticmethod
+    def _unsend(peer: Peer, comp: str, serials: Iterable[int]) -> List[int]:
+        """Large arguments of these need not go on to a node. Returns serials of those that have not
+        come there."""
+        return peer.link.abandon(comp, serials) if peer.link is not None and peer.link.later else []
+
+    def note_down(self) -> None:
+        before = set(self.outgoing.held_up)
+        leaving, staying = self.outgoing.commit()
+        for peer, frame in leaving:
+            self._driver.say_to(peer, frame)
+        for comp in self.outgoing.held_up | before:
+            self._hold_up(comp, comp not in before)
+        for peer, comp, serials in staying:   # it never left
+            self._driver.decide(NodeReturned(peer.key, comp, serials))
+        if self.outgoing.held_up:
+            self._driver.chores_at = min(self._driver.chores_at, self._driver.now + Outgoing.AGAIN)
+
+    def _hold_up(self, comp: str, is_new: bool) -> None:
+        """The journal of a cluster cannot be written, or can be again."""
+        stuck = comp in self.outgoing.held_up
+        if stuck and is_new:
+            logger.error('%s: its recovery file cannot be written: no jobs are sent and no results acknowledged until there is room',
+                         self._driver.clusters[comp].name)
+        for peer in self._driver.nodes.of(comp):
+            if (comp in peer.blocked) == stuck:
+                continue
+            if stuck:
+                peer.blocked.add(comp)
+            else:
+                peer.blocked.discard(comp)
+            if peer.uses[comp].state is UseState.READY and not peer.uses[comp].then:
+                self._driver.decide(NodeOffers(peer.key, comp, peer.limit(comp), peer.offered))
+
+    def on_results(self, peer: Peer, message: Results) -> None:
+        if peer.link is not None and peer.link.later:
+            self._unsend(peer, message.comp, [row[0] for row in message.rows])
+        if message.comp in self._driver.recoveries.by_comp:
+            recovery = self._driver.recoveries.by_comp[message.comp]
+            recovery.results(peer, message.comp, message.rows)
+            serials = [row[0] for row in message.rows if row[1] not in GOES_ON and recovery.acknowledges]
+            for ack in in_parts(Ack, message.comp, serials):
+                self._driver.say(peer.link, ack)  # type: ignore[arg-type]
+            return
+        self._driver.act(self._driver.schedule.handle(NodeResults(peer.key, message.comp, message.rows), self._driver.now))
+
+    def on_returned(self, peer: Peer, message: Returned) -> None:
+        if message.comp in self._driver.recoveries.by_comp:
+            self._driver.recoveries.by_comp[message.comp].returned(peer, message.comp, message.serials)
+            return
+        self._unsend(peer, message.comp, message.serials)
+        self._driver.decide(NodeReturned(peer.key, message.comp, message.serials))
+
+    def on_started(self, peer: Peer, message: Started) -> None:
+        self._driver.decide(NodeStarted(peer.key, message.comp, message.rows))
+
+    def job_of(self, peer: Peer, comp: str, serial: int) -> Any:
+        """The job that a message of a node speaks of, while it is there."""
+        node = self._driver.schedule.nodes.get(peer.key)
+        return node.flight.get(comp, {}).get(serial) if node is not None else None
+
+    def on_output(self, peer: Peer, message: Output) -> None:
+        cluster = self._driver.clusters.get(message.comp)
+        job = self.job_of(peer, message.comp, message.serial)
+        if cluster is not None and job is not None:
+            cluster.output(peer, job, message)
+
+    def job_started(self, peer: Peer, job: Any) -> None:
+        """A job has begun, and what says so may come later."""
+        self._driver.decide(NodeStarted(peer.key, job._comp, [(job._serial, 0.0)]))
+
+    def jobs_started(self, action: JobsStarted) -> None:
+        self._driver.clusters[action.comp].jobs_started(self._driver.nodes.by_key[action.node], action.pairs)
+
+    def failed_once(self, action: JobFailedOnce) -> None:
+        """Whether a job is repeated is found out by an opener: its exception may be the user's."""
+        if self._driver.files.incoming:
+            self._driver.files.abort_attempt((action.comp, action.row[0]))
+        cluster, peer = self._driver.clusters[action.comp], self._driver.nodes.by_key[action.node]
+        self._driver.openers.run(self._think_over, cluster, peer, action.work, action.row)
+
+    def _think_over(self, cluster: NodeUser, peer: Peer, job: DispyJob, row: tuple) -> None:
+        """An opener."""
+        delay: Optional[float] = None
+        try:
+            failure = failure_of(row, cluster.cargo.is_program)  # type: ignore[union-attr]
+            delay = job._options['repeats'].next_delay(failure)  # type: ignore[index]
+        except Exception as exc:  # of the user's code
+            logger.warning('job %r is not repeated: dispy_retry_on: %s',
+                           job.id, describe_exception(exc, 1))
+        self._driver.call_soon(self._thought_over, cluster, peer, job, row, delay)
+
+    def _thought_over(self, cluster: NodeUser, peer: Peer, job: DispyJob, row: tuple,
+                      delay: Optional[float]) -> None:
+        if delay is not None:
+            self._driver.decide(Repeat(job, delay))
+        elif self._driver.schedule.handle(RepeatNot(job, row[1]), self._driver.now):
+            cluster.jobs_ended(peer, [(job, row)])
+
+    def jobs_ended(self, action: JobsEnded) -> None:
+        if self._driver.files.incoming:
+            for _, row in action.pairs:
+                if row[1] not in GOES_ON:
+                    self._driver.files.abort_attempt((action.comp, row[0]))
+        self._driver.clusters[action.comp].jobs_ended(self._driver.nodes.by_key[action.node], action.pairs)
+
+    def job_waits(self, action: JobWaits) -> None:
+        self._driver.clusters[action.work._comp].job_waits(action.work)
+
+    def job_parked(self, action: JobParked) -> None:
+        self._driver.clusters[action.work._comp].job_parked(action.work, action.text)
+
+    def job_ended(self, action: JobEnded) -> None:
+        work = action.work
+        if self._driver.cancels.withdrawals:
+            self._driver.cancels.answer(work, work._state is JobState.CANCELLED)
+        self._driver.clusters[work._comp].job_ended(work, action.text)
+
+    def refused_frame(self, peer: Peer, link: Link, message: Wrong) -> None:
+        """The other side cannot use what was sent: the jobs that were in it end after a few times, and it is reached again later."""
+        text = 'it cannot use what was sent: %s' % message.text
+        for comp, serial in self._driver.refusals.refused(link, message.frame):
+            row = (serial, int(Outcome.DIED), 0.0, 0.0, ('%s: %s' % (peer, text)).encode('utf-8', 'replace'), b'', b'')
+            self._driver.decide(NodeResults(peer.key, comp, [row]))
+        peer.wrong = True
+        raise LinkBroken(text)
+
+    def end_unsent(self, action: SendJobs, text: str) -> None:
+        payload = text.encode('utf-8', 'replace')
+        rows = [(work._serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'') for work in action.works]
+        self._driver.decide(NodeResults(action.node, action.comp, rows))
+
+    def note_fault(self, text: str) -> None:
+        """Jobs that were in hand are looked for soon, once for many faults."""
+        self._lost_text = text
+        self._driver.soon()
+
+    def end_lost_when_due(self, due: List[float]) -> None:
+        """Look for them."""
+        if self._lost_text and self._driver.now >= self._lost_at:
+            text, self._lost_text, self._lost_at = self._lost_text, '', self._driver.now + 1.0
+            self._end_lost(text)
+        elif self._lost_text:
+            due.append(self._lost_at)
+
+    def _end_lost(self, text: str) -> None:
+        """End the jobs that neither wait nor are on a node after a fault."""
+        for comp, cluster in list(self._driver.clusters.items()):
+            lost = cluster.jobs_owed()
+            if not lost:
+                continue
+            known = {id(work) for work in self.submitted}
+            known.update(id(event) for event in self._driver.posted())
+            if comp in self._driver.schedule.comps:
+                known.update(map(id, self._driver.schedule.comps[comp].waiting()))
+            for node in self._driver.schedule.nodes.values():
+                known.update(map(id, node.flight.get(comp, {}).values()))
+            for work in lost:
+                if id(work) not in known:
+                    self._driver.cancels.answer(work, False)
+                    cluster.fail_job(work, text)
+
+
+class Cancellations:
+    """Jobs that are not wanted any more. The driver's thread."""
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        # Jobs to be cancelled if they have not begun
+        self.withdrawals: Dict[Any, 'concurrent.futures.Future[bool]'] = {}
+
+    def cancel(self, job: DispyJob) -> None:
+        """Begin to end a job."""
+        self._driver.jobs.take_submitted()
+        self._driver.decide(CancelAsked(job))
+        for recovery in set(self._driver.recoveries.by_comp.values()):
+            recovery.cancel(job)
+
+    def cancel_some(self, jobs: Sequence[DispyJob]) -> None:
+        """Begin to end these."""
+        for job in jobs:
+            self.cancel(job)
+
+    def cancel_waiting(self, comp: str, but_first: bool = False) -> int:
+        """End all jobs of a cluster that have not begun; `but_first`: that no CPU is about to take
+        (at a scheduler, nobody here knows which these are). Returns of how many this is tried."""
+        self._driver.jobs.take_submitted()
+        known = self._driver.schedule.comps.get(comp)
+        if known is not None:
+            but_first = but_first and not known.remote
+            if but_first:   # also if they have come in this turn
+                self._driver.flush()
+            works = known.not_begun()
+            if but_first:
+                taken = {serial for key in known.nodes
+                         for serial in self._driver.schedule.runs(key).get(comp, ())}
+                works = [work for work in works if work._serial not in taken]
+            self._driver.decide(WithdrawAsked(works))
+            return len(works)
+        return 0
+
+    def withdraw_all(self, jobs: Sequence[DispyJob]) -> None:
+        """Cancel those that have not begun."""
+        self._driver.jobs.take_submitted()
+        left = [job for job in jobs if job._state not in ENDED]
+        self._driver.decide(WithdrawAsked(left))
+
+    def withdraw(self, job: DispyJob) -> 'concurrent.futures.Future[bool]':
+        """Cancel a job if it has not begun. The future tells whether it will never begin."""
+        self._driver.jobs.take_submitted()
+        future = self.withdrawals.get(job)
+        if future is None:
+            future = self.withdrawals[job] = concurrent.futures.Future()
+            self._driver.decide(WithdrawAsked([job]))
+        return future
+
+    def keep(self, job: DispyJob) -> bool:
+        """The answer to `withdraw` is not waited for any longer: the job goes on if it has not
+        ended. Whether it has been cancelled."""
+        future = self.withdrawals.pop(job, None)
+        if future is not None:
+            self._driver.schedule.keep(job)
+        return job._state is JobState.CANCELLED
+
+    def withdrawn(self, action: Withdrawn) -> None:
+        self.answer(action.work, action.gone)
+        self._driver.clusters[action.work._comp].job_goes_on(action.work)
+
+    def answer(self, work: Any, is_gone: bool) -> None:
+        future = self.withdrawals.pop(work, None)
+        if future is not None:
+            future.set_result(is_gone)
+
+
+class Recoveries:
+    """What nodes have of computations of programs that have crashed. The driver's thread."""
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        self.by_comp: Dict[str, Union[Recovery, Gathering]] = {}
+
+    def reclaim(self, peer: Peer, recovery: Union['Recovery', 'Gathering'], keys: Dict[str, bytes],
+                take: bool = True) -> None:
+        """Ask a node for what it has of computations of a program that has crashed."""
+        for comp, key in keys.items():
+            self.by_comp[comp] = recovery
+            self._driver.say(peer.link, Reclaim(comp, key, take))  # type: ignore[arg-type]
+
+    def acknowledge(self, found: 'Gathering', whole: Set[str]) -> None:
+        """What was collected is the user's; nodes that have no more of a computation forget it."""
+        for peer in found.met:
+            for where, comp in found.taken if peer.link is not None else ():
+                if where not in (peer.place, *peer.aliases):
+                    continue
+                if comp in whole:
+                    self._driver.say_to(peer, Done(comp))
+                else:
+                    serials = [row[0] for (name, _), (row, _) in found.rows.items() if name == comp]
+                    for ack in in_parts(Ack, comp, serials):
+                        self._driver.say_to(peer, ack)
+
+    def let_go(self, found: 'Gathering', whole: Set[str]) -> None:
+        """A gathering is over. Nodes that have more keep it: their links end without Bye."""
+        for comp in found.lefts:
+            self.by_comp.pop(comp, None)
+        for peer in found.met:
+            left = any(comp not in whole and where in (peer.place, *peer.aliases)
+                       for where, comp in found.taken)
+            if peer.link is not None and left:
+                peer.replacing = True   # not to be told
+                self._driver.break_link(peer.link, 'the recovery has ended')
+        self._driver.forget(found.comp)
+
+    def give_up(self, recovery: 'Recovery', whole: bool) -> None:
+        """A recovery is over: if it is whole, nodes forget what is left of its computations."""
+        for comp in recovery.old:
+            self.by_comp.pop(comp, None)
+            for peer in recovery.met:
+                if peer.link is not None and whole:
+                    self._driver.say(peer.link, Done(comp))
+                elif peer.link is not None and not any(comp != recovery.comp for comp in peer.uses):
+                    self._driver.break_link(peer.link, 'the recovery has ended')   # without Bye: they keep what they have
+        self._driver.forget(recovery.comp)
+
+    def on_held(self, peer: Peer, message: Held) -> None:
+        """The results come by themselves."""
+        past = Past.of(message.past)
+        if message.comp in self.by_comp:
+            self.by_comp[message.comp].held(peer, message.comp, message.serials, past)
+        else:
+            account = Account(frozenset(message.serials), past, peer.whole)
+            self._driver.decide(NodeTold(peer.key, message.comp, account))
+
+
+class SchedulerCalls:
+    """Questions to a scheduler, and what it asks and tells. The driver's thread."""
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        self._numbers = itertools.count(1)
+
+    def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
+        """Ask a cluster's scheduler."""
+        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
+        peer = next((peer for peer in self._driver.nodes.of(comp) if peer.link is not None), None)
+        if peer is None:
+            raise ConnectionError('the scheduler is not connected')
+        number = next(self._numbers)
+        peer.answers[comp, 'call %d' % number] = future
+        self._driver.say(peer.link, Call(comp, number, name, args))  # type: ignore[arg-type]
+        return future
+
+    def on_return(self, peer: Peer, message: Return) -> None:
+        future = peer.answers.pop((message.comp, 'call %d' % message.number), None)
+        if future is not None and message.error:
+            future.set_exception(_ERRORS.get(message.error[0], DispyError)(message.error[1]))
+        elif future is not None:
+            future.set_result(message.value)
+
+    def on_call(self, peer: Peer, message: Call) -> None:
+        """A node or scheduler asks what only the program can tell."""
+        cluster = self._driver.clusters.get(message.comp)
+        if cluster is not None:
+            cluster.asked(peer, message)
+
+    def on_where(self, peer: Peer, message: Where) -> None:
+        """Jobs of ours have gone to a node, or are back in a scheduler's queue."""
+        if message.comp in self._driver.recoveries.by_comp:
+            self._driver.recoveries.by_comp[message.comp].where(message.comp, message.serials, message.node)
+            return
+        cluster, node = self._driver.clusters.get(message.comp), self._driver.schedule.nodes.get(peer.key)
+        flight = node.flight.get(message.comp, {}) if node is not None else {}
+        for job in [flight[serial] for serial in message.serials if serial in flight] if cluster is not None else ():
+            if self._driver.files.incoming:
+                self._driver.files.abort_attempt((message.comp, job._serial))
+            cluster.job_moved(job, message.node)  # type: ignore[union-attr]
+
+    def on_news(self, peer: Peer, message: News) -> None:
+        cluster = self._driver.clusters.get(message.comp)
+        if cluster is not None:
+            cluster.node_told(message.status, NodeRow(*message.node))
+
+    def on_said(self, peer: Peer, message: Said) -> None:
+        cluster = self._driver.clusters.get(message.comp)
+        if cluster is not None:
+            cluster.warn(message.text)
+        else:   # it was closed meanwhile
+            logger.warning('%s', message.text)
+
+
+class NodeQueries:
+    """What clusters and monitors ask about nodes. The driver's thread."""
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        nodes, selection = driver.nodes, driver.selection
+        self._commands: Dict[str, Callable[..., Any]] = {
+            'nodes': self.rows_of, 'complaint': self.complaint, 'why_unloadable': driver.setup.why_unloadable,
+            'find': lambda comp, node: nodes.find(comp, node).key,
+            'seat': self.seat,
+            'set_cpus': lambda comp, node, cpus: selection.set_cpus(comp, nodes.find(comp, node), cpus),
+            'leave': selection.leave, 'allocate': selection.allocate,
+            'jobs': lambda comp, node: list(self.jobs_at(comp, node)), 'question': self.question}
+
+    def command(self, comp: str, name: str, *args: Any) -> Any:
+        """What a cluster's methods ask of its nodes; a SharedJobCluster's ask it of the scheduler's driver."""
+        return self._commands[name](comp, *args)
+
+    def node_of(self, comp: str, peer: Peer) -> Tuple[Peer, str, str, int, int]:
+        """A node of a cluster: (peer, state, reason, CPUs it may use, jobs that run there)."""
+        use = peer.uses[comp]
+        busy = len(self._driver.schedule.runs(peer.key).get(comp, ())) if not peer.scheduler else 0
+        state, reason = use.state.value, use.reason
+        if use.state is UseState.WAITING:
+            state, reason = peer.state.value, peer.reason
+            if peer.state is NodeState.REFUSED and peer.offered:   # it has been connected before
+                state = NodeState.LOST.value
+        elif use.then:
+            state = 'draining'
+        elif (use.wanted == 0 or peer.most == 0) and use.state is UseState.READY:
+            reason = 'deallocated'
+        return peer, state, reason, peer.limit(comp), busy
+
+    def nodes_of(self, comp: str) -> List[Tuple[Peer, str, str, int, int]]:
+        """All of them, and those that it cannot have. Raises RuntimeError if it was closed."""
+        if comp not in self._driver.clusters:
+            raise RuntimeError('the cluster was closed')
+        found = [self.node_of(comp, peer) for peer in self._driver.nodes.of(comp)]
+        cluster, linked = self._driver.clusters[comp], {peer.ip_addr for peer in self._driver.nodes.by_key.values() if peer.link is not None}
+        return found + [(peer, 'refused', peer.reason, 0, 0) for peer in self._driver.nodes.unusable.values() if peer.host not in linked
+                        and (cluster.hosts or any(spec.wild and spec.may_fit(peer.host) for spec in cluster.specs))]
+
+    def rows_of(self, comp: str) -> List[NodeRow]:
+        """Nodes of a cluster, to be told to others."""
+        return [self.row_of(*found) for found in self.nodes_of(comp)]
+
+    @staticmethod
+    def row_of(peer: Peer, state: str, reason: str, cpus: int, busy: int) -> NodeRow:
+        """One of them."""
+        return NodeRow(peer.key, peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy, peer.offered, peer.facts_now())
+
+    def complaint(self, comp: str) -> str:
+        """What was tried, what came of it, what to do."""
+        lines = ['%s: %s%s' % (peer, state, ': ' + reason.strip().splitlines()[-1] if reason else '')
+                 for peer, state, reason, _, _ in self.nodes_of(comp)]
+        cluster = self._driver.clusters[comp]
+        wild = [] if self._driver.connector.reach == 'off' else [spec for spec in cluster.specs if spec.wild]
+        for port in sorted({spec.port for spec in wild}):
+            lines.append('all that answer at UDP port %d %s' % (port, 'of this machine' if self._driver.connector.reach == 'loopback' else 'of the local network')
+                         if self._driver.connector.searches_at(port) else 'those of the scheduler, whose nodes are all named (-n)')
+        if cluster.hosts:
+            host, port = cluster.hosts[0]
+            lines.append('waited for nodes to connect to %s' % place(host, port) if self._driver.connector.listens_at(host, port)
+                         else 'no node can connect, port %d was taken' % port)
+        peers = self._driver.nodes.of(comp)
+        todo = 'Start `python dispynode.py` on a host, with the same secret, and name it (nodes=, at the shell -n)'
+        if peers and any(peer.scheduler and peer.link is not None for peer in peers):
+            todo = 'The scheduler is connected and has no node for it: start `python dispynode.py` on a host, with the same secret, ' \
+                'and name it to the scheduler (-n)'
+        elif peers and all(peer.scheduler for peer in peers):
+            todo = 'Start `python dispyscheduler.py` there, with the same secret'
+        return 'Tried: %s. %s' % ('; '.join(lines), todo)
+
+    def seat(self, comp: str, node: Any) -> Tuple[Any, str]:
+        """For a job that is submitted to a node: the key of the node and, once until it is ready,
+        why it cannot be used. A node that has not been tried yet has no reason. Raises ValueError."""
+        peer = self._driver.nodes.find(comp, node)
+        use = peer.uses[comp]
+        _, state, reason, _, _ = self.node_of(comp, peer)
+        if state not in NOT_CONNECTED and use.state is not UseState.CLOSED or not (use.reason or peer.failures):
+            return peer.key, ''
+        if use.seat_told:
+            return peer.key, ''
+        use.seat_told = True
+        return peer.key, reason.strip().rpartition('\n')[2] or state
+
+    def question(self, comp: str, node: Any, row: Optional[tuple] = None, path: str = '') -> 'concurrent.futures.Future[Any]':
+        """Send a file (name, size, digest, mode, from `path`) or, without one, ask what is there. The future has the node's answer."""
+        name = row[0] if row else ''
+        peer, future = self._driver.nodes.find(comp, node), concurrent.futures.Future()  # type: Tuple[Peer, concurrent.futures.Future[Any]]
+        if peer.link is None or peer.uses[comp].state is not UseState.READY:
+            raise RuntimeError('node %s is not ready: %s' % (peer, peer.uses[comp].reason or peer.reason or peer.uses[comp].state.value))
+        if (comp, name) in peer.answers and not name:
+            return peer.answers[comp, name]   # one answer for all who ask
+        if (comp, name) in peer.answers:
+            raise RuntimeError('node %s is already being sent %s' % (peer, name))
+        peer.answers[comp, name] = future
+        if row:
+            self._driver.files.backlog.add_file(peer.link.number, (comp, int(Purpose.PLACED), 0), row, path)
+        else:
+            self._driver.say(peer.link, Query(comp))
+        return future
+
+    @staticmethod
+    def answer(peer: Peer, key: Tuple[str, str], value: Any) -> None:
+        future = peer.answers.pop(key, None)
+        if future is not None:
+            future.set_result(value)
+
+    def on_report(self, peer: Peer, message: Report) -> None:
+        """A node tells what is there."""
+        if message.running:
+            self._driver.decide(NodeStarted(peer.key, message.comp, message.running))
+        self.answer(peer, (message.comp, ''), message)
+
+    def jobs_of(self, comp: str, serials: Sequence[int]) -> List[Any]:
+        """Jobs by their serials, those that have not ended."""
+        known = self._driver.schedule.comps.get(comp)
+        nodes = list(known.nodes.values()) if known is not None else []
+        return [node.flight[comp][serial] for serial in serials for node in nodes if serial in node.flight[comp]]
+
+    def jobs_at(self, comp: str, node: Any) -> Dict[int, Any]:
+        """Serial -> job of what has been sent to a node."""
+        known = self._driver.schedule.nodes.get(self._driver.nodes.find(comp, node).key)
+        return dict(known.flight.get(comp, {})) if known is not None else {}
+
+    def left_behind(self, comp: str) -> Dict[Any, int]:
+        """Nodes that outlive this program, and how many jobs of a computation they have."""
+        found = {key: len(node.flight.get(comp, ())) for key, node in self._driver.schedule.nodes.items()
+                 if key in self._driver.nodes.by_key and not self._driver.nodes.by_key[key].embedded}
+        return {key: count for key, count in found.items() if count}
+
+
 class Driver(Loop):
-    """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed."""
+    """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed.
+
+    It is the loop: it has the Schedule, the clusters and the timers, and hands what comes to its
+    parts, of which each owns its state.
+
+    nodes - the nodes that are known
+    connector - finds nodes and connects to them
+    selection - which nodes each cluster uses
+    setup - sets computations up at nodes
+    files - files that go to nodes and come from jobs
+    jobs - jobs to nodes, and what comes of them
+    cancels - jobs that are not wanted any more
+    recoveries - what nodes have of programs that have crashed
+    calls - questions to a scheduler and from it
+    queries - what clusters and monitors ask about nodes
+    """
     log = logger
     PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
+    # For the parts
+    act = Loop._act
+    break_link = Loop._break
 
-    def __init__(self, access: Access, instance: bytes = b'') -> None:
+    def __init__(self, access: Access, instance: bytes = b'', policy: Optional[NodePolicy] = None) -> None:
         self.instance = instance or _instance
-        self._psk = derive_key(access.secret)
-        self._tls = tls_context(False, access.certfile, access.keyfile, access.cafile) if access.certfile else None
+        self.policy = policy or NodePolicy()
+        psk = derive_key(access.secret)   # these may fail, and there are no sockets yet
+        tls = tls_context(False, access.certfile, access.keyfile, access.cafile) if access.certfile else None
         super().__init__()
         self.access = access
-        self._reach = discovery_reach()
         self.values.where = 'in the program'
         self.schedule = Schedule()
         self.users = 0                      # clusters
         self.broken = ''                    # why the driver's thread has ended before its time
         self.clusters: Dict[str, NodeUser] = {}      # by their computations
-        self._peers: Dict[Any, Peer] = {}
-        self._by_link: Dict[int, Peer] = {}
-        self._dials: Set[Peer] = set()               # with a dial thread at work
-        self._discovery = Discovery(self._psk, Role.CLIENT, self.instance)
-        self._ears: Dict[Tuple[int, bool], _Asker] = {}      # (UDP port, multicast) -> who asks there
-        self._gates: Dict[Tuple[str, int], Gate] = {}        # where nodes may dial
-        self.outgoing = Outgoing()                   # of clusters with a journal
-        self._reclaimed: Dict[str, Union['Recovery', 'Gathering']] = {}  # computations of programs that have crashed
-        self._call_numbers = itertools.count(1)
-        # Jobs to be cancelled if they have not begun
-        self._withdrawals: Dict[Any, 'concurrent.futures.Future[bool]'] = {}
-        self._strangers: Dict[Any, Peer] = {}        # instance or address -> one that cannot be used, and is no node that was named
-        self._submitted: List[DispyJob] = []
         self.openers = Pool('dispy-opener', 2)
         self.callbacks = Pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
-        self.tellers = Pool('dispy-status', 1)      # one, so that changes are told in their order
-        self._warn_at: Dict[str, float] = {}
-        self._probes: Dict[str, float] = {}          # computation -> when to start an embedded node
-        self._incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> receiver
-        self._outgoing = Backlog(self.links)   # files
-        self._chores_at = 0.0
+        self.tellers = Pool('dispy-status', 1)       # one, so that changes are told in their order
         self._unused = Unused()
-        self._lost_text, self._lost_at = '', 0.0   # of a fault after which jobs may be nowhere; when they are looked for
+        self._warn_at: Dict[str, float] = {}
+        self.chores_at = 0.0
+        self.nodes = NodeTable()
+        self.connector = Connector(self, psk, tls)
+        self.selection = NodeSelection(self)
+        self.setup = ComputationSetup(self)
+        self.files = FileTransfers(self)
+        self.jobs = JobExchange(self)
+        self.cancels = Cancellations(self)
+        self.recoveries = Recoveries(self)
+        self.calls = SchedulerCalls(self)
+        self.queries = NodeQueries(self)
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
-            SendJobs: self._send_jobs, SendCancel: self._send_to, SendRecall: self._send_to, SendAck: self._send_ack,
-            LimitNode: self._limit_node, JobFailedOnce: self._failed_once,
-            JobsEnded: self._jobs_ended, JobEnded: self._job_ended, JobWaits: self._job_waits,
-            JobsStarted: self._jobs_started, Withdrawn: self._withdrawn,
-            JobParked: self._job_parked, NodeDrained: self._drained, NodeGone: self._gone,
+            SendJobs: self.jobs.send_jobs, SendCancel: self.jobs.send_to_node, SendRecall: self.jobs.send_to_node, SendAck: self.jobs.send_ack,
+            LimitNode: self.selection.limit_node, JobFailedOnce: self.jobs.failed_once,
+            JobsEnded: self.jobs.jobs_ended, JobEnded: self.jobs.job_ended, JobWaits: self.jobs.job_waits,
+            JobsStarted: self.jobs.jobs_started, Withdrawn: self.cancels.withdrawn,
+            JobParked: self.jobs.job_parked, NodeDrained: self.selection.drained, NodeGone: self._gone,
         }
         self._messages: Dict[type, Callable[[Peer, Any], None]] = {
-            Welcome: self._on_welcome, Refused: self._on_refused, Need: self._on_need, Ready: self._on_ready,
-            Results: self._on_results, Returned: self._on_returned, Offer: self._on_offer,
-            FilePiece: self._on_file_piece, FileStored: self._on_file_stored,
-            Output: self._on_output,
-            Where: self._on_where, News: self._on_news, Call: self._on_call, Return: self._on_return,
-            Said: self._on_said,
-            Held: self._on_held, Started: self._on_started, Report: self._on_report,
+            Welcome: self.setup.on_welcome, Refused: self.setup.on_refused, Need: self.files.on_need, Ready: self.setup.on_ready,
+            Results: self.jobs.on_results, Returned: self.jobs.on_returned, Offer: self.setup.on_offer,
+            FilePiece: self.files.on_file_piece, FileStored: self.files.on_file_stored,
+            Output: self.jobs.on_output,
+            Where: self.calls.on_where, News: self.calls.on_news, Call: self.calls.on_call, Return: self.calls.on_return,
+            Said: self.calls.on_said,
+            Held: self.recoveries.on_held, Started: self.jobs.on_started, Report: self.queries.on_report,
         }
-        self._commands: Dict[str, Callable[..., Any]] = {
-            'nodes': self.rows_of, 'complaint': self.complaint, 'why_unloadable': self.why_unloadable, 'find': lambda comp, node: self.find(comp, node).key,
-            'seat': self.seat,
-            'set_cpus': lambda comp, node, cpus: self.set_cpus(comp, self.find(comp, node), cpus), 'leave': self.leave,
-            'allocate': self.allocate, 'jobs': lambda comp, node: list(self.jobs_at(comp, node)), 'question': self.question}
         self._events: Dict[type, Callable[[Any], None]] = {
-            DispyJob: self._submitted.append, KeptJob: self._submitted.append, Dialled: self._dialled, DialFailed: self._dial_failed, Arrival: self._arrived, Asked: self._asked,
+            DispyJob: self.jobs.submitted.append, KeptJob: self.jobs.submitted.append, Dialled: self.connector.dialled, DialFailed: self.connector.dial_failed, Arrival: self.connector.arrived, Asked: self._asked,
             Told: lambda event: event.cluster.tell(event.status, event.peer, event.job),
             CallBack: lambda event: self.callbacks.run(event.cluster.call_back, event.job)}
 
@@ -7597,7 +9025,7 @@ class Driver(Loop):
             self.close()
 
     def _leave(self) -> None:
-        for peer in self._peers.values():
+        for peer in self.nodes.by_key.values():
             if peer.link is not None:
                 self.part(peer.link, 'the program has closed its clusters')
         self.stop()
@@ -7605,14 +9033,7 @@ class Driver(Loop):
     def _hang_up(self) -> None:
         for pool in (self.openers, self.callbacks, self.tellers):
             pool.close()
-        for gate in self._gates.values():
-            gate.server_close()
-        for asker in self._ears.values():
-            asker.ears.close()
-        for peer in {*self._dials, *self._peers.values()}:   # also those that no cluster uses any more
-            peer.dialling.abort(peer.embedded)
-            peer.second.abort()
-            peer.end_process()
+        self.connector.close()
         for event in list(self._inbox):
             if isinstance(event, Asked) and event.future is not None:
                 event.future.set_exception(RuntimeError(self.broken))
@@ -7621,12 +9042,11 @@ class Driver(Loop):
         """In a forked child the driver's thread does not exist. Let go of its sockets without a word, so that
         nodes do not take the child for the client."""
         self.broken = 'this process was forked from the one that made the cluster: make a new one here'
-        handles = [link.sock for link in self.links.values()] + [gate.socket for gate in self._gates.values()] \
-            + [ear.socket for asker in self._ears.values() for ear in asker.ears.ears]
+        handles = [link.sock for link in self.links.values()] + self.connector.sockets()
         self._selector.close()
         for sock in (*handles, self._waker, self._wakened):
             sock.close()
-        for peer in self._peers.values():
+        for peer in self.nodes.by_key.values():
             if peer.process is not None and peer.process.stdin is not None:
                 os.close(peer.process.stdin.fileno())
 
@@ -7637,380 +9057,49 @@ class Driver(Loop):
         listen and cannot."""
         comp = cluster.comp
         for where in cluster.hosts:
-            self._listen(*where, may_fail=cluster.hosts_may_fail)
+            self.connector.listen(*where, may_fail=cluster.hosts_may_fail)
         if cluster.journal is not None:
-            self.outgoing.journals[comp] = cluster.journal
+            self.jobs.outgoing.journals[comp] = cluster.journal
         self.clusters[comp] = cluster
         opened = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
                         cluster.cpus_in_all())
-        self._act(self.schedule.handle(opened, self.now))
+        self.decide(opened)
         self._warn_at[comp] = self.now + WARN_AFTER if cluster.warns else math.inf
-        self.use(comp, cluster.specs)
+        self.selection.use(comp, cluster.specs)
         if probe:
-            self._probes[comp] = self.now + PROBE_TIME
-            self._use_address(comp, '127.0.0.1', cluster.port, cluster.specs[0], False).probed = True
+            self.selection.probes[comp] = self.now + PROBE_TIME
+            self.selection.use_address(comp, '127.0.0.1', cluster.port, cluster.specs[0], False).probed = True
         elif not cluster.specs:
-            self._use_embedded(comp)
-
-    def use(self, comp: str, specs: Sequence[NodeSpec]) -> None:
-        """Look for nodes: dial those named, ask for those meant by wildcards."""
-        for spec in specs:
-            if spec.wild:
-                for peer in list(self._peers.values()):
-                    if peer.link is not None:
-                        self._consider(peer, comp)
-                if self.clusters[comp].searches:
-                    self._ask_all(spec.port, self.clusters[comp].multicast)
-            else:
-                self._use_address(comp, spec.host, spec.port, spec, True)
-        self._soon()
-
-    def _use_address(self, comp: str, host: str, port: int, spec: NodeSpec, listed: bool) -> Peer:
-        peer = self._peers.get(('scheduler', host, port) if spec.scheduler else (host, port))
-        if peer is None:
-            peer = Peer(host, port, self.access.redial, scheduler=spec.scheduler)
-            self._peers[peer.key] = peer
-        peer.listed = peer.listed or listed
-        self._take(peer, comp, spec)
-        return peer
-
-    def _take(self, peer: Peer, comp: str, spec: NodeSpec) -> None:
-        """A cluster may use a node."""
-        if comp not in peer.uses:
-            peer.uses[comp] = Use(spec)
-            self._set_up(peer, comp)
-        self._soon()
-
-    def _consider(self, peer: Peer, comp: str) -> None:
-        """Use a connected node if this cluster's specs mean it."""
-        spec = self.clusters[comp].spec_of(peer)
-        if spec is not None and not peer.embedded:
-            self._take(peer, comp, spec)
+            self.selection.use_embedded(comp)
 
     def forget(self, comp: str, shutdown: bool = False) -> None:
         """A cluster is closed: end its jobs, tell its nodes, which may end when this client lets them go."""
         if self.clusters.get(comp) is None:
             return
-        self._take_submitted()
-        self._act(self.schedule.handle(Closed(comp), self.now))
+        self.jobs.take_submitted()
+        self.decide(Closed(comp))
         cluster = self.clusters.pop(comp)
-        self.outgoing.forget(comp)
+        self.jobs.outgoing.forget(comp)
         del self._warn_at[comp]
-        self._probes.pop(comp, None)
-        self._abort_incoming(lambda number, name: name == comp)
-        self._outgoing.drop(comp)
-        for peer in [peer for peer in self._peers.values() if comp in peer.uses]:
-            self._done(peer, comp, shutdown)
+        self.selection.probes.pop(comp, None)
+        self.files.abort(lambda number, name: name == comp)
+        self.files.backlog.drop(comp)
+        for peer in [peer for peer in self.nodes.by_key.values() if comp in peer.uses]:
+            self.selection.done(peer, comp, shutdown)
             del peer.uses[comp]
-            self._drop_unused(peer)
-        wanted = {(spec.port, other.multicast) for other in self.clusters.values() for spec in other.specs if spec.wild}
-        for key in set(self._ears) - wanted:
-            self._ears.pop(key).ears.close()
-        for where in cluster.hosts:
-            if any(where in other.hosts for other in self.clusters.values()):
-                continue
-            gate = self._gates.pop(where, None)
-            if gate is not None:   # else its port was taken
-                self.unwatch(gate.socket)
-                gate.server_close()
-
-    def _done(self, peer: Peer, comp: str, shutdown: bool = False) -> None:
-        """Tell a node that a computation is over there, and that it may end."""
-        if peer.uses[comp].offered and peer.link is not None:
-            peer.link.abandon(comp)
-            if shutdown:
-                self.say(peer.link, Shutdown(comp))
-            self.say(peer.link, Done(comp))
-        for key in [key for key in peer.answers if key[0] == comp]:
-            peer.answers.pop(key).set_exception(RuntimeError('the computation is not at node %s any more' % peer))
-
-    def _drop_unused(self, peer: Peer) -> None:
-        """When no cluster uses a node any more, the next client may have it."""
-        if peer.uses or peer.embedded:
-            return
-        self._peers.pop(peer.key, None)
-        peer.move('close')
-        if peer.link is not None:
-            link = peer.link
-            self.part(link, 'no cluster uses this node any more')
-            self._unlink(peer, link)
-
-    def _unlink(self, peer: Peer, link: Link) -> None:
-        """A link is over: forget all that went along it."""
-        del self._by_link[link.number]
-        peer.count_link()
-        peer.link = None
-        for comp, serials in self.outgoing.drop(peer):   # it never left
-            self._act(self.schedule.handle(NodeReturned(peer.key, comp, serials), self.now))
-        for use in peer.uses.values():
-            use.move('lost')
-            use.allocation, use.then = None, ''
-            use.acks.clear()
-        for (_, what), future in peer.answers.items():
-            kind = ConnectionError if what.startswith('call ') else RuntimeError   # a scheduler is asked once more
-            future.set_exception(kind('the connection to %s has ended' % peer))
-        peer.answers.clear()
-        self._abort_incoming(lambda number, comp: number == link.number)
-
-    def _abort_incoming(self, over: Callable[[int, str], bool]) -> None:
-        """Remove what has come of files whose link or computation is over."""
-        for key in [key for key in self._incoming if over(key[0], key[1])]:
-            self._incoming.pop(key).abort()
-
-    def _abort_file(self, attempt: Tuple[str, int]) -> None:
-        """The same of an attempt (computation, serial) that is over: its worker or node has died while it sent a file."""
-        for (_, comp), receiver in self._incoming.items():
-            if comp == attempt[0]:
-                receiver.abort(Purpose.FROM_JOB, attempt[1])
-
-    def cancel(self, job: DispyJob) -> None:
-        """Begin to end a job."""
-        self._take_submitted()
-        self._act(self.schedule.handle(CancelAsked(job), self.now))
-        for recovery in set(self._reclaimed.values()):
-            recovery.cancel(job)
-
-    def cancel_some(self, jobs: Sequence[DispyJob]) -> None:
-        """Begin to end these."""
-        for job in jobs:
-            self.cancel(job)
-
-    def cancel_waiting(self, comp: str, but_first: bool = False) -> int:
-        """End all jobs of a cluster that have not begun; `but_first`: that no CPU is about to take
-        (at a scheduler, nobody here knows which these are). Returns of how many this is tried."""
-        self._take_submitted()
-        known = self.schedule.comps.get(comp)
-        if known is not None:
-            but_first = but_first and not known.remote
-            if but_first:   # also if they have come in this turn
-                self._flush()
-            works = known.not_begun()
-            if but_first:
-                taken = {serial for key in known.nodes
-                         for serial in self.schedule.runs(key).get(comp, ())}
-                works = [work for work in works if work._serial not in taken]
-            self._act(self.schedule.handle(WithdrawAsked(works), self.now))
-            return len(works)
-        return 0
-
-    def withdraw_all(self, jobs: Sequence[DispyJob]) -> None:
-        """Cancel those that have not begun."""
-        self._take_submitted()
-        left = [job for job in jobs if job._state not in ENDED]
-        self._act(self.schedule.handle(WithdrawAsked(left), self.now))
-
-    def withdraw(self, job: DispyJob) -> 'concurrent.futures.Future[bool]':
-        """Cancel a job if it has not begun. The future tells whether it will never begin."""
-        self._take_submitted()
-        future = self._withdrawals.get(job)
-        if future is None:
-            future = self._withdrawals[job] = concurrent.futures.Future()
-            self._act(self.schedule.handle(WithdrawAsked([job]), self.now))
-        return future
-
-    def keep(self, job: DispyJob) -> bool:
-        """The answer to `withdraw` is not waited for any longer: the job goes on if it has not
-        ended. Whether it has been cancelled."""
-        future = self._withdrawals.pop(job, None)
-        if future is not None:
-            self.schedule.keep(job)
-        return job._state is JobState.CANCELLED
-
-    def _withdrawn(self, action: Withdrawn) -> None:
-        self._answer_withdrawal(action.work, action.gone)
-        self.clusters[action.work._comp].job_goes_on(action.work)
-
-    def _answer_withdrawal(self, work: Any, is_gone: bool) -> None:
-        future = self._withdrawals.pop(work, None)
-        if future is not None:
-            future.set_result(is_gone)
-
-    def peers_of(self, comp: str) -> List[Peer]:
-        """Nodes of a cluster."""
-        return [peer for peer in self._peers.values() if comp in peer.uses]
-
-    def node_of(self, comp: str, peer: Peer) -> Tuple[Peer, str, str, int, int]:
-        """A node of a cluster: (peer, state, reason, CPUs it may use, jobs that run there)."""
-        use = peer.uses[comp]
-        busy = len(self.schedule.runs(peer.key).get(comp, ())) if not peer.scheduler else 0
-        state, reason = use.state.value, use.reason
-        if use.state is UseState.WAITING:
-            state, reason = peer.state.value, peer.reason
-            if peer.state is NodeState.REFUSED and peer.offered:   # it has been connected before
-                state = NodeState.LOST.value
-        elif use.then:
-            state = 'draining'
-        elif (use.wanted == 0 or peer.most == 0) and use.state is UseState.READY:
-            reason = 'deallocated'
-        return peer, state, reason, peer.limit(comp), busy
-
-    def nodes_of(self, comp: str) -> List[Tuple[Peer, str, str, int, int]]:
-        """All of them, and those that it cannot have. Raises RuntimeError if it was closed."""
-        if comp not in self.clusters:
-            raise RuntimeError('the cluster was closed')
-        found = [self.node_of(comp, peer) for peer in self.peers_of(comp)]
-        cluster, linked = self.clusters[comp], {peer.ip_addr for peer in self._peers.values() if peer.link is not None}
-        return found + [(peer, 'refused', peer.reason, 0, 0) for peer in self._strangers.values() if peer.host not in linked
-                        and (cluster.hosts or any(spec.wild and spec.may_fit(peer.host) for spec in cluster.specs))]
-
-    def rows_of(self, comp: str) -> List[NodeRow]:
-        """Nodes of a cluster, to be told to others."""
-        return [self.row_of(*found) for found in self.nodes_of(comp)]
-
-    @staticmethod
-    def row_of(peer: Peer, state: str, reason: str, cpus: int, busy: int) -> NodeRow:
-        """One of them."""
-        return NodeRow(peer.key, peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy, peer.offered, peer.facts_now())
-
-    def command(self, comp: str, name: str, *args: Any) -> Any:
-        """What a cluster's methods ask of its nodes; a SharedJobCluster's ask it of the scheduler's driver."""
-        return self._commands[name](comp, *args)
-
-    def find(self, comp: str, node: Any) -> Peer:
-        """The node that a user's word means. Raises ValueError naming those there are."""
-        if node is None and len(self.peers_of(comp)) == 1:
-            return self.peers_of(comp)[0]
-        found = [peer for peer in self.peers_of(comp) if peer.is_meant(node)]
-        if len(found) != 1:
-            raise ValueError('%s %.80r; this cluster knows %s' % ('no node is' if not found else 'several nodes are', node,
-                                                                  ', '.join(sorted(map(str, self.peers_of(comp)))) or 'none'))
-        return found[0]
-
-    def seat(self, comp: str, node: Any) -> Tuple[Any, str]:
-        """For a job that is submitted to a node: the key of the node and, once until it is ready,
-        why it cannot be used. A node that has not been tried yet has no reason. Raises ValueError."""
-        peer = self.find(comp, node)
-        use = peer.uses[comp]
-        _, state, reason, _, _ = self.node_of(comp, peer)
-        if state not in NOT_CONNECTED and use.state is not UseState.CLOSED or not (use.reason or peer.failures):
-            return peer.key, ''
-        if use.seat_told:
-            return peer.key, ''
-        use.seat_told = True
-        return peer.key, reason.strip().rpartition('\n')[2] or state
-
-    # -- what users do to nodes -----------------------------------------------------------------------------
-
-    def set_cpus(self, comp: str, peer: Peer, cpus: Optional[int]) -> int:
-        """Limit a cluster's CPUs of a node; None: as at first. Returns how many these are now."""
-        use = peer.uses[comp]
-        if cpus is not None and cpus > peer.offered > 0 and not peer.embedded:
-            raise ValueError('cpus=%d: node %s offers %d' % (cpus, peer, peer.offered))
-        use.wanted = cpus
-        if use.state is UseState.READY and not use.then:
-            limit = self._tell_limit(peer, comp)
-            self._act(self.schedule.handle(NodeOffers(peer.key, comp, limit) if limit else NodeDrains(peer.key, comp), self.now))
-        elif use.state is UseState.REFUSED and cpus != 0:
-            self._set_up(peer, comp)
-        return peer.limit(comp)
-
-    def _tell_limit(self, peer: Peer, comp: str) -> int:
-        """The CPUs of a node that a computation may use; the node, which has more jobs than it runs, is told as well."""
-        limit = peer.limit(comp)
-        if limit and peer.link is not None:
-            self.say(peer.link, Limit(comp, limit))
-        return limit
-
-    def _limit_node(self, action: LimitNode) -> None:
-        peer = self._peers.get(action.node)
-        if action.cpus and peer is not None and peer.link is not None:
-            self.say(peer.link, Limit(action.comp, action.cpus))
-
-    def leave(self, comp: str, node: Any, then: str, at_once: bool) -> None:
-        """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at once."""
-        peer = self.find(comp, node)
-        use = peer.uses[comp]
-        if use.state is UseState.READY and not at_once:
-            use.then = then
-            self._act(self.schedule.handle(NodeDrains(peer.key, comp), self.now))
-        else:
-            self._left(peer, comp, then)
-
-    def _drained(self, action: NodeDrained) -> None:
-        peer = self._peers.get(action.node)
-        if peer is not None and action.comp in peer.uses and peer.uses[action.comp].then:
-            self._left(peer, action.comp, peer.uses[action.comp].then)
-
-    def _left(self, peer: Peer, comp: str, then: str) -> None:
-        use = peer.uses[comp]
-        use.then = ''
-        if use.state is UseState.READY:
-            self._tell_all(DispyNode.Closed, peer, [comp])
-        self._done(peer, comp)
-        self._act(self.schedule.handle(NodeLeft(peer.key, comp, str(peer), 'it was closed by the program'), self.now))
-        if then == 'close':
-            use.move('close')
-            use.reason = 'closed by the program'
-        elif use.state is not UseState.CLOSED:
-            use.move('lost')   # to be set up anew; the node says 'closing' until its cleanup has run, and is asked again
-            self._set_up(peer, comp)
-
-    def allocate(self, comp: str, specs: Sequence[NodeSpec]) -> None:
-        """Use these nodes, new ones and those deallocated or closed before."""
-        cluster, words = self.clusters[comp], self._words_of(comp)
-        for spec in specs:
-            candidates = self.peers_of(comp) if spec.wild else words.get(_plain_host(spec.host), ())
-            known = [peer for peer in candidates if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
-                     or peer.is_meant(spec.host) and (peer.port in (0, spec.port) or (peer.name, cluster.port) == (spec.host, spec.port))]
-            for peer in known:
-                use = peer.uses[comp]
-                use.spec = spec if not spec.wild else use.spec
-                if use.state is UseState.CLOSED:
-                    use.move('open')
-                    use.wanted, use.reason, use.allocation = None, '', None
-                    self._set_up(peer, comp)
-                else:
-                    self.set_cpus(comp, peer, None)
-            if not known or spec.wild:
-                cluster.specs = [*cluster.specs, spec]
-                self.use(comp, [spec])
-                peer = self._peers.get((spec.host, spec.port))  # type: ignore[assignment]
-                if peer is not None:
-                    words.setdefault(_plain_host(spec.host), []).append(peer)
-
-    def _words_of(self, comp: str) -> Dict[str, List[Peer]]:
-        """Nodes of a cluster by their names and addresses, so that a list of thousands is not compared with itself."""
-        found: Dict[str, List[Peer]] = {}
-        for peer in self.peers_of(comp):
-            for word in {_plain_host(word) for word in (peer.ip_addr, peer.host, peer.name) if word}:
-                found.setdefault(word, []).append(peer)
-        return found
-
-    def question(self, comp: str, node: Any, row: Optional[tuple] = None, path: str = '') -> 'concurrent.futures.Future[Any]':
-        """Send a file (name, size, digest, mode, from `path`) or, without one, ask what is there. The future has the node's answer."""
-        name = row[0] if row else ''
-        peer, future = self.find(comp, node), concurrent.futures.Future()  # type: Tuple[Peer, concurrent.futures.Future[Any]]
-        if peer.link is None or peer.uses[comp].state is not UseState.READY:
-            raise RuntimeError('node %s is not ready: %s' % (peer, peer.uses[comp].reason or peer.reason or peer.uses[comp].state.value))
-        if (comp, name) in peer.answers and not name:
-            return peer.answers[comp, name]   # one answer for all who ask
-        if (comp, name) in peer.answers:
-            raise RuntimeError('node %s is already being sent %s' % (peer, name))
-        peer.answers[comp, name] = future
-        if row:
-            self._outgoing.add_file(peer.link.number, (comp, int(Purpose.PLACED), 0), row, path)
-        else:
-            self.say(peer.link, Query(comp))
-        return future
-
-    @staticmethod
-    def _answer(peer: Peer, key: Tuple[str, str], value: Any) -> None:
-        future = peer.answers.pop(key, None)
-        if future is not None:
-            future.set_result(value)
-
-    def jobs_of(self, comp: str, serials: Sequence[int]) -> List[Any]:
-        """Jobs by their serials, those that have not ended."""
-        known = self.schedule.comps.get(comp)
-        nodes = list(known.nodes.values()) if known is not None else []
-        return [node.flight[comp][serial] for serial in serials for node in nodes if serial in node.flight[comp]]
-
-    def jobs_at(self, comp: str, node: Any) -> Dict[int, Any]:
-        """Serial -> job of what has been sent to a node."""
-        known = self.schedule.nodes.get(self.find(comp, node).key)
-        return dict(known.flight.get(comp, {})) if known is not None else {}
+            self.selection.drop_unused(peer)
+        self.connector.end_searches()
+        self.connector.end_listening(cluster)
 
     # -- loop ---------------------------------------------------------------------------------------------
+
+    def posted(self) -> List[Any]:
+        """What was posted and has not been handled."""
+        return list(self._inbox)
+
+    def decide(self, event: Any) -> None:
+        """Hand an event to the Schedule, and carry out what it decides."""
+        self.act(self.schedule.handle(event, self.now))
 
     def on_event(self, event: Any) -> None:
         """Jobs, answers of dial threads, questions of user threads."""
@@ -8031,16 +9120,15 @@ class Driver(Loop):
 
     def on_fault(self, subject: Any, text: str) -> bool:
         """End what the fault concerns: a link, or jobs that are nowhere any more."""
-        self._lost_text = text   # jobs that were in hand are looked for soon, once for many faults
-        self._soon()
+        self.jobs.note_fault(text)
         if isinstance(subject, SendJobs):   # some of them cannot be sent, and nobody knows which
-            self._end_unsent(subject, text)
+            self.jobs.end_unsent(subject, text)
             return True
         if isinstance(subject, (Asked, Told, JobsEnded, JobEnded)):
             return True
-        peer = self._peers.get(getattr(subject, 'node', None))
+        peer = self.nodes.by_key.get(getattr(subject, 'node', None))
         if peer is not None and peer.link is not None:
-            self._break(peer.link, text)
+            self.break_link(peer.link, text)
             return True
         return super().on_fault(subject, text)
 
@@ -8052,7 +9140,7 @@ class Driver(Loop):
 
     def unsaid(self, link: Link, message: Any, text: str) -> None:
         """As a Loop's; who asks a scheduler for something gets the error."""
-        peer = self._by_link.get(link.number)
+        peer = self.nodes.by_link.get(link.number)
         future = None
         if peer is not None and type(message) is Call:
             future = peer.answers.pop((message.comp, 'call %d' % message.number), None)
@@ -8060,28 +9148,6 @@ class Driver(Loop):
             future.set_exception(ValueError(text))
         else:
             super().unsaid(link, message, text)
-
-    def _end_unsent(self, action: SendJobs, text: str) -> None:
-        payload = text.encode('utf-8', 'replace')
-        rows = [(work._serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'') for work in action.works]
-        self._act(self.schedule.handle(NodeResults(action.node, action.comp, rows), self.now))
-
-    def _end_lost(self, text: str) -> None:
-        """End the jobs that neither wait nor are on a node after a fault."""
-        for comp, cluster in list(self.clusters.items()):
-            lost = cluster.jobs_owed()
-            if not lost:
-                continue
-            known = {id(work) for work in self._submitted}
-            known.update(id(event) for event in list(self._inbox))
-            if comp in self.schedule.comps:
-                known.update(map(id, self.schedule.comps[comp].waiting()))
-            for node in self.schedule.nodes.values():
-                known.update(map(id, node.flight.get(comp, {}).values()))
-            for work in lost:
-                if id(work) not in known:
-                    self._answer_withdrawal(work, False)
-                    cluster.fail_job(work, text)
 
     def tell_later(self, call: Callable[..., Any], *args: Any) -> None:
         """Call it after all that cluster_status functions have been told until now. The driver's thread."""
@@ -8091,478 +9157,106 @@ class Driver(Loop):
         """Whether this is the thread that calls cluster_status functions. Any thread."""
         return threading.current_thread().name.startswith(self.tellers.name + '-')
 
-    def _tell_all(self, status: int, peer: Peer, comps: Any) -> None:
+    def tell_all(self, status: int, peer: Peer, comps: Iterable[str]) -> None:
+        """A node has changed for these computations."""
         for comp in comps:
             if comp in self.clusters:
                 self.clusters[comp].node_changed(status, peer)
 
-    def take(self, job: DispyJob) -> None:
-        """A job that waits again from now on."""
-        self._submitted.append(job)
-        self._soon()
-
-    def _take_submitted(self) -> None:
-        if self._submitted:
-            works = list(self._submitted)
-            self._submitted.clear()
-            self._act(self.schedule.handle(Submitted(works), self.now))
-
     def end_of_turn(self) -> None:
         """New jobs, jobs to nodes, and now and then what is due."""
-        if self._submitted:
-            self.guard(None, self._take_submitted)
-        self.guard(None, self._flush)
-        if self._outgoing:
-            self.guard(None, self._send_files)
-        if self.outgoing.journals:   # before anything of this turn is sent, and before results are acknowledged
-            self.guard(None, self._note_down)
-        if self.now >= self._chores_at:
+        if self.jobs.submitted:
+            self.guard(None, self.jobs.take_submitted)
+        self.guard(None, self.flush)
+        if self.files.backlog:
+            self.guard(None, self.files.send)
+        if self.jobs.outgoing.journals:   # before anything of this turn is sent, and before results are acknowledged
+            self.guard(None, self.jobs.note_down)
+        if self.now >= self.chores_at:
             self.guard(None, self._chores)
-
-    def _note_down(self) -> None:
-        before = set(self.outgoing.held_up)
-        leaving, staying = self.outgoing.commit()
-        for peer, frame in leaving:
-            self.say_to(peer, frame)
-        for comp in self.outgoing.held_up | before:
-            self._hold_up(comp, comp not in before)
-        for peer, comp, serials in staying:   # it never left
-            self._act(self.schedule.handle(NodeReturned(peer.key, comp, serials), self.now))
-        if self.outgoing.held_up:
-            self._chores_at = min(self._chores_at, self.now + Outgoing.AGAIN)
-
-    def _hold_up(self, comp: str, is_new: bool) -> None:
-        """The journal of a cluster cannot be written, or can be again."""
-        stuck = comp in self.outgoing.held_up
-        if stuck and is_new:
-            logger.error('%s: its recovery file cannot be written: no jobs are sent and no results acknowledged until there is room',
-                         self.clusters[comp].name)
-        for peer in self.peers_of(comp):
-            if (comp in peer.blocked) == stuck:
-                continue
-            if stuck:
-                peer.blocked.add(comp)
-            else:
-                peer.blocked.discard(comp)
-            if peer.uses[comp].state is UseState.READY and not peer.uses[comp].then:
-                self._act(self.schedule.handle(NodeOffers(peer.key, comp, peer.limit(comp), peer.offered), self.now))
 
     def next_timer(self) -> Optional[float]:
         """When chores are due, at once while files wait for room in a link."""
-        if self._outgoing.has_room():
+        if self.files.backlog.has_room():
             return 0.0
         lost_at = self.schedule.next_timer()
-        return self._chores_at if lost_at is None else min(lost_at, self._chores_at)
+        return self.chores_at if lost_at is None else min(lost_at, self.chores_at)
 
-    def _flush(self) -> None:
-        self._act(self.schedule.flush(self.now))
+    def flush(self) -> None:
+        """Let the Schedule send what waits to nodes that have room."""
+        self.act(self.schedule.flush(self.now))
 
     def _chores(self) -> None:
         """Dial, ask, give up probing, warn; and when to do so next."""
         due = [self.now + 60.0, self._unused.look(self.clusters, self.now)]
-        if self._lost_text:
-            if self.now >= self._lost_at:
-                text, self._lost_text, self._lost_at = self._lost_text, '', self.now + 1.0
-                self._end_lost(text)
-            else:
-                due.append(self._lost_at)
-        for asker in self._ears.values():
-            if self.now >= asker.due:
-                asker.ears.shout(lambda: self._discovery.say(Cry.QUESTION))
-                asker.last, asker.due, asker.wait = self.now, self.now + asker.wait, min(2 * asker.wait, self.access.redial)
-            due.append(asker.due)
-        for peer in self._peers.values():
-            when = peer.dialling.due
-            if when is not None and when <= self.now and peer.state in _MAY_DIAL:
-                if len(self._dials) < DIALS_MOST:   # each takes a thread and a descriptor; those that end make place for others
-                    self._dial(peer)
-            elif when is not None and peer.state in _MAY_DIAL:
-                due.append(when)
-        for comp, when in list(self._probes.items()):
-            if self.now >= when:
-                self._use_embedded(comp)
-            else:
-                due.append(when)
+        self.jobs.end_lost_when_due(due)
+        self.connector.search_when_due(due)
+        self.connector.dial_when_due(due)
+        self.selection.start_embedded_when_due(due)
         for comp, when in list(self._warn_at.items()):
             if self.now >= when:
                 self._warn(comp)
             due.append(self._warn_at[comp])
-        for peer in list(self._peers.values()):
+        for peer in list(self.nodes.by_key.values()):
             if any(use.acks for use in peer.uses.values()):
-                self._acknowledge(peer)
+                self.jobs.acknowledge(peer)
             if peer.retry_at is not None:
                 if self.now >= peer.retry_at:
-                    self._retry(peer)
+                    self.setup.retry(peer)
                 else:
                     due.append(peer.retry_at)
-        self._chores_at = min(due)
+        self.chores_at = min(due)
 
-    def _soon(self) -> None:
-        self._chores_at = self.now
+    def soon(self) -> None:
+        """Look in this turn for what is due."""
+        self.chores_at = self.now
 
     def _warn(self, comp: str) -> None:
         """Nobody waits in silence."""
         self._warn_at[comp] = self.now + WARN_EVERY
-        if not any(state == 'ready' for _, state, _, _, _ in self.nodes_of(comp)):
-            self.clusters[comp].warn('%s waits for a node. %s' % (self.clusters[comp].name, self.complaint(comp)))
-
-    def complaint(self, comp: str) -> str:
-        """What was tried, what came of it, what to do."""
-        lines = ['%s: %s%s' % (peer, state, ': ' + reason.strip().splitlines()[-1] if reason else '')
-                 for peer, state, reason, _, _ in self.nodes_of(comp)]
-        cluster = self.clusters[comp]
-        wild = [] if self._reach == 'off' else [spec for spec in cluster.specs if spec.wild]
-        for port in sorted({spec.port for spec in wild}):
-            lines.append('all that answer at UDP port %d %s' % (port, 'of this machine' if self._reach == 'loopback' else 'of the local network')
-                         if any(asked == port for asked, _ in self._ears) else 'those of the scheduler, whose nodes are all named (-n)')
-        if cluster.hosts:
-            host, port = cluster.hosts[0]
-            lines.append('waited for nodes to connect to %s' % place(host, port) if (host, port) in self._gates
-                         else 'no node can connect, port %d was taken' % port)
-        peers = self.peers_of(comp)
-        todo = 'Start `python dispynode.py` on a host, with the same secret, and name it (nodes=, at the shell -n)'
-        if peers and any(peer.scheduler and peer.link is not None for peer in peers):
-            todo = 'The scheduler is connected and has no node for it: start `python dispynode.py` on a host, with the same secret, ' \
-                'and name it to the scheduler (-n)'
-        elif peers and all(peer.scheduler for peer in peers):
-            todo = 'Start `python dispyscheduler.py` there, with the same secret'
-        return 'Tried: %s. %s' % ('; '.join(lines), todo)
-
-    # -- reaching nodes -----------------------------------------------------------------------------------
-
-    def _ask_all(self, port: int, multicast: bool) -> None:
-        """Ask for nodes at a UDP port, often at first, then every ping_interval."""
-        asker = self._ears.get((port, multicast))
-        if asker is None:
-            # Answers come to a port of our own; at the nodes' port those are heard that start later.
-            asker = self._ears[port, multicast] = _Asker(Ears(self, self._reach, (port,), (0, port), self._hear, multicast))
-        asker.due, asker.wait = self.now, ASK_FIRST
-
-    def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
-        """A datagram. What it says is a hint: the node is dialled, and the handshake decides."""
-        heard, _ = self._discovery.hear(data, source, self.now)
-        if heard is None:
-            return
-        if heard.kind == Cry.NOT_MINE:
-            self._stranger(heard.instance, source, 'its node has another secret: ' + same_secret())
-            return
-        if heard.kind == Cry.HELLO:   # ask, soon: which address is best depends on who asks
-            for asker in self._ears.values():
-                asker.due = min(asker.due, max(self.now, asker.last + ASK_FIRST))
-            self._soon()
-            return
-        host = heard.address or source
-        for comp, cluster in list(self.clusters.items()):
-            spec = next((spec for spec in cluster.specs if spec.wild and spec.may_fit(host)), None)
-            if spec is None:
-                continue
-            known = next((peer for peer in self._peers.values() if peer.instance == heard.instance or peer.key == (host, heard.port)), None)
-            if known is None:
-                known = self._use_address(comp, host, heard.port, spec, False)
-                known.dialling.due = self.now + (IPV6_LATER if ':' in host else 0.0)
-            elif known.link is not None:
-                self._consider(known, comp)
-            else:
-                if known.state is NodeState.FOUND and ':' in known.host and ':' not in host and not known.listed \
-                        and all(use.spec.may_fit(host) for use in known.uses.values()):
-                    del self._peers[known.key]
-                    known.host, known.ip_addr, known.key, known.dialling.due = host, host, (host, heard.port), self.now
-                    self._peers[known.key] = known
-                if not known.dialling.busy and (known.instance != heard.instance or known.state is NodeState.LOST):   # it is there again
-                    known.dialling.due = self.now
-                self._take(known, comp, spec)
-            known.instance, known.heard = heard.instance, self.now
-        self._soon()
-
-    def _stranger(self, key: Any, address: str, text: str) -> None:
-        """One that cannot be used, and is no node that was named: said once."""
-        if key not in self._strangers and len(self._strangers) < 1000:
-            known = {(peer.host, peer.reason) for peer in self._strangers.values()}
-            peer = self._strangers[key] = Peer(address, 0)
-            peer.reason = text
-            if (address, text) not in known:   # a host may have many of them
-                logger.warning('%s cannot be used: %s', address, text)
-
-    def _turned_away(self, address: str, text: str) -> None:
-        """A gate's thread: a node that dialled us was refused."""
-        self.call_soon(self._stranger, address, address, 'it connected and was turned away: ' + text)
-
-    def _use_embedded(self, comp: str) -> None:
-        """A node of this program's own, for all its clusters of this driver."""
-        if self._probes.pop(comp, None) is not None:
-            if any(peer.uses[comp].offered for peer in self.peers_of(comp)):
-                return   # a dispynode has answered meanwhile
-            logger.info('no dispynode answers: one is started on this machine for this program (nodes=%r says so at once)', LOCAL)
-        peer = self._peers.setdefault(LOCAL, Peer('127.0.0.1', 0, self.access.redial, True, True))
-        most = self.clusters[comp].cpus_in_all()
-        if comp not in peer.uses and most is not None:   # also if the machine has fewer CPUs
-            peer.uses[comp] = Use(NodeSpec('127.0.0.1', 0))
-            peer.uses[comp].allocation = Allocation(most, b'', [], {})
-            self._set_up(peer, comp)
-        self._take(peer, comp, NodeSpec('127.0.0.1', 0))
-
-    def _listen(self, host: str, port: int, may_fail: bool) -> None:
-        """Let nodes connect to us (--scheduler-host). Raises OSError; if it may fail, a port that is taken is no error."""
-        if (host, port) not in self._gates:
-            access = self.access
-            try:
-                gate = Gate((host, port), self._psk, Role.SCHEDULER, (Role.NODE,), self.instance, self.post,
-                            access.certfile, access.keyfile, access.cafile, refused=self._turned_away)
-            except OSError as exc:
-                taken = exc.errno in (48, 98, 10048)   # EADDRINUSE of macOS, Linux, Windows
-                if not taken or not may_fail:
-                    raise OSError(exc.errno, 'nodes cannot connect to %s: %s (host=%r: an address of this host, or ADDRESS:PORT)'
-                                  % (place(host, port), 'another program has that port' if taken else exc.strerror, host)) from exc
-                logger.warning('port %d is taken by another program: nodes cannot connect to this one (host=%r; ADDRESS:PORT gives '
-                               'another port); it connects to nodes all the same', port, host)
-                return
-            self._gates[host, port] = gate
-            self.watch(gate.socket, gate.knock)
-
-    def _dial(self, peer: Peer) -> None:
-        peer.move('dial')
-        self._dials.add(peer)
-        patience = peer.dialling.patience(self.now, self.access.pulse, peer.trip)
-        self._tried(peer, TRY_TIMES * patience)
-        reach = functools.partial(self._reach_peer, peer, patience=patience)
-        peer.dialling.start(self.post, peer, reach)
-
-    def _tried(self, peer: Peer, lasts: float) -> None:
-        """What is on a node that is away is not lost for so many s: it is tried to reach it."""
-        self._act(self.schedule.handle(NodeTried(peer.key, self.now + lasts), self.now))
-
-    def _allowed(self, peer: Peer) -> Optional[Callable[[str], bool]]:
-        """Which addresses of a node may be connected to; None: all. A dial thread."""
-        return None
-
-    def _reach_peer(self, peer: Peer, note: Callable[[Any], None], patience: float = HANDSHAKE_TIME) -> Arrival:
-        """A dial thread."""
-        if not peer.embedded:
-            wanted = Role.SCHEDULER if peer.scheduler else Role.NODE
-            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self.instance, self._tls, note, patience,
-                        self._allowed(peer))
-        peer.end_process()
-        peer.process, port, psk = _start_embedded(peer)
-        return dial(peer.host, port, psk, Role.CLIENT, Role.NODE, self.instance, None, note)
-
-    def _dialled(self, event: Dialled) -> None:
-        peer = event.peer
-        if isinstance(peer, Second):
-            self._second_reached(event)
-            return
-        self._dials.discard(peer)
-        self._soon()   # others may wait to be dialled
-        peer.dialling.ended()
-        self._tried(peer, 0.0)
-        if peer.state is not NodeState.DIALLING:
-            event.sock.close()
-            return
-        instance = event.session.peer_instance
-        twin = next((other for other in self._peers.values() if other is not peer and other.link is not None
-                     and other.link.instance == instance), None)
-        if twin is not None:   # one node by two names or addresses: one link is enough
-            event.sock.close()
-            twin.aliases.add(peer.place)
-            for comp, use in peer.uses.items():
-                known = comp in twin.uses
-                self._take(twin, comp, use.spec)
-                if known and twin.name and self.clusters[comp].cargo is None:
-                    # It may look for something by this name.
-                    self.clusters[comp].node_connected(twin)
-            if peer.listed and not twin.port and not twin.embedded:   # it has dialled us; when that ends, we dial it
-                peer.move('fail')
-                peer.reason = 'it has connected by itself'
-                peer.dialling.again(self.now)
-                self._soon()
-                return
-            twin.listed = twin.listed or peer.listed
-            peer.uses.clear()
-            self._drop_unused(peer)
-            return
-        elder = next((other for other in self._peers.values() if other is not peer and other.link is None and not other.embedded
-                      and other.instance == instance and other.key in self.schedule.nodes), None)
-        if elder is not None:   # one node by two names: its jobs are known by the other
-            for comp, use in peer.uses.items():
-                self._take(elder, comp, use.spec)
-            elder.listed = elder.listed or peer.listed
-            if not elder.port:
-                elder.host, elder.port = peer.host, peer.port
-            peer.uses.clear()
-            self._drop_unused(peer)
-            peer = elder
-        self._connected(peer, event)
-
-    def _connected(self, peer: Peer, event: Any) -> None:
-        peer.move('connect')
-        peer.failures, peer.probed = 0, False
-        peer.restarted = bool(peer.instance) and peer.instance != event.session.peer_instance
-        peer.instance = event.session.peer_instance
-        peer.ip_addr, peer.reason = event.address, ''
-        peer.link = Link(event.sock, event.session, event.address, self.now, self.access.pulse, OF_NODES)
-        peer.linked_at = self.now
-        self.attach(peer.link)
-        self._by_link[peer.link.number] = peer
-        self._tried(peer, PULSES_LOST * self.access.pulse)   # it is about to tell what it holds
-        self.say(peer.link, Introduce('%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid()), self.access.pulse))
-
-    def _arrived(self, event: Arrival) -> None:
-        """A node has dialled."""
-        instance = event.session.peer_instance
-        for other in [other for other in self._peers.values() if other.link is not None and other.link.instance == instance]:
-            if other.port or other.embedded:   # we have dialled it
-                link = Link(event.sock, event.session, event.address, self.now, takes=OF_NODES)
-                self.attach(link)
-                self.part(link, 'this program has connected to it already')
-                return
-            self._break(other.link, 'the node has connected anew')  # type: ignore[arg-type]
-        idle = [other for other in self._peers.values() if other.link is None and not other.embedded]
-        peer = next((other for other in idle if other.instance == instance and (not other.port or other.key in self.schedule.nodes)), None)
-        there = [other for other in self._peers.values() if not other.port and other.ip_addr == event.address]
-        if peer is None and len(there) == 1 and there[0] in idle:   # of several behind one address it may be another
-            peer = there[0]
-        if peer is None:
-            peer = Peer(event.address, 0)
-            peer.key = instance.hex()
-            peer.dialling.due = None
-            self._peers[peer.key] = peer
-        self._connected(peer, event)
-
-    def _dial_failed(self, event: DialFailed) -> None:
-        peer = event.peer
-        if isinstance(peer, Second):
-            self.second_failed(peer, peer.peer.link)
-            return
-        self._dials.discard(peer)
-        self._soon()   # as above
-        peer.dialling.ended()
-        self._tried(peer, 0.0)
-        if peer.state is not NodeState.DIALLING:
-            return
-        peer.move('fail')
-        peer.failures += 1
-        self._reached_not(peer, event.text)
-        if event.refused and peer.key in self.schedule.nodes and not peer.scheduler:
-            self._look_for_remains(peer)
-        if self._is_forgotten(peer):
-            self._forget_peer(peer)
-
-    def _is_forgotten(self, peer: Peer) -> bool:
-        """Whether a node that cannot be reached is not tried any more: one that was found and not
-        named, and does not answer by UDP either. Not while jobs are there that may come back."""
-        if peer.listed or self.schedule.lost_at(peer.key) < math.inf:
-            return False
-        silent = self.now - peer.heard > 2 * self.access.redial
-        return peer.failures >= FOUND_FAILURES and silent or self._only_probed(peer)
-
-    def _look_for_remains(self, peer: Peer) -> None:
-        """Nothing listens where a node was: if it was on this machine, its lock file tells whether its process has ended."""
-        remains = Remains(peer.facts.get('lock'), peer.instance)
-        if not remains.has_ended():
-            return
-        known = {comp: Account(frozenset(remains.kept(comp)), remains.past(comp, peer.memory))
-                 for comp in self.schedule.nodes[peer.key].comps}
-        self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'its process has ended', known), self.now))
-
-    def _forget_peer(self, peer: Peer) -> None:
-        """One that was found and not named cannot be reached: it is found again when it is there again."""
-        peer.uses.clear()
-        self._drop_unused(peer)
-
-    def _reached_not(self, peer: Peer, text: str, lived: float = 0.0) -> None:
-        """Say why, once for each reason, and try again later."""
-        if text == CLOSED_AT_ONCE and peer.told:   # it refuses this address for a while, for the reason that was told
-            text = peer.reason
-        if peer.scheduler:
-            text = text.replace('a dispynode 5', 'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
-        peer.reason = text
-        about = told_once(text)
-        if about not in peer.told and not self._only_probed(peer) and not peer.replacing:
-            peer.told.add(about)
-            logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, text)
-            for cluster in [self.clusters[comp] for comp in peer.uses if comp in self.clusters]:
-                cluster.node_unreachable(peer, text)
-        peer.dialling.again(self.now, lived, self.access.pulse)
-        last, due = self.schedule.lost_at(peer.key) - LAST_TRY, peer.dialling.due
-        if due is not None and self.now < last < due:
-            peer.dialling.due = last
-        self._soon()
-
-    @staticmethod
-    def _only_probed(peer: Peer) -> bool:
-        return peer.probed and not peer.listed
+        if not any(state == 'ready' for _, state, _, _, _ in self.queries.nodes_of(comp)):
+            self.clusters[comp].warn('%s waits for a node. %s' % (self.clusters[comp].name, self.queries.complaint(comp)))
 
     # -- links --------------------------------------------------------------------------------------------
 
     def on_channel(self, channel: Link) -> None:
         """A link has something."""
-        peer = self._by_link[channel.number]
+        peer = self.nodes.by_link[channel.number]
         for message in channel.messages(self.now):
             kind = type(message)
             if kind is Pulse:
                 continue
             if kind is Wrong:
-                self._refused_frame(peer, channel, message)
+                self.jobs.refused_frame(peer, channel, message)
             if kind is Bye:   # what a node has not answered for was never started
                 for comp, use in peer.uses.items():
                     if use.state is UseState.READY and not peer.scheduler:
-                        self._act(self.schedule.handle(NodeReady(peer.key, comp, 0, []), self.now))
+                        self.decide(NodeReady(peer.key, comp, 0, []))
                 raise LinkBroken(message.text[:200])
             if kind not in self._messages:
                 raise PeerError('%s may not come here' % kind.__name__)
             self._messages[kind](peer, message)
 
     def on_silent(self, link: Link) -> None:
-        """Another connection is tried while this one still counts. What dials us does so itself."""
-        peer = self._by_link.get(link.number)
-        if peer is not None and peer.port:
-            peer.second.start(self.now, self.post, functools.partial(self._reach_peer, peer, patience=max(1.0, link.pulse)))
-
-    def _second_reached(self, event: Dialled) -> None:
-        """It takes the place of a link that is silent still, or has come to its end for that."""
-        peer = event.peer.peer
-        event.peer.ended()
-        old = peer.link
-        if peer.key not in self._peers or self._peers[peer.key] is not peer or (
-                peer.state not in _MAY_DIAL if old is None else not self.is_silent(old)):
-            event.sock.close()
-            return
-        if old is not None:
-            logger.info('%s: nothing was heard for %.1f s, and it was reached anew', peer, self.now - old.heard)
-            peer.replacing = True
-            self._break(old, 'it was reached anew')
-            peer.replacing = False
-        if self._peers.get(peer.key) is not peer:   # nobody wants it any more
-            event.sock.close()
-            return
-        peer.move('dial')
-        peer.dialling.due = None
-        self._connected(peer, event)
-
-    def _refused_frame(self, peer: Peer, link: Link, message: Wrong) -> None:
-        """The other side cannot use what was sent: the jobs that were in it end after a few times, and it is reached again later."""
-        text = 'it cannot use what was sent: %s' % message.text
-        for comp, serial in self.refusals.refused(link, message.frame):
-            row = (serial, int(Outcome.DIED), 0.0, 0.0, ('%s: %s' % (peer, text)).encode('utf-8', 'replace'), b'', b'')
-            self._act(self.schedule.handle(NodeResults(peer.key, comp, [row]), self.now))
-        peer.wrong = True
-        raise LinkBroken(text)
+        """Another connection is tried while this one still counts."""
+        self.connector.try_second(link)
 
     def on_broken(self, channel: Link, text: str) -> None:
         """A link came to its end: the node is lost until it is reached again."""
-        peer = self._by_link[channel.number]
+        peer = self.nodes.by_link[channel.number]
         peer.move('fail')
         used = [comp for comp, use in peer.uses.items() if use.state is UseState.READY]
-        self._tell_all(DispyNode.Closed, peer, used)
-        self._unlink(peer, channel)
-        until = self._away_until(peer, channel)
+        self.tell_all(DispyNode.Closed, peer, used)
+        self.selection.unlink(peer, channel)
+        until = self.connector.away_until(peer, channel)
         lost = until <= self.now or peer.embedded or not any(self.schedule.nodes[peer.key].flight.values()) \
             if peer.key in self.schedule.nodes else True
-        self._act(self.schedule.handle(NodeLost(peer.key, str(peer), text) if lost else NodeAway(peer.key, str(peer), text, until), self.now))
+        self.decide(NodeLost(peer.key, str(peer), text) if lost else NodeAway(peer.key, str(peer), text, until))
         peer.told.clear()
         for comp in used:
             self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
         if peer.port or peer.embedded:
-            self._reached_not(peer, 'the connection ended: %s' % text, self.now - peer.linked_at)
+            self.connector.not_reached(peer, 'the connection ended: %s' % text, self.now - peer.linked_at)
             if not lost and not peer.wrong:
                 peer.dialling.due = self.now
             peer.wrong = False
@@ -8570,264 +9264,12 @@ class Driver(Loop):
             peer.reason = 'the connection ended: %s' % text
             logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, peer.reason)
             if lost:
-                self._forget_peer(peer)
-
-    def _away_until(self, peer: Peer, link: Link) -> float:
-        """Until when what is on a node is not lost. Not before a new connection has been tried in vain."""
-        if peer.scheduler:
-            return math.inf   # it keeps what it has on disk
-        until = link.heard + PULSES_LOST * link.pulse
-        if peer.port and (peer.second.busy or not peer.second.has_failed(link.heard)):
-            until = max(until, self.now + PULSES_SILENT * link.pulse)
-        return until
+                self.connector.forget(peer)
 
     def _gone(self, action: NodeGone) -> None:
-        peer = self._peers.get(action.node)
+        peer = self.nodes.by_key.get(action.node)
         if peer is not None and peer.link is None and not peer.port and not peer.embedded:
-            self._forget_peer(peer)
-
-    def _on_welcome(self, peer: Peer, message: Welcome) -> None:
-        peer.name, peer.facts, peer.offered = message.name, message.facts, message.cpus
-        peer.trip = self.now - peer.linked_at
-        kept, memory = message.facts.get('kept', {}), str(message.facts.get('memory', ''))
-        peer.whole = not peer.restarted or (memory != '' and memory == peer.memory)
-        peer.memory = memory
-        node = self.schedule.nodes.get(peer.key)
-        sent = [comp for comp, flight in node.flight.items() if flight] if node is not None else []
-        if peer.restarted and not peer.whole:
-            known = {comp: Account(frozenset(serials), Past(whole=False)) for comp, serials in kept.items()}
-            self._act(self.schedule.handle(NodeLost(peer.key, str(peer), 'it was started anew', known), self.now))
-        peer.restarted = False
-        for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:   # what it has from before comes first, also if it is busy now
-            if comp in self.clusters:
-                self.say(peer.link, Reclaim(comp, self.clusters[comp].key))  # type: ignore[arg-type]
-        for comp, cluster in sorted(self.clusters.items(), key=lambda item: item[1].cargo is not None):   # recoveries first
-            use = peer.uses.get(comp)
-            if use is None:
-                self._consider(peer, comp)
-            elif use.spec.wild and cluster.spec_of(peer) is None:
-                del peer.uses[comp]   # at its address might have been one that is meant, but it has another name
-            else:
-                use.spec = cluster.spec_of(peer) or use.spec if use.spec.wild else use.spec
-                self._set_up(peer, comp)
-        self._drop_unused(peer)
-
-    def _on_offer(self, peer: Peer, message: Offer) -> None:
-        """Its CPUs have changed, or it has become free."""
-        peer.offered = message.cpus
-        for comp, use in list(peer.uses.items()):
-            if use.state is UseState.READY and not use.then:
-                self._act(self.schedule.handle(NodeOffers(peer.key, comp, self._tell_limit(peer, comp), peer.offered), self.now))
-            elif use.state is UseState.REFUSED and peer.offered:
-                self._set_up(peer, comp)
-
-    def _set_up(self, peer: Peer, comp: str) -> None:
-        """Offer a computation to a node."""
-        cluster, use = self.clusters[comp], peer.uses[comp]
-        if peer.link is None or not peer.name or use.state not in _MAY_OFFER:
-            return
-        if cluster.cargo is None:   # it only looks
-            cluster.node_connected(peer)
-            return
-        if use.spec.allocator is not None and use.allocation is None:
-            if use.state is not UseState.ASKING:
-                use.move('ask')
-                cluster.ask_allocator(use.spec.allocator, peer, peer.link)
-            return
-        spec, there, allocation = cluster.cargo.spec, peer.facts.get('python', ()), use.allocation
-        if spec['kind'] == 'function' and not spec['portable'] and there[:2] != spec['python'][:2] and not peer.scheduler:
-            if cluster.source is None:
-                if use.state is not UseState.ASKING or allocation is not None:
-                    use.move('ask')
-                    cluster.ask_source(peer, peer.link)
-                return
-            code, obstacle = cluster.source
-            if obstacle:
-                self._refusal(peer, comp, 'it runs %s, this program %s, where functions go as source only: %s'
-                              % (python_of(there), python_of(spec['python']), obstacle), 'version')
-                return
-            spec = dict(spec, kind='source', code=code)
-        if peer.allowed(comp) < 1 and use.wanted is None:
-            if not peer.offered and use.state is UseState.REFUSED and use.reason:
-                return   # the node has said why it offers none, and offers them when it does again
-            self._refusal(peer, comp, 'it has no CPU to use: %d offered, limit %d' % (peer.offered, use.spec.cpus)
-                          if allocation is None else 'allocate() returned %d' % allocation.cpus,
-                          'cpus' if allocation is None else 'allocate')
-            return
-        if allocation is not None:
-            spec = dict(spec, cpus=allocation.cpus, setup_args=allocation.setup_args, files=spec['files'] + allocation.files)
-        try:
-            spec = dict(spec, support=cluster.support_for(peer), **cluster.modules_for(peer),
-                        **self._managers(peer))
-        except OSError as exc:
-            self._refusal(peer, comp, 'a file of a module cannot be read: %s' % exc, 'module')
-            return
-        use.move('offer')
-        use.reason, use.unloadable = '', False
-        self._check_unloadable(comp)
-        self._probes.pop(comp, None)
-        spec.update(code=beside(spec['code']), setup_args=beside(spec['setup_args']),
-                    client=cluster.client)   # whose claims on the node's CPUs it shares
-        self.say(peer.link, Compute(comp, spec))
-
-    def _managers(self, peer: Peer) -> Dict[str, Any]:
-        """What lets jobs on this machine use proxies of managers (multiprocessing.Manager) that the
-        program has made. Other machines do not reach the program's managers and get no key."""
-        if peer.scheduler or peer.link is None:
-            return {}
-        sock = peer.link.sock
-        try:
-            here = sock.getsockname()[0] == sock.getpeername()[0]
-        except OSError:   # the link is breaking, and nothing will go along it
-            here = False
-        if not here:
-            return {}
-        return {'authkey': bytes(multiprocessing.current_process().authkey)}
-
-    def source_found(self, cluster: NodeUser, peer: Peer, link: Link, source: Tuple[bytes, str]) -> None:
-        """What the source of a computation is, or why there is none."""
-        cluster.source = source
-        if cluster.comp in self.clusters and peer.link is link and cluster.comp in peer.uses:
-            self._set_up(peer, cluster.comp)
-
-    def source_missing(self, cluster: NodeUser, peer: Peer, link: Link, text: str) -> None:
-        """It could not be found out."""
-        if cluster.comp in self.clusters and peer.link is link and cluster.comp in peer.uses:
-            self._refusal(peer, cluster.comp, 'its source is not to be had: ' + text, 'source')
-
-    def allocated(self, comp: str, peer: Peer, link: Link, allocation: Allocation, error: str) -> None:
-        """What the user's allocator has said."""
-        if comp not in self.clusters or peer.link is not link or comp not in peer.uses:
-            return   # closed or lost meanwhile
-        if error:
-            self._refusal(peer, comp, 'allocate() failed: ' + error, 'allocate')
-        elif peer.uses[comp].state is UseState.ASKING:
-            peer.uses[comp].allocation = allocation
-            self._set_up(peer, comp)
-
-    def _on_said(self, peer: Peer, message: Said) -> None:
-        cluster = self.clusters.get(message.comp)
-        if cluster is not None:
-            cluster.warn(message.text)
-        else:   # it was closed meanwhile
-            logger.warning('%s', message.text)
-
-    def _refusal(self, peer: Peer, comp: str, text: str, code: str) -> None:
-        """Not used, for a reason of REASONS. One that passes is said once, whatever its numbers, and tried again."""
-        use, reason = peer.uses[comp], REASONS.get(code)
-        use.move('refuse')
-        use.reason, use.then = text, ''
-        use.passes = reason is not None and reason.passes
-        about = code if use.passes else text
-        if about not in use.told:
-            use.told.add(about)
-            self.clusters[comp].warn('node %s does not take %s: %s%s' % (
-                peer, self.clusters[comp].name, text, '; it is tried again and again' if use.passes else ''))
-        if use.passes:
-            peer.retry_at = self.now + peer.retry_wait
-            peer.retry_wait = min(peer.retry_wait * 2, RETRY_MOST)
-            self._soon()
-
-    def _on_refused(self, peer: Peer, message: Refused) -> None:
-        use = peer.uses.get(message.comp)
-        if message.comp in self._reclaimed:
-            self._reclaimed[message.comp].refused(peer, message.comp, message.text)
-            return
-        if message.comp not in self.clusters or use is None or not use.offered:
-            return
-        was_ready = use.state is UseState.READY   # its runner has died later: a new one may live
-        if peer.link is not None:
-            peer.link.abandon(message.comp)   # nobody takes it there
-        if was_ready:
-            self._tell_all(DispyNode.Closed, peer, [message.comp])
-            if not peer.scheduler:   # it has answered for all that it held: what was on the way has not begun, as with Bye
-                self._act(self.schedule.handle(NodeReady(peer.key, message.comp, 0, []), self.now))
-            self._act(self.schedule.handle(NodeLeft(peer.key, message.comp, str(peer), message.text), self.now))
-        text = source_here.added_to(message.text)
-        if message.code == 'busy':
-            text += who_holds(text, peer.place)
-        self._refusal(peer, message.comp, text, 'process' if was_ready and message.code == 'setup' else message.code)
-        use.unloadable = message.code in ('code', 'initializer')
-        self._check_unloadable(message.comp)
-
-    def _check_unloadable(self, comp: str) -> None:
-        """Where every node that can come has said that it cannot load the code, jobs would wait for ever: they end."""
-        text = self.why_unloadable(comp)
-        known = self.schedule.comps.get(comp)
-        if known is not None and known.unloadable != text:
-            self._act(self.schedule.handle(Unloadable(comp, text), self.now))
-
-    def why_unloadable(self, comp: str) -> str:
-        """Why no node can load the code of a computation; empty if one may."""
-        cluster, uses = self.clusters[comp], [peer.uses[comp] for peer in self.peers_of(comp)]
-        others = bool(cluster.hosts) or any(spec.wild or spec.scheduler for spec in cluster.specs)
-        if not uses or not all(use.unloadable for use in uses):
-            return ''
-        if cluster.cargo is not None and cluster.cargo.spec.get('initializer'):
-            return '%s: %s' % (NO_INITIALIZER, uses[0].reason)
-        if others:
-            return ''
-        return 'no node can load the code of %s: %s' % (cluster.name, uses[0].reason)
-
-    def _retry(self, peer: Peer) -> None:
-        """Offer again what the node could not take, for a reason that passes."""
-        peer.retry_at = None
-        for comp, use in list(peer.uses.items()):
-            if comp in self.clusters and use.state is UseState.REFUSED and use.passes:
-                self._set_up(peer, comp)
-
-    def _on_need(self, peer: Peer, message: Need) -> None:
-        cluster = self.clusters.get(message.comp)
-        if cluster is None or cluster.cargo is None or peer.link is None:
-            return
-        allocation = peer.uses[message.comp].allocation if message.comp in peer.uses else None
-        paths = dict(cluster.cargo.paths, **allocation.paths) if allocation is not None else cluster.cargo.paths
-        for purpose, key, row in message.files:
-            name = row[0]
-            depends = purpose == Purpose.DEPENDS
-            if purpose == Purpose.VALUES:
-                self._send_value(peer, cluster, key, row)
-                continue
-            source = paths.get(name) if depends else cluster.module_source(name)
-            if source is None:
-                raise PeerError('it asked for a file that was not offered: %.60r' % (name,))
-            self._outgoing.add_file(peer.link.number, (cluster.comp, purpose, key), row, source)
-
-    def _send_value(self, peer: Peer, cluster: NodeUser, key: int, row: tuple) -> None:
-        """A node lacks a value that jobs need."""
-        source = cluster.value_source(row[2])
-        if source is None:   # and its jobs have ended
-            text = 'the program does not have it any more'
-            self.say_to(peer, FileStored(cluster.comp, int(Purpose.VALUES), key, row[0], text))
-        else:
-            transfer = (cluster.comp, int(Purpose.VALUES), key)
-            self._outgoing.add_file(peer.link.number, transfer, row, source)  # type: ignore[union-attr]
-
-    def _send_files(self) -> None:
-        """A few pieces of files into links that have room."""
-        for link, (comp, purpose, key, name), text in self._outgoing.send(self.say):
-            if purpose == Purpose.VALUES:
-                self.say(link, FileStored(comp, purpose, key, name, 'it cannot be read: %s' % text))
-            elif purpose == Purpose.PLACED and link.number in self._by_link:
-                peer = self._by_link[link.number]
-                self._answer(peer, (comp, name), 'it cannot be read: %s' % text)
-            elif purpose in ASKED_FOR:   # the node waits for it in vain
-                self._break(link, 'a file of the computation cannot be read: %s' % text)
-
-    def _on_ready(self, peer: Peer, message: Ready) -> None:
-        use = peer.uses.get(message.comp)
-        if message.comp in self.clusters and use is not None and use.state is UseState.SETTING_UP:
-            use.move('ready')
-            use.seat_told = False
-            peer.retry_wait = RETRY_FIRST
-            self.clusters[message.comp].node_ready(peer)
-            self._tell_all(DispyNode.Initialized, peer, [message.comp])
-            if any(value is not None for value in peer.facts.get('available', {}).values()):
-                self._tell_all(DispyNode.AvailInfo, peer, [message.comp])
-            limit = self._tell_limit(peer, message.comp)   # before the first job
-            ready = NodeReady(peer.key, message.comp, limit, message.held, str(peer), peer.offered,
-                              peer.trip, Past.of(message.past), peer.whole)
-            self._act(self.schedule.handle(ready, self.now))
+            self.connector.forget(peer)
 
     def remove_old_trails(self) -> None:
         """Once in a program."""
@@ -8836,270 +9278,14 @@ class Driver(Loop):
             _trails_looked_at = True
             self.openers.run(remove_old_trails)
 
-    def left_behind(self, comp: str) -> Dict[Any, int]:
-        """Nodes that outlive this program, and how many jobs of a computation they have."""
-        found = {key: len(node.flight.get(comp, ())) for key, node in self.schedule.nodes.items()
-                 if key in self._peers and not self._peers[key].embedded}
-        return {key: count for key, count in found.items() if count}
-
     def has_sent(self) -> bool:
         """Whether all that was said has left, where there is a link."""
         return not any(link.wants_write for link in self.links.values())
-
-    def _on_held(self, peer: Peer, message: Held) -> None:
-        """The results come by themselves."""
-        past = Past.of(message.past)
-        if message.comp in self._reclaimed:
-            self._reclaimed[message.comp].held(peer, message.comp, message.serials, past)
-        else:
-            account = Account(frozenset(message.serials), past, peer.whole)
-            self._act(self.schedule.handle(NodeTold(peer.key, message.comp, account), self.now))
-
-    def reclaim(self, peer: Peer, recovery: Union['Recovery', 'Gathering'], keys: Dict[str, bytes],
-                take: bool = True) -> None:
-        """Ask a node for what it has of computations of a program that has crashed."""
-        for comp, key in keys.items():
-            self._reclaimed[comp] = recovery
-            self.say(peer.link, Reclaim(comp, key, take))  # type: ignore[arg-type]
-
-    def acknowledge(self, found: 'Gathering', whole: Set[str]) -> None:
-        """What was collected is the user's; nodes that have no more of a computation forget it."""
-        for peer in found.met:
-            for where, comp in found.taken if peer.link is not None else ():
-                if where not in (peer.place, *peer.aliases):
-                    continue
-                if comp in whole:
-                    self.say_to(peer, Done(comp))
-                else:
-                    serials = [row[0] for (name, _), (row, _) in found.rows.items() if name == comp]
-                    for ack in in_parts(Ack, comp, serials):
-                        self.say_to(peer, ack)
-
-    def let_go(self, found: 'Gathering', whole: Set[str]) -> None:
-        """A gathering is over. Nodes that have more keep it: their links end without Bye."""
-        for comp in found.lefts:
-            self._reclaimed.pop(comp, None)
-        for peer in found.met:
-            left = any(comp not in whole and where in (peer.place, *peer.aliases)
-                       for where, comp in found.taken)
-            if peer.link is not None and left:
-                peer.replacing = True   # not to be told
-                self._break(peer.link, 'the recovery has ended')
-        self.forget(found.comp)
-
-    def give_up(self, recovery: 'Recovery', whole: bool) -> None:
-        """A recovery is over: if it is whole, nodes forget what is left of its computations."""
-        for comp in recovery.old:
-            self._reclaimed.pop(comp, None)
-            for peer in recovery.met:
-                if peer.link is not None and whole:
-                    self.say(peer.link, Done(comp))
-                elif peer.link is not None and not any(comp != recovery.comp for comp in peer.uses):
-                    self._break(peer.link, 'the recovery has ended')   # without Bye: they keep what they have
-        self.forget(recovery.comp)
-
-    @staticmethod
-    def _unsend(peer: Peer, comp: str, serials: Iterable[int]) -> List[int]:
-        """Large arguments of these need not go on to a node. Returns serials of those that have not
-        come there."""
-        return peer.link.abandon(comp, serials) if peer.link is not None and peer.link.later else []
-
-    def _on_results(self, peer: Peer, message: Results) -> None:
-        if peer.link is not None and peer.link.later:
-            self._unsend(peer, message.comp, [row[0] for row in message.rows])
-        if message.comp in self._reclaimed:
-            recovery = self._reclaimed[message.comp]
-            recovery.results(peer, message.comp, message.rows)
-            serials = [row[0] for row in message.rows if row[1] not in GOES_ON and recovery.acknowledges]
-            for ack in in_parts(Ack, message.comp, serials):
-                self.say(peer.link, ack)  # type: ignore[arg-type]
-            return
-        self._act(self.schedule.handle(NodeResults(peer.key, message.comp, message.rows), self.now))
-
-    def _on_returned(self, peer: Peer, message: Returned) -> None:
-        if message.comp in self._reclaimed:
-            self._reclaimed[message.comp].returned(peer, message.comp, message.serials)
-            return
-        self._unsend(peer, message.comp, message.serials)
-        self._act(self.schedule.handle(NodeReturned(peer.key, message.comp, message.serials), self.now))
-
-    def _on_started(self, peer: Peer, message: Started) -> None:
-        self._act(self.schedule.handle(NodeStarted(peer.key, message.comp, message.rows), self.now))
-
-    def _on_report(self, peer: Peer, message: Report) -> None:
-        if message.running:
-            started = NodeStarted(peer.key, message.comp, message.running)
-            self._act(self.schedule.handle(started, self.now))
-        self._answer(peer, (message.comp, ''), message)
-
-    def _job_of(self, peer: Peer, comp: str, serial: int) -> Any:
-        """The job that a message of a node speaks of, while it is there."""
-        node = self.schedule.nodes.get(peer.key)
-        return node.flight.get(comp, {}).get(serial) if node is not None else None
-
-    def _on_file_piece(self, peer: Peer, message: FilePiece) -> None:
-        cluster = self.clusters.get(message.comp)
-        job = self._job_of(peer, message.comp, message.key)
-        if message.purpose != Purpose.FROM_JOB:
-            raise PeerError('a file that was not asked for')
-        if cluster is not None and job is not None:
-            cluster.file_piece(peer, job, message)
-
-    def store_file(self, peer: Peer, directory: str, message: FilePiece) -> None:
-        """A piece of a file that a job sends. After a failure the rest of the file is passed over."""
-        if peer.link is None:
-            return
-        place = (peer.link.number, message.comp)
-        if place not in self._incoming:
-            roots = {Purpose.FROM_JOB: directory}
-            self._incoming[place] = FileReceiver(roots, where='on the client: ')
-        stored = self._incoming[place].take(message)
-        if stored is not None:
-            self.say(peer.link, stored)
-
-    def _on_file_stored(self, peer: Peer, message: FileStored) -> None:
-        self._answer(peer, (message.comp, message.name), message.error)
-
-    def _on_output(self, peer: Peer, message: Output) -> None:
-        cluster = self.clusters.get(message.comp)
-        job = self._job_of(peer, message.comp, message.serial)
-        if cluster is not None and job is not None:
-            cluster.output(peer, job, message)
-
-    def job_started(self, peer: Peer, job: Any) -> None:
-        """A job has begun, and what says so may come later."""
-        self._act(self.schedule.handle(NodeStarted(peer.key, job._comp, [(job._serial, 0.0)]), self.now))
-
-    # -- schedulers -----------------------------------------------------------------------------------------
-
-    def _on_where(self, peer: Peer, message: Where) -> None:
-        """Jobs of ours have gone to a node, or are back in a scheduler's queue."""
-        if message.comp in self._reclaimed:
-            self._reclaimed[message.comp].where(message.comp, message.serials, message.node)
-            return
-        cluster, node = self.clusters.get(message.comp), self.schedule.nodes.get(peer.key)
-        flight = node.flight.get(message.comp, {}) if node is not None else {}
-        for job in [flight[serial] for serial in message.serials if serial in flight] if cluster is not None else ():
-            if self._incoming:
-                self._abort_file((message.comp, job._serial))
-            cluster.job_moved(job, message.node)  # type: ignore[union-attr]
-
-    def _on_news(self, peer: Peer, message: News) -> None:
-        cluster = self.clusters.get(message.comp)
-        if cluster is not None:
-            cluster.node_told(message.status, NodeRow(*message.node))
-
-    def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
-        """Ask a cluster's scheduler."""
-        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
-        peer = next((peer for peer in self.peers_of(comp) if peer.link is not None), None)
-        if peer is None:
-            raise ConnectionError('the scheduler is not connected')
-        number = next(self._call_numbers)
-        peer.answers[comp, 'call %d' % number] = future
-        self.say(peer.link, Call(comp, number, name, args))  # type: ignore[arg-type]
-        return future
-
-    def _on_return(self, peer: Peer, message: Return) -> None:
-        future = peer.answers.pop((message.comp, 'call %d' % message.number), None)
-        if future is not None and message.error:
-            future.set_exception(_ERRORS.get(message.error[0], DispyError)(message.error[1]))
-        elif future is not None:
-            future.set_result(message.value)
-
-    def _on_call(self, peer: Peer, message: Call) -> None:
-        """A node or scheduler asks what only the program can tell."""
-        cluster = self.clusters.get(message.comp)
-        if cluster is not None:
-            cluster.asked(peer, message)
 
     def say_to(self, peer: Peer, message: Any) -> None:
         """Send a message to a node or scheduler, if it is connected."""
         if peer.link is not None:
             self.say(peer.link, message)
-
-    # -- actions ------------------------------------------------------------------------------------------
-
-    def _send_jobs(self, action: SendJobs) -> None:
-        self.clusters[action.comp].send_jobs(self._peers[action.node], action.works)
-
-    def _jobs_started(self, action: JobsStarted) -> None:
-        self.clusters[action.comp].jobs_started(self._peers[action.node], action.pairs)
-
-    def _send_to(self, action: Any) -> None:
-        peer = self._peers.get(action.node)
-        if peer is not None and peer.link is not None:
-            kind, serials = Cancel if isinstance(action, SendCancel) else Recall, action.serials
-            stay = self._unsend(peer, action.comp, serials)
-            if stay:   # they have not come there, nor will they
-                self._act(self.schedule.handle(NodeReturned(peer.key, action.comp, stay), self.now))
-                serials = [serial for serial in serials if serial not in stay]
-            for message in in_parts(kind, action.comp, serials):
-                self.say(peer.link, message)
-
-    def _send_ack(self, action: SendAck) -> None:
-        """Collected, so that a round trip of one job is not two."""
-        peer = self._peers.get(action.node)
-        if peer is None or action.comp not in peer.uses:
-            return
-        acks = peer.uses[action.comp].acks
-        acks.extend(action.serials)
-        if len(acks) >= ACKS_MOST and not self.outgoing.has(action.comp):
-            self._acknowledge(peer)
-        else:
-            self._chores_at = min(self._chores_at, self.now + ACK_AFTER)
-
-    def _acknowledge(self, peer: Peer) -> None:
-        if peer.link is not None:
-            for comp, use in peer.uses.items():
-                if use.acks and comp not in self.outgoing.held_up:
-                    for message in in_parts(Ack, comp, use.acks):
-                        self.say(peer.link, message)
-                    use.acks = []
-
-    def _failed_once(self, action: JobFailedOnce) -> None:
-        """Whether a job is repeated is found out by an opener: its exception may be the user's."""
-        if self._incoming:
-            self._abort_file((action.comp, action.row[0]))
-        cluster, peer = self.clusters[action.comp], self._peers[action.node]
-        self.openers.run(self._think_over, cluster, peer, action.work, action.row)
-
-    def _think_over(self, cluster: NodeUser, peer: Peer, job: DispyJob, row: tuple) -> None:
-        """An opener."""
-        delay: Optional[float] = None
-        try:
-            failure = failure_of(row, cluster.cargo.is_program)  # type: ignore[union-attr]
-            delay = job._options['repeats'].next_delay(failure)  # type: ignore[index]
-        except Exception as exc:  # of the user's code
-            logger.warning('job %r is not repeated: dispy_retry_on: %s',
-                           job.id, describe_exception(exc, 1))
-        self.call_soon(self._thought_over, cluster, peer, job, row, delay)
-
-    def _thought_over(self, cluster: NodeUser, peer: Peer, job: DispyJob, row: tuple,
-                      delay: Optional[float]) -> None:
-        if delay is not None:
-            self._act(self.schedule.handle(Repeat(job, delay), self.now))
-        elif self.schedule.handle(RepeatNot(job, row[1]), self.now):
-            cluster.jobs_ended(peer, [(job, row)])
-
-    def _jobs_ended(self, action: JobsEnded) -> None:
-        if self._incoming:
-            for _, row in action.pairs:
-                if row[1] not in GOES_ON:
-                    self._abort_file((action.comp, row[0]))
-        self.clusters[action.comp].jobs_ended(self._peers[action.node], action.pairs)
-
-    def _job_waits(self, action: JobWaits) -> None:
-        self.clusters[action.work._comp].job_waits(action.work)
-
-    def _job_parked(self, action: JobParked) -> None:
-        self.clusters[action.work._comp].job_parked(action.work, action.text)
-
-    def _job_ended(self, action: JobEnded) -> None:
-        work = action.work
-        if self._withdrawals:
-            self._answer_withdrawal(work, work._state is JobState.CANCELLED)
-        self.clusters[work._comp].job_ended(work, action.text)
 
 
 def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
@@ -9617,7 +9803,7 @@ class JobCluster(OldCluster):
     def _left_behind(self) -> Dict[Any, int]:
         """Nodes that outlive this program, and how many jobs run on there. The driver's thread, or
         after its end."""
-        return self.driver.left_behind(self.comp)
+        return self.driver.queries.left_behind(self.comp)
 
     def _reach_by(self, probe: bool) -> None:
         """Whom to dial for nodes; called when all but the driver is there."""
@@ -9646,7 +9832,7 @@ class JobCluster(OldCluster):
         """A node or scheduler asks what only the client can tell. An opener."""
         if name != 'modules':
             raise PeerError('%.40r is asked of a program' % (name,))
-        embedded = not self.remote and all(peer.embedded for peer in self.driver.peers_of(self.comp))
+        embedded = not self.remote and all(peer.embedded for peer in self.driver.nodes.of(self.comp))
         return self._bundles.more(args[0], embedded)
 
     def _carry_on(self, journal: Journal, rows: List[tuple]) -> None:
@@ -9695,7 +9881,7 @@ class JobCluster(OldCluster):
 
         def resubmit(job: DispyJob) -> None:   # the driver's thread; posted, it might come behind the end of the cluster
             renew(job)
-            self.driver.take(job)
+            self.driver.jobs.take(job)
         for job in again:
             renew(job)
             self.driver.post(job)
@@ -9708,7 +9894,7 @@ class JobCluster(OldCluster):
         """What an earlier run had on nodes has been collected, or the cluster is closed. The driver's thread."""
         recovery, self._recovery = self._recovery, None
         if recovery is not None:
-            self.driver.give_up(recovery, True)
+            self.driver.recoveries.give_up(recovery, True)
             for job in recovery.left():
                 job._state = JobState.CANCELLED
                 self._end(job, 'cancelled: the cluster was closed')
@@ -9833,7 +10019,7 @@ class JobCluster(OldCluster):
             if jobs:
                 def cancel() -> None:
                     for job in jobs:
-                        self.driver.cancel(job)
+                        self.driver.cancels.cancel(job)
                 with contextlib.suppress(RuntimeError):   # it has ended, and its jobs with it
                     self.driver.ask(cancel)
 
@@ -9881,7 +10067,7 @@ class JobCluster(OldCluster):
             raise TypeError('cancel: %.80r is no job' % (job,))
         if job.status in ENDED:
             return -1
-        self.driver.ask(lambda: self.driver.cancel(job))
+        self.driver.ask(lambda: self.driver.cancels.cancel(job))
         return 0
 
     def jobs(self) -> JobList:
@@ -9899,7 +10085,7 @@ class JobCluster(OldCluster):
         jobs.reverse()   # none begins instead of one that was cancelled before it
         for at in range(0, len(jobs), CANCELS_MOST):
             some = jobs[at:at + CANCELS_MOST]
-            self.driver.ask(functools.partial(self.driver.cancel_some, some))
+            self.driver.ask(functools.partial(self.driver.cancels.cancel_some, some))
         return len(jobs)
 
     def cancel_waiting(self) -> None:
@@ -9907,13 +10093,13 @@ class JobCluster(OldCluster):
         self._cancel_waiting(False)
 
     def _cancel_waiting(self, but_first: bool) -> None:
-        self.driver.ask(lambda: self.driver.cancel_waiting(self.comp, but_first))
+        self.driver.ask(lambda: self.driver.cancels.cancel_waiting(self.comp, but_first))
 
     def _withdraw_all(self, jobs: Sequence[Any]) -> None:
         """Cancel those that have not begun; the answers are not waited for. Any thread but the
         driver's."""
         with contextlib.suppress(RuntimeError):   # the driver has ended, and its jobs with it
-            self.driver.ask(lambda: self.driver.withdraw_all(jobs))
+            self.driver.ask(lambda: self.driver.cancels.withdraw_all(jobs))
 
     def _withdraw(self, job: DispyJob) -> bool:
         """Cancel a job if it has not begun; whether it never will. Waits for the answer of its node
@@ -9922,11 +10108,11 @@ class JobCluster(OldCluster):
         if job.status in ENDED or driver.broken or threading.current_thread() is driver._thread:
             return job.status == DispyJob.Cancelled
         try:
-            future = driver.ask(lambda: driver.withdraw(job))
+            future = driver.ask(lambda: driver.cancels.withdraw(job))
             try:
                 return future.result(WITHDRAW_TIME)  # type: ignore[no-any-return]
             except concurrent.futures.TimeoutError:
-                return driver.ask(lambda: driver.keep(job))  # type: ignore[no-any-return]
+                return driver.ask(lambda: driver.cancels.keep(job))  # type: ignore[no-any-return]
         except RuntimeError:   # the driver has ended meanwhile, and its jobs with it
             return job.status == DispyJob.Cancelled
 
@@ -10026,7 +10212,7 @@ class JobCluster(OldCluster):
         """Ask whoever has the nodes: the driver."""
         if self._closed:
             raise RuntimeError('the cluster was closed')
-        return self.driver.ask(lambda: self.driver.command(self.comp, name, *args))
+        return self.driver.ask(lambda: self.driver.queries.command(self.comp, name, *args))
 
     def _rows(self) -> List[NodeRow]:
         return self._command('nodes')  # type: ignore[no-any-return]
@@ -10076,7 +10262,7 @@ class JobCluster(OldCluster):
             report = answer_of(self._command('question', node), CALL_TIME)
             running = {serial for serial, _ in report.running}
             serials = [serial for serial in serials if serial in running]
-        return self.driver.ask(lambda: self.driver.jobs_of(self.comp, serials))  # type: ignore[no-any-return]
+        return self.driver.ask(lambda: self.driver.queries.jobs_of(self.comp, serials))  # type: ignore[no-any-return]
 
     def send_file(self, path: str, node: Any, timeout: Union[None, bool, float] = None,
                   relay: Optional[bool] = None) -> int:
@@ -10197,7 +10383,7 @@ class JobCluster(OldCluster):
 
     def _rows_at_end(self) -> List[NodeRow]:
         """Nodes, also when the cluster counts as closed."""
-        return self.driver.ask(lambda: self.driver.rows_of(self.comp))  # type: ignore[no-any-return]
+        return self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))  # type: ignore[no-any-return]
 
     def _nodes_in_use(self) -> List[DispyNode]:
         """Nodes whose Closed is to be told; none if nobody wants to know."""
@@ -10313,7 +10499,7 @@ class JobCluster(OldCluster):
             allocation, error = ask_allocator(allocator, self, peer), ''
         except Exception as exc:  # the user's allocate()
             allocation, error = Allocation(0, b'', [], {}), describe_exception(exc, 1)
-        self.driver.call_soon(self.driver.allocated, self.comp, peer, link, allocation, error)
+        self.driver.call_soon(self.driver.setup.allocated, self.comp, peer, link, allocation, error)
 
     def ask_source(self, peer: Peer, link: Link) -> None:
         """An opener finds out."""
@@ -10325,7 +10511,7 @@ class JobCluster(OldCluster):
             source = self.cargo.source()
         except Exception as exc:  # of those objects
             source = b'', 'its source could not be collected: ' + describe_exception(exc, 1)
-        self.driver.call_soon(self.driver.source_found, self, peer, link, source)
+        self.driver.call_soon(self.driver.setup.source_found, self, peer, link, source)
 
     def support_for(self, peer: Peer) -> Dict[str, bytes]:
         """cloudpickle, if the node does not have the same; a scheduler does not know who needs it."""
@@ -10367,7 +10553,7 @@ class JobCluster(OldCluster):
         messages = frames(Jobs, self.comp, (job_row(work, work._payload, names) for work in works))
         if self.journal is not None:
             self.journal.sent(works, peer.place, peer.memory)
-            self.driver.outgoing.add(self.comp, peer, messages)
+            self.driver.jobs.outgoing.add(self.comp, peer, messages)
         else:
             for frame in messages:
                 self.driver.say(peer.link, frame)
@@ -10432,7 +10618,7 @@ class JobCluster(OldCluster):
     def output(self, peer: Peer, work: DispyJob, message: Output) -> None:
         """What a running job prints or logs."""
         if work._state is JobState.SENT:
-            self.driver.job_started(peer, work)
+            self.driver.jobs.job_started(peer, work)
         if message.stream == 0:
             self._show_record(work, *log_record_of(message.data))
         elif self._on_output is not None:
@@ -10454,7 +10640,7 @@ class JobCluster(OldCluster):
 
     def file_piece(self, peer: Peer, work: DispyJob, message: FilePiece) -> None:
         """It comes below the directory in which the program made the cluster."""
-        self.driver.store_file(peer, self.directory, message)
+        self.driver.files.store(peer, self.directory, message)
 
     def jobs_owed(self) -> List[DispyJob]:
         """Jobs for whose end the driver answers. The driver's thread."""
@@ -10686,7 +10872,7 @@ class SharedJobCluster(JobCluster):
         until = time.monotonic() + CALL_TIME
         while True:
             try:
-                future = self.driver.ask(lambda: self.driver.call(self.comp, name, *args))
+                future = self.driver.ask(lambda: self.driver.calls.call(self.comp, name, *args))
                 return answer_of(future, CALL_TIME)
             except ConnectionError:
                 if self._closed or time.monotonic() >= until:
@@ -10699,7 +10885,7 @@ class SharedJobCluster(JobCluster):
         if row is None:
             future.set_result(Report(self.comp, [(serial, 0.0) for serial in self._call('running', node)], [], {}))
             return future
-        to_scheduler = self.driver.ask(lambda: self.driver.question(self.comp, None, row, path))
+        to_scheduler = self.driver.ask(lambda: self.driver.queries.question(self.comp, None, row, path))
         error = answer_of(to_scheduler, CALL_TIME)
         future.set_result(error or self._call('place', node, row))
         return future
@@ -10730,7 +10916,7 @@ class SharedJobCluster(JobCluster):
         return super()._command('complaint')  # type: ignore[no-any-return]
 
     def _is_connected(self) -> bool:
-        return any(peer.link is not None and peer.name for peer in self.driver.ask(lambda: self.driver.peers_of(self.comp)))
+        return any(peer.link is not None and peer.name for peer in self.driver.ask(lambda: self.driver.nodes.of(self.comp)))
 
     def _left_behind(self) -> Dict[Any, int]:
         counts: Dict[Any, int] = collections.Counter()
@@ -10800,7 +10986,7 @@ class Survey(NodeUser):
         began = time.monotonic()
         while True:
             found = self.driver.ask(lambda: [(peer, self._seen(peer, state, reason))
-                                              for peer, state, reason, _, _ in self.driver.nodes_of(self.comp)])
+                                              for peer, state, reason, _, _ in self.driver.queries.nodes_of(self.comp)])
             passed = time.monotonic() - began
             if passed >= timeout or (passed >= listen or not any(spec.wild for spec in self.specs)) and not any(
                     peer.state in (NodeState.FOUND, NodeState.DIALLING) and not peer.failures and peer.port

@@ -267,7 +267,7 @@ class Watched(Monitor):
         cluster = self.cluster
         if cluster.cargo is not None:
             if not cluster.cargo.spec['live']:
-                self.live_from = {peer.key: peer.link for peer in cluster.driver.peers_of(cluster.comp) if peer.uses[cluster.comp].offered}
+                self.live_from = {peer.key: peer.link for peer in cluster.driver.nodes.of(cluster.comp) if peer.uses[cluster.comp].offered}
             cluster.add_monitor(self)
 
     def ask(self, peer: Any, apart: float) -> bool:
@@ -292,7 +292,7 @@ class Watched(Monitor):
 
     def nodes(self) -> List[Any]:
         """Its nodes, with their keys. The driver's thread."""
-        return list(self.cluster.driver.peers_of(self.cluster.comp))
+        return list(self.cluster.driver.nodes.of(self.cluster.comp))
 
     def flight(self, key: Any) -> Dict[int, Any]:
         """Serial -> job of what was sent to a node. The driver's thread."""
@@ -312,7 +312,7 @@ class Watched(Monitor):
         """Rows of its nodes. The driver's thread."""
         cluster, driver = self.cluster, self.cluster.driver
         rows = []
-        for peer, state, reason, cpus, _ in driver.nodes_of(cluster.comp):
+        for peer, state, reason, cpus, _ in driver.queries.nodes_of(cluster.comp):
             survey = cluster.cargo is None
             if asks[0] > 0 and self.ask(peer, SAMPLES_APART if survey else REPORTS_APART):
                 asks[0] -= 1
@@ -333,7 +333,7 @@ class Watched(Monitor):
         """Of a node: serial -> seconds that the job has run, which run as far as is known, whether
         output comes. The driver's thread."""
         driver = self.cluster.driver
-        peer = driver._peers[key]
+        peer = driver.nodes.by_key[key]
         self.ask(peer, SAMPLES_APART)
         at, report = self.reports.get(key, (0.0, None))
         runs = {serial: seconds + driver.clock() - at for serial, seconds in report.running} if report is not None else {}
@@ -354,10 +354,10 @@ class WatchedShared(Watched):
         self._flights = flights
         with contextlib.suppress(ConnectionError, concurrent.futures.TimeoutError):
             rows = dispy.pages_of_nodes(lambda first, most: dispy.answer_of(
-                driver.ask(lambda: driver.call(cluster.comp, 'nodes', first, most)), dispy.CALL_TIME))
+                driver.ask(lambda: driver.calls.call(cluster.comp, 'nodes', first, most)), dispy.CALL_TIME))
             self._known = {row.key: row for row in rows}
             return
-        self._known = {row.key: row._replace(cpus=0) for row in driver.ask(lambda: driver.rows_of(cluster.comp))}
+        self._known = {row.key: row._replace(cpus=0) for row in driver.ask(lambda: driver.queries.rows_of(cluster.comp))}
 
     def nodes(self) -> List[Any]:
         """As above."""
@@ -392,7 +392,7 @@ class WatchedShared(Watched):
 
     def times(self, key: Any) -> Tuple[Dict[int, float], Set[int], bool]:
         """As above; how long a job has run is known by its start_time."""
-        row, links = self._known[key], {peer.link for peer in self.cluster.driver.peers_of(self.cluster.comp)}
+        row, links = self._known[key], {peer.link for peer in self.cluster.driver.nodes.of(self.cluster.comp)}
         return {}, set(self.runs(row)), not links & set(self.live_from.values())
 
 
@@ -487,7 +487,7 @@ class ClusterSource:
         """What only the driver knows, O(nodes). The driver's thread."""
         began = time.perf_counter()
         cluster = watched.cluster
-        cluster.driver._take_submitted()
+        cluster.driver.jobs.take_submitted()
         rows = watched.look([REPORTS_A_TURN if asking else 0])
         counts = counts_of(cluster)   # with the driver at rest: what is on nodes and what has ended add up
         return rows, counts, time.perf_counter() - began
@@ -610,14 +610,14 @@ class ClusterSource:
         def end() -> int:
             chosen = [job for serial, job in watched.flight(key).items() if jobs == 'all' or serial >> 16 in jobs]
             for job in chosen:
-                driver.cancel(job)
+                driver.cancels.cancel(job)
             return len(chosen)
         return driver.ask(end)  # type: ignore[no-any-return]
 
     def cancel_waiting(self, cluster: int) -> int:
         """End jobs that have not begun, also those that wait on nodes. Returns how many."""
         watched = self._cluster(cluster).cluster
-        return watched.driver.ask(lambda: watched.driver.cancel_waiting(watched.comp))  # type: ignore[no-any-return]
+        return watched.driver.ask(lambda: watched.driver.cancels.cancel_waiting(watched.comp))  # type: ignore[no-any-return]
 
     def add_node(self, cluster: int, host: str, port: Optional[int] = None, cpus: Optional[int] = None) -> int:
         """Look for a node."""
@@ -735,7 +735,7 @@ class SchedulerLink(dispy.Survey):
         """Why the scheduler cannot be asked, when that is known; empty when it can."""
         until = time.monotonic() + HANDSHAKE_TIME
         while True:
-            peer, = self.driver.ask(lambda: self.driver.peers_of(self.comp))
+            peer, = self.driver.ask(lambda: self.driver.nodes.of(self.comp))
             if peer.link is not None and peer.name:
                 return ''
             if peer.failures or time.monotonic() >= until:
@@ -745,10 +745,10 @@ class SchedulerLink(dispy.Survey):
     def ask(self, *question: Any) -> Any:
         """What `Overview.answer` of the scheduler returns. Raises what it raises, RuntimeError if it is not connected. Any thread."""
         try:
-            future = self.driver.ask(lambda: self.driver.call(self.comp, 'overview', *question))
+            future = self.driver.ask(lambda: self.driver.calls.call(self.comp, 'overview', *question))
             return dispy.answer_of(future, dispy.CALL_TIME)
         except ConnectionError:
-            row, = self.driver.ask(lambda: self.driver.rows_of(self.comp))
+            row, = self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))
             raise RuntimeError('the scheduler %s is not connected: %s' % (dispy.place(row.key[1], row.key[2]), row.reason or row.state)) from None
 
 

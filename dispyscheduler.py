@@ -59,7 +59,7 @@ from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTu
 
 from dispy import (
     NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, DispyNode, Driver, JobState,
-    NodeDrained, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodeResults, NodeSpec, NodeUser, Peer, Schedule, UseState,
+    NodeDrains, NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec, NodeUser, Peer, Schedule, UseState,
     WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error, VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT, OF_CLIENTS,
@@ -859,7 +859,7 @@ class Remote(NodeUser):
     def node_changed(self, status: int, peer: Peer) -> None:
         """The program is told."""
         if self.link in self._scheduler.links and self.comp in peer.uses:
-            row = self._scheduler.row_of(*self._scheduler.node_of(self.comp, peer))
+            row = self._scheduler.queries.row_of(*self._scheduler.queries.node_of(self.comp, peer))
             row = row._replace(state='closed' if status == DispyNode.Closed else 'ready')
             self.say(News(self.comp, status, tuple(row)))
 
@@ -1119,7 +1119,7 @@ class Overview:
             count[1] += row[3] - row[2]
         if kind == 1:
             payload = row[4] if len(row[4]) > LAZY else _plain(row[4])
-            peer = self._scheduler._peers.get(node)
+            peer = self._scheduler.nodes.by_key.get(node)
             if exit_status:
                 payload = b'exit status %d' % exit_status
             text = unpack_error(payload)[0] if outcome == Outcome.RAISED and len(payload) >= 4 else payload.decode('utf-8', 'replace')
@@ -1130,7 +1130,7 @@ class Overview:
 
     def over(self, remote: Remote) -> None:
         """A computation is over."""
-        peers = self._scheduler._peers
+        peers = self._scheduler.nodes.by_key
         for key, (jobs, seconds) in remote.ended_at.items():
             count = self._ended_at.setdefault(key, [0, 0.0])
             count[0] += jobs
@@ -1161,7 +1161,7 @@ class Overview:
         raise ValueError('there is no cluster %.20r' % (number,))
 
     def _peer(self, key: Any) -> Peer:
-        peer = self._scheduler._peers.get(key)
+        peer = self._scheduler.nodes.by_key.get(key)
         if peer is None:
             raise ValueError('there is no node %.80r' % (key,))
         return peer
@@ -1180,7 +1180,7 @@ class Overview:
     def _nodes(self, first: int, count: int, asking: bool) -> List[dict]:
         scheduler = self._scheduler
         remotes = self._remotes()
-        return [self._node(peer, remotes, asking) for peer in itertools.islice(scheduler._peers.values(), first, first + min(count, PAGE))]
+        return [self._node(peer, remotes, asking) for peer in itertools.islice(scheduler.nodes.by_key.values(), first, first + min(count, PAGE))]
 
     def _node(self, peer: Peer, remotes: List[Remote], asking: bool) -> dict:
         scheduler = self._scheduler
@@ -1196,7 +1196,7 @@ class Overview:
             mine = remote.ended_at.get(peer.key, (0, 0.0))
             jobs, seconds = jobs + mine[0], seconds + mine[1]
             if use is not None:
-                _, state, reason, cpus, _ = scheduler.node_of(remote.comp, peer)
+                _, state, reason, cpus, _ = scheduler.queries.node_of(remote.comp, peer)
                 there, used = running.get(remote.comp, (0, 0))
                 uses.append((remote.number, 'drained' if reason == 'deallocated' else state, reason[-500:], cpus, there, used, *mine))
         state, reason = peer.state.value, peer.reason
@@ -1276,7 +1276,7 @@ class Overview:
 
     def _cancel_works(self, works: List[Any]) -> int:
         for work in works:
-            self._scheduler._act(self._scheduler.schedule.handle(CancelAsked(work), self._scheduler.now))
+            self._scheduler.decide(CancelAsked(work))
         return len(works)
 
     def _cancel(self, number: int, key: Any, jobs: Any) -> int:
@@ -1287,11 +1287,11 @@ class Overview:
 
     def _cancel_waiting(self, number: int) -> int:
         """Jobs that have not begun, also those that wait on nodes."""
-        return self._scheduler.cancel_waiting(self._remote(number).comp)
+        return self._scheduler.cancels.cancel_waiting(self._remote(number).comp)
 
     def _add(self, host: str, port: Optional[int]) -> int:
         """A node for all whose `nodes` mean it."""
-        self._scheduler.allocate('house', parse_nodes([host if port is None else (host, port)], self._scheduler.clusters['house'].port))
+        self._scheduler.selection.allocate('house', parse_nodes([host if port is None else (host, port)], self._scheduler.clusters['house'].port))
         return 1
 
     def _cpus(self, key: Any, cpus: int) -> int:
@@ -1300,7 +1300,7 @@ class Overview:
         if type(cpus) is not int or cpus < 0 or cpus > peer.offered > 0:
             raise ValueError('cpus=%.20r: node %s offers %d' % (cpus, peer, peer.offered))
         peer.most = cpus
-        self._scheduler._limits(peer, list(peer.uses))
+        self._scheduler.sharing.limit(peer, list(peer.uses))
         return 1
 
     def _release(self, key: Any) -> int:
@@ -1309,7 +1309,7 @@ class Overview:
         told = self._released.setdefault(peer.key, set())
         for comp in [comp for comp, use in peer.uses.items() if comp != 'house' and use.state is not UseState.CLOSED]:
             told.add(comp)
-            self._scheduler.leave(comp, peer.key, 'close', False)
+            self._scheduler.selection.leave(comp, peer.key, 'close', False)
         return 1
 
     def _use(self, key: Any) -> int:
@@ -1321,10 +1321,10 @@ class Overview:
             if use is not None and use.state is UseState.CLOSED:
                 use.move('open')
                 use.reason, use.allocation = '', None
-                self._scheduler._set_up(peer, comp)
+                self._scheduler.setup.set_up(peer, comp)
             elif use is not None:
                 use.then = ''
-        self._scheduler._limits(peer, list(peer.uses))
+        self._scheduler.sharing.limit(peer, list(peer.uses))
         return 1
 
 
@@ -1388,6 +1388,92 @@ class Quota:
                     self._scheduler.say(link, Offer(ENDLESS))
 
 
+class NodeSharing(NodePolicy):
+    """Which nodes may be connected to and used, and whom each serves: all computations, or one that
+    wants its nodes alone. The loop's thread."""
+
+    def __init__(self, scheduler: 'Scheduler') -> None:
+        self._scheduler = scheduler
+        self._wanting: List[str] = []    # computations that want their nodes alone, in the order of coming
+        self._is_due = False             # whom nodes serve may have changed
+        self.named: Set[str] = set()     # nodes that the operator has named
+
+    def addresses_of(self, peer: Peer) -> Optional[Callable[[str], bool]]:
+        """Which addresses of a node may be connected to. A dial thread."""
+        allowed = self._scheduler.options.allowed
+        if peer.host in self.named or may_dial(peer.host, '', allowed):
+            return None
+        return lambda address: may_dial('', address, allowed)
+
+    def may_set_up(self, peer: Peer, comp: str) -> bool:
+        """Not while all jobs of a program that is gone have ended, nor at a node that is released for all."""
+        remote = self._scheduler.clusters.get(comp)
+        if isinstance(remote, Remote) and remote.rests:
+            return False
+        return not self._scheduler.overview.keeps(peer, comp)
+
+    def node_met(self, peer: Peer) -> None:
+        """It is known again after the end of this process."""
+        self._scheduler.state.met(peer)
+
+    def becomes_ready(self, peer: Peer, comp: str) -> None:
+        """It is decided before what it may use there."""
+        self._assign(peer)
+
+    def node_drained(self, peer: Peer) -> None:
+        """Another may have waited for that."""
+        self._assign(peer)
+
+    def node_freed(self, peer: Peer) -> None:
+        """Others may want it."""
+        self._is_due = True
+
+    def begins(self, remote: Remote) -> None:
+        """A computation begins."""
+        if remote.exclusive:
+            self._wanting.append(remote.comp)
+
+    def is_over(self, remote: Remote) -> None:
+        """A computation is over."""
+        if remote.comp in self._wanting:
+            self._wanting.remove(remote.comp)
+        self._is_due = True
+
+    def look_again(self) -> None:
+        """At the end of this turn: a program has come or gone, or has no jobs any more."""
+        self._is_due = True
+
+    def assign_all(self) -> None:
+        """The end of a turn."""
+        if self._is_due:
+            self._is_due = False
+            for peer in list(self._scheduler.nodes.by_key.values()):
+                self._assign(peer)
+
+    def _holds(self, comp: str) -> bool:
+        """Whether a computation that wants its nodes alone still has a program or jobs."""
+        remote = self._scheduler.clusters.get(comp)
+        return isinstance(remote, Remote) and (remote.link in self._scheduler.links or bool(remote.works))
+
+    def _assign(self, peer: Peer) -> None:
+        """Whom a node serves: the first computation that wants it alone, when jobs of the others have ended there; or all."""
+        owner = next((comp for comp in self._wanting
+                      if comp in peer.uses and peer.uses[comp].state is not UseState.CLOSED and self._holds(comp)), '')
+        node = self._scheduler.schedule.nodes.get(peer.key)
+        others = owner and node is not None and any(flight for comp, flight in node.flight.items() if comp != owner)
+        blocked = {comp for comp in peer.uses if owner and (comp != owner or others)}
+        changed, peer.blocked = blocked ^ peer.blocked, blocked
+        self.limit(peer, changed)
+
+    def limit(self, peer: Peer, comps: Iterable[str]) -> None:
+        """What computations may use of a node has changed."""
+        for comp in comps:
+            use = peer.uses.get(comp)
+            if use is not None and use.state is UseState.READY and not use.then:
+                cpus = self._scheduler.selection.tell_limit(peer, comp)
+                self._scheduler.decide(NodeOffers(peer.key, comp, cpus) if cpus else NodeDrains(peer.key, comp))
+
+
 class Scheduler(Driver):
     """See the module's docstring. Driver is its side towards nodes."""
     log = logger
@@ -1401,14 +1487,12 @@ class Scheduler(Driver):
         self._later: List[Tuple[Link, Any]] = []     # messages that wait for the transaction of this turn
         self._stuck_until: Optional[float] = None    # the disk does not take transactions
         self._kept = 0                               # bytes of waiting jobs' arguments in memory
-        self._exclusives: List[str] = []             # computations that want their nodes alone, in the order of coming
         self._unread_until = math.inf                # when results are read that could not be
-        self._reassign = False     # whom nodes serve may have changed
-        self._named: List[NodeSpec] = []
         self.overview = Overview(self)
         self.quota = Quota(self, options.max_queued)
+        self.sharing = NodeSharing(self)
         super().__init__(Access(options.node_secret, options.node_certfile, options.node_keyfile, None, options.pulse, options.ping),
-                         self.state.instance)
+                         self.state.instance, self.sharing)
         self.schedule = Schedule(options.fifo)
         self.values = StoredValues(self.state)
         self._backlog = Backlog(self.links)
@@ -1438,18 +1522,13 @@ class Scheduler(Driver):
         for door in self._doors:
             self.watch(door.socket, door.knock)
         self.now = self.clock()
-        self._named = [NodeSpec(*host_and_port(node, options.node_port)) for node in options.nodes]
-        specs = self._named or [NodeSpec('*', options.node_port)]
+        named = [NodeSpec(*host_and_port(node, options.node_port)) for node in options.nodes]
+        self.sharing.named = {spec.host for spec in named}
+        specs = named or [NodeSpec('*', options.node_port)]
         self.open(House(specs, options.node_port, options), False)
         with self.state.damages():
             self._restore()
         return port
-
-    def _allowed(self, peer: Peer) -> Optional[Callable[[str], bool]]:
-        named = {spec.host for spec in self._named}
-        if peer.host in named or may_dial(peer.host, '', self.options.allowed):
-            return None
-        return lambda address: may_dial('', address, self.options.allowed)
 
     def _door(self, host: str, port: int, keys: Dict[int, Tuple[bytes, ...]], allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
         try:
@@ -1506,21 +1585,21 @@ class Scheduler(Driver):
             self._open_remote(remote)
             for key, works in sent.items():
                 host, port, name, instance = places[key]
-                is_new = key not in self._peers
-                peer = Peer(host, port, self.access.redial) if is_new else self._peers[key]
+                is_new = key not in self.nodes.by_key
+                peer = Peer(host, port, self.access.redial) if is_new else self.nodes.by_key[key]
                 if peer.link is None:
                     # Otherwise nobody would see that its process has ended, or is another.
                     peer.instance, peer.memory = instance, memories.get(key, '')
                     peer.facts['lock'] = locks.get(key)
                 if is_new:
-                    self._peers[key], peer.key, peer.name = peer, key, name
+                    self.nodes.by_key[key], peer.key, peer.name = peer, key, name
                     if not port:
                         peer.dialling.due = None
                         peer.move('dial')
                         peer.move('fail')
-                    self._take(peer, 'house', NodeSpec(host, port))
-                self._act(self.schedule.handle(NodeHad(key, comp, works, name, self.now + RETURN_TIME), self.now))
-            self._submitted.extend(waiting)  # type: ignore[arg-type]
+                    self.selection.take(peer, 'house', NodeSpec(host, port))
+                self.decide(NodeHad(key, comp, works, name, self.now + RETURN_TIME))
+            self.jobs.submitted.extend(waiting)  # type: ignore[arg-type]
             if remote.works or remote.ended:
                 logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', remote.name, len(waiting),
                             len(remote.works) - len(waiting), len(remote.ended))
@@ -1567,10 +1646,7 @@ class Scheduler(Driver):
         self._bound_answers()
         if self._stuck_until is not None and self.now < self._stuck_until:
             return
-        if self._reassign:
-            self._reassign = False
-            for peer in list(self._peers.values()):
-                self._assign(peer)
+        self.sharing.assign_all()
         super().end_of_turn()
         for comp in list(self.clusters.values()):
             if isinstance(comp, Remote):
@@ -1666,12 +1742,12 @@ class Scheduler(Driver):
             return
         logger.info('%s: its program is gone; %d results wait for it', remote.name, len(remote.ended))
         remote.rests = True
-        for peer in self.peers_of(remote.comp):
-            self._done(peer, remote.comp)
-            self._act(self.schedule.handle(NodeLeft(peer.key, remote.comp, str(peer), 'its program is gone'), self.now))
+        for peer in self.nodes.of(remote.comp):
+            self.selection.done(peer, remote.comp)
+            self.decide(NodeLeft(peer.key, remote.comp, str(peer), 'its program is gone'))
             del peer.uses[remote.comp]
-            self._drop_unused(peer)
-        self._reassign = True
+            self.selection.drop_unused(peer)
+        self.sharing.look_again()
 
     def next_timer(self) -> Optional[float]:
         """The driver's, a new try to write, results from the disk."""
@@ -1775,7 +1851,7 @@ class Scheduler(Driver):
             while remote.wanted:
                 remote.wanted.popleft()[-1]('its program is not connected')
             self._no_files(remote)
-            self._reassign = True
+            self.sharing.look_again()
             if channel.on_purpose:
                 self._over(remote)
 
@@ -1784,7 +1860,7 @@ class Scheduler(Driver):
         known = self.schedule.comps.get(remote.comp)
         for serial, (_, name) in remote.files.items():
             node = known.running.get(serial) if known is not None else None
-            peer = self._peers.get(node.key) if node is not None else None
+            peer = self.nodes.by_key.get(node.key) if node is not None else None
             if peer is not None:
                 self.say_to(peer, FileStored(remote.comp, int(Purpose.FROM_JOB), serial, name,
                                              'the connection to the client has ended'))
@@ -1810,7 +1886,7 @@ class Scheduler(Driver):
                 self.say(link, Refused(message.comp, 'busy', 'it is of another program'))
                 return
             if remote.link in self.links and remote.link != link.number:
-                self._break(self.links[remote.link], 'its program has connected anew')
+                self.break_link(self.links[remote.link], 'its program has connected anew')
             again = remote.link == link.number   # a Reclaim on this link was answered
             self._came_back(remote, link)
             if remote.ready and remote.told_at == (link.number, self.now):
@@ -1821,9 +1897,9 @@ class Scheduler(Driver):
                 self.say(link, Ready(message.comp, [*remote.works, *remote.ended]))
                 if not again:
                     self._resend(remote)
-                for peer in self.peers_of(message.comp):   # perhaps because its program could not be asked
+                for peer in self.nodes.of(message.comp):   # perhaps because its program could not be asked
                     if peer.uses[message.comp].state is UseState.REFUSED:
-                        self._set_up(peer, message.comp)
+                        self.setup.set_up(peer, message.comp)
                 return
         else:
             if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {
@@ -1854,10 +1930,10 @@ class Scheduler(Driver):
             remote.outbox = []
         remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
         remote.rests_at = math.inf
-        self._reassign = True
+        self.sharing.look_again()
         if remote.rests:
             remote.rests = False
-            self.use(remote.comp, remote.specs)
+            self.selection.use(remote.comp, remote.specs)
         absence = remote.absence
         absence.end()
         for work in absence.dropping:   # not answered yet: they wait again
@@ -1866,7 +1942,7 @@ class Scheduler(Driver):
 
     def _drop_waiting(self, remote: Remote) -> None:
         """A program is gone: what has not begun is cancelled, what runs goes on to its end."""
-        self._take_submitted()
+        self.jobs.take_submitted()
         absence, known = remote.absence, self.schedule.comps.get(remote.comp)
         if known is None:
             return
@@ -1875,7 +1951,7 @@ class Scheduler(Driver):
         if works:
             logger.warning('%s: its program is gone; its %d jobs that have not begun are cancelled '
                            '(--gone-after)', remote.name, len(works))
-        self._act(self.schedule.handle(WithdrawAsked(works), self.now))
+        self.decide(WithdrawAsked(works))
 
     def drop_job(self, remote: Remote, work: RemoteWork) -> None:
         """One of these jobs has been cancelled."""
@@ -1889,7 +1965,8 @@ class Scheduler(Driver):
         if work._payload is not None:
             self._kept -= OBJECT + len(work._payload)
         self.state.dropped(number)
-        self._reassign = self._reassign or remote.exclusive
+        if remote.exclusive:
+            self.sharing.look_again()
 
     def _send_again(self, remote: Remote, link: Link) -> None:
         """A program is back that was taken for gone."""
@@ -1922,8 +1999,7 @@ class Scheduler(Driver):
 
     def _open_remote(self, remote: Remote) -> None:
         self.overview.opened(remote)
-        if remote.exclusive:
-            self._exclusives.append(remote.comp)
+        self.sharing.begins(remote)
         self.open(remote, False)
         logger.info('%s: begins%s', remote.name, ', and wants its nodes alone' if remote.exclusive else '')
 
@@ -2037,7 +2113,7 @@ class Scheduler(Driver):
     def _peer_of(self, work: RemoteWork) -> Optional[Peer]:
         known = self.schedule.comps.get(work._comp)
         node = known.running.get(work._serial) if known is not None else None
-        return self._peers.get(node.key) if node is not None else None
+        return self.nodes.by_key.get(node.key) if node is not None else None
 
     # -- jobs of programs ---------------------------------------------------------------------------------------
 
@@ -2077,7 +2153,7 @@ class Scheduler(Driver):
                 self._kept += OBJECT + len(payload)
             remote.works[serial] = work
             self.quota.add(remote, work, len(payload))
-            self._submitted.append(work)  # type: ignore[arg-type]
+            self.jobs.submitted.append(work)  # type: ignore[arg-type]
         if back:
             self.quota.give_back(link, remote, back, self._stuck_until is not None)
         if lacking:
@@ -2091,10 +2167,10 @@ class Scheduler(Driver):
 
     def _c_cancel(self, link: Link, message: Cancel) -> None:
         remote = self._remote(link, message.comp)
-        self._take_submitted()
+        self.jobs.take_submitted()
         self._cancel_early(link, remote, message.serials)
         for work in [remote.works[serial] for serial in message.serials if serial in remote.works] if remote is not None else ():
-            self._act(self.schedule.handle(CancelAsked(work), self.now))
+            self.decide(CancelAsked(work))
 
     def _cancel_early(self, link: Link, remote: Optional[Remote], serials: Sequence[int]) -> None:
         """End those of these jobs that are not taken yet."""
@@ -2106,11 +2182,11 @@ class Scheduler(Driver):
     def _c_recall(self, link: Link, message: Recall) -> None:
         """Jobs that shall be cancelled if they have not begun."""
         remote = self._remote(link, message.comp)
-        self._take_submitted()
+        self.jobs.take_submitted()
         self._cancel_early(link, remote, message.serials)
         if remote is not None:
             works = [remote.works[serial] for serial in message.serials if serial in remote.works]
-            self._act(self.schedule.handle(WithdrawAsked(works), self.now))
+            self.decide(WithdrawAsked(works))
 
     def _c_ack(self, link: Link, message: Ack) -> None:
         remote = self._remote(link, message.comp)
@@ -2141,10 +2217,8 @@ class Scheduler(Driver):
         remote.works.clear()
         remote.receiver.abort()
         remote.remove()
-        if comp in self._exclusives:
-            self._exclusives.remove(comp)
-        self._reassign = True
-        self._soon()
+        self.sharing.is_over(remote)
+        self.soon()
 
     def _c_reclaim(self, link: Link, message: Reclaim) -> None:
         remote = self.clusters.get(message.comp)
@@ -2180,7 +2254,7 @@ class Scheduler(Driver):
         known = self.schedule.comps.get(remote.comp)
         for node in known.nodes.values() if known is not None else ():
             serials = [work._client for work in node.flight[remote.comp].values()]  # type: ignore[attr-defined]
-            peer = self._peers.get(node.key)
+            peer = self.nodes.by_key.get(node.key)
             if serials and peer is not None:
                 self.say(self.links[remote.link], Where(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
             rows = [(node.flight[remote.comp][serial]._client, self.now - since)  # type: ignore[attr-defined]
@@ -2202,7 +2276,7 @@ class Scheduler(Driver):
                 return
             if remote is None and not watched:
                 raise RuntimeError('the scheduler does not know this cluster (any more)')
-            self._take_submitted()
+            self.jobs.take_submitted()
             if remote is None:
                 session = self._sessions[link.number]
                 answer(self.overview.answer(*message.args) if session.operator else self.overview.answer_anybody(*message.args))
@@ -2233,17 +2307,17 @@ class Scheduler(Driver):
         comp = remote.comp
         if name == 'nodes':
             first, count = args or (0, NODES_PAGE)
-            rows = self.rows_of(comp)[first:first + min(count, NODES_PAGE)]
+            rows = self.queries.rows_of(comp)[first:first + min(count, NODES_PAGE)]
             answer([tuple(row._replace(reason=shorten(row.reason, REASON_MOST))) for row in rows])
         elif name == 'jobs':
-            answer([work._client for work in self.jobs_at(comp, *args).values()])
+            answer([work._client for work in self.queries.jobs_at(comp, *args).values()])
         elif name == 'allocate':
-            self.allocate(comp, specs_of(args[0]))
+            self.selection.allocate(comp, specs_of(args[0]))
             answer(None)
         elif name == 'leave' and len(args) == 4:   # with files as they are now
             def complete(error: str, code: str = '') -> None:
                 if not error:
-                    self.leave(comp, *args[:3])
+                    self.selection.leave(comp, *args[:3])
                 answer(None, ('OSError', error) if error else ())
             self._cargo_changes(remote, args[3], complete)
         elif name in ('running', 'place'):
@@ -2251,7 +2325,7 @@ class Scheduler(Driver):
             if name == 'place':   # one that its program has sent here before, and nothing else
                 path = os.path.join(remote.directory, *check_name(args[1][0]))
                 open_regular(path).close()
-            future = self.question(comp, args[0], args[1] if name == 'place' else None, path)
+            future = self.queries.question(comp, args[0], args[1] if name == 'place' else None, path)
 
             def answered(done: Any) -> None:
                 if done.exception() is not None:
@@ -2260,10 +2334,10 @@ class Scheduler(Driver):
                     answer(done.result())
                 else:
                     running = {serial for serial, _ in done.result().running}
-                    answer([work._client for serial, work in self.jobs_at(comp, args[0]).items() if serial in running])
+                    answer([work._client for serial, work in self.queries.jobs_at(comp, args[0]).items() if serial in running])
             future.add_done_callback(answered)
         elif name in ('find', 'seat', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
-            answer(self.command(comp, name, *args))
+            answer(self.queries.command(comp, name, *args))
         else:
             raise ValueError('%.40r cannot be asked of a scheduler' % name)
 
@@ -2281,7 +2355,7 @@ class Scheduler(Driver):
         if link is None:
             then(('RuntimeError', 'its program is not connected'), None)
             return
-        number = next(self._call_numbers)
+        number = next(self.calls._numbers)
         remote.calls[number] = then
         self.say(link, Call(remote.comp, number, name, args))
 
@@ -2295,23 +2369,23 @@ class Scheduler(Driver):
         """Ask a program for the source of its computation."""
         def told(error: tuple, value: Any) -> None:
             if error:
-                self.source_missing(remote, peer, link, error[1])
+                self.setup.source_missing(remote, peer, link, error[1])
             else:
-                self.source_found(remote, peer, link, (bytes(value[0]), value[1]))
+                self.setup.source_found(remote, peer, link, (bytes(value[0]), value[1]))
         self._ask(remote, 'source', (), told)
 
     def ask_allocator(self, remote: Remote, allocator: Any, peer: Peer, link: Link) -> None:
         """Ask a program's allocator, and for the files that it names."""
-        row = tuple(self.row_of(*self.node_of(remote.comp, peer)))
+        row = tuple(self.queries.row_of(*self.queries.node_of(remote.comp, peer)))
 
         def told(error: tuple, value: Any) -> None:
             if error:
-                self.allocated(remote.comp, peer, link, Allocation(0, b'', [], {}), error[1])
+                self.setup.allocated(remote.comp, peer, link, Allocation(0, b'', [], {}), error[1])
                 return
             cpus, setup_args, rows, modules = value
             paths = {row[0]: os.path.join(remote.directory, *row[0].split('/')) for row in rows}
             self._bring_modules(remote, modules)
-            self._want(remote, rows, modules, lambda failed, code='': self.allocated(
+            self._want(remote, rows, modules, lambda failed, code='': self.setup.allocated(
                 remote.comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths), failed))
 
         self._ask(remote, 'allocate', (allocator.number, row), told)
@@ -2363,7 +2437,7 @@ class Scheduler(Driver):
         self.state.sent(works, peer.key)
         remote.say(Where(remote.comp, (peer.ip_addr, peer.port, peer.name), [work._client for work in works]))
         if unread:
-            self._act(self.schedule.handle(NodeResults(peer.key, remote.comp, unread), self.now))
+            self.decide(NodeResults(peer.key, remote.comp, unread))
 
     def _payload_of(self, work: Any) -> Payload:
         """Of those that wait it is on the disk."""
@@ -2382,7 +2456,7 @@ class Scheduler(Driver):
             self._kept -= OBJECT + len(work._payload)
         remote.files.pop(work._serial, None)
         if remote.exclusive and not remote.works:
-            self._reassign = True
+            self.sharing.look_again()
         self.state.ended(number, row)
         remote.ended[work._client] = number
         remote.outbox.append(row)
@@ -2393,61 +2467,6 @@ class Scheduler(Driver):
         link = self.links.get(remote.link)
         if link is not None:
             self._serve_values(link, remote)
-
-    def _on_welcome(self, peer: Peer, message: Welcome) -> None:
-        super()._on_welcome(peer, message)
-        if peer.key in self._peers:
-            self.state.met(peer)
-
-    # -- nodes for one computation alone --------------------------------------------------------------------------
-
-    def _set_up(self, peer: Peer, comp: str) -> None:
-        remote = self.clusters.get(comp)
-        if isinstance(remote, Remote) and remote.rests:
-            return
-        if not self.overview.keeps(peer, comp):
-            super()._set_up(peer, comp)
-
-    def _on_ready(self, peer: Peer, message: Ready) -> None:
-        self._assign(peer)
-        super()._on_ready(peer, message)
-
-    def _drained(self, action: NodeDrained) -> None:
-        super()._drained(action)
-        peer = self._peers.get(action.node)
-        if peer is not None:
-            self._assign(peer)
-
-    def _left(self, peer: Peer, comp: str, then: str) -> None:
-        super()._left(peer, comp, then)
-        self._reassign = True
-
-    def _on_refused(self, peer: Peer, message: Refused) -> None:
-        super()._on_refused(peer, message)
-        self._reassign = True
-
-    def _holds(self, comp: str) -> bool:
-        """Whether a computation that wants its nodes alone still has a program or jobs."""
-        remote = self.clusters.get(comp)
-        return isinstance(remote, Remote) and (remote.link in self.links or bool(remote.works))
-
-    def _assign(self, peer: Peer) -> None:
-        """Whom a node serves: the first computation that wants it alone, when jobs of the others have ended there; or all."""
-        owner = next((comp for comp in self._exclusives
-                      if comp in peer.uses and peer.uses[comp].state is not UseState.CLOSED and self._holds(comp)), '')
-        node = self.schedule.nodes.get(peer.key)
-        others = owner and node is not None and any(flight for comp, flight in node.flight.items() if comp != owner)
-        blocked = {comp for comp in peer.uses if owner and (comp != owner or others)}
-        changed, peer.blocked = blocked ^ peer.blocked, blocked
-        self._limits(peer, changed)
-
-    def _limits(self, peer: Peer, comps: Iterable[str]) -> None:
-        """What computations may use of a node has changed."""
-        for comp in comps:
-            use = peer.uses.get(comp)
-            if use is not None and use.state is UseState.READY and not use.then:
-                limit = self._tell_limit(peer, comp)
-                self._act(self.schedule.handle(NodeOffers(peer.key, comp, limit) if limit else NodeDrains(peer.key, comp), self.now))
 
 
 _AT_ONCE = frozenset((Bye, FilePiece, FileStored, Need, Offer, Output, Pulse))

@@ -199,29 +199,29 @@ def test_help_tells_the_exit_statuses(module):
 
 # -- the client -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', ['_send_jobs', '_jobs_ended', '_take_submitted', '_on_results'])
+@pytest.mark.parametrize('name', ['send_jobs', 'jobs_ended', 'take_submitted', 'on_results'])
 def test_after_a_fault_in_the_driver_every_job_ends(monkeypatch, name):
     """A fault that is over afterwards: the jobs that were in hand end, and later ones run."""
     times = []
 
     def broken(self, *args):
-        if args or name == '_take_submitted' and self._submitted:
+        if args or name == 'take_submitted' and self.submitted:
             if not times:
                 times.append(1)
-                if name == '_take_submitted':
-                    self._submitted.clear()   # taken, and then it failed
+                if name == 'take_submitted':
+                    self.submitted.clear()   # taken, and then it failed
                 raise ZeroDivisionError('on purpose')
         return real(self, *args)
     with dispy.JobCluster(square, nodes='local', loglevel=logging.CRITICAL) as cluster:
         assert cluster.submit(2)(30) == 4
-        real = getattr(dispy.Driver, name)
-        monkeypatch.setattr(dispy.Driver, name, broken)
+        real = getattr(dispy.JobExchange, name)
+        monkeypatch.setattr(dispy.JobExchange, name, broken)
         for action, method in list(cluster.driver._acts.items()):
             if method.__name__ == name:
-                cluster.driver._acts[action] = lambda action: broken(cluster.driver, action)
+                cluster.driver._acts[action] = lambda action: broken(cluster.driver.jobs, action)
         for message, method in list(cluster.driver._messages.items()):
             if method.__name__ == name:
-                cluster.driver._messages[message] = lambda peer, message: broken(cluster.driver, peer, message)
+                cluster.driver._messages[message] = lambda peer, message: broken(cluster.driver.jobs, peer, message)
         jobs = [cluster.submit(n) for n in range(5)]
         assert cluster.wait(30), [job.status_text() for job in jobs]
         assert times

@@ -323,7 +323,7 @@ def test_a_snapshot_costs_the_same_with_many_jobs(site):
     def add():
         for n, peer in enumerate(peers):
             peer.name, peer.link, peer.uses[site.cluster.comp] = 'node%03d' % n, Idle(), dispy.Use(dispy.NodeSpec('x', 1))
-            driver._peers[peer.key] = peer
+            driver.nodes.by_key[peer.key] = peer
     driver.ask(add)
     try:
         most, nodes = driver.ask(calls)
@@ -331,7 +331,7 @@ def test_a_snapshot_costs_the_same_with_many_jobs(site):
         found = eventually(lambda: [found for _, found in [site.get('/api/nodes?sort=name&page=2')] if found['total'] == 201])[0]
         assert [row['name'] for row in found['rows']][:2] == ['node050', 'node051'] and found['pages'] == 5
     finally:
-        driver.ask(lambda: [driver._peers.pop(peer.key) for peer in peers])
+        driver.ask(lambda: [driver.nodes.by_key.pop(peer.key) for peer in peers])
         site.cluster.cancel_waiting()
 
 

@@ -167,14 +167,14 @@ def test_a_node_that_was_found_is_not_forgotten_while_its_jobs_may_come_back():
     talk, _ = busy()
     peer = dispy.Peer('n', 1)
     peer.key, peer.failures = 'n', 100
-    driver = types.SimpleNamespace(schedule=talk.schedule, now=1000.0, access=types.SimpleNamespace(redial=0.5),
-                                   _only_probed=dispy.Driver._only_probed)
+    driver = types.SimpleNamespace(schedule=talk.schedule, now=1000.0, access=types.SimpleNamespace(redial=0.5), instance=b'')
+    connector = dispy.Connector(driver, bytes(32), None)
     talk.tell(dispy.NodeAway('n', 'host', 'broken', 1010.0))
-    assert not dispy.Driver._is_forgotten(driver, peer)
+    assert not connector.is_forgotten(peer)
     talk.schedule.flush(1010.0)
-    assert dispy.Driver._is_forgotten(driver, peer)
+    assert connector.is_forgotten(peer)
     peer.heard = 999.9
-    assert not dispy.Driver._is_forgotten(driver, peer), 'it answers by UDP'
+    assert not connector.is_forgotten(peer), 'it answers by UDP'
 
 
 # -- what outlives processes ------------------------------------------------------------------------------------------

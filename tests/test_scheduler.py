@@ -288,7 +288,7 @@ assert cluster.submit()(20) == 1
 driver, comp = cluster.driver, sys.argv[2]
 number = 1 << 16 | 1
 def forge():
-    peer = driver.peers_of(cluster.comp)[0]
+    peer = driver.nodes.of(cluster.comp)[0]
     messages = {'cancel': Cancel(comp, [number]), 'done': Done(comp), 'ack': Ack(comp, [number]), 'jobs': Jobs(comp, [(9 << 16, b'', None)]),
                 'reclaim': Reclaim(comp), 'call': Call(comp, 1, 'leave', (('127.0.0.1', 1), 'close', True))}
     driver.say(peer.link, messages[sys.argv[3]])

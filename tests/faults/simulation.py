@@ -797,7 +797,7 @@ class World:
         return ['%s: %d jobs, %s; %s' % (session.user, len(session.jobs), [(job.number, job.handle._state.name, job.handle.status, job.handle._lost)
                                                                           for job in list(session.jobs.values())[:3]],
                                          [(str(peer), peer.state.value, peer.reason, [(use.state.value, use.reason) for use in peer.uses.values()])
-                                          for peer in session.driver._peers.values()][:8])
+                                          for peer in session.driver.nodes.by_key.values()][:8])
                 for session in self.sessions.values() if session]
 
     # network
@@ -1006,7 +1006,7 @@ class World:
             if comp.comp != session.cluster.comp or session.cluster._closed:
                 continue
             recovering = len(session.cluster._recovery._jobs) if session.cluster._recovery is not None else 0
-            known = comp.length() + len(comp.parked) + flying + recovering + len(driver._submitted) + sum(
+            known = comp.length() + len(comp.parked) + flying + recovering + len(driver.jobs.submitted) + sum(
                 1 for event in driver._inbox if isinstance(event, (DispyJob, dispy.CallBack)))
             assert known == len(session.jobs), '%d jobs have not ended, %d are known' % (len(session.jobs), known)
 
@@ -1066,11 +1066,11 @@ class World:
             return True   # nobody can say
         driver = link.sock.other.owner
         known = driver.schedule.comps.get(worker.comp)
-        return worker.comp in driver._reclaimed or (known is not None and worker.running in known.running)
+        return worker.comp in driver.recoveries.by_comp or (known is not None and worker.running in known.running)
 
     def missing(self, driver, node):
         """Attempts that a client believes on a node which does not know them."""
-        peer = driver._peers.get(node.key)
+        peer = driver.nodes.by_key.get(node.key)
         if peer is not None and self.are_linked(peer.link):
             there = peer.link.sock.other.owner
             for comp, flight in node.flight.items():

@@ -97,7 +97,7 @@ def test_results_that_a_program_had_noted_are_not_kept_by_nodes(tmp_path, ledger
     """It noted them, and was killed before they were acknowledged; who collects them acknowledges them too."""
     with NodeProcess(tmp_path / 'node', cpus=1) as node:
         with Client('''
-dispy.Driver._acknowledge = lambda self, peer: None
+dispy.JobExchange.acknowledge = lambda self, peer: None
 cluster_ = cluster(recover_file=directory + '/file')
 for number in range(3):
     cluster_.submit(path, number)
