@@ -67,7 +67,7 @@ from dispynode import (
     OBSOLETE_SCHEDULER, accept_obsolete, tell_obsolete,
     PULSE, RETURNED, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each,
     FilePiece, FileReceiver, FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
-    Outcome, Output, Payload, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
+    Outcome, Output, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
     Returned, Role, Said, Shutdown, StartError, Started, Unfit, Values, Welcome, Where, Wrong, __version__, _write_private, beside,
     check_name, derive_key, digest_of, discovery_reach, find_secret, frames, has_place, host_and_port, in_parts, is_comp, limit_values,
     log_record_of, over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs, open_envelope, open_plain, open_regular, parse_arguments, pieces_of, replaced, result_key,
@@ -865,15 +865,15 @@ class Remote(NodeUser):
 
     def ask_source(self, peer: Peer, link: Link) -> None:
         """The program is asked."""
-        self._scheduler.ask_source(self, peer, link)
+        self._scheduler.program_calls.ask_source(self, peer, link)
 
     def ask_allocator(self, allocator: Any, peer: Peer, link: Link) -> None:
         """The program is asked."""
-        self._scheduler.ask_allocator(self, allocator, peer, link)
+        self._scheduler.program_calls.ask_allocator(self, allocator, peer, link)
 
     def asked(self, peer: Peer, message: Call) -> None:
         """The program is asked."""
-        self._scheduler.ask_for_modules(self, peer, message)
+        self._scheduler.program_calls.ask_for_modules(self, peer, message)
 
     def support_for(self, peer: Peer) -> Dict[str, bytes]:
         """The program has sent it."""
@@ -888,8 +888,26 @@ class Remote(NodeUser):
         return self.values.path(digest)
 
     def send_jobs(self, peer: Peer, works: Sequence[Any]) -> None:
-        """What they need is read from the disk."""
-        self._scheduler.send_jobs(self, peer, works)
+        """Of those that have waited for long the arguments are on the disk. The program is told where they are."""
+        scheduler = self._scheduler
+        rows: List[Tuple[tuple, int]] = []
+        unread: List[tuple] = []
+        for work in works:
+            try:
+                payload = scheduler.state.payload(work._serial >> 16) if work._payload is None else work._payload
+            except OSError as exc:   # no descriptor is left, or the file has gone
+                text = 'its arguments cannot be read at the scheduler: %s' % exc
+                unread.append((work._serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
+            else:
+                rows.append(job_row(work, payload, OF_JOBS))
+        for frame in frames(Jobs, self.comp, rows):
+            scheduler.say(peer.link, frame)  # type: ignore[arg-type]
+        scheduler.state.sent(works, peer.key)
+        link = scheduler.links.get(self.link)
+        if link is not None:
+            scheduler.say(link, Where(self.comp, (peer.ip_addr, peer.port, peer.name), [work._client for work in works]))
+        if unread:
+            scheduler.decide(NodeResults(peer.key, self.comp, unread))
 
     def jobs_started(self, peer: Peer, pairs: Sequence[Tuple[Any, float]]) -> None:
         """The program is told."""
@@ -900,7 +918,7 @@ class Remote(NodeUser):
         for work, row in pairs:
             row = (work._client, *row[1:])
             if row[1] not in GOES_ON:
-                self._scheduler.end_job(self, work, row, peer.key)
+                self._scheduler.program_jobs.end(self, work, row, peer.key)
             else:
                 self.outbox.append(row)
 
@@ -910,7 +928,7 @@ class Remote(NodeUser):
         if work in self.absence.dropping:
             self.absence.dropping.discard(work)
             if outcome == Outcome.CANCELLED:
-                self._scheduler.drop_job(self, work)
+                self._scheduler.program_jobs.drop(self, work)
                 return
         self._end(work, outcome, text)
 
@@ -920,7 +938,7 @@ class Remote(NodeUser):
 
     def _end(self, work: Any, outcome: Outcome, text: str) -> None:
         row = (work._client, int(outcome), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b'')
-        self._scheduler.end_job(self, work, row)
+        self._scheduler.program_jobs.end(self, work, row)
 
     def job_waits(self, work: Any) -> None:
         """The program is told."""
@@ -1367,7 +1385,7 @@ class Quota:
 
     def give_back(self, link: Link, remote: Remote, serials: List[int], full: bool) -> None:
         """These jobs were not taken. Said at once: while the disk is full, nothing else is."""
-        say = super(Scheduler, self._scheduler).say
+        say = self._scheduler.commit.send
         if link.number not in self._waiting:
             self._waiting[link.number] = link.instance
             say(link, Offer(0))
@@ -1474,20 +1492,865 @@ class NodeSharing(NodePolicy):
                 self._scheduler.decide(NodeOffers(peer.key, comp, cpus) if cpus else NodeDrains(peer.key, comp))
 
 
+class Commit:
+    """Nothing leaves before the transaction of its turn is on the disk. While the disk takes none,
+    nodes are not read. The loop's thread."""
+
+    def __init__(self, scheduler: 'Scheduler', send: Callable[[Link, Any], None]) -> None:
+        self._scheduler = scheduler
+        self.send = send                             # a message at once, whatever becomes of the transaction
+        self.later: List[Tuple[Link, Any]] = []      # messages that wait for the transaction of this turn
+        self.stuck_until: Optional[float] = None     # the disk does not take transactions
+
+    def write_down(self) -> bool:
+        """What has happened goes to the disk, and then what was said about it."""
+        done = self._scheduler.state.commit()
+        if done:
+            later, self.later = self.later, []
+            for link, message in later:
+                self.send(link, message)
+        return done
+
+    def stick(self) -> None:
+        """The disk does not take the transaction: it is tried again after a while."""
+        if self.stuck_until is None:   # results of nodes wait there; programs are read: what they end makes room
+            for link in self._links_of_nodes():
+                link.paused = True
+                self._scheduler.interest(link)
+        self.stuck_until = self._scheduler.now + RETRY_TIME
+
+    def unstick(self) -> None:
+        """It has taken one: nodes are read again."""
+        if self.stuck_until is not None:
+            self.stuck_until = None
+            for link in self._links_of_nodes():
+                link.paused, link.heard = False, self._scheduler.now
+                self._scheduler.interest(link)
+
+    def _links_of_nodes(self) -> List[Link]:
+        return [link for link in self._scheduler.links.values() if link.number not in self._scheduler.programs.sessions]
+
+
+class ProgramLinks:
+    """The programs that are connected, and what they say. The loop's thread."""
+
+    def __init__(self, scheduler: 'Scheduler') -> None:
+        self._scheduler = scheduler
+        self.sessions: Dict[int, _Session] = {}      # by the numbers of their links
+        self.messages: Dict[type, Callable[[Link, Any], None]] = {   # and those of the other parts
+            Introduce: self._c_introduce,
+            Limit: lambda link, message: None, Query: lambda link, message: None, Shutdown: lambda link, message: None,
+            Pulse: lambda link, message: None}
+
+    def program_came(self, event: Arrival) -> None:
+        """A program has connected."""
+        link = Link(event.sock, event.session, event.address, self._scheduler.now, self._scheduler.options.pulse, OF_CLIENTS)
+        self._scheduler.attach(link)
+        self.sessions[link.number] = _Session(link, [event.address], not self._scheduler.options.separate or event.session.secret == 1)
+        self._bound_links(link)
+
+    def _bound_links(self, link: Link) -> None:
+        """One host's programs may not take all descriptors."""
+        there = sum(1 for session in self.sessions.values() if session.link.address == link.address)
+        most = links_of_one()
+        if there > most:
+            logger.error('%s has %d connections, and the limit for one address is %d: the last is ended', link.address, there, most)
+            self._scheduler.part(link, 'there are %d connections from this address, and the limit is %d' % (there, most))
+            self.sessions.pop(link.number, None)
+
+    def bound_answers(self) -> None:
+        """Who does not read its answers is not read from until it has."""
+        for number, session in self.sessions.items():
+            link = session.link
+            queued = link.queued - link.unmade   # what is to go in parts lies on the disk
+            slow = queued > HELD_BACK
+            if link.dirty is not None and link.paused != slow and (slow or queued <= HELD_BACK // 2):
+                link.paused, link.heard = slow, self._scheduler.now
+                self._scheduler.interest(link)
+
+    def take_messages(self, channel: Link) -> None:
+        """A program has said something."""
+        for message in channel.messages(self._scheduler.now):
+            if type(message) is Bye:
+                channel.on_purpose = True
+                raise LinkBroken('bye: %s' % message.text[:200])
+            if type(message) is Wrong:
+                self._refused_results(channel, message)
+            handler = self.messages.get(type(message))
+            if handler is None:
+                raise PeerError('%s may not come here' % type(message).__name__)
+            try:
+                handler(channel, message)
+            except (LinkBroken, PeerError, OSError):
+                raise
+            except Exception as exc:  # what no honest program says ends its link and nothing else
+                logger.exception('%s of %s', type(message).__name__, self.sessions[channel.number].names[0])
+                raise PeerError('%s cannot be understood: %s' % (type(message).__name__, exc)) from exc
+
+    def _refused_results(self, link: Link, message: Wrong) -> None:
+        """A program cannot use what was sent: after a few times a text takes the place of a result that was in it."""
+        for comp, serial in self._scheduler.refusals.refused(link, message.frame):
+            remote = self.computation_of(link, comp)
+            numbers = [remote.ended[serial]] if remote is not None and serial in remote.ended else []
+            for number, row in zip(numbers, self._scheduler.state.results(numbers, [])):
+                self._scheduler.state.ended(number, refused_row(row, 'the program could not take the result: ' + message.text[:NAME_MOST]))
+        raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
+
+    def program_gone(self, channel: Link, text: str) -> None:
+        """The link of a program came to its end."""
+        session = self.sessions.pop(channel.number)
+        logger.log(logging.INFO if channel.on_purpose else logging.WARNING, 'the link of %s ended: %s', session.names[0], text)
+        for remote in [remote for remote in (*self._scheduler.clusters.values(), *self._scheduler.computations.unopened.values())
+                       if isinstance(remote, Remote) and remote.link == channel.number]:
+            self._scheduler.computations.program_gone(remote)
+            if channel.on_purpose:
+                self._scheduler.computations.end(remote)
+
+    def computation_of(self, link: Link, comp: str) -> Optional[Remote]:
+        """The computation a message speaks of, which must be of this link. None for one that has ended here."""
+        remote = self._scheduler.clusters.get(comp)
+        if isinstance(remote, Remote) and remote.link != link.number:
+            raise PeerError('computation %.40r is of another program' % comp)
+        return remote if isinstance(remote, Remote) else None
+
+    def _c_introduce(self, link: Link, message: Introduce) -> None:
+        self._scheduler.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
+        self.sessions[link.number].names[0] = message.name[:200]
+        facts = {'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'role': 'scheduler', 'memory': self._scheduler.instance.hex()}
+        self._scheduler.say(link, Welcome('dispyscheduler', ENDLESS, facts))
+
+
+class Computations:
+    """Computations of programs: they begin, lose their programs, get them back, and end. The loop's
+    thread."""
+
+    def __init__(self, scheduler: 'Scheduler') -> None:
+        self._scheduler = scheduler
+        self.unopened: Dict[str, Remote] = {}        # those whose files are on their way
+
+    def make(self, comp: str, client: bytes, spec: dict) -> Remote:
+        """A computation that is not open yet. Raises PeerError, OSError."""
+        most = self._scheduler.options.max_file_size
+        return Remote(self._scheduler, comp, client, spec, self._directory_of(comp), most, self._scheduler.state.key_of(comp),
+                      self._scheduler.options.max_queued)
+
+    def _directory_of(self, comp: str) -> str:
+        if not comp or not is_comp(comp) or comp == House.comp:
+            raise PeerError('a computation may not be called %.70r' % comp)
+        path = os.path.join(self._scheduler.state.root, 'c-' + comp)
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        return path
+
+    def on_compute(self, link: Link, message: Compute) -> None:
+        remote = self._scheduler.clusters.get(message.comp)
+        if isinstance(remote, Remote):
+            if remote.instance != link.instance or not hmac.compare_digest(remote.digest, result_key(message.spec)):
+                self._scheduler.say(link, Refused(message.comp, 'busy', 'it is of another program'))
+                return
+            if remote.link in self._scheduler.links and remote.link != link.number:
+                self._scheduler.break_link(self._scheduler.links[remote.link], 'its program has connected anew')
+            again = remote.link == link.number   # a Reclaim on this link was answered
+            self._came_back(remote, link)
+            if remote.ready and remote.told_at == (link.number, self._scheduler.now):
+                return   # it asks again and again in one breath; the answer may be long
+            if remote.ready:
+                remote.told_at = (link.number, self._scheduler.now)
+                self._send_again(remote, link)
+                self._scheduler.say(link, Ready(message.comp, [*remote.works, *remote.ended]))
+                if not again:
+                    self._scheduler.program_jobs.resend(remote)
+                for peer in self._scheduler.nodes.of(message.comp):   # perhaps because its program could not be asked
+                    if peer.uses[message.comp].state is UseState.REFUSED:
+                        self._scheduler.setup.set_up(peer, message.comp)
+                return
+        else:
+            if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {
+                    'nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process', 'collected'}:
+                raise PeerError('a computation that is not for a scheduler')
+            if len(message.spec['shared']['nodes'] or ()) > SPECS_MOST:
+                raise PeerError('%d nodes are named, and the limit is %d' % (len(message.spec['shared']['nodes']), SPECS_MOST))
+            own = sum(1 for each in (*self._scheduler.clusters.values(), *self.unopened.values()) if isinstance(each, Remote) and each.instance == link.instance)
+            if own >= COMPS_MOST or self._scheduler.commit.stuck_until is not None:
+                self._scheduler.say(link, Refused(message.comp, 'busy', 'the disk of the scheduler is full' if own < COMPS_MOST else
+                                       'this program has %d computations here, and the limit is %d' % (own, COMPS_MOST)))
+                return
+            if message.comp in self.unopened:
+                raise PeerError('computation %.40r is of another program' % message.comp)
+            if self._scheduler.options.cleanup_nodes:
+                message.spec['cleanup'] = True
+            remote = self.make(message.comp, link.instance, message.spec)
+            self._came_back(remote, link)
+            self.unopened[message.comp] = remote
+        spec, then = remote.cargo.spec, functools.partial(self._complete, remote)
+        self._scheduler.program_files.want(remote, spec['files'], spec['modules'], then)
+
+    def _came_back(self, remote: Remote, link: Link) -> None:
+        if remote.instance != link.instance:
+            self._scheduler.quota.moved(remote, link.instance)
+            remote.instance = link.instance
+        if remote.link != link.number:   # otherwise what has come since the answer to Reclaim would be lost
+            remote.outbox = []
+        remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._scheduler.programs.sessions[link.number].names[0]
+        remote.rests_at = math.inf
+        self._scheduler.sharing.look_again()
+        if remote.rests:
+            remote.rests = False
+            self._scheduler.selection.use(remote.comp, remote.specs)
+        absence = remote.absence
+        absence.end()
+        for work in absence.dropping:   # not answered yet: they wait again
+            self._scheduler.schedule.keep(work)
+        absence.dropping.clear()
+
+    def _complete(self, remote: Remote, error: str, code: str = 'transfer') -> None:
+        """All files of a new computation are there, or cannot be."""
+        link = self._scheduler.links.get(remote.link)
+        if error:
+            self.unopened.pop(remote.comp, None)
+            remote.remove()
+            if link is not None:
+                self._scheduler.say(link, Refused(remote.comp, code, error))
+            self._scheduler.program_calls.answer_early(remote)
+            return
+        if self.unopened.pop(remote.comp, None) is None:
+            return
+        remote.ready = True
+        self._scheduler.state.began(remote)
+        self.open(remote)
+        if link is not None:
+            self._scheduler.say(link, Ready(remote.comp, [], self._scheduler.state.past(remote.comp).row()))
+        self._scheduler.program_calls.answer_early(remote)
+
+    def open(self, remote: Remote) -> None:
+        """Begin to use nodes for a computation whose files are here."""
+        self._scheduler.overview.opened(remote)
+        self._scheduler.sharing.begins(remote)
+        self._scheduler.open(remote, False)
+        logger.info('%s: begins%s', remote.name, ', and wants its nodes alone' if remote.exclusive else '')
+
+    def on_reclaim(self, link: Link, message: Reclaim) -> None:
+        remote = self._scheduler.clusters.get(message.comp)
+        if not isinstance(remote, Remote):
+            self._scheduler.say(link, Held(message.comp, [], self._scheduler.state.past(message.comp).row()))
+            return
+        if not may_reclaim(remote.digest, message.key):
+            logger.warning('%s wants results of a computation and does not have its key', self._scheduler.programs.sessions[link.number].names[0])
+            self._scheduler.say(link, Held(message.comp, [], Past(whole=False).row()))
+            return
+        if remote.link in self._scheduler.links and remote.link != link.number:
+            self._scheduler.say(link, Refused(message.comp, 'busy', 'its program is connected'))
+            return
+        if not message.take:
+            self._scheduler.say(link, Held(message.comp, [*remote.works, *remote.ended, *remote.absence.dropped]))
+            return
+        dropped = remote.absence.dropped if remote.instance != link.instance else {}   # the program itself sends these again
+        self._came_back(remote, link)
+        text = (b'cancelled: it had not begun when its program was gone, and the scheduler did not wait '
+                b'any longer (--gone-after)')
+        for serial, number in dropped.items():
+            self._scheduler.state.ended(number, (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b''))
+        remote.ended.update(dropped)
+        dropped.clear()
+        self._scheduler.state.commit()   # from where they are sent now
+        self._scheduler.say(link, Held(message.comp, [*remote.works, *remote.ended]))
+        self._scheduler.program_jobs.resend(remote)
+
+    def _send_again(self, remote: Remote, link: Link) -> None:
+        """A program is back that was taken for gone."""
+        dropped = remote.absence.dropped
+        if dropped:
+            self._scheduler.state.removed(list(dropped.values()))
+            self._scheduler.say(link, Said(remote.comp, (
+                'the scheduler has heard nothing of this program for a while and has cancelled %d jobs '
+                'that had not begun (--gone-after); they are sent again' % len(dropped))))
+            dropped.clear()
+
+    def program_gone(self, remote: Remote) -> None:
+        """It goes on for a while without its program."""
+        remote.link = 0
+        remote.given_up_at = self._scheduler.now + self._scheduler.options.zombie
+        remote.rests_at = self._scheduler.now + ORPHAN_TIME
+        remote.absence.begin(self._scheduler.now, self._scheduler.options.gone)
+        for call in list(remote.calls.values()):
+            call(('RuntimeError', 'its program is not connected'), None)
+        remote.calls.clear()
+        remote.receiver.abort()
+        remote.values.interrupt()
+        while remote.wanted:
+            remote.wanted.popleft()[-1]('its program is not connected')
+        self._scheduler.program_files.end_files(remote)
+        self._scheduler.sharing.look_again()
+
+    def _drop_waiting(self, remote: Remote) -> None:
+        """A program is gone: what has not begun is cancelled, what runs goes on to its end."""
+        self._scheduler.jobs.take_submitted()
+        absence, known = remote.absence, self._scheduler.schedule.comps.get(remote.comp)
+        if known is None:
+            return
+        works = known.not_begun()
+        absence.dropping.update(works)
+        if works:
+            logger.warning('%s: its program is gone; its %d jobs that have not begun are cancelled '
+                           '(--gone-after)', remote.name, len(works))
+        self._scheduler.decide(WithdrawAsked(works))
+
+    def _rest(self, remote: Remote) -> None:
+        """All that a program which is gone may still collect has ended: its nodes are let go, their processes and files too."""
+        if not remote.ended or (remote.absence.for_good and not remote.collected):
+            logger.info('%s: its program is gone, and nothing is left for it', remote.name)
+            self.end(remote)
+            return
+        if remote.rests:
+            return
+        logger.info('%s: its program is gone; %d results wait for it', remote.name, len(remote.ended))
+        remote.rests = True
+        for peer in self._scheduler.nodes.of(remote.comp):
+            self._scheduler.selection.done(peer, remote.comp)
+            self._scheduler.decide(NodeLeft(peer.key, remote.comp, str(peer), 'its program is gone'))
+            del peer.uses[remote.comp]
+            self._scheduler.selection.drop_unused(peer)
+        self._scheduler.sharing.look_again()
+
+    def end_turn_of(self, remote: Remote) -> None:
+        """Results to its program; what becomes of it while that is away."""
+        link = self._scheduler.links.get(remote.link)
+        # They wait on the disk until it has room
+        if remote.outbox and link is not None and link.queued - link.unmade >= 4 * FRAME_FILL:
+            ended = [remote.ended[row[0]] for row in remote.outbox if row[1] not in GOES_ON]
+            self._scheduler.program_jobs.send_ended(remote, ended)
+            remote.outbox = [row for row in remote.outbox if row[1] in GOES_ON]
+        if self._scheduler.now >= remote.values.retry_at:
+            remote.values.retry_at = math.inf
+            if link is not None:
+                self._scheduler.program_files.serve_values(link, remote)
+        if remote.outbox and link is not None:
+            for frame in frames(Results, remote.comp, map(sized, remote.outbox)):
+                self._scheduler.say(link, frame)
+        remote.outbox = []
+        if self._scheduler.now >= remote.absence.look_at and remote.absence.is_over(self._scheduler.now):
+            self._drop_waiting(remote)
+        if self._scheduler.now >= remote.rests_at and link is None and not remote.works:
+            self._rest(remote)
+        if self._scheduler.now >= remote.given_up_at and link is None and not remote.works:
+            logger.warning('%s: its program has not come back: %d results are given up', remote.name, len(remote.ended))
+            if remote.ended:
+                self._scheduler.state.gave_up(remote.comp, list(remote.ended), 'the scheduler gave up its result after %g s (--zombie-interval)'
+                                    % self._scheduler.options.zombie)
+            self.end(remote)
+
+    def timers(self) -> List[float]:
+        """When there is something to do for computations."""
+        given_up = [remote.given_up_at if remote.rests else min(remote.rests_at, remote.given_up_at)
+                    for remote in self._scheduler.clusters.values() if isinstance(remote, Remote) and remote.link not in self._scheduler.links
+                    and not remote.works]
+        if self._scheduler.program_jobs.unread_until < math.inf:
+            given_up.append(self._scheduler.program_jobs.unread_until)
+        looks = [min(remote.absence.look_at, remote.values.retry_at) for remote in self._scheduler.clusters.values()
+                 if isinstance(remote, Remote)]
+        return given_up + [when for when in looks if when < math.inf]
+
+    def on_done(self, link: Link, message: Done) -> None:
+        remote = self.unopened.get(message.comp) or self._scheduler.programs.computation_of(link, message.comp)
+        if remote is not None and remote.link == link.number:
+            self.unopened.pop(message.comp, None)
+            self.end(remote)
+            self._scheduler.program_calls.answer_early(remote)
+        self._scheduler.state.note(self._scheduler.state.PAST_OVER, message.comp)
+
+    def end(self, remote: Remote) -> None:
+        """A computation ends: jobs of it too, on nodes and on the disk."""
+        comp = remote.comp
+        if comp in self._scheduler.clusters:
+            self._scheduler.forget(comp)
+            self._scheduler.overview.over(remote)
+            self._scheduler.state.over(comp)
+            self._scheduler.state.removed([*remote.ended.values(), *remote.absence.dropped.values(),
+                                 *(work._serial >> 16 for work in remote.works.values())])
+            logger.info('%s: is over', remote.name)
+        self._scheduler.program_jobs.forget(remote)
+        remote.receiver.abort()
+        remote.remove()
+        self._scheduler.sharing.is_over(remote)
+        self._scheduler.soon()
+
+
+class ProgramFiles:
+    """Files and values that programs send, and where files of jobs that run are on their way to
+    them. The loop's thread."""
+
+    def __init__(self, scheduler: 'Scheduler') -> None:
+        self._scheduler = scheduler
+
+    def want(self, remote: Remote, files: list, modules: list,
+              then: Callable[..., None]) -> None:
+        """Ask the program for files that are not here; `then` is called when all are, or with what went wrong and its
+        code (of REASONS)."""
+        remote.wanted.append((files, modules, then))
+        if len(remote.wanted) == 1:
+            self._want_next(remote)
+
+    def _want_next(self, remote: Remote) -> None:
+        while remote.wanted:
+            files, modules, then = remote.wanted[0]
+            unknown = Digests.unknown(remote.directory, files)
+            if unknown and remote.compared is not files:   # large files are there: others do not wait while they are digested
+                remote.compared = files
+                self._scheduler.openers.run(self._compare, remote, unknown)
+                return
+            try:
+                missing = remote.receiver.want(Purpose.DEPENDS, files)
+                missing += remote.receiver.want(Purpose.MODULES, modules)
+            except (OSError, ValueError) as exc:
+                remote.wanted.popleft()
+                then('files cannot be stored at the scheduler: %s' % exc, reason_of(exc))
+                continue
+            if missing:
+                link = self._scheduler.links.get(remote.link)
+                for need in needs(remote.comp, missing) if link is not None else ():
+                    self._scheduler.say(link, need)  # type: ignore[arg-type]
+                return
+            remote.wanted.popleft()
+            then('')
+
+    def _compare(self, remote: Remote, paths: Sequence[str]) -> None:
+        """An opener."""
+        Digests.learn(paths)
+        self._scheduler.call_soon(self._want_next, remote)
+
+    def on_file_piece(self, link: Link, message: FilePiece) -> None:
+        """Files for nodes come here first."""
+        remote = self._scheduler.computations.unopened.get(message.comp) or self._scheduler.programs.computation_of(link, message.comp)
+        if message.purpose == Purpose.FROM_JOB:
+            raise PeerError('a file that was not asked for')
+        if remote is None or remote.link != link.number or (message.purpose in FOR_CODE and not remote.wanted):
+            return
+        stored = remote.receiver.take(message)
+        if stored is None:
+            return
+        if message.purpose == Purpose.VALUES:
+            self._value_stored(link, remote, stored)
+        elif message.purpose not in ASKED_FOR:
+            self._scheduler.say(link, stored)
+        elif stored.error or not remote.receiver.wants(*FOR_CODE):
+            then = remote.wanted.popleft()[-1]
+            then(stored.error, remote.receiver.code)
+            self._want_next(remote)
+
+    def _value_stored(self, link: Link, remote: Remote, stored: FileStored) -> None:
+        """A value that jobs wait for is here, or cannot be."""
+        if not stored.error:
+            remote.values.came(stored.name)
+            remote.values.told = False
+        elif remote.receiver.code == 'room':
+            self._no_room(link, remote, stored.error)
+            return
+        else:
+            self._without_values(link, remote, stored.error)
+        self.serve_values(link, remote)
+
+    def _without_values(self, link: Link, remote: Remote, error: str) -> None:
+        """Jobs that need a value which cannot be had."""
+        for serial in remote.values.failed():
+            text = 'a value in the arguments cannot be taken at the scheduler: %s' % error
+            row = (serial, int(Outcome.RAISED), 0.0, 0.0, pack_error(text, None), b'', b'')
+            self._scheduler.say(link, Results(remote.comp, [row]))
+
+    def serve_values(self, link: Link, remote: Remote) -> None:
+        """Take the jobs whose values are here, and ask for what others need."""
+        rows, missing, error = remote.values.serve()
+        for need in needs(remote.comp, missing):
+            self._scheduler.say(link, need)
+        if error:
+            self._no_room(link, remote, error)
+        self._scheduler.program_jobs.take_jobs(link, remote, rows, admitted=True)
+
+    def _no_room(self, link: Link, remote: Remote, error: str) -> None:
+        """The jobs that need a value wait until there is room for it."""
+        remote.values.postpone(self._scheduler.now + RETRY_TIME)
+        if not remote.values.told:
+            remote.values.told = True
+            text = 'a value that jobs need finds no room at the scheduler: %s; they wait until it does' % error
+            logger.error('%s: %s', remote.name, text)
+            self._scheduler.say(link, Said(remote.comp, text))
+
+    def done_with_values(self, remote: Remote, work: RemoteWork) -> None:
+        """Jobs that waited for room may have it."""
+        remote.values.release(work)
+        link = self._scheduler.links.get(remote.link)
+        if link is not None:
+            self.serve_values(link, remote)
+
+    def on_file_stored(self, link: Link, message: FileStored) -> None:
+        remote = self._scheduler.programs.computation_of(link, message.comp)
+        if message.purpose == Purpose.VALUES and remote is not None:
+            if message.error:
+                self._without_values(link, remote, message.error)
+            return
+        work = remote.works.get(message.key) if remote is not None else None
+        if remote is None or work is None or remote.files.pop(work._serial, None) is None:
+            return
+        peer = self._peer_of(work)
+        if peer is not None:
+            self._scheduler.say_to(peer, message._replace(key=work._serial))
+
+    def _peer_of(self, work: RemoteWork) -> Optional[Peer]:
+        known = self._scheduler.schedule.comps.get(work._comp)
+        node = known.running.get(work._serial) if known is not None else None
+        return self._scheduler.nodes.by_key.get(node.key) if node is not None else None
+
+    def end_files(self, remote: Remote) -> None:
+        """The connection to a program has ended while its jobs sent files."""
+        known = self._scheduler.schedule.comps.get(remote.comp)
+        for serial, (_, name) in remote.files.items():
+            node = known.running.get(serial) if known is not None else None
+            peer = self._scheduler.nodes.by_key.get(node.key) if node is not None else None
+            if peer is not None:
+                self._scheduler.say_to(peer, FileStored(remote.comp, int(Purpose.FROM_JOB), serial, name,
+                                             'the connection to the client has ended'))
+        remote.files.clear()
+
+    def bring_modules(self, remote: Remote, rows: list) -> None:
+        """Files of modules that arguments of later jobs need: nodes that are set up from now on get them at once."""
+        known = {row[0] for row in remote.cargo.spec['modules']}
+        more = [row for row in rows if row[0] not in known]
+        if more:
+            remote.take_spec(dict(remote.cargo.spec, modules=remote.cargo.spec['modules'] + more))
+            self._scheduler.state.began(remote)
+
+    def change_files(self, remote: Remote, rows: list, then: Callable[..., None]) -> None:
+        def complete(error: str, code: str = '') -> None:
+            if not error:
+                remote.take_spec(dict(remote.cargo.spec, files=rows))
+                self._scheduler.state.began(remote)
+            then(error)
+        self.want(remote, rows, [], complete)
+
+
+class ProgramJobs:
+    """Jobs that programs submit, and their results, which are on the disk. The loop's thread."""
+
+    def __init__(self, scheduler: 'Scheduler') -> None:
+        self._scheduler = scheduler
+        self.backlog = Backlog(scheduler.links)      # results that wait for room in the links of programs
+        self._kept = 0                               # bytes of waiting jobs' arguments in memory
+        self.unread_until = math.inf                 # when results are read that could not be
+
+    def on_jobs(self, link: Link, message: Jobs) -> None:
+        remote = self._scheduler.programs.computation_of(link, message.comp)
+        if remote is None:
+            return
+        if len(message.rows) == 1:
+            unfit = over_limit_here(message, self._scheduler.values.where)
+            if unfit is not None:
+                self.on_unfit(link, unfit)
+                return
+        self.take_jobs(link, remote, message.rows)
+
+    def take_jobs(self, link: Link, remote: Remote, rows: Sequence[tuple], admitted: bool = False) -> None:
+        back: List[int] = []
+        lacking = False
+        for row in rows:
+            serial, payload, options = row
+            if serial in remote.works or serial in remote.ended:
+                continue   # it came before
+            if options and 'values' in options and not admitted and not remote.values.admit(row):
+                lacking = True
+                continue
+            if self._scheduler.commit.stuck_until is not None or not self._scheduler.quota.has_room(remote, size_of(payload)):
+                back.append(serial)
+                continue
+            self._scheduler.state.number += 1
+            if len(payload) <= LAZY or type(payload) is tuple:
+                payload = _plain(payload)
+            work = RemoteWork(remote.comp, None, options, self._scheduler.state.number << 16, serial)
+            if work.values:
+                remote.values.took(work)
+            self._scheduler.state.submitted(work, payload)
+            if self._kept < IN_MEMORY and len(payload) < LARGE:
+                work._payload = payload
+                self._kept += OBJECT + len(payload)
+            remote.works[serial] = work
+            self._scheduler.quota.add(remote, work, len(payload))
+            self._scheduler.jobs.submitted.append(work)  # type: ignore[arg-type]
+        if back:
+            self._scheduler.quota.give_back(link, remote, back, self._scheduler.commit.stuck_until is not None)
+        if lacking:
+            self._scheduler.program_files.serve_values(link, remote)
+
+    def on_unfit(self, link: Link, message: Unfit) -> None:
+        """A job whose arguments find no room here. Its program is told, and it is forgotten."""
+        remote, serial = self._scheduler.programs.computation_of(link, message.comp), message.row[0]
+        if remote is not None and serial not in remote.works and serial not in remote.ended:
+            self._scheduler.say(link, Results(message.comp, [unfit_row(message)]))
+
+    def on_cancel(self, link: Link, message: Cancel) -> None:
+        remote = self._scheduler.programs.computation_of(link, message.comp)
+        self._scheduler.jobs.take_submitted()
+        self._cancel_early(link, remote, message.serials)
+        for work in [remote.works[serial] for serial in message.serials if serial in remote.works] if remote is not None else ():
+            self._scheduler.decide(CancelAsked(work))
+
+    def _cancel_early(self, link: Link, remote: Optional[Remote], serials: Sequence[int]) -> None:
+        """End those of these jobs that are not taken yet."""
+        for serial in remote.values.leave(serials) if remote is not None else ():
+            text = b'cancelled before it started'
+            row = (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b'')
+            self._scheduler.say(link, Results(remote.comp, [row]))  # type: ignore[union-attr]
+
+    def on_recall(self, link: Link, message: Recall) -> None:
+        """Jobs that shall be cancelled if they have not begun."""
+        remote = self._scheduler.programs.computation_of(link, message.comp)
+        self._scheduler.jobs.take_submitted()
+        self._cancel_early(link, remote, message.serials)
+        if remote is not None:
+            works = [remote.works[serial] for serial in message.serials if serial in remote.works]
+            self._scheduler.decide(WithdrawAsked(works))
+
+    def on_ack(self, link: Link, message: Ack) -> None:
+        remote = self._scheduler.programs.computation_of(link, message.comp)
+        if remote is not None:
+            self._scheduler.state.removed([remote.ended.pop(serial) for serial in message.serials if serial in remote.ended])
+
+    def end(self, remote: Remote, work: RemoteWork, row: tuple, node: Any = None) -> None:
+        """A job has ended with this row of Results, `node` is where, if it was on one."""
+        number = work._serial >> 16
+        if remote.works.pop(work._client, None) is None:
+            return
+        self._scheduler.overview.ended(remote, work, row, node)
+        self._scheduler.quota.remove(remote, work)
+        if work.values:
+            self._scheduler.program_files.done_with_values(remote, work)
+        if work._payload is not None:
+            self._kept -= OBJECT + len(work._payload)
+        remote.files.pop(work._serial, None)
+        if remote.exclusive and not remote.works:
+            self._scheduler.sharing.look_again()
+        self._scheduler.state.ended(number, row)
+        remote.ended[work._client] = number
+        remote.outbox.append(row)
+
+    def drop(self, remote: Remote, work: RemoteWork) -> None:
+        """One of these jobs has been cancelled."""
+        number = work._serial >> 16
+        if remote.works.pop(work._client, None) is None:
+            return
+        self._scheduler.quota.remove(remote, work)
+        remote.values.release(work)
+        remote.absence.dropped[work._client] = number
+        remote.ends[2] += 1
+        if work._payload is not None:
+            self._kept -= OBJECT + len(work._payload)
+        self._scheduler.state.dropped(number)
+        if remote.exclusive:
+            self._scheduler.sharing.look_again()
+
+    def forget(self, remote: Remote) -> None:
+        """A computation is over."""
+        self._kept -= sum(OBJECT + len(work._payload) for work in remote.works.values() if work._payload is not None)
+        for work in remote.works.values():
+            self._scheduler.quota.remove(remote, work)
+        remote.works.clear()
+
+    def resend(self, remote: Remote) -> None:
+        """What its program has not acknowledged, and where its jobs are."""
+        remote.unread.clear()
+        self.send_ended(remote, list(remote.ended.values()))
+        known = self._scheduler.schedule.comps.get(remote.comp)
+        for node in known.nodes.values() if known is not None else ():
+            serials = [work._client for work in node.flight[remote.comp].values()]  # type: ignore[attr-defined]
+            peer = self._scheduler.nodes.by_key.get(node.key)
+            if serials and peer is not None:
+                self._scheduler.say(self._scheduler.links[remote.link], Where(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
+            rows = [(node.flight[remote.comp][serial]._client, self._scheduler.now - since)  # type: ignore[attr-defined]
+                    for serial, since in node.begun[remote.comp].items()]
+            if rows:
+                self._scheduler.say(self._scheduler.links[remote.link], Started(remote.comp, rows))
+
+    def send_ended(self, remote: Remote, numbers: List[int]) -> None:
+        """Send results that are on the disk."""
+        rows = self._scheduler.state.results(numbers, remote.unread)
+        self.backlog.add_results(remote.link, remote.comp, rows)
+
+    def read_again(self) -> None:
+        """Results that could not be read are tried once more, after a while."""
+        again = self._scheduler.now >= self.unread_until
+        if again:
+            self.unread_until = math.inf
+        for remote in self._scheduler.clusters.values():
+            if isinstance(remote, Remote) and remote.unread and remote.link in self._scheduler.links:
+                if again:
+                    numbers = list(remote.unread)
+                    remote.unread.clear()
+                    self.send_ended(remote, numbers)
+                else:
+                    self.unread_until = min(self.unread_until, self._scheduler.now + RETRY_TIME)
+
+
+class ProgramCalls:
+    """Questions of programs, and what they are asked. The loop's thread."""
+
+    def __init__(self, scheduler: 'Scheduler') -> None:
+        self._scheduler = scheduler
+        self._numbers = itertools.count(1)
+
+    def on_call(self, link: Link, message: Call) -> None:
+        remote = self._scheduler.programs.computation_of(link, message.comp)
+        watched = message.name == 'overview'   # it speaks of no computation
+
+        def answer(value: Any, error: tuple = ()) -> None:
+            if link.dirty is not None:
+                self._scheduler.say(link, Return(message.comp, message.number, error, value))
+        try:
+            if self._is_early(link, message, answer):
+                return
+            if remote is None and not watched:
+                raise RuntimeError('the scheduler does not know this cluster (any more)')
+            self._scheduler.jobs.take_submitted()
+            if remote is None:
+                session = self._scheduler.programs.sessions[link.number]
+                answer(self._scheduler.overview.answer(*message.args) if session.operator else self._scheduler.overview.answer_anybody(*message.args))
+                return
+            self._answer_call(remote, message.name, message.args, answer)
+        except Exception as exc:  # the program gets it
+            answer(None, (type(exc).__name__, str(exc)))
+
+    def _is_early(self, link: Link, message: Call, answer: Callable[..., None]) -> bool:
+        """Whether the files of the computation are on their way: questions about its jobs wait until they are there."""
+        remote = self._scheduler.computations.unopened.get(message.comp)
+        if remote is None or remote.link != link.number:
+            return False
+        if message.name == 'nodes':
+            answer([])
+        elif len(remote.questions) < QUESTIONS_MOST:
+            remote.questions.append((link, message))
+        else:
+            raise RuntimeError('%d questions wait until the files of this cluster are at the scheduler' % QUESTIONS_MOST)
+        return True
+
+    def answer_early(self, remote: Remote) -> None:
+        questions, remote.questions = remote.questions, []
+        for link, message in questions:
+            self.on_call(link, message)
+
+    def _answer_call(self, remote: Remote, name: str, args: tuple, answer: Callable[..., None]) -> None:
+        comp = remote.comp
+        if name == 'nodes':
+            first, count = args or (0, NODES_PAGE)
+            rows = self._scheduler.queries.rows_of(comp)[first:first + min(count, NODES_PAGE)]
+            answer([tuple(row._replace(reason=shorten(row.reason, REASON_MOST))) for row in rows])
+        elif name == 'jobs':
+            answer([work._client for work in self._scheduler.queries.jobs_at(comp, *args).values()])
+        elif name == 'allocate':
+            self._scheduler.selection.allocate(comp, specs_of(args[0]))
+            answer(None)
+        elif name == 'leave' and len(args) == 4:   # with files as they are now
+            def complete(error: str, code: str = '') -> None:
+                if not error:
+                    self._scheduler.selection.leave(comp, *args[:3])
+                answer(None, ('OSError', error) if error else ())
+            self._scheduler.program_files.change_files(remote, args[3], complete)
+        elif name in ('running', 'place'):
+            path = ''
+            if name == 'place':   # one that its program has sent here before, and nothing else
+                path = os.path.join(remote.directory, *check_name(args[1][0]))
+                open_regular(path).close()
+            future = self._scheduler.queries.question(comp, args[0], args[1] if name == 'place' else None, path)
+
+            def answered(done: Any) -> None:
+                if done.exception() is not None:
+                    answer(None, ('RuntimeError', str(done.exception())))
+                elif name == 'place':
+                    answer(done.result())
+                else:
+                    running = {serial for serial, _ in done.result().running}
+                    answer([work._client for serial, work in self._scheduler.queries.jobs_at(comp, args[0]).items() if serial in running])
+            future.add_done_callback(answered)
+        elif name in ('find', 'seat', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
+            answer(self._scheduler.queries.command(comp, name, *args))
+        else:
+            raise ValueError('%.40r cannot be asked of a scheduler' % name)
+
+    def _ask(self, remote: Any, name: str, args: tuple, then: Callable[[tuple, Any], None]) -> None:
+        """Ask a program; `then(error, value)` gets the answer."""
+        link = self._scheduler.links.get(remote.link)
+        if link is None:
+            then(('RuntimeError', 'its program is not connected'), None)
+            return
+        number = next(self._numbers)
+        remote.calls[number] = then
+        self._scheduler.say(link, Call(remote.comp, number, name, args))
+
+    def on_return(self, link: Link, message: Return) -> None:
+        remote = self._scheduler.programs.computation_of(link, message.comp)
+        then = remote.calls.pop(message.number, None) if remote is not None else None
+        if then is not None:
+            then(message.error, message.value)
+
+    def ask_source(self, remote: Remote, peer: Peer, link: Link) -> None:
+        """Ask a program for the source of its computation."""
+        def told(error: tuple, value: Any) -> None:
+            if error:
+                self._scheduler.setup.source_missing(remote, peer, link, error[1])
+            else:
+                self._scheduler.setup.source_found(remote, peer, link, (bytes(value[0]), value[1]))
+        self._ask(remote, 'source', (), told)
+
+    def ask_allocator(self, remote: Remote, allocator: Any, peer: Peer, link: Link) -> None:
+        """Ask a program's allocator, and for the files that it names."""
+        row = tuple(self._scheduler.queries.row_of(*self._scheduler.queries.node_of(remote.comp, peer)))
+
+        def told(error: tuple, value: Any) -> None:
+            if error:
+                self._scheduler.setup.allocated(remote.comp, peer, link, Allocation(0, b'', [], {}), error[1])
+                return
+            cpus, setup_args, rows, modules = value
+            paths = {row[0]: os.path.join(remote.directory, *row[0].split('/')) for row in rows}
+            self._scheduler.program_files.bring_modules(remote, modules)
+            self._scheduler.program_files.want(remote, rows, modules, lambda failed, code='': self._scheduler.setup.allocated(
+                remote.comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths), failed))
+
+        self._ask(remote, 'allocate', (allocator.number, row), told)
+
+    def ask_for_modules(self, remote: Remote, peer: Peer, message: Call) -> None:
+        """A job on a node needs modules of its program. What was fetched before is here."""
+        answer = functools.partial(self._answer_node, peer, message)
+        request = message.args[0] if message.name == 'modules' and len(message.args) == 1 else None
+        if any(row[0] == BUNDLES + BUNDLE % request for row in remote.cargo.spec['modules']) if type(request) is int else False:
+            answer((), remote.cargo.spec['modules'])
+            return
+
+        def told(error: tuple, rows: Any) -> None:
+            if error:
+                answer(error, None)
+                return
+
+            def complete(failed: str, code: str = '') -> None:
+                if not failed and type(request) is int:
+                    self._scheduler.program_files.bring_modules(remote, rows)
+                answer(('OSError', failed) if failed else (), rows)
+            self._scheduler.program_files.want(remote, [], rows, complete)
+        self._ask(remote, 'modules', message.args, told)
+
+    def _answer_node(self, peer: Peer, message: Call, error: tuple, value: Any) -> None:
+        self._scheduler.say_to(peer, Return(message.comp, message.number, error, value))
+
+
 class Scheduler(Driver):
-    """See the module's docstring. Driver is its side towards nodes."""
+    """See the module's docstring. Driver is its side towards nodes; towards programs it has parts.
+
+    commit - nothing leaves before the transaction of its turn
+    programs - links of programs and their messages
+    computations - what programs have begun
+    program_files, program_jobs, program_calls - what they send and ask
+    sharing - whom each node serves
+    quota, overview - limits of programs, answers to monitors
+    """
     log = logger
     PARTING = 0.0
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.state = State(options.state_dir)
-        self._sessions: Dict[int, _Session] = {}
-        self._unopened: Dict[str, Remote] = {}       # computations whose files are on their way
-        self._later: List[Tuple[Link, Any]] = []     # messages that wait for the transaction of this turn
-        self._stuck_until: Optional[float] = None    # the disk does not take transactions
-        self._kept = 0                               # bytes of waiting jobs' arguments in memory
-        self._unread_until = math.inf                # when results are read that could not be
         self.overview = Overview(self)
         self.quota = Quota(self, options.max_queued)
         self.sharing = NodeSharing(self)
@@ -1495,15 +2358,18 @@ class Scheduler(Driver):
                          self.state.instance, self.sharing)
         self.schedule = Schedule(options.fifo)
         self.values = StoredValues(self.state)
-        self._backlog = Backlog(self.links)
+        self.commit = Commit(self, super().say)
+        self.programs = ProgramLinks(self)
+        self.computations = Computations(self)
+        self.program_files = ProgramFiles(self)
+        self.program_jobs = ProgramJobs(self)
+        self.program_calls = ProgramCalls(self)
         self._doors: List[Gate] = []
-        self._client_messages: Dict[type, Callable[[Link, Any], None]] = {
-            Introduce: self._c_introduce, Compute: self._c_compute, Jobs: self._c_jobs,
-            Cancel: self._c_cancel, Ack: self._c_ack, Done: self._c_done, Reclaim: self._c_reclaim,
-            FilePiece: self._c_file_piece, FileStored: self._c_file_stored,
-            Call: self._c_call, Return: self._c_return, Recall: self._c_recall, Unfit: self._c_unfit,
-            Limit: lambda link, message: None, Query: lambda link, message: None, Shutdown: lambda link, message: None,
-            Pulse: lambda link, message: None}
+        self.programs.messages.update({
+            Compute: self.computations.on_compute, Jobs: self.program_jobs.on_jobs,
+            Cancel: self.program_jobs.on_cancel, Ack: self.program_jobs.on_ack, Done: self.computations.on_done, Reclaim: self.computations.on_reclaim,
+            FilePiece: self.program_files.on_file_piece, FileStored: self.program_files.on_file_stored,
+            Call: self.program_calls.on_call, Return: self.program_calls.on_return, Recall: self.program_jobs.on_recall, Unfit: self.program_jobs.on_unfit})
 
     # -- life -------------------------------------------------------------------------------------------------
 
@@ -1561,7 +2427,7 @@ class Scheduler(Driver):
         for key, host, port, name, instance in self.state.nodes():
             places[key] = (host, port, name, instance)
         for comp, client, spec in self.state.comps():
-            remote = self._make_remote(comp, client, spec)
+            remote = self.computations.make(comp, client, spec)
             remote.values.restore()
             remote.ready = True
             remote.given_up_at = self.now + self.options.zombie
@@ -1582,7 +2448,7 @@ class Scheduler(Driver):
                     sent.setdefault(node, []).append(work)
                 else:
                     waiting.append(work)
-            self._open_remote(remote)
+            self.computations.open(remote)
             for key, works in sent.items():
                 host, port, name, instance = places[key]
                 is_new = key not in self.nodes.by_key
@@ -1608,18 +2474,6 @@ class Scheduler(Driver):
             if name.startswith('c-') and name[2:].partition('.')[0] not in there:
                 shutil.rmtree(os.path.join(self.state.root, name), ignore_errors=True)
 
-    def _make_remote(self, comp: str, client: bytes, spec: dict) -> Remote:
-        most = self.options.max_file_size
-        return Remote(self, comp, client, spec, self._directory_of(comp), most, self.state.key_of(comp),
-                      self.options.max_queued)
-
-    def _directory_of(self, comp: str) -> str:
-        if not comp or not is_comp(comp) or comp == House.comp:
-            raise PeerError('a computation may not be called %.70r' % comp)
-        path = os.path.join(self.state.root, 'c-' + comp)
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        return path
-
     # -- faults of ours -------------------------------------------------------------------------------------------
 
     def on_fault(self, subject: Any, text: str) -> bool:
@@ -1628,7 +2482,7 @@ class Scheduler(Driver):
             link = self.links.get(subject.link)
             if link is not None:
                 self.say(link, Refused(subject.comp, 'fault', text))
-            self._over(subject)
+            self.computations.end(subject)
             return True
         return super().on_fault(subject, text)
 
@@ -1639,131 +2493,38 @@ class Scheduler(Driver):
         if type(message) in _AT_ONCE:
             super().say(link, message)
         else:
-            self._later.append((link, message))
+            self.commit.later.append((link, message))
 
     def end_of_turn(self) -> None:
         """Decide, write, send."""
-        self._bound_answers()
-        if self._stuck_until is not None and self.now < self._stuck_until:
+        self.programs.bound_answers()
+        if self.commit.stuck_until is not None and self.now < self.commit.stuck_until:
             return
         self.sharing.assign_all()
         super().end_of_turn()
         for comp in list(self.clusters.values()):
             if isinstance(comp, Remote):
-                self.guard(comp, self._end_turn_of, comp)
-        if self._write_down():
-            self._unstick()
+                self.guard(comp, self.computations.end_turn_of, comp)
+        if self.commit.write_down():
+            self.commit.unstick()
             self.quota.take_again()
-            self._backlog.send(super().say)
-            self._read_again()
+            self.program_jobs.backlog.send(self.commit.send)
+            self.program_jobs.read_again()
         else:
-            if self._stuck_until is None:   # results of nodes wait there; programs are read: what they end makes room
-                for link in self._links_of_nodes():
-                    link.paused = True
-                    self.interest(link)
-            self._stuck_until = self.now + RETRY_TIME
-
-    def _read_again(self) -> None:
-        """Results that could not be read are tried once more, after a while."""
-        again = self.now >= self._unread_until
-        if again:
-            self._unread_until = math.inf
-        for remote in self.clusters.values():
-            if isinstance(remote, Remote) and remote.unread and remote.link in self.links:
-                if again:
-                    numbers = list(remote.unread)
-                    remote.unread.clear()
-                    self._send_ended(remote, numbers)
-                else:
-                    self._unread_until = min(self._unread_until, self.now + RETRY_TIME)
-
-    def _send_ended(self, remote: Remote, numbers: List[int]) -> None:
-        """Send results that are on the disk."""
-        rows = self.state.results(numbers, remote.unread)
-        self._backlog.add_results(remote.link, remote.comp, rows)
-
-    def _write_down(self) -> bool:
-        """What has happened goes to the disk, and then what was said about it."""
-        done = self.state.commit()
-        if done:
-            later, self._later = self._later, []
-            for link, message in later:
-                super().say(link, message)
-        return done
+            self.commit.stick()
 
     def part(self, link: Link, text: str) -> None:
         """As a Loop, after all that was said before."""
-        self._write_down()
+        self.commit.write_down()
         super().part(link, text)
-
-    def _unstick(self) -> None:
-        if self._stuck_until is not None:
-            self._stuck_until = None
-            for link in self._links_of_nodes():
-                link.paused, link.heard = False, self.now
-                self.interest(link)
-
-    def _links_of_nodes(self) -> List[Link]:
-        return [link for link in self.links.values() if link.number not in self._sessions]
-
-    def _end_turn_of(self, remote: Remote) -> None:
-        link = self.links.get(remote.link)
-        # They wait on the disk until it has room
-        if remote.outbox and link is not None and link.queued - link.unmade >= 4 * FRAME_FILL:
-            ended = [remote.ended[row[0]] for row in remote.outbox if row[1] not in GOES_ON]
-            self._send_ended(remote, ended)
-            remote.outbox = [row for row in remote.outbox if row[1] in GOES_ON]
-        if self.now >= remote.values.retry_at:
-            remote.values.retry_at = math.inf
-            if link is not None:
-                self._serve_values(link, remote)
-        if remote.outbox and link is not None:
-            for frame in frames(Results, remote.comp, map(sized, remote.outbox)):
-                self.say(link, frame)
-        remote.outbox = []
-        if self.now >= remote.absence.look_at and remote.absence.is_over(self.now):
-            self._drop_waiting(remote)
-        if self.now >= remote.rests_at and link is None and not remote.works:
-            self._rest(remote)
-        if self.now >= remote.given_up_at and link is None and not remote.works:
-            logger.warning('%s: its program has not come back: %d results are given up', remote.name, len(remote.ended))
-            if remote.ended:
-                self.state.gave_up(remote.comp, list(remote.ended), 'the scheduler gave up its result after %g s (--zombie-interval)'
-                                    % self.options.zombie)
-            self._over(remote)
-
-    def _rest(self, remote: Remote) -> None:
-        """All that a program which is gone may still collect has ended: its nodes are let go, their processes and files too."""
-        if not remote.ended or (remote.absence.for_good and not remote.collected):
-            logger.info('%s: its program is gone, and nothing is left for it', remote.name)
-            self._over(remote)
-            return
-        if remote.rests:
-            return
-        logger.info('%s: its program is gone; %d results wait for it', remote.name, len(remote.ended))
-        remote.rests = True
-        for peer in self.nodes.of(remote.comp):
-            self.selection.done(peer, remote.comp)
-            self.decide(NodeLeft(peer.key, remote.comp, str(peer), 'its program is gone'))
-            del peer.uses[remote.comp]
-            self.selection.drop_unused(peer)
-        self.sharing.look_again()
 
     def next_timer(self) -> Optional[float]:
         """The driver's, a new try to write, results from the disk."""
-        if self._stuck_until is not None:
-            return self._stuck_until
-        if self._backlog.has_room():
+        if self.commit.stuck_until is not None:
+            return self.commit.stuck_until
+        if self.program_jobs.backlog.has_room():
             return self.now
-        given_up = [remote.given_up_at if remote.rests else min(remote.rests_at, remote.given_up_at)
-                    for remote in self.clusters.values() if isinstance(remote, Remote) and remote.link not in self.links
-                    and not remote.works]
-        if self._unread_until < math.inf:
-            given_up.append(self._unread_until)
-        looks = [min(remote.absence.look_at, remote.values.retry_at) for remote in self.clusters.values()
-                 if isinstance(remote, Remote)]
-        given_up += [when for when in looks if when < math.inf]
-        times = [super().next_timer(), *given_up]
+        times = [super().next_timer(), *self.computations.timers()]
         return min((when for when in times if when is not None), default=None)
 
     # -- links of programs --------------------------------------------------------------------------------------
@@ -1771,702 +2532,25 @@ class Scheduler(Driver):
     def on_event(self, event: Any) -> None:
         """Programs and nodes that have connected, signals, and the driver's events."""
         if isinstance(event, Arrival) and event.session.peer_role == Role.CLIENT:
-            link = Link(event.sock, event.session, event.address, self.now, self.options.pulse, OF_CLIENTS)
-            self.attach(link)
-            self._sessions[link.number] = _Session(link, [event.address], not self.options.separate or event.session.secret == 1)
-            self._bound_links(link)
+            self.programs.program_came(event)
         elif isinstance(event, Stop):   # without Bye: nodes go on and keep results, programs wait, until it is started again
             self.stop()
         else:
             super().on_event(event)
 
-    def _bound_links(self, link: Link) -> None:
-        """One host's programs may not take all descriptors."""
-        there = sum(1 for session in self._sessions.values() if session.link.address == link.address)
-        most = links_of_one()
-        if there > most:
-            logger.error('%s has %d connections, and the limit for one address is %d: the last is ended', link.address, there, most)
-            self.part(link, 'there are %d connections from this address, and the limit is %d' % (there, most))
-            self._sessions.pop(link.number, None)
-
-    def _bound_answers(self) -> None:
-        """Who does not read its answers is not read from until it has."""
-        for number, session in self._sessions.items():
-            link = session.link
-            queued = link.queued - link.unmade   # what is to go in parts lies on the disk
-            slow = queued > HELD_BACK
-            if link.dirty is not None and link.paused != slow and (slow or queued <= HELD_BACK // 2):
-                link.paused, link.heard = slow, self.now
-                self.interest(link)
-
     def on_channel(self, channel: Link) -> None:
         """A link has something."""
-        if channel.number not in self._sessions:
+        if channel.number in self.programs.sessions:
+            self.programs.take_messages(channel)
+        else:
             super().on_channel(channel)
-            return
-        for message in channel.messages(self.now):
-            if type(message) is Bye:
-                channel.on_purpose = True
-                raise LinkBroken('bye: %s' % message.text[:200])
-            if type(message) is Wrong:
-                self._refused_results(channel, message)
-            handler = self._client_messages.get(type(message))
-            if handler is None:
-                raise PeerError('%s may not come here' % type(message).__name__)
-            try:
-                handler(channel, message)
-            except (LinkBroken, PeerError, OSError):
-                raise
-            except Exception as exc:  # what no honest program says ends its link and nothing else
-                logger.exception('%s of %s', type(message).__name__, self._sessions[channel.number].names[0])
-                raise PeerError('%s cannot be understood: %s' % (type(message).__name__, exc)) from exc
-
-    def _refused_results(self, link: Link, message: Wrong) -> None:
-        """A program cannot use what was sent: after a few times a text takes the place of a result that was in it."""
-        for comp, serial in self.refusals.refused(link, message.frame):
-            remote = self._remote(link, comp)
-            numbers = [remote.ended[serial]] if remote is not None and serial in remote.ended else []
-            for number, row in zip(numbers, self.state.results(numbers, [])):
-                self.state.ended(number, refused_row(row, 'the program could not take the result: ' + message.text[:NAME_MOST]))
-        raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
 
     def on_broken(self, channel: Link, text: str) -> None:
         """A link came to its end."""
-        session = self._sessions.pop(channel.number, None)
-        if session is None:
+        if channel.number in self.programs.sessions:
+            self.programs.program_gone(channel, text)
+        else:
             super().on_broken(channel, text)
-            return
-        logger.log(logging.INFO if channel.on_purpose else logging.WARNING, 'the link of %s ended: %s', session.names[0], text)
-        for remote in [remote for remote in (*self.clusters.values(), *self._unopened.values())
-                       if isinstance(remote, Remote) and remote.link == channel.number]:
-            remote.link = 0
-            remote.given_up_at = self.now + self.options.zombie
-            remote.rests_at = self.now + ORPHAN_TIME
-            remote.absence.begin(self.now, self.options.gone)
-            for call in list(remote.calls.values()):
-                call(('RuntimeError', 'its program is not connected'), None)
-            remote.calls.clear()
-            remote.receiver.abort()
-            remote.values.interrupt()
-            while remote.wanted:
-                remote.wanted.popleft()[-1]('its program is not connected')
-            self._no_files(remote)
-            self.sharing.look_again()
-            if channel.on_purpose:
-                self._over(remote)
-
-    def _no_files(self, remote: Remote) -> None:
-        """The connection to a program has ended while its jobs sent files."""
-        known = self.schedule.comps.get(remote.comp)
-        for serial, (_, name) in remote.files.items():
-            node = known.running.get(serial) if known is not None else None
-            peer = self.nodes.by_key.get(node.key) if node is not None else None
-            if peer is not None:
-                self.say_to(peer, FileStored(remote.comp, int(Purpose.FROM_JOB), serial, name,
-                                             'the connection to the client has ended'))
-        remote.files.clear()
-
-    def _remote(self, link: Link, comp: str) -> Optional[Remote]:
-        """The computation a message speaks of, which must be of this link. None for one that has ended here."""
-        remote = self.clusters.get(comp)
-        if isinstance(remote, Remote) and remote.link != link.number:
-            raise PeerError('computation %.40r is of another program' % comp)
-        return remote if isinstance(remote, Remote) else None
-
-    def _c_introduce(self, link: Link, message: Introduce) -> None:
-        self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
-        self._sessions[link.number].names[0] = message.name[:200]
-        facts = {'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'role': 'scheduler', 'memory': self.instance.hex()}
-        self.say(link, Welcome('dispyscheduler', ENDLESS, facts))
-
-    def _c_compute(self, link: Link, message: Compute) -> None:
-        remote = self.clusters.get(message.comp)
-        if isinstance(remote, Remote):
-            if remote.instance != link.instance or not hmac.compare_digest(remote.digest, result_key(message.spec)):
-                self.say(link, Refused(message.comp, 'busy', 'it is of another program'))
-                return
-            if remote.link in self.links and remote.link != link.number:
-                self.break_link(self.links[remote.link], 'its program has connected anew')
-            again = remote.link == link.number   # a Reclaim on this link was answered
-            self._came_back(remote, link)
-            if remote.ready and remote.told_at == (link.number, self.now):
-                return   # it asks again and again in one breath; the answer may be long
-            if remote.ready:
-                remote.told_at = (link.number, self.now)
-                self._send_again(remote, link)
-                self.say(link, Ready(message.comp, [*remote.works, *remote.ended]))
-                if not again:
-                    self._resend(remote)
-                for peer in self.nodes.of(message.comp):   # perhaps because its program could not be asked
-                    if peer.uses[message.comp].state is UseState.REFUSED:
-                        self.setup.set_up(peer, message.comp)
-                return
-        else:
-            if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {
-                    'nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process', 'collected'}:
-                raise PeerError('a computation that is not for a scheduler')
-            if len(message.spec['shared']['nodes'] or ()) > SPECS_MOST:
-                raise PeerError('%d nodes are named, and the limit is %d' % (len(message.spec['shared']['nodes']), SPECS_MOST))
-            own = sum(1 for each in (*self.clusters.values(), *self._unopened.values()) if isinstance(each, Remote) and each.instance == link.instance)
-            if own >= COMPS_MOST or self._stuck_until is not None:
-                self.say(link, Refused(message.comp, 'busy', 'the disk of the scheduler is full' if own < COMPS_MOST else
-                                       'this program has %d computations here, and the limit is %d' % (own, COMPS_MOST)))
-                return
-            if message.comp in self._unopened:
-                raise PeerError('computation %.40r is of another program' % message.comp)
-            if self.options.cleanup_nodes:
-                message.spec['cleanup'] = True
-            remote = self._make_remote(message.comp, link.instance, message.spec)
-            self._came_back(remote, link)
-            self._unopened[message.comp] = remote
-        spec, then = remote.cargo.spec, functools.partial(self._complete, remote)
-        self._want(remote, spec['files'], spec['modules'], then)
-
-    def _came_back(self, remote: Remote, link: Link) -> None:
-        if remote.instance != link.instance:
-            self.quota.moved(remote, link.instance)
-            remote.instance = link.instance
-        if remote.link != link.number:   # otherwise what has come since the answer to Reclaim would be lost
-            remote.outbox = []
-        remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._sessions[link.number].names[0]
-        remote.rests_at = math.inf
-        self.sharing.look_again()
-        if remote.rests:
-            remote.rests = False
-            self.selection.use(remote.comp, remote.specs)
-        absence = remote.absence
-        absence.end()
-        for work in absence.dropping:   # not answered yet: they wait again
-            self.schedule.keep(work)
-        absence.dropping.clear()
-
-    def _drop_waiting(self, remote: Remote) -> None:
-        """A program is gone: what has not begun is cancelled, what runs goes on to its end."""
-        self.jobs.take_submitted()
-        absence, known = remote.absence, self.schedule.comps.get(remote.comp)
-        if known is None:
-            return
-        works = known.not_begun()
-        absence.dropping.update(works)
-        if works:
-            logger.warning('%s: its program is gone; its %d jobs that have not begun are cancelled '
-                           '(--gone-after)', remote.name, len(works))
-        self.decide(WithdrawAsked(works))
-
-    def drop_job(self, remote: Remote, work: RemoteWork) -> None:
-        """One of these jobs has been cancelled."""
-        number = work._serial >> 16
-        if remote.works.pop(work._client, None) is None:
-            return
-        self.quota.remove(remote, work)
-        remote.values.release(work)
-        remote.absence.dropped[work._client] = number
-        remote.ends[2] += 1
-        if work._payload is not None:
-            self._kept -= OBJECT + len(work._payload)
-        self.state.dropped(number)
-        if remote.exclusive:
-            self.sharing.look_again()
-
-    def _send_again(self, remote: Remote, link: Link) -> None:
-        """A program is back that was taken for gone."""
-        dropped = remote.absence.dropped
-        if dropped:
-            self.state.removed(list(dropped.values()))
-            self.say(link, Said(remote.comp, (
-                'the scheduler has heard nothing of this program for a while and has cancelled %d jobs '
-                'that had not begun (--gone-after); they are sent again' % len(dropped))))
-            dropped.clear()
-
-    def _complete(self, remote: Remote, error: str, code: str = 'transfer') -> None:
-        """All files of a new computation are there, or cannot be."""
-        link = self.links.get(remote.link)
-        if error:
-            self._unopened.pop(remote.comp, None)
-            remote.remove()
-            if link is not None:
-                self.say(link, Refused(remote.comp, code, error))
-            self._answer_early(remote)
-            return
-        if self._unopened.pop(remote.comp, None) is None:
-            return
-        remote.ready = True
-        self.state.began(remote)
-        self._open_remote(remote)
-        if link is not None:
-            self.say(link, Ready(remote.comp, [], self.state.past(remote.comp).row()))
-        self._answer_early(remote)
-
-    def _open_remote(self, remote: Remote) -> None:
-        self.overview.opened(remote)
-        self.sharing.begins(remote)
-        self.open(remote, False)
-        logger.info('%s: begins%s', remote.name, ', and wants its nodes alone' if remote.exclusive else '')
-
-    # -- files of programs --------------------------------------------------------------------------------------
-
-    def _want(self, remote: Remote, files: list, modules: list,
-              then: Callable[..., None]) -> None:
-        """Ask the program for files that are not here; `then` is called when all are, or with what went wrong and its
-        code (of REASONS)."""
-        remote.wanted.append((files, modules, then))
-        if len(remote.wanted) == 1:
-            self._want_next(remote)
-
-    def _want_next(self, remote: Remote) -> None:
-        while remote.wanted:
-            files, modules, then = remote.wanted[0]
-            unknown = Digests.unknown(remote.directory, files)
-            if unknown and remote.compared is not files:   # large files are there: others do not wait while they are digested
-                remote.compared = files
-                self.openers.run(self._compare, remote, unknown)
-                return
-            try:
-                missing = remote.receiver.want(Purpose.DEPENDS, files)
-                missing += remote.receiver.want(Purpose.MODULES, modules)
-            except (OSError, ValueError) as exc:
-                remote.wanted.popleft()
-                then('files cannot be stored at the scheduler: %s' % exc, reason_of(exc))
-                continue
-            if missing:
-                link = self.links.get(remote.link)
-                for need in needs(remote.comp, missing) if link is not None else ():
-                    self.say(link, need)  # type: ignore[arg-type]
-                return
-            remote.wanted.popleft()
-            then('')
-
-    def _compare(self, remote: Remote, paths: Sequence[str]) -> None:
-        """An opener."""
-        Digests.learn(paths)
-        self.call_soon(self._want_next, remote)
-
-    def _c_file_piece(self, link: Link, message: FilePiece) -> None:
-        """Files for nodes come here first."""
-        remote = self._unopened.get(message.comp) or self._remote(link, message.comp)
-        if message.purpose == Purpose.FROM_JOB:
-            raise PeerError('a file that was not asked for')
-        if remote is None or remote.link != link.number or (message.purpose in FOR_CODE and not remote.wanted):
-            return
-        stored = remote.receiver.take(message)
-        if stored is None:
-            return
-        if message.purpose == Purpose.VALUES:
-            self._value_stored(link, remote, stored)
-        elif message.purpose not in ASKED_FOR:
-            self.say(link, stored)
-        elif stored.error or not remote.receiver.wants(*FOR_CODE):
-            then = remote.wanted.popleft()[-1]
-            then(stored.error, remote.receiver.code)
-            self._want_next(remote)
-
-    def _value_stored(self, link: Link, remote: Remote, stored: FileStored) -> None:
-        """A value that jobs wait for is here, or cannot be."""
-        if not stored.error:
-            remote.values.came(stored.name)
-            remote.values.told = False
-        elif remote.receiver.code == 'room':
-            self._no_room(link, remote, stored.error)
-            return
-        else:
-            self._without_values(link, remote, stored.error)
-        self._serve_values(link, remote)
-
-    def _without_values(self, link: Link, remote: Remote, error: str) -> None:
-        """Jobs that need a value which cannot be had."""
-        for serial in remote.values.failed():
-            text = 'a value in the arguments cannot be taken at the scheduler: %s' % error
-            row = (serial, int(Outcome.RAISED), 0.0, 0.0, pack_error(text, None), b'', b'')
-            self.say(link, Results(remote.comp, [row]))
-
-    def _serve_values(self, link: Link, remote: Remote) -> None:
-        """Take the jobs whose values are here, and ask for what others need."""
-        rows, missing, error = remote.values.serve()
-        for need in needs(remote.comp, missing):
-            self.say(link, need)
-        if error:
-            self._no_room(link, remote, error)
-        self._take_jobs(link, remote, rows, admitted=True)
-
-    def _no_room(self, link: Link, remote: Remote, error: str) -> None:
-        """The jobs that need a value wait until there is room for it."""
-        remote.values.postpone(self.now + RETRY_TIME)
-        if not remote.values.told:
-            remote.values.told = True
-            text = 'a value that jobs need finds no room at the scheduler: %s; they wait until it does' % error
-            logger.error('%s: %s', remote.name, text)
-            self.say(link, Said(remote.comp, text))
-
-    def _c_file_stored(self, link: Link, message: FileStored) -> None:
-        remote = self._remote(link, message.comp)
-        if message.purpose == Purpose.VALUES and remote is not None:
-            if message.error:
-                self._without_values(link, remote, message.error)
-            return
-        work = remote.works.get(message.key) if remote is not None else None
-        if remote is None or work is None or remote.files.pop(work._serial, None) is None:
-            return
-        peer = self._peer_of(work)
-        if peer is not None:
-            self.say_to(peer, message._replace(key=work._serial))
-
-    def _peer_of(self, work: RemoteWork) -> Optional[Peer]:
-        known = self.schedule.comps.get(work._comp)
-        node = known.running.get(work._serial) if known is not None else None
-        return self.nodes.by_key.get(node.key) if node is not None else None
-
-    # -- jobs of programs ---------------------------------------------------------------------------------------
-
-    def _c_jobs(self, link: Link, message: Jobs) -> None:
-        remote = self._remote(link, message.comp)
-        if remote is None:
-            return
-        if len(message.rows) == 1:
-            unfit = over_limit_here(message, self.values.where)
-            if unfit is not None:
-                self._c_unfit(link, unfit)
-                return
-        self._take_jobs(link, remote, message.rows)
-
-    def _take_jobs(self, link: Link, remote: Remote, rows: Sequence[tuple], admitted: bool = False) -> None:
-        back: List[int] = []
-        lacking = False
-        for row in rows:
-            serial, payload, options = row
-            if serial in remote.works or serial in remote.ended:
-                continue   # it came before
-            if options and 'values' in options and not admitted and not remote.values.admit(row):
-                lacking = True
-                continue
-            if self._stuck_until is not None or not self.quota.has_room(remote, size_of(payload)):
-                back.append(serial)
-                continue
-            self.state.number += 1
-            if len(payload) <= LAZY or type(payload) is tuple:
-                payload = _plain(payload)
-            work = RemoteWork(remote.comp, None, options, self.state.number << 16, serial)
-            if work.values:
-                remote.values.took(work)
-            self.state.submitted(work, payload)
-            if self._kept < IN_MEMORY and len(payload) < LARGE:
-                work._payload = payload
-                self._kept += OBJECT + len(payload)
-            remote.works[serial] = work
-            self.quota.add(remote, work, len(payload))
-            self.jobs.submitted.append(work)  # type: ignore[arg-type]
-        if back:
-            self.quota.give_back(link, remote, back, self._stuck_until is not None)
-        if lacking:
-            self._serve_values(link, remote)
-
-    def _c_unfit(self, link: Link, message: Unfit) -> None:
-        """A job whose arguments find no room here. Its program is told, and it is forgotten."""
-        remote, serial = self._remote(link, message.comp), message.row[0]
-        if remote is not None and serial not in remote.works and serial not in remote.ended:
-            self.say(link, Results(message.comp, [unfit_row(message)]))
-
-    def _c_cancel(self, link: Link, message: Cancel) -> None:
-        remote = self._remote(link, message.comp)
-        self.jobs.take_submitted()
-        self._cancel_early(link, remote, message.serials)
-        for work in [remote.works[serial] for serial in message.serials if serial in remote.works] if remote is not None else ():
-            self.decide(CancelAsked(work))
-
-    def _cancel_early(self, link: Link, remote: Optional[Remote], serials: Sequence[int]) -> None:
-        """End those of these jobs that are not taken yet."""
-        for serial in remote.values.leave(serials) if remote is not None else ():
-            text = b'cancelled before it started'
-            row = (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b'')
-            self.say(link, Results(remote.comp, [row]))  # type: ignore[union-attr]
-
-    def _c_recall(self, link: Link, message: Recall) -> None:
-        """Jobs that shall be cancelled if they have not begun."""
-        remote = self._remote(link, message.comp)
-        self.jobs.take_submitted()
-        self._cancel_early(link, remote, message.serials)
-        if remote is not None:
-            works = [remote.works[serial] for serial in message.serials if serial in remote.works]
-            self.decide(WithdrawAsked(works))
-
-    def _c_ack(self, link: Link, message: Ack) -> None:
-        remote = self._remote(link, message.comp)
-        if remote is not None:
-            self.state.removed([remote.ended.pop(serial) for serial in message.serials if serial in remote.ended])
-
-    def _c_done(self, link: Link, message: Done) -> None:
-        remote = self._unopened.get(message.comp) or self._remote(link, message.comp)
-        if remote is not None and remote.link == link.number:
-            self._unopened.pop(message.comp, None)
-            self._over(remote)
-            self._answer_early(remote)
-        self.state.note(self.state.PAST_OVER, message.comp)
-
-    def _over(self, remote: Remote) -> None:
-        """A computation ends: jobs of it too, on nodes and on the disk."""
-        comp = remote.comp
-        if comp in self.clusters:
-            self.forget(comp)
-            self.overview.over(remote)
-            self.state.over(comp)
-            self.state.removed([*remote.ended.values(), *remote.absence.dropped.values(),
-                                 *(work._serial >> 16 for work in remote.works.values())])
-            logger.info('%s: is over', remote.name)
-        self._kept -= sum(OBJECT + len(work._payload) for work in remote.works.values() if work._payload is not None)
-        for work in remote.works.values():
-            self.quota.remove(remote, work)
-        remote.works.clear()
-        remote.receiver.abort()
-        remote.remove()
-        self.sharing.is_over(remote)
-        self.soon()
-
-    def _c_reclaim(self, link: Link, message: Reclaim) -> None:
-        remote = self.clusters.get(message.comp)
-        if not isinstance(remote, Remote):
-            self.say(link, Held(message.comp, [], self.state.past(message.comp).row()))
-            return
-        if not may_reclaim(remote.digest, message.key):
-            logger.warning('%s wants results of a computation and does not have its key', self._sessions[link.number].names[0])
-            self.say(link, Held(message.comp, [], Past(whole=False).row()))
-            return
-        if remote.link in self.links and remote.link != link.number:
-            self.say(link, Refused(message.comp, 'busy', 'its program is connected'))
-            return
-        if not message.take:
-            self.say(link, Held(message.comp, [*remote.works, *remote.ended, *remote.absence.dropped]))
-            return
-        dropped = remote.absence.dropped if remote.instance != link.instance else {}   # the program itself sends these again
-        self._came_back(remote, link)
-        text = (b'cancelled: it had not begun when its program was gone, and the scheduler did not wait '
-                b'any longer (--gone-after)')
-        for serial, number in dropped.items():
-            self.state.ended(number, (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b''))
-        remote.ended.update(dropped)
-        dropped.clear()
-        self.state.commit()   # from where they are sent now
-        self.say(link, Held(message.comp, [*remote.works, *remote.ended]))
-        self._resend(remote)
-
-    def _resend(self, remote: Remote) -> None:
-        """What its program has not acknowledged, and where its jobs are."""
-        remote.unread.clear()
-        self._send_ended(remote, list(remote.ended.values()))
-        known = self.schedule.comps.get(remote.comp)
-        for node in known.nodes.values() if known is not None else ():
-            serials = [work._client for work in node.flight[remote.comp].values()]  # type: ignore[attr-defined]
-            peer = self.nodes.by_key.get(node.key)
-            if serials and peer is not None:
-                self.say(self.links[remote.link], Where(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
-            rows = [(node.flight[remote.comp][serial]._client, self.now - since)  # type: ignore[attr-defined]
-                    for serial, since in node.begun[remote.comp].items()]
-            if rows:
-                self.say(self.links[remote.link], Started(remote.comp, rows))
-
-    # -- questions of programs, and to them ---------------------------------------------------------------------
-
-    def _c_call(self, link: Link, message: Call) -> None:
-        remote = self._remote(link, message.comp)
-        watched = message.name == 'overview'   # it speaks of no computation
-
-        def answer(value: Any, error: tuple = ()) -> None:
-            if link.dirty is not None:
-                self.say(link, Return(message.comp, message.number, error, value))
-        try:
-            if self._is_early(link, message, answer):
-                return
-            if remote is None and not watched:
-                raise RuntimeError('the scheduler does not know this cluster (any more)')
-            self.jobs.take_submitted()
-            if remote is None:
-                session = self._sessions[link.number]
-                answer(self.overview.answer(*message.args) if session.operator else self.overview.answer_anybody(*message.args))
-                return
-            self._answer_call(remote, message.name, message.args, answer)
-        except Exception as exc:  # the program gets it
-            answer(None, (type(exc).__name__, str(exc)))
-
-    def _is_early(self, link: Link, message: Call, answer: Callable[..., None]) -> bool:
-        """Whether the files of the computation are on their way: questions about its jobs wait until they are there."""
-        remote = self._unopened.get(message.comp)
-        if remote is None or remote.link != link.number:
-            return False
-        if message.name == 'nodes':
-            answer([])
-        elif len(remote.questions) < QUESTIONS_MOST:
-            remote.questions.append((link, message))
-        else:
-            raise RuntimeError('%d questions wait until the files of this cluster are at the scheduler' % QUESTIONS_MOST)
-        return True
-
-    def _answer_early(self, remote: Remote) -> None:
-        questions, remote.questions = remote.questions, []
-        for link, message in questions:
-            self._c_call(link, message)
-
-    def _answer_call(self, remote: Remote, name: str, args: tuple, answer: Callable[..., None]) -> None:
-        comp = remote.comp
-        if name == 'nodes':
-            first, count = args or (0, NODES_PAGE)
-            rows = self.queries.rows_of(comp)[first:first + min(count, NODES_PAGE)]
-            answer([tuple(row._replace(reason=shorten(row.reason, REASON_MOST))) for row in rows])
-        elif name == 'jobs':
-            answer([work._client for work in self.queries.jobs_at(comp, *args).values()])
-        elif name == 'allocate':
-            self.selection.allocate(comp, specs_of(args[0]))
-            answer(None)
-        elif name == 'leave' and len(args) == 4:   # with files as they are now
-            def complete(error: str, code: str = '') -> None:
-                if not error:
-                    self.selection.leave(comp, *args[:3])
-                answer(None, ('OSError', error) if error else ())
-            self._cargo_changes(remote, args[3], complete)
-        elif name in ('running', 'place'):
-            path = ''
-            if name == 'place':   # one that its program has sent here before, and nothing else
-                path = os.path.join(remote.directory, *check_name(args[1][0]))
-                open_regular(path).close()
-            future = self.queries.question(comp, args[0], args[1] if name == 'place' else None, path)
-
-            def answered(done: Any) -> None:
-                if done.exception() is not None:
-                    answer(None, ('RuntimeError', str(done.exception())))
-                elif name == 'place':
-                    answer(done.result())
-                else:
-                    running = {serial for serial, _ in done.result().running}
-                    answer([work._client for serial, work in self.queries.jobs_at(comp, args[0]).items() if serial in running])
-            future.add_done_callback(answered)
-        elif name in ('find', 'seat', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
-            answer(self.queries.command(comp, name, *args))
-        else:
-            raise ValueError('%.40r cannot be asked of a scheduler' % name)
-
-    def _cargo_changes(self, remote: Remote, rows: list, then: Callable[..., None]) -> None:
-        def complete(error: str, code: str = '') -> None:
-            if not error:
-                remote.take_spec(dict(remote.cargo.spec, files=rows))
-                self.state.began(remote)
-            then(error)
-        self._want(remote, rows, [], complete)
-
-    def _ask(self, remote: Any, name: str, args: tuple, then: Callable[[tuple, Any], None]) -> None:
-        """Ask a program; `then(error, value)` gets the answer."""
-        link = self.links.get(remote.link)
-        if link is None:
-            then(('RuntimeError', 'its program is not connected'), None)
-            return
-        number = next(self.calls._numbers)
-        remote.calls[number] = then
-        self.say(link, Call(remote.comp, number, name, args))
-
-    def _c_return(self, link: Link, message: Return) -> None:
-        remote = self._remote(link, message.comp)
-        then = remote.calls.pop(message.number, None) if remote is not None else None
-        if then is not None:
-            then(message.error, message.value)
-
-    def ask_source(self, remote: Remote, peer: Peer, link: Link) -> None:
-        """Ask a program for the source of its computation."""
-        def told(error: tuple, value: Any) -> None:
-            if error:
-                self.setup.source_missing(remote, peer, link, error[1])
-            else:
-                self.setup.source_found(remote, peer, link, (bytes(value[0]), value[1]))
-        self._ask(remote, 'source', (), told)
-
-    def ask_allocator(self, remote: Remote, allocator: Any, peer: Peer, link: Link) -> None:
-        """Ask a program's allocator, and for the files that it names."""
-        row = tuple(self.queries.row_of(*self.queries.node_of(remote.comp, peer)))
-
-        def told(error: tuple, value: Any) -> None:
-            if error:
-                self.setup.allocated(remote.comp, peer, link, Allocation(0, b'', [], {}), error[1])
-                return
-            cpus, setup_args, rows, modules = value
-            paths = {row[0]: os.path.join(remote.directory, *row[0].split('/')) for row in rows}
-            self._bring_modules(remote, modules)
-            self._want(remote, rows, modules, lambda failed, code='': self.setup.allocated(
-                remote.comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths), failed))
-
-        self._ask(remote, 'allocate', (allocator.number, row), told)
-
-    def _bring_modules(self, remote: Remote, rows: list) -> None:
-        """Files of modules that arguments of later jobs need: nodes that are set up from now on get them at once."""
-        known = {row[0] for row in remote.cargo.spec['modules']}
-        more = [row for row in rows if row[0] not in known]
-        if more:
-            remote.take_spec(dict(remote.cargo.spec, modules=remote.cargo.spec['modules'] + more))
-            self.state.began(remote)
-
-    def ask_for_modules(self, remote: Remote, peer: Peer, message: Call) -> None:
-        """A job on a node needs modules of its program. What was fetched before is here."""
-        answer = functools.partial(self._answer_node, peer, message)
-        request = message.args[0] if message.name == 'modules' and len(message.args) == 1 else None
-        if any(row[0] == BUNDLES + BUNDLE % request for row in remote.cargo.spec['modules']) if type(request) is int else False:
-            answer((), remote.cargo.spec['modules'])
-            return
-
-        def told(error: tuple, rows: Any) -> None:
-            if error:
-                answer(error, None)
-                return
-
-            def complete(failed: str, code: str = '') -> None:
-                if not failed and type(request) is int:
-                    self._bring_modules(remote, rows)
-                answer(('OSError', failed) if failed else (), rows)
-            self._want(remote, [], rows, complete)
-        self._ask(remote, 'modules', message.args, told)
-
-    def _answer_node(self, peer: Peer, message: Call, error: tuple, value: Any) -> None:
-        self.say_to(peer, Return(message.comp, message.number, error, value))
-
-    # -- actions of the schedule ----------------------------------------------------------------------------------
-
-    def send_jobs(self, remote: Remote, peer: Peer, works: Sequence[Any]) -> None:
-        """Send jobs to a node, and tell their program where they are."""
-        rows, unread = [], []
-        for work in works:
-            try:
-                rows.append(job_row(work, self._payload_of(work), OF_JOBS))
-            except OSError as exc:   # no descriptor is left, or the file has gone
-                text = 'its arguments cannot be read at the scheduler: %s' % exc
-                unread.append((work._serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
-        for frame in frames(Jobs, remote.comp, rows):
-            self.say(peer.link, frame)  # type: ignore[arg-type]
-        self.state.sent(works, peer.key)
-        remote.say(Where(remote.comp, (peer.ip_addr, peer.port, peer.name), [work._client for work in works]))
-        if unread:
-            self.decide(NodeResults(peer.key, remote.comp, unread))
-
-    def _payload_of(self, work: Any) -> Payload:
-        """Of those that wait it is on the disk."""
-        return self.state.payload(work._serial >> 16) if work._payload is None else work._payload
-
-    def end_job(self, remote: Remote, work: RemoteWork, row: tuple, node: Any = None) -> None:
-        """A job has ended with this row of Results, `node` is where, if it was on one."""
-        number = work._serial >> 16
-        if remote.works.pop(work._client, None) is None:
-            return
-        self.overview.ended(remote, work, row, node)
-        self.quota.remove(remote, work)
-        if work.values:
-            self._done_with_values(remote, work)
-        if work._payload is not None:
-            self._kept -= OBJECT + len(work._payload)
-        remote.files.pop(work._serial, None)
-        if remote.exclusive and not remote.works:
-            self.sharing.look_again()
-        self.state.ended(number, row)
-        remote.ended[work._client] = number
-        remote.outbox.append(row)
-
-    def _done_with_values(self, remote: Remote, work: RemoteWork) -> None:
-        """Jobs that waited for room may have it."""
-        remote.values.release(work)
-        link = self.links.get(remote.link)
-        if link is not None:
-            self._serve_values(link, remote)
 
 
 _AT_ONCE = frozenset((Bye, FilePiece, FileStored, Need, Offer, Output, Pulse))
