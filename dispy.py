@@ -1180,6 +1180,90 @@ def known_table() -> str:
     return '\n'.join(lines)
 
 
+class Evidence(enum.Enum):
+    """What speaks for the loss of a node."""
+    BYE = 'it has ended the connection on purpose, and has answered for all that had begun'
+    REFUSAL = 'it has ended a computation, and has answered for all of it that had begun'
+    CUT = 'the connection has ended; it was heard of a short time ago, or is being dialled'
+    SILENCE = 'the connection has ended; it was not heard of for too long, and cannot be dialled'
+    UNREACHED = 'it was away and dialled in vain'
+    PROCESS_ENDED = 'the same; nothing listens there, and its lock file tells that its process has ended'
+    OTHER_INSTANCE = 'another process is there, which does not have its memory'
+    OVERDUE = 'it was away for longer than it is waited for'
+
+
+class Standing(enum.Enum):
+    """What a node is to this program then."""
+    IDLE = 'it has no jobs'
+    BUSY = 'it has jobs'
+    EMBEDDED = 'it is a part of this program, and ends with its connection'
+    IDLE_SCHEDULER = 'it is a scheduler and has no jobs'
+    BUSY_SCHEDULER = 'it is a scheduler, which keeps jobs and results on its disk'
+
+
+# By the kind of the node, as of NodeDoubted, and whether it has jobs
+STANDINGS: Dict[Tuple[str, bool], Standing] = {
+    ('', False): Standing.IDLE,
+    ('', True): Standing.BUSY,
+    ('embedded', False): Standing.EMBEDDED,
+    ('embedded', True): Standing.EMBEDDED,
+    ('scheduler', False): Standing.IDLE_SCHEDULER,
+    ('scheduler', True): Standing.BUSY_SCHEDULER,
+}
+
+
+class Loss(enum.Enum):
+    """What follows from it."""
+    STAYS = 'nothing'
+    RETURNS = 'what it has not answered for never began there, and waits again'
+    AWAY = 'its jobs are lost if it does not come back in time'
+    LOST = 'its jobs are lost, but for those of which it is known that they are not'
+
+
+LOSS_TABLE: Dict[Tuple[Evidence, Standing], Loss] = {
+    (Evidence.BYE, Standing.IDLE): Loss.RETURNS,
+    (Evidence.BYE, Standing.BUSY): Loss.RETURNS,
+    (Evidence.BYE, Standing.EMBEDDED): Loss.RETURNS,
+    (Evidence.BYE, Standing.IDLE_SCHEDULER): Loss.STAYS,
+    (Evidence.BYE, Standing.BUSY_SCHEDULER): Loss.STAYS,
+    (Evidence.REFUSAL, Standing.IDLE): Loss.RETURNS,
+    (Evidence.REFUSAL, Standing.BUSY): Loss.RETURNS,
+    (Evidence.REFUSAL, Standing.EMBEDDED): Loss.RETURNS,
+    (Evidence.REFUSAL, Standing.IDLE_SCHEDULER): Loss.STAYS,
+    (Evidence.REFUSAL, Standing.BUSY_SCHEDULER): Loss.STAYS,
+    (Evidence.CUT, Standing.IDLE): Loss.LOST,
+    (Evidence.CUT, Standing.BUSY): Loss.AWAY,
+    (Evidence.CUT, Standing.EMBEDDED): Loss.LOST,
+    (Evidence.CUT, Standing.IDLE_SCHEDULER): Loss.LOST,
+    (Evidence.CUT, Standing.BUSY_SCHEDULER): Loss.AWAY,     # for ever
+    (Evidence.SILENCE, Standing.IDLE): Loss.LOST,
+    (Evidence.SILENCE, Standing.BUSY): Loss.LOST,
+    (Evidence.SILENCE, Standing.EMBEDDED): Loss.LOST,
+    (Evidence.SILENCE, Standing.IDLE_SCHEDULER): Loss.LOST,
+    (Evidence.SILENCE, Standing.BUSY_SCHEDULER): Loss.AWAY,
+    (Evidence.UNREACHED, Standing.IDLE): Loss.STAYS,
+    (Evidence.UNREACHED, Standing.BUSY): Loss.STAYS,        # until it is overdue
+    (Evidence.UNREACHED, Standing.EMBEDDED): Loss.STAYS,
+    (Evidence.UNREACHED, Standing.IDLE_SCHEDULER): Loss.STAYS,
+    (Evidence.UNREACHED, Standing.BUSY_SCHEDULER): Loss.STAYS,
+    (Evidence.PROCESS_ENDED, Standing.IDLE): Loss.LOST,
+    (Evidence.PROCESS_ENDED, Standing.BUSY): Loss.LOST,
+    (Evidence.PROCESS_ENDED, Standing.EMBEDDED): Loss.LOST,
+    (Evidence.PROCESS_ENDED, Standing.IDLE_SCHEDULER): Loss.STAYS,
+    (Evidence.PROCESS_ENDED, Standing.BUSY_SCHEDULER): Loss.STAYS,   # another one will read its disk
+    (Evidence.OTHER_INSTANCE, Standing.IDLE): Loss.LOST,
+    (Evidence.OTHER_INSTANCE, Standing.BUSY): Loss.LOST,
+    (Evidence.OTHER_INSTANCE, Standing.EMBEDDED): Loss.LOST,
+    (Evidence.OTHER_INSTANCE, Standing.IDLE_SCHEDULER): Loss.LOST,
+    (Evidence.OTHER_INSTANCE, Standing.BUSY_SCHEDULER): Loss.LOST,   # its disk is another, too
+    (Evidence.OVERDUE, Standing.IDLE): Loss.LOST,
+    (Evidence.OVERDUE, Standing.BUSY): Loss.LOST,
+    (Evidence.OVERDUE, Standing.EMBEDDED): Loss.LOST,
+    (Evidence.OVERDUE, Standing.IDLE_SCHEDULER): Loss.LOST,
+    (Evidence.OVERDUE, Standing.BUSY_SCHEDULER): Loss.LOST,
+}
+
+
 class Opened(NamedTuple):
     """A computation of a client. CPUs are shared evenly between clients. If it is `remote`, its one node is a scheduler, which
     sees to attempts that fail."""
@@ -1304,6 +1388,19 @@ class NodeLost(NamedTuple):
     name: str
     text: str
     known: Dict[str, Account] = {}
+
+
+class NodeDoubted(NamedTuple):
+    """There is evidence that a node is lost; LOSS_TABLE tells what follows. `name` and `text` are for
+    people."""
+    node: Any
+    name: str
+    evidence: Evidence
+    text: str = ''
+    kind: str = ''              # 'embedded', 'scheduler' or '', which is any other node
+    comps: Sequence[str] = ()   # of BYE and REFUSAL: the computations that it speaks of
+    until: float = -math.inf    # of CUT: as of NodeAway
+    known: Dict[str, Account] = {}   # as of NodeLost
 
 
 class NodeLeft(NamedTuple):
@@ -2281,7 +2378,7 @@ class Schedule:
             NodeReady: self._node_ready, NodeTold: self._node_told, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
             NodeResults: self._node_results, NodeReturned: self._node_returned,
             NodeHad: self._node_had, NodeAway: self._node_away, NodeLost: self._node_lost, NodeLeft: self._node_left, Closed: self._closed,
-            NodeTried: self._node_tried,
+            NodeTried: self._node_tried, NodeDoubted: self._node_doubted,
         }
 
     def handle(self, event: Any, now: float) -> List[Any]:
@@ -2300,8 +2397,8 @@ class Schedule:
                 books.changed[node.key] = node
         self._repetitions.wake()
         for node in [node for node in books.away.values() if node.lost_at() <= now]:
-            away = node.away
-            self._node_lost(NodeLost(node.key, away.name, away.text))  # type: ignore[union-attr]
+            away: Any = node.away
+            self._node_doubted(NodeDoubted(node.key, away.name, Evidence.OVERDUE, away.text))
             books.do(NodeGone(node.key))
         for node in books.changed.values():
             books.look_at(node)
@@ -2608,6 +2705,22 @@ class Schedule:
         self._node_away(NodeAway(event.node, event.name, 'the node did not come back', event.until))
 
     # -- loss -----------------------------------------------------------------------------------------
+
+    def judge(self, event: NodeDoubted) -> Loss:
+        """What follows from evidence that a node is lost."""
+        node = self.nodes.get(event.node)
+        is_busy = node is not None and any(node.flight.values())
+        return LOSS_TABLE[event.evidence, STANDINGS[event.kind, is_busy]]
+
+    def _node_doubted(self, event: NodeDoubted) -> None:
+        loss = self.judge(event)
+        if loss is Loss.RETURNS:
+            for comp in event.comps:
+                self._node_ready(NodeReady(event.node, comp, 0, []))
+        elif loss is Loss.AWAY:
+            self._node_away(NodeAway(event.node, event.name, event.text, event.until))
+        elif loss is Loss.LOST:
+            self._node_lost(NodeLost(event.node, event.name, event.text, event.known))
 
     def _node_away(self, event: NodeAway) -> None:
         node = self.nodes.get(event.node)
@@ -6648,6 +6761,13 @@ class Peer:
             return len(node) == 2 and node[0] in (self.host, self.ip_addr, self.name) and node[1] == self.port
         return bool(node) and node in (self.name, self.ip_addr, self.host, place(self.ip_addr, self.port), place(self.host, self.port))
 
+    @property
+    def kind(self) -> str:
+        """As of NodeDoubted."""
+        if self.scheduler:
+            return 'scheduler'
+        return 'embedded' if self.embedded else ''
+
     def limit(self, comp: str) -> int:
         """CPUs that a computation may use here."""
         return 0 if comp in self.blocked else min(self.allowed(comp), self.most)
@@ -7791,8 +7911,8 @@ class Connector:
         peer.move('fail')
         peer.failures += 1
         self.not_reached(peer, event.text)
-        if event.refused and peer.key in self._driver.schedule.nodes and not peer.scheduler:
-            self._look_for_remains(peer)
+        if peer.key in self._driver.schedule.nodes:
+            self._driver.decide(self._evidence_of(peer, event))
         if self.is_forgotten(peer):
             self.forget(peer)
 
@@ -7804,14 +7924,18 @@ class Connector:
         silent = self._driver.now - peer.heard > 2 * self._driver.access.redial
         return peer.failures >= FOUND_FAILURES and silent or self._only_probed(peer)
 
-    def _look_for_remains(self, peer: Peer) -> None:
-        """Nothing listens where a node was: if it was on this machine, its lock file tells whether its process has ended."""
+    def _evidence_of(self, peer: Peer, event: DialFailed) -> NodeDoubted:
+        """A node cannot be reached. Where nothing listens and it was on this machine, its lock file
+        tells whether its process has ended."""
+        unreached = NodeDoubted(peer.key, str(peer), Evidence.UNREACHED, event.text, peer.kind)
+        if not event.refused or peer.scheduler:
+            return unreached
         remains = Remains(peer.facts.get('lock'), peer.instance)
         if not remains.has_ended():
-            return
+            return unreached
         known = {comp: Account(frozenset(remains.kept(comp)), remains.past(comp, peer.memory))
                  for comp in self._driver.schedule.nodes[peer.key].comps}
-        self._driver.decide(NodeLost(peer.key, str(peer), 'its process has ended', known))
+        return NodeDoubted(peer.key, str(peer), Evidence.PROCESS_ENDED, 'its process has ended', peer.kind, known=known)
 
     def forget(self, peer: Peer) -> None:
         """One that was found and not named cannot be reached: it is found again when it is there again."""
@@ -8068,7 +8192,8 @@ class ComputationSetup:
         sent = [comp for comp, flight in node.flight.items() if flight] if node is not None else []
         if peer.restarted and not peer.whole:
             known = {comp: Account(frozenset(serials), Past(whole=False)) for comp, serials in kept.items()}
-            self._driver.decide(NodeLost(peer.key, str(peer), 'it was started anew', known))
+            self._driver.decide(NodeDoubted(
+                peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was started anew', peer.kind, known=known))
         peer.restarted = False
         for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:   # what it has from before comes first, also if it is busy now
             if comp in self._driver.clusters:
@@ -8209,8 +8334,7 @@ class ComputationSetup:
             peer.link.abandon(message.comp)   # nobody takes it there
         if was_ready:
             self._driver.tell_all(DispyNode.Closed, peer, [message.comp])
-            if not peer.scheduler:   # it has answered for all that it held: what was on the way has not begun, as with Bye
-                self._driver.decide(NodeReady(peer.key, message.comp, 0, []))
+            self._driver.decide(NodeDoubted(peer.key, str(peer), Evidence.REFUSAL, message.text, peer.kind, [message.comp]))
             self._driver.decide(NodeLeft(peer.key, message.comp, str(peer), message.text))
         text = source_here.added_to(message.text)
         if message.code == 'busy':
@@ -9229,9 +9353,8 @@ class Driver(Loop):
             if kind is Wrong:
                 self.jobs.refused_frame(peer, channel, message)
             if kind is Bye:   # what a node has not answered for was never started
-                for comp, use in peer.uses.items():
-                    if use.state is UseState.READY and not peer.scheduler:
-                        self.decide(NodeReady(peer.key, comp, 0, []))
+                ready = [comp for comp, use in peer.uses.items() if use.state is UseState.READY]
+                self.decide(NodeDoubted(peer.key, str(peer), Evidence.BYE, message.text[:200], peer.kind, ready))
                 raise LinkBroken(message.text[:200])
             if kind not in self._messages:
                 raise PeerError('%s may not come here' % kind.__name__)
@@ -9249,9 +9372,10 @@ class Driver(Loop):
         self.tell_all(DispyNode.Closed, peer, used)
         self.selection.unlink(peer, channel)
         until = self.connector.away_until(peer, channel)
-        lost = until <= self.now or peer.embedded or not any(self.schedule.nodes[peer.key].flight.values()) \
-            if peer.key in self.schedule.nodes else True
-        self.decide(NodeLost(peer.key, str(peer), text) if lost else NodeAway(peer.key, str(peer), text, until))
+        evidence = Evidence.SILENCE if until <= self.now else Evidence.CUT
+        doubted = NodeDoubted(peer.key, str(peer), evidence, text, peer.kind, until=until)
+        lost = self.schedule.judge(doubted) is Loss.LOST
+        self.decide(doubted)
         peer.told.clear()
         for comp in used:
             self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
