@@ -2357,6 +2357,107 @@ class Repetitions:
                 self._books.changed[node.key] = node
 
 
+class Losses:
+    """What becomes of jobs whose node is away, is lost, or has told what it knows of them."""
+
+    def __init__(self, books: Books, limits: Limits) -> None:
+        self._books, self._limits = books, limits
+
+    def away(self, event: NodeAway) -> None:
+        """What is there goes on for a while."""
+        node = self._books.nodes.get(event.node)
+        if node is not None:
+            node.away, node.tried_until = event, -math.inf
+            self._books.away[node.key] = self._books.changed[node.key] = node
+            for comp in node.comps.values():
+                comp.widest = None
+                there = [work for work in comp.withdrawn if comp.running.get(work._serial) is node]
+                for work in there:
+                    self._books.answer(comp, work)
+
+    def tried(self, event: NodeTried) -> None:
+        """It is not lost before that attempt has failed."""
+        node = self._books.nodes.get(event.node)
+        if node is not None and node.away is not None:
+            node.tried_until = event.until
+
+    def lost(self, event: NodeLost) -> None:
+        """A node is gone for all computations."""
+        node = self._books.nodes.get(event.node)
+        if node is None:
+            return
+        for name in list(node.comps):
+            self._leave(node, name, event.name, event.text, event.known.get(name))
+        if not node.comps:
+            del self._books.nodes[event.node]
+            self._books.away.pop(node.key, None)
+            self._books.changed.pop(node.key, None)
+
+    def left(self, event: NodeLeft) -> None:
+        """A computation does not use a node any more."""
+        node = self._books.nodes.get(event.node)
+        if node is not None and event.comp in node.comps:
+            self._leave(node, event.comp, event.name, event.text)
+
+    def _leave(self, node: _Node, name: str, node_name: str, text: str, account: Optional[Account] = None) -> None:
+        comp = node.comps[name]
+        node.draining.discard(name)
+        for serial in sorted(node.flight[name], reverse=True):   # each goes to the front
+            verdict = KNOWN_TABLE[Known.SILENT if account is None else account.known(serial), Occasion.ENDED]
+            if verdict is Verdict.WAITS:
+                self.give_back(node, comp, serial)
+            elif verdict is Verdict.LOST:
+                for work in self._books.take_off(node, comp, [serial]).values():
+                    self.lose(comp, work, node_name, text)
+        if not node.flight[name]:
+            self._limits.forget(node, comp)
+
+    def lose(self, comp: _Comp, work: Work, node_name: str, text: str) -> None:
+        """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it
+        came, and whether it had begun, whatever was known last. One that is known not to have begun
+        comes by `give_back`."""
+        self._books.answer(comp, work)
+        work._lost += (node_name,)
+        retries = work._options.get('retries') if work._options else None
+        times = retries + 1 if retries else LOST_TIMES if comp.reentrant else 1
+        nodes = list(dict.fromkeys(work._lost))
+        tried = len(work._lost)
+        if retries and 'repeats' in work._options:  # type: ignore[operator]
+            tried += work._options['repeats'].failures  # type: ignore[index]
+        may_go_on = tried < times and (retries or len(nodes) < LOST_MOST)
+        if may_go_on and work._state is not JobState.CANCELLING:
+            move_job(work, 'back')
+            self._books.wait_again(comp, work)
+        elif move_job(work, 'give up') is JobState.CANCELLED:
+            self._books.do(JobEnded(work, 'cancelled; its node was lost meanwhile'))
+        else:
+            self._books.do(JobEnded(work, _abandoned(work, nodes, text, times, bool(retries))))
+
+    def settle(self, node: _Node, comp: _Comp, account: Account, occasion: Occasion) -> None:
+        """What becomes of attempts that were sent to a node, by what is known there."""
+        for serial in sorted(node.flight[comp.comp], reverse=True):   # each goes to the front
+            verdict, text = account.verdict(serial, occasion)
+            if verdict is Verdict.WAITS:
+                self.give_back(node, comp, serial)
+            elif verdict is Verdict.LOST:
+                for work in self._books.take_off(node, comp, [serial]).values():
+                    self.lose(comp, work, node.name, text)
+
+    def give_back(self, node: _Node, comp: _Comp, serial: int) -> None:
+        """An attempt that was never started: the job waits again."""
+        own = node.recalled[comp.comp].get(serial, False)
+        for work in self._books.take_off(node, comp, [serial]).values():
+            if own:
+                comp.called[serial >> 16] = comp.called.get(serial >> 16, 0) + 1
+            if work in comp.withdrawn and work._state is not JobState.CANCELLING:
+                move_job(work, 'cancel')
+            if move_job(work, 'back') is JobState.REQUEUED:
+                self._books.wait_again(comp, work)
+            else:
+                self._books.do(JobEnded(work, 'cancelled before it was started'))
+                self._books.answer(comp, work)
+
+
 class Schedule:
     """Jobs to nodes. Events in, actions out; `flush` once a turn, after all events of the turn."""
 
@@ -2366,6 +2467,7 @@ class Schedule:
         self.comps, self.nodes = self._books.comps, self._books.nodes
         self._placement = Placement(self._books, fifo)
         self._limits = Limits(self._books, self._placement)
+        self._losses = Losses(self._books, self._limits)
         self._numbers = itertools.count(1)
         # When a running job will be late, a number, its node
         self._late: List[Tuple[float, int, Any]] = []
@@ -2377,8 +2479,8 @@ class Schedule:
             WithdrawAsked: self._withdraw_asked, NodeStarted: self._node_started,
             NodeReady: self._node_ready, NodeTold: self._node_told, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
             NodeResults: self._node_results, NodeReturned: self._node_returned,
-            NodeHad: self._node_had, NodeAway: self._node_away, NodeLost: self._node_lost, NodeLeft: self._node_left, Closed: self._closed,
-            NodeTried: self._node_tried, NodeDoubted: self._node_doubted,
+            NodeHad: self._node_had, NodeAway: self._losses.away, NodeLost: self._losses.lost, NodeLeft: self._losses.left, Closed: self._closed,
+            NodeTried: self._losses.tried, NodeDoubted: self._node_doubted,
         }
 
     def handle(self, event: Any, now: float) -> List[Any]:
@@ -2549,7 +2651,7 @@ class Schedule:
         node.recalled[event.comp].clear()   # what was asked of it may not have arrived
         node.draining.discard(event.comp)
         held, flight = set(event.held), node.flight[event.comp]
-        self._judge(node, comp, Account(frozenset(held), event.past, event.whole), Occasion.CONNECTED)
+        self._losses.settle(node, comp, Account(frozenset(held), event.past, event.whole), Occasion.CONNECTED)
         self._limits.limit(node, comp, event.cpus)
         self._limits.unpark(comp, node)
         unwanted = [serial for serial, work in flight.items() if work._state is JobState.CANCELLING]
@@ -2562,19 +2664,9 @@ class Schedule:
         if pair is None:
             return
         node, comp = pair
-        self._judge(node, comp, event.account, Occasion.CONNECTED)
+        self._losses.settle(node, comp, event.account, Occasion.CONNECTED)
         if node.away is not None:   # it is there, and what it holds will come; nothing is sent there before it is ready
             node.away = node.away._replace(until=math.inf)
-
-    def _judge(self, node: _Node, comp: _Comp, account: Account, occasion: Occasion) -> None:
-        """What becomes of attempts that were sent to a node, by what is known there."""
-        for serial in sorted(node.flight[comp.comp], reverse=True):   # each goes to the front
-            verdict, text = account.verdict(serial, occasion)
-            if verdict is Verdict.WAITS:
-                self._back(node, comp, serial)
-            elif verdict is Verdict.LOST:
-                for work in self._books.take_off(node, comp, [serial]).values():
-                    self._lost(comp, work, node.name, text)
 
     def _node_offers(self, event: NodeOffers) -> None:
         node = self.nodes.get(event.node)
@@ -2592,25 +2684,11 @@ class Schedule:
         node.draining.add(event.comp)
         self._books.tell_drained(node, event.comp)
 
-    def _back(self, node: _Node, comp: _Comp, serial: int) -> None:
-        """An attempt that was never started: the job waits again."""
-        own = node.recalled[comp.comp].get(serial, False)
-        for work in self._books.take_off(node, comp, [serial]).values():
-            if own:
-                comp.called[serial >> 16] = comp.called.get(serial >> 16, 0) + 1
-            if work in comp.withdrawn and work._state is not JobState.CANCELLING:
-                move_job(work, 'cancel')
-            if move_job(work, 'back') is JobState.REQUEUED:
-                self._books.wait_again(comp, work)
-            else:
-                self._books.do(JobEnded(work, 'cancelled before it was started'))
-                self._books.answer(comp, work)
-
     def _node_returned(self, event: NodeReturned) -> None:
         pair = self._books.pair(event.node, event.comp)
         if pair is not None:
             for serial in sorted(event.serials, reverse=True):   # each goes to the front
-                self._back(*pair, serial)
+                self._losses.give_back(*pair, serial)
 
     def _node_started(self, event: NodeStarted) -> None:
         pair = self._books.pair(event.node, event.comp)
@@ -2685,10 +2763,10 @@ class Schedule:
         if row[1] == Outcome.STOPPED:
             for other in node.comps.values():   # nothing more goes there, until it is Ready again
                 self._limits.limit(node, other, 0)
-            self._lost(comp, work, node.name, 'it was stopped, or taken from this client')
+            self._losses.lose(comp, work, node.name, 'it was stopped, or taken from this client')
             return True
         if row[1] == Outcome.DIED and options.get('retries') and not comp.remote:
-            self._lost(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
+            self._losses.lose(comp, work, node.name, bytes(row[4]).decode('utf-8', 'replace'))
             return True
         if 'repeats' in options and self._repetitions.is_asked_for(comp, work, row):
             self._books.do(JobFailedOnce(node.key, comp.comp, work, row))
@@ -2702,7 +2780,7 @@ class Schedule:
         comp.nodes[event.node] = node
         self._limits.limit(node, comp, 0)
         self._books.were_on(node, comp, event.works)
-        self._node_away(NodeAway(event.node, event.name, 'the node did not come back', event.until))
+        self._losses.away(NodeAway(event.node, event.name, 'the node did not come back', event.until))
 
     # -- loss -----------------------------------------------------------------------------------------
 
@@ -2718,75 +2796,9 @@ class Schedule:
             for comp in event.comps:
                 self._node_ready(NodeReady(event.node, comp, 0, []))
         elif loss is Loss.AWAY:
-            self._node_away(NodeAway(event.node, event.name, event.text, event.until))
+            self._losses.away(NodeAway(event.node, event.name, event.text, event.until))
         elif loss is Loss.LOST:
-            self._node_lost(NodeLost(event.node, event.name, event.text, event.known))
-
-    def _node_away(self, event: NodeAway) -> None:
-        node = self.nodes.get(event.node)
-        if node is not None:
-            node.away, node.tried_until = event, -math.inf
-            self._books.away[node.key] = self._books.changed[node.key] = node
-            for comp in node.comps.values():
-                comp.widest = None
-                there = [work for work in comp.withdrawn if comp.running.get(work._serial) is node]
-                for work in there:
-                    self._books.answer(comp, work)
-
-    def _node_tried(self, event: NodeTried) -> None:
-        node = self.nodes.get(event.node)
-        if node is not None and node.away is not None:
-            node.tried_until = event.until
-
-    def _node_lost(self, event: NodeLost) -> None:
-        node = self.nodes.get(event.node)
-        if node is None:
-            return
-        for name in list(node.comps):
-            self._leave(node, name, event.name, event.text, event.known.get(name))
-        if not node.comps:
-            del self.nodes[event.node]
-            self._books.away.pop(node.key, None)
-            self._books.changed.pop(node.key, None)
-
-    def _node_left(self, event: NodeLeft) -> None:
-        node = self.nodes.get(event.node)
-        if node is not None and event.comp in node.comps:
-            self._leave(node, event.comp, event.name, event.text)
-
-    def _leave(self, node: _Node, name: str, node_name: str, text: str, account: Optional[Account] = None) -> None:
-        comp = node.comps[name]
-        node.draining.discard(name)
-        for serial in sorted(node.flight[name], reverse=True):   # each goes to the front
-            verdict = KNOWN_TABLE[Known.SILENT if account is None else account.known(serial), Occasion.ENDED]
-            if verdict is Verdict.WAITS:
-                self._back(node, comp, serial)
-            elif verdict is Verdict.LOST:
-                for work in self._books.take_off(node, comp, [serial]).values():
-                    self._lost(comp, work, node_name, text)
-        if not node.flight[name]:
-            self._limits.forget(node, comp)
-
-    def _lost(self, comp: _Comp, work: Work, node_name: str, text: str) -> None:
-        """An attempt whose node, or worker if it may be retried, is lost: nobody knows how far it
-        came, and whether it had begun, whatever was known last. One that is known not to have begun
-        comes by `_back`."""
-        self._books.answer(comp, work)
-        work._lost += (node_name,)
-        retries = work._options.get('retries') if work._options else None
-        times = retries + 1 if retries else LOST_TIMES if comp.reentrant else 1
-        nodes = list(dict.fromkeys(work._lost))
-        tried = len(work._lost)
-        if retries and 'repeats' in work._options:  # type: ignore[operator]
-            tried += work._options['repeats'].failures  # type: ignore[index]
-        may_go_on = tried < times and (retries or len(nodes) < LOST_MOST)
-        if may_go_on and work._state is not JobState.CANCELLING:
-            move_job(work, 'back')
-            self._books.wait_again(comp, work)
-        elif move_job(work, 'give up') is JobState.CANCELLED:
-            self._books.do(JobEnded(work, 'cancelled; its node was lost meanwhile'))
-        else:
-            self._books.do(JobEnded(work, _abandoned(work, nodes, text, times, bool(retries))))
+            self._losses.lost(NodeLost(event.node, event.name, event.text, event.known))
 
 
 def _abandoned(work: Work, nodes: List[str], text: str, times: int, has_retries: bool) -> str:
