@@ -91,8 +91,8 @@ import warnings
 import weakref
 import zlib
 from typing import (
-    AbstractSet, Any, Callable, Collection, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
-    Set, Tuple, Type, Union)
+    AbstractSet, Any, Callable, Collection, Deque, Dict, FrozenSet, Iterable, Iterator, List,
+    NamedTuple, Optional, Sequence, Set, Tuple, Type, Union)
 
 import cloudpickle
 
@@ -1187,7 +1187,7 @@ class Evidence(enum.Enum):
     CUT = 'the connection has ended; it was heard of a short time ago, or is being dialled'
     SILENCE = 'the connection has ended; it was not heard of for too long, and cannot be dialled'
     UNREACHED = 'it was away and dialled in vain'
-    PROCESS_ENDED = 'the same; nothing listens there, and its lock file tells that its process has ended'
+    PROCESS_ENDED = 'the same; nothing listens there, and by its lock file its process has ended'
     OTHER_INSTANCE = 'another process is there, which does not have its memory'
     OVERDUE = 'it was away for longer than it is waited for'
 
@@ -1250,7 +1250,7 @@ LOSS_TABLE: Dict[Tuple[Evidence, Standing], Loss] = {
     (Evidence.PROCESS_ENDED, Standing.BUSY): Loss.LOST,
     (Evidence.PROCESS_ENDED, Standing.EMBEDDED): Loss.LOST,
     (Evidence.PROCESS_ENDED, Standing.IDLE_SCHEDULER): Loss.STAYS,
-    (Evidence.PROCESS_ENDED, Standing.BUSY_SCHEDULER): Loss.STAYS,   # another one will read its disk
+    (Evidence.PROCESS_ENDED, Standing.BUSY_SCHEDULER): Loss.STAYS,   # the next reads its disk
     (Evidence.OTHER_INSTANCE, Standing.IDLE): Loss.LOST,
     (Evidence.OTHER_INSTANCE, Standing.BUSY): Loss.LOST,
     (Evidence.OTHER_INSTANCE, Standing.EMBEDDED): Loss.LOST,
@@ -1391,8 +1391,8 @@ class NodeLost(NamedTuple):
 
 
 class NodeDoubted(NamedTuple):
-    """There is evidence that a node is lost; LOSS_TABLE tells what follows. `name` and `text` are for
-    people."""
+    """There is evidence that a node is lost; LOSS_TABLE tells what follows. `name` and `text` are
+    for people."""
     node: Any
     name: str
     evidence: Evidence
@@ -2479,7 +2479,8 @@ class Schedule:
             WithdrawAsked: self._withdraw_asked, NodeStarted: self._node_started,
             NodeReady: self._node_ready, NodeTold: self._node_told, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
             NodeResults: self._node_results, NodeReturned: self._node_returned,
-            NodeHad: self._node_had, NodeAway: self._losses.away, NodeLost: self._losses.lost, NodeLeft: self._losses.left, Closed: self._closed,
+            NodeHad: self._node_had, NodeAway: self._losses.away, NodeLost: self._losses.lost,
+            NodeLeft: self._losses.left, Closed: self._closed,
             NodeTried: self._losses.tried, NodeDoubted: self._node_doubted,
         }
 
@@ -2541,7 +2542,7 @@ class Schedule:
             return 0.0
         return self._books.now - node.begun[work._comp].get(work._serial, self._books.now)
 
-    # -- jobs -----------------------------------------------------------------------------------------
+    # -- jobs --------------------------------------------------------------------------------------
 
     def _opened(self, event: Opened) -> None:
         self.comps[event.comp] = _Comp(event, next(self._books.numbers))
@@ -2636,7 +2637,7 @@ class Schedule:
             move_job(work, 'cancel')
             self._books.do(JobEnded(work, 'cancelled: the cluster was closed'))
 
-    # -- nodes ----------------------------------------------------------------------------------------
+    # -- nodes -------------------------------------------------------------------------------------
 
     def _node_ready(self, event: NodeReady) -> None:
         comp = self.comps.get(event.comp)
@@ -2651,7 +2652,8 @@ class Schedule:
         node.recalled[event.comp].clear()   # what was asked of it may not have arrived
         node.draining.discard(event.comp)
         held, flight = set(event.held), node.flight[event.comp]
-        self._losses.settle(node, comp, Account(frozenset(held), event.past, event.whole), Occasion.CONNECTED)
+        account = Account(frozenset(held), event.past, event.whole)
+        self._losses.settle(node, comp, account, Occasion.CONNECTED)
         self._limits.limit(node, comp, event.cpus)
         self._limits.unpark(comp, node)
         unwanted = [serial for serial, work in flight.items() if work._state is JobState.CANCELLING]
@@ -2780,7 +2782,8 @@ class Schedule:
         comp.nodes[event.node] = node
         self._limits.limit(node, comp, 0)
         self._books.were_on(node, comp, event.works)
-        self._losses.away(NodeAway(event.node, event.name, 'the node did not come back', event.until))
+        text = 'the node did not come back'
+        self._losses.away(NodeAway(event.node, event.name, text, event.until))
 
     # -- loss -----------------------------------------------------------------------------------------
 
@@ -6614,7 +6617,8 @@ def describe_node(peer: 'Union[Peer, NodeRow]', state: str, reason: str, cpus: i
 
 
 class Monitor:
-    """Who watches a cluster, see `JobCluster.add_monitor`. Called by the driver's thread and its openers: must be quick."""
+    """Who watches a cluster, see `JobCluster.add_monitor`. Called by the driver's thread and its
+    openers: must be quick."""
     page = ''   # the link to where it shows the cluster
 
     def failed(self, job: DispyJob, payload: Any) -> None:
@@ -6839,7 +6843,7 @@ class NodeUser:
         return next((spec for spec in self.specs if spec.fits(peer.ip_addr, peer.host, peer.name)
                      and (spec.wild or peer.port in (0, spec.port))), None)
 
-    # -- whether the program still needs it ---------------------------------------------------------------
+    # -- whether the program still needs it --------------------------------------------------------
 
     def is_idle(self) -> bool:
         """Whether it is a cluster that has no jobs."""
@@ -6849,7 +6853,7 @@ class NodeUser:
         """Whether a cluster of the same function was made later."""
         return False
 
-    # -- nodes --------------------------------------------------------------------------------------------
+    # -- nodes -------------------------------------------------------------------------------------
 
     def node_connected(self, peer: 'Peer') -> None:
         """A node is connected, and has told what it is. Called if this only looks."""
@@ -6858,7 +6862,8 @@ class NodeUser:
         """The computation is set up at a node."""
 
     def node_changed(self, status: int, peer: 'Peer') -> None:
-        """A node is ready, has told what is free there, or is used no more: a status of DispyNode."""
+        """A node is ready, has told what is free there, or is used no more, by the status, which is
+        one of DispyNode."""
 
     def node_unreachable(self, peer: 'Peer', text: str) -> None:
         """A node cannot be reached, for this reason."""
@@ -6870,10 +6875,11 @@ class NodeUser:
         """Something that the user should know. It is logged here."""
         logger.warning('%s', text)
 
-    # -- setting up a node --------------------------------------------------------------------------------
+    # -- setting up a node -------------------------------------------------------------------------
 
     def ask_source(self, peer: 'Peer', link: Link) -> None:
-        """Find out what the source of the computation is, and call `ComputationSetup.source_found`."""
+        """Find out what the source of the computation is, and call `ComputationSetup.source_found`
+        or `source_missing`."""
 
     def ask_allocator(self, allocator: Any, peer: 'Peer', link: Link) -> None:
         """Ask the user's allocator, and call `ComputationSetup.allocated`."""
@@ -6895,7 +6901,7 @@ class NodeUser:
     def asked(self, peer: 'Peer', message: Call) -> None:
         """A node or scheduler asks what only the program can tell; it gets a Return."""
 
-    # -- jobs ---------------------------------------------------------------------------------------------
+    # -- jobs --------------------------------------------------------------------------------------
 
     def send_jobs(self, peer: 'Peer', works: Sequence[Any]) -> None:
         """Send these to a node."""
@@ -6928,7 +6934,7 @@ class NodeUser:
     def file_piece(self, peer: 'Peer', work: Any, message: FilePiece) -> None:
         """A piece of a file that a running job sends."""
 
-    # -- faults -------------------------------------------------------------------------------------------
+    # -- faults ------------------------------------------------------------------------------------
 
     def jobs_owed(self) -> List[Any]:
         """Jobs for whose end the driver answers."""
@@ -7623,7 +7629,8 @@ class NodeTable:
     def __init__(self) -> None:
         self.by_key: Dict[Any, Peer] = {}
         self.by_link: Dict[int, Peer] = {}       # those that are connected
-        self.unusable: Dict[Any, Peer] = {}      # instance or address -> one that cannot be used, and is no node that was named
+        # Instance or address -> one that cannot be used, and is no node that was named
+        self.unusable: Dict[Any, Peer] = {}
 
     def of(self, comp: str) -> List[Peer]:
         """Nodes of a cluster."""
@@ -7658,11 +7665,13 @@ class NodeTable:
 
 
 class Connector:
-    """Finds nodes and connects to them: asks by UDP, dials, lets nodes dial, and starts one here. The
-    driver's thread."""
+    """Finds nodes and connects to them: asks by UDP, dials, lets nodes dial, and starts one here.
+    The driver's thread."""
 
     def __init__(self, driver: 'Driver', psk: bytes, tls: Any) -> None:
         self._driver = driver
+        self._nodes = driver.nodes
+        self._clusters = driver.clusters
         self._psk, self._tls = psk, tls
         self.reach = discovery_reach()               # how far nodes are asked for
         self._discovery = Discovery(self._psk, Role.CLIENT, driver.instance)
@@ -7684,7 +7693,7 @@ class Connector:
 
     def end_searches(self) -> None:
         """Those that no cluster needs any more."""
-        wanted = {(spec.port, other.multicast) for other in self._driver.clusters.values() for spec in other.specs if spec.wild}
+        wanted = {(spec.port, other.multicast) for other in self._clusters.values() for spec in other.specs if spec.wild}
         for key in set(self._ears) - wanted:
             self._ears.pop(key).ears.close()
 
@@ -7702,7 +7711,7 @@ class Connector:
         if heard is None:
             return
         if heard.kind == Cry.NOT_MINE:
-            self._driver.nodes.add_unusable(heard.instance, source, 'its node has another secret: ' + same_secret())
+            self._nodes.add_unusable(heard.instance, source, 'its node has another secret: ' + same_secret())
             return
         if heard.kind == Cry.HELLO:   # ask, soon: which address is best depends on who asks
             for asker in self._ears.values():
@@ -7710,11 +7719,11 @@ class Connector:
             self._driver.soon()
             return
         host = heard.address or source
-        for comp, cluster in list(self._driver.clusters.items()):
+        for comp, cluster in list(self._clusters.items()):
             spec = next((spec for spec in cluster.specs if spec.wild and spec.may_fit(host)), None)
             if spec is None:
                 continue
-            known = next((peer for peer in self._driver.nodes.by_key.values() if peer.instance == heard.instance or peer.key == (host, heard.port)), None)
+            known = next((peer for peer in self._nodes.by_key.values() if peer.instance == heard.instance or peer.key == (host, heard.port)), None)
             if known is None:
                 known = self._driver.selection.use_address(comp, host, heard.port, spec, False)
                 known.dialling.due = self._driver.now + (IPV6_LATER if ':' in host else 0.0)
@@ -7723,9 +7732,9 @@ class Connector:
             else:
                 if known.state is NodeState.FOUND and ':' in known.host and ':' not in host and not known.listed \
                         and all(use.spec.may_fit(host) for use in known.uses.values()):
-                    del self._driver.nodes.by_key[known.key]
+                    del self._nodes.by_key[known.key]
                     known.host, known.ip_addr, known.key, known.dialling.due = host, host, (host, heard.port), self._driver.now
-                    self._driver.nodes.by_key[known.key] = known
+                    self._nodes.by_key[known.key] = known
                 if not known.dialling.busy and (known.instance != heard.instance or known.state is NodeState.LOST):   # it is there again
                     known.dialling.due = self._driver.now
                 self._driver.selection.take(known, comp, spec)
@@ -7734,7 +7743,7 @@ class Connector:
 
     def _turned_away(self, address: str, text: str) -> None:
         """A gate's thread: a node that dialled us was refused."""
-        self._driver.call_soon(self._driver.nodes.add_unusable, address, address, 'it connected and was turned away: ' + text)
+        self._driver.call_soon(self._nodes.add_unusable, address, address, 'it connected and was turned away: ' + text)
 
     def listen(self, host: str, port: int, may_fail: bool) -> None:
         """Let nodes connect to us (--scheduler-host). Raises OSError; if it may fail, a port that is taken is no error."""
@@ -7761,7 +7770,7 @@ class Connector:
     def end_listening(self, cluster: NodeUser) -> None:
         """A cluster is closed: where no other lets nodes connect, they cannot any more."""
         for where in cluster.hosts:
-            if any(where in other.hosts for other in self._driver.clusters.values()):
+            if any(where in other.hosts for other in self._clusters.values()):
                 continue
             gate = self._gates.pop(where, None)
             if gate is not None:   # else its port was taken
@@ -7770,7 +7779,7 @@ class Connector:
 
     def dial_when_due(self, due: List[float]) -> None:
         """Dial nodes; appends when to do so next."""
-        for peer in self._driver.nodes.by_key.values():
+        for peer in self._nodes.by_key.values():
             when = peer.dialling.due
             if when is not None and when <= self._driver.now and peer.state in _MAY_DIAL:
                 if len(self._dials) < DIALS_MOST:   # each takes a thread and a descriptor; those that end make place for others
@@ -7813,7 +7822,7 @@ class Connector:
             event.sock.close()
             return
         instance = event.session.peer_instance
-        twin = next((other for other in self._driver.nodes.by_key.values() if other is not peer and other.link is not None
+        twin = next((other for other in self._nodes.by_key.values() if other is not peer and other.link is not None
                      and other.link.instance == instance), None)
         if twin is not None:   # one node by two names or addresses: one link is enough
             event.sock.close()
@@ -7821,9 +7830,9 @@ class Connector:
             for comp, use in peer.uses.items():
                 known = comp in twin.uses
                 self._driver.selection.take(twin, comp, use.spec)
-                if known and twin.name and self._driver.clusters[comp].cargo is None:
+                if known and twin.name and self._clusters[comp].cargo is None:
                     # It may look for something by this name.
-                    self._driver.clusters[comp].node_connected(twin)
+                    self._clusters[comp].node_connected(twin)
             if peer.listed and not twin.port and not twin.embedded:   # it has dialled us; when that ends, we dial it
                 peer.move('fail')
                 peer.reason = 'it has connected by itself'
@@ -7834,7 +7843,7 @@ class Connector:
             peer.uses.clear()
             self._driver.selection.drop_unused(peer)
             return
-        elder = next((other for other in self._driver.nodes.by_key.values() if other is not peer and other.link is None and not other.embedded
+        elder = next((other for other in self._nodes.by_key.values() if other is not peer and other.link is None and not other.embedded
                       and other.instance == instance and other.key in self._driver.schedule.nodes), None)
         if elder is not None:   # one node by two names: its jobs are known by the other
             for comp, use in peer.uses.items():
@@ -7856,35 +7865,35 @@ class Connector:
         peer.link = Link(event.sock, event.session, event.address, self._driver.now, self._driver.access.pulse, OF_NODES)
         peer.linked_at = self._driver.now
         self._driver.attach(peer.link)
-        self._driver.nodes.by_link[peer.link.number] = peer
+        self._nodes.by_link[peer.link.number] = peer
         self._tried(peer, PULSES_LOST * self._driver.access.pulse)   # it is about to tell what it holds
         self._driver.say(peer.link, Introduce('%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid()), self._driver.access.pulse))
 
     def arrived(self, event: Arrival) -> None:
         """A node has dialled."""
         instance = event.session.peer_instance
-        for other in [other for other in self._driver.nodes.by_key.values() if other.link is not None and other.link.instance == instance]:
+        for other in [other for other in self._nodes.by_key.values() if other.link is not None and other.link.instance == instance]:
             if other.port or other.embedded:   # we have dialled it
                 link = Link(event.sock, event.session, event.address, self._driver.now, takes=OF_NODES)
                 self._driver.attach(link)
                 self._driver.part(link, 'this program has connected to it already')
                 return
             self._driver.break_link(other.link, 'the node has connected anew')  # type: ignore[arg-type]
-        idle = [other for other in self._driver.nodes.by_key.values() if other.link is None and not other.embedded]
+        idle = [other for other in self._nodes.by_key.values() if other.link is None and not other.embedded]
         peer = next((other for other in idle if other.instance == instance and (not other.port or other.key in self._driver.schedule.nodes)), None)
-        there = [other for other in self._driver.nodes.by_key.values() if not other.port and other.ip_addr == event.address]
+        there = [other for other in self._nodes.by_key.values() if not other.port and other.ip_addr == event.address]
         if peer is None and len(there) == 1 and there[0] in idle:   # of several behind one address it may be another
             peer = there[0]
         if peer is None:
             peer = Peer(event.address, 0)
             peer.key = instance.hex()
             peer.dialling.due = None
-            self._driver.nodes.by_key[peer.key] = peer
+            self._nodes.by_key[peer.key] = peer
         self._connected(peer, event)
 
     def try_second(self, link: Link) -> None:
         """Dial a node that is silent once more. What dials us does so itself."""
-        peer = self._driver.nodes.by_link.get(link.number)
+        peer = self._nodes.by_link.get(link.number)
         if peer is not None and peer.port:
             peer.second.start(self._driver.now, self._driver.post, functools.partial(self._reach_peer, peer, patience=max(1.0, link.pulse)))
 
@@ -7893,7 +7902,7 @@ class Connector:
         peer = event.peer.peer
         event.peer.ended()
         old = peer.link
-        if peer.key not in self._driver.nodes.by_key or self._driver.nodes.by_key[peer.key] is not peer or (
+        if peer.key not in self._nodes.by_key or self._nodes.by_key[peer.key] is not peer or (
                 peer.state not in _MAY_DIAL if old is None else not self._driver.is_silent(old)):
             event.sock.close()
             return
@@ -7902,7 +7911,7 @@ class Connector:
             peer.replacing = True
             self._driver.break_link(old, 'it was reached anew')
             peer.replacing = False
-        if self._driver.nodes.by_key.get(peer.key) is not peer:   # nobody wants it any more
+        if self._nodes.by_key.get(peer.key) is not peer:   # nobody wants it any more
             event.sock.close()
             return
         peer.move('dial')
@@ -7947,7 +7956,8 @@ class Connector:
             return unreached
         known = {comp: Account(frozenset(remains.kept(comp)), remains.past(comp, peer.memory))
                  for comp in self._driver.schedule.nodes[peer.key].comps}
-        return NodeDoubted(peer.key, str(peer), Evidence.PROCESS_ENDED, 'its process has ended', peer.kind, known=known)
+        return NodeDoubted(
+            peer.key, str(peer), Evidence.PROCESS_ENDED, 'its process has ended', peer.kind, known=known)
 
     def forget(self, peer: Peer) -> None:
         """One that was found and not named cannot be reached: it is found again when it is there again."""
@@ -7965,7 +7975,7 @@ class Connector:
         if about not in peer.told and not self._only_probed(peer) and not peer.replacing:
             peer.told.add(about)
             logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, text)
-            for cluster in [self._driver.clusters[comp] for comp in peer.uses if comp in self._driver.clusters]:
+            for cluster in [self._clusters[comp] for comp in peer.uses if comp in self._clusters]:
                 cluster.node_unreachable(peer, text)
         peer.dialling.again(self._driver.now, lived, self._driver.access.pulse)
         last, due = self._driver.schedule.lost_at(peer.key) - LAST_TRY, peer.dialling.due
@@ -7992,7 +8002,7 @@ class Connector:
             gate.server_close()
         for asker in self._ears.values():
             asker.ears.close()
-        for peer in {*self._dials, *self._driver.nodes.by_key.values()}:   # also those that no cluster uses any more
+        for peer in {*self._dials, *self._nodes.by_key.values()}:   # also those that no cluster uses any more
             peer.dialling.abort(peer.embedded)
             peer.second.abort()
             peer.end_process()
@@ -8008,26 +8018,29 @@ class NodeSelection:
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
+        self._nodes = driver.nodes
+        self._clusters = driver.clusters
         self.probes: Dict[str, float] = {}           # computation -> when to start an embedded node
 
     def use(self, comp: str, specs: Sequence[NodeSpec]) -> None:
         """Look for nodes: dial those named, ask for those meant by wildcards."""
         for spec in specs:
             if spec.wild:
-                for peer in list(self._driver.nodes.by_key.values()):
+                for peer in list(self._nodes.by_key.values()):
                     if peer.link is not None:
                         self.consider(peer, comp)
-                if self._driver.clusters[comp].searches:
-                    self._driver.connector.search(spec.port, self._driver.clusters[comp].multicast)
+                if self._clusters[comp].searches:
+                    self._driver.connector.search(spec.port, self._clusters[comp].multicast)
             else:
                 self.use_address(comp, spec.host, spec.port, spec, True)
         self._driver.soon()
 
     def use_address(self, comp: str, host: str, port: int, spec: NodeSpec, listed: bool) -> Peer:
-        peer = self._driver.nodes.by_key.get(('scheduler', host, port) if spec.scheduler else (host, port))
+        """A cluster may use the node at an address; `listed`: because it names it."""
+        peer = self._nodes.by_key.get(('scheduler', host, port) if spec.scheduler else (host, port))
         if peer is None:
             peer = Peer(host, port, self._driver.access.redial, scheduler=spec.scheduler)
-            self._driver.nodes.by_key[peer.key] = peer
+            self._nodes.by_key[peer.key] = peer
         peer.listed = peer.listed or listed
         self.take(peer, comp, spec)
         return peer
@@ -8041,18 +8054,18 @@ class NodeSelection:
 
     def consider(self, peer: Peer, comp: str) -> None:
         """Use a connected node if this cluster's specs mean it."""
-        spec = self._driver.clusters[comp].spec_of(peer)
+        spec = self._clusters[comp].spec_of(peer)
         if spec is not None and not peer.embedded:
             self.take(peer, comp, spec)
 
     def use_embedded(self, comp: str) -> None:
         """A node of this program's own, for all its clusters of this driver."""
         if self.probes.pop(comp, None) is not None:
-            if any(peer.uses[comp].offered for peer in self._driver.nodes.of(comp)):
+            if any(peer.uses[comp].offered for peer in self._nodes.of(comp)):
                 return   # a dispynode has answered meanwhile
             logger.info('no dispynode answers: one is started on this machine for this program (nodes=%r says so at once)', LOCAL)
-        peer = self._driver.nodes.by_key.setdefault(LOCAL, Peer('127.0.0.1', 0, self._driver.access.redial, True, True))
-        most = self._driver.clusters[comp].cpus_in_all()
+        peer = self._nodes.by_key.setdefault(LOCAL, Peer('127.0.0.1', 0, self._driver.access.redial, True, True))
+        most = self._clusters[comp].cpus_in_all()
         if comp not in peer.uses and most is not None:   # also if the machine has fewer CPUs
             peer.uses[comp] = Use(NodeSpec('127.0.0.1', 0))
             peer.uses[comp].allocation = Allocation(most, b'', [], {})
@@ -8081,7 +8094,7 @@ class NodeSelection:
         """When no cluster uses a node any more, the next client may have it."""
         if peer.uses or peer.embedded:
             return
-        self._driver.nodes.by_key.pop(peer.key, None)
+        self._nodes.by_key.pop(peer.key, None)
         peer.move('close')
         if peer.link is not None:
             link = peer.link
@@ -8090,7 +8103,7 @@ class NodeSelection:
 
     def unlink(self, peer: Peer, link: Link) -> None:
         """A link is over: forget all that went along it."""
-        del self._driver.nodes.by_link[link.number]
+        del self._nodes.by_link[link.number]
         peer.count_link()
         peer.link = None
         for comp, serials in self._driver.jobs.outgoing.drop(peer):   # it never left
@@ -8126,13 +8139,14 @@ class NodeSelection:
         return limit
 
     def limit_node(self, action: LimitNode) -> None:
-        peer = self._driver.nodes.by_key.get(action.node)
+        """The Schedule has limited what a computation may use of a node."""
+        peer = self._nodes.by_key.get(action.node)
         if action.cpus and peer is not None and peer.link is not None:
             self._driver.say(peer.link, Limit(action.comp, action.cpus))
 
     def leave(self, comp: str, node: Any, then: str, at_once: bool) -> None:
         """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at once."""
-        peer = self._driver.nodes.find(comp, node)
+        peer = self._nodes.find(comp, node)
         use = peer.uses[comp]
         if use.state is UseState.READY and not at_once:
             use.then = then
@@ -8141,7 +8155,8 @@ class NodeSelection:
             self._left(peer, comp, then)
 
     def drained(self, action: NodeDrained) -> None:
-        peer = self._driver.nodes.by_key.get(action.node)
+        """The last job of a computation has ended at a node that it leaves."""
+        peer = self._nodes.by_key.get(action.node)
         if peer is None:
             return
         if action.comp in peer.uses and peer.uses[action.comp].then:
@@ -8165,9 +8180,9 @@ class NodeSelection:
 
     def allocate(self, comp: str, specs: Sequence[NodeSpec]) -> None:
         """Use these nodes, new ones and those deallocated or closed before."""
-        cluster, words = self._driver.clusters[comp], self._driver.nodes.words_of(comp)
+        cluster, words = self._clusters[comp], self._nodes.words_of(comp)
         for spec in specs:
-            candidates = self._driver.nodes.of(comp) if spec.wild else words.get(_plain_host(spec.host), ())
+            candidates = self._nodes.of(comp) if spec.wild else words.get(_plain_host(spec.host), ())
             known = [peer for peer in candidates if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
                      or peer.is_meant(spec.host) and (peer.port in (0, spec.port) or (peer.name, cluster.port) == (spec.host, spec.port))]
             for peer in known:
@@ -8182,7 +8197,7 @@ class NodeSelection:
             if not known or spec.wild:
                 cluster.specs = [*cluster.specs, spec]
                 self.use(comp, [spec])
-                peer = self._driver.nodes.by_key.get((spec.host, spec.port))  # type: ignore[assignment]
+                peer = self._nodes.by_key.get((spec.host, spec.port))  # type: ignore[assignment]
                 if peer is not None:
                     words.setdefault(_plain_host(spec.host), []).append(peer)
 
@@ -8193,8 +8208,11 @@ class ComputationSetup:
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
+        self._nodes = driver.nodes
+        self._clusters = driver.clusters
 
     def on_welcome(self, peer: Peer, message: Welcome) -> None:
+        """A node is connected, and tells what it is."""
         peer.name, peer.facts, peer.offered = message.name, message.facts, message.cpus
         peer.trip = self._driver.now - peer.linked_at
         kept, memory = message.facts.get('kept', {}), str(message.facts.get('memory', ''))
@@ -8205,12 +8223,13 @@ class ComputationSetup:
         if peer.restarted and not peer.whole:
             known = {comp: Account(frozenset(serials), Past(whole=False)) for comp, serials in kept.items()}
             self._driver.decide(NodeDoubted(
-                peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was started anew', peer.kind, known=known))
+                peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was started anew', peer.kind,
+                known=known))
         peer.restarted = False
         for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:   # what it has from before comes first, also if it is busy now
-            if comp in self._driver.clusters:
-                self._driver.say(peer.link, Reclaim(comp, self._driver.clusters[comp].key))  # type: ignore[arg-type]
-        for comp, cluster in sorted(self._driver.clusters.items(), key=lambda item: item[1].cargo is not None):   # recoveries first
+            if comp in self._clusters:
+                self._driver.say(peer.link, Reclaim(comp, self._clusters[comp].key))  # type: ignore[arg-type]
+        for comp, cluster in sorted(self._clusters.items(), key=lambda item: item[1].cargo is not None):   # recoveries first
             use = peer.uses.get(comp)
             if use is None:
                 self._driver.selection.consider(peer, comp)
@@ -8220,7 +8239,7 @@ class ComputationSetup:
                 use.spec = cluster.spec_of(peer) or use.spec if use.spec.wild else use.spec
                 self.set_up(peer, comp)
         self._driver.selection.drop_unused(peer)
-        if peer.key in self._driver.nodes.by_key:
+        if peer.key in self._nodes.by_key:
             self._driver.policy.node_met(peer)
 
     def on_offer(self, peer: Peer, message: Offer) -> None:
@@ -8234,7 +8253,7 @@ class ComputationSetup:
 
     def set_up(self, peer: Peer, comp: str) -> None:
         """Offer a computation to a node."""
-        cluster, use = self._driver.clusters[comp], peer.uses[comp]
+        cluster, use = self._clusters[comp], peer.uses[comp]
         if not self._driver.policy.may_set_up(peer, comp):
             return
         if peer.link is None or not peer.name or use.state not in _MAY_OFFER:
@@ -8297,20 +8316,21 @@ class ComputationSetup:
             return {}
         return {'authkey': bytes(multiprocessing.current_process().authkey)}
 
-    def source_found(self, cluster: NodeUser, peer: Peer, link: Link, source: Tuple[bytes, str]) -> None:
+    def source_found(self, cluster: NodeUser, peer: Peer, link: Link,
+                     source: Tuple[bytes, str]) -> None:
         """What the source of a computation is, or why there is none."""
         cluster.source = source
-        if cluster.comp in self._driver.clusters and peer.link is link and cluster.comp in peer.uses:
+        if cluster.comp in self._clusters and peer.link is link and cluster.comp in peer.uses:
             self.set_up(peer, cluster.comp)
 
     def source_missing(self, cluster: NodeUser, peer: Peer, link: Link, text: str) -> None:
         """It could not be found out."""
-        if cluster.comp in self._driver.clusters and peer.link is link and cluster.comp in peer.uses:
+        if cluster.comp in self._clusters and peer.link is link and cluster.comp in peer.uses:
             self._refusal(peer, cluster.comp, 'its source is not to be had: ' + text, 'source')
 
     def allocated(self, comp: str, peer: Peer, link: Link, allocation: Allocation, error: str) -> None:
         """What the user's allocator has said."""
-        if comp not in self._driver.clusters or peer.link is not link or comp not in peer.uses:
+        if comp not in self._clusters or peer.link is not link or comp not in peer.uses:
             return   # closed or lost meanwhile
         if error:
             self._refusal(peer, comp, 'allocate() failed: ' + error, 'allocate')
@@ -8327,26 +8347,28 @@ class ComputationSetup:
         about = code if use.passes else text
         if about not in use.told:
             use.told.add(about)
-            self._driver.clusters[comp].warn('node %s does not take %s: %s%s' % (
-                peer, self._driver.clusters[comp].name, text, '; it is tried again and again' if use.passes else ''))
+            self._clusters[comp].warn('node %s does not take %s: %s%s' % (
+                peer, self._clusters[comp].name, text, '; it is tried again and again' if use.passes else ''))
         if use.passes:
             peer.retry_at = self._driver.now + peer.retry_wait
             peer.retry_wait = min(peer.retry_wait * 2, RETRY_MOST)
             self._driver.soon()
 
     def on_refused(self, peer: Peer, message: Refused) -> None:
+        """A node does not take a computation, or cannot go on with it."""
         use = peer.uses.get(message.comp)
         if message.comp in self._driver.recoveries.by_comp:
             self._driver.recoveries.by_comp[message.comp].refused(peer, message.comp, message.text)
             return
-        if message.comp not in self._driver.clusters or use is None or not use.offered:
+        if message.comp not in self._clusters or use is None or not use.offered:
             return
         was_ready = use.state is UseState.READY   # its runner has died later: a new one may live
         if peer.link is not None:
             peer.link.abandon(message.comp)   # nobody takes it there
         if was_ready:
             self._driver.tell_all(DispyNode.Closed, peer, [message.comp])
-            self._driver.decide(NodeDoubted(peer.key, str(peer), Evidence.REFUSAL, message.text, peer.kind, [message.comp]))
+            self._driver.decide(NodeDoubted(
+                peer.key, str(peer), Evidence.REFUSAL, message.text, peer.kind, [message.comp]))
             self._driver.decide(NodeLeft(peer.key, message.comp, str(peer), message.text))
         text = source_here.added_to(message.text)
         if message.code == 'busy':
@@ -8365,7 +8387,7 @@ class ComputationSetup:
 
     def why_unloadable(self, comp: str) -> str:
         """Why no node can load the code of a computation; empty if one may."""
-        cluster, uses = self._driver.clusters[comp], [peer.uses[comp] for peer in self._driver.nodes.of(comp)]
+        cluster, uses = self._clusters[comp], [peer.uses[comp] for peer in self._nodes.of(comp)]
         others = bool(cluster.hosts) or any(spec.wild or spec.scheduler for spec in cluster.specs)
         if not uses or not all(use.unloadable for use in uses):
             return ''
@@ -8379,17 +8401,18 @@ class ComputationSetup:
         """Offer again what the node could not take, for a reason that passes."""
         peer.retry_at = None
         for comp, use in list(peer.uses.items()):
-            if comp in self._driver.clusters and use.state is UseState.REFUSED and use.passes:
+            if comp in self._clusters and use.state is UseState.REFUSED and use.passes:
                 self.set_up(peer, comp)
 
     def on_ready(self, peer: Peer, message: Ready) -> None:
+        """A computation is set up at a node."""
         self._driver.policy.becomes_ready(peer, message.comp)
         use = peer.uses.get(message.comp)
-        if message.comp in self._driver.clusters and use is not None and use.state is UseState.SETTING_UP:
+        if message.comp in self._clusters and use is not None and use.state is UseState.SETTING_UP:
             use.move('ready')
             use.seat_told = False
             peer.retry_wait = RETRY_FIRST
-            self._driver.clusters[message.comp].node_ready(peer)
+            self._clusters[message.comp].node_ready(peer)
             self._driver.tell_all(DispyNode.Initialized, peer, [message.comp])
             if any(value is not None for value in peer.facts.get('available', {}).values()):
                 self._driver.tell_all(DispyNode.AvailInfo, peer, [message.comp])
@@ -8404,11 +8427,14 @@ class FileTransfers:
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
+        self._nodes = driver.nodes
+        self._clusters = driver.clusters
         self.incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> receiver
         self.backlog = Backlog(driver.links)         # what goes to nodes
 
     def on_need(self, peer: Peer, message: Need) -> None:
-        cluster = self._driver.clusters.get(message.comp)
+        """A node asks for files."""
+        cluster = self._clusters.get(message.comp)
         if cluster is None or cluster.cargo is None or peer.link is None:
             return
         allocation = peer.uses[message.comp].allocation if message.comp in peer.uses else None
@@ -8439,14 +8465,15 @@ class FileTransfers:
         for link, (comp, purpose, key, name), text in self.backlog.send(self._driver.say):
             if purpose == Purpose.VALUES:
                 self._driver.say(link, FileStored(comp, purpose, key, name, 'it cannot be read: %s' % text))
-            elif purpose == Purpose.PLACED and link.number in self._driver.nodes.by_link:
-                peer = self._driver.nodes.by_link[link.number]
+            elif purpose == Purpose.PLACED and link.number in self._nodes.by_link:
+                peer = self._nodes.by_link[link.number]
                 self._driver.queries.answer(peer, (comp, name), 'it cannot be read: %s' % text)
             elif purpose in ASKED_FOR:   # the node waits for it in vain
                 self._driver.break_link(link, 'a file of the computation cannot be read: %s' % text)
 
     def on_file_piece(self, peer: Peer, message: FilePiece) -> None:
-        cluster = self._driver.clusters.get(message.comp)
+        """A piece of a file that a job sends."""
+        cluster = self._clusters.get(message.comp)
         job = self._driver.jobs.job_of(peer, message.comp, message.key)
         if message.purpose != Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
@@ -8466,6 +8493,7 @@ class FileTransfers:
             self._driver.say(peer.link, stored)
 
     def on_file_stored(self, peer: Peer, message: FileStored) -> None:
+        """A file that the program has sent is at a node, or cannot be."""
         self._driver.queries.answer(peer, (message.comp, message.name), message.error)
 
     def abort(self, over: Callable[[int, str], bool]) -> None:
@@ -8481,14 +8509,17 @@ class FileTransfers:
 
 
 class JobExchange:
-    """Jobs to nodes, and what comes of them: what the Schedule decides is sent, and what nodes tell of
-    jobs is handed to it. The driver's thread."""
+    """Jobs to nodes, and what comes of them: what the Schedule decides is sent, and what nodes tell
+    of jobs is handed to it. The driver's thread."""
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
+        self._nodes = driver.nodes
+        self._clusters = driver.clusters
         self.submitted: List[Any] = []               # in this turn
         self.outgoing = Outgoing()                   # of clusters with a journal
-        self._lost_text, self._lost_at = '', 0.0     # of a fault after which jobs may be nowhere; when they are looked for
+        self._lost_text = ''     # of a fault after which jobs may be nowhere
+        self._lost_at = 0.0      # when they are looked for
 
     def take(self, job: DispyJob) -> None:
         """A job that waits again from now on."""
@@ -8496,16 +8527,19 @@ class JobExchange:
         self._driver.soon()
 
     def take_submitted(self) -> None:
+        """Hand what was submitted in this turn to the Schedule."""
         if self.submitted:
             works = list(self.submitted)
             self.submitted.clear()
             self._driver.act(self._driver.schedule.handle(Submitted(works), self._driver.now))
 
     def send_jobs(self, action: SendJobs) -> None:
-        self._driver.clusters[action.comp].send_jobs(self._driver.nodes.by_key[action.node], action.works)
+        """The Schedule has chosen a node for them."""
+        self._clusters[action.comp].send_jobs(self._nodes.by_key[action.node], action.works)
 
     def send_to_node(self, action: Any) -> None:
-        peer = self._driver.nodes.by_key.get(action.node)
+        """The Schedule wants jobs to be cancelled or given back."""
+        peer = self._nodes.by_key.get(action.node)
         if peer is not None and peer.link is not None:
             kind, serials = Cancel if isinstance(action, SendCancel) else Recall, action.serials
             stay = self._unsend(peer, action.comp, serials)
@@ -8517,7 +8551,7 @@ class JobExchange:
 
     def send_ack(self, action: SendAck) -> None:
         """Collected, so that a round trip of one job is not two."""
-        peer = self._driver.nodes.by_key.get(action.node)
+        peer = self._nodes.by_key.get(action.node)
         if peer is None or action.comp not in peer.uses:
             return
         acks = peer.uses[action.comp].acks
@@ -8528,6 +8562,7 @@ class JobExchange:
             self._driver.chores_at = min(self._driver.chores_at, self._driver.now + ACK_AFTER)
 
     def acknowledge(self, peer: Peer) -> None:
+        """Tell a node which results are here."""
         if peer.link is not None:
             for comp, use in peer.uses.items():
                 if use.acks and comp not in self.outgoing.held_up:
@@ -8542,6 +8577,7 @@ class JobExchange:
         return peer.link.abandon(comp, serials) if peer.link is not None and peer.link.later else []
 
     def note_down(self) -> None:
+        """Commit the journals; what was noted leaves."""
         before = set(self.outgoing.held_up)
         leaving, staying = self.outgoing.commit()
         for peer, frame in leaving:
@@ -8558,8 +8594,8 @@ class JobExchange:
         stuck = comp in self.outgoing.held_up
         if stuck and is_new:
             logger.error('%s: its recovery file cannot be written: no jobs are sent and no results acknowledged until there is room',
-                         self._driver.clusters[comp].name)
-        for peer in self._driver.nodes.of(comp):
+                         self._clusters[comp].name)
+        for peer in self._nodes.of(comp):
             if (comp in peer.blocked) == stuck:
                 continue
             if stuck:
@@ -8570,6 +8606,7 @@ class JobExchange:
                 self._driver.decide(NodeOffers(peer.key, comp, peer.limit(comp), peer.offered))
 
     def on_results(self, peer: Peer, message: Results) -> None:
+        """Jobs have ended at a node, or go on and have a provisional result."""
         if peer.link is not None and peer.link.later:
             self._unsend(peer, message.comp, [row[0] for row in message.rows])
         if message.comp in self._driver.recoveries.by_comp:
@@ -8582,6 +8619,7 @@ class JobExchange:
         self._driver.act(self._driver.schedule.handle(NodeResults(peer.key, message.comp, message.rows), self._driver.now))
 
     def on_returned(self, peer: Peer, message: Returned) -> None:
+        """A node gives back jobs that have not begun."""
         if message.comp in self._driver.recoveries.by_comp:
             self._driver.recoveries.by_comp[message.comp].returned(peer, message.comp, message.serials)
             return
@@ -8589,6 +8627,7 @@ class JobExchange:
         self._driver.decide(NodeReturned(peer.key, message.comp, message.serials))
 
     def on_started(self, peer: Peer, message: Started) -> None:
+        """Jobs have begun."""
         self._driver.decide(NodeStarted(peer.key, message.comp, message.rows))
 
     def job_of(self, peer: Peer, comp: str, serial: int) -> Any:
@@ -8597,7 +8636,8 @@ class JobExchange:
         return node.flight.get(comp, {}).get(serial) if node is not None else None
 
     def on_output(self, peer: Peer, message: Output) -> None:
-        cluster = self._driver.clusters.get(message.comp)
+        """What a running job prints or logs."""
+        cluster = self._clusters.get(message.comp)
         job = self.job_of(peer, message.comp, message.serial)
         if cluster is not None and job is not None:
             cluster.output(peer, job, message)
@@ -8607,13 +8647,14 @@ class JobExchange:
         self._driver.decide(NodeStarted(peer.key, job._comp, [(job._serial, 0.0)]))
 
     def jobs_started(self, action: JobsStarted) -> None:
-        self._driver.clusters[action.comp].jobs_started(self._driver.nodes.by_key[action.node], action.pairs)
+        """As the Schedule knows, jobs have begun."""
+        self._clusters[action.comp].jobs_started(self._nodes.by_key[action.node], action.pairs)
 
     def failed_once(self, action: JobFailedOnce) -> None:
         """Whether a job is repeated is found out by an opener: its exception may be the user's."""
         if self._driver.files.incoming:
             self._driver.files.abort_attempt((action.comp, action.row[0]))
-        cluster, peer = self._driver.clusters[action.comp], self._driver.nodes.by_key[action.node]
+        cluster, peer = self._clusters[action.comp], self._nodes.by_key[action.node]
         self._driver.openers.run(self._think_over, cluster, peer, action.work, action.row)
 
     def _think_over(self, cluster: NodeUser, peer: Peer, job: DispyJob, row: tuple) -> None:
@@ -8635,23 +8676,27 @@ class JobExchange:
             cluster.jobs_ended(peer, [(job, row)])
 
     def jobs_ended(self, action: JobsEnded) -> None:
+        """As the Schedule knows, jobs have ended, or have a provisional result."""
         if self._driver.files.incoming:
             for _, row in action.pairs:
                 if row[1] not in GOES_ON:
                     self._driver.files.abort_attempt((action.comp, row[0]))
-        self._driver.clusters[action.comp].jobs_ended(self._driver.nodes.by_key[action.node], action.pairs)
+        self._clusters[action.comp].jobs_ended(self._nodes.by_key[action.node], action.pairs)
 
     def job_waits(self, action: JobWaits) -> None:
-        self._driver.clusters[action.work._comp].job_waits(action.work)
+        """A job that was sent waits again."""
+        self._clusters[action.work._comp].job_waits(action.work)
 
     def job_parked(self, action: JobParked) -> None:
-        self._driver.clusters[action.work._comp].job_parked(action.work, action.text)
+        """A job waits for a node that is large enough."""
+        self._clusters[action.work._comp].job_parked(action.work, action.text)
 
     def job_ended(self, action: JobEnded) -> None:
+        """A job has ended without a result."""
         work = action.work
         if self._driver.cancels.withdrawals:
             self._driver.cancels.answer(work, work._state is JobState.CANCELLED)
-        self._driver.clusters[work._comp].job_ended(work, action.text)
+        self._clusters[work._comp].job_ended(work, action.text)
 
     def refused_frame(self, peer: Peer, link: Link, message: Wrong) -> None:
         """The other side cannot use what was sent: the jobs that were in it end after a few times, and it is reached again later."""
@@ -8663,6 +8708,7 @@ class JobExchange:
         raise LinkBroken(text)
 
     def end_unsent(self, action: SendJobs, text: str) -> None:
+        """None of these jobs can be sent, for a fault of ours."""
         payload = text.encode('utf-8', 'replace')
         rows = [(work._serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'') for work in action.works]
         self._driver.decide(NodeResults(action.node, action.comp, rows))
@@ -8682,7 +8728,7 @@ class JobExchange:
 
     def _end_lost(self, text: str) -> None:
         """End the jobs that neither wait nor are on a node after a fault."""
-        for comp, cluster in list(self._driver.clusters.items()):
+        for comp, cluster in list(self._clusters.items()):
             lost = cluster.jobs_owed()
             if not lost:
                 continue
@@ -8703,6 +8749,7 @@ class Cancellations:
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
+        self._clusters = driver.clusters
         # Jobs to be cancelled if they have not begun
         self.withdrawals: Dict[Any, 'concurrent.futures.Future[bool]'] = {}
 
@@ -8761,7 +8808,7 @@ class Cancellations:
 
     def withdrawn(self, action: Withdrawn) -> None:
         self.answer(action.work, action.gone)
-        self._driver.clusters[action.work._comp].job_goes_on(action.work)
+        self._clusters[action.work._comp].job_goes_on(action.work)
 
     def answer(self, work: Any, is_gone: bool) -> None:
         future = self.withdrawals.pop(work, None)
@@ -8834,12 +8881,14 @@ class SchedulerCalls:
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
+        self._nodes = driver.nodes
+        self._clusters = driver.clusters
         self._numbers = itertools.count(1)
 
     def call(self, comp: str, name: str, *args: Any) -> 'concurrent.futures.Future[Any]':
         """Ask a cluster's scheduler."""
         future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
-        peer = next((peer for peer in self._driver.nodes.of(comp) if peer.link is not None), None)
+        peer = next((peer for peer in self._nodes.of(comp) if peer.link is not None), None)
         if peer is None:
             raise ConnectionError('the scheduler is not connected')
         number = next(self._numbers)
@@ -8856,7 +8905,7 @@ class SchedulerCalls:
 
     def on_call(self, peer: Peer, message: Call) -> None:
         """A node or scheduler asks what only the program can tell."""
-        cluster = self._driver.clusters.get(message.comp)
+        cluster = self._clusters.get(message.comp)
         if cluster is not None:
             cluster.asked(peer, message)
 
@@ -8865,7 +8914,7 @@ class SchedulerCalls:
         if message.comp in self._driver.recoveries.by_comp:
             self._driver.recoveries.by_comp[message.comp].where(message.comp, message.serials, message.node)
             return
-        cluster, node = self._driver.clusters.get(message.comp), self._driver.schedule.nodes.get(peer.key)
+        cluster, node = self._clusters.get(message.comp), self._driver.schedule.nodes.get(peer.key)
         flight = node.flight.get(message.comp, {}) if node is not None else {}
         for job in [flight[serial] for serial in message.serials if serial in flight] if cluster is not None else ():
             if self._driver.files.incoming:
@@ -8873,12 +8922,12 @@ class SchedulerCalls:
             cluster.job_moved(job, message.node)  # type: ignore[union-attr]
 
     def on_news(self, peer: Peer, message: News) -> None:
-        cluster = self._driver.clusters.get(message.comp)
+        cluster = self._clusters.get(message.comp)
         if cluster is not None:
             cluster.node_told(message.status, NodeRow(*message.node))
 
     def on_said(self, peer: Peer, message: Said) -> None:
-        cluster = self._driver.clusters.get(message.comp)
+        cluster = self._clusters.get(message.comp)
         if cluster is not None:
             cluster.warn(message.text)
         else:   # it was closed meanwhile
@@ -8890,14 +8939,22 @@ class NodeQueries:
 
     def __init__(self, driver: 'Driver') -> None:
         self._driver = driver
+        self._nodes = driver.nodes
+        self._clusters = driver.clusters
         nodes, selection = driver.nodes, driver.selection
         self._commands: Dict[str, Callable[..., Any]] = {
-            'nodes': self.rows_of, 'complaint': self.complaint, 'why_unloadable': driver.setup.why_unloadable,
+            'nodes': self.rows_of,
+            'complaint': self.complaint,
+            'why_unloadable': driver.setup.why_unloadable,
             'find': lambda comp, node: nodes.find(comp, node).key,
             'seat': self.seat,
-            'set_cpus': lambda comp, node, cpus: selection.set_cpus(comp, nodes.find(comp, node), cpus),
-            'leave': selection.leave, 'allocate': selection.allocate,
-            'jobs': lambda comp, node: list(self.jobs_at(comp, node)), 'question': self.question}
+            'set_cpus': lambda comp, node, cpus: selection.set_cpus(
+                comp, nodes.find(comp, node), cpus),
+            'leave': selection.leave,
+            'allocate': selection.allocate,
+            'jobs': lambda comp, node: list(self.jobs_at(comp, node)),
+            'question': self.question,
+        }
 
     def command(self, comp: str, name: str, *args: Any) -> Any:
         """What a cluster's methods ask of its nodes; a SharedJobCluster's ask it of the scheduler's driver."""
@@ -8920,11 +8977,11 @@ class NodeQueries:
 
     def nodes_of(self, comp: str) -> List[Tuple[Peer, str, str, int, int]]:
         """All of them, and those that it cannot have. Raises RuntimeError if it was closed."""
-        if comp not in self._driver.clusters:
+        if comp not in self._clusters:
             raise RuntimeError('the cluster was closed')
-        found = [self.node_of(comp, peer) for peer in self._driver.nodes.of(comp)]
-        cluster, linked = self._driver.clusters[comp], {peer.ip_addr for peer in self._driver.nodes.by_key.values() if peer.link is not None}
-        return found + [(peer, 'refused', peer.reason, 0, 0) for peer in self._driver.nodes.unusable.values() if peer.host not in linked
+        found = [self.node_of(comp, peer) for peer in self._nodes.of(comp)]
+        cluster, linked = self._clusters[comp], {peer.ip_addr for peer in self._nodes.by_key.values() if peer.link is not None}
+        return found + [(peer, 'refused', peer.reason, 0, 0) for peer in self._nodes.unusable.values() if peer.host not in linked
                         and (cluster.hosts or any(spec.wild and spec.may_fit(peer.host) for spec in cluster.specs))]
 
     def rows_of(self, comp: str) -> List[NodeRow]:
@@ -8940,7 +8997,7 @@ class NodeQueries:
         """What was tried, what came of it, what to do."""
         lines = ['%s: %s%s' % (peer, state, ': ' + reason.strip().splitlines()[-1] if reason else '')
                  for peer, state, reason, _, _ in self.nodes_of(comp)]
-        cluster = self._driver.clusters[comp]
+        cluster = self._clusters[comp]
         wild = [] if self._driver.connector.reach == 'off' else [spec for spec in cluster.specs if spec.wild]
         for port in sorted({spec.port for spec in wild}):
             lines.append('all that answer at UDP port %d %s' % (port, 'of this machine' if self._driver.connector.reach == 'loopback' else 'of the local network')
@@ -8949,7 +9006,7 @@ class NodeQueries:
             host, port = cluster.hosts[0]
             lines.append('waited for nodes to connect to %s' % place(host, port) if self._driver.connector.listens_at(host, port)
                          else 'no node can connect, port %d was taken' % port)
-        peers = self._driver.nodes.of(comp)
+        peers = self._nodes.of(comp)
         todo = 'Start `python dispynode.py` on a host, with the same secret, and name it (nodes=, at the shell -n)'
         if peers and any(peer.scheduler and peer.link is not None for peer in peers):
             todo = 'The scheduler is connected and has no node for it: start `python dispynode.py` on a host, with the same secret, ' \
@@ -8961,7 +9018,7 @@ class NodeQueries:
     def seat(self, comp: str, node: Any) -> Tuple[Any, str]:
         """For a job that is submitted to a node: the key of the node and, once until it is ready,
         why it cannot be used. A node that has not been tried yet has no reason. Raises ValueError."""
-        peer = self._driver.nodes.find(comp, node)
+        peer = self._nodes.find(comp, node)
         use = peer.uses[comp]
         _, state, reason, _, _ = self.node_of(comp, peer)
         if state not in NOT_CONNECTED and use.state is not UseState.CLOSED or not (use.reason or peer.failures):
@@ -8974,7 +9031,7 @@ class NodeQueries:
     def question(self, comp: str, node: Any, row: Optional[tuple] = None, path: str = '') -> 'concurrent.futures.Future[Any]':
         """Send a file (name, size, digest, mode, from `path`) or, without one, ask what is there. The future has the node's answer."""
         name = row[0] if row else ''
-        peer, future = self._driver.nodes.find(comp, node), concurrent.futures.Future()  # type: Tuple[Peer, concurrent.futures.Future[Any]]
+        peer, future = self._nodes.find(comp, node), concurrent.futures.Future()  # type: Tuple[Peer, concurrent.futures.Future[Any]]
         if peer.link is None or peer.uses[comp].state is not UseState.READY:
             raise RuntimeError('node %s is not ready: %s' % (peer, peer.uses[comp].reason or peer.reason or peer.uses[comp].state.value))
         if (comp, name) in peer.answers and not name:
@@ -9008,13 +9065,13 @@ class NodeQueries:
 
     def jobs_at(self, comp: str, node: Any) -> Dict[int, Any]:
         """Serial -> job of what has been sent to a node."""
-        known = self._driver.schedule.nodes.get(self._driver.nodes.find(comp, node).key)
+        known = self._driver.schedule.nodes.get(self._nodes.find(comp, node).key)
         return dict(known.flight.get(comp, {})) if known is not None else {}
 
     def left_behind(self, comp: str) -> Dict[Any, int]:
         """Nodes that outlive this program, and how many jobs of a computation they have."""
         found = {key: len(node.flight.get(comp, ())) for key, node in self._driver.schedule.nodes.items()
-                 if key in self._driver.nodes.by_key and not self._driver.nodes.by_key[key].embedded}
+                 if key in self._nodes.by_key and not self._nodes.by_key[key].embedded}
         return {key: count for key, count in found.items() if count}
 
 
@@ -9041,11 +9098,14 @@ class Driver(Loop):
     act = Loop._act
     break_link = Loop._break
 
-    def __init__(self, access: Access, instance: bytes = b'', policy: Optional[NodePolicy] = None) -> None:
+    def __init__(self, access: Access, instance: bytes = b'',
+                 policy: Optional[NodePolicy] = None) -> None:
         self.instance = instance or _instance
         self.policy = policy or NodePolicy()
         psk = derive_key(access.secret)   # these may fail, and there are no sockets yet
-        tls = tls_context(False, access.certfile, access.keyfile, access.cafile) if access.certfile else None
+        tls = None
+        if access.certfile:
+            tls = tls_context(False, access.certfile, access.keyfile, access.cafile)
         super().__init__()
         self.access = access
         self.values.where = 'in the program'
@@ -9071,25 +9131,51 @@ class Driver(Loop):
         self.queries = NodeQueries(self)
         self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
-            SendJobs: self.jobs.send_jobs, SendCancel: self.jobs.send_to_node, SendRecall: self.jobs.send_to_node, SendAck: self.jobs.send_ack,
-            LimitNode: self.selection.limit_node, JobFailedOnce: self.jobs.failed_once,
-            JobsEnded: self.jobs.jobs_ended, JobEnded: self.jobs.job_ended, JobWaits: self.jobs.job_waits,
-            JobsStarted: self.jobs.jobs_started, Withdrawn: self.cancels.withdrawn,
-            JobParked: self.jobs.job_parked, NodeDrained: self.selection.drained, NodeGone: self._gone,
+            SendJobs: self.jobs.send_jobs,
+            SendCancel: self.jobs.send_to_node,
+            SendRecall: self.jobs.send_to_node,
+            SendAck: self.jobs.send_ack,
+            JobsStarted: self.jobs.jobs_started,
+            JobsEnded: self.jobs.jobs_ended,
+            JobEnded: self.jobs.job_ended,
+            JobWaits: self.jobs.job_waits,
+            JobParked: self.jobs.job_parked,
+            JobFailedOnce: self.jobs.failed_once,
+            Withdrawn: self.cancels.withdrawn,
+            LimitNode: self.selection.limit_node,
+            NodeDrained: self.selection.drained,
+            NodeGone: self._gone,
         }
         self._messages: Dict[type, Callable[[Peer, Any], None]] = {
-            Welcome: self.setup.on_welcome, Refused: self.setup.on_refused, Need: self.files.on_need, Ready: self.setup.on_ready,
-            Results: self.jobs.on_results, Returned: self.jobs.on_returned, Offer: self.setup.on_offer,
-            FilePiece: self.files.on_file_piece, FileStored: self.files.on_file_stored,
+            Welcome: self.setup.on_welcome,
+            Ready: self.setup.on_ready,
+            Refused: self.setup.on_refused,
+            Offer: self.setup.on_offer,
+            Need: self.files.on_need,
+            FilePiece: self.files.on_file_piece,
+            FileStored: self.files.on_file_stored,
+            Results: self.jobs.on_results,
+            Returned: self.jobs.on_returned,
+            Started: self.jobs.on_started,
             Output: self.jobs.on_output,
-            Where: self.calls.on_where, News: self.calls.on_news, Call: self.calls.on_call, Return: self.calls.on_return,
+            Held: self.recoveries.on_held,
+            Report: self.queries.on_report,
+            Where: self.calls.on_where,
+            News: self.calls.on_news,
             Said: self.calls.on_said,
-            Held: self.recoveries.on_held, Started: self.jobs.on_started, Report: self.queries.on_report,
+            Call: self.calls.on_call,
+            Return: self.calls.on_return,
         }
         self._events: Dict[type, Callable[[Any], None]] = {
-            DispyJob: self.jobs.submitted.append, KeptJob: self.jobs.submitted.append, Dialled: self.connector.dialled, DialFailed: self.connector.dial_failed, Arrival: self.connector.arrived, Asked: self._asked,
+            DispyJob: self.jobs.submitted.append,
+            KeptJob: self.jobs.submitted.append,
+            Dialled: self.connector.dialled,
+            DialFailed: self.connector.dial_failed,
+            Arrival: self.connector.arrived,
+            Asked: self._asked,
             Told: lambda event: event.cluster.tell(event.status, event.peer, event.job),
-            CallBack: lambda event: self.callbacks.run(event.cluster.call_back, event.job)}
+            CallBack: lambda event: self.callbacks.run(event.cluster.call_back, event.job),
+        }
 
     # -- life; user threads -------------------------------------------------------------------------------
 
@@ -9366,7 +9452,8 @@ class Driver(Loop):
                 self.jobs.refused_frame(peer, channel, message)
             if kind is Bye:   # what a node has not answered for was never started
                 ready = [comp for comp, use in peer.uses.items() if use.state is UseState.READY]
-                self.decide(NodeDoubted(peer.key, str(peer), Evidence.BYE, message.text[:200], peer.kind, ready))
+                self.decide(NodeDoubted(
+                    peer.key, str(peer), Evidence.BYE, message.text[:200], peer.kind, ready))
                 raise LinkBroken(message.text[:200])
             if kind not in self._messages:
                 raise PeerError('%s may not come here' % kind.__name__)
@@ -10035,7 +10122,7 @@ class JobCluster(OldCluster):
                 job._state = JobState.CANCELLED
                 self._end(job, 'cancelled: the cluster was closed')
 
-    # -- jobs ---------------------------------------------------------------------------------------------
+    # -- jobs --------------------------------------------------------------------------------------
 
     def submit(self, /, *args: Any, **kwargs: Any) -> DispyJob:
         """Run the computation once, with these arguments. Returns the job. Any thread.
@@ -10290,7 +10377,7 @@ class JobCluster(OldCluster):
 
     __call__ = wait
 
-    # -- nodes --------------------------------------------------------------------------------------------
+    # -- nodes -------------------------------------------------------------------------------------
 
     def wait_nodes(self, n: int = 1, timeout: Optional[float] = None) -> None:
         """Wait until `n` nodes are ready for jobs. Raises NoNodes, which names every address tried and every
@@ -10674,7 +10761,8 @@ class JobCluster(OldCluster):
     # -- called by the driver: jobs -------------------------------------------------------------------------
 
     def add_monitor(self, monitor: Monitor) -> None:
-        """Tell a monitor of jobs from now on. What jobs print it is told by nodes that are set up later."""
+        """Tell a monitor of jobs from now on. What jobs print it is told by nodes that are set up
+        later."""
         self._monitors += (monitor,)
         self.cargo.spec['live'] = True
 

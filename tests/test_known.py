@@ -167,7 +167,7 @@ def test_a_node_that_was_found_is_not_forgotten_while_its_jobs_may_come_back():
     talk, _ = busy()
     peer = dispy.Peer('n', 1)
     peer.key, peer.failures = 'n', 100
-    driver = types.SimpleNamespace(schedule=talk.schedule, now=1000.0, access=types.SimpleNamespace(redial=0.5), instance=b'')
+    driver = types.SimpleNamespace(schedule=talk.schedule, now=1000.0, access=types.SimpleNamespace(redial=0.5), nodes=dispy.NodeTable(), clusters={}, instance=b'')
     connector = dispy.Connector(driver, bytes(32), None)
     talk.tell(dispy.NodeAway('n', 'host', 'broken', 1010.0))
     assert not connector.is_forgotten(peer)
