@@ -6829,6 +6829,7 @@ class NodeUser:
     reentrant = False                           # jobs of a lost node are run again elsewhere
     remote = False                              # jobs go to a scheduler
     journal: Optional[Journal] = None           # where its jobs are written down
+    closed = False                              # nothing can be submitted any more
 
     def cpus_in_all(self) -> Optional[int]:
         """CPUs that it may use over all nodes; a scheduler sees to that itself."""
@@ -6852,6 +6853,16 @@ class NodeUser:
     def is_replaced(self, others: Iterable['NodeUser']) -> bool:
         """Whether a cluster of the same function was made later."""
         return False
+
+    # -- for monitors; any thread -------------------------------------------------------------------------
+
+    def jobs_counted(self) -> Tuple[int, int, int, int]:
+        """How many jobs were submitted, have ended as they should, have failed, were cancelled."""
+        return 0, 0, 0, 0
+
+    def jobs_at_nodes(self) -> Dict[str, Tuple[Any, int, float]]:
+        """ADDRESS:NAME -> the node, the jobs that have ended there, the seconds that they ran."""
+        return {}
 
     # -- nodes -------------------------------------------------------------------------------------
 
@@ -9129,7 +9140,7 @@ class Driver(Loop):
         self.recoveries = Recoveries(self)
         self.calls = SchedulerCalls(self)
         self.queries = NodeQueries(self)
-        self._thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
+        self.thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
             SendJobs: self.jobs.send_jobs,
             SendCancel: self.jobs.send_to_node,
@@ -9186,7 +9197,7 @@ class Driver(Loop):
             driver = _drivers.get(access)
             if driver is None or driver.broken or driver._ended:
                 driver = Driver(access)
-                driver._thread.start()
+                driver.thread.start()
                 _drivers[access] = driver
             driver.users += 1
             return driver
@@ -9197,7 +9208,7 @@ class Driver(Loop):
         SecretError."""
         driver = Driver(access, os.urandom(16))
         driver.users = 1
-        driver._thread.start()
+        driver.thread.start()
         with _lock:
             _alone.add(driver)
         return driver
@@ -9215,8 +9226,8 @@ class Driver(Loop):
             self.ask(self._leave)
 
         def join(seconds: float) -> bool:
-            self._thread.join(seconds)
-            return not self._thread.is_alive()
+            self.thread.join(seconds)
+            return not self.thread.is_alive()
         in_slices(join, CALL_TIME)
 
     def ask(self, call: Callable[[], Any]) -> Any:
@@ -9808,7 +9819,7 @@ class OldCluster(NodeUser):
         call, told = self._cluster_status, threading.Event()
         if call is None or not nodes:
             return
-        is_teller = self.driver.is_teller() or threading.current_thread() is self.driver._thread
+        is_teller = self.driver.is_teller() or threading.current_thread() is self.driver.thread
 
         def tell() -> None:
             for node in nodes:
@@ -9956,7 +9967,7 @@ class JobCluster(OldCluster):
         self._pending = 0                                    # jobs that have not ended or whose callback has not returned
         self._count = 0                                      # jobs submitted
         self._waiters = 0                                    # callbacks that are in `wait`
-        self._closed = False
+        self.closed = False
         self._counts: Dict[str, List[Any]] = {}              # node -> [peer, jobs done, seconds]
         self._chains: Dict[DispyJob, Deque[Tuple[tuple, Peer]]] = {}   # rows of jobs with provisional results, in order
         self._numbers = itertools.count(1)
@@ -10004,7 +10015,7 @@ class JobCluster(OldCluster):
         self._function = (getattr(computation, '__module__', ''),
                           getattr(computation, '__qualname__', str(computation)))
         same = [cluster for cluster in list(_clusters)
-                if cluster._function == self._function and not cluster._closed]
+                if cluster._function == self._function and not cluster.closed]
         if len(same) >= 3 and self._function not in _told_of_many:
             _told_of_many.add(self._function)
             logger.warning('%s: %d clusters of this function are open, and each has processes of '
@@ -10193,7 +10204,7 @@ class JobCluster(OldCluster):
         job = DispyJob(self.comp, payload, options, number) if self.journal is None \
             else KeptJob(self.comp, payload, options, number, words_of(args, kwargs))
         with self._lock:
-            if self._closed or self.driver.broken:
+            if self.closed or self.driver.broken:
                 raise RuntimeError('submit: %s' % (self.driver.broken or 'the cluster was closed'))
             if self.journal is not None and isinstance(job, KeptJob):
                 self.journal.submitted(job)
@@ -10328,7 +10339,7 @@ class JobCluster(OldCluster):
         """Cancel a job if it has not begun; whether it never will. Waits for the answer of its node
         for WITHDRAW_TIME; then the job goes on. Any thread; without answer in the driver's."""
         driver = self.driver
-        if job.status in ENDED or driver.broken or threading.current_thread() is driver._thread:
+        if job.status in ENDED or driver.broken or threading.current_thread() is driver.thread:
             return job.status == DispyJob.Cancelled
         try:
             future = driver.ask(lambda: driver.cancels.withdraw(job))
@@ -10386,7 +10397,7 @@ class JobCluster(OldCluster):
         timeout, n = _seconds('timeout', timeout), _in_range('n', n, 1, 0, 1 << 31, True)
         until = None if timeout is None else time.monotonic() + timeout
         while True:
-            if self._closed:
+            if self.closed:
                 raise RuntimeError('wait_nodes: the cluster was closed')
             if sum(node.state == 'ready' for node in self.status().nodes) >= n:
                 return
@@ -10413,11 +10424,11 @@ class JobCluster(OldCluster):
             counts = {name: list(count) for name, count in self._counts.items()}
             pending = self._pending
         found: List[NodeRow] = []
-        if not self._closed:
+        if not self.closed:
             try:
                 found = self._rows()
             except RuntimeError:
-                if not self._closed:   # otherwise it was closed meanwhile
+                if not self.closed:   # otherwise it was closed meanwhile
                     raise
         nodes: List[DispyNode] = []
         seen = set()
@@ -10433,7 +10444,7 @@ class JobCluster(OldCluster):
 
     def _command(self, name: str, *args: Any) -> Any:
         """Ask whoever has the nodes: the driver."""
-        if self._closed:
+        if self.closed:
             raise RuntimeError('the cluster was closed')
         return self.driver.ask(lambda: self.driver.queries.command(self.comp, name, *args))
 
@@ -10567,14 +10578,14 @@ class JobCluster(OldCluster):
         return self._close(timeout, terminate, shutdown=True)
 
     def _close(self, timeout: Optional[float], terminate: bool, shutdown: bool = False) -> bool:
-        if not terminate and not self._closed:
+        if not terminate and not self.closed:
             self._look_at_modules(0.0)
             if not self.wait(timeout):
                 return False
         with self._lock:
-            if self._closed:
+            if self.closed:
                 return True
-            self._closed = True
+            self.closed = True
         _clusters.discard(self)
         self._leave(shutdown)
         self._tell_failures()
@@ -10601,7 +10612,7 @@ class JobCluster(OldCluster):
             self._trail.close()
         if self.journal is not None:
             self.journal.close(remove=True)
-        if threading.current_thread() is not driver._thread:
+        if threading.current_thread() is not driver.thread:
             driver.release()
 
     def _rows_at_end(self) -> List[NodeRow]:
@@ -10622,7 +10633,7 @@ class JobCluster(OldCluster):
         """In a forked child: its jobs and its journal are the parent's, and nobody here may wait for them."""
         self._lock = threading.Lock()   # a thread that is not here may hold the old one
         self._changed = threading.Condition(self._lock)
-        self._closed, self._pending, self.journal = True, 0, None
+        self.closed, self._pending, self.journal = True, 0, None
         if self._trail is not None:
             self._trail.after_fork()
 
@@ -10633,21 +10644,37 @@ class JobCluster(OldCluster):
         """Waits for the jobs; leaving by an exception cancels them."""
         self.close(terminate=kind is not None)
 
+    def jobs_counted(self) -> Tuple[int, int, int, int]:
+        """How many jobs were submitted, have ended as they should, have failed, were cancelled. Any
+        thread."""
+        with self._lock:
+            return self._count_jobs()
+
+    def _count_jobs(self) -> Tuple[int, int, int, int]:
+        """The same, with the lock held."""
+        ends = self._unfinished
+        failed = sum(ends.get(int(state), 0) for state in (*FAILED, JobState.FINISHED))   # programs
+        return self._count, self._finished, failed, ends.get(DispyJob.Cancelled, 0)
+
+    def jobs_at_nodes(self) -> Dict[str, Tuple[Any, int, float]]:
+        """ADDRESS:NAME -> the node, the jobs that have ended there, the seconds that they ran. Any
+        thread."""
+        with self._lock:
+            return {name: (peer, done, seconds) for name, (peer, done, seconds) in self._counts.items()}
+
     def _counted(self) -> Counts:
         """Its jobs by state. Any thread."""
         with self._lock:
             owed = list(self._owed)
-            done, ends, submitted = self._finished, dict(self._unfinished), self._count
-        failed = sum(ends.get(int(state), 0) for state in (*FAILED, JobState.FINISHED))   # programs
-        cancelled = ends.get(DispyJob.Cancelled, 0)
+            submitted, done, failed, cancelled = self._count_jobs()
         waiting = sum(job.status == DispyJob.Created for job in owed)
         running = max(0, submitted - done - failed - cancelled - waiting)
         return Counts(done, failed, cancelled, running, waiting)
 
     def _nodes_in_words(self) -> str:
         """Its nodes, as far as that can be told at once."""
-        if self._closed or threading.current_thread() is self.driver._thread:
-            return 'closed' if self._closed else 'open'
+        if self.closed or threading.current_thread() is self.driver.thread:
+            return 'closed' if self.closed else 'open'
         try:
             return nodes_text(self.status().nodes)
         except RuntimeError:   # it has been closed meanwhile, or the driver has failed
@@ -10662,16 +10689,16 @@ class JobCluster(OldCluster):
     def _repr_html_(self) -> str:
         """For notebooks: state, progress, counts, nodes, and a link to the web page, if any."""
         nodes = self.status().nodes
-        state = 'closed' if self._closed else nodes_text(nodes)
+        state = 'closed' if self.closed else nodes_text(nodes)
         page = next((monitor.page for monitor in self._monitors if monitor.page), '')
         title = '%s %s' % (type(self).__name__, self.name)
-        return html_of_cluster(title, state, self._counted(), nodes, '' if self._closed else page)
+        return html_of_cluster(title, state, self._counted(), nodes, '' if self.closed else page)
 
     # -- called by the driver: nodes ------------------------------------------------------------------------
 
     def is_idle(self) -> bool:
         """Whether it has no jobs, and is not closed."""
-        return not self._pending and not self._closed and self._recovery is None
+        return not self._pending and not self.closed and self._recovery is None
 
     def is_replaced(self, others: Iterable[NodeUser]) -> bool:
         """Whether a cluster of the same function was made later."""
@@ -11079,7 +11106,7 @@ class SharedJobCluster(JobCluster):
 
     def _command(self, name: str, *args: Any) -> Any:
         """Ask the scheduler's driver."""
-        if self._closed:
+        if self.closed:
             raise RuntimeError('the cluster was closed')
         if name == 'allocate':
             args = (self._plain(args[0]),)
@@ -11099,7 +11126,7 @@ class SharedJobCluster(JobCluster):
                 future = self.driver.ask(lambda: self.driver.calls.call(self.comp, name, *args))
                 return answer_of(future, CALL_TIME)
             except ConnectionError:
-                if self._closed or time.monotonic() >= until:
+                if self.closed or time.monotonic() >= until:
                     raise RuntimeError('the scheduler %s is not connected' % self._scheduler.host) from None
                 time.sleep(0.05)
 
@@ -11153,7 +11180,7 @@ class SharedJobCluster(JobCluster):
     def _nodes_in_words(self) -> str:
         """The scheduler is not asked: that may take as long as it likes."""
         host, port = self._scheduler[:2]
-        return 'closed' if self._closed else 'scheduler %s' % place(host, port)
+        return 'closed' if self.closed else 'scheduler %s' % place(host, port)
 
     # -- told by the scheduler --------------------------------------------------------------------------------
 
@@ -11561,7 +11588,7 @@ class _ExecutorClusters:
         if _ending:
             raise RuntimeError('cannot schedule new futures after interpreter shutdown: '
                                'the program ends')
-        if self._closed or cluster._closed:
+        if self._closed or cluster.closed:
             raise RuntimeError('cannot schedule new futures after shutdown: '
                                'the executor was closed')
         if cluster._unusable:
@@ -11571,9 +11598,9 @@ class _ExecutorClusters:
     def _renewed(self, old: JobCluster) -> JobCluster:
         """The file of a module has changed: later calls run its new text, in new workers."""
         with self._lock:
-            if self.cluster is old and not old._closed and not self._closed:
+            if self.cluster is old and not old.closed and not self._closed:
                 self.cluster = self._make_cluster()
-                open_ones = [cluster for cluster in self._clusters if not cluster._closed]
+                open_ones = [cluster for cluster in self._clusters if not cluster.closed]
                 self._clusters[:] = [*open_ones, self.cluster]
                 _close_later([old])
             return self.cluster
@@ -11585,7 +11612,7 @@ class _ExecutorClusters:
             clusters = list(self._clusters)
         self._end.detach()
         for cluster in clusters if cancel else ():
-            if not cluster._closed:
+            if not cluster.closed:
                 cluster._cancel_waiting(True)
         if not wait:
             _close_later(clusters)
@@ -11832,7 +11859,7 @@ def _wait_for_executors() -> None:
     calling = [cluster for cluster in _clusters if cluster._job_status is _settle_future]
     for cluster in calling:
         try:
-            while left > 0 and not cluster._closed and not cluster.wait(0.5):
+            while left > 0 and not cluster.closed and not cluster.wait(0.5):
                 if not any(node.state == 'ready' for node in cluster.status().nodes):
                     left -= 0.5
         except KeyboardInterrupt:
@@ -11901,7 +11928,7 @@ class _KeptCluster:
     @property
     def is_open(self) -> bool:
         """Whether it can be used: it may have been closed, or be of the parent of a forked process."""
-        return not self.cluster._closed and not self.cluster.driver.broken
+        return not self.cluster.closed and not self.cluster.driver.broken
 
 
 class JoblibClusters:
@@ -12088,7 +12115,7 @@ class JoblibRun:
             call.job = self._cluster.submit_job_id(call, function)  # type: ignore[union-attr]
         except Exception as exc:  # of the user's objects, which cannot be pickled; or the cluster has been closed
             error: Exception = exc
-            if not self._cluster._closed and not self._cluster.driver.broken:  # type: ignore[union-attr]
+            if not self._cluster.closed and not self._cluster.driver.broken:  # type: ignore[union-attr]
                 error = pickle.PicklingError('a call cannot be pickled: %s' % exc)
                 error.__cause__ = exc
             call.fail(error)
@@ -12257,7 +12284,7 @@ def _at_exit() -> None:
 def _may_stay(cluster: JobCluster) -> bool:
     """Whether a cluster has something on nodes that can be collected after the end of this
     program."""
-    if cluster._trail is None or not cluster._trail.path or cluster._closed:
+    if cluster._trail is None or not cluster._trail.path or cluster.closed:
         return False
     try:
         return bool(cluster.driver.ask(cluster._left_behind))
@@ -12282,7 +12309,7 @@ def _stay_behind(clusters: List[JobCluster]) -> None:
             while not driver.ask(driver.has_sent) and time.monotonic() < until:
                 time.sleep(0.01)
             driver.ask(driver.stop)
-            driver._thread.join(CALL_TIME)
+            driver.thread.join(CALL_TIME)
     nodes: Dict[Any, int] = collections.Counter()
     for cluster in clusters:
         nodes.update(cluster._left_behind())

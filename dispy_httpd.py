@@ -469,7 +469,7 @@ class ClusterSource:
         for watched in self.watched():
             rows: List[dict] = []
             counts: Dict[str, int] = {}
-            closed = watched.cluster._closed
+            closed = watched.cluster.closed
             if not closed:
                 try:
                     watched.refresh()
@@ -498,8 +498,7 @@ class ClusterSource:
         if closed:
             watched.ended, counts = watched.ended or now, counts_of(cluster)
         ready = [row for row in rows if row['state'] == 'ready']
-        with cluster._lock:
-            seconds = sum(count[2] for count in cluster._counts.values())
+        seconds = sum(count[2] for count in cluster.jobs_at_nodes().values())
         return cluster_row(dict(counts, number=watched.number, name=cluster.name, program='', running=sum(row['running'] for row in rows),
                                 used=sum(row['used'] for row in rows), cpus=sum(row['cpus'] for row in ready), nodes=len(ready),
                                 elapsed=(watched.ended or now) - cluster._started, job_seconds=seconds), watched.history, closed)
@@ -508,8 +507,7 @@ class ClusterSource:
         """Rows of one cluster's nodes into those of all."""
         cluster = watched.cluster
         prefix = '%d.' % (self._drivers.index(cluster.driver) + 1)
-        with cluster._lock:
-            counts = {name: tuple(count) for name, count in cluster._counts.items()}
+        counts = cluster.jobs_at_nodes()
         for row in rows:
             key = row.pop('key')
             name = prefix + key_text(key)
@@ -545,7 +543,7 @@ class ClusterSource:
         for watched in self.watched():
             cluster = watched.cluster
             prefix = '%d.' % (self._drivers.index(cluster.driver) + 1)
-            if number not in (None, watched.number) or not node.startswith(prefix) or cluster._closed:
+            if number not in (None, watched.number) or not node.startswith(prefix) or cluster.closed:
                 continue
             for peer in cluster.driver.ask(watched.nodes):
                 if prefix + key_text(peer.key) == node:
@@ -675,32 +673,21 @@ def chosen_jobs(jobs: Any) -> Optional[List[int]]:
 
 def counts_of(cluster: Any) -> Dict[str, int]:
     """Jobs of a cluster, but for those that have not ended. Any thread."""
-    with cluster._lock:
-        ends = cluster._unfinished
-        # Finished: programs with an exit status other than 0
-        failed = (DispyJob.Terminated, DispyJob.Abandoned, DispyJob.Finished)
-        return {'submitted': cluster._count, 'done': cluster._finished, 'cancelled': ends.get(DispyJob.Cancelled, 0),
-                'failed': sum(ends.get(status, 0) for status in failed)}
+    submitted, done, failed, cancelled = cluster.jobs_counted()
+    return {'submitted': submitted, 'done': done, 'cancelled': cancelled, 'failed': failed}
 
 
 _STATE_ORDER = ['ready', 'draining', 'drained', 'setting up', 'asking', 'connected', 'dialling', 'waiting', 'found', 'refused', 'lost', 'closed']
 
 
 class NodeSurvey(dispy.Survey):
-    """A look at nodes that goes on, with what a source reads of a cluster. Their lease stays whose it is."""
-    _monitors = ()
-    _closed = False
-    _count = _finished = _pending = 0
+    """A look at nodes that goes on, for a source. Their lease stays whose it is."""
     name = 'nodes'
-
-    def __init__(self, nodes: Any, **options: Any) -> None:
-        self._lock, self._counts, self._unfinished = threading.Lock(), {}, {}  # type: threading.Lock, Dict[str, list], Dict[int, int]
-        super().__init__(nodes, **options)
 
     def close(self) -> None:
         """Let the nodes go. May be called twice."""
-        if not self._closed:
-            self._closed = True
+        if not self.closed:
+            self.closed = True
             with contextlib.suppress(RuntimeError):   # the driver has failed
                 super().close()
 

@@ -348,7 +348,7 @@ class State(Database):
         large = size_of(payload) >= LARGE
         if large:
             self._large[number, 'p'] = pieces_of(payload)
-        self.note(self.INSERT, number, self._comps[work._comp], work._client, None if large else b''.join(pieces_of(payload)),
+        self.note(self.INSERT, number, self._comps[work._comp], work.client_serial, None if large else b''.join(pieces_of(payload)),
                   pickle.dumps(work._options) if work._options else None)
 
     def payload(self, number: int) -> Any:
@@ -607,11 +607,11 @@ _OUTCOMES = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome
 
 class RemoteWork(Work):
     """A job of a program."""
-    __slots__ = ('_client', '_size')   # the serial that the program knows it by; bytes of its arguments
+    __slots__ = ('client_serial', 'size')   # the serial that the program knows it by; bytes of its arguments
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict], serial: int, client: int) -> None:
         super().__init__(comp, payload, options)
-        self._serial, self._client, self._size = serial, client, 0
+        self._serial, self.client_serial, self.size = serial, client, 0
 
     @property
     def values(self) -> tuple:
@@ -905,18 +905,18 @@ class Remote(NodeUser):
         scheduler.state.sent(works, peer.key)
         link = scheduler.links.get(self.link)
         if link is not None:
-            scheduler.say(link, Where(self.comp, (peer.ip_addr, peer.port, peer.name), [work._client for work in works]))
+            scheduler.say(link, Where(self.comp, (peer.ip_addr, peer.port, peer.name), [work.client_serial for work in works]))
         if unread:
             scheduler.decide(NodeResults(peer.key, self.comp, unread))
 
     def jobs_started(self, peer: Peer, pairs: Sequence[Tuple[Any, float]]) -> None:
         """The program is told."""
-        self.say(Started(self.comp, [(work._client, ran) for work, ran in pairs]))
+        self.say(Started(self.comp, [(work.client_serial, ran) for work, ran in pairs]))
 
     def jobs_ended(self, peer: Peer, pairs: List[Tuple[Any, tuple]]) -> None:
         """They go to the disk and to the program."""
         for work, row in pairs:
-            row = (work._client, *row[1:])
+            row = (work.client_serial, *row[1:])
             if row[1] not in GOES_ON:
                 self._scheduler.program_jobs.end(self, work, row, peer.key)
             else:
@@ -937,14 +937,14 @@ class Remote(NodeUser):
         self._end(work, Outcome.DIED, text)
 
     def _end(self, work: Any, outcome: Outcome, text: str) -> None:
-        row = (work._client, int(outcome), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b'')
+        row = (work.client_serial, int(outcome), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b'')
         self._scheduler.program_jobs.end(self, work, row)
 
     def job_waits(self, work: Any) -> None:
         """The program is told."""
         self.files.pop(work._serial, None)
         self._scheduler.state.waits(work)
-        self.say(Where(self.comp, (), [work._client]))
+        self.say(Where(self.comp, (), [work.client_serial]))
 
     def job_parked(self, work: Any, text: str) -> None:
         """The program is told."""
@@ -954,13 +954,13 @@ class Remote(NodeUser):
         """The program, which wanted to know whether it has begun, is told."""
         self.absence.dropping.discard(work)
         if work._state in (JobState.RUNNING, JobState.PROVISIONAL):
-            self.say(Started(work._comp, [(work._client, self._scheduler.schedule.ran(work))]))
+            self.say(Started(work._comp, [(work.client_serial, self._scheduler.schedule.ran(work))]))
 
     def output(self, peer: Peer, work: Any, message: Output) -> None:
         """It is passed on as it came."""
         if message.stream == 0:
             log_record_of(message.data)   # raises PeerError
-        self.say(message._replace(serial=work._client, data=beside(message.data)))
+        self.say(message._replace(serial=work.client_serial, data=beside(message.data)))
 
     def file_piece(self, peer: Peer, work: Any, message: FilePiece) -> None:
         """It is passed on to the program."""
@@ -969,7 +969,7 @@ class Remote(NodeUser):
         if message.key not in self.files:
             return   # it was answered already: what is left of it is passed over
         if self.link in self._scheduler.links and self.files[message.key][0] == self.link:
-            self.say(message._replace(key=work._client, data=beside(message.data)))
+            self.say(message._replace(key=work.client_serial, data=beside(message.data)))
         else:
             del self.files[message.key]
             text = 'the client is not connected'
@@ -1143,7 +1143,7 @@ class Overview:
             text = unpack_error(payload)[0] if outcome == Outcome.RAISED and len(payload) >= 4 else payload.decode('utf-8', 'replace')
             self._failed += 1
             self._failures.append((
-                self._failed, row[3] or time.time(), remote.number, work._client >> 16, _shown(work._payload),
+                self._failed, row[3] or time.time(), remote.number, work.client_serial >> 16, _shown(work._payload),
                 int(_STATE_OF.get(outcome, JobState.TERMINATED)), str(peer) if peer is not None else '', text[-FAILURE_TEXT:]))
 
     def over(self, remote: Remote) -> None:
@@ -1273,7 +1273,7 @@ class Overview:
             there = set(running.get(remote.comp, ()))
             for serial, work in itertools.islice(flight.items(), PAGE - len(rows)):
                 is_on = serial in there or serial in runs
-                rows.append((remote.number, work._client, is_on, runs.get(serial)))  # type: ignore[attr-defined]
+                rows.append((remote.number, work.client_serial, is_on, runs.get(serial)))  # type: ignore[attr-defined]
         return rows
 
     def _arguments(self, jobs: list) -> list:
@@ -1301,7 +1301,7 @@ class Overview:
         """Jobs on a node, a list of them or None: all."""
         comp, node = self._remote(number).comp, self._scheduler.schedule.nodes.get(self._peer(key).key)
         there = list(node.flight.get(comp, {}).values()) if node is not None else []
-        return self._cancel_works([work for work in there if jobs is None or work._client in jobs])  # type: ignore[attr-defined]
+        return self._cancel_works([work for work in there if jobs is None or work.client_serial in jobs])  # type: ignore[attr-defined]
 
     def _cancel_waiting(self, number: int) -> int:
         """Jobs that have not begun, also those that wait on nodes."""
@@ -1362,19 +1362,19 @@ class Quota:
 
     def add(self, remote: Remote, work: RemoteWork, size: int) -> None:
         """A job was taken."""
-        work._size = OBJECT + size
-        self._queued[remote.instance] += work._size
+        work.size = OBJECT + size
+        self._queued[remote.instance] += work.size
 
     def remove(self, remote: Remote, work: RemoteWork) -> None:
         """It has ended, or its computation has."""
-        self._queued[remote.instance] -= work._size
-        work._size = 0
+        self._queued[remote.instance] -= work.size
+        work.size = 0
         if not self._queued[remote.instance]:
             del self._queued[remote.instance]
 
     def moved(self, remote: Remote, instance: bytes) -> None:
         """Another process of the program has taken over."""
-        size = sum(work._size for work in remote.works.values())
+        size = sum(work.size for work in remote.works.values())
         self._queued[remote.instance] -= size
         self._queued[instance] += size
 
@@ -2114,7 +2114,7 @@ class ProgramJobs:
     def end(self, remote: Remote, work: RemoteWork, row: tuple, node: Any = None) -> None:
         """A job has ended with this row of Results, `node` is where, if it was on one."""
         number = work._serial >> 16
-        if remote.works.pop(work._client, None) is None:
+        if remote.works.pop(work.client_serial, None) is None:
             return
         self._scheduler.overview.ended(remote, work, row, node)
         self._scheduler.quota.remove(remote, work)
@@ -2126,17 +2126,17 @@ class ProgramJobs:
         if remote.exclusive and not remote.works:
             self._scheduler.sharing.look_again()
         self._scheduler.state.ended(number, row)
-        remote.ended[work._client] = number
+        remote.ended[work.client_serial] = number
         remote.outbox.append(row)
 
     def drop(self, remote: Remote, work: RemoteWork) -> None:
         """One of these jobs has been cancelled."""
         number = work._serial >> 16
-        if remote.works.pop(work._client, None) is None:
+        if remote.works.pop(work.client_serial, None) is None:
             return
         self._scheduler.quota.remove(remote, work)
         remote.values.release(work)
-        remote.absence.dropped[work._client] = number
+        remote.absence.dropped[work.client_serial] = number
         remote.ends[2] += 1
         if work._payload is not None:
             self._kept -= OBJECT + len(work._payload)
@@ -2157,11 +2157,11 @@ class ProgramJobs:
         self.send_ended(remote, list(remote.ended.values()))
         known = self._scheduler.schedule.comps.get(remote.comp)
         for node in known.nodes.values() if known is not None else ():
-            serials = [work._client for work in node.flight[remote.comp].values()]  # type: ignore[attr-defined]
+            serials = [work.client_serial for work in node.flight[remote.comp].values()]  # type: ignore[attr-defined]
             peer = self._scheduler.nodes.by_key.get(node.key)
             if serials and peer is not None:
                 self._scheduler.say(self._scheduler.links[remote.link], Where(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
-            rows = [(node.flight[remote.comp][serial]._client, self._scheduler.now - since)  # type: ignore[attr-defined]
+            rows = [(node.flight[remote.comp][serial].client_serial, self._scheduler.now - since)  # type: ignore[attr-defined]
                     for serial, since in node.begun[remote.comp].items()]
             if rows:
                 self._scheduler.say(self._scheduler.links[remote.link], Started(remote.comp, rows))
@@ -2239,7 +2239,7 @@ class ProgramCalls:
             rows = self._scheduler.queries.rows_of(comp)[first:first + min(count, NODES_PAGE)]
             answer([tuple(row._replace(reason=shorten(row.reason, REASON_MOST))) for row in rows])
         elif name == 'jobs':
-            answer([work._client for work in self._scheduler.queries.jobs_at(comp, *args).values()])
+            answer([work.client_serial for work in self._scheduler.queries.jobs_at(comp, *args).values()])
         elif name == 'allocate':
             self._scheduler.selection.allocate(comp, specs_of(args[0]))
             answer(None)
@@ -2263,7 +2263,7 @@ class ProgramCalls:
                     answer(done.result())
                 else:
                     running = {serial for serial, _ in done.result().running}
-                    answer([work._client for serial, work in self._scheduler.queries.jobs_at(comp, args[0]).items() if serial in running])
+                    answer([work.client_serial for serial, work in self._scheduler.queries.jobs_at(comp, args[0]).items() if serial in running])
             future.add_done_callback(answered)
         elif name in ('find', 'seat', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
             answer(self._scheduler.queries.command(comp, name, *args))

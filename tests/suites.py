@@ -136,9 +136,9 @@ class Ended:
 
     def join(self, timeout=60):
         until = time.monotonic() + timeout
-        while not self.cluster._closed and time.monotonic() < until:
+        while not self.cluster.closed and time.monotonic() < until:
             time.sleep(0.01)
-        assert self.cluster._closed
+        assert self.cluster.closed
 
     join_thread = join
 
@@ -258,7 +258,7 @@ class Flags:
     def __init__(self, cluster):
         self.cluster = cluster
 
-    shutdown = property(lambda self: self.cluster._closed)
+    shutdown = property(lambda self: self.cluster.closed)
 
     def note(self, future):
         if not future.cancelled() and isinstance(future.exception(), dispy.WorkerLost):

@@ -33,7 +33,7 @@ def submit(state, payload=b'arguments', comp='c', options=None):
 
 
 def end(state, work, value=b'result'):
-    row = (work._client, int(Outcome.RETURNED), 1.0, 2.0, value, b'', b'')
+    row = (work.client_serial, int(Outcome.RETURNED), 1.0, 2.0, value, b'', b'')
     state.ended(work._serial >> 16, row)
     return row
 

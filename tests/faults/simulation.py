@@ -696,7 +696,7 @@ class Session:
         assert handle is job.handle
         self.world.ended(job, handle.status)
         self.recent.append(job)
-        if self.left and self.world.rng.random() < 0.1 and not self.cluster._closed:
+        if self.left and self.world.rng.random() < 0.1 and not self.cluster.closed:
             self.submit_one()
 
     def close(self):
@@ -1003,7 +1003,7 @@ class World:
         for comp in schedule.comps.values():
             flying = len(comp.running)
             session = driver.session
-            if comp.comp != session.cluster.comp or session.cluster._closed:
+            if comp.comp != session.cluster.comp or session.cluster.closed:
                 continue
             recovering = len(session.cluster._recovery._jobs) if session.cluster._recovery is not None else 0
             known = comp.length() + len(comp.parked) + flying + recovering + len(driver.jobs.submitted) + sum(
