@@ -5591,7 +5591,7 @@ class Allocation(NamedTuple):
     paths: Dict[str, str]
 
 
-def ask_allocator(allocator: NodeAllocate, cluster: 'JobCluster', peer: Union['Peer', 'NodeRow']) -> Allocation:
+def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['Peer', 'NodeRow']) -> Allocation:
     """Runs the user's code; raises what that raises, TypeError for what is no number."""
     available = DispyNodeAvailInfo(*map(peer.facts.get('available', {}).get, DispyNodeAvailInfo._fields))
     cpus = allocator.allocate(cluster, peer.ip_addr, peer.name, peer.offered, avail_info=available, platform=peer.facts.get('platform', ''))
@@ -9645,6 +9645,177 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
         process.wait()
 
 
+class ProgramCluster(NodeUser):
+    """A cluster of this program, as far as its driver has to do with it and no lock is needed: how
+    nodes are set up for it, how jobs go there, and what they print. JobCluster adds the rest."""
+    cargo: Cargo
+    directory: str               # files that jobs send come below it
+    driver: 'Driver'
+    _bundles: ModuleBundles
+    _cluster_status: Any
+    _on_output: Any
+    _monitors: Tuple[Monitor, ...] = ()   # replaced as a whole
+    _shown: Dict[DispyJob, List[int]]     # bytes of stdout and stderr shown live
+    _told_of_files = False                # that jobs leave behind
+
+    def node_changed(self, status: int, peer: Peer) -> None:
+        """The user is told; a scheduler tells of its nodes itself."""
+        if not peer.scheduler:
+            self.tell(status, peer, None)
+
+    def tell(self, status: int, peer: Union[Peer, NodeRow, None], job: Optional[DispyJob]) -> None:
+        """Call cluster_status for a change of a node or a job."""
+        if self._cluster_status is None:
+            return
+        node = None
+        if isinstance(peer, NodeRow):
+            node = describe_node(peer, peer.state, peer.reason, peer.cpus, peer.busy)
+        elif peer is not None:
+            state = 'closed' if status == DispyNode.Closed else 'ready'
+            known = self.comp in peer.uses
+            node = describe_node(peer, state, peer.reason, peer.limit(self.comp) if known else 0, 0)
+        self.driver.tellers.run(self._cluster_status, status, node, job)
+
+    def ask_allocator(self, allocator: NodeAllocate, peer: Peer, link: Link) -> None:
+        """It is the user's code, so an opener calls it."""
+        self.driver.openers.run(self._allocate, allocator, peer, link)
+
+    def _allocate(self, allocator: NodeAllocate, peer: Peer, link: Link) -> None:
+        """Ask the user's allocator. An opener."""
+        try:
+            allocation, error = ask_allocator(allocator, self, peer), ''
+        except Exception as exc:  # the user's allocate()
+            allocation, error = Allocation(0, b'', [], {}), describe_exception(exc, 1)
+        self.driver.call_soon(self.driver.setup.allocated, self.comp, peer, link, allocation, error)
+
+    def ask_source(self, peer: Peer, link: Link) -> None:
+        """An opener finds out."""
+        self.driver.openers.run(self._pack_source, peer, link)
+
+    def _pack_source(self, peer: Peer, link: Link) -> None:
+        """For a node with another version of Python. An opener: files are read, and objects of the user's looked at."""
+        try:
+            source = self.cargo.source()
+        except Exception as exc:  # of those objects
+            source = b'', 'its source could not be collected: ' + describe_exception(exc, 1)
+        self.driver.call_soon(self.driver.setup.source_found, self, peer, link, source)
+
+    def support_for(self, peer: Peer) -> Dict[str, bytes]:
+        """cloudpickle, if the node does not have the same; a scheduler does not know who needs it."""
+        needs = self.cargo.spec['kind'] != 'program' and (peer.scheduler or peer.facts.get('cloudpickle') != cloudpickle.__version__)
+        return _support_files() if needs else {}
+
+    def modules_for(self, peer: Peer) -> Dict[str, Any]:
+        """What a node gets of the program's modules. A node that is a part of the program reads them where they are."""
+        rows = self._bundles.rows(peer.embedded)
+        if not peer.embedded:
+            return {'modules': rows}
+        return {'modules': rows, 'sys_path': [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)],
+                'argv': [word for word in sys.argv if isinstance(word, str)]}
+
+    def module_source(self, name: str) -> Any:
+        """Where a file of a module is read from: a path, a FileOfModule or its content."""
+        return self._bundles.source_of(name)
+
+    def value_source(self, digest: bytes) -> Any:
+        """The content of a value."""
+        value = shared_values.find(digest)
+        return memoryview(value.data) if value is not None else None
+
+    def asked(self, peer: Peer, message: Call) -> None:
+        """It is the user's code, so an opener finds out."""
+        self.driver.openers.run(self._find_out, peer, message)
+
+    def _find_out(self, peer: Peer, message: Call) -> None:
+        try:
+            error, value = (), self._asked(message.name, message.args)  # type: Tuple[tuple, Any]
+        except Exception as exc:  # of the user's code
+            error, value = (type(exc).__name__, describe_exception(exc, 1)), None
+        self.driver.call_soon(self.driver.say_to, peer, Return(message.comp, message.number, error, value))
+
+    def _asked(self, name: str, args: tuple) -> Any:
+        """A node or scheduler asks what only the client can tell. An opener."""
+        if name != 'modules':
+            raise PeerError('%.40r is asked of a program' % (name,))
+        embedded = not self.remote and all(peer.embedded for peer in self.driver.nodes.of(self.comp))
+        return self._bundles.more(args[0], embedded)
+
+    def add_monitor(self, monitor: Monitor) -> None:
+        """Tell a monitor of jobs from now on. What jobs print it is told by nodes that are set up
+        later."""
+        self._monitors += (monitor,)
+        self.cargo.spec['live'] = True
+
+    def remove_monitor(self, monitor: Monitor) -> None:
+        """Tell it no more."""
+        self._monitors = tuple(other for other in self._monitors if other is not monitor)
+        self.cargo.spec['live'] = bool(self._monitors) or self._on_output is not None
+
+    def send_jobs(self, peer: Peer, works: Sequence[DispyJob]) -> None:
+        """With a journal they leave when it has been noted that they do."""
+        names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
+        messages = frames(Jobs, self.comp, (job_row(work, work._payload, names) for work in works))
+        if self.journal is not None:
+            self.journal.sent(works, peer.place, peer.memory)
+            self.driver.jobs.outgoing.add(self.comp, peer, messages)
+        else:
+            for frame in messages:
+                self.driver.say(peer.link, frame)  # type: ignore[arg-type]
+
+    def job_waits(self, work: DispyJob) -> None:
+        """It is as if it had not been sent."""
+        if self.journal is not None:
+            self.journal.waits(work)
+        work.status, work.ip_addr, work.start_time = DispyJob.Created, None, None
+
+    def job_parked(self, work: DispyJob, text: str) -> None:
+        """The user is warned."""
+        logger.warning('job %r waits: %s', work.id, text)
+
+    def output(self, peer: Peer, work: DispyJob, message: Output) -> None:
+        """What a running job prints or logs."""
+        if work._state is JobState.SENT:
+            self.driver.jobs.job_started(peer, work)
+        if message.stream == 0:
+            self._show_record(work, *log_record_of(message.data))
+        elif self._on_output is not None:
+            self._shown.setdefault(work, [0, 0])[message.stream - 1] = message.offset + len(message.data)
+            self._show_output(work, message.stream, message.data)
+        if message.stream:
+            for monitor in self._monitors:
+                monitor.printed(work, message.stream, message.offset, bytes(message.data))
+
+    def _show_output(self, job: DispyJob, stream: int, data: Any) -> None:
+        if len(data) and self._on_output is not None:
+            text = bytes(data) if self.cargo.is_program else str(data, 'utf-8', 'replace')
+            self.driver.tell_later(self._on_output, job, 'stdout' if stream == 1 else 'stderr', text)
+
+    def _show_rest(self, job: Any, row: tuple) -> None:
+        """What of a job's output came with its result and has not been shown."""
+        for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
+            self._show_output(job, stream, row[4 + stream][at:])
+
+    def _show_record(self, job: DispyJob, level: int, name: str, text: str) -> None:
+        """What a job has logged; or that it has left files behind, which is said once. The driver's
+        thread."""
+        try:
+            if name != FILES_LEFT:
+                logger.log(level, 'job %s: %s: %s', job.id, name, text,
+                           extra={'job_id': job.id, 'job_logger': name})
+            elif not self._told_of_files:
+                self._told_of_files = True
+                logger.warning('%s: job %r has left a file in its directory: %s. What a program leaves '
+                               'there does not come back, and is removed when the cluster is closed. '
+                               'Call the program in a function, by subprocess, which then calls '
+                               'dispy_send_file(name)', self.name, job.id, text)
+        except Exception:  # a handler of the user's; the link is not to blame
+            logger.exception('a handler of logging has failed')
+
+    def file_piece(self, peer: Peer, work: DispyJob, message: FilePiece) -> None:
+        """It comes below the directory in which the program made the cluster."""
+        self.driver.files.store(peer, self.directory, message)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Scripts for dispy 4: what they give, read and call that nothing else here needs
 # ---------------------------------------------------------------------------------------------------------
@@ -9755,14 +9926,12 @@ def plain_dest_path(path: Any) -> Optional[str]:
     return plain_text(path)
 
 
-class OldCluster(NodeUser):
+class OldCluster(ProgramCluster):
     """Attributes that clusters have in dispy 4, and what is told at the end of one."""
     _started: float
     _given: Dict[str, Any]
     _counts: Dict[str, List[Any]]
     _job_status: Any
-    _cluster_status: Any
-    driver: Any
     _all_ended: Optional[float] = None    # when the last job had ended
 
     @property
@@ -9888,9 +10057,6 @@ class JobCluster(OldCluster):
     pickling the computation raises. It starts nothing then. A context manager: see `close`, which it calls at the end.
     """
 
-    cargo: Cargo
-    directory: str
-    _told_of_files = False   # that jobs leave behind; the driver's thread
     _function: Optional[Tuple[str, str]] = None   # of the computation, by name
     _unusable = ''    # why an executor can run nothing any more
 
@@ -9974,7 +10140,6 @@ class JobCluster(OldCluster):
         self._finished = 0                                   # jobs that have ended as they should
         # Status -> jobs that have not; Finished: programs, by their exit status
         self._unfinished: Dict[int, int] = {}
-        self._monitors: Tuple[Monitor, ...] = ()             # replaced as a whole
         self._started = time.time()
         self.directory = os.getcwd()                        # files that jobs send come below it
         self._failures = Failures(self.directory, self.cargo.paths,
@@ -10050,24 +10215,6 @@ class JobCluster(OldCluster):
             self._told_of_change = True
             logger.warning('%s: the file of module %s has changed; this cluster keeps the text that it began with. '
                            'Make a new cluster to run the new one', self.name, ', '.join(changed))
-
-    def asked(self, peer: Peer, message: Call) -> None:
-        """It is the user's code, so an opener finds out."""
-        self.driver.openers.run(self._find_out, peer, message)
-
-    def _find_out(self, peer: Peer, message: Call) -> None:
-        try:
-            error, value = (), self._asked(message.name, message.args)  # type: Tuple[tuple, Any]
-        except Exception as exc:  # of the user's code
-            error, value = (type(exc).__name__, describe_exception(exc, 1)), None
-        self.driver.call_soon(self.driver.say_to, peer, Return(message.comp, message.number, error, value))
-
-    def _asked(self, name: str, args: tuple) -> Any:
-        """A node or scheduler asks what only the client can tell. An opener."""
-        if name != 'modules':
-            raise PeerError('%.40r is asked of a program' % (name,))
-        embedded = not self.remote and all(peer.embedded for peer in self.driver.nodes.of(self.comp))
-        return self._bundles.more(args[0], embedded)
 
     def _carry_on(self, journal: Journal, rows: List[tuple]) -> None:
         """Take over what is in the journal from a program that has crashed: rows of `Journal.known`."""
@@ -10543,22 +10690,6 @@ class JobCluster(OldCluster):
 
     stats = print_status
 
-    def _show_record(self, job: DispyJob, level: int, name: str, text: str) -> None:
-        """What a job has logged; or that it has left files behind, which is said once. The driver's
-        thread."""
-        try:
-            if name != FILES_LEFT:
-                logger.log(level, 'job %s: %s: %s', job.id, name, text,
-                           extra={'job_id': job.id, 'job_logger': name})
-            elif not self._told_of_files:
-                self._told_of_files = True
-                logger.warning('%s: job %r has left a file in its directory: %s. What a program leaves '
-                               'there does not come back, and is removed when the cluster is closed. '
-                               'Call the program in a function, by subprocess, which then calls '
-                               'dispy_send_file(name)', self.name, job.id, text)
-        except Exception:  # a handler of the user's; the link is not to blame
-            logger.exception('a handler of logging has failed')
-
     def _tell_failures(self) -> None:
         """Jobs have failed, and the program has not looked at any reason: that is said once."""
         text = self._failures.take(self._count)
@@ -10721,93 +10852,7 @@ class JobCluster(OldCluster):
             node = describe_node(row, row.state, row.reason, row.cpus, row.busy)
             self.driver.tell_later(self._cluster_status, status, node, None)
 
-    def node_changed(self, status: int, peer: Peer) -> None:
-        """The user is told; a scheduler tells of its nodes itself."""
-        if not peer.scheduler:
-            self.tell(status, peer, None)
-
-    def tell(self, status: int, peer: Union[Peer, NodeRow, None], job: Optional[DispyJob]) -> None:
-        """Call cluster_status for a change of a node or a job."""
-        if self._cluster_status is None:
-            return
-        node = None
-        if isinstance(peer, NodeRow):
-            node = describe_node(peer, peer.state, peer.reason, peer.cpus, peer.busy)
-        elif peer is not None:
-            state = 'closed' if status == DispyNode.Closed else 'ready'
-            known = self.comp in peer.uses
-            node = describe_node(peer, state, peer.reason, peer.limit(self.comp) if known else 0, 0)
-        self.driver.tellers.run(self._cluster_status, status, node, job)
-
-    def ask_allocator(self, allocator: NodeAllocate, peer: Peer, link: Link) -> None:
-        """It is the user's code, so an opener calls it."""
-        self.driver.openers.run(self._allocate, allocator, peer, link)
-
-    def _allocate(self, allocator: NodeAllocate, peer: Peer, link: Link) -> None:
-        """Ask the user's allocator. An opener."""
-        try:
-            allocation, error = ask_allocator(allocator, self, peer), ''
-        except Exception as exc:  # the user's allocate()
-            allocation, error = Allocation(0, b'', [], {}), describe_exception(exc, 1)
-        self.driver.call_soon(self.driver.setup.allocated, self.comp, peer, link, allocation, error)
-
-    def ask_source(self, peer: Peer, link: Link) -> None:
-        """An opener finds out."""
-        self.driver.openers.run(self._pack_source, peer, link)
-
-    def _pack_source(self, peer: Peer, link: Link) -> None:
-        """For a node with another version of Python. An opener: files are read, and objects of the user's looked at."""
-        try:
-            source = self.cargo.source()
-        except Exception as exc:  # of those objects
-            source = b'', 'its source could not be collected: ' + describe_exception(exc, 1)
-        self.driver.call_soon(self.driver.setup.source_found, self, peer, link, source)
-
-    def support_for(self, peer: Peer) -> Dict[str, bytes]:
-        """cloudpickle, if the node does not have the same; a scheduler does not know who needs it."""
-        needs = self.cargo.spec['kind'] != 'program' and (peer.scheduler or peer.facts.get('cloudpickle') != cloudpickle.__version__)
-        return _support_files() if needs else {}
-
-    def modules_for(self, peer: Peer) -> Dict[str, Any]:
-        """What a node gets of the program's modules. A node that is a part of the program reads them where they are."""
-        rows = self._bundles.rows(peer.embedded)
-        if not peer.embedded:
-            return {'modules': rows}
-        return {'modules': rows, 'sys_path': [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)],
-                'argv': [word for word in sys.argv if isinstance(word, str)]}
-
-    def module_source(self, name: str) -> Any:
-        """Where a file of a module is read from: a path, a FileOfModule or its content."""
-        return self._bundles.source_of(name)
-
-    def value_source(self, digest: bytes) -> Any:
-        """The content of a value."""
-        value = shared_values.find(digest)
-        return memoryview(value.data) if value is not None else None
-
     # -- called by the driver: jobs -------------------------------------------------------------------------
-
-    def add_monitor(self, monitor: Monitor) -> None:
-        """Tell a monitor of jobs from now on. What jobs print it is told by nodes that are set up
-        later."""
-        self._monitors += (monitor,)
-        self.cargo.spec['live'] = True
-
-    def remove_monitor(self, monitor: Monitor) -> None:
-        """Tell it no more."""
-        self._monitors = tuple(other for other in self._monitors if other is not monitor)
-        self.cargo.spec['live'] = bool(self._monitors) or self._on_output is not None
-
-    def send_jobs(self, peer: Peer, works: Sequence[DispyJob]) -> None:
-        """With a journal they leave when it has been noted that they do."""
-        names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
-        messages = frames(Jobs, self.comp, (job_row(work, work._payload, names) for work in works))
-        if self.journal is not None:
-            self.journal.sent(works, peer.place, peer.memory)
-            self.driver.jobs.outgoing.add(self.comp, peer, messages)
-        else:
-            for frame in messages:
-                self.driver.say(peer.link, frame)
 
     def jobs_started(self, peer: Peer, pairs: Sequence[Tuple[DispyJob, float]]) -> None:
         """Users see that they run."""
@@ -10850,48 +10895,11 @@ class JobCluster(OldCluster):
         self._end(work, text)
         self._jobs_answered([work])
 
-    def job_waits(self, work: DispyJob) -> None:
-        """It is as if it had not been sent."""
-        if self.journal is not None:
-            self.journal.waits(work)
-        work.status, work.ip_addr, work.start_time = DispyJob.Created, None, None
-
-    def job_parked(self, work: DispyJob, text: str) -> None:
-        """The user is warned."""
-        logger.warning('job %r waits: %s', work.id, text)
-
     def fail_job(self, work: DispyJob, text: str) -> None:
         """It is nowhere any more."""
         if work.status not in ENDED:
             work._state = JobState.ABANDONED
             self.job_ended(work, text)
-
-    def output(self, peer: Peer, work: DispyJob, message: Output) -> None:
-        """What a running job prints or logs."""
-        if work._state is JobState.SENT:
-            self.driver.jobs.job_started(peer, work)
-        if message.stream == 0:
-            self._show_record(work, *log_record_of(message.data))
-        elif self._on_output is not None:
-            self._shown.setdefault(work, [0, 0])[message.stream - 1] = message.offset + len(message.data)
-            self._show_output(work, message.stream, message.data)
-        if message.stream:
-            for monitor in self._monitors:
-                monitor.printed(work, message.stream, message.offset, bytes(message.data))
-
-    def _show_output(self, job: DispyJob, stream: int, data: Any) -> None:
-        if len(data) and self._on_output is not None:
-            text = bytes(data) if self.cargo.is_program else str(data, 'utf-8', 'replace')
-            self.driver.tell_later(self._on_output, job, 'stdout' if stream == 1 else 'stderr', text)
-
-    def _show_rest(self, job: Any, row: tuple) -> None:
-        """What of a job's output came with its result and has not been shown."""
-        for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
-            self._show_output(job, stream, row[4 + stream][at:])
-
-    def file_piece(self, peer: Peer, work: DispyJob, message: FilePiece) -> None:
-        """It comes below the directory in which the program made the cluster."""
-        self.driver.files.store(peer, self.directory, message)
 
     def jobs_owed(self) -> List[DispyJob]:
         """Jobs for whose end the driver answers. The driver's thread."""
