@@ -244,7 +244,7 @@ def error_of(job: 'DispyJob') -> BaseException:
 
 def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
     """The exception for a program that has ended with an exit status other than 0."""
-    names = [cluster.name for cluster in list(_clusters) if cluster.comp == job._comp]
+    names = [cluster.name for cluster in list(_clusters) if cluster.comp == job.comp]
     command = [*names, 'job %s' % (job.id,)]
     return subprocess.CalledProcessError(job.result, command, job.stdout, job.stderr)
 
@@ -336,14 +336,15 @@ FAILED = frozenset((JobState.TERMINATED, JobState.ABANDONED))
 
 
 class Work:
-    """What the Schedule knows of a job."""
-    __slots__ = ('_state', '_comp', '_payload', '_options', '_serial', '_lost')
+    """What the Schedule knows of a job. These attributes are for this package: who uses a job reads
+    those that DispyJob names."""
+    __slots__ = ('state', 'comp', 'payload', 'options', 'serial', 'lost_with')
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict] = None) -> None:
-        self._state = JobState.CREATED
-        self._comp, self._payload, self._options = comp, payload, options
-        self._serial = 0          # job number << 16 | number of the attempt; 0 before the first
-        self._lost: Tuple[str, ...] = ()   # nodes that were lost while it was there
+        self.state = JobState.CREATED
+        self.comp, self.payload, self.options = comp, payload, options
+        self.serial = 0          # job number << 16 | number of the attempt; 0 before the first
+        self.lost_with: Tuple[str, ...] = ()   # nodes that were lost while it was there
 
 
 _OF_PROGRAM: Any = object()       # in place of the number of a job
@@ -381,9 +382,9 @@ class DispyJob(Work):
         if number is _OF_PROGRAM:
             number = next(_own_numbers) if comp is None else comp
             comp, payload, options = '', packed_plain(tuple(payload), dict(options)), None
-        self._state = JobState.CREATED
-        self._comp, self._payload, self._options = comp, payload, options
-        self._serial, self._lost = 0, ()
+        self.state = JobState.CREATED
+        self.comp, self.payload, self.options = comp, payload, options
+        self.serial, self.lost_with = 0, ()
         self.id = number
         self.status = 5
         self.result: Any = None
@@ -506,12 +507,12 @@ class DispyJob(Work):
     @property
     def args(self) -> Any:
         """Arguments, until it has ended; then None."""
-        return None if self._payload is None else unseal(in_one_piece(self._payload))[0]
+        return None if self.payload is None else unseal(in_one_piece(self.payload))[0]
 
     @property
     def kwargs(self) -> Any:
         """Keyword arguments, until it has ended; then None."""
-        return None if self._payload is None else unseal(in_one_piece(self._payload))[1]
+        return None if self.payload is None else unseal(in_one_piece(self.payload))[1]
 
     def status_text(self) -> str:
         """The status as a word."""
@@ -610,7 +611,7 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
             node: str = '') -> None:
     """Give a job what its row of Results, which comes from this node, says."""
     _, outcome, start, end, payload, stdout, stderr = row
-    status = int(job._state)
+    status = int(job.state)
     if outcome == 1 or outcome == 2:   # RETURNED, RETURNED_CODE
         try:
             job.result = unseal(payload, True)
@@ -637,7 +638,7 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
     else:
         job.stdout = str(stdout, 'utf-8', 'replace') if stdout else ''
         job.stderr = str(stderr, 'utf-8', 'replace') if stderr else ''
-    job._payload = None
+    job.payload = None
     if failures is not None and status in FAILED:
         failures.add(job, node)
     job.status = status   # last: whoever sees it sees all of the above
@@ -645,10 +646,10 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
 
 def end_without(job: DispyJob, text: str, failures: Optional['Failures'] = None) -> None:
     """A job has ended without a result."""
-    job.result, job.exception, job._payload, job.end_time = None, text, None, time.time()
-    if failures is not None and job._state in FAILED:
+    job.result, job.exception, job.payload, job.end_time = None, text, None, time.time()
+    if failures is not None and job.state in FAILED:
         failures.add(job)
-    job.status = int(job._state)
+    job.status = int(job.state)
 
 
 class UseState(enum.Enum):
@@ -1555,7 +1556,7 @@ class _Queue:
         self.length = 0
 
     def _level(self, work: Work) -> Deque[Work]:
-        priority = work._options.get('priority', 0) if work._options else 0
+        priority = work.options.get('priority', 0) if work.options else 0
         level = self._levels.get(priority)
         if level is None:
             level = self._levels[priority] = collections.deque()
@@ -1576,7 +1577,7 @@ class _Queue:
         """The next one, left where it is."""
         while self._order:
             level = self._levels[self._order[-1]]
-            while level and level[0]._state not in _WAITING:
+            while level and level[0].state not in _WAITING:
                 level.popleft()
             if level:
                 return level[0]
@@ -1593,7 +1594,7 @@ class _Queue:
         self.length -= 1
 
     def __iter__(self) -> Iterator[Work]:
-        return (work for level in self._levels.values() for work in level if work._state in _WAITING)
+        return (work for level in self._levels.values() for work in level if work.state in _WAITING)
 
 
 _WAITING = frozenset((JobState.CREATED, JobState.REQUEUED))
@@ -1636,7 +1637,7 @@ class _Comp:
 
     def queue_of(self, work: Work) -> _Queue:
         """Where this job waits; which node it is for, a scheduler sees to."""
-        key = work._options.get('node') if work._options and not self.remote else None
+        key = work.options.get('node') if work.options and not self.remote else None
         return self.queue if key is None else self.pinned.setdefault(key, _Queue())
 
     def source(self, key: Any) -> _Queue:
@@ -1666,12 +1667,12 @@ class _Comp:
         """All that wait, and those on nodes that are not known to have begun."""
         return self.waiting() + [work for node in self.nodes.values()
                                  for work in node.flight[self.comp].values()
-                                 if work._state is JobState.SENT]
+                                 if work.state is JobState.SENT]
 
     def may_wait_there(self, work: Work, times: int = RECALLS_MOST) -> bool:
         """Whether a job may be sent to a node that has no idle CPU for it: if it was called back
         less than so many times."""
-        return not self.called or self.called.get(work._serial >> 16, 0) < times
+        return not self.called or self.called.get(work.serial >> 16, 0) < times
 
 
 class _Node:
@@ -1861,17 +1862,17 @@ class _Node:
 
 def cpus_of(work: Work) -> int:
     """CPUs that a job uses."""
-    return work._options.get('cpus', 1) if work._options else 1  # type: ignore[no-any-return]
+    return work.options.get('cpus', 1) if work.options else 1  # type: ignore[no-any-return]
 
 
 def priority_of(work: Work) -> int:
     """Jobs of higher ones go first."""
-    return work._options.get('priority', 0) if work._options else 0  # type: ignore[no-any-return]
+    return work.options.get('priority', 0) if work.options else 0  # type: ignore[no-any-return]
 
 
 def move_job(work: Work, event: str) -> JobState:
     """The one place where a job's state changes."""
-    state = work._state = JOB_TABLE[work._state, event]
+    state = work.state = JOB_TABLE[work.state, event]
     return state
 
 
@@ -1923,19 +1924,19 @@ class Books:
         move_job(work, 'send')
         if comp.blocked is work:
             comp.blocked = None
-        work._serial += 1
+        work.serial += 1
         cpus = cpus_of(work)
         node.take(comp.comp, cpus)
         node.bytes += _bytes_of(work)
         comp.flying += cpus
         comp.served = next(self.numbers)
         self.client_cpus[comp.client] += cpus
-        node.flight[comp.comp][work._serial] = work
-        comp.running[work._serial] = node
+        node.flight[comp.comp][work.serial] = work
+        comp.running[work.serial] = node
         if comp.ranked:
             node.ranks[comp.comp][priority_of(work)] += cpus
         if node.probe is None and node.taken == node.used:   # it will not wait there
-            node.probe = (work._serial, self.now)
+            node.probe = (work.serial, self.now)
         if node.key in comp.idle and node.room(comp.comp) < 1:
             self.look_at(node)
         works = self._to_send.get((node.key, comp.comp))
@@ -1960,9 +1961,9 @@ class Books:
             node.take(comp.comp, cpus)
             comp.flying += cpus
             self.client_cpus[comp.client] += cpus
-            node.flight[comp.comp][work._serial] = work
-            comp.running[work._serial] = node
-            if work._options and 'priority' in work._options:
+            node.flight[comp.comp][work.serial] = work
+            comp.running[work.serial] = node
+            if work.options and 'priority' in work.options:
                 comp.ranked = True
         for there in comp.nodes.values() if comp.ranked else ():
             there.ranks[comp.comp] = collections.Counter()
@@ -2026,7 +2027,7 @@ class Books:
         """What was to be withdrawn has begun, ended or cannot be asked for."""
         if work in comp.withdrawn:
             comp.withdrawn.discard(work)
-            self.do(Withdrawn(work, work._state is JobState.CANCELLED))
+            self.do(Withdrawn(work, work.state is JobState.CANCELLED))
 
     def reached(self, node: _Node) -> None:
         """A node can be reached, perhaps again."""
@@ -2225,13 +2226,13 @@ class Placement:
         for serial, work in last:
             if most <= 0:
                 break
-            if serial in begun or serial in recalled or work._state is not JobState.SENT:
+            if serial in begun or serial in recalled or work.state is not JobState.SENT:
                 continue
             if times and not comp.may_wait_there(work, times):
                 if room < math.inf:
                     continue
                 break   # those before it would be overtaken
-            for_this_node = bool(work._options) and 'node' in work._options  # type: ignore[operator]
+            for_this_node = bool(work.options) and 'node' in work.options  # type: ignore[operator]
             if room < math.inf and (cpus_of(work) > room or for_this_node):
                 break
             serials.append(serial)
@@ -2313,9 +2314,9 @@ class Repetitions:
     def is_asked_for(self, comp: _Comp, work: Work, row: tuple) -> bool:
         """Whether the program is to say if a job is repeated that has ended so. It waits until
         then."""
-        repeats: Optional[Repeats] = work._options.get('repeats') if work._options else None
-        if repeats is None or not repeats.may_be(row[1], len(work._lost)) \
-                or work._state is JobState.CANCELLING:
+        repeats: Optional[Repeats] = work.options.get('repeats') if work.options else None
+        if repeats is None or not repeats.may_be(row[1], len(work.lost_with)) \
+                or work.state is JobState.CANCELLING:
             return False
         move_job(work, 'back')
         self._books.answer(comp, work)
@@ -2324,7 +2325,7 @@ class Repetitions:
 
     def repeat(self, event: Repeat) -> None:
         """A job is to be tried again, after a delay."""
-        comp = self._books.comps.get(event.work._comp)
+        comp = self._books.comps.get(event.work.comp)
         if comp is not None and event.work in comp.resting:   # not cancelled meanwhile
             until = comp.resting[event.work] = self._books.now + event.delay
             heapq.heappush(self._rests, (until, next(self._books.numbers), event.work))
@@ -2332,7 +2333,7 @@ class Repetitions:
 
     def stay(self, event: RepeatNot) -> None:
         """The last failure of a job was its end."""
-        comp = self._books.comps.get(event.work._comp)
+        comp = self._books.comps.get(event.work.comp)
         if comp is not None and event.work in comp.resting:
             del comp.resting[event.work]
             move_job(event.work, _EVENT_OF[Outcome(event.outcome)])
@@ -2348,7 +2349,7 @@ class Repetitions:
             self._rested(*heapq.heappop(self._rests))
 
     def _rested(self, until: float, number: int, work: Work) -> None:
-        comp = self._books.comps.get(work._comp)
+        comp = self._books.comps.get(work.comp)
         if comp is not None and comp.resting.get(work) == until:
             del comp.resting[work]
             comp.queue_of(work).push(work)
@@ -2371,7 +2372,7 @@ class Losses:
             self._books.away[node.key] = self._books.changed[node.key] = node
             for comp in node.comps.values():
                 comp.widest = None
-                there = [work for work in comp.withdrawn if comp.running.get(work._serial) is node]
+                there = [work for work in comp.withdrawn if comp.running.get(work.serial) is node]
                 for work in there:
                     self._books.answer(comp, work)
 
@@ -2417,15 +2418,15 @@ class Losses:
         came, and whether it had begun, whatever was known last. One that is known not to have begun
         comes by `give_back`."""
         self._books.answer(comp, work)
-        work._lost += (node_name,)
-        retries = work._options.get('retries') if work._options else None
+        work.lost_with += (node_name,)
+        retries = work.options.get('retries') if work.options else None
         times = retries + 1 if retries else LOST_TIMES if comp.reentrant else 1
-        nodes = list(dict.fromkeys(work._lost))
-        tried = len(work._lost)
-        if retries and 'repeats' in work._options:  # type: ignore[operator]
-            tried += work._options['repeats'].failures  # type: ignore[index]
+        nodes = list(dict.fromkeys(work.lost_with))
+        tried = len(work.lost_with)
+        if retries and 'repeats' in work.options:  # type: ignore[operator]
+            tried += work.options['repeats'].failures  # type: ignore[index]
         may_go_on = tried < times and (retries or len(nodes) < LOST_MOST)
-        if may_go_on and work._state is not JobState.CANCELLING:
+        if may_go_on and work.state is not JobState.CANCELLING:
             move_job(work, 'back')
             self._books.wait_again(comp, work)
         elif move_job(work, 'give up') is JobState.CANCELLED:
@@ -2449,7 +2450,7 @@ class Losses:
         for work in self._books.take_off(node, comp, [serial]).values():
             if own:
                 comp.called[serial >> 16] = comp.called.get(serial >> 16, 0) + 1
-            if work in comp.withdrawn and work._state is not JobState.CANCELLING:
+            if work in comp.withdrawn and work.state is not JobState.CANCELLING:
                 move_job(work, 'cancel')
             if move_job(work, 'back') is JobState.REQUEUED:
                 self._books.wait_again(comp, work)
@@ -2536,11 +2537,11 @@ class Schedule:
 
     def ran(self, work: Work) -> float:
         """Seconds that a job has run, 0 if that is not known."""
-        comp = self.comps.get(work._comp)
-        node = comp.running.get(work._serial) if comp is not None else None
+        comp = self.comps.get(work.comp)
+        node = comp.running.get(work.serial) if comp is not None else None
         if node is None:
             return 0.0
-        return self._books.now - node.begun[work._comp].get(work._serial, self._books.now)
+        return self._books.now - node.begun[work.comp].get(work.serial, self._books.now)
 
     # -- jobs --------------------------------------------------------------------------------------
 
@@ -2549,8 +2550,8 @@ class Schedule:
 
     def _submitted(self, event: Submitted) -> None:
         for work in event.works:
-            work._serial = work._serial or next(self._numbers) << 16   # one with a journal has its number
-            comp = self.comps.get(work._comp)
+            work.serial = work.serial or next(self._numbers) << 16   # one with a journal has its number
+            comp = self.comps.get(work.comp)
             if comp is None:
                 move_job(work, 'cancel')
                 self._books.do(JobEnded(work, 'the cluster was closed'))
@@ -2561,7 +2562,7 @@ class Schedule:
                 continue
             comp.queue_of(work).push(work)
             self._books.waiting[comp.comp] = comp
-            if work._options and 'priority' in work._options and not comp.ranked:
+            if work.options and 'priority' in work.options and not comp.ranked:
                 comp.rank()
             if not comp.idle and (not comp.flying or comp.ranked):
                 # All CPUs are taken, and it is new or may be urgent: some nodes get it into their
@@ -2581,14 +2582,14 @@ class Schedule:
             self._books.do(JobEnded(work, event.text))
 
     def _cancel_asked(self, event: CancelAsked) -> None:
-        work, comp = event.work, self.comps.get(event.work._comp)
-        if work._state in ENDED or work._state is JobState.CANCELLING or comp is None:
+        work, comp = event.work, self.comps.get(event.work.comp)
+        if work.state in ENDED or work.state is JobState.CANCELLING or comp is None:
             return
-        if work._state in _WAITING:
+        if work.state in _WAITING:
             self._cancel_waiting(work, comp)
         else:
             move_job(work, 'cancel')
-            self._books.do(SendCancel(comp.running[work._serial].key, comp.comp, [work._serial]))
+            self._books.do(SendCancel(comp.running[work.serial].key, comp.comp, [work.serial]))
 
     def _cancel_waiting(self, work: Work, comp: _Comp) -> None:
         move_job(work, 'cancel')
@@ -2598,25 +2599,25 @@ class Schedule:
     def _withdraw_asked(self, event: WithdrawAsked) -> None:
         recalls: Dict[Tuple[Any, str], List[int]] = {}
         for work in event.works:
-            comp = self.comps.get(work._comp)
-            node = comp.running.get(work._serial) if comp is not None else None
-            if comp is not None and work._state in _WAITING:
+            comp = self.comps.get(work.comp)
+            node = comp.running.get(work.serial) if comp is not None else None
+            if comp is not None and work.state in _WAITING:
                 self._cancel_waiting(work, comp)
             elif comp is None or node is None or node.away is not None \
-                    or work._state is not JobState.SENT:
-                self._books.do(Withdrawn(work, work._state is JobState.CANCELLED))
+                    or work.state is not JobState.SENT:
+                self._books.do(Withdrawn(work, work.state is JobState.CANCELLED))
             else:
                 comp.withdrawn.add(work)
-                if work._serial not in node.recalled[comp.comp]:
-                    node.recalled[comp.comp][work._serial] = False
-                    recalls.setdefault((node.key, comp.comp), []).append(work._serial)
+                if work.serial not in node.recalled[comp.comp]:
+                    node.recalled[comp.comp][work.serial] = False
+                    recalls.setdefault((node.key, comp.comp), []).append(work.serial)
         for (key, name), serials in recalls.items():
             self._books.do(SendRecall(key, name, serials))
 
     def keep(self, work: Work) -> None:
         """The inverse of WithdrawAsked, if it has not been answered."""
-        if work._comp in self.comps:
-            self.comps[work._comp].withdrawn.discard(work)
+        if work.comp in self.comps:
+            self.comps[work.comp].withdrawn.discard(work)
 
     def _closed(self, event: Closed) -> None:
         comp = self.comps.pop(event.comp, None)
@@ -2626,7 +2627,7 @@ class Schedule:
         for node in list(comp.nodes.values()):
             node.draining.discard(comp.comp)
             for work in self._books.take_off(node, comp, list(node.flight[comp.comp])).values():
-                if work._state is not JobState.CANCELLING:
+                if work.state is not JobState.CANCELLING:
                     move_job(work, 'cancel')
                 move_job(work, 'cancelled')
                 self._books.do(JobEnded(work, 'cancelled: the cluster was closed'))
@@ -2656,7 +2657,7 @@ class Schedule:
         self._losses.settle(node, comp, account, Occasion.CONNECTED)
         self._limits.limit(node, comp, event.cpus)
         self._limits.unpark(comp, node)
-        unwanted = [serial for serial, work in flight.items() if work._state is JobState.CANCELLING]
+        unwanted = [serial for serial, work in flight.items() if work.state is JobState.CANCELLING]
         unwanted += sorted(held - set(flight))   # given up while the node was away
         if unwanted:
             self._books.do(SendCancel(node.key, comp.comp, unwanted))
@@ -2704,7 +2705,7 @@ class Schedule:
                 continue
             begun[serial] = self._books.now - max(0.0, ran)
             node.recalled[event.comp].pop(serial, None)
-            if work._state is JobState.SENT:
+            if work.state is JobState.SENT:
                 move_job(work, 'start')
             self._books.answer(comp, work)
             pairs.append((work, ran))
@@ -2741,7 +2742,7 @@ class Schedule:
             work = landed.pop(row[0], None)
             if work is None:
                 continue
-            if (work._options or outcome not in RETURNED) and self._is_tried_again(node, comp, work, row):
+            if (work.options or outcome not in RETURNED) and self._is_tried_again(node, comp, work, row):
                 continue
             move_job(work, _EVENT_OF[outcome])
             if comp.withdrawn:
@@ -2755,13 +2756,13 @@ class Schedule:
 
     def _goes_on(self, node: _Node, comp: _Comp, work: Work) -> None:
         """A job has a provisional result."""
-        if work._state is JobState.SENT:
+        if work.state is JobState.SENT:
             self._books.do(JobsStarted(node.key, comp.comp, [(work, 0.0)]))
         move_job(work, 'provisional')
 
     def _is_tried_again(self, node: _Node, comp: _Comp, work: Work, row: tuple) -> bool:
         """Whether the end of an attempt is not that of its job, or not yet."""
-        options = work._options or {}
+        options = work.options or {}
         if row[1] == Outcome.STOPPED:
             for other in node.comps.values():   # nothing more goes there, until it is Ready again
                 self._limits.limit(node, other, 0)
@@ -2811,14 +2812,14 @@ def _abandoned(work: Work, nodes: List[str], text: str, times: int, has_retries:
     elif len(nodes) == LOST_MOST and not has_retries:
         reason = 'given up after %d nodes' % len(nodes)
     else:
-        reason = 'given up after %d attempts' % len(work._lost)
+        reason = 'given up after %d attempts' % len(work.lost_with)
     return 'abandoned: lost with node%s %s (%s); %s' % (
         's' * (len(nodes) > 1), ', '.join(nodes), text, reason)
 
 
 def _bytes_of(work: Work) -> int:
     """Bytes of its arguments that are in memory."""
-    return size_of(work._payload) if work._payload is not None else 0
+    return size_of(work.payload) if work.payload is not None else 0
 
 
 _EVENT_OF = {Outcome.RETURNED: 'finish', Outcome.RETURNED_CODE: 'finish', Outcome.RAISED: 'fail', Outcome.DIED: 'fail',
@@ -5987,18 +5988,18 @@ class Journal(Database):
         """A job, before `submit` returns; gives it its number. The user's thread, with the cluster's lock held. Raises
         OSError, and what pickling its id raises; the job is not submitted then."""
         number = self.last + 1
-        ident, payload = pickle.dumps(job.id), in_one_piece(job._payload)
-        plain = {name: value for name, value in (job._options or {}).items() if name != 'repeats'}
+        ident, payload = pickle.dumps(job.id), in_one_piece(job.payload)
+        plain = {name: value for name, value in (job.options or {}).items() if name != 'repeats'}
         options = pickle.dumps(plain) if plain else b''
         arguments = job.arguments.encode('utf-8', 'replace')
         with self._guard:
-            if type(job._payload) is SharedPayload:
-                self._keep_values(job._payload.values)
+            if type(job.payload) is SharedPayload:
+                self._keep_values(job.payload.values)
             self._append(self.INSERT, number, job.submit_time, ident, payload, options, arguments)
-            self._add(self.INSERT, (number, job._comp, ident, payload, options, job.submit_time,
+            self._add(self.INSERT, (number, job.comp, ident, payload, options, job.submit_time,
                                     arguments.decode(), self.WAITING))
         self.last = number
-        job._serial, job._journal = number << 16, self
+        job.serial, job._journal = number << 16, self
 
     def _keep_values(self, values: Sequence[Value]) -> None:
         """Values come before the first job that needs them. With `_guard` held. Raises OSError."""
@@ -6029,10 +6030,10 @@ class Journal(Database):
         with self._guard:
             if self._new >= 0:   # otherwise it is closed
                 try:
-                    self._append(self.RENAME, job._serial >> 16, 0.0, ident)
+                    self._append(self.RENAME, job.serial >> 16, 0.0, ident)
                 except OSError as exc:   # no room; `commit` tells that
                     logger.debug('the id of a job will be written later: %s', exc)
-                self._add(self.RENAME, (ident, job._serial >> 16))
+                self._add(self.RENAME, (ident, job.serial >> 16))
 
     def _append(self, kind: int, number: int, submitted: float, *parts: Any) -> None:
         """A record into FILE-new, whole or not at all. With `_guard` held. Raises OSError."""
@@ -6051,16 +6052,16 @@ class Journal(Database):
         """Jobs on their way to a node, and what its memory is known by."""
         where = '%s#%s' % (node, memory[:8])
         for work in works:
-            self.note(self.MOVE, work._comp, self.SENT, work._serial, where, work._serial >> 16)
+            self.note(self.MOVE, work.comp, self.SENT, work.serial, where, work.serial >> 16)
 
     def waits(self, work: Work) -> None:
         """It came back without having been started, or may be run again."""
-        self.note(self.MOVE, work._comp, self.WAITING, work._serial, None, work._serial >> 16)
+        self.note(self.MOVE, work.comp, self.WAITING, work.serial, None, work.serial >> 16)
 
     def ended(self, work: Work, result: Any) -> None:
         """A row of Results, or the text of one that ended without. A result that is too large for
         the file is known until this program ends, and not to the next."""
-        state = work._state
+        state = work.state
         if not isinstance(result, str) and size_of(result[4]) > JOURNAL_MOST:
             text = 'its result of %d bytes was not kept in the recovery file, whose limit is %d' % (
                 size_of(result[4]), JOURNAL_MOST)
@@ -6068,11 +6069,11 @@ class Journal(Database):
             result = (result[0], int(Outcome.RAISED), *result[2:4], pack_error(text, None), *result[5:])
         self._needs_no_more(work)
         plain = result if isinstance(result, str) else (*result[1:4], *map(in_one_piece, result[4:]))
-        self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), work._serial >> 16)
+        self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), work.serial >> 16)
 
     def _needs_no_more(self, work: Work) -> None:
         """A job has ended."""
-        rows = work._options.get('values', ()) if work._options else ()
+        rows = work.options.get('values', ()) if work.options else ()
         with self._guard:
             for _, digest in rows:
                 self._needed[digest] -= 1
@@ -6130,10 +6131,10 @@ class Journal(Database):
             if known and payload is not None and 'values' in known:
                 payload = self._with_values(payload, known['values'])
             job = KeptJob(comp, payload, known, pickle.loads(ident), arguments)
-            job._serial, job.submit_time = serial or number << 16, submitted
+            job.serial, job.submit_time = serial or number << 16, submitted
             found = pickle.loads(result) if result else None
             if state == self.ENDED:
-                job._state = JobState(status)
+                job.state = JobState(status)
                 if not isinstance(found, str) and (found is None or len(found) != 6 or not is_outcome(*found)):
                     raise ValueError('job %d has no result' % number)
             elif state not in (self.WAITING, self.SENT) or not isinstance(payload, bytes):
@@ -6160,7 +6161,7 @@ class Journal(Database):
         """These were handed to the user; not again."""
         with self.damages():
             self._db.execute('BEGIN')
-            self._db.executemany('UPDATE jobs SET delivered = 1, result = NULL WHERE number = ?', [(job._serial >> 16,) for job in jobs])
+            self._db.executemany('UPDATE jobs SET delivered = 1, result = NULL WHERE number = ?', [(job.serial >> 16,) for job in jobs])
             self._db.execute('COMMIT')
 
     def close(self, remove: bool = False) -> None:
@@ -6999,7 +7000,7 @@ class Recovery(NodeUser):
         self._unmet = holders - {node.rpartition('#')[0] for _, node in sent}   # they may keep results that are noted
         self.met: List[Peer] = []
         self.collected = threading.Event()
-        self._jobs = {job._serial >> 16: (job, node) for job, node in sent}
+        self._jobs = {job.serial >> 16: (job, node) for job, node in sent}
         self._done, self._lost, self._again, self._over, self._cancel = done, lost, again, over, cancel
         self.comp, self.port = uuid.uuid4().hex, NODE_PORT
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
@@ -7029,10 +7030,10 @@ class Recovery(NodeUser):
         """A node has told what it knows."""
         for number, (job, node) in list(self._jobs.items()):
             where, _, memory = node.rpartition('#')
-            if where != peer.place or job._comp != comp:
+            if where != peer.place or job.comp != comp:
                 continue
             whole = memory != '' and peer.memory.startswith(memory)
-            verdict, text = Account(frozenset(serials), past, whole).verdict(job._serial, Occasion.RECOVERED)
+            verdict, text = Account(frozenset(serials), past, whole).verdict(job.serial, Occasion.RECOVERED)
             if verdict is Verdict.WAITS:
                 del self._jobs[number]
                 self._again(job)
@@ -7066,11 +7067,11 @@ class Recovery(NodeUser):
             if job is None or row[1] in GOES_ON:
                 continue
             del self._jobs[row[0] >> 16]
-            job._serial = row[0]
+            job.serial = row[0]
             if row[1] == Outcome.STOPPED:
                 self._lost(job, 'abandoned: node %s was stopped while it ran' % peer)
             else:
-                job._state = JOB_TABLE[JobState.RUNNING, _EVENT_OF[row[1]]]
+                job.state = JOB_TABLE[JobState.RUNNING, _EVENT_OF[row[1]]]
                 self._journal.ended(job, row)
                 self._done(job, row, peer)
         self._check()
@@ -7078,9 +7079,9 @@ class Recovery(NodeUser):
     def cancel(self, job: DispyJob) -> None:
         """End a job that runs."""
         for peer in self.met:
-            where = self._jobs.get(job._serial >> 16, (None, ''))[1].rpartition('#')[0]
+            where = self._jobs.get(job.serial >> 16, (None, ''))[1].rpartition('#')[0]
             if where == peer.place and peer.link is not None:
-                self.driver.say(peer.link, Cancel(job._comp, [job._serial]))
+                self.driver.say(peer.link, Cancel(job.comp, [job.serial]))
 
     def left(self) -> List[DispyJob]:
         """Those of which nothing has been heard."""
@@ -7450,22 +7451,22 @@ def _jobs_of(found: Gathering, comp: str) -> List[DispyJob]:
 
     def job_of(number: int, serial: int = 0) -> DispyJob:
         job = jobs[number] = DispyJob(comp, None, None, number)
-        job._serial, job.submit_time = serial, left.row.began
+        job.serial, job.submit_time = serial, left.row.began
         return job
     for (name, number), (row, address) in found.rows.items():
         if name == comp:
             job = job_of(number, row[0])
             job.ip_addr = address
             if row[1] == Outcome.STOPPED:
-                job._state = JobState.ABANDONED
+                job.state = JobState.ABANDONED
                 end_without(job, 'abandoned: its node %s was stopped while it ran' % address)
             else:
-                job._state = JOB_TABLE[JobState.RUNNING, _EVENT_OF[row[1]]]
+                job.state = JOB_TABLE[JobState.RUNNING, _EVENT_OF[row[1]]]
                 fill_in(job, row, left.is_program)
     for (name, number), (state, text) in found.gone.items():
         if name == comp:
             job = job_of(number)
-            job._state = state
+            job.state = state
             end_without(job, text)
     for (where, name), serials in found.there.items():
         for serial in serials if name == comp else ():
@@ -7542,11 +7543,11 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
 
     def lost(job: DispyJob, text: str) -> None:
         with lock:
-            if job._comp in again and not cancel:
+            if job.comp in again and not cancel:
                 job.status = DispyJob.Created
                 journal.waits(job)
             else:
-                job._state = JobState.ABANDONED
+                job.state = JobState.ABANDONED
                 end_without(job, text)
                 ended.append(job)
 
@@ -7563,7 +7564,7 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
             end_without(job, result)
             ended.append(job)
         elif state == Journal.ENDED:
-            done(job, (job._serial, *result), None)
+            done(job, (job.serial, *result), None)
     if sent or holders:
         driver = Driver.alone(access)
         try:
@@ -8655,7 +8656,7 @@ class JobExchange:
 
     def job_started(self, peer: Peer, job: Any) -> None:
         """A job has begun, and what says so may come later."""
-        self._driver.decide(NodeStarted(peer.key, job._comp, [(job._serial, 0.0)]))
+        self._driver.decide(NodeStarted(peer.key, job.comp, [(job.serial, 0.0)]))
 
     def jobs_started(self, action: JobsStarted) -> None:
         """As the Schedule knows, jobs have begun."""
@@ -8673,7 +8674,7 @@ class JobExchange:
         delay: Optional[float] = None
         try:
             failure = failure_of(row, cluster.cargo.is_program)  # type: ignore[union-attr]
-            delay = job._options['repeats'].next_delay(failure)  # type: ignore[index]
+            delay = job.options['repeats'].next_delay(failure)  # type: ignore[index]
         except Exception as exc:  # of the user's code
             logger.warning('job %r is not repeated: dispy_retry_on: %s',
                            job.id, describe_exception(exc, 1))
@@ -8696,18 +8697,18 @@ class JobExchange:
 
     def job_waits(self, action: JobWaits) -> None:
         """A job that was sent waits again."""
-        self._clusters[action.work._comp].job_waits(action.work)
+        self._clusters[action.work.comp].job_waits(action.work)
 
     def job_parked(self, action: JobParked) -> None:
         """A job waits for a node that is large enough."""
-        self._clusters[action.work._comp].job_parked(action.work, action.text)
+        self._clusters[action.work.comp].job_parked(action.work, action.text)
 
     def job_ended(self, action: JobEnded) -> None:
         """A job has ended without a result."""
         work = action.work
         if self._driver.cancels.withdrawals:
-            self._driver.cancels.answer(work, work._state is JobState.CANCELLED)
-        self._clusters[work._comp].job_ended(work, action.text)
+            self._driver.cancels.answer(work, work.state is JobState.CANCELLED)
+        self._clusters[work.comp].job_ended(work, action.text)
 
     def refused_frame(self, peer: Peer, link: Link, message: Wrong) -> None:
         """The other side cannot use what was sent: the jobs that were in it end after a few times, and it is reached again later."""
@@ -8721,7 +8722,7 @@ class JobExchange:
     def end_unsent(self, action: SendJobs, text: str) -> None:
         """None of these jobs can be sent, for a fault of ours."""
         payload = text.encode('utf-8', 'replace')
-        rows = [(work._serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'') for work in action.works]
+        rows = [(work.serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'') for work in action.works]
         self._driver.decide(NodeResults(action.node, action.comp, rows))
 
     def note_fault(self, text: str) -> None:
@@ -8789,7 +8790,7 @@ class Cancellations:
             if but_first:
                 taken = {serial for key in known.nodes
                          for serial in self._driver.schedule.runs(key).get(comp, ())}
-                works = [work for work in works if work._serial not in taken]
+                works = [work for work in works if work.serial not in taken]
             self._driver.decide(WithdrawAsked(works))
             return len(works)
         return 0
@@ -8797,7 +8798,7 @@ class Cancellations:
     def withdraw_all(self, jobs: Sequence[DispyJob]) -> None:
         """Cancel those that have not begun."""
         self._driver.jobs.take_submitted()
-        left = [job for job in jobs if job._state not in ENDED]
+        left = [job for job in jobs if job.state not in ENDED]
         self._driver.decide(WithdrawAsked(left))
 
     def withdraw(self, job: DispyJob) -> 'concurrent.futures.Future[bool]':
@@ -8815,11 +8816,11 @@ class Cancellations:
         future = self.withdrawals.pop(job, None)
         if future is not None:
             self._driver.schedule.keep(job)
-        return job._state is JobState.CANCELLED
+        return job.state is JobState.CANCELLED
 
     def withdrawn(self, action: Withdrawn) -> None:
         self.answer(action.work, action.gone)
-        self._clusters[action.work._comp].job_goes_on(action.work)
+        self._clusters[action.work.comp].job_goes_on(action.work)
 
     def answer(self, work: Any, is_gone: bool) -> None:
         future = self.withdrawals.pop(work, None)
@@ -8929,7 +8930,7 @@ class SchedulerCalls:
         flight = node.flight.get(message.comp, {}) if node is not None else {}
         for job in [flight[serial] for serial in message.serials if serial in flight] if cluster is not None else ():
             if self._driver.files.incoming:
-                self._driver.files.abort_attempt((message.comp, job._serial))
+                self._driver.files.abort_attempt((message.comp, job.serial))
             cluster.job_moved(job, message.node)  # type: ignore[union-attr]
 
     def on_news(self, peer: Peer, message: News) -> None:
@@ -9526,7 +9527,7 @@ def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
     """What `get` would raise for a row of Results; None for one that is no failure. Runs the user's
     code."""
     job = DispyJob('', None, None, 0)
-    job._state = JobState.FINISHED if row[1] in RETURNED else JobState.TERMINATED
+    job.state = JobState.FINISHED if row[1] in RETURNED else JobState.TERMINATED
     fill_in(job, row, is_program)
     if job.status != JobState.FINISHED:
         return error_of(job)
@@ -9535,8 +9536,8 @@ def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
     """A row of Jobs, with these of its options, and its bytes."""
-    options = work._options and {name: work._options[name] for name in names if name in work._options}
-    return (work._serial, beside(payload), options or None), size_of(payload)
+    options = work.options and {name: work.options[name] for name in names if name in work.options}
+    return (work.serial, beside(payload), options or None), size_of(payload)
 
 
 _ERRORS: Dict[str, Type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, KeyError, OSError, NoNodes)}
@@ -9754,7 +9755,7 @@ class ProgramCluster(NodeUser):
     def send_jobs(self, peer: Peer, works: Sequence[DispyJob]) -> None:
         """With a journal they leave when it has been noted that they do."""
         names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
-        messages = frames(Jobs, self.comp, (job_row(work, work._payload, names) for work in works))
+        messages = frames(Jobs, self.comp, (job_row(work, work.payload, names) for work in works))
         if self.journal is not None:
             self.journal.sent(works, peer.place, peer.memory)
             self.driver.jobs.outgoing.add(self.comp, peer, messages)
@@ -9774,7 +9775,7 @@ class ProgramCluster(NodeUser):
 
     def output(self, peer: Peer, work: DispyJob, message: Output) -> None:
         """What a running job prints or logs."""
-        if work._state is JobState.SENT:
+        if work.state is JobState.SENT:
             self.driver.jobs.job_started(peer, work)
         if message.stream == 0:
             self._show_record(work, *log_record_of(message.data))
@@ -10227,10 +10228,10 @@ class JobCluster(OldCluster):
             job._journal = journal
             self.recovered.append(job)
             if state == Journal.ENDED:
-                end_without(job, result) if isinstance(result, str) else fill_in(job, (job._serial, *result), self.cargo.is_program)
+                end_without(job, result) if isinstance(result, str) else fill_in(job, (job.serial, *result), self.cargo.is_program)
                 ended.append(job)
             elif state == Journal.SENT:
-                job.status, job._state = DispyJob.Running, JobState.RUNNING
+                job.status, job.state = DispyJob.Running, JobState.RUNNING
                 sent.append((job, node))
             else:
                 again.append(job)
@@ -10243,7 +10244,7 @@ class JobCluster(OldCluster):
             if self.reentrant:
                 resubmit(job)
             else:
-                job._state = JobState.ABANDONED
+                job.state = JobState.ABANDONED
                 journal.ended(job, text)
                 self._end(job, text)
 
@@ -10255,8 +10256,8 @@ class JobCluster(OldCluster):
             self.driver.call_soon(self._recovered)
 
         def renew(job: DispyJob) -> None:
-            job._comp, job._state, job.status = self.comp, JobState.CREATED, DispyJob.Created
-            job._options = {name: value for name, value in (job._options or {}).items() if name != 'node'} or None   # it may be gone
+            job.comp, job.state, job.status = self.comp, JobState.CREATED, DispyJob.Created
+            job.options = {name: value for name, value in (job.options or {}).items() if name != 'node'} or None   # it may be gone
             with self._lock:
                 self._owed.add(job)
 
@@ -10277,7 +10278,7 @@ class JobCluster(OldCluster):
         if recovery is not None:
             self.driver.recoveries.give_up(recovery, True)
             for job in recovery.left():
-                job._state = JobState.CANCELLED
+                job.state = JobState.CANCELLED
                 self._end(job, 'cancelled: the cluster was closed')
 
     # -- jobs --------------------------------------------------------------------------------------
@@ -10457,7 +10458,7 @@ class JobCluster(OldCluster):
         with self._lock:
             owed = list(self._owed)
         jobs = [job for job in owed if job.status not in ENDED]
-        return JobList(sorted(jobs, key=lambda job: (job.submit_time, job._serial >> 16)))
+        return JobList(sorted(jobs, key=lambda job: (job.submit_time, job.serial >> 16)))
 
     def cancel_all(self) -> int:
         """End all jobs that have not ended: those that wait at once, those that run as `cancel`
@@ -10898,7 +10899,7 @@ class JobCluster(OldCluster):
     def fail_job(self, work: DispyJob, text: str) -> None:
         """It is nowhere any more."""
         if work.status not in ENDED:
-            work._state = JobState.ABANDONED
+            work.state = JobState.ABANDONED
             self.job_ended(work, text)
 
     def jobs_owed(self) -> List[DispyJob]:
@@ -10927,7 +10928,7 @@ class JobCluster(OldCluster):
         """Give jobs their results. The driver's thread or an opener."""
         seconds, finished = 0.0, 0
         for job, row in pairs:
-            payload = job._payload
+            payload = job.payload
             # Nobody had told that it has begun
             if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
                 job.ip_addr = peer.ip_addr
@@ -10998,7 +10999,7 @@ class JobCluster(OldCluster):
 
     def _end(self, job: DispyJob, text: str) -> None:
         """A job that ended without a result. The driver's thread."""
-        payload = job._payload
+        payload = job.payload
         with self._lock:   # beside a provisional result
             end_without(job, text, self._failures)
         self._note(job, payload)
@@ -11046,11 +11047,11 @@ class JobCluster(OldCluster):
         recovering = self._recovery.left() if self._recovery is not None else []
         for job in self.jobs_owed() + recovering:
             if job.status not in ENDED:
-                job._state = JobState.ABANDONED
+                job.state = JobState.ABANDONED
                 job.exception, job.end_time = text, time.time()
                 self._failures.add(job)
                 job.status = DispyJob.Abandoned
-                self._note(job, job._payload)
+                self._note(job, job.payload)
                 self._ended([job])
 
 

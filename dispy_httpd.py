@@ -350,7 +350,7 @@ class WatchedShared(Watched):
         cluster, driver = self.cluster, self.cluster.driver
         flights: Dict[Tuple[str, str], Dict[int, Any]] = {}
         for job, place in cluster._places.copy().items():
-            flights.setdefault((place.ip_addr, place.name), {})[job._serial] = job
+            flights.setdefault((place.ip_addr, place.name), {})[job.serial] = job
         self._flights = flights
         with contextlib.suppress(ConnectionError, concurrent.futures.TimeoutError):
             rows = dispy.pages_of_nodes(lambda first, most: dispy.answer_of(
@@ -573,7 +573,7 @@ class ClusterSource:
         for serial, job in flight.items():
             out, err = watched.output.get(job, nothing)
             sent = now - job.start_time if job.start_time else 0.0
-            rows.append({'cluster': watched.number, 'job': serial >> 16, 'id': job.id, 'arguments': job._payload,
+            rows.append({'cluster': watched.number, 'job': serial >> 16, 'id': job.id, 'arguments': job.payload,
                          'state': 'running' if serial in runs or serial in there else 'waits there',
                          'seconds': round(max(0.0, runs.get(serial, sent)), 1), 'stdout': out, 'stderr': err, 'live': live})
         return rows

@@ -344,12 +344,12 @@ class State(Database):
 
     def submitted(self, work: 'RemoteWork', payload: Any) -> None:
         """A new job."""
-        number = work._serial >> 16
+        number = work.serial >> 16
         large = size_of(payload) >= LARGE
         if large:
             self._large[number, 'p'] = pieces_of(payload)
-        self.note(self.INSERT, number, self._comps[work._comp], work.client_serial, None if large else b''.join(pieces_of(payload)),
-                  pickle.dumps(work._options) if work._options else None)
+        self.note(self.INSERT, number, self._comps[work.comp], work.client_serial, None if large else b''.join(pieces_of(payload)),
+                  pickle.dumps(work.options) if work.options else None)
 
     def payload(self, number: int) -> Any:
         """The arguments of a job that has not ended."""
@@ -368,11 +368,11 @@ class State(Database):
     def sent(self, works: Sequence[Work], key: Any) -> None:
         """Jobs go to a node, when this is on the disk."""
         place = self._places[_key_text(key)]
-        self._notes[self.MOVE] += [(self.SENT, work._serial & 0xffff, place, work._serial >> 16) for work in works]
+        self._notes[self.MOVE] += [(self.SENT, work.serial & 0xffff, place, work.serial >> 16) for work in works]
 
     def waits(self, work: Work) -> None:
         """A job is back from a node."""
-        self.note(self.MOVE, self.WAITING, work._serial & 0xffff, 0, work._serial >> 16)
+        self.note(self.MOVE, self.WAITING, work.serial & 0xffff, 0, work.serial >> 16)
 
     def payload_size(self, number: int) -> int:
         """Bytes of the arguments of a job, if they are a file; otherwise 0. Raises OSError."""
@@ -611,12 +611,12 @@ class RemoteWork(Work):
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict], serial: int, client: int) -> None:
         super().__init__(comp, payload, options)
-        self._serial, self.client_serial, self.size = serial, client, 0
+        self.serial, self.client_serial, self.size = serial, client, 0
 
     @property
     def values(self) -> tuple:
         """Sizes and digests of values that it needs."""
-        return self._options.get('values', ()) if self._options else ()
+        return self.options.get('values', ()) if self.options else ()
 
 
 MODULES_OF = '.modules'   # ends the name of the directory that has the files of a program's modules
@@ -894,10 +894,10 @@ class Remote(NodeUser):
         unread: List[tuple] = []
         for work in works:
             try:
-                payload = scheduler.state.payload(work._serial >> 16) if work._payload is None else work._payload
+                payload = scheduler.state.payload(work.serial >> 16) if work.payload is None else work.payload
             except OSError as exc:   # no descriptor is left, or the file has gone
                 text = 'its arguments cannot be read at the scheduler: %s' % exc
-                unread.append((work._serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
+                unread.append((work.serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
             else:
                 rows.append(job_row(work, payload, OF_JOBS))
         for frame in frames(Jobs, self.comp, rows):
@@ -924,7 +924,7 @@ class Remote(NodeUser):
 
     def job_ended(self, work: Any, text: str) -> None:
         """The same, without a row of Results."""
-        outcome = _OUTCOMES.get(work._state, Outcome.CANCELLED)
+        outcome = _OUTCOMES.get(work.state, Outcome.CANCELLED)
         if work in self.absence.dropping:
             self.absence.dropping.discard(work)
             if outcome == Outcome.CANCELLED:
@@ -942,7 +942,7 @@ class Remote(NodeUser):
 
     def job_waits(self, work: Any) -> None:
         """The program is told."""
-        self.files.pop(work._serial, None)
+        self.files.pop(work.serial, None)
         self._scheduler.state.waits(work)
         self.say(Where(self.comp, (), [work.client_serial]))
 
@@ -953,8 +953,8 @@ class Remote(NodeUser):
     def job_goes_on(self, work: Any) -> None:
         """The program, which wanted to know whether it has begun, is told."""
         self.absence.dropping.discard(work)
-        if work._state in (JobState.RUNNING, JobState.PROVISIONAL):
-            self.say(Started(work._comp, [(work.client_serial, self._scheduler.schedule.ran(work))]))
+        if work.state in (JobState.RUNNING, JobState.PROVISIONAL):
+            self.say(Started(work.comp, [(work.client_serial, self._scheduler.schedule.ran(work))]))
 
     def output(self, peer: Peer, work: Any, message: Output) -> None:
         """It is passed on as it came."""
@@ -1143,7 +1143,7 @@ class Overview:
             text = unpack_error(payload)[0] if outcome == Outcome.RAISED and len(payload) >= 4 else payload.decode('utf-8', 'replace')
             self._failed += 1
             self._failures.append((
-                self._failed, row[3] or time.time(), remote.number, work.client_serial >> 16, _shown(work._payload),
+                self._failed, row[3] or time.time(), remote.number, work.client_serial >> 16, _shown(work.payload),
                 int(_STATE_OF.get(outcome, JobState.TERMINATED)), str(peer) if peer is not None else '', text[-FAILURE_TEXT:]))
 
     def over(self, remote: Remote) -> None:
@@ -1284,7 +1284,7 @@ class Overview:
             payload: Any = None
             if work is not None:
                 try:
-                    payload = work._payload or state.payload_size(work._serial >> 16) or state.payload(work._serial >> 16)
+                    payload = work.payload or state.payload_size(work.serial >> 16) or state.payload(work.serial >> 16)
                 except OSError as exc:
                     logger.debug('arguments of job %d: %s', serial >> 16, exc)   # shown without
             found.append(payload if isinstance(payload, int) else _shown(payload))
@@ -1865,7 +1865,7 @@ class Computations:
             self._scheduler.overview.over(remote)
             self._scheduler.state.over(comp)
             self._scheduler.state.removed([*remote.ended.values(), *remote.absence.dropped.values(),
-                                 *(work._serial >> 16 for work in remote.works.values())])
+                                 *(work.serial >> 16 for work in remote.works.values())])
             logger.info('%s: is over', remote.name)
         self._scheduler.program_jobs.forget(remote)
         remote.receiver.abort()
@@ -1987,15 +1987,15 @@ class ProgramFiles:
                 self._without_values(link, remote, message.error)
             return
         work = remote.works.get(message.key) if remote is not None else None
-        if remote is None or work is None or remote.files.pop(work._serial, None) is None:
+        if remote is None or work is None or remote.files.pop(work.serial, None) is None:
             return
         peer = self._peer_of(work)
         if peer is not None:
-            self._scheduler.say_to(peer, message._replace(key=work._serial))
+            self._scheduler.say_to(peer, message._replace(key=work.serial))
 
     def _peer_of(self, work: RemoteWork) -> Optional[Peer]:
-        known = self._scheduler.schedule.comps.get(work._comp)
-        node = known.running.get(work._serial) if known is not None else None
+        known = self._scheduler.schedule.comps.get(work.comp)
+        node = known.running.get(work.serial) if known is not None else None
         return self._scheduler.nodes.by_key.get(node.key) if node is not None else None
 
     def end_files(self, remote: Remote) -> None:
@@ -2067,7 +2067,7 @@ class ProgramJobs:
                 remote.values.took(work)
             self._scheduler.state.submitted(work, payload)
             if self._kept < IN_MEMORY and len(payload) < LARGE:
-                work._payload = payload
+                work.payload = payload
                 self._kept += OBJECT + len(payload)
             remote.works[serial] = work
             self._scheduler.quota.add(remote, work, len(payload))
@@ -2113,16 +2113,16 @@ class ProgramJobs:
 
     def end(self, remote: Remote, work: RemoteWork, row: tuple, node: Any = None) -> None:
         """A job has ended with this row of Results, `node` is where, if it was on one."""
-        number = work._serial >> 16
+        number = work.serial >> 16
         if remote.works.pop(work.client_serial, None) is None:
             return
         self._scheduler.overview.ended(remote, work, row, node)
         self._scheduler.quota.remove(remote, work)
         if work.values:
             self._scheduler.program_files.done_with_values(remote, work)
-        if work._payload is not None:
-            self._kept -= OBJECT + len(work._payload)
-        remote.files.pop(work._serial, None)
+        if work.payload is not None:
+            self._kept -= OBJECT + len(work.payload)
+        remote.files.pop(work.serial, None)
         if remote.exclusive and not remote.works:
             self._scheduler.sharing.look_again()
         self._scheduler.state.ended(number, row)
@@ -2131,22 +2131,22 @@ class ProgramJobs:
 
     def drop(self, remote: Remote, work: RemoteWork) -> None:
         """One of these jobs has been cancelled."""
-        number = work._serial >> 16
+        number = work.serial >> 16
         if remote.works.pop(work.client_serial, None) is None:
             return
         self._scheduler.quota.remove(remote, work)
         remote.values.release(work)
         remote.absence.dropped[work.client_serial] = number
         remote.ends[2] += 1
-        if work._payload is not None:
-            self._kept -= OBJECT + len(work._payload)
+        if work.payload is not None:
+            self._kept -= OBJECT + len(work.payload)
         self._scheduler.state.dropped(number)
         if remote.exclusive:
             self._scheduler.sharing.look_again()
 
     def forget(self, remote: Remote) -> None:
         """A computation is over."""
-        self._kept -= sum(OBJECT + len(work._payload) for work in remote.works.values() if work._payload is not None)
+        self._kept -= sum(OBJECT + len(work.payload) for work in remote.works.values() if work.payload is not None)
         for work in remote.works.values():
             self._scheduler.quota.remove(remote, work)
         remote.works.clear()

@@ -162,7 +162,7 @@ class ModelWorker:
         self.next()
 
     def interrupt(self, serial):
-        if self.job is not None and self.job._serial == serial:
+        if self.job is not None and self.job.serial == serial:
             self.finish(serial, self.ticket, Outcome.RAISED)
 
     def take_back(self):
@@ -211,7 +211,7 @@ class World:
         self.submitted += len(works)
         self.act(self.schedule.handle(Submitted(works), self.now))
         for work in works:
-            self.trials[work._serial >> 16] = work
+            self.trials[work.serial >> 16] = work
         self.turn()
         return works
 
@@ -237,7 +237,7 @@ class World:
         for action in actions:
             kind = type(action)
             if kind is SendJobs:
-                rows = [(work._serial, b'', work._options) for work in action.works]
+                rows = [(work.serial, b'', work.options) for work in action.works]
                 self.say(action.node, Jobs(action.comp, rows))
             elif kind in (SendRecall, SendCancel, SendAck):
                 self.say(action.node, {SendRecall: Recall, SendCancel: Cancel, SendAck: Ack}[kind](action.comp, action.serials))

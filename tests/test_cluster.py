@@ -614,7 +614,7 @@ def test_jobs_that_are_being_recovered_end_when_their_cluster_is_closed(tmp_path
     journal.begin('c', 'square', False, False, None)
     lost = dispy.KeptJob('c', dispy.pack_arguments((7,), {}, dispy.ModuleBundles('c')), None, 1)
     journal.submitted(lost)
-    lost._serial += 1
+    lost.serial += 1
     journal.sent([lost], '127.0.0.1:1', '')
     journal.commit()
     journal._db.close()

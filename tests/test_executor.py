@@ -322,7 +322,7 @@ def test_options_of_calls(tmp_path):
         flag.write_text('')
         assert [future.result(30) for future in futures] == [1, 4]
         eventually(lambda: len(order) == 2)
-        assert order == [1, 0] and futures[1].job._options['retries'] == 1
+        assert order == [1, 0] and futures[1].job.options['retries'] == 1
         with pytest.raises(ValueError, match='dispy_cpus'):
             executor.with_options(cpus=0)
         urgent.shutdown()

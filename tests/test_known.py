@@ -91,7 +91,7 @@ def busy(reentrant=False):
 
 
 def account_of(works, held=(), unbegun=(), lost=(), given_up=(), whole=True):
-    pick = [frozenset(works[number]._serial for number in numbers) for numbers in (held, unbegun, lost, given_up)]
+    pick = [frozenset(works[number].serial for number in numbers) for numbers in (held, unbegun, lost, given_up)]
     return Account(pick[0], Past(whole, *pick[1:], text='given up'))
 
 
@@ -113,14 +113,14 @@ def test_the_schedule_follows_the_table(reentrant, how):
     if not reentrant and how != 'lost':
         assert 'given up' in ended[works[3]] and 'had begun when the node ended' in ended[works[2]]
     if how == 'told':   # what it holds stays there, and is not lost while it is connected
-        assert talk.schedule.nodes['n'].flight['c'].get(works[0]._serial) is works[0]
+        assert talk.schedule.nodes['n'].flight['c'].get(works[0].serial) is works[0]
 
 
 def test_what_is_not_there_has_not_begun_only_if_all_is_known():
     for whole, status in ((True, dispy.JobState.REQUEUED), (False, dispy.JobState.ABANDONED)):
         talk, works = busy()
         talk.schedule.handle(NodeTold('n', 'c', Account(whole=whole)), 0.0)
-        assert {work._state for work in works} == {status}
+        assert {work.state for work in works} == {status}
 
 
 def test_a_node_that_has_told_what_it_holds_is_not_lost_while_it_sets_up():

@@ -89,12 +89,12 @@ def test_a_scheduler_that_was_cut_off_is_waited_for_for_ever():
 
 def test_what_is_known_of_a_process_that_has_ended_is_not_lost():
     talk, (held, unbegun, began) = talk_of(Standing.BUSY)
-    past = dispy.Past(True, frozenset([unbegun._serial]), frozenset([began._serial]))
-    account = Account(frozenset([held._serial]), past)
+    past = dispy.Past(True, frozenset([unbegun.serial]), frozenset([began.serial]))
+    account = Account(frozenset([held.serial]), past)
     actions = talk.tell(doubt(Evidence.PROCESS_ENDED, Standing.BUSY, known={'d': account}))
     assert [action.work for action in only(actions, dispy.JobEnded)] == [began]
     assert [action.work for action in only(actions, dispy.JobWaits)] == [unbegun]
-    assert talk.schedule.nodes['n'].flight['d'][held._serial] is held
+    assert talk.schedule.nodes['n'].flight['d'][held.serial] is held
 
 
 def test_of_several_computations_only_those_are_returned_that_were_spoken_of():

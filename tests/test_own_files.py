@@ -185,9 +185,9 @@ def recover_file(tmp_path):
     for job in jobs:
         journal.submitted(job)
     journal.commit()
-    jobs[1]._state = dispy.JobState.FINISHED
-    journal.ended(jobs[1], (jobs[1]._serial, 1, 1.0, 2.0, pickle.dumps(5), b'out', b''))
-    jobs[2]._state = dispy.JobState.ABANDONED
+    jobs[1].state = dispy.JobState.FINISHED
+    journal.ended(jobs[1], (jobs[1].serial, 1, 1.0, 2.0, pickle.dumps(5), b'out', b''))
+    jobs[2].state = dispy.JobState.ABANDONED
     journal.ended(jobs[2], 'lost')
     journal.close()
     return tmp_path / 'recover'

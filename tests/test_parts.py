@@ -362,8 +362,8 @@ def test_what_a_recovery_file_says_of_a_result_that_was_too_large(tmp_path, monk
     job = dispy.KeptJob('c', b'payload', None, 1)
     job.submit_time = 1.0
     journal.submitted(job)
-    job._state = dispy.JobState.FINISHED
-    journal.ended(job, (job._serial, int(Outcome.RETURNED), 1.0, 2.0, bytes(2 * MIB), b'out', b''))
+    job.state = dispy.JobState.FINISHED
+    journal.ended(job, (job.serial, int(Outcome.RETURNED), 1.0, 2.0, bytes(2 * MIB), b'out', b''))
     assert journal.commit()
     [(_, state, _, found)] = journal.known()
     assert state == journal.ENDED and found[0] == Outcome.RAISED and b'was not kept in the recovery file' in found[3]

@@ -76,7 +76,7 @@ def test_what_to_do_about_a_path_depends_on_where_it_lands():
 
 def job(number=1, text='', state=JobState.TERMINATED):
     made = DispyJob('c', None, None, number)
-    made._exception, made._state = text, state
+    made._exception, made.state = text, state
     return made
 
 
@@ -84,7 +84,7 @@ def failed(failures, *texts):
     jobs = [job(number, text) for number, text in enumerate(texts, 1)]
     for one in jobs:
         failures.add(one, 'lab2')
-        one.status = int(one._state)
+        one.status = int(one.state)
     return jobs
 
 

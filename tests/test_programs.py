@@ -274,7 +274,7 @@ def test_programs_with_a_secret_of_their_own(tmp_path):
         with dispy.SharedJobCluster(compute, scheduler_port=scheduler.port, secret='the secret of programs', loglevel=logging.CRITICAL) as cluster:
             job = cluster.submit(str(hold), 'PASSWORD-1')
             eventually(lambda: job.status == DispyJob.Running)
-            serial = job._serial
+            serial = job.serial
             for secret, sees in (('the secret of programs', False), (operator, True)):
                 with Talk(scheduler.port, secret) as talk:
                     def ask(*question):

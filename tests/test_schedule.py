@@ -23,7 +23,7 @@ def jobs(count, comp='c', **options):
 
 
 def row(work, outcome=Outcome.RETURNED, took=1.0):
-    return (work._serial, int(outcome), 0.0, took, b'value', b'', b'')
+    return (work.serial, int(outcome), 0.0, took, b'value', b'', b'')
 
 
 class Talk:
@@ -54,8 +54,8 @@ class Talk:
         works = jobs(times, comp, node=node)
         self.submit(works)
         while works:
-            self.results(node, [work for work in works if work._state is JobState.SENT], comp, took=took)
-            works = [work for work in works if work._state not in ENDED]
+            self.results(node, [work for work in works if work.state is JobState.SENT], comp, took=took)
+            works = [work for work in works if work.state not in ENDED]
 
 
 def only(actions, kind):
@@ -232,10 +232,10 @@ def test_jobs_for_one_node_wait_for_it_and_go_first():
     pinned, other = job(node='b'), job()
     assert sent(talk.submit([pinned, other])) == [other]
     talk.ready('b', 1)
-    assert pinned._state is JobState.SENT and talk.schedule.nodes['b'].flight['c'] == {pinned._serial: pinned}
+    assert pinned.state is JobState.SENT and talk.schedule.nodes['b'].flight['c'] == {pinned.serial: pinned}
     more = [job(node='b'), job(node='b')]
     talk.submit(more)
-    assert all(work in talk.schedule.comps['c'].waiting() or work._state is JobState.SENT for work in more)
+    assert all(work in talk.schedule.comps['c'].waiting() or work.state is JobState.SENT for work in more)
     assert not only(talk.ready('d', 4), SendRecall), 'what is for one node is not called back for another'
     ended = only(talk.tell(Closed('c')), JobEnded)
     assert {action.work for action in ended} == {pinned, other, *more}
@@ -260,8 +260,8 @@ def test_what_becomes_of_a_job(outcome, state):
     talk.submit([work])
     result = row(work, outcome)
     assert talk.tell(NodeResults('n', 'c', [result])) == [
-        SendAck('n', 'c', [work._serial]), JobsEnded('n', 'c', [(work, result)])]
-    assert work._state is state
+        SendAck('n', 'c', [work.serial]), JobsEnded('n', 'c', [(work, result)])]
+    assert work.state is state
 
 
 def test_a_result_that_comes_twice_is_acknowledged_and_dropped():
@@ -269,8 +269,8 @@ def test_a_result_that_comes_twice_is_acknowledged_and_dropped():
     talk.ready('n')
     talk.submit([work])
     talk.results('n', [work])
-    assert talk.results('n', [work], outcome=Outcome.RAISED) == [SendAck('n', 'c', [work._serial])]
-    assert work._state is JobState.FINISHED
+    assert talk.results('n', [work], outcome=Outcome.RAISED) == [SendAck('n', 'c', [work.serial])]
+    assert work.state is JobState.FINISHED
 
 
 def test_provisional_results_and_the_end_in_one_message_keep_their_order():
@@ -280,7 +280,7 @@ def test_provisional_results_and_the_end_in_one_message_keep_their_order():
     rows = [row(work, Outcome.PROVISIONAL), row(work, Outcome.PROVISIONAL), row(work), row(work), row(work, Outcome.PROVISIONAL)]
     told, = only(talk.tell(NodeResults('n', 'c', rows)), JobsEnded)
     assert told.pairs == [(work, row) for row in rows[:3]]   # what comes after the end is dropped
-    assert work._state is JobState.FINISHED and not talk.schedule.nodes['n'].used
+    assert work.state is JobState.FINISHED and not talk.schedule.nodes['n'].used
 
 
 def test_a_result_that_comes_after_the_job_went_elsewhere_is_acknowledged_and_dropped():
@@ -292,7 +292,7 @@ def test_a_result_that_comes_after_the_job_went_elsewhere_is_acknowledged_and_dr
     talk.tell(NodeLost('a', 'host-a', 'broken'))
     talk.ready('a', held=[late[0]])
     assert talk.tell(NodeResults('a', 'c', [late])) == [SendAck('a', 'c', [late[0]])]
-    assert work._state is JobState.SENT
+    assert work.state is JobState.SENT
     assert only(talk.results('b', [work]), JobsEnded)
 
 
@@ -310,8 +310,8 @@ def test_a_result_with_an_unknown_outcome_leaves_the_books_in_order():
     talk.ready('n')
     talk.submit([work])
     with pytest.raises(Exception):
-        talk.tell(NodeResults('n', 'c', [(work._serial, 99, 0.0, 1.0, b'', b'', b'')]))
-    assert work._serial in talk.schedule.nodes['n'].flight['c']
+        talk.tell(NodeResults('n', 'c', [(work.serial, 99, 0.0, 1.0, b'', b'', b'')]))
+    assert work.serial in talk.schedule.nodes['n'].flight['c']
 
 
 # -- cancel -----------------------------------------------------------------------------------------------
@@ -328,11 +328,11 @@ def test_cancel_while_it_is_on_a_node():
     talk, work = Talk(), job()
     talk.ready('n')
     talk.submit([work])
-    assert talk.tell(CancelAsked(work)) == [SendCancel('n', 'c', [work._serial])]
-    assert work._state is JobState.CANCELLING
+    assert talk.tell(CancelAsked(work)) == [SendCancel('n', 'c', [work.serial])]
+    assert work.state is JobState.CANCELLING
     assert talk.tell(CancelAsked(work)) == [], 'asked twice'
     talk.results('n', [work], outcome=Outcome.CANCELLED)
-    assert work._state is JobState.CANCELLED
+    assert work.state is JobState.CANCELLED
     assert talk.tell(CancelAsked(work)) == [], 'it has ended'
 
 
@@ -345,7 +345,7 @@ def test_a_job_may_end_otherwise_before_the_cancel_arrives(outcome, state):
     talk.submit([work])
     talk.tell(CancelAsked(work))
     actions = talk.results('n', [work], outcome=outcome)
-    assert work._state is state
+    assert work.state is state
     assert len(only(actions, JobsEnded) + only(actions, JobEnded)) == 1
 
 
@@ -359,7 +359,7 @@ def test_a_job_that_is_being_cancelled_is_not_sent_again(event):
     talk.tell(CancelAsked(work))
     actions = talk.tell(event)
     assert [action.work for action in only(actions, JobEnded)] == [work] and not sent(actions)
-    assert work._state is JobState.CANCELLED
+    assert work.state is JobState.CANCELLED
 
 
 def test_cancel_of_one_that_waits_again():
@@ -367,7 +367,7 @@ def test_cancel_of_one_that_waits_again():
     talk.ready('n')
     talk.submit([work])
     talk.tell(NodeLost('n', 'host', 'broken'))
-    assert work._state is JobState.REQUEUED
+    assert work.state is JobState.REQUEUED
     assert talk.tell(CancelAsked(work)) == [JobEnded(work, 'cancelled before it was started')]
     assert talk.ready('n') == []
 
@@ -378,7 +378,7 @@ def test_a_cancel_that_was_lost_with_the_link_is_sent_again():
     talk.ready('n')
     talk.submit([work])
     talk.tell(CancelAsked(work))
-    assert talk.ready('n', held=[work._serial]) == [SendCancel('n', 'c', [work._serial])]
+    assert talk.ready('n', held=[work.serial]) == [SendCancel('n', 'c', [work.serial])]
 
 
 # -- nodes come and go ------------------------------------------------------------------------------------
@@ -398,7 +398,7 @@ def test_jobs_that_are_not_reentrant_are_abandoned_with_the_name_of_the_node():
     talk.ready('n')
     talk.submit([work])
     ended, = talk.tell(NodeLost('n', 'host:9701', 'no sign of life'))
-    assert ended.work is work and work._state is JobState.ABANDONED
+    assert ended.work is work and work.state is JobState.ABANDONED
     for part in ('abandoned', 'lost with node host:9701', 'no sign of life', 'not reentrant'):
         assert part in ended.text
 
@@ -411,7 +411,7 @@ def test_a_job_is_given_up_after_three_nodes():
         assert talk.tell(NodeLost(name, 'host-' + name, 'broken')) == [JobWaits(work)]
     talk.ready('c')
     ended, = talk.tell(NodeLost('c', 'host-c', 'broken'))
-    assert work._state is JobState.ABANDONED
+    assert work.state is JobState.ABANDONED
     assert 'host-a, host-b, host-c' in ended.text and 'given up after 3 nodes' in ended.text
 
 
@@ -430,11 +430,11 @@ def test_a_stopped_attempt_of_a_reentrant_computation_goes_elsewhere():
     talk, work = Talk(), job()
     talk.ready('a')
     talk.submit([work])
-    serial = work._serial
+    serial = work.serial
     talk.ready('b')
     actions = talk.results('a', [work], outcome=Outcome.STOPPED)
     assert only(actions, SendAck) == [SendAck('a', 'c', [serial])] and not only(actions, JobsEnded)
-    assert sent(actions) == [work] and work._serial > serial
+    assert sent(actions) == [work] and work.serial > serial
 
 
 def test_nothing_is_sent_to_a_node_that_is_being_stopped():
@@ -450,7 +450,7 @@ def test_a_stopped_attempt_that_is_not_reentrant_is_abandoned():
     talk.ready('n')
     talk.submit([work])
     ended, = only(talk.results('n', [work], outcome=Outcome.STOPPED), JobEnded)
-    assert work._state is JobState.ABANDONED and 'lost with node n' in ended.text and 'stopped' in ended.text
+    assert work.state is JobState.ABANDONED and 'lost with node n' in ended.text and 'stopped' in ended.text
 
 
 def test_a_node_that_leaves_a_computation_keeps_the_others():
@@ -459,7 +459,7 @@ def test_a_node_that_leaves_a_computation_keeps_the_others():
     talk.ready('n', 2, 'd')
     talk.submit([mine, other])
     talk.tell(NodeLeft('n', 'c', 'host', 'setup failed'))
-    assert mine._state is JobState.REQUEUED and other._state is JobState.SENT
+    assert mine.state is JobState.REQUEUED and other.state is JobState.SENT
     assert talk.tell(NodeLeft('n', 'c', 'host', 'again'), NodeLeft('unknown', 'c', 'x', 'y')) == []
     assert talk.schedule.nodes['n'].used == 1
 
@@ -475,9 +475,9 @@ def test_attempts_that_never_arrived_are_sent_again_and_in_order():
     talk, works = Talk(reentrant=False), jobs(5)
     talk.ready('n', 5)
     talk.submit(works)
-    old = [work._serial for work in works]
+    old = [work.serial for work in works]
     assert sent(talk.ready('n', 5, held=old[:2])) == works[2:]
-    assert [work._serial for work in works] == old[:2] + [serial + 1 for serial in old[2:]]
+    assert [work.serial for work in works] == old[:2] + [serial + 1 for serial in old[2:]]
 
 
 def test_cpus_of_a_node_may_change():
@@ -485,17 +485,17 @@ def test_cpus_of_a_node_may_change():
     talk.ready('n', 1)
     talk.learn(1.0)
     talk.submit(works)
-    assert sent(talk.ready('n', 3, held=[works[0]._serial])) == works[1:3]
+    assert sent(talk.ready('n', 3, held=[works[0].serial])) == works[1:3]
 
 
 def test_serials_tell_the_job_and_the_attempt():
     talk, works = Talk(), jobs(2)
     talk.ready('n', 2)
     talk.submit(works)
-    assert [(work._serial >> 16, work._serial & 0xffff) for work in works] == [(1, 1), (2, 1)]
+    assert [(work.serial >> 16, work.serial & 0xffff) for work in works] == [(1, 1), (2, 1)]
     talk.tell(NodeLost('n', 'host', 'broken'))
     talk.ready('n', 2)
-    assert sorted((work._serial >> 16, work._serial & 0xffff) for work in works) == [(1, 2), (2, 2)]
+    assert sorted((work.serial >> 16, work.serial & 0xffff) for work in works) == [(1, 2), (2, 2)]
 
 
 # -- recall -----------------------------------------------------------------------------------------------
@@ -510,9 +510,9 @@ def recall_scene(**options):
 
 def test_what_waits_on_one_node_is_called_back_for_an_idle_other():
     talk, works = recall_scene()
-    assert talk.ready('b') == [SendRecall('a', 'c', [works[1]._serial])]
+    assert talk.ready('b') == [SendRecall('a', 'c', [works[1].serial])]
     assert talk.tell() == [], 'asked once'
-    assert talk.tell(NodeReturned('a', 'c', [works[1]._serial])) == [JobWaits(works[1]), SendJobs('b', 'c', works[1:])]
+    assert talk.tell(NodeReturned('a', 'c', [works[1].serial])) == [JobWaits(works[1]), SendJobs('b', 'c', works[1:])]
 
 
 def test_no_endless_recall_when_nothing_comes_back():
@@ -530,7 +530,7 @@ def test_no_endless_recall_of_what_does_not_fit_the_idle_node():
         if not actions:
             return
         assert turn < 4, 'recalled again and again'
-        serials = [works[1]._serial] if only(actions, SendRecall) else []
+        serials = [works[1].serial] if only(actions, SendRecall) else []
         actions = talk.tell(NodeReturned('a', 'c', serials)) if serials else talk.tell()
 
 
@@ -538,7 +538,7 @@ def test_a_recall_that_was_lost_with_the_link_is_sent_again():
     # The computation stays marked as recalled, though nobody will answer.
     talk, works = recall_scene()
     talk.ready('b')
-    held = [work._serial for work in works]
+    held = [work.serial for work in works]
     assert talk.ready('a', held=held) == [SendRecall('a', 'c', held[1:])]
 
 
@@ -548,7 +548,7 @@ def test_recalled_jobs_keep_their_order():
     talk.ready('a', 4)
     talk.submit(works)
     talk.ready('b', 4)
-    assert sent(talk.tell(NodeReturned('a', 'c', [work._serial for work in works[:3:-1]]))) == works[4:]
+    assert sent(talk.tell(NodeReturned('a', 'c', [work.serial for work in works[:3:-1]]))) == works[4:]
 
 
 def test_idle_cpus_are_used_although_another_client_waits_for_a_node():
@@ -558,7 +558,7 @@ def test_idle_cpus_are_used_although_another_client_waits_for_a_node():
     works = jobs(2)
     talk.ready('a')
     talk.submit(works)
-    assert talk.ready('b') == [SendRecall('a', 'c', [works[1]._serial])]
+    assert talk.ready('b') == [SendRecall('a', 'c', [works[1].serial])]
 
 
 def test_what_waits_behind_jobs_that_do_not_end_soon_is_called_back():
@@ -568,12 +568,12 @@ def test_what_waits_behind_jobs_that_do_not_end_soon_is_called_back():
     talk.learn(0.001, times=50)
     works = sent(talk.submit(jobs(100)))
     assert len(works) > 10
-    started = NodeStarted('n', 'c', [(work._serial, 0.025) for work in works[:2]])
+    started = NodeStarted('n', 'c', [(work.serial, 0.025) for work in works[:2]])
     assert not only(talk.tell(started), SendRecall)
     assert talk.schedule.next_timer() == pytest.approx(0.075)
     recall, = only(talk.schedule.flush(0.076), SendRecall)
-    assert sorted(recall.serials) == [work._serial for work in works[2:]]
-    assert [work._state for work in works[:3]] == [JobState.RUNNING, JobState.RUNNING, JobState.SENT]
+    assert sorted(recall.serials) == [work.serial for work in works[2:]]
+    assert [work.state for work in works[:3]] == [JobState.RUNNING, JobState.RUNNING, JobState.SENT]
     assert not only(talk.schedule.flush(0.5), SendRecall), 'each is asked for once'
 
 
@@ -584,10 +584,10 @@ def test_a_job_that_was_called_back_twice_goes_to_idle_cpus_only():
     others = []
     for name in 'bd':
         recall, = only(talk.ready(name), SendRecall)
-        assert recall.serials == [second._serial]
+        assert recall.serials == [second.serial]
         others += sent(talk.submit(jobs(1)), name)   # it takes the idle CPU before the answer comes
         talk.tell(NodeReturned(recall.node, 'c', recall.serials))
-    assert second._state is JobState.REQUEUED
+    assert second.state is JobState.REQUEUED
     assert sent(talk.submit(jobs(1))) == [], 'those behind it wait too, or no CPU would be idle'
     assert sent(talk.results('d', others[1:])) == [second]
 
@@ -618,7 +618,7 @@ def test_lowered_cpus_call_back_what_is_too_much():
     talk.learn(1.0, times=4)
     works = sent(talk.submit(jobs(4)))
     recall, = only(talk.tell(NodeOffers('n', 'c', 2)), SendRecall)
-    assert set(recall.serials) == {work._serial for work in works[2:]}
+    assert set(recall.serials) == {work.serial for work in works[2:]}
     talk.tell(NodeReturned('n', 'c', recall.serials))
     assert not talk.schedule.comps['c'].called, 'the user wanted it'
 
@@ -642,7 +642,7 @@ def test_the_first_jobs_of_one_do_not_keep_the_only_job_of_another():
     talk.submit(long)
     talk.tell(NodeReady('a', 'd', 2, [], '', 2))
     assert sent(talk.submit([short]), 'a') == [short]
-    assert only(talk.tell(NodeReady('b', 'd', 2, [], '', 2)), SendRecall) == [SendRecall('a', 'd', [short._serial])]
+    assert only(talk.tell(NodeReady('b', 'd', 2, [], '', 2)), SendRecall) == [SendRecall('a', 'd', [short.serial])]
 
 
 # -- withdraw ---------------------------------------------------------------------------------------------
@@ -655,17 +655,17 @@ def test_withdraw_of_what_waits():
 
 
 @pytest.mark.parametrize('answer, gone', [
-    (lambda work: NodeReturned('n', 'c', [work._serial]), True), (lambda work: NodeStarted('n', 'c', [(work._serial, 0.0)]), False),
+    (lambda work: NodeReturned('n', 'c', [work.serial]), True), (lambda work: NodeStarted('n', 'c', [(work.serial, 0.0)]), False),
     (lambda work: NodeResults('n', 'c', [row(work)]), False), (lambda work: NodeResults('n', 'c', [row(work, Outcome.CANCELLED)]), True),
     (lambda work: NodeAway('n', 'host', 'broken', 9.0), False), (lambda work: NodeReady('n', 'c', 1, []), True)])
 def test_withdraw_of_what_is_on_a_node(answer, gone):
     talk, work = Talk(), job()
     talk.ready('n')
     talk.submit([work])
-    assert talk.tell(WithdrawAsked([work])) == [SendRecall('n', 'c', [work._serial])]
+    assert talk.tell(WithdrawAsked([work])) == [SendRecall('n', 'c', [work.serial])]
     assert talk.tell(WithdrawAsked([work])) == [], 'asked once'
     answers = only(talk.tell(answer(work)), Withdrawn)
-    assert answers == [Withdrawn(work, gone)] and (work._state is JobState.CANCELLED) == gone
+    assert answers == [Withdrawn(work, gone)] and (work.state is JobState.CANCELLED) == gone
 
 
 @pytest.mark.parametrize('cancel_first', (True, False))
@@ -676,16 +676,16 @@ def test_what_is_withdrawn_and_cancelled_comes_back_once(cancel_first):
     events = [CancelAsked(work), WithdrawAsked([work])]
     for event in events if cancel_first else events[::-1]:
         talk.tell(event)
-    actions = talk.tell(NodeReturned('n', 'c', [work._serial]))
-    assert len(only(actions, JobEnded)) == 1 and work._state is JobState.CANCELLED
+    actions = talk.tell(NodeReturned('n', 'c', [work.serial]))
+    assert len(only(actions, JobEnded)) == 1 and work.state is JobState.CANCELLED
 
 
 def test_withdraw_of_what_runs_is_refused_and_does_not_disturb_it():
     talk, work = Talk(), job()
     talk.ready('n')
     talk.submit([work])
-    talk.tell(NodeStarted('n', 'c', [(work._serial, 0.03)]))
-    assert talk.tell(WithdrawAsked([work])) == [Withdrawn(work, False)] and work._state is JobState.RUNNING
+    talk.tell(NodeStarted('n', 'c', [(work.serial, 0.03)]))
+    assert talk.tell(WithdrawAsked([work])) == [Withdrawn(work, False)] and work.state is JobState.RUNNING
 
 
 def test_a_job_whose_answer_is_not_waited_for_goes_on():
@@ -694,7 +694,7 @@ def test_a_job_whose_answer_is_not_waited_for_goes_on():
     talk.submit([work])
     talk.tell(WithdrawAsked([work]))
     talk.schedule.keep(work)
-    actions = talk.tell(NodeReturned('n', 'c', [work._serial]))
+    actions = talk.tell(NodeReturned('n', 'c', [work.serial]))
     assert sent(actions) == [work] and not only(actions, Withdrawn)
 
 
@@ -702,10 +702,10 @@ def test_what_is_lost_with_its_node_counts_as_begun_whatever_was_known():
     talk, (runs, waits, returned) = Talk(reentrant=False), jobs(3)
     talk.ready('n', 3)
     talk.submit([runs, waits, returned])
-    talk.tell(NodeStarted('n', 'c', [(runs._serial, 0.03)]), NodeOffers('n', 'c', 0))
-    talk.tell(NodeReturned('n', 'c', [returned._serial]))
+    talk.tell(NodeStarted('n', 'c', [(runs.serial, 0.03)]), NodeOffers('n', 'c', 0))
+    talk.tell(NodeReturned('n', 'c', [returned.serial]))
     talk.tell(NodeLost('n', 'host', 'broken'))
-    assert [work._state for work in (runs, waits, returned)] == [JobState.ABANDONED, JobState.ABANDONED, JobState.REQUEUED]
+    assert [work.state for work in (runs, waits, returned)] == [JobState.ABANDONED, JobState.ABANDONED, JobState.REQUEUED]
 
 
 # -- several clients --------------------------------------------------------------------------------------
@@ -723,8 +723,8 @@ def test_two_computations_of_one_client_take_turns_on_one_cpu():
         batch = sent(schedule.flush(0.0))
         assert batch
         for work in batch:
-            order.append(work._comp)
-            schedule.handle(NodeResults('n', work._comp, [row(work)]), 0.0)
+            order.append(work.comp)
+            schedule.handle(NodeResults('n', work.comp, [row(work)]), 0.0)
     assert order[:6] in (list('cdcdcd'), list('dcdcdc'))
 
 
@@ -802,10 +802,10 @@ def test_a_newcomer_is_served_although_the_other_clients_jobs_are_short():
     talk.submit(few)
     for _ in range(200):
         queue.extend(sent(talk.results('n', [queue.popleft() for _ in range(10)], took=0.001), comp='c'))
-        running = [work for work in few if work._state is JobState.SENT]
+        running = [work for work in few if work.state is JobState.SENT]
         if running:
             talk.results('n', running[:1], 'd')
-        if few[-1]._state is JobState.FINISHED:
+        if few[-1].state is JobState.FINISHED:
             return
     pytest.fail('after 2000 jobs of the other client the newcomer still waits')
 
@@ -825,7 +825,7 @@ def test_closed_ends_jobs_in_every_state():
     actions = talk.tell(Closed('c'))
     assert {action.work for action in only(actions, JobEnded)} >= {running, cancelling, waiting}
     assert done not in {action.work for action in only(actions, JobEnded)}
-    assert [work._state for work in (done, running, cancelling, waiting, other)] == [
+    assert [work.state for work in (done, running, cancelling, waiting, other)] == [
         JobState.FINISHED, JobState.CANCELLED, JobState.CANCELLED, JobState.CANCELLED, JobState.CREATED]
     assert talk.schedule.nodes['n'].used == 0 and not talk.schedule.nodes['n'].flight
     assert talk.tell(Closed('c')) == []
@@ -847,14 +847,14 @@ def test_closed_forgets_a_recall():
 @pytest.mark.parametrize('event', sorted({event for _, event in JOB_TABLE} | {'nonsense'}))
 def test_an_absent_pair_raises_and_changes_nothing(state, event):
     work = job()
-    work._state = state
+    work.state = state
     if (state, event) in JOB_TABLE:
-        assert move_job(work, event) is JOB_TABLE[state, event] is work._state
+        assert move_job(work, event) is JOB_TABLE[state, event] is work.state
         assert state not in ENDED
     else:
         with pytest.raises(KeyError):
             move_job(work, event)
-        assert work._state is state
+        assert work.state is state
 
 
 def test_an_unknown_event_raises():
@@ -1090,7 +1090,7 @@ class Walk:
     def drain(self):
         """Everything works from now on: everything ends."""
         for turn in range(100000):
-            if all(work._state in ENDED for work in self.works):
+            if all(work.state in ENDED for work in self.works):
                 return
             if turn == 0:
                 self.nodes['large'] = ModelNode('large', 4)
@@ -1106,7 +1106,7 @@ class Walk:
                     if comp not in node.comps:
                         self.set_up(node, comp)
                 self.go_on(node)
-        raise AssertionError('these do not end: %s' % [work for work in self.works if work._state not in ENDED])
+        raise AssertionError('these do not end: %s' % [work for work in self.works if work.state not in ENDED])
 
     # what is said and must be true
 
@@ -1132,7 +1132,7 @@ class Walk:
             if kind is JobEnded:
                 self.end(action.work)
             elif kind is JobWaits or kind is JobParked:
-                assert action.work._state in WAITING or action.work._state is JobState.SENT   # again, in the same turn
+                assert action.work.state in WAITING or action.work.state is JobState.SENT   # again, in the same turn
             elif kind is JobsStarted or kind is Withdrawn:
                 continue
             elif kind is JobsEnded:
@@ -1154,17 +1154,17 @@ class Walk:
 
     def rows(self, action):
         for work in action.works:
-            assert work._serial not in self.serials, 'a serial is used again'
-            self.serials.add(work._serial)
+            assert work.serial not in self.serials, 'a serial is used again'
+            self.serials.add(work.serial)
             before = self.sent.get(work)
-            if before is not None and not self.reentrant[work._comp]:
+            if before is not None and not self.reentrant[work.comp]:
                 assert before in self.free_again, 'a job that is not reentrant was sent twice'
-            self.sent[work] = work._serial
-        return [(work._serial, cpus_of(work)) for work in action.works]
+            self.sent[work] = work.serial
+        return [(work.serial, cpus_of(work)) for work in action.works]
 
     def end(self, work):
-        assert work not in self.ended and work._state in ENDED, 'ended twice'
-        self.ended[work] = work._state
+        assert work not in self.ended and work.state in ENDED, 'ended twice'
+        self.ended[work] = work.state
 
     def check(self):
         places = collections.Counter()
@@ -1175,9 +1175,9 @@ class Walk:
             assert set(node.parts) == set(node.limits) == set(node.flight) == set(node.comps)
             assert node.cpus == max(node.limits.values(), default=0)
             assert node.taken == sum(min(node.parts[name], node.limits[name]) for name in node.parts)
-            assert node.bytes == sum(size_of(work._payload) for _, _, work in works)
+            assert node.bytes == sum(size_of(work.payload) for _, _, work in works)
             for name, serial, work in works:
-                assert work._serial == serial and work._comp == name
+                assert work.serial == serial and work.comp == name
                 assert self.schedule.comps[name].running[serial] is node
                 flying[name] += cpus_of(work)
                 places[work] += 1
@@ -1187,13 +1187,13 @@ class Walk:
             assert comp.flying == flying[comp.comp]
             assert len(comp.running) == sum(len(node.flight.get(comp.comp, ())) for node in self.schedule.nodes.values())
             for work in queue + comp.parked:
-                assert work._state in WAITING
+                assert work.state in WAITING
                 places[work] += 1
         for work in self.works:
             assert places[work] == (0 if work in self.ended else 1), 'not in exactly one place'
-            assert (work._state in ENDED) == (work in self.ended)
+            assert (work.state in ENDED) == (work in self.ended)
             if work in self.ended:
-                assert work._state is self.ended[work]
+                assert work.state is self.ended[work]
 
     def check_no_idle_cpu(self):
         for node in self.schedule.nodes.values():
@@ -1233,10 +1233,10 @@ def test_a_job_that_failed_rests_until_it_is_tried_again():
     work = job('c', repeats=Repeats(True, 5.0, 2), retries=2)
     talk.submit([work])
     asked, = [action for action in talk.results('n', [work], outcome=Outcome.RAISED) if isinstance(action, JobFailedOnce)]
-    assert work._state is JobState.REQUEUED and talk.schedule.comps['c'].waiting() == [work]
+    assert work.state is JobState.REQUEUED and talk.schedule.comps['c'].waiting() == [work]
     assert talk.schedule.handle(Repeat(work, 5.0), 0.0) == [JobWaits(work)]
     assert talk.schedule.next_timer() == 5.0
     assert not talk.schedule.flush(4.9) and [type(action) for action in talk.schedule.flush(5.0)] == [SendJobs]
     talk.results('n', [work], outcome=Outcome.RAISED)
-    assert talk.tell(RepeatNot(work, Outcome.RAISED)) == [JobStays(work)] and work._state is JobState.TERMINATED
+    assert talk.tell(RepeatNot(work, Outcome.RAISED)) == [JobStays(work)] and work.state is JobState.TERMINATED
     assert talk.tell(RepeatNot(work, Outcome.RAISED)) == []

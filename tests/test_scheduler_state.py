@@ -34,7 +34,7 @@ def submit(state, payload=b'arguments', comp='c', options=None):
 
 def end(state, work, value=b'result'):
     row = (work.client_serial, int(Outcome.RETURNED), 1.0, 2.0, value, b'', b'')
-    state.ended(work._serial >> 16, row)
+    state.ended(work.serial >> 16, row)
     return row
 
 
@@ -52,7 +52,7 @@ def test_a_crash_leaves_what_was_committed(root):
     first = state.number + 1
     waits, sent, back, ended = [submit(state, options={'cpus': number} if number else None) for number in range(4)]
     for work in (sent, back):
-        work._serial += 1
+        work.serial += 1
     state.sent([sent, back], KEY)
     state.waits(back)
     row = end(state, ended)
@@ -61,9 +61,9 @@ def test_a_crash_leaves_what_was_committed(root):
     again = after_a_crash(state, root)
     assert again.comps() == [('c', b'i' * 16, {'name': 'c', 'key': bytes(32)})] and again.nodes() == [(KEY, *KEY, 'node', b'n' * 16)]
     assert list(again.jobs('c')) == [
-        (first, first, None, State.WAITING, waits._serial, None), (first + 1, first + 1, {'cpus': 1}, State.SENT, sent._serial, KEY),
-        (first + 2, first + 2, {'cpus': 2}, State.WAITING, back._serial, None),
-        (first + 3, first + 3, {'cpus': 3}, State.ENDED, ended._serial, None)]
+        (first, first, None, State.WAITING, waits.serial, None), (first + 1, first + 1, {'cpus': 1}, State.SENT, sent.serial, KEY),
+        (first + 2, first + 2, {'cpus': 2}, State.WAITING, back.serial, None),
+        (first + 3, first + 3, {'cpus': 3}, State.ENDED, ended.serial, None)]
     assert again.payload(first) == b'arguments' and list(again.results([first + 3], [])) == [row]
     again.close()
 
@@ -73,7 +73,7 @@ def test_arguments_are_there_in_the_turn_in_which_they_come_and_after_it(root):
     begin(state)
     works = [submit(state, b'%d' % number) for number in range(3)] + [submit(state, b'x' * LARGE)]
     for _ in range(2):
-        assert [state.payload(work._serial >> 16) for work in works] == [b'0', b'1', b'2', b'x' * LARGE]
+        assert [state.payload(work.serial >> 16) for work in works] == [b'0', b'1', b'2', b'x' * LARGE]
         assert state.commit()
     state.close()
 
@@ -102,14 +102,14 @@ def test_large_files_go_with_their_jobs_and_leftovers_at_the_start(root):
     large, small = submit(state, b'x' * LARGE), submit(state)
     row = end(state, large, b'y' * LARGE)
     state.commit()
-    number = large._serial >> 16
+    number = large.serial >> 16
     files = ['%d.%s' % (number, end) for end in 'pr']
     assert sorted(os.listdir(state.large)) == files and list(state.results([number], [])) == [row]
     for name in ('9.p', '9.r', '%d.p.part' % (number + 1)):   # of transactions that were not written
         open(os.path.join(state.large, name), 'w').close()
     again = after_a_crash(state, root)
     assert sorted(os.listdir(again.large)) == files
-    again.removed([number, small._serial >> 16])
+    again.removed([number, small.serial >> 16])
     assert again.commit() and os.listdir(again.large) == [] and not again._files
     again.close()
 
@@ -119,7 +119,7 @@ def test_large_files_of_jobs_that_go_in_the_same_turn_are_not_written(root):
     begin(state)
     work = submit(state, b'x' * LARGE)
     end(state, work, b'y' * LARGE)
-    state.removed([work._serial >> 16])
+    state.removed([work.serial >> 16])
     assert state.commit() and os.listdir(state.large) == []
     state.close()
 
@@ -136,7 +136,7 @@ def test_the_file_does_not_grow_with_jobs_that_have_ended(root):
         for work in works:
             end(state, work)
         state.commit()
-        state.removed([work._serial >> 16 for work in works])
+        state.removed([work.serial >> 16 for work in works])
         state.commit()
         return state._db.execute('PRAGMA page_count').fetchone()[0]
     first = run_jobs()

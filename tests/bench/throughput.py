@@ -248,7 +248,7 @@ before = process.memory_info().rss
 jobs = [cluster.submit(None) for _ in range({count})]
 cluster.cancel(jobs[-1])
 after = process.memory_info().rss
-print((after - before) / {count} - sys.getsizeof(jobs[0]._payload))
+print((after - before) / {count} - sys.getsizeof(getattr(jobs[0], 'payload', None) or jobs[0]._payload))
 cluster.close(terminate=True)
 """
 

@@ -657,7 +657,7 @@ class Session:
                   rng.choices(('returns', 'raises', 'dies', 'stubborn'), (90, 5, 3, 2))[0], options)
         self.jobs[job.number] = world.jobs[job.number] = job
         job.handle = self.cluster.submit_job_id(job.number, job.number, **options)
-        world.by_payload[bytes(job.handle._payload)] = self, job
+        world.by_payload[bytes(job.handle.payload)] = self, job
         world.submitted += 1
 
     # lengths of jobs, most of them chosen to fool whoever believes that the next job is like the last
@@ -794,7 +794,7 @@ class World:
         call(*args)
 
     def complaint(self):
-        return ['%s: %d jobs, %s; %s' % (session.user, len(session.jobs), [(job.number, job.handle._state.name, job.handle.status, job.handle._lost)
+        return ['%s: %d jobs, %s; %s' % (session.user, len(session.jobs), [(job.number, job.handle.state.name, job.handle.status, job.handle.lost_with)
                                                                           for job in list(session.jobs.values())[:3]],
                                          [(str(peer), peer.state.value, peer.reason, [(use.state.value, use.reason) for use in peer.uses.values()])
                                           for peer in session.driver.nodes.by_key.values()][:8])
@@ -994,7 +994,7 @@ class World:
     def check_ack(self, message):
         for serial in message.serials:
             job, outcome = self.returned.pop((message.comp, serial), None), self.outcomes.pop((message.comp, serial), None)
-            if job is not None and outcome == Outcome.RETURNED and job.status is None and job.handle._serial == serial and not job.handle._lost:
+            if job is not None and outcome == Outcome.RETURNED and job.status is None and job.handle.serial == serial and not job.handle.lost_with:
                 job.acked = True
 
     def check_client(self, driver):
@@ -1026,9 +1026,9 @@ class World:
         for node in schedule.nodes.values():
             works = [work for flight in node.flight.values() for work in flight.values()]
             assert node.used == sum(map(dispy.cpus_of, works)) == sum(node.parts.values())
-            places.update(work._serial for work in works)
+            places.update(work.serial for work in works)
         for comp in schedule.comps.values():
-            places.update(work._serial for work in comp.waiting())
+            places.update(work.serial for work in comp.waiting())
             assert max(comp.called.values(), default=0) <= dispy.RECALLS_MOST, 'a job was called back too often'
         assert not places or max(places.values()) == 1, 'a job is in two places'
 
