@@ -453,7 +453,7 @@ class Where(NamedTuple):
 
 
 class News(NamedTuple):
-    """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of `Driver.rows_of`."""
+    """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of `NodeQueries.rows_of`."""
     comp: str
     status: int
     node: tuple

@@ -58,9 +58,9 @@ import time
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from dispy import (
-    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, DispyNode, Driver, JobState,
-    NodeDrains, NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec, NodeUser, Peer, Schedule, UseState,
-    WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
+    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, DispyNode,
+    Driver, JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec,
+    NodeUser, Peer, Schedule, UseState, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error, VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT, OF_CLIENTS,
     ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of,
@@ -783,10 +783,11 @@ class Remote(NodeUser):
     """A program's computation. The loop's thread."""
     cargo: Cargo
 
-    def __init__(self, scheduler: 'Scheduler', comp: str, client: bytes, spec: dict, directory: str, most: int,
-                 key: bytes = b'', max_values: int = QUEUED_MOST) -> None:
+    def __init__(self, scheduler: 'Scheduler', comp: str, client: bytes, spec: dict,
+                 directory: str, most: int, key: bytes = b'', max_values: int = QUEUED_MOST) -> None:
         self._scheduler = scheduler
-        self.searches = not scheduler.options.nodes   # otherwise nodes are named, and nothing is broadcast
+        # Otherwise nodes are named, and nothing is broadcast
+        self.searches = not scheduler.options.nodes
         self.multicast = scheduler.options.multicast
         self.key = key    # the scheduler's own, to nodes
         shared = spec['shared']
@@ -877,7 +878,9 @@ class Remote(NodeUser):
 
     def support_for(self, peer: Peer) -> Dict[str, bytes]:
         """The program has sent it."""
-        return {} if peer.facts.get('cloudpickle') == self.cloudpickle else self.cargo.spec['support']
+        if peer.facts.get('cloudpickle') == self.cloudpickle:
+            return {}
+        return self.cargo.spec['support']  # type: ignore[no-any-return]
 
     def module_source(self, name: str) -> Any:
         """The path of a file of a module, which is here."""
@@ -888,16 +891,20 @@ class Remote(NodeUser):
         return self.values.path(digest)
 
     def send_jobs(self, peer: Peer, works: Sequence[Any]) -> None:
-        """Of those that have waited for long the arguments are on the disk. The program is told where they are."""
+        """Of those that have waited for long the arguments are on the disk. The program is told
+        where they are."""
         scheduler = self._scheduler
         rows: List[Tuple[tuple, int]] = []
         unread: List[tuple] = []
         for work in works:
             try:
-                payload = scheduler.state.payload(work.serial >> 16) if work.payload is None else work.payload
+                payload = work.payload
+                if payload is None:
+                    payload = scheduler.state.payload(work.serial >> 16)
             except OSError as exc:   # no descriptor is left, or the file has gone
                 text = 'its arguments cannot be read at the scheduler: %s' % exc
-                unread.append((work.serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
+                reason = text.encode('utf-8', 'replace')
+                unread.append((work.serial, int(Outcome.DIED), 0.0, 0.0, reason, b'', b''))
             else:
                 rows.append(job_row(work, payload, OF_JOBS))
         for frame in frames(Jobs, self.comp, rows):
@@ -905,7 +912,8 @@ class Remote(NodeUser):
         scheduler.state.sent(works, peer.key)
         link = scheduler.links.get(self.link)
         if link is not None:
-            scheduler.say(link, Where(self.comp, (peer.ip_addr, peer.port, peer.name), [work.client_serial for work in works]))
+            node = (peer.ip_addr, peer.port, peer.name)
+            scheduler.say(link, Where(self.comp, node, [work.client_serial for work in works]))
         if unread:
             scheduler.decide(NodeResults(peer.key, self.comp, unread))
 
@@ -1412,7 +1420,8 @@ class NodeSharing(NodePolicy):
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
-        self._wanting: List[str] = []    # computations that want their nodes alone, in the order of coming
+        # Computations that want their nodes alone, in the order of coming
+        self._wanting: List[str] = []
         self._is_due = False             # whom nodes serve may have changed
         self.named: Set[str] = set()     # nodes that the operator has named
 
@@ -1424,7 +1433,8 @@ class NodeSharing(NodePolicy):
         return lambda address: may_dial('', address, allowed)
 
     def may_set_up(self, peer: Peer, comp: str) -> bool:
-        """Not while all jobs of a program that is gone have ended, nor at a node that is released for all."""
+        """Not while all jobs of a program that is gone have ended, nor at a node that is released
+        for all."""
         remote = self._scheduler.clusters.get(comp)
         if isinstance(remote, Remote) and remote.rests:
             return False
@@ -1471,7 +1481,9 @@ class NodeSharing(NodePolicy):
     def _holds(self, comp: str) -> bool:
         """Whether a computation that wants its nodes alone still has a program or jobs."""
         remote = self._scheduler.clusters.get(comp)
-        return isinstance(remote, Remote) and (remote.link in self._scheduler.links or bool(remote.works))
+        if not isinstance(remote, Remote):
+            return False
+        return remote.link in self._scheduler.links or bool(remote.works)
 
     def _assign(self, peer: Peer) -> None:
         """Whom a node serves: the first computation that wants it alone, when jobs of the others have ended there; or all."""
@@ -1489,7 +1501,10 @@ class NodeSharing(NodePolicy):
             use = peer.uses.get(comp)
             if use is not None and use.state is UseState.READY and not use.then:
                 cpus = self._scheduler.selection.tell_limit(peer, comp)
-                self._scheduler.decide(NodeOffers(peer.key, comp, cpus) if cpus else NodeDrains(peer.key, comp))
+                if cpus:
+                    self._scheduler.decide(NodeOffers(peer.key, comp, cpus))
+                else:
+                    self._scheduler.decide(NodeDrains(peer.key, comp))
 
 
 class Commit:
@@ -1498,7 +1513,7 @@ class Commit:
 
     def __init__(self, scheduler: 'Scheduler', send: Callable[[Link, Any], None]) -> None:
         self._scheduler = scheduler
-        self.send = send                             # a message at once, whatever becomes of the transaction
+        self.send = send       # a message at once, whatever becomes of the transaction
         self.later: List[Tuple[Link, Any]] = []      # messages that wait for the transaction of this turn
         self.stuck_until: Optional[float] = None     # the disk does not take transactions
 
@@ -1642,6 +1657,7 @@ class Computations:
         return path
 
     def on_compute(self, link: Link, message: Compute) -> None:
+        """A program begins a computation, or is back and goes on with it."""
         remote = self._scheduler.clusters.get(message.comp)
         if isinstance(remote, Remote):
             if remote.instance != link.instance or not hmac.compare_digest(remote.digest, result_key(message.spec)):
@@ -1729,6 +1745,7 @@ class Computations:
         logger.info('%s: begins%s', remote.name, ', and wants its nodes alone' if remote.exclusive else '')
 
     def on_reclaim(self, link: Link, message: Reclaim) -> None:
+        """Another process asks for what is here of a computation."""
         remote = self._scheduler.clusters.get(message.comp)
         if not isinstance(remote, Remote):
             self._scheduler.say(link, Held(message.comp, [], self._scheduler.state.past(message.comp).row()))
@@ -1850,6 +1867,7 @@ class Computations:
         return given_up + [when for when in looks if when < math.inf]
 
     def on_done(self, link: Link, message: Done) -> None:
+        """A program has ended a computation."""
         remote = self.unopened.get(message.comp) or self._scheduler.programs.computation_of(link, message.comp)
         if remote is not None and remote.link == link.number:
             self.unopened.pop(message.comp, None)
@@ -1981,6 +1999,7 @@ class ProgramFiles:
             self.serve_values(link, remote)
 
     def on_file_stored(self, link: Link, message: FileStored) -> None:
+        """A file of a job is at its program, or cannot be; or a value is not to be had there."""
         remote = self._scheduler.programs.computation_of(link, message.comp)
         if message.purpose == Purpose.VALUES and remote is not None:
             if message.error:
@@ -2031,11 +2050,13 @@ class ProgramJobs:
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
-        self.backlog = Backlog(scheduler.links)      # results that wait for room in the links of programs
+        # Results that wait for room in the links of programs
+        self.backlog = Backlog(scheduler.links)
         self._kept = 0                               # bytes of waiting jobs' arguments in memory
         self.unread_until = math.inf                 # when results are read that could not be
 
     def on_jobs(self, link: Link, message: Jobs) -> None:
+        """A program submits jobs."""
         remote = self._scheduler.programs.computation_of(link, message.comp)
         if remote is None:
             return
@@ -2047,6 +2068,7 @@ class ProgramJobs:
         self.take_jobs(link, remote, message.rows)
 
     def take_jobs(self, link: Link, remote: Remote, rows: Sequence[tuple], admitted: bool = False) -> None:
+        """Note jobs and hand them to the Schedule; `admitted`: the values that they need are here."""
         back: List[int] = []
         lacking = False
         for row in rows:
@@ -2084,6 +2106,7 @@ class ProgramJobs:
             self._scheduler.say(link, Results(message.comp, [unfit_row(message)]))
 
     def on_cancel(self, link: Link, message: Cancel) -> None:
+        """A program wants jobs to end."""
         remote = self._scheduler.programs.computation_of(link, message.comp)
         self._scheduler.jobs.take_submitted()
         self._cancel_early(link, remote, message.serials)
@@ -2107,6 +2130,7 @@ class ProgramJobs:
             self._scheduler.decide(WithdrawAsked(works))
 
     def on_ack(self, link: Link, message: Ack) -> None:
+        """A program has results."""
         remote = self._scheduler.programs.computation_of(link, message.comp)
         if remote is not None:
             self._scheduler.state.removed([remote.ended.pop(serial) for serial in message.serials if serial in remote.ended])
@@ -2194,6 +2218,7 @@ class ProgramCalls:
         self._numbers = itertools.count(1)
 
     def on_call(self, link: Link, message: Call) -> None:
+        """A program asks something."""
         remote = self._scheduler.programs.computation_of(link, message.comp)
         watched = message.name == 'overview'   # it speaks of no computation
 
@@ -2228,6 +2253,7 @@ class ProgramCalls:
         return True
 
     def answer_early(self, remote: Remote) -> None:
+        """The files of a computation are here: answer what was asked meanwhile."""
         questions, remote.questions = remote.questions, []
         for link, message in questions:
             self.on_call(link, message)
@@ -2281,6 +2307,7 @@ class ProgramCalls:
         self._scheduler.say(link, Call(remote.comp, number, name, args))
 
     def on_return(self, link: Link, message: Return) -> None:
+        """A program answers."""
         remote = self._scheduler.programs.computation_of(link, message.comp)
         then = remote.calls.pop(message.number, None) if remote is not None else None
         if then is not None:
@@ -2366,10 +2393,19 @@ class Scheduler(Driver):
         self.program_calls = ProgramCalls(self)
         self._doors: List[Gate] = []
         self.programs.messages.update({
-            Compute: self.computations.on_compute, Jobs: self.program_jobs.on_jobs,
-            Cancel: self.program_jobs.on_cancel, Ack: self.program_jobs.on_ack, Done: self.computations.on_done, Reclaim: self.computations.on_reclaim,
-            FilePiece: self.program_files.on_file_piece, FileStored: self.program_files.on_file_stored,
-            Call: self.program_calls.on_call, Return: self.program_calls.on_return, Recall: self.program_jobs.on_recall, Unfit: self.program_jobs.on_unfit})
+            Compute: self.computations.on_compute,
+            Reclaim: self.computations.on_reclaim,
+            Done: self.computations.on_done,
+            Jobs: self.program_jobs.on_jobs,
+            Unfit: self.program_jobs.on_unfit,
+            Cancel: self.program_jobs.on_cancel,
+            Recall: self.program_jobs.on_recall,
+            Ack: self.program_jobs.on_ack,
+            FilePiece: self.program_files.on_file_piece,
+            FileStored: self.program_files.on_file_stored,
+            Call: self.program_calls.on_call,
+            Return: self.program_calls.on_return,
+        })
 
     # -- life -------------------------------------------------------------------------------------------------
 
