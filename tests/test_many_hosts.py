@@ -469,7 +469,7 @@ def test_all_nodes_refuse(hosts):
 
 @pytest.fixture(scope='module')
 def certificates(tmp_path_factory):
-    """Two CAs with a certificate each, and a self-signed one: made as the README says."""
+    """Two CAs with a certificate each, and a self-signed one: made as examples/README.md says."""
     at = tmp_path_factory.mktemp('certificates')
     new = ['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-days', '3650']
     for name in ('ca', 'other-ca', 'shared'):

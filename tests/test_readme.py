@@ -1,20 +1,385 @@
-"""The README's table of features: every line of code in it is one that works, and nothing is missing. Public docstrings."""
+"""README.md and the guides (examples/README.md): every piece of code in them runs, every line of the table of features is
+one that works, nothing is missing there, and every link leads somewhere. Public docstrings."""
 
 import ast
+import builtins
+import contextlib
 import inspect
 import os
 import re
 import shlex
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 
 import dispy
 import dispy_httpd
-from conftest import ROOT
+from conftest import ROOT, _of_session, eventually
+from nodes import NodeProcess, SchedulerProcess, start_here
+from programs import make_venv
 
-with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as _file:
-    README = _file.read()
-ROWS = re.findall(r'^\| (.+) \| `([^`]+)` \| (.*?) ?\|$', README.partition('## Every feature')[2].partition('\n## ')[0], re.M)
+TEXTS = {}
+for _name in ('README.md', 'examples/README.md', 'tests/README.md'):
+    with open(os.path.join(ROOT, _name), encoding='utf-8') as _file:
+        TEXTS[_name] = _file.read()
+README, GUIDES = TEXTS['README.md'], TEXTS['examples/README.md']
+WORDS_MOST = 1200        # of README.md, as `wc -w` counts them: a page that is read in five minutes
+FENCE = re.compile(r'^```(\w*)\n(.*?)^```$', re.M | re.S)
+
+
+# -- the page as a whole --------------------------------------------------------------------------
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= WORDS_MOST
+
+
+def test_the_readme_has_the_command_that_ci_runs():
+    """`.ci/run` takes the first line with this."""
+    lines = [line for line in README.splitlines() if 'python -m pytest -q' in line]
+    assert len(lines) == 1 and lines[0].endswith(' -n auto')
+
+
+def test_the_licence_has_no_gaps():
+    with open(os.path.join(ROOT, 'LICENSE'), encoding='utf-8') as file:
+        assert not re.search(r'\[(yyyy|name)', file.read())
+
+
+def headings(text):
+    """Anchors of a text, as GitHub makes them."""
+    found = re.findall(r'^#+ (.+)$', FENCE.sub('', text), re.M)
+    return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in found}
+
+
+@pytest.mark.parametrize('name', sorted(TEXTS))
+def test_every_link_leads_somewhere(name):
+    links = re.findall(r'\]\(([^)\s]+)\)', FENCE.sub('', TEXTS[name]))
+    for link in links:
+        path, _, anchor = link.partition('#')
+        target = os.path.normpath(os.path.join(os.path.dirname(name), path)) if path else name
+        assert os.path.exists(os.path.join(ROOT, target)), link
+        assert not anchor or anchor in headings(TEXTS[target]), link
+    assert links
+
+
+def test_every_guide_is_in_the_table_of_contents():
+    contents, _, rest = GUIDES.partition('\n## ')
+    titles = re.findall(r'^## (.+)$', '## ' + FENCE.sub('', rest), re.M)
+    assert re.findall(r'\(#([\w-]+)\)', contents) == [anchor for title in titles for anchor in headings('## ' + title)]
+
+
+# -- pieces of code ----------------------------------------------------------------------------------
+
+class Piece:
+    """A piece of code in a text: where it is, its language, and the output that the text gives right after it."""
+
+    def __init__(self, name, found):
+        text = TEXTS[name]
+        titles = re.findall(r'^#+ (.+)$', FENCE.sub('', text[:found.start()]), re.M)
+        self.name, self.title = name, titles[-1]
+        self.language, self.code = found.groups()
+        after = re.match(r'\n\n```\n(.*?)^```$', text[found.end():], re.M | re.S)
+        self.output = after.group(1) if after else None
+
+    def __repr__(self):
+        return '%s: %s' % ('README' if self.name == 'README.md' else 'guide', self.title)
+
+
+PIECES = [Piece(_name, _found) for _name in ('README.md', 'examples/README.md') for _found in FENCE.finditer(TEXTS[_name])]
+PYTHON = [piece for piece in PIECES if piece.language == 'python']
+LINES_OF_SHELL = [(piece, line) for piece in PIECES if piece.language == 'sh' for line in piece.code.splitlines()]
+# Names that a piece of a guide may use without saying where they come from. The README has whole programs.
+GIVEN = {
+    'dispy': 'import dispy',
+    'hosts': "hosts = ['host1', 'host2']",
+    'compute': 'def compute(n):\n    return n * n',
+    'cluster': "cluster = dispy.JobCluster(compute, nodes='local')",
+    'load': 'def load(path):\n    open(path).close()',
+    'score': 'def score(name):\n    return len(name)',
+    'names': "names = ['one.txt', 'two.txt']",
+    'url': 'url = 3',
+}
+OUTPUTS = {   # of pieces that have none in the text: what must stand in what they print
+    ('README', 'More machines'): r'\A328350\n[\s\S]*127\.0\.0\.1',
+    ('README', 'The web page'): r'\A332833500\n\Z',
+    ('guide', 'Results'): r'\A0\n1\n4\n9\n[\s\S]* 81\n',
+    ('guide', 'Results before the end'): r'\Aprovisional 0\nprovisional 1\nprovisional 2\nfinished 3\n\Z',
+    ('guide', 'Files and programs'): r"\A(0 b'101\\n103\\n107\\n109\\n113\\n'\n)?\Z",
+    ('guide', 'Setup, cleanup and callbacks'): r'\A((a 2\n|b 1\n|c 0\n){3}|9\n)\Z',
+    ('guide', 'The executor'): r'\A7\n7\n\Z',
+    ('guide', 'joblib and scikit-learn'): r'\A\[1\.0, 2\.0, 3\.0\]\n\Z',
+    ('guide', 'By hand'): r'127\.0\.0\.1',
+    ('guide', 'Sharing nodes among programs'): r'\A9\n\Z',
+    ('guide', 'The web page'): r'\A328350\n\Z',
+    ('guide', 'With a recovery file'): r'\A(9\n|1 finished 16\n|\[16\]\n)\Z',
+}
+FILES = {   # that a piece leaves in the directory of the program
+    ('README', 'Files'): ['one.txt.gz', 'two.txt.gz'],
+    ('guide', 'Files and programs'): ['one.txt.out', 'two.txt.out'],
+}
+
+
+def free_names(code):
+    """Names that a program uses and nowhere binds."""
+    tree = ast.parse(code)
+    bound, used = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else bound).add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+        elif isinstance(node, ast.ExceptHandler):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.alias):
+            bound.add(node.asname or node.name.partition('.')[0])
+        elif isinstance(node, ast.Global):
+            bound.update(node.names)
+    return used - bound - set(vars(builtins)) - set(IN_JOBS)
+
+
+def whole_program(piece):
+    """The code with what is given before it."""
+    missing = free_names(piece.code)
+    assert not missing or piece.name != 'README.md', 'the README uses %s and does not say what that is' % missing
+    wanted, lines = list(missing), [piece.code]
+    while wanted:
+        name = wanted.pop()
+        assert name in GIVEN, '%s is used and not explained' % name
+        lines.insert(0, GIVEN[name])
+        wanted += [other for other in free_names('\n'.join(lines)) if other not in wanted]
+    if 'cluster' in missing:
+        lines.append('cluster.close()')
+    return '\n'.join(lines)
+
+
+class Hosts:
+    """Three nodes, host1 to host3, and a scheduler with a node of its own, host0: as an ordinary user's, at ports of their own."""
+
+    def __init__(self, directory, stack):
+        nodes = [stack.enter_context(NodeProcess(directory / ('node%d' % n))) for n in range(4)]
+        scheduler = stack.enter_context(SchedulerProcess(directory / 'scheduler', '-n', '127.0.0.1:%d' % nodes[0].port))
+        self.ports = {'host%d' % n: daemon.port for n, daemon in enumerate([scheduler, *nodes[1:]])}
+        self.pids = {daemon.process.pid for daemon in (scheduler, *nodes)}
+
+    def in_python(self, code):
+        """The code, with the real addresses in the place of host0 to host3."""
+        code = re.sub(r"\('(host[0-3])', 9701", lambda found: "('127.0.0.1', %d" % self.ports[found.group(1)], code)
+        code = re.sub(r"(\w)\('(host[0-3])'\)", lambda found: "%s('127.0.0.1', %d)" % (found.group(1), self.ports[found.group(2)]), code)
+        return re.sub(r"'(host[0-3])'", lambda found: "'127.0.0.1:%d'" % self.ports[found.group(1)], code)
+
+    def in_shell(self, line):
+        """The same of a command."""
+        return re.sub(r'(?<![\w/])(host[0-3])(?![\w.])', lambda found: '127.0.0.1:%d' % self.ports[found.group(1)], line)
+
+
+@pytest.fixture(scope='module')
+def hosts(tmp_path_factory):
+    with contextlib.ExitStack() as stack:
+        found = Hosts(tmp_path_factory.mktemp('hosts'), stack)
+        _of_session.update(found.pids)
+        yield found
+        _of_session.difference_update(found.pids)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A directory with the files that the pieces of code name."""
+    shutil.copy(os.path.join(ROOT, 'examples', 'primes.sh'), str(tmp_path / 'primes.sh'))
+    (tmp_path / 'program').write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / 'program').chmod(0o755)
+    (tmp_path / 'examples').mkdir()
+    shutil.copy(os.path.join(ROOT, 'examples', 'primes.sh'), str(tmp_path / 'examples' / 'primes.sh'))
+    (tmp_path / 'conv').write_text('#!/bin/sh\ntr a-z A-Z < "$1" > "$2"\n')
+    (tmp_path / 'conv').chmod(0o755)
+    (tmp_path / 'arguments.txt').write_text('1 10\n10 20\n')
+    (tmp_path / 'words.txt').write_text('apples and bread')
+    for name in ('one.txt', 'two.txt', 'model.bin'):
+        (tmp_path / name).write_text('this is ' + name)
+    for name in ('programs', 'nodes'):
+        (tmp_path / name).write_text('the secret of the ' + name)
+        (tmp_path / name).chmod(0o600)
+    return tmp_path
+
+
+def run_python(code, place):
+    """(output, messages) of a program, which must not fail. Where it names no node, none is there."""
+    (place / 'program.py').write_text(code)
+    done = subprocess.run([sys.executable, 'program.py'], cwd=str(place), timeout=60, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True, env=dict(os.environ, DISPY_DISCOVERY='off'))
+    assert done.returncode == 0 and 'Traceback' not in done.stderr, code + done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+LEFT = """
+import os, dispy
+def compute(n):
+    return n * n
+cluster = dispy.JobCluster(compute, nodes=[('127.0.0.1', %d)], recover_file=%r)
+job = cluster.submit(4)
+job.wait(30) or os._exit(1)
+job.id = 1
+os._exit(0 if job.status == job.Finished else 2)    # as if it had been killed
+"""
+
+
+@pytest.mark.parametrize('piece', PYTHON, ids=repr)
+def test_a_piece_of_python(piece, hosts, place):
+    key = tuple(repr(piece).split(': ', 1))
+    code = whole_program(piece)
+    if 'recover' in code and piece.title != 'When a program ends before its jobs' and 'cluster.submit' not in code:
+        (place / 'left.py').write_text(LEFT % (hosts.ports['host1'], 'jobs.db'))
+        subprocess.run([sys.executable, 'left.py'], cwd=str(place), check=True, timeout=60)
+    if piece.title == 'When a program ends before its jobs':   # `recover_jobs()` is of the same script
+        run_ending_program(piece, hosts, place)
+        return
+    if 'joblib' in code:
+        pytest.importorskip('joblib')
+    output, messages = run_python(hosts.in_python(code), place)
+    if piece.output is not None:
+        assert output == piece.output
+    elif key in OUTPUTS:
+        assert re.search(OUTPUTS[key], output), output
+    else:
+        assert not output and (key in FILES or key[1] == 'What is tried again'), 'say in OUTPUTS what it prints'
+    if key in FILES and 'dispy_send_file' in code:
+        for name in FILES[key]:
+            assert (place / name).stat().st_size > 0
+    assert 'jobs failed' not in messages and 'job failed' not in messages, messages
+
+
+def run_ending_program(piece, hosts, place):
+    """A script that is killed, and, started again, collects what it has left."""
+    code = "import os, sys, dispy\nif sys.argv[1:]:\n    cluster = dispy.JobCluster(abs, nodes=['host2'])\n    job = cluster.submit(-5)\n" \
+        "    job.wait(30)\n    os._exit(job.status != job.Finished)\n" + piece.code.replace('\n', '\nprint([job.result for job in jobs])\n', 1)
+    (place / 'script.py').write_text(hosts.in_python(code))
+    environment = dict(os.environ, XDG_STATE_HOME=str(place / 'state'))
+    subprocess.run([sys.executable, 'script.py', 'first'], cwd=str(place), check=True, timeout=60, env=environment)
+    output = subprocess.check_output([sys.executable, 'script.py'], cwd=str(place), timeout=60, env=environment)
+    assert output == b'[5]\n'
+
+
+def test_a_piece_that_is_not_explained_is_found():
+    piece = Piece('examples/README.md', FENCE.search(GUIDES))
+    piece.code = 'print(something)'
+    with pytest.raises(AssertionError, match='something is used and not explained'):
+        whole_program(piece)
+    piece.name, piece.code = 'README.md', 'print(compute)'
+    with pytest.raises(AssertionError, match='the README uses'):
+        whole_program(piece)
+
+
+# -- lines for the shell ------------------------------------------------------------------------------------
+
+# What takes more than this file has: the beginning of a line, and where it is run.
+ELSEWHERE = {
+    'python3 -m venv .venv && .venv/bin/pip install': 'by hand, and `.ci/run` runs the second one: they take packages from an index',
+    'python3 -m venv venv': 'test_a_node_in_a_virtual_environment',
+    'venv/bin/pip install': 'test_a_node_in_a_virtual_environment, without an index',
+    'venv/bin/python dispynode.py': 'test_a_node_in_a_virtual_environment',
+    'python -m dispy deploy': 'test_deploy.py, with a real sshd',
+    'python -m dispy stop': 'test_deploy.py, with a real sshd',
+    'ssh -N -L': 'test_deploy.py::test_a_node_behind_a_forwarded_port',
+}
+DAEMONS = {'dispynode.py': ('dispynode.py', '--dest-path-prefix'), 'dispyscheduler.py': ('dispyscheduler.py', '--state-dir')}
+
+
+def run_daemon(words, place):
+    """Start it with the options of the line, at any port of loopback, and end it."""
+    module = words[2] + '.py' if words[1] == '-m' else words[1]
+    script, option = DAEMONS[module]
+    options = words[3:] if words[1] == '-m' else words[2:]
+    log = place / 'log'
+    with open(str(log), 'wb') as file:
+        process = start_here([sys.executable, os.path.join(ROOT, script), *options, '-i', '127.0.0.1', '-p', '0', option,
+                              str(place / 'daemon')], cwd=str(place), stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    try:
+        eventually(lambda: process.poll() is not None or re.search(r'at port \d+', log.read_text()), what='start of ' + script)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0, log.read_text()
+
+
+def run_shell(piece, place, hosts):
+    """The lines of one piece, one after the other, in one directory."""
+    tools = place / 'tools'
+    tools.mkdir()
+    (tools / 'python').write_text('#!/bin/sh\nexec %s "$@"\n' % shlex.quote(sys.executable))
+    (tools / 'python').chmod(0o755)
+    environment = dict(os.environ, PATH=os.pathsep.join([str(tools), os.environ['PATH']]))
+    for line in piece.code.splitlines():
+        words = shlex.split(hosts.in_shell(line.replace('192.168.3.1', '127.0.0.1')), comments=True)
+        if next((True for begin in ELSEWHERE if line.startswith(begin)), False):
+            check_dispy(words)
+        elif words[:1] == ['python'] and (words[1] in DAEMONS or words[1:3] == ['-m', 'dispyscheduler']):
+            run_daemon(words, place)
+        else:
+            if words[0] == 'openssl' and not shutil.which('openssl'):
+                pytest.skip('openssl is not installed')
+            done = subprocess.run(['sh', '-c', hosts.in_shell(line)], cwd=str(place), env=environment, timeout=90, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+            assert done.returncode == 0, line + done.stdout + done.stderr
+            yield line, done.stdout
+
+
+def check_dispy(words):
+    """That dispy knows the options of a command that is run elsewhere."""
+    if words[:3] == ['python', '-m', 'dispy']:
+        ours = words[4:words.index('--')] if '--' in words else words[4:]
+        dispy._deploy_parser(words[3]).parse_args(ours)
+
+
+@pytest.mark.parametrize('piece', [piece for piece in PIECES if piece.language == 'sh'], ids=repr)
+def test_a_piece_for_the_shell(piece, hosts, place):
+    printed = dict(run_shell(piece, place, hosts))
+    for line, output in printed.items():
+        if line.endswith('examples/primes.sh'):
+            assert sorted(map(int, output.split())) == [1, 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37]
+        if '--list-nodes' in line:
+            assert str(hosts.ports['host1']) in output
+        if ' -o results ' in line:
+            assert len(os.listdir(str(place / 'results'))) == 200
+
+
+def test_every_piece_of_code_is_run_here():
+    assert {piece.language for piece in PIECES} == {'python', 'sh', 'yaml', ''}
+    begins = [begin for begin in ELSEWHERE if not any(line.startswith(begin) for _, line in LINES_OF_SHELL)]
+    assert not begins, 'in no text any more'
+    for name in ('README.md', 'examples/README.md'):
+        assert not re.search(r'^    ', FENCE.sub('', TEXTS[name]), re.M), 'code without a language'
+
+
+def test_the_example_of_the_readme(tmp_path):
+    """The first command, without making the environment."""
+    line = next(line for _, line in LINES_OF_SHELL if 'checksum_tree' in line)
+    done = subprocess.run([sys.executable, *shlex.split(line)[-2:]], cwd=ROOT, stdout=subprocess.PIPE, timeout=120, env=dict(os.environ))
+    assert done.returncode == 0 and b', 0 errors' in done.stdout
+
+
+def test_a_node_in_a_virtual_environment(tmp_path):
+    """What is installed there, and nowhere else, is found by jobs."""
+    python = make_venv(tmp_path / 'venv')
+    packages = subprocess.check_output([python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], universal_newlines=True).strip()
+    with open(os.path.join(packages, 'only_there.py'), 'w') as file:
+        file.write('WORD = "found"\n')
+
+    code = (
+        'import dispy\n'
+        'def look():\n'
+        '    import only_there, sys\n'
+        '    return only_there.WORD, sys.prefix\n'
+        'with dispy.JobCluster(look, nodes=["127.0.0.1:%d"]) as cluster:\n'
+        '    print(*cluster.submit().get(30))\n')
+    with NodeProcess(tmp_path / 'node', python=python) as node:
+        assert run_python(code % node.port, tmp_path)[0] == 'found %s\n' % (tmp_path / 'venv')
+
+
+# -- the table of features ---------------------------------------------------------------------------------
+
+ROWS = re.findall(r'^\| (.+) \| `([^`]+)` \| (.*?) ?\|$', GUIDES.partition('## Every feature')[2].partition('\n## ')[0], re.M)
 LINES = [line for _, line, _ in ROWS]
 KNOWN = {'dispy': dispy, 'dispy_httpd': dispy_httpd, 'cluster': dispy.JobCluster, 'job': dispy.DispyJob, 'executor': dispy.DispyExecutor}
 RETURNS = {dispy.JobCluster.status: dispy.ClusterStatus}
@@ -90,7 +455,7 @@ def test_nothing_is_missing():
               *(name for thing in (dispy.JobCluster, dispy.DispyJob) for name in vars(thing) if re.match('[a-z]', name)),
               'DispyExecutor', 'NodeAllocate', 'register_joblib'} - {'computation', 'finish'} - old_names
     assert wanted - words == set()
-    shown = set(re.findall(r'\(examples/(\w+\.py)\)', ' '.join(example for _, _, example in ROWS)))
+    shown = set(re.findall(r'\((\w+\.py)\)', ' '.join(example for _, _, example in ROWS)))
     assert shown == {name for name in os.listdir(os.path.join(ROOT, 'examples')) if name.endswith('.py')}
 
 
@@ -118,9 +483,8 @@ def test_every_keyword_of_submit_is_explained():
 
 
 def test_every_test_that_is_named_is_there():
-    """The table of faults: `file::test`, in tests/ or tests/faults/."""
-    with open(os.path.join(ROOT, 'README.md')) as file:
-        named = re.findall(r'`(test_\w+\.py)::(test_\w+)`', file.read())
+    """The tables of faults: `file::test`, in tests/ or tests/faults/."""
+    named = re.findall(r'`(test_\w+\.py)::(test_\w+)`', TEXTS['tests/README.md'])
     assert len(named) > 50
     for name, test in named:
         paths = [os.path.join(ROOT, 'tests', where, name) for where in ('', 'faults')]
