@@ -116,7 +116,7 @@ from dispynode import (
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
     OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
     Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine,
-    module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each,
+    Listed, module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each,
     FILES_LEFT)
 
 __all__ = [
@@ -676,12 +676,16 @@ for _state in UseState:
         USE_TABLE[_state, 'refuse'] = UseState.REFUSED
 
 
-class DispyNodeAvailInfo(NamedTuple):
-    """What is free on a node: cpu in percent, memory, disk and swap in bytes; None where it is not known."""
+class _AvailInfo(NamedTuple):
     cpu: Optional[float] = None
     memory: Optional[int] = None
     disk: Optional[int] = None
     swap: Optional[int] = None
+
+
+class DispyNodeAvailInfo(_AvailInfo, metaclass=Listed):
+    """What is free on a node: cpu in percent, memory, disk and swap in bytes; None where it is not known."""
+    __slots__ = ()
 
 
 class DispyNode:
@@ -740,7 +744,7 @@ class _NodesAndJobs(NamedTuple):
     jobs_pending: int
 
 
-class ClusterStatus(_NodesAndJobs):
+class ClusterStatus(_NodesAndJobs, metaclass=Listed):
     """What `status()` returns, a pair: the nodes that have answered, also those that do not take
     this computation, and the number of jobs that have not ended. `refused` are the nodes that no
     connection was ever made with; the `reason` of each says why. `all_nodes` are both."""
@@ -6167,7 +6171,20 @@ def _close_trail(file: Any, path: str, remove: bool) -> None:
     file.close()
 
 
-class Recoverable(NamedTuple):
+class _Left(NamedTuple):
+    path: str
+    name: str
+    script: str
+    host: str
+    pid: int
+    began: float
+    code: str
+    nodes: Tuple[str, ...]
+    jobs: Optional[int] = None
+    unreached: Tuple[str, ...] = ()
+
+
+class Recoverable(_Left, metaclass=Listed):
     """A cluster without `recover_file` whose program has ended before its jobs. `recover_jobs`
     takes it, or its `path`.
 
@@ -6179,16 +6196,7 @@ class Recoverable(NamedTuple):
     jobs - how many jobs and results of it they say they have; None if none of them has answered
     unreached - those that have not answered
     """
-    path: str
-    name: str
-    script: str
-    host: str
-    pid: int
-    began: float
-    code: str
-    nodes: Tuple[str, ...]
-    jobs: Optional[int] = None
-    unreached: Tuple[str, ...] = ()
+    __slots__ = ()
 
     def __fspath__(self) -> str:
         return self.path

@@ -168,7 +168,17 @@ RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are n
 logger = logging.getLogger('dispynode')
 
 
-class DispyError(Exception):
+class Listed(type):
+    """The type of public tuples and exceptions: dir() of such a class, and with it help() and
+    pydoc, lists what this project says of it, and not what every tuple or exception has. The
+    standard library's `enum` does the same."""
+
+    def __dir__(cls) -> List[str]:
+        ours = [vars(base) for base in cls.__mro__ if base.__module__.startswith('dispy')]
+        return [name for name in super().__dir__() if name[:1] != '_' and any(name in names for names in ours)]
+
+
+class DispyError(Exception, metaclass=Listed):
     """Base of this project's own errors."""
 
 

@@ -6,6 +6,7 @@ import builtins
 import contextlib
 import inspect
 import os
+import pydoc
 import re
 import shlex
 import shutil
@@ -471,6 +472,16 @@ def test_every_public_name_says_what_it_is():
     things += [thing for owner in things if inspect.isclass(owner) for name, thing in vars(owner).items()
                if inspect.isfunction(thing) and not name.startswith('_')]
     assert [thing.__qualname__ for thing in things if not thing.__doc__] == []
+
+
+@pytest.mark.parametrize('name', [name for name in dispy.__all__ if inspect.isclass(getattr(dispy, name))])
+def test_pydoc_shows_what_dispy_says(name):
+    """And not what every tuple and every exception has."""
+    text = pydoc.plaintext.document(getattr(dispy, name), name)
+    assert 'inherited from builtins.' not in text and '__getattribute__' not in text
+    for own in {'Recoverable': ('path', 'unreached'), 'ClusterStatus': ('nodes', 'jobs_pending', 'refused', 'all_nodes'),
+                'RemoteTraceback': ('tb',)}.get(name, ()):
+        assert re.search(r'^ \|  %s\b' % own, text, re.M)
 
 
 @pytest.mark.parametrize('thing', [dispy.JobCluster, dispy.NodeAllocate])   # SharedJobCluster's are those and a few
