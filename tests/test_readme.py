@@ -378,6 +378,32 @@ def test_a_node_in_a_virtual_environment(tmp_path):
         assert run_python(code % node.port, tmp_path)[0] == 'found %s\n' % (tmp_path / 'venv')
 
 
+# -- messages ----------------------------------------------------------------------------------------------
+
+def texts_of_dispy():
+    """All texts in the four modules, as one."""
+    found = []
+    for name in ('dispynode.py', 'dispy.py', 'dispyscheduler.py', 'dispy_httpd.py'):
+        with open(os.path.join(ROOT, name), encoding='utf-8') as file:
+            found += [node.value for node in ast.walk(ast.parse(file.read())) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return '\n'.join(found)
+
+
+def parts_of(message):
+    """The parts of a message of the guide that are the same each time: without numbers, names and examples."""
+    example = r"\.\.\.|\b[A-Z]+\b|\d+(?:\.\d+)*|->|\(.*?\)|\b(?:compute|pkg\.plots|matplotlib|numpy|connection|_connection|X|jobs failed|model|Python)\b"
+    return [part for part in (part.strip(' .,:;') for part in re.split(example, message)) if len(part) > 4]
+
+
+def test_messages_are_those_of_dispy():
+    section = GUIDES.partition('## Troubleshooting by message')[2].partition('\n## ')[0]
+    rows = re.findall(r'^\| (`.+?`) \| .+ \|$', section, re.M)
+    texts, foreign = texts_of_dispy(), {'No route to host', 'lock'}
+    parts = [part for row in rows for message in re.findall('`([^`]+)`', row) for part in parts_of(message)]
+    assert len(rows) > 20 and len(parts) > 20
+    assert [part for part in parts if part not in texts and part not in foreign] == []
+
+
 # -- the table of features ---------------------------------------------------------------------------------
 
 ROWS = re.findall(r'^\| (.+) \| `([^`]+)` \| (.*?) ?\|$', GUIDES.partition('## Every feature')[2].partition('\n## ')[0], re.M)
