@@ -109,6 +109,7 @@ OUTPUTS = {   # of pieces that have none in the text: what must stand in what th
     ('guide', 'Results before the end'): r'\Aprovisional 0\nprovisional 1\nprovisional 2\nfinished 3\n\Z',
     ('guide', 'Files and programs'): r"\A(0 b'101\\n103\\n107\\n109\\n113\\n'\n)?\Z",
     ('guide', 'Setup, cleanup and callbacks'): r'\A((a 2\n|b 1\n|c 0\n){3}|9\n)\Z',
+    ('guide', 'Notebooks'): r'\A328350\n\Z',
     ('guide', 'The executor'): r'\A7\n7\n\Z',
     ('guide', 'joblib and scikit-learn'): r'\A\[1\.0, 2\.0, 3\.0\]\n\Z',
     ('guide', 'By hand'): r'127\.0\.0\.1',
@@ -281,9 +282,9 @@ ELSEWHERE = {
     'python3 -m venv venv': 'test_a_node_in_a_virtual_environment',
     'venv/bin/pip install': 'test_a_node_in_a_virtual_environment, without an index',
     'venv/bin/python dispynode.py': 'test_a_node_in_a_virtual_environment',
-    'python -m dispy deploy': 'test_deploy.py, with a real sshd',
+    'python -m dispy deploy': 'test_readme_hosts.py and test_deploy.py, with a real sshd',
     'python -m dispy stop': 'test_deploy.py, with a real sshd',
-    'ssh -N -L': 'test_deploy.py::test_a_node_behind_a_forwarded_port',
+    'ssh -N -L': 'test_deploy.py::test_a_forwarded_port',
 }
 DAEMONS = {'dispynode.py': ('dispynode.py', '--dest-path-prefix'), 'dispyscheduler.py': ('dispyscheduler.py', '--state-dir')}
 
