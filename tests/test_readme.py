@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
@@ -395,6 +396,30 @@ def test_the_example_of_the_readme(tmp_path):
     command = [sys.executable, *shlex.split(line)[-2:]]
     output = subprocess.check_output(command, cwd=ROOT, timeout=120)
     assert b', 0 errors' in output
+
+
+def test_what_prometheus_is_told(hosts, tmp_path):
+    """The piece of a configuration: the usual port, and the token from the file as credentials."""
+    piece, = [piece for piece in PIECES if piece.language == 'yaml']
+    assert '--token-file /run/dispy.token' in piece.code
+    assert 'credentials_file: /run/dispy.token' in piece.code
+    port = inspect.signature(dispy_httpd.DispyHTTPServer).parameters['port'].default
+    assert "'127.0.0.1:%d'" % port in piece.code
+    token, log = tmp_path / 'dispy.token', tmp_path / 'log'
+    command = [sys.executable, '-m', 'dispy_httpd', '-p', '0', '--token-file', str(token),
+               '--nodes', '127.0.0.1:%d' % hosts.ports['host1']]
+    with open(str(log), 'wb') as file:
+        process = start_here(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    try:
+        eventually(lambda: token.exists() and token.read_text(), what='the token')
+        link = re.search(r'http://127.0.0.1:\d+/', log.read_text())
+        bearer = {'Authorization': 'Bearer ' + token.read_text().strip()}
+        request = urllib.request.Request(link.group() + 'metrics', headers=bearer)
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            assert b'# TYPE dispy_' in answer.read()
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def test_a_node_in_a_virtual_environment(tmp_path):
