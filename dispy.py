@@ -116,8 +116,8 @@ from dispynode import (
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
     OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
     Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine,
-    Listed, module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each,
-    FILES_LEFT)
+    module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each,
+    FILES_LEFT, Listed)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover', 'recoverable', 'Recoverable',
