@@ -114,10 +114,10 @@ from dispynode import (
     path_option, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
-    OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
+    Listed, OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
     Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine,
     module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each,
-    FILES_LEFT, Listed)
+    FILES_LEFT)
 
 __all__ = [
     'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover', 'recoverable', 'Recoverable',
