@@ -456,7 +456,7 @@ def texts_of_dispy():
 
 EXAMPLES = re.compile(
     r'\.\.\.|\b[A-Z]+\b|\d+(?:\.\d+)*|->|\(.*?\)|'
-    r'\b(?:compute|pkg\.plots|matplotlib|numpy|connection|_connection|jobs failed|model|Python)\b')
+    r'\b(?:compute|pkg\.plots|matplotlib|numpy|connection|_connection|jobs failed|model|Python|lab\d)\b')
 
 
 def parts_of(message):
