@@ -94,7 +94,17 @@ from typing import (
     AbstractSet, Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
     Set, Tuple, Type, Union)
 
-import cloudpickle
+try:
+    import cloudpickle
+    from dispynode import Loop
+except ImportError as exc:   # this file was copied alone, or beside one of another release
+    remedy = {
+        'dispynode': 'dispy.py needs the file dispynode.py of the same release beside it, in %s' % os.path.dirname(os.path.abspath(__file__)),
+        'cloudpickle': 'dispy.py needs the package cloudpickle: run %s -m pip install cloudpickle' % sys.executable,
+    }.get(exc.name or '', '')
+    if __name__ == '__main__' and remedy:
+        sys.exit('%s (%s)' % (remedy, exc))
+    raise ImportError('%s (%s)' % (remedy, exc) if remedy else str(exc), name=exc.name, path=exc.path) from exc
 
 try:
     from concurrent.futures.process import BrokenProcessPool
@@ -106,7 +116,7 @@ from dispynode import (
     ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
     NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
     Dialling, Discovery, DispyError, Done, Ears, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
-    Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
+    Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
     Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown,
     StartError, Welcome,
     Where, Wrong, __version__, beside, call_chunk, Calls, check_name, derive_key, describe_exception, dial, digest_of,
@@ -116,7 +126,7 @@ from dispynode import (
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
     OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
     Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine,
-    module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each,
+    STALLS, SEGMENT, Unreached, module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each,
     FILES_LEFT)
 
 __all__ = [
@@ -588,7 +598,7 @@ class NodeState(enum.Enum):
     """What a node is to this program."""
     FOUND = 'found'
     DIALLING = 'dialling'
-    REFUSED = 'refused'
+    UNREACHED = 'unreachable'   # shown as the word for what came of the attempt: see Unreached
     CONNECTED = 'connected'
     CLOSED = 'closed'
     LOST = 'lost'
@@ -596,12 +606,12 @@ class NodeState(enum.Enum):
 
 NODE_TABLE: Dict[Tuple[NodeState, str], NodeState] = {
     (NodeState.FOUND, 'dial'): NodeState.DIALLING, (NodeState.LOST, 'dial'): NodeState.DIALLING,
-    (NodeState.REFUSED, 'dial'): NodeState.DIALLING,
+    (NodeState.UNREACHED, 'dial'): NodeState.DIALLING,
     (NodeState.DIALLING, 'connect'): NodeState.CONNECTED, (NodeState.FOUND, 'connect'): NodeState.CONNECTED,
-    (NodeState.LOST, 'connect'): NodeState.CONNECTED, (NodeState.REFUSED, 'connect'): NodeState.CONNECTED,
-    (NodeState.DIALLING, 'fail'): NodeState.REFUSED, (NodeState.CONNECTED, 'fail'): NodeState.LOST,
+    (NodeState.LOST, 'connect'): NodeState.CONNECTED, (NodeState.UNREACHED, 'connect'): NodeState.CONNECTED,
+    (NodeState.DIALLING, 'fail'): NodeState.UNREACHED, (NodeState.CONNECTED, 'fail'): NodeState.LOST,
     (NodeState.FOUND, 'close'): NodeState.CLOSED, (NodeState.DIALLING, 'close'): NodeState.CLOSED,
-    (NodeState.REFUSED, 'close'): NodeState.CLOSED, (NodeState.CONNECTED, 'close'): NodeState.CLOSED,
+    (NodeState.UNREACHED, 'close'): NodeState.CLOSED, (NodeState.CONNECTED, 'close'): NodeState.CLOSED,
     (NodeState.LOST, 'close'): NodeState.CLOSED,
 }
 
@@ -688,8 +698,9 @@ class DispyNode:
     """A node as `status()` and cluster_status show it; a copy that does not change. Attributes:
 
     ip_addr, port, name - where it is and what it calls itself
-    state - what it is to this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling', 'connected', 'lost' or
-        'closed'; reason - why it is not used, else ''
+    state - what it is to this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling', 'connected', 'lost',
+        'closed', or why it was never reached: 'down' (nothing listens there), 'unreachable' (no answer, or no route),
+        'no such name' or 'refused' (another secret, for example); reason - why it is not used, else ''
     cpus - how many of it this cluster uses; avail_cpus - how many it offers; busy - jobs of this
         cluster that run there now, without those that wait there
     jobs_done, cpu_time - jobs of this cluster that ended there, and the seconds that they ran
@@ -732,7 +743,7 @@ class DispyNode:
         return html_of_nodes([self])
 
 
-NOT_CONNECTED = frozenset(('found', 'dialling', 'refused', 'lost'))   # states of nodes
+NOT_CONNECTED = frozenset(('found', 'dialling', 'lost', *map(str, Unreached)))   # states of nodes
 
 
 class _NodesAndJobs(NamedTuple):
@@ -6591,6 +6602,8 @@ class Peer:
         self.replacing = False                     # the first is being replaced by it
         self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0  # type: Tuple[str, str, dict, int]
         self.reason = 'not reached yet'
+        self.unreached = Unreached.UNREACHABLE     # what came of the last attempt that failed
+        self.segment = 0                           # bytes that packets may carry; 0: as many as the system says
         self.dialling = Dialling(REDIAL_FIRST, redial)
         self.failures = 0                          # in a row
         self.heard = 0.0                           # when it was last found by UDP
@@ -6608,6 +6621,11 @@ class Peer:
     def move(self, event: str) -> None:
         """The one place where a node's state changes."""
         self.state = NODE_TABLE[self.state, event]
+
+    @property
+    def state_word(self) -> str:
+        """Its state for people: for one that was not reached, why."""
+        return str(self.unreached) if self.state is NodeState.UNREACHED else self.state.value
 
     def end_process(self) -> None:
         """End the embedded node, if this is one, and remove what it may have left."""
@@ -7729,8 +7747,8 @@ class Driver(Loop):
         busy = len(self.schedule.runs(peer.key).get(comp, ())) if not peer.scheduler else 0
         state, reason = use.state.value, use.reason
         if use.state is UseState.WAITING:
-            state, reason = peer.state.value, peer.reason
-            if peer.state is NodeState.REFUSED and peer.offered:   # it has been connected before
+            state, reason = peer.state_word, peer.reason
+            if peer.state is NodeState.UNREACHED and peer.offered:   # it has been connected before
                 state = NodeState.LOST.value
         elif use.then:
             state = 'draining'
@@ -8252,7 +8270,7 @@ class Driver(Loop):
         if not peer.embedded:
             wanted = Role.SCHEDULER if peer.scheduler else Role.NODE
             return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self.instance, self._tls, note, patience,
-                        self._allowed(peer))
+                        self._allowed(peer), peer.segment)
         peer.end_process()
         peer.process, port, psk = _start_embedded(peer)
         return dial(peer.host, port, psk, Role.CLIENT, Role.NODE, self.instance, None, note)
@@ -8352,8 +8370,9 @@ class Driver(Loop):
             return
         peer.move('fail')
         peer.failures += 1
+        peer.unreached = event.why
         self._reached_not(peer, event.text)
-        if event.refused and peer.key in self.schedule.nodes and not peer.scheduler:
+        if event.why is Unreached.DOWN and peer.key in self.schedule.nodes and not peer.scheduler:
             self._look_for_remains(peer)
         if self._is_forgotten(peer):
             self._forget_peer(peer)
@@ -8467,6 +8486,8 @@ class Driver(Loop):
         used = [comp for comp, use in peer.uses.items() if use.state is UseState.READY]
         self._tell_all(DispyNode.Closed, peer, used)
         self._unlink(peer, channel)
+        if channel.stall:
+            text = self._told_stall(peer, channel.stall, text)
         until = self._away_until(peer, channel)
         lost = until <= self.now or peer.embedded or not any(self.schedule.nodes[peer.key].flight.values()) \
             if peer.key in self.schedule.nodes else True
@@ -8484,6 +8505,16 @@ class Driver(Loop):
             logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, peer.reason)
             if lost:
                 self._forget_peer(peer)
+
+    def _told_stall(self, peer: Peer, stall: str, text: str) -> str:
+        """Why a link ended on which full packets have not arrived, while short ones did."""
+        text += ': ' + STALLS[stall]
+        if peer.port and not peer.segment:   # one that connects by itself says how long packets may be
+            peer.segment = SEGMENT
+            text += '. From now on packets to and from there carry at most %d bytes' % SEGMENT
+            if peer.replacing:   # nothing else is said
+                logger.warning('node %s: %s', peer, text)
+        return text
 
     def _away_until(self, peer: Peer, link: Link) -> float:
         """Until when what is on a node is not lost. Not before a new connection has been tried in vain."""
@@ -9146,7 +9177,7 @@ def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
 
 
 _ERRORS: Dict[str, Type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, KeyError, OSError, NoNodes)}
-_MAY_DIAL = frozenset((NodeState.FOUND, NodeState.REFUSED, NodeState.LOST))
+_MAY_DIAL = frozenset((NodeState.FOUND, NodeState.UNREACHED, NodeState.LOST))
 _MAY_OFFER = frozenset((UseState.WAITING, UseState.ASKING, UseState.REFUSED))
 _MAY_OPEN = frozenset((Outcome.RETURNED_CODE, Outcome.RAISED))   # results that may hold what runs code when it is opened
 OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values')   # options of a job that its node has to know

@@ -35,6 +35,12 @@ The life of a job here:
   7. `Done` ends the computation: cleanup runs, processes end, the directory goes.
 """
 
+import sys
+
+# Before all else, as older versions lack some of the modules below. They must be able to compile this file.
+if sys.version_info < (3, 8):
+    sys.exit('dispynode.py needs Python 3.8 or later; this is Python %d.%d (%s)' % (sys.version_info[:2] + (sys.executable,)))
+
 import argparse
 import array
 import bisect
@@ -77,7 +83,6 @@ import socketserver
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -3887,6 +3892,15 @@ class Discovery:
 def plain_address(address: str) -> str:
     """An address as people write it: IPv4 behind IPv6 as IPv4."""
     return address[7:] if address.startswith('::ffff:') and '.' in address else address
+
+
+def address_in(where: Tuple[Any, ...]) -> str:
+    """The address in what a socket tells, for people and to connect to. One of a link (fe80::1) means something with the
+    interface only: fe80::1%eth0. Raises OSError while no descriptor is left."""
+    address = plain_address(where[0])
+    if len(where) == 4 and where[3] and '%' not in address:
+        return '%s%%%s' % (address, socket.if_indextoname(where[3]))
+    return address
 
 
 def place(host: str, port: int) -> str:
@@ -8395,6 +8409,39 @@ def tune(sock: socket.socket) -> None:
         set_option(sock, socket.IPPROTO_TCP, name, value)
 
 
+SEGMENT = 1200                # bytes that a packet carries where longer ones do not arrive: fits the least MTU of IPv6
+_TCP_INFO = struct.Struct('8B24I')   # the beginning of struct tcp_info of Linux
+_OUT_OF_ORDER = 224                  # where its rcv_ooopack is
+_SMALL_MTU = '. Either the network passes nothing in one direction, or it loses packets of full size: then a link on the way has ' \
+    'a smaller MTU than this host, and the ICMP messages that say so are dropped. Lower the MTU of this host (ip link set ' \
+    'DEVICE mtu 1280), or let ICMP through'
+STALLS = {   # what `stall_of` returns -> what is said
+    'sent': 'packets that were sent there have not arrived, although short packets came from there until the end' + _SMALL_MTU,
+    'received': 'packets from there have not arrived, although shorter ones did' + _SMALL_MTU,
+}
+
+
+def stall_of(sock: Any, silence: float, pulse: float) -> str:
+    """Whether packets do not arrive on a connection on which nothing was heard for `silence` s, although the way is there: 'sent',
+    'received' or ''. Only Linux tells; elsewhere ''."""
+    if not sys.platform.startswith('linux'):
+        return ''
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    except OSError:   # no TCP, or no socket any more
+        return ''
+    if len(info) < _OUT_OF_ORDER + 4:
+        return ''
+    fields = _TCP_INFO.unpack_from(info)
+    retransmits, unacknowledged, last_ack = fields[2], fields[8 + 4], fields[8 + 12] / 1000
+    if unacknowledged and retransmits > 1 and silence < PULSES_SILENT * pulse:
+        return 'sent'
+    out_of_order, = struct.unpack_from('I', info, _OUT_OF_ORDER)
+    if out_of_order and silence > PULSES_SILENT * pulse > last_ack:
+        return 'received'
+    return ''
+
+
 class Channel:
     """A non-blocking socket, the bytes that wait to be sent on it, and the units that come in. Loop thread only."""
     READS = 16           # system calls in one turn, so that a busy channel does not starve the others
@@ -8503,6 +8550,9 @@ class Channel:
     def go_on(self) -> None:
         """Make more of `later`, and send it."""
         raise NotImplementedError
+
+    def breaks(self, now: float) -> None:
+        """It is about to be closed, as it has broken."""
 
     def close(self) -> None:
         """Close the socket and those that were to be passed."""
@@ -8682,6 +8732,7 @@ class Link(Channel):
         self.pulse = pulse
         self.heard = self.said = now
         self.on_purpose = False
+        self.stall = ''        # when it has broken: see stall_of
         self._takes = takes
         self.values: Optional[Values] = None   # the loop's, while attached
         # Computation -> messages that go in parts, and those that have to stay behind them
@@ -8792,6 +8843,9 @@ class Link(Channel):
         """Whether results go in parts: a Bye would say that their jobs had never begun."""
         return any(isinstance(each, InParts) and len(each.row) == 7
                    for waiting in self.later.values() for each in waiting)
+
+    def breaks(self, now: float) -> None:
+        self.stall = stall_of(self.sock, now - self.heard, self.pulse)
 
     def close(self) -> None:
         """As a channel, with what has come in part."""
@@ -9229,6 +9283,7 @@ class Loop:
 
     def _break(self, channel: Channel, text: str) -> None:
         if channel.dirty is not None:
+            channel.breaks(self.now)
             self.detach(channel)
             self.guard(None, self.on_broken, channel, text)
 
@@ -9315,7 +9370,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
         stand in the queue and keep the loop awake."""
         try:
             sock, where = super().get_request()
-            return sock, (plain_address(where[0]), *where[1:])
+            return sock, (address_in(where), *where[1:])
         except OSError as exc:
             if exc.errno in (23, 24):   # ENFILE, EMFILE
                 if self._spare >= 0:
@@ -9417,10 +9472,11 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: bytes, tls: Any = None,
          note: Callable[[Any], None] = lambda sock: None, patience: float = HANDSHAKE_TIME,
-         allowed: Optional[Callable[[str], bool]] = None) -> Arrival:
+         allowed: Optional[Callable[[str], bool]] = None, segment: int = 0) -> Arrival:
     """Connect, to addresses that are `allowed` only, TLS, handshake: blocking, for a thread. `tls` is a context of `tls_context`;
     `note` is told each socket as it is made, so that another thread can shut it down; `patience` is for the connection, and again
-    for the handshake. Raises HandshakeError or OSError; `dial_text` says it in words."""
+    for the handshake. If `segment` is given, packets carry at most so many bytes in both directions. Raises HandshakeError or
+    OSError; `dial_text` says it in words."""
     failure: OSError = OSError('it has no address')
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
         if allowed is not None and not allowed(str(address[0])):
@@ -9430,6 +9486,8 @@ def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: b
         note(sock)
         try:
             sock.settimeout(patience)
+            if segment:
+                set_option(sock, socket.IPPROTO_TCP, 'TCP_MAXSEG', segment)
             sock.connect(address)
             break
         except OSError as exc:
@@ -9447,7 +9505,7 @@ def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: b
             note(sock)
             binding = hashlib.sha256(sock.getpeercert(True)).digest()
         session = handshake_dial(sock, psk, role, wanted, instance, binding, deadline)
-        return Arrival(sock, session, plain_address(sock.getpeername()[0]))
+        return Arrival(sock, session, address_in(sock.getpeername()))
     except Silence as exc:
         sock.close()
         raise Silence('%s %g s' % (NO_ANSWER, patience)) from exc
@@ -9463,16 +9521,35 @@ def _dial_tls(sock: socket.socket, tls: Any) -> Any:
         raise HandshakeError(tls_text(exc)) from exc
 
 
+class Unreached(enum.Enum):
+    """What came of an attempt to reach a peer that has failed."""
+    DOWN = 'down'                    # its host is there, and nothing listens at the port
+    UNREACHABLE = 'unreachable'      # nobody answers, or no way leads there
+    NO_SUCH_NAME = 'no such name'
+    REFUSED = 'refused'              # somebody is there who does not let us in, or whom we do not trust
+
+    def __str__(self) -> str:
+        return self.value  # type: ignore[no-any-return]
+
+
+NAME_SERVICE_FAILS = frozenset((socket.EAI_AGAIN, socket.EAI_FAIL))
+NO_WAY = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN))
+
+
 def dial_text(exc: BaseException) -> str:
     """Why no connection came about."""
     if isinstance(exc, ConnectionRefusedError):
         return 'nothing listens there'
     if isinstance(exc, socket.gaierror):
-        return 'its name does not resolve'
+        if exc.errno in NAME_SERVICE_FAILS:
+            return 'its name does not resolve, as the name service fails (%s)' % exc.strerror
+        return 'its name does not resolve: there is no such name'
     if isinstance(exc, socket.timeout):
         return '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
     if type(exc).__name__.startswith('SSL'):   # with TLS 1.3 a rejected certificate comes to light in the handshake
         return tls_text(exc)
+    if isinstance(exc, OSError) and exc.errno in NO_WAY:
+        return 'it cannot be reached: %s' % exc.strerror
     return str(exc)
 
 
@@ -9480,6 +9557,17 @@ def told_once(text: str) -> str:
     """By what a reason of `dial_text` is known: that nobody answers is told once, however long was
     waited for it."""
     return NO_ANSWER if text.startswith(NO_ANSWER) else text
+
+
+def why_unreached(exc: BaseException) -> Unreached:
+    """The same in a word."""
+    if isinstance(exc, ConnectionRefusedError):
+        return Unreached.DOWN
+    if isinstance(exc, socket.gaierror) and exc.errno not in NAME_SERVICE_FAILS:
+        return Unreached.NO_SUCH_NAME
+    if (isinstance(exc, HandshakeError) and not isinstance(exc, Silence)) or type(exc).__name__.startswith('SSL'):
+        return Unreached.REFUSED
+    return Unreached.UNREACHABLE
 
 
 class Dialled(NamedTuple):
@@ -9491,10 +9579,10 @@ class Dialled(NamedTuple):
 
 
 class DialFailed(NamedTuple):
-    """Posted by the thread of a Dialling: it was not; `refused`: its host is there, and nothing listens."""
+    """Posted by the thread of a Dialling: it was not."""
     peer: Any
     text: str
-    refused: bool = False
+    why: Unreached = Unreached.UNREACHABLE
 
 
 class Dialling:
@@ -9571,7 +9659,7 @@ class _Attempt:
         try:
             found = self._reach(self._note)
         except (DispyError, OSError, ValueError, RuntimeError) as exc:   # Runtime: no process at interpreter's exit
-            self._post(DialFailed(self._peer, dial_text(exc), isinstance(exc, ConnectionRefusedError)))
+            self._post(DialFailed(self._peer, dial_text(exc), why_unreached(exc)))
         else:
             self._post(Dialled(self._peer, *found))
 
@@ -9688,12 +9776,10 @@ class Ear(socketserver.UDPServer):
         def reply(answer: bytes) -> None:
             with contextlib.suppress(OSError):   # no route, or the buffer is full: the asker asks again
                 sock.sendto(answer, client_address)
-        source = plain_address(client_address[0])
-        if len(client_address) == 4 and client_address[3]:   # link-local: it means something with the interface only
-            try:
-                source += '%' + socket.if_indextoname(client_address[3])
-            except OSError:   # no descriptor is left: it will ask again
-                return
+        try:
+            source = address_in(client_address)
+        except OSError:   # no descriptor is left: it will ask again
+            return
         self._hear(data, source, reply)
 
     def knock(self) -> None:
@@ -9716,7 +9802,7 @@ def own_addresses() -> Dict[str, str]:
     return _own_addresses
 
 
-_own_addresses: Dict[str, str] = {}
+_own_addresses = {}   # type: Dict[str, str]   # Python 3.7 compiles no annotation of a global name
 
 
 def interfaces() -> List[int]:
@@ -10297,7 +10383,7 @@ class Daemon(Loop):
         """A link or a pipe came to its end."""
         if isinstance(channel, Link):
             log = logger.info if channel.on_purpose else logger.warning
-            log('link to %s ended: %s', channel.address, text)
+            log('link to %s ended: %s%s', channel.address, text, channel.stall and ': ' + STALLS[channel.stall])
             self._tell(LinkDown(channel.number, channel.on_purpose))
             for caller in self._callers:
                 if caller.link == channel.number:
