@@ -77,6 +77,7 @@ import re
 import reprlib
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import struct
@@ -91,7 +92,7 @@ import warnings
 import weakref
 import zlib
 from typing import (
-    AbstractSet, Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
+    AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
     Set, Tuple, Type, Union)
 
 try:
@@ -255,7 +256,8 @@ def error_of(job: 'DispyJob') -> BaseException:
 def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
     """The exception for a program that has ended with an exit status other than 0."""
     names = [cluster.name for cluster in list(_clusters) if cluster._comp == job._comp]
-    command = [*names, 'job %s' % (job.id,)]
+    found = job._failure.values() if job._failure is not None else None
+    command = [*names, *(['job %s' % (job.id,)] if found is None else map(str, found[0]))]
     return subprocess.CalledProcessError(job.result, command, job.stdout, job.stderr)
 
 
@@ -413,8 +415,11 @@ class DispyJob(Work):
     @property
     def exception(self) -> Optional[str]:
         """Text of the traceback or of what went wrong, else None."""
-        if self._failure is not None:
-            self._failure.seen()
+        failure = self._failure
+        if failure is not None:
+            failure.seen()
+            if failure.payload is not None and self._exception is not None:
+                self._exception = failure.with_arguments(self)
         return self._exception
 
     @exception.setter
@@ -474,7 +479,7 @@ class DispyJob(Work):
         if clear:
             old_names.tell('clear')
         if not self.wait(timeout):
-            raise TimeoutError('job %r has not ended within %s s' % (self.id, timeout))
+            raise TimeoutError(self._unended(timeout))
         return self.result
 
     def get(self, timeout: Optional[float] = None) -> Any:
@@ -484,12 +489,26 @@ class DispyJob(Work):
         subprocess.CalledProcessError for a program with an exit status other than 0. Raises
         TimeoutError after `timeout` seconds. Any thread."""
         if not self.wait(timeout):
-            raise TimeoutError('job %r has not ended within %s s' % (self.id, timeout))
+            raise TimeoutError(self._unended(timeout))
         if self.status != JobState.FINISHED:
             raise error_of(self)
         if self._has_exit_status():
             raise exit_error(self)
         return self.result
+
+    def _unended(self, timeout: Optional[float]) -> str:
+        """That it has not ended in time, and why. The user's threads: runs the user's `__repr__`."""
+        values = values_of(self._payload, hasattr(self, '_future'))
+        return '%s has not ended within %g s: %s' % (
+            job_in_words(self.id, values), round(timeout or 0.0, 3), self._why_unended())
+
+    def _why_unended(self) -> str:
+        if self.status in (DispyJob.Running, DispyJob.ProvisionalResult):
+            where = ' on ' + self.ip_addr if self.ip_addr else ''
+            since = ' for %.1f s' % (time.time() - self.start_time) if self.start_time else ''
+            return 'it has been running%s%s' % (where, since)
+        cluster = next((cluster for cluster in list(_clusters) if cluster._comp == self._comp), None)
+        return 'it waits' if cluster is None else cluster._why_jobs_wait()
 
     def _has_exit_status(self) -> bool:
         """Whether it was a program that failed, as far as its exit status says."""
@@ -549,6 +568,31 @@ class DispyJob(Work):
 SHORT = reprlib.Repr()
 SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 4, 80, 80
 SHORT.maxlist = SHORT.maxtuple = SHORT.maxdict = SHORT.maxset = 8
+
+
+ARGUMENTS_SHOWN = 16384       # bytes of packed arguments that are opened to be shown
+
+
+def values_of(payload: Any, is_call: bool) -> Optional[Tuple[tuple, Dict[str, Any]]]:
+    """Arguments, positional and by name, that were packed so, to show them; None if they are large, or cannot be opened. Those of
+    a call of an executor have the packed function before them. Runs the user's code."""
+    if payload is None or size_of(payload) > ARGUMENTS_SHOWN:
+        return None
+    try:
+        args, kwargs = unseal(in_one_piece(payload))[:2]
+    except Exception:  # of the user's objects; then they are not shown
+        return None
+    if is_call and len(args) == 3:
+        _, args, kwargs = args
+    return (args, kwargs) if type(args) is tuple and type(kwargs) is dict else None
+
+
+def job_in_words(number: Any, values: Optional[Tuple[tuple, Dict[str, Any]]]) -> str:
+    """A job by its id and its arguments, as far as they are known."""
+    if values is None or not any(values):
+        return 'job %.80r' % (number,)
+    several = len(values[0]) + len(values[1]) > 1
+    return 'job %.80r with the argument%s %s' % (number, 's' * several, words_of(*values))
 
 
 def words_of(args: tuple, kwargs: Dict[str, Any]) -> str:
@@ -644,20 +688,23 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
     job.end_time = end or time.time()
     if is_program:
         job.stdout, job.stderr = bytes(stdout), bytes(stderr)
+        if failures is not None and status == DispyJob.Finished and job.result != 0:
+            failures.exited(job, node)
     else:
         job.stdout = str(stdout, 'utf-8', 'replace') if stdout else ''
         job.stderr = str(stderr, 'utf-8', 'replace') if stderr else ''
-    job._payload = None
     if failures is not None and status in FAILED:
         failures.add(job, node)
+    job._payload = None
     job.status = status   # last: whoever sees it sees all of the above
 
 
 def end_without(job: DispyJob, text: str, failures: Optional['Failures'] = None) -> None:
     """A job has ended without a result."""
-    job.result, job.exception, job._payload, job.end_time = None, text, None, time.time()
+    job.result, job.exception, job.end_time = None, text, time.time()
     if failures is not None and job._state in FAILED:
         failures.add(job)
+    job._payload = None
     job.status = int(job._state)
 
 
@@ -743,7 +790,10 @@ class DispyNode:
         return html_of_nodes([self])
 
 
-NOT_CONNECTED = frozenset(('found', 'dialling', 'lost', *map(str, Unreached)))   # states of nodes
+# States of nodes
+NOT_CONNECTED = frozenset(('found', 'dialling', 'lost', *map(str, Unreached)))
+NOT_TRIED = frozenset(('found', 'dialling'))   # to the end: nothing is known yet
+SILENT = frozenset((str(Unreached.DOWN), str(Unreached.UNREACHABLE), str(Unreached.NO_SUCH_NAME)))
 
 
 class _NodesAndJobs(NamedTuple):
@@ -840,10 +890,29 @@ def hint_for_missing(path: str, directory: str, is_sent: bool) -> str:
 class Failure:
     """Why a job has failed, in a line, and where. Until somebody has looked at it, it counts in a
     row of its cluster's Failures."""
-    __slots__ = ('reason', 'node', 'row')
+    __slots__ = ('reason', 'node', 'row', 'payload', 'is_call')
 
     def __init__(self, reason: str, node: str, row: Optional[List[Any]]) -> None:
         self.reason, self.node, self.row = reason, node, row
+        self.payload: Any = None   # arguments, until they are shown; None: they are large, or the text has a traceback
+        self.is_call = False       # of an executor
+
+    def keep(self, job: 'DispyJob') -> None:
+        """Keep the arguments of the job, which has ended, unless they are large."""
+        if job._payload is not None and size_of(job._payload) <= ARGUMENTS_SHOWN:
+            self.payload, self.is_call = job._payload, hasattr(job, '_future')
+
+    def values(self) -> Optional[Tuple[tuple, Dict[str, Any]]]:
+        """The arguments, if they are here."""
+        return values_of(self.payload, self.is_call)
+
+    def with_arguments(self, job: 'DispyJob') -> Optional[str]:
+        """The text of the job's `exception`, from now on with its arguments. The user's threads."""
+        with _lock:
+            payload, self.payload = self.payload, None
+            text = job._exception
+        values = values_of(payload, self.is_call)
+        return text if values is None or text is None else '%s (%s)' % (text, job_in_words(job.id, values))
 
     def seen(self) -> None:
         """Somebody has looked. Any thread."""
@@ -884,6 +953,14 @@ class Failures:
         job._exception = text
         row = self._count(told, reason, job.id) if self._counts else None
         job._failure = Failure(reason, node, row)
+        if '\n' not in text:
+            job._failure.keep(job)
+
+    @staticmethod
+    def exited(job: 'DispyJob', node: str = '') -> None:
+        """A program has ended with an exit status other than 0."""
+        job._failure = Failure(exit_text(job.result), node, None)
+        job._failure.keep(job)
 
     def _is_here(self, path: str) -> bool:
         return os.path.exists(os.path.join(self._directory, path))
@@ -904,6 +981,15 @@ class Failures:
             rows = [tuple(row) for row in self._rows.values() if row[0] > 0]
             self._rows = {}
         return failures_text(rows, submitted)
+
+
+def exit_text(status: Any) -> str:
+    """The exit status of a program, with the name of the signal if one has ended it."""
+    name = ''
+    if type(status) is int and status < 0:
+        with contextlib.suppress(ValueError):
+            name = ' (killed by signal %d, %s)' % (-status, signal.Signals(-status).name)
+    return 'exit status %s%s' % (status, name)
 
 
 def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
@@ -1008,7 +1094,7 @@ def state_of(job: 'DispyJob') -> Tuple[str, str, str]:
     state = JobState(job.status)
     words = _STATE_WORDS.get(state, state.name.lower())
     if state == JobState.FINISHED and job._has_exit_status():
-        return 'failed', job.ip_addr or '', 'exit status %s' % job.result
+        return 'failed', job.ip_addr or '', exit_text(job.result)
     if state not in FAILED:
         return words, (job.ip_addr or '') if words == 'running' else '', ''
     text = job.exception or ''   # to show why is to look at it
@@ -6624,8 +6710,10 @@ class Peer:
 
     @property
     def state_word(self) -> str:
-        """Its state for people: for one that was not reached, why."""
-        return str(self.unreached) if self.state is NodeState.UNREACHED else self.state.value
+        """Its state for people: for one that was not reached, why, also while it is tried again."""
+        if self.state is NodeState.UNREACHED or (self.state is NodeState.DIALLING and self.failures):
+            return NodeState.LOST.value if self.offered else str(self.unreached)   # lost: it has been connected before
+        return self.state.value
 
     def end_process(self) -> None:
         """End the embedded node, if this is one, and remove what it may have left."""
@@ -7356,6 +7444,60 @@ class Unused:
         return sys.getrefcount(value)
 
 
+class Misfits:
+    """Nodes that have answered when all were asked, and that are not meant by the wildcards of a cluster. Driver thread only."""
+    KEPT = 1000   # nodes of a cluster
+    SHOWN = 10
+
+    def __init__(self) -> None:
+        self._found: Dict[str, Dict[bytes, str]] = {}   # computation -> instance -> address, or name and address
+
+    def add(self, comp: str, instance: bytes, node: str) -> None:
+        """One that answers. By its name, if that is known, and else by the first of its addresses."""
+        found = self._found.setdefault(comp, {})
+        if len(found) < self.KEPT and (instance not in found or '(' in node):
+            found[instance] = node
+
+    def forget(self, comp: str) -> None:
+        """The cluster is closed."""
+        self._found.pop(comp, None)
+
+    def text(self, comp: str, used: Container[bytes]) -> str:
+        """These nodes, without the instances that are used by another of their addresses."""
+        nodes = sorted(node for instance, node in self._found.get(comp, {}).items() if instance not in used)
+        more = len(nodes) - self.SHOWN
+        return ', '.join(nodes[:self.SHOWN]) + (' and %d more' % more if more > 0 else '')
+
+
+START_NODE = 'Start `python dispynode.py` on a host, with the same secret, and name it (nodes=, at the shell -n)'
+
+
+def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool) -> str:
+    """What to do where a cluster has no node that can be used, of (state, port, whether it is a scheduler) of each that was tried;
+    `others`: nodes have answered that were not meant. The reason of a node that has answered says it itself."""
+    if others:
+        return 'Name one of these, or correct the wildcard (nodes=, at the shell -n)'
+    if any(scheduler and state not in NOT_CONNECTED for state, _, scheduler in attempts):
+        return 'The scheduler is connected and has no node for it: start `python dispynode.py` on a host, with the same secret, ' \
+            'and name it to the scheduler (-n)'
+    silent = [(Unreached(state), port, scheduler) for state, port, scheduler in attempts if state in SILENT]
+    if len(silent) < len([state for state, _, _ in attempts if state not in NOT_TRIED]):
+        return ''   # somebody has answered
+    words = []
+    down = {scheduler for why, _, scheduler in silent if why is Unreached.DOWN}
+    if True in down:
+        words.append('Start `python dispyscheduler.py` there, with the same secret')
+    if False in down or not silent:
+        words.append(START_NODE)
+    ports = sorted({port for why, port, _ in silent if why is Unreached.UNREACHABLE and port})
+    if ports:
+        words.append('Where nobody answers, see whether the host is up, and whether its firewall lets TCP port %s in'
+                     % ' and '.join(map(str, ports)))
+    if any(why is Unreached.NO_SUCH_NAME for why, _, _ in silent):
+        words.append('Correct a name that does not resolve, or give the address instead')
+    return '. '.join(words)
+
+
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed."""
     log = logger
@@ -7390,6 +7532,7 @@ class Driver(Loop):
         self.callbacks = Pool('dispy-callback', CALLBACK_THREADS, CALLBACK_TIME)
         self._tellers = Pool('dispy-status', 1)      # one, so that changes are told in their order
         self._warn_at: Dict[str, float] = {}
+        self._misfits = Misfits()
         self._probes: Dict[str, float] = {}          # computation -> when to start an embedded node
         self._incoming: Dict[Tuple[int, str], FileReceiver] = {}   # (link, computation) -> receiver
         self._outgoing = Backlog(self.links)   # files
@@ -7600,6 +7743,7 @@ class Driver(Loop):
         cluster = self._clusters.pop(comp)
         self._leaving.forget(comp)
         del self._warn_at[comp]
+        self._misfits.forget(comp)
         self._probes.pop(comp, None)
         self._abort_incoming(lambda number, name: name == comp)
         self._outgoing.drop(comp)
@@ -7748,8 +7892,6 @@ class Driver(Loop):
         state, reason = use.state.value, use.reason
         if use.state is UseState.WAITING:
             state, reason = peer.state_word, peer.reason
-            if peer.state is NodeState.UNREACHED and peer.offered:   # it has been connected before
-                state = NodeState.LOST.value
         elif use.then:
             state = 'draining'
         elif (use.wanted == 0 or peer.most == 0) and use.state is UseState.READY:
@@ -8139,8 +8281,9 @@ class Driver(Loop):
 
     def complaint(self, comp: str) -> str:
         """What was tried, what came of it, what to do."""
+        rows = self.nodes_of(comp)
         lines = ['%s: %s%s' % (peer, state, ': ' + reason.strip().splitlines()[-1] if reason else '')
-                 for peer, state, reason, _, _ in self.nodes_of(comp)]
+                 for peer, state, reason, _, _ in rows]
         cluster = self._clusters[comp]
         wild = [] if self._reach == 'off' else [spec for spec in cluster._specs if spec.wild]
         for port in sorted({spec.port for spec in wild}):
@@ -8149,14 +8292,13 @@ class Driver(Loop):
         if cluster._host is not None:
             lines.append('waited for nodes to connect to %s' % place(*cluster._host) if cluster._host in self._gates
                          else 'no node can connect, port %d was taken' % cluster._host[1])
-        peers = self.peers_of(comp)
-        todo = 'Start `python dispynode.py` on a host, with the same secret, and name it (nodes=, at the shell -n)'
-        if peers and any(peer.scheduler and peer.link is not None for peer in peers):
-            todo = 'The scheduler is connected and has no node for it: start `python dispynode.py` on a host, with the same secret, ' \
-                'and name it to the scheduler (-n)'
-        elif peers and all(peer.scheduler for peer in peers):
-            todo = 'Start `python dispyscheduler.py` there, with the same secret'
-        return 'Tried: %s. %s' % ('; '.join(lines), todo)
+        others = self._misfits.text(comp, {peer.instance for peer in self.peers_of(comp)})
+        if others:
+            lines.append('of the nodes that answer, none fits %s. These do answer: %s'
+                         % (' or '.join(repr(spec.host) for spec in wild), others))
+        attempts = [(state, peer.port, peer.scheduler) for peer, state, _, _, _ in rows]
+        todo = remedy(attempts, bool(others))
+        return 'Tried: %s%s' % ('; '.join(lines), todo and '. ' + todo)
 
     # -- reaching nodes -----------------------------------------------------------------------------------
 
@@ -8185,6 +8327,8 @@ class Driver(Loop):
         for comp, cluster in list(self._clusters.items()):
             spec = next((spec for spec in cluster._specs if spec.wild and spec.may_fit(host)), None)
             if spec is None:
+                if any(spec.wild for spec in cluster._specs):
+                    self._misfits.add(comp, heard.instance, place(host, heard.port))
                 continue
             known = next((peer for peer in self._peers.values() if peer.instance == heard.instance or peer.key == (host, heard.port)), None)
             if known is None:
@@ -8550,6 +8694,7 @@ class Driver(Loop):
             if use is None:
                 self._consider(peer, comp)
             elif use.spec.wild and self._spec_of(peer, comp) is None:
+                self._misfits.add(comp, peer.instance, str(peer))
                 del peer.uses[comp]   # at its address might have been one that is meant, but it has another name
             else:
                 use.spec = self._spec_of(peer, comp) or use.spec if use.spec.wild else use.spec
@@ -9913,8 +10058,9 @@ class JobCluster(OldCluster):
             try:
                 job = next_of(ended, None if until is None else until - time.monotonic())
             except queue.Empty:
-                raise TimeoutError('%d of %d jobs have not ended within %s s'
-                                   % (len(left), len(jobs), timeout)) from None
+                first = next((job for job in jobs if job in left and job.status not in ENDED), None)
+                raise TimeoutError('%d of %d jobs have not ended within %s s%s' % (
+                    len(left), len(jobs), timeout, '' if first is None else '. The first of them: ' + first._unended(timeout))) from None
             if job in left:
                 left.discard(job)
                 yield job
@@ -10037,6 +10183,15 @@ class JobCluster(OldCluster):
 
     def _complaint(self) -> str:
         return self._command('complaint')  # type: ignore[no-any-return]
+
+    def _why_jobs_wait(self) -> str:
+        """Why a job that has not begun waits. The user's threads."""
+        try:
+            if any(node.state == 'ready' for node in self.status().nodes):
+                return 'it waits for its turn; of the jobs of %s there are %s' % (self.name, self._counted())
+            return 'it waits for a node. ' + self._complaint()
+        except (RuntimeError, concurrent.futures.TimeoutError):   # the cluster is closed meanwhile, or nobody answers
+            return 'it waits'
 
     def _why_unloadable(self) -> str:
         """Why no node can load the code of the computation; empty if one may."""
@@ -10657,14 +10812,21 @@ class Survey:
         all are waited for `listen` seconds. `state` is 'connected', and `reason` then who uses it, or why it cannot be used."""
         began = time.monotonic()
         while True:
-            found = self._driver.ask(lambda: [(peer, self._seen(peer, state, reason))
+            # What is not known yet is looked for in the same turn: otherwise an answer could come between the two.
+            found = self._driver.ask(lambda: [(self._seen(peer, state, reason), self._is_open(peer))
                                               for peer, state, reason, _, _ in self._driver.nodes_of(self._comp)])
             passed = time.monotonic() - began
             if passed >= timeout or (passed >= listen or not any(spec.wild for spec in self._specs)) and not any(
-                    peer.state in (NodeState.FOUND, NodeState.DIALLING) and not peer.failures and peer.port
-                    or peer.link is not None and not peer.name for peer, _ in found):
-                return [node for _, node in found]
+                    is_open for _, is_open in found):
+                return [node for node, _ in found]
             time.sleep(0.05)
+
+    @staticmethod
+    def _is_open(peer: Peer) -> bool:
+        """Whether a node has neither answered nor failed yet. The driver's thread."""
+        if peer.link is not None:
+            return not peer.name
+        return peer.state in (NodeState.FOUND, NodeState.DIALLING) and not peer.failures and bool(peer.port)
 
     @staticmethod
     def _seen(peer: Peer, state: str, reason: str) -> DispyNode:
@@ -10950,6 +11112,26 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
             self._cluster._withdraw_all([self.job])
             return self.job.status == JobState.CANCELLED and super().cancel()
         return self._cluster._withdraw(self.job) and super().cancel()
+
+    def result(self, timeout: Optional[float] = None) -> Any:
+        """As in concurrent.futures; the text of a TimeoutError says what the call waits for."""
+        try:
+            return super().result(timeout)
+        except concurrent.futures.TimeoutError as exc:
+            raise self._explained(exc, timeout)
+
+    def exception(self, timeout: Optional[float] = None) -> Optional[BaseException]:
+        """As `result`."""
+        try:
+            return super().exception(timeout)
+        except concurrent.futures.TimeoutError as exc:
+            raise self._explained(exc, timeout)
+
+    def _explained(self, exc: BaseException, timeout: Optional[float]) -> BaseException:
+        """The exception of a wait with words; what the call has raised as it is."""
+        if self.done() or self.job is None or exc.args:
+            return exc
+        return concurrent.futures.TimeoutError(self.job._unended(timeout))
 
     def settle(self, job: DispyJob) -> None:
         """The job has ended. What it printed is shown here, unless the program takes that itself
@@ -11837,7 +12019,10 @@ class _Printer:
                 stream.flush()
         if job.status != JobState.FINISHED or job.result:
             self.failed += 1
-            print('job %s %s: %s' % (job.id, job.status_text(), job.exception or 'exit status %s' % job.result), file=sys.stderr)
+            words, where, reason = state_of(job)
+            if job.status == JobState.FINISHED:
+                reason = '%s (%s)' % (reason, job_in_words(job.id, job._failure and job._failure.values()))
+            print('job %s %s%s: %s' % (job.id, words, where and ' on ' + where, job.exception or reason), file=sys.stderr)
         if sys.stderr.isatty():
             print('%d of %d done, %d failed' % (self.done, total, self.failed), end='\r', file=sys.stderr, flush=True)
 

@@ -4576,6 +4576,10 @@ class Attempt:
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
         self.counted = 0        # bytes of its arguments in the node's books: while it waits
 
+    def ending_text(self, ending: Outcome) -> str:
+        """Why it was ended, with the number that it has exceeded."""
+        return ENDING_TEXT.get(ending, 'it was to end') % {'timeout': self.timeout, 'memory': self.memory}
+
 
 class _Worker:
     """A worker process as the state sees it; the head of its queue is what it runs."""
@@ -5639,7 +5643,7 @@ class Node:
         assert attempt.ending is not None   # ours
         if attempt.ending is Outcome.CANCELLED and row[1] in RETURNED:
             return row
-        return (row[0], int(attempt.ending), row[2], row[3], ENDING_TEXT[attempt.ending].encode(), *row[5:])
+        return (row[0], int(attempt.ending), row[2], row[3], attempt.ending_text(attempt.ending).encode(), *row[5:])
 
     def _worker_file(self, event: WorkerFile, now: float) -> None:
         worker = self._workers.get(event.worker)
@@ -5801,7 +5805,7 @@ class Node:
         if worker.queue and worker.queue[0].serial == event.running:
             attempt = worker.queue.popleft()
             ending = attempt.ending or Outcome.DIED
-            text = event.text if ending is Outcome.DIED else ENDING_TEXT[ending]
+            text = event.text if ending is Outcome.DIED else attempt.ending_text(ending)
             self._finish(comp, (attempt.serial, int(ending), 0.0, 0.0, text.encode('utf-8', 'replace'),
                                 bytes(event.stdout), bytes(event.stderr)))
         elif not worker.fed:
@@ -5917,7 +5921,7 @@ class Node:
         comp, head = worker.comp, worker.queue.popleft()
         ending = head.ending or Outcome.DIED
         text = '%s; it was killed, and its process has not ended within %d s (uninterruptible): its CPU is lost to node %s' % (
-            ENDING_TEXT.get(ending, 'it was to end'), GRACE, self.name)
+            head.ending_text(ending), GRACE, self.name)
         logger.error('%s: %s', comp.spec['name'], text)
         worker.stuck = head.cpus
         self._finish(comp, (head.serial, int(ending), 0.0, 0.0, text.encode(), b'', b''))
@@ -6111,10 +6115,10 @@ class Hours(NamedTuple):
 
 
 RELEASED_TEXT = 'its operator has taken it from this client'
-ENDING_TEXT = {
+ENDING_TEXT = {   # with what the job's options say
     Outcome.CANCELLED: 'cancelled while it ran',
-    Outcome.TIMED_OUT: 'it ran past its time (dispy_timeout) and was ended',
-    Outcome.OUT_OF_MEMORY: 'it used more memory than it may (dispy_memory) and was killed',
+    Outcome.TIMED_OUT: 'it ran past its time (dispy_timeout) of %(timeout)s s and was ended',
+    Outcome.OUT_OF_MEMORY: 'it used more memory than it may (dispy_memory), which is %(memory)s bytes, and was killed',
     Outcome.STOPPED: 'the node was stopped, or taken from this client, while the job ran',
 }
 
