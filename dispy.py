@@ -97,6 +97,7 @@ from typing import (
 
 try:
     import cloudpickle
+    import dispynode
     from dispynode import Loop
 except ImportError as exc:   # this file was copied alone, or beside one of another release
     remedy = {
@@ -112,7 +113,6 @@ try:
 except ImportError:   # a system without semaphores
     from concurrent.futures import BrokenExecutor as BrokenProcessPool  # type: ignore[assignment]
 
-import dispynode
 from dispynode import (
     ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
     NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
@@ -127,7 +127,7 @@ from dispynode import (
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
     OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
     Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine,
-    STALLS, SEGMENT, Unreached, module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each,
+    STALLS, SEGMENT, Unreached, is_own_address, module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each,
     FILES_LEFT)
 
 __all__ = [
@@ -942,6 +942,11 @@ class Failures:
         """A job has failed; nobody sees yet that it has ended. Adds to its exception what is known
         here and not at the node."""
         text = source_here.added_to(job._exception or '')
+        if 'ModuleNotFoundError' in text:
+            text = with_hint_for_module(text, node)
+            if isinstance(job._error, ImportError) and type(job._error.msg) is str:
+                job._error.msg = with_hint_for_module(job._error.msg, node)
+                job._error.args = (job._error.msg,)
         reason = told = reason_of(text)
         if 'FileNotFoundError' in text:
             path, at = missing_file(text, self._is_here)
@@ -959,7 +964,7 @@ class Failures:
     @staticmethod
     def exited(job: 'DispyJob', node: str = '') -> None:
         """A program has ended with an exit status other than 0."""
-        job._failure = Failure(exit_text(job.result), node, None)
+        job._failure = Failure(status_words(job.result), node, None)
         job._failure.keep(job)
 
     def _is_here(self, path: str) -> bool:
@@ -983,13 +988,43 @@ class Failures:
         return failures_text(rows, submitted)
 
 
-def exit_text(status: Any) -> str:
+def status_words(status: Any) -> str:
     """The exit status of a program, with the name of the signal if one has ended it."""
     name = ''
     if type(status) is int and status < 0:
         with contextlib.suppress(ValueError):
             name = ' (killed by signal %d, %s)' % (-status, signal.Signals(-status).name)
     return 'exit status %s%s' % (status, name)
+
+
+_NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '(\w+)[\w.]*'$", re.M)
+# What a node says (explain_import), which does not know what the module is here
+_INSTALL = re.compile(r'install (\S+) on this node \((.+) -m pip install \S+\), or list its file in depends if it is a module of your own')
+
+
+def hint_for_module(name: str, node: str, python: str) -> str:
+    """What to do about a module that a node does not have, by what it is here; empty for one that is not here either. `python`:
+    the node's interpreter."""
+    where = 'node %s' % node if node else 'the node'
+    kind = own_modules.kind(name)
+    if kind is ModuleKind.INSTALLED:
+        package = own_modules.distribution_of(name)
+        return 'install %s on %s (%s -m pip install %s)' % (package, where, python, package)
+    if kind is ModuleKind.STANDARD:
+        return 'start dispynode on %s with Python %d.%d, as here: %s is in its standard library, and not in that of the Python ' \
+            'there' % (where.replace('the node', 'it'), *sys.version_info[:2], name)
+    return 'list its file in depends' if kind is ModuleKind.OWN else ''
+
+
+def with_hint_for_module(text: str, node: str) -> str:
+    """What a node, or a job there, says of an import that failed, with a hint that fits."""
+    told = _INSTALL.search(text)
+    if told is not None:
+        hint = hint_for_module(told.group(1), node, told.group(2)) or told.group()
+        return text[:told.start()] + hint + text[told.end():]
+    missing = list(_NO_MODULE.finditer(text))
+    hint = hint_for_module(missing[-1].group(1), node, 'python') if missing else ''
+    return '%s. To mend that, %s%s' % (text[:missing[-1].end()], hint, text[missing[-1].end():]) if hint else text
 
 
 def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
@@ -1094,7 +1129,7 @@ def state_of(job: 'DispyJob') -> Tuple[str, str, str]:
     state = JobState(job.status)
     words = _STATE_WORDS.get(state, state.name.lower())
     if state == JobState.FINISHED and job._has_exit_status():
-        return 'failed', job.ip_addr or '', exit_text(job.result)
+        return 'failed', job.ip_addr or '', status_words(job.result)
     if state not in FAILED:
         return words, (job.ip_addr or '') if words == 'running' else '', ''
     text = job.exception or ''   # to show why is to look at it
@@ -4180,6 +4215,15 @@ class OwnModules:
         # path -> stamp and digest of the last row
         self._versions: Dict[str, str] = {}
 
+    def distribution_of(self, module: str) -> str:
+        """The name by which pip knows what holds a module, with the module's where they differ: 'PyYAML (yaml)'."""
+        for directory in filter(os.path.isdir, sys.path):
+            owner = self._finder.installations.owner_of_name(directory, module)
+            name = owner.partition('-')[0]
+            if name:
+                return module if name.lower() == module.lower() else '%s (%s)' % (name, module)
+        return module
+
     def kind(self, name: Any) -> ModuleKind:
         """What decides how an object of this module goes to a node."""
         return self._finder.look(name).kind if isinstance(name, str) else ModuleKind.MISSING
@@ -6403,6 +6447,28 @@ def remove_old_trails() -> None:
                     left.close()
 
 
+def remedy_for_source(spec: dict) -> str:
+    """What to do about a computation that does not go to nodes as source."""
+    same = 'un dispynode there with %s' % python_of(spec['python'])
+    if 'most' in spec:   # of an executor
+        return 'R' + same
+    return 'Put the function into a file, at its top level, with def, and give it all that it needs as arguments; or r' + same
+
+
+_OF_SCHEDULER = re.compile(r'it serves dispyscheduler of .*@(\S+) PID \d+ at port (\d+) ')
+
+
+def how_to_share(text: str) -> str:
+    """A node says whom it serves; what to do, to be appended."""
+    found = _OF_SCHEDULER.match(text)
+    if found is not None:
+        port = '' if int(found.group(2)) == SCHEDULER_PORT else ', scheduler_port=%s' % found.group(2)
+        return '. That scheduler shares its nodes: use SharedJobCluster(..., scheduler_host=%r%s)' % (found.group(1), port)
+    if text.startswith('it serves ') and 'connection is lost' not in text:
+        return '. A node serves one client at a time. For several programs at once start a dispyscheduler, and use SharedJobCluster'
+    return ''
+
+
 def who_holds(text: str, place: str) -> str:
     """A node says by whom it is held: if that is a program of this user that has ended, which it
     was, and what to do."""
@@ -6526,8 +6592,9 @@ class Pool:
     def _do(self, call: Callable[..., Any], args: tuple) -> None:
         try:
             call(*args)
-        except BaseException:  # the user's callback, sys.exit in it too; the next one is served all the same
-            logger.exception('%s raised', getattr(call, '__name__', call))
+        except BaseException as exc:  # the user's callback, sys.exit in it too; the next one is served all the same
+            about = next(('job %.80r' % (arg.id,) for arg in args if isinstance(arg, DispyJob)), '')
+            report_callback(call, about, exc)
         with self._guard:
             self._done += 1
 
@@ -6538,6 +6605,23 @@ class Pool:
             count = self._count if not self._patience else min(self._count, 1)
         for _ in range(count):
             self._tasks.put(None)
+
+
+_OUR_FILES = frozenset((__file__, dispynode.__file__))
+
+
+def report_callback(call: Any, about: str, exc: BaseException) -> None:
+    """A function of the user's that was called by a thread of ours has raised: log it without frames of ours."""
+    frames_of_ours, trace = 0, exc.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename in _OUR_FILES:
+        frames_of_ours, trace = frames_of_ours + 1, trace.tb_next
+    code = getattr(getattr(call, '__func__', call), '__code__', None)
+    is_ours = getattr(code, 'co_filename', '') in _OUR_FILES
+    module, name = getattr(call, '__module__', None), getattr(call, '__qualname__', None) or type(call).__qualname__
+    if module not in (None, '__main__', 'builtins'):
+        name = '%s.%s' % (module, name)
+    logger.error('%s %s%s raised %s:\n%s', 'a fault of dispy:' if is_ours else 'the callback', name, about and ' of ' + about,
+                 type(exc).__name__, describe_exception(exc, 0 if is_ours else frames_of_ours).rstrip())
 
 
 class Asked(NamedTuple):
@@ -8316,7 +8400,7 @@ class Driver(Loop):
         if heard is None:
             return
         if heard.kind == Cry.NOT_MINE:
-            self._stranger(heard.instance, source, 'its node has another secret: ' + same_secret())
+            self._stranger(heard.instance, source, 'its node has another secret (port %d): %s' % (heard.port, same_secret(self._psk)))
             return
         if heard.kind == Cry.HELLO:   # ask, soon: which address is best depends on who asks
             for asker in self._ears.values():
@@ -8355,7 +8439,8 @@ class Driver(Loop):
             peer = self._strangers[key] = Peer(address, 0)
             peer.reason = text
             if (address, text) not in known:   # a host may have many of them
-                logger.warning('%s cannot be used: %s', address, text)
+                # Another user's node on this machine is no reason to worry.
+                logger.log(logging.INFO if is_own_address(address) else logging.WARNING, '%s cannot be used: %s', address, text)
 
     def _turned_away(self, address: str, text: str) -> None:
         """A gate's thread: a node that dialled us was refused."""
@@ -8477,7 +8562,11 @@ class Driver(Loop):
         self.attach(peer.link)
         self._by_link[peer.link.number] = peer
         self._tried(peer, PULSES_LOST * self.access.pulse)   # it is about to tell what it holds
-        self.say(peer.link, Introduce('%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid()), self.access.pulse))
+        self.say(peer.link, Introduce(self._introduction(), self.access.pulse))
+
+    def _introduction(self) -> str:
+        """Who this is, for those who run the node and for others who want it."""
+        return '%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid())
 
     def _arrived(self, event: Arrival) -> None:
         """A node has dialled."""
@@ -8732,8 +8821,8 @@ class Driver(Loop):
                 return
             code, obstacle = cluster._source
             if obstacle:
-                self._refusal(peer, comp, 'it runs %s, this program %s, where functions go as source only: %s'
-                              % (python_of(there), python_of(spec['python']), obstacle), 'version')
+                self._refusal(peer, comp, 'it runs %s, this program %s, where functions go as source only: %s. %s' % (
+                    python_of(there), python_of(spec['python']), obstacle, remedy_for_source(spec)), 'version')
                 return
             spec = dict(spec, kind='source', code=code)
         if peer.allowed(comp) < 1 and use.wanted is None:
@@ -8858,11 +8947,17 @@ class Driver(Loop):
                 self._act(self.schedule.handle(NodeReady(peer.key, message.comp, 0, []), self.now))
             self._act(self.schedule.handle(NodeLeft(peer.key, message.comp, str(peer), message.text), self.now))
         text = source_here.added_to(message.text)
+        if 'ModuleNotFoundError' in text:
+            text = with_hint_for_module(text, peer.name)
         if message.code == 'busy':
-            text += who_holds(text, peer.place)
+            text += who_holds(text, peer.place) or self._how_to_share(text)
         self._refusal(peer, message.comp, text, 'process' if was_ready and message.code == 'setup' else message.code)
         use.unloadable = message.code in ('code', 'initializer')
         self._check_unloadable(message.comp)
+
+    def _how_to_share(self, text: str) -> str:
+        """What to do about a node that serves others."""
+        return how_to_share(text)
 
     def _check_unloadable(self, comp: str) -> None:
         """Where every node that can come has said that it cannot load the code, jobs would wait for ever: they end."""
@@ -10540,8 +10635,8 @@ class JobCluster(OldCluster):
             elif self._show(job, row) and self._job_status is not None:
                 try:
                     self._guarded_call(job)
-                except Exception:  # the user's callback; later results are shown all the same
-                    logger.exception('the callback of job %r raised', job.id)
+                except Exception as exc:  # the user's callback; later results are shown all the same
+                    self._report_callback(job, exc)
 
     def _show(self, job: DispyJob, row: tuple) -> bool:
         """A provisional result; false if the job has ended meanwhile, or it cannot be opened."""
@@ -10592,8 +10687,14 @@ class JobCluster(OldCluster):
         """A callback thread."""
         try:
             self._guarded_call(job)
+        except BaseException as exc:  # the user's callback, sys.exit in it too; others are called all the same
+            self._report_callback(job, exc)
         finally:
             self._settle(1)
+
+    def _report_callback(self, job: DispyJob, exc: BaseException) -> None:
+        values = job._failure.values() if job._failure is not None else None
+        report_callback(self._job_status, '%s of %s' % (job_in_words(job.id, values), self.name), exc)
 
     def _guarded_call(self, job: DispyJob) -> None:
         _calling.cluster = self
@@ -11883,8 +11984,8 @@ def _at_exit() -> None:
                            cluster._pending, cluster._journal.path)
             continue
         if cluster._pending:
-            logger.warning('%s: the program ends with %d jobs that have not ended; they are cancelled (cluster.wait() '
-                           'waits for them)', cluster.name, cluster._pending)
+            logger.warning('%s: the program ends with %s that %s not ended; %s cancelled (cluster.wait() waits for all jobs)', cluster.name,
+                           many(cluster._pending, 'job'), *(('has', 'it is') if cluster._pending == 1 else ('have', 'they are')))
         cluster.close(terminate=True)
     if staying:
         _stay_behind(staying)

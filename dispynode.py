@@ -2434,10 +2434,19 @@ def has_place(path: str) -> bool:
     return not path.startswith('~')
 
 
-def same_secret() -> str:
-    """What to do when two sides have different secrets."""
-    return 'the two sides have different ones. Copy %s from one host to the other, or give both the same (--secret-file; in programs ' \
-        'secret=; DISPY_SECRET)' % secret_path()
+_secrets_from: Dict[bytes, str] = {}   # secret -> the file that it was read from, or the environment
+_keys_from: Dict[bytes, bytes] = {}    # key -> the secret that it was derived from
+
+
+def same_secret(key: Any) -> str:
+    """What to do when two sides have different secrets; this one has `key`, or several by the role of the other side."""
+    first = key if isinstance(key, bytes) else next(iter(key.values()))[0]
+    whence = _secrets_from.get(_keys_from.get(first, b''), '')
+    if os.path.isabs(whence):
+        todo = 'Copy %s from one host to the other, or give both the same' % whence
+    else:
+        todo = 'This side has its own from %s. Give both the same' % (whence or 'secret= or -s')
+    return 'the two sides have different ones. %s (--secret-file; in programs secret=; DISPY_SECRET)' % todo
 
 
 def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = None) -> bytes:
@@ -2455,6 +2464,8 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
         data = given.encode('utf-8') if isinstance(given, str) else bytes(given)
         if not data.strip():
             raise SecretError('the secret is blank (%s)' % ('secret=' if secret else 'DISPY_SECRET'))
+        if not secret:
+            _secrets_from.setdefault(data.strip(), 'DISPY_SECRET')
         return data
     path = secret_path()
     if not has_place(path):
@@ -2477,6 +2488,7 @@ def _read_secret(path: str) -> bytes:
                           % (path, stat.S_IMODE(mode), path))
     if not data:
         raise SecretError('the secret file %s is empty: remove it and a new one is made' % path)
+    _secrets_from[data] = os.path.abspath(path)
     return data
 
 
@@ -2503,6 +2515,12 @@ def derive_key(secret: bytes) -> bytes:
     """The pre-shared key of the handshake. A made secret (64 hexadecimal digits) is random enough for an HMAC;
     anything else may be a person's phrase and is stretched with scrypt (N=2^14, r=8, p=1; about 50 ms)."""
     secret = secret.strip()
+    key = _derived_key(secret)
+    _keys_from[key] = secret
+    return key
+
+
+def _derived_key(secret: bytes) -> bytes:
     if len(secret) == 64 and not secret.strip(b'0123456789abcdef'):
         return hmac.digest(b'dispy 5 secret', secret, 'sha256')
     if len(secret) < 12:
@@ -2682,7 +2700,7 @@ def handshake_dial(sock: Any, psk: bytes, role: Role, wanted: Role, instance: by
     try:
         finished = _receive_exactly(sock, _PROOF.size, deadline, clock)
     except (EOFError, ConnectionError):
-        raise HandshakeError('wrong secret: ' + same_secret()) from None
+        raise HandshakeError('wrong secret: ' + same_secret(psk)) from None
     if not hmac.compare_digest(finished, _PROOF.pack(MAGIC, keys.server)):
         raise HandshakeError('it does not know the secret')
     return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role)
@@ -2714,7 +2732,7 @@ def handshake_accept(sock: Any, psk: Union[bytes, Dict[int, Tuple[bytes, ...]]],
         if hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
             sock.sendall(_PROOF.pack(MAGIC, keys.server))
             return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role, number)
-    raise HandshakeError('wrong secret: ' + same_secret())
+    raise HandshakeError('wrong secret: ' + same_secret(psk if isinstance(psk, bytes) else {0: psk[peer_role]}))
 
 
 def _role_name(role: int) -> str:
@@ -3901,6 +3919,17 @@ def address_in(where: Tuple[Any, ...]) -> str:
     if len(where) == 4 and where[3] and '%' not in address:
         return '%s%%%s' % (address, socket.if_indextoname(where[3]))
     return address
+
+
+def is_own_address(address: str) -> bool:
+    """Whether this machine has the address."""
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(address, 0, 0, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)[0]
+        with socket.socket(family, kind) as sock:
+            sock.bind(where)   # sends nothing
+    except OSError:
+        return False
+    return True
 
 
 def place(host: str, port: int) -> str:
@@ -6427,9 +6456,14 @@ def explain_import(exc: BaseException, name: str) -> str:
     if missing and missing != chain[-1]:
         chain.append(missing)
     own = chain[1] if len(chain) > 2 else missing
-    return ('the import failed: %s. To mend that, install %s on this node, list its file in depends, or call '
-            'cloudpickle.register_pickle_by_value(%s) in the program'
-            % (' -> '.join(chain), missing.partition('.')[0] or 'what is missing', own.partition('.')[0] or 'module'))
+    missing, own = missing.partition('.')[0], own.partition('.')[0]
+    if not missing:
+        return 'the import failed: %s' % ' -> '.join(chain)
+    text = 'the import failed: %s. To mend that, install %s on this node (%s -m pip install %s), or list its file in depends if it is ' \
+        'a module of your own' % (' -> '.join(chain), missing, sys.executable, missing)
+    if own in ('', missing):
+        return text
+    return '%s; if the jobs do not need it, call cloudpickle.register_pickle_by_value(%s) in the program' % (text, own)
 
 
 class OldModules:
@@ -6933,8 +6967,9 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
         for row in modules:
             _run_source(*row)
     except Exception as exc:  # the user's statements, written for another version
-        raise RuntimeError('the source, written for %s, cannot be loaded by %s here: %s: %s' % (
-            python_of(version), python_of(sys.version_info), type(exc).__name__, exc)) from exc
+        error = RuntimeError('the source, written for %s, cannot be loaded by %s here: %s: %s' % (
+            python_of(version), python_of(sys.version_info), type(exc).__name__, exc))
+        raise error from (None if isinstance(exc, ModuleNotFoundError) else exc)   # the frames of an import tell nothing
     for name, class_name, rows in classes:
         try:
             for row in rows:
@@ -7921,19 +7956,27 @@ class Runner:
         os.dup2(self._out.handle, 1)
         os.dup2(self._err.handle, 2)
         sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))   # ends a setup that hangs, and closes
+        signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
         if hasattr(os, 'register_at_fork'):   # what setup forks must not hold the line by which the daemon sees our end
             os.register_at_fork(after_in_child=self._control.close)
         self._loaded = False
+        self._shall_end = False
         try:
             self._load(init.bodies[1])
         except BaseException as exc:  # the user's modules and setup may raise anything
             self._kill_strays()
+            if self._shall_end:   # nobody wants it any more, and what that has interrupted is no fault
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGTERM)
             hint = '' if self._loaded else explain_import(exc, self._spec['name'])
             self._tell_failure(hint + '\n' * bool(hint) + describe_exception(exc, frames_of_ours(exc)))
             return
         self._send(Kind.UP, 0, 0, 0.0, 0.0, pickle.dumps(modules.notes if modules is not None else []))
         self._serve()
+
+    def _told_to_end(self, number: int, frame: Any) -> None:
+        self._shall_end = True
+        sys.exit(0)
 
     # -- loading ------------------------------------------------------------------------------------------
 
@@ -9452,6 +9495,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
         with self._lock:
             may = self._keeper.may_log(address, time.monotonic())
         if may:
+            text = '%s (port %d)' % (text, self.server_address[1])
             logger.warning('%s was turned away: %s', address, text)
             self._refused(address, text)
 
@@ -10113,7 +10157,10 @@ class Daemon(Loop):
             reply(answer)
             if heard is None and self.now - self._stranger_at > 10.0:
                 self._stranger_at = self.now
-                logger.warning('%s looks for nodes and has another secret: %s', source, same_secret())
+                # Another user of this machine is no reason to worry.
+                logger.log(logging.INFO if is_own_address(source) else logging.WARNING,
+                           '%s looks for nodes and has another secret than this node (port %d): %s', source, self._port,
+                           same_secret(derive_key(self._options.secret)))
 
     def _listen(self, host: str, port: int) -> Gate:
         options = self._options
@@ -11098,7 +11145,7 @@ def exit_text(code: Optional[int]) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = 'unknown'
-    return 'was killed by signal %d (%s%s)' % (-code, name, '; the system kills so when memory runs out' if code == -9 else '')
+    return 'was killed by signal %d (%s%s)' % (-code, name, '; the kernel does this when memory runs out' if code == -9 else '')
 
 
 def node_facts() -> dict:

@@ -2441,6 +2441,12 @@ class Scheduler(Driver):
         super()._left(peer, comp, then)
         self._reassign = True
 
+    def _introduction(self) -> str:
+        return 'dispyscheduler of %s at port %d' % (super()._introduction(), self._doors[0].server_address[1])
+
+    def _how_to_share(self, text: str) -> str:
+        return ''   # this shares what it has
+
     def _on_refused(self, peer: Peer, message: Refused) -> None:
         super()._on_refused(peer, message)
         self._reassign = True
