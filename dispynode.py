@@ -1687,7 +1687,8 @@ def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
     try:
         return find_named(module, name)
     except (ImportError, AttributeError):
-        why = _left_out.get((module, name), 'it is not in the source sent; put it into depends')
+        why = _left_out.get((module, name), 'it is not in the source sent. Put it into a file of its own, which the program imports, or run '
+                            'dispynode there with %s' % python_of(version))
         raise TypeError('%s %s.%s of the client, which runs %s, cannot be had by %s: %s'
                         % (kind, module, name, python_of(version), python_of(sys.version_info), why)) from None
 
@@ -4875,6 +4876,10 @@ class Node:
             for link in self._turned_away:
                 self._do(Send(link, Offer(self.offered)))
             self._turned_away.clear()
+
+    def serves(self, link: int) -> bool:
+        """Whether a computation of this link's client is here."""
+        return any(comp.link == link for comp in self._comps.values())
 
     def held_by(self, now: float) -> str:
         """Who holds the node and for how long, for people; empty when it is free."""
@@ -9591,7 +9596,9 @@ def dial_text(exc: BaseException) -> str:
     if isinstance(exc, socket.gaierror):
         if exc.errno in NAME_SERVICE_FAILS:
             return 'its name does not resolve, as the name service fails (%s)' % exc.strerror
-        return 'its name does not resolve: there is no such name'
+        return 'its name does not resolve'
+    if isinstance(exc, UnicodeError):
+        return 'its name is none that a host can have: %s' % exc
     if isinstance(exc, socket.timeout):
         return '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
     if type(exc).__name__.startswith('SSL'):   # with TLS 1.3 a rejected certificate comes to light in the handshake
@@ -9611,7 +9618,7 @@ def why_unreached(exc: BaseException) -> Unreached:
     """The same in a word."""
     if isinstance(exc, ConnectionRefusedError):
         return Unreached.DOWN
-    if isinstance(exc, socket.gaierror) and exc.errno not in NAME_SERVICE_FAILS:
+    if isinstance(exc, UnicodeError) or (isinstance(exc, socket.gaierror) and exc.errno not in NAME_SERVICE_FAILS):
         return Unreached.NO_SUCH_NAME
     if (isinstance(exc, HandshakeError) and not isinstance(exc, Silence)) or type(exc).__name__.startswith('SSL'):
         return Unreached.REFUSED
@@ -10433,7 +10440,8 @@ class Daemon(Loop):
     def on_broken(self, channel: Any, text: str) -> None:
         """A link or a pipe came to its end."""
         if isinstance(channel, Link):
-            log = logger.info if channel.on_purpose else logger.warning
+            is_missed = not channel.on_purpose and self.node.serves(channel.number)
+            log = logger.warning if is_missed else logger.info
             log('link to %s ended: %s%s', channel.address, text, channel.stall and ': ' + STALLS[channel.stall])
             self._tell(LinkDown(channel.number, channel.on_purpose))
             for caller in self._callers:
