@@ -100,13 +100,14 @@ try:
     import dispynode
     from dispynode import Loop
 except ImportError as exc:   # this file was copied alone, or beside one of another release
-    remedy = {
+    missing = {
         'dispynode': 'dispy.py needs the file dispynode.py of the same release beside it, in %s' % os.path.dirname(os.path.abspath(__file__)),
         'cloudpickle': 'dispy.py needs the package cloudpickle: run %s -m pip install cloudpickle' % sys.executable,
     }.get(exc.name or '', '')
-    if __name__ == '__main__' and remedy:
-        sys.exit('%s (%s)' % (remedy, exc))
-    raise ImportError('%s (%s)' % (remedy, exc) if remedy else str(exc), name=exc.name, path=exc.path) from exc
+    text = '%s (%s)' % (missing, exc) if missing else str(exc)
+    if __name__ == '__main__' and missing:
+        sys.exit(text)
+    raise ImportError(text, name=exc.name, path=exc.path) from exc
 
 try:
     from concurrent.futures.process import BrokenProcessPool
@@ -8376,7 +8377,10 @@ class Driver(Loop):
         if cluster._host is not None:
             lines.append('waited for nodes to connect to %s' % place(*cluster._host) if cluster._host in self._gates
                          else 'no node can connect, port %d was taken' % cluster._host[1])
-        others = self._misfits.text(comp, {peer.instance for peer in self.peers_of(comp)})
+        peers = self.peers_of(comp)
+        others = self._misfits.text(comp, {peer.instance for peer in peers})
+        if any(peer.uses[comp].spec.wild for peer in peers):   # some are meant
+            others = ''
         if others:
             lines.append('of the nodes that answer, none fits %s. These do answer: %s'
                          % (' or '.join(repr(spec.host) for spec in wild), others))
@@ -12122,7 +12126,8 @@ class _Printer:
             self.failed += 1
             words, where, reason = state_of(job)
             if job.status == JobState.FINISHED:
-                reason = '%s (%s)' % (reason, job_in_words(job.id, job._failure and job._failure.values()))
+                values = job._failure.values() if job._failure is not None else None
+                reason = '%s (%s)' % (reason, job_in_words(job.id, values))
             print('job %s %s%s: %s' % (job.id, words, where and ' on ' + where, job.exception or reason), file=sys.stderr)
         if sys.stderr.isatty():
             print('%d of %d done, %d failed' % (self.done, total, self.failed), end='\r', file=sys.stderr, flush=True)
