@@ -748,7 +748,7 @@ class DispyNode:
     ip_addr, port, name - where it is and what it calls itself
     state - what it is to this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling', 'connected', 'lost',
         'closed', or why it was never reached: 'down' (nothing listens there), 'unreachable' (no answer, or no route),
-        'no such name' or 'refused' (another secret, for example); reason - why it is not used, else ''
+        'no such name', 'no name service' or 'refused' (another secret, for example); reason - why it is not used, else ''
     cpus - how many of it this cluster uses; avail_cpus - how many it offers; busy - jobs of this
         cluster that run there now, without those that wait there
     jobs_done, cpu_time - jobs of this cluster that ended there, and the seconds that they ran
@@ -794,7 +794,7 @@ class DispyNode:
 # States of nodes
 NOT_CONNECTED = frozenset(('found', 'dialling', 'lost', *map(str, Unreached)))
 NOT_TRIED = frozenset(('found', 'dialling'))   # to the end: nothing is known yet
-SILENT = frozenset((str(Unreached.DOWN), str(Unreached.UNREACHABLE), str(Unreached.NO_SUCH_NAME)))
+SILENT = frozenset(map(str, Unreached)) - {str(Unreached.REFUSED)}
 
 
 class _NodesAndJobs(NamedTuple):
@@ -7578,7 +7578,7 @@ def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool) -> str:
     if ports:
         words.append('Where nobody answers, see whether the host is up, and whether its firewall lets TCP port %s in'
                      % ' and '.join(map(str, ports)))
-    if any(why is Unreached.NO_SUCH_NAME for why, _, _ in silent):
+    if any(why in (Unreached.NO_SUCH_NAME, Unreached.NAME_SERVICE) for why, _, _ in silent):
         words.append('Correct a name that does not resolve, or give the address instead')
     return '. '.join(words)
 
@@ -8455,7 +8455,7 @@ class Driver(Loop):
         if self._probes.pop(comp, None) is not None:
             if any(peer.uses[comp].offered for peer in self.peers_of(comp)):
                 return   # a dispynode has answered meanwhile
-            logger.info('no dispynode answers: one is started on this machine for this program (nodes=%r says so at once)', LOCAL)
+            logger.info('no dispynode answers, so that one is started on this machine for this program (nodes=%r does that without a search)', LOCAL)
         peer = self._peers.setdefault(LOCAL, Peer('127.0.0.1', 0, self.access.redial, True, True))
         most = self._most_of(self._clusters[comp])
         if comp not in peer.uses and most is not None:   # also if the machine has fewer CPUs
@@ -10276,7 +10276,9 @@ class JobCluster(OldCluster):
                 raise NoNodes(reason)
             left = FOREVER if until is None else until - time.monotonic()
             if left <= 0:
-                raise NoNodes('%d node%s waited for. %s' % (n, ' was' if n == 1 else 's were', self._complaint()))
+                ready = sum(node.state == 'ready' for node in self.status().nodes)
+                raise NoNodes('%d node%s waited for, and after %g s there %s. %s' % (
+                    n, ' was' if n == 1 else 's were', timeout or 0.0, 'is none' if not ready else 'are only %d' % ready, self._complaint()))
             with self._changed:
                 self._changed.wait(min(left, 0.1))
 
@@ -12232,7 +12234,8 @@ def _list_nodes(nodes: List[DispyNode]) -> int:
     for line in rows:
         print('  '.join(map(str.ljust, line, widths)).rstrip())
     if not nodes:
-        print('no node answers: start `python dispynode.py` on a host, or name one that cannot be asked (-n HOST)', file=sys.stderr)
+        print('no node answers: start `python dispynode.py` on a host, or name a host that the question does not reach (-n HOST)',
+              file=sys.stderr)
     return 0 if usable else 1
 
 
@@ -12290,7 +12293,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             while printer.done < total:
                 printer.show(next_of(ended), total)
     except NoNodes as exc:
-        parser.error(str(exc))
+        print('dispy: %s' % exc, file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print('dispy: interrupted: %d of %d jobs had ended, the others were cancelled' % (printer.done, total), file=sys.stderr)
         return 130   # as a shell has it: 128 and the signal's number

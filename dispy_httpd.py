@@ -695,7 +695,7 @@ def counts_of(cluster: Any) -> Dict[str, int]:
 
 
 _STATE_ORDER = ['ready', 'draining', 'drained', 'setting up', 'asking', 'connected', 'dialling', 'waiting', 'found', 'refused', 'down', 'unreachable',
-                'no such name', 'lost', 'closed']
+                'no such name', 'no name service', 'lost', 'closed']
 
 
 class NodeSurvey(dispy.Survey):
@@ -1941,7 +1941,7 @@ const STATES = {            // word -> shape, kind; the colour only repeats them
   "ready": ["\u25cf", "good"], "connected": ["\u25cf", "good"], "working": ["\u25b6", "busy"], "running": ["\u25b6", "busy"], "idle": ["\u25cb", "off"],
   "setting up": ["\u25d4", "busy"], "asking": ["\u25d4", "busy"], "dialling": ["\u25cc", "off"], "found": ["\u25cc", "off"], "waiting": ["\u25cc", "off"],
   "waits there": ["\u25cc", "off"], "waiting for a node": ["\u25cc", "warn"], "draining": ["\u25d1", "warn"], "drained": ["\u25d1", "warn"],
-  "refused": ["\u25b2", "bad"], "down": ["\u25b2", "bad"], "unreachable": ["\u25b2", "bad"], "no such name": ["\u25b2", "bad"],
+  "refused": ["\u25b2", "bad"], "down": ["\u25b2", "bad"], "unreachable": ["\u25b2", "bad"], "no such name": ["\u25b2", "bad"], "no name service": ["\u25b2", "bad"],
   "lost": ["\u2715", "bad"], "closed": ["\u25a1", "off"]};
 const state = word => { const [shape, kind] = STATES[word] || ["\u25cb", "off"]; return h("span", {class: "state " + kind, "data-shape": shape}, word); };
 const mark = kind => h("span", {class: "mark " + kind, "aria-hidden": "true"});

@@ -2444,7 +2444,7 @@ def same_secret(key: Any) -> str:
     first = key if isinstance(key, bytes) else next(iter(key.values()))[0]
     whence = _secrets_from.get(_keys_from.get(first, b''), '')
     if os.path.isabs(whence):
-        todo = 'Copy %s from one host to the other, or give both the same' % whence
+        todo = 'This side has its own from the file %s: copy that to the other side, or give both the same' % whence
     else:
         todo = 'This side has its own from %s. Give both the same' % (whence or 'secret= or -s')
     return 'the two sides have different ones. %s (--secret-file; in programs secret=; DISPY_SECRET)' % todo
@@ -3966,6 +3966,7 @@ LEASE_TABLE = {
     (Lease.HELD, 'broken'): Lease.ORPHANED, (Lease.ORPHANED, 'broken'): Lease.ORPHANED,
     (Lease.HELD, 'ended'): Lease.FREE, (Lease.ORPHANED, 'ended'): Lease.FREE,
 }
+LEASE_TEXT = {Lease.FREE: 'free', Lease.HELD: 'held by {}', Lease.ORPHANED: 'the connection of {} has ended'}
 
 
 class Stage(enum.Enum):
@@ -4871,7 +4872,7 @@ class Node:
             self.held_since = now
         self.holder, self.holder_text = holder, text
         if before is not self.lease:
-            logger.info('%s%s', self.lease.value, ' by ' + text if text else '')
+            logger.info('%s', LEASE_TEXT[self.lease].format(text or 'a client'))
         if self.lease is Lease.FREE and not self.stopping and not self.paused:
             for link in self._turned_away:
                 self._do(Send(link, Offer(self.offered)))
@@ -9579,6 +9580,7 @@ class Unreached(enum.Enum):
     DOWN = 'down'                    # its host is there, and nothing listens at the port
     UNREACHABLE = 'unreachable'      # nobody answers, or no way leads there
     NO_SUCH_NAME = 'no such name'
+    NAME_SERVICE = 'no name service'   # nobody says what address the name has
     REFUSED = 'refused'              # somebody is there who does not let us in, or whom we do not trust
 
     def __str__(self) -> str:
@@ -9595,7 +9597,7 @@ def dial_text(exc: BaseException) -> str:
         return 'nothing listens there'
     if isinstance(exc, socket.gaierror):
         if exc.errno in NAME_SERVICE_FAILS:
-            return 'its name does not resolve, as the name service fails (%s)' % exc.strerror
+            return 'its name does not resolve, because the name service does not answer (%s)' % exc.strerror
         return 'its name does not resolve'
     if isinstance(exc, UnicodeError):
         return 'its name is none that a host can have: %s' % exc
@@ -9618,8 +9620,10 @@ def why_unreached(exc: BaseException) -> Unreached:
     """The same in a word."""
     if isinstance(exc, ConnectionRefusedError):
         return Unreached.DOWN
-    if isinstance(exc, UnicodeError) or (isinstance(exc, socket.gaierror) and exc.errno not in NAME_SERVICE_FAILS):
+    if isinstance(exc, UnicodeError):
         return Unreached.NO_SUCH_NAME
+    if isinstance(exc, socket.gaierror):
+        return Unreached.NAME_SERVICE if exc.errno in NAME_SERVICE_FAILS else Unreached.NO_SUCH_NAME
     if (isinstance(exc, HandshakeError) and not isinstance(exc, Silence)) or type(exc).__name__.startswith('SSL'):
         return Unreached.REFUSED
     return Unreached.UNREACHABLE
@@ -11941,7 +11945,7 @@ def _prompt(post: Callable[[Any], None]) -> None:
     """Commands from the terminal, a thread of its own. Read with os.read: a thread that waits in sys.stdin holds a lock
     that the interpreter wants when it ends."""
     rest = b''
-    print('commands: quit, stop, start, cpus N, release; anything else: status', flush=True)
+    print('commands: quit, stop, start, cpus N, release; anything else shows the status', flush=True)
     while True:
         try:
             data = os.read(0, 4096)

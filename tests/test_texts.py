@@ -97,7 +97,7 @@ def test_dispynode_ends_under_an_old_python(version):
     (socket.timeout(), Unreached.UNREACHABLE, 'no answer within'),
     (OSError(113, 'No route to host'), Unreached.UNREACHABLE, 'No route to host'),
     (socket.gaierror(socket.EAI_NONAME, 'Name or service not known'), Unreached.NO_SUCH_NAME, 'does not resolve'),
-    (socket.gaierror(socket.EAI_AGAIN, 'Temporary failure'), Unreached.UNREACHABLE, 'name service'),
+    (socket.gaierror(socket.EAI_AGAIN, 'Temporary failure'), Unreached.NAME_SERVICE, 'name service'),
     (UnicodeError('label too long'), Unreached.NO_SUCH_NAME, 'label too long'),
     (HandshakeError('wrong secret'), Unreached.REFUSED, 'wrong secret'),
 ])
@@ -114,6 +114,7 @@ START = 'Start `python dispynode.py`'
     ([('down', 9701, False)], False, [START], ['firewall']),
     ([('unreachable', 9701, False), ('unreachable', 9801, False)], False, ['firewall', '9701 and 9801'], [START]),
     ([('no such name', 9701, False)], False, ['name'], [START, 'firewall']),
+    ([('no name service', 9701, False)], False, ['address'], [START, 'firewall']),
     ([('down', 9701, False), ('refused', 9701, False)], False, [], [START]),
     ([('down', 9701, False), ('setting up', 9701, False)], False, [], [START]),
     ([('down', 9701, False)], True, ['Name one of these'], [START]),
