@@ -7557,9 +7557,9 @@ class Misfits:
 START_NODE = 'Start `python dispynode.py` on a host, with the same secret, and name it (nodes=, at the shell -n)'
 
 
-def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool) -> str:
+def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool, start: str = START_NODE) -> str:
     """What to do where a cluster has no node that can be used, of (state, port, whether it is a scheduler) of each that was tried;
-    `others`: nodes have answered that were not meant. The reason of a node that has answered says it itself."""
+    `others`: nodes have answered that were not meant; `start`: where none has answered. The reason of a node that has answered says it itself."""
     if others:
         return 'Name one of these, or correct the wildcard (nodes=, at the shell -n)'
     if any(scheduler and state not in NOT_CONNECTED for state, _, scheduler in attempts):
@@ -7573,7 +7573,7 @@ def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool) -> str:
     if True in down:
         words.append('Start `python dispyscheduler.py` there, with the same secret')
     if False in down or not silent:
-        words.append(START_NODE)
+        words.append(start)
     ports = sorted({port for why, port, _ in silent if why is Unreached.UNREACHABLE and port})
     if ports:
         words.append('Where nobody answers, see whether the host is up, and whether its firewall lets TCP port %s in'
@@ -8385,7 +8385,7 @@ class Driver(Loop):
             lines.append('of the nodes that answer, none fits %s. These do answer: %s'
                          % (' or '.join(repr(spec.host) for spec in wild), others))
         attempts = [(state, peer.port, peer.scheduler) for peer, state, _, _, _ in rows]
-        todo = remedy(attempts, bool(others))
+        todo = remedy(attempts, bool(others), self.start_node)
         return 'Tried: %s%s' % ('; '.join(lines), todo and '. ' + todo)
 
     # -- reaching nodes -----------------------------------------------------------------------------------
@@ -8567,6 +8567,8 @@ class Driver(Loop):
         self._by_link[peer.link.number] = peer
         self._tried(peer, PULSES_LOST * self.access.pulse)   # it is about to tell what it holds
         self.say(peer.link, Introduce(self._introduction(), self.access.pulse))
+
+    start_node = START_NODE   # what to do where no node answers
 
     def _introduction(self) -> str:
         """Who this is, for those who run the node and for others who want it."""
@@ -12114,6 +12116,11 @@ class _Printer:
         self._directory = directory
         self.done = self.failed = 0
 
+    def close(self) -> None:
+        """Leave the line with the count."""
+        if self.done and sys.stderr.isatty():
+            print(file=sys.stderr)
+
     def show(self, job: DispyJob, total: int) -> None:
         """Output and fate of one job. The main thread."""
         self.done += 1
@@ -12127,10 +12134,9 @@ class _Printer:
         if job.status != JobState.FINISHED or job.result:
             self.failed += 1
             words, where, reason = state_of(job)
-            if job.status == JobState.FINISHED:
-                values = job._failure.values() if job._failure is not None else None
-                reason = '%s (%s)' % (reason, job_in_words(job.id, values))
-            print('job %s %s%s: %s' % (job.id, words, where and ' on ' + where, job.exception or reason), file=sys.stderr)
+            values = job._failure.values() if job._failure is not None and not job.exception else None
+            print('%s %s%s: %s' % (job_in_words(job.id, values), words, where and ' on ' + where, job.exception or reason),
+                  file=sys.stderr)
         if sys.stderr.isatty():
             print('%d of %d done, %d failed' % (self.done, total, self.failed), end='\r', file=sys.stderr, flush=True)
 
@@ -12298,6 +12304,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         print('dispy: interrupted: %d of %d jobs had ended, the others were cancelled' % (printer.done, total), file=sys.stderr)
         return 130   # as a shell has it: 128 and the signal's number
+    printer.close()
     return min(printer.failed, 101)
 
 

@@ -10183,7 +10183,7 @@ class Daemon(Loop):
         except OSError as exc:
             where = place(host, port)
             if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
-                raise StartError('port %d is in use (%s): another dispynode? Choose another with -p/--port' % (port, where)) from exc
+                raise StartError('port %d is in use (%s), perhaps by another dispynode; choose another port with -p/--port' % (port, where)) from exc
             raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' % (where, exc)) from exc
 
     def _take_directory(self, port: int) -> str:

@@ -2441,6 +2441,8 @@ class Scheduler(Driver):
         super()._left(peer, comp, then)
         self._reassign = True
 
+    start_node = 'Start `python dispynode.py` on a host, with the secret that the scheduler has for nodes, and name it to the scheduler (-n)'
+
     def _introduction(self) -> str:
         return 'dispyscheduler of %s at port %d' % (super()._introduction(), self._doors[0].server_address[1])
 

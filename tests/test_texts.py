@@ -228,8 +228,11 @@ def test_another_secret_names_the_file_that_this_side_uses(tmp_path, monkeypatch
 
 def test_a_node_of_another_user_on_this_machine_is_no_warning(tmp_path, caplog):
     """It is named where no node can be used, with its port."""
-    with NodeProcess(tmp_path / 'other', env={'DISPY_SECRET': 'the secret of another user'}) as other:
-        with dispy.JobCluster(square, nodes=['*']) as cluster:
+    with socket.socket() as sock:   # a port where no other node answers
+        sock.bind(('127.0.0.1', 0))
+        port = sock.getsockname()[1]
+    with NodeProcess(tmp_path / 'other', port=port, env={'DISPY_SECRET': 'the secret of another user'}) as other:
+        with dispy.JobCluster(square, nodes=[('*', port)]) as cluster:
             found = eventually(lambda: [node for node in cluster.status().all_nodes if 'another secret' in node.reason])
             assert 'port %d' % other.port in found[0].reason
             with pytest.raises(dispy.NoNodes) as caught:
