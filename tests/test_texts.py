@@ -401,9 +401,11 @@ def test_a_job_that_misses_a_module_says_where_to_install_it(tmp_path, monkeypat
     with NodeProcess(tmp_path / 'node') as node:
         monkeypatch.syspath_prepend(str(packages))
 
+        name = 'tea_of_this_test'
+
         def drink():
-            import tea_of_this_test
-            return tea_of_this_test.__name__
+            # No statement, for which dispy would look as often as it sends this file, and believe for a while what it has found
+            return __import__(name).__name__
         with dispy.JobCluster(drink, nodes=[node.address]) as cluster:
             job = cluster.submit()
             with pytest.raises(ModuleNotFoundError) as caught:
