@@ -5028,7 +5028,7 @@ def own_memory(payload: Any) -> Any:
 def _job_depends(depends: Sequence[Any], globals_: Sequence[Dict[str, Any]]) -> Tuple[List[Tuple[str, int, bytes]], Dict[str, Any]]:
     """(name, mode, content) of files, and objects by their names."""
     if not isinstance(depends, (list, tuple)):
-        raise TypeError('dispy_job_depends is a %s; it must be a list' % type(depends).__name__)
+        raise TypeError('dispy_job_depends must be a list, not %s' % type(depends).__name__)
     paths: Dict[str, str] = {}
     objects: Dict[str, Any] = {}
     for item in depends:
@@ -5097,12 +5097,12 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
     elif callable(computation):
         for label, function in (('setup', setup), ('cleanup', cleaner)):
             if function is not None and not callable(function):
-                raise TypeError('%s is a %s; it must be a function' % (label, type(function).__name__))
+                raise TypeError('%s must be a function, not %s' % (label, type(function).__name__))
         bundles.known_globals = globals_of(computation, setup, cleaner)
         objects, bundles.shipped = _sort_depends(depends, paths, bundles.known_globals)
         code = bundles.pack_code(computation, setup, cleaner, objects)
     else:
-        raise TypeError('computation is a %s; it must be a function or the path of a program' % type(computation).__name__)
+        raise TypeError('computation must be a function or the path of a program, not %s' % type(computation).__name__)
     files = _file_rows(paths, program)
     spec: Dict[str, Any] = {
             'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
@@ -5137,7 +5137,8 @@ def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int,
 def _program_path(program: str) -> str:
     path = program if os.path.exists(program) or os.sep in program else shutil.which(program) or program
     if not os.path.isfile(path):
-        raise FileNotFoundError('computation: there is no program %s (in %s)' % (program, os.getcwd()))
+        where = '' if os.path.isabs(program) else ' (in %s)' % os.getcwd()
+        raise FileNotFoundError('computation: there is no program %s%s' % (program, where))
     with open(path, 'rb') as file:
         start = file.read(2)
     if start != b'#!' and not os.access(path, os.X_OK):
@@ -5637,7 +5638,7 @@ def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec
     if _is_one_node(nodes):
         nodes = [nodes]
     if not isinstance(nodes, collections.abc.Iterable):
-        raise TypeError('nodes: %.80r is no list of hosts' % (nodes,))
+        raise TypeError('nodes: %.80r is not a list of hosts' % (nodes,))
     found = [_parse_node(node, port, elsewhere) for node in nodes]
     if not found:
         raise ValueError("nodes is an empty list: give host names, 'local', or None for any node")
@@ -9628,7 +9629,7 @@ def node_port_of(dispy_port: Any, node_port: Any) -> int:
 def plain_dest_path(path: Any) -> Optional[str]:
     """The parameter `dest_path`; it is below the node's own directory. Raises TypeError, ValueError."""
     if path is not None and not isinstance(path, str):
-        raise TypeError('dest_path=%.80r is a %s; it must be the name of a directory' % (path, type(path).__name__))
+        raise TypeError('dest_path=%.80r must be the name of a directory, not %s' % (path, type(path).__name__))
     if not path:
         return path
     if path.startswith(os.sep) and path.strip(os.sep):
@@ -9813,10 +9814,10 @@ class JobCluster(OldCluster):
         for name, function in (('job_status', job_status), ('callback', callback), ('cluster_status', cluster_status),
                                ('on_output', on_output)):
             if function is not None and not callable(function):
-                raise TypeError('%s is a %s; it must be a function' % (name, type(function).__name__))
+                raise TypeError('%s must be a function, not %s' % (name, type(function).__name__))
         dest_path = plain_dest_path(dest_path)
         if isinstance(depends, (str, bytes)) or not isinstance(depends, (list, tuple, set)):
-            raise TypeError('depends is a %s; it must be a list' % type(depends).__name__)
+            raise TypeError('depends must be a list, not %s' % type(depends).__name__)
         level = plain_number(loglevel, True)
         logger.setLevel(loglevel if level is None else level)
         loglevel = int(logger.level)

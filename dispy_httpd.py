@@ -1539,7 +1539,7 @@ class DispyHTTPServer:
 
     def _start(self, source: Any, host: str, port: int, poll_sec: float, keyfile: Optional[str], certfile: Optional[str]) -> None:
         if not isinstance(host, str):
-            raise TypeError('host=%.80r is a %s; it must be an address of this host' % (host, type(host).__name__))
+            raise TypeError('host=%.80r must be an address of this host, not %s' % (host, type(host).__name__))
         port = dispy._in_range('port', port, HTTPD_PORT, 0, 65535, True)
         every = float(dispy._in_range('poll_sec', poll_sec, 0.5, SNAPSHOTS_APART, 3600))
         certfile, keyfile, _ = tls_files(certfile, keyfile)
@@ -1660,7 +1660,10 @@ def _source_of(args: argparse.Namespace) -> Any:
         files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
         link = SchedulerLink(host, port, Access(secret, *files, PULSE, dispy.REDIAL_MOST))
         if args.scheduler is None:
+            level = logger.level
+            logger.setLevel(logging.ERROR)   # that there is none is said below
             why = link.why_not()
+            logger.setLevel(level)
             there = dispy.place(host, port)
             text = 'the dispyscheduler at %s is shown' % there
             if why:

@@ -2457,7 +2457,7 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
     Raises SecretError for a file that others can read, that is empty or that cannot be read; TypeError.
     """
     if secret is not None and not isinstance(secret, (str, bytes, bytearray)):
-        raise TypeError('secret is a %s; it must be str or bytes' % type(secret).__name__)
+        raise TypeError('secret must be str or bytes, not %s' % type(secret).__name__)
     if not secret and path:
         return _read_secret(path)
     given = secret or os.environ.get('DISPY_SECRET')
@@ -2558,7 +2558,7 @@ def path_option(name: str, value: Any) -> Optional[str]:
     except TypeError:
         path = None
     if not isinstance(path, str):
-        raise TypeError('%s=%.80r is a %s; it must be the path of a file' % (name, value, type(value).__name__))
+        raise TypeError('%s=%.80r must be the path of a file, not %s' % (name, value, type(value).__name__))
     if not path or '\0' in path:
         raise ValueError('%s=%.80r is no path of a file' % (name, path))
     return plain_text(path)
