@@ -2129,7 +2129,7 @@ class Placement:
         widest = comp.widest
         while widest and work is not None and cpus_of(work) > widest:
             comp.parked.append(comp.queue.pop())
-            text = 'it wants %d CPUs (dispy_cpus) and no node has more than %d' % (
+            text = 'it needs %d CPUs (dispy_cpus), and no node has more than %d' % (
                 cpus_of(work), widest)
             self._books.do(JobParked(work, text))
             work = comp.queue.head()
@@ -8477,8 +8477,8 @@ class Driver(Loop):
                 if not taken or not may_fail:
                     raise OSError(exc.errno, 'nodes cannot connect to %s: %s (host=%r: an address of this host, or ADDRESS:PORT)'
                                   % (place(host, port), 'another program has that port' if taken else exc.strerror, host)) from exc
-                logger.warning('port %d is taken by another program: nodes cannot connect to this one (host=%r; ADDRESS:PORT gives '
-                               'another port); it connects to nodes all the same', port, host)
+                logger.warning('port %d is taken by another program, so that nodes cannot connect to this one, which still connects to '
+                               'nodes (host=%r; ADDRESS:PORT gives another port)', port, host)
                 return
             self._gates[host, port] = gate
             self.watch(gate.socket, gate.knock)

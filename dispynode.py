@@ -5861,7 +5861,7 @@ class Node:
         comp = worker.comp
         if self._unborn_text != event.text or now > self._workers_at + WORKER_TOLD:
             self._unborn_text = event.text
-            text = 'node %s cannot make a worker: %s; it goes on with those that it has, and tries again and again' % (
+            text = 'node %s cannot make a worker: %s; it goes on with those that it has, and keeps trying' % (
                 self.name, event.text)
             logger.error('%s', text)
             self._reply(comp, Said(comp.comp, text))
@@ -6018,7 +6018,7 @@ class Node:
             self._leave(now)
             return
         self.stopping = True
-        logger.info('stopping: what waits is given back, what runs has %d s to end', GRACE)
+        logger.info('stopping: jobs that wait are given back, and jobs that run have %d s to end', GRACE)
         self._at(now + GRACE + 0.5, 'stop')
         self._offer(0)
         self._end_all(now)
@@ -10373,7 +10373,7 @@ class Daemon(Loop):
         # One that closes at once refuses us for a while, for the reason that was told.
         if caller.told != about and not (caller.told and text == CLOSED_AT_ONCE):
             caller.told = about
-            logger.warning('%s (--scheduler-host) cannot be reached: %s; it is tried again and again', place(caller.host, caller.port), text)
+            logger.warning('%s (--scheduler-host) cannot be reached: %s; this node keeps trying', place(caller.host, caller.port), text)
 
     def _dial_callers(self) -> None:
         for caller in self._callers:
