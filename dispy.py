@@ -6614,16 +6614,16 @@ _OUR_FILES = frozenset((__file__, dispynode.__file__))
 
 def report_callback(call: Any, about: str, exc: BaseException) -> None:
     """A function of the user's that was called by a thread of ours has raised: log it without frames of ours."""
-    frames_of_ours, trace = 0, exc.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename in _OUR_FILES:
-        frames_of_ours, trace = frames_of_ours + 1, trace.tb_next
+    trace = exc.__traceback__
     code = getattr(getattr(call, '__func__', call), '__code__', None)
     is_ours = getattr(code, 'co_filename', '') in _OUR_FILES
     module, name = getattr(call, '__module__', None), getattr(call, '__qualname__', None) or type(call).__qualname__
     if module not in (None, '__main__', 'builtins'):
         name = '%s.%s' % (module, name)
-    logger.error('%s %s%s raised %s:\n%s', 'a fault of dispy:' if is_ours else 'the callback', name, about and ' of ' + about,
-                 type(exc).__name__, describe_exception(exc, 0 if is_ours else frames_of_ours).rstrip())
+    while not is_ours and trace is not None and trace.tb_frame.f_code.co_filename in _OUR_FILES:
+        trace = trace.tb_next
+    logger.error('%s %s%s raised %s', 'a fault of dispy:' if is_ours else 'the callback', name, about and ' of ' + about,
+                 type(exc).__name__, exc_info=(type(exc), exc, trace))
 
 
 class Asked(NamedTuple):

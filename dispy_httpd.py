@@ -1661,7 +1661,7 @@ def _source_of(args: argparse.Namespace) -> Any:
         link = SchedulerLink(host, port, Access(secret, *files, PULSE, dispy.REDIAL_MOST))
         if args.scheduler is None:
             level = logger.level
-            logger.setLevel(logging.ERROR)   # that there is none is said below
+            logger.setLevel("ERROR")   # that there is none is said below
             why = link.why_not()
             logger.setLevel(level)
             there = dispy.place(host, port)
