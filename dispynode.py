@@ -1687,8 +1687,8 @@ def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
     try:
         return find_named(module, name)
     except (ImportError, AttributeError):
-        why = _left_out.get((module, name), 'it is not in the source sent. Put it into a file of its own, which the program imports, or run '
-                            'dispynode there with %s' % python_of(version))
+        why = _left_out.get((module, name), 'it is not in the source sent. Put it into a file of its own, which the program imports or '
+                            'lists in depends, or run dispynode there with %s' % python_of(version))
         raise TypeError('%s %s.%s of the client, which runs %s, cannot be had by %s: %s'
                         % (kind, module, name, python_of(version), python_of(sys.version_info), why)) from None
 
