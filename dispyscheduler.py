@@ -57,8 +57,19 @@ import sys
 import time
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
+try:
+    from dispy import Driver
+except ImportError as exc:   # this file was copied alone, or beside one of another release
+    text = str(exc)
+    if exc.name == 'dispy':
+        text = 'dispyscheduler.py needs the files dispy.py and dispynode.py of the same release beside it, in %s (%s)' % (
+            os.path.dirname(os.path.abspath(__file__)), exc)
+    if __name__ == '__main__':
+        sys.exit(text)
+    raise ImportError(text, name=exc.name, path=exc.path) from exc
+
 from dispy import (
-    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, Asked, CancelAsked, Cargo, Database, DispyNode, Driver, JobEnded, JobParked,
+    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, Asked, CancelAsked, Cargo, Database, DispyNode, JobEnded, JobParked,
     JobState, JobWaits, JobsEnded, JobsStarted, NodeDrained, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodeResults, NodeSpec, Peer,
     Schedule, SendJobs, UseState, Withdrawn, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
@@ -1083,7 +1094,7 @@ class Overview:
                 _, state, reason, cpus, _ = scheduler.node_of(remote._comp, peer)
                 there, used = running.get(remote._comp, (0, 0))
                 uses.append((remote.number, 'drained' if reason == 'deallocated' else state, reason[-500:], cpus, there, used, *mine))
-        state, reason = peer.state.value, peer.reason
+        state, reason = peer.state_word, peer.reason
         if peer.key in self._released:
             state, reason = 'closed', 'released at the scheduler'
         elif peer.most == 0:
@@ -2429,6 +2440,14 @@ class Scheduler(Driver):
     def _left(self, peer: Peer, comp: str, then: str) -> None:
         super()._left(peer, comp, then)
         self._reassign = True
+
+    start_node = 'Start `python dispynode.py` on a host, with the secret that the scheduler has for nodes, and name it to the scheduler (-n)'
+
+    def _introduction(self) -> str:
+        return 'dispyscheduler of %s at port %d' % (super()._introduction(), self._doors[0].server_address[1])
+
+    def _how_to_share(self, text: str) -> str:
+        return ''   # this shares what it has
 
     def _on_refused(self, peer: Peer, message: Refused) -> None:
         super()._on_refused(peer, message)
