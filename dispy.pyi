@@ -7,6 +7,7 @@
 import concurrent.futures
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -50,6 +51,8 @@ _Nodes: TypeAlias = _NodeSpec | Iterable[_NodeSpec]
 _NodeName: TypeAlias = DispyNode | str | tuple[str, int]
 _OwnAddress: TypeAlias = str | list[str] | tuple[str, int]
 _ClusterStatusCallback: TypeAlias = Callable[[int, DispyNode | None, DispyJob[Any] | None], object]
+# With DispyJob[_R], a function for any job would make the results of the whole cluster Any.
+_JobCallback: TypeAlias = Callable[[DispyJob[Any]], object]
 _OutputCallback: TypeAlias = Callable[[DispyJob[Any], str, Any], object]
 _RetryOn: TypeAlias = (
     bool | type[BaseException] | tuple[type[BaseException], ...] | list[type[BaseException]])
@@ -86,25 +89,25 @@ class DispyJob(Generic[_R_co]):
     arguments: str
     id: Any
     status: int
-    # What the function returns, if the job is Finished. None before that and for a job that failed,
-    # any object at a provisional result: that depends on the status, which no type can say.
+    # "| Any" stands for None, and for a provisional result, which may be anything: that depends on
+    # the status, which no type can say.
     result: _R_co | Any
-    # str for functions, bytes for programs; None before the end.
+    ip_addr: str | Any
+    submit_time: float
+    start_time: float | Any
+    end_time: float | Any
+    # str for functions, bytes for programs, None before the end.
     stdout: Any
     stderr: Any
-    ip_addr: str | None
-    submit_time: float
-    start_time: float | None
-    end_time: float | None
     def __init__(self, comp: Any, payload: Any, options: Any, number: Any = ...) -> None: ...
     @classmethod
     def __class_getitem__(cls, item: Any, /) -> Any: ...
     @property
-    def exception(self) -> str | None: ...
+    def exception(self) -> str | Any: ...
     @exception.setter
     def exception(self, text: str | None) -> None: ...
     @property
-    def error(self) -> BaseException | None: ...
+    def error(self) -> BaseException | Any: ...
     @error.setter
     def error(self, error: BaseException | None) -> None: ...
     @property
@@ -256,7 +259,7 @@ class JobCluster(OldCluster, _OfFunction[_P, _R]):
     def __class_getitem__(cls, item: Any, /) -> Any: ...
     def __init__(
         self, computation: Callable[_P, _R] | _Path, nodes: _Nodes | None = None,
-        depends: _Several = (), job_status: Callable[[DispyJob[_R]], object] | None = None,
+        depends: _Several = (), job_status: _JobCallback | None = None,
         cluster_status: _ClusterStatusCallback | None = None, host: _OwnAddress | None = None,
         dispy_port: int | None = None, *more: Never, ext_host: str | None = None,
         dest_path: str | None = None, loglevel: int | str = 20,
@@ -266,10 +269,10 @@ class JobCluster(OldCluster, _OfFunction[_P, _R]):
         certfile: _Path | None = None, cafile: _Path | None = None,
         recover_file: bool | _Path | None = None, max_jobs_per_worker: int | None = None,
         on_output: _OutputCallback | None = None, forward_logs: bool = False,
-        callback: Callable[[DispyJob[_R]], object] | None = None,
-        ip_addr: _OwnAddress | None = None, ext_ip_addr: str | None = None,
-        fault_recover: bool | _Path | None = None, poll_interval: float | None = None,
-        ipv4_udp_multicast: bool = False, node_port: int | None = None, port: int | None = None,
+        callback: _JobCallback | None = None, ip_addr: _OwnAddress | None = None,
+        ext_ip_addr: str | None = None, fault_recover: bool | _Path | None = None,
+        poll_interval: float | None = None, ipv4_udp_multicast: bool = False,
+        node_port: int | None = None, port: int | None = None,
         client_port: int | None = None) -> None: ...
     # A call without keywords of dispy is checked against the function. No type says "its parameters
     # and these keywords", so that of another call one keyword is checked: there is a form for each.
@@ -376,24 +379,24 @@ class JobCluster(OldCluster, _OfFunction[_P, _R]):
     @overload
     def map(
         self: _Computes[Callable[[_A], _R]], a: Iterable[_A], /, *, in_flight: int | None = None,
-        progress: bool = False) -> Iterator[_R]: ...
+        progress: bool = False) -> Generator[_R, None, None]: ...
     @overload
     def map(
         self: _Computes[Callable[[_A, _B], _R]], a: Iterable[_A], b: Iterable[_B], /, *,
-        in_flight: int | None = None, progress: bool = False) -> Iterator[_R]: ...
+        in_flight: int | None = None, progress: bool = False) -> Generator[_R, None, None]: ...
     @overload
     def map(
         self: _Computes[Callable[[_A, _B, _C], _R]], a: Iterable[_A], b: Iterable[_B],
         c: Iterable[_C], /, *, in_flight: int | None = None,
-        progress: bool = False) -> Iterator[_R]: ...
+        progress: bool = False) -> Generator[_R, None, None]: ...
     @overload
     def map(
         self, a: Iterable[Any], b: Iterable[Any], c: Iterable[Any], d: Iterable[Any], /,
         *iterables: Iterable[Any], in_flight: int | None = None,
-        progress: bool = False) -> Iterator[_R]: ...
+        progress: bool = False) -> Generator[_R, None, None]: ...
     def as_completed(
         self, jobs: Iterable[DispyJob[_T]], timeout: float | None = None,
-        progress: bool = False) -> Iterator[DispyJob[_T]]: ...
+        progress: bool = False) -> Generator[DispyJob[_T], None, None]: ...
     def gather(self, jobs: Iterable[DispyJob[_T]], timeout: float | None = None) -> list[_T]: ...
     def cancel(self, job: DispyJob[Any]) -> int: ...
     def jobs(self) -> JobList[_R]: ...
@@ -466,11 +469,11 @@ class _ExecutorOptions(_ClusterOptions, total=False):
 class SharedJobCluster(JobCluster[_P, _R]):
     def __init__(
         self, computation: Callable[_P, _R] | _Path, nodes: _Nodes | None = None,
-        depends: _Several = (), job_status: Callable[[DispyJob[_R]], object] | None = None,
+        depends: _Several = (), job_status: _JobCallback | None = None,
         cluster_status: _ClusterStatusCallback | None = None, host: _OwnAddress | None = None,
         dispy_port: int | None = None, *, scheduler_host: str | None = None,
         scheduler_port: int | None = None, exclusive: bool = False,
-        scheduler_node: str | None = None, callback: Callable[[DispyJob[_R]], object] | None = None,
+        scheduler_node: str | None = None, callback: _JobCallback | None = None,
         **options: Unpack[_ClusterOptions]) -> None: ...
 
 class DispyFuture(concurrent.futures.Future[_R]):
@@ -491,9 +494,14 @@ class DispyExecutor(concurrent.futures.Executor):
     def with_options(
         self, *, timeout: float | None = None, priority: int | None = None,
         memory: int | None = None, cpus: int | None = None, retries: int | None = None) -> Self: ...
-    def submit(
-        self, fn: Callable[_P2, _T], /, *args: _P2.args,
-        **kwargs: _P2.kwargs) -> DispyFuture[_T]: ...
+    if sys.version_info >= (3, 9):
+        def submit(
+            self, fn: Callable[_P2, _T], /, *args: _P2.args,
+            **kwargs: _P2.kwargs) -> DispyFuture[_T]: ...
+    else:   # as in the standard library of Python 3.8
+        def submit(
+            self, fn: Callable[_P2, _T], *args: _P2.args,
+            **kwargs: _P2.kwargs) -> DispyFuture[_T]: ...
     # An executor of the standard library takes any iterables here.
     @overload  # type: ignore[override]
     def map(

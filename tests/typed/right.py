@@ -66,7 +66,7 @@ class Half(dispy.NodeAllocate):
         return max(1, cpus // 2)
 
 
-def ended(job: dispy.DispyJob[str]) -> None:
+def ended(job: dispy.DispyJob) -> None:
     if job.status == dispy.DispyJob.Finished:
         texts.append(job.result)
 
@@ -95,7 +95,9 @@ def functions() -> None:
         assert_type(job(), Optional[str])
         assert_type(job.get(10), str)
         assert_type(job.status, int)
-        assert_type(job.exception, Optional[str])
+        assert job.ip_addr.startswith('127.') and job.end_time - job.start_time >= 0
+        if job.status == dispy.DispyJob.Terminated:
+            sys.stderr.write(job.exception.splitlines()[-1])
         more = [cluster.submit(2), cluster.submit_job_id('mine', 2, height=2.0),
                 cluster.submit(2, unit='km', dispy_timeout=60, dispy_retries=1),
                 cluster.submit(2, dispy_retries=2, dispy_retry_on=(OSError,)),
@@ -119,8 +121,10 @@ def functions() -> None:
 def other_functions() -> None:
     """Maps; callables of other kinds; values for many jobs; coroutines."""
     with dispy.JobCluster(square, nodes='local') as squares:
-        for number in squares.map(range(3), in_flight=2):
+        results = squares.map(range(3), in_flight=2)
+        for number in results:
             assert_type(number, int)
+        results.close()
         ref = squares.put(3)
         assert squares.submit(ref).get() == 9
         assert asyncio.run(waits_for(squares)) == 16

@@ -16,10 +16,6 @@ def square(number: int) -> int:
     return number * number
 
 
-def ended(job: dispy.DispyJob[int]) -> None:
-    print(job.result)
-
-
 cluster = dispy.JobCluster(area)
 cluster.submit('2')   # wrong
 cluster.submit()   # wrong
@@ -46,7 +42,7 @@ dispy.JobCluster(area, nodes=5)   # wrong
 dispy.JobCluster(area, depends='file.txt')   # wrong
 dispy.JobCluster(area, None, [], None, None, None, 9701, '10.0.0.1')   # wrong
 dispy.JobCluster(area, no_such_parameter=1)   # wrong
-dispy.JobCluster(area, job_status=ended)   # wrong
+dispy.JobCluster(area, job_status=area)   # wrong
 dispy.JobCluster(5)   # wrong
 dispy.SharedJobCluster(area, scheduler_host=5)   # wrong
 dispy.SharedJobCluster(area, reentrant='yes')   # wrong
