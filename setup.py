@@ -10,9 +10,9 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 
 
 class BuildWithTypes(build_py):
-    """Copies MODULE.pyi to MODULE-stubs/__init__.pyi. Type checkers find the types of a module in the
-    file beside it, but not where it is installed and no package: there they look in a package of
-    that name (PEP 561)."""
+    """Copies MODULE.pyi to MODULE-stubs/__init__.pyi. Type checkers find the types of a module in
+    the file beside it, but not if the module is installed and no package: then they look in a
+    package of that name (PEP 561)."""
 
     def types(self):
         """Pairs: the file that is here, and what it is where the modules are built."""
