@@ -363,6 +363,13 @@ _OF_PROGRAM: Any = object()       # in place of the number of a job
 _own_numbers = itertools.count(1)
 
 
+def of_kind(cls: Any, item: Any, /) -> Any:
+    """`DispyJob[int]`, as annotations have it: here it is the class, and type checkers, which read
+    dispy.pyi, tell its kinds apart. A types.GenericAlias would be none in Python 3.8, and
+    JobCluster[[int], str] could not stand in Optional[...] before Python 3.11."""
+    return cls
+
+
 def packed_plain(args: tuple, kwargs: dict) -> bytes:
     """Arguments of a job that belongs to no cluster. Raises what pickling raises."""
     return in_one_piece(seal((args, kwargs)).payload)
@@ -387,6 +394,7 @@ class DispyJob(Work):
     Created, Running, ProvisionalResult = int(JobState.CREATED), int(JobState.RUNNING), int(JobState.PROVISIONAL)
     Cancelled, Terminated = int(JobState.CANCELLED), int(JobState.TERMINATED)
     Abandoned, Finished = int(JobState.ABANDONED), int(JobState.FINISHED)
+    __class_getitem__ = classmethod(of_kind)
 
     def __init__(self, comp: Any, payload: Any, options: Any, number: Any = _OF_PROGRAM) -> None:
         """Of a cluster. A program may make one that belongs to no cluster, as with dispy 4, by
@@ -9784,6 +9792,7 @@ class JobCluster(OldCluster):
     _told_of_files = False   # that jobs leave behind; the driver's thread
     _function: Optional[Tuple[str, str]] = None   # of the computation, by name
     _unusable = ''    # why an executor can run nothing any more
+    __class_getitem__ = classmethod(of_kind)
 
     def __init__(self, computation: Any, nodes: Any = None, depends: Sequence[Any] = (),
                  job_status: Optional[Callable[[DispyJob], Any]] = None,
@@ -11199,6 +11208,7 @@ _OPTIONS: Dict[str, Tuple[float, float, bool]] = {   # lowest and highest value,
 class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
     """A future of a DispyExecutor; `job` is the job behind it, None if the call could not be
     pickled."""
+    __class_getitem__ = classmethod(of_kind)
 
     def __init__(self, cluster: JobCluster) -> None:
         self.job: Optional[DispyJob] = None

@@ -97,6 +97,7 @@ from typing import (
     AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
     Set, TextIO, Tuple, Type, Union)
 
+__all__ = ['DispyError', 'SecretError', 'main']   # the others are dispy's own
 
 __version__ = '5.0.0.dev0'
 

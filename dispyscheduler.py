@@ -85,6 +85,8 @@ from dispynode import (
     plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of, size_option, sized,
     take_own_directory, tls_files, unpack_error)
 
+__all__ = ['main']   # the others are dispy's own
+
 # ---------------------------------------------------------------------------------------------------------
 # Constants and errors
 # ---------------------------------------------------------------------------------------------------------
