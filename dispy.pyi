@@ -18,6 +18,7 @@ from _typeshed import SupportsWrite
 from typing_extensions import Never, ParamSpec, Self, TypeAlias, TypeVar, Unpack
 
 from dispynode import DispyError as DispyError
+from dispynode import Listed
 from dispynode import SecretError as SecretError
 from dispynode import __version__ as __version__
 
@@ -125,11 +126,13 @@ class DispyJob(Generic[_R_co]):
     def __lt__(self, other: Any) -> bool: ...
     def _repr_html_(self) -> str: ...
 
-class DispyNodeAvailInfo(NamedTuple):
+class _AvailInfo(NamedTuple):
     cpu: float | None = None
     memory: int | None = None
     disk: int | None = None
     swap: int | None = None
+
+class DispyNodeAvailInfo(_AvailInfo, metaclass=Listed): ...
 
 class DispyNode:
     Initialized: int
@@ -161,7 +164,7 @@ class _NodesAndJobs(NamedTuple):
     nodes: list[DispyNode]
     jobs_pending: int
 
-class ClusterStatus(_NodesAndJobs):
+class ClusterStatus(_NodesAndJobs, metaclass=Listed):
     refused: list[DispyNode]
     def __new__(cls, nodes: Sequence[DispyNode], jobs_pending: int) -> Self: ...
     @property
@@ -193,7 +196,7 @@ class NodeAllocate:
         self, cluster: JobCluster[..., Any], ip_addr: str, name: str, cpus: int,
         avail_info: DispyNodeAvailInfo | None = None, platform: str = '') -> int: ...
 
-class Recoverable(NamedTuple):
+class _Left(NamedTuple):
     path: str
     name: str
     script: str
@@ -204,6 +207,8 @@ class Recoverable(NamedTuple):
     nodes: tuple[str, ...]
     jobs: int | None = None
     unreached: tuple[str, ...] = ()
+
+class Recoverable(_Left, metaclass=Listed):
     def __fspath__(self) -> str: ...
 
 def recover_jobs(
