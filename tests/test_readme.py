@@ -284,7 +284,7 @@ def test_a_piece_of_python(piece, hosts, place):
         assert output == piece.output
     else:
         assert re.search(OUTPUTS.get(piece.key(), r'\A\Z'), output), output
-    if 'dispy_send_file' in code:
+    if 'dispy_send_file(' in code:
         for name in FILES[piece.key()]:
             assert (place / name).stat().st_size > 0
     assert ' failed' not in messages, messages
