@@ -77,6 +77,7 @@ import re
 import reprlib
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import struct
@@ -91,22 +92,33 @@ import warnings
 import weakref
 import zlib
 from typing import (
-    AbstractSet, Any, Callable, Collection, Deque, Dict, FrozenSet, Iterable, Iterator, List,
-    NamedTuple, Optional, Sequence, Set, Tuple, Type, Union)
+    AbstractSet, Any, Callable, Collection, Container, Deque, Dict, FrozenSet, Iterable, Iterator,
+    List, NamedTuple, Optional, Sequence, Set, Tuple, Type, Union)
 
-import cloudpickle
+try:
+    import cloudpickle
+    import dispynode
+    from dispynode import Loop
+except ImportError as exc:   # this file was copied alone, or beside one of another release
+    missing = {
+        'dispynode': 'dispy.py needs the file dispynode.py of the same release beside it, in %s' % os.path.dirname(os.path.abspath(__file__)),
+        'cloudpickle': 'dispy.py needs the package cloudpickle: run %s -m pip install cloudpickle' % sys.executable,
+    }.get(exc.name or '', '')
+    text = '%s (%s)' % (missing, exc) if missing else str(exc)
+    if __name__ == '__main__' and missing:
+        sys.exit(text)
+    raise ImportError(text, name=exc.name, path=exc.path) from exc
 
 try:
     from concurrent.futures.process import BrokenProcessPool
 except ImportError:   # a system without semaphores
     from concurrent.futures import BrokenExecutor as BrokenProcessPool  # type: ignore[assignment]
 
-import dispynode
 from dispynode import (
     ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
     NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
     Dialling, Discovery, DispyError, Done, Ears, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
-    Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Loop, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
+    Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
     Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown,
     StartError, Welcome,
     Where, Wrong, __version__, beside, call_chunk, Calls, check_name, derive_key, describe_exception, dial, digest_of,
@@ -114,9 +126,9 @@ from dispynode import (
     path_option, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
     tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
     check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
-    OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
+    Listed, OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
     Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine,
-    module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each,
+    STALLS, SEGMENT, Unreached, is_own_address, module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each,
     FILES_LEFT)
 
 __all__ = [
@@ -245,7 +257,8 @@ def error_of(job: 'DispyJob') -> BaseException:
 def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
     """The exception for a program that has ended with an exit status other than 0."""
     names = [cluster.name for cluster in list(_clusters) if cluster.comp == job.comp]
-    command = [*names, 'job %s' % (job.id,)]
+    found = job._failure.values() if job._failure is not None else None
+    command = [*names, *(['job %s' % (job.id,)] if found is None else map(str, found[0]))]
     return subprocess.CalledProcessError(job.result, command, job.stdout, job.stderr)
 
 
@@ -351,6 +364,13 @@ _OF_PROGRAM: Any = object()       # in place of the number of a job
 _own_numbers = itertools.count(1)
 
 
+def of_kind(cls: Any, item: Any, /) -> Any:
+    """`DispyJob[int]`, as annotations have it: here it is the class, and type checkers, which read
+    dispy.pyi, tell its kinds apart. A types.GenericAlias would be none in Python 3.8, and
+    JobCluster[[int], str] could not stand in Optional[...] before Python 3.11."""
+    return cls
+
+
 def packed_plain(args: tuple, kwargs: dict) -> bytes:
     """Arguments of a job that belongs to no cluster. Raises what pickling raises."""
     return in_one_piece(seal((args, kwargs)).payload)
@@ -375,6 +395,7 @@ class DispyJob(Work):
     Created, Running, ProvisionalResult = int(JobState.CREATED), int(JobState.RUNNING), int(JobState.PROVISIONAL)
     Cancelled, Terminated = int(JobState.CANCELLED), int(JobState.TERMINATED)
     Abandoned, Finished = int(JobState.ABANDONED), int(JobState.FINISHED)
+    __class_getitem__ = classmethod(of_kind)
 
     def __init__(self, comp: Any, payload: Any, options: Any, number: Any = _OF_PROGRAM) -> None:
         """Of a cluster. A program may make one that belongs to no cluster, as with dispy 4, by
@@ -404,8 +425,11 @@ class DispyJob(Work):
     @property
     def exception(self) -> Optional[str]:
         """Text of the traceback or of what went wrong, else None."""
-        if self._failure is not None:
-            self._failure.seen()
+        failure = self._failure
+        if failure is not None:
+            failure.seen()
+            if failure.payload is not None and self._exception is not None:
+                self._exception = failure.with_arguments(self)
         return self._exception
 
     @exception.setter
@@ -465,7 +489,7 @@ class DispyJob(Work):
         if clear:
             old_names.tell('clear')
         if not self.wait(timeout):
-            raise TimeoutError('job %r has not ended within %s s' % (self.id, timeout))
+            raise TimeoutError(self._unended(timeout))
         return self.result
 
     def get(self, timeout: Optional[float] = None) -> Any:
@@ -475,12 +499,26 @@ class DispyJob(Work):
         subprocess.CalledProcessError for a program with an exit status other than 0. Raises
         TimeoutError after `timeout` seconds. Any thread."""
         if not self.wait(timeout):
-            raise TimeoutError('job %r has not ended within %s s' % (self.id, timeout))
+            raise TimeoutError(self._unended(timeout))
         if self.status != JobState.FINISHED:
             raise error_of(self)
         if self._has_exit_status():
             raise exit_error(self)
         return self.result
+
+    def _unended(self, timeout: Optional[float]) -> str:
+        """That it has not ended in time, and why. The user's threads: runs the user's `__repr__`."""
+        values = values_of(self.payload, hasattr(self, '_future'))
+        return '%s has not ended within %g s: %s' % (
+            job_in_words(self.id, values), round(timeout or 0.0, 3), self._why_unended())
+
+    def _why_unended(self) -> str:
+        if self.status in (DispyJob.Running, DispyJob.ProvisionalResult):
+            where = ' on ' + self.ip_addr if self.ip_addr else ''
+            since = ' for %.1f s' % (time.time() - self.start_time) if self.start_time else ''
+            return 'it has been running%s%s' % (where, since)
+        cluster = next((cluster for cluster in list(_clusters) if cluster.comp == self.comp), None)
+        return 'it waits' if cluster is None else cluster._why_jobs_wait()
 
     def _has_exit_status(self) -> bool:
         """Whether it was a program that failed, as far as its exit status says."""
@@ -542,6 +580,31 @@ SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 4, 80, 80
 SHORT.maxlist = SHORT.maxtuple = SHORT.maxdict = SHORT.maxset = 8
 
 
+ARGUMENTS_SHOWN = 16384       # bytes of packed arguments that are opened to be shown
+
+
+def values_of(payload: Any, is_call: bool) -> Optional[Tuple[tuple, Dict[str, Any]]]:
+    """Arguments, positional and by name, that were packed so, to show them; None if they are large, or cannot be opened. Those of
+    a call of an executor have the packed function before them. Runs the user's code."""
+    if payload is None or size_of(payload) > ARGUMENTS_SHOWN:
+        return None
+    try:
+        args, kwargs = unseal(in_one_piece(payload))[:2]
+    except Exception:  # of the user's objects; then they are not shown
+        return None
+    if is_call and len(args) == 3:
+        _, args, kwargs = args
+    return (args, kwargs) if type(args) is tuple and type(kwargs) is dict else None
+
+
+def job_in_words(number: Any, values: Optional[Tuple[tuple, Dict[str, Any]]]) -> str:
+    """A job by its id and its arguments, as far as they are known."""
+    if values is None or not any(values):
+        return 'job %.80r' % (number,)
+    several = len(values[0]) + len(values[1]) > 1
+    return 'job %.80r with the argument%s %s' % (number, 's' * several, words_of(*values))
+
+
 def words_of(args: tuple, kwargs: Dict[str, Any]) -> str:
     """The arguments of a job as people read them, in at most 300 characters. Runs the user's
     `__repr__`."""
@@ -589,7 +652,7 @@ class NodeState(enum.Enum):
     """What a node is to this program."""
     FOUND = 'found'
     DIALLING = 'dialling'
-    REFUSED = 'refused'
+    UNREACHED = 'unreachable'   # shown as the word for what came of the attempt: see Unreached
     CONNECTED = 'connected'
     CLOSED = 'closed'
     LOST = 'lost'
@@ -597,12 +660,12 @@ class NodeState(enum.Enum):
 
 NODE_TABLE: Dict[Tuple[NodeState, str], NodeState] = {
     (NodeState.FOUND, 'dial'): NodeState.DIALLING, (NodeState.LOST, 'dial'): NodeState.DIALLING,
-    (NodeState.REFUSED, 'dial'): NodeState.DIALLING,
+    (NodeState.UNREACHED, 'dial'): NodeState.DIALLING,
     (NodeState.DIALLING, 'connect'): NodeState.CONNECTED, (NodeState.FOUND, 'connect'): NodeState.CONNECTED,
-    (NodeState.LOST, 'connect'): NodeState.CONNECTED, (NodeState.REFUSED, 'connect'): NodeState.CONNECTED,
-    (NodeState.DIALLING, 'fail'): NodeState.REFUSED, (NodeState.CONNECTED, 'fail'): NodeState.LOST,
+    (NodeState.LOST, 'connect'): NodeState.CONNECTED, (NodeState.UNREACHED, 'connect'): NodeState.CONNECTED,
+    (NodeState.DIALLING, 'fail'): NodeState.UNREACHED, (NodeState.CONNECTED, 'fail'): NodeState.LOST,
     (NodeState.FOUND, 'close'): NodeState.CLOSED, (NodeState.DIALLING, 'close'): NodeState.CLOSED,
-    (NodeState.REFUSED, 'close'): NodeState.CLOSED, (NodeState.CONNECTED, 'close'): NodeState.CLOSED,
+    (NodeState.UNREACHED, 'close'): NodeState.CLOSED, (NodeState.CONNECTED, 'close'): NodeState.CLOSED,
     (NodeState.LOST, 'close'): NodeState.CLOSED,
 }
 
@@ -635,20 +698,23 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
     job.end_time = end or time.time()
     if is_program:
         job.stdout, job.stderr = bytes(stdout), bytes(stderr)
+        if failures is not None and status == DispyJob.Finished and job.result != 0:
+            failures.exited(job, node)
     else:
         job.stdout = str(stdout, 'utf-8', 'replace') if stdout else ''
         job.stderr = str(stderr, 'utf-8', 'replace') if stderr else ''
-    job.payload = None
     if failures is not None and status in FAILED:
         failures.add(job, node)
+    job.payload = None
     job.status = status   # last: whoever sees it sees all of the above
 
 
 def end_without(job: DispyJob, text: str, failures: Optional['Failures'] = None) -> None:
     """A job has ended without a result."""
-    job.result, job.exception, job.payload, job.end_time = None, text, None, time.time()
+    job.result, job.exception, job.end_time = None, text, time.time()
     if failures is not None and job.state in FAILED:
         failures.add(job)
+    job.payload = None
     job.status = int(job.state)
 
 
@@ -677,20 +743,25 @@ for _state in UseState:
         USE_TABLE[_state, 'refuse'] = UseState.REFUSED
 
 
-class DispyNodeAvailInfo(NamedTuple):
-    """What is free on a node: cpu in percent, memory, disk and swap in bytes; None where it is not known."""
+class _AvailInfo(NamedTuple):
     cpu: Optional[float] = None
     memory: Optional[int] = None
     disk: Optional[int] = None
     swap: Optional[int] = None
 
 
+class DispyNodeAvailInfo(_AvailInfo, metaclass=Listed):
+    """What is free on a node: cpu in percent, memory, disk and swap in bytes; None where it is not known."""
+    __slots__ = ()
+
+
 class DispyNode:
     """A node as `status()` and cluster_status show it; a copy that does not change. Attributes:
 
     ip_addr, port, name - where it is and what it calls itself
-    state - what it is to this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling', 'connected', 'lost' or
-        'closed'; reason - why it is not used, else ''
+    state - what it is to this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling', 'connected', 'lost',
+        'closed', or why it was never reached: 'down' (nothing listens there), 'unreachable' (no answer, or no route),
+        'no such name', 'no name service' or 'refused' (another secret, for example); reason - why it is not used, else ''
     cpus - how many of it this cluster uses; avail_cpus - how many it offers; busy - jobs of this
         cluster that run there now, without those that wait there
     jobs_done, cpu_time - jobs of this cluster that ended there, and the seconds that they ran
@@ -733,7 +804,10 @@ class DispyNode:
         return html_of_nodes([self])
 
 
-NOT_CONNECTED = frozenset(('found', 'dialling', 'refused', 'lost'))   # states of nodes
+# States of nodes
+NOT_CONNECTED = frozenset(('found', 'dialling', 'lost', *map(str, Unreached)))
+NOT_TRIED = frozenset(('found', 'dialling'))   # to the end: nothing is known yet
+SILENT = frozenset(map(str, Unreached)) - {str(Unreached.REFUSED)}
 
 
 class _NodesAndJobs(NamedTuple):
@@ -741,7 +815,7 @@ class _NodesAndJobs(NamedTuple):
     jobs_pending: int
 
 
-class ClusterStatus(_NodesAndJobs):
+class ClusterStatus(_NodesAndJobs, metaclass=Listed):
     """What `status()` returns, a pair: the nodes that have answered, also those that do not take
     this computation, and the number of jobs that have not ended. `refused` are the nodes that no
     connection was ever made with; the `reason` of each says why. `all_nodes` are both."""
@@ -830,10 +904,29 @@ def hint_for_missing(path: str, directory: str, is_sent: bool) -> str:
 class Failure:
     """Why a job has failed, in a line, and where. Until somebody has looked at it, it counts in a
     row of its cluster's Failures."""
-    __slots__ = ('reason', 'node', 'row')
+    __slots__ = ('reason', 'node', 'row', 'payload', 'is_call')
 
     def __init__(self, reason: str, node: str, row: Optional[List[Any]]) -> None:
         self.reason, self.node, self.row = reason, node, row
+        self.payload: Any = None   # arguments, until they are shown; None: they are large, or the text has a traceback
+        self.is_call = False       # of an executor
+
+    def keep(self, job: 'DispyJob') -> None:
+        """Keep the arguments of the job, which has ended, unless they are large."""
+        if job.payload is not None and size_of(job.payload) <= ARGUMENTS_SHOWN:
+            self.payload, self.is_call = job.payload, hasattr(job, '_future')
+
+    def values(self) -> Optional[Tuple[tuple, Dict[str, Any]]]:
+        """The arguments, if they are here."""
+        return values_of(self.payload, self.is_call)
+
+    def with_arguments(self, job: 'DispyJob') -> Optional[str]:
+        """The text of the job's `exception`, from now on with its arguments. The user's threads."""
+        with _lock:
+            payload, self.payload = self.payload, None
+            text = job._exception
+        values = values_of(payload, self.is_call)
+        return text if values is None or text is None else '%s (%s)' % (text, job_in_words(job.id, values))
 
     def seen(self) -> None:
         """Somebody has looked. Any thread."""
@@ -863,6 +956,11 @@ class Failures:
         """A job has failed; nobody sees yet that it has ended. Adds to its exception what is known
         here and not at the node."""
         text = source_here.added_to(job._exception or '')
+        if 'ModuleNotFoundError' in text:
+            text = with_hint_for_module(text, node)
+            if isinstance(job._error, ImportError) and type(job._error.msg) is str:
+                job._error.msg = with_hint_for_module(job._error.msg, node)
+                job._error.args = (job._error.msg,)
         reason = told = reason_of(text)
         if 'FileNotFoundError' in text:
             path, at = missing_file(text, self._is_here)
@@ -874,6 +972,14 @@ class Failures:
         job._exception = text
         row = self._count(told, reason, job.id) if self._counts else None
         job._failure = Failure(reason, node, row)
+        if '\n' not in text:
+            job._failure.keep(job)
+
+    @staticmethod
+    def exited(job: 'DispyJob', node: str = '') -> None:
+        """A program has ended with an exit status other than 0."""
+        job._failure = Failure(status_words(job.result), node, None)
+        job._failure.keep(job)
 
     def _is_here(self, path: str) -> bool:
         return os.path.exists(os.path.join(self._directory, path))
@@ -894,6 +1000,45 @@ class Failures:
             rows = [tuple(row) for row in self._rows.values() if row[0] > 0]
             self._rows = {}
         return failures_text(rows, submitted)
+
+
+def status_words(status: Any) -> str:
+    """The exit status of a program, with the name of the signal if one has ended it."""
+    name = ''
+    if type(status) is int and status < 0:
+        with contextlib.suppress(ValueError):
+            name = ' (killed by signal %d, %s)' % (-status, signal.Signals(-status).name)
+    return 'exit status %s%s' % (status, name)
+
+
+_NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '(\w+)[\w.]*'$", re.M)
+# What a node says (explain_import), which does not know what the module is here
+_INSTALL = re.compile(r'install (\S+) on this node \((.+) -m pip install \S+\), or list its file in depends if it is a module of your own')
+
+
+def hint_for_module(name: str, node: str, python: str) -> str:
+    """What to do about a module that a node does not have, by what it is here; empty for one that is not here either. `python`:
+    the node's interpreter."""
+    where = 'node %s' % node if node else 'the node'
+    kind = own_modules.kind(name)
+    if kind is ModuleKind.INSTALLED:
+        package = own_modules.distribution_of(name)
+        return 'install %s on %s (%s -m pip install %s)' % (package, where, python, package)
+    if kind is ModuleKind.STANDARD:
+        return 'start dispynode on %s with Python %d.%d, as here: %s is in its standard library, and not in that of the Python ' \
+            'there' % (where.replace('the node', 'it'), *sys.version_info[:2], name)
+    return 'list its file in depends' if kind is ModuleKind.OWN else ''
+
+
+def with_hint_for_module(text: str, node: str) -> str:
+    """What a node, or a job there, says of an import that failed, with a hint that fits."""
+    told = _INSTALL.search(text)
+    if told is not None:
+        hint = hint_for_module(told.group(1), node, told.group(2)) or told.group()
+        return text[:told.start()] + hint + text[told.end():]
+    missing = list(_NO_MODULE.finditer(text))
+    hint = hint_for_module(missing[-1].group(1), node, 'python') if missing else ''
+    return '%s. To mend that, %s%s' % (text[:missing[-1].end()], hint, text[missing[-1].end():]) if hint else text
 
 
 def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
@@ -998,7 +1143,7 @@ def state_of(job: 'DispyJob') -> Tuple[str, str, str]:
     state = JobState(job.status)
     words = _STATE_WORDS.get(state, state.name.lower())
     if state == JobState.FINISHED and job._has_exit_status():
-        return 'failed', job.ip_addr or '', 'exit status %s' % job.result
+        return 'failed', job.ip_addr or '', status_words(job.result)
     if state not in FAILED:
         return words, (job.ip_addr or '') if words == 'running' else '', ''
     text = job.exception or ''   # to show why is to look at it
@@ -2094,7 +2239,7 @@ class Placement:
         widest = comp.widest
         while widest and work is not None and cpus_of(work) > widest:
             comp.parked.append(comp.queue.pop())
-            text = 'it wants %d CPUs (dispy_cpus) and no node has more than %d' % (
+            text = 'it needs %d CPUs (dispy_cpus), and no node has more than %d' % (
                 cpus_of(work), widest)
             self._books.do(JobParked(work, text))
             work = comp.queue.head()
@@ -4212,6 +4357,15 @@ class OwnModules:
         # path -> stamp and digest of the last row
         self._versions: Dict[str, str] = {}
 
+    def distribution_of(self, module: str) -> str:
+        """The name by which pip knows what holds a module, with the module's where they differ: 'PyYAML (yaml)'."""
+        for directory in filter(os.path.isdir, sys.path):
+            owner = self._finder.installations.owner_of_name(directory, module)
+            name = owner.partition('-')[0]
+            if name:
+                return module if name.lower() == module.lower() else '%s (%s)' % (name, module)
+        return module
+
     def kind(self, name: Any) -> ModuleKind:
         """What decides how an object of this module goes to a node."""
         return self._finder.look(name).kind if isinstance(name, str) else ModuleKind.MISSING
@@ -5015,7 +5169,7 @@ def own_memory(payload: Any) -> Any:
 def _job_depends(depends: Sequence[Any], globals_: Sequence[Dict[str, Any]]) -> Tuple[List[Tuple[str, int, bytes]], Dict[str, Any]]:
     """(name, mode, content) of files, and objects by their names."""
     if not isinstance(depends, (list, tuple)):
-        raise TypeError('dispy_job_depends is a %s; it must be a list' % type(depends).__name__)
+        raise TypeError('dispy_job_depends must be a list, not %s' % type(depends).__name__)
     paths: Dict[str, str] = {}
     objects: Dict[str, Any] = {}
     for item in depends:
@@ -5084,12 +5238,12 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
     elif callable(computation):
         for label, function in (('setup', setup), ('cleanup', cleaner)):
             if function is not None and not callable(function):
-                raise TypeError('%s is a %s; it must be a function' % (label, type(function).__name__))
+                raise TypeError('%s must be a function, not %s' % (label, type(function).__name__))
         bundles.known_globals = globals_of(computation, setup, cleaner)
         objects, bundles.shipped = _sort_depends(depends, paths, bundles.known_globals)
         code = bundles.pack_code(computation, setup, cleaner, objects)
     else:
-        raise TypeError('computation is a %s; it must be a function or the path of a program' % type(computation).__name__)
+        raise TypeError('computation must be a function or the path of a program, not %s' % type(computation).__name__)
     files = _file_rows(paths, program)
     spec: Dict[str, Any] = {
             'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
@@ -5124,7 +5278,8 @@ def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int,
 def _program_path(program: str) -> str:
     path = program if os.path.exists(program) or os.sep in program else shutil.which(program) or program
     if not os.path.isfile(path):
-        raise FileNotFoundError('computation: there is no program %s (in %s)' % (program, os.getcwd()))
+        where = '' if os.path.isabs(program) else ' (in %s)' % os.getcwd()
+        raise FileNotFoundError('computation: there is no program %s%s' % (program, where))
     with open(path, 'rb') as file:
         start = file.read(2)
     if start != b'#!' and not os.access(path, os.X_OK):
@@ -5624,7 +5779,7 @@ def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec
     if _is_one_node(nodes):
         nodes = [nodes]
     if not isinstance(nodes, collections.abc.Iterable):
-        raise TypeError('nodes: %.80r is no list of hosts' % (nodes,))
+        raise TypeError('nodes: %.80r is not a list of hosts' % (nodes,))
     found = [_parse_node(node, port, elsewhere) for node in nodes]
     if not found:
         raise ValueError("nodes is an empty list: give host names, 'local', or None for any node")
@@ -6296,7 +6451,20 @@ def _close_trail(file: Any, path: str, remove: bool) -> None:
     file.close()
 
 
-class Recoverable(NamedTuple):
+class _Left(NamedTuple):
+    path: str
+    name: str
+    script: str
+    host: str
+    pid: int
+    began: float
+    code: str
+    nodes: Tuple[str, ...]
+    jobs: Optional[int] = None
+    unreached: Tuple[str, ...] = ()
+
+
+class Recoverable(_Left, metaclass=Listed):
     """A cluster without `recover_file` whose program has ended before its jobs. `recover_jobs`
     takes it, or its `path`.
 
@@ -6308,16 +6476,7 @@ class Recoverable(NamedTuple):
     jobs - how many jobs and results of it they say they have; None if none of them has answered
     unreached - those that have not answered
     """
-    path: str
-    name: str
-    script: str
-    host: str
-    pid: int
-    began: float
-    code: str
-    nodes: Tuple[str, ...]
-    jobs: Optional[int] = None
-    unreached: Tuple[str, ...] = ()
+    __slots__ = ()
 
     def __fspath__(self) -> str:
         return self.path
@@ -6433,6 +6592,28 @@ def remove_old_trails() -> None:
                 left = Left.find(path)
                 if left is not None:
                     left.close()
+
+
+def remedy_for_source(spec: dict) -> str:
+    """What to do about a computation that does not go to nodes as source."""
+    same = 'un dispynode there with %s' % python_of(spec['python'])
+    if 'most' in spec:   # of an executor
+        return 'R' + same
+    return 'Put the function into a file, at its top level, with def, and give it all that it needs as arguments; or r' + same
+
+
+_OF_SCHEDULER = re.compile(r'it serves dispyscheduler of .*@(\S+) PID \d+ at port (\d+) ')
+
+
+def how_to_share(text: str) -> str:
+    """A node says whom it serves; what to do, to be appended."""
+    found = _OF_SCHEDULER.match(text)
+    if found is not None:
+        port = '' if int(found.group(2)) == SCHEDULER_PORT else ', scheduler_port=%s' % found.group(2)
+        return '. That scheduler shares its nodes: use SharedJobCluster(..., scheduler_host=%r%s)' % (found.group(1), port)
+    if text.startswith('it serves ') and 'connection is lost' not in text:
+        return '. A node serves one client at a time. For several programs at once start a dispyscheduler, and use SharedJobCluster'
+    return ''
 
 
 def who_holds(text: str, place: str) -> str:
@@ -6558,8 +6739,9 @@ class Pool:
     def _do(self, call: Callable[..., Any], args: tuple) -> None:
         try:
             call(*args)
-        except BaseException:  # the user's callback, sys.exit in it too; the next one is served all the same
-            logger.exception('%s raised', getattr(call, '__name__', call))
+        except BaseException as exc:  # the user's callback, sys.exit in it too; the next one is served all the same
+            about = next(('job %.80r' % (arg.id,) for arg in args if isinstance(arg, DispyJob)), '')
+            report_callback(call, about, exc)
         with self._guard:
             self._done += 1
 
@@ -6570,6 +6752,23 @@ class Pool:
             count = self._count if not self._patience else min(self._count, 1)
         for _ in range(count):
             self._tasks.put(None)
+
+
+_OUR_FILES = frozenset((__file__, dispynode.__file__))
+
+
+def report_callback(call: Any, about: str, exc: BaseException) -> None:
+    """A function of the user's that was called by a thread of ours has raised: log it without frames of ours."""
+    trace = exc.__traceback__
+    code = getattr(getattr(call, '__func__', call), '__code__', None)
+    is_ours = getattr(code, 'co_filename', '') in _OUR_FILES
+    module, name = getattr(call, '__module__', None), getattr(call, '__qualname__', None) or type(call).__qualname__
+    if module not in (None, '__main__', 'builtins'):
+        name = '%s.%s' % (module, name)
+    while not is_ours and trace is not None and trace.tb_frame.f_code.co_filename in _OUR_FILES:
+        trace = trace.tb_next
+    logger.error('%s %s%s raised %s', 'a fault of dispy:' if is_ours else 'the callback', name, about and ' of ' + about,
+                 type(exc).__name__, exc_info=(type(exc), exc, trace))
 
 
 class Asked(NamedTuple):
@@ -6728,6 +6927,8 @@ class Peer:
         self.replacing = False                     # the first is being replaced by it
         self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0  # type: Tuple[str, str, dict, int]
         self.reason = 'not reached yet'
+        self.unreached = Unreached.UNREACHABLE     # what came of the last attempt that failed
+        self.segment = 0                           # bytes that packets may carry; 0: as many as the system says
         self.dialling = Dialling(REDIAL_FIRST, redial)
         self.failures = 0                          # in a row
         self.heard = 0.0                           # when it was last found by UDP
@@ -6745,6 +6946,13 @@ class Peer:
     def move(self, event: str) -> None:
         """The one place where a node's state changes."""
         self.state = NODE_TABLE[self.state, event]
+
+    @property
+    def state_word(self) -> str:
+        """Its state for people: for one that was not reached, why, also while it is tried again."""
+        if self.state is NodeState.UNREACHED or (self.state is NodeState.DIALLING and self.failures):
+            return NodeState.LOST.value if self.offered else str(self.unreached)   # lost: it has been connected before
+        return self.state.value
 
     def end_process(self) -> None:
         """End the embedded node, if this is one, and remove what it may have left."""
@@ -6959,9 +7167,21 @@ class NodeUser:
         """The driver's thread is ending for a fault of ours."""
 
 
+START_NODE = 'Start `python dispynode.py` on a host, with the same secret, and name it (nodes=, at the shell -n)'
+
+
 class NodePolicy:
     """What whoever runs a driver says to the use of nodes, and is told of it. This one, that of a
     program, lets everything happen. The driver's thread."""
+    start_node = START_NODE   # what to do where no node answers
+
+    def introduction(self) -> str:
+        """Who this is, for those who run the node and for others who want it."""
+        return '%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid())
+
+    def how_to_share(self, text: str) -> str:
+        """What to do about a node that serves others, and says so in these words."""
+        return how_to_share(text)
 
     def addresses_of(self, peer: 'Peer') -> Optional[Callable[[str], bool]]:
         """Which addresses of a node may be connected to; None: all. A dial thread."""
@@ -7635,6 +7855,57 @@ class Unused:
         return sys.getrefcount(value)
 
 
+class Misfits:
+    """Nodes that have answered when all were asked, and that are not meant by the wildcards of a cluster. Driver thread only."""
+    KEPT = 1000   # nodes of a cluster
+    SHOWN = 10
+
+    def __init__(self) -> None:
+        self._found: Dict[str, Dict[bytes, str]] = {}   # computation -> instance -> address, or name and address
+
+    def add(self, comp: str, instance: bytes, node: str) -> None:
+        """One that answers. By its name, if that is known, and else by the first of its addresses."""
+        found = self._found.setdefault(comp, {})
+        if len(found) < self.KEPT and (instance not in found or '(' in node):
+            found[instance] = node
+
+    def forget(self, comp: str) -> None:
+        """The cluster is closed."""
+        self._found.pop(comp, None)
+
+    def text(self, comp: str, used: Container[bytes]) -> str:
+        """These nodes, without the instances that are used by another of their addresses."""
+        nodes = sorted(node for instance, node in self._found.get(comp, {}).items() if instance not in used)
+        more = len(nodes) - self.SHOWN
+        return ', '.join(nodes[:self.SHOWN]) + (' and %d more' % more if more > 0 else '')
+
+
+def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool, start: str = START_NODE) -> str:
+    """What to do where a cluster has no node that can be used, of (state, port, whether it is a scheduler) of each that was tried;
+    `others`: nodes have answered that were not meant; `start`: where none has answered. The reason of a node that has answered says it itself."""
+    if others:
+        return 'Name one of these, or correct the wildcard (nodes=, at the shell -n)'
+    if any(scheduler and state not in NOT_CONNECTED for state, _, scheduler in attempts):
+        return 'The scheduler is connected and has no node for it: start `python dispynode.py` on a host, with the same secret, ' \
+            'and name it to the scheduler (-n)'
+    silent = [(Unreached(state), port, scheduler) for state, port, scheduler in attempts if state in SILENT]
+    if len(silent) < len([state for state, _, _ in attempts if state not in NOT_TRIED]):
+        return ''   # somebody has answered
+    words = []
+    down = {scheduler for why, _, scheduler in silent if why is Unreached.DOWN}
+    if True in down:
+        words.append('Start `python dispyscheduler.py` there, with the same secret')
+    if False in down or not silent:
+        words.append(start)
+    ports = sorted({port for why, port, _ in silent if why is Unreached.UNREACHABLE and port})
+    if ports:
+        words.append('Where nobody answers, see whether the host is up, and whether its firewall lets TCP port %s in'
+                     % ' and '.join(map(str, ports)))
+    if any(why in (Unreached.NO_SUCH_NAME, Unreached.NAME_SERVICE) for why, _, _ in silent):
+        words.append('Correct a name that does not resolve, or give the address instead')
+    return '. '.join(words)
+
+
 class NodeTable:
     """The nodes that a driver knows. The driver's thread."""
 
@@ -7643,6 +7914,7 @@ class NodeTable:
         self.by_link: Dict[int, Peer] = {}       # those that are connected
         # Instance or address -> one that cannot be used, and is no node that was named
         self.unusable: Dict[Any, Peer] = {}
+        self.misfits = Misfits()
 
     def of(self, comp: str) -> List[Peer]:
         """Nodes of a cluster."""
@@ -7673,7 +7945,8 @@ class NodeTable:
             peer = self.unusable[key] = Peer(address, 0)
             peer.reason = text
             if (address, text) not in known:   # a host may have many of them
-                logger.warning('%s cannot be used: %s', address, text)
+                # Another user's node on this machine is no reason to worry.
+                logger.log(logging.INFO if is_own_address(address) else logging.WARNING, '%s cannot be used: %s', address, text)
 
 
 class Connector:
@@ -7723,7 +7996,7 @@ class Connector:
         if heard is None:
             return
         if heard.kind == Cry.NOT_MINE:
-            self._nodes.add_unusable(heard.instance, source, 'its node has another secret: ' + same_secret())
+            self._nodes.add_unusable(heard.instance, source, 'its node has another secret (port %d): %s' % (heard.port, same_secret(self._psk)))
             return
         if heard.kind == Cry.HELLO:   # ask, soon: which address is best depends on who asks
             for asker in self._ears.values():
@@ -7734,6 +8007,8 @@ class Connector:
         for comp, cluster in list(self._clusters.items()):
             spec = next((spec for spec in cluster.specs if spec.wild and spec.may_fit(host)), None)
             if spec is None:
+                if any(spec.wild for spec in cluster.specs):
+                    self._nodes.misfits.add(comp, heard.instance, place(host, heard.port))
                 continue
             known = next((peer for peer in self._nodes.by_key.values() if peer.instance == heard.instance or peer.key == (host, heard.port)), None)
             if known is None:
@@ -7769,8 +8044,8 @@ class Connector:
                 if not taken or not may_fail:
                     raise OSError(exc.errno, 'nodes cannot connect to %s: %s (host=%r: an address of this host, or ADDRESS:PORT)'
                                   % (place(host, port), 'another program has that port' if taken else exc.strerror, host)) from exc
-                logger.warning('port %d is taken by another program: nodes cannot connect to this one (host=%r; ADDRESS:PORT gives '
-                               'another port); it connects to nodes all the same', port, host)
+                logger.warning('port %d is taken by another program, so that nodes cannot connect to this one, which still connects to '
+                               'nodes (host=%r; ADDRESS:PORT gives another port)', port, host)
                 return
             self._gates[host, port] = gate
             self._driver.watch(gate.socket, gate.knock)
@@ -7816,7 +8091,7 @@ class Connector:
         if not peer.embedded:
             wanted = Role.SCHEDULER if peer.scheduler else Role.NODE
             return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self._driver.instance, self._tls, note, patience,
-                        self._driver.policy.addresses_of(peer))
+                        self._driver.policy.addresses_of(peer), peer.segment)
         peer.end_process()
         peer.process, port, psk = _start_embedded(peer)
         return dial(peer.host, port, psk, Role.CLIENT, Role.NODE, self._driver.instance, None, note)
@@ -7879,7 +8154,7 @@ class Connector:
         self._driver.attach(peer.link)
         self._nodes.by_link[peer.link.number] = peer
         self._tried(peer, PULSES_LOST * self._driver.access.pulse)   # it is about to tell what it holds
-        self._driver.say(peer.link, Introduce('%s@%s PID %d' % (_user_name(), socket.gethostname(), os.getpid()), self._driver.access.pulse))
+        self._driver.say(peer.link, Introduce(self._driver.policy.introduction(), self._driver.access.pulse))
 
     def arrived(self, event: Arrival) -> None:
         """A node has dialled."""
@@ -7943,6 +8218,7 @@ class Connector:
             return
         peer.move('fail')
         peer.failures += 1
+        peer.unreached = event.why
         self.not_reached(peer, event.text)
         if peer.key in self._driver.schedule.nodes:
             self._driver.decide(self._evidence_of(peer, event))
@@ -7961,7 +8237,7 @@ class Connector:
         """A node cannot be reached. Where nothing listens and it was on this machine, its lock file
         tells whether its process has ended."""
         unreached = NodeDoubted(peer.key, str(peer), Evidence.UNREACHED, event.text, peer.kind)
-        if not event.refused or peer.scheduler:
+        if event.why is not Unreached.DOWN or peer.scheduler:
             return unreached
         remains = Remains(peer.facts.get('lock'), peer.instance)
         if not remains.has_ended():
@@ -7998,6 +8274,16 @@ class Connector:
     @staticmethod
     def _only_probed(peer: Peer) -> bool:
         return peer.probed and not peer.listed
+
+    def told_stall(self, peer: Peer, stall: str, text: str) -> str:
+        """Why a link ended on which full packets have not arrived, while short ones did."""
+        text += ': ' + STALLS[stall]
+        if peer.port and not peer.segment:   # one that connects by itself says how long packets may be
+            peer.segment = SEGMENT
+            text += '. From now on packets to and from there carry at most %d bytes' % SEGMENT
+            if peer.replacing:   # nothing else is said
+                logger.warning('node %s: %s', peer, text)
+        return text
 
     def away_until(self, peer: Peer, link: Link) -> float:
         """Until when what is on a node is not lost. Not before a new connection has been tried in vain."""
@@ -8075,7 +8361,7 @@ class NodeSelection:
         if self.probes.pop(comp, None) is not None:
             if any(peer.uses[comp].offered for peer in self._nodes.of(comp)):
                 return   # a dispynode has answered meanwhile
-            logger.info('no dispynode answers: one is started on this machine for this program (nodes=%r says so at once)', LOCAL)
+            logger.info('no dispynode answers, so that one is started on this machine for this program (nodes=%r does that without a search)', LOCAL)
         peer = self._nodes.by_key.setdefault(LOCAL, Peer('127.0.0.1', 0, self._driver.access.redial, True, True))
         most = self._clusters[comp].cpus_in_all()
         if comp not in peer.uses and most is not None:   # also if the machine has fewer CPUs
@@ -8246,6 +8532,7 @@ class ComputationSetup:
             if use is None:
                 self._driver.selection.consider(peer, comp)
             elif use.spec.wild and cluster.spec_of(peer) is None:
+                self._nodes.misfits.add(comp, peer.instance, str(peer))
                 del peer.uses[comp]   # at its address might have been one that is meant, but it has another name
             else:
                 use.spec = cluster.spec_of(peer) or use.spec if use.spec.wild else use.spec
@@ -8287,8 +8574,8 @@ class ComputationSetup:
                 return
             code, obstacle = cluster.source
             if obstacle:
-                self._refusal(peer, comp, 'it runs %s, this program %s, where functions go as source only: %s'
-                              % (python_of(there), python_of(spec['python']), obstacle), 'version')
+                self._refusal(peer, comp, 'it runs %s, this program %s, where functions go as source only: %s. %s' % (
+                    python_of(there), python_of(spec['python']), obstacle, remedy_for_source(spec)), 'version')
                 return
             spec = dict(spec, kind='source', code=code)
         if peer.allowed(comp) < 1 and use.wanted is None:
@@ -8383,8 +8670,10 @@ class ComputationSetup:
                 peer.key, str(peer), Evidence.REFUSAL, message.text, peer.kind, [message.comp]))
             self._driver.decide(NodeLeft(peer.key, message.comp, str(peer), message.text))
         text = source_here.added_to(message.text)
+        if 'ModuleNotFoundError' in text:
+            text = with_hint_for_module(text, peer.name)
         if message.code == 'busy':
-            text += who_holds(text, peer.place)
+            text += who_holds(text, peer.place) or self._driver.policy.how_to_share(text)
         self._refusal(peer, message.comp, text, 'process' if was_ready and message.code == 'setup' else message.code)
         use.unloadable = message.code in ('code', 'initializer')
         self._check_unloadable(message.comp)
@@ -8978,9 +9267,7 @@ class NodeQueries:
         busy = len(self._driver.schedule.runs(peer.key).get(comp, ())) if not peer.scheduler else 0
         state, reason = use.state.value, use.reason
         if use.state is UseState.WAITING:
-            state, reason = peer.state.value, peer.reason
-            if peer.state is NodeState.REFUSED and peer.offered:   # it has been connected before
-                state = NodeState.LOST.value
+            state, reason = peer.state_word, peer.reason
         elif use.then:
             state = 'draining'
         elif (use.wanted == 0 or peer.most == 0) and use.state is UseState.READY:
@@ -9007,8 +9294,9 @@ class NodeQueries:
 
     def complaint(self, comp: str) -> str:
         """What was tried, what came of it, what to do."""
+        rows = self.nodes_of(comp)
         lines = ['%s: %s%s' % (peer, state, ': ' + reason.strip().splitlines()[-1] if reason else '')
-                 for peer, state, reason, _, _ in self.nodes_of(comp)]
+                 for peer, state, reason, _, _ in rows]
         cluster = self._clusters[comp]
         wild = [] if self._driver.connector.reach == 'off' else [spec for spec in cluster.specs if spec.wild]
         for port in sorted({spec.port for spec in wild}):
@@ -9019,13 +9307,15 @@ class NodeQueries:
             lines.append('waited for nodes to connect to %s' % place(host, port) if self._driver.connector.listens_at(host, port)
                          else 'no node can connect, port %d was taken' % port)
         peers = self._nodes.of(comp)
-        todo = 'Start `python dispynode.py` on a host, with the same secret, and name it (nodes=, at the shell -n)'
-        if peers and any(peer.scheduler and peer.link is not None for peer in peers):
-            todo = 'The scheduler is connected and has no node for it: start `python dispynode.py` on a host, with the same secret, ' \
-                'and name it to the scheduler (-n)'
-        elif peers and all(peer.scheduler for peer in peers):
-            todo = 'Start `python dispyscheduler.py` there, with the same secret'
-        return 'Tried: %s. %s' % ('; '.join(lines), todo)
+        others = self._nodes.misfits.text(comp, {peer.instance for peer in peers})
+        if any(peer.uses[comp].spec.wild for peer in peers):   # some are meant
+            others = ''
+        if others:
+            lines.append('of the nodes that answer, none fits %s. These do answer: %s'
+                         % (' or '.join(repr(spec.host) for spec in wild), others))
+        attempts = [(state, peer.port, peer.scheduler) for peer, state, _, _, _ in rows]
+        todo = remedy(attempts, bool(others), self._driver.policy.start_node)
+        return 'Tried: %s%s' % ('; '.join(lines), todo and '. ' + todo)
 
     def seat(self, comp: str, node: Any) -> Tuple[Any, str]:
         """For a job that is submitted to a node: the key of the node and, once until it is ready,
@@ -9315,6 +9605,7 @@ class Driver(Loop):
         cluster = self.clusters.pop(comp)
         self.jobs.outgoing.forget(comp)
         del self._warn_at[comp]
+        self.nodes.misfits.forget(comp)
         self.selection.probes.pop(comp, None)
         self.files.abort(lambda number, name: name == comp)
         self.files.backlog.drop(comp)
@@ -9482,6 +9773,8 @@ class Driver(Loop):
         used = [comp for comp, use in peer.uses.items() if use.state is UseState.READY]
         self.tell_all(DispyNode.Closed, peer, used)
         self.selection.unlink(peer, channel)
+        if channel.stall:
+            text = self.connector.told_stall(peer, channel.stall, text)
         until = self.connector.away_until(peer, channel)
         evidence = Evidence.SILENCE if until <= self.now else Evidence.CUT
         doubted = NodeDoubted(peer.key, str(peer), evidence, text, peer.kind, until=until)
@@ -9541,7 +9834,7 @@ def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
 
 
 _ERRORS: Dict[str, Type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, KeyError, OSError, NoNodes)}
-_MAY_DIAL = frozenset((NodeState.FOUND, NodeState.REFUSED, NodeState.LOST))
+_MAY_DIAL = frozenset((NodeState.FOUND, NodeState.UNREACHED, NodeState.LOST))
 _MAY_OFFER = frozenset((UseState.WAITING, UseState.ASKING, UseState.REFUSED))
 _MAY_OPEN = frozenset((Outcome.RETURNED_CODE, Outcome.RAISED))   # results that may hold what runs code when it is opened
 OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values')   # options of a job that its node has to know
@@ -9917,7 +10210,7 @@ def node_port_of(dispy_port: Any, node_port: Any) -> int:
 def plain_dest_path(path: Any) -> Optional[str]:
     """The parameter `dest_path`; it is below the node's own directory. Raises TypeError, ValueError."""
     if path is not None and not isinstance(path, str):
-        raise TypeError('dest_path=%.80r is a %s; it must be the name of a directory' % (path, type(path).__name__))
+        raise TypeError('dest_path=%.80r must be the name of a directory, not %s' % (path, type(path).__name__))
     if not path:
         return path
     if path.startswith(os.sep) and path.strip(os.sep):
@@ -10060,6 +10353,7 @@ class JobCluster(OldCluster):
 
     _function: Optional[Tuple[str, str]] = None   # of the computation, by name
     _unusable = ''    # why an executor can run nothing any more
+    __class_getitem__ = classmethod(of_kind)
 
     def __init__(self, computation: Any, nodes: Any = None, depends: Sequence[Any] = (),
                  job_status: Optional[Callable[[DispyJob], Any]] = None,
@@ -10099,10 +10393,10 @@ class JobCluster(OldCluster):
         for name, function in (('job_status', job_status), ('callback', callback), ('cluster_status', cluster_status),
                                ('on_output', on_output)):
             if function is not None and not callable(function):
-                raise TypeError('%s is a %s; it must be a function' % (name, type(function).__name__))
+                raise TypeError('%s must be a function, not %s' % (name, type(function).__name__))
         dest_path = plain_dest_path(dest_path)
         if isinstance(depends, (str, bytes)) or not isinstance(depends, (list, tuple, set)):
-            raise TypeError('depends is a %s; it must be a list' % type(depends).__name__)
+            raise TypeError('depends must be a list, not %s' % type(depends).__name__)
         level = plain_number(loglevel, True)
         logger.setLevel(loglevel if level is None else level)
         loglevel = int(logger.level)
@@ -10436,8 +10730,9 @@ class JobCluster(OldCluster):
             try:
                 job = next_of(ended, None if until is None else until - time.monotonic())
             except queue.Empty:
-                raise TimeoutError('%d of %d jobs have not ended within %s s'
-                                   % (len(left), len(jobs), timeout)) from None
+                first = next((job for job in jobs if job in left and job.status not in ENDED), None)
+                raise TimeoutError('%d of %d jobs have not ended within %s s%s' % (
+                    len(left), len(jobs), timeout, '' if first is None else '. The first of them: ' + first._unended(timeout))) from None
             if job in left:
                 left.discard(job)
                 yield job
@@ -10554,12 +10849,23 @@ class JobCluster(OldCluster):
                 raise NoNodes(reason)
             left = FOREVER if until is None else until - time.monotonic()
             if left <= 0:
-                raise NoNodes('%d node%s waited for. %s' % (n, ' was' if n == 1 else 's were', self._complaint()))
+                ready = sum(node.state == 'ready' for node in self.status().nodes)
+                raise NoNodes('%d node%s waited for, and after %g s there %s. %s' % (
+                    n, ' was' if n == 1 else 's were', timeout or 0.0, 'is none' if not ready else 'are only %d' % ready, self._complaint()))
             with self._changed:
                 self._changed.wait(min(left, 0.1))
 
     def _complaint(self) -> str:
         return self._command('complaint')  # type: ignore[no-any-return]
+
+    def _why_jobs_wait(self) -> str:
+        """Why a job that has not begun waits. The user's threads."""
+        try:
+            if any(node.state == 'ready' for node in self.status().nodes):
+                return 'it waits for its turn; of the jobs of %s there are %s' % (self.name, self._counted())
+            return 'it waits for a node. ' + self._complaint()
+        except (RuntimeError, concurrent.futures.TimeoutError):   # the cluster is closed meanwhile, or nobody answers
+            return 'it waits'
 
     def _why_unloadable(self) -> str:
         """Why no node can load the code of the computation; empty if one may."""
@@ -10973,8 +11279,8 @@ class JobCluster(OldCluster):
             elif self._show(job, row) and self._job_status is not None:
                 try:
                     self._guarded_call(job)
-                except Exception:  # the user's callback; later results are shown all the same
-                    logger.exception('the callback of job %r raised', job.id)
+                except Exception as exc:  # the user's callback; later results are shown all the same
+                    self._report_callback(job, exc)
 
     def _show(self, job: DispyJob, row: tuple) -> bool:
         """A provisional result; false if the job has ended meanwhile, or it cannot be opened."""
@@ -11025,8 +11331,14 @@ class JobCluster(OldCluster):
         """A callback thread."""
         try:
             self._guarded_call(job)
+        except BaseException as exc:  # the user's callback, sys.exit in it too; others are called all the same
+            self._report_callback(job, exc)
         finally:
             self._settle(1)
+
+    def _report_callback(self, job: DispyJob, exc: BaseException) -> None:
+        values = job._failure.values() if job._failure is not None else None
+        report_callback(self._job_status, '%s of %s' % (job_in_words(job.id, values), self.name), exc)
 
     def _guarded_call(self, job: DispyJob) -> None:
         _calling.cluster = self
@@ -11245,14 +11557,21 @@ class Survey(NodeUser):
         all are waited for `listen` seconds. `state` is 'connected', and `reason` then who uses it, or why it cannot be used."""
         began = time.monotonic()
         while True:
-            found = self.driver.ask(lambda: [(peer, self._seen(peer, state, reason))
+            # What is not known yet is looked for in the same turn: otherwise an answer could come between the two.
+            found = self.driver.ask(lambda: [(self._seen(peer, state, reason), self._is_open(peer))
                                               for peer, state, reason, _, _ in self.driver.queries.nodes_of(self.comp)])
             passed = time.monotonic() - began
             if passed >= timeout or (passed >= listen or not any(spec.wild for spec in self.specs)) and not any(
-                    peer.state in (NodeState.FOUND, NodeState.DIALLING) and not peer.failures and peer.port
-                    or peer.link is not None and not peer.name for peer, _ in found):
-                return [node for _, node in found]
+                    is_open for _, is_open in found):
+                return [node for node, _ in found]
             time.sleep(0.05)
+
+    @staticmethod
+    def _is_open(peer: Peer) -> bool:
+        """Whether a node has neither answered nor failed yet. The driver's thread."""
+        if peer.link is not None:
+            return not peer.name
+        return peer.state in (NodeState.FOUND, NodeState.DIALLING) and not peer.failures and bool(peer.port)
 
     @staticmethod
     def _seen(peer: Peer, state: str, reason: str) -> DispyNode:
@@ -11501,6 +11820,7 @@ _OPTIONS: Dict[str, Tuple[float, float, bool]] = {   # lowest and highest value,
 class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
     """A future of a DispyExecutor; `job` is the job behind it, None if the call could not be
     pickled."""
+    __class_getitem__ = classmethod(of_kind)
 
     def __init__(self, cluster: JobCluster) -> None:
         self.job: Optional[DispyJob] = None
@@ -11532,6 +11852,26 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
             self._cluster._withdraw_all([self.job])
             return self.job.status == JobState.CANCELLED and super().cancel()
         return self._cluster._withdraw(self.job) and super().cancel()
+
+    def result(self, timeout: Optional[float] = None) -> Any:
+        """As in concurrent.futures; the text of a TimeoutError says what the call waits for."""
+        try:
+            return super().result(timeout)
+        except concurrent.futures.TimeoutError as exc:
+            raise self._explained(exc, timeout)
+
+    def exception(self, timeout: Optional[float] = None) -> Optional[BaseException]:
+        """As `result`."""
+        try:
+            return super().exception(timeout)
+        except concurrent.futures.TimeoutError as exc:
+            raise self._explained(exc, timeout)
+
+    def _explained(self, exc: BaseException, timeout: Optional[float]) -> BaseException:
+        """The exception of a wait with words; what the call has raised as it is."""
+        if self.done() or self.job is None or exc.args:
+            return exc
+        return concurrent.futures.TimeoutError(self.job._unended(timeout))
 
     def settle(self, job: DispyJob) -> None:
         """The job has ended. What it printed is shown here, unless the program takes that itself
@@ -12283,8 +12623,8 @@ def _at_exit() -> None:
                            cluster._pending, cluster.journal.path)
             continue
         if cluster._pending:
-            logger.warning('%s: the program ends with %d jobs that have not ended; they are cancelled (cluster.wait() '
-                           'waits for them)', cluster.name, cluster._pending)
+            logger.warning('%s: the program ends with %s that %s not ended; %s cancelled (cluster.wait() waits for all jobs)', cluster.name,
+                           many(cluster._pending, 'job'), *(('has', 'it is') if cluster._pending == 1 else ('have', 'they are')))
         cluster.close(terminate=True)
     if staying:
         _stay_behind(staying)
@@ -12407,6 +12747,11 @@ class _Printer:
         self._directory = directory
         self.done = self.failed = 0
 
+    def close(self) -> None:
+        """Leave the line with the count."""
+        if self.done and sys.stderr.isatty():
+            print(file=sys.stderr)
+
     def show(self, job: DispyJob, total: int) -> None:
         """Output and fate of one job. The main thread."""
         self.done += 1
@@ -12419,7 +12764,10 @@ class _Printer:
                 stream.flush()
         if job.status != JobState.FINISHED or job.result:
             self.failed += 1
-            print('job %s %s: %s' % (job.id, job.status_text(), job.exception or 'exit status %s' % job.result), file=sys.stderr)
+            words, where, reason = state_of(job)
+            values = job._failure.values() if job._failure is not None and not job.exception else None
+            print('%s %s%s: %s' % (job_in_words(job.id, values), words, where and ' on ' + where, job.exception or reason),
+                  file=sys.stderr)
         if sys.stderr.isatty():
             print('%d of %d done, %d failed' % (self.done, total, self.failed), end='\r', file=sys.stderr, flush=True)
 
@@ -12523,7 +12871,8 @@ def _list_nodes(nodes: List[DispyNode]) -> int:
     for line in rows:
         print('  '.join(map(str.ljust, line, widths)).rstrip())
     if not nodes:
-        print('no node answers: start `python dispynode.py` on a host, or name one that cannot be asked (-n HOST)', file=sys.stderr)
+        print('no node answers: start `python dispynode.py` on a host, or name a host that the question does not reach (-n HOST)',
+              file=sys.stderr)
     return 0 if usable else 1
 
 
@@ -12581,10 +12930,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             while printer.done < total:
                 printer.show(next_of(ended), total)
     except NoNodes as exc:
-        parser.error(str(exc))
+        print('dispy: %s' % exc, file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print('dispy: interrupted: %d of %d jobs had ended, the others were cancelled' % (printer.done, total), file=sys.stderr)
         return 130   # as a shell has it: 128 and the signal's number
+    printer.close()
     return min(printer.failed, 101)
 
 

@@ -92,8 +92,19 @@ import urllib.parse
 import uuid
 from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
 
+try:
+    from dispy import Driver
+except ImportError as exc:   # this file was copied alone, or beside one of another release
+    text = str(exc)
+    if exc.name == 'dispy':
+        text = 'dispy_httpd.py needs the files dispy.py and dispynode.py of the same release beside it, in %s (%s)' % (
+            os.path.dirname(os.path.abspath(__file__)), exc)
+    if __name__ == '__main__':
+        sys.exit(text)
+    raise ImportError(text, name=exc.name, path=exc.path) from exc
+
 import dispy
-from dispy import SHORT, Access, DispyJob, Driver, JobCluster, Monitor, NodeSpec, SharedJobCluster, words_of
+from dispy import SHORT, Access, DispyJob, JobCluster, Monitor, NodeSpec, SharedJobCluster, words_of
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, Query, SecretError, __version__, find_secret, host_and_port, _no_password,
     _write_private, size_of, tls_files, split_needs, Each, HANDSHAKE_TIME)
 
@@ -677,7 +688,8 @@ def counts_of(cluster: Any) -> Dict[str, int]:
     return {'submitted': submitted, 'done': done, 'cancelled': cancelled, 'failed': failed}
 
 
-_STATE_ORDER = ['ready', 'draining', 'drained', 'setting up', 'asking', 'connected', 'dialling', 'waiting', 'found', 'refused', 'lost', 'closed']
+_STATE_ORDER = ['ready', 'draining', 'drained', 'setting up', 'asking', 'connected', 'dialling', 'waiting', 'found', 'refused', 'down', 'unreachable',
+                'no such name', 'no name service', 'lost', 'closed']
 
 
 class NodeSurvey(dispy.Survey):
@@ -1514,7 +1526,7 @@ class DispyHTTPServer:
 
     def _start(self, source: Any, host: str, port: int, poll_sec: float, keyfile: Optional[str], certfile: Optional[str]) -> None:
         if not isinstance(host, str):
-            raise TypeError('host=%.80r is a %s; it must be an address of this host' % (host, type(host).__name__))
+            raise TypeError('host=%.80r must be an address of this host, not %s' % (host, type(host).__name__))
         port = dispy._in_range('port', port, HTTPD_PORT, 0, 65535, True)
         every = float(dispy._in_range('poll_sec', poll_sec, 0.5, SNAPSHOTS_APART, 3600))
         certfile, keyfile, _ = tls_files(certfile, keyfile)
@@ -1635,7 +1647,10 @@ def _source_of(args: argparse.Namespace) -> Any:
         files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
         link = SchedulerLink(host, port, Access(secret, *files, PULSE, dispy.REDIAL_MOST))
         if args.scheduler is None:
+            level = logger.level
+            logger.setLevel("ERROR")   # that there is none is said below
             why = link.why_not()
+            logger.setLevel(level)
             there = dispy.place(host, port)
             text = 'the dispyscheduler at %s is shown' % there
             if why:
@@ -1916,7 +1931,8 @@ const STATES = {            // word -> shape, kind; the colour only repeats them
   "ready": ["\u25cf", "good"], "connected": ["\u25cf", "good"], "working": ["\u25b6", "busy"], "running": ["\u25b6", "busy"], "idle": ["\u25cb", "off"],
   "setting up": ["\u25d4", "busy"], "asking": ["\u25d4", "busy"], "dialling": ["\u25cc", "off"], "found": ["\u25cc", "off"], "waiting": ["\u25cc", "off"],
   "waits there": ["\u25cc", "off"], "waiting for a node": ["\u25cc", "warn"], "draining": ["\u25d1", "warn"], "drained": ["\u25d1", "warn"],
-  "refused": ["\u25b2", "bad"], "lost": ["\u2715", "bad"], "closed": ["\u25a1", "off"]};
+  "refused": ["\u25b2", "bad"], "down": ["\u25b2", "bad"], "unreachable": ["\u25b2", "bad"], "no such name": ["\u25b2", "bad"], "no name service": ["\u25b2", "bad"],
+  "lost": ["\u2715", "bad"], "closed": ["\u25a1", "off"]};
 const state = word => { const [shape, kind] = STATES[word] || ["\u25cb", "off"]; return h("span", {class: "state " + kind, "data-shape": shape}, word); };
 const mark = kind => h("span", {class: "mark " + kind, "aria-hidden": "true"});
 

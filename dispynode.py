@@ -35,6 +35,12 @@ The life of a job here:
   7. `Done` ends the computation: cleanup runs, processes end, the directory goes.
 """
 
+import sys
+
+# Before all else, as older versions lack some of the modules below. They must be able to compile this file.
+if sys.version_info < (3, 8):
+    sys.exit('dispynode.py needs Python 3.8 or later; this is Python %d.%d (%s)' % (sys.version_info[:2] + (sys.executable,)))
+
 import argparse
 import array
 import bisect
@@ -77,7 +83,6 @@ import socketserver
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -92,6 +97,7 @@ from typing import (
     AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
     Set, TextIO, Tuple, Type, Union)
 
+__all__ = ['DispyError', 'SecretError', 'main']   # the others are dispy's own
 
 __version__ = '5.0.0.dev0'
 
@@ -168,7 +174,17 @@ RECEIVE_BUDGET = 256 << 20    # bytes of jobs held here, after which links are n
 logger = logging.getLogger('dispynode')
 
 
-class DispyError(Exception):
+class Listed(type):
+    """The type of public tuples and exceptions: dir() of such a class, and with it help() and
+    pydoc, lists what this project says of it, and not what every tuple or exception has. The
+    standard library's `enum` does the same."""
+
+    def __dir__(cls) -> List[str]:
+        ours = [vars(base) for base in cls.__mro__ if base.__module__.startswith('dispy')]
+        return [name for name in super().__dir__() if name[:1] != '_' and any(name in names for names in ours)]
+
+
+class DispyError(Exception, metaclass=Listed):
     """Base of this project's own errors."""
 
 
@@ -1682,7 +1698,8 @@ def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
     try:
         return find_named(module, name)
     except (ImportError, AttributeError):
-        why = _left_out.get((module, name), 'it is not in the source sent; put it into depends')
+        why = _left_out.get((module, name), 'it is not in the source sent. Put it into a file of its own, which the program imports or '
+                            'lists in depends, or run dispynode there with %s' % python_of(version))
         raise TypeError('%s %s.%s of the client, which runs %s, cannot be had by %s: %s'
                         % (kind, module, name, python_of(version), python_of(sys.version_info), why)) from None
 
@@ -2429,10 +2446,19 @@ def has_place(path: str) -> bool:
     return not path.startswith('~')
 
 
-def same_secret() -> str:
-    """What to do when two sides have different secrets."""
-    return 'the two sides have different ones. Copy %s from one host to the other, or give both the same (--secret-file; in programs ' \
-        'secret=; DISPY_SECRET)' % secret_path()
+_secrets_from: Dict[bytes, str] = {}   # secret -> the file that it was read from, or the environment
+_keys_from: Dict[bytes, bytes] = {}    # key -> the secret that it was derived from
+
+
+def same_secret(key: Any) -> str:
+    """What to do when two sides have different secrets; this one has `key`, or several by the role of the other side."""
+    first = key if isinstance(key, bytes) else next(iter(key.values()))[0]
+    whence = _secrets_from.get(_keys_from.get(first, b''), '')
+    if os.path.isabs(whence):
+        todo = 'This side has its own from the file %s: copy that to the other side, or give both the same' % whence
+    else:
+        todo = 'This side has its own from %s. Give both the same' % (whence or 'secret= or -s')
+    return 'the two sides have different ones. %s (--secret-file; in programs secret=; DISPY_SECRET)' % todo
 
 
 def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = None) -> bytes:
@@ -2442,7 +2468,7 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
     Raises SecretError for a file that others can read, that is empty or that cannot be read; TypeError.
     """
     if secret is not None and not isinstance(secret, (str, bytes, bytearray)):
-        raise TypeError('secret is a %s; it must be str or bytes' % type(secret).__name__)
+        raise TypeError('secret must be str or bytes, not %s' % type(secret).__name__)
     if not secret and path:
         return _read_secret(path)
     given = secret or os.environ.get('DISPY_SECRET')
@@ -2450,6 +2476,8 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
         data = given.encode('utf-8') if isinstance(given, str) else bytes(given)
         if not data.strip():
             raise SecretError('the secret is blank (%s)' % ('secret=' if secret else 'DISPY_SECRET'))
+        if not secret:
+            _secrets_from.setdefault(data.strip(), 'DISPY_SECRET')
         return data
     path = secret_path()
     if not has_place(path):
@@ -2472,6 +2500,7 @@ def _read_secret(path: str) -> bytes:
                           % (path, stat.S_IMODE(mode), path))
     if not data:
         raise SecretError('the secret file %s is empty: remove it and a new one is made' % path)
+    _secrets_from[data] = os.path.abspath(path)
     return data
 
 
@@ -2498,6 +2527,12 @@ def derive_key(secret: bytes) -> bytes:
     """The pre-shared key of the handshake. A made secret (64 hexadecimal digits) is random enough for an HMAC;
     anything else may be a person's phrase and is stretched with scrypt (N=2^14, r=8, p=1; about 50 ms)."""
     secret = secret.strip()
+    key = _derived_key(secret)
+    _keys_from[key] = secret
+    return key
+
+
+def _derived_key(secret: bytes) -> bytes:
     if len(secret) == 64 and not secret.strip(b'0123456789abcdef'):
         return hmac.digest(b'dispy 5 secret', secret, 'sha256')
     if len(secret) < 12:
@@ -2534,7 +2569,7 @@ def path_option(name: str, value: Any) -> Optional[str]:
     except TypeError:
         path = None
     if not isinstance(path, str):
-        raise TypeError('%s=%.80r is a %s; it must be the path of a file' % (name, value, type(value).__name__))
+        raise TypeError('%s=%.80r must be the path of a file, not %s' % (name, value, type(value).__name__))
     if not path or '\0' in path:
         raise ValueError('%s=%.80r is no path of a file' % (name, path))
     return plain_text(path)
@@ -2677,7 +2712,7 @@ def handshake_dial(sock: Any, psk: bytes, role: Role, wanted: Role, instance: by
     try:
         finished = _receive_exactly(sock, _PROOF.size, deadline, clock)
     except (EOFError, ConnectionError):
-        raise HandshakeError('wrong secret: ' + same_secret()) from None
+        raise HandshakeError('wrong secret: ' + same_secret(psk)) from None
     if not hmac.compare_digest(finished, _PROOF.pack(MAGIC, keys.server)):
         raise HandshakeError('it does not know the secret')
     return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role)
@@ -2709,7 +2744,7 @@ def handshake_accept(sock: Any, psk: Union[bytes, Dict[int, Tuple[bytes, ...]]],
         if hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
             sock.sendall(_PROOF.pack(MAGIC, keys.server))
             return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role, number)
-    raise HandshakeError('wrong secret: ' + same_secret())
+    raise HandshakeError('wrong secret: ' + same_secret(psk if isinstance(psk, bytes) else {0: psk[peer_role]}))
 
 
 def _role_name(role: int) -> str:
@@ -3889,6 +3924,26 @@ def plain_address(address: str) -> str:
     return address[7:] if address.startswith('::ffff:') and '.' in address else address
 
 
+def address_in(where: Tuple[Any, ...]) -> str:
+    """The address in what a socket tells, for people and to connect to. One of a link (fe80::1) means something with the
+    interface only: fe80::1%eth0. Raises OSError while no descriptor is left."""
+    address = plain_address(where[0])
+    if len(where) == 4 and where[3] and '%' not in address:
+        return '%s%%%s' % (address, socket.if_indextoname(where[3]))
+    return address
+
+
+def is_own_address(address: str) -> bool:
+    """Whether this machine has the address."""
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(address, 0, 0, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)[0]
+        with socket.socket(family, kind) as sock:
+            sock.bind(where)   # sends nothing
+    except OSError:
+        return False
+    return True
+
+
 def place(host: str, port: int) -> str:
     """A host and a port for people: IPv6 addresses in brackets."""
     return ('[%s]:%d' if ':' in host else '%s:%d') % (host or '*', port)
@@ -3922,6 +3977,7 @@ LEASE_TABLE = {
     (Lease.HELD, 'broken'): Lease.ORPHANED, (Lease.ORPHANED, 'broken'): Lease.ORPHANED,
     (Lease.HELD, 'ended'): Lease.FREE, (Lease.ORPHANED, 'ended'): Lease.FREE,
 }
+LEASE_TEXT = {Lease.FREE: 'free', Lease.HELD: 'held by {}', Lease.ORPHANED: 'the connection of {} has ended'}
 
 
 class Stage(enum.Enum):
@@ -4562,6 +4618,10 @@ class Attempt:
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
         self.counted = 0        # bytes of its arguments in the node's books: while it waits
 
+    def ending_text(self, ending: Outcome) -> str:
+        """Why it was ended, with the number that it has exceeded."""
+        return ENDING_TEXT.get(ending, 'it was to end') % {'timeout': self.timeout, 'memory': self.memory}
+
 
 class _Worker:
     """A worker process as the state sees it; the head of its queue is what it runs."""
@@ -4823,11 +4883,15 @@ class Node:
             self.held_since = now
         self.holder, self.holder_text = holder, text
         if before is not self.lease:
-            logger.info('%s%s', self.lease.value, ' by ' + text if text else '')
+            logger.info('%s', LEASE_TEXT[self.lease].format(text or 'a client'))
         if self.lease is Lease.FREE and not self.stopping and not self.paused:
             for link in self._turned_away:
                 self._do(Send(link, Offer(self.offered)))
             self._turned_away.clear()
+
+    def serves(self, link: int) -> bool:
+        """Whether a computation of this link's client is here."""
+        return any(comp.link == link for comp in self._comps.values())
 
     def held_by(self, now: float) -> str:
         """Who holds the node and for how long, for people; empty when it is free."""
@@ -5625,7 +5689,7 @@ class Node:
         assert attempt.ending is not None   # ours
         if attempt.ending is Outcome.CANCELLED and row[1] in RETURNED:
             return row
-        return (row[0], int(attempt.ending), row[2], row[3], ENDING_TEXT[attempt.ending].encode(), *row[5:])
+        return (row[0], int(attempt.ending), row[2], row[3], attempt.ending_text(attempt.ending).encode(), *row[5:])
 
     def _worker_file(self, event: WorkerFile, now: float) -> None:
         worker = self._workers.get(event.worker)
@@ -5787,7 +5851,7 @@ class Node:
         if worker.queue and worker.queue[0].serial == event.running:
             attempt = worker.queue.popleft()
             ending = attempt.ending or Outcome.DIED
-            text = event.text if ending is Outcome.DIED else ENDING_TEXT[ending]
+            text = event.text if ending is Outcome.DIED else attempt.ending_text(ending)
             self._finish(comp, (attempt.serial, int(ending), 0.0, 0.0, text.encode('utf-8', 'replace'),
                                 bytes(event.stdout), bytes(event.stderr)))
         elif not worker.fed:
@@ -5808,7 +5872,7 @@ class Node:
         comp = worker.comp
         if self._unborn_text != event.text or now > self._workers_at + WORKER_TOLD:
             self._unborn_text = event.text
-            text = 'node %s cannot make a worker: %s; it goes on with those that it has, and tries again and again' % (
+            text = 'node %s cannot make a worker: %s; it goes on with those that it has, and keeps trying' % (
                 self.name, event.text)
             logger.error('%s', text)
             self._reply(comp, Said(comp.comp, text))
@@ -5903,7 +5967,7 @@ class Node:
         comp, head = worker.comp, worker.queue.popleft()
         ending = head.ending or Outcome.DIED
         text = '%s; it was killed, and its process has not ended within %d s (uninterruptible): its CPU is lost to node %s' % (
-            ENDING_TEXT.get(ending, 'it was to end'), GRACE, self.name)
+            head.ending_text(ending), GRACE, self.name)
         logger.error('%s: %s', comp.spec['name'], text)
         worker.stuck = head.cpus
         self._finish(comp, (head.serial, int(ending), 0.0, 0.0, text.encode(), b'', b''))
@@ -5965,7 +6029,7 @@ class Node:
             self._leave(now)
             return
         self.stopping = True
-        logger.info('stopping: what waits is given back, what runs has %d s to end', GRACE)
+        logger.info('stopping: jobs that wait are given back, and jobs that run have %d s to end', GRACE)
         self._at(now + GRACE + 0.5, 'stop')
         self._offer(0)
         self._end_all(now)
@@ -6097,10 +6161,10 @@ class Hours(NamedTuple):
 
 
 RELEASED_TEXT = 'its operator has taken it from this client'
-ENDING_TEXT = {
+ENDING_TEXT = {   # with what the job's options say
     Outcome.CANCELLED: 'cancelled while it ran',
-    Outcome.TIMED_OUT: 'it ran past its time (dispy_timeout) and was ended',
-    Outcome.OUT_OF_MEMORY: 'it used more memory than it may (dispy_memory) and was killed',
+    Outcome.TIMED_OUT: 'it ran past its time (dispy_timeout) of %(timeout)s s and was ended',
+    Outcome.OUT_OF_MEMORY: 'it used more memory than it may (dispy_memory), which is %(memory)s bytes, and was killed',
     Outcome.STOPPED: 'the node was stopped, or taken from this client, while the job ran',
 }
 
@@ -6409,9 +6473,14 @@ def explain_import(exc: BaseException, name: str) -> str:
     if missing and missing != chain[-1]:
         chain.append(missing)
     own = chain[1] if len(chain) > 2 else missing
-    return ('the import failed: %s. To mend that, install %s on this node, list its file in depends, or call '
-            'cloudpickle.register_pickle_by_value(%s) in the program'
-            % (' -> '.join(chain), missing.partition('.')[0] or 'what is missing', own.partition('.')[0] or 'module'))
+    missing, own = missing.partition('.')[0], own.partition('.')[0]
+    if not missing:
+        return 'the import failed: %s' % ' -> '.join(chain)
+    text = 'the import failed: %s. To mend that, install %s on this node (%s -m pip install %s), or list its file in depends if it is ' \
+        'a module of your own' % (' -> '.join(chain), missing, sys.executable, missing)
+    if own in ('', missing):
+        return text
+    return '%s; if the jobs do not need it, call cloudpickle.register_pickle_by_value(%s) in the program' % (text, own)
 
 
 class OldModules:
@@ -6915,8 +6984,9 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
         for row in modules:
             _run_source(*row)
     except Exception as exc:  # the user's statements, written for another version
-        raise RuntimeError('the source, written for %s, cannot be loaded by %s here: %s: %s' % (
-            python_of(version), python_of(sys.version_info), type(exc).__name__, exc)) from exc
+        error = RuntimeError('the source, written for %s, cannot be loaded by %s here: %s: %s' % (
+            python_of(version), python_of(sys.version_info), type(exc).__name__, exc))
+        raise error from (None if isinstance(exc, ModuleNotFoundError) else exc)   # the frames of an import tell nothing
     for name, class_name, rows in classes:
         try:
             for row in rows:
@@ -7903,19 +7973,27 @@ class Runner:
         os.dup2(self._out.handle, 1)
         os.dup2(self._err.handle, 2)
         sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))   # ends a setup that hangs, and closes
+        signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
         if hasattr(os, 'register_at_fork'):   # what setup forks must not hold the line by which the daemon sees our end
             os.register_at_fork(after_in_child=self._control.close)
         self._loaded = False
+        self._shall_end = False
         try:
             self._load(init.bodies[1])
         except BaseException as exc:  # the user's modules and setup may raise anything
             self._kill_strays()
+            if self._shall_end:   # nobody wants it any more, and what that has interrupted is no fault
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGTERM)
             hint = '' if self._loaded else explain_import(exc, self._spec['name'])
             self._tell_failure(hint + '\n' * bool(hint) + describe_exception(exc, frames_of_ours(exc)))
             return
         self._send(Kind.UP, 0, 0, 0.0, 0.0, pickle.dumps(modules.notes if modules is not None else []))
         self._serve()
+
+    def _told_to_end(self, number: int, frame: Any) -> None:
+        self._shall_end = True
+        sys.exit(0)
 
     # -- loading ------------------------------------------------------------------------------------------
 
@@ -8395,6 +8473,39 @@ def tune(sock: socket.socket) -> None:
         set_option(sock, socket.IPPROTO_TCP, name, value)
 
 
+SEGMENT = 1200                # bytes that a packet carries where longer ones do not arrive: fits the least MTU of IPv6
+_TCP_INFO = struct.Struct('8B24I')   # the beginning of struct tcp_info of Linux
+_OUT_OF_ORDER = 224                  # where its rcv_ooopack is
+_SMALL_MTU = '. Either the network passes nothing in one direction, or it loses packets of full size: then a link on the way has ' \
+    'a smaller MTU than this host, and the ICMP messages that say so are dropped. Lower the MTU of this host (ip link set ' \
+    'DEVICE mtu 1280), or let ICMP through'
+STALLS = {   # what `stall_of` returns -> what is said
+    'sent': 'packets that were sent there have not arrived, although short packets came from there until the end' + _SMALL_MTU,
+    'received': 'packets from there have not arrived, although shorter ones did' + _SMALL_MTU,
+}
+
+
+def stall_of(sock: Any, silence: float, pulse: float) -> str:
+    """Whether packets do not arrive on a connection on which nothing was heard for `silence` s, although the way is there: 'sent',
+    'received' or ''. Only Linux tells; elsewhere ''."""
+    if not sys.platform.startswith('linux'):
+        return ''
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    except OSError:   # no TCP, or no socket any more
+        return ''
+    if len(info) < _OUT_OF_ORDER + 4:
+        return ''
+    fields = _TCP_INFO.unpack_from(info)
+    retransmits, unacknowledged, last_ack = fields[2], fields[8 + 4], fields[8 + 12] / 1000
+    if unacknowledged and retransmits > 1 and silence < PULSES_SILENT * pulse:
+        return 'sent'
+    out_of_order, = struct.unpack_from('I', info, _OUT_OF_ORDER)
+    if out_of_order and silence > PULSES_SILENT * pulse > last_ack:
+        return 'received'
+    return ''
+
+
 class Channel:
     """A non-blocking socket, the bytes that wait to be sent on it, and the units that come in. Loop thread only."""
     READS = 16           # system calls in one turn, so that a busy channel does not starve the others
@@ -8503,6 +8614,9 @@ class Channel:
     def go_on(self) -> None:
         """Make more of `later`, and send it."""
         raise NotImplementedError
+
+    def breaks(self, now: float) -> None:
+        """It is about to be closed, as it has broken."""
 
     def close(self) -> None:
         """Close the socket and those that were to be passed."""
@@ -8682,6 +8796,7 @@ class Link(Channel):
         self.pulse = pulse
         self.heard = self.said = now
         self.on_purpose = False
+        self.stall = ''        # when it has broken: see stall_of
         self._takes = takes
         self.values: Optional[Values] = None   # the loop's, while attached
         # Computation -> messages that go in parts, and those that have to stay behind them
@@ -8792,6 +8907,9 @@ class Link(Channel):
         """Whether results go in parts: a Bye would say that their jobs had never begun."""
         return any(isinstance(each, InParts) and len(each.row) == 7
                    for waiting in self.later.values() for each in waiting)
+
+    def breaks(self, now: float) -> None:
+        self.stall = stall_of(self.sock, now - self.heard, self.pulse)
 
     def close(self) -> None:
         """As a channel, with what has come in part."""
@@ -9229,6 +9347,7 @@ class Loop:
 
     def _break(self, channel: Channel, text: str) -> None:
         if channel.dirty is not None:
+            channel.breaks(self.now)
             self.detach(channel)
             self.guard(None, self.on_broken, channel, text)
 
@@ -9315,7 +9434,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
         stand in the queue and keep the loop awake."""
         try:
             sock, where = super().get_request()
-            return sock, (plain_address(where[0]), *where[1:])
+            return sock, (address_in(where), *where[1:])
         except OSError as exc:
             if exc.errno in (23, 24):   # ENFILE, EMFILE
                 if self._spare >= 0:
@@ -9393,6 +9512,7 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
         with self._lock:
             may = self._keeper.may_log(address, time.monotonic())
         if may:
+            text = '%s (port %d)' % (text, self.server_address[1])
             logger.warning('%s was turned away: %s', address, text)
             self._refused(address, text)
 
@@ -9417,10 +9537,11 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: bytes, tls: Any = None,
          note: Callable[[Any], None] = lambda sock: None, patience: float = HANDSHAKE_TIME,
-         allowed: Optional[Callable[[str], bool]] = None) -> Arrival:
+         allowed: Optional[Callable[[str], bool]] = None, segment: int = 0) -> Arrival:
     """Connect, to addresses that are `allowed` only, TLS, handshake: blocking, for a thread. `tls` is a context of `tls_context`;
     `note` is told each socket as it is made, so that another thread can shut it down; `patience` is for the connection, and again
-    for the handshake. Raises HandshakeError or OSError; `dial_text` says it in words."""
+    for the handshake. If `segment` is given, packets carry at most so many bytes in both directions. Raises HandshakeError or
+    OSError; `dial_text` says it in words."""
     failure: OSError = OSError('it has no address')
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
         if allowed is not None and not allowed(str(address[0])):
@@ -9430,6 +9551,8 @@ def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: b
         note(sock)
         try:
             sock.settimeout(patience)
+            if segment:
+                set_option(sock, socket.IPPROTO_TCP, 'TCP_MAXSEG', segment)
             sock.connect(address)
             break
         except OSError as exc:
@@ -9447,7 +9570,7 @@ def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: b
             note(sock)
             binding = hashlib.sha256(sock.getpeercert(True)).digest()
         session = handshake_dial(sock, psk, role, wanted, instance, binding, deadline)
-        return Arrival(sock, session, plain_address(sock.getpeername()[0]))
+        return Arrival(sock, session, address_in(sock.getpeername()))
     except Silence as exc:
         sock.close()
         raise Silence('%s %g s' % (NO_ANSWER, patience)) from exc
@@ -9463,16 +9586,38 @@ def _dial_tls(sock: socket.socket, tls: Any) -> Any:
         raise HandshakeError(tls_text(exc)) from exc
 
 
+class Unreached(enum.Enum):
+    """What came of an attempt to reach a peer that has failed."""
+    DOWN = 'down'                    # its host is there, and nothing listens at the port
+    UNREACHABLE = 'unreachable'      # nobody answers, or no way leads there
+    NO_SUCH_NAME = 'no such name'
+    NAME_SERVICE = 'no name service'   # nobody says what address the name has
+    REFUSED = 'refused'              # somebody is there who does not let us in, or whom we do not trust
+
+    def __str__(self) -> str:
+        return self.value  # type: ignore[no-any-return]
+
+
+NAME_SERVICE_FAILS = frozenset((socket.EAI_AGAIN, socket.EAI_FAIL))
+NO_WAY = frozenset((errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN))
+
+
 def dial_text(exc: BaseException) -> str:
     """Why no connection came about."""
     if isinstance(exc, ConnectionRefusedError):
         return 'nothing listens there'
     if isinstance(exc, socket.gaierror):
+        if exc.errno in NAME_SERVICE_FAILS:
+            return 'its name does not resolve, because the name service does not answer (%s)' % exc.strerror
         return 'its name does not resolve'
+    if isinstance(exc, UnicodeError):
+        return 'its name is none that a host can have: %s' % exc
     if isinstance(exc, socket.timeout):
         return '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
     if type(exc).__name__.startswith('SSL'):   # with TLS 1.3 a rejected certificate comes to light in the handshake
         return tls_text(exc)
+    if isinstance(exc, OSError) and exc.errno in NO_WAY:
+        return 'it cannot be reached: %s' % exc.strerror
     return str(exc)
 
 
@@ -9480,6 +9625,19 @@ def told_once(text: str) -> str:
     """By what a reason of `dial_text` is known: that nobody answers is told once, however long was
     waited for it."""
     return NO_ANSWER if text.startswith(NO_ANSWER) else text
+
+
+def why_unreached(exc: BaseException) -> Unreached:
+    """The same in a word."""
+    if isinstance(exc, ConnectionRefusedError):
+        return Unreached.DOWN
+    if isinstance(exc, UnicodeError):
+        return Unreached.NO_SUCH_NAME
+    if isinstance(exc, socket.gaierror):
+        return Unreached.NAME_SERVICE if exc.errno in NAME_SERVICE_FAILS else Unreached.NO_SUCH_NAME
+    if (isinstance(exc, HandshakeError) and not isinstance(exc, Silence)) or type(exc).__name__.startswith('SSL'):
+        return Unreached.REFUSED
+    return Unreached.UNREACHABLE
 
 
 class Dialled(NamedTuple):
@@ -9491,10 +9649,10 @@ class Dialled(NamedTuple):
 
 
 class DialFailed(NamedTuple):
-    """Posted by the thread of a Dialling: it was not; `refused`: its host is there, and nothing listens."""
+    """Posted by the thread of a Dialling: it was not."""
     peer: Any
     text: str
-    refused: bool = False
+    why: Unreached = Unreached.UNREACHABLE
 
 
 class Dialling:
@@ -9571,7 +9729,7 @@ class _Attempt:
         try:
             found = self._reach(self._note)
         except (DispyError, OSError, ValueError, RuntimeError) as exc:   # Runtime: no process at interpreter's exit
-            self._post(DialFailed(self._peer, dial_text(exc), isinstance(exc, ConnectionRefusedError)))
+            self._post(DialFailed(self._peer, dial_text(exc), why_unreached(exc)))
         else:
             self._post(Dialled(self._peer, *found))
 
@@ -9688,12 +9846,10 @@ class Ear(socketserver.UDPServer):
         def reply(answer: bytes) -> None:
             with contextlib.suppress(OSError):   # no route, or the buffer is full: the asker asks again
                 sock.sendto(answer, client_address)
-        source = plain_address(client_address[0])
-        if len(client_address) == 4 and client_address[3]:   # link-local: it means something with the interface only
-            try:
-                source += '%' + socket.if_indextoname(client_address[3])
-            except OSError:   # no descriptor is left: it will ask again
-                return
+        try:
+            source = address_in(client_address)
+        except OSError:   # no descriptor is left: it will ask again
+            return
         self._hear(data, source, reply)
 
     def knock(self) -> None:
@@ -9716,7 +9872,7 @@ def own_addresses() -> Dict[str, str]:
     return _own_addresses
 
 
-_own_addresses: Dict[str, str] = {}
+_own_addresses = {}   # type: Dict[str, str]   # Python 3.7 compiles no annotation of a global name
 
 
 def interfaces() -> List[int]:
@@ -10023,7 +10179,10 @@ class Daemon(Loop):
             reply(answer)
             if heard is None and self.now - self._stranger_at > 10.0:
                 self._stranger_at = self.now
-                logger.warning('%s looks for nodes and has another secret: %s', source, same_secret())
+                # Another user of this machine is no reason to worry.
+                logger.log(logging.INFO if is_own_address(source) else logging.WARNING,
+                           '%s looks for nodes and has another secret than this node (port %d): %s', source, self._port,
+                           same_secret(derive_key(self._options.secret)))
 
     def _listen(self, host: str, port: int) -> Gate:
         options = self._options
@@ -10035,7 +10194,7 @@ class Daemon(Loop):
         except OSError as exc:
             where = place(host, port)
             if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
-                raise StartError('port %d is in use (%s): another dispynode? Choose another with -p/--port' % (port, where)) from exc
+                raise StartError('port %d is in use (%s), perhaps by another dispynode; choose another port with -p/--port' % (port, where)) from exc
             raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' % (where, exc)) from exc
 
     def _take_directory(self, port: int) -> str:
@@ -10225,7 +10384,7 @@ class Daemon(Loop):
         # One that closes at once refuses us for a while, for the reason that was told.
         if caller.told != about and not (caller.told and text == CLOSED_AT_ONCE):
             caller.told = about
-            logger.warning('%s (--scheduler-host) cannot be reached: %s; it is tried again and again', place(caller.host, caller.port), text)
+            logger.warning('%s (--scheduler-host) cannot be reached: %s; this node keeps trying', place(caller.host, caller.port), text)
 
     def _dial_callers(self) -> None:
         for caller in self._callers:
@@ -10296,8 +10455,9 @@ class Daemon(Loop):
     def on_broken(self, channel: Any, text: str) -> None:
         """A link or a pipe came to its end."""
         if isinstance(channel, Link):
-            log = logger.info if channel.on_purpose else logger.warning
-            log('link to %s ended: %s', channel.address, text)
+            is_missed = not channel.on_purpose and self.node.serves(channel.number)
+            log = logger.warning if is_missed else logger.info
+            log('link to %s ended: %s%s', channel.address, text, channel.stall and ': ' + STALLS[channel.stall])
             self._tell(LinkDown(channel.number, channel.on_purpose))
             for caller in self._callers:
                 if caller.link == channel.number:
@@ -11008,7 +11168,7 @@ def exit_text(code: Optional[int]) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = 'unknown'
-    return 'was killed by signal %d (%s%s)' % (-code, name, '; the system kills so when memory runs out' if code == -9 else '')
+    return 'was killed by signal %d (%s%s)' % (-code, name, '; the kernel does this when memory runs out' if code == -9 else '')
 
 
 def node_facts() -> dict:
@@ -11796,7 +11956,7 @@ def _prompt(post: Callable[[Any], None]) -> None:
     """Commands from the terminal, a thread of its own. Read with os.read: a thread that waits in sys.stdin holds a lock
     that the interpreter wants when it ends."""
     rest = b''
-    print('commands: quit, stop, start, cpus N, release; anything else: status', flush=True)
+    print('commands: quit, stop, start, cpus N, release; anything else shows the status', flush=True)
     while True:
         try:
             data = os.read(0, 4096)

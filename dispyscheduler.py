@@ -57,9 +57,20 @@ import sys
 import time
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
+try:
+    from dispy import Driver
+except ImportError as exc:   # this file was copied alone, or beside one of another release
+    text = str(exc)
+    if exc.name == 'dispy':
+        text = 'dispyscheduler.py needs the files dispy.py and dispynode.py of the same release beside it, in %s (%s)' % (
+            os.path.dirname(os.path.abspath(__file__)), exc)
+    if __name__ == '__main__':
+        sys.exit(text)
+    raise ImportError(text, name=exc.name, path=exc.path) from exc
+
 from dispy import (
     NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, DispyNode,
-    Driver, JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec,
+    JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec,
     NodeUser, Peer, Schedule, UseState, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error, VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT, OF_CLIENTS,
@@ -73,6 +84,8 @@ from dispynode import (
     log_record_of, over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs, open_envelope, open_plain, open_regular, parse_arguments, pieces_of, replaced, result_key,
     plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of, size_option, sized,
     take_own_directory, tls_files, unpack_error)
+
+__all__ = ['main']   # the others are dispy's own
 
 # ---------------------------------------------------------------------------------------------------------
 # Constants and errors
@@ -1225,7 +1238,7 @@ class Overview:
                 _, state, reason, cpus, _ = scheduler.queries.node_of(remote.comp, peer)
                 there, used = running.get(remote.comp, (0, 0))
                 uses.append((remote.number, 'drained' if reason == 'deallocated' else state, reason[-500:], cpus, there, used, *mine))
-        state, reason = peer.state.value, peer.reason
+        state, reason = peer.state_word, peer.reason
         if peer.key in self._released:
             state, reason = 'closed', 'released at the scheduler'
         elif peer.most == 0:
@@ -1417,6 +1430,7 @@ class Quota:
 class NodeSharing(NodePolicy):
     """Which nodes may be connected to and used, and whom each serves: all computations, or one that
     wants its nodes alone. The loop's thread."""
+    start_node = 'Start `python dispynode.py` on a host, with the secret that the scheduler has for nodes, and name it to the scheduler (-n)'
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
@@ -1424,6 +1438,15 @@ class NodeSharing(NodePolicy):
         self._wanting: List[str] = []
         self._is_due = False             # whom nodes serve may have changed
         self.named: Set[str] = set()     # nodes that the operator has named
+        self.port = 0                    # at which programs reach the scheduler
+
+    def introduction(self) -> str:
+        """Who this is, for those who run the node and for others who want it."""
+        return 'dispyscheduler of %s at port %d' % (super().introduction(), self.port)
+
+    def how_to_share(self, text: str) -> str:
+        """Nothing: this shares what it has."""
+        return ''
 
     def addresses_of(self, peer: Peer) -> Optional[Callable[[str], bool]]:
         """Which addresses of a node may be connected to. A dial thread."""
@@ -2421,6 +2444,7 @@ class Scheduler(Driver):
             port = door.server_address[1]
             if not one:
                 self._door(host, port + 1, keys, (Role.NODE,), options.node_certfile, options.node_keyfile)
+        self.sharing.port = self._doors[0].server_address[1]
         for door in self._doors:
             self.watch(door.socket, door.knock)
         self.now = self.clock()

@@ -296,7 +296,7 @@ def test_a_program_is_interrupted_and_killed(make_cluster, tmp_path):
 # -- bad input: a clear error at once, nothing started --------------------------------------------------------------
 
 @pytest.mark.parametrize('arguments, error, text', [
-    (dict(computation=5), TypeError, 'computation is a int'),
+    (dict(computation=5), TypeError, 'computation must be a function or the path of a program, not int'),
     (dict(computation='/no/such/program'), FileNotFoundError, '/no/such/program'),
     (dict(nodes=5), TypeError, 'nodes: 5'), (dict(nodes=['a:b']), ValueError, "'a:b'"),
     (dict(nodes=['a:70000']), ValueError, '70000'), (dict(secret=5), TypeError, 'secret'), (dict(nodes=['']), ValueError, "''"), (dict(nodes=[5]), TypeError, '5'),

@@ -58,7 +58,7 @@ def test_a_blank_secret_is_refused(blank):
 # Guards against: the same from the environment, where a failed substitution leaves such values.
 @pytest.mark.parametrize('wrong', (5, True, ['a']))
 def test_a_secret_of_another_type_is_refused(wrong):
-    with pytest.raises(TypeError, match='it must be str or bytes'):
+    with pytest.raises(TypeError, match='secret must be str or bytes, not '):
         find_secret(wrong)
 
 

@@ -314,7 +314,7 @@ def decide(nodes, batch, events):
     def act(actions):
         for action in actions:
             if type(action) is dispy.SendJobs:
-                running.extend((action.node, work._serial) for work in action.works)
+                running.extend((action.node, work.serial) for work in action.works)
     schedule.handle(dispy.Submitted([dispy.Work('c', b'') for _ in range(8 * nodes + events)]), 0.0)
     act(schedule.flush(0.0))
     while count < events:

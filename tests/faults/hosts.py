@@ -242,6 +242,13 @@ class Host(Namespace):
             if wanted:
                 namespace.run(['nft', 'add rule netdev %s drops %s drop' % (device, match)])
 
+    def lose_long(self, size=1400, sent=True, received=True):
+        """Packets of more bytes are lost without a word, as where a link has a smaller MTU than the interfaces on both sides of it
+        and ICMP is dropped. All packets from now on are as long as they are on a cable: the two ends hand over no longer ones."""
+        self.commands('ip link set dev eth0 gso_max_segs 1')
+        self.uplink.commands('ip link set dev %s gso_max_segs 1' % self.port)
+        self.drop('meta length > %d' % size, sent, received)
+
     def cut(self, sent=True, received=True):
         """The cable is cut: both ways, or one."""
         self.drop('', sent, received)

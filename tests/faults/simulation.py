@@ -44,7 +44,7 @@ import dispynode
 from dispy import ENDED, DispyJob, Driver, JobCluster, JobState, Journal
 from dispynode import (PULSE, PULSES_LOST, Ack, Arrival, Bye, Daemon, DialFailed, Dialled, Kept, Lease, LinkBroken, Loop, Memory, Options,
                        Outcome, Pause, Prepared, Release, Remembered, Results, Resume, RunnerGone, Refusals, RunnerUp, Session as Handshake, SetCpus, Shelf, Stage, Stop,
-                       Values, WorkerGone, WorkerResults, WorkerReturned, decode, encode, pieces_of, seal)
+                       Unreached, Values, WorkerGone, WorkerResults, WorkerReturned, decode, encode, pieces_of, seal)
 
 SILENCE = PULSE * PULSES_LOST
 PIPE = 0.0003            # s on the way between a daemon and its workers
@@ -155,6 +155,7 @@ class SimLink:
     """Stands in for dispynode.Link."""
     numbers = itertools.count(1)
     bytes_in = bytes_out = 0
+    stall = ''
 
     def __init__(self, sock, session, address, now, pulse=PULSE, takes=()):
         self.sock, self.address, self.pulse = sock, address, pulse
@@ -168,6 +169,9 @@ class SimLink:
 
     def abandon(self, comp, serials=None):
         return []
+
+    def breaks(self, now):
+        """Nothing is short or long here."""
 
     @property
     def heard(self):
@@ -814,7 +818,7 @@ class World:
                 or (home.daemon.alive and home.daemon.stopped):
             self.at(self.now + patience, driver.post, DialFailed(peer, 'no answer within %g s' % patience))
         elif not home.daemon.alive:
-            self.at(self.now + delay, driver.post, DialFailed(peer, 'connection refused', True))
+            self.at(self.now + delay, driver.post, DialFailed(peer, 'connection refused', Unreached.DOWN))
         else:
             self.at(self.now + delay, self.connect, driver, peer, home)
 

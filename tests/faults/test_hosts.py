@@ -1,6 +1,7 @@
 """Nodes and clients on different hosts."""
 
 import re
+import sys
 
 import pytest
 
@@ -136,3 +137,37 @@ def test_nothing_listens_and_nobody_answers(hosts):
     gone.cut()
     told = client.python(REFUSED, idle.ip, gone.ip)
     assert 'nothing listens' in told and gone.ip in told, told
+
+
+def test_down_unreachable_and_unknown_names_are_told_apart(hosts):
+    client, idle, gone = hosts.host('client'), hosts.host('idle'), hosts.host('gone')
+    gone.cut()
+    told = client.python(REFUSED, idle.ip, '10.99.0.1', 'no-such-host.example')
+    for part in ('%s:9701: down: nothing listens' % idle.ip, '10.99.0.1:9701: unreachable: it cannot be reached',
+                 'no-such-host.example:9701: no such name: its name does not resolve'):
+        assert part in told, told
+    assert 'refused' not in told and 'Errno' not in told, told
+    told = client.python(REFUSED.replace('timeout=2', 'timeout=11'), gone.ip)
+    assert re.search(r'%s:9701: unreachable: (no answer within \d+ s|it cannot be reached)' % re.escape(gone.ip), told), told
+    assert 'firewall lets TCP port 9701 in' in told and 'Start' not in told, told
+
+
+def test_a_link_local_address_is_shown_with_its_interface(hosts):
+    client, far = hosts.host('client'), hosts.host('far')
+    address = 'fe80::%s%%eth0' % far.ip6.split('::')[1]
+    with far.node() as node:
+        shown = client.python('''
+            import sys
+            import dispy
+
+            with dispy.JobCluster(abs, nodes=[sys.argv[1]]) as cluster:
+                job = cluster.submit(-1)
+                job.get(30)
+                print(job.ip_addr, cluster.status().nodes)
+                cluster.print_status()
+            ''', address)
+        assert shown.splitlines()[0].startswith('%s [<DispyNode [%s]:9701' % (address, address)), shown
+        assert shown.count(address) == 3
+        listed = client.run([sys.executable, '-m', 'dispy', '--list-nodes', '-n', address])
+        assert '[%s]:9701' % address in listed and 'free' in listed, listed
+        assert 'link to fe80::%s%%eth0' % client.ip6.split('::')[1] in node.log()

@@ -134,6 +134,34 @@ def test_a_link_cut_in_one_direction_only(sent, received):
             shown.wait(30)
 
 
+@pytest.mark.parametrize('sent, received', ((True, False), (False, True)))
+def test_packets_of_full_size_that_are_lost_are_named_and_avoided(sent, received):
+    """A link with a small MTU whose routers say nothing. Short packets arrive, so that a connection comes about each time."""
+    with Hosts() as hosts:
+        client, far = hosts.host('client'), hosts.host('far')
+        client.commands('ip link set dev eth0 gso_max_segs 1')
+        client.uplink.commands('ip link set dev %s gso_max_segs 1' % client.port)
+        with far.node() as node:
+            far.lose_long(1400, sent=received, received=sent)
+            shown = client.python('''
+                import os
+                import sys
+                import dispy
+
+                def compute(number, data):
+                    return number, os.urandom(3000)
+
+                with dispy.JobCluster(compute, nodes=[sys.argv[1]], pulse_interval=0.5, ping_interval=0.5) as cluster:
+                    jobs = [cluster.submit(number, os.urandom(3000)) for number in range(20)]
+                    print([job.get(60)[0] for job in jobs] == list(range(20)))
+                ''', far.ip)
+            assert 'True' in shown.splitlines(), shown
+            told = [line for line in shown.splitlines() if 'MTU' in line]
+            for part in (far.ip, 'mtu 1280', 'ICMP', 'at most 1200 bytes'):
+                assert part in told[0], shown
+            assert len(told) == 1 and 'refused' not in shown and 'MTU' in node.log()
+
+
 def test_a_flapping_link_costs_nothing_and_brings_no_storm_of_connects(node, ledger):
     ended = []
     with Proxy(node.address) as proxy, cluster_of(proxy, job_status=lambda job: ended.append(job.id)) as cluster:
