@@ -4579,8 +4579,13 @@ class _Worker:
         self.asks = 0           # its job sends a file, or has and waits for the answer: the link it goes along
         self.stuck = 0          # CPUs of a job that was killed and has been told, while its process has not ended
 
+    def note_begun(self) -> None:
+        """What it runs has begun, which its client is to be told."""
+        self.told = True
+        self.comp.begun.append((self.queue[0].serial, self.since))
 
-class _Shelved(NamedTuple):
+
+class Spooled(NamedTuple):
     """Results on the disk: whose they are, which, and when they are given up if their computation is over here."""
     owner: bytes
     serials: Set[int]
@@ -4617,7 +4622,8 @@ class _Computation:
         self.workers: Dict[int, _Worker] = {}
         self.idle: List[_Worker] = []
         self.has_idle_timer = False
-        self.hungry: Dict[int, _Worker] = {}   # busy workers whose queue may be filled up
+        # Busy workers whose queue may be filled up
+        self.refillable: Dict[int, _Worker] = {}
         self.estimate = DurationEstimate()
         # Jobs that a worker may hold behind the one that it runs
         self.handed = Allowance(self.estimate, 0, AHEAD_MOST)
@@ -4625,7 +4631,8 @@ class _Computation:
         self.owed: Set[int] = set()
         # Attempts that have begun and since when, to be told to the client
         self.begun: List[Tuple[int, float]] = []
-        self.stillborn = 0                     # workers in a row that died before their first job
+        # Workers in a row that died before their first job
+        self.startup_failures = 0
         # Keys of workers in which the initializer runs, and whether there is one
         self.starting: Set[int] = set()
         self.initializer = spec.get('initializer', False)
@@ -4637,9 +4644,17 @@ class _Computation:
         self.asked = False                     # for files, ever
         self.fetches: Deque[Tuple[int, list]] = collections.deque()   # workers, and the files that they wait for
         self.served = 0                        # when it was given a CPU last, in numbers of the node
-        self.own = self.client = _Claim()      # see `_share_between`; the second is set by the node
+        self.own = self.client = _Claim()      # see `FairShare`; the second is set by it
         self.done = 0                          # attempts that have ended
         self.overrun = False                   # notes of what has begun do not reach back far enough
+
+    def move(self, event: str) -> None:
+        """Go to the next stage."""
+        self.stage = STAGE_TABLE[self.stage, event]
+
+    def cpus_used(self) -> int:
+        """CPUs that it uses."""
+        return sum(worker.queue[0].cpus for worker in self.workers.values() if worker.queue)
 
     def enqueue(self, attempt: Attempt, again: bool = False) -> None:
         """Let an attempt wait: behind those of its priority, or before them if it has waited
@@ -4654,640 +4669,456 @@ class _Computation:
             waiting.insert(sum(other.priority > least for other in waiting), attempt)
 
 
-class Node:
-    """What a node decides. Events in, actions out; `flush` once a turn, after all events of the turn."""
+class NodeTables:
+    """The links, computations and workers of a node, which all of its parts look up, and the
+    actions that they have decided in this call."""
 
-    def __init__(self, name: str, cpus: int, facts: dict, zombie: float = ZOMBIE_TIME, serve: int = 0,
-                 client_shutdown: bool = False, now: float = 0.0) -> None:
-        self.name, self.cpus, self.facts = name, cpus, facts
-        self.offered = cpus     # `cpus` is more while a computation wants more processes than there are CPUs
-        self.most = cpus        # that `cpus` ever was
-        self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
-        self._zombie, self._serve, self._client_shutdown, self._born = zombie, serve, client_shutdown, now
-        self._served = 0        # leases that have ended
-        self._last = False      # the lease that is held is the last
-        self._ends = False      # what starts now is ended
-        self._released: Tuple[Optional[bytes], float] = (None, 0.0)   # client from which the node was taken; when it may come again
-        self.free = cpus
-        self.lease = Lease.FREE
-        self.holder: Optional[bytes] = None
-        self.holder_text = ''
-        self.held_since = 0.0
-        self._turned_away: Set[int] = set()     # links that were refused because another holds the node
-        self.held_bytes = 0
-        self._in_parts: List[Attempt] = []      # whose arguments came so
-        self.values = ValueDesk(VALUES_KEPT)
-        self.stopping = False
-        self._disk_full = False     # which was told
-        self._workers_at = 0.0      # when the next worker may be started
-        self._unborn_text = ''      # why none could be, as it was told
-        self.shelf: Dict[str, _Shelved] = {}    # computation -> results on disk, also of some that are over here
-        self.past: Dict[str, Past] = {}         # computation -> what is known of attempts that are not held any more
-        self._resent: Set[Tuple[int, str]] = set()   # links on which results of a computation were sent again
-        self._links: Dict[int, LinkUp] = {}
-        self._comps: Dict[str, _Computation] = {}
-        self._workers: Dict[int, _Worker] = {}
-        self._numbers = itertools.count(1)
-        self._timers: List[Tuple[float, int, str, Any, int]] = []   # when, number, what, worker or computation, serial
-        self._timers_most = 64   # after which they are looked through
-        self._ticket = itertools.count()
-        self._actions: List[Any] = []
-        self._now = now
-        self._names: Dict[int, str] = {}
-        self._look_at: Optional[float] = None       # when some head will have run for BEGUN_TIME
-        self._queries: List[Tuple[int, str]] = []   # links that ask what is there of a computation
-        self._handlers: Dict[type, Callable[..., None]] = {
-            LinkUp: self._link_up, LinkDown: self._link_down, Received: self._received, Prepared: self._prepared,
-            Wanted: self._on_wanted, Found: self._found, Kept: self._kept, Remembered: self._remembered,
-            Faulted: self._faulted,
-            Stored: self._stored, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
-            EndWanted: self._end_wanted,
-            WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
-            WorkerWants: self._worker_wants, Fetched: self._fetched, ValueSought: self._value_sought,
-            WorkerReturned: self._worker_returned,
-            WorkerGone: self._worker_gone, WorkerUnborn: self._worker_unborn,
-            WorkerInitialized: self._worker_initialized, WorkerTooBig: self._worker_too_big,
-            Stop: self._stop, Pause: self._pause, Resume: self._resume, SetCpus: self._set_cpus, Release: self._take_from_holder, Status: self._status,
-        }
-        self._messages: Dict[type, Callable[..., None]] = {
-            Introduce: self._on_introduce, Compute: self._on_compute, Jobs: self._on_jobs,
-            FilePiece: self._on_file_piece,
-            Cancel: self._on_cancel, Recall: self._on_recall, Ack: self._on_ack, Done: self._on_done,
-            FileStored: self._on_file_stored, Query: self._on_query, Shutdown: self._on_shutdown,
-            Limit: self._on_limit, Unfit: self._on_unfit,
-            Reclaim: self._on_reclaim, Return: self._on_return,
-        }
+    def __init__(self, name: str) -> None:
+        self.name = name        # of the node, for texts
+        self.now = 0.0          # the time of this call
+        self.actions: List[Any] = []
+        self.links: Dict[int, LinkUp] = {}
+        self.comps: Dict[str, _Computation] = {}
+        self.workers: Dict[int, _Worker] = {}
+        self._client_names: Dict[int, str] = {}   # by link
 
-    # -- called by the shell ------------------------------------------------------------------------------
+    def do(self, action: Any) -> None:
+        """Add an action to those of this call."""
+        self.actions.append(action)
 
-    def handle(self, event: Any, now: float) -> List[Any]:
-        """Take one event; returns what must be done at once. Raises PeerError for a message that may not come."""
-        self._actions, self._now = [], now
-        self._handlers[type(event)](event, now)
-        return self._actions
+    def reply(self, comp: _Computation, message: Any) -> None:
+        """Send a message to the client of a computation, if it is connected."""
+        if comp.link in self.links:
+            self.do(Send(comp.link, message))
 
-    def flush(self, now: float) -> List[Any]:
-        """The end of a turn: due timers, work for idle workers, results to clients."""
-        self._actions, self._now = [], now
-        while self._timers and self._timers[0][0] <= now:
-            _, _, what, key, serial = heapq.heappop(self._timers)
-            self._for(key if isinstance(key, str) else self.comp_of_worker(key), self._due, what, key, serial, now)
-        if self._look_at is not None and self._look_at <= now:
-            self._look(now)
-        serving = not (self.stopping or self.paused)
-        if self.values:
-            self._serve_values()
-        if serving:
-            self._share_out(now)
-        for comp in list(self._comps.values()):
-            self._for(comp.comp, self._tell, comp, serving, now)
-            if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
-                comp.overrun = True
-                self._do(NoteOverrun(comp.comp))
-        while self._queries:
-            self._report(*self._queries.pop(), now)
-        if self.stopping and not any(worker.queue for worker in self._workers.values()) \
-                and not any(comp.unacknowledged and comp.link in self._links for comp in self._comps.values()):
-            self._leave(now)
-        return self._actions
+    def ask_for_files(self, comp: _Computation, files: list) -> None:
+        """Ask the client of a computation for files, rows as in Need."""
+        comp.asked = True
+        for need in needs(comp.comp, files):
+            self.reply(comp, need)
 
-    def decided(self) -> List[Any]:
-        """Actions of the last `handle` or `flush`, which raised."""
-        actions, self._actions = self._actions, []
-        return actions
+    def comp_of(self, link: int, name: str) -> Optional[_Computation]:
+        """The computation a message speaks of. None for one that has ended here: the message came too late."""
+        comp = self.comps.get(name)
+        if comp is not None and comp.instance != self.links[link].instance:
+            raise PeerError('computation %.40r is of another client' % name)
+        return comp if comp is not None and comp.stage is not Stage.CLOSING else None
 
-    def comp_of_worker(self, key: int) -> str:
-        """Whose worker this is; empty when there is no such worker."""
-        worker = self._workers.get(key)
-        return worker.comp.comp if worker is not None else ''
+    def worker_at_work(self, key: int) -> Optional[_Worker]:
+        """A worker; None when there is no such worker, or its computation is being closed."""
+        worker = self.workers.get(key)
+        if worker is None or worker.comp.stage is Stage.CLOSING:
+            return None
+        return worker
 
-    def _for(self, comp: str, call: Callable[..., None], *args: Any) -> None:
+    def name_client(self, link: int, name: str) -> None:
+        """Note the name that the client on a link has given."""
+        self._client_names[link] = name
+
+    def client_at(self, link: int) -> str:
+        """The name of the client on a link, or its address."""
+        return self._client_names.get(link, self.links[link].address)
+
+    def remove_link(self, link: int) -> Optional[LinkUp]:
+        """Forget a link. Returns what was known of it."""
+        self._client_names.pop(link, None)
+        return self.links.pop(link, None)
+
+    def guarded(self, comp: str, call: Callable[..., None], *args: Any) -> None:
         """Call it for a computation, which alone ends when that raises."""
         try:
             call(*args)
         except Exception as exc:  # ours; the shell logs it and tells Faulted
-            self._do(Broken(comp, exc))
+            self.do(Broken(comp, exc))
 
-    def _deliver(self, comp: _Computation) -> None:
-        if comp.outbox and comp.link in self._links:
-            self._do(Send(comp.link, Results(comp.comp, comp.outbox)))
-            comp.outbox = []
-        elif comp.outbox:
-            self._keep(comp)
 
-    def next_timer(self) -> Optional[float]:
-        """When `flush` has something to do at the latest."""
-        if self._look_at is None:
-            return self._timers[0][0] if self._timers else None
-        return min(self._look_at, self._timers[0][0]) if self._timers else self._look_at
+class Timer(NamedTuple):
+    """A call that is due at some time, `call(*args, now)`; of which computation, and whether
+    `is_wanted(*args)` still."""
+    when: float
+    number: int     # timers of the same time are due in the order in which they were set
+    comp: str
+    call: Callable[..., None]
+    args: tuple
+    is_wanted: Callable[..., bool]
 
-    def is_preparing(self, name: str) -> bool:
-        """Whether files of a computation are to be compared."""
-        comp = self._comps.get(name)
-        return comp is not None and comp.stage is Stage.PREPARING
 
-    def has_jobs(self, name: str) -> bool:
-        """Whether a computation has jobs that run or wait."""
-        comp = self._comps.get(name)
-        return comp is not None and bool(comp.attempts)
+class Timers:
+    """Calls that are due at some time."""
 
-    # -- small parts --------------------------------------------------------------------------------------
+    def __init__(self) -> None:
+        self.next_at = math.inf     # when the first is due
+        self._heap: List[Timer] = []
+        self._numbers = itertools.count()
+        self._most = 64             # after which they are looked through
 
-    def _do(self, action: Any) -> None:
-        self._actions.append(action)
+    def __len__(self) -> int:
+        return len(self._heap)
 
-    def _at(self, when: float, what: str, key: Any = 0, serial: int = 0) -> None:
-        if len(self._timers) >= self._timers_most:   # those of attempts that have ended
-            self._timers = [timer for timer in self._timers if self._is_wanted(*timer[2:])]
-            heapq.heapify(self._timers)
-            self._timers_most = 2 * len(self._timers) + 64
-        heapq.heappush(self._timers, (when, next(self._ticket), what, key, serial))
+    def __iter__(self) -> Iterator[Timer]:
+        return iter(self._heap)
 
-    def _is_wanted(self, what: str, key: Any, serial: int) -> bool:
-        """Whether a timer is still for something."""
-        if what in ('timeout', 'kill', 'stuck'):
-            return self._heads(key, serial)
-        if what == 'past':
-            return key in self.past
-        if what in ('setup', 'orphan', 'idle'):
-            return key in self._comps
-        return what != 'expire' or key in self.shelf
+    def at(self, when: float, comp: str, call: Callable[..., None], *args: Any,
+           is_wanted: Callable[..., bool]) -> None:
+        """Have `call(*args, now)` called at this time."""
+        if len(self._heap) >= self._most:   # those of attempts that have ended
+            self._heap = [timer for timer in self._heap if timer.is_wanted(*timer.args)]
+            heapq.heapify(self._heap)
+            self._most = 2 * len(self._heap) + 64
+        timer = Timer(when, next(self._numbers), comp, call, args, is_wanted)
+        heapq.heappush(self._heap, timer)
+        self.next_at = self._heap[0].when
 
-    def _heads(self, key: int, serial: int) -> bool:
-        worker = self._workers.get(key)
-        return worker is not None and bool(worker.queue) and worker.queue[0].serial == serial
+    def pop(self) -> Timer:
+        """Remove the first timer and return it."""
+        timer = heapq.heappop(self._heap)
+        self.next_at = self._heap[0].when if self._heap else math.inf
+        return timer
 
-    def _set_lease(self, event: str, holder: Optional[bytes], now: float, text: str = '') -> None:
-        before, self.lease = self.lease, LEASE_TABLE[self.lease, event]
-        if before is Lease.FREE:
-            self.held_since = now
+
+class Cpus:
+    """How many CPUs a node offers, has to hand out, and has free."""
+
+    def __init__(self, count: int) -> None:
+        self.offered = count
+        self.total = count      # more than offered while a computation wants more processes than there are CPUs
+        self.most = count       # that `total` ever was
+        self.free = count
+
+    def resize(self, limits: Iterable[int]) -> None:
+        """CPUs to hand out: those offered, or as many as a computation has been allocated by its client."""
+        total = max([self.offered, *limits])
+        self.free += total - self.total
+        self.total = total
+        self.most = max(total, self.most)
+
+
+class NodeLease:
+    """Which client holds the node, since when, and which others wait for it."""
+
+    def __init__(self, serve: int, client_shutdown: bool) -> None:
+        """`serve`: after so many leases the node ends; 0: there is no such number.
+        `client_shutdown`: a client may ask for the end of the node with its lease."""
+        self.state = Lease.FREE
+        self.holder: Optional[bytes] = None
+        self.holder_text = ''
+        self.served = 0             # leases that have ended
+        self._serve = serve
+        self._client_shutdown = client_shutdown
+        self._is_last = False       # the lease that is held is the last
+        self._held_since = 0.0
+        self._refused: Set[int] = set()     # links that were refused because another holds the node
+        # Client from which the node was taken; when it may come again
+        self._cooldown: Tuple[Optional[bytes], float] = (None, 0.0)
+
+    def _move(self, event: str, holder: Optional[bytes], text: str) -> None:
+        before, self.state = self.state, LEASE_TABLE[self.state, event]
         self.holder, self.holder_text = holder, text
-        if before is not self.lease:
-            logger.info('%s%s', self.lease.value, ' by ' + text if text else '')
-        if self.lease is Lease.FREE and not self.stopping and not self.paused:
-            for link in self._turned_away:
-                self._do(Send(link, Offer(self.offered)))
-            self._turned_away.clear()
+        if before is not self.state:
+            logger.info('%s%s', self.state.value, ' by ' + text if text else '')
+
+    def take(self, holder: bytes, text: str, now: float) -> None:
+        """A client has the node from now on, or has it still and is connected."""
+        if self.state is Lease.FREE:
+            self._cooldown = (None, 0.0)
+            self._held_since = now
+        self._move('taken', holder, text)
+
+    def orphan(self) -> None:
+        """No link of the holder is left."""
+        self._move('broken', self.holder, self.holder_text)
+
+    def end(self) -> None:
+        """The holder has no computation here any more."""
+        self._move('ended', None, '')
+        self.served += 1
+
+    def is_of_another(self, instance: bytes) -> bool:
+        """Whether another client than this one holds the node."""
+        return self.state is not Lease.FREE and self.holder != instance
 
     def held_by(self, now: float) -> str:
         """Who holds the node and for how long, for people; empty when it is free."""
-        if self.lease is Lease.FREE:
+        if self.state is Lease.FREE:
             return ''
-        return '%s for %.0f s%s' % (self.holder_text or 'another client', now - self.held_since,
-                                    '; its connection is lost' if self.lease is Lease.ORPHANED else '')
+        return '%s for %.0f s%s' % (self.holder_text or 'another client', now - self._held_since,
+                                    '; its connection is lost' if self.state is Lease.ORPHANED else '')
 
-    def _set_stage(self, comp: _Computation, event: str) -> None:
-        comp.stage = STAGE_TABLE[comp.stage, event]
+    def refuse(self, link: int) -> None:
+        """Note that a client was refused because another holds the node."""
+        self._refused.add(link)
 
-    def _reply(self, comp: _Computation, message: Any) -> None:
-        if comp.link in self._links:
-            self._do(Send(comp.link, message))
+    def take_refused(self) -> Set[int]:
+        """Links that were refused so, once each."""
+        refused, self._refused = self._refused, set()
+        return refused
 
-    def _comp_of(self, link: int, name: str) -> Optional[_Computation]:
-        """The computation a message speaks of. None for one that has ended here: the message came too late."""
-        comp = self._comps.get(name)
-        if comp is not None and comp.instance != self._links[link].instance:
-            raise PeerError('computation %.40r is of another client' % name)
-        return comp if comp is not None and comp.stage is not Stage.CLOSING else None
+    def forget_link(self, link: int) -> None:
+        """A link is gone."""
+        self._refused.discard(link)
 
-    def _resize(self) -> None:
-        """CPUs to hand out: those offered, or as many as a computation has been allocated by its client."""
-        cpus = max([self.offered, *(comp.limit for comp in self._comps.values())])
-        self.free += cpus - self.cpus
-        self.cpus, self.most = cpus, max(cpus, self.most)
+    def cool_down(self, until: float) -> None:
+        """The node is taken from its holder, which may not come again before this time."""
+        self._cooldown = (self.holder, until)
 
-    def _offer(self, cpus: int) -> None:
-        for link in self._links:
-            self._do(Send(link, Offer(cpus)))
+    def is_cooling_down(self, instance: bytes, now: float) -> bool:
+        """Whether the node was taken from this client and may not be had by it yet."""
+        holder, until = self._cooldown
+        return holder == instance and now < until
 
-    # -- links and lease ----------------------------------------------------------------------------------
+    def make_last(self) -> bool:
+        """The client wants the node to end with its lease. Returns whether it will."""
+        self._is_last = self._client_shutdown
+        return self._is_last
 
-    def _link_up(self, event: LinkUp, now: float) -> None:
-        self._links[event.link] = event
+    def was_last(self) -> bool:
+        """Whether the node ends with the lease that has ended."""
+        return self._is_last or self.served == self._serve
 
-    def _link_down(self, event: LinkDown, now: float) -> None:
-        gone = self._links.pop(event.link, None)
-        self._names.pop(event.link, None)
-        self._turned_away.discard(event.link)
-        self._resent = {(link, name) for link, name in self._resent if link != event.link}
-        if gone is None or gone.instance != self.holder:
-            return
-        for comp in [comp for comp in self._comps.values() if comp.link == event.link]:
-            comp.calls.clear()
-            comp.fetches.clear()
-            for worker in comp.workers.values():
-                self._answer(worker, 'the connection to the client has ended')
-            if event.on_purpose:
-                self._close(comp, at_once=True)
-                self._forget(comp.comp)
-                self._remember(comp.comp, None)
-            else:
-                self._give_back_waiting(comp, self.values.interrupt(comp.comp))
-                self._keep(comp)
-                comp.orphan_at = now + ORPHAN_TIME
-                self._at(comp.orphan_at, 'orphan', comp.comp)
-        if not any(link.instance == self.holder for link in self._links.values()):
-            self._set_lease('broken', self.holder, now, self.holder_text)
-        self._release(now)
 
-    # -- results whose client is away ---------------------------------------------------------------------
+class PastAttempts:
+    """What is known of attempts that are not held any more, by computation."""
 
-    def _keep(self, comp: _Computation) -> None:
+    def __init__(self, tables: NodeTables, timers: Timers) -> None:
+        self._tables, self._timers = tables, timers
+        self._known: Dict[str, Past] = {}
+
+    def row(self, name: str) -> tuple:
+        """What is known, as on the wire."""
+        return self._known[name].row() if name in self._known else ()
+
+    def on_remembered(self, event: Remembered, now: float) -> None:
+        """An earlier daemon has written this down."""
+        self._known[event.comp] = event.past
+        self._set_timer(event.comp, now)
+
+    def add(self, name: str, past: Past) -> None:
+        """Add to what is known of attempts that are not held any more."""
+        if name not in self._known:
+            self._set_timer(name, self._tables.now)
+        self._known[name] = self._known.get(name, Past()).and_also(past)
+        self._tables.do(Remember(name, self._known[name]))
+
+    def forget(self, name: str) -> None:
+        """The client of a computation is done with it."""
+        if self._known.pop(name, None) is not None:
+            self._tables.do(Remember(name, Past()))
+
+    def _set_timer(self, name: str, now: float) -> None:
+        self._timers.at(now + PAST_TIME, name, self._expired, name, is_wanted=self._is_known)
+
+    def _is_known(self, name: str) -> bool:
+        return name in self._known
+
+    def _expired(self, name: str, now: float) -> None:
+        self.forget(name)
+
+
+class UndeliveredResults:
+    """Results that their clients have not acknowledged. While the client of a computation is
+    connected they are in memory, with the computation; while it is away they are on the disk, until
+    it comes back or --zombie-interval has passed."""
+
+    def __init__(self, tables: NodeTables, timers: Timers, past: PastAttempts,
+                 zombie: float) -> None:
+        self._tables, self._timers, self._past, self._zombie = tables, timers, past, zombie
+        self.spooled: Dict[str, Spooled] = {}   # computation -> results on disk, also of some that are over here
+        self._disk_full = False                 # which was told
+        self._resent: Set[Tuple[int, str]] = set()   # links on which results of a computation were sent again
+
+    def deliver(self, comp: _Computation) -> None:
+        """Send what has not been sent; to the disk with it if the client is away."""
+        if comp.outbox and comp.link in self._tables.links:
+            self._tables.do(Send(comp.link, Results(comp.comp, comp.outbox)))
+            comp.outbox = []
+        elif comp.outbox:
+            self.spool(comp)
+
+    def spool(self, comp: _Computation) -> None:
         """Results that nobody has acknowledged go to the disk."""
         comp.outbox = []
         if comp.unacknowledged:
-            self._do(Keep(comp.comp, comp.instance, list(comp.unacknowledged.values()), comp.digest))
+            self._tables.do(Keep(comp.comp, comp.instance, list(comp.unacknowledged.values()), comp.digest))
 
-    def _kept(self, event: Kept, now: float) -> None:
-        comp = self._comps.get(event.comp)
-        if event.error:   # no room: they stay in memory, and are tried again
-            if not self._disk_full:
-                logger.error('results cannot be kept on the disk: %s; they stay in memory until they can', event.error)
-            self._disk_full = True
-            if comp is not None and comp.link not in self._links:
-                comp.orphan_at = now + ORPHAN_TIME
-                self._at(comp.orphan_at, 'orphan', comp.comp)
-            return
+    def spooling_failed(self, event: Kept) -> None:
+        """There is no room: results stay in memory, and are tried again."""
+        if not self._disk_full:
+            logger.error('results cannot be kept on the disk: %s; they stay in memory until they can', event.error)
+        self._disk_full = True
+
+    def on_spooled(self, event: Kept, now: float) -> None:
+        """Results are on the disk."""
+        comp = self._tables.comps.get(event.comp)
         self._disk_full = False
         if comp is not None:
             for serial in event.serials:
                 comp.unacknowledged.pop(serial, None)
-        shelved = self.shelf.get(event.comp)
-        if shelved is None:
-            shelved = _Shelved(comp.instance, set(), 0.0, comp.digest) if comp is not None else _Shelved(b'', set(), 0.0)
-            self._at(now + self._zombie, 'expire', event.comp)
-        shelved.serials.update(event.serials)
-        self.shelf[event.comp] = shelved._replace(until=now + self._zombie)
+        spooled = self.spooled.get(event.comp)
+        if spooled is None:
+            spooled = Spooled(comp.instance, set(), 0.0, comp.digest) if comp is not None else Spooled(b'', set(), 0.0)
+            self._expire_at(now + self._zombie, event.comp)
+        spooled.serials.update(event.serials)
+        self.spooled[event.comp] = spooled._replace(until=now + self._zombie)
 
-    def _found(self, event: Found, now: float) -> None:
-        self.shelf[event.comp] = _Shelved(event.owner, set(event.serials), event.until, event.digest)
-        self._at(event.until, 'expire', event.comp)
+    def on_found(self, event: Found, now: float) -> None:
+        """An earlier daemon has left results on the disk."""
+        self.spooled[event.comp] = Spooled(event.owner, set(event.serials), event.until, event.digest)
+        self._expire_at(event.until, event.comp)
 
-    def _forget(self, name: str) -> None:
-        if self.shelf.pop(name, None) is not None:
-            self._do(Forget(name))
+    def forget(self, name: str) -> None:
+        """Remove results of a computation from the disk."""
+        if self.spooled.pop(name, None) is not None:
+            self._tables.do(Forget(name))
 
-    def _remembered(self, event: Remembered, now: float) -> None:
-        self.past[event.comp] = event.past
-        self._at(now + PAST_TIME, 'past', event.comp)
+    def spooled_serials(self, name: str) -> Container[int]:
+        """Attempts of a computation whose results are on the disk."""
+        spooled = self.spooled.get(name)
+        return spooled.serials if spooled is not None else ()
 
-    def _remember(self, name: str, past: Optional[Past]) -> None:
-        """Add to what is known of attempts that are not held any more; None: its client is done with it."""
-        if past is None:
-            if self.past.pop(name, None) is not None:
-                self._do(Remember(name, Past()))
-            return
-        if name not in self.past:
-            self._at(self._now + PAST_TIME, 'past', name)
-        self.past[name] = self.past.get(name, Past()).and_also(past)
-        self._do(Remember(name, self.past[name]))
+    def spooled_of(self, instance: bytes) -> List[str]:
+        """Computations of a client that have results on the disk."""
+        return [name for name, spooled in self.spooled.items() if spooled.owner == instance]
 
-    def _held(self, name: str) -> List[int]:
+    def known_attempts(self, name: str) -> List[int]:
         """All attempts of a computation that are known here."""
-        comp, shelved = self._comps.get(name), self.shelf.get(name)
+        comp, spooled = self._tables.comps.get(name), self.spooled.get(name)
         known = [*comp.attempts, *comp.unacknowledged] if comp is not None and comp.stage is not Stage.CLOSING else []
-        return known + (sorted(shelved.serials) if shelved is not None else [])
+        return known + (sorted(spooled.serials) if spooled is not None else [])
 
-    def _past_row(self, name: str) -> tuple:
-        return self.past[name].row() if name in self.past else ()
+    def give_to(self, name: str, instance: bytes) -> None:
+        """Results on the disk are this client's from now on."""
+        if name in self.spooled:
+            self.spooled[name] = self.spooled[name]._replace(owner=instance)
 
-    def _resend(self, name: str, link: int) -> None:
+    def has_key(self, name: str, key: bytes) -> bool:
+        """Whether this is the key of the results that are on the disk."""
+        spooled = self.spooled.get(name)
+        return spooled is not None and hmac.compare_digest(spooled.digest, key)
+
+    def resend(self, name: str, link: int) -> None:
         """What its client has not acknowledged; it may have some of it. Once on a link."""
         if (link, name) in self._resent:
             return
         self._resent.add((link, name))
-        comp = self._comps.get(name)
+        comp = self._tables.comps.get(name)
         if comp is not None and comp.unacknowledged:
-            self._do(Send(link, Results(name, list(comp.unacknowledged.values()))))
+            self._tables.do(Send(link, Results(name, list(comp.unacknowledged.values()))))
         if comp is not None:
             comp.outbox = []
-        if name in self.shelf:
-            self._do(SendKept(link, name))
+        if name in self.spooled:
+            self._tables.do(SendKept(link, name))
 
-    def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
-        comp, up, shelved = self._comps.get(message.comp), self._links[link], self.shelf.get(message.comp)
-        digests = [known.digest for known in (comp, shelved) if known is not None]
-        if not all(may_reclaim(digest, message.key) for digest in digests):
-            logger.warning('%s wants results of a computation and does not have its key', self._names.get(link, up.address))
-            self._do(Send(link, Held(message.comp, [], Past(whole=False).row())))
-            return
-        if comp is not None and comp.stage is not Stage.CLOSING:
-            if comp.link in self._links and comp.link != link:
-                self._do(Send(link, Refused(message.comp, 'busy', 'its client is connected: %s' % self.held_by(now))))
-                return
-            if message.take:
-                comp.link, comp.instance = link, up.instance
-                self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
-        if message.take and message.comp in self.shelf:
-            self.shelf[message.comp] = self.shelf[message.comp]._replace(owner=up.instance)
-        self._do(Send(link, Held(message.comp, self._held(message.comp), self._past_row(message.comp))))
-        if message.take:
-            self._resend(message.comp, link)
+    def forget_link(self, link: int) -> None:
+        """A link is gone."""
+        self._resent = {(other, name) for other, name in self._resent if other != link}
 
-    def _make_way(self) -> None:
-        """Another client wants this node: what is lost and has nothing to do is not waited for."""
-        for comp in list(self._comps.values()):
-            if comp.link not in self._links and not comp.attempts and not comp.unacknowledged:
-                self._close(comp, at_once=True)
-
-    def _release(self, now: float) -> None:
-        """Free the lease when its holder has no computation here."""
-        if self.lease is not Lease.FREE and not self._comps:
-            self._set_lease('ended', None, now)
-            self._served += 1
-            if (self._last or self._served == self._serve) and not self.stopping:
-                self._stop(Stop(), now)
-
-    def _received(self, event: Received, now: float) -> None:
-        handler = self._messages.get(type(event.message))
-        if handler is None or event.link not in self._links:
-            raise PeerError('%s may not come here' % type(event.message).__name__)
-        handler(event.link, event.message, now)
-
-    def _on_introduce(self, link: int, message: Introduce, now: float) -> None:
-        self._names[link] = message.name[:200]
-        kept = {name: self._held(name) for name, shelved in self.shelf.items() if shelved.owner == self._links[link].instance}
-        self._do(Send(link, Welcome(self.name, self.offered, dict(self.facts, holder=self.held_by(now), kept=kept))))
-        if self.paused:
-            self._do(Send(link, Offer(0)))
-
-    # -- computations -------------------------------------------------------------------------------------
-
-    def _on_compute(self, link: int, message: Compute, now: float) -> None:
-        up = self._links[link]
-        comp = self._comp_of(link, message.comp)
-        if comp is not None and not hmac.compare_digest(comp.digest, result_key(message.spec)):
-            raise PeerError('computation %.40r has another key' % message.comp)
-        if comp is not None:   # its client is back after a broken link
-            comp.link = link
-            self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
-            if comp.stage is Stage.RECEIVING:
-                self._do(WantAgain(comp.comp))
-            if comp.stage is Stage.READY:
-                self._do(Send(link, Ready(comp.comp, self._held(comp.comp), self._past_row(comp.comp))))
-            self._resend(comp.comp, link)
-            comp.begun = [(worker.queue[0].serial, worker.since) for worker in comp.workers.values()
-                          if worker.queue and worker.told]
-            return
-        if self.stopping:
-            self._do(Send(link, Refused(message.comp, 'stopping', 'the node is being stopped')))
-        elif self.paused:
-            self._do(Send(link, Refused(message.comp, 'paused', 'it takes no new jobs: %s' % ', '.join(self.paused.values()))))
-        elif self._released[0] == up.instance and now < self._released[1]:
-            self._do(Send(link, Refused(message.comp, 'busy', RELEASED_TEXT)))
-        elif message.comp in self._comps:
-            self._do(Send(link, Refused(message.comp, 'closing', 'the same computation is still being closed')))
-        elif self.lease is not Lease.FREE and self.holder != up.instance:
-            self._turned_away.add(link)
-            self._do(Send(link, Refused(message.comp, 'busy', 'it serves %s' % self.held_by(now))))
-            self._make_way()
-        else:
-            if self.lease is Lease.FREE:
-                self._released = (None, 0.0)
-            self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
-            comp = _Computation(message.comp, up.instance, link, message.spec)
-            comp.client = next((other.client for other in self._comps.values()
-                                if other.client_name == comp.client_name), _Claim())
-            self._comps[message.comp] = comp
-            self._resize()
-            shelved = self.shelf.get(message.comp)
-            if shelved is not None and hmac.compare_digest(shelved.digest, result_key(message.spec)):
-                self.shelf[message.comp] = shelved._replace(owner=up.instance)
-                self._resend(message.comp, link)
-            self._do(Prepare(message.comp, message.spec))
-
-    def _prepared(self, event: Prepared, now: float) -> None:
-        comp = self._comps[event.comp]
-        if comp.stage is not Stage.PREPARING:
-            return
-        if event.error:
-            self._refuse(comp, event.code, event.error)
-        elif event.missing:
-            self._set_stage(comp, 'missing')
-            self._need(comp, event.missing)
-        else:
-            self._start(comp, now)
-
-    def _on_wanted(self, event: Wanted, now: float) -> None:
-        comp = self._comps.get(event.comp)
-        if comp is not None and comp.stage is Stage.RECEIVING and event.missing:
-            self._need(comp, event.missing)
-
-    def _need(self, comp: _Computation, files: list) -> None:
-        comp.asked = True
-        for need in needs(comp.comp, files):
-            self._reply(comp, need)
-
-    def _on_file_piece(self, link: int, message: FilePiece, now: float) -> None:
-        comp, asked = self._comp_of(link, message.comp), message.purpose in ASKED_FOR
-        if message.purpose == Purpose.FROM_JOB or (asked and comp is not None and not comp.asked):
-            raise PeerError('a file that was not asked for')
-        if asked and comp is not None and comp.link != link:
-            return   # what came on another connection is sent again on this one
-        if comp is not None and (asked or comp.stage is Stage.READY):
-            self._do(Store(message))
-        elif not asked and message.offset + len(message.data) >= message.row[1]:
-            text = 'the computation is not set up there'
-            self._do(Send(link, FileStored(*message[:3], message.row[0], text)))
-
-    def _stored(self, event: Stored, now: float) -> None:
-        comp, error = self._comps.get(event.file.comp), event.file.error
-        if event.file.purpose == Purpose.VALUES:
-            self._value_stored(event.file, now)
-        elif comp is not None and event.file.purpose not in ASKED_FOR:
-            self._reply(comp, event.file)
-        elif comp is not None and (error or event.complete):
-            if comp.fetches:
-                self._fetched(Fetched(comp.comp, [], error), now)
-            if comp.stage is Stage.RECEIVING and error:
-                self._refuse(comp, event.code, error)
-            elif comp.stage is Stage.RECEIVING:
-                self._start(comp, now)
-
-    # -- values by digest ---------------------------------------------------------------------------------
-
-    def _serve_values(self) -> None:
-        """Attempts whose values are there wait for a CPU from now on; what others lack is fetched."""
-        served, actions = self.values.serve()
-        for _, attempt in served:
-            attempt.comp.enqueue(attempt)
-        for action in actions:
-            self._do(action)
-
-    def _value_sought(self, event: ValueSought, now: float) -> None:
-        """A value is missing, is there, or cannot be had."""
-        comp = self._comps.get(event.comp)
-        if comp is None or not event.digest or self.values.coming(event.comp) != event.digest:
-            return
-        if event.missing:
-            self._need(comp, event.missing)
-        elif event.error:
-            for attempt in self.values.failed(event.comp):
-                self._finish(comp, unfit_row(Unfit(comp.comp, (attempt.serial,), unfit_text(
-                    sum(size for size, _ in attempt.values), '%s (on node %s)' % (event.error, self.name)))))
-        else:
-            self.values.came(event.comp)
-
-    def _value_stored(self, file: FileStored, now: float) -> None:
-        """The value that is fetched is there, or cannot be had."""
-        digest = self.values.coming(file.comp)
-        if digest.hex() == file.name:
-            self._value_sought(ValueSought(file.comp, digest, [], file.error), now)
-
-    def _give_back_waiting(self, comp: _Computation, attempts: Sequence[Attempt]) -> None:
-        """Attempts that waited for values are not waited for any more."""
-        serials: List[int] = []
-        for attempt in attempts:
-            if attempt.ending is not None:
-                self._finish(comp, self._unstarted(attempt))
-            else:
-                serials.append(self._dismiss(comp, attempt))
-        if serials:
-            self._hand_back(comp, serials)
-
-    def _on_query(self, link: int, message: Query, now: float) -> None:
-        """Answered at the end of the turn, when what came in it has been handed out."""
-        self._comp_of(link, message.comp)
-        self._queries.append((link, message.comp))
-
-    def _report(self, link: int, name: str, now: float) -> None:
-        if link not in self._links:
-            return
-        comp = self._comps.get(name)
-        if comp is not None and comp.instance != self._links[link].instance:
-            comp = None
-        if comp is not None and comp.stage is Stage.CLOSING:
-            comp = None
-        running, waiting = [], []
+    def on_ack(self, link: int, message: Ack, now: float) -> None:
+        """The client has these results."""
+        comp, spooled = self._tables.comp_of(link, message.comp), self.spooled.get(message.comp)
         if comp is not None:
-            running = [(worker.queue[0].serial, now - worker.since) for worker in comp.workers.values() if worker.queue]
-            waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
-        busy = sum(bool(worker.queue) for other in self._comps.values() for worker in other.workers.values())
-        available = dict(self.facts.get('available', {}), busy=busy, holder=self.held_by(now))
-        self._do(Send(link, Report(name, running, waiting, available)))
+            for serial in message.serials:
+                comp.unacknowledged.pop(serial, None)
+        if spooled is not None and spooled.owner == self._tables.links[link].instance:
+            spooled.serials.difference_update(message.serials)
+            if not spooled.serials:
+                self.forget(message.comp)
 
-    def _start(self, comp: _Computation, now: float) -> None:
-        self._set_stage(comp, 'complete')
-        self._do(StartRunner(comp.comp, comp.spec, comp.link))
-        self._at(now + SETUP_TIME, 'setup', comp.comp)
+    def _expire_at(self, when: float, name: str) -> None:
+        self._timers.at(when, name, self._expire, name, is_wanted=self._is_spooled)
 
-    def _runner_up(self, event: RunnerUp, now: float) -> None:
-        comp = self._comps[event.comp]
-        if comp.stage is Stage.STARTING:
-            self._set_stage(comp, 'up')
-            self._reply(comp, Ready(comp.comp, self._held(comp.comp), self._past_row(comp.comp)))
-            for note in event.notes:
-                self._reply(comp, Said(comp.comp, 'node %s: %s' % (self.name, note)))
+    def _is_spooled(self, name: str) -> bool:
+        return name in self.spooled
 
-    def _refuse(self, comp: _Computation, code: str, text: str) -> None:
-        text = shorten(text)
-        logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
-        self._give_back(comp)   # what has not begun waits again elsewhere
-        self._deliver(comp)   # what has ended, has ended; after the refusal nobody would believe it
-        self._keep(comp)
-        self._reply(comp, Refused(comp.comp, code, text))
-        self._close(comp, at_once=True)
-
-    def _faulted(self, event: Faulted, now: float) -> None:
-        comp = self._comps.get(event.comp)
-        if comp is not None and comp.stage is not Stage.CLOSING:
-            self._account_for(comp, event.text)
-            self._refuse(comp, 'fault', event.text)
-
-    def _account_for(self, comp: _Computation, text: str) -> None:
-        """What runs has failed with this text; what waits was never started."""
-        for worker in list(comp.workers.values()):
-            if worker.queue:
-                head, rest = worker.queue[0], list(worker.queue)[1:]
-                self._finish(comp, (head.serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
-                self.free += head.cpus
-                worker.queue.clear()
-                comp.waiting.extend(rest)
-        self._give_back(comp)
-
-    def _runner_gone(self, event: RunnerGone, now: float) -> None:
-        comp = self._comps.get(event.comp)
-        if comp is None:
+    def _expire(self, name: str, now: float) -> None:
+        if name not in self.spooled:
             return
-        if comp.stage is not Stage.CLOSING:
-            # Its workers are killed with it; what they ran has failed, and all later jobs would.
-            for worker in list(comp.workers.values()):
-                comp.stillborn = 0
-                head = worker.queue[0].serial if worker.queue else 0
-                ran = head if event.begun is None or head in event.begun else 0
-                self._worker_gone(WorkerGone(worker.key, 'the runner process ended: %s' % event.text, ran), now)
-            self._refuse(comp, 'code' if event.unloadable else event.code, event.text)
+        until = self.spooled[name].until if name not in self._tables.comps else now + max(self._zombie, 1.0)
+        if now < until:
+            self._expire_at(until, name)
             return
-        for worker in list(comp.workers.values()):
-            self.free += worker.stuck
-            self._bury(worker)
-        del self._comps[event.comp]
-        self._resize()
-        self._release(now)
+        serials = self.spooled[name].serials
+        logger.warning('%d results of a computation whose client has not come back are given up (--zombie-interval)', len(serials))
+        self._past.add(name, Past(given_up=frozenset(serials), text='node %s gave up its result after %g s '
+                                  '(--zombie-interval)' % (self._tables.name, self._zombie)))
+        self.forget(name)
 
-    def _on_done(self, link: int, message: Done, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
-        if comp is not None:
-            self._close(comp, at_once=False)
-        if comp is not None or message.comp not in self._comps:
-            self._forget(message.comp)
-            self._remember(message.comp, None)
 
-    def _close(self, comp: _Computation, at_once: bool) -> None:
-        if comp.stage is Stage.CLOSING:
-            return
-        self._set_stage(comp, 'close')
-        self.held_bytes -= sum(attempt.counted for attempt in comp.attempts.values())
-        attempts = [attempt for attempt in comp.attempts.values() if attempt.values]
-        comp.waiting.clear()
-        comp.attempts.clear()
-        comp.unacknowledged.clear()
-        comp.idle.clear()
-        comp.hungry.clear()
-        for attempt in attempts:
-            self.values.release(comp.comp, attempt)
-        self.values.forget(comp.comp)
-        for worker in comp.workers.values():
-            if worker.queue:
-                self.free += worker.queue[0].cpus
-                worker.queue.clear()
-        self._do(StopRunner(comp.comp, at_once))
+class Attempts:
+    """Attempts from when they come until their results are there or they are given back, and what
+    they need while they wait: memory for their arguments, and values."""
 
-    # -- attempts -----------------------------------------------------------------------------------------
+    def __init__(self, tables: NodeTables, cpus: Cpus, past: PastAttempts,
+                 results: UndeliveredResults, share: 'FairShare') -> None:
+        self._tables, self._cpus, self._past = tables, cpus, past
+        self._results, self._share = results, share
+        self.refuses_new = False    # those that come are given back
+        self.held_bytes = 0         # of arguments of attempts that wait
+        self._in_parts: List[Attempt] = []      # whose arguments came so
+        self.values = ValueDesk(VALUES_KEPT)
 
-    def _on_jobs(self, link: int, message: Jobs, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
+    # -- coming -------------------------------------------------------------------------------------------
+
+    def on_jobs(self, link: int, message: Jobs, now: float) -> None:
+        """Attempts have come; those that are known here have come before."""
+        comp = self._tables.comp_of(link, message.comp)
         if comp is None or comp.link != link:   # another connection has the place of this one, and was told what had come
             return
-        if self.stopping or self.paused:
-            self._reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
+        if self.refuses_new:
+            self._return_all(comp, message)
             return
         is_large = len(message.rows) == 1 and size_of(message.rows[0][1]) > FRAME_FILL
         if is_large:
-            unfit = over_limit_here(message, 'on node %s' % self.name)
+            unfit = over_limit_here(message, 'on node %s' % self._tables.name)
             if unfit is not None:
-                self._on_unfit(link, unfit, now)
+                self.on_unfit(link, unfit, now)
                 return
-        shelved = self.shelf[comp.comp].serials if comp.comp in self.shelf else ()
+        spooled = self._results.spooled_serials(comp.comp)
         if not comp.attempts:
-            for claim in (comp.own, comp.client):
-                claim.fresh = claim.fresh or claim.seen + ABSENT_TIME < now
+            self._share.returns(comp, now)
         for serial, payload, options in message.rows:
-            if serial in comp.attempts or serial in comp.unacknowledged or serial in shelved:
+            if serial in comp.attempts or serial in comp.unacknowledged or serial in spooled:
                 continue
             attempt = Attempt(serial, payload, options, comp)
-            if attempt.cpus > self.most:
-                self._finish(comp, (serial, int(Outcome.DIED), 0.0, 0.0, b'the job wants %d CPUs and the node has %d'
-                                    % (attempt.cpus, self.most), b'', b''))
+            if attempt.cpus > self._cpus.most:
+                self.finish(comp, (serial, int(Outcome.DIED), 0.0, 0.0, b'the job wants %d CPUs and the node has %d'
+                                   % (attempt.cpus, self._cpus.most), b'', b''))
                 continue
             comp.attempts[serial] = attempt
             if not attempt.values or self.values.admit(comp.comp, attempt):
                 comp.enqueue(attempt)
-            self._count(attempt, True)
-        if is_large and size_of(payload) > MAX_FRAME and serial in comp.attempts:
+            self.count(attempt, True)
+        if is_large:
+            self._note_parts(comp, message.rows[0])
+
+    def _return_all(self, comp: _Computation, message: Jobs) -> None:
+        self._tables.reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
+
+    def _note_parts(self, comp: _Computation, row: tuple) -> None:
+        """Note an attempt whose arguments came in parts."""
+        serial, payload = row[:2]
+        if size_of(payload) > MAX_FRAME and serial in comp.attempts:
             attempt = comp.attempts[serial]
             if attempt not in self._in_parts:
                 self._in_parts.append(attempt)
+
+    def on_unfit(self, link: int, message: Unfit, now: float) -> None:
+        """An attempt whose arguments find no room here."""
+        comp = self._tables.comp_of(link, message.comp)
+        if comp is None or comp.link != link or self._is_known(comp, message.row[0]):
+            return
+        self.finish(comp, unfit_row(message))
+
+    def _is_known(self, comp: _Computation, serial: int) -> bool:
+        spooled = self._results.spooled_serials(comp.comp)
+        return serial in comp.attempts or serial in comp.unacknowledged or serial in spooled
+
+    # -- memory -------------------------------------------------------------------------------------------
+
+    def count(self, attempt: Attempt, waits: bool) -> None:
+        """Into the books of what waits, or out of them."""
+        counted = size_of(attempt.payload) if waits else 0
+        self.held_bytes += counted - attempt.counted
+        attempt.counted = counted
 
     def is_full(self) -> bool:
         """Whether so much waits that links are not to be read: without what came in parts, for which
@@ -5299,55 +5130,300 @@ class Node:
             held -= sum(attempt.counted for attempt in self._in_parts)
         return held > RECEIVE_BUDGET
 
-    def _on_unfit(self, link: int, message: Unfit, now: float) -> None:
-        """An attempt whose arguments find no room here."""
-        comp = self._comp_of(link, message.comp)
-        if comp is None or comp.link != link or self._is_known(comp, message.row[0]):
+    # -- ending and going back ----------------------------------------------------------------------------
+
+    def finish(self, comp: _Computation, row: tuple) -> None:
+        """An attempt has ended, with this row of Results."""
+        attempt = comp.attempts.pop(row[0], None)
+        comp.done += 1
+        if attempt is not None and attempt.counted:
+            self.count(attempt, False)
+        if attempt is not None and attempt.values:
+            self._done_with_values(comp, attempt)
+        comp.unacknowledged[row[0]] = row
+        comp.outbox.append(row)
+
+    def finish_unstarted(self, comp: _Computation, attempt: Attempt) -> None:
+        """An attempt was cancelled before it started."""
+        self.finish(comp, (attempt.serial, int(Outcome.CANCELLED), 0.0, 0.0, b'cancelled before it started', b'', b''))
+
+    def requeue(self, comp: _Computation, attempts: Iterable[Attempt]) -> None:
+        """Attempts that never started go back to the front, or to the client if it has called them
+        back, or end if they were to be cancelled."""
+        back: List[int] = []
+        for attempt in reversed(list(attempts)):
+            if attempt.ending is Outcome.CANCELLED:
+                self.finish_unstarted(comp, attempt)
+            elif attempt.serial in comp.owed:
+                back.append(self._dismiss(comp, attempt))
+            else:
+                attempt.ending = None
+                comp.enqueue(attempt, again=True)
+                self.count(attempt, True)
+        if back:
+            self._hand_back(comp, back[::-1])
+
+    def give_back(self, comp: _Computation, wanted: Optional[Set[int]] = None) -> None:
+        """Return attempts that wait here: these, or all."""
+        lacking = [attempt for attempt in self.values.waiting(comp.comp)
+                   if wanted is None or attempt.serial in wanted]
+        if lacking:
+            self.give_back_waiting(comp, lacking)
+        back = [attempt for attempt in comp.waiting if wanted is None or attempt.serial in wanted]
+        if not back:
             return
-        self._finish(comp, unfit_row(message))
+        if len(back) == len(comp.waiting):
+            comp.waiting.clear()
+        else:
+            comp.waiting = collections.deque(attempt for attempt in comp.waiting if attempt.serial not in wanted)  # type: ignore[operator]
+        self._hand_back(comp, self._leave(comp, back))
 
-    def _is_known(self, comp: _Computation, serial: int) -> bool:
-        shelved = self.shelf[comp.comp].serials if comp.comp in self.shelf else ()
-        return serial in comp.attempts or serial in comp.unacknowledged or serial in shelved
+    def give_back_waiting(self, comp: _Computation, attempts: Sequence[Attempt]) -> None:
+        """Attempts that waited for values are not waited for any more."""
+        serials = self._leave(comp, attempts)
+        if serials:
+            self._hand_back(comp, serials)
 
-    def _share_out(self, now: float) -> None:
-        """CPUs to computations."""
-        ready = [comp for comp in self._comps.values() if comp.stage is Stage.READY]
-        crowded = len(ready) > 1 and self._share_between(ready, now)
-        for comp in ready:
-            self._for(comp.comp, self._dispatch, comp, now, crowded)
+    def _leave(self, comp: _Computation, attempts: Sequence[Attempt]) -> List[int]:
+        """Attempts that never started end if they were to be, and are of the client again otherwise.
+        Returns the latter."""
+        serials: List[int] = []
+        for attempt in attempts:
+            if attempt.ending is not None:
+                self.finish_unstarted(comp, attempt)
+            else:
+                serials.append(self._dismiss(comp, attempt))
+        return serials
 
-    def _share_between(self, ready: List[_Computation], now: float) -> bool:
-        """When several wait, a CPU goes to the client, and of its computations to the one, that
-        will have used least when what runs now has ended; then to the one served longest ago. So
-        who has had less, because it had nothing here in some moment, gets it back. One that has
-        come is next, and claims nothing of what others used before. Returns whether several
-        wait."""
-        rivals = [comp for comp in ready if comp.waiting]
+    def _dismiss(self, comp: _Computation, attempt: Attempt) -> int:
+        """An attempt that never started is of the client again."""
+        del comp.attempts[attempt.serial]
+        comp.owed.discard(attempt.serial)
+        self.count(attempt, False)
+        if attempt.values:
+            self._done_with_values(comp, attempt)
+        return attempt.serial
+
+    def _hand_back(self, comp: _Computation, serials: List[int]) -> None:
+        """Attempts that never started are told to the client; when it is back if it is away."""
+        if comp.link in self._tables.links:
+            for message in in_parts(Returned, comp.comp, serials) if serials else [Returned(comp.comp, [])]:
+                self._tables.reply(comp, message)
+        elif serials:
+            self._past.add(comp.comp, Past(unbegun=frozenset(serials)))
+
+    def on_recall(self, link: int, message: Recall, now: float) -> None:
+        """The client wants attempts back that have not started."""
+        comp = self._tables.comp_of(link, message.comp)
+        if comp is None:
+            return
+        wanted = set(message.serials)
+        self.give_back(comp, wanted)
+        for worker in comp.workers.values():
+            if worker.queue and worker.queue[0].serial in wanted:
+                worker.note_begun()
+            behind = [attempt.serial for attempt in itertools.islice(worker.queue, 1, None)
+                      if attempt.serial in wanted]
+            if behind:
+                comp.owed.update(behind)
+                self.take_back(worker)
+
+    def take_back(self, worker: _Worker) -> None:
+        """Ask a worker for what it has not started."""
+        if not worker.recalled:
+            worker.recalled = True
+            self._tables.do(TakeBack(worker.key))
+
+    def drop(self, comp: _Computation) -> None:
+        """A computation is being closed: nobody wants to know of its attempts."""
+        self.held_bytes -= sum(attempt.counted for attempt in comp.attempts.values())
+        attempts = [attempt for attempt in comp.attempts.values() if attempt.values]
+        comp.waiting.clear()
+        comp.attempts.clear()
+        for attempt in attempts:
+            self.values.release(comp.comp, attempt)
+        self.values.forget(comp.comp)
+
+    # -- values by digest ---------------------------------------------------------------------------------
+
+    def serve_values(self) -> None:
+        """Attempts whose values are there wait for a CPU from now on; what others lack is fetched."""
+        served, actions = self.values.serve()
+        for _, attempt in served:
+            attempt.comp.enqueue(attempt)
+        for action in actions:
+            self._tables.do(action)
+
+    def on_value_sought(self, event: ValueSought, now: float) -> None:
+        """A value is missing, is there, or cannot be had."""
+        comp = self._tables.comps.get(event.comp)
+        if comp is None or not event.digest or self.values.coming(event.comp) != event.digest:
+            return
+        if event.missing:
+            self._tables.ask_for_files(comp, event.missing)
+        elif event.error:
+            for attempt in self.values.failed(event.comp):
+                self.finish(comp, unfit_row(Unfit(comp.comp, (attempt.serial,), unfit_text(
+                    sum(size for size, _ in attempt.values), '%s (on node %s)' % (event.error, self._tables.name)))))
+        else:
+            self.values.came(event.comp)
+
+    def value_stored(self, file: FileStored, now: float) -> None:
+        """The value that is fetched is there, or cannot be had."""
+        digest = self.values.coming(file.comp)
+        if digest.hex() == file.name:
+            self.on_value_sought(ValueSought(file.comp, digest, [], file.error), now)
+
+    def _done_with_values(self, comp: _Computation, attempt: Attempt) -> None:
+        self.values.leave(comp.comp, (attempt,))
+        self.values.release(comp.comp, attempt)
+
+
+class Interruptions:
+    """Ends attempts that run: those that are cancelled, have no time left, use too much memory, or
+    run on a node that is to end. The job is interrupted; after GRACE its worker is killed, and after
+    GRACE more its result is that nothing could end it."""
+
+    def __init__(self, tables: NodeTables, timers: Timers, attempts: Attempts) -> None:
+        self._tables, self._timers, self._attempts = tables, timers, attempts
+        self.ends_all = False       # what starts now is ended
+
+    def on_cancel(self, link: int, message: Cancel, now: float) -> None:
+        """The client wants attempts ended, whether they run or wait."""
+        comp = self._tables.comp_of(link, message.comp)
+        if comp is None:
+            return
+        for serial in message.serials:
+            attempt = comp.attempts.get(serial)
+            if attempt is not None and attempt.ending is None:
+                attempt.ending = Outcome.CANCELLED
+                self._end(comp, attempt, now)
+
+    def _end(self, comp: _Computation, attempt: Attempt, now: float) -> None:
+        if attempt in comp.waiting:
+            comp.waiting.remove(attempt)
+            self._attempts.finish_unstarted(comp, attempt)
+            return
+        if attempt.values and attempt in self._attempts.values.waiting(comp.comp):
+            self._attempts.finish_unstarted(comp, attempt)
+            return
+        for worker in comp.workers.values():
+            if worker.queue and worker.queue[0] is attempt:
+                self.interrupt(worker, attempt, now)
+            elif attempt in worker.queue:
+                self._attempts.take_back(worker)
+
+    def end_all(self, now: float) -> None:
+        """What waits is given back, what runs has its grace."""
+        self.ends_all = True
+        for comp in self._tables.comps.values():
+            self._attempts.give_back(comp)
+        for worker in self._tables.workers.values():
+            if worker.queue and worker.queue[0].ending is None:
+                worker.queue[0].ending = Outcome.STOPPED
+                self.interrupt(worker, worker.queue[0], now)
+            if len(worker.queue) > 1:
+                self._attempts.take_back(worker)
+
+    def interrupt(self, worker: _Worker, attempt: Attempt, now: float) -> None:
+        """Interrupt what a worker runs."""
+        self._tables.do(Interrupt(worker.key, attempt.serial))
+        self._set_timer(now + GRACE, self._kill, worker, attempt.serial)
+
+    def set_timeout(self, worker: _Worker, when: float) -> None:
+        """What a worker runs has no more time than this."""
+        self._set_timer(when, self._time_out, worker, worker.queue[0].serial)
+
+    def _set_timer(self, when: float, call: Callable[..., None], worker: _Worker, serial: int) -> None:
+        self._timers.at(when, worker.comp.comp, call, worker, serial, is_wanted=self._is_running)
+
+    def _is_running(self, worker: _Worker, serial: int) -> bool:
+        """Whether the worker is there and runs this attempt."""
+        return worker.key in self._tables.workers and bool(worker.queue) and worker.queue[0].serial == serial
+
+    def _time_out(self, worker: _Worker, serial: int, now: float) -> None:
+        if self._is_running(worker, serial) and worker.queue[0].ending is None:
+            worker.queue[0].ending = Outcome.TIMED_OUT
+            self.interrupt(worker, worker.queue[0], now)
+
+    def _kill(self, worker: _Worker, serial: int, now: float) -> None:
+        if self._is_running(worker, serial):
+            self._tables.do(Kill(worker.key))
+            self._set_timer(now + GRACE, self._stuck, worker, serial)
+
+    def _stuck(self, worker: _Worker, serial: int, now: float) -> None:
+        """A worker was killed and has not ended: its process sleeps in the kernel and cannot be interrupted, as on a disk that
+        has died. Its job is told, what stood behind it waits for another, and its CPUs come back when it has ended."""
+        if not self._is_running(worker, serial):
+            return
+        comp, head = worker.comp, worker.queue.popleft()
+        ending = head.ending or Outcome.DIED
+        text = '%s; it was killed, and its process has not ended within %d s (uninterruptible): its CPU is lost to node %s' % (
+            ENDING_TEXT.get(ending, 'it was to end'), GRACE, self._tables.name)
+        logger.error('%s: %s', comp.spec['name'], text)
+        worker.stuck = head.cpus
+        self._attempts.finish(comp, (head.serial, int(ending), 0.0, 0.0, text.encode(), b'', b''))
+        behind = list(worker.queue)
+        worker.queue.clear()
+        self._attempts.requeue(comp, behind)
+
+    def on_too_big(self, event: WorkerTooBig, now: float) -> None:
+        """What a worker runs uses too much memory, and the worker is killed for it."""
+        worker = self._tables.workers.get(event.worker)
+        if worker is not None and self._is_running(worker, event.serial):
+            worker.queue[0].ending = Outcome.OUT_OF_MEMORY
+
+
+class FairShare:
+    """Decides which computation gets the next CPU when several wait: it goes to the client, and of
+    its computations to the one, that will have used least when what runs now has ended; then to the
+    one served longest ago. So who has had less, because it had nothing here in some moment, gets it
+    back. One that has come is next, and claims nothing of what others used before."""
+
+    def __init__(self, tables: NodeTables, cpus: Cpus) -> None:
+        self._tables, self._cpus = tables, cpus
+
+    def joins(self, comp: _Computation) -> None:
+        """A computation has come; its client may have others here."""
+        comp.client = next((other.client for other in self._tables.comps.values()
+                            if other.client_name == comp.client_name), _Claim())
+
+    @staticmethod
+    def returns(comp: _Computation, now: float) -> None:
+        """A computation that had no attempts has some."""
+        for claim in (comp.own, comp.client):
+            claim.fresh = claim.fresh or claim.seen + ABSENT_TIME < now
+
+    @staticmethod
+    def see(ready: List[_Computation], now: float) -> None:
+        """Note which computations have attempts while others are here."""
         for comp in ready:
             if comp.attempts:
-                fresh = not self._running(comp)
+                fresh = not comp.cpus_used()
                 for claim in (comp.own, comp.client):
                     claim.seen, claim.fresh = now, claim.fresh and fresh
-        if len(rivals) < 2 or self.free <= 0:
-            return len(rivals) > 1
-        self._reckon(now)
-        while len(rivals) > 1 and self.free > 0:
-            comp = min(rivals, key=lambda comp: (
-                *comp.client.rank(), *comp.own.rank(), comp.served))
-            before = self.free
-            if not self._occupy(comp, 0, now) or not comp.waiting:
-                rivals.remove(comp)
-            if before > self.free:
-                self._level(comp, now)
-                for claim in (comp.own, comp.client):
-                    claim.reckoned += (before - self.free) * comp.estimate.remaining(0.0)
-        return True
 
-    def _reckon(self, now: float) -> None:
+    @staticmethod
+    def first(rivals: List[_Computation]) -> _Computation:
+        """The computation that is to have the next CPU."""
+        return min(rivals, key=lambda comp: (*comp.client.rank(), *comp.own.rank(), comp.served))
+
+    def began(self, comp: _Computation, cpus: int, now: float) -> None:
+        """A job of a computation begins on so many CPUs."""
+        self._level(comp, now)
+        for claim in (comp.own, comp.client):
+            claim.reckoned += cpus * comp.estimate.remaining(0.0)
+
+    @staticmethod
+    def charge(comp: _Computation, seconds: float) -> None:
+        """A computation has used so many CPU seconds."""
+        comp.own.used += seconds
+        comp.client.used += seconds
+
+    def reckon(self, now: float) -> None:
         """CPU seconds that each will have used when what runs has ended; who has had much less
         than others gets so much back at most."""
-        here = [comp for comp in self._comps.values() if comp.attempts]
+        here = [comp for comp in self._tables.comps.values() if comp.attempts]
         ages = {comp: [(now - worker.since, worker.queue[0].cpus)
                        for worker in comp.workers.values()
                        if worker.queue and not worker.pardoned] for comp in here}
@@ -5366,7 +5442,7 @@ class Node:
 
     def _forgive(self, used: Dict[_Claim, float]) -> None:
         """Claims, and what each uses by jobs that run: what is beyond CREDIT_TIME is forgotten."""
-        floor = max(claim.used + more for claim, more in used.items()) - CREDIT_TIME * self.cpus
+        floor = max(claim.used + more for claim, more in used.items()) - CREDIT_TIME * self._cpus.total
         for claim, more in used.items():
             claim.used = max(claim.used, floor - more)
             claim.reckoned = claim.used + more
@@ -5375,16 +5451,12 @@ class Node:
         """The first job of one that has come begins: from now on it claims as much as the others,
         and what jobs of other clients that run will use is not held against these."""
         client, own = comp.client, comp.own
+        comps = self._tables.comps.values()
         if client.fresh:
-            for other in self._comps.values():
-                for worker in other.workers.values() if other.client is not client else ():
-                    if worker.queue and not worker.pardoned:
-                        worker.pardoned = True
-                        age, cpus = now - worker.since, worker.queue[0].cpus
-                        for claim in (other.own, other.client):
-                            claim.used += age * cpus
-                            claim.reckoned -= other.estimate.remaining(age) * cpus
-        here = [other for other in self._comps.values() if other.attempts]
+            for other in comps:
+                if other.client is not client:
+                    self._pardon(other, now)
+        here = [other for other in comps if other.attempts]
         for claim, others in ((client, {other.client for other in here}),
                               (own, {other.own for other in here if other.client is client})):
             if claim.fresh:
@@ -5394,73 +5466,89 @@ class Node:
                 claim.used = claim.reckoned = max(claim.used, least)
 
     @staticmethod
-    def _running(comp: _Computation) -> int:
-        """CPUs that a computation uses."""
-        return sum(worker.queue[0].cpus for worker in comp.workers.values() if worker.queue)
+    def _pardon(comp: _Computation, now: float) -> None:
+        for worker in comp.workers.values():
+            if worker.queue and not worker.pardoned:
+                worker.pardoned = True
+                age, cpus = now - worker.since, worker.queue[0].cpus
+                for claim in (comp.own, comp.client):
+                    claim.used += age * cpus
+                    claim.reckoned -= comp.estimate.remaining(age) * cpus
+
+
+class CpuScheduler:
+    """Gives CPUs to attempts that wait: makes workers, feeds them, and lets them end."""
+
+    def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus, attempts: Attempts,
+                 interruptions: Interruptions, share: FairShare) -> None:
+        self._tables, self._timers, self._cpus = tables, timers, cpus
+        self._attempts, self._interruptions, self._share = attempts, interruptions, share
+        self.look_at = math.inf     # when some head will have run for BEGUN_TIME
+        self._workers_at = 0.0      # when the next worker may be started
+        self._start_failure = ''    # why none could be, as it was told
+        self._keys = itertools.count(1)
+        self._served = itertools.count()
+
+    # -- CPUs to attempts that wait -----------------------------------------------------------------------
+
+    def share_out(self, now: float) -> None:
+        """CPUs to computations."""
+        ready = [comp for comp in self._tables.comps.values() if comp.stage is Stage.READY]
+        crowded = len(ready) > 1 and self._share_between(ready, now)
+        for comp in ready:
+            self._tables.guarded(comp.comp, self._dispatch, comp, now, crowded)
+
+    def _share_between(self, ready: List[_Computation], now: float) -> bool:
+        """When several wait, each CPU goes where FairShare says. Returns whether several wait."""
+        rivals = [comp for comp in ready if comp.waiting]
+        self._share.see(ready, now)
+        if len(rivals) < 2 or self._cpus.free <= 0:
+            return len(rivals) > 1
+        self._share.reckon(now)
+        while len(rivals) > 1 and self._cpus.free > 0:
+            comp = self._share.first(rivals)
+            before = self._cpus.free
+            if not self._occupy(comp, 0, now) or not comp.waiting:
+                rivals.remove(comp)
+            if before > self._cpus.free:
+                self._share.began(comp, before - self._cpus.free, now)
+        return True
 
     def _is_limited(self, comp: _Computation, cpus: int) -> bool:
         """Whether a computation may not use so many CPUs more."""
-        return 0 < comp.limit < self.cpus and comp.limit < cpus + self._running(comp)
+        return 0 < comp.limit < self._cpus.total and comp.limit < cpus + comp.cpus_used()
 
     def _occupy(self, comp: _Computation, ahead: int, now: float) -> bool:
         """Work for one more worker, if there is a CPU."""
-        if not comp.waiting or comp.waiting[0].cpus > self.free or self._is_limited(comp, comp.waiting[0].cpus):
+        if not comp.waiting or comp.waiting[0].cpus > self._cpus.free or self._is_limited(comp, comp.waiting[0].cpus):
             return False
         if comp.idle:
             worker = comp.idle.pop()
         elif comp.initializer:
             self._initialize(comp, now)
             return False
-        elif len(comp.workers) < self.cpus and now >= self._workers_at:
+        elif len(comp.workers) < self._cpus.total and now >= self._workers_at:
             worker = self._new_worker(comp)
         else:
             return False
         worker.since = now
-        comp.served = next(self._ticket)
-        self.free -= comp.waiting[0].cpus
-        self._feed(comp, worker, 1 + min(ahead, len(comp.waiting) // max(1, self.cpus)), now)
+        comp.served = next(self._served)
+        self._cpus.free -= comp.waiting[0].cpus
+        self._feed(comp, worker, 1 + min(ahead, len(comp.waiting) // max(1, self._cpus.total)), now)
         return True
 
     def _dispatch(self, comp: _Computation, now: float, crowded: bool) -> None:
         ahead = comp.handed.jobs(AHEAD_TIME)
         while self._occupy(comp, ahead, now):
             continue
-        if comp.waiting and comp.waiting[0].cpus > min(self.cpus, comp.limit or self.cpus):   # it came when there were more
-            self._give_back(comp)
+        if comp.waiting and comp.waiting[0].cpus > min(self._cpus.total, comp.limit or self._cpus.total):   # it came when there were more
+            self._attempts.give_back(comp)
         if ahead and comp.waiting and not crowded:
-            for worker in list(comp.hungry.values()):
+            for worker in list(comp.refillable.values()):
                 room = ahead + 1 - len(worker.queue)
                 if comp.waiting and 2 * room > ahead and not worker.recalled:
                     self._feed(comp, worker, room, now)
-        comp.hungry.clear()
-
-    def _new_worker(self, comp: _Computation) -> _Worker:
-        worker = _Worker(next(self._numbers), comp)
-        self._workers[worker.key] = comp.workers[worker.key] = worker
-        self._do(StartWorker(worker.key, comp.comp))
-        return worker
-
-    def _initialize(self, comp: _Computation, now: float) -> None:
-        """Make workers for what waits. They get work when their initializer has returned."""
-        most = min(self.free, len(comp.waiting))
-        while len(comp.workers) < self.cpus and len(comp.starting) < most \
-                and now >= self._workers_at:
-            comp.starting.add(self._new_worker(comp).key)
-
-    def _worker_initialized(self, event: WorkerInitialized, now: float) -> None:
-        worker = self._workers.get(event.worker)
-        if worker is None or event.worker not in worker.comp.starting:
-            return
-        comp = worker.comp
-        comp.starting.discard(event.worker)
-        comp.stillborn = 0
-        if comp.stage is Stage.CLOSING:
-            return
-        if event.error:
-            self._account_for(comp, event.error)
-            self._refuse(comp, 'initializer', event.error)
-        else:
-            self._idle(worker, 0)
+        comp.refillable.clear()
 
     def _feed(self, comp: _Computation, worker: _Worker, count: int, now: float) -> None:
         attempts: List[Attempt] = []
@@ -5476,91 +5564,54 @@ class Node:
             attempts.append(comp.waiting.popleft())
             if attempt.counted > LAZY:   # alone, as above
                 count = 0
-            self._count(attempt, False)   # what runs does not keep links from being read: orders come along them
+            self._attempts.count(attempt, False)   # what runs does not keep links from being read: orders come along them
             worker.queue.append(attempt)
             count -= 1
         if attempts:
             if attempts[0] is worker.queue[0]:
                 self._head_starts(worker, now)
             worker.fed += len(attempts)
-            self._do(Feed(worker.key, attempts))
+            self._tables.do(Feed(worker.key, attempts))
 
     def _head_starts(self, worker: _Worker, now: float) -> None:
         worker.since, worker.told = now, False
         head = worker.queue[0]
-        if self._look_at is None:
-            self._look_at = now + BEGUN_TIME
+        if self.look_at == math.inf:
+            self.look_at = now + BEGUN_TIME
         if head.serial in worker.comp.owed:
             worker.comp.owed.discard(head.serial)
-            self._begins(worker)
-        if self._ends:   # it started before it could be taken back
+            worker.note_begun()
+        if self._interruptions.ends_all:   # it started before it could be taken back
             head.ending = head.ending or Outcome.STOPPED
         if head.timeout:
-            self._at(now + head.timeout, 'timeout', worker.key, head.serial)
+            self._interruptions.set_timeout(worker, now + head.timeout)
         if head.memory:
-            self._do(Watch(worker.key, head.serial, int(head.memory)))
+            self._tables.do(Watch(worker.key, head.serial, int(head.memory)))
         if head.ending is not None:   # cancelled while it stood behind another
-            self._interrupt(worker, head, now)
+            self._interruptions.interrupt(worker, head, now)
 
-    def _begins(self, worker: _Worker) -> None:
-        """The client is told that the head of a worker has begun."""
-        worker.told = True
-        worker.comp.begun.append((worker.queue[0].serial, worker.since))
-
-    def _tell(self, comp: _Computation, serving: bool, now: float) -> None:
-        """The client is told what has become of its jobs."""
-        if not serving:
-            self._give_back(comp)
-        if comp.begun:
-            rows = [(serial, now - since) for serial, since in comp.begun]
-            self._reply(comp, Started(comp.comp, rows))
-            comp.begun = []
-        self._deliver(comp)
-
-    def _look(self, now: float) -> None:
+    def look(self, now: float) -> None:
         """Jobs that have run for a while: they are told, and what their workers hold behind them is
         taken back, for the estimate by which it was handed to them does not hold."""
-        self._look_at = None
-        for worker in self._workers.values():
+        self.look_at = math.inf
+        for worker in self._tables.workers.values():
             ahead = len(worker.queue) > 1 and not worker.recalled
             if not worker.queue or (worker.told and not ahead):
                 continue
             when = worker.since + BEGUN_TIME
             if when > now:
-                self._look_at = when if self._look_at is None else min(when, self._look_at)
+                self.look_at = min(when, self.look_at)
                 continue
             if not worker.told:
-                self._begins(worker)
+                worker.note_begun()
             if ahead:
-                self._take_back(worker)
+                self._attempts.take_back(worker)
 
-    def _take_back(self, worker: _Worker) -> None:
-        if not worker.recalled:
-            worker.recalled = True
-            self._do(TakeBack(worker.key))
+    # -- what workers did ---------------------------------------------------------------------------------
 
-    def _count(self, attempt: Attempt, waits: bool) -> None:
-        """Into the books of what waits, or out of them."""
-        counted = size_of(attempt.payload) if waits else 0
-        self.held_bytes += counted - attempt.counted
-        attempt.counted = counted
-
-    def _finish(self, comp: _Computation, row: tuple) -> None:
-        attempt = comp.attempts.pop(row[0], None)
-        comp.done += 1
-        if attempt is not None and attempt.counted:
-            self._count(attempt, False)
-        if attempt is not None and attempt.values:
-            self._done_with_values(comp, attempt)
-        comp.unacknowledged[row[0]] = row
-        comp.outbox.append(row)
-
-    def _done_with_values(self, comp: _Computation, attempt: Attempt) -> None:
-        self.values.leave(comp.comp, (attempt,))
-        self.values.release(comp.comp, attempt)
-
-    def _worker_results(self, event: WorkerResults, now: float) -> None:
-        worker = self._workers.get(event.worker)
+    def on_results(self, event: WorkerResults, now: float) -> None:
+        """Jobs have ended in a worker, or have sent provisional results."""
+        worker = self._tables.workers.get(event.worker)
         if worker is None or worker.comp.stage is Stage.CLOSING:
             return
         comp, durations = worker.comp, []
@@ -5569,7 +5620,7 @@ class Node:
             if place >= len(worker.queue) or worker.queue[place].serial != row[0]:
                 raise PeerError('a worker answered for %d, which it did not run' % row[0])
             place += row[1] not in GOES_ON
-        comp.stillborn = 0
+        comp.startup_failures = 0
         for row in event.rows:
             if row[1] in GOES_ON:
                 comp.outbox.append(row)
@@ -5578,46 +5629,18 @@ class Node:
             durations.append(row[3] - row[2])
             if attempt.ending is not None:
                 row = self._ended(attempt, row)
-            self._finish(comp, row)
+            self._attempts.finish(comp, row)
         if ended is None:   # nothing but provisional results
             return
         comp.estimate.add(durations)
-        used = sum(durations[worker.pardoned:]) * ended.cpus
-        comp.own.used += used
-        comp.client.used += used
+        self._share.charge(comp, sum(durations[worker.pardoned:]) * ended.cpus)
         worker.pardoned = False
         comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
         if worker.queue:
-            comp.hungry[worker.key] = worker
+            comp.refillable[worker.key] = worker
             self._head_starts(worker, now)
         else:
             self._idle(worker, ended.cpus)
-
-    def _idle(self, worker: _Worker, cpus: int) -> None:
-        comp = worker.comp
-        self.free += cpus
-        comp.hungry.pop(worker.key, None)
-        if comp.most and worker.fed >= comp.most:
-            self._bury(worker)
-            self._do(Retire(worker.key))
-        else:
-            worker.since = self._now
-            comp.idle.append(worker)
-            if not comp.has_idle_timer:
-                comp.has_idle_timer = True
-                self._at(self._now + WORKER_IDLE, 'idle', comp.comp)
-
-    def _retire_idle(self, comp: _Computation, now: float) -> None:
-        """Workers that have had nothing to do for long give back their memory. What setup has
-        made is in the runner, which forks others when there are jobs again."""
-        for worker in list(comp.idle):
-            if worker.since + WORKER_IDLE <= now:
-                self._bury(worker)
-                self._do(Retire(worker.key))
-        comp.has_idle_timer = bool(comp.idle)
-        if comp.idle:
-            first = min(worker.since for worker in comp.idle)
-            self._at(first + WORKER_IDLE, 'idle', comp.comp)
 
     @staticmethod
     def _ended(attempt: Attempt, row: tuple) -> tuple:
@@ -5627,9 +5650,178 @@ class Node:
             return row
         return (row[0], int(attempt.ending), row[2], row[3], ENDING_TEXT[attempt.ending].encode(), *row[5:])
 
-    def _worker_file(self, event: WorkerFile, now: float) -> None:
-        worker = self._workers.get(event.worker)
-        if worker is None or worker.comp.stage is Stage.CLOSING:
+    def on_returned(self, event: WorkerReturned, now: float) -> None:
+        """A worker has given back what it had not started."""
+        worker = self._tables.worker_at_work(event.worker)
+        if worker is None:
+            return
+        worker.recalled = False
+        comp, serials = worker.comp, set(event.serials)
+        head = worker.queue[0] if worker.queue else None
+        back = [attempt for attempt in worker.queue if attempt.serial in serials]
+        worker.queue = collections.deque(attempt for attempt in worker.queue if attempt.serial not in serials)
+        worker.fed -= len(back)
+        self._attempts.requeue(comp, back)
+        if back and not worker.queue:
+            self._idle(worker, back[0].cpus)
+        elif worker.queue and worker.queue[0] is not head:
+            self._head_starts(worker, now)
+
+    def fail_running(self, comp: _Computation, text: str) -> None:
+        """What runs has failed with this text; what waits was never started."""
+        for worker in list(comp.workers.values()):
+            if worker.queue:
+                head, rest = worker.queue[0], list(worker.queue)[1:]
+                self._attempts.finish(comp, (head.serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
+                self._cpus.free += head.cpus
+                worker.queue.clear()
+                comp.waiting.extend(rest)
+        self._attempts.give_back(comp)
+
+    def fail_stopped(self) -> None:
+        """The node ends or is taken from its holder: what runs has failed, and the rest was never
+        started."""
+        for worker in self._tables.workers.values():
+            queue = list(worker.queue)
+            if queue and worker.comp.stage is Stage.READY:
+                self._attempts.finish(worker.comp, (queue[0].serial, int(Outcome.STOPPED), 0.0, 0.0,
+                                                    ENDING_TEXT[Outcome.STOPPED].encode(), b'', b''))
+                worker.comp.waiting.extend(queue[1:])
+
+    # -- workers ------------------------------------------------------------------------------------------
+
+    def _new_worker(self, comp: _Computation) -> _Worker:
+        worker = _Worker(next(self._keys), comp)
+        self._tables.workers[worker.key] = comp.workers[worker.key] = worker
+        self._tables.do(StartWorker(worker.key, comp.comp))
+        return worker
+
+    def _initialize(self, comp: _Computation, now: float) -> None:
+        """Make workers for what waits. They get work when their initializer has returned."""
+        most = min(self._cpus.free, len(comp.waiting))
+        while len(comp.workers) < self._cpus.total and len(comp.starting) < most \
+                and now >= self._workers_at:
+            comp.starting.add(self._new_worker(comp).key)
+
+    def initialized(self, worker: _Worker) -> None:
+        """The initializer has returned in a worker."""
+        self._idle(worker, 0)
+
+    def _idle(self, worker: _Worker, cpus: int) -> None:
+        comp = worker.comp
+        self._cpus.free += cpus
+        comp.refillable.pop(worker.key, None)
+        if comp.most and worker.fed >= comp.most:
+            self._remove_worker(worker)
+            self._tables.do(Retire(worker.key))
+        else:
+            worker.since = self._tables.now
+            comp.idle.append(worker)
+            if not comp.has_idle_timer:
+                comp.has_idle_timer = True
+                self._retire_at(self._tables.now + WORKER_IDLE, comp)
+
+    def _retire_at(self, when: float, comp: _Computation) -> None:
+        self._timers.at(when, comp.comp, self._retire_idle, comp, is_wanted=self._is_here)
+
+    def _is_here(self, comp: _Computation) -> bool:
+        return self._tables.comps.get(comp.comp) is comp
+
+    def _retire_idle(self, comp: _Computation, now: float) -> None:
+        """Workers that have had nothing to do for long give back their memory. What setup has
+        made is in the runner, which forks others when there are jobs again."""
+        if not self._is_here(comp):
+            return
+        for worker in list(comp.idle):
+            if worker.since + WORKER_IDLE <= now:
+                self._remove_worker(worker)
+                self._tables.do(Retire(worker.key))
+        comp.has_idle_timer = bool(comp.idle)
+        if comp.idle:
+            first = min(worker.since for worker in comp.idle)
+            self._retire_at(first + WORKER_IDLE, comp)
+
+    def _remove_worker(self, worker: _Worker) -> None:
+        self._tables.workers.pop(worker.key, None)
+        comp = worker.comp
+        comp.workers.pop(worker.key, None)
+        comp.starting.discard(worker.key)
+        comp.refillable.pop(worker.key, None)
+        if worker in comp.idle:
+            comp.idle.remove(worker)
+
+    def worker_gone(self, worker: _Worker, event: WorkerGone, now: float) -> None:
+        """The process of a worker has ended: what it ran has failed, and the rest waits again."""
+        comp = worker.comp
+        self._remove_worker(worker)
+        self._cpus.free += worker.stuck
+        if comp.stage is Stage.CLOSING:
+            return
+        if worker.queue:
+            self._cpus.free += worker.queue[0].cpus
+            self._share.charge(comp, (now - worker.since) * worker.queue[0].cpus * (not worker.pardoned))
+        if worker.queue and worker.queue[0].serial == event.running:
+            attempt = worker.queue.popleft()
+            ending = attempt.ending or Outcome.DIED
+            text = event.text if ending is Outcome.DIED else ENDING_TEXT[ending]
+            self._attempts.finish(comp, (attempt.serial, int(ending), 0.0, 0.0, text.encode('utf-8', 'replace'),
+                                         bytes(event.stdout), bytes(event.stderr)))
+        elif not worker.fed:
+            comp.startup_failures += 1
+        self._attempts.requeue(comp, worker.queue)
+        if worker.queue and worker.fed == len(worker.queue):
+            comp.startup_failures += 1
+
+    def on_start_failed(self, event: WorkerUnborn, now: float) -> None:
+        """What it was to run waits for another; no other is started for a while."""
+        worker = self._tables.workers.get(event.worker)
+        if worker is None:
+            return
+        self._remove_worker(worker)
+        comp = worker.comp
+        if self._start_failure != event.text or now > self._workers_at + WORKER_TOLD:
+            self._start_failure = event.text
+            text = 'node %s cannot make a worker: %s; it goes on with those that it has, and tries again and again' % (
+                self._tables.name, event.text)
+            logger.error('%s', text)
+            self._tables.reply(comp, Said(comp.comp, text))
+        self._workers_at = now + WORKER_AGAIN
+        self._timers.at(self._workers_at, comp.comp, self._may_start_again, is_wanted=lambda: True)
+        if worker.queue:
+            self._cpus.free += worker.queue[0].cpus
+            self._attempts.requeue(comp, worker.queue)
+
+    def _may_start_again(self, now: float) -> None:
+        """Nothing is to be done at this time but to look whether a worker is to be started."""
+
+    def drop(self, comp: _Computation) -> None:
+        """A computation is being closed: its workers have no more work."""
+        comp.idle.clear()
+        comp.refillable.clear()
+        for worker in comp.workers.values():
+            if worker.queue:
+                self._cpus.free += worker.queue[0].cpus
+                worker.queue.clear()
+
+    def remove_workers(self, comp: _Computation) -> None:
+        """The processes of a computation have ended."""
+        for worker in list(comp.workers.values()):
+            self._cpus.free += worker.stuck
+            self._remove_worker(worker)
+
+
+class JobRequests:
+    """What jobs ask of their clients while they run: to take a file, to send modules, to show what
+    they have printed."""
+
+    def __init__(self, tables: NodeTables, attempts: Attempts) -> None:
+        self._tables, self._attempts = tables, attempts
+        self._numbers = itertools.count(1)   # of calls to clients
+
+    def on_file(self, event: WorkerFile, now: float) -> None:
+        """A job sends a piece of a file."""
+        worker = self._tables.worker_at_work(event.worker)
+        if worker is None:
             return
         if not worker.queue or worker.queue[0].serial != event.piece.key:
             return   # of a job that does not run there
@@ -5637,28 +5829,28 @@ class Node:
             worker.asks = worker.comp.link or -1
         if not worker.asks:
             return   # it was answered already: what is left of it is passed over
-        if worker.asks == worker.comp.link and worker.asks in self._links:
-            self._do(Send(worker.comp.link, event.piece))
+        if worker.asks == worker.comp.link and worker.asks in self._tables.links:
+            self._tables.do(Send(worker.comp.link, event.piece))
         else:
             self._answer(worker, 'the client is not connected')
 
-    def _worker_wants(self, event: WorkerWants, now: float) -> None:
+    def on_wants(self, event: WorkerWants, now: float) -> None:
         """Its job waits until the client has sent what is wanted, or cannot."""
-        worker = self._workers.get(event.worker)
-        if worker is None or worker.comp.stage is Stage.CLOSING:
+        worker = self._tables.worker_at_work(event.worker)
+        if worker is None:
             return
         comp, worker.asks = worker.comp, worker.comp.link or -1
-        if comp.link not in self._links:
+        if comp.link not in self._tables.links:
             self._answer(worker, 'the client is not connected')
             return
-        number = next(self._ticket)
+        number = next(self._numbers)
         comp.calls[number] = worker.key
-        self._do(Send(comp.link, Call(comp.comp, number, 'modules', (event.request,))))
+        self._tables.do(Send(comp.link, Call(comp.comp, number, 'modules', (event.request,))))
 
-    def _on_return(self, link: int, message: Return, now: float) -> None:
+    def on_return(self, link: int, message: Return, now: float) -> None:
         """The client knows which files a job needs, or why there are none."""
-        comp = self._comp_of(link, message.comp)
-        worker = self._workers.get(comp.calls.pop(message.number, 0)) if comp is not None else None
+        comp = self._tables.comp_of(link, message.comp)
+        worker = self._tables.workers.get(comp.calls.pop(message.number, 0)) if comp is not None else None
         if comp is None or worker is None:
             return
         if message.error:
@@ -5668,294 +5860,590 @@ class Node:
             raise PeerError('files of modules that are none')
         comp.fetches.append((worker.key, message.value))
         if len(comp.fetches) == 1:
-            self._do(Fetch(comp.comp, message.value))
+            self._tables.do(Fetch(comp.comp, message.value))
 
-    def _fetched(self, event: Fetched, now: float) -> None:
-        comp = self._comps.get(event.comp)
+    def on_fetched(self, event: Fetched, now: float) -> None:
+        """Files that a job needs are missing, or are there."""
+        comp = self._tables.comps.get(event.comp)
         if comp is None or not comp.fetches:
             return
         if event.missing:
-            self._need(comp, event.missing)
+            self._tables.ask_for_files(comp, event.missing)
             return
-        worker = self._workers.get(comp.fetches.popleft()[0])
+        worker = self._tables.workers.get(comp.fetches.popleft()[0])
         if worker is not None:
             self._answer(worker, event.error)
         if comp.fetches:
-            self._do(Fetch(comp.comp, comp.fetches[0][1]))
+            self._tables.do(Fetch(comp.comp, comp.fetches[0][1]))
 
-    def _worker_printed(self, event: WorkerPrinted, now: float) -> None:
-        worker = self._workers.get(event.worker)
+    def on_printed(self, event: WorkerPrinted, now: float) -> None:
+        """A job has printed something."""
+        worker = self._tables.workers.get(event.worker)
         if worker is not None and worker.queue and worker.queue[0].serial == event.serial:
-            self._reply(worker.comp, Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data))
+            self._tables.reply(worker.comp, Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data))
 
-    def _on_file_stored(self, link: int, message: FileStored, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
+    def on_file_stored(self, link: int, message: FileStored, now: float) -> None:
+        """The client has the file of a job, or cannot have it; or it cannot send a value."""
+        comp = self._tables.comp_of(link, message.comp)
         if message.purpose == Purpose.VALUES:
             if comp is not None and comp.link == link and message.error:
-                self._value_stored(message, now)
+                self._attempts.value_stored(message, now)
             return
         for worker in comp.workers.values() if comp is not None else ():
             if worker.asks and worker.queue and worker.queue[0].serial == message.key:
                 self._answer(worker, message.error)
 
+    def client_gone(self, comp: _Computation) -> None:
+        """The connection to the client has ended: nobody answers."""
+        comp.calls.clear()
+        comp.fetches.clear()
+        for worker in comp.workers.values():
+            self._answer(worker, 'the connection to the client has ended')
+
     def _answer(self, worker: _Worker, error: str) -> None:
         if worker.asks:
             worker.asks = 0
-            self._do(TellKept(worker.key, error))
+            self._tables.do(TellKept(worker.key, error))
 
-    def _worker_returned(self, event: WorkerReturned, now: float) -> None:
-        worker = self._workers.get(event.worker)
-        if worker is None or worker.comp.stage is Stage.CLOSING:
+
+class Computations:
+    """The stages of computations, from their directory to their end: files come, the runner loads
+    code and runs setup, jobs run, workers end."""
+
+    def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus, past: PastAttempts,
+                 results: UndeliveredResults, attempts: Attempts, scheduler: CpuScheduler,
+                 share: FairShare, requests: JobRequests) -> None:
+        self._tables, self._timers, self._cpus = tables, timers, cpus
+        self._past, self._results, self._attempts = past, results, attempts
+        self._scheduler, self._share, self._requests = scheduler, share, requests
+
+    # -- files and code -----------------------------------------------------------------------------------
+
+    def begin(self, link: int, message: Compute) -> None:
+        """A computation has come that is not here."""
+        up = self._tables.links[link]
+        comp = _Computation(message.comp, up.instance, link, message.spec)
+        self._share.joins(comp)
+        self._tables.comps[message.comp] = comp
+        self.resize()
+        if self._results.has_key(message.comp, result_key(message.spec)):
+            self._results.give_to(message.comp, up.instance)
+            self._results.resend(message.comp, link)
+        self._tables.do(Prepare(message.comp, message.spec))
+
+    def client_back(self, comp: _Computation, link: int) -> None:
+        """The client of a computation is back after a broken link."""
+        comp.link = link
+        if comp.stage is Stage.RECEIVING:
+            self._tables.do(WantAgain(comp.comp))
+        if comp.stage is Stage.READY:
+            self._tables.do(Send(link, self._ready(comp)))
+        self._results.resend(comp.comp, link)
+        comp.begun = [(worker.queue[0].serial, worker.since) for worker in comp.workers.values()
+                      if worker.queue and worker.told]
+
+    def _ready(self, comp: _Computation) -> Ready:
+        return Ready(comp.comp, self._results.known_attempts(comp.comp), self._past.row(comp.comp))
+
+    def on_prepared(self, event: Prepared, now: float) -> None:
+        """The directory is there, or nothing is possible."""
+        comp = self._tables.comps[event.comp]
+        if comp.stage is not Stage.PREPARING:
             return
-        worker.recalled = False
-        comp, serials = worker.comp, set(event.serials)
-        head = worker.queue[0] if worker.queue else None
-        back = [attempt for attempt in worker.queue if attempt.serial in serials]
-        worker.queue = collections.deque(attempt for attempt in worker.queue if attempt.serial not in serials)
-        worker.fed -= len(back)
-        self._requeue(comp, back, now)
-        if back and not worker.queue:
-            self._idle(worker, back[0].cpus)
-        elif worker.queue and worker.queue[0] is not head:
-            self._head_starts(worker, now)
+        if event.error:
+            self.refuse(comp, event.code, event.error)
+        elif event.missing:
+            comp.move('missing')
+            self._tables.ask_for_files(comp, event.missing)
+        else:
+            self._start(comp, now)
 
-    def _requeue(self, comp: _Computation, attempts: Iterable[Attempt], now: float) -> None:
-        """Attempts that never started go back to the front, or to the client if it has called them
-        back, or end if they were to be cancelled."""
-        back: List[int] = []
-        for attempt in reversed(list(attempts)):
-            if attempt.ending is Outcome.CANCELLED:
-                self._finish(comp, self._unstarted(attempt))
-            elif attempt.serial in comp.owed:
-                back.append(self._dismiss(comp, attempt))
-            else:
-                attempt.ending = None
-                comp.enqueue(attempt, again=True)
-                self._count(attempt, True)
-        if back:
-            self._hand_back(comp, back[::-1])
+    def on_wanted(self, event: Wanted, now: float) -> None:
+        """Files are missing still; they are asked for on another link."""
+        comp = self._tables.comps.get(event.comp)
+        if comp is not None and comp.stage is Stage.RECEIVING and event.missing:
+            self._tables.ask_for_files(comp, event.missing)
 
-    def _dismiss(self, comp: _Computation, attempt: Attempt) -> int:
-        """An attempt that never started is of the client again."""
-        del comp.attempts[attempt.serial]
-        comp.owed.discard(attempt.serial)
-        self._count(attempt, False)
-        if attempt.values:
-            self._done_with_values(comp, attempt)
-        return attempt.serial
+    def on_file_piece(self, link: int, message: FilePiece, now: float) -> None:
+        """A piece of a file has come from a client."""
+        comp, asked = self._tables.comp_of(link, message.comp), message.purpose in ASKED_FOR
+        if message.purpose == Purpose.FROM_JOB or (asked and comp is not None and not comp.asked):
+            raise PeerError('a file that was not asked for')
+        if asked and comp is not None and comp.link != link:
+            return   # what came on another connection is sent again on this one
+        if comp is not None and (asked or comp.stage is Stage.READY):
+            self._tables.do(Store(message))
+        elif not asked and message.offset + len(message.data) >= message.row[1]:
+            text = 'the computation is not set up there'
+            self._tables.do(Send(link, FileStored(*message[:3], message.row[0], text)))
 
-    def _hand_back(self, comp: _Computation, serials: List[int]) -> None:
-        """Attempts that never started are told to the client; when it is back if it is away."""
-        if comp.link in self._links:
-            for message in in_parts(Returned, comp.comp, serials) if serials else [Returned(comp.comp, [])]:
-                self._reply(comp, message)
-        elif serials:
-            self._remember(comp.comp, Past(unbegun=frozenset(serials)))
+    def on_stored(self, event: Stored, now: float) -> None:
+        """A file is there, or cannot be stored."""
+        comp, error = self._tables.comps.get(event.file.comp), event.file.error
+        if event.file.purpose == Purpose.VALUES:
+            self._attempts.value_stored(event.file, now)
+        elif comp is not None and event.file.purpose not in ASKED_FOR:
+            self._tables.reply(comp, event.file)
+        elif comp is not None and (error or event.complete):
+            if comp.fetches:
+                self._requests.on_fetched(Fetched(comp.comp, [], error), now)
+            if comp.stage is Stage.RECEIVING and error:
+                self.refuse(comp, event.code, error)
+            elif comp.stage is Stage.RECEIVING:
+                self._start(comp, now)
 
-    @staticmethod
-    def _unstarted(attempt: Attempt) -> tuple:
-        return (attempt.serial, int(Outcome.CANCELLED), 0.0, 0.0, b'cancelled before it started', b'', b'')
+    def _start(self, comp: _Computation, now: float) -> None:
+        comp.move('complete')
+        self._tables.do(StartRunner(comp.comp, comp.spec, comp.link))
+        self._set_timer(now + SETUP_TIME, comp, self._setup_late)
 
-    def _worker_too_big(self, event: WorkerTooBig, now: float) -> None:
-        if self._heads(event.worker, event.serial):
-            self._workers[event.worker].queue[0].ending = Outcome.OUT_OF_MEMORY
+    def _set_timer(self, when: float, comp: _Computation, call: Callable[..., None]) -> None:
+        self._timers.at(when, comp.comp, call, comp.comp, is_wanted=self._is_here)
 
-    def _bury(self, worker: _Worker) -> None:
-        self._workers.pop(worker.key, None)
+    def _is_here(self, name: str) -> bool:
+        return name in self._tables.comps
+
+    def _setup_late(self, name: str, now: float) -> None:
+        late = self._tables.comps.get(name)
+        if late is not None and late.stage is Stage.STARTING:
+            self.refuse(late, 'setup', 'setup did not end within %d s' % SETUP_TIME)
+
+    def on_runner_up(self, event: RunnerUp, now: float) -> None:
+        """Code is loaded and setup has run."""
+        comp = self._tables.comps[event.comp]
+        if comp.stage is Stage.STARTING:
+            comp.move('up')
+            self._tables.reply(comp, self._ready(comp))
+            for note in event.notes:
+                self._tables.reply(comp, Said(comp.comp, 'node %s: %s' % (self._tables.name, note)))
+
+    def resize(self) -> None:
+        """Computations have come or gone, or may use other numbers of CPUs."""
+        self._cpus.resize(comp.limit for comp in self._tables.comps.values())
+
+    # -- what cannot go on --------------------------------------------------------------------------------
+
+    def refuse(self, comp: _Computation, code: str, text: str) -> None:
+        """A computation cannot be used here, or not any more; its client is told why."""
+        text = shorten(text)
+        logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
+        self._attempts.give_back(comp)   # what has not begun waits again elsewhere
+        self._results.deliver(comp)   # what has ended, has ended; after the refusal nobody would believe it
+        self._results.spool(comp)
+        self._tables.reply(comp, Refused(comp.comp, code, text))
+        self.close(comp, at_once=True)
+
+    def on_faulted(self, event: Faulted, now: float) -> None:
+        """A fault of ours has to do with a computation."""
+        comp = self._tables.comps.get(event.comp)
+        if comp is not None and comp.stage is not Stage.CLOSING:
+            self._scheduler.fail_running(comp, event.text)
+            self.refuse(comp, 'fault', event.text)
+
+    def on_worker_initialized(self, event: WorkerInitialized, now: float) -> None:
+        """The initializer has returned in a worker, or has failed there, as it would in all others."""
+        worker = self._tables.workers.get(event.worker)
+        if worker is None or event.worker not in worker.comp.starting:
+            return
         comp = worker.comp
-        comp.workers.pop(worker.key, None)
-        comp.starting.discard(worker.key)
-        comp.hungry.pop(worker.key, None)
-        if worker in comp.idle:
-            comp.idle.remove(worker)
+        comp.starting.discard(event.worker)
+        comp.startup_failures = 0
+        if comp.stage is Stage.CLOSING:
+            return
+        if event.error:
+            self._scheduler.fail_running(comp, event.error)
+            self.refuse(comp, 'initializer', event.error)
+        else:
+            self._scheduler.initialized(worker)
 
-    def _worker_gone(self, event: WorkerGone, now: float) -> None:
-        worker = self._workers.get(event.worker)
+    def on_worker_gone(self, event: WorkerGone, now: float) -> None:
+        """A worker has ended. Where workers die again and again before they run anything, no other is made."""
+        worker = self._tables.workers.get(event.worker)
         if worker is None:
             return
         comp = worker.comp
         initializing = worker.key in comp.starting
-        self._bury(worker)
-        self.free += worker.stuck
-        if comp.stage is Stage.CLOSING:
-            return
-        if worker.queue:
-            self.free += worker.queue[0].cpus
-            used = (now - worker.since) * worker.queue[0].cpus * (not worker.pardoned)
-            comp.own.used += used
-            comp.client.used += used
-        if worker.queue and worker.queue[0].serial == event.running:
-            attempt = worker.queue.popleft()
-            ending = attempt.ending or Outcome.DIED
-            text = event.text if ending is Outcome.DIED else ENDING_TEXT[ending]
-            self._finish(comp, (attempt.serial, int(ending), 0.0, 0.0, text.encode('utf-8', 'replace'),
-                                bytes(event.stdout), bytes(event.stderr)))
-        elif not worker.fed:
-            comp.stillborn += 1
-        self._requeue(comp, worker.queue, now)
-        if worker.queue and worker.fed == len(worker.queue):
-            comp.stillborn += 1
-        if comp.stillborn > 3:
-            self._refuse(comp, 'initializer' if initializing else 'worker', 'workers die %s: %s' % (
+        self._scheduler.worker_gone(worker, event, now)
+        if comp.stage is not Stage.CLOSING and comp.startup_failures > 3:
+            self.refuse(comp, 'initializer' if initializing else 'worker', 'workers die %s: %s' % (
                 'in the initializer' if initializing else 'before they run anything', event.text))
 
-    def _worker_unborn(self, event: WorkerUnborn, now: float) -> None:
-        """What it was to run waits for another; no other is started for a while."""
-        worker = self._workers.get(event.worker)
-        if worker is None:
-            return
-        self._bury(worker)
-        comp = worker.comp
-        if self._unborn_text != event.text or now > self._workers_at + WORKER_TOLD:
-            self._unborn_text = event.text
-            text = 'node %s cannot make a worker: %s; it goes on with those that it has, and tries again and again' % (
-                self.name, event.text)
-            logger.error('%s', text)
-            self._reply(comp, Said(comp.comp, text))
-        self._workers_at = now + WORKER_AGAIN
-        self._at(self._workers_at, 'again')
-        if worker.queue:
-            self.free += worker.queue[0].cpus
-            self._requeue(comp, worker.queue, now)
-
-    # -- ending attempts ----------------------------------------------------------------------------------
-
-    def _on_cancel(self, link: int, message: Cancel, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
+    def on_runner_gone(self, event: RunnerGone, now: float) -> None:
+        """The runner has ended, as it was to, or by itself."""
+        comp = self._tables.comps.get(event.comp)
         if comp is None:
             return
-        for serial in message.serials:
-            attempt = comp.attempts.get(serial)
-            if attempt is not None and attempt.ending is None:
-                attempt.ending = Outcome.CANCELLED
-                self._end(comp, attempt, now)
-
-    def _end(self, comp: _Computation, attempt: Attempt, now: float) -> None:
-        if attempt in comp.waiting:
-            comp.waiting.remove(attempt)
-            self._finish(comp, self._unstarted(attempt))
+        if comp.stage is not Stage.CLOSING:
+            # Its workers are killed with it; what they ran has failed, and all later jobs would.
+            for worker in list(comp.workers.values()):
+                comp.startup_failures = 0
+                head = worker.queue[0].serial if worker.queue else 0
+                ran = head if event.begun is None or head in event.begun else 0
+                self.on_worker_gone(WorkerGone(worker.key, 'the runner process ended: %s' % event.text, ran), now)
+            self.refuse(comp, 'code' if event.unloadable else event.code, event.text)
             return
-        if attempt.values and attempt in self.values.waiting(comp.comp):
-            self._finish(comp, self._unstarted(attempt))
-            return
-        for worker in comp.workers.values():
-            if worker.queue and worker.queue[0] is attempt:
-                self._interrupt(worker, attempt, now)
-            elif attempt in worker.queue:
-                self._take_back(worker)
+        self._scheduler.remove_workers(comp)
+        del self._tables.comps[event.comp]
+        self.resize()
 
-    def _interrupt(self, worker: _Worker, attempt: Attempt, now: float) -> None:
-        self._do(Interrupt(worker.key, attempt.serial))
-        self._at(now + GRACE, 'kill', worker.key, attempt.serial)
+    # -- the end ------------------------------------------------------------------------------------------
 
-    def _due(self, what: str, key: Any, serial: int, now: float) -> None:
-        if what == 'orphan':
-            comp = self._comps.get(key)
-            if comp is None or comp.link in self._links or now < comp.orphan_at:
-                return   # its client is back, or was back and has a timer of its own
-            self._keep(comp)
-            if not comp.attempts and not comp.unacknowledged:
-                self._close(comp, at_once=False)
-            else:
-                comp.orphan_at = now + 1.0
-                self._at(comp.orphan_at, 'orphan', key)
-        elif what == 'expire':
-            if key not in self.shelf:
-                return
-            until = self.shelf[key].until if key not in self._comps else now + max(self._zombie, 1.0)
-            if now < until:
-                self._at(until, 'expire', key)
-            else:
-                serials = self.shelf[key].serials
-                logger.warning('%d results of a computation whose client has not come back are given up (--zombie-interval)', len(serials))
-                self._remember(key, Past(given_up=frozenset(serials), text='node %s gave up its result after %g s '
-                                         '(--zombie-interval)' % (self.name, self._zombie)))
-                self._forget(key)
-        elif what == 'past':
-            self._remember(key, None)
-        elif what == 'setup':
-            late = self._comps.get(key)
-            if late is not None and late.stage is Stage.STARTING:
-                self._refuse(late, 'setup', 'setup did not end within %d s' % SETUP_TIME)
-        elif what == 'stop':
-            self._leave(now)
-        elif what == 'idle':
-            if key in self._comps:
-                self._retire_idle(self._comps[key], now)
-        elif what == 'again':
-            pass   # workers may be started again
+    def wait_for_client(self, comp: _Computation, now: float) -> None:
+        """The client of a computation is away: what has not begun is given back, and results go to the disk."""
+        self._attempts.give_back_waiting(comp, self._attempts.values.interrupt(comp.comp))
+        self._results.spool(comp)
+        self._look_again(comp, now + ORPHAN_TIME)
+
+    def _look_again(self, comp: _Computation, when: float) -> None:
+        comp.orphan_at = when
+        self._set_timer(when, comp, self._client_stayed_away)
+
+    def _client_stayed_away(self, name: str, now: float) -> None:
+        comp = self._tables.comps.get(name)
+        if comp is None or comp.link in self._tables.links or now < comp.orphan_at:
+            return   # its client is back, or was back and has a timer of its own
+        self._results.spool(comp)
+        if not comp.attempts and not comp.unacknowledged:
+            self.close(comp, at_once=False)
         else:
-            worker = self._workers.get(key)
-            if worker is None or not worker.queue or worker.queue[0].serial != serial:
-                return
-            if what == 'kill':
-                self._do(Kill(key))
-                self._at(now + GRACE, 'stuck', key, serial)
-            elif what == 'stuck':
-                self._stuck(worker)
-            elif worker.queue[0].ending is None:   # timeout
-                worker.queue[0].ending = Outcome.TIMED_OUT
-                self._interrupt(worker, worker.queue[0], now)
+            self._look_again(comp, now + 1.0)
 
-    def _stuck(self, worker: _Worker) -> None:
-        """A worker was killed and has not ended: its process sleeps in the kernel and cannot be interrupted, as on a disk that
-        has died. Its job is told, what stood behind it waits for another, and its CPUs come back when it has ended."""
-        comp, head = worker.comp, worker.queue.popleft()
-        ending = head.ending or Outcome.DIED
-        text = '%s; it was killed, and its process has not ended within %d s (uninterruptible): its CPU is lost to node %s' % (
-            ENDING_TEXT.get(ending, 'it was to end'), GRACE, self.name)
-        logger.error('%s: %s', comp.spec['name'], text)
-        worker.stuck = head.cpus
-        self._finish(comp, (head.serial, int(ending), 0.0, 0.0, text.encode(), b'', b''))
-        behind = list(worker.queue)
-        worker.queue.clear()
-        self._requeue(comp, behind, 0.0)
-
-    def _on_recall(self, link: int, message: Recall, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
-        if comp is None:
+    def on_kept(self, event: Kept, now: float) -> None:
+        """Results of a computation whose client is away are on the disk, or cannot be written there."""
+        if not event.error:
+            self._results.on_spooled(event, now)
             return
-        wanted = set(message.serials)
-        self._give_back(comp, wanted)
-        for worker in comp.workers.values():
-            if worker.queue and worker.queue[0].serial in wanted:
-                self._begins(worker)
-            behind = [attempt.serial for attempt in itertools.islice(worker.queue, 1, None)
-                      if attempt.serial in wanted]
-            if behind:
-                comp.owed.update(behind)
-                self._take_back(worker)
+        self._results.spooling_failed(event)
+        comp = self._tables.comps.get(event.comp)
+        if comp is not None and comp.link not in self._tables.links:
+            self._look_again(comp, now + ORPHAN_TIME)
 
-    def _give_back(self, comp: _Computation, wanted: Optional[Set[int]] = None) -> None:
-        """Return attempts that wait here: these, or all."""
-        lacking = [attempt for attempt in self.values.waiting(comp.comp)
-                   if wanted is None or attempt.serial in wanted]
-        if lacking:
-            self._give_back_waiting(comp, lacking)
-        back = [attempt for attempt in comp.waiting if wanted is None or attempt.serial in wanted]
-        if not back:
-            return
-        if len(back) == len(comp.waiting):
-            comp.waiting.clear()
-        else:
-            comp.waiting = collections.deque(attempt for attempt in comp.waiting if attempt.serial not in wanted)  # type: ignore[operator]
-        serials: List[int] = []
-        for attempt in back:
-            if attempt.ending is not None:
-                self._finish(comp, self._unstarted(attempt))
-            else:
-                serials.append(self._dismiss(comp, attempt))
-        self._hand_back(comp, serials)
+    def evict_orphans(self) -> None:
+        """Another client wants this node: what is lost and has nothing to do is not waited for."""
+        for comp in list(self._tables.comps.values()):
+            if comp.link not in self._tables.links and not comp.attempts and not comp.unacknowledged:
+                self.close(comp, at_once=True)
 
-    def _on_ack(self, link: int, message: Ack, now: float) -> None:
-        comp, shelved = self._comp_of(link, message.comp), self.shelf.get(message.comp)
+    def on_done(self, link: int, message: Done, now: float) -> None:
+        """The client is done with a computation."""
+        comp = self._tables.comp_of(link, message.comp)
         if comp is not None:
-            for serial in message.serials:
-                comp.unacknowledged.pop(serial, None)
-        if shelved is not None and shelved.owner == self._links[link].instance:
-            shelved.serials.difference_update(message.serials)
-            if not shelved.serials:
-                self._forget(message.comp)
+            self.close(comp, at_once=False)
+        if comp is not None or message.comp not in self._tables.comps:
+            self._results.forget(message.comp)
+            self._past.forget(message.comp)
+
+    def give_up(self, comp: _Computation) -> None:
+        """The client has left on purpose."""
+        self.close(comp, at_once=True)
+        self._results.forget(comp.comp)
+        self._past.forget(comp.comp)
+
+    def close(self, comp: _Computation, at_once: bool) -> None:
+        """End a computation; `at_once`: without cleanup."""
+        if comp.stage is Stage.CLOSING:
+            return
+        comp.move('close')
+        self._attempts.drop(comp)
+        comp.unacknowledged.clear()
+        self._scheduler.drop(comp)
+        self._tables.do(StopRunner(comp.comp, at_once))
+
+
+class Node:
+    """What a node decides. Events in, actions out; `flush` once a turn, after all events of the turn.
+    Its parts decide what is theirs: see their classes."""
+
+    def __init__(self, name: str, cpus: int, facts: dict, zombie: float = ZOMBIE_TIME, serve: int = 0,
+                 client_shutdown: bool = False, now: float = 0.0) -> None:
+        self.name, self.facts = name, facts
+        self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
+        self.stopping = False
+        self._born = now
+        self._queries: List[Tuple[int, str]] = []   # links that ask what is there of a computation
+        self.tables = NodeTables(name)
+        self.timers = Timers()
+        self.cpus = Cpus(cpus)
+        self.lease = NodeLease(serve, client_shutdown)
+        self.past = PastAttempts(self.tables, self.timers)
+        self.results = UndeliveredResults(self.tables, self.timers, self.past, zombie)
+        share = FairShare(self.tables, self.cpus)
+        self.attempts = Attempts(self.tables, self.cpus, self.past, self.results, share)
+        self.interruptions = Interruptions(self.tables, self.timers, self.attempts)
+        self.scheduler = CpuScheduler(self.tables, self.timers, self.cpus, self.attempts,
+                                      self.interruptions, share)
+        self.requests = JobRequests(self.tables, self.attempts)
+        self.computations = Computations(self.tables, self.timers, self.cpus, self.past, self.results,
+                                         self.attempts, self.scheduler, share, self.requests)
+        self._handlers: Dict[type, Callable[..., None]] = {
+            LinkUp: self._link_up,
+            LinkDown: self._link_down,
+            Received: self._received,
+            Found: self.results.on_found,
+            Remembered: self.past.on_remembered,
+            Kept: self.computations.on_kept,
+            Prepared: self.computations.on_prepared,
+            Wanted: self.computations.on_wanted,
+            Stored: self.computations.on_stored,
+            RunnerUp: self.computations.on_runner_up,
+            RunnerGone: self._runner_gone,
+            Faulted: self.computations.on_faulted,
+            ValueSought: self.attempts.on_value_sought,
+            WorkerResults: self.scheduler.on_results,
+            WorkerReturned: self.scheduler.on_returned,
+            WorkerUnborn: self.scheduler.on_start_failed,
+            WorkerInitialized: self.computations.on_worker_initialized,
+            WorkerGone: self.computations.on_worker_gone,
+            WorkerTooBig: self.interruptions.on_too_big,
+            WorkerFile: self.requests.on_file,
+            WorkerWants: self.requests.on_wants,
+            WorkerPrinted: self.requests.on_printed,
+            Fetched: self.requests.on_fetched,
+            EndWanted: self._end_wanted,
+            Stop: self._stop,
+            Pause: self._pause,
+            Resume: self._resume,
+            SetCpus: self._set_cpus,
+            Release: self._take_from_holder,
+            Status: self._status,
+        }
+        self._messages: Dict[type, Callable[..., None]] = {
+            Introduce: self._on_introduce,
+            Compute: self._on_compute,
+            FilePiece: self.computations.on_file_piece,
+            FileStored: self.requests.on_file_stored,
+            Jobs: self.attempts.on_jobs,
+            Unfit: self.attempts.on_unfit,
+            Recall: self.attempts.on_recall,
+            Cancel: self.interruptions.on_cancel,
+            Ack: self.results.on_ack,
+            Done: self.computations.on_done,
+            Query: self._on_query,
+            Shutdown: self._on_shutdown,
+            Limit: self._on_limit,
+            Reclaim: self._on_reclaim,
+            Return: self.requests.on_return,
+        }
+
+    # -- called by the shell ------------------------------------------------------------------------------
+
+    def handle(self, event: Any, now: float) -> List[Any]:
+        """Take one event; returns what must be done at once. Raises PeerError for a message that may not come."""
+        tables = self.tables
+        tables.actions, tables.now = [], now
+        self._handlers[type(event)](event, now)
+        return tables.actions
+
+    def flush(self, now: float) -> List[Any]:
+        """The end of a turn: due timers, work for idle workers, results to clients."""
+        tables = self.tables
+        tables.actions, tables.now = [], now
+        while self.timers.next_at <= now:
+            timer = self.timers.pop()
+            tables.guarded(timer.comp, timer.call, *timer.args, now)
+        if self.scheduler.look_at <= now:
+            self.scheduler.look(now)
+        if self.attempts.values:
+            self.attempts.serve_values()
+        if not self.attempts.refuses_new:
+            self.scheduler.share_out(now)
+        for comp in list(tables.comps.values()):
+            tables.guarded(comp.comp, self._tell, comp, now)
+            if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
+                comp.overrun = True
+                tables.do(NoteOverrun(comp.comp))
+        while self._queries:
+            self._report(*self._queries.pop(), now)
+        if self.stopping and not self._has_work():
+            self._leave(now)
+        return tables.actions
+
+    def decided(self) -> List[Any]:
+        """Actions of the last `handle` or `flush`, which raised."""
+        actions, self.tables.actions = self.tables.actions, []
+        return actions
+
+    def comp_of_worker(self, key: int) -> str:
+        """Whose worker this is; empty when there is no such worker."""
+        worker = self.tables.workers.get(key)
+        return worker.comp.comp if worker is not None else ''
+
+    def next_timer(self) -> Optional[float]:
+        """When `flush` has something to do at the latest."""
+        when = min(self.timers.next_at, self.scheduler.look_at)
+        return when if when < math.inf else None
+
+    def is_preparing(self, name: str) -> bool:
+        """Whether files of a computation are to be compared."""
+        comp = self.tables.comps.get(name)
+        return comp is not None and comp.stage is Stage.PREPARING
+
+    def has_jobs(self, name: str) -> bool:
+        """Whether a computation has jobs that run or wait."""
+        comp = self.tables.comps.get(name)
+        return comp is not None and bool(comp.attempts)
+
+    def _tell(self, comp: _Computation, now: float) -> None:
+        """The client is told what has become of its jobs."""
+        if self.attempts.refuses_new:
+            self.attempts.give_back(comp)
+        if comp.begun:
+            rows = [(serial, now - since) for serial, since in comp.begun]
+            self.tables.reply(comp, Started(comp.comp, rows))
+            comp.begun = []
+        self.results.deliver(comp)
+
+    def _has_work(self) -> bool:
+        """Whether workers run jobs, or clients that are connected have not acknowledged results."""
+        return any(worker.queue for worker in self.tables.workers.values()) \
+            or any(comp.unacknowledged and comp.link in self.tables.links for comp in self.tables.comps.values())
+
+    # -- links and lease ----------------------------------------------------------------------------------
+
+    def _link_up(self, event: LinkUp, now: float) -> None:
+        self.tables.links[event.link] = event
+
+    def _link_down(self, event: LinkDown, now: float) -> None:
+        gone = self.tables.remove_link(event.link)
+        self.lease.forget_link(event.link)
+        self.results.forget_link(event.link)
+        if gone is None or gone.instance != self.lease.holder:
+            return
+        for comp in [comp for comp in self.tables.comps.values() if comp.link == event.link]:
+            self.requests.client_gone(comp)
+            if event.on_purpose:
+                self.computations.give_up(comp)
+            else:
+                self.computations.wait_for_client(comp, now)
+        if not any(link.instance == self.lease.holder for link in self.tables.links.values()):
+            self.lease.orphan()
+        self._free_lease(now)
+
+    def _take_lease(self, link: int, now: float) -> None:
+        self.lease.take(self.tables.links[link].instance, self.tables.client_at(link), now)
+
+    def _free_lease(self, now: float) -> None:
+        """Free the lease when its holder has no computation here."""
+        if self.lease.state is Lease.FREE or self.tables.comps:
+            return
+        self.lease.end()
+        if not self.attempts.refuses_new:
+            for link in self.lease.take_refused():
+                self.tables.do(Send(link, Offer(self.cpus.offered)))
+        if self.lease.was_last() and not self.stopping:
+            self._stop(Stop(), now)
+
+    def _runner_gone(self, event: RunnerGone, now: float) -> None:
+        self.computations.on_runner_gone(event, now)
+        self._free_lease(now)
+
+    # -- messages of clients ------------------------------------------------------------------------------
+
+    def _received(self, event: Received, now: float) -> None:
+        handler = self._messages.get(type(event.message))
+        if handler is None or event.link not in self.tables.links:
+            raise PeerError('%s may not come here' % type(event.message).__name__)
+        handler(event.link, event.message, now)
+
+    def _on_introduce(self, link: int, message: Introduce, now: float) -> None:
+        self.tables.name_client(link, message.name[:200])
+        spooled = self.results.spooled_of(self.tables.links[link].instance)
+        kept = {name: self.results.known_attempts(name) for name in spooled}
+        self.tables.do(Send(link, Welcome(self.name, self.cpus.offered, dict(
+            self.facts, holder=self.lease.held_by(now), kept=kept))))
+        if self.paused:
+            self.tables.do(Send(link, Offer(0)))
+
+    def _on_compute(self, link: int, message: Compute, now: float) -> None:
+        comp = self.tables.comp_of(link, message.comp)
+        if comp is not None and not hmac.compare_digest(comp.digest, result_key(message.spec)):
+            raise PeerError('computation %.40r has another key' % message.comp)
+        if comp is not None:   # its client is back after a broken link
+            self._take_lease(link, now)
+            self.computations.client_back(comp, link)
+            return
+        refusal = self._refusal(link, message.comp, now)
+        if refusal is not None:
+            self.tables.do(Send(link, refusal))
+        elif self.lease.is_of_another(self.tables.links[link].instance):
+            self.lease.refuse(link)
+            self.tables.do(Send(link, Refused(message.comp, 'busy', 'it serves %s' % self.lease.held_by(now))))
+            self.computations.evict_orphans()
+        else:
+            self._take_lease(link, now)
+            self.computations.begin(link, message)
+
+    def _refusal(self, link: int, name: str, now: float) -> Optional[Refused]:
+        """Why no client, or not this one, can have the node for a computation now; None if it is free for that."""
+        if self.stopping:
+            return Refused(name, 'stopping', 'the node is being stopped')
+        if self.paused:
+            return Refused(name, 'paused', 'it takes no new jobs: %s' % ', '.join(self.paused.values()))
+        if self.lease.is_cooling_down(self.tables.links[link].instance, now):
+            return Refused(name, 'busy', RELEASED_TEXT)
+        if name in self.tables.comps:
+            return Refused(name, 'closing', 'the same computation is still being closed')
+        return None
+
+    def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
+        comp, up = self.tables.comps.get(message.comp), self.tables.links[link]
+        spooled = self.results.spooled.get(message.comp)
+        digests = [known.digest for known in (comp, spooled) if known is not None]
+        if not all(may_reclaim(digest, message.key) for digest in digests):
+            logger.warning('%s wants results of a computation and does not have its key', self.tables.client_at(link))
+            self.tables.do(Send(link, Held(message.comp, [], Past(whole=False).row())))
+            return
+        if comp is not None and comp.stage is not Stage.CLOSING:
+            if comp.link in self.tables.links and comp.link != link:
+                self.tables.do(Send(link, Refused(message.comp, 'busy', 'its client is connected: %s' % self.lease.held_by(now))))
+                return
+            if message.take:
+                comp.link, comp.instance = link, up.instance
+                self._take_lease(link, now)
+        if message.take:
+            self.results.give_to(message.comp, up.instance)
+        self.tables.do(Send(link, Held(
+            message.comp, self.results.known_attempts(message.comp), self.past.row(message.comp))))
+        if message.take:
+            self.results.resend(message.comp, link)
+
+    def _on_query(self, link: int, message: Query, now: float) -> None:
+        """Answered at the end of the turn, when what came in it has been handed out."""
+        self.tables.comp_of(link, message.comp)
+        self._queries.append((link, message.comp))
+
+    def _report(self, link: int, name: str, now: float) -> None:
+        if link not in self.tables.links:
+            return
+        comp = self.tables.comps.get(name)
+        if comp is not None and comp.instance != self.tables.links[link].instance:
+            comp = None
+        if comp is not None and comp.stage is Stage.CLOSING:
+            comp = None
+        running, waiting = [], []
+        if comp is not None:
+            running = [(worker.queue[0].serial, now - worker.since) for worker in comp.workers.values() if worker.queue]
+            waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
+        busy = sum(bool(worker.queue) for other in self.tables.comps.values() for worker in other.workers.values())
+        available = dict(self.facts.get('available', {}), busy=busy, holder=self.lease.held_by(now))
+        self.tables.do(Send(link, Report(name, running, waiting, available)))
+
+    def _on_limit(self, link: int, message: Limit, now: float) -> None:
+        comp = self.tables.comp_of(link, message.comp)
+        if comp is not None:
+            comp.limit = message.cpus
+            self.computations.resize()
+
+    def _on_shutdown(self, link: int, message: Shutdown, now: float) -> None:
+        if self.tables.comp_of(link, message.comp) is not None:
+            self._end_wanted(EndWanted(message.comp), now)
+
+    def _end_wanted(self, event: EndWanted, now: float) -> None:
+        """End when the lease ends, if the operator allows that."""
+        if event.comp in self.tables.comps:
+            is_last = self.lease.make_last()
+            logger.info('%s asks for the end of this node%s', self.lease.holder_text,
+                        '' if is_last else ', which was started without --client-shutdown')
 
     # -- stopping -----------------------------------------------------------------------------------------
 
@@ -5964,112 +6452,84 @@ class Node:
         if self.stopping:
             self._leave(now)
             return
-        self.stopping = True
+        self.stopping = self.attempts.refuses_new = True
         logger.info('stopping: what waits is given back, what runs has %d s to end', GRACE)
-        self._at(now + GRACE + 0.5, 'stop')
+        self.timers.at(now + GRACE + 0.5, '', self._leave, is_wanted=lambda: True)
         self._offer(0)
-        self._end_all(now)
-
-    def _end_all(self, now: float) -> None:
-        """What waits is given back, what runs has its grace."""
-        self._ends = True
-        for comp in self._comps.values():
-            self._give_back(comp)
-        for worker in self._workers.values():
-            if worker.queue and worker.queue[0].ending is None:
-                worker.queue[0].ending = Outcome.STOPPED
-                self._interrupt(worker, worker.queue[0], now)
-            if len(worker.queue) > 1:
-                self._take_back(worker)
+        self.interruptions.end_all(now)
 
     def _account(self) -> None:
         """Answer for every attempt: what runs has failed, the rest was never started."""
-        for worker in self._workers.values():
-            queue = list(worker.queue)
-            if queue and worker.comp.stage is Stage.READY:
-                self._finish(worker.comp, (queue[0].serial, int(Outcome.STOPPED), 0.0, 0.0,
-                                           ENDING_TEXT[Outcome.STOPPED].encode(), b'', b''))
-                worker.comp.waiting.extend(queue[1:])
-        for comp in self._comps.values():
-            self._give_back(comp)
-            self._deliver(comp)
+        self.scheduler.fail_stopped()
+        for comp in self.tables.comps.values():
+            self.attempts.give_back(comp)
+            self.results.deliver(comp)
 
     def _leave(self, now: float) -> None:
         """Account for every attempt, then go."""
         self._account()
-        for comp in self._comps.values():
-            self._keep(comp)
-        for link in self._links:
-            self._do(Drop(link, 'node stopped'))
-        for comp in self._comps.values():
-            self._close(comp, at_once=True)
-        self._do(Exit())
+        for comp in self.tables.comps.values():
+            self.results.spool(comp)
+        for link in self.tables.links:
+            self.tables.do(Drop(link, 'node stopped'))
+        for comp in self.tables.comps.values():
+            self.computations.close(comp, at_once=True)
+        self.tables.do(Exit())
+
+    def _offer(self, cpus: int) -> None:
+        for link in self.tables.links:
+            self.tables.do(Send(link, Offer(cpus)))
 
     # -- hours of service, and whoever sits at the terminal ------------------------------------------------
 
     def _pause(self, event: Pause, now: float) -> None:
         self.paused[event.by] = event.text
+        self.attempts.refuses_new = True
         logger.info('no new jobs are taken: %s', event.text)
         self._offer(0)
         if event.end:
-            self._end_all(now)
+            self.interruptions.end_all(now)
 
     def _resume(self, event: Resume, now: float) -> None:
         if self.paused.pop(event.by, None) is not None and not self.paused and not self.stopping:
             logger.info('jobs are taken again')
-            self._ends = False
-            self._offer(self.offered)
+            self.attempts.refuses_new = self.interruptions.ends_all = False
+            self._offer(self.cpus.offered)
 
     def _set_cpus(self, event: SetCpus, now: float) -> None:
-        self.offered = event.cpus
-        self._resize()
-        logger.info('%d CPUs are offered', self.offered)
-        if not self.paused and not self.stopping:
-            self._offer(self.offered)
+        self.cpus.offered = event.cpus
+        self.computations.resize()
+        logger.info('%d CPUs are offered', self.cpus.offered)
+        if not self.attempts.refuses_new:
+            self._offer(self.cpus.offered)
 
     def _take_from_holder(self, event: Release, now: float) -> None:
-        if self.lease is Lease.FREE:
+        if self.lease.state is Lease.FREE:
             logger.info('no client holds this node')
             return
-        logger.info('taken from %s by the operator', self.holder_text)
-        self._released = (self.holder, now + RELEASED_TIME)
+        logger.info('taken from %s by the operator', self.lease.holder_text)
+        self.lease.cool_down(now + RELEASED_TIME)
         self._account()
-        for comp in [comp for comp in self._comps.values() if comp.stage is not Stage.CLOSING]:
-            self._refuse(comp, 'released', RELEASED_TEXT)
-        self._release(now)
-
-    def _on_limit(self, link: int, message: Limit, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
-        if comp is not None:
-            comp.limit = message.cpus
-            self._resize()
-
-    def _on_shutdown(self, link: int, message: Shutdown, now: float) -> None:
-        if self._comp_of(link, message.comp) is not None:
-            self._end_wanted(EndWanted(message.comp), now)
-
-    def _end_wanted(self, event: EndWanted, now: float) -> None:
-        """End when the lease ends, if the operator allows that."""
-        if event.comp in self._comps:
-            self._last = self._client_shutdown
-            logger.info('%s asks for the end of this node%s', self.holder_text,
-                        '' if self._last else ', which was started without --client-shutdown')
+        for comp in [comp for comp in self.tables.comps.values() if comp.stage is not Stage.CLOSING]:
+            self.computations.refuse(comp, 'released', RELEASED_TEXT)
+        self._free_lease(now)
 
     def _status(self, event: Status, now: float) -> None:
         if self.stopping or self.paused:
             state = 'no new jobs: ' + ('being stopped' if self.stopping else ', '.join(self.paused.values()))
         else:
             state = 'takes jobs'
-        lines = ['%s: %d of %d CPUs used, %s, up %s' % (self.name, self.cpus - self.free, self.offered, state, _duration(now - self._born))]
-        if self.lease is Lease.FREE:
-            lines.append('held by no client, %d served' % self._served)
+        lines = ['%s: %d of %d CPUs used, %s, up %s' % (
+            self.name, self.cpus.total - self.cpus.free, self.cpus.offered, state, _duration(now - self._born))]
+        if self.lease.state is Lease.FREE:
+            lines.append('held by no client, %d served' % self.lease.served)
         else:
-            lines.append('held by %s' % self.held_by(now))
-        for comp in self._comps.values():
+            lines.append('held by %s' % self.lease.held_by(now))
+        for comp in self.tables.comps.values():
             running = sum(1 for worker in comp.workers.values() if worker.queue)
             lines.append('  %s (%s): %d jobs running, %d waiting, %d done'
                          % (comp.spec['name'], comp.stage.value, running, len(comp.attempts) - running, comp.done))
-        self._do(Show('\n'.join(lines)))
+        self.tables.do(Show('\n'.join(lines)))
 
 
 def _duration(seconds: float) -> str:
@@ -10325,7 +10785,7 @@ class Daemon(Loop):
             self._hello()
         if self._may_let_go():
             self._let_go()
-        full = self.node.is_full()
+        full = self.node.attempts.is_full()
         for link in self.links.values():
             if link.paused != full:
                 link.paused = full
@@ -10547,7 +11007,7 @@ class Daemon(Loop):
     def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
         """Results from the disk. Those that are not there any more have been lost, which their client is told; when there is no
         descriptor to read them with they are tried again."""
-        missing, text = set(self.node.shelf[comp].serials) if comp in self.node.shelf else set(), 'the file ends before it'
+        missing, text = set(self.node.results.spooled_serials(comp)), 'the file ends before it'
         try:
             for row in self._shelf(comp).rows():
                 missing.discard(row[0])

@@ -160,7 +160,7 @@ def broken_node(tmp_path, owner, name, flag):
 
 
 @pytest.mark.parametrize('owner, name', [
-    ('Node', '_on_jobs'), ('Node', '_dispatch'), ('Node', '_deliver'), ('Node', '_on_compute'), ('Node', '_runner_up'),
+    ('Attempts', 'on_jobs'), ('CpuScheduler', '_dispatch'), ('UndeliveredResults', 'deliver'), ('Node', '_on_compute'), ('Computations', 'on_runner_up'),
     ('Daemon', '_prepare'), ('Daemon', '_start_runner'), ('Daemon', '_start_worker'), ('Daemon', '_feed'), ('Daemon', '_send'),
     ('Daemon', '_from_worker')])
 def test_a_node_outlives_its_faults(tmp_path, owner, name):

@@ -475,7 +475,7 @@ class SimDaemon(Daemon, SimLoop):
             worker.die(told=False)
 
     def end(self):
-        assert not any(comp.attempts for comp in self.node._comps.values()), 'it ends and has not answered for all'
+        assert not any(comp.attempts for comp in self.node.tables.comps.values()), 'it ends and has not answered for all'
         self.home.begun.clear()   # as its directories go
         self.world.kill(self)
         self.world.at(self.world.now + self.world.rng.expovariate(1 / 10), self.home.start)
@@ -931,7 +931,7 @@ class World:
             worker.die()
 
     def runner_killed(self, rng, home, driver, names):
-        for comp in home.daemon.node._comps.values():
+        for comp in home.daemon.node.tables.comps.values():
             if comp.stage is Stage.READY:
                 home.daemon._stop_runner(types.SimpleNamespace(comp=comp.comp), 'killed')
                 return
@@ -1013,12 +1013,13 @@ class World:
     def check_node(self, node):
         """CPUs are conserved."""
         used = 0
-        for worker in node._workers.values():
+        for worker in node.tables.workers.values():
             if worker.queue:
                 used += worker.queue[0].cpus
-        assert node.free == node.cpus - used, 'CPUs of %s: %d, %d used, %d free' % (node.name, node.cpus, used, node.free)
-        assert node.free >= 0 or node.cpus < node.most, 'oversubscribed'
-        assert node.held_bytes >= 0
+        cpus = node.cpus
+        assert cpus.free == cpus.total - used, 'CPUs of %s: %d, %d used, %d free' % (node.name, cpus.total, used, cpus.free)
+        assert cpus.free >= 0 or cpus.total < cpus.most, 'oversubscribed'
+        assert node.attempts.held_bytes >= 0
 
     def check_everywhere(self, driver):
         """Each job once, and all sums right."""
@@ -1060,7 +1061,7 @@ class World:
         return all(plug.quiet is None and plug.owner.alive and not plug.owner.stopped and not plug.closed for plug in (link.sock, link.sock.other))
 
     def is_wanted(self, daemon, worker):
-        comp = daemon.node._comps.get(worker.comp)
+        comp = daemon.node.tables.comps.get(worker.comp)
         link = daemon.links.get(comp.link) if comp is not None else None
         if not self.are_linked(link):
             return True   # nobody can say
@@ -1074,18 +1075,18 @@ class World:
         if peer is not None and self.are_linked(peer.link):
             there = peer.link.sock.other.owner
             for comp, flight in node.flight.items():
-                held = set(there.node._held(comp)) if flight else ()
+                held = set(there.node.results.known_attempts(comp)) if flight else ()
                 yield from ((there.host, comp, serial) for serial in flight if serial not in held)
 
     def check_end(self):
         for home in self.hosts.values():
             node = home.daemon.node
             assert home.daemon.alive, '%s is not alive at the end' % home.name
-            assert node.free == node.cpus and not node._workers and not node._comps, '%s is not free at the end: %s' % (
-                home.name, [(comp.stage, len(comp.attempts), len(comp.unacknowledged)) for comp in node._comps.values()])
-            assert node.lease is Lease.FREE and node.held_bytes == 0
+            assert node.cpus.free == node.cpus.total and not node.tables.workers and not node.tables.comps, '%s is not free at the end: %s' % (
+                home.name, [(comp.stage, len(comp.attempts), len(comp.unacknowledged)) for comp in node.tables.comps.values()])
+            assert node.lease.state is Lease.FREE and node.attempts.held_bytes == 0
             left = [name for name in os.listdir(home.directory) if name != 'memory' and not name.startswith('g-')]   # numbers, for a month
-            assert not node.shelf and not left, 'results are left on the disk of %s: %s' % (home.name, left)
+            assert not node.results.spooled and not left, 'results are left on the disk of %s: %s' % (home.name, left)
         left = [job.number for job in self.jobs.values() if job.status is None]
         assert not left, 'never ended: %s' % left[:20]
 
