@@ -4970,10 +4970,10 @@ class UndeliveredResults:
         if self.spooled.pop(name, None) is not None:
             self._tables.do(Forget(name))
 
-    def spooled_serials(self, name: str) -> Container[int]:
+    def spooled_serials(self, name: str) -> AbstractSet[int]:
         """Attempts of a computation whose results are on the disk."""
         spooled = self.spooled.get(name)
-        return spooled.serials if spooled is not None else ()
+        return spooled.serials if spooled is not None else frozenset()
 
     def spooled_of(self, instance: bytes) -> List[str]:
         """Computations of a client that have results on the disk."""
@@ -10286,19 +10286,179 @@ class Digested(NamedTuple):
     action: Prepare
 
 
-class _Caller:
-    """A scheduler, or a client that listens, which this node dials."""
+class NodeDirectory:
+    """The directory of a node, which is the node's alone: 0700, and locked by its file `lock`, which
+    names the process and its port. In it stand what is known of past attempts, results whose clients
+    are away, and the directories of computations."""
 
-    def __init__(self, host: str, port: int, most: float) -> None:
-        self.host, self.port = host, port
-        self.dialling = Dialling(min(1.0, most), most)
-        self.link, self.since = 0, 0.0
-        self.told = ''     # the last failure that was logged
-        self.second = Second(self)
+    def __init__(self, options: Options, instance: bytes,
+                 taken: Callable[[Memory, Dict[str, Past]], None]) -> None:
+        """`taken` is called when the directory is the node's, with what is known of attempts of
+        computations that earlier nodes had."""
+        self._options, self._instance, self._taken = options, instance, taken
+        self._port = 0
+        self._lock_file: Any = None
+        self.memory: Optional[Memory] = None
+        self.root = self.base = ''   # where computations work, and what is above: not the same with --user
+
+    def take(self, port: int) -> None:
+        """Have the directory. Raises StartError."""
+        self._port = port
+        user = self._options.user
+        root = self._options.prefix or default_directory(port)
+        try:
+            self._take_base(root)
+            self.memory = Memory(self.base)
+            if user is not None:
+                self._check_reach(user)
+                root = self._user_directory(root, user)
+            self._taken(self.memory, self.memory.begin(self._wrecks(root)))
+            self._remove_leftovers(root)
+        except OSError as exc:
+            raise StartError('the directory %s cannot be used%s: %s (--dest-path-prefix)' % (
+                root, ' by ' + user.name if user else '', exc.strerror)) from exc
+        self.root = os.path.realpath(root)
+
+    def _take_base(self, root: str) -> None:
+        mode = 0o711 if self._options.user else 0o700
+        if not self._options.prefix:
+            self._take_above(os.path.dirname(root), mode)
+        take_own_directory(root, NODE_MARK, ('lock',) if _was_ours(root) else (), '--dest-path-prefix', mode)
+        self._lock_file = _lock(os.path.join(root, 'lock'), self._port, self._instance)
+        self.base = os.path.realpath(root)
+        if self._options.clean:
+            for name in os.listdir(root):
+                path = os.path.join(root, name)
+                if (_is_ours(name, 'r-', 'g-') or name == 'memory') and os.path.isfile(path):
+                    os.unlink(path)
+
+    @staticmethod
+    def _take_above(above: str, mode: int) -> None:
+        os.makedirs(above, mode=0o700, exist_ok=True)
+        status = os.lstat(above)
+        if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
+            raise StartError('%s is not a directory of this user (--dest-path-prefix)' % above)
+        os.chmod(above, mode)
+
+    @staticmethod
+    def _wrecks(root: str) -> Dict[str, Optional[FrozenSet[int]]]:
+        """Computations of a node that did not end in good order, and which of their attempts had begun; None if nobody knows."""
+        wrecks: Dict[str, Optional[FrozenSet[int]]] = {}
+        for name in os.listdir(root):
+            if _is_ours(name, 'p-') and os.path.isdir(os.path.join(root, name)):
+                try:
+                    wrecks[name[2:]] = Slots.read(os.path.join(root, name))
+                except OSError as exc:
+                    logger.warning('what had begun cannot be read: %s', exc)
+                    wrecks[name[2:]] = None
+        return wrecks
+
+    def _remove_leftovers(self, root: str) -> None:
+        with self.as_user():
+            for name in os.listdir(root):
+                path = os.path.join(root, name)
+                if (self._options.clean or _is_ours(name, 'c-', 'p-')) and os.path.isdir(path):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _check_reach(self, user: User) -> None:
+        """Whether --user can read what runs here. One file of each installation tells."""
+        for path in (os.__file__, __file__):
+            try:
+                with self.as_user(), open(path, 'rb'):
+                    pass
+            except OSError as exc:
+                raise StartError('--user %s cannot read %s: use a Python and a dispynode.py that all can read' % (user.name, path)) from exc
+
+    @staticmethod
+    def _user_directory(root: str, user: User) -> str:
+        """The directory of --user in ours. Ours stays root's, so that nothing that a job plants is in the way of the lock."""
+        root = os.path.join(root, 'user-' + user.name)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(root, 0o700)
+        os.chown(root, user.uid, user.gid, follow_symlinks=False)
+        return root
+
+    @contextlib.contextmanager
+    def as_user(self) -> Any:
+        """Where jobs may have planted links, files are handled with the rights of --user alone."""
+        user = self._options.user
+        if user is None:
+            yield
+            return
+        os.setegid(user.gid)
+        os.seteuid(user.uid)
+        try:
+            yield
+        finally:
+            os.seteuid(os.getuid())
+            os.setegid(os.getgid())
+
+    def ensure(self) -> None:
+        """Make the node's directory anew if it has disappeared: what cleans /tmp has removed it. Raises StartError, OSError."""
+        if not os.path.isdir(self.root):
+            logger.error('the directory %s has disappeared and is made anew', self.root)
+            if self._lock_file is not None:
+                self._lock_file.close()
+                self._lock_file = None
+            self.take(self._port)
+
+    # -- what stands in it --------------------------------------------------------------------------------
+
+    def path_of_modules(self) -> str:
+        """Where files of modules are kept for other computations."""
+        return os.path.join(self.root, 'p-.modules')
+
+    def private_of(self, comp: str) -> str:
+        """The directory for what is ours and not for a computation's jobs."""
+        return os.path.join(self.root, 'p-' + comp)
+
+    def working_directory(self, comp: str, dest_path: str, keep: bool) -> str:
+        """The directory in which jobs of a computation run. Raises ValueError."""
+        if not dest_path:
+            return os.path.join(self.root, ('k-' if keep else 'c-') + comp)
+        parts = check_name(dest_path)
+        if _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-', 'g-') or parts[0] in KEEPING_FILES or parts[0].startswith('user-'):
+            raise ValueError('dest_path %.100r begins as names of the node itself do; choose another' % dest_path)
+        return os.path.join(self.root, *parts)
+
+    def spool(self, comp: str) -> Shelf:
+        """The file with results of a computation whose client is away."""
+        return Shelf(os.path.join(self.base, 'r-' + comp))
+
+    def spooled(self) -> List[str]:
+        """Computations that have such a file."""
+        return [name[2:] for name in os.listdir(self.base) if _is_ours(name, 'r-') and os.path.isfile(os.path.join(self.base, name))]
+
+    def remember(self, action: Remember) -> None:
+        """Write down what is known of attempts that are not held any more."""
+        if self.memory is not None:
+            self.memory.write(action.comp, action.past)
+
+    def tear_memory(self) -> None:
+        """Note that not all is known of what was here."""
+        if self.memory is not None:
+            self.memory.tear()
+
+    def close(self) -> None:
+        """Remove what is to be removed and let go of the lock. Does nothing the second time."""
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
+        if self._lock_file is None:
+            return
+        self._lock_file.close()
+        self._lock_file = None
+        with self.as_user():
+            shutil.rmtree(self.path_of_modules(), ignore_errors=True)
+        if self._options.embedded:
+            shutil.rmtree(self.root, ignore_errors=True)
+        elif self._options.user is not None:
+            with contextlib.suppress(OSError):   # not empty: a cluster wanted its files kept
+                os.rmdir(self.root)
 
 
-class _Run:
-    """The processes and the directory of one computation."""
+class ComputationDirectory:
+    """The directories of one computation, and the files that come into them."""
 
     def __init__(self, comp: str, directory: str, private: str, keep: bool, max_file: int) -> None:
         self.comp, self.directory, self.private, self.keep = comp, directory, private, keep
@@ -10306,33 +10466,240 @@ class _Run:
                                       Purpose.MODULES: private, Purpose.VALUES: values_in(private)},
                                      max_file, scratch=private)
         self.fetched: list = []                      # rows of those that are on their way
-        self.process: Any = None
-        self.control: Optional[Pipe] = None
-        self.up = self.closing = self.unloadable = False
-        self.text = ''
-        self.pipes: Dict[int, Pipe] = {}
-        self.pids: Dict[int, Tuple[int, str]] = {}   # worker -> number and start of its process
-        self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
-        self.kill_at: Optional[float] = None
-        self.watch: Optional[RunnerWatch] = None
 
-    def known(self, worker: int, pid: int) -> None:
-        """A worker's process: from the kernel, never by its own word."""
-        if pid > 1:
-            self.pids[worker] = (pid, start_of(pid))
 
-    def kill(self, worker: int) -> None:
-        """Kill a worker's process and its group, unless the number is another process's by now."""
-        pid, start = self.pids.get(worker, (0, ''))
-        if not pid or start_of(pid) != start:
+class ComputationFiles:
+    """Files of computations: makes their directories, finds out what is missing, stores what comes.
+    The loop's thread."""
+
+    def __init__(self, daemon: 'Daemon', directory: NodeDirectory, options: Options) -> None:
+        self._daemon, self._directory, self._options = daemon, directory, options
+        self._known: Dict[str, ComputationDirectory] = {}
+        self._digesting: Set[str] = set()   # computations whose files are being compared
+        self._modules: Optional[ModuleStore] = None
+
+    def start(self) -> None:
+        """The node's directory is there."""
+        self._modules = ModuleStore(self._directory.path_of_modules())
+
+    def of(self, comp: str) -> ComputationDirectory:
+        """The directories of a computation that was prepared."""
+        return self._known[comp]
+
+    def prepare(self, action: Prepare) -> None:
+        """Make a computation's directories and post which of its files are missing."""
+        spec, comp = action.spec, action.comp
+        keep = not spec['cleanup'] and not self._options.force_cleanup
+        try:
+            if not comp or not is_comp(comp):
+                raise ValueError('a computation may not be called %.70r' % comp)
+            self._directory.ensure()
+            private = self._directory.private_of(comp)
+            directory = self._directory.working_directory(comp, spec['dest_path'], keep)
+            unknown = Digests.unknown(directory, spec['files']) if self._options.user is None else []   # a thread has no rights of its own
+            if unknown and comp not in self._digesting:
+                self._digest(action, unknown)
+                return
+            self._digesting.discard(comp)
+            with self._directory.as_user():
+                os.makedirs(directory, mode=0o700, exist_ok=True)
+                os.makedirs(private, mode=0o700, exist_ok=True)
+                files = self._known[comp] = ComputationDirectory(comp, directory, private, keep, self._options.max_file)
+                missing = files.receiver.want(Purpose.DEPENDS, spec['files'])
+                missing += self._want_modules(files, spec['modules'])
+        except (OSError, ValueError, StartError) as exc:
+            self._daemon.post(Prepared(comp, [], 'files cannot be stored: %s' % exc, reason_of(exc)))
+        else:
+            self._daemon.post(Prepared(comp, missing))
+
+    def _digest(self, action: Prepare, paths: Sequence[str]) -> None:
+        """Large files are there from before: whether they are the same is found out beside the loop."""
+        def work() -> None:
+            Digests.learn(paths)
+            self._daemon.post(Digested(action))
+        self._digesting.add(action.comp)
+        threading.Thread(target=work, name='dispy-digest', daemon=True).start()
+
+    def on_digested(self, event: Digested) -> None:
+        """Digests of files that were there are known."""
+        if self._daemon.node.is_preparing(event.action.comp):
+            self.prepare(event.action)
+        else:
+            self._digesting.discard(event.action.comp)
+
+    def _want_modules(self, files: ComputationDirectory, rows: list) -> list:
+        """Files of modules that have to be sent, as in Need; those that came for other computations
+        are copied."""
+        assert self._modules is not None   # ours
+        files.fetched = rows
+        self._modules.bring(files.private, rows)
+        return files.receiver.want(Purpose.MODULES, rows)
+
+    def fetch(self, action: Fetch) -> None:
+        """Post which of these files of modules are missing."""
+        try:
+            with self._directory.as_user():
+                missing = self._want_modules(self._known[action.comp], action.rows)
+        except (OSError, ValueError) as exc:
+            self._daemon.post(Fetched(action.comp, [], 'files cannot be stored: %s' % exc))
+        else:
+            self._daemon.post(Fetched(action.comp, missing))
+
+    def fetch_value(self, action: FetchValue) -> None:
+        """Post whether a value is missing."""
+        files = self._known.get(action.comp)
+        if files is None:   # it is over
             return
-        for kill in (os.killpg, os.kill):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill(pid, signal.SIGKILL)
+        missing: list = []
+        error = limit_text('on this node') if action.size > VALUE_MOST else ''
+        try:
+            with self._directory.as_user():
+                os.makedirs(values_in(files.private), mode=0o700, exist_ok=True)
+                if not error:
+                    row = (action.digest.hex(), action.size, action.digest, 0o400)
+                    missing = files.receiver.want(Purpose.VALUES, [row])
+        except (OSError, ValueError) as exc:
+            error = str(exc)
+        self._daemon.post(ValueSought(action.comp, action.digest, missing, error))
 
-    def times(self) -> Tuple[Optional[float], ...]:
-        """When there is something to do."""
-        return (self.kill_at, *(self.watch.times() if self.watch is not None else ()))
+    def drop_value(self, action: DropValue) -> None:
+        """Remove a value."""
+        files = self._known.get(action.comp)
+        if files is not None:
+            with self._directory.as_user(), contextlib.suppress(OSError):   # it has gone
+                os.unlink(os.path.join(values_in(files.private), action.digest.hex()))
+
+    def want_again(self, action: WantAgain) -> None:
+        """Post which files are missing still: the link on which they came has ended."""
+        files = self._known.get(action.comp)
+        if files is not None:
+            with self._directory.as_user():
+                self._daemon.post(Wanted(action.comp, files.receiver.again()))
+
+    def store(self, action: Store) -> None:
+        """Write a piece of a file."""
+        assert self._modules is not None   # ours
+        files = self._known[action.piece.comp]
+        with self._directory.as_user():
+            file = files.receiver.take(action.piece)
+            if file is None:
+                return
+            whole = not file.error and not files.receiver.wants(Purpose.MODULES)
+            if file.purpose == Purpose.MODULES and whole:
+                self._modules.keep(files.private, files.fetched)
+        self._daemon.post(Stored(file, not files.receiver.wants(*FOR_CODE), files.receiver.code))
+
+    def note_overrun(self, action: NoteOverrun) -> None:
+        """Note that notes of what has begun do not reach back far enough."""
+        files = self._known.get(action.comp)
+        if files is not None:
+            try:
+                with self._directory.as_user():
+                    Slots.mark_unknown(files.private)
+            except OSError as exc:
+                logger.error('it cannot be noted that not all is known that has begun: %s', exc)
+                self._directory.tear_memory()
+
+    def discard(self, comp: str) -> None:
+        """Remove the directories of a computation, but for the one that is to stay."""
+        files = self._known.pop(comp, None)
+        if files is None:
+            return
+        with self._directory.as_user():
+            files.receiver.abort()
+            shutil.rmtree(files.private, ignore_errors=True)
+            if not files.keep:
+                shutil.rmtree(files.directory, ignore_errors=True)
+
+    def close(self) -> None:
+        """Remove the directories of all computations."""
+        for comp in list(self._known):
+            self.discard(comp)
+
+
+class ResultStore:
+    """Results on the disk, whose clients are away or have come back, and results that their clients
+    could not take. The loop's thread."""
+
+    def __init__(self, daemon: 'Daemon', directory: NodeDirectory, zombie: float) -> None:
+        self._daemon, self._directory, self._zombie = daemon, directory, zombie
+        self._unkept: Set[str] = set()    # computations with results that could not be kept
+        self.refused: Dict[Tuple[str, int], str] = {}   # results that their clients could not take, and why
+        self.backlog = Backlog(daemon.links)
+        self.read_later: Dict[Tuple[int, str], float] = {}   # kept results, of a link and a computation, and when they are read again
+
+    def find(self) -> None:
+        """When the daemon starts: what earlier ones have kept."""
+        for comp in self._directory.spooled():
+            spool = self._directory.spool(comp)
+            try:
+                owner, digest, serials = spool.scan()
+                if not serials:
+                    raise ValueError('%s is empty' % spool.path)
+                left = self._zombie - (time.time() - os.stat(spool.path).st_mtime)
+                self._daemon.tell(Found(comp, owner, serials, self._daemon.now + max(0.0, left), digest))
+                logger.info('%d results of an earlier computation wait for their client', len(serials))
+            except (OSError, ValueError) as exc:
+                logger.warning('results of an earlier computation are of no use: %s', exc)
+                spool.remove()
+
+    def keep(self, action: Keep) -> None:
+        """Write results to the disk."""
+        try:
+            self._directory.ensure()
+            self._directory.spool(action.comp).append(action.owner, action.rows, action.digest)
+        except (OSError, ValueError, StartError) as exc:
+            self._unkept.add(action.comp)
+            self._daemon.post(Kept(action.comp, [], str(exc)))
+        else:
+            self._unkept.discard(action.comp)
+            self._daemon.tell(Kept(action.comp, [row[0] for row in action.rows]))
+
+    def forget(self, action: Forget) -> None:
+        """Remove the results of a computation."""
+        self._unkept.discard(action.comp)
+        self.backlog.drop(action.comp)
+        self.refused = {key: text for key, text in self.refused.items() if key[0] != action.comp}
+        self._directory.spool(action.comp).remove()
+
+    def usable(self, comp: str, row: tuple) -> tuple:
+        """A row of Results, or what is told in the place of one that its client could not take."""
+        text = self.refused.get((comp, row[0]))
+        return row if text is None else refused_row(row, text)
+
+    def send_kept(self, action: SendKept) -> None:
+        """Send results from the disk, as the link has room."""
+        self.backlog.add_results(action.link, action.comp, self._kept_rows(action.link, action.comp))
+
+    def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
+        """Results from the disk. Those that are not there any more have been lost, which their client is told; when there is no
+        descriptor to read them with they are tried again."""
+        missing, text = set(self._daemon.node.results.spooled_serials(comp)), 'the file ends before it'
+        try:
+            for row in self._directory.spool(comp).rows():
+                missing.discard(row[0])
+                yield self.usable(comp, row)
+        except FileNotFoundError as exc:
+            text = str(exc)
+        except OSError as exc:
+            logger.error('kept results cannot be read now: %s', exc)
+            self.read_later[link, comp] = self._daemon.now + WORKER_AGAIN
+            return
+        for serial in sorted(missing):
+            yield (serial, int(Outcome.DIED), 0.0, 0.0, ('its result was kept on the node and cannot be read: %s' % text).encode('utf-8', 'replace'), b'', b'')
+
+    def read_again(self) -> None:
+        """Read what could not be read before."""
+        for (link, comp), when in list(self.read_later.items()):
+            if self._daemon.now >= when:
+                del self.read_later[link, comp]
+                if link in self._daemon.links:
+                    self.backlog.add_results(link, comp, self._kept_rows(link, comp))
+
+    def close(self) -> None:
+        """Results that could not be kept are lost, which must be known later."""
+        if self._unkept:
+            self._directory.tear_memory()
 
 
 class RunnerWatch:
@@ -10395,670 +10762,108 @@ class RunnerWatch:
             self._handle = -1
 
 
-class Daemon(Loop):
-    """The node's loop: links of clients, pipes of runners and workers, and a Node that decides."""
+class ComputationProcesses:
+    """The runner and the workers of one computation, and the pipes to them."""
 
-    def __init__(self, options: Options) -> None:
-        super().__init__()
-        self._options = options
-        name = options.name or platform.node() or 'node'
-        self.node = Node(name, options.cpus, node_facts(), options.zombie, options.serve, options.client_shutdown, self.now)
-        self.values.where = 'on node %s' % name
-        self._phase = Phase.SERVING
-        self._clock_at = self.now if options.hours else None   # when to look at the clock on the wall
-        self._instance = os.urandom(16)
-        self._gates: List[Gate] = []
-        self._ears: Optional[Ears] = None
-        self._hello_at: Optional[float] = None
-        self._stranger_at = -60.0         # when one that asked with another secret was logged
-        self._callers = [_Caller(host, port, options.ping_interval or 30.0) for host, port in options.schedulers]
-        self._tls: Any = None
-        self._runs: Dict[str, _Run] = {}
-        self._lock_file: Any = None
-        self._memory: Optional[Memory] = None
-        self._digesting: Set[str] = set()   # computations whose files are being compared
-        self._unkept: Set[str] = set()    # computations with results that could not be kept
+    def __init__(self, files: ComputationDirectory) -> None:
+        self.files, self.comp = files, files.comp
+        self.process: Any = None
+        self.control: Optional[Pipe] = None
+        self.up = self.closing = self.unloadable = False
+        self.text = ''
+        self.pipes: Dict[int, Pipe] = {}
+        self.pids: Dict[int, Tuple[int, str]] = {}   # worker -> number and start of its process
+        self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
+        self.kill_at: Optional[float] = None
+        self.watch: Optional[RunnerWatch] = None
+
+    def known(self, worker: int, pid: int) -> None:
+        """A worker's process: from the kernel, never by its own word."""
+        if pid > 1:
+            self.pids[worker] = (pid, start_of(pid))
+
+    def kill(self, worker: int) -> None:
+        """Kill a worker's process and its group, unless the number is another process's by now."""
+        pid, start = self.pids.get(worker, (0, ''))
+        if not pid or start_of(pid) != start:
+            return
+        for kill in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(pid, signal.SIGKILL)
+
+    def times(self) -> Tuple[Optional[float], ...]:
+        """When there is something to do."""
+        return (self.kill_at, *(self.watch.times() if self.watch is not None else ()))
+
+
+class HeldPipes:
+    """Pipes of workers that are not read for a while, because files or results come faster than the
+    client takes them. The loop's thread."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
         self._held: Set[Pipe] = set()     # not read until links have room
-        self._backlog = Backlog(self.links)
-        self._refused: Dict[Tuple[str, int], str] = {}   # results that their clients could not take, and why
-        self._read_later: Dict[Tuple[int, str], float] = {}   # kept results, of a link and a computation, and when they are read again
-        self._port = 0
-        self._root = self._base = ''   # where computations work, and what is above: not the same with --user
-        self._acts = {
-            Send: self._send, Drop: self._drop, Prepare: self._prepare, WantAgain: self._want_again, Store: self._store,
-            Fetch: self._fetch, FetchValue: self._fetch_value, DropValue: self._drop_value,
-            StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
-            Broken: lambda action: self.fault(action, action.error), Keep: self._keep, SendKept: self._send_kept, Forget: self._forget,
-            Remember: self._remember, NoteOverrun: self._note_overrun, Feed: self._feed, Interrupt: self._interrupt,
-            Kill: self._kill, Watch: self._watch, TakeBack: self._take_back, Retire: self._retire, TellKept: self._tell_kept, Show: self._show, Exit: lambda action: self.stop(),
+
+    def hold_back(self, pipe: Pipe) -> None:
+        """Files or results come faster than the client takes them: the worker's pipe is not read for a while."""
+        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self._loop.links.values()) \
+                and self._must_wait(pipe, HELD_BACK):
+            pipe.paused = True
+            self._held.add(pipe)
+            self._loop.interest(pipe)
+
+    def _must_wait(self, pipe: Pipe, most: int) -> bool:
+        """Whether more than so much waits on a link. A large result on its way keeps others back that
+        are large, of which memory should hold no two, and not those that are small."""
+        return any(link.queued - link.unmade > most or (link.unmade and pipe.is_large)
+                   for link in self._loop.links.values())
+
+    def let_go(self) -> None:
+        """Read again those for which links have room."""
+        for pipe in [pipe for pipe in self._held if not self._must_wait(pipe, HELD_BACK // 2)]:
+            pipe.paused = False
+            self._loop.interest(pipe)
+            self._held.remove(pipe)
+
+    def may_let_go(self) -> bool:
+        """Whether there are such."""
+        return any(not self._must_wait(pipe, HELD_BACK // 2) for pipe in self._held)
+
+
+class ProcessHost:
+    """Runners and workers of all computations: starts them, reads what they send, carries out what
+    is to be done with them, and tells the state what becomes of them. The loop's thread."""
+
+    def __init__(self, daemon: 'Daemon', files: ComputationFiles, options: Options) -> None:
+        self._daemon, self._files, self._options = daemon, files, options
+        self._runs: Dict[str, ComputationProcesses] = {}
+        self.held = HeldPipes(daemon)
+        # What runners send about themselves, and about workers that are there
+        self._of_runner: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
+            Kind.ALIVE: self._on_alive,
+            Kind.END_NODE: self._on_end_node,
+            Kind.UP: self._on_up,
+            Kind.FAILED: self._on_failed,
+        }
+        self._of_workers: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
+            Kind.BORN: self._on_worker_started,
+            Kind.GONE: self._on_worker_exited,
+            Kind.UNBORN: self._on_worker_start_failed,
+            Kind.TOO_BIG: self._on_memory_exceeded,
+            Kind.PRINTED: self._on_printed,
         }
 
-    # -- start and end ------------------------------------------------------------------------------------
+    # -- runners ------------------------------------------------------------------------------------------
 
-    def start(self) -> int:
-        """Listen, take the directory. Returns the port. Raises StartError or SecretError."""
-        options, port = self._options, self._options.port
-        try:
-            for host in options.hosts:
-                self._gates.append(self._listen(host, port))
-                port = self._gates[0].server_address[1]
-            self._port = port
-            self._root = self._take_directory(port)
-            self.node.facts['lock'] = machine(), os.path.join(self._base, 'lock')
-            self._modules = ModuleStore(os.path.join(self._root, 'p-.modules'))
-            self._find_kept()
-            if self._callers and options.certfile:
-                self._tls = tls_context(False, options.certfile, options.keyfile)
-        except BaseException:
-            self.close()
-            raise
-        for gate in self._gates:
-            self.watch(gate.socket, gate.knock)
-        self._announce(port)
-        return port
-
-    def _announce(self, port: int) -> None:
-        """Answer those who look for nodes, and say once that there is one more."""
-        options = self._options
-        addresses = options.ext_hosts or tuple(host for host in options.hosts if host)
-        reach = options.reach
-        if reach == 'lan' and addresses and all(ipaddress.ip_address(address).is_loopback for address in addresses):
-            reach = 'loopback'
-        self._discovery = Discovery(derive_key(options.secret), Role.NODE, self._instance, port, addresses)
-        # Its own port for those who name it; the usual one so that it is found at whatever port it serves.
-        ports = {options.port or NODE_PORT, NODE_PORT}
-        self._ears = Ears(self, reach, ports, ports, self._hear, options.multicast)
-        if self._ears.error:
-            logger.warning('%s: this node is not found by asking, but can be named', self._ears.error)
-        self._hello()
-
-    def _hello(self) -> None:
-        assert self._ears is not None   # ours
-        self._ears.shout(lambda: self._discovery.say(Cry.HELLO))
-        self._hello_at = self.now + self._options.ping_interval if self._options.ping_interval else None
-
-    def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
-        heard, answer = self._discovery.hear(data, source, self.now)
-        if answer is not None:
-            reply(answer)
-            if heard is None and self.now - self._stranger_at > 10.0:
-                self._stranger_at = self.now
-                logger.warning('%s looks for nodes and has another secret: %s', source, same_secret())
-
-    def _listen(self, host: str, port: int) -> Gate:
-        options = self._options
-        try:
-            return Gate((host, port), derive_key(options.secret), Role.NODE, (Role.CLIENT, Role.SCHEDULER),
-                        self._instance, self.post, options.certfile, options.keyfile, patience=options.msg_timeout)
-        except OverflowError as exc:
-            raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
-        except OSError as exc:
-            where = place(host, port)
-            if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
-                raise StartError('port %d is in use (%s): another dispynode? Choose another with -p/--port' % (port, where)) from exc
-            raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' % (where, exc)) from exc
-
-    def _take_directory(self, port: int) -> str:
-        """The directory of this node, ours alone: 0700, locked by file `lock` with PID and port."""
-        root = self._options.prefix or default_directory(port)
-        try:
-            mode = 0o711 if self._options.user else 0o700
-            if not self._options.prefix:
-                above = os.path.dirname(root)
-                os.makedirs(above, mode=0o700, exist_ok=True)
-                status = os.lstat(above)
-                if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
-                    raise StartError('%s is not a directory of this user (--dest-path-prefix)' % above)
-                os.chmod(above, mode)
-            take_own_directory(root, NODE_MARK, ('lock',) if _was_ours(root) else (), '--dest-path-prefix', mode)
-            self._lock_file = _lock(os.path.join(root, 'lock'), port, self._instance)
-            self._base = os.path.realpath(root)
-            if self._options.clean:
-                for name in os.listdir(root):
-                    path = os.path.join(root, name)
-                    if (_is_ours(name, 'r-', 'g-') or name == 'memory') and os.path.isfile(path):
-                        os.unlink(path)
-            self._memory = Memory(self._base)
-            self.node.facts['memory'] = self._memory.ident
-            if self._options.user is not None:
-                self._check_reach(self._options.user)
-                root = self._user_directory(root, self._options.user)
-            wrecks = {}
-            for name in os.listdir(root):
-                if _is_ours(name, 'p-') and os.path.isdir(os.path.join(root, name)):
-                    try:
-                        wrecks[name[2:]] = Slots.read(os.path.join(root, name))
-                    except OSError as exc:
-                        logger.warning('what had begun cannot be read: %s', exc)
-                        wrecks[name[2:]] = None
-            for comp, past in self._memory.begin(wrecks).items():
-                self._tell(Remembered(comp, past))
-            with self._as_user():
-                for name in os.listdir(root):
-                    path = os.path.join(root, name)
-                    if (self._options.clean or _is_ours(name, 'c-', 'p-')) and os.path.isdir(path):
-                        shutil.rmtree(path, ignore_errors=True)
-        except OSError as exc:
-            raise StartError('the directory %s cannot be used%s: %s (--dest-path-prefix)' % (
-                root, ' by ' + self._options.user.name if self._options.user else '', exc.strerror)) from exc
-        return os.path.realpath(root)
-
-    def _check_reach(self, user: User) -> None:
-        """Whether --user can read what runs here. One file of each installation tells."""
-        for path in (os.__file__, __file__):
-            try:
-                with self._as_user(), open(path, 'rb'):
-                    pass
-            except OSError as exc:
-                raise StartError('--user %s cannot read %s: use a Python and a dispynode.py that all can read' % (user.name, path)) from exc
-
-    @staticmethod
-    def _user_directory(root: str, user: User) -> str:
-        """The directory of --user in ours. Ours stays root's, so that nothing that a job plants is in the way of the lock."""
-        root = os.path.join(root, 'user-' + user.name)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(root, 0o700)
-        os.chown(root, user.uid, user.gid, follow_symlinks=False)
-        return root
-
-    @contextlib.contextmanager
-    def _as_user(self) -> Any:
-        """Where jobs may have planted links, files are handled with the rights of --user alone."""
-        user = self._options.user
-        if user is None:
-            yield
-            return
-        os.setegid(user.gid)
-        os.seteuid(user.uid)
-        try:
-            yield
-        finally:
-            os.seteuid(os.getuid())
-            os.setegid(os.getgid())
-
-    def close(self) -> None:
-        """End all processes, remove what is to be removed. Does nothing the second time."""
-        for gate in self._gates:
-            with contextlib.suppress(KeyError, ValueError):   # not watched yet
-                self.unwatch(gate.socket)
-            gate.server_close()
-        self._gates = []
-        if self._ears is not None:
-            self._ears.close()
-        for caller in self._callers:
-            caller.dialling.abort()
-            caller.second.abort()
-        for run in list(self._runs.values()):
-            if run.watch is not None:
-                run.watch.close()
-            if run.process is not None:
-                run.process.join(3.0)
-                run.process.kill()
-                run.process.join(3.0)
-                self._kill_workers(run)
-            self._discard(run)
-        self._runs.clear()
-        if self._memory is not None:
-            if self._unkept:
-                self._memory.tear()
-            self._memory.close()
-            self._memory = None
-        if self._lock_file is not None:
-            self._lock_file.close()
-            self._lock_file = None
-            with self._as_user():
-                shutil.rmtree(os.path.join(self._root, 'p-.modules'), ignore_errors=True)
-            if self._options.embedded:
-                shutil.rmtree(self._root, ignore_errors=True)
-            elif self._options.user is not None:
-                with contextlib.suppress(OSError):   # not empty: a cluster wanted its files kept
-                    os.rmdir(self._root)
-        super().close()
-
-    def next_timer(self) -> Optional[float]:
-        """The state's, or the end of a runner that does not end; at once when held pipes can be read again."""
-        if self._may_let_go() or self._backlog.has_room():
-            return self.now
-        times = [self.node.next_timer(), self._hello_at, self._clock_at, *(when for run in self._runs.values() for when in run.times()),
-                 *self._read_later.values(),
-                 *(caller.dialling.due for caller in self._callers)]
-        return min((when for when in times if when is not None), default=None)
-
-    # -- events -------------------------------------------------------------------------------------------
-
-    def on_event(self, event: Any) -> None:
-        """Arrivals from the gate, and what actions brought about."""
-        if isinstance(event, ChildEnded):
-            self._reap()
-            return
-        if isinstance(event, Digested):
-            self._digested(event)
-            return
-        if isinstance(event, DialFailed):
-            self._dial_failed(event.peer, event.text)
-            return
-        if isinstance(event, Dialled) and isinstance(event.peer, Second):
-            event = self._second_reached(event)
-            if event is None:
-                return
-        if isinstance(event, (Arrival, Dialled)):
-            link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
-            self.attach(link)
-            self.node.facts['available'] = availability(self._root)
-            if isinstance(event, Dialled):
-                caller = event.peer
-                caller.dialling.ended()
-                caller.link, caller.since, caller.told = link.number, self.now, ''
-                logger.info('connected to %s', place(caller.host, caller.port))
-            event = LinkUp(link.number, link.instance, link.address)
-        self._tell(event)
-
-    def on_silent(self, link: Link) -> None:
-        """A scheduler that we have dialled is silent: another connection is tried. Others dial us."""
-        for caller in self._callers:
-            if caller.link == link.number and not self.node.stopping:
-                caller.second.start(self.now, self.post, self._reach(caller, max(1.0, link.pulse)))
-
-    def _reach(self, caller: _Caller, patience: float) -> Callable[..., Arrival]:
-        return functools.partial(dial, caller.host, caller.port, derive_key(self._options.secret), Role.NODE, Role.SCHEDULER,
-                                 self._instance, self._tls, patience=patience)
-
-    def _second_reached(self, event: Dialled) -> Optional[Dialled]:
-        """It takes the place of a link that is silent still; None if that has spoken, or another has its place."""
-        caller = event.peer.peer
-        event.peer.ended()
-        old = self.links.get(caller.link)
-        if old is None or not self.is_silent(old):
-            event.sock.close()
-            return None
-        self._break(old, 'nothing was heard for %.0f s, and it was reached anew' % (self.now - old.heard))
-        caller.dialling.due = None
-        return event._replace(peer=caller)
-
-    def _dial_failed(self, caller: Any, text: str) -> None:
-        if isinstance(caller, Second):
-            self.second_failed(caller, self.links.get(caller.peer.link))
-            return
-        caller.dialling.ended()
-        caller.dialling.again(self.now)
-        about = told_once(text)
-        # One that closes at once refuses us for a while, for the reason that was told.
-        if caller.told != about and not (caller.told and text == CLOSED_AT_ONCE):
-            caller.told = about
-            logger.warning('%s (--scheduler-host) cannot be reached: %s; it is tried again and again', place(caller.host, caller.port), text)
-
-    def _dial_callers(self) -> None:
-        for caller in self._callers:
-            if caller.dialling.due is not None and caller.dialling.due <= self.now and not self.node.stopping:
-                reach = self._reach(caller, caller.dialling.patience(self.now, PULSE))
-                caller.dialling.start(self.post, caller, reach)
-
-    def _tell(self, event: Any) -> None:
-        self._decide(self.node.handle, event)
-
-    def _decide(self, call: Callable[..., List[Any]], *args: Any) -> None:
-        """Have the state decide, and carry that out."""
-        try:
-            actions = call(*args, self.now)
-        except BaseException:
-            self._act(self.node.decided())   # what was decided before the state noticed
-            raise
-        self._act(actions)
-
-    def on_fault(self, subject: Any, text: str) -> bool:
-        """End what the fault concerns: a link, a worker, a computation."""
-        if isinstance(subject, Pipe):
-            self._end_writer(subject, text)
-            return True
-        comp = getattr(subject, 'comp', None) or self.node.comp_of_worker(getattr(subject, 'worker', 0))
-        link = self.links.get(getattr(subject, 'link', 0))
-        if isinstance(subject, Channel) or not comp:
-            if link is None:
-                return super().on_fault(subject, text)
-            self._break(link, text)
-            return True
-        self._tell(Faulted(comp, text))
-        return True
-
-    def on_channel(self, channel: Any) -> None:
-        """A link or a pipe has something."""
-        if isinstance(channel, Link):
-            for message in channel.messages(self.now):
-                self._message(channel, message)
-        else:
-            try:
-                if channel.worker:
-                    self._from_worker(channel)
-                else:
-                    for record in channel.records(self.now):
-                        self._from_runner(self._runs[channel.comp], record)
-            except PeerError as exc:   # its user's code wrote into what it should not have
-                self._nonsense(channel, str(exc))
-            except MemoryError:
-                self._end_writer(channel, NO_MEMORY)
-
-    def _message(self, link: Link, message: Any) -> None:
-        if isinstance(message, Bye):
-            link.on_purpose = True
-            raise LinkBroken('bye: %s' % message.text[:200])
-        if isinstance(message, Wrong):
-            text = 'it cannot use what was sent: %s' % message.text[:NAME_MOST]
-            for comp, serial in self.refusals.refused(link, message.frame):
-                self._refused[comp, serial] = 'the result could not be taken: ' + message.text[:NAME_MOST]
-            raise LinkBroken(text)
-        if isinstance(message, Introduce):
-            self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
-        if not isinstance(message, Pulse):
-            if type(message) is Query:
-                self.node.facts['available'] = availability(self._root)
-            self._tell(Received(link.number, message))
-
-    def on_broken(self, channel: Any, text: str) -> None:
-        """A link or a pipe came to its end."""
-        if isinstance(channel, Link):
-            log = logger.info if channel.on_purpose else logger.warning
-            log('link to %s ended: %s', channel.address, text)
-            self._tell(LinkDown(channel.number, channel.on_purpose))
-            for caller in self._callers:
-                if caller.link == channel.number:
-                    caller.link = 0
-                    caller.dialling.again(self.now, self.now - caller.since)
-        elif not channel.worker:
-            self._look_at_runner(self._runs[channel.comp])
-        # A worker's pipe that ends says nothing yet: the runner tells what became of the process.
-
-    def end_of_turn(self) -> None:
-        """What came of this turn's actions, then the state's own turn."""
-        while self._inbox:
-            self.take_events(len(self._inbox))
-        for run in list(self._runs.values()):
-            self.guard(run, self._see_to_runner, run)
-        if self._clock_at is not None and self.now >= self._clock_at:
-            self._look_at_clock(time.localtime())
-        self.guard(None, self._flush)
-        if self._read_later:
-            self._read_again()
-        if self._backlog:
-            self.guard(None, self._send_waiting)
-        self._dial_callers()
-        if self._hello_at is not None and self.now >= self._hello_at:
-            self._hello()
-        if self._may_let_go():
-            self._let_go()
-        full = self.node.attempts.is_full()
-        for link in self.links.values():
-            if link.paused != full:
-                link.paused = full
-                link.heard = self.now
-                self.interest(link)
-
-    def _flush(self) -> None:
-        self._decide(self.node.flush)
-
-    def _look_at_clock(self, local: time.struct_time) -> None:
-        """Hours of service. Once a minute, so that a clock that is set is no matter."""
-        assert self._options.hours is not None   # ours
-        self._clock_at = self.now + 60 - min(local.tm_sec, 59)
-        phase = self._options.hours.phase(local.tm_hour * 60 + local.tm_min)
-        if phase is not self._phase:
-            self._phase = phase
-            self._tell(Resume('hours') if phase is Phase.SERVING else
-                       Pause('hours', 'its hours of service begin at %02d:%02d' % divmod(self._options.hours.start, 60),
-                             phase is Phase.CLOSED))
-
-    def _reap(self) -> None:
-        """Orphans of a container come to PID 1 and are zombies until it takes note of their end. One of our own children
-        hides those behind it until it has been waited for in its place, which reaps again."""
-        ours = {run.process.pid for run in self._runs.values() if run.process is not None}
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if ended is None or ended.si_pid in ours:
-                    return
-                os.waitpid(ended.si_pid, 0)
-
-    # -- actions on links and files -----------------------------------------------------------------------
-
-    def _send(self, action: Send) -> None:
-        link = self.links.get(action.link)
-        if link is None:
-            return
-        message = action.message
-        if type(message) is not Results:
-            self.say(link, message)
-            return
-        rows = map(functools.partial(self._usable, message.comp), message.rows) if self._refused else message.rows
-        for frame in frames(Results, message.comp, map(sized, rows)):
-            self.say(link, frame)
-
-    def _usable(self, comp: str, row: tuple) -> tuple:
-        """A row of Results, or what is told in the place of one that its client could not take."""
-        text = self._refused.get((comp, row[0]))
-        return row if text is None else refused_row(row, text)
-
-    def _drop(self, action: Drop) -> None:
-        link = self.links.get(action.link)
-        if link is not None:
-            self.part(link, action.text)
-
-    def _show(self, action: Show) -> None:
-        with contextlib.suppress(OSError):   # the terminal may have gone
-            print('\n'.join(map(printable, action.text.split('\n'))), flush=True)
-
-    def _prepare(self, action: Prepare) -> None:
-        spec, comp = action.spec, action.comp
-        keep = not spec['cleanup'] and not self._options.force_cleanup
-        try:
-            if not comp or not is_comp(comp):
-                raise ValueError('a computation may not be called %.70r' % comp)
-            self._have_directory()
-            private = os.path.join(self._root, 'p-' + comp)
-            if spec['dest_path']:
-                parts = check_name(spec['dest_path'])
-                if _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-', 'g-') or parts[0] in KEEPING_FILES or parts[0].startswith('user-'):
-                    raise ValueError('dest_path %.100r begins as names of the node itself do; choose another' % spec['dest_path'])
-                directory = os.path.join(self._root, *parts)
-            else:
-                directory = os.path.join(self._root, ('k-' if keep else 'c-') + comp)
-            unknown = Digests.unknown(directory, spec['files']) if self._options.user is None else []   # a thread has no rights of its own
-            if unknown and comp not in self._digesting:
-                self._digest(action, unknown)
-                return
-            self._digesting.discard(comp)
-            with self._as_user():
-                os.makedirs(directory, mode=0o700, exist_ok=True)
-                os.makedirs(private, mode=0o700, exist_ok=True)
-                run = self._runs[comp] = _Run(comp, directory, private, keep, self._options.max_file)
-                missing = run.receiver.want(Purpose.DEPENDS, spec['files'])
-                missing += self._want_modules(run, spec['modules'])
-        except (OSError, ValueError, StartError) as exc:
-            self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc, reason_of(exc)))
-        else:
-            self.post(Prepared(comp, missing))
-
-    def _digest(self, action: Prepare, paths: Sequence[str]) -> None:
-        """Large files are there from before: whether they are the same is found out beside the loop."""
-        def work() -> None:
-            Digests.learn(paths)
-            self.post(Digested(action))
-        self._digesting.add(action.comp)
-        threading.Thread(target=work, name='dispy-digest', daemon=True).start()
-
-    def _digested(self, event: Digested) -> None:
-        if self.node.is_preparing(event.action.comp):
-            self._prepare(event.action)
-        else:
-            self._digesting.discard(event.action.comp)
-
-    def _have_directory(self) -> None:
-        """Make the node's directory anew if it has disappeared: what cleans /tmp has removed it. Raises StartError, OSError."""
-        if not os.path.isdir(self._root):
-            logger.error('the directory %s has disappeared and is made anew', self._root)
-            if self._lock_file is not None:
-                self._lock_file.close()
-                self._lock_file = None
-            self._root = self._take_directory(self._port)
-
-    def _send_waiting(self) -> None:
-        """Files and kept results into links that have room."""
-        for link, _, text in self._backlog.send(self.say):
-            # Its client comes back and gets them then.
-            self._break(link, 'results cannot be read: %s' % text)
-
-    def _want_modules(self, run: _Run, rows: list) -> list:
-        """Files of modules that have to be sent, as in Need; those that came for other computations
-        are copied."""
-        run.fetched = rows
-        self._modules.bring(run.private, rows)
-        return run.receiver.want(Purpose.MODULES, rows)
-
-    def _fetch(self, action: Fetch) -> None:
-        try:
-            with self._as_user():
-                missing = self._want_modules(self._runs[action.comp], action.rows)
-        except (OSError, ValueError) as exc:
-            self.post(Fetched(action.comp, [], 'files cannot be stored: %s' % exc))
-        else:
-            self.post(Fetched(action.comp, missing))
-
-    def _fetch_value(self, action: FetchValue) -> None:
-        run = self._runs.get(action.comp)
-        if run is None:   # it is over
-            return
-        missing: list = []
-        error = limit_text('on this node') if action.size > VALUE_MOST else ''
-        try:
-            with self._as_user():
-                os.makedirs(values_in(run.private), mode=0o700, exist_ok=True)
-                if not error:
-                    row = (action.digest.hex(), action.size, action.digest, 0o400)
-                    missing = run.receiver.want(Purpose.VALUES, [row])
-        except (OSError, ValueError) as exc:
-            error = str(exc)
-        self.post(ValueSought(action.comp, action.digest, missing, error))
-
-    def _drop_value(self, action: DropValue) -> None:
-        run = self._runs.get(action.comp)
-        if run is not None:
-            with self._as_user(), contextlib.suppress(OSError):   # it has gone
-                os.unlink(os.path.join(values_in(run.private), action.digest.hex()))
-
-    def _want_again(self, action: WantAgain) -> None:
-        run = self._runs.get(action.comp)
-        if run is not None:
-            with self._as_user():
-                self.post(Wanted(action.comp, run.receiver.again()))
-
-    def _store(self, action: Store) -> None:
-        run = self._runs[action.piece.comp]
-        with self._as_user():
-            file = run.receiver.take(action.piece)
-            if file is None:
-                return
-            whole = not file.error and not run.receiver.wants(Purpose.MODULES)
-            if file.purpose == Purpose.MODULES and whole:
-                self._modules.keep(run.private, run.fetched)
-        self.post(Stored(file, not run.receiver.wants(*FOR_CODE), run.receiver.code))
-
-    def _discard(self, run: _Run) -> None:
-        with self._as_user():
-            run.receiver.abort()
-            shutil.rmtree(run.private, ignore_errors=True)
-            if not run.keep:
-                shutil.rmtree(run.directory, ignore_errors=True)
-
-    # -- results on the disk ------------------------------------------------------------------------------
-
-    def _shelf(self, comp: str) -> Shelf:
-        return Shelf(os.path.join(self._base, 'r-' + comp))
-
-    def _shelved(self) -> List[str]:
-        return [name[2:] for name in os.listdir(self._base) if _is_ours(name, 'r-') and os.path.isfile(os.path.join(self._base, name))]
-
-    def _keep(self, action: Keep) -> None:
-        try:
-            self._have_directory()
-            self._shelf(action.comp).append(action.owner, action.rows, action.digest)
-        except (OSError, ValueError, StartError) as exc:
-            self._unkept.add(action.comp)
-            self.post(Kept(action.comp, [], str(exc)))
-        else:
-            self._unkept.discard(action.comp)
-            self._tell(Kept(action.comp, [row[0] for row in action.rows]))
-
-    def _find_kept(self) -> None:
-        """When the daemon starts: what earlier ones have kept."""
-        for comp in self._shelved():
-            shelf = self._shelf(comp)
-            try:
-                owner, digest, serials = shelf.scan()
-                if not serials:
-                    raise ValueError('%s is empty' % shelf.path)
-                left = self._options.zombie - (time.time() - os.stat(shelf.path).st_mtime)
-                self._tell(Found(comp, owner, serials, self.now + max(0.0, left), digest))
-                logger.info('%d results of an earlier computation wait for their client', len(serials))
-            except (OSError, ValueError) as exc:
-                logger.warning('results of an earlier computation are of no use: %s', exc)
-                shelf.remove()
-
-    def _send_kept(self, action: SendKept) -> None:
-        self._backlog.add_results(action.link, action.comp, self._kept_rows(action.link, action.comp))
-
-    def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
-        """Results from the disk. Those that are not there any more have been lost, which their client is told; when there is no
-        descriptor to read them with they are tried again."""
-        missing, text = set(self.node.results.spooled_serials(comp)), 'the file ends before it'
-        try:
-            for row in self._shelf(comp).rows():
-                missing.discard(row[0])
-                yield self._usable(comp, row)
-        except FileNotFoundError as exc:
-            text = str(exc)
-        except OSError as exc:
-            logger.error('kept results cannot be read now: %s', exc)
-            self._read_later[link, comp] = self.now + WORKER_AGAIN
-            return
-        for serial in sorted(missing):
-            yield (serial, int(Outcome.DIED), 0.0, 0.0, ('its result was kept on the node and cannot be read: %s' % text).encode('utf-8', 'replace'), b'', b'')
-
-    def _read_again(self) -> None:
-        for (link, comp), when in list(self._read_later.items()):
-            if self.now >= when:
-                del self._read_later[link, comp]
-                if link in self.links:
-                    self._backlog.add_results(link, comp, self._kept_rows(link, comp))
-
-    def _remember(self, action: Remember) -> None:
-        if self._memory is not None:
-            self._memory.write(action.comp, action.past)
-
-    def _note_overrun(self, action: NoteOverrun) -> None:
-        run = self._runs.get(action.comp)
-        if run is not None:
-            try:
-                with self._as_user():
-                    Slots.mark_unknown(run.private)
-            except OSError as exc:
-                logger.error('it cannot be noted that not all is known that has begun: %s', exc)
-                if self._memory is not None:
-                    self._memory.tear()
-
-    def _forget(self, action: Forget) -> None:
-        self._unkept.discard(action.comp)
-        self._backlog.drop(action.comp)
-        self._refused = {key: text for key, text in self._refused.items() if key[0] != action.comp}
-        self._shelf(action.comp).remove()
-
-    # -- runners and workers ------------------------------------------------------------------------------
-
-    def _start_runner(self, action: StartRunner) -> None:
-        run, spec = self._runs[action.comp], action.spec
+    def start_runner(self, action: StartRunner) -> None:
+        """Start the process that loads the code of a computation."""
+        run, spec = ComputationProcesses(self._files.of(action.comp)), action.spec
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:   # no descriptors
-            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), code='process'))
+            self._daemon.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), code='process'))
             return
-        link = self.links.get(action.link)
+        link = self._daemon.links.get(action.link)
         address = (self._options.ext_hosts[:1] or (plain_address(link.sock.getsockname()[0]) if link is not None else '127.0.0.1',))[0]
         try:
             run.process = multiprocessing.get_context('spawn').Process(
@@ -11066,38 +10871,43 @@ class Daemon(Loop):
             run.process.start()
         except OSError as exc:
             ours.close()
-            run.process = None
-            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), code='process'))
+            self._daemon.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), code='process'))
             return
         finally:
             theirs.close()
+        self._runs[action.comp] = run
         run.control = Pipe(ours, action.comp)
-        self.attach(run.control)
-        run.watch = RunnerWatch(self, run.process.pid, functools.partial(self._look_at_runner, run))
+        self._daemon.attach(run.control)
+        run.watch = RunnerWatch(self._daemon, run.process.pid, functools.partial(self._look_at_runner, run))
         init = {'name': spec['name'], 'sys_path': spec['sys_path'], 'argv': spec['argv'],
                 'authkey': bytes(spec.get('authkey', b'')),
-                'bundles': any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']), 'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
+                'bundles': any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']), 'kind': spec['kind'], 'directory': run.files.directory, 'private': run.files.private, 'program': spec['program'],
                 'support': {name: bytes(source) for name, source in spec['support'].items()},
                 'max_file': self._options.max_file, 'max_value': VALUE_MOST, 'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
                 'client_shutdown': self._options.client_shutdown, 'cleanup': spec['cleanup'],
-                'names': {'dispy_node_name': self.node.name, 'dispy_node_ip_addr': address, 'dispy_job_path': run.directory}}
+                'names': {'dispy_node_name': self._daemon.node.name, 'dispy_node_ip_addr': address, 'dispy_job_path': run.files.directory}}
         run.control.push(pack_record(Kind.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
 
-    def _stop_runner(self, action: StopRunner) -> None:
+    def stop_runner(self, action: StopRunner) -> None:
+        """End the runner of a computation, and with it its workers."""
         run = self._runs.get(action.comp)
         if run is None or run.process is None:
-            if run is not None:
-                self._discard(self._runs.pop(action.comp))
-            self.post(RunnerGone(action.comp, ''))
+            self._runs.pop(action.comp, None)
+            self._files.discard(action.comp)
+            self._daemon.post(RunnerGone(action.comp, ''))
             return
         run.closing = True
-        run.kill_at = self.now + GRACE
+        run.kill_at = self._daemon.now + GRACE
         if run.up and run.control is not None:
             run.control.push(pack_record(Kind.CLOSE))
         else:
             run.process.terminate()
 
-    def _look_at_runner(self, run: _Run) -> None:
+    def runner_silent(self, pipe: Pipe) -> None:
+        """The pipe of a runner has ended."""
+        self._look_at_runner(self._runs[pipe.comp])
+
+    def _look_at_runner(self, run: ComputationProcesses) -> None:
         """Its process has ended, or its socket alone: it is on its way out, or a job or setup has closed that."""
         if run.process is None:
             return
@@ -11105,57 +10915,68 @@ class Daemon(Loop):
             self._runner_ended(run)
             return
         if run.control is not None and run.control.dirty is None and run.kill_at is None:
-            run.kill_at = self.now + GRACE
+            run.kill_at = self._daemon.now + GRACE
         if run.watch is not None:
-            run.watch.look_at = self.now + RunnerWatch.SOON
+            run.watch.look_at = self._daemon.now + RunnerWatch.SOON
 
-    def _see_to_runner(self, run: _Run) -> None:
+    def see_to_runners(self) -> None:
+        """Look after all runners, once a turn."""
+        for run in list(self._runs.values()):
+            self._daemon.guard(run, self._see_to_runner, run)
+
+    def times(self) -> Iterator[Optional[float]]:
+        """When there is something to do."""
+        for run in self._runs.values():
+            yield from run.times()
+
+    def _see_to_runner(self, run: ComputationProcesses) -> None:
         """Kill it if it is to be killed or does not answer; look at it if it cannot be watched otherwise."""
         if run.process is None or run.watch is None:
             return
-        if run.kill_at is not None and self.now >= run.kill_at:
+        if run.kill_at is not None and self._daemon.now >= run.kill_at:
             run.kill_at = None
             run.process.kill()
-            run.watch.killed_at = self.now
-        if run.watch.is_silent(self.now, run.up and not run.closing and self.node.has_jobs(run.comp)):
+            run.watch.killed_at = self._daemon.now
+        if run.watch.is_silent(self._daemon.now, run.up and not run.closing and self._daemon.node.has_jobs(run.comp)):
             run.text = 'the runner process did not answer for %d s and was killed' % RUNNER_SILENT
             run.process.kill()
-            run.watch.killed_at = self.now
+            run.watch.killed_at = self._daemon.now
         elif run.watch.shall_ask and run.control is not None and run.control.dirty is not None:
             run.control.push(pack_record(Kind.ASK))
-        if run.watch.is_undead(self.now):
+        if run.watch.is_undead(self._daemon.now):
             logger.error('runner process %d was killed and has not ended (uninterruptible)', run.process.pid)
             self._runner_ended(run)
-        elif run.watch.look_at is not None and self.now >= run.watch.look_at:
-            run.watch.look_at = run.watch.next_look(self.now)
+        elif run.watch.look_at is not None and self._daemon.now >= run.watch.look_at:
+            run.watch.look_at = run.watch.next_look(self._daemon.now)
             self._look_at_runner(run)
 
-    def _runner_ended(self, run: _Run) -> None:
+    def _runner_ended(self, run: ComputationProcesses) -> None:
         """What it and its workers wrote before is read first: the rest of what they had never began, but for what they noted."""
         code = run.process.exitcode
         self._kill_workers(run)
         self._read_out(run)
         begun = None
         with contextlib.suppress(OSError):   # no descriptors: then nobody knows
-            begun = Slots.read(run.private)
+            begun = Slots.read(run.files.private)
         for pipe in (*run.pipes.values(), run.control):
             if pipe is not None:
-                self.detach(pipe)
+                self._daemon.detach(pipe)
         if run.watch is not None:
             run.watch.close()
         if code is not None:
             run.process.close()
         run.process = None
         if os.getpid() == 1:
-            self._reap()
-        self._discard(self._runs.pop(run.comp))
+            self.reap()
+        del self._runs[run.comp]
+        self._files.discard(run.comp)
         passes = not run.text and code in (None, -signal.SIGTERM, -getattr(signal, 'SIGKILL', signal.SIGTERM))
-        self._tell(RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun, 'process' if passes else 'setup'))
+        self._daemon.tell(RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun, 'process' if passes else 'setup'))
 
-    def _read_out(self, run: _Run) -> None:
+    def _read_out(self, run: ComputationProcesses) -> None:
         try:
             while run.control is not None and run.control.dirty is not None:
-                records = run.control.records(self.now)
+                records = run.control.records(self._daemon.now)
                 for record in records:
                     self._from_runner(run, record)
                 if not records:
@@ -11170,7 +10991,7 @@ class Daemon(Loop):
                 logger.debug('the pipe of a worker: %s', exc)   # as above
 
     @staticmethod
-    def _kill_workers(run: _Run) -> None:
+    def _kill_workers(run: ComputationProcesses) -> None:
         """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest of their groups, and
         for that of a runner that was killed in a setup that hung."""
         if hasattr(os, 'killpg'):
@@ -11179,63 +11000,78 @@ class Daemon(Loop):
             for worker in list(run.pids):
                 run.kill(worker)
 
-    def _from_runner(self, run: _Run, record: Record) -> None:
+    def reap(self) -> None:
+        """Orphans of a container come to PID 1 and are zombies until it takes note of their end. One of our own children
+        hides those behind it until it has been waited for in its place, which reaps again."""
+        ours = {run.process.pid for run in self._runs.values() if run.process is not None}
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is None or ended.si_pid in ours:
+                    return
+                os.waitpid(ended.si_pid, 0)
+
+    # -- what runners send --------------------------------------------------------------------------------
+
+    def on_readable(self, pipe: Pipe) -> None:
+        """A pipe has something. Raises LinkBroken, OSError."""
+        try:
+            if pipe.worker:
+                self._from_worker(pipe)
+            else:
+                for record in pipe.records(self._daemon.now):
+                    self._from_runner(self._runs[pipe.comp], record)
+        except PeerError as exc:   # its user's code wrote into what it should not have
+            self._nonsense(pipe, str(exc))
+        except MemoryError:
+            self.end_writer(pipe, NO_MEMORY)
+
+    def _from_runner(self, run: ComputationProcesses, record: Record) -> None:
         if run.watch is not None:
             run.watch.answered()
-        if record.kind == Kind.ALIVE:
-            return
-        if record.kind == Kind.END_NODE:
-            self._tell(EndWanted(run.comp))
-        elif record.kind == Kind.UP:
-            run.up = True
-            self._tell(RunnerUp(run.comp, _notes_of(record.bodies[0])))
-        elif record.kind == Kind.FAILED:
-            run.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
-            run.unloadable = record.number == 1
-            if run.closing:
-                logger.warning('%s', run.text)
-        elif record.number not in run.pipes:   # of a worker that was let go
-            if record.kind == Kind.GONE:
-                run.pids.pop(record.number, None)
-        elif record.kind == Kind.BORN:
-            if not hasattr(socket, 'SCM_CREDENTIALS') and is_child(record.serial, run.process.pid):
-                run.known(record.number, record.serial)
-        elif record.kind == Kind.GONE:
-            if not -256.0 <= record.start <= 1 << 32:   # Windows has exit codes of 32 bits
-                raise PeerError('an exit code that is none')
-            self._worker_ended(run, record)
-        elif record.kind == Kind.UNBORN:
-            pipe = run.pipes.pop(record.number, None)
-            if pipe is not None:
-                self.detach(pipe)
-            self._tell(WorkerUnborn(record.number, bytes(record.bodies[0]).decode('utf-8', 'replace')))
-        elif record.kind == Kind.TOO_BIG:
-            self._tell(WorkerTooBig(record.number, record.serial))
-        elif record.kind == Kind.PRINTED:
-            if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
-                raise PeerError('output of no stream')
-            self._tell(WorkerPrinted(record.number, record.serial, int(record.start), int(record.end), beside(_keep(record.bodies[0]))))
+        if record.kind in self._of_runner:
+            self._of_runner[record.kind](run, record)
+        elif record.number in run.pipes:
+            if record.kind in self._of_workers:
+                self._of_workers[record.kind](run, record)
+        elif record.kind == Kind.GONE:   # of a worker that was let go
+            run.pids.pop(record.number, None)
 
-    def _nonsense(self, pipe: Pipe, text: str) -> None:
-        """What came through a pipe is no record, or cannot be true: whoever wrote it is killed."""
-        self._end_writer(pipe, 'it sent nonsense: %s' % text)
+    def _on_alive(self, run: ComputationProcesses, record: Record) -> None:
+        """The runner answers, which is noted already."""
 
-    def _end_writer(self, pipe: Pipe, why: str) -> None:
-        """What comes through a pipe cannot be taken: whoever writes it is killed."""
-        run = self._runs[pipe.comp]
-        text = 'killed: %s' % why
-        logger.error('a %s of %s was %s', 'worker' if pipe.worker else 'runner', run.comp, text)
-        if not pipe.worker:
-            run.text = text
-            run.process.kill()
-            self._break(pipe, text)
-            return
-        run.nonsense[pipe.worker] = text
-        self._kill(Kill(pipe.worker))
-        run.kill(pipe.worker)
-        self.detach(pipe)
+    def _on_end_node(self, run: ComputationProcesses, record: Record) -> None:
+        self._daemon.tell(EndWanted(run.comp))
 
-    def _worker_ended(self, run: _Run, record: Record) -> None:
+    def _on_up(self, run: ComputationProcesses, record: Record) -> None:
+        run.up = True
+        self._daemon.tell(RunnerUp(run.comp, _notes_of(record.bodies[0])))
+
+    def _on_failed(self, run: ComputationProcesses, record: Record) -> None:
+        run.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+        run.unloadable = record.number == 1
+        if run.closing:
+            logger.warning('%s', run.text)
+
+    def _on_worker_started(self, run: ComputationProcesses, record: Record) -> None:
+        if not hasattr(socket, 'SCM_CREDENTIALS') and is_child(record.serial, run.process.pid):
+            run.known(record.number, record.serial)
+
+    def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
+        self._daemon.detach(run.pipes.pop(record.number))
+        self._daemon.tell(WorkerUnborn(record.number, bytes(record.bodies[0]).decode('utf-8', 'replace')))
+
+    def _on_memory_exceeded(self, run: ComputationProcesses, record: Record) -> None:
+        self._daemon.tell(WorkerTooBig(record.number, record.serial))
+
+    def _on_printed(self, run: ComputationProcesses, record: Record) -> None:
+        if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
+            raise PeerError('output of no stream')
+        self._daemon.tell(WorkerPrinted(record.number, record.serial, int(record.start), int(record.end), beside(_keep(record.bodies[0]))))
+
+    def _on_worker_exited(self, run: ComputationProcesses, record: Record) -> None:
+        if not -256.0 <= record.start <= 1 << 32:   # Windows has exit codes of 32 bits
+            raise PeerError('an exit code that is none')
         pipe = run.pipes[record.number]
         if pipe.dirty is not None:
             try:
@@ -11244,21 +11080,43 @@ class Daemon(Loop):
             except PeerError as exc:
                 self._nonsense(pipe, str(exc))
             except MemoryError:
-                self._end_writer(pipe, NO_MEMORY)
+                self.end_writer(pipe, NO_MEMORY)
             except (LinkBroken, OSError):
                 logger.debug('worker %d has written all it had to', record.number)
-            self.detach(pipe)
+            self._daemon.detach(pipe)
         run.pids.pop(record.number, None)
         del run.pipes[record.number]
         said = run.nonsense.pop(record.number, '') or exit_text(int(record.start))
         stderr = bytes(record.bodies[2])
         tail = stderr[-1000:].decode('utf-8', 'replace').strip()
-        text = 'the worker process on %s %s%s' % (self.node.name, said,
+        text = 'the worker process on %s %s%s' % (self._daemon.node.name, said,
                                                   '\nstderr ends:\n' + tail if tail else '')
-        self._tell(WorkerGone(record.number, text, record.serial, record.bodies[1], stderr))
+        self._daemon.tell(WorkerGone(record.number, text, record.serial, record.bodies[1], stderr))
+
+    def _nonsense(self, pipe: Pipe, text: str) -> None:
+        """What came through a pipe is no record, or cannot be true: whoever wrote it is killed."""
+        self.end_writer(pipe, 'it sent nonsense: %s' % text)
+
+    def end_writer(self, pipe: Pipe, why: str) -> None:
+        """What comes through a pipe cannot be taken: whoever writes it is killed."""
+        run = self._runs[pipe.comp]
+        text = 'killed: %s' % why
+        logger.error('a %s of %s was %s', 'worker' if pipe.worker else 'runner', run.comp, text)
+        if not pipe.worker:
+            run.text = text
+            run.process.kill()
+            self._daemon.detach(pipe)
+            self._look_at_runner(run)
+            return
+        run.nonsense[pipe.worker] = text
+        self.kill(Kill(pipe.worker))
+        run.kill(pipe.worker)
+        self._daemon.detach(pipe)
+
+    # -- what workers send --------------------------------------------------------------------------------
 
     def _from_worker(self, pipe: Pipe) -> int:
-        rows, records = [], pipe.records(self.now)
+        rows, records = [], pipe.records(self._daemon.now)
         if pipe.pid and pipe.worker not in self._runs[pipe.comp].pids:
             self._runs[pipe.comp].known(pipe.worker, pipe.pid)
         for record in records:
@@ -11269,88 +11127,69 @@ class Daemon(Loop):
                 rows.append((record.serial, record.number, record.start, record.end, *map(_keep, record.bodies)))
                 continue
             if rows:   # what the next job does comes after the results of those before it
-                self._tell(WorkerResults(pipe.worker, rows))
+                self._daemon.tell(WorkerResults(pipe.worker, rows))
                 rows = []
             self._from_job(pipe, record)
         if rows:
-            self._tell(WorkerResults(pipe.worker, rows))
-            self._hold_back(pipe)
+            self._daemon.tell(WorkerResults(pipe.worker, rows))
+            self.held.hold_back(pipe)
         elif pipe.is_large:
-            self._hold_back(pipe)
+            self.held.hold_back(pipe)
         return len(records)
 
     def _from_job(self, pipe: Pipe, record: Record) -> None:
         """What a worker sends that is no result."""
         if record.kind == Kind.LOGGED:
             log_record_of(record.bodies[0])
-            self._tell(WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
+            self._daemon.tell(WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
         elif record.kind == Kind.FILE:
             row = open_envelope(record.bodies[0])
             if not _is_file(row) or not _is_serial(record.serial):
                 raise PeerError('a file that is none')
             piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
                               record.number * FILE_PIECE, beside(record.bodies[1]))
-            self._tell(WorkerFile(pipe.worker, piece))
-            self._hold_back(pipe)
+            self._daemon.tell(WorkerFile(pipe.worker, piece))
+            self.held.hold_back(pipe)
         elif record.kind == Kind.WANT:
             request = open_envelope(record.bodies[0])
             if type(request) not in (int, str) or (type(request) is int and not _is_serial(request)):
                 raise PeerError('modules that are none')
-            self._tell(WorkerWants(pipe.worker, record.serial, request))
+            self._daemon.tell(WorkerWants(pipe.worker, record.serial, request))
         elif record.kind == Kind.INITIALIZED:
             text = bytes(record.bodies[0]).decode('utf-8', 'replace')
-            error = text and 'on node %s %s' % (self.node.name, text)
-            self._tell(WorkerInitialized(pipe.worker, error))
+            error = text and 'on node %s %s' % (self._daemon.node.name, text)
+            self._daemon.tell(WorkerInitialized(pipe.worker, error))
         elif record.kind == Kind.UNSTARTED:
             body = record.bodies[0]
             if len(body) % 8:
                 raise PeerError('jobs given back, %d bytes of them' % len(body))
-            self._tell(WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
+            self._daemon.tell(WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
 
-    def _hold_back(self, pipe: Pipe) -> None:
-        """Files or results come faster than the client takes them: the worker's pipe is not read for a while."""
-        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self.links.values()) \
-                and self._must_wait(pipe, HELD_BACK):
-            pipe.paused = True
-            self._held.add(pipe)
-            self.interest(pipe)
+    # -- what is done with workers ------------------------------------------------------------------------
 
-    def _must_wait(self, pipe: Pipe, most: int) -> bool:
-        """Whether more than so much waits on a link. A large result on its way keeps others back that
-        are large, of which memory should hold no two, and not those that are small."""
-        return any(link.queued - link.unmade > most or (link.unmade and pipe.is_large)
-                   for link in self.links.values())
-
-    def _let_go(self) -> None:
-        for pipe in [pipe for pipe in self._held if not self._must_wait(pipe, HELD_BACK // 2)]:
-            pipe.paused = False
-            self.interest(pipe)
-            self._held.remove(pipe)
-
-    def _may_let_go(self) -> bool:
-        return any(not self._must_wait(pipe, HELD_BACK // 2) for pipe in self._held)
-
-    def _run_of(self, worker: int) -> Optional[_Run]:
+    def _run_of(self, worker: int) -> Optional[ComputationProcesses]:
         for run in self._runs.values():
             if worker in run.pipes:
                 return run
         return None
 
-    def _start_worker(self, action: StartWorker) -> None:
+    def start_worker(self, action: StartWorker) -> None:
+        """Have a worker forked."""
         run = self._runs[action.comp]
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:   # no descriptors
-            self._tell(WorkerUnborn(action.worker, shortage(exc)))
+            self._daemon.tell(WorkerUnborn(action.worker, shortage(exc)))
             return
         for sock in (ours, theirs):
             set_option(sock, socket.SOL_SOCKET, 'SO_SNDBUF', 1 << 20)
         pipe = run.pipes[action.worker] = Pipe(ours, action.comp, action.worker)
-        self.attach(pipe)
+        self._daemon.attach(pipe)
         assert run.control is not None   # ours: the state starts workers of runners that are up
         run.control.push(pack_record(Kind.FORK, action.worker), theirs)
 
-    def _feed(self, action: Feed) -> None:
+    def feed(self, action: Feed) -> None:
+        """Write attempts to a worker."""
         run = self._run_of(action.worker)
         if run is not None:
             for attempt in action.attempts:
@@ -11362,27 +11201,469 @@ class Daemon(Loop):
         if run is not None and run.control is not None and run.control.dirty is not None:
             run.control.push(pack_record(kind, worker, serial, value))
 
-    def _watch(self, action: Watch) -> None:
+    def watch(self, action: Watch) -> None:
+        """Limit the memory of what a worker runs."""
         self._order(Kind.WATCH, action.worker, action.serial, float(action.most))
 
-    def _interrupt(self, action: Interrupt) -> None:
+    def interrupt(self, action: Interrupt) -> None:
+        """Interrupt what a worker runs."""
         self._order(Kind.INTERRUPT, action.worker, action.serial)
 
-    def _kill(self, action: Kill) -> None:
+    def kill(self, action: Kill) -> None:
+        """Kill a worker."""
         self._order(Kind.KILL, action.worker)
 
-    def _take_back(self, action: TakeBack) -> None:
+    def take_back(self, action: TakeBack) -> None:
+        """Ask a worker for what it has not started."""
         self._order(Kind.RECALL, action.worker)
 
-    def _tell_kept(self, action: TellKept) -> None:
+    def tell_kept(self, action: TellKept) -> None:
+        """Tell a worker what became of what its job has sent or wanted."""
         run = self._run_of(action.worker)
         if run is not None:
             run.pipes[action.worker].push(pack_record(Kind.KEPT, 0, 0, 0.0, 0.0, action.error.encode('utf-8', 'replace')))
 
-    def _retire(self, action: Retire) -> None:
+    def retire(self, action: Retire) -> None:
+        """Let an idle worker end."""
         run = self._run_of(action.worker)
         if run is not None:
-            self.detach(run.pipes.pop(action.worker))   # the worker reads the end and leaves
+            self._daemon.detach(run.pipes.pop(action.worker))   # the worker reads the end and leaves
+
+    def close(self) -> None:
+        """End all processes."""
+        for run in self._runs.values():
+            if run.watch is not None:
+                run.watch.close()
+            if run.process is not None:
+                run.process.join(3.0)
+                run.process.kill()
+                run.process.join(3.0)
+                self._kill_workers(run)
+        self._runs.clear()
+
+
+class Uplink:
+    """A scheduler, or a client that listens, to which this node connects."""
+
+    def __init__(self, host: str, port: int, most: float) -> None:
+        self.host, self.port = host, port
+        self.dialling = Dialling(min(1.0, most), most)
+        self.link, self.since = 0, 0.0
+        self.told = ''     # the last failure that was logged
+        self.second = Second(self)
+
+
+class Uplinks:
+    """Connections that this node makes itself, to schedulers (--scheduler-host), and makes again
+    when they have ended. The loop's thread."""
+
+    def __init__(self, daemon: 'Daemon', options: Options, instance: bytes,
+                 break_link: Callable[[Link, str], None]) -> None:
+        self._daemon, self._options, self._instance = daemon, options, instance
+        self._break_link = break_link
+        self._uplinks = [Uplink(host, port, options.ping_interval or 30.0) for host, port in options.schedulers]
+        self._tls: Any = None
+
+    def start(self) -> None:
+        """Connections may be made from now on. Raises StartError."""
+        if self._uplinks and self._options.certfile:
+            self._tls = tls_context(False, self._options.certfile, self._options.keyfile)
+
+    def _reach(self, uplink: Uplink, patience: float) -> Callable[..., Arrival]:
+        return functools.partial(dial, uplink.host, uplink.port, derive_key(self._options.secret), Role.NODE, Role.SCHEDULER,
+                                 self._instance, self._tls, patience=patience)
+
+    def connect(self) -> None:
+        """Begin the attempts that are due."""
+        for uplink in self._uplinks:
+            if uplink.dialling.due is not None and uplink.dialling.due <= self._daemon.now and not self._daemon.node.stopping:
+                reach = self._reach(uplink, uplink.dialling.patience(self._daemon.now, PULSE))
+                uplink.dialling.start(self._daemon.post, uplink, reach)
+
+    def connected(self, uplink: Uplink, link: Link) -> None:
+        """An attempt has led to a link."""
+        uplink.dialling.ended()
+        uplink.link, uplink.since, uplink.told = link.number, self._daemon.now, ''
+        logger.info('connected to %s', place(uplink.host, uplink.port))
+
+    def failed(self, event: DialFailed) -> None:
+        """An attempt has failed."""
+        uplink, text = event.peer, event.text
+        if isinstance(uplink, Second):
+            self._daemon.second_failed(uplink, self._daemon.links.get(uplink.peer.link))
+            return
+        uplink.dialling.ended()
+        uplink.dialling.again(self._daemon.now)
+        about = told_once(text)
+        # One that closes at once refuses us for a while, for the reason that was told.
+        if uplink.told != about and not (uplink.told and text == CLOSED_AT_ONCE):
+            uplink.told = about
+            logger.warning('%s (--scheduler-host) cannot be reached: %s; it is tried again and again', place(uplink.host, uplink.port), text)
+
+    def link_ended(self, link: Link) -> None:
+        """A link has ended; if it is one of these, it is made again."""
+        for uplink in self._uplinks:
+            if uplink.link == link.number:
+                uplink.link = 0
+                uplink.dialling.again(self._daemon.now, self._daemon.now - uplink.since)
+
+    def link_silent(self, link: Link) -> None:
+        """A scheduler that we have dialled is silent: another connection is tried. Others dial us."""
+        for uplink in self._uplinks:
+            if uplink.link == link.number and not self._daemon.node.stopping:
+                uplink.second.start(self._daemon.now, self._daemon.post, self._reach(uplink, max(1.0, link.pulse)))
+
+    def second_reached(self, event: Dialled) -> Optional[Dialled]:
+        """It takes the place of a link that is silent still; None if that has spoken, or another has its place."""
+        uplink = event.peer.peer
+        event.peer.ended()
+        old = self._daemon.links.get(uplink.link)
+        if old is None or not self._daemon.is_silent(old):
+            event.sock.close()
+            return None
+        self._break_link(old, 'nothing was heard for %.0f s, and it was reached anew' % (self._daemon.now - old.heard))
+        uplink.dialling.due = None
+        return event._replace(peer=uplink)
+
+    def times(self) -> Iterator[Optional[float]]:
+        """When there is something to do."""
+        for uplink in self._uplinks:
+            yield uplink.dialling.due
+
+    def close(self) -> None:
+        """End all attempts."""
+        for uplink in self._uplinks:
+            uplink.dialling.abort()
+            uplink.second.abort()
+
+
+class NodeDiscovery:
+    """Answers those who look for nodes, and says when there is one more. The loop's thread."""
+
+    def __init__(self, daemon: 'Daemon', options: Options, instance: bytes) -> None:
+        self._daemon, self._options, self._instance = daemon, options, instance
+        self._sockets: Optional[Ears] = None
+        self.hello_at: Optional[float] = None
+        self._stranger_at = -60.0         # when one that asked with another secret was logged
+
+    def start(self, port: int) -> None:
+        """The node serves at this port: say so once, and answer from now on."""
+        options = self._options
+        addresses = options.ext_hosts or tuple(host for host in options.hosts if host)
+        reach = options.reach
+        if reach == 'lan' and addresses and all(ipaddress.ip_address(address).is_loopback for address in addresses):
+            reach = 'loopback'
+        self._discovery = Discovery(derive_key(options.secret), Role.NODE, self._instance, port, addresses)
+        # Its own port for those who name it; the usual one so that it is found at whatever port it serves.
+        ports = {options.port or NODE_PORT, NODE_PORT}
+        self._sockets = Ears(self._daemon, reach, ports, ports, self._hear, options.multicast)
+        if self._sockets.error:
+            logger.warning('%s: this node is not found by asking, but can be named', self._sockets.error)
+        self.hello()
+
+    def hello(self) -> None:
+        """Say that there is a node."""
+        assert self._sockets is not None   # ours
+        self._sockets.shout(lambda: self._discovery.say(Cry.HELLO))
+        self.hello_at = self._daemon.now + self._options.ping_interval if self._options.ping_interval else None
+
+    def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
+        heard, answer = self._discovery.hear(data, source, self._daemon.now)
+        if answer is not None:
+            reply(answer)
+            if heard is None and self._daemon.now - self._stranger_at > 10.0:
+                self._stranger_at = self._daemon.now
+                logger.warning('%s looks for nodes and has another secret: %s', source, same_secret())
+
+    def close(self) -> None:
+        """Answer no more."""
+        if self._sockets is not None:
+            self._sockets.close()
+
+
+class Daemon(Loop):
+    """The node's loop: links of clients, pipes of runners and workers, and a Node that decides. Its
+    parts carry out what Node decides: see their classes."""
+
+    def __init__(self, options: Options, directory: Type[NodeDirectory] = NodeDirectory,
+                 files: Type[ComputationFiles] = ComputationFiles, processes: Type[ProcessHost] = ProcessHost) -> None:
+        """The classes are those of the parts that have to do with files and processes."""
+        super().__init__()
+        self._options = options
+        name = options.name or platform.node() or 'node'
+        self.node = Node(name, options.cpus, node_facts(), options.zombie, options.serve, options.client_shutdown, self.now)
+        self.values.where = 'on node %s' % name
+        self._phase = Phase.SERVING
+        self._clock_at = self.now if options.hours else None   # when to look at the clock on the wall
+        self._instance = os.urandom(16)
+        self._gates: List[Gate] = []
+        self.directory = directory(options, self._instance, self._directory_taken)
+        self.files = files(self, self.directory, options)
+        self.results = ResultStore(self, self.directory, options.zombie)
+        self.processes = processes(self, self.files, options)
+        self.uplinks = Uplinks(self, options, self._instance, self._break)
+        self.discovery = NodeDiscovery(self, options, self._instance)
+        self._events: Dict[type, Callable[[Any], None]] = {
+            ChildEnded: lambda event: self.processes.reap(),
+            Digested: self.files.on_digested,
+            DialFailed: self.uplinks.failed,
+            Dialled: self._dialled,
+            Arrival: self._arrived,
+        }
+        self._acts = {
+            Send: self._send,
+            Drop: self._drop,
+            Prepare: self.files.prepare,
+            WantAgain: self.files.want_again,
+            Store: self.files.store,
+            Fetch: self.files.fetch,
+            FetchValue: self.files.fetch_value,
+            DropValue: self.files.drop_value,
+            NoteOverrun: self.files.note_overrun,
+            Keep: self.results.keep,
+            SendKept: self.results.send_kept,
+            Forget: self.results.forget,
+            Remember: self.directory.remember,
+            StartRunner: self.processes.start_runner,
+            StopRunner: self.processes.stop_runner,
+            StartWorker: self.processes.start_worker,
+            Feed: self.processes.feed,
+            Interrupt: self.processes.interrupt,
+            Kill: self.processes.kill,
+            Watch: self.processes.watch,
+            TakeBack: self.processes.take_back,
+            TellKept: self.processes.tell_kept,
+            Retire: self.processes.retire,
+            Broken: lambda action: self.fault(action, action.error),
+            Show: self._show,
+            Exit: lambda action: self.stop(),
+        }
+
+    # -- start and end ------------------------------------------------------------------------------------
+
+    def start(self) -> int:
+        """Listen, take the directory. Returns the port. Raises StartError or SecretError."""
+        options, port = self._options, self._options.port
+        try:
+            for host in options.hosts:
+                self._gates.append(self._listen(host, port))
+                port = self._gates[0].server_address[1]
+            self.directory.take(port)
+            self.node.facts['lock'] = machine(), os.path.join(self.directory.base, 'lock')
+            self.files.start()
+            self.results.find()
+            self.uplinks.start()
+        except BaseException:
+            self.close()
+            raise
+        for gate in self._gates:
+            self.watch(gate.socket, gate.knock)
+        self.discovery.start(port)
+        return port
+
+    def _listen(self, host: str, port: int) -> Gate:
+        options = self._options
+        try:
+            return Gate((host, port), derive_key(options.secret), Role.NODE, (Role.CLIENT, Role.SCHEDULER),
+                        self._instance, self.post, options.certfile, options.keyfile, patience=options.msg_timeout)
+        except OverflowError as exc:
+            raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
+        except OSError as exc:
+            where = place(host, port)
+            if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
+                raise StartError('port %d is in use (%s): another dispynode? Choose another with -p/--port' % (port, where)) from exc
+            raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' % (where, exc)) from exc
+
+    def _directory_taken(self, memory: Memory, past: Dict[str, Past]) -> None:
+        self.node.facts['memory'] = memory.ident
+        for comp, known in past.items():
+            self.tell(Remembered(comp, known))
+
+    def close(self) -> None:
+        """End all processes, remove what is to be removed. Does nothing the second time."""
+        for gate in self._gates:
+            with contextlib.suppress(KeyError, ValueError):   # not watched yet
+                self.unwatch(gate.socket)
+            gate.server_close()
+        self._gates = []
+        self.discovery.close()
+        self.uplinks.close()
+        self.processes.close()
+        self.files.close()
+        self.results.close()
+        self.directory.close()
+        super().close()
+
+    def next_timer(self) -> Optional[float]:
+        """The state's, or the end of a runner that does not end; at once when held pipes can be read again."""
+        if self.processes.held.may_let_go() or self.results.backlog.has_room():
+            return self.now
+        times = [self.node.next_timer(), self.discovery.hello_at, self._clock_at, *self.processes.times(),
+                 *self.results.read_later.values(), *self.uplinks.times()]
+        return min((when for when in times if when is not None), default=None)
+
+    # -- events -------------------------------------------------------------------------------------------
+
+    def on_event(self, event: Any) -> None:
+        """Arrivals from the gate, and what actions brought about."""
+        handler = self._events.get(type(event), self.tell)
+        handler(event)
+
+    def _arrived(self, event: Union[Arrival, Dialled]) -> Link:
+        """A peer has proved itself."""
+        link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
+        self.attach(link)
+        self.node.facts['available'] = availability(self.directory.root)
+        self.tell(LinkUp(link.number, link.instance, link.address))
+        return link
+
+    def _dialled(self, event: Dialled) -> None:
+        """A scheduler was reached."""
+        if isinstance(event.peer, Second):
+            reached = self.uplinks.second_reached(event)
+            if reached is None:
+                return
+            event = reached
+        link = self._arrived(event)
+        self.uplinks.connected(event.peer, link)
+
+    def on_silent(self, link: Link) -> None:
+        """A scheduler that we have dialled is silent: another connection is tried. Others dial us."""
+        self.uplinks.link_silent(link)
+
+    def tell(self, event: Any) -> None:
+        """Tell the state what has happened, and do what it decides."""
+        try:
+            actions = self.node.handle(event, self.now)
+        except BaseException:
+            self._act(self.node.decided())   # what was decided before the state noticed
+            raise
+        self._act(actions)
+
+    def _flush(self) -> None:
+        """Let the state have its turn, and do what it decides."""
+        try:
+            actions = self.node.flush(self.now)
+        except BaseException:
+            self._act(self.node.decided())   # as above
+            raise
+        self._act(actions)
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """End what the fault concerns: a link, a worker, a computation."""
+        if isinstance(subject, Pipe):
+            self.processes.end_writer(subject, text)
+            return True
+        comp = getattr(subject, 'comp', None) or self.node.comp_of_worker(getattr(subject, 'worker', 0))
+        link = self.links.get(getattr(subject, 'link', 0))
+        if isinstance(subject, Channel) or not comp:
+            if link is None:
+                return super().on_fault(subject, text)
+            self._break(link, text)
+            return True
+        self.tell(Faulted(comp, text))
+        return True
+
+    def on_channel(self, channel: Any) -> None:
+        """A link or a pipe has something."""
+        if isinstance(channel, Link):
+            for message in channel.messages(self.now):
+                self._message(channel, message)
+        else:
+            self.processes.on_readable(channel)
+
+    def _message(self, link: Link, message: Any) -> None:
+        if isinstance(message, Bye):
+            link.on_purpose = True
+            raise LinkBroken('bye: %s' % message.text[:200])
+        if isinstance(message, Wrong):
+            text = 'it cannot use what was sent: %s' % message.text[:NAME_MOST]
+            for comp, serial in self.refusals.refused(link, message.frame):
+                self.results.refused[comp, serial] = 'the result could not be taken: ' + message.text[:NAME_MOST]
+            raise LinkBroken(text)
+        if isinstance(message, Introduce):
+            self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
+        if not isinstance(message, Pulse):
+            if type(message) is Query:
+                self.node.facts['available'] = availability(self.directory.root)
+            self.tell(Received(link.number, message))
+
+    def on_broken(self, channel: Any, text: str) -> None:
+        """A link or a pipe came to its end."""
+        if isinstance(channel, Link):
+            log = logger.info if channel.on_purpose else logger.warning
+            log('link to %s ended: %s', channel.address, text)
+            self.tell(LinkDown(channel.number, channel.on_purpose))
+            self.uplinks.link_ended(channel)
+        elif not channel.worker:
+            self.processes.runner_silent(channel)
+        # A worker's pipe that ends says nothing yet: the runner tells what became of the process.
+
+    def end_of_turn(self) -> None:
+        """What came of this turn's actions, then the state's own turn."""
+        while self._inbox:
+            self.take_events(len(self._inbox))
+        self.processes.see_to_runners()
+        if self._clock_at is not None and self.now >= self._clock_at:
+            self._look_at_clock(time.localtime())
+        self.guard(None, self._flush)
+        if self.results.read_later:
+            self.results.read_again()
+        if self.results.backlog:
+            self.guard(None, self._send_waiting)
+        self.uplinks.connect()
+        if self.discovery.hello_at is not None and self.now >= self.discovery.hello_at:
+            self.discovery.hello()
+        if self.processes.held.may_let_go():
+            self.processes.held.let_go()
+        full = self.node.attempts.is_full()
+        for link in self.links.values():
+            if link.paused != full:
+                link.paused = full
+                link.heard = self.now
+                self.interest(link)
+
+    def _look_at_clock(self, local: time.struct_time) -> None:
+        """Hours of service. Once a minute, so that a clock that is set is no matter."""
+        assert self._options.hours is not None   # ours
+        self._clock_at = self.now + 60 - min(local.tm_sec, 59)
+        phase = self._options.hours.phase(local.tm_hour * 60 + local.tm_min)
+        if phase is not self._phase:
+            self._phase = phase
+            self.tell(Resume('hours') if phase is Phase.SERVING else
+                       Pause('hours', 'its hours of service begin at %02d:%02d' % divmod(self._options.hours.start, 60),
+                             phase is Phase.CLOSED))
+
+    # -- actions on links ---------------------------------------------------------------------------------
+
+    def _send(self, action: Send) -> None:
+        link = self.links.get(action.link)
+        if link is None:
+            return
+        message = action.message
+        if type(message) is not Results:
+            self.say(link, message)
+            return
+        rows: Iterable[tuple] = message.rows
+        if self.results.refused:
+            rows = map(functools.partial(self.results.usable, message.comp), rows)
+        for frame in frames(Results, message.comp, map(sized, rows)):
+            self.say(link, frame)
+
+    def _drop(self, action: Drop) -> None:
+        link = self.links.get(action.link)
+        if link is not None:
+            self.part(link, action.text)
+
+    def _show(self, action: Show) -> None:
+        with contextlib.suppress(OSError):   # the terminal may have gone
+            print('\n'.join(map(printable, action.text.split('\n'))), flush=True)
+
+    def _send_waiting(self) -> None:
+        """Files and kept results into links that have room."""
+        for link, _, text in self.results.backlog.send(self.say):
+            # Its client comes back and gets them then.
+            self._break(link, 'results cannot be read: %s' % text)
 
 
 NODE_MARK = 'dispy-node'    # the file that says that a directory is a node's

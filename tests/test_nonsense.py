@@ -146,7 +146,7 @@ def test_numbers_of_processes_come_from_the_kernel(node):
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='numbers are given anew by hand here')
 def test_a_number_that_another_process_has_by_now_is_not_killed():
-    run = dispynode._Run('c', '/', '/', True, 0)
+    run = dispynode.ComputationProcesses(dispynode.ComputationDirectory('c', '/', '/', True, 0))
     process = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)
     try:
         run.known(1, process.pid)
