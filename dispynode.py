@@ -7827,105 +7827,41 @@ class Surroundings:
                 resource.setrlimit(number, was)
 
 
-class Worker:
-    """Runs job after job in a process of its own."""
+class WorkerPipe:
+    """The pipe of a worker to its daemon: jobs and answers that have come, and what is sent. Processes
+    that a job has forked may send as well."""
 
-    def __init__(self, sock: socket.socket, slots: Any, function: Callable[..., Any], out: Catch, err: Catch,
-                 spec: dict, libc: Any, threads: NumericThreads,
-                 globals_: Sequence[Dict[str, Any]] = ()) -> None:
-        self._globals = globals_   # of the computation, setup and cleanup
-        self._numeric = threads
-        self._sock, self._slots, self._function = sock, slots, function
-        self._out, self._err, self._spec, self._libc = out, err, spec, libc
-        self._directory = spec['directory']
+    def __init__(self, sock: socket.socket, private: str) -> None:
+        self._sock = sock
         self._intake = RecordIntake()
-        self._queue: Deque[Record] = collections.deque()
-        self._in_job = self._interrupt_late = self._recalled = False
-        self._half_imported = False        # a job was interrupted while it imported a module
-        self._pid = 0                      # of the process that serves, not of what a job forks
+        self.jobs: Deque[Record] = collections.deque()
+        self.answers: Deque[str] = collections.deque()   # to files and to what was wanted
         self._sending = threading.Lock()   # guards the writing end of the pipe: a job may have threads
-        self._filing = threading.Lock()    # one file at a time; guards _answers
-        self._answers: Deque[str] = collections.deque()
         self._shared = False               # with processes that a job has forked
-        self._turn = _Turn(spec['private'])
-        if hasattr(os, 'register_at_fork'):
-            os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork)
-        self._brought: Optional[Tuple[str, Callable[[], None]]] = None   # the job's own directory; takes its names away
+        self._turn = _Turn(private)
 
-    def serve(self) -> None:
-        """Until the daemon closes the pipe, or this process is not fit for another job."""
-        self._send(Kind.HERE)
-        self._prepare()
-        if isinstance(self._function, Program) and self._spec['cleanup']:   # else they are to stay
-            self._function.tell = self._tell_left
-        fit = True
-        while fit:
-            if self._recalled:
-                self._give_back()
-            if not self._queue:
-                self._receive(0)
-            else:
-                record = self._queue.popleft()
-                self._run(record)
-                self._slots[0] = 0
-                fit = self._tidy()
-
-    def _prepare(self) -> None:
-        self._pid = os.getpid()
-        os.dup2(self._out.handle, 1)
-        os.dup2(self._err.handle, 2)
-        _no_stdin()
-        # By lines, as C code is told as well: children of a job write in between.
-        self._streams = [open(0, closefd=False), output_stream(1, 1), output_stream(2, 1)]
-        buffer_lines(self._libc)
-        sys.stdin, sys.stdout, sys.stderr = self._streams
-        signal.signal(signal.SIGINT, self._on_interrupt)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if TAKE_BACK_SIGNAL is not None:
-            signal.signal(TAKE_BACK_SIGNAL, self._on_take_back)
-            signal.siginterrupt(TAKE_BACK_SIGNAL, False)
-        Runner.offer({'dispy_provisional_result': self._provisional, 'dispy_send_file': self._send_file}, self._globals)
-        if modules is not None:
-            modules.ask = self._ask_client
-        if self._spec['logs'] >= 0:
-            self._log_handler = logging.Handler()
-            self._log_handler.emit = self._forward  # type: ignore[method-assign]
-            logging.getLogger().addHandler(self._log_handler)
-            logging.getLogger().setLevel(self._spec['logs'])
-        if 'numpy' in sys.modules:   # forked twins would draw the same "random" numbers; `random` sees to it itself
-            sys.modules['numpy'].random.seed()
-        if isinstance(self._function, Calls) and self._function.initializer is not None:
-            self._initialize(self._function)
-        self._threads = threading.active_count()
-        self._surroundings = Surroundings(self._directory)
-
-    def _initialize(self, calls: Calls) -> None:
-        """Call the initializer of an executor. What it changes stays as it is for all jobs here."""
-        assert calls.initializer is not None   # asked by the caller
-        try:
-            calls.initializer(*calls.initargs)
-        except BaseException as exc:  # the user's code
-            # As the standard library does
-            log = logging.getLogger('concurrent.futures')
-            log.critical('Exception in initializer:', exc_info=True)
-            text = 'the initializer has failed: %s' % describe_exception(exc, 1)
-            self._send(Kind.INITIALIZED, 0, 0, 0.0, 0.0, shorten(text).encode('utf-8', 'replace'))
-            os._exit(1)
-        self._send(Kind.INITIALIZED)
-
-    # -- the pipe -----------------------------------------------------------------------------------------
-
-    def _receive(self, flags: int) -> None:
+    def receive(self, flags: int) -> None:
+        """Take what has come, or wait for something. Ends this process when the daemon has closed the pipe."""
         count = self._sock.recv_into(self._intake.room(), 0, flags)
         if count == 0:
             os._exit(0)
         for record in self._intake.records(count):
             if record.kind == Kind.KEPT:
-                self._answers.append(bytes(record.bodies[0]).decode('utf-8', 'replace'))
+                self.answers.append(bytes(record.bodies[0]).decode('utf-8', 'replace'))
             else:
-                self._queue.append(record)
+                self.jobs.append(record)
 
-    def _send(self, *args: Any) -> None:
+    def give_back(self) -> None:
+        """Return all that has not started, from this process and from the pipe."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.receive(socket.MSG_DONTWAIT)
+        serials = [record.serial for record in self.jobs]
+        self.jobs.clear()
+        self.send(Kind.UNSTARTED, 0, 0, 0.0, 0.0, struct.pack('>%dQ' % len(serials), *serials))
+
+    def send(self, *args: Any) -> None:
+        """Send a record, given as to pack_record."""
         buffers = pack_record(*args)
         with self._sending:
             if self._shared:
@@ -7943,231 +7879,39 @@ class Worker:
             for start in range(0, len(view), WRITE_MOST):   # some systems refuse 2 GiB at once
                 self._sock.sendall(view[start:start + WRITE_MOST])
 
-    def _before_fork(self) -> None:
+    def share(self) -> None:
         """A job forks: from now on its children may write into the pipe as well, records of any
-        length. What it has printed of a line is not to be printed by them again."""
+        length."""
         self._shared = True
+
+    def after_fork(self) -> None:
+        """In the child: another thread of the parent may have held this."""
+        self._sending = threading.Lock()
+
+
+class JobOutput:
+    """What the jobs of a worker print, and the streams and descriptors that they find."""
+
+    def __init__(self, out: Catch, err: Catch, libc: Any) -> None:
+        self._out, self._err, self._libc = out, err, libc
+
+    def install(self) -> None:
+        """Have what is printed from now on come into the files."""
+        os.dup2(self._out.handle, 1)
+        os.dup2(self._err.handle, 2)
+        _no_stdin()
+        # By lines, as C code is told as well: children of a job write in between.
+        self._streams = [open(0, closefd=False), output_stream(1, 1), output_stream(2, 1)]
+        buffer_lines(self._libc)
+        sys.stdin, sys.stdout, sys.stderr = self._streams
+
+    def before_fork(self) -> None:
+        """What a job has printed of a line is not to be printed by its children again."""
         for stream in self._streams[1:]:
             with contextlib.suppress(OSError, ValueError):   # it is told when the job ends; closed
                 stream.flush()
 
-    def _after_fork(self) -> None:
-        """In the child: another thread of the parent may have held these."""
-        self._sending, self._filing = threading.Lock(), threading.Lock()
-
-    @contextlib.contextmanager
-    def _beside_job(self) -> Any:
-        """Work of ours that a job asks for: an interrupt waits until it is done. Interrupts come to the main thread
-        only, so that the other threads of a job need not be kept from them."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        inside, self._in_job = self._in_job, False
-        try:
-            yield
-        finally:
-            self._in_job = inside
-        self._catch_up()
-
-    def _catch_up(self) -> None:
-        if self._recalled:
-            self._in_job = False
-            self._give_back()
-            self._in_job = True
-        if self._interrupt_late:
-            self._interrupt_late = False
-            raise KeyboardInterrupt
-
-    def _provisional(self, result: Any, relay: Any = None, timeout: Any = None) -> int:
-        """dispy_provisional_result: hand the client a value while the job goes on. `relay` and
-        `timeout` are accepted, as in dispy 4, and have no meaning any more. Raises what pickling
-        raises, ValueError for a value over the limit."""
-        payload, plain, _, _ = seal(result)
-        if is_over_limit(size_of(payload)):
-            raise ValueError(over_limit('dispy_provisional_result: the value', size_of(payload)))
-        with self._beside_job():
-            now = time.time()
-            self._send(Kind.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE, self._slots[0], now, now, payload)
-        return 0
-
-    def _forward(self, record: logging.LogRecord) -> None:
-        """A log record of the job, on its way to the client's logging."""
-        try:
-            text = record.getMessage()
-            if record.exc_info and record.exc_info[0] is not None:
-                text += '\n' + ''.join(traceback.format_exception(*record.exc_info)).rstrip()
-            # A level may be an IntEnum and a name a subclass of str: the other side opens plain values only.
-            data = pickle.dumps((int(record.levelno), plain_text(record.name)[:NAME_MOST], shorten(plain_text(text))), 5)
-        except Exception:  # arguments that do not fit the format, and the like: as logging itself does
-            self._log_handler.handleError(record)
-            return
-        with self._beside_job():
-            self._send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
-
-    def _tell_left(self, names: List[str]) -> None:
-        """A program has left these files behind. It goes the way of log records."""
-        others = ' and %d others' % (len(names) - 1) if len(names) > 1 else ''
-        text = '%r%s on node %s' % (names[0], others, self._spec['names']['dispy_node_name'])
-        data = pickle.dumps((logging.WARNING, FILES_LEFT, shorten(text)), 5)
-        with self._beside_job():
-            self._send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
-
-    def _send_file(self, path: str, relay: Any = None, timeout: Any = None) -> int:
-        """dispy_send_file: the file is below the client's directory, under the same relative name, when this returns 0.
-        `relay` and `timeout` are accepted, as in dispy 4, and have no meaning any more. Raises ValueError for a path that climbs out, OSError when it cannot be read here or kept there."""
-        name = _name_of(path, self._directory)
-        check_size(name, os.path.getsize(path), self._spec['max_file'])
-        size, digest = file_digest(path)
-        row = pickle.dumps((name, size, digest, stat.S_IMODE(os.stat(path).st_mode)))
-        with self._filing:
-            for offset, data in read_pieces(path, size):
-                with self._beside_job():
-                    self._send(Kind.FILE, offset // FILE_PIECE, self._slots[0], 0.0, 0.0, row, data)
-            with self._beside_job():
-                error = self._answer()
-        if error:
-            raise OSError('%s could not be sent: %s' % (path, error))
-        return 0
-
-    def _ask_client(self, request: Any) -> str:
-        """Have a bundle of modules, by number, or a module, by name, fetched from the client. Returns '' or why that failed."""
-        with self._filing, self._beside_job():
-            self._send(Kind.WANT, 0, self._slots[0], 0.0, 0.0, pickle.dumps(request))
-            return self._answer()
-
-    def _answer(self) -> str:
-        """What the client says to what was sent last; '' if all is well."""
-        while not self._answers:
-            self._receive(0)
-        return self._answers.popleft()
-
-    def _give_back(self) -> None:
-        """Return all that has not started, from this process and from the pipe."""
-        self._recalled = False
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._receive(socket.MSG_DONTWAIT)
-        serials = [record.serial for record in self._queue]
-        self._queue.clear()
-        self._send(Kind.UNSTARTED, 0, 0, 0.0, 0.0, struct.pack('>%dQ' % len(serials), *serials))
-
-    # -- signals; Python runs these between two instructions of the main thread ----------------------------
-
-    def _on_take_back(self, number: int, frame: Any) -> None:
-        if not self._in_job:
-            self._recalled = True
-            return
-        self._recalled = True
-        self._catch_up()
-
-    def _on_interrupt(self, number: int, frame: Any) -> None:
-        if not self._slots[0] or self._slots[1] != self._slots[0]:
-            return   # meant for a job that has ended meanwhile
-        self._slots[1] = 0
-        if isinstance(self._function, Program):
-            self._function.interrupted = True
-        elif self._in_job:
-            raise KeyboardInterrupt
-        else:
-            self._interrupt_late = True
-
-    # -- one job ------------------------------------------------------------------------------------------
-
-    def _run(self, record: Record) -> None:
-        self._interrupt_late = False
-        Slots.begin(self._slots, record.serial)
-        if record.number != self._numeric.cpus:
-            self._numeric.use(record.number, self._surroundings)
-        start, ticks = time.time(), time.perf_counter()
-        failure: Optional[BaseException] = None
-        value = None
-        opened = False
-        try:
-            try:
-                self._in_job = True
-                if self._slots[1] == record.serial:
-                    raise KeyboardInterrupt   # cancelled in the moment in which it starts
-                spaces.added.clear()
-                args, kwargs, *extras = unseal(record.bodies[0], True)
-                opened = True
-                if len(record.bodies[0]) > LAZY:   # the job has its memory
-                    self._free(record)
-                if extras:
-                    self._bring(*extras)
-                value = contextvars.copy_context().run(self._function, *args, **kwargs)
-                self._in_job = False
-            except BaseException as exc:  # whatever a job raises is its result; SystemExit and the like too
-                self._in_job = False
-                failure = exc
-                if not opened:
-                    mark_unopened(exc)
-        except KeyboardInterrupt as exc:  # it came while the handler above was entered
-            self._in_job = False
-            failure = exc
-        if os.getpid() != self._pid:   # a child that the job has forked and that came back: the pipe is not its
-            os._exit(0 if failure is None else 1)
-        end = start + time.perf_counter() - ticks
-        if isinstance(failure, KeyboardInterrupt):
-            self._half_imported = was_importing(failure)
-        outcome, payload = self._outcome(value, failure)
-        out, err = self._collect()
-        if self._brought is not None:
-            self._take_away()
-        try:
-            self._send(Kind.RESULT, outcome, record.serial, start, end, payload, out, err)
-        except ValueError as exc:
-            self._send(Kind.RESULT, Outcome.RAISED, record.serial, start, end,
-                       pack_error('the result could not be sent: %s' % exc, None), out, err)
-
-    @staticmethod
-    def _free(record: Record) -> None:
-        """Let go of the memory of arguments that have been opened, whoever holds the record."""
-        for body in record.bodies:
-            with contextlib.suppress(BufferError):   # something of it is in use
-                body.release()
-
-    def _bring(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any]) -> None:
-        """dispy_job_depends: a directory of the job's own, with its files and links to the computation's, and names."""
-        private = tempfile.mkdtemp(prefix='job-', dir=self._spec['private'])
-        self._brought = (private, lend_names(objects, self._globals))
-        for name in os.listdir(self._directory):
-            os.symlink(os.path.join(self._directory, name), os.path.join(private, name))
-        for name, mode, data in files:
-            check_size(name, len(data), self._spec['max_file'])
-            path = os.path.join(private, *check_name(name))
-            if os.path.islink(path):
-                os.unlink(path)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, 'wb') as file:
-                file.write(data)
-            os.chmod(path, mode)
-        os.chdir(private)
-
-    def _take_away(self) -> None:
-        """The inverse."""
-        assert self._brought is not None
-        private, give_back = self._brought
-        self._brought = None
-        give_back()
-        os.chdir(self._directory)
-        shutil.rmtree(private, ignore_errors=True)
-
-    def _outcome(self, value: Any, failure: Optional[BaseException]) -> Tuple[int, Payload]:
-        if failure is not None:
-            if isinstance(failure, ImportError):
-                failure.msg = '%s. %s' % (failure, explain_import(failure, self._spec['name']))
-                failure.args = (failure.msg,)
-            return Outcome.RAISED, cut_error(failure, 1)
-        try:
-            payload, plain, _, _ = seal(value)
-            if is_over_limit(size_of(payload)):
-                return Outcome.RAISED, pack_error(over_limit('the result', size_of(payload)), None)
-            return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
-        except BaseException as exc:  # __reduce__ and its kin are the user's code
-            text = 'the result, of type %s, could not be pickled: %s' % (type(value).__name__, describe_exception(exc, 1))
-            return Outcome.RAISED, pack_error(text, exc)
-
-    def _collect(self) -> Tuple[bytes, bytes]:
+    def collect(self) -> Tuple[bytes, bytes]:
         """What the job printed. Puts descriptors and streams back in the same breath."""
         lost = self._flush(1) + self._flush(2)
         if sys.stdout is not self._streams[1] or sys.stderr is not self._streams[2] or self._streams[1].closed \
@@ -8217,6 +7961,336 @@ class Worker:
         os.dup2(output.handle, number)   # this takes less time than to look where it leads
         size = os.lseek(output.handle, 0, os.SEEK_END)
         return output.take(size) if size else b''
+
+
+class JobInterrupts:
+    """Interrupts of the job that runs, and orders to give back what has not started. Both come as
+    signals, whose handlers Python runs between two instructions of the main thread."""
+
+    def __init__(self, pipe: WorkerPipe, slots: Any, function: Callable[..., Any]) -> None:
+        self._pipe, self._slots, self._function = pipe, slots, function
+        self.in_job = False       # the user's code runs in the main thread
+        self.is_late = False      # an interrupt has come where it could not be raised
+        self.recalled = False     # what has not started is to be given back
+
+    def install(self) -> None:
+        """Handle the signals from now on."""
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if TAKE_BACK_SIGNAL is not None:
+            signal.signal(TAKE_BACK_SIGNAL, self._on_take_back)
+            signal.siginterrupt(TAKE_BACK_SIGNAL, False)
+
+    @contextlib.contextmanager
+    def beside_job(self) -> Any:
+        """Work of ours that a job asks for: an interrupt waits until it is done. Interrupts come to the main thread
+        only, so that the other threads of a job need not be kept from them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        inside, self.in_job = self.in_job, False
+        try:
+            yield
+        finally:
+            self.in_job = inside
+        self._catch_up()
+
+    def give_back(self) -> None:
+        """Return all that has not started."""
+        self.recalled = False
+        self._pipe.give_back()
+
+    def _catch_up(self) -> None:
+        if self.recalled:
+            self.in_job = False
+            self.give_back()
+            self.in_job = True
+        if self.is_late:
+            self.is_late = False
+            raise KeyboardInterrupt
+
+    def _on_take_back(self, number: int, frame: Any) -> None:
+        if not self.in_job:
+            self.recalled = True
+            return
+        self.recalled = True
+        self._catch_up()
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        if not self._slots[0] or self._slots[1] != self._slots[0]:
+            return   # meant for a job that has ended meanwhile
+        self._slots[1] = 0
+        if isinstance(self._function, Program):
+            self._function.interrupted = True
+        elif self.in_job:
+            raise KeyboardInterrupt
+        else:
+            self.is_late = True
+
+
+class JobServices:
+    """What a job can have done while it runs: a value handed to the client before the end, a file
+    sent there, log records forwarded, modules fetched."""
+
+    def __init__(self, pipe: WorkerPipe, slots: Any, spec: dict, interrupts: JobInterrupts) -> None:
+        self._pipe, self._slots, self._spec, self._interrupts = pipe, slots, spec, interrupts
+        self._filing = threading.Lock()    # one file at a time; guards the pipe's answers
+
+    def install(self, globals_: Sequence[Dict[str, Any]]) -> None:
+        """Offer them to jobs, in the global variables of the computation too."""
+        offer_names({'dispy_provisional_result': self._provisional, 'dispy_send_file': self._send_file}, globals_)
+        if modules is not None:
+            modules.ask = self._ask_client
+        if self._spec['logs'] >= 0:
+            self._log_handler = logging.Handler()
+            self._log_handler.emit = self._forward  # type: ignore[method-assign]
+            logging.getLogger().addHandler(self._log_handler)
+            logging.getLogger().setLevel(self._spec['logs'])
+
+    def after_fork(self) -> None:
+        """In a child of a job: another thread of the parent may have held this."""
+        self._filing = threading.Lock()
+
+    def _provisional(self, result: Any, relay: Any = None, timeout: Any = None) -> int:
+        """dispy_provisional_result: hand the client a value while the job goes on. `relay` and
+        `timeout` are accepted, as in dispy 4, and have no meaning any more. Raises what pickling
+        raises, ValueError for a value over the limit."""
+        payload, plain, _, _ = seal(result)
+        if is_over_limit(size_of(payload)):
+            raise ValueError(over_limit('dispy_provisional_result: the value', size_of(payload)))
+        with self._interrupts.beside_job():
+            now = time.time()
+            self._pipe.send(Kind.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE, self._slots[0], now, now, payload)
+        return 0
+
+    def _forward(self, record: logging.LogRecord) -> None:
+        """A log record of the job, on its way to the client's logging."""
+        try:
+            text = record.getMessage()
+            if record.exc_info and record.exc_info[0] is not None:
+                text += '\n' + ''.join(traceback.format_exception(*record.exc_info)).rstrip()
+            # A level may be an IntEnum and a name a subclass of str: the other side opens plain values only.
+            data = pickle.dumps((int(record.levelno), plain_text(record.name)[:NAME_MOST], shorten(plain_text(text))), 5)
+        except Exception:  # arguments that do not fit the format, and the like: as logging itself does
+            self._log_handler.handleError(record)
+            return
+        with self._interrupts.beside_job():
+            self._pipe.send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
+
+    def tell_left(self, names: List[str]) -> None:
+        """A program has left these files behind. It goes the way of log records."""
+        others = ' and %d others' % (len(names) - 1) if len(names) > 1 else ''
+        text = '%r%s on node %s' % (names[0], others, self._spec['names']['dispy_node_name'])
+        data = pickle.dumps((logging.WARNING, FILES_LEFT, shorten(text)), 5)
+        with self._interrupts.beside_job():
+            self._pipe.send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
+
+    def _send_file(self, path: str, relay: Any = None, timeout: Any = None) -> int:
+        """dispy_send_file: the file is below the client's directory, under the same relative name, when this returns 0.
+        `relay` and `timeout` are accepted, as in dispy 4, and have no meaning any more. Raises ValueError for a path that climbs out, OSError when it cannot be read here or kept there."""
+        name = _name_of(path, self._spec['directory'])
+        check_size(name, os.path.getsize(path), self._spec['max_file'])
+        size, digest = file_digest(path)
+        row = pickle.dumps((name, size, digest, stat.S_IMODE(os.stat(path).st_mode)))
+        with self._filing:
+            for offset, data in read_pieces(path, size):
+                with self._interrupts.beside_job():
+                    self._pipe.send(Kind.FILE, offset // FILE_PIECE, self._slots[0], 0.0, 0.0, row, data)
+            with self._interrupts.beside_job():
+                error = self._answer()
+        if error:
+            raise OSError('%s could not be sent: %s' % (path, error))
+        return 0
+
+    def _ask_client(self, request: Any) -> str:
+        """Have a bundle of modules, by number, or a module, by name, fetched from the client. Returns '' or why that failed."""
+        with self._filing, self._interrupts.beside_job():
+            self._pipe.send(Kind.WANT, 0, self._slots[0], 0.0, 0.0, pickle.dumps(request))
+            return self._answer()
+
+    def _answer(self) -> str:
+        """What the client says to what was sent last; '' if all is well."""
+        while not self._pipe.answers:
+            self._pipe.receive(0)
+        return self._pipe.answers.popleft()
+
+
+class JobDirectory:
+    """The directory of a job that has files or names of its own (dispy_job_depends)."""
+
+    def __init__(self, spec: dict, globals_: Sequence[Dict[str, Any]]) -> None:
+        self._spec, self._globals = spec, globals_
+        self._directory = spec['directory']      # of the computation
+        self.is_entered = False         # the job that runs has one
+        self._private = ''
+        self._give_back: Callable[[], None] = _not_here   # takes the job's names away
+
+    def enter(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any]) -> None:
+        """Make the directory, with the job's files and links to those of the computation, and make its names known."""
+        private = tempfile.mkdtemp(prefix='job-', dir=self._spec['private'])
+        self._private, self.is_entered = private, True
+        self._give_back = lend_names(objects, self._globals)
+        for name in os.listdir(self._directory):
+            os.symlink(os.path.join(self._directory, name), os.path.join(private, name))
+        for name, mode, data in files:
+            check_size(name, len(data), self._spec['max_file'])
+            path = os.path.join(private, *check_name(name))
+            if os.path.islink(path):
+                os.unlink(path)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, 'wb') as file:
+                file.write(data)
+            os.chmod(path, mode)
+        os.chdir(private)
+
+    def leave(self) -> None:
+        """Remove the directory and take the names away."""
+        self.is_entered = False
+        self._give_back()
+        os.chdir(self._directory)
+        shutil.rmtree(self._private, ignore_errors=True)
+
+
+class Worker:
+    """Runs job after job in a process of its own."""
+
+    def __init__(self, sock: socket.socket, slots: Any, function: Callable[..., Any], out: Catch, err: Catch,
+                 spec: dict, libc: Any, threads: NumericThreads,
+                 globals_: Sequence[Dict[str, Any]] = ()) -> None:
+        self._globals = globals_   # of the computation, setup and cleanup
+        self._numeric = threads
+        self._slots, self._function, self._spec = slots, function, spec
+        self._pipe = WorkerPipe(sock, spec['private'])
+        self._output = JobOutput(out, err, libc)
+        self._interrupts = JobInterrupts(self._pipe, slots, function)
+        self._services = JobServices(self._pipe, slots, spec, self._interrupts)
+        self._job_directory = JobDirectory(spec, globals_)
+        self._half_imported = False        # a job was interrupted while it imported a module
+        self._pid = 0                      # of the process that serves, not of what a job forks
+        if hasattr(os, 'register_at_fork'):
+            os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork)
+
+    def _before_fork(self) -> None:
+        self._pipe.share()
+        self._output.before_fork()
+
+    def _after_fork(self) -> None:
+        self._pipe.after_fork()
+        self._services.after_fork()
+
+    def serve(self) -> None:
+        """Until the daemon closes the pipe, or this process is not fit for another job."""
+        self._pipe.send(Kind.HERE)
+        self._prepare()
+        if isinstance(self._function, Program) and self._spec['cleanup']:   # else they are to stay
+            self._function.tell = self._services.tell_left
+        fit = True
+        while fit:
+            if self._interrupts.recalled:
+                self._interrupts.give_back()
+            if not self._pipe.jobs:
+                self._pipe.receive(0)
+            else:
+                record = self._pipe.jobs.popleft()
+                self._run(record)
+                self._slots[0] = 0
+                fit = self._tidy()
+
+    def _prepare(self) -> None:
+        self._pid = os.getpid()
+        self._output.install()
+        self._interrupts.install()
+        self._services.install(self._globals)
+        if 'numpy' in sys.modules:   # forked twins would draw the same "random" numbers; `random` sees to it itself
+            sys.modules['numpy'].random.seed()
+        if isinstance(self._function, Calls) and self._function.initializer is not None:
+            self._initialize(self._function)
+        self._threads = threading.active_count()
+        self._surroundings = Surroundings(self._spec['directory'])
+
+    def _initialize(self, calls: Calls) -> None:
+        """Call the initializer of an executor. What it changes stays as it is for all jobs here."""
+        assert calls.initializer is not None   # asked by the caller
+        try:
+            calls.initializer(*calls.initargs)
+        except BaseException as exc:  # the user's code
+            # As the standard library does
+            log = logging.getLogger('concurrent.futures')
+            log.critical('Exception in initializer:', exc_info=True)
+            text = 'the initializer has failed: %s' % describe_exception(exc, 1)
+            self._pipe.send(Kind.INITIALIZED, 0, 0, 0.0, 0.0, shorten(text).encode('utf-8', 'replace'))
+            os._exit(1)
+        self._pipe.send(Kind.INITIALIZED)
+
+    # -- one job ------------------------------------------------------------------------------------------
+
+    def _run(self, record: Record) -> None:
+        self._interrupts.is_late = False
+        Slots.begin(self._slots, record.serial)
+        if record.number != self._numeric.cpus:
+            self._numeric.use(record.number, self._surroundings)
+        start, ticks = time.time(), time.perf_counter()
+        failure: Optional[BaseException] = None
+        value = None
+        opened = False
+        try:
+            try:
+                self._interrupts.in_job = True
+                if self._slots[1] == record.serial:
+                    raise KeyboardInterrupt   # cancelled in the moment in which it starts
+                spaces.added.clear()
+                args, kwargs, *extras = unseal(record.bodies[0], True)
+                opened = True
+                if len(record.bodies[0]) > LAZY:   # the job has its memory
+                    self._free(record)
+                if extras:
+                    self._job_directory.enter(*extras)
+                value = contextvars.copy_context().run(self._function, *args, **kwargs)
+                self._interrupts.in_job = False
+            except BaseException as exc:  # whatever a job raises is its result; SystemExit and the like too
+                self._interrupts.in_job = False
+                failure = exc
+                if not opened:
+                    mark_unopened(exc)
+        except KeyboardInterrupt as exc:  # it came while the handler above was entered
+            self._interrupts.in_job = False
+            failure = exc
+        if os.getpid() != self._pid:   # a child that the job has forked and that came back: the pipe is not its
+            os._exit(0 if failure is None else 1)
+        end = start + time.perf_counter() - ticks
+        if isinstance(failure, KeyboardInterrupt):
+            self._half_imported = was_importing(failure)
+        outcome, payload = self._outcome(value, failure)
+        out, err = self._output.collect()
+        if self._job_directory.is_entered:
+            self._job_directory.leave()
+        try:
+            self._pipe.send(Kind.RESULT, outcome, record.serial, start, end, payload, out, err)
+        except ValueError as exc:
+            self._pipe.send(Kind.RESULT, Outcome.RAISED, record.serial, start, end,
+                            pack_error('the result could not be sent: %s' % exc, None), out, err)
+
+    @staticmethod
+    def _free(record: Record) -> None:
+        """Let go of the memory of arguments that have been opened, whoever holds the record."""
+        for body in record.bodies:
+            with contextlib.suppress(BufferError):   # something of it is in use
+                body.release()
+
+    def _outcome(self, value: Any, failure: Optional[BaseException]) -> Tuple[int, Payload]:
+        if failure is not None:
+            if isinstance(failure, ImportError):
+                failure.msg = '%s. %s' % (failure, explain_import(failure, self._spec['name']))
+                failure.args = (failure.msg,)
+            return Outcome.RAISED, cut_error(failure, 1)
+        try:
+            payload, plain, _, _ = seal(value)
+            if is_over_limit(size_of(payload)):
+                return Outcome.RAISED, pack_error(over_limit('the result', size_of(payload)), None)
+            return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
+        except BaseException as exc:  # __reduce__ and its kin are the user's code
+            text = 'the result, of type %s, could not be pickled: %s' % (type(value).__name__, describe_exception(exc, 1))
+            return Outcome.RAISED, pack_error(text, exc)
 
     def _tidy(self) -> bool:
         """Put back what the job changed. False when something is left that only a new process is free of."""
@@ -8332,78 +8406,49 @@ class _Child(NamedTuple):
     err: Catch
 
 
-class Runner:
-    """Loads a computation, runs its setup once, forks workers, reaps them and tells the daemon of it."""
+def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
+    """Names that need no import in a job: in the global variables of the computation where they are free, and in
+    builtins for the other modules."""
+    for name, value in names.items():
+        setattr(builtins, name, value)
+    for variables in spaces_:
+        for name, value in names.items():
+            variables.setdefault(name, value)
 
-    def __init__(self, control: socket.socket) -> None:
-        self._control = control
-        self._intake = RecordIntake()
-        self._records: Deque[Record] = collections.deque()
-        self._handles: Deque[int] = collections.deque()
-        self._children: Dict[int, _Child] = {}
-        self._libc = _libc()
-        self._born = time.time() - 1.0   # clocks of file systems are a little behind
-        self._globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
-        self._own: Set[int] = set()   # children that setup left on purpose
-        self._undead: Set[int] = set()   # killed, and they have not ended: they sleep and cannot be interrupted
-        self._slots: List[Any] = []      # free ones
-        self._slot_files = itertools.count(1)
-        self._watched: Dict[int, Tuple[int, int]] = {}   # worker -> job and bytes that it may use
 
-    def run(self) -> None:
-        """Until told to close, or the daemon is gone."""
-        _prctl(self._libc, _PR_SET_PDEATHSIG, signal.SIGTERM)
-        _prctl(self._libc, _PR_SET_CHILD_SUBREAPER, 1)
-        self._receive()
-        init = self._records.popleft()
-        self._spec = pickle.loads(init.bodies[0])   # from the daemon that started this process
-        limit_values(self._spec['max_value'])
-        self._directory = self._spec['directory']
-        self._out, self._err = Catch(self._spec['private']), Catch(self._spec['private'])
-        os.dup2(self._out.handle, 1)
-        os.dup2(self._err.handle, 2)
-        sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))   # ends a setup that hangs, and closes
-        if hasattr(os, 'register_at_fork'):   # what setup forks must not hold the line by which the daemon sees our end
-            os.register_at_fork(after_in_child=self._control.close)
-        self._loaded = False
-        try:
-            self._load(init.bodies[1])
-        except BaseException as exc:  # the user's modules and setup may raise anything
-            self._kill_strays()
-            hint = '' if self._loaded else explain_import(exc, self._spec['name'])
-            self._tell_failure(hint + '\n' * bool(hint) + describe_exception(exc, frames_of_ours(exc)))
-            return
-        self._send(Kind.UP, 0, 0, 0.0, 0.0, pickle.dumps(modules.notes if modules is not None else []))
-        self._serve()
+class ComputationCode:
+    """The user's code in a runner: loads the computation, runs its setup and in the end its cleanup."""
 
-    # -- loading ------------------------------------------------------------------------------------------
+    def __init__(self, spec: dict) -> None:
+        self._spec = spec
+        self._directory = spec['directory']
+        self._cleanup: Any = None
+        self._setup_args: tuple = ()
+        self.globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
+        self.is_loaded = False      # what fails later is not for want of code
 
-    def _load(self, code: memoryview) -> None:
+    def load(self, code: memoryview) -> None:
+        """Load the code and run setup. Raises whatever the user's modules and setup do."""
         os.chdir(self._directory)
-        self._threads = NumericThreads()
+        self.threads = NumericThreads()
         SharedMemoryTracker().install()
         if self._spec['authkey']:
             multiprocessing.current_process().authkey = self._spec['authkey']
         self._unpack_support()
         loader = self._loader()
-        self.offer(dict(self._spec['names'], os=os, sys=sys, time=time), ())
+        offer_names(dict(self._spec['names'], os=os, sys=sys, time=time), ())
         if self._spec['kind'] == 'program':
-            self._function: Callable[..., Any] = Program(os.path.join(self._directory, self._spec['program']))
-            self._cleanup = None
-            self._loaded = True
+            self.function: Callable[..., Any] = Program(os.path.join(self._directory, self._spec['program']))
+            self.is_loaded = True
         else:
             setup = self._load_functions(code, loader)
-            self._loaded = True
+            self.is_loaded = True
             if setup is not None:
                 answer = setup(*self._setup_args)
                 if answer is not None and answer != 0:
                     raise RuntimeError('setup returned %.200r, which refuses this node' % (answer,))
                 self._warn_of_threads(loader)
         loader.loaded()
-        self._own = set(self._descendants())
-        gc.collect()
-        gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
 
     @staticmethod
     def _warn_of_threads(loader: ModuleLoader) -> None:
@@ -8434,25 +8479,15 @@ class Runner:
         """The computation, cleanup and what is found by name beside them. Returns setup."""
         if self._spec['bundles']:
             loader.need((0,))
-        self._function, setup, self._cleanup, objects = \
+        self.function, setup, self._cleanup, objects = \
             load_source(*open_plain(code)) if self._spec['kind'] == 'source' else unseal(code)
         self._setup_args, own_objects = unseal(self._spec['setup_args']) if self._spec['setup_args'] else ((), {})
-        self._globals = globals_of(self._function, setup, self._cleanup)
-        self.offer(self._spec['names'], self._globals)
-        for variables in self._globals:
+        self.globals = globals_of(self.function, setup, self._cleanup)
+        offer_names(self._spec['names'], self.globals)
+        for variables in self.globals:
             for name, value in dict(objects, **own_objects).items():
                 variables.setdefault(name, value)
         return setup
-
-    @staticmethod
-    def offer(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
-        """Names that need no import in a job: in the global variables of the computation where they are free, and in
-        builtins for the other modules."""
-        for name, value in names.items():
-            setattr(builtins, name, value)
-        for variables in spaces_:
-            for name, value in names.items():
-                variables.setdefault(name, value)
 
     def _unpack_support(self) -> None:
         """The client's cloudpickle, where this host has none or another version."""
@@ -8465,77 +8500,60 @@ class Runner:
                     file.write(source)
             sys.path.insert(0, root)
 
-    def _tell_failure(self, text: str) -> None:
-        """The computation cannot be used here; the record's number is 1 if its code cannot even be loaded."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        printed = self._err.peek(os.fstat(2).st_size).decode('utf-8', 'replace')[-2000:]
-        text = shorten(text) + ('\nstderr:\n' + printed if printed else '')
-        self._send(Kind.FAILED, int(not self._loaded), 0, 0.0, 0.0, text.encode('utf-8', 'replace'))
-
-    # -- serving ------------------------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        os.set_blocking(writer, False)
-        self._wakeup = (reader, writer)
-        if hasattr(signal, 'SIGCHLD'):
-            signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        selector = selectors.DefaultSelector()
-        selector.register(self._control, selectors.EVENT_READ)
-        selector.register(reader, selectors.EVENT_READ)
-        handlers = {Kind.FORK: self._fork, Kind.INTERRUPT: self._interrupt, Kind.KILL: self._kill,
-                    Kind.RECALL: self._recall, Kind.WATCH: self._watch,
-                    Kind.ASK: lambda record: self._send(Kind.ALIVE)}
+    def clean_up(self, end_node: Callable[[], None]) -> str:
+        """Run cleanup. Returns what it has raised, for people, or ''."""
+        if self._cleanup is None:
+            return ''
+        if self._spec['client_shutdown']:
+            offer_names({'dispynode_shutdown': end_node}, self.globals)
         try:
-            while True:
-                ready = selector.select(WEIGHED if self._watched else OUTPUT_CHECKED if self._children else None)
-                if any(key.fileobj == reader for key, _ in ready):
-                    os.read(reader, 4096)
-                if any(key.fileobj is self._control for key, _ in ready):
-                    self._receive()
-                while self._records:
-                    record = self._records.popleft()
-                    if record.kind == Kind.CLOSE:
-                        return
-                    handlers[Kind(record.kind)](record)
-                self._reap()
-                if self._spec['live']:
-                    self._show_output()
-                self._shorten()
-                self._weigh()
-        finally:
-            self._end()
+            self._cleanup(*self._setup_args)
+        except BaseException as exc:  # the user's cleanup may raise anything; the daemon logs it
+            return 'cleanup failed: ' + describe_exception(exc, 1)
+        return ''
 
-    def _receive(self) -> None:
-        while True:
-            if hasattr(socket, 'CMSG_LEN'):
-                handles = array.array('i')
-                data, ancillary, flags, _ = self._control.recvmsg_into([self._intake.room()],
-                                                                       socket.CMSG_SPACE(64 * handles.itemsize))
-                for level, kind, body in ancillary:
-                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                        handles.frombytes(body[:len(body) - len(body) % handles.itemsize])
-                if flags & socket.MSG_CTRUNC and not handles:
-                    handles.append(-1)   # no descriptor was left for it: the worker it was for cannot be made
-                self._handles.extend(handles)
-            else:
-                data = self._control.recv_into(self._intake.room())
-            if not data:
-                sys.exit(0)   # the daemon is gone
-            self._records.extend(self._intake.records(data))
-            if self._records:
-                return
 
-    def _send(self, *args: Any) -> None:
-        for buffer in pack_record(*args):
-            self._control.sendall(buffer)
+class WorkerProcesses:
+    """The worker processes of a runner: forks and signals them, reaps them with all that they have
+    left running, limits their memory and shows what they print. What becomes of them is told by
+    `send`, as to pack_record."""
 
-    def _fork(self, record: Record) -> None:
-        """A worker that cannot be made is told with the reason; those that there are go on."""
-        handle = self._handles.popleft()
+    def __init__(self, spec: dict, code: Optional[ComputationCode], libc: Any, send: Callable[..., None]) -> None:
+        self._spec, self._code, self._libc, self._send = spec, code, libc, send
+        self._children: Dict[int, _Child] = {}
+        self._born = time.time() - 1.0   # clocks of file systems are a little behind
+        self._own: Set[int] = set()   # children that setup left on purpose
+        self._undead: Set[int] = set()   # killed, and they have not ended: they sleep and cannot be interrupted
+        self._slots: List[Any] = []      # free ones
+        self._slot_files = itertools.count(1)
+        self._watched: Dict[int, Tuple[int, int]] = {}   # worker -> job and bytes that it may use
+        self.closed_in_workers: Sequence[int] = ()   # descriptors that are the runner's alone
+
+    def keep_children(self) -> None:
+        """Children that there are now were left by setup on purpose."""
+        self._own = set(self._descendants())
+
+    def drop_children(self) -> None:
+        """What setup has started ends with its computation."""
+        self._own.clear()
+        self.kill_strays()
+
+    def patience(self) -> Optional[float]:
+        """Seconds after which workers are to be looked at."""
+        if self._watched:
+            return WEIGHED
+        return OUTPUT_CHECKED if self._children else None
+
+    def look(self) -> None:
+        """Look at the workers: which have ended, what they have printed, and the memory that they use."""
+        self.reap()
+        if self._spec['live']:
+            self._show_output()
+        self._shorten()
+        self._weigh()
+
+    def fork(self, record: Record, handle: int) -> None:
+        """A worker that cannot be made is told with the reason; those that there are go on. `handle`: the descriptor of its pipe, or -1."""
         with contextlib.ExitStack() as made:
             try:
                 if handle < 0:
@@ -8574,13 +8592,15 @@ class Runner:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _prctl(self._libc, _PR_SET_PDEATHSIG, signal.SIGKILL)
             _prctl(self._libc, _PR_SET_CHILD_SUBREAPER, 1)
-            for handle in self._wakeup:
+            for handle in self.closed_in_workers:
                 os.close(handle)
             for other in self._children.values():
                 other.out.close()
                 other.err.close()
-            Worker(sock, child.slots, self._function, child.out, child.err, self._spec, self._libc,
-                   self._threads, self._globals).serve()
+            code = self._code
+            assert code is not None   # ours
+            Worker(sock, child.slots, code.function, child.out, child.err, self._spec, self._libc,
+                   code.threads, code.globals).serve()
         except (ConnectionError, EOFError):
             os._exit(1)   # the pipe is gone, and with it whoever could be told
         except BaseException:  # no descriptors, or our own fault: the runner reads it from the file and tells
@@ -8589,23 +8609,30 @@ class Runner:
             os._exit(70)
         os._exit(0)
 
-    def _interrupt(self, record: Record) -> None:
+    def interrupt(self, record: Record) -> None:
+        """Interrupt a job if its worker still runs it."""
         child = self._children.get(record.number)
         if child is not None:
             child.slots[1] = record.serial
             if child.slots[0] == record.serial:
                 self._signal(child, signal.SIGINT)
 
-    def _kill(self, record: Record) -> None:
+    def kill(self, record: Record) -> None:
+        """Kill a worker."""
         child = self._children.get(record.number)
         if child is not None:
             self._signal(child, signal.SIGKILL)
 
-    def _recall(self, record: Record) -> None:
+    def recall(self, record: Record) -> None:
+        """Have a worker give back what it has not started."""
         child = self._children.get(record.number)
         if child is not None and TAKE_BACK_SIGNAL is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.process.pid, TAKE_BACK_SIGNAL)
+
+    def watch(self, record: Record) -> None:
+        """Limit the memory of a job."""
+        self._watched[record.number] = (record.serial, int(record.start))
 
     @staticmethod
     def _signal(child: _Child, number: int) -> None:
@@ -8615,13 +8642,14 @@ class Runner:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.process.pid, number)   # should it not have come to setsid yet
 
-    def _reap(self) -> None:
+    def reap(self) -> None:
+        """Tell which workers have ended, and end what they have left running."""
         for key, child in list(self._children.items()):
             if child.process.exitcode is not None:
                 del self._children[key]
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(child.process.pid, signal.SIGKILL)
-                remove_joblib_remains({child.process.pid, *self._kill_strays()}, self._born)
+                remove_joblib_remains({child.process.pid, *self.kill_strays()}, self._born)
                 out, err = (output.peek(os.fstat(output.handle).st_size) for output in (child.out, child.err))
                 self._send(Kind.GONE, key, child.slots[0], float(child.process.exitcode), 0.0, b'', out, err)
                 child.out.close()
@@ -8631,7 +8659,7 @@ class Runner:
                 self._slots.append(child.slots)
         self._undead = {pid for pid in self._undead if not self._has_ended(pid)}
 
-    def _kill_strays(self) -> Set[int]:
+    def kill_strays(self) -> Set[int]:
         """Descendants of dead workers that left their group came to us, who adopt orphans (Linux). One that sleeps and cannot
         be interrupted, as on a disk that has died, is waited for by nobody: it is looked at again from time to time.
         Returns all that there were, those of the group too."""
@@ -8683,9 +8711,6 @@ class Runner:
                     catch.shown = (serial, at + len(data))
                     self._send(Kind.PRINTED, key, serial, float(stream), float(at), data)
 
-    def _watch(self, record: Record) -> None:
-        self._watched[record.number] = (record.serial, int(record.start))
-
     def _weigh(self) -> None:
         """Kill workers whose jobs use more memory than they may."""
         for key, (serial, most) in list(self._watched.items()):
@@ -8702,8 +8727,8 @@ class Runner:
             child.out.shorten(self._libc)
             child.err.shorten(self._libc)
 
-    def _end_workers(self) -> None:
-        """A signal to end that comes meanwhile, as one does when the daemon ends, waits: half done,
+    def end(self) -> None:
+        """End all workers. A signal to end that comes meanwhile, as one does when the daemon ends, waits: half done,
         this would leave behind what nobody else removes."""
         mask = _sigmask(signal.SIG_BLOCK, (signal.SIGTERM,)) if _sigmask is not None else ()
         try:
@@ -8714,22 +8739,122 @@ class Runner:
                 child.process.join(max(0.0, until - time.monotonic()))
             workers = {child.process.pid for child in self._children.values()}
             self._children.clear()
-            remove_joblib_remains(workers | self._kill_strays(), self._born)
+            remove_joblib_remains(workers | self.kill_strays(), self._born)
         finally:
             if _sigmask is not None:
                 _sigmask(signal.SIG_SETMASK, mask)
 
+
+class Runner:
+    """Loads a computation, runs its setup once, forks workers, reaps them and tells the daemon of it."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._intake = RecordIntake()
+        self._records: Deque[Record] = collections.deque()
+        self._handles: Deque[int] = collections.deque()
+
+    def run(self) -> None:
+        """Until told to close, or the daemon is gone."""
+        libc = _libc()
+        _prctl(libc, _PR_SET_PDEATHSIG, signal.SIGTERM)
+        _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
+        self._receive()
+        init = self._records.popleft()
+        self._spec = pickle.loads(init.bodies[0])   # from the daemon that started this process
+        limit_values(self._spec['max_value'])
+        self._code = ComputationCode(self._spec)
+        self._workers = WorkerProcesses(self._spec, self._code, libc, self._send)
+        self._out, self._err = Catch(self._spec['private']), Catch(self._spec['private'])
+        os.dup2(self._out.handle, 1)
+        os.dup2(self._err.handle, 2)
+        sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))   # ends a setup that hangs, and closes
+        if hasattr(os, 'register_at_fork'):   # what setup forks must not hold the line by which the daemon sees our end
+            os.register_at_fork(after_in_child=self._control.close)
+        try:
+            self._code.load(init.bodies[1])
+            self._workers.keep_children()
+            gc.collect()
+            gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
+        except BaseException as exc:  # the user's modules and setup may raise anything
+            self._workers.kill_strays()
+            hint = '' if self._code.is_loaded else explain_import(exc, self._spec['name'])
+            self._tell_failure(hint + '\n' * bool(hint) + describe_exception(exc, frames_of_ours(exc)))
+            return
+        self._send(Kind.UP, 0, 0, 0.0, 0.0, pickle.dumps(modules.notes if modules is not None else []))
+        self._serve()
+
+    def _tell_failure(self, text: str) -> None:
+        """The computation cannot be used here; the record's number is 1 if its code cannot even be loaded."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        printed = self._err.peek(os.fstat(2).st_size).decode('utf-8', 'replace')[-2000:]
+        text = shorten(text) + ('\nstderr:\n' + printed if printed else '')
+        self._send(Kind.FAILED, int(not self._code.is_loaded), 0, 0.0, 0.0, text.encode('utf-8', 'replace'))
+
+    def _serve(self) -> None:
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        self._workers.closed_in_workers = (reader, writer)
+        if hasattr(signal, 'SIGCHLD'):
+            signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        selector = selectors.DefaultSelector()
+        selector.register(self._control, selectors.EVENT_READ)
+        selector.register(reader, selectors.EVENT_READ)
+        workers = self._workers
+        handlers = {Kind.FORK: lambda record: workers.fork(record, self._handles.popleft()),
+                    Kind.INTERRUPT: workers.interrupt, Kind.KILL: workers.kill,
+                    Kind.RECALL: workers.recall, Kind.WATCH: workers.watch,
+                    Kind.ASK: lambda record: self._send(Kind.ALIVE)}
+        try:
+            while True:
+                ready = selector.select(self._workers.patience())
+                if any(key.fileobj == reader for key, _ in ready):
+                    os.read(reader, 4096)
+                if any(key.fileobj is self._control for key, _ in ready):
+                    self._receive()
+                while self._records:
+                    record = self._records.popleft()
+                    if record.kind == Kind.CLOSE:
+                        return
+                    handlers[Kind(record.kind)](record)
+                workers.look()
+        finally:
+            self._end()
+
+    def _receive(self) -> None:
+        while True:
+            if hasattr(socket, 'CMSG_LEN'):
+                handles = array.array('i')
+                data, ancillary, flags, _ = self._control.recvmsg_into([self._intake.room()],
+                                                                       socket.CMSG_SPACE(64 * handles.itemsize))
+                for level, kind, body in ancillary:
+                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                        handles.frombytes(body[:len(body) - len(body) % handles.itemsize])
+                if flags & socket.MSG_CTRUNC and not handles:
+                    handles.append(-1)   # no descriptor was left for it: the worker it was for cannot be made
+                self._handles.extend(handles)
+            else:
+                data = self._control.recv_into(self._intake.room())
+            if not data:
+                sys.exit(0)   # the daemon is gone
+            self._records.extend(self._intake.records(data))
+            if self._records:
+                return
+
+    def _send(self, *args: Any) -> None:
+        for buffer in pack_record(*args):
+            self._control.sendall(buffer)
+
     def _end(self) -> None:
-        self._end_workers()
-        if self._cleanup is not None:
-            if self._spec['client_shutdown']:
-                self.offer({'dispynode_shutdown': self._end_node}, self._globals)
-            try:
-                self._cleanup(*self._setup_args)
-            except BaseException as exc:  # the user's cleanup may raise anything; the daemon logs it
-                self._tell_failure('cleanup failed: ' + describe_exception(exc, 1))
-        self._own.clear()   # what setup has started ends with its computation
-        self._kill_strays()
+        self._workers.end()
+        failure = self._code.clean_up(self._end_node)
+        if failure:
+            self._tell_failure(failure)
+        self._workers.drop_children()
         # This process ends without exit handlers, those of the user's modules; shared variables that setup has made leave
         # named semaphores behind unless they are finalized.
         finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
@@ -11403,7 +11528,7 @@ class Daemon(Loop):
         self.processes = processes(self, self.files, options)
         self.uplinks = Uplinks(self, options, self._instance, self._break)
         self.discovery = NodeDiscovery(self, options, self._instance)
-        self._events: Dict[type, Callable[[Any], None]] = {
+        self._events: Dict[type, Callable[[Any], Any]] = {
             ChildEnded: lambda event: self.processes.reap(),
             Digested: self.files.on_digested,
             DialFailed: self.uplinks.failed,
