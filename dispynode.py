@@ -2132,15 +2132,23 @@ class ValueReducer:
                     for name, value in variables.items()}
         if not self.exact:
             self._allow_locks([*attributes.values(), *slots.values(), *(value for _, value in contents), *variables.values()])
-        name, version = function.__qualname__, b''
-        if space is not None and not space.native:
-            # Its program finds it by its name; any other gets what is written here.
-            version = b'received' if space.variables.get(name) is function else b''
-        elif space is not None and space.variables.get(name) is function \
-                and not attributes and not closure and _is_stateless(function):
-            version = space.versions.of(name, function)
+        name = function.__qualname__
+        version = self._version_of(function, space, not attributes and not closure)
         return (function_of, (place, function.__code__, function.__module__, name, version, tuple(cells)),
                 (attributes, slots, contents, rows, name, version, submodules), None, None, fill_function)
+
+    @staticmethod
+    def _version_of(function: types.FunctionType, space: Any, is_plain: bool) -> bytes:
+        """The version by which a function is known in the space of its variables; empty if it is known by none. `is_plain`:
+        it has neither attributes nor cells."""
+        name = function.__qualname__
+        if space is None or space.variables.get(name) is not function:
+            return b''
+        if not space.native:
+            return b'received'   # its program finds it by its name; any other gets what is written there
+        if is_plain and _is_stateless(function):
+            return space.versions.of(name, function)  # type: ignore[no-any-return]
+        return b''
 
     def _variable_of_module(self, function: types.FunctionType) -> Optional[tuple]:
         """A function that an importable module has under another name than its own, such as a lambda in a variable."""
@@ -12071,7 +12079,7 @@ class Deployment:
         """Have a node run from this source with these options and, if one is given, this secret. Returns what was
         done. Raises StartError, SecretError or OSError, and then nothing is left of a node that does not run."""
         path = secret_path()
-        have = _read_secret(path) if secret and os.path.lexists(path) else b''
+        have = self._present_secret(path) if secret else b''
         if have not in (b'', secret) and not replace_secret:
             raise StartError('%s has another secret; --replace-secret overwrites it' % path)
         wanted = {'file': hashlib.sha256(source).hexdigest(), 'options': options, 'python': sys.executable}
@@ -12082,7 +12090,7 @@ class Deployment:
             raise StartError('not replaced: PID %d has another file, secret or options, and is at work; deploy again when it '
                              'is idle, or with --restart' % pid)
         foreign = b'' if self._digest(have) == self._note.get('secret') else have   # a secret that deploy has not put there
-        put = self._note.get('secret', '') if not secret else self._digest(secret) if secret != foreign else ''
+        put = self._digest_put(secret, foreign)
         try:
             self._end(pid)
             self._note = {'wanted': wanted, 'secret': put}
@@ -12093,9 +12101,7 @@ class Deployment:
         except (OSError, StartError) as exc:
             if self._running():   # it does not end, or has not been touched
                 raise
-            self._remove()
-            if put and foreign:
-                _write_private(path, foreign + b'\n')
+            self._undo(path, put, foreign)
             raise StartError('%s%s' % (exc, ' (PID %d, which ran, was ended)' % pid if pid else '')) from exc
         return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'], self._note['pid'])
 
@@ -12163,6 +12169,12 @@ class Deployment:
                 shutil.rmtree(root)
                 os.rmdir(os.path.dirname(default_directory(0)))
 
+    def _undo(self, path: str, put: str, foreign: bytes) -> None:
+        """Take away what `deploy` has put here, and put back the secret that it has replaced."""
+        self._remove()
+        if put and foreign:
+            _write_private(path, foreign + b'\n')
+
     def _remove(self) -> None:
         """Take away what `deploy` has put here; the secret if it is the one that it put there."""
         path = secret_path()
@@ -12175,6 +12187,16 @@ class Deployment:
     @staticmethod
     def _digest(secret: bytes) -> str:
         return hashlib.sha256(secret).hexdigest()
+
+    def _digest_put(self, secret: bytes, foreign: bytes) -> str:
+        """The digest of the secret that will have been put here; empty if it was here before."""
+        if not secret:
+            return self._note.get('secret', '')  # type: ignore[no-any-return]
+        return self._digest(secret) if secret != foreign else ''
+
+    @staticmethod
+    def _present_secret(path: str) -> bytes:
+        return _read_secret(path) if os.path.lexists(path) else b''
 
 
 def _since(path: str, begin: int = 0) -> bytes:
@@ -12710,6 +12732,58 @@ def _on_signals(daemon: Daemon, stay: bool) -> None:
         daemon.post(ChildEnded())
 
 
+def _find_secret_of(args: argparse.Namespace) -> bytes:
+    """The secret, which jobs shall not find. A client that has started this node writes it to stdin."""
+    if args.embedded:
+        logger.setLevel(logging.DEBUG if args.debug else logging.ERROR)
+        secret = sys.stdin.buffer.readline().strip()
+    else:
+        secret = find_secret(args.secret, args.secret_file)
+    if args.secret and not args.embedded:
+        logger.warning('-s/--secret can be read by every user of this host (ps): --secret-file is better')
+    forget_secret()
+    return secret
+
+
+def _make_ready_for(user: Optional[User]) -> None:
+    """Jobs will run as this user, or as whoever has started the node."""
+    if user is not None:
+        clear_environment()   # root's is not for jobs; what runs from here on inherits what is left
+        os.initgroups(user.name, user.gid)
+    elif hasattr(os, 'geteuid') and os.geteuid() == 0:
+        logger.warning('jobs run as root and can read the secret: --user NAME lets them run as another user')
+
+
+def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
+                schedulers: Tuple[Tuple[str, int], ...]) -> Options:
+    """What the command line says, of which some has been looked at. The log is set up."""
+    check_fork()
+    set_up_log('dispynode', args.debug, args.log_file)
+    tell_obsolete(args, OBSOLETE_NODE)
+    limit_values(args.max_value)
+    tls_files(args.certfile, args.keyfile, None, '--%s')
+    user = find_user(args.user) if args.user is not None else None
+    secret = _find_secret_of(args)
+    _make_ready_for(user)
+    return Options(cpus, own_hosts(args.host or ('',)), args.port, args.name,
+                   args.dest_path_prefix, secret, args.certfile, args.keyfile, args.clean, args.embedded,
+                   tuple(map(own_host, args.ext_host or ())), schedulers, args.ipv4_udp_multicast,
+                   'off' if args.embedded else discovery_reach(),
+                   args.ping_interval, user, hours, args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
+                   60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME, args.msg_timeout, args.force_cleanup)
+
+
+def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int, has_terminal: bool) -> None:
+    """A thread for whoever is at the other end of stdin: the client that has started this node, or its operator."""
+    if args.embedded:
+        print(port, flush=True)
+        threading.Thread(target=_embedded, args=(daemon,), daemon=True).start()
+    elif has_terminal and not args.daemon:
+        if hasattr(signal, 'SIGTTIN'):
+            signal.signal(signal.SIGTTIN, signal.SIG_IGN)   # in the background a read fails instead of stopping the node
+        threading.Thread(target=_prompt, args=(daemon.post,), daemon=True).start()
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The daemon. Returns its exit status: see EXIT_STATUSES."""
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
@@ -12725,31 +12799,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.save_config:
             save_config(parser, args, args.save_config)
             return 0
-        check_fork()
-        set_up_log('dispynode', args.debug, args.log_file)
-        tell_obsolete(args, OBSOLETE_NODE)
-        limit_values(args.max_value)
-        tls_files(args.certfile, args.keyfile, None, '--%s')
-        user = find_user(args.user) if args.user is not None else None
-        if args.embedded:
-            logger.setLevel(logging.DEBUG if args.debug else logging.ERROR)
-            secret = sys.stdin.buffer.readline().strip()
-        else:
-            secret = find_secret(args.secret, args.secret_file)
-        if args.secret and not args.embedded:
-            logger.warning('-s/--secret can be read by every user of this host (ps): --secret-file is better')
-        forget_secret()
-        if user is not None:
-            clear_environment()   # root's is not for jobs; what runs from here on inherits what is left
-            os.initgroups(user.name, user.gid)
-        elif hasattr(os, 'geteuid') and os.geteuid() == 0:
-            logger.warning('jobs run as root and can read the secret: --user NAME lets them run as another user')
-        daemon = Daemon(Options(cpus, own_hosts(args.host or ('',)), args.port, args.name,
-                                args.dest_path_prefix, secret, args.certfile, args.keyfile, args.clean, args.embedded,
-                                tuple(map(own_host, args.ext_host or ())), schedulers, args.ipv4_udp_multicast,
-                                'off' if args.embedded else discovery_reach(),
-                                args.ping_interval, user, hours, args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
-                                60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME, args.msg_timeout, args.force_cleanup))
+        daemon = Daemon(_options_of(args, cpus, hours, schedulers))
         port = daemon.start()
     except (StartError, SecretError, OSError, ValueError) as exc:
         print('dispynode: %s' % exc, file=sys.stderr)
@@ -12759,13 +12809,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.daemon and not args.embedded:
         _no_stdin()
     logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1), port, os.getpid())
-    if args.embedded:
-        print(port, flush=True)
-        threading.Thread(target=_embedded, args=(daemon,), daemon=True).start()
-    elif has_terminal and not args.daemon:
-        if hasattr(signal, 'SIGTTIN'):
-            signal.signal(signal.SIGTTIN, signal.SIG_IGN)   # in the background a read fails instead of stopping the node
-        threading.Thread(target=_prompt, args=(daemon.post,), daemon=True).start()
+    _listen_to_stdin(daemon, args, port, has_terminal)
     return run_until_ended(daemon)
 
 
