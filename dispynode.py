@@ -10761,7 +10761,7 @@ class ResultStore:
         self.backlog = Backlog(daemon.links)
         self.read_later: Dict[Tuple[int, str], float] = {}   # kept results, of a link and a computation, and when they are read again
 
-    def find(self) -> None:
+    def find_kept(self) -> None:
         """When the daemon starts: what earlier ones have kept."""
         for comp in self._directory.spooled():
             spool = self._directory.spool(comp)
@@ -11584,7 +11584,7 @@ class Daemon(Loop):
             self.directory.take(port)
             self.node.facts['lock'] = machine(), os.path.join(self.directory.base, 'lock')
             self.files.start()
-            self.results.find()
+            self.results.find_kept()
             self.uplinks.start()
         except BaseException:
             self.close()

@@ -29,7 +29,7 @@ def send_raw(kind, number=0, serial=None, start=1.0, end=1.0, sizes=None, bodies
     worker, = [each for each in gc.get_objects() if isinstance(each, dispynode.Worker)]
     serial = worker._slots[0] if serial is None else serial
     head = dispynode._RECORD.pack(kind, 0, number, serial, start, end, *(sizes or map(len, bodies)))
-    worker._sock.sendall(head + b''.join(bodies))
+    worker._pipe._sock.sendall(head + b''.join(bodies))
     time.sleep(60)
 
 

@@ -479,7 +479,7 @@ class SimDaemon(Daemon, SimLoop):
         self.instance, self.workers = bytes(self.world.rng.getrandbits(8) for _ in range(16)), self.processes.workers
         self.directory.daemon = self
         self.directory.have(home)
-        self.results.find()
+        self.results.find_kept()
 
     def _message(self, link, message):
         if type(message) is Ack:
