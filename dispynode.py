@@ -4573,7 +4573,7 @@ class Attempt:
 
 class _Worker:
     """A worker process as the state sees it; the head of its queue is what it runs."""
-    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'fed', 'recalled', 'asks', 'stuck',
+    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'jobs_given', 'recalled', 'asks', 'stuck',
                  'pardoned')
 
     def __init__(self, key: int, comp: '_Computation') -> None:
@@ -4582,7 +4582,7 @@ class _Worker:
         self.since = 0.0        # when the head became the head, or when it became idle
         self.told = False       # the client knows that the head has begun
         self.pardoned = False   # the head began before another client came, and does not count
-        self.fed = 0            # jobs given to it
+        self.jobs_given = 0            # jobs given to it
         self.recalled = False   # asked to give back, not answered
         self.asks = 0           # its job sends a file, or has and waits for the answer: the link it goes along
         self.stuck = 0          # CPUs of a job that was killed and has been told, while its process has not ended
@@ -4636,7 +4636,7 @@ class _Computation:
         # Jobs that a worker may hold behind the one that it runs
         self.handed = Allowance(self.estimate, 0, AHEAD_MOST)
         # Attempts recalled by the client that stand behind running ones
-        self.owed: Set[int] = set()
+        self.steal_debt: Set[int] = set()
         # Attempts that have begun and since when, to be told to the client
         self.begun: List[Tuple[int, float]] = []
         # Workers in a row that died before their first job
@@ -5162,7 +5162,7 @@ class Attempts:
         for attempt in reversed(list(attempts)):
             if attempt.ending is Outcome.CANCELLED:
                 self.finish_unstarted(comp, attempt)
-            elif attempt.serial in comp.owed:
+            elif attempt.serial in comp.steal_debt:
                 back.append(self._dismiss(comp, attempt))
             else:
                 attempt.ending = None
@@ -5171,12 +5171,12 @@ class Attempts:
         if back:
             self._hand_back(comp, back[::-1])
 
-    def give_back(self, comp: _Computation, wanted: Optional[Set[int]] = None) -> None:
+    def return_waiting(self, comp: _Computation, wanted: Optional[Set[int]] = None) -> None:
         """Return attempts that wait here: these, or all."""
         lacking = [attempt for attempt in self.values.waiting(comp.comp)
                    if wanted is None or attempt.serial in wanted]
         if lacking:
-            self.give_back_waiting(comp, lacking)
+            self.return_lacking(comp, lacking)
         back = [attempt for attempt in comp.waiting if wanted is None or attempt.serial in wanted]
         if not back:
             return
@@ -5186,7 +5186,7 @@ class Attempts:
             comp.waiting = collections.deque(attempt for attempt in comp.waiting if attempt.serial not in wanted)  # type: ignore[operator]
         self._hand_back(comp, self._leave(comp, back))
 
-    def give_back_waiting(self, comp: _Computation, attempts: Sequence[Attempt]) -> None:
+    def return_lacking(self, comp: _Computation, attempts: Sequence[Attempt]) -> None:
         """Attempts that waited for values are not waited for any more."""
         serials = self._leave(comp, attempts)
         if serials:
@@ -5206,7 +5206,7 @@ class Attempts:
     def _dismiss(self, comp: _Computation, attempt: Attempt) -> int:
         """An attempt that never started is of the client again."""
         del comp.attempts[attempt.serial]
-        comp.owed.discard(attempt.serial)
+        comp.steal_debt.discard(attempt.serial)
         self.count(attempt, False)
         if attempt.values:
             self._done_with_values(comp, attempt)
@@ -5226,14 +5226,14 @@ class Attempts:
         if comp is None:
             return
         wanted = set(message.serials)
-        self.give_back(comp, wanted)
+        self.return_waiting(comp, wanted)
         for worker in comp.workers.values():
             if worker.queue and worker.queue[0].serial in wanted:
                 worker.note_begun()
             behind = [attempt.serial for attempt in itertools.islice(worker.queue, 1, None)
                       if attempt.serial in wanted]
             if behind:
-                comp.owed.update(behind)
+                comp.steal_debt.update(behind)
                 self.take_back(worker)
 
     def take_back(self, worker: _Worker) -> None:
@@ -5325,7 +5325,7 @@ class Interruptions:
         """What waits is given back, what runs has its grace."""
         self.ends_all = True
         for comp in self._tables.comps.values():
-            self._attempts.give_back(comp)
+            self._attempts.return_waiting(comp)
         for worker in self._tables.workers.values():
             if worker.queue and worker.queue[0].ending is None:
                 worker.queue[0].ending = Outcome.STOPPED
@@ -5499,7 +5499,7 @@ class CpuScheduler:
 
     # -- CPUs to attempts that wait -----------------------------------------------------------------------
 
-    def share_out(self, now: float) -> None:
+    def assign_cpus(self, now: float) -> None:
         """CPUs to computations."""
         ready = [comp for comp in self._tables.comps.values() if comp.stage is Stage.READY]
         crowded = len(ready) > 1 and self._share_between(ready, now)
@@ -5516,7 +5516,7 @@ class CpuScheduler:
         while len(rivals) > 1 and self._cpus.free > 0:
             comp = self._share.first(rivals)
             before = self._cpus.free
-            if not self._occupy(comp, 0, now) or not comp.waiting:
+            if not self._start_on_worker(comp, 0, now) or not comp.waiting:
                 rivals.remove(comp)
             if before > self._cpus.free:
                 self._share.began(comp, before - self._cpus.free, now)
@@ -5526,7 +5526,7 @@ class CpuScheduler:
         """Whether a computation may not use so many CPUs more."""
         return 0 < comp.limit < self._cpus.total and comp.limit < cpus + comp.cpus_used()
 
-    def _occupy(self, comp: _Computation, ahead: int, now: float) -> bool:
+    def _start_on_worker(self, comp: _Computation, ahead: int, now: float) -> bool:
         """Work for one more worker, if there is a CPU."""
         if not comp.waiting or comp.waiting[0].cpus > self._cpus.free or self._is_limited(comp, comp.waiting[0].cpus):
             return False
@@ -5547,10 +5547,10 @@ class CpuScheduler:
 
     def _dispatch(self, comp: _Computation, now: float, crowded: bool) -> None:
         ahead = comp.handed.jobs(AHEAD_TIME)
-        while self._occupy(comp, ahead, now):
+        while self._start_on_worker(comp, ahead, now):
             continue
         if comp.waiting and comp.waiting[0].cpus > min(self._cpus.total, comp.limit or self._cpus.total):   # it came when there were more
-            self._attempts.give_back(comp)
+            self._attempts.return_waiting(comp)
         if ahead and comp.waiting and not crowded:
             for worker in list(comp.refillable.values()):
                 room = ahead + 1 - len(worker.queue)
@@ -5563,7 +5563,7 @@ class CpuScheduler:
         if worker.queue and size_of(worker.queue[-1].payload) > LAZY:
             return   # what stands behind that could not be taken back
         if comp.most:
-            count = min(count, comp.most - worker.fed)
+            count = min(count, comp.most - worker.jobs_given)
         while count > 0 and comp.waiting:
             attempt = comp.waiting[0]
             if (worker.queue and attempt.cpus != worker.queue[0].cpus) \
@@ -5577,17 +5577,17 @@ class CpuScheduler:
             count -= 1
         if attempts:
             if attempts[0] is worker.queue[0]:
-                self._head_starts(worker, now)
-            worker.fed += len(attempts)
+                self._on_job_started(worker, now)
+            worker.jobs_given += len(attempts)
             self._tables.do(Feed(worker.key, attempts))
 
-    def _head_starts(self, worker: _Worker, now: float) -> None:
+    def _on_job_started(self, worker: _Worker, now: float) -> None:
         worker.since, worker.told = now, False
         head = worker.queue[0]
         if self.look_at == math.inf:
             self.look_at = now + BEGUN_TIME
-        if head.serial in worker.comp.owed:
-            worker.comp.owed.discard(head.serial)
+        if head.serial in worker.comp.steal_debt:
+            worker.comp.steal_debt.discard(head.serial)
             worker.note_begun()
         if self._interruptions.ends_all:   # it started before it could be taken back
             head.ending = head.ending or Outcome.STOPPED
@@ -5646,7 +5646,7 @@ class CpuScheduler:
         comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
         if worker.queue:
             comp.refillable[worker.key] = worker
-            self._head_starts(worker, now)
+            self._on_job_started(worker, now)
         else:
             self._idle(worker, ended.cpus)
 
@@ -5668,12 +5668,12 @@ class CpuScheduler:
         head = worker.queue[0] if worker.queue else None
         back = [attempt for attempt in worker.queue if attempt.serial in serials]
         worker.queue = collections.deque(attempt for attempt in worker.queue if attempt.serial not in serials)
-        worker.fed -= len(back)
+        worker.jobs_given -= len(back)
         self._attempts.requeue(comp, back)
         if back and not worker.queue:
             self._idle(worker, back[0].cpus)
         elif worker.queue and worker.queue[0] is not head:
-            self._head_starts(worker, now)
+            self._on_job_started(worker, now)
 
     def fail_running(self, comp: _Computation, text: str) -> None:
         """What runs has failed with this text; what waits was never started."""
@@ -5684,7 +5684,7 @@ class CpuScheduler:
                 self._cpus.free += head.cpus
                 worker.queue.clear()
                 comp.waiting.extend(rest)
-        self._attempts.give_back(comp)
+        self._attempts.return_waiting(comp)
 
     def fail_stopped(self) -> None:
         """The node ends or is taken from its holder: what runs has failed, and the rest was never
@@ -5719,7 +5719,7 @@ class CpuScheduler:
         comp = worker.comp
         self._cpus.free += cpus
         comp.refillable.pop(worker.key, None)
-        if comp.most and worker.fed >= comp.most:
+        if comp.most and worker.jobs_given >= comp.most:
             self._remove_worker(worker)
             self._tables.do(Retire(worker.key))
         else:
@@ -5774,10 +5774,10 @@ class CpuScheduler:
             text = event.text if ending is Outcome.DIED else ENDING_TEXT[ending]
             self._attempts.finish(comp, (attempt.serial, int(ending), 0.0, 0.0, text.encode('utf-8', 'replace'),
                                          bytes(event.stdout), bytes(event.stderr)))
-        elif not worker.fed:
+        elif not worker.jobs_given:
             comp.startup_failures += 1
         self._attempts.requeue(comp, worker.queue)
-        if worker.queue and worker.fed == len(worker.queue):
+        if worker.queue and worker.jobs_given == len(worker.queue):
             comp.startup_failures += 1
 
     def on_start_failed(self, event: WorkerUnborn, now: float) -> None:
@@ -6035,7 +6035,7 @@ class Computations:
         """A computation cannot be used here, or not any more; its client is told why."""
         text = shorten(text)
         logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
-        self._attempts.give_back(comp)   # what has not begun waits again elsewhere
+        self._attempts.return_waiting(comp)   # what has not begun waits again elsewhere
         self._results.deliver(comp)   # what has ended, has ended; after the refusal nobody would believe it
         self._results.spool(comp)
         self._tables.reply(comp, Refused(comp.comp, code, text))
@@ -6098,7 +6098,7 @@ class Computations:
 
     def wait_for_client(self, comp: _Computation, now: float) -> None:
         """The client of a computation is away: what has not begun is given back, and results go to the disk."""
-        self._attempts.give_back_waiting(comp, self._attempts.values.interrupt(comp.comp))
+        self._attempts.return_lacking(comp, self._attempts.values.interrupt(comp.comp))
         self._results.spool(comp)
         self._look_again(comp, now + ORPHAN_TIME)
 
@@ -6254,7 +6254,7 @@ class Node:
         if self.attempts.values:
             self.attempts.serve_values()
         if not self.attempts.refuses_new:
-            self.scheduler.share_out(now)
+            self.scheduler.assign_cpus(now)
         for comp in list(tables.comps.values()):
             tables.guarded(comp.comp, self._tell, comp, now)
             if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
@@ -6294,7 +6294,7 @@ class Node:
     def _tell(self, comp: _Computation, now: float) -> None:
         """The client is told what has become of its jobs."""
         if self.attempts.refuses_new:
-            self.attempts.give_back(comp)
+            self.attempts.return_waiting(comp)
         if comp.begun:
             rows = [(serial, now - since) for serial, since in comp.begun]
             self.tables.reply(comp, Started(comp.comp, rows))
@@ -6470,7 +6470,7 @@ class Node:
         """Answer for every attempt: what runs has failed, the rest was never started."""
         self.scheduler.fail_stopped()
         for comp in self.tables.comps.values():
-            self.attempts.give_back(comp)
+            self.attempts.return_waiting(comp)
             self.results.deliver(comp)
 
     def _leave(self, now: float) -> None:
@@ -8558,7 +8558,7 @@ class WorkerProcesses:
         if self._spec['live']:
             self._show_output()
         self._shorten()
-        self._weigh()
+        self._check_memory()
 
     def fork(self, record: Record, handle: int) -> None:
         """A worker that cannot be made is told with the reason; those that there are go on. `handle`: the descriptor of its pipe, or -1."""
@@ -8719,7 +8719,7 @@ class WorkerProcesses:
                     catch.shown = (serial, at + len(data))
                     self._send(Kind.PRINTED, key, serial, float(stream), float(at), data)
 
-    def _weigh(self) -> None:
+    def _check_memory(self) -> None:
         """Kill workers whose jobs use more memory than they may."""
         for key, (serial, most) in list(self._watched.items()):
             child = self._children.get(key)
@@ -11238,8 +11238,9 @@ class ProcessHost:
         if not pipe.worker:
             run.text = text
             run.process.kill()
-            self._daemon.detach(pipe)
-            self._look_at_runner(run)
+            if pipe.dirty is not None:
+                self._daemon.detach(pipe)
+                self._daemon.guard(None, self._look_at_runner, run)
             return
         run.nonsense[pipe.worker] = text
         self.kill(Kill(pipe.worker))
