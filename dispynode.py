@@ -21,6 +21,14 @@ The node thread alone owns the state. An accept thread lives as long as one hand
 feeds back what came of them. Workers keep a pipe each to the node thread; the runner, which forks and reaps
 them, reports births and deaths. The daemon never unpickles what a user sent: it forwards bytes.
 
+Each of these has parts, which own their state and know one another by their methods:
+  Node       NodeLease (which client), Computations (stages), Attempts (what waits), CpuScheduler (what runs),
+             FairShare (who is next), Interruptions (what is ended), JobRequests (what jobs ask of clients),
+             UndeliveredResults, PastAttempts, Timers; NodeTables has what all of them look up
+  Daemon     NodeDirectory, ComputationFiles, ResultStore, ProcessHost, Uplinks, NodeDiscovery
+  Runner     ComputationCode (what was loaded), WorkerProcesses
+  Worker     WorkerPipe, JobOutput, JobInterrupts, JobServices, JobDirectory, Surroundings
+
 The life of a job here:
   1. `Compute` names a computation and its files; what is missing is asked for (`Need`) and comes in
      pieces (`FilePiece`).
