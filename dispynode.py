@@ -21,6 +21,14 @@ The node thread alone owns the state. An accept thread lives as long as one hand
 feeds back what came of them. Workers keep a pipe each to the node thread; the runner, which forks and reaps
 them, reports births and deaths. The daemon never unpickles what a user sent: it forwards bytes.
 
+Each of these has parts, which own their state and know one another by their methods:
+  Node       NodeLease (which client), Computations (stages), Attempts (what waits), CpuScheduler (what runs),
+             FairShare (who is next), Interruptions (what is ended), JobRequests (what jobs ask of clients),
+             UndeliveredResults, PastAttempts, Timers; NodeTables has what all of them look up
+  Daemon     NodeDirectory, ComputationFiles, ResultStore, ProcessHost, Uplinks, NodeDiscovery
+  Runner     ComputationCode (what was loaded), WorkerProcesses
+  Worker     WorkerPipe, JobOutput, JobInterrupts, JobServices, JobDirectory, Surroundings
+
 The life of a job here:
   1. `Compute` names a computation and its files; what is missing is asked for (`Need`) and comes in
      pieces (`FilePiece`).
@@ -2149,15 +2157,23 @@ class ValueReducer:
                     for name, value in variables.items()}
         if not self.exact:
             self._allow_locks([*attributes.values(), *slots.values(), *(value for _, value in contents), *variables.values()])
-        name, version = function.__qualname__, b''
-        if space is not None and not space.native:
-            # Its program finds it by its name; any other gets what is written here.
-            version = b'received' if space.variables.get(name) is function else b''
-        elif space is not None and space.variables.get(name) is function \
-                and not attributes and not closure and _is_stateless(function):
-            version = space.versions.of(name, function)
+        name = function.__qualname__
+        version = self._version_of(function, space, not attributes and not closure)
         return (function_of, (place, function.__code__, function.__module__, name, version, tuple(cells)),
                 (attributes, slots, contents, rows, name, version, submodules), None, None, fill_function)
+
+    @staticmethod
+    def _version_of(function: types.FunctionType, space: Any, is_plain: bool) -> bytes:
+        """The version by which a function is known in the space of its variables; empty if it is known by none. `is_plain`:
+        it has neither attributes nor cells."""
+        name = function.__qualname__
+        if space is None or space.variables.get(name) is not function:
+            return b''
+        if not space.native:
+            return b'received'   # its program finds it by its name; any other gets what is written there
+        if is_plain and _is_stateless(function):
+            return space.versions.of(name, function)  # type: ignore[no-any-return]
+        return b''
 
     def _variable_of_module(self, function: types.FunctionType) -> Optional[tuple]:
         """A function that an importable module has under another name than its own, such as a lambda in a variable."""
@@ -4625,7 +4641,7 @@ class Attempt:
 
 class _Worker:
     """A worker process as the state sees it; the head of its queue is what it runs."""
-    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'fed', 'recalled', 'asks', 'stuck',
+    __slots__ = ('key', 'comp', 'queue', 'since', 'told', 'jobs_given', 'recalled', 'asks', 'stuck',
                  'pardoned')
 
     def __init__(self, key: int, comp: '_Computation') -> None:
@@ -4634,13 +4650,18 @@ class _Worker:
         self.since = 0.0        # when the head became the head, or when it became idle
         self.told = False       # the client knows that the head has begun
         self.pardoned = False   # the head began before another client came, and does not count
-        self.fed = 0            # jobs given to it
+        self.jobs_given = 0            # jobs given to it
         self.recalled = False   # asked to give back, not answered
         self.asks = 0           # its job sends a file, or has and waits for the answer: the link it goes along
         self.stuck = 0          # CPUs of a job that was killed and has been told, while its process has not ended
 
+    def note_begun(self) -> None:
+        """What it runs has begun, which its client is to be told."""
+        self.told = True
+        self.comp.begun.append((self.queue[0].serial, self.since))
 
-class _Shelved(NamedTuple):
+
+class Spooled(NamedTuple):
     """Results on the disk: whose they are, which, and when they are given up if their computation is over here."""
     owner: bytes
     serials: Set[int]
@@ -4677,15 +4698,17 @@ class _Computation:
         self.workers: Dict[int, _Worker] = {}
         self.idle: List[_Worker] = []
         self.has_idle_timer = False
-        self.hungry: Dict[int, _Worker] = {}   # busy workers whose queue may be filled up
+        # Busy workers whose queue may be filled up
+        self.refillable: Dict[int, _Worker] = {}
         self.estimate = DurationEstimate()
         # Jobs that a worker may hold behind the one that it runs
         self.handed = Allowance(self.estimate, 0, AHEAD_MOST)
         # Attempts recalled by the client that stand behind running ones
-        self.owed: Set[int] = set()
+        self.steal_debt: Set[int] = set()
         # Attempts that have begun and since when, to be told to the client
         self.begun: List[Tuple[int, float]] = []
-        self.stillborn = 0                     # workers in a row that died before their first job
+        # Workers in a row that died before their first job
+        self.startup_failures = 0
         # Keys of workers in which the initializer runs, and whether there is one
         self.starting: Set[int] = set()
         self.initializer = spec.get('initializer', False)
@@ -4697,9 +4720,17 @@ class _Computation:
         self.asked = False                     # for files, ever
         self.fetches: Deque[Tuple[int, list]] = collections.deque()   # workers, and the files that they wait for
         self.served = 0                        # when it was given a CPU last, in numbers of the node
-        self.own = self.client = _Claim()      # see `_share_between`; the second is set by the node
+        self.own = self.client = _Claim()      # see `FairShare`; the second is set by it
         self.done = 0                          # attempts that have ended
         self.overrun = False                   # notes of what has begun do not reach back far enough
+
+    def move(self, event: str) -> None:
+        """Go to the next stage."""
+        self.stage = STAGE_TABLE[self.stage, event]
+
+    def cpus_used(self) -> int:
+        """CPUs that it uses."""
+        return sum(worker.queue[0].cpus for worker in self.workers.values() if worker.queue)
 
     def enqueue(self, attempt: Attempt, again: bool = False) -> None:
         """Let an attempt wait: behind those of its priority, or before them if it has waited
@@ -4714,644 +4745,456 @@ class _Computation:
             waiting.insert(sum(other.priority > least for other in waiting), attempt)
 
 
-class Node:
-    """What a node decides. Events in, actions out; `flush` once a turn, after all events of the turn."""
+class NodeTables:
+    """The links, computations and workers of a node, which all of its parts look up, and the
+    actions that they have decided in this call."""
 
-    def __init__(self, name: str, cpus: int, facts: dict, zombie: float = ZOMBIE_TIME, serve: int = 0,
-                 client_shutdown: bool = False, now: float = 0.0) -> None:
-        self.name, self.cpus, self.facts = name, cpus, facts
-        self.offered = cpus     # `cpus` is more while a computation wants more processes than there are CPUs
-        self.most = cpus        # that `cpus` ever was
-        self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
-        self._zombie, self._serve, self._client_shutdown, self._born = zombie, serve, client_shutdown, now
-        self._served = 0        # leases that have ended
-        self._last = False      # the lease that is held is the last
-        self._ends = False      # what starts now is ended
-        self._released: Tuple[Optional[bytes], float] = (None, 0.0)   # client from which the node was taken; when it may come again
-        self.free = cpus
-        self.lease = Lease.FREE
-        self.holder: Optional[bytes] = None
-        self.holder_text = ''
-        self.held_since = 0.0
-        self._turned_away: Set[int] = set()     # links that were refused because another holds the node
-        self.held_bytes = 0
-        self._in_parts: List[Attempt] = []      # whose arguments came so
-        self.values = ValueDesk(VALUES_KEPT)
-        self.stopping = False
-        self._disk_full = False     # which was told
-        self._workers_at = 0.0      # when the next worker may be started
-        self._unborn_text = ''      # why none could be, as it was told
-        self.shelf: Dict[str, _Shelved] = {}    # computation -> results on disk, also of some that are over here
-        self.past: Dict[str, Past] = {}         # computation -> what is known of attempts that are not held any more
-        self._resent: Set[Tuple[int, str]] = set()   # links on which results of a computation were sent again
-        self._links: Dict[int, LinkUp] = {}
-        self._comps: Dict[str, _Computation] = {}
-        self._workers: Dict[int, _Worker] = {}
-        self._numbers = itertools.count(1)
-        self._timers: List[Tuple[float, int, str, Any, int]] = []   # when, number, what, worker or computation, serial
-        self._timers_most = 64   # after which they are looked through
-        self._ticket = itertools.count()
-        self._actions: List[Any] = []
-        self._now = now
-        self._names: Dict[int, str] = {}
-        self._look_at: Optional[float] = None       # when some head will have run for BEGUN_TIME
-        self._queries: List[Tuple[int, str]] = []   # links that ask what is there of a computation
-        self._handlers: Dict[type, Callable[..., None]] = {
-            LinkUp: self._link_up, LinkDown: self._link_down, Received: self._received, Prepared: self._prepared,
-            Wanted: self._on_wanted, Found: self._found, Kept: self._kept, Remembered: self._remembered,
-            Faulted: self._faulted,
-            Stored: self._stored, RunnerUp: self._runner_up, RunnerGone: self._runner_gone,
-            EndWanted: self._end_wanted,
-            WorkerResults: self._worker_results, WorkerFile: self._worker_file, WorkerPrinted: self._worker_printed,
-            WorkerWants: self._worker_wants, Fetched: self._fetched, ValueSought: self._value_sought,
-            WorkerReturned: self._worker_returned,
-            WorkerGone: self._worker_gone, WorkerUnborn: self._worker_unborn,
-            WorkerInitialized: self._worker_initialized, WorkerTooBig: self._worker_too_big,
-            Stop: self._stop, Pause: self._pause, Resume: self._resume, SetCpus: self._set_cpus, Release: self._take_from_holder, Status: self._status,
-        }
-        self._messages: Dict[type, Callable[..., None]] = {
-            Introduce: self._on_introduce, Compute: self._on_compute, Jobs: self._on_jobs,
-            FilePiece: self._on_file_piece,
-            Cancel: self._on_cancel, Recall: self._on_recall, Ack: self._on_ack, Done: self._on_done,
-            FileStored: self._on_file_stored, Query: self._on_query, Shutdown: self._on_shutdown,
-            Limit: self._on_limit, Unfit: self._on_unfit,
-            Reclaim: self._on_reclaim, Return: self._on_return,
-        }
+    def __init__(self, name: str) -> None:
+        self.name = name        # of the node, for texts
+        self.now = 0.0          # the time of this call
+        self.actions: List[Any] = []
+        self.links: Dict[int, LinkUp] = {}
+        self.comps: Dict[str, _Computation] = {}
+        self.workers: Dict[int, _Worker] = {}
+        self._client_names: Dict[int, str] = {}   # by link
 
-    # -- called by the shell ------------------------------------------------------------------------------
+    def do(self, action: Any) -> None:
+        """Add an action to those of this call."""
+        self.actions.append(action)
 
-    def handle(self, event: Any, now: float) -> List[Any]:
-        """Take one event; returns what must be done at once. Raises PeerError for a message that may not come."""
-        self._actions, self._now = [], now
-        self._handlers[type(event)](event, now)
-        return self._actions
+    def reply(self, comp: _Computation, message: Any) -> None:
+        """Send a message to the client of a computation, if it is connected."""
+        if comp.link in self.links:
+            self.do(Send(comp.link, message))
 
-    def flush(self, now: float) -> List[Any]:
-        """The end of a turn: due timers, work for idle workers, results to clients."""
-        self._actions, self._now = [], now
-        while self._timers and self._timers[0][0] <= now:
-            _, _, what, key, serial = heapq.heappop(self._timers)
-            self._for(key if isinstance(key, str) else self.comp_of_worker(key), self._due, what, key, serial, now)
-        if self._look_at is not None and self._look_at <= now:
-            self._look(now)
-        serving = not (self.stopping or self.paused)
-        if self.values:
-            self._serve_values()
-        if serving:
-            self._share_out(now)
-        for comp in list(self._comps.values()):
-            self._for(comp.comp, self._tell, comp, serving, now)
-            if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
-                comp.overrun = True
-                self._do(NoteOverrun(comp.comp))
-        while self._queries:
-            self._report(*self._queries.pop(), now)
-        if self.stopping and not any(worker.queue for worker in self._workers.values()) \
-                and not any(comp.unacknowledged and comp.link in self._links for comp in self._comps.values()):
-            self._leave(now)
-        return self._actions
+    def ask_for_files(self, comp: _Computation, files: list) -> None:
+        """Ask the client of a computation for files, rows as in Need."""
+        comp.asked = True
+        for need in needs(comp.comp, files):
+            self.reply(comp, need)
 
-    def decided(self) -> List[Any]:
-        """Actions of the last `handle` or `flush`, which raised."""
-        actions, self._actions = self._actions, []
-        return actions
+    def comp_of(self, link: int, name: str) -> Optional[_Computation]:
+        """The computation a message speaks of. None for one that has ended here: the message came too late."""
+        comp = self.comps.get(name)
+        if comp is not None and comp.instance != self.links[link].instance:
+            raise PeerError('computation %.40r is of another client' % name)
+        return comp if comp is not None and comp.stage is not Stage.CLOSING else None
 
-    def comp_of_worker(self, key: int) -> str:
-        """Whose worker this is; empty when there is no such worker."""
-        worker = self._workers.get(key)
-        return worker.comp.comp if worker is not None else ''
+    def worker_at_work(self, key: int) -> Optional[_Worker]:
+        """A worker; None when there is no such worker, or its computation is being closed."""
+        worker = self.workers.get(key)
+        if worker is None or worker.comp.stage is Stage.CLOSING:
+            return None
+        return worker
 
-    def _for(self, comp: str, call: Callable[..., None], *args: Any) -> None:
+    def name_client(self, link: int, name: str) -> None:
+        """Note the name that the client on a link has given."""
+        self._client_names[link] = name
+
+    def client_at(self, link: int) -> str:
+        """The name of the client on a link, or its address."""
+        return self._client_names.get(link, self.links[link].address)
+
+    def remove_link(self, link: int) -> Optional[LinkUp]:
+        """Forget a link. Returns what was known of it."""
+        self._client_names.pop(link, None)
+        return self.links.pop(link, None)
+
+    def guarded(self, comp: str, call: Callable[..., None], *args: Any) -> None:
         """Call it for a computation, which alone ends when that raises."""
         try:
             call(*args)
         except Exception as exc:  # ours; the shell logs it and tells Faulted
-            self._do(Broken(comp, exc))
+            self.do(Broken(comp, exc))
 
-    def _deliver(self, comp: _Computation) -> None:
-        if comp.outbox and comp.link in self._links:
-            self._do(Send(comp.link, Results(comp.comp, comp.outbox)))
-            comp.outbox = []
-        elif comp.outbox:
-            self._keep(comp)
 
-    def next_timer(self) -> Optional[float]:
-        """When `flush` has something to do at the latest."""
-        if self._look_at is None:
-            return self._timers[0][0] if self._timers else None
-        return min(self._look_at, self._timers[0][0]) if self._timers else self._look_at
+class Timer(NamedTuple):
+    """A call that is due at some time, `call(*args, now)`; of which computation, and whether
+    `is_wanted(*args)` still."""
+    when: float
+    number: int     # timers of the same time are due in the order in which they were set
+    comp: str
+    call: Callable[..., None]
+    args: tuple
+    is_wanted: Callable[..., bool]
 
-    def is_preparing(self, name: str) -> bool:
-        """Whether files of a computation are to be compared."""
-        comp = self._comps.get(name)
-        return comp is not None and comp.stage is Stage.PREPARING
 
-    def has_jobs(self, name: str) -> bool:
-        """Whether a computation has jobs that run or wait."""
-        comp = self._comps.get(name)
-        return comp is not None and bool(comp.attempts)
+class Timers:
+    """Calls that are due at some time."""
 
-    # -- small parts --------------------------------------------------------------------------------------
+    def __init__(self) -> None:
+        self.next_at = math.inf     # when the first is due
+        self._heap: List[Timer] = []
+        self._numbers = itertools.count()
+        self._most = 64             # after which they are looked through
 
-    def _do(self, action: Any) -> None:
-        self._actions.append(action)
+    def __len__(self) -> int:
+        return len(self._heap)
 
-    def _at(self, when: float, what: str, key: Any = 0, serial: int = 0) -> None:
-        if len(self._timers) >= self._timers_most:   # those of attempts that have ended
-            self._timers = [timer for timer in self._timers if self._is_wanted(*timer[2:])]
-            heapq.heapify(self._timers)
-            self._timers_most = 2 * len(self._timers) + 64
-        heapq.heappush(self._timers, (when, next(self._ticket), what, key, serial))
+    def __iter__(self) -> Iterator[Timer]:
+        return iter(self._heap)
 
-    def _is_wanted(self, what: str, key: Any, serial: int) -> bool:
-        """Whether a timer is still for something."""
-        if what in ('timeout', 'kill', 'stuck'):
-            return self._heads(key, serial)
-        if what == 'past':
-            return key in self.past
-        if what in ('setup', 'orphan', 'idle'):
-            return key in self._comps
-        return what != 'expire' or key in self.shelf
+    def at(self, when: float, comp: str, call: Callable[..., None], *args: Any,
+           is_wanted: Callable[..., bool]) -> None:
+        """Have `call(*args, now)` called at this time."""
+        if len(self._heap) >= self._most:   # those of attempts that have ended
+            self._heap = [timer for timer in self._heap if timer.is_wanted(*timer.args)]
+            heapq.heapify(self._heap)
+            self._most = 2 * len(self._heap) + 64
+        timer = Timer(when, next(self._numbers), comp, call, args, is_wanted)
+        heapq.heappush(self._heap, timer)
+        self.next_at = self._heap[0].when
 
-    def _heads(self, key: int, serial: int) -> bool:
-        worker = self._workers.get(key)
-        return worker is not None and bool(worker.queue) and worker.queue[0].serial == serial
+    def pop(self) -> Timer:
+        """Remove the first timer and return it."""
+        timer = heapq.heappop(self._heap)
+        self.next_at = self._heap[0].when if self._heap else math.inf
+        return timer
 
-    def _set_lease(self, event: str, holder: Optional[bytes], now: float, text: str = '') -> None:
-        before, self.lease = self.lease, LEASE_TABLE[self.lease, event]
-        if before is Lease.FREE:
-            self.held_since = now
+
+class Cpus:
+    """How many CPUs a node offers, has to hand out, and has free."""
+
+    def __init__(self, count: int) -> None:
+        self.offered = count
+        self.total = count      # more than offered while a computation wants more processes than there are CPUs
+        self.most = count       # that `total` ever was
+        self.free = count
+
+    def resize(self, limits: Iterable[int]) -> None:
+        """CPUs to hand out: those offered, or as many as a computation has been allocated by its client."""
+        total = max([self.offered, *limits])
+        self.free += total - self.total
+        self.total = total
+        self.most = max(total, self.most)
+
+
+class NodeLease:
+    """Which client holds the node, since when, and which others wait for it."""
+
+    def __init__(self, serve: int, client_shutdown: bool) -> None:
+        """`serve`: after so many leases the node ends; 0: there is no such number.
+        `client_shutdown`: a client may ask for the end of the node with its lease."""
+        self.state = Lease.FREE
+        self.holder: Optional[bytes] = None
+        self.holder_text = ''
+        self.served = 0             # leases that have ended
+        self._serve = serve
+        self._client_shutdown = client_shutdown
+        self._is_last = False       # the lease that is held is the last
+        self._held_since = 0.0
+        self._refused: Set[int] = set()     # links that were refused because another holds the node
+        # Client from which the node was taken; when it may come again
+        self._cooldown: Tuple[Optional[bytes], float] = (None, 0.0)
+
+    def _move(self, event: str, holder: Optional[bytes], text: str) -> None:
+        before, self.state = self.state, LEASE_TABLE[self.state, event]
         self.holder, self.holder_text = holder, text
-        if before is not self.lease:
-            logger.info('%s', LEASE_TEXT[self.lease].format(text or 'a client'))
-        if self.lease is Lease.FREE and not self.stopping and not self.paused:
-            for link in self._turned_away:
-                self._do(Send(link, Offer(self.offered)))
-            self._turned_away.clear()
+        if before is not self.state:
+            logger.info('%s', LEASE_TEXT[self.state].format(text or 'a client'))
 
-    def serves(self, link: int) -> bool:
-        """Whether a computation of this link's client is here."""
-        return any(comp.link == link for comp in self._comps.values())
+    def take(self, holder: bytes, text: str, now: float) -> None:
+        """A client has the node from now on, or has it still and is connected."""
+        if self.state is Lease.FREE:
+            self._cooldown = (None, 0.0)
+            self._held_since = now
+        self._move('taken', holder, text)
+
+    def orphan(self) -> None:
+        """No link of the holder is left."""
+        self._move('broken', self.holder, self.holder_text)
+
+    def end(self) -> None:
+        """The holder has no computation here any more."""
+        self._move('ended', None, '')
+        self.served += 1
+
+    def is_of_another(self, instance: bytes) -> bool:
+        """Whether another client than this one holds the node."""
+        return self.state is not Lease.FREE and self.holder != instance
 
     def held_by(self, now: float) -> str:
         """Who holds the node and for how long, for people; empty when it is free."""
-        if self.lease is Lease.FREE:
+        if self.state is Lease.FREE:
             return ''
-        return '%s for %.0f s%s' % (self.holder_text or 'another client', now - self.held_since,
-                                    '; its connection is lost' if self.lease is Lease.ORPHANED else '')
+        return '%s for %.0f s%s' % (self.holder_text or 'another client', now - self._held_since,
+                                    '; its connection is lost' if self.state is Lease.ORPHANED else '')
 
-    def _set_stage(self, comp: _Computation, event: str) -> None:
-        comp.stage = STAGE_TABLE[comp.stage, event]
+    def refuse(self, link: int) -> None:
+        """Note that a client was refused because another holds the node."""
+        self._refused.add(link)
 
-    def _reply(self, comp: _Computation, message: Any) -> None:
-        if comp.link in self._links:
-            self._do(Send(comp.link, message))
+    def take_refused(self) -> Set[int]:
+        """Links that were refused so, once each."""
+        refused, self._refused = self._refused, set()
+        return refused
 
-    def _comp_of(self, link: int, name: str) -> Optional[_Computation]:
-        """The computation a message speaks of. None for one that has ended here: the message came too late."""
-        comp = self._comps.get(name)
-        if comp is not None and comp.instance != self._links[link].instance:
-            raise PeerError('computation %.40r is of another client' % name)
-        return comp if comp is not None and comp.stage is not Stage.CLOSING else None
+    def forget_link(self, link: int) -> None:
+        """A link is gone."""
+        self._refused.discard(link)
 
-    def _resize(self) -> None:
-        """CPUs to hand out: those offered, or as many as a computation has been allocated by its client."""
-        cpus = max([self.offered, *(comp.limit for comp in self._comps.values())])
-        self.free += cpus - self.cpus
-        self.cpus, self.most = cpus, max(cpus, self.most)
+    def cool_down(self, until: float) -> None:
+        """The node is taken from its holder, which may not come again before this time."""
+        self._cooldown = (self.holder, until)
 
-    def _offer(self, cpus: int) -> None:
-        for link in self._links:
-            self._do(Send(link, Offer(cpus)))
+    def is_cooling_down(self, instance: bytes, now: float) -> bool:
+        """Whether the node was taken from this client and may not be had by it yet."""
+        holder, until = self._cooldown
+        return holder == instance and now < until
 
-    # -- links and lease ----------------------------------------------------------------------------------
+    def make_last(self) -> bool:
+        """The client wants the node to end with its lease. Returns whether it will."""
+        self._is_last = self._client_shutdown
+        return self._is_last
 
-    def _link_up(self, event: LinkUp, now: float) -> None:
-        self._links[event.link] = event
+    def was_last(self) -> bool:
+        """Whether the node ends with the lease that has ended."""
+        return self._is_last or self.served == self._serve
 
-    def _link_down(self, event: LinkDown, now: float) -> None:
-        gone = self._links.pop(event.link, None)
-        self._names.pop(event.link, None)
-        self._turned_away.discard(event.link)
-        self._resent = {(link, name) for link, name in self._resent if link != event.link}
-        if gone is None or gone.instance != self.holder:
-            return
-        for comp in [comp for comp in self._comps.values() if comp.link == event.link]:
-            comp.calls.clear()
-            comp.fetches.clear()
-            for worker in comp.workers.values():
-                self._answer(worker, 'the connection to the client has ended')
-            if event.on_purpose:
-                self._close(comp, at_once=True)
-                self._forget(comp.comp)
-                self._remember(comp.comp, None)
-            else:
-                self._give_back_waiting(comp, self.values.interrupt(comp.comp))
-                self._keep(comp)
-                comp.orphan_at = now + ORPHAN_TIME
-                self._at(comp.orphan_at, 'orphan', comp.comp)
-        if not any(link.instance == self.holder for link in self._links.values()):
-            self._set_lease('broken', self.holder, now, self.holder_text)
-        self._release(now)
 
-    # -- results whose client is away ---------------------------------------------------------------------
+class PastAttempts:
+    """What is known of attempts that are not held any more, by computation."""
 
-    def _keep(self, comp: _Computation) -> None:
+    def __init__(self, tables: NodeTables, timers: Timers) -> None:
+        self._tables, self._timers = tables, timers
+        self._known: Dict[str, Past] = {}
+
+    def row(self, name: str) -> tuple:
+        """What is known, as on the wire."""
+        return self._known[name].row() if name in self._known else ()
+
+    def on_remembered(self, event: Remembered, now: float) -> None:
+        """An earlier daemon has written this down."""
+        self._known[event.comp] = event.past
+        self._set_timer(event.comp, now)
+
+    def add(self, name: str, past: Past) -> None:
+        """Add to what is known of attempts that are not held any more."""
+        if name not in self._known:
+            self._set_timer(name, self._tables.now)
+        self._known[name] = self._known.get(name, Past()).and_also(past)
+        self._tables.do(Remember(name, self._known[name]))
+
+    def forget(self, name: str) -> None:
+        """The client of a computation is done with it."""
+        if self._known.pop(name, None) is not None:
+            self._tables.do(Remember(name, Past()))
+
+    def _set_timer(self, name: str, now: float) -> None:
+        self._timers.at(now + PAST_TIME, name, self._expired, name, is_wanted=self._is_known)
+
+    def _is_known(self, name: str) -> bool:
+        return name in self._known
+
+    def _expired(self, name: str, now: float) -> None:
+        self.forget(name)
+
+
+class UndeliveredResults:
+    """Results that their clients have not acknowledged. While the client of a computation is
+    connected they are in memory, with the computation; while it is away they are on the disk, until
+    it comes back or --zombie-interval has passed."""
+
+    def __init__(self, tables: NodeTables, timers: Timers, past: PastAttempts,
+                 zombie: float) -> None:
+        self._tables, self._timers, self._past, self._zombie = tables, timers, past, zombie
+        self.spooled: Dict[str, Spooled] = {}   # computation -> results on disk, also of some that are over here
+        self._disk_full = False                 # which was told
+        self._resent: Set[Tuple[int, str]] = set()   # links on which results of a computation were sent again
+
+    def deliver(self, comp: _Computation) -> None:
+        """Send what has not been sent; to the disk with it if the client is away."""
+        if comp.outbox and comp.link in self._tables.links:
+            self._tables.do(Send(comp.link, Results(comp.comp, comp.outbox)))
+            comp.outbox = []
+        elif comp.outbox:
+            self.spool(comp)
+
+    def spool(self, comp: _Computation) -> None:
         """Results that nobody has acknowledged go to the disk."""
         comp.outbox = []
         if comp.unacknowledged:
-            self._do(Keep(comp.comp, comp.instance, list(comp.unacknowledged.values()), comp.digest))
+            self._tables.do(Keep(comp.comp, comp.instance, list(comp.unacknowledged.values()), comp.digest))
 
-    def _kept(self, event: Kept, now: float) -> None:
-        comp = self._comps.get(event.comp)
-        if event.error:   # no room: they stay in memory, and are tried again
-            if not self._disk_full:
-                logger.error('results cannot be kept on the disk: %s; they stay in memory until they can', event.error)
-            self._disk_full = True
-            if comp is not None and comp.link not in self._links:
-                comp.orphan_at = now + ORPHAN_TIME
-                self._at(comp.orphan_at, 'orphan', comp.comp)
-            return
+    def spooling_failed(self, event: Kept) -> None:
+        """There is no room: results stay in memory, and are tried again."""
+        if not self._disk_full:
+            logger.error('results cannot be kept on the disk: %s; they stay in memory until they can', event.error)
+        self._disk_full = True
+
+    def on_spooled(self, event: Kept, now: float) -> None:
+        """Results are on the disk."""
+        comp = self._tables.comps.get(event.comp)
         self._disk_full = False
         if comp is not None:
             for serial in event.serials:
                 comp.unacknowledged.pop(serial, None)
-        shelved = self.shelf.get(event.comp)
-        if shelved is None:
-            shelved = _Shelved(comp.instance, set(), 0.0, comp.digest) if comp is not None else _Shelved(b'', set(), 0.0)
-            self._at(now + self._zombie, 'expire', event.comp)
-        shelved.serials.update(event.serials)
-        self.shelf[event.comp] = shelved._replace(until=now + self._zombie)
+        spooled = self.spooled.get(event.comp)
+        if spooled is None:
+            spooled = Spooled(comp.instance, set(), 0.0, comp.digest) if comp is not None else Spooled(b'', set(), 0.0)
+            self._expire_at(now + self._zombie, event.comp)
+        spooled.serials.update(event.serials)
+        self.spooled[event.comp] = spooled._replace(until=now + self._zombie)
 
-    def _found(self, event: Found, now: float) -> None:
-        self.shelf[event.comp] = _Shelved(event.owner, set(event.serials), event.until, event.digest)
-        self._at(event.until, 'expire', event.comp)
+    def on_found(self, event: Found, now: float) -> None:
+        """An earlier daemon has left results on the disk."""
+        self.spooled[event.comp] = Spooled(event.owner, set(event.serials), event.until, event.digest)
+        self._expire_at(event.until, event.comp)
 
-    def _forget(self, name: str) -> None:
-        if self.shelf.pop(name, None) is not None:
-            self._do(Forget(name))
+    def forget(self, name: str) -> None:
+        """Remove results of a computation from the disk."""
+        if self.spooled.pop(name, None) is not None:
+            self._tables.do(Forget(name))
 
-    def _remembered(self, event: Remembered, now: float) -> None:
-        self.past[event.comp] = event.past
-        self._at(now + PAST_TIME, 'past', event.comp)
+    def spooled_serials(self, name: str) -> AbstractSet[int]:
+        """Attempts of a computation whose results are on the disk."""
+        spooled = self.spooled.get(name)
+        return spooled.serials if spooled is not None else frozenset()
 
-    def _remember(self, name: str, past: Optional[Past]) -> None:
-        """Add to what is known of attempts that are not held any more; None: its client is done with it."""
-        if past is None:
-            if self.past.pop(name, None) is not None:
-                self._do(Remember(name, Past()))
-            return
-        if name not in self.past:
-            self._at(self._now + PAST_TIME, 'past', name)
-        self.past[name] = self.past.get(name, Past()).and_also(past)
-        self._do(Remember(name, self.past[name]))
+    def spooled_of(self, instance: bytes) -> List[str]:
+        """Computations of a client that have results on the disk."""
+        return [name for name, spooled in self.spooled.items() if spooled.owner == instance]
 
-    def _held(self, name: str) -> List[int]:
+    def known_attempts(self, name: str) -> List[int]:
         """All attempts of a computation that are known here."""
-        comp, shelved = self._comps.get(name), self.shelf.get(name)
+        comp, spooled = self._tables.comps.get(name), self.spooled.get(name)
         known = [*comp.attempts, *comp.unacknowledged] if comp is not None and comp.stage is not Stage.CLOSING else []
-        return known + (sorted(shelved.serials) if shelved is not None else [])
+        return known + (sorted(spooled.serials) if spooled is not None else [])
 
-    def _past_row(self, name: str) -> tuple:
-        return self.past[name].row() if name in self.past else ()
+    def give_to(self, name: str, instance: bytes) -> None:
+        """Results on the disk are this client's from now on."""
+        if name in self.spooled:
+            self.spooled[name] = self.spooled[name]._replace(owner=instance)
 
-    def _resend(self, name: str, link: int) -> None:
+    def has_key(self, name: str, key: bytes) -> bool:
+        """Whether this is the key of the results that are on the disk."""
+        spooled = self.spooled.get(name)
+        return spooled is not None and hmac.compare_digest(spooled.digest, key)
+
+    def resend(self, name: str, link: int) -> None:
         """What its client has not acknowledged; it may have some of it. Once on a link."""
         if (link, name) in self._resent:
             return
         self._resent.add((link, name))
-        comp = self._comps.get(name)
+        comp = self._tables.comps.get(name)
         if comp is not None and comp.unacknowledged:
-            self._do(Send(link, Results(name, list(comp.unacknowledged.values()))))
+            self._tables.do(Send(link, Results(name, list(comp.unacknowledged.values()))))
         if comp is not None:
             comp.outbox = []
-        if name in self.shelf:
-            self._do(SendKept(link, name))
+        if name in self.spooled:
+            self._tables.do(SendKept(link, name))
 
-    def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
-        comp, up, shelved = self._comps.get(message.comp), self._links[link], self.shelf.get(message.comp)
-        digests = [known.digest for known in (comp, shelved) if known is not None]
-        if not all(may_reclaim(digest, message.key) for digest in digests):
-            logger.warning('%s wants results of a computation and does not have its key', self._names.get(link, up.address))
-            self._do(Send(link, Held(message.comp, [], Past(whole=False).row())))
-            return
-        if comp is not None and comp.stage is not Stage.CLOSING:
-            if comp.link in self._links and comp.link != link:
-                self._do(Send(link, Refused(message.comp, 'busy', 'its client is connected: %s' % self.held_by(now))))
-                return
-            if message.take:
-                comp.link, comp.instance = link, up.instance
-                self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
-        if message.take and message.comp in self.shelf:
-            self.shelf[message.comp] = self.shelf[message.comp]._replace(owner=up.instance)
-        self._do(Send(link, Held(message.comp, self._held(message.comp), self._past_row(message.comp))))
-        if message.take:
-            self._resend(message.comp, link)
+    def forget_link(self, link: int) -> None:
+        """A link is gone."""
+        self._resent = {(other, name) for other, name in self._resent if other != link}
 
-    def _make_way(self) -> None:
-        """Another client wants this node: what is lost and has nothing to do is not waited for."""
-        for comp in list(self._comps.values()):
-            if comp.link not in self._links and not comp.attempts and not comp.unacknowledged:
-                self._close(comp, at_once=True)
-
-    def _release(self, now: float) -> None:
-        """Free the lease when its holder has no computation here."""
-        if self.lease is not Lease.FREE and not self._comps:
-            self._set_lease('ended', None, now)
-            self._served += 1
-            if (self._last or self._served == self._serve) and not self.stopping:
-                self._stop(Stop(), now)
-
-    def _received(self, event: Received, now: float) -> None:
-        handler = self._messages.get(type(event.message))
-        if handler is None or event.link not in self._links:
-            raise PeerError('%s may not come here' % type(event.message).__name__)
-        handler(event.link, event.message, now)
-
-    def _on_introduce(self, link: int, message: Introduce, now: float) -> None:
-        self._names[link] = message.name[:200]
-        kept = {name: self._held(name) for name, shelved in self.shelf.items() if shelved.owner == self._links[link].instance}
-        self._do(Send(link, Welcome(self.name, self.offered, dict(self.facts, holder=self.held_by(now), kept=kept))))
-        if self.paused:
-            self._do(Send(link, Offer(0)))
-
-    # -- computations -------------------------------------------------------------------------------------
-
-    def _on_compute(self, link: int, message: Compute, now: float) -> None:
-        up = self._links[link]
-        comp = self._comp_of(link, message.comp)
-        if comp is not None and not hmac.compare_digest(comp.digest, result_key(message.spec)):
-            raise PeerError('computation %.40r has another key' % message.comp)
-        if comp is not None:   # its client is back after a broken link
-            comp.link = link
-            self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
-            if comp.stage is Stage.RECEIVING:
-                self._do(WantAgain(comp.comp))
-            if comp.stage is Stage.READY:
-                self._do(Send(link, Ready(comp.comp, self._held(comp.comp), self._past_row(comp.comp))))
-            self._resend(comp.comp, link)
-            comp.begun = [(worker.queue[0].serial, worker.since) for worker in comp.workers.values()
-                          if worker.queue and worker.told]
-            return
-        if self.stopping:
-            self._do(Send(link, Refused(message.comp, 'stopping', 'the node is being stopped')))
-        elif self.paused:
-            self._do(Send(link, Refused(message.comp, 'paused', 'it takes no new jobs: %s' % ', '.join(self.paused.values()))))
-        elif self._released[0] == up.instance and now < self._released[1]:
-            self._do(Send(link, Refused(message.comp, 'busy', RELEASED_TEXT)))
-        elif message.comp in self._comps:
-            self._do(Send(link, Refused(message.comp, 'closing', 'the same computation is still being closed')))
-        elif self.lease is not Lease.FREE and self.holder != up.instance:
-            self._turned_away.add(link)
-            self._do(Send(link, Refused(message.comp, 'busy', 'it serves %s' % self.held_by(now))))
-            self._make_way()
-        else:
-            if self.lease is Lease.FREE:
-                self._released = (None, 0.0)
-            self._set_lease('taken', up.instance, now, self._names.get(link, up.address))
-            comp = _Computation(message.comp, up.instance, link, message.spec)
-            comp.client = next((other.client for other in self._comps.values()
-                                if other.client_name == comp.client_name), _Claim())
-            self._comps[message.comp] = comp
-            self._resize()
-            shelved = self.shelf.get(message.comp)
-            if shelved is not None and hmac.compare_digest(shelved.digest, result_key(message.spec)):
-                self.shelf[message.comp] = shelved._replace(owner=up.instance)
-                self._resend(message.comp, link)
-            self._do(Prepare(message.comp, message.spec))
-
-    def _prepared(self, event: Prepared, now: float) -> None:
-        comp = self._comps[event.comp]
-        if comp.stage is not Stage.PREPARING:
-            return
-        if event.error:
-            self._refuse(comp, event.code, event.error)
-        elif event.missing:
-            self._set_stage(comp, 'missing')
-            self._need(comp, event.missing)
-        else:
-            self._start(comp, now)
-
-    def _on_wanted(self, event: Wanted, now: float) -> None:
-        comp = self._comps.get(event.comp)
-        if comp is not None and comp.stage is Stage.RECEIVING and event.missing:
-            self._need(comp, event.missing)
-
-    def _need(self, comp: _Computation, files: list) -> None:
-        comp.asked = True
-        for need in needs(comp.comp, files):
-            self._reply(comp, need)
-
-    def _on_file_piece(self, link: int, message: FilePiece, now: float) -> None:
-        comp, asked = self._comp_of(link, message.comp), message.purpose in ASKED_FOR
-        if message.purpose == Purpose.FROM_JOB or (asked and comp is not None and not comp.asked):
-            raise PeerError('a file that was not asked for')
-        if asked and comp is not None and comp.link != link:
-            return   # what came on another connection is sent again on this one
-        if comp is not None and (asked or comp.stage is Stage.READY):
-            self._do(Store(message))
-        elif not asked and message.offset + len(message.data) >= message.row[1]:
-            text = 'the computation is not set up there'
-            self._do(Send(link, FileStored(*message[:3], message.row[0], text)))
-
-    def _stored(self, event: Stored, now: float) -> None:
-        comp, error = self._comps.get(event.file.comp), event.file.error
-        if event.file.purpose == Purpose.VALUES:
-            self._value_stored(event.file, now)
-        elif comp is not None and event.file.purpose not in ASKED_FOR:
-            self._reply(comp, event.file)
-        elif comp is not None and (error or event.complete):
-            if comp.fetches:
-                self._fetched(Fetched(comp.comp, [], error), now)
-            if comp.stage is Stage.RECEIVING and error:
-                self._refuse(comp, event.code, error)
-            elif comp.stage is Stage.RECEIVING:
-                self._start(comp, now)
-
-    # -- values by digest ---------------------------------------------------------------------------------
-
-    def _serve_values(self) -> None:
-        """Attempts whose values are there wait for a CPU from now on; what others lack is fetched."""
-        served, actions = self.values.serve()
-        for _, attempt in served:
-            attempt.comp.enqueue(attempt)
-        for action in actions:
-            self._do(action)
-
-    def _value_sought(self, event: ValueSought, now: float) -> None:
-        """A value is missing, is there, or cannot be had."""
-        comp = self._comps.get(event.comp)
-        if comp is None or not event.digest or self.values.coming(event.comp) != event.digest:
-            return
-        if event.missing:
-            self._need(comp, event.missing)
-        elif event.error:
-            for attempt in self.values.failed(event.comp):
-                self._finish(comp, unfit_row(Unfit(comp.comp, (attempt.serial,), unfit_text(
-                    sum(size for size, _ in attempt.values), '%s (on node %s)' % (event.error, self.name)))))
-        else:
-            self.values.came(event.comp)
-
-    def _value_stored(self, file: FileStored, now: float) -> None:
-        """The value that is fetched is there, or cannot be had."""
-        digest = self.values.coming(file.comp)
-        if digest.hex() == file.name:
-            self._value_sought(ValueSought(file.comp, digest, [], file.error), now)
-
-    def _give_back_waiting(self, comp: _Computation, attempts: Sequence[Attempt]) -> None:
-        """Attempts that waited for values are not waited for any more."""
-        serials: List[int] = []
-        for attempt in attempts:
-            if attempt.ending is not None:
-                self._finish(comp, self._unstarted(attempt))
-            else:
-                serials.append(self._dismiss(comp, attempt))
-        if serials:
-            self._hand_back(comp, serials)
-
-    def _on_query(self, link: int, message: Query, now: float) -> None:
-        """Answered at the end of the turn, when what came in it has been handed out."""
-        self._comp_of(link, message.comp)
-        self._queries.append((link, message.comp))
-
-    def _report(self, link: int, name: str, now: float) -> None:
-        if link not in self._links:
-            return
-        comp = self._comps.get(name)
-        if comp is not None and comp.instance != self._links[link].instance:
-            comp = None
-        if comp is not None and comp.stage is Stage.CLOSING:
-            comp = None
-        running, waiting = [], []
+    def on_ack(self, link: int, message: Ack, now: float) -> None:
+        """The client has these results."""
+        comp, spooled = self._tables.comp_of(link, message.comp), self.spooled.get(message.comp)
         if comp is not None:
-            running = [(worker.queue[0].serial, now - worker.since) for worker in comp.workers.values() if worker.queue]
-            waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
-        busy = sum(bool(worker.queue) for other in self._comps.values() for worker in other.workers.values())
-        available = dict(self.facts.get('available', {}), busy=busy, holder=self.held_by(now))
-        self._do(Send(link, Report(name, running, waiting, available)))
+            for serial in message.serials:
+                comp.unacknowledged.pop(serial, None)
+        if spooled is not None and spooled.owner == self._tables.links[link].instance:
+            spooled.serials.difference_update(message.serials)
+            if not spooled.serials:
+                self.forget(message.comp)
 
-    def _start(self, comp: _Computation, now: float) -> None:
-        self._set_stage(comp, 'complete')
-        self._do(StartRunner(comp.comp, comp.spec, comp.link))
-        self._at(now + SETUP_TIME, 'setup', comp.comp)
+    def _expire_at(self, when: float, name: str) -> None:
+        self._timers.at(when, name, self._expire, name, is_wanted=self._is_spooled)
 
-    def _runner_up(self, event: RunnerUp, now: float) -> None:
-        comp = self._comps[event.comp]
-        if comp.stage is Stage.STARTING:
-            self._set_stage(comp, 'up')
-            self._reply(comp, Ready(comp.comp, self._held(comp.comp), self._past_row(comp.comp)))
-            for note in event.notes:
-                self._reply(comp, Said(comp.comp, 'node %s: %s' % (self.name, note)))
+    def _is_spooled(self, name: str) -> bool:
+        return name in self.spooled
 
-    def _refuse(self, comp: _Computation, code: str, text: str) -> None:
-        text = shorten(text)
-        logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
-        self._give_back(comp)   # what has not begun waits again elsewhere
-        self._deliver(comp)   # what has ended, has ended; after the refusal nobody would believe it
-        self._keep(comp)
-        self._reply(comp, Refused(comp.comp, code, text))
-        self._close(comp, at_once=True)
-
-    def _faulted(self, event: Faulted, now: float) -> None:
-        comp = self._comps.get(event.comp)
-        if comp is not None and comp.stage is not Stage.CLOSING:
-            self._account_for(comp, event.text)
-            self._refuse(comp, 'fault', event.text)
-
-    def _account_for(self, comp: _Computation, text: str) -> None:
-        """What runs has failed with this text; what waits was never started."""
-        for worker in list(comp.workers.values()):
-            if worker.queue:
-                head, rest = worker.queue[0], list(worker.queue)[1:]
-                self._finish(comp, (head.serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
-                self.free += head.cpus
-                worker.queue.clear()
-                comp.waiting.extend(rest)
-        self._give_back(comp)
-
-    def _runner_gone(self, event: RunnerGone, now: float) -> None:
-        comp = self._comps.get(event.comp)
-        if comp is None:
+    def _expire(self, name: str, now: float) -> None:
+        if name not in self.spooled:
             return
-        if comp.stage is not Stage.CLOSING:
-            # Its workers are killed with it; what they ran has failed, and all later jobs would.
-            for worker in list(comp.workers.values()):
-                comp.stillborn = 0
-                head = worker.queue[0].serial if worker.queue else 0
-                ran = head if event.begun is None or head in event.begun else 0
-                self._worker_gone(WorkerGone(worker.key, 'the runner process ended: %s' % event.text, ran), now)
-            self._refuse(comp, 'code' if event.unloadable else event.code, event.text)
+        until = self.spooled[name].until if name not in self._tables.comps else now + max(self._zombie, 1.0)
+        if now < until:
+            self._expire_at(until, name)
             return
-        for worker in list(comp.workers.values()):
-            self.free += worker.stuck
-            self._bury(worker)
-        del self._comps[event.comp]
-        self._resize()
-        self._release(now)
+        serials = self.spooled[name].serials
+        logger.warning('%d results of a computation whose client has not come back are given up (--zombie-interval)', len(serials))
+        self._past.add(name, Past(given_up=frozenset(serials), text='node %s gave up its result after %g s '
+                                  '(--zombie-interval)' % (self._tables.name, self._zombie)))
+        self.forget(name)
 
-    def _on_done(self, link: int, message: Done, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
-        if comp is not None:
-            self._close(comp, at_once=False)
-        if comp is not None or message.comp not in self._comps:
-            self._forget(message.comp)
-            self._remember(message.comp, None)
 
-    def _close(self, comp: _Computation, at_once: bool) -> None:
-        if comp.stage is Stage.CLOSING:
-            return
-        self._set_stage(comp, 'close')
-        self.held_bytes -= sum(attempt.counted for attempt in comp.attempts.values())
-        attempts = [attempt for attempt in comp.attempts.values() if attempt.values]
-        comp.waiting.clear()
-        comp.attempts.clear()
-        comp.unacknowledged.clear()
-        comp.idle.clear()
-        comp.hungry.clear()
-        for attempt in attempts:
-            self.values.release(comp.comp, attempt)
-        self.values.forget(comp.comp)
-        for worker in comp.workers.values():
-            if worker.queue:
-                self.free += worker.queue[0].cpus
-                worker.queue.clear()
-        self._do(StopRunner(comp.comp, at_once))
+class Attempts:
+    """Attempts from when they come until their results are there or they are given back, and what
+    they need while they wait: memory for their arguments, and values."""
 
-    # -- attempts -----------------------------------------------------------------------------------------
+    def __init__(self, tables: NodeTables, cpus: Cpus, past: PastAttempts,
+                 results: UndeliveredResults, share: 'FairShare') -> None:
+        self._tables, self._cpus, self._past = tables, cpus, past
+        self._results, self._share = results, share
+        self.refuses_new = False    # those that come are given back
+        self.held_bytes = 0         # of arguments of attempts that wait
+        self._in_parts: List[Attempt] = []      # whose arguments came so
+        self.values = ValueDesk(VALUES_KEPT)
 
-    def _on_jobs(self, link: int, message: Jobs, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
+    # -- coming -------------------------------------------------------------------------------------------
+
+    def on_jobs(self, link: int, message: Jobs, now: float) -> None:
+        """Attempts have come; those that are known here have come before."""
+        comp = self._tables.comp_of(link, message.comp)
         if comp is None or comp.link != link:   # another connection has the place of this one, and was told what had come
             return
-        if self.stopping or self.paused:
-            self._reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
+        if self.refuses_new:
+            self._return_all(comp, message)
             return
         is_large = len(message.rows) == 1 and size_of(message.rows[0][1]) > FRAME_FILL
         if is_large:
-            unfit = over_limit_here(message, 'on node %s' % self.name)
+            unfit = over_limit_here(message, 'on node %s' % self._tables.name)
             if unfit is not None:
-                self._on_unfit(link, unfit, now)
+                self.on_unfit(link, unfit, now)
                 return
-        shelved = self.shelf[comp.comp].serials if comp.comp in self.shelf else ()
+        spooled = self._results.spooled_serials(comp.comp)
         if not comp.attempts:
-            for claim in (comp.own, comp.client):
-                claim.fresh = claim.fresh or claim.seen + ABSENT_TIME < now
+            self._share.returns(comp, now)
         for serial, payload, options in message.rows:
-            if serial in comp.attempts or serial in comp.unacknowledged or serial in shelved:
+            if serial in comp.attempts or serial in comp.unacknowledged or serial in spooled:
                 continue
             attempt = Attempt(serial, payload, options, comp)
-            if attempt.cpus > self.most:
-                self._finish(comp, (serial, int(Outcome.DIED), 0.0, 0.0, b'the job wants %d CPUs and the node has %d'
-                                    % (attempt.cpus, self.most), b'', b''))
+            if attempt.cpus > self._cpus.most:
+                self.finish(comp, (serial, int(Outcome.DIED), 0.0, 0.0, b'the job wants %d CPUs and the node has %d'
+                                   % (attempt.cpus, self._cpus.most), b'', b''))
                 continue
             comp.attempts[serial] = attempt
             if not attempt.values or self.values.admit(comp.comp, attempt):
                 comp.enqueue(attempt)
-            self._count(attempt, True)
-        if is_large and size_of(payload) > MAX_FRAME and serial in comp.attempts:
+            self.count(attempt, True)
+        if is_large:
+            self._note_parts(comp, message.rows[0])
+
+    def _return_all(self, comp: _Computation, message: Jobs) -> None:
+        self._tables.reply(comp, Returned(comp.comp, [row[0] for row in message.rows]))
+
+    def _note_parts(self, comp: _Computation, row: tuple) -> None:
+        """Note an attempt whose arguments came in parts."""
+        serial, payload = row[:2]
+        if size_of(payload) > MAX_FRAME and serial in comp.attempts:
             attempt = comp.attempts[serial]
             if attempt not in self._in_parts:
                 self._in_parts.append(attempt)
+
+    def on_unfit(self, link: int, message: Unfit, now: float) -> None:
+        """An attempt whose arguments find no room here."""
+        comp = self._tables.comp_of(link, message.comp)
+        if comp is None or comp.link != link or self._is_known(comp, message.row[0]):
+            return
+        self.finish(comp, unfit_row(message))
+
+    def _is_known(self, comp: _Computation, serial: int) -> bool:
+        spooled = self._results.spooled_serials(comp.comp)
+        return serial in comp.attempts or serial in comp.unacknowledged or serial in spooled
+
+    # -- memory -------------------------------------------------------------------------------------------
+
+    def count(self, attempt: Attempt, waits: bool) -> None:
+        """Into the books of what waits, or out of them."""
+        counted = size_of(attempt.payload) if waits else 0
+        self.held_bytes += counted - attempt.counted
+        attempt.counted = counted
 
     def is_full(self) -> bool:
         """Whether so much waits that links are not to be read: without what came in parts, for which
@@ -5363,55 +5206,300 @@ class Node:
             held -= sum(attempt.counted for attempt in self._in_parts)
         return held > RECEIVE_BUDGET
 
-    def _on_unfit(self, link: int, message: Unfit, now: float) -> None:
-        """An attempt whose arguments find no room here."""
-        comp = self._comp_of(link, message.comp)
-        if comp is None or comp.link != link or self._is_known(comp, message.row[0]):
+    # -- ending and going back ----------------------------------------------------------------------------
+
+    def finish(self, comp: _Computation, row: tuple) -> None:
+        """An attempt has ended, with this row of Results."""
+        attempt = comp.attempts.pop(row[0], None)
+        comp.done += 1
+        if attempt is not None and attempt.counted:
+            self.count(attempt, False)
+        if attempt is not None and attempt.values:
+            self._done_with_values(comp, attempt)
+        comp.unacknowledged[row[0]] = row
+        comp.outbox.append(row)
+
+    def finish_unstarted(self, comp: _Computation, attempt: Attempt) -> None:
+        """An attempt was cancelled before it started."""
+        self.finish(comp, (attempt.serial, int(Outcome.CANCELLED), 0.0, 0.0, b'cancelled before it started', b'', b''))
+
+    def requeue(self, comp: _Computation, attempts: Iterable[Attempt]) -> None:
+        """Attempts that never started go back to the front, or to the client if it has called them
+        back, or end if they were to be cancelled."""
+        back: List[int] = []
+        for attempt in reversed(list(attempts)):
+            if attempt.ending is Outcome.CANCELLED:
+                self.finish_unstarted(comp, attempt)
+            elif attempt.serial in comp.steal_debt:
+                back.append(self._dismiss(comp, attempt))
+            else:
+                attempt.ending = None
+                comp.enqueue(attempt, again=True)
+                self.count(attempt, True)
+        if back:
+            self._hand_back(comp, back[::-1])
+
+    def return_waiting(self, comp: _Computation, wanted: Optional[Set[int]] = None) -> None:
+        """Return attempts that wait here: these, or all."""
+        lacking = [attempt for attempt in self.values.waiting(comp.comp)
+                   if wanted is None or attempt.serial in wanted]
+        if lacking:
+            self.return_lacking(comp, lacking)
+        back = [attempt for attempt in comp.waiting if wanted is None or attempt.serial in wanted]
+        if not back:
             return
-        self._finish(comp, unfit_row(message))
+        if len(back) == len(comp.waiting):
+            comp.waiting.clear()
+        else:
+            comp.waiting = collections.deque(attempt for attempt in comp.waiting if attempt.serial not in wanted)  # type: ignore[operator]
+        self._hand_back(comp, self._leave(comp, back))
 
-    def _is_known(self, comp: _Computation, serial: int) -> bool:
-        shelved = self.shelf[comp.comp].serials if comp.comp in self.shelf else ()
-        return serial in comp.attempts or serial in comp.unacknowledged or serial in shelved
+    def return_lacking(self, comp: _Computation, attempts: Sequence[Attempt]) -> None:
+        """Attempts that waited for values are not waited for any more."""
+        serials = self._leave(comp, attempts)
+        if serials:
+            self._hand_back(comp, serials)
 
-    def _share_out(self, now: float) -> None:
-        """CPUs to computations."""
-        ready = [comp for comp in self._comps.values() if comp.stage is Stage.READY]
-        crowded = len(ready) > 1 and self._share_between(ready, now)
-        for comp in ready:
-            self._for(comp.comp, self._dispatch, comp, now, crowded)
+    def _leave(self, comp: _Computation, attempts: Sequence[Attempt]) -> List[int]:
+        """Attempts that never started end if they were to be, and are of the client again otherwise.
+        Returns the latter."""
+        serials: List[int] = []
+        for attempt in attempts:
+            if attempt.ending is not None:
+                self.finish_unstarted(comp, attempt)
+            else:
+                serials.append(self._dismiss(comp, attempt))
+        return serials
 
-    def _share_between(self, ready: List[_Computation], now: float) -> bool:
-        """When several wait, a CPU goes to the client, and of its computations to the one, that
-        will have used least when what runs now has ended; then to the one served longest ago. So
-        who has had less, because it had nothing here in some moment, gets it back. One that has
-        come is next, and claims nothing of what others used before. Returns whether several
-        wait."""
-        rivals = [comp for comp in ready if comp.waiting]
+    def _dismiss(self, comp: _Computation, attempt: Attempt) -> int:
+        """An attempt that never started is of the client again."""
+        del comp.attempts[attempt.serial]
+        comp.steal_debt.discard(attempt.serial)
+        self.count(attempt, False)
+        if attempt.values:
+            self._done_with_values(comp, attempt)
+        return attempt.serial
+
+    def _hand_back(self, comp: _Computation, serials: List[int]) -> None:
+        """Attempts that never started are told to the client; when it is back if it is away."""
+        if comp.link in self._tables.links:
+            for message in in_parts(Returned, comp.comp, serials) if serials else [Returned(comp.comp, [])]:
+                self._tables.reply(comp, message)
+        elif serials:
+            self._past.add(comp.comp, Past(unbegun=frozenset(serials)))
+
+    def on_recall(self, link: int, message: Recall, now: float) -> None:
+        """The client wants attempts back that have not started."""
+        comp = self._tables.comp_of(link, message.comp)
+        if comp is None:
+            return
+        wanted = set(message.serials)
+        self.return_waiting(comp, wanted)
+        for worker in comp.workers.values():
+            if worker.queue and worker.queue[0].serial in wanted:
+                worker.note_begun()
+            behind = [attempt.serial for attempt in itertools.islice(worker.queue, 1, None)
+                      if attempt.serial in wanted]
+            if behind:
+                comp.steal_debt.update(behind)
+                self.take_back(worker)
+
+    def take_back(self, worker: _Worker) -> None:
+        """Ask a worker for what it has not started."""
+        if not worker.recalled:
+            worker.recalled = True
+            self._tables.do(TakeBack(worker.key))
+
+    def drop(self, comp: _Computation) -> None:
+        """A computation is being closed: nobody wants to know of its attempts."""
+        self.held_bytes -= sum(attempt.counted for attempt in comp.attempts.values())
+        attempts = [attempt for attempt in comp.attempts.values() if attempt.values]
+        comp.waiting.clear()
+        comp.attempts.clear()
+        for attempt in attempts:
+            self.values.release(comp.comp, attempt)
+        self.values.forget(comp.comp)
+
+    # -- values by digest ---------------------------------------------------------------------------------
+
+    def serve_values(self) -> None:
+        """Attempts whose values are there wait for a CPU from now on; what others lack is fetched."""
+        served, actions = self.values.serve()
+        for _, attempt in served:
+            attempt.comp.enqueue(attempt)
+        for action in actions:
+            self._tables.do(action)
+
+    def on_value_sought(self, event: ValueSought, now: float) -> None:
+        """A value is missing, is there, or cannot be had."""
+        comp = self._tables.comps.get(event.comp)
+        if comp is None or not event.digest or self.values.coming(event.comp) != event.digest:
+            return
+        if event.missing:
+            self._tables.ask_for_files(comp, event.missing)
+        elif event.error:
+            for attempt in self.values.failed(event.comp):
+                self.finish(comp, unfit_row(Unfit(comp.comp, (attempt.serial,), unfit_text(
+                    sum(size for size, _ in attempt.values), '%s (on node %s)' % (event.error, self._tables.name)))))
+        else:
+            self.values.came(event.comp)
+
+    def value_stored(self, file: FileStored, now: float) -> None:
+        """The value that is fetched is there, or cannot be had."""
+        digest = self.values.coming(file.comp)
+        if digest.hex() == file.name:
+            self.on_value_sought(ValueSought(file.comp, digest, [], file.error), now)
+
+    def _done_with_values(self, comp: _Computation, attempt: Attempt) -> None:
+        self.values.leave(comp.comp, (attempt,))
+        self.values.release(comp.comp, attempt)
+
+
+class Interruptions:
+    """Ends attempts that run: those that are cancelled, have no time left, use too much memory, or
+    run on a node that is to end. The job is interrupted; after GRACE its worker is killed, and after
+    GRACE more its result is that nothing could end it."""
+
+    def __init__(self, tables: NodeTables, timers: Timers, attempts: Attempts) -> None:
+        self._tables, self._timers, self._attempts = tables, timers, attempts
+        self.ends_all = False       # what starts now is ended
+
+    def on_cancel(self, link: int, message: Cancel, now: float) -> None:
+        """The client wants attempts ended, whether they run or wait."""
+        comp = self._tables.comp_of(link, message.comp)
+        if comp is None:
+            return
+        for serial in message.serials:
+            attempt = comp.attempts.get(serial)
+            if attempt is not None and attempt.ending is None:
+                attempt.ending = Outcome.CANCELLED
+                self._end(comp, attempt, now)
+
+    def _end(self, comp: _Computation, attempt: Attempt, now: float) -> None:
+        if attempt in comp.waiting:
+            comp.waiting.remove(attempt)
+            self._attempts.finish_unstarted(comp, attempt)
+            return
+        if attempt.values and attempt in self._attempts.values.waiting(comp.comp):
+            self._attempts.finish_unstarted(comp, attempt)
+            return
+        for worker in comp.workers.values():
+            if worker.queue and worker.queue[0] is attempt:
+                self.interrupt(worker, attempt, now)
+            elif attempt in worker.queue:
+                self._attempts.take_back(worker)
+
+    def end_all(self, now: float) -> None:
+        """What waits is given back, what runs has its grace."""
+        self.ends_all = True
+        for comp in self._tables.comps.values():
+            self._attempts.return_waiting(comp)
+        for worker in self._tables.workers.values():
+            if worker.queue and worker.queue[0].ending is None:
+                worker.queue[0].ending = Outcome.STOPPED
+                self.interrupt(worker, worker.queue[0], now)
+            if len(worker.queue) > 1:
+                self._attempts.take_back(worker)
+
+    def interrupt(self, worker: _Worker, attempt: Attempt, now: float) -> None:
+        """Interrupt what a worker runs."""
+        self._tables.do(Interrupt(worker.key, attempt.serial))
+        self._set_timer(now + GRACE, self._kill, worker, attempt.serial)
+
+    def set_timeout(self, worker: _Worker, when: float) -> None:
+        """What a worker runs has no more time than this."""
+        self._set_timer(when, self._time_out, worker, worker.queue[0].serial)
+
+    def _set_timer(self, when: float, call: Callable[..., None], worker: _Worker, serial: int) -> None:
+        self._timers.at(when, worker.comp.comp, call, worker, serial, is_wanted=self._is_running)
+
+    def _is_running(self, worker: _Worker, serial: int) -> bool:
+        """Whether the worker is there and runs this attempt."""
+        return worker.key in self._tables.workers and bool(worker.queue) and worker.queue[0].serial == serial
+
+    def _time_out(self, worker: _Worker, serial: int, now: float) -> None:
+        if self._is_running(worker, serial) and worker.queue[0].ending is None:
+            worker.queue[0].ending = Outcome.TIMED_OUT
+            self.interrupt(worker, worker.queue[0], now)
+
+    def _kill(self, worker: _Worker, serial: int, now: float) -> None:
+        if self._is_running(worker, serial):
+            self._tables.do(Kill(worker.key))
+            self._set_timer(now + GRACE, self._stuck, worker, serial)
+
+    def _stuck(self, worker: _Worker, serial: int, now: float) -> None:
+        """A worker was killed and has not ended: its process sleeps in the kernel and cannot be interrupted, as on a disk that
+        has died. Its job is told, what stood behind it waits for another, and its CPUs come back when it has ended."""
+        if not self._is_running(worker, serial):
+            return
+        comp, head = worker.comp, worker.queue.popleft()
+        ending = head.ending or Outcome.DIED
+        text = '%s; it was killed, and its process has not ended within %d s (uninterruptible): its CPU is lost to node %s' % (
+            head.ending_text(ending), GRACE, self._tables.name)
+        logger.error('%s: %s', comp.spec['name'], text)
+        worker.stuck = head.cpus
+        self._attempts.finish(comp, (head.serial, int(ending), 0.0, 0.0, text.encode(), b'', b''))
+        behind = list(worker.queue)
+        worker.queue.clear()
+        self._attempts.requeue(comp, behind)
+
+    def on_too_big(self, event: WorkerTooBig, now: float) -> None:
+        """What a worker runs uses too much memory, and the worker is killed for it."""
+        worker = self._tables.workers.get(event.worker)
+        if worker is not None and self._is_running(worker, event.serial):
+            worker.queue[0].ending = Outcome.OUT_OF_MEMORY
+
+
+class FairShare:
+    """Decides which computation gets the next CPU when several wait: it goes to the client, and of
+    its computations to the one, that will have used least when what runs now has ended; then to the
+    one served longest ago. So who has had less, because it had nothing here in some moment, gets it
+    back. One that has come is next, and claims nothing of what others used before."""
+
+    def __init__(self, tables: NodeTables, cpus: Cpus) -> None:
+        self._tables, self._cpus = tables, cpus
+
+    def joins(self, comp: _Computation) -> None:
+        """A computation has come; its client may have others here."""
+        comp.client = next((other.client for other in self._tables.comps.values()
+                            if other.client_name == comp.client_name), _Claim())
+
+    @staticmethod
+    def returns(comp: _Computation, now: float) -> None:
+        """A computation that had no attempts has some."""
+        for claim in (comp.own, comp.client):
+            claim.fresh = claim.fresh or claim.seen + ABSENT_TIME < now
+
+    @staticmethod
+    def see(ready: List[_Computation], now: float) -> None:
+        """Note which computations have attempts while others are here."""
         for comp in ready:
             if comp.attempts:
-                fresh = not self._running(comp)
+                fresh = not comp.cpus_used()
                 for claim in (comp.own, comp.client):
                     claim.seen, claim.fresh = now, claim.fresh and fresh
-        if len(rivals) < 2 or self.free <= 0:
-            return len(rivals) > 1
-        self._reckon(now)
-        while len(rivals) > 1 and self.free > 0:
-            comp = min(rivals, key=lambda comp: (
-                *comp.client.rank(), *comp.own.rank(), comp.served))
-            before = self.free
-            if not self._occupy(comp, 0, now) or not comp.waiting:
-                rivals.remove(comp)
-            if before > self.free:
-                self._level(comp, now)
-                for claim in (comp.own, comp.client):
-                    claim.reckoned += (before - self.free) * comp.estimate.remaining(0.0)
-        return True
 
-    def _reckon(self, now: float) -> None:
+    @staticmethod
+    def first(rivals: List[_Computation]) -> _Computation:
+        """The computation that is to have the next CPU."""
+        return min(rivals, key=lambda comp: (*comp.client.rank(), *comp.own.rank(), comp.served))
+
+    def began(self, comp: _Computation, cpus: int, now: float) -> None:
+        """A job of a computation begins on so many CPUs."""
+        self._level(comp, now)
+        for claim in (comp.own, comp.client):
+            claim.reckoned += cpus * comp.estimate.remaining(0.0)
+
+    @staticmethod
+    def charge(comp: _Computation, seconds: float) -> None:
+        """A computation has used so many CPU seconds."""
+        comp.own.used += seconds
+        comp.client.used += seconds
+
+    def reckon(self, now: float) -> None:
         """CPU seconds that each will have used when what runs has ended; who has had much less
         than others gets so much back at most."""
-        here = [comp for comp in self._comps.values() if comp.attempts]
+        here = [comp for comp in self._tables.comps.values() if comp.attempts]
         ages = {comp: [(now - worker.since, worker.queue[0].cpus)
                        for worker in comp.workers.values()
                        if worker.queue and not worker.pardoned] for comp in here}
@@ -5430,7 +5518,7 @@ class Node:
 
     def _forgive(self, used: Dict[_Claim, float]) -> None:
         """Claims, and what each uses by jobs that run: what is beyond CREDIT_TIME is forgotten."""
-        floor = max(claim.used + more for claim, more in used.items()) - CREDIT_TIME * self.cpus
+        floor = max(claim.used + more for claim, more in used.items()) - CREDIT_TIME * self._cpus.total
         for claim, more in used.items():
             claim.used = max(claim.used, floor - more)
             claim.reckoned = claim.used + more
@@ -5439,16 +5527,12 @@ class Node:
         """The first job of one that has come begins: from now on it claims as much as the others,
         and what jobs of other clients that run will use is not held against these."""
         client, own = comp.client, comp.own
+        comps = self._tables.comps.values()
         if client.fresh:
-            for other in self._comps.values():
-                for worker in other.workers.values() if other.client is not client else ():
-                    if worker.queue and not worker.pardoned:
-                        worker.pardoned = True
-                        age, cpus = now - worker.since, worker.queue[0].cpus
-                        for claim in (other.own, other.client):
-                            claim.used += age * cpus
-                            claim.reckoned -= other.estimate.remaining(age) * cpus
-        here = [other for other in self._comps.values() if other.attempts]
+            for other in comps:
+                if other.client is not client:
+                    self._pardon(other, now)
+        here = [other for other in comps if other.attempts]
         for claim, others in ((client, {other.client for other in here}),
                               (own, {other.own for other in here if other.client is client})):
             if claim.fresh:
@@ -5458,80 +5542,96 @@ class Node:
                 claim.used = claim.reckoned = max(claim.used, least)
 
     @staticmethod
-    def _running(comp: _Computation) -> int:
-        """CPUs that a computation uses."""
-        return sum(worker.queue[0].cpus for worker in comp.workers.values() if worker.queue)
+    def _pardon(comp: _Computation, now: float) -> None:
+        for worker in comp.workers.values():
+            if worker.queue and not worker.pardoned:
+                worker.pardoned = True
+                age, cpus = now - worker.since, worker.queue[0].cpus
+                for claim in (comp.own, comp.client):
+                    claim.used += age * cpus
+                    claim.reckoned -= comp.estimate.remaining(age) * cpus
+
+
+class CpuScheduler:
+    """Gives CPUs to attempts that wait: makes workers, feeds them, and lets them end."""
+
+    def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus, attempts: Attempts,
+                 interruptions: Interruptions, share: FairShare) -> None:
+        self._tables, self._timers, self._cpus = tables, timers, cpus
+        self._attempts, self._interruptions, self._share = attempts, interruptions, share
+        self.look_at = math.inf     # when some head will have run for BEGUN_TIME
+        self._workers_at = 0.0      # when the next worker may be started
+        self._start_failure = ''    # why none could be, as it was told
+        self._keys = itertools.count(1)
+        self._served = itertools.count()
+
+    # -- CPUs to attempts that wait -----------------------------------------------------------------------
+
+    def assign_cpus(self, now: float) -> None:
+        """CPUs to computations."""
+        ready = [comp for comp in self._tables.comps.values() if comp.stage is Stage.READY]
+        crowded = len(ready) > 1 and self._share_between(ready, now)
+        for comp in ready:
+            self._tables.guarded(comp.comp, self._dispatch, comp, now, crowded)
+
+    def _share_between(self, ready: List[_Computation], now: float) -> bool:
+        """When several wait, each CPU goes where FairShare says. Returns whether several wait."""
+        rivals = [comp for comp in ready if comp.waiting]
+        self._share.see(ready, now)
+        if len(rivals) < 2 or self._cpus.free <= 0:
+            return len(rivals) > 1
+        self._share.reckon(now)
+        while len(rivals) > 1 and self._cpus.free > 0:
+            comp = self._share.first(rivals)
+            before = self._cpus.free
+            if not self._start_on_worker(comp, 0, now) or not comp.waiting:
+                rivals.remove(comp)
+            if before > self._cpus.free:
+                self._share.began(comp, before - self._cpus.free, now)
+        return True
 
     def _is_limited(self, comp: _Computation, cpus: int) -> bool:
         """Whether a computation may not use so many CPUs more."""
-        return 0 < comp.limit < self.cpus and comp.limit < cpus + self._running(comp)
+        return 0 < comp.limit < self._cpus.total and comp.limit < cpus + comp.cpus_used()
 
-    def _occupy(self, comp: _Computation, ahead: int, now: float) -> bool:
+    def _start_on_worker(self, comp: _Computation, ahead: int, now: float) -> bool:
         """Work for one more worker, if there is a CPU."""
-        if not comp.waiting or comp.waiting[0].cpus > self.free or self._is_limited(comp, comp.waiting[0].cpus):
+        if not comp.waiting or comp.waiting[0].cpus > self._cpus.free or self._is_limited(comp, comp.waiting[0].cpus):
             return False
         if comp.idle:
             worker = comp.idle.pop()
         elif comp.initializer:
             self._initialize(comp, now)
             return False
-        elif len(comp.workers) < self.cpus and now >= self._workers_at:
+        elif len(comp.workers) < self._cpus.total and now >= self._workers_at:
             worker = self._new_worker(comp)
         else:
             return False
         worker.since = now
-        comp.served = next(self._ticket)
-        self.free -= comp.waiting[0].cpus
-        self._feed(comp, worker, 1 + min(ahead, len(comp.waiting) // max(1, self.cpus)), now)
+        comp.served = next(self._served)
+        self._cpus.free -= comp.waiting[0].cpus
+        self._feed(comp, worker, 1 + min(ahead, len(comp.waiting) // max(1, self._cpus.total)), now)
         return True
 
     def _dispatch(self, comp: _Computation, now: float, crowded: bool) -> None:
         ahead = comp.handed.jobs(AHEAD_TIME)
-        while self._occupy(comp, ahead, now):
+        while self._start_on_worker(comp, ahead, now):
             continue
-        if comp.waiting and comp.waiting[0].cpus > min(self.cpus, comp.limit or self.cpus):   # it came when there were more
-            self._give_back(comp)
+        if comp.waiting and comp.waiting[0].cpus > min(self._cpus.total, comp.limit or self._cpus.total):   # it came when there were more
+            self._attempts.return_waiting(comp)
         if ahead and comp.waiting and not crowded:
-            for worker in list(comp.hungry.values()):
+            for worker in list(comp.refillable.values()):
                 room = ahead + 1 - len(worker.queue)
                 if comp.waiting and 2 * room > ahead and not worker.recalled:
                     self._feed(comp, worker, room, now)
-        comp.hungry.clear()
-
-    def _new_worker(self, comp: _Computation) -> _Worker:
-        worker = _Worker(next(self._numbers), comp)
-        self._workers[worker.key] = comp.workers[worker.key] = worker
-        self._do(StartWorker(worker.key, comp.comp))
-        return worker
-
-    def _initialize(self, comp: _Computation, now: float) -> None:
-        """Make workers for what waits. They get work when their initializer has returned."""
-        most = min(self.free, len(comp.waiting))
-        while len(comp.workers) < self.cpus and len(comp.starting) < most \
-                and now >= self._workers_at:
-            comp.starting.add(self._new_worker(comp).key)
-
-    def _worker_initialized(self, event: WorkerInitialized, now: float) -> None:
-        worker = self._workers.get(event.worker)
-        if worker is None or event.worker not in worker.comp.starting:
-            return
-        comp = worker.comp
-        comp.starting.discard(event.worker)
-        comp.stillborn = 0
-        if comp.stage is Stage.CLOSING:
-            return
-        if event.error:
-            self._account_for(comp, event.error)
-            self._refuse(comp, 'initializer', event.error)
-        else:
-            self._idle(worker, 0)
+        comp.refillable.clear()
 
     def _feed(self, comp: _Computation, worker: _Worker, count: int, now: float) -> None:
         attempts: List[Attempt] = []
         if worker.queue and size_of(worker.queue[-1].payload) > LAZY:
             return   # what stands behind that could not be taken back
         if comp.most:
-            count = min(count, comp.most - worker.fed)
+            count = min(count, comp.most - worker.jobs_given)
         while count > 0 and comp.waiting:
             attempt = comp.waiting[0]
             if (worker.queue and attempt.cpus != worker.queue[0].cpus) \
@@ -5540,91 +5640,54 @@ class Node:
             attempts.append(comp.waiting.popleft())
             if attempt.counted > LAZY:   # alone, as above
                 count = 0
-            self._count(attempt, False)   # what runs does not keep links from being read: orders come along them
+            self._attempts.count(attempt, False)   # what runs does not keep links from being read: orders come along them
             worker.queue.append(attempt)
             count -= 1
         if attempts:
             if attempts[0] is worker.queue[0]:
-                self._head_starts(worker, now)
-            worker.fed += len(attempts)
-            self._do(Feed(worker.key, attempts))
+                self._on_job_started(worker, now)
+            worker.jobs_given += len(attempts)
+            self._tables.do(Feed(worker.key, attempts))
 
-    def _head_starts(self, worker: _Worker, now: float) -> None:
+    def _on_job_started(self, worker: _Worker, now: float) -> None:
         worker.since, worker.told = now, False
         head = worker.queue[0]
-        if self._look_at is None:
-            self._look_at = now + BEGUN_TIME
-        if head.serial in worker.comp.owed:
-            worker.comp.owed.discard(head.serial)
-            self._begins(worker)
-        if self._ends:   # it started before it could be taken back
+        if self.look_at == math.inf:
+            self.look_at = now + BEGUN_TIME
+        if head.serial in worker.comp.steal_debt:
+            worker.comp.steal_debt.discard(head.serial)
+            worker.note_begun()
+        if self._interruptions.ends_all:   # it started before it could be taken back
             head.ending = head.ending or Outcome.STOPPED
         if head.timeout:
-            self._at(now + head.timeout, 'timeout', worker.key, head.serial)
+            self._interruptions.set_timeout(worker, now + head.timeout)
         if head.memory:
-            self._do(Watch(worker.key, head.serial, int(head.memory)))
+            self._tables.do(Watch(worker.key, head.serial, int(head.memory)))
         if head.ending is not None:   # cancelled while it stood behind another
-            self._interrupt(worker, head, now)
+            self._interruptions.interrupt(worker, head, now)
 
-    def _begins(self, worker: _Worker) -> None:
-        """The client is told that the head of a worker has begun."""
-        worker.told = True
-        worker.comp.begun.append((worker.queue[0].serial, worker.since))
-
-    def _tell(self, comp: _Computation, serving: bool, now: float) -> None:
-        """The client is told what has become of its jobs."""
-        if not serving:
-            self._give_back(comp)
-        if comp.begun:
-            rows = [(serial, now - since) for serial, since in comp.begun]
-            self._reply(comp, Started(comp.comp, rows))
-            comp.begun = []
-        self._deliver(comp)
-
-    def _look(self, now: float) -> None:
+    def look(self, now: float) -> None:
         """Jobs that have run for a while: they are told, and what their workers hold behind them is
         taken back, for the estimate by which it was handed to them does not hold."""
-        self._look_at = None
-        for worker in self._workers.values():
+        self.look_at = math.inf
+        for worker in self._tables.workers.values():
             ahead = len(worker.queue) > 1 and not worker.recalled
             if not worker.queue or (worker.told and not ahead):
                 continue
             when = worker.since + BEGUN_TIME
             if when > now:
-                self._look_at = when if self._look_at is None else min(when, self._look_at)
+                self.look_at = min(when, self.look_at)
                 continue
             if not worker.told:
-                self._begins(worker)
+                worker.note_begun()
             if ahead:
-                self._take_back(worker)
+                self._attempts.take_back(worker)
 
-    def _take_back(self, worker: _Worker) -> None:
-        if not worker.recalled:
-            worker.recalled = True
-            self._do(TakeBack(worker.key))
+    # -- what workers did ---------------------------------------------------------------------------------
 
-    def _count(self, attempt: Attempt, waits: bool) -> None:
-        """Into the books of what waits, or out of them."""
-        counted = size_of(attempt.payload) if waits else 0
-        self.held_bytes += counted - attempt.counted
-        attempt.counted = counted
-
-    def _finish(self, comp: _Computation, row: tuple) -> None:
-        attempt = comp.attempts.pop(row[0], None)
-        comp.done += 1
-        if attempt is not None and attempt.counted:
-            self._count(attempt, False)
-        if attempt is not None and attempt.values:
-            self._done_with_values(comp, attempt)
-        comp.unacknowledged[row[0]] = row
-        comp.outbox.append(row)
-
-    def _done_with_values(self, comp: _Computation, attempt: Attempt) -> None:
-        self.values.leave(comp.comp, (attempt,))
-        self.values.release(comp.comp, attempt)
-
-    def _worker_results(self, event: WorkerResults, now: float) -> None:
-        worker = self._workers.get(event.worker)
+    def on_results(self, event: WorkerResults, now: float) -> None:
+        """Jobs have ended in a worker, or have sent provisional results."""
+        worker = self._tables.workers.get(event.worker)
         if worker is None or worker.comp.stage is Stage.CLOSING:
             return
         comp, durations = worker.comp, []
@@ -5633,7 +5696,7 @@ class Node:
             if place >= len(worker.queue) or worker.queue[place].serial != row[0]:
                 raise PeerError('a worker answered for %d, which it did not run' % row[0])
             place += row[1] not in GOES_ON
-        comp.stillborn = 0
+        comp.startup_failures = 0
         for row in event.rows:
             if row[1] in GOES_ON:
                 comp.outbox.append(row)
@@ -5642,46 +5705,18 @@ class Node:
             durations.append(row[3] - row[2])
             if attempt.ending is not None:
                 row = self._ended(attempt, row)
-            self._finish(comp, row)
+            self._attempts.finish(comp, row)
         if ended is None:   # nothing but provisional results
             return
         comp.estimate.add(durations)
-        used = sum(durations[worker.pardoned:]) * ended.cpus
-        comp.own.used += used
-        comp.client.used += used
+        self._share.charge(comp, sum(durations[worker.pardoned:]) * ended.cpus)
         worker.pardoned = False
         comp.handed.ended(len(durations), len(comp.attempts) - len(comp.waiting), len(comp.workers))
         if worker.queue:
-            comp.hungry[worker.key] = worker
-            self._head_starts(worker, now)
+            comp.refillable[worker.key] = worker
+            self._on_job_started(worker, now)
         else:
             self._idle(worker, ended.cpus)
-
-    def _idle(self, worker: _Worker, cpus: int) -> None:
-        comp = worker.comp
-        self.free += cpus
-        comp.hungry.pop(worker.key, None)
-        if comp.most and worker.fed >= comp.most:
-            self._bury(worker)
-            self._do(Retire(worker.key))
-        else:
-            worker.since = self._now
-            comp.idle.append(worker)
-            if not comp.has_idle_timer:
-                comp.has_idle_timer = True
-                self._at(self._now + WORKER_IDLE, 'idle', comp.comp)
-
-    def _retire_idle(self, comp: _Computation, now: float) -> None:
-        """Workers that have had nothing to do for long give back their memory. What setup has
-        made is in the runner, which forks others when there are jobs again."""
-        for worker in list(comp.idle):
-            if worker.since + WORKER_IDLE <= now:
-                self._bury(worker)
-                self._do(Retire(worker.key))
-        comp.has_idle_timer = bool(comp.idle)
-        if comp.idle:
-            first = min(worker.since for worker in comp.idle)
-            self._at(first + WORKER_IDLE, 'idle', comp.comp)
 
     @staticmethod
     def _ended(attempt: Attempt, row: tuple) -> tuple:
@@ -5691,9 +5726,178 @@ class Node:
             return row
         return (row[0], int(attempt.ending), row[2], row[3], attempt.ending_text(attempt.ending).encode(), *row[5:])
 
-    def _worker_file(self, event: WorkerFile, now: float) -> None:
-        worker = self._workers.get(event.worker)
-        if worker is None or worker.comp.stage is Stage.CLOSING:
+    def on_returned(self, event: WorkerReturned, now: float) -> None:
+        """A worker has given back what it had not started."""
+        worker = self._tables.worker_at_work(event.worker)
+        if worker is None:
+            return
+        worker.recalled = False
+        comp, serials = worker.comp, set(event.serials)
+        head = worker.queue[0] if worker.queue else None
+        back = [attempt for attempt in worker.queue if attempt.serial in serials]
+        worker.queue = collections.deque(attempt for attempt in worker.queue if attempt.serial not in serials)
+        worker.jobs_given -= len(back)
+        self._attempts.requeue(comp, back)
+        if back and not worker.queue:
+            self._idle(worker, back[0].cpus)
+        elif worker.queue and worker.queue[0] is not head:
+            self._on_job_started(worker, now)
+
+    def fail_running(self, comp: _Computation, text: str) -> None:
+        """What runs has failed with this text; what waits was never started."""
+        for worker in list(comp.workers.values()):
+            if worker.queue:
+                head, rest = worker.queue[0], list(worker.queue)[1:]
+                self._attempts.finish(comp, (head.serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
+                self._cpus.free += head.cpus
+                worker.queue.clear()
+                comp.waiting.extend(rest)
+        self._attempts.return_waiting(comp)
+
+    def fail_stopped(self) -> None:
+        """The node ends or is taken from its holder: what runs has failed, and the rest was never
+        started."""
+        for worker in self._tables.workers.values():
+            queue = list(worker.queue)
+            if queue and worker.comp.stage is Stage.READY:
+                self._attempts.finish(worker.comp, (queue[0].serial, int(Outcome.STOPPED), 0.0, 0.0,
+                                                    ENDING_TEXT[Outcome.STOPPED].encode(), b'', b''))
+                worker.comp.waiting.extend(queue[1:])
+
+    # -- workers ------------------------------------------------------------------------------------------
+
+    def _new_worker(self, comp: _Computation) -> _Worker:
+        worker = _Worker(next(self._keys), comp)
+        self._tables.workers[worker.key] = comp.workers[worker.key] = worker
+        self._tables.do(StartWorker(worker.key, comp.comp))
+        return worker
+
+    def _initialize(self, comp: _Computation, now: float) -> None:
+        """Make workers for what waits. They get work when their initializer has returned."""
+        most = min(self._cpus.free, len(comp.waiting))
+        while len(comp.workers) < self._cpus.total and len(comp.starting) < most \
+                and now >= self._workers_at:
+            comp.starting.add(self._new_worker(comp).key)
+
+    def initialized(self, worker: _Worker) -> None:
+        """The initializer has returned in a worker."""
+        self._idle(worker, 0)
+
+    def _idle(self, worker: _Worker, cpus: int) -> None:
+        comp = worker.comp
+        self._cpus.free += cpus
+        comp.refillable.pop(worker.key, None)
+        if comp.most and worker.jobs_given >= comp.most:
+            self._remove_worker(worker)
+            self._tables.do(Retire(worker.key))
+        else:
+            worker.since = self._tables.now
+            comp.idle.append(worker)
+            if not comp.has_idle_timer:
+                comp.has_idle_timer = True
+                self._retire_at(self._tables.now + WORKER_IDLE, comp)
+
+    def _retire_at(self, when: float, comp: _Computation) -> None:
+        self._timers.at(when, comp.comp, self._retire_idle, comp, is_wanted=self._is_here)
+
+    def _is_here(self, comp: _Computation) -> bool:
+        return self._tables.comps.get(comp.comp) is comp
+
+    def _retire_idle(self, comp: _Computation, now: float) -> None:
+        """Workers that have had nothing to do for long give back their memory. What setup has
+        made is in the runner, which forks others when there are jobs again."""
+        if not self._is_here(comp):
+            return
+        for worker in list(comp.idle):
+            if worker.since + WORKER_IDLE <= now:
+                self._remove_worker(worker)
+                self._tables.do(Retire(worker.key))
+        comp.has_idle_timer = bool(comp.idle)
+        if comp.idle:
+            first = min(worker.since for worker in comp.idle)
+            self._retire_at(first + WORKER_IDLE, comp)
+
+    def _remove_worker(self, worker: _Worker) -> None:
+        self._tables.workers.pop(worker.key, None)
+        comp = worker.comp
+        comp.workers.pop(worker.key, None)
+        comp.starting.discard(worker.key)
+        comp.refillable.pop(worker.key, None)
+        if worker in comp.idle:
+            comp.idle.remove(worker)
+
+    def worker_gone(self, worker: _Worker, event: WorkerGone, now: float) -> None:
+        """The process of a worker has ended: what it ran has failed, and the rest waits again."""
+        comp = worker.comp
+        self._remove_worker(worker)
+        self._cpus.free += worker.stuck
+        if comp.stage is Stage.CLOSING:
+            return
+        if worker.queue:
+            self._cpus.free += worker.queue[0].cpus
+            self._share.charge(comp, (now - worker.since) * worker.queue[0].cpus * (not worker.pardoned))
+        if worker.queue and worker.queue[0].serial == event.running:
+            attempt = worker.queue.popleft()
+            ending = attempt.ending or Outcome.DIED
+            text = event.text if ending is Outcome.DIED else attempt.ending_text(ending)
+            self._attempts.finish(comp, (attempt.serial, int(ending), 0.0, 0.0, text.encode('utf-8', 'replace'),
+                                         bytes(event.stdout), bytes(event.stderr)))
+        elif not worker.jobs_given:
+            comp.startup_failures += 1
+        self._attempts.requeue(comp, worker.queue)
+        if worker.queue and worker.jobs_given == len(worker.queue):
+            comp.startup_failures += 1
+
+    def on_start_failed(self, event: WorkerUnborn, now: float) -> None:
+        """What it was to run waits for another; no other is started for a while."""
+        worker = self._tables.workers.get(event.worker)
+        if worker is None:
+            return
+        self._remove_worker(worker)
+        comp = worker.comp
+        if self._start_failure != event.text or now > self._workers_at + WORKER_TOLD:
+            self._start_failure = event.text
+            text = 'node %s cannot make a worker: %s; it goes on with those that it has, and keeps trying' % (
+                self._tables.name, event.text)
+            logger.error('%s', text)
+            self._tables.reply(comp, Said(comp.comp, text))
+        self._workers_at = now + WORKER_AGAIN
+        self._timers.at(self._workers_at, comp.comp, self._may_start_again, is_wanted=lambda: True)
+        if worker.queue:
+            self._cpus.free += worker.queue[0].cpus
+            self._attempts.requeue(comp, worker.queue)
+
+    def _may_start_again(self, now: float) -> None:
+        """Nothing is to be done at this time but to look whether a worker is to be started."""
+
+    def drop(self, comp: _Computation) -> None:
+        """A computation is being closed: its workers have no more work."""
+        comp.idle.clear()
+        comp.refillable.clear()
+        for worker in comp.workers.values():
+            if worker.queue:
+                self._cpus.free += worker.queue[0].cpus
+                worker.queue.clear()
+
+    def remove_workers(self, comp: _Computation) -> None:
+        """The processes of a computation have ended."""
+        for worker in list(comp.workers.values()):
+            self._cpus.free += worker.stuck
+            self._remove_worker(worker)
+
+
+class JobRequests:
+    """What jobs ask of their clients while they run: to take a file, to send modules, to show what
+    they have printed."""
+
+    def __init__(self, tables: NodeTables, attempts: Attempts) -> None:
+        self._tables, self._attempts = tables, attempts
+        self._numbers = itertools.count(1)   # of calls to clients
+
+    def on_file(self, event: WorkerFile, now: float) -> None:
+        """A job sends a piece of a file."""
+        worker = self._tables.worker_at_work(event.worker)
+        if worker is None:
             return
         if not worker.queue or worker.queue[0].serial != event.piece.key:
             return   # of a job that does not run there
@@ -5701,28 +5905,28 @@ class Node:
             worker.asks = worker.comp.link or -1
         if not worker.asks:
             return   # it was answered already: what is left of it is passed over
-        if worker.asks == worker.comp.link and worker.asks in self._links:
-            self._do(Send(worker.comp.link, event.piece))
+        if worker.asks == worker.comp.link and worker.asks in self._tables.links:
+            self._tables.do(Send(worker.comp.link, event.piece))
         else:
             self._answer(worker, 'the client is not connected')
 
-    def _worker_wants(self, event: WorkerWants, now: float) -> None:
+    def on_wants(self, event: WorkerWants, now: float) -> None:
         """Its job waits until the client has sent what is wanted, or cannot."""
-        worker = self._workers.get(event.worker)
-        if worker is None or worker.comp.stage is Stage.CLOSING:
+        worker = self._tables.worker_at_work(event.worker)
+        if worker is None:
             return
         comp, worker.asks = worker.comp, worker.comp.link or -1
-        if comp.link not in self._links:
+        if comp.link not in self._tables.links:
             self._answer(worker, 'the client is not connected')
             return
-        number = next(self._ticket)
+        number = next(self._numbers)
         comp.calls[number] = worker.key
-        self._do(Send(comp.link, Call(comp.comp, number, 'modules', (event.request,))))
+        self._tables.do(Send(comp.link, Call(comp.comp, number, 'modules', (event.request,))))
 
-    def _on_return(self, link: int, message: Return, now: float) -> None:
+    def on_return(self, link: int, message: Return, now: float) -> None:
         """The client knows which files a job needs, or why there are none."""
-        comp = self._comp_of(link, message.comp)
-        worker = self._workers.get(comp.calls.pop(message.number, 0)) if comp is not None else None
+        comp = self._tables.comp_of(link, message.comp)
+        worker = self._tables.workers.get(comp.calls.pop(message.number, 0)) if comp is not None else None
         if comp is None or worker is None:
             return
         if message.error:
@@ -5732,294 +5936,594 @@ class Node:
             raise PeerError('files of modules that are none')
         comp.fetches.append((worker.key, message.value))
         if len(comp.fetches) == 1:
-            self._do(Fetch(comp.comp, message.value))
+            self._tables.do(Fetch(comp.comp, message.value))
 
-    def _fetched(self, event: Fetched, now: float) -> None:
-        comp = self._comps.get(event.comp)
+    def on_fetched(self, event: Fetched, now: float) -> None:
+        """Files that a job needs are missing, or are there."""
+        comp = self._tables.comps.get(event.comp)
         if comp is None or not comp.fetches:
             return
         if event.missing:
-            self._need(comp, event.missing)
+            self._tables.ask_for_files(comp, event.missing)
             return
-        worker = self._workers.get(comp.fetches.popleft()[0])
+        worker = self._tables.workers.get(comp.fetches.popleft()[0])
         if worker is not None:
             self._answer(worker, event.error)
         if comp.fetches:
-            self._do(Fetch(comp.comp, comp.fetches[0][1]))
+            self._tables.do(Fetch(comp.comp, comp.fetches[0][1]))
 
-    def _worker_printed(self, event: WorkerPrinted, now: float) -> None:
-        worker = self._workers.get(event.worker)
+    def on_printed(self, event: WorkerPrinted, now: float) -> None:
+        """A job has printed something."""
+        worker = self._tables.workers.get(event.worker)
         if worker is not None and worker.queue and worker.queue[0].serial == event.serial:
-            self._reply(worker.comp, Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data))
+            self._tables.reply(worker.comp, Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data))
 
-    def _on_file_stored(self, link: int, message: FileStored, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
+    def on_file_stored(self, link: int, message: FileStored, now: float) -> None:
+        """The client has the file of a job, or cannot have it; or it cannot send a value."""
+        comp = self._tables.comp_of(link, message.comp)
         if message.purpose == Purpose.VALUES:
             if comp is not None and comp.link == link and message.error:
-                self._value_stored(message, now)
+                self._attempts.value_stored(message, now)
             return
         for worker in comp.workers.values() if comp is not None else ():
             if worker.asks and worker.queue and worker.queue[0].serial == message.key:
                 self._answer(worker, message.error)
 
+    def client_gone(self, comp: _Computation) -> None:
+        """The connection to the client has ended: nobody answers."""
+        comp.calls.clear()
+        comp.fetches.clear()
+        for worker in comp.workers.values():
+            self._answer(worker, 'the connection to the client has ended')
+
     def _answer(self, worker: _Worker, error: str) -> None:
         if worker.asks:
             worker.asks = 0
-            self._do(TellKept(worker.key, error))
+            self._tables.do(TellKept(worker.key, error))
 
-    def _worker_returned(self, event: WorkerReturned, now: float) -> None:
-        worker = self._workers.get(event.worker)
-        if worker is None or worker.comp.stage is Stage.CLOSING:
+
+class Computations:
+    """The stages of computations, from their directory to their end: files come, the runner loads
+    code and runs setup, jobs run, workers end."""
+
+    def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus, past: PastAttempts,
+                 results: UndeliveredResults, attempts: Attempts, scheduler: CpuScheduler,
+                 share: FairShare, requests: JobRequests) -> None:
+        self._tables, self._timers, self._cpus = tables, timers, cpus
+        self._past, self._results, self._attempts = past, results, attempts
+        self._scheduler, self._share, self._requests = scheduler, share, requests
+
+    # -- files and code -----------------------------------------------------------------------------------
+
+    def begin(self, link: int, message: Compute) -> None:
+        """A computation has come that is not here."""
+        up = self._tables.links[link]
+        comp = _Computation(message.comp, up.instance, link, message.spec)
+        self._share.joins(comp)
+        self._tables.comps[message.comp] = comp
+        self.resize()
+        if self._results.has_key(message.comp, result_key(message.spec)):
+            self._results.give_to(message.comp, up.instance)
+            self._results.resend(message.comp, link)
+        self._tables.do(Prepare(message.comp, message.spec))
+
+    def client_back(self, comp: _Computation, link: int) -> None:
+        """The client of a computation is back after a broken link."""
+        comp.link = link
+        if comp.stage is Stage.RECEIVING:
+            self._tables.do(WantAgain(comp.comp))
+        if comp.stage is Stage.READY:
+            self._tables.do(Send(link, self._ready(comp)))
+        self._results.resend(comp.comp, link)
+        comp.begun = [(worker.queue[0].serial, worker.since) for worker in comp.workers.values()
+                      if worker.queue and worker.told]
+
+    def _ready(self, comp: _Computation) -> Ready:
+        return Ready(comp.comp, self._results.known_attempts(comp.comp), self._past.row(comp.comp))
+
+    def on_prepared(self, event: Prepared, now: float) -> None:
+        """The directory is there, or nothing is possible."""
+        comp = self._tables.comps[event.comp]
+        if comp.stage is not Stage.PREPARING:
             return
-        worker.recalled = False
-        comp, serials = worker.comp, set(event.serials)
-        head = worker.queue[0] if worker.queue else None
-        back = [attempt for attempt in worker.queue if attempt.serial in serials]
-        worker.queue = collections.deque(attempt for attempt in worker.queue if attempt.serial not in serials)
-        worker.fed -= len(back)
-        self._requeue(comp, back, now)
-        if back and not worker.queue:
-            self._idle(worker, back[0].cpus)
-        elif worker.queue and worker.queue[0] is not head:
-            self._head_starts(worker, now)
+        if event.error:
+            self.refuse(comp, event.code, event.error)
+        elif event.missing:
+            comp.move('missing')
+            self._tables.ask_for_files(comp, event.missing)
+        else:
+            self._start(comp, now)
 
-    def _requeue(self, comp: _Computation, attempts: Iterable[Attempt], now: float) -> None:
-        """Attempts that never started go back to the front, or to the client if it has called them
-        back, or end if they were to be cancelled."""
-        back: List[int] = []
-        for attempt in reversed(list(attempts)):
-            if attempt.ending is Outcome.CANCELLED:
-                self._finish(comp, self._unstarted(attempt))
-            elif attempt.serial in comp.owed:
-                back.append(self._dismiss(comp, attempt))
-            else:
-                attempt.ending = None
-                comp.enqueue(attempt, again=True)
-                self._count(attempt, True)
-        if back:
-            self._hand_back(comp, back[::-1])
+    def on_wanted(self, event: Wanted, now: float) -> None:
+        """Files are missing still; they are asked for on another link."""
+        comp = self._tables.comps.get(event.comp)
+        if comp is not None and comp.stage is Stage.RECEIVING and event.missing:
+            self._tables.ask_for_files(comp, event.missing)
 
-    def _dismiss(self, comp: _Computation, attempt: Attempt) -> int:
-        """An attempt that never started is of the client again."""
-        del comp.attempts[attempt.serial]
-        comp.owed.discard(attempt.serial)
-        self._count(attempt, False)
-        if attempt.values:
-            self._done_with_values(comp, attempt)
-        return attempt.serial
+    def on_file_piece(self, link: int, message: FilePiece, now: float) -> None:
+        """A piece of a file has come from a client."""
+        comp, asked = self._tables.comp_of(link, message.comp), message.purpose in ASKED_FOR
+        if message.purpose == Purpose.FROM_JOB or (asked and comp is not None and not comp.asked):
+            raise PeerError('a file that was not asked for')
+        if asked and comp is not None and comp.link != link:
+            return   # what came on another connection is sent again on this one
+        if comp is not None and (asked or comp.stage is Stage.READY):
+            self._tables.do(Store(message))
+        elif not asked and message.offset + len(message.data) >= message.row[1]:
+            text = 'the computation is not set up there'
+            self._tables.do(Send(link, FileStored(*message[:3], message.row[0], text)))
 
-    def _hand_back(self, comp: _Computation, serials: List[int]) -> None:
-        """Attempts that never started are told to the client; when it is back if it is away."""
-        if comp.link in self._links:
-            for message in in_parts(Returned, comp.comp, serials) if serials else [Returned(comp.comp, [])]:
-                self._reply(comp, message)
-        elif serials:
-            self._remember(comp.comp, Past(unbegun=frozenset(serials)))
+    def on_stored(self, event: Stored, now: float) -> None:
+        """A file is there, or cannot be stored."""
+        comp, error = self._tables.comps.get(event.file.comp), event.file.error
+        if event.file.purpose == Purpose.VALUES:
+            self._attempts.value_stored(event.file, now)
+        elif comp is not None and event.file.purpose not in ASKED_FOR:
+            self._tables.reply(comp, event.file)
+        elif comp is not None and (error or event.complete):
+            if comp.fetches:
+                self._requests.on_fetched(Fetched(comp.comp, [], error), now)
+            if comp.stage is Stage.RECEIVING and error:
+                self.refuse(comp, event.code, error)
+            elif comp.stage is Stage.RECEIVING:
+                self._start(comp, now)
 
-    @staticmethod
-    def _unstarted(attempt: Attempt) -> tuple:
-        return (attempt.serial, int(Outcome.CANCELLED), 0.0, 0.0, b'cancelled before it started', b'', b'')
+    def _start(self, comp: _Computation, now: float) -> None:
+        comp.move('complete')
+        self._tables.do(StartRunner(comp.comp, comp.spec, comp.link))
+        self._set_timer(now + SETUP_TIME, comp, self._setup_late)
 
-    def _worker_too_big(self, event: WorkerTooBig, now: float) -> None:
-        if self._heads(event.worker, event.serial):
-            self._workers[event.worker].queue[0].ending = Outcome.OUT_OF_MEMORY
+    def _set_timer(self, when: float, comp: _Computation, call: Callable[..., None]) -> None:
+        self._timers.at(when, comp.comp, call, comp.comp, is_wanted=self._is_here)
 
-    def _bury(self, worker: _Worker) -> None:
-        self._workers.pop(worker.key, None)
+    def _is_here(self, name: str) -> bool:
+        return name in self._tables.comps
+
+    def _setup_late(self, name: str, now: float) -> None:
+        late = self._tables.comps.get(name)
+        if late is not None and late.stage is Stage.STARTING:
+            self.refuse(late, 'setup', 'setup did not end within %d s' % SETUP_TIME)
+
+    def on_runner_up(self, event: RunnerUp, now: float) -> None:
+        """Code is loaded and setup has run."""
+        comp = self._tables.comps[event.comp]
+        if comp.stage is Stage.STARTING:
+            comp.move('up')
+            self._tables.reply(comp, self._ready(comp))
+            for note in event.notes:
+                self._tables.reply(comp, Said(comp.comp, 'node %s: %s' % (self._tables.name, note)))
+
+    def resize(self) -> None:
+        """Computations have come or gone, or may use other numbers of CPUs."""
+        self._cpus.resize(comp.limit for comp in self._tables.comps.values())
+
+    # -- what cannot go on --------------------------------------------------------------------------------
+
+    def refuse(self, comp: _Computation, code: str, text: str) -> None:
+        """A computation cannot be used here, or not any more; its client is told why."""
+        text = shorten(text)
+        logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
+        self._attempts.return_waiting(comp)   # what has not begun waits again elsewhere
+        self._results.deliver(comp)   # what has ended, has ended; after the refusal nobody would believe it
+        self._results.spool(comp)
+        self._tables.reply(comp, Refused(comp.comp, code, text))
+        self.close(comp, at_once=True)
+
+    def on_faulted(self, event: Faulted, now: float) -> None:
+        """A fault of ours has to do with a computation."""
+        comp = self._tables.comps.get(event.comp)
+        if comp is not None and comp.stage is not Stage.CLOSING:
+            self._scheduler.fail_running(comp, event.text)
+            self.refuse(comp, 'fault', event.text)
+
+    def on_worker_initialized(self, event: WorkerInitialized, now: float) -> None:
+        """The initializer has returned in a worker, or has failed there, as it would in all others."""
+        worker = self._tables.workers.get(event.worker)
+        if worker is None or event.worker not in worker.comp.starting:
+            return
         comp = worker.comp
-        comp.workers.pop(worker.key, None)
-        comp.starting.discard(worker.key)
-        comp.hungry.pop(worker.key, None)
-        if worker in comp.idle:
-            comp.idle.remove(worker)
+        comp.starting.discard(event.worker)
+        comp.startup_failures = 0
+        if comp.stage is Stage.CLOSING:
+            return
+        if event.error:
+            self._scheduler.fail_running(comp, event.error)
+            self.refuse(comp, 'initializer', event.error)
+        else:
+            self._scheduler.initialized(worker)
 
-    def _worker_gone(self, event: WorkerGone, now: float) -> None:
-        worker = self._workers.get(event.worker)
+    def on_worker_gone(self, event: WorkerGone, now: float) -> None:
+        """A worker has ended. Where workers die again and again before they run anything, no other is made."""
+        worker = self._tables.workers.get(event.worker)
         if worker is None:
             return
         comp = worker.comp
         initializing = worker.key in comp.starting
-        self._bury(worker)
-        self.free += worker.stuck
-        if comp.stage is Stage.CLOSING:
-            return
-        if worker.queue:
-            self.free += worker.queue[0].cpus
-            used = (now - worker.since) * worker.queue[0].cpus * (not worker.pardoned)
-            comp.own.used += used
-            comp.client.used += used
-        if worker.queue and worker.queue[0].serial == event.running:
-            attempt = worker.queue.popleft()
-            ending = attempt.ending or Outcome.DIED
-            text = event.text if ending is Outcome.DIED else attempt.ending_text(ending)
-            self._finish(comp, (attempt.serial, int(ending), 0.0, 0.0, text.encode('utf-8', 'replace'),
-                                bytes(event.stdout), bytes(event.stderr)))
-        elif not worker.fed:
-            comp.stillborn += 1
-        self._requeue(comp, worker.queue, now)
-        if worker.queue and worker.fed == len(worker.queue):
-            comp.stillborn += 1
-        if comp.stillborn > 3:
-            self._refuse(comp, 'initializer' if initializing else 'worker', 'workers die %s: %s' % (
+        self._scheduler.worker_gone(worker, event, now)
+        if comp.stage is not Stage.CLOSING and comp.startup_failures > 3:
+            self.refuse(comp, 'initializer' if initializing else 'worker', 'workers die %s: %s' % (
                 'in the initializer' if initializing else 'before they run anything', event.text))
 
-    def _worker_unborn(self, event: WorkerUnborn, now: float) -> None:
-        """What it was to run waits for another; no other is started for a while."""
-        worker = self._workers.get(event.worker)
-        if worker is None:
-            return
-        self._bury(worker)
-        comp = worker.comp
-        if self._unborn_text != event.text or now > self._workers_at + WORKER_TOLD:
-            self._unborn_text = event.text
-            text = 'node %s cannot make a worker: %s; it goes on with those that it has, and keeps trying' % (
-                self.name, event.text)
-            logger.error('%s', text)
-            self._reply(comp, Said(comp.comp, text))
-        self._workers_at = now + WORKER_AGAIN
-        self._at(self._workers_at, 'again')
-        if worker.queue:
-            self.free += worker.queue[0].cpus
-            self._requeue(comp, worker.queue, now)
-
-    # -- ending attempts ----------------------------------------------------------------------------------
-
-    def _on_cancel(self, link: int, message: Cancel, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
+    def on_runner_gone(self, event: RunnerGone, now: float) -> None:
+        """The runner has ended, as it was to, or by itself."""
+        comp = self._tables.comps.get(event.comp)
         if comp is None:
             return
-        for serial in message.serials:
-            attempt = comp.attempts.get(serial)
-            if attempt is not None and attempt.ending is None:
-                attempt.ending = Outcome.CANCELLED
-                self._end(comp, attempt, now)
-
-    def _end(self, comp: _Computation, attempt: Attempt, now: float) -> None:
-        if attempt in comp.waiting:
-            comp.waiting.remove(attempt)
-            self._finish(comp, self._unstarted(attempt))
+        if comp.stage is not Stage.CLOSING:
+            # Its workers are killed with it; what they ran has failed, and all later jobs would.
+            for worker in list(comp.workers.values()):
+                comp.startup_failures = 0
+                head = worker.queue[0].serial if worker.queue else 0
+                ran = head if event.begun is None or head in event.begun else 0
+                self.on_worker_gone(WorkerGone(worker.key, 'the runner process ended: %s' % event.text, ran), now)
+            self.refuse(comp, 'code' if event.unloadable else event.code, event.text)
             return
-        if attempt.values and attempt in self.values.waiting(comp.comp):
-            self._finish(comp, self._unstarted(attempt))
-            return
-        for worker in comp.workers.values():
-            if worker.queue and worker.queue[0] is attempt:
-                self._interrupt(worker, attempt, now)
-            elif attempt in worker.queue:
-                self._take_back(worker)
+        self._scheduler.remove_workers(comp)
+        del self._tables.comps[event.comp]
+        self.resize()
 
-    def _interrupt(self, worker: _Worker, attempt: Attempt, now: float) -> None:
-        self._do(Interrupt(worker.key, attempt.serial))
-        self._at(now + GRACE, 'kill', worker.key, attempt.serial)
+    # -- the end ------------------------------------------------------------------------------------------
 
-    def _due(self, what: str, key: Any, serial: int, now: float) -> None:
-        if what == 'orphan':
-            comp = self._comps.get(key)
-            if comp is None or comp.link in self._links or now < comp.orphan_at:
-                return   # its client is back, or was back and has a timer of its own
-            self._keep(comp)
-            if not comp.attempts and not comp.unacknowledged:
-                self._close(comp, at_once=False)
-            else:
-                comp.orphan_at = now + 1.0
-                self._at(comp.orphan_at, 'orphan', key)
-        elif what == 'expire':
-            if key not in self.shelf:
-                return
-            until = self.shelf[key].until if key not in self._comps else now + max(self._zombie, 1.0)
-            if now < until:
-                self._at(until, 'expire', key)
-            else:
-                serials = self.shelf[key].serials
-                logger.warning('%d results of a computation whose client has not come back are given up (--zombie-interval)', len(serials))
-                self._remember(key, Past(given_up=frozenset(serials), text='node %s gave up its result after %g s '
-                                         '(--zombie-interval)' % (self.name, self._zombie)))
-                self._forget(key)
-        elif what == 'past':
-            self._remember(key, None)
-        elif what == 'setup':
-            late = self._comps.get(key)
-            if late is not None and late.stage is Stage.STARTING:
-                self._refuse(late, 'setup', 'setup did not end within %d s' % SETUP_TIME)
-        elif what == 'stop':
-            self._leave(now)
-        elif what == 'idle':
-            if key in self._comps:
-                self._retire_idle(self._comps[key], now)
-        elif what == 'again':
-            pass   # workers may be started again
+    def wait_for_client(self, comp: _Computation, now: float) -> None:
+        """The client of a computation is away: what has not begun is given back, and results go to the disk."""
+        self._attempts.return_lacking(comp, self._attempts.values.interrupt(comp.comp))
+        self._results.spool(comp)
+        self._look_again(comp, now + ORPHAN_TIME)
+
+    def _look_again(self, comp: _Computation, when: float) -> None:
+        comp.orphan_at = when
+        self._set_timer(when, comp, self._client_stayed_away)
+
+    def _client_stayed_away(self, name: str, now: float) -> None:
+        comp = self._tables.comps.get(name)
+        if comp is None or comp.link in self._tables.links or now < comp.orphan_at:
+            return   # its client is back, or was back and has a timer of its own
+        self._results.spool(comp)
+        if not comp.attempts and not comp.unacknowledged:
+            self.close(comp, at_once=False)
         else:
-            worker = self._workers.get(key)
-            if worker is None or not worker.queue or worker.queue[0].serial != serial:
-                return
-            if what == 'kill':
-                self._do(Kill(key))
-                self._at(now + GRACE, 'stuck', key, serial)
-            elif what == 'stuck':
-                self._stuck(worker)
-            elif worker.queue[0].ending is None:   # timeout
-                worker.queue[0].ending = Outcome.TIMED_OUT
-                self._interrupt(worker, worker.queue[0], now)
+            self._look_again(comp, now + 1.0)
 
-    def _stuck(self, worker: _Worker) -> None:
-        """A worker was killed and has not ended: its process sleeps in the kernel and cannot be interrupted, as on a disk that
-        has died. Its job is told, what stood behind it waits for another, and its CPUs come back when it has ended."""
-        comp, head = worker.comp, worker.queue.popleft()
-        ending = head.ending or Outcome.DIED
-        text = '%s; it was killed, and its process has not ended within %d s (uninterruptible): its CPU is lost to node %s' % (
-            head.ending_text(ending), GRACE, self.name)
-        logger.error('%s: %s', comp.spec['name'], text)
-        worker.stuck = head.cpus
-        self._finish(comp, (head.serial, int(ending), 0.0, 0.0, text.encode(), b'', b''))
-        behind = list(worker.queue)
-        worker.queue.clear()
-        self._requeue(comp, behind, 0.0)
-
-    def _on_recall(self, link: int, message: Recall, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
-        if comp is None:
+    def on_kept(self, event: Kept, now: float) -> None:
+        """Results of a computation whose client is away are on the disk, or cannot be written there."""
+        if not event.error:
+            self._results.on_spooled(event, now)
             return
-        wanted = set(message.serials)
-        self._give_back(comp, wanted)
-        for worker in comp.workers.values():
-            if worker.queue and worker.queue[0].serial in wanted:
-                self._begins(worker)
-            behind = [attempt.serial for attempt in itertools.islice(worker.queue, 1, None)
-                      if attempt.serial in wanted]
-            if behind:
-                comp.owed.update(behind)
-                self._take_back(worker)
+        self._results.spooling_failed(event)
+        comp = self._tables.comps.get(event.comp)
+        if comp is not None and comp.link not in self._tables.links:
+            self._look_again(comp, now + ORPHAN_TIME)
 
-    def _give_back(self, comp: _Computation, wanted: Optional[Set[int]] = None) -> None:
-        """Return attempts that wait here: these, or all."""
-        lacking = [attempt for attempt in self.values.waiting(comp.comp)
-                   if wanted is None or attempt.serial in wanted]
-        if lacking:
-            self._give_back_waiting(comp, lacking)
-        back = [attempt for attempt in comp.waiting if wanted is None or attempt.serial in wanted]
-        if not back:
-            return
-        if len(back) == len(comp.waiting):
-            comp.waiting.clear()
-        else:
-            comp.waiting = collections.deque(attempt for attempt in comp.waiting if attempt.serial not in wanted)  # type: ignore[operator]
-        serials: List[int] = []
-        for attempt in back:
-            if attempt.ending is not None:
-                self._finish(comp, self._unstarted(attempt))
-            else:
-                serials.append(self._dismiss(comp, attempt))
-        self._hand_back(comp, serials)
+    def evict_orphans(self) -> None:
+        """Another client wants this node: what is lost and has nothing to do is not waited for."""
+        for comp in list(self._tables.comps.values()):
+            if comp.link not in self._tables.links and not comp.attempts and not comp.unacknowledged:
+                self.close(comp, at_once=True)
 
-    def _on_ack(self, link: int, message: Ack, now: float) -> None:
-        comp, shelved = self._comp_of(link, message.comp), self.shelf.get(message.comp)
+    def on_done(self, link: int, message: Done, now: float) -> None:
+        """The client is done with a computation."""
+        comp = self._tables.comp_of(link, message.comp)
         if comp is not None:
-            for serial in message.serials:
-                comp.unacknowledged.pop(serial, None)
-        if shelved is not None and shelved.owner == self._links[link].instance:
-            shelved.serials.difference_update(message.serials)
-            if not shelved.serials:
-                self._forget(message.comp)
+            self.close(comp, at_once=False)
+        if comp is not None or message.comp not in self._tables.comps:
+            self._results.forget(message.comp)
+            self._past.forget(message.comp)
+
+    def give_up(self, comp: _Computation) -> None:
+        """The client has left on purpose."""
+        self.close(comp, at_once=True)
+        self._results.forget(comp.comp)
+        self._past.forget(comp.comp)
+
+    def close(self, comp: _Computation, at_once: bool) -> None:
+        """End a computation; `at_once`: without cleanup."""
+        if comp.stage is Stage.CLOSING:
+            return
+        comp.move('close')
+        self._attempts.drop(comp)
+        comp.unacknowledged.clear()
+        self._scheduler.drop(comp)
+        self._tables.do(StopRunner(comp.comp, at_once))
+
+
+class Node:
+    """What a node decides. Events in, actions out; `flush` once a turn, after all events of the turn.
+    Its parts decide what is theirs: see their classes."""
+
+    def __init__(self, name: str, cpus: int, facts: dict, zombie: float = ZOMBIE_TIME, serve: int = 0,
+                 client_shutdown: bool = False, now: float = 0.0) -> None:
+        self.name, self.facts = name, facts
+        self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
+        self.stopping = False
+        self._born = now
+        self._queries: List[Tuple[int, str]] = []   # links that ask what is there of a computation
+        self.tables = NodeTables(name)
+        self.timers = Timers()
+        self.cpus = Cpus(cpus)
+        self.lease = NodeLease(serve, client_shutdown)
+        self.past = PastAttempts(self.tables, self.timers)
+        self.results = UndeliveredResults(self.tables, self.timers, self.past, zombie)
+        share = FairShare(self.tables, self.cpus)
+        self.attempts = Attempts(self.tables, self.cpus, self.past, self.results, share)
+        self.interruptions = Interruptions(self.tables, self.timers, self.attempts)
+        self.scheduler = CpuScheduler(self.tables, self.timers, self.cpus, self.attempts,
+                                      self.interruptions, share)
+        self.requests = JobRequests(self.tables, self.attempts)
+        self.computations = Computations(self.tables, self.timers, self.cpus, self.past, self.results,
+                                         self.attempts, self.scheduler, share, self.requests)
+        self._handlers: Dict[type, Callable[..., None]] = {
+            LinkUp: self._link_up,
+            LinkDown: self._link_down,
+            Received: self._received,
+            Found: self.results.on_found,
+            Remembered: self.past.on_remembered,
+            Kept: self.computations.on_kept,
+            Prepared: self.computations.on_prepared,
+            Wanted: self.computations.on_wanted,
+            Stored: self.computations.on_stored,
+            RunnerUp: self.computations.on_runner_up,
+            RunnerGone: self._runner_gone,
+            Faulted: self.computations.on_faulted,
+            ValueSought: self.attempts.on_value_sought,
+            WorkerResults: self.scheduler.on_results,
+            WorkerReturned: self.scheduler.on_returned,
+            WorkerUnborn: self.scheduler.on_start_failed,
+            WorkerInitialized: self.computations.on_worker_initialized,
+            WorkerGone: self.computations.on_worker_gone,
+            WorkerTooBig: self.interruptions.on_too_big,
+            WorkerFile: self.requests.on_file,
+            WorkerWants: self.requests.on_wants,
+            WorkerPrinted: self.requests.on_printed,
+            Fetched: self.requests.on_fetched,
+            EndWanted: self._end_wanted,
+            Stop: self._stop,
+            Pause: self._pause,
+            Resume: self._resume,
+            SetCpus: self._set_cpus,
+            Release: self._take_from_holder,
+            Status: self._status,
+        }
+        self._messages: Dict[type, Callable[..., None]] = {
+            Introduce: self._on_introduce,
+            Compute: self._on_compute,
+            FilePiece: self.computations.on_file_piece,
+            FileStored: self.requests.on_file_stored,
+            Jobs: self.attempts.on_jobs,
+            Unfit: self.attempts.on_unfit,
+            Recall: self.attempts.on_recall,
+            Cancel: self.interruptions.on_cancel,
+            Ack: self.results.on_ack,
+            Done: self.computations.on_done,
+            Query: self._on_query,
+            Shutdown: self._on_shutdown,
+            Limit: self._on_limit,
+            Reclaim: self._on_reclaim,
+            Return: self.requests.on_return,
+        }
+
+    # -- called by the shell ------------------------------------------------------------------------------
+
+    def handle(self, event: Any, now: float) -> List[Any]:
+        """Take one event; returns what must be done at once. Raises PeerError for a message that may not come."""
+        tables = self.tables
+        tables.actions, tables.now = [], now
+        self._handlers[type(event)](event, now)
+        return tables.actions
+
+    def flush(self, now: float) -> List[Any]:
+        """The end of a turn: due timers, work for idle workers, results to clients."""
+        tables = self.tables
+        tables.actions, tables.now = [], now
+        while self.timers.next_at <= now:
+            timer = self.timers.pop()
+            tables.guarded(timer.comp, timer.call, *timer.args, now)
+        if self.scheduler.look_at <= now:
+            self.scheduler.look(now)
+        if self.attempts.values:
+            self.attempts.serve_values()
+        if not self.attempts.refuses_new:
+            self.scheduler.assign_cpus(now)
+        for comp in list(tables.comps.values()):
+            tables.guarded(comp.comp, self._tell, comp, now)
+            if len(comp.unacknowledged) > BEGUN_KEPT // 2 and not comp.overrun:
+                comp.overrun = True
+                tables.do(NoteOverrun(comp.comp))
+        while self._queries:
+            self._report(*self._queries.pop(), now)
+        if self.stopping and not self._has_work():
+            self._leave(now)
+        return tables.actions
+
+    def decided(self) -> List[Any]:
+        """Actions of the last `handle` or `flush`, which raised."""
+        actions, self.tables.actions = self.tables.actions, []
+        return actions
+
+    def comp_of_worker(self, key: int) -> str:
+        """Whose worker this is; empty when there is no such worker."""
+        worker = self.tables.workers.get(key)
+        return worker.comp.comp if worker is not None else ''
+
+    def next_timer(self) -> Optional[float]:
+        """When `flush` has something to do at the latest."""
+        when = min(self.timers.next_at, self.scheduler.look_at)
+        return when if when < math.inf else None
+
+    def serves(self, link: int) -> bool:
+        """Whether a computation of this link's client is here."""
+        return any(comp.link == link for comp in self.tables.comps.values())
+
+    def is_preparing(self, name: str) -> bool:
+        """Whether files of a computation are to be compared."""
+        comp = self.tables.comps.get(name)
+        return comp is not None and comp.stage is Stage.PREPARING
+
+    def has_jobs(self, name: str) -> bool:
+        """Whether a computation has jobs that run or wait."""
+        comp = self.tables.comps.get(name)
+        return comp is not None and bool(comp.attempts)
+
+    def _tell(self, comp: _Computation, now: float) -> None:
+        """The client is told what has become of its jobs."""
+        if self.attempts.refuses_new:
+            self.attempts.return_waiting(comp)
+        if comp.begun:
+            rows = [(serial, now - since) for serial, since in comp.begun]
+            self.tables.reply(comp, Started(comp.comp, rows))
+            comp.begun = []
+        self.results.deliver(comp)
+
+    def _has_work(self) -> bool:
+        """Whether workers run jobs, or clients that are connected have not acknowledged results."""
+        return any(worker.queue for worker in self.tables.workers.values()) \
+            or any(comp.unacknowledged and comp.link in self.tables.links for comp in self.tables.comps.values())
+
+    # -- links and lease ----------------------------------------------------------------------------------
+
+    def _link_up(self, event: LinkUp, now: float) -> None:
+        self.tables.links[event.link] = event
+
+    def _link_down(self, event: LinkDown, now: float) -> None:
+        gone = self.tables.remove_link(event.link)
+        self.lease.forget_link(event.link)
+        self.results.forget_link(event.link)
+        if gone is None or gone.instance != self.lease.holder:
+            return
+        for comp in [comp for comp in self.tables.comps.values() if comp.link == event.link]:
+            self.requests.client_gone(comp)
+            if event.on_purpose:
+                self.computations.give_up(comp)
+            else:
+                self.computations.wait_for_client(comp, now)
+        if not any(link.instance == self.lease.holder for link in self.tables.links.values()):
+            self.lease.orphan()
+        self._free_lease(now)
+
+    def _take_lease(self, link: int, now: float) -> None:
+        self.lease.take(self.tables.links[link].instance, self.tables.client_at(link), now)
+
+    def _free_lease(self, now: float) -> None:
+        """Free the lease when its holder has no computation here."""
+        if self.lease.state is Lease.FREE or self.tables.comps:
+            return
+        self.lease.end()
+        if not self.attempts.refuses_new:
+            for link in self.lease.take_refused():
+                self.tables.do(Send(link, Offer(self.cpus.offered)))
+        if self.lease.was_last() and not self.stopping:
+            self._stop(Stop(), now)
+
+    def _runner_gone(self, event: RunnerGone, now: float) -> None:
+        self.computations.on_runner_gone(event, now)
+        self._free_lease(now)
+
+    # -- messages of clients ------------------------------------------------------------------------------
+
+    def _received(self, event: Received, now: float) -> None:
+        handler = self._messages.get(type(event.message))
+        if handler is None or event.link not in self.tables.links:
+            raise PeerError('%s may not come here' % type(event.message).__name__)
+        handler(event.link, event.message, now)
+
+    def _on_introduce(self, link: int, message: Introduce, now: float) -> None:
+        self.tables.name_client(link, message.name[:200])
+        spooled = self.results.spooled_of(self.tables.links[link].instance)
+        kept = {name: self.results.known_attempts(name) for name in spooled}
+        self.tables.do(Send(link, Welcome(self.name, self.cpus.offered, dict(
+            self.facts, holder=self.lease.held_by(now), kept=kept))))
+        if self.paused:
+            self.tables.do(Send(link, Offer(0)))
+
+    def _on_compute(self, link: int, message: Compute, now: float) -> None:
+        comp = self.tables.comp_of(link, message.comp)
+        if comp is not None and not hmac.compare_digest(comp.digest, result_key(message.spec)):
+            raise PeerError('computation %.40r has another key' % message.comp)
+        if comp is not None:   # its client is back after a broken link
+            self._take_lease(link, now)
+            self.computations.client_back(comp, link)
+            return
+        refusal = self._refusal(link, message.comp, now)
+        if refusal is not None:
+            self.tables.do(Send(link, refusal))
+        elif self.lease.is_of_another(self.tables.links[link].instance):
+            self.lease.refuse(link)
+            self.tables.do(Send(link, Refused(message.comp, 'busy', 'it serves %s' % self.lease.held_by(now))))
+            self.computations.evict_orphans()
+        else:
+            self._take_lease(link, now)
+            self.computations.begin(link, message)
+
+    def _refusal(self, link: int, name: str, now: float) -> Optional[Refused]:
+        """Why no client, or not this one, can have the node for a computation now; None if it is free for that."""
+        if self.stopping:
+            return Refused(name, 'stopping', 'the node is being stopped')
+        if self.paused:
+            return Refused(name, 'paused', 'it takes no new jobs: %s' % ', '.join(self.paused.values()))
+        if self.lease.is_cooling_down(self.tables.links[link].instance, now):
+            return Refused(name, 'busy', RELEASED_TEXT)
+        if name in self.tables.comps:
+            return Refused(name, 'closing', 'the same computation is still being closed')
+        return None
+
+    def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
+        comp, up = self.tables.comps.get(message.comp), self.tables.links[link]
+        spooled = self.results.spooled.get(message.comp)
+        digests = [known.digest for known in (comp, spooled) if known is not None]
+        if not all(may_reclaim(digest, message.key) for digest in digests):
+            logger.warning('%s wants results of a computation and does not have its key', self.tables.client_at(link))
+            self.tables.do(Send(link, Held(message.comp, [], Past(whole=False).row())))
+            return
+        if comp is not None and comp.stage is not Stage.CLOSING:
+            if comp.link in self.tables.links and comp.link != link:
+                self.tables.do(Send(link, Refused(message.comp, 'busy', 'its client is connected: %s' % self.lease.held_by(now))))
+                return
+            if message.take:
+                comp.link, comp.instance = link, up.instance
+                self._take_lease(link, now)
+        if message.take:
+            self.results.give_to(message.comp, up.instance)
+        self.tables.do(Send(link, Held(
+            message.comp, self.results.known_attempts(message.comp), self.past.row(message.comp))))
+        if message.take:
+            self.results.resend(message.comp, link)
+
+    def _on_query(self, link: int, message: Query, now: float) -> None:
+        """Answered at the end of the turn, when what came in it has been handed out."""
+        self.tables.comp_of(link, message.comp)
+        self._queries.append((link, message.comp))
+
+    def _report(self, link: int, name: str, now: float) -> None:
+        if link not in self.tables.links:
+            return
+        comp = self.tables.comps.get(name)
+        if comp is not None and comp.instance != self.tables.links[link].instance:
+            comp = None
+        if comp is not None and comp.stage is Stage.CLOSING:
+            comp = None
+        running, waiting = [], []
+        if comp is not None:
+            running = [(worker.queue[0].serial, now - worker.since) for worker in comp.workers.values() if worker.queue]
+            waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
+        busy = sum(bool(worker.queue) for other in self.tables.comps.values() for worker in other.workers.values())
+        available = dict(self.facts.get('available', {}), busy=busy, holder=self.lease.held_by(now))
+        self.tables.do(Send(link, Report(name, running, waiting, available)))
+
+    def _on_limit(self, link: int, message: Limit, now: float) -> None:
+        comp = self.tables.comp_of(link, message.comp)
+        if comp is not None:
+            comp.limit = message.cpus
+            self.computations.resize()
+
+    def _on_shutdown(self, link: int, message: Shutdown, now: float) -> None:
+        if self.tables.comp_of(link, message.comp) is not None:
+            self._end_wanted(EndWanted(message.comp), now)
+
+    def _end_wanted(self, event: EndWanted, now: float) -> None:
+        """End when the lease ends, if the operator allows that."""
+        if event.comp in self.tables.comps:
+            is_last = self.lease.make_last()
+            logger.info('%s asks for the end of this node%s', self.lease.holder_text,
+                        '' if is_last else ', which was started without --client-shutdown')
 
     # -- stopping -----------------------------------------------------------------------------------------
 
@@ -6028,112 +6532,84 @@ class Node:
         if self.stopping:
             self._leave(now)
             return
-        self.stopping = True
+        self.stopping = self.attempts.refuses_new = True
         logger.info('stopping: jobs that wait are given back, and jobs that run have %d s to end', GRACE)
-        self._at(now + GRACE + 0.5, 'stop')
+        self.timers.at(now + GRACE + 0.5, '', self._leave, is_wanted=lambda: True)
         self._offer(0)
-        self._end_all(now)
-
-    def _end_all(self, now: float) -> None:
-        """What waits is given back, what runs has its grace."""
-        self._ends = True
-        for comp in self._comps.values():
-            self._give_back(comp)
-        for worker in self._workers.values():
-            if worker.queue and worker.queue[0].ending is None:
-                worker.queue[0].ending = Outcome.STOPPED
-                self._interrupt(worker, worker.queue[0], now)
-            if len(worker.queue) > 1:
-                self._take_back(worker)
+        self.interruptions.end_all(now)
 
     def _account(self) -> None:
         """Answer for every attempt: what runs has failed, the rest was never started."""
-        for worker in self._workers.values():
-            queue = list(worker.queue)
-            if queue and worker.comp.stage is Stage.READY:
-                self._finish(worker.comp, (queue[0].serial, int(Outcome.STOPPED), 0.0, 0.0,
-                                           ENDING_TEXT[Outcome.STOPPED].encode(), b'', b''))
-                worker.comp.waiting.extend(queue[1:])
-        for comp in self._comps.values():
-            self._give_back(comp)
-            self._deliver(comp)
+        self.scheduler.fail_stopped()
+        for comp in self.tables.comps.values():
+            self.attempts.return_waiting(comp)
+            self.results.deliver(comp)
 
     def _leave(self, now: float) -> None:
         """Account for every attempt, then go."""
         self._account()
-        for comp in self._comps.values():
-            self._keep(comp)
-        for link in self._links:
-            self._do(Drop(link, 'node stopped'))
-        for comp in self._comps.values():
-            self._close(comp, at_once=True)
-        self._do(Exit())
+        for comp in self.tables.comps.values():
+            self.results.spool(comp)
+        for link in self.tables.links:
+            self.tables.do(Drop(link, 'node stopped'))
+        for comp in self.tables.comps.values():
+            self.computations.close(comp, at_once=True)
+        self.tables.do(Exit())
+
+    def _offer(self, cpus: int) -> None:
+        for link in self.tables.links:
+            self.tables.do(Send(link, Offer(cpus)))
 
     # -- hours of service, and whoever sits at the terminal ------------------------------------------------
 
     def _pause(self, event: Pause, now: float) -> None:
         self.paused[event.by] = event.text
+        self.attempts.refuses_new = True
         logger.info('no new jobs are taken: %s', event.text)
         self._offer(0)
         if event.end:
-            self._end_all(now)
+            self.interruptions.end_all(now)
 
     def _resume(self, event: Resume, now: float) -> None:
         if self.paused.pop(event.by, None) is not None and not self.paused and not self.stopping:
             logger.info('jobs are taken again')
-            self._ends = False
-            self._offer(self.offered)
+            self.attempts.refuses_new = self.interruptions.ends_all = False
+            self._offer(self.cpus.offered)
 
     def _set_cpus(self, event: SetCpus, now: float) -> None:
-        self.offered = event.cpus
-        self._resize()
-        logger.info('%d CPUs are offered', self.offered)
-        if not self.paused and not self.stopping:
-            self._offer(self.offered)
+        self.cpus.offered = event.cpus
+        self.computations.resize()
+        logger.info('%d CPUs are offered', self.cpus.offered)
+        if not self.attempts.refuses_new:
+            self._offer(self.cpus.offered)
 
     def _take_from_holder(self, event: Release, now: float) -> None:
-        if self.lease is Lease.FREE:
+        if self.lease.state is Lease.FREE:
             logger.info('no client holds this node')
             return
-        logger.info('taken from %s by the operator', self.holder_text)
-        self._released = (self.holder, now + RELEASED_TIME)
+        logger.info('taken from %s by the operator', self.lease.holder_text)
+        self.lease.cool_down(now + RELEASED_TIME)
         self._account()
-        for comp in [comp for comp in self._comps.values() if comp.stage is not Stage.CLOSING]:
-            self._refuse(comp, 'released', RELEASED_TEXT)
-        self._release(now)
-
-    def _on_limit(self, link: int, message: Limit, now: float) -> None:
-        comp = self._comp_of(link, message.comp)
-        if comp is not None:
-            comp.limit = message.cpus
-            self._resize()
-
-    def _on_shutdown(self, link: int, message: Shutdown, now: float) -> None:
-        if self._comp_of(link, message.comp) is not None:
-            self._end_wanted(EndWanted(message.comp), now)
-
-    def _end_wanted(self, event: EndWanted, now: float) -> None:
-        """End when the lease ends, if the operator allows that."""
-        if event.comp in self._comps:
-            self._last = self._client_shutdown
-            logger.info('%s asks for the end of this node%s', self.holder_text,
-                        '' if self._last else ', which was started without --client-shutdown')
+        for comp in [comp for comp in self.tables.comps.values() if comp.stage is not Stage.CLOSING]:
+            self.computations.refuse(comp, 'released', RELEASED_TEXT)
+        self._free_lease(now)
 
     def _status(self, event: Status, now: float) -> None:
         if self.stopping or self.paused:
             state = 'no new jobs: ' + ('being stopped' if self.stopping else ', '.join(self.paused.values()))
         else:
             state = 'takes jobs'
-        lines = ['%s: %d of %d CPUs used, %s, up %s' % (self.name, self.cpus - self.free, self.offered, state, _duration(now - self._born))]
-        if self.lease is Lease.FREE:
-            lines.append('held by no client, %d served' % self._served)
+        lines = ['%s: %d of %d CPUs used, %s, up %s' % (
+            self.name, self.cpus.total - self.cpus.free, self.cpus.offered, state, _duration(now - self._born))]
+        if self.lease.state is Lease.FREE:
+            lines.append('held by no client, %d served' % self.lease.served)
         else:
-            lines.append('held by %s' % self.held_by(now))
-        for comp in self._comps.values():
+            lines.append('held by %s' % self.lease.held_by(now))
+        for comp in self.tables.comps.values():
             running = sum(1 for worker in comp.workers.values() if worker.queue)
             lines.append('  %s (%s): %d jobs running, %d waiting, %d done'
                          % (comp.spec['name'], comp.stage.value, running, len(comp.attempts) - running, comp.done))
-        self._do(Show('\n'.join(lines)))
+        self.tables.do(Show('\n'.join(lines)))
 
 
 def _duration(seconds: float) -> str:
@@ -7437,105 +7913,41 @@ class Surroundings:
                 resource.setrlimit(number, was)
 
 
-class Worker:
-    """Runs job after job in a process of its own."""
+class WorkerPipe:
+    """The pipe of a worker to its daemon: jobs and answers that have come, and what is sent. Processes
+    that a job has forked may send as well."""
 
-    def __init__(self, sock: socket.socket, slots: Any, function: Callable[..., Any], out: Catch, err: Catch,
-                 spec: dict, libc: Any, threads: NumericThreads,
-                 globals_: Sequence[Dict[str, Any]] = ()) -> None:
-        self._globals = globals_   # of the computation, setup and cleanup
-        self._numeric = threads
-        self._sock, self._slots, self._function = sock, slots, function
-        self._out, self._err, self._spec, self._libc = out, err, spec, libc
-        self._directory = spec['directory']
+    def __init__(self, sock: socket.socket, private: str) -> None:
+        self._sock = sock
         self._intake = RecordIntake()
-        self._queue: Deque[Record] = collections.deque()
-        self._in_job = self._interrupt_late = self._recalled = False
-        self._half_imported = False        # a job was interrupted while it imported a module
-        self._pid = 0                      # of the process that serves, not of what a job forks
+        self.jobs: Deque[Record] = collections.deque()
+        self.answers: Deque[str] = collections.deque()   # to files and to what was wanted
         self._sending = threading.Lock()   # guards the writing end of the pipe: a job may have threads
-        self._filing = threading.Lock()    # one file at a time; guards _answers
-        self._answers: Deque[str] = collections.deque()
         self._shared = False               # with processes that a job has forked
-        self._turn = _Turn(spec['private'])
-        if hasattr(os, 'register_at_fork'):
-            os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork)
-        self._brought: Optional[Tuple[str, Callable[[], None]]] = None   # the job's own directory; takes its names away
+        self._turn = _Turn(private)
 
-    def serve(self) -> None:
-        """Until the daemon closes the pipe, or this process is not fit for another job."""
-        self._send(Kind.HERE)
-        self._prepare()
-        if isinstance(self._function, Program) and self._spec['cleanup']:   # else they are to stay
-            self._function.tell = self._tell_left
-        fit = True
-        while fit:
-            if self._recalled:
-                self._give_back()
-            if not self._queue:
-                self._receive(0)
-            else:
-                record = self._queue.popleft()
-                self._run(record)
-                self._slots[0] = 0
-                fit = self._tidy()
-
-    def _prepare(self) -> None:
-        self._pid = os.getpid()
-        os.dup2(self._out.handle, 1)
-        os.dup2(self._err.handle, 2)
-        _no_stdin()
-        # By lines, as C code is told as well: children of a job write in between.
-        self._streams = [open(0, closefd=False), output_stream(1, 1), output_stream(2, 1)]
-        buffer_lines(self._libc)
-        sys.stdin, sys.stdout, sys.stderr = self._streams
-        signal.signal(signal.SIGINT, self._on_interrupt)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if TAKE_BACK_SIGNAL is not None:
-            signal.signal(TAKE_BACK_SIGNAL, self._on_take_back)
-            signal.siginterrupt(TAKE_BACK_SIGNAL, False)
-        Runner.offer({'dispy_provisional_result': self._provisional, 'dispy_send_file': self._send_file}, self._globals)
-        if modules is not None:
-            modules.ask = self._ask_client
-        if self._spec['logs'] >= 0:
-            self._log_handler = logging.Handler()
-            self._log_handler.emit = self._forward  # type: ignore[method-assign]
-            logging.getLogger().addHandler(self._log_handler)
-            logging.getLogger().setLevel(self._spec['logs'])
-        if 'numpy' in sys.modules:   # forked twins would draw the same "random" numbers; `random` sees to it itself
-            sys.modules['numpy'].random.seed()
-        if isinstance(self._function, Calls) and self._function.initializer is not None:
-            self._initialize(self._function)
-        self._threads = threading.active_count()
-        self._surroundings = Surroundings(self._directory)
-
-    def _initialize(self, calls: Calls) -> None:
-        """Call the initializer of an executor. What it changes stays as it is for all jobs here."""
-        assert calls.initializer is not None   # asked by the caller
-        try:
-            calls.initializer(*calls.initargs)
-        except BaseException as exc:  # the user's code
-            # As the standard library does
-            log = logging.getLogger('concurrent.futures')
-            log.critical('Exception in initializer:', exc_info=True)
-            text = 'the initializer has failed: %s' % describe_exception(exc, 1)
-            self._send(Kind.INITIALIZED, 0, 0, 0.0, 0.0, shorten(text).encode('utf-8', 'replace'))
-            os._exit(1)
-        self._send(Kind.INITIALIZED)
-
-    # -- the pipe -----------------------------------------------------------------------------------------
-
-    def _receive(self, flags: int) -> None:
+    def receive(self, flags: int) -> None:
+        """Take what has come, or wait for something. Ends this process when the daemon has closed the pipe."""
         count = self._sock.recv_into(self._intake.room(), 0, flags)
         if count == 0:
             os._exit(0)
         for record in self._intake.records(count):
             if record.kind == Kind.KEPT:
-                self._answers.append(bytes(record.bodies[0]).decode('utf-8', 'replace'))
+                self.answers.append(bytes(record.bodies[0]).decode('utf-8', 'replace'))
             else:
-                self._queue.append(record)
+                self.jobs.append(record)
 
-    def _send(self, *args: Any) -> None:
+    def give_back(self) -> None:
+        """Return all that has not started, from this process and from the pipe."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.receive(socket.MSG_DONTWAIT)
+        serials = [record.serial for record in self.jobs]
+        self.jobs.clear()
+        self.send(Kind.UNSTARTED, 0, 0, 0.0, 0.0, struct.pack('>%dQ' % len(serials), *serials))
+
+    def send(self, *args: Any) -> None:
+        """Send a record, given as to pack_record."""
         buffers = pack_record(*args)
         with self._sending:
             if self._shared:
@@ -7553,231 +7965,39 @@ class Worker:
             for start in range(0, len(view), WRITE_MOST):   # some systems refuse 2 GiB at once
                 self._sock.sendall(view[start:start + WRITE_MOST])
 
-    def _before_fork(self) -> None:
+    def share(self) -> None:
         """A job forks: from now on its children may write into the pipe as well, records of any
-        length. What it has printed of a line is not to be printed by them again."""
+        length."""
         self._shared = True
+
+    def after_fork(self) -> None:
+        """In the child: another thread of the parent may have held this."""
+        self._sending = threading.Lock()
+
+
+class JobOutput:
+    """What the jobs of a worker print, and the streams and descriptors that they find."""
+
+    def __init__(self, out: Catch, err: Catch, libc: Any) -> None:
+        self._out, self._err, self._libc = out, err, libc
+
+    def install(self) -> None:
+        """Have what is printed from now on come into the files."""
+        os.dup2(self._out.handle, 1)
+        os.dup2(self._err.handle, 2)
+        _no_stdin()
+        # By lines, as C code is told as well: children of a job write in between.
+        self._streams = [open(0, closefd=False), output_stream(1, 1), output_stream(2, 1)]
+        buffer_lines(self._libc)
+        sys.stdin, sys.stdout, sys.stderr = self._streams
+
+    def before_fork(self) -> None:
+        """What a job has printed of a line is not to be printed by its children again."""
         for stream in self._streams[1:]:
             with contextlib.suppress(OSError, ValueError):   # it is told when the job ends; closed
                 stream.flush()
 
-    def _after_fork(self) -> None:
-        """In the child: another thread of the parent may have held these."""
-        self._sending, self._filing = threading.Lock(), threading.Lock()
-
-    @contextlib.contextmanager
-    def _beside_job(self) -> Any:
-        """Work of ours that a job asks for: an interrupt waits until it is done. Interrupts come to the main thread
-        only, so that the other threads of a job need not be kept from them."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        inside, self._in_job = self._in_job, False
-        try:
-            yield
-        finally:
-            self._in_job = inside
-        self._catch_up()
-
-    def _catch_up(self) -> None:
-        if self._recalled:
-            self._in_job = False
-            self._give_back()
-            self._in_job = True
-        if self._interrupt_late:
-            self._interrupt_late = False
-            raise KeyboardInterrupt
-
-    def _provisional(self, result: Any, relay: Any = None, timeout: Any = None) -> int:
-        """dispy_provisional_result: hand the client a value while the job goes on. `relay` and
-        `timeout` are accepted, as in dispy 4, and have no meaning any more. Raises what pickling
-        raises, ValueError for a value over the limit."""
-        payload, plain, _, _ = seal(result)
-        if is_over_limit(size_of(payload)):
-            raise ValueError(over_limit('dispy_provisional_result: the value', size_of(payload)))
-        with self._beside_job():
-            now = time.time()
-            self._send(Kind.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE, self._slots[0], now, now, payload)
-        return 0
-
-    def _forward(self, record: logging.LogRecord) -> None:
-        """A log record of the job, on its way to the client's logging."""
-        try:
-            text = record.getMessage()
-            if record.exc_info and record.exc_info[0] is not None:
-                text += '\n' + ''.join(traceback.format_exception(*record.exc_info)).rstrip()
-            # A level may be an IntEnum and a name a subclass of str: the other side opens plain values only.
-            data = pickle.dumps((int(record.levelno), plain_text(record.name)[:NAME_MOST], shorten(plain_text(text))), 5)
-        except Exception:  # arguments that do not fit the format, and the like: as logging itself does
-            self._log_handler.handleError(record)
-            return
-        with self._beside_job():
-            self._send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
-
-    def _tell_left(self, names: List[str]) -> None:
-        """A program has left these files behind. It goes the way of log records."""
-        others = ' and %d others' % (len(names) - 1) if len(names) > 1 else ''
-        text = '%r%s on node %s' % (names[0], others, self._spec['names']['dispy_node_name'])
-        data = pickle.dumps((logging.WARNING, FILES_LEFT, shorten(text)), 5)
-        with self._beside_job():
-            self._send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
-
-    def _send_file(self, path: str, relay: Any = None, timeout: Any = None) -> int:
-        """dispy_send_file: the file is below the client's directory, under the same relative name, when this returns 0.
-        `relay` and `timeout` are accepted, as in dispy 4, and have no meaning any more. Raises ValueError for a path that climbs out, OSError when it cannot be read here or kept there."""
-        name = _name_of(path, self._directory)
-        check_size(name, os.path.getsize(path), self._spec['max_file'])
-        size, digest = file_digest(path)
-        row = pickle.dumps((name, size, digest, stat.S_IMODE(os.stat(path).st_mode)))
-        with self._filing:
-            for offset, data in read_pieces(path, size):
-                with self._beside_job():
-                    self._send(Kind.FILE, offset // FILE_PIECE, self._slots[0], 0.0, 0.0, row, data)
-            with self._beside_job():
-                error = self._answer()
-        if error:
-            raise OSError('%s could not be sent: %s' % (path, error))
-        return 0
-
-    def _ask_client(self, request: Any) -> str:
-        """Have a bundle of modules, by number, or a module, by name, fetched from the client. Returns '' or why that failed."""
-        with self._filing, self._beside_job():
-            self._send(Kind.WANT, 0, self._slots[0], 0.0, 0.0, pickle.dumps(request))
-            return self._answer()
-
-    def _answer(self) -> str:
-        """What the client says to what was sent last; '' if all is well."""
-        while not self._answers:
-            self._receive(0)
-        return self._answers.popleft()
-
-    def _give_back(self) -> None:
-        """Return all that has not started, from this process and from the pipe."""
-        self._recalled = False
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                self._receive(socket.MSG_DONTWAIT)
-        serials = [record.serial for record in self._queue]
-        self._queue.clear()
-        self._send(Kind.UNSTARTED, 0, 0, 0.0, 0.0, struct.pack('>%dQ' % len(serials), *serials))
-
-    # -- signals; Python runs these between two instructions of the main thread ----------------------------
-
-    def _on_take_back(self, number: int, frame: Any) -> None:
-        if not self._in_job:
-            self._recalled = True
-            return
-        self._recalled = True
-        self._catch_up()
-
-    def _on_interrupt(self, number: int, frame: Any) -> None:
-        if not self._slots[0] or self._slots[1] != self._slots[0]:
-            return   # meant for a job that has ended meanwhile
-        self._slots[1] = 0
-        if isinstance(self._function, Program):
-            self._function.interrupted = True
-        elif self._in_job:
-            raise KeyboardInterrupt
-        else:
-            self._interrupt_late = True
-
-    # -- one job ------------------------------------------------------------------------------------------
-
-    def _run(self, record: Record) -> None:
-        self._interrupt_late = False
-        Slots.begin(self._slots, record.serial)
-        if record.number != self._numeric.cpus:
-            self._numeric.use(record.number, self._surroundings)
-        start, ticks = time.time(), time.perf_counter()
-        failure: Optional[BaseException] = None
-        value = None
-        opened = False
-        try:
-            try:
-                self._in_job = True
-                if self._slots[1] == record.serial:
-                    raise KeyboardInterrupt   # cancelled in the moment in which it starts
-                spaces.added.clear()
-                args, kwargs, *extras = unseal(record.bodies[0], True)
-                opened = True
-                if len(record.bodies[0]) > LAZY:   # the job has its memory
-                    self._free(record)
-                if extras:
-                    self._bring(*extras)
-                value = contextvars.copy_context().run(self._function, *args, **kwargs)
-                self._in_job = False
-            except BaseException as exc:  # whatever a job raises is its result; SystemExit and the like too
-                self._in_job = False
-                failure = exc
-                if not opened:
-                    mark_unopened(exc)
-        except KeyboardInterrupt as exc:  # it came while the handler above was entered
-            self._in_job = False
-            failure = exc
-        if os.getpid() != self._pid:   # a child that the job has forked and that came back: the pipe is not its
-            os._exit(0 if failure is None else 1)
-        end = start + time.perf_counter() - ticks
-        if isinstance(failure, KeyboardInterrupt):
-            self._half_imported = was_importing(failure)
-        outcome, payload = self._outcome(value, failure)
-        out, err = self._collect()
-        if self._brought is not None:
-            self._take_away()
-        try:
-            self._send(Kind.RESULT, outcome, record.serial, start, end, payload, out, err)
-        except ValueError as exc:
-            self._send(Kind.RESULT, Outcome.RAISED, record.serial, start, end,
-                       pack_error('the result could not be sent: %s' % exc, None), out, err)
-
-    @staticmethod
-    def _free(record: Record) -> None:
-        """Let go of the memory of arguments that have been opened, whoever holds the record."""
-        for body in record.bodies:
-            with contextlib.suppress(BufferError):   # something of it is in use
-                body.release()
-
-    def _bring(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any]) -> None:
-        """dispy_job_depends: a directory of the job's own, with its files and links to the computation's, and names."""
-        private = tempfile.mkdtemp(prefix='job-', dir=self._spec['private'])
-        self._brought = (private, lend_names(objects, self._globals))
-        for name in os.listdir(self._directory):
-            os.symlink(os.path.join(self._directory, name), os.path.join(private, name))
-        for name, mode, data in files:
-            check_size(name, len(data), self._spec['max_file'])
-            path = os.path.join(private, *check_name(name))
-            if os.path.islink(path):
-                os.unlink(path)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, 'wb') as file:
-                file.write(data)
-            os.chmod(path, mode)
-        os.chdir(private)
-
-    def _take_away(self) -> None:
-        """The inverse."""
-        assert self._brought is not None
-        private, give_back = self._brought
-        self._brought = None
-        give_back()
-        os.chdir(self._directory)
-        shutil.rmtree(private, ignore_errors=True)
-
-    def _outcome(self, value: Any, failure: Optional[BaseException]) -> Tuple[int, Payload]:
-        if failure is not None:
-            if isinstance(failure, ImportError):
-                failure.msg = '%s. %s' % (failure, explain_import(failure, self._spec['name']))
-                failure.args = (failure.msg,)
-            return Outcome.RAISED, cut_error(failure, 1)
-        try:
-            payload, plain, _, _ = seal(value)
-            if is_over_limit(size_of(payload)):
-                return Outcome.RAISED, pack_error(over_limit('the result', size_of(payload)), None)
-            return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
-        except BaseException as exc:  # __reduce__ and its kin are the user's code
-            text = 'the result, of type %s, could not be pickled: %s' % (type(value).__name__, describe_exception(exc, 1))
-            return Outcome.RAISED, pack_error(text, exc)
-
-    def _collect(self) -> Tuple[bytes, bytes]:
+    def collect(self) -> Tuple[bytes, bytes]:
         """What the job printed. Puts descriptors and streams back in the same breath."""
         lost = self._flush(1) + self._flush(2)
         if sys.stdout is not self._streams[1] or sys.stderr is not self._streams[2] or self._streams[1].closed \
@@ -7827,6 +8047,336 @@ class Worker:
         os.dup2(output.handle, number)   # this takes less time than to look where it leads
         size = os.lseek(output.handle, 0, os.SEEK_END)
         return output.take(size) if size else b''
+
+
+class JobInterrupts:
+    """Interrupts of the job that runs, and orders to give back what has not started. Both come as
+    signals, whose handlers Python runs between two instructions of the main thread."""
+
+    def __init__(self, pipe: WorkerPipe, slots: Any, function: Callable[..., Any]) -> None:
+        self._pipe, self._slots, self._function = pipe, slots, function
+        self.in_job = False       # the user's code runs in the main thread
+        self.is_late = False      # an interrupt has come where it could not be raised
+        self.recalled = False     # what has not started is to be given back
+
+    def install(self) -> None:
+        """Handle the signals from now on."""
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if TAKE_BACK_SIGNAL is not None:
+            signal.signal(TAKE_BACK_SIGNAL, self._on_take_back)
+            signal.siginterrupt(TAKE_BACK_SIGNAL, False)
+
+    @contextlib.contextmanager
+    def beside_job(self) -> Any:
+        """Work of ours that a job asks for: an interrupt waits until it is done. Interrupts come to the main thread
+        only, so that the other threads of a job need not be kept from them."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        inside, self.in_job = self.in_job, False
+        try:
+            yield
+        finally:
+            self.in_job = inside
+        self._catch_up()
+
+    def give_back(self) -> None:
+        """Return all that has not started."""
+        self.recalled = False
+        self._pipe.give_back()
+
+    def _catch_up(self) -> None:
+        if self.recalled:
+            self.in_job = False
+            self.give_back()
+            self.in_job = True
+        if self.is_late:
+            self.is_late = False
+            raise KeyboardInterrupt
+
+    def _on_take_back(self, number: int, frame: Any) -> None:
+        if not self.in_job:
+            self.recalled = True
+            return
+        self.recalled = True
+        self._catch_up()
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        if not self._slots[0] or self._slots[1] != self._slots[0]:
+            return   # meant for a job that has ended meanwhile
+        self._slots[1] = 0
+        if isinstance(self._function, Program):
+            self._function.interrupted = True
+        elif self.in_job:
+            raise KeyboardInterrupt
+        else:
+            self.is_late = True
+
+
+class JobServices:
+    """What a job can have done while it runs: a value handed to the client before the end, a file
+    sent there, log records forwarded, modules fetched."""
+
+    def __init__(self, pipe: WorkerPipe, slots: Any, spec: dict, interrupts: JobInterrupts) -> None:
+        self._pipe, self._slots, self._spec, self._interrupts = pipe, slots, spec, interrupts
+        self._filing = threading.Lock()    # one file at a time; guards the pipe's answers
+
+    def install(self, globals_: Sequence[Dict[str, Any]]) -> None:
+        """Offer them to jobs, in the global variables of the computation too."""
+        offer_names({'dispy_provisional_result': self._provisional, 'dispy_send_file': self._send_file}, globals_)
+        if modules is not None:
+            modules.ask = self._ask_client
+        if self._spec['logs'] >= 0:
+            self._log_handler = logging.Handler()
+            self._log_handler.emit = self._forward  # type: ignore[method-assign]
+            logging.getLogger().addHandler(self._log_handler)
+            logging.getLogger().setLevel(self._spec['logs'])
+
+    def after_fork(self) -> None:
+        """In a child of a job: another thread of the parent may have held this."""
+        self._filing = threading.Lock()
+
+    def _provisional(self, result: Any, relay: Any = None, timeout: Any = None) -> int:
+        """dispy_provisional_result: hand the client a value while the job goes on. `relay` and
+        `timeout` are accepted, as in dispy 4, and have no meaning any more. Raises what pickling
+        raises, ValueError for a value over the limit."""
+        payload, plain, _, _ = seal(result)
+        if is_over_limit(size_of(payload)):
+            raise ValueError(over_limit('dispy_provisional_result: the value', size_of(payload)))
+        with self._interrupts.beside_job():
+            now = time.time()
+            self._pipe.send(Kind.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE, self._slots[0], now, now, payload)
+        return 0
+
+    def _forward(self, record: logging.LogRecord) -> None:
+        """A log record of the job, on its way to the client's logging."""
+        try:
+            text = record.getMessage()
+            if record.exc_info and record.exc_info[0] is not None:
+                text += '\n' + ''.join(traceback.format_exception(*record.exc_info)).rstrip()
+            # A level may be an IntEnum and a name a subclass of str: the other side opens plain values only.
+            data = pickle.dumps((int(record.levelno), plain_text(record.name)[:NAME_MOST], shorten(plain_text(text))), 5)
+        except Exception:  # arguments that do not fit the format, and the like: as logging itself does
+            self._log_handler.handleError(record)
+            return
+        with self._interrupts.beside_job():
+            self._pipe.send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
+
+    def tell_left(self, names: List[str]) -> None:
+        """A program has left these files behind. It goes the way of log records."""
+        others = ' and %d others' % (len(names) - 1) if len(names) > 1 else ''
+        text = '%r%s on node %s' % (names[0], others, self._spec['names']['dispy_node_name'])
+        data = pickle.dumps((logging.WARNING, FILES_LEFT, shorten(text)), 5)
+        with self._interrupts.beside_job():
+            self._pipe.send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
+
+    def _send_file(self, path: str, relay: Any = None, timeout: Any = None) -> int:
+        """dispy_send_file: the file is below the client's directory, under the same relative name, when this returns 0.
+        `relay` and `timeout` are accepted, as in dispy 4, and have no meaning any more. Raises ValueError for a path that climbs out, OSError when it cannot be read here or kept there."""
+        name = _name_of(path, self._spec['directory'])
+        check_size(name, os.path.getsize(path), self._spec['max_file'])
+        size, digest = file_digest(path)
+        row = pickle.dumps((name, size, digest, stat.S_IMODE(os.stat(path).st_mode)))
+        with self._filing:
+            for offset, data in read_pieces(path, size):
+                with self._interrupts.beside_job():
+                    self._pipe.send(Kind.FILE, offset // FILE_PIECE, self._slots[0], 0.0, 0.0, row, data)
+            with self._interrupts.beside_job():
+                error = self._answer()
+        if error:
+            raise OSError('%s could not be sent: %s' % (path, error))
+        return 0
+
+    def _ask_client(self, request: Any) -> str:
+        """Have a bundle of modules, by number, or a module, by name, fetched from the client. Returns '' or why that failed."""
+        with self._filing, self._interrupts.beside_job():
+            self._pipe.send(Kind.WANT, 0, self._slots[0], 0.0, 0.0, pickle.dumps(request))
+            return self._answer()
+
+    def _answer(self) -> str:
+        """What the client says to what was sent last; '' if all is well."""
+        while not self._pipe.answers:
+            self._pipe.receive(0)
+        return self._pipe.answers.popleft()
+
+
+class JobDirectory:
+    """The directory of a job that has files or names of its own (dispy_job_depends)."""
+
+    def __init__(self, spec: dict, globals_: Sequence[Dict[str, Any]]) -> None:
+        self._spec, self._globals = spec, globals_
+        self._directory = spec['directory']      # of the computation
+        self.is_entered = False         # the job that runs has one
+        self._private = ''
+        self._give_back: Callable[[], None] = _not_here   # takes the job's names away
+
+    def enter(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any]) -> None:
+        """Make the directory, with the job's files and links to those of the computation, and make its names known."""
+        private = tempfile.mkdtemp(prefix='job-', dir=self._spec['private'])
+        self._private, self.is_entered = private, True
+        self._give_back = lend_names(objects, self._globals)
+        for name in os.listdir(self._directory):
+            os.symlink(os.path.join(self._directory, name), os.path.join(private, name))
+        for name, mode, data in files:
+            check_size(name, len(data), self._spec['max_file'])
+            path = os.path.join(private, *check_name(name))
+            if os.path.islink(path):
+                os.unlink(path)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, 'wb') as file:
+                file.write(data)
+            os.chmod(path, mode)
+        os.chdir(private)
+
+    def leave(self) -> None:
+        """Remove the directory and take the names away."""
+        self.is_entered = False
+        self._give_back()
+        os.chdir(self._directory)
+        shutil.rmtree(self._private, ignore_errors=True)
+
+
+class Worker:
+    """Runs job after job in a process of its own."""
+
+    def __init__(self, sock: socket.socket, slots: Any, function: Callable[..., Any], out: Catch, err: Catch,
+                 spec: dict, libc: Any, threads: NumericThreads,
+                 globals_: Sequence[Dict[str, Any]] = ()) -> None:
+        self._globals = globals_   # of the computation, setup and cleanup
+        self._numeric = threads
+        self._slots, self._function, self._spec = slots, function, spec
+        self._pipe = WorkerPipe(sock, spec['private'])
+        self._output = JobOutput(out, err, libc)
+        self._interrupts = JobInterrupts(self._pipe, slots, function)
+        self._services = JobServices(self._pipe, slots, spec, self._interrupts)
+        self._job_directory = JobDirectory(spec, globals_)
+        self._half_imported = False        # a job was interrupted while it imported a module
+        self._pid = 0                      # of the process that serves, not of what a job forks
+        if hasattr(os, 'register_at_fork'):
+            os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork)
+
+    def _before_fork(self) -> None:
+        self._pipe.share()
+        self._output.before_fork()
+
+    def _after_fork(self) -> None:
+        self._pipe.after_fork()
+        self._services.after_fork()
+
+    def serve(self) -> None:
+        """Until the daemon closes the pipe, or this process is not fit for another job."""
+        self._pipe.send(Kind.HERE)
+        self._prepare()
+        if isinstance(self._function, Program) and self._spec['cleanup']:   # else they are to stay
+            self._function.tell = self._services.tell_left
+        fit = True
+        while fit:
+            if self._interrupts.recalled:
+                self._interrupts.give_back()
+            if not self._pipe.jobs:
+                self._pipe.receive(0)
+            else:
+                record = self._pipe.jobs.popleft()
+                self._run(record)
+                self._slots[0] = 0
+                fit = self._tidy()
+
+    def _prepare(self) -> None:
+        self._pid = os.getpid()
+        self._output.install()
+        self._interrupts.install()
+        self._services.install(self._globals)
+        if 'numpy' in sys.modules:   # forked twins would draw the same "random" numbers; `random` sees to it itself
+            sys.modules['numpy'].random.seed()
+        if isinstance(self._function, Calls) and self._function.initializer is not None:
+            self._initialize(self._function)
+        self._threads = threading.active_count()
+        self._surroundings = Surroundings(self._spec['directory'])
+
+    def _initialize(self, calls: Calls) -> None:
+        """Call the initializer of an executor. What it changes stays as it is for all jobs here."""
+        assert calls.initializer is not None   # asked by the caller
+        try:
+            calls.initializer(*calls.initargs)
+        except BaseException as exc:  # the user's code
+            # As the standard library does
+            log = logging.getLogger('concurrent.futures')
+            log.critical('Exception in initializer:', exc_info=True)
+            text = 'the initializer has failed: %s' % describe_exception(exc, 1)
+            self._pipe.send(Kind.INITIALIZED, 0, 0, 0.0, 0.0, shorten(text).encode('utf-8', 'replace'))
+            os._exit(1)
+        self._pipe.send(Kind.INITIALIZED)
+
+    # -- one job ------------------------------------------------------------------------------------------
+
+    def _run(self, record: Record) -> None:
+        self._interrupts.is_late = False
+        Slots.begin(self._slots, record.serial)
+        if record.number != self._numeric.cpus:
+            self._numeric.use(record.number, self._surroundings)
+        start, ticks = time.time(), time.perf_counter()
+        failure: Optional[BaseException] = None
+        value = None
+        opened = False
+        try:
+            try:
+                self._interrupts.in_job = True
+                if self._slots[1] == record.serial:
+                    raise KeyboardInterrupt   # cancelled in the moment in which it starts
+                spaces.added.clear()
+                args, kwargs, *extras = unseal(record.bodies[0], True)
+                opened = True
+                if len(record.bodies[0]) > LAZY:   # the job has its memory
+                    self._free(record)
+                if extras:
+                    self._job_directory.enter(*extras)
+                value = contextvars.copy_context().run(self._function, *args, **kwargs)
+                self._interrupts.in_job = False
+            except BaseException as exc:  # whatever a job raises is its result; SystemExit and the like too
+                self._interrupts.in_job = False
+                failure = exc
+                if not opened:
+                    mark_unopened(exc)
+        except KeyboardInterrupt as exc:  # it came while the handler above was entered
+            self._interrupts.in_job = False
+            failure = exc
+        if os.getpid() != self._pid:   # a child that the job has forked and that came back: the pipe is not its
+            os._exit(0 if failure is None else 1)
+        end = start + time.perf_counter() - ticks
+        if isinstance(failure, KeyboardInterrupt):
+            self._half_imported = was_importing(failure)
+        outcome, payload = self._outcome(value, failure)
+        out, err = self._output.collect()
+        if self._job_directory.is_entered:
+            self._job_directory.leave()
+        try:
+            self._pipe.send(Kind.RESULT, outcome, record.serial, start, end, payload, out, err)
+        except ValueError as exc:
+            self._pipe.send(Kind.RESULT, Outcome.RAISED, record.serial, start, end,
+                            pack_error('the result could not be sent: %s' % exc, None), out, err)
+
+    @staticmethod
+    def _free(record: Record) -> None:
+        """Let go of the memory of arguments that have been opened, whoever holds the record."""
+        for body in record.bodies:
+            with contextlib.suppress(BufferError):   # something of it is in use
+                body.release()
+
+    def _outcome(self, value: Any, failure: Optional[BaseException]) -> Tuple[int, Payload]:
+        if failure is not None:
+            if isinstance(failure, ImportError):
+                failure.msg = '%s. %s' % (failure, explain_import(failure, self._spec['name']))
+                failure.args = (failure.msg,)
+            return Outcome.RAISED, cut_error(failure, 1)
+        try:
+            payload, plain, _, _ = seal(value)
+            if is_over_limit(size_of(payload)):
+                return Outcome.RAISED, pack_error(over_limit('the result', size_of(payload)), None)
+            return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
+        except BaseException as exc:  # __reduce__ and its kin are the user's code
+            text = 'the result, of type %s, could not be pickled: %s' % (type(value).__name__, describe_exception(exc, 1))
+            return Outcome.RAISED, pack_error(text, exc)
 
     def _tidy(self) -> bool:
         """Put back what the job changed. False when something is left that only a new process is free of."""
@@ -7942,86 +8492,49 @@ class _Child(NamedTuple):
     err: Catch
 
 
-class Runner:
-    """Loads a computation, runs its setup once, forks workers, reaps them and tells the daemon of it."""
+def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
+    """Names that need no import in a job: in the global variables of the computation where they are free, and in
+    builtins for the other modules."""
+    for name, value in names.items():
+        setattr(builtins, name, value)
+    for variables in spaces_:
+        for name, value in names.items():
+            variables.setdefault(name, value)
 
-    def __init__(self, control: socket.socket) -> None:
-        self._control = control
-        self._intake = RecordIntake()
-        self._records: Deque[Record] = collections.deque()
-        self._handles: Deque[int] = collections.deque()
-        self._children: Dict[int, _Child] = {}
-        self._libc = _libc()
-        self._born = time.time() - 1.0   # clocks of file systems are a little behind
-        self._globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
-        self._own: Set[int] = set()   # children that setup left on purpose
-        self._undead: Set[int] = set()   # killed, and they have not ended: they sleep and cannot be interrupted
-        self._slots: List[Any] = []      # free ones
-        self._slot_files = itertools.count(1)
-        self._watched: Dict[int, Tuple[int, int]] = {}   # worker -> job and bytes that it may use
 
-    def run(self) -> None:
-        """Until told to close, or the daemon is gone."""
-        _prctl(self._libc, _PR_SET_PDEATHSIG, signal.SIGTERM)
-        _prctl(self._libc, _PR_SET_CHILD_SUBREAPER, 1)
-        self._receive()
-        init = self._records.popleft()
-        self._spec = pickle.loads(init.bodies[0])   # from the daemon that started this process
-        limit_values(self._spec['max_value'])
-        self._directory = self._spec['directory']
-        self._out, self._err = Catch(self._spec['private']), Catch(self._spec['private'])
-        os.dup2(self._out.handle, 1)
-        os.dup2(self._err.handle, 2)
-        sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
-        signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
-        if hasattr(os, 'register_at_fork'):   # what setup forks must not hold the line by which the daemon sees our end
-            os.register_at_fork(after_in_child=self._control.close)
-        self._loaded = False
-        self._shall_end = False
-        try:
-            self._load(init.bodies[1])
-        except BaseException as exc:  # the user's modules and setup may raise anything
-            self._kill_strays()
-            if self._shall_end:   # nobody wants it any more, and what that has interrupted is no fault
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                os.kill(os.getpid(), signal.SIGTERM)
-            hint = '' if self._loaded else explain_import(exc, self._spec['name'])
-            self._tell_failure(hint + '\n' * bool(hint) + describe_exception(exc, frames_of_ours(exc)))
-            return
-        self._send(Kind.UP, 0, 0, 0.0, 0.0, pickle.dumps(modules.notes if modules is not None else []))
-        self._serve()
+class ComputationCode:
+    """The user's code in a runner: loads the computation, runs its setup and in the end its cleanup."""
 
-    def _told_to_end(self, number: int, frame: Any) -> None:
-        self._shall_end = True
-        sys.exit(0)
+    def __init__(self, spec: dict) -> None:
+        self._spec = spec
+        self._directory = spec['directory']
+        self._cleanup: Any = None
+        self._setup_args: tuple = ()
+        self.globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
+        self.is_loaded = False      # what fails later is not for want of code
 
-    # -- loading ------------------------------------------------------------------------------------------
-
-    def _load(self, code: memoryview) -> None:
+    def load(self, code: memoryview) -> None:
+        """Load the code and run setup. Raises whatever the user's modules and setup do."""
         os.chdir(self._directory)
-        self._threads = NumericThreads()
+        self.threads = NumericThreads()
         SharedMemoryTracker().install()
         if self._spec['authkey']:
             multiprocessing.current_process().authkey = self._spec['authkey']
         self._unpack_support()
         loader = self._loader()
-        self.offer(dict(self._spec['names'], os=os, sys=sys, time=time), ())
+        offer_names(dict(self._spec['names'], os=os, sys=sys, time=time), ())
         if self._spec['kind'] == 'program':
-            self._function: Callable[..., Any] = Program(os.path.join(self._directory, self._spec['program']))
-            self._cleanup = None
-            self._loaded = True
+            self.function: Callable[..., Any] = Program(os.path.join(self._directory, self._spec['program']))
+            self.is_loaded = True
         else:
             setup = self._load_functions(code, loader)
-            self._loaded = True
+            self.is_loaded = True
             if setup is not None:
                 answer = setup(*self._setup_args)
                 if answer is not None and answer != 0:
                     raise RuntimeError('setup returned %.200r, which refuses this node' % (answer,))
                 self._warn_of_threads(loader)
         loader.loaded()
-        self._own = set(self._descendants())
-        gc.collect()
-        gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
 
     @staticmethod
     def _warn_of_threads(loader: ModuleLoader) -> None:
@@ -8052,25 +8565,15 @@ class Runner:
         """The computation, cleanup and what is found by name beside them. Returns setup."""
         if self._spec['bundles']:
             loader.need((0,))
-        self._function, setup, self._cleanup, objects = \
+        self.function, setup, self._cleanup, objects = \
             load_source(*open_plain(code)) if self._spec['kind'] == 'source' else unseal(code)
         self._setup_args, own_objects = unseal(self._spec['setup_args']) if self._spec['setup_args'] else ((), {})
-        self._globals = globals_of(self._function, setup, self._cleanup)
-        self.offer(self._spec['names'], self._globals)
-        for variables in self._globals:
+        self.globals = globals_of(self.function, setup, self._cleanup)
+        offer_names(self._spec['names'], self.globals)
+        for variables in self.globals:
             for name, value in dict(objects, **own_objects).items():
                 variables.setdefault(name, value)
         return setup
-
-    @staticmethod
-    def offer(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
-        """Names that need no import in a job: in the global variables of the computation where they are free, and in
-        builtins for the other modules."""
-        for name, value in names.items():
-            setattr(builtins, name, value)
-        for variables in spaces_:
-            for name, value in names.items():
-                variables.setdefault(name, value)
 
     def _unpack_support(self) -> None:
         """The client's cloudpickle, where this host has none or another version."""
@@ -8083,77 +8586,60 @@ class Runner:
                     file.write(source)
             sys.path.insert(0, root)
 
-    def _tell_failure(self, text: str) -> None:
-        """The computation cannot be used here; the record's number is 1 if its code cannot even be loaded."""
-        sys.stdout.flush()
-        sys.stderr.flush()
-        printed = self._err.peek(os.fstat(2).st_size).decode('utf-8', 'replace')[-2000:]
-        text = shorten(text) + ('\nstderr:\n' + printed if printed else '')
-        self._send(Kind.FAILED, int(not self._loaded), 0, 0.0, 0.0, text.encode('utf-8', 'replace'))
-
-    # -- serving ------------------------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        os.set_blocking(writer, False)
-        self._wakeup = (reader, writer)
-        if hasattr(signal, 'SIGCHLD'):
-            signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        selector = selectors.DefaultSelector()
-        selector.register(self._control, selectors.EVENT_READ)
-        selector.register(reader, selectors.EVENT_READ)
-        handlers = {Kind.FORK: self._fork, Kind.INTERRUPT: self._interrupt, Kind.KILL: self._kill,
-                    Kind.RECALL: self._recall, Kind.WATCH: self._watch,
-                    Kind.ASK: lambda record: self._send(Kind.ALIVE)}
+    def clean_up(self, end_node: Callable[[], None]) -> str:
+        """Run cleanup. Returns what it has raised, for people, or ''."""
+        if self._cleanup is None:
+            return ''
+        if self._spec['client_shutdown']:
+            offer_names({'dispynode_shutdown': end_node}, self.globals)
         try:
-            while True:
-                ready = selector.select(WEIGHED if self._watched else OUTPUT_CHECKED if self._children else None)
-                if any(key.fileobj == reader for key, _ in ready):
-                    os.read(reader, 4096)
-                if any(key.fileobj is self._control for key, _ in ready):
-                    self._receive()
-                while self._records:
-                    record = self._records.popleft()
-                    if record.kind == Kind.CLOSE:
-                        return
-                    handlers[Kind(record.kind)](record)
-                self._reap()
-                if self._spec['live']:
-                    self._show_output()
-                self._shorten()
-                self._weigh()
-        finally:
-            self._end()
+            self._cleanup(*self._setup_args)
+        except BaseException as exc:  # the user's cleanup may raise anything; the daemon logs it
+            return 'cleanup failed: ' + describe_exception(exc, 1)
+        return ''
 
-    def _receive(self) -> None:
-        while True:
-            if hasattr(socket, 'CMSG_LEN'):
-                handles = array.array('i')
-                data, ancillary, flags, _ = self._control.recvmsg_into([self._intake.room()],
-                                                                       socket.CMSG_SPACE(64 * handles.itemsize))
-                for level, kind, body in ancillary:
-                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                        handles.frombytes(body[:len(body) - len(body) % handles.itemsize])
-                if flags & socket.MSG_CTRUNC and not handles:
-                    handles.append(-1)   # no descriptor was left for it: the worker it was for cannot be made
-                self._handles.extend(handles)
-            else:
-                data = self._control.recv_into(self._intake.room())
-            if not data:
-                sys.exit(0)   # the daemon is gone
-            self._records.extend(self._intake.records(data))
-            if self._records:
-                return
 
-    def _send(self, *args: Any) -> None:
-        for buffer in pack_record(*args):
-            self._control.sendall(buffer)
+class WorkerProcesses:
+    """The worker processes of a runner: forks and signals them, reaps them with all that they have
+    left running, limits their memory and shows what they print. What becomes of them is told by
+    `send`, as to pack_record."""
 
-    def _fork(self, record: Record) -> None:
-        """A worker that cannot be made is told with the reason; those that there are go on."""
-        handle = self._handles.popleft()
+    def __init__(self, spec: dict, code: Optional[ComputationCode], libc: Any, send: Callable[..., None]) -> None:
+        self._spec, self._code, self._libc, self._send = spec, code, libc, send
+        self._children: Dict[int, _Child] = {}
+        self._born = time.time() - 1.0   # clocks of file systems are a little behind
+        self._own: Set[int] = set()   # children that setup left on purpose
+        self._undead: Set[int] = set()   # killed, and they have not ended: they sleep and cannot be interrupted
+        self._slots: List[Any] = []      # free ones
+        self._slot_files = itertools.count(1)
+        self._watched: Dict[int, Tuple[int, int]] = {}   # worker -> job and bytes that it may use
+        self.closed_in_workers: Sequence[int] = ()   # descriptors that are the runner's alone
+
+    def keep_children(self) -> None:
+        """Children that there are now were left by setup on purpose."""
+        self._own = set(self._descendants())
+
+    def drop_children(self) -> None:
+        """What setup has started ends with its computation."""
+        self._own.clear()
+        self.kill_strays()
+
+    def patience(self) -> Optional[float]:
+        """Seconds after which workers are to be looked at."""
+        if self._watched:
+            return WEIGHED
+        return OUTPUT_CHECKED if self._children else None
+
+    def look(self) -> None:
+        """Look at the workers: which have ended, what they have printed, and the memory that they use."""
+        self.reap()
+        if self._spec['live']:
+            self._show_output()
+        self._shorten()
+        self._check_memory()
+
+    def fork(self, record: Record, handle: int) -> None:
+        """A worker that cannot be made is told with the reason; those that there are go on. `handle`: the descriptor of its pipe, or -1."""
         with contextlib.ExitStack() as made:
             try:
                 if handle < 0:
@@ -8192,13 +8678,15 @@ class Runner:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             _prctl(self._libc, _PR_SET_PDEATHSIG, signal.SIGKILL)
             _prctl(self._libc, _PR_SET_CHILD_SUBREAPER, 1)
-            for handle in self._wakeup:
+            for handle in self.closed_in_workers:
                 os.close(handle)
             for other in self._children.values():
                 other.out.close()
                 other.err.close()
-            Worker(sock, child.slots, self._function, child.out, child.err, self._spec, self._libc,
-                   self._threads, self._globals).serve()
+            code = self._code
+            assert code is not None   # ours
+            Worker(sock, child.slots, code.function, child.out, child.err, self._spec, self._libc,
+                   code.threads, code.globals).serve()
         except (ConnectionError, EOFError):
             os._exit(1)   # the pipe is gone, and with it whoever could be told
         except BaseException:  # no descriptors, or our own fault: the runner reads it from the file and tells
@@ -8207,23 +8695,30 @@ class Runner:
             os._exit(70)
         os._exit(0)
 
-    def _interrupt(self, record: Record) -> None:
+    def interrupt(self, record: Record) -> None:
+        """Interrupt a job if its worker still runs it."""
         child = self._children.get(record.number)
         if child is not None:
             child.slots[1] = record.serial
             if child.slots[0] == record.serial:
                 self._signal(child, signal.SIGINT)
 
-    def _kill(self, record: Record) -> None:
+    def kill(self, record: Record) -> None:
+        """Kill a worker."""
         child = self._children.get(record.number)
         if child is not None:
             self._signal(child, signal.SIGKILL)
 
-    def _recall(self, record: Record) -> None:
+    def recall(self, record: Record) -> None:
+        """Have a worker give back what it has not started."""
         child = self._children.get(record.number)
         if child is not None and TAKE_BACK_SIGNAL is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child.process.pid, TAKE_BACK_SIGNAL)
+
+    def watch(self, record: Record) -> None:
+        """Limit the memory of a job."""
+        self._watched[record.number] = (record.serial, int(record.start))
 
     @staticmethod
     def _signal(child: _Child, number: int) -> None:
@@ -8233,13 +8728,14 @@ class Runner:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child.process.pid, number)   # should it not have come to setsid yet
 
-    def _reap(self) -> None:
+    def reap(self) -> None:
+        """Tell which workers have ended, and end what they have left running."""
         for key, child in list(self._children.items()):
             if child.process.exitcode is not None:
                 del self._children[key]
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(child.process.pid, signal.SIGKILL)
-                remove_joblib_remains({child.process.pid, *self._kill_strays()}, self._born)
+                remove_joblib_remains({child.process.pid, *self.kill_strays()}, self._born)
                 out, err = (output.peek(os.fstat(output.handle).st_size) for output in (child.out, child.err))
                 self._send(Kind.GONE, key, child.slots[0], float(child.process.exitcode), 0.0, b'', out, err)
                 child.out.close()
@@ -8249,7 +8745,7 @@ class Runner:
                 self._slots.append(child.slots)
         self._undead = {pid for pid in self._undead if not self._has_ended(pid)}
 
-    def _kill_strays(self) -> Set[int]:
+    def kill_strays(self) -> Set[int]:
         """Descendants of dead workers that left their group came to us, who adopt orphans (Linux). One that sleeps and cannot
         be interrupted, as on a disk that has died, is waited for by nobody: it is looked at again from time to time.
         Returns all that there were, those of the group too."""
@@ -8301,10 +8797,7 @@ class Runner:
                     catch.shown = (serial, at + len(data))
                     self._send(Kind.PRINTED, key, serial, float(stream), float(at), data)
 
-    def _watch(self, record: Record) -> None:
-        self._watched[record.number] = (record.serial, int(record.start))
-
-    def _weigh(self) -> None:
+    def _check_memory(self) -> None:
         """Kill workers whose jobs use more memory than they may."""
         for key, (serial, most) in list(self._watched.items()):
             child = self._children.get(key)
@@ -8320,8 +8813,8 @@ class Runner:
             child.out.shorten(self._libc)
             child.err.shorten(self._libc)
 
-    def _end_workers(self) -> None:
-        """A signal to end that comes meanwhile, as one does when the daemon ends, waits: half done,
+    def end(self) -> None:
+        """End all workers. A signal to end that comes meanwhile, as one does when the daemon ends, waits: half done,
         this would leave behind what nobody else removes."""
         mask = _sigmask(signal.SIG_BLOCK, (signal.SIGTERM,)) if _sigmask is not None else ()
         try:
@@ -8332,22 +8825,130 @@ class Runner:
                 child.process.join(max(0.0, until - time.monotonic()))
             workers = {child.process.pid for child in self._children.values()}
             self._children.clear()
-            remove_joblib_remains(workers | self._kill_strays(), self._born)
+            remove_joblib_remains(workers | self.kill_strays(), self._born)
         finally:
             if _sigmask is not None:
                 _sigmask(signal.SIG_SETMASK, mask)
 
+
+class Runner:
+    """Loads a computation, runs its setup once, forks workers, reaps them and tells the daemon of it."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._intake = RecordIntake()
+        self._records: Deque[Record] = collections.deque()
+        self._handles: Deque[int] = collections.deque()
+        self._shall_end = False
+
+    def run(self) -> None:
+        """Until told to close, or the daemon is gone."""
+        libc = _libc()
+        _prctl(libc, _PR_SET_PDEATHSIG, signal.SIGTERM)
+        _prctl(libc, _PR_SET_CHILD_SUBREAPER, 1)
+        self._receive()
+        init = self._records.popleft()
+        self._spec = pickle.loads(init.bodies[0])   # from the daemon that started this process
+        limit_values(self._spec['max_value'])
+        self._code = ComputationCode(self._spec)
+        self._workers = WorkerProcesses(self._spec, self._code, libc, self._send)
+        self._out, self._err = Catch(self._spec['private']), Catch(self._spec['private'])
+        os.dup2(self._out.handle, 1)
+        os.dup2(self._err.handle, 2)
+        sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
+        signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
+        if hasattr(os, 'register_at_fork'):   # what setup forks must not hold the line by which the daemon sees our end
+            os.register_at_fork(after_in_child=self._control.close)
+        try:
+            self._code.load(init.bodies[1])
+            self._workers.keep_children()
+            gc.collect()
+            gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
+        except BaseException as exc:  # the user's modules and setup may raise anything
+            self._workers.kill_strays()
+            if self._shall_end:   # nobody wants it any more, and what that has interrupted is no fault
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGTERM)
+            hint = '' if self._code.is_loaded else explain_import(exc, self._spec['name'])
+            self._tell_failure(hint + '\n' * bool(hint) + describe_exception(exc, frames_of_ours(exc)))
+            return
+        self._send(Kind.UP, 0, 0, 0.0, 0.0, pickle.dumps(modules.notes if modules is not None else []))
+        self._serve()
+
+    def _told_to_end(self, number: int, frame: Any) -> None:
+        self._shall_end = True
+        sys.exit(0)
+
+    def _tell_failure(self, text: str) -> None:
+        """The computation cannot be used here; the record's number is 1 if its code cannot even be loaded."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        printed = self._err.peek(os.fstat(2).st_size).decode('utf-8', 'replace')[-2000:]
+        text = shorten(text) + ('\nstderr:\n' + printed if printed else '')
+        self._send(Kind.FAILED, int(not self._code.is_loaded), 0, 0.0, 0.0, text.encode('utf-8', 'replace'))
+
+    def _serve(self) -> None:
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        self._workers.closed_in_workers = (reader, writer)
+        if hasattr(signal, 'SIGCHLD'):
+            signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        selector = selectors.DefaultSelector()
+        selector.register(self._control, selectors.EVENT_READ)
+        selector.register(reader, selectors.EVENT_READ)
+        workers = self._workers
+        handlers = {Kind.FORK: lambda record: workers.fork(record, self._handles.popleft()),
+                    Kind.INTERRUPT: workers.interrupt, Kind.KILL: workers.kill,
+                    Kind.RECALL: workers.recall, Kind.WATCH: workers.watch,
+                    Kind.ASK: lambda record: self._send(Kind.ALIVE)}
+        try:
+            while True:
+                ready = selector.select(self._workers.patience())
+                if any(key.fileobj == reader for key, _ in ready):
+                    os.read(reader, 4096)
+                if any(key.fileobj is self._control for key, _ in ready):
+                    self._receive()
+                while self._records:
+                    record = self._records.popleft()
+                    if record.kind == Kind.CLOSE:
+                        return
+                    handlers[Kind(record.kind)](record)
+                workers.look()
+        finally:
+            self._end()
+
+    def _receive(self) -> None:
+        while True:
+            if hasattr(socket, 'CMSG_LEN'):
+                handles = array.array('i')
+                data, ancillary, flags, _ = self._control.recvmsg_into([self._intake.room()],
+                                                                       socket.CMSG_SPACE(64 * handles.itemsize))
+                for level, kind, body in ancillary:
+                    if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                        handles.frombytes(body[:len(body) - len(body) % handles.itemsize])
+                if flags & socket.MSG_CTRUNC and not handles:
+                    handles.append(-1)   # no descriptor was left for it: the worker it was for cannot be made
+                self._handles.extend(handles)
+            else:
+                data = self._control.recv_into(self._intake.room())
+            if not data:
+                sys.exit(0)   # the daemon is gone
+            self._records.extend(self._intake.records(data))
+            if self._records:
+                return
+
+    def _send(self, *args: Any) -> None:
+        for buffer in pack_record(*args):
+            self._control.sendall(buffer)
+
     def _end(self) -> None:
-        self._end_workers()
-        if self._cleanup is not None:
-            if self._spec['client_shutdown']:
-                self.offer({'dispynode_shutdown': self._end_node}, self._globals)
-            try:
-                self._cleanup(*self._setup_args)
-            except BaseException as exc:  # the user's cleanup may raise anything; the daemon logs it
-                self._tell_failure('cleanup failed: ' + describe_exception(exc, 1))
-        self._own.clear()   # what setup has started ends with its computation
-        self._kill_strays()
+        self._workers.end()
+        failure = self._code.clean_up(self._end_node)
+        if failure:
+            self._tell_failure(failure)
+        self._workers.drop_children()
         # This process ends without exit handlers, those of the user's modules; shared variables that setup has made leave
         # named semaphores behind unless they are finalized.
         finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
@@ -9982,19 +10583,179 @@ class Digested(NamedTuple):
     action: Prepare
 
 
-class _Caller:
-    """A scheduler, or a client that listens, which this node dials."""
+class NodeDirectory:
+    """The directory of a node, which is the node's alone: 0700, and locked by its file `lock`, which
+    names the process and its port. In it stand what is known of past attempts, results whose clients
+    are away, and the directories of computations."""
 
-    def __init__(self, host: str, port: int, most: float) -> None:
-        self.host, self.port = host, port
-        self.dialling = Dialling(min(1.0, most), most)
-        self.link, self.since = 0, 0.0
-        self.told = ''     # the last failure that was logged
-        self.second = Second(self)
+    def __init__(self, options: Options, instance: bytes,
+                 taken: Callable[[Memory, Dict[str, Past]], None]) -> None:
+        """`taken` is called when the directory is the node's, with what is known of attempts of
+        computations that earlier nodes had."""
+        self._options, self._instance, self._taken = options, instance, taken
+        self._port = 0
+        self._lock_file: Any = None
+        self.memory: Optional[Memory] = None
+        self.root = self.base = ''   # where computations work, and what is above: not the same with --user
+
+    def take(self, port: int) -> None:
+        """Have the directory. Raises StartError."""
+        self._port = port
+        user = self._options.user
+        root = self._options.prefix or default_directory(port)
+        try:
+            self._take_base(root)
+            self.memory = Memory(self.base)
+            if user is not None:
+                self._check_reach(user)
+                root = self._user_directory(root, user)
+            self._taken(self.memory, self.memory.begin(self._wrecks(root)))
+            self._remove_leftovers(root)
+        except OSError as exc:
+            raise StartError('the directory %s cannot be used%s: %s (--dest-path-prefix)' % (
+                root, ' by ' + user.name if user else '', exc.strerror)) from exc
+        self.root = os.path.realpath(root)
+
+    def _take_base(self, root: str) -> None:
+        mode = 0o711 if self._options.user else 0o700
+        if not self._options.prefix:
+            self._take_above(os.path.dirname(root), mode)
+        take_own_directory(root, NODE_MARK, ('lock',) if _was_ours(root) else (), '--dest-path-prefix', mode)
+        self._lock_file = _lock(os.path.join(root, 'lock'), self._port, self._instance)
+        self.base = os.path.realpath(root)
+        if self._options.clean:
+            for name in os.listdir(root):
+                path = os.path.join(root, name)
+                if (_is_ours(name, 'r-', 'g-') or name == 'memory') and os.path.isfile(path):
+                    os.unlink(path)
+
+    @staticmethod
+    def _take_above(above: str, mode: int) -> None:
+        os.makedirs(above, mode=0o700, exist_ok=True)
+        status = os.lstat(above)
+        if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
+            raise StartError('%s is not a directory of this user (--dest-path-prefix)' % above)
+        os.chmod(above, mode)
+
+    @staticmethod
+    def _wrecks(root: str) -> Dict[str, Optional[FrozenSet[int]]]:
+        """Computations of a node that did not end in good order, and which of their attempts had begun; None if nobody knows."""
+        wrecks: Dict[str, Optional[FrozenSet[int]]] = {}
+        for name in os.listdir(root):
+            if _is_ours(name, 'p-') and os.path.isdir(os.path.join(root, name)):
+                try:
+                    wrecks[name[2:]] = Slots.read(os.path.join(root, name))
+                except OSError as exc:
+                    logger.warning('what had begun cannot be read: %s', exc)
+                    wrecks[name[2:]] = None
+        return wrecks
+
+    def _remove_leftovers(self, root: str) -> None:
+        with self.as_user():
+            for name in os.listdir(root):
+                path = os.path.join(root, name)
+                if (self._options.clean or _is_ours(name, 'c-', 'p-')) and os.path.isdir(path):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def _check_reach(self, user: User) -> None:
+        """Whether --user can read what runs here. One file of each installation tells."""
+        for path in (os.__file__, __file__):
+            try:
+                with self.as_user(), open(path, 'rb'):
+                    pass
+            except OSError as exc:
+                raise StartError('--user %s cannot read %s: use a Python and a dispynode.py that all can read' % (user.name, path)) from exc
+
+    @staticmethod
+    def _user_directory(root: str, user: User) -> str:
+        """The directory of --user in ours. Ours stays root's, so that nothing that a job plants is in the way of the lock."""
+        root = os.path.join(root, 'user-' + user.name)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(root, 0o700)
+        os.chown(root, user.uid, user.gid, follow_symlinks=False)
+        return root
+
+    @contextlib.contextmanager
+    def as_user(self) -> Any:
+        """Where jobs may have planted links, files are handled with the rights of --user alone."""
+        user = self._options.user
+        if user is None:
+            yield
+            return
+        os.setegid(user.gid)
+        os.seteuid(user.uid)
+        try:
+            yield
+        finally:
+            os.seteuid(os.getuid())
+            os.setegid(os.getgid())
+
+    def ensure(self) -> None:
+        """Make the node's directory anew if it has disappeared: what cleans /tmp has removed it. Raises StartError, OSError."""
+        if not os.path.isdir(self.root):
+            logger.error('the directory %s has disappeared and is made anew', self.root)
+            if self._lock_file is not None:
+                self._lock_file.close()
+                self._lock_file = None
+            self.take(self._port)
+
+    # -- what stands in it --------------------------------------------------------------------------------
+
+    def path_of_modules(self) -> str:
+        """Where files of modules are kept for other computations."""
+        return os.path.join(self.root, 'p-.modules')
+
+    def private_of(self, comp: str) -> str:
+        """The directory for what is ours and not for a computation's jobs."""
+        return os.path.join(self.root, 'p-' + comp)
+
+    def working_directory(self, comp: str, dest_path: str, keep: bool) -> str:
+        """The directory in which jobs of a computation run. Raises ValueError."""
+        if not dest_path:
+            return os.path.join(self.root, ('k-' if keep else 'c-') + comp)
+        parts = check_name(dest_path)
+        if _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-', 'g-') or parts[0] in KEEPING_FILES or parts[0].startswith('user-'):
+            raise ValueError('dest_path %.100r begins as names of the node itself do; choose another' % dest_path)
+        return os.path.join(self.root, *parts)
+
+    def spool(self, comp: str) -> Shelf:
+        """The file with results of a computation whose client is away."""
+        return Shelf(os.path.join(self.base, 'r-' + comp))
+
+    def spooled(self) -> List[str]:
+        """Computations that have such a file."""
+        return [name[2:] for name in os.listdir(self.base) if _is_ours(name, 'r-') and os.path.isfile(os.path.join(self.base, name))]
+
+    def remember(self, action: Remember) -> None:
+        """Write down what is known of attempts that are not held any more."""
+        if self.memory is not None:
+            self.memory.write(action.comp, action.past)
+
+    def tear_memory(self) -> None:
+        """Note that not all is known of what was here."""
+        if self.memory is not None:
+            self.memory.tear()
+
+    def close(self) -> None:
+        """Remove what is to be removed and let go of the lock. Does nothing the second time."""
+        if self.memory is not None:
+            self.memory.close()
+            self.memory = None
+        if self._lock_file is None:
+            return
+        self._lock_file.close()
+        self._lock_file = None
+        with self.as_user():
+            shutil.rmtree(self.path_of_modules(), ignore_errors=True)
+        if self._options.embedded:
+            shutil.rmtree(self.root, ignore_errors=True)
+        elif self._options.user is not None:
+            with contextlib.suppress(OSError):   # not empty: a cluster wanted its files kept
+                os.rmdir(self.root)
 
 
-class _Run:
-    """The processes and the directory of one computation."""
+class ComputationDirectory:
+    """The directories of one computation, and the files that come into them."""
 
     def __init__(self, comp: str, directory: str, private: str, keep: bool, max_file: int) -> None:
         self.comp, self.directory, self.private, self.keep = comp, directory, private, keep
@@ -10002,33 +10763,240 @@ class _Run:
                                       Purpose.MODULES: private, Purpose.VALUES: values_in(private)},
                                      max_file, scratch=private)
         self.fetched: list = []                      # rows of those that are on their way
-        self.process: Any = None
-        self.control: Optional[Pipe] = None
-        self.up = self.closing = self.unloadable = False
-        self.text = ''
-        self.pipes: Dict[int, Pipe] = {}
-        self.pids: Dict[int, Tuple[int, str]] = {}   # worker -> number and start of its process
-        self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
-        self.kill_at: Optional[float] = None
-        self.watch: Optional[RunnerWatch] = None
 
-    def known(self, worker: int, pid: int) -> None:
-        """A worker's process: from the kernel, never by its own word."""
-        if pid > 1:
-            self.pids[worker] = (pid, start_of(pid))
 
-    def kill(self, worker: int) -> None:
-        """Kill a worker's process and its group, unless the number is another process's by now."""
-        pid, start = self.pids.get(worker, (0, ''))
-        if not pid or start_of(pid) != start:
+class ComputationFiles:
+    """Files of computations: makes their directories, finds out what is missing, stores what comes.
+    The loop's thread."""
+
+    def __init__(self, daemon: 'Daemon', directory: NodeDirectory, options: Options) -> None:
+        self._daemon, self._directory, self._options = daemon, directory, options
+        self._known: Dict[str, ComputationDirectory] = {}
+        self._digesting: Set[str] = set()   # computations whose files are being compared
+        self._modules: Optional[ModuleStore] = None
+
+    def start(self) -> None:
+        """The node's directory is there."""
+        self._modules = ModuleStore(self._directory.path_of_modules())
+
+    def of(self, comp: str) -> ComputationDirectory:
+        """The directories of a computation that was prepared."""
+        return self._known[comp]
+
+    def prepare(self, action: Prepare) -> None:
+        """Make a computation's directories and post which of its files are missing."""
+        spec, comp = action.spec, action.comp
+        keep = not spec['cleanup'] and not self._options.force_cleanup
+        try:
+            if not comp or not is_comp(comp):
+                raise ValueError('a computation may not be called %.70r' % comp)
+            self._directory.ensure()
+            private = self._directory.private_of(comp)
+            directory = self._directory.working_directory(comp, spec['dest_path'], keep)
+            unknown = Digests.unknown(directory, spec['files']) if self._options.user is None else []   # a thread has no rights of its own
+            if unknown and comp not in self._digesting:
+                self._digest(action, unknown)
+                return
+            self._digesting.discard(comp)
+            with self._directory.as_user():
+                os.makedirs(directory, mode=0o700, exist_ok=True)
+                os.makedirs(private, mode=0o700, exist_ok=True)
+                files = self._known[comp] = ComputationDirectory(comp, directory, private, keep, self._options.max_file)
+                missing = files.receiver.want(Purpose.DEPENDS, spec['files'])
+                missing += self._want_modules(files, spec['modules'])
+        except (OSError, ValueError, StartError) as exc:
+            self._daemon.post(Prepared(comp, [], 'files cannot be stored: %s' % exc, reason_of(exc)))
+        else:
+            self._daemon.post(Prepared(comp, missing))
+
+    def _digest(self, action: Prepare, paths: Sequence[str]) -> None:
+        """Large files are there from before: whether they are the same is found out beside the loop."""
+        def work() -> None:
+            Digests.learn(paths)
+            self._daemon.post(Digested(action))
+        self._digesting.add(action.comp)
+        threading.Thread(target=work, name='dispy-digest', daemon=True).start()
+
+    def on_digested(self, event: Digested) -> None:
+        """Digests of files that were there are known."""
+        if self._daemon.node.is_preparing(event.action.comp):
+            self.prepare(event.action)
+        else:
+            self._digesting.discard(event.action.comp)
+
+    def _want_modules(self, files: ComputationDirectory, rows: list) -> list:
+        """Files of modules that have to be sent, as in Need; those that came for other computations
+        are copied."""
+        assert self._modules is not None   # ours
+        files.fetched = rows
+        self._modules.bring(files.private, rows)
+        return files.receiver.want(Purpose.MODULES, rows)
+
+    def fetch(self, action: Fetch) -> None:
+        """Post which of these files of modules are missing."""
+        try:
+            with self._directory.as_user():
+                missing = self._want_modules(self._known[action.comp], action.rows)
+        except (OSError, ValueError) as exc:
+            self._daemon.post(Fetched(action.comp, [], 'files cannot be stored: %s' % exc))
+        else:
+            self._daemon.post(Fetched(action.comp, missing))
+
+    def fetch_value(self, action: FetchValue) -> None:
+        """Post whether a value is missing."""
+        files = self._known.get(action.comp)
+        if files is None:   # it is over
             return
-        for kill in (os.killpg, os.kill):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill(pid, signal.SIGKILL)
+        missing: list = []
+        error = limit_text('on this node') if action.size > VALUE_MOST else ''
+        try:
+            with self._directory.as_user():
+                os.makedirs(values_in(files.private), mode=0o700, exist_ok=True)
+                if not error:
+                    row = (action.digest.hex(), action.size, action.digest, 0o400)
+                    missing = files.receiver.want(Purpose.VALUES, [row])
+        except (OSError, ValueError) as exc:
+            error = str(exc)
+        self._daemon.post(ValueSought(action.comp, action.digest, missing, error))
 
-    def times(self) -> Tuple[Optional[float], ...]:
-        """When there is something to do."""
-        return (self.kill_at, *(self.watch.times() if self.watch is not None else ()))
+    def drop_value(self, action: DropValue) -> None:
+        """Remove a value."""
+        files = self._known.get(action.comp)
+        if files is not None:
+            with self._directory.as_user(), contextlib.suppress(OSError):   # it has gone
+                os.unlink(os.path.join(values_in(files.private), action.digest.hex()))
+
+    def want_again(self, action: WantAgain) -> None:
+        """Post which files are missing still: the link on which they came has ended."""
+        files = self._known.get(action.comp)
+        if files is not None:
+            with self._directory.as_user():
+                self._daemon.post(Wanted(action.comp, files.receiver.again()))
+
+    def store(self, action: Store) -> None:
+        """Write a piece of a file."""
+        assert self._modules is not None   # ours
+        files = self._known[action.piece.comp]
+        with self._directory.as_user():
+            file = files.receiver.take(action.piece)
+            if file is None:
+                return
+            whole = not file.error and not files.receiver.wants(Purpose.MODULES)
+            if file.purpose == Purpose.MODULES and whole:
+                self._modules.keep(files.private, files.fetched)
+        self._daemon.post(Stored(file, not files.receiver.wants(*FOR_CODE), files.receiver.code))
+
+    def note_overrun(self, action: NoteOverrun) -> None:
+        """Note that notes of what has begun do not reach back far enough."""
+        files = self._known.get(action.comp)
+        if files is not None:
+            try:
+                with self._directory.as_user():
+                    Slots.mark_unknown(files.private)
+            except OSError as exc:
+                logger.error('it cannot be noted that not all is known that has begun: %s', exc)
+                self._directory.tear_memory()
+
+    def discard(self, comp: str) -> None:
+        """Remove the directories of a computation, but for the one that is to stay."""
+        files = self._known.pop(comp, None)
+        if files is None:
+            return
+        with self._directory.as_user():
+            files.receiver.abort()
+            shutil.rmtree(files.private, ignore_errors=True)
+            if not files.keep:
+                shutil.rmtree(files.directory, ignore_errors=True)
+
+    def close(self) -> None:
+        """Remove the directories of all computations."""
+        for comp in list(self._known):
+            self.discard(comp)
+
+
+class ResultStore:
+    """Results on the disk, whose clients are away or have come back, and results that their clients
+    could not take. The loop's thread."""
+
+    def __init__(self, daemon: 'Daemon', directory: NodeDirectory, zombie: float) -> None:
+        self._daemon, self._directory, self._zombie = daemon, directory, zombie
+        self._unkept: Set[str] = set()    # computations with results that could not be kept
+        self.refused: Dict[Tuple[str, int], str] = {}   # results that their clients could not take, and why
+        self.backlog = Backlog(daemon.links)
+        self.read_later: Dict[Tuple[int, str], float] = {}   # kept results, of a link and a computation, and when they are read again
+
+    def find_kept(self) -> None:
+        """When the daemon starts: what earlier ones have kept."""
+        for comp in self._directory.spooled():
+            spool = self._directory.spool(comp)
+            try:
+                owner, digest, serials = spool.scan()
+                if not serials:
+                    raise ValueError('%s is empty' % spool.path)
+                left = self._zombie - (time.time() - os.stat(spool.path).st_mtime)
+                self._daemon.tell(Found(comp, owner, serials, self._daemon.now + max(0.0, left), digest))
+                logger.info('%d results of an earlier computation wait for their client', len(serials))
+            except (OSError, ValueError) as exc:
+                logger.warning('results of an earlier computation are of no use: %s', exc)
+                spool.remove()
+
+    def keep(self, action: Keep) -> None:
+        """Write results to the disk."""
+        try:
+            self._directory.ensure()
+            self._directory.spool(action.comp).append(action.owner, action.rows, action.digest)
+        except (OSError, ValueError, StartError) as exc:
+            self._unkept.add(action.comp)
+            self._daemon.post(Kept(action.comp, [], str(exc)))
+        else:
+            self._unkept.discard(action.comp)
+            self._daemon.tell(Kept(action.comp, [row[0] for row in action.rows]))
+
+    def forget(self, action: Forget) -> None:
+        """Remove the results of a computation."""
+        self._unkept.discard(action.comp)
+        self.backlog.drop(action.comp)
+        self.refused = {key: text for key, text in self.refused.items() if key[0] != action.comp}
+        self._directory.spool(action.comp).remove()
+
+    def usable(self, comp: str, row: tuple) -> tuple:
+        """A row of Results, or what is told in the place of one that its client could not take."""
+        text = self.refused.get((comp, row[0]))
+        return row if text is None else refused_row(row, text)
+
+    def send_kept(self, action: SendKept) -> None:
+        """Send results from the disk, as the link has room."""
+        self.backlog.add_results(action.link, action.comp, self._kept_rows(action.link, action.comp))
+
+    def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
+        """Results from the disk. Those that are not there any more have been lost, which their client is told; when there is no
+        descriptor to read them with they are tried again."""
+        missing, text = set(self._daemon.node.results.spooled_serials(comp)), 'the file ends before it'
+        try:
+            for row in self._directory.spool(comp).rows():
+                missing.discard(row[0])
+                yield self.usable(comp, row)
+        except FileNotFoundError as exc:
+            text = str(exc)
+        except OSError as exc:
+            logger.error('kept results cannot be read now: %s', exc)
+            self.read_later[link, comp] = self._daemon.now + WORKER_AGAIN
+            return
+        for serial in sorted(missing):
+            yield (serial, int(Outcome.DIED), 0.0, 0.0, ('its result was kept on the node and cannot be read: %s' % text).encode('utf-8', 'replace'), b'', b'')
+
+    def read_again(self) -> None:
+        """Read what could not be read before."""
+        for (link, comp), when in list(self.read_later.items()):
+            if self._daemon.now >= when:
+                del self.read_later[link, comp]
+                if link in self._daemon.links:
+                    self.backlog.add_results(link, comp, self._kept_rows(link, comp))
+
+    def close(self) -> None:
+        """Results that could not be kept are lost, which must be known later."""
+        if self._unkept:
+            self._directory.tear_memory()
 
 
 class RunnerWatch:
@@ -10091,674 +11059,108 @@ class RunnerWatch:
             self._handle = -1
 
 
-class Daemon(Loop):
-    """The node's loop: links of clients, pipes of runners and workers, and a Node that decides."""
+class ComputationProcesses:
+    """The runner and the workers of one computation, and the pipes to them."""
 
-    def __init__(self, options: Options) -> None:
-        super().__init__()
-        self._options = options
-        name = options.name or platform.node() or 'node'
-        self.node = Node(name, options.cpus, node_facts(), options.zombie, options.serve, options.client_shutdown, self.now)
-        self.values.where = 'on node %s' % name
-        self._phase = Phase.SERVING
-        self._clock_at = self.now if options.hours else None   # when to look at the clock on the wall
-        self._instance = os.urandom(16)
-        self._gates: List[Gate] = []
-        self._ears: Optional[Ears] = None
-        self._hello_at: Optional[float] = None
-        self._stranger_at = -60.0         # when one that asked with another secret was logged
-        self._callers = [_Caller(host, port, options.ping_interval or 30.0) for host, port in options.schedulers]
-        self._tls: Any = None
-        self._runs: Dict[str, _Run] = {}
-        self._lock_file: Any = None
-        self._memory: Optional[Memory] = None
-        self._digesting: Set[str] = set()   # computations whose files are being compared
-        self._unkept: Set[str] = set()    # computations with results that could not be kept
+    def __init__(self, files: ComputationDirectory) -> None:
+        self.files, self.comp = files, files.comp
+        self.process: Any = None
+        self.control: Optional[Pipe] = None
+        self.up = self.closing = self.unloadable = False
+        self.text = ''
+        self.pipes: Dict[int, Pipe] = {}
+        self.pids: Dict[int, Tuple[int, str]] = {}   # worker -> number and start of its process
+        self.nonsense: Dict[int, str] = {}             # worker -> what is wrong with what it sent
+        self.kill_at: Optional[float] = None
+        self.watch: Optional[RunnerWatch] = None
+
+    def known(self, worker: int, pid: int) -> None:
+        """A worker's process: from the kernel, never by its own word."""
+        if pid > 1:
+            self.pids[worker] = (pid, start_of(pid))
+
+    def kill(self, worker: int) -> None:
+        """Kill a worker's process and its group, unless the number is another process's by now."""
+        pid, start = self.pids.get(worker, (0, ''))
+        if not pid or start_of(pid) != start:
+            return
+        for kill in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(pid, signal.SIGKILL)
+
+    def times(self) -> Tuple[Optional[float], ...]:
+        """When there is something to do."""
+        return (self.kill_at, *(self.watch.times() if self.watch is not None else ()))
+
+
+class HeldPipes:
+    """Pipes of workers that are not read for a while, because files or results come faster than the
+    client takes them. The loop's thread."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
         self._held: Set[Pipe] = set()     # not read until links have room
-        self._backlog = Backlog(self.links)
-        self._refused: Dict[Tuple[str, int], str] = {}   # results that their clients could not take, and why
-        self._read_later: Dict[Tuple[int, str], float] = {}   # kept results, of a link and a computation, and when they are read again
-        self._port = 0
-        self._root = self._base = ''   # where computations work, and what is above: not the same with --user
-        self._acts = {
-            Send: self._send, Drop: self._drop, Prepare: self._prepare, WantAgain: self._want_again, Store: self._store,
-            Fetch: self._fetch, FetchValue: self._fetch_value, DropValue: self._drop_value,
-            StartRunner: self._start_runner, StopRunner: self._stop_runner, StartWorker: self._start_worker,
-            Broken: lambda action: self.fault(action, action.error), Keep: self._keep, SendKept: self._send_kept, Forget: self._forget,
-            Remember: self._remember, NoteOverrun: self._note_overrun, Feed: self._feed, Interrupt: self._interrupt,
-            Kill: self._kill, Watch: self._watch, TakeBack: self._take_back, Retire: self._retire, TellKept: self._tell_kept, Show: self._show, Exit: lambda action: self.stop(),
+
+    def hold_back(self, pipe: Pipe) -> None:
+        """Files or results come faster than the client takes them: the worker's pipe is not read for a while."""
+        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self._loop.links.values()) \
+                and self._must_wait(pipe, HELD_BACK):
+            pipe.paused = True
+            self._held.add(pipe)
+            self._loop.interest(pipe)
+
+    def _must_wait(self, pipe: Pipe, most: int) -> bool:
+        """Whether more than so much waits on a link. A large result on its way keeps others back that
+        are large, of which memory should hold no two, and not those that are small."""
+        return any(link.queued - link.unmade > most or (link.unmade and pipe.is_large)
+                   for link in self._loop.links.values())
+
+    def let_go(self) -> None:
+        """Read again those for which links have room."""
+        for pipe in [pipe for pipe in self._held if not self._must_wait(pipe, HELD_BACK // 2)]:
+            pipe.paused = False
+            self._loop.interest(pipe)
+            self._held.remove(pipe)
+
+    def may_let_go(self) -> bool:
+        """Whether there are such."""
+        return any(not self._must_wait(pipe, HELD_BACK // 2) for pipe in self._held)
+
+
+class ProcessHost:
+    """Runners and workers of all computations: starts them, reads what they send, carries out what
+    is to be done with them, and tells the state what becomes of them. The loop's thread."""
+
+    def __init__(self, daemon: 'Daemon', files: ComputationFiles, options: Options) -> None:
+        self._daemon, self._files, self._options = daemon, files, options
+        self._runs: Dict[str, ComputationProcesses] = {}
+        self.held = HeldPipes(daemon)
+        # What runners send about themselves, and about workers that are there
+        self._of_runner: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
+            Kind.ALIVE: self._on_alive,
+            Kind.END_NODE: self._on_end_node,
+            Kind.UP: self._on_up,
+            Kind.FAILED: self._on_failed,
+        }
+        self._of_workers: Dict[int, Callable[[ComputationProcesses, Record], None]] = {
+            Kind.BORN: self._on_worker_started,
+            Kind.GONE: self._on_worker_exited,
+            Kind.UNBORN: self._on_worker_start_failed,
+            Kind.TOO_BIG: self._on_memory_exceeded,
+            Kind.PRINTED: self._on_printed,
         }
 
-    # -- start and end ------------------------------------------------------------------------------------
+    # -- runners ------------------------------------------------------------------------------------------
 
-    def start(self) -> int:
-        """Listen, take the directory. Returns the port. Raises StartError or SecretError."""
-        options, port = self._options, self._options.port
-        try:
-            for host in options.hosts:
-                self._gates.append(self._listen(host, port))
-                port = self._gates[0].server_address[1]
-            self._port = port
-            self._root = self._take_directory(port)
-            self.node.facts['lock'] = machine(), os.path.join(self._base, 'lock')
-            self._modules = ModuleStore(os.path.join(self._root, 'p-.modules'))
-            self._find_kept()
-            if self._callers and options.certfile:
-                self._tls = tls_context(False, options.certfile, options.keyfile)
-        except BaseException:
-            self.close()
-            raise
-        for gate in self._gates:
-            self.watch(gate.socket, gate.knock)
-        self._announce(port)
-        return port
-
-    def _announce(self, port: int) -> None:
-        """Answer those who look for nodes, and say once that there is one more."""
-        options = self._options
-        addresses = options.ext_hosts or tuple(host for host in options.hosts if host)
-        reach = options.reach
-        if reach == 'lan' and addresses and all(ipaddress.ip_address(address).is_loopback for address in addresses):
-            reach = 'loopback'
-        self._discovery = Discovery(derive_key(options.secret), Role.NODE, self._instance, port, addresses)
-        # Its own port for those who name it; the usual one so that it is found at whatever port it serves.
-        ports = {options.port or NODE_PORT, NODE_PORT}
-        self._ears = Ears(self, reach, ports, ports, self._hear, options.multicast)
-        if self._ears.error:
-            logger.warning('%s: this node is not found by asking, but can be named', self._ears.error)
-        self._hello()
-
-    def _hello(self) -> None:
-        assert self._ears is not None   # ours
-        self._ears.shout(lambda: self._discovery.say(Cry.HELLO))
-        self._hello_at = self.now + self._options.ping_interval if self._options.ping_interval else None
-
-    def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
-        heard, answer = self._discovery.hear(data, source, self.now)
-        if answer is not None:
-            reply(answer)
-            if heard is None and self.now - self._stranger_at > 10.0:
-                self._stranger_at = self.now
-                # Another user of this machine is no reason to worry.
-                logger.log(logging.INFO if is_own_address(source) else logging.WARNING,
-                           '%s looks for nodes and has another secret than this node (port %d): %s', source, self._port,
-                           same_secret(derive_key(self._options.secret)))
-
-    def _listen(self, host: str, port: int) -> Gate:
-        options = self._options
-        try:
-            return Gate((host, port), derive_key(options.secret), Role.NODE, (Role.CLIENT, Role.SCHEDULER),
-                        self._instance, self.post, options.certfile, options.keyfile, patience=options.msg_timeout)
-        except OverflowError as exc:
-            raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
-        except OSError as exc:
-            where = place(host, port)
-            if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
-                raise StartError('port %d is in use (%s), perhaps by another dispynode; choose another port with -p/--port' % (port, where)) from exc
-            raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' % (where, exc)) from exc
-
-    def _take_directory(self, port: int) -> str:
-        """The directory of this node, ours alone: 0700, locked by file `lock` with PID and port."""
-        root = self._options.prefix or default_directory(port)
-        try:
-            mode = 0o711 if self._options.user else 0o700
-            if not self._options.prefix:
-                above = os.path.dirname(root)
-                os.makedirs(above, mode=0o700, exist_ok=True)
-                status = os.lstat(above)
-                if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
-                    raise StartError('%s is not a directory of this user (--dest-path-prefix)' % above)
-                os.chmod(above, mode)
-            take_own_directory(root, NODE_MARK, ('lock',) if _was_ours(root) else (), '--dest-path-prefix', mode)
-            self._lock_file = _lock(os.path.join(root, 'lock'), port, self._instance)
-            self._base = os.path.realpath(root)
-            if self._options.clean:
-                for name in os.listdir(root):
-                    path = os.path.join(root, name)
-                    if (_is_ours(name, 'r-', 'g-') or name == 'memory') and os.path.isfile(path):
-                        os.unlink(path)
-            self._memory = Memory(self._base)
-            self.node.facts['memory'] = self._memory.ident
-            if self._options.user is not None:
-                self._check_reach(self._options.user)
-                root = self._user_directory(root, self._options.user)
-            wrecks = {}
-            for name in os.listdir(root):
-                if _is_ours(name, 'p-') and os.path.isdir(os.path.join(root, name)):
-                    try:
-                        wrecks[name[2:]] = Slots.read(os.path.join(root, name))
-                    except OSError as exc:
-                        logger.warning('what had begun cannot be read: %s', exc)
-                        wrecks[name[2:]] = None
-            for comp, past in self._memory.begin(wrecks).items():
-                self._tell(Remembered(comp, past))
-            with self._as_user():
-                for name in os.listdir(root):
-                    path = os.path.join(root, name)
-                    if (self._options.clean or _is_ours(name, 'c-', 'p-')) and os.path.isdir(path):
-                        shutil.rmtree(path, ignore_errors=True)
-        except OSError as exc:
-            raise StartError('the directory %s cannot be used%s: %s (--dest-path-prefix)' % (
-                root, ' by ' + self._options.user.name if self._options.user else '', exc.strerror)) from exc
-        return os.path.realpath(root)
-
-    def _check_reach(self, user: User) -> None:
-        """Whether --user can read what runs here. One file of each installation tells."""
-        for path in (os.__file__, __file__):
-            try:
-                with self._as_user(), open(path, 'rb'):
-                    pass
-            except OSError as exc:
-                raise StartError('--user %s cannot read %s: use a Python and a dispynode.py that all can read' % (user.name, path)) from exc
-
-    @staticmethod
-    def _user_directory(root: str, user: User) -> str:
-        """The directory of --user in ours. Ours stays root's, so that nothing that a job plants is in the way of the lock."""
-        root = os.path.join(root, 'user-' + user.name)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(root, 0o700)
-        os.chown(root, user.uid, user.gid, follow_symlinks=False)
-        return root
-
-    @contextlib.contextmanager
-    def _as_user(self) -> Any:
-        """Where jobs may have planted links, files are handled with the rights of --user alone."""
-        user = self._options.user
-        if user is None:
-            yield
-            return
-        os.setegid(user.gid)
-        os.seteuid(user.uid)
-        try:
-            yield
-        finally:
-            os.seteuid(os.getuid())
-            os.setegid(os.getgid())
-
-    def close(self) -> None:
-        """End all processes, remove what is to be removed. Does nothing the second time."""
-        for gate in self._gates:
-            with contextlib.suppress(KeyError, ValueError):   # not watched yet
-                self.unwatch(gate.socket)
-            gate.server_close()
-        self._gates = []
-        if self._ears is not None:
-            self._ears.close()
-        for caller in self._callers:
-            caller.dialling.abort()
-            caller.second.abort()
-        for run in list(self._runs.values()):
-            if run.watch is not None:
-                run.watch.close()
-            if run.process is not None:
-                run.process.join(3.0)
-                run.process.kill()
-                run.process.join(3.0)
-                self._kill_workers(run)
-            self._discard(run)
-        self._runs.clear()
-        if self._memory is not None:
-            if self._unkept:
-                self._memory.tear()
-            self._memory.close()
-            self._memory = None
-        if self._lock_file is not None:
-            self._lock_file.close()
-            self._lock_file = None
-            with self._as_user():
-                shutil.rmtree(os.path.join(self._root, 'p-.modules'), ignore_errors=True)
-            if self._options.embedded:
-                shutil.rmtree(self._root, ignore_errors=True)
-            elif self._options.user is not None:
-                with contextlib.suppress(OSError):   # not empty: a cluster wanted its files kept
-                    os.rmdir(self._root)
-        super().close()
-
-    def next_timer(self) -> Optional[float]:
-        """The state's, or the end of a runner that does not end; at once when held pipes can be read again."""
-        if self._may_let_go() or self._backlog.has_room():
-            return self.now
-        times = [self.node.next_timer(), self._hello_at, self._clock_at, *(when for run in self._runs.values() for when in run.times()),
-                 *self._read_later.values(),
-                 *(caller.dialling.due for caller in self._callers)]
-        return min((when for when in times if when is not None), default=None)
-
-    # -- events -------------------------------------------------------------------------------------------
-
-    def on_event(self, event: Any) -> None:
-        """Arrivals from the gate, and what actions brought about."""
-        if isinstance(event, ChildEnded):
-            self._reap()
-            return
-        if isinstance(event, Digested):
-            self._digested(event)
-            return
-        if isinstance(event, DialFailed):
-            self._dial_failed(event.peer, event.text)
-            return
-        if isinstance(event, Dialled) and isinstance(event.peer, Second):
-            event = self._second_reached(event)
-            if event is None:
-                return
-        if isinstance(event, (Arrival, Dialled)):
-            link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
-            self.attach(link)
-            self.node.facts['available'] = availability(self._root)
-            if isinstance(event, Dialled):
-                caller = event.peer
-                caller.dialling.ended()
-                caller.link, caller.since, caller.told = link.number, self.now, ''
-                logger.info('connected to %s', place(caller.host, caller.port))
-            event = LinkUp(link.number, link.instance, link.address)
-        self._tell(event)
-
-    def on_silent(self, link: Link) -> None:
-        """A scheduler that we have dialled is silent: another connection is tried. Others dial us."""
-        for caller in self._callers:
-            if caller.link == link.number and not self.node.stopping:
-                caller.second.start(self.now, self.post, self._reach(caller, max(1.0, link.pulse)))
-
-    def _reach(self, caller: _Caller, patience: float) -> Callable[..., Arrival]:
-        return functools.partial(dial, caller.host, caller.port, derive_key(self._options.secret), Role.NODE, Role.SCHEDULER,
-                                 self._instance, self._tls, patience=patience)
-
-    def _second_reached(self, event: Dialled) -> Optional[Dialled]:
-        """It takes the place of a link that is silent still; None if that has spoken, or another has its place."""
-        caller = event.peer.peer
-        event.peer.ended()
-        old = self.links.get(caller.link)
-        if old is None or not self.is_silent(old):
-            event.sock.close()
-            return None
-        self._break(old, 'nothing was heard for %.0f s, and it was reached anew' % (self.now - old.heard))
-        caller.dialling.due = None
-        return event._replace(peer=caller)
-
-    def _dial_failed(self, caller: Any, text: str) -> None:
-        if isinstance(caller, Second):
-            self.second_failed(caller, self.links.get(caller.peer.link))
-            return
-        caller.dialling.ended()
-        caller.dialling.again(self.now)
-        about = told_once(text)
-        # One that closes at once refuses us for a while, for the reason that was told.
-        if caller.told != about and not (caller.told and text == CLOSED_AT_ONCE):
-            caller.told = about
-            logger.warning('%s (--scheduler-host) cannot be reached: %s; this node keeps trying', place(caller.host, caller.port), text)
-
-    def _dial_callers(self) -> None:
-        for caller in self._callers:
-            if caller.dialling.due is not None and caller.dialling.due <= self.now and not self.node.stopping:
-                reach = self._reach(caller, caller.dialling.patience(self.now, PULSE))
-                caller.dialling.start(self.post, caller, reach)
-
-    def _tell(self, event: Any) -> None:
-        self._decide(self.node.handle, event)
-
-    def _decide(self, call: Callable[..., List[Any]], *args: Any) -> None:
-        """Have the state decide, and carry that out."""
-        try:
-            actions = call(*args, self.now)
-        except BaseException:
-            self._act(self.node.decided())   # what was decided before the state noticed
-            raise
-        self._act(actions)
-
-    def on_fault(self, subject: Any, text: str) -> bool:
-        """End what the fault concerns: a link, a worker, a computation."""
-        if isinstance(subject, Pipe):
-            self._end_writer(subject, text)
-            return True
-        comp = getattr(subject, 'comp', None) or self.node.comp_of_worker(getattr(subject, 'worker', 0))
-        link = self.links.get(getattr(subject, 'link', 0))
-        if isinstance(subject, Channel) or not comp:
-            if link is None:
-                return super().on_fault(subject, text)
-            self._break(link, text)
-            return True
-        self._tell(Faulted(comp, text))
-        return True
-
-    def on_channel(self, channel: Any) -> None:
-        """A link or a pipe has something."""
-        if isinstance(channel, Link):
-            for message in channel.messages(self.now):
-                self._message(channel, message)
-        else:
-            try:
-                if channel.worker:
-                    self._from_worker(channel)
-                else:
-                    for record in channel.records(self.now):
-                        self._from_runner(self._runs[channel.comp], record)
-            except PeerError as exc:   # its user's code wrote into what it should not have
-                self._nonsense(channel, str(exc))
-            except MemoryError:
-                self._end_writer(channel, NO_MEMORY)
-
-    def _message(self, link: Link, message: Any) -> None:
-        if isinstance(message, Bye):
-            link.on_purpose = True
-            raise LinkBroken('bye: %s' % message.text[:200])
-        if isinstance(message, Wrong):
-            text = 'it cannot use what was sent: %s' % message.text[:NAME_MOST]
-            for comp, serial in self.refusals.refused(link, message.frame):
-                self._refused[comp, serial] = 'the result could not be taken: ' + message.text[:NAME_MOST]
-            raise LinkBroken(text)
-        if isinstance(message, Introduce):
-            self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
-        if not isinstance(message, Pulse):
-            if type(message) is Query:
-                self.node.facts['available'] = availability(self._root)
-            self._tell(Received(link.number, message))
-
-    def on_broken(self, channel: Any, text: str) -> None:
-        """A link or a pipe came to its end."""
-        if isinstance(channel, Link):
-            is_missed = not channel.on_purpose and self.node.serves(channel.number)
-            log = logger.warning if is_missed else logger.info
-            log('link to %s ended: %s%s', channel.address, text, channel.stall and ': ' + STALLS[channel.stall])
-            self._tell(LinkDown(channel.number, channel.on_purpose))
-            for caller in self._callers:
-                if caller.link == channel.number:
-                    caller.link = 0
-                    caller.dialling.again(self.now, self.now - caller.since)
-        elif not channel.worker:
-            self._look_at_runner(self._runs[channel.comp])
-        # A worker's pipe that ends says nothing yet: the runner tells what became of the process.
-
-    def end_of_turn(self) -> None:
-        """What came of this turn's actions, then the state's own turn."""
-        while self._inbox:
-            self.take_events(len(self._inbox))
-        for run in list(self._runs.values()):
-            self.guard(run, self._see_to_runner, run)
-        if self._clock_at is not None and self.now >= self._clock_at:
-            self._look_at_clock(time.localtime())
-        self.guard(None, self._flush)
-        if self._read_later:
-            self._read_again()
-        if self._backlog:
-            self.guard(None, self._send_waiting)
-        self._dial_callers()
-        if self._hello_at is not None and self.now >= self._hello_at:
-            self._hello()
-        if self._may_let_go():
-            self._let_go()
-        full = self.node.is_full()
-        for link in self.links.values():
-            if link.paused != full:
-                link.paused = full
-                link.heard = self.now
-                self.interest(link)
-
-    def _flush(self) -> None:
-        self._decide(self.node.flush)
-
-    def _look_at_clock(self, local: time.struct_time) -> None:
-        """Hours of service. Once a minute, so that a clock that is set is no matter."""
-        assert self._options.hours is not None   # ours
-        self._clock_at = self.now + 60 - min(local.tm_sec, 59)
-        phase = self._options.hours.phase(local.tm_hour * 60 + local.tm_min)
-        if phase is not self._phase:
-            self._phase = phase
-            self._tell(Resume('hours') if phase is Phase.SERVING else
-                       Pause('hours', 'its hours of service begin at %02d:%02d' % divmod(self._options.hours.start, 60),
-                             phase is Phase.CLOSED))
-
-    def _reap(self) -> None:
-        """Orphans of a container come to PID 1 and are zombies until it takes note of their end. One of our own children
-        hides those behind it until it has been waited for in its place, which reaps again."""
-        ours = {run.process.pid for run in self._runs.values() if run.process is not None}
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if ended is None or ended.si_pid in ours:
-                    return
-                os.waitpid(ended.si_pid, 0)
-
-    # -- actions on links and files -----------------------------------------------------------------------
-
-    def _send(self, action: Send) -> None:
-        link = self.links.get(action.link)
-        if link is None:
-            return
-        message = action.message
-        if type(message) is not Results:
-            self.say(link, message)
-            return
-        rows = map(functools.partial(self._usable, message.comp), message.rows) if self._refused else message.rows
-        for frame in frames(Results, message.comp, map(sized, rows)):
-            self.say(link, frame)
-
-    def _usable(self, comp: str, row: tuple) -> tuple:
-        """A row of Results, or what is told in the place of one that its client could not take."""
-        text = self._refused.get((comp, row[0]))
-        return row if text is None else refused_row(row, text)
-
-    def _drop(self, action: Drop) -> None:
-        link = self.links.get(action.link)
-        if link is not None:
-            self.part(link, action.text)
-
-    def _show(self, action: Show) -> None:
-        with contextlib.suppress(OSError):   # the terminal may have gone
-            print('\n'.join(map(printable, action.text.split('\n'))), flush=True)
-
-    def _prepare(self, action: Prepare) -> None:
-        spec, comp = action.spec, action.comp
-        keep = not spec['cleanup'] and not self._options.force_cleanup
-        try:
-            if not comp or not is_comp(comp):
-                raise ValueError('a computation may not be called %.70r' % comp)
-            self._have_directory()
-            private = os.path.join(self._root, 'p-' + comp)
-            if spec['dest_path']:
-                parts = check_name(spec['dest_path'])
-                if _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-', 'g-') or parts[0] in KEEPING_FILES or parts[0].startswith('user-'):
-                    raise ValueError('dest_path %.100r begins as names of the node itself do; choose another' % spec['dest_path'])
-                directory = os.path.join(self._root, *parts)
-            else:
-                directory = os.path.join(self._root, ('k-' if keep else 'c-') + comp)
-            unknown = Digests.unknown(directory, spec['files']) if self._options.user is None else []   # a thread has no rights of its own
-            if unknown and comp not in self._digesting:
-                self._digest(action, unknown)
-                return
-            self._digesting.discard(comp)
-            with self._as_user():
-                os.makedirs(directory, mode=0o700, exist_ok=True)
-                os.makedirs(private, mode=0o700, exist_ok=True)
-                run = self._runs[comp] = _Run(comp, directory, private, keep, self._options.max_file)
-                missing = run.receiver.want(Purpose.DEPENDS, spec['files'])
-                missing += self._want_modules(run, spec['modules'])
-        except (OSError, ValueError, StartError) as exc:
-            self.post(Prepared(comp, [], 'files cannot be stored: %s' % exc, reason_of(exc)))
-        else:
-            self.post(Prepared(comp, missing))
-
-    def _digest(self, action: Prepare, paths: Sequence[str]) -> None:
-        """Large files are there from before: whether they are the same is found out beside the loop."""
-        def work() -> None:
-            Digests.learn(paths)
-            self.post(Digested(action))
-        self._digesting.add(action.comp)
-        threading.Thread(target=work, name='dispy-digest', daemon=True).start()
-
-    def _digested(self, event: Digested) -> None:
-        if self.node.is_preparing(event.action.comp):
-            self._prepare(event.action)
-        else:
-            self._digesting.discard(event.action.comp)
-
-    def _have_directory(self) -> None:
-        """Make the node's directory anew if it has disappeared: what cleans /tmp has removed it. Raises StartError, OSError."""
-        if not os.path.isdir(self._root):
-            logger.error('the directory %s has disappeared and is made anew', self._root)
-            if self._lock_file is not None:
-                self._lock_file.close()
-                self._lock_file = None
-            self._root = self._take_directory(self._port)
-
-    def _send_waiting(self) -> None:
-        """Files and kept results into links that have room."""
-        for link, _, text in self._backlog.send(self.say):
-            # Its client comes back and gets them then.
-            self._break(link, 'results cannot be read: %s' % text)
-
-    def _want_modules(self, run: _Run, rows: list) -> list:
-        """Files of modules that have to be sent, as in Need; those that came for other computations
-        are copied."""
-        run.fetched = rows
-        self._modules.bring(run.private, rows)
-        return run.receiver.want(Purpose.MODULES, rows)
-
-    def _fetch(self, action: Fetch) -> None:
-        try:
-            with self._as_user():
-                missing = self._want_modules(self._runs[action.comp], action.rows)
-        except (OSError, ValueError) as exc:
-            self.post(Fetched(action.comp, [], 'files cannot be stored: %s' % exc))
-        else:
-            self.post(Fetched(action.comp, missing))
-
-    def _fetch_value(self, action: FetchValue) -> None:
-        run = self._runs.get(action.comp)
-        if run is None:   # it is over
-            return
-        missing: list = []
-        error = limit_text('on this node') if action.size > VALUE_MOST else ''
-        try:
-            with self._as_user():
-                os.makedirs(values_in(run.private), mode=0o700, exist_ok=True)
-                if not error:
-                    row = (action.digest.hex(), action.size, action.digest, 0o400)
-                    missing = run.receiver.want(Purpose.VALUES, [row])
-        except (OSError, ValueError) as exc:
-            error = str(exc)
-        self.post(ValueSought(action.comp, action.digest, missing, error))
-
-    def _drop_value(self, action: DropValue) -> None:
-        run = self._runs.get(action.comp)
-        if run is not None:
-            with self._as_user(), contextlib.suppress(OSError):   # it has gone
-                os.unlink(os.path.join(values_in(run.private), action.digest.hex()))
-
-    def _want_again(self, action: WantAgain) -> None:
-        run = self._runs.get(action.comp)
-        if run is not None:
-            with self._as_user():
-                self.post(Wanted(action.comp, run.receiver.again()))
-
-    def _store(self, action: Store) -> None:
-        run = self._runs[action.piece.comp]
-        with self._as_user():
-            file = run.receiver.take(action.piece)
-            if file is None:
-                return
-            whole = not file.error and not run.receiver.wants(Purpose.MODULES)
-            if file.purpose == Purpose.MODULES and whole:
-                self._modules.keep(run.private, run.fetched)
-        self.post(Stored(file, not run.receiver.wants(*FOR_CODE), run.receiver.code))
-
-    def _discard(self, run: _Run) -> None:
-        with self._as_user():
-            run.receiver.abort()
-            shutil.rmtree(run.private, ignore_errors=True)
-            if not run.keep:
-                shutil.rmtree(run.directory, ignore_errors=True)
-
-    # -- results on the disk ------------------------------------------------------------------------------
-
-    def _shelf(self, comp: str) -> Shelf:
-        return Shelf(os.path.join(self._base, 'r-' + comp))
-
-    def _shelved(self) -> List[str]:
-        return [name[2:] for name in os.listdir(self._base) if _is_ours(name, 'r-') and os.path.isfile(os.path.join(self._base, name))]
-
-    def _keep(self, action: Keep) -> None:
-        try:
-            self._have_directory()
-            self._shelf(action.comp).append(action.owner, action.rows, action.digest)
-        except (OSError, ValueError, StartError) as exc:
-            self._unkept.add(action.comp)
-            self.post(Kept(action.comp, [], str(exc)))
-        else:
-            self._unkept.discard(action.comp)
-            self._tell(Kept(action.comp, [row[0] for row in action.rows]))
-
-    def _find_kept(self) -> None:
-        """When the daemon starts: what earlier ones have kept."""
-        for comp in self._shelved():
-            shelf = self._shelf(comp)
-            try:
-                owner, digest, serials = shelf.scan()
-                if not serials:
-                    raise ValueError('%s is empty' % shelf.path)
-                left = self._options.zombie - (time.time() - os.stat(shelf.path).st_mtime)
-                self._tell(Found(comp, owner, serials, self.now + max(0.0, left), digest))
-                logger.info('%d results of an earlier computation wait for their client', len(serials))
-            except (OSError, ValueError) as exc:
-                logger.warning('results of an earlier computation are of no use: %s', exc)
-                shelf.remove()
-
-    def _send_kept(self, action: SendKept) -> None:
-        self._backlog.add_results(action.link, action.comp, self._kept_rows(action.link, action.comp))
-
-    def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
-        """Results from the disk. Those that are not there any more have been lost, which their client is told; when there is no
-        descriptor to read them with they are tried again."""
-        missing, text = set(self.node.shelf[comp].serials) if comp in self.node.shelf else set(), 'the file ends before it'
-        try:
-            for row in self._shelf(comp).rows():
-                missing.discard(row[0])
-                yield self._usable(comp, row)
-        except FileNotFoundError as exc:
-            text = str(exc)
-        except OSError as exc:
-            logger.error('kept results cannot be read now: %s', exc)
-            self._read_later[link, comp] = self.now + WORKER_AGAIN
-            return
-        for serial in sorted(missing):
-            yield (serial, int(Outcome.DIED), 0.0, 0.0, ('its result was kept on the node and cannot be read: %s' % text).encode('utf-8', 'replace'), b'', b'')
-
-    def _read_again(self) -> None:
-        for (link, comp), when in list(self._read_later.items()):
-            if self.now >= when:
-                del self._read_later[link, comp]
-                if link in self.links:
-                    self._backlog.add_results(link, comp, self._kept_rows(link, comp))
-
-    def _remember(self, action: Remember) -> None:
-        if self._memory is not None:
-            self._memory.write(action.comp, action.past)
-
-    def _note_overrun(self, action: NoteOverrun) -> None:
-        run = self._runs.get(action.comp)
-        if run is not None:
-            try:
-                with self._as_user():
-                    Slots.mark_unknown(run.private)
-            except OSError as exc:
-                logger.error('it cannot be noted that not all is known that has begun: %s', exc)
-                if self._memory is not None:
-                    self._memory.tear()
-
-    def _forget(self, action: Forget) -> None:
-        self._unkept.discard(action.comp)
-        self._backlog.drop(action.comp)
-        self._refused = {key: text for key, text in self._refused.items() if key[0] != action.comp}
-        self._shelf(action.comp).remove()
-
-    # -- runners and workers ------------------------------------------------------------------------------
-
-    def _start_runner(self, action: StartRunner) -> None:
-        run, spec = self._runs[action.comp], action.spec
+    def start_runner(self, action: StartRunner) -> None:
+        """Start the process that loads the code of a computation."""
+        run, spec = ComputationProcesses(self._files.of(action.comp)), action.spec
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:   # no descriptors
-            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), code='process'))
+            self._daemon.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), code='process'))
             return
-        link = self.links.get(action.link)
+        link = self._daemon.links.get(action.link)
         address = (self._options.ext_hosts[:1] or (plain_address(link.sock.getsockname()[0]) if link is not None else '127.0.0.1',))[0]
         try:
             run.process = multiprocessing.get_context('spawn').Process(
@@ -10766,38 +11168,43 @@ class Daemon(Loop):
             run.process.start()
         except OSError as exc:
             ours.close()
-            run.process = None
-            self.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), code='process'))
+            self._daemon.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), code='process'))
             return
         finally:
             theirs.close()
+        self._runs[action.comp] = run
         run.control = Pipe(ours, action.comp)
-        self.attach(run.control)
-        run.watch = RunnerWatch(self, run.process.pid, functools.partial(self._look_at_runner, run))
+        self._daemon.attach(run.control)
+        run.watch = RunnerWatch(self._daemon, run.process.pid, functools.partial(self._look_at_runner, run))
         init = {'name': spec['name'], 'sys_path': spec['sys_path'], 'argv': spec['argv'],
                 'authkey': bytes(spec.get('authkey', b'')),
-                'bundles': any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']), 'kind': spec['kind'], 'directory': run.directory, 'private': run.private, 'program': spec['program'],
+                'bundles': any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']), 'kind': spec['kind'], 'directory': run.files.directory, 'private': run.files.private, 'program': spec['program'],
                 'support': {name: bytes(source) for name, source in spec['support'].items()},
                 'max_file': self._options.max_file, 'max_value': VALUE_MOST, 'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
                 'client_shutdown': self._options.client_shutdown, 'cleanup': spec['cleanup'],
-                'names': {'dispy_node_name': self.node.name, 'dispy_node_ip_addr': address, 'dispy_job_path': run.directory}}
+                'names': {'dispy_node_name': self._daemon.node.name, 'dispy_node_ip_addr': address, 'dispy_job_path': run.files.directory}}
         run.control.push(pack_record(Kind.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
 
-    def _stop_runner(self, action: StopRunner) -> None:
+    def stop_runner(self, action: StopRunner) -> None:
+        """End the runner of a computation, and with it its workers."""
         run = self._runs.get(action.comp)
         if run is None or run.process is None:
-            if run is not None:
-                self._discard(self._runs.pop(action.comp))
-            self.post(RunnerGone(action.comp, ''))
+            self._runs.pop(action.comp, None)
+            self._files.discard(action.comp)
+            self._daemon.post(RunnerGone(action.comp, ''))
             return
         run.closing = True
-        run.kill_at = self.now + GRACE
+        run.kill_at = self._daemon.now + GRACE
         if run.up and run.control is not None:
             run.control.push(pack_record(Kind.CLOSE))
         else:
             run.process.terminate()
 
-    def _look_at_runner(self, run: _Run) -> None:
+    def runner_silent(self, pipe: Pipe) -> None:
+        """The pipe of a runner has ended."""
+        self._look_at_runner(self._runs[pipe.comp])
+
+    def _look_at_runner(self, run: ComputationProcesses) -> None:
         """Its process has ended, or its socket alone: it is on its way out, or a job or setup has closed that."""
         if run.process is None:
             return
@@ -10805,57 +11212,68 @@ class Daemon(Loop):
             self._runner_ended(run)
             return
         if run.control is not None and run.control.dirty is None and run.kill_at is None:
-            run.kill_at = self.now + GRACE
+            run.kill_at = self._daemon.now + GRACE
         if run.watch is not None:
-            run.watch.look_at = self.now + RunnerWatch.SOON
+            run.watch.look_at = self._daemon.now + RunnerWatch.SOON
 
-    def _see_to_runner(self, run: _Run) -> None:
+    def see_to_runners(self) -> None:
+        """Look after all runners, once a turn."""
+        for run in list(self._runs.values()):
+            self._daemon.guard(run, self._see_to_runner, run)
+
+    def times(self) -> Iterator[Optional[float]]:
+        """When there is something to do."""
+        for run in self._runs.values():
+            yield from run.times()
+
+    def _see_to_runner(self, run: ComputationProcesses) -> None:
         """Kill it if it is to be killed or does not answer; look at it if it cannot be watched otherwise."""
         if run.process is None or run.watch is None:
             return
-        if run.kill_at is not None and self.now >= run.kill_at:
+        if run.kill_at is not None and self._daemon.now >= run.kill_at:
             run.kill_at = None
             run.process.kill()
-            run.watch.killed_at = self.now
-        if run.watch.is_silent(self.now, run.up and not run.closing and self.node.has_jobs(run.comp)):
+            run.watch.killed_at = self._daemon.now
+        if run.watch.is_silent(self._daemon.now, run.up and not run.closing and self._daemon.node.has_jobs(run.comp)):
             run.text = 'the runner process did not answer for %d s and was killed' % RUNNER_SILENT
             run.process.kill()
-            run.watch.killed_at = self.now
+            run.watch.killed_at = self._daemon.now
         elif run.watch.shall_ask and run.control is not None and run.control.dirty is not None:
             run.control.push(pack_record(Kind.ASK))
-        if run.watch.is_undead(self.now):
+        if run.watch.is_undead(self._daemon.now):
             logger.error('runner process %d was killed and has not ended (uninterruptible)', run.process.pid)
             self._runner_ended(run)
-        elif run.watch.look_at is not None and self.now >= run.watch.look_at:
-            run.watch.look_at = run.watch.next_look(self.now)
+        elif run.watch.look_at is not None and self._daemon.now >= run.watch.look_at:
+            run.watch.look_at = run.watch.next_look(self._daemon.now)
             self._look_at_runner(run)
 
-    def _runner_ended(self, run: _Run) -> None:
+    def _runner_ended(self, run: ComputationProcesses) -> None:
         """What it and its workers wrote before is read first: the rest of what they had never began, but for what they noted."""
         code = run.process.exitcode
         self._kill_workers(run)
         self._read_out(run)
         begun = None
         with contextlib.suppress(OSError):   # no descriptors: then nobody knows
-            begun = Slots.read(run.private)
+            begun = Slots.read(run.files.private)
         for pipe in (*run.pipes.values(), run.control):
             if pipe is not None:
-                self.detach(pipe)
+                self._daemon.detach(pipe)
         if run.watch is not None:
             run.watch.close()
         if code is not None:
             run.process.close()
         run.process = None
         if os.getpid() == 1:
-            self._reap()
-        self._discard(self._runs.pop(run.comp))
+            self.reap()
+        del self._runs[run.comp]
+        self._files.discard(run.comp)
         passes = not run.text and code in (None, -signal.SIGTERM, -getattr(signal, 'SIGKILL', signal.SIGTERM))
-        self._tell(RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun, 'process' if passes else 'setup'))
+        self._daemon.tell(RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun, 'process' if passes else 'setup'))
 
-    def _read_out(self, run: _Run) -> None:
+    def _read_out(self, run: ComputationProcesses) -> None:
         try:
             while run.control is not None and run.control.dirty is not None:
-                records = run.control.records(self.now)
+                records = run.control.records(self._daemon.now)
                 for record in records:
                     self._from_runner(run, record)
                 if not records:
@@ -10870,7 +11288,7 @@ class Daemon(Loop):
                 logger.debug('the pipe of a worker: %s', exc)   # as above
 
     @staticmethod
-    def _kill_workers(run: _Run) -> None:
+    def _kill_workers(run: ComputationProcesses) -> None:
         """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest of their groups, and
         for that of a runner that was killed in a setup that hung."""
         if hasattr(os, 'killpg'):
@@ -10879,63 +11297,78 @@ class Daemon(Loop):
             for worker in list(run.pids):
                 run.kill(worker)
 
-    def _from_runner(self, run: _Run, record: Record) -> None:
+    def reap(self) -> None:
+        """Orphans of a container come to PID 1 and are zombies until it takes note of their end. One of our own children
+        hides those behind it until it has been waited for in its place, which reaps again."""
+        ours = {run.process.pid for run in self._runs.values() if run.process is not None}
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if ended is None or ended.si_pid in ours:
+                    return
+                os.waitpid(ended.si_pid, 0)
+
+    # -- what runners send --------------------------------------------------------------------------------
+
+    def on_readable(self, pipe: Pipe) -> None:
+        """A pipe has something. Raises LinkBroken, OSError."""
+        try:
+            if pipe.worker:
+                self._from_worker(pipe)
+            else:
+                for record in pipe.records(self._daemon.now):
+                    self._from_runner(self._runs[pipe.comp], record)
+        except PeerError as exc:   # its user's code wrote into what it should not have
+            self._nonsense(pipe, str(exc))
+        except MemoryError:
+            self.end_writer(pipe, NO_MEMORY)
+
+    def _from_runner(self, run: ComputationProcesses, record: Record) -> None:
         if run.watch is not None:
             run.watch.answered()
-        if record.kind == Kind.ALIVE:
-            return
-        if record.kind == Kind.END_NODE:
-            self._tell(EndWanted(run.comp))
-        elif record.kind == Kind.UP:
-            run.up = True
-            self._tell(RunnerUp(run.comp, _notes_of(record.bodies[0])))
-        elif record.kind == Kind.FAILED:
-            run.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
-            run.unloadable = record.number == 1
-            if run.closing:
-                logger.warning('%s', run.text)
-        elif record.number not in run.pipes:   # of a worker that was let go
-            if record.kind == Kind.GONE:
-                run.pids.pop(record.number, None)
-        elif record.kind == Kind.BORN:
-            if not hasattr(socket, 'SCM_CREDENTIALS') and is_child(record.serial, run.process.pid):
-                run.known(record.number, record.serial)
-        elif record.kind == Kind.GONE:
-            if not -256.0 <= record.start <= 1 << 32:   # Windows has exit codes of 32 bits
-                raise PeerError('an exit code that is none')
-            self._worker_ended(run, record)
-        elif record.kind == Kind.UNBORN:
-            pipe = run.pipes.pop(record.number, None)
-            if pipe is not None:
-                self.detach(pipe)
-            self._tell(WorkerUnborn(record.number, bytes(record.bodies[0]).decode('utf-8', 'replace')))
-        elif record.kind == Kind.TOO_BIG:
-            self._tell(WorkerTooBig(record.number, record.serial))
-        elif record.kind == Kind.PRINTED:
-            if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
-                raise PeerError('output of no stream')
-            self._tell(WorkerPrinted(record.number, record.serial, int(record.start), int(record.end), beside(_keep(record.bodies[0]))))
+        if record.kind in self._of_runner:
+            self._of_runner[record.kind](run, record)
+        elif record.number in run.pipes:
+            if record.kind in self._of_workers:
+                self._of_workers[record.kind](run, record)
+        elif record.kind == Kind.GONE:   # of a worker that was let go
+            run.pids.pop(record.number, None)
 
-    def _nonsense(self, pipe: Pipe, text: str) -> None:
-        """What came through a pipe is no record, or cannot be true: whoever wrote it is killed."""
-        self._end_writer(pipe, 'it sent nonsense: %s' % text)
+    def _on_alive(self, run: ComputationProcesses, record: Record) -> None:
+        """The runner answers, which is noted already."""
 
-    def _end_writer(self, pipe: Pipe, why: str) -> None:
-        """What comes through a pipe cannot be taken: whoever writes it is killed."""
-        run = self._runs[pipe.comp]
-        text = 'killed: %s' % why
-        logger.error('a %s of %s was %s', 'worker' if pipe.worker else 'runner', run.comp, text)
-        if not pipe.worker:
-            run.text = text
-            run.process.kill()
-            self._break(pipe, text)
-            return
-        run.nonsense[pipe.worker] = text
-        self._kill(Kill(pipe.worker))
-        run.kill(pipe.worker)
-        self.detach(pipe)
+    def _on_end_node(self, run: ComputationProcesses, record: Record) -> None:
+        self._daemon.tell(EndWanted(run.comp))
 
-    def _worker_ended(self, run: _Run, record: Record) -> None:
+    def _on_up(self, run: ComputationProcesses, record: Record) -> None:
+        run.up = True
+        self._daemon.tell(RunnerUp(run.comp, _notes_of(record.bodies[0])))
+
+    def _on_failed(self, run: ComputationProcesses, record: Record) -> None:
+        run.text = bytes(record.bodies[0]).decode('utf-8', 'replace')
+        run.unloadable = record.number == 1
+        if run.closing:
+            logger.warning('%s', run.text)
+
+    def _on_worker_started(self, run: ComputationProcesses, record: Record) -> None:
+        if not hasattr(socket, 'SCM_CREDENTIALS') and is_child(record.serial, run.process.pid):
+            run.known(record.number, record.serial)
+
+    def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
+        self._daemon.detach(run.pipes.pop(record.number))
+        self._daemon.tell(WorkerUnborn(record.number, bytes(record.bodies[0]).decode('utf-8', 'replace')))
+
+    def _on_memory_exceeded(self, run: ComputationProcesses, record: Record) -> None:
+        self._daemon.tell(WorkerTooBig(record.number, record.serial))
+
+    def _on_printed(self, run: ComputationProcesses, record: Record) -> None:
+        if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
+            raise PeerError('output of no stream')
+        self._daemon.tell(WorkerPrinted(record.number, record.serial, int(record.start), int(record.end), beside(_keep(record.bodies[0]))))
+
+    def _on_worker_exited(self, run: ComputationProcesses, record: Record) -> None:
+        if not -256.0 <= record.start <= 1 << 32:   # Windows has exit codes of 32 bits
+            raise PeerError('an exit code that is none')
         pipe = run.pipes[record.number]
         if pipe.dirty is not None:
             try:
@@ -10944,21 +11377,44 @@ class Daemon(Loop):
             except PeerError as exc:
                 self._nonsense(pipe, str(exc))
             except MemoryError:
-                self._end_writer(pipe, NO_MEMORY)
+                self.end_writer(pipe, NO_MEMORY)
             except (LinkBroken, OSError):
                 logger.debug('worker %d has written all it had to', record.number)
-            self.detach(pipe)
+            self._daemon.detach(pipe)
         run.pids.pop(record.number, None)
         del run.pipes[record.number]
         said = run.nonsense.pop(record.number, '') or exit_text(int(record.start))
         stderr = bytes(record.bodies[2])
         tail = stderr[-1000:].decode('utf-8', 'replace').strip()
-        text = 'the worker process on %s %s%s' % (self.node.name, said,
+        text = 'the worker process on %s %s%s' % (self._daemon.node.name, said,
                                                   '\nstderr ends:\n' + tail if tail else '')
-        self._tell(WorkerGone(record.number, text, record.serial, record.bodies[1], stderr))
+        self._daemon.tell(WorkerGone(record.number, text, record.serial, record.bodies[1], stderr))
+
+    def _nonsense(self, pipe: Pipe, text: str) -> None:
+        """What came through a pipe is no record, or cannot be true: whoever wrote it is killed."""
+        self.end_writer(pipe, 'it sent nonsense: %s' % text)
+
+    def end_writer(self, pipe: Pipe, why: str) -> None:
+        """What comes through a pipe cannot be taken: whoever writes it is killed."""
+        run = self._runs[pipe.comp]
+        text = 'killed: %s' % why
+        logger.error('a %s of %s was %s', 'worker' if pipe.worker else 'runner', run.comp, text)
+        if not pipe.worker:
+            run.text = text
+            run.process.kill()
+            if pipe.dirty is not None:
+                self._daemon.detach(pipe)
+                self._daemon.guard(None, self._look_at_runner, run)
+            return
+        run.nonsense[pipe.worker] = text
+        self.kill(Kill(pipe.worker))
+        run.kill(pipe.worker)
+        self._daemon.detach(pipe)
+
+    # -- what workers send --------------------------------------------------------------------------------
 
     def _from_worker(self, pipe: Pipe) -> int:
-        rows, records = [], pipe.records(self.now)
+        rows, records = [], pipe.records(self._daemon.now)
         if pipe.pid and pipe.worker not in self._runs[pipe.comp].pids:
             self._runs[pipe.comp].known(pipe.worker, pipe.pid)
         for record in records:
@@ -10969,88 +11425,69 @@ class Daemon(Loop):
                 rows.append((record.serial, record.number, record.start, record.end, *map(_keep, record.bodies)))
                 continue
             if rows:   # what the next job does comes after the results of those before it
-                self._tell(WorkerResults(pipe.worker, rows))
+                self._daemon.tell(WorkerResults(pipe.worker, rows))
                 rows = []
             self._from_job(pipe, record)
         if rows:
-            self._tell(WorkerResults(pipe.worker, rows))
-            self._hold_back(pipe)
+            self._daemon.tell(WorkerResults(pipe.worker, rows))
+            self.held.hold_back(pipe)
         elif pipe.is_large:
-            self._hold_back(pipe)
+            self.held.hold_back(pipe)
         return len(records)
 
     def _from_job(self, pipe: Pipe, record: Record) -> None:
         """What a worker sends that is no result."""
         if record.kind == Kind.LOGGED:
             log_record_of(record.bodies[0])
-            self._tell(WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
+            self._daemon.tell(WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
         elif record.kind == Kind.FILE:
             row = open_envelope(record.bodies[0])
             if not _is_file(row) or not _is_serial(record.serial):
                 raise PeerError('a file that is none')
             piece = FilePiece(pipe.comp, int(Purpose.FROM_JOB), record.serial, row,
                               record.number * FILE_PIECE, beside(record.bodies[1]))
-            self._tell(WorkerFile(pipe.worker, piece))
-            self._hold_back(pipe)
+            self._daemon.tell(WorkerFile(pipe.worker, piece))
+            self.held.hold_back(pipe)
         elif record.kind == Kind.WANT:
             request = open_envelope(record.bodies[0])
             if type(request) not in (int, str) or (type(request) is int and not _is_serial(request)):
                 raise PeerError('modules that are none')
-            self._tell(WorkerWants(pipe.worker, record.serial, request))
+            self._daemon.tell(WorkerWants(pipe.worker, record.serial, request))
         elif record.kind == Kind.INITIALIZED:
             text = bytes(record.bodies[0]).decode('utf-8', 'replace')
-            error = text and 'on node %s %s' % (self.node.name, text)
-            self._tell(WorkerInitialized(pipe.worker, error))
+            error = text and 'on node %s %s' % (self._daemon.node.name, text)
+            self._daemon.tell(WorkerInitialized(pipe.worker, error))
         elif record.kind == Kind.UNSTARTED:
             body = record.bodies[0]
             if len(body) % 8:
                 raise PeerError('jobs given back, %d bytes of them' % len(body))
-            self._tell(WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
+            self._daemon.tell(WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
 
-    def _hold_back(self, pipe: Pipe) -> None:
-        """Files or results come faster than the client takes them: the worker's pipe is not read for a while."""
-        if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self.links.values()) \
-                and self._must_wait(pipe, HELD_BACK):
-            pipe.paused = True
-            self._held.add(pipe)
-            self.interest(pipe)
+    # -- what is done with workers ------------------------------------------------------------------------
 
-    def _must_wait(self, pipe: Pipe, most: int) -> bool:
-        """Whether more than so much waits on a link. A large result on its way keeps others back that
-        are large, of which memory should hold no two, and not those that are small."""
-        return any(link.queued - link.unmade > most or (link.unmade and pipe.is_large)
-                   for link in self.links.values())
-
-    def _let_go(self) -> None:
-        for pipe in [pipe for pipe in self._held if not self._must_wait(pipe, HELD_BACK // 2)]:
-            pipe.paused = False
-            self.interest(pipe)
-            self._held.remove(pipe)
-
-    def _may_let_go(self) -> bool:
-        return any(not self._must_wait(pipe, HELD_BACK // 2) for pipe in self._held)
-
-    def _run_of(self, worker: int) -> Optional[_Run]:
+    def _run_of(self, worker: int) -> Optional[ComputationProcesses]:
         for run in self._runs.values():
             if worker in run.pipes:
                 return run
         return None
 
-    def _start_worker(self, action: StartWorker) -> None:
+    def start_worker(self, action: StartWorker) -> None:
+        """Have a worker forked."""
         run = self._runs[action.comp]
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:   # no descriptors
-            self._tell(WorkerUnborn(action.worker, shortage(exc)))
+            self._daemon.tell(WorkerUnborn(action.worker, shortage(exc)))
             return
         for sock in (ours, theirs):
             set_option(sock, socket.SOL_SOCKET, 'SO_SNDBUF', 1 << 20)
         pipe = run.pipes[action.worker] = Pipe(ours, action.comp, action.worker)
-        self.attach(pipe)
+        self._daemon.attach(pipe)
         assert run.control is not None   # ours: the state starts workers of runners that are up
         run.control.push(pack_record(Kind.FORK, action.worker), theirs)
 
-    def _feed(self, action: Feed) -> None:
+    def feed(self, action: Feed) -> None:
+        """Write attempts to a worker."""
         run = self._run_of(action.worker)
         if run is not None:
             for attempt in action.attempts:
@@ -11062,27 +11499,475 @@ class Daemon(Loop):
         if run is not None and run.control is not None and run.control.dirty is not None:
             run.control.push(pack_record(kind, worker, serial, value))
 
-    def _watch(self, action: Watch) -> None:
+    def watch(self, action: Watch) -> None:
+        """Limit the memory of what a worker runs."""
         self._order(Kind.WATCH, action.worker, action.serial, float(action.most))
 
-    def _interrupt(self, action: Interrupt) -> None:
+    def interrupt(self, action: Interrupt) -> None:
+        """Interrupt what a worker runs."""
         self._order(Kind.INTERRUPT, action.worker, action.serial)
 
-    def _kill(self, action: Kill) -> None:
+    def kill(self, action: Kill) -> None:
+        """Kill a worker."""
         self._order(Kind.KILL, action.worker)
 
-    def _take_back(self, action: TakeBack) -> None:
+    def take_back(self, action: TakeBack) -> None:
+        """Ask a worker for what it has not started."""
         self._order(Kind.RECALL, action.worker)
 
-    def _tell_kept(self, action: TellKept) -> None:
+    def tell_kept(self, action: TellKept) -> None:
+        """Tell a worker what became of what its job has sent or wanted."""
         run = self._run_of(action.worker)
         if run is not None:
             run.pipes[action.worker].push(pack_record(Kind.KEPT, 0, 0, 0.0, 0.0, action.error.encode('utf-8', 'replace')))
 
-    def _retire(self, action: Retire) -> None:
+    def retire(self, action: Retire) -> None:
+        """Let an idle worker end."""
         run = self._run_of(action.worker)
         if run is not None:
-            self.detach(run.pipes.pop(action.worker))   # the worker reads the end and leaves
+            self._daemon.detach(run.pipes.pop(action.worker))   # the worker reads the end and leaves
+
+    def close(self) -> None:
+        """End all processes."""
+        for run in self._runs.values():
+            if run.watch is not None:
+                run.watch.close()
+            if run.process is not None:
+                run.process.join(3.0)
+                run.process.kill()
+                run.process.join(3.0)
+                self._kill_workers(run)
+        self._runs.clear()
+
+
+class Uplink:
+    """A scheduler, or a client that listens, to which this node connects."""
+
+    def __init__(self, host: str, port: int, most: float) -> None:
+        self.host, self.port = host, port
+        self.dialling = Dialling(min(1.0, most), most)
+        self.link, self.since = 0, 0.0
+        self.told = ''     # the last failure that was logged
+        self.second = Second(self)
+
+
+class Uplinks:
+    """Connections that this node makes itself, to schedulers (--scheduler-host), and makes again
+    when they have ended. The loop's thread."""
+
+    def __init__(self, daemon: 'Daemon', options: Options, instance: bytes,
+                 break_link: Callable[[Link, str], None]) -> None:
+        self._daemon, self._options, self._instance = daemon, options, instance
+        self._break_link = break_link
+        self._uplinks = [Uplink(host, port, options.ping_interval or 30.0) for host, port in options.schedulers]
+        self._tls: Any = None
+
+    def start(self) -> None:
+        """Connections may be made from now on. Raises StartError."""
+        if self._uplinks and self._options.certfile:
+            self._tls = tls_context(False, self._options.certfile, self._options.keyfile)
+
+    def _reach(self, uplink: Uplink, patience: float) -> Callable[..., Arrival]:
+        return functools.partial(dial, uplink.host, uplink.port, derive_key(self._options.secret), Role.NODE, Role.SCHEDULER,
+                                 self._instance, self._tls, patience=patience)
+
+    def connect(self) -> None:
+        """Begin the attempts that are due."""
+        for uplink in self._uplinks:
+            if uplink.dialling.due is not None and uplink.dialling.due <= self._daemon.now and not self._daemon.node.stopping:
+                reach = self._reach(uplink, uplink.dialling.patience(self._daemon.now, PULSE))
+                uplink.dialling.start(self._daemon.post, uplink, reach)
+
+    def connected(self, uplink: Uplink, link: Link) -> None:
+        """An attempt has led to a link."""
+        uplink.dialling.ended()
+        uplink.link, uplink.since, uplink.told = link.number, self._daemon.now, ''
+        logger.info('connected to %s', place(uplink.host, uplink.port))
+
+    def failed(self, event: DialFailed) -> None:
+        """An attempt has failed."""
+        uplink, text = event.peer, event.text
+        if isinstance(uplink, Second):
+            self._daemon.second_failed(uplink, self._daemon.links.get(uplink.peer.link))
+            return
+        uplink.dialling.ended()
+        uplink.dialling.again(self._daemon.now)
+        about = told_once(text)
+        # One that closes at once refuses us for a while, for the reason that was told.
+        if uplink.told != about and not (uplink.told and text == CLOSED_AT_ONCE):
+            uplink.told = about
+            logger.warning('%s (--scheduler-host) cannot be reached: %s; this node keeps trying', place(uplink.host, uplink.port), text)
+
+    def link_ended(self, link: Link) -> None:
+        """A link has ended; if it is one of these, it is made again."""
+        for uplink in self._uplinks:
+            if uplink.link == link.number:
+                uplink.link = 0
+                uplink.dialling.again(self._daemon.now, self._daemon.now - uplink.since)
+
+    def link_silent(self, link: Link) -> None:
+        """A scheduler that we have dialled is silent: another connection is tried. Others dial us."""
+        for uplink in self._uplinks:
+            if uplink.link == link.number and not self._daemon.node.stopping:
+                uplink.second.start(self._daemon.now, self._daemon.post, self._reach(uplink, max(1.0, link.pulse)))
+
+    def second_reached(self, event: Dialled) -> Optional[Dialled]:
+        """It takes the place of a link that is silent still; None if that has spoken, or another has its place."""
+        uplink = event.peer.peer
+        event.peer.ended()
+        old = self._daemon.links.get(uplink.link)
+        if old is None or not self._daemon.is_silent(old):
+            event.sock.close()
+            return None
+        self._break_link(old, 'nothing was heard for %.0f s, and it was reached anew' % (self._daemon.now - old.heard))
+        uplink.dialling.due = None
+        return event._replace(peer=uplink)
+
+    def times(self) -> Iterator[Optional[float]]:
+        """When there is something to do."""
+        for uplink in self._uplinks:
+            yield uplink.dialling.due
+
+    def close(self) -> None:
+        """End all attempts."""
+        for uplink in self._uplinks:
+            uplink.dialling.abort()
+            uplink.second.abort()
+
+
+class NodeDiscovery:
+    """Answers those who look for nodes, and says when there is one more. The loop's thread."""
+
+    def __init__(self, daemon: 'Daemon', options: Options, instance: bytes) -> None:
+        self._daemon, self._options, self._instance = daemon, options, instance
+        self._sockets: Optional[Ears] = None
+        self.hello_at: Optional[float] = None
+        self._port = 0
+        self._stranger_at = -60.0         # when one that asked with another secret was logged
+
+    def start(self, port: int) -> None:
+        """The node serves at this port: say so once, and answer from now on."""
+        options = self._options
+        addresses = options.ext_hosts or tuple(host for host in options.hosts if host)
+        reach = options.reach
+        if reach == 'lan' and addresses and all(ipaddress.ip_address(address).is_loopback for address in addresses):
+            reach = 'loopback'
+        self._port = port
+        self._discovery = Discovery(derive_key(options.secret), Role.NODE, self._instance, port, addresses)
+        # Its own port for those who name it; the usual one so that it is found at whatever port it serves.
+        ports = {options.port or NODE_PORT, NODE_PORT}
+        self._sockets = Ears(self._daemon, reach, ports, ports, self._hear, options.multicast)
+        if self._sockets.error:
+            logger.warning('%s: this node is not found by asking, but can be named', self._sockets.error)
+        self.hello()
+
+    def hello(self) -> None:
+        """Say that there is a node."""
+        assert self._sockets is not None   # ours
+        self._sockets.shout(lambda: self._discovery.say(Cry.HELLO))
+        self.hello_at = self._daemon.now + self._options.ping_interval if self._options.ping_interval else None
+
+    def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
+        heard, answer = self._discovery.hear(data, source, self._daemon.now)
+        if answer is not None:
+            reply(answer)
+            if heard is None and self._daemon.now - self._stranger_at > 10.0:
+                self._stranger_at = self._daemon.now
+                # Another user of this machine is no reason to worry.
+                level = logging.INFO if is_own_address(source) else logging.WARNING
+                logger.log(level, '%s looks for nodes and has another secret than this node (port %d): %s',
+                           source, self._port, same_secret(derive_key(self._options.secret)))
+
+    def close(self) -> None:
+        """Answer no more."""
+        if self._sockets is not None:
+            self._sockets.close()
+
+
+class Daemon(Loop):
+    """The node's loop: links of clients, pipes of runners and workers, and a Node that decides. Its
+    parts carry out what Node decides: see their classes."""
+
+    def __init__(self, options: Options, directory: Type[NodeDirectory] = NodeDirectory,
+                 files: Type[ComputationFiles] = ComputationFiles, processes: Type[ProcessHost] = ProcessHost) -> None:
+        """The classes are those of the parts that have to do with files and processes."""
+        super().__init__()
+        self._options = options
+        name = options.name or platform.node() or 'node'
+        self.node = Node(name, options.cpus, node_facts(), options.zombie, options.serve, options.client_shutdown, self.now)
+        self.values.where = 'on node %s' % name
+        self._phase = Phase.SERVING
+        self._clock_at = self.now if options.hours else None   # when to look at the clock on the wall
+        self._instance = os.urandom(16)
+        self._gates: List[Gate] = []
+        self.directory = directory(options, self._instance, self._directory_taken)
+        self.files = files(self, self.directory, options)
+        self.results = ResultStore(self, self.directory, options.zombie)
+        self.processes = processes(self, self.files, options)
+        self.uplinks = Uplinks(self, options, self._instance, self._break)
+        self.discovery = NodeDiscovery(self, options, self._instance)
+        self._events: Dict[type, Callable[[Any], Any]] = {
+            ChildEnded: lambda event: self.processes.reap(),
+            Digested: self.files.on_digested,
+            DialFailed: self.uplinks.failed,
+            Dialled: self._dialled,
+            Arrival: self._arrived,
+        }
+        self._acts = {
+            Send: self._send,
+            Drop: self._drop,
+            Prepare: self.files.prepare,
+            WantAgain: self.files.want_again,
+            Store: self.files.store,
+            Fetch: self.files.fetch,
+            FetchValue: self.files.fetch_value,
+            DropValue: self.files.drop_value,
+            NoteOverrun: self.files.note_overrun,
+            Keep: self.results.keep,
+            SendKept: self.results.send_kept,
+            Forget: self.results.forget,
+            Remember: self.directory.remember,
+            StartRunner: self.processes.start_runner,
+            StopRunner: self.processes.stop_runner,
+            StartWorker: self.processes.start_worker,
+            Feed: self.processes.feed,
+            Interrupt: self.processes.interrupt,
+            Kill: self.processes.kill,
+            Watch: self.processes.watch,
+            TakeBack: self.processes.take_back,
+            TellKept: self.processes.tell_kept,
+            Retire: self.processes.retire,
+            Broken: lambda action: self.fault(action, action.error),
+            Show: self._show,
+            Exit: lambda action: self.stop(),
+        }
+
+    # -- start and end ------------------------------------------------------------------------------------
+
+    def start(self) -> int:
+        """Listen, take the directory. Returns the port. Raises StartError or SecretError."""
+        options, port = self._options, self._options.port
+        try:
+            for host in options.hosts:
+                self._gates.append(self._listen(host, port))
+                port = self._gates[0].server_address[1]
+            self.directory.take(port)
+            self.node.facts['lock'] = machine(), os.path.join(self.directory.base, 'lock')
+            self.files.start()
+            self.results.find_kept()
+            self.uplinks.start()
+        except BaseException:
+            self.close()
+            raise
+        for gate in self._gates:
+            self.watch(gate.socket, gate.knock)
+        self.discovery.start(port)
+        return port
+
+    def _listen(self, host: str, port: int) -> Gate:
+        options = self._options
+        try:
+            return Gate((host, port), derive_key(options.secret), Role.NODE, (Role.CLIENT, Role.SCHEDULER),
+                        self._instance, self.post, options.certfile, options.keyfile, patience=options.msg_timeout)
+        except OverflowError as exc:
+            raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
+        except OSError as exc:
+            where = place(host, port)
+            if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
+                raise StartError('port %d is in use (%s), perhaps by another dispynode; choose another port with -p/--port' % (port, where)) from exc
+            raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' % (where, exc)) from exc
+
+    def _directory_taken(self, memory: Memory, past: Dict[str, Past]) -> None:
+        self.node.facts['memory'] = memory.ident
+        for comp, known in past.items():
+            self.tell(Remembered(comp, known))
+
+    def close(self) -> None:
+        """End all processes, remove what is to be removed. Does nothing the second time."""
+        for gate in self._gates:
+            with contextlib.suppress(KeyError, ValueError):   # not watched yet
+                self.unwatch(gate.socket)
+            gate.server_close()
+        self._gates = []
+        self.discovery.close()
+        self.uplinks.close()
+        self.processes.close()
+        self.files.close()
+        self.results.close()
+        self.directory.close()
+        super().close()
+
+    def next_timer(self) -> Optional[float]:
+        """The state's, or the end of a runner that does not end; at once when held pipes can be read again."""
+        if self.processes.held.may_let_go() or self.results.backlog.has_room():
+            return self.now
+        times = [self.node.next_timer(), self.discovery.hello_at, self._clock_at, *self.processes.times(),
+                 *self.results.read_later.values(), *self.uplinks.times()]
+        return min((when for when in times if when is not None), default=None)
+
+    # -- events -------------------------------------------------------------------------------------------
+
+    def on_event(self, event: Any) -> None:
+        """Arrivals from the gate, and what actions brought about."""
+        handler = self._events.get(type(event), self.tell)
+        handler(event)
+
+    def _arrived(self, event: Union[Arrival, Dialled]) -> Link:
+        """A peer has proved itself."""
+        link = Link(event.sock, event.session, event.address, self.now, takes=OF_CLIENTS)
+        self.attach(link)
+        self.node.facts['available'] = availability(self.directory.root)
+        self.tell(LinkUp(link.number, link.instance, link.address))
+        return link
+
+    def _dialled(self, event: Dialled) -> None:
+        """A scheduler was reached."""
+        if isinstance(event.peer, Second):
+            reached = self.uplinks.second_reached(event)
+            if reached is None:
+                return
+            event = reached
+        link = self._arrived(event)
+        self.uplinks.connected(event.peer, link)
+
+    def on_silent(self, link: Link) -> None:
+        """A scheduler that we have dialled is silent: another connection is tried. Others dial us."""
+        self.uplinks.link_silent(link)
+
+    def tell(self, event: Any) -> None:
+        """Tell the state what has happened, and do what it decides."""
+        try:
+            actions = self.node.handle(event, self.now)
+        except BaseException:
+            self._act(self.node.decided())   # what was decided before the state noticed
+            raise
+        self._act(actions)
+
+    def _flush(self) -> None:
+        """Let the state have its turn, and do what it decides."""
+        try:
+            actions = self.node.flush(self.now)
+        except BaseException:
+            self._act(self.node.decided())   # as above
+            raise
+        self._act(actions)
+
+    def on_fault(self, subject: Any, text: str) -> bool:
+        """End what the fault concerns: a link, a worker, a computation."""
+        if isinstance(subject, Pipe):
+            self.processes.end_writer(subject, text)
+            return True
+        comp = getattr(subject, 'comp', None) or self.node.comp_of_worker(getattr(subject, 'worker', 0))
+        link = self.links.get(getattr(subject, 'link', 0))
+        if isinstance(subject, Channel) or not comp:
+            if link is None:
+                return super().on_fault(subject, text)
+            self._break(link, text)
+            return True
+        self.tell(Faulted(comp, text))
+        return True
+
+    def on_channel(self, channel: Any) -> None:
+        """A link or a pipe has something."""
+        if isinstance(channel, Link):
+            for message in channel.messages(self.now):
+                self._message(channel, message)
+        else:
+            self.processes.on_readable(channel)
+
+    def _message(self, link: Link, message: Any) -> None:
+        if isinstance(message, Bye):
+            link.on_purpose = True
+            raise LinkBroken('bye: %s' % message.text[:200])
+        if isinstance(message, Wrong):
+            text = 'it cannot use what was sent: %s' % message.text[:NAME_MOST]
+            for comp, serial in self.refusals.refused(link, message.frame):
+                self.results.refused[comp, serial] = 'the result could not be taken: ' + message.text[:NAME_MOST]
+            raise LinkBroken(text)
+        if isinstance(message, Introduce):
+            self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
+        if not isinstance(message, Pulse):
+            if type(message) is Query:
+                self.node.facts['available'] = availability(self.directory.root)
+            self.tell(Received(link.number, message))
+
+    def on_broken(self, channel: Any, text: str) -> None:
+        """A link or a pipe came to its end."""
+        if isinstance(channel, Link):
+            is_missed = not channel.on_purpose and self.node.serves(channel.number)
+            log = logger.warning if is_missed else logger.info
+            log('link to %s ended: %s%s', channel.address, text, channel.stall and ': ' + STALLS[channel.stall])
+            self.tell(LinkDown(channel.number, channel.on_purpose))
+            self.uplinks.link_ended(channel)
+        elif not channel.worker:
+            self.processes.runner_silent(channel)
+        # A worker's pipe that ends says nothing yet: the runner tells what became of the process.
+
+    def end_of_turn(self) -> None:
+        """What came of this turn's actions, then the state's own turn."""
+        while self._inbox:
+            self.take_events(len(self._inbox))
+        self.processes.see_to_runners()
+        if self._clock_at is not None and self.now >= self._clock_at:
+            self._look_at_clock(time.localtime())
+        self.guard(None, self._flush)
+        if self.results.read_later:
+            self.results.read_again()
+        if self.results.backlog:
+            self.guard(None, self._send_waiting)
+        self.uplinks.connect()
+        if self.discovery.hello_at is not None and self.now >= self.discovery.hello_at:
+            self.discovery.hello()
+        if self.processes.held.may_let_go():
+            self.processes.held.let_go()
+        full = self.node.attempts.is_full()
+        for link in self.links.values():
+            if link.paused != full:
+                link.paused = full
+                link.heard = self.now
+                self.interest(link)
+
+    def _look_at_clock(self, local: time.struct_time) -> None:
+        """Hours of service. Once a minute, so that a clock that is set is no matter."""
+        assert self._options.hours is not None   # ours
+        self._clock_at = self.now + 60 - min(local.tm_sec, 59)
+        phase = self._options.hours.phase(local.tm_hour * 60 + local.tm_min)
+        if phase is not self._phase:
+            self._phase = phase
+            self.tell(Resume('hours') if phase is Phase.SERVING else
+                       Pause('hours', 'its hours of service begin at %02d:%02d' % divmod(self._options.hours.start, 60),
+                             phase is Phase.CLOSED))
+
+    # -- actions on links ---------------------------------------------------------------------------------
+
+    def _send(self, action: Send) -> None:
+        link = self.links.get(action.link)
+        if link is None:
+            return
+        message = action.message
+        if type(message) is not Results:
+            self.say(link, message)
+            return
+        rows: Iterable[tuple] = message.rows
+        if self.results.refused:
+            rows = map(functools.partial(self.results.usable, message.comp), rows)
+        for frame in frames(Results, message.comp, map(sized, rows)):
+            self.say(link, frame)
+
+    def _drop(self, action: Drop) -> None:
+        link = self.links.get(action.link)
+        if link is not None:
+            self.part(link, action.text)
+
+    def _show(self, action: Show) -> None:
+        with contextlib.suppress(OSError):   # the terminal may have gone
+            print('\n'.join(map(printable, action.text.split('\n'))), flush=True)
+
+    def _send_waiting(self) -> None:
+        """Files and kept results into links that have room."""
+        for link, _, text in self.results.backlog.send(self.say):
+            # Its client comes back and gets them then.
+            self._break(link, 'results cannot be read: %s' % text)
 
 
 NODE_MARK = 'dispy-node'    # the file that says that a directory is a node's
@@ -11365,7 +12250,7 @@ class Deployment:
         """Have a node run from this source with these options and, if one is given, this secret. Returns what was
         done. Raises StartError, SecretError or OSError, and then nothing is left of a node that does not run."""
         path = secret_path()
-        have = _read_secret(path) if secret and os.path.lexists(path) else b''
+        have = self._present_secret(path) if secret else b''
         if have not in (b'', secret) and not replace_secret:
             raise StartError('%s has another secret; --replace-secret overwrites it' % path)
         wanted = {'file': hashlib.sha256(source).hexdigest(), 'options': options, 'python': sys.executable}
@@ -11376,7 +12261,7 @@ class Deployment:
             raise StartError('not replaced: PID %d has another file, secret or options, and is at work; deploy again when it '
                              'is idle, or with --restart' % pid)
         foreign = b'' if self._digest(have) == self._note.get('secret') else have   # a secret that deploy has not put there
-        put = self._note.get('secret', '') if not secret else self._digest(secret) if secret != foreign else ''
+        put = self._digest_put(secret, foreign)
         try:
             self._end(pid)
             self._note = {'wanted': wanted, 'secret': put}
@@ -11387,9 +12272,7 @@ class Deployment:
         except (OSError, StartError) as exc:
             if self._running():   # it does not end, or has not been touched
                 raise
-            self._remove()
-            if put and foreign:
-                _write_private(path, foreign + b'\n')
+            self._undo(path, put, foreign)
             raise StartError('%s%s' % (exc, ' (PID %d, which ran, was ended)' % pid if pid else '')) from exc
         return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'], self._note['pid'])
 
@@ -11457,6 +12340,12 @@ class Deployment:
                 shutil.rmtree(root)
                 os.rmdir(os.path.dirname(default_directory(0)))
 
+    def _undo(self, path: str, put: str, foreign: bytes) -> None:
+        """Take away what `deploy` has put here, and put back the secret that it has replaced."""
+        self._remove()
+        if put and foreign:
+            _write_private(path, foreign + b'\n')
+
     def _remove(self) -> None:
         """Take away what `deploy` has put here; the secret if it is the one that it put there."""
         path = secret_path()
@@ -11469,6 +12358,16 @@ class Deployment:
     @staticmethod
     def _digest(secret: bytes) -> str:
         return hashlib.sha256(secret).hexdigest()
+
+    def _digest_put(self, secret: bytes, foreign: bytes) -> str:
+        """The digest of the secret that will have been put here; empty if it was here before."""
+        if not secret:
+            return self._note.get('secret', '')  # type: ignore[no-any-return]
+        return self._digest(secret) if secret != foreign else ''
+
+    @staticmethod
+    def _present_secret(path: str) -> bytes:
+        return _read_secret(path) if os.path.lexists(path) else b''
 
 
 def _since(path: str, begin: int = 0) -> bytes:
@@ -12004,6 +12903,58 @@ def _on_signals(daemon: Daemon, stay: bool) -> None:
         daemon.post(ChildEnded())
 
 
+def _find_secret_of(args: argparse.Namespace) -> bytes:
+    """The secret, which jobs shall not find. A client that has started this node writes it to stdin."""
+    if args.embedded:
+        logger.setLevel(logging.DEBUG if args.debug else logging.ERROR)
+        secret = sys.stdin.buffer.readline().strip()
+    else:
+        secret = find_secret(args.secret, args.secret_file)
+    if args.secret and not args.embedded:
+        logger.warning('-s/--secret can be read by every user of this host (ps): --secret-file is better')
+    forget_secret()
+    return secret
+
+
+def _make_ready_for(user: Optional[User]) -> None:
+    """Jobs will run as this user, or as whoever has started the node."""
+    if user is not None:
+        clear_environment()   # root's is not for jobs; what runs from here on inherits what is left
+        os.initgroups(user.name, user.gid)
+    elif hasattr(os, 'geteuid') and os.geteuid() == 0:
+        logger.warning('jobs run as root and can read the secret: --user NAME lets them run as another user')
+
+
+def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
+                schedulers: Tuple[Tuple[str, int], ...]) -> Options:
+    """What the command line says, of which some has been looked at. The log is set up."""
+    check_fork()
+    set_up_log('dispynode', args.debug, args.log_file)
+    tell_obsolete(args, OBSOLETE_NODE)
+    limit_values(args.max_value)
+    tls_files(args.certfile, args.keyfile, None, '--%s')
+    user = find_user(args.user) if args.user is not None else None
+    secret = _find_secret_of(args)
+    _make_ready_for(user)
+    return Options(cpus, own_hosts(args.host or ('',)), args.port, args.name,
+                   args.dest_path_prefix, secret, args.certfile, args.keyfile, args.clean, args.embedded,
+                   tuple(map(own_host, args.ext_host or ())), schedulers, args.ipv4_udp_multicast,
+                   'off' if args.embedded else discovery_reach(),
+                   args.ping_interval, user, hours, args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
+                   60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME, args.msg_timeout, args.force_cleanup)
+
+
+def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int, has_terminal: bool) -> None:
+    """A thread for whoever is at the other end of stdin: the client that has started this node, or its operator."""
+    if args.embedded:
+        print(port, flush=True)
+        threading.Thread(target=_embedded, args=(daemon,), daemon=True).start()
+    elif has_terminal and not args.daemon:
+        if hasattr(signal, 'SIGTTIN'):
+            signal.signal(signal.SIGTTIN, signal.SIG_IGN)   # in the background a read fails instead of stopping the node
+        threading.Thread(target=_prompt, args=(daemon.post,), daemon=True).start()
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The daemon. Returns its exit status: see EXIT_STATUSES."""
     has_terminal = sys.stdin is not None and sys.stdin.isatty()
@@ -12019,31 +12970,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.save_config:
             save_config(parser, args, args.save_config)
             return 0
-        check_fork()
-        set_up_log('dispynode', args.debug, args.log_file)
-        tell_obsolete(args, OBSOLETE_NODE)
-        limit_values(args.max_value)
-        tls_files(args.certfile, args.keyfile, None, '--%s')
-        user = find_user(args.user) if args.user is not None else None
-        if args.embedded:
-            logger.setLevel(logging.DEBUG if args.debug else logging.ERROR)
-            secret = sys.stdin.buffer.readline().strip()
-        else:
-            secret = find_secret(args.secret, args.secret_file)
-        if args.secret and not args.embedded:
-            logger.warning('-s/--secret can be read by every user of this host (ps): --secret-file is better')
-        forget_secret()
-        if user is not None:
-            clear_environment()   # root's is not for jobs; what runs from here on inherits what is left
-            os.initgroups(user.name, user.gid)
-        elif hasattr(os, 'geteuid') and os.geteuid() == 0:
-            logger.warning('jobs run as root and can read the secret: --user NAME lets them run as another user')
-        daemon = Daemon(Options(cpus, own_hosts(args.host or ('',)), args.port, args.name,
-                                args.dest_path_prefix, secret, args.certfile, args.keyfile, args.clean, args.embedded,
-                                tuple(map(own_host, args.ext_host or ())), schedulers, args.ipv4_udp_multicast,
-                                'off' if args.embedded else discovery_reach(),
-                                args.ping_interval, user, hours, args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
-                                60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME, args.msg_timeout, args.force_cleanup))
+        daemon = Daemon(_options_of(args, cpus, hours, schedulers))
         port = daemon.start()
     except (StartError, SecretError, OSError, ValueError) as exc:
         print('dispynode: %s' % exc, file=sys.stderr)
@@ -12053,13 +12980,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if args.daemon and not args.embedded:
         _no_stdin()
     logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1), port, os.getpid())
-    if args.embedded:
-        print(port, flush=True)
-        threading.Thread(target=_embedded, args=(daemon,), daemon=True).start()
-    elif has_terminal and not args.daemon:
-        if hasattr(signal, 'SIGTTIN'):
-            signal.signal(signal.SIGTTIN, signal.SIG_IGN)   # in the background a read fails instead of stopping the node
-        threading.Thread(target=_prompt, args=(daemon.post,), daemon=True).start()
+    _listen_to_stdin(daemon, args, port, has_terminal)
     return run_until_ended(daemon)
 
 

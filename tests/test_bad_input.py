@@ -71,11 +71,11 @@ def test_a_loop_sleeps_a_day_at_most():
 
 
 def test_timers_that_are_for_nothing_any_more_are_removed():
-    from dispynode import Node
-    node = Node('n', 1, {})
+    from dispynode import Timers
+    timers = Timers()
     for n in range(1000):
-        node._at(1e9 + n, ('timeout', 'kill', 'setup', 'orphan', 'expire')[n % 5], 'c' if n % 5 > 1 else 5, 1)
-    assert len(node._timers) < 200
+        timers.at(1e9 + n, 'c', print, n, is_wanted=lambda n: n == 5)
+    assert len(timers) < 200 and [timer.args for timer in timers if timer.is_wanted(*timer.args)] == [(5,)]
 
 
 def test_a_closed_cluster_says_so_while_others_are_open():

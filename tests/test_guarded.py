@@ -160,9 +160,9 @@ def broken_node(tmp_path, owner, name, flag):
 
 
 @pytest.mark.parametrize('owner, name', [
-    ('Node', '_on_jobs'), ('Node', '_dispatch'), ('Node', '_deliver'), ('Node', '_on_compute'), ('Node', '_runner_up'),
-    ('Daemon', '_prepare'), ('Daemon', '_start_runner'), ('Daemon', '_start_worker'), ('Daemon', '_feed'), ('Daemon', '_send'),
-    ('Daemon', '_from_worker')])
+    ('Attempts', 'on_jobs'), ('CpuScheduler', '_dispatch'), ('UndeliveredResults', 'deliver'), ('Node', '_on_compute'), ('Computations', 'on_runner_up'),
+    ('ComputationFiles', 'prepare'), ('ProcessHost', 'start_runner'), ('ProcessHost', 'start_worker'), ('ProcessHost', 'feed'), ('Daemon', '_send'),
+    ('ProcessHost', '_from_worker')])
 def test_a_node_outlives_its_faults(tmp_path, owner, name):
     """What the fault concerns ends; afterwards the next program is served."""
     flag = tmp_path / 'flag'

@@ -28,7 +28,7 @@ def test_a_node_gives_kept_results_for_the_key(key, given):
     right = key == given
     answer = Held('c', [1, 2]) if right else Held('c', [], (False, [], [], [], ''))   # who is refused must not take it for told that nothing began
     assert [action.message for action in actions if isinstance(action, Send)][0] == answer
-    assert (node.shelf['c'].owner == b'b' * 16) is right
+    assert (node.results.spooled['c'].owner == b'b' * 16) is right
 
 
 def test_the_same_instance_without_the_key_gets_nothing():
@@ -36,7 +36,7 @@ def test_the_same_instance_without_the_key_gets_nothing():
     from test_node_state import spec
     node = node_with_kept(digest_of(b'k'))
     actions = node.handle(Received(5, Compute('c', dict(spec(), key=digest_of(b'other')))), 0.0)
-    assert node.shelf['c'].owner == b'a' * 16
+    assert node.results.spooled['c'].owner == b'a' * 16
     assert not any(type(action).__name__ == 'SendKept' for action in actions)
     with pytest.raises(PeerError, match='another key'):
         node.handle(Received(5, Compute('c', dict(spec(), key=digest_of(b'k')))), 0.0)

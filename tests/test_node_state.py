@@ -1,6 +1,7 @@
 """Node: what a dispynode decides. Tables of events and actions, then a random walk with invariants."""
 
 import collections
+import math
 import random
 
 import pytest
@@ -43,13 +44,14 @@ def result(serial, outcome=Outcome.RETURNED, took=1.0):
 
 def bounded(node):
     """A turn in which timers become due without end fails instead of going on for ever."""
-    due, turns = node._due, collections.Counter()
+    pop, turns = node.timers.pop, collections.Counter()
 
-    def counted(what, key, serial, now):
-        turns[now, what] += 1
-        assert turns[now, what] < 20000, 'timer %s is due again and again at %s' % (what, now)
-        due(what, key, serial, now)
-    node._due = counted
+    def counted():
+        timer = pop()
+        turns[node.tables.now, timer.call] += 1
+        assert turns[node.tables.now, timer.call] < 20000, 'timer %s is due again and again' % (timer,)
+        return timer
+    node.timers.pop = counted
 
 
 class Talk:
@@ -81,7 +83,7 @@ class Talk:
 
     def ready(self, comp='c', link=1, **changes):
         """A computation that is set up."""
-        if link not in self.node._links:
+        if link not in self.node.tables.links:
             self.link(link)
         self.compute(comp, link, **changes)
         self.tell(Prepared(comp, []))
@@ -129,11 +131,11 @@ def test_welcome():
 def test_a_computation_takes_the_lease_and_a_refusal_names_the_holder():
     talk = Talk()
     talk.ready()
-    assert talk.node.lease is Lease.HELD
+    assert talk.node.lease.state is Lease.HELD
     talk.link(2, b'other', 'you@there')
     refused, = said(talk.compute('d', 2), Refused)
     assert refused == Refused('d', 'busy', 'it serves me@here for 0 s')
-    assert (talk.node.lease, talk.node.holder_text) == (Lease.HELD, 'me@here')
+    assert (talk.node.lease.state, talk.node.lease.holder_text) == (Lease.HELD, 'me@here')
 
 
 def test_who_was_refused_is_told_when_the_node_is_free():
@@ -191,9 +193,9 @@ def test_the_lease_is_free_after_done():
     talk = Talk()
     talk.ready()
     assert talk.say(Done('c')) == [StopRunner('c', False)]
-    assert talk.node.lease is Lease.HELD
+    assert talk.node.lease.state is Lease.HELD
     talk.tell(RunnerGone('c', ''))
-    assert talk.node.lease is Lease.FREE, 'a link alone holds nothing'
+    assert talk.node.lease.state is Lease.FREE, 'a link alone holds nothing'
     talk.link(2, b'other')
     assert only(talk.compute('d', 2), Prepare)
 
@@ -206,11 +208,11 @@ def test_a_link_ends(on_purpose, busy, at_once):
     if busy:
         talk.jobs(1)
     actions = talk.tell(LinkDown(1, on_purpose))
-    assert talk.node.lease is Lease.ORPHANED
+    assert talk.node.lease.state is Lease.ORPHANED
     assert bool(only(actions, StopRunner)) == at_once
     if at_once:
         talk.tell(RunnerGone('c', ''))
-        assert talk.node.lease is Lease.FREE
+        assert talk.node.lease.state is Lease.FREE
 
 
 def test_an_orphan_ends_its_jobs_and_then_frees_the_node():
@@ -223,8 +225,8 @@ def test_an_orphan_ends_its_jobs_and_then_frees_the_node():
     talk.tell(Kept('c', [1]))
     assert talk.after(ORPHAN_TIME / 2) == [StopRunner('c', False)]
     talk.tell(RunnerGone('c', ''))
-    assert talk.node.lease is Lease.FREE and talk.node.free == 2
-    assert talk.node.shelf['c'].serials == {1}
+    assert talk.node.lease.state is Lease.FREE and talk.node.cpus.free == 2
+    assert talk.node.results.spooled['c'].serials == {1}
 
 
 def test_an_idle_orphan_makes_way_for_another_client():
@@ -257,9 +259,9 @@ def test_a_client_that_comes_late_gets_what_is_on_the_disk():
     assert talk.compute('c', 2)[0] == SendKept(2, 'c')
     talk.tell(Prepared('c', []))
     assert said(talk.tell(RunnerUp('c')), Ready) == [Ready('c', [1, 2])]
-    assert fed(talk.jobs(1, 2, 3, link=2)) and list(talk.node._comps['c'].attempts) == [3], 'what has ended is not run again'
+    assert fed(talk.jobs(1, 2, 3, link=2)) and list(talk.node.tables.comps['c'].attempts) == [3], 'what has ended is not run again'
     assert talk.say(Ack('c', [1]), 2) == [] and talk.say(Ack('c', [2]), 2) == [Forget('c')]
-    assert not talk.node.shelf
+    assert not talk.node.results.spooled
 
 
 def test_another_process_reclaims_results():
@@ -279,7 +281,7 @@ def test_another_process_reclaims_what_runs():
     assert said(talk.say(Reclaim('c'), 2), Refused)[0].code == 'busy'
     talk.tell(LinkDown(1, False), Kept('c', [1]))
     assert talk.say(Reclaim('c'), 2) == [Send(2, Held('c', [2, 3, 1])), SendKept(2, 'c')]
-    assert (talk.node.holder, talk.node.lease) == (b'other', Lease.HELD)
+    assert (talk.node.lease.holder, talk.node.lease.state) == (b'other', Lease.HELD)
     assert said(talk.results(2, 2), Results) == [Results('c', [result(2)])]
     talk.say(Ack('c', [1, 2]), 2)
     assert only(talk.say(Done('c'), 2), StopRunner)
@@ -295,7 +297,7 @@ def test_results_that_find_no_room_on_the_disk_stay():
     keep, = talk.after(ORPHAN_TIME)
     assert keep == Keep('c', b'me', [result(1)])
     talk.tell(Kept('c', [], 'no space'))
-    assert not only(talk.after(ORPHAN_TIME - 1), StopRunner) and talk.node.lease is Lease.ORPHANED
+    assert not only(talk.after(ORPHAN_TIME - 1), StopRunner) and talk.node.lease.state is Lease.ORPHANED
     assert only(talk.after(1), Keep)
     talk.tell(Kept('c', [1]))
     assert only(talk.after(ORPHAN_TIME), StopRunner)
@@ -345,7 +347,7 @@ def test_a_client_that_is_back_gets_what_it_has_not_acknowledged():
     talk.link(2, b'me', 'me@back')
     actions = talk.compute('c', 2)
     assert actions == [Send(2, Ready('c', [1, 2])), Send(2, Results('c', [result(1), result(2)]))]
-    assert talk.node.lease is Lease.HELD and talk.node.holder_text == 'me@back'
+    assert talk.node.lease.state is Lease.HELD and talk.node.lease.holder_text == 'me@back'
     talk.say(Ack('c', [1, 2]), 2)
     assert said(talk.compute('c', 2), Ready) == [Ready('c', [])]
     assert talk.after(ORPHAN_TIME * 2) == []
@@ -369,7 +371,7 @@ def test_orphans_do_not_multiply_timers():
     talk.after(ORPHAN_TIME)
     for _ in range(8):
         talk.after(1.01)
-    assert len(talk.node._timers) <= 4
+    assert len(talk.node.timers) <= 4
 
 
 def test_a_second_break_has_its_own_time():
@@ -511,15 +513,16 @@ def test_options_that_are_wrong(options):
 def test_absent_pairs_raise_and_change_nothing(table, states, events):
     talk = Talk()
     talk.ready()
-    comp = talk.node._comps['c']
+    comp, lease = talk.node.tables.comps['c'], talk.node.lease
+    calls = {'taken': lambda: lease.take(b'', '', 0.0), 'broken': lease.orphan, 'ended': lease.end}
     for state in states:
         for event in events:
-            talk.node.lease = state
+            lease.state = state
             comp.stage = state
             if (state, event) not in table:
                 with pytest.raises(KeyError):
-                    talk.node._set_lease(event, b'', 0.0) if states is Lease else talk.node._set_stage(comp, event)
-                assert talk.node.lease is comp.stage is state
+                    calls[event]() if states is Lease else comp.move(event)
+                assert lease.state is comp.stage is state
 
 
 # -- dispatch ---------------------------------------------------------------------------------------------
@@ -541,7 +544,7 @@ def test_workers_that_have_nothing_to_do_for_long_end():
     assert only(talk.after(1.0), Retire) == [Retire(second)]
     talk.after(1000.0)
     assert len(only(talk.jobs(4), StartWorker)) == 1
-    assert talk.node.free == 1
+    assert talk.node.cpus.free == 1
 
 
 def test_workers_are_started_when_there_is_work_and_used_again():
@@ -553,7 +556,7 @@ def test_workers_are_started_when_there_is_work_and_used_again():
     actions = talk.results(2, 2)
     assert fed(actions) == [(2, [3])] and rows(actions) == [(2, Outcome.RETURNED)]
     talk.results(1, 1), talk.results(2, 3)
-    assert talk.node.free == 2
+    assert talk.node.cpus.free == 2
     assert not only(talk.jobs(4, 5), StartWorker)
 
 
@@ -572,19 +575,19 @@ def test_jobs_of_several_cpus_keep_their_turn():
     talk.ready()
     talk.jobs(1)
     assert fed(talk.jobs(2, cpus=4)) == [] and fed(talk.jobs(3)) == []
-    assert fed(talk.results(1, 1)) == [(1, [2])] and talk.node.free == 0
-    assert fed(talk.results(1, 2)) == [(1, [3])] and talk.node.free == 3
+    assert fed(talk.results(1, 1)) == [(1, [2])] and talk.node.cpus.free == 0
+    assert fed(talk.results(1, 2)) == [(1, [3])] and talk.node.cpus.free == 3
 
 
 def test_a_computation_uses_no_more_cpus_than_its_client_says():
     talk = Talk(4)
     talk.ready()
     talk.say(Limit('c', 2))
-    assert len(fed(talk.jobs(1, 2, 3, 4, 5))) == 2 and talk.node.free == 2
-    assert len(fed(talk.say(Limit('c', 3)))) == 1 and talk.node.free == 1
+    assert len(fed(talk.jobs(1, 2, 3, 4, 5))) == 2 and talk.node.cpus.free == 2
+    assert len(fed(talk.say(Limit('c', 3)))) == 1 and talk.node.cpus.free == 1
     talk.say(Limit('c', 1))
-    assert fed(talk.results(1, 1)) == fed(talk.results(2, 2)) == [] and talk.node.free == 3
-    assert len(fed(talk.results(3, 3))) == 1 and talk.node.free == 3
+    assert fed(talk.results(1, 1)) == fed(talk.results(2, 2)) == [] and talk.node.cpus.free == 3
+    assert len(fed(talk.results(3, 3))) == 1 and talk.node.cpus.free == 3
     assert talk.say(Limit('unknown', 1)) == []
 
 
@@ -609,7 +612,7 @@ def test_a_job_that_wants_more_cpus_than_there_are():
     talk.ready()
     actions = talk.jobs(1, cpus=3)
     assert rows(actions) == [(1, Outcome.DIED)] and 'wants 3 CPUs and the node has 2' in texts(actions)[1]
-    assert talk.node.held_bytes == 0
+    assert talk.node.attempts.held_bytes == 0
 
 
 def test_long_jobs_are_not_fed_ahead():
@@ -635,7 +638,7 @@ def test_duplicates_of_jobs_are_ignored():
     talk = Talk(1)
     talk.ready()
     talk.jobs(1, 2, 2)
-    assert talk.jobs(1, 2) == [] and talk.node.held_bytes == 2   # what waits
+    assert talk.jobs(1, 2) == [] and talk.node.attempts.held_bytes == 2   # what waits
     assert fed(talk.results(1, 1)) == [(1, [2])]
     assert talk.jobs(1) == [], 'it has ended and is not acknowledged'
 
@@ -666,17 +669,17 @@ def test_a_worker_that_answers_wrongly_keeps_no_cpu():
     with pytest.raises(PeerError):
         talk.results(1, 1, 77)
     talk.tell(WorkerGone(1, 'killed', 1))
-    assert talk.node.free == 2
+    assert talk.node.cpus.free == 2
 
 
 def test_two_computations_share_the_cpus():
     talk = Talk(2)
     talk.ready('c'), talk.ready('d')
     talk.jobs(1, comp='c')
-    assert len(fed(talk.jobs(2, 3, comp='d'))) == 1 and talk.node.free == 0
+    assert len(fed(talk.jobs(2, 3, comp='d'))) == 1 and talk.node.cpus.free == 0
     assert fed(talk.results(1, 1)) == [(3, [3])]
     talk.results(2, 2), talk.results(3, 3)
-    assert talk.node.free == 2
+    assert talk.node.cpus.free == 2
 
 
 def test_a_computation_that_always_has_jobs_does_not_keep_out_another():
@@ -685,7 +688,7 @@ def test_a_computation_that_always_has_jobs_does_not_keep_out_another():
     talk.ready('c'), talk.ready('d')
     talk.jobs(1, 2, comp='c'), talk.jobs(1001, comp='d')
     for serial in range(1, 50):
-        if 2 in talk.node._workers:   # d's
+        if 2 in talk.node.tables.workers:   # d's
             return
         talk.jobs(serial + 2, comp='c')
         talk.results(1, result(serial))
@@ -745,7 +748,7 @@ def test_a_worker_dies_while_it_runs():
     assert rows(actions) == [(1, Outcome.DIED)] and texts(actions)[1] == 'it was killed by signal 11'
     assert said(actions, Results)[0].rows[0][5:] == (b'out', b'err')
     assert only(actions, StartWorker) == [StartWorker(2, 'c')] and fed(actions)[0][1][0] == 2
-    waiting = [attempt.serial for attempt in talk.node._comps['c'].waiting]
+    waiting = [attempt.serial for attempt in talk.node.tables.comps['c'].waiting]
     assert fed(actions)[0][1] + waiting == [2, 3, 4]
 
 
@@ -755,15 +758,15 @@ def test_a_worker_dies_idle():
     talk.jobs(1)
     talk.results(1, 1)
     assert talk.tell(WorkerGone(1, 'gone')) == []
-    assert fed(talk.jobs(2)) == [(2, [2])] and talk.node.free == 0
+    assert fed(talk.jobs(2)) == [(2, [2])] and talk.node.cpus.free == 0
 
 
 def test_a_worker_that_cannot_be_started_is_tried_again():
     talk = Talk(2)
     talk.ready()
     assert fed(talk.jobs(1)) == [(1, [1])]
-    assert fed(talk.tell(WorkerUnborn(1, 'no descriptors'))) == [] and talk.node.free == 2
-    assert fed(talk.after(1.0)) == [(2, [1])] and talk.node.free == 1
+    assert fed(talk.tell(WorkerUnborn(1, 'no descriptors'))) == [] and talk.node.cpus.free == 2
+    assert fed(talk.after(1.0)) == [(2, [1])] and talk.node.cpus.free == 1
 
 
 def test_stillborn_workers_end_in_a_refusal():
@@ -777,7 +780,7 @@ def test_stillborn_workers_end_in_a_refusal():
             break
     refused, = said(actions, Refused)
     assert refused.code == 'worker' and 'no memory' in refused.text and turn < 10
-    assert talk.node.free == 2 and talk.node.held_bytes == 0
+    assert talk.node.cpus.free == 2 and talk.node.attempts.held_bytes == 0
 
 
 def test_results_reach_the_client_before_the_refusal_that_ends_it():
@@ -810,7 +813,7 @@ def test_cancel_of_one_that_runs_is_a_request_and_then_a_kill():
     assert not only(talk.after(GRACE - 0.1), Kill)
     assert talk.after(0.2) == [Kill(1)]
     actions = talk.tell(WorkerGone(1, 'killed', 1))
-    assert rows(actions) == [(1, Outcome.CANCELLED)] and talk.node.free == 1
+    assert rows(actions) == [(1, Outcome.CANCELLED)] and talk.node.cpus.free == 1
 
 
 @pytest.mark.parametrize('came, counts', [
@@ -829,7 +832,7 @@ def test_cancel_of_one_that_stands_behind_another():
     assert talk.say(Cancel('c', [2])) == [TakeBack(1)]
     actions = talk.tell(WorkerReturned(1, [2, 3]))
     assert rows(actions) == [(2, Outcome.CANCELLED)]
-    assert [attempt.serial for attempt in talk.node._comps['c'].waiting] == [3]
+    assert [attempt.serial for attempt in talk.node.tables.comps['c'].waiting] == [3]
 
 
 def test_cancel_of_one_that_starts_before_it_is_taken_back():
@@ -849,7 +852,7 @@ def test_a_worker_that_gives_back_is_not_fed_meanwhile():
     actions = talk.results(1, result(1, took=0.0001))
     later = [serial for _, serials in fed(actions) for serial in serials]
     talk.tell(WorkerReturned(1, [2, 3] if not later else [3]))
-    queue = [attempt.serial for attempt in talk.node._workers[1].queue]
+    queue = [attempt.serial for attempt in talk.node.tables.workers[1].queue]
     assert 3 not in queue
 
 
@@ -874,7 +877,7 @@ def test_timers_of_jobs_that_have_ended_do_not_pile_up():
         talk.jobs(serial, timeout=3600.0)
         talk.results(1, serial)
         talk.say(Ack('c', [serial]))
-    assert len(talk.node._timers) < 500
+    assert len(talk.node.timers) < 500
 
 
 def test_recall_gives_back_what_waits():
@@ -882,7 +885,7 @@ def test_recall_gives_back_what_waits():
     talk.ready()
     talk.jobs(1, 2, 3, 4)
     returned, = said(talk.say(Recall('c', [3, 4])), Returned)
-    assert returned.serials == [3, 4] and talk.node.held_bytes == 2   # what waits
+    assert returned.serials == [3, 4] and talk.node.attempts.held_bytes == 2   # what waits
     actions = talk.say(Recall('c', [1, 2]))
     assert said(actions, Returned) == [Returned('c', [2])] and said(actions, Started) == [Started('c', [(1, 0.0)])]
     assert not said(talk.say(Recall('c', [2, 9])), Returned), 'what is not here was answered'
@@ -895,7 +898,7 @@ def test_recall_of_what_stands_behind_another_in_a_worker():
     actions = talk.results(1, result(1, took=0.0001))
     assert said(actions, Started) == [Started('c', [(2, 0.0)])], 'it was recalled too late'
     assert said(talk.tell(WorkerReturned(1, [3])), Returned) == [Returned('c', [3])]
-    assert set(talk.node._comps['c'].attempts) == {2}
+    assert set(talk.node.tables.comps['c'].attempts) == {2}
 
 
 def test_what_was_recalled_goes_back_when_its_worker_dies():
@@ -915,7 +918,7 @@ def test_what_has_begun_is_told_when_it_has_run_for_a_while():
     assert [serial for message in told for serial, _ in message.rows] == [1]
     told = said(talk.after(BEGUN_TIME / 2), Started)
     assert [serial for message in told for serial, _ in message.rows] == [2]
-    assert talk.after(10.0) == [] and talk.node._look_at is None, 'told once, and nothing more is looked for'
+    assert talk.after(10.0) == [] and talk.node.scheduler.look_at == math.inf, 'told once, and nothing more is looked for'
 
 
 def test_short_jobs_are_not_told_of():
@@ -962,7 +965,7 @@ def test_a_worker_that_runs_a_long_job_holds_nothing_behind_it():
     assert only(talk.after(BEGUN_TIME), TakeBack) == [TakeBack(1)]
     talk.tell(WorkerReturned(1, [2, 3]))
     talk.jobs(4, priority=1)
-    assert [attempt.serial for attempt in talk.node._comps['c'].waiting] == [4, 2, 3]
+    assert [attempt.serial for attempt in talk.node.tables.comps['c'].waiting] == [4, 2, 3]
 
 
 # -- how long jobs take -----------------------------------------------------------------------------------
@@ -1203,7 +1206,7 @@ def test_release_takes_the_node_from_its_client():
     assert [(refused.comp, refused.code) for refused in said(actions, Refused)] == [('c', 'released')]
     assert only(actions, StopRunner) == [StopRunner('c', True)]
     talk.tell(RunnerGone('c', ''))
-    assert talk.node.lease is Lease.FREE
+    assert talk.node.lease.state is Lease.FREE
     assert said(talk.compute('c2'), Refused) == [Refused('c2', 'busy', 'its operator has taken it from this client')]
     assert only(talk.compute('d', 2), Prepare)
     assert said(talk.compute('c2'), Refused) == [Refused('c2', 'busy', 'it serves you@there for 0 s')]
@@ -1215,7 +1218,7 @@ def test_after_a_while_the_client_from_which_the_node_was_taken_may_have_it_agai
     talk.ready()
     talk.tell(Release()), talk.tell(RunnerGone('c', ''))
     talk.after(RELEASED_TIME)
-    assert only(talk.compute('c2'), Prepare) and talk.node.lease is Lease.HELD
+    assert only(talk.compute('c2'), Prepare) and talk.node.lease.state is Lease.HELD
 
 
 def finish(talk, comp='c', link=1):
@@ -1446,15 +1449,15 @@ class Walk:
 
     def check(self):
         node = self.node
-        busy = [worker for worker in node._workers.values() if worker.queue]
-        assert node.free <= node.cpus
-        assert node.free >= 0 or node.cpus < node.most
-        assert node.free == node.cpus - sum(worker.queue[0].cpus for worker in busy)
+        busy = [worker for worker in node.tables.workers.values() if worker.queue]
+        assert node.cpus.free <= node.cpus.total
+        assert node.cpus.free >= 0 or node.cpus.total < node.cpus.most
+        assert node.cpus.free == node.cpus.total - sum(worker.queue[0].cpus for worker in busy)
         size = 0
-        for name, comp in node._comps.items():
+        for name, comp in node.tables.comps.items():
             places = collections.Counter(attempt.serial for attempt in comp.waiting)
             for worker in comp.workers.values():
-                assert node._workers[worker.key] is worker
+                assert node.tables.workers[worker.key] is worker
                 places.update(attempt.serial for attempt in worker.queue)
                 assert not (worker in comp.idle and worker.queue)
             assert set(places) == set(comp.attempts) and set(places.values()) <= {1}
@@ -1466,10 +1469,10 @@ class Walk:
                 for given, serial in self.given:
                     assert given != name or (given, serial) in self.answers or serial in comp.attempts \
                         or serial in comp.unacknowledged, 'forgotten'
-        assert node.held_bytes == size
-        for when, _, what, _, _ in node._timers:
-            assert what != 'orphan' or when <= self.now + ORPHAN_TIME
-        assert len(node._timers) < 50 + 3 * self.serials, 'timers grow'
+        assert node.attempts.held_bytes == size
+        for timer in node.timers:
+            assert timer.call.__name__ != '_client_stayed_away' or timer.when <= self.now + ORPHAN_TIME
+        assert len(node.timers) < 50 + 3 * self.serials, 'timers grow'
 
     def drain(self):
         """Everything works from now on: everything is answered, and every CPU is free."""
@@ -1488,11 +1491,11 @@ class Walk:
                 if worker.key in self.workers:
                     self.work(worker)
             self.event_time()
-            if not self.posted and not any(comp.attempts for comp in self.node._comps.values()):
+            if not self.posted and not any(comp.attempts for comp in self.node.tables.comps.values()):
                 break
         left = [key for key in self.given if key not in self.answers and key[0] not in self.closed]
         assert not left, 'never answered: %s' % left
-        assert self.node.free == self.node.cpus
+        assert self.node.cpus.free == self.node.cpus.total
 
 
 @pytest.mark.parametrize('first', range(0, 240, 20))
@@ -1505,8 +1508,8 @@ def test_arguments_of_what_runs_do_not_keep_links_from_being_read():
     talk = Talk(2)
     talk.ready()
     talk.jobs(1, 2, 3)
-    assert talk.node.held_bytes == 2 * 1
+    assert talk.node.attempts.held_bytes == 2 * 1
     talk.tell(WorkerGone(1, 'killed', 0))   # it had not begun
-    assert talk.node.held_bytes == sum(size_of(attempt.payload) for attempt in talk.node._comps['c'].waiting)
+    assert talk.node.attempts.held_bytes == sum(size_of(attempt.payload) for attempt in talk.node.tables.comps['c'].waiting)
     talk.say(Done('c'))
-    assert talk.node.held_bytes == 0
+    assert talk.node.attempts.held_bytes == 0

@@ -29,7 +29,7 @@ def send_raw(kind, number=0, serial=None, start=1.0, end=1.0, sizes=None, bodies
     worker, = [each for each in gc.get_objects() if isinstance(each, dispynode.Worker)]
     serial = worker._slots[0] if serial is None else serial
     head = dispynode._RECORD.pack(kind, 0, number, serial, start, end, *(sizes or map(len, bodies)))
-    worker._sock.sendall(head + b''.join(bodies))
+    worker._pipe._sock.sendall(head + b''.join(bodies))
     time.sleep(60)
 
 
@@ -146,7 +146,7 @@ def test_numbers_of_processes_come_from_the_kernel(node):
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='numbers are given anew by hand here')
 def test_a_number_that_another_process_has_by_now_is_not_killed():
-    run = dispynode._Run('c', '/', '/', True, 0)
+    run = dispynode.ComputationProcesses(dispynode.ComputationDirectory('c', '/', '/', True, 0))
     process = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)
     try:
         run.known(1, process.pid)

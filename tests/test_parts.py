@@ -444,14 +444,14 @@ def test_what_came_in_parts_and_waits_keeps_no_link_from_being_read(monkeypatch)
     talk.ready()
     talk.jobs(1)
     talk.jobs(2, payload=bytes(4 * MIB))
-    assert talk.node.held_bytes >= 4 * MIB and not talk.node.is_full()
+    assert talk.node.attempts.held_bytes >= 4 * MIB and not talk.node.attempts.is_full()
     talk.jobs(3, payload=bytes(2 * MIB))
-    assert talk.node.is_full()
+    assert talk.node.attempts.is_full()
     talk.say(dispynode.Cancel('c', [3]))
-    assert not talk.node.is_full()
+    assert not talk.node.attempts.is_full()
     talk.say(dispynode.Cancel('c', [2]))
     talk.jobs(4, payload=bytes(2 * MIB))
-    assert talk.node.is_full() and not talk.node._in_parts
+    assert talk.node.attempts.is_full() and not talk.node.attempts._in_parts
 
 
 # -- lies -----------------------------------------------------------------------------------------------------------------

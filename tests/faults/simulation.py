@@ -42,8 +42,8 @@ if __name__ == '__main__':
 import dispy
 import dispynode
 from dispy import ENDED, DispyJob, Driver, JobCluster, JobState, Journal
-from dispynode import (PULSE, PULSES_LOST, Ack, Arrival, Bye, Daemon, DialFailed, Dialled, Kept, Lease, LinkBroken, Loop, Memory, Options,
-                       Outcome, Pause, Prepared, Release, Remembered, Results, Resume, RunnerGone, Refusals, RunnerUp, Session as Handshake, SetCpus, Shelf, Stage, Stop,
+from dispynode import (PULSE, PULSES_LOST, Ack, Arrival, Bye, ComputationFiles, Daemon, DialFailed, Dialled, Kept, Lease, LinkBroken, Loop, Memory, NodeDirectory, Options,
+                       Outcome, Pause, Prepared, ProcessHost, Release, Results, Resume, RunnerGone, Refusals, RunnerUp, Session as Handshake, SetCpus, Shelf, Stage, Stop,
                        Unreached, Values, WorkerGone, WorkerResults, WorkerReturned, decode, encode, pieces_of, seal)
 
 SILENCE = PULSE * PULSES_LOST
@@ -408,34 +408,90 @@ class SimShelf(Shelf):
             daemon.world.stop(daemon, daemon.world.rng.uniform(0.1, 3.0))
 
 
+class SimDirectory(NodeDirectory):
+    """The directory of a host, without a lock; files in it are those of the model."""
+    daemon = None
+
+    def have(self, home):
+        """What `take` does."""
+        self.base = self.root = home.directory
+        self.memory = Memory(self.base)
+        self._taken(self.memory, self.memory.begin({comp: frozenset(begun) for comp, begun in home.begun.items()}))
+        home.begun.clear()
+
+    def spool(self, comp):
+        spool = SimShelf(super().spool(comp).path)
+        spool.daemon = self.daemon
+        return spool
+
+
+class SimFiles(ComputationFiles):
+    """Files of computations are there at once."""
+
+    def prepare(self, action):
+        self._daemon.post(Prepared(action.comp, []))
+
+
+class SimProcesses(ProcessHost):
+    """What is done to processes is done to those of the model."""
+
+    def __init__(self, daemon, files, options):
+        super().__init__(daemon, files, options)
+        self.daemon, self.workers = daemon, {}
+        self.runners = {}          # computation -> its runner
+
+    def start_runner(self, action):
+        self.runners[action.comp] = runner = object()
+        self.daemon.later(self.daemon.world.rng.uniform(0.05, 2.0), lambda: self.runners.get(action.comp) is runner and self.daemon.post(RunnerUp(action.comp)))
+
+    def stop_runner(self, action, text=''):
+        self.runners.pop(action.comp, None)
+
+        def gone():
+            for worker in [worker for worker in self.workers.values() if worker.comp == action.comp]:
+                worker.die(told=False)
+            self.daemon.post(RunnerGone(action.comp, text))
+        self.daemon.later(self.daemon.world.rng.uniform(0.001, 0.5), gone)
+
+    def start_worker(self, action):
+        self.workers[action.worker] = Worker(self.daemon, action.worker, action.comp)
+
+    def _order(self, kind, key, *args):
+        worker = self.workers.get(key)
+        if worker is not None:
+            self.daemon.later(PIPE, getattr(worker, kind.name.lower()), *args)
+
+    def feed(self, action):
+        self.daemon.may_die('before it sends')
+        worker = self.workers.get(action.worker)
+        if worker is not None:
+            self.daemon.later(PIPE, worker.feed, [(attempt.serial, attempt.payload) for attempt in action.attempts])
+
+    def retire(self, action):
+        worker = self.workers.get(action.worker)
+        if worker is not None:
+            worker.die(told=False)
+
+
 class SimDaemon(Daemon, SimLoop):
     """A node's daemon; what it does to processes is done to those of the model."""
 
     def __init__(self, home):
         self.home, self.host = home, home.name
-        super().__init__(Options(home.cpus, name=home.name, secret=SECRET.encode(), zombie=ZOMBIE))
-        self.instance, self.workers = bytes(self.world.rng.getrandbits(8) for _ in range(16)), {}
-        self.runners = {}          # computation -> its runner
-        self._base = self._root = home.directory
-        self._memory = Memory(self._base)
-        self.node.facts['memory'] = self._memory.ident
-        for comp, past in self._memory.begin({comp: frozenset(begun) for comp, begun in home.begun.items()}).items():
-            self._tell(Remembered(comp, past))
-        home.begun.clear()
-        self._find_kept()
-
-    def _shelf(self, comp):
-        shelf = SimShelf(super()._shelf(comp).path)
-        shelf.daemon = self
-        return shelf
+        super().__init__(Options(home.cpus, name=home.name, secret=SECRET.encode(), zombie=ZOMBIE),
+                         directory=SimDirectory, files=SimFiles, processes=SimProcesses)
+        self.instance, self.workers = bytes(self.world.rng.getrandbits(8) for _ in range(16)), self.processes.workers
+        self.directory.daemon = self
+        self.directory.have(home)
+        self.results.find_kept()
 
     def _message(self, link, message):
         if type(message) is Ack:
             self.world.check_ack(message)
         super()._message(link, message)
 
-    def _tell(self, event):
-        super()._tell(event)
+    def tell(self, event):
+        super().tell(event)
         if type(event) is Kept and not event.error:
             self.world.shelved += len(event.serials)
 
@@ -443,43 +499,8 @@ class SimDaemon(Daemon, SimLoop):
         """Something in a process of this node, unless that is dead by then."""
         self.world.at(self.world.now + seconds, lambda: self.alive and call(*args))
 
-    def _prepare(self, action):
-        self.post(Prepared(action.comp, []))
-
-    def _start_runner(self, action):
-        self.runners[action.comp] = runner = object()
-        self.later(self.world.rng.uniform(0.05, 2.0), lambda: self.runners.get(action.comp) is runner and self.post(RunnerUp(action.comp)))
-
-    def _stop_runner(self, action, text=''):
-        self.runners.pop(action.comp, None)
-
-        def gone():
-            for worker in [worker for worker in self.workers.values() if worker.comp == action.comp]:
-                worker.die(told=False)
-            self.post(RunnerGone(action.comp, text))
-        self.later(self.world.rng.uniform(0.001, 0.5), gone)
-
-    def _start_worker(self, action):
-        self.workers[action.worker] = Worker(self, action.worker, action.comp)
-
-    def _order(self, kind, key, *args):
-        worker = self.workers.get(key)
-        if worker is not None:
-            self.later(PIPE, getattr(worker, kind.name.lower()), *args)
-
-    def _feed(self, action):
-        self.may_die('before it sends')
-        worker = self.workers.get(action.worker)
-        if worker is not None:
-            self.later(PIPE, worker.feed, [(attempt.serial, attempt.payload) for attempt in action.attempts])
-
-    def _retire(self, action):
-        worker = self.workers.get(action.worker)
-        if worker is not None:
-            worker.die(told=False)
-
     def end(self):
-        assert not any(comp.attempts for comp in self.node._comps.values()), 'it ends and has not answered for all'
+        assert not any(comp.attempts for comp in self.node.tables.comps.values()), 'it ends and has not answered for all'
         self.home.begun.clear()   # as its directories go
         self.world.kill(self)
         self.world.at(self.world.now + self.world.rng.expovariate(1 / 10), self.home.start)
@@ -935,9 +956,9 @@ class World:
             worker.die()
 
     def runner_killed(self, rng, home, driver, names):
-        for comp in home.daemon.node._comps.values():
+        for comp in home.daemon.node.tables.comps.values():
             if comp.stage is Stage.READY:
-                home.daemon._stop_runner(types.SimpleNamespace(comp=comp.comp), 'killed')
+                home.daemon.processes.stop_runner(types.SimpleNamespace(comp=comp.comp), 'killed')
                 return
 
     def disk(self, rng, home, driver, names):
@@ -1017,12 +1038,13 @@ class World:
     def check_node(self, node):
         """CPUs are conserved."""
         used = 0
-        for worker in node._workers.values():
+        for worker in node.tables.workers.values():
             if worker.queue:
                 used += worker.queue[0].cpus
-        assert node.free == node.cpus - used, 'CPUs of %s: %d, %d used, %d free' % (node.name, node.cpus, used, node.free)
-        assert node.free >= 0 or node.cpus < node.most, 'oversubscribed'
-        assert node.held_bytes >= 0
+        cpus = node.cpus
+        assert cpus.free == cpus.total - used, 'CPUs of %s: %d, %d used, %d free' % (node.name, cpus.total, used, cpus.free)
+        assert cpus.free >= 0 or cpus.total < cpus.most, 'oversubscribed'
+        assert node.attempts.held_bytes >= 0
 
     def check_everywhere(self, driver):
         """Each job once, and all sums right."""
@@ -1064,7 +1086,7 @@ class World:
         return all(plug.quiet is None and plug.owner.alive and not plug.owner.stopped and not plug.closed for plug in (link.sock, link.sock.other))
 
     def is_wanted(self, daemon, worker):
-        comp = daemon.node._comps.get(worker.comp)
+        comp = daemon.node.tables.comps.get(worker.comp)
         link = daemon.links.get(comp.link) if comp is not None else None
         if not self.are_linked(link):
             return True   # nobody can say
@@ -1078,18 +1100,18 @@ class World:
         if peer is not None and self.are_linked(peer.link):
             there = peer.link.sock.other.owner
             for comp, flight in node.flight.items():
-                held = set(there.node._held(comp)) if flight else ()
+                held = set(there.node.results.known_attempts(comp)) if flight else ()
                 yield from ((there.host, comp, serial) for serial in flight if serial not in held)
 
     def check_end(self):
         for home in self.hosts.values():
             node = home.daemon.node
             assert home.daemon.alive, '%s is not alive at the end' % home.name
-            assert node.free == node.cpus and not node._workers and not node._comps, '%s is not free at the end: %s' % (
-                home.name, [(comp.stage, len(comp.attempts), len(comp.unacknowledged)) for comp in node._comps.values()])
-            assert node.lease is Lease.FREE and node.held_bytes == 0
+            assert node.cpus.free == node.cpus.total and not node.tables.workers and not node.tables.comps, '%s is not free at the end: %s' % (
+                home.name, [(comp.stage, len(comp.attempts), len(comp.unacknowledged)) for comp in node.tables.comps.values()])
+            assert node.lease.state is Lease.FREE and node.attempts.held_bytes == 0
             left = [name for name in os.listdir(home.directory) if name != 'memory' and not name.startswith('g-')]   # numbers, for a month
-            assert not node.shelf and not left, 'results are left on the disk of %s: %s' % (home.name, left)
+            assert not node.results.spooled and not left, 'results are left on the disk of %s: %s' % (home.name, left)
         left = [job.number for job in self.jobs.values() if job.status is None]
         assert not left, 'never ended: %s' % left[:20]
 

@@ -261,7 +261,7 @@ def nonsense(seed, count):
             sizes[rng.randrange(3)] = 0xffffffff
         head = struct.pack('>BBIQddIII', rng.choice([48, 49, 50, 51, 52, 53, 16, 18, 19, 77]), 0, rng.choice([0, 1, 2, 3, 8, 99, 1 << 31]),
                            rng.choice([serial, 0, serial + 65536, (1 << 64) - 1]), rng.choice(reals), rng.choice(reals), *sizes)
-        worker._sock.sendall(head + b''.join(bodies))
+        worker._pipe._sock.sendall(head + b''.join(bodies))
     return 'lived'
 
 

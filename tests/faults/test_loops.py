@@ -45,7 +45,7 @@ def wanted(directory, rows):
 
 
 def test_a_node_compares_large_files_beside_its_loop(tmp_path, monkeypatch):
-    """They are there from before: `_prepare` returns at once, and what came of it is posted."""
+    """They are there from before: `prepare` returns at once, and what came of it is posted."""
     daemon = dispynode.Daemon(Options(1, ('127.0.0.1',), 0, prefix=str(tmp_path / 'node'), secret=b'a secret of tests'))
     daemon.start()
     go_on, digest = threading.Event(), dispynode.file_digest
@@ -55,7 +55,7 @@ def test_a_node_compares_large_files_beside_its_loop(tmp_path, monkeypatch):
         path = tmp_path / 'node' / 'files' / 'large'
         path.write_bytes(b'x' * LARGE)
         action = Prepare('c', dict(spec(files=[row(path, 'large')], dest_path='files', cleanup=False), modules=[], sys_path=[], argv=[]))
-        daemon._prepare(action)
+        daemon.files.prepare(action)
         assert not daemon._inbox
         go_on.set()
         eventually(lambda: daemon._inbox)

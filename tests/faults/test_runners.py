@@ -5,7 +5,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -171,33 +170,26 @@ class Deaf:
     """Children that a SIGKILL does not end, as those that sleep on a disk that has died."""
 
     def __init__(self, monkeypatch):
-        ours, self.theirs = socket.socketpair()
-        self.runner = dispynode.Runner(ours)
-        self.sockets = ours, self.theirs
+        self.workers = dispynode.WorkerProcesses({}, None, None, print)
         self.child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])
         monkeypatch.setattr(dispynode.os, 'kill', lambda pid, number: None)
-        monkeypatch.setattr(self.runner, '_descendants', lambda: [self.child.pid] if self.child.returncode is None else [])
-
-    def close(self):
-        for sock in self.sockets:
-            sock.close()
+        monkeypatch.setattr(self.workers, '_descendants', lambda: [self.child.pid] if self.child.returncode is None else [])
 
 
 def test_nobody_waits_for_a_stray_process_that_cannot_be_killed(monkeypatch):
     deaf = Deaf(monkeypatch)
     done = threading.Event()
-    thread = threading.Thread(target=lambda: (deaf.runner._kill_strays(), done.set()))
+    thread = threading.Thread(target=lambda: (deaf.workers.kill_strays(), done.set()))
     thread.start()
     try:
         assert done.wait(20), 'it is waited for without end'
-        assert deaf.runner._undead == {deaf.child.pid}
-        deaf.runner._kill_strays()   # it is known, and not waited for again
+        assert deaf.workers._undead == {deaf.child.pid}
+        deaf.workers.kill_strays()   # it is known, and not waited for again
     finally:
         monkeypatch.undo()
         deaf.child.kill()
         thread.join(20)
-    eventually(lambda: deaf.runner._reap() or not deaf.runner._undead)
-    deaf.close()
+    eventually(lambda: deaf.workers.reap() or not deaf.workers._undead)
 
 
 @pytest.fixture
