@@ -5756,7 +5756,7 @@ def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['Peer', 'No
         raise TypeError('allocate() returned %.80r, which is no number of CPUs' % (cpus,))
     cpus = max(0, peer.offered + number) if number < 0 else number
     paths: Dict[str, str] = {}
-    bundles = cluster._bundles
+    bundles = cluster.bundles
     objects, _ = _sort_depends(allocator.depends, paths, bundles.known_globals)
     labels = [('setup argument %d' % place, value) for place, value in enumerate(allocator.setup_args, 1)]
     payload = bundles.packed((tuple(allocator.setup_args), objects), labels)
@@ -9945,7 +9945,8 @@ class ProgramCluster(NodeUser):
     cargo: Cargo
     directory: str               # files that jobs send come below it
     driver: 'Driver'
-    _bundles: ModuleBundles
+    bundles: ModuleBundles       # the program's modules
+    trail: Optional[Trail]       # where another process finds what is needed to collect its results
     _cluster_status: Any
     _on_output: Any
     _monitors: Tuple[Monitor, ...] = ()   # replaced as a whole
@@ -10001,7 +10002,7 @@ class ProgramCluster(NodeUser):
 
     def modules_for(self, peer: Peer) -> Dict[str, Any]:
         """What a node gets of the program's modules. A node that is a part of the program reads them where they are."""
-        rows = self._bundles.rows(peer.embedded)
+        rows = self.bundles.rows(peer.embedded)
         if not peer.embedded:
             return {'modules': rows}
         return {'modules': rows, 'sys_path': [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)],
@@ -10009,7 +10010,7 @@ class ProgramCluster(NodeUser):
 
     def module_source(self, name: str) -> Any:
         """Where a file of a module is read from: a path, a FileOfModule or its content."""
-        return self._bundles.source_of(name)
+        return self.bundles.source_of(name)
 
     def value_source(self, digest: bytes) -> Any:
         """The content of a value."""
@@ -10032,7 +10033,7 @@ class ProgramCluster(NodeUser):
         if name != 'modules':
             raise PeerError('%.40r is asked of a program' % (name,))
         embedded = not self.remote and all(peer.embedded for peer in self.driver.nodes.of(self.comp))
-        return self._bundles.more(args[0], embedded)
+        return self.bundles.more(args[0], embedded)
 
     def add_monitor(self, monitor: Monitor) -> None:
         """Tell a monitor of jobs from now on. What jobs print it is told by nodes that are set up
@@ -10409,12 +10410,12 @@ class JobCluster(OldCluster):
         if not callable(cleanup):
             cleanup = _flag('cleanup', cleanup)
         forward_logs = _flag('forward_logs', forward_logs)
-        self._bundles = ModuleBundles(self.name)
-        self.cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name, self._bundles)
+        self.bundles = ModuleBundles(self.name)
+        self.cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name, self.bundles)
         check_cargo(self.cargo.spec)
         for spec in self.specs:
             if spec.allocator is not None and spec.allocator.setup_args:   # it may choose others later, which are checked then
-                check_setup_args(size_of(self._bundles.packed((tuple(spec.allocator.setup_args), []), [])), self.remote)
+                check_setup_args(size_of(self.bundles.packed((tuple(spec.allocator.setup_args), []), [])), self.remote)
         self.cargo.spec['key'] = digest_of(self.key)
         if isinstance(computation, Calls):
             self.cargo.spec.update(computation.spec)
@@ -10442,7 +10443,7 @@ class JobCluster(OldCluster):
         path = path_option('recover_file', None if recover_file is False else recover_file) or (
             '_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
         self._recovers = bool(path)                          # another process may carry on
-        self._trail = None if path or recover_file is False else Trail(
+        self.trail = None if path or recover_file is False else Trail(
             weakref.WeakMethod(self._describe_for_trail), self.name, self.comp)
         self._reach_by(nodes is None and reach != 'off')
         self.recovered: List[DispyJob] = []
@@ -10505,7 +10506,7 @@ class JobCluster(OldCluster):
 
     def _look_at_modules(self, every: float = LOOK_EVERY) -> None:
         """The files of modules may have changed since they travelled: jobs go on with what was sent, and the user is told."""
-        changed = self._bundles.changed(every)
+        changed = self.bundles.changed(every)
         if changed and not self._told_of_change:
             self._told_of_change = True
             logger.warning('%s: the file of module %s has changed; this cluster keeps the text that it began with. '
@@ -10631,7 +10632,7 @@ class JobCluster(OldCluster):
     def _pack(self, args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
         """Arguments as they are now."""
         self._look_at_modules()
-        payload = pack_arguments(args, kwargs, self._bundles, depends)
+        payload = pack_arguments(args, kwargs, self.bundles, depends)
         size = payload.total() if type(payload) is SharedPayload else size_of(payload)
         most = VALUE_MOST if self.journal is None else JOURNAL_MOST
         if size > most:
@@ -11033,8 +11034,8 @@ class JobCluster(OldCluster):
         driver = self.driver
         nodes = self._nodes_in_use()
         if driver.broken:   # nodes could not be told, and what runs there can be collected
-            if self._trail is not None:
-                self._trail.close(remove=False)
+            if self.trail is not None:
+                self.trail.close(remove=False)
             return
         try:
             driver.ask(self._recovered)
@@ -11046,8 +11047,8 @@ class JobCluster(OldCluster):
         self.wait(CALL_TIME)   # for callbacks of what was cancelled
         with contextlib.suppress(RuntimeError):   # the driver has failed
             self._tell_closed(nodes)
-        if self._trail is not None:
-            self._trail.close()
+        if self.trail is not None:
+            self.trail.close()
         if self.journal is not None:
             self.journal.close(remove=True)
         if threading.current_thread() is not driver.thread:
@@ -11072,8 +11073,8 @@ class JobCluster(OldCluster):
         self._lock = threading.Lock()   # a thread that is not here may hold the old one
         self._changed = threading.Condition(self._lock)
         self.closed, self._pending, self.journal = True, 0, None
-        if self._trail is not None:
-            self._trail.after_fork()
+        if self.trail is not None:
+            self.trail.after_fork()
 
     def __enter__(self) -> 'JobCluster':
         return self
@@ -11146,7 +11147,7 @@ class JobCluster(OldCluster):
 
     def node_ready(self, peer: Peer) -> None:
         """It is noted for recover_jobs(), and who waits for nodes looks again."""
-        if self._trail is not None and not peer.embedded and self._trail.add(peer.place):
+        if self.trail is not None and not peer.embedded and self.trail.add(peer.place):
             self.driver.remove_old_trails()
         with self._changed:
             self._changed.notify_all()
@@ -11408,7 +11409,7 @@ class SharedJobCluster(JobCluster):
     def _reach_by(self, probe: bool) -> None:
         self._probe = False
         self.cargo.spec['shared'] = {'recovers': self._recovers, 'process': own_process(),
-                                      'collected': self._recovers or self._trail is not None,
+                                      'collected': self._recovers or self.trail is not None,
                                       'nodes': None if self._any else self._plain(self.specs),
                                       'reentrant': self.reentrant,
                                       'exclusive': self._exclusive, 'cloudpickle': cloudpickle.__version__}
@@ -11524,7 +11525,7 @@ class SharedJobCluster(JobCluster):
             number, row = args[0], NodeRow(*args[1])
             found = ask_allocator(self._allocators[number - 1], self, row)
             self.cargo.paths.update(found.paths)
-            return (found.cpus, found.setup_args, found.files, self._bundles.rows(False))
+            return (found.cpus, found.setup_args, found.files, self.bundles.rows(False))
         return super()._asked(name, args)
 
     def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Any) -> None:
@@ -11942,7 +11943,7 @@ class _ExecutorClusters:
                                'the executor was closed')
         if cluster._unusable:
             raise BrokenProcessPool(cluster._unusable)
-        return self._renewed(cluster) if cluster._bundles.changed() else cluster
+        return self._renewed(cluster) if cluster.bundles.changed() else cluster
 
     def _renewed(self, old: JobCluster) -> JobCluster:
         """The file of a module has changed: later calls run its new text, in new workers."""
@@ -12053,7 +12054,7 @@ class DispyExecutor(concurrent.futures.Executor):
         cluster = self._pool.current()
         future = DispyFuture(cluster)
         try:
-            function = in_one_piece(cluster._bundles.packed(fn, [('the function', fn)], True))
+            function = in_one_piece(cluster.bundles.packed(fn, [('the function', fn)], True))
             payload = cluster._pack((function, args, kwargs), {})
         except (Exception, SystemExit) as exc:  # pickling runs the user's code
             future.set_exception(_pickling_error(exc))
@@ -12295,7 +12296,7 @@ class JoblibClusters:
         """The cluster with these options, made if need be. Raises what making it raises."""
         with self._lock:
             found = self._find(options)
-            if found is not None and found.cluster._bundles.changed():
+            if found is not None and found.cluster.bundles.changed():
                 # The file of a module has changed: later calls run its new text.
                 self._kept.remove(found)
                 threading.Thread(target=found.cluster.close, name='dispy-renew', daemon=True).start()
@@ -12633,7 +12634,7 @@ def _at_exit() -> None:
 def _may_stay(cluster: JobCluster) -> bool:
     """Whether a cluster has something on nodes that can be collected after the end of this
     program."""
-    if cluster._trail is None or not cluster._trail.path or cluster.closed:
+    if cluster.trail is None or not cluster.trail.path or cluster.closed:
         return False
     try:
         return bool(cluster.driver.ask(cluster._left_behind))
@@ -12663,7 +12664,7 @@ def _stay_behind(clusters: List[JobCluster]) -> None:
     for cluster in clusters:
         nodes.update(cluster._left_behind())
     running = sum(nodes.values())
-    trails = [cluster._trail for cluster in clusters if cluster._trail is not None]
+    trails = [cluster.trail for cluster in clusters if cluster.trail is not None]
     lost = '; %d others had not begun and are lost' % (owed - running) if owed > running else ''
     how = ['dispy.recover_jobs()'] if all(trail.script for trail in trails) else [
         'dispy.recover_jobs(%r)' % trail.path for trail in trails]
