@@ -209,7 +209,7 @@ class StoredValues(Values):
 
 
 class State(Database):
-    """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of computations in
+    """ProgramComputations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of computations in
     <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
     MARK, VERSION, SYNC = 0x64735335, 1, 'FULL'
     WAITING, SENT, ENDED, DROPPED = range(4)
@@ -549,7 +549,7 @@ class State(Database):
     # -- at the start -----------------------------------------------------------------------------------------
 
     def comps(self) -> List[Tuple[str, bytes, dict]]:
-        """Computations in the order in which they came: name, instance of the program, spec."""
+        """ProgramComputations in the order in which they came: name, instance of the program, spec."""
         return [(comp, client, open_plain(spec)) for comp, client, spec in
                 self._db.execute('SELECT comp, client, spec FROM comps ORDER BY place')]
 
@@ -611,7 +611,7 @@ def _key_of(text: str) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Computations of programs
+# ProgramComputations of programs
 # ---------------------------------------------------------------------------------------------------------
 
 # How a job has ended that has no result; others were cancelled.
@@ -1434,7 +1434,7 @@ class NodeSharing(NodePolicy):
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
-        # Computations that want their nodes alone, in the order of coming
+        # ProgramComputations that want their nodes alone, in the order of coming
         self._wanting: List[str] = []
         self._is_due = False             # whom nodes serve may have changed
         self.named: Set[str] = set()     # nodes that the operator has named
@@ -1658,8 +1658,8 @@ class ProgramLinks:
         self._scheduler.say(link, Welcome('dispyscheduler', ENDLESS, facts))
 
 
-class Computations:
-    """Computations of programs: they begin, lose their programs, get them back, and end. The loop's
+class ProgramComputations:
+    """ProgramComputations of programs: they begin, lose their programs, get them back, and end. The loop's
     thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
@@ -2410,7 +2410,7 @@ class Scheduler(Driver):
         self.values = StoredValues(self.state)
         self.commit = Commit(self, super().say)
         self.programs = ProgramLinks(self)
-        self.computations = Computations(self)
+        self.computations = ProgramComputations(self)
         self.program_files = ProgramFiles(self)
         self.program_jobs = ProgramJobs(self)
         self.program_calls = ProgramCalls(self)

@@ -255,7 +255,7 @@ def test_a_scheduler_outlives_its_faults(tmp_path):
         scheduler.directory, scheduler._log, scheduler._from = str(tmp_path), str(tmp_path / 'log'), 0
         with open(scheduler._log, 'ab') as log:
             scheduler.process = subprocess.Popen(
-                [sys.executable, str(script), 'Computations', 'end_turn_of', str(flag), 'dispyscheduler', '-i', '127.0.0.1', '-p', '0',
+                [sys.executable, str(script), 'ProgramComputations', 'end_turn_of', str(flag), 'dispyscheduler', '-i', '127.0.0.1', '-p', '0',
                  '--state-dir', str(tmp_path / 'state'), '-n', '127.0.0.1:%d' % node.port], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         with scheduler:
             scheduler.port = int(eventually(scheduler._listening, what='start'))
