@@ -1,6 +1,7 @@
 """Programs with a cluster, to be killed, stopped and interrupted."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -40,7 +41,14 @@ class Client:
         self.process = subprocess.Popen(
             [sys.executable, *options, '-c', HEAD.format(paths=PATHS) + textwrap.dedent(code), path, str(node.port), node.host, self.directory],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
-        self.first = self.process.stdout.readline() if wait else ''
+        self.first = self._first_line() if wait else ''
+
+    def _first_line(self):
+        """The first that the program prints; what it logs before, as that a node is still busy, is passed over."""
+        line = self.process.stdout.readline()
+        while re.match(r'[-0-9]+ [:0-9]+ dispy - ', line):
+            line = self.process.stdout.readline()
+        return line
 
     def rest(self, timeout=60):
         """What it prints until it ends by itself."""

@@ -233,7 +233,7 @@ def test_client_and_node_are_killed(tmp_path, ledger, reentrant):
             ''' % reentrant, ledger.path, node) as client:
             eventually(lambda: len(ledger.attempts()) == 8)
             client.kill()
-        eventually(lambda: 'orphaned' in node.log())
+        eventually(lambda: 'has ended' in node.log())
         node.kill()
         with NodeProcess(node.directory, port=node.port):
             found = sorted(dispy.recover_jobs(str(tmp_path / 'jobs'), timeout=60), key=lambda job: job.id)
