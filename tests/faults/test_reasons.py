@@ -31,8 +31,8 @@ def test_every_code_of_a_refusal_stands_in_the_table():
     for name in ('dispy.py', 'dispynode.py', 'dispyscheduler.py'):
         with open(os.path.join(ROOT, name)) as file:
             text = file.read()
-        found |= set(re.findall(r"Refused\([\w.]+, '(\w+)'", text)) | set(re.findall(r"self\._refuse\(comp, '(\w+)'", text))
-        found |= set(re.findall(r"self\._refuse\(comp, '\w+' if \w+ else '(\w+)'", text))
+        found |= set(re.findall(r"Refused\([\w.]+, '(\w+)'", text)) | set(re.findall(r"\.refuse\(comp, '(\w+)'", text))
+        found |= set(re.findall(r"\.refuse\(comp, '\w+' if \w+ else '(\w+)'", text))
     assert found <= set(REASONS) and {'busy', 'closing', 'stopping', 'released', 'worker'} <= found
     assert {code for code, reason in REASONS.items() if not reason.passes} == {
         'transfer', 'setup', 'code', 'version', 'allocate', 'module', 'cpus', 'initializer'}
