@@ -5,11 +5,13 @@
     cluster = dispy.JobCluster(compute)          # any function; or the path of a program
     jobs = [cluster.submit(n) for n in range(100)]
     for job in jobs:
-        print(job(), job.ip_addr)                # waits; None if it failed, then job.exception says why
+        print(job(), job.ip_addr)                # waits; None if it failed, then job.exception says
+        why
     cluster.close()
 
-Without nodes on the network this starts one on this machine. For others, copy `dispynode.py` and the secret
-(~/.config/dispy/secret) to them and run `python dispynode.py` there; `python -m dispy deploy HOST...` does it by ssh.
+Without nodes on the network this starts one on this machine. For others, copy `dispynode.py` and
+the secret (~/.config/dispy/secret) to them and run `python dispynode.py` there; `python -m dispy
+deploy HOST...` does it by ssh.
 
     user's program                                        node
     +------------------------------------------+         +--------------------+
@@ -22,19 +24,26 @@ Without nodes on the network this starts one on this machine. For others, copy `
     | dial threads    connect, TLS, handshake  |
     +------------------------------------------+
 
-One driver serves all clusters of a program that have the same secret and certificate. It owns every link and
-the Schedule; other threads post to it. A link carries everything between this program and a node.
+One driver serves all clusters of a program that have the same secret and certificate. It owns every
+link and the Schedule; other threads post to it. A link carries everything between this program and
+a node.
 
 The life of a job here:
   1. `submit` pickles the arguments, makes a DispyJob, counts it as pending and posts it.
   2. The driver gives all that was posted since its last turn to the Schedule, which queues it.
-  3. The Schedule sends attempts to nodes with free CPUs, and a little more than that: as much as the node will
-     have done in 100 ms. What a node does not come to is called back when another is idle, or when jobs turn
-     out to be longer. A node tells which have begun (`Started`); until then they are Created to the user.
-  4. `Results` of a node are acknowledged, also if they are known already. Plain values are opened at once; what
+  3. The Schedule sends attempts to nodes with free CPUs, and a little more than that: as much as
+     the node will
+     have done in 100 ms. What a node does not come to is called back when another is idle, or when
+     jobs turn
+     out to be longer. A node tells which have begun (`Started`); until then they are Created to the
+     user.
+  4. `Results` of a node are acknowledged, also if they are known already. Plain values are opened
+     at once; what
      may run the user's code when it is unpickled goes through an opener thread.
-  5. The job gets result, output, times and, last, its status; whoever waits is woken; the callback is called.
-  6. A node that is lost: its jobs are queued again if the computation is reentrant, otherwise they are Abandoned.
+  5. The job gets result, output, times and, last, its status; whoever waits is woken; the callback
+     is called.
+  6. A node that is lost: its jobs are queued again if the computation is reentrant, otherwise they
+     are Abandoned.
 
 Files this program needs: this one, dispynode.py, cloudpickle.
 """
@@ -101,10 +110,15 @@ try:
     from dispynode import Loop
 except ImportError as exc:   # this file was copied alone, or beside one of another release
     missing = {
-        'dispynode': 'dispy.py needs the file dispynode.py of the same release beside it, in %s' % os.path.dirname(os.path.abspath(__file__)),
-        'cloudpickle': 'dispy.py needs the package cloudpickle: run %s -m pip install cloudpickle' % sys.executable,
+        'dispynode': 'dispy.py needs the file dispynode.py of the same release beside it, in %s' %
+        os.path.dirname(os.path.abspath(__file__)),
+        'cloudpickle': 'dispy.py needs the package cloudpickle: run %s -m pip install cloudpickle' %
+        sys.executable,
     }.get(exc.name or '', '')
-    text = '%s (%s)' % (missing, exc) if missing else str(exc)
+    if missing:
+        text = '%s (%s)' % (missing, exc)
+    else:
+        text = str(exc)
     if __name__ == '__main__' and missing:
         sys.exit(text)
     raise ImportError(text, name=exc.name, path=exc.path) from exc
@@ -115,34 +129,40 @@ except ImportError:   # a system without semaphores
     from concurrent.futures import BrokenExecutor as BrokenProcessPool  # type: ignore[assignment]
 
 from dispynode import (
-    ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE, PULSES_LOST, QUEUED_TIME,
-    NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled,
-    Dialling, Discovery, DispyError, Done, Ears, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
-    Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Need, News, Offer, Outcome, Output, PeerError, Pulse, Purpose,
-    Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned, Role, Said, SecretError, Shutdown,
-    StartError, Welcome,
-    Where, Wrong, __version__, beside, call_chunk, Calls, check_name, derive_key, describe_exception, dial, digest_of,
-    discovery_reach, file_digest, find_secret, frames, host_and_port, in_one_piece, is_outcome, log_record_of, open_plain, open_regular,
-    path_option, plain_text, place, python_of, in_parts, same_secret, seal, seconds_option, size_of, tls_files,
-    tls_context, unpack_error, unseal, value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag,
-    check_not_importing, contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs, check_fork,
-    Listed, OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces, run_batch, set_numerical_threads, shared_payload,
-    Allowance, DurationEstimate, OldModules, ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine,
-    STALLS, SEGMENT, Unreached, is_own_address, module_dict, package_version, pack_error, start_of, GRACE, has_place, lock_file, old_spelling, told_once, Each,
-    FILES_LEFT)
+    ASKED_FOR, ATOMS, CLOSED_AT_ONCE, DEPLOYED, GOES_ON, HANDSHAKE_TIME, NODE_PORT, OUTCOMES, PULSE,
+    PULSES_LOST, QUEUED_TIME, NAMES_MOST, OF_NODES, SCHEDULER_PORT, VALUE_MOST, WHOLE_MOST, Ack,
+    Arrival, Backlog, Bye, Call, Cancel, Compute, Cry, DialFailed, Dialled, Dialling, Discovery,
+    DispyError, Done, Ears, FilePiece, FileReceiver, FileStored, Gate, HandshakeError, Held,
+    Introduce, Jobs, LAZY, Limit, Link, LinkBroken, Need, News, Offer, Outcome, Output, PeerError,
+    Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Report, Results, Return, Returned,
+    Role, Said, SecretError, Shutdown, StartError, Welcome, Where, Wrong, __version__,
+    beside, call_chunk, Calls, check_name, derive_key, describe_exception, dial, digest_of,
+    discovery_reach, file_digest, find_secret, frames, host_and_port, in_one_piece, is_outcome,
+    log_record_of, open_plain, open_regular, path_option, plain_text, place, python_of, in_parts,
+    same_secret, seal, seconds_option, size_of, tls_files, tls_context, unpack_error, unseal,
+    value_pickler, BUNDLE, BUNDLES, MODULES, Sealed, StateRow, build_tag, check_not_importing,
+    contents_of, find_named, globals_of, is_named, keeps_identity, plain_form, with_needs,
+    check_fork, Listed, OUT_OF_BAND, SHARED_FROM, available_cpus, offer_to_joblib, open_pieces,
+    run_batch, set_numerical_threads, shared_payload, Allowance, DurationEstimate, OldModules,
+    ROW_FIRST, Started, PULSES_SILENT, Past, REASONS, RETURNED, Remains, Second, machine, STALLS,
+    SEGMENT, Unreached, is_own_address, module_dict, package_version, pack_error, start_of, GRACE,
+    has_place, lock_file, old_spelling, told_once, Each, FILES_LEFT)
 
 __all__ = [
-    'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover', 'recoverable', 'Recoverable',
-    'NodeAllocate', 'DispyExecutor', 'register_joblib', 'DispyJob', 'ValueRef', 'JobFailed', 'WorkerLost', 'RemoteTraceback',
-    'DispyNode', 'DispyNodeAvailInfo', 'ClusterStatus', 'NoNodes', 'DispyError',
-    'SecretError', 'logger']
+    'JobCluster', 'SharedJobCluster', 'recover_jobs', 'fault_recover_jobs', 'NothingToRecover',
+    'recoverable', 'Recoverable', 'NodeAllocate', 'DispyExecutor', 'register_joblib', 'DispyJob',
+    'ValueRef', 'JobFailed', 'WorkerLost', 'RemoteTraceback', 'DispyNode', 'DispyNodeAvailInfo',
+    'ClusterStatus', 'NoNodes', 'DispyError', 'SecretError', 'logger'
+]
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Constants and errors
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-AHEAD_MOST = 512              # jobs a CPU that a node may hold beyond what it runs, however short they are
-ROUNDS_FAR = 1               # further rounds of jobs that end unheard, for each QUEUED_TIME of a round trip
+# Jobs a CPU that a node may hold beyond what it runs, however short they are
+AHEAD_MOST = 512
+# Further rounds of jobs that end unheard, for each QUEUED_TIME of a round trip
+ROUNDS_FAR = 1
 TURN_TIME = 0.005            # s that a node and a schedule take beyond the round trip between them
 JOURNAL_MOST = 900 << 20      # bytes of arguments, or of a result, that a recovery file holds
 AHEAD_BYTES = 8 << 20        # bytes of arguments that a node may hold beyond what it runs
@@ -155,30 +175,44 @@ NO_INITIALIZER = 'no node can run the initializer of the executor'
 END_WITHOUT_NODES = 30.0      # s for which a program's end waits for calls while no node is ready
 WITHDRAW_TIME = 1.0           # s for which the cancel of a future waits for the answer of a node
 LOST_MOST = 3                 # nodes a job may be lost with before it is given up
-LOST_TIMES = 16               # times it may be lost, with however few of them: a node that is started again is the same node
-IPV6_LATER = 0.1              # s for which a node that was found by IPv6 may answer by IPv4, which people expect to see
+# Times it may be lost, with however few of them: a node that is started again is the same node
+LOST_TIMES = 16
+# S for which a node that was found by IPv6 may answer by IPv4, which people expect to see
+IPV6_LATER = 0.1
 SURVEY_TIME = 2.0             # s for which answers to a question to all are waited for
 PROBE_TIME = 1.0              # s that nodes=None waits for a dispynode before it starts one
 PROGRESS_EVERY = 1.0          # s between lines of progress
 LEAVE_TIME = 1.0              # s for which jobs on their way may leave a program that has failed
 SHOWN_MOST = 50               # arguments of a job that are shown, and rows of a table in a notebook
 REASON_MOST = 300             # characters of the line that says why a job failed
-WARN_AFTER, WARN_EVERY = 5.0, 60.0      # s without a usable node
-REDIAL_FIRST, REDIAL_MOST = 0.5, 30.0   # s between attempts to reach a node, doubling
+# S without a usable node
+WARN_AFTER = 5.0
+WARN_EVERY = 60.0
+# S between attempts to reach a node, doubling
+REDIAL_FIRST = 0.5
+REDIAL_MOST = 30.0
 LAST_TRY = 0.1                # s before the jobs on a node are lost, when it is tried once more
 # An attempt to reach a node takes at most so many times its patience: for its name, the connection
 # and the handshake
 TRY_TIMES = 3
 FOUND_FAILURES = 5            # attempts after which a node that was found, not named, is forgotten
-ASK_FIRST = 0.2               # s between the first two questions by UDP, doubling up to ping_interval
-RETRY_FIRST, RETRY_MOST = 0.1, 30.0     # s until a computation is offered again to a node that could not take it, doubling
-FORGET_TIME = 3.0             # s that nodes are tried which keep results that need not be kept any more
-CALL_TIME = 30.0              # s that a question to the driver may take; its turns take milliseconds
-ACKS_MOST, ACK_AFTER = 256, 0.05        # results that wait for their acknowledgement, and s that they do
+# S between the first two questions by UDP, doubling up to ping_interval
+ASK_FIRST = 0.2
+# S until a computation is offered again to a node that could not take it, doubling
+RETRY_FIRST = 0.1
+RETRY_MOST = 30.0
+# S that nodes are tried which keep results that need not be kept any more
+FORGET_TIME = 3.0
+# S that a question to the driver may take; its turns take milliseconds
+CALL_TIME = 30.0
+# Results that wait for their acknowledgement, and s that they do
+ACKS_MOST = 256
+ACK_AFTER = 0.05
 CANCELS_MOST = 1000           # jobs that are cancelled in one turn of the driver
 CALLBACK_THREADS = 16         # callbacks that may block at the same time
 CALLBACK_TIME = 0.1           # s that callbacks take one after the other before they do so
-FOREVER = 0.5 if os.name == 'nt' else 3600.0   # s of one slice of a wait: Ctrl-C does not end a wait on Windows
+# S of one slice of a wait: Ctrl-C does not end a wait on Windows
+FOREVER = 0.5 if os.name == 'nt' else 3600.0
 
 logger = logging.getLogger('dispy')
 for _name in ('DEBUG', 'INFO', 'WARN', 'WARNING', 'ERROR', 'CRITICAL', 'FATAL'):
@@ -191,7 +225,8 @@ class LogToStderr(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self.setFormatter(logging.Formatter('%(asctime)s %(name)s - %(message)s', '%Y-%m-%d %H:%M:%S'))
+        self.setFormatter(
+            logging.Formatter('%(asctime)s %(name)s - %(message)s', '%Y-%m-%d %H:%M:%S'))
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
@@ -218,13 +253,13 @@ class NoNodes(DispyError):
     """No node can be used; the text names every address tried and every refusal with its reason."""
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Public values
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class JobFailed(DispyError):
-    """A job did not finish; the text is its `exception`. Raised by `map` and the executor where the job's own
-    exception object is not to be had."""
+    """A job did not finish; the text is its `exception`. Raised by `map` and the executor where the
+    job's own exception object is not to be had."""
 
 
 class WorkerLost(JobFailed, BrokenProcessPool):
@@ -257,7 +292,10 @@ def error_of(job: 'DispyJob') -> BaseException:
 def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
     """The exception for a program that has ended with an exit status other than 0."""
     names = [cluster.name for cluster in list(_clusters) if cluster.comp == job.comp]
-    found = job._failure.values() if job._failure is not None else None
+    if job._failure is not None:
+        found = job._failure.values()
+    else:
+        found = None
     command = [*names, *(['job %s' % (job.id,)] if found is None else map(str, found[0]))]
     return subprocess.CalledProcessError(job.result, command, job.stdout, job.stderr)
 
@@ -279,9 +317,15 @@ def in_slices(wait: Callable[[float], Any], timeout: Optional[float]) -> Any:
     have passed (None: without limit), and return what it returned last. No call waits longer than
     FOREVER, since on Windows Ctrl-C does not end a wait. All waits of the user's threads go
     through here. Any thread."""
-    until = None if timeout is None else time.monotonic() + timeout
+    if timeout is None:
+        until = None
+    else:
+        until = time.monotonic() + timeout
     while True:
-        left = FOREVER if until is None else min(FOREVER, until - time.monotonic())
+        if until is None:
+            left = FOREVER
+        else:
+            left = min(FOREVER, until - time.monotonic())
         found = wait(max(0.0, left))
         if found or (until is not None and time.monotonic() >= until):
             return found
@@ -322,16 +366,22 @@ class JobState(enum.IntEnum):
 
 
 JOB_TABLE: Dict[Tuple[JobState, str], JobState] = {
-    (JobState.CREATED, 'send'): JobState.SENT, (JobState.REQUEUED, 'send'): JobState.SENT,
-    (JobState.SENT, 'start'): JobState.RUNNING, (JobState.SENT, 'cancel'): JobState.CANCELLING,
+    (JobState.CREATED, 'send'): JobState.SENT,
+    (JobState.REQUEUED, 'send'): JobState.SENT,
+    (JobState.SENT, 'start'): JobState.RUNNING,
+    (JobState.SENT, 'cancel'): JobState.CANCELLING,
     (JobState.SENT, 'provisional'): JobState.PROVISIONAL,
-    (JobState.CREATED, 'cancel'): JobState.CANCELLED, (JobState.REQUEUED, 'cancel'): JobState.CANCELLED,
-    (JobState.RUNNING, 'cancel'): JobState.CANCELLING, (JobState.PROVISIONAL, 'cancel'): JobState.CANCELLING,
+    (JobState.CREATED, 'cancel'): JobState.CANCELLED,
+    (JobState.REQUEUED, 'cancel'): JobState.CANCELLED,
+    (JobState.RUNNING, 'cancel'): JobState.CANCELLING,
+    (JobState.PROVISIONAL, 'cancel'): JobState.CANCELLING,
     (JobState.RUNNING, 'provisional'): JobState.PROVISIONAL,
     (JobState.PROVISIONAL, 'provisional'): JobState.PROVISIONAL,
     (JobState.CANCELLING, 'provisional'): JobState.CANCELLING,
-    (JobState.CREATED, 'give up'): JobState.ABANDONED, (JobState.REQUEUED, 'give up'): JobState.ABANDONED,
-    (JobState.CREATED, 'fail'): JobState.TERMINATED, (JobState.REQUEUED, 'fail'): JobState.TERMINATED,
+    (JobState.CREATED, 'give up'): JobState.ABANDONED,
+    (JobState.REQUEUED, 'give up'): JobState.ABANDONED,
+    (JobState.CREATED, 'fail'): JobState.TERMINATED,
+    (JobState.REQUEUED, 'fail'): JobState.TERMINATED,
     (JobState.REQUEUED, 'finish'): JobState.FINISHED,   # it might have been repeated, and is not
 }
 for _running in (JobState.SENT, JobState.RUNNING, JobState.PROVISIONAL):
@@ -339,10 +389,11 @@ for _running in (JobState.SENT, JobState.RUNNING, JobState.PROVISIONAL):
         (_running, 'finish'): JobState.FINISHED, (_running, 'fail'): JobState.TERMINATED,
         (_running, 'cancelled'): JobState.CANCELLED, (_running, 'back'): JobState.REQUEUED,
         (_running, 'give up'): JobState.ABANDONED})
-JOB_TABLE.update({
-    (JobState.CANCELLING, 'finish'): JobState.FINISHED, (JobState.CANCELLING, 'fail'): JobState.TERMINATED,
-    (JobState.CANCELLING, 'cancelled'): JobState.CANCELLED, (JobState.CANCELLING, 'back'): JobState.CANCELLED,
-    (JobState.CANCELLING, 'give up'): JobState.CANCELLED})
+JOB_TABLE.update({(JobState.CANCELLING, 'finish'): JobState.FINISHED,
+                  (JobState.CANCELLING, 'fail'): JobState.TERMINATED,
+                  (JobState.CANCELLING, 'cancelled'): JobState.CANCELLED,
+                  (JobState.CANCELLING, 'back'): JobState.CANCELLED,
+                  (JobState.CANCELLING, 'give up'): JobState.CANCELLED})
 
 ENDED = frozenset((JobState.CANCELLED, JobState.TERMINATED, JobState.ABANDONED, JobState.FINISHED))
 FAILED = frozenset((JobState.TERMINATED, JobState.ABANDONED))
@@ -355,7 +406,9 @@ class Work:
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict] = None) -> None:
         self.state = JobState.CREATED
-        self.comp, self.payload, self.options = comp, payload, options
+        self.comp = comp
+        self.payload = payload
+        self.options = options
         self.serial = 0          # job number << 16 | number of the attempt; 0 before the first
         self.lost_with: Tuple[str, ...] = ()   # nodes that were lost while it was there
 
@@ -380,32 +433,49 @@ class DispyJob(Work):
     """A job; `submit` makes it. Attributes:
 
     id - the user's to set; a running number by default
-    status - one of the constants below; result, stdout, stderr - when it has ended (output is `str` for functions,
-        `bytes` for programs); exception - text of the traceback or of what went wrong, else None; error - the exception
+    status - one of the constants below; result, stdout, stderr - when it has ended (output is `str`
+        for functions,
+        `bytes` for programs); exception - text of the traceback or of what went wrong, else None;
+        error - the exception
         itself if it could be pickled, else None
-    ip_addr - where it ran, else None; submit_time, start_time, end_time - seconds since the epoch, None before that
-    arguments - of a cluster with a recover_file, and of what `recover_jobs` returns from one: the arguments as text of at
+    ip_addr - where it ran, else None; submit_time, start_time, end_time - seconds since the epoch,
+        None before that
+    arguments - of a cluster with a recover_file, and of what `recover_jobs` returns from one: the
+        arguments as text of at
         most 300 characters, also when they are not there any more; else empty
     """
     arguments = ''
     _future: 'DispyFuture'   # of the call of an executor, until it is settled
-    __slots__ = ('id', 'status', 'result', 'stdout', 'stderr', '_exception', '_error', 'ip_addr', 'submit_time',
-                 'start_time', 'end_time', '_event', '_when_ended', '_outcome', '_future', '_failure')
+    __slots__ = ('id', 'status', 'result', 'stdout', 'stderr', '_exception', '_error', 'ip_addr',
+                 'submit_time', 'start_time', 'end_time', '_event', '_when_ended', '_outcome',
+                 '_future', '_failure')
 
-    Created, Running, ProvisionalResult = int(JobState.CREATED), int(JobState.RUNNING), int(JobState.PROVISIONAL)
-    Cancelled, Terminated = int(JobState.CANCELLED), int(JobState.TERMINATED)
-    Abandoned, Finished = int(JobState.ABANDONED), int(JobState.FINISHED)
+    Created = int(JobState.CREATED)
+    Running = int(JobState.RUNNING)
+    ProvisionalResult = int(JobState.PROVISIONAL)
+    Cancelled = int(JobState.CANCELLED)
+    Terminated = int(JobState.TERMINATED)
+    Abandoned = int(JobState.ABANDONED)
+    Finished = int(JobState.FINISHED)
     __class_getitem__ = classmethod(of_kind)
 
     def __init__(self, comp: Any, payload: Any, options: Any, number: Any = _OF_PROGRAM) -> None:
         """Of a cluster. A program may make one that belongs to no cluster, as with dispy 4, by
         DispyJob(id, args, kwargs)."""
         if number is _OF_PROGRAM:
-            number = next(_own_numbers) if comp is None else comp
-            comp, payload, options = '', packed_plain(tuple(payload), dict(options)), None
+            if comp is None:
+                number = next(_own_numbers)
+            else:
+                number = comp
+            comp = ''
+            payload = packed_plain(tuple(payload), dict(options))
+            options = None
         self.state = JobState.CREATED
-        self.comp, self.payload, self.options = comp, payload, options
-        self.serial, self.lost_with = 0, ()
+        self.comp = comp
+        self.payload = payload
+        self.options = options
+        self.serial = 0
+        self.lost_with = ()
         self.id = number
         self.status = 5
         self.result: Any = None
@@ -449,7 +519,8 @@ class DispyJob(Work):
 
     @property
     def finish(self) -> threading.Event:
-        """An event that is set when the job has ended. Made when first asked for: most jobs never need it."""
+        """An event that is set when the job has ended. Made when first asked for: most jobs never
+        need it."""
         event = self._event
         if event is None:
             with _lock:
@@ -461,13 +532,15 @@ class DispyJob(Work):
         return event
 
     def wait(self, timeout: Optional[float] = None) -> bool:
-        """Wait up to `timeout` seconds (None: without limit); whether the job has ended. Any thread."""
+        """Wait up to `timeout` seconds (None: without limit); whether the job has ended. Any
+        thread."""
         if self.status in ENDED:
             return True
         return in_slices(self.finish.wait, _seconds('timeout', timeout))  # type: ignore[no-any-return]
 
     def _call_when_ended(self, call: Callable[['DispyJob'], None]) -> None:
-        """Call it with the job when that has ended, at once if it has; perhaps twice. Any thread; must be quick."""
+        """Call it with the job when that has ended, at once if it has; perhaps twice. Any thread;
+        must be quick."""
         with _lock:
             self._when_ended = [*(self._when_ended or ()), call]
         if self.status in ENDED:
@@ -481,8 +554,9 @@ class DispyJob(Work):
             call(self)
 
     def __call__(self, timeout: Union[None, bool, float] = None, clear: bool = False) -> Any:
-        """Wait and return the result; None for a job that failed. Raises TimeoutError after `timeout` seconds.
-        `clear`, in dispy 4 the first parameter, is accepted and has no meaning any more. Any thread."""
+        """Wait and return the result; None for a job that failed. Raises TimeoutError after
+        `timeout` seconds. `clear`, in dispy 4 the first parameter, is accepted and has no meaning
+        any more. Any thread."""
         if isinstance(timeout, bool):
             clear = timeout
             timeout = None
@@ -507,18 +581,27 @@ class DispyJob(Work):
         return self.result
 
     def _unended(self, timeout: Optional[float]) -> str:
-        """That it has not ended in time, and why. The user's threads: runs the user's `__repr__`."""
+        """That it has not ended in time, and why. The user's threads: runs the user's
+        `__repr__`."""
         values = values_of(self.payload, hasattr(self, '_future'))
         return '%s has not ended within %g s: %s' % (
             job_in_words(self.id, values), round(timeout or 0.0, 3), self._why_unended())
 
     def _why_unended(self) -> str:
         if self.status in (DispyJob.Running, DispyJob.ProvisionalResult):
-            where = ' on ' + self.ip_addr if self.ip_addr else ''
-            since = ' for %.1f s' % (time.time() - self.start_time) if self.start_time else ''
+            if self.ip_addr:
+                where = ' on ' + self.ip_addr
+            else:
+                where = ''
+            if self.start_time:
+                since = ' for %.1f s' % (time.time() - self.start_time)
+            else:
+                since = ''
             return 'it has been running%s%s' % (where, since)
         cluster = next((cluster for cluster in list(_clusters) if cluster.comp == self.comp), None)
-        return 'it waits' if cluster is None else cluster._why_jobs_wait()
+        if cluster is None:
+            return 'it waits'
+        return cluster._why_jobs_wait()
 
     def _has_exit_status(self) -> bool:
         """Whether it was a program that failed, as far as its exit status says."""
@@ -545,12 +628,16 @@ class DispyJob(Work):
     @property
     def args(self) -> Any:
         """Arguments, until it has ended; then None."""
-        return None if self.payload is None else unseal(in_one_piece(self.payload))[0]
+        if self.payload is None:
+            return None
+        return unseal(in_one_piece(self.payload))[0]
 
     @property
     def kwargs(self) -> Any:
         """Keyword arguments, until it has ended; then None."""
-        return None if self.payload is None else unseal(in_one_piece(self.payload))[1]
+        if self.payload is None:
+            return None
+        return unseal(in_one_piece(self.payload))[1]
 
     def status_text(self) -> str:
         """The status as a word."""
@@ -576,7 +663,9 @@ class DispyJob(Work):
 
 
 SHORT = reprlib.Repr()
-SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 4, 80, 80
+SHORT.maxlevel = 4
+SHORT.maxstring = 80
+SHORT.maxother = 80
 SHORT.maxlist = SHORT.maxtuple = SHORT.maxdict = SHORT.maxset = 8
 
 
@@ -584,8 +673,9 @@ ARGUMENTS_SHOWN = 16384       # bytes of packed arguments that are opened to be 
 
 
 def values_of(payload: Any, is_call: bool) -> Optional[Tuple[tuple, Dict[str, Any]]]:
-    """Arguments, positional and by name, that were packed so, to show them; None if they are large, or cannot be opened. Those of
-    a call of an executor have the packed function before them. Runs the user's code."""
+    """Arguments, positional and by name, that were packed so, to show them; None if they are large,
+    or cannot be opened. Those of a call of an executor have the packed function before them. Runs
+    the user's code."""
     if payload is None or size_of(payload) > ARGUMENTS_SHOWN:
         return None
     try:
@@ -594,7 +684,9 @@ def values_of(payload: Any, is_call: bool) -> Optional[Tuple[tuple, Dict[str, An
         return None
     if is_call and len(args) == 3:
         _, args, kwargs = args
-    return (args, kwargs) if type(args) is tuple and type(kwargs) is dict else None
+    if type(args) is tuple and type(kwargs) is dict:
+        return (args, kwargs)
+    return None
 
 
 def job_in_words(number: Any, values: Optional[Tuple[tuple, Dict[str, Any]]]) -> str:
@@ -612,7 +704,9 @@ def words_of(args: tuple, kwargs: Dict[str, Any]) -> str:
     words += ['%.80s=%s' % (name, _word_of(value))
               for name, value in itertools.islice(kwargs.items(), SHOWN_MOST) if type(name) is str]
     text = ', '.join(words)
-    return text if len(text) <= 300 else text[:297] + '...'
+    if len(text) <= 300:
+        return text
+    return text[:297] + '...'
 
 
 def _word_of(value: Any) -> str:
@@ -659,13 +753,19 @@ class NodeState(enum.Enum):
 
 
 NODE_TABLE: Dict[Tuple[NodeState, str], NodeState] = {
-    (NodeState.FOUND, 'dial'): NodeState.DIALLING, (NodeState.LOST, 'dial'): NodeState.DIALLING,
+    (NodeState.FOUND, 'dial'): NodeState.DIALLING,
+    (NodeState.LOST, 'dial'): NodeState.DIALLING,
     (NodeState.UNREACHED, 'dial'): NodeState.DIALLING,
-    (NodeState.DIALLING, 'connect'): NodeState.CONNECTED, (NodeState.FOUND, 'connect'): NodeState.CONNECTED,
-    (NodeState.LOST, 'connect'): NodeState.CONNECTED, (NodeState.UNREACHED, 'connect'): NodeState.CONNECTED,
-    (NodeState.DIALLING, 'fail'): NodeState.UNREACHED, (NodeState.CONNECTED, 'fail'): NodeState.LOST,
-    (NodeState.FOUND, 'close'): NodeState.CLOSED, (NodeState.DIALLING, 'close'): NodeState.CLOSED,
-    (NodeState.UNREACHED, 'close'): NodeState.CLOSED, (NodeState.CONNECTED, 'close'): NodeState.CLOSED,
+    (NodeState.DIALLING, 'connect'): NodeState.CONNECTED,
+    (NodeState.FOUND, 'connect'): NodeState.CONNECTED,
+    (NodeState.LOST, 'connect'): NodeState.CONNECTED,
+    (NodeState.UNREACHED, 'connect'): NodeState.CONNECTED,
+    (NodeState.DIALLING, 'fail'): NodeState.UNREACHED,
+    (NodeState.CONNECTED, 'fail'): NodeState.LOST,
+    (NodeState.FOUND, 'close'): NodeState.CLOSED,
+    (NodeState.DIALLING, 'close'): NodeState.CLOSED,
+    (NodeState.UNREACHED, 'close'): NodeState.CLOSED,
+    (NodeState.CONNECTED, 'close'): NodeState.CLOSED,
     (NodeState.LOST, 'close'): NodeState.CLOSED,
 }
 
@@ -689,7 +789,8 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
             try:
                 job.error = unseal(body)
             except BaseException as exc:  # as above; the text is there
-                logger.debug('an exception of job %r could not be opened: %s', job.id, type(exc).__name__)
+                logger.debug('an exception of job %r could not be opened: %s', job.id,
+                             type(exc).__name__)
     else:
         job._outcome = outcome
         job.result, job.exception = None, bytes(payload).decode('utf-8', 'replace')
@@ -697,12 +798,19 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
         job.start_time = start
     job.end_time = end or time.time()
     if is_program:
-        job.stdout, job.stderr = bytes(stdout), bytes(stderr)
+        job.stdout = bytes(stdout)
+        job.stderr = bytes(stderr)
         if failures is not None and status == DispyJob.Finished and job.result != 0:
             failures.exited(job, node)
     else:
-        job.stdout = str(stdout, 'utf-8', 'replace') if stdout else ''
-        job.stderr = str(stderr, 'utf-8', 'replace') if stderr else ''
+        if stdout:
+            job.stdout = str(stdout, 'utf-8', 'replace')
+        else:
+            job.stdout = ''
+        if stderr:
+            job.stderr = str(stderr, 'utf-8', 'replace')
+        else:
+            job.stderr = ''
     if failures is not None and status in FAILED:
         failures.add(job, node)
     job.payload = None
@@ -711,7 +819,9 @@ def fill_in(job: DispyJob, row: tuple, is_program: bool, failures: Optional['Fai
 
 def end_without(job: DispyJob, text: str, failures: Optional['Failures'] = None) -> None:
     """A job has ended without a result."""
-    job.result, job.exception, job.end_time = None, text, time.time()
+    job.result = None
+    job.exception = text
+    job.end_time = time.time()
     if failures is not None and job.state in FAILED:
         failures.add(job)
     job.payload = None
@@ -729,11 +839,15 @@ class UseState(enum.Enum):
 
 
 USE_TABLE: Dict[Tuple[UseState, str], UseState] = {
-    (UseState.WAITING, 'ask'): UseState.ASKING, (UseState.REFUSED, 'ask'): UseState.ASKING,
+    (UseState.WAITING, 'ask'): UseState.ASKING,
+    (UseState.REFUSED, 'ask'): UseState.ASKING,
     (UseState.ASKING, 'ask'): UseState.ASKING,   # for its source after its allocation
-    (UseState.WAITING, 'offer'): UseState.SETTING_UP, (UseState.REFUSED, 'offer'): UseState.SETTING_UP,
-    (UseState.ASKING, 'offer'): UseState.SETTING_UP, (UseState.SETTING_UP, 'ready'): UseState.READY,
-    (UseState.CLOSED, 'lost'): UseState.CLOSED, (UseState.CLOSED, 'open'): UseState.WAITING,
+    (UseState.WAITING, 'offer'): UseState.SETTING_UP,
+    (UseState.REFUSED, 'offer'): UseState.SETTING_UP,
+    (UseState.ASKING, 'offer'): UseState.SETTING_UP,
+    (UseState.SETTING_UP, 'ready'): UseState.READY,
+    (UseState.CLOSED, 'lost'): UseState.CLOSED,
+    (UseState.CLOSED, 'open'): UseState.WAITING,
     (UseState.READY, 'open'): UseState.WAITING,   # to be set up anew
 }
 for _state in UseState:
@@ -751,7 +865,8 @@ class _AvailInfo(NamedTuple):
 
 
 class DispyNodeAvailInfo(_AvailInfo, metaclass=Listed):
-    """What is free on a node: cpu in percent, memory, disk and swap in bytes; None where it is not known."""
+    """What is free on a node: cpu in percent, memory, disk and swap in bytes; None where it is not
+    known."""
     __slots__ = ()
 
 
@@ -759,40 +874,68 @@ class DispyNode:
     """A node as `status()` and cluster_status show it; a copy that does not change. Attributes:
 
     ip_addr, port, name - where it is and what it calls itself
-    state - what it is to this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling', 'connected', 'lost',
-        'closed', or why it was never reached: 'down' (nothing listens there), 'unreachable' (no answer, or no route),
-        'no such name', 'no name service' or 'refused' (another secret, for example); reason - why it is not used, else ''
+    state - what it is to this cluster: 'ready', 'setting up', 'refused', 'found', 'dialling',
+        'connected', 'lost',
+        'closed', or why it was never reached: 'down' (nothing listens there), 'unreachable' (no
+        answer, or no route),
+        'no such name', 'no name service' or 'refused' (another secret, for example); reason - why
+        it is not used, else ''
     cpus - how many of it this cluster uses; avail_cpus - how many it offers; busy - jobs of this
         cluster that run there now, without those that wait there
     jobs_done, cpu_time - jobs of this cluster that ended there, and the seconds that they ran
-    tx, rx - bytes that this program has sent there and has received from there, all clusters together
+    tx, rx - bytes that this program has sent there and has received from there, all clusters
+        together
     update_time - when it was heard last, in seconds since the epoch; 0 for never
     platform - its operating system and processor; avail_info - DispyNodeAvailInfo of when it was
         connected; what is not known, as without psutil, is None
     """
     # What cluster_status says of a node; no job's status has these numbers.
-    Initialized, Closed, AvailInfo = 4, 16, 17
+    Initialized = 4
+    Closed = 16
+    AvailInfo = 17
 
-    def __init__(self, ip_addr: str, name: str = '', cpus: int = 0, port: int = NODE_PORT, state: str = '',
-                 reason: str = '', avail_cpus: Optional[int] = None, busy: int = 0, jobs_done: int = 0,
-                 cpu_time: float = 0.0, facts: Optional[dict] = None) -> None:
-        is_of_program, facts = facts is None, facts or {}
-        self.ip_addr, self.port, self.name = ip_addr, port, name
-        self.state, self.reason = state, reason
+    def __init__(self,
+                 ip_addr: str,
+                 name: str = '',
+                 cpus: int = 0,
+                 port: int = NODE_PORT,
+                 state: str = '',
+                 reason: str = '',
+                 avail_cpus: Optional[int] = None,
+                 busy: int = 0,
+                 jobs_done: int = 0,
+                 cpu_time: float = 0.0,
+                 facts: Optional[dict] = None) -> None:
+        is_of_program = facts is None
+        facts = facts or {}
+        self.ip_addr = ip_addr
+        self.port = port
+        self.name = name
+        self.state = state
+        self.reason = reason
         self.cpus = cpus
-        self.avail_cpus = cpus if avail_cpus is None else avail_cpus
+        if avail_cpus is None:
+            self.avail_cpus = cpus
+        else:
+            self.avail_cpus = avail_cpus
         self.busy = busy
-        self.jobs_done, self.cpu_time = jobs_done, cpu_time
+        self.jobs_done = jobs_done
+        self.cpu_time = cpu_time
         self.tx, self.rx = facts.get('tx', 0), facts.get('rx', 0)
         self.update_time = facts.get('heard', 0.0)
         self.platform = facts.get('platform', '')
         available = facts.get('available', {})
-        self.avail_info = None if is_of_program else DispyNodeAvailInfo(
-            *map(available.get, DispyNodeAvailInfo._fields))
+        if is_of_program:
+            self.avail_info = None
+        else:
+            self.avail_info = DispyNodeAvailInfo(*map(available.get, DispyNodeAvailInfo._fields))
         self.facts = facts
 
     def __repr__(self) -> str:
-        where = place(self.ip_addr, self.port) if self.port else self.ip_addr
+        if self.port:
+            where = place(self.ip_addr, self.port)
+        else:
+            where = self.ip_addr
         words = [self.state and self.state + (self.reason and ' (%s)' % reason_of(self.reason)),
                  self.cpus and many(self.cpus, 'CPU'), self.busy and '%d running' % self.busy,
                  self.jobs_done and many(self.jobs_done, 'job') + ' done']
@@ -838,10 +981,12 @@ class ClusterStatus(_NodesAndJobs, metaclass=Listed):
         return [*self.nodes, *self.refused]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What people see: why jobs failed, lines of source code, representations. Values in, text out: nothing here
-# asks a node. SourceHere and Failures look at files of this host, and keep what they have been told.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# What people see: why jobs failed, lines of source code, representations. Values in, text out:
+# nothing here
+# asks a node. SourceHere and Failures look at files of this host, and keep what they have been
+# told.
+# --------------------------------------------------------------------------------------------------
 
 def many(count: int, word: str) -> str:
     """'1 node', '2 nodes'."""
@@ -861,8 +1006,13 @@ def reason_of(text: str) -> str:
         lines = [line for line in text[at:].splitlines()[1:] if line[:1].strip()]
     else:
         group = _OF_GROUP.search(text)
-        lines = [group.group(1)] if group else [line for line in text.splitlines() if line.strip()]
-    return lines[0].strip()[:REASON_MOST] if lines else ''
+        if group:
+            lines = [group.group(1)]
+        else:
+            lines = [line for line in text.splitlines() if line.strip()]
+    if lines:
+        return lines[0].strip()[:REASON_MOST]
+    return ''
 
 
 def kind_of_reason(reason: str) -> str:
@@ -896,7 +1046,10 @@ def hint_for_missing(path: str, directory: str, is_sent: bool) -> str:
     name = os.path.basename(os.path.normpath(path))
     if is_sent:
         return '%r was sent by depends, and is called %r in the directory of the job' % (path, name)
-    opened = '' if path == name else ', and open it in the job as %r' % name
+    if path == name:
+        opened = ''
+    else:
+        opened = ', and open it in the job as %r' % name
     return '%r is in the directory of the program, %s, but a job runs in a directory of its own, ' \
         'on the node: send it along by depends=[%r]%s' % (path, directory, path, opened)
 
@@ -907,14 +1060,18 @@ class Failure:
     __slots__ = ('reason', 'node', 'row', 'payload', 'is_call')
 
     def __init__(self, reason: str, node: str, row: Optional[List[Any]]) -> None:
-        self.reason, self.node, self.row = reason, node, row
-        self.payload: Any = None   # arguments, until they are shown; None: they are large, or the text has a traceback
+        self.reason = reason
+        self.node = node
+        self.row = row
+        # Arguments, until they are shown; None: they are large, or the text has a traceback
+        self.payload: Any = None
         self.is_call = False       # of an executor
 
     def keep(self, job: 'DispyJob') -> None:
         """Keep the arguments of the job, which has ended, unless they are large."""
         if job.payload is not None and size_of(job.payload) <= ARGUMENTS_SHOWN:
-            self.payload, self.is_call = job.payload, hasattr(job, '_future')
+            self.payload = job.payload
+            self.is_call = hasattr(job, '_future')
 
     def values(self) -> Optional[Tuple[tuple, Dict[str, Any]]]:
         """The arguments, if they are here."""
@@ -923,17 +1080,21 @@ class Failure:
     def with_arguments(self, job: 'DispyJob') -> Optional[str]:
         """The text of the job's `exception`, from now on with its arguments. The user's threads."""
         with _lock:
-            payload, self.payload = self.payload, None
+            payload = self.payload
+            self.payload = None
             text = job._exception
         values = values_of(payload, self.is_call)
-        return text if values is None or text is None else '%s (%s)' % (text, job_in_words(job.id, values))
+        if values is None or text is None:
+            return text
+        return '%s (%s)' % (text, job_in_words(job.id, values))
 
     def seen(self) -> None:
         """Somebody has looked. Any thread."""
         if self.row is None:
             return
         with _lock:
-            row, self.row = self.row, None
+            row = self.row
+            self.row = None
             if row is not None:
                 row[0] -= 1
 
@@ -947,7 +1108,8 @@ class Failures:
     KINDS_MOST = 100   # of reasons; others count as one
 
     def __init__(self, directory: str, sent: Iterable[str], counts: bool) -> None:
-        self._directory, self._sent = directory, sent
+        self._directory = directory
+        self._sent = sent
         self._counts = counts                  # no callback of the program is told
         # Kind of reason -> [jobs, reason of the first, its id]
         self._rows: Dict[str, List[Any]] = {}
@@ -970,7 +1132,10 @@ class Failures:
                 text = text[:at] + hint + text[at:]
                 told += hint
         job._exception = text
-        row = self._count(told, reason, job.id) if self._counts else None
+        if self._counts:
+            row = self._count(told, reason, job.id)
+        else:
+            row = None
         job._failure = Failure(reason, node, row)
         if '\n' not in text:
             job._failure.keep(job)
@@ -988,7 +1153,8 @@ class Failures:
         kind = kind_of_reason(reason)
         with _lock:
             if kind not in self._rows and len(self._rows) >= self.KINDS_MOST:
-                kind, told = '', 'various'
+                kind = ''
+                told = 'various'
             row = self._rows.setdefault(kind, [0, told, number])
             row[0] += 1
         return row
@@ -1013,13 +1179,18 @@ def status_words(status: Any) -> str:
 
 _NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '(\w+)[\w.]*'$", re.M)
 # What a node says (explain_import), which does not know what the module is here
-_INSTALL = re.compile(r'install (\S+) on this node \((.+) -m pip install \S+\), or list its file in depends if it is a module of your own')
+_INSTALL = re.compile(
+    r'install (\S+) on this node \((.+) -m pip install \S+\), or list its file in depends if it is a module of your own'
+)
 
 
 def hint_for_module(name: str, node: str, python: str) -> str:
-    """What to do about a module that a node does not have, by what it is here; empty for one that is not here either. `python`:
-    the node's interpreter."""
-    where = 'node %s' % node if node else 'the node'
+    """What to do about a module that a node does not have, by what it is here; empty for one that
+    is not here either. `python`: the node's interpreter."""
+    if node:
+        where = 'node %s' % node
+    else:
+        where = 'the node'
     kind = own_modules.kind(name)
     if kind is ModuleKind.INSTALLED:
         package = own_modules.distribution_of(name)
@@ -1027,7 +1198,9 @@ def hint_for_module(name: str, node: str, python: str) -> str:
     if kind is ModuleKind.STANDARD:
         return 'start dispynode on %s with Python %d.%d, as here: %s is in its standard library, and not in that of the Python ' \
             'there' % (where.replace('the node', 'it'), *sys.version_info[:2], name)
-    return 'list its file in depends' if kind is ModuleKind.OWN else ''
+    if kind is ModuleKind.OWN:
+        return 'list its file in depends'
+    return ''
 
 
 def with_hint_for_module(text: str, node: str) -> str:
@@ -1037,8 +1210,13 @@ def with_hint_for_module(text: str, node: str) -> str:
         hint = hint_for_module(told.group(1), node, told.group(2)) or told.group()
         return text[:told.start()] + hint + text[told.end():]
     missing = list(_NO_MODULE.finditer(text))
-    hint = hint_for_module(missing[-1].group(1), node, 'python') if missing else ''
-    return '%s. To mend that, %s%s' % (text[:missing[-1].end()], hint, text[missing[-1].end():]) if hint else text
+    if missing:
+        hint = hint_for_module(missing[-1].group(1), node, 'python')
+    else:
+        hint = ''
+    if hint:
+        return '%s. To mend that, %s%s' % (text[:missing[-1].end()], hint, text[missing[-1].end():])
+    return text
 
 
 def failures_text(rows: List[Tuple[int, str, Any]], submitted: int) -> str:
@@ -1169,7 +1347,10 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[Any]], others: int =
     def row(cells: Sequence[Any], tag: str) -> str:
         form = '<%s style="text-align:left">%%s</%s>' % (tag, tag)
         return '<tr>%s</tr>' % ''.join(form % html.escape(str(cell)) for cell in cells)
-    more = '<tr><td colspan="%d">and %d more</td></tr>' % (len(head), others) if others else ''
+    if others:
+        more = '<tr><td colspan="%d">and %d more</td></tr>' % (len(head), others)
+    else:
+        more = ''
     body = ''.join(row(cells, 'td') for cells in rows)
     return '<table>%s%s%s</table>' % (row(head, 'th'), body, more)
 
@@ -1190,7 +1371,10 @@ def html_of_nodes(nodes: Sequence['DispyNode']) -> str:
     """A table of nodes, of the first ones if they are many."""
     rows = []
     for node in nodes[:SHOWN_MOST]:
-        where = place(node.ip_addr, node.port) if node.port else node.ip_addr
+        if node.port:
+            where = place(node.ip_addr, node.port)
+        else:
+            where = node.ip_addr
         rows.append((node.name or where, where, node.state, node.cpus, node.busy, node.jobs_done,
                      '%.3f' % node.cpu_time, reason_of(node.reason)))
     head = ('Node', 'Address', 'State', 'CPUs', 'Running', 'Jobs done', 'Job time s', 'Reason')
@@ -1226,10 +1410,12 @@ def nodes_text(nodes: Sequence['DispyNode']) -> str:
     return '%s, %s' % (many(len(ready), 'node'), many(sum(node.cpus for node in ready), 'CPU'))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Schedule: which job goes where. Pure: nothing here opens a socket, reads a clock, takes a lock or calls the
-# user's code. The same class serves all clusters of one program here and all clients of a scheduler.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Schedule: which job goes where. Pure: nothing here opens a socket, reads a clock, takes a lock or
+# calls the
+# user's code. The same class serves all clusters of one program here and all clients of a
+# scheduler.
+# --------------------------------------------------------------------------------------------------
 
 # Events.
 class Known(enum.Enum):
@@ -1306,12 +1492,16 @@ class Account(NamedTuple):
             return Known.LOST
         if serial in self.past.unbegun:
             return Known.UNBEGUN
-        return Known.ABSENT if self.whole and self.past.whole else Known.FORGOTTEN
+        if self.whole and self.past.whole:
+            return Known.ABSENT
+        return Known.FORGOTTEN
 
     def verdict(self, serial: int, occasion: Occasion) -> Tuple[Verdict, str]:
         """What becomes of it, and why, for people."""
         known = self.known(serial)
-        return KNOWN_TABLE[known, occasion], self.past.text if known is Known.GIVEN_UP else KNOWN_TEXTS.get(known, '')
+        return KNOWN_TABLE[
+            known,
+            occasion], self.past.text if known is Known.GIVEN_UP else KNOWN_TEXTS.get(known, '')
 
 
 def known_table() -> str:
@@ -1411,8 +1601,8 @@ LOSS_TABLE: Dict[Tuple[Evidence, Standing], Loss] = {
 
 
 class Opened(NamedTuple):
-    """A computation of a client. CPUs are shared evenly between clients. If it is `remote`, its one node is a scheduler, which
-    sees to attempts that fail."""
+    """A computation of a client. CPUs are shared evenly between clients. If it is `remote`, its one
+    node is a scheduler, which sees to attempts that fail."""
     comp: str
     client: str
     reentrant: bool
@@ -1437,7 +1627,8 @@ class WithdrawAsked(NamedTuple):
 
 
 class NodeReady(NamedTuple):
-    """A node is set up for a computation; `held` are the serials it still knows of it; `name` is for people."""
+    """A node is set up for a computation; `held` are the serials it still knows of it; `name` is
+    for people."""
     node: Any
     comp: str
     cpus: int
@@ -1457,7 +1648,8 @@ class NodeTold(NamedTuple):
 
 
 class NodeOffers(NamedTuple):
-    """The CPUs of a node that a computation may use have changed; 0: nothing new is to be sent. `offers` as in NodeReady."""
+    """The CPUs of a node that a computation may use have changed; 0: nothing new is to be sent.
+    `offers` as in NodeReady."""
     node: Any
     comp: str
     cpus: int
@@ -1465,7 +1657,8 @@ class NodeOffers(NamedTuple):
 
 
 class NodeDrains(NamedTuple):
-    """Nothing new of a computation goes there, what has not started is called back; NodeDrained tells the end."""
+    """Nothing new of a computation goes there, what has not started is called back; NodeDrained
+    tells the end."""
     node: Any
     comp: str
 
@@ -1504,7 +1697,8 @@ class NodeReturned(NamedTuple):
 
 
 class NodeAway(NamedTuple):
-    """The connection broke. What is there goes on, and is lost if there is no other connection until then."""
+    """The connection broke. What is there goes on, and is lost if there is no other connection
+    until then."""
     node: Any
     name: str
     text: str
@@ -1520,7 +1714,8 @@ class NodeTried(NamedTuple):
 
 
 class NodeHad(NamedTuple):
-    """When a scheduler starts: jobs that were on a node when it ended; lost if the node does not come until then."""
+    """When a scheduler starts: jobs that were on a node when it ended; lost if the node does not
+    come until then."""
     node: Any
     comp: str
     works: list
@@ -1529,7 +1724,8 @@ class NodeHad(NamedTuple):
 
 
 class NodeLost(NamedTuple):
-    """The node is gone; `name` and `text` for people. `known`: computation -> what is known of it none the less."""
+    """The node is gone; `name` and `text` for people. `known`: computation -> what is known of it
+    none the less."""
     node: Any
     name: str
     text: str
@@ -1558,7 +1754,8 @@ class NodeLeft(NamedTuple):
 
 
 class Unloadable(NamedTuple):
-    """No node can load the code of a computation, for this reason; an empty text: perhaps one can."""
+    """No node can load the code of a computation, for this reason; an empty text: perhaps one
+    can."""
     comp: str
     text: str
 
@@ -1598,7 +1795,8 @@ class LimitNode(NamedTuple):
 
 
 class SendAck(NamedTuple):
-    """Results are here; the node may forget them. No haste: they are kept and dropped if they come again."""
+    """Results are here; the node may forget them. No haste: they are kept and dropped if they come
+    again."""
     node: Any
     comp: str
     serials: list
@@ -1671,7 +1869,9 @@ class Repeats:
     __slots__ = ('on', 'delay', 'most', 'is_program', 'failures')
 
     def __init__(self, on: Any, delay: float, most: int) -> None:
-        self.on, self.delay, self.most = on, delay, most
+        self.on = on
+        self.delay = delay
+        self.most = most
         self.is_program = False
         self.failures = 0     # so far
 
@@ -1701,7 +1901,10 @@ class _Queue:
         self.length = 0
 
     def _level(self, work: Work) -> Deque[Work]:
-        priority = work.options.get('priority', 0) if work.options else 0
+        if work.options:
+            priority = work.options.get('priority', 0)
+        else:
+            priority = 0
         level = self._levels.get(priority)
         if level is None:
             level = self._levels[priority] = collections.deque()
@@ -1769,10 +1972,12 @@ class _Comp:
         self.running: Dict[int, '_Node'] = {}   # serial -> where
         self.nodes: Dict[Any, '_Node'] = {}     # where it is set up; of these:
         self.idle: Dict[Any, '_Node'] = {}      # those with a CPU for it
-        self.donors: Dict[Any, '_Node'] = {}    # those that hold more of its jobs than they have CPUs
+        # Those that hold more of its jobs than they have CPUs
+        self.donors: Dict[Any, '_Node'] = {}
         self.blocked: Optional[Work] = None     # head of the queue that no idle node has room for
         self.unloadable = ''                    # why no node can load its code
-        self.widest: Optional[int] = None       # most CPUs that a node has for it, None if that is not known now
+        # Most CPUs that a node has for it, None if that is not known now
+        self.widest: Optional[int] = None
 
     def rank(self) -> None:
         """One of its jobs has a priority; those before it have none."""
@@ -1782,17 +1987,28 @@ class _Comp:
 
     def queue_of(self, work: Work) -> _Queue:
         """Where this job waits; which node it is for, a scheduler sees to."""
-        key = work.options.get('node') if work.options and not self.remote else None
-        return self.queue if key is None else self.pinned.setdefault(key, _Queue())
+        if work.options and not self.remote:
+            key = work.options.get('node')
+        else:
+            key = None
+        if key is None:
+            return self.queue
+        return self.pinned.setdefault(key, _Queue())
 
     def source(self, key: Any) -> _Queue:
         """Where a node's next job comes from: those for it alone go first."""
-        pinned = self.pinned.get(key) if self.pinned else None
-        return pinned if pinned is not None and pinned.length else self.queue
+        if self.pinned:
+            pinned = self.pinned.get(key)
+        else:
+            pinned = None
+        if pinned is not None and pinned.length:
+            return pinned
+        return self.queue
 
     def length(self) -> int:
         """Jobs that wait, parked ones not counted."""
-        return self.queue.length + (sum(queue.length for queue in self.pinned.values()) if self.pinned else 0)
+        return self.queue.length + (sum(queue.length
+                                        for queue in self.pinned.values()) if self.pinned else 0)
 
     def waiting(self) -> List[Work]:
         """All jobs that wait."""
@@ -1827,7 +2043,8 @@ class _Node:
                  'probe', 'tried_until')
 
     def __init__(self, key: Any) -> None:
-        self.key, self.name = key, str(key)
+        self.key = key
+        self.name = str(key)
         self.offers = 0     # CPUs that it has
         self.cpus = 0       # the same, or what a computation may use if that is more
         self.used = 0       # CPUs of jobs there, run or not
@@ -1853,7 +2070,9 @@ class _Node:
 
     def lost_at(self) -> float:
         """When what is on a node that is away is lost, unless it is reached before."""
-        return math.inf if self.away is None else max(self.away.until, self.tried_until)
+        if self.away is None:
+            return math.inf
+        return max(self.away.until, self.tried_until)
 
     def begin(self, comp: _Comp) -> None:
         """A computation is set up here, perhaps not for the first time."""
@@ -1880,11 +2099,13 @@ class _Node:
         whose job has run for as long as that work was to last is not counted: nobody knows when it
         will be free."""
         ahead = self.ahead[comp].jobs(self.horizon) // rivals
-        return ahead * self._prompt(comp, now) if ahead else 0
+        if ahead:
+            return ahead * self._prompt(comp, now)
+        return 0
 
     def bearable(self, comp: str, now: float) -> int:
-        """CPUs of jobs that may go on waiting here by the mean of their lengths: what lasts twice as
-        long as what would be sent. The quantile of short jobs goes up and down much on a machine
+        """CPUs of jobs that may go on waiting here by the mean of their lengths: what lasts twice
+        as long as what would be sent. The quantile of short jobs goes up and down much on a machine
         that has other work."""
         mean = self.comps[comp].estimate.mean
         if mean is None:
@@ -1896,7 +2117,9 @@ class _Node:
         begun = self.begun[comp]
         if not begun:
             return self.limits[comp]
-        horizon, flight = self.horizon, self.flight[comp]   # a sum, as the timer's: a difference is rounded
+        # A sum, as the timer's: a difference is rounded
+        horizon = self.horizon
+        flight = self.flight[comp]
         stuck = sum(cpus_of(flight[serial]) for serial, since in begun.items()
                     if since + horizon <= now)
         return max(0, self.limits[comp] - stuck)
@@ -1936,7 +2159,8 @@ class _Node:
                        for comp, part in self.parts.items() if part)
         left = self.cpus or self.offers or sum(want for want, _ in wants)
         for index, (want, comp) in enumerate(wants):
-            flight, begun = self.flight[comp], self.begun[comp]
+            flight = self.flight[comp]
+            begun = self.begun[comp]
             serials = list(begun)
             used = sum(cpus_of(flight[serial]) for serial in begun)
             most = max(min(want, -(-left // (len(wants) - index))), used)
@@ -1971,7 +2195,8 @@ class _Node:
         return len(self.flight[comp]) - len(self.begun[comp])
 
     def standing_before(self, comp: _Comp, work: Work) -> int:
-        """CPUs of jobs here that come before one that would be sent now; they differ in priority."""
+        """CPUs of jobs here that come before one that would be sent now; they differ in
+        priority."""
         rank = priority_of(work)
         lower = sum(cpus for other, cpus in self.ranks[comp.comp].items() if other < rank)
         return self.parts[comp.comp] - max(0, lower - self.limits[comp.comp])
@@ -1987,7 +2212,8 @@ class _Node:
 
     def take(self, comp: str, cpus: int) -> None:
         """CPUs of one more job of a computation, negative of one less."""
-        limit, part = self.limits[comp], self.parts[comp]
+        limit = self.limits[comp]
+        part = self.parts[comp]
         self.parts[comp] = part + cpus
         self.used += cpus
         self.taken += min(part + cpus, limit) - min(part, limit)
@@ -2043,7 +2269,8 @@ class Books:
 
     def begin(self, now: float) -> List[Any]:
         """An event or the end of a turn is looked at: the list of what is to be done about it."""
-        self.now, self._actions = now, []
+        self.now = now
+        self._actions = []
         return self._actions
 
     def do(self, action: Any) -> None:
@@ -2059,7 +2286,8 @@ class Books:
 
     def pair(self, key: Any, name: str) -> Optional[Tuple[_Node, _Comp]]:
         """The node and the computation of an event, if the one is set up for the other."""
-        node, comp = self.nodes.get(key), self.comps.get(name)
+        node = self.nodes.get(key)
+        comp = self.comps.get(name)
         if node is None or comp is None or name not in node.comps:
             return None
         return node, comp
@@ -2119,7 +2347,9 @@ class Books:
         """Take attempts off a node. Those are left out that are not there: results that come twice
         or too late."""
         landed: Dict[int, Work] = {}
-        flight, cpus, size = node.flight[comp.comp], 0, 0
+        flight = node.flight[comp.comp]
+        cpus = 0
+        size = 0
         known = [table for table in (node.begun[comp.comp], node.recalled[comp.comp]) if table]
         for serial in serials:
             work = flight.pop(serial, None)
@@ -2185,7 +2415,8 @@ class Placement:
     """Which job goes to which node, and which is called back from there."""
 
     def __init__(self, books: Books, fifo: bool) -> None:
-        self._books, self._fifo = books, fifo
+        self._books = books
+        self._fifo = fifo
 
     def distribute(self) -> None:
         """First to CPUs that are idle; then to queues on the nodes that something has happened to.
@@ -2204,7 +2435,10 @@ class Placement:
     def _use_idle(self, rivals: List[_Comp]) -> None:
         """Jobs of these computations go to idle CPUs, as long as there are both."""
         while rivals:
-            comp = min(rivals, key=self._rank) if len(rivals) > 1 else rivals[0]
+            if len(rivals) > 1:
+                comp = min(rivals, key=self._rank)
+            else:
+                comp = rivals[0]
             if not self._start_one(comp):
                 rivals.remove(comp)
 
@@ -2261,7 +2495,8 @@ class Placement:
         """Send the next job to an idle CPU."""
         for key, pinned in comp.pinned.items() if comp.pinned else ():
             if pinned.length and key in comp.idle:
-                node, work = comp.idle[key], pinned.head()
+                node = comp.idle[key]
+                work = pinned.head()
                 if work is not None and cpus_of(work) <= node.room(comp.comp):
                     self._books.put_on(node, comp, pinned.pop())
                     return True
@@ -2283,7 +2518,10 @@ class Placement:
         """Send ahead what a node will soon come to: by how long jobs take; of long ones no more
         than a client's even part, so that the node, which gives a CPU to who has fewest, has
         someone to choose from. Returns whether anything is sent."""
-        rivals = [comp for comp in node.comps.values() if comp.comp in shares and comp.source(node.key).length]
+        rivals = [
+            comp for comp in node.comps.values()
+            if comp.comp in shares and comp.source(node.key).length
+        ]
         if not rivals:
             return False
         if len(rivals) > 1:
@@ -2295,7 +2533,10 @@ class Placement:
         for comp in rivals:
             reserve = min(node.reserve(comp.comp, self._books.now, len(rivals)),
                           node.limits[comp.comp] * shares[comp.comp])
-            choice = node.choice(comp, sharers) if len(sharers) > 1 and not self._fifo else 0
+            if len(sharers) > 1 and not self._fifo:
+                choice = node.choice(comp, sharers)
+            else:
+                choice = 0
             choice = min(choice, node.limits[comp.comp] * shares[comp.comp])
             while True:
                 source = comp.source(node.key)
@@ -2309,13 +2550,19 @@ class Placement:
         """Whether a job may go to a node that has no idle CPU for it, where jobs for so many CPUs
         may wait."""
         limit = node.limits[comp.comp]
-        fits = limit if node.bytes <= AHEAD_BYTES else node.room(comp.comp)
+        if node.bytes <= AHEAD_BYTES:
+            fits = limit
+        else:
+            fits = node.room(comp.comp)
         if cpus_of(work) > fits:
             return False
         if comp.called and not comp.may_wait_there(work):
             return choice > 0 and not node.waits(comp.comp)   # no CPU is ever idle there
         if reserve or node.taken < node.cpus:
-            before = node.standing_before(comp, work) if comp.ranked else node.parts[comp.comp]
+            if comp.ranked:
+                before = node.standing_before(comp, work)
+            else:
+                before = node.parts[comp.comp]
             if before < limit + reserve:
                 return True
         return node.waits(comp.comp) < choice
@@ -2337,7 +2584,11 @@ class Placement:
             if not shared or spare > 2 * len(sharers) * node.choice(comp, sharers):
                 asked = sum(cpus_of(node.flight[name][serial]) for serial in node.recalled[name])
                 most = spare - reserve - asked
-                times = 1 if shared else RECALLS_MOST   # the last time is for an idle CPU elsewhere
+                # The last time is for an idle CPU elsewhere
+                if shared:
+                    times = 1
+                else:
+                    times = RECALLS_MOST
                 self.call_back(node, comp, self.movable(node, comp, most, math.inf, times), True)
 
     def balance(self) -> None:
@@ -2347,7 +2598,8 @@ class Placement:
                 continue
             # More than 64 are seen to in later turns
             rooms = [node.room(comp.comp) for node in itertools.islice(comp.idle.values(), 64)]
-            free, called = sum(rooms), 0
+            free = sum(rooms)
+            called = 0
             for donor in list(comp.donors.values()):
                 surplus = donor.used - min(donor.cpus, donor.taken)
                 # Of short jobs the idle CPUs get their part of all at once
@@ -2363,9 +2615,13 @@ class Placement:
         """Serials of the last attempts on a node that may not have begun, of up to so many CPUs:
         those of low priority first; none that was called back so many times already (0: however
         often). Less `room` than all: for another node."""
-        begun, recalled = node.begun[comp.comp], node.recalled[comp.comp]
+        begun = node.begun[comp.comp]
+        recalled = node.recalled[comp.comp]
         serials: List[int] = []
-        last = list(node.flight[comp.comp].items())[::-1] if most > 0 else []
+        if most > 0:
+            last = list(node.flight[comp.comp].items())[::-1]
+        else:
+            last = []
         if comp.ranked:
             last.sort(key=lambda item: priority_of(item[1]))
         for serial, work in last:
@@ -2396,7 +2652,8 @@ class Limits:
     """How many CPUs of each node a computation may use."""
 
     def __init__(self, books: Books, placement: Placement) -> None:
-        self._books, self._placement = books, placement
+        self._books = books
+        self._placement = placement
 
     def limit(self, node: _Node, comp: _Comp, cpus: int) -> None:
         """A node offers a computation so many CPUs."""
@@ -2426,7 +2683,8 @@ class Limits:
         node.limit(comp.comp, cpus)
         if lowered and node.away is None and not comp.remote:
             most = node.parts[comp.comp] - cpus - node.reserve(comp.comp, self._books.now)
-            self._placement.call_back(node, comp, self._placement.movable(node, comp, most, math.inf, 0), False)
+            self._placement.call_back(node, comp,
+                                      self._placement.movable(node, comp, most, math.inf, 0), False)
         comp.widest = None
         self._books.changed[node.key] = node
 
@@ -2442,7 +2700,9 @@ class Limits:
 
     def unpark(self, comp: _Comp, node: _Node) -> None:
         """A node with more CPUs has come."""
-        for work in [work for work in reversed(comp.parked) if cpus_of(work) <= node.limits[comp.comp]]:
+        for work in [
+                work for work in reversed(comp.parked) if cpus_of(work) <= node.limits[comp.comp]
+        ]:
             comp.parked.remove(work)
             comp.queue.push_front(work)
             self._books.waiting[comp.comp] = comp
@@ -2459,7 +2719,10 @@ class Repetitions:
     def is_asked_for(self, comp: _Comp, work: Work, row: tuple) -> bool:
         """Whether the program is to say if a job is repeated that has ended so. It waits until
         then."""
-        repeats: Optional[Repeats] = work.options.get('repeats') if work.options else None
+        if work.options:
+            repeats: Optional[Repeats] = work.options.get('repeats')
+        else:
+            repeats = None
         if repeats is None or not repeats.may_be(row[1], len(work.lost_with)) \
                 or work.state is JobState.CANCELLING:
             return False
@@ -2486,7 +2749,9 @@ class Repetitions:
 
     def next_at(self) -> Optional[float]:
         """When the first of these jobs has rested."""
-        return self._rests[0][0] if self._rests else None
+        if self._rests:
+            return self._rests[0][0]
+        return None
 
     def wake(self) -> None:
         """Jobs that have rested wait for a CPU."""
@@ -2507,13 +2772,15 @@ class Losses:
     """What becomes of jobs whose node is away, is lost, or has told what it knows of them."""
 
     def __init__(self, books: Books, limits: Limits) -> None:
-        self._books, self._limits = books, limits
+        self._books = books
+        self._limits = limits
 
     def away(self, event: NodeAway) -> None:
         """What is there goes on for a while."""
         node = self._books.nodes.get(event.node)
         if node is not None:
-            node.away, node.tried_until = event, -math.inf
+            node.away = event
+            node.tried_until = -math.inf
             self._books.away[node.key] = self._books.changed[node.key] = node
             for comp in node.comps.values():
                 comp.widest = None
@@ -2545,11 +2812,17 @@ class Losses:
         if node is not None and event.comp in node.comps:
             self._leave(node, event.comp, event.name, event.text)
 
-    def _leave(self, node: _Node, name: str, node_name: str, text: str, account: Optional[Account] = None) -> None:
+    def _leave(self,
+               node: _Node,
+               name: str,
+               node_name: str,
+               text: str,
+               account: Optional[Account] = None) -> None:
         comp = node.comps[name]
         node.draining.discard(name)
         for serial in sorted(node.flight[name], reverse=True):   # each goes to the front
-            verdict = KNOWN_TABLE[Known.SILENT if account is None else account.known(serial), Occasion.ENDED]
+            verdict = KNOWN_TABLE[Known.SILENT if account is None else account.known(serial),
+                                  Occasion.ENDED]
             if verdict is Verdict.WAITS:
                 self.give_back(node, comp, serial)
             elif verdict is Verdict.LOST:
@@ -2564,8 +2837,16 @@ class Losses:
         comes by `give_back`."""
         self._books.answer(comp, work)
         work.lost_with += (node_name,)
-        retries = work.options.get('retries') if work.options else None
-        times = retries + 1 if retries else LOST_TIMES if comp.reentrant else 1
+        if work.options:
+            retries = work.options.get('retries')
+        else:
+            retries = None
+        if retries:
+            times = retries + 1
+        elif comp.reentrant:
+            times = LOST_TIMES
+        else:
+            times = 1
         nodes = list(dict.fromkeys(work.lost_with))
         tried = len(work.lost_with)
         if retries and 'repeats' in work.options:  # type: ignore[operator]
@@ -2610,7 +2891,8 @@ class Schedule:
     def __init__(self, fifo: bool = False) -> None:
         """Clients share CPUs evenly; with `fifo` those who came first are served first."""
         self._books = Books()
-        self.comps, self.nodes = self._books.comps, self._books.nodes
+        self.comps = self._books.comps
+        self.nodes = self._books.nodes
         self._placement = Placement(self._books, fifo)
         self._limits = Limits(self._books, self._placement)
         self._losses = Losses(self._books, self._limits)
@@ -2620,14 +2902,26 @@ class Schedule:
         self._repetitions = Repetitions(self._books)
         self._handlers: Dict[type, Callable[[Any], None]] = {
             Unloadable: self._unloadable,
-            Opened: self._opened, Submitted: self._submitted, CancelAsked: self._cancel_asked,
-            Repeat: self._repetitions.repeat, RepeatNot: self._repetitions.stay,
-            WithdrawAsked: self._withdraw_asked, NodeStarted: self._node_started,
-            NodeReady: self._node_ready, NodeTold: self._node_told, NodeOffers: self._node_offers, NodeDrains: self._node_drains,
-            NodeResults: self._node_results, NodeReturned: self._node_returned,
-            NodeHad: self._node_had, NodeAway: self._losses.away, NodeLost: self._losses.lost,
-            NodeLeft: self._losses.left, Closed: self._closed,
-            NodeTried: self._losses.tried, NodeDoubted: self._node_doubted,
+            Opened: self._opened,
+            Submitted: self._submitted,
+            CancelAsked: self._cancel_asked,
+            Repeat: self._repetitions.repeat,
+            RepeatNot: self._repetitions.stay,
+            WithdrawAsked: self._withdraw_asked,
+            NodeStarted: self._node_started,
+            NodeReady: self._node_ready,
+            NodeTold: self._node_told,
+            NodeOffers: self._node_offers,
+            NodeDrains: self._node_drains,
+            NodeResults: self._node_results,
+            NodeReturned: self._node_returned,
+            NodeHad: self._node_had,
+            NodeAway: self._losses.away,
+            NodeLost: self._losses.lost,
+            NodeLeft: self._losses.left,
+            Closed: self._closed,
+            NodeTried: self._losses.tried,
+            NodeDoubted: self._node_doubted,
         }
 
     def handle(self, event: Any, now: float) -> List[Any]:
@@ -2638,7 +2932,8 @@ class Schedule:
 
     def flush(self, now: float) -> List[Any]:
         """The end of a turn: what waits goes to nodes that have room."""
-        books, placement = self._books, self._placement
+        books = self._books
+        placement = self._placement
         actions = books.begin(now)
         while self._late and self._late[0][0] <= now:
             node = self.nodes.get(heapq.heappop(self._late)[2])
@@ -2663,7 +2958,9 @@ class Schedule:
     def lost_at(self, key: Any) -> float:
         """As of the node; never if it is not known."""
         node = self.nodes.get(key)
-        return math.inf if node is None else node.lost_at()
+        if node is None:
+            return math.inf
+        return node.lost_at()
 
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
@@ -2678,12 +2975,17 @@ class Schedule:
     def runs(self, key: Any) -> Dict[str, List[int]]:
         """As of the node; nothing if it is not known."""
         node = self.nodes.get(key)
-        return {} if node is None else node.runs()
+        if node is None:
+            return {}
+        return node.runs()
 
     def ran(self, work: Work) -> float:
         """Seconds that a job has run, 0 if that is not known."""
         comp = self.comps.get(work.comp)
-        node = comp.running.get(work.serial) if comp is not None else None
+        if comp is not None:
+            node = comp.running.get(work.serial)
+        else:
+            node = None
         if node is None:
             return 0.0
         return self._books.now - node.begun[work.comp].get(work.serial, self._books.now)
@@ -2695,7 +2997,8 @@ class Schedule:
 
     def _submitted(self, event: Submitted) -> None:
         for work in event.works:
-            work.serial = work.serial or next(self._numbers) << 16   # one with a journal has its number
+            # One with a journal has its number
+            work.serial = work.serial or next(self._numbers) << 16
             comp = self.comps.get(work.comp)
             if comp is None:
                 move_job(work, 'cancel')
@@ -2727,7 +3030,8 @@ class Schedule:
             self._books.do(JobEnded(work, event.text))
 
     def _cancel_asked(self, event: CancelAsked) -> None:
-        work, comp = event.work, self.comps.get(event.work.comp)
+        work = event.work
+        comp = self.comps.get(event.work.comp)
         if work.state in ENDED or work.state is JobState.CANCELLING or comp is None:
             return
         if work.state in _WAITING:
@@ -2745,7 +3049,10 @@ class Schedule:
         recalls: Dict[Tuple[Any, str], List[int]] = {}
         for work in event.works:
             comp = self.comps.get(work.comp)
-            node = comp.running.get(work.serial) if comp is not None else None
+            if comp is not None:
+                node = comp.running.get(work.serial)
+            else:
+                node = None
             if comp is not None and work.state in _WAITING:
                 self._cancel_waiting(work, comp)
             elif comp is None or node is None or node.away is not None \
@@ -2790,14 +3097,17 @@ class Schedule:
         if comp is None:
             return
         node = self._books.node(event.node)
-        node.name, node.offers = event.name or node.name, event.offers
-        node.trip, node.probe = event.trip or node.trip, None
+        node.name = event.name or node.name
+        node.offers = event.offers
+        node.trip = event.trip or node.trip
+        node.probe = None
         self._books.reached(node)
         node.begin(comp)
         comp.nodes[event.node] = node
         node.recalled[event.comp].clear()   # what was asked of it may not have arrived
         node.draining.discard(event.comp)
-        held, flight = set(event.held), node.flight[event.comp]
+        held = set(event.held)
+        flight = node.flight[event.comp]
         account = Account(frozenset(held), event.past, event.whole)
         self._losses.settle(node, comp, account, Occasion.CONNECTED)
         self._limits.limit(node, comp, event.cpus)
@@ -2813,7 +3123,8 @@ class Schedule:
             return
         node, comp = pair
         self._losses.settle(node, comp, event.account, Occasion.CONNECTED)
-        if node.away is not None:   # it is there, and what it holds will come; nothing is sent there before it is ready
+        # It is there, and what it holds will come; nothing is sent there before it is ready
+        if node.away is not None:
             node.away = node.away._replace(until=math.inf)
 
     def _node_offers(self, event: NodeOffers) -> None:
@@ -2843,7 +3154,9 @@ class Schedule:
         if pair is None:
             return
         node, comp = pair
-        flight, begun, pairs = node.flight[event.comp], node.begun[event.comp], []
+        flight = node.flight[event.comp]
+        begun = node.begun[event.comp]
+        pairs = []
         for serial, ran in event.rows:
             work = flight.get(serial)
             if work is None:
@@ -2887,7 +3200,8 @@ class Schedule:
             work = landed.pop(row[0], None)
             if work is None:
                 continue
-            if (work.options or outcome not in RETURNED) and self._is_tried_again(node, comp, work, row):
+            if (work.options or outcome not in RETURNED) and self._is_tried_again(
+                    node, comp, work, row):
                 continue
             move_job(work, _EVENT_OF[outcome])
             if comp.withdrawn:
@@ -2922,7 +3236,8 @@ class Schedule:
         return False
 
     def _node_had(self, event: NodeHad) -> None:
-        comp, node = self.comps[event.comp], self._books.node(event.node)
+        comp = self.comps[event.comp]
+        node = self._books.node(event.node)
         node.name = event.name
         node.begin(comp)
         comp.nodes[event.node] = node
@@ -2931,7 +3246,7 @@ class Schedule:
         text = 'the node did not come back'
         self._losses.away(NodeAway(event.node, event.name, text, event.until))
 
-    # -- loss -----------------------------------------------------------------------------------------
+    # -- loss --------------------------------------------------------------------------------------
 
     def judge(self, event: NodeDoubted) -> Loss:
         """What follows from evidence that a node is lost."""
@@ -2951,7 +3266,8 @@ class Schedule:
 
 
 def _abandoned(work: Work, nodes: List[str], text: str, times: int, has_retries: bool) -> str:
-    """Why a job is not tried again that was lost with these nodes. It might be tried so many times."""
+    """Why a job is not tried again that was lost with these nodes. It might be tried so many
+    times."""
     if times == 1:
         reason = 'the computation is not reentrant'
     elif len(nodes) == LOST_MOST and not has_retries:
@@ -2964,18 +3280,22 @@ def _abandoned(work: Work, nodes: List[str], text: str, times: int, has_retries:
 
 def _bytes_of(work: Work) -> int:
     """Bytes of its arguments that are in memory."""
-    return size_of(work.payload) if work.payload is not None else 0
+    if work.payload is not None:
+        return size_of(work.payload)
+    return 0
 
 
-_EVENT_OF = {Outcome.RETURNED: 'finish', Outcome.RETURNED_CODE: 'finish', Outcome.RAISED: 'fail', Outcome.DIED: 'fail',
-             Outcome.TIMED_OUT: 'fail', Outcome.OUT_OF_MEMORY: 'fail', Outcome.CANCELLED: 'cancelled',
-             Outcome.ABANDONED: 'give up'}
+_EVENT_OF = {
+    Outcome.RETURNED: 'finish', Outcome.RETURNED_CODE: 'finish', Outcome.RAISED: 'fail',
+    Outcome.DIED: 'fail', Outcome.TIMED_OUT: 'fail', Outcome.OUT_OF_MEMORY: 'fail',
+    Outcome.CANCELLED: 'cancelled', Outcome.ABANDONED: 'give up'
+}
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Modules of the user's: which travel, and their files. Nothing here imports a module or takes a
 # lock: finders and loaders that are asked may be the user's code. What is remembered is in
 # dictionaries, of which one entry is replaced at a time.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 PACKAGE_DATA = 20 << 20    # bytes of data files that travel with one package
 PACKAGE_FILES = 20000      # entries of its directories that are looked at to find them
@@ -3014,13 +3334,25 @@ class NameBinding:
     def __init__(self, kind: NameKind, origins: Tuple[str, ...] = ()) -> None:
         self.kind = kind
         self.origins = origins      # modules that it is imported from, in the order of the text
-        self.origin = origins[0] if origins else ''
+        if origins:
+            self.origin = origins[0]
+        else:
+            self.origin = ''
         self.from_file = False      # whether the value depends on where the module's file lies
 
     def __repr__(self) -> str:
-        value = ' %.80r' % (self.value,) if hasattr(self, 'value') else ''
-        origin = ' from %s' % ', '.join(self.origins) if self.origins else ''
-        file = ' from_file' if self.from_file else ''
+        if hasattr(self, 'value'):
+            value = ' %.80r' % (self.value,)
+        else:
+            value = ''
+        if self.origins:
+            origin = ' from %s' % ', '.join(self.origins)
+        else:
+            origin = ''
+        if self.from_file:
+            file = ' from_file'
+        else:
+            file = ''
         return '<%s%s%s%s>' % (self.kind.name, value, origin, file)
 
 
@@ -3113,11 +3445,15 @@ def _constant(node: Any) -> Tuple[Any, ...]:
         value = ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):   # no literal
         return ()
-    return (value,) if _is_constant(value) else ()
+    if _is_constant(value):
+        return (value,)
+    return ()
 
 
-# Python counts the depth of syntax trees for a whole process: two threads that make trees disturb each other's count
-# (SystemError, "AST constructor recursion depth mismatch"). Nothing of the user's runs while it is held.
+# Python counts the depth of syntax trees for a whole process: two threads that make trees disturb
+# each other's count
+# (SystemError, "AST constructor recursion depth mismatch"). Nothing of the user's runs while it is
+# held.
 _tree_lock = threading.Lock()
 
 
@@ -3128,7 +3464,10 @@ def _parse(text: Union[str, bytes]) -> ast.Module:
 
 
 def _parse_alone(text: Union[str, bytes]) -> ast.Module:
-    raw = text if isinstance(text, bytes) else text.encode('utf-8', 'surrogatepass')
+    if isinstance(text, bytes):
+        raw = text
+    else:
+        raw = text.encode('utf-8', 'surrogatepass')
     if not _ODD_ESCAPE.search(raw):
         return ast.parse(text)
     # Only the import of the module should warn of '\d', and `-W error` must not make an error of it
@@ -3224,7 +3563,10 @@ class _ScopeNames:
     def _read_import(self, node: ast.Import) -> None:
         for alias in node.names:
             first = alias.name.partition('.')[0]
-            origin = alias.name if alias.asname else first
+            if alias.asname:
+                origin = alias.name
+            else:
+                origin = first
             self.add(alias.asname or first, NameKind.IMPORTED, (), origin)
 
     def _read_import_from(self, node: ast.ImportFrom) -> None:
@@ -3278,7 +3620,9 @@ def _dotted(node: Any) -> str:
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
         node = node.value
-    return '.'.join([node.id] + parts[::-1]) if isinstance(node, ast.Name) else ''
+    if isinstance(node, ast.Name):
+        return '.'.join([node.id] + parts[::-1])
+    return ''
 
 
 def _locals_of(function: Any) -> FrozenSet[str]:
@@ -3435,7 +3779,10 @@ class _FileUse:
                 self._assign(method.value, value, scope)
 
     def _read_function(self, node: Any, scope: str) -> None:
-        key = '%s.%s()' % (scope, node.name) if scope else node.name + '()'
+        if scope:
+            key = '%s.%s()' % (scope, node.name)
+        else:
+            key = node.name + '()'
         # The names of a class are no variables of its methods.
         self._note(key, _uses(node), '')
         if scope:
@@ -3446,7 +3793,10 @@ class _FileUse:
                     self._users.setdefault(key, set()).add(name)
 
     def _read_class(self, node: ast.ClassDef, scope: str) -> None:
-        qualified = '%s.%s' % (scope, node.name) if scope else node.name
+        if scope:
+            qualified = '%s.%s' % (scope, node.name)
+        else:
+            qualified = node.name
         instance = qualified + '()'
         for base in node.bases:
             self._note(instance, {name + '()' for name in _uses(base)}, scope)
@@ -3480,7 +3830,10 @@ class ModuleSource:
     def __init__(self, text: Union[str, bytes], name: str, is_package: bool = False) -> None:
         self.name = name
         self._text = text
-        self._package = name if is_package else name.rpartition('.')[0]
+        if is_package:
+            self._package = name
+        else:
+            self._package = name.rpartition('.')[0]
         self.imports: List[ImportedModule] = []
         self.names: Dict[str, NameBinding] = {}
         self.classes: Dict[str, Dict[str, NameBinding]] = {}
@@ -3553,7 +3906,10 @@ class ModuleSource:
         """'' for what leads out of the package."""
         if not level:
             return module
-        parts = self._package.split('.') if self._package else []
+        if self._package:
+            parts = self._package.split('.')
+        else:
+            parts = []
         if level > len(parts):
             return ''
         parts = parts[:len(parts) - level + 1]
@@ -3562,7 +3918,10 @@ class ModuleSource:
     def _read_calls(self, tree: ast.Module) -> None:
         direct = set()
         for node, certain in _statements(tree.body, True):
-            value = getattr(node, 'value', None) if certain else None
+            if certain:
+                value = getattr(node, 'value', None)
+            else:
+                value = None
             while isinstance(value, ast.Attribute):
                 value = value.value
             direct.add(value)
@@ -3602,7 +3961,10 @@ class ModuleSource:
             elif '__all__' not in self.names:
                 continue
             elif isinstance(node, (ast.Assign, ast.AugAssign)):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                if isinstance(node, ast.Assign):
+                    targets = node.targets
+                else:
+                    targets = [node.target]
                 if any(getattr(target, 'id', '') == '__all__' for target in targets):
                     self.exports = (self.exports or ()) + self._texts(node.value)
         self.stars = tuple(filter(None, stars))
@@ -3699,7 +4061,10 @@ class Installations:
         return next((owner for path, owner in table.items() if path.startswith(starts)), '')
 
     def _table(self, holder: str) -> Dict[str, str]:
-        archive, prefix = archive_of(holder) if not os.path.isdir(holder) else ('', '')
+        if not os.path.isdir(holder):
+            archive, prefix = archive_of(holder)
+        else:
+            archive, prefix = ('', '')
         if not archive and os.path.isfile(holder):
             archive = holder
         try:
@@ -3708,7 +4073,10 @@ class Installations:
             return {}
         kept = self._tables.get(holder)
         if kept is None or kept[0] != changed:
-            read = _archive_metadata(archive, prefix) if archive else _directory_metadata(holder)
+            if archive:
+                read = _archive_metadata(archive, prefix)
+            else:
+                read = _directory_metadata(holder)
             kept = changed, self._read(read)
             self._tables[holder] = kept
         return kept[1]
@@ -3746,7 +4114,10 @@ def _archive_metadata(archive: str, prefix: str) -> Iterator[Tuple[str, str, str
     try:
         with zipfile.ZipFile(archive) as members:
             for member in members.namelist():
-                below = member[len(prefix) + 1:] if prefix else member
+                if prefix:
+                    below = member[len(prefix) + 1:]
+                else:
+                    below = member
                 name, _, file = below.partition('/')
                 expected = _METADATA_FILES.get(os.path.splitext(name)[1])
                 if member.endswith(below) and expected == file:
@@ -3812,7 +4183,10 @@ class ModuleFinder:
         if not issubclass(type(spec), importlib.machinery.ModuleSpec):
             spec = None
         path = module_dict(module).get('__file__')
-        loader = spec.loader if spec is not None else module_dict(module).get('__loader__')
+        if spec is not None:
+            loader = spec.loader
+        else:
+            loader = module_dict(module).get('__loader__')
         locations = self._as_locations(module_dict(module).get('__path__'))
         if self._is_frozen(spec, loader):
             return Whereabouts(ModuleKind.STANDARD, '', locations, loader)
@@ -3846,7 +4220,10 @@ class ModuleFinder:
         machinery: Any = importlib.machinery
         if loader is machinery.BuiltinImporter or loader is machinery.FrozenImporter:
             return True
-        origin = spec.origin if spec is not None else None
+        if spec is not None:
+            origin = spec.origin
+        else:
+            origin = None
         return isinstance(origin, str) and origin in ('built-in', 'frozen')
 
     @staticmethod
@@ -3874,8 +4251,13 @@ class ModuleFinder:
                 return self._below_parent(name)
             return ModuleKind.BY_VALUE
         parent = name.rpartition('.')[0]
-        kind = self.look(parent).kind if parent else ModuleKind.BY_VALUE
-        return kind if kind in (ModuleKind.STANDARD, ModuleKind.INSTALLED) else ModuleKind.BY_VALUE
+        if parent:
+            kind = self.look(parent).kind
+        else:
+            kind = ModuleKind.BY_VALUE
+        if kind in (ModuleKind.STANDARD, ModuleKind.INSTALLED):
+            return kind
+        return ModuleKind.BY_VALUE
 
     def _kind_of_namespace(self, name: str, locations: Tuple[str, ...]) -> ModuleKind:
         """A part of it that is the user's own travels."""
@@ -3883,7 +4265,9 @@ class ModuleFinder:
         kinds = {self._kind_of_file(name, file) for file in files}
         if len(kinds) == 1:
             return kinds.pop()
-        return ModuleKind.OWN if ModuleKind.OWN in kinds else ModuleKind.INSTALLED
+        if ModuleKind.OWN in kinds:
+            return ModuleKind.OWN
+        return ModuleKind.INSTALLED
 
     def _below_parent(self, name: str) -> ModuleKind:
         parent = name.rpartition('.')[0]
@@ -4069,7 +4453,10 @@ def _read_member(archive: str, member: str, path: str, loader: Any) -> bytes:
 def _is_settled(stamp: FileStamp) -> bool:
     """Whether a later change of the file would change its stamp too: file systems count time in
     steps."""
-    step = 50_000_000 if stamp.mtime_ns % 1_000_000_000 else 2_000_000_000
+    if stamp.mtime_ns % 1_000_000_000:
+        step = 50_000_000
+    else:
+        step = 2_000_000_000
     return abs(time.time_ns() - stamp.mtime_ns) > step
 
 
@@ -4097,7 +4484,8 @@ class ModuleDigests:
         for _ in range(STABLE_READS):
             size, digest = file_digest(file.path)
             status = os.stat(file.path)
-            before, stamp = stamp, FileStamp(status.st_mtime_ns, status.st_size, status.st_ino)
+            before = stamp
+            stamp = FileStamp(status.st_mtime_ns, status.st_size, status.st_ino)
             found = size, digest, stat.S_IMODE(status.st_mode)
             if stamp == before and size == stamp.size:
                 return self._keep(file.path, stamp, found)
@@ -4170,7 +4558,10 @@ class _ModuleWalk:
 
     def _starred(self, package: str, where: Whereabouts) -> Sequence[str]:
         """Names of submodules that `from package import *` may reach."""
-        source = self._file_of(package, where).source if where.path else None
+        if where.path:
+            source = self._file_of(package, where).source
+        else:
+            source = None
         if source is not None and source.exports is not None:
             return source.exports
         attributes = module_dict(sys.modules.get(package))
@@ -4272,7 +4663,10 @@ class DataFiles:
     def _is_extension(self, entry: Any) -> bool:
         """Whether this is an extension module, and no other shared library."""
         suffix = next(filter(entry.name.endswith, importlib.machinery.EXTENSION_SUFFIXES), '')
-        stem = entry.name[:-len(suffix)] if suffix else ''
+        if suffix:
+            stem = entry.name[:-len(suffix)]
+        else:
+            stem = ''
         if not stem.isidentifier():
             return False
         if suffix not in ('.so', '.pyd'):   # has the name of this implementation in it
@@ -4358,17 +4752,22 @@ class OwnModules:
         self._versions: Dict[str, str] = {}
 
     def distribution_of(self, module: str) -> str:
-        """The name by which pip knows what holds a module, with the module's where they differ: 'PyYAML (yaml)'."""
+        """The name by which pip knows what holds a module, with the module's where they differ:
+        'PyYAML (yaml)'."""
         for directory in filter(os.path.isdir, sys.path):
             owner = self._finder.installations.owner_of_name(directory, module)
             name = owner.partition('-')[0]
             if name:
-                return module if name.lower() == module.lower() else '%s (%s)' % (name, module)
+                if name.lower() == module.lower():
+                    return module
+                return '%s (%s)' % (name, module)
         return module
 
     def kind(self, name: Any) -> ModuleKind:
         """What decides how an object of this module goes to a node."""
-        return self._finder.look(name).kind if isinstance(name, str) else ModuleKind.MISSING
+        if isinstance(name, str):
+            return self._finder.look(name).kind
+        return ModuleKind.MISSING
 
     def closure(self, names: Sequence[str], shipped: Sequence[str] = ()) -> List[ModuleFile]:
         """The user's own modules among these, with all that they import and the packages that they
@@ -4397,8 +4796,8 @@ class OwnModules:
         return rows
 
     def digests(self, closure: Sequence[ModuleFile]) -> Dict[str, bytes]:
-        """The digest of each module's file as it is now, by its path. A file that cannot be read is left out: there is no
-        other text that could be sent."""
+        """The digest of each module's file as it is now, by its path. A file that cannot be read is
+        left out: there is no other text that could be sent."""
         found = {}
         for module in closure:
             try:
@@ -4410,7 +4809,10 @@ class OwnModules:
     def changed(self, closure: Sequence[ModuleFile], before: Dict[str, bytes]) -> List[ModuleFile]:
         """Modules whose files are not as they were when `before` was taken, as `digests`."""
         now = self.digests(closure)
-        return [module for module in closure if module.path in now and now[module.path] != before.get(module.path, now[module.path])]
+        return [
+            module for module in closure
+            if module.path in now and now[module.path] != before.get(module.path, now[module.path])
+        ]
 
     def _file_of(self, name: str, where: Whereabouts) -> ModuleFile:
         """The file of a module of the user's. The text of a loaded module is read once."""
@@ -4521,7 +4923,9 @@ class OwnModules:
             name = '.'.join(parts[:end])
             where = self._finder.look(name)
             if where.path or where.locations is None:
-                return [name] if where.kind is ModuleKind.INSTALLED else []
+                if where.kind is ModuleKind.INSTALLED:
+                    return [name]
+                return []
         return [name for name in imported.members()
                 if self._finder.look(name).kind is ModuleKind.INSTALLED]
 
@@ -4549,13 +4953,16 @@ class OwnModules:
 own_modules = OwnModules()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What the program has set in its modules, and bundles: the modules that a pickle needs, with their state
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# What the program has set in its modules, and bundles: the modules that a pickle needs, with their
+# state
+# --------------------------------------------------------------------------------------------------
 
-STATE_LIMIT = 1 << 20         # bytes of a pickled variable that a module's source computes, after which it stays at home
+# Bytes of a pickled variable that a module's source computes, after which it stays at home
+STATE_LIMIT = 1 << 20
 LOOK_EVERY = 1.0              # s between looks at whether files of modules have changed
-BEHIND = 'behind/dispy.py'    # this file, for modules that import it on a node that has only dispynode.py
+# This file, for modules that import it on a node that has only dispynode.py
+BEHIND = 'behind/dispy.py'
 
 
 class _CannotTravel(Exception):
@@ -4573,8 +4980,8 @@ def _state_pickler(numbers: Dict[int, int]) -> Any:
 
 
 class StateCapture:
-    """Collects what the variables of modules hold. A module whose state cannot be carried whole is left out whole, since what
-    is left of it would not fit together."""
+    """Collects what the variables of modules hold. A module whose state cannot be carried whole is
+    left out whole, since what is left of it would not fit together."""
 
     def __init__(self) -> None:
         self.rows: List[StateRow] = []
@@ -4584,8 +4991,8 @@ class StateCapture:
         self._values: Dict[Tuple[str, str, str], Any] = {}
 
     def add(self, file: ModuleFile, placed: Iterable[str] = ()) -> None:
-        """A module that the client has loaded, if its source is known. `placed` are the names whose values depend on where
-        files lie: on the node these lie elsewhere."""
+        """A module that the client has loaded, if its source is known. `placed` are the names whose
+        values depend on where files lie: on the node these lie elsewhere."""
         module = sys.modules.get(file.name)
         if module is None or file.source is None or file.source.error:
             return
@@ -4594,7 +5001,8 @@ class StateCapture:
             for name, value in list(module_dict(module).items()):
                 if name in placed:
                     continue
-                self._consider(file.source, (file.name, '', name), value, file.source.names.get(name), found)
+                self._consider(file.source, (file.name, '', name), value,
+                               file.source.names.get(name), found)
             for owner, table in file.source.classes.items():
                 self._add_class(file.source, owner, table, found)
         except _CannotTravel as exc:
@@ -4604,52 +5012,65 @@ class StateCapture:
                 % (file.name, *exc.args, file.name.partition('.')[0]))
             return
         for row, value in found:
-            number = self._number(value) if keeps_identity(value) else -1
+            if keeps_identity(value):
+                number = self._number(value)
+            else:
+                number = -1
             self.rows.append(row._replace(number=number))
             if number < 0:
                 self._values[row[:3]] = value
 
-    def _add_class(self, source: ModuleSource, owner: str, table: Dict[str, NameBinding], found: List[Tuple[StateRow, Any]]) -> None:
+    def _add_class(self, source: ModuleSource, owner: str, table: Dict[str, NameBinding],
+                   found: List[Tuple[StateRow, Any]]) -> None:
         try:
             cls = find_named(source.name, owner)
         except Exception:  # it is not there any more, or a __getattr__ of the user's raises
             return
-        if not isinstance(cls, type) or issubclass(cls, enum.Enum) or not is_named(cls, source.name, owner):
+        if not isinstance(cls, type) or issubclass(
+                cls, enum.Enum) or not is_named(cls, source.name, owner):
             return
         for name, value in list(vars(cls).items()):
             self._consider(source, (source.name, owner, name), value, table.get(name), found)
 
-    def _consider(self, source: ModuleSource, key: Tuple[str, str, str], value: Any, binding: Optional[NameBinding],
-                  found: List[Tuple[StateRow, Any]]) -> None:
+    def _consider(self, source: ModuleSource, key: Tuple[str, str, str], value: Any,
+                  binding: Optional[NameBinding], found: List[Tuple[StateRow, Any]]) -> None:
         """A variable, if the node's own import would not give it the same value."""
         module, owner, name = key
-        if name.startswith('__') or isinstance(value, types.ModuleType) or self._is_as_imported(key, value, binding, source):
+        if name.startswith('__') or isinstance(value, types.ModuleType) or self._is_as_imported(
+                key, value, binding, source):
             return
         given = binding is None or binding.kind is NameKind.CONSTANT   # then the program has set it
         form = plain_form(value, sys.maxsize if given else STATE_LIMIT)
         if form is not None:
             found.append((StateRow(module, owner, name, form, -1, not given), value))
-        elif given and (not owner or binding is not None) and not self._is_made_by_module(module, value):
+        elif given and (not owner
+                        or binding is not None) and not self._is_made_by_module(module, value):
             raise _CannotTravel(name, '%s.%s' % (type(value).__module__, type(value).__qualname__))
 
     @staticmethod
-    def _is_as_imported(key: Tuple[str, str, str], value: Any, binding: Optional[NameBinding], source: ModuleSource) -> bool:
+    def _is_as_imported(key: Tuple[str, str, str], value: Any, binding: Optional[NameBinding],
+                        source: ModuleSource) -> bool:
         module, owner, name = key
         if binding is None:
-            return any(module_dict(sys.modules.get(star)).get(name, key) is value for star in source.stars)
+            return any(
+                module_dict(sys.modules.get(star)).get(name, key) is value for star in source.stars)
         if binding.from_file:
             return True
         if binding.kind is NameKind.CONSTANT and hasattr(binding, 'value'):
             return type(binding.value) is type(value) and bool(binding.value == value)
         if binding.kind is NameKind.IMPORTED:
-            return any(own_modules.kind(origin) in (ModuleKind.STANDARD, ModuleKind.INSTALLED) for origin in binding.origins)
+            return any(
+                own_modules.kind(origin) in (ModuleKind.STANDARD, ModuleKind.INSTALLED)
+                for origin in binding.origins)
         if binding.kind is NameKind.DEFINED:
-            return is_named(value, module, '%s.%s' % (owner, name) if owner else name) or not hasattr(value, '__qualname__')
+            return is_named(value, module, '%s.%s' %
+                            (owner, name) if owner else name) or not hasattr(value, '__qualname__')
         return False
 
     @staticmethod
     def _is_made_by_module(module: str, value: Any) -> bool:
-        """Whether a function or class, which the source does not name, came of running the module all the same."""
+        """Whether a function or class, which the source does not name, came of running the module
+        all the same."""
         return isinstance(value, (type, types.FunctionType)) and value.__module__ == module
 
     def _number(self, value: Any) -> int:
@@ -4659,10 +5080,12 @@ class StateCapture:
         return number
 
     def pickled(self) -> Tuple[List[Tuple[str, str]], bytes, AbstractSet[str]]:
-        """Classes of the numbered objects, the state, and the modules that opening it imports. Raises what pickling raises."""
+        """Classes of the numbered objects, the state, and the modules that opening it imports.
+        Raises what pickling raises."""
         if not self.rows:
             return [], b'', set()
-        contents = [contents_of(value) for value in self._objects]   # all there at once: their ids must differ
+        # All there at once: their ids must differ
+        contents = [contents_of(value) for value in self._objects]
         sealed = seal((contents, self._values), _state_pickler(self._numbers))
         kinds = [(type(value).__module__, type(value).__qualname__) for value in self._objects]
         body = in_one_piece(sealed.payload)
@@ -4670,7 +5093,8 @@ class StateCapture:
 
 
 class Bundle(NamedTuple):
-    """Modules that travel together: their files, and how they were set when they first travelled."""
+    """Modules that travel together: their files, and how they were set when they first
+    travelled."""
     number: int
     closure: Tuple[ModuleFile, ...]
     files: Dict[str, FileOfModule]    # those that no earlier bundle has, by their names on the node
@@ -4683,25 +5107,30 @@ class Bundle(NamedTuple):
 
 
 class ModuleBundles:
-    """The modules of one computation that have travelled, or will. Number 0 is what its code needs. Any thread; no lock is
-    held while objects of the user's are pickled."""
+    """The modules of one computation that have travelled, or will. Number 0 is what its code needs.
+    Any thread; no lock is held while objects of the user's are pickled."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.shipped: List[str] = []               # modules that depends brings along as files
         self.known_globals: List[Dict[str, Any]] = []   # of the computation, setup and cleanup
-        self.portable = False                      # whether the code holds no functions and classes by value
+        # Whether the code holds no functions and classes by value
+        self.portable = False
         self._lock = threading.Lock()              # guards those below
         self._bundles: List[Bundle] = []
         self._number_of: Dict[str, int] = {}       # module -> bundle
         self._plain: Set[str] = set()              # names of modules that need none
-        self._extra: Dict[str, FileOfModule] = {}  # files of modules that jobs have asked for by name
-        self._as_sent: Dict[str, bytes] = {}       # path of a module's file -> its digest when it travelled
+        # Files of modules that jobs have asked for by name
+        self._extra: Dict[str, FileOfModule] = {}
+        # Path of a module's file -> its digest when it travelled
+        self._as_sent: Dict[str, bytes] = {}
         self._looked_at = time.monotonic()
         self._has_changed: List[str] = []
 
-    def pack_code(self, computation: Any, setup: Any, cleanup: Any, objects: Dict[str, Any]) -> bytes:
-        """The code of the computation, with bundle 0. One pickle for all, so that they share their variables on the node."""
+    def pack_code(self, computation: Any, setup: Any, cleanup: Any, objects: Dict[str,
+                                                                                  Any]) -> bytes:
+        """The code of the computation, with bundle 0. One pickle for all, so that they share their
+        variables on the node."""
         labels = [('the computation', computation), ('setup', setup), ('cleanup', cleanup)]
         labels += [('depends, %s' % name, value) for name, value in objects.items()]
         sealed = pack((computation, setup, cleanup, objects), labels, True)
@@ -4726,7 +5155,10 @@ class ModuleBundles:
         """The bundles that have these modules, but for number 0. New modules make a new one."""
         if modules <= self._plain:
             return set()
-        new = {name for name in modules - self._plain if name not in self._number_of and self._is_own(name)}
+        new = {
+            name
+            for name in modules - self._plain if name not in self._number_of and self._is_own(name)
+        }
         if new:
             self._make(max(1, len(self._bundles)), new)
         found = {self._number_of.get(name, 0) for name in modules} - {0}
@@ -4754,7 +5186,10 @@ class ModuleBundles:
                 return
             number = len(self._bundles)
             before = {target for bundle in self._bundles for target in bundle.files}
-            files = {target: file for target, file in own_modules.files(closure).items() if target not in before}
+            files = {
+                target: file
+                for target, file in own_modules.files(closure).items() if target not in before
+            }
             content = self._content(closure, capture, kinds, state)
             self._as_sent.update(own_modules.digests(closure))
             self._bundles.append(Bundle(number, tuple(closure), files, content))
@@ -4764,37 +5199,51 @@ class ModuleBundles:
                 self._number_of.setdefault(name, number)
             self._plain -= modules
 
-    def _capture(self, modules: AbstractSet[str]) -> Tuple[List[ModuleFile], StateCapture, List[Tuple[str, str]], bytes]:
-        """The modules with all that they import, and their state. The state may refer to more modules, which may have state."""
+    def _capture(
+        self, modules: AbstractSet[str]
+    ) -> Tuple[List[ModuleFile], StateCapture, List[Tuple[str, str]], bytes]:
+        """The modules with all that they import, and their state. The state may refer to more
+        modules, which may have state."""
         wanted = set(modules)
         while True:
             # Modules that travel as files of depends have state like the others.
             closure = own_modules.closure(sorted(wanted))
             new = [file for file in closure if file.name not in self._number_of]
-            capture, placed = StateCapture(), own_modules.file_names(closure)
+            capture = StateCapture()
+            placed = own_modules.file_names(closure)
             for file in new:
                 capture.add(file, placed.get(file.name, ()))
             kinds, state, met = capture.pickled()
-            more = {name for name in met if own_modules.kind(name) is ModuleKind.OWN} - wanted - {file.name for file in closure}
+            more = {name
+                    for name in met if own_modules.kind(name) is ModuleKind.OWN
+                    } - wanted - {file.name
+                                  for file in closure}
             if not more:
                 return new, capture, kinds, state
             wanted |= more
 
     @staticmethod
-    def _content(closure: List[ModuleFile], capture: StateCapture, kinds: List[Tuple[str, str]], state: bytes) -> bytes:
+    def _content(closure: List[ModuleFile], capture: StateCapture, kinds: List[Tuple[str, str]],
+                 state: bytes) -> bytes:
         travelling = {file.name for file in closure} | {row.module for row in capture.rows}
         compiled = [file.name for file in closure if file.is_extension]
-        packages = {name: version for name, (version, _, _) in own_modules.packages(closure).items() if version}
-        return pickle.dumps({
-            'order': [name for name in list(sys.modules) if name in travelling], 'platform': sys.platform,
-            'rows': [tuple(row) for row in capture.rows], 'kinds': kinds, 'state': state, 'packages': packages,
-            'compiled': compiled, 'build': build_tag()}, 5)
+        packages = {
+            name: version
+            for name, (version, _, _) in own_modules.packages(closure).items() if version
+        }
+        return pickle.dumps(
+            {
+                'order': [name for name in list(sys.modules) if name in travelling],
+                'platform': sys.platform, 'rows': [tuple(row)
+                                                   for row in capture.rows], 'kinds': kinds,
+                'state': state, 'packages': packages, 'compiled': compiled, 'build': build_tag()
+            }, 5)
 
-    # -- what nodes get -----------------------------------------------------------------------------------
+    # -- what nodes get ----------------------------------------------------------------------------
 
     def rows(self, embedded: bool) -> List[Tuple[str, int, bytes, int]]:
-        """Rows of all files that a node gets: those of all bundles and, if it is not a part of this program, of the modules.
-        Raises OSError."""
+        """Rows of all files that a node gets: those of all bundles and, if it is not a part of this
+        program, of the modules. Raises OSError."""
         with self._lock:
             bundles = list(self._bundles)
         rows = [self._row_of(bundle) for bundle in bundles if bundle.content]
@@ -4811,15 +5260,21 @@ class ModuleBundles:
 
     @staticmethod
     def _file_rows(files: Dict[str, FileOfModule]) -> List[Tuple[str, int, bytes, int]]:
-        return [(MODULES + name, size, digest, mode) for name, size, digest, mode in own_modules.rows(files)]
+        return [(MODULES + name, size, digest, mode)
+                for name, size, digest, mode in own_modules.rows(files)]
 
     def more(self, request: Any, embedded: bool) -> List[Tuple[str, int, bytes, int]]:
-        """Rows for what a job has asked for: a bundle by number, or a module by name. Raises ModuleNotFoundError."""
+        """Rows for what a job has asked for: a bundle by number, or a module by name. Raises
+        ModuleNotFoundError."""
         if isinstance(request, int):
             with self._lock:
-                bundle = self._bundles[request] if 0 < request < len(self._bundles) else None
+                if 0 < request < len(self._bundles):
+                    bundle = self._bundles[request]
+                else:
+                    bundle = None
             if bundle is None:
-                raise ModuleNotFoundError('the program knows no bundle of modules with number %d' % request)
+                raise ModuleNotFoundError('the program knows no bundle of modules with number %d' %
+                                          request)
             return [self._row_of(bundle)] + ([] if embedded else self._file_rows(bundle.files))
         if embedded or own_modules.kind(request) is not ModuleKind.OWN:
             raise ModuleNotFoundError('the program has no module of its own called %s' % request)
@@ -4829,7 +5284,8 @@ class ModuleBundles:
         return self._file_rows(files)
 
     def source_of(self, name: str) -> Any:
-        """Where a file that a node asks for is read from: its content, or a FileOfModule. None for a name not offered."""
+        """Where a file that a node asks for is read from: its content, or a FileOfModule. None for
+        a name not offered."""
         with self._lock:
             if name == BEHIND:
                 return _THIS_FILE
@@ -4838,12 +5294,15 @@ class ModuleBundles:
                     return bundle.content
                 if name.startswith(MODULES) and name[len(MODULES):] in bundle.files:
                     return bundle.files[name[len(MODULES):]]
-            return self._extra.get(name[len(MODULES):]) if name.startswith(MODULES) else None
+            if name.startswith(MODULES):
+                return self._extra.get(name[len(MODULES):])
+            return None
 
-    # -- files that change --------------------------------------------------------------------------------
+    # -- files that change -------------------------------------------------------------------------
 
     def changed(self, every: float = LOOK_EVERY) -> List[str]:
-        """Names of modules whose files have changed since they travelled. Looks at most once in so many seconds."""
+        """Names of modules whose files have changed since they travelled. Looks at most once in so
+        many seconds."""
         now = time.monotonic()
         if now - self._looked_at >= every and not self._has_changed:
             self._looked_at = now
@@ -4856,12 +5315,13 @@ class ModuleBundles:
 _THIS_FILE = FileOfModule(BEHIND, os.path.abspath(__file__))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What travels: computations, their files, arguments
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _NOT_BY_NAME = frozenset((ModuleKind.BY_VALUE, ModuleKind.MISSING))
-_CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError, pickle.PicklingError)
+_CANNOT = (TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError,
+           pickle.PicklingError)
 
 
 def client_pickler() -> Any:
@@ -4879,7 +5339,9 @@ def _client_pickler(base: Any) -> Any:
             return own_modules.kind(module) not in _NOT_BY_NAME
 
         def _special(self, kind: type) -> Any:
-            return self._reduce_ref if kind is ValueRef else super()._special(kind)
+            if kind is ValueRef:
+                return self._reduce_ref
+            return super()._special(kind)
 
         def _reduce_ref(self, ref: 'ValueRef') -> tuple:
             self.modules.update(ref._modules)
@@ -4899,8 +5361,9 @@ def _code_pickler(base: Any) -> Any:
 
 def pack(value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
          share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
-    """Pickle what goes to a node. Where that fails the error names the path to the culprit; `labels` are the parts of the
-    value, with what they are called; `share` as in `seal`. Raises what pickling raises."""
+    """Pickle what goes to a node. Where that fails the error names the path to the culprit;
+    `labels` are the parts of the value, with what they are called; `share` as in `seal`. Raises
+    what pickling raises."""
     try:
         return seal(value, _code_pickler(client_pickler()) if exact else client_pickler(), share)
     except _CANNOT as exc:
@@ -4911,29 +5374,37 @@ def pack(value: Any, labels: Iterable[Tuple[str, Any]], exact: bool = False,
 
 
 def explain_unpicklable(labels: Iterable[Tuple[str, Any]], exc: BaseException) -> str:
-    """Which part of a value cannot be pickled, and what can be done. Empty if no single part is to blame."""
+    """Which part of a value cannot be pickled, and what can be done. Empty if no single part is to
+    blame."""
     for label, value in labels:
         if not _can_be_packed(value):
             path, culprit, module = _find_culprit(label, value)
             kind = type(culprit)
-            owner = ', met in module %s,' % module if module else ''
-            return ('%s (a %s.%s)%s cannot be pickled: %s. Make it in setup or in the job, leave it out in a '
-                    '__getstate__ of what holds it, or put its function or class into a module of its own'
-                    % (path, kind.__module__, kind.__qualname__, owner, exc))
+            if module:
+                owner = ', met in module %s,' % module
+            else:
+                owner = ''
+            return (
+                '%s (a %s.%s)%s cannot be pickled: %s. Make it in setup or in the job, leave it out in a '
+                '__getstate__ of what holds it, or put its function or class into a module of its own'
+                % (path, kind.__module__, kind.__qualname__, owner, exc))
     return ''
 
 
 def _can_be_packed(value: Any) -> bool:
     try:
         seal(value, client_pickler())
-    except Exception:  # the user's __reduce__ may raise anything; what it is comes with the error that is told
+    except Exception:
+        # The user's __reduce__ may raise anything; what it is comes with the error that is told
         return False
     return True
 
 
 def _find_culprit(path: str, value: Any) -> Tuple[str, Any, str]:
-    """Follow the parts that cannot be pickled: (path, the last of them, module of the function or class it was met in)."""
-    module, seen = '', {id(value)}
+    """Follow the parts that cannot be pickled: (path, the last of them, module of the function or
+    class it was met in)."""
+    module = ''
+    seen = {id(value)}
     for _ in range(30):
         met = getattr(value, '__module__', None)
         if isinstance(met, str) and own_modules.kind(met) in (ModuleKind.OWN, ModuleKind.BY_VALUE):
@@ -4942,7 +5413,8 @@ def _find_culprit(path: str, value: Any) -> Tuple[str, Any, str]:
                       if id(part) not in seen and not _can_be_packed(part)), None)
         if found is None:
             break
-        path, value = '%s -> %s' % (path, found[0]), found[1]
+        path = '%s -> %s' % (path, found[0])
+        value = found[1]
         seen.add(id(value))
     return path, value, module if isinstance(module, str) else ''
 
@@ -4963,9 +5435,11 @@ def _parts_of(value: Any) -> Iterator[Tuple[str, Any]]:
     elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
         yield from (('[%d]' % number, part) for number, part in enumerate(list(value)))
     if isinstance(value, type):
-        yield from (('.' + name, part) for name, part in list(vars(value).items()) if not name.startswith('__'))
+        yield from (('.' + name, part) for name, part in list(vars(value).items())
+                    if not name.startswith('__'))
     elif not isinstance(value, types.FunctionType):
-        yield from (('.' + name, part) for name, part in list(getattr(value, '__dict__', {}).items()))
+        yield from (('.' + name, part)
+                    for name, part in list(getattr(value, '__dict__', {}).items()))
         yield from (('.' + name, getattr(value, name)) for name in copyreg._slotnames(type(value))  # type: ignore[attr-defined]
                     if hasattr(value, name))
 
@@ -4987,7 +5461,8 @@ class Value:
     __slots__ = ('digest', 'data', '__weakref__')
 
     def __init__(self, digest: bytes, data: Union[bytes, bytearray]) -> None:
-        self.digest, self.data = digest, data
+        self.digest = digest
+        self.data = data
 
     @property
     def row(self) -> Tuple[int, bytes]:
@@ -4996,7 +5471,8 @@ class Value:
 
 
 class SharedPayload(bytes):
-    """Packed arguments, some parts of which are values. These stay in the program as long as it does."""
+    """Packed arguments, some parts of which are values. These stay in the program as long as it
+    does."""
     values: Tuple[Value, ...] = ()
 
     def rows(self) -> tuple:
@@ -5012,7 +5488,9 @@ class SharedValues:
     """The values of this program that nodes know by their digests, each once, as long as a job or a
     ref needs it. A buffer that the program may change is compared with the copy that was made of
     it; only another content is copied and digested. Any thread."""
-    SAMPLES, SAMPLE = 16, 64     # places of a buffer, and bytes at each, by which the copy is found
+    # Places of a buffer, and bytes at each, by which the copy is found
+    SAMPLES = 16
+    SAMPLE = 64
 
     def __init__(self) -> None:
         self._lock = threading.Lock()    # guards those below
@@ -5027,13 +5505,18 @@ class SharedValues:
         values: List[Value] = []
 
         def known(part: Any) -> Any:
-            value = self.of(part) if len(part) > SHARED_FROM else self._kept(part)
+            if len(part) > SHARED_FROM:
+                value: Optional[Value] = self.of(part)
+            else:
+                value = self._kept(part)
             if value is None:
                 return part
             values.append(value)
             return value.row
         parts = [known(piece) for piece in pieces], [known(buffer) for buffer in buffers]
-        return self.with_values(shared_payload(*parts), values) if values else None
+        if values:
+            return self.with_values(shared_payload(*parts), values)
+        return None
 
     @staticmethod
     def with_values(payload: bytes, values: Iterable[Value]) -> SharedPayload:
@@ -5044,9 +5527,14 @@ class SharedValues:
 
     def _kept(self, part: Any) -> Optional[Value]:
         """The value whose own memory this is, all of it."""
-        whole = part.obj if type(part) is memoryview else part
+        if type(part) is memoryview:
+            whole = part.obj
+        else:
+            whole = part
         value = self._by_object.get(id(whole))
-        return value if value is not None and value.data is whole and len(part) == len(whole) else None
+        if value is not None and value.data is whole and len(part) == len(whole):
+            return value
+        return None
 
     def of(self, part: Any) -> Value:
         """The value with this content."""
@@ -5069,7 +5557,10 @@ class SharedValues:
         step = max(1, len(part) // self.SAMPLES)
         return (len(part), *(bytes(part[at:at + self.SAMPLE]) for at in range(0, len(part), step)))
 
-    def adopt(self, digest: bytes, data: Union[bytes, bytearray], sample: Optional[tuple] = None) -> Value:
+    def adopt(self,
+              digest: bytes,
+              data: Union[bytes, bytearray],
+              sample: Optional[tuple] = None) -> Value:
         """The value with this digest; `data` is its content if it is new."""
         with self._lock:
             value = self._by_digest.get(digest)
@@ -5118,9 +5609,14 @@ class ValueRef:
         sealed = pack(value, labels, share=take)
         parts = parts or [in_one_piece(sealed.payload)]
         # Values are known by their own memory; what is small goes along with each job.
-        self._values = [shared_values.of(part) if len(part) >= OUT_OF_BAND else None for part in parts]
-        self._parts = [part if value is None else value.data for part, value in zip(parts, self._values)]
-        self._modules, self._portable = sealed.modules, sealed.portable
+        self._values = [
+            shared_values.of(part) if len(part) >= OUT_OF_BAND else None for part in parts
+        ]
+        self._parts = [
+            part if value is None else value.data for part, value in zip(parts, self._values)
+        ]
+        self._modules = sealed.modules
+        self._portable = sealed.portable
 
     @property
     def size(self) -> int:
@@ -5135,15 +5631,17 @@ class ValueRef:
         return open_pieces, tuple(map(pickle.PickleBuffer, self._parts))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError('a ref of JobCluster.put can be passed to jobs of this program, and nowhere else')
+        raise TypeError(
+            'a ref of JobCluster.put can be passed to jobs of this program, and nowhere else')
 
     def __repr__(self) -> str:
         return '<ValueRef of %d bytes>' % self.size
 
 
-def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles', depends: Sequence[Any] = ()) -> Any:
-    """Arguments as they are now: what the caller changes later does not reach the job. Raises what pickling raises.
-    `depends` are files and objects for this job alone; files are read now."""
+def pack_arguments(args: tuple, kwargs: dict, bundles: 'ModuleBundles',
+                   depends: Sequence[Any] = ()) -> Any:
+    """Arguments as they are now: what the caller changes later does not reach the job. Raises what
+    pickling raises. `depends` are files and objects for this job alone; files are read now."""
     if not depends and not kwargs and ATOMS.issuperset(map(type, args)):
         return pickle.dumps((args, kwargs), 5)
     objects: Dict[str, Any] = {}
@@ -5166,7 +5664,9 @@ def own_memory(payload: Any) -> Any:
     return payload
 
 
-def _job_depends(depends: Sequence[Any], globals_: Sequence[Dict[str, Any]]) -> Tuple[List[Tuple[str, int, bytes]], Dict[str, Any]]:
+def _job_depends(
+        depends: Sequence[Any],
+        globals_: Sequence[Dict[str, Any]]) -> Tuple[List[Tuple[str, int, bytes]], Dict[str, Any]]:
     """(name, mode, content) of files, and objects by their names."""
     if not isinstance(depends, (list, tuple)):
         raise TypeError('dispy_job_depends must be a list, not %s' % type(depends).__name__)
@@ -5186,16 +5686,18 @@ def _job_depends(depends: Sequence[Any], globals_: Sequence[Dict[str, Any]]) -> 
 
 
 def _names_of(item: Any, globals_: Sequence[Dict[str, Any]], where: str) -> Dict[str, Any]:
-    """An object of depends with the names by which jobs find it: its own, or those that it has in the global variables of the
-    computation and of the main module. An instance brings its class along, as in dispy 4. Raises TypeError."""
+    """An object of depends with the names by which jobs find it: its own, or those that it has in
+    the global variables of the computation and of the main module. An instance brings its class
+    along, as in dispy 4. Raises TypeError."""
     if isinstance(item, types.ModuleType):
         return {item.__name__.rpartition('.')[2]: item}
     if isinstance(item, (type, types.FunctionType, types.BuiltinFunctionType)) or (
             callable(item) and isinstance(getattr(item, '__name__', None), str)):
         return {item.__name__: item}
     if type(item).__module__ == 'builtins':
-        raise TypeError('%s: %.80r is neither a file, a directory, a module, a function, a class nor an instance of one'
-                        % (where, item))
+        raise TypeError(
+            '%s: %.80r is neither a file, a directory, a module, a function, a class nor an instance of one'
+            % (where, item))
     found = {name: item for variables in (*globals_, vars(sys.modules['__main__']))
              for name, value in list(variables.items()) if value is item}
     if isinstance(item, functools.partial):
@@ -5204,14 +5706,17 @@ def _names_of(item: Any, globals_: Sequence[Dict[str, Any]], where: str) -> Dict
 
 
 class Cargo(NamedTuple):
-    """A computation, packed: the spec of `Compute` but for what depends on the node, and where its files lie."""
+    """A computation, packed: the spec of `Compute` but for what depends on the node, and where its
+    files lie."""
     spec: dict
     paths: Dict[str, str]
     is_program: bool
-    source: Callable[[], Tuple[bytes, str]]   # see pack_source; called when a node of another version of Python is met
+    # See pack_source; called when a node of another version of Python is met
+    source: Callable[[], Tuple[bytes, str]]
 
 
-def _sort_depends(depends: Sequence[Any], paths: Dict[str, str], globals_: Sequence[Dict[str, Any]]) -> Tuple[Dict[str, Any], List[str]]:
+def _sort_depends(depends: Sequence[Any], paths: Dict[str, str],
+                  globals_: Sequence[Dict[str, Any]]) -> Tuple[Dict[str, Any], List[str]]:
     """Objects by name, and names of modules that travel as files; files go into `paths`."""
     objects: Dict[str, Any] = {}
     shipped: List[str] = []
@@ -5225,11 +5730,14 @@ def _sort_depends(depends: Sequence[Any], paths: Dict[str, str], globals_: Seque
     return objects, shipped
 
 
-def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, cleanup: Any, dest_path: Optional[str],
-                     max_jobs: Optional[int], name: str, bundles: 'ModuleBundles') -> Cargo:
-    """Raises TypeError, ValueError, FileNotFoundError or what pickling raises, naming what was wrong."""
+def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, cleanup: Any,
+                     dest_path: Optional[str], max_jobs: Optional[int], name: str,
+                     bundles: 'ModuleBundles') -> Cargo:
+    """Raises TypeError, ValueError, FileNotFoundError or what pickling raises, naming what was
+    wrong."""
     paths: Dict[str, str] = {}
-    program, code, objects, cleaner = '', b'', {}, cleanup if callable(cleanup) else None  # type: Tuple[str, bytes, Dict[str, Any], Any]
+    program, code, objects, cleaner = '', b'', {}, cleanup if callable(
+        cleanup) else None   # type: Tuple[str, bytes, Dict[str, Any], Any]
     if isinstance(computation, (str, os.PathLike)):
         _sort_depends(depends, paths, ())
         path = _program_path(os.fspath(computation))
@@ -5243,13 +5751,15 @@ def pack_computation(computation: Any, depends: Sequence[Any], setup: Any, clean
         objects, bundles.shipped = _sort_depends(depends, paths, bundles.known_globals)
         code = bundles.pack_code(computation, setup, cleaner, objects)
     else:
-        raise TypeError('computation must be a function or the path of a program, not %s' % type(computation).__name__)
+        raise TypeError('computation must be a function or the path of a program, not %s' %
+                        type(computation).__name__)
     files = _file_rows(paths, program)
     spec: Dict[str, Any] = {
-            'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
-            'cleanup': bool(cleanup), 'dest_path': dest_path or '', 'max_jobs': max_jobs or 0,
-            'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0, 'setup_args': b'',
-            'portable': bundles.portable, 'sys_path': [], 'argv': []}
+        'name': name, 'kind': 'program' if program else 'function', 'code': code, 'files': files,
+        'cleanup': bool(cleanup), 'dest_path': dest_path or '', 'max_jobs': max_jobs or 0,
+        'python': tuple(sys.version_info[:3]), 'support': {}, 'program': program, 'cpus': 0,
+        'setup_args': b'', 'portable': bundles.portable, 'sys_path': [], 'argv': []
+    }
     return Cargo(spec, paths, bool(program), functools.partial(
         pack_source, computation, setup, cleaner, objects, tuple(bundles.shipped)))
 
@@ -5258,12 +5768,14 @@ def check_cargo(spec: dict) -> None:
     """Raise ValueError for a computation that is too large for a message."""
     size = len(spec['code'])
     if size > WHOLE_MOST:
-        raise ValueError('the computation, with the data that it refers to, has %d bytes, and the limit is %d: '
-                         'read large data from a file in setup() (depends)' % (size, WHOLE_MOST))
+        raise ValueError(
+            'the computation, with the data that it refers to, has %d bytes, and the limit is %d: '
+            'read large data from a file in setup() (depends)' % (size, WHOLE_MOST))
     names = sum(len(row[0].encode('utf-8', 'replace')) + 80 for row in spec['files'])
     if names > NAMES_MOST:
-        raise ValueError('depends: the list of %d files takes %d bytes, and the limit is %d: pack them into an archive'
-                         % (len(spec['files']), names, NAMES_MOST))
+        raise ValueError(
+            'depends: the list of %d files takes %d bytes, and the limit is %d: pack them into an archive'
+            % (len(spec['files']), names, NAMES_MOST))
 
 
 def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int, bytes, int]]:
@@ -5271,14 +5783,21 @@ def _file_rows(paths: Dict[str, str], program: str = '') -> List[Tuple[str, int,
     for name, path in paths.items():
         check_name(name)
         size, digest = file_digest(path)
-        rows.append((name, size, digest, stat.S_IMODE(os.stat(path).st_mode) | (0o500 if name == program else 0)))
+        rows.append((name, size, digest,
+                     stat.S_IMODE(os.stat(path).st_mode) | (0o500 if name == program else 0)))
     return rows
 
 
 def _program_path(program: str) -> str:
-    path = program if os.path.exists(program) or os.sep in program else shutil.which(program) or program
+    if os.path.exists(program) or os.sep in program:
+        path = program
+    else:
+        path = shutil.which(program) or program
     if not os.path.isfile(path):
-        where = '' if os.path.isabs(program) else ' (in %s)' % os.getcwd()
+        if os.path.isabs(program):
+            where = ''
+        else:
+            where = ' (in %s)' % os.getcwd()
         raise FileNotFoundError('computation: there is no program %s%s' % (program, where))
     with open(path, 'rb') as file:
         start = file.read(2)
@@ -5288,12 +5807,14 @@ def _program_path(program: str) -> str:
 
 
 def _module_files(module: types.ModuleType, paths: Dict[str, str]) -> List[str]:
-    """A module's file, or a package's files below the name that it is imported by. Returns the modules' names."""
+    """A module's file, or a package's files below the name that it is imported by. Returns the
+    modules' names."""
     origin = module_dict(module).get('__file__')
     if not isinstance(origin, str) or not origin.endswith('.py') or not os.path.isfile(origin):
         if own_modules.kind(module.__name__) in (ModuleKind.OWN, ModuleKind.BY_VALUE):
             return []   # in an archive, compiled or made at run time: it travels by itself
-        raise TypeError('depends: module %s has no Python file that could be sent' % module.__name__)
+        raise TypeError('depends: module %s has no Python file that could be sent' %
+                        module.__name__)
     parts = module.__name__.split('.')
     if os.path.basename(origin) != '__init__.py':
         paths['/'.join(parts) + '.py'] = origin
@@ -5304,7 +5825,10 @@ def _module_files(module: types.ModuleType, paths: Dict[str, str]) -> List[str]:
             if not name.endswith(('.pyc', '.pyo')):
                 path = os.path.join(directory, name)
                 paths['/'.join(parts + os.path.relpath(path, root).split(os.sep))] = path
-    return [name for name in sys.modules if name == module.__name__ or name.startswith(module.__name__ + '.')]
+    return [
+        name for name in sys.modules
+        if name == module.__name__ or name.startswith(module.__name__ + '.')
+    ]
 
 
 def _add_path(path: str, paths: Dict[str, str]) -> None:
@@ -5316,11 +5840,13 @@ def _add_path(path: str, paths: Dict[str, str]) -> None:
             for name in names:
                 full = os.path.join(directory, name)
                 if os.path.islink(full) and not os.path.exists(full):
-                    logger.debug('depends: %s is a link to nothing and is left out', full)   # as locks of editors are
+                    # As locks of editors are
+                    logger.debug('depends: %s is a link to nothing and is left out', full)
                     continue
                 if not os.path.isfile(full):   # opening a FIFO would wait, and a device has no end
                     raise ValueError('depends: %s is no regular file' % full)
-                paths['/'.join([os.path.basename(root)] + os.path.relpath(full, root).split(os.sep))] = full
+                paths['/'.join([os.path.basename(root)] +
+                               os.path.relpath(full, root).split(os.sep))] = full
     elif os.path.exists(path):
         raise ValueError('depends: %s is no regular file' % path)
     else:
@@ -5333,7 +5859,9 @@ def _support_files() -> Dict[str, bytes]:
     import importlib.resources
     found = {}
     if hasattr(importlib.resources, 'files'):
-        files = [(entry.name, entry.read_bytes) for entry in importlib.resources.files(cloudpickle).iterdir() if entry.name.endswith('.py')]
+        files = [(entry.name, entry.read_bytes)
+                 for entry in importlib.resources.files(cloudpickle).iterdir()
+                 if entry.name.endswith('.py')]
     else:   # Python 3.8
         files = [(name, functools.partial(importlib.resources.read_binary, cloudpickle, name))
                  for name in importlib.resources.contents(cloudpickle) if name.endswith('.py')]
@@ -5342,9 +5870,10 @@ def _support_files() -> Dict[str, bytes]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Source, for nodes with another version of Python: the statements that a computation needs, and no others
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Source, for nodes with another version of Python: the statements that a computation needs, and no
+# others
+# --------------------------------------------------------------------------------------------------
 
 def _refer_depend(picker: 'SourcePicker', name: str, obj: Any) -> Tuple[str, str]:
     """(module, name) of an object of depends."""
@@ -5354,7 +5883,8 @@ def _refer_depend(picker: 'SourcePicker', name: str, obj: Any) -> Tuple[str, str
 
 
 def _is_named(obj: Any, module: str, name: str) -> bool:
-    """Whether an object is what its module has under a qualified name. A bound method is made anew by each look."""
+    """Whether an object is what its module has under a qualified name. A bound method is made anew
+    by each look."""
     if isinstance(obj, types.MethodType):
         try:
             return bool(functools.reduce(getattr, name.split('.'), sys.modules[module]) == obj)
@@ -5368,21 +5898,26 @@ class NoSource(Exception):
 
 
 class SourcePicker:
-    """Finds functions and classes in their files, and all that they use there. `shipped` are modules that travel as files."""
+    """Finds functions and classes in their files, and all that they use there. `shipped` are
+    modules that travel as files."""
 
     def __init__(self, shipped: Sequence[str] = ()) -> None:
         self._shipped = frozenset(shipped)
-        # module -> name there -> lines of its statement (a range), value (in a tuple of one), or links: rows of (name,
+        # module -> name there -> lines of its statement (a range), value (in a tuple of one), or
+        # links: rows of (name,
         # module, name there) that stand for imports
         self._taken: Dict[str, Dict[str, Any]] = {}
         self._read = functools.lru_cache(maxsize=None)(self._read_file)   # of (module, cell)
         self._cell_of = functools.lru_cache(maxsize=None)(cell_of)        # of (module, name)
 
     def refer(self, obj: Any, what: str) -> Tuple[str, str]:
-        """(module, name) by which a node will find a function or class. `what` it is begins the text of NoSource."""
-        module, name = getattr(obj, '__module__', None), getattr(obj, '__qualname__', None)
+        """(module, name) by which a node will find a function or class. `what` it is begins the
+        text of NoSource."""
+        module = getattr(obj, '__module__', None)
+        name = getattr(obj, '__qualname__', None)
         if not isinstance(module, str) or not isinstance(name, str):
-            raise NoSource('%s is a %s, no function at the top level of a file' % (what, type(obj).__name__))
+            raise NoSource('%s is a %s, no function at the top level of a file' %
+                           (what, type(obj).__name__))
         if name.endswith('<lambda>'):
             raise NoSource('%s is a lambda' % what)
         if '<locals>' in name:
@@ -5390,19 +5925,22 @@ class SourcePicker:
             raise NoSource('%s is a closure over variable %s' % (what, ', '.join(free)) if free else
                            '%s is defined inside of %s' % (what, name.partition('.')[0]))
         if not _is_named(obj, module, name):
-            raise NoSource('%s, of type %s, is not what is called %s in module %s' % (what, type(obj).__name__, name, module))
+            raise NoSource('%s, of type %s, is not what is called %s in module %s' %
+                           (what, type(obj).__name__, name, module))
         if not self._is_there(module):
             self._take(module, name.partition('.')[0], what)
         return module, name
 
     def classes(self) -> List[Tuple[str, str, list]]:
-        """The other classes of the files, for arguments of jobs: rows of (module, class, rows as of `rows`)."""
+        """The other classes of the files, for arguments of jobs: rows of (module, class, rows as of
+        `rows`)."""
         found = []
         for module in list(self._taken):
             for node in self._statements(module):
                 before = {name: dict(taken) for name, taken in self._taken.items()}
                 obj = vars(sys.modules[module]).get(getattr(node, 'name', ''))
-                if isinstance(node, ast.ClassDef) and isinstance(obj, type) and node.name not in before[module]:
+                if isinstance(node, ast.ClassDef) and isinstance(
+                        obj, type) and node.name not in before[module]:
                     try:
                         self.refer(obj, node.name)
                     except NoSource:   # a job that has one as argument is told
@@ -5421,8 +5959,11 @@ class SourcePicker:
                 found += self._read(module, cell)[1].body
         return found
 
-    def rows(self, without: Dict[str, Dict[str, Any]]) -> List[Tuple[str, str, str, Dict[str, Any], list]]:
-        """What was taken, but for what is in `without`: rows of (module, file, text, values, links), in the order in which they can be run."""
+    def rows(
+            self,
+            without: Dict[str, Dict[str, Any]]) -> List[Tuple[str, str, str, Dict[str, Any], list]]:
+        """What was taken, but for what is in `without`: rows of (module, file, text, values,
+        links), in the order in which they can be run."""
         order: List[str] = []
 
         def visit(module: str) -> None:
@@ -5449,7 +5990,10 @@ class SourcePicker:
         run. Values come first."""
         parts: Dict[str, Dict[str, Any]] = {'': {}}
         for name, what in taken.items():
-            cell = self._cell_of(module, name) if isinstance(what, range) else ''
+            if isinstance(what, range):
+                cell = self._cell_of(module, name)
+            else:
+                cell = ''
             parts.setdefault(cell, {})[name] = what
         cells = [cell for cell in list(linecache.cache) if cell and cell in parts]
         if not cells or any(isinstance(what, range) for what in parts[''].values()):
@@ -5463,7 +6007,8 @@ class SourcePicker:
         lines, _, future = self._read(module, cell)
         wanted = {line for node in future for line in range(node.lineno, node.end_lineno + 1)}
         wanted.update(*(statement for statement in taken.values() if isinstance(statement, range)))
-        text = ''.join(line if number in wanted else '\n' for number, line in enumerate(lines[:max(wanted, default=0)], 1))
+        text = ''.join(line if number in wanted else '\n'
+                       for number, line in enumerate(lines[:max(wanted, default=0)], 1))
         return (module, cell or sys.modules[module].__file__ or '', text, *_values_and_links(taken))
 
     def _is_there(self, module: str) -> bool:
@@ -5473,13 +6018,19 @@ class SourcePicker:
     def _read_file(module: str, cell: str) -> Tuple[List[str], ast.Module, List[Any]]:
         """Lines, tree and imports from __future__ of a module's file, or of one of its cells."""
         try:
-            lines = linecache.getlines(cell) if cell else inspect.findsource(sys.modules[module])[0]
+            if cell:
+                lines = linecache.getlines(cell)
+            else:
+                lines = inspect.findsource(sys.modules[module])[0]
             tree = _parse(''.join(lines))
         except (OSError, TypeError):
             raise NoSource('the source of module %s is not to be had' % module) from None
         except SyntaxError as exc:
             raise NoSource('the file of module %s was changed: %s' % (module, exc)) from exc
-        return lines, tree, [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == '__future__']
+        return lines, tree, [
+            node for node in tree.body
+            if isinstance(node, ast.ImportFrom) and node.module == '__future__'
+        ]
 
     def _take(self, module: str, name: str, what: str) -> None:
         """A function or class, with all that it uses."""
@@ -5488,24 +6039,35 @@ class SourcePicker:
         taken = self._taken.setdefault(module, {})
         if name in taken:
             return
-        found = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name == name]
+        found = [
+            node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef,
+                                                            ast.ClassDef)) and node.name == name
+        ]
         if not found:
-            raise NoSource('%s: no statement at the top level of the file of module %s defines %s' % (what, module, name))
+            raise NoSource('%s: no statement at the top level of the file of module %s defines %s' %
+                           (what, module, name))
         with _tree_lock:
             compiled = compile(ast.Module([*future, found[-1]], []), '', 'exec', dont_inherit=True)
         codes = list(_codes(compiled))
-        if hasattr(vars(sys.modules[module])[name], 'registry') and hasattr(vars(sys.modules[module])[name], 'dispatch'):
-            raise NoSource('%s: the implementations of %s (functools.singledispatch) are statements of their own' % (what, name))
+        if hasattr(vars(sys.modules[module])[name], 'registry') and hasattr(
+                vars(sys.modules[module])[name], 'dispatch'):
+            raise NoSource(
+                '%s: the implementations of %s (functools.singledispatch) are statements of their own'
+                % (what, name))
         file = cell or sys.modules[module].__file__
         if not _is_as_written(vars(sys.modules[module])[name], file, codes):
-            raise NoSource('%s: %s in the file of module %s is not what runs: was the file changed?' % (what, name, module))
+            raise NoSource(
+                '%s: %s in the file of module %s is not what runs: was the file changed?' %
+                (what, name, module))
         taken[name] = range(min(node.lineno for node in (found[-1], *found[-1].decorator_list)), found[-1].end_lineno + 1)  # type: ignore[operator]
         for used in sorted({used for code in codes for used in _names_used(code)}):
-            if used in vars(sys.modules[module]) and used not in taken and used not in _OF_EVERY_MODULE:
+            if used in vars(
+                    sys.modules[module]) and used not in taken and used not in _OF_EVERY_MODULE:
                 self._take_global(module, used, name)
 
     def _take_global(self, module: str, name: str, user: str) -> None:
-        value, taken = vars(sys.modules[module])[name], self._taken[module]
+        value = vars(sys.modules[module])[name]
+        taken = self._taken[module]
         what = 'global `%s` of %s' % (name, user)
         links = list(self._imports(module, name, value))
         if links:
@@ -5524,7 +6086,8 @@ class SourcePicker:
             raise NoSource('%s, of type %s, is no plain constant' % (what, type(value).__name__))
 
     def _imports(self, module: str, name: str, value: Any) -> Iterator[Tuple[str, str, str]]:
-        """Links for the import statements of a file, also of those within `if` and `try`, that have given a name its value."""
+        """Links for the import statements of a file, also of those within `if` and `try`, that have
+        given a name its value."""
         try:
             nodes: List[Any] = [self._read(module, '')[1]]
         except NoSource:   # cells: what they import is known by its own module and name
@@ -5536,19 +6099,31 @@ class SourcePicker:
             nodes.extend(ast.iter_child_nodes(node))
             for alias in node.names if isinstance(node, ast.Import) else ():
                 first = alias.name.partition('.')[0]
-                whole = alias.name if alias.asname else first
-                if name == (alias.asname or first) and self._is_there(alias.name) and sys.modules.get(whole) is value:
+                if alias.asname:
+                    whole = alias.name
+                else:
+                    whole = first
+                if name == (alias.asname or first) and self._is_there(
+                        alias.name) and sys.modules.get(whole) is value:
                     yield name, alias.name, ''
                     if whole != alias.name:   # import a.b: loads b, binds a
                         yield name, first, ''
             for alias in node.names if isinstance(node, ast.ImportFrom) else ():
-                origin = importlib.util.resolve_name('.' * node.level + (node.module or ''), sys.modules[module].__package__ or '') \
-                    if node.level else node.module
+                if node.level:
+                    origin = importlib.util.resolve_name('.' * node.level + (node.module or ''),
+                                                         sys.modules[module].__package__ or '')
+                else:
+                    origin = node.module
                 if name == (alias.asname or alias.name) or alias.name == '*':
-                    bound = name if alias.name == '*' else alias.name
-                    if sys.modules.get('%s.%s' % (origin, bound)) is value and self._is_there('%s.%s' % (origin, bound)):
+                    if alias.name == '*':
+                        bound = name
+                    else:
+                        bound = alias.name
+                    if sys.modules.get('%s.%s' % (origin, bound)) is value and self._is_there(
+                            '%s.%s' % (origin, bound)):
                         yield name, '%s.%s' % (origin, bound), ''
-                    elif self._is_there(origin) and getattr(sys.modules.get(origin), bound, nodes) is value:
+                    elif self._is_there(origin) and getattr(sys.modules.get(origin), bound,
+                                                            nodes) is value:
                         yield name, origin, bound
 
 
@@ -5601,34 +6176,44 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_as_written(obj: Any, file: Optional[str], codes: List[types.CodeType]) -> bool:
-    """Whether a function, or the methods of a class, can have come of these code objects. They need not be equal: test and
-    coverage tools write more into what runs."""
+    """Whether a function, or the methods of a class, can have come of these code objects. They need
+    not be equal: test and coverage tools write more into what runs."""
     functions = [inspect.unwrap(obj), *(vars(obj).values() if isinstance(obj, type) else ())]
-    for running in [function.__code__ for function in functions if isinstance(function, types.FunctionType)]:
+    for running in [
+            function.__code__ for function in functions if isinstance(function, types.FunctionType)
+    ]:
         if running.co_filename == file and not any(
-                (code.co_name, code.co_firstlineno) == (running.co_name, running.co_firstlineno)
+            (code.co_name, code.co_firstlineno) == (running.co_name, running.co_firstlineno)
                 and set(code.co_names) <= set(running.co_names)
-                and {const for const in code.co_consts if not isinstance(const, types.CodeType)} <= set(running.co_consts) for code in codes):
+                and {const
+                     for const in code.co_consts
+                     if not isinstance(const, types.CodeType)} <= set(running.co_consts)
+                for code in codes):
             return False
     return True
 
 
-def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, Any], shipped: Sequence[str]) -> Tuple[bytes, str]:
-    """A computation of functions as arguments of `load_source`, or what stands in the way of that."""
+def pack_source(computation: Any, setup: Any, cleanup: Any, objects: Dict[str, Any],
+                shipped: Sequence[str]) -> Tuple[bytes, str]:
+    """A computation of functions as arguments of `load_source`, or what stands in the way of
+    that."""
     if isinstance(computation, Calls):
         return b'', 'the functions of an executor travel pickled'
     picker = SourcePicker(shipped)
     try:
-        wanted = (picker.refer(computation, 'the computation'), setup and picker.refer(setup, 'setup'), cleanup and picker.refer(cleanup, 'cleanup'),
-                  {name: _refer_depend(picker, name, obj) for name, obj in objects.items()})
-        return pickle.dumps((sys.version_info[:2], picker.rows({}), picker.classes(), wanted), 5), ''
+        wanted = (picker.refer(computation, 'the computation'), setup
+                  and picker.refer(setup, 'setup'), cleanup and picker.refer(cleanup, 'cleanup'),
+                  {name: _refer_depend(picker, name, obj)
+                   for name, obj in objects.items()})
+        return pickle.dumps((sys.version_info[:2], picker.rows({}), picker.classes(), wanted),
+                            5), ''
     except NoSource as exc:
         return b'', str(exc)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which nodes: what the user wrote, parsed
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 LOCAL = 'local'
 
@@ -5636,17 +6221,33 @@ LOCAL = 'local'
 class NodeAllocate:
     """An element of `nodes` with a say of its own: subclass it and override `allocate`.
 
-    host, port - as in `nodes`; cpus - as there; depends - more files, modules, functions and classes for that node;
+    host, port - as in `nodes`; cpus - as there; depends - more files, modules, functions and
+        classes for that node;
     setup_args - arguments of `setup` and `cleanup` there.
     """
 
-    def __init__(self, host: str, port: Optional[int] = None, cpus: int = 0, depends: Sequence[Any] = (),
-                 setup_args: Sequence[Any] = ()) -> None:
-        self.host, self.setup_args = host, setup_args
+    def __init__(
+        self,
+        host: str,
+        port: Optional[int] = None,
+        cpus: int = 0,
+        depends: Sequence[Any] = (),
+        setup_args: Sequence[Any] = ()) -> None:
+        self.host = host
+        self.setup_args = setup_args
         # A list of its own, to which `allocate` may add. What is no list is refused later.
-        self.depends = list(depends) if isinstance(depends, (list, tuple, set)) else depends
-        self.port = number_in(port, True) if isinstance(port, str) and number_in(port, True) else port
-        self.cpus = number_in(cpus, True) if isinstance(cpus, str) and number_in(cpus, True) is not None else cpus
+        if isinstance(depends, (list, tuple, set)):
+            self.depends: Any = list(depends)
+        else:
+            self.depends = depends
+        if isinstance(port, str) and number_in(port, True):
+            self.port: Any = number_in(port, True)
+        else:
+            self.port = port
+        if isinstance(cpus, str) and number_in(cpus, True) is not None:
+            self.cpus: Any = number_in(cpus, True)
+        else:
+            self.cpus = cpus
 
     @property
     def ip_addr(self) -> Optional[str]:
@@ -5659,7 +6260,13 @@ class NodeAllocate:
     def ip_addr(self, address: Optional[str]) -> None:
         self._ip_addr = address
 
-    def allocate(self, cluster: 'JobCluster', ip_addr: str, name: str, cpus: int, avail_info: Any = None, platform: str = '') -> int:
+    def allocate(self,
+                 cluster: 'JobCluster',
+                 ip_addr: str,
+                 name: str,
+                 cpus: int,
+                 avail_info: Any = None,
+                 platform: str = '') -> int:
         """How many jobs to run there at once: 0 refuses the node, more than `cpus`, the number it
         offers, is allowed, a negative number leaves so many free. May set self.depends and
         self.setup_args. Called once a connection of the node, in a thread of the cluster's. If it
@@ -5683,12 +6290,14 @@ def address_of(host: str) -> Optional[str]:
 def limited(offered: int, cpus: int) -> int:
     """CPUs to use of those that a node offers: at most so many; if that is negative, all but so
     many; if it is 0, all."""
-    return min(offered, cpus) if cpus > 0 else max(0, offered + cpus)
+    if cpus > 0:
+        return min(offered, cpus)
+    return max(0, offered + cpus)
 
 
 def matches(pattern: str, word: str) -> bool:
-    """Whether a word fits a pattern in which `*` stands for any characters. Each part is looked for once, where it comes
-    first: a regular expression could try for hours."""
+    """Whether a word fits a pattern in which `*` stands for any characters. Each part is looked for
+    once, where it comes first: a regular expression could try for hours."""
     if '\n' in word:   # no name has one
         return False
     first, *parts = pattern.split('*')
@@ -5697,7 +6306,8 @@ def matches(pattern: str, word: str) -> bool:
     last = parts.pop()
     if len(word) < len(first) + len(last) or not word.startswith(first) or not word.endswith(last):
         return False
-    at, end = len(first), len(word) - len(last)
+    at = len(first)
+    end = len(word) - len(last)
     for part in parts:
         at = word.find(part, at, end)
         if at < 0:
@@ -5720,14 +6330,16 @@ class NodeSpec(NamedTuple):
         return '*' in self.host
 
     def fits(self, *words: str) -> bool:
-        """Whether one of these is what is meant: `*` stands for any characters, all else for itself."""
+        """Whether one of these is what is meant: `*` stands for any characters, all else for
+        itself."""
         wanted = _plain_host(self.host)
         if not self.wild:
             return wanted in map(_plain_host, words)
         return any(matches(wanted, _plain_host(word)) for word in words if word)
 
     def may_fit(self, address: str) -> bool:
-        """Whether a node at this address may be meant; it may also be meant by its name, which is not known yet."""
+        """Whether a node at this address may be meant; it may also be meant by its name, which is
+        not known yet."""
         return self.fits(address) or not (set(self.host) <= set('0123456789.*') or ':' in self.host)
 
 
@@ -5747,18 +6359,29 @@ class Allocation(NamedTuple):
     paths: Dict[str, str]
 
 
-def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['Peer', 'NodeRow']) -> Allocation:
+def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['Peer',
+                                                                     'NodeRow']) -> Allocation:
     """Runs the user's code; raises what that raises, TypeError for what is no number."""
-    available = DispyNodeAvailInfo(*map(peer.facts.get('available', {}).get, DispyNodeAvailInfo._fields))
-    cpus = allocator.allocate(cluster, peer.ip_addr, peer.name, peer.offered, avail_info=available, platform=peer.facts.get('platform', ''))
+    available = DispyNodeAvailInfo(
+        *map(peer.facts.get('available', {}).get, DispyNodeAvailInfo._fields))
+    cpus = allocator.allocate(cluster,
+                              peer.ip_addr,
+                              peer.name,
+                              peer.offered,
+                              avail_info=available,
+                              platform=peer.facts.get('platform', ''))
     number = plain_number(cpus, True)
     if number is None:
         raise TypeError('allocate() returned %.80r, which is no number of CPUs' % (cpus,))
-    cpus = max(0, peer.offered + number) if number < 0 else number
+    if number < 0:
+        cpus = max(0, peer.offered + number)
+    else:
+        cpus = number
     paths: Dict[str, str] = {}
     bundles = cluster.bundles
     objects, _ = _sort_depends(allocator.depends, paths, bundles.known_globals)
-    labels = [('setup argument %d' % place, value) for place, value in enumerate(allocator.setup_args, 1)]
+    labels = [('setup argument %d' % place, value)
+              for place, value in enumerate(allocator.setup_args, 1)]
     payload = bundles.packed((tuple(allocator.setup_args), objects), labels)
     blob = in_one_piece(payload)
     check_setup_args(len(blob), cluster.remote)
@@ -5767,15 +6390,18 @@ def ask_allocator(allocator: NodeAllocate, cluster: Any, peer: Union['Peer', 'No
 
 def check_setup_args(size: int, remote: bool) -> None:
     """Raise ValueError for setup_args that are too large; a scheduler takes less of them."""
-    most = SHARED_ARGS_MOST if remote else WHOLE_MOST
+    if remote:
+        most = SHARED_ARGS_MOST
+    else:
+        most = WHOLE_MOST
     if size > most:
         raise ValueError('setup_args of %d bytes are over the limit of %d%s: send a file (depends)'
                          % (size, most, ' of a SharedJobCluster' if remote else ''))
 
 
 def parse_nodes(nodes: Any, port: int, elsewhere: bool = False) -> List[NodeSpec]:
-    """What was written as `nodes`, not None; `elsewhere`: wildcards are not for this process to look for. Raises TypeError or
-    ValueError naming the element."""
+    """What was written as `nodes`, not None; `elsewhere`: wildcards are not for this process to
+    look for. Raises TypeError or ValueError naming the element."""
     if _is_one_node(nodes):
         nodes = [nodes]
     if not isinstance(nodes, collections.abc.Iterable):
@@ -5820,37 +6446,47 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
         parts: Sequence[Any] = (node.host, node.port, node.cpus)
         allocator = node
     elif isinstance(node, str):
-        parts = host_and_port(node, port) if node.startswith('[') or node.count(':') == 1 else (node,)
+        if node.startswith('[') or node.count(':') == 1:
+            parts = host_and_port(node, port)
+        else:
+            parts = (node,)
     elif isinstance(node, dict) and 'host' in node and not set(node) - {'host', 'port', 'cpus'}:
         parts = (node['host'], node.get('port'), node.get('cpus'))
     elif isinstance(node, (tuple, list)) and 1 <= len(node) <= 3:
         parts = node
     else:
-        raise TypeError("nodes: %.80r is no host name, ('host', port), ('host', port, cpus) or {'host':, 'port':, 'cpus':}" % (node,))
+        raise TypeError(
+            "nodes: %.80r is no host name, ('host', port), ('host', port, cpus) or {'host':, 'port':, 'cpus':}"
+            % (node, ))
     host, its_port, cpus = (*parts, None, None)[:3]
     if not isinstance(host, str) or not host or any(c.isspace() or c in ',\0' for c in host):
         raise ValueError('nodes: %.80r is no host; several hosts are a list' % (host,))
     host = plain_text(host)
     if host == LOCAL:
-        raise ValueError('nodes: %r stands alone, not in a list: this machine is %r there, if a dispynode runs here' % (LOCAL, '127.0.0.1'))
+        raise ValueError(
+            'nodes: %r stands alone, not in a list: this machine is %r there, if a dispynode runs here'
+            % (LOCAL, '127.0.0.1'))
     if '*' in host and discovery_reach() == 'off' and not elsewhere:
-        raise ValueError("nodes: %r: wildcards need discovery, which the environment's DISPY_DISCOVERY "
-                         "forbids; name the hosts, or let nodes connect by themselves (host=, and "
-                         "dispynode --scheduler-host there)" % host)
+        raise ValueError(
+            "nodes: %r: wildcards need discovery, which the environment's DISPY_DISCOVERY "
+            "forbids; name the hosts, or let nodes connect by themselves (host=, and "
+            "dispynode --scheduler-host there)" % host)
     number = number_in(port if its_port is None else its_port, True)
     if number is None or not 1 <= number <= 65535:
-        raise ValueError('nodes: port %.40r of %s is not a whole number between 1 and 65535' % (its_port, host))
+        raise ValueError('nodes: port %.40r of %s is not a whole number between 1 and 65535' %
+                         (its_port, host))
     if cpus is not None and number_in(cpus, True) is None:
         raise TypeError('nodes: cpus %.40r of %s is no whole number' % (cpus, host))
     return NodeSpec(host, number, number_in(cpus, True) or 0, allocator)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Journal: what a cluster with a recover_file has submitted, sent and got back
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def check_own_file(path: str, what: str) -> None:
-    """Raise DispyError for a file that is there and that others can have written: what is in it may be code."""
+    """Raise DispyError for a file that is there and that others can have written: what is in it may
+    be code."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
@@ -5862,17 +6498,21 @@ def _check_status(status: os.stat_result, path: str, what: str) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise DispyError('%s: %s is no regular file' % (what, path))
     if hasattr(os, 'geteuid') and status.st_uid != os.geteuid():
-        raise DispyError('%s: %s belongs to another user (number %d), who may have put anything into it' % (what, path, status.st_uid))
+        raise DispyError(
+            '%s: %s belongs to another user (number %d), who may have put anything into it' %
+            (what, path, status.st_uid))
     if os.name != 'nt' and status.st_mode & 0o022:
-        raise DispyError('%s: %s can be written by others (mode %03o): if you know that what is in it is yours, chmod 600 %s'
-                         % (what, path, stat.S_IMODE(status.st_mode), path))
+        raise DispyError(
+            '%s: %s can be written by others (mode %03o): if you know that what is in it is yours, chmod 600 %s'
+            % (what, path, stat.S_IMODE(status.st_mode), path))
 
 
 def open_own_file(path: str, what: str, flags: int = 0, make: bool = True) -> int:
     """Open a file of this user's for reading and writing, or `make` it; no link of anybody's is
     followed. Returns the descriptor. Raises DispyError, OSError."""
     flags |= os.O_CREAT if make else 0
-    flags |= os.O_RDWR | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
+    flags |= os.O_RDWR | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_NONBLOCK', 0) | getattr(
+        os, 'O_BINARY', 0)
     check_own_file(path, what)
     handle = os.open(path, flags, 0o600)
     try:
@@ -5908,17 +6548,21 @@ def _machine() -> str:
 
 
 class Database:
-    """A SQLite file in WAL mode, held by one process at a time. What happens is noted, and written in one transaction a turn,
-    statement after statement in the order of STATEMENTS."""
+    """A SQLite file in WAL mode, held by one process at a time. What happens is noted, and written
+    in one transaction a turn, statement after statement in the order of STATEMENTS."""
     MARK = VERSION = 0         # SQLite's application_id and user_version
     TABLES = ''
     STATEMENTS: Sequence[str] = ()
-    SYNC = 'NORMAL'            # what a transaction wrote outlives the process; a power cut may cost the last of them
+    # What a transaction wrote outlives the process; a power cut may cost the last of them
+    SYNC = 'NORMAL'
 
     def __init__(self, path: str, what: str) -> None:
-        """Raises DispyError for a file that is in use, or none of ours; OSError. `what` is its name for people."""
-        self.path, self._what = os.path.abspath(path), what
-        if os.path.islink(self.path) and hasattr(os, 'geteuid') and os.lstat(self.path).st_uid in (0, os.geteuid()):
+        """Raises DispyError for a file that is in use, or none of ours; OSError. `what` is its name
+        for people."""
+        self.path = os.path.abspath(path)
+        self._what = what
+        if os.path.islink(self.path) and hasattr(os, 'geteuid') and os.lstat(
+                self.path).st_uid in (0, os.geteuid()):
             self.path = os.path.realpath(self.path)   # the user's own link, or the system's
         self._notes: List[List[tuple]] = [[] for _ in self.STATEMENTS]
         self.broken = False    # the last transaction failed; its notes are still here
@@ -5929,15 +6573,21 @@ class Database:
                 check_own_file(self.path + end, what)
             os.close(open_own_file(self.path, what))
         except OSError as exc:
-            raise OSError(exc.errno, '%s cannot be opened: %s' % (what, exc.strerror), self.path) from None
-        self._db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+            raise OSError(exc.errno, '%s cannot be opened: %s' % (what, exc.strerror),
+                          self.path) from None
+        self._db = sqlite3.connect(self.path,
+                                   timeout=0,
+                                   isolation_level=None,
+                                   check_same_thread=False)
         try:
             self._open()
         except sqlite3.Error as exc:
             self._db.close()
             if 'locked' in str(exc):
                 raise DispyError('%s %s is in use by another program' % (what, path)) from exc
-            raise DispyError("%s %s cannot be used: %s; if it is none of dispy's or is damaged, move it away" % (what, path, exc)) from exc
+            raise DispyError(
+                "%s %s cannot be used: %s; if it is none of dispy's or is damaged, move it away" %
+                (what, path, exc)) from exc
         except UnicodeError as exc:   # an error text of SQLite with bytes of a file that is damaged
             self._db.close()
             raise DispyError('%s %s is damaged: move it away' % (what, path)) from exc
@@ -5950,7 +6600,8 @@ class Database:
         run('PRAGMA locking_mode=EXCLUSIVE')
         run('PRAGMA journal_mode=WAL')
         run('PRAGMA synchronous=%s' % self.SYNC)
-        mark, version = run('PRAGMA application_id').fetchone()[0], run('PRAGMA user_version').fetchone()[0]
+        mark = run('PRAGMA application_id').fetchone()[0]
+        version = run('PRAGMA user_version').fetchone()[0]
         run('BEGIN EXCLUSIVE')
         if not run('SELECT count(*) FROM sqlite_master').fetchone()[0]:
             for statement in self.TABLES.split(';'):
@@ -5959,13 +6610,15 @@ class Database:
             run('PRAGMA user_version=%d' % self.VERSION)
         elif mark != self.MARK or version != self.VERSION:
             run('ROLLBACK')
-            raise DispyError('%s %s is %s: give another, or move it away' % (
-                self._what, self.path, 'of version %d and this dispy knows %d' % (version, self.VERSION) if mark == self.MARK else 'no file of dispy'))
+            raise DispyError('%s %s is %s: give another, or move it away' %
+                             (self._what, self.path, 'of version %d and this dispy knows %d' %
+                              (version, self.VERSION) if mark == self.MARK else 'no file of dispy'))
         run('COMMIT')
 
     @contextlib.contextmanager
     def damages(self) -> Iterator[None]:
-        """What is read within this may be damaged: whatever is raised then becomes a DispyError, and the file is left alone."""
+        """What is read within this may be damaged: whatever is raised then becomes a DispyError,
+        and the file is left alone."""
         try:
             yield
         except OSError:
@@ -5973,15 +6626,16 @@ class Database:
         except Exception as exc:  # of SQLite, pickle, struct, enums: by the bytes that are wrong
             if isinstance(exc, DispyError) and not isinstance(exc, PeerError):
                 raise
-            raise DispyError('%s %s is damaged (%s: %s); nothing in it was changed: move it away' % (
-                self._what, self.path, type(exc).__name__, exc)) from exc
+            raise DispyError('%s %s is damaged (%s: %s); nothing in it was changed: move it away' %
+                             (self._what, self.path, type(exc).__name__, exc)) from exc
 
     def note(self, statement: int, *row: Any) -> None:
         """A row for a statement of the next transaction."""
         self._notes[statement].append(row)
 
     def commit(self) -> bool:
-        """Write all that was noted; whether that went well. A failure is told once, and tried again with the next."""
+        """Write all that was noted; whether that went well. A failure is told once, and tried again
+        with the next."""
         if not any(self._notes):
             return True
         try:
@@ -6012,8 +6666,10 @@ class Database:
             raise
 
     def _drop_unfit(self, exc: Exception) -> None:
-        """Forget the rows that SQLite does not take, such as of texts that are not Unicode. At least one goes."""
-        logger.error('%s %s: a row cannot be written and is left out: %s', self._what, self.path, exc)
+        """Forget the rows that SQLite does not take, such as of texts that are not Unicode. At
+        least one goes."""
+        logger.error('%s %s: a row cannot be written and is left out: %s', self._what, self.path,
+                     exc)
         for number, rows in enumerate(self._notes):
             fit = []
             for row in rows:
@@ -6025,7 +6681,8 @@ class Database:
                     continue
                 else:
                     fit.append(row)
-            if len(fit) == len(rows) and rows and number == len(self._notes) - 1 and not any(self._notes[:number]):
+            if len(fit) == len(rows) and rows and number == len(self._notes) - 1 and not any(
+                    self._notes[:number]):
                 fit = []   # nothing was found: better without them than never again
             self._notes[number] = fit
 
@@ -6037,14 +6694,16 @@ class Database:
 
 
 class Journal(Database):
-    """A row a job; and beside the file, in FILE-new, the jobs whose rows are not in a transaction yet: `submit` itself writes
-    them there, so that a job is not lost that it has returned. The loop commits what happened in a turn before anything of the
-    turn is sent. No secret is in it.
+    """A row a job; and beside the file, in FILE-new, the jobs whose rows are not in a transaction
+    yet: `submit` itself writes them there, so that a job is not lost that it has returned. The loop
+    commits what happened in a turn before anything of the turn is sent. No secret is in it.
 
-    A job is known by its number, which is its serial without the attempt. What it holds is pickled: arguments and results
-    as they travel, and the user's ids; it is opened only by the user's program.
+    A job is known by its number, which is its serial without the attempt. What it holds is pickled:
+    arguments and results as they travel, and the user's ids; it is opened only by the user's
+    program.
     """
-    MARK, VERSION = 0x64735035, 3
+    MARK = 0x64735035
+    VERSION = 3
     WAITING, SENT, ENDED = range(3)
     TRIM = 1 << 20             # bytes after which FILE-new is emptied when it may be
     TABLES = """
@@ -6060,8 +6719,7 @@ class Journal(Database):
         'UPDATE jobs SET id = ? WHERE number = ?',
         'UPDATE jobs SET comp = ?, state = ?, serial = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?',
-        'DELETE FROM vals WHERE digest = ?',
-        'INSERT OR IGNORE INTO vals VALUES (?, ?)')
+        'DELETE FROM vals WHERE digest = ?', 'INSERT OR IGNORE INTO vals VALUES (?, ?)')
     NEW_MARK = b'dispy5n\2'     # begins FILE-new
     # CRC-32 of the rest, INSERT or RENAME, number, submitted, lengths of id, payload, options and
     # arguments
@@ -6070,7 +6728,8 @@ class Journal(Database):
     def __init__(self, path: str, must_exist: bool = False) -> None:
         """As Database; FileNotFoundError if it must be there."""
         if must_exist and not os.path.exists(path):
-            raise FileNotFoundError('recover_file: there is no file %s (in %s)' % (path, os.getcwd()))
+            raise FileNotFoundError('recover_file: there is no file %s (in %s)' %
+                                    (path, os.getcwd()))
         # What is in FILE-new and not noted, by any thread: pairs of a statement and its row
         self._rows: Deque[Tuple[int, tuple]] = collections.deque()
         self._guard = threading.Lock()           # guards FILE-new, and what it is behind
@@ -6095,17 +6754,22 @@ class Journal(Database):
             raise
 
     def _check_new(self) -> None:
-        """FILE-new is ours if it begins so, or was made now. Raises DispyError for a file of the user's, which is left alone."""
+        """FILE-new is ours if it begins so, or was made now. Raises DispyError for a file of the
+        user's, which is left alone."""
         os.lseek(self._new, 0, os.SEEK_SET)   # what is written is added at the end all the same
         head = os.read(self._new, len(self.NEW_MARK))
-        if len(head) < len(self.NEW_MARK) and self.NEW_MARK.startswith(head):   # made now, or torn when it was made
+        # Made now, or torn when it was made
+        if len(head) < len(self.NEW_MARK) and self.NEW_MARK.startswith(head):
             os.ftruncate(self._new, 0)
             os.write(self._new, self.NEW_MARK)
         elif head != self.NEW_MARK:
-            raise DispyError('recover_file: %s-new is no file of dispy, and would have to be: give another name' % self.path)
+            raise DispyError(
+                'recover_file: %s-new is no file of dispy, and would have to be: give another name'
+                % self.path)
 
     def _take_new(self) -> None:
-        """Jobs that had been submitted and were in no transaction when the program ended; a torn one was never returned."""
+        """Jobs that had been submitted and were in no transaction when the program ended; a torn
+        one was never returned."""
         with open(self.path + '-new', 'rb') as file:
             file.seek(len(self.NEW_MARK))
             while True:
@@ -6121,7 +6785,8 @@ class Journal(Database):
                 if kind == self.VALUE:
                     self._add(kind, (ident, payload))
                     continue
-                row = (number, '', ident, payload, options, submitted, arguments.decode(), self.WAITING)
+                row = (number, '', ident, payload, options, submitted, arguments.decode(),
+                       self.WAITING)
                 self._add(kind, row if kind == self.INSERT else (ident, number))
         if self.commit():
             os.ftruncate(self._new, len(self.NEW_MARK))
@@ -6131,21 +6796,33 @@ class Journal(Database):
         self._rows.append((statement, row))
         self._added += 1
 
-    # -- while a cluster runs -------------------------------------------------------------------------------
+    # -- while a cluster runs ----------------------------------------------------------------------
 
-    def begin(self, comp: str, name: str, reentrant: bool, program: bool, host: Optional[Tuple[str, int]], key: bytes = b'') -> None:
+    def begin(self,
+              comp: str,
+              name: str,
+              reentrant: bool,
+              program: bool,
+              host: Optional[Tuple[str, int]],
+              key: bytes = b'') -> None:
         """A computation whose jobs come now."""
         with self.damages():
-            self._db.execute('INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?, ?, ?)',
-                             (comp, name, reentrant, program, '%s:%d' % host if host else None, key))
+            self._db.execute(
+                'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?, ?, ?)',
+                (comp, name, reentrant, program, '%s:%d' % host if host else None, key))
 
     def submitted(self, job: KeptJob) -> None:
-        """A job, before `submit` returns; gives it its number. The user's thread, with the cluster's lock held. Raises
-        OSError, and what pickling its id raises; the job is not submitted then."""
+        """A job, before `submit` returns; gives it its number. The user's thread, with the
+        cluster's lock held. Raises OSError, and what pickling its id raises; the job is not
+        submitted then."""
         number = self.last + 1
-        ident, payload = pickle.dumps(job.id), in_one_piece(job.payload)
+        ident = pickle.dumps(job.id)
+        payload = in_one_piece(job.payload)
         plain = {name: value for name, value in (job.options or {}).items() if name != 'repeats'}
-        options = pickle.dumps(plain) if plain else b''
+        if plain:
+            options = pickle.dumps(plain)
+        else:
+            options = b''
         arguments = job.arguments.encode('utf-8', 'replace')
         with self._guard:
             if type(job.payload) is SharedPayload:
@@ -6154,7 +6831,8 @@ class Journal(Database):
             self._add(self.INSERT, (number, job.comp, ident, payload, options, job.submit_time,
                                     arguments.decode(), self.WAITING))
         self.last = number
-        job.serial, job._journal = number << 16, self
+        job.serial = number << 16
+        job._journal = self
 
     def _keep_values(self, values: Sequence[Value]) -> None:
         """Values come before the first job that needs them. With `_guard` held. Raises OSError."""
@@ -6193,7 +6871,8 @@ class Journal(Database):
     def _append(self, kind: int, number: int, submitted: float, *parts: Any) -> None:
         """A record into FILE-new, whole or not at all. With `_guard` held. Raises OSError."""
         sizes = [len(part) for part in parts] + [0] * (4 - len(parts))
-        head, body = self._HEAD.pack(0, kind, number, submitted, *sizes)[4:], b''.join(parts)
+        head = self._HEAD.pack(0, kind, number, submitted, *sizes)[4:]
+        body = b''.join(parts)
         data = memoryview(struct.pack('>I', zlib.crc32(body, zlib.crc32(head))) + head + body)
         start = os.fstat(self._new).st_size
         try:
@@ -6221,14 +6900,21 @@ class Journal(Database):
             text = 'its result of %d bytes was not kept in the recovery file, whose limit is %d' % (
                 size_of(result[4]), JOURNAL_MOST)
             state = JobState.TERMINATED
-            result = (result[0], int(Outcome.RAISED), *result[2:4], pack_error(text, None), *result[5:])
+            result = (result[0], int(Outcome.RAISED), *result[2:4], pack_error(text,
+                                                                               None), *result[5:])
         self._needs_no_more(work)
-        plain = result if isinstance(result, str) else (*result[1:4], *map(in_one_piece, result[4:]))
+        if isinstance(result, str):
+            plain: Any = result
+        else:
+            plain = (*result[1:4], *map(in_one_piece, result[4:]))
         self.note(self.END, self.ENDED, int(state), pickle.dumps(plain, 5), work.serial >> 16)
 
     def _needs_no_more(self, work: Work) -> None:
         """A job has ended."""
-        rows = work.options.get('values', ()) if work.options else ()
+        if work.options:
+            rows = work.options.get('values', ())
+        else:
+            rows = ()
         with self._guard:
             for _, digest in rows:
                 self._needed[digest] -= 1
@@ -6254,15 +6940,21 @@ class Journal(Database):
             if self._committed == self._added and os.fstat(self._new).st_size > self.TRIM:
                 os.ftruncate(self._new, len(self.NEW_MARK))
 
-    # -- after a crash ----------------------------------------------------------------------------------------
+    # -- after a crash -----------------------------------------------------------------------------
 
     def comps(self) -> List[tuple]:
-        """Rows (comp, name, reentrant, program, host, key) of computations of which nodes may have something."""
-        return self._db.execute('SELECT * FROM comps WHERE comp IN (SELECT comp FROM jobs WHERE node IS NOT NULL)').fetchall()
+        """Rows (comp, name, reentrant, program, host, key) of computations of which nodes may have
+        something."""
+        return self._db.execute(
+            'SELECT * FROM comps WHERE comp IN (SELECT comp FROM jobs WHERE node IS NOT NULL)'
+        ).fetchall()
 
     def holders(self) -> Set[str]:
-        """Nodes that may keep results which have been noted: that they need not was perhaps not said any more."""
-        rows = self._db.execute('SELECT DISTINCT node FROM jobs WHERE state = ? AND node IS NOT NULL AND NOT delivered', (self.ENDED,))
+        """Nodes that may keep results which have been noted: that they need not was perhaps not
+        said any more."""
+        rows = self._db.execute(
+            'SELECT DISTINCT node FROM jobs WHERE state = ? AND node IS NOT NULL AND NOT delivered',
+            (self.ENDED, ))
         return {node.rpartition('#')[0] for node, in rows}
 
     def is_program(self) -> bool:
@@ -6277,20 +6969,29 @@ class Journal(Database):
         return found
 
     def jobs(self) -> Iterator[Tuple[KeptJob, int, str, Any]]:
-        """(job, state, node, result) of all jobs that have not been handed to the user since a crash."""
+        """(job, state, node, result) of all jobs that have not been handed to the user since a
+        crash."""
         for (number, comp, ident, payload, options, submitted, arguments, state, serial, node,
              status, result) in self._db.execute(
                 'SELECT number, comp, id, payload, options, submitted, arguments, state, serial, '
                 'node, status, result FROM jobs WHERE NOT delivered'):
-            known = pickle.loads(options) if options else None
+            if options:
+                known = pickle.loads(options)
+            else:
+                known = None
             if known and payload is not None and 'values' in known:
                 payload = self._with_values(payload, known['values'])
             job = KeptJob(comp, payload, known, pickle.loads(ident), arguments)
-            job.serial, job.submit_time = serial or number << 16, submitted
-            found = pickle.loads(result) if result else None
+            job.serial = serial or number << 16
+            job.submit_time = submitted
+            if result:
+                found = pickle.loads(result)
+            else:
+                found = None
             if state == self.ENDED:
                 job.state = JobState(status)
-                if not isinstance(found, str) and (found is None or len(found) != 6 or not is_outcome(*found)):
+                if not isinstance(found, str) and (found is None or len(found) != 6
+                                                   or not is_outcome(*found)):
                     raise ValueError('job %d has no result' % number)
             elif state not in (self.WAITING, self.SENT) or not isinstance(payload, bytes):
                 raise ValueError('job %d is in no state' % number)
@@ -6303,7 +7004,8 @@ class Journal(Database):
         for size, digest in rows:
             value = shared_values.find(digest)
             if value is None:
-                found = self._db.execute('SELECT data FROM vals WHERE digest = ?', (digest,)).fetchone()
+                found = self._db.execute('SELECT data FROM vals WHERE digest = ?',
+                                         (digest, )).fetchone()
                 if found is None or len(found[0]) != size:
                     raise ValueError('a value of %d bytes is not there' % size)
                 value = shared_values.adopt(digest, found[0])
@@ -6316,11 +7018,13 @@ class Journal(Database):
         """These were handed to the user; not again."""
         with self.damages():
             self._db.execute('BEGIN')
-            self._db.executemany('UPDATE jobs SET delivered = 1, result = NULL WHERE number = ?', [(job.serial >> 16,) for job in jobs])
+            self._db.executemany('UPDATE jobs SET delivered = 1, result = NULL WHERE number = ?',
+                                 [(job.serial >> 16, ) for job in jobs])
             self._db.execute('COMMIT')
 
     def close(self, remove: bool = False) -> None:
-        """Let go of the file; with `remove`, or if no job is left in it, remove it. One that is damaged is left alone."""
+        """Let go of the file; with `remove`, or if no job is left in it, remove it. One that is
+        damaged is left alone."""
         left = 1
         try:
             self.commit()
@@ -6337,9 +7041,10 @@ class Journal(Database):
                     os.unlink(self.path + end)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Trail: the small file by which what a program leaves on nodes is found when it ends before its jobs
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Trail: the small file by which what a program leaves on nodes is found when it ends before its
+# jobs
+# --------------------------------------------------------------------------------------------------
 
 TRAIL_END = '.recover'        # ends the names of these files
 TRAIL_MARK = b'{"dispy": '    # begins what is in them
@@ -6379,7 +7084,9 @@ def own_script() -> str:
     """The path of the program that runs here; empty at a prompt and with `python -c`. It is not
     known any more when the program has come to its end."""
     path = getattr(sys.modules.get('__main__'), '__file__', None)
-    return path if isinstance(path, str) else ''
+    if isinstance(path, str):
+        return path
+    return ''
 
 
 class Trail:
@@ -6389,7 +7096,9 @@ class Trail:
     closed. Nothing is written for a job. The driver's thread."""
 
     def __init__(self, head: 'weakref.WeakMethod[Any]', name: str, comp: str) -> None:
-        self._head, self._name, self._comp = head, name, comp
+        self._head = head
+        self._name = name
+        self._comp = comp
         self.script = own_script()
         self._file: Any = None
         self._places: Set[str] = set()
@@ -6408,8 +7117,9 @@ class Trail:
                 raise OSError(errno.ENOSPC, 'no room for it on the disk')
         except (OSError, DispyError) as exc:
             if not self._told:
-                logger.info('%s: what its jobs come to could not be collected if this program ended '
-                            'before them: no file is kept for that: %s', self._name, exc)
+                logger.info(
+                    '%s: what its jobs come to could not be collected if this program ended '
+                    'before them: no file is kept for that: %s', self._name, exc)
             self._told = True
             if is_new:
                 self.close()
@@ -6423,14 +7133,23 @@ class Trail:
         self._file = os.fdopen(open_own_file(path, 'recovery file', os.O_APPEND), 'ab', 0)
         self.path = path
         lock_file(self._file)
-        script = os.path.realpath(self.script) if self.script else ''
+        if self.script:
+            script = os.path.realpath(self.script)
+        else:
+            script = ''
         describe = self._head()   # a method of the cluster, which must not be kept alive by that
-        head = describe() if describe is not None else {}
+        if describe is not None:
+            head = describe()
+        else:
+            head = {}
         return json.dumps(dict(head, script=script)).encode()
 
     def close(self, remove: bool = True) -> None:
         """Let go of the file. Without `remove` it says that somebody may come for results."""
-        file, path, self._file, self.path = self._file, self.path, None, ''
+        file = self._file
+        path = self.path
+        self._file = None
+        self.path = ''
         if file is not None:
             _close_trail(file, path, remove)
 
@@ -6482,7 +7201,10 @@ class Recoverable(_Left, metaclass=Listed):
         return self.path
 
     def __str__(self) -> str:
-        count = '' if self.jobs is None else ', %d jobs' % self.jobs
+        if self.jobs is None:
+            count = ''
+        else:
+            count = ', %d jobs' % self.jobs
         return '%s (%s) of %s%s: %s' % (os.path.basename(self.script) or 'a prompt', self.name,
                                         _moment(self.began), count, self.path)
 
@@ -6500,16 +7222,21 @@ class Left:
     """A trail of a program that has ended, with its lock, which keeps others off until `close`."""
 
     def __init__(self, file: Any, path: str, head: Dict[str, Any], places: Sequence[str]) -> None:
-        self._file, self.path, self.places = file, path, tuple(places)
+        self._file = file
+        self.path = path
+        self.places = tuple(places)
         self.comp, self.key = head['comp'], bytes.fromhex(head['key'])
-        self.is_program, self.listen = head['program'], head['listen']
+        self.is_program = head['program']
+        self.listen = head['listen']
         self.process = tuple(head['process'])
-        self.row = Recoverable(path, head['name'], head['script'], head['host'], head['pid'], head['began'],
-                               head['code'], tuple(where.strip() for where in self.places))
+        self.row = Recoverable(path, head['name'], head['script'], head['host'], head['pid'],
+                               head['began'], head['code'],
+                               tuple(where.strip() for where in self.places))
 
     def close(self, remove: bool = False) -> None:
         """Let go of it; with `remove` nothing is left of it on the nodes."""
-        file, self._file = self._file, None
+        file = self._file
+        self._file = None
         if file is not None:
             _close_trail(file, self.path, remove)
 
@@ -6609,8 +7336,12 @@ def how_to_share(text: str) -> str:
     """A node says whom it serves; what to do, to be appended."""
     found = _OF_SCHEDULER.match(text)
     if found is not None:
-        port = '' if int(found.group(2)) == SCHEDULER_PORT else ', scheduler_port=%s' % found.group(2)
-        return '. That scheduler shares its nodes: use SharedJobCluster(..., scheduler_host=%r%s)' % (found.group(1), port)
+        if int(found.group(2)) == SCHEDULER_PORT:
+            port = ''
+        else:
+            port = ', scheduler_port=%s' % found.group(2)
+        return '. That scheduler shares its nodes: use SharedJobCluster(..., scheduler_host=%r%s)' % (
+            found.group(1), port)
     if text.startswith('it serves ') and 'connection is lost' not in text:
         return '. A node serves one client at a time. For several programs at once start a dispyscheduler, and use SharedJobCluster'
     return ''
@@ -6622,7 +7353,8 @@ def who_holds(text: str, place: str) -> str:
     found = re.search(r'@(\S+) PID (\d+) .*; its connection is lost', text)
     if found is None:
         return ''
-    host, pid = found.group(1), int(found.group(2))
+    host = found.group(1)
+    pid = int(found.group(2))
     for left in programs_left():
         left.close()
         row = left.row
@@ -6633,9 +7365,10 @@ def who_holds(text: str, place: str) -> str:
     return ''
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Driver: one thread that owns links and Schedule. Its helpers: dial threads, openers, callback threads.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Driver: one thread that owns links and Schedule. Its helpers: dial threads, openers, callback
+# threads.
+# --------------------------------------------------------------------------------------------------
 
 class Access(NamedTuple):
     """How a driver speaks to nodes; clusters with the same share a driver."""
@@ -6648,7 +7381,8 @@ class Access(NamedTuple):
 
 
 class Pool:
-    """A few daemon threads for what may block. Unlike concurrent.futures' they do not hold up the interpreter's exit.
+    """A few daemon threads for what may block. Unlike concurrent.futures' they do not hold up the
+    interpreter's exit.
 
     With `patience`, one thread does all as long as nothing takes longer than so many seconds, and
     others begin, for what waits now, only then: short callbacks are called one after the other, as
@@ -6657,8 +7391,11 @@ class Pool:
     """
 
     def __init__(self, name: str, most: int, patience: float = 0.0) -> None:
-        self.name, self._most, self._patience = name, most, patience
-        self._tasks: 'queue.SimpleQueue[Optional[Tuple[Callable[..., Any], tuple]]]' = queue.SimpleQueue()
+        self.name = name
+        self._most = most
+        self._patience = patience
+        self._tasks: 'queue.SimpleQueue[Optional[Tuple[Callable[..., Any], tuple]]]' = queue.SimpleQueue(
+        )
         self._given = 0             # tasks
         self._guard = threading.Lock()   # guards those below
         self._done = 0              # tasks
@@ -6693,7 +7430,10 @@ class Pool:
         with self._guard:   # it may end at once
             self._count += 1
             number = self._count
-        work = self._help if self._patience and number > 1 else self._work
+        if self._patience and number > 1:
+            work = self._help
+        else:
+            work = self._work
         if not self._start(work, str(number)):
             with self._guard:
                 self._count -= 1
@@ -6701,7 +7441,8 @@ class Pool:
                 raise RuntimeError('no thread can be started')
 
     def _look(self) -> None:
-        """While tasks wait: begin another thread when those that there are have got on with none."""
+        """While tasks wait: begin another thread when those that there are have got on with
+        none."""
         while True:
             done = self._done
             time.sleep(self._patience)
@@ -6739,7 +7480,8 @@ class Pool:
     def _do(self, call: Callable[..., Any], args: tuple) -> None:
         try:
             call(*args)
-        except BaseException as exc:  # the user's callback, sys.exit in it too; the next one is served all the same
+        except BaseException as exc:
+            # The user's callback, sys.exit in it too; the next one is served all the same
             about = next(('job %.80r' % (arg.id,) for arg in args if isinstance(arg, DispyJob)), '')
             report_callback(call, about, exc)
         with self._guard:
@@ -6749,7 +7491,10 @@ class Pool:
         """Let threads end when they have done what is queued."""
         with self._guard:
             self._closed = True
-            count = self._count if not self._patience else min(self._count, 1)
+            if not self._patience:
+                count = self._count
+            else:
+                count = min(self._count, 1)
         for _ in range(count):
             self._tasks.put(None)
 
@@ -6758,21 +7503,28 @@ _OUR_FILES = frozenset((__file__, dispynode.__file__))
 
 
 def report_callback(call: Any, about: str, exc: BaseException) -> None:
-    """A function of the user's that was called by a thread of ours has raised: log it without frames of ours."""
+    """A function of the user's that was called by a thread of ours has raised: log it without
+    frames of ours."""
     trace = exc.__traceback__
     code = getattr(getattr(call, '__func__', call), '__code__', None)
     is_ours = getattr(code, 'co_filename', '') in _OUR_FILES
-    module, name = getattr(call, '__module__', None), getattr(call, '__qualname__', None) or type(call).__qualname__
+    module = getattr(call, '__module__', None)
+    name = getattr(call, '__qualname__', None) or type(call).__qualname__
     if module not in (None, '__main__', 'builtins'):
         name = '%s.%s' % (module, name)
     while not is_ours and trace is not None and trace.tb_frame.f_code.co_filename in _OUR_FILES:
         trace = trace.tb_next
-    logger.error('%s %s%s raised %s', 'a fault of dispy:' if is_ours else 'the callback', name, about and ' of ' + about,
-                 type(exc).__name__, exc_info=(type(exc), exc, trace))
+    logger.error('%s %s%s raised %s',
+                 'a fault of dispy:' if is_ours else 'the callback',
+                 name,
+                 about and ' of ' + about,
+                 type(exc).__name__,
+                 exc_info=(type(exc), exc, trace))
 
 
 class Asked(NamedTuple):
-    """Call this in the driver's thread; posted by `Driver.ask`, who waits for `future`, or by a helper, without one."""
+    """Call this in the driver's thread; posted by `Driver.ask`, who waits for `future`, or by a
+    helper, without one."""
     call: Callable[[], Any]
     future: Optional['concurrent.futures.Future[Any]']
 
@@ -6812,8 +7564,8 @@ class NodeRow(NamedTuple):
 def describe_node(peer: 'Union[Peer, NodeRow]', state: str, reason: str, cpus: int, busy: int,
                   done: int = 0, seconds: float = 0.0) -> DispyNode:
     """A node as users get it."""
-    return DispyNode(peer.ip_addr, peer.name, cpus, peer.port, state, reason, peer.offered, busy, done, seconds,
-                     peer.facts_now())
+    return DispyNode(peer.ip_addr, peer.name, cpus, peer.port, state, reason, peer.offered, busy,
+                     done, seconds, peer.facts_now())
 
 
 class Monitor:
@@ -6829,8 +7581,9 @@ class Monitor:
 
 
 class Outgoing:
-    """Jobs of clusters with a journal on their way to nodes: they leave when it has been noted that they do. While that cannot
-    be noted they wait again, no more are sent, and results are not acknowledged. The driver's thread."""
+    """Jobs of clusters with a journal on their way to nodes: they leave when it has been noted that
+    they do. While that cannot be noted they wait again, no more are sent, and results are not
+    acknowledged. The driver's thread."""
     AGAIN = 1.0   # s between attempts to write to a disk that was full
 
     def __init__(self) -> None:
@@ -6862,7 +7615,8 @@ class Outgoing:
         self.held_up.discard(comp)
 
     def commit(self) -> Tuple[List[Tuple['Peer', Any]], List[Tuple['Peer', str, List[int]]]]:
-        """The end of a turn: what may leave now, and what may not, as (node, computation, serials). Sets `held_up`."""
+        """The end of a turn: what may leave now, and what may not, as (node, computation, serials).
+        Sets `held_up`."""
         leaving: List[Tuple['Peer', Any]] = []
         staying: List[Tuple['Peer', str, List[int]]] = []
         for comp, journal in self.journals.items():
@@ -6879,7 +7633,8 @@ class Outgoing:
 
 class Use:
     """A node and a cluster. Driver thread only."""
-    __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told', 'passes', 'unloadable', 'seat_told')
+    __slots__ = ('state', 'spec', 'reason', 'allocation', 'wanted', 'acks', 'then', 'told',
+                 'passes', 'unloadable', 'seat_told')
 
     def __init__(self, spec: NodeSpec) -> None:
         self.state = UseState.WAITING
@@ -6907,40 +7662,67 @@ class Use:
 class Peer:
     """A node as the driver sees it. Driver thread only."""
 
-    def __init__(self, host: str, port: int, redial: float = REDIAL_MOST, listed: bool = False, embedded: bool = False,
+    def __init__(self,
+                 host: str,
+                 port: int,
+                 redial: float = REDIAL_MOST,
+                 listed: bool = False,
+                 embedded: bool = False,
                  scheduler: bool = False) -> None:
-        self.host, self.port, self.embedded, self.scheduler = host, port, embedded, scheduler
-        self.listed = listed                        # named by the user, not found; kept while it cannot be reached
-        self.probed = False                         # looked for on this machine, where nobody has said that it is
-        self.key: Any = LOCAL if embedded else ('scheduler', host, port) if scheduler else (host, port)
+        self.host = host
+        self.port = port
+        self.embedded = embedded
+        self.scheduler = scheduler
+        # Named by the user, not found; kept while it cannot be reached
+        self.listed = listed
+        # Looked for on this machine, where nobody has said that it is
+        self.probed = False
+        if embedded:
+            self.key: Any = LOCAL
+        elif scheduler:
+            self.key = ('scheduler', host, port)
+        else:
+            self.key = (host, port)
         self.state = NodeState.FOUND
         self.link: Optional[Link] = None
         self.linked_at = 0.0
         self.trip = 0.0                            # s from Introduce to Welcome
         self.instance = b''
-        self.wrong = False                         # it could not use what was sent: it is not reached again at once
-        self.restarted = False                     # another process than before; told when it says Welcome
-        self.memory = ''                           # what its memory is known by, see dispynode.Memory
+        # It could not use what was sent: it is not reached again at once
+        self.wrong = False
+        # Another process than before; told when it says Welcome
+        self.restarted = False
+        # What its memory is known by, see dispynode.Memory
+        self.memory = ''
         self.aliases: Set[str] = set()             # places of other names that it was dialled by
-        self.whole = True                          # its memory is the one that was there when jobs were sent
+        # Its memory is the one that was there when jobs were sent
+        self.whole = True
         self.second = Second(self)                 # connection, while the first is silent
         self.replacing = False                     # the first is being replaced by it
-        self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0  # type: Tuple[str, str, dict, int]
+        self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0   # type: Tuple[str, str, dict, int]
         self.reason = 'not reached yet'
         self.unreached = Unreached.UNREACHABLE     # what came of the last attempt that failed
-        self.segment = 0                           # bytes that packets may carry; 0: as many as the system says
+        # Bytes that packets may carry; 0: as many as the system says
+        self.segment = 0
         self.dialling = Dialling(REDIAL_FIRST, redial)
         self.failures = 0                          # in a row
         self.heard = 0.0                           # when it was last found by UDP
-        self.tx, self.rx, self.heard_last = 0, 0, 0.0   # of links before this one
+        # Of links before this one
+        self.tx = 0
+        self.rx = 0
+        self.heard_last = 0.0
         self.retry_at: Optional[float] = None
         self.retry_wait = RETRY_FIRST
         self.told: Set[str] = set()                # reasons that were logged
         self.uses: Dict[str, Use] = {}             # computation -> use
-        self.blocked: Set[str] = set()             # computations that wait here for another that wants the node alone
-        self.most = sys.maxsize                    # CPUs of it that each computation may use at most: who runs a scheduler decides
-        self.answers: Dict[Tuple[str, str], 'concurrent.futures.Future[Any]'] = {}   # (computation, file or '') -> who asked
-        self.process: Optional['subprocess.Popen[bytes]'] = None   # of an embedded node, and its directory
+        # Computations that wait here for another that wants the node alone
+        self.blocked: Set[str] = set()
+        # CPUs of it that each computation may use at most: who runs a scheduler decides
+        self.most = sys.maxsize
+        # (computation, file or '') -> who asked
+        self.answers: Dict[Tuple[str, str], 'concurrent.futures.Future[Any]'] = {}
+        # Of an embedded node, and its directory
+        self.process: Optional['subprocess.Popen[bytes]'] = None
         self.directory = ''
 
     def move(self, event: str) -> None:
@@ -6950,8 +7732,12 @@ class Peer:
     @property
     def state_word(self) -> str:
         """Its state for people: for one that was not reached, why, also while it is tried again."""
-        if self.state is NodeState.UNREACHED or (self.state is NodeState.DIALLING and self.failures):
-            return NodeState.LOST.value if self.offered else str(self.unreached)   # lost: it has been connected before
+        if self.state is NodeState.UNREACHED or (self.state is NodeState.DIALLING
+                                                 and self.failures):
+            # Lost: it has been connected before
+            if self.offered:
+                return NodeState.LOST.value
+            return str(self.unreached)
         return self.state.value
 
     def end_process(self) -> None:
@@ -6964,7 +7750,8 @@ class Peer:
             self.directory = ''
 
     def facts_now(self) -> dict:
-        """What is known of it, with the bytes that went over its links and when it was heard last."""
+        """What is known of it, with the bytes that went over its links and when it was heard
+        last."""
         link = self.link
         if link is None:
             return dict(self.facts, tx=self.tx, rx=self.rx, heard=self.heard_last)
@@ -6974,7 +7761,9 @@ class Peer:
     def count_link(self) -> None:
         """Its link has ended, or ends now."""
         facts = self.facts_now()
-        self.tx, self.rx, self.heard_last = facts['tx'], facts['rx'], facts['heard']
+        self.tx = facts['tx']
+        self.rx = facts['rx']
+        self.heard_last = facts['heard']
 
     def is_meant(self, node: Any) -> bool:
         """Whether a user's word for a node means this one."""
@@ -6983,38 +7772,59 @@ class Peer:
         if isinstance(node, DispyNode):
             node = (node.ip_addr, node.port)
         if isinstance(node, (tuple, list)):
-            return len(node) == 2 and node[0] in (self.host, self.ip_addr, self.name) and node[1] == self.port
-        return bool(node) and node in (self.name, self.ip_addr, self.host, place(self.ip_addr, self.port), place(self.host, self.port))
+            return len(node) == 2 and node[0] in (self.host, self.ip_addr,
+                                                  self.name) and node[1] == self.port
+        return bool(node) and node in (self.name, self.ip_addr, self.host,
+                                       place(self.ip_addr, self.port), place(self.host, self.port))
 
     @property
     def kind(self) -> str:
         """As of NodeDoubted."""
         if self.scheduler:
             return 'scheduler'
-        return 'embedded' if self.embedded else ''
+        if self.embedded:
+            return 'embedded'
+        return ''
 
     def limit(self, comp: str) -> int:
         """CPUs that a computation may use here."""
-        return 0 if comp in self.blocked else min(self.allowed(comp), self.most)
+        if comp in self.blocked:
+            return 0
+        return min(self.allowed(comp), self.most)
 
     def allowed(self, comp: str) -> int:
         """The same, were no other computation alone here."""
         use = self.uses[comp]
         if use.wanted is not None:
-            most = use.wanted if self.embedded else self.offered   # the program's own may have more processes than CPUs
-            return min(use.wanted, most) if use.wanted >= 0 else max(0, self.offered + use.wanted)
+            # The program's own may have more processes than CPUs
+            if self.embedded:
+                most = use.wanted
+            else:
+                most = self.offered
+            if use.wanted >= 0:
+                return min(use.wanted, most)
+            return max(0, self.offered + use.wanted)
         if use.allocation is not None:
-            return use.allocation.cpus if self.offered else 0
+            if self.offered:
+                return use.allocation.cpus
+            return 0
         return limited(self.offered, use.spec.cpus)
 
     @property
     def place(self) -> str:
         """Where it is reached, for a journal; one that dials us is known by its name."""
-        return '@' * self.scheduler + place(self.host, self.port) if self.port else ' %s' % self.name
+        if self.port:
+            return '@' * self.scheduler + place(self.host, self.port)
+        return ' %s' % self.name
 
     def __str__(self) -> str:
-        where = 'dispyscheduler ' * self.scheduler + place(self.host, self.port) if self.port else self.host
-        return '%s (%s)' % (self.name, where) if self.name and self.name != self.host else where
+        if self.port:
+            where = 'dispyscheduler ' * self.scheduler + place(self.host, self.port)
+        else:
+            where = self.host
+        if self.name and self.name != self.host:
+            return '%s (%s)' % (self.name, where)
+        return where
 
 
 class NodeUser:
@@ -7063,7 +7873,7 @@ class NodeUser:
         """Whether a cluster of the same function was made later."""
         return False
 
-    # -- for monitors; any thread -------------------------------------------------------------------------
+    # -- for monitors; any thread ------------------------------------------------------------------
 
     def jobs_counted(self) -> Tuple[int, int, int, int]:
         """How many jobs were submitted, have ended as they should, have failed, were cancelled."""
@@ -7205,27 +8015,44 @@ class NodePolicy:
 
 
 class Recovery(NodeUser):
-    """Collects what nodes have of computations whose program has crashed. To the driver it is a cluster that only looks.
-    `done(job, row, peer)` is told a result, `lost(job, text)` a job that has begun and is lost, `again(job)` one that has not
-    begun and waits again, `over()` that none is left.
-    The driver's thread."""
+    """Collects what nodes have of computations whose program has crashed. To the driver it is a
+    cluster that only looks. `done(job, row, peer)` is told a result, `lost(job, text)` a job that
+    has begun and is lost, `again(job)` one that has not begun and waits again, `over()` that none
+    is left. The driver's thread."""
     client = 'recovery'
     acknowledges = True    # results, when they come: they are noted
 
-    def __init__(self, journal: Journal, sent: Sequence[Tuple[DispyJob, str]], holders: Set[str], done: Callable[[DispyJob, tuple, Peer], None],
-                 lost: Callable[[DispyJob, str], None], again: Callable[[DispyJob], None], over: Callable[[], None],
+    def __init__(self,
+                 journal: Journal,
+                 sent: Sequence[Tuple[DispyJob, str]],
+                 holders: Set[str],
+                 done: Callable[[DispyJob, tuple, Peer], None],
+                 lost: Callable[[DispyJob, str], None],
+                 again: Callable[[DispyJob], None],
+                 over: Callable[[], None],
                  cancel: bool = False) -> None:
-        rows, self._journal = journal.comps(), journal
-        self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}   # computations and their keys
-        self._unmet = holders - {node.rpartition('#')[0] for _, node in sent}   # they may keep results that are noted
+        rows = journal.comps()
+        self._journal = journal
+        # Computations and their keys
+        self.old: Dict[str, bytes] = {row[0]: row[5] for row in rows}
+        # They may keep results that are noted
+        self._unmet = holders - {node.rpartition('#')[0] for _, node in sent}
         self.met: List[Peer] = []
         self.collected = threading.Event()
         self._jobs = {job.serial >> 16: (job, node) for job, node in sent}
-        self._done, self._lost, self._again, self._over, self._cancel = done, lost, again, over, cancel
-        self.comp, self.port = uuid.uuid4().hex, NODE_PORT
+        self._done = done
+        self._lost = lost
+        self._again = again
+        self._over = over
+        self._cancel = cancel
+        self.comp = uuid.uuid4().hex
+        self.port = NODE_PORT
         self.name = 'the recovery of %s' % ', '.join(sorted({row[1] for row in rows}))
-        self.specs = [NodeSpec(*host_and_port(node.lstrip('@'), NODE_PORT), scheduler=node.startswith('@'))
-                       for node in sorted({node.rpartition('#')[0] for _, node in sent} | self._unmet) if not node.startswith(' ')]
+        self.specs = [
+            NodeSpec(*host_and_port(node.lstrip('@'), NODE_PORT), scheduler=node.startswith('@'))
+            for node in sorted({node.rpartition('#')[0]
+                                for _, node in sent} | self._unmet) if not node.startswith(' ')
+        ]
         # Names of nodes that will dial us
         self.callers = {node.rpartition('#')[0][1:] for _, node in sent if node.startswith(' ')}
         hosts = [row[4] for row in rows if row[4]]
@@ -7253,7 +8080,8 @@ class Recovery(NodeUser):
             if where != peer.place or job.comp != comp:
                 continue
             whole = memory != '' and peer.memory.startswith(memory)
-            verdict, text = Account(frozenset(serials), past, whole).verdict(job.serial, Occasion.RECOVERED)
+            verdict, text = Account(frozenset(serials), past,
+                                    whole).verdict(job.serial, Occasion.RECOVERED)
             if verdict is Verdict.WAITS:
                 del self._jobs[number]
                 self._again(job)
@@ -7269,7 +8097,10 @@ class Recovery(NodeUser):
         for serial in serials:
             job, _ = self._jobs.get(serial >> 16, (None, ''))
             if job is not None:
-                job.status = DispyJob.Running if node else DispyJob.Created
+                if node:
+                    job.status = DispyJob.Running
+                else:
+                    job.status = DispyJob.Created
 
     def returned(self, peer: Peer, comp: str, serials: Sequence[int]) -> None:
         """A node gives back what has not begun."""
@@ -7318,8 +8149,12 @@ class Recovery(NodeUser):
                 self._over()
 
     def wait(self, over: threading.Event, timeout: Optional[float]) -> None:
-        """Until all has been collected, and a little longer for nodes that may forget what they keep."""
-        until = math.inf if timeout is None else time.monotonic() + timeout
+        """Until all has been collected, and a little longer for nodes that may forget what they
+        keep."""
+        if timeout is None:
+            until = math.inf
+        else:
+            until = time.monotonic() + timeout
         in_slices(self.collected.wait, timeout)
         over.wait(min(max(0.0, until - time.monotonic()), FORGET_TIME))
 
@@ -7335,7 +8170,8 @@ class Gathering(NodeUser):
     name = 'the recovery of programs that have ended'
 
     def __init__(self, lefts: Sequence[Left], cancel: bool = False) -> None:
-        self.comp, self.port = uuid.uuid4().hex, NODE_PORT
+        self.comp = uuid.uuid4().hex
+        self.port = NODE_PORT
         self.lefts = {left.comp: left for left in lefts}
         self._cancel = cancel
         self.met: List[Peer] = []
@@ -7354,12 +8190,18 @@ class Gathering(NodeUser):
         self._changed = threading.Condition()           # guards all of these
         self._is_over = False                           # what comes now is left to the next one
         places = {where for left in lefts for where in left.places}
-        self.specs = [NodeSpec(*host_and_port(where.lstrip('@'), NODE_PORT), scheduler=where[0] == '@')
-                       for where in sorted(places) if not where.startswith(' ')]
-        self.callers = {where[1:] for where in places if where.startswith(' ')}   # that will dial us
+        self.specs = [
+            NodeSpec(*host_and_port(where.lstrip('@'), NODE_PORT), scheduler=where[0] == '@')
+            for where in sorted(places) if not where.startswith(' ')
+        ]
+        # That will dial us
+        self.callers = {where[1:] for where in places if where.startswith(' ')}
         hosts = [left.listen.rpartition(':') for left in lefts
                  if left.listen and any(where.startswith(' ') for where in left.places)]
-        self.hosts = [(hosts[0][0], int(hosts[0][2]))] if hosts else []
+        if hosts:
+            self.hosts = [(hosts[0][0], int(hosts[0][2]))]
+        else:
+            self.hosts = []
         self.driver: Any = None
 
     def begin(self, driver: 'Driver') -> None:
@@ -7411,12 +8253,16 @@ class Gathering(NodeUser):
         """A node has told what it knows."""
         with self._changed:
             for key in self._places_of(peer, comp) if not self._is_over else ():
-                known, now = self.there.get(key, set()), set(serials)
+                known = self.there.get(key, set())
+                now = set(serials)
                 taking = self._stages[key] == 'taking'
                 if taking:
                     self._stages[key] = 'done'
                 elif self._stages[key] == 'look':
-                    self._stages[key] = 'take' if key in self.taken else 'seen'
+                    if key in self.taken:
+                        self._stages[key] = 'take'
+                    else:
+                        self._stages[key] = 'seen'
                 self.there[key] = {one for one in now if (comp, one >> 16) not in self.rows}
                 if taking:
                     for serial in known - now:
@@ -7430,10 +8276,12 @@ class Gathering(NodeUser):
         """A job is not at its node any more, and no result of it came."""
         if (comp, serial >> 16) not in self.rows:
             verdict, text = account.verdict(serial, Occasion.RECOVERED)
-            state, text = (JobState.ABANDONED, 'abandoned: node %s: %s' % (peer, text)) \
-                if verdict is Verdict.LOST else (
-                    JobState.CANCELLED, 'cancelled: it had not begun when node %s ended or gave it '
-                    'back, and its program was gone' % peer)
+            if verdict is Verdict.LOST:
+                state, text = (JobState.ABANDONED, 'abandoned: node %s: %s' % (peer, text))
+            else:
+                state, text = (JobState.CANCELLED,
+                               'cancelled: it had not begun when node %s ended or gave it '
+                               'back, and its program was gone' % peer)
             self.gone[comp, serial >> 16] = state, text
 
     def returned(self, peer: Peer, comp: str, serials: Sequence[int]) -> None:
@@ -7478,7 +8326,7 @@ class Gathering(NodeUser):
     def cancel(self, job: DispyJob) -> None:
         """Nobody has these jobs in hand while they are collected."""
 
-    # -- any thread -----------------------------------------------------------------------------------------
+    # -- any thread --------------------------------------------------------------------------------
 
     def wait(self, done: Callable[[], bool], timeout: Optional[float]) -> bool:
         """Wait until that is so, at most `timeout` seconds; whether it is."""
@@ -7500,8 +8348,9 @@ class Gathering(NodeUser):
 
     def is_through(self) -> bool:
         """All that was to be taken has come, from nodes that have answered."""
-        return not any(self._stages.get(key) in ('take', 'taking')
-                       or (self._stages.get(key) == 'done' and self.there.get(key)) for key in self.taken)
+        return not any(
+            self._stages.get(key) in ('take', 'taking') or
+            (self._stages.get(key) == 'done' and self.there.get(key)) for key in self.taken)
 
     def is_whole(self, comp: str) -> bool:
         """Nothing of a computation is left anywhere, once nodes were told that it is over."""
@@ -7523,7 +8372,8 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
                  cafile: Optional[str] = None) -> List[DispyJob]:
     """The jobs of a program that has crashed, or was ended by an exception.
 
-    recover_file - the file of a cluster (`JobCluster(..., recover_file=...)`); None: the newest file
+    recover_file - the file of a cluster (`JobCluster(..., recover_file=...)`); None: the newest
+        file
         of `fault_recover=True` in the current directory, else what this script has left on nodes
         when it ran last and ended before its jobs, without such a file; or one of what
         `recoverable()` lists
@@ -7543,7 +8393,10 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
     path = path_option('recover_file', recover_file)
     seconds = _seconds('timeout', timeout)
     access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST)
-    journal = _journal_here() if path is None else None
+    if path is None:
+        journal = _journal_here()
+    else:
+        journal = None
     if path is None and journal is None:
         return _recover_newest(seconds, terminate_pending, access)
     if path is not None and is_trail(path):
@@ -7588,8 +8441,12 @@ def is_trail(path: str) -> bool:
 
 def _recover_newest(timeout: Optional[float], cancel: bool, access: Access) -> List[DispyJob]:
     """What the newest program of this script has left that has left anything."""
-    script, lefts = own_script(), programs_left()
-    script = os.path.realpath(script) if script else ''
+    script = own_script()
+    lefts = programs_left()
+    if script:
+        script = os.path.realpath(script)
+    else:
+        script = ''
     mine = [left for left in lefts if script and left.row.script == script]
     for left in lefts:
         if left not in mine:
@@ -7634,7 +8491,10 @@ def _collect(lefts: Sequence[Left], timeout: Optional[float], cancel: bool,
 
 def _take(found: Gathering, timeout: Optional[float]) -> List[str]:
     """Collect what belongs to no program that lives; returns whose it is."""
-    until = math.inf if timeout is None else time.monotonic() + timeout
+    if timeout is None:
+        until = math.inf
+    else:
+        until = time.monotonic() + timeout
     found.wait(lambda: not found.unreached(), min(REACH_TIME, until - time.monotonic()))
     comps = [comp for comp in found.lefts if comp not in found.alive]
     found.driver.ask(lambda: found.take(comps))
@@ -7646,7 +8506,8 @@ def _take(found: Gathering, timeout: Optional[float]) -> List[str]:
 def gathering(lefts: Sequence[Left], access: Access, cancel: bool = False) -> Iterator[Gathering]:
     """Ask the nodes of dead programs. At the end those that have been emptied forget them, and so
     do we; others keep what they have."""
-    found, whole = Gathering(lefts, cancel), set()   # type: Gathering, Set[str]
+    found: Gathering = Gathering(lefts, cancel)
+    whole: Set[str] = set()
     try:
         driver = Driver.alone(access)
         try:
@@ -7667,11 +8528,13 @@ def gathering(lefts: Sequence[Left], access: Access, cancel: bool = False) -> It
 def _jobs_of(found: Gathering, comp: str) -> List[DispyJob]:
     """The jobs of a computation by what nodes have told of it, in order. Opens results, which may
     run the user's code."""
-    left, jobs = found.lefts[comp], {}   # type: Left, Dict[int, DispyJob]
+    left: Left = found.lefts[comp]
+    jobs: Dict[int, DispyJob] = {}
 
     def job_of(number: int, serial: int = 0) -> DispyJob:
         job = jobs[number] = DispyJob(comp, None, None, number)
-        job.serial, job.submit_time = serial, left.row.began
+        job.serial = serial
+        job.submit_time = left.row.began
         return job
     for (name, number), (row, address) in found.rows.items():
         if name == comp:
@@ -7692,19 +8555,26 @@ def _jobs_of(found: Gathering, comp: str) -> List[DispyJob]:
         for serial in serials if name == comp else ():
             if serial >> 16 not in jobs:
                 waits = where.startswith('@') and not found.placed.get((comp, serial >> 16))
-                job_of(serial >> 16, serial).status = DispyJob.Created if waits else DispyJob.Running
+                if waits:
+                    job_of(serial >> 16, serial).status = DispyJob.Created
+                else:
+                    job_of(serial >> 16, serial).status = DispyJob.Running
     return [jobs[number] for number in sorted(jobs)]
 
 
-def recoverable(timeout: float = REACH_TIME, secret: Union[str, bytes, None] = None,
-                certfile: Optional[str] = None, keyfile: Optional[str] = None, cafile: Optional[str] = None) -> List[Recoverable]:
+def recoverable(timeout: float = REACH_TIME,
+                secret: Union[str, bytes, None] = None,
+                certfile: Optional[str] = None,
+                keyfile: Optional[str] = None,
+                cafile: Optional[str] = None) -> List[Recoverable]:
     """What programs of this user without a `recover_file` have left on nodes, when they were
     killed or ended by an exception before their jobs; newest first. Their nodes are asked, for at
     most `timeout` seconds; files of which no node knows anything any more are removed. Raises
     SecretError, TypeError, ValueError. Any thread."""
     seconds = _seconds('timeout', timeout)
     access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST)
-    lefts, rows = programs_left(), []
+    lefts = programs_left()
+    rows = []
     if not lefts:
         return []
     with gathering(lefts, access) as found:
@@ -7713,7 +8583,10 @@ def recoverable(timeout: float = REACH_TIME, secret: Union[str, bytes, None] = N
             if left.comp in found.alive or found.is_whole(left.comp):
                 continue
             unreached = tuple(found.unreached(left.comp))
-            jobs = None if len(unreached) == len(left.places) else found.count(left.comp)
+            if len(unreached) == len(left.places):
+                jobs = None
+            else:
+                jobs = found.count(left.comp)
             rows.append(left.row._replace(jobs=jobs, unreached=unreached))
     return rows
 
@@ -7738,17 +8611,22 @@ def cancel_lost(access: Access) -> int:
             elif not found.is_whole(left.comp):
                 rest += 1
                 unreached = found.unreached(left.comp)
-                ended = 'not reached: %s' % ', '.join(unreached) if unreached \
-                    else '%d jobs have not ended yet' % found.count(left.comp)
+                if unreached:
+                    ended = 'not reached: %s' % ', '.join(unreached)
+                else:
+                    ended = '%d jobs have not ended yet' % found.count(left.comp)
             row = left.row
             print('%s (%s) of %s, PID %d on %s: %s' % (
                 row.script or 'a prompt', row.name, _moment(row.began), row.pid, row.host, ended))
     return min(rest, 100)
 
 
-def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: 'Access') -> List[DispyJob]:
+def _recover(journal: Journal, timeout: Optional[float], cancel: bool,
+             access: 'Access') -> List[DispyJob]:
     lock = threading.Lock()
-    jobs, sent, ended = [], [], []  # type: List[DispyJob], List[Tuple[DispyJob, str]], List[DispyJob]
+    jobs: List[DispyJob] = []
+    sent: List[Tuple[DispyJob, str]] = []
+    ended: List[DispyJob] = []
     with journal.damages():
         is_program = journal.is_program()
         again = {row[0] for row in journal.comps() if row[2]}
@@ -7757,7 +8635,10 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
 
     def done(job: DispyJob, row: tuple, peer: Optional[Peer]) -> None:
         with lock:
-            job.ip_addr = peer.ip_addr if peer is not None else None
+            if peer is not None:
+                job.ip_addr = peer.ip_addr
+            else:
+                job.ip_addr = None
             fill_in(job, row, is_program)
             ended.append(job)
 
@@ -7778,7 +8659,10 @@ def _recover(journal: Journal, timeout: Optional[float], cancel: bool, access: '
     for job, state, node, result in rows:
         jobs.append(job)
         if state == Journal.SENT:   # a scheduler tells which of them are on a node
-            job.status = DispyJob.Created if node.startswith('@') else DispyJob.Running
+            if node.startswith('@'):
+                job.status = DispyJob.Created
+            else:
+                job.status = DispyJob.Running
             sent.append((job, node))
         elif state == Journal.ENDED and isinstance(result, str):
             end_without(job, result)
@@ -7804,7 +8688,10 @@ class _Asker:
     """Asks for nodes at one UDP port."""
 
     def __init__(self, ears: Ears) -> None:
-        self.ears, self.due, self.wait, self.last = ears, 0.0, ASK_FIRST, 0.0
+        self.ears = ears
+        self.due = 0.0
+        self.wait = ASK_FIRST
+        self.last = 0.0
 
 
 class Unused:
@@ -7841,7 +8728,9 @@ class Unused:
             if unused:
                 self._found.add(comp)
                 self._close(clusters[comp])
-        return self._at if clusters else math.inf
+        if clusters:
+            return self._at
+        return math.inf
 
     @staticmethod
     def _close(cluster: 'JobCluster') -> None:
@@ -7856,15 +8745,18 @@ class Unused:
 
 
 class Misfits:
-    """Nodes that have answered when all were asked, and that are not meant by the wildcards of a cluster. Driver thread only."""
+    """Nodes that have answered when all were asked, and that are not meant by the wildcards of a
+    cluster. Driver thread only."""
     KEPT = 1000   # nodes of a cluster
     SHOWN = 10
 
     def __init__(self) -> None:
-        self._found: Dict[str, Dict[bytes, str]] = {}   # computation -> instance -> address, or name and address
+        # Computation -> instance -> address, or name and address
+        self._found: Dict[str, Dict[bytes, str]] = {}
 
     def add(self, comp: str, instance: bytes, node: str) -> None:
-        """One that answers. By its name, if that is known, and else by the first of its addresses."""
+        """One that answers. By its name, if that is known, and else by the first of its
+        addresses."""
         found = self._found.setdefault(comp, {})
         if len(found) < self.KEPT and (instance not in found or '(' in node):
             found[instance] = node
@@ -7875,20 +8767,23 @@ class Misfits:
 
     def text(self, comp: str, used: Container[bytes]) -> str:
         """These nodes, without the instances that are used by another of their addresses."""
-        nodes = sorted(node for instance, node in self._found.get(comp, {}).items() if instance not in used)
+        nodes = sorted(node for instance, node in self._found.get(comp, {}).items()
+                       if instance not in used)
         more = len(nodes) - self.SHOWN
         return ', '.join(nodes[:self.SHOWN]) + (' and %d more' % more if more > 0 else '')
 
 
 def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool, start: str = START_NODE) -> str:
-    """What to do where a cluster has no node that can be used, of (state, port, whether it is a scheduler) of each that was tried;
-    `others`: nodes have answered that were not meant; `start`: where none has answered. The reason of a node that has answered says it itself."""
+    """What to do where a cluster has no node that can be used, of (state, port, whether it is a
+    scheduler) of each that was tried; `others`: nodes have answered that were not meant; `start`:
+    where none has answered. The reason of a node that has answered says it itself."""
     if others:
         return 'Name one of these, or correct the wildcard (nodes=, at the shell -n)'
     if any(scheduler and state not in NOT_CONNECTED for state, _, scheduler in attempts):
         return 'The scheduler is connected and has no node for it: start `python dispynode.py` on a host, with the same secret, ' \
             'and name it to the scheduler (-n)'
-    silent = [(Unreached(state), port, scheduler) for state, port, scheduler in attempts if state in SILENT]
+    silent = [(Unreached(state), port, scheduler) for state, port, scheduler in attempts
+              if state in SILENT]
     if len(silent) < len([state for state, _, _ in attempts if state not in NOT_TRIED]):
         return ''   # somebody has answered
     words = []
@@ -7899,8 +8794,9 @@ def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool, start: str =
         words.append(start)
     ports = sorted({port for why, port, _ in silent if why is Unreached.UNREACHABLE and port})
     if ports:
-        words.append('Where nobody answers, see whether the host is up, and whether its firewall lets TCP port %s in'
-                     % ' and '.join(map(str, ports)))
+        words.append(
+            'Where nobody answers, see whether the host is up, and whether its firewall lets TCP port %s in'
+            % ' and '.join(map(str, ports)))
     if any(why in (Unreached.NO_SUCH_NAME, Unreached.NAME_SERVICE) for why, _, _ in silent):
         words.append('Correct a name that does not resolve, or give the address instead')
     return '. '.join(words)
@@ -7926,15 +8822,20 @@ class NodeTable:
             return self.of(comp)[0]
         found = [peer for peer in self.of(comp) if peer.is_meant(node)]
         if len(found) != 1:
-            raise ValueError('%s %.80r; this cluster knows %s' % ('no node is' if not found else 'several nodes are', node,
-                                                                  ', '.join(sorted(map(str, self.of(comp)))) or 'none'))
+            raise ValueError('%s %.80r; this cluster knows %s' %
+                             ('no node is' if not found else 'several nodes are', node,
+                              ', '.join(sorted(map(str, self.of(comp)))) or 'none'))
         return found[0]
 
     def words_of(self, comp: str) -> Dict[str, List[Peer]]:
-        """Nodes of a cluster by their names and addresses, so that a list of thousands is not compared with itself."""
+        """Nodes of a cluster by their names and addresses, so that a list of thousands is not
+        compared with itself."""
         found: Dict[str, List[Peer]] = {}
         for peer in self.of(comp):
-            for word in {_plain_host(word) for word in (peer.ip_addr, peer.host, peer.name) if word}:
+            for word in {
+                    _plain_host(word)
+                    for word in (peer.ip_addr, peer.host, peer.name) if word
+            }:
                 found.setdefault(word, []).append(peer)
         return found
 
@@ -7946,7 +8847,8 @@ class NodeTable:
             peer.reason = text
             if (address, text) not in known:   # a host may have many of them
                 # Another user's node on this machine is no reason to worry.
-                logger.log(logging.INFO if is_own_address(address) else logging.WARNING, '%s cannot be used: %s', address, text)
+                logger.log(logging.INFO if is_own_address(address) else logging.WARNING,
+                           '%s cannot be used: %s', address, text)
 
 
 class Connector:
@@ -7957,10 +8859,12 @@ class Connector:
         self._driver = driver
         self._nodes = driver.nodes
         self._clusters = driver.clusters
-        self._psk, self._tls = psk, tls
+        self._psk = psk
+        self._tls = tls
         self.reach = discovery_reach()               # how far nodes are asked for
         self._discovery = Discovery(self._psk, Role.CLIENT, driver.instance)
-        self._ears: Dict[Tuple[int, bool], _Asker] = {}      # (UDP port, multicast) -> who asks there
+        # (UDP port, multicast) -> who asks there
+        self._ears: Dict[Tuple[int, bool], _Asker] = {}
         self._gates: Dict[Tuple[str, int], Gate] = {}        # where nodes may dial
         self._dials: Set[Peer] = set()               # with a dial thread at work
 
@@ -7968,9 +8872,12 @@ class Connector:
         """Ask for nodes at a UDP port, often at first, then every ping_interval."""
         asker = self._ears.get((port, multicast))
         if asker is None:
-            # Answers come to a port of our own; at the nodes' port those are heard that start later.
-            asker = self._ears[port, multicast] = _Asker(Ears(self._driver, self.reach, (port,), (0, port), self._hear, multicast))
-        asker.due, asker.wait = self._driver.now, ASK_FIRST
+            # Answers come to a port of our own; at the nodes' port those are heard that start
+            # later.
+            asker = self._ears[port, multicast] = _Asker(
+                Ears(self._driver, self.reach, (port, ), (0, port), self._hear, multicast))
+        asker.due = self._driver.now
+        asker.wait = ASK_FIRST
 
     def searches_at(self, port: int) -> bool:
         """Whether nodes are asked for at a UDP port."""
@@ -7978,7 +8885,9 @@ class Connector:
 
     def end_searches(self) -> None:
         """Those that no cluster needs any more."""
-        wanted = {(spec.port, other.multicast) for other in self._clusters.values() for spec in other.specs if spec.wild}
+        wanted = {(spec.port, other.multicast)
+                  for other in self._clusters.values()
+                  for spec in other.specs if spec.wild}
         for key in set(self._ears) - wanted:
             self._ears.pop(key).ears.close()
 
@@ -7987,7 +8896,9 @@ class Connector:
         for asker in self._ears.values():
             if self._driver.now >= asker.due:
                 asker.ears.shout(lambda: self._discovery.say(Cry.QUESTION))
-                asker.last, asker.due, asker.wait = self._driver.now, self._driver.now + asker.wait, min(2 * asker.wait, self._driver.access.redial)
+                asker.last = self._driver.now
+                asker.due = self._driver.now + asker.wait
+                asker.wait = min(2 * asker.wait, self._driver.access.redial)
             due.append(asker.due)
 
     def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
@@ -7996,7 +8907,9 @@ class Connector:
         if heard is None:
             return
         if heard.kind == Cry.NOT_MINE:
-            self._nodes.add_unusable(heard.instance, source, 'its node has another secret (port %d): %s' % (heard.port, same_secret(self._psk)))
+            self._nodes.add_unusable(
+                heard.instance, source,
+                'its node has another secret (port %d): %s' % (heard.port, same_secret(self._psk)))
             return
         if heard.kind == Cry.HELLO:   # ask, soon: which address is best depends on who asks
             for asker in self._ears.values():
@@ -8010,7 +8923,9 @@ class Connector:
                 if any(spec.wild for spec in cluster.specs):
                     self._nodes.misfits.add(comp, heard.instance, place(host, heard.port))
                 continue
-            known = next((peer for peer in self._nodes.by_key.values() if peer.instance == heard.instance or peer.key == (host, heard.port)), None)
+            known = next((peer for peer in self._nodes.by_key.values()
+                          if peer.instance == heard.instance or peer.key == (host, heard.port)),
+                         None)
             if known is None:
                 known = self._driver.selection.use_address(comp, host, heard.port, spec, False)
                 known.dialling.due = self._driver.now + (IPV6_LATER if ':' in host else 0.0)
@@ -8020,32 +8935,52 @@ class Connector:
                 if known.state is NodeState.FOUND and ':' in known.host and ':' not in host and not known.listed \
                         and all(use.spec.may_fit(host) for use in known.uses.values()):
                     del self._nodes.by_key[known.key]
-                    known.host, known.ip_addr, known.key, known.dialling.due = host, host, (host, heard.port), self._driver.now
+                    known.host = host
+                    known.ip_addr = host
+                    known.key = (host, heard.port)
+                    known.dialling.due = self._driver.now
                     self._nodes.by_key[known.key] = known
-                if not known.dialling.busy and (known.instance != heard.instance or known.state is NodeState.LOST):   # it is there again
+                # It is there again
+                if not known.dialling.busy and (known.instance != heard.instance
+                                                or known.state is NodeState.LOST):
                     known.dialling.due = self._driver.now
                 self._driver.selection.take(known, comp, spec)
-            known.instance, known.heard = heard.instance, self._driver.now
+            known.instance = heard.instance
+            known.heard = self._driver.now
         self._driver.soon()
 
     def _turned_away(self, address: str, text: str) -> None:
         """A gate's thread: a node that dialled us was refused."""
-        self._driver.call_soon(self._nodes.add_unusable, address, address, 'it connected and was turned away: ' + text)
+        self._driver.call_soon(self._nodes.add_unusable, address, address,
+                               'it connected and was turned away: ' + text)
 
     def listen(self, host: str, port: int, may_fail: bool) -> None:
-        """Let nodes connect to us (--scheduler-host). Raises OSError; if it may fail, a port that is taken is no error."""
+        """Let nodes connect to us (--scheduler-host). Raises OSError; if it may fail, a port that
+        is taken is no error."""
         if (host, port) not in self._gates:
             access = self._driver.access
             try:
-                gate = Gate((host, port), self._psk, Role.SCHEDULER, (Role.NODE,), self._driver.instance, self._driver.post,
-                            access.certfile, access.keyfile, access.cafile, refused=self._turned_away)
+                gate = Gate((host, port),
+                            self._psk,
+                            Role.SCHEDULER, (Role.NODE, ),
+                            self._driver.instance,
+                            self._driver.post,
+                            access.certfile,
+                            access.keyfile,
+                            access.cafile,
+                            refused=self._turned_away)
             except OSError as exc:
                 taken = exc.errno in (48, 98, 10048)   # EADDRINUSE of macOS, Linux, Windows
                 if not taken or not may_fail:
-                    raise OSError(exc.errno, 'nodes cannot connect to %s: %s (host=%r: an address of this host, or ADDRESS:PORT)'
-                                  % (place(host, port), 'another program has that port' if taken else exc.strerror, host)) from exc
-                logger.warning('port %d is taken by another program, so that nodes cannot connect to this one, which still connects to '
-                               'nodes (host=%r; ADDRESS:PORT gives another port)', port, host)
+                    raise OSError(
+                        exc.errno,
+                        'nodes cannot connect to %s: %s (host=%r: an address of this host, or ADDRESS:PORT)'
+                        %
+                        (place(host, port),
+                         'another program has that port' if taken else exc.strerror, host)) from exc
+                logger.warning(
+                    'port %d is taken by another program, so that nodes cannot connect to this one, which still connects to '
+                    'nodes (host=%r; ADDRESS:PORT gives another port)', port, host)
                 return
             self._gates[host, port] = gate
             self._driver.watch(gate.socket, gate.knock)
@@ -8069,7 +9004,8 @@ class Connector:
         for peer in self._nodes.by_key.values():
             when = peer.dialling.due
             if when is not None and when <= self._driver.now and peer.state in _MAY_DIAL:
-                if len(self._dials) < DIALS_MOST:   # each takes a thread and a descriptor; those that end make place for others
+                # Each takes a thread and a descriptor; those that end make place for others
+                if len(self._dials) < DIALS_MOST:
                     self._dial(peer)
             elif when is not None and peer.state in _MAY_DIAL:
                 due.append(when)
@@ -8086,11 +9022,18 @@ class Connector:
         """What is on a node that is away is not lost for so many s: it is tried to reach it."""
         self._driver.decide(NodeTried(peer.key, self._driver.now + lasts))
 
-    def _reach_peer(self, peer: Peer, note: Callable[[Any], None], patience: float = HANDSHAKE_TIME) -> Arrival:
+    def _reach_peer(self,
+                    peer: Peer,
+                    note: Callable[[Any], None],
+                    patience: float = HANDSHAKE_TIME) -> Arrival:
         """A dial thread."""
         if not peer.embedded:
-            wanted = Role.SCHEDULER if peer.scheduler else Role.NODE
-            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted, self._driver.instance, self._tls, note, patience,
+            if peer.scheduler:
+                wanted = Role.SCHEDULER
+            else:
+                wanted = Role.NODE
+            return dial(peer.host, peer.port, self._psk, Role.CLIENT, wanted,
+                        self._driver.instance, self._tls, note, patience,
                         self._driver.policy.addresses_of(peer), peer.segment)
         peer.end_process()
         peer.process, port, psk = _start_embedded(peer)
@@ -8109,8 +9052,10 @@ class Connector:
             event.sock.close()
             return
         instance = event.session.peer_instance
-        twin = next((other for other in self._nodes.by_key.values() if other is not peer and other.link is not None
-                     and other.link.instance == instance), None)
+        twin = next(
+            (other for other in self._nodes.by_key.values()
+             if other is not peer and other.link is not None and other.link.instance == instance),
+            None)
         if twin is not None:   # one node by two names or addresses: one link is enough
             event.sock.close()
             twin.aliases.add(peer.place)
@@ -8120,7 +9065,8 @@ class Connector:
                 if known and twin.name and self._clusters[comp].cargo is None:
                     # It may look for something by this name.
                     self._clusters[comp].node_connected(twin)
-            if peer.listed and not twin.port and not twin.embedded:   # it has dialled us; when that ends, we dial it
+            # It has dialled us; when that ends, we dial it
+            if peer.listed and not twin.port and not twin.embedded:
                 peer.move('fail')
                 peer.reason = 'it has connected by itself'
                 peer.dialling.again(self._driver.now)
@@ -8130,14 +9076,17 @@ class Connector:
             peer.uses.clear()
             self._driver.selection.drop_unused(peer)
             return
-        elder = next((other for other in self._nodes.by_key.values() if other is not peer and other.link is None and not other.embedded
-                      and other.instance == instance and other.key in self._driver.schedule.nodes), None)
+        elder = next((other for other in self._nodes.by_key.values()
+                      if other is not peer and other.link is None and not other.embedded
+                      and other.instance == instance and other.key in self._driver.schedule.nodes),
+                     None)
         if elder is not None:   # one node by two names: its jobs are known by the other
             for comp, use in peer.uses.items():
                 self._driver.selection.take(elder, comp, use.spec)
             elder.listed = elder.listed or peer.listed
             if not elder.port:
-                elder.host, elder.port = peer.host, peer.port
+                elder.host = peer.host
+                elder.port = peer.port
             peer.uses.clear()
             self._driver.selection.drop_unused(peer)
             peer = elder
@@ -8145,31 +9094,51 @@ class Connector:
 
     def _connected(self, peer: Peer, event: Any) -> None:
         peer.move('connect')
-        peer.failures, peer.probed = 0, False
+        peer.failures = 0
+        peer.probed = False
         peer.restarted = bool(peer.instance) and peer.instance != event.session.peer_instance
         peer.instance = event.session.peer_instance
-        peer.ip_addr, peer.reason = event.address, ''
-        peer.link = Link(event.sock, event.session, event.address, self._driver.now, self._driver.access.pulse, OF_NODES)
+        peer.ip_addr = event.address
+        peer.reason = ''
+        peer.link = Link(event.sock, event.session, event.address, self._driver.now,
+                         self._driver.access.pulse, OF_NODES)
         peer.linked_at = self._driver.now
         self._driver.attach(peer.link)
         self._nodes.by_link[peer.link.number] = peer
-        self._tried(peer, PULSES_LOST * self._driver.access.pulse)   # it is about to tell what it holds
-        self._driver.say(peer.link, Introduce(self._driver.policy.introduction(), self._driver.access.pulse))
+        # It is about to tell what it holds
+        self._tried(peer, PULSES_LOST * self._driver.access.pulse)
+        self._driver.say(peer.link,
+                         Introduce(self._driver.policy.introduction(), self._driver.access.pulse))
 
     def arrived(self, event: Arrival) -> None:
         """A node has dialled."""
         instance = event.session.peer_instance
-        for other in [other for other in self._nodes.by_key.values() if other.link is not None and other.link.instance == instance]:
+        for other in [
+                other for other in self._nodes.by_key.values()
+                if other.link is not None and other.link.instance == instance
+        ]:
             if other.port or other.embedded:   # we have dialled it
-                link = Link(event.sock, event.session, event.address, self._driver.now, takes=OF_NODES)
+                link = Link(event.sock,
+                            event.session,
+                            event.address,
+                            self._driver.now,
+                            takes=OF_NODES)
                 self._driver.attach(link)
                 self._driver.part(link, 'this program has connected to it already')
                 return
             self._driver.break_link(other.link, 'the node has connected anew')  # type: ignore[arg-type]
-        idle = [other for other in self._nodes.by_key.values() if other.link is None and not other.embedded]
-        peer = next((other for other in idle if other.instance == instance and (not other.port or other.key in self._driver.schedule.nodes)), None)
-        there = [other for other in self._nodes.by_key.values() if not other.port and other.ip_addr == event.address]
-        if peer is None and len(there) == 1 and there[0] in idle:   # of several behind one address it may be another
+        idle = [
+            other for other in self._nodes.by_key.values()
+            if other.link is None and not other.embedded
+        ]
+        peer = next((other for other in idle if other.instance == instance and (
+            not other.port or other.key in self._driver.schedule.nodes)), None)
+        there = [
+            other for other in self._nodes.by_key.values()
+            if not other.port and other.ip_addr == event.address
+        ]
+        # Of several behind one address it may be another
+        if peer is None and len(there) == 1 and there[0] in idle:
             peer = there[0]
         if peer is None:
             peer = Peer(event.address, 0)
@@ -8182,7 +9151,9 @@ class Connector:
         """Dial a node that is silent once more. What dials us does so itself."""
         peer = self._nodes.by_link.get(link.number)
         if peer is not None and peer.port:
-            peer.second.start(self._driver.now, self._driver.post, functools.partial(self._reach_peer, peer, patience=max(1.0, link.pulse)))
+            peer.second.start(
+                self._driver.now, self._driver.post,
+                functools.partial(self._reach_peer, peer, patience=max(1.0, link.pulse)))
 
     def _second_reached(self, event: Dialled) -> None:
         """It takes the place of a link that is silent still, or has come to its end for that."""
@@ -8194,7 +9165,8 @@ class Connector:
             event.sock.close()
             return
         if old is not None:
-            logger.info('%s: nothing was heard for %.1f s, and it was reached anew', peer, self._driver.now - old.heard)
+            logger.info('%s: nothing was heard for %.1f s, and it was reached anew', peer,
+                        self._driver.now - old.heard)
             peer.replacing = True
             self._driver.break_link(old, 'it was reached anew')
             peer.replacing = False
@@ -8244,20 +9216,27 @@ class Connector:
             return unreached
         known = {comp: Account(frozenset(remains.kept(comp)), remains.past(comp, peer.memory))
                  for comp in self._driver.schedule.nodes[peer.key].comps}
-        return NodeDoubted(
-            peer.key, str(peer), Evidence.PROCESS_ENDED, 'its process has ended', peer.kind, known=known)
+        return NodeDoubted(peer.key,
+                           str(peer),
+                           Evidence.PROCESS_ENDED,
+                           'its process has ended',
+                           peer.kind,
+                           known=known)
 
     def forget(self, peer: Peer) -> None:
-        """One that was found and not named cannot be reached: it is found again when it is there again."""
+        """One that was found and not named cannot be reached: it is found again when it is there
+        again."""
         peer.uses.clear()
         self._driver.selection.drop_unused(peer)
 
     def not_reached(self, peer: Peer, text: str, lived: float = 0.0) -> None:
         """Say why, once for each reason, and try again later."""
-        if text == CLOSED_AT_ONCE and peer.told:   # it refuses this address for a while, for the reason that was told
+        # It refuses this address for a while, for the reason that was told
+        if text == CLOSED_AT_ONCE and peer.told:
             text = peer.reason
         if peer.scheduler:
-            text = text.replace('a dispynode 5', 'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
+            text = text.replace('a dispynode 5',
+                                'a dispyscheduler 5 (its port is 9702, that of a dispynode 9701)')
         peer.reason = text
         about = told_once(text)
         if about not in peer.told and not self._only_probed(peer) and not peer.replacing:
@@ -8266,7 +9245,8 @@ class Connector:
             for cluster in [self._clusters[comp] for comp in peer.uses if comp in self._clusters]:
                 cluster.node_unreachable(peer, text)
         peer.dialling.again(self._driver.now, lived, self._driver.access.pulse)
-        last, due = self._driver.schedule.lost_at(peer.key) - LAST_TRY, peer.dialling.due
+        last = self._driver.schedule.lost_at(peer.key) - LAST_TRY
+        due = peer.dialling.due
         if due is not None and self._driver.now < last < due:
             peer.dialling.due = last
         self._driver.soon()
@@ -8278,7 +9258,8 @@ class Connector:
     def told_stall(self, peer: Peer, stall: str, text: str) -> str:
         """Why a link ended on which full packets have not arrived, while short ones did."""
         text += ': ' + STALLS[stall]
-        if peer.port and not peer.segment:   # one that connects by itself says how long packets may be
+        # One that connects by itself says how long packets may be
+        if peer.port and not peer.segment:
             peer.segment = SEGMENT
             text += '. From now on packets to and from there carry at most %d bytes' % SEGMENT
             if peer.replacing:   # nothing else is said
@@ -8286,7 +9267,8 @@ class Connector:
         return text
 
     def away_until(self, peer: Peer, link: Link) -> float:
-        """Until when what is on a node is not lost. Not before a new connection has been tried in vain."""
+        """Until when what is on a node is not lost. Not before a new connection has been tried in
+        vain."""
         if peer.scheduler:
             return math.inf   # it keeps what it has on disk
         until = link.heard + PULSES_LOST * link.pulse
@@ -8300,7 +9282,8 @@ class Connector:
             gate.server_close()
         for asker in self._ears.values():
             asker.ears.close()
-        for peer in {*self._dials, *self._nodes.by_key.values()}:   # also those that no cluster uses any more
+        # Also those that no cluster uses any more
+        for peer in {*self._dials, *self._nodes.by_key.values()}:
             peer.dialling.abort(peer.embedded)
             peer.second.abort()
             peer.end_process()
@@ -8361,8 +9344,11 @@ class NodeSelection:
         if self.probes.pop(comp, None) is not None:
             if any(peer.uses[comp].offered for peer in self._nodes.of(comp)):
                 return   # a dispynode has answered meanwhile
-            logger.info('no dispynode answers, so that one is started on this machine for this program (nodes=%r does that without a search)', LOCAL)
-        peer = self._nodes.by_key.setdefault(LOCAL, Peer('127.0.0.1', 0, self._driver.access.redial, True, True))
+            logger.info(
+                'no dispynode answers, so that one is started on this machine for this program (nodes=%r does that without a search)',
+                LOCAL)
+        peer = self._nodes.by_key.setdefault(
+            LOCAL, Peer('127.0.0.1', 0, self._driver.access.redial, True, True))
         most = self._clusters[comp].cpus_in_all()
         if comp not in peer.uses and most is not None:   # also if the machine has fewer CPUs
             peer.uses[comp] = Use(NodeSpec('127.0.0.1', 0))
@@ -8386,7 +9372,8 @@ class NodeSelection:
                 self._driver.say(peer.link, Shutdown(comp))
             self._driver.say(peer.link, Done(comp))
         for key in [key for key in peer.answers if key[0] == comp]:
-            peer.answers.pop(key).set_exception(RuntimeError('the computation is not at node %s any more' % peer))
+            peer.answers.pop(key).set_exception(
+                RuntimeError('the computation is not at node %s any more' % peer))
 
     def drop_unused(self, peer: Peer) -> None:
         """When no cluster uses a node any more, the next client may have it."""
@@ -8408,10 +9395,15 @@ class NodeSelection:
             self._driver.decide(NodeReturned(peer.key, comp, serials))
         for use in peer.uses.values():
             use.move('lost')
-            use.allocation, use.then = None, ''
+            use.allocation = None
+            use.then = ''
             use.acks.clear()
         for (_, what), future in peer.answers.items():
-            kind = ConnectionError if what.startswith('call ') else RuntimeError   # a scheduler is asked once more
+            # A scheduler is asked once more
+            if what.startswith('call '):
+                kind: Type[Exception] = ConnectionError
+            else:
+                kind = RuntimeError
             future.set_exception(kind('the connection to %s has ended' % peer))
         peer.answers.clear()
         self._driver.files.abort(lambda number, comp: number == link.number)
@@ -8424,13 +9416,15 @@ class NodeSelection:
         use.wanted = cpus
         if use.state is UseState.READY and not use.then:
             limit = self.tell_limit(peer, comp)
-            self._driver.decide(NodeOffers(peer.key, comp, limit) if limit else NodeDrains(peer.key, comp))
+            self._driver.decide(
+                NodeOffers(peer.key, comp, limit) if limit else NodeDrains(peer.key, comp))
         elif use.state is UseState.REFUSED and cpus != 0:
             self._driver.setup.set_up(peer, comp)
         return peer.limit(comp)
 
     def tell_limit(self, peer: Peer, comp: str) -> int:
-        """The CPUs of a node that a computation may use; the node, which has more jobs than it runs, is told as well."""
+        """The CPUs of a node that a computation may use; the node, which has more jobs than it
+        runs, is told as well."""
         limit = peer.limit(comp)
         if limit and peer.link is not None:
             self._driver.say(peer.link, Limit(comp, limit))
@@ -8443,7 +9437,8 @@ class NodeSelection:
             self._driver.say(peer.link, Limit(action.comp, action.cpus))
 
     def leave(self, comp: str, node: Any, then: str, at_once: bool) -> None:
-        """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at once."""
+        """Stop using a node ('close') or set it up anew ('open'), when its jobs have ended or at
+        once."""
         peer = self._nodes.find(comp, node)
         use = peer.uses[comp]
         if use.state is UseState.READY and not at_once:
@@ -8472,23 +9467,38 @@ class NodeSelection:
             use.move('close')
             use.reason = 'closed by the program'
         elif use.state is not UseState.CLOSED:
-            use.move('lost')   # to be set up anew; the node says 'closing' until its cleanup has run, and is asked again
+            # To be set up anew; the node says 'closing' until its cleanup has run, and is asked
+            # again
+            use.move('lost')
             self._driver.setup.set_up(peer, comp)
         self._driver.policy.node_freed(peer)
 
     def allocate(self, comp: str, specs: Sequence[NodeSpec]) -> None:
         """Use these nodes, new ones and those deallocated or closed before."""
-        cluster, words = self._clusters[comp], self._nodes.words_of(comp)
+        cluster = self._clusters[comp]
+        words = self._nodes.words_of(comp)
         for spec in specs:
-            candidates = self._nodes.of(comp) if spec.wild else words.get(_plain_host(spec.host), ())
-            known = [peer for peer in candidates if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
-                     or peer.is_meant(spec.host) and (peer.port in (0, spec.port) or (peer.name, cluster.port) == (spec.host, spec.port))]
+            if spec.wild:
+                candidates: Sequence[Peer] = self._nodes.of(comp)
+            else:
+                candidates = words.get(_plain_host(spec.host), ())
+            known = [
+                peer for peer in candidates
+                if spec.fits(peer.ip_addr, peer.host, peer.name) and spec.wild
+                or peer.is_meant(spec.host) and
+                (peer.port in (0, spec.port) or (peer.name, cluster.port) == (spec.host, spec.port))
+            ]
             for peer in known:
                 use = peer.uses[comp]
-                use.spec = spec if not spec.wild else use.spec
+                if not spec.wild:
+                    use.spec = spec
+                else:
+                    use.spec = use.spec
                 if use.state is UseState.CLOSED:
                     use.move('open')
-                    use.wanted, use.reason, use.allocation = None, '', None
+                    use.wanted = None
+                    use.reason = ''
+                    use.allocation = None
                     self._driver.setup.set_up(peer, comp)
                 else:
                     self.set_cpus(comp, peer, None)
@@ -8511,31 +9521,47 @@ class ComputationSetup:
 
     def on_welcome(self, peer: Peer, message: Welcome) -> None:
         """A node is connected, and tells what it is."""
-        peer.name, peer.facts, peer.offered = message.name, message.facts, message.cpus
+        peer.name = message.name
+        peer.facts = message.facts
+        peer.offered = message.cpus
         peer.trip = self._driver.now - peer.linked_at
-        kept, memory = message.facts.get('kept', {}), str(message.facts.get('memory', ''))
+        kept = message.facts.get('kept', {})
+        memory = str(message.facts.get('memory', ''))
         peer.whole = not peer.restarted or (memory != '' and memory == peer.memory)
         peer.memory = memory
         node = self._driver.schedule.nodes.get(peer.key)
-        sent = [comp for comp, flight in node.flight.items() if flight] if node is not None else []
+        if node is not None:
+            sent = [comp for comp, flight in node.flight.items() if flight]
+        else:
+            sent = []
         if peer.restarted and not peer.whole:
-            known = {comp: Account(frozenset(serials), Past(whole=False)) for comp, serials in kept.items()}
+            known = {
+                comp: Account(frozenset(serials), Past(whole=False))
+                for comp, serials in kept.items()
+            }
             self._driver.decide(NodeDoubted(
                 peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was started anew', peer.kind,
                 known=known))
         peer.restarted = False
-        for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:   # what it has from before comes first, also if it is busy now
+        # What it has from before comes first, also if it is busy now
+        for comp in {**dict.fromkeys(kept), **dict.fromkeys(sent)}:
             if comp in self._clusters:
                 self._driver.say(peer.link, Reclaim(comp, self._clusters[comp].key))  # type: ignore[arg-type]
-        for comp, cluster in sorted(self._clusters.items(), key=lambda item: item[1].cargo is not None):   # recoveries first
+        # Recoveries first
+        for comp, cluster in sorted(self._clusters.items(),
+                                    key=lambda item: item[1].cargo is not None):
             use = peer.uses.get(comp)
             if use is None:
                 self._driver.selection.consider(peer, comp)
             elif use.spec.wild and cluster.spec_of(peer) is None:
                 self._nodes.misfits.add(comp, peer.instance, str(peer))
-                del peer.uses[comp]   # at its address might have been one that is meant, but it has another name
+                # At its address might have been one that is meant, but it has another name
+                del peer.uses[comp]
             else:
-                use.spec = cluster.spec_of(peer) or use.spec if use.spec.wild else use.spec
+                if use.spec.wild:
+                    use.spec = cluster.spec_of(peer) or use.spec
+                else:
+                    use.spec = use.spec
                 self.set_up(peer, comp)
         self._driver.selection.drop_unused(peer)
         if peer.key in self._nodes.by_key:
@@ -8546,13 +9572,16 @@ class ComputationSetup:
         peer.offered = message.cpus
         for comp, use in list(peer.uses.items()):
             if use.state is UseState.READY and not use.then:
-                self._driver.decide(NodeOffers(peer.key, comp, self._driver.selection.tell_limit(peer, comp), peer.offered))
+                self._driver.decide(
+                    NodeOffers(peer.key, comp, self._driver.selection.tell_limit(peer, comp),
+                               peer.offered))
             elif use.state is UseState.REFUSED and peer.offered:
                 self.set_up(peer, comp)
 
     def set_up(self, peer: Peer, comp: str) -> None:
         """Offer a computation to a node."""
-        cluster, use = self._clusters[comp], peer.uses[comp]
+        cluster = self._clusters[comp]
+        use = peer.uses[comp]
         if not self._driver.policy.may_set_up(peer, comp):
             return
         if peer.link is None or not peer.name or use.state not in _MAY_OFFER:
@@ -8565,8 +9594,11 @@ class ComputationSetup:
                 use.move('ask')
                 cluster.ask_allocator(use.spec.allocator, peer, peer.link)
             return
-        spec, there, allocation = cluster.cargo.spec, peer.facts.get('python', ()), use.allocation
-        if spec['kind'] == 'function' and not spec['portable'] and there[:2] != spec['python'][:2] and not peer.scheduler:
+        spec = cluster.cargo.spec
+        there = peer.facts.get('python', ())
+        allocation = use.allocation
+        if spec['kind'] == 'function' and not spec['portable'] and there[:2] != spec[
+                'python'][:2] and not peer.scheduler:
             if cluster.source is None:
                 if use.state is not UseState.ASKING or allocation is not None:
                     use.move('ask')
@@ -8574,19 +9606,26 @@ class ComputationSetup:
                 return
             code, obstacle = cluster.source
             if obstacle:
-                self._refusal(peer, comp, 'it runs %s, this program %s, where functions go as source only: %s. %s' % (
-                    python_of(there), python_of(spec['python']), obstacle, remedy_for_source(spec)), 'version')
+                self._refusal(
+                    peer, comp,
+                    'it runs %s, this program %s, where functions go as source only: %s. %s' %
+                    (python_of(there), python_of(
+                        spec['python']), obstacle, remedy_for_source(spec)), 'version')
                 return
             spec = dict(spec, kind='source', code=code)
         if peer.allowed(comp) < 1 and use.wanted is None:
             if not peer.offered and use.state is UseState.REFUSED and use.reason:
                 return   # the node has said why it offers none, and offers them when it does again
-            self._refusal(peer, comp, 'it has no CPU to use: %d offered, limit %d' % (peer.offered, use.spec.cpus)
-                          if allocation is None else 'allocate() returned %d' % allocation.cpus,
-                          'cpus' if allocation is None else 'allocate')
+            self._refusal(
+                peer, comp, 'it has no CPU to use: %d offered, limit %d' %
+                (peer.offered, use.spec.cpus) if allocation is None else 'allocate() returned %d' %
+                allocation.cpus, 'cpus' if allocation is None else 'allocate')
             return
         if allocation is not None:
-            spec = dict(spec, cpus=allocation.cpus, setup_args=allocation.setup_args, files=spec['files'] + allocation.files)
+            spec = dict(spec,
+                        cpus=allocation.cpus,
+                        setup_args=allocation.setup_args,
+                        files=spec['files'] + allocation.files)
         try:
             spec = dict(spec, support=cluster.support_for(peer), **cluster.modules_for(peer),
                         **self._managers(peer))
@@ -8594,7 +9633,8 @@ class ComputationSetup:
             self._refusal(peer, comp, 'a file of a module cannot be read: %s' % exc, 'module')
             return
         use.move('offer')
-        use.reason, use.unloadable = '', False
+        use.reason = ''
+        use.unloadable = False
         self._check_unloadable(comp)
         self._driver.selection.probes.pop(comp, None)
         spec.update(code=beside(spec['code']), setup_args=beside(spec['setup_args']),
@@ -8627,7 +9667,8 @@ class ComputationSetup:
         if cluster.comp in self._clusters and peer.link is link and cluster.comp in peer.uses:
             self._refusal(peer, cluster.comp, 'its source is not to be had: ' + text, 'source')
 
-    def allocated(self, comp: str, peer: Peer, link: Link, allocation: Allocation, error: str) -> None:
+    def allocated(self, comp: str, peer: Peer, link: Link, allocation: Allocation,
+                  error: str) -> None:
         """What the user's allocator has said."""
         if comp not in self._clusters or peer.link is not link or comp not in peer.uses:
             return   # closed or lost meanwhile
@@ -8638,16 +9679,23 @@ class ComputationSetup:
             self.set_up(peer, comp)
 
     def _refusal(self, peer: Peer, comp: str, text: str, code: str) -> None:
-        """Not used, for a reason of REASONS. One that passes is said once, whatever its numbers, and tried again."""
-        use, reason = peer.uses[comp], REASONS.get(code)
+        """Not used, for a reason of REASONS. One that passes is said once, whatever its numbers,
+        and tried again."""
+        use = peer.uses[comp]
+        reason = REASONS.get(code)
         use.move('refuse')
-        use.reason, use.then = text, ''
+        use.reason = text
+        use.then = ''
         use.passes = reason is not None and reason.passes
-        about = code if use.passes else text
+        if use.passes:
+            about = code
+        else:
+            about = text
         if about not in use.told:
             use.told.add(about)
-            self._clusters[comp].warn('node %s does not take %s: %s%s' % (
-                peer, self._clusters[comp].name, text, '; it is tried again and again' if use.passes else ''))
+            self._clusters[comp].warn('node %s does not take %s: %s%s' %
+                                      (peer, self._clusters[comp].name, text,
+                                       '; it is tried again and again' if use.passes else ''))
         if use.passes:
             peer.retry_at = self._driver.now + peer.retry_wait
             peer.retry_wait = min(peer.retry_wait * 2, RETRY_MOST)
@@ -8674,13 +9722,15 @@ class ComputationSetup:
             text = with_hint_for_module(text, peer.name)
         if message.code == 'busy':
             text += who_holds(text, peer.place) or self._driver.policy.how_to_share(text)
-        self._refusal(peer, message.comp, text, 'process' if was_ready and message.code == 'setup' else message.code)
+        self._refusal(peer, message.comp, text,
+                      'process' if was_ready and message.code == 'setup' else message.code)
         use.unloadable = message.code in ('code', 'initializer')
         self._check_unloadable(message.comp)
         self._driver.policy.node_freed(peer)
 
     def _check_unloadable(self, comp: str) -> None:
-        """Where every node that can come has said that it cannot load the code, jobs would wait for ever: they end."""
+        """Where every node that can come has said that it cannot load the code, jobs would wait for
+        ever: they end."""
         text = self.why_unloadable(comp)
         known = self._driver.schedule.comps.get(comp)
         if known is not None and known.unloadable != text:
@@ -8688,7 +9738,8 @@ class ComputationSetup:
 
     def why_unloadable(self, comp: str) -> str:
         """Why no node can load the code of a computation; empty if one may."""
-        cluster, uses = self._clusters[comp], [peer.uses[comp] for peer in self._nodes.of(comp)]
+        cluster = self._clusters[comp]
+        uses = [peer.uses[comp] for peer in self._nodes.of(comp)]
         others = bool(cluster.hosts) or any(spec.wild or spec.scheduler for spec in cluster.specs)
         if not uses or not all(use.unloadable for use in uses):
             return ''
@@ -8738,15 +9789,24 @@ class FileTransfers:
         cluster = self._clusters.get(message.comp)
         if cluster is None or cluster.cargo is None or peer.link is None:
             return
-        allocation = peer.uses[message.comp].allocation if message.comp in peer.uses else None
-        paths = dict(cluster.cargo.paths, **allocation.paths) if allocation is not None else cluster.cargo.paths
+        if message.comp in peer.uses:
+            allocation = peer.uses[message.comp].allocation
+        else:
+            allocation = None
+        if allocation is not None:
+            paths = dict(cluster.cargo.paths, **allocation.paths)
+        else:
+            paths = cluster.cargo.paths
         for purpose, key, row in message.files:
             name = row[0]
             depends = purpose == Purpose.DEPENDS
             if purpose == Purpose.VALUES:
                 self._send_value(peer, cluster, key, row)
                 continue
-            source = paths.get(name) if depends else cluster.module_source(name)
+            if depends:
+                source = paths.get(name)
+            else:
+                source = cluster.module_source(name)
             if source is None:
                 raise PeerError('it asked for a file that was not offered: %.60r' % (name,))
             self.backlog.add_file(peer.link.number, (cluster.comp, purpose, key), row, source)
@@ -8756,7 +9816,8 @@ class FileTransfers:
         source = cluster.value_source(row[2])
         if source is None:   # and its jobs have ended
             text = 'the program does not have it any more'
-            self._driver.say_to(peer, FileStored(cluster.comp, int(Purpose.VALUES), key, row[0], text))
+            self._driver.say_to(peer,
+                                FileStored(cluster.comp, int(Purpose.VALUES), key, row[0], text))
         else:
             transfer = (cluster.comp, int(Purpose.VALUES), key)
             self.backlog.add_file(peer.link.number, transfer, row, source)  # type: ignore[union-attr]
@@ -8765,7 +9826,8 @@ class FileTransfers:
         """A few pieces of files into links that have room."""
         for link, (comp, purpose, key, name), text in self.backlog.send(self._driver.say):
             if purpose == Purpose.VALUES:
-                self._driver.say(link, FileStored(comp, purpose, key, name, 'it cannot be read: %s' % text))
+                self._driver.say(
+                    link, FileStored(comp, purpose, key, name, 'it cannot be read: %s' % text))
             elif purpose == Purpose.PLACED and link.number in self._nodes.by_link:
                 peer = self._nodes.by_link[link.number]
                 self._driver.queries.answer(peer, (comp, name), 'it cannot be read: %s' % text)
@@ -8782,7 +9844,8 @@ class FileTransfers:
             cluster.file_piece(peer, job, message)
 
     def store(self, peer: Peer, directory: str, message: FilePiece) -> None:
-        """A piece of a file that a job sends. After a failure the rest of the file is passed over."""
+        """A piece of a file that a job sends. After a failure the rest of the file is passed
+        over."""
         if peer.link is None:
             return
         place = (peer.link.number, message.comp)
@@ -8803,7 +9866,8 @@ class FileTransfers:
             self.incoming.pop(key).abort()
 
     def abort_attempt(self, attempt: Tuple[str, int]) -> None:
-        """The same of an attempt (computation, serial) that is over: its worker or node has died while it sent a file."""
+        """The same of an attempt (computation, serial) that is over: its worker or node has died
+        while it sent a file."""
         for (_, comp), receiver in self.incoming.items():
             if comp == attempt[0]:
                 receiver.abort(Purpose.FROM_JOB, attempt[1])
@@ -8842,7 +9906,11 @@ class JobExchange:
         """The Schedule wants jobs to be cancelled or given back."""
         peer = self._nodes.by_key.get(action.node)
         if peer is not None and peer.link is not None:
-            kind, serials = Cancel if isinstance(action, SendCancel) else Recall, action.serials
+            if isinstance(action, SendCancel):
+                kind: Any = Cancel
+            else:
+                kind = Recall
+            serials = action.serials
             stay = self._unsend(peer, action.comp, serials)
             if stay:   # they have not come there, nor will they
                 self._driver.decide(NodeReturned(peer.key, action.comp, stay))
@@ -8875,7 +9943,9 @@ class JobExchange:
     def _unsend(peer: Peer, comp: str, serials: Iterable[int]) -> List[int]:
         """Large arguments of these need not go on to a node. Returns serials of those that have not
         come there."""
-        return peer.link.abandon(comp, serials) if peer.link is not None and peer.link.later else []
+        if peer.link is not None and peer.link.later:
+            return peer.link.abandon(comp, serials)
+        return []
 
     def note_down(self) -> None:
         """Commit the journals; what was noted leaves."""
@@ -8894,8 +9964,9 @@ class JobExchange:
         """The journal of a cluster cannot be written, or can be again."""
         stuck = comp in self.outgoing.held_up
         if stuck and is_new:
-            logger.error('%s: its recovery file cannot be written: no jobs are sent and no results acknowledged until there is room',
-                         self._clusters[comp].name)
+            logger.error(
+                '%s: its recovery file cannot be written: no jobs are sent and no results acknowledged until there is room',
+                self._clusters[comp].name)
         for peer in self._nodes.of(comp):
             if (comp in peer.blocked) == stuck:
                 continue
@@ -8913,16 +9984,21 @@ class JobExchange:
         if message.comp in self._driver.recoveries.by_comp:
             recovery = self._driver.recoveries.by_comp[message.comp]
             recovery.results(peer, message.comp, message.rows)
-            serials = [row[0] for row in message.rows if row[1] not in GOES_ON and recovery.acknowledges]
+            serials = [
+                row[0] for row in message.rows if row[1] not in GOES_ON and recovery.acknowledges
+            ]
             for ack in in_parts(Ack, message.comp, serials):
                 self._driver.say(peer.link, ack)  # type: ignore[arg-type]
             return
-        self._driver.act(self._driver.schedule.handle(NodeResults(peer.key, message.comp, message.rows), self._driver.now))
+        self._driver.act(
+            self._driver.schedule.handle(NodeResults(peer.key, message.comp, message.rows),
+                                         self._driver.now))
 
     def on_returned(self, peer: Peer, message: Returned) -> None:
         """A node gives back jobs that have not begun."""
         if message.comp in self._driver.recoveries.by_comp:
-            self._driver.recoveries.by_comp[message.comp].returned(peer, message.comp, message.serials)
+            self._driver.recoveries.by_comp[message.comp].returned(peer, message.comp,
+                                                                   message.serials)
             return
         self._unsend(peer, message.comp, message.serials)
         self._driver.decide(NodeReturned(peer.key, message.comp, message.serials))
@@ -8934,7 +10010,9 @@ class JobExchange:
     def job_of(self, peer: Peer, comp: str, serial: int) -> Any:
         """The job that a message of a node speaks of, while it is there."""
         node = self._driver.schedule.nodes.get(peer.key)
-        return node.flight.get(comp, {}).get(serial) if node is not None else None
+        if node is not None:
+            return node.flight.get(comp, {}).get(serial)
+        return None
 
     def on_output(self, peer: Peer, message: Output) -> None:
         """What a running job prints or logs."""
@@ -8955,7 +10033,8 @@ class JobExchange:
         """Whether a job is repeated is found out by an opener: its exception may be the user's."""
         if self._driver.files.incoming:
             self._driver.files.abort_attempt((action.comp, action.row[0]))
-        cluster, peer = self._clusters[action.comp], self._nodes.by_key[action.node]
+        cluster = self._clusters[action.comp]
+        peer = self._nodes.by_key[action.node]
         self._driver.openers.run(self._think_over, cluster, peer, action.work, action.row)
 
     def _think_over(self, cluster: NodeUser, peer: Peer, job: DispyJob, row: tuple) -> None:
@@ -9000,10 +10079,12 @@ class JobExchange:
         self._clusters[work.comp].job_ended(work, action.text)
 
     def refused_frame(self, peer: Peer, link: Link, message: Wrong) -> None:
-        """The other side cannot use what was sent: the jobs that were in it end after a few times, and it is reached again later."""
+        """The other side cannot use what was sent: the jobs that were in it end after a few times,
+        and it is reached again later."""
         text = 'it cannot use what was sent: %s' % message.text
         for comp, serial in self._driver.refusals.refused(link, message.frame):
-            row = (serial, int(Outcome.DIED), 0.0, 0.0, ('%s: %s' % (peer, text)).encode('utf-8', 'replace'), b'', b'')
+            row = (serial, int(Outcome.DIED), 0.0, 0.0,
+                   ('%s: %s' % (peer, text)).encode('utf-8', 'replace'), b'', b'')
             self._driver.decide(NodeResults(peer.key, comp, [row]))
         peer.wrong = True
         raise LinkBroken(text)
@@ -9011,7 +10092,8 @@ class JobExchange:
     def end_unsent(self, action: SendJobs, text: str) -> None:
         """None of these jobs can be sent, for a fault of ours."""
         payload = text.encode('utf-8', 'replace')
-        rows = [(work.serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'') for work in action.works]
+        rows = [(work.serial, int(Outcome.DIED), 0.0, 0.0, payload, b'', b'')
+                for work in action.works]
         self._driver.decide(NodeResults(action.node, action.comp, rows))
 
     def note_fault(self, text: str) -> None:
@@ -9022,7 +10104,9 @@ class JobExchange:
     def end_lost_when_due(self, due: List[float]) -> None:
         """Look for them."""
         if self._lost_text and self._driver.now >= self._lost_at:
-            text, self._lost_text, self._lost_at = self._lost_text, '', self._driver.now + 1.0
+            text = self._lost_text
+            self._lost_text = ''
+            self._lost_at = self._driver.now + 1.0
             self._end_lost(text)
         elif self._lost_text:
             due.append(self._lost_at)
@@ -9164,7 +10248,8 @@ class Recoveries:
                 if peer.link is not None and whole:
                     self._driver.say(peer.link, Done(comp))
                 elif peer.link is not None and not any(comp != recovery.comp for comp in peer.uses):
-                    self._driver.break_link(peer.link, 'the recovery has ended')   # without Bye: they keep what they have
+                    # Without Bye: they keep what they have
+                    self._driver.break_link(peer.link, 'the recovery has ended')
         self._driver.forget(recovery.comp)
 
     def on_held(self, peer: Peer, message: Held) -> None:
@@ -9213,11 +10298,17 @@ class SchedulerCalls:
     def on_where(self, peer: Peer, message: Where) -> None:
         """Jobs of ours have gone to a node, or are back in a scheduler's queue."""
         if message.comp in self._driver.recoveries.by_comp:
-            self._driver.recoveries.by_comp[message.comp].where(message.comp, message.serials, message.node)
+            self._driver.recoveries.by_comp[message.comp].where(message.comp, message.serials,
+                                                                message.node)
             return
-        cluster, node = self._clusters.get(message.comp), self._driver.schedule.nodes.get(peer.key)
-        flight = node.flight.get(message.comp, {}) if node is not None else {}
-        for job in [flight[serial] for serial in message.serials if serial in flight] if cluster is not None else ():
+        cluster = self._clusters.get(message.comp)
+        node = self._driver.schedule.nodes.get(peer.key)
+        if node is not None:
+            flight = node.flight.get(message.comp, {})
+        else:
+            flight = {}
+        for job in [flight[serial] for serial in message.serials
+                    if serial in flight] if cluster is not None else ():
             if self._driver.files.incoming:
                 self._driver.files.abort_attempt((message.comp, job.serial))
             cluster.job_moved(job, message.node)  # type: ignore[union-attr]
@@ -9242,7 +10333,8 @@ class NodeQueries:
         self._driver = driver
         self._nodes = driver.nodes
         self._clusters = driver.clusters
-        nodes, selection = driver.nodes, driver.selection
+        nodes = driver.nodes
+        selection = driver.selection
         self._commands: Dict[str, Callable[..., Any]] = {
             'nodes': self.rows_of,
             'complaint': self.complaint,
@@ -9258,16 +10350,22 @@ class NodeQueries:
         }
 
     def command(self, comp: str, name: str, *args: Any) -> Any:
-        """What a cluster's methods ask of its nodes; a SharedJobCluster's ask it of the scheduler's driver."""
+        """What a cluster's methods ask of its nodes; a SharedJobCluster's ask it of the scheduler's
+        driver."""
         return self._commands[name](comp, *args)
 
     def node_of(self, comp: str, peer: Peer) -> Tuple[Peer, str, str, int, int]:
         """A node of a cluster: (peer, state, reason, CPUs it may use, jobs that run there)."""
         use = peer.uses[comp]
-        busy = len(self._driver.schedule.runs(peer.key).get(comp, ())) if not peer.scheduler else 0
-        state, reason = use.state.value, use.reason
+        if not peer.scheduler:
+            busy = len(self._driver.schedule.runs(peer.key).get(comp, ()))
+        else:
+            busy = 0
+        state = use.state.value
+        reason = use.reason
         if use.state is UseState.WAITING:
-            state, reason = peer.state_word, peer.reason
+            state = peer.state_word
+            reason = peer.reason
         elif use.then:
             state = 'draining'
         elif (use.wanted == 0 or peer.most == 0) and use.state is UseState.READY:
@@ -9279,9 +10377,12 @@ class NodeQueries:
         if comp not in self._clusters:
             raise RuntimeError('the cluster was closed')
         found = [self.node_of(comp, peer) for peer in self._nodes.of(comp)]
-        cluster, linked = self._clusters[comp], {peer.ip_addr for peer in self._nodes.by_key.values() if peer.link is not None}
-        return found + [(peer, 'refused', peer.reason, 0, 0) for peer in self._nodes.unusable.values() if peer.host not in linked
-                        and (cluster.hosts or any(spec.wild and spec.may_fit(peer.host) for spec in cluster.specs))]
+        cluster = self._clusters[comp]
+        linked = {peer.ip_addr for peer in self._nodes.by_key.values() if peer.link is not None}
+        return found + [(peer, 'refused', peer.reason, 0, 0)
+                        for peer in self._nodes.unusable.values() if peer.host not in linked and
+                        (cluster.hosts or any(spec.wild and spec.may_fit(peer.host)
+                                              for spec in cluster.specs))]
 
     def rows_of(self, comp: str) -> List[NodeRow]:
         """Nodes of a cluster, to be told to others."""
@@ -9290,22 +10391,32 @@ class NodeQueries:
     @staticmethod
     def row_of(peer: Peer, state: str, reason: str, cpus: int, busy: int) -> NodeRow:
         """One of them."""
-        return NodeRow(peer.key, peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy, peer.offered, peer.facts_now())
+        return NodeRow(peer.key, peer.ip_addr, peer.port, peer.name, state, reason, cpus, busy,
+                       peer.offered, peer.facts_now())
 
     def complaint(self, comp: str) -> str:
         """What was tried, what came of it, what to do."""
         rows = self.nodes_of(comp)
-        lines = ['%s: %s%s' % (peer, state, ': ' + reason.strip().splitlines()[-1] if reason else '')
-                 for peer, state, reason, _, _ in rows]
+        lines = [
+            '%s: %s%s' % (peer, state, ': ' + reason.strip().splitlines()[-1] if reason else '')
+            for peer, state, reason, _, _ in rows
+        ]
         cluster = self._clusters[comp]
-        wild = [] if self._driver.connector.reach == 'off' else [spec for spec in cluster.specs if spec.wild]
+        if self._driver.connector.reach == 'off':
+            wild = []
+        else:
+            wild = [spec for spec in cluster.specs if spec.wild]
         for port in sorted({spec.port for spec in wild}):
-            lines.append('all that answer at UDP port %d %s' % (port, 'of this machine' if self._driver.connector.reach == 'loopback' else 'of the local network')
-                         if self._driver.connector.searches_at(port) else 'those of the scheduler, whose nodes are all named (-n)')
+            lines.append('all that answer at UDP port %d %s' %
+                         (port, 'of this machine' if self._driver.connector.reach == 'loopback' else
+                          'of the local network') if self._driver.connector.searches_at(
+                              port) else 'those of the scheduler, whose nodes are all named (-n)')
         if cluster.hosts:
             host, port = cluster.hosts[0]
-            lines.append('waited for nodes to connect to %s' % place(host, port) if self._driver.connector.listens_at(host, port)
-                         else 'no node can connect, port %d was taken' % port)
+            lines.append('waited for nodes to connect to %s' %
+                         place(host, port) if self._driver.connector.
+                         listens_at(host, port) else 'no node can connect, port %d was taken' %
+                         port)
         peers = self._nodes.of(comp)
         others = self._nodes.misfits.text(comp, {peer.instance for peer in peers})
         if any(peer.uses[comp].spec.wild for peer in peers):   # some are meant
@@ -9319,30 +10430,45 @@ class NodeQueries:
 
     def seat(self, comp: str, node: Any) -> Tuple[Any, str]:
         """For a job that is submitted to a node: the key of the node and, once until it is ready,
-        why it cannot be used. A node that has not been tried yet has no reason. Raises ValueError."""
+        why it cannot be used. A node that has not been tried yet has no reason. Raises
+        ValueError."""
         peer = self._nodes.find(comp, node)
         use = peer.uses[comp]
         _, state, reason, _, _ = self.node_of(comp, peer)
-        if state not in NOT_CONNECTED and use.state is not UseState.CLOSED or not (use.reason or peer.failures):
+        if state not in NOT_CONNECTED and use.state is not UseState.CLOSED or not (use.reason or
+                                                                                   peer.failures):
             return peer.key, ''
         if use.seat_told:
             return peer.key, ''
         use.seat_told = True
         return peer.key, reason.strip().rpartition('\n')[2] or state
 
-    def question(self, comp: str, node: Any, row: Optional[tuple] = None, path: str = '') -> 'concurrent.futures.Future[Any]':
-        """Send a file (name, size, digest, mode, from `path`) or, without one, ask what is there. The future has the node's answer."""
-        name = row[0] if row else ''
-        peer, future = self._nodes.find(comp, node), concurrent.futures.Future()  # type: Tuple[Peer, concurrent.futures.Future[Any]]
+    def question(self,
+                 comp: str,
+                 node: Any,
+                 row: Optional[tuple] = None,
+                 path: str = '') -> 'concurrent.futures.Future[Any]':
+        """Send a file (name, size, digest, mode, from `path`) or, without one, ask what is there.
+        The future has the node's answer."""
+        if row:
+            name = row[0]
+        else:
+            name = ''
+        peer, future = self._nodes.find(
+            comp,
+            node), concurrent.futures.Future()   # type: Tuple[Peer, concurrent.futures.Future[Any]]
         if peer.link is None or peer.uses[comp].state is not UseState.READY:
-            raise RuntimeError('node %s is not ready: %s' % (peer, peer.uses[comp].reason or peer.reason or peer.uses[comp].state.value))
+            raise RuntimeError(
+                'node %s is not ready: %s' %
+                (peer, peer.uses[comp].reason or peer.reason or peer.uses[comp].state.value))
         if (comp, name) in peer.answers and not name:
             return peer.answers[comp, name]   # one answer for all who ask
         if (comp, name) in peer.answers:
             raise RuntimeError('node %s is already being sent %s' % (peer, name))
         peer.answers[comp, name] = future
         if row:
-            self._driver.files.backlog.add_file(peer.link.number, (comp, int(Purpose.PLACED), 0), row, path)
+            self._driver.files.backlog.add_file(peer.link.number, (comp, int(Purpose.PLACED), 0),
+                                                row, path)
         else:
             self._driver.say(peer.link, Query(comp))
         return future
@@ -9362,18 +10488,29 @@ class NodeQueries:
     def jobs_of(self, comp: str, serials: Sequence[int]) -> List[Any]:
         """Jobs by their serials, those that have not ended."""
         known = self._driver.schedule.comps.get(comp)
-        nodes = list(known.nodes.values()) if known is not None else []
-        return [node.flight[comp][serial] for serial in serials for node in nodes if serial in node.flight[comp]]
+        if known is not None:
+            nodes = list(known.nodes.values())
+        else:
+            nodes = []
+        return [
+            node.flight[comp][serial] for serial in serials for node in nodes
+            if serial in node.flight[comp]
+        ]
 
     def jobs_at(self, comp: str, node: Any) -> Dict[int, Any]:
         """Serial -> job of what has been sent to a node."""
         known = self._driver.schedule.nodes.get(self._nodes.find(comp, node).key)
-        return dict(known.flight.get(comp, {})) if known is not None else {}
+        if known is not None:
+            return dict(known.flight.get(comp, {}))
+        return {}
 
     def left_behind(self, comp: str) -> Dict[Any, int]:
         """Nodes that outlive this program, and how many jobs of a computation they have."""
-        found = {key: len(node.flight.get(comp, ())) for key, node in self._driver.schedule.nodes.items()
-                 if key in self._nodes.by_key and not self._nodes.by_key[key].embedded}
+        found = {
+            key: len(node.flight.get(comp, ()))
+            for key, node in self._driver.schedule.nodes.items()
+            if key in self._nodes.by_key and not self._nodes.by_key[key].embedded
+        }
         return {key: count for key, count in found.items() if count}
 
 
@@ -9479,7 +10616,7 @@ class Driver(Loop):
             CallBack: lambda event: self.callbacks.run(event.cluster.call_back, event.job),
         }
 
-    # -- life; user threads -------------------------------------------------------------------------------
+    # -- life; user threads ------------------------------------------------------------------------
 
     @staticmethod
     def acquire(access: Access) -> 'Driver':
@@ -9522,7 +10659,8 @@ class Driver(Loop):
         in_slices(join, CALL_TIME)
 
     def ask(self, call: Callable[[], Any]) -> Any:
-        """Call it in the driver's thread and return what it returns. Any thread but the driver's."""
+        """Call it in the driver's thread and return what it returns. Any thread but the
+        driver's."""
         future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
         if self.broken:
             raise RuntimeError(self.broken)
@@ -9563,8 +10701,8 @@ class Driver(Loop):
                 event.future.set_exception(RuntimeError(self.broken))
 
     def after_fork(self) -> None:
-        """In a forked child the driver's thread does not exist. Let go of its sockets without a word, so that
-        nodes do not take the child for the client."""
+        """In a forked child the driver's thread does not exist. Let go of its sockets without a
+        word, so that nodes do not take the child for the client."""
         self.broken = 'this process was forked from the one that made the cluster: make a new one here'
         handles = [link.sock for link in self.links.values()] + self.connector.sockets()
         self._selector.close()
@@ -9574,11 +10712,11 @@ class Driver(Loop):
             if peer.process is not None and peer.process.stdin is not None:
                 os.close(peer.process.stdin.fileno())
 
-    # -- clusters -----------------------------------------------------------------------------------------
+    # -- clusters ----------------------------------------------------------------------------------
 
     def open(self, cluster: NodeUser, probe: bool) -> None:
-        """Begin to use nodes for a cluster; with `probe` start one here if none answers soon. Raises OSError if it is to
-        listen and cannot."""
+        """Begin to use nodes for a cluster; with `probe` start one here if none answers soon.
+        Raises OSError if it is to listen and cannot."""
         comp = cluster.comp
         for where in cluster.hosts:
             self.connector.listen(*where, may_fail=cluster.hosts_may_fail)
@@ -9588,16 +10726,21 @@ class Driver(Loop):
         opened = Opened(comp, cluster.client, cluster.reentrant, cluster.remote,
                         cluster.cpus_in_all())
         self.decide(opened)
-        self._warn_at[comp] = self.now + WARN_AFTER if cluster.warns else math.inf
+        if cluster.warns:
+            self._warn_at[comp] = self.now + WARN_AFTER
+        else:
+            self._warn_at[comp] = math.inf
         self.selection.use(comp, cluster.specs)
         if probe:
             self.selection.probes[comp] = self.now + PROBE_TIME
-            self.selection.use_address(comp, '127.0.0.1', cluster.port, cluster.specs[0], False).probed = True
+            self.selection.use_address(comp, '127.0.0.1', cluster.port, cluster.specs[0],
+                                       False).probed = True
         elif not cluster.specs:
             self.selection.use_embedded(comp)
 
     def forget(self, comp: str, shutdown: bool = False) -> None:
-        """A cluster is closed: end its jobs, tell its nodes, which may end when this client lets them go."""
+        """A cluster is closed: end its jobs, tell its nodes, which may end when this client lets
+        them go."""
         if self.clusters.get(comp) is None:
             return
         self.jobs.take_submitted()
@@ -9616,7 +10759,7 @@ class Driver(Loop):
         self.connector.end_searches()
         self.connector.end_listening(cluster)
 
-    # -- loop ---------------------------------------------------------------------------------------------
+    # -- loop --------------------------------------------------------------------------------------
 
     def posted(self) -> List[Any]:
         """What was posted and has not been handled."""
@@ -9641,7 +10784,7 @@ class Driver(Loop):
             if event.future is not None:
                 event.future.set_result(answer)
 
-    # -- faults of ours -----------------------------------------------------------------------------------
+    # -- faults of ours ----------------------------------------------------------------------------
 
     def on_fault(self, subject: Any, text: str) -> bool:
         """End what the fault concerns: a link, or jobs that are nowhere any more."""
@@ -9675,7 +10818,8 @@ class Driver(Loop):
             super().unsaid(link, message, text)
 
     def tell_later(self, call: Callable[..., Any], *args: Any) -> None:
-        """Call it after all that cluster_status functions have been told until now. The driver's thread."""
+        """Call it after all that cluster_status functions have been told until now. The driver's
+        thread."""
         self.tellers.run(call, *args)
 
     def is_teller(self) -> bool:
@@ -9695,7 +10839,8 @@ class Driver(Loop):
         self.guard(None, self.flush)
         if self.files.backlog:
             self.guard(None, self.files.send)
-        if self.jobs.outgoing.journals:   # before anything of this turn is sent, and before results are acknowledged
+        # Before anything of this turn is sent, and before results are acknowledged
+        if self.jobs.outgoing.journals:
             self.guard(None, self.jobs.note_down)
         if self.now >= self.chores_at:
             self.guard(None, self._chores)
@@ -9705,7 +10850,9 @@ class Driver(Loop):
         if self.files.backlog.has_room():
             return 0.0
         lost_at = self.schedule.next_timer()
-        return self.chores_at if lost_at is None else min(lost_at, self.chores_at)
+        if lost_at is None:
+            return self.chores_at
+        return min(lost_at, self.chores_at)
 
     def flush(self) -> None:
         """Let the Schedule send what waits to nodes that have room."""
@@ -9740,9 +10887,10 @@ class Driver(Loop):
         """Nobody waits in silence."""
         self._warn_at[comp] = self.now + WARN_EVERY
         if not any(state == 'ready' for _, state, _, _, _ in self.queries.nodes_of(comp)):
-            self.clusters[comp].warn('%s waits for a node. %s' % (self.clusters[comp].name, self.queries.complaint(comp)))
+            self.clusters[comp].warn('%s waits for a node. %s' %
+                                     (self.clusters[comp].name, self.queries.complaint(comp)))
 
-    # -- links --------------------------------------------------------------------------------------------
+    # -- links -------------------------------------------------------------------------------------
 
     def on_channel(self, channel: Link) -> None:
         """A link has something."""
@@ -9776,7 +10924,10 @@ class Driver(Loop):
         if channel.stall:
             text = self.connector.told_stall(peer, channel.stall, text)
         until = self.connector.away_until(peer, channel)
-        evidence = Evidence.SILENCE if until <= self.now else Evidence.CUT
+        if until <= self.now:
+            evidence = Evidence.SILENCE
+        else:
+            evidence = Evidence.CUT
         doubted = NodeDoubted(peer.key, str(peer), evidence, text, peer.kind, until=until)
         lost = self.schedule.judge(doubted) is Loss.LOST
         self.decide(doubted)
@@ -9784,13 +10935,15 @@ class Driver(Loop):
         for comp in used:
             self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
         if peer.port or peer.embedded:
-            self.connector.not_reached(peer, 'the connection ended: %s' % text, self.now - peer.linked_at)
+            self.connector.not_reached(peer, 'the connection ended: %s' % text,
+                                       self.now - peer.linked_at)
             if not lost and not peer.wrong:
                 peer.dialling.due = self.now
             peer.wrong = False
         else:   # it dials us
             peer.reason = 'the connection ended: %s' % text
-            logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, peer.reason)
+            logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer,
+                           peer.reason)
             if lost:
                 self.connector.forget(peer)
 
@@ -9820,11 +10973,16 @@ def failure_of(row: tuple, is_program: bool) -> Optional[BaseException]:
     """What `get` would raise for a row of Results; None for one that is no failure. Runs the user's
     code."""
     job = DispyJob('', None, None, 0)
-    job.state = JobState.FINISHED if row[1] in RETURNED else JobState.TERMINATED
+    if row[1] in RETURNED:
+        job.state = JobState.FINISHED
+    else:
+        job.state = JobState.TERMINATED
     fill_in(job, row, is_program)
     if job.status != JobState.FINISHED:
         return error_of(job)
-    return exit_error(job) if job._has_exit_status() else None
+    if job._has_exit_status():
+        return exit_error(job)
+    return None
 
 
 def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
@@ -9833,13 +10991,19 @@ def job_row(work: Any, payload: Any, names: Sequence[str]) -> Tuple[tuple, int]:
     return (work.serial, beside(payload), options or None), size_of(payload)
 
 
-_ERRORS: Dict[str, Type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, RuntimeError, KeyError, OSError, NoNodes)}
+_ERRORS: Dict[str, Type[Exception]] = {
+    kind.__name__: kind
+    for kind in (ValueError, TypeError, RuntimeError, KeyError, OSError, NoNodes)
+}
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.UNREACHED, NodeState.LOST))
 _MAY_OFFER = frozenset((UseState.WAITING, UseState.ASKING, UseState.REFUSED))
-_MAY_OPEN = frozenset((Outcome.RETURNED_CODE, Outcome.RAISED))   # results that may hold what runs code when it is opened
-OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values')   # options of a job that its node has to know
+# Results that may hold what runs code when it is opened
+_MAY_OPEN = frozenset((Outcome.RETURNED_CODE, Outcome.RAISED))
+# Options of a job that its node has to know
+OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values')
 _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
-_lock = threading.Lock()      # guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
+# Guards _drivers and their user counts, the making of jobs' events, cloudpickle's registry
+_lock = threading.Lock()
 _drivers: Dict[Access, Driver] = {}
 _alone: Set[Driver] = set()   # others
 _clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()
@@ -9857,7 +11021,8 @@ def _forked() -> None:
     """In the child of a fork: nothing of the parent's is ours."""
     global _lock, _instance
     _starting.release()
-    _lock, _instance = threading.Lock(), os.urandom(16)
+    _lock = threading.Lock()
+    _instance = os.urandom(16)
     for driver in [*_drivers.values(), *_alone]:
         driver.after_fork()
     _drivers.clear()
@@ -9886,7 +11051,10 @@ def own_python() -> str:
     """The program that runs Python code for this one. Raises StartError in a frozen program, whose
     `sys.executable` is itself: it would start itself again, and each of these once more."""
     spawn: Any = sys.modules.get('multiprocessing.spawn')   # where set_executable() keeps it
-    python = os.fsdecode(spawn.get_executable() or '') if spawn is not None else ''
+    if spawn is not None:
+        python = os.fsdecode(spawn.get_executable() or '')
+    else:
+        python = ''
     if getattr(sys, 'frozen', False) and python in ('', sys.executable):
         raise StartError(
             "no node can be started on this machine: this program is frozen into one executable "
@@ -9898,9 +11066,9 @@ def own_python() -> str:
 
 
 def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
-    """A dispynode for this program alone: loopback, a random secret, and stdin as the line it lives by. Not run as
-    a script, which would be compiled anew each time, and not by multiprocessing, which would run the user's main
-    program again."""
+    """A dispynode for this program alone: loopback, a random secret, and stdin as the line it lives
+    by. Not run as a script, which would be compiled anew each time, and not by multiprocessing,
+    which would run the user's main program again."""
     import tempfile
     import dispynode
     check_fork()
@@ -9924,7 +11092,8 @@ def _start_embedded(peer: Peer) -> Tuple['subprocess.Popen[bytes]', int, bytes]:
         return process, int(line), derive_key(secret)
     except (OSError, ValueError) as exc:
         _end_embedded(process)
-        raise HandshakeError('a node for this program could not be started (exit code %s)' % process.returncode) from exc
+        raise HandshakeError('a node for this program could not be started (exit code %s)' %
+                             process.returncode) from exc
 
 
 def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
@@ -9966,7 +11135,10 @@ class ProgramCluster(NodeUser):
         if isinstance(peer, NodeRow):
             node = describe_node(peer, peer.state, peer.reason, peer.cpus, peer.busy)
         elif peer is not None:
-            state = 'closed' if status == DispyNode.Closed else 'ready'
+            if status == DispyNode.Closed:
+                state = 'closed'
+            else:
+                state = 'ready'
             known = self.comp in peer.uses
             node = describe_node(peer, state, peer.reason, peer.limit(self.comp) if known else 0, 0)
         self.driver.tellers.run(self._cluster_status, status, node, job)
@@ -9978,9 +11150,11 @@ class ProgramCluster(NodeUser):
     def _allocate(self, allocator: NodeAllocate, peer: Peer, link: Link) -> None:
         """Ask the user's allocator. An opener."""
         try:
-            allocation, error = ask_allocator(allocator, self, peer), ''
+            allocation = ask_allocator(allocator, self, peer)
+            error = ''
         except Exception as exc:  # the user's allocate()
-            allocation, error = Allocation(0, b'', [], {}), describe_exception(exc, 1)
+            allocation = Allocation(0, b'', [], {})
+            error = describe_exception(exc, 1)
         self.driver.call_soon(self.driver.setup.allocated, self.comp, peer, link, allocation, error)
 
     def ask_source(self, peer: Peer, link: Link) -> None:
@@ -9988,7 +11162,8 @@ class ProgramCluster(NodeUser):
         self.driver.openers.run(self._pack_source, peer, link)
 
     def _pack_source(self, peer: Peer, link: Link) -> None:
-        """For a node with another version of Python. An opener: files are read, and objects of the user's looked at."""
+        """For a node with another version of Python. An opener: files are read, and objects of the
+        user's looked at."""
         try:
             source = self.cargo.source()
         except Exception as exc:  # of those objects
@@ -9996,17 +11171,25 @@ class ProgramCluster(NodeUser):
         self.driver.call_soon(self.driver.setup.source_found, self, peer, link, source)
 
     def support_for(self, peer: Peer) -> Dict[str, bytes]:
-        """cloudpickle, if the node does not have the same; a scheduler does not know who needs it."""
-        needs = self.cargo.spec['kind'] != 'program' and (peer.scheduler or peer.facts.get('cloudpickle') != cloudpickle.__version__)
-        return _support_files() if needs else {}
+        """cloudpickle, if the node does not have the same; a scheduler does not know who needs
+        it."""
+        needs = self.cargo.spec['kind'] != 'program' and (
+            peer.scheduler or peer.facts.get('cloudpickle') != cloudpickle.__version__)
+        if needs:
+            return _support_files()
+        return {}
 
     def modules_for(self, peer: Peer) -> Dict[str, Any]:
-        """What a node gets of the program's modules. A node that is a part of the program reads them where they are."""
+        """What a node gets of the program's modules. A node that is a part of the program reads
+        them where they are."""
         rows = self.bundles.rows(peer.embedded)
         if not peer.embedded:
             return {'modules': rows}
-        return {'modules': rows, 'sys_path': [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)],
-                'argv': [word for word in sys.argv if isinstance(word, str)]}
+        return {
+            'modules': rows,
+            'sys_path': [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)],
+            'argv': [word for word in sys.argv if isinstance(word, str)]
+        }
 
     def module_source(self, name: str) -> Any:
         """Where a file of a module is read from: a path, a FileOfModule or its content."""
@@ -10015,7 +11198,9 @@ class ProgramCluster(NodeUser):
     def value_source(self, digest: bytes) -> Any:
         """The content of a value."""
         value = shared_values.find(digest)
-        return memoryview(value.data) if value is not None else None
+        if value is not None:
+            return memoryview(value.data)
+        return None
 
     def asked(self, peer: Peer, message: Call) -> None:
         """It is the user's code, so an opener finds out."""
@@ -10025,14 +11210,17 @@ class ProgramCluster(NodeUser):
         try:
             error, value = (), self._asked(message.name, message.args)  # type: Tuple[tuple, Any]
         except Exception as exc:  # of the user's code
-            error, value = (type(exc).__name__, describe_exception(exc, 1)), None
-        self.driver.call_soon(self.driver.say_to, peer, Return(message.comp, message.number, error, value))
+            error = (type(exc).__name__, describe_exception(exc, 1))
+            value = None
+        self.driver.call_soon(self.driver.say_to, peer,
+                              Return(message.comp, message.number, error, value))
 
     def _asked(self, name: str, args: tuple) -> Any:
         """A node or scheduler asks what only the client can tell. An opener."""
         if name != 'modules':
             raise PeerError('%.40r is asked of a program' % (name,))
-        embedded = not self.remote and all(peer.embedded for peer in self.driver.nodes.of(self.comp))
+        embedded = not self.remote and all(peer.embedded
+                                           for peer in self.driver.nodes.of(self.comp))
         return self.bundles.more(args[0], embedded)
 
     def add_monitor(self, monitor: Monitor) -> None:
@@ -10048,7 +11236,10 @@ class ProgramCluster(NodeUser):
 
     def send_jobs(self, peer: Peer, works: Sequence[DispyJob]) -> None:
         """With a journal they leave when it has been noted that they do."""
-        names = _OF_JOBS_THERE if peer.scheduler else OF_JOBS
+        if peer.scheduler:
+            names: Tuple[str, ...] = _OF_JOBS_THERE
+        else:
+            names = OF_JOBS
         messages = frames(Jobs, self.comp, (job_row(work, work.payload, names) for work in works))
         if self.journal is not None:
             self.journal.sent(works, peer.place, peer.memory)
@@ -10061,7 +11252,9 @@ class ProgramCluster(NodeUser):
         """It is as if it had not been sent."""
         if self.journal is not None:
             self.journal.waits(work)
-        work.status, work.ip_addr, work.start_time = DispyJob.Created, None, None
+        work.status = DispyJob.Created
+        work.ip_addr = None
+        work.start_time = None
 
     def job_parked(self, work: DispyJob, text: str) -> None:
         """The user is warned."""
@@ -10074,7 +11267,8 @@ class ProgramCluster(NodeUser):
         if message.stream == 0:
             self._show_record(work, *log_record_of(message.data))
         elif self._on_output is not None:
-            self._shown.setdefault(work, [0, 0])[message.stream - 1] = message.offset + len(message.data)
+            self._shown.setdefault(work,
+                                   [0, 0])[message.stream - 1] = message.offset + len(message.data)
             self._show_output(work, message.stream, message.data)
         if message.stream:
             for monitor in self._monitors:
@@ -10082,8 +11276,12 @@ class ProgramCluster(NodeUser):
 
     def _show_output(self, job: DispyJob, stream: int, data: Any) -> None:
         if len(data) and self._on_output is not None:
-            text = bytes(data) if self.cargo.is_program else str(data, 'utf-8', 'replace')
-            self.driver.tell_later(self._on_output, job, 'stdout' if stream == 1 else 'stderr', text)
+            if self.cargo.is_program:
+                text: Union[bytes, str] = bytes(data)
+            else:
+                text = str(data, 'utf-8', 'replace')
+            self.driver.tell_later(self._on_output, job, 'stdout' if stream == 1 else 'stderr',
+                                   text)
 
     def _show_rest(self, job: Any, row: tuple) -> None:
         """What of a job's output came with its result and has not been shown."""
@@ -10099,10 +11297,11 @@ class ProgramCluster(NodeUser):
                            extra={'job_id': job.id, 'job_logger': name})
             elif not self._told_of_files:
                 self._told_of_files = True
-                logger.warning('%s: job %r has left a file in its directory: %s. What a program leaves '
-                               'there does not come back, and is removed when the cluster is closed. '
-                               'Call the program in a function, by subprocess, which then calls '
-                               'dispy_send_file(name)', self.name, job.id, text)
+                logger.warning(
+                    '%s: job %r has left a file in its directory: %s. What a program leaves '
+                    'there does not come back, and is removed when the cluster is closed. '
+                    'Call the program in a function, by subprocess, which then calls '
+                    'dispy_send_file(name)', self.name, job.id, text)
         except Exception:  # a handler of the user's; the link is not to blame
             logger.exception('a handler of logging has failed')
 
@@ -10111,9 +11310,9 @@ class ProgramCluster(NodeUser):
         self.driver.files.store(peer, self.directory, message)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scripts for dispy 4: what they give, read and call that nothing else here needs
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class OldNames:
     """What is accepted and has no meaning any more. Each is said once in a process, at INFO."""
@@ -10166,11 +11365,16 @@ class OldConfig(types.ModuleType):
 
 
 config = OldConfig('dispy.config', OldConfig.__doc__)
-vars(config).update(
-    DispyPort=NODE_PORT - 1, NodePort=NODE_PORT, ClientPort=NODE_PORT - 1, SharedSchedulerPort=SCHEDULER_PORT,
-    HTTPServerPort=8181, MsgTimeout=10, MaxFileSize=0)
+vars(config).update(DispyPort=NODE_PORT - 1,
+                    NodePort=NODE_PORT,
+                    ClientPort=NODE_PORT - 1,
+                    SharedSchedulerPort=SCHEDULER_PORT,
+                    HTTPServerPort=8181,
+                    MsgTimeout=10,
+                    MaxFileSize=0)
 _dispy_version = __version__
-__path__ = [os.path.dirname(os.path.abspath(__file__))]   # old scripts start dispynode.py from there
+# Old scripts start dispynode.py from there
+__path__ = [os.path.dirname(os.path.abspath(__file__))]
 OldModules.install()
 
 
@@ -10182,40 +11386,48 @@ def __getattr__(name: str) -> Any:
 
 
 # Parameters of the constructors after the seventh, in dispy 4.15's order.
-POSITIONS_LEFT = (
-    'ext_host', 'ip_addr', 'ext_ip_addr', 'ipv4_udp_multicast', 'dest_path', 'loglevel', 'callback', 'setup',
-    'cleanup', 'ping_interval', 'pulse_interval', 'poll_interval', 'reentrant', 'secret', 'keyfile', 'certfile',
-    'recover_file')
-SHARED_POSITIONS_LEFT = (
-    'client_port', 'scheduler_host', 'ext_host', 'ip_addr', 'ext_ip_addr', 'loglevel', 'callback', 'setup',
-    'cleanup', 'dest_path', 'poll_interval', 'reentrant', 'exclusive', 'secret', 'keyfile', 'certfile',
-    'recover_file')
+POSITIONS_LEFT = ('ext_host', 'ip_addr', 'ext_ip_addr', 'ipv4_udp_multicast', 'dest_path',
+                  'loglevel', 'callback', 'setup', 'cleanup', 'ping_interval', 'pulse_interval',
+                  'poll_interval', 'reentrant', 'secret', 'keyfile', 'certfile', 'recover_file')
+SHARED_POSITIONS_LEFT = ('client_port', 'scheduler_host', 'ext_host', 'ip_addr', 'ext_ip_addr',
+                         'loglevel', 'callback', 'setup', 'cleanup', 'dest_path', 'poll_interval',
+                         'reentrant', 'exclusive', 'secret', 'keyfile', 'certfile', 'recover_file')
 
 
 def refuse_positions(remote: bool, more: tuple) -> None:
     """Raise TypeError for parameters by position after the seventh, naming them."""
     if more:
-        left = SHARED_POSITIONS_LEFT if remote else POSITIONS_LEFT
-        raise TypeError('%s takes 7 arguments by position, as far as dispy_port, and %d were given: '
-                        'give the others by name, as %s'
-                        % ('SharedJobCluster' if remote else 'JobCluster', 7 + len(more),
-                           ', '.join('%s=' % name for name in left[:len(more)]) or 'name='))
+        if remote:
+            left = SHARED_POSITIONS_LEFT
+        else:
+            left = POSITIONS_LEFT
+        raise TypeError(
+            '%s takes 7 arguments by position, as far as dispy_port, and %d were given: '
+            'give the others by name, as %s' %
+            ('SharedJobCluster' if remote else 'JobCluster', 7 + len(more),
+             ', '.join('%s=' % name for name in left[:len(more)]) or 'name='))
 
 
 def node_port_of(dispy_port: Any, node_port: Any) -> int:
     """The port of nodes for which none is given, by its two names. Raises ValueError."""
-    port = dispy_port if dispy_port is not None or not node_port else node_port
+    if dispy_port is not None or not node_port:
+        port = dispy_port
+    else:
+        port = node_port
     return _in_range('dispy_port', port, NODE_PORT, 1, 65535, True)  # type: ignore[no-any-return]
 
 
 def plain_dest_path(path: Any) -> Optional[str]:
-    """The parameter `dest_path`; it is below the node's own directory. Raises TypeError, ValueError."""
+    """The parameter `dest_path`; it is below the node's own directory. Raises TypeError,
+    ValueError."""
     if path is not None and not isinstance(path, str):
-        raise TypeError('dest_path=%.80r must be the name of a directory, not %s' % (path, type(path).__name__))
+        raise TypeError('dest_path=%.80r must be the name of a directory, not %s' %
+                        (path, type(path).__name__))
     if not path:
         return path
     if path.startswith(os.sep) and path.strip(os.sep):
-        logger.warning('dest_path=%r is taken as %r: it is below the directory of the node', path, path.lstrip(os.sep))
+        logger.warning('dest_path=%r is taken as %r: it is below the directory of the node', path,
+                       path.lstrip(os.sep))
         path = path.lstrip(os.sep)
     check_name(path)
     return plain_text(path)
@@ -10280,7 +11492,8 @@ class OldCluster(ProgramCluster):
     def _tell_closed(self, nodes: Sequence[DispyNode]) -> None:
         """The cluster is closed: cluster_status is called with Closed for each of these nodes. It
         is waited for, since a program often ends then. Any thread."""
-        call, told = self._cluster_status, threading.Event()
+        call = self._cluster_status
+        told = threading.Event()
         if call is None or not nodes:
             return
         is_teller = self.driver.is_teller() or threading.current_thread() is self.driver.thread
@@ -10295,29 +11508,39 @@ class OldCluster(ProgramCluster):
             in_slices(told.wait, GRACE)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Public class
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class JobCluster(OldCluster):
     """Nodes that run one computation for this program.
 
     Parameters; times are in seconds:
-    computation - a function (any callable), or the path of a program; the program is copied to the nodes and run with
+    computation - a function (any callable), or the path of a program; the program is copied to the
+        nodes and run with
         the job's arguments as its command line, its exit status is the job's result
-    nodes - None: all that answer on the local network, and, if none does within 1 s, one started here for this program;
-        'local': that at once; or a list of 'host', ('host', port), ('host', port, cpus), {'host':, 'port':, 'cpus':}, DispyNode,
-        NodeAllocate; an empty list is None; host: a name, an address, or either with * for any characters; cpus > 0 is an upper limit, cpus < 0 leaves
+    nodes - None: all that answer on the local network, and, if none does within 1 s, one started
+        here for this program;
+        'local': that at once; or a list of 'host', ('host', port), ('host', port, cpus), {'host':,
+        'port':, 'cpus':}, DispyNode,
+        NodeAllocate; an empty list is None; host: a name, an address, or either with * for any
+        characters; cpus > 0 is an upper limit, cpus < 0 leaves
         so many free
-    depends - list of what cannot be found through the computation: paths of files and directories (they land in the
+    depends - list of what cannot be found through the computation: paths of files and directories
+        (they land in the
         jobs' working directory), modules and packages, functions and classes
-    job_status - function, called with a job for each provisional result and when it has ended, in a thread of its
-        own, for one job after the other; while it takes longer than 0.1 s for one, it is also called for others, in
+    job_status - function, called with a job for each provisional result and when it has ended, in a
+        thread of its
+        own, for one job after the other; while it takes longer than 0.1 s for one, it is also
+        called for others, in
         other threads (old name: callback)
-    cluster_status - function, called as (status, node, job) at every change, in order: DispyNode.Initialized,
-        AvailInfo or Closed with a node, also Closed at the end of the cluster; a job's status with the job,
+    cluster_status - function, called as (status, node, job) at every change, in order:
+        DispyNode.Initialized,
+        AvailInfo or Closed with a node, also Closed at the end of the cluster; a job's status with
+        the job,
         beginning with Created (and the node, when it is sent there and when its result comes)
-    host - also listen for nodes that connect by themselves (`dispynode --scheduler-host`), at this address of this host ('': all)
+    host - also listen for nodes that connect by themselves (`dispynode --scheduler-host`), at this
+        address of this host ('': all)
         or 'address:port' (default port: 9702), or a list of those; None: this program needs no open
         port (old name: ip_addr)
     dispy_port - port of nodes for which none is given, TCP and UDP (default 9701)
@@ -10325,74 +11548,121 @@ class JobCluster(OldCluster):
     ext_host, ext_ip_addr, poll_interval, port, client_port - accepted for old scripts; they have no
         meaning any more
     ipv4_udp_multicast - True: look for nodes by IPv4 multicast too
-    dest_path - a fixed directory on the nodes for the files, below the node's own; what is there already and has not
+    dest_path - a fixed directory on the nodes for the files, below the node's own; what is there
+        already and has not
         changed is not sent again. None: a new one
     loglevel - level of dispy.logger, as in `logging`
-    setup, cleanup - functions run once a node, before the first and after the last job, in the directory of the files;
-        they share the computation's global variables. A setup that raises or returns other than None or 0 refuses the
-        node. cleanup=True removes the files afterwards, False leaves them, a function runs first and then they are removed
+    setup, cleanup - functions run once a node, before the first and after the last job, in the
+        directory of the files;
+        they share the computation's global variables. A setup that raises or returns other than
+        None or 0 refuses the
+        node. cleanup=True removes the files afterwards, False leaves them, a function runs first
+        and then they are removed
     ping_interval - the longest time between attempts to reach a node (0.1 to 3600, default 30)
-    pulse_interval - time between signs of life (0.1 to 1000, default 2); a node that is silent for five is lost
+    pulse_interval - time between signs of life (0.1 to 1000, default 2); a node that is silent for
+        five is lost
     reentrant - True: jobs on a lost node are run again elsewhere; False: they end as Abandoned
-    secret, certfile, keyfile, cafile - the secret as str or bytes, paths of files in PEM format; see "Security" in the README
-    recover_file - path of a file, made if there is none, in which jobs are written down so that they outlive this program; see
-        `recover_jobs`. With the file of a program that has crashed its jobs are carried on with: they are in `recovered`, those
-        that had ended with their results. A clean end removes it (old name: fault_recover). None: a small file in the user's state
-        directory, with which what runs on nodes can be collected or ended if this program is killed or ends by an
+    secret, certfile, keyfile, cafile - the secret as str or bytes, paths of files in PEM format;
+        see "Security" in the README
+    recover_file - path of a file, made if there is none, in which jobs are written down so that
+        they outlive this program; see
+        `recover_jobs`. With the file of a program that has crashed its jobs are carried on with:
+        they are in `recovered`, those
+        that had ended with their results. A clean end removes it (old name: fault_recover). None: a
+        small file in the user's state
+        directory, with which what runs on nodes can be collected or ended if this program is killed
+        or ends by an
         exception; False: not even that
     max_jobs_per_worker - a worker process is replaced after so many jobs; None: kept
-    on_output - function, called as (job, 'stdout' or 'stderr', text) within a second of its being printed; by the job's
+    on_output - function, called as (job, 'stdout' or 'stderr', text) within a second of its being
+        printed; by the job's
         end it has had all that is kept. `text` is str for functions, bytes for programs
-    forward_logs - True: `logging` records of jobs, from `loglevel` up, reach dispy.logger with the job's id
+    forward_logs - True: `logging` records of jobs, from `loglevel` up, reach dispy.logger with the
+        job's id
 
-    A node with another minor version of Python gets functions as source: what they use in their files may be imports, other
-    functions and classes at the top level, and plain constants. Where that is not enough it is refused, and the reason says why.
+    A node with another minor version of Python gets functions as source: what they use in their
+    files may be imports, other functions and classes at the top level, and plain constants. Where
+    that is not enough it is refused, and the reason says why.
 
-    Raises TypeError, ValueError (naming parameter, value and what is allowed), SecretError, FileNotFoundError, or what
-    pickling the computation raises. It starts nothing then. A context manager: see `close`, which it calls at the end.
+    Raises TypeError, ValueError (naming parameter, value and what is allowed), SecretError,
+    FileNotFoundError, or what pickling the computation raises. It starts nothing then. A context
+    manager: see `close`, which it calls at the end.
     """
 
     _function: Optional[Tuple[str, str]] = None   # of the computation, by name
     _unusable = ''    # why an executor can run nothing any more
     __class_getitem__ = classmethod(of_kind)
 
-    def __init__(self, computation: Any, nodes: Any = None, depends: Sequence[Any] = (),
+    def __init__(self,
+                 computation: Any,
+                 nodes: Any = None,
+                 depends: Sequence[Any] = (),
                  job_status: Optional[Callable[[DispyJob], Any]] = None,
-                 cluster_status: Optional[Callable[[int, Optional[DispyNode], Optional[DispyJob]], Any]] = None,
-                 host: Union[None, str, List[str], Tuple[str, int]] = None, dispy_port: Optional[int] = None,
-                 *more: Any, ext_host: Optional[str] = None,
-                 dest_path: Optional[str] = None, loglevel: int = logging.INFO,
-                 setup: Optional[Callable[..., Any]] = None, cleanup: Union[bool, Callable[..., Any]] = True,
-                 ping_interval: Optional[float] = None, pulse_interval: Optional[float] = None, reentrant: bool = False,
-                 secret: Union[str, bytes, None] = None, keyfile: Optional[str] = None, certfile: Optional[str] = None,
-                 cafile: Optional[str] = None, recover_file: Union[None, bool, str] = None, max_jobs_per_worker: Optional[int] = None,
-                 on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None, forward_logs: bool = False,
-                 callback: Optional[Callable[[DispyJob], Any]] = None, ip_addr: Optional[str] = None, ext_ip_addr: Optional[str] = None,
-                 fault_recover: Union[None, bool, str] = None, poll_interval: Optional[float] = None, ipv4_udp_multicast: bool = False,
-                 node_port: Optional[int] = None, port: Optional[int] = None, client_port: Optional[int] = None) -> None:
+                 cluster_status: Optional[Callable[[int, Optional[DispyNode], Optional[DispyJob]],
+                                                   Any]] = None,
+                 host: Union[None, str, List[str], Tuple[str, int]] = None,
+                 dispy_port: Optional[int] = None,
+                 *more: Any,
+                 ext_host: Optional[str] = None,
+                 dest_path: Optional[str] = None,
+                 loglevel: int = logging.INFO,
+                 setup: Optional[Callable[..., Any]] = None,
+                 cleanup: Union[bool, Callable[..., Any]] = True,
+                 ping_interval: Optional[float] = None,
+                 pulse_interval: Optional[float] = None,
+                 reentrant: bool = False,
+                 secret: Union[str, bytes, None] = None,
+                 keyfile: Optional[str] = None,
+                 certfile: Optional[str] = None,
+                 cafile: Optional[str] = None,
+                 recover_file: Union[None, bool, str] = None,
+                 max_jobs_per_worker: Optional[int] = None,
+                 on_output: Optional[Callable[[DispyJob, str, Any], Any]] = None,
+                 forward_logs: bool = False,
+                 callback: Optional[Callable[[DispyJob], Any]] = None,
+                 ip_addr: Optional[str] = None,
+                 ext_ip_addr: Optional[str] = None,
+                 fault_recover: Union[None, bool, str] = None,
+                 poll_interval: Optional[float] = None,
+                 ipv4_udp_multicast: bool = False,
+                 node_port: Optional[int] = None,
+                 port: Optional[int] = None,
+                 client_port: Optional[int] = None) -> None:
         check_not_importing()
         refuse_positions(self.remote, more)
         self.port = node_port_of(dispy_port, node_port)
         pulse = _in_range('pulse_interval', pulse_interval, PULSE, 0.1, 1000)
         redial = _in_range('ping_interval', ping_interval, REDIAL_MOST, 0.1, 3600)
         most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31, True)
-        self._given = {'pulse_interval': pulse_interval and pulse, 'ping_interval': ping_interval and redial,
-                       'poll_interval': _in_range('poll_interval', poll_interval, None, 0.1, 3600)}
+        self._given = {
+            'pulse_interval': pulse_interval and pulse, 'ping_interval': ping_interval and redial,
+            'poll_interval': _in_range('poll_interval', poll_interval, None, 0.1, 3600)
+        }
         reach = discovery_reach()
-        nodes = None if any_node(nodes) else nodes
-        self.specs = [NodeSpec('*', self.port)] if nodes is None and reach != 'off' else [] if nodes is None or nodes == LOCAL \
-            else parse_nodes(nodes, self.port, self.remote or host is not None or ip_addr is not None)
+        if any_node(nodes):
+            nodes = None
+        else:
+            nodes = nodes
+        if nodes is None and reach != 'off':
+            self.specs = [NodeSpec('*', self.port)]
+        elif nodes is None or nodes == LOCAL:
+            self.specs = []
+        else:
+            self.specs = parse_nodes(nodes, self.port, self.remote or host is not None
+                                     or ip_addr is not None)
         if not self.specs and not self.remote:
             check_fork()
             own_python()
         host, *more_hosts = _own_hosts(host if host is not None else ip_addr)
         first, *others = map(_own_host, (host, *more_hosts))
         self.hosts = [where for where in (first, *others) if where is not None]
-        # Old scripts always give ip_addr: two of them on one machine must not be in each other's way.
-        self.hosts_may_fail = first is None or (isinstance(host, str) and first[0] == host.strip('[]'))
+        # Old scripts always give ip_addr: two of them on one machine must not be in each other's
+        # way.
+        self.hosts_may_fail = first is None or (isinstance(host, str)
+                                                and first[0] == host.strip('[]'))
         self.multicast = bool(ipv4_udp_multicast)
-        for name, function in (('job_status', job_status), ('callback', callback), ('cluster_status', cluster_status),
-                               ('on_output', on_output)):
+        for name, function in (('job_status', job_status), ('callback', callback),
+                               ('cluster_status', cluster_status), ('on_output', on_output)):
             if function is not None and not callable(function):
                 raise TypeError('%s must be a function, not %s' % (name, type(function).__name__))
         dest_path = plain_dest_path(dest_path)
@@ -10403,35 +11673,50 @@ class JobCluster(OldCluster):
         loglevel = int(logger.level)
         old_names.tell_given(port=port, client_port=client_port, poll_interval=poll_interval,
                              ext_host=ext_host or ext_ip_addr)
-        self.name = getattr(computation, '__name__', None) or os.path.basename(str(computation))[:60]
+        self.name = getattr(computation, '__name__', None) or os.path.basename(
+            str(computation))[:60]
         self.comp = self.client = uuid.uuid4().hex
-        self.key = os.urandom(32)    # who has it may take the results; it is sent when that is wanted
+        # Who has it may take the results; it is sent when that is wanted
+        self.key = os.urandom(32)
         self.reentrant = _flag('reentrant', reentrant)
         if not callable(cleanup):
             cleanup = _flag('cleanup', cleanup)
         forward_logs = _flag('forward_logs', forward_logs)
         self.bundles = ModuleBundles(self.name)
-        self.cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most, self.name, self.bundles)
+        self.cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most,
+                                      self.name, self.bundles)
         check_cargo(self.cargo.spec)
         for spec in self.specs:
-            if spec.allocator is not None and spec.allocator.setup_args:   # it may choose others later, which are checked then
-                check_setup_args(size_of(self.bundles.packed((tuple(spec.allocator.setup_args), []), [])), self.remote)
+            # It may choose others later, which are checked then
+            if spec.allocator is not None and spec.allocator.setup_args:
+                check_setup_args(
+                    size_of(self.bundles.packed((tuple(spec.allocator.setup_args), []), [])),
+                    self.remote)
         self.cargo.spec['key'] = digest_of(self.key)
         if isinstance(computation, Calls):
             self.cargo.spec.update(computation.spec)
         self.cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
-        self._told_of_change = isinstance(computation, Calls)    # that files of modules have changed; an executor runs the new text
-        self._job_status, self._cluster_status, self._on_output = callback if job_status is None else job_status, cluster_status, on_output
-        self._shown: Dict[DispyJob, List[int]] = {}          # bytes of stdout and stderr shown live; driver thread only
+        # That files of modules have changed; an executor runs the new text
+        self._told_of_change = isinstance(computation, Calls)
+        if job_status is None:
+            self._job_status = callback
+        else:
+            self._job_status = job_status
+        self._cluster_status = cluster_status
+        self._on_output = on_output
+        # Bytes of stdout and stderr shown live; driver thread only
+        self._shown: Dict[DispyJob, List[int]] = {}
         self._lock = threading.Lock()                        # guards those below
         self._changed = threading.Condition(self._lock)
         self._owed: Set[DispyJob] = set()                    # jobs for whose end the driver answers
-        self._pending = 0                                    # jobs that have not ended or whose callback has not returned
+        # Jobs that have not ended or whose callback has not returned
+        self._pending = 0
         self._count = 0                                      # jobs submitted
         self._waiters = 0                                    # callbacks that are in `wait`
         self.closed = False
         self._counts: Dict[str, List[Any]] = {}              # node -> [peer, jobs done, seconds]
-        self._chains: Dict[DispyJob, Deque[Tuple[tuple, Peer]]] = {}   # rows of jobs with provisional results, in order
+        # Rows of jobs with provisional results, in order
+        self._chains: Dict[DispyJob, Deque[Tuple[tuple, Peer]]] = {}
         self._numbers = itertools.count(1)
         self._finished = 0                                   # jobs that have ended as they should
         # Status -> jobs that have not; Finished: programs, by their exit status
@@ -10443,19 +11728,28 @@ class JobCluster(OldCluster):
         path = path_option('recover_file', None if recover_file is False else recover_file) or (
             '_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
         self._recovers = bool(path)                          # another process may carry on
-        self.trail = None if path or recover_file is False else Trail(
-            weakref.WeakMethod(self._describe_for_trail), self.name, self.comp)
+        if path or recover_file is False:
+            self.trail = None
+        else:
+            self.trail = Trail(weakref.WeakMethod(self._describe_for_trail), self.name, self.comp)
         self._reach_by(nodes is None and reach != 'off')
         self.recovered: List[DispyJob] = []
         self._recovery: Optional[Recovery] = None
         access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), pulse, redial)
-        self.journal = Journal(path) if path else None
+        if path:
+            self.journal = Journal(path)
+        else:
+            self.journal = None
         try:
-            known = self.journal.known() if self.journal is not None else []
+            if self.journal is not None:
+                known = self.journal.known()
+            else:
+                known = []
             self.driver = Driver.acquire(access)
             try:
                 if self.journal is not None:
-                    self.journal.begin(self.comp, self.name, self.reentrant, self.cargo.is_program, self._first_host(), self.key)
+                    self.journal.begin(self.comp, self.name, self.reentrant, self.cargo.is_program,
+                                       self._first_host(), self.key)
                 self.driver.ask(lambda: self.driver.open(self, self._probe))
             except BaseException:
                 self.driver.release()
@@ -10485,15 +11779,19 @@ class JobCluster(OldCluster):
 
     def _describe_for_trail(self) -> Dict[str, Any]:
         """What another process needs to collect the results. The driver's thread."""
-        return {'dispy': 1, 'comp': self.comp, 'key': self.key.hex(), 'name': self.name,
-                'program': self.cargo.is_program,
-                'code': hashlib.sha256(in_one_piece(self.cargo.spec['code'])).hexdigest(),
-                'host': socket.gethostname(), 'pid': os.getpid(), 'process': list(own_process()),
-                'began': self._started, 'listen': '%s:%d' % self._first_host() if self.hosts else ''}
+        return {
+            'dispy': 1, 'comp': self.comp, 'key': self.key.hex(), 'name': self.name,
+            'program': self.cargo.is_program,
+            'code': hashlib.sha256(in_one_piece(self.cargo.spec['code'])).hexdigest(),
+            'host': socket.gethostname(), 'pid': os.getpid(), 'process': list(own_process()),
+            'began': self._started, 'listen': '%s:%d' % self._first_host() if self.hosts else ''
+        }
 
     def _first_host(self) -> Any:
         """Where nodes may connect, for who recovers the jobs."""
-        return self.hosts[0] if self.hosts else None
+        if self.hosts:
+            return self.hosts[0]
+        return None
 
     def _left_behind(self) -> Dict[Any, int]:
         """Nodes that outlive this program, and how many jobs run on there. The driver's thread, or
@@ -10505,15 +11803,18 @@ class JobCluster(OldCluster):
         self._probe = probe   # start a node here if none answers
 
     def _look_at_modules(self, every: float = LOOK_EVERY) -> None:
-        """The files of modules may have changed since they travelled: jobs go on with what was sent, and the user is told."""
+        """The files of modules may have changed since they travelled: jobs go on with what was
+        sent, and the user is told."""
         changed = self.bundles.changed(every)
         if changed and not self._told_of_change:
             self._told_of_change = True
-            logger.warning('%s: the file of module %s has changed; this cluster keeps the text that it began with. '
-                           'Make a new cluster to run the new one', self.name, ', '.join(changed))
+            logger.warning(
+                '%s: the file of module %s has changed; this cluster keeps the text that it began with. '
+                'Make a new cluster to run the new one', self.name, ', '.join(changed))
 
     def _carry_on(self, journal: Journal, rows: List[tuple]) -> None:
-        """Take over what is in the journal from a program that has crashed: rows of `Journal.known`."""
+        """Take over what is in the journal from a program that has crashed: rows of
+        `Journal.known`."""
         sent: List[Tuple[DispyJob, str]] = []
         with journal.damages():
             holders = journal.holders()
@@ -10523,10 +11824,14 @@ class JobCluster(OldCluster):
             job._journal = journal
             self.recovered.append(job)
             if state == Journal.ENDED:
-                end_without(job, result) if isinstance(result, str) else fill_in(job, (job.serial, *result), self.cargo.is_program)
+                if isinstance(result, str):
+                    end_without(job, result)
+                else:
+                    fill_in(job, (job.serial, *result), self.cargo.is_program)
                 ended.append(job)
             elif state == Journal.SENT:
-                job.status, job.state = DispyJob.Running, JobState.RUNNING
+                job.status = DispyJob.Running
+                job.state = JobState.RUNNING
                 sent.append((job, node))
             else:
                 again.append(job)
@@ -10551,25 +11856,35 @@ class JobCluster(OldCluster):
             self.driver.call_soon(self._recovered)
 
         def renew(job: DispyJob) -> None:
-            job.comp, job.state, job.status = self.comp, JobState.CREATED, DispyJob.Created
-            job.options = {name: value for name, value in (job.options or {}).items() if name != 'node'} or None   # it may be gone
+            job.comp = self.comp
+            job.state = JobState.CREATED
+            job.status = DispyJob.Created
+            # It may be gone
+            job.options = {
+                name: value
+                for name, value in (job.options or {}).items() if name != 'node'
+            } or None
             with self._lock:
                 self._owed.add(job)
 
-        def resubmit(job: DispyJob) -> None:   # the driver's thread; posted, it might come behind the end of the cluster
+        # The driver's thread; posted, it might come behind the end of the cluster
+        def resubmit(job: DispyJob) -> None:
             renew(job)
             self.driver.jobs.take(job)
         for job in again:
             renew(job)
             self.driver.post(job)
         if sent or holders:
-            logger.info('%d jobs of an earlier run are on nodes: their results are collected', len(sent))
+            logger.info('%d jobs of an earlier run are on nodes: their results are collected',
+                        len(sent))
             recovery = self._recovery = Recovery(journal, sent, holders, done, lost, resubmit, over)
             self.driver.ask(lambda: recovery.begin(self.driver))
 
     def _recovered(self) -> None:
-        """What an earlier run had on nodes has been collected, or the cluster is closed. The driver's thread."""
-        recovery, self._recovery = self._recovery, None
+        """What an earlier run had on nodes has been collected, or the cluster is closed. The
+        driver's thread."""
+        recovery = self._recovery
+        self._recovery = None
         if recovery is not None:
             self.driver.recoveries.give_up(recovery, True)
             for job in recovery.left():
@@ -10585,16 +11900,19 @@ class JobCluster(OldCluster):
         dispy_timeout - seconds of running after which it is ended
         dispy_priority - int, higher goes first (default 0); then the order of submission
         dispy_cpus - CPUs that it takes on its node (default 1)
-        dispy_memory - bytes that its process and those it starts may use together; with more they are killed (default: no limit)
-        dispy_retries - so often it is tried again if its worker or node is lost, also if the cluster is not reentrant;
+        dispy_memory - bytes that its process and those it starts may use together; with more they
+            are killed (default: no limit)
+        dispy_retries - so often it is tried again if its worker or node is lost, also if the
+            cluster is not reentrant;
             then it is Abandoned
         dispy_retry_on - classes of exceptions, or True for any failure, exit statuses of programs
             included: it is tried again, so often in all, after such a failure of its own too
         dispy_retry_delay - seconds before that, doubled each time (default 0)
         dispy_job_depends - list of paths of files, functions and classes for this job alone
 
-        Raises RuntimeError on a closed cluster; TypeError, ValueError or FileNotFoundError for bad keywords; ValueError
-        for arguments of more than 4 GiB (with a recover_file: 900 MiB); and what pickling them raises.
+        Raises RuntimeError on a closed cluster; TypeError, ValueError or FileNotFoundError for bad
+        keywords; ValueError for arguments of more than 4 GiB (with a recover_file: 900 MiB); and
+        what pickling them raises.
         """
         return self._submit(next(self._numbers), args, kwargs)
 
@@ -10603,8 +11921,9 @@ class JobCluster(OldCluster):
         return self._submit(id, args, kwargs)
 
     def submit_node(self, node: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
-        """As `submit`, on this node and no other: a DispyNode, its name, address or (address, port). The job waits while the
-        node cannot be used. Raises ValueError for a node that this cluster does not know, naming those it does. Any thread."""
+        """As `submit`, on this node and no other: a DispyNode, its name, address or (address,
+        port). The job waits while the node cannot be used. Raises ValueError for a node that this
+        cluster does not know, naming those it does. Any thread."""
         return self._submit(next(self._numbers), args, kwargs, self._key_of_node(node))
 
     def submit_job_id_node(self, id: Any, node: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
@@ -10614,38 +11933,52 @@ class JobCluster(OldCluster):
     def _key_of_node(self, node: Any) -> Any:
         key, reason = self._command('seat', node)
         if reason:
-            logger.warning('%s: node %s cannot be used now: %s. Jobs that were submitted to it wait until it can',
-                           self.name, node.ip_addr if isinstance(node, DispyNode) else node, reason)
+            logger.warning(
+                '%s: node %s cannot be used now: %s. Jobs that were submitted to it wait until it can',
+                self.name, node.ip_addr if isinstance(node, DispyNode) else node, reason)
         return key
 
     def _submit(self, number: Any, args: tuple, kwargs: dict, node: Any = None) -> DispyJob:
         depends = kwargs.pop('dispy_job_depends', ())
-        options = _take_options(kwargs) if kwargs else None
+        if kwargs:
+            options = _take_options(kwargs)
+        else:
+            options = None
         if node is not None:
             options = dict(options or {}, node=node)
         if options is not None and 'repeats' in options:
             options['repeats'].is_program = self.cargo.is_program
         if self.cargo.is_program and kwargs:
-            raise TypeError('a program takes no keyword arguments: %s' % ', '.join(map(str, kwargs)))
+            raise TypeError('a program takes no keyword arguments: %s' %
+                            ', '.join(map(str, kwargs)))
         return self._enter(number, args, kwargs, options, self._pack(args, kwargs, depends))
 
     def _pack(self, args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
         """Arguments as they are now."""
         self._look_at_modules()
         payload = pack_arguments(args, kwargs, self.bundles, depends)
-        size = payload.total() if type(payload) is SharedPayload else size_of(payload)
-        most = VALUE_MOST if self.journal is None else JOURNAL_MOST
+        if type(payload) is SharedPayload:
+            size = payload.total()
+        else:
+            size = size_of(payload)
+        if self.journal is None:
+            most = VALUE_MOST
+        else:
+            most = JOURNAL_MOST
         if size > most:
-            raise ValueError('arguments of %d bytes are over the limit of %d%s: send a file (depends)' % (
-                size, most, '' if self.journal is None else ' of a cluster with a recover_file'))
+            raise ValueError(
+                'arguments of %d bytes are over the limit of %d%s: send a file (depends)' %
+                (size, most, '' if self.journal is None else ' of a cluster with a recover_file'))
         return payload
 
     def _enter(self, number: Any, args: tuple, kwargs: dict, options: Optional[dict], payload: Any,
                future: Optional['DispyFuture'] = None) -> DispyJob:
         if type(payload) is SharedPayload:
             options = dict(options or {}, values=payload.rows())
-        job = DispyJob(self.comp, payload, options, number) if self.journal is None \
-            else KeptJob(self.comp, payload, options, number, words_of(args, kwargs))
+        if self.journal is None:
+            job = DispyJob(self.comp, payload, options, number)
+        else:
+            job = KeptJob(self.comp, payload, options, number, words_of(args, kwargs))
         with self._lock:
             if self.closed or self.driver.broken:
                 raise RuntimeError('submit: %s' % (self.driver.broken or 'the cluster was closed'))
@@ -10660,28 +11993,32 @@ class JobCluster(OldCluster):
             self._owed.add(job)
             if self._cluster_status is not None:
                 self.driver.post(Told(self, DispyJob.Created, None, job))
-            self.driver.post(job)   # with the lock held: `close` comes after it or before the test above
+            # With the lock held: `close` comes after it or before the test above
+            self.driver.post(job)
         return job
 
     def put(self, value: Any) -> ValueRef:
         """Take a value for many jobs. The ref that this returns may stand anywhere in the arguments
         of jobs of this program, and there the job gets the value: opened anew for each job, so that
         what one job changes no other sees. A node is sent it once (below 32 KiB: with each job).
-        What the program changes in the value later does not reach jobs. Arrays and other buffers over 1 MiB
-        in arguments are treated so without `put`, which saves packing and comparing them for each job.
-        Raises what pickling the value raises. Any thread."""
+        What the program changes in the value later does not reach jobs. Arrays and other buffers
+        over 1 MiB in arguments are treated so without `put`, which saves packing and comparing them
+        for each job. Raises what pickling the value raises. Any thread."""
         self._look_at_modules()
         return ValueRef(value, [('the value', value)])
 
     def map(self, *iterables: Any, in_flight: Optional[int] = None,
             progress: bool = False) -> Iterator[Any]:
-        """Yield the results of computing over the inputs, in their order, like the builtin `map`. Inputs are taken as
-        results are: at most `in_flight` jobs (default: 1000) are under way, so a generator may be endless. For a job
-        that failed its exception is raised (JobFailed if there is none); leaving the loop cancels the rest. Raises
-        ValueError for an `in_flight` below 1. `progress` as in `wait`, of results that have been taken."""
+        """Yield the results of computing over the inputs, in their order, like the builtin `map`.
+        Inputs are taken as results are: at most `in_flight` jobs (default: 1000) are under way, so
+        a generator may be endless. For a job that failed its exception is raised (JobFailed if
+        there is none); leaving the loop cancels the rest. Raises ValueError for an `in_flight`
+        below 1. `progress` as in `wait`, of results that have been taken."""
         most = _in_range('in_flight', in_flight, 1000, 1, 1 << 31, True)
         results = self._map(zip(*iterables), most)
-        return in_sight(results, shortest(iterables)) if progress else results
+        if progress:
+            return in_sight(results, shortest(iterables))
+        return results
 
     def _map(self, inputs: Iterator[tuple], most: int) -> Iterator[Any]:
         jobs: Deque[DispyJob] = collections.deque()
@@ -10711,18 +12048,26 @@ class JobCluster(OldCluster):
             if not isinstance(job, DispyJob):
                 raise TypeError('as_completed: %.80r is no job' % (job,))
         ended = self._as_completed(jobs, timeout)
-        return in_sight(ended, len(set(jobs))) if progress else ended
+        if progress:
+            return in_sight(ended, len(set(jobs)))
+        return ended
 
     def gather(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None) -> List[Any]:
         """Wait for jobs, any iterable of them, and return their results in this order. Raises what
         `get` raises for the first of them that failed; the others go on. Raises TimeoutError after
         `timeout` seconds. Any thread."""
         timeout = _seconds('timeout', timeout)
-        until = math.inf if timeout is None else time.monotonic() + timeout
+        if timeout is None:
+            until = math.inf
+        else:
+            until = time.monotonic() + timeout
         return [job.get(max(0.0, until - time.monotonic())) for job in list(jobs)]
 
     def _as_completed(self, jobs: List[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
-        until = None if timeout is None else time.monotonic() + timeout
+        if timeout is None:
+            until = None
+        else:
+            until = time.monotonic() + timeout
         ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
         for job in jobs:
             job._call_when_ended(ended.put)
@@ -10732,15 +12077,16 @@ class JobCluster(OldCluster):
                 job = next_of(ended, None if until is None else until - time.monotonic())
             except queue.Empty:
                 first = next((job for job in jobs if job in left and job.status not in ENDED), None)
-                raise TimeoutError('%d of %d jobs have not ended within %s s%s' % (
-                    len(left), len(jobs), timeout, '' if first is None else '. The first of them: ' + first._unended(timeout))) from None
+                raise TimeoutError('%d of %d jobs have not ended within %s s%s' %
+                                   (len(left), len(jobs), timeout, '' if first is None else
+                                    '. The first of them: ' + first._unended(timeout))) from None
             if job in left:
                 left.discard(job)
                 yield job
 
     def cancel(self, job: DispyJob) -> int:
-        """End a job: a waiting one at once, a running one by KeyboardInterrupt and, 5 s later, by killing it.
-        Returns 0, or -1 for a job that has ended. Any thread."""
+        """End a job: a waiting one at once, a running one by KeyboardInterrupt and, 5 s later, by
+        killing it. Returns 0, or -1 for a job that has ended. Any thread."""
         if not isinstance(job, DispyJob):
             raise TypeError('cancel: %.80r is no job' % (job,))
         if job.status in ENDED:
@@ -10795,18 +12141,25 @@ class JobCluster(OldCluster):
             return job.status == DispyJob.Cancelled
 
     def wait(self, timeout: Optional[float] = None, progress: bool = False) -> bool:
-        """Wait until every job has ended and its callback has returned, at most `timeout` seconds; whether they have.
-        `progress` shows how many on stderr if that is a terminal, and in a notebook (with tqdm if that is installed). Any thread; in a
-        callback, the job it was called for is not waited for."""
+        """Wait until every job has ended and its callback has returned, at most `timeout` seconds;
+        whether they have. `progress` shows how many on stderr if that is a terminal, and in a
+        notebook (with tqdm if that is installed). Any thread; in a callback, the job it was called
+        for is not waited for."""
         timeout = _seconds('timeout', timeout)
         if not progress:
             return self._wait(timeout)
-        until = None if timeout is None else time.monotonic() + timeout
+        if timeout is None:
+            until = None
+        else:
+            until = time.monotonic() + timeout
         with Progress() as shown:
             while True:
                 with self._lock:
                     shown.show(self._count - self._pending, self._count)
-                left = PROGRESS_EVERY if until is None else min(PROGRESS_EVERY, until - time.monotonic())
+                if until is None:
+                    left = PROGRESS_EVERY
+                else:
+                    left = min(PROGRESS_EVERY, until - time.monotonic())
                 if self._wait(max(0.0, left)):
                     shown.show(self._count, self._count)
                     return True
@@ -10815,14 +12168,21 @@ class JobCluster(OldCluster):
 
     def _wait(self, timeout: Optional[float]) -> bool:
         own = getattr(_calling, 'cluster', None) is self
-        until = None if timeout is None else time.monotonic() + timeout
+        if timeout is None:
+            until = None
+        else:
+            until = time.monotonic() + timeout
         with self._changed:
             self._waiters += own
             if own:
                 self._changed.notify_all()
             try:
-                while self._pending > (self._waiters if own else 0):   # callbacks that wait do not wait for each other
-                    left = None if until is None else until - time.monotonic()
+                # Callbacks that wait do not wait for each other
+                while self._pending > (self._waiters if own else 0):
+                    if until is None:
+                        left = None
+                    else:
+                        left = until - time.monotonic()
                     if left is not None and left <= 0:
                         return False
                     in_slices(self._changed.wait, left)
@@ -10835,11 +12195,15 @@ class JobCluster(OldCluster):
     # -- nodes -------------------------------------------------------------------------------------
 
     def wait_nodes(self, n: int = 1, timeout: Optional[float] = None) -> None:
-        """Wait until `n` nodes are ready for jobs. Raises NoNodes, which names every address tried and every
-        refusal with its reason, after `timeout` seconds (None: waits without limit), RuntimeError when the cluster is or gets
-        closed. Any thread."""
-        timeout, n = _seconds('timeout', timeout), _in_range('n', n, 1, 0, 1 << 31, True)
-        until = None if timeout is None else time.monotonic() + timeout
+        """Wait until `n` nodes are ready for jobs. Raises NoNodes, which names every address tried
+        and every refusal with its reason, after `timeout` seconds (None: waits without limit),
+        RuntimeError when the cluster is or gets closed. Any thread."""
+        timeout = _seconds('timeout', timeout)
+        n = _in_range('n', n, 1, 0, 1 << 31, True)
+        if timeout is None:
+            until = None
+        else:
+            until = time.monotonic() + timeout
         while True:
             if self.closed:
                 raise RuntimeError('wait_nodes: the cluster was closed')
@@ -10848,11 +12212,16 @@ class JobCluster(OldCluster):
             reason = self._why_unloadable()
             if reason:
                 raise NoNodes(reason)
-            left = FOREVER if until is None else until - time.monotonic()
+            if until is None:
+                left = FOREVER
+            else:
+                left = until - time.monotonic()
             if left <= 0:
                 ready = sum(node.state == 'ready' for node in self.status().nodes)
-                raise NoNodes('%d node%s waited for, and after %g s there %s. %s' % (
-                    n, ' was' if n == 1 else 's were', timeout or 0.0, 'is none' if not ready else 'are only %d' % ready, self._complaint()))
+                raise NoNodes(
+                    '%d node%s waited for, and after %g s there %s. %s' %
+                    (n, ' was' if n == 1 else 's were', timeout
+                     or 0.0, 'is none' if not ready else 'are only %d' % ready, self._complaint()))
             with self._changed:
                 self._changed.wait(min(left, 0.1))
 
@@ -10863,9 +12232,11 @@ class JobCluster(OldCluster):
         """Why a job that has not begun waits. The user's threads."""
         try:
             if any(node.state == 'ready' for node in self.status().nodes):
-                return 'it waits for its turn; of the jobs of %s there are %s' % (self.name, self._counted())
+                return 'it waits for its turn; of the jobs of %s there are %s' % (self.name,
+                                                                                  self._counted())
             return 'it waits for a node. ' + self._complaint()
-        except (RuntimeError, concurrent.futures.TimeoutError):   # the cluster is closed meanwhile, or nobody answers
+        except (RuntimeError, concurrent.futures.TimeoutError):
+            # The cluster is closed meanwhile, or nobody answers
             return 'it waits'
 
     def _why_unloadable(self) -> str:
@@ -10891,7 +12262,8 @@ class JobCluster(OldCluster):
             key = '%s:%s' % (row.ip_addr, row.name)
             seen.add(key)
             _, done, seconds = counts.get(key, (row, 0, 0.0))
-            nodes.append(describe_node(row, row.state, row.reason, row.cpus, row.busy, done, seconds))
+            nodes.append(
+                describe_node(row, row.state, row.reason, row.cpus, row.busy, done, seconds))
         for key, (peer, done, seconds) in counts.items():
             if key not in seen:
                 nodes.append(describe_node(peer, 'closed', '', peer.offered, 0, done, seconds))
@@ -10907,36 +12279,40 @@ class JobCluster(OldCluster):
         return self._command('nodes')  # type: ignore[no-any-return]
 
     def discover_nodes(self, nodes: Any) -> int:
-        """Look for more nodes now, given as in the constructor; '*' asks the whole network. Returns 0. Raises TypeError or
-        ValueError for what is no node. Any thread."""
+        """Look for more nodes now, given as in the constructor; '*' asks the whole network. Returns
+        0. Raises TypeError or ValueError for what is no node. Any thread."""
         self._command('allocate', parse_nodes(nodes, self.port, bool(self.hosts)))
         return 0
 
     def allocate_node(self, node: Any) -> int:
-        """Use a node (or a list of them): a new one, or one that was deallocated or closed. As `discover_nodes`."""
+        """Use a node (or a list of them): a new one, or one that was deallocated or closed. As
+        `discover_nodes`."""
         return self.discover_nodes(node)
 
     def deallocate_node(self, node: Any) -> int:
-        """Send no more jobs to a node, given as in `submit_node`; what runs there goes on. Returns 0. Any thread."""
+        """Send no more jobs to a node, given as in `submit_node`; what runs there goes on. Returns
+        0. Any thread."""
         self._command('set_cpus', node, 0)
         return 0
 
     def close_node(self, node: Any, terminate_pending: bool = False) -> int:
-        """Use a node no more: when its running jobs have ended, or, with `terminate_pending`, at once (its jobs are run
-        elsewhere if the cluster is reentrant and are Abandoned otherwise), cleanup runs there. Returns 0. Any thread."""
+        """Use a node no more: when its running jobs have ended, or, with `terminate_pending`, at
+        once (its jobs are run elsewhere if the cluster is reentrant and are Abandoned otherwise),
+        cleanup runs there. Returns 0. Any thread."""
         self._command('leave', node, 'close', bool(terminate_pending))
         return 0
 
     def resetup_node(self, node: Any, terminate_pending: bool = False) -> int:
-        """Set a node up anew, with files as they are now: cleanup, what has changed of `depends`, setup. When and with what
-        effect on its jobs as in `close_node`. Returns 0 at once. Any thread."""
+        """Set a node up anew, with files as they are now: cleanup, what has changed of `depends`,
+        setup. When and with what effect on its jobs as in `close_node`. Returns 0 at once. Any
+        thread."""
         self.cargo.spec['files'] = _file_rows(self.cargo.paths, self.cargo.spec['program'])
         self._command('leave', node, 'open', bool(terminate_pending))
         return 0
 
     def set_node_cpus(self, node: Any, cpus: int) -> int:
-        """Use at most so many CPUs of a node (negative: leave so many free; 0: none). Returns how many that are. Raises
-        ValueError when it has fewer. Any thread."""
+        """Use at most so many CPUs of a node (negative: leave so many free; 0: none). Returns how
+        many that are. Raises ValueError when it has fewer. Any thread."""
         number = plain_number(cpus, True)
         if number is None:
             raise TypeError('cpus=%.80r is no whole number' % (cpus,))
@@ -10955,10 +12331,11 @@ class JobCluster(OldCluster):
 
     def send_file(self, path: str, node: Any, timeout: Union[None, bool, float] = None,
                   relay: Optional[bool] = None) -> int:
-        """Put a file, as it is now, into the jobs' directory on a node that is ready; one of this name is replaced as a
-        whole. Returns 0 when it is there. Raises OSError if it cannot be read here or stored there, ValueError for an
-        unknown node, RuntimeError if that is not ready, TimeoutError after `timeout` seconds. `relay`, in
-        dispy 4 the third parameter, is accepted and has no meaning any more. Any thread."""
+        """Put a file, as it is now, into the jobs' directory on a node that is ready; one of this
+        name is replaced as a whole. Returns 0 when it is there. Raises OSError if it cannot be read
+        here or stored there, ValueError for an unknown node, RuntimeError if that is not ready,
+        TimeoutError after `timeout` seconds. `relay`, in dispy 4 the third parameter, is accepted
+        and has no meaning any more. Any thread."""
         if isinstance(timeout, bool):
             timeout, relay = None, timeout
         old_names.tell_given(relay=relay or None)
@@ -10969,7 +12346,8 @@ class JobCluster(OldCluster):
         try:
             error = answer_of(future, timeout)
         except concurrent.futures.TimeoutError:
-            raise TimeoutError('send_file: %s is not on the node within %s s' % (name, timeout)) from None
+            raise TimeoutError('send_file: %s is not on the node within %s s' %
+                               (name, timeout)) from None
         if error:
             raise OSError('send_file: %s could not be stored on the node: %s' % (name, error))
         return 0
@@ -10982,18 +12360,30 @@ class JobCluster(OldCluster):
             wall_time, file = None, wall_time
         wall_time = number_in(wall_time)
         self._tell_failures()
-        status, line = self.status(), '%-32s %5s %8s %10s %12s  %s'
+        status = self.status()
+        line = '%-32s %5s %8s %10s %12s  %s'
         out = [line % ('Node', 'CPUs', 'Jobs', 's / Job', 'Job time s', 'State'), '-' * 84]
         for node in status.all_nodes:
-            where = place(node.ip_addr, node.port) if node.port not in (0, NODE_PORT) else node.ip_addr
-            name = '%s (%s)' % (where, node.name) if node.name else where
-            out.append(line % (name[:32], node.cpus, node.jobs_done,
-                               '%.3f' % (node.cpu_time / node.jobs_done) if node.jobs_done else '-',
-                               '%.3f' % node.cpu_time, node.state + (': ' + node.reason.strip().splitlines()[-1] if node.reason else '')))
+            if node.port not in (0, NODE_PORT):
+                where = place(node.ip_addr, node.port)
+            else:
+                where = node.ip_addr
+            if node.name:
+                name = '%s (%s)' % (where, node.name)
+            else:
+                name = where
+            out.append(line %
+                       (name[:32], node.cpus, node.jobs_done, '%.3f' %
+                        (node.cpu_time / node.jobs_done) if node.jobs_done else '-',
+                        '%.3f' % node.cpu_time, node.state +
+                        (': ' + node.reason.strip().splitlines()[-1] if node.reason else '')))
         busy = sum(node.cpu_time for node in status.all_nodes)
         elapsed = wall_time or time.time() - self._started
-        out += ['-' * 84, 'Jobs pending: %d   Job time: %.3f s   Elapsed: %.3f s   CPUs used on average: %.2f'
-                % (status.jobs_pending, busy, elapsed, busy / elapsed if elapsed else 0.0)]
+        out += [
+            '-' * 84,
+            'Jobs pending: %d   Job time: %.3f s   Elapsed: %.3f s   CPUs used on average: %.2f' %
+            (status.jobs_pending, busy, elapsed, busy / elapsed if elapsed else 0.0)
+        ]
         print('\n'.join(out), file=file)
 
     stats = print_status
@@ -11004,16 +12394,17 @@ class JobCluster(OldCluster):
         if text:
             logger.warning('%s: %s', self.name, text)
 
-    # -- end ----------------------------------------------------------------------------------------------
+    # -- end ---------------------------------------------------------------------------------------
 
     def close(self, timeout: Optional[float] = None, terminate: bool = False) -> bool:
-        """Wait for the jobs (at most `timeout` seconds; with terminate=True not at all: they are cancelled) and let the
-        nodes go. Returns True; False, and nothing is changed, when jobs were left after `timeout`. May be called twice.
-        Any thread."""
+        """Wait for the jobs (at most `timeout` seconds; with terminate=True not at all: they are
+        cancelled) and let the nodes go. Returns True; False, and nothing is changed, when jobs were
+        left after `timeout`. May be called twice. Any thread."""
         return self._close(timeout, terminate)
 
     def shutdown(self, timeout: Optional[float] = None, terminate: bool = False) -> bool:
-        """As `close`; nodes that were started with --client-shutdown end as soon as this program lets them go. Any thread."""
+        """As `close`; nodes that were started with --client-shutdown end as soon as this program
+        lets them go. Any thread."""
         return self._close(timeout, terminate, shutdown=True)
 
     def _close(self, timeout: Optional[float], terminate: bool, shutdown: bool = False) -> bool:
@@ -11040,10 +12431,12 @@ class JobCluster(OldCluster):
         try:
             driver.ask(self._recovered)
             driver.ask(lambda: driver.forget(self.comp, shutdown))
-        except RuntimeError as exc:   # the driver has failed meanwhile, and has ended the jobs itself
+        except RuntimeError as exc:
+            # The driver has failed meanwhile, and has ended the jobs itself
             logger.debug('%s: %s', self.name, exc)
         except Exception as exc:  # a fault of ours; the cluster is closed all the same
-            logger.error('%s: the nodes could not be let go in good order: %s: %s', self.name, type(exc).__name__, exc)
+            logger.error('%s: the nodes could not be let go in good order: %s: %s', self.name,
+                         type(exc).__name__, exc)
         self.wait(CALL_TIME)   # for callbacks of what was cancelled
         with contextlib.suppress(RuntimeError):   # the driver has failed
             self._tell_closed(nodes)
@@ -11064,15 +12457,22 @@ class JobCluster(OldCluster):
             return []
         try:
             rows = self._rows_at_end()
-        except (RuntimeError, concurrent.futures.TimeoutError):   # the driver or the scheduler is gone
+        except (RuntimeError, concurrent.futures.TimeoutError):
+            # The driver or the scheduler is gone
             return []
-        return [describe_node(row, 'closed', '', row.cpus, 0) for row in rows if row.state in ('ready', 'draining')]
+        return [
+            describe_node(row, 'closed', '', row.cpus, 0) for row in rows
+            if row.state in ('ready', 'draining')
+        ]
 
     def _after_fork(self) -> None:
-        """In a forked child: its jobs and its journal are the parent's, and nobody here may wait for them."""
+        """In a forked child: its jobs and its journal are the parent's, and nobody here may wait
+        for them."""
         self._lock = threading.Lock()   # a thread that is not here may hold the old one
         self._changed = threading.Condition(self._lock)
-        self.closed, self._pending, self.journal = True, 0, None
+        self.closed = True
+        self._pending = 0
+        self.journal = None
         if self.trail is not None:
             self.trail.after_fork()
 
@@ -11099,7 +12499,10 @@ class JobCluster(OldCluster):
         """ADDRESS:NAME -> the node, the jobs that have ended there, the seconds that they ran. Any
         thread."""
         with self._lock:
-            return {name: (peer, done, seconds) for name, (peer, done, seconds) in self._counts.items()}
+            return {
+                name: (peer, done, seconds)
+                for name, (peer, done, seconds) in self._counts.items()
+            }
 
     def _counted(self) -> Counts:
         """Its jobs by state. Any thread."""
@@ -11113,7 +12516,9 @@ class JobCluster(OldCluster):
     def _nodes_in_words(self) -> str:
         """Its nodes, as far as that can be told at once."""
         if self.closed or threading.current_thread() is self.driver.thread:
-            return 'closed' if self.closed else 'open'
+            if self.closed:
+                return 'closed'
+            return 'open'
         try:
             return nodes_text(self.status().nodes)
         except RuntimeError:   # it has been closed meanwhile, or the driver has failed
@@ -11128,12 +12533,15 @@ class JobCluster(OldCluster):
     def _repr_html_(self) -> str:
         """For notebooks: state, progress, counts, nodes, and a link to the web page, if any."""
         nodes = self.status().nodes
-        state = 'closed' if self.closed else nodes_text(nodes)
+        if self.closed:
+            state = 'closed'
+        else:
+            state = nodes_text(nodes)
         page = next((monitor.page for monitor in self._monitors if monitor.page), '')
         title = '%s %s' % (type(self).__name__, self.name)
         return html_of_cluster(title, state, self._counted(), nodes, '' if self.closed else page)
 
-    # -- called by the driver: nodes ------------------------------------------------------------------------
+    # -- called by the driver: nodes ---------------------------------------------------------------
 
     def is_idle(self) -> bool:
         """Whether it has no jobs, and is not closed."""
@@ -11143,7 +12551,8 @@ class JobCluster(OldCluster):
         """Whether a cluster of the same function was made later."""
         clusters = [other for other in others if isinstance(other, JobCluster)]
         return self._function is not None and any(
-            other._function == self._function and other._started > self._started for other in clusters)
+            other._function == self._function and other._started > self._started
+            for other in clusters)
 
     def node_ready(self, peer: Peer) -> None:
         """It is noted for recover_jobs(), and who waits for nodes looks again."""
@@ -11160,7 +12569,7 @@ class JobCluster(OldCluster):
             node = describe_node(row, row.state, row.reason, row.cpus, row.busy)
             self.driver.tell_later(self._cluster_status, status, node, None)
 
-    # -- called by the driver: jobs -------------------------------------------------------------------------
+    # -- called by the driver: jobs ----------------------------------------------------------------
 
     def jobs_started(self, peer: Peer, pairs: Sequence[Tuple[DispyJob, float]]) -> None:
         """Users see that they run."""
@@ -11225,7 +12634,8 @@ class JobCluster(OldCluster):
             if job.status in ENDED:
                 return
             is_news = job.status == DispyJob.Created
-            job.ip_addr, job.start_time = peer.ip_addr, start
+            job.ip_addr = peer.ip_addr
+            job.start_time = start
             if is_news:
                 job.status = DispyJob.Running
         if is_news and self._cluster_status is not None:
@@ -11233,7 +12643,8 @@ class JobCluster(OldCluster):
 
     def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Union[Peer, NodeRow]) -> None:
         """Give jobs their results. The driver's thread or an opener."""
-        seconds, finished = 0.0, 0
+        seconds = 0.0
+        finished = 0
         for job, row in pairs:
             payload = job.payload
             # Nobody had told that it has begun
@@ -11264,11 +12675,15 @@ class JobCluster(OldCluster):
                 self._chains[job].append((row, peer))
                 return
             self._chains[job] = collections.deque([(row, peer)])
-        pool = self.driver.callbacks if self._job_status is not None else self.driver.openers
+        if self._job_status is not None:
+            pool = self.driver.callbacks
+        else:
+            pool = self.driver.openers
         pool.run(self._run_chain, job)
 
     def _run_chain(self, job: DispyJob) -> None:
-        """Result after result, each seen by the callback before the next. A callback thread or an opener."""
+        """Result after result, each seen by the callback before the next. A callback thread or an
+        opener."""
         while True:
             with self._lock:
                 if not self._chains[job]:
@@ -11280,7 +12695,8 @@ class JobCluster(OldCluster):
             elif self._show(job, row) and self._job_status is not None:
                 try:
                     self._guarded_call(job)
-                except Exception as exc:  # the user's callback; later results are shown all the same
+                except Exception as exc:
+                    # The user's callback; later results are shown all the same
                     self._report_callback(job, exc)
 
     def _show(self, job: DispyJob, row: tuple) -> bool:
@@ -11288,12 +12704,14 @@ class JobCluster(OldCluster):
         try:
             value = unseal(row[4], True)
         except BaseException as exc:  # unpickling runs the user's code
-            logger.error('a provisional result of job %r could not be opened: %s', job.id, describe_exception(exc, 1))
+            logger.error('a provisional result of job %r could not be opened: %s', job.id,
+                         describe_exception(exc, 1))
             return False
         with self._lock:
             if job.status in ENDED:
                 return False
-            job.result, job.status = value, DispyJob.ProvisionalResult
+            job.result = value
+            job.status = DispyJob.ProvisionalResult
         return True
 
     def _note(self, job: DispyJob, payload: Any) -> None:
@@ -11332,14 +12750,19 @@ class JobCluster(OldCluster):
         """A callback thread."""
         try:
             self._guarded_call(job)
-        except BaseException as exc:  # the user's callback, sys.exit in it too; others are called all the same
+        except BaseException as exc:
+            # The user's callback, sys.exit in it too; others are called all the same
             self._report_callback(job, exc)
         finally:
             self._settle(1)
 
     def _report_callback(self, job: DispyJob, exc: BaseException) -> None:
-        values = job._failure.values() if job._failure is not None else None
-        report_callback(self._job_status, '%s of %s' % (job_in_words(job.id, values), self.name), exc)
+        if job._failure is not None:
+            values = job._failure.values()
+        else:
+            values = None
+        report_callback(self._job_status, '%s of %s' % (job_in_words(job.id, values), self.name),
+                        exc)
 
     def _guarded_call(self, job: DispyJob) -> None:
         _calling.cluster = self
@@ -11351,17 +12774,22 @@ class JobCluster(OldCluster):
     def _settle(self, count: int) -> None:
         with self._lock:
             self._pending -= count
-            if self._pending <= self._waiters:   # callbacks that wait for the others do not count themselves
+            # Callbacks that wait for the others do not count themselves
+            if self._pending <= self._waiters:
                 self._all_ended = time.time()
                 self._changed.notify_all()
 
     def driver_failed(self, text: str) -> None:
         """The driver's thread is ending for a fault of ours."""
-        recovering = self._recovery.left() if self._recovery is not None else []
+        if self._recovery is not None:
+            recovering = self._recovery.left()
+        else:
+            recovering = []
         for job in self.jobs_owed() + recovering:
             if job.status not in ENDED:
                 job.state = JobState.ABANDONED
-                job.exception, job.end_time = text, time.time()
+                job.exception = text
+                job.end_time = time.time()
                 self._failures.add(job)
                 job.status = DispyJob.Abandoned
                 self._note(job, job.payload)
@@ -11369,7 +12797,8 @@ class JobCluster(OldCluster):
 
 
 def pages_of_nodes(ask: Callable[[int, int], List[tuple]]) -> List[NodeRow]:
-    """All that a scheduler tells of its nodes; ask(first, most) gets that many rows. Raises what that raises."""
+    """All that a scheduler tells of its nodes; ask(first, most) gets that many rows. Raises what
+    that raises."""
     rows: List[NodeRow] = []
     while True:
         page = ask(len(rows), NODES_PAGE)
@@ -11382,8 +12811,10 @@ class SharedJobCluster(JobCluster):
     """As JobCluster, with nodes that a dispyscheduler shares between several programs.
 
     Parameters, in addition to those of JobCluster:
-    nodes - which of the scheduler's nodes may be used; None: all; those named here that it does not know yet it looks for
-    scheduler_host - host name or address where dispyscheduler runs, as HOST or HOST:PORT; None: this machine (old name: scheduler_node)
+    nodes - which of the scheduler's nodes may be used; None: all; those named here that it does not
+        know yet it looks for
+    scheduler_host - host name or address where dispyscheduler runs, as HOST or HOST:PORT; None:
+        this machine (old name: scheduler_node)
     scheduler_port - its TCP port (default 9702)
     exclusive - True: no other cluster uses these nodes at the same time
 
@@ -11391,28 +12822,39 @@ class SharedJobCluster(JobCluster):
     """
     remote = True
 
-    def __init__(self, computation: Any, nodes: Any = None, *args: Any, scheduler_host: Optional[str] = None, scheduler_port: Optional[int] = None,
-                 exclusive: bool = False, scheduler_node: Optional[str] = None, **options: Any) -> None:
+    def __init__(self,
+                 computation: Any,
+                 nodes: Any = None,
+                 *args: Any,
+                 scheduler_host: Optional[str] = None,
+                 scheduler_port: Optional[int] = None,
+                 exclusive: bool = False,
+                 scheduler_node: Optional[str] = None,
+                 **options: Any) -> None:
         if nodes == LOCAL:
-            raise ValueError('nodes=%r: a node of this program alone is not shared; use JobCluster' % LOCAL)
+            raise ValueError(
+                'nodes=%r: a node of this program alone is not shared; use JobCluster' % LOCAL)
         where = scheduler_host or scheduler_node or '127.0.0.1'
         if not isinstance(where, str):
             raise TypeError("scheduler_host=%.80r: it must be 'host' or 'host:port'" % (where,))
-        host, port = host_and_port(where, _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535, True))
+        host, port = host_and_port(
+            where, _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535, True))
         self._scheduler = NodeSpec(host, port, scheduler=True)
         self._exclusive = _flag('exclusive', exclusive)
-        self._places: Dict[DispyJob, NodeRow] = {}     # where jobs are; driver thread and openers, each job in one at a time
+        # Where jobs are; driver thread and openers, each job in one at a time
+        self._places: Dict[DispyJob, NodeRow] = {}
         self._any = any_node(nodes)
         self._allocators: List[NodeAllocate] = []
         super().__init__(computation, nodes, *args, **options)
 
     def _reach_by(self, probe: bool) -> None:
         self._probe = False
-        self.cargo.spec['shared'] = {'recovers': self._recovers, 'process': own_process(),
-                                      'collected': self._recovers or self.trail is not None,
-                                      'nodes': None if self._any else self._plain(self.specs),
-                                      'reentrant': self.reentrant,
-                                      'exclusive': self._exclusive, 'cloudpickle': cloudpickle.__version__}
+        self.cargo.spec['shared'] = {
+            'recovers': self._recovers, 'process': own_process(), 'collected': self._recovers
+            or self.trail is not None, 'nodes': None if self._any else self._plain(self.specs),
+            'reentrant': self.reentrant, 'exclusive': self._exclusive,
+            'cloudpickle': cloudpickle.__version__
+        }
         self.specs = [self._scheduler]
 
     def _plain(self, specs: Sequence[NodeSpec]) -> List[tuple]:
@@ -11421,10 +12863,11 @@ class SharedJobCluster(JobCluster):
         for spec in specs:
             if spec.allocator is not None:
                 self._allocators.append(spec.allocator)
-            rows.append((spec.host, spec.port, spec.cpus, len(self._allocators) if spec.allocator is not None else 0))
+            rows.append((spec.host, spec.port, spec.cpus,
+                         len(self._allocators) if spec.allocator is not None else 0))
         return rows
 
-    # -- asked of the scheduler -----------------------------------------------------------------------------
+    # -- asked of the scheduler --------------------------------------------------------------------
 
     def _command(self, name: str, *args: Any) -> Any:
         """Ask the scheduler's driver."""
@@ -11449,16 +12892,26 @@ class SharedJobCluster(JobCluster):
                 return answer_of(future, CALL_TIME)
             except ConnectionError:
                 if self.closed or time.monotonic() >= until:
-                    raise RuntimeError('the scheduler %s is not connected' % self._scheduler.host) from None
+                    raise RuntimeError('the scheduler %s is not connected' %
+                                       self._scheduler.host) from None
                 time.sleep(0.05)
 
-    def _question(self, node: Any, row: Optional[tuple] = None, path: str = '') -> 'concurrent.futures.Future[Any]':
+    def _question(self,
+                  node: Any,
+                  row: Optional[tuple] = None,
+                  path: str = '') -> 'concurrent.futures.Future[Any]':
         future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
-        node = (node.ip_addr, node.port) if isinstance(node, DispyNode) else node
+        if isinstance(node, DispyNode):
+            node = (node.ip_addr, node.port)
+        else:
+            node = node
         if row is None:
-            future.set_result(Report(self.comp, [(serial, 0.0) for serial in self._call('running', node)], [], {}))
+            future.set_result(
+                Report(self.comp, [(serial, 0.0) for serial in self._call('running', node)], [],
+                       {}))
             return future
-        to_scheduler = self.driver.ask(lambda: self.driver.queries.question(self.comp, None, row, path))
+        to_scheduler = self.driver.ask(
+            lambda: self.driver.queries.question(self.comp, None, row, path))
         error = answer_of(to_scheduler, CALL_TIME)
         future.set_result(error or self._call('place', node, row))
         return future
@@ -11468,28 +12921,34 @@ class SharedJobCluster(JobCluster):
         return pages_of_nodes(lambda first, most: self._call('nodes', first, most))
 
     def _rows(self) -> List[NodeRow]:
-        if not self._is_connected():   # the CPUs of its own row stand for all that it takes; it may come meanwhile
+        # The CPUs of its own row stand for all that it takes; it may come meanwhile
+        if not self._is_connected():
             return [row._replace(cpus=0) for row in super()._command('nodes')]
         return self._pages() or \
             [row._replace(state='connected', reason='has no node for this cluster yet', cpus=0) for row in super()._command('nodes')]
 
     def _rows_at_end(self) -> List[NodeRow]:
-        return self._pages() if self._is_connected() else []
+        if self._is_connected():
+            return self._pages()
+        return []
 
     def _why_unloadable(self) -> str:
         if self._is_connected():
-            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # it has gone meanwhile
+            # It has gone meanwhile
+            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
                 return self._call('why_unloadable')  # type: ignore[no-any-return]
         return ''
 
     def _complaint(self) -> str:
         if self._is_connected():
-            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # it has gone meanwhile
+            # It has gone meanwhile
+            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
                 return self._call('complaint')  # type: ignore[no-any-return]
         return super()._command('complaint')  # type: ignore[no-any-return]
 
     def _is_connected(self) -> bool:
-        return any(peer.link is not None and peer.name for peer in self.driver.ask(lambda: self.driver.nodes.of(self.comp)))
+        return any(peer.link is not None and peer.name
+                   for peer in self.driver.ask(lambda: self.driver.nodes.of(self.comp)))
 
     def _left_behind(self) -> Dict[Any, int]:
         counts: Dict[Any, int] = collections.Counter()
@@ -11502,15 +12961,19 @@ class SharedJobCluster(JobCluster):
     def _nodes_in_words(self) -> str:
         """The scheduler is not asked: that may take as long as it likes."""
         host, port = self._scheduler[:2]
-        return 'closed' if self.closed else 'scheduler %s' % place(host, port)
+        if self.closed:
+            return 'closed'
+        return 'scheduler %s' % place(host, port)
 
-    # -- told by the scheduler --------------------------------------------------------------------------------
+    # -- told by the scheduler ---------------------------------------------------------------------
 
     def job_moved(self, work: DispyJob, node: tuple) -> None:
         """A job is on a node now, or waits again."""
         if not node:
             self._places.pop(work, None)
-            work.status, work.ip_addr, work.start_time = DispyJob.Created, None, None
+            work.status = DispyJob.Created
+            work.ip_addr = None
+            work.start_time = None
             return
         host, port, name = node
         self._places[work] = NodeRow((host, port), host, port, name, 'ready', '', 0, 0, 0, {})
@@ -11522,7 +12985,8 @@ class SharedJobCluster(JobCluster):
         if name == 'source':
             return self.cargo.source()
         if name == 'allocate':
-            number, row = args[0], NodeRow(*args[1])
+            number = args[0]
+            row = NodeRow(*args[1])
             found = ask_allocator(self._allocators[number - 1], self, row)
             self.cargo.paths.update(found.paths)
             return (found.cpus, found.setup_args, found.files, self.bundles.rows(False))
@@ -11538,32 +13002,44 @@ class SharedJobCluster(JobCluster):
 
 
 class Survey(NodeUser):
-    """What nodes there are and whether they can be used, without using them: a cluster for the driver, but without a computation.
+    """What nodes there are and whether they can be used, without using them: a cluster for the
+    driver, but without a computation.
 
-    nodes, port, secret, certfile, keyfile, cafile - as of JobCluster; nodes=None: all that answer on the local network.
-    Raises TypeError, ValueError, SecretError. A context manager.
+    nodes, port, secret, certfile, keyfile, cafile - as of JobCluster; nodes=None: all that answer
+        on the local network. Raises TypeError, ValueError, SecretError. A context manager.
     """
     client = 'survey'
     warns = False
     name = 'a look at nodes'
 
-    def __init__(self, nodes: Any = None, port: int = NODE_PORT, secret: Union[str, bytes, None] = None, certfile: Optional[str] = None,
-                 keyfile: Optional[str] = None, cafile: Optional[str] = None) -> None:
-        self.specs, self.port, self.comp = parse_nodes('*' if nodes is None else nodes, port), port, uuid.uuid4().hex
-        self.driver = Driver.acquire(Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
+    def __init__(self,
+                 nodes: Any = None,
+                 port: int = NODE_PORT,
+                 secret: Union[str, bytes, None] = None,
+                 certfile: Optional[str] = None,
+                 keyfile: Optional[str] = None,
+                 cafile: Optional[str] = None) -> None:
+        self.specs, self.port, self.comp = parse_nodes('*' if nodes is None else nodes,
+                                                       port), port, uuid.uuid4().hex
+        self.driver = Driver.acquire(
+            Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
         self.driver.ask(lambda: self.driver.open(self, False))
 
-    def look(self, timeout: float = HANDSHAKE_TIME + 1.0, listen: float = SURVEY_TIME) -> List[DispyNode]:
-        """The nodes, when each that was named has answered or failed, at the latest after `timeout` seconds; answers to a question to
-        all are waited for `listen` seconds. `state` is 'connected', and `reason` then who uses it, or why it cannot be used."""
+    def look(self,
+             timeout: float = HANDSHAKE_TIME + 1.0,
+             listen: float = SURVEY_TIME) -> List[DispyNode]:
+        """The nodes, when each that was named has answered or failed, at the latest after `timeout`
+        seconds; answers to a question to all are waited for `listen` seconds. `state` is
+        'connected', and `reason` then who uses it, or why it cannot be used."""
         began = time.monotonic()
         while True:
-            # What is not known yet is looked for in the same turn: otherwise an answer could come between the two.
-            found = self.driver.ask(lambda: [(self._seen(peer, state, reason), self._is_open(peer))
-                                              for peer, state, reason, _, _ in self.driver.queries.nodes_of(self.comp)])
+            # What is not known yet is looked for in the same turn: otherwise an answer could come
+            # between the two.
+            found = self.driver.ask(lambda: [(self._seen(peer, state, reason), self._is_open(
+                peer)) for peer, state, reason, _, _ in self.driver.queries.nodes_of(self.comp)])
             passed = time.monotonic() - began
-            if passed >= timeout or (passed >= listen or not any(spec.wild for spec in self.specs)) and not any(
-                    is_open for _, is_open in found):
+            if passed >= timeout or (passed >= listen or not any(
+                    spec.wild for spec in self.specs)) and not any(is_open for _, is_open in found):
                 return [node for node, _ in found]
             time.sleep(0.05)
 
@@ -11572,13 +13048,19 @@ class Survey(NodeUser):
         """Whether a node has neither answered nor failed yet. The driver's thread."""
         if peer.link is not None:
             return not peer.name
-        return peer.state in (NodeState.FOUND, NodeState.DIALLING) and not peer.failures and bool(peer.port)
+        return peer.state in (NodeState.FOUND, NodeState.DIALLING) and not peer.failures and bool(
+            peer.port)
 
     @staticmethod
     def _seen(peer: Peer, state: str, reason: str) -> DispyNode:
         if state == 'connected':
             holder = peer.facts.get('holder')
-            reason = 'serves %s' % holder if holder else '' if peer.offered else 'takes no new jobs'
+            if holder:
+                reason = 'serves %s' % holder
+            elif peer.offered:
+                reason = ''
+            else:
+                reason = 'takes no new jobs'
         return describe_node(peer, state, reason, peer.offered, 0)
 
     def close(self) -> None:
@@ -11594,9 +13076,9 @@ class Survey(NodeUser):
 
 
 class Progress:
-    """How many jobs have ended, on stderr: tqdm's bar if it is installed, otherwise a line a second,
-    rewritten. In a notebook tqdm shows its bar there. Nothing is shown if stderr is neither that
-    nor a terminal."""
+    """How many jobs have ended, on stderr: tqdm's bar if it is installed, otherwise a line a
+    second, rewritten. In a notebook tqdm shows its bar there. Nothing is shown if stderr is neither
+    that nor a terminal."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._started, self._next = clock, clock(), 0.0
@@ -11648,7 +13130,10 @@ class Progress:
         rate = done / max(1e-9, self._clock() - self._started)
         if total is None:
             return '%d jobs, %.1f a second' % (done, rate)
-        left = ', about %.0f s left' % ((total - done) / rate) if done and done < total else ''
+        if done and done < total:
+            left = ', about %.0f s left' % ((total - done) / rate)
+        else:
+            left = ''
         return '%d of %d jobs, %.1f a second%s' % (done, total, rate, left)
 
     def __exit__(self, *exc: Any) -> None:
@@ -11705,22 +13190,29 @@ def _own_hosts(host: Any) -> List[Any]:
 
 
 def _own_host(host: Any) -> Optional[Tuple[str, int]]:
-    """One of the parameter `host`: an address, ADDRESS:PORT or (address, port). Raises TypeError or ValueError."""
+    """One of the parameter `host`: an address, ADDRESS:PORT or (address, port). Raises TypeError or
+    ValueError."""
     if host is None:
         return None
     if isinstance(host, str):
         try:
-            return (host, SCHEDULER_PORT) if host == '' else host_and_port(plain_text(host), SCHEDULER_PORT)
+            if host == '':
+                return (host, SCHEDULER_PORT)
+            return host_and_port(plain_text(host), SCHEDULER_PORT)
         except ValueError as exc:
-            raise ValueError("host: %s: it must be an address of this host, 'address:port' or (address, port)" % exc) from None
+            raise ValueError(
+                "host: %s: it must be an address of this host, 'address:port' or (address, port)" %
+                exc) from None
     if not isinstance(host, (tuple, list)) or len(host) != 2 or not isinstance(host[0], str):
-        raise TypeError("host=%.80r: it must be an address of this host, 'address:port' or (address, port)" % (host,))
+        raise TypeError(
+            "host=%.80r: it must be an address of this host, 'address:port' or (address, port)" %
+            (host, ))
     return plain_text(host[0]), _in_range('host: port', host[1], None, 1, 65535, True)
 
 
 def plain_number(value: Any, whole: bool = False) -> Any:
-    """An int or float for any number: of numpy, of an enum, a Fraction. None for what is no number, also for bool; for NaN; and
-    if it must be `whole` for others."""
+    """An int or float for any number: of numpy, of an enum, a Fraction. None for what is no number,
+    also for bool; for NaN; and if it must be `whole` for others."""
     if isinstance(value, bool) or type(value).__name__ in ('bool_', 'bool'):   # numpy's
         return None
     if isinstance(value, numbers.Integral):
@@ -11737,19 +13229,28 @@ def number_in(value: Any, whole: bool = False) -> Any:
     """As plain_number, also for a number that is given as text, as dispy 4 took them."""
     if isinstance(value, str):
         try:
-            value = int(value) if whole else float(value)
+            if whole:
+                value = int(value)
+            else:
+                value = float(value)
         except ValueError:
             return None
     return plain_number(value, whole)
 
 
-def _in_range(name: str, value: Any, default: Any, low: float, high: float, whole: bool = False) -> Any:
+def _in_range(name: str,
+              value: Any,
+              default: Any,
+              low: float,
+              high: float,
+              whole: bool = False) -> Any:
     """A parameter as a plain number. Raises ValueError."""
     if value is None:
         return default
     number = number_in(value, whole)
     if number is None or not low <= number <= high:
-        raise ValueError('%s=%.80r is not a %snumber between %s and %s' % (name, value, 'whole ' if whole else '', low, high))
+        raise ValueError('%s=%.80r is not a %snumber between %s and %s' %
+                         (name, value, 'whole ' if whole else '', low, high))
     return number
 
 
@@ -11761,7 +13262,9 @@ def _seconds(name: str, value: Any) -> Optional[float]:
     if number is None:
         raise (ValueError if isinstance(value, numbers.Real) else TypeError)(
             '%s=%.80r is not a number of seconds, nor None' % (name, value))
-    return None if number > threading.TIMEOUT_MAX else float(number)
+    if number > threading.TIMEOUT_MAX:
+        return None
+    return float(number)
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -11778,11 +13281,13 @@ def _take_options(kwargs: dict) -> Optional[dict]:
     options: Dict[str, Any] = {}
     for name in [name for name in kwargs if name.startswith('dispy_')]:
         if name not in _OPTIONS:
-            raise TypeError('submit: unknown keyword %s; there are %s, dispy_retry_on, dispy_retry_delay and '
-                            'dispy_job_depends' % (name, ', '.join(_OPTIONS)))
+            raise TypeError(
+                'submit: unknown keyword %s; there are %s, dispy_retry_on, dispy_retry_delay and '
+                'dispy_job_depends' % (name, ', '.join(_OPTIONS)))
         value = kwargs.pop(name)
         if value is not None:
-            options[name[len('dispy_'):]] = _in_range('submit: ' + name, value, None, *_OPTIONS[name])
+            options[name[len('dispy_'):]] = _in_range('submit: ' + name, value, None,
+                                                      *_OPTIONS[name])
     if repeats is not None:
         if not options.get('retries'):
             raise ValueError('submit: dispy_retry_on needs dispy_retries, how often it is tried '
@@ -11794,13 +13299,17 @@ def _take_options(kwargs: dict) -> Optional[dict]:
 
 def _take_repeats(kwargs: dict) -> Optional[Repeats]:
     """Those that say which failures are repeated. Raises TypeError or ValueError."""
-    on, delay = kwargs.pop('dispy_retry_on', None), kwargs.pop('dispy_retry_delay', None)
+    on = kwargs.pop('dispy_retry_on', None)
+    delay = kwargs.pop('dispy_retry_delay', None)
     if on is None or on is False:
         if delay is not None:
             raise ValueError('submit: dispy_retry_delay needs dispy_retry_on, which failures are '
                              'repeated')
         return None
-    kinds = on if isinstance(on, (tuple, list)) else (on,)
+    if isinstance(on, (tuple, list)):
+        kinds = on
+    else:
+        kinds = (on,)
     if on is not True and not all(
             isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):
         raise TypeError('submit: dispy_retry_on=%.80r: it must be True, a class of exceptions or '
@@ -11809,14 +13318,17 @@ def _take_repeats(kwargs: dict) -> Optional[Repeats]:
     return Repeats(on if on is True else tuple(kinds), seconds, 0)
 
 
-_OPTIONS: Dict[str, Tuple[float, float, bool]] = {   # lowest and highest value, and whether it is a whole number
-    'dispy_timeout': (0.001, 1e9, False), 'dispy_priority': (-(1 << 31), 1 << 31, True), 'dispy_cpus': (1, 1 << 16, True),
-    'dispy_memory': (1, 1 << 60, True), 'dispy_retries': (0, 1000, True)}
+# Lowest and highest value, and whether it is a whole number
+_OPTIONS: Dict[str, Tuple[float, float, bool]] = {
+    'dispy_timeout': (0.001, 1e9, False), 'dispy_priority': (-(1 << 31), 1 << 31, True),
+    'dispy_cpus': (1, 1 << 16, True), 'dispy_memory': (1, 1 << 60, True),
+    'dispy_retries': (0, 1000, True)
+}
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Standard interfaces: concurrent.futures and joblib
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
     """A future of a DispyExecutor; `job` is the job behind it, None if the call could not be
@@ -11831,7 +13343,8 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
     @property
     def _state(self) -> str:
         """The state by the names of the standard library, which shows it and decides by it."""
-        state, job = self._set_state, self.job
+        state = self._set_state
+        job = self.job
         if state == 'PENDING' and job is not None and job.status in (6, 7):
             return 'RUNNING'
         return state
@@ -11943,7 +13456,9 @@ class _ExecutorClusters:
                                'the executor was closed')
         if cluster._unusable:
             raise BrokenProcessPool(cluster._unusable)
-        return self._renewed(cluster) if cluster.bundles.changed() else cluster
+        if cluster.bundles.changed():
+            return self._renewed(cluster)
+        return cluster
 
     def _renewed(self, old: JobCluster) -> JobCluster:
         """The file of a module has changed: later calls run its new text, in new workers."""
@@ -12016,7 +13531,10 @@ class DispyExecutor(concurrent.futures.Executor):
                  **options: Any) -> None:
         if max_tasks_per_child is not None:
             options['max_jobs_per_worker'] = _positive('max_tasks_per_child', max_tasks_per_child)
-        most = 0 if max_workers is None else _positive('max_workers', max_workers)
+        if max_workers is None:
+            most = 0
+        else:
+            most = _positive('max_workers', max_workers)
         if initializer is not None and not callable(initializer):
             raise TypeError('initializer must be a callable, not %.80r' % (initializer,))
         _note_start_method(mp_context)
@@ -12067,8 +13585,13 @@ class DispyExecutor(concurrent.futures.Executor):
             raise RuntimeError('cannot schedule new futures after shutdown: %s' % exc) from None
         return future
 
-    def map(self, fn: Callable[..., Any], *iterables: Any, timeout: Optional[float] = None,
-            chunksize: int = 1, buffersize: Optional[int] = None, progress: bool = False) -> Iterator[Any]:
+    def map(self,
+            fn: Callable[..., Any],
+            *iterables: Any,
+            timeout: Optional[float] = None,
+            chunksize: int = 1,
+            buffersize: Optional[int] = None,
+            progress: bool = False) -> Iterator[Any]:
         """As in concurrent.futures: results come in order, `chunksize` inputs a job. All inputs are
         taken at once; with `buffersize`, so many jobs are under way at most, and others are taken
         as results are. Raises TimeoutError when the next result is not there `timeout` seconds
@@ -12081,7 +13604,10 @@ class DispyExecutor(concurrent.futures.Executor):
             raise ValueError('chunksize=%r must be at least 1' % (chunksize,))
         if buffersize is not None:
             buffersize = _positive('buffersize', buffersize)
-        until = None if timeout is None else time.monotonic() + timeout
+        if timeout is None:
+            until = None
+        else:
+            until = time.monotonic() + timeout
         inputs: Iterator[tuple] = zip(*iterables)
         call = fn
         if chunksize > 1:
@@ -12095,7 +13621,9 @@ class DispyExecutor(concurrent.futures.Executor):
         if buffersize is not None:   # what is not asked for shall not keep the executor
             more = functools.partial(_submit_next, weakref.ref(self), call, inputs)
         results = _results_of(futures, until, more)
-        return results if chunksize == 1 else _flat(results)
+        if chunksize == 1:
+            return results
+        return _flat(results)
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         """As in concurrent.futures, waits for all calls; Ctrl-C and sys.exit end them."""
@@ -12118,7 +13646,10 @@ def _positive(name: str, value: Any) -> int:
     """A parameter of an executor that is a number of things. Raises TypeError or ValueError."""
     number = plain_number(value, True)
     if number is None:
-        hint = '; nodes are given as nodes=' if name == 'max_workers' else ''
+        if name == 'max_workers':
+            hint = '; nodes are given as nodes='
+        else:
+            hint = ''
         raise TypeError('%s must be an integer, not %.80r%s' % (name, value, hint))
     if number < 1:
         raise ValueError('%s must be greater than 0' % name)
@@ -12127,7 +13658,10 @@ def _positive(name: str, value: Any) -> int:
 
 def _note_start_method(context: Any) -> None:
     """Workers are started by fork; say so to who asks for another method."""
-    method = context if context is None or isinstance(context, str) else context.get_start_method()
+    if context is None or isinstance(context, str):
+        method = context
+    else:
+        method = context.get_start_method()
     if method not in (None, 'fork') and method not in _methods_noted:
         _methods_noted.add(method)
         logger.info('mp_context: workers are started by fork, not by %s', method)
@@ -12172,7 +13706,10 @@ def _results_of(futures: Deque[DispyFuture], until: Optional[float],
 
 def _result_or_cancel(futures: Deque[DispyFuture], until: Optional[float]) -> Any:
     """The result of the first one, which is taken out if it is there."""
-    left = None if until is None else max(0.0, until - time.monotonic())
+    if until is None:
+        left = None
+    else:
+        left = max(0.0, until - time.monotonic())
     try:
         result = futures[0].result(left)
     except concurrent.futures.TimeoutError:
@@ -12233,7 +13770,8 @@ class JoblibCall:
     def __init__(self, backend: Any, callback: Optional[Callable[[Any], Any]]) -> None:
         self.parallel = getattr(callback, 'parallel', None)   # the Parallel that it belongs to
         self.job: Optional[DispyJob] = None
-        self._backend, self._callback = backend, callback
+        self._backend = backend
+        self._callback = callback
         self._error: Optional[BaseException] = None
 
     def settle(self, job: DispyJob) -> None:
@@ -12271,19 +13809,21 @@ class _KeptCluster:
     nobody does."""
 
     def __init__(self, options: dict, cluster: JobCluster) -> None:
-        self.options, self.cluster = options, cluster
+        self.options = options
+        self.cluster = cluster
         self.users: 'weakref.WeakSet[Any]' = weakref.WeakSet()
         self.idle_since = 0.0
 
     @property
     def is_open(self) -> bool:
-        """Whether it can be used: it may have been closed, or be of the parent of a forked process."""
+        """Whether it can be used: it may have been closed, or be of the parent of a forked
+        process."""
         return not self.cluster.closed and not self.cluster.driver.broken
 
 
 class JoblibClusters:
-    """Clusters that joblib's calls run on, by the options of their backends. One that no call uses is
-    kept for a while, since the next call wants the same as a rule. Any thread."""
+    """Clusters that joblib's calls run on, by the options of their backends. One that no call uses
+    is kept for a while, since the next call wants the same as a rule. Any thread."""
     KEPT = 300.0       # s, as joblib's own backend keeps its workers
 
     def __init__(self) -> None:
@@ -12299,7 +13839,8 @@ class JoblibClusters:
             if found is not None and found.cluster.bundles.changed():
                 # The file of a module has changed: later calls run its new text.
                 self._kept.remove(found)
-                threading.Thread(target=found.cluster.close, name='dispy-renew', daemon=True).start()
+                threading.Thread(target=found.cluster.close, name='dispy-renew',
+                                 daemon=True).start()
                 found = None
             if found is None:
                 found = _KeptCluster(options, make())
@@ -12337,7 +13878,8 @@ class JoblibClusters:
     def close(self) -> None:
         """End those that nobody uses now."""
         with self._lock:
-            timer, self._timer = self._timer, None
+            timer = self._timer
+            self._timer = None
             self._end(lambda kept: True)
         if timer is not None:
             timer.cancel()
@@ -12358,7 +13900,8 @@ class JoblibClusters:
         with self._lock:
             found = self._find(options)
         if found is not None:
-            ready = sum(min(row.cpus, row.offered) for row in found.cluster._rows() if row.state == 'ready')
+            ready = sum(
+                min(row.cpus, row.offered) for row in found.cluster._rows() if row.state == 'ready')
             if ready:
                 return ready
         now = time.monotonic()
@@ -12375,7 +13918,10 @@ class JoblibClusters:
     @staticmethod
     def _ask(nodes: Any, options: dict) -> int:
         """CPUs of nodes that answer; without the program's own node."""
-        access = {name: options[name] for name in ('secret', 'certfile', 'keyfile', 'cafile') if name in options}
+        access = {
+            name: options[name]
+            for name in ('secret', 'certfile', 'keyfile', 'cafile') if name in options
+        }
         with Survey(nodes, options.get('dispy_port') or NODE_PORT, **access) as survey:
             found = survey.look(listen=PROBE_TIME)
         return sum(node.cpus for node in found if node.state == 'connected')
@@ -12387,8 +13933,8 @@ class JoblibClusters:
 
 joblib_clusters = JoblibClusters()
 # What Parallel gives to all backends, and what is of joblib's own
-_OF_JOBLIB = frozenset((
-    'max_nbytes', 'temp_folder', 'mmap_mode', 'prefer', 'require', 'verbose', 'context', 'idle_worker_timeout'))
+_OF_JOBLIB = frozenset(('max_nbytes', 'temp_folder', 'mmap_mode', 'prefer', 'require', 'verbose',
+                        'context', 'idle_worker_timeout'))
 JOBLIB_START = 30.0    # s that a call of joblib waits for its first node
 # Variables that say how many threads numerical libraries use
 THREAD_VARIABLES = (
@@ -12411,7 +13957,8 @@ class JoblibRun:
 
     def _make(self) -> JobCluster:
         options = dict(self.options)
-        initializer, initargs = options.pop('initializer'), options.pop('initargs')
+        initializer = options.pop('initializer')
+        initargs = options.pop('initargs')
         threads = options.pop('inner_max_num_threads', None)
         if threads is not None:
             variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
@@ -12419,7 +13966,10 @@ class JoblibRun:
         start = functools.partial(run_batch, os.urandom(8).hex(), initializer, tuple(initargs))
         # What people are told of it
         start.__name__ = 'calls of joblib'  # type: ignore[attr-defined]
-        kind = SharedJobCluster if 'scheduler_host' in options else JobCluster
+        if 'scheduler_host' in options:
+            kind: Any = SharedJobCluster
+        else:
+            kind = JobCluster
         cluster = kind(start, job_status=lambda job: job.id.settle(job), **options)
         try:
             cluster.wait_nodes(1, timeout=JOBLIB_START)
@@ -12442,7 +13992,10 @@ class JoblibRun:
             cpus += row.cpus
         with self._lock:
             self._cluster = cluster
-            self._most = n_jobs if n_jobs < cpus else sys.maxsize
+            if n_jobs < cpus:
+                self._most = n_jobs
+            else:
+                self._most = sys.maxsize
 
     def end(self) -> None:
         """No more calls come for now."""
@@ -12463,7 +14016,8 @@ class JoblibRun:
     def _send(self, call: JoblibCall, function: Callable[..., Any]) -> None:
         try:
             call.job = self._cluster.submit_job_id(call, function)  # type: ignore[union-attr]
-        except Exception as exc:  # of the user's objects, which cannot be pickled; or the cluster has been closed
+        except Exception as exc:
+            # Of the user's objects, which cannot be pickled; or the cluster has been closed
             error: Exception = exc
             if not self._cluster.closed and not self._cluster.driver.broken:  # type: ignore[union-attr]
                 error = pickle.PicklingError('a call cannot be pickled: %s' % exc)
@@ -12486,10 +14040,13 @@ class JoblibRun:
         with self._lock:
             self._waiting = collections.deque(
                 row for row in self._waiting if not getattr(row[0].parallel, '_aborting', True))
-            unwanted = [call.job for call in self._calls if getattr(call.parallel, '_aborting', True)]
+            unwanted = [
+                call.job for call in self._calls if getattr(call.parallel, '_aborting', True)
+            ]
         for job in unwanted:
             if job is not None and job.status not in ENDED:
-                with contextlib.suppress(RuntimeError):   # the cluster has ended, and its jobs with it
+                # The cluster has ended, and its jobs with it
+                with contextlib.suppress(RuntimeError):
                     self._cluster.cancel(job)  # type: ignore[union-attr]
 
 
@@ -12499,7 +14056,9 @@ def _above_joblib(backend: Any) -> str:
     process = sys.modules.get('multiprocessing.process')
     if process is not None and process.current_process().daemon:
         return 'multiprocessing'
-    return '' if backend.in_main_thread() or backend.nesting_level == 0 else 'threads'
+    if backend.in_main_thread() or backend.nesting_level == 0:
+        return ''
+    return 'threads'
 
 
 def joblib_backend(parallel: Any) -> Any:
@@ -12509,9 +14068,14 @@ def joblib_backend(parallel: Any) -> Any:
         supports_retrieve_callback = supports_timeout = supports_inner_max_num_threads = True
         default_n_jobs = -1
 
-        def __init__(self, nesting_level: Optional[int] = None, inner_max_num_threads: Optional[int] = None,
-                     initializer: Optional[Callable[..., Any]] = None, initargs: tuple = (), **options: Any) -> None:
-            super().__init__(nesting_level=nesting_level, inner_max_num_threads=inner_max_num_threads)
+        def __init__(self,
+                     nesting_level: Optional[int] = None,
+                     inner_max_num_threads: Optional[int] = None,
+                     initializer: Optional[Callable[..., Any]] = None,
+                     initargs: tuple = (),
+                     **options: Any) -> None:
+            super().__init__(nesting_level=nesting_level,
+                             inner_max_num_threads=inner_max_num_threads)
             self._options = dict(options, initializer=initializer, initargs=tuple(initargs))
             self._run: Optional[JoblibRun] = None
 
@@ -12532,14 +14096,19 @@ def joblib_backend(parallel: Any) -> Any:
             above = _above_joblib(self)
             if above:
                 if n_jobs != 1:
-                    warnings.warn('dispy-backed parallel loops cannot be nested below %s: they run with n_jobs=1'
-                                  % above, stacklevel=3)
+                    warnings.warn(
+                        'dispy-backed parallel loops cannot be nested below %s: they run with n_jobs=1'
+                        % above,
+                        stacklevel=3)
                 return 1
-            return max(1, self._get_run().cpus() + 1 + n_jobs) if n_jobs < 0 else n_jobs
+            if n_jobs < 0:
+                return max(1, self._get_run().cpus() + 1 + n_jobs)
+            return n_jobs
 
         def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
             """Begin: a node is waited for. Keywords of Parallel come here, too."""
-            self._options.update((name, value) for name, value in options.items() if name not in _OF_JOBLIB)
+            self._options.update(
+                (name, value) for name, value in options.items() if name not in _OF_JOBLIB)
             count = self.effective_n_jobs(n_jobs)
             if count == 1:
                 raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
@@ -12547,7 +14116,9 @@ def joblib_backend(parallel: Any) -> Any:
             self._get_run().begin(count)
             return count
 
-        def submit(self, func: Callable[..., Any], callback: Optional[Callable[..., Any]] = None) -> JoblibCall:
+        def submit(self,
+                   func: Callable[..., Any],
+                   callback: Optional[Callable[..., Any]] = None) -> JoblibCall:
             """One batch of calls."""
             run = self._get_run()
             return run.submit(JoblibCall(run, callback), func)
@@ -12584,7 +14155,8 @@ def register_joblib() -> None:
 
 
 class _WhenJoblibComes:
-    """Registers the backend when joblib is imported: the first finder in sys.meta_path, until then."""
+    """Registers the backend when joblib is imported: the first finder in sys.meta_path, until
+    then."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """Only joblib.parallel is found here, by those who find modules otherwise."""
@@ -12592,7 +14164,10 @@ class _WhenJoblibComes:
             return None
         sys.meta_path.remove(self)  # type: ignore[arg-type]
         spec = importlib.util.find_spec(name)
-        loader: Any = spec.loader if spec is not None else None
+        if spec is not None:
+            loader: Any = spec.loader
+        else:
+            loader = None
         if loader is not None:
             load = loader.exec_module
 
@@ -12615,17 +14190,23 @@ def _at_exit() -> None:
     nobody caught, what runs on nodes goes on to its end."""
     _wait_for_executors()
     clusters = list(_clusters)
-    staying = [cluster for cluster in clusters if _may_stay(cluster)] if _ended_by_error() else []
+    if _ended_by_error():
+        staying = [cluster for cluster in clusters if _may_stay(cluster)]
+    else:
+        staying = []
     for cluster in clusters:
         if cluster in staying:
             continue
         if cluster._pending and cluster.journal is not None:
-            logger.warning('%s: the program ends with %d jobs that have not ended; dispy.recover_jobs(%r) collects them', cluster.name,
-                           cluster._pending, cluster.journal.path)
+            logger.warning(
+                '%s: the program ends with %d jobs that have not ended; dispy.recover_jobs(%r) collects them',
+                cluster.name, cluster._pending, cluster.journal.path)
             continue
         if cluster._pending:
-            logger.warning('%s: the program ends with %s that %s not ended; %s cancelled (cluster.wait() waits for all jobs)', cluster.name,
-                           many(cluster._pending, 'job'), *(('has', 'it is') if cluster._pending == 1 else ('have', 'they are')))
+            logger.warning(
+                '%s: the program ends with %s that %s not ended; %s cancelled (cluster.wait() waits for all jobs)',
+                cluster.name, many(cluster._pending, 'job'),
+                *(('has', 'it is') if cluster._pending == 1 else ('have', 'they are')))
         cluster.close(terminate=True)
     if staying:
         _stay_behind(staying)
@@ -12648,11 +14229,14 @@ def _stay_behind(clusters: List[JobCluster]) -> None:
     until = time.monotonic() + LEAVE_TIME
     owed = sum(len(cluster._owed) for cluster in clusters)
     for cluster in clusters:
-        with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # its driver has failed
-            if cluster.remote:   # what waits there might begin before it is known that nobody waits for it
+        # Its driver has failed
+        with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
+            # What waits there might begin before it is known that nobody waits for it
+            if cluster.remote:
                 cluster.cancel_waiting()
                 while time.monotonic() < until and any(
-                        job.status == DispyJob.Created for job in cluster.driver.ask(cluster.jobs_owed)):
+                        job.status == DispyJob.Created
+                        for job in cluster.driver.ask(cluster.jobs_owed)):
                     time.sleep(0.01)
     for driver in {cluster.driver for cluster in clusters}:
         with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # as above
@@ -12665,12 +14249,19 @@ def _stay_behind(clusters: List[JobCluster]) -> None:
         nodes.update(cluster._left_behind())
     running = sum(nodes.values())
     trails = [cluster.trail for cluster in clusters if cluster.trail is not None]
-    lost = '; %d others had not begun and are lost' % (owed - running) if owed > running else ''
-    how = ['dispy.recover_jobs()'] if all(trail.script for trail in trails) else [
-        'dispy.recover_jobs(%r)' % trail.path for trail in trails]
-    logger.warning('the program ends by an error, and %s end on %d node%s%s; %s collects the results, '
-                   '%s ends them', '1 job runs on to its' if running == 1 else '%d jobs run on to their'
-                   % running, len(nodes), 's' if len(nodes) > 1 else '', lost, ' and '.join(how), CANCEL_LOST)
+    if owed > running:
+        lost = '; %d others had not begun and are lost' % (owed - running)
+    else:
+        lost = ''
+    if all(trail.script for trail in trails):
+        how = ['dispy.recover_jobs()']
+    else:
+        how = ['dispy.recover_jobs(%r)' % trail.path for trail in trails]
+    logger.warning(
+        'the program ends by an error, and %s end on %d node%s%s; %s collects the results, '
+        '%s ends them',
+        '1 job runs on to its' if running == 1 else '%d jobs run on to their' % running, len(nodes),
+        's' if len(nodes) > 1 else '', lost, ' and '.join(how), CANCEL_LOST)
 
 
 def _ended_by_error() -> bool:
@@ -12687,42 +14278,82 @@ def _ended_by_error() -> bool:
     if trace is None:
         return False
     # It begins with the frame that has caught the exception; if nobody has, with the first of all.
-    code, globals_ = trace.tb_frame.f_code, trace.tb_frame.f_globals
+    code = trace.tb_frame.f_code
+    globals_ = trace.tb_frame.f_globals
     if globals_.get('__name__') == 'runpy':   # python -m
         return code.co_name == '_run_module_as_main'
     return code.co_name == '<module>' and globals_ is vars(sys.modules.get('__main__'))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line: a program over many arguments; nodes by ssh
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='dispy', description='Run a program once for each line of arguments, on all CPUs of '
-                                     'the nodes. The exit status is the number of jobs that failed, at most 101.',
-                                     epilog='`dispy deploy HOST...` starts nodes on other hosts by ssh, `dispy stop HOST...` ends '
-                                     'them: each has a --help of its own. A program of such a name is run as ./deploy.')
+    parser = argparse.ArgumentParser(
+        prog='dispy',
+        description='Run a program once for each line of arguments, on all CPUs of '
+        'the nodes. The exit status is the number of jobs that failed, at most 101.',
+        epilog='`dispy deploy HOST...` starts nodes on other hosts by ssh, `dispy stop HOST...` ends '
+        'them: each has a --help of its own. A program of such a name is run as ./deploy.')
     add = parser.add_argument
-    add('program', metavar='PROGRAM', nargs='?', help='path of a program or script; it is copied to the nodes')
-    add('--list-nodes', action='store_true', help='instead of running a program show the nodes (-n; default: all that answer) and whether '
+    add('program',
+        metavar='PROGRAM',
+        nargs='?',
+        help='path of a program or script; it is copied to the nodes')
+    add('--list-nodes',
+        action='store_true',
+        help='instead of running a program show the nodes (-n; default: all that answer) and whether '
         'they can be used; the exit status is 0 if any can')
-    add('--cancel-lost', action='store_true', help='instead of running a program end what programs of '
+    add('--cancel-lost',
+        action='store_true',
+        help='instead of running a program end what programs of '
         'yours that were killed or ended by an exception have left on nodes; the exit status is the '
         'number of those of which something may be left')
     add('-n', '--node', '--nodes', action=Each, default=[], dest='nodes', metavar='HOST[:PORT]',
         help="a node, or several in quotes; may be repeated; 'local': this machine "
         '(default: a dispynode on this machine, or one started for this run)')
-    add('--scheduler-host', '--scheduler-node', metavar='HOST[:PORT]', help='the jobs go to this dispyscheduler; -n then says which of its nodes they may use')
-    add('--host', '--ip-addr', metavar='ADDR', help='also wait at this address for nodes that connect by themselves')
-    add('-f', '--depends', action='append', default=[], metavar='FILE', help='file that the program needs beside it; may be repeated')
-    add('-a', '--args', action='append', default=[], metavar='"ARGS"', help='arguments of one job, split as a shell does; may be repeated')
-    add('--args-file', metavar='FILE', help='file with the arguments of a job on each line; -: standard input')
-    add('-o', '--output', metavar='DIR', help='write the output of job N to DIR/N.out and DIR/N.err instead of printing it')
-    add('--wait-nodes', type=seconds_option, metavar='S', help='give up, with exit status 2, if no node can be used within so many seconds (default: wait for one)')
+    add('--scheduler-host',
+        '--scheduler-node',
+        metavar='HOST[:PORT]',
+        help='the jobs go to this dispyscheduler; -n then says which of its nodes they may use')
+    add('--host',
+        '--ip-addr',
+        metavar='ADDR',
+        help='also wait at this address for nodes that connect by themselves')
+    add('-f',
+        '--depends',
+        action='append',
+        default=[],
+        metavar='FILE',
+        help='file that the program needs beside it; may be repeated')
+    add('-a',
+        '--args',
+        action='append',
+        default=[],
+        metavar='"ARGS"',
+        help='arguments of one job, split as a shell does; may be repeated')
+    add('--args-file',
+        metavar='FILE',
+        help='file with the arguments of a job on each line; -: standard input')
+    add('-o',
+        '--output',
+        metavar='DIR',
+        help='write the output of job N to DIR/N.out and DIR/N.err instead of printing it')
+    add('--wait-nodes',
+        type=seconds_option,
+        metavar='S',
+        help=
+        'give up, with exit status 2, if no node can be used within so many seconds (default: wait for one)'
+        )
     add('-c', '--keep-files', action='store_true', help='leave the files on the nodes')
     add('-d', '--debug', action='store_true', help='log what is done in detail')
-    add('--secret', metavar='SECRET', help='the secret; it can be seen in the list of processes, so better:')
-    add('--secret-file', metavar='FILE', help='file with the secret (default: the one of this user)')
+    add('--secret',
+        metavar='SECRET',
+        help='the secret; it can be seen in the list of processes, so better:')
+    add('--secret-file',
+        metavar='FILE',
+        help='file with the secret (default: the one of this user)')
     add('--certfile', metavar='FILE', help='certificate for TLS')
     add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
     add('--version', action='version', version='%(prog)s ' + __version__)
@@ -12730,7 +14361,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _lines_of(args: argparse.Namespace) -> Iterator[List[str]]:
-    """Argument lists of jobs, read as they are wanted. Raises ValueError for a line that a shell could not split."""
+    """Argument lists of jobs, read as they are wanted. Raises ValueError for a line that a shell
+    could not split."""
     yield from map(shlex.split, args.args)
     if args.args_file == '-':
         yield from (shlex.split(line) for line in sys.stdin if line.strip())
@@ -12766,14 +14398,22 @@ class _Printer:
         if job.status != JobState.FINISHED or job.result:
             self.failed += 1
             words, where, reason = state_of(job)
-            values = job._failure.values() if job._failure is not None and not job.exception else None
-            print('%s %s%s: %s' % (job_in_words(job.id, values), words, where and ' on ' + where, job.exception or reason),
+            if job._failure is not None and not job.exception:
+                values = job._failure.values()
+            else:
+                values = None
+            print('%s %s%s: %s' % (job_in_words(job.id, values), words, where
+                                   and ' on ' + where, job.exception or reason),
                   file=sys.stderr)
         if sys.stderr.isatty():
-            print('%d of %d done, %d failed' % (self.done, total, self.failed), end='\r', file=sys.stderr, flush=True)
+            print('%d of %d done, %d failed' % (self.done, total, self.failed),
+                  end='\r',
+                  file=sys.stderr,
+                  flush=True)
 
 
-# What a host's Python is given to run. It says itself if it is too old, and takes no module from the directory it is in.
+# What a host's Python is given to run. It says itself if it is too old, and takes no module from
+# the directory it is in.
 REMOTE = """import sys
 if sys.version_info < (3, 8): sys.exit('Python 3.8 or later is needed, this is ' + sys.version.split()[0] + ' (--python)')
 sys.path[:] = filter(None, sys.path)
@@ -12783,34 +14423,65 @@ dispynode = sys.modules['dispynode'] = types.ModuleType('dispynode')
 exec(compile(source, 'dispynode.py', 'exec'), dispynode.__dict__)
 dispynode.deployment(source, *%a)
 """
-SSH_OPTIONS = ['-T', '-o', 'BatchMode=yes', '-o', 'ConnectTimeout=10', '-o', 'ServerAliveInterval=10', '-o', 'ControlMaster=no']
+SSH_OPTIONS = [
+    '-T', '-o', 'BatchMode=yes', '-o', 'ConnectTimeout=10', '-o', 'ServerAliveInterval=10', '-o',
+    'ControlMaster=no'
+]
 HOST_TIME = 150.0             # s for all that is done on a host: an end, a start, and a slow line
 
 
 def _deploy_parser(task: str) -> argparse.ArgumentParser:
-    text = {'deploy': 'Copy dispynode.py and the secret to hosts and start it there as a daemon. One that runs already, from the same '
-            'file, with the same options, is left alone.', 'stop': 'End what `dispy deploy` has started, and its jobs; remove what it has copied.'}
-    parser = argparse.ArgumentParser(prog='dispy ' + task, description=text[task] + ' The exit status is the number of hosts where '
-                                     'that failed, at most 101.', usage='%(prog)s [options] HOST...' + ' [-- options of dispynode]' * (task == 'deploy'))
+    text = {
+        'deploy': 'Copy dispynode.py and the secret to hosts and start it there as a daemon. One that runs already, from the same '
+        'file, with the same options, is left alone.',
+        'stop': 'End what `dispy deploy` has started, and its jobs; remove what it has copied.'
+    }
+    parser = argparse.ArgumentParser(
+        prog='dispy ' + task,
+        description=text[task] + ' The exit status is the number of hosts where '
+        'that failed, at most 101.',
+        usage='%(prog)s [options] HOST...' + ' [-- options of dispynode]' * (task == 'deploy'))
     add = parser.add_argument
-    add('hosts', nargs='*', metavar='HOST', help='as ssh takes it: a name of ~/.ssh/config, user@host, ssh://user@host:port')
-    add('--hosts', dest='file', metavar='FILE', help='file with a host on each line; # begins a comment')
-    add('--python', default='python3', metavar='PATH', help="Python there, in words of that host's shell (default: %(default)s)")
-    add('--ssh', default='ssh', metavar='COMMAND', help='ssh with options, such as "ssh -p 2222 -i key" (default: %(default)s)')
+    add('hosts',
+        nargs='*',
+        metavar='HOST',
+        help='as ssh takes it: a name of ~/.ssh/config, user@host, ssh://user@host:port')
+    add('--hosts',
+        dest='file',
+        metavar='FILE',
+        help='file with a host on each line; # begins a comment')
+    add('--python',
+        default='python3',
+        metavar='PATH',
+        help="Python there, in words of that host's shell (default: %(default)s)")
+    add('--ssh',
+        default='ssh',
+        metavar='COMMAND',
+        help='ssh with options, such as "ssh -p 2222 -i key" (default: %(default)s)')
     if task == 'deploy':
-        add('--secret-file', metavar='FILE', help='file with the secret (default: the one of this user)')
+        add('--secret-file',
+            metavar='FILE',
+            help='file with the secret (default: the one of this user)')
         add('--replace-secret', action='store_true', help='overwrite another secret that is there')
-        add('--restart', action='store_true', help='replace a node with another file or options also while it is at work')
+        add('--restart',
+            action='store_true',
+            help='replace a node with another file or options also while it is at work')
     return parser
 
 
 def _on_host(command: List[str], program: bytes) -> Tuple[bool, str]:
-    """Run a program by ssh: whether it did what it should, and the line that says so, or why not."""
+    """Run a program by ssh: whether it did what it should, and the line that says so, or why
+    not."""
     try:
-        done = subprocess.run(command, input=program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=HOST_TIME)
+        done = subprocess.run(command,
+                              input=program,
+                              stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE,
+                              timeout=HOST_TIME)
     except subprocess.TimeoutExpired:
         return False, 'no answer in %d s' % HOST_TIME
-    said, why = (output.decode(errors='replace').strip().rpartition('\n')[2].strip() for output in (done.stdout, done.stderr))
+    said, why = (output.decode(errors='replace').strip().rpartition('\n')[2].strip()
+                 for output in (done.stdout, done.stderr))
     if done.returncode == 0 and said.startswith(DEPLOYED):
         return True, said[len(DEPLOYED):]
     return False, why or 'exit status %d and no word of what was done (--python?)' % done.returncode
@@ -12819,7 +14490,10 @@ def _on_host(command: List[str], program: bytes) -> Tuple[bool, str]:
 def _deploy(task: str, argv: List[str]) -> int:
     """`dispy deploy` and `dispy stop`. Returns the number of hosts that failed, at most 101."""
     import dispynode
-    ours, options = (argv[:argv.index('--')], argv[argv.index('--') + 1:]) if '--' in argv else (argv, [])
+    if '--' in argv:
+        ours, options = (argv[:argv.index('--')], argv[argv.index('--') + 1:])
+    else:
+        ours, options = (argv, [])
     parser = _deploy_parser(task)
     args = parser.parse_intermixed_args(ours)
     with open(os.path.abspath(dispynode.__file__), 'rb') as source:
@@ -12836,8 +14510,13 @@ def _deploy(task: str, argv: List[str]) -> int:
         if task == 'deploy':
             node = dispynode._parser().parse_args(options)   # wrong ones are told here, once
             if node.secret:
-                raise ValueError('-s/--secret can be seen in the list of processes of every host: --secret-file before the --')
-            secret = b'' if node.secret_file else find_secret(None, args.secret_file).strip()
+                raise ValueError(
+                    '-s/--secret can be seen in the list of processes of every host: --secret-file before the --'
+                )
+            if node.secret_file:
+                secret = b''
+            else:
+                secret = find_secret(None, args.secret_file).strip()
             request = request[0], (task, secret, options, args.replace_secret, args.restart)
         elif options:
             raise ValueError('stop takes no options of dispynode')
@@ -12845,9 +14524,11 @@ def _deploy(task: str, argv: List[str]) -> int:
         parser.error(str(exc))
     hosts = list(dict.fromkeys(args.hosts))
     commands = [[*ssh, *SSH_OPTIONS, '--', host, args.python + ' -'] for host in hosts]
-    failed, width = 0, max(map(len, hosts))
+    failed = 0
+    width = max(map(len, hosts))
     with concurrent.futures.ThreadPoolExecutor(min(32, len(hosts))) as pool:
-        for host, (done, text) in zip(hosts, pool.map(_on_host, commands, itertools.repeat((REMOTE % request).encode()))):
+        for host, (done, text) in zip(
+                hosts, pool.map(_on_host, commands, itertools.repeat((REMOTE % request).encode()))):
             print('%-*s  %s%s' % (width, host, '' if done else 'FAILED: ', text), flush=True)
             failed += not done
     return min(failed, 101)
@@ -12861,24 +14542,34 @@ def _list_nodes(nodes: List[DispyNode]) -> int:
         row = [place(node.ip_addr, node.port) if node.port else node.ip_addr, node.name or '-']
         if node.state == 'connected':
             cpu, memory, _, _ = node.avail_info or (None,) * 4
-            row += [str(node.cpus), '-' if cpu is None else '%.0f %%' % cpu, '-' if memory is None else '%.1f GiB' % (memory / (1 << 30)),
-                    str(node.facts.get('dispy', '-')), '.'.join(map(str, node.facts.get('python', '-')))]
+            row += [
+                str(node.cpus), '-' if cpu is None else '%.0f %%' % cpu,
+                '-' if memory is None else '%.1f GiB' % (memory / (1 << 30)),
+                str(node.facts.get('dispy', '-')), '.'.join(map(str, node.facts.get('python', '-')))
+            ]
             usable += not node.reason
         else:
             row += ['-'] * 5
-        state = node.reason if node.state == 'connected' else 'cannot be used: ' + (node.reason or node.state)
+        if node.state == 'connected':
+            state = node.reason
+        else:
+            state = 'cannot be used: ' + (node.reason or node.state)
         rows.append((*row, ' '.join(state.split()) or 'free'))  # type: ignore[arg-type]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for line in rows:
         print('  '.join(map(str.ljust, line, widths)).rstrip())
     if not nodes:
-        print('no node answers: start `python dispynode.py` on a host, or name a host that the question does not reach (-n HOST)',
-              file=sys.stderr)
-    return 0 if usable else 1
+        print(
+            'no node answers: start `python dispynode.py` on a host, or name a host that the question does not reach (-n HOST)',
+            file=sys.stderr)
+    if usable:
+        return 0
+    return 1
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line. Returns the number of jobs that failed, at most 101; 2 for wrong usage comes from argparse."""
+    """The command line. Returns the number of jobs that failed, at most 101; 2 for wrong usage
+    comes from argparse."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in ('deploy', 'stop'):
         return _deploy(argv[0], argv[1:])
@@ -12889,32 +14580,53 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     args = parser.parse_args(old_spelling(parser, argv))
     ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
     try:
-        nodes = None if not args.nodes else LOCAL if args.nodes == [LOCAL] else [host_and_port(text, NODE_PORT) for text in args.nodes]
+        if not args.nodes:
+            nodes: Any = None
+        elif args.nodes == [LOCAL]:
+            nodes = LOCAL
+        else:
+            nodes = [host_and_port(text, NODE_PORT) for text in args.nodes]
         if args.output:
             os.makedirs(args.output, exist_ok=True)
-        secret = find_secret(args.secret, args.secret_file) if args.secret or args.secret_file else None
+        if args.secret or args.secret_file:
+            secret = find_secret(args.secret, args.secret_file)
+        else:
+            secret = None
         if args.cancel_lost:
             files = tls_files(args.certfile, args.keyfile, None)
             return cancel_lost(Access(find_secret(secret), *files, PULSE, REDIAL_MOST))
         if args.list_nodes:
             logger.setLevel(logging.ERROR)   # the table says it
-            with Survey(nodes, secret=secret, certfile=args.certfile, keyfile=args.keyfile) as survey:
+            with Survey(nodes, secret=secret, certfile=args.certfile,
+                        keyfile=args.keyfile) as survey:
                 return _list_nodes(survey.look())
         if args.program is None:
             raise ValueError('PROGRAM is missing')
-        options: Dict[str, Any] = dict(depends=args.depends, job_status=ended.put, secret=secret, certfile=args.certfile, keyfile=args.keyfile,
-                                       host=args.host, cleanup=not args.keep_files,
+        options: Dict[str, Any] = dict(depends=args.depends,
+                                       job_status=ended.put,
+                                       secret=secret,
+                                       certfile=args.certfile,
+                                       keyfile=args.keyfile,
+                                       host=args.host,
+                                       cleanup=not args.keep_files,
                                        loglevel=logging.DEBUG if args.debug else logging.WARNING)
         if args.scheduler_host is not None:
             if nodes == LOCAL:
-                raise ValueError("-n local is a node of this program alone, and --scheduler-host a scheduler's: give one of them")
+                raise ValueError(
+                    "-n local is a node of this program alone, and --scheduler-host a scheduler's: give one of them"
+                )
             host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
-            cluster: JobCluster = SharedJobCluster(args.program, nodes, scheduler_host=host, scheduler_port=port, **options)
+            cluster: JobCluster = SharedJobCluster(args.program,
+                                                   nodes,
+                                                   scheduler_host=host,
+                                                   scheduler_port=port,
+                                                   **options)
         else:
             cluster = JobCluster(args.program, nodes, **options)
     except (ValueError, TypeError, OSError, DispyError) as exc:
         parser.error(str(exc))
-    printer, total = _Printer(args.output), 0
+    printer = _Printer(args.output)
+    total = 0
     try:
         with cluster:
             if args.wait_nodes is not None:
@@ -12926,7 +14638,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
                     while total - printer.done >= 1000 or not ended.empty():
                         printer.show(next_of(ended), total)
             except (ValueError, OSError) as exc:
-                print('dispy: arguments of job %d: %s; no more jobs are started' % (total + 1, exc), file=sys.stderr)
+                print('dispy: arguments of job %d: %s; no more jobs are started' % (total + 1, exc),
+                      file=sys.stderr)
                 printer.failed += 1
             while printer.done < total:
                 printer.show(next_of(ended), total)
@@ -12934,7 +14647,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print('dispy: %s' % exc, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('dispy: interrupted: %d of %d jobs had ended, the others were cancelled' % (printer.done, total), file=sys.stderr)
+        print('dispy: interrupted: %d of %d jobs had ended, the others were cancelled' %
+              (printer.done, total),
+              file=sys.stderr)
         return 130   # as a shell has it: 128 and the signal's number
     printer.close()
     return min(printer.failed, 101)

@@ -3,13 +3,16 @@
 
     import dispy, dispy_httpd
     cluster = dispy.JobCluster(compute)
-    server = dispy_httpd.DispyHTTPServer(cluster)     # prints a link with a token: open it in a browser
+    server = dispy_httpd.DispyHTTPServer(cluster)     # prints a link with a token: open it in a
+    browser
     ...
     server.shutdown()
 
-    python -m dispy_httpd --scheduler HOST[:PORT]     # a dispyscheduler: all clusters of all programs, all nodes
+    python -m dispy_httpd --scheduler HOST[:PORT]     # a dispyscheduler: all clusters of all
+    programs, all nodes
     dispyscheduler --httpd [PORT]                     # the same, in its process
-    python -m dispy_httpd --nodes HOST...             # nodes beside any program; they are not taken from their client
+    python -m dispy_httpd --nodes HOST...             # nodes beside any program; they are not taken
+    from their client
 
     program                                                                       browsers
     +--------------------------------------------------------------------+       +--------------------------+
@@ -19,47 +22,69 @@
     |                            a thread a request: view of it, JSON    |       | a poll where that fails  |
     +--------------------------------------------------------------------+       +--------------------------+
 
-One thread takes snapshots in the driver's turn, whatever the number of browsers; it costs O(nodes), not O(jobs), and what takes long is
-done less often. Requests sort it and cut a page out of it. Jobs tell nothing while they run well: only what fails and what is printed is noted.
-A scheduler is asked by `Call`, 100 rows at once. A monitor proves that it knows the secret of the programs, as they do, and sees and
-manages what belongs to all of them.
+One thread takes snapshots in the driver's turn, whatever the number of browsers; it costs O(nodes),
+not O(jobs), and what takes long is done less often. Requests sort it and cut a page out of it. Jobs
+tell nothing while they run well: only what fails and what is printed is noted. A scheduler is asked
+by `Call`, 100 rows at once. A monitor proves that it knows the secret of the programs, as they do,
+and sees and manages what belongs to all of them.
 
-Safety. It listens on 127.0.0.1 unless told otherwise. All but page, script, style and icon, which hold no data, need the token: `Authorization:
-Bearer TOKEN`. It stands in the fragment of the link, which browsers do not send. There are no cookies; Host, Origin and Sec-Fetch-Site
-are checked; changes are made by POST of application/json alone; the page runs no script but its own and shows what comes as text.
-`certfile` (and `keyfile`) give TLS; without it, what is sent over a network can be read there, the token too.
+Safety. It listens on 127.0.0.1 unless told otherwise. All but page, script, style and icon, which
+hold no data, need the token: `Authorization: Bearer TOKEN`. It stands in the fragment of the link,
+which browsers do not send. There are no cookies; Host, Origin and Sec-Fetch-Site are checked;
+changes are made by POST of application/json alone; the page runs no script but its own and shows
+what comes as text. `certfile` (and `keyfile`) give TLS; without it, what is sent over a network can
+be read there, the token too.
 
-GET, answered in JSON; with `Accept: text/event-stream` as a stream: `data:` with the same JSON whenever it has changed (there, `plot` only
-when it has), `event: end` when the server stops. Tables take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are
-  {time s since the epoch, rows [...], total, page, pages, sort, desc, per, manages bool: whether POST can change anything,
-   shared bool: whether a scheduler is watched, source str: what is watched, or why it cannot be, nothing str: to be said where there is no
-   cluster, clusters [{number, name}], snapshot_seconds: of the driver's thread for the last snapshot}
-/api/clusters  rows {number int, name str, program str: user@host PID n of who uses a scheduler, else '',
-               state: 'working' | 'idle' | 'waiting for a node' | 'closed', submitted, waiting, running, done, failed, cancelled: jobs (running: those that nodes have CPUs for; failed: Terminated or Abandoned), rate jobs ended a second over 30 s at
-               most, left s or null, elapsed s, job_seconds s, nodes int (ready), cpus, used: CPUs, plot [[s since the
+GET, answered in JSON; with `Accept: text/event-stream` as a stream: `data:` with the same JSON
+whenever it has changed (there, `plot` only when it has), `event: end` when the server stops. Tables
+take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are
+  {time s since the epoch, rows [...], total, page, pages, sort, desc, per, manages bool: whether
+  POST can change anything,
+   shared bool: whether a scheduler is watched, source str: what is watched, or why it cannot be,
+   nothing str: to be said where there is no
+   cluster, clusters [{number, name}], snapshot_seconds: of the driver's thread for the last
+   snapshot}
+/api/clusters  rows {number int, name str, program str: user@host PID n of who uses a scheduler,
+else '',
+               state: 'working' | 'idle' | 'waiting for a node' | 'closed', submitted, waiting,
+               running, done, failed, cancelled: jobs (running: those that nodes have CPUs for;
+               failed: Terminated or Abandoned), rate jobs ended a second over 30 s at
+               most, left s or null, elapsed s, job_seconds s, nodes int (ready), cpus, used: CPUs,
+               plot [[s since the
                epoch, jobs ended, CPUs used, CPUs], ...] at most 240}
-/api/nodes     rows {id str, name str, address str, port int, state str, reason str: why it is not used, cpus, used: CPUs, jobs: ended
-               there, job_seconds s, memory, disk: bytes free, or null, load %: of its CPUs, or null, heard s since its last sign of life, or
-               null, holder str: who holds it, known with --nodes only, offered int: CPUs, platform str, clusters [{number, name, state, reason,
+/api/nodes     rows {id str, name str, address str, port int, state str, reason str: why it is not
+used, cpus, used: CPUs, jobs: ended
+               there, job_seconds s, memory, disk: bytes free, or null, load %: of its CPUs, or
+               null, heard s since its last sign of life, or
+               null, holder str: who holds it, known with --nodes only, offered int: CPUs, platform
+               str, clusters [{number, name, state, reason,
                cpus, used, jobs, job_seconds}]}
-/api/node      ?id=ID, a table of its jobs with `node`: the row above; rows {cluster int, job int: a number for `cancel`, id str,
-               arguments str (short form; of what is no builtin only the type), state: 'running' | 'waits there', seconds s since it was sent or, where
-               the node has said so, that it has run; null: not known yet, stdout, stderr: the last 4 KiB printed, live bool: whether output is
-               sent while it is printed, which it is by nodes that were set up after this server was made, or if the cluster has on_output; null: a scheduler's, which
-               passes output on and does not keep it. There `id` is the number of the job in its program}
-/api/failures  rows {text str: the last line, count int, last s since the epoch, cluster int, trace str: of the last one, jobs [{id, arguments,
-               node, status, time}], at most 10}; of the last 500 failed jobs of each cluster, or of a scheduler
-/metrics       text for Prometheus; needs the token as well (`authorization: {credentials_file: F}`, and `--token-file F` here)
-With a scheduler jobs that have ended are counted since it was started, and clusters are shown until their program closes them.
-POST, a JSON object; answered by {done int}. `cluster` is its number; where it may be missing, all clusters that use the node are meant, which
-with a scheduler is always so, and holds for clusters that come later too.
-/api/cancel          {cluster, node: id, jobs: [number, ...] or 'all'}: end jobs that are on a node
-/api/cancel_waiting  {cluster}: end jobs that do not run
-/api/add             {cluster, host str, port int?, cpus int?}: use a node, or all that a word with * means
-/api/use, /api/drain, /api/release  {node, cluster?}: use it again; send nothing new there; let it go when its jobs have ended
-/api/cpus            {node, cpus int, cluster?}: use at most so many
-Errors: {error str} with 400 (not understood), 401 (token), 403 (another site's page asks), 404, 405, 409 (cannot be done now), 411, 413 (over
-64 KiB), 414, 415, 417, 421 (another Host), 431, 501, 503 (over 64 connections), 505.
+/api/node      ?id=ID, a table of its jobs with `node`: the row above; rows {cluster int, job int: a
+number for `cancel`, id str,
+               arguments str (short form; of what is no builtin only the type), state: 'running' |
+               'waits there', seconds s since it was sent or, where
+               the node has said so, that it has run; null: not known yet, stdout, stderr: the last
+               4 KiB printed, live bool: whether output is
+               sent while it is printed, which it is by nodes that were set up after this server was
+               made, or if the cluster has on_output; null: a scheduler's, which
+               passes output on and does not keep it. There `id` is the number of the job in its
+               program}
+/api/failures  rows {text str: the last line, count int, last s since the epoch, cluster int, trace
+str: of the last one, jobs [{id, arguments,
+               node, status, time}], at most 10}; of the last 500 failed jobs of each cluster, or of
+               a scheduler
+/metrics       text for Prometheus; needs the token as well (`authorization: {credentials_file: F}`,
+and `--token-file F` here) With a scheduler jobs that have ended are counted since it was started,
+and clusters are shown until their program closes them. POST, a JSON object; answered by {done int}.
+`cluster` is its number; where it may be missing, all clusters that use the node are meant, which
+with a scheduler is always so, and holds for clusters that come later too. /api/cancel
+{cluster, node: id, jobs: [number, ...] or 'all'}: end jobs that are on a node /api/cancel_waiting
+{cluster}: end jobs that do not run /api/add             {cluster, host str, port int?, cpus int?}:
+use a node, or all that a word with * means /api/use, /api/drain, /api/release  {node, cluster?}:
+use it again; send nothing new there; let it go when its jobs have ended /api/cpus            {node,
+cpus int, cluster?}: use at most so many Errors: {error str} with 400 (not understood), 401 (token),
+403 (another site's page asks), 404, 405, 409 (cannot be done now), 411, 413 (over 64 KiB), 414,
+415, 417, 421 (another Host), 431, 501, 503 (over 64 connections), 505.
 
 Files this program needs: this one, dispy.py, dispynode.py, cloudpickle.
 """
@@ -105,14 +130,15 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 
 import dispy
 from dispy import SHORT, Access, DispyJob, JobCluster, Monitor, NodeSpec, SharedJobCluster, words_of
-from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, Query, SecretError, __version__, find_secret, host_and_port, _no_password,
-    _write_private, size_of, tls_files, split_needs, Each, HANDSHAKE_TIME)
+from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, Query, SecretError,
+                       __version__, find_secret, host_and_port, _no_password, _write_private,
+                       size_of, tls_files, split_needs, Each, HANDSHAKE_TIME)
 
 __all__ = ['DispyHTTPServer']
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Constants
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 HTTPD_PORT = 8181
 SNAPSHOTS_APART = 0.25        # s between two snapshots at least
@@ -121,15 +147,24 @@ PLOT_POINTS = 240             # then every second one is dropped
 RATE_SPAN = 30.0              # s over which the rate is measured
 REPORTS_APART = 5.0           # s between two questions to a node for what is free there
 REPORTS_A_TURN = 20           # questions asked in one turn of the driver
-LOOKED_FOR = 5.0              # s after a request that snapshots are still taken as often as asked for
-FAILURES_KEPT, FAILURE_TEXT = 500, 8000        # failed jobs of a cluster, and characters of a traceback
+# S after a request that snapshots are still taken as often as asked for
+LOOKED_FOR = 5.0
+# Failed jobs of a cluster, and characters of a traceback
+FAILURES_KEPT = 500
+FAILURE_TEXT = 8000
 ARGUMENTS_MOST = 16384        # bytes of pickled arguments that are opened to be shown
-OUTPUT_KEPT, OUTPUTS_KEPT = 4096, 1000         # bytes of a running job's output; jobs with output
-PER_PAGE, PER_PAGE_MOST = 50, 200
+# Bytes of a running job's output; jobs with output
+OUTPUT_KEPT = 4096
+OUTPUTS_KEPT = 1000
+PER_PAGE = 50
+PER_PAGE_MOST = 200
 SCHEDULER_PAGE = 100          # rows asked of a scheduler at once: a few ms of its loop
 TEXTS_KEPT = 5000             # arguments of jobs of a scheduler's nodes
 SNAPSHOT_SHARE = 20           # a snapshot that takes the driver 1 s is the only one in so many
-MAX_LINE, MAX_HEAD, MAX_BODY = 4096, 16384, 65536     # bytes of a request
+# Bytes of a request
+MAX_LINE = 4096
+MAX_HEAD = 16384
+MAX_BODY = 65536
 MAX_CONNECTIONS = 64
 IO_TIME = 10.0                # s for a request to come, and for an answer to be taken
 SIGNAL_CHECK = 0.5            # s after which a signal is seen at the latest
@@ -143,21 +178,27 @@ class Refusal(Exception):
 
     def __init__(self, status: int, text: str, **headers: str) -> None:
         super().__init__(text)
-        self.status, self.headers = status, headers
+        self.status = status
+        self.headers = headers
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What of a job can be shown. Nothing of the user's is called: opening his objects could run his code.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# What of a job can be shown. Nothing of the user's is called: opening his objects could run his
+# code.
+# --------------------------------------------------------------------------------------------------
 
 class _Shown(type):
-    """A class that stands for one that is no builtin: its instances take what a pickle does to them, and are shown as their type."""
+    """A class that stands for one that is no builtin: its instances take what a pickle does to
+    them, and are shown as their type."""
 
     def __new__(mcs, name: str) -> '_Shown':
-        return super().__new__(mcs, name, (), {
-            '__new__': lambda cls, *args, **kwargs: object.__new__(cls), '__repr__': lambda self: '<%s>' % name,
-            '__call__': lambda self, *args, **kwargs: self, '__reduce__': None,
-            **dict.fromkeys(('__init__', '__setstate__', 'append', 'extend', 'add', '__setitem__'), lambda self, *args, **kwargs: None)})
+        return super().__new__(
+            mcs, name, (), {
+                '__new__': lambda cls, *args, **kwargs: object.__new__(cls),
+                '__repr__': lambda self: '<%s>' % name,
+                '__call__': lambda self, *args, **kwargs: self, '__reduce__': None,
+                **dict.fromkeys(('__init__', '__setstate__', 'append', 'extend', 'add', '__setitem__'), lambda self, *args, **kwargs: None)
+            })
 
     def __init__(cls, name: str) -> None:
         super().__init__(name, (), {})
@@ -170,11 +211,13 @@ class _Opener(pickle.Unpickler):
     """Opens builtins; every other name becomes a class that stands for it."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ('dispynode', 'class_of'):   # how a class of the program itself travels
+        # How a class of the program itself travels
+        if (module, name) == ('dispynode', 'class_of'):
             return lambda tracker, version, module, name, make, args: _Shown(name)
         if module == 'builtins':
             return {'complex': complex, 'range': range}.get(name, _Shown(name))
-        return _Shown('function' if (module, name) == ('dispynode', 'function_of') else '%s.%s' % (module, name))
+        return _Shown('function' if (module, name) == ('dispynode',
+                                                       'function_of') else '%s.%s' % (module, name))
 
     def persistent_load(self, number: Any) -> Any:
         raise pickle.UnpicklingError('a persistent id')
@@ -185,13 +228,18 @@ def arguments_text(payload: Any) -> str:
     if payload is None:
         return ''
     if isinstance(payload, int) or size_of(payload) > ARGUMENTS_MOST:
-        return '%s of arguments' % bytes_text(payload if isinstance(payload, int) else size_of(payload))
-    data = b''.join(payload) if isinstance(payload, tuple) else bytes(payload)
+        return '%s of arguments' % bytes_text(
+            payload if isinstance(payload, int) else size_of(payload))
+    if isinstance(payload, tuple):
+        data = b''.join(payload)
+    else:
+        data = bytes(payload)
     try:
         _, body = split_needs(data)
         _check_memo(bytes(body))
         args, kwargs = _Opener(io.BytesIO(body)).load()[:2]
-        if type(args) is not tuple or type(kwargs) is not dict:   # as no program packs them: they might have no end
+        # As no program packs them: they might have no end
+        if type(args) is not tuple or type(kwargs) is not dict:
             raise ValueError('no arguments')
         return words_of(args, kwargs)
     except Exception:  # an unpickler without the real classes may stumble over anything
@@ -199,9 +247,11 @@ def arguments_text(payload: Any) -> str:
 
 
 def _check_memo(data: bytes) -> None:
-    """Raise ValueError for a pickle that ends in the middle, or whose memo would be given memory up to some far index."""
+    """Raise ValueError for a pickle that ends in the middle, or whose memo would be given memory up
+    to some far index."""
     for opcode, value, _ in pickletools.genops(data):
-        if opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT') and value is not None and value > len(data):
+        if opcode.name in ('PUT', 'BINPUT',
+                           'LONG_BINPUT') and value is not None and value > len(data):
             raise ValueError('an index of the memo that is larger than the pickle')
 
 
@@ -228,41 +278,59 @@ class History:
         self._recent: Deque[Tuple[float, int]] = collections.deque()
 
     def add(self, now: float, ended: int, used: int, cpus: int) -> float:
-        """A point; returns jobs ended a second. Time that nothing ended in before the first did does not count."""
+        """A point; returns jobs ended a second. Time that nothing ended in before the first did
+        does not count."""
         recent = self._recent
         if not recent or now - recent[-1][0] >= SAMPLES_APART:
             recent.append((now, ended))
-        while len(recent) > 1 and (now - recent[0][0] > RATE_SPAN or recent[1][1] == recent[0][1] and ended > recent[0][1]):
+        while len(recent) > 1 and (now - recent[0][0] > RATE_SPAN
+                                   or recent[1][1] == recent[0][1] and ended > recent[0][1]):
             recent.popleft()
         if not self.points or now - self.points[-1][0] >= self._apart:
-            self.points = [*(self.points if len(self.points) < PLOT_POINTS else self.points[::2]), [round(now, 2), ended, used, cpus]]
-            if len(self.points) <= PLOT_POINTS // 2 + 1 and self.points[-1][0] - self.points[0][0] > PLOT_POINTS * self._apart:
+            self.points = [
+                *(self.points if len(self.points) < PLOT_POINTS else self.points[::2]),
+                [round(now, 2), ended, used, cpus]
+            ]
+            if len(self.points) <= PLOT_POINTS // 2 + 1 and self.points[-1][0] - self.points[0][
+                    0] > PLOT_POINTS * self._apart:
                 self._apart *= 2
-        return (ended - recent[0][1]) / (now - recent[0][0]) if now - recent[0][0] >= 0.5 else 0.0
+        if now - recent[0][0] >= 0.5:
+            return (ended - recent[0][1]) / (now - recent[0][0])
+        return 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Sources: where snapshots come from. Each has `snapshot`, `jobs`, `failures`, `act`, `close`, and gives plain values.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Sources: where snapshots come from. Each has `snapshot`, `jobs`, `failures`, `act`, `close`, and
+# gives plain values.
+# --------------------------------------------------------------------------------------------------
 
 class Watched(Monitor):
     """A cluster that is watched. `output` and `reports` are the driver thread's."""
 
     def __init__(self, number: int, cluster: Any) -> None:
-        self.number, self.cluster = number, cluster
+        self.number = number
+        self.cluster = cluster
         self.history = History()
-        self.failures: Deque[Tuple[float, Any, Any, int, str, str]] = collections.deque(maxlen=FAILURES_KEPT)
+        self.failures: Deque[Tuple[float, Any, Any, int, str,
+                                   str]] = collections.deque(maxlen=FAILURES_KEPT)
         self.output: 'collections.OrderedDict[DispyJob, List[bytes]]' = collections.OrderedDict()
-        self.asked: Dict[Any, float] = {}                   # node -> when it was asked what is there
+        # Node -> when it was asked what is there
+        self.asked: Dict[Any, float] = {}
         self.reports: Dict[Any, Tuple[float, Any]] = {}     # node -> when it answered, what
-        self.live_from: Dict[Any, Any] = {}                 # node -> its link when this began: output is not sent along it
+        # Node -> its link when this began: output is not sent along it
+        self.live_from: Dict[Any, Any] = {}
         self.ended: float = 0.0                             # when it was closed, s since the epoch
 
     def failed(self, job: DispyJob, payload: Any) -> None:
         if job.status != DispyJob.Cancelled:
-            size = size_of(payload) if payload is not None else 0
-            self.failures.append((job.end_time or time.time(), job.id, payload if size <= ARGUMENTS_MOST else size, job.status, job.ip_addr or '',
-                                  (job._exception or 'exit status %s' % (job.result,))[-FAILURE_TEXT:]))
+            if payload is not None:
+                size = size_of(payload)
+            else:
+                size = 0
+            self.failures.append(
+                (job.end_time or time.time(), job.id, payload if size <= ARGUMENTS_MOST else size,
+                 job.status, job.ip_addr
+                 or '', (job._exception or 'exit status %s' % (job.result, ))[-FAILURE_TEXT:]))
 
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
         tails = self.output.setdefault(job, [b'', b''])
@@ -278,13 +346,19 @@ class Watched(Monitor):
         cluster = self.cluster
         if cluster.cargo is not None:
             if not cluster.cargo.spec['live']:
-                self.live_from = {peer.key: peer.link for peer in cluster.driver.nodes.of(cluster.comp) if peer.uses[cluster.comp].offered}
+                self.live_from = {
+                    peer.key: peer.link
+                    for peer in cluster.driver.nodes.of(cluster.comp)
+                    if peer.uses[cluster.comp].offered
+                }
             cluster.add_monitor(self)
 
     def ask(self, peer: Any, apart: float) -> bool:
         """Ask a node what is there, `apart` s after the last time. The driver's thread."""
-        comp, driver = self.cluster.comp, self.cluster.driver
-        if peer.link is None or not peer.name or driver.now - self.asked.get(peer.key, -apart) < apart:
+        comp = self.cluster.comp
+        driver = self.cluster.driver
+        if peer.link is None or not peer.name or driver.now - self.asked.get(peer.key,
+                                                                             -apart) < apart:
             return False
         self.asked[peer.key] = driver.now
         future = peer.answers.get((comp, ''))
@@ -308,7 +382,9 @@ class Watched(Monitor):
     def flight(self, key: Any) -> Dict[int, Any]:
         """Serial -> job of what was sent to a node. The driver's thread."""
         node = self.cluster.driver.schedule.nodes.get(key)
-        return node.flight.get(self.cluster.comp, {}) if node is not None else {}
+        if node is not None:
+            return node.flight.get(self.cluster.comp, {})
+        return {}
 
     def runs(self, peer: Any) -> List[int]:
         """Serials of jobs that run on a node; others wait there. O(CPUs). The driver's thread."""
@@ -316,12 +392,14 @@ class Watched(Monitor):
 
     def running(self, peer: Any) -> Tuple[int, int]:
         """How many that are, and their CPUs."""
-        flight, serials = self.flight(peer.key), self.runs(peer)
+        flight = self.flight(peer.key)
+        serials = self.runs(peer)
         return len(serials), sum(dispy.cpus_of(flight[serial]) for serial in serials)
 
     def look(self, asks: List[int]) -> List[dict]:
         """Rows of its nodes. The driver's thread."""
-        cluster, driver = self.cluster, self.cluster.driver
+        cluster = self.cluster
+        driver = self.cluster.driver
         rows = []
         for peer, state, reason, cpus, _ in driver.queries.nodes_of(cluster.comp):
             survey = cluster.cargo is None
@@ -329,15 +407,22 @@ class Watched(Monitor):
                 asks[0] -= 1
             report = self.reports.get(peer.key, (0.0, None))[1]
             running, used = self.running(peer)
-            free = dict(peer.facts.get('available', {}), **(report.available if report is not None else {}))
+            free = dict(peer.facts.get('available', {}),
+                        **(report.available if report is not None else {}))
             rows.append({
-                'key': peer.key, 'name': peer.name, 'address': peer.ip_addr, 'port': peer.port, 'reason': reason.strip()[-2000:],
-                'state': 'drained' if state == 'ready' and reason == 'deallocated' else state, 'cpus': peer.offered if survey else cpus,
-                'offered': peer.offered, 'running': running, 'memory': free.get('memory'), 'disk': free.get('disk'),
+                'key': peer.key, 'name': peer.name, 'address': peer.ip_addr, 'port': peer.port,
+                'reason': reason.strip()[-2000:],
+                'state': 'drained' if state == 'ready' and reason == 'deallocated' else state,
+                'cpus': peer.offered if survey else cpus, 'offered': peer.offered,
+                'running': running, 'memory': free.get('memory'), 'disk': free.get('disk'),
                 'used': free.get('busy', 0) if survey else used,
                 'load': None if free.get('cpu') is None else round(100.0 - free['cpu'], 1),
-                'heard': round(max(0.0, driver.clock() - peer.link.heard), 1) if peer.link is not None else None,
-                'holder': str(free.get('holder', peer.facts.get('holder', ''))) if survey else '', 'platform': str(peer.facts.get('platform', ''))})
+                'heard': round(max(0.0,
+                                   driver.clock() -
+                                   peer.link.heard), 1) if peer.link is not None else None,
+                'holder': str(free.get('holder', peer.facts.get('holder', ''))) if survey else '',
+                'platform': str(peer.facts.get('platform', ''))
+            })
         return rows
 
     def times(self, key: Any) -> Tuple[Dict[int, float], Set[int], bool]:
@@ -347,28 +432,38 @@ class Watched(Monitor):
         peer = driver.nodes.by_key[key]
         self.ask(peer, SAMPLES_APART)
         at, report = self.reports.get(key, (0.0, None))
-        runs = {serial: seconds + driver.clock() - at for serial, seconds in report.running} if report is not None else {}
+        if report is not None:
+            runs = {serial: seconds + driver.clock() - at for serial, seconds in report.running}
+        else:
+            runs = {}
         return runs, set(self.runs(peer)), peer.link is not self.live_from.get(key, False)
 
 
 class WatchedShared(Watched):
-    """A SharedJobCluster: its nodes are known to the scheduler, which is asked; where its jobs are, it is told."""
+    """A SharedJobCluster: its nodes are known to the scheduler, which is asked; where its jobs are,
+    it is told."""
     _known: Dict[Any, dispy.NodeRow] = {}                     # nodes by their keys
-    _flights: Dict[Tuple[str, str], Dict[int, Any]] = {}      # (address, name) of a node -> serial -> job there
+    # (address, name) of a node -> serial -> job there
+    _flights: Dict[Tuple[str, str], Dict[int, Any]] = {}
 
     def refresh(self) -> None:
         """As above. While the scheduler is away there is one node: the scheduler, and why."""
-        cluster, driver = self.cluster, self.cluster.driver
+        cluster = self.cluster
+        driver = self.cluster.driver
         flights: Dict[Tuple[str, str], Dict[int, Any]] = {}
         for job, place in cluster._places.copy().items():
             flights.setdefault((place.ip_addr, place.name), {})[job.serial] = job
         self._flights = flights
         with contextlib.suppress(ConnectionError, concurrent.futures.TimeoutError):
             rows = dispy.pages_of_nodes(lambda first, most: dispy.answer_of(
-                driver.ask(lambda: driver.calls.call(cluster.comp, 'nodes', first, most)), dispy.CALL_TIME))
+                driver.ask(lambda: driver.calls.call(cluster.comp, 'nodes', first, most)), dispy.
+                CALL_TIME))
             self._known = {row.key: row for row in rows}
             return
-        self._known = {row.key: row._replace(cpus=0) for row in driver.ask(lambda: driver.queries.rows_of(cluster.comp))}
+        self._known = {
+            row.key: row._replace(cpus=0)
+            for row in driver.ask(lambda: driver.queries.rows_of(cluster.comp))
+        }
 
     def nodes(self) -> List[Any]:
         """As above."""
@@ -377,7 +472,9 @@ class WatchedShared(Watched):
     def flight(self, key: Any) -> Dict[int, Any]:
         """As above."""
         row = self._known.get(key)
-        return self._flights.get((row.ip_addr, row.name), {}) if row is not None else {}
+        if row is not None:
+            return self._flights.get((row.ip_addr, row.name), {})
+        return {}
 
     def runs(self, peer: Any) -> List[int]:
         """As above: those that are known to have begun, then the first, as many as the scheduler
@@ -395,15 +492,19 @@ class WatchedShared(Watched):
             running, used = self.running(row)
             free = row.facts.get('available', {})
             rows.append({
-                'key': row.key, 'name': row.name, 'address': row.ip_addr, 'port': row.port, 'reason': row.reason.strip()[-2000:],
-                'state': 'drained' if row.state == 'ready' and row.reason == 'deallocated' else row.state, 'cpus': row.cpus, 'offered': row.offered,
-                'running': running, 'memory': free.get('memory'), 'disk': free.get('disk'), 'used': used, 'load': None, 'heard': None, 'holder': '',
-                'platform': str(row.facts.get('platform', ''))})
+                'key': row.key, 'name': row.name, 'address': row.ip_addr, 'port': row.port,
+                'reason': row.reason.strip()[-2000:], 'state': 'drained'
+                if row.state == 'ready' and row.reason == 'deallocated' else row.state,
+                'cpus': row.cpus, 'offered': row.offered, 'running': running,
+                'memory': free.get('memory'), 'disk': free.get('disk'), 'used': used, 'load': None,
+                'heard': None, 'holder': '', 'platform': str(row.facts.get('platform', ''))
+            })
         return rows
 
     def times(self, key: Any) -> Tuple[Dict[int, float], Set[int], bool]:
         """As above; how long a job has run is known by its start_time."""
-        row, links = self._known[key], {peer.link for peer in self.cluster.driver.nodes.of(self.cluster.comp)}
+        row = self._known[key]
+        links = {peer.link for peer in self.cluster.driver.nodes.of(self.cluster.comp)}
         return {}, set(self.runs(row)), not links & set(self.live_from.values())
 
 
@@ -412,35 +513,50 @@ def cluster_row(row: dict, history: History, closed: bool = False) -> dict:
     ended = row['done'] + row['failed'] + row['cancelled']
     pending = max(0, row['submitted'] - ended)
     running = min(pending, row['running'])
-    rate = history.add(time.time(), ended, row['used'], row['cpus']) if not closed else 0.0
-    return dict(row, waiting=pending - running, running=running, rate=round(rate, 3), left=round(pending / rate, 1) if rate > 0 and pending else None,
-                elapsed=round(row['elapsed'], 1), job_seconds=round(row['job_seconds'], 3), plot=history.points,
-                state='closed' if closed else 'idle' if not pending else 'working' if row['nodes'] else 'waiting for a node')
+    if not closed:
+        rate = history.add(time.time(), ended, row['used'], row['cpus'])
+    else:
+        rate = 0.0
+    return dict(row,
+                waiting=pending - running,
+                running=running,
+                rate=round(rate, 3),
+                left=round(pending / rate, 1) if rate > 0 and pending else None,
+                elapsed=round(row['elapsed'], 1),
+                job_seconds=round(row['job_seconds'], 3),
+                plot=history.points,
+                state='closed' if closed else
+                'idle' if not pending else 'working' if row['nodes'] else 'waiting for a node')
 
 
 class ClusterSource:
     """Clusters of this program; or, with a `NodeSurvey`, nodes beside any program."""
     text = 'clusters of this program'
     nothing = 'No cluster is shown: the program has none, or has taken it away (del_cluster).'
-    manages, shared = True, False
+    manages = True
+    shared = False
     shows_arguments = True
     page = ''   # the link to the page that shows them
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()      # guards the two below; user threads, requests, snapshot thread
+        # Guards the two below; user threads, requests, snapshot thread
+        self._lock = threading.Lock()
         self._watched: List[Watched] = []
         self._count = 0
-        self._drivers: List[Any] = []      # a node's id begins with its driver's place here; snapshot thread and requests
+        # A node's id begins with its driver's place here; snapshot thread and requests
+        self._drivers: List[Any] = []
 
     def add(self, cluster: Any) -> None:
-        """Begin to watch. Raises TypeError for what is no cluster, RuntimeError if it was closed."""
+        """Begin to watch. Raises TypeError for what is no cluster, RuntimeError if it was
+        closed."""
         if not isinstance(cluster, (JobCluster, NodeSurvey)):
             raise TypeError('%.80r is no cluster' % (cluster,))
         with self._lock:
             if any(watched.cluster is cluster for watched in self._watched):
                 return
             self._count += 1
-            watched = (WatchedShared if isinstance(cluster, SharedJobCluster) else Watched)(self._count, cluster)
+            watched = (WatchedShared if isinstance(cluster, SharedJobCluster) else Watched)(
+                self._count, cluster)
             watched.page = self.page
             cluster.driver.ask(watched.attach)
             self._watched.append(watched)
@@ -474,9 +590,11 @@ class ClusterSource:
             return list(self._watched)
 
     def snapshot(self, asking: bool) -> Tuple[List[dict], List[dict], float]:
-        """Rows of clusters and of nodes, and the seconds that it took of the drivers' threads. `asking`: nodes are asked what is
-        free there. The snapshot thread."""
-        clusters, nodes, cost = [], {}, 0.0  # type: List[dict], Dict[str, dict], float
+        """Rows of clusters and of nodes, and the seconds that it took of the drivers' threads.
+        `asking`: nodes are asked what is free there. The snapshot thread."""
+        clusters: List[dict] = []
+        nodes: Dict[str, dict] = {}
+        cost: float = 0.0
         for watched in self.watched():
             rows: List[dict] = []
             counts: Dict[str, int] = {}
@@ -484,7 +602,8 @@ class ClusterSource:
             if not closed:
                 try:
                     watched.refresh()
-                    rows, counts, took = watched.cluster.driver.ask(functools.partial(self._turn, watched, asking))
+                    rows, counts, took = watched.cluster.driver.ask(
+                        functools.partial(self._turn, watched, asking))
                     cost += took
                 except RuntimeError:   # closed meanwhile, or its driver has failed
                     closed = True
@@ -500,19 +619,30 @@ class ClusterSource:
         cluster = watched.cluster
         cluster.driver.jobs.take_submitted()
         rows = watched.look([REPORTS_A_TURN if asking else 0])
-        counts = counts_of(cluster)   # with the driver at rest: what is on nodes and what has ended add up
+        # With the driver at rest: what is on nodes and what has ended add up
+        counts = counts_of(cluster)
         return rows, counts, time.perf_counter() - began
 
     @staticmethod
-    def _cluster_row(watched: Watched, rows: List[dict], counts: Dict[str, int], closed: bool) -> dict:
-        cluster, now = watched.cluster, time.time()
+    def _cluster_row(watched: Watched, rows: List[dict], counts: Dict[str, int],
+                     closed: bool) -> dict:
+        cluster = watched.cluster
+        now = time.time()
         if closed:
             watched.ended, counts = watched.ended or now, counts_of(cluster)
         ready = [row for row in rows if row['state'] == 'ready']
         seconds = sum(count[2] for count in cluster.jobs_at_nodes().values())
-        return cluster_row(dict(counts, number=watched.number, name=cluster.name, program='', running=sum(row['running'] for row in rows),
-                                used=sum(row['used'] for row in rows), cpus=sum(row['cpus'] for row in ready), nodes=len(ready),
-                                elapsed=(watched.ended or now) - cluster._started, job_seconds=seconds), watched.history, closed)
+        return cluster_row(
+            dict(counts,
+                 number=watched.number,
+                 name=cluster.name,
+                 program='',
+                 running=sum(row['running'] for row in rows),
+                 used=sum(row['used'] for row in rows),
+                 cpus=sum(row['cpus'] for row in ready),
+                 nodes=len(ready),
+                 elapsed=(watched.ended or now) - cluster._started,
+                 job_seconds=seconds), watched.history, closed)
 
     def _merge(self, watched: Watched, rows: List[dict], nodes: Dict[str, dict]) -> None:
         """Rows of one cluster's nodes into those of all."""
@@ -525,28 +655,40 @@ class ClusterSource:
             _, jobs, seconds = counts.pop('%s:%s' % (row['address'], row['name']), (None, 0, 0.0))
             self._put(nodes, dict(row, id=name), watched, jobs, seconds)
         for peer, jobs, seconds in counts.values():   # not used any more
-            self._put(nodes, {
-                'id': '%sgone:%s:%s' % (prefix, peer.ip_addr, peer.name), 'name': peer.name, 'address': peer.ip_addr, 'port': peer.port,
-                'state': 'closed', 'reason': 'no cluster uses it any more', 'cpus': 0, 'offered': 0, 'used': 0, 'running': 0, 'memory': None, 'disk': None,
-                'load': None, 'heard': None, 'holder': '', 'platform': str(peer.facts.get('platform', ''))}, watched, jobs, seconds)
+            self._put(
+                nodes, {
+                    'id': '%sgone:%s:%s' % (prefix, peer.ip_addr, peer.name), 'name': peer.name,
+                    'address': peer.ip_addr, 'port': peer.port, 'state': 'closed',
+                    'reason': 'no cluster uses it any more', 'cpus': 0, 'offered': 0, 'used': 0,
+                    'running': 0, 'memory': None, 'disk': None, 'load': None, 'heard': None,
+                    'holder': '', 'platform': str(peer.facts.get('platform', ''))
+                }, watched, jobs, seconds)
 
     @staticmethod
-    def _put(nodes: Dict[str, dict], row: dict, watched: Watched, jobs: int, seconds: float) -> None:
-        use = {'number': watched.number, 'name': watched.cluster.name, 'state': row['state'], 'reason': row['reason'], 'cpus': row['cpus'],
-               'used': row['used'], 'jobs': jobs, 'job_seconds': round(seconds, 3)}
+    def _put(nodes: Dict[str, dict], row: dict, watched: Watched, jobs: int,
+             seconds: float) -> None:
+        use = {
+            'number': watched.number, 'name': watched.cluster.name, 'state': row['state'],
+            'reason': row['reason'], 'cpus': row['cpus'], 'used': row['used'], 'jobs': jobs,
+            'job_seconds': round(seconds, 3)
+        }
         there = nodes.get(row['id'])
         if there is None:
-            nodes[row['id']] = dict(row, jobs=jobs, job_seconds=round(seconds, 3), clusters=[use] if watched.cluster.cargo is not None else [])
+            nodes[row['id']] = dict(row,
+                                    jobs=jobs,
+                                    job_seconds=round(seconds, 3),
+                                    clusters=[use] if watched.cluster.cargo is not None else [])
             return
         there['clusters'].append(use)
         there['jobs'] += jobs
         there['job_seconds'] = round(there['job_seconds'] + seconds, 3)
-        there['used'] = min(there['used'] + row['used'], max(there['offered'], row['cpus'], there['cpus']))
+        there['used'] = min(there['used'] + row['used'],
+                            max(there['offered'], row['cpus'], there['cpus']))
         there['cpus'] = max(there['cpus'], row['cpus'])
         if _STATE_ORDER.index(row['state']) < _STATE_ORDER.index(there['state']):
             there['state'], there['reason'] = row['state'], row['reason']
 
-    # -- one node -----------------------------------------------------------------------------------------
+    # -- one node ----------------------------------------------------------------------------------
 
     def _uses(self, node: str, number: Optional[int] = None) -> List[Tuple[Watched, Any]]:
         """(cluster, key of its node) of a node's id. Raises Refusal if there is none."""
@@ -554,13 +696,16 @@ class ClusterSource:
         for watched in self.watched():
             cluster = watched.cluster
             prefix = '%d.' % (self._drivers.index(cluster.driver) + 1)
-            if number not in (None, watched.number) or not node.startswith(prefix) or cluster.closed:
+            if number not in (None,
+                              watched.number) or not node.startswith(prefix) or cluster.closed:
                 continue
             for peer in cluster.driver.ask(watched.nodes):
                 if prefix + key_text(peer.key) == node:
                     found.append((watched, peer.key))
         if not found:
-            raise Refusal(404, 'there is no node %.80s%s' % (node, '' if number is None else ' in cluster %d' % number))
+            raise Refusal(
+                404, 'there is no node %.80s%s' %
+                (node, '' if number is None else ' in cluster %d' % number))
         return found
 
     def jobs(self, node: str) -> List[dict]:
@@ -580,13 +725,22 @@ class ClusterSource:
         if not flight:
             return []
         runs, there, live = watched.times(key)
-        now, nothing, rows = time.time(), [b'', b''], []
+        now = time.time()
+        nothing = [b'', b'']
+        rows = []
         for serial, job in flight.items():
             out, err = watched.output.get(job, nothing)
-            sent = now - job.start_time if job.start_time else 0.0
-            rows.append({'cluster': watched.number, 'job': serial >> 16, 'id': job.id, 'arguments': job.payload,
-                         'state': 'running' if serial in runs or serial in there else 'waits there',
-                         'seconds': round(max(0.0, runs.get(serial, sent)), 1), 'stdout': out, 'stderr': err, 'live': live})
+            if job.start_time:
+                sent = now - job.start_time
+            else:
+                sent = 0.0
+            rows.append({
+                'cluster': watched.number, 'job': serial >> 16, 'id': job.id,
+                'arguments': job.payload,
+                'state': 'running' if serial in runs or serial in there else 'waits there',
+                'seconds': round(max(0.0, runs.get(serial, sent)),
+                                 1), 'stdout': out, 'stderr': err, 'live': live
+            })
         return rows
 
     def complete(self, rows: List[dict]) -> None:
@@ -596,13 +750,14 @@ class ClusterSource:
 
     def failures(self) -> List[dict]:
         """Failed jobs grouped by the last line of their tracebacks. Any thread."""
-        groups = grouped((watched.number, failed) for watched in self.watched() for failed in list(watched.failures))
+        groups = grouped((watched.number, failed) for watched in self.watched()
+                         for failed in list(watched.failures))
         if not self.shows_arguments:
             for job in itertools.chain.from_iterable(group['jobs'] for group in groups):
                 job['arguments'] = ''
         return groups
 
-    # -- changes ------------------------------------------------------------------------------------------
+    # -- changes -----------------------------------------------------------------------------------
 
     def _cluster(self, number: int) -> Watched:
         for watched in self.watched():
@@ -617,7 +772,10 @@ class ClusterSource:
         driver = watched.cluster.driver
 
         def end() -> int:
-            chosen = [job for serial, job in watched.flight(key).items() if jobs == 'all' or serial >> 16 in jobs]
+            chosen = [
+                job for serial, job in watched.flight(key).items()
+                if jobs == 'all' or serial >> 16 in jobs
+            ]
             for job in chosen:
                 driver.cancels.cancel(job)
             return len(chosen)
@@ -628,12 +786,17 @@ class ClusterSource:
         watched = self._cluster(cluster).cluster
         return watched.driver.ask(lambda: watched.driver.cancels.cancel_waiting(watched.comp))  # type: ignore[no-any-return]
 
-    def add_node(self, cluster: int, host: str, port: Optional[int] = None, cpus: Optional[int] = None) -> int:
+    def add_node(self,
+                 cluster: int,
+                 host: str,
+                 port: Optional[int] = None,
+                 cpus: Optional[int] = None) -> int:
         """Look for a node."""
         self._cluster(cluster).cluster.discover_nodes([(host, port, cpus)])
         return 1
 
-    def _each(self, node: str, cluster: Optional[int], call: Callable[[JobCluster, Any], Any]) -> int:
+    def _each(self, node: str, cluster: Optional[int], call: Callable[[JobCluster, Any],
+                                                                      Any]) -> int:
         uses = self._uses(node, cluster)
         for watched, key in uses:
             call(watched.cluster, key)
@@ -661,25 +824,32 @@ def grouped(failures: Iterable[Tuple[int, Tuple[float, Any, Any, int, str, str]]
     groups: Dict[Tuple[int, str], dict] = {}
     for number, (when, job, payload, status, node, text) in failures:
         line = last_line(text)
-        group = groups.setdefault((number, line), {'text': line, 'count': 0, 'cluster': number, 'jobs': []})
+        group = groups.setdefault((number, line),
+                                  {'text': line, 'count': 0, 'cluster': number, 'jobs': []})
         group.update(count=group['count'] + 1, last=when, trace=text)
         group['jobs'].append((job, payload, node, status, when))
     for group in groups.values():
-        group['jobs'] = [{'id': id_text(job), 'arguments': arguments_text(payload), 'node': node, 'time': when,
-                          'status': dispy.JobState(status).name.lower()} for job, payload, node, status, when in reversed(group['jobs'][-10:])]
+        group['jobs'] = [{
+            'id': id_text(job), 'arguments': arguments_text(payload), 'node': node, 'time': when,
+            'status': dispy.JobState(status).name.lower()
+        } for job, payload, node, status, when in reversed(group['jobs'][-10:])]
     return list(groups.values())
 
 
 def key_text(key: Any) -> str:
     """What a driver calls a node, for an id: HOST:PORT, or one word."""
-    return ':'.join(map(str, key)) if isinstance(key, tuple) else str(key)
+    if isinstance(key, tuple):
+        return ':'.join(map(str, key))
+    return str(key)
 
 
 def chosen_jobs(jobs: Any) -> Optional[List[int]]:
     """`jobs` of a request: their numbers, None for all. Raises Refusal."""
     if jobs != 'all' and (not isinstance(jobs, list) or not all(type(job) is int for job in jobs)):
         raise Refusal(400, "jobs is neither a list of numbers nor 'all'")
-    return None if jobs == 'all' else jobs
+    if jobs == 'all':
+        return None
+    return jobs
 
 
 def counts_of(cluster: Any) -> Dict[str, int]:
@@ -688,8 +858,10 @@ def counts_of(cluster: Any) -> Dict[str, int]:
     return {'submitted': submitted, 'done': done, 'cancelled': cancelled, 'failed': failed}
 
 
-_STATE_ORDER = ['ready', 'draining', 'drained', 'setting up', 'asking', 'connected', 'dialling', 'waiting', 'found', 'refused', 'down', 'unreachable',
-                'no such name', 'no name service', 'lost', 'closed']
+_STATE_ORDER = [
+    'ready', 'draining', 'drained', 'setting up', 'asking', 'connected', 'dialling', 'waiting',
+    'found', 'refused', 'down', 'unreachable', 'no such name', 'no name service', 'lost', 'closed'
+]
 
 
 class NodeSurvey(dispy.Survey):
@@ -726,7 +898,8 @@ class SchedulerLink(dispy.Survey):
     name = 'a web monitor'
 
     def __init__(self, host: str, port: int, access: Access) -> None:
-        self.specs, self.port, self.comp = [NodeSpec(host, port, scheduler=True)], port, uuid.uuid4().hex
+        self.specs, self.port, self.comp = [NodeSpec(host, port,
+                                                     scheduler=True)], port, uuid.uuid4().hex
         self.driver = Driver.acquire(access)
         self.driver.ask(lambda: self.driver.open(self, False))
 
@@ -742,38 +915,51 @@ class SchedulerLink(dispy.Survey):
             time.sleep(0.02)
 
     def ask(self, *question: Any) -> Any:
-        """What `Overview.answer` of the scheduler returns. Raises what it raises, RuntimeError if it is not connected. Any thread."""
+        """What `Overview.answer` of the scheduler returns. Raises what it raises, RuntimeError if
+        it is not connected. Any thread."""
         try:
-            future = self.driver.ask(lambda: self.driver.calls.call(self.comp, 'overview', *question))
+            future = self.driver.ask(
+                lambda: self.driver.calls.call(self.comp, 'overview', *question))
             return dispy.answer_of(future, dispy.CALL_TIME)
         except ConnectionError:
             row, = self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))
-            raise RuntimeError('the scheduler %s is not connected: %s' % (dispy.place(row.key[1], row.key[2]), row.reason or row.state)) from None
+            raise RuntimeError(
+                'the scheduler %s is not connected: %s' %
+                (dispy.place(row.key[1], row.key[2]), row.reason or row.state)) from None
 
 
 class SchedulerSource:
-    """A dispyscheduler: all clusters of all programs. `ask` takes a question of its `Overview` and returns (seconds, answer)."""
+    """A dispyscheduler: all clusters of all programs. `ask` takes a question of its `Overview` and
+    returns (seconds, answer)."""
     nothing = 'No program uses the scheduler now.'
-    manages, shared = True, True
+    manages = True
+    shared = True
 
-    def __init__(self, ask: Callable[..., Tuple[float, Any]], text: str, close: Callable[[], None]) -> None:
-        self._ask, self._text, self.text, self.close = ask, text, text, close
+    def __init__(self, ask: Callable[..., Tuple[float, Any]], text: str,
+                 close: Callable[[], None]) -> None:
+        self._ask = ask
+        self._text = text
+        self.text = text
+        self.close = close
         self._histories: Dict[str, History] = {}
         self._failures: Deque[Tuple[int, tuple]] = collections.deque(maxlen=FAILURES_KEPT)
         self._failed = 0                              # number of the last failure that was told
         self._lock = threading.Lock()                 # guards the three below: requests
         self._keys: Dict[str, Any] = {}               # id of a node -> its key there
-        self._jobs: Dict[str, Tuple[float, List[tuple]]] = {}       # id -> when, what was told of its jobs
-        self._texts: 'collections.OrderedDict[Tuple[int, int], str]' = collections.OrderedDict()    # (cluster, job) -> arguments
+        # Id -> when, what was told of its jobs
+        self._jobs: Dict[str, Tuple[float, List[tuple]]] = {}
+        # (cluster, job) -> arguments
+        self._texts: 'collections.OrderedDict[Tuple[int, int], str]' = collections.OrderedDict()
 
-    # -- snapshots; their thread ----------------------------------------------------------------------------
+    # -- snapshots; their thread -------------------------------------------------------------------
 
     def _pages(self, name: str, *args: Any) -> Tuple[List[dict], float]:
         rows: List[dict] = []
         cost = 0.0
         while True:
             took, page = self._ask(name, len(rows), SCHEDULER_PAGE, *args)
-            rows, cost = rows + page, cost + took
+            rows = rows + page
+            cost = cost + took
             if len(page) < SCHEDULER_PAGE:
                 return rows, cost
 
@@ -794,12 +980,19 @@ class SchedulerSource:
         found = {row['id']: row for row in (self._node_row(node, rows) for node in nodes)}
         with self._lock:
             self._keys = {node['id']: node.pop('key') for node in found.values()}
-        self._histories = {row['comp']: self._histories.get(row['comp']) or History() for row in clusters}
+        self._histories = {
+            row['comp']: self._histories.get(row['comp']) or History()
+            for row in clusters
+        }
         return [self._cluster_row(row) for row in rows.values()], list(found.values()), cost + more
 
     def _cluster_row(self, row: dict) -> dict:
-        connected, history = row.pop('connected'), self._histories[row.pop('comp')]
-        row['program'] = row['program'] if connected else (row['program'] + ' (not connected)').strip()
+        connected = row.pop('connected')
+        history = self._histories[row.pop('comp')]
+        if connected:
+            row['program'] = row['program']
+        else:
+            row['program'] = (row['program'] + ' (not connected)').strip()
         return cluster_row(row, history)
 
     @staticmethod
@@ -810,20 +1003,38 @@ class SchedulerSource:
             cluster = clusters.get(number)
             if cluster is None:
                 continue   # it began meanwhile
-            uses.append({'number': number, 'name': cluster['name'], 'state': state, 'reason': reason, 'cpus': cpus, 'used': used, 'jobs': jobs,
-                         'job_seconds': round(seconds, 3)})
+            uses.append({
+                'number': number, 'name': cluster['name'], 'state': state, 'reason': reason,
+                'cpus': cpus, 'used': used, 'jobs': jobs, 'job_seconds': round(seconds, 3)
+            })
             cluster['running'] += running
             cluster['used'] += used
             if state == 'ready':
                 cluster['cpus'] += cpus
                 cluster['nodes'] += 1
         used = sum(use['used'] for use in uses)
-        state = 'ready' if node['state'] == 'connected' and any(use['state'] == 'ready' for use in uses) else node['state']
-        refused = [use for use in uses if use['reason']] if state == 'connected' else []
-        return dict(node, id='1.' + key_text(node['key']), state=state, used=used,
-                    reason=node['reason'].strip() or (refused[0]['name'] + ': ' + refused[0]['reason'].strip() if refused else ''), running=0, memory=memory,
-                    disk=disk, load=None if idle is None else round(100.0 - idle, 1), holder='', clusters=uses,
-                    heard=None if node['heard'] is None else round(node['heard'], 1), job_seconds=round(node['job_seconds'], 3))
+        if node['state'] == 'connected' and any(use['state'] == 'ready' for use in uses):
+            state = 'ready'
+        else:
+            state = node['state']
+        if state == 'connected':
+            refused = [use for use in uses if use['reason']]
+        else:
+            refused = []
+        return dict(node,
+                    id='1.' + key_text(node['key']),
+                    state=state,
+                    used=used,
+                    reason=node['reason'].strip() or
+                    (refused[0]['name'] + ': ' + refused[0]['reason'].strip() if refused else ''),
+                    running=0,
+                    memory=memory,
+                    disk=disk,
+                    load=None if idle is None else round(100.0 - idle, 1),
+                    holder='',
+                    clusters=uses,
+                    heard=None if node['heard'] is None else round(node['heard'], 1),
+                    job_seconds=round(node['job_seconds'], 3))
 
     def _take_failures(self) -> None:
         while True:
@@ -834,7 +1045,7 @@ class SchedulerSource:
             if not rows:
                 return
 
-    # -- requests -------------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------
 
     def _key(self, node: str) -> Any:
         with self._lock:
@@ -843,24 +1054,37 @@ class SchedulerSource:
             return self._keys[node]
 
     def jobs(self, node: str) -> List[dict]:
-        """As ClusterSource's; asked of the scheduler four times a second at most. Their arguments come later, with `complete`."""
+        """As ClusterSource's; asked of the scheduler four times a second at most. Their arguments
+        come later, with `complete`."""
         key = self._key(node)
         with self._lock:
             at, jobs = self._jobs.get(node, (-math.inf, []))
             if time.monotonic() - at >= SNAPSHOTS_APART:
                 jobs = self._ask('jobs', key)[1]
-                self._jobs = {name: known for name, known in self._jobs.items() if time.monotonic() - known[0] < LOOKED_FOR}
+                self._jobs = {
+                    name: known
+                    for name, known in self._jobs.items()
+                    if time.monotonic() - known[0] < LOOKED_FOR
+                }
                 self._jobs[node] = time.monotonic(), jobs
-        return [{'cluster': cluster, 'job': job, 'id': job >> 16, 'arguments': None, 'state': 'running' if runs else 'waits there',
-                 'seconds': None if seconds is None else round(seconds, 1), 'stdout': b'', 'stderr': b'', 'live': None}
-                for cluster, job, runs, seconds in jobs]
+        return [{
+            'cluster': cluster, 'job': job, 'id': job >> 16, 'arguments': None,
+            'state': 'running' if runs else 'waits there',
+            'seconds': None if seconds is None else round(seconds, 1), 'stdout': b'', 'stderr': b'',
+            'live': None
+        } for cluster, job, runs, seconds in jobs]
 
     def complete(self, rows: List[dict]) -> None:
         """Arguments of the jobs that are shown, each asked for once."""
         with self._lock:
-            missing = [(row['cluster'], row['job']) for row in rows if (row['cluster'], row['job']) not in self._texts]
-            for where, payload in zip(missing, self._ask('arguments', missing)[1] if missing else ()):
-                self._texts[where] = arguments_text(payload) if payload is not None else 'it has ended meanwhile'
+            missing = [(row['cluster'], row['job']) for row in rows
+                       if (row['cluster'], row['job']) not in self._texts]
+            for where, payload in zip(missing,
+                                      self._ask('arguments', missing)[1] if missing else ()):
+                if payload is not None:
+                    self._texts[where] = arguments_text(payload)
+                else:
+                    self._texts[where] = 'it has ended meanwhile'
             for row in rows:
                 row['arguments'] = self._texts[row['cluster'], row['job']]
             while len(self._texts) > TEXTS_KEPT:
@@ -870,7 +1094,7 @@ class SchedulerSource:
         """As ClusterSource's."""
         return grouped(list(self._failures))  # type: ignore[arg-type]
 
-    # -- changes --------------------------------------------------------------------------------------------
+    # -- changes -----------------------------------------------------------------------------------
 
     def _order(self, *order: Any) -> int:
         return self._ask(*order)[1]  # type: ignore[no-any-return]
@@ -888,7 +1112,11 @@ class SchedulerSource:
         """End jobs that do not run, also those that wait on nodes. Returns how many."""
         return self._order('cancel_waiting', cluster)
 
-    def add_node(self, cluster: int, host: str, port: Optional[int] = None, cpus: Optional[int] = None) -> int:
+    def add_node(self,
+                 cluster: int,
+                 host: str,
+                 port: Optional[int] = None,
+                 cpus: Optional[int] = None) -> int:
         """Look for a node, for all clusters whose `nodes` mean it."""
         if cpus is not None:
             raise ValueError('cpus: set them when the node is there')
@@ -911,9 +1139,9 @@ class SchedulerSource:
         return self._for_all('cpus', node, cluster, cpus)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Views: a snapshot and the words of a query in, plain values for JSON out.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class Snapshot(NamedTuple):
     """All there is to show but jobs and failures; not changed once it is made."""
@@ -926,11 +1154,13 @@ class Snapshot(NamedTuple):
 
 
 def id_text(number: Any) -> str:
-    """A job's id, which may be any object of the user's: shown if it is a plain value, else its type."""
+    """A job's id, which may be any object of the user's: shown if it is a plain value, else its
+    type."""
     plain = (int, float, str, bool, type(None), bytes)
     if type(number) is str:
         return number[:200]
-    if type(number) in plain or type(number) is tuple and all(type(part) in plain for part in number):
+    if type(number) in plain or type(number) is tuple and all(
+            type(part) in plain for part in number):
         return SHORT.repr(number)
     return '<%s>' % type(number).__name__
 
@@ -944,30 +1174,44 @@ def _number(query: Dict[str, str], name: str, default: int, low: int, high: int)
 
 def _order(value: Any) -> Any:
     """What to sort by: numbers in texts count as such, so that node10 comes after node9."""
-    return [int(part) if n % 2 else part for n, part in enumerate(re.split('([0-9]+)', value))] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [int(part) if n % 2 else part for n, part in enumerate(re.split('([0-9]+)', value))]
+    return value
 
 
-def table(rows: List[dict], query: Dict[str, str], columns: Sequence[str], descending: Sequence[str] = ()) -> dict:
+def table(rows: List[dict],
+          query: Dict[str, str],
+          columns: Sequence[str],
+          descending: Sequence[str] = ()) -> dict:
     """The page of a table that a query asks for; takes its words out of it. Raises Refusal."""
     sort = query.pop('sort', columns[0])
     if sort not in columns:
         raise Refusal(400, 'sort=%.40s: it is one of %s' % (sort, ', '.join(columns)))
-    desc, per = _number(query, 'desc', int(sort in descending), 0, 1), _number(query, 'per', PER_PAGE, 1, PER_PAGE_MOST)
+    desc = _number(query, 'desc', int(sort in descending), 0, 1)
+    per = _number(query, 'per', PER_PAGE, 1, PER_PAGE_MOST)
     pages = max(1, -(-len(rows) // per))
     page = min(_number(query, 'page', 1, 1, 10 ** 9), pages)
-    known = sorted((row for row in rows if row[sort] is not None and row[sort] != ''), key=lambda row: _order(row[sort]), reverse=bool(desc))
+    known = sorted((row for row in rows if row[sort] is not None and row[sort] != ''),
+                   key=lambda row: _order(row[sort]),
+                   reverse=bool(desc))
     rows = known + [row for row in rows if row[sort] is None or row[sort] == '']
-    return {'rows': rows[(page - 1) * per:page * per], 'total': len(rows), 'page': page, 'pages': pages, 'sort': sort, 'desc': desc, 'per': per}
+    return {
+        'rows': rows[(page - 1) * per:page * per], 'total': len(rows), 'page': page, 'pages': pages,
+        'sort': sort, 'desc': desc, 'per': per
+    }
 
 
 def clusters_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
     """/api/clusters"""
-    return table(snapshot.clusters, query, ('number', 'name', 'state', 'waiting', 'running', 'done', 'failed', 'rate', 'left'))
+    return table(
+        snapshot.clusters, query,
+        ('number', 'name', 'state', 'waiting', 'running', 'done', 'failed', 'rate', 'left'))
 
 
 def nodes_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
     """/api/nodes"""
-    return table(snapshot.nodes, query, ('name', 'address', 'state', 'cpus', 'used', 'jobs', 'job_seconds', 'memory', 'disk', 'load', 'heard'),
+    return table(snapshot.nodes, query, ('name', 'address', 'state', 'cpus', 'used', 'jobs',
+                                         'job_seconds', 'memory', 'disk', 'load', 'heard'),
                  ('cpus', 'used', 'jobs', 'job_seconds', 'load'))
 
 
@@ -977,7 +1221,10 @@ def node_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
     node = next((row for row in snapshot.nodes if row['id'] == name), None)
     if node is None:
         raise Refusal(404, 'there is no node %.80s' % name)
-    rows = source.jobs(name) if 'gone:' not in name else []
+    if 'gone:' not in name:
+        rows = source.jobs(name)
+    else:
+        rows = []
     found = table(rows, query, ('seconds', 'job', 'cluster', 'state'), ('seconds',))
     source.complete(found['rows'])
     for row in found['rows']:
@@ -992,13 +1239,18 @@ def failures_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dic
 
 
 VIEWS: Dict[str, Callable[[Any, Snapshot, Dict[str, str]], dict]] = {
-    '/api/clusters': clusters_view, '/api/nodes': nodes_view, '/api/node': node_view, '/api/failures': failures_view}
+    '/api/clusters': clusters_view, '/api/nodes': nodes_view, '/api/node': node_view,
+    '/api/failures': failures_view
+}
 
 # path -> (method of the source, {field: (type, whether it must be there)})
 CHANGES: Dict[str, Tuple[str, Dict[str, Tuple[Any, bool]]]] = {
-    '/api/cancel': ('cancel', {'cluster': (int, True), 'node': (str, True), 'jobs': ((list, str), True)}),
+    '/api/cancel': ('cancel',
+                    {'cluster': (int, True), 'node': (str, True), 'jobs': ((list, str), True)}),
     '/api/cancel_waiting': ('cancel_waiting', {'cluster': (int, True)}),
-    '/api/add': ('add_node', {'cluster': (int, True), 'host': (str, True), 'port': (int, False), 'cpus': (int, False)}),
+    '/api/add': ('add_node', {
+        'cluster': (int, True), 'host': (str, True), 'port': (int, False), 'cpus': (int, False)
+    }),
     '/api/use': ('use', {'node': (str, True), 'cluster': (int, False)}),
     '/api/drain': ('drain', {'node': (str, True), 'cluster': (int, False)}),
     '/api/release': ('release', {'node': (str, True), 'cluster': (int, False)}),
@@ -1018,29 +1270,46 @@ def metrics(snapshot: Snapshot) -> str:
         lines.extend(['# HELP %s %s' % (name, text), '# TYPE %s %s' % (name, kind)])
         for labels, value in samples:
             if value is not None:
-                inside = ','.join('%s="%s"' % (label, _label(words)) for label, words in labels.items())
+                inside = ','.join('%s="%s"' % (label, _label(words))
+                                  for label, words in labels.items())
                 lines.append('%s%s %s' % (name, '{%s}' % inside if inside else '', value))
 
-    clusters = [({'cluster': row['name'], 'number': row['number']}, row) for row in snapshot.clusters]
-    nodes = [({'node': row['name'] or row['address'], 'id': row['id']}, row) for row in snapshot.nodes]
+    clusters = [({'cluster': row['name'], 'number': row['number']}, row)
+                for row in snapshot.clusters]
+    nodes = [({'node': row['name'] or row['address'], 'id': row['id']}, row)
+             for row in snapshot.nodes]
     family('dispy_jobs', 'gauge', 'Jobs that have not ended.',
-           [(dict(labels, state=state), row[state]) for labels, row in clusters for state in ('waiting', 'running')])
+           [(dict(labels, state=state), row[state]) for labels, row in clusters
+            for state in ('waiting', 'running')])
     family('dispy_jobs_ended_total', 'counter', 'Jobs that have ended.',
-           [(dict(labels, state=state), row[state]) for labels, row in clusters for state in ('done', 'failed', 'cancelled')])
-    family('dispy_jobs_submitted_total', 'counter', 'Jobs submitted.', [(labels, row['submitted']) for labels, row in clusters])
-    family('dispy_job_seconds_total', 'counter', 'Seconds that jobs have run.', [(labels, row['job_seconds']) for labels, row in clusters])
-    family('dispy_cluster_cpus', 'gauge', 'CPUs of ready nodes.', [(labels, row['cpus']) for labels, row in clusters])
-    family('dispy_cluster_cpus_used', 'gauge', 'CPUs used.', [(labels, row['used']) for labels, row in clusters])
-    family('dispy_node_state', 'gauge', '1 for the state that a node is in.', [(dict(labels, state=row['state']), 1) for labels, row in nodes])
-    for field, name, kind, text in (
-            ('cpus', 'dispy_node_cpus', 'gauge', 'CPUs that may be used.'), ('used', 'dispy_node_cpus_used', 'gauge', 'CPUs used.'),
-            ('jobs', 'dispy_node_jobs_ended_total', 'counter', 'Jobs ended there.'),
-            ('job_seconds', 'dispy_node_job_seconds_total', 'counter', 'Seconds that jobs have run there.'),
-            ('memory', 'dispy_node_memory_free_bytes', 'gauge', 'Memory free.'), ('disk', 'dispy_node_disk_free_bytes', 'gauge', 'Disk free.'),
-            ('load', 'dispy_node_load_percent', 'gauge', 'CPU load of the host.'),
-            ('heard', 'dispy_node_heard_seconds', 'gauge', 'Seconds since its last sign of life.')):
+           [(dict(labels, state=state), row[state]) for labels, row in clusters
+            for state in ('done', 'failed', 'cancelled')])
+    family('dispy_jobs_submitted_total', 'counter', 'Jobs submitted.',
+           [(labels, row['submitted']) for labels, row in clusters])
+    family('dispy_job_seconds_total', 'counter', 'Seconds that jobs have run.',
+           [(labels, row['job_seconds']) for labels, row in clusters])
+    family('dispy_cluster_cpus', 'gauge', 'CPUs of ready nodes.',
+           [(labels, row['cpus']) for labels, row in clusters])
+    family('dispy_cluster_cpus_used', 'gauge', 'CPUs used.',
+           [(labels, row['used']) for labels, row in clusters])
+    family('dispy_node_state', 'gauge', '1 for the state that a node is in.',
+           [(dict(labels, state=row['state']), 1) for labels, row in nodes])
+    for field, name, kind, text in (('cpus', 'dispy_node_cpus', 'gauge', 'CPUs that may be used.'),
+                                    ('used', 'dispy_node_cpus_used', 'gauge',
+                                     'CPUs used.'), ('jobs', 'dispy_node_jobs_ended_total',
+                                                     'counter', 'Jobs ended there.'),
+                                    ('job_seconds', 'dispy_node_job_seconds_total', 'counter',
+                                     'Seconds that jobs have run there.'),
+                                    ('memory', 'dispy_node_memory_free_bytes', 'gauge',
+                                     'Memory free.'), ('disk', 'dispy_node_disk_free_bytes',
+                                                       'gauge', 'Disk free.'),
+                                    ('load', 'dispy_node_load_percent', 'gauge',
+                                     'CPU load of the host.'),
+                                    ('heard', 'dispy_node_heard_seconds', 'gauge',
+                                     'Seconds since its last sign of life.')):
         family(name, kind, text, [(labels, row[field]) for labels, row in nodes])
-    family('dispy_snapshot_seconds', 'gauge', "Seconds of the driver's thread that the last snapshot took.", [({}, snapshot.cost)])
+    family('dispy_snapshot_seconds', 'gauge',
+           "Seconds of the driver's thread that the last snapshot took.", [({}, snapshot.cost)])
     return '\n'.join(lines) + '\n'
 
 
@@ -1048,7 +1317,8 @@ class Watch:
     """The snapshot thread. Everybody looks at what it took last."""
 
     def __init__(self, source: Any, every: float) -> None:
-        self._source, self.every = source, every
+        self._source = source
+        self.every = every
         self._changed = threading.Condition()
         self._wanted_until = 0.0
         self._ending = False
@@ -1060,12 +1330,15 @@ class Watch:
         self._thread.start()
 
     def _run(self) -> None:
-        version, cost = 0, 0.0
+        version = 0
+        cost = 0.0
         while True:
-            began, ending = time.monotonic(), self._ending
+            began = time.monotonic()
+            ending = self._ending
             try:
                 clusters, nodes, cost = self._source.snapshot(began < self._wanted_until)
-            except Exception:  # our own fault, or a driver that does not answer; the next one may come
+            except Exception:
+                # Our own fault, or a driver that does not answer; the next one may come
                 logger.exception('a snapshot for the web monitor failed')
             else:
                 version += 1
@@ -1077,13 +1350,16 @@ class Watch:
             with self._changed:
                 while not self._ending:
                     now = time.monotonic()
-                    left = began + max(self.every if now < self._wanted_until else max(self.every, SAMPLES_APART), SNAPSHOT_SHARE * cost) - now
+                    left = began + max(
+                        self.every if now < self._wanted_until else max(self.every, SAMPLES_APART),
+                        SNAPSHOT_SHARE * cost) - now
                     if left <= 0:
                         break
                     self._changed.wait(left)
 
     def newer(self, version: int, timeout: float) -> Optional[Snapshot]:
-        """Wait for a snapshot after this version; the last one there is when the time runs out. Any thread."""
+        """Wait for a snapshot after this version; the last one there is when the time runs out. Any
+        thread."""
         until = time.monotonic() + timeout
         with self._changed:
             if time.monotonic() >= self._wanted_until:
@@ -1113,16 +1389,21 @@ class Watch:
         self._thread.join()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # HTTP. A thread a connection, one request a connection.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 HEADERS = {
     'Content-Security-Policy': "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY', 'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store',
-    'Cross-Origin-Opener-Policy': 'same-origin', 'Cross-Origin-Resource-Policy': 'same-origin', 'Connection': 'close'}
-ONCE = ('host', 'origin', 'authorization', 'content-length', 'content-type', 'transfer-encoding', 'sec-fetch-site')   # headers
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY',
+    'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store',
+    'Cross-Origin-Opener-Policy': 'same-origin', 'Cross-Origin-Resource-Policy': 'same-origin',
+    'Connection': 'close'
+}
+# Headers
+ONCE = ('host', 'origin', 'authorization', 'content-length', 'content-type', 'transfer-encoding',
+        'sec-fetch-site')
 JSON = 'application/json'
 
 
@@ -1130,7 +1411,8 @@ class _Head:
     """The first bytes of a connection: no more than MAX_HEAD of them are read as lines."""
 
     def __init__(self, file: Any) -> None:
-        self._file, self._left = file, MAX_HEAD
+        self._file = file
+        self._left = MAX_HEAD
 
     def readline(self, size: int) -> bytes:
         """As a file's; raises LineTooLong when there is too much of all lines."""
@@ -1157,7 +1439,8 @@ class _Head:
 class Handler(http.server.BaseHTTPRequestHandler):
     """One request, in a thread of its own."""
     protocol_version = 'HTTP/1.1'
-    server_version, sys_version = 'dispy', ''
+    server_version = 'dispy'
+    sys_version = ''
     server: 'Server'
     timeout = IO_TIME
 
@@ -1186,7 +1469,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read, check, answer; then the connection ends."""
         self.close_connection = True
-        self.requestline, self.command, self.request_version = '', '', 'HTTP/1.1'
+        self.requestline = ''
+        self.command = ''
+        self.request_version = 'HTTP/1.1'
         try:
             try:
                 self.raw_requestline = self.rfile.readline(MAX_LINE + 1)
@@ -1206,7 +1491,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Nothing that is served is large enough for it."""
         raise Refusal(417, 'Expect is not served')
 
-    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+    def send_error(self,
+                   code: int,
+                   message: Optional[str] = None,
+                   explain: Optional[str] = None) -> None:
         """What parse_request says of bad requests."""
         self._error(code, message or http.client.responses.get(code, ''), {})
 
@@ -1214,7 +1502,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Requests are no news."""
         logger.debug('the web monitor: %s: ' + format, self.client_address[0], *args)
 
-    # -- answers ------------------------------------------------------------------------------------------
+    # -- answers -----------------------------------------------------------------------------------
 
     def _error(self, status: int, text: str, headers: Dict[str, str]) -> None:
         self.request_version = 'HTTP/1.1'
@@ -1222,7 +1510,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _begin(self, status: int, kind: str, **headers: Any) -> None:
         self.send_response(status)
-        for name, value in {**HEADERS, 'Content-Type': kind, **{name.replace('_', '-'): value for name, value in headers.items()}}.items():
+        for name, value in {
+                **HEADERS, 'Content-Type': kind,
+                **{name.replace('_', '-'): value
+                   for name, value in headers.items()}
+        }.items():
             self.send_header(name, str(value))
         self.end_headers()
 
@@ -1232,7 +1524,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command != 'HEAD':
             self.wfile.write(body)
 
-    # -- checks -------------------------------------------------------------------------------------------
+    # -- checks ------------------------------------------------------------------------------------
 
     def _check(self) -> None:
         """What holds for every request."""
@@ -1241,7 +1533,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.headers.defects:
             raise Refusal(400, 'the headers are malformed')
         for name, value in self.headers.items():
-            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or re.search(r'[\x00-\x08\x0a-\x1f\x7f]', value):
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or re.search(
+                    r'[\x00-\x08\x0a-\x1f\x7f]', value):
                 raise Refusal(400, 'a header is malformed')
         for name in ONCE:
             if len(self.headers.get_all(name, ())) > 1:
@@ -1250,10 +1543,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if host is None:
             raise Refusal(400, 'there is no header Host')
         if not self.server.is_own(host):
-            raise Refusal(421, 'this server is not %.80s; with another name, give it as host=' % host)
+            raise Refusal(421,
+                          'this server is not %.80s; with another name, give it as host=' % host)
         site = self.headers.get('Sec-Fetch-Site', 'none')
-        opened = self.command == 'GET' and (self.headers.get('Sec-Fetch-Mode'), self.headers.get('Sec-Fetch-Dest')) == ('navigate', 'document')
-        if site not in ('none', 'same-origin') and not (opened and self.path.partition('?')[0] == '/'):
+        opened = self.command == 'GET' and (self.headers.get('Sec-Fetch-Mode'),
+                                            self.headers.get('Sec-Fetch-Dest')) == ('navigate',
+                                                                                    'document')
+        if site not in ('none',
+                        'same-origin') and not (opened and self.path.partition('?')[0] == '/'):
             raise Refusal(403, 'a page of another site may not ask')
         origin = self.headers.get('Origin')
         if origin is not None and origin != '%s://%s' % (self.server.scheme, host):
@@ -1263,8 +1560,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _check_token(self) -> None:
         kind, _, token = self.headers.get('Authorization', '').partition(' ')
-        if kind.lower() != 'bearer' or not hmac.compare_digest(token.strip().encode('latin-1', 'replace'), self.server.token.encode()):
-            raise Refusal(401, 'the token is missing or is not the one of this server: use the link that it printed', WWW_Authenticate='Bearer')
+        if kind.lower() != 'bearer' or not hmac.compare_digest(
+                token.strip().encode('latin-1', 'replace'), self.server.token.encode()):
+            raise Refusal(
+                401,
+                'the token is missing or is not the one of this server: use the link that it printed',
+                WWW_Authenticate='Bearer')
 
     def _length(self) -> int:
         text = self.headers.get('Content-Length')
@@ -1280,14 +1581,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         known = path in STATIC or path in VIEWS or path == '/metrics' or path in CHANGES
         if self.command not in ('GET', 'HEAD', 'POST'):
             if self.command in ('PUT', 'DELETE', 'PATCH', 'OPTIONS', 'TRACE', 'CONNECT'):
-                raise Refusal(405, '%s is not served' % self.command, Allow='POST' if path in CHANGES else 'GET, HEAD')
+                raise Refusal(405,
+                              '%s is not served' % self.command,
+                              Allow='POST' if path in CHANGES else 'GET, HEAD')
             raise Refusal(501, 'the method is unknown')
         if not path.startswith('/'):
             raise Refusal(400, 'the request names no path')
         if not known:
             raise Refusal(404, 'there is nothing at %.80s' % path)
         if (self.command == 'POST') != (path in CHANGES):
-            raise Refusal(405, '%s is not served at %s' % (self.command, path), Allow='POST' if path in CHANGES else 'GET, HEAD')
+            raise Refusal(405,
+                          '%s is not served at %s' % (self.command, path),
+                          Allow='POST' if path in CHANGES else 'GET, HEAD')
         length = self._length()
         if path not in STATIC:
             self._check_token()
@@ -1304,48 +1609,73 @@ class Handler(http.server.BaseHTTPRequestHandler):
     @staticmethod
     def _query(words: str) -> Dict[str, str]:
         try:
-            pairs = urllib.parse.parse_qsl(words, True, True, errors='strict', max_num_fields=10) if words else []
+            if words:
+                pairs = urllib.parse.parse_qsl(words,
+                                               True,
+                                               True,
+                                               errors='strict',
+                                               max_num_fields=10)
+            else:
+                pairs = []
         except ValueError as exc:
             raise Refusal(400, 'the query is malformed') from exc
         if len(dict(pairs)) != len(pairs):
             raise Refusal(400, 'the query says something twice')
         return dict(pairs)
 
-    # -- reads --------------------------------------------------------------------------------------------
+    # -- reads -------------------------------------------------------------------------------------
 
     def _show(self, path: str, query: Dict[str, str]) -> None:
         snapshot = self.server.watch.current()
         if path == '/metrics':
             self._reply(200, 'text/plain; version=0.0.4; charset=utf-8', metrics(snapshot).encode())
-        elif self.headers.get('Accept', '').startswith('text/event-stream') and self.command == 'GET':
+        elif self.headers.get('Accept',
+                              '').startswith('text/event-stream') and self.command == 'GET':
             self._stream(path, query, snapshot)
         else:
             self._reply(200, JSON, json.dumps(self._view(path, query, snapshot)).encode())
 
     def _view(self, path: str, query: Dict[str, str], snapshot: Snapshot) -> dict:
-        source, words = self.server.source, dict(query)
+        source = self.server.source
+        words = dict(query)
         try:
             view = VIEWS[path](source, snapshot, words)
-        except (RuntimeError, TimeoutError, concurrent.futures.TimeoutError) as exc:   # of a driver that has ended, or is very busy
+        except (RuntimeError, TimeoutError, concurrent.futures.TimeoutError) as exc:
+            # Of a driver that has ended, or is very busy
             raise Refusal(409, str(exc) or 'it does not answer') from exc
         if words:
             raise Refusal(400, 'the query has unknown words: %.80s' % ', '.join(words))
-        view.update(time=round(snapshot.time, 3), snapshot_seconds=round(snapshot.cost, 6), manages=source.manages, shared=source.shared, source=source.text, nothing=source.nothing,
-                    clusters=[{'number': row['number'], 'name': row['name']} for row in snapshot.clusters[:PER_PAGE_MOST]])
+        view.update(time=round(snapshot.time, 3),
+                    snapshot_seconds=round(snapshot.cost, 6),
+                    manages=source.manages,
+                    shared=source.shared,
+                    source=source.text,
+                    nothing=source.nothing,
+                    clusters=[{'number': row['number'], 'name': row['name']}
+                              for row in snapshot.clusters[:PER_PAGE_MOST]])
         return view
 
     def _stream(self, path: str, query: Dict[str, str], snapshot: Snapshot) -> None:
         """Server-sent events until the browser goes, or the server does."""
-        watch, plots, spoke = self.server.watch, {}, time.monotonic()  # type: Watch, Dict[int, Any], float
-        view, sent = self._view(path, query, snapshot), None  # type: Any, Any
+        watch: Watch = self.server.watch
+        plots: Dict[int, Any] = {}
+        spoke: float = time.monotonic()
+        view: Any = self._view(path, query, snapshot)
+        sent: Any = None
         self.server.serving[self] = None
         self._begin(200, 'text/event-stream')
         while True:
-            same = {name: value for name, value in view.items() if name not in ('time', 'snapshot_seconds')}
+            same = {
+                name: value
+                for name, value in view.items() if name not in ('time', 'snapshot_seconds')
+            }
             if same != sent:
                 sent = same
-                slim = [row if row.get('plot') is None or plots.get(row['number']) is not row['plot'] else
-                        {name: value for name, value in row.items() if name != 'plot'} for row in view['rows']]
+                slim = [
+                    row if row.get('plot') is None or plots.get(row['number']) is not row['plot']
+                    else {name: value
+                          for name, value in row.items() if name != 'plot'} for row in view['rows']
+                ]
                 plots.update((row['number'], row['plot']) for row in view['rows'] if 'plot' in row)
                 self._event(json.dumps(dict(view, rows=slim)))
                 spoke = time.monotonic()
@@ -1365,12 +1695,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _event(self, data: str) -> None:
         self.wfile.write(b'data: %s\n\n' % data.encode())
 
-    # -- changes ------------------------------------------------------------------------------------------
+    # -- changes -----------------------------------------------------------------------------------
 
     def _change(self, path: str, words: str, length: int) -> None:
         if words:
             raise Refusal(400, 'a POST has no query')
-        if self.headers.get_content_type() != JSON or self.headers.get_content_charset('utf-8') != 'utf-8' or 'Content-Type' not in self.headers:
+        if self.headers.get_content_type() != JSON or self.headers.get_content_charset(
+                'utf-8') != 'utf-8' or 'Content-Type' not in self.headers:
             raise Refusal(415, 'the body must be application/json')
         if length > MAX_BODY:
             raise Refusal(413, 'the body is over %d bytes' % MAX_BODY)
@@ -1386,12 +1717,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(400, 'the body is no object of %s' % ', '.join(fields))
         body = {field: value for field, value in body.items() if value is not None}
         for field, (kind, needed) in fields.items():
-            if field in body and (not isinstance(body[field], kind) or isinstance(body[field], bool)):
-                raise Refusal(400, '%s is no %s' % (field, getattr(kind, '__name__', 'list or text')))
+            if field in body and (not isinstance(body[field], kind)
+                                  or isinstance(body[field], bool)):
+                raise Refusal(400,
+                              '%s is no %s' % (field, getattr(kind, '__name__', 'list or text')))
             if field not in body and needed:
                 raise Refusal(400, '%s is missing' % field)
         if not self.server.source.manages:
-            raise Refusal(409, 'nodes are only looked at here; what they do is decided by the program that uses them')
+            raise Refusal(
+                409,
+                'nodes are only looked at here; what they do is decided by the program that uses them'
+            )
         try:
             done = getattr(self.server.source, name)(**body)
         except (ValueError, TypeError) as exc:
@@ -1409,25 +1745,38 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 64
 
     def __init__(self, address: Tuple[str, int], source: Any, watch: Watch, tls: Any) -> None:
-        self.source, self.watch, self.tls = source, watch, tls
-        self.scheme = 'https' if tls is not None else 'http'
+        self.source = source
+        self.watch = watch
+        self.tls = tls
+        if tls is not None:
+            self.scheme = 'https'
+        else:
+            self.scheme = 'http'
         self.token = secrets.token_urlsafe(24)
-        self.serving: Dict[Handler, Optional[float]] = {}     # -> until when, monotonic; None: a stream
+        # -> until when, monotonic; None: a stream
+        self.serving: Dict[Handler, Optional[float]] = {}
         self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
         self.threads: Dict[int, threading.Thread] = {}
-        self.address_family = socket.AF_INET6 if ':' in address[0] else socket.AF_INET
-        self._names = {name.lower() for name in (address[0], 'localhost', '127.0.0.1', '::1', socket.gethostname()) if name}
+        if ':' in address[0]:
+            self.address_family = socket.AF_INET6
+        else:
+            self.address_family = socket.AF_INET
+        self._names = {
+            name.lower()
+            for name in (address[0], 'localhost', '127.0.0.1', '::1', socket.gethostname()) if name
+        }
         self._any_address = address[0] in ('', '0.0.0.0', '::')
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
         """As HTTPServer's, without its look-up of the host's name."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.server_name = str(self.server_address[0])
+        self.server_port = self.server_address[1]
 
     def is_own(self, host: str) -> bool:
-        """Whether a header Host names this server. Ports may differ: ssh forwards others. A name of somebody else's that leads
-        here (DNS rebinding) is none of ours; an address is no name."""
+        """Whether a header Host names this server. Ports may differ: ssh forwards others. A name of
+        somebody else's that leads here (DNS rebinding) is none of ours; an address is no name."""
         found = re.fullmatch(r'(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?', host)
         if not found:
             return False
@@ -1444,7 +1793,9 @@ class Server(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError):   # it does not listen
                 request.setblocking(False)
                 if self.tls is None:
-                    request.send(b'HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n')
+                    request.send(
+                        b'HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n'
+                    )
             self.shutdown_request(request)
             return
         try:
@@ -1472,16 +1823,17 @@ class Server(http.server.ThreadingHTTPServer):
                 handler.cut()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A request's thread failed: TLS that did not come about is no news, the rest is our own fault."""
+        """A request's thread failed: TLS that did not come about is no news, the rest is our own
+        fault."""
         if isinstance(sys.exc_info()[1], OSError):
             logger.debug('the web monitor: %s: %s', client_address[0], sys.exc_info()[1])
         else:
             logger.exception('the web monitor: a request of %s failed', client_address[0])
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Public class
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def _web_tls(certfile: str, keyfile: Optional[str]) -> Any:
     import ssl
@@ -1490,15 +1842,18 @@ def _web_tls(certfile: str, keyfile: Optional[str]) -> Any:
     try:
         context.load_cert_chain(certfile, keyfile, _no_password)
     except (OSError, ssl.SSLError) as exc:
-        raise SecretError('the certificate %s with key %s cannot be used: %s' % (certfile, keyfile or 'in the same file', exc)) from exc
+        raise SecretError('the certificate %s with key %s cannot be used: %s' %
+                          (certfile, keyfile or 'in the same file', exc)) from exc
     return context
 
 
 class DispyHTTPServer:
-    """A web server that shows clusters and lets them be managed; the link to open is printed once, to stderr.
+    """A web server that shows clusters and lets them be managed; the link to open is printed once,
+    to stderr.
 
     cluster - a JobCluster or SharedJobCluster; None: none yet (see add_cluster)
-    host - address to listen at; another than 127.0.0.1 lets other hosts in, who need the token too: use certfile then
+    host - address to listen at; another than 127.0.0.1 lets other hosts in, who need the token too:
+        use certfile then
     port - TCP port; 0: one that is free
     poll_sec - seconds between two updates of a page (0.25 to 3600)
     keyfile, certfile - paths of files in PEM format, for TLS
@@ -1506,11 +1861,18 @@ class DispyHTTPServer:
     DocumentRoot - accepted for old scripts; it has no meaning any more
 
     url - the link, with the token in its fragment
-    Raises TypeError, ValueError, SecretError, OSError (the port is in use), RuntimeError (the cluster was closed). A context manager.
+    Raises TypeError, ValueError, SecretError, OSError (the port is in use), RuntimeError (the
+    cluster was closed). A context manager.
     """
 
-    def __init__(self, cluster: Optional[JobCluster] = None, host: str = '127.0.0.1', port: int = HTTPD_PORT, poll_sec: float = 0.5,
-                 keyfile: Optional[str] = None, certfile: Optional[str] = None, show_job_args: bool = True,
+    def __init__(self,
+                 cluster: Optional[JobCluster] = None,
+                 host: str = '127.0.0.1',
+                 port: int = HTTPD_PORT,
+                 poll_sec: float = 0.5,
+                 keyfile: Optional[str] = None,
+                 certfile: Optional[str] = None,
+                 show_job_args: bool = True,
                  DocumentRoot: Optional[str] = None) -> None:
         source = ClusterSource()
         source.shows_arguments = dispy._flag('show_job_args', show_job_args)
@@ -1524,27 +1886,44 @@ class DispyHTTPServer:
             raise
         source.publish(self.url)
 
-    def _start(self, source: Any, host: str, port: int, poll_sec: float, keyfile: Optional[str], certfile: Optional[str]) -> None:
+    def _start(self, source: Any, host: str, port: int, poll_sec: float, keyfile: Optional[str],
+               certfile: Optional[str]) -> None:
         if not isinstance(host, str):
-            raise TypeError('host=%.80r must be an address of this host, not %s' % (host, type(host).__name__))
+            raise TypeError('host=%.80r must be an address of this host, not %s' %
+                            (host, type(host).__name__))
         port = dispy._in_range('port', port, HTTPD_PORT, 0, 65535, True)
         every = float(dispy._in_range('poll_sec', poll_sec, 0.5, SNAPSHOTS_APART, 3600))
         certfile, keyfile, _ = tls_files(certfile, keyfile)
-        tls = _web_tls(certfile, keyfile) if certfile else None
+        if certfile:
+            tls = _web_tls(certfile, keyfile)
+        else:
+            tls = None
         self._source, self._watch = source, Watch(source, every)
         try:
             self._server = Server((host, port), source, self._watch, tls)
         except OSError as exc:
-            raise OSError(exc.errno, 'the web monitor cannot listen at %s port %d: %s; choose another port (0: any that is free)'
-                          % (host or '*', port, exc.strerror or exc)) from exc
-        shown = 'localhost' if host in ('', '0.0.0.0', '::') else '[%s]' % host if ':' in host else host
-        self.url = '%s://%s:%d/#token=%s' % (self._server.scheme, shown, self._server.server_port, self._server.token)
-        self._accepts = threading.Thread(target=self._server.serve_forever, name='dispy-httpd', daemon=True)
+            raise OSError(
+                exc.errno,
+                'the web monitor cannot listen at %s port %d: %s; choose another port (0: any that is free)'
+                % (host or '*', port, exc.strerror or exc)) from exc
+        if host in ('', '0.0.0.0', '::'):
+            shown = 'localhost'
+        elif ':' in host:
+            shown = '[%s]' % host
+        else:
+            shown = host
+        self.url = '%s://%s:%d/#token=%s' % (self._server.scheme, shown, self._server.server_port,
+                                             self._server.token)
+        self._accepts = threading.Thread(target=self._server.serve_forever,
+                                         name='dispy-httpd',
+                                         daemon=True)
         self._closed = False
         self._watch.start()
         self._accepts.start()
         if host not in ('127.0.0.1', '::1', 'localhost') and tls is None:
-            logger.warning('the web monitor listens at %s without TLS: who can read the network can read its token; give certfile=', host or 'all addresses')
+            logger.warning(
+                'the web monitor listens at %s without TLS: who can read the network can read its token; give certfile=',
+                host or 'all addresses')
         self._tell('dispy monitor: %s' % self.url)
 
     @staticmethod
@@ -1556,15 +1935,18 @@ class DispyHTTPServer:
         wanted it: (status, node, job), or these behind an element of `_clusters`. The server sees
         all by itself and needs not be told; without it the cluster has less to do."""
         if len(told) not in (3, 4):
-            raise TypeError('cluster_status takes (status, node, job), and %d arguments were given' % len(told))
+            raise TypeError(
+                'cluster_status takes (status, node, job), and %d arguments were given' % len(told))
 
     @property
     def _clusters(self) -> Dict[str, Any]:
-        """The clusters that are shown, by name, which scripts for dispy 4 hand to cluster_status."""
+        """The clusters that are shown, by name, which scripts for dispy 4 hand to
+        cluster_status."""
         return {watched.cluster.name: watched.cluster for watched in list(self._source.watched())}
 
     def add_cluster(self, cluster: JobCluster) -> None:
-        """Show this cluster too. Nothing happens if it is shown. Raises TypeError, RuntimeError if it was closed. Any thread."""
+        """Show this cluster too. Nothing happens if it is shown. Raises TypeError, RuntimeError if
+        it was closed. Any thread."""
         self._source.add(cluster)
 
     def del_cluster(self, cluster: JobCluster) -> None:
@@ -1572,7 +1954,8 @@ class DispyHTTPServer:
         self._source.remove(cluster)
 
     def shutdown(self, wait: bool = True) -> None:
-        """End. With `wait`, browsers first get how it all ended. May be called twice. Any thread."""
+        """End. With `wait`, browsers first get how it all ended. May be called twice. Any
+        thread."""
         if self._closed:
             return
         self._closed = True
@@ -1580,7 +1963,8 @@ class DispyHTTPServer:
         self._accepts.join()
         self._server.server_close()
         self._watch.close()
-        until = time.monotonic() + (2.0 if wait else 0.0)   # a stream ends by itself when it has shown the last snapshot
+        # A stream ends by itself when it has shown the last snapshot
+        until = time.monotonic() + (2.0 if wait else 0.0)
         for thread in list(self._server.threads.values()):
             thread.join(max(0.0, until - time.monotonic()))
         for handler in list(self._server.serving):
@@ -1599,10 +1983,17 @@ class DispyHTTPServer:
 
 
 class SourceHTTPServer(DispyHTTPServer):
-    """The same for what is no cluster of this program; it closes the source. `tell` is given the line with the link."""
+    """The same for what is no cluster of this program; it closes the source. `tell` is given the
+    line with the link."""
 
-    def __init__(self, source: Any, host: str = '127.0.0.1', port: int = HTTPD_PORT, poll_sec: float = 0.5, keyfile: Optional[str] = None,
-                 certfile: Optional[str] = None, tell: Optional[Callable[[str], None]] = None) -> None:
+    def __init__(self,
+                 source: Any,
+                 host: str = '127.0.0.1',
+                 port: int = HTTPD_PORT,
+                 poll_sec: float = 0.5,
+                 keyfile: Optional[str] = None,
+                 certfile: Optional[str] = None,
+                 tell: Optional[Callable[[str], None]] = None) -> None:
         self._tell = tell or self._tell  # type: ignore[assignment]
         try:
             self._start(source, host, port, poll_sec, keyfile, certfile)
@@ -1611,28 +2002,63 @@ class SourceHTTPServer(DispyHTTPServer):
             raise
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='dispy-httpd', description='Show a dispyscheduler in a browser, or nodes, whoever uses them: these are not taken '
-                                     'from their client. The link to open is printed; Ctrl-C ends it.')
+    parser = argparse.ArgumentParser(
+        prog='dispy-httpd',
+        description=
+        'Show a dispyscheduler in a browser, or nodes, whoever uses them: these are not taken '
+        'from their client. The link to open is printed; Ctrl-C ends it.')
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
-    which.add_argument('-n', '--node', '--nodes', action=Each, nargs='+', default=[], dest='nodes',
-                       metavar='HOST[:PORT]', help='nodes to watch; may be repeated; HOST may have * '
-                       'for any characters (default: the dispyscheduler of this machine, or, if there '
-                       'is none, all nodes that answer)')
-    which.add_argument('--scheduler', '--scheduler-host', metavar='HOST[:PORT]', help='a dispyscheduler to watch')
-    add('-i', '--host', default='127.0.0.1', metavar='ADDR', help='address to listen at (default: %(default)s); with another give --certfile too')
-    add('-p', '--port', type=int, default=HTTPD_PORT, metavar='N', help='port to listen at (default: %(default)s; 0: any that is free)')
-    add('--poll-sec', type=float, default=0.5, metavar='S', help='seconds between two updates of a page (default: %(default)s, at least 0.25)')
+    which.add_argument(
+        '-n',
+        '--node',
+        '--nodes',
+        action=Each,
+        nargs='+',
+        default=[],
+        dest='nodes',
+        metavar='HOST[:PORT]',
+        help='nodes to watch; may be repeated; HOST may have * '
+        'for any characters (default: the dispyscheduler of this machine, or, if there '
+        'is none, all nodes that answer)')
+    which.add_argument('--scheduler',
+                       '--scheduler-host',
+                       metavar='HOST[:PORT]',
+                       help='a dispyscheduler to watch')
+    add('-i',
+        '--host',
+        default='127.0.0.1',
+        metavar='ADDR',
+        help='address to listen at (default: %(default)s); with another give --certfile too')
+    add('-p',
+        '--port',
+        type=int,
+        default=HTTPD_PORT,
+        metavar='N',
+        help='port to listen at (default: %(default)s; 0: any that is free)')
+    add('--poll-sec',
+        type=float,
+        default=0.5,
+        metavar='S',
+        help='seconds between two updates of a page (default: %(default)s, at least 0.25)')
     add('--certfile', metavar='FILE', help='certificate of this web server, for TLS')
     add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--token-file', metavar='FILE', help='write the token there, readable by this user alone; for Prometheus and scripts')
-    add('--secret-file', metavar='FILE', help='file with the secret of the nodes, or of the programs of the scheduler (default: the one of this user)')
-    add('--node-certfile', metavar='FILE', help='certificate for TLS with the nodes or the scheduler')
+    add('--token-file',
+        metavar='FILE',
+        help='write the token there, readable by this user alone; for Prometheus and scripts')
+    add('--secret-file',
+        metavar='FILE',
+        help=
+        'file with the secret of the nodes, or of the programs of the scheduler (default: the one of this user)'
+        )
+    add('--node-certfile',
+        metavar='FILE',
+        help='certificate for TLS with the nodes or the scheduler')
     add('--node-keyfile', metavar='FILE', help="that certificate's key, if not in the same file")
     add('--version', action='version', version='%(prog)s ' + __version__)
     return parser
@@ -1641,7 +2067,10 @@ def _parser() -> argparse.ArgumentParser:
 def _source_of(args: argparse.Namespace) -> Any:
     secret = find_secret(None, args.secret_file)
     nodes: Any = [host_and_port(text, NODE_PORT) for text in args.nodes]
-    where = '127.0.0.1' if args.scheduler is None else args.scheduler
+    if args.scheduler is None:
+        where = '127.0.0.1'
+    else:
+        where = args.scheduler
     host, port = host_and_port(where, SCHEDULER_PORT)
     if not nodes:
         files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
@@ -1662,7 +2091,9 @@ def _source_of(args: argparse.Namespace) -> Any:
     if nodes:
         return NodesSource(NodeSurvey(nodes, secret=secret, certfile=args.node_certfile,
                                       keyfile=args.node_keyfile))
-    return SchedulerSource(link.ask, 'all programs of the dispyscheduler at %s' % dispy.place(host, port), link.close)
+    return SchedulerSource(link.ask,
+                           'all programs of the dispyscheduler at %s' % dispy.place(host, port),
+                           link.close)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -1674,7 +2105,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         tls_files(args.certfile, args.keyfile, None, '--%s')
-        server = SourceHTTPServer(_source_of(args), args.host, args.port, args.poll_sec, args.keyfile, args.certfile)
+        server = SourceHTTPServer(_source_of(args), args.host, args.port, args.poll_sec,
+                                  args.keyfile, args.certfile)
     except (ValueError, TypeError, OSError, DispyError) as exc:
         print('dispy-httpd: %s' % exc, file=sys.stderr)
         return 1
@@ -1683,7 +2115,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if args.token_file is not None:
                 _write_private(os.path.abspath(args.token_file), server._server.token.encode())
         except OSError as exc:
-            print('dispy-httpd: --token-file %s cannot be written: %s' % (args.token_file, exc.strerror or exc), file=sys.stderr)
+            print('dispy-httpd: --token-file %s cannot be written: %s' %
+                  (args.token_file, exc.strerror or exc),
+                  file=sys.stderr)
             return 1
         # A signal that comes just before the wait begins does not end it: its handler has not
         # run yet.
@@ -1692,9 +2126,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The page: what browsers get. It holds no data and needs no token.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 HTML = r'''<!DOCTYPE html>
 <html lang="en">
@@ -2251,8 +2685,10 @@ document.querySelector(".skip").addEventListener("click", event => { event.preve
 go();
 '''
 
-STATIC = {'/': ('text/html; charset=utf-8', HTML), '/style.css': ('text/css; charset=utf-8', CSS),
-          '/app.js': ('text/javascript; charset=utf-8', SCRIPT), '/icon.svg': ('image/svg+xml', ICON)}
+STATIC = {
+    '/': ('text/html; charset=utf-8', HTML), '/style.css': ('text/css; charset=utf-8', CSS),
+    '/app.js': ('text/javascript; charset=utf-8', SCRIPT), '/icon.svg': ('image/svg+xml', ICON)
+}
 
 
 if __name__ == '__main__':

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """The daemon that runs jobs on a host; the only file such a host needs.
 
-Copy this file to a host, copy the secret (~/.config/dispy/secret) with it, and run `python dispynode.py`.
-It needs Python 3.8 or later and nothing else; `psutil` is used when it is there.
+Copy this file to a host, copy the secret (~/.config/dispy/secret) with it, and run `python
+dispynode.py`. It needs Python 3.8 or later and nothing else; `psutil` is used when it is there.
 
-What a node shares with its clients (messages, frames, handshake, link, loop) lives here too, because this
-file must be able to travel alone; dispy.py imports it by name.
+What a node shares with its clients (messages, frames, handshake, link, loop) lives here too,
+because this file must be able to travel alone; dispy.py imports it by name.
 
     client                      this process                                  its children
     +--------+   TCP (+TLS)   +---------------------------------------+      +---------------------------------+
@@ -16,14 +16,17 @@ file must be able to travel alone; dispy.py imports it by name.
                               | Node            pure state: decides   | <==> |   job after job                 |
                               +---------------------------------------+      +---------------------------------+
 
-The node thread alone owns the state. An accept thread lives as long as one handshake and hands over a socket.
-`Node` is pure: `handle(event, now)` and `flush(now)` return actions, `Daemon` carries them out and
-feeds back what came of them. Workers keep a pipe each to the node thread; the runner, which forks and reaps
-them, reports births and deaths. The daemon never unpickles what a user sent: it forwards bytes.
+The node thread alone owns the state. An accept thread lives as long as one handshake and hands over
+a socket. `Node` is pure: `handle(event, now)` and `flush(now)` return actions, `Daemon` carries
+them out and feeds back what came of them. Workers keep a pipe each to the node thread; the runner,
+which forks and reaps them, reports births and deaths. The daemon never unpickles what a user sent:
+it forwards bytes.
 
 Each of these has parts, which own their state and know one another by their methods:
-  Node       NodeLease (which client), Computations (stages), Attempts (what waits), CpuScheduler (what runs),
-             FairShare (who is next), Interruptions (what is ended), JobRequests (what jobs ask of clients),
+  Node       NodeLease (which client), Computations (stages), Attempts (what waits), CpuScheduler
+  (what runs),
+             FairShare (who is next), Interruptions (what is ended), JobRequests (what jobs ask of
+             clients),
              UndeliveredResults, PastAttempts, Timers; NodeTables has what all of them look up
   Daemon     NodeDirectory, ComputationFiles, ResultStore, ProcessHost, Uplinks, NodeDiscovery
   Runner     ComputationCode (what was loaded), WorkerProcesses
@@ -34,20 +37,25 @@ The life of a job here:
      pieces (`FilePiece`).
   2. A runner is started, loads the code, runs setup; `Ready` tells the client.
   3. `Jobs` brings attempts; each waits until a CPU is free and is then written to a worker's pipe.
-  4. The worker marks the attempt as running (a shared slot), runs it, and writes the result before it looks
-     at the next one. Output is caught at descriptor level in a file of the worker's. After about 20 ms the
+  4. The worker marks the attempt as running (a shared slot), runs it, and writes the result before
+     it looks
+     at the next one. Output is caught at descriptor level in a file of the worker's. After about 20
+     ms the
      client is told that it has begun (`Started`), and its worker gives back what stands behind it.
   5. Results of one turn leave in one `Results`, and are kept until the client's `Ack`.
-  6. A worker that dies is reported by the runner with the attempt it was running; that one has failed, those
+  6. A worker that dies is reported by the runner with the attempt it was running; that one has
+     failed, those
      behind it go back to the queue, and a new worker is forked.
   7. `Done` ends the computation: cleanup runs, processes end, the directory goes.
 """
 
 import sys
 
-# Before all else, as older versions lack some of the modules below. They must be able to compile this file.
+# Before all else, as older versions lack some of the modules below. They must be able to compile
+# this file.
 if sys.version_info < (3, 8):
-    sys.exit('dispynode.py needs Python 3.8 or later; this is Python %d.%d (%s)' % (sys.version_info[:2] + (sys.executable,)))
+    sys.exit('dispynode.py needs Python 3.8 or later; this is Python %d.%d (%s)' %
+             (sys.version_info[:2] + (sys.executable, )))
 
 import argparse
 import array
@@ -101,34 +109,38 @@ import unicodedata
 import warnings
 import weakref
 import zlib
-from typing import (
-    AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
-    Set, TextIO, Tuple, Type, Union)
+from typing import (AbstractSet, Any, Callable, Container, Deque, Dict, FrozenSet, Iterable,
+                    Iterator, List, NamedTuple, Optional, Sequence, Set, TextIO, Tuple, Type, Union)
 
 __all__ = ['DispyError', 'SecretError', 'main']   # the others are dispy's own
 
 __version__ = '5.0.0.dev0'
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Constants and errors
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 NODE_PORT = 9701              # TCP and UDP
 SCHEDULER_PORT = 9702         # TCP, of the scheduler and of clients that nodes dial
 PULSE = 2.0                   # s between signs of life on a link
 PULSES_LOST = 5               # silent pulses after which a link is broken
 SECOND_APART = 0.5            # s between the beginnings of such attempts at least
-PULSES_SILENT = 2             # silent pulses after which a second connection is tried while the first still counts
+# Silent pulses after which a second connection is tried while the first still counts
+PULSES_SILENT = 2
 GRACE = 5.0                   # s from KeyboardInterrupt in a job to the kill of its process group
 HANDSHAKE_TIME = 10.0         # s for TLS and handshake together
 TRIPS = 10                    # to a peer and back, which these take at most
 SETUP_TIME = 600.0            # s that loading code and setup() may take
-ORPHAN_TIME = 3.0             # s that a computation without jobs waits for a client whose link broke
+# S that a computation without jobs waits for a client whose link broke
+ORPHAN_TIME = 3.0
 PAST_TIME = 30 * 86400.0      # s for which it is remembered that something was given up
 ZOMBIE_TIME = 86400.0         # s that results wait on the disk for their client
-FLAP_TIME = 10.0              # s that a link must have lived for not being one of several that end at once
-FLAPS = 4                     # links in a row that ended at once, after which the next attempts come later and later
-RELEASED_TIME = 10.0          # s for which a client from which the node was taken is not served, so that another comes first
+# S that a link must have lived for not being one of several that end at once
+FLAP_TIME = 10.0
+# Links in a row that ended at once, after which the next attempts come later and later
+FLAPS = 4
+# S for which a client from which the node was taken is not served, so that another comes first
+RELEASED_TIME = 10.0
 QUEUED_TIME = 0.1             # s of work that a node may hold beyond what runs
 AHEAD_TIME = 0.02             # s of work that a worker may hold beyond what it runs
 AHEAD_MOST = 64               # jobs, the same
@@ -139,7 +151,8 @@ UNKNOWN_TIME = 0.5            # s that a job may take, before any has ended
 # S after which the client is told that a job runs, and its worker holds nothing behind it
 BEGUN_TIME = 0.025
 OUTPUT_KEPT = 256 * 1024      # bytes kept of each end of a job's stdout and of its stderr
-OUTPUT_MOST = 2 * OUTPUT_KEPT + 1024   # bytes of one stream of a job, with the mark where its middle was
+# Bytes of one stream of a job, with the mark where its middle was
+OUTPUT_MOST = 2 * OUTPUT_KEPT + 1024
 LATEST = 1e11                 # s since the epoch, the latest time that a job can have ended
 OUTPUT_CHECKED = 0.25         # s between looks at the size of running jobs' output
 WORKER_IDLE = 300.0           # s without a job after which a worker ends
@@ -150,14 +163,17 @@ UNDEAD_TIME = 0.5             # s that a killed stray process is waited for befo
 RUNNER_ASKED = 2.0            # s between signs of life that a runner with jobs is asked for
 RUNNER_SILENT = 10.0          # s without an answer after which a runner is killed
 WEIGHED = 0.05                # s between looks at the memory of jobs that may not use more
-OUT_OF_BAND = 32 * 1024       # bytes from which a payload travels beside its envelope instead of inside
+# Bytes from which a payload travels beside its envelope instead of inside
+OUT_OF_BAND = 32 * 1024
 FILE_PIECE = 1 << 20          # bytes of a file in one message
-FRAME_FILL = 1 << 20          # bytes after which a batch is a frame: the other side can begin with it
+# Bytes after which a batch is a frame: the other side can begin with it
+FRAME_FILL = 1 << 20
 WHOLE_MOST = 960 << 20        # bytes of a computation, which travels in one frame; that holds a GiB
 # Bytes of one value, arguments or result of a job: 4 GiB, and what packing them adds. What is over
 # a frame travels in parts.
 VALUE_MOST = (4 << 30) + (1 << 20)
-TEXT_MOST = 64 * 1024         # characters of a text for people, such as a traceback; longer ones lose their middle
+# Characters of a text for people, such as a traceback; longer ones lose their middle
+TEXT_MOST = 64 * 1024
 NAMES_MOST = 60 << 20         # bytes that the list of a computation's files may take
 MAX_FRAME = 1 << 30           # bytes of payload in one frame, the largest of the limits by message
 HELD_BACK = 16 << 20          # bytes that wait on a link after which files of jobs are not read
@@ -165,8 +181,11 @@ WRITE_MOST = 32 << 20         # bytes that are written to one channel in one tur
 LAZY = 64 << 20               # bytes from which memory is mapped, and taken only as it is filled
 # Times that a node has arguments in memory: the daemon, and the worker, which opens them in place;
 # and that a program has a result, which is opened in place too.
-ARGUMENTS_COPIED, RESULTS_COPIED = 2, 1
-SHORTEST, LONGEST = 1e-3, 10 * 365.25 * 86400   # s that an interval of an option may have
+ARGUMENTS_COPIED = 2
+RESULTS_COPIED = 1
+# S that an interval of an option may have
+SHORTEST = 1e-3
+LONGEST = 10 * 365.25 * 86400
 LONGEST_SLEEP = 86400.0       # s that a loop sleeps at most; then it looks again
 DEPLOY_TIME = 30.0            # s that a deployed daemon may take until it listens
 NO_MEMORY = 'there is no memory for what was sent'
@@ -189,7 +208,10 @@ class Listed(type):
 
     def __dir__(cls) -> List[str]:
         ours = [vars(base) for base in cls.__mro__ if base.__module__.startswith('dispy')]
-        return [name for name in super().__dir__() if name[:1] != '_' and any(name in names for names in ours)]
+        return [
+            name for name in super().__dir__()
+            if name[:1] != '_' and any(name in names for names in ours)
+        ]
 
 
 class DispyError(Exception, metaclass=Listed):
@@ -228,12 +250,14 @@ class LoopFailed(DispyError):
     """The loop has failed many times within a second, and nothing that it serves was to blame."""
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Values and messages: what stands on the wire. Nothing here opens a socket, reads a clock or takes a lock.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Values and messages: what stands on the wire. Nothing here opens a socket, reads a clock or takes
+# a lock.
+# --------------------------------------------------------------------------------------------------
 
 class Role(enum.IntEnum):
-    """Who speaks on a link. Whoever is dialled by nodes (--scheduler-host), a client that listens too, is a SCHEDULER there."""
+    """Who speaks on a link. Whoever is dialled by nodes (--scheduler-host), a client that listens
+    too, is a SCHEDULER there."""
     CLIENT = 1
     NODE = 2
     SCHEDULER = 3
@@ -255,7 +279,8 @@ class Outcome(enum.IntEnum):
 
 
 class Past(NamedTuple):
-    """What a node or a scheduler still knows of attempts of a computation that it does not hold any more: numbers, not data.
+    """What a node or a scheduler still knows of attempts of a computation that it does not hold any
+    more: numbers, not data.
     One that is in none of the lists never came, or never began - if all is known."""
     whole: bool = True                     # all is known that ever came
     unbegun: FrozenSet[int] = frozenset()  # given back, while nobody was connected
@@ -278,13 +303,14 @@ class Past(NamedTuple):
 
     def and_also(self, other: 'Past') -> 'Past':
         """What both say."""
-        return Past(self.whole and other.whole, self.unbegun | other.unbegun, self.lost | other.lost,
-                    self.given_up | other.given_up, other.text or self.text)
+        return Past(self.whole and other.whole, self.unbegun | other.unbegun,
+                    self.lost | other.lost, self.given_up | other.given_up, other.text or self.text)
 
 
 class Reason(NamedTuple):
-    """A reason for which a node does not take a computation: what it is, and whether it can pass by itself. One that passes is
-    tried again, later and later; one that does not is final until the node or the computation is another."""
+    """A reason for which a node does not take a computation: what it is, and whether it can pass by
+    itself. One that passes is tried again, later and later; one that does not is final until the
+    node or the computation is another."""
     about: str
     passes: bool
 
@@ -300,9 +326,11 @@ REASONS: Dict[str, Reason] = {
     'room': Reason('no room for files, or no more files, descriptors or memory', True),
     'process': Reason('the process that runs setup could not be started, or was killed', True),
     'worker': Reason('workers die before they run anything', True),
-    'transfer': Reason('a file is not as it was announced, too large, or has a name that is refused', False),
+    'transfer': Reason(
+        'a file is not as it was announced, too large, or has a name that is refused', False),
     'code': Reason('the code of the computation cannot even be loaded there', False),
-    'setup': Reason('the code could not be loaded, or setup raised, returned something or did not end', False),
+    'setup': Reason(
+        'the code could not be loaded, or setup raised, returned something or did not end', False),
     'initializer': Reason('the initializer of an executor has failed in a worker', False),
     'version': Reason('functions cannot go there as source', False),
     'allocate': Reason("the program's allocate() has failed or wants none", False),
@@ -310,22 +338,27 @@ REASONS: Dict[str, Reason] = {
     'module': Reason('a file of a module of the program cannot be read', False),
     'source': Reason('the program that could give the source is not connected', True),
 }
-SHORTAGES = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN))
+SHORTAGES = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN))
 
 
 def reason_of(exc: BaseException) -> str:
     """The code of a failure to store files or to start a process."""
-    return 'room' if getattr(exc, 'errno', None) in SHORTAGES or isinstance(exc, MemoryError) else 'transfer'
+    if getattr(exc, 'errno', None) in SHORTAGES or isinstance(exc, MemoryError):
+        return 'room'
+    return 'transfer'
 
 
 class Introduce(NamedTuple):
-    """Client, first on a link: who it is (shown to others), its pulse in seconds. Answered by Welcome."""
+    """Client, first on a link: who it is (shown to others), its pulse in seconds. Answered by
+    Welcome."""
     name: str
     pulse: float
 
 
 class Compute(NamedTuple):
-    """Client: a computation. May come again after a link broke. Answered by Need, Ready or Refused."""
+    """Client: a computation. May come again after a link broke. Answered by Need, Ready or
+    Refused."""
     comp: str
     spec: dict
 
@@ -390,14 +423,16 @@ class Reclaim(NamedTuple):
 
 
 class Welcome(NamedTuple):
-    """Node, answers Introduce: its name, CPUs it offers, facts (python, platform, cloudpickle, ...)."""
+    """Node, answers Introduce: its name, CPUs it offers, facts (python, platform, cloudpickle,
+    ...)."""
     name: str
     cpus: int
     facts: dict
 
 
 class Refused(NamedTuple):
-    """Node: this computation (or, with an empty name, this client) is not served; code for programs, text for people."""
+    """Node: this computation (or, with an empty name, this client) is not served; code for
+    programs, text for people."""
     comp: str
     code: str
     text: str
@@ -411,14 +446,16 @@ class Need(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """Node: set up. `held` are the serials it knows, running, waiting or ended without Ack; `past` is a row of Past."""
+    """Node: set up. `held` are the serials it knows, running, waiting or ended without Ack; `past`
+    is a row of Past."""
     comp: str
     held: list
     past: tuple = ()
 
 
 class Results(NamedTuple):
-    """Node: rows of (serial, outcome, start, end, payload, stdout, stderr), times in s since the epoch. Answered by Ack."""
+    """Node: rows of (serial, outcome, start, end, payload, stdout, stderr), times in s since the
+    epoch. Answered by Ack."""
     comp: str
     rows: list
 
@@ -438,8 +475,9 @@ class Started(NamedTuple):
 
 
 class Output(NamedTuple):
-    """Node, if the computation wants it live: what a running job has printed (stream 1 or 2), from byte `offset` of it;
-    or a record of its logging (stream 0, data a plain pickle of level, logger and text)."""
+    """Node, if the computation wants it live: what a running job has printed (stream 1 or 2), from
+    byte `offset` of it; or a record of its logging (stream 0, data a plain pickle of level, logger
+    and text)."""
     comp: str
     serial: int
     stream: int
@@ -448,21 +486,23 @@ class Output(NamedTuple):
 
 
 class Offer(NamedTuple):
-    """Node: the CPUs it offers from now on; 0 when it takes no new jobs. Also sent to those who were refused because
-    another client held the node, when it is free."""
+    """Node: the CPUs it offers from now on; 0 when it takes no new jobs. Also sent to those who
+    were refused because another client held the node, when it is free."""
     cpus: int
 
 
 class Held(NamedTuple):
-    """Node, answers Reclaim: serials it knows, running, waiting or ended without Ack; `past` is a row of Past."""
+    """Node, answers Reclaim: serials it knows, running, waiting or ended without Ack; `past` is a
+    row of Past."""
     comp: str
     serials: list
     past: tuple = ()
 
 
 class Report(NamedTuple):
-    """Node, answers Query: pairs of (serial, s that it has run), serials that wait, what is free there (as
-    `availability`), with `busy`, the jobs of all computations that run, and `holder`, for people, empty when it is free."""
+    """Node, answers Query: pairs of (serial, s that it has run), serials that wait, what is free
+    there (as `availability`), with `busy`, the jobs of all computations that run, and `holder`, for
+    people, empty when it is free."""
     comp: str
     running: list
     waiting: list
@@ -470,14 +510,16 @@ class Report(NamedTuple):
 
 
 class Where(NamedTuple):
-    """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again (empty)."""
+    """Scheduler: these jobs are on a node now (address, port, name), begun or not, or wait again
+    (empty)."""
     comp: str
     node: tuple
     serials: list
 
 
 class News(NamedTuple):
-    """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of `NodeQueries.rows_of`."""
+    """Scheduler: a node has become ready (status 2) or is not any more (3); `node` is a row of
+    `NodeQueries.rows_of`."""
     comp: str
     status: int
     node: tuple
@@ -490,7 +532,8 @@ class Said(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Client or scheduler: a question to the other; `name` is what it is about. Answered by Return."""
+    """Client or scheduler: a question to the other; `name` is what it is about. Answered by
+    Return."""
     comp: str
     number: int
     name: str
@@ -566,33 +609,58 @@ class Pulse(NamedTuple):
 
 
 class Bye(NamedTuple):
-    """Either side: this link ends on purpose. A link that ends without it is broken, not closed. After a node's Bye
-    every attempt it has not answered for was never started."""
+    """Either side: this link ends on purpose. A link that ends without it is broken, not closed.
+    After a node's Bye every attempt it has not answered for was never started."""
     text: str
 
 
 class Wrong(NamedTuple):
-    """Either side, last on a link: the frame of this number, counted from 0, cannot be used. The same is not to be sent again at
-    once. Nothing is said by it of what came before."""
+    """Either side, last on a link: the frame of this number, counted from 0, cannot be used. The
+    same is not to be sent again at once. Nothing is said by it of what came before."""
     text: str
     frame: int
 
 
-SMALL, MIDDLE, LARGE = 64 * 1024, 16 << 20, MAX_FRAME
+SMALL = 64 * 1024
+MIDDLE = 16 << 20
+LARGE = MAX_FRAME
 LIST = NAMES_MOST + (4 << 20)
 BUFFERS_MOST = 1 << 16        # of large parts beside an envelope
 # op on the wire -> (message, bytes of payload at most)
 MESSAGES: Dict[int, Tuple[type, int]] = {
-    1: (Introduce, SMALL), 2: (Compute, LARGE), 4: (Jobs, LARGE), 5: (Cancel, MIDDLE),
-    6: (Recall, MIDDLE), 7: (Ack, MIDDLE), 8: (Done, SMALL), 11: (Query, SMALL),
-    12: (Shutdown, SMALL), 13: (Reclaim, SMALL), 14: (Limit, SMALL),
-    33: (Welcome, MIDDLE), 34: (Refused, MIDDLE), 35: (Need, MIDDLE), 36: (Ready, LIST), 37: (Results, LARGE),
-    38: (Returned, MIDDLE), 39: (Offer, SMALL),
-    41: (Output, 2 * FILE_PIECE), 43: (Report, MIDDLE), 44: (Held, LIST),
+    1: (Introduce, SMALL),
+    2: (Compute, LARGE),
+    4: (Jobs, LARGE),
+    5: (Cancel, MIDDLE),
+    6: (Recall, MIDDLE),
+    7: (Ack, MIDDLE),
+    8: (Done, SMALL),
+    11: (Query, SMALL),
+    12: (Shutdown, SMALL),
+    13: (Reclaim, SMALL),
+    14: (Limit, SMALL),
+    33: (Welcome, MIDDLE),
+    34: (Refused, MIDDLE),
+    35: (Need, MIDDLE),
+    36: (Ready, LIST),
+    37: (Results, LARGE),
+    38: (Returned, MIDDLE),
+    39: (Offer, SMALL),
+    41: (Output, 2 * FILE_PIECE),
+    43: (Report, MIDDLE),
+    44: (Held, LIST),
     45: (Started, MIDDLE),
-    48: (Where, MIDDLE), 49: (News, MIDDLE), 50: (Said, MIDDLE),
-    65: (Pulse, SMALL), 66: (Bye, SMALL), 67: (Call, MIDDLE), 68: (Return, MIDDLE), 69: (Wrong, SMALL),
-    70: (FilePiece, 2 * FILE_PIECE), 71: (FileStored, SMALL), 72: (Part, 4 * FILE_PIECE),
+    48: (Where, MIDDLE),
+    49: (News, MIDDLE),
+    50: (Said, MIDDLE),
+    65: (Pulse, SMALL),
+    66: (Bye, SMALL),
+    67: (Call, MIDDLE),
+    68: (Return, MIDDLE),
+    69: (Wrong, SMALL),
+    70: (FilePiece, 2 * FILE_PIECE),
+    71: (FileStored, SMALL),
+    72: (Part, 4 * FILE_PIECE),
 }
 OPS = {message: op for op, (message, _) in MESSAGES.items()}
 # What a process takes from the other side of a link.
@@ -607,7 +675,9 @@ DIGEST_SIZE = 32
 
 def digest_of(key: bytes) -> bytes:
     """What others than its program know of a computation's key."""
-    return hashlib.sha256(b'dispy 5 key' + key).digest() if key else bytes(KEY_SIZE)
+    if key:
+        return hashlib.sha256(b'dispy 5 key' + key).digest()
+    return bytes(KEY_SIZE)
 
 
 def may_reclaim(digest: bytes, key: bytes) -> bool:
@@ -644,7 +714,8 @@ def shorten(text: str, most: int = TEXT_MOST) -> str:
     if len(text) <= most:
         return text
     half = most // 2
-    return '%s\n[dispy: %d characters left out here]\n%s' % (text[:half], len(text) - 2 * half, text[-half:])
+    return '%s\n[dispy: %d characters left out here]\n%s' % (text[:half], len(text) - 2 * half,
+                                                             text[-half:])
 
 
 def over_limit(what: str, size: int) -> str:
@@ -672,7 +743,8 @@ def limit_values(most: int) -> None:
 
 
 def beside(payload: Payload) -> Any:
-    """The payload as an envelope may carry it: small ones inside it, large ones out of band and not copied."""
+    """The payload as an envelope may carry it: small ones inside it, large ones out of band and not
+    copied."""
     if type(payload) is tuple:
         return tuple(beside(piece) for piece in payload)
     if type(payload) is bytes and len(payload) < OUT_OF_BAND:
@@ -685,12 +757,16 @@ def beside(payload: Payload) -> Any:
 def sized(row: tuple) -> Tuple[tuple, int]:
     """A row of Results as an envelope may carry it, and its bytes."""
     size = size_of(row[4]) + size_of(row[5]) + size_of(row[6])
-    return (row if size < OUT_OF_BAND and type(row[4]) is bytes else (*row[:4], *map(beside, row[4:]))), size
+    return (row if size < OUT_OF_BAND and type(row[4]) is bytes else
+            (*row[:4], *map(beside, row[4:]))), size
 
 
-def frames(kind: Callable[[str, list], Any], comp: str, rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
-    """Messages `kind(comp, rows)` of about FRAME_FILL bytes each. Every row comes with its bytes."""
-    some, filled = [], 0
+def frames(kind: Callable[[str, list], Any], comp: str,
+           rows: Iterable[Tuple[tuple, int]]) -> Iterator[Any]:
+    """Messages `kind(comp, rows)` of about FRAME_FILL bytes each. Every row comes with its
+    bytes."""
+    some = []
+    filled = 0
     for row, size in rows:
         some.append(row)
         filled += size
@@ -699,7 +775,8 @@ def frames(kind: Callable[[str, list], Any], comp: str, rows: Iterable[Tuple[tup
                 yield kind(comp, some[:-1])
                 some = some[-1:]
             yield kind(comp, some)
-            some, filled = [], 0
+            some = []
+            filled = 0
     if some:
         yield kind(comp, some)
 
@@ -714,7 +791,10 @@ class InParts:
     def __init__(self, message: Any) -> None:
         self.message = message
         self.comp, (self.row,) = message
-        place = 4 if len(self.row) == 7 else 1
+        if len(self.row) == 7:
+            place = 4
+        else:
+            place = 1
         self._buffers = [memoryview(piece).cast('B') for piece in pieces_of(self.row[place])]
         self.total = self.left = sum(map(len, self._buffers))
         self.row = (*self.row[:place], HOLLOW, *self.row[place + 1:])
@@ -725,19 +805,25 @@ class InParts:
         return next(self._parts, None)
 
     def _made(self) -> Iterator[Part]:
-        row, offset = self.row, 0
-        some, filled = [], 0   # type: List[pickle.PickleBuffer], int
+        row = self.row
+        offset = 0
+        some: List[pickle.PickleBuffer] = []
+        filled: int = 0
         for buffer in self._buffers:
             start = 0
             while start < len(buffer):
                 piece = buffer[start:start + FILE_PIECE - filled]
                 some.append(pickle.PickleBuffer(piece))
-                start, filled = start + len(piece), filled + len(piece)
+                start = start + len(piece)
+                filled = filled + len(piece)
                 if filled < FILE_PIECE and offset + filled < self.total:
                     continue
                 self.left -= filled
                 yield Part(self.comp, row, self.total, offset, tuple(some))
-                row, offset, some, filled = (), offset + filled, [], 0
+                row = ()
+                offset = offset + filled
+                some = []
+                filled = 0
 
 
 def needs(comp: str, files: Iterable[tuple]) -> Iterator[Need]:
@@ -753,7 +839,9 @@ def in_parts(kind: Callable[[str, list], Any], comp: str, serials: Sequence[int]
 
 def plain_text(value: str) -> str:
     """A str of its own, of an instance of a subclass too."""
-    return value if type(value) is str else ''.join((value, ''))
+    if type(value) is str:
+        return value
+    return ''.join((value, ''))
 
 
 class Bounds(NamedTuple):
@@ -767,22 +855,30 @@ ITEMS_MOST = 256     # of one dict: the time that colliding keys take grows with
 
 
 class PlainReader:
-    """Reads the operations of a pickle without carrying them out, before it is opened. What a pickle costs is then bounded by
-    its bytes: nothing but plain values, no position in the memo but the next one (others would be given memory up to there), no
-    dict that may be filled again and again, no number of more than 255 bytes. It follows the height of the unpickler's stack.
+    """Reads the operations of a pickle without carrying them out, before it is opened. What a
+    pickle costs is then bounded by its bytes: nothing but plain values, no position in the memo but
+    the next one (others would be given memory up to there), no dict that may be filled again and
+    again, no number of more than 255 bytes. It follows the height of the unpickler's stack.
 
     A message of thousands of rows is read here: one loop, and a table for what most operations do.
     """
-    # operation -> (bytes that it takes, what it adds to the height of the stack); those of variable length and those that look
+    # operation -> (bytes that it takes, what it adds to the height of the stack); those of variable
+    # length and those that look
     # at the stack stand below.
-    FIXED = {pickle.PROTO: (2, 0), pickle.FRAME: (9, 0), pickle.NONE: (1, 1), pickle.NEWTRUE: (1, 1), pickle.NEWFALSE: (1, 1),
-             pickle.BININT: (5, 1), pickle.BININT1: (2, 1), pickle.BININT2: (3, 1), pickle.BINFLOAT: (9, 1),
-             pickle.EMPTY_TUPLE: (1, 1), pickle.EMPTY_LIST: (1, 1), pickle.TUPLE1: (1, 0), pickle.TUPLE2: (1, -1),
-             pickle.TUPLE3: (1, -2), pickle.APPEND: (1, -1), pickle.MEMOIZE: (1, 0), pickle.NEXT_BUFFER: (1, 1),
-             pickle.READONLY_BUFFER: (1, 0)}
-    # operation -> bytes of the length that follows it; then come so many bytes, which are one object
-    COUNTED = {pickle.LONG1: 1, pickle.SHORT_BINUNICODE: 1, pickle.BINUNICODE: 4, pickle.BINUNICODE8: 8, pickle.SHORT_BINBYTES: 1,
-               pickle.BINBYTES: 4, pickle.BINBYTES8: 8, pickle.BYTEARRAY8: 8}
+    FIXED = {
+        pickle.PROTO: (2, 0), pickle.FRAME: (9, 0), pickle.NONE: (1, 1), pickle.NEWTRUE: (1, 1),
+        pickle.NEWFALSE: (1, 1), pickle.BININT: (5, 1), pickle.BININT1: (2, 1),
+        pickle.BININT2: (3, 1), pickle.BINFLOAT: (9, 1), pickle.EMPTY_TUPLE: (1, 1),
+        pickle.EMPTY_LIST: (1, 1), pickle.TUPLE1: (1, 0), pickle.TUPLE2: (1, -1),
+        pickle.TUPLE3: (1, -2), pickle.APPEND: (1, -1), pickle.MEMOIZE: (1, 0),
+        pickle.NEXT_BUFFER: (1, 1), pickle.READONLY_BUFFER: (1, 0)
+    }
+    # operation -> bytes of the length that follows it; then come so many bytes, which are one
+    # object
+    COUNTED = {
+        pickle.LONG1: 1, pickle.SHORT_BINUNICODE: 1, pickle.BINUNICODE: 4, pickle.BINUNICODE8: 8,
+        pickle.SHORT_BINBYTES: 1, pickle.BINBYTES: 4, pickle.BINBYTES8: 8, pickle.BYTEARRAY8: 8
+    }
     STEPS = [0] * 256
     GROWTH = [0] * 256
     LENGTHS = [0] * 256
@@ -793,17 +889,22 @@ class PlainReader:
 
     def __init__(self, data: Buffer, bounds: Bounds) -> None:
         if len(data) > bounds.size:
-            raise PeerError('an envelope of %d bytes is over the limit of %d' % (len(data), bounds.size))
-        self._data, self._bounds = data, bounds
+            raise PeerError('an envelope of %d bytes is over the limit of %d' %
+                            (len(data), bounds.size))
+        self._data = data
+        self._bounds = bounds
         self._height = 0
         self._marks: List[int] = []
         self._items: Dict[int, int] = {}   # height of a dict on the stack -> items that it has got
         self._dicts = 0
 
-    # Operations without dicts in a row, which take a tenth of the time so; of numbers, bytes and strings the short ones.
-    _RUN = re.compile(rb'(?:[N\x88\x89)\]\x85\x86\x87ae(t\x94\x97\x98]|[Kh\x80].|M..|[Jj].{4}|[G\x95].{8}'
-                      rb'|\x8a(?:\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8})|[C\x8c](?:'
-                      + b'|'.join(re.escape(bytes((size,))) + b'.{%d}' % size for size in range(41)) + rb'))*', re.DOTALL)
+    # Operations without dicts in a row, which take a tenth of the time so; of numbers, bytes and
+    # strings the short ones.
+    _RUN = re.compile(
+        rb'(?:[N\x88\x89)\]\x85\x86\x87ae(t\x94\x97\x98]|[Kh\x80].|M..|[Jj].{4}|[G\x95].{8}'
+        rb'|\x8a(?:\x04.{4}|\x05.{5}|\x06.{6}|\x07.{7}|\x08.{8})|[C\x8c](?:' +
+        b'|'.join(re.escape(bytes((size, ))) + b'.{%d}' % size for size in range(41)) + rb'))*',
+        re.DOTALL)
 
     def check(self) -> None:
         """Raises PeerError, or IndexError for a pickle that ends in the middle."""
@@ -811,8 +912,12 @@ class PlainReader:
             self._follow()
 
     def _is_without_dicts(self) -> bool:
-        """Whether it can be read to its end without looking at the stack, since no operation makes a dict."""
-        data, lengths, run, at = self._data, self.LENGTHS, self._RUN.match, 0
+        """Whether it can be read to its end without looking at the stack, since no operation makes
+        a dict."""
+        data = self._data
+        lengths = self.LENGTHS
+        run = self._RUN.match
+        at = 0
         while True:
             at = run(data, at).end()  # type: ignore[union-attr]
             operation = data[at]
@@ -825,7 +930,10 @@ class PlainReader:
                 return operation == 0x2e and at + 1 == len(data)   # STOP
 
     def _follow(self) -> None:
-        data, steps, growth, lengths = self._data, self.STEPS, self.GROWTH, self.LENGTHS
+        data = self._data
+        steps = self.STEPS
+        growth = self.GROWTH
+        lengths = self.LENGTHS
         at = height = 0
         for _ in range(self._bounds.operations):
             operation = data[at]
@@ -836,7 +944,8 @@ class PlainReader:
                 continue
             length = lengths[operation]
             if length:
-                at += 1 + length + (data[at + 1] if length == 1 else int.from_bytes(data[at + 1:at + 1 + length], 'little'))
+                at += 1 + length + (data[at + 1] if length == 1 else int.from_bytes(
+                    data[at + 1:at + 1 + length], 'little'))
                 height += 1
             elif operation == 0x2e:   # STOP
                 if at + 1 != len(data):
@@ -873,11 +982,15 @@ class PlainReader:
         elif name in (pickle.BINGET, pickle.LONG_BINGET):
             self._height += 1
             self._items.pop(self._height, None)   # perhaps a dict that is full
-            return 2 if name == pickle.BINGET else 5
+            if name == pickle.BINGET:
+                return 2
+            return 5
         elif name in (pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.INST):
-            raise PeerError('an envelope names a class or function; envelopes hold plain values only')
+            raise PeerError(
+                'an envelope names a class or function; envelopes hold plain values only')
         else:
-            raise PeerError('an envelope has operation %d; envelopes hold plain values only' % operation)
+            raise PeerError('an envelope has operation %d; envelopes hold plain values only' %
+                            operation)
         return 1
 
     def _fill(self, height: int, count: int) -> None:
@@ -891,11 +1004,15 @@ class _Plain(pickle.Unpickler):
     """Opens builtins and refuses every name, so that no bytes from outside can run anything."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise PeerError('an envelope names %s.%s; envelopes hold plain values only' % (module[:60], name[:60]))
+        raise PeerError('an envelope names %s.%s; envelopes hold plain values only' %
+                        (module[:60], name[:60]))
 
 
-def open_envelope(data: Buffer, buffers: Sequence[Buffer] = (), bounds: Optional[Bounds] = None) -> Any:
-    """Unpickle plain builtins. Raises PeerError for anything else, and for what would cost more than `bounds`."""
+def open_envelope(data: Buffer,
+                  buffers: Sequence[Buffer] = (),
+                  bounds: Optional[Bounds] = None) -> Any:
+    """Unpickle plain builtins. Raises PeerError for anything else, and for what would cost more
+    than `bounds`."""
     try:
         PlainReader(data, bounds or BOUNDS).check()
         return _Plain(io.BytesIO(data), buffers=buffers).load()
@@ -906,7 +1023,8 @@ def open_envelope(data: Buffer, buffers: Sequence[Buffer] = (), bounds: Optional
 
 
 def open_plain(data: Buffer) -> Any:
-    """The same without bounds, where a process of the user's own opens what the user sent. Raises PeerError."""
+    """The same without bounds, where a process of the user's own opens what the user sent. Raises
+    PeerError."""
     try:
         return _Plain(io.BytesIO(data)).load()
     except Exception as exc:  # as above
@@ -914,7 +1032,8 @@ def open_plain(data: Buffer) -> Any:
 
 
 def is_shallow(value: Any, most: int = 20) -> bool:
-    """Whether plain containers stand in one another no deeper than `most`: what is deeper cannot be sent on, or shown."""
+    """Whether plain containers stand in one another no deeper than `most`: what is deeper cannot be
+    sent on, or shown."""
     level = [value]
     for _ in range(most):
         level = [part for each in level if type(each) in (tuple, list, dict)
@@ -928,8 +1047,8 @@ _INDEX = struct.Struct('>II')
 
 
 def encode(message: Any) -> Tuple[int, int, List[Buffer]]:
-    """Message -> (op, encoding, pieces of payload). Encoding 0 is the envelope alone; 1 is u32 number of
-    buffers, u32 length of envelope, u64 length of each buffer, envelope, buffers."""
+    """Message -> (op, encoding, pieces of payload). Encoding 0 is the envelope alone; 1 is u32
+    number of buffers, u32 length of envelope, u64 length of each buffer, envelope, buffers."""
     buffers: List[pickle.PickleBuffer] = []
     body = pickle.dumps(tuple(message), 5, buffer_callback=buffers.append)
     if not buffers:
@@ -952,11 +1071,15 @@ def decode(op: int, encoding: int, payload: Buffer) -> Any:
     else:
         raise PeerError('encoding %d is unknown here' % encoding)
     kinds = FIELD_TYPES[message]
-    if type(fields) is not tuple or len(fields) != len(kinds) or not all(map(isinstance, fields, kinds)):
+    if type(fields) is not tuple or len(fields) != len(kinds) or not all(
+            map(isinstance, fields, kinds)):
         raise PeerError('%s with wrong fields' % message.__name__)
     check = CHECKS.get(message)
     try:
-        right = is_comp(fields[0]) if message in SPEAK_OF_COMPS else True
+        if message in SPEAK_OF_COMPS:
+            right = is_comp(fields[0])
+        else:
+            right = True
         right = right and (check is None or check(fields))
         right = right and (message not in LOOSE or is_shallow(fields))
     except Exception:  # of numbers no float can hold, for one
@@ -1010,7 +1133,8 @@ def _is_value(row: Any) -> bool:
 
 def _is_key(value: Any) -> bool:
     """What a scheduler knows a node by."""
-    return type(value) is str or (type(value) is tuple and all(type(part) in (str, int) for part in value))
+    return type(value) is str or (type(value) is tuple
+                                  and all(type(part) in (str, int) for part in value))
 
 
 def _is_job(row: Any) -> bool:
@@ -1022,20 +1146,23 @@ def _is_result(row: Any) -> bool:
     if type(row) is not tuple or len(row) != 7:
         return False
     serial, outcome, start, end, *buffers = row
-    # Each result passes here: no more calls than needed. `is_outcome` excludes what is no finite number.
+    # Each result passes here: no more calls than needed. `is_outcome` excludes what is no finite
+    # number.
     return type(serial) is int and 0 <= serial < 1 << 63 and type(outcome) is int and outcome in OUTCOMES \
         and type(start) in _NUMBERS and type(end) in _NUMBERS and _BUFFER_TYPES.issuperset(map(type, buffers)) \
         and is_outcome(outcome, start, end, *buffers)
 
 
 def refused_row(row: tuple, text: str) -> tuple:
-    """What is told in the place of a result that the other side could not take; what the job printed goes with it."""
+    """What is told in the place of a result that the other side could not take; what the job
+    printed goes with it."""
     size = sum(map(size_of, row[4:]))
     text = '%s (%d bytes): let the job return less, or send a file (dispy_send_file)' % (text, size)
     return (*row[:1], int(Outcome.DIED), *row[2:4], text.encode('utf-8', 'replace'), b'', b'')
 
 
-def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer, stderr: Buffer) -> bool:
+def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: Buffer,
+               stderr: Buffer) -> bool:
     """Whether times, sizes and the payload of a result can be true."""
     size = len(payload)   # bounded by frames, parts and records
     if not 0.0 <= start <= end <= LATEST or len(stdout) > OUTPUT_MOST or len(stderr) > OUTPUT_MOST:
@@ -1048,7 +1175,8 @@ def is_outcome(outcome: int, start: float, end: float, payload: Buffer, stdout: 
 def log_record_of(data: Buffer) -> Tuple[int, str, str]:
     """Level, logger and text of a record of a job's logging. Raises PeerError."""
     record = open_envelope(data)
-    if type(record) is not tuple or [type(field) for field in record] != [int, str, str] or abs(record[0]) >= 1 << 31:
+    if type(record) is not tuple or [type(field) for field in record] != [int, str, str] or abs(
+            record[0]) >= 1 << 31:
         raise PeerError('a log record that is none')
     return record
 
@@ -1064,7 +1192,8 @@ def _is_part(fields: tuple) -> bool:
 
 def _is_file(row: Any) -> bool:
     """A row of a computation's files: name, size, digest, mode."""
-    return type(row) is tuple and [type(field) for field in row] == [str, int, bytes, int] and row[1] >= 0
+    return type(row) is tuple and [type(field)
+                                   for field in row] == [str, int, bytes, int] and row[1] >= 0
 
 
 def _is_file_wanted(fields: Any) -> bool:
@@ -1075,13 +1204,14 @@ def _is_file_wanted(fields: Any) -> bool:
 
 
 def _is_kept(kept: Any) -> bool:
-    return type(kept) is dict and all(type(serials) is list and all(map(_is_serial, serials)) for serials in kept.values())
+    return type(kept) is dict and all(
+        type(serials) is list and all(map(_is_serial, serials)) for serials in kept.values())
 
 
 def _is_past(row: tuple) -> bool:
     """A row of Past, or nothing."""
-    return not row or (len(row) == 5 and type(row[0]) is bool and type(row[4]) is str
-                       and all(type(serials) is list and all(map(_is_serial, serials)) for serials in row[1:4]))
+    return not row or (len(row) == 5 and type(row[0]) is bool and type(row[4]) is str and all(
+        type(serials) is list and all(map(_is_serial, serials)) for serials in row[1:4]))
 
 
 def _is_running(pair: Any) -> bool:
@@ -1093,17 +1223,22 @@ RETURNED = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE))
 VALUES = RETURNED | {Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE}
 PURPOSES = frozenset(map(int, Purpose))
 _RAISED = int(Outcome.RAISED)   # compared for each result; a member of an enumeration takes longer
-GOES_ON = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))   # those that are not the end of an attempt
-# kind is what code holds: 'function': a pickle by value, for one minor version of Python; 'source': arguments of load_source
+# Those that are not the end of an attempt
+GOES_ON = frozenset((Outcome.PROVISIONAL, Outcome.PROVISIONAL_CODE))
+# kind is what code holds: 'function': a pickle by value, for one minor version of Python; 'source':
+# arguments of load_source
 # in an envelope, for any; 'program': nothing.
-SPEC_FIELDS: Dict[str, Any] = {'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
-                               'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str, 'live': bool, 'logs': int,
-                               'cpus': int, 'setup_args': (bytes, memoryview), 'modules': list, 'portable': bool,
-                               'sys_path': list, 'argv': list}
+SPEC_FIELDS: Dict[str, Any] = {
+    'name': str, 'kind': str, 'code': (bytes, memoryview), 'files': list, 'cleanup': bool,
+    'dest_path': str, 'max_jobs': int, 'python': tuple, 'support': dict, 'program': str,
+    'live': bool, 'logs': int, 'cpus': int, 'setup_args': (bytes, memoryview), 'modules': list,
+    'portable': bool, 'sys_path': list, 'argv': list
+}
 
 
 def result_key(spec: dict) -> bytes:
-    """The digest of what shows that results are a program's own; zeros for a program that has none."""
+    """The digest of what shows that results are a program's own; zeros for a program that has
+    none."""
     return spec.get('key', bytes(KEY_SIZE))  # type: ignore[no-any-return]
 
 
@@ -1126,8 +1261,8 @@ def _all_serials(fields: tuple) -> bool:
 # message -> whether its fields, of the right types, hold what they should: handlers rely on it
 CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Introduce: lambda fields: math.isfinite(fields[1]),
-    Welcome: lambda fields: (fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(fields[2].get('python', ())) is tuple
-                             and type(fields[2].get('available', {})) is dict),
+    Welcome: lambda fields: (fields[1] >= 0 and _is_kept(fields[2].get('kept', {})) and type(fields[
+        2].get('python', ())) is tuple and type(fields[2].get('available', {})) is dict),
     Compute: lambda fields: _is_spec(fields[1]),
     FilePiece: lambda fields: _is_file_wanted(fields[1:4]) and _is_buffer(fields[5]),
     FileStored: lambda fields: fields[1] in PURPOSES and _is_serial(fields[2]),
@@ -1139,11 +1274,15 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
     Return: lambda fields: len(fields[2]) in (0, 2),
     Started: lambda fields: all(map(_is_running, fields[1])),
     Report: lambda fields: all(map(_is_running, fields[1])) and all(map(_is_serial, fields[2])),
-    Output: lambda fields: _is_serial(fields[1]) and fields[2] in (0, 1, 2) and _is_serial(fields[3]) and _is_buffer(fields[4]),
+    Output: lambda fields: _is_serial(fields[1]) and fields[2] in
+    (0, 1, 2) and _is_serial(fields[3]) and _is_buffer(fields[4]),
     Jobs: lambda fields: all(map(_is_job, fields[1])),
     Results: lambda fields: all(map(_is_result, fields[1])),
     Need: lambda fields: all(map(_is_file_wanted, fields[1])),
-    Cancel: _all_serials, Recall: _all_serials, Ack: _all_serials, Returned: _all_serials,
+    Cancel: _all_serials,
+    Recall: _all_serials,
+    Ack: _all_serials,
+    Returned: _all_serials,
     Ready: lambda fields: _all_serials(fields) and _is_past(fields[2]),
     Held: lambda fields: _all_serials(fields) and _is_past(fields[2]),
 }
@@ -1152,7 +1291,8 @@ CHECKS: Dict[type, Callable[[tuple], bool]] = {
 BOUNDS = Bounds(MIDDLE, 500_000, 50_000)
 BOUNDS_OF: Dict[type, Bounds] = {
     Compute: Bounds(LIST, 2_000_000, 1000),                                # a row a file
-    Ready: Bounds(LIST, 8_000_000, 10), Held: Bounds(LIST, 8_000_000, 10),   # a number a job; sent by nodes and schedulers only
+    # A number a job; sent by nodes and schedulers only
+    Ready: Bounds(LIST, 8_000_000, 10), Held: Bounds(LIST, 8_000_000, 10),
     Jobs: Bounds(4 << 20, 500_000, 50_000), Results: Bounds(4 << 20, 500_000, 10)}
 
 
@@ -1166,27 +1306,32 @@ def _split(payload: memoryview) -> Tuple[memoryview, List[memoryview]]:
     lengths = struct.unpack_from('>%dQ' % count, payload, _INDEX.size)
     if at + body + sum(lengths) != len(payload):
         raise PeerError('the parts of a payload do not add up')
-    envelope, at, buffers = payload[at:at + body], at + body, []
+    envelope = payload[at:at + body]
+    at = at + body
+    buffers = []
     for length in lengths:
         buffers.append(payload[at:at + length])
         at += length
     return envelope, buffers
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Sealed payloads: what a user sent. Written by the client or a worker, opened by a worker or the client.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Sealed payloads: what a user sent. Written by the client or a worker, opened by a worker or the
+# client.
+# --------------------------------------------------------------------------------------------------
 
 ATOMS = frozenset((int, float, str, bool, type(None), complex))
 _BUFFERS = struct.Struct('>B3xI')  # 1, number of buffers; a bare pickle begins with 0x80
-_NEEDS = struct.Struct('>B3xI')    # 2, bytes of a pickled tuple of bundles' numbers; the payload itself follows
+# 2, bytes of a pickled tuple of bundles' numbers; the payload itself follows
+_NEEDS = struct.Struct('>B3xI')
 # 3, bytes of a pickled pair: pieces of the pickle, and buffers. Of each it has the length, or size
 # and digest if it is a value that is known by these. The others follow, one behind the other.
 _SHARED = struct.Struct('>B3xI')
 
 
 class _Pieces(list):
-    """What a pickler writes, as it comes: it passes large bytes objects on and does not copy them."""
+    """What a pickler writes, as it comes: it passes large bytes objects on and does not copy
+    them."""
 
     def write(self, piece: Any) -> None:
         """As of a file. No method of `list`: so other threads of the process, which speak to nodes,
@@ -1202,17 +1347,20 @@ class Sealed(NamedTuple):
     payload: Payload
     plain: bool           # whether it holds builtin values only, so that opening it runs no code
     modules: AbstractSet[str]   # names of the modules that opening it imports
-    portable: bool        # whether it holds no functions and classes by value, which only one minor version of Python can run
+    # Whether it holds no functions and classes by value, which only one minor version of Python can
+    # run
+    portable: bool
 
 
 def seal(value: Any, pickler: Optional[Callable[..., Any]] = None,
          share: Optional[Callable[[list, list], Any]] = None) -> Sealed:
-    """Pickle `value` for the other side; large buffers (of numpy and the like) are kept beside, not copied.
+    """Pickle `value` for the other side; large buffers (of numpy and the like) are kept beside, not
+    copied.
 
-    pickler(file, protocol, buffer_callback) is the class that pickles; the default is `value_pickler`.
-    share(pieces, buffers) may make the payload, from pieces of the pickle and the buffers beside it;
-    it is asked when one of these is not small, and returns None for what is to be packed as usual.
-    Raises what pickling raises.
+    pickler(file, protocol, buffer_callback) is the class that pickles; the default is
+    `value_pickler`. share(pieces, buffers) may make the payload, from pieces of the pickle and the
+    buffers beside it; it is asked when one of these is not small, and returns None for what is to
+    be packed as usual. Raises what pickling raises.
     """
     if type(value) in ATOMS:
         return Sealed(pickle.dumps(value, 5), True, _NO_MODULES, True)
@@ -1234,17 +1382,22 @@ def seal(value: Any, pickler: Optional[Callable[..., Any]] = None,
     elif buffers:
         payload = _with_buffers(b''.join(pieces), buffers)
     else:
-        payload = pieces[0] if len(pieces) == 1 else tuple(pieces)
+        if len(pieces) == 1:
+            payload = pieces[0]
+        else:
+            payload = tuple(pieces)
     return Sealed(payload, writer.plain, writer.modules, writer.portable)
 
 
 def _with_buffers(body: bytes, buffers: List[memoryview]) -> Payload:
-    head = _BUFFERS.pack(1, len(buffers)) + struct.pack('>Q%dQ' % len(buffers), len(body), *map(len, buffers))
+    head = _BUFFERS.pack(1, len(buffers)) + struct.pack('>Q%dQ' % len(buffers), len(body),
+                                                        *map(len, buffers))
     return (head + body, *buffers)
 
 
 def shared_payload(pieces: Sequence[Any], buffers: Sequence[Any]) -> bytes:
-    """A payload of these pieces and buffers; those that are rows (size, digest) do not stand in it."""
+    """A payload of these pieces and buffers; those that are rows (size, digest) do not stand in
+    it."""
     there = [part for part in (*pieces, *buffers) if type(part) is not tuple]
     spec = pickle.dumps(tuple([part if type(part) is tuple else len(part) for part in parts]
                               for parts in (pieces, buffers)), 5)
@@ -1259,7 +1412,8 @@ class _Segments:
 
     def readinto(self, target: Any) -> int:
         """As of a file."""
-        view, filled = memoryview(target).cast('B'), 0
+        view = memoryview(target).cast('B')
+        filled = 0
         while filled < len(view) and self._pieces:
             first = self._pieces[0]
             some = first[:len(view) - filled]
@@ -1343,12 +1497,18 @@ class _Source:
         memory = view.obj
         self._memory: Any = None
         if once and isinstance(memory, mmap.mmap) and len(memory) == len(view):   # all of it
-            self._memory = memory if hasattr(mmap, 'MADV_DONTNEED') else None
-        self._view, self._at, self._end = view, 0, len(view)
+            if hasattr(mmap, 'MADV_DONTNEED'):
+                self._memory = memory
+            else:
+                self._memory = None
+        self._view = view
+        self._at = 0
+        self._end = len(view)
 
     def goto(self, at: int, size: int) -> None:
         """Read so many bytes from there on next."""
-        self._at, self._end = at, at + size
+        self._at = at
+        self._end = at + size
 
     def readinto(self, target: Any) -> int:
         """As of a file."""
@@ -1380,7 +1540,8 @@ class _Source:
         return data
 
     def _went(self, size: int) -> None:
-        first, self._at = -(-self._at // mmap.PAGESIZE), self._at + size
+        first = -(-self._at // mmap.PAGESIZE)
+        self._at = self._at + size
         last = self._at // mmap.PAGESIZE
         if self._memory is not None and size > FILE_PIECE and last > first:
             self._memory.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE,  # type: ignore[attr-defined]
@@ -1388,10 +1549,13 @@ class _Source:
 
 
 def unseal(payload: Buffer, once: bool = False) -> Any:
-    """Open a payload. Runs the user's code; raises whatever that raises. With `once` nobody will look
-    at the payload again."""
+    """Open a payload. Runs the user's code; raises whatever that raises. With `once` nobody will
+    look at the payload again."""
     size = len(payload)
-    source = _Source(memoryview(payload), once) if size > LAZY else None
+    if size > LAZY:
+        source = _Source(memoryview(payload), once)
+    else:
+        source = None
     if payload[0] == 2:
         needs, payload = split_needs(payload)
         if modules is not None:   # in the program itself its modules are there
@@ -1430,17 +1594,21 @@ def _unseal_large(source: _Source, view: memoryview, at: int) -> Any:
     return pickle.Unpickler(source, buffers=buffers).load()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Objects by value: what has no module that could be imported. Used by clients and by workers alike.
 #
-# Functions and classes of importable modules are pickled by name. Those of a program's __main__, and those
-# that only a running function has, are pickled by value with cloudpickle's reducers. Three additions keep them
+# Functions and classes of importable modules are pickled by name. Those of a program's __main__,
+# and those
+# that only a running function has, are pickled by value with cloudpickle's reducers. Three
+# additions keep them
 # what they are in the program:
-#   - A class has one identity in each process, by the number that cloudpickle's class tracker gives to it.
+# - A class has one identity in each process, by the number that cloudpickle's class tracker gives
+# to it.
 #   - Functions of one __main__ share one dictionary of global variables in each process, a `Space`.
-#   - A variable or class attribute travels with a version. A process applies a version once, so that what
+# - A variable or class attribute travels with a version. A process applies a version once, so that
+# what
 #     setup() or a job has changed stays until the program itself changes the same thing.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 MAIN_NAMES = ('__main__', '__mp_main__')   # the second one in children of multiprocessing's spawn
 
@@ -1453,9 +1621,13 @@ class Versions:
         self._known: Dict[str, Tuple[Any, bytes, bytes]] = {}   # name -> value, its form, version
 
     def of(self, name: str, value: Any) -> bytes:
-        """The version of this value. A value that can change in place is told by its pickled form."""
+        """The version of this value. A value that can change in place is told by its pickled
+        form."""
         known = self._known.get(name)
-        form = b'' if type(value) in ATOMS else _form_of(value)
+        if type(value) in ATOMS:
+            form = b''
+        else:
+            form = _form_of(value)
         if known is not None and known[1] == form and self._is_same(known[0], value, form):
             return known[2]
         version = os.urandom(8)
@@ -1488,8 +1660,11 @@ class _Form:
         return self._digest.digest()
 
 
-def _digest_of_pickle(pickler: Callable[..., Any], value: Any, limit: int = sys.maxsize) -> Optional[bytes]:
-    """A digest of what a class of picklers makes of a value; None if it cannot, or if that is larger than `limit` bytes."""
+def _digest_of_pickle(pickler: Callable[..., Any],
+                      value: Any,
+                      limit: int = sys.maxsize) -> Optional[bytes]:
+    """A digest of what a class of picklers makes of a value; None if it cannot, or if that is
+    larger than `limit` bytes."""
     form = _Form(limit)
     try:
         pickler(form, 5, buffer_callback=lambda buffer: form.write(buffer.raw())).dump(value)
@@ -1499,7 +1674,8 @@ def _digest_of_pickle(pickler: Callable[..., Any], value: Any, limit: int = sys.
 
 
 class _FormPickler(pickle.Pickler):
-    """Shows whether a value has changed. Functions, classes and the like count by their identity."""
+    """Shows whether a value has changed. Functions, classes and the like count by their
+    identity."""
 
     def reducer_override(self, obj: Any) -> Any:
         """Called by the pickler for everything that is not a builtin value."""
@@ -1509,7 +1685,8 @@ class _FormPickler(pickle.Pickler):
 
 
 def _form_of(value: Any) -> bytes:
-    """A digest of what a value holds; empty for one that counts by its identity, or cannot be pickled."""
+    """A digest of what a value holds; empty for one that counts by its identity, or cannot be
+    pickled."""
     if isinstance(value, _IDENTICAL):
         return b''
     return _digest_of_pickle(_FormPickler, value) or b''
@@ -1522,10 +1699,12 @@ class Space:
     def __init__(self, token: tuple, variables: Dict[str, Any], native: bool) -> None:
         self.token = token                       # what every process knows it by
         self.variables = variables
-        self.native = native                     # it was made here, and nothing from elsewhere changes it
+        # It was made here, and nothing from elsewhere changes it
+        self.native = native
         self.versions = Versions()               # of variables that are sent from here
         self.applied: Dict[str, bytes] = {}      # name -> version that was applied here
-        self.functions: Dict[str, Tuple[bytes, Any]] = {}   # name -> version and function without state
+        # Name -> version and function without state
+        self.functions: Dict[str, Tuple[bytes, Any]] = {}
 
     def apply(self, variables: Dict[str, Tuple[bytes, Any]]) -> None:
         """Set what has another version than what was set before."""
@@ -1544,16 +1723,19 @@ class Spaces:
         self.instance = os.urandom(8)     # of the process that makes tokens
         self._by_token: Dict[tuple, Space] = {}
         self._by_id: Dict[int, Space] = {}
-        self._main: Optional[types.ModuleType] = None   # a runner's: becomes the main module of its program
+        # A runner's: becomes the main module of its program
+        self._main: Optional[types.ModuleType] = None
         self._adopted: Optional[Dict[str, Any]] = None  # its variables
-        self.added: List[Tuple[Dict[str, Any], str]] = []   # variables that are new since the beginning of the present job
+        # Variables that are new since the beginning of the present job
+        self.added: List[Tuple[Dict[str, Any], str]] = []
 
     def adopt_main(self, module: types.ModuleType) -> None:
         """The main module of the first program that is met here shall be this module."""
         self._main, self._adopted = module, vars(module)
 
     def name_class(self, cls: type) -> None:
-        """A class of the program's main module is found by its name there, so that jobs can pickle it by name."""
+        """A class of the program's main module is found by its name there, so that jobs can pickle
+        it by name."""
         if self._adopted is not None and cls.__module__ in MAIN_NAMES and cls.__qualname__ == cls.__name__:
             if cls.__name__ not in self._adopted:
                 self._adopted[cls.__name__] = cls
@@ -1580,8 +1762,12 @@ class Spaces:
         """The space that came with a payload."""
         space = self._by_token.get(token)
         if space is None:
-            module, self._main = self._main, None
-            variables = {} if module is None else vars(module)
+            module = self._main
+            self._main = None
+            if module is None:
+                variables = {}
+            else:
+                variables = vars(module)
             variables.update(basics)
             variables['__builtins__'] = builtins
             space = self._add(Space(token, variables, False))
@@ -1598,14 +1784,18 @@ class Spaces:
 
 spaces = Spaces()
 _class_versions: 'weakref.WeakKeyDictionary[type, Versions]' = weakref.WeakKeyDictionary()
-_classes: 'weakref.WeakValueDictionary[str, type]' = weakref.WeakValueDictionary()   # by cloudpickle's number
+# By cloudpickle's number
+_classes: 'weakref.WeakValueDictionary[str, type]' = weakref.WeakValueDictionary()
 # classes that came from elsewhere -> number, and name -> version of the attributes that were set
-_received: 'weakref.WeakKeyDictionary[type, Tuple[str, Dict[str, bytes]]]' = weakref.WeakKeyDictionary()
-_unfinished: 'weakref.WeakSet[Any]' = weakref.WeakSet()   # functions that were made and have no state yet
+_received: 'weakref.WeakKeyDictionary[type, Tuple[str, Dict[str, bytes]]]' = weakref.WeakKeyDictionary(
+)
+# Functions that were made and have no state yet
+_unfinished: 'weakref.WeakSet[Any]' = weakref.WeakSet()
 
 
 class _SpaceRef:
-    """Stands for a function's global variables in a pickle; one object for each dictionary, so that the memo works."""
+    """Stands for a function's global variables in a pickle; one object for each dictionary, so that
+    the memo works."""
     __slots__ = ('variables', 'reduced')
 
     def __init__(self, variables: Dict[str, Any], module: str) -> None:
@@ -1625,7 +1815,8 @@ class _SpaceRef:
 
 
 class _CellRef:
-    """Stands for a cell of closures in a pickle, so that functions that share a variable go on sharing it."""
+    """Stands for a cell of closures in a pickle, so that functions that share a variable go on
+    sharing it."""
     __slots__ = ('cell',)
 
     def __init__(self, cell: Any) -> None:
@@ -1638,8 +1829,9 @@ class _CellRef:
 _SPACE_BASICS = ('__name__', '__package__', '__file__', '__path__', '__doc__')
 _CachedType = type(functools.lru_cache(maxsize=1)(lambda: None))
 # What is the same value for as long as it is the same object.
-_IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, property, classmethod,
-              staticmethod, _CachedType, contextvars.ContextVar, type(threading.Lock()), type(threading.RLock()))
+_IDENTICAL = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
+              property, classmethod, staticmethod, _CachedType, contextvars.ContextVar,
+              type(threading.Lock()), type(threading.RLock()))
 _LOCKS = {type(threading.Lock()): threading.Lock, type(threading.RLock()): threading.RLock}
 
 
@@ -1667,13 +1859,19 @@ class ForeignCode:
     """Stands for a code object of another minor version of Python, which nothing here could run."""
 
     def __init__(self, version: tuple, name: str, line: int) -> None:
-        self.version, self.name, self.line = version, name, line
+        self.version = version
+        self.name = name
+        self.line = line
 
 
 def code_from_source(module: Any, foreign: ForeignCode) -> Optional[types.CodeType]:
-    """The code of this Python for a function inside of another: found by its name and line in the module's own source,
-    which has travelled. None if there is no such source, or the function is not there."""
-    imported = sys.modules.get(module) if isinstance(module, str) else None
+    """The code of this Python for a function inside of another: found by its name and line in the
+    module's own source, which has travelled. None if there is no such source, or the function is
+    not there."""
+    if isinstance(module, str):
+        imported = sys.modules.get(module)
+    else:
+        imported = None
     loader = getattr(getattr(imported, '__spec__', None), 'loader', None)
     if not hasattr(loader, 'get_code'):
         return None
@@ -1694,8 +1892,8 @@ def python_of(version: tuple) -> str:
 
 
 def make_code(version: tuple, args: tuple, file: str, name: str, line: int) -> Any:
-    """A code object that came pickled. One of another version could be made, and would crash whoever calls it. Its file is for
-    tracebacks; cloudpickle leaves it out since 3.1.3."""
+    """A code object that came pickled. One of another version could be made, and would crash
+    whoever calls it. Its file is for tracebacks; cloudpickle leaves it out since 3.1.3."""
     if version != sys.version_info[:2]:
         return ForeignCode(version, name, line)
     return types.CodeType(*args).replace(co_filename=file)
@@ -1706,17 +1904,23 @@ def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
     try:
         return find_named(module, name)
     except (ImportError, AttributeError):
-        why = _left_out.get((module, name), 'it is not in the source sent. Put it into a file of its own, which the program imports or '
+        why = _left_out.get((
+            module, name
+        ), 'it is not in the source sent. Put it into a file of its own, which the program imports or '
                             'lists in depends, or run dispynode there with %s' % python_of(version))
-        raise TypeError('%s %s.%s of the client, which runs %s, cannot be had by %s: %s'
-                        % (kind, module, name, python_of(version), python_of(sys.version_info), why)) from None
+        raise TypeError(
+            '%s %s.%s of the client, which runs %s, cannot be had by %s: %s' %
+            (kind, module, name, python_of(version), python_of(sys.version_info), why)) from None
 
 
-def function_of(variables: Dict[str, Any], code: Any, module: str, name: str, version: bytes, cells: tuple) -> Any:
-    """A function that came by value, without its state: `fill_function` sets that. With a version it is a function
-    without state of its own that its main module has under this name: the same version is the same function."""
+def function_of(variables: Dict[str, Any], code: Any, module: str, name: str, version: bytes,
+                cells: tuple) -> Any:
+    """A function that came by value, without its state: `fill_function` sets that. With a version
+    it is a function without state of its own that its main module has under this name: the same
+    version is the same function."""
     if isinstance(code, ForeignCode):
-        foreign, code = code, code_from_source(module, code)
+        foreign = code
+        code = code_from_source(module, code)
         if code is None or len(code.co_freevars) != len(cells):
             return _by_name_here(foreign.version, module, name, 'function')
     space = spaces.known(variables)
@@ -1732,7 +1936,8 @@ def function_of(variables: Dict[str, Any], code: Any, module: str, name: str, ve
 
 
 def fill_function(function: Any, state: tuple) -> None:
-    """The state of a function: attributes, slots, contents of its cells, variables that it uses, its version."""
+    """The state of a function: attributes, slots, contents of its cells, variables that it uses,
+    its version."""
     attributes, slots, contents, variables, name, version, _ = state
     if not isinstance(function, types.FunctionType):
         return
@@ -1753,8 +1958,10 @@ def fill_function(function: Any, state: tuple) -> None:
         space.apply(variables)
 
 
-def variable_of(variables: Dict[str, Any], name: str, version: bytes, make: Callable[..., Any], args: tuple) -> Any:
-    """An object that has one identity in each process, by the name and version that its main module gives to it."""
+def variable_of(variables: Dict[str, Any], name: str, version: bytes, make: Callable[..., Any],
+                args: tuple) -> Any:
+    """An object that has one identity in each process, by the name and version that its main module
+    gives to it."""
     space = spaces.known(variables)
     if space is None:
         return make(*args)
@@ -1765,9 +1972,10 @@ def variable_of(variables: Dict[str, Any], name: str, version: bytes, make: Call
     return variables[name]
 
 
-def class_of(tracker: str, version: tuple, module: str, name: str, make: Optional[Callable[..., Any]], args: tuple) -> Any:
-    """A class of a program, by the number that its program gives to it. Without `make` it must be known here already,
-    by that number or by its name."""
+def class_of(tracker: str, version: tuple, module: str, name: str,
+             make: Optional[Callable[..., Any]], args: tuple) -> Any:
+    """A class of a program, by the number that its program gives to it. Without `make` it must be
+    known here already, by that number or by its name."""
     known = _classes.get(tracker)
     if known is not None:
         return known
@@ -1780,15 +1988,18 @@ def class_of(tracker: str, version: tuple, module: str, name: str, make: Optiona
 
 
 def fill_class(cls: type, state: tuple) -> None:
-    """The attributes of a class that came by value: those that have another version than was set before. A class that was
-    defined in this process stays as it is."""
+    """The attributes of a class that came by value: those that have another version than was set
+    before. A class that was defined in this process stays as it is."""
     versions, attributes, set_state, reducer = state
     if cls not in _received:
         return
     if reducer is not None:   # of copyreg
         copyreg.pickle(cls, reducer)  # type: ignore[arg-type]
     applied = _received[cls][1]
-    changed = {name: value for name, value in attributes.items() if applied.get(name) != versions[name]}
+    changed = {
+        name: value
+        for name, value in attributes.items() if applied.get(name) != versions[name]
+    }
     for name in [name for name in applied if name not in attributes]:
         del applied[name]
         if name in vars(cls):
@@ -1798,7 +2009,8 @@ def fill_class(cls: type, state: tuple) -> None:
 
 
 class Referent(weakref.ref):
-    """A weak reference whose object lives as long as it does: what held the object in the program stayed there."""
+    """A weak reference whose object lives as long as it does: what held the object in the program
+    stayed there."""
     __slots__ = ('kept',)
 
 
@@ -1825,7 +2037,10 @@ def make_local(kind: type, attributes: Dict[str, Any]) -> Any:
 
 def make_context_variable(name: str, default: tuple, value: tuple) -> Any:
     """A ContextVar; default and value are tuples of one, or empty."""
-    made = contextvars.ContextVar(name, default=default[0]) if default else contextvars.ContextVar(name)
+    if default:
+        made = contextvars.ContextVar(name, default=default[0])
+    else:
+        made = contextvars.ContextVar(name)
     if value:
         made.set(value[0])
     return made
@@ -1863,7 +2078,8 @@ def make_typed(kind: type, args: tuple, options: dict) -> Any:
 
 
 def _reduce_method(method: types.MethodType) -> tuple:
-    """As pickle does it where the name leads back to the method; it does not for names with two underscores."""
+    """As pickle does it where the name leads back to the method; it does not for names with two
+    underscores."""
     name = getattr(method.__func__, '__name__', '')
     try:
         found = getattr(method.__self__, name, None) == method
@@ -1882,7 +2098,10 @@ def _reduce_file(file: Any) -> tuple:
 
 
 def _reduce_view(view: memoryview) -> tuple:
-    data = bytes(view) if view.readonly else bytearray(view)
+    if view.readonly:
+        data: Union[bytes, bytearray] = bytes(view)
+    else:
+        data = bytearray(view)
     return make_view, (data, view.format, view.shape)
 
 
@@ -1892,7 +2111,8 @@ def _reduce_context_variable(variable: Any) -> tuple:
         default: tuple = (contextvars.Context().run(variable.get),)
     except LookupError:
         default = ()
-    return make_context_variable, (variable.name, default, (context[variable],) if variable in context else ())
+    return make_context_variable, (variable.name, default,
+                                   (context[variable], ) if variable in context else ())
 
 
 def _reduce_match(match: Any) -> tuple:
@@ -1917,7 +2137,8 @@ def make_context(items: List[Tuple[Any, Any]]) -> contextvars.Context:
 
 
 def _reduce_queue(waiting: Any) -> tuple:
-    """A queue with what waits in it now; nothing tells that but taking it out and putting it back."""
+    """A queue with what waits in it now; nothing tells that but taking it out and putting it
+    back."""
     items = []
     with contextlib.suppress(queue.Empty):
         while True:
@@ -1935,8 +2156,10 @@ def make_queue(items: List[Any]) -> Any:
     return made
 
 
-def make_exception(kind: Type[BaseException], args: tuple, attributes: Optional[dict]) -> BaseException:
-    """An exception as it was, without calling a constructor that wants other arguments than it has kept."""
+def make_exception(kind: Type[BaseException], args: tuple,
+                   attributes: Optional[dict]) -> BaseException:
+    """An exception as it was, without calling a constructor that wants other arguments than it has
+    kept."""
     made = kind.__new__(kind, *args)
     made.args = args
     vars(made).update(attributes or {})
@@ -1944,8 +2167,12 @@ def make_exception(kind: Type[BaseException], args: tuple, attributes: Optional[
 
 
 def _reduce_cached(function: Any) -> tuple:
-    parameters = function.cache_parameters() if hasattr(function, 'cache_parameters') else {}
-    return make_cached, (function.__wrapped__, function.cache_info().maxsize, parameters.get('typed', False))
+    if hasattr(function, 'cache_parameters'):
+        parameters = function.cache_parameters()
+    else:
+        parameters = {}
+    return make_cached, (function.__wrapped__, function.cache_info().maxsize,
+                         parameters.get('typed', False))
 
 
 def _reduce_dispatcher(function: Any) -> tuple:
@@ -1956,9 +2183,14 @@ def _reduce_typed(variable: Any) -> tuple:
     """TypeVar, ParamSpec, TypeVarTuple, NewType: what their constructors take."""
     if hasattr(variable, '__supertype__'):
         return make_typed, (type(variable), (variable.__name__, variable.__supertype__), {})
-    names = (('bound', '__bound__'), ('covariant', '__covariant__'), ('contravariant', '__contravariant__'))
-    options = {option: getattr(variable, name) for option, name in names if getattr(variable, name, None)}
-    return make_typed, (type(variable), (variable.__name__, *getattr(variable, '__constraints__', ())), options)
+    names = (('bound', '__bound__'), ('covariant', '__covariant__'), ('contravariant',
+                                                                      '__contravariant__'))
+    options = {
+        option: getattr(variable, name)
+        for option, name in names if getattr(variable, name, None)
+    }
+    return make_typed, (type(variable), (variable.__name__, *getattr(variable, '__constraints__',
+                                                                     ())), options)
 
 
 def _reduce_library(library: Any) -> tuple:
@@ -1972,20 +2204,24 @@ def _is_stateless(function: types.FunctionType) -> bool:
 
 
 def _is_dispatcher(function: types.FunctionType) -> bool:
-    return all(hasattr(function, name) for name in ('dispatch', 'register', 'registry', '__wrapped__'))
+    return all(
+        hasattr(function, name) for name in ('dispatch', 'register', 'registry', '__wrapped__'))
 
 
 _REDUCERS: Dict[type, Callable[[Any], tuple]] = {
-    weakref.ref: lambda reference: (make_reference, (reference(),)) if reference() is not None else (_dead_reference, ()),
+    weakref.ref: lambda reference: (make_reference, (reference(), ))
+    if reference() is not None else (_dead_reference, ()),
     weakref.WeakSet: lambda weak: (make_weak, (weakref.WeakSet, list(weak))),
-    weakref.WeakValueDictionary: lambda weak: (make_weak, (weakref.WeakValueDictionary, dict(weak))),
-    weakref.WeakKeyDictionary: lambda weak: (make_weak, (weakref.WeakKeyDictionary, list(weak.items()))),
+    weakref.WeakValueDictionary: lambda weak: (make_weak,
+                                               (weakref.WeakValueDictionary, dict(weak))),
+    weakref.WeakKeyDictionary: lambda weak: (make_weak,
+                                             (weakref.WeakKeyDictionary, list(weak.items()))),
     types.MethodType: _reduce_method,
     io.TextIOWrapper: _reduce_file,
     memoryview: _reduce_view,
-    struct.Struct: lambda layout: (struct.Struct, (layout.format,)),
+    struct.Struct: lambda layout: (struct.Struct, (layout.format, )),
     re.Match: _reduce_match,
-    contextvars.Context: lambda context: (make_context, (list(context.items()),)),
+    contextvars.Context: lambda context: (make_context, (list(context.items()), )),
     queue.SimpleQueue: _reduce_queue,
 }
 
@@ -1997,8 +2233,8 @@ def _dead_reference() -> Any:
 class ValueReducer:
     """What the pickler of clients and workers adds to cloudpickle's, to be mixed into it.
 
-    `modules` are the names of the modules that the pickle refers to by name or imports; `plain` says whether it
-    holds builtin values only, so that opening it runs no code of the user's.
+    `modules` are the names of the modules that the pickle refers to by name or imports; `plain`
+    says whether it holds builtin values only, so that opening it runs no code of the user's.
     """
 
     modules: Set[str]
@@ -2062,8 +2298,11 @@ class ValueReducer:
         if kind in copyreg.dispatch_table or kind in _REDUCERS:
             return None
         if issubclass(kind, BaseException):
-            return self._reduce_exception if isinstance(kind.__init__, types.FunctionType) else None
-        if isinstance(kind.__reduce__, types.FunctionType) or isinstance(kind.__reduce_ex__, types.FunctionType):
+            if isinstance(kind.__init__, types.FunctionType):
+                return self._reduce_exception
+            return None
+        if isinstance(kind.__reduce__, types.FunctionType) or isinstance(
+                kind.__reduce_ex__, types.FunctionType):
             return self._reduce_named
         return None
 
@@ -2074,7 +2313,8 @@ class ValueReducer:
     def _is_by_name(self, obj: Any, name: Any) -> bool:
         """Whether an object is what an importable module has under its qualified name."""
         module = getattr(obj, '__module__', None)
-        if not isinstance(module, str) or not isinstance(name, str) or not is_named(obj, module, name):
+        if not isinstance(module, str) or not isinstance(name, str) or not is_named(
+                obj, module, name):
             return False
         if not self.importable(module) or self._is_registered(module):
             return False
@@ -2082,7 +2322,8 @@ class ValueReducer:
         return True
 
     def _is_registered(self, module: str) -> bool:
-        """Whether cloudpickle.register_pickle_by_value names the module or a package that it is in."""
+        """Whether cloudpickle.register_pickle_by_value names the module or a package that it is
+        in."""
         return bool(self._registered) and any(
             module == name or module.startswith(name + '.') for name in self._registered)
 
@@ -2094,32 +2335,43 @@ class ValueReducer:
             return NotImplemented
         if cls.__module__ == '_ctypes':
             return type, (_ctypes_bases()[cls],)
-        if type(cls).__module__ == '_ctypes' and hasattr(cls, '_length_') and '_length_' in vars(cls) and cls.__name__.startswith(cls._type_.__name__):
+        if type(cls).__module__ == '_ctypes' and hasattr(
+                cls, '_length_') and '_length_' in vars(cls) and cls.__name__.startswith(
+                    cls._type_.__name__):
             return operator.mul, (cls._type_, cls._length_)
         received = _received.get(cls)
-        if received is not None and not self.complete and '<locals>' not in cls.__qualname__:   # its program has it
-            return class_of, (received[0], sys.version_info[:2], cls.__module__, cls.__qualname__, None, ())
+        # Its program has it
+        if received is not None and not self.complete and '<locals>' not in cls.__qualname__:
+            return class_of, (received[0], sys.version_info[:2], cls.__module__, cls.__qualname__,
+                              None, ())
         if '<locals>' not in cls.__qualname__ or not self.importable(cls.__module__):
             self.portable = False
-        make, args, (attributes, _), _, _, set_state = cloudpickle_part('_dynamic_class_reduce')(cls)
+        make, args, (attributes,
+                     _), _, _, set_state = cloudpickle_part('_dynamic_class_reduce')(cls)
         attributes.pop('__slotnames__', None)   # what copyreg has found out
         if not self.exact:
             self._allow_locks(attributes.values())
         args = _class_arguments(cls, args, attributes)
         tracker = args[-2]
         if issubclass(cls, enum.Enum) and _has_own_members(cls):
-            make, args = make_enum, (type(cls), cls.__name__, cls.__qualname__, cls.__module__, cls.__bases__, _members_of(cls))
+            make = make_enum
+            args = (type(cls), cls.__name__, cls.__qualname__, cls.__module__, cls.__bases__,
+                    _members_of(cls))
         _classes.setdefault(tracker, cls)
         versions = _class_versions.setdefault(cls, Versions())
-        return (class_of, (tracker, sys.version_info[:2], cls.__module__, cls.__qualname__, make, args),
-                ({name: versions.of(name, value) for name, value in attributes.items()}, attributes, set_state,
-                 copyreg.dispatch_table.get(cls)),
-                None, None, fill_class)
+        return (class_of, (tracker, sys.version_info[:2], cls.__module__, cls.__qualname__, make,
+                           args),
+                ({name: versions.of(name, value)
+                  for name, value in attributes.items()}, attributes, set_state,
+                 copyreg.dispatch_table.get(cls)), None, None, fill_class)
 
     def _space(self, variables: Dict[str, Any], module: Any) -> _SpaceRef:
         found = self._spaces.get(id(variables))
         if found is None:
-            imported = sys.modules.get(module) if isinstance(module, str) else None
+            if isinstance(module, str):
+                imported = sys.modules.get(module)
+            else:
+                imported = None
             by_name = imported is not None and vars(imported) is variables and self.importable(module) \
                 and not self._is_registered(module)
             found = self._spaces[id(variables)] = _SpaceRef(variables, module if by_name else '')
@@ -2136,9 +2388,11 @@ class ValueReducer:
         if _is_dispatcher(function):
             return self._of_main(function, _reduce_dispatcher(function))
         attributes, slots = super()._dynamic_function_reduce(function)[2]  # type: ignore[misc]
-        variables, closure = slots.pop('__globals__'), slots.pop('__closure__') or ()
+        variables = slots.pop('__globals__')
+        closure = slots.pop('__closure__') or ()
         submodules = slots.pop('_cloudpickle_submodules')
-        imported, cells = imports_of(function.__code__, function.__globals__.get('__package__')), []
+        imported = imports_of(function.__code__, function.__globals__.get('__package__'))
+        cells = []
         self.modules.update(imported)
         contents = []
         for cell in closure:
@@ -2148,7 +2402,8 @@ class ValueReducer:
                 contents.append((reference, cell.cell_contents))
         place = self._space(function.__globals__, function.__globals__.get('__name__'))
         space = spaces.known(function.__globals__)
-        if place.reduced[0] is not variables_of_module:   # another Python would find it in the source of its module
+        # Another Python would find it in the source of its module
+        if place.reduced[0] is not variables_of_module:
             self.portable = False
         if place.reduced[0] is variables_of_module or (space is not None and not space.native):
             rows: Dict[str, Tuple[bytes, Any]] = {}
@@ -2156,31 +2411,41 @@ class ValueReducer:
             rows = {name: (space.versions.of(name, value) if space is not None else b'', value)
                     for name, value in variables.items()}
         if not self.exact:
-            self._allow_locks([*attributes.values(), *slots.values(), *(value for _, value in contents), *variables.values()])
+            self._allow_locks([
+                *attributes.values(), *slots.values(), *(value for _, value in contents),
+                *variables.values()
+            ])
         name = function.__qualname__
         version = self._version_of(function, space, not attributes and not closure)
-        return (function_of, (place, function.__code__, function.__module__, name, version, tuple(cells)),
-                (attributes, slots, contents, rows, name, version, submodules), None, None, fill_function)
+        return (function_of, (place, function.__code__, function.__module__, name, version,
+                              tuple(cells)), (attributes, slots, contents, rows, name, version,
+                                              submodules), None, None, fill_function)
 
     @staticmethod
     def _version_of(function: types.FunctionType, space: Any, is_plain: bool) -> bytes:
-        """The version by which a function is known in the space of its variables; empty if it is known by none. `is_plain`:
-        it has neither attributes nor cells."""
+        """The version by which a function is known in the space of its variables; empty if it is
+        known by none. `is_plain`: it has neither attributes nor cells."""
         name = function.__qualname__
         if space is None or space.variables.get(name) is not function:
             return b''
         if not space.native:
-            return b'received'   # its program finds it by its name; any other gets what is written there
+            # Its program finds it by its name; any other gets what is written there
+            return b'received'
         if is_plain and _is_stateless(function):
             return space.versions.of(name, function)  # type: ignore[no-any-return]
         return b''
 
     def _variable_of_module(self, function: types.FunctionType) -> Optional[tuple]:
-        """A function that an importable module has under another name than its own, such as a lambda in a variable."""
+        """A function that an importable module has under another name than its own, such as a
+        lambda in a variable."""
         module = function.__module__
-        imported = sys.modules.get(module) if isinstance(module, str) and module not in MAIN_NAMES else None
+        if isinstance(module, str) and module not in MAIN_NAMES:
+            imported = sys.modules.get(module)
+        else:
+            imported = None
         variables = getattr(imported, '__dict__', None)
-        if type(variables) is not dict or not self.importable(module) or self._is_registered(module):
+        if type(variables) is not dict or not self.importable(module) or self._is_registered(
+                module):
             return None
         name = next((name for name, value in list(variables.items()) if value is function), None)
         if name is None:
@@ -2190,33 +2455,45 @@ class ValueReducer:
 
     def _reduce_module(self, module: types.ModuleType) -> Any:
         name = module.__name__
-        if sys.modules.get(name) is module and self.importable(name) and not self._is_registered(name):
+        if sys.modules.get(name) is module and self.importable(
+                name) and not self._is_registered(name):
             self.modules.add(name)
             return importlib.import_module, (name,)
         return super().dispatch_table[types.ModuleType](module)  # type: ignore[misc]
 
     def _of_main(self, obj: Any, made: tuple) -> tuple:
-        """Something that is not made anew with each payload if the main module has it under its name."""
+        """Something that is not made anew with each payload if the main module has it under its
+        name."""
         module = sys.modules.get('__main__')
-        variables = vars(module) if module is not None else {}
+        if module is not None:
+            variables = vars(module)
+        else:
+            variables = {}
         name = getattr(obj, '__qualname__', None) or getattr(obj, '__name__', None)
         if not isinstance(name, str) or variables.get(name) is not obj:
             name = next((key for key, value in list(variables.items()) if value is obj), '')
-        space = spaces.of_variables(variables) if name else None
+        if name:
+            space = spaces.of_variables(variables)
+        else:
+            space = None
         if space is None:
             return made
-        version = space.versions.of(name, obj) if space.native else space.applied.get(name, b'')
+        if space.native:
+            version = space.versions.of(name, obj)
+        else:
+            version = space.applied.get(name, b'')
         return variable_of, (self._space(variables, '__main__'), name, version, *made[:2])
 
     def _reduce_lock(self, lock: Any) -> Any:
-        """A lock that belongs to code is a free lock in each process. One in a value is refused, as pickle does: in another
-        process it would guard nothing."""
+        """A lock that belongs to code is a free lock in each process. One in a value is refused, as
+        pickle does: in another process it would guard nothing."""
         if self.exact or id(lock) in self._locks_of_code:
             return _LOCKS[type(lock)], ()
         raise TypeError("cannot pickle '_thread.%s' object" % type(lock).__name__)
 
     def _allow_locks(self, values: Iterable[Any]) -> None:
-        """Find the locks that belong to a class or function: its own, and those in objects that it refers to."""
+        """Find the locks that belong to a class or function: its own, and those in objects that it
+        refers to."""
         waiting = [(value, 0) for value in values]
         while waiting and len(waiting) < 4096:
             value, depth = waiting.pop()
@@ -2228,7 +2505,9 @@ class ValueReducer:
     def _reduce_sentinel(self, obj: Any) -> Any:
         """A bare object(), which programs compare by identity."""
         made: tuple = (object, ())
-        return self._of_main(obj, made) if self.exact else made
+        if self.exact:
+            return self._of_main(obj, made)
+        return made
 
     def _reduce_cached(self, function: Any) -> Any:
         if self._is_by_name(function, getattr(function, '__qualname__', None)):
@@ -2247,10 +2526,12 @@ class ValueReducer:
         return self._of_module(local, (make_local, (type(local), dict(vars(local)))))
 
     def _of_module(self, obj: Any, made: tuple) -> tuple:
-        """Something that has no name of its own, and is what an importable module has in a variable."""
+        """Something that has no name of its own, and is what an importable module has in a
+        variable."""
         for module, imported in list(sys.modules.items()):
             variables = getattr(imported, '__dict__', None)
-            if module in MAIN_NAMES or type(variables) is not dict or not self.importable(module) or self._is_registered(module):
+            if module in MAIN_NAMES or type(variables) is not dict or not self.importable(
+                    module) or self._is_registered(module):
                 continue
             name = next((name for name, value in list(variables.items()) if value is obj), None)
             if name is not None:
@@ -2259,8 +2540,8 @@ class ValueReducer:
         return self._of_main(obj, made)
 
     def _reduce_exception(self, exc: BaseException) -> Any:
-        """An exception whose constructor is the user's: what pickle does would call it with the arguments that the exception
-        has kept, which may not be those that it takes."""
+        """An exception whose constructor is the user's: what pickle does would call it with the
+        arguments that the exception has kept, which may not be those that it takes."""
         reduced = exc.__reduce_ex__(5)
         if isinstance(reduced, str) or reduced[:2] != (type(exc), exc.args):
             return reduced
@@ -2287,20 +2568,27 @@ def _held_by(value: Any) -> List[Any]:
     if type(value) in (list, tuple, collections.deque):
         return list(value)
     attributes = getattr(value, '__dict__', None)
-    return list(attributes.values()) if type(attributes) is dict else []
+    if type(attributes) is dict:
+        return list(attributes.values())
+    return []
 
 
 @functools.lru_cache(maxsize=None)
 def _hidden_types() -> Dict[type, Tuple[str, str]]:
-    """Builtin types that builtins does not name, such as that of a dictionary's keys: module and name."""
+    """Builtin types that builtins does not name, such as that of a dictionary's keys: module and
+    name."""
     import _collections_abc
-    return {value: ('_collections_abc', name) for name, value in vars(_collections_abc).items()
-            if isinstance(value, type) and value.__module__ == 'builtins' and not hasattr(builtins, name)}
+    return {
+        value: ('_collections_abc', name)
+        for name, value in vars(_collections_abc).items() if isinstance(value, type)
+        and value.__module__ == 'builtins' and not hasattr(builtins, name)
+    }
 
 
 _ordinary: Set[type] = set()   # classes whose objects are left to pickle
-_TYPED = frozenset(getattr(typing, name) for name in ('TypeVar', 'ParamSpec', 'TypeVarTuple', 'NewType')
-                   if isinstance(getattr(typing, name, None), type))
+_TYPED = frozenset(
+    getattr(typing, name) for name in ('TypeVar', 'ParamSpec', 'TypeVarTuple', 'NewType')
+    if isinstance(getattr(typing, name, None), type))
 
 
 def is_named(obj: Any, module: str, name: str) -> bool:
@@ -2317,25 +2605,34 @@ def is_named(obj: Any, module: str, name: str) -> bool:
 def _ctypes_bases() -> Dict[type, type]:
     """Classes of the classes of ctypes, which have no names there -> an example of each."""
     import ctypes
-    return {type(base): base for base in (ctypes.Structure, ctypes.Union, ctypes.Array, ctypes.c_int, ctypes._Pointer,
-                                           getattr(ctypes, '_CFuncPtr'))}
+    return {
+        type(base): base
+        for base in (ctypes.Structure, ctypes.Union, ctypes.Array, ctypes.c_int, ctypes._Pointer,
+                     getattr(ctypes, '_CFuncPtr'))
+    }
 
 
 def _has_own_members(cls: Any) -> bool:
-    """Whether the members of an enum are made by a constructor of the user's, which made them of more than their values."""
-    made_by = [vars(base).get(name) for base in cls.__mro__ if base not in enum.Enum.__mro__ and base.__module__ != 'enum'
-               for name in ('__new_member__', '__init__')]
+    """Whether the members of an enum are made by a constructor of the user's, which made them of
+    more than their values."""
+    made_by = [
+        vars(base).get(name) for base in cls.__mro__
+        if base not in enum.Enum.__mro__ and base.__module__ != 'enum'
+        for name in ('__new_member__', '__init__')
+    ]
     return any(isinstance(function, types.FunctionType) for function in made_by)
 
 
 def _members_of(cls: Any) -> List[Tuple[str, Any, dict]]:
     """Name, data of the type that is mixed in, and attributes of each member."""
     kind = cls._member_type_
-    return [(member.name, () if kind is object else (kind(member),),
-             {name: value for name, value in vars(member).items() if name != '__objclass__'}) for member in cls]
+    return [(member.name, () if kind is object else (kind(member), ),
+             {name: value
+              for name, value in vars(member).items() if name != '__objclass__'}) for member in cls]
 
 
-def make_enum(meta: Any, name: str, qualname: str, module: str, bases: tuple, members: List[Tuple[str, tuple, dict]]) -> Any:
+def make_enum(meta: Any, name: str, qualname: str, module: str, bases: tuple,
+              members: List[Tuple[str, tuple, dict]]) -> Any:
     """An enum class with its members, without running their constructor again."""
     space = meta.__prepare__(name, bases)
     space['__module__'], space['__qualname__'] = module, qualname
@@ -2353,35 +2650,43 @@ def make_enum(meta: Any, name: str, qualname: str, module: str, bases: tuple, me
 
 
 def _class_arguments(cls: type, args: tuple, attributes: Dict[str, Any]) -> tuple:
-    """Arguments of cloudpickle's maker of classes, with what a class must have from its beginning: its qualified name, its
-    slots, the fields of a ctypes structure. What these bring along is taken out of the attributes, whose order is that of
-    the class."""
+    """Arguments of cloudpickle's maker of classes, with what a class must have from its beginning:
+    its qualified name, its slots, the fields of a ctypes structure. What these bring along is taken
+    out of the attributes, whose order is that of the class."""
     ordered = {name: attributes.pop(name) for name in list(vars(cls)) if name in attributes}
     attributes.update(ordered)
     if len(args) != 6:   # of an enum
         return args
-    bases, options = args[2], dict(args[3], __qualname__=cls.__qualname__)
-    if typing.NamedTuple in bases:   # what it makes is a tuple; made by it again, it would have no fields
+    bases = args[2]
+    options = dict(args[3], __qualname__=cls.__qualname__)
+    # What it makes is a tuple; made by it again, it would have no fields
+    if typing.NamedTuple in bases:
         bases = cls.__bases__
     if '__slots__' in vars(cls):
-        slots = [name for name, value in vars(cls).items() if isinstance(value, types.MemberDescriptorType)]
+        slots = [
+            name for name, value in vars(cls).items()
+            if isinstance(value, types.MemberDescriptorType)
+        ]
         for name in slots:
             attributes.pop(name, None)
         extra = [name for name in ('__dict__', '__weakref__') if name in vars(cls)]
         options['__slots__'] = tuple(slots + extra)
     if '_fields_' in vars(cls) and type(cls).__module__ == '_ctypes':
-        options.update((name, attributes.pop(name)) for name in ('_anonymous_', '_pack_', '_fields_') if name in attributes)
+        options.update((name, attributes.pop(name))
+                       for name in ('_anonymous_', '_pack_', '_fields_') if name in attributes)
         for name, value in list(attributes.items()):
             if type(value).__name__ == 'CField':
                 del attributes[name]
     return (*args[:2], bases, options, *args[4:])
 
 
-_imports: 'weakref.WeakKeyDictionary[types.CodeType, List[Tuple[int, str, tuple]]]' = weakref.WeakKeyDictionary()
+_imports: 'weakref.WeakKeyDictionary[types.CodeType, List[Tuple[int, str, tuple]]]' = weakref.WeakKeyDictionary(
+)
 
 
 def imports_of(code: types.CodeType, package: Any) -> Set[str]:
-    """Absolute names that the import statements of a function may mean, also of functions inside of it."""
+    """Absolute names that the import statements of a function may mean, also of functions inside of
+    it."""
     found = _imports.get(code)
     if found is None:
         found = _imports[code] = list(_import_statements(code))
@@ -2390,7 +2695,10 @@ def imports_of(code: types.CodeType, package: Any) -> Set[str]:
         if level and not (isinstance(package, str) and package):
             continue
         try:
-            origin = importlib.util.resolve_name('.' * level + module, package) if level else module
+            if level:
+                origin = importlib.util.resolve_name('.' * level + module, package)
+            else:
+                origin = module
         except (ImportError, ValueError):   # beyond the top-level package: the job is told
             continue
         names.add(origin)
@@ -2399,8 +2707,8 @@ def imports_of(code: types.CodeType, package: Any) -> Set[str]:
 
 
 def _submodules_used(code: types.CodeType, packages: Set[str]) -> Set[str]:
-    """Loaded submodules that a function can reach as attributes of packages that it imports itself. cloudpickle finds those
-    of packages in global variables."""
+    """Loaded submodules that a function can reach as attributes of packages that it imports itself.
+    cloudpickle finds those of packages in global variables."""
     used = set(code.co_names)
     return {name for name in list(sys.modules) if isinstance(name, str) and '.' in name
             and name.partition('.')[0] in packages and set(name.split('.')[1:]) <= used}
@@ -2410,11 +2718,15 @@ def _import_statements(code: types.CodeType) -> Iterator[Tuple[int, str, tuple]]
     """Level, module, names of each import statement."""
     import dis
     if dis.opmap['IMPORT_NAME'] in code.co_code[::2]:
-        steps = [step for step in dis.get_instructions(code) if step.opname not in ('EXTENDED_ARG', 'CACHE')]
+        steps = [
+            step for step in dis.get_instructions(code)
+            if step.opname not in ('EXTENDED_ARG', 'CACHE')
+        ]
         for at, step in enumerate(steps):
             if step.opname == 'IMPORT_NAME':
                 level, wanted = (steps[at - back].argval for back in (2, 1))
-                yield level if isinstance(level, int) else 0, step.argval, wanted if isinstance(wanted, tuple) else ()
+                yield level if isinstance(level, int) else 0, step.argval, wanted if isinstance(
+                    wanted, tuple) else ()
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
             yield from _import_statements(const)
@@ -2429,7 +2741,8 @@ def cloudpickle_part(name: str) -> Any:
 
 
 def value_pickler() -> Any:
-    """The pickler for what leaves this process: a class. It knows reducers that were registered with copyreg since."""
+    """The pickler for what leaves this process: a class. It knows reducers that were registered
+    with copyreg since."""
     return _value_pickler(len(copyreg.dispatch_table))
 
 
@@ -2439,14 +2752,17 @@ def _value_pickler(known: int) -> Any:
     reduce_code = cloudpickle.Pickler.dispatch_table[types.CodeType]
 
     class ValuePickler(ValueReducer, cloudpickle.Pickler):  # type: ignore[misc, name-defined]
-        dispatch_table = {**cloudpickle.Pickler.dispatch_table, **_REDUCERS, types.CodeType: lambda code: (
-            make_code, (sys.version_info[:2], reduce_code(code)[1], code.co_filename, code.co_name, code.co_firstlineno))}
+        dispatch_table = {
+            **cloudpickle.Pickler.dispatch_table, **_REDUCERS, types.CodeType: lambda code:
+            (make_code, (sys.version_info[:2], reduce_code(code)[1], code.co_filename, code.co_name,
+                         code.co_firstlineno))
+        }
     return ValuePickler
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Secret and certificates
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def secret_path() -> str:
     """Where the secret of this user lies when nothing else is said."""
@@ -2458,17 +2774,23 @@ def secret_path() -> str:
 
 
 def has_place(path: str) -> bool:
-    """Whether a path in the user's home is one: without HOME and an entry in the password file it begins with '~'."""
+    """Whether a path in the user's home is one: without HOME and an entry in the password file it
+    begins with '~'."""
     return not path.startswith('~')
 
 
-_secrets_from: Dict[bytes, str] = {}   # secret -> the file that it was read from, or the environment
+# Secret -> the file that it was read from, or the environment
+_secrets_from: Dict[bytes, str] = {}
 _keys_from: Dict[bytes, bytes] = {}    # key -> the secret that it was derived from
 
 
 def same_secret(key: Any) -> str:
-    """What to do when two sides have different secrets; this one has `key`, or several by the role of the other side."""
-    first = key if isinstance(key, bytes) else next(iter(key.values()))[0]
+    """What to do when two sides have different secrets; this one has `key`, or several by the role
+    of the other side."""
+    if isinstance(key, bytes):
+        first = key
+    else:
+        first = next(iter(key.values()))[0]
     whence = _secrets_from.get(_keys_from.get(first, b''), '')
     if os.path.isabs(whence):
         todo = 'This side has its own from the file %s: copy that to the other side, or give both the same' % whence
@@ -2478,10 +2800,11 @@ def same_secret(key: Any) -> str:
 
 
 def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = None) -> bytes:
-    """The secret's bytes, from the first of: `secret`, the file `path`, environment DISPY_SECRET, the user's
-    secret file, which is made (256 random bits, mode 0600) when it does not exist.
+    """The secret's bytes, from the first of: `secret`, the file `path`, environment DISPY_SECRET,
+    the user's secret file, which is made (256 random bits, mode 0600) when it does not exist.
 
-    Raises SecretError for a file that others can read, that is empty or that cannot be read; TypeError.
+    Raises SecretError for a file that others can read, that is empty or that cannot be read;
+    TypeError.
     """
     if secret is not None and not isinstance(secret, (str, bytes, bytearray)):
         raise TypeError('secret must be str or bytes, not %s' % type(secret).__name__)
@@ -2489,16 +2812,21 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
         return _read_secret(path)
     given = secret or os.environ.get('DISPY_SECRET')
     if given:
-        data = given.encode('utf-8') if isinstance(given, str) else bytes(given)
+        if isinstance(given, str):
+            data = given.encode('utf-8')
+        else:
+            data = bytes(given)
         if not data.strip():
-            raise SecretError('the secret is blank (%s)' % ('secret=' if secret else 'DISPY_SECRET'))
+            raise SecretError('the secret is blank (%s)' %
+                              ('secret=' if secret else 'DISPY_SECRET'))
         if not secret:
             _secrets_from.setdefault(data.strip(), 'DISPY_SECRET')
         return data
     path = secret_path()
     if not has_place(path):
-        raise SecretError('no secret was given, and this user has no home to keep one in (neither HOME nor an entry in the password '
-                          'file): set DISPY_SECRET or XDG_CONFIG_HOME, or give a file')
+        raise SecretError(
+            'no secret was given, and this user has no home to keep one in (neither HOME nor an entry in the password '
+            'file): set DISPY_SECRET or XDG_CONFIG_HOME, or give a file')
     if not os.path.exists(path):
         make_secret(path)
     return _read_secret(path)
@@ -2512,8 +2840,9 @@ def _read_secret(path: str) -> bytes:
     except OSError as exc:
         raise SecretError('the secret file %s cannot be read: %s' % (path, exc.strerror)) from exc
     if os.name != 'nt' and mode & 0o077:
-        raise SecretError('the secret file %s can be read or written by others (mode %03o): run chmod 600 %s'
-                          % (path, stat.S_IMODE(mode), path))
+        raise SecretError(
+            'the secret file %s can be read or written by others (mode %03o): run chmod 600 %s' %
+            (path, stat.S_IMODE(mode), path))
     if not data:
         raise SecretError('the secret file %s is empty: remove it and a new one is made' % path)
     _secrets_from[data] = os.path.abspath(path)
@@ -2521,7 +2850,8 @@ def _read_secret(path: str) -> bytes:
 
 
 def make_secret(path: str) -> None:
-    """Make the file whole or not at all; of two processes that make it at once one wins, and both use that."""
+    """Make the file whole or not at all; of two processes that make it at once one wins, and both
+    use that."""
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))  # mode 0600
@@ -2534,14 +2864,16 @@ def make_secret(path: str) -> None:
         finally:
             os.unlink(temporary)
     except OSError as exc:
-        raise SecretError('no secret was given and %s cannot be made: %s; set DISPY_SECRET or give a file'
-                          % (path, exc.strerror)) from exc
+        raise SecretError(
+            'no secret was given and %s cannot be made: %s; set DISPY_SECRET or give a file' %
+            (path, exc.strerror)) from exc
 
 
 @functools.lru_cache(maxsize=16)
 def derive_key(secret: bytes) -> bytes:
-    """The pre-shared key of the handshake. A made secret (64 hexadecimal digits) is random enough for an HMAC;
-    anything else may be a person's phrase and is stretched with scrypt (N=2^14, r=8, p=1; about 50 ms)."""
+    """The pre-shared key of the handshake. A made secret (64 hexadecimal digits) is random enough
+    for an HMAC; anything else may be a person's phrase and is stretched with scrypt (N=2^14, r=8,
+    p=1; about 50 ms)."""
     secret = secret.strip()
     key = _derived_key(secret)
     _keys_from[key] = secret
@@ -2552,17 +2884,23 @@ def _derived_key(secret: bytes) -> bytes:
     if len(secret) == 64 and not secret.strip(b'0123456789abcdef'):
         return hmac.digest(b'dispy 5 secret', secret, 'sha256')
     if len(secret) < 12:
-        logger.warning('the secret is short (%d characters): it can be guessed by anybody on the network', len(secret))
+        logger.warning(
+            'the secret is short (%d characters): it can be guessed by anybody on the network',
+            len(secret))
     return hashlib.scrypt(secret, salt=b'dispy 5 secret', n=1 << 14, r=8, p=1, dklen=32)
 
 
-def tls_context(server: bool, certfile: str, keyfile: Optional[str] = None, cafile: Optional[str] = None) -> Any:
-    """An ssl.SSLContext that presents `certfile` and demands from the peer a certificate that `cafile` (or
-    `certfile` itself) vouches for. Raises SecretError when a file cannot be used."""
+def tls_context(server: bool,
+                certfile: str,
+                keyfile: Optional[str] = None,
+                cafile: Optional[str] = None) -> Any:
+    """An ssl.SSLContext that presents `certfile` and demands from the peer a certificate that
+    `cafile` (or `certfile` itself) vouches for. Raises SecretError when a file cannot be used."""
     import ssl  # 15 ms that only those pay who use TLS
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.check_hostname = False  # a private CA vouches; the handshake binds the channel to the certificate
+    # A private CA vouches; the handshake binds the channel to the certificate
+    context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
     try:
         context.load_cert_chain(certfile, keyfile, _no_password)
@@ -2585,49 +2923,64 @@ def path_option(name: str, value: Any) -> Optional[str]:
     except TypeError:
         path = None
     if not isinstance(path, str):
-        raise TypeError('%s=%.80r must be the path of a file, not %s' % (name, value, type(value).__name__))
+        raise TypeError('%s=%.80r must be the path of a file, not %s' %
+                        (name, value, type(value).__name__))
     if not path or '\0' in path:
         raise ValueError('%s=%.80r is no path of a file' % (name, path))
     return plain_text(path)
 
 
-def tls_files(certfile: Any, keyfile: Any, cafile: Any = None, words: str = '%s') -> Tuple[Optional[str], Optional[str], Optional[str]]:
-    """The files of TLS as they were given, if they make sense together: who gives a key or a CA wants TLS, and without a
-    certificate nothing would be encrypted. `words` makes of 'certfile' what the user calls it. Raises SecretError, TypeError
-    or ValueError."""
-    paths = {name: path_option(words % name, value) for name, value in (('certfile', certfile), ('keyfile', keyfile), ('cafile', cafile))}
+def tls_files(certfile: Any,
+              keyfile: Any,
+              cafile: Any = None,
+              words: str = '%s') -> Tuple[Optional[str], Optional[str], Optional[str]]:
+    """The files of TLS as they were given, if they make sense together: who gives a key or a CA
+    wants TLS, and without a certificate nothing would be encrypted. `words` makes of 'certfile'
+    what the user calls it. Raises SecretError, TypeError or ValueError."""
+    paths = {
+        name: path_option(words % name, value)
+        for name, value in (('certfile', certfile), ('keyfile', keyfile), ('cafile', cafile))
+    }
     for name in ('keyfile', 'cafile'):
         if paths[name] is not None and paths['certfile'] is None:
-            raise SecretError('%s=%s was given without %s: nothing would be encrypted; give both, or neither'
-                              % (words % name, paths[name], words % 'certfile'))
+            raise SecretError(
+                '%s=%s was given without %s: nothing would be encrypted; give both, or neither' %
+                (words % name, paths[name], words % 'certfile'))
     return paths['certfile'], paths['keyfile'], paths['cafile']
 
 
 def _no_password() -> str:
-    raise SecretError('the key of the certificate is encrypted; a daemon cannot ask for its password')
+    raise SecretError(
+        'the key of the certificate is encrypted; a daemon cannot ask for its password')
 
 
 def certificate_digest(certfile: str) -> bytes:
-    """SHA-256 of the first certificate in a PEM file, in DER: what the handshake binds the channel to."""
+    """SHA-256 of the first certificate in a PEM file, in DER: what the handshake binds the channel
+    to."""
     import ssl
     with open(certfile) as file:
         text = file.read()
-    start, end = text.index(ssl.PEM_HEADER), text.index(ssl.PEM_FOOTER) + len(ssl.PEM_FOOTER)
+    start = text.index(ssl.PEM_HEADER)
+    end = text.index(ssl.PEM_FOOTER) + len(ssl.PEM_FOOTER)
     return hashlib.sha256(ssl.PEM_cert_to_DER_cert(text[start:end])).digest()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Handshake: blocking, before a socket is handed to a loop. Two mirror functions.
 #
 #   C, who dialled                                   S, who accepted
 #   1. HELLO   magic, versions, roles, nonce ->      checks magic, version, wanted role
-#   2. checks                                <-      CHALLENGE magic, version, nonce: nothing of the secret
-#   3. PROOF   HMAC("c finished")            ->      compared in constant time; wrong: closed, no answer
+# 2. checks                                <-      CHALLENGE magic, version, nonce: nothing of the
+# secret
+# 3. PROOF   HMAC("c finished")            ->      compared in constant time; wrong: closed, no
+# answer
 #   4. compared; connected                   <-      FINISHED HMAC("s finished")
 #
-# Everything that was negotiated, and the certificate under TLS, is in the transcript hash TH. After TLS 1.3's
-# construction (RFC 8446, section 4.4): finished keys and one frame key a direction are derived from psk and TH.
-# ---------------------------------------------------------------------------------------------------------
+# Everything that was negotiated, and the certificate under TLS, is in the transcript hash TH. After
+# TLS 1.3's
+# construction (RFC 8446, section 4.4): finished keys and one frame key a direction are derived from
+# psk and TH.
+# --------------------------------------------------------------------------------------------------
 
 MAGIC = b'dispy5\x00\x01'      # the last byte is the major version of the wire
 ALERT = b'dispy5!\x01'         # unauthenticated, told to people, never acted on
@@ -2654,7 +3007,8 @@ def _derive(psk: bytes, transcript: bytes, label: bytes) -> bytes:
 
 class _Keys:
     def __init__(self, psk: bytes, hello: bytes, challenge: bytes, binding: bytes) -> None:
-        self.transcript = hashlib.sha256(b'dispy 5 handshake' + hello + challenge + binding).digest()
+        self.transcript = hashlib.sha256(b'dispy 5 handshake' + hello + challenge +
+                                         binding).digest()
         self._psk = psk
         self.client = hmac.digest(self.key(b'c finished'), self.transcript, 'sha256')
         self.server = hmac.digest(self.key(b's finished'), self.transcript + self.client, 'sha256')
@@ -2681,8 +3035,9 @@ def _receive_exactly(sock: Any, size: int, deadline: float, clock: Callable[[], 
 
 
 NO_ANSWER = 'no answer within'
-CLOSED_AT_ONCE = ('it closed the connection at once: is it a dispynode 5, do both sides use TLS or neither (--certfile, in programs '
-                  'certfile=), or does it refuse this address for a while after failures?')
+CLOSED_AT_ONCE = (
+    'it closed the connection at once: is it a dispynode 5, do both sides use TLS or neither (--certfile, in programs '
+    'certfile=), or does it refuse this address for a while after failures?')
 
 
 def tls_text(exc: BaseException) -> str:
@@ -2692,7 +3047,8 @@ def tls_text(exc: BaseException) -> str:
         return CLOSED_AT_ONCE
     if type(exc).__name__ == 'SSLCertVerificationError':
         text = 'nothing here vouches for its certificate (--certfile, in programs certfile= or cafile=)'
-    elif 'NOT_RETURN_A_CERTIFICATE' in reason or reason.upper().endswith('WRONG_VERSION_NUMBER') or 'HTTP_REQUEST' in reason:
+    elif 'NOT_RETURN_A_CERTIFICATE' in reason or reason.upper().endswith(
+            'WRONG_VERSION_NUMBER') or 'HTTP_REQUEST' in reason:
         text = 'it uses none or has no certificate, this side has one: both need one, or neither (--certfile, in programs certfile=)'
     elif 'ALERT' in reason.upper():
         text = 'it does not accept the certificate of this side, for which its own file does not vouch (--certfile, in programs certfile= or cafile=)'
@@ -2701,11 +3057,24 @@ def tls_text(exc: BaseException) -> str:
     return 'TLS failed: %s: %s' % (text, exc)
 
 
-def handshake_dial(sock: Any, psk: bytes, role: Role, wanted: Role, instance: bytes, binding: bytes = NO_TLS,
-                   deadline: Optional[float] = None, clock: Callable[[], float] = time.monotonic) -> Session:
-    """C's side. Raises HandshakeError with the reason and what mends it; OSError when the connection breaks."""
-    deadline = clock() + HANDSHAKE_TIME if deadline is None else deadline
-    tls = _SEES_TLS if binding != NO_TLS else 0
+def handshake_dial(sock: Any,
+                   psk: bytes,
+                   role: Role,
+                   wanted: Role,
+                   instance: bytes,
+                   binding: bytes = NO_TLS,
+                   deadline: Optional[float] = None,
+                   clock: Callable[[], float] = time.monotonic) -> Session:
+    """C's side. Raises HandshakeError with the reason and what mends it; OSError when the
+    connection breaks."""
+    if deadline is None:
+        deadline = clock() + HANDSHAKE_TIME
+    else:
+        deadline = deadline
+    if binding != NO_TLS:
+        tls = _SEES_TLS
+    else:
+        tls = 0
     hello = _HELLO.pack(MAGIC, *VERSIONS, role, wanted, tls, instance, os.urandom(32))
     sock.sendall(hello)
     try:
@@ -2714,8 +3083,9 @@ def handshake_dial(sock: Any, psk: bytes, role: Role, wanted: Role, instance: by
         raise HandshakeError(CLOSED_AT_ONCE) from None
     magic, version, peer_role, flags, _, peer_instance, _ = _CHALLENGE.unpack(challenge)
     if magic[:7] == ALERT[:7] or (magic[:6] == MAGIC[:6] and magic != MAGIC):
-        raise HandshakeError('it speaks another version of the protocol than dispy %s here: update the older one'
-                             % __version__)
+        raise HandshakeError(
+            'it speaks another version of the protocol than dispy %s here: update the older one' %
+            __version__)
     if magic != MAGIC:
         raise HandshakeError('it is not a dispynode 5')
     if not VERSIONS[0] <= version <= VERSIONS[1] or peer_role != wanted or flags != tls:
@@ -2734,24 +3104,40 @@ def handshake_dial(sock: Any, psk: bytes, role: Role, wanted: Role, instance: by
     return Session(keys.key(b'c2s'), keys.key(b's2c'), peer_instance, peer_role)
 
 
-def handshake_accept(sock: Any, psk: Union[bytes, Dict[int, Tuple[bytes, ...]]], role: Role, allowed: Iterable[Role], instance: bytes,
-                     binding: bytes = NO_TLS, deadline: Optional[float] = None,
+def handshake_accept(sock: Any,
+                     psk: Union[bytes, Dict[int, Tuple[bytes, ...]]],
+                     role: Role,
+                     allowed: Iterable[Role],
+                     instance: bytes,
+                     binding: bytes = NO_TLS,
+                     deadline: Optional[float] = None,
                      clock: Callable[[], float] = time.monotonic) -> Session:
-    """S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read before the proof is checked."""
-    deadline = clock() + HANDSHAKE_TIME if deadline is None else deadline
-    tls = _SEES_TLS if binding != NO_TLS else 0
+    """S's side. Raises HandshakeError, EOFError or OSError; at most 120 bytes are read before the
+    proof is checked."""
+    if deadline is None:
+        deadline = clock() + HANDSHAKE_TIME
+    else:
+        deadline = deadline
+    if binding != NO_TLS:
+        tls = _SEES_TLS
+    else:
+        tls = 0
     hello = _receive_exactly(sock, _HELLO.size, deadline, clock)
     magic, low, high, peer_role, wanted, flags, peer_instance, _ = _HELLO.unpack(hello)
     if hello[:2] == b'\x16\x03':   # the first bytes of TLS
-        raise HandshakeError('it uses TLS and this side does not: both sides need a certificate (--certfile, in programs certfile=), or neither')
+        raise HandshakeError(
+            'it uses TLS and this side does not: both sides need a certificate (--certfile, in programs certfile=), or neither'
+        )
     if magic[:6] != MAGIC[:6]:
         raise HandshakeError('the peer does not speak this protocol')
     version = min(high, VERSIONS[1])
     if magic != MAGIC or version < max(low, VERSIONS[0]):
         sock.sendall(_CHALLENGE.pack(ALERT, VERSIONS[1], role, tls, 0, instance, bytes(32)))
         raise HandshakeError('the peer speaks another version of the protocol')
-    if wanted != role or peer_role not in tuple(allowed) or flags != tls or peer_instance == instance:
-        raise HandshakeError('the peer is a %s that wants a %s' % (_role_name(peer_role), _role_name(wanted)))
+    if wanted != role or peer_role not in tuple(
+            allowed) or flags != tls or peer_instance == instance:
+        raise HandshakeError('the peer is a %s that wants a %s' %
+                             (_role_name(peer_role), _role_name(wanted)))
     challenge = _CHALLENGE.pack(MAGIC, version, role, tls, MAX_FRAME, instance, os.urandom(32))
     sock.sendall(challenge)
     proof = _receive_exactly(sock, _PROOF.size, deadline, clock)
@@ -2760,16 +3146,20 @@ def handshake_accept(sock: Any, psk: Union[bytes, Dict[int, Tuple[bytes, ...]]],
         if hmac.compare_digest(proof, _PROOF.pack(MAGIC, keys.client)):
             sock.sendall(_PROOF.pack(MAGIC, keys.server))
             return Session(keys.key(b's2c'), keys.key(b'c2s'), peer_instance, peer_role, number)
-    raise HandshakeError('wrong secret: ' + same_secret(psk if isinstance(psk, bytes) else {0: psk[peer_role]}))
+    raise HandshakeError('wrong secret: ' +
+                         same_secret(psk if isinstance(psk, bytes) else {0: psk[peer_role]}))
 
 
 def _role_name(role: int) -> str:
-    return Role(role).name.lower() if role in tuple(Role) else 'unknown role %d' % role
+    if role in tuple(Role):
+        return Role(role).name.lower()
+    return 'unknown role %d' % role
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Frames and records: bytes to units and back. Nothing here opens a socket, reads a clock or takes a lock.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Frames and records: bytes to units and back. Nothing here opens a socket, reads a clock or takes a
+# lock.
+# --------------------------------------------------------------------------------------------------
 
 def mapped(size: int) -> memoryview:
     """Memory for so many bytes, which the system gives as it is filled. Raises MemoryError."""
@@ -2812,14 +3202,16 @@ def _free_of_cgroup() -> Optional[int]:
 
 
 class Intake:
-    """Cuts a stream of bytes into units of a head of fixed size and a body whose length the head tells.
+    """Cuts a stream of bytes into units of a head of fixed size and a body whose length the head
+    tells.
 
-    The reader receives into `room()` and tells `took(n)`. Small units are cut out of a staging buffer, so that
-    one system call may bring many; a large one gets a buffer of its own, received into in place, which grows
-    by what has arrived and not by what was promised.
+    The reader receives into `room()` and tells `took(n)`. Small units are cut out of a staging
+    buffer, so that one system call may bring many; a large one gets a buffer of its own, received
+    into in place, which grows by what has arrived and not by what was promised.
     """
     STAGING = 256 * 1024
-    FIRST = 2 << 20      # twice what most frames hold; freshly mapped memory would cost 40 times as much as reused
+    # Twice what most frames hold; freshly mapped memory would cost 40 times as much as reused
+    FIRST = 2 << 20
     AT_ONCE = 1 << 30    # bytes that a system call is asked for; some systems refuse 2 GiB
 
     def __init__(self, head_size: int) -> None:
@@ -2851,7 +3243,8 @@ class Intake:
 
     def _grow(self, size: int) -> None:
         old = self._large
-        if size >= LAZY:   # in one step: it is taken as it is filled, and nothing is copied any more
+        # In one step: it is taken as it is filled, and nothing is copied any more
+        if size >= LAZY:
             self._large = mapped(self._body_size)
         else:
             self._large = memoryview(bytearray(min(size, self._body_size)))
@@ -2859,7 +3252,8 @@ class Intake:
             self._large[:self._filled] = old
 
     def took(self, count: int) -> List[Tuple[bytes, memoryview]]:
-        """Note that `count` bytes were received; return the units (head, body) that are whole now."""
+        """Note that `count` bytes were received; return the units (head, body) that are whole
+        now."""
         if self._large is None:
             self._end += count
             return self._cut()
@@ -2867,7 +3261,8 @@ class Intake:
         if self._filled < self._body_size:
             return []
         unit = (self._head, self._large)
-        self._large, self._body_size = None, -1
+        self._large = None
+        self._body_size = -1
         return [unit]
 
     def _cut(self) -> List[Tuple[bytes, memoryview]]:
@@ -2882,7 +3277,8 @@ class Intake:
                 self._start += self._head_size
             if self._end - self._start < self._body_size:
                 break
-            if snapshot is None:  # one copy for all units of this call: the staging buffer is used again
+            # One copy for all units of this call: the staging buffer is used again
+            if snapshot is None:
                 snapshot = memoryview(bytes(self._view[:self._end]))
             units.append((self._head, snapshot[self._start:self._start + self._body_size]))
             self._start += self._body_size
@@ -2896,21 +3292,26 @@ class Intake:
             self._grow(max(self.FIRST, left))
             assert self._large is not None
             self._large[:left] = self._view[self._start:self._end]
-            self._filled, self._start, self._end = left, 0, 0
+            self._filled = left
+            self._start = 0
+            self._end = 0
         elif left == 0:
             self._start = self._end = 0
         elif self._start > self.STAGING // 2:
             self._staging[:left] = bytes(self._view[self._start:self._end])
-            self._start, self._end = 0, left
+            self._start = 0
+            self._end = left
 
 
 _FRAME = struct.Struct('>IBBHQ')   # payload length, op, encoding, flags, request
 _SEQ = struct.Struct('>QB')
-HEAD_TAG, TAIL_TAG = 16, 32
+HEAD_TAG = 16
+TAIL_TAG = 32
 
 
 class FrameSealer:
-    """Messages to frames of one direction: header 16, its tag 16, payload, tag 32; numbered, the number not sent."""
+    """Messages to frames of one direction: header 16, its tag 16, payload, tag 32; numbered, the
+    number not sent."""
 
     @property
     def sealed(self) -> int:
@@ -2923,16 +3324,20 @@ class FrameSealer:
         self._seq = 0
 
     def seal(self, message: Any) -> List[Buffer]:
-        """The frame as buffers to be sent one behind the other. Raises ValueError when it would be too large."""
+        """The frame as buffers to be sent one behind the other. Raises ValueError when it would be
+        too large."""
         op, encoding, pieces = encode(message)
         size = sum(map(len, pieces))
         bounds = BOUNDS_OF.get(type(message), BOUNDS)
         if len(pieces[0]) > bounds.size + SMALL:   # and the index of what is beside it
-            raise ValueError('%s with an envelope of %d bytes is over the limit of %d' % (type(message).__name__, len(pieces[0]), bounds.size))
+            raise ValueError('%s with an envelope of %d bytes is over the limit of %d' %
+                             (type(message).__name__, len(pieces[0]), bounds.size))
         if size > MESSAGES[op][1]:
-            raise TooLarge('%s of %d bytes is over the limit of %d' % (type(message).__name__, size, MESSAGES[op][1]))
+            raise TooLarge('%s of %d bytes is over the limit of %d' %
+                           (type(message).__name__, size, MESSAGES[op][1]))
         header = _FRAME.pack(size, op, encoding, 0, 0)
-        head = header + hmac.digest(self._key, _SEQ.pack(self._seq, 0) + header, 'sha256')[:HEAD_TAG]
+        head = header + hmac.digest(self._key,
+                                    _SEQ.pack(self._seq, 0) + header, 'sha256')[:HEAD_TAG]
         mac = self._mac.copy()
         mac.update(_SEQ.pack(self._seq, 1) + header)
         for piece in pieces:
@@ -2944,12 +3349,15 @@ class FrameSealer:
 
 
 class FrameOpener(Intake):
-    """Frames of one direction to messages. The length is believed only after the header's tag was verified, and
-    nothing is decoded before the payload's was. Raises PeerError; the link is of no use then."""
+    """Frames of one direction to messages. The length is believed only after the header's tag was
+    verified, and nothing is decoded before the payload's was. Raises PeerError; the link is of no
+    use then."""
 
     def __init__(self, key: bytes, takes: Iterable[int] = MESSAGES) -> None:
         super().__init__(_FRAME.size + HEAD_TAG)
-        self._key, self._takes = key, takes   # the secret; ops that may come
+        # The secret; ops that may come
+        self._key = key
+        self._takes = takes
         self.opened = 0
         self._mac = hmac.new(key, digestmod='sha256')
         self._seq = 0
@@ -2957,7 +3365,8 @@ class FrameOpener(Intake):
 
     def measure(self, head: bytes) -> int:
         header = head[:_FRAME.size]
-        # Heads are measured in order, one ahead of bodies at most, so they can be counted on their own.
+        # Heads are measured in order, one ahead of bodies at most, so they can be counted on their
+        # own.
         tag = hmac.digest(self._key, _SEQ.pack(self._measured, 0) + header, 'sha256')[:HEAD_TAG]
         if not hmac.compare_digest(tag, head[_FRAME.size:]):
             raise PeerError('a frame header is not authentic')
@@ -2965,7 +3374,10 @@ class FrameOpener(Intake):
         size, op = _FRAME.unpack(header)[:2]
         if op in MESSAGES and op not in self._takes:
             raise PeerError('%s may not come here' % MESSAGES[op][0].__name__)
-        limit = MESSAGES[op][1] if op in MESSAGES else SMALL
+        if op in MESSAGES:
+            limit = MESSAGES[op][1]
+        else:
+            limit = SMALL
         if size > limit:
             raise PeerError('a frame of %d bytes is over the limit of %d' % (size, limit))
         return size + TAIL_TAG
@@ -3005,7 +3417,8 @@ class Kind(enum.IntEnum):
     UP = 16
     FAILED = 17     # body: text
     BORN = 18       # number: worker, serial: its pid
-    GONE = 19       # number: worker, serial: what it was running or 0, start: exit code, bodies: -, stdout, stderr
+    # Number: worker, serial: what it was running or 0, start: exit code, bodies: -, stdout, stderr
+    GONE = 19
     TOO_BIG = 21    # number: worker, serial: it is being killed
     UNBORN = 22     # number: worker, body: text, why its process cannot be made
     ALIVE = 23      # answers ASK
@@ -3013,27 +3426,32 @@ class Kind(enum.IntEnum):
     PRINTED = 20    # number: worker, serial: the job, start: stream, end: offset, body: bytes
     # daemon to worker
     JOB = 32        # number: CPUs, serial, body: payload
-    KEPT = 33       # body: text, empty if the file it sent has been kept, or what it wanted is there
+    # Body: text, empty if the file it sent has been kept, or what it wanted is there
+    KEPT = 33
     # worker to daemon
     RESULT = 48     # number: outcome, serial, times, bodies: payload, stdout, stderr
     UNSTARTED = 49  # serial: given back
     LOGGED = 51     # serial, body: plain pickle of level, logger and text
     FILE = 50       # serial, number: offset in pieces, bodies: row (a plain pickle), data
-    WANT = 52       # serial, body: plain pickle of a bundle's number or a module's name; answered by KEPT
+    # Serial, body: plain pickle of a bundle's number or a module's name; answered by KEPT
+    WANT = 52
     HERE = 53       # first of all: the kernel tells by it which process has this pipe
     INITIALIZED = 54   # body: text, empty if the initializer of an executor has returned
 
 
-# Kind of record -> bytes of its three bodies at most. Who writes them runs a user's code, so that they are checked as what
+# Kind of record -> bytes of its three bodies at most. Who writes them runs a user's code, so that
+# they are checked as what
 # comes from outside is: a record that is not in the table, or is larger, ends its worker or runner.
 FROM_WORKER = {
     Kind.RESULT: (VALUE_MOST, OUTPUT_MOST, OUTPUT_MOST), Kind.UNSTARTED: (8 * SERIALS_MOST, 0, 0),
     Kind.LOGGED: (8 * TEXT_MOST, 0, 0), Kind.FILE: (SMALL, FILE_PIECE, 0), Kind.WANT: (SMALL, 0, 0),
     Kind.HERE: (0, 0, 0), Kind.INITIALIZED: (8 * TEXT_MOST, 0, 0)}
 FROM_RUNNER = {
-    Kind.UP: (8 * TEXT_MOST, 0, 0), Kind.FAILED: (8 * TEXT_MOST, 0, 0), Kind.BORN: (0, 0, 0), Kind.GONE: (0, OUTPUT_MOST, OUTPUT_MOST),
-    Kind.TOO_BIG: (0, 0, 0), Kind.PRINTED: (OUTPUT_KEPT, 0, 0), Kind.UNBORN: (8 * TEXT_MOST, 0, 0), Kind.ALIVE: (0, 0, 0),
-    Kind.END_NODE: (0, 0, 0)}
+    Kind.UP: (8 * TEXT_MOST, 0, 0), Kind.FAILED: (8 * TEXT_MOST, 0, 0), Kind.BORN: (0, 0, 0),
+    Kind.GONE: (0, OUTPUT_MOST, OUTPUT_MOST), Kind.TOO_BIG: (0, 0, 0),
+    Kind.PRINTED: (OUTPUT_KEPT, 0, 0), Kind.UNBORN: (8 * TEXT_MOST, 0, 0), Kind.ALIVE: (0, 0, 0),
+    Kind.END_NODE: (0, 0, 0)
+}
 OF_WORKERS = frozenset((Outcome.RETURNED, Outcome.RETURNED_CODE, Outcome.RAISED, *GOES_ON))
 
 
@@ -3069,7 +3487,8 @@ class RecordIntake(Intake):
         if self._limits is not None:
             most = self._limits.get(kind, (-1, -1, -1))  # type: ignore[call-overload]
             if one > most[0] or two > most[1] or three > most[2]:
-                raise PeerError('record %d with bodies of %d, %d and %d bytes' % (kind, one, two, three))
+                raise PeerError('record %d with bodies of %d, %d and %d bytes' %
+                                (kind, one, two, three))
         return one + two + three  # type: ignore[no-any-return]
 
     def records(self, count: int) -> List[Record]:
@@ -3083,12 +3502,14 @@ class RecordIntake(Intake):
                       (body[:one], body[one:one + two], body[one + two:one + two + three]))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Files: names from outside, and files that arrive in pieces. Jobs run in these trees and may have planted links.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Files: names from outside, and files that arrive in pieces. Jobs run in these trees and may have
+# planted links.
+# --------------------------------------------------------------------------------------------------
 
 def check_name(name: str) -> Tuple[str, ...]:
-    """The parts of a file name from outside. Raises ValueError for one that could climb out or surprise."""
+    """The parts of a file name from outside. Raises ValueError for one that could climb out or
+    surprise."""
     parts = tuple(name.split('/'))
     if len(parts) > 32:
         raise ValueError('file name %.60r has more than 32 parts' % name)
@@ -3109,7 +3530,8 @@ _WALKS = os.open in os.supports_dir_fd and hasattr(os, 'O_NOFOLLOW')
 
 @contextlib.contextmanager
 def _parent_of(root: str, parts: Sequence[str]) -> Any:
-    """The directory of a file below root, made where missing, links not followed: (prefix, dir_fd) to use it by."""
+    """The directory of a file below root, made where missing, links not followed: (prefix, dir_fd)
+    to use it by."""
     if not _WALKS:
         path = root
         for part in parts[:-1]:
@@ -3134,9 +3556,11 @@ def _parent_of(root: str, parts: Sequence[str]) -> Any:
 
 
 def open_regular(path: str) -> Any:
-    """Open a file for reading. Raises ValueError at once for what is no regular file: opening a FIFO waits for its other
-    end, and a device may never come to its end; OSError."""
-    handle = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_CLOEXEC', 0))
+    """Open a file for reading. Raises ValueError at once for what is no regular file: opening a
+    FIFO waits for its other end, and a device may never come to its end; OSError."""
+    handle = os.open(
+        path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
+        | getattr(os, 'O_CLOEXEC', 0))
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise ValueError('%s is no regular file' % path)
@@ -3148,7 +3572,8 @@ def open_regular(path: str) -> Any:
 
 def file_digest(path: str) -> Tuple[int, bytes]:
     """Size and SHA-256 of a file. Raises as `open_regular`."""
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
+    size = 0
     with open_regular(path) as file:
         for piece in iter(lambda: file.read(FILE_PIECE), b''):
             digest.update(piece)
@@ -3157,8 +3582,9 @@ def file_digest(path: str) -> Tuple[int, bytes]:
 
 
 class Digests:
-    """Digests of large files that were there before, remembered by what the system says of a file: they take minutes, in which
-    no loop may stand still. Any thread: each entry is replaced as a whole."""
+    """Digests of large files that were there before, remembered by what the system says of a file:
+    they take minutes, in which no loop may stand still. Any thread: each entry is replaced as a
+    whole."""
     INLINE = 16 << 20    # bytes that are digested at once
     MOST = 4096          # that are remembered
     _known: Dict[str, Tuple[tuple, bytes]] = {}
@@ -3171,7 +3597,8 @@ class Digests:
     @classmethod
     def of(cls, path: str) -> bytes:
         """The digest of a file. Raises OSError."""
-        state, known = cls._state(path), cls._known.get(path)
+        state = cls._state(path)
+        known = cls._known.get(path)
         if known is not None and known[0] == state:
             return known[1]
         digest = file_digest(path)[1]
@@ -3183,16 +3610,22 @@ class Digests:
 
     @classmethod
     def unknown(cls, root: str, rows: Sequence[tuple]) -> List[str]:
-        """Paths of files that are there, as large as announced, and would have to be digested; none if that is soon done."""
-        paths, total = [], 0
+        """Paths of files that are there, as large as announced, and would have to be digested; none
+        if that is soon done."""
+        paths = []
+        total = 0
         for name, size, _, _ in rows:
             path = os.path.join(root, *name.split('/'))
-            with contextlib.suppress(OSError, ValueError):   # it is not there, or has a name that will be refused
+            # It is not there, or has a name that will be refused
+            with contextlib.suppress(OSError, ValueError):
                 state = cls._state(path)
-                if state[0] == size and cls._known.get(path, ((), b''))[0] != state and not os.path.islink(path):
+                if state[0] == size and cls._known.get(
+                        path, ((), b''))[0] != state and not os.path.islink(path):
                     paths.append(path)
                     total += size
-        return paths if total > cls.INLINE else []
+        if total > cls.INLINE:
+            return paths
+        return []
 
     @classmethod
     def learn(cls, paths: Sequence[str]) -> None:
@@ -3203,15 +3636,25 @@ class Digests:
 
 
 class IncomingFile:
-    """One file on its way in: a temporary name until size and digest are right. `scratch` is a directory where it lies until
-    then, which is removed with its computation; without one, it lies beside its place. With `sync` it is on the disk when it is in
-    its place: files of a computation need not be, as each is compared before it is used again."""
+    """One file on its way in: a temporary name until size and digest are right. `scratch` is a
+    directory where it lies until then, which is removed with its computation; without one, it lies
+    beside its place. With `sync` it is on the disk when it is in its place: files of a computation
+    need not be, as each is compared before it is used again."""
 
-    def __init__(self, root: str, name: str, size: int, digest: bytes, mode: int, scratch: Optional[str] = None,
+    def __init__(self,
+                 root: str,
+                 name: str,
+                 size: int,
+                 digest: bytes,
+                 mode: int,
+                 scratch: Optional[str] = None,
                  sync: bool = True) -> None:
-        self._scratch, self._sync = scratch, sync
+        self._scratch = scratch
+        self._sync = sync
         self._root, self._parts = root, check_name(name)
-        self._size, self._digest, self._mode = size, digest, mode & 0o755 | 0o600
+        self._size = size
+        self._digest = digest
+        self._mode = mode & 0o755 | 0o600
         self._seen, self._hash = 0, hashlib.sha256()
         self._temporary = '.%s.part' % os.urandom(6).hex()
         with _parent_of(root, self._parts) as (prefix, handle):
@@ -3231,8 +3674,9 @@ class IncomingFile:
     def piece(self, offset: int, data: Buffer) -> bool:
         """Write the next piece; true when the file is whole and in its place."""
         if offset != self._seen or offset + len(data) > self._size:
-            raise ValueError('a piece at %d of %d bytes does not fit a file of %d of which %d are here'
-                             % (offset, len(data), self._size, self._seen))
+            raise ValueError(
+                'a piece at %d of %d bytes does not fit a file of %d of which %d are here' %
+                (offset, len(data), self._size, self._seen))
         view = memoryview(data)
         while view:
             view = view[os.write(self._file, view):]
@@ -3244,30 +3688,36 @@ class IncomingFile:
             raise ValueError('the digest is wrong')
         if self._sync:
             os.fsync(self._file)
-        handle, self._file = self._file, -1
+        handle = self._file
+        self._file = -1
         os.close(handle)
-        with _parent_of(self._root, self._parts) as (prefix, handle):   # handle: of the directory now
+        # Handle: of the directory now
+        with _parent_of(self._root, self._parts) as (prefix, handle):
             target = prefix + self._parts[-1]
             if self._scratch is not None:
                 temporary = os.path.join(self._scratch, self._temporary)
                 os.chmod(temporary, self._mode)
                 os.replace(temporary, target, dst_dir_fd=handle)
                 return True
-            os.chmod(prefix + self._temporary, self._mode, **({'dir_fd': handle} if handle is not None else {}))
+            os.chmod(prefix + self._temporary, self._mode,
+                     **({'dir_fd': handle} if handle is not None else {}))
             os.replace(prefix + self._temporary, target, src_dir_fd=handle, dst_dir_fd=handle)
         return True
 
     def abort(self) -> None:
         """Remove what came."""
         if self._file >= 0:
-            handle, self._file = self._file, -1
+            handle = self._file
+            self._file = -1
             os.close(handle)
         if self._scratch is not None:
             with contextlib.suppress(OSError):   # as below
                 os.unlink(os.path.join(self._scratch, self._temporary))
             return
-        with contextlib.suppress(OSError, ValueError), _parent_of(self._root, self._parts) as (prefix, handle):
-            os.unlink(prefix + self._temporary, dir_fd=handle)   # or it was never made, or is in its place already
+        with contextlib.suppress(OSError, ValueError), _parent_of(self._root,
+                                                                  self._parts) as (prefix, handle):
+            # Or it was never made, or is in its place already
+            os.unlink(prefix + self._temporary, dir_fd=handle)
 
 
 TOO_LARGE = '%s has %d bytes and the node takes %d at most (its --max-file-size)'
@@ -3312,12 +3762,18 @@ class FileReceiver:
     def __init__(self, roots: Dict[Purpose, str], most: int = sys.maxsize,
                  too_large: str = TOO_LARGE, where: str = '', scratch: Optional[str] = None,
                  sync: Container[int] = frozenset((Purpose.PLACED, Purpose.FROM_JOB))) -> None:
-        self._roots, self._most, self._too_large, self._where = roots, most, too_large, where
-        self._scratch, self._sync = scratch, sync
-        self.code = ''                                     # of REASONS: why a file could not be stored
+        self._roots = roots
+        self._most = most
+        self._too_large = too_large
+        self._where = where
+        self._scratch = scratch
+        self._sync = sync
+        # Of REASONS: why a file could not be stored
+        self.code = ''
         self._keys: Dict[int, int] = {}                    # purpose -> key of what is wanted
         self._wanted: Dict[Tuple[int, str], tuple] = {}    # (purpose, name) -> row
-        # How many of each purpose: a look at a dictionary from which many were taken walks over where they were.
+        # How many of each purpose: a look at a dictionary from which many were taken walks over
+        # where they were.
         self._left: Dict[int, int] = collections.Counter()
         # (purpose, key, name) -> what has come of that file
         self._partial: Dict[Tuple[int, int, str], IncomingFile] = {}
@@ -3325,7 +3781,8 @@ class FileReceiver:
     def want(self, purpose: Purpose, rows: Sequence[tuple]) -> List[Tuple[int, int, tuple]]:
         """What Need has to say to get these files. Those of this purpose that were wanted before
         are not wanted any more. Raises ValueError or OSError."""
-        root, wanted = self._roots[purpose], {}
+        root = self._roots[purpose]
+        wanted = {}
         for row in rows if isinstance(rows, (list, tuple)) else (rows,):
             if not _is_file(row):
                 raise ValueError('%.80r describes no file' % (row,))
@@ -3394,7 +3851,8 @@ class FileReceiver:
             if not self.piece(piece):
                 return None
         except (OSError, ValueError) as exc:
-            error, self.code = self._where + (str(exc) or type(exc).__name__), reason_of(exc)
+            error = self._where + (str(exc) or type(exc).__name__)
+            self.code = reason_of(exc)
             if piece.purpose in FOR_CODE:   # of no use without the others
                 error = 'file %.100r cannot be stored: %s' % (piece.row[0], error)
                 for purpose in FOR_CODE:
@@ -3444,7 +3902,8 @@ def replaced(path: str, end: str = '.part') -> Iterator[str]:
 
 
 class ModuleStore:
-    """Files of modules by their digests, so that each travels once to a node. It is kept below a limit."""
+    """Files of modules by their digests, so that each travels once to a node. It is kept below a
+    limit."""
 
     def __init__(self, root: str) -> None:
         self._root = root
@@ -3453,9 +3912,11 @@ class ModuleStore:
         return os.path.join(self._root, digest.hex())
 
     def bring(self, root: str, rows: Sequence[Tuple[str, int, bytes, int]]) -> None:
-        """Put those files that are here below a computation's own directory. A file that is damaged is sent again."""
+        """Put those files that are here below a computation's own directory. A file that is damaged
+        is sent again."""
         for name, size, digest, mode in rows:
-            target, path = os.path.join(root, *check_name(name)), self._path(digest)
+            target = os.path.join(root, *check_name(name))
+            path = self._path(digest)
             try:
                 if not os.path.lexists(target) and file_digest(path) == (size, digest):
                     os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
@@ -3480,7 +3941,9 @@ class ModuleStore:
 
     def _shorten(self) -> None:
         """Remove the files that were not used for longest."""
-        files = sorted(((entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(self._root)), reverse=True)
+        files = sorted(((entry.stat().st_mtime, entry.stat().st_size, entry.path)
+                        for entry in os.scandir(self._root)),
+                       reverse=True)
         total = 0
         for _, size, path in files:
             total += size
@@ -3489,8 +3952,9 @@ class ModuleStore:
 
 
 class Shelf:
-    """Results of one computation on disk, while its client is away: a file of a header (magic, instance of the client) and
-    of records (CRC-32, then a record as workers write them). What is torn at its end was never reported as kept."""
+    """Results of one computation on disk, while its client is away: a file of a header (magic,
+    instance of the client) and of records (CRC-32, then a record as workers write them). What is
+    torn at its end was never reported as kept."""
     MAGIC = b'dispy5r\3'
     HEAD = len(MAGIC) + 16 + KEY_SIZE
 
@@ -3498,8 +3962,9 @@ class Shelf:
         self.path = path
 
     def append(self, owner: bytes, rows: Sequence[tuple], digest: bytes = bytes(KEY_SIZE)) -> None:
-        """Keep rows of Results; they are on the disk when this returns. Raises OSError or ValueError, and nothing of them is
-        kept then: a file that was made for them is gone again, since nobody would remove it later."""
+        """Keep rows of Results; they are on the disk when this returns. Raises OSError or
+        ValueError, and nothing of them is kept then: a file that was made for them is gone again,
+        since nobody would remove it later."""
         with open(self.path, 'ab') as file:
             start = file.tell()
             try:
@@ -3530,18 +3995,21 @@ class Shelf:
                     return
                 _, _, number, serial, start, end, *sizes = _RECORD.unpack(head[_CRC.size:])
                 bodies = [file.read(size) for size in sizes]
-                crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), bodies, zlib.crc32(head[_CRC.size:]))
+                crc = functools.reduce(lambda crc, piece: zlib.crc32(piece, crc), bodies,
+                                       zlib.crc32(head[_CRC.size:]))
                 if [len(body) for body in bodies] != sizes or _CRC.pack(crc) != head[:_CRC.size]:
                     return
                 yield (serial, number, start, end, *bodies)
 
     def scan(self) -> Tuple[bytes, bytes, List[int]]:
-        """Owner, digest of the key and serials; cuts off what is torn. Raises ValueError for a file that is none of ours."""
+        """Owner, digest of the key and serials; cuts off what is torn. Raises ValueError for a file
+        that is none of ours."""
         with open(self.path, 'rb') as file:
             head = file.read(self.HEAD)
         if len(head) < self.HEAD or not head.startswith(self.MAGIC):
             raise ValueError('%s holds no results' % self.path)
-        size, serials = len(head), []
+        size = len(head)
+        serials = []
         for row in self.rows():
             size += _CRC.size + _RECORD.size + sum(map(len, row[4:]))
             serials.append(row[0])
@@ -3558,10 +4026,11 @@ _CRC = struct.Struct('>I')
 
 
 class Memory:
-    """What a node remembers of attempts that it does not hold any more: a file `g-NAME` a computation in its directory, and
-    `memory`, with what this memory is known by. A client that finds another memory than before knows that what this one
-    does not name may have begun. It is another one when the machine has ended without the node (what was not on the disk yet is
-    gone), or something could not be written down.
+    """What a node remembers of attempts that it does not hold any more: a file `g-NAME` a
+    computation in its directory, and `memory`, with what this memory is known by. A client that
+    finds another memory than before knows that what this one does not name may have begun. It is
+    another one when the machine has ended without the node (what was not on the disk yet is gone),
+    or something could not be written down.
     """
 
     def __init__(self, directory: str) -> None:
@@ -3590,10 +4059,12 @@ class Memory:
         return os.path.join(self._directory, 'g-' + comp)
 
     def begin(self, wrecks: Dict[str, Optional[FrozenSet[int]]]) -> Dict[str, Past]:
-        """When the daemon starts: what is known by computation. `wrecks` are those that an earlier process had when it was
-        killed, and what had begun of them, None if nobody knows. Raises OSError."""
+        """When the daemon starts: what is known by computation. `wrecks` are those that an earlier
+        process had when it was killed, and what had begun of them, None if nobody knows. Raises
+        OSError."""
         for name in os.listdir(self._directory):
-            path, is_part = os.path.join(self._directory, name), name.endswith('.part')
+            path = os.path.join(self._directory, name)
+            is_part = name.endswith('.part')
             if not _is_ours(name[:-len('.part')] if is_part else name, 'g-'):
                 continue
             if is_part or time.time() - os.stat(path).st_mtime > PAST_TIME:
@@ -3601,7 +4072,10 @@ class Memory:
             else:
                 self._known[name[2:]] = self.read(self._directory, name[2:])
         for comp, begun in wrecks.items():
-            past = Past(whole=False) if begun is None else Past(lost=begun)
+            if begun is None:
+                past = Past(whole=False)
+            else:
+                past = Past(lost=begun)
             self.write(comp, self._known.get(comp, Past()).and_also(past))
         return self._known
 
@@ -3686,7 +4160,8 @@ class Backlog:
 
     def has_room(self) -> bool:
         """Whether something can be sent now."""
-        return any(link.queued < 4 * FRAME_FILL for link in map(self._links.get, self._waiting) if link)
+        return any(link.queued < 4 * FRAME_FILL for link in map(self._links.get, self._waiting)
+                   if link)
 
     def send(self, say: Callable[['Link', Any], None]) -> List[Tuple['Link', tuple, str]]:
         """Send what there is room for. Returns (link, owner, text) for what could not be read and
@@ -3706,24 +4181,34 @@ class Backlog:
         return failed
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Pure state: who may connect, and what the node does. Nothing here opens a socket, reads a clock, takes a lock
+# --------------------------------------------------------------------------------------------------
+# Pure state: who may connect, and what the node does. Nothing here opens a socket, reads a clock,
+# takes a lock
 # or touches a file.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class Doorkeeper:
-    """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one address. When there are more, one
-    of them makes way: of the same address, or else the oldest of the network that has most of them, so that silence keeps nobody
-    out. After five failures an address is refused for 15 s, doubling up to 10 min; one from which somebody has proved himself
-    within the last hour is refused nothing, but for all but a few handshakes at once. Established links are not affected."""
-    AT_ONCE, FROM_ONE, FAILURES, SHUT, SHUT_MOST, REMEMBERED = 64, 32, 5, 15.0, 600.0, 4096
-    RECENT, FROM_MIXED = 3600.0, 8
+    """Bounds on connections that have not proved anything yet: 64 handshakes at once, 32 from one
+    address. When there are more, one of them makes way: of the same address, or else the oldest of
+    the network that has most of them, so that silence keeps nobody out. After five failures an
+    address is refused for 15 s, doubling up to 10 min; one from which somebody has proved himself
+    within the last hour is refused nothing, but for all but a few handshakes at once. Established
+    links are not affected."""
+    AT_ONCE = 64
+    FROM_ONE = 32
+    FAILURES = 5
+    SHUT = 15.0
+    SHUT_MOST = 600.0
+    REMEMBERED = 4096
+    RECENT = 3600.0
+    FROM_MIXED = 8
 
     def __init__(self) -> None:
         self._open: Dict[str, int] = collections.Counter()
         self._failed: 'collections.OrderedDict[str, Tuple[int, float]]' = collections.OrderedDict()
         self._logged: 'collections.OrderedDict[str, float]' = collections.OrderedDict()
-        self._proved: 'collections.OrderedDict[str, float]' = collections.OrderedDict()   # address -> when somebody has
+        # Address -> when somebody has
+        self._proved: 'collections.OrderedDict[str, float]' = collections.OrderedDict()
 
     def is_shut(self, address: str, now: float) -> bool:
         """Whether nobody from this address is heard at present."""
@@ -3733,15 +4218,17 @@ class Doorkeeper:
         return proved is None or now - proved > self.RECENT or self._open[address] >= self.FROM_MIXED
 
     def admit(self, address: str, now: float) -> bool:
-        """Whether a connection from this address may begin its handshake; each admitted one must be `done`."""
-        if sum(self._open.values()) >= self.AT_ONCE or self._open[address] >= self.FROM_ONE or self.is_shut(address, now):
+        """Whether a connection from this address may begin its handshake; each admitted one must be
+        `done`."""
+        if sum(self._open.values(
+        )) >= self.AT_ONCE or self._open[address] >= self.FROM_ONE or self.is_shut(address, now):
             return False
         self._open[address] += 1
         return True
 
     def make_way(self, address: str, under_way: Iterable[Tuple[int, str]]) -> Optional[int]:
-        """Which of the handshakes under way, (number, address) in the order in which they began, is to be ended for one from this
-        address, which then counts as admitted."""
+        """Which of the handshakes under way, (number, address) in the order in which they began, is
+        to be ended for one from this address, which then counts as admitted."""
         rows = list(under_way)
         if self._open[address] >= self.FROM_ONE:
             crowd = [number for number, other in rows if other == address]
@@ -3755,8 +4242,8 @@ class Doorkeeper:
         return crowd[0]
 
     def done(self, address: str, proved: Optional[bool], now: float) -> None:
-        """The handshake ended; `proved` is whether the peer knew the secret, None if it did not try: silence guesses
-        nothing, and is bounded by the number of handshakes."""
+        """The handshake ended; `proved` is whether the peer knew the secret, None if it did not
+        try: silence guesses nothing, and is bounded by the number of handshakes."""
         self.leave(address)
         if proved:
             self._remember(self._proved, address, now)
@@ -3766,7 +4253,10 @@ class Doorkeeper:
             self._failed.pop(address, None)
             return
         count = self._failed.get(address, (0, 0.0))[0] + 1
-        shut = min(self.SHUT * 2 ** min(count - self.FAILURES, 10), self.SHUT_MOST) if count >= self.FAILURES else 0.0
+        if count >= self.FAILURES:
+            shut = min(self.SHUT * 2 ** min(count - self.FAILURES, 10), self.SHUT_MOST)
+        else:
+            shut = 0.0
         self._remember(self._failed, address, (count, now + shut))
 
     def leave(self, address: str) -> None:
@@ -3790,7 +4280,8 @@ class Doorkeeper:
 
 
 def network_of(address: str) -> str:
-    """The network of an address: 24 bits of IPv4, 64 of IPv6; one host may have all of its addresses."""
+    """The network of an address: 24 bits of IPv4, 64 of IPv6; one host may have all of its
+    addresses."""
     try:
         found = ipaddress.ip_address(address.partition('%')[0])
     except ValueError:
@@ -3807,9 +4298,9 @@ class Cry(enum.IntEnum):
 
 
 class Datagram(NamedTuple):
-    """What is said by UDP. `port`: TCP port of the speaker; `address`: where it can be reached, if not where the datagram
-    comes from (answers only: it depends on the asker); `instance`: its process; `nonce`: new each time; `echo`: nonce of the
-    question that is answered."""
+    """What is said by UDP. `port`: TCP port of the speaker; `address`: where it can be reached, if
+    not where the datagram comes from (answers only: it depends on the asker); `instance`: its
+    process; `nonce`: new each time; `echo`: nonce of the question that is answered."""
     kind: int
     role: int
     port: int
@@ -3819,56 +4310,93 @@ class Datagram(NamedTuple):
     echo: bytes
 
 
-# magic, kind, role, port, family (0: no address), -, address, instance, counter, nonce, echo, -, tag
+# magic, kind, role, port, family (0: no address), -, address, instance, counter, nonce, echo, -,
+# tag
 _DATAGRAM = struct.Struct('>8sBBHB3x16s16sQ16s16s8x32s')
-DATAGRAM = _DATAGRAM.size   # 128, questions and answers alike: nobody can be made to send more than was sent to him
+# 128, questions and answers alike: nobody can be made to send more than was sent to him
+DATAGRAM = _DATAGRAM.size
 
 
 class Discovery:
-    """Datagrams of one process: packs its own, believes those of others that are signed and new. Who is found by them is
-    dialled, and only the handshake decides; so a forged or repeated datagram costs a connection at most.
+    """Datagrams of one process: packs its own, believes those of others that are signed and new.
+    Who is found by them is dialled, and only the handshake decides; so a forged or repeated
+    datagram costs a connection at most.
 
-    LIMIT questions a second that are signed with the secret are answered, and besides STRANGERS others, so that nobody is flooded
-    through us and strangers take nothing from those who have the secret; one address of strangers gets TOLD_MOST answers in
-    OTHERS seconds.
+    LIMIT questions a second that are signed with the secret are answered, and besides STRANGERS
+    others, so that nobody is flooded through us and strangers take nothing from those who have the
+    secret; one address of strangers gets TOLD_MOST answers in OTHERS seconds.
     """
-    REMEMBERED, LIMIT, STRANGERS, TOLD_MOST, OTHERS, WINDOW = 4096, 100, 20, 5, 60.0, 64
-    _counts = itertools.count(1)   # of the whole process: its instance is the same in all that it says
+    REMEMBERED = 4096
+    LIMIT = 100
+    STRANGERS = 20
+    TOLD_MOST = 5
+    OTHERS = 60.0
+    WINDOW = 64
+    # Of the whole process: its instance is the same in all that it says
+    _counts = itertools.count(1)
 
-    def __init__(self, psk: bytes, role: Role, instance: bytes, port: int = 0, addresses: Sequence[str] = ()) -> None:
+    def __init__(self,
+                 psk: bytes,
+                 role: Role,
+                 instance: bytes,
+                 port: int = 0,
+                 addresses: Sequence[str] = ()) -> None:
         self._key = hmac.digest(psk, b'dispy 5 discovery', 'sha256')
-        self._role, self._instance, self._port, self._addresses = role, instance, port, tuple(addresses)
-        # instance -> highest counter, and as bits which of the WINDOW up to it have come: datagrams overtake one another
+        self._role = role
+        self._instance = instance
+        self._port = port
+        self._addresses = tuple(addresses)
+        # instance -> highest counter, and as bits which of the WINDOW up to it have come: datagrams
+        # overtake one another
         self._seen: 'collections.OrderedDict[bytes, Tuple[int, int]]' = collections.OrderedDict()
-        # (address, instance) -> when it got NOT_MINE; a program that is started once more is told once more
+        # (address, instance) -> when it got NOT_MINE; a program that is started once more is told
+        # once more
         self._told: 'collections.OrderedDict[Tuple[str, bytes], float]' = collections.OrderedDict()
         self._asked: Deque[bytes] = collections.deque(maxlen=16)
-        self._told_there: 'collections.OrderedDict[str, Deque[float]]' = collections.OrderedDict()   # address -> when
-        self._second, self._answered, self._strangers = 0, 0, 0
+        # Address -> when
+        self._told_there: 'collections.OrderedDict[str, Deque[float]]' = collections.OrderedDict()
+        self._second = 0
+        self._answered = 0
+        self._strangers = 0
 
     def say(self, kind: Cry, to: str = '', echo: bytes = bytes(16)) -> bytes:
-        """A datagram of this process, new each time; for an asker's address `to` if it is an answer."""
+        """A datagram of this process, new each time; for an asker's address `to` if it is an
+        answer."""
         nonce = os.urandom(16)
         if kind is Cry.QUESTION:
             self._asked.append(nonce)
-        family, address = 0, bytes(16)
-        best = nearest_address(self._addresses, to) if kind is Cry.ANSWER else ''
+        family = 0
+        address = bytes(16)
+        if kind is Cry.ANSWER:
+            best = nearest_address(self._addresses, to)
+        else:
+            best = ''
         if best:
             packed = ipaddress.ip_address(best).packed
-            family, address = (4 if len(packed) == 4 else 6), packed.ljust(16, b'\0')
+            if len(packed) == 4:
+                family = 4
+            else:
+                family = 6
+            address = packed.ljust(16, b'\0')
         body = _DATAGRAM.pack(MAGIC, kind, self._role, self._port, family, address, self._instance,
                               next(self._counts), nonce, echo, bytes(32))[:-32]
-        return body + hmac.digest(os.urandom(32) if kind is Cry.NOT_MINE else self._key, body, 'sha256')
+        return body + hmac.digest(
+            os.urandom(32) if kind is Cry.NOT_MINE else self._key, body, 'sha256')
 
-    def hear(self, data: bytes, source: str, now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
-        """What was said, if it concerns us, and the answer to be sent to where it came from. Never raises."""
+    def hear(self, data: bytes, source: str,
+             now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
+        """What was said, if it concerns us, and the answer to be sent to where it came from. Never
+        raises."""
         if len(data) != DATAGRAM or data[:8] != MAGIC:
             return None, None
-        _, kind, role, port, family, address, instance, count, nonce, echo, tag = _DATAGRAM.unpack(data)
+        _, kind, role, port, family, address, instance, count, nonce, echo, tag = _DATAGRAM.unpack(
+            data)
         if instance == self._instance:
             return None, None
-        heard = Datagram(kind, role, port, str(ipaddress.ip_address(address[:4] if family == 4 else address)) if family else '',
-                         instance, nonce, echo)
+        heard = Datagram(
+            kind, role, port,
+            str(ipaddress.ip_address(address[:4] if family == 4 else address)) if family else '',
+            instance, nonce, echo)
         if not hmac.compare_digest(tag, hmac.digest(self._key, data[:-32], 'sha256')):
             return self._of_stranger(heard, source, now)
         if not self._is_new(instance, count):
@@ -3878,7 +4406,9 @@ class Discovery:
                     or not self._may_answer(now):
                 return None, None
             return heard, self.say(Cry.ANSWER, source, nonce)
-        if self._role is Role.NODE or kind not in (Cry.ANSWER, Cry.HELLO) or (kind == Cry.ANSWER and echo not in self._asked):
+        if self._role is Role.NODE or kind not in (Cry.ANSWER,
+                                                   Cry.HELLO) or (kind == Cry.ANSWER
+                                                                  and echo not in self._asked):
             return None, None
         return heard, None
 
@@ -3886,7 +4416,8 @@ class Discovery:
         highest, bits = self._seen.get(instance, (0, 0))
         ahead = count - highest
         if ahead > 0:
-            highest, bits = count, (bits << min(ahead, self.WINDOW) | 1) & ((1 << self.WINDOW) - 1)
+            highest = count
+            bits = (bits << min(ahead, self.WINDOW) | 1) & ((1 << self.WINDOW) - 1)
         elif ahead <= -self.WINDOW or bits >> -ahead & 1:
             return False
         else:
@@ -3897,7 +4428,8 @@ class Discovery:
             self._seen.popitem(last=False)
         return True
 
-    def _of_stranger(self, heard: Datagram, source: str, now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
+    def _of_stranger(self, heard: Datagram, source: str,
+                     now: float) -> Tuple[Optional[Datagram], Optional[bytes]]:
         if heard.kind == Cry.NOT_MINE and heard.echo in self._asked:
             return heard, None
         asker = source, heard.instance
@@ -3912,7 +4444,9 @@ class Discovery:
 
     def _next_second(self, now: float) -> None:
         if int(now) != self._second:
-            self._second, self._answered, self._strangers = int(now), 0, 0
+            self._second = int(now)
+            self._answered = 0
+            self._strangers = 0
 
     def _may_answer(self, now: float) -> bool:
         self._next_second(now)
@@ -3923,8 +4457,8 @@ class Discovery:
         """Whether a stranger is answered."""
         self._next_second(now)
         times = self._told_there.get(source)
-        if self._strangers >= self.STRANGERS or (
-                times is not None and len(times) == self.TOLD_MOST and now - times[0] < self.OTHERS):
+        if self._strangers >= self.STRANGERS or (times is not None and len(times) == self.TOLD_MOST
+                                                 and now - times[0] < self.OTHERS):
             return False
         self._strangers += 1
         if times is None:
@@ -3937,12 +4471,15 @@ class Discovery:
 
 def plain_address(address: str) -> str:
     """An address as people write it: IPv4 behind IPv6 as IPv4."""
-    return address[7:] if address.startswith('::ffff:') and '.' in address else address
+    if address.startswith('::ffff:') and '.' in address:
+        return address[7:]
+    return address
 
 
 def address_in(where: Tuple[Any, ...]) -> str:
-    """The address in what a socket tells, for people and to connect to. One of a link (fe80::1) means something with the
-    interface only: fe80::1%eth0. Raises OSError while no descriptor is left."""
+    """The address in what a socket tells, for people and to connect to. One of a link (fe80::1)
+    means something with the interface only: fe80::1%eth0. Raises OSError while no descriptor is
+    left."""
     address = plain_address(where[0])
     if len(where) == 4 and where[3] and '%' not in address:
         return '%s%%%s' % (address, socket.if_indextoname(where[3]))
@@ -3952,7 +4489,8 @@ def address_in(where: Tuple[Any, ...]) -> str:
 def is_own_address(address: str) -> bool:
     """Whether this machine has the address."""
     try:
-        family, kind, _, _, where = socket.getaddrinfo(address, 0, 0, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)[0]
+        family, kind, _, _, where = socket.getaddrinfo(address, 0, 0, socket.SOCK_DGRAM, 0,
+                                                       socket.AI_NUMERICHOST)[0]
         with socket.socket(family, kind) as sock:
             sock.bind(where)   # sends nothing
     except OSError:
@@ -3966,19 +4504,28 @@ def place(host: str, port: int) -> str:
 
 
 def nearest_address(addresses: Sequence[str], to: str) -> str:
-    """Of several addresses of one host the one to tell the host `to`: of its family, with most leading bits in common;
-    empty if there is none. An address of this very machine is told to this machine only."""
+    """Of several addresses of one host the one to tell the host `to`: of its family, with most
+    leading bits in common; empty if there is none. An address of this very machine is told to this
+    machine only."""
     if not addresses:
         return ''
     try:
-        asker: Any = ipaddress.ip_address(to.partition('%')[0]) if to else None
+        if to:
+            asker: Any = ipaddress.ip_address(to.partition('%')[0])
+        else:
+            asker = None
         known = [ipaddress.ip_address(address) for address in addresses]
     except ValueError:   # checked where they came in; a source address of a family we do not know
         return ''
     if asker is None:
         return str(known[0])
-    fit = [address for address in known if address.version == asker.version and address.is_loopback <= asker.is_loopback]
-    return str(min(fit, key=lambda address: int(address) ^ int(asker))) if fit else ''
+    fit = [
+        address for address in known
+        if address.version == asker.version and address.is_loopback <= asker.is_loopback
+    ]
+    if fit:
+        return str(min(fit, key=lambda address: int(address) ^ int(asker)))
+    return ''
 
 
 class Lease(enum.Enum):
@@ -3989,11 +4536,17 @@ class Lease(enum.Enum):
 
 
 LEASE_TABLE = {
-    (Lease.FREE, 'taken'): Lease.HELD, (Lease.HELD, 'taken'): Lease.HELD, (Lease.ORPHANED, 'taken'): Lease.HELD,
-    (Lease.HELD, 'broken'): Lease.ORPHANED, (Lease.ORPHANED, 'broken'): Lease.ORPHANED,
-    (Lease.HELD, 'ended'): Lease.FREE, (Lease.ORPHANED, 'ended'): Lease.FREE,
+    (Lease.FREE, 'taken'): Lease.HELD,
+    (Lease.HELD, 'taken'): Lease.HELD,
+    (Lease.ORPHANED, 'taken'): Lease.HELD,
+    (Lease.HELD, 'broken'): Lease.ORPHANED,
+    (Lease.ORPHANED, 'broken'): Lease.ORPHANED,
+    (Lease.HELD, 'ended'): Lease.FREE,
+    (Lease.ORPHANED, 'ended'): Lease.FREE,
 }
-LEASE_TEXT = {Lease.FREE: 'free', Lease.HELD: 'held by {}', Lease.ORPHANED: 'the connection of {} has ended'}
+LEASE_TEXT = {
+    Lease.FREE: 'free', Lease.HELD: 'held by {}', Lease.ORPHANED: 'the connection of {} has ended'
+}
 
 
 class Stage(enum.Enum):
@@ -4065,7 +4618,8 @@ class Stored(NamedTuple):
 
 
 class Found(NamedTuple):
-    """When the daemon starts: results of a computation are on the disk, and when they are given up."""
+    """When the daemon starts: results of a computation are on the disk, and when they are given
+    up."""
     comp: str
     owner: bytes
     serials: list
@@ -4098,9 +4652,10 @@ class EndWanted(NamedTuple):
 
 
 class RunnerGone(NamedTuple):
-    """The runner has ended, or never came up; `text` says why, empty when it was told to end. `unloadable`: the code of the
-    computation cannot even be loaded here. `begun`: serials that its workers are known to have begun; None: what stands first
-    at a worker may have begun. `code`: see REASONS."""
+    """The runner has ended, or never came up; `text` says why, empty when it was told to end.
+    `unloadable`: the code of the computation cannot even be loaded here. `begun`: serials that its
+    workers are known to have begun; None: what stands first at a worker may have begun. `code`: see
+    REASONS."""
     comp: str
     text: str
     unloadable: bool = False
@@ -4187,7 +4742,8 @@ class Stop(NamedTuple):
 
 
 class Pause(NamedTuple):
-    """No new jobs, by this authority ('operator', 'hours'), until it says Resume. What runs goes on, or is ended too."""
+    """No new jobs, by this authority ('operator', 'hours'), until it says Resume. What runs goes
+    on, or is ended too."""
     by: str
     text: str
     end: bool = False
@@ -4244,13 +4800,15 @@ class Forget(NamedTuple):
 
 
 class Remember(NamedTuple):
-    """Write down what is known of attempts that are not held any more; nothing is left to be known where it is empty."""
+    """Write down what is known of attempts that are not held any more; nothing is left to be known
+    where it is empty."""
     comp: str
     past: Past
 
 
 class NoteOverrun(NamedTuple):
-    """So many results are not acknowledged that the notes of what has begun do not reach back to the first of them."""
+    """So many results are not acknowledged that the notes of what has begun do not reach back to
+    the first of them."""
     comp: str
 
 
@@ -4303,7 +4861,8 @@ class StartRunner(NamedTuple):
 
 
 class StopRunner(NamedTuple):
-    """End a runner and its workers, with cleanup unless `at_once`; remove the directory. Fed back as RunnerGone."""
+    """End a runner and its workers, with cleanup unless `at_once`; remove the directory. Fed back
+    as RunnerGone."""
     comp: str
     at_once: bool
 
@@ -4402,7 +4961,9 @@ class DurationEstimate:
     @property
     def mean(self) -> Optional[float]:
         """The mean of those that ended last; None before the first has ended."""
-        return None if self.seconds is None else self._mean
+        if self.seconds is None:
+            return None
+        return self._mean
 
     def remaining(self, age: float) -> float:
         """How long a job that has run for `age` seconds will go on: by those that took longer; if
@@ -4424,7 +4985,8 @@ class DurationEstimate:
         if not self._last:
             return 0
         if self._new > len(self._last) >> 3:
-            self._new, self._rows = 0, {}
+            self._new = 0
+            self._rows = {}
         found = self._rows.get(seconds)
         if found is None:
             most = self._longest_row(seconds)
@@ -4460,7 +5022,9 @@ class Allowance:
 
     def __init__(self, estimate: DurationEstimate, unknown: int, most: int) -> None:
         """`unknown`: the allowance before any job has ended; `most`: what it never exceeds."""
-        self._estimate, self._unknown, self._most = estimate, unknown, most
+        self._estimate = estimate
+        self._unknown = unknown
+        self._most = most
         self._step = 1
         self._left = 0     # jobs to end until the next doubling; 0: a round begins
 
@@ -4480,7 +5044,10 @@ class Allowance:
     def jobs(self, horizon: float) -> int:
         """How many jobs fill `horizon` seconds of a CPU, as far as they may be held."""
         seconds = self._estimate.seconds
-        fits = self._unknown if seconds is None else int(horizon / seconds)
+        if seconds is None:
+            fits = self._unknown
+        else:
+            fits = int(horizon / seconds)
         if fits < self._step:
             self._step = max(1, fits)
         return min(fits, self._step)
@@ -4488,11 +5055,11 @@ class Allowance:
 
 class ValueDesk:
     """Values that are known by digest at one place: which are there, which are needed, and whoever
-    waits for some. Each computation has its own. Who waits is served in the order of coming, and one
-    value of a computation at a time is fetched. When values are there that nobody needs, those that
-    were not needed for longest make room for others; one that is needed is fetched when there is
-    room, or when nothing else is needed. Pure; whoever waits has an attribute `values`, which are
-    rows (size, digest)."""
+    waits for some. Each computation has its own. Who waits is served in the order of coming, and
+    one value of a computation at a time is fetched. When values are there that nobody needs, those
+    that were not needed for longest make room for others; one that is needed is fetched when there
+    is room, or when nothing else is needed. Pure; whoever waits has an attribute `values`, which
+    are rows (size, digest)."""
 
     def __init__(self, most: int) -> None:
         self._most = most       # bytes
@@ -4622,21 +5189,42 @@ class ValueDesk:
 
 class Attempt:
     """One try of a job, here."""
-    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'priority', 'ending', 'comp', 'counted', 'values')
+    __slots__ = ('serial', 'payload', 'cpus', 'timeout', 'memory', 'priority', 'ending', 'comp',
+                 'counted', 'values')
 
-    def __init__(self, serial: int, payload: Payload, options: Optional[dict], comp: '_Computation') -> None:
-        self.serial, self.payload, self.comp = serial, payload, comp
-        self.cpus = options.get('cpus', 1) if options else 1
-        self.timeout = options.get('timeout') if options else None
-        self.memory = options.get('memory') if options else None
-        self.priority = options.get('priority', 0) if options else 0
-        self.values = options.get('values', ()) if options else ()   # rows (size, digest)
+    def __init__(self, serial: int, payload: Payload, options: Optional[dict],
+                 comp: '_Computation') -> None:
+        self.serial = serial
+        self.payload = payload
+        self.comp = comp
+        if options:
+            self.cpus = options.get('cpus', 1)
+        else:
+            self.cpus = 1
+        if options:
+            self.timeout = options.get('timeout')
+        else:
+            self.timeout = None
+        if options:
+            self.memory = options.get('memory')
+        else:
+            self.memory = None
+        if options:
+            self.priority = options.get('priority', 0)
+        else:
+            self.priority = 0
+        # Rows (size, digest)
+        if options:
+            self.values = options.get('values', ())
+        else:
+            self.values = ()
         self.ending: Optional[Outcome] = None   # why it is being ended, if it is
         self.counted = 0        # bytes of its arguments in the node's books: while it waits
 
     def ending_text(self, ending: Outcome) -> str:
         """Why it was ended, with the number that it has exceeded."""
-        return ENDING_TEXT.get(ending, 'it was to end') % {'timeout': self.timeout, 'memory': self.memory}
+        return ENDING_TEXT.get(ending,
+                               'it was to end') % {'timeout': self.timeout, 'memory': self.memory}
 
 
 class _Worker:
@@ -4645,15 +5233,18 @@ class _Worker:
                  'pardoned')
 
     def __init__(self, key: int, comp: '_Computation') -> None:
-        self.key, self.comp = key, comp
+        self.key = key
+        self.comp = comp
         self.queue: Deque[Attempt] = collections.deque()
         self.since = 0.0        # when the head became the head, or when it became idle
         self.told = False       # the client knows that the head has begun
         self.pardoned = False   # the head began before another client came, and does not count
         self.jobs_given = 0            # jobs given to it
         self.recalled = False   # asked to give back, not answered
-        self.asks = 0           # its job sends a file, or has and waits for the answer: the link it goes along
-        self.stuck = 0          # CPUs of a job that was killed and has been told, while its process has not ended
+        # Its job sends a file, or has and waits for the answer: the link it goes along
+        self.asks = 0
+        # CPUs of a job that was killed and has been told, while its process has not ended
+        self.stuck = 0
 
     def note_begun(self) -> None:
         """What it runs has begun, which its client is to be told."""
@@ -4662,7 +5253,8 @@ class _Worker:
 
 
 class Spooled(NamedTuple):
-    """Results on the disk: whose they are, which, and when they are given up if their computation is over here."""
+    """Results on the disk: whose they are, which, and when they are given up if their computation
+    is over here."""
     owner: bytes
     serials: Set[int]
     until: float
@@ -4688,7 +5280,10 @@ class _Computation:
     """A computation of a client on this node."""
 
     def __init__(self, comp: str, instance: bytes, link: int, spec: dict) -> None:
-        self.comp, self.instance, self.link, self.spec = comp, instance, link, spec
+        self.comp = comp
+        self.instance = instance
+        self.link = link
+        self.spec = spec
         self.client_name = str(spec.get('client', comp))[:NAME_MOST]
         self.stage = Stage.PREPARING
         self.waiting: Deque[Attempt] = collections.deque()   # by priority, then in order
@@ -4716,13 +5311,17 @@ class _Computation:
         self.most = spec.get('max_jobs') or 0
         self.limit = spec['cpus']              # CPUs that it may use at once; 0: all
         self.orphan_at = 0.0                   # when its results are given up, if its link is gone
-        self.calls: Dict[int, int] = {}        # questions to the client -> worker that waits for the answer
+        # Questions to the client -> worker that waits for the answer
+        self.calls: Dict[int, int] = {}
         self.asked = False                     # for files, ever
-        self.fetches: Deque[Tuple[int, list]] = collections.deque()   # workers, and the files that they wait for
-        self.served = 0                        # when it was given a CPU last, in numbers of the node
+        # Workers, and the files that they wait for
+        self.fetches: Deque[Tuple[int, list]] = collections.deque()
+        # When it was given a CPU last, in numbers of the node
+        self.served = 0
         self.own = self.client = _Claim()      # see `FairShare`; the second is set by it
         self.done = 0                          # attempts that have ended
-        self.overrun = False                   # notes of what has begun do not reach back far enough
+        # Notes of what has begun do not reach back far enough
+        self.overrun = False
 
     def move(self, event: str) -> None:
         """Go to the next stage."""
@@ -4741,7 +5340,10 @@ class _Computation:
         elif not again and (not waiting or waiting[-1].priority >= attempt.priority):
             waiting.append(attempt)
         else:
-            least = attempt.priority if again else attempt.priority - 1
+            if again:
+                least = attempt.priority
+            else:
+                least = attempt.priority - 1
             waiting.insert(sum(other.priority > least for other in waiting), attempt)
 
 
@@ -4774,11 +5376,14 @@ class NodeTables:
             self.reply(comp, need)
 
     def comp_of(self, link: int, name: str) -> Optional[_Computation]:
-        """The computation a message speaks of. None for one that has ended here: the message came too late."""
+        """The computation a message speaks of. None for one that has ended here: the message came
+        too late."""
         comp = self.comps.get(name)
         if comp is not None and comp.instance != self.links[link].instance:
             raise PeerError('computation %.40r is of another client' % name)
-        return comp if comp is not None and comp.stage is not Stage.CLOSING else None
+        if comp is not None and comp.stage is not Stage.CLOSING:
+            return comp
+        return None
 
     def worker_at_work(self, key: int) -> Optional[_Worker]:
         """A worker; None when there is no such worker, or its computation is being closed."""
@@ -4848,7 +5453,10 @@ class Timers:
     def pop(self) -> Timer:
         """Remove the first timer and return it."""
         timer = heapq.heappop(self._heap)
-        self.next_at = self._heap[0].when if self._heap else math.inf
+        if self._heap:
+            self.next_at = self._heap[0].when
+        else:
+            self.next_at = math.inf
         return timer
 
 
@@ -4857,12 +5465,14 @@ class Cpus:
 
     def __init__(self, count: int) -> None:
         self.offered = count
-        self.total = count      # more than offered while a computation wants more processes than there are CPUs
+        # More than offered while a computation wants more processes than there are CPUs
+        self.total = count
         self.most = count       # that `total` ever was
         self.free = count
 
     def resize(self, limits: Iterable[int]) -> None:
-        """CPUs to hand out: those offered, or as many as a computation has been allocated by its client."""
+        """CPUs to hand out: those offered, or as many as a computation has been allocated by its
+        client."""
         total = max([self.offered, *limits])
         self.free += total - self.total
         self.total = total
@@ -4888,8 +5498,10 @@ class NodeLease:
         self._cooldown: Tuple[Optional[bytes], float] = (None, 0.0)
 
     def _move(self, event: str, holder: Optional[bytes], text: str) -> None:
-        before, self.state = self.state, LEASE_TABLE[self.state, event]
-        self.holder, self.holder_text = holder, text
+        before = self.state
+        self.state = LEASE_TABLE[self.state, event]
+        self.holder = holder
+        self.holder_text = text
         if before is not self.state:
             logger.info('%s', LEASE_TEXT[self.state].format(text or 'a client'))
 
@@ -4918,7 +5530,8 @@ class NodeLease:
         if self.state is Lease.FREE:
             return ''
         return '%s for %.0f s%s' % (self.holder_text or 'another client', now - self._held_since,
-                                    '; its connection is lost' if self.state is Lease.ORPHANED else '')
+                                    '; its connection is lost'
+                                    if self.state is Lease.ORPHANED else '')
 
     def refuse(self, link: int) -> None:
         """Note that a client was refused because another holds the node."""
@@ -4926,7 +5539,8 @@ class NodeLease:
 
     def take_refused(self) -> Set[int]:
         """Links that were refused so, once each."""
-        refused, self._refused = self._refused, set()
+        refused = self._refused
+        self._refused = set()
         return refused
 
     def forget_link(self, link: int) -> None:
@@ -4956,12 +5570,15 @@ class PastAttempts:
     """What is known of attempts that are not held any more, by computation."""
 
     def __init__(self, tables: NodeTables, timers: Timers) -> None:
-        self._tables, self._timers = tables, timers
+        self._tables = tables
+        self._timers = timers
         self._known: Dict[str, Past] = {}
 
     def row(self, name: str) -> tuple:
         """What is known, as on the wire."""
-        return self._known[name].row() if name in self._known else ()
+        if name in self._known:
+            return self._known[name].row()
+        return ()
 
     def on_remembered(self, event: Remembered, now: float) -> None:
         """An earlier daemon has written this down."""
@@ -4997,10 +5614,15 @@ class UndeliveredResults:
 
     def __init__(self, tables: NodeTables, timers: Timers, past: PastAttempts,
                  zombie: float) -> None:
-        self._tables, self._timers, self._past, self._zombie = tables, timers, past, zombie
-        self.spooled: Dict[str, Spooled] = {}   # computation -> results on disk, also of some that are over here
+        self._tables = tables
+        self._timers = timers
+        self._past = past
+        self._zombie = zombie
+        # Computation -> results on disk, also of some that are over here
+        self.spooled: Dict[str, Spooled] = {}
         self._disk_full = False                 # which was told
-        self._resent: Set[Tuple[int, str]] = set()   # links on which results of a computation were sent again
+        # Links on which results of a computation were sent again
+        self._resent: Set[Tuple[int, str]] = set()
 
     def deliver(self, comp: _Computation) -> None:
         """Send what has not been sent; to the disk with it if the client is away."""
@@ -5014,12 +5636,15 @@ class UndeliveredResults:
         """Results that nobody has acknowledged go to the disk."""
         comp.outbox = []
         if comp.unacknowledged:
-            self._tables.do(Keep(comp.comp, comp.instance, list(comp.unacknowledged.values()), comp.digest))
+            self._tables.do(
+                Keep(comp.comp, comp.instance, list(comp.unacknowledged.values()), comp.digest))
 
     def spooling_failed(self, event: Kept) -> None:
         """There is no room: results stay in memory, and are tried again."""
         if not self._disk_full:
-            logger.error('results cannot be kept on the disk: %s; they stay in memory until they can', event.error)
+            logger.error(
+                'results cannot be kept on the disk: %s; they stay in memory until they can',
+                event.error)
         self._disk_full = True
 
     def on_spooled(self, event: Kept, now: float) -> None:
@@ -5031,14 +5656,18 @@ class UndeliveredResults:
                 comp.unacknowledged.pop(serial, None)
         spooled = self.spooled.get(event.comp)
         if spooled is None:
-            spooled = Spooled(comp.instance, set(), 0.0, comp.digest) if comp is not None else Spooled(b'', set(), 0.0)
+            if comp is not None:
+                spooled = Spooled(comp.instance, set(), 0.0, comp.digest)
+            else:
+                spooled = Spooled(b'', set(), 0.0)
             self._expire_at(now + self._zombie, event.comp)
         spooled.serials.update(event.serials)
         self.spooled[event.comp] = spooled._replace(until=now + self._zombie)
 
     def on_found(self, event: Found, now: float) -> None:
         """An earlier daemon has left results on the disk."""
-        self.spooled[event.comp] = Spooled(event.owner, set(event.serials), event.until, event.digest)
+        self.spooled[event.comp] = Spooled(event.owner, set(event.serials), event.until,
+                                           event.digest)
         self._expire_at(event.until, event.comp)
 
     def forget(self, name: str) -> None:
@@ -5049,7 +5678,9 @@ class UndeliveredResults:
     def spooled_serials(self, name: str) -> AbstractSet[int]:
         """Attempts of a computation whose results are on the disk."""
         spooled = self.spooled.get(name)
-        return spooled.serials if spooled is not None else frozenset()
+        if spooled is not None:
+            return spooled.serials
+        return frozenset()
 
     def spooled_of(self, instance: bytes) -> List[str]:
         """Computations of a client that have results on the disk."""
@@ -5057,8 +5688,12 @@ class UndeliveredResults:
 
     def known_attempts(self, name: str) -> List[int]:
         """All attempts of a computation that are known here."""
-        comp, spooled = self._tables.comps.get(name), self.spooled.get(name)
-        known = [*comp.attempts, *comp.unacknowledged] if comp is not None and comp.stage is not Stage.CLOSING else []
+        comp = self._tables.comps.get(name)
+        spooled = self.spooled.get(name)
+        if comp is not None and comp.stage is not Stage.CLOSING:
+            known = [*comp.attempts, *comp.unacknowledged]
+        else:
+            known = []
         return known + (sorted(spooled.serials) if spooled is not None else [])
 
     def give_to(self, name: str, instance: bytes) -> None:
@@ -5090,7 +5725,8 @@ class UndeliveredResults:
 
     def on_ack(self, link: int, message: Ack, now: float) -> None:
         """The client has these results."""
-        comp, spooled = self._tables.comp_of(link, message.comp), self.spooled.get(message.comp)
+        comp = self._tables.comp_of(link, message.comp)
+        spooled = self.spooled.get(message.comp)
         if comp is not None:
             for serial in message.serials:
                 comp.unacknowledged.pop(serial, None)
@@ -5108,14 +5744,22 @@ class UndeliveredResults:
     def _expire(self, name: str, now: float) -> None:
         if name not in self.spooled:
             return
-        until = self.spooled[name].until if name not in self._tables.comps else now + max(self._zombie, 1.0)
+        if name not in self._tables.comps:
+            until = self.spooled[name].until
+        else:
+            until = now + max(self._zombie, 1.0)
         if now < until:
             self._expire_at(until, name)
             return
         serials = self.spooled[name].serials
-        logger.warning('%d results of a computation whose client has not come back are given up (--zombie-interval)', len(serials))
-        self._past.add(name, Past(given_up=frozenset(serials), text='node %s gave up its result after %g s '
-                                  '(--zombie-interval)' % (self._tables.name, self._zombie)))
+        logger.warning(
+            '%d results of a computation whose client has not come back are given up (--zombie-interval)',
+            len(serials))
+        self._past.add(
+            name,
+            Past(given_up=frozenset(serials),
+                 text='node %s gave up its result after %g s '
+                 '(--zombie-interval)' % (self._tables.name, self._zombie)))
         self.forget(name)
 
 
@@ -5125,19 +5769,23 @@ class Attempts:
 
     def __init__(self, tables: NodeTables, cpus: Cpus, past: PastAttempts,
                  results: UndeliveredResults, share: 'FairShare') -> None:
-        self._tables, self._cpus, self._past = tables, cpus, past
-        self._results, self._share = results, share
+        self._tables = tables
+        self._cpus = cpus
+        self._past = past
+        self._results = results
+        self._share = share
         self.refuses_new = False    # those that come are given back
         self.held_bytes = 0         # of arguments of attempts that wait
         self._in_parts: List[Attempt] = []      # whose arguments came so
         self.values = ValueDesk(VALUES_KEPT)
 
-    # -- coming -------------------------------------------------------------------------------------------
+    # -- coming ------------------------------------------------------------------------------------
 
     def on_jobs(self, link: int, message: Jobs, now: float) -> None:
         """Attempts have come; those that are known here have come before."""
         comp = self._tables.comp_of(link, message.comp)
-        if comp is None or comp.link != link:   # another connection has the place of this one, and was told what had come
+        # Another connection has the place of this one, and was told what had come
+        if comp is None or comp.link != link:
             return
         if self.refuses_new:
             self._return_all(comp, message)
@@ -5156,8 +5804,9 @@ class Attempts:
                 continue
             attempt = Attempt(serial, payload, options, comp)
             if attempt.cpus > self._cpus.most:
-                self.finish(comp, (serial, int(Outcome.DIED), 0.0, 0.0, b'the job wants %d CPUs and the node has %d'
-                                   % (attempt.cpus, self._cpus.most), b'', b''))
+                self.finish(comp, (serial, int(
+                    Outcome.DIED), 0.0, 0.0, b'the job wants %d CPUs and the node has %d' %
+                                   (attempt.cpus, self._cpus.most), b'', b''))
                 continue
             comp.attempts[serial] = attempt
             if not attempt.values or self.values.admit(comp.comp, attempt):
@@ -5188,17 +5837,20 @@ class Attempts:
         spooled = self._results.spooled_serials(comp.comp)
         return serial in comp.attempts or serial in comp.unacknowledged or serial in spooled
 
-    # -- memory -------------------------------------------------------------------------------------------
+    # -- memory ------------------------------------------------------------------------------------
 
     def count(self, attempt: Attempt, waits: bool) -> None:
         """Into the books of what waits, or out of them."""
-        counted = size_of(attempt.payload) if waits else 0
+        if waits:
+            counted = size_of(attempt.payload)
+        else:
+            counted = 0
         self.held_bytes += counted - attempt.counted
         attempt.counted = counted
 
     def is_full(self) -> bool:
-        """Whether so much waits that links are not to be read: without what came in parts, for which
-        memory was found before."""
+        """Whether so much waits that links are not to be read: without what came in parts, for
+        which memory was found before."""
         held = self.held_bytes
         if held > RECEIVE_BUDGET and self._in_parts:
             self._in_parts = [attempt for attempt in self._in_parts
@@ -5206,7 +5858,7 @@ class Attempts:
             held -= sum(attempt.counted for attempt in self._in_parts)
         return held > RECEIVE_BUDGET
 
-    # -- ending and going back ----------------------------------------------------------------------------
+    # -- ending and going back ---------------------------------------------------------------------
 
     def finish(self, comp: _Computation, row: tuple) -> None:
         """An attempt has ended, with this row of Results."""
@@ -5221,7 +5873,8 @@ class Attempts:
 
     def finish_unstarted(self, comp: _Computation, attempt: Attempt) -> None:
         """An attempt was cancelled before it started."""
-        self.finish(comp, (attempt.serial, int(Outcome.CANCELLED), 0.0, 0.0, b'cancelled before it started', b'', b''))
+        self.finish(comp, (attempt.serial, int(
+            Outcome.CANCELLED), 0.0, 0.0, b'cancelled before it started', b'', b''))
 
     def requeue(self, comp: _Computation, attempts: Iterable[Attempt]) -> None:
         """Attempts that never started go back to the front, or to the client if it has called them
@@ -5261,8 +5914,8 @@ class Attempts:
             self._hand_back(comp, serials)
 
     def _leave(self, comp: _Computation, attempts: Sequence[Attempt]) -> List[int]:
-        """Attempts that never started end if they were to be, and are of the client again otherwise.
-        Returns the latter."""
+        """Attempts that never started end if they were to be, and are of the client again
+        otherwise. Returns the latter."""
         serials: List[int] = []
         for attempt in attempts:
             if attempt.ending is not None:
@@ -5283,7 +5936,8 @@ class Attempts:
     def _hand_back(self, comp: _Computation, serials: List[int]) -> None:
         """Attempts that never started are told to the client; when it is back if it is away."""
         if comp.link in self._tables.links:
-            for message in in_parts(Returned, comp.comp, serials) if serials else [Returned(comp.comp, [])]:
+            for message in in_parts(Returned, comp.comp,
+                                    serials) if serials else [Returned(comp.comp, [])]:
                 self._tables.reply(comp, message)
         elif serials:
             self._past.add(comp.comp, Past(unbegun=frozenset(serials)))
@@ -5320,10 +5974,11 @@ class Attempts:
             self.values.release(comp.comp, attempt)
         self.values.forget(comp.comp)
 
-    # -- values by digest ---------------------------------------------------------------------------------
+    # -- values by digest --------------------------------------------------------------------------
 
     def serve_values(self) -> None:
-        """Attempts whose values are there wait for a CPU from now on; what others lack is fetched."""
+        """Attempts whose values are there wait for a CPU from now on; what others lack is
+        fetched."""
         served, actions = self.values.serve()
         for _, attempt in served:
             attempt.comp.enqueue(attempt)
@@ -5339,8 +5994,13 @@ class Attempts:
             self._tables.ask_for_files(comp, event.missing)
         elif event.error:
             for attempt in self.values.failed(event.comp):
-                self.finish(comp, unfit_row(Unfit(comp.comp, (attempt.serial,), unfit_text(
-                    sum(size for size, _ in attempt.values), '%s (on node %s)' % (event.error, self._tables.name)))))
+                self.finish(
+                    comp,
+                    unfit_row(
+                        Unfit(
+                            comp.comp, (attempt.serial, ),
+                            unfit_text(sum(size for size, _ in attempt.values),
+                                       '%s (on node %s)' % (event.error, self._tables.name)))))
         else:
             self.values.came(event.comp)
 
@@ -5357,11 +6017,13 @@ class Attempts:
 
 class Interruptions:
     """Ends attempts that run: those that are cancelled, have no time left, use too much memory, or
-    run on a node that is to end. The job is interrupted; after GRACE its worker is killed, and after
-    GRACE more its result is that nothing could end it."""
+    run on a node that is to end. The job is interrupted; after GRACE its worker is killed, and
+    after GRACE more its result is that nothing could end it."""
 
     def __init__(self, tables: NodeTables, timers: Timers, attempts: Attempts) -> None:
-        self._tables, self._timers, self._attempts = tables, timers, attempts
+        self._tables = tables
+        self._timers = timers
+        self._attempts = attempts
         self.ends_all = False       # what starts now is ended
 
     def on_cancel(self, link: int, message: Cancel, now: float) -> None:
@@ -5410,12 +6072,14 @@ class Interruptions:
         """What a worker runs has no more time than this."""
         self._set_timer(when, self._time_out, worker, worker.queue[0].serial)
 
-    def _set_timer(self, when: float, call: Callable[..., None], worker: _Worker, serial: int) -> None:
+    def _set_timer(self, when: float, call: Callable[..., None], worker: _Worker,
+                   serial: int) -> None:
         self._timers.at(when, worker.comp.comp, call, worker, serial, is_wanted=self._is_running)
 
     def _is_running(self, worker: _Worker, serial: int) -> bool:
         """Whether the worker is there and runs this attempt."""
-        return worker.key in self._tables.workers and bool(worker.queue) and worker.queue[0].serial == serial
+        return worker.key in self._tables.workers and bool(
+            worker.queue) and worker.queue[0].serial == serial
 
     def _time_out(self, worker: _Worker, serial: int, now: float) -> None:
         if self._is_running(worker, serial) and worker.queue[0].ending is None:
@@ -5428,11 +6092,13 @@ class Interruptions:
             self._set_timer(now + GRACE, self._stuck, worker, serial)
 
     def _stuck(self, worker: _Worker, serial: int, now: float) -> None:
-        """A worker was killed and has not ended: its process sleeps in the kernel and cannot be interrupted, as on a disk that
-        has died. Its job is told, what stood behind it waits for another, and its CPUs come back when it has ended."""
+        """A worker was killed and has not ended: its process sleeps in the kernel and cannot be
+        interrupted, as on a disk that has died. Its job is told, what stood behind it waits for
+        another, and its CPUs come back when it has ended."""
         if not self._is_running(worker, serial):
             return
-        comp, head = worker.comp, worker.queue.popleft()
+        comp = worker.comp
+        head = worker.queue.popleft()
         ending = head.ending or Outcome.DIED
         text = '%s; it was killed, and its process has not ended within %d s (uninterruptible): its CPU is lost to node %s' % (
             head.ending_text(ending), GRACE, self._tables.name)
@@ -5457,7 +6123,8 @@ class FairShare:
     back. One that has come is next, and claims nothing of what others used before."""
 
     def __init__(self, tables: NodeTables, cpus: Cpus) -> None:
-        self._tables, self._cpus = tables, cpus
+        self._tables = tables
+        self._cpus = cpus
 
     def joins(self, comp: _Computation) -> None:
         """A computation has come; its client may have others here."""
@@ -5477,7 +6144,8 @@ class FairShare:
             if comp.attempts:
                 fresh = not comp.cpus_used()
                 for claim in (comp.own, comp.client):
-                    claim.seen, claim.fresh = now, claim.fresh and fresh
+                    claim.seen = now
+                    claim.fresh = claim.fresh and fresh
 
     @staticmethod
     def first(rivals: List[_Computation]) -> _Computation:
@@ -5518,7 +6186,8 @@ class FairShare:
 
     def _forgive(self, used: Dict[_Claim, float]) -> None:
         """Claims, and what each uses by jobs that run: what is beyond CREDIT_TIME is forgotten."""
-        floor = max(claim.used + more for claim, more in used.items()) - CREDIT_TIME * self._cpus.total
+        floor = max(claim.used + more
+                    for claim, more in used.items()) - CREDIT_TIME * self._cpus.total
         for claim, more in used.items():
             claim.used = max(claim.used, floor - more)
             claim.reckoned = claim.used + more
@@ -5526,7 +6195,8 @@ class FairShare:
     def _level(self, comp: _Computation, now: float) -> None:
         """The first job of one that has come begins: from now on it claims as much as the others,
         and what jobs of other clients that run will use is not held against these."""
-        client, own = comp.client, comp.own
+        client = comp.client
+        own = comp.own
         comps = self._tables.comps.values()
         if client.fresh:
             for other in comps:
@@ -5546,7 +6216,8 @@ class FairShare:
         for worker in comp.workers.values():
             if worker.queue and not worker.pardoned:
                 worker.pardoned = True
-                age, cpus = now - worker.since, worker.queue[0].cpus
+                age = now - worker.since
+                cpus = worker.queue[0].cpus
                 for claim in (comp.own, comp.client):
                     claim.used += age * cpus
                     claim.reckoned -= comp.estimate.remaining(age) * cpus
@@ -5557,15 +6228,19 @@ class CpuScheduler:
 
     def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus, attempts: Attempts,
                  interruptions: Interruptions, share: FairShare) -> None:
-        self._tables, self._timers, self._cpus = tables, timers, cpus
-        self._attempts, self._interruptions, self._share = attempts, interruptions, share
+        self._tables = tables
+        self._timers = timers
+        self._cpus = cpus
+        self._attempts = attempts
+        self._interruptions = interruptions
+        self._share = share
         self.look_at = math.inf     # when some head will have run for BEGUN_TIME
         self._workers_at = 0.0      # when the next worker may be started
         self._start_failure = ''    # why none could be, as it was told
         self._keys = itertools.count(1)
         self._served = itertools.count()
 
-    # -- CPUs to attempts that wait -----------------------------------------------------------------------
+    # -- CPUs to attempts that wait ----------------------------------------------------------------
 
     def assign_cpus(self, now: float) -> None:
         """CPUs to computations."""
@@ -5596,7 +6271,8 @@ class CpuScheduler:
 
     def _start_on_worker(self, comp: _Computation, ahead: int, now: float) -> bool:
         """Work for one more worker, if there is a CPU."""
-        if not comp.waiting or comp.waiting[0].cpus > self._cpus.free or self._is_limited(comp, comp.waiting[0].cpus):
+        if not comp.waiting or comp.waiting[0].cpus > self._cpus.free or self._is_limited(
+                comp, comp.waiting[0].cpus):
             return False
         if comp.idle:
             worker = comp.idle.pop()
@@ -5617,7 +6293,9 @@ class CpuScheduler:
         ahead = comp.handed.jobs(AHEAD_TIME)
         while self._start_on_worker(comp, ahead, now):
             continue
-        if comp.waiting and comp.waiting[0].cpus > min(self._cpus.total, comp.limit or self._cpus.total):   # it came when there were more
+        # It came when there were more
+        if comp.waiting and comp.waiting[0].cpus > min(self._cpus.total, comp.limit
+                                                       or self._cpus.total):
             self._attempts.return_waiting(comp)
         if ahead and comp.waiting and not crowded:
             for worker in list(comp.refillable.values()):
@@ -5640,7 +6318,8 @@ class CpuScheduler:
             attempts.append(comp.waiting.popleft())
             if attempt.counted > LAZY:   # alone, as above
                 count = 0
-            self._attempts.count(attempt, False)   # what runs does not keep links from being read: orders come along them
+            # What runs does not keep links from being read: orders come along them
+            self._attempts.count(attempt, False)
             worker.queue.append(attempt)
             count -= 1
         if attempts:
@@ -5650,7 +6329,8 @@ class CpuScheduler:
             self._tables.do(Feed(worker.key, attempts))
 
     def _on_job_started(self, worker: _Worker, now: float) -> None:
-        worker.since, worker.told = now, False
+        worker.since = now
+        worker.told = False
         head = worker.queue[0]
         if self.look_at == math.inf:
             self.look_at = now + BEGUN_TIME
@@ -5683,15 +6363,17 @@ class CpuScheduler:
             if ahead:
                 self._attempts.take_back(worker)
 
-    # -- what workers did ---------------------------------------------------------------------------------
+    # -- what workers did --------------------------------------------------------------------------
 
     def on_results(self, event: WorkerResults, now: float) -> None:
         """Jobs have ended in a worker, or have sent provisional results."""
         worker = self._tables.workers.get(event.worker)
         if worker is None or worker.comp.stage is Stage.CLOSING:
             return
-        comp, durations = worker.comp, []
-        place, ended = 0, None
+        comp = worker.comp
+        durations = []
+        place = 0
+        ended = None
         for row in event.rows:
             if place >= len(worker.queue) or worker.queue[place].serial != row[0]:
                 raise PeerError('a worker answered for %d, which it did not run' % row[0])
@@ -5720,11 +6402,13 @@ class CpuScheduler:
 
     @staticmethod
     def _ended(attempt: Attempt, row: tuple) -> tuple:
-        """The result of an attempt that was interrupted. One that was cancelled and returned all the same counts."""
+        """The result of an attempt that was interrupted. One that was cancelled and returned all
+        the same counts."""
         assert attempt.ending is not None   # ours
         if attempt.ending is Outcome.CANCELLED and row[1] in RETURNED:
             return row
-        return (row[0], int(attempt.ending), row[2], row[3], attempt.ending_text(attempt.ending).encode(), *row[5:])
+        return (row[0], int(attempt.ending), row[2], row[3],
+                attempt.ending_text(attempt.ending).encode(), *row[5:])
 
     def on_returned(self, event: WorkerReturned, now: float) -> None:
         """A worker has given back what it had not started."""
@@ -5732,10 +6416,15 @@ class CpuScheduler:
         if worker is None:
             return
         worker.recalled = False
-        comp, serials = worker.comp, set(event.serials)
-        head = worker.queue[0] if worker.queue else None
+        comp = worker.comp
+        serials = set(event.serials)
+        if worker.queue:
+            head = worker.queue[0]
+        else:
+            head = None
         back = [attempt for attempt in worker.queue if attempt.serial in serials]
-        worker.queue = collections.deque(attempt for attempt in worker.queue if attempt.serial not in serials)
+        worker.queue = collections.deque(attempt for attempt in worker.queue
+                                         if attempt.serial not in serials)
         worker.jobs_given -= len(back)
         self._attempts.requeue(comp, back)
         if back and not worker.queue:
@@ -5747,8 +6436,10 @@ class CpuScheduler:
         """What runs has failed with this text; what waits was never started."""
         for worker in list(comp.workers.values()):
             if worker.queue:
-                head, rest = worker.queue[0], list(worker.queue)[1:]
-                self._attempts.finish(comp, (head.serial, int(Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
+                head = worker.queue[0]
+                rest = list(worker.queue)[1:]
+                self._attempts.finish(comp, (head.serial, int(
+                    Outcome.DIED), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''))
                 self._cpus.free += head.cpus
                 worker.queue.clear()
                 comp.waiting.extend(rest)
@@ -5760,11 +6451,11 @@ class CpuScheduler:
         for worker in self._tables.workers.values():
             queue = list(worker.queue)
             if queue and worker.comp.stage is Stage.READY:
-                self._attempts.finish(worker.comp, (queue[0].serial, int(Outcome.STOPPED), 0.0, 0.0,
-                                                    ENDING_TEXT[Outcome.STOPPED].encode(), b'', b''))
+                self._attempts.finish(worker.comp, (queue[0].serial, int(
+                    Outcome.STOPPED), 0.0, 0.0, ENDING_TEXT[Outcome.STOPPED].encode(), b'', b''))
                 worker.comp.waiting.extend(queue[1:])
 
-    # -- workers ------------------------------------------------------------------------------------------
+    # -- workers -----------------------------------------------------------------------------------
 
     def _new_worker(self, comp: _Computation) -> _Worker:
         worker = _Worker(next(self._keys), comp)
@@ -5835,13 +6526,18 @@ class CpuScheduler:
             return
         if worker.queue:
             self._cpus.free += worker.queue[0].cpus
-            self._share.charge(comp, (now - worker.since) * worker.queue[0].cpus * (not worker.pardoned))
+            self._share.charge(comp,
+                               (now - worker.since) * worker.queue[0].cpus * (not worker.pardoned))
         if worker.queue and worker.queue[0].serial == event.running:
             attempt = worker.queue.popleft()
             ending = attempt.ending or Outcome.DIED
-            text = event.text if ending is Outcome.DIED else attempt.ending_text(ending)
-            self._attempts.finish(comp, (attempt.serial, int(ending), 0.0, 0.0, text.encode('utf-8', 'replace'),
-                                         bytes(event.stdout), bytes(event.stderr)))
+            if ending is Outcome.DIED:
+                text = event.text
+            else:
+                text = attempt.ending_text(ending)
+            self._attempts.finish(
+                comp, (attempt.serial, int(ending), 0.0, 0.0, text.encode(
+                    'utf-8', 'replace'), bytes(event.stdout), bytes(event.stderr)))
         elif not worker.jobs_given:
             comp.startup_failures += 1
         self._attempts.requeue(comp, worker.queue)
@@ -5891,7 +6587,8 @@ class JobRequests:
     they have printed."""
 
     def __init__(self, tables: NodeTables, attempts: Attempts) -> None:
-        self._tables, self._attempts = tables, attempts
+        self._tables = tables
+        self._attempts = attempts
         self._numbers = itertools.count(1)   # of calls to clients
 
     def on_file(self, event: WorkerFile, now: float) -> None:
@@ -5915,7 +6612,8 @@ class JobRequests:
         worker = self._tables.worker_at_work(event.worker)
         if worker is None:
             return
-        comp, worker.asks = worker.comp, worker.comp.link or -1
+        comp = worker.comp
+        worker.asks = worker.comp.link or -1
         if comp.link not in self._tables.links:
             self._answer(worker, 'the client is not connected')
             return
@@ -5926,7 +6624,10 @@ class JobRequests:
     def on_return(self, link: int, message: Return, now: float) -> None:
         """The client knows which files a job needs, or why there are none."""
         comp = self._tables.comp_of(link, message.comp)
-        worker = self._tables.workers.get(comp.calls.pop(message.number, 0)) if comp is not None else None
+        if comp is not None:
+            worker = self._tables.workers.get(comp.calls.pop(message.number, 0))
+        else:
+            worker = None
         if comp is None or worker is None:
             return
         if message.error:
@@ -5956,7 +6657,9 @@ class JobRequests:
         """A job has printed something."""
         worker = self._tables.workers.get(event.worker)
         if worker is not None and worker.queue and worker.queue[0].serial == event.serial:
-            self._tables.reply(worker.comp, Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data))
+            self._tables.reply(
+                worker.comp,
+                Output(worker.comp.comp, event.serial, event.stream, event.offset, event.data))
 
     def on_file_stored(self, link: int, message: FileStored, now: float) -> None:
         """The client has the file of a job, or cannot have it; or it cannot send a value."""
@@ -5989,11 +6692,17 @@ class Computations:
     def __init__(self, tables: NodeTables, timers: Timers, cpus: Cpus, past: PastAttempts,
                  results: UndeliveredResults, attempts: Attempts, scheduler: CpuScheduler,
                  share: FairShare, requests: JobRequests) -> None:
-        self._tables, self._timers, self._cpus = tables, timers, cpus
-        self._past, self._results, self._attempts = past, results, attempts
-        self._scheduler, self._share, self._requests = scheduler, share, requests
+        self._tables = tables
+        self._timers = timers
+        self._cpus = cpus
+        self._past = past
+        self._results = results
+        self._attempts = attempts
+        self._scheduler = scheduler
+        self._share = share
+        self._requests = requests
 
-    # -- files and code -----------------------------------------------------------------------------------
+    # -- files and code ----------------------------------------------------------------------------
 
     def begin(self, link: int, message: Compute) -> None:
         """A computation has come that is not here."""
@@ -6042,7 +6751,8 @@ class Computations:
 
     def on_file_piece(self, link: int, message: FilePiece, now: float) -> None:
         """A piece of a file has come from a client."""
-        comp, asked = self._tables.comp_of(link, message.comp), message.purpose in ASKED_FOR
+        comp = self._tables.comp_of(link, message.comp)
+        asked = message.purpose in ASKED_FOR
         if message.purpose == Purpose.FROM_JOB or (asked and comp is not None and not comp.asked):
             raise PeerError('a file that was not asked for')
         if asked and comp is not None and comp.link != link:
@@ -6055,7 +6765,8 @@ class Computations:
 
     def on_stored(self, event: Stored, now: float) -> None:
         """A file is there, or cannot be stored."""
-        comp, error = self._tables.comps.get(event.file.comp), event.file.error
+        comp = self._tables.comps.get(event.file.comp)
+        error = event.file.error
         if event.file.purpose == Purpose.VALUES:
             self._attempts.value_stored(event.file, now)
         elif comp is not None and event.file.purpose not in ASKED_FOR:
@@ -6097,14 +6808,15 @@ class Computations:
         """Computations have come or gone, or may use other numbers of CPUs."""
         self._cpus.resize(comp.limit for comp in self._tables.comps.values())
 
-    # -- what cannot go on --------------------------------------------------------------------------------
+    # -- what cannot go on -------------------------------------------------------------------------
 
     def refuse(self, comp: _Computation, code: str, text: str) -> None:
         """A computation cannot be used here, or not any more; its client is told why."""
         text = shorten(text)
         logger.warning('computation %s refused: %s: %s', comp.spec['name'], code, text)
         self._attempts.return_waiting(comp)   # what has not begun waits again elsewhere
-        self._results.deliver(comp)   # what has ended, has ended; after the refusal nobody would believe it
+        # What has ended, has ended; after the refusal nobody would believe it
+        self._results.deliver(comp)
         self._results.spool(comp)
         self._tables.reply(comp, Refused(comp.comp, code, text))
         self.close(comp, at_once=True)
@@ -6117,7 +6829,8 @@ class Computations:
             self.refuse(comp, 'fault', event.text)
 
     def on_worker_initialized(self, event: WorkerInitialized, now: float) -> None:
-        """The initializer has returned in a worker, or has failed there, as it would in all others."""
+        """The initializer has returned in a worker, or has failed there, as it would in all
+        others."""
         worker = self._tables.workers.get(event.worker)
         if worker is None or event.worker not in worker.comp.starting:
             return
@@ -6133,7 +6846,8 @@ class Computations:
             self._scheduler.initialized(worker)
 
     def on_worker_gone(self, event: WorkerGone, now: float) -> None:
-        """A worker has ended. Where workers die again and again before they run anything, no other is made."""
+        """A worker has ended. Where workers die again and again before they run anything, no other
+        is made."""
         worker = self._tables.workers.get(event.worker)
         if worker is None:
             return
@@ -6153,19 +6867,27 @@ class Computations:
             # Its workers are killed with it; what they ran has failed, and all later jobs would.
             for worker in list(comp.workers.values()):
                 comp.startup_failures = 0
-                head = worker.queue[0].serial if worker.queue else 0
-                ran = head if event.begun is None or head in event.begun else 0
-                self.on_worker_gone(WorkerGone(worker.key, 'the runner process ended: %s' % event.text, ran), now)
+                if worker.queue:
+                    head = worker.queue[0].serial
+                else:
+                    head = 0
+                if event.begun is None or head in event.begun:
+                    ran = head
+                else:
+                    ran = 0
+                self.on_worker_gone(
+                    WorkerGone(worker.key, 'the runner process ended: %s' % event.text, ran), now)
             self.refuse(comp, 'code' if event.unloadable else event.code, event.text)
             return
         self._scheduler.remove_workers(comp)
         del self._tables.comps[event.comp]
         self.resize()
 
-    # -- the end ------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     def wait_for_client(self, comp: _Computation, now: float) -> None:
-        """The client of a computation is away: what has not begun is given back, and results go to the disk."""
+        """The client of a computation is away: what has not begun is given back, and results go to
+        the disk."""
         self._attempts.return_lacking(comp, self._attempts.values.interrupt(comp.comp))
         self._results.spool(comp)
         self._look_again(comp, now + ORPHAN_TIME)
@@ -6185,7 +6907,8 @@ class Computations:
             self._look_again(comp, now + 1.0)
 
     def on_kept(self, event: Kept, now: float) -> None:
-        """Results of a computation whose client is away are on the disk, or cannot be written there."""
+        """Results of a computation whose client is away are on the disk, or cannot be written
+        there."""
         if not event.error:
             self._results.on_spooled(event, now)
             return
@@ -6227,12 +6950,19 @@ class Computations:
 
 
 class Node:
-    """What a node decides. Events in, actions out; `flush` once a turn, after all events of the turn.
-    Its parts decide what is theirs: see their classes."""
+    """What a node decides. Events in, actions out; `flush` once a turn, after all events of the
+    turn. Its parts decide what is theirs: see their classes."""
 
-    def __init__(self, name: str, cpus: int, facts: dict, zombie: float = ZOMBIE_TIME, serve: int = 0,
-                 client_shutdown: bool = False, now: float = 0.0) -> None:
-        self.name, self.facts = name, facts
+    def __init__(self,
+                 name: str,
+                 cpus: int,
+                 facts: dict,
+                 zombie: float = ZOMBIE_TIME,
+                 serve: int = 0,
+                 client_shutdown: bool = False,
+                 now: float = 0.0) -> None:
+        self.name = name
+        self.facts = facts
         self.paused: Dict[str, str] = {}    # authority -> why no new jobs are taken
         self.stopping = False
         self._born = now
@@ -6249,8 +6979,9 @@ class Node:
         self.scheduler = CpuScheduler(self.tables, self.timers, self.cpus, self.attempts,
                                       self.interruptions, share)
         self.requests = JobRequests(self.tables, self.attempts)
-        self.computations = Computations(self.tables, self.timers, self.cpus, self.past, self.results,
-                                         self.attempts, self.scheduler, share, self.requests)
+        self.computations = Computations(self.tables, self.timers, self.cpus, self.past,
+                                         self.results, self.attempts, self.scheduler, share,
+                                         self.requests)
         self._handlers: Dict[type, Callable[..., None]] = {
             LinkUp: self._link_up,
             LinkDown: self._link_down,
@@ -6301,19 +7032,22 @@ class Node:
             Return: self.requests.on_return,
         }
 
-    # -- called by the shell ------------------------------------------------------------------------------
+    # -- called by the shell -----------------------------------------------------------------------
 
     def handle(self, event: Any, now: float) -> List[Any]:
-        """Take one event; returns what must be done at once. Raises PeerError for a message that may not come."""
+        """Take one event; returns what must be done at once. Raises PeerError for a message that
+        may not come."""
         tables = self.tables
-        tables.actions, tables.now = [], now
+        tables.actions = []
+        tables.now = now
         self._handlers[type(event)](event, now)
         return tables.actions
 
     def flush(self, now: float) -> List[Any]:
         """The end of a turn: due timers, work for idle workers, results to clients."""
         tables = self.tables
-        tables.actions, tables.now = [], now
+        tables.actions = []
+        tables.now = now
         while self.timers.next_at <= now:
             timer = self.timers.pop()
             tables.guarded(timer.comp, timer.call, *timer.args, now)
@@ -6336,18 +7070,23 @@ class Node:
 
     def decided(self) -> List[Any]:
         """Actions of the last `handle` or `flush`, which raised."""
-        actions, self.tables.actions = self.tables.actions, []
+        actions = self.tables.actions
+        self.tables.actions = []
         return actions
 
     def comp_of_worker(self, key: int) -> str:
         """Whose worker this is; empty when there is no such worker."""
         worker = self.tables.workers.get(key)
-        return worker.comp.comp if worker is not None else ''
+        if worker is not None:
+            return worker.comp.comp
+        return ''
 
     def next_timer(self) -> Optional[float]:
         """When `flush` has something to do at the latest."""
         when = min(self.timers.next_at, self.scheduler.look_at)
-        return when if when < math.inf else None
+        if when < math.inf:
+            return when
+        return None
 
     def serves(self, link: int) -> bool:
         """Whether a computation of this link's client is here."""
@@ -6378,7 +7117,7 @@ class Node:
         return any(worker.queue for worker in self.tables.workers.values()) \
             or any(comp.unacknowledged and comp.link in self.tables.links for comp in self.tables.comps.values())
 
-    # -- links and lease ----------------------------------------------------------------------------------
+    # -- links and lease ---------------------------------------------------------------------------
 
     def _link_up(self, event: LinkUp, now: float) -> None:
         self.tables.links[event.link] = event
@@ -6417,7 +7156,7 @@ class Node:
         self.computations.on_runner_gone(event, now)
         self._free_lease(now)
 
-    # -- messages of clients ------------------------------------------------------------------------------
+    # -- messages of clients -----------------------------------------------------------------------
 
     def _received(self, event: Received, now: float) -> None:
         handler = self._messages.get(type(event.message))
@@ -6447,18 +7186,21 @@ class Node:
             self.tables.do(Send(link, refusal))
         elif self.lease.is_of_another(self.tables.links[link].instance):
             self.lease.refuse(link)
-            self.tables.do(Send(link, Refused(message.comp, 'busy', 'it serves %s' % self.lease.held_by(now))))
+            self.tables.do(
+                Send(link, Refused(message.comp, 'busy', 'it serves %s' % self.lease.held_by(now))))
             self.computations.evict_orphans()
         else:
             self._take_lease(link, now)
             self.computations.begin(link, message)
 
     def _refusal(self, link: int, name: str, now: float) -> Optional[Refused]:
-        """Why no client, or not this one, can have the node for a computation now; None if it is free for that."""
+        """Why no client, or not this one, can have the node for a computation now; None if it is
+        free for that."""
         if self.stopping:
             return Refused(name, 'stopping', 'the node is being stopped')
         if self.paused:
-            return Refused(name, 'paused', 'it takes no new jobs: %s' % ', '.join(self.paused.values()))
+            return Refused(name, 'paused',
+                           'it takes no new jobs: %s' % ', '.join(self.paused.values()))
         if self.lease.is_cooling_down(self.tables.links[link].instance, now):
             return Refused(name, 'busy', RELEASED_TEXT)
         if name in self.tables.comps:
@@ -6466,19 +7208,26 @@ class Node:
         return None
 
     def _on_reclaim(self, link: int, message: Reclaim, now: float) -> None:
-        comp, up = self.tables.comps.get(message.comp), self.tables.links[link]
+        comp = self.tables.comps.get(message.comp)
+        up = self.tables.links[link]
         spooled = self.results.spooled.get(message.comp)
         digests = [known.digest for known in (comp, spooled) if known is not None]
         if not all(may_reclaim(digest, message.key) for digest in digests):
-            logger.warning('%s wants results of a computation and does not have its key', self.tables.client_at(link))
+            logger.warning('%s wants results of a computation and does not have its key',
+                           self.tables.client_at(link))
             self.tables.do(Send(link, Held(message.comp, [], Past(whole=False).row())))
             return
         if comp is not None and comp.stage is not Stage.CLOSING:
             if comp.link in self.tables.links and comp.link != link:
-                self.tables.do(Send(link, Refused(message.comp, 'busy', 'its client is connected: %s' % self.lease.held_by(now))))
+                self.tables.do(
+                    Send(
+                        link,
+                        Refused(message.comp, 'busy',
+                                'its client is connected: %s' % self.lease.held_by(now))))
                 return
             if message.take:
-                comp.link, comp.instance = link, up.instance
+                comp.link = link
+                comp.instance = up.instance
                 self._take_lease(link, now)
         if message.take:
             self.results.give_to(message.comp, up.instance)
@@ -6500,11 +7249,15 @@ class Node:
             comp = None
         if comp is not None and comp.stage is Stage.CLOSING:
             comp = None
-        running, waiting = [], []
+        running = []
+        waiting = []
         if comp is not None:
-            running = [(worker.queue[0].serial, now - worker.since) for worker in comp.workers.values() if worker.queue]
+            running = [(worker.queue[0].serial, now - worker.since)
+                       for worker in comp.workers.values() if worker.queue]
             waiting = sorted(set(comp.attempts) - {serial for serial, _ in running})
-        busy = sum(bool(worker.queue) for other in self.tables.comps.values() for worker in other.workers.values())
+        busy = sum(
+            bool(worker.queue) for other in self.tables.comps.values()
+            for worker in other.workers.values())
         available = dict(self.facts.get('available', {}), busy=busy, holder=self.lease.held_by(now))
         self.tables.do(Send(link, Report(name, running, waiting, available)))
 
@@ -6525,7 +7278,7 @@ class Node:
             logger.info('%s asks for the end of this node%s', self.lease.holder_text,
                         '' if is_last else ', which was started without --client-shutdown')
 
-    # -- stopping -----------------------------------------------------------------------------------------
+    # -- stopping ----------------------------------------------------------------------------------
 
     def _stop(self, event: Stop, now: float) -> None:
         """Give back what has not started, interrupt what runs; a second time: leave."""
@@ -6533,7 +7286,8 @@ class Node:
             self._leave(now)
             return
         self.stopping = self.attempts.refuses_new = True
-        logger.info('stopping: jobs that wait are given back, and jobs that run have %d s to end', GRACE)
+        logger.info('stopping: jobs that wait are given back, and jobs that run have %d s to end',
+                    GRACE)
         self.timers.at(now + GRACE + 0.5, '', self._leave, is_wanted=lambda: True)
         self._offer(0)
         self.interruptions.end_all(now)
@@ -6560,7 +7314,7 @@ class Node:
         for link in self.tables.links:
             self.tables.do(Send(link, Offer(cpus)))
 
-    # -- hours of service, and whoever sits at the terminal ------------------------------------------------
+    # -- hours of service, and whoever sits at the terminal ----------------------------------------
 
     def _pause(self, event: Pause, now: float) -> None:
         self.paused[event.by] = event.text
@@ -6590,25 +7344,32 @@ class Node:
         logger.info('taken from %s by the operator', self.lease.holder_text)
         self.lease.cool_down(now + RELEASED_TIME)
         self._account()
-        for comp in [comp for comp in self.tables.comps.values() if comp.stage is not Stage.CLOSING]:
+        for comp in [
+                comp for comp in self.tables.comps.values() if comp.stage is not Stage.CLOSING
+        ]:
             self.computations.refuse(comp, 'released', RELEASED_TEXT)
         self._free_lease(now)
 
     def _status(self, event: Status, now: float) -> None:
         if self.stopping or self.paused:
-            state = 'no new jobs: ' + ('being stopped' if self.stopping else ', '.join(self.paused.values()))
+            state = 'no new jobs: ' + ('being stopped'
+                                       if self.stopping else ', '.join(self.paused.values()))
         else:
             state = 'takes jobs'
-        lines = ['%s: %d of %d CPUs used, %s, up %s' % (
-            self.name, self.cpus.total - self.cpus.free, self.cpus.offered, state, _duration(now - self._born))]
+        lines = [
+            '%s: %d of %d CPUs used, %s, up %s' %
+            (self.name, self.cpus.total - self.cpus.free, self.cpus.offered, state,
+             _duration(now - self._born))
+        ]
         if self.lease.state is Lease.FREE:
             lines.append('held by no client, %d served' % self.lease.served)
         else:
             lines.append('held by %s' % self.lease.held_by(now))
         for comp in self.tables.comps.values():
             running = sum(1 for worker in comp.workers.values() if worker.queue)
-            lines.append('  %s (%s): %d jobs running, %d waiting, %d done'
-                         % (comp.spec['name'], comp.stage.value, running, len(comp.attempts) - running, comp.done))
+            lines.append('  %s (%s): %d jobs running, %d waiting, %d done' %
+                         (comp.spec['name'], comp.stage.value, running,
+                          len(comp.attempts) - running, comp.done))
         self.tables.do(Show('\n'.join(lines)))
 
 
@@ -6625,15 +7386,22 @@ class Phase(enum.Enum):
 
 
 class Hours(NamedTuple):
-    """Hours of service in minutes after midnight; `stop` or `end` may be None, not both. They may go over midnight."""
+    """Hours of service in minutes after midnight; `stop` or `end` may be None, not both. They may
+    go over midnight."""
     start: int
     stop: Optional[int]
     end: Optional[int]
 
     def phase(self, minute: int) -> Phase:
-        """At this minute of the day: jobs are taken from `start` on, no new ones from `stop` on; those that still run at `end` are ended."""
-        gone, stop, end = ((when - self.start) % 1440 if when is not None else 1440 for when in (minute, self.stop, self.end))
-        return Phase.SERVING if gone < min(stop, end) else Phase.DRAINING if gone < end else Phase.CLOSED
+        """At this minute of the day: jobs are taken from `start` on, no new ones from `stop` on;
+        those that still run at `end` are ended."""
+        gone, stop, end = ((when - self.start) % 1440 if when is not None else 1440
+                           for when in (minute, self.stop, self.end))
+        if gone < min(stop, end):
+            return Phase.SERVING
+        if gone < end:
+            return Phase.DRAINING
+        return Phase.CLOSED
 
 
 RELEASED_TEXT = 'its operator has taken it from this client'
@@ -6645,11 +7413,13 @@ ENDING_TEXT = {   # with what the job's options say
 }
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Modules of the user's, on the node: imported by their names from where the client's files were put, then given
-# what the program has set in them. A `bundle` is what travels for a group of modules; a computation begins with
+# --------------------------------------------------------------------------------------------------
+# Modules of the user's, on the node: imported by their names from where the client's files were
+# put, then given
+# what the program has set in them. A `bundle` is what travels for a group of modules; a computation
+# begins with
 # bundle 0, and arguments of jobs may bring more. Used by runners and workers.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class StateRow(NamedTuple):
     """A variable of a module, or an attribute of a class in it, as the program had it."""
@@ -6657,7 +7427,8 @@ class StateRow(NamedTuple):
     owner: str        # qualified name of the class; empty: the module itself
     name: str
     form: bytes       # digest of what plain pickle makes of the value
-    number: int       # of the object in the state's pickle that is changed in place; -1: the value is set
+    # Of the object in the state's pickle that is changed in place; -1: the value is set
+    number: int
     computed: bool    # the module's source computes it: on another platform it stays as it is there
 
 
@@ -6674,22 +7445,27 @@ class _StateUnpickler(pickle.Unpickler):
 
 
 def plain_form(value: Any, limit: int = sys.maxsize) -> Optional[bytes]:
-    """A digest of what plain pickle makes of a value, with functions and classes by name; None if it cannot, or if that
-    is larger than `limit` bytes."""
+    """A digest of what plain pickle makes of a value, with functions and classes by name; None if
+    it cannot, or if that is larger than `limit` bytes."""
     return _digest_of_pickle(pickle.Pickler, value, limit)
 
 
-_CONTAINERS = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.Counter, collections.deque)
+_CONTAINERS = (list, dict, set, collections.OrderedDict, collections.defaultdict,
+               collections.Counter, collections.deque)
 
 
 def keeps_identity(value: Any) -> bool:
-    """Whether a value is changed in place on a node: a container, or an instance that is nothing but its attributes."""
+    """Whether a value is changed in place on a node: a container, or an instance that is nothing
+    but its attributes."""
     kind = type(value)
     if kind in _CONTAINERS or kind is types.SimpleNamespace:
         return True
-    if isinstance(value, (*_IDENTICAL, int, str, bytes, float, tuple, list, dict, set, frozenset, BaseException)):
+    if isinstance(
+            value,
+        (*_IDENTICAL, int, str, bytes, float, tuple, list, dict, set, frozenset, BaseException)):
         return False
-    own = ('__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs__', '__getnewargs_ex__')
+    own = ('__reduce__', '__reduce_ex__', '__getstate__', '__setstate__', '__getnewargs__',
+           '__getnewargs_ex__')
     return (isinstance(getattr(value, '__dict__', None), dict) and kind not in copyreg.dispatch_table
             and all(getattr(kind, name, None) is getattr(object, name, None) for name in own)
             and not copyreg._slotnames(kind))  # type: ignore[attr-defined]
@@ -6703,7 +7479,9 @@ def contents_of(value: Any) -> Any:
         return list(value)
     if isinstance(value, dict):
         return dict(value)
-    return set(value) if isinstance(value, set) else dict(vars(value))
+    if isinstance(value, set):
+        return set(value)
+    return dict(vars(value))
 
 
 def fill_in_place(target: Any, contents: Any) -> None:
@@ -6712,7 +7490,8 @@ def fill_in_place(target: Any, contents: Any) -> None:
         target.default_factory, contents = contents
     if isinstance(target, (list, dict, set, collections.deque)):
         target.clear()
-        (target.extend if isinstance(target, (list, collections.deque)) else target.update)(contents)
+        (target.extend if isinstance(target,
+                                     (list, collections.deque)) else target.update)(contents)
     else:
         vars(target).clear()
         vars(target).update(contents)
@@ -6721,7 +7500,8 @@ def fill_in_place(target: Any, contents: Any) -> None:
 class ModuleState:
     """Puts in place what a program has set in its modules."""
 
-    def __init__(self, platform_: str, rows: List[StateRow], kinds: List[Tuple[str, str]], pickled: bytes) -> None:
+    def __init__(self, platform_: str, rows: List[StateRow], kinds: List[Tuple[str, str]],
+                 pickled: bytes) -> None:
         same = platform_ == sys.platform
         self._rows = [row for row in rows if same or not row.computed]
         self._kinds = kinds        # number -> module and name of the object's class
@@ -6737,7 +7517,10 @@ class ModuleState:
         for number in {row.number for row in changed if row.number >= 0}:
             fill_in_place(targets[number], contents[number])
         for row in changed:
-            value = targets[row.number] if row.number >= 0 else values[row.module, row.owner, row.name]
+            if row.number >= 0:
+                value = targets[row.number]
+            else:
+                value = values[row.module, row.owner, row.name]
             if self._value(row) is not value:
                 setattr(find_named(row.module, row.owner), row.name, value)
 
@@ -6746,8 +7529,8 @@ class ModuleState:
         return vars(find_named(row.module, row.owner)).get(row.name, _MISSING)
 
     def _targets(self) -> List[Any]:
-        """Number -> the object here that becomes what the program has: the one under its name if that is of the same class
-        and no other number has it, else a new one."""
+        """Number -> the object here that becomes what the program has: the one under its name if
+        that is of the same class and no other number has it, else a new one."""
         targets: List[Any] = [_MISSING] * len(self._kinds)
         taken: Set[int] = set()
         for row in self._rows:
@@ -6781,10 +7564,10 @@ _NO_HANDLE: Dict[str, Any] = {'trackfd': False} if sys.version_info >= (3, 13) e
 
 
 class ValueFiles:
-    """Opens values by digest in a runner and its workers. Each time the file is mapped anew, copy on
-    write, so that many jobs have it in memory once, and what one job changes no other sees. Its
-    memory stays its own when the file is removed. A mapping holds a descriptor (before Python 3.13):
-    where very many live, as in jobs that keep all that they get, it is read instead."""
+    """Opens values by digest in a runner and its workers. Each time the file is mapped anew, copy
+    on write, so that many jobs have it in memory once, and what one job changes no other sees. Its
+    memory stays its own when the file is removed. A mapping holds a descriptor (before Python
+    3.13): where very many live, as in jobs that keep all that they get, it is read instead."""
     MAPPED_MOST = 128
 
     def __init__(self, directory: str) -> None:
@@ -6795,12 +7578,14 @@ class ValueFiles:
         """A value, as a buffer that can be written to. Raises OSError."""
         with open(os.path.join(self._directory, digest.hex()), 'rb', buffering=0) as file:
             if len(self._mapped) < self.MAPPED_MOST:
-                with contextlib.suppress(OSError, ValueError):   # no descriptor, or no mappings here
+                # No descriptor, or no mappings here
+                with contextlib.suppress(OSError, ValueError):
                     value = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY, **_NO_HANDLE)
                     self._mapped.add(value)
                     return value
             data = bytearray(size)
-            view, at = memoryview(data), 0
+            view = memoryview(data)
+            at = 0
             while at < size:
                 count = file.readinto(view[at:at + Intake.AT_ONCE])  # type: ignore[arg-type]
                 if not count:
@@ -6812,15 +7597,18 @@ class ValueFiles:
 class ModuleLoader:
     """Loads the user's modules in a runner and its workers, and finds those that nothing here has.
 
-    `private` is the directory that the computation has for itself, `directory` that of its jobs; `path` is the program's own sys.path where the node is a part of the program
-    (the files are read where they are). `ask(request)` gets from the client what is asked for, a bundle's number or a
-    module's name, and returns '' or why it was not to be had. `loading` is true while a runner loads.
+    `private` is the directory that the computation has for itself, `directory` that of its jobs;
+    `path` is the program's own sys.path where the node is a part of the program (the files are read
+    where they are). `ask(request)` gets from the client what is asked for, a bundle's number or a
+    module's name, and returns '' or why it was not to be had. `loading` is true while a runner
+    loads.
     """
 
     def __init__(self, private: str, path: List[str], directory: str) -> None:
         self.root = os.path.join(private, MODULES.rstrip('/'))
         self.directory = directory
-        self._private, self._path = private, path
+        self._private = private
+        self._path = path
         self._loaded: Set[int] = set()
         self._denied: Set[str] = set()     # names that the client has not
         self.ask: Optional[Callable[[Any], str]] = None
@@ -6832,7 +7620,10 @@ class ModuleLoader:
     def install(self) -> None:
         """Put the user's modules ahead of the node's own."""
         if self._path:
-            sys.path[:] = [*self._path, self.directory, *(entry for entry in sys.path if entry not in self._path)]
+            sys.path[:] = [
+                *self._path, self.directory,
+                *(entry for entry in sys.path if entry not in self._path)
+            ]
         else:
             sys.path[:0] = [self.root, self.directory]
         sys.path.append(os.path.join(self._private, BEHIND_ROOT))
@@ -6844,10 +7635,12 @@ class ModuleLoader:
         return (self._private, self._path, self.directory), sorted(self._loaded)
 
     def need(self, numbers: Iterable[int]) -> None:
-        """Import the modules of these bundles, once. Raises what that raises, or ModuleNotFoundError."""
+        """Import the modules of these bundles, once. Raises what that raises, or
+        ModuleNotFoundError."""
         for number in numbers:
             if number not in self._loaded:
-                before, self.loading = self.loading, True
+                before = self.loading
+                self.loading = True
                 try:
                     self._load(number)
                 finally:
@@ -6856,14 +7649,18 @@ class ModuleLoader:
     def _load(self, number: int) -> None:
         path = os.path.join(self._private, BUNDLES, BUNDLE % number)
         if not os.path.exists(path):
-            error = 'this process cannot ask for them' if self.ask is None else self.ask(number)
+            if self.ask is None:
+                error = 'this process cannot ask for them'
+            else:
+                error = self.ask(number)
             if error:
                 raise ModuleNotFoundError('modules of the program are not on this node: %s' % error)
         with open(path, 'rb') as file:
             bundle = open_plain(file.read())
         importlib.invalidate_caches()
         if bundle['compiled'] and bundle['build'] != build_tag():
-            raise ImportError('module %s is compiled for %s; this node is %s' % (bundle['compiled'][0], bundle['build'], build_tag()))
+            raise ImportError('module %s is compiled for %s; this node is %s' %
+                              (bundle['compiled'][0], bundle['build'], build_tag()))
         for name in bundle['order']:
             importlib.import_module(name)
         rows = [StateRow(*row) for row in bundle['rows']]
@@ -6871,7 +7668,7 @@ class ModuleLoader:
         self._loaded.add(number)
         self.notes += compare_packages(bundle['packages'])
 
-    # -- a finder: the last one in sys.meta_path ------------------------------------------------------------
+    # -- a finder: the last one in sys.meta_path ---------------------------------------------------
 
     def loaded(self) -> None:
         """The runner has loaded its computation."""
@@ -6890,7 +7687,8 @@ class ModuleLoader:
             spec = importlib.machinery.PathFinder.find_spec(name, self._left)
             if spec is not None:
                 return spec
-        if self.ask is None or self._path or name in self._denied or not self._is_of_user(name, path):
+        if self.ask is None or self._path or name in self._denied or not self._is_of_user(
+                name, path):
             return None
         if self.ask(name):
             self._denied.add(name)
@@ -6899,7 +7697,8 @@ class ModuleLoader:
         return importlib.machinery.PathFinder.find_spec(name, path)
 
     def _is_of_user(self, name: str, path: Any) -> bool:
-        """Whether the user's code imports it: what libraries try to import is none of the client's."""
+        """Whether the user's code imports it: what libraries try to import is none of the
+        client's."""
         if path is not None:
             return any(str(entry).startswith(self.root) for entry in path)
         frame = self._importing_frame()
@@ -6929,34 +7728,44 @@ modules: Optional[ModuleLoader] = None   # of a runner and its workers
 
 
 def check_not_importing() -> None:
-    """Raises RuntimeError while a node imports the user's modules: a cluster that was made then would be made once more on
-    each node, and so on without end."""
+    """Raises RuntimeError while a node imports the user's modules: a cluster that was made then
+    would be made once more on each node, and so on without end."""
     if modules is not None and modules.loading:
-        raise RuntimeError('a module that a node imports makes a cluster: put that under "if __name__ == \'__main__\':" or into '
-                           'a function that jobs do not call')
+        raise RuntimeError(
+            'a module that a node imports makes a cluster: put that under "if __name__ == \'__main__\':" or into '
+            'a function that jobs do not call')
 
 
 def explain_import(exc: BaseException, name: str) -> str:
-    """What led to an import that failed, and what can be done; empty for another error. `name` is the computation's."""
-    chain, trace = [name], exc.__traceback__
+    """What led to an import that failed, and what can be done; empty for another error. `name` is
+    the computation's."""
+    chain = [name]
+    trace = exc.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_name == '<module>':
             chain.append(str(trace.tb_frame.f_globals.get('__name__')))
         trace = trace.tb_next
     if not isinstance(exc, ImportError):
-        return '' if len(chain) == 1 else 'the import failed: %s' % ' -> '.join(chain)
+        if len(chain) == 1:
+            return ''
+        return 'the import failed: %s' % ' -> '.join(chain)
     missing = exc.name or ''
     if missing and missing != chain[-1]:
         chain.append(missing)
-    own = chain[1] if len(chain) > 2 else missing
-    missing, own = missing.partition('.')[0], own.partition('.')[0]
+    if len(chain) > 2:
+        own = chain[1]
+    else:
+        own = missing
+    missing = missing.partition('.')[0]
+    own = own.partition('.')[0]
     if not missing:
         return 'the import failed: %s' % ' -> '.join(chain)
     text = 'the import failed: %s. To mend that, install %s on this node (%s -m pip install %s), or list its file in depends if it is ' \
         'a module of your own' % (' -> '.join(chain), missing, sys.executable, missing)
     if own in ('', missing):
         return text
-    return '%s; if the jobs do not need it, call cloudpickle.register_pickle_by_value(%s) in the program' % (text, own)
+    return '%s; if the jobs do not need it, call cloudpickle.register_pickle_by_value(%s) in the program' % (
+        text, own)
 
 
 class OldModules:
@@ -6987,13 +7796,15 @@ class OldModules:
         if rest == 'config' and hasattr(sys.modules['dispy'], rest):
             return importlib.machinery.ModuleSpec(name, self)  # type: ignore[arg-type]
         if rest not in self.NAMES:
-            raise ModuleNotFoundError('No module named %r: dispy has no such part' % name, name=name)
+            raise ModuleNotFoundError('No module named %r: dispy has no such part' % name,
+                                      name=name)
         return importlib.machinery.ModuleSpec(name, self)  # type: ignore[arg-type]
 
     def _stand_in(self, name: str) -> Any:
         """A module `dispy` where there is none."""
         for finder in sys.meta_path:
-            if finder is not self and finder is not modules and finder.find_spec(name, None) is not None:
+            if finder is not self and finder is not modules and finder.find_spec(name,
+                                                                                 None) is not None:
                 return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
 
@@ -7010,8 +7821,10 @@ class OldModules:
             module.logger = logger
             module.__getattr__ = _missing_in_dispy
             return
-        found = sys.modules[package].config if rest == 'config' \
-            else importlib.import_module(self.NAMES[rest])
+        if rest == 'config':
+            found = sys.modules[package].config
+        else:
+            found = importlib.import_module(self.NAMES[rest])
         sys.modules[module.__name__] = found
 
 
@@ -7039,11 +7852,14 @@ def module_dict(module: Any) -> Dict[str, Any]:
     if not issubclass(type(module), types.ModuleType):
         return {}
     found = _dict_of_module.__get__(module)
-    return found if found is not None else {}
+    if found is not None:
+        return found
+    return {}
 
 
 def package_version(name: str) -> str:
-    """The version of an installed package by its import name; empty if it is not to be found out."""
+    """The version of an installed package by its import name; empty if it is not to be found
+    out."""
     import importlib.metadata
     try:
         version: Any = importlib.metadata.version(name)
@@ -7054,30 +7870,40 @@ def package_version(name: str) -> str:
         version = None
     if not isinstance(version, str):
         version = module_dict(sys.modules.get(name)).get('__version__')
-    return version if isinstance(version, str) else ''
+    if isinstance(version, str):
+        return version
+    return ''
 
 
 def compare_packages(packages: Dict[str, str]) -> List[str]:
     """What differs between the program and this node in major or minor versions, in words."""
     notes = []
     for name, there in sorted(packages.items()):
-        here = package_version(name) if there else ''
+        if there:
+            here = package_version(name)
+        else:
+            here = ''
         if here and here.split('.')[:2] != there.split('.')[:2]:
             notes.append('it has %s %s; the program has %s' % (name, here, there))
     return notes
 
 
 def main_for_children(directory: str) -> None:
-    """Let multiprocessing's start methods spawn and forkserver work in jobs: their children import the computation's main
-    module, as it is when they are started, from a file. The user's script is never run."""
+    """Let multiprocessing's start methods spawn and forkserver work in jobs: their children import
+    the computation's main module, as it is when they are started, from a file. The user's script is
+    never run."""
     from multiprocessing import spawn
-    original, main = spawn.get_preparation_data, MainFile(directory)
+    original = spawn.get_preparation_data
+    main = MainFile(directory)
 
     def get_preparation_data(name: str) -> dict:
         data = original(name)
         data.pop('init_main_from_path', None)
         data['init_main_from_name'] = main.module()
-        data['sys_path'] = [*data['sys_path'], directory, os.path.dirname(os.path.abspath(__file__))]
+        data['sys_path'] = [
+            *data['sys_path'], directory,
+            os.path.dirname(os.path.abspath(__file__))
+        ]
         return data
     spawn.get_preparation_data = get_preparation_data
 
@@ -7089,8 +7915,8 @@ dispynode.load_main(globals(), %r)
 
 
 class MainFile:
-    """What the main module of a computation defines, in files for the children of its jobs. Each is written once, as other
-    children may be about to read it."""
+    """What the main module of a computation defines, in files for the children of its jobs. Each is
+    written once, as other children may be about to read it."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -7134,12 +7960,15 @@ def load_main(variables: Dict[str, Any], path: str) -> None:
             variables[name] = unseal(payload)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The job side: worker and runner processes. One thread each; the only place where a user's code runs.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The job side: worker and runner processes. One thread each; the only place where a user's code
+# runs.
+# --------------------------------------------------------------------------------------------------
 
-_ENVIRON = getattr(os.environ, '_data', os.environ)   # compared after every job: 1 us instead of 30 through os.environ
-_getsignal = getattr(sys.modules.get('_signal'), 'getsignal', signal.getsignal)   # without the enum around it: 0.1 us
+# Compared after every job: 1 us instead of 30 through os.environ
+_ENVIRON = getattr(os.environ, '_data', os.environ)
+# Without the enum around it: 0.1 us
+_getsignal = getattr(sys.modules.get('_signal'), 'getsignal', signal.getsignal)
 def _not_here(*args: Any) -> None:
     """In place of a function that this system or version of Python does not have."""
 
@@ -7152,9 +7981,15 @@ _digits: Any = getattr(sys, 'get_int_max_str_digits', _not_here)
 _locale_now: Any = getattr(sys.modules.get('_locale'), 'setlocale', locale.setlocale)
 _sigmask: Any = getattr(sys.modules.get('_signal'), 'pthread_sigmask', None) \
     or getattr(signal, 'pthread_sigmask', None)   # the same
-TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)   # ignored by default and used by hardly anything
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36   # linux/prctl.h
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2                       # linux/falloc.h
+# Ignored by default and used by hardly anything
+TAKE_BACK_SIGNAL = getattr(signal, 'SIGURG', None)
+# Linux/prctl.h
+_PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
+_PR_SET_CHILD_SUBREAPER = 36
+# Linux/falloc.h
+_KEEP_SIZE = 1
+_PUNCH_HOLE = 2
 
 
 def _libc() -> Any:
@@ -7185,13 +8020,17 @@ def _own_resource() -> Any:
 
 
 def _out_of_reach(handle: int) -> int:
-    """The same file under a descriptor from 1024 up, so that a job that closes all it can think of spares it."""
+    """The same file under a descriptor from 1024 up, so that a job that closes all it can think of
+    spares it."""
     resource = _own_resource()
     if resource is None:
         return handle
     import fcntl
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
+    if hard == resource.RLIM_INFINITY:
+        wanted = 4096
+    else:
+        wanted = min(4096, hard)
     try:
         if soft != resource.RLIM_INFINITY and soft < wanted:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -7199,7 +8038,8 @@ def _out_of_reach(handle: int) -> int:
     except (OSError, ValueError):
         return handle
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))   # open descriptors above it stay open
+        # Open descriptors above it stay open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     os.close(handle)
     return high
 
@@ -7245,25 +8085,29 @@ def was_importing(exc: BaseException) -> bool:
 
 
 class Slots:
-    """What a worker shares with the runner and, after their end, with the daemon: numbers (u64) in a file that is mapped
-    into memory. [0] the serial that runs now, [1] the serial that shall be interrupted, [2] how many attempts were begun,
-    then the last BEGUN_KEPT of these.
+    """What a worker shares with the runner and, after their end, with the daemon: numbers (u64) in
+    a file that is mapped into memory. [0] the serial that runs now, [1] the serial that shall be
+    interrupted, [2] how many attempts were begun, then the last BEGUN_KEPT of these.
 
-    The file outlives all processes, so that it can be said after any end of them what was begun. Several workers share a
-    file, since each costs a descriptor; one that is started later goes on with the numbers of one that has ended.
+    The file outlives all processes, so that it can be said after any end of them what was begun.
+    Several workers share a file, since each costs a descriptor; one that is started later goes on
+    with the numbers of one that has ended.
     """
-    SIZE, FIRST, TOGETHER = 3 + BEGUN_KEPT, 3, 8
+    SIZE = 3 + BEGUN_KEPT
+    FIRST = 3
+    TOGETHER = 8
     NAME = 'begun-'
 
     @classmethod
     def make(cls, directory: str, number: int) -> List[Any]:
-        """Slots for TOGETHER workers. Without room for the file it is left empty, which says that nobody knows what was
-        begun. Raises OSError where no file can be made."""
+        """Slots for TOGETHER workers. Without room for the file it is left empty, which says that
+        nobody knows what was begun. Raises OSError where no file can be made."""
         size = 8 * cls.SIZE * cls.TOGETHER
         path = os.path.join(directory, '%s%d' % (cls.NAME, number))
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
-            os.posix_fallocate(handle, 0, size)   # to write to a page without room on the disk kills the process
+            # To write to a page without room on the disk kills the process
+            os.posix_fallocate(handle, 0, size)
             shared = mmap.mmap(handle, size)
         except (OSError, AttributeError):   # no room, or no such call on this system
             os.ftruncate(handle, 0)
@@ -7282,7 +8126,8 @@ class Slots:
 
     @classmethod
     def read(cls, directory: str) -> Optional[FrozenSet[int]]:
-        """Daemon: the attempts that were begun by the workers of a directory; None if that is not known. Raises OSError."""
+        """Daemon: the attempts that were begun by the workers of a directory; None if that is not
+        known. Raises OSError."""
         begun: Set[int] = set()
         for name in os.listdir(directory):
             if not name.startswith(cls.NAME):
@@ -7300,11 +8145,13 @@ class Slots:
     @classmethod
     def mark_unknown(cls, directory: str) -> None:
         """Daemon: from now on nobody knows what was begun. Raises OSError."""
-        os.close(os.open(os.path.join(directory, cls.NAME + 'unknown'), os.O_WRONLY | os.O_CREAT, 0o600))
+        os.close(
+            os.open(os.path.join(directory, cls.NAME + 'unknown'), os.O_WRONLY | os.O_CREAT, 0o600))
 
 
 def clip(head: bytes, tail: bytes, total: int) -> bytes:
-    """Output with its middle left out, if anything is: the first and last OUTPUT_KEPT bytes around a mark."""
+    """Output with its middle left out, if anything is: the first and last OUTPUT_KEPT bytes around
+    a mark."""
     left_out = total - len(head) - len(tail)
     if left_out <= 0:
         return head + tail
@@ -7314,8 +8161,9 @@ def clip(head: bytes, tail: bytes, total: int) -> bytes:
 class Catch:
     """What a worker's job writes to one descriptor: an unlinked file, read when the job is over.
 
-    A file and not a pipe: whoever reads a pipe must run while the job writes, which a thread of the worker
-    cannot while C code prints with the interpreter lock held. The runner lets go of the middle of files that grow.
+    A file and not a pipe: whoever reads a pipe must run while the job writes, which a thread of the
+    worker cannot while C code prints with the interpreter lock held. The runner lets go of the
+    middle of files that grow.
     """
 
     def __init__(self, directory: str) -> None:
@@ -7341,7 +8189,8 @@ class Catch:
 
     @contextlib.contextmanager
     def _alone(self) -> Any:
-        """Runner and worker take turns. A lock of the process (lockf): flock's would be the same lock in both."""
+        """Runner and worker take turns. A lock of the process (lockf): flock's would be the same
+        lock in both."""
         import fcntl
         fcntl.lockf(self.handle, fcntl.LOCK_EX)
         try:
@@ -7360,17 +8209,23 @@ class Catch:
         return self._read(at, OUTPUT_KEPT)
 
     def shorten(self, libc: Any) -> None:
-        """Runner: give back the disk blocks in the middle of a file that has grown large; what a job prints meanwhile is
-        not touched. Linux; elsewhere the file keeps its blocks until the job has ended."""
+        """Runner: give back the disk blocks in the middle of a file that has grown large; what a
+        job prints meanwhile is not touched. Linux; elsewhere the file keeps its blocks until the
+        job has ended."""
         if os.fstat(self.handle).st_size <= 16 * OUTPUT_KEPT:
             self._hole = OUTPUT_KEPT
         elif hasattr(libc, 'fallocate') and struct.calcsize('l') == 8:
             from ctypes import c_long
             with self._alone():
                 end = os.fstat(self.handle).st_size - 2 * OUTPUT_KEPT
-                start = self._hole if self._hole < end else OUTPUT_KEPT   # smaller than before: another job's
+                # Smaller than before: another job's
+                if self._hole < end:
+                    start = self._hole
+                else:
+                    start = OUTPUT_KEPT
                 if end - start > OUTPUT_KEPT:
-                    libc.fallocate(self.handle, _PUNCH_HOLE | _KEEP_SIZE, c_long(start), c_long(end - start))
+                    libc.fallocate(self.handle, _PUNCH_HOLE | _KEEP_SIZE, c_long(start),
+                                   c_long(end - start))
                     self._hole = end - end % 4096
 
     def _read(self, at: int, size: int) -> bytes:
@@ -7381,7 +8236,8 @@ class Catch:
             if not part:
                 break
             parts.append(part)
-            at, size = at + len(part), size - len(part)
+            at = at + len(part)
+            size = size - len(part)
         return b''.join(parts)
 
     def close(self) -> None:
@@ -7422,38 +8278,56 @@ def describe_exception(exc: BaseException, skip: int = 0) -> str:
     """Traceback text that survives an exception whose __str__ raises."""
     trace = exc.__traceback__
     for _ in range(skip):
-        trace = trace.tb_next if trace is not None else None
+        if trace is not None:
+            trace = trace.tb_next
+        else:
+            trace = None
     try:
         text = ''.join(traceback.format_exception(type(exc), exc, trace))
     except Exception:  # exactly that: the exception cannot even be shown
-        text = ''.join(traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
+        text = ''.join(
+            traceback.format_tb(trace)) + '%s (it cannot be shown)\n' % type(exc).__name__
     return shorten(text)
 
 
 def frames_of_ours(exc: BaseException) -> int:
-    """How many frames of a traceback come before the user's: those of this file and of the import of a module."""
-    count, trace = 0, exc.__traceback__
+    """How many frames of a traceback come before the user's: those of this file and of the import
+    of a module."""
+    count = 0
+    trace = exc.__traceback__
     while trace is not None and trace.tb_next is not None:
         file = trace.tb_frame.f_code.co_filename
         if file != __file__ and 'importlib' not in file:
             break
-        count, trace = count + 1, trace.tb_next
+        count = count + 1
+        trace = trace.tb_next
     return max(count, 1)
 
 
 def find_named(module: str, name: str) -> Any:
     """What has this qualified name in a module; the module itself for an empty name."""
-    return functools.reduce(getattr, name.split('.') if name else (), importlib.import_module(module))
+    return functools.reduce(getattr,
+                            name.split('.') if name else (), importlib.import_module(module))
 
 
-_left_out: Dict[Tuple[str, str], str] = {}   # classes that the computation does not need and that do not load here
+# Classes that the computation does not need and that do not load here
+_left_out: Dict[Tuple[str, str], str] = {}
 
 
 def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> Any:
-    """A computation that came as source: (computation, setup, cleanup, objects by name). `modules` has rows of (name, file,
-    text, values, links), `classes` rows of (module, class, such rows), `wanted` (module, name) of what is returned."""
-    for name, file in {row[:2] for rows in (modules, *(extra[2] for extra in classes)) for row in rows}:
-        module = sys.modules['__main__'] if name in MAIN_NAMES else types.ModuleType(name)   # jobs have the same one
+    """A computation that came as source: (computation, setup, cleanup, objects by name). `modules`
+    has rows of (name, file, text, values, links), `classes` rows of (module, class, such rows),
+    `wanted` (module, name) of what is returned."""
+    for name, file in {
+            row[:2]
+            for rows in (modules, *(extra[2] for extra in classes))
+            for row in rows
+    }:
+        # Jobs have the same one
+        if name in MAIN_NAMES:
+            module = sys.modules['__main__']
+        else:
+            module = types.ModuleType(name)
         sys.modules[name] = module
         module.__file__, module.__package__ = file, name.rpartition('.')[0]
     try:
@@ -7462,7 +8336,8 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
     except Exception as exc:  # the user's statements, written for another version
         error = RuntimeError('the source, written for %s, cannot be loaded by %s here: %s: %s' % (
             python_of(version), python_of(sys.version_info), type(exc).__name__, exc))
-        raise error from (None if isinstance(exc, ModuleNotFoundError) else exc)   # the frames of an import tell nothing
+        # The frames of an import tell nothing
+        raise error from (None if isinstance(exc, ModuleNotFoundError) else exc)
     for name, class_name, rows in classes:
         try:
             for row in rows:
@@ -7470,7 +8345,9 @@ def load_source(version: tuple, modules: list, classes: list, wanted: tuple) -> 
         except Exception as exc:  # as above; told to the job that has such an argument
             _left_out[name, class_name] = '%s: %s' % (type(exc).__name__, exc)
     *functions, objects = wanted
-    return (*(where and find_named(*where) for where in functions), {name: find_named(*where) for name, where in objects.items()})
+    return (*(where and find_named(*where) for where in functions),
+            {name: find_named(*where)
+             for name, where in objects.items()})
 
 
 def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: list) -> None:
@@ -7478,9 +8355,16 @@ def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: 
     space.update(values)
     for bound, module, attribute in links:
         space[bound] = find_named(module, attribute)
-    entry: Any = linecache.cache.get(file)   # for the lines in tracebacks; a file may come in several parts
-    known = entry[2] if entry else ()
-    lines = [line if line.strip() else old for line, old in itertools.zip_longest(text.splitlines(True), known, fillvalue='\n')]
+    # For the lines in tracebacks; a file may come in several parts
+    entry: Any = linecache.cache.get(file)
+    if entry:
+        known = entry[2]
+    else:
+        known = ()
+    lines = [
+        line if line.strip() else old
+        for line, old in itertools.zip_longest(text.splitlines(True), known, fillvalue='\n')
+    ]
     linecache.cache[file] = (len(text), None, lines, file)
     exec(compile(text, file, 'exec', dont_inherit=True), space)
 
@@ -7494,7 +8378,8 @@ class Program:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        # An interrupt goes to the whole process group and so to the program. Here it is noted and not raised: raised
+        # An interrupt goes to the whole process group and so to the program. Here it is noted and
+        # not raised: raised
         # in the moment in which waitpid returns, it would lose the status.
         self.interrupted = False
         # Told the names of the files that the program leaves in its directory, once; None: no more
@@ -7502,7 +8387,10 @@ class Program:
 
     def __call__(self, *args: Any) -> int:
         self.interrupted = False
-        before = self._names_here() if self.tell is not None else set()
+        if self.tell is not None:
+            before = self._names_here()
+        else:
+            before = set()
         status = subprocess.Popen([self.path, *map(str, args)], stdin=subprocess.DEVNULL).wait()
         if self.interrupted and status < 0:
             raise KeyboardInterrupt   # one that ends by itself has returned
@@ -7523,10 +8411,14 @@ class Program:
 
 
 def _name_of(path: str, directory: str) -> str:
-    """The name that a job's file has for the client: relative to the job's directory, or the last part of a path elsewhere."""
+    """The name that a job's file has for the client: relative to the job's directory, or the last
+    part of a path elsewhere."""
     if os.path.isabs(path):
         inside = os.path.relpath(path, directory)
-        path = os.path.basename(path) if inside.startswith(os.pardir) else inside
+        if inside.startswith(os.pardir):
+            path = os.path.basename(path)
+        else:
+            path = inside
     name = os.path.normpath(path).replace(os.sep, '/')
     check_name(name)   # raises ValueError, for '..' too
     return name
@@ -7539,7 +8431,9 @@ class Calls:
 
     def __init__(self, initializer: Optional[Callable[..., Any]] = None, initargs: tuple = (),
                  most: int = 0) -> None:
-        self.initializer, self.initargs, self.most = initializer, initargs, most
+        self.initializer = initializer
+        self.initargs = initargs
+        self.most = most
 
     @property
     def spec(self) -> Dict[str, Any]:
@@ -7568,9 +8462,10 @@ def call_chunk(function: Callable[..., Any], chunk: List[tuple]) -> List[Any]:
     return [function(*args) for args in chunk]
 
 
-def run_batch(token: str, initializer: Optional[Callable[..., Any]], initargs: tuple, batch: Callable[[], Any]) -> Any:
-    """The computation of the backend for joblib: some calls in one job. `initializer` is called once
-    in each worker process, which `token` tells."""
+def run_batch(token: str, initializer: Optional[Callable[..., Any]], initargs: tuple,
+              batch: Callable[[], Any]) -> Any:
+    """The computation of the backend for joblib: some calls in one job. `initializer` is called
+    once in each worker process, which `token` tells."""
     offer_to_joblib(joblib_backend_in_job)
     if initializer is not None and token not in _initialized:
         initializer(*initargs)
@@ -7590,7 +8485,8 @@ def offer_to_joblib(make: Callable[[Any], Any], name: str = 'dispy') -> None:
 
 
 def joblib_backend_in_job(parallel: Any) -> Any:
-    """In a job there is one CPU: calls of joblib that name the backend there run one after the other."""
+    """In a job there is one CPU: calls of joblib that name the backend there run one after the
+    other."""
     class BackendInJob(parallel.SequentialBackend):  # type: ignore[misc, name-defined]
         """As joblib's own for n_jobs=1, whatever else is asked for."""
 
@@ -7600,8 +8496,8 @@ def joblib_backend_in_job(parallel: Any) -> Any:
 
 
 def set_numerical_threads(variables: Dict[str, str]) -> None:
-    """setup of the backend for joblib: what limits the threads of numerical libraries, which are not
-    loaded yet."""
+    """setup of the backend for joblib: what limits the threads of numerical libraries, which are
+    not loaded yet."""
     os.environ.update(variables)
 
 
@@ -7686,7 +8582,8 @@ class NumericThreads:
         for name in functions:
             function = getattr(library, name, None)
             if function is not None:
-                function.argtypes, function.restype = [ctypes.c_int], None
+                function.argtypes = [ctypes.c_int]
+                function.restype = None
                 function(cpus)
 
 
@@ -7744,17 +8641,27 @@ class Surroundings:
         if hasattr(signal, 'setitimer'):
             self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._zone = time.tzname   # each call of time.tzset() makes a new tuple
-        self._path, self._filters = list(sys.path), list(warnings.filters)
+        self._path = list(sys.path)
+        self._filters = list(warnings.filters)
         self._lists: List[Tuple[Any, List[Any]]] = [
             (itself, list(itself)) for itself in (sys.argv, gc.callbacks)]
         self._hooks = self._hooks_now()
         self._numbers = self._numbers_now()
         self._system = self._system_now()
-        self._parameters = os.sched_getparam(0) if self._system[1] is not None else None
+        if self._system[1] is not None:
+            self._parameters: Any = os.sched_getparam(0)
+        else:
+            self._parameters = None
         self._limits = self._limits_now(_own_resource())
-        self._ids = self._ids_now() if hasattr(os, 'geteuid') and os.geteuid() == 0 else None
+        if hasattr(os, 'geteuid') and os.geteuid() == 0:
+            self._ids: Optional[tuple] = self._ids_now()
+        else:
+            self._ids = None
         decimal = sys.modules.get('decimal')
-        self._decimal = decimal.getcontext().copy() if decimal is not None else None
+        if decimal is not None:
+            self._decimal = decimal.getcontext().copy()
+        else:
+            self._decimal = None
 
     @staticmethod
     def _is_signal(number: int) -> bool:
@@ -7914,20 +8821,22 @@ class Surroundings:
 
 
 class WorkerPipe:
-    """The pipe of a worker to its daemon: jobs and answers that have come, and what is sent. Processes
-    that a job has forked may send as well."""
+    """The pipe of a worker to its daemon: jobs and answers that have come, and what is sent.
+    Processes that a job has forked may send as well."""
 
     def __init__(self, sock: socket.socket, private: str) -> None:
         self._sock = sock
         self._intake = RecordIntake()
         self.jobs: Deque[Record] = collections.deque()
         self.answers: Deque[str] = collections.deque()   # to files and to what was wanted
-        self._sending = threading.Lock()   # guards the writing end of the pipe: a job may have threads
+        # Guards the writing end of the pipe: a job may have threads
+        self._sending = threading.Lock()
         self._shared = False               # with processes that a job has forked
         self._turn = _Turn(private)
 
     def receive(self, flags: int) -> None:
-        """Take what has come, or wait for something. Ends this process when the daemon has closed the pipe."""
+        """Take what has come, or wait for something. Ends this process when the daemon has closed
+        the pipe."""
         count = self._sock.recv_into(self._intake.room(), 0, flags)
         if count == 0:
             os._exit(0)
@@ -7979,7 +8888,9 @@ class JobOutput:
     """What the jobs of a worker print, and the streams and descriptors that they find."""
 
     def __init__(self, out: Catch, err: Catch, libc: Any) -> None:
-        self._out, self._err, self._libc = out, err, libc
+        self._out = out
+        self._err = err
+        self._libc = libc
 
     def install(self) -> None:
         """Have what is printed from now on come into the files."""
@@ -8005,12 +8916,13 @@ class JobOutput:
             self._flush_strangers()
         if self._libc is not None:
             self._libc.fflush(None)   # printf of C code into a file is held back until then
-        out, err = self._collect_one(1, self._out), self._collect_one(2, self._err)
+        out = self._collect_one(1, self._out)
+        err = self._collect_one(2, self._err)
         return out, err + lost
 
     def _flush(self, index: int) -> bytes:
-        """Write down what a job has printed. What finds no room would stay in the stream and be taken for the next job's: it is
-        thrown away, and a line for the job's stderr says so."""
+        """Write down what a job has printed. What finds no room would stay in the stream and be
+        taken for the next job's: it is thrown away, and a line for the job's stderr says so."""
         stream = self._streams[index]
         try:
             stream.flush()
@@ -8046,7 +8958,9 @@ class JobOutput:
     def _collect_one(number: int, output: Catch) -> bytes:
         os.dup2(output.handle, number)   # this takes less time than to look where it leads
         size = os.lseek(output.handle, 0, os.SEEK_END)
-        return output.take(size) if size else b''
+        if size:
+            return output.take(size)
+        return b''
 
 
 class JobInterrupts:
@@ -8054,7 +8968,9 @@ class JobInterrupts:
     signals, whose handlers Python runs between two instructions of the main thread."""
 
     def __init__(self, pipe: WorkerPipe, slots: Any, function: Callable[..., Any]) -> None:
-        self._pipe, self._slots, self._function = pipe, slots, function
+        self._pipe = pipe
+        self._slots = slots
+        self._function = function
         self.in_job = False       # the user's code runs in the main thread
         self.is_late = False      # an interrupt has come where it could not be raised
         self.recalled = False     # what has not started is to be given back
@@ -8069,12 +8985,13 @@ class JobInterrupts:
 
     @contextlib.contextmanager
     def beside_job(self) -> Any:
-        """Work of ours that a job asks for: an interrupt waits until it is done. Interrupts come to the main thread
-        only, so that the other threads of a job need not be kept from them."""
+        """Work of ours that a job asks for: an interrupt waits until it is done. Interrupts come to
+        the main thread only, so that the other threads of a job need not be kept from them."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        inside, self.in_job = self.in_job, False
+        inside = self.in_job
+        self.in_job = False
         try:
             yield
         finally:
@@ -8119,12 +9036,17 @@ class JobServices:
     sent there, log records forwarded, modules fetched."""
 
     def __init__(self, pipe: WorkerPipe, slots: Any, spec: dict, interrupts: JobInterrupts) -> None:
-        self._pipe, self._slots, self._spec, self._interrupts = pipe, slots, spec, interrupts
+        self._pipe = pipe
+        self._slots = slots
+        self._spec = spec
+        self._interrupts = interrupts
         self._filing = threading.Lock()    # one file at a time; guards the pipe's answers
 
     def install(self, globals_: Sequence[Dict[str, Any]]) -> None:
         """Offer them to jobs, in the global variables of the computation too."""
-        offer_names({'dispy_provisional_result': self._provisional, 'dispy_send_file': self._send_file}, globals_)
+        offer_names(
+            {'dispy_provisional_result': self._provisional, 'dispy_send_file': self._send_file},
+            globals_)
         if modules is not None:
             modules.ask = self._ask_client
         if self._spec['logs'] >= 0:
@@ -8146,7 +9068,8 @@ class JobServices:
             raise ValueError(over_limit('dispy_provisional_result: the value', size_of(payload)))
         with self._interrupts.beside_job():
             now = time.time()
-            self._pipe.send(Kind.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE, self._slots[0], now, now, payload)
+            self._pipe.send(Kind.RESULT, Outcome.PROVISIONAL if plain else Outcome.PROVISIONAL_CODE,
+                            self._slots[0], now, now, payload)
         return 0
 
     def _forward(self, record: logging.LogRecord) -> None:
@@ -8155,9 +9078,12 @@ class JobServices:
             text = record.getMessage()
             if record.exc_info and record.exc_info[0] is not None:
                 text += '\n' + ''.join(traceback.format_exception(*record.exc_info)).rstrip()
-            # A level may be an IntEnum and a name a subclass of str: the other side opens plain values only.
-            data = pickle.dumps((int(record.levelno), plain_text(record.name)[:NAME_MOST], shorten(plain_text(text))), 5)
-        except Exception:  # arguments that do not fit the format, and the like: as logging itself does
+            # A level may be an IntEnum and a name a subclass of str: the other side opens plain
+            # values only.
+            data = pickle.dumps((int(record.levelno), plain_text(
+                record.name)[:NAME_MOST], shorten(plain_text(text))), 5)
+        except Exception:
+            # Arguments that do not fit the format, and the like: as logging itself does
             self._log_handler.handleError(record)
             return
         with self._interrupts.beside_job():
@@ -8165,15 +9091,20 @@ class JobServices:
 
     def tell_left(self, names: List[str]) -> None:
         """A program has left these files behind. It goes the way of log records."""
-        others = ' and %d others' % (len(names) - 1) if len(names) > 1 else ''
+        if len(names) > 1:
+            others = ' and %d others' % (len(names) - 1)
+        else:
+            others = ''
         text = '%r%s on node %s' % (names[0], others, self._spec['names']['dispy_node_name'])
         data = pickle.dumps((logging.WARNING, FILES_LEFT, shorten(text)), 5)
         with self._interrupts.beside_job():
             self._pipe.send(Kind.LOGGED, 0, self._slots[0], 0.0, 0.0, data)
 
     def _send_file(self, path: str, relay: Any = None, timeout: Any = None) -> int:
-        """dispy_send_file: the file is below the client's directory, under the same relative name, when this returns 0.
-        `relay` and `timeout` are accepted, as in dispy 4, and have no meaning any more. Raises ValueError for a path that climbs out, OSError when it cannot be read here or kept there."""
+        """dispy_send_file: the file is below the client's directory, under the same relative name,
+        when this returns 0. `relay` and `timeout` are accepted, as in dispy 4, and have no meaning
+        any more. Raises ValueError for a path that climbs out, OSError when it cannot be read here
+        or kept there."""
         name = _name_of(path, self._spec['directory'])
         check_size(name, os.path.getsize(path), self._spec['max_file'])
         size, digest = file_digest(path)
@@ -8181,7 +9112,8 @@ class JobServices:
         with self._filing:
             for offset, data in read_pieces(path, size):
                 with self._interrupts.beside_job():
-                    self._pipe.send(Kind.FILE, offset // FILE_PIECE, self._slots[0], 0.0, 0.0, row, data)
+                    self._pipe.send(Kind.FILE, offset // FILE_PIECE, self._slots[0], 0.0, 0.0, row,
+                                    data)
             with self._interrupts.beside_job():
                 error = self._answer()
         if error:
@@ -8189,7 +9121,8 @@ class JobServices:
         return 0
 
     def _ask_client(self, request: Any) -> str:
-        """Have a bundle of modules, by number, or a module, by name, fetched from the client. Returns '' or why that failed."""
+        """Have a bundle of modules, by number, or a module, by name, fetched from the client.
+        Returns '' or why that failed."""
         with self._filing, self._interrupts.beside_job():
             self._pipe.send(Kind.WANT, 0, self._slots[0], 0.0, 0.0, pickle.dumps(request))
             return self._answer()
@@ -8205,16 +9138,19 @@ class JobDirectory:
     """The directory of a job that has files or names of its own (dispy_job_depends)."""
 
     def __init__(self, spec: dict, globals_: Sequence[Dict[str, Any]]) -> None:
-        self._spec, self._globals = spec, globals_
+        self._spec = spec
+        self._globals = globals_
         self._directory = spec['directory']      # of the computation
         self.is_entered = False         # the job that runs has one
         self._private = ''
         self._give_back: Callable[[], None] = _not_here   # takes the job's names away
 
     def enter(self, files: List[Tuple[str, int, bytes]], objects: Dict[str, Any]) -> None:
-        """Make the directory, with the job's files and links to those of the computation, and make its names known."""
+        """Make the directory, with the job's files and links to those of the computation, and make
+        its names known."""
         private = tempfile.mkdtemp(prefix='job-', dir=self._spec['private'])
-        self._private, self.is_entered = private, True
+        self._private = private
+        self.is_entered = True
         self._give_back = lend_names(objects, self._globals)
         for name in os.listdir(self._directory):
             os.symlink(os.path.join(self._directory, name), os.path.join(private, name))
@@ -8240,12 +9176,21 @@ class JobDirectory:
 class Worker:
     """Runs job after job in a process of its own."""
 
-    def __init__(self, sock: socket.socket, slots: Any, function: Callable[..., Any], out: Catch, err: Catch,
-                 spec: dict, libc: Any, threads: NumericThreads,
+    def __init__(self,
+                 sock: socket.socket,
+                 slots: Any,
+                 function: Callable[..., Any],
+                 out: Catch,
+                 err: Catch,
+                 spec: dict,
+                 libc: Any,
+                 threads: NumericThreads,
                  globals_: Sequence[Dict[str, Any]] = ()) -> None:
         self._globals = globals_   # of the computation, setup and cleanup
         self._numeric = threads
-        self._slots, self._function, self._spec = slots, function, spec
+        self._slots = slots
+        self._function = function
+        self._spec = spec
         self._pipe = WorkerPipe(sock, spec['private'])
         self._output = JobOutput(out, err, libc)
         self._interrupts = JobInterrupts(self._pipe, slots, function)
@@ -8287,7 +9232,8 @@ class Worker:
         self._output.install()
         self._interrupts.install()
         self._services.install(self._globals)
-        if 'numpy' in sys.modules:   # forked twins would draw the same "random" numbers; `random` sees to it itself
+        # Forked twins would draw the same "random" numbers; `random` sees to it itself
+        if 'numpy' in sys.modules:
             sys.modules['numpy'].random.seed()
         if isinstance(self._function, Calls) and self._function.initializer is not None:
             self._initialize(self._function)
@@ -8304,18 +9250,20 @@ class Worker:
             log = logging.getLogger('concurrent.futures')
             log.critical('Exception in initializer:', exc_info=True)
             text = 'the initializer has failed: %s' % describe_exception(exc, 1)
-            self._pipe.send(Kind.INITIALIZED, 0, 0, 0.0, 0.0, shorten(text).encode('utf-8', 'replace'))
+            self._pipe.send(Kind.INITIALIZED, 0, 0, 0.0, 0.0,
+                            shorten(text).encode('utf-8', 'replace'))
             os._exit(1)
         self._pipe.send(Kind.INITIALIZED)
 
-    # -- one job ------------------------------------------------------------------------------------------
+    # -- one job -----------------------------------------------------------------------------------
 
     def _run(self, record: Record) -> None:
         self._interrupts.is_late = False
         Slots.begin(self._slots, record.serial)
         if record.number != self._numeric.cpus:
             self._numeric.use(record.number, self._surroundings)
-        start, ticks = time.time(), time.perf_counter()
+        start = time.time()
+        ticks = time.perf_counter()
         failure: Optional[BaseException] = None
         value = None
         opened = False
@@ -8333,7 +9281,8 @@ class Worker:
                     self._job_directory.enter(*extras)
                 value = contextvars.copy_context().run(self._function, *args, **kwargs)
                 self._interrupts.in_job = False
-            except BaseException as exc:  # whatever a job raises is its result; SystemExit and the like too
+            except BaseException as exc:
+                # Whatever a job raises is its result; SystemExit and the like too
                 self._interrupts.in_job = False
                 failure = exc
                 if not opened:
@@ -8341,7 +9290,8 @@ class Worker:
         except KeyboardInterrupt as exc:  # it came while the handler above was entered
             self._interrupts.in_job = False
             failure = exc
-        if os.getpid() != self._pid:   # a child that the job has forked and that came back: the pipe is not its
+        # A child that the job has forked and that came back: the pipe is not its
+        if os.getpid() != self._pid:
             os._exit(0 if failure is None else 1)
         end = start + time.perf_counter() - ticks
         if isinstance(failure, KeyboardInterrupt):
@@ -8375,11 +9325,13 @@ class Worker:
                 return Outcome.RAISED, pack_error(over_limit('the result', size_of(payload)), None)
             return (Outcome.RETURNED if plain else Outcome.RETURNED_CODE), payload
         except BaseException as exc:  # __reduce__ and its kin are the user's code
-            text = 'the result, of type %s, could not be pickled: %s' % (type(value).__name__, describe_exception(exc, 1))
+            text = 'the result, of type %s, could not be pickled: %s' % (type(value).__name__,
+                                                                         describe_exception(exc, 1))
             return Outcome.RAISED, pack_error(text, exc)
 
     def _tidy(self) -> bool:
-        """Put back what the job changed. False when something is left that only a new process is free of."""
+        """Put back what the job changed. False when something is left that only a new process is
+        free of."""
         if threading.active_count() != self._threads and not self._are_idle_threads():
             return False
         if self._half_imported:
@@ -8456,13 +9408,15 @@ def remove_joblib_remains(pids: Set[int], since: float) -> None:
 
 
 def globals_of(*functions: Any) -> List[Dict[str, Any]]:
-    """The global variables of these functions, once each; not those of this module, whose functions an executor calls."""
+    """The global variables of these functions, once each; not those of this module, whose functions
+    an executor calls."""
     found: List[Dict[str, Any]] = []
     for function in functions:
         while hasattr(function, 'func') and not hasattr(function, '__globals__'):   # a partial
             function = function.func
         if not isinstance(function, (types.FunctionType, types.MethodType)):
-            function = getattr(function, '__wrapped__', None) or getattr(type(function), '__call__', None)
+            function = getattr(function, '__wrapped__', None) or getattr(
+                type(function), '__call__', None)
         variables = getattr(getattr(function, '__func__', function), '__globals__', None)
         if variables is globals():
             variables = vars(sys.modules['__main__'])
@@ -8472,8 +9426,8 @@ def globals_of(*functions: Any) -> List[Dict[str, Any]]:
 
 
 def lend_names(names: Dict[str, Any], globals_: Sequence[Dict[str, Any]]) -> Callable[[], None]:
-    """Make names known to one job: in the computation's global variables, where they are free. Returns what takes them away
-    again, with those that opening them has brought there."""
+    """Make names known to one job: in the computation's global variables, where they are free.
+    Returns what takes them away again, with those that opening them has brought there."""
     spaces.forget_added(names)
     lent = [(variables, name) for variables in globals_ for name in names if name not in variables]
     for variables, name in lent:
@@ -8493,8 +9447,8 @@ class _Child(NamedTuple):
 
 
 def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> None:
-    """Names that need no import in a job: in the global variables of the computation where they are free, and in
-    builtins for the other modules."""
+    """Names that need no import in a job: in the global variables of the computation where they are
+    free, and in builtins for the other modules."""
     for name, value in names.items():
         setattr(builtins, name, value)
     for variables in spaces_:
@@ -8503,7 +9457,8 @@ def offer_names(names: Dict[str, Any], spaces_: Iterable[Dict[str, Any]]) -> Non
 
 
 class ComputationCode:
-    """The user's code in a runner: loads the computation, runs its setup and in the end its cleanup."""
+    """The user's code in a runner: loads the computation, runs its setup and in the end its
+    cleanup."""
 
     def __init__(self, spec: dict) -> None:
         self._spec = spec
@@ -8524,7 +9479,8 @@ class ComputationCode:
         loader = self._loader()
         offer_names(dict(self._spec['names'], os=os, sys=sys, time=time), ())
         if self._spec['kind'] == 'program':
-            self.function: Callable[..., Any] = Program(os.path.join(self._directory, self._spec['program']))
+            self.function: Callable[..., Any] = Program(
+                os.path.join(self._directory, self._spec['program']))
             self.is_loaded = True
         else:
             setup = self._load_functions(code, loader)
@@ -8565,9 +9521,14 @@ class ComputationCode:
         """The computation, cleanup and what is found by name beside them. Returns setup."""
         if self._spec['bundles']:
             loader.need((0,))
-        self.function, setup, self._cleanup, objects = \
-            load_source(*open_plain(code)) if self._spec['kind'] == 'source' else unseal(code)
-        self._setup_args, own_objects = unseal(self._spec['setup_args']) if self._spec['setup_args'] else ((), {})
+        if self._spec['kind'] == 'source':
+            self.function, setup, self._cleanup, objects = load_source(*open_plain(code))
+        else:
+            self.function, setup, self._cleanup, objects = unseal(code)
+        if self._spec['setup_args']:
+            self._setup_args, own_objects = unseal(self._spec['setup_args'])
+        else:
+            self._setup_args, own_objects = ((), {})
         self.globals = globals_of(self.function, setup, self._cleanup)
         offer_names(self._spec['names'], self.globals)
         for variables in self.globals:
@@ -8604,12 +9565,17 @@ class WorkerProcesses:
     left running, limits their memory and shows what they print. What becomes of them is told by
     `send`, as to pack_record."""
 
-    def __init__(self, spec: dict, code: Optional[ComputationCode], libc: Any, send: Callable[..., None]) -> None:
-        self._spec, self._code, self._libc, self._send = spec, code, libc, send
+    def __init__(self, spec: dict, code: Optional[ComputationCode], libc: Any,
+                 send: Callable[..., None]) -> None:
+        self._spec = spec
+        self._code = code
+        self._libc = libc
+        self._send = send
         self._children: Dict[int, _Child] = {}
         self._born = time.time() - 1.0   # clocks of file systems are a little behind
         self._own: Set[int] = set()   # children that setup left on purpose
-        self._undead: Set[int] = set()   # killed, and they have not ended: they sleep and cannot be interrupted
+        # Killed, and they have not ended: they sleep and cannot be interrupted
+        self._undead: Set[int] = set()
         self._slots: List[Any] = []      # free ones
         self._slot_files = itertools.count(1)
         self._watched: Dict[int, Tuple[int, int]] = {}   # worker -> job and bytes that it may use
@@ -8628,10 +9594,13 @@ class WorkerProcesses:
         """Seconds after which workers are to be looked at."""
         if self._watched:
             return WEIGHED
-        return OUTPUT_CHECKED if self._children else None
+        if self._children:
+            return OUTPUT_CHECKED
+        return None
 
     def look(self) -> None:
-        """Look at the workers: which have ended, what they have printed, and the memory that they use."""
+        """Look at the workers: which have ended, what they have printed, and the memory that they
+        use."""
         self.reap()
         if self._spec['live']:
             self._show_output()
@@ -8639,7 +9608,8 @@ class WorkerProcesses:
         self._check_memory()
 
     def fork(self, record: Record, handle: int) -> None:
-        """A worker that cannot be made is told with the reason; those that there are go on. `handle`: the descriptor of its pipe, or -1."""
+        """A worker that cannot be made is told with the reason; those that there are go on.
+        `handle`: the descriptor of its pipe, or -1."""
         with contextlib.ExitStack() as made:
             try:
                 if handle < 0:
@@ -8651,7 +9621,8 @@ class WorkerProcesses:
                     target=self._work, args=(sock, child), name='dispy-worker-%d' % record.number)
                 process.start()
             except (OSError, MemoryError) as exc:
-                self._send(Kind.UNBORN, record.number, 0, 0.0, 0.0, shortage(exc).encode('utf-8', 'replace'))
+                self._send(Kind.UNBORN, record.number, 0, 0.0, 0.0,
+                           shortage(exc).encode('utf-8', 'replace'))
                 return
             made.pop_all()
         sock.close()
@@ -8689,7 +9660,8 @@ class WorkerProcesses:
                    code.threads, code.globals).serve()
         except (ConnectionError, EOFError):
             os._exit(1)   # the pipe is gone, and with it whoever could be told
-        except BaseException:  # no descriptors, or our own fault: the runner reads it from the file and tells
+        except BaseException:
+            # No descriptors, or our own fault: the runner reads it from the file and tells
             traceback.print_exc()
             sys.stderr.flush()
             os._exit(70)
@@ -8722,7 +9694,8 @@ class WorkerProcesses:
 
     @staticmethod
     def _signal(child: _Child, number: int) -> None:
-        """To the worker's whole group. Its leader is our child and not yet reaped, so the number is still its own."""
+        """To the worker's whole group. Its leader is our child and not yet reaped, so the number is
+        still its own."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.process.pid, number)
         with contextlib.suppress(ProcessLookupError):
@@ -8736,8 +9709,10 @@ class WorkerProcesses:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(child.process.pid, signal.SIGKILL)
                 remove_joblib_remains({child.process.pid, *self.kill_strays()}, self._born)
-                out, err = (output.peek(os.fstat(output.handle).st_size) for output in (child.out, child.err))
-                self._send(Kind.GONE, key, child.slots[0], float(child.process.exitcode), 0.0, b'', out, err)
+                out, err = (output.peek(os.fstat(output.handle).st_size)
+                            for output in (child.out, child.err))
+                self._send(Kind.GONE, key, child.slots[0], float(child.process.exitcode), 0.0, b'',
+                           out, err)
                 child.out.close()
                 child.err.close()
                 child.process.close()
@@ -8746,13 +9721,15 @@ class WorkerProcesses:
         self._undead = {pid for pid in self._undead if not self._has_ended(pid)}
 
     def kill_strays(self) -> Set[int]:
-        """Descendants of dead workers that left their group came to us, who adopt orphans (Linux). One that sleeps and cannot
-        be interrupted, as on a disk that has died, is waited for by nobody: it is looked at again from time to time.
-        Returns all that there were, those of the group too."""
+        """Descendants of dead workers that left their group came to us, who adopt orphans (Linux).
+        One that sleeps and cannot be interrupted, as on a disk that has died, is waited for by
+        nobody: it is looked at again from time to time. Returns all that there were, those of the
+        group too."""
         until = time.monotonic() + UNDEAD_TIME
         found: Set[int] = set()
         while True:
-            known = {child.process.pid for child in self._children.values()} | self._own | self._undead
+            known = {child.process.pid
+                     for child in self._children.values()} | self._own | self._undead
             strays = {pid for pid in self._descendants() if pid not in known}
             found |= strays
             for pid in strays:
@@ -8784,15 +9761,20 @@ class WorkerProcesses:
             return []
 
     def _show_output(self) -> None:
-        """What running jobs have printed since the last look. What comes between this and their end comes with the result."""
+        """What running jobs have printed since the last look. What comes between this and their end
+        comes with the result."""
         for key, child in self._children.items():
             serial = child.slots[0]
             for stream, catch in ((1, child.out), (2, child.err)):
                 if catch.shown[0] != serial:
                     catch.shown = (serial, 0)
                 size = os.fstat(catch.handle).st_size
-                at = max(catch.shown[1], size - 2 * OUTPUT_KEPT)   # the middle of very much is not shown
-                data = catch.since(at) if serial and size > at else b''
+                # The middle of very much is not shown
+                at = max(catch.shown[1], size - 2 * OUTPUT_KEPT)
+                if serial and size > at:
+                    data = catch.since(at)
+                else:
+                    data = b''
                 if data and child.slots[0] == serial:   # or it was of the next job
                     catch.shown = (serial, at + len(data))
                     self._send(Kind.PRINTED, key, serial, float(stream), float(at), data)
@@ -8803,7 +9785,8 @@ class WorkerProcesses:
             child = self._children.get(key)
             if child is None or (child.slots[0] != serial and child.slots[0]):
                 del self._watched[key]
-            elif child.slots[0] == serial and memory_of(child.process.pid) > most and child.slots[0] == serial:
+            elif child.slots[0] == serial and memory_of(
+                    child.process.pid) > most and child.slots[0] == serial:
                 del self._watched[key]
                 self._send(Kind.TOO_BIG, key, serial)
                 self._signal(child, signal.SIGKILL)
@@ -8814,9 +9797,12 @@ class WorkerProcesses:
             child.err.shorten(self._libc)
 
     def end(self) -> None:
-        """End all workers. A signal to end that comes meanwhile, as one does when the daemon ends, waits: half done,
-        this would leave behind what nobody else removes."""
-        mask = _sigmask(signal.SIG_BLOCK, (signal.SIGTERM,)) if _sigmask is not None else ()
+        """End all workers. A signal to end that comes meanwhile, as one does when the daemon ends,
+        waits: half done, this would leave behind what nobody else removes."""
+        if _sigmask is not None:
+            mask = _sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+        else:
+            mask = ()
         try:
             for child in self._children.values():
                 self._signal(child, signal.SIGKILL)
@@ -8832,7 +9818,8 @@ class WorkerProcesses:
 
 
 class Runner:
-    """Loads a computation, runs its setup once, forks workers, reaps them and tells the daemon of it."""
+    """Loads a computation, runs its setup once, forks workers, reaps them and tells the daemon of
+    it."""
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
@@ -8857,7 +9844,8 @@ class Runner:
         os.dup2(self._err.handle, 2)
         sys.stdout, sys.stderr = output_stream(1, 1), output_stream(2, 1)
         signal.signal(signal.SIGTERM, self._told_to_end)   # ends a setup that hangs, and closes
-        if hasattr(os, 'register_at_fork'):   # what setup forks must not hold the line by which the daemon sees our end
+        # What setup forks must not hold the line by which the daemon sees our end
+        if hasattr(os, 'register_at_fork'):
             os.register_at_fork(after_in_child=self._control.close)
         try:
             self._code.load(init.bodies[1])
@@ -8866,13 +9854,19 @@ class Runner:
             gc.freeze()   # what is loaded now stays shared with the workers, copy-on-write
         except BaseException as exc:  # the user's modules and setup may raise anything
             self._workers.kill_strays()
-            if self._shall_end:   # nobody wants it any more, and what that has interrupted is no fault
+            # Nobody wants it any more, and what that has interrupted is no fault
+            if self._shall_end:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.kill(os.getpid(), signal.SIGTERM)
-            hint = '' if self._code.is_loaded else explain_import(exc, self._spec['name'])
-            self._tell_failure(hint + '\n' * bool(hint) + describe_exception(exc, frames_of_ours(exc)))
+            if self._code.is_loaded:
+                hint = ''
+            else:
+                hint = explain_import(exc, self._spec['name'])
+            self._tell_failure(hint + '\n' * bool(hint) +
+                               describe_exception(exc, frames_of_ours(exc)))
             return
-        self._send(Kind.UP, 0, 0, 0.0, 0.0, pickle.dumps(modules.notes if modules is not None else []))
+        self._send(Kind.UP, 0, 0, 0.0, 0.0,
+                   pickle.dumps(modules.notes if modules is not None else []))
         self._serve()
 
     def _told_to_end(self, number: int, frame: Any) -> None:
@@ -8880,12 +9874,14 @@ class Runner:
         sys.exit(0)
 
     def _tell_failure(self, text: str) -> None:
-        """The computation cannot be used here; the record's number is 1 if its code cannot even be loaded."""
+        """The computation cannot be used here; the record's number is 1 if its code cannot even be
+        loaded."""
         sys.stdout.flush()
         sys.stderr.flush()
         printed = self._err.peek(os.fstat(2).st_size).decode('utf-8', 'replace')[-2000:]
         text = shorten(text) + ('\nstderr:\n' + printed if printed else '')
-        self._send(Kind.FAILED, int(not self._code.is_loaded), 0, 0.0, 0.0, text.encode('utf-8', 'replace'))
+        self._send(Kind.FAILED, int(not self._code.is_loaded), 0, 0.0, 0.0,
+                   text.encode('utf-8', 'replace'))
 
     def _serve(self) -> None:
         reader, writer = os.pipe()
@@ -8924,12 +9920,14 @@ class Runner:
             if hasattr(socket, 'CMSG_LEN'):
                 handles = array.array('i')
                 data, ancillary, flags, _ = self._control.recvmsg_into([self._intake.room()],
-                                                                       socket.CMSG_SPACE(64 * handles.itemsize))
+                                                                       socket.CMSG_SPACE(
+                                                                           64 * handles.itemsize))
                 for level, kind, body in ancillary:
                     if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                         handles.frombytes(body[:len(body) - len(body) % handles.itemsize])
                 if flags & socket.MSG_CTRUNC and not handles:
-                    handles.append(-1)   # no descriptor was left for it: the worker it was for cannot be made
+                    # No descriptor was left for it: the worker it was for cannot be made
+                    handles.append(-1)
                 self._handles.extend(handles)
             else:
                 data = self._control.recv_into(self._intake.room())
@@ -8949,7 +9947,8 @@ class Runner:
         if failure:
             self._tell_failure(failure)
         self._workers.drop_children()
-        # This process ends without exit handlers, those of the user's modules; shared variables that setup has made leave
+        # This process ends without exit handlers, those of the user's modules; shared variables
+        # that setup has made leave
         # named semaphores behind unless they are finalized.
         finalize = getattr(sys.modules.get('multiprocessing.util'), '_run_finalizers', None)
         if finalize is not None:
@@ -8970,7 +9969,8 @@ class User(NamedTuple):
 
 
 def become(user: User) -> None:
-    """Give up root for good, and what multiprocessing inherited from it: a tracker that removes what it is told to."""
+    """Give up root for good, and what multiprocessing inherited from it: a tracker that removes
+    what it is told to."""
     from multiprocessing import resource_tracker
     tracker: Any = getattr(resource_tracker, '_resource_tracker', None)
     if getattr(tracker, '_fd', None) is not None:
@@ -8996,7 +9996,8 @@ def ask_psutil(question: Callable[[Any], Any]) -> Any:
 
 
 def memory_of(pid: int) -> int:
-    """Resident bytes of a process and its descendants; 0 where nothing tells (neither /proc nor psutil)."""
+    """Resident bytes of a process and its descendants; 0 where nothing tells (neither /proc nor
+    psutil)."""
     try:
         with open('/proc/%d/statm' % pid) as file:
             own = int(file.read().split()[1]) * mmap.PAGESIZE
@@ -9013,12 +10014,16 @@ def memory_of(pid: int) -> int:
 
 
 def start_of(pid: int, zombie: bool = True) -> str:
-    """When a process began, in whatever unit tells it from another that gets its number; '' if there is none, or if that
-    cannot be told. `zombie`: one that has ended and waits to be reaped counts. See proc(5)."""
+    """When a process began, in whatever unit tells it from another that gets its number; '' if
+    there is none, or if that cannot be told. `zombie`: one that has ended and waits to be reaped
+    counts. See proc(5)."""
     try:
         with open('/proc/%d/stat' % pid, 'rb') as file:
-            state, *fields = file.read().rpartition(b')')[2].split()   # the name before it may hold anything
-        return fields[18].decode() if zombie or state not in b'ZX' else ''
+            # The name before it may hold anything
+            state, *fields = file.read().rpartition(b')')[2].split()
+        if zombie or state not in b'ZX':
+            return fields[18].decode()
+        return ''
     except (OSError, IndexError, ValueError):
         if os.path.isdir('/proc/self'):
             return ''
@@ -9026,7 +10031,9 @@ def start_of(pid: int, zombie: bool = True) -> str:
 
 
 def _start_told(process: Any, zombie: bool) -> str:
-    return str(process.create_time()) if zombie or process.status() != 'zombie' else ''
+    if zombie or process.status() != 'zombie':
+        return str(process.create_time())
+    return ''
 
 
 def is_child(pid: int, parent: int) -> bool:
@@ -9047,13 +10054,17 @@ def runner_main(control: socket.socket, user: Optional[User] = None) -> None:
     try:
         Runner(socket.socket(fileno=_out_of_reach(control.detach()))).run()
     except SystemExit as exc:
-        code = exc.code if isinstance(exc.code, int) else 1
+        if isinstance(exc.code, int):
+            code = exc.code
+        else:
+            code = 1
     os._exit(code)   # threads and exit handlers of the user's modules are not waited for
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Threads and sockets: channels, the loop that owns them, accepting. Used by node, client and scheduler alike.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Threads and sockets: channels, the loop that owns them, accepting. Used by node, client and
+# scheduler alike.
+# --------------------------------------------------------------------------------------------------
 
 _WOULD_BLOCK: Tuple[Type[OSError], ...] = (BlockingIOError, InterruptedError)
 
@@ -9067,14 +10078,17 @@ def set_option(sock: socket.socket, level: int, name: str, value: int) -> None:
 
 
 def tune(sock: socket.socket) -> None:
-    """Options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it can be set."""
+    """Options of every TCP link: no delay for small frames, keep-alive 15/5/3 s where it can be
+    set."""
     set_option(sock, socket.IPPROTO_TCP, 'TCP_NODELAY', 1)
     set_option(sock, socket.SOL_SOCKET, 'SO_KEEPALIVE', 1)
-    for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 3), ('TCP_USER_TIMEOUT', 30000)):
+    for name, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 3),
+                        ('TCP_USER_TIMEOUT', 30000)):
         set_option(sock, socket.IPPROTO_TCP, name, value)
 
 
-SEGMENT = 1200                # bytes that a packet carries where longer ones do not arrive: fits the least MTU of IPv6
+# Bytes that a packet carries where longer ones do not arrive: fits the least MTU of IPv6
+SEGMENT = 1200
 _TCP_INFO = struct.Struct('8B24I')   # the beginning of struct tcp_info of Linux
 _OUT_OF_ORDER = 224                  # where its rcv_ooopack is
 _SMALL_MTU = '. Either the network passes nothing in one direction, or it loses packets of full size: then a link on the way has ' \
@@ -9087,8 +10101,8 @@ STALLS = {   # what `stall_of` returns -> what is said
 
 
 def stall_of(sock: Any, silence: float, pulse: float) -> str:
-    """Whether packets do not arrive on a connection on which nothing was heard for `silence` s, although the way is there: 'sent',
-    'received' or ''. Only Linux tells; elsewhere ''."""
+    """Whether packets do not arrive on a connection on which nothing was heard for `silence` s,
+    although the way is there: 'sent', 'received' or ''. Only Linux tells; elsewhere ''."""
     if not sys.platform.startswith('linux'):
         return ''
     try:
@@ -9098,7 +10112,9 @@ def stall_of(sock: Any, silence: float, pulse: float) -> str:
     if len(info) < _OUT_OF_ORDER + 4:
         return ''
     fields = _TCP_INFO.unpack_from(info)
-    retransmits, unacknowledged, last_ack = fields[2], fields[8 + 4], fields[8 + 12] / 1000
+    retransmits = fields[2]
+    unacknowledged = fields[8 + 4]
+    last_ack = fields[8 + 12] / 1000
     if unacknowledged and retransmits > 1 and silence < PULSES_SILENT * pulse:
         return 'sent'
     out_of_order, = struct.unpack_from('I', info, _OUT_OF_ORDER)
@@ -9108,8 +10124,10 @@ def stall_of(sock: Any, silence: float, pulse: float) -> str:
 
 
 class Channel:
-    """A non-blocking socket, the bytes that wait to be sent on it, and the units that come in. Loop thread only."""
-    READS = 16           # system calls in one turn, so that a busy channel does not starve the others
+    """A non-blocking socket, the bytes that wait to be sent on it, and the units that come in. Loop
+    thread only."""
+    # System calls in one turn, so that a busy channel does not starve the others
+    READS = 16
 
     def __init__(self, sock: socket.socket, intake: Intake) -> None:
         sock.setblocking(False)
@@ -9130,9 +10148,13 @@ class Channel:
             self._again = _WOULD_BLOCK + (ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
     def push(self, buffers: Iterable[Buffer], passing: Optional[socket.socket] = None) -> None:
-        """Send these behind what waits already; with the first of them a socket, which is closed here then."""
+        """Send these behind what waits already; with the first of them a socket, which is closed
+        here then."""
         for buffer in buffers:
-            view = memoryview(buffer).cast('B') if not isinstance(buffer, bytes) else memoryview(buffer)
+            if not isinstance(buffer, bytes):
+                view = memoryview(buffer).cast('B')
+            else:
+                view = memoryview(buffer)
             self._out.append((view, passing))
             self.queued += len(view)
             passing = None
@@ -9140,7 +10162,8 @@ class Channel:
             self.dirty.add(self)
 
     def write(self) -> None:
-        """Send what the socket takes now, up to WRITE_MOST bytes. Raises OSError if it is broken."""
+        """Send what the socket takes now, up to WRITE_MOST bytes. Raises OSError if it is
+        broken."""
         enough = self.queued - WRITE_MOST
         while self._out and self.queued > enough:
             try:
@@ -9173,7 +10196,8 @@ class Channel:
     def _send_some(self) -> int:
         view, passing = self._out[0]
         if passing is not None:
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [passing.fileno()]))]
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS,
+                          array.array('i', [passing.fileno()]))]
             sent = self.sock.sendmsg([view], ancillary)
             passing.close()
             self._out[0] = (view, None)
@@ -9188,7 +10212,8 @@ class Channel:
         return self.sock.recv_into(room)
 
     def read(self, now: float) -> List[Any]:
-        """Receive what is there; the whole units of it. Raises LinkBroken at the end of the stream."""
+        """Receive what is there; the whole units of it. Raises LinkBroken at the end of the
+        stream."""
         units: List[Any] = []
         for _ in range(self.READS):
             room = self._intake.room()
@@ -9259,17 +10284,24 @@ class Coming:
 
     def __init__(self, row: tuple, total: int) -> None:
         self.kind = Jobs if len(row) == 3 else Results   # type: Any
-        self.row, self.total, self.seen = row, total, 0
+        self.row = row
+        self.total = total
+        self.seen = 0
         self.place: Any = None
 
     @property
     def copies(self) -> int:
         """How often it is in memory until it can be used."""
-        return ARGUMENTS_COPIED if self.kind is Jobs else RESULTS_COPIED
+        if self.kind is Jobs:
+            return ARGUMENTS_COPIED
+        return RESULTS_COPIED
 
     def message(self, comp: str) -> Any:
         """What has come, when it is whole. Raises PeerError."""
-        at = 1 if self.kind is Jobs else 4
+        if self.kind is Jobs:
+            at = 1
+        else:
+            at = 4
         message = self.kind(comp, [(*self.row[:at], self.place.whole(), *self.row[at + 1:])])
         if not CHECKS[self.kind](message):
             raise PeerError('%s with wrong values' % self.kind.__name__)
@@ -9302,13 +10334,15 @@ class Values:
 
     def __init__(self, where: str, log: logging.Logger) -> None:
         """`where` tells whose memory it is, for people."""
-        self.where, self._log = where, log
+        self.where = where
+        self._log = log
         self._coming: Dict[Tuple[int, str], Coming] = {}   # (link, computation) -> what comes
 
     def take(self, link: int, part: Part, takes: Container[int]) -> Any:
         """The message that is whole with this part; what stands for one for which there is no room;
         or None. Raises PeerError."""
-        key, buffers = (link, part.comp), pieces_of(part.data)
+        key = (link, part.comp)
+        buffers = pieces_of(part.data)
         refused = None
         if not part.offset:
             self.drop(link, part.comp)
@@ -9335,7 +10369,9 @@ class Values:
         if value.seen < value.total:
             return refused
         del self._coming[key]
-        return value.message(part.comp) if value.place is not None else refused
+        if value.place is not None:
+            return value.message(part.comp)
+        return refused
 
     def _begin(self, comp: str, value: Coming) -> Any:
         if value.total > VALUE_MOST:
@@ -9387,13 +10423,20 @@ class Link(Channel):
     AT_ONCE = 16     # parts that are made in one turn
     _numbers = itertools.count(1)
 
-    def __init__(self, sock: socket.socket, session: Session, address: str, now: float, pulse: float = PULSE,
+    def __init__(self,
+                 sock: socket.socket,
+                 session: Session,
+                 address: str,
+                 now: float,
+                 pulse: float = PULSE,
                  takes: Iterable[int] = MESSAGES) -> None:
         self._opener = FrameOpener(session.receive_key, takes)
         super().__init__(sock, self._opener)
         self._sealer = FrameSealer(session.send_key)
         self.number = next(Link._numbers)
-        self.instance, self.role, self.address = session.peer_instance, session.peer_role, address
+        self.instance = session.peer_instance
+        self.role = session.peer_role
+        self.address = address
         self.pulse = pulse
         self.heard = self.said = now
         self.on_purpose = False
@@ -9406,8 +10449,8 @@ class Link(Channel):
 
     def send(self, message: Any) -> None:
         """Queue a message. Raises ValueError for one that is too large, before anything of it is
-        queued. One that is too large for a frame only goes in parts, and others overtake it: all but
-        what tells more of the same job, or that nothing more is told of the computation."""
+        queued. One that is too large for a frame only goes in parts, and others overtake it: all
+        but what tells more of the same job, or that nothing more is told of the computation."""
         if self.later and type(message) in (Results, Refused, Done) and self._stays_behind(message):
             return
         try:
@@ -9435,7 +10478,10 @@ class Link(Channel):
 
     def goes_in_parts(self, message: Any) -> bool:
         """Whether this message, of one row, was the last that was sent and goes in parts."""
-        last = self.later[message.comp][-1] if message.comp in self.later else None
+        if message.comp in self.later:
+            last = self.later[message.comp][-1]
+        else:
+            last = None
         return isinstance(last, InParts) and last.message is message
 
     def _in_parts(self, message: Any, exc: TooLarge) -> None:
@@ -9489,7 +10535,11 @@ class Link(Channel):
     def abandon(self, comp: str, serials: Optional[Iterable[int]] = None) -> List[int]:
         """Do not send what is to go in parts for these serials and has not left; None: nothing that
         waits of a computation. Returns the serials of what does not leave."""
-        waiting, wanted = self.later.get(comp, ()), None if serials is None else set(serials)
+        waiting = self.later.get(comp, ())
+        if serials is None:
+            wanted = None
+        else:
+            wanted = set(serials)
         unwanted = [each for each in waiting if isinstance(each, InParts)
                     and (wanted is None or each.row[0] in wanted)]
         for each in unwanted:
@@ -9530,7 +10580,8 @@ class Link(Channel):
         return self._sealer.sealed
 
     def messages(self, now: float) -> List[Any]:
-        """The messages that have come. Raises PeerError or LinkBroken; the link is of no use then."""
+        """The messages that have come. Raises PeerError or LinkBroken; the link is of no use
+        then."""
         messages = []
         for head, body in self.read(now):
             message = self._opener.open(head, body)
@@ -9552,7 +10603,8 @@ class Pipe(Channel):
     def __init__(self, sock: socket.socket, comp: str, worker: int = 0) -> None:
         self._records = RecordIntake(FROM_WORKER if worker else FROM_RUNNER)
         super().__init__(sock, self._records)
-        self.comp, self.worker = comp, worker
+        self.comp = comp
+        self.worker = worker
         self.pid = 0     # of the process that wrote first, as the kernel tells it
         self._asks = bool(worker) and hasattr(socket, 'SCM_CREDENTIALS')
         if self._asks:   # what SO_PEERCRED tells of a socketpair is who made it
@@ -9561,9 +10613,11 @@ class Pipe(Channel):
     def receive(self, room: memoryview) -> int:
         if not self._asks:
             return super().receive(room)
-        count, ancillary, _, _ = self.sock.recvmsg_into([room], socket.CMSG_SPACE(_CREDENTIALS.size))
+        count, ancillary, _, _ = self.sock.recvmsg_into([room],
+                                                        socket.CMSG_SPACE(_CREDENTIALS.size))
         for level, kind, body in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and len(body) >= _CREDENTIALS.size:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and len(
+                    body) >= _CREDENTIALS.size:
                 self.pid = _CREDENTIALS.unpack(body[:_CREDENTIALS.size])[0]
                 self._asks = False
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
@@ -9581,7 +10635,9 @@ class Pipe(Channel):
 
 class Faults:
     """Counts the faults of a loop for which nothing that it serves was to blame."""
-    MOST, WITHIN = 50, 1.0     # faults, s
+    # Faults, s
+    MOST = 50
+    WITHIN = 1.0
 
     def __init__(self) -> None:
         self._times: Deque[float] = collections.deque(maxlen=self.MOST)
@@ -9592,30 +10648,35 @@ class Faults:
         return len(self._times) == self.MOST and now - self._times[0] < self.WITHIN
 
 
-REFUSED_MOST = 3              # frames with a job or result that could not be used, after which it is ended
+# Frames with a job or result that could not be used, after which it is ended
+REFUSED_MOST = 3
 FRAMES_NOTED = 64             # of jobs or results, the last ones sent on a link
 NOTED = 1 << 20               # bytes of a frame of results from which it is noted what was in it
 
 
 class Refusals:
-    """Frames of jobs or results that went into links, so that it is known what was in one that the other side could not use.
-    After REFUSED_MOST such frames a job is ended, or its result is told as lost: it would not come through the next time either."""
+    """Frames of jobs or results that went into links, so that it is known what was in one that the
+    other side could not use. After REFUSED_MOST such frames a job is ended, or its result is told
+    as lost: it would not come through the next time either."""
 
     def __init__(self) -> None:
         # link -> (numbers of the first and the last frame, computation, serials), the last of them
         self._sent: Dict[int, Deque[Tuple[int, int, str, List[int]]]] = {}
-        self._counts: Dict[Tuple[str, int], int] = collections.Counter()   # (computation, job number) -> frames
+        # (computation, job number) -> frames
+        self._counts: Dict[Tuple[str, int], int] = collections.Counter()
 
     def sent(self, link: Link, frame: Any) -> None:
         """A frame of jobs or results was sent."""
         frames_of = self._sent.setdefault(link.number, collections.deque(maxlen=FRAMES_NOTED))
         first = last = link.sent - 1
         if link.later and link.goes_in_parts(frame):   # some time among others
-            first, last = link.sent, link.sent + 2 * (link.queued // FILE_PIECE) + FRAMES_NOTED
+            first = link.sent
+            last = link.sent + 2 * (link.queued // FILE_PIECE) + FRAMES_NOTED
         frames_of.append((first, last, frame.comp, [row[0] for row in frame.rows]))
 
     def refused(self, link: Link, number: int) -> List[Tuple[str, int]]:
-        """The other side cannot use this frame. Returns (computation, serial) of what is to be ended for it."""
+        """The other side cannot use this frame. Returns (computation, serial) of what is to be
+        ended for it."""
         over = []
         for first, last, comp, serials in self._sent.get(link.number, ()):
             for serial in serials if first <= number <= last else ():
@@ -9633,8 +10694,8 @@ class Refusals:
 class Loop:
     """One thread, a selector, and everything that thread owns. Other threads only call `post`.
 
-    A subclass says what happens: `on_event`, `on_channel`, `on_broken`, `end_of_turn`, `next_timer`.
-    `turn()` does one round, `run()` repeats it until `stop()`.
+    A subclass says what happens: `on_event`, `on_channel`, `on_broken`, `end_of_turn`,
+    `next_timer`. `turn()` does one round, `run()` repeats it until `stop()`.
 
     An exception that nobody expected ends what it concerns, which the subclass finds out in
     `on_fault`, and the loop goes on. A loop that fails many times within a second, without
@@ -9650,7 +10711,8 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._inbox: Deque[Any] = collections.deque()
         self._dirty: Set[Channel] = set()
-        self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()   # at the end of this turn
+        # At the end of this turn
+        self._later_broken: Deque[Tuple[Channel, str]] = collections.deque()
         self._signalled = False
         self._wakes_on_signals = False
         self._ended = False
@@ -9659,21 +10721,23 @@ class Loop:
         self._again = False        # a turn failed, and what it had to do may not be done
         self._failed = ''          # why this loop cannot go on
         self.refusals = Refusals()
-        self._acts: Dict[type, Callable[[Any], None]] = {}   # how each action of the state is carried out
+        # How each action of the state is carried out
+        self._acts: Dict[type, Callable[[Any], None]] = {}
         self._pulse_at = 0.0
         self._waker, self._wakened = socket.socketpair()
         for sock in (self._waker, self._wakened):
             sock.setblocking(False)
         self._selector.register(self._wakened, selectors.EVENT_READ, self._woken)
 
-    # -- to be said by the subclass -----------------------------------------------------------------------
+    # -- to be said by the subclass ----------------------------------------------------------------
 
     def on_event(self, event: Any) -> None:
         """Something was posted."""
         raise NotImplementedError
 
     def on_channel(self, channel: Any) -> None:
-        """A channel can be read. May raise LinkBroken, PeerError or OSError, which come back as `on_broken`."""
+        """A channel can be read. May raise LinkBroken, PeerError or OSError, which come back as
+        `on_broken`."""
         raise NotImplementedError
 
     def on_broken(self, channel: Any, text: str) -> None:
@@ -9681,10 +10745,12 @@ class Loop:
         raise NotImplementedError
 
     def on_silent(self, link: 'Link') -> None:
-        """Nothing was heard on a link for PULSES_SILENT pulses; called again and again while it lasts."""
+        """Nothing was heard on a link for PULSES_SILENT pulses; called again and again while it
+        lasts."""
 
     def second_failed(self, second: 'Second', link: Optional['Link']) -> None:
-        """Another connection beside this link could not be made. If the link is silent still, the next one is tried."""
+        """Another connection beside this link could not be made. If the link is silent still, the
+        next one is tried."""
         if second.ended(self.now) and link is not None and self.is_silent(link):
             self.on_silent(link)
 
@@ -9706,7 +10772,7 @@ class Loop:
             sock.close()
         return sock is not None
 
-    # -- any thread ---------------------------------------------------------------------------------------
+    # -- any thread --------------------------------------------------------------------------------
 
     def post(self, event: Any) -> None:
         """Hand an event to the loop's thread. Any thread, also from a signal handler."""
@@ -9715,7 +10781,8 @@ class Loop:
             self._signalled = True
             try:
                 self._waker.send(b'\0')
-            except (BlockingIOError, OSError):   # full: it wakes anyway; closed: nobody is left to hear
+            except (BlockingIOError, OSError):
+                # Full: it wakes anyway; closed: nobody is left to hear
                 self._signalled = not self._ended
                 if self._ended:
                     self._close_late()
@@ -9726,7 +10793,7 @@ class Loop:
             if hasattr(event, 'sock'):
                 event.sock.close()
 
-    # -- the loop's thread --------------------------------------------------------------------------------
+    # -- the loop's thread -------------------------------------------------------------------------
 
     def wake_on_signals(self) -> None:
         """Let every signal end the wait of a turn, so that its handler runs at once. Without this
@@ -9750,7 +10817,10 @@ class Loop:
     def set_pulse(self, link: 'Link', pulse: float) -> None:
         """The other side gives a link up when it hears nothing for several of these."""
         link.pulse = pulse
-        self._pulse_at = min(self._pulse_at, self.now + pulse / 2) if self._pulse_at else 0.0
+        if self._pulse_at:
+            self._pulse_at = min(self._pulse_at, self.now + pulse / 2)
+        else:
+            self._pulse_at = 0.0
 
     def detach(self, channel: Channel) -> None:
         """Let go of a channel and close it. Does nothing the second time."""
@@ -9783,7 +10853,8 @@ class Loop:
                 if link.queued - before >= NOTED and type(message) is Results:
                     self.refusals.sent(link, message)
             except Exception as exc:  # it is too large, or holds what cannot be packed
-                self.log.error('%s for %s cannot be sent: %s', type(message).__name__, link.address, exc)
+                self.log.error('%s for %s cannot be sent: %s',
+                               type(message).__name__, link.address, exc)
                 self.unsaid(link, message, '%s cannot be sent: %s' % (type(message).__name__, exc))
 
     def unsaid(self, link: Link, message: Any, text: str) -> None:
@@ -9860,11 +10931,15 @@ class Loop:
 
     def fault(self, subject: Any, exc: BaseException) -> None:
         """Log an unexpected exception and end what it concerns."""
-        name = type(subject).__name__ if subject is not None else 'a turn'
+        if subject is not None:
+            name = type(subject).__name__
+        else:
+            name = 'a turn'
         self.log.error('a fault of dispy while it handled %s', name, exc_info=exc)
         concerned = False
         try:
-            concerned = self.on_fault(subject, 'a fault of dispy has ended it: %s: %.500s' % (type(exc).__name__, exc))
+            concerned = self.on_fault(
+                subject, 'a fault of dispy has ended it: %s: %.500s' % (type(exc).__name__, exc))
         except Exception:  # one more; the first stands in the log already
             self.log.exception('a fault of dispy while it ended what the last one concerned')
         self._again = self._again or not concerned
@@ -9874,11 +10949,15 @@ class Loop:
             self.stop()
 
     def _patience(self, timeout: Optional[float]) -> Optional[float]:
-        """Seconds until something is to be done, at most a day: a selector takes no more than 24.8 days."""
+        """Seconds until something is to be done, at most a day: a selector takes no more than 24.8
+        days."""
         if self._inbox or self._again:
             self._again = False
             return 0
-        wait = LONGEST_SLEEP if timeout is None else min(timeout, LONGEST_SLEEP)
+        if timeout is None:
+            wait = LONGEST_SLEEP
+        else:
+            wait = min(timeout, LONGEST_SLEEP)
         try:
             when = self.next_timer()
         except Exception as exc:
@@ -9910,7 +10989,8 @@ class Loop:
             self.fault(channel, exc)
 
     def _refuse_link(self, channel: Channel, text: str) -> None:
-        """What came cannot be used. The other side is told, so that it does not connect and send the same at once."""
+        """What came cannot be used. The other side is told, so that it does not connect and send
+        the same at once."""
         if isinstance(channel, Link) and channel.dirty is not None:
             self.log.error('what %s has sent cannot be used: %s', channel.address, text)
             Loop.say(self, channel, Wrong(text[:NAME_MOST], channel.opened))
@@ -9924,7 +11004,8 @@ class Loop:
             if channel.later:
                 channel.go_on()
         except OSError as exc:
-            self._guarded(channel, selectors.EVENT_READ)   # the other side may have said why it goes
+            # The other side may have said why it goes
+            self._guarded(channel, selectors.EVENT_READ)
             self._break(channel, str(exc))
             return
         except Exception as exc:  # as above
@@ -9935,7 +11016,8 @@ class Loop:
 
     def interest(self, channel: Channel) -> None:
         """Bring the selector up to what the channel waits for."""
-        wanted = (0 if channel.paused else selectors.EVENT_READ) | (selectors.EVENT_WRITE if channel.wants_write else 0)
+        wanted = (0 if channel.paused else selectors.EVENT_READ) | (selectors.EVENT_WRITE
+                                                                    if channel.wants_write else 0)
         if wanted == channel.interest or channel.dirty is None:
             return
         if not channel.interest:
@@ -9954,7 +11036,8 @@ class Loop:
 
     def _beat(self) -> None:
         """Signs of life on idle links, and an end to silent ones."""
-        late = self.now - self._pulse_at   # this process was stopped, or the machine slept: nobody else was silent for it
+        # This process was stopped, or the machine slept: nobody else was silent for it
+        late = self.now - self._pulse_at
         if self._pulse_at and late > min(link.pulse for link in self.links.values()):
             for link in self.links.values():
                 link.heard = min(self.now, link.heard + late)
@@ -9996,28 +11079,54 @@ class Arrival(NamedTuple):
 
 
 class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Accepts connections on one address; each has its TLS and handshake in a thread of its own, bounded by a
-    Doorkeeper. A loop watches the listening socket and calls `knock`."""
+    """Accepts connections on one address; each has its TLS and handshake in a thread of its own,
+    bounded by a Doorkeeper. A loop watches the listening socket and calls `knock`."""
     daemon_threads = True
     allow_reuse_address = os.name != 'nt'
     request_queue_size = 128
     timeout = 0      # handle_request returns when nobody is there any more
 
-    def __init__(self, address: Tuple[str, int], psk: Union[bytes, Dict[int, Tuple[bytes, ...]]], role: Role, allowed: Sequence[Role], instance: bytes,
-                 deliver: Callable[[Arrival], None], certfile: Optional[str] = None, keyfile: Optional[str] = None,
-                 cafile: Optional[str] = None, patience: float = HANDSHAKE_TIME,
+    def __init__(self,
+                 address: Tuple[str, int],
+                 psk: Union[bytes, Dict[int, Tuple[bytes, ...]]],
+                 role: Role,
+                 allowed: Sequence[Role],
+                 instance: bytes,
+                 deliver: Callable[[Arrival], None],
+                 certfile: Optional[str] = None,
+                 keyfile: Optional[str] = None,
+                 cafile: Optional[str] = None,
+                 patience: float = HANDSHAKE_TIME,
                  refused: Callable[[str, str], None] = lambda address, text: None) -> None:
         self._patience = patience   # s for TLS and handshake
-        self._refused = refused     # told when it is logged that somebody was turned away; in the connection's thread
-        self._psk, self._role, self._allowed, self._instance, self._deliver = psk, role, tuple(allowed), instance, deliver
-        self._tls = tls_context(True, certfile, keyfile, cafile) if certfile else None
-        self._binding = certificate_digest(certfile) if certfile else NO_TLS
-        self._keeper, self._lock = Doorkeeper(), threading.Lock()   # the lock guards the keeper
-        self._under_way: Dict[int, Tuple[str, socket.socket]] = {}   # handshakes by the ids of their sockets, in order
+        # Told when it is logged that somebody was turned away; in the connection's thread
+        self._refused = refused
+        self._psk = psk
+        self._role = role
+        self._allowed = tuple(allowed)
+        self._instance = instance
+        self._deliver = deliver
+        if certfile:
+            self._tls = tls_context(True, certfile, keyfile, cafile)
+        else:
+            self._tls = None
+        if certfile:
+            self._binding = certificate_digest(certfile)
+        else:
+            self._binding = NO_TLS
+        # The lock guards the keeper
+        self._keeper = Doorkeeper()
+        self._lock = threading.Lock()
+        # Handshakes by the ids of their sockets, in order
+        self._under_way: Dict[int, Tuple[str, socket.socket]] = {}
         self._kept: Set[int] = set()    # ids of sockets that were delivered, not to be closed
         self._spare = os.open(os.devnull, os.O_RDONLY)
-        self._both = not address[0] and socket.has_dualstack_ipv6()   # all addresses of this host, IPv4 and IPv6
-        self.address_family = socket.AF_INET6 if ':' in address[0] or self._both else socket.AF_INET
+        # All addresses of this host, IPv4 and IPv6
+        self._both = not address[0] and socket.has_dualstack_ipv6()
+        if ':' in address[0] or self._both:
+            self.address_family = socket.AF_INET6
+        else:
+            self.address_family = socket.AF_INET
         super().__init__(address, None)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
@@ -10031,8 +11140,8 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.handle_request()
 
     def get_request(self) -> Tuple[socket.socket, Any]:
-        """Accept. With no descriptor left, the spare one is used to turn the caller away, so that it does not
-        stand in the queue and keep the loop awake."""
+        """Accept. With no descriptor left, the spare one is used to turn the caller away, so that
+        it does not stand in the queue and keep the loop awake."""
         try:
             sock, where = super().get_request()
             return sock, (address_in(where), *where[1:])
@@ -10049,18 +11158,24 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether this address may begin a handshake."""
-        address, victim = client_address[0], None
+        address = client_address[0]
+        victim = None
         with self._lock:
             now = time.monotonic()
             if self._keeper.is_shut(address, now):
                 return False
             if not self._keeper.admit(address, now):
-                number = self._keeper.make_way(address, [(number, other) for number, (other, _) in self._under_way.items()])
+                number = self._keeper.make_way(address,
+                                               [(number, other)
+                                                for number, (other, _) in self._under_way.items()])
                 if number is None:
                     return False
                 _, victim = self._under_way.pop(number)
             # A descriptor of our own to it: TLS takes the socket's away.
-            handle = socket.socket(fileno=os.dup(request.fileno())) if self._tls else request
+            if self._tls:
+                handle = socket.socket(fileno=os.dup(request.fileno()))
+            else:
+                handle = request
             self._under_way[id(request)] = (address, handle)
         if victim is not None:
             with contextlib.suppress(OSError):   # it has ended meanwhile
@@ -10088,20 +11203,30 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def finish_request(self, request: Any, client_address: Any) -> None:
         """TLS and handshake. The connection's own thread."""
         address, proved = client_address[0], None  # type: Tuple[str, Optional[bool]]
-        deadline, sock = time.monotonic() + self._patience, request
+        deadline = time.monotonic() + self._patience
+        sock = request
         try:
             tune(request)
             request.settimeout(self._patience)
-            sock = self._tls.wrap_socket(request, server_side=True) if self._tls else request
-            session = handshake_accept(sock, self._psk, self._role, self._allowed, self._instance, self._binding, deadline)
+            if self._tls:
+                sock = self._tls.wrap_socket(request, server_side=True)
+            else:
+                sock = request
+            session = handshake_accept(sock, self._psk, self._role, self._allowed, self._instance,
+                                       self._binding, deadline)
             proved = True
             self._kept.add(id(request))
             self._deliver(Arrival(sock, session, address))
         except HandshakeError as exc:
-            proved = None if isinstance(exc, Silence) else False
+            if isinstance(exc, Silence):
+                proved = None
+            else:
+                proved = False
             self._log(address, str(exc))
         except (EOFError, OSError) as exc:   # ssl.SSLError is an OSError
-            self._log(address, tls_text(exc) if type(exc).__name__.startswith('SSL') else str(exc) or 'it hung up')
+            self._log(
+                address,
+                tls_text(exc) if type(exc).__name__.startswith('SSL') else str(exc) or 'it hung up')
         finally:
             if not proved:
                 sock.close()   # under TLS not the one that socketserver knows
@@ -10136,17 +11261,28 @@ class Gate(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self._spare = -1
 
 
-def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: bytes, tls: Any = None,
-         note: Callable[[Any], None] = lambda sock: None, patience: float = HANDSHAKE_TIME,
-         allowed: Optional[Callable[[str], bool]] = None, segment: int = 0) -> Arrival:
-    """Connect, to addresses that are `allowed` only, TLS, handshake: blocking, for a thread. `tls` is a context of `tls_context`;
-    `note` is told each socket as it is made, so that another thread can shut it down; `patience` is for the connection, and again
-    for the handshake. If `segment` is given, packets carry at most so many bytes in both directions. Raises HandshakeError or
-    OSError; `dial_text` says it in words."""
+def dial(host: str,
+         port: int,
+         psk: bytes,
+         role: Role,
+         wanted: Role,
+         instance: bytes,
+         tls: Any = None,
+         note: Callable[[Any], None] = lambda sock: None,
+         patience: float = HANDSHAKE_TIME,
+         allowed: Optional[Callable[[str], bool]] = None,
+         segment: int = 0) -> Arrival:
+    """Connect, to addresses that are `allowed` only, TLS, handshake: blocking, for a thread. `tls`
+    is a context of `tls_context`; `note` is told each socket as it is made, so that another thread
+    can shut it down; `patience` is for the connection, and again for the handshake. If `segment` is
+    given, packets carry at most so many bytes in both directions. Raises HandshakeError or OSError;
+    `dial_text` says it in words."""
     failure: OSError = OSError('it has no address')
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
         if allowed is not None and not allowed(str(address[0])):
-            failure = OSError('its address is none that may be connected to from here (--allow-nodes of the dispyscheduler)')
+            failure = OSError(
+                'its address is none that may be connected to from here (--allow-nodes of the dispyscheduler)'
+            )
             continue
         sock: Any = socket.socket(family, kind, protocol)
         note(sock)
@@ -10165,7 +11301,8 @@ def dial(host: str, port: int, psk: bytes, role: Role, wanted: Role, instance: b
         raise failure
     try:
         tune(sock)
-        binding, deadline = NO_TLS, time.monotonic() + patience
+        binding = NO_TLS
+        deadline = time.monotonic() + patience
         if tls is not None:
             sock = _dial_tls(sock, tls)
             note(sock)
@@ -10193,7 +11330,8 @@ class Unreached(enum.Enum):
     UNREACHABLE = 'unreachable'      # nobody answers, or no way leads there
     NO_SUCH_NAME = 'no such name'
     NAME_SERVICE = 'no name service'   # nobody says what address the name has
-    REFUSED = 'refused'              # somebody is there who does not let us in, or whom we do not trust
+    # Somebody is there who does not let us in, or whom we do not trust
+    REFUSED = 'refused'
 
     def __str__(self) -> str:
         return self.value  # type: ignore[no-any-return]
@@ -10215,7 +11353,8 @@ def dial_text(exc: BaseException) -> str:
         return 'its name is none that a host can have: %s' % exc
     if isinstance(exc, socket.timeout):
         return '%s %d s' % (NO_ANSWER, HANDSHAKE_TIME)
-    if type(exc).__name__.startswith('SSL'):   # with TLS 1.3 a rejected certificate comes to light in the handshake
+    # With TLS 1.3 a rejected certificate comes to light in the handshake
+    if type(exc).__name__.startswith('SSL'):
         return tls_text(exc)
     if isinstance(exc, OSError) and exc.errno in NO_WAY:
         return 'it cannot be reached: %s' % exc.strerror
@@ -10225,7 +11364,9 @@ def dial_text(exc: BaseException) -> str:
 def told_once(text: str) -> str:
     """By what a reason of `dial_text` is known: that nobody answers is told once, however long was
     waited for it."""
-    return NO_ANSWER if text.startswith(NO_ANSWER) else text
+    if text.startswith(NO_ANSWER):
+        return NO_ANSWER
+    return text
 
 
 def why_unreached(exc: BaseException) -> Unreached:
@@ -10235,8 +11376,11 @@ def why_unreached(exc: BaseException) -> Unreached:
     if isinstance(exc, UnicodeError):
         return Unreached.NO_SUCH_NAME
     if isinstance(exc, socket.gaierror):
-        return Unreached.NAME_SERVICE if exc.errno in NAME_SERVICE_FAILS else Unreached.NO_SUCH_NAME
-    if (isinstance(exc, HandshakeError) and not isinstance(exc, Silence)) or type(exc).__name__.startswith('SSL'):
+        if exc.errno in NAME_SERVICE_FAILS:
+            return Unreached.NAME_SERVICE
+        return Unreached.NO_SUCH_NAME
+    if (isinstance(exc, HandshakeError)
+            and not isinstance(exc, Silence)) or type(exc).__name__.startswith('SSL'):
         return Unreached.REFUSED
     return Unreached.UNREACHABLE
 
@@ -10267,7 +11411,9 @@ class Dialling:
     """
 
     def __init__(self, first: float, most: float) -> None:
-        self._first, self._most, self._wait = first, most, first
+        self._first = first
+        self._most = most
+        self._wait = first
         self.due: Optional[float] = 0.0    # when to begin, None: not to begin
         self._flaps = 0                    # links in a row that ended at once
         self._hurry_until = -math.inf      # attempts are short and frequent
@@ -10278,8 +11424,10 @@ class Dialling:
         """Whether a thread is at it."""
         return self._attempt is not None
 
-    def start(self, post: Callable[[Any], None], peer: Any, reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
-        """`reach(note)` is `dial` with its arguments, but for `note`. Dialled or DialFailed is posted with `peer`."""
+    def start(self, post: Callable[[Any], None], peer: Any, reach: Callable[[Callable[[Any], None]],
+                                                                            Arrival]) -> None:
+        """`reach(note)` is `dial` with its arguments, but for `note`. Dialled or DialFailed is
+        posted with `peer`."""
         self.due, self._attempt = None, _Attempt(post, peer, reach)
         try:
             self._attempt.thread.start()
@@ -10292,13 +11440,18 @@ class Dialling:
         self._attempt = None
 
     def again(self, now: float, lived: float = 0.0, pulse: float = PULSE) -> None:
-        """It failed, or the link that came of it ended after `lived` seconds: once more, later. With each connection that was
-        made the wait begins anew, unless several in a row have ended at once."""
+        """It failed, or the link that came of it ended after `lived` seconds: once more, later.
+        With each connection that was made the wait begins anew, unless several in a row have ended
+        at once."""
         if lived:
-            self._flaps = 0 if lived > FLAP_TIME else self._flaps + 1
+            if lived > FLAP_TIME:
+                self._flaps = 0
+            else:
+                self._flaps = self._flaps + 1
             self._hurry_until = -math.inf
             if self._flaps < FLAPS:
-                self._wait, self._hurry_until = self._first, now + PULSES_LOST * pulse
+                self._wait = self._first
+                self._hurry_until = now + PULSES_LOST * pulse
         self.due = now + (min(self._wait, pulse) if now < self._hurry_until else self._wait)
         self._wait = min(2 * self._wait, self._most)
 
@@ -10310,8 +11463,9 @@ class Dialling:
         return min(HANDSHAKE_TIME, max(1.0, pulse, TRIPS * trip))
 
     def abort(self, waits: bool = False) -> None:
-        """End the attempt. One that asks for a name cannot be woken: it is left to itself, and nothing comes of it. With `waits`
-        it is waited for even so, as it starts a process that it has to see to."""
+        """End the attempt. One that asks for a name cannot be woken: it is left to itself, and
+        nothing comes of it. With `waits` it is waited for even so, as it starts a process that it
+        has to see to."""
         if self._attempt is not None:
             self._attempt.abort(waits)
 
@@ -10319,8 +11473,11 @@ class Dialling:
 class _Attempt:
     """One thread of a Dialling."""
 
-    def __init__(self, post: Callable[[Any], None], peer: Any, reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
-        self._post, self._peer, self._reach = post, peer, reach
+    def __init__(self, post: Callable[[Any], None], peer: Any,
+                 reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
+        self._post = post
+        self._peer = peer
+        self._reach = reach
         self._lock = threading.Lock()   # guards the two below
         self._sock: Any = None
         self._aborted = False
@@ -10329,7 +11486,8 @@ class _Attempt:
     def _work(self) -> None:
         try:
             found = self._reach(self._note)
-        except (DispyError, OSError, ValueError, RuntimeError) as exc:   # Runtime: no process at interpreter's exit
+        except (DispyError, OSError, ValueError, RuntimeError) as exc:
+            # Runtime: no process at interpreter's exit
             self._post(DialFailed(self._peer, dial_text(exc), why_unreached(exc)))
         else:
             self._post(Dialled(self._peer, *found))
@@ -10345,7 +11503,8 @@ class _Attempt:
     def abort(self, waits: bool) -> None:
         """End it, and wait for its end if it has come so far that it can be woken."""
         with self._lock:
-            self._aborted, sock = True, self._sock
+            self._aborted = True
+            sock = self._sock
         if sock is not None:
             with contextlib.suppress(OSError):   # not connected yet, or not any more
                 sock.shutdown(socket.SHUT_RDWR)
@@ -10354,10 +11513,11 @@ class _Attempt:
 
 
 class Second:
-    """A second connection to a peer whose link is silent: whichever speaks first is used. The loop's thread.
+    """A second connection to a peer whose link is silent: whichever speaks first is used. The
+    loop's thread.
 
-    Attempts are short, and one follows the other: a packet that was lost is sent again by TCP after 1, 3, 7 s, a new attempt
-    finds out at once that a cut is over.
+    Attempts are short, and one follows the other: a packet that was lost is sent again by TCP after
+    1, 3, 7 s, a new attempt finds out at once that a cut is over.
     """
 
     def __init__(self, peer: Any) -> None:
@@ -10375,14 +11535,16 @@ class Second:
         """Whether an attempt has failed since then."""
         return self._failed_at is not None and self._failed_at >= since
 
-    def start(self, now: float, post: Callable[[Any], None], reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
+    def start(self, now: float, post: Callable[[Any], None],
+              reach: Callable[[Callable[[Any], None]], Arrival]) -> None:
         """One more attempt, unless there is one."""
         if not self.busy:
             self._began = now
             self._dialling.start(post, self, reach)
 
     def ended(self, failed_at: Optional[float] = None) -> bool:
-        """Its event has come. Returns whether the next attempt may begin at once: one that was refused at once has to wait."""
+        """Its event has come. Returns whether the next attempt may begin at once: one that was
+        refused at once has to wait."""
         self._dialling.ended()
         self._failed_at = failed_at
         return failed_at is not None and failed_at - self._began > SECOND_APART
@@ -10392,7 +11554,8 @@ class Second:
         self._dialling.abort()
 
 
-# Multicast groups of the site; none is routed, as packets have one hop to go. IPv6 of the link would be asked from link-local
+# Multicast groups of the site; none is routed, as packets have one hop to go. IPv6 of the link
+# would be asked from link-local
 # addresses, and no node could be meant by the address that people know.
 GROUP6 = 'ff15::d159:5'
 GROUP4 = '239.255.97.1'
@@ -10400,21 +11563,29 @@ REACHES = ('lan', 'loopback', 'off')
 
 
 def discovery_reach() -> str:
-    """How far datagrams go, from the environment: 'lan', 'loopback' (this machine) or 'off'. Raises ValueError."""
+    """How far datagrams go, from the environment: 'lan', 'loopback' (this machine) or 'off'. Raises
+    ValueError."""
     reach = os.environ.get('DISPY_DISCOVERY') or 'lan'
     if reach not in REACHES:
-        raise ValueError("the environment's DISPY_DISCOVERY is %r; it must be 'lan', 'loopback' or 'off'" % reach)
+        raise ValueError(
+            "the environment's DISPY_DISCOVERY is %r; it must be 'lan', 'loopback' or 'off'" %
+            reach)
     return reach
 
 
 class Ear(socketserver.UDPServer):
-    """One UDP socket. A loop watches it and calls `knock`; what comes is given to `hear(data, source, reply)`."""
+    """One UDP socket. A loop watches it and calls `knock`; what comes is given to `hear(data,
+    source, reply)`."""
     allow_reuse_address = True   # several nodes and clients of one host hear the same broadcasts
     timeout = 0
     max_packet_size = DATAGRAM + 1
 
-    def __init__(self, family: int, host: str, port: int, hear: Callable[[bytes, str, Callable[[bytes], None]], None], multicast: bool) -> None:
-        self.address_family, self._hear, self._multicast = family, hear, multicast
+    def __init__(self, family: int, host: str, port: int,
+                 hear: Callable[[bytes, str, Callable[[bytes], None]],
+                                None], multicast: bool) -> None:
+        self.address_family = family
+        self._hear = hear
+        self._multicast = multicast
         self.speaks = True
         super().__init__((host, port), None)  # type: ignore[arg-type]
 
@@ -10433,19 +11604,24 @@ class Ear(socketserver.UDPServer):
             return
         if self.address_family == socket.AF_INET6:
             for index in interfaces():
-                with contextlib.suppress(OSError):   # one without multicast, or with too many groups
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, socket.inet_pton(socket.AF_INET6, GROUP6) + struct.pack('@I', index))
+                # One without multicast, or with too many groups
+                with contextlib.suppress(OSError):
+                    sock.setsockopt(
+                        socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP,
+                        socket.inet_pton(socket.AF_INET6, GROUP6) + struct.pack('@I', index))
         elif self._multicast:
             for address in own_addresses() or ('0.0.0.0',):
                 with contextlib.suppress(OSError):   # as above
-                    sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(GROUP4) + socket.inet_aton(address))
+                    sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP,
+                                    socket.inet_aton(GROUP4) + socket.inet_aton(address))
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """One datagram."""
         data, sock = request
 
         def reply(answer: bytes) -> None:
-            with contextlib.suppress(OSError):   # no route, or the buffer is full: the asker asks again
+            # No route, or the buffer is full: the asker asks again
+            with contextlib.suppress(OSError):
                 sock.sendto(answer, client_address)
         try:
             source = address_in(client_address)
@@ -10463,13 +11639,17 @@ class Ear(socketserver.UDPServer):
 
 
 def own_addresses() -> Dict[str, str]:
-    """IPv4 addresses of this host and where each one's network is addressed as a whole; needs psutil, else none. While
-    they cannot be had, as without a descriptor, those that were there before."""
+    """IPv4 addresses of this host and where each one's network is addressed as a whole; needs
+    psutil, else none. While they cannot be had, as without a descriptor, those that were there
+    before."""
     global _own_addresses
     found = ask_psutil(lambda psutil: psutil.net_if_addrs())
     if found is not None:
-        _own_addresses = {item.address: item.broadcast or '' for items in found.values() for item in items
-                          if item.family == socket.AF_INET}
+        _own_addresses = {
+            item.address: item.broadcast or ''
+            for items in found.values()
+            for item in items if item.family == socket.AF_INET
+        }
     return _own_addresses
 
 
@@ -10486,23 +11666,36 @@ def interfaces() -> List[int]:
 
 
 class Ears:
-    """The UDP sockets of one process and how it speaks to all. It hears what is said to `ports`, and speaks to `there`, from the
-    first of its ports, where the answers come. The loop's thread."""
+    """The UDP sockets of one process and how it speaks to all. It hears what is said to `ports`,
+    and speaks to `there`, from the first of its ports, where the answers come. The loop's
+    thread."""
 
-    def __init__(self, loop: Loop, reach: str, there: Iterable[int], ports: Iterable[int],
-                 hear: Callable[[bytes, str, Callable[[bytes], None]], None], multicast: bool = False) -> None:
-        self._loop, self._reach, self._there, self._multicast, self.ears = loop, reach, sorted(set(there)), multicast, []  # type: Loop, str, List[int], bool, List[Ear]
+    def __init__(self,
+                 loop: Loop,
+                 reach: str,
+                 there: Iterable[int],
+                 ports: Iterable[int],
+                 hear: Callable[[bytes, str, Callable[[bytes], None]], None],
+                 multicast: bool = False) -> None:
+        self._loop: Loop = loop
+        self._reach: str = reach
+        self._there: List[int] = sorted(set(there))
+        self._multicast: bool = multicast
+        self.ears: List[Ear] = []
         self.error = ''
         self._first = min(ports)
         for number in sorted(set(ports)) if reach != 'off' else ():
-            # Bound to its broadcast address a socket hears what is said to this machine as a whole, and nothing else.
-            hosts = [(socket.AF_INET, '' if reach == 'lan' else '127.255.255.255' if number else '127.0.0.1')]
+            # Bound to its broadcast address a socket hears what is said to this machine as a whole,
+            # and nothing else.
+            hosts = [(socket.AF_INET,
+                      '' if reach == 'lan' else '127.255.255.255' if number else '127.0.0.1')]
             if reach == 'lan' and socket.has_ipv6:
                 hosts.append((socket.AF_INET6, '::'))
             for family, host in hosts:
                 try:
                     ear = Ear(family, host, number, hear, multicast)
-                except OSError as exc:   # taken by a program that does not share it, or no such family here
+                except OSError as exc:
+                    # Taken by a program that does not share it, or no such family here
                     if family == socket.AF_INET:
                         self.error = 'UDP port %d cannot be used: %s' % (number, exc.strerror)
                     continue
@@ -10511,7 +11704,8 @@ class Ears:
                 loop.watch(ear.socket, ear.knock)
 
     def shout(self, say: Callable[[], bytes]) -> None:
-        """To everybody within reach: what `say` returns, by each family anew, so that a host of both answers by both."""
+        """To everybody within reach: what `say` returns, by each family anew, so that a host of
+        both answers by both."""
         for ear in self.ears:
             if ear.speaks:
                 data = say()
@@ -10524,7 +11718,9 @@ class Ears:
         else:
             hosts = {'127.255.255.255'}
             if self._reach == 'lan':
-                hosts |= {broadcast for broadcast in own_addresses().values() if broadcast} or {'255.255.255.255'}
+                hosts |= {broadcast
+                          for broadcast in own_addresses().values()
+                          if broadcast} or {'255.255.255.255'}
             targets = [(host, port) for host in sorted(hosts)]
         for target in targets:
             with contextlib.suppress(OSError):   # an interface that is down, or cannot do it
@@ -10532,7 +11728,8 @@ class Ears:
         if self._multicast and ear.address_family == socket.AF_INET:
             for address in own_addresses() or ('0.0.0.0',):
                 with contextlib.suppress(OSError):   # as above
-                    ear.socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(address))
+                    ear.socket.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF,
+                                          socket.inet_aton(address))
                     ear.socket.sendto(data, (GROUP4, port))
 
     def close(self) -> None:
@@ -10543,9 +11740,9 @@ class Ears:
         self.ears = []
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The daemon: carries out what Node decides
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class Options(NamedTuple):
     """How a node is to be; one field an option of the command line."""
@@ -10575,7 +11772,8 @@ class Options(NamedTuple):
 
 
 class ChildEnded(NamedTuple):
-    """Posted when this is PID 1, as in a container: a process has ended that may be nobody's but ours."""
+    """Posted when this is PID 1, as in a container: a process has ended that may be nobody's but
+    ours."""
 
 
 class Digested(NamedTuple):
@@ -10584,19 +11782,22 @@ class Digested(NamedTuple):
 
 
 class NodeDirectory:
-    """The directory of a node, which is the node's alone: 0700, and locked by its file `lock`, which
-    names the process and its port. In it stand what is known of past attempts, results whose clients
-    are away, and the directories of computations."""
+    """The directory of a node, which is the node's alone: 0700, and locked by its file `lock`,
+    which names the process and its port. In it stand what is known of past attempts, results whose
+    clients are away, and the directories of computations."""
 
     def __init__(self, options: Options, instance: bytes,
                  taken: Callable[[Memory, Dict[str, Past]], None]) -> None:
         """`taken` is called when the directory is the node's, with what is known of attempts of
         computations that earlier nodes had."""
-        self._options, self._instance, self._taken = options, instance, taken
+        self._options = options
+        self._instance = instance
+        self._taken = taken
         self._port = 0
         self._lock_file: Any = None
         self.memory: Optional[Memory] = None
-        self.root = self.base = ''   # where computations work, and what is above: not the same with --user
+        # Where computations work, and what is above: not the same with --user
+        self.root = self.base = ''
 
     def take(self, port: int) -> None:
         """Have the directory. Raises StartError."""
@@ -10617,10 +11818,14 @@ class NodeDirectory:
         self.root = os.path.realpath(root)
 
     def _take_base(self, root: str) -> None:
-        mode = 0o711 if self._options.user else 0o700
+        if self._options.user:
+            mode = 0o711
+        else:
+            mode = 0o700
         if not self._options.prefix:
             self._take_above(os.path.dirname(root), mode)
-        take_own_directory(root, NODE_MARK, ('lock',) if _was_ours(root) else (), '--dest-path-prefix', mode)
+        take_own_directory(root, NODE_MARK, ('lock', ) if _was_ours(root) else (),
+                           '--dest-path-prefix', mode)
         self._lock_file = _lock(os.path.join(root, 'lock'), self._port, self._instance)
         self.base = os.path.realpath(root)
         if self._options.clean:
@@ -10633,13 +11838,15 @@ class NodeDirectory:
     def _take_above(above: str, mode: int) -> None:
         os.makedirs(above, mode=0o700, exist_ok=True)
         status = os.lstat(above)
-        if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid') and status.st_uid != os.getuid()):
+        if not stat.S_ISDIR(status.st_mode) or (hasattr(os, 'getuid')
+                                                and status.st_uid != os.getuid()):
             raise StartError('%s is not a directory of this user (--dest-path-prefix)' % above)
         os.chmod(above, mode)
 
     @staticmethod
     def _wrecks(root: str) -> Dict[str, Optional[FrozenSet[int]]]:
-        """Computations of a node that did not end in good order, and which of their attempts had begun; None if nobody knows."""
+        """Computations of a node that did not end in good order, and which of their attempts had
+        begun; None if nobody knows."""
         wrecks: Dict[str, Optional[FrozenSet[int]]] = {}
         for name in os.listdir(root):
             if _is_ours(name, 'p-') and os.path.isdir(os.path.join(root, name)):
@@ -10664,11 +11871,14 @@ class NodeDirectory:
                 with self.as_user(), open(path, 'rb'):
                     pass
             except OSError as exc:
-                raise StartError('--user %s cannot read %s: use a Python and a dispynode.py that all can read' % (user.name, path)) from exc
+                raise StartError(
+                    '--user %s cannot read %s: use a Python and a dispynode.py that all can read' %
+                    (user.name, path)) from exc
 
     @staticmethod
     def _user_directory(root: str, user: User) -> str:
-        """The directory of --user in ours. Ours stays root's, so that nothing that a job plants is in the way of the lock."""
+        """The directory of --user in ours. Ours stays root's, so that nothing that a job plants is
+        in the way of the lock."""
         root = os.path.join(root, 'user-' + user.name)
         with contextlib.suppress(FileExistsError):
             os.mkdir(root, 0o700)
@@ -10691,7 +11901,8 @@ class NodeDirectory:
             os.setegid(os.getgid())
 
     def ensure(self) -> None:
-        """Make the node's directory anew if it has disappeared: what cleans /tmp has removed it. Raises StartError, OSError."""
+        """Make the node's directory anew if it has disappeared: what cleans /tmp has removed it.
+        Raises StartError, OSError."""
         if not os.path.isdir(self.root):
             logger.error('the directory %s has disappeared and is made anew', self.root)
             if self._lock_file is not None:
@@ -10699,7 +11910,7 @@ class NodeDirectory:
                 self._lock_file = None
             self.take(self._port)
 
-    # -- what stands in it --------------------------------------------------------------------------------
+    # -- what stands in it -------------------------------------------------------------------------
 
     def path_of_modules(self) -> str:
         """Where files of modules are kept for other computations."""
@@ -10714,8 +11925,11 @@ class NodeDirectory:
         if not dest_path:
             return os.path.join(self.root, ('k-' if keep else 'c-') + comp)
         parts = check_name(dest_path)
-        if _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-', 'g-') or parts[0] in KEEPING_FILES or parts[0].startswith('user-'):
-            raise ValueError('dest_path %.100r begins as names of the node itself do; choose another' % dest_path)
+        if _is_ours(parts[0], 'c-', 'p-', 'k-', 'r-',
+                    'g-') or parts[0] in KEEPING_FILES or parts[0].startswith('user-'):
+            raise ValueError(
+                'dest_path %.100r begins as names of the node itself do; choose another' %
+                dest_path)
         return os.path.join(self.root, *parts)
 
     def spool(self, comp: str) -> Shelf:
@@ -10724,7 +11938,10 @@ class NodeDirectory:
 
     def spooled(self) -> List[str]:
         """Computations that have such a file."""
-        return [name[2:] for name in os.listdir(self.base) if _is_ours(name, 'r-') and os.path.isfile(os.path.join(self.base, name))]
+        return [
+            name[2:] for name in os.listdir(self.base)
+            if _is_ours(name, 'r-') and os.path.isfile(os.path.join(self.base, name))
+        ]
 
     def remember(self, action: Remember) -> None:
         """Write down what is known of attempts that are not held any more."""
@@ -10758,7 +11975,10 @@ class ComputationDirectory:
     """The directories of one computation, and the files that come into them."""
 
     def __init__(self, comp: str, directory: str, private: str, keep: bool, max_file: int) -> None:
-        self.comp, self.directory, self.private, self.keep = comp, directory, private, keep
+        self.comp = comp
+        self.directory = directory
+        self.private = private
+        self.keep = keep
         self.receiver = FileReceiver({Purpose.DEPENDS: directory, Purpose.PLACED: directory,
                                       Purpose.MODULES: private, Purpose.VALUES: values_in(private)},
                                      max_file, scratch=private)
@@ -10770,7 +11990,9 @@ class ComputationFiles:
     The loop's thread."""
 
     def __init__(self, daemon: 'Daemon', directory: NodeDirectory, options: Options) -> None:
-        self._daemon, self._directory, self._options = daemon, directory, options
+        self._daemon = daemon
+        self._directory = directory
+        self._options = options
         self._known: Dict[str, ComputationDirectory] = {}
         self._digesting: Set[str] = set()   # computations whose files are being compared
         self._modules: Optional[ModuleStore] = None
@@ -10785,7 +12007,8 @@ class ComputationFiles:
 
     def prepare(self, action: Prepare) -> None:
         """Make a computation's directories and post which of its files are missing."""
-        spec, comp = action.spec, action.comp
+        spec = action.spec
+        comp = action.comp
         keep = not spec['cleanup'] and not self._options.force_cleanup
         try:
             if not comp or not is_comp(comp):
@@ -10793,7 +12016,11 @@ class ComputationFiles:
             self._directory.ensure()
             private = self._directory.private_of(comp)
             directory = self._directory.working_directory(comp, spec['dest_path'], keep)
-            unknown = Digests.unknown(directory, spec['files']) if self._options.user is None else []   # a thread has no rights of its own
+            # A thread has no rights of its own
+            if self._options.user is None:
+                unknown = Digests.unknown(directory, spec['files'])
+            else:
+                unknown = []
             if unknown and comp not in self._digesting:
                 self._digest(action, unknown)
                 return
@@ -10801,16 +12028,19 @@ class ComputationFiles:
             with self._directory.as_user():
                 os.makedirs(directory, mode=0o700, exist_ok=True)
                 os.makedirs(private, mode=0o700, exist_ok=True)
-                files = self._known[comp] = ComputationDirectory(comp, directory, private, keep, self._options.max_file)
+                files = self._known[comp] = ComputationDirectory(comp, directory, private, keep,
+                                                                 self._options.max_file)
                 missing = files.receiver.want(Purpose.DEPENDS, spec['files'])
                 missing += self._want_modules(files, spec['modules'])
         except (OSError, ValueError, StartError) as exc:
-            self._daemon.post(Prepared(comp, [], 'files cannot be stored: %s' % exc, reason_of(exc)))
+            self._daemon.post(Prepared(comp, [], 'files cannot be stored: %s' % exc,
+                                       reason_of(exc)))
         else:
             self._daemon.post(Prepared(comp, missing))
 
     def _digest(self, action: Prepare, paths: Sequence[str]) -> None:
-        """Large files are there from before: whether they are the same is found out beside the loop."""
+        """Large files are there from before: whether they are the same is found out beside the
+        loop."""
         def work() -> None:
             Digests.learn(paths)
             self._daemon.post(Digested(action))
@@ -10848,7 +12078,10 @@ class ComputationFiles:
         if files is None:   # it is over
             return
         missing: list = []
-        error = limit_text('on this node') if action.size > VALUE_MOST else ''
+        if action.size > VALUE_MOST:
+            error = limit_text('on this node')
+        else:
+            error = ''
         try:
             with self._directory.as_user():
                 os.makedirs(values_in(files.private), mode=0o700, exist_ok=True)
@@ -10919,11 +12152,15 @@ class ResultStore:
     could not take. The loop's thread."""
 
     def __init__(self, daemon: 'Daemon', directory: NodeDirectory, zombie: float) -> None:
-        self._daemon, self._directory, self._zombie = daemon, directory, zombie
+        self._daemon = daemon
+        self._directory = directory
+        self._zombie = zombie
         self._unkept: Set[str] = set()    # computations with results that could not be kept
-        self.refused: Dict[Tuple[str, int], str] = {}   # results that their clients could not take, and why
+        # Results that their clients could not take, and why
+        self.refused: Dict[Tuple[str, int], str] = {}
         self.backlog = Backlog(daemon.links)
-        self.read_later: Dict[Tuple[int, str], float] = {}   # kept results, of a link and a computation, and when they are read again
+        # Kept results, of a link and a computation, and when they are read again
+        self.read_later: Dict[Tuple[int, str], float] = {}
 
     def find_kept(self) -> None:
         """When the daemon starts: what earlier ones have kept."""
@@ -10934,8 +12171,10 @@ class ResultStore:
                 if not serials:
                     raise ValueError('%s is empty' % spool.path)
                 left = self._zombie - (time.time() - os.stat(spool.path).st_mtime)
-                self._daemon.tell(Found(comp, owner, serials, self._daemon.now + max(0.0, left), digest))
-                logger.info('%d results of an earlier computation wait for their client', len(serials))
+                self._daemon.tell(
+                    Found(comp, owner, serials, self._daemon.now + max(0.0, left), digest))
+                logger.info('%d results of an earlier computation wait for their client',
+                            len(serials))
             except (OSError, ValueError) as exc:
                 logger.warning('results of an earlier computation are of no use: %s', exc)
                 spool.remove()
@@ -10962,16 +12201,20 @@ class ResultStore:
     def usable(self, comp: str, row: tuple) -> tuple:
         """A row of Results, or what is told in the place of one that its client could not take."""
         text = self.refused.get((comp, row[0]))
-        return row if text is None else refused_row(row, text)
+        if text is None:
+            return row
+        return refused_row(row, text)
 
     def send_kept(self, action: SendKept) -> None:
         """Send results from the disk, as the link has room."""
-        self.backlog.add_results(action.link, action.comp, self._kept_rows(action.link, action.comp))
+        self.backlog.add_results(action.link, action.comp,
+                                 self._kept_rows(action.link, action.comp))
 
     def _kept_rows(self, link: int, comp: str) -> Iterator[tuple]:
-        """Results from the disk. Those that are not there any more have been lost, which their client is told; when there is no
-        descriptor to read them with they are tried again."""
-        missing, text = set(self._daemon.node.results.spooled_serials(comp)), 'the file ends before it'
+        """Results from the disk. Those that are not there any more have been lost, which their
+        client is told; when there is no descriptor to read them with they are tried again."""
+        missing = set(self._daemon.node.results.spooled_serials(comp))
+        text = 'the file ends before it'
         try:
             for row in self._directory.spool(comp).rows():
                 missing.discard(row[0])
@@ -10983,7 +12226,9 @@ class ResultStore:
             self.read_later[link, comp] = self._daemon.now + WORKER_AGAIN
             return
         for serial in sorted(missing):
-            yield (serial, int(Outcome.DIED), 0.0, 0.0, ('its result was kept on the node and cannot be read: %s' % text).encode('utf-8', 'replace'), b'', b'')
+            yield (serial, int(Outcome.DIED), 0.0, 0.0,
+                   ('its result was kept on the node and cannot be read: %s' % text).encode(
+                       'utf-8', 'replace'), b'', b'')
 
     def read_again(self) -> None:
         """Read what could not be read before."""
@@ -11000,12 +12245,16 @@ class ResultStore:
 
 
 class RunnerWatch:
-    """Whether a runner lives and answers. Its process is watched, since others may hold its socket: a child that setup has
-    forked in C, say. While it has jobs it is asked for a sign of life. The loop's thread."""
-    SOON, OFTEN = 0.02, 1.0   # s between looks at one that is on its way out; at one that can be watched by looks alone
+    """Whether a runner lives and answers. Its process is watched, since others may hold its socket:
+    a child that setup has forked in C, say. While it has jobs it is asked for a sign of life. The
+    loop's thread."""
+    # S between looks at one that is on its way out; at one that can be watched by looks alone
+    SOON = 0.02
+    OFTEN = 1.0
 
     def __init__(self, loop: Loop, pid: int, ended: Callable[[], None]) -> None:
-        self._loop, self._handle = loop, -1
+        self._loop = loop
+        self._handle = -1
         self.look_at: Optional[float] = None     # when to look at the process
         self.killed_at: Optional[float] = None
         self.shall_ask = False
@@ -11019,15 +12268,17 @@ class RunnerWatch:
 
     def next_look(self, now: float) -> Optional[float]:
         """When to look again."""
-        return now + self.OFTEN if self._handle < 0 else None
+        if self._handle < 0:
+            return now + self.OFTEN
+        return None
 
     def answered(self) -> None:
         """It has said something."""
         self._asked_at = None
 
     def is_silent(self, now: float, busy: bool) -> bool:
-        """Whether it has not answered for too long. Sets `shall_ask`. If this process itself was stopped meanwhile, the runner
-        has as much time as before."""
+        """Whether it has not answered for too long. Sets `shall_ask`. If this process itself was
+        stopped meanwhile, the runner has as much time as before."""
         self.shall_ask = False
         if not busy or self.killed_at is not None:
             self._ask_at = self._asked_at = None
@@ -11040,7 +12291,8 @@ class RunnerWatch:
             self._asked_at += now - self._ask_at
         self._ask_at = now + RUNNER_ASKED
         if self._asked_at is None:
-            self._asked_at, self.shall_ask = now, True
+            self._asked_at = now
+            self.shall_ask = True
         return now - self._asked_at >= RUNNER_SILENT
 
     def is_undead(self, now: float) -> bool:
@@ -11063,7 +12315,8 @@ class ComputationProcesses:
     """The runner and the workers of one computation, and the pipes to them."""
 
     def __init__(self, files: ComputationDirectory) -> None:
-        self.files, self.comp = files, files.comp
+        self.files = files
+        self.comp = files.comp
         self.process: Any = None
         self.control: Optional[Pipe] = None
         self.up = self.closing = self.unloadable = False
@@ -11102,7 +12355,8 @@ class HeldPipes:
         self._held: Set[Pipe] = set()     # not read until links have room
 
     def hold_back(self, pipe: Pipe) -> None:
-        """Files or results come faster than the client takes them: the worker's pipe is not read for a while."""
+        """Files or results come faster than the client takes them: the worker's pipe is not read
+        for a while."""
         if pipe.dirty is not None and any(link.queued > HELD_BACK for link in self._loop.links.values()) \
                 and self._must_wait(pipe, HELD_BACK):
             pipe.paused = True
@@ -11110,8 +12364,8 @@ class HeldPipes:
             self._loop.interest(pipe)
 
     def _must_wait(self, pipe: Pipe, most: int) -> bool:
-        """Whether more than so much waits on a link. A large result on its way keeps others back that
-        are large, of which memory should hold no two, and not those that are small."""
+        """Whether more than so much waits on a link. A large result on its way keeps others back
+        that are large, of which memory should hold no two, and not those that are small."""
         return any(link.queued - link.unmade > most or (link.unmade and pipe.is_large)
                    for link in self._loop.links.values())
 
@@ -11132,7 +12386,9 @@ class ProcessHost:
     is to be done with them, and tells the state what becomes of them. The loop's thread."""
 
     def __init__(self, daemon: 'Daemon', files: ComputationFiles, options: Options) -> None:
-        self._daemon, self._files, self._options = daemon, files, options
+        self._daemon = daemon
+        self._files = files
+        self._options = options
         self._runs: Dict[str, ComputationProcesses] = {}
         self.held = HeldPipes(daemon)
         # What runners send about themselves, and about workers that are there
@@ -11150,39 +12406,58 @@ class ProcessHost:
             Kind.PRINTED: self._on_printed,
         }
 
-    # -- runners ------------------------------------------------------------------------------------------
+    # -- runners -----------------------------------------------------------------------------------
 
     def start_runner(self, action: StartRunner) -> None:
         """Start the process that loads the code of a computation."""
-        run, spec = ComputationProcesses(self._files.of(action.comp)), action.spec
+        run = ComputationProcesses(self._files.of(action.comp))
+        spec = action.spec
         try:
             ours, theirs = socket.socketpair()
         except OSError as exc:   # no descriptors
-            self._daemon.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), code='process'))
+            self._daemon.post(
+                RunnerGone(action.comp,
+                           'its process cannot be started: %s' % shortage(exc),
+                           code='process'))
             return
         link = self._daemon.links.get(action.link)
-        address = (self._options.ext_hosts[:1] or (plain_address(link.sock.getsockname()[0]) if link is not None else '127.0.0.1',))[0]
+        address = (
+            self._options.ext_hosts[:1] or
+            (plain_address(link.sock.getsockname()[0]) if link is not None else '127.0.0.1', ))[0]
         try:
             run.process = multiprocessing.get_context('spawn').Process(
                 target=runner_main, args=(theirs, self._options.user), name='dispy-runner')
             run.process.start()
         except OSError as exc:
             ours.close()
-            self._daemon.post(RunnerGone(action.comp, 'its process cannot be started: %s' % shortage(exc), code='process'))
+            self._daemon.post(
+                RunnerGone(action.comp,
+                           'its process cannot be started: %s' % shortage(exc),
+                           code='process'))
             return
         finally:
             theirs.close()
         self._runs[action.comp] = run
         run.control = Pipe(ours, action.comp)
         self._daemon.attach(run.control)
-        run.watch = RunnerWatch(self._daemon, run.process.pid, functools.partial(self._look_at_runner, run))
-        init = {'name': spec['name'], 'sys_path': spec['sys_path'], 'argv': spec['argv'],
-                'authkey': bytes(spec.get('authkey', b'')),
-                'bundles': any(row[0] == BUNDLES + BUNDLE % 0 for row in spec['modules']), 'kind': spec['kind'], 'directory': run.files.directory, 'private': run.files.private, 'program': spec['program'],
-                'support': {name: bytes(source) for name, source in spec['support'].items()},
-                'max_file': self._options.max_file, 'max_value': VALUE_MOST, 'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
-                'client_shutdown': self._options.client_shutdown, 'cleanup': spec['cleanup'],
-                'names': {'dispy_node_name': self._daemon.node.name, 'dispy_node_ip_addr': address, 'dispy_job_path': run.files.directory}}
+        run.watch = RunnerWatch(self._daemon, run.process.pid,
+                                functools.partial(self._look_at_runner, run))
+        init = {
+            'name': spec['name'], 'sys_path': spec['sys_path'], 'argv': spec['argv'],
+            'authkey': bytes(spec.get('authkey',
+                                      b'')), 'bundles': any(row[0] == BUNDLES + BUNDLE % 0
+                                                            for row in spec['modules']),
+            'kind': spec['kind'], 'directory': run.files.directory, 'private': run.files.private,
+            'program': spec['program'],
+            'support': {name: bytes(source)
+                        for name, source in spec['support'].items()
+                        }, 'max_file': self._options.max_file, 'max_value': VALUE_MOST,
+            'live': spec['live'], 'logs': spec['logs'], 'setup_args': bytes(spec['setup_args']),
+            'client_shutdown': self._options.client_shutdown, 'cleanup': spec['cleanup'], 'names': {
+                'dispy_node_name': self._daemon.node.name, 'dispy_node_ip_addr': address,
+                'dispy_job_path': run.files.directory
+            }
+        }
         run.control.push(pack_record(Kind.INIT, 0, 0, 0.0, 0.0, pickle.dumps(init), spec['code']))
 
     def stop_runner(self, action: StopRunner) -> None:
@@ -11205,7 +12480,8 @@ class ProcessHost:
         self._look_at_runner(self._runs[pipe.comp])
 
     def _look_at_runner(self, run: ComputationProcesses) -> None:
-        """Its process has ended, or its socket alone: it is on its way out, or a job or setup has closed that."""
+        """Its process has ended, or its socket alone: it is on its way out, or a job or setup has
+        closed that."""
         if run.process is None:
             return
         if run.process.exitcode is not None:
@@ -11227,28 +12503,32 @@ class ProcessHost:
             yield from run.times()
 
     def _see_to_runner(self, run: ComputationProcesses) -> None:
-        """Kill it if it is to be killed or does not answer; look at it if it cannot be watched otherwise."""
+        """Kill it if it is to be killed or does not answer; look at it if it cannot be watched
+        otherwise."""
         if run.process is None or run.watch is None:
             return
         if run.kill_at is not None and self._daemon.now >= run.kill_at:
             run.kill_at = None
             run.process.kill()
             run.watch.killed_at = self._daemon.now
-        if run.watch.is_silent(self._daemon.now, run.up and not run.closing and self._daemon.node.has_jobs(run.comp)):
+        if run.watch.is_silent(self._daemon.now, run.up and not run.closing
+                               and self._daemon.node.has_jobs(run.comp)):
             run.text = 'the runner process did not answer for %d s and was killed' % RUNNER_SILENT
             run.process.kill()
             run.watch.killed_at = self._daemon.now
         elif run.watch.shall_ask and run.control is not None and run.control.dirty is not None:
             run.control.push(pack_record(Kind.ASK))
         if run.watch.is_undead(self._daemon.now):
-            logger.error('runner process %d was killed and has not ended (uninterruptible)', run.process.pid)
+            logger.error('runner process %d was killed and has not ended (uninterruptible)',
+                         run.process.pid)
             self._runner_ended(run)
         elif run.watch.look_at is not None and self._daemon.now >= run.watch.look_at:
             run.watch.look_at = run.watch.next_look(self._daemon.now)
             self._look_at_runner(run)
 
     def _runner_ended(self, run: ComputationProcesses) -> None:
-        """What it and its workers wrote before is read first: the rest of what they had never began, but for what they noted."""
+        """What it and its workers wrote before is read first: the rest of what they had never
+        began, but for what they noted."""
         code = run.process.exitcode
         self._kill_workers(run)
         self._read_out(run)
@@ -11267,8 +12547,11 @@ class ProcessHost:
             self.reap()
         del self._runs[run.comp]
         self._files.discard(run.comp)
-        passes = not run.text and code in (None, -signal.SIGTERM, -getattr(signal, 'SIGKILL', signal.SIGTERM))
-        self._daemon.tell(RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun, 'process' if passes else 'setup'))
+        passes = not run.text and code in (None, -signal.SIGTERM,
+                                           -getattr(signal, 'SIGKILL', signal.SIGTERM))
+        self._daemon.tell(
+            RunnerGone(run.comp, run.text or exit_text(code), run.unloadable, begun,
+                       'process' if passes else 'setup'))
 
     def _read_out(self, run: ComputationProcesses) -> None:
         try:
@@ -11289,8 +12572,8 @@ class ProcessHost:
 
     @staticmethod
     def _kill_workers(run: ComputationProcesses) -> None:
-        """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest of their groups, and
-        for that of a runner that was killed in a setup that hung."""
+        """Workers whose runner has died. On Linux the kernel has killed them; this is for the rest
+        of their groups, and for that of a runner that was killed in a setup that hung."""
         if hasattr(os, 'killpg'):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(run.process.pid, signal.SIGKILL)
@@ -11298,8 +12581,9 @@ class ProcessHost:
                 run.kill(worker)
 
     def reap(self) -> None:
-        """Orphans of a container come to PID 1 and are zombies until it takes note of their end. One of our own children
-        hides those behind it until it has been waited for in its place, which reaps again."""
+        """Orphans of a container come to PID 1 and are zombies until it takes note of their end.
+        One of our own children hides those behind it until it has been waited for in its place,
+        which reaps again."""
         ours = {run.process.pid for run in self._runs.values() if run.process is not None}
         with contextlib.suppress(ChildProcessError):
             while True:
@@ -11308,7 +12592,7 @@ class ProcessHost:
                     return
                 os.waitpid(ended.si_pid, 0)
 
-    # -- what runners send --------------------------------------------------------------------------------
+    # -- what runners send -------------------------------------------------------------------------
 
     def on_readable(self, pipe: Pipe) -> None:
         """A pipe has something. Raises LinkBroken, OSError."""
@@ -11356,7 +12640,9 @@ class ProcessHost:
 
     def _on_worker_start_failed(self, run: ComputationProcesses, record: Record) -> None:
         self._daemon.detach(run.pipes.pop(record.number))
-        self._daemon.tell(WorkerUnborn(record.number, bytes(record.bodies[0]).decode('utf-8', 'replace')))
+        self._daemon.tell(
+            WorkerUnborn(record.number,
+                         bytes(record.bodies[0]).decode('utf-8', 'replace')))
 
     def _on_memory_exceeded(self, run: ComputationProcesses, record: Record) -> None:
         self._daemon.tell(WorkerTooBig(record.number, record.serial))
@@ -11364,7 +12650,9 @@ class ProcessHost:
     def _on_printed(self, run: ComputationProcesses, record: Record) -> None:
         if record.start not in (1.0, 2.0) or not 0.0 <= record.end < 1 << 62:
             raise PeerError('output of no stream')
-        self._daemon.tell(WorkerPrinted(record.number, record.serial, int(record.start), int(record.end), beside(_keep(record.bodies[0]))))
+        self._daemon.tell(
+            WorkerPrinted(record.number, record.serial, int(record.start), int(record.end),
+                          beside(_keep(record.bodies[0]))))
 
     def _on_worker_exited(self, run: ComputationProcesses, record: Record) -> None:
         if not -256.0 <= record.start <= 1 << 32:   # Windows has exit codes of 32 bits
@@ -11411,18 +12699,21 @@ class ProcessHost:
         run.kill(pipe.worker)
         self._daemon.detach(pipe)
 
-    # -- what workers send --------------------------------------------------------------------------------
+    # -- what workers send -------------------------------------------------------------------------
 
     def _from_worker(self, pipe: Pipe) -> int:
-        rows, records = [], pipe.records(self._daemon.now)
+        rows = []
+        records = pipe.records(self._daemon.now)
         if pipe.pid and pipe.worker not in self._runs[pipe.comp].pids:
             self._runs[pipe.comp].known(pipe.worker, pipe.pid)
         for record in records:
             if record.kind == Kind.RESULT:
-                if record.number not in OF_WORKERS or not is_outcome(record.number, record.start, record.end, *record.bodies):
+                if record.number not in OF_WORKERS or not is_outcome(record.number, record.start,
+                                                                     record.end, *record.bodies):
                     raise PeerError('a result with outcome %d, from %g to %g, of %d bytes' % (
                         record.number, record.start, record.end, len(record.bodies[0])))
-                rows.append((record.serial, record.number, record.start, record.end, *map(_keep, record.bodies)))
+                rows.append((record.serial, record.number, record.start, record.end,
+                             *map(_keep, record.bodies)))
                 continue
             if rows:   # what the next job does comes after the results of those before it
                 self._daemon.tell(WorkerResults(pipe.worker, rows))
@@ -11439,7 +12730,8 @@ class ProcessHost:
         """What a worker sends that is no result."""
         if record.kind == Kind.LOGGED:
             log_record_of(record.bodies[0])
-            self._daemon.tell(WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
+            self._daemon.tell(
+                WorkerPrinted(pipe.worker, record.serial, 0, 0, bytes(record.bodies[0])))
         elif record.kind == Kind.FILE:
             row = open_envelope(record.bodies[0])
             if not _is_file(row) or not _is_serial(record.serial):
@@ -11450,7 +12742,8 @@ class ProcessHost:
             self.held.hold_back(pipe)
         elif record.kind == Kind.WANT:
             request = open_envelope(record.bodies[0])
-            if type(request) not in (int, str) or (type(request) is int and not _is_serial(request)):
+            if type(request) not in (int, str) or (type(request) is int
+                                                   and not _is_serial(request)):
                 raise PeerError('modules that are none')
             self._daemon.tell(WorkerWants(pipe.worker, record.serial, request))
         elif record.kind == Kind.INITIALIZED:
@@ -11461,9 +12754,10 @@ class ProcessHost:
             body = record.bodies[0]
             if len(body) % 8:
                 raise PeerError('jobs given back, %d bytes of them' % len(body))
-            self._daemon.tell(WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
+            self._daemon.tell(
+                WorkerReturned(pipe.worker, list(struct.unpack('>%dQ' % (len(body) // 8), body))))
 
-    # -- what is done with workers ------------------------------------------------------------------------
+    # -- what is done with workers -----------------------------------------------------------------
 
     def _run_of(self, worker: int) -> Optional[ComputationProcesses]:
         for run in self._runs.values():
@@ -11519,13 +12813,15 @@ class ProcessHost:
         """Tell a worker what became of what its job has sent or wanted."""
         run = self._run_of(action.worker)
         if run is not None:
-            run.pipes[action.worker].push(pack_record(Kind.KEPT, 0, 0, 0.0, 0.0, action.error.encode('utf-8', 'replace')))
+            run.pipes[action.worker].push(
+                pack_record(Kind.KEPT, 0, 0, 0.0, 0.0, action.error.encode('utf-8', 'replace')))
 
     def retire(self, action: Retire) -> None:
         """Let an idle worker end."""
         run = self._run_of(action.worker)
         if run is not None:
-            self._daemon.detach(run.pipes.pop(action.worker))   # the worker reads the end and leaves
+            # The worker reads the end and leaves
+            self._daemon.detach(run.pipes.pop(action.worker))
 
     def close(self) -> None:
         """End all processes."""
@@ -11544,9 +12840,11 @@ class Uplink:
     """A scheduler, or a client that listens, to which this node connects."""
 
     def __init__(self, host: str, port: int, most: float) -> None:
-        self.host, self.port = host, port
+        self.host = host
+        self.port = port
         self.dialling = Dialling(min(1.0, most), most)
-        self.link, self.since = 0, 0.0
+        self.link = 0
+        self.since = 0.0
         self.told = ''     # the last failure that was logged
         self.second = Second(self)
 
@@ -11557,9 +12855,13 @@ class Uplinks:
 
     def __init__(self, daemon: 'Daemon', options: Options, instance: bytes,
                  break_link: Callable[[Link, str], None]) -> None:
-        self._daemon, self._options, self._instance = daemon, options, instance
+        self._daemon = daemon
+        self._options = options
+        self._instance = instance
         self._break_link = break_link
-        self._uplinks = [Uplink(host, port, options.ping_interval or 30.0) for host, port in options.schedulers]
+        self._uplinks = [
+            Uplink(host, port, options.ping_interval or 30.0) for host, port in options.schedulers
+        ]
         self._tls: Any = None
 
     def start(self) -> None:
@@ -11568,8 +12870,15 @@ class Uplinks:
             self._tls = tls_context(False, self._options.certfile, self._options.keyfile)
 
     def _reach(self, uplink: Uplink, patience: float) -> Callable[..., Arrival]:
-        return functools.partial(dial, uplink.host, uplink.port, derive_key(self._options.secret), Role.NODE, Role.SCHEDULER,
-                                 self._instance, self._tls, patience=patience)
+        return functools.partial(dial,
+                                 uplink.host,
+                                 uplink.port,
+                                 derive_key(self._options.secret),
+                                 Role.NODE,
+                                 Role.SCHEDULER,
+                                 self._instance,
+                                 self._tls,
+                                 patience=patience)
 
     def connect(self) -> None:
         """Begin the attempts that are due."""
@@ -11581,12 +12890,15 @@ class Uplinks:
     def connected(self, uplink: Uplink, link: Link) -> None:
         """An attempt has led to a link."""
         uplink.dialling.ended()
-        uplink.link, uplink.since, uplink.told = link.number, self._daemon.now, ''
+        uplink.link = link.number
+        uplink.since = self._daemon.now
+        uplink.told = ''
         logger.info('connected to %s', place(uplink.host, uplink.port))
 
     def failed(self, event: DialFailed) -> None:
         """An attempt has failed."""
-        uplink, text = event.peer, event.text
+        uplink = event.peer
+        text = event.text
         if isinstance(uplink, Second):
             self._daemon.second_failed(uplink, self._daemon.links.get(uplink.peer.link))
             return
@@ -11596,7 +12908,8 @@ class Uplinks:
         # One that closes at once refuses us for a while, for the reason that was told.
         if uplink.told != about and not (uplink.told and text == CLOSED_AT_ONCE):
             uplink.told = about
-            logger.warning('%s (--scheduler-host) cannot be reached: %s; this node keeps trying', place(uplink.host, uplink.port), text)
+            logger.warning('%s (--scheduler-host) cannot be reached: %s; this node keeps trying',
+                           place(uplink.host, uplink.port), text)
 
     def link_ended(self, link: Link) -> None:
         """A link has ended; if it is one of these, it is made again."""
@@ -11606,20 +12919,25 @@ class Uplinks:
                 uplink.dialling.again(self._daemon.now, self._daemon.now - uplink.since)
 
     def link_silent(self, link: Link) -> None:
-        """A scheduler that we have dialled is silent: another connection is tried. Others dial us."""
+        """A scheduler that we have dialled is silent: another connection is tried. Others dial
+        us."""
         for uplink in self._uplinks:
             if uplink.link == link.number and not self._daemon.node.stopping:
-                uplink.second.start(self._daemon.now, self._daemon.post, self._reach(uplink, max(1.0, link.pulse)))
+                uplink.second.start(self._daemon.now, self._daemon.post,
+                                    self._reach(uplink, max(1.0, link.pulse)))
 
     def second_reached(self, event: Dialled) -> Optional[Dialled]:
-        """It takes the place of a link that is silent still; None if that has spoken, or another has its place."""
+        """It takes the place of a link that is silent still; None if that has spoken, or another
+        has its place."""
         uplink = event.peer.peer
         event.peer.ended()
         old = self._daemon.links.get(uplink.link)
         if old is None or not self._daemon.is_silent(old):
             event.sock.close()
             return None
-        self._break_link(old, 'nothing was heard for %.0f s, and it was reached anew' % (self._daemon.now - old.heard))
+        self._break_link(
+            old, 'nothing was heard for %.0f s, and it was reached anew' %
+            (self._daemon.now - old.heard))
         uplink.dialling.due = None
         return event._replace(peer=uplink)
 
@@ -11639,7 +12957,9 @@ class NodeDiscovery:
     """Answers those who look for nodes, and says when there is one more. The loop's thread."""
 
     def __init__(self, daemon: 'Daemon', options: Options, instance: bytes) -> None:
-        self._daemon, self._options, self._instance = daemon, options, instance
+        self._daemon = daemon
+        self._options = options
+        self._instance = instance
         self._sockets: Optional[Ears] = None
         self.hello_at: Optional[float] = None
         self._port = 0
@@ -11650,22 +12970,29 @@ class NodeDiscovery:
         options = self._options
         addresses = options.ext_hosts or tuple(host for host in options.hosts if host)
         reach = options.reach
-        if reach == 'lan' and addresses and all(ipaddress.ip_address(address).is_loopback for address in addresses):
+        if reach == 'lan' and addresses and all(
+                ipaddress.ip_address(address).is_loopback for address in addresses):
             reach = 'loopback'
         self._port = port
-        self._discovery = Discovery(derive_key(options.secret), Role.NODE, self._instance, port, addresses)
-        # Its own port for those who name it; the usual one so that it is found at whatever port it serves.
+        self._discovery = Discovery(derive_key(options.secret), Role.NODE, self._instance, port,
+                                    addresses)
+        # Its own port for those who name it; the usual one so that it is found at whatever port it
+        # serves.
         ports = {options.port or NODE_PORT, NODE_PORT}
         self._sockets = Ears(self._daemon, reach, ports, ports, self._hear, options.multicast)
         if self._sockets.error:
-            logger.warning('%s: this node is not found by asking, but can be named', self._sockets.error)
+            logger.warning('%s: this node is not found by asking, but can be named',
+                           self._sockets.error)
         self.hello()
 
     def hello(self) -> None:
         """Say that there is a node."""
         assert self._sockets is not None   # ours
         self._sockets.shout(lambda: self._discovery.say(Cry.HELLO))
-        self.hello_at = self._daemon.now + self._options.ping_interval if self._options.ping_interval else None
+        if self._options.ping_interval:
+            self.hello_at = self._daemon.now + self._options.ping_interval
+        else:
+            self.hello_at = None
 
     def _hear(self, data: bytes, source: str, reply: Callable[[bytes], None]) -> None:
         heard, answer = self._discovery.hear(data, source, self._daemon.now)
@@ -11674,9 +13001,13 @@ class NodeDiscovery:
             if heard is None and self._daemon.now - self._stranger_at > 10.0:
                 self._stranger_at = self._daemon.now
                 # Another user of this machine is no reason to worry.
-                level = logging.INFO if is_own_address(source) else logging.WARNING
-                logger.log(level, '%s looks for nodes and has another secret than this node (port %d): %s',
-                           source, self._port, same_secret(derive_key(self._options.secret)))
+                if is_own_address(source):
+                    level = logging.INFO
+                else:
+                    level = logging.WARNING
+                logger.log(
+                    level, '%s looks for nodes and has another secret than this node (port %d): %s',
+                    source, self._port, same_secret(derive_key(self._options.secret)))
 
     def close(self) -> None:
         """Answer no more."""
@@ -11688,16 +13019,24 @@ class Daemon(Loop):
     """The node's loop: links of clients, pipes of runners and workers, and a Node that decides. Its
     parts carry out what Node decides: see their classes."""
 
-    def __init__(self, options: Options, directory: Type[NodeDirectory] = NodeDirectory,
-                 files: Type[ComputationFiles] = ComputationFiles, processes: Type[ProcessHost] = ProcessHost) -> None:
+    def __init__(self,
+                 options: Options,
+                 directory: Type[NodeDirectory] = NodeDirectory,
+                 files: Type[ComputationFiles] = ComputationFiles,
+                 processes: Type[ProcessHost] = ProcessHost) -> None:
         """The classes are those of the parts that have to do with files and processes."""
         super().__init__()
         self._options = options
         name = options.name or platform.node() or 'node'
-        self.node = Node(name, options.cpus, node_facts(), options.zombie, options.serve, options.client_shutdown, self.now)
+        self.node = Node(name, options.cpus, node_facts(), options.zombie, options.serve,
+                         options.client_shutdown, self.now)
         self.values.where = 'on node %s' % name
         self._phase = Phase.SERVING
-        self._clock_at = self.now if options.hours else None   # when to look at the clock on the wall
+        # When to look at the clock on the wall
+        if options.hours:
+            self._clock_at: Optional[float] = self.now
+        else:
+            self._clock_at = None
         self._instance = os.urandom(16)
         self._gates: List[Gate] = []
         self.directory = directory(options, self._instance, self._directory_taken)
@@ -11742,11 +13081,12 @@ class Daemon(Loop):
             Exit: lambda action: self.stop(),
         }
 
-    # -- start and end ------------------------------------------------------------------------------------
+    # -- start and end -----------------------------------------------------------------------------
 
     def start(self) -> int:
         """Listen, take the directory. Returns the port. Raises StartError or SecretError."""
-        options, port = self._options, self._options.port
+        options = self._options
+        port = self._options.port
         try:
             for host in options.hosts:
                 self._gates.append(self._listen(host, port))
@@ -11767,15 +13107,24 @@ class Daemon(Loop):
     def _listen(self, host: str, port: int) -> Gate:
         options = self._options
         try:
-            return Gate((host, port), derive_key(options.secret), Role.NODE, (Role.CLIENT, Role.SCHEDULER),
-                        self._instance, self.post, options.certfile, options.keyfile, patience=options.msg_timeout)
+            return Gate((host, port),
+                        derive_key(options.secret),
+                        Role.NODE, (Role.CLIENT, Role.SCHEDULER),
+                        self._instance,
+                        self.post,
+                        options.certfile,
+                        options.keyfile,
+                        patience=options.msg_timeout)
         except OverflowError as exc:
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
         except OSError as exc:
             where = place(host, port)
             if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
-                raise StartError('port %d is in use (%s), perhaps by another dispynode; choose another port with -p/--port' % (port, where)) from exc
-            raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' % (where, exc)) from exc
+                raise StartError(
+                    'port %d is in use (%s), perhaps by another dispynode; choose another port with -p/--port'
+                    % (port, where)) from exc
+            raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' %
+                             (where, exc)) from exc
 
     def _directory_taken(self, memory: Memory, past: Dict[str, Past]) -> None:
         self.node.facts['memory'] = memory.ident
@@ -11798,14 +13147,17 @@ class Daemon(Loop):
         super().close()
 
     def next_timer(self) -> Optional[float]:
-        """The state's, or the end of a runner that does not end; at once when held pipes can be read again."""
+        """The state's, or the end of a runner that does not end; at once when held pipes can be
+        read again."""
         if self.processes.held.may_let_go() or self.results.backlog.has_room():
             return self.now
-        times = [self.node.next_timer(), self.discovery.hello_at, self._clock_at, *self.processes.times(),
-                 *self.results.read_later.values(), *self.uplinks.times()]
+        times = [
+            self.node.next_timer(), self.discovery.hello_at, self._clock_at,
+            *self.processes.times(), *self.results.read_later.values(), *self.uplinks.times()
+        ]
         return min((when for when in times if when is not None), default=None)
 
-    # -- events -------------------------------------------------------------------------------------------
+    # -- events ------------------------------------------------------------------------------------
 
     def on_event(self, event: Any) -> None:
         """Arrivals from the gate, and what actions brought about."""
@@ -11831,7 +13183,8 @@ class Daemon(Loop):
         self.uplinks.connected(event.peer, link)
 
     def on_silent(self, link: Link) -> None:
-        """A scheduler that we have dialled is silent: another connection is tried. Others dial us."""
+        """A scheduler that we have dialled is silent: another connection is tried. Others dial
+        us."""
         self.uplinks.link_silent(link)
 
     def tell(self, event: Any) -> None:
@@ -11857,7 +13210,8 @@ class Daemon(Loop):
         if isinstance(subject, Pipe):
             self.processes.end_writer(subject, text)
             return True
-        comp = getattr(subject, 'comp', None) or self.node.comp_of_worker(getattr(subject, 'worker', 0))
+        comp = getattr(subject, 'comp', None) or self.node.comp_of_worker(
+            getattr(subject, 'worker', 0))
         link = self.links.get(getattr(subject, 'link', 0))
         if isinstance(subject, Channel) or not comp:
             if link is None:
@@ -11882,7 +13236,8 @@ class Daemon(Loop):
         if isinstance(message, Wrong):
             text = 'it cannot use what was sent: %s' % message.text[:NAME_MOST]
             for comp, serial in self.refusals.refused(link, message.frame):
-                self.results.refused[comp, serial] = 'the result could not be taken: ' + message.text[:NAME_MOST]
+                self.results.refused[
+                    comp, serial] = 'the result could not be taken: ' + message.text[:NAME_MOST]
             raise LinkBroken(text)
         if isinstance(message, Introduce):
             self.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
@@ -11895,8 +13250,12 @@ class Daemon(Loop):
         """A link or a pipe came to its end."""
         if isinstance(channel, Link):
             is_missed = not channel.on_purpose and self.node.serves(channel.number)
-            log = logger.warning if is_missed else logger.info
-            log('link to %s ended: %s%s', channel.address, text, channel.stall and ': ' + STALLS[channel.stall])
+            if is_missed:
+                log = logger.warning
+            else:
+                log = logger.info
+            log('link to %s ended: %s%s', channel.address, text, channel.stall
+                and ': ' + STALLS[channel.stall])
             self.tell(LinkDown(channel.number, channel.on_purpose))
             self.uplinks.link_ended(channel)
         elif not channel.worker:
@@ -11934,11 +13293,12 @@ class Daemon(Loop):
         phase = self._options.hours.phase(local.tm_hour * 60 + local.tm_min)
         if phase is not self._phase:
             self._phase = phase
-            self.tell(Resume('hours') if phase is Phase.SERVING else
-                       Pause('hours', 'its hours of service begin at %02d:%02d' % divmod(self._options.hours.start, 60),
-                             phase is Phase.CLOSED))
+            self.tell(
+                Resume('hours') if phase is Phase.SERVING else Pause(
+                    'hours', 'its hours of service begin at %02d:%02d' %
+                    divmod(self._options.hours.start, 60), phase is Phase.CLOSED))
 
-    # -- actions on links ---------------------------------------------------------------------------------
+    # -- actions on links --------------------------------------------------------------------------
 
     def _send(self, action: Send) -> None:
         link = self.links.get(action.link)
@@ -11971,7 +13331,8 @@ class Daemon(Loop):
 
 
 NODE_MARK = 'dispy-node'    # the file that says that a directory is a node's
-KEEPING_FILES = frozenset(('lock', 'memory', NODE_MARK))   # all that an idle node has in its directory
+# All that an idle node has in its directory
+KEEPING_FILES = frozenset(('lock', 'memory', NODE_MARK))
 
 
 def _was_ours(root: str) -> bool:
@@ -11984,7 +13345,8 @@ def _was_ours(root: str) -> bool:
 
 
 def _is_ours(name: str, *beginnings: str) -> bool:
-    """Whether a name in the node's directory is one that it gives itself: a beginning, and the name of a computation."""
+    """Whether a name in the node's directory is one that it gives itself: a beginning, and the name
+    of a computation."""
     return name.startswith(beginnings) and bool(name[2:]) and is_comp(name[2:])
 
 
@@ -11997,15 +13359,22 @@ def _notes_of(data: Buffer) -> List[str]:
 
 
 def _keep(body: memoryview) -> Buffer:
-    """A body of a record for keeping: small ones on their own, so that they do not hold a whole batch in memory."""
-    return bytes(body) if len(body) < OUT_OF_BAND else body
+    """A body of a record for keeping: small ones on their own, so that they do not hold a whole
+    batch in memory."""
+    if len(body) < OUT_OF_BAND:
+        return bytes(body)
+    return body
 
 
 def shortage(exc: BaseException) -> str:
     """Why a process could not be made, with the limit that was met and what raises it."""
     number = getattr(exc, 'errno', None)
-    limits = {errno.EMFILE: ('RLIMIT_NOFILE', 'no more descriptors: limit %s; raise it with ulimit -n'),
-              errno.EAGAIN: ('RLIMIT_NPROC', 'no more processes: limit %s; raise it with ulimit -u, or pids.max of the cgroup')}
+    limits = {
+        errno.EMFILE: ('RLIMIT_NOFILE', 'no more descriptors: limit %s; raise it with ulimit -n'),
+        errno.EAGAIN: (
+            'RLIMIT_NPROC',
+            'no more processes: limit %s; raise it with ulimit -u, or pids.max of the cgroup')
+    }
     if number in limits:
         name, text = limits[number]
         return text % _limit_of(name)
@@ -12017,7 +13386,8 @@ def shortage(exc: BaseException) -> str:
 
 
 def _limit_of(name: str) -> str:
-    """A limit of this process for people; of processes also that of its cgroup, which may be lower."""
+    """A limit of this process for people; of processes also that of its cgroup, which may be
+    lower."""
     found = []
     try:
         import resource
@@ -12028,7 +13398,9 @@ def _limit_of(name: str) -> str:
         logger.debug('there is no %s here', name)
     if name == 'RLIMIT_NPROC':
         found += _cgroup_pids()
-    return str(min(found)) if found else 'of the system'
+    if found:
+        return str(min(found))
+    return 'of the system'
 
 
 def _cgroup_pids() -> List[int]:
@@ -12040,7 +13412,8 @@ def _cgroup_pids() -> List[int]:
             if controllers not in ('', 'pids'):
                 continue
             below = os.path.join('/sys/fs/cgroup', controllers, path.lstrip('/'))
-            with contextlib.suppress(OSError, ValueError), open(os.path.join(below, 'pids.max')) as limit:
+            with contextlib.suppress(OSError, ValueError), open(os.path.join(below,
+                                                                             'pids.max')) as limit:
                 found.append(int(limit.read()))   # 'max' is no number
     return found
 
@@ -12053,13 +13426,17 @@ def exit_text(code: Optional[int]) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = 'unknown'
-    return 'was killed by signal %d (%s%s)' % (-code, name, '; the kernel does this when memory runs out' if code == -9 else '')
+    return 'was killed by signal %d (%s%s)' % (
+        -code, name, '; the kernel does this when memory runs out' if code == -9 else '')
 
 
 def node_facts() -> dict:
     """What a client may want to know of this host."""
-    return {'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'platform': platform.platform(),
-            'cloudpickle': installed_version('cloudpickle'), 'pid': os.getpid()}
+    return {
+        'python': tuple(sys.version_info[:3]), 'dispy': __version__,
+        'platform': platform.platform(), 'cloudpickle': installed_version('cloudpickle'),
+        'pid': os.getpid()
+    }
 
 
 def availability(directory: str) -> dict:
@@ -12083,12 +13460,19 @@ def installed_version(package: str) -> str:
         return ''
     source = spec.loader.get_data(spec.origin)  # type: ignore[union-attr]   # it may lie in an archive
     found = re.search(rb'^__version__ = ["\']([^"\']+)', source, re.MULTILINE)
-    return found.group(1).decode() if found else ''
+    if found:
+        return found.group(1).decode()
+    return ''
 
 
-def take_own_directory(path: str, mark: str, known: Sequence[str], option: str, mode: int = 0o700) -> None:
-    """Have a directory that is ours alone, with a file `mark` in it that says so: what lies there may be removed. One that has other
-    things in it, and was not begun by an earlier version, which the files `known` tell, is refused. Raises StartError, OSError."""
+def take_own_directory(path: str,
+                       mark: str,
+                       known: Sequence[str],
+                       option: str,
+                       mode: int = 0o700) -> None:
+    """Have a directory that is ours alone, with a file `mark` in it that says so: what lies there
+    may be removed. One that has other things in it, and was not begun by an earlier version, which
+    the files `known` tell, is refused. Raises StartError, OSError."""
     with contextlib.suppress(FileExistsError):
         os.makedirs(path, mode=0o700)
     status = os.lstat(path)
@@ -12097,20 +13481,28 @@ def take_own_directory(path: str, mark: str, known: Sequence[str], option: str, 
     names = os.listdir(path)
     if mark not in names:
         if names and not any(name in names for name in known):
-            raise StartError('%s holds other things, such as %s, and none of dispy\'s: files in it would be removed; give a directory '
-                             'that is empty or does not exist (%s)' % (path, printable(sorted(names)[0]), option))
-        os.close(os.open(os.path.join(path, mark), os.O_WRONLY | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600))
+            raise StartError(
+                '%s holds other things, such as %s, and none of dispy\'s: files in it would be removed; give a directory '
+                'that is empty or does not exist (%s)' %
+                (path, printable(sorted(names)[0]), option))
+        os.close(
+            os.open(os.path.join(path, mark),
+                    os.O_WRONLY | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600))
     os.chmod(path, mode)
 
 
 def default_directory(port: int) -> str:
     """Where the node at this port keeps its files when nothing else is said."""
-    user = os.getuid() if hasattr(os, 'getuid') else os.environ.get('USERNAME', 'user')
+    if hasattr(os, 'getuid'):
+        user: Union[int, str] = os.getuid()
+    else:
+        user = os.environ.get('USERNAME', 'user')
     return os.path.join(tempfile.gettempdir(), 'dispy-%s' % user, 'node-%d' % port)
 
 
 def machine() -> str:
-    """What this machine is known by while it runs; empty where nothing tells. Containers of one machine have the same."""
+    """What this machine is known by while it runs; empty where nothing tells. Containers of one
+    machine have the same."""
     try:
         with open('/proc/sys/kernel/random/boot_id') as file:
             return file.read().strip()
@@ -12143,7 +13535,8 @@ def lock_file(file: Any) -> None:
 
 
 def _lock(path: str, port: int, instance: bytes = b'') -> Any:
-    """Take the lock file or raise StartError naming who has it. Released by the system when the process ends."""
+    """Take the lock file or raise StartError naming who has it. Released by the system when the
+    process ends."""
     file = open(path, 'a+')
     try:
         lock_file(file)
@@ -12151,19 +13544,22 @@ def _lock(path: str, port: int, instance: bytes = b'') -> Any:
         file.seek(0)
         holder = file.read(200).strip()
         file.close()
-        raise StartError('the directory %s is in use by a dispynode (%s): choose another with --dest-path-prefix'
-                         % (os.path.dirname(path), holder or 'no PID is noted')) from exc
+        raise StartError(
+            'the directory %s is in use by a dispynode (%s): choose another with --dest-path-prefix'
+            % (os.path.dirname(path), holder or 'no PID is noted')) from exc
     file.truncate(0)
-    file.write('PID %d, port %d\n%s' % (os.getpid(), port, 'instance %s\n' % instance.hex() if instance else ''))
+    file.write('PID %d, port %d\n%s' %
+               (os.getpid(), port, 'instance %s\n' % instance.hex() if instance else ''))
     file.flush()
     return file
 
 
 class Remains:
-    """What a node whose process has ended has left on this machine, read by a client that was connected to it.
+    """What a node whose process has ended has left on this machine, read by a client that was
+    connected to it.
 
-    That nothing listens at an address proves nothing: it may be a forwarder's. The node's lock file does, if it names the
-    process that was connected and is not locked.
+    That nothing listens at an address proves nothing: it may be a forwarder's. The node's lock file
+    does, if it names the process that was connected and is not locked.
     """
 
     def __init__(self, lock: Any, instance: bytes) -> None:
@@ -12186,7 +13582,8 @@ class Remains:
             return False
 
     def past(self, comp: str, memory: str) -> Past:
-        """What can be known of attempts of a computation; `memory` is what the node's memory was known by."""
+        """What can be known of attempts of a computation; `memory` is what the node's memory was
+        known by."""
         root = os.path.dirname(self._path)
         try:
             with open(os.path.join(root, 'memory')) as file:
@@ -12203,25 +13600,30 @@ class Remains:
     def kept(self, comp: str) -> List[int]:
         """Attempts whose results it has kept."""
         try:
-            return [row[0] for row in Shelf(os.path.join(os.path.dirname(self._path), 'r-' + comp)).rows()]
+            return [
+                row[0]
+                for row in Shelf(os.path.join(os.path.dirname(self._path), 'r-' + comp)).rows()
+            ]
         except OSError:   # none, as a rule
             return []
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Deployment: the half of `python -m dispy deploy` and `stop` that runs on the host, by ssh
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class Deployment:
-    """The node that was deployed on this host for this user: its file, its log, and a note of how it was started.
+    """The node that was deployed on this host for this user: its file, its log, and a note of how
+    it was started.
 
-    The directory has the host's name, since hosts may share a home. A context, so that one deploy or stop is at
-    work at a time; at its end the directory goes unless something is deployed.
+    The directory has the host's name, since hosts may share a home. A context, so that one deploy
+    or stop is at work at a time; at its end the directory goes unless something is deployed.
     """
 
     def __init__(self) -> None:
         self._directory = os.path.join(os.path.expanduser('~'), '.dispy', platform.node() or 'node')
-        self._script, self._noted, self._log = (os.path.join(self._directory, name) for name in ('dispynode.py', 'note', 'log'))
+        self._script, self._noted, self._log = (os.path.join(self._directory, name)
+                                                for name in ('dispynode.py', 'note', 'log'))
         self._note: dict = {}
 
     def __enter__(self) -> 'Deployment':
@@ -12236,7 +13638,8 @@ class Deployment:
                     self._note = json.load(file)
         except ValueError as exc:
             self._lock.close()
-            raise StartError('%s is damaged (%s): end the dispynode here and remove its directory' % (self._noted, exc)) from exc
+            raise StartError('%s is damaged (%s): end the dispynode here and remove its directory' %
+                             (self._noted, exc)) from exc
         return self
 
     def __exit__(self, *exc: Any) -> None:
@@ -12246,21 +13649,33 @@ class Deployment:
                 os.rmdir(os.path.dirname(self._directory))
         self._lock.close()
 
-    def deploy(self, source: bytes, secret: bytes, options: List[str], replace_secret: bool, restart: bool) -> str:
-        """Have a node run from this source with these options and, if one is given, this secret. Returns what was
-        done. Raises StartError, SecretError or OSError, and then nothing is left of a node that does not run."""
+    def deploy(self, source: bytes, secret: bytes, options: List[str], replace_secret: bool,
+               restart: bool) -> str:
+        """Have a node run from this source with these options and, if one is given, this secret.
+        Returns what was done. Raises StartError, SecretError or OSError, and then nothing is left
+        of a node that does not run."""
         path = secret_path()
-        have = self._present_secret(path) if secret else b''
+        if secret:
+            have = self._present_secret(path)
+        else:
+            have = b''
         if have not in (b'', secret) and not replace_secret:
             raise StartError('%s has another secret; --replace-secret overwrites it' % path)
-        wanted = {'file': hashlib.sha256(source).hexdigest(), 'options': options, 'python': sys.executable}
+        wanted = {
+            'file': hashlib.sha256(source).hexdigest(), 'options': options, 'python': sys.executable
+        }
         pid = self._running()
         if pid and have == secret and self._note['wanted'] == wanted and 'port' in self._note:
             return 'runs already: port %(port)d, PID %(pid)d' % self._note
         if pid and not restart and self._busy():
-            raise StartError('not replaced: PID %d has another file, secret or options, and is at work; deploy again when it '
-                             'is idle, or with --restart' % pid)
-        foreign = b'' if self._digest(have) == self._note.get('secret') else have   # a secret that deploy has not put there
+            raise StartError(
+                'not replaced: PID %d has another file, secret or options, and is at work; deploy again when it '
+                'is idle, or with --restart' % pid)
+        # A secret that deploy has not put there
+        if self._digest(have) == self._note.get('secret'):
+            foreign = b''
+        else:
+            foreign = have
         put = self._digest_put(secret, foreign)
         try:
             self._end(pid)
@@ -12273,8 +13688,10 @@ class Deployment:
             if self._running():   # it does not end, or has not been touched
                 raise
             self._undo(path, put, foreign)
-            raise StartError('%s%s' % (exc, ' (PID %d, which ran, was ended)' % pid if pid else '')) from exc
-        return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'], self._note['pid'])
+            raise StartError('%s%s' %
+                             (exc, ' (PID %d, which ran, was ended)' % pid if pid else '')) from exc
+        return '%s: port %d, PID %d' % ('replaced' if pid else 'started', self._note['port'],
+                                        self._note['pid'])
 
     def stop(self) -> str:
         """Undo `deploy`. Returns what was done. Raises StartError or OSError."""
@@ -12283,41 +13700,61 @@ class Deployment:
         pid = self._running()
         self._end(pid)
         self._remove()
-        return 'stopped' if pid else 'ran no more; its files are removed'
+        if pid:
+            return 'stopped'
+        return 'ran no more; its files are removed'
 
     def _start(self, options: List[str], more: List[str]) -> None:
         """Start the daemon, in a session of its own, and wait until it listens."""
         args = _parser().parse_args(options)
         log = os.path.abspath(args.log_file or self._log)
-        begin = os.path.getsize(log) if os.path.exists(log) else 0
+        if os.path.exists(log):
+            begin = os.path.getsize(log)
+        else:
+            begin = 0
         with open(self._log, 'ab') as output:
             said = output.tell()
-            process = subprocess.Popen([sys.executable, self._script, '--log-file', log, *options, '--daemon', *more],
-                                       stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True)
+            process = subprocess.Popen(
+                [sys.executable, self._script, '--log-file', log, *options, '--daemon', *more],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True)
         self._note['pid'] = process.pid
         _write_private(self._noted, json.dumps(self._note).encode())
-        until, found = time.monotonic() + DEPLOY_TIME, None
+        until = time.monotonic() + DEPLOY_TIME
+        found = None
         while found is None:
             try:
                 process.wait(0.05)
             except subprocess.TimeoutExpired:
-                found = re.search(rb'at port (\d+), PID %d\n' % process.pid, _since(log, begin))   # main logs it
+                # Main logs it
+                found = re.search(rb'at port (\d+), PID %d\n' % process.pid, _since(log, begin))
             if process.returncode is not None or time.monotonic() > until:
                 process.kill()
                 code = process.wait()
-                raise StartError(_since(self._log, said).decode(errors='replace').strip().rpartition('\n')[2] or 'it ' + exit_text(code))
+                raise StartError(
+                    _since(self._log, said).decode(errors='replace').strip().rpartition('\n')[2]
+                    or 'it ' + exit_text(code))
         port = int(found.group(1))
-        self._note.update(port=port, root=os.path.abspath(args.dest_path_prefix or default_directory(port)))
+        self._note.update(port=port,
+                          root=os.path.abspath(args.dest_path_prefix or default_directory(port)))
         _write_private(self._noted, json.dumps(self._note).encode())
 
     def _running(self) -> int:
-        """PID of the daemon, 0 when it runs no more. A number that was given to another process is not taken for it."""
+        """PID of the daemon, 0 when it runs no more. A number that was given to another process is
+        not taken for it."""
         pid = self._note.get('pid', 0)
         if not pid:
             return 0
-        command = _since('/proc/%d/cmdline' % pid) if os.path.isdir('/proc/self') else subprocess.run(
-            ['ps', '-ww', '-o', 'args=', '-p', str(pid)], stdout=subprocess.PIPE).stdout
-        return pid if os.fsencode(self._script) in command else 0
+        if os.path.isdir('/proc/self'):
+            command = _since('/proc/%d/cmdline' % pid)
+        else:
+            command = subprocess.run(
+                ['ps', '-ww', '-o', 'args=', '-p', str(pid)], stdout=subprocess.PIPE).stdout
+        if os.fsencode(self._script) in command:
+            return pid
+        return 0
 
     def _busy(self) -> bool:
         """Whether a computation is there."""
@@ -12325,7 +13762,8 @@ class Deployment:
         return os.path.isdir(root) and any(name.startswith('p-') for name in os.listdir(root))
 
     def _end(self, pid: int) -> None:
-        """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing is in it."""
+        """SIGTERM, and another for one that does not end by itself. Its directory goes if nothing
+        is in it."""
         for until in (time.monotonic() + 3 * GRACE, time.monotonic() + 6 * GRACE):
             if self._running():
                 with contextlib.suppress(ProcessLookupError):
@@ -12363,11 +13801,15 @@ class Deployment:
         """The digest of the secret that will have been put here; empty if it was here before."""
         if not secret:
             return self._note.get('secret', '')  # type: ignore[no-any-return]
-        return self._digest(secret) if secret != foreign else ''
+        if secret != foreign:
+            return self._digest(secret)
+        return ''
 
     @staticmethod
     def _present_secret(path: str) -> bytes:
-        return _read_secret(path) if os.path.lexists(path) else b''
+        if os.path.lexists(path):
+            return _read_secret(path)
+        return b''
 
 
 def _since(path: str, begin: int = 0) -> bytes:
@@ -12394,24 +13836,27 @@ def _write_private(path: str, data: bytes) -> None:
 
 
 def deployment(source: bytes, task: str, *request: Any) -> None:
-    """Called by what `dispy deploy` and `stop` send to `python -` on a host. One line says what was done, on stdout after
-    DEPLOYED, or why not, on stderr."""
+    """Called by what `dispy deploy` and `stop` send to `python -` on a host. One line says what was
+    done, on stdout after DEPLOYED, or why not, on stderr."""
     try:
         if os.name == 'nt':
             raise StartError('deploy cannot start a daemon on Windows: run dispynode.py there')
         with Deployment() as deployed:
-            print(DEPLOYED + (deployed.deploy(source, *request) if task == 'deploy' else deployed.stop()))
+            print(DEPLOYED +
+                  (deployed.deploy(source, *request) if task == 'deploy' else deployed.stop()))
     except (StartError, SecretError, OSError) as exc:
         sys.exit(str(exc))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def available_cpus() -> int:
     """CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def serve_option(text: str) -> Optional[int]:
@@ -12420,7 +13865,9 @@ def serve_option(text: str) -> Optional[int]:
         number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError('%r is no whole number' % text) from None
-    return number if number > 0 else None
+    if number > 0:
+        return number
+    return None
 
 
 def count_cpus(wanted: Optional[int]) -> int:
@@ -12428,7 +13875,10 @@ def count_cpus(wanted: Optional[int]) -> int:
     have = available_cpus()
     if wanted is None:
         return have
-    cpus = wanted if wanted > 0 else have + wanted
+    if wanted > 0:
+        cpus = wanted
+    else:
+        cpus = have + wanted
     if wanted == 0 or cpus < 1:
         raise ValueError('-c/--cpus %d leaves nothing to offer: this host has %d' % (wanted, have))
     return cpus
@@ -12436,7 +13886,10 @@ def count_cpus(wanted: Optional[int]) -> int:
 
 def size_option(text: str) -> int:
     """Bytes: a number, with k, m, g or t behind it for powers of 1024."""
-    number, factor = (text[:-1], 1 << 10 * ('kmgt'.index(text[-1].lower()) + 1)) if text[-1:].lower() in tuple('kmgt') else (text, 1)
+    if text[-1:].lower() in tuple('kmgt'):
+        number, factor = (text[:-1], 1 << 10 * ('kmgt'.index(text[-1].lower()) + 1))
+    else:
+        number, factor = (text, 1)
     if not number.isdigit() or int(number) < 1:
         raise argparse.ArgumentTypeError('%r is no size such as 300k, 20m, 1g' % text)
     return int(number) * factor
@@ -12463,7 +13916,8 @@ def seconds_option(text: str) -> float:
     with contextlib.suppress(ValueError):
         if SHORTEST <= float(text) <= LONGEST:
             return float(text)
-    raise argparse.ArgumentTypeError('%r is no number of seconds between %g and %d (10 years)' % (text, SHORTEST, LONGEST))
+    raise argparse.ArgumentTypeError('%r is no number of seconds between %g and %d (10 years)' %
+                                     (text, SHORTEST, LONGEST))
 
 
 def minutes_option(text: str) -> float:
@@ -12471,7 +13925,8 @@ def minutes_option(text: str) -> float:
     with contextlib.suppress(ValueError):
         if SHORTEST <= 60 * float(text) <= LONGEST:
             return float(text)
-    raise argparse.ArgumentTypeError('%r is no number of minutes between %g and %d (10 years)' % (text, SHORTEST / 60, LONGEST // 60))
+    raise argparse.ArgumentTypeError('%r is no number of minutes between %g and %d (10 years)' %
+                                     (text, SHORTEST / 60, LONGEST // 60))
 
 
 def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) -> Optional[Hours]:
@@ -12479,12 +13934,17 @@ def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) ->
     if start is None and stop is None and end is None:
         return None
     if start is None or (stop is None and end is None):
-        raise ValueError('--service-start needs --service-stop, --service-end or both, and they need it')
-    minutes = [int(text[:2]) * 60 + int(text[3:]) if text is not None else None for text in (start, stop, end)]
+        raise ValueError(
+            '--service-start needs --service-stop, --service-end or both, and they need it')
+    minutes = [
+        int(text[:2]) * 60 + int(text[3:]) if text is not None else None
+        for text in (start, stop, end)
+    ]
     hours = Hours(minutes[0] or 0, minutes[1], minutes[2])
     if hours.start in (hours.stop, hours.end):
         raise ValueError('the service would stop when it starts, at %s (--service-start)' % start)
-    if stop is not None and end is not None and hours.phase(minutes[1] or 0) is Phase.CLOSED and stop != end:
+    if stop is not None and end is not None and hours.phase(minutes[1]
+                                                            or 0) is Phase.CLOSED and stop != end:
         raise ValueError('--service-stop %s comes after --service-end %s' % (stop, end))
     return hours
 
@@ -12492,7 +13952,8 @@ def find_hours(start: Optional[str], stop: Optional[str], end: Optional[str]) ->
 def find_user(name: str) -> User:
     """The user that jobs shall run as. Raises StartError."""
     if not name:
-        raise StartError("--user '' names nobody, and jobs would run as root: give a user, or leave --user out")
+        raise StartError(
+            "--user '' names nobody, and jobs would run as root: give a user, or leave --user out")
     if not hasattr(os, 'geteuid') or os.geteuid() != 0:
         raise StartError('--user %s needs a dispynode that is started as root' % name)
     import pwd
@@ -12501,7 +13962,9 @@ def find_user(name: str) -> User:
     except KeyError as exc:
         raise StartError('--user %s: this host knows no such user' % name) from exc
     if entry.pw_uid == 0:
-        raise StartError('--user %s is root, who can read the secret: leave --user out if jobs shall run as root' % name)
+        raise StartError(
+            '--user %s is root, who can read the secret: leave --user out if jobs shall run as root'
+            % name)
     return User(name, entry.pw_uid, entry.pw_gid, entry.pw_dir)
 
 
@@ -12515,7 +13978,9 @@ def run_until_ended(loop: Loop) -> int:
     try:
         loop.run()
     except Exception as exc:  # LoopFailed, or what was raised where nothing could be guarded
-        loop.log.critical('ended by a fault, start it again: %s', exc, exc_info=not isinstance(exc, LoopFailed))
+        loop.log.critical('ended by a fault, start it again: %s',
+                          exc,
+                          exc_info=not isinstance(exc, LoopFailed))
         return FAULT_STATUS
     finally:
         loop.close()
@@ -12526,9 +13991,16 @@ def run_until_ended(loop: Loop) -> int:
 class Each(argparse.Action):
     """As `append`, but the first on the command line replaces what the configuration says."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
+    def __call__(self,
+                 parser: Any,
+                 namespace: Any,
+                 values: Any,
+                 option_string: Optional[str] = None) -> None:
         before = getattr(namespace, self.dest)
-        given = [values] if isinstance(values, str) else values
+        if isinstance(values, str):
+            given = [values]
+        else:
+            given = values
         # `-i "$(hostname -I)"` gives all addresses in one argument
         words = [word for text in given for word in text.split() or [text]]
         setattr(namespace, self.dest, words if before is self.default else before + words)
@@ -12537,7 +14009,11 @@ class Each(argparse.Action):
 class Obsolete(argparse.Action):
     """An option of dispy 4 that is accepted and has no meaning any more; see tell_obsolete."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
+    def __call__(self,
+                 parser: Any,
+                 namespace: Any,
+                 values: Any,
+                 option_string: Optional[str] = None) -> None:
         namespace.obsolete = [*namespace.obsolete, self.option_strings[0]]
 
 
@@ -12583,9 +14059,14 @@ class OldConfig:
     NAMES = {'hosts': '--host', 'ext_hosts': '--ext-host', 'nodes': '--node', 'loglevel': '--debug',
              'dispy_port': '--port', 'node_init': '--init', 'http_server': '--httpd'}
     # (key, value) -> option that it stands for, or none
-    WORDS = {('safe_setup', 'False'): ['--unsafe-setup'], ('safe_setup', 'True'): [],
-             ('scheduler_alg', 'fair_cluster'): ['--fair'], ('scheduler_alg', 'fcfs_cluster'): ['--fifo'],
-             ('dispy_port', '9700'): []}   # its default; nodes were at the next port, as they are now
+    WORDS = {
+        ('safe_setup', 'False'): ['--unsafe-setup'],
+        ('safe_setup', 'True'): [],
+        ('scheduler_alg', 'fair_cluster'): ['--fair'],
+        ('scheduler_alg', 'fcfs_cluster'): ['--fifo'],
+    # Its default; nodes were at the next port, as they are now
+        ('dispy_port', '9700'): []
+    }
     NOT_GIVEN = frozenset(('', 'None', 'False', '[]', '0', '0.0'))
 
     @classmethod
@@ -12625,51 +14106,121 @@ class OldConfig:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='dispynode', description='Run jobs of dispy clients on this host.', epilog='''
+    parser = argparse.ArgumentParser(prog='dispynode',
+                                     description='Run jobs of dispy clients on this host.',
+                                     epilog='''
         dispy 4's spellings with underscores are understood. --config knows every long option but the secret, as {"cpus": 4, "host": ["::1"]}.
         ''' + EXIT_STATUSES)
     add = parser.add_argument
     add('-d', '--debug', action='store_true', help='log what is done in detail')
-    add('-c', '--cpus', type=int, metavar='N', help='CPUs to offer; negative: leave so many free (default, and 0: all)')
-    add('-i', '--host', '--ip-addr', action=Each, metavar='ADDR', help='address to listen at; may be repeated (default: all)')
-    add('--ext-host', '--ext-ip-addr', action=Each, metavar='ADDR', help='address that others reach this host by, '
+    add('-c',
+        '--cpus',
+        type=int,
+        metavar='N',
+        help='CPUs to offer; negative: leave so many free (default, and 0: all)')
+    add('-i',
+        '--host',
+        '--ip-addr',
+        action=Each,
+        metavar='ADDR',
+        help='address to listen at; may be repeated (default: all)')
+    add('--ext-host',
+        '--ext-ip-addr',
+        action=Each,
+        metavar='ADDR',
+        help='address that others reach this host by, '
         'if it is another one (NAT); may be repeated')
-    add('-p', '--port', '--node-port', '--dispy-port', type=int, default=NODE_PORT, metavar='N', help='TCP and UDP port; 0: any (default: %(default)s)')
-    add('--scheduler-host', '--scheduler-node', action=Each, default=[], metavar='HOST[:PORT]',
-        help='connect to this scheduler, or client that listens (host=), and keep trying: for nodes that cannot be reached; '
+    add('-p',
+        '--port',
+        '--node-port',
+        '--dispy-port',
+        type=int,
+        default=NODE_PORT,
+        metavar='N',
+        help='TCP and UDP port; 0: any (default: %(default)s)')
+    add('--scheduler-host',
+        '--scheduler-node',
+        action=Each,
+        default=[],
+        metavar='HOST[:PORT]',
+        help=
+        'connect to this scheduler, or client that listens (host=), and keep trying: for nodes that cannot be reached; '
         'may be repeated (port: %d)' % SCHEDULER_PORT)
     add('--scheduler-port', type=int, default=SCHEDULER_PORT, metavar='N',
         help='port of a --scheduler-host for which none is given (default: %(default)s)')
-    add('--ipv4-udp-multicast', action='store_true', help='answer at the multicast group %s too' % GROUP4)
+    add('--ipv4-udp-multicast',
+        action='store_true',
+        help='answer at the multicast group %s too' % GROUP4)
     add('--name', default='', help='name to show (default: host name)')
     add('--dest-path-prefix', default='', metavar='DIR', help='directory for files of computations')
     add('-s', '--secret', help='the secret; it can be seen in the list of processes, so better:')
-    add('--secret-file', metavar='FILE', help='file with the secret (default: %s)' % secret_path().replace('%', '%%'))
-    add('--certfile', metavar='FILE', help='certificate for TLS; clients need one that is vouched for by the same file')
+    add('--secret-file',
+        metavar='FILE',
+        help='file with the secret (default: %s)' % secret_path().replace('%', '%%'))
+    add('--certfile',
+        metavar='FILE',
+        help='certificate for TLS; clients need one that is vouched for by the same file')
     add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--user', metavar='NAME', help='started as root: run jobs as this user, who cannot read the '
-        'secret; of the environment they get %s and what begins with %s' % (', '.join(KEPT_VARIABLES), ', '.join(KEPT_BEGINNINGS)))
-    add('--service-start', type=_time_of_day, metavar='HH:MM', help='take jobs from this time of day on')
-    add('--service-stop', type=_time_of_day, metavar='HH:MM', help='take no new jobs from this time of day on')
-    add('--service-end', type=_time_of_day, metavar='HH:MM', help='end what still runs at this time of day')
+    add('--user',
+        metavar='NAME',
+        help='started as root: run jobs as this user, who cannot read the '
+        'secret; of the environment they get %s and what begins with %s' %
+        (', '.join(KEPT_VARIABLES), ', '.join(KEPT_BEGINNINGS)))
+    add('--service-start',
+        type=_time_of_day,
+        metavar='HH:MM',
+        help='take jobs from this time of day on')
+    add('--service-stop',
+        type=_time_of_day,
+        metavar='HH:MM',
+        help='take no new jobs from this time of day on')
+    add('--service-end',
+        type=_time_of_day,
+        metavar='HH:MM',
+        help='end what still runs at this time of day')
     add('--serve', type=serve_option, metavar='N',
         help='end after so many clients (default, 0 and less: do not)')
-    add('--client-shutdown', action='store_true', help="end after a client that calls its cluster's shutdown()")
-    add('--force-cleanup', action='store_true', help='remove the files of a client also if it gives cleanup=False')
-    add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files, of clients and of jobs, are refused (default: no limit)')
-    add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]',
+    add('--client-shutdown',
+        action='store_true',
+        help="end after a client that calls its cluster's shutdown()")
+    add('--force-cleanup',
+        action='store_true',
+        help='remove the files of a client also if it gives cleanup=False')
+    add('--max-file-size',
+        type=size_option,
+        metavar='N[kmgt]',
+        help='larger files, of clients and of jobs, are refused (default: no limit)')
+    add('--max-value',
+        type=size_option,
+        default=VALUE_MOST,
+        metavar='N[kmgt]',
         help='larger arguments and results of jobs are refused, as are those for which no memory is '
         'free (default and most: %d GiB)' % (VALUE_MOST >> 30))
-    add('--zombie-interval', type=minutes_option, metavar='MIN',
-        help='minutes that results wait here for a client that is gone (default: %g)' % (ZOMBIE_TIME / 60))
-    add('--msg-timeout', type=seconds_option, default=HANDSHAKE_TIME, metavar='S', help='seconds for a handshake (default: %(default)g)')
-    add('--ping-interval', type=seconds_option, metavar='S', help='seconds between searches for clients')
+    add('--zombie-interval',
+        type=minutes_option,
+        metavar='MIN',
+        help='minutes that results wait here for a client that is gone (default: %g)' %
+        (ZOMBIE_TIME / 60))
+    add('--msg-timeout',
+        type=seconds_option,
+        default=HANDSHAKE_TIME,
+        metavar='S',
+        help='seconds for a handshake (default: %(default)g)')
+    add('--ping-interval',
+        type=seconds_option,
+        metavar='S',
+        help='seconds between searches for clients')
     add('--log-file', metavar='FILE', help='log there instead of to stderr')
     add('--daemon', action='store_true', help='never use the terminal, and outlive it')
     add('--clean', action='store_true', help='remove all that earlier runs left in the directory')
-    add('--config', metavar='FILE', help='take options from this JSON file; those given here count more')
-    add('--save-config', metavar='FILE', help='write these options to a JSON file, without the secret, and end')
-    add('--embedded', action='store_true', help=argparse.SUPPRESS)   # started by a client: see _embedded
+    add('--config',
+        metavar='FILE',
+        help='take options from this JSON file; those given here count more')
+    add('--save-config',
+        metavar='FILE',
+        help='write these options to a JSON file, without the secret, and end')
+    # Started by a client: see _embedded
+    add('--embedded', action='store_true', help=argparse.SUPPRESS)
     accept_obsolete(parser, OBSOLETE_NODE)
     add('--version', action='version', version='%(prog)s ' + __version__)
     return parser
@@ -12677,12 +14228,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _configurable(parser: argparse.ArgumentParser) -> Dict[str, argparse.Action]:
     """Options that may stand in a configuration file, by long name."""
-    return {action.dest.replace('_', '-'): action for action in parser._actions
-            if action.dest not in ('help', 'version', 'config', 'save_config', 'embedded', 'obsolete') and not action.dest.endswith('secret')}
+    return {
+        action.dest.replace('_', '-'): action
+        for action in parser._actions
+        if action.dest not in ('help', 'version', 'config', 'save_config', 'embedded',
+                               'obsolete') and not action.dest.endswith('secret')
+    }
 
 
 def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
-    """Make what a JSON file, or one that dispy 4 has saved, says the defaults. Raises StartError naming file and key."""
+    """Make what a JSON file, or one that dispy 4 has saved, says the defaults. Raises StartError
+    naming file and key."""
     try:
         with open(path, encoding='utf-8') as file:
             text = file.read()
@@ -12701,7 +14257,8 @@ def _load_config(parser: argparse.ArgumentParser, path: str) -> None:
         action = known.get(key.replace('_', '-'))
         if action is None:
             raise StartError('--config %s: %r is no option that can stand there' % (path, key))
-        parser.set_defaults(**{action.dest: _configured(action, value, '--config %s: %s' % (path, key))})
+        parser.set_defaults(
+            **{action.dest: _configured(action, value, '--config %s: %s' % (path, key))})
 
 
 def _configured(action: argparse.Action, value: Any, where: str) -> Any:
@@ -12709,10 +14266,16 @@ def _configured(action: argparse.Action, value: Any, where: str) -> Any:
     kinds: Dict[Any, Any] = {int: int, serve_option: int, **times, size_option: (int, str)}
     if isinstance(action, Each):
         kind: Any = list
-        value = [value] if isinstance(value, str) else value
+        if isinstance(value, str):
+            value = [value]
+        else:
+            value = value
         right = isinstance(value, list) and all(isinstance(item, str) for item in value)
     else:
-        kind = bool if action.nargs == 0 else kinds.get(action.type, str)
+        if action.nargs == 0:
+            kind = bool
+        else:
+            kind = kinds.get(action.type, str)
         right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
     if not right:
         raise StartError('%s may not be %.100r: %s is wanted' % (where, value, ' or '.join(
@@ -12728,13 +14291,24 @@ def _configured(action: argparse.Action, value: Any, where: str) -> Any:
 def save_config(parser: argparse.ArgumentParser, args: argparse.Namespace, path: str) -> None:
     options = {name: getattr(args, action.dest) for name, action in _configurable(parser).items()}
     with open(path, 'w', encoding='utf-8') as file:
-        json.dump({name: value for name, value in options.items() if value not in (None, '', []) and value is not False}, file, indent=2)
+        json.dump(
+            {
+                name: value
+                for name, value in options.items()
+                if value not in (None, '', []) and value is not False
+            },
+            file,
+            indent=2)
         file.write('\n')
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The command line of a daemon on top of the file that it may name. Raises StartError for the file."""
-    argv = [arg.partition('=')[0].replace('_', '-') + ''.join(arg.partition('=')[1:]) if arg.startswith('--') else arg for arg in argv]
+    """The command line of a daemon on top of the file that it may name. Raises StartError for the
+    file."""
+    argv = [
+        arg.partition('=')[0].replace('_', '-') +
+        ''.join(arg.partition('=')[1:]) if arg.startswith('--') else arg for arg in argv
+    ]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument('--config')
     path = first.parse_known_args(argv)[0].config
@@ -12744,8 +14318,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> arg
 
 
 class LogFormatter(logging.Formatter):
-    """A line of the log holds what others have sent: names, texts. Control characters in it can neither make a line of their own
-    nor speak to the terminal."""
+    """A line of the log holds what others have sent: names, texts. Control characters in it can
+    neither make a line of their own nor speak to the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return '\n  '.join(map(printable, super().format(record).splitlines()))
@@ -12755,7 +14329,8 @@ def printable(text: str) -> str:
     """A text with its control characters, and what cannot be encoded, written out."""
     if text.isprintable():
         return text
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii') for c in text)
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii')
+                   for c in text)
 
 
 class PrivateFileHandler(logging.handlers.WatchedFileHandler):
@@ -12768,7 +14343,10 @@ class PrivateFileHandler(logging.handlers.WatchedFileHandler):
 
 def set_up_log(name: str, debug: bool, log_file: Optional[str]) -> None:
     """Logging of a daemon: one line an event, to stderr or a file."""
-    handler: logging.Handler = PrivateFileHandler(log_file, encoding='utf-8') if log_file else logging.StreamHandler()
+    if log_file:
+        handler: logging.Handler = PrivateFileHandler(log_file, encoding='utf-8')
+    else:
+        handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter('%(asctime)s %(name)s %(levelname)s: %(message)s'))
     log = logging.getLogger(name)
     log.addHandler(handler)
@@ -12780,19 +14358,22 @@ def host_and_port(text: str, port: int) -> Tuple[str, int]:
     """HOST, HOST:PORT or [IPv6]:PORT. Raises ValueError naming what is wrong."""
     host, colon, given = text.rpartition(':')
     if not colon or (':' in host and not host.endswith(']')):   # no port, or bare IPv6
-        host, given = text, str(port)
+        host = text
+        given = str(port)
         if colon and '*' not in text:
             try:
                 ipaddress.IPv6Address(text.partition('%')[0].strip('[]'))
             except ValueError:
                 raise ValueError('%r is not HOST or HOST:PORT' % text) from None
-    if not host.strip('[]') or any(map(str.isspace, host)) or not given.isdigit() or not 1 <= int(given) <= 65535:
+    if not host.strip('[]') or any(map(
+            str.isspace, host)) or not given.isdigit() or not 1 <= int(given) <= 65535:
         raise ValueError('%r is not HOST or HOST:PORT' % text)
     return host.strip('[]'), int(given)
 
 
 def own_host(word: str) -> str:
-    """The address meant by a word for an address of this host: itself, or by the name of its interface. Raises StartError."""
+    """The address meant by a word for an address of this host: itself, or by the name of its
+    interface. Raises StartError."""
     interfaces = ask_psutil(lambda psutil: psutil.net_if_addrs()) or {}   # no names without psutil
     families = (socket.AF_INET, socket.AF_INET6)
     items = [item for item in interfaces.get(word, ()) if item.family in families]
@@ -12801,12 +14382,14 @@ def own_host(word: str) -> str:
     try:
         return str(socket.getaddrinfo(word, None, 0, socket.SOCK_STREAM)[0][4][0]).partition('%')[0]
     except OSError as exc:
-        raise StartError('%s is no address, name or interface of this host: %s (-i/--host, --ext-host)' % (word, exc)) from exc
+        raise StartError(
+            '%s is no address, name or interface of this host: %s (-i/--host, --ext-host)' %
+            (word, exc)) from exc
 
 
 def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
-    """Addresses to listen at, each once. A wildcard address means all there are, of both families, as when none is given, and
-    is told to nobody: who dials it reaches itself. Raises StartError."""
+    """Addresses to listen at, each once. A wildcard address means all there are, of both families,
+    as when none is given, and is told to nobody: who dials it reaches itself. Raises StartError."""
     addresses = dict.fromkeys(own_host(word) if word else '' for word in words)
     if any(not address or ipaddress.ip_address(address).is_unspecified for address in addresses):
         return ('',)
@@ -12814,13 +14397,17 @@ def own_hosts(words: Sequence[str]) -> Tuple[str, ...]:
 
 
 def forget_secret() -> None:
-    """The secret that came by the environment has been read: jobs shall find it neither in theirs nor in that of this process."""
+    """The secret that came by the environment has been read: jobs shall find it neither in theirs
+    nor in that of this process."""
     if os.environ.pop('DISPY_SECRET', None) is not None:
-        _prctl(_libc(), _PR_SET_DUMPABLE, 0)   # /proc/PID/environ is as it was at the start, and is root's from now on
+        # /proc/PID/environ is as it was at the start, and is root's from now on
+        _prctl(_libc(), _PR_SET_DUMPABLE, 0)
 
 
-# Of the variables of root, under whom a daemon with --user was started, jobs get these and those with such beginnings.
-KEPT_VARIABLES = ('PATH', 'LANG', 'LANGUAGE', 'TZ', 'LD_LIBRARY_PATH', 'VIRTUAL_ENV', 'DISPY_DISCOVERY')
+# Of the variables of root, under whom a daemon with --user was started, jobs get these and those
+# with such beginnings.
+KEPT_VARIABLES = ('PATH', 'LANG', 'LANGUAGE', 'TZ', 'LD_LIBRARY_PATH', 'VIRTUAL_ENV',
+                  'DISPY_DISCOVERY')
 KEPT_BEGINNINGS = ('LC_', 'PYTHON', 'CUDA_', 'OMP_', 'MKL_', 'OPENBLAS_', 'NUMEXPR_')
 
 
@@ -12841,21 +14428,25 @@ def _embedded(daemon: Daemon) -> None:
 
 
 def command(line: str) -> Any:
-    """The event that a line at the prompt stands for. Raises ValueError for a number of CPUs that cannot be."""
+    """The event that a line at the prompt stands for. Raises ValueError for a number of CPUs that
+    cannot be."""
     words = line.split()
     if words[:1] == ['cpus']:
         if len(words) != 2 or not words[1].lstrip('-').isdigit():
             raise ValueError('cpus N, and N is a number')
         return SetCpus(count_cpus(int(words[1])))
-    return {'quit': Stop(), 'stop': Pause('operator', 'its operator has stopped it'), 'start': Resume('operator'),
-            'release': Release()}.get(line.strip(), Status())
+    return {
+        'quit': Stop(), 'stop': Pause('operator', 'its operator has stopped it'),
+        'start': Resume('operator'), 'release': Release()
+    }.get(line.strip(), Status())
 
 
 def _prompt(post: Callable[[Any], None]) -> None:
-    """Commands from the terminal, a thread of its own. Read with os.read: a thread that waits in sys.stdin holds a lock
-    that the interpreter wants when it ends."""
+    """Commands from the terminal, a thread of its own. Read with os.read: a thread that waits in
+    sys.stdin holds a lock that the interpreter wants when it ends."""
     rest = b''
-    print('commands: quit, stop, start, cpus N, release; anything else shows the status', flush=True)
+    print('commands: quit, stop, start, cpus N, release; anything else shows the status',
+          flush=True)
     while True:
         try:
             data = os.read(0, 4096)
@@ -12892,26 +14483,31 @@ def _standard_files() -> None:
 
 
 def _on_signals(daemon: Daemon, stay: bool) -> None:
-    """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that. With handlers, and none ignored: programs
-    that jobs start would inherit that."""
+    """SIGTERM, SIGINT and the end of the terminal end the node, unless it shall outlive that. With
+    handlers, and none ignored: programs that jobs start would inherit that."""
     for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
         number = getattr(signal, name, None)
-        if number is not None and (name != 'SIGHUP' or signal.getsignal(number) is not signal.SIG_IGN):   # as of nohup
-            signal.signal(number, (lambda number, frame: None) if name == 'SIGHUP' and stay else lambda number, frame: daemon.post(Stop()))
+        # As of nohup
+        if number is not None and (name != 'SIGHUP'
+                                   or signal.getsignal(number) is not signal.SIG_IGN):
+            signal.signal(number, (lambda number, frame: None) if name == 'SIGHUP' and stay else
+                          lambda number, frame: daemon.post(Stop()))
     if os.getpid() == 1 and hasattr(os, 'waitid'):
         signal.signal(signal.SIGCHLD, lambda number, frame: daemon.post(ChildEnded()))
         daemon.post(ChildEnded())
 
 
 def _find_secret_of(args: argparse.Namespace) -> bytes:
-    """The secret, which jobs shall not find. A client that has started this node writes it to stdin."""
+    """The secret, which jobs shall not find. A client that has started this node writes it to
+    stdin."""
     if args.embedded:
         logger.setLevel(logging.DEBUG if args.debug else logging.ERROR)
         secret = sys.stdin.buffer.readline().strip()
     else:
         secret = find_secret(args.secret, args.secret_file)
     if args.secret and not args.embedded:
-        logger.warning('-s/--secret can be read by every user of this host (ps): --secret-file is better')
+        logger.warning(
+            '-s/--secret can be read by every user of this host (ps): --secret-file is better')
     forget_secret()
     return secret
 
@@ -12922,7 +14518,8 @@ def _make_ready_for(user: Optional[User]) -> None:
         clear_environment()   # root's is not for jobs; what runs from here on inherits what is left
         os.initgroups(user.name, user.gid)
     elif hasattr(os, 'geteuid') and os.geteuid() == 0:
-        logger.warning('jobs run as root and can read the secret: --user NAME lets them run as another user')
+        logger.warning(
+            'jobs run as root and can read the secret: --user NAME lets them run as another user')
 
 
 def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
@@ -12933,25 +14530,33 @@ def _options_of(args: argparse.Namespace, cpus: int, hours: Optional[Hours],
     tell_obsolete(args, OBSOLETE_NODE)
     limit_values(args.max_value)
     tls_files(args.certfile, args.keyfile, None, '--%s')
-    user = find_user(args.user) if args.user is not None else None
+    if args.user is not None:
+        user = find_user(args.user)
+    else:
+        user = None
     secret = _find_secret_of(args)
     _make_ready_for(user)
-    return Options(cpus, own_hosts(args.host or ('',)), args.port, args.name,
-                   args.dest_path_prefix, secret, args.certfile, args.keyfile, args.clean, args.embedded,
+    return Options(cpus, own_hosts(args.host
+                                   or ('', )), args.port, args.name, args.dest_path_prefix, secret,
+                   args.certfile, args.keyfile, args.clean, args.embedded,
                    tuple(map(own_host, args.ext_host or ())), schedulers, args.ipv4_udp_multicast,
-                   'off' if args.embedded else discovery_reach(),
-                   args.ping_interval, user, hours, args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
-                   60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME, args.msg_timeout, args.force_cleanup)
+                   'off' if args.embedded else discovery_reach(), args.ping_interval, user, hours,
+                   args.serve or 0, args.client_shutdown, args.max_file_size or sys.maxsize,
+                   60 * args.zombie_interval if args.zombie_interval else ZOMBIE_TIME,
+                   args.msg_timeout, args.force_cleanup)
 
 
-def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int, has_terminal: bool) -> None:
-    """A thread for whoever is at the other end of stdin: the client that has started this node, or its operator."""
+def _listen_to_stdin(daemon: Daemon, args: argparse.Namespace, port: int,
+                     has_terminal: bool) -> None:
+    """A thread for whoever is at the other end of stdin: the client that has started this node, or
+    its operator."""
     if args.embedded:
         print(port, flush=True)
         threading.Thread(target=_embedded, args=(daemon,), daemon=True).start()
     elif has_terminal and not args.daemon:
         if hasattr(signal, 'SIGTTIN'):
-            signal.signal(signal.SIGTTIN, signal.SIG_IGN)   # in the background a read fails instead of stopping the node
+            # In the background a read fails instead of stopping the node
+            signal.signal(signal.SIGTTIN, signal.SIG_IGN)
         threading.Thread(target=_prompt, args=(daemon.post,), daemon=True).start()
 
 
@@ -12963,8 +14568,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         parser = _parser()
         args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
         try:
-            cpus, hours = count_cpus(args.cpus or None), find_hours(args.service_start, args.service_stop, args.service_end)
-            schedulers = tuple(host_and_port(text, args.scheduler_port) for text in args.scheduler_host)
+            cpus = count_cpus(args.cpus or None)
+            hours = find_hours(args.service_start, args.service_stop, args.service_end)
+            schedulers = tuple(
+                host_and_port(text, args.scheduler_port) for text in args.scheduler_host)
         except ValueError as exc:
             parser.error(str(exc))
         if args.save_config:
@@ -12979,13 +14586,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     daemon.wake_on_signals()
     if args.daemon and not args.embedded:
         _no_stdin()
-    logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1), port, os.getpid())
+    logger.info('%s serves %d CPU%s at port %d, PID %d', daemon.node.name, cpus, 's' * (cpus != 1),
+                port, os.getpid())
     _listen_to_stdin(daemon, args, port, has_terminal)
     return run_until_ended(daemon)
 
 
 if __name__ == '__main__':
-    # Once more under its own name, so that classes have one identity here and in the runners. Without __file__,
+    # Once more under its own name, so that classes have one identity here and in the runners.
+    # Without __file__,
     # `spawn` does not run this file a third time as the runner's __main__.
     del __file__
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))

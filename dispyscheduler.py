@@ -2,8 +2,9 @@
 """The scheduler that lets several programs share nodes; it outlives them, and its own death.
 
 Run `python dispyscheduler.py` on a host that programs and nodes can reach; programs use
-`dispy.SharedJobCluster(compute, scheduler_host=HOST)`. It finds nodes itself (`-n HOST`, or by asking the network);
-nodes that cannot be reached connect to it (`dispynode.py --scheduler-host HOST`).
+`dispy.SharedJobCluster(compute, scheduler_host=HOST)`. It finds nodes itself (`-n HOST`, or by
+asking the network); nodes that cannot be reached connect to it (`dispynode.py --scheduler-host
+HOST`).
 
     programs                     this process                                              nodes
     +---------------+  frames   +------------------------------------------+   frames   +-----------+
@@ -15,20 +16,24 @@ nodes that cannot be reached connect to it (`dispynode.py --scheduler-host HOST`
                                 |                  a turn                  |
                                 +------------------------------------------+
 
-To a program this is a node that has CPUs without end, which keeps what it was given; to nodes it is a program with
-many computations. So nearly all is dispy's `Driver` and `Schedule`, and here stands what is between: `Remote`, a program's
-computation, in the place of a JobCluster.
+To a program this is a node that has CPUs without end, which keeps what it was given; to nodes it is
+a program with many computations. So nearly all is dispy's `Driver` and `Schedule`, and here stands
+what is between: `Remote`, a program's computation, in the place of a JobCluster.
 
 The life of a job here:
   1. `Jobs` of a program is noted, and handed to the Schedule.
-  2. At the end of the turn the transaction is written; only then is anything sent of what the turn has brought about.
-  3. The Schedule sends it to a node; the program is told where it is (`Where`), and when it has begun (`Started`).
-  4. The node's result is noted, sent to the program, and acknowledged to the node when it is on the disk.
+  2. At the end of the turn the transaction is written; only then is anything sent of what the turn
+     has brought about.
+  3. The Schedule sends it to a node; the program is told where it is (`Where`), and when it has
+     begun (`Started`).
+  4. The node's result is noted, sent to the program, and acknowledged to the node when it is on the
+     disk.
   5. The program's Ack removes it.
-After `kill -9` and a new start nodes and programs connect again, and say what they hold; what is on the disk is the rest.
+After `kill -9` and a new start nodes and programs connect again, and say what they hold; what is on
+the disk is the rest.
 
-Payloads stay sealed: nothing that a user has sent is unpickled here, nor anything that is found on the disk, but by
-`open_plain`, which opens builtins only.
+Payloads stay sealed: nothing that a user has sent is unpickled here, nor anything that is found on
+the disk, but by `open_plain`, which opens builtins only.
 
 Files this host needs: this one, dispy.py, dispynode.py, cloudpickle.
 """
@@ -68,31 +73,35 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
         sys.exit(text)
     raise ImportError(text, name=exc.name, path=exc.path) from exc
 
-from dispy import (
-    NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo, Database, DispyNode,
-    JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec,
-    NodeUser, Peer, Schedule, UseState, WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
+from dispy import (NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo,
+                   Database, DispyNode, JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers,
+                   NodePolicy, NodeResults, NodeSpec, NodeUser, Peer, Schedule, UseState,
+                   WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
 from dispynode import (
-    ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error, VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT, OF_CLIENTS,
-    ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of,
-    OBSOLETE_SCHEDULER, accept_obsolete, tell_obsolete,
-    PULSE, RETURNED, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival, Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each,
-    FilePiece, FileReceiver, FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer,
-    Outcome, Output, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
-    Returned, Role, Said, Shutdown, StartError, Started, Unfit, Values, Welcome, Where, Wrong, __version__, _write_private, beside,
-    check_name, derive_key, digest_of, discovery_reach, find_secret, frames, has_place, host_and_port, in_parts, is_comp, limit_values,
-    log_record_of, over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs, open_envelope, open_plain, open_regular, parse_arguments, pieces_of, replaced, result_key,
-    plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of, size_option, sized,
-    take_own_directory, tls_files, unpack_error)
+    ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error,
+    VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT,
+    OF_CLIENTS, ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of, OBSOLETE_SCHEDULER,
+    accept_obsolete, tell_obsolete, PULSE, RETURNED, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival,
+    Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each, FilePiece, FileReceiver,
+    FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer, Outcome,
+    Output, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
+    Returned, Role, Said, Shutdown, StartError, Started, Unfit, Values, Welcome, Where, Wrong,
+    __version__, _write_private, beside, check_name, derive_key, digest_of, discovery_reach,
+    find_secret, frames, has_place, host_and_port, in_parts, is_comp, limit_values, log_record_of,
+    over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs,
+    open_envelope, open_plain, open_regular, parse_arguments, pieces_of, replaced, result_key,
+    plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of,
+    size_option, sized, take_own_directory, tls_files, unpack_error)
 
 __all__ = ['main']   # the others are dispy's own
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Constants and errors
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 ENDLESS = 1 << 20             # CPUs that programs are told of: all they submit comes here at once
-IN_MEMORY = 8 << 20           # bytes of waiting jobs' arguments that are kept in memory besides the disk
+# Bytes of waiting jobs' arguments that are kept in memory besides the disk
+IN_MEMORY = 8 << 20
 OBJECT = 48                   # bytes of memory that a bytes object takes besides its contents
 LARGE = 64 * 1024             # bytes from which arguments and results are files of their own
 RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
@@ -103,26 +112,32 @@ GONE_TIME = 60.0
 GONE_LOOKS = 1.0              # s between looks whether the process of such a program has ended
 RETRY_TIME = 1.0              # s between attempts to write to a disk that was full
 PAGE = 500                    # rows of an answer to a monitor at most
-FAILURES_KEPT, FAILURES_PAGE, FAILURE_TEXT = 500, 100, 8000   # failed jobs, those told at once, characters of a traceback
+# Failed jobs, those told at once, characters of a traceback
+FAILURES_KEPT = 500
+FAILURES_PAGE = 100
+FAILURE_TEXT = 8000
 ARGUMENTS_MOST = 16384        # bytes of arguments that monitors are told
-LOW_DISK = 64 << 20           # bytes that are free, below which SQLite's log is emptied before each transaction
+# Bytes that are free, below which SQLite's log is emptied before each transaction
+LOW_DISK = 64 << 20
 PAGE_SIZE = 4096              # bytes of a page of SQLite's
 REMOVED_AT_ONCE = 20          # results that are removed in one transaction while the disk is full
-RESERVE = 2 << 20             # bytes of the disk that are kept for the removal of what is over when it is full
+# Bytes of the disk that are kept for the removal of what is over when it is full
+RESERVE = 2 << 20
 QUEUED_MOST = 16 << 30        # bytes of arguments of jobs that a program may have here
 LOCK_MOST = 4096              # characters of the path of a node's lock file
 QUESTIONS_MOST = 64           # of a computation whose files are on their way
 COMPS_MOST = 256              # computations of one connection
 SPECS_MOST = 10000            # nodes that a program may name
-REASON_MOST = 2000            # characters of the reason why a node is not used, where many nodes are told of
+# Characters of the reason why a node is not used, where many nodes are told of
+REASON_MOST = 2000
 REPORTS_APART = 5.0           # s between two questions to a node for what is free there
 
 logger = logging.getLogger('dispyscheduler')
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is kept on disk
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 STATE_MARK = 'dispy-scheduler'   # the file that says that a directory is a scheduler's
 
@@ -148,14 +163,22 @@ def stored(path: str, is_own: bool = False) -> Any:
                 os.unlink(path)
             return data
         value = StoredValue(file.fileno(), 0, access=mmap.ACCESS_READ)
-    value.path = path if is_own else ''
+    if is_own:
+        value.path = path
+    else:
+        value.path = ''
     return memoryview(value)
 
 
 def _place_of(pieces: Sequence[Any]) -> Optional[StoredValue]:
     """The file in which a payload lies already, if there is one."""
-    value = pieces[0].obj if len(pieces) == 1 and type(pieces[0]) is memoryview else None
-    return value if isinstance(value, StoredValue) and value.path else None
+    if len(pieces) == 1 and type(pieces[0]) is memoryview:
+        value = pieces[0].obj
+    else:
+        value = None
+    if isinstance(value, StoredValue) and value.path:
+        return value
+    return None
 
 
 class OnDisk:
@@ -165,7 +188,8 @@ class OnDisk:
 
     def __init__(self, path: str) -> None:
         """Raises OSError."""
-        self._path, self._unsynced = path, 0
+        self._path = path
+        self._unsynced = 0
         self._file: Any = open(path, 'wb', buffering=0)
 
     def add(self, offset: int, data: Any) -> None:
@@ -209,9 +233,11 @@ class StoredValues(Values):
 
 
 class State(Database):
-    """ProgramComputations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of computations in
-    <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
-    MARK, VERSION, SYNC = 0x64735335, 1, 'FULL'
+    """ProgramComputations, jobs and results of all programs, and nodes: <state-dir>/state.db, files
+    of computations in <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
+    MARK = 0x64735335
+    VERSION = 1
+    SYNC = 'FULL'
     WAITING, SENT, ENDED, DROPPED = range(4)
     NEW = 'new-'               # begins names of large files that come
     TABLES = """
@@ -257,24 +283,34 @@ class State(Database):
         self.instance: bytes = run("SELECT value FROM own WHERE name = 'instance'").fetchone()[0]
         run("INSERT OR IGNORE INTO own VALUES ('starts', 0)")
         run("UPDATE own SET value = value + 1 WHERE name = 'starts'")
-        # Nodes may still hold results of jobs that are not here any more: their numbers are not given twice.
-        self.number: int = max(*run("SELECT value << 30, (SELECT coalesce(max(number), 0) FROM jobs) FROM own WHERE name = 'starts'").fetchone())
-        run('CREATE TABLE IF NOT EXISTS past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)')   # of what was given up
-        run('CREATE TABLE IF NOT EXISTS memories (place INTEGER PRIMARY KEY, memory TEXT)')                # of nodes
-        run('CREATE TABLE IF NOT EXISTS locks (place INTEGER PRIMARY KEY, machine TEXT, path TEXT)')       # of nodes too
+        # Nodes may still hold results of jobs that are not here any more: their numbers are not
+        # given twice.
+        self.number: int = max(*run(
+            "SELECT value << 30, (SELECT coalesce(max(number), 0) FROM jobs) FROM own WHERE name = 'starts'"
+        ).fetchone())
+        # Of what was given up
+        run('CREATE TABLE IF NOT EXISTS past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)'
+            )
+        # Of nodes
+        run('CREATE TABLE IF NOT EXISTS memories (place INTEGER PRIMARY KEY, memory TEXT)')
+        # Of nodes too
+        run('CREATE TABLE IF NOT EXISTS locks (place INTEGER PRIMARY KEY, machine TEXT, path TEXT)')
         run('DELETE FROM past WHERE at < ?', (time.time() - PAST_TIME,))
         self._comps: Dict[str, int] = dict(run('SELECT comp, place FROM comps'))
         self._places: Dict[str, int] = dict(run('SELECT key, place FROM nodes'))
         self._newest = itertools.count(1 + max([0, *self._comps.values(), *self._places.values()]))
         self._files = self._find_files()   # numbers of jobs with large files
-        self._large: Dict[Tuple[int, str], Sequence[Any]] = {}   # large files to be written before the next transaction
+        # Large files to be written before the next transaction
+        self._large: Dict[Tuple[int, str], Sequence[Any]] = {}
         self._short = 0                    # bytes of the disk that are missing
         self._reserved = os.path.exists(os.path.join(self.root, 'reserve'))
         self._new_values = itertools.count(1)
-        self._gone: List[int] = []         # those whose files are not needed after the next transaction
+        # Those whose files are not needed after the next transaction
+        self._gone: List[int] = []
 
     def key_of(self, comp: str) -> bytes:
-        """The key by which this scheduler takes results of a computation from nodes, also when it has been started again."""
+        """The key by which this scheduler takes results of a computation from nodes, also when it
+        has been started again."""
         return hmac.digest(self._seed, comp.encode(), 'sha256')
 
     def _find_files(self) -> Set[int]:
@@ -286,20 +322,22 @@ class State(Database):
                 os.unlink(os.path.join(self.large, name))
             if not number.isdigit() or end not in ('p', 'r', 'p.part', 'r.part'):
                 continue   # none of ours
-            if end in ('p', 'r') and self._db.execute('SELECT 1 FROM jobs WHERE number = ?', (int(number),)).fetchone():
+            if end in ('p', 'r') and self._db.execute('SELECT 1 FROM jobs WHERE number = ?',
+                                                      (int(number), )).fetchone():
                 found.add(int(number))
             else:
                 os.unlink(os.path.join(self.large, name))
         return found
 
-    # -- computations and nodes -------------------------------------------------------------------------------
+    # -- computations and nodes --------------------------------------------------------------------
 
     def began(self, remote: 'Remote') -> None:
         """A computation is new, or its spec has changed."""
         place = self._comps.get(remote.comp)
         if place is None:
             place = self._comps[remote.comp] = next(self._newest)
-        self.note(self.COMP, place, remote.comp, remote.instance, pickle.dumps(dict(remote.cargo.spec, key=remote.digest), 5))
+        self.note(self.COMP, place, remote.comp, remote.instance,
+                  pickle.dumps(dict(remote.cargo.spec, key=remote.digest), 5))
 
     def over(self, comp: str) -> None:
         """A computation, whose jobs are removed."""
@@ -326,15 +364,17 @@ class State(Database):
         row = self._db.execute('SELECT serials, text FROM past WHERE comp = ?', (comp,)).fetchone()
         if row is None:
             return Past()
-        return Past(given_up=frozenset(struct.unpack('>%dQ' % (len(row[0]) // 8), row[0])), text=row[1])
+        return Past(given_up=frozenset(struct.unpack('>%dQ' % (len(row[0]) // 8), row[0])),
+                    text=row[1])
 
-    # -- jobs -----------------------------------------------------------------------------------------------
+    # -- jobs --------------------------------------------------------------------------------------
 
     def _file(self, number: int, end: str) -> str:
         return os.path.join(self.large, '%d.%s' % (number, end))
 
     def _keep(self, number: int, end: str, pieces: Sequence[Any]) -> None:
-        path, value = self._file(number, end), _place_of(pieces)
+        path = self._file(number, end)
+        value = _place_of(pieces)
         if value is not None:   # it is on the disk
             os.replace(value.path, path)
             value.path = ''
@@ -348,8 +388,8 @@ class State(Database):
         self._files.add(number)
 
     def find_place(self, size: int, promised: int) -> OnDisk:
-        """A place for a value of so many bytes that comes in parts, while others bring so many more.
-        Raises OSError."""
+        """A place for a value of so many bytes that comes in parts, while others bring so many
+        more. Raises OSError."""
         free = shutil.disk_usage(self.large).free - promised - self._reserve
         if size > free:
             raise OSError(errno.ENOSPC, '%d bytes are free on its disk' % max(0, free))
@@ -361,18 +401,22 @@ class State(Database):
         large = size_of(payload) >= LARGE
         if large:
             self._large[number, 'p'] = pieces_of(payload)
-        self.note(self.INSERT, number, self._comps[work.comp], work.client_serial, None if large else b''.join(pieces_of(payload)),
+        self.note(self.INSERT, number, self._comps[work.comp], work.client_serial,
+                  None if large else b''.join(pieces_of(payload)),
                   pickle.dumps(work.options) if work.options else None)
 
     def payload(self, number: int) -> Any:
         """The arguments of a job that has not ended."""
-        new = self._notes[self.INSERT]   # submitted in this very turn, in the order of their numbers
+        # Submitted in this very turn, in the order of their numbers
+        new = self._notes[self.INSERT]
         at = bisect.bisect_left(new, (number,))
         if at < len(new) and new[at][0] == number and new[at][3] is not None:
             return new[at][3]
         if (number, 'p') in self._large:
             pieces = self._large[number, 'p']
-            return pieces[0] if len(pieces) == 1 else b''.join(pieces)
+            if len(pieces) == 1:
+                return pieces[0]
+            return b''.join(pieces)
         row = self._db.execute('SELECT payload FROM jobs WHERE number = ?', (number,)).fetchone()
         if row is not None and row[0] is not None:
             return row[0]
@@ -381,7 +425,8 @@ class State(Database):
     def sent(self, works: Sequence[Work], key: Any) -> None:
         """Jobs go to a node, when this is on the disk."""
         place = self._places[_key_text(key)]
-        self._notes[self.MOVE] += [(self.SENT, work.serial & 0xffff, place, work.serial >> 16) for work in works]
+        self._notes[self.MOVE] += [(self.SENT, work.serial & 0xffff, place, work.serial >> 16)
+                                   for work in works]
 
     def waits(self, work: Work) -> None:
         """A job is back from a node."""
@@ -391,15 +436,20 @@ class State(Database):
         """Bytes of the arguments of a job, if they are a file; otherwise 0. Raises OSError."""
         if (number, 'p') in self._large:
             return size_of(tuple(self._large[number, 'p']))
-        return os.path.getsize(self._file(number, 'p')) if number in self._files else 0
+        if number in self._files:
+            return os.path.getsize(self._file(number, 'p'))
+        return 0
 
     def size_of_payload(self, number: int) -> int:
         """Bytes of the arguments of a job that has not ended, at the start."""
         if number in self._files:
             with contextlib.suppress(OSError):   # told when they are needed
                 return os.path.getsize(self._file(number, 'p'))
-        row = self._db.execute('SELECT length(payload) FROM jobs WHERE number = ?', (number,)).fetchone()
-        return row[0] or 0 if row is not None else 0
+        row = self._db.execute('SELECT length(payload) FROM jobs WHERE number = ?',
+                               (number, )).fetchone()
+        if row is not None:
+            return row[0] or 0
+        return 0
 
     def ended(self, number: int, row: tuple) -> None:
         """A row of Results, with the serial that the program knows. The payload of a very large one
@@ -423,10 +473,13 @@ class State(Database):
     def removed(self, numbers: Sequence[int]) -> None:
         """A program has these results, or wants none."""
         self._notes[self.REMOVE] += [(number,) for number in numbers]
-        if self.broken:   # what was not written because there is no room need not be written any more
+        # What was not written because there is no room need not be written any more
+        if self.broken:
             gone = set(numbers)
             for statement, place in ((self.INSERT, 0), (self.MOVE, 3), (self.END, 1)):
-                self._notes[statement] = [row for row in self._notes[statement] if row[place] not in gone]
+                self._notes[statement] = [
+                    row for row in self._notes[statement] if row[place] not in gone
+                ]
         if self._large:   # not written yet, and need not be
             gone = set(numbers)
             for key in [key for key in self._large if key[0] in gone]:
@@ -435,14 +488,17 @@ class State(Database):
             self._gone += self._files.intersection(numbers)
 
     def commit(self) -> bool:
-        """As Database, with the large files before it; then those go that are not needed any more. That results were
-        acknowledged can wait for more to write: if it is lost, they come once more, and are acknowledged as known."""
+        """As Database, with the large files before it; then those go that are not needed any more.
+        That results were acknowledged can wait for more to write: if it is lost, they come once
+        more, and are acknowledged as known."""
         if not self._gone and len(self._notes[self.REMOVE]) < REMOVED_MOST and not any(
                 rows for rows in self._notes if rows is not self._notes[self.REMOVE]):
             return True
         if not self._has_room():
             self._make_room()
-            return self._failed(OSError(errno.ENOSPC, '%s: %d bytes more are needed' % (os.strerror(errno.ENOSPC), self._short)))
+            return self._failed(
+                OSError(errno.ENOSPC,
+                        '%s: %d bytes more are needed' % (os.strerror(errno.ENOSPC), self._short)))
         try:
             for (number, end), pieces in list(self._large.items()):
                 self._keep(number, end, pieces)
@@ -459,20 +515,27 @@ class State(Database):
         return done
 
     def _has_room(self) -> bool:
-        """Whether what waits to be written leaves some of the disk free: SQLite needs room to remove things, too, and a transaction
-        that fails has filled the disk. It is written twice, into the log and from there into the file."""
+        """Whether what waits to be written leaves some of the disk free: SQLite needs room to
+        remove things, too, and a transaction that fails has filled the disk. It is written twice,
+        into the log and from there into the file."""
         wanted = sum(len(row[3]) for row in self._notes[self.INSERT] if row[3] is not None)
         wanted += sum(len(row[0]) for row in self._notes[self.END] if row[0] is not None)
         files = sum(size_of(tuple(pieces)) for pieces in self._large.values()
                     if _place_of(pieces) is None)
         if not wanted and not files:
             return True
-        if shutil.disk_usage(self.root).free < LOW_DISK + 4 * (wanted + files):   # what is in the log only would make the file grow later
+        # What is in the log only would make the file grow later
+        if shutil.disk_usage(self.root).free < LOW_DISK + 4 * (wanted + files):
             with contextlib.suppress(self._error):
                 self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
-        inside = PAGE_SIZE * self._db.execute('PRAGMA freelist_count').fetchone()[0]   # of what was removed
-        margin = self._reserve if inside < self._reserve else self._reserve // 8
-        self._short = files + wanted + max(0, wanted - inside) + margin - shutil.disk_usage(self.root).free
+        # Of what was removed
+        inside = PAGE_SIZE * self._db.execute('PRAGMA freelist_count').fetchone()[0]
+        if inside < self._reserve:
+            margin = self._reserve
+        else:
+            margin = self._reserve // 8
+        self._short = files + wanted + max(0, wanted - inside) + margin - shutil.disk_usage(
+            self.root).free
         return self._short <= 0
 
     def _unlink_gone(self) -> None:
@@ -488,7 +551,8 @@ class State(Database):
         return min(RESERVE, shutil.disk_usage(self.root).total // 16)
 
     def _have_reserve(self) -> None:
-        """Bytes of the disk that are given back when it is full, so that what is over can be removed: SQLite needs room for that too."""
+        """Bytes of the disk that are given back when it is full, so that what is over can be
+        removed: SQLite needs room for that too."""
         if self._reserved:
             return
         path = os.path.join(self.root, 'reserve')
@@ -507,12 +571,16 @@ class State(Database):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self.root, 'reserve'))
             self._reserved = False
-        over, gone = self._notes[self.OVER], self._notes[self.REMOVE]
+        over = self._notes[self.OVER]
+        gone = self._notes[self.REMOVE]
         try:
-            while over or gone:   # few at a time, and the room that they take in the log is used again for the next
-                self._notes[self.OVER], self._notes[self.REMOVE] = over[:REMOVED_AT_ONCE], gone[:REMOVED_AT_ONCE]
+            # Few at a time, and the room that they take in the log is used again for the next
+            while over or gone:
+                self._notes[self.OVER], self._notes[
+                    self.REMOVE] = over[:REMOVED_AT_ONCE], gone[:REMOVED_AT_ONCE]
                 self._write((self.OVER, self.REMOVE))
-                over, gone = over[REMOVED_AT_ONCE:], gone[REMOVED_AT_ONCE:]
+                over = over[REMOVED_AT_ONCE:]
+                gone = gone[REMOVED_AT_ONCE:]
                 self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
         except self._error as exc:
             logger.debug('%s', exc)   # it is tried again
@@ -520,15 +588,20 @@ class State(Database):
             self._notes[self.OVER], self._notes[self.REMOVE] = over, gone
 
     def results(self, numbers: Sequence[int], unread: List[int]) -> Iterator[tuple]:
-        """Rows of Results that are on the disk, one after the other; `unread` gets those that cannot be read now."""
+        """Rows of Results that are on the disk, one after the other; `unread` gets those that
+        cannot be read now."""
         for number in numbers:
-            row = self._db.execute('SELECT result, client FROM jobs WHERE number = ? AND state = 2', (number,)).fetchone()
+            row = self._db.execute('SELECT result, client FROM jobs WHERE number = ? AND state = 2',
+                                   (number, )).fetchone()
             if row is None:
                 continue
             try:
                 found = self._result(number, row[0])
             except FileNotFoundError as exc:
-                yield row[1], int(Outcome.DIED), 0.0, 0.0, b'its result cannot be read at the scheduler: %s' % str(exc).encode(), b'', b''
+                yield row[1], int(
+                    Outcome.DIED
+                ), 0.0, 0.0, b'its result cannot be read at the scheduler: %s' % str(
+                    exc).encode(), b'', b''
             except OSError as exc:   # no descriptor is left
                 if not unread:
                     logger.error('a result cannot be read now: %s', exc)
@@ -546,27 +619,38 @@ class State(Database):
             found = (*found[:4], stored(self._file(number, 'r')), *found[5:])
         return found
 
-    # -- at the start -----------------------------------------------------------------------------------------
+    # -- at the start ------------------------------------------------------------------------------
 
     def comps(self) -> List[Tuple[str, bytes, dict]]:
-        """ProgramComputations in the order in which they came: name, instance of the program, spec."""
+        """ProgramComputations in the order in which they came: name, instance of the program,
+        spec."""
         return [(comp, client, open_plain(spec)) for comp, client, spec in
                 self._db.execute('SELECT comp, client, spec FROM comps ORDER BY place')]
 
     def jobs(self, comp: str) -> Iterator[Tuple[int, int, Any, int, int, Any]]:
-        """Rows (number, serial of the program, options, state, serial, key of its node) of a computation, in order."""
+        """Rows (number, serial of the program, options, state, serial, key of its node) of a
+        computation, in order."""
         keys = {place: _key_of(key) for key, place in self._places.items()}
         for number, client, options, state, attempt, node in self._db.execute(
-                'SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? ORDER BY number', (self._comps[comp],)):
-            yield number, client, open_plain(options) if options else None, state, number << 16 | attempt, keys.get(node)
+                'SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? ORDER BY number',
+            (self._comps[comp], )):
+            yield number, client, open_plain(
+                options) if options else None, state, number << 16 | attempt, keys.get(node)
 
     def nodes(self) -> List[tuple]:
         """Rows (key, host, port, name, instance)."""
-        return [(_key_of(key), *rest) for key, *rest in self._db.execute('SELECT key, host, port, name, instance FROM nodes')]
+        return [
+            (_key_of(key), *rest)
+            for key, *rest in self._db.execute('SELECT key, host, port, name, instance FROM nodes')
+        ]
 
     def memories(self) -> Dict[Any, str]:
         """What the memories of nodes were known by, by keys of nodes."""
-        return {_key_of(key): memory for key, memory in self._db.execute('SELECT key, memory FROM nodes JOIN memories USING (place)')}
+        return {
+            _key_of(key): memory
+            for key, memory in self._db.execute(
+                'SELECT key, memory FROM nodes JOIN memories USING (place)')
+        }
 
     def locks(self) -> Dict[Any, Tuple[str, str]]:
         """Machine and path of the lock files of nodes, by keys of nodes."""
@@ -574,7 +658,8 @@ class State(Database):
         return {_key_of(key): (machine, path) for key, machine, path in rows}
 
     def close(self) -> None:
-        """Let go of it. A row whose large file could not be written is not written either: the other side has it still."""
+        """Let go of it. A row whose large file could not be written is not written either: the
+        other side has it still."""
         if self.commit() or not self._large:
             super().commit()
         self._db.close()
@@ -589,7 +674,9 @@ def _exit_status(row: tuple) -> int:
         return 0
     with contextlib.suppress(PeerError):
         value = open_envelope(_plain(row[4]))
-        return value if type(value) is int else 0
+        if type(value) is int:
+            return value
+        return 0
     return 0
 
 
@@ -598,7 +685,11 @@ _STATE_OF = {Outcome.ABANDONED: JobState.ABANDONED, Outcome.RETURNED: JobState.F
 
 
 def _plain(value: Any) -> Any:
-    return bytes(value) if isinstance(value, (memoryview, bytearray)) else b''.join(value) if type(value) is tuple else value
+    if isinstance(value, (memoryview, bytearray)):
+        return bytes(value)
+    if type(value) is tuple:
+        return b''.join(value)
+    return value
 
 
 def _key_text(key: Any) -> str:
@@ -607,12 +698,14 @@ def _key_text(key: Any) -> str:
 
 def _key_of(text: str) -> Any:
     key = json.loads(text)
-    return tuple(key) if isinstance(key, list) else key
+    if isinstance(key, list):
+        return tuple(key)
+    return key
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ProgramComputations of programs
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # How a job has ended that has no result; others were cancelled.
 _OUTCOMES = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome.DIED}
@@ -620,20 +713,27 @@ _OUTCOMES = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome
 
 class RemoteWork(Work):
     """A job of a program."""
-    __slots__ = ('client_serial', 'size')   # the serial that the program knows it by; bytes of its arguments
+    # The serial that the program knows it by; bytes of its arguments
+    __slots__ = ('client_serial', 'size')
 
-    def __init__(self, comp: str, payload: Any, options: Optional[dict], serial: int, client: int) -> None:
+    def __init__(self, comp: str, payload: Any, options: Optional[dict], serial: int,
+                 client: int) -> None:
         super().__init__(comp, payload, options)
-        self.serial, self.client_serial, self.size = serial, client, 0
+        self.serial = serial
+        self.client_serial = client
+        self.size = 0
 
     @property
     def values(self) -> tuple:
         """Sizes and digests of values that it needs."""
-        return self.options.get('values', ()) if self.options else ()
+        if self.options:
+            return self.options.get('values', ())
+        return ()
 
 
 MODULES_OF = '.modules'   # ends the name of the directory that has the files of a program's modules
-VALUES_OF = '.values'     # the same of the values that its jobs need, each a file called by its digest
+# The same of the values that its jobs need, each a file called by its digest
+VALUES_OF = '.values'
 
 
 TOO_LARGE = '%s has %d bytes, and --max-file-size is %d'
@@ -654,7 +754,8 @@ class Absence:
         """`process` is as of `own_process`. Raises PeerError."""
         if type(process) is not tuple or [type(part) for part in process] != [str, int, str]:
             raise PeerError('a process is not described as it should be')
-        self._recovers, self._process = recovers, process
+        self._recovers = recovers
+        self._process = process
         # When it is gone, when its process is looked for next
         self._until = self.look_at = math.inf
         self.gone = False
@@ -668,7 +769,10 @@ class Absence:
         """The connection of the program has ended, or it has not come yet."""
         if not self._recovers and not self.gone:
             self._until = now + patience
-            self.look_at = now if has_ended(self._process) is not None else self._until
+            if has_ended(self._process) is not None:
+                self.look_at = now
+            else:
+                self.look_at = self._until
 
     def end(self) -> None:
         """The program is connected."""
@@ -680,7 +784,8 @@ class Absence:
         self.look_at = min(self._until, now + GONE_LOOKS)
         self.for_good = bool(has_ended(self._process))
         if now >= self._until or self.for_good:
-            self.gone, self.look_at = True, math.inf
+            self.gone = True
+            self.look_at = math.inf
         return self.gone
 
 
@@ -694,8 +799,9 @@ class EarlyJob:
 
 
 class RemoteValues:
-    """The values, known by their digests, that the jobs of one computation need. A job is taken when
-    all that it needs is on the disk; the program is asked for what is not. The loop's thread."""
+    """The values, known by their digests, that the jobs of one computation need. A job is taken
+    when all that it needs is on the disk; the program is asked for what is not. The loop's
+    thread."""
 
     def __init__(self, remote: 'Remote', most: int) -> None:
         """`most`: bytes that are kept, see ValueDesk."""
@@ -796,8 +902,15 @@ class Remote(NodeUser):
     """A program's computation. The loop's thread."""
     cargo: Cargo
 
-    def __init__(self, scheduler: 'Scheduler', comp: str, client: bytes, spec: dict,
-                 directory: str, most: int, key: bytes = b'', max_values: int = QUEUED_MOST) -> None:
+    def __init__(self,
+                 scheduler: 'Scheduler',
+                 comp: str,
+                 client: bytes,
+                 spec: dict,
+                 directory: str,
+                 most: int,
+                 key: bytes = b'',
+                 max_values: int = QUEUED_MOST) -> None:
         self._scheduler = scheduler
         # Otherwise nodes are named, and nothing is broadcast
         self.searches = not scheduler.options.nodes
@@ -805,10 +918,13 @@ class Remote(NodeUser):
         self.key = key    # the scheduler's own, to nodes
         shared = spec['shared']
         self.comp, self.client, self.name = comp, client.hex(), spec['name']
-        self.instance, self.link = client, 0
+        self.instance = client
+        self.link = 0
         self.digest = result_key(spec)   # of what shows that results are its
         self.directory = directory
-        self.reentrant, self.exclusive, self.cloudpickle = shared['reentrant'], shared['exclusive'], shared['cloudpickle']
+        self.reentrant = shared['reentrant']
+        self.exclusive = shared['exclusive']
+        self.cloudpickle = shared['cloudpickle']
         self.absence = Absence(bool(shared['recovers']), shared['process'])
         # Whether another process may come for the results, see `dispy.Trail`
         self.collected = bool(shared['recovers'] or shared.get('collected'))
@@ -828,26 +944,38 @@ class Remote(NodeUser):
         self.ready = False
         self.questions: List[Tuple[Link, Call]] = []   # that came before its files were there
         self.works: Dict[int, RemoteWork] = {}    # by the program's serials
-        self.ended: Dict[int, int] = {}           # the same of jobs that have ended and are not acknowledged, to their numbers
+        # The same of jobs that have ended and are not acknowledged, to their numbers
+        self.ended: Dict[int, int] = {}
         self.outbox: List[tuple] = []
         self.unread: List[int] = []    # numbers of results that could not be read from the disk
         self.calls: Dict[int, Callable[[tuple, Any], None]] = {}
-        self.told_at = (0, 0.0)                   # by which link and when it was asked last what is here
+        # By which link and when it was asked last what is here
+        self.told_at = (0, 0.0)
         # Serial of a job that sends a file -> the link that it goes along, and its name.
         self.files: Dict[int, Tuple[int, str]] = {}
         self.given_up_at = math.inf               # when, if its program does not come back
-        self.rests_at = math.inf                  # when it lets its nodes go, if its program is not back and it has no jobs
+        # When it lets its nodes go, if its program is not back and it has no jobs
+        self.rests_at = math.inf
         self.rests = False                        # it has none: only results are kept, as files
-        self.number, self.since, self.program = 0, 0.0, ''   # for monitors: what it is called, since when it is here, whose it is
+        # For monitors: what it is called, since when it is here, whose it is
+        self.number = 0
+        self.since = 0.0
+        self.program = ''
         self.ends = [0, 0, 0]                     # jobs done, failed, cancelled
-        self.ended_at: Dict[Any, List[float]] = {}   # node -> jobs ended there, seconds that they ran
+        # Node -> jobs ended there, seconds that they ran
+        self.ended_at: Dict[Any, List[float]] = {}
 
     def take_spec(self, spec: dict) -> None:
         """What nodes are sent; it has changed after a setup with other files."""
         paths = {row[0]: os.path.join(self.directory, *row[0].split('/')) for row in spec['files']}
-        spec = dict(spec, code=bytes(spec['code']), setup_args=bytes(spec['setup_args']), key=digest_of(self.key),
-                    support={name: bytes(source) for name, source in spec['support'].items()})
-        self.cargo = Cargo(spec, paths, spec['kind'] == 'program', lambda: (b'', 'only its program can tell'))
+        spec = dict(spec,
+                    code=bytes(spec['code']),
+                    setup_args=bytes(spec['setup_args']),
+                    key=digest_of(self.key),
+                    support={name: bytes(source)
+                             for name, source in spec['support'].items()})
+        self.cargo = Cargo(spec, paths, spec['kind'] == 'program', lambda:
+                           (b'', 'only its program can tell'))
 
     def remove(self) -> None:
         """Remove its files."""
@@ -958,7 +1086,8 @@ class Remote(NodeUser):
         self._end(work, Outcome.DIED, text)
 
     def _end(self, work: Any, outcome: Outcome, text: str) -> None:
-        row = (work.client_serial, int(outcome), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b'')
+        row = (work.client_serial, int(outcome), 0.0, 0.0, text.encode('utf-8',
+                                                                       'replace'), b'', b'')
         self._scheduler.program_jobs.end(self, work, row)
 
     def job_waits(self, work: Any) -> None:
@@ -1002,30 +1131,38 @@ class Remote(NodeUser):
 
 
 class House(NodeUser):
-    """The scheduler's own hold on its nodes: it looks and never computes, and they stay connected."""
+    """The scheduler's own hold on its nodes: it looks and never computes, and they stay
+    connected."""
     client = comp = 'house'
     name = 'the scheduler'
     warns = False
 
     def __init__(self, specs: List[NodeSpec], port: int, options: 'Options') -> None:
-        self.specs, self.port = specs, port
+        self.specs = specs
+        self.port = port
         self.searches = not options.nodes
         self.multicast = options.multicast
 
     def spec_of(self, peer: Peer) -> Optional[NodeSpec]:
         """A node that knows the secret and has come by itself is one, too."""
-        return super().spec_of(peer) if peer.port else NodeSpec('*', 0)
+        if peer.port:
+            return super().spec_of(peer)
+        return NodeSpec('*', 0)
 
 
 def take_state_directory(root: str) -> None:
-    """Make the directory of --state-dir, or make sure that it is ours. Raises DispyError, OSError."""
+    """Make the directory of --state-dir, or make sure that it is ours. Raises DispyError,
+    OSError."""
     take_own_directory(root, STATE_MARK, ('state.db',), '--state-dir')
 
 
 def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
-    """Whether a node may be dialled by its name, or at an address that its name has. Programs name nodes; without a bound they
-    could have any host tried out."""
-    found = ipaddress.ip_address(plain_address(address.partition('%')[0])) if address else None
+    """Whether a node may be dialled by its name, or at an address that its name has. Programs name
+    nodes; without a bound they could have any host tried out."""
+    if address:
+        found = ipaddress.ip_address(plain_address(address.partition('%')[0]))
+    else:
+        found = None
     for word in allowed:
         try:
             network = ipaddress.ip_network(word, False)
@@ -1041,7 +1178,8 @@ def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
 
 
 def links_of_one() -> int:
-    """How many connections of programs one address may have: a quarter of what this process may have open."""
+    """How many connections of programs one address may have: a quarter of what this process may
+    have open."""
     try:
         import resource
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -1068,9 +1206,9 @@ class _Session(NamedTuple):
     operator: bool = True
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The scheduler
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class Options(NamedTuple):
     """How a scheduler is to be; one field an option of the command line."""
@@ -1092,9 +1230,11 @@ class Options(NamedTuple):
     max_file_size: int = sys.maxsize
     multicast: bool = False
     max_queued: int = QUEUED_MOST
-    separate: bool = False             # programs have a secret of their own, and so has the operator
+    # Programs have a secret of their own, and so has the operator
+    separate: bool = False
     operator_secret: bytes = b''
-    allowed: Tuple[str, ...] = ()      # networks and host names with nodes that may be dialled; none: private networks
+    # Networks and host names with nodes that may be dialled; none: private networks
+    allowed: Tuple[str, ...] = ()
     gone: float = GONE_TIME
     cleanup_nodes: bool = False        # nodes remove files, whatever programs say
 
@@ -1104,9 +1244,11 @@ class Stop(NamedTuple):
 
 
 class Overview:
-    """What monitors ask and order, by a `Call` named 'overview' that speaks of no computation: who knows the cluster secret may see
-    and manage everything. Answers are plain values, never more than PAGE rows; they cost O(rows) and, of a node, O(CPUs), never O(jobs).
-    Counts, limits and releases are of this process: a scheduler that is started again has forgotten them. The loop's thread."""
+    """What monitors ask and order, by a `Call` named 'overview' that speaks of no computation: who
+    knows the cluster secret may see and manage everything. Answers are plain values, never more
+    than PAGE rows; they cost O(rows) and, of a node, O(CPUs), never O(jobs). Counts, limits and
+    releases are of this process: a scheduler that is started again has forgotten them. The loop's
+    thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
@@ -1114,16 +1256,21 @@ class Overview:
         self._ended_at: Dict[Any, List[float]] = {}     # of computations that are over, as Remote's
         self._failed = 0
         self._failures: Deque[tuple] = collections.deque(maxlen=FAILURES_KEPT)
-        self._asked: Dict[Tuple[Any, str], float] = {}                  # (node, computation) -> when it was asked what is there
+        # (node, computation) -> when it was asked what is there
+        self._asked: Dict[Tuple[Any, str], float] = {}
         self._reports: Dict[Tuple[Any, str], Tuple[float, Any]] = {}    # -> when it answered, what
-        self._released: Dict[Any, Set[str]] = {}        # nodes that nobody may use -> computations that were told so
+        # Nodes that nobody may use -> computations that were told so
+        self._released: Dict[Any, Set[str]] = {}
         self._answers: Dict[str, Callable[..., Any]] = {
-            'clusters': self._clusters, 'nodes': self._nodes, 'failures': self._failures_since, 'jobs': self._jobs, 'arguments': self._arguments,
-            'cancel': self._cancel, 'cancel_waiting': self._cancel_waiting, 'add': self._add, 'cpus': self._cpus, 'release': self._release,
-            'use': self._use}
+            'clusters': self._clusters, 'nodes': self._nodes, 'failures': self._failures_since,
+            'jobs': self._jobs, 'arguments': self._arguments, 'cancel': self._cancel,
+            'cancel_waiting': self._cancel_waiting, 'add': self._add, 'cpus': self._cpus,
+            'release': self._release, 'use': self._use
+        }
 
     def answer(self, name: str = '', *args: Any) -> Tuple[float, Any]:
-        """Seconds that it took, and the answer. Raises ValueError, TypeError for what makes no sense."""
+        """Seconds that it took, and the answer. Raises ValueError, TypeError for what makes no
+        sense."""
         began = time.perf_counter()
         if name not in self._answers:
             raise ValueError('%.40r cannot be asked of a scheduler' % (name,))
@@ -1131,41 +1278,60 @@ class Overview:
         return time.perf_counter() - began, value
 
     def answer_anybody(self, name: str = '', *args: Any) -> Tuple[float, Any]:
-        """As `answer`, to who has not the operator's secret: names and counts of all programs, no order, and nothing of their jobs."""
+        """As `answer`, to who has not the operator's secret: names and counts of all programs, no
+        order, and nothing of their jobs."""
         if name in ('failures', 'jobs'):
             return 0.0, []
         if name not in ('clusters', 'nodes'):
-            raise RuntimeError("%.40r needs the operator's secret (--operator-secret-file of the dispyscheduler)" % (name,))
+            raise RuntimeError(
+                "%.40r needs the operator's secret (--operator-secret-file of the dispyscheduler)" %
+                (name, ))
         took, rows = self.answer(name, *args)
-        return took, [dict(row, comp='', program='') if name == 'clusters' else dict(row, uses=[(*use[:2], '', *use[3:]) for use in row['uses']])
-                      for row in rows]
+        return took, [
+            dict(row, comp='', program='') if name == 'clusters' else dict(
+                row, uses=[(*use[:2], '', *use[3:]) for use in row['uses']]) for row in rows
+        ]
 
-    # -- told by the scheduler ------------------------------------------------------------------------------------
+    # -- told by the scheduler ---------------------------------------------------------------------
 
     def opened(self, remote: Remote) -> None:
         """A computation begins."""
-        remote.number, remote.since = next(self._numbers), self._scheduler.now
+        remote.number = next(self._numbers)
+        remote.since = self._scheduler.now
 
     def ended(self, remote: Remote, work: RemoteWork, row: tuple, node: Any) -> None:
         """A job has ended with this row of Results, `node` is where, if it was on one."""
         outcome = row[1]
-        exit_status = _exit_status(row) if outcome in RETURNED and remote.cargo.is_program else 0
-        kind = 2 if outcome == Outcome.CANCELLED else int(outcome not in RETURNED or exit_status != 0)
+        if outcome in RETURNED and remote.cargo.is_program:
+            exit_status = _exit_status(row)
+        else:
+            exit_status = 0
+        if outcome == Outcome.CANCELLED:
+            kind = 2
+        else:
+            kind = int(outcome not in RETURNED or exit_status != 0)
         remote.ends[kind] += 1
         if node is not None:
             count = remote.ended_at.setdefault(node, [0, 0.0])
             count[0] += 1
             count[1] += row[3] - row[2]
         if kind == 1:
-            payload = row[4] if len(row[4]) > LAZY else _plain(row[4])
+            if len(row[4]) > LAZY:
+                payload = row[4]
+            else:
+                payload = _plain(row[4])
             peer = self._scheduler.nodes.by_key.get(node)
             if exit_status:
                 payload = b'exit status %d' % exit_status
-            text = unpack_error(payload)[0] if outcome == Outcome.RAISED and len(payload) >= 4 else payload.decode('utf-8', 'replace')
+            if outcome == Outcome.RAISED and len(payload) >= 4:
+                text = unpack_error(payload)[0]
+            else:
+                text = payload.decode('utf-8', 'replace')
             self._failed += 1
-            self._failures.append((
-                self._failed, row[3] or time.time(), remote.number, work.client_serial >> 16, _shown(work.payload),
-                int(_STATE_OF.get(outcome, JobState.TERMINATED)), str(peer) if peer is not None else '', text[-FAILURE_TEXT:]))
+            self._failures.append(
+                (self._failed, row[3] or time.time(), remote.number, work.client_serial >> 16,
+                 _shown(work.payload), int(_STATE_OF.get(outcome, JobState.TERMINATED)),
+                 str(peer) if peer is not None else '', text[-FAILURE_TEXT:]))
 
     def over(self, remote: Remote) -> None:
         """A computation is over."""
@@ -1175,8 +1341,14 @@ class Overview:
             count[0] += jobs
             count[1] += seconds
         self._ended_at = {key: count for key, count in self._ended_at.items() if key in peers}
-        self._asked = {where: at for where, at in self._asked.items() if where[0] in peers and where[1] != remote.comp}
-        self._reports = {where: report for where, report in self._reports.items() if where in self._asked}
+        self._asked = {
+            where: at
+            for where, at in self._asked.items() if where[0] in peers and where[1] != remote.comp
+        }
+        self._reports = {
+            where: report
+            for where, report in self._reports.items() if where in self._asked
+        }
 
     def keeps(self, peer: Peer, comp: str) -> bool:
         """Whether a computation may not be set up at a node because it was released for all."""
@@ -1188,10 +1360,12 @@ class Overview:
         self._released[peer.key].add(comp)
         return True
 
-    # -- questions --------------------------------------------------------------------------------------------------
+    # -- questions ---------------------------------------------------------------------------------
 
     def _remotes(self) -> List[Remote]:
-        return [cluster for cluster in self._scheduler.clusters.values() if isinstance(cluster, Remote)]
+        return [
+            cluster for cluster in self._scheduler.clusters.values() if isinstance(cluster, Remote)
+        ]
 
     def _remote(self, number: int) -> Remote:
         for remote in self._remotes():
@@ -1206,47 +1380,67 @@ class Overview:
         return peer
 
     def _clusters(self, first: int, count: int) -> List[dict]:
-        now, rows = self._scheduler.now, []
+        now = self._scheduler.now
+        rows = []
         for remote in self._remotes()[first:first + min(count, PAGE)]:
             done, failed, cancelled = remote.ends
             rows.append({
-                'number': remote.number, 'comp': remote.comp, 'name': remote.name[:200], 'program': remote.program,
-                'connected': remote.link in self._scheduler.links, 'submitted': len(remote.works) + done + failed + cancelled, 'done': done,
-                'failed': failed, 'cancelled': cancelled, 'job_seconds': sum(seconds for _, seconds in remote.ended_at.values()),
-                'elapsed': now - remote.since})
+                'number': remote.number, 'comp': remote.comp, 'name': remote.name[:200],
+                'program': remote.program, 'connected': remote.link in self._scheduler.links,
+                'submitted': len(remote.works) + done + failed + cancelled, 'done': done,
+                'failed': failed, 'cancelled': cancelled,
+                'job_seconds': sum(seconds for _, seconds in remote.ended_at.values()),
+                'elapsed': now - remote.since
+            })
         return rows
 
     def _nodes(self, first: int, count: int, asking: bool) -> List[dict]:
         scheduler = self._scheduler
         remotes = self._remotes()
-        return [self._node(peer, remotes, asking) for peer in itertools.islice(scheduler.nodes.by_key.values(), first, first + min(count, PAGE))]
+        return [
+            self._node(peer, remotes, asking)
+            for peer in itertools.islice(scheduler.nodes.by_key.values(), first, first +
+                                         min(count, PAGE))
+        ]
 
     def _node(self, peer: Peer, remotes: List[Remote], asking: bool) -> dict:
         scheduler = self._scheduler
         if asking:
             self._ask(peer, 'house', REPORTS_APART)
         report = self._reports.get((peer.key, 'house'))
-        free = dict(peer.facts.get('available', {}), **(report[1].available if report is not None else {}))
+        free = dict(peer.facts.get('available', {}),
+                    **(report[1].available if report is not None else {}))
         running = self._running(peer)
         jobs, seconds = self._ended_at.get(peer.key, (0, 0.0))
         uses = []
         for remote in remotes:
             use = peer.uses.get(remote.comp)
             mine = remote.ended_at.get(peer.key, (0, 0.0))
-            jobs, seconds = jobs + mine[0], seconds + mine[1]
+            jobs = jobs + mine[0]
+            seconds = seconds + mine[1]
             if use is not None:
                 _, state, reason, cpus, _ = scheduler.queries.node_of(remote.comp, peer)
                 there, used = running.get(remote.comp, (0, 0))
-                uses.append((remote.number, 'drained' if reason == 'deallocated' else state, reason[-500:], cpus, there, used, *mine))
-        state, reason = peer.state_word, peer.reason
+                uses.append((remote.number, 'drained' if reason == 'deallocated' else state,
+                             reason[-500:], cpus, there, used, *mine))
+        state = peer.state_word
+        reason = peer.reason
         if peer.key in self._released:
-            state, reason = 'closed', 'released at the scheduler'
+            state = 'closed'
+            reason = 'released at the scheduler'
         elif peer.most == 0:
-            state, reason = 'drained', 'deallocated'
-        return {'key': peer.key, 'name': peer.name, 'address': peer.ip_addr, 'port': peer.port, 'state': state, 'reason': reason[-2000:],
-                'offered': peer.offered, 'cpus': min(peer.offered, peer.most), 'free': [free.get(name) for name in ('memory', 'disk', 'cpu')],
-                'platform': str(peer.facts.get('platform', ''))[:200], 'jobs': jobs, 'job_seconds': seconds, 'uses': uses,
-                'heard': max(0.0, scheduler.clock() - peer.link.heard) if peer.link is not None else None}
+            state = 'drained'
+            reason = 'deallocated'
+        return {
+            'key': peer.key, 'name': peer.name, 'address': peer.ip_addr, 'port': peer.port,
+            'state': state, 'reason': reason[-2000:], 'offered': peer.offered,
+            'cpus': min(peer.offered,
+                        peer.most), 'free': [free.get(name) for name in ('memory', 'disk', 'cpu')],
+            'platform': str(peer.facts.get('platform', ''))[:200], 'jobs': jobs,
+            'job_seconds': seconds, 'uses': uses,
+            'heard': max(0.0,
+                         scheduler.clock() - peer.link.heard) if peer.link is not None else None
+        }
 
     def _running(self, peer: Peer) -> Dict[str, Tuple[int, int]]:
         """Computation -> jobs that run on a node and their CPUs."""
@@ -1260,7 +1454,8 @@ class Overview:
     def _ask(self, peer: Peer, comp: str, apart: float) -> None:
         """Ask a node what is there, `apart` s after the last time."""
         now = self._scheduler.now
-        if peer.link is None or not peer.name or now - self._asked.get((peer.key, comp), -apart) < apart:
+        if peer.link is None or not peer.name or now - self._asked.get(
+            (peer.key, comp), -apart) < apart:
             return
         self._asked[peer.key, comp] = now
         future = peer.answers.get((comp, ''))
@@ -1274,21 +1469,33 @@ class Overview:
             self._reports[where] = (self._scheduler.now, future.result())
 
     def _failures_since(self, known: int) -> List[tuple]:
-        """The oldest that come after this one: number, time, cluster, job, its arguments, status, node, text."""
-        return list(itertools.islice((row for row in self._failures if row[0] > known or known > self._failed), FAILURES_PAGE))
+        """The oldest that come after this one: number, time, cluster, job, its arguments, status,
+        node, text."""
+        return list(
+            itertools.islice(
+                (row for row in self._failures if row[0] > known or known > self._failed),
+                FAILURES_PAGE))
 
     def _jobs(self, key: Any) -> List[tuple]:
         """Of a node: cluster, job, whether it runs, seconds that it has run or None."""
         peer = self._peer(key)
         schedule = self._scheduler.schedule
-        node, running, rows = schedule.nodes.get(peer.key), schedule.runs(peer.key), []  # type: Any, Any, List[tuple]
+        node: Any = schedule.nodes.get(peer.key)
+        running: Any = schedule.runs(peer.key)
+        rows: List[tuple] = []
         for remote in self._remotes() if node is not None else ():
             flight = node.flight.get(remote.comp)
             if not flight:
                 continue
             self._ask(peer, remote.comp, 1.0)
             at, report = self._reports.get((peer.key, remote.comp), (0.0, None))
-            runs = {serial: seconds + self._scheduler.now - at for serial, seconds in report.running} if report is not None else {}
+            if report is not None:
+                runs = {
+                    serial: seconds + self._scheduler.now - at
+                    for serial, seconds in report.running
+                }
+            else:
+                runs = {}
             now = self._scheduler.now
             runs.update((serial, now - since) for serial, since in node.begun[remote.comp].items())
             there = set(running.get(remote.comp, ()))
@@ -1298,20 +1505,24 @@ class Overview:
         return rows
 
     def _arguments(self, jobs: list) -> list:
-        """Of pairs of cluster and job: the packed arguments, how many bytes they are if that is much, or None."""
-        state, found = self._scheduler.state, []  # type: State, List[Any]
+        """Of pairs of cluster and job: the packed arguments, how many bytes they are if that is
+        much, or None."""
+        state: State = self._scheduler.state
+        found: List[Any] = []
         for number, serial in jobs[:PAGE]:
-            work = next((remote.works.get(serial) for remote in self._remotes() if remote.number == number), None)
+            work = next((remote.works.get(serial)
+                         for remote in self._remotes() if remote.number == number), None)
             payload: Any = None
             if work is not None:
                 try:
-                    payload = work.payload or state.payload_size(work.serial >> 16) or state.payload(work.serial >> 16)
+                    payload = work.payload or state.payload_size(
+                        work.serial >> 16) or state.payload(work.serial >> 16)
                 except OSError as exc:
                     logger.debug('arguments of job %d: %s', serial >> 16, exc)   # shown without
             found.append(payload if isinstance(payload, int) else _shown(payload))
         return found
 
-    # -- orders -----------------------------------------------------------------------------------------------------
+    # -- orders ------------------------------------------------------------------------------------
 
     def _cancel_works(self, works: List[Any]) -> int:
         for work in works:
@@ -1320,8 +1531,12 @@ class Overview:
 
     def _cancel(self, number: int, key: Any, jobs: Any) -> int:
         """Jobs on a node, a list of them or None: all."""
-        comp, node = self._remote(number).comp, self._scheduler.schedule.nodes.get(self._peer(key).key)
-        there = list(node.flight.get(comp, {}).values()) if node is not None else []
+        comp = self._remote(number).comp
+        node = self._scheduler.schedule.nodes.get(self._peer(key).key)
+        if node is not None:
+            there = list(node.flight.get(comp, {}).values())
+        else:
+            there = []
         return self._cancel_works([work for work in there if jobs is None or work.client_serial in jobs])  # type: ignore[attr-defined]
 
     def _cancel_waiting(self, number: int) -> int:
@@ -1330,7 +1545,10 @@ class Overview:
 
     def _add(self, host: str, port: Optional[int]) -> int:
         """A node for all whose `nodes` mean it."""
-        self._scheduler.selection.allocate('house', parse_nodes([host if port is None else (host, port)], self._scheduler.clusters['house'].port))
+        self._scheduler.selection.allocate(
+            'house',
+            parse_nodes([host if port is None else (host, port)],
+                        self._scheduler.clusters['house'].port))
         return 1
 
     def _cpus(self, key: Any, cpus: int) -> int:
@@ -1343,10 +1561,14 @@ class Overview:
         return 1
 
     def _release(self, key: Any) -> int:
-        """A node is let go by all computations, those that come too, when their jobs there have ended."""
+        """A node is let go by all computations, those that come too, when their jobs there have
+        ended."""
         peer = self._peer(key)
         told = self._released.setdefault(peer.key, set())
-        for comp in [comp for comp, use in peer.uses.items() if comp != 'house' and use.state is not UseState.CLOSED]:
+        for comp in [
+                comp for comp, use in peer.uses.items()
+                if comp != 'house' and use.state is not UseState.CLOSED
+        ]:
             told.add(comp)
             self._scheduler.selection.leave(comp, peer.key, 'close', False)
         return 1
@@ -1359,7 +1581,8 @@ class Overview:
             use = peer.uses.get(comp)
             if use is not None and use.state is UseState.CLOSED:
                 use.move('open')
-                use.reason, use.allocation = '', None
+                use.reason = ''
+                use.allocation = None
                 self._scheduler.setup.set_up(peer, comp)
             elif use is not None:
                 use.then = ''
@@ -1369,17 +1592,23 @@ class Overview:
 
 def _shown(payload: Any) -> Any:
     """Packed arguments as monitors get them: large ones as the number of their bytes."""
-    return len(payload) if payload is not None and len(payload) > ARGUMENTS_MOST else payload
+    if payload is not None and len(payload) > ARGUMENTS_MOST:
+        return len(payload)
+    return payload
 
 
 class Quota:
-    """How much each program may have queued here, and what is said to those who have reached it, or come while the disk is full:
-    their jobs go back to them, and they are offered no CPUs until there is room. The loop's thread."""
+    """How much each program may have queued here, and what is said to those who have reached it, or
+    come while the disk is full: their jobs go back to them, and they are offered no CPUs until
+    there is room. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler', most: int) -> None:
-        self._scheduler, self._most = scheduler, most
-        self._queued: Dict[bytes, int] = collections.Counter()   # instance of a program -> bytes of arguments
-        self._waiting: Dict[int, bytes] = {}                     # links that are offered no CPUs -> instance
+        self._scheduler = scheduler
+        self._most = most
+        # Instance of a program -> bytes of arguments
+        self._queued: Dict[bytes, int] = collections.Counter()
+        # Links that are offered no CPUs -> instance
+        self._waiting: Dict[int, bytes] = {}
 
     def add(self, remote: Remote, work: RemoteWork, size: int) -> None:
         """A job was taken."""
@@ -1410,15 +1639,18 @@ class Quota:
         if link.number not in self._waiting:
             self._waiting[link.number] = link.instance
             say(link, Offer(0))
-            text = 'the disk of the scheduler is full: new jobs wait here until there is room' if full else \
-                'this program has %d bytes of arguments at the scheduler, and may have %d there (--max-queued-bytes): more jobs ' \
-                'are taken as those end' % (self._queued.get(remote.instance, 0), self._most)
+            if full:
+                text = 'the disk of the scheduler is full: new jobs wait here until there is room'
+            else:
+                text = 'this program has %d bytes of arguments at the scheduler, and may have %d there (--max-queued-bytes): more jobs ' 'are taken as those end' % (
+                    self._queued.get(remote.instance, 0), self._most)
             say(link, Said(remote.comp, text))
         for message in in_parts(Returned, remote.comp, serials):
             say(link, message)
 
     def take_again(self) -> None:
-        """The disk has room: those whose program has less than half of what it may have are offered CPUs again."""
+        """The disk has room: those whose program has less than half of what it may have are offered
+        CPUs again."""
         for number, instance in list(self._waiting.items()):
             link = self._scheduler.links.get(number)
             if link is None or self._queued.get(instance, 0) <= self._most // 2:
@@ -1509,13 +1741,16 @@ class NodeSharing(NodePolicy):
         return remote.link in self._scheduler.links or bool(remote.works)
 
     def _assign(self, peer: Peer) -> None:
-        """Whom a node serves: the first computation that wants it alone, when jobs of the others have ended there; or all."""
-        owner = next((comp for comp in self._wanting
-                      if comp in peer.uses and peer.uses[comp].state is not UseState.CLOSED and self._holds(comp)), '')
+        """Whom a node serves: the first computation that wants it alone, when jobs of the others
+        have ended there; or all."""
+        owner = next((comp for comp in self._wanting if comp in peer.uses
+                      and peer.uses[comp].state is not UseState.CLOSED and self._holds(comp)), '')
         node = self._scheduler.schedule.nodes.get(peer.key)
-        others = owner and node is not None and any(flight for comp, flight in node.flight.items() if comp != owner)
+        others = owner and node is not None and any(
+            flight for comp, flight in node.flight.items() if comp != owner)
         blocked = {comp for comp in peer.uses if owner and (comp != owner or others)}
-        changed, peer.blocked = blocked ^ peer.blocked, blocked
+        changed = blocked ^ peer.blocked
+        peer.blocked = blocked
         self.limit(peer, changed)
 
     def limit(self, peer: Peer, comps: Iterable[str]) -> None:
@@ -1537,21 +1772,24 @@ class Commit:
     def __init__(self, scheduler: 'Scheduler', send: Callable[[Link, Any], None]) -> None:
         self._scheduler = scheduler
         self.send = send       # a message at once, whatever becomes of the transaction
-        self.later: List[Tuple[Link, Any]] = []      # messages that wait for the transaction of this turn
+        # Messages that wait for the transaction of this turn
+        self.later: List[Tuple[Link, Any]] = []
         self.stuck_until: Optional[float] = None     # the disk does not take transactions
 
     def write_down(self) -> bool:
         """What has happened goes to the disk, and then what was said about it."""
         done = self._scheduler.state.commit()
         if done:
-            later, self.later = self.later, []
+            later = self.later
+            self.later = []
             for link, message in later:
                 self.send(link, message)
         return done
 
     def stick(self) -> None:
         """The disk does not take the transaction: it is tried again after a while."""
-        if self.stuck_until is None:   # results of nodes wait there; programs are read: what they end makes room
+        # Results of nodes wait there; programs are read: what they end makes room
+        if self.stuck_until is None:
             for link in self._links_of_nodes():
                 link.paused = True
                 self._scheduler.interest(link)
@@ -1562,11 +1800,15 @@ class Commit:
         if self.stuck_until is not None:
             self.stuck_until = None
             for link in self._links_of_nodes():
-                link.paused, link.heard = False, self._scheduler.now
+                link.paused = False
+                link.heard = self._scheduler.now
                 self._scheduler.interest(link)
 
     def _links_of_nodes(self) -> List[Link]:
-        return [link for link in self._scheduler.links.values() if link.number not in self._scheduler.programs.sessions]
+        return [
+            link for link in self._scheduler.links.values()
+            if link.number not in self._scheduler.programs.sessions
+        ]
 
 
 class ProgramLinks:
@@ -1576,15 +1818,19 @@ class ProgramLinks:
         self._scheduler = scheduler
         self.sessions: Dict[int, _Session] = {}      # by the numbers of their links
         self.messages: Dict[type, Callable[[Link, Any], None]] = {   # and those of the other parts
-            Introduce: self._c_introduce,
-            Limit: lambda link, message: None, Query: lambda link, message: None, Shutdown: lambda link, message: None,
-            Pulse: lambda link, message: None}
+            Introduce: self._c_introduce, Limit: lambda link, message: None,
+            Query: lambda link, message: None, Shutdown: lambda link, message: None,
+            Pulse: lambda link, message: None
+        }
 
     def program_came(self, event: Arrival) -> None:
         """A program has connected."""
-        link = Link(event.sock, event.session, event.address, self._scheduler.now, self._scheduler.options.pulse, OF_CLIENTS)
+        link = Link(event.sock, event.session, event.address, self._scheduler.now,
+                    self._scheduler.options.pulse, OF_CLIENTS)
         self._scheduler.attach(link)
-        self.sessions[link.number] = _Session(link, [event.address], not self._scheduler.options.separate or event.session.secret == 1)
+        self.sessions[link.number] = _Session(
+            link, [event.address], not self._scheduler.options.separate
+            or event.session.secret == 1)
         self._bound_links(link)
 
     def _bound_links(self, link: Link) -> None:
@@ -1592,8 +1838,12 @@ class ProgramLinks:
         there = sum(1 for session in self.sessions.values() if session.link.address == link.address)
         most = links_of_one()
         if there > most:
-            logger.error('%s has %d connections, and the limit for one address is %d: the last is ended', link.address, there, most)
-            self._scheduler.part(link, 'there are %d connections from this address, and the limit is %d' % (there, most))
+            logger.error(
+                '%s has %d connections, and the limit for one address is %d: the last is ended',
+                link.address, there, most)
+            self._scheduler.part(
+                link,
+                'there are %d connections from this address, and the limit is %d' % (there, most))
             self.sessions.pop(link.number, None)
 
     def bound_answers(self) -> None:
@@ -1602,8 +1852,10 @@ class ProgramLinks:
             link = session.link
             queued = link.queued - link.unmade   # what is to go in parts lies on the disk
             slow = queued > HELD_BACK
-            if link.dirty is not None and link.paused != slow and (slow or queued <= HELD_BACK // 2):
-                link.paused, link.heard = slow, self._scheduler.now
+            if link.dirty is not None and link.paused != slow and (slow
+                                                                   or queued <= HELD_BACK // 2):
+                link.paused = slow
+                link.heard = self._scheduler.now
                 self._scheduler.interest(link)
 
     def take_messages(self, channel: Link) -> None:
@@ -1622,45 +1874,64 @@ class ProgramLinks:
             except (LinkBroken, PeerError, OSError):
                 raise
             except Exception as exc:  # what no honest program says ends its link and nothing else
-                logger.exception('%s of %s', type(message).__name__, self.sessions[channel.number].names[0])
-                raise PeerError('%s cannot be understood: %s' % (type(message).__name__, exc)) from exc
+                logger.exception('%s of %s',
+                                 type(message).__name__, self.sessions[channel.number].names[0])
+                raise PeerError('%s cannot be understood: %s' %
+                                (type(message).__name__, exc)) from exc
 
     def _refused_results(self, link: Link, message: Wrong) -> None:
-        """A program cannot use what was sent: after a few times a text takes the place of a result that was in it."""
+        """A program cannot use what was sent: after a few times a text takes the place of a result
+        that was in it."""
         for comp, serial in self._scheduler.refusals.refused(link, message.frame):
             remote = self.computation_of(link, comp)
-            numbers = [remote.ended[serial]] if remote is not None and serial in remote.ended else []
+            if remote is not None and serial in remote.ended:
+                numbers = [remote.ended[serial]]
+            else:
+                numbers = []
             for number, row in zip(numbers, self._scheduler.state.results(numbers, [])):
-                self._scheduler.state.ended(number, refused_row(row, 'the program could not take the result: ' + message.text[:NAME_MOST]))
+                self._scheduler.state.ended(
+                    number,
+                    refused_row(
+                        row, 'the program could not take the result: ' + message.text[:NAME_MOST]))
         raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
 
     def program_gone(self, channel: Link, text: str) -> None:
         """The link of a program came to its end."""
         session = self.sessions.pop(channel.number)
-        logger.log(logging.INFO if channel.on_purpose else logging.WARNING, 'the link of %s ended: %s', session.names[0], text)
-        for remote in [remote for remote in (*self._scheduler.clusters.values(), *self._scheduler.computations.unopened.values())
-                       if isinstance(remote, Remote) and remote.link == channel.number]:
+        logger.log(logging.INFO if channel.on_purpose else logging.WARNING,
+                   'the link of %s ended: %s', session.names[0], text)
+        for remote in [
+                remote for remote in (*self._scheduler.clusters.values(),
+                                      *self._scheduler.computations.unopened.values())
+                if isinstance(remote, Remote) and remote.link == channel.number
+        ]:
             self._scheduler.computations.program_gone(remote)
             if channel.on_purpose:
                 self._scheduler.computations.end(remote)
 
     def computation_of(self, link: Link, comp: str) -> Optional[Remote]:
-        """The computation a message speaks of, which must be of this link. None for one that has ended here."""
+        """The computation a message speaks of, which must be of this link. None for one that has
+        ended here."""
         remote = self._scheduler.clusters.get(comp)
         if isinstance(remote, Remote) and remote.link != link.number:
             raise PeerError('computation %.40r is of another program' % comp)
-        return remote if isinstance(remote, Remote) else None
+        if isinstance(remote, Remote):
+            return remote
+        return None
 
     def _c_introduce(self, link: Link, message: Introduce) -> None:
         self._scheduler.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
         self.sessions[link.number].names[0] = message.name[:200]
-        facts = {'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'role': 'scheduler', 'memory': self._scheduler.instance.hex()}
+        facts = {
+            'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'role': 'scheduler',
+            'memory': self._scheduler.instance.hex()
+        }
         self._scheduler.say(link, Welcome('dispyscheduler', ENDLESS, facts))
 
 
 class ProgramComputations:
-    """ProgramComputations of programs: they begin, lose their programs, get them back, and end. The loop's
-    thread."""
+    """ProgramComputations of programs: they begin, lose their programs, get them back, and end. The
+    loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
@@ -1669,8 +1940,8 @@ class ProgramComputations:
     def make(self, comp: str, client: bytes, spec: dict) -> Remote:
         """A computation that is not open yet. Raises PeerError, OSError."""
         most = self._scheduler.options.max_file_size
-        return Remote(self._scheduler, comp, client, spec, self._directory_of(comp), most, self._scheduler.state.key_of(comp),
-                      self._scheduler.options.max_queued)
+        return Remote(self._scheduler, comp, client, spec, self._directory_of(comp), most,
+                      self._scheduler.state.key_of(comp), self._scheduler.options.max_queued)
 
     def _directory_of(self, comp: str) -> str:
         if not comp or not is_comp(comp) or comp == House.comp:
@@ -1683,11 +1954,13 @@ class ProgramComputations:
         """A program begins a computation, or is back and goes on with it."""
         remote = self._scheduler.clusters.get(message.comp)
         if isinstance(remote, Remote):
-            if remote.instance != link.instance or not hmac.compare_digest(remote.digest, result_key(message.spec)):
+            if remote.instance != link.instance or not hmac.compare_digest(
+                    remote.digest, result_key(message.spec)):
                 self._scheduler.say(link, Refused(message.comp, 'busy', 'it is of another program'))
                 return
             if remote.link in self._scheduler.links and remote.link != link.number:
-                self._scheduler.break_link(self._scheduler.links[remote.link], 'its program has connected anew')
+                self._scheduler.break_link(self._scheduler.links[remote.link],
+                                           'its program has connected anew')
             again = remote.link == link.number   # a Reclaim on this link was answered
             self._came_back(remote, link)
             if remote.ready and remote.told_at == (link.number, self._scheduler.now):
@@ -1698,20 +1971,30 @@ class ProgramComputations:
                 self._scheduler.say(link, Ready(message.comp, [*remote.works, *remote.ended]))
                 if not again:
                     self._scheduler.program_jobs.resend(remote)
-                for peer in self._scheduler.nodes.of(message.comp):   # perhaps because its program could not be asked
+                # Perhaps because its program could not be asked
+                for peer in self._scheduler.nodes.of(message.comp):
                     if peer.uses[message.comp].state is UseState.REFUSED:
                         self._scheduler.setup.set_up(peer, message.comp)
                 return
         else:
             if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {
-                    'nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process', 'collected'}:
+                    'nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process',
+                    'collected'
+            }:
                 raise PeerError('a computation that is not for a scheduler')
             if len(message.spec['shared']['nodes'] or ()) > SPECS_MOST:
-                raise PeerError('%d nodes are named, and the limit is %d' % (len(message.spec['shared']['nodes']), SPECS_MOST))
-            own = sum(1 for each in (*self._scheduler.clusters.values(), *self.unopened.values()) if isinstance(each, Remote) and each.instance == link.instance)
+                raise PeerError('%d nodes are named, and the limit is %d' %
+                                (len(message.spec['shared']['nodes']), SPECS_MOST))
+            own = sum(1 for each in (*self._scheduler.clusters.values(), *self.unopened.values())
+                      if isinstance(each, Remote) and each.instance == link.instance)
             if own >= COMPS_MOST or self._scheduler.commit.stuck_until is not None:
-                self._scheduler.say(link, Refused(message.comp, 'busy', 'the disk of the scheduler is full' if own < COMPS_MOST else
-                                       'this program has %d computations here, and the limit is %d' % (own, COMPS_MOST)))
+                self._scheduler.say(
+                    link,
+                    Refused(
+                        message.comp, 'busy',
+                        'the disk of the scheduler is full' if own < COMPS_MOST else
+                        'this program has %d computations here, and the limit is %d' %
+                        (own, COMPS_MOST)))
                 return
             if message.comp in self.unopened:
                 raise PeerError('computation %.40r is of another program' % message.comp)
@@ -1720,16 +2003,20 @@ class ProgramComputations:
             remote = self.make(message.comp, link.instance, message.spec)
             self._came_back(remote, link)
             self.unopened[message.comp] = remote
-        spec, then = remote.cargo.spec, functools.partial(self._complete, remote)
+        spec = remote.cargo.spec
+        then = functools.partial(self._complete, remote)
         self._scheduler.program_files.want(remote, spec['files'], spec['modules'], then)
 
     def _came_back(self, remote: Remote, link: Link) -> None:
         if remote.instance != link.instance:
             self._scheduler.quota.moved(remote, link.instance)
             remote.instance = link.instance
-        if remote.link != link.number:   # otherwise what has come since the answer to Reclaim would be lost
+        # Otherwise what has come since the answer to Reclaim would be lost
+        if remote.link != link.number:
             remote.outbox = []
-        remote.link, remote.given_up_at, remote.program = link.number, math.inf, self._scheduler.programs.sessions[link.number].names[0]
+        remote.link = link.number
+        remote.given_up_at = math.inf
+        remote.program = self._scheduler.programs.sessions[link.number].names[0]
         remote.rests_at = math.inf
         self._scheduler.sharing.look_again()
         if remote.rests:
@@ -1757,7 +2044,9 @@ class ProgramComputations:
         self._scheduler.state.began(remote)
         self.open(remote)
         if link is not None:
-            self._scheduler.say(link, Ready(remote.comp, [], self._scheduler.state.past(remote.comp).row()))
+            self._scheduler.say(
+                link, Ready(remote.comp, [],
+                            self._scheduler.state.past(remote.comp).row()))
         self._scheduler.program_calls.answer_early(remote)
 
     def open(self, remote: Remote) -> None:
@@ -1765,30 +2054,41 @@ class ProgramComputations:
         self._scheduler.overview.opened(remote)
         self._scheduler.sharing.begins(remote)
         self._scheduler.open(remote, False)
-        logger.info('%s: begins%s', remote.name, ', and wants its nodes alone' if remote.exclusive else '')
+        logger.info('%s: begins%s', remote.name,
+                    ', and wants its nodes alone' if remote.exclusive else '')
 
     def on_reclaim(self, link: Link, message: Reclaim) -> None:
         """Another process asks for what is here of a computation."""
         remote = self._scheduler.clusters.get(message.comp)
         if not isinstance(remote, Remote):
-            self._scheduler.say(link, Held(message.comp, [], self._scheduler.state.past(message.comp).row()))
+            self._scheduler.say(
+                link, Held(message.comp, [],
+                           self._scheduler.state.past(message.comp).row()))
             return
         if not may_reclaim(remote.digest, message.key):
-            logger.warning('%s wants results of a computation and does not have its key', self._scheduler.programs.sessions[link.number].names[0])
+            logger.warning('%s wants results of a computation and does not have its key',
+                           self._scheduler.programs.sessions[link.number].names[0])
             self._scheduler.say(link, Held(message.comp, [], Past(whole=False).row()))
             return
         if remote.link in self._scheduler.links and remote.link != link.number:
             self._scheduler.say(link, Refused(message.comp, 'busy', 'its program is connected'))
             return
         if not message.take:
-            self._scheduler.say(link, Held(message.comp, [*remote.works, *remote.ended, *remote.absence.dropped]))
+            self._scheduler.say(
+                link, Held(message.comp, [*remote.works, *remote.ended, *remote.absence.dropped]))
             return
-        dropped = remote.absence.dropped if remote.instance != link.instance else {}   # the program itself sends these again
+        # The program itself sends these again
+        if remote.instance != link.instance:
+            dropped = remote.absence.dropped
+        else:
+            dropped = {}
         self._came_back(remote, link)
-        text = (b'cancelled: it had not begun when its program was gone, and the scheduler did not wait '
-                b'any longer (--gone-after)')
+        text = (
+            b'cancelled: it had not begun when its program was gone, and the scheduler did not wait '
+            b'any longer (--gone-after)')
         for serial, number in dropped.items():
-            self._scheduler.state.ended(number, (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b''))
+            self._scheduler.state.ended(number,
+                                        (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b''))
         remote.ended.update(dropped)
         dropped.clear()
         self._scheduler.state.commit()   # from where they are sent now
@@ -1800,9 +2100,11 @@ class ProgramComputations:
         dropped = remote.absence.dropped
         if dropped:
             self._scheduler.state.removed(list(dropped.values()))
-            self._scheduler.say(link, Said(remote.comp, (
-                'the scheduler has heard nothing of this program for a while and has cancelled %d jobs '
-                'that had not begun (--gone-after); they are sent again' % len(dropped))))
+            self._scheduler.say(
+                link,
+                Said(remote.comp, (
+                    'the scheduler has heard nothing of this program for a while and has cancelled %d jobs '
+                    'that had not begun (--gone-after); they are sent again' % len(dropped))))
             dropped.clear()
 
     def program_gone(self, remote: Remote) -> None:
@@ -1824,7 +2126,8 @@ class ProgramComputations:
     def _drop_waiting(self, remote: Remote) -> None:
         """A program is gone: what has not begun is cancelled, what runs goes on to its end."""
         self._scheduler.jobs.take_submitted()
-        absence, known = remote.absence, self._scheduler.schedule.comps.get(remote.comp)
+        absence = remote.absence
+        known = self._scheduler.schedule.comps.get(remote.comp)
         if known is None:
             return
         works = known.not_begun()
@@ -1835,18 +2138,21 @@ class ProgramComputations:
         self._scheduler.decide(WithdrawAsked(works))
 
     def _rest(self, remote: Remote) -> None:
-        """All that a program which is gone may still collect has ended: its nodes are let go, their processes and files too."""
+        """All that a program which is gone may still collect has ended: its nodes are let go, their
+        processes and files too."""
         if not remote.ended or (remote.absence.for_good and not remote.collected):
             logger.info('%s: its program is gone, and nothing is left for it', remote.name)
             self.end(remote)
             return
         if remote.rests:
             return
-        logger.info('%s: its program is gone; %d results wait for it', remote.name, len(remote.ended))
+        logger.info('%s: its program is gone; %d results wait for it', remote.name,
+                    len(remote.ended))
         remote.rests = True
         for peer in self._scheduler.nodes.of(remote.comp):
             self._scheduler.selection.done(peer, remote.comp)
-            self._scheduler.decide(NodeLeft(peer.key, remote.comp, str(peer), 'its program is gone'))
+            self._scheduler.decide(NodeLeft(peer.key, remote.comp, str(peer),
+                                            'its program is gone'))
             del peer.uses[remote.comp]
             self._scheduler.selection.drop_unused(peer)
         self._scheduler.sharing.look_again()
@@ -1867,31 +2173,40 @@ class ProgramComputations:
             for frame in frames(Results, remote.comp, map(sized, remote.outbox)):
                 self._scheduler.say(link, frame)
         remote.outbox = []
-        if self._scheduler.now >= remote.absence.look_at and remote.absence.is_over(self._scheduler.now):
+        if self._scheduler.now >= remote.absence.look_at and remote.absence.is_over(
+                self._scheduler.now):
             self._drop_waiting(remote)
         if self._scheduler.now >= remote.rests_at and link is None and not remote.works:
             self._rest(remote)
         if self._scheduler.now >= remote.given_up_at and link is None and not remote.works:
-            logger.warning('%s: its program has not come back: %d results are given up', remote.name, len(remote.ended))
+            logger.warning('%s: its program has not come back: %d results are given up',
+                           remote.name, len(remote.ended))
             if remote.ended:
-                self._scheduler.state.gave_up(remote.comp, list(remote.ended), 'the scheduler gave up its result after %g s (--zombie-interval)'
-                                    % self._scheduler.options.zombie)
+                self._scheduler.state.gave_up(
+                    remote.comp, list(remote.ended),
+                    'the scheduler gave up its result after %g s (--zombie-interval)' %
+                    self._scheduler.options.zombie)
             self.end(remote)
 
     def timers(self) -> List[float]:
         """When there is something to do for computations."""
-        given_up = [remote.given_up_at if remote.rests else min(remote.rests_at, remote.given_up_at)
-                    for remote in self._scheduler.clusters.values() if isinstance(remote, Remote) and remote.link not in self._scheduler.links
-                    and not remote.works]
+        given_up = [
+            remote.given_up_at if remote.rests else min(remote.rests_at, remote.given_up_at)
+            for remote in self._scheduler.clusters.values() if isinstance(remote, Remote)
+            and remote.link not in self._scheduler.links and not remote.works
+        ]
         if self._scheduler.program_jobs.unread_until < math.inf:
             given_up.append(self._scheduler.program_jobs.unread_until)
-        looks = [min(remote.absence.look_at, remote.values.retry_at) for remote in self._scheduler.clusters.values()
-                 if isinstance(remote, Remote)]
+        looks = [
+            min(remote.absence.look_at, remote.values.retry_at)
+            for remote in self._scheduler.clusters.values() if isinstance(remote, Remote)
+        ]
         return given_up + [when for when in looks if when < math.inf]
 
     def on_done(self, link: Link, message: Done) -> None:
         """A program has ended a computation."""
-        remote = self.unopened.get(message.comp) or self._scheduler.programs.computation_of(link, message.comp)
+        remote = self.unopened.get(message.comp) or self._scheduler.programs.computation_of(
+            link, message.comp)
         if remote is not None and remote.link == link.number:
             self.unopened.pop(message.comp, None)
             self.end(remote)
@@ -1924,8 +2239,8 @@ class ProgramFiles:
 
     def want(self, remote: Remote, files: list, modules: list,
               then: Callable[..., None]) -> None:
-        """Ask the program for files that are not here; `then` is called when all are, or with what went wrong and its
-        code (of REASONS)."""
+        """Ask the program for files that are not here; `then` is called when all are, or with what
+        went wrong and its code (of REASONS)."""
         remote.wanted.append((files, modules, then))
         if len(remote.wanted) == 1:
             self._want_next(remote)
@@ -1934,7 +2249,8 @@ class ProgramFiles:
         while remote.wanted:
             files, modules, then = remote.wanted[0]
             unknown = Digests.unknown(remote.directory, files)
-            if unknown and remote.compared is not files:   # large files are there: others do not wait while they are digested
+            # Large files are there: others do not wait while they are digested
+            if unknown and remote.compared is not files:
                 remote.compared = files
                 self._scheduler.openers.run(self._compare, remote, unknown)
                 return
@@ -1960,10 +2276,12 @@ class ProgramFiles:
 
     def on_file_piece(self, link: Link, message: FilePiece) -> None:
         """Files for nodes come here first."""
-        remote = self._scheduler.computations.unopened.get(message.comp) or self._scheduler.programs.computation_of(link, message.comp)
+        remote = self._scheduler.computations.unopened.get(
+            message.comp) or self._scheduler.programs.computation_of(link, message.comp)
         if message.purpose == Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
-        if remote is None or remote.link != link.number or (message.purpose in FOR_CODE and not remote.wanted):
+        if remote is None or remote.link != link.number or (message.purpose in FOR_CODE
+                                                            and not remote.wanted):
             return
         stored = remote.receiver.take(message)
         if stored is None:
@@ -2028,7 +2346,10 @@ class ProgramFiles:
             if message.error:
                 self._without_values(link, remote, message.error)
             return
-        work = remote.works.get(message.key) if remote is not None else None
+        if remote is not None:
+            work = remote.works.get(message.key)
+        else:
+            work = None
         if remote is None or work is None or remote.files.pop(work.serial, None) is None:
             return
         peer = self._peer_of(work)
@@ -2037,22 +2358,36 @@ class ProgramFiles:
 
     def _peer_of(self, work: RemoteWork) -> Optional[Peer]:
         known = self._scheduler.schedule.comps.get(work.comp)
-        node = known.running.get(work.serial) if known is not None else None
-        return self._scheduler.nodes.by_key.get(node.key) if node is not None else None
+        if known is not None:
+            node = known.running.get(work.serial)
+        else:
+            node = None
+        if node is not None:
+            return self._scheduler.nodes.by_key.get(node.key)
+        return None
 
     def end_files(self, remote: Remote) -> None:
         """The connection to a program has ended while its jobs sent files."""
         known = self._scheduler.schedule.comps.get(remote.comp)
         for serial, (_, name) in remote.files.items():
-            node = known.running.get(serial) if known is not None else None
-            peer = self._scheduler.nodes.by_key.get(node.key) if node is not None else None
+            if known is not None:
+                node = known.running.get(serial)
+            else:
+                node = None
+            if node is not None:
+                peer = self._scheduler.nodes.by_key.get(node.key)
+            else:
+                peer = None
             if peer is not None:
-                self._scheduler.say_to(peer, FileStored(remote.comp, int(Purpose.FROM_JOB), serial, name,
-                                             'the connection to the client has ended'))
+                self._scheduler.say_to(
+                    peer,
+                    FileStored(remote.comp, int(Purpose.FROM_JOB), serial, name,
+                               'the connection to the client has ended'))
         remote.files.clear()
 
     def bring_modules(self, remote: Remote, rows: list) -> None:
-        """Files of modules that arguments of later jobs need: nodes that are set up from now on get them at once."""
+        """Files of modules that arguments of later jobs need: nodes that are set up from now on get
+        them at once."""
         known = {row[0] for row in remote.cargo.spec['modules']}
         more = [row for row in rows if row[0] not in known]
         if more:
@@ -2090,8 +2425,13 @@ class ProgramJobs:
                 return
         self.take_jobs(link, remote, message.rows)
 
-    def take_jobs(self, link: Link, remote: Remote, rows: Sequence[tuple], admitted: bool = False) -> None:
-        """Note jobs and hand them to the Schedule; `admitted`: the values that they need are here."""
+    def take_jobs(self,
+                  link: Link,
+                  remote: Remote,
+                  rows: Sequence[tuple],
+                  admitted: bool = False) -> None:
+        """Note jobs and hand them to the Schedule; `admitted`: the values that they need are
+        here."""
         back: List[int] = []
         lacking = False
         for row in rows:
@@ -2101,13 +2441,15 @@ class ProgramJobs:
             if options and 'values' in options and not admitted and not remote.values.admit(row):
                 lacking = True
                 continue
-            if self._scheduler.commit.stuck_until is not None or not self._scheduler.quota.has_room(remote, size_of(payload)):
+            if self._scheduler.commit.stuck_until is not None or not self._scheduler.quota.has_room(
+                    remote, size_of(payload)):
                 back.append(serial)
                 continue
             self._scheduler.state.number += 1
             if len(payload) <= LAZY or type(payload) is tuple:
                 payload = _plain(payload)
-            work = RemoteWork(remote.comp, None, options, self._scheduler.state.number << 16, serial)
+            work = RemoteWork(remote.comp, None, options, self._scheduler.state.number << 16,
+                              serial)
             if work.values:
                 remote.values.took(work)
             self._scheduler.state.submitted(work, payload)
@@ -2118,13 +2460,15 @@ class ProgramJobs:
             self._scheduler.quota.add(remote, work, len(payload))
             self._scheduler.jobs.submitted.append(work)  # type: ignore[arg-type]
         if back:
-            self._scheduler.quota.give_back(link, remote, back, self._scheduler.commit.stuck_until is not None)
+            self._scheduler.quota.give_back(link, remote, back, self._scheduler.commit.stuck_until
+                                            is not None)
         if lacking:
             self._scheduler.program_files.serve_values(link, remote)
 
     def on_unfit(self, link: Link, message: Unfit) -> None:
         """A job whose arguments find no room here. Its program is told, and it is forgotten."""
-        remote, serial = self._scheduler.programs.computation_of(link, message.comp), message.row[0]
+        remote = self._scheduler.programs.computation_of(link, message.comp)
+        serial = message.row[0]
         if remote is not None and serial not in remote.works and serial not in remote.ended:
             self._scheduler.say(link, Results(message.comp, [unfit_row(message)]))
 
@@ -2133,7 +2477,8 @@ class ProgramJobs:
         remote = self._scheduler.programs.computation_of(link, message.comp)
         self._scheduler.jobs.take_submitted()
         self._cancel_early(link, remote, message.serials)
-        for work in [remote.works[serial] for serial in message.serials if serial in remote.works] if remote is not None else ():
+        for work in [remote.works[serial] for serial in message.serials
+                     if serial in remote.works] if remote is not None else ():
             self._scheduler.decide(CancelAsked(work))
 
     def _cancel_early(self, link: Link, remote: Optional[Remote], serials: Sequence[int]) -> None:
@@ -2156,7 +2501,8 @@ class ProgramJobs:
         """A program has results."""
         remote = self._scheduler.programs.computation_of(link, message.comp)
         if remote is not None:
-            self._scheduler.state.removed([remote.ended.pop(serial) for serial in message.serials if serial in remote.ended])
+            self._scheduler.state.removed(
+                [remote.ended.pop(serial) for serial in message.serials if serial in remote.ended])
 
     def end(self, remote: Remote, work: RemoteWork, row: tuple, node: Any = None) -> None:
         """A job has ended with this row of Results, `node` is where, if it was on one."""
@@ -2193,7 +2539,8 @@ class ProgramJobs:
 
     def forget(self, remote: Remote) -> None:
         """A computation is over."""
-        self._kept -= sum(OBJECT + len(work.payload) for work in remote.works.values() if work.payload is not None)
+        self._kept -= sum(OBJECT + len(work.payload) for work in remote.works.values()
+                          if work.payload is not None)
         for work in remote.works.values():
             self._scheduler.quota.remove(remote, work)
         remote.works.clear()
@@ -2207,7 +2554,9 @@ class ProgramJobs:
             serials = [work.client_serial for work in node.flight[remote.comp].values()]  # type: ignore[attr-defined]
             peer = self._scheduler.nodes.by_key.get(node.key)
             if serials and peer is not None:
-                self._scheduler.say(self._scheduler.links[remote.link], Where(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
+                self._scheduler.say(
+                    self._scheduler.links[remote.link],
+                    Where(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
             rows = [(node.flight[remote.comp][serial].client_serial, self._scheduler.now - since)  # type: ignore[attr-defined]
                     for serial, since in node.begun[remote.comp].items()]
             if rows:
@@ -2224,7 +2573,8 @@ class ProgramJobs:
         if again:
             self.unread_until = math.inf
         for remote in self._scheduler.clusters.values():
-            if isinstance(remote, Remote) and remote.unread and remote.link in self._scheduler.links:
+            if isinstance(remote,
+                          Remote) and remote.unread and remote.link in self._scheduler.links:
                 if again:
                     numbers = list(remote.unread)
                     remote.unread.clear()
@@ -2256,14 +2606,17 @@ class ProgramCalls:
             self._scheduler.jobs.take_submitted()
             if remote is None:
                 session = self._scheduler.programs.sessions[link.number]
-                answer(self._scheduler.overview.answer(*message.args) if session.operator else self._scheduler.overview.answer_anybody(*message.args))
+                answer(
+                    self._scheduler.overview.answer(*message.args) if session.operator else self.
+                    _scheduler.overview.answer_anybody(*message.args))
                 return
             self._answer_call(remote, message.name, message.args, answer)
         except Exception as exc:  # the program gets it
             answer(None, (type(exc).__name__, str(exc)))
 
     def _is_early(self, link: Link, message: Call, answer: Callable[..., None]) -> bool:
-        """Whether the files of the computation are on their way: questions about its jobs wait until they are there."""
+        """Whether the files of the computation are on their way: questions about its jobs wait
+        until they are there."""
         remote = self._scheduler.computations.unopened.get(message.comp)
         if remote is None or remote.link != link.number:
             return False
@@ -2272,23 +2625,30 @@ class ProgramCalls:
         elif len(remote.questions) < QUESTIONS_MOST:
             remote.questions.append((link, message))
         else:
-            raise RuntimeError('%d questions wait until the files of this cluster are at the scheduler' % QUESTIONS_MOST)
+            raise RuntimeError(
+                '%d questions wait until the files of this cluster are at the scheduler' %
+                QUESTIONS_MOST)
         return True
 
     def answer_early(self, remote: Remote) -> None:
         """The files of a computation are here: answer what was asked meanwhile."""
-        questions, remote.questions = remote.questions, []
+        questions = remote.questions
+        remote.questions = []
         for link, message in questions:
             self.on_call(link, message)
 
-    def _answer_call(self, remote: Remote, name: str, args: tuple, answer: Callable[..., None]) -> None:
+    def _answer_call(self, remote: Remote, name: str, args: tuple, answer: Callable[...,
+                                                                                    None]) -> None:
         comp = remote.comp
         if name == 'nodes':
             first, count = args or (0, NODES_PAGE)
             rows = self._scheduler.queries.rows_of(comp)[first:first + min(count, NODES_PAGE)]
             answer([tuple(row._replace(reason=shorten(row.reason, REASON_MOST))) for row in rows])
         elif name == 'jobs':
-            answer([work.client_serial for work in self._scheduler.queries.jobs_at(comp, *args).values()])
+            answer([
+                work.client_serial
+                for work in self._scheduler.queries.jobs_at(comp, *args).values()
+            ])
         elif name == 'allocate':
             self._scheduler.selection.allocate(comp, specs_of(args[0]))
             answer(None)
@@ -2303,7 +2663,8 @@ class ProgramCalls:
             if name == 'place':   # one that its program has sent here before, and nothing else
                 path = os.path.join(remote.directory, *check_name(args[1][0]))
                 open_regular(path).close()
-            future = self._scheduler.queries.question(comp, args[0], args[1] if name == 'place' else None, path)
+            future = self._scheduler.queries.question(comp, args[0],
+                                                      args[1] if name == 'place' else None, path)
 
             def answered(done: Any) -> None:
                 if done.exception() is not None:
@@ -2312,7 +2673,11 @@ class ProgramCalls:
                     answer(done.result())
                 else:
                     running = {serial for serial, _ in done.result().running}
-                    answer([work.client_serial for serial, work in self._scheduler.queries.jobs_at(comp, args[0]).items() if serial in running])
+                    answer([
+                        work.client_serial
+                        for serial, work in self._scheduler.queries.jobs_at(comp, args[0]).items()
+                        if serial in running
+                    ])
             future.add_done_callback(answered)
         elif name in ('find', 'seat', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
             answer(self._scheduler.queries.command(comp, name, *args))
@@ -2332,7 +2697,10 @@ class ProgramCalls:
     def on_return(self, link: Link, message: Return) -> None:
         """A program answers."""
         remote = self._scheduler.programs.computation_of(link, message.comp)
-        then = remote.calls.pop(message.number, None) if remote is not None else None
+        if remote is not None:
+            then = remote.calls.pop(message.number, None)
+        else:
+            then = None
         if then is not None:
             then(message.error, message.value)
 
@@ -2347,25 +2715,36 @@ class ProgramCalls:
 
     def ask_allocator(self, remote: Remote, allocator: Any, peer: Peer, link: Link) -> None:
         """Ask a program's allocator, and for the files that it names."""
-        row = tuple(self._scheduler.queries.row_of(*self._scheduler.queries.node_of(remote.comp, peer)))
+        row = tuple(
+            self._scheduler.queries.row_of(*self._scheduler.queries.node_of(remote.comp, peer)))
 
         def told(error: tuple, value: Any) -> None:
             if error:
-                self._scheduler.setup.allocated(remote.comp, peer, link, Allocation(0, b'', [], {}), error[1])
+                self._scheduler.setup.allocated(remote.comp, peer, link, Allocation(0, b'', [], {}),
+                                                error[1])
                 return
             cpus, setup_args, rows, modules = value
             paths = {row[0]: os.path.join(remote.directory, *row[0].split('/')) for row in rows}
             self._scheduler.program_files.bring_modules(remote, modules)
-            self._scheduler.program_files.want(remote, rows, modules, lambda failed, code='': self._scheduler.setup.allocated(
-                remote.comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths), failed))
+            self._scheduler.program_files.want(
+                remote,
+                rows,
+                modules,
+                lambda failed, code='': self._scheduler.setup.allocated(
+                    remote.comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths),
+                    failed))
 
         self._ask(remote, 'allocate', (allocator.number, row), told)
 
     def ask_for_modules(self, remote: Remote, peer: Peer, message: Call) -> None:
         """A job on a node needs modules of its program. What was fetched before is here."""
         answer = functools.partial(self._answer_node, peer, message)
-        request = message.args[0] if message.name == 'modules' and len(message.args) == 1 else None
-        if any(row[0] == BUNDLES + BUNDLE % request for row in remote.cargo.spec['modules']) if type(request) is int else False:
+        if message.name == 'modules' and len(message.args) == 1:
+            request = message.args[0]
+        else:
+            request = None
+        if any(row[0] == BUNDLES + BUNDLE % request
+               for row in remote.cargo.spec['modules']) if type(request) is int else False:
             answer((), remote.cargo.spec['modules'])
             return
 
@@ -2404,8 +2783,9 @@ class Scheduler(Driver):
         self.overview = Overview(self)
         self.quota = Quota(self, options.max_queued)
         self.sharing = NodeSharing(self)
-        super().__init__(Access(options.node_secret, options.node_certfile, options.node_keyfile, None, options.pulse, options.ping),
-                         self.state.instance, self.sharing)
+        super().__init__(
+            Access(options.node_secret, options.node_certfile, options.node_keyfile, None,
+                   options.pulse, options.ping), self.state.instance, self.sharing)
         self.schedule = Schedule(options.fifo)
         self.values = StoredValues(self.state)
         self.commit = Commit(self, super().say)
@@ -2430,20 +2810,27 @@ class Scheduler(Driver):
             Return: self.program_calls.on_return,
         })
 
-    # -- life -------------------------------------------------------------------------------------------------
+    # -- life --------------------------------------------------------------------------------------
 
     def start(self) -> int:
-        """Listen, take up what an earlier run has left. Returns the port. Raises StartError, SecretError, OSError."""
+        """Listen, take up what an earlier run has left. Returns the port. Raises StartError,
+        SecretError, OSError."""
         options = self.options
-        one = (options.cluster_certfile, options.cluster_keyfile) == (options.node_certfile, options.node_keyfile)
-        programs = tuple(map(derive_key, (options.cluster_secret, options.operator_secret) if options.separate else (options.cluster_secret,)))
+        one = (options.cluster_certfile, options.cluster_keyfile) == (options.node_certfile,
+                                                                      options.node_keyfile)
+        programs = tuple(
+            map(derive_key,
+                (options.cluster_secret, options.operator_secret) if options.separate else
+                (options.cluster_secret, )))
         keys = {int(Role.CLIENT): programs, int(Role.NODE): (derive_key(options.node_secret),)}
         port = options.port
         for host in options.hosts:
-            door = self._door(host, port, keys, (Role.CLIENT, Role.NODE) if one else (Role.CLIENT,), options.cluster_certfile, options.cluster_keyfile)
+            door = self._door(host, port, keys, (Role.CLIENT, Role.NODE) if one else
+                              (Role.CLIENT, ), options.cluster_certfile, options.cluster_keyfile)
             port = door.server_address[1]
             if not one:
-                self._door(host, port + 1, keys, (Role.NODE,), options.node_certfile, options.node_keyfile)
+                self._door(host, port + 1, keys, (Role.NODE, ), options.node_certfile,
+                           options.node_keyfile)
         self.sharing.port = self._doors[0].server_address[1]
         for door in self._doors:
             self.watch(door.socket, door.knock)
@@ -2456,15 +2843,20 @@ class Scheduler(Driver):
             self._restore()
         return port
 
-    def _door(self, host: str, port: int, keys: Dict[int, Tuple[bytes, ...]], allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
+    def _door(self, host: str, port: int, keys: Dict[int, Tuple[bytes, ...]],
+              allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
         try:
-            door = Gate((host, port), keys, Role.SCHEDULER, allowed, self.instance, self.post, certfile, keyfile)
+            door = Gate((host, port), keys, Role.SCHEDULER, allowed, self.instance, self.post,
+                        certfile, keyfile)
         except OverflowError as exc:
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
         except OSError as exc:
             if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
-                raise StartError('port %d is in use: another dispyscheduler? Choose another with -p/--port' % port) from exc
-            raise StartError('cannot listen at %s:%d: %s (-i/--host, -p/--port)' % (host or '*', port, exc)) from exc
+                raise StartError(
+                    'port %d is in use: another dispyscheduler? Choose another with -p/--port' %
+                    port) from exc
+            raise StartError('cannot listen at %s:%d: %s (-i/--host, -p/--port)' %
+                             (host or '*', port, exc)) from exc
         self._doors.append(door)
         return door
 
@@ -2481,9 +2873,11 @@ class Scheduler(Driver):
         super().close()
 
     def _restore(self) -> None:
-        """What an earlier run has left: jobs that waited wait, those on nodes are there until these come back or are given up."""
+        """What an earlier run has left: jobs that waited wait, those on nodes are there until these
+        come back or are given up."""
         places = {}
-        memories, locks = self.state.memories(), self.state.locks()
+        memories = self.state.memories()
+        locks = self.state.locks()
         for key, host, port, name, instance in self.state.nodes():
             places[key] = (host, port, name, instance)
         for comp, client, spec in self.state.comps():
@@ -2497,7 +2891,10 @@ class Scheduler(Driver):
             sent: Dict[Any, List[RemoteWork]] = {}
             for number, serial, options, state, own, node in self.state.jobs(comp):
                 if state in (State.ENDED, State.DROPPED):
-                    known = remote.ended if state == State.ENDED else remote.absence.dropped
+                    if state == State.ENDED:
+                        known = remote.ended
+                    else:
+                        known = remote.absence.dropped
                     known[serial] = number
                     continue
                 work = remote.works[serial] = RemoteWork(comp, None, options, own, serial)
@@ -2512,7 +2909,10 @@ class Scheduler(Driver):
             for key, works in sent.items():
                 host, port, name, instance = places[key]
                 is_new = key not in self.nodes.by_key
-                peer = Peer(host, port, self.access.redial) if is_new else self.nodes.by_key[key]
+                if is_new:
+                    peer = Peer(host, port, self.access.redial)
+                else:
+                    peer = self.nodes.by_key[key]
                 if peer.link is None:
                     # Otherwise nobody would see that its process has ended, or is another.
                     peer.instance, peer.memory = instance, memories.get(key, '')
@@ -2527,14 +2927,15 @@ class Scheduler(Driver):
                 self.decide(NodeHad(key, comp, works, name, self.now + RETURN_TIME))
             self.jobs.submitted.extend(waiting)  # type: ignore[arg-type]
             if remote.works or remote.ended:
-                logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', remote.name, len(waiting),
+                logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', remote.name,
+                            len(waiting),
                             len(remote.works) - len(waiting), len(remote.ended))
         there = {comp for comp, _, _ in self.state.comps()}
         for name in os.listdir(self.state.root):
             if name.startswith('c-') and name[2:].partition('.')[0] not in there:
                 shutil.rmtree(os.path.join(self.state.root, name), ignore_errors=True)
 
-    # -- faults of ours -------------------------------------------------------------------------------------------
+    # -- faults of ours ----------------------------------------------------------------------------
 
     def on_fault(self, subject: Any, text: str) -> bool:
         """As the driver's; what concerns a computation of a program ends that computation."""
@@ -2546,10 +2947,11 @@ class Scheduler(Driver):
             return True
         return super().on_fault(subject, text)
 
-    # -- turns: nothing leaves before the transaction -----------------------------------------------------------
+    # -- turns: nothing leaves before the transaction ----------------------------------------------
 
     def say(self, link: Link, message: Any) -> None:
-        """Send a message when the transaction of this turn is on the disk; what changes nothing goes at once."""
+        """Send a message when the transaction of this turn is on the disk; what changes nothing
+        goes at once."""
         if type(message) in _AT_ONCE:
             super().say(link, message)
         else:
@@ -2587,13 +2989,14 @@ class Scheduler(Driver):
         times = [super().next_timer(), *self.computations.timers()]
         return min((when for when in times if when is not None), default=None)
 
-    # -- links of programs --------------------------------------------------------------------------------------
+    # -- links of programs -------------------------------------------------------------------------
 
     def on_event(self, event: Any) -> None:
         """Programs and nodes that have connected, signals, and the driver's events."""
         if isinstance(event, Arrival) and event.session.peer_role == Role.CLIENT:
             self.programs.program_came(event)
-        elif isinstance(event, Stop):   # without Bye: nodes go on and keep results, programs wait, until it is started again
+        elif isinstance(event, Stop):
+            # Without Bye: nodes go on and keep results, programs wait, until it is started again
             self.stop()
         else:
             super().on_event(event)
@@ -2616,64 +3019,158 @@ class Scheduler(Driver):
 _AT_ONCE = frozenset((Bye, FilePiece, FileStored, Need, Offer, Output, Pulse))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 def default_state_dir(port: int) -> str:
     """Where the state of the scheduler at this port is kept when nothing else is said."""
-    base = os.environ.get('LOCALAPPDATA') if os.name == 'nt' else os.environ.get('XDG_STATE_HOME')
-    return os.path.join(base or os.path.join(os.path.expanduser('~'), '.local', 'state'), 'dispy', 'scheduler-%d' % port)
+    if os.name == 'nt':
+        base = os.environ.get('LOCALAPPDATA')
+    else:
+        base = os.environ.get('XDG_STATE_HOME')
+    return os.path.join(base or os.path.join(os.path.expanduser('~'), '.local', 'state'), 'dispy',
+                        'scheduler-%d' % port)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='dispyscheduler', description='Share nodes between several programs (dispy.SharedJobCluster).',
-                                     epilog=EXIT_STATUSES)
+    parser = argparse.ArgumentParser(
+        prog='dispyscheduler',
+        description='Share nodes between several programs (dispy.SharedJobCluster).',
+        epilog=EXIT_STATUSES)
     add = parser.add_argument
     add('-d', '--debug', action='store_true', help='log what is done in detail')
-    add('-i', '--host', '--ip-addr', action=Each, metavar='ADDR', help='address to listen at; may be repeated (default: all)')
-    add('-p', '--port', '--scheduler-port', type=int, default=SCHEDULER_PORT, metavar='N', help='TCP port for programs and nodes; 0: any (default: %(default)s)')
-    add('--ext-host', '--ext-ip-addr', action=Each, metavar='ADDR', help='accepted for old scripts; nothing needs to be told of it')
-    add('-n', '--node', '--nodes', action=Each, nargs='+', default=[], metavar='HOST[:PORT]', help='nodes; may be repeated (default: all that answer on the local network)')
-    add('--node-port', type=int, default=NODE_PORT, metavar='N', help='port of nodes for which none is given (default: %(default)s)')
-    add('--node-secret', metavar='SECRET', help='secret of nodes, if it is another; it can be seen in the list of processes, so better:')
+    add('-i',
+        '--host',
+        '--ip-addr',
+        action=Each,
+        metavar='ADDR',
+        help='address to listen at; may be repeated (default: all)')
+    add('-p',
+        '--port',
+        '--scheduler-port',
+        type=int,
+        default=SCHEDULER_PORT,
+        metavar='N',
+        help='TCP port for programs and nodes; 0: any (default: %(default)s)')
+    add('--ext-host',
+        '--ext-ip-addr',
+        action=Each,
+        metavar='ADDR',
+        help='accepted for old scripts; nothing needs to be told of it')
+    add('-n',
+        '--node',
+        '--nodes',
+        action=Each,
+        nargs='+',
+        default=[],
+        metavar='HOST[:PORT]',
+        help='nodes; may be repeated (default: all that answer on the local network)')
+    add('--node-port',
+        type=int,
+        default=NODE_PORT,
+        metavar='N',
+        help='port of nodes for which none is given (default: %(default)s)')
+    add('--node-secret',
+        metavar='SECRET',
+        help='secret of nodes, if it is another; it can be seen in the list of processes, so better:'
+        )
     add('--node-secret-file', metavar='FILE', help='file with the secret of nodes')
     add('--cluster-secret', metavar='SECRET', help='secret of programs, if it is another; better:')
     add('--cluster-secret-file', metavar='FILE', help='file with the secret of programs')
     add('--node-certfile', metavar='FILE', help='certificate for TLS with nodes')
     add('--node-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--cluster-certfile', metavar='FILE', help='certificate for TLS with programs; if it is not that for nodes, nodes connect to the next port')
+    add('--cluster-certfile',
+        metavar='FILE',
+        help=
+        'certificate for TLS with programs; if it is not that for nodes, nodes connect to the next port'
+        )
     add('--cluster-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--operator-secret-file', metavar='FILE', help="file with the operator's secret, for the web monitor: who has it sees and ends the jobs of "
-        'all programs (default: that of programs if it is the one of this user, otherwise one that is made in the state directory)')
-    add('--nodes-share-secret', action='store_true', help='programs with a secret of their own may have the same as nodes: each of them could '
+    add('--operator-secret-file',
+        metavar='FILE',
+        help=
+        "file with the operator's secret, for the web monitor: who has it sees and ends the jobs of "
+        'all programs (default: that of programs if it is the one of this user, otherwise one that is made in the state directory)'
+        )
+    add('--nodes-share-secret',
+        action='store_true',
+        help='programs with a secret of their own may have the same as nodes: each of them could '
         'then pass for a node, and be given the jobs of the others')
-    add('--allow-nodes', action=Each, default=[], metavar='NET|HOST', help='addresses (10.1.0.0/16) or names (*.example.org) at which programs may '
+    add('--allow-nodes',
+        action=Each,
+        default=[],
+        metavar='NET|HOST',
+        help='addresses (10.1.0.0/16) or names (*.example.org) at which programs may '
         'name nodes; may be repeated (default: private networks; those given with -n always)')
-    add('--max-queued-bytes', type=size_option, default=QUEUED_MOST, metavar='N[kmgt]', help='bytes of arguments that the jobs of one program '
+    add('--max-queued-bytes',
+        type=size_option,
+        default=QUEUED_MOST,
+        metavar='N[kmgt]',
+        help='bytes of arguments that the jobs of one program '
         'may have here; further jobs wait in the program (default: %d GiB)' % (QUEUED_MOST >> 30))
-    add('--pulse-interval', type=seconds_option, default=PULSE, metavar='S', help='seconds between signs of life (default: %(default)g)')
-    add('--ping-interval', type=seconds_option, default=REDIAL_MOST, metavar='S', help='most seconds between searches for nodes (default: %(default)g)')
+    add('--pulse-interval',
+        type=seconds_option,
+        default=PULSE,
+        metavar='S',
+        help='seconds between signs of life (default: %(default)g)')
+    add('--ping-interval',
+        type=seconds_option,
+        default=REDIAL_MOST,
+        metavar='S',
+        help='most seconds between searches for nodes (default: %(default)g)')
     add('--ipv4-udp-multicast', action='store_true', help='look for nodes by IPv4 multicast too')
-    add('--max-file-size', type=size_option, metavar='N[kmgt]', help='larger files of programs are refused (default: no limit)')
-    add('--max-value', type=size_option, default=VALUE_MOST, metavar='N[kmgt]',
+    add('--max-file-size',
+        type=size_option,
+        metavar='N[kmgt]',
+        help='larger files of programs are refused (default: no limit)')
+    add('--max-value',
+        type=size_option,
+        default=VALUE_MOST,
+        metavar='N[kmgt]',
         help='larger arguments and results of jobs are refused, as are those for which the disk has '
         'no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
-    add('--zombie-interval', type=minutes_option, default=ZOMBIE_TIME / 60, metavar='MIN', help='minutes that results wait for a program that is gone (default: %(default)g)')
-    add('--gone-after', type=seconds_option, default=GONE_TIME, metavar='S',
+    add('--zombie-interval',
+        type=minutes_option,
+        default=ZOMBIE_TIME / 60,
+        metavar='MIN',
+        help='minutes that results wait for a program that is gone (default: %(default)g)')
+    add('--gone-after',
+        type=seconds_option,
+        default=GONE_TIME,
+        metavar='S',
         help='seconds after which, when the connection to a program without recover_file has ended, '
         'its jobs that have not begun are cancelled (default: %(default)g)')
-    add('--state-dir', metavar='DIR', help='where jobs and results are kept (default: %s)' % default_state_dir(SCHEDULER_PORT).replace('%', '%%'))
-    add('--fair', '--fair-cluster-scheduler', action='store_true', help='programs share CPUs evenly (default)')
-    add('--fifo', '--early-cluster-scheduler', action='store_true', help='programs are served in the order of their coming')
-    add('--httpd', type=int, nargs='?', const=HTTPD_PORT, metavar='PORT', help='show all this in a browser (needs dispy_httpd.py), at this port of '
+    add('--state-dir',
+        metavar='DIR',
+        help='where jobs and results are kept (default: %s)' %
+        default_state_dir(SCHEDULER_PORT).replace('%', '%%'))
+    add('--fair',
+        '--fair-cluster-scheduler',
+        action='store_true',
+        help='programs share CPUs evenly (default)')
+    add('--fifo',
+        '--early-cluster-scheduler',
+        action='store_true',
+        help='programs are served in the order of their coming')
+    add('--httpd',
+        type=int,
+        nargs='?',
+        const=HTTPD_PORT,
+        metavar='PORT',
+        help='show all this in a browser (needs dispy_httpd.py), at this port of '
         '127.0.0.1; the link is in the log (default: %d)' % HTTPD_PORT)
     add('--log-file', metavar='FILE', help='log there instead of to stderr')
     add('--daemon', action='store_true', help='outlive the terminal')
-    add('--cleanup-nodes', action='store_true', help='nodes remove the files of a program also if it gives cleanup=False')
+    add('--cleanup-nodes',
+        action='store_true',
+        help='nodes remove the files of a program also if it gives cleanup=False')
     add('--clean', action='store_true', help='forget what earlier runs have left')
-    add('--config', metavar='FILE', help='take options from this JSON file; those given here count more')
-    add('--save-config', metavar='FILE', help='write these options to a JSON file, without secrets, and end')
+    add('--config',
+        metavar='FILE',
+        help='take options from this JSON file; those given here count more')
+    add('--save-config',
+        metavar='FILE',
+        help='write these options to a JSON file, without secrets, and end')
     add('--version', action='version', version='%(prog)s ' + __version__)
     accept_obsolete(parser, OBSOLETE_SCHEDULER)
     return parser
@@ -2695,7 +3192,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         set_up_log('dispynode', args.debug, args.log_file)
         tell_obsolete(args, OBSOLETE_SCHEDULER)
         for side in ('cluster', 'node'):
-            tls_files(getattr(args, side + '_certfile'), getattr(args, side + '_keyfile'), None, '--%s-%%s' % side)
+            tls_files(getattr(args, side + '_certfile'), getattr(args, side + '_keyfile'), None,
+                      '--%s-%%s' % side)
         if not 1 <= args.node_port <= 65535:
             raise StartError('port %d is not between 1 and 65535 (--node-port)' % args.node_port)
         for node in args.node:
@@ -2703,25 +3201,39 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         discovery_reach()
         root = args.state_dir or default_state_dir(args.port)
         if not has_place(root):
-            raise StartError('this user has no home for the state (neither HOME nor an entry in the password file): --state-dir')
+            raise StartError(
+                'this user has no home for the state (neither HOME nor an entry in the password file): --state-dir'
+            )
         if args.clean:
             _clean(root)
-        cluster_secret, node_secret = find_secret(args.cluster_secret, args.cluster_secret_file), find_secret(args.node_secret, args.node_secret_file)
+        cluster_secret = find_secret(args.cluster_secret, args.cluster_secret_file)
+        node_secret = find_secret(args.node_secret, args.node_secret_file)
         separate = bool(args.cluster_secret or args.cluster_secret_file)
-        if separate and cluster_secret.strip() == node_secret.strip() and not args.nodes_share_secret:
-            raise StartError('programs have a secret of their own (--cluster-secret-file), and nodes have the same: each program could pass for '
-                             'a node and be given the jobs of the others; give nodes another (--node-secret-file), or say --nodes-share-secret')
-        operator_secret = _operator_secret(root, args.operator_secret_file) if separate else b''
+        if separate and cluster_secret.strip() == node_secret.strip(
+        ) and not args.nodes_share_secret:
+            raise StartError(
+                'programs have a secret of their own (--cluster-secret-file), and nodes have the same: each program could pass for '
+                'a node and be given the jobs of the others; give nodes another (--node-secret-file), or say --nodes-share-secret'
+            )
+        if separate:
+            operator_secret = _operator_secret(root, args.operator_secret_file)
+        else:
+            operator_secret = b''
         for word in args.allow_nodes:
             _check_allowed(word)
-        scheduler = Scheduler(Options(
-            tuple(args.host or ('',)), args.port, tuple(args.node), args.node_port, root, cluster_secret, node_secret,
-            args.cluster_certfile, args.cluster_keyfile, args.node_certfile, args.node_keyfile, args.fifo, args.pulse_interval,
-            args.ping_interval, 60 * args.zombie_interval, args.max_file_size or sys.maxsize, args.ipv4_udp_multicast,
-            args.max_queued_bytes, separate, operator_secret, tuple(args.allow_nodes), args.gone_after, args.cleanup_nodes))
+        scheduler = Scheduler(
+            Options(tuple(args.host or ('', )), args.port, tuple(args.node), args.node_port, root,
+                    cluster_secret, node_secret, args.cluster_certfile, args.cluster_keyfile,
+                    args.node_certfile, args.node_keyfile, args.fifo, args.pulse_interval,
+                    args.ping_interval, 60 * args.zombie_interval, args.max_file_size
+                    or sys.maxsize, args.ipv4_udp_multicast, args.max_queued_bytes, separate,
+                    operator_secret, tuple(args.allow_nodes), args.gone_after, args.cleanup_nodes))
         try:
             port = scheduler.start()
-            monitor = _monitor(scheduler, port, args.httpd, args.log_file) if args.httpd is not None else None
+            if args.httpd is not None:
+                monitor = _monitor(scheduler, port, args.httpd, args.log_file)
+            else:
+                monitor = None
         except BaseException:
             scheduler.close()
             raise
@@ -2757,8 +3269,10 @@ def _operator_secret(root: str, path: Optional[str]) -> bytes:
 
 def _check_allowed(word: str) -> None:
     """Raise StartError for what is no network and no name of hosts."""
-    if not word or any(c.isspace() or c == ',' for c in word) or ('/' in word and not _is_network(word)):
-        raise StartError('--allow-nodes %s: neither a network such as 10.0.0.0/8 nor a host name' % (word or "''"))
+    if not word or any(c.isspace() or c == ','
+                       for c in word) or ('/' in word and not _is_network(word)):
+        raise StartError('--allow-nodes %s: neither a network such as 10.0.0.0/8 nor a host name' %
+                         (word or "''"))
 
 
 def _is_network(word: str) -> bool:
@@ -2774,11 +3288,13 @@ def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) 
         import dispy_httpd
     except ImportError as exc:
         raise StartError('--httpd needs dispy_httpd.py beside this file: %s' % exc) from exc
-    source = dispy_httpd.SchedulerSource(lambda *question: scheduler.ask(lambda: scheduler.overview.answer(*question)),
-                                         'all programs of the dispyscheduler at port %d' % port, lambda: None)
+    source = dispy_httpd.SchedulerSource(
+        lambda *question: scheduler.ask(lambda: scheduler.overview.answer(*question)),
+        'all programs of the dispyscheduler at port %d' % port, lambda: None)
 
     def tell(text: str) -> None:
-        if log_file and os.name != 'nt' and os.stat(log_file).st_mode & 0o077:   # others would have the token
+        # Others would have the token
+        if log_file and os.name != 'nt' and os.stat(log_file).st_mode & 0o077:
             path = os.path.abspath(os.path.join(scheduler.state.root, 'monitor'))
             _write_private(path, text.encode() + b'\n')
             text = 'the link of the monitor is in %s, since others can read this log' % path
