@@ -7973,6 +7973,9 @@ class NodeUser:
     def fail_job(self, work: Any, text: str) -> None:
         """End a job that is nowhere any more."""
 
+    def call_back(self, job: Any) -> None:
+        """Call the user's function for a job that has ended. In a thread of the driver's pool."""
+
     def driver_failed(self, text: str) -> None:
         """The driver's thread is ending for a fault of ours."""
 
@@ -12746,8 +12749,8 @@ class JobCluster(OldCluster):
             else:
                 self.driver.post(CallBack(self, job))
 
-    def call_back(self, job: DispyJob) -> None:
-        """A callback thread."""
+    def call_back(self, job: Any) -> None:
+        """Call the user's function for a job that has ended. In a thread of the driver's pool."""
         try:
             self._guarded_call(job)
         except BaseException as exc:

@@ -52,7 +52,7 @@ DRIFTS = [   # (file, text in it, what stands there instead, what is said of it)
     ('dispy.py', 'cancel_all(self)', 'cancel_all(self, force=False)', 'JobCluster.cancel_all'),
     ('dispy.py', 'def cancel_waiting(', 'def cancel_some(', 'JobCluster.cancel_some'),
     ('dispy.py', 'forward_logs: bool = False,', 'forward: bool = False,', 'JobCluster.__init__'),
-    ('dispy.py', "'logger']", "'logger', 'Journal']", 'dispy.Journal'),
+    ('dispy.py', "'SecretError', 'logger'", "'SecretError', 'logger', 'Journal'", 'dispy.Journal'),
     ('dispy.pyi', 'loglevel: int | str = 20', 'loglevel: int | str = 30', 'JobCluster.__init__'),
     ('dispy_httpd.py', 'def del_cluster(', 'def remove_cluster(', 'DispyHTTPServer.del_cluster'),
     ('dispyscheduler.py', 'def main(argv', 'def main(words', 'dispyscheduler.main'),
