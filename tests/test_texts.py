@@ -53,7 +53,8 @@ def node(tmp_path):
 def test_a_file_that_was_copied_alone_says_which_belongs_beside_it(tmp_path, name, lacks):
     shutil.copy(os.path.join(ROOT, name + '.py'), str(tmp_path))
     for argv in ([name + '.py', '--help'], ['-c', 'import ' + name]):
-        out, err, status = run_python(*argv, cwd=str(tmp_path), PYTHONPATH='')
+        # -S: without what is installed, where a dispy may be
+        out, err, status = run_python('-S', *argv, cwd=str(tmp_path), PYTHONPATH='')
         told = err.splitlines()[-1]
         assert status == 1 and lacks in told and str(tmp_path) in told, err
         assert argv[0] == '-c' or 'Traceback' not in err, err

@@ -265,7 +265,7 @@ def test_a_result_for_which_somebody_has_no_memory_ends_its_job_alone(tmp_path, 
 
 # Where the clock on the wall may be read: for what a user sees, and to compare with times of files and hours of service.
 WALL_CLOCK = {
-    'dispy.py': {'fill_in', 'end_without', '__init__', 'print_status', '_send_jobs', '_driver_broke', '_moved', 'submit', '_submit', '_jobs_started',
+    'dispy.py': {'fill_in', 'end_without', '__init__', 'print_status', '_send_jobs', 'driver_failed', '_why_unended', '_moved', 'submit', '_submit', 'jobs_started',
                  'remove_old_trails', 'find', '_moment', 'facts_now', '_settle'},
     'dispynode.py': {'find_kept', 'end_of_turn', '_run', '_provisional', 'begin', '__init__'},
 }
