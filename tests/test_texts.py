@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 
+import cloudpickle
+import psutil
 import pytest
 
 import dispy
@@ -52,9 +54,14 @@ def node(tmp_path):
 @pytest.mark.parametrize('name, lacks', [('dispy', 'dispynode.py'), ('dispyscheduler', 'dispy.py'), ('dispy_httpd', 'dispy.py')])
 def test_a_file_that_was_copied_alone_says_which_belongs_beside_it(tmp_path, name, lacks):
     shutil.copy(os.path.join(ROOT, name + '.py'), str(tmp_path))
+    packages = tmp_path / 'packages'
+    packages.mkdir()
+    for package in (cloudpickle, psutil):
+        where = os.path.dirname(package.__file__)
+        os.symlink(where, str(packages / os.path.basename(where)))
     for argv in ([name + '.py', '--help'], ['-c', 'import ' + name]):
-        # -S: without what is installed, where a dispy may be
-        out, err, status = run_python('-S', *argv, cwd=str(tmp_path), PYTHONPATH='')
+        # -S: without what else is installed, where a dispy may be
+        out, err, status = run_python('-S', *argv, cwd=str(tmp_path), PYTHONPATH=str(packages))
         told = err.splitlines()[-1]
         assert status == 1 and lacks in told and str(tmp_path) in told, err
         assert argv[0] == '-c' or 'Traceback' not in err, err
