@@ -4604,8 +4604,9 @@ class DataFiles:
     def _warn(package: str, left: List[Tuple[str, int]], count: int) -> None:
         size = sum(size for _, size in left) / 2**20
         logger.warning(
-            'package %s has more data files than the %d MB that travel with a package; not sent are '
-            '%d of %d files (%.1f MB), the first of them %s: list those that jobs need in depends=',
+            'package %s has more data files than the %d MB that travel with a package; not sent '
+            'are %d of %d files (%.1f MB), the first of them %s: list those that jobs need in '
+            'depends=',
             package, PACKAGE_DATA >> 20, len(left), count, size, left[0][0])
 
     def _in_directory(self, root: str) -> Iterator[Tuple[str, str, int]]:
@@ -5007,8 +5008,9 @@ class StateCapture:
                 self._add_class(file.source, owner, table, found)
         except _CannotTravel as exc:
             self.warnings.append(
-                'module %s: what its variable %s holds (a %s) cannot be pickled, so nothing that the program has set in this '
-                'module reaches the jobs. Set it in setup, or call cloudpickle.register_pickle_by_value(%s)'
+                'module %s: what its variable %s holds (a %s) cannot be pickled, so nothing that '
+                'the program has set in this module reaches the jobs. Set it in setup, or call '
+                'cloudpickle.register_pickle_by_value(%s)'
                 % (file.name, *exc.args, file.name.partition('.')[0]))
             return
         for row, value in found:
@@ -5385,8 +5387,9 @@ def explain_unpicklable(labels: Iterable[Tuple[str, Any]], exc: BaseException) -
             else:
                 owner = ''
             return (
-                '%s (a %s.%s)%s cannot be pickled: %s. Make it in setup or in the job, leave it out in a '
-                '__getstate__ of what holds it, or put its function or class into a module of its own'
+                '%s (a %s.%s)%s cannot be pickled: %s. Make it in setup or in the job, leave it '
+                'out in a __getstate__ of what holds it, or put its function or class into a '
+                'module of its own'
                 % (path, kind.__module__, kind.__qualname__, owner, exc))
     return ''
 
@@ -5696,7 +5699,8 @@ def _names_of(item: Any, globals_: Sequence[Dict[str, Any]], where: str) -> Dict
         return {item.__name__: item}
     if type(item).__module__ == 'builtins':
         raise TypeError(
-            '%s: %.80r is neither a file, a directory, a module, a function, a class nor an instance of one'
+            '%s: %.80r is neither a file, a directory, a module, a function, a class nor an '
+            'instance of one'
             % (where, item))
     found = {name: item for variables in (*globals_, vars(sys.modules['__main__']))
              for name, value in list(variables.items()) if value is item}
@@ -5774,7 +5778,8 @@ def check_cargo(spec: dict) -> None:
     names = sum(len(row[0].encode('utf-8', 'replace')) + 80 for row in spec['files'])
     if names > NAMES_MOST:
         raise ValueError(
-            'depends: the list of %d files takes %d bytes, and the limit is %d: pack them into an archive'
+            'depends: the list of %d files takes %d bytes, and the limit is %d: pack them into an '
+            'archive'
             % (len(spec['files']), names, NAMES_MOST))
 
 
@@ -6052,7 +6057,8 @@ class SourcePicker:
         if hasattr(vars(sys.modules[module])[name], 'registry') and hasattr(
                 vars(sys.modules[module])[name], 'dispatch'):
             raise NoSource(
-                '%s: the implementations of %s (functools.singledispatch) are statements of their own'
+                '%s: the implementations of %s (functools.singledispatch) are statements of their '
+                'own'
                 % (what, name))
         file = cell or sys.modules[module].__file__
         if not _is_as_written(vars(sys.modules[module])[name], file, codes):
@@ -6456,7 +6462,8 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
         parts = node
     else:
         raise TypeError(
-            "nodes: %.80r is no host name, ('host', port), ('host', port, cpus) or {'host':, 'port':, 'cpus':}"
+            "nodes: %.80r is no host name, ('host', port), ('host', port, cpus) or {'host':, "
+            "'port':, 'cpus':}"
             % (node, ))
     host, its_port, cpus = (*parts, None, None)[:3]
     if not isinstance(host, str) or not host or any(c.isspace() or c in ',\0' for c in host):
@@ -6464,7 +6471,8 @@ def _parse_node(node: Any, port: int, elsewhere: bool) -> NodeSpec:
     host = plain_text(host)
     if host == LOCAL:
         raise ValueError(
-            'nodes: %r stands alone, not in a list: this machine is %r there, if a dispynode runs here'
+            'nodes: %r stands alone, not in a list: this machine is %r there, if a dispynode runs '
+            'here'
             % (LOCAL, '127.0.0.1'))
     if '*' in host and discovery_reach() == 'off' and not elsewhere:
         raise ValueError(
@@ -6503,7 +6511,8 @@ def _check_status(status: os.stat_result, path: str, what: str) -> None:
             (what, path, status.st_uid))
     if os.name != 'nt' and status.st_mode & 0o022:
         raise DispyError(
-            '%s: %s can be written by others (mode %03o): if you know that what is in it is yours, chmod 600 %s'
+            '%s: %s can be written by others (mode %03o): if you know that what is in it is yours, '
+            'chmod 600 %s'
             % (what, path, stat.S_IMODE(status.st_mode), path))
 
 
@@ -6715,7 +6724,8 @@ class Journal(Database):
     VALUES = 'CREATE TABLE IF NOT EXISTS vals (digest BLOB PRIMARY KEY, data BLOB)'
     INSERT, RENAME, MOVE, END, FREE, VALUE = range(6)
     STATEMENTS = (
-        'INSERT OR IGNORE INTO jobs (number, comp, id, payload, options, submitted, arguments, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
+        'INSERT OR IGNORE INTO jobs (number, comp, id, payload, options, submitted, arguments, '
+        'state) VALUES (?, ?, ?, ?, ?, ?, ?, ?)',
         'UPDATE jobs SET id = ? WHERE number = ?',
         'UPDATE jobs SET comp = ?, state = ?, serial = ?, node = ? WHERE number = ?',
         'UPDATE jobs SET state = ?, status = ?, result = ?, payload = NULL WHERE number = ?',
@@ -8798,7 +8808,8 @@ def remedy(attempts: Sequence[Tuple[str, int, bool]], others: bool, start: str =
     ports = sorted({port for why, port, _ in silent if why is Unreached.UNREACHABLE and port})
     if ports:
         words.append(
-            'Where nobody answers, see whether the host is up, and whether its firewall lets TCP port %s in'
+            'Where nobody answers, see whether the host is up, and whether its firewall lets TCP '
+            'port %s in'
             % ' and '.join(map(str, ports)))
     if any(why in (Unreached.NO_SUCH_NAME, Unreached.NAME_SERVICE) for why, _, _ in silent):
         words.append('Correct a name that does not resolve, or give the address instead')
@@ -8977,13 +8988,15 @@ class Connector:
                 if not taken or not may_fail:
                     raise OSError(
                         exc.errno,
-                        'nodes cannot connect to %s: %s (host=%r: an address of this host, or ADDRESS:PORT)'
+                        'nodes cannot connect to %s: %s (host=%r: an address of this host, or '
+                        'ADDRESS:PORT)'
                         %
                         (place(host, port),
                          'another program has that port' if taken else exc.strerror, host)) from exc
                 logger.warning(
-                    'port %d is taken by another program, so that nodes cannot connect to this one, which still connects to '
-                    'nodes (host=%r; ADDRESS:PORT gives another port)', port, host)
+                    'port %d is taken by another program, so that nodes cannot connect to this '
+                    'one, which still connects to nodes (host=%r; ADDRESS:PORT gives '
+                    'another port)', port, host)
                 return
             self._gates[host, port] = gate
             self._driver.watch(gate.socket, gate.knock)
@@ -9348,7 +9361,8 @@ class NodeSelection:
             if any(peer.uses[comp].offered for peer in self._nodes.of(comp)):
                 return   # a dispynode has answered meanwhile
             logger.info(
-                'no dispynode answers, so that one is started on this machine for this program (nodes=%r does that without a search)',
+                'no dispynode answers, so that one is started on this machine for this program '
+                '(nodes=%r does that without a search)',
                 LOCAL)
         peer = self._nodes.by_key.setdefault(
             LOCAL, Peer('127.0.0.1', 0, self._driver.access.redial, True, True))
@@ -9968,7 +9982,8 @@ class JobExchange:
         stuck = comp in self.outgoing.held_up
         if stuck and is_new:
             logger.error(
-                '%s: its recovery file cannot be written: no jobs are sent and no results acknowledged until there is room',
+                '%s: its recovery file cannot be written: no jobs are sent and no results '
+                'acknowledged until there is room',
                 self._clusters[comp].name)
         for peer in self._nodes.of(comp):
             if (comp in peer.blocked) == stuck:
@@ -11812,8 +11827,8 @@ class JobCluster(OldCluster):
         if changed and not self._told_of_change:
             self._told_of_change = True
             logger.warning(
-                '%s: the file of module %s has changed; this cluster keeps the text that it began with. '
-                'Make a new cluster to run the new one', self.name, ', '.join(changed))
+                '%s: the file of module %s has changed; this cluster keeps the text that it began '
+                'with. Make a new cluster to run the new one', self.name, ', '.join(changed))
 
     def _carry_on(self, journal: Journal, rows: List[tuple]) -> None:
         """Take over what is in the journal from a program that has crashed: rows of
@@ -11937,7 +11952,8 @@ class JobCluster(OldCluster):
         key, reason = self._command('seat', node)
         if reason:
             logger.warning(
-                '%s: node %s cannot be used now: %s. Jobs that were submitted to it wait until it can',
+                '%s: node %s cannot be used now: %s. Jobs that were submitted to it wait until it '
+                'can',
                 self.name, node.ip_addr if isinstance(node, DispyNode) else node, reason)
         return key
 
@@ -12928,7 +12944,8 @@ class SharedJobCluster(JobCluster):
         if not self._is_connected():
             return [row._replace(cpus=0) for row in super()._command('nodes')]
         return self._pages() or \
-            [row._replace(state='connected', reason='has no node for this cluster yet', cpus=0) for row in super()._command('nodes')]
+            [row._replace(state='connected', reason='has no node '
+                                                    'for this cluster yet', cpus=0) for row in super()._command('nodes')]
 
     def _rows_at_end(self) -> List[NodeRow]:
         if self._is_connected():
@@ -14100,7 +14117,8 @@ def joblib_backend(parallel: Any) -> Any:
             if above:
                 if n_jobs != 1:
                     warnings.warn(
-                        'dispy-backed parallel loops cannot be nested below %s: they run with n_jobs=1'
+                        'dispy-backed parallel loops cannot be nested below %s: they run with '
+                        'n_jobs=1'
                         % above,
                         stacklevel=3)
                 return 1
@@ -14202,12 +14220,14 @@ def _at_exit() -> None:
             continue
         if cluster._pending and cluster.journal is not None:
             logger.warning(
-                '%s: the program ends with %d jobs that have not ended; dispy.recover_jobs(%r) collects them',
+                '%s: the program ends with %d jobs that have not ended; dispy.recover_jobs(%r) '
+                'collects them',
                 cluster.name, cluster._pending, cluster.journal.path)
             continue
         if cluster._pending:
             logger.warning(
-                '%s: the program ends with %s that %s not ended; %s cancelled (cluster.wait() waits for all jobs)',
+                '%s: the program ends with %s that %s not ended; %s cancelled (cluster.wait() '
+                'waits for all jobs)',
                 cluster.name, many(cluster._pending, 'job'),
                 *(('has', 'it is') if cluster._pending == 1 else ('have', 'they are')))
         cluster.close(terminate=True)
@@ -14297,8 +14317,9 @@ def _parser() -> argparse.ArgumentParser:
         prog='dispy',
         description='Run a program once for each line of arguments, on all CPUs of '
         'the nodes. The exit status is the number of jobs that failed, at most 101.',
-        epilog='`dispy deploy HOST...` starts nodes on other hosts by ssh, `dispy stop HOST...` ends '
-        'them: each has a --help of its own. A program of such a name is run as ./deploy.')
+        epilog='`dispy deploy HOST...` starts nodes on other hosts by ssh, `dispy stop HOST...` '
+               'ends them: each has a --help of its own. A program of such a name is run as '
+               './deploy.')
     add = parser.add_argument
     add('program',
         metavar='PROGRAM',
@@ -14306,13 +14327,13 @@ def _parser() -> argparse.ArgumentParser:
         help='path of a program or script; it is copied to the nodes')
     add('--list-nodes',
         action='store_true',
-        help='instead of running a program show the nodes (-n; default: all that answer) and whether '
-        'they can be used; the exit status is 0 if any can')
+        help='instead of running a program show the nodes (-n; default: all that answer) and '
+             'whether they can be used; the exit status is 0 if any can')
     add('--cancel-lost',
         action='store_true',
-        help='instead of running a program end what programs of '
-        'yours that were killed or ended by an exception have left on nodes; the exit status is the '
-        'number of those of which something may be left')
+        help='instead of running a program end what programs of yours that were killed or ended by '
+             'an exception have left on nodes; the exit status is the number of those of which '
+             'something may be left')
     add('-n', '--node', '--nodes', action=Each, default=[], dest='nodes', metavar='HOST[:PORT]',
         help="a node, or several in quotes; may be repeated; 'local': this machine "
         '(default: a dispynode on this machine, or one started for this run)')
@@ -14347,7 +14368,8 @@ def _parser() -> argparse.ArgumentParser:
         type=seconds_option,
         metavar='S',
         help=
-        'give up, with exit status 2, if no node can be used within so many seconds (default: wait for one)'
+        'give up, with exit status 2, if no node can be used within so many seconds (default: wait '
+        'for one)'
         )
     add('-c', '--keep-files', action='store_true', help='leave the files on the nodes')
     add('-d', '--debug', action='store_true', help='log what is done in detail')
@@ -14435,8 +14457,8 @@ HOST_TIME = 150.0             # s for all that is done on a host: an end, a star
 
 def _deploy_parser(task: str) -> argparse.ArgumentParser:
     text = {
-        'deploy': 'Copy dispynode.py and the secret to hosts and start it there as a daemon. One that runs already, from the same '
-        'file, with the same options, is left alone.',
+        'deploy': 'Copy dispynode.py and the secret to hosts and start it there as a daemon. One '
+                  'that runs already, from the same file, with the same options, is left alone.',
         'stop': 'End what `dispy deploy` has started, and its jobs; remove what it has copied.'
     }
     parser = argparse.ArgumentParser(
@@ -14514,7 +14536,8 @@ def _deploy(task: str, argv: List[str]) -> int:
             node = dispynode._parser().parse_args(options)   # wrong ones are told here, once
             if node.secret:
                 raise ValueError(
-                    '-s/--secret can be seen in the list of processes of every host: --secret-file before the --'
+                    '-s/--secret can be seen in the list of processes of every host: --secret-file '
+                    'before the --'
                 )
             if node.secret_file:
                 secret = b''
@@ -14563,7 +14586,8 @@ def _list_nodes(nodes: List[DispyNode]) -> int:
         print('  '.join(map(str.ljust, line, widths)).rstrip())
     if not nodes:
         print(
-            'no node answers: start `python dispynode.py` on a host, or name a host that the question does not reach (-n HOST)',
+            'no node answers: start `python dispynode.py` on a host, or name a host that the '
+            'question does not reach (-n HOST)',
             file=sys.stderr)
     if usable:
         return 0
@@ -14616,7 +14640,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if args.scheduler_host is not None:
             if nodes == LOCAL:
                 raise ValueError(
-                    "-n local is a node of this program alone, and --scheduler-host a scheduler's: give one of them"
+                    "-n local is a node of this program alone, and --scheduler-host a scheduler's: "
+                    "give one of them"
                 )
             host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
             cluster: JobCluster = SharedJobCluster(args.program,

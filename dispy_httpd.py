@@ -1394,8 +1394,9 @@ class Watch:
 # --------------------------------------------------------------------------------------------------
 
 HEADERS = {
-    'Content-Security-Policy': "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    'Content-Security-Policy': "default-src 'none'; script-src 'self'; style-src 'self'; img-src "
+                               "'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+                               "frame-ancestors 'none'",
     'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY',
     'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store',
     'Cross-Origin-Opener-Policy': 'same-origin', 'Cross-Origin-Resource-Policy': 'same-origin',
@@ -1564,7 +1565,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 token.strip().encode('latin-1', 'replace'), self.server.token.encode()):
             raise Refusal(
                 401,
-                'the token is missing or is not the one of this server: use the link that it printed',
+                'the token is missing or is not the one of this server: use the link that it '
+                'printed',
                 WWW_Authenticate='Bearer')
 
     def _length(self) -> int:
@@ -1726,7 +1728,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not self.server.source.manages:
             raise Refusal(
                 409,
-                'nodes are only looked at here; what they do is decided by the program that uses them'
+                'nodes are only looked at here; what they do is decided by the program that uses '
+                'them'
             )
         try:
             done = getattr(self.server.source, name)(**body)
@@ -1794,7 +1797,8 @@ class Server(http.server.ThreadingHTTPServer):
                 request.setblocking(False)
                 if self.tls is None:
                     request.send(
-                        b'HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n'
+                        b'HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: '
+                        b'close\r\n\r\n'
                     )
             self.shutdown_request(request)
             return
@@ -1904,7 +1908,8 @@ class DispyHTTPServer:
         except OSError as exc:
             raise OSError(
                 exc.errno,
-                'the web monitor cannot listen at %s port %d: %s; choose another port (0: any that is free)'
+                'the web monitor cannot listen at %s port %d: %s; choose another port (0: any that '
+                'is free)'
                 % (host or '*', port, exc.strerror or exc)) from exc
         if host in ('', '0.0.0.0', '::'):
             shown = 'localhost'
@@ -1922,7 +1927,8 @@ class DispyHTTPServer:
         self._accepts.start()
         if host not in ('127.0.0.1', '::1', 'localhost') and tls is None:
             logger.warning(
-                'the web monitor listens at %s without TLS: who can read the network can read its token; give certfile=',
+                'the web monitor listens at %s without TLS: who can read the network can read its '
+                'token; give certfile=',
                 host or 'all addresses')
         self._tell('dispy monitor: %s' % self.url)
 
@@ -2054,7 +2060,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--secret-file',
         metavar='FILE',
         help=
-        'file with the secret of the nodes, or of the programs of the scheduler (default: the one of this user)'
+        'file with the secret of the nodes, or of the programs of the scheduler (default: the one '
+        'of this user)'
         )
     add('--node-certfile',
         metavar='FILE',

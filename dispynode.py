@@ -1906,8 +1906,8 @@ def _by_name_here(version: tuple, module: str, name: str, kind: str) -> Any:
     except (ImportError, AttributeError):
         why = _left_out.get((
             module, name
-        ), 'it is not in the source sent. Put it into a file of its own, which the program imports or '
-                            'lists in depends, or run dispynode there with %s' % python_of(version))
+        ), 'it is not in the source sent. Put it into a file of its own, which the program imports '
+           'or lists in depends, or run dispynode there with %s' % python_of(version))
         raise TypeError(
             '%s %s.%s of the client, which runs %s, cannot be had by %s: %s' %
             (kind, module, name, python_of(version), python_of(sys.version_info), why)) from None
@@ -2825,8 +2825,8 @@ def find_secret(secret: Union[str, bytes, None] = None, path: Optional[str] = No
     path = secret_path()
     if not has_place(path):
         raise SecretError(
-            'no secret was given, and this user has no home to keep one in (neither HOME nor an entry in the password '
-            'file): set DISPY_SECRET or XDG_CONFIG_HOME, or give a file')
+            'no secret was given, and this user has no home to keep one in (neither HOME nor an '
+            'entry in the password file): set DISPY_SECRET or XDG_CONFIG_HOME, or give a file')
     if not os.path.exists(path):
         make_secret(path)
     return _read_secret(path)
@@ -3036,8 +3036,9 @@ def _receive_exactly(sock: Any, size: int, deadline: float, clock: Callable[[], 
 
 NO_ANSWER = 'no answer within'
 CLOSED_AT_ONCE = (
-    'it closed the connection at once: is it a dispynode 5, do both sides use TLS or neither (--certfile, in programs '
-    'certfile=), or does it refuse this address for a while after failures?')
+    'it closed the connection at once: is it a dispynode 5, do both sides use TLS or neither '
+    '(--certfile, in programs certfile=), or does it refuse this address for a while after '
+    'failures?')
 
 
 def tls_text(exc: BaseException) -> str:
@@ -3126,7 +3127,8 @@ def handshake_accept(sock: Any,
     magic, low, high, peer_role, wanted, flags, peer_instance, _ = _HELLO.unpack(hello)
     if hello[:2] == b'\x16\x03':   # the first bytes of TLS
         raise HandshakeError(
-            'it uses TLS and this side does not: both sides need a certificate (--certfile, in programs certfile=), or neither'
+            'it uses TLS and this side does not: both sides need a certificate (--certfile, in '
+            'programs certfile=), or neither'
         )
     if magic[:6] != MAGIC[:6]:
         raise HandshakeError('the peer does not speak this protocol')
@@ -5753,7 +5755,8 @@ class UndeliveredResults:
             return
         serials = self.spooled[name].serials
         logger.warning(
-            '%d results of a computation whose client has not come back are given up (--zombie-interval)',
+            '%d results of a computation whose client has not come back are given up '
+            '(--zombie-interval)',
             len(serials))
         self._past.add(
             name,
@@ -7408,7 +7411,8 @@ RELEASED_TEXT = 'its operator has taken it from this client'
 ENDING_TEXT = {   # with what the job's options say
     Outcome.CANCELLED: 'cancelled while it ran',
     Outcome.TIMED_OUT: 'it ran past its time (dispy_timeout) of %(timeout)s s and was ended',
-    Outcome.OUT_OF_MEMORY: 'it used more memory than it may (dispy_memory), which is %(memory)s bytes, and was killed',
+    Outcome.OUT_OF_MEMORY: 'it used more memory than it may (dispy_memory), which is %(memory)s '
+                           'bytes, and was killed',
     Outcome.STOPPED: 'the node was stopped, or taken from this client, while the job ran',
 }
 
@@ -7732,8 +7736,8 @@ def check_not_importing() -> None:
     would be made once more on each node, and so on without end."""
     if modules is not None and modules.loading:
         raise RuntimeError(
-            'a module that a node imports makes a cluster: put that under "if __name__ == \'__main__\':" or into '
-            'a function that jobs do not call')
+            'a module that a node imports makes a cluster: put that under "if __name__ == '
+            '\'__main__\':" or into a function that jobs do not call')
 
 
 def explain_import(exc: BaseException, name: str) -> str:
@@ -10095,7 +10099,8 @@ _SMALL_MTU = '. Either the network passes nothing in one direction, or it loses 
     'a smaller MTU than this host, and the ICMP messages that say so are dropped. Lower the MTU of this host (ip link set ' \
     'DEVICE mtu 1280), or let ICMP through'
 STALLS = {   # what `stall_of` returns -> what is said
-    'sent': 'packets that were sent there have not arrived, although short packets came from there until the end' + _SMALL_MTU,
+    'sent': 'packets that were sent there have not arrived, although short packets came from there '
+            'until the end' + _SMALL_MTU,
     'received': 'packets from there have not arrived, although shorter ones did' + _SMALL_MTU,
 }
 
@@ -11281,7 +11286,8 @@ def dial(host: str,
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM):
         if allowed is not None and not allowed(str(address[0])):
             failure = OSError(
-                'its address is none that may be connected to from here (--allow-nodes of the dispyscheduler)'
+                'its address is none that may be connected to from here (--allow-nodes of the '
+                'dispyscheduler)'
             )
             continue
         sock: Any = socket.socket(family, kind, protocol)
@@ -13121,7 +13127,8 @@ class Daemon(Loop):
             where = place(host, port)
             if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
                 raise StartError(
-                    'port %d is in use (%s), perhaps by another dispynode; choose another port with -p/--port'
+                    'port %d is in use (%s), perhaps by another dispynode; choose another port '
+                    'with -p/--port'
                     % (port, where)) from exc
             raise StartError('cannot listen at %s: %s (-i/--host, -p/--port)' %
                              (where, exc)) from exc
@@ -13482,8 +13489,8 @@ def take_own_directory(path: str,
     if mark not in names:
         if names and not any(name in names for name in known):
             raise StartError(
-                '%s holds other things, such as %s, and none of dispy\'s: files in it would be removed; give a directory '
-                'that is empty or does not exist (%s)' %
+                '%s holds other things, such as %s, and none of dispy\'s: files in it would be '
+                'removed; give a directory that is empty or does not exist (%s)' %
                 (path, printable(sorted(names)[0]), option))
         os.close(
             os.open(os.path.join(path, mark),
@@ -13669,8 +13676,8 @@ class Deployment:
             return 'runs already: port %(port)d, PID %(pid)d' % self._note
         if pid and not restart and self._busy():
             raise StartError(
-                'not replaced: PID %d has another file, secret or options, and is at work; deploy again when it '
-                'is idle, or with --restart' % pid)
+                'not replaced: PID %d has another file, secret or options, and is at work; deploy '
+                'again when it is idle, or with --restart' % pid)
         # A secret that deploy has not put there
         if self._digest(have) == self._note.get('secret'):
             foreign = b''
@@ -14144,8 +14151,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar='HOST[:PORT]',
         help=
-        'connect to this scheduler, or client that listens (host=), and keep trying: for nodes that cannot be reached; '
-        'may be repeated (port: %d)' % SCHEDULER_PORT)
+        'connect to this scheduler, or client that listens (host=), and keep trying: for nodes '
+        'that cannot be reached; may be repeated (port: %d)' % SCHEDULER_PORT)
     add('--scheduler-port', type=int, default=SCHEDULER_PORT, metavar='N',
         help='port of a --scheduler-host for which none is given (default: %(default)s)')
     add('--ipv4-udp-multicast',
@@ -14194,8 +14201,8 @@ def _parser() -> argparse.ArgumentParser:
         type=size_option,
         default=VALUE_MOST,
         metavar='N[kmgt]',
-        help='larger arguments and results of jobs are refused, as are those for which no memory is '
-        'free (default and most: %d GiB)' % (VALUE_MOST >> 30))
+        help='larger arguments and results of jobs are refused, as are those for which no memory '
+             'is free (default and most: %d GiB)' % (VALUE_MOST >> 30))
     add('--zombie-interval',
         type=minutes_option,
         metavar='MIN',

@@ -286,10 +286,12 @@ class State(Database):
         # Nodes may still hold results of jobs that are not here any more: their numbers are not
         # given twice.
         self.number: int = max(*run(
-            "SELECT value << 30, (SELECT coalesce(max(number), 0) FROM jobs) FROM own WHERE name = 'starts'"
+            "SELECT value << 30, (SELECT coalesce(max(number), 0) FROM jobs) FROM own WHERE name = "
+            "'starts'"
         ).fetchone())
         # Of what was given up
-        run('CREATE TABLE IF NOT EXISTS past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)'
+        run('CREATE TABLE IF NOT EXISTS past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text '
+            'TEXT)'
             )
         # Of nodes
         run('CREATE TABLE IF NOT EXISTS memories (place INTEGER PRIMARY KEY, memory TEXT)')
@@ -632,7 +634,8 @@ class State(Database):
         computation, in order."""
         keys = {place: _key_of(key) for key, place in self._places.items()}
         for number, client, options, state, attempt, node in self._db.execute(
-                'SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? ORDER BY number',
+                'SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? '
+                'ORDER BY number',
             (self._comps[comp], )):
             yield number, client, open_plain(
                 options) if options else None, state, number << 16 | attempt, keys.get(node)
@@ -2084,8 +2087,8 @@ class ProgramComputations:
             dropped = {}
         self._came_back(remote, link)
         text = (
-            b'cancelled: it had not begun when its program was gone, and the scheduler did not wait '
-            b'any longer (--gone-after)')
+            b'cancelled: it had not begun when its program was gone, and the scheduler did not '
+            b'wait any longer (--gone-after)')
         for serial, number in dropped.items():
             self._scheduler.state.ended(number,
                                         (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b''))
@@ -2103,8 +2106,9 @@ class ProgramComputations:
             self._scheduler.say(
                 link,
                 Said(remote.comp, (
-                    'the scheduler has heard nothing of this program for a while and has cancelled %d jobs '
-                    'that had not begun (--gone-after); they are sent again' % len(dropped))))
+                    'the scheduler has heard nothing of this program for a while and has cancelled '
+                    '%d jobs that had not begun (--gone-after); they are sent '
+                    'again' % len(dropped))))
             dropped.clear()
 
     def program_gone(self, remote: Remote) -> None:
@@ -3073,7 +3077,8 @@ def _parser() -> argparse.ArgumentParser:
         help='port of nodes for which none is given (default: %(default)s)')
     add('--node-secret',
         metavar='SECRET',
-        help='secret of nodes, if it is another; it can be seen in the list of processes, so better:'
+        help='secret of nodes, if it is another; it can be seen in the list of processes, so '
+             'better:'
         )
     add('--node-secret-file', metavar='FILE', help='file with the secret of nodes')
     add('--cluster-secret', metavar='SECRET', help='secret of programs, if it is another; better:')
@@ -3083,7 +3088,8 @@ def _parser() -> argparse.ArgumentParser:
     add('--cluster-certfile',
         metavar='FILE',
         help=
-        'certificate for TLS with programs; if it is not that for nodes, nodes connect to the next port'
+        'certificate for TLS with programs; if it is not that for nodes, nodes connect to the next '
+        'port'
         )
     add('--cluster-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
     add('--operator-secret-file',
@@ -3127,8 +3133,8 @@ def _parser() -> argparse.ArgumentParser:
         type=size_option,
         default=VALUE_MOST,
         metavar='N[kmgt]',
-        help='larger arguments and results of jobs are refused, as are those for which the disk has '
-        'no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
+        help='larger arguments and results of jobs are refused, as are those for which the disk '
+             'has no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
     add('--zombie-interval',
         type=minutes_option,
         default=ZOMBIE_TIME / 60,
@@ -3138,8 +3144,8 @@ def _parser() -> argparse.ArgumentParser:
         type=seconds_option,
         default=GONE_TIME,
         metavar='S',
-        help='seconds after which, when the connection to a program without recover_file has ended, '
-        'its jobs that have not begun are cancelled (default: %(default)g)')
+        help='seconds after which, when the connection to a program without recover_file has '
+             'ended, its jobs that have not begun are cancelled (default: %(default)g)')
     add('--state-dir',
         metavar='DIR',
         help='where jobs and results are kept (default: %s)' %
@@ -3202,7 +3208,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         root = args.state_dir or default_state_dir(args.port)
         if not has_place(root):
             raise StartError(
-                'this user has no home for the state (neither HOME nor an entry in the password file): --state-dir'
+                'this user has no home for the state (neither HOME nor an entry in the password '
+                'file): --state-dir'
             )
         if args.clean:
             _clean(root)
@@ -3212,8 +3219,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if separate and cluster_secret.strip() == node_secret.strip(
         ) and not args.nodes_share_secret:
             raise StartError(
-                'programs have a secret of their own (--cluster-secret-file), and nodes have the same: each program could pass for '
-                'a node and be given the jobs of the others; give nodes another (--node-secret-file), or say --nodes-share-secret'
+                'programs have a secret of their own (--cluster-secret-file), and nodes have the '
+                'same: each program could pass for a node and be given the jobs of the others; '
+                'give nodes another (--node-secret-file), or say --nodes-share-secret'
             )
         if separate:
             operator_secret = _operator_secret(root, args.operator_secret_file)
