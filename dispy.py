@@ -581,8 +581,7 @@ class DispyJob(Work):
         return self.result
 
     def _unended(self, timeout: Optional[float]) -> str:
-        """That it has not ended in time, and why. The user's threads: runs the user's
-        `__repr__`."""
+        """That it has not ended in time, and why. The user's threads."""
         values = values_of(self.payload, hasattr(self, '_future'))
         return '%s has not ended within %g s: %s' % (
             job_in_words(self.id, values), round(timeout or 0.0, 3), self._why_unended())
@@ -674,13 +673,13 @@ ARGUMENTS_SHOWN = 16384       # bytes of packed arguments that are opened to be 
 
 def values_of(payload: Any, is_call: bool) -> Optional[Tuple[tuple, Dict[str, Any]]]:
     """Arguments, positional and by name, that were packed so, to show them; None if they are large,
-    or cannot be opened. Those of a call of an executor have the packed function before them. Runs
-    the user's code."""
+    or not of plain builtins only: opening others would run the user's code once more, in the
+    program. Those of a call of an executor have the packed function before them."""
     if payload is None or size_of(payload) > ARGUMENTS_SHOWN:
         return None
     try:
-        args, kwargs = unseal(in_one_piece(payload))[:2]
-    except Exception:  # of the user's objects; then they are not shown
+        args, kwargs = open_plain(in_one_piece(payload))[:2]
+    except PeerError:
         return None
     if is_call and len(args) == 3:
         _, args, kwargs = args

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import cloudpickle
@@ -503,3 +504,32 @@ def test_a_normal_run_says_nothing_at_warning(tmp_path):
         said = [line for line in daemon.log().splitlines() if re.search('WARNING|ERROR|Traceback', line)]
         # Who tests as root is told that jobs then run as root.
         assert not [line for line in said if 'jobs run as root' not in line], daemon.log()
+
+
+class Opened:
+    """An argument whose opening leaves a directory."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def __reduce__(self):
+        return tempfile.mkdtemp, ('', 'opened', self.directory)
+
+
+def waits_for(path, argument):
+    import os
+    import time
+    while not os.path.exists(path):
+        time.sleep(0.01)
+
+
+def test_arguments_that_run_code_are_opened_by_the_job_alone(tmp_path):
+    opened, go = tmp_path / 'opened', tmp_path / 'go'
+    opened.mkdir()
+    with dispy.JobCluster(waits_for, nodes='local') as cluster:
+        job = cluster.submit(str(go), Opened(str(opened)))
+        with pytest.raises(TimeoutError, match='job 1 has not ended'):
+            job.get(0.05)
+        go.write_text('')
+        assert job.get(30) is None
+    assert len(os.listdir(str(opened))) == 1
