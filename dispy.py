@@ -9508,8 +9508,6 @@ class NodeSelection:
                 use = peer.uses[comp]
                 if not spec.wild:
                     use.spec = spec
-                else:
-                    use.spec = use.spec
                 if use.state is UseState.CLOSED:
                     use.move('open')
                     use.wanted = None
@@ -9576,8 +9574,6 @@ class ComputationSetup:
             else:
                 if use.spec.wild:
                     use.spec = cluster.spec_of(peer) or use.spec
-                else:
-                    use.spec = use.spec
                 self.set_up(peer, comp)
         self._driver.selection.drop_unused(peer)
         if peer.key in self._nodes.by_key:
@@ -11658,8 +11654,6 @@ class JobCluster(OldCluster):
         reach = discovery_reach()
         if any_node(nodes):
             nodes = None
-        else:
-            nodes = nodes
         if nodes is None and reach != 'off':
             self.specs = [NodeSpec('*', self.port)]
         elif nodes is None or nodes == LOCAL:
@@ -12921,8 +12915,6 @@ class SharedJobCluster(JobCluster):
         future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
         if isinstance(node, DispyNode):
             node = (node.ip_addr, node.port)
-        else:
-            node = node
         if row is None:
             future.set_result(
                 Report(self.comp, [(serial, 0.0) for serial in self._call('running', node)], [],

@@ -989,9 +989,7 @@ class SchedulerSource:
     def _cluster_row(self, row: dict) -> dict:
         connected = row.pop('connected')
         history = self._histories[row.pop('comp')]
-        if connected:
-            row['program'] = row['program']
-        else:
+        if not connected:
             row['program'] = (row['program'] + ' (not connected)').strip()
         return cluster_row(row, history)
 

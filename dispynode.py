@@ -3070,8 +3070,6 @@ def handshake_dial(sock: Any,
     connection breaks."""
     if deadline is None:
         deadline = clock() + HANDSHAKE_TIME
-    else:
-        deadline = deadline
     if binding != NO_TLS:
         tls = _SEES_TLS
     else:
@@ -3117,8 +3115,6 @@ def handshake_accept(sock: Any,
     proof is checked."""
     if deadline is None:
         deadline = clock() + HANDSHAKE_TIME
-    else:
-        deadline = deadline
     if binding != NO_TLS:
         tls = _SEES_TLS
     else:
@@ -14275,8 +14271,6 @@ def _configured(action: argparse.Action, value: Any, where: str) -> Any:
         kind: Any = list
         if isinstance(value, str):
             value = [value]
-        else:
-            value = value
         right = isinstance(value, list) and all(isinstance(item, str) for item in value)
     else:
         if action.nargs == 0:
