@@ -1,12 +1,21 @@
 """A real dispynode process for tests, on loopback, with a directory of its own."""
 
+import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
+import psutil
+import pytest
+
 from conftest import ROOT, eventually
+
+SSHD = shutil.which('sshd') or shutil.which('sshd', path='/usr/sbin:/usr/local/sbin')
+needs_sshd = pytest.mark.skipif(not SSHD or not shutil.which('ssh') or not shutil.which('ssh-keygen'),
+                                reason='needs ssh, ssh-keygen and sshd (Debian: openssh-client, openssh-server)')
 
 
 def start_here(argv, env=None, **options):
@@ -109,3 +118,27 @@ class SchedulerProcess(NodeProcess):
                 [sys.executable, script, '-i', '127.0.0.1', '-p', str(port), '--state-dir', self.state, *options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(os.environ, **(env or {})))
         self.port = int(eventually(self._listening, what='start of a scheduler'))
+
+
+def runners_of(node):
+    """The runners of a node, one a computation."""
+    found = []
+    for child in psutil.Process(node.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):   # a zombie too
+            if any('spawn_main' in word for word in child.cmdline()):
+                found.append(child)
+    return found
+
+
+def runner_of(node):
+    """The runner of a node that serves one computation."""
+    found = runners_of(node)
+    assert len(found) == 1, found
+    return found[0]
+
+
+def run_node(*options, env=None, stdin=subprocess.DEVNULL, python=sys.executable):
+    """A node that is expected not to start: (exit code, stderr)."""
+    done = subprocess.run([python, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', *options], stdin=stdin,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30, env=dict(os.environ, **(env or {})))
+    return done.returncode, done.stderr.decode()

@@ -134,7 +134,7 @@ def test_control_characters_are_written_out():
 def test_names_of_clients_do_not_speak_to_the_operator(tmp_path):
     """A name with an escape sequence, a line of its own and what is no Unicode."""
     from dispynode import Introduce
-    from test_programs import Talk, spec
+    from talk_link import Talk, spec
     from dispynode import Compute, Role
     with NodeProcess(tmp_path) as node:
         with Talk(node.port, wanted=Role.NODE) as talk:

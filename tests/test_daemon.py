@@ -1,7 +1,6 @@
 """The daemon among other programs: options, files of options, hours, the prompt, containers, jobs of another user."""
 
 import argparse
-import glob
 import json
 import logging
 import os
@@ -23,8 +22,8 @@ from dispynode import own_hosts
 from dispynode import (
     Hours, Pause, Phase, Release, Resume, SetCpus, StartError, Status, Stop, _parser, parse_arguments, size_option, available_cpus, command,
     find_hours)
-from nodes import NodeProcess
-from test_node import hold, run_node, square
+from nodes import NodeProcess, run_node
+from scenes import Gate, hold, square
 
 # Nodes without pytest run the functions of this module: by its name it could not be imported there.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -264,8 +263,9 @@ def test_the_prompt(tmp_path):
         terminal.type(b'\n')
         eventually(lambda: terminal.shows('0 of 2 CPUs used, takes jobs') and terminal.shows('held by no client'))
         with dispy.JobCluster(hold, nodes=[terminal.address], loglevel=logging.CRITICAL) as cluster:
-            job = cluster.submit(str(tmp_path / 'flag'))
-            eventually(lambda: glob.glob(str(tmp_path / 'flag.*')))
+            flag = Gate(tmp_path / 'flag')
+            job = cluster.submit(flag.path)
+            eventually(flag.started)
             terminal.type(b'what?\n')
             eventually(lambda: terminal.shows('1 of 2 CPUs used') and terminal.shows('held by ') and terminal.shows('PID %d' % os.getpid())
                        and terminal.shows('1 jobs running, 0 waiting, 0 done'))

@@ -18,14 +18,12 @@ import pytest
 import dispy
 import dispynode
 from conftest import ROOT, eventually, lives
-from nodes import NodeProcess
+from nodes import SSHD, NodeProcess, needs_sshd
 
 # By its name a node would import this module, and with it what the tests do at their start.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-SSHD = shutil.which('sshd') or shutil.which('sshd', path='/usr/sbin:/usr/local/sbin')
-pytestmark = pytest.mark.skipif(not SSHD or not shutil.which('ssh') or not shutil.which('ssh-keygen'),
-                                reason='needs ssh, ssh-keygen and sshd (Debian: openssh-client, openssh-server)')
+pytestmark = needs_sshd
 SECRET = os.environ['DISPY_SECRET']
 OLD = sys.executable + """ -c 'import sys; sys.version_info, sys.version = (3, 7, 0), "3.7.0 (of old)"; exec(sys.stdin.read())'"""
 NODE = ('-i', '127.0.0.1', '-p', '0', '-c', '1')

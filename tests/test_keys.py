@@ -33,7 +33,7 @@ def test_a_node_gives_kept_results_for_the_key(key, given):
 
 def test_the_same_instance_without_the_key_gets_nothing():
     """Who has listened knows the instance; the computation's digest has to fit as well."""
-    from test_node_state import spec
+    from talk_node import spec
     node = node_with_kept(digest_of(b'k'))
     actions = node.handle(Received(5, Compute('c', dict(spec(), key=digest_of(b'other')))), 0.0)
     assert node.results.spooled['c'].owner == b'a' * 16

@@ -13,7 +13,7 @@ import dispy
 from conftest import ROOT
 from dispy import Account, Known, NodeLost, NodeReady, NodeTold, Occasion, Submitted, Verdict
 from dispynode import BEGUN_KEPT, Held, Memory, Past, PeerError, Ready, Slots, decode, encode
-from test_schedule import Talk, jobs, only
+from talk_schedule import Talk, jobs, only
 
 STAYS, WAITS, LOST = Verdict.STAYS, Verdict.WAITS, Verdict.LOST
 CELLS = {   # connected again, recovered, ended

@@ -7,7 +7,7 @@ import pytest
 
 import dispy
 from dispy import Account, Evidence, Loss, NodeDoubted, NodeReady, Opened, Standing, Submitted
-from test_schedule import Talk, jobs, only
+from talk_schedule import Talk, jobs, only
 
 STAYS, RETURNS, AWAY, LOST = Loss.STAYS, Loss.RETURNS, Loss.AWAY, Loss.LOST
 CELLS = {   # idle, busy, embedded, idle scheduler, busy scheduler

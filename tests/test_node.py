@@ -1,6 +1,5 @@
 """The dispynode daemon as its users meet it: real processes on loopback."""
 
-import glob
 import logging
 import os
 import shutil
@@ -19,36 +18,13 @@ import pytest
 import dispy
 from conftest import ROOT, eventually
 from dispy import DispyJob
-from nodes import NodeProcess
+from nodes import NodeProcess, run_node
+from scenes import Gate, hold, square, where
 
 # Nodes without pytest run the functions of this module: by its name it could not be imported there.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 SECRET = os.environ['DISPY_SECRET']
-
-
-def square(n):
-    return n * n
-
-
-def where(seconds=0):
-    time.sleep(seconds)
-    return dispy_node_name   # noqa: F821
-
-
-def hold(flag):
-    """Say that it runs, then wait."""
-    with open('%s.%d' % (flag, os.getpid()), 'w'):
-        pass
-    while True:
-        time.sleep(0.05)
-
-
-def run_node(*options, env=None, stdin=subprocess.DEVNULL, python=sys.executable):
-    """A node that is expected not to start: (exit code, stderr)."""
-    done = subprocess.run([python, os.path.join(ROOT, 'dispynode.py'), '-i', '127.0.0.1', *options], stdin=stdin,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30, env=dict(os.environ, **(env or {})))
-    return done.returncode, done.stderr.decode()
 
 
 @pytest.fixture
@@ -117,15 +93,17 @@ def test_a_secret_that_others_can_read(tmp_path):
 def test_it_starts_again_after_kill_9(tmp_path):
     node = NodeProcess(tmp_path)
     with dispy.JobCluster(hold, nodes=[node.address], loglevel=logging.CRITICAL) as cluster:
-        job = cluster.submit(str(tmp_path / 'flag'))
-        eventually(lambda: glob.glob(str(tmp_path / 'flag.*')))
+        flag = Gate(tmp_path / 'flag')
+        job = cluster.submit(flag.path)
+        eventually(flag.started)
         family = psutil.Process(node.process.pid).children(recursive=True)
         node.kill()
         assert job.wait(5) and job.status == DispyJob.Abandoned and '127.0.0.1' in job.exception
         eventually(lambda: not any(child.is_running() for child in family), what='end of runner and worker')
         with NodeProcess(tmp_path, port=node.port) as again:
-            later = cluster.submit(str(tmp_path / 'later'))
-            eventually(lambda: glob.glob(str(tmp_path / 'later.*')), what='the node to be used again')
+            again_held = Gate(tmp_path / 'later')
+            later = cluster.submit(again_held.path)
+            eventually(again_held.started, what='the node to be used again')
             cluster.cancel(later)
             assert later.wait(20) and again.port == node.port
 
@@ -135,8 +113,9 @@ def test_sigterm_interrupts_what_runs_and_gives_back_what_waits(tmp_path):
     one = NodeProcess(tmp_path / 'one', '--name', 'one', cpus=1)
     with NodeProcess(tmp_path / 'two', '--name', 'two', cpus=1) as two:
         with dispy.JobCluster(hold, nodes=[one.address], loglevel=logging.CRITICAL) as cluster:
-            jobs = [cluster.submit(str(tmp_path / 'flag')) for _ in range(2)]
-            eventually(lambda: glob.glob(str(tmp_path / 'flag.*')))
+            flag = Gate(tmp_path / 'flag')
+            jobs = [cluster.submit(flag.path) for _ in range(2)]
+            eventually(flag.started)
             assert one.stop() == 0
             assert jobs[0].wait(5) and jobs[0].status == DispyJob.Abandoned and 'stopped' in jobs[0].exception
             assert jobs[1].status == DispyJob.Created

@@ -8,7 +8,7 @@ from dispynode import (
     CREDIT_TIME, PAST_TIME, Attempt, Cpus, FairShare, Found, Forget, Lease, NodeLease, NodeTables, Past, PastAttempts, Remember,
     Remembered, Timers, UndeliveredResults)
 from dispynode import _Computation as Computation, _Worker as Worker
-from test_node_state import spec
+from talk_node import spec
 
 
 def due(timers, now):

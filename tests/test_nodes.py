@@ -11,6 +11,7 @@ import dispynode
 from conftest import KINDS, eventually
 from dispy import DispyJob
 from nodes import NodeProcess, SchedulerProcess
+from scenes import Gate, hold, where
 
 
 @pytest.fixture
@@ -37,29 +38,14 @@ def make_cluster(request, nodes, tmp_path):
         yield functools.partial(dispy.SharedJobCluster, scheduler_port=scheduler.port)
 
 
-def where(seconds=0.0):
-    time.sleep(seconds)
-    return dispy_node_name   # noqa: F821
+class Holding(Gate):
+    """A gate, and jobs of a cluster of `hold` that wait there."""
 
-
-def hold(gate):
-    """Until a file is there."""
-    while not os.path.exists(gate):
-        time.sleep(0.01)
-    return dispy_node_name   # noqa: F821
-
-
-class Gate:
-    """Jobs that run until they may end."""
-
-    def __init__(self, cluster, path, count, **node):
-        self.path = str(path)
-        self.jobs = [cluster.submit_node(node['node'], self.path) if node else cluster.submit(self.path) for _ in range(count)]
+    def __init__(self, cluster, path, count, node=None):
+        super().__init__(path)
+        submit = functools.partial(cluster.submit_node, node) if node else cluster.submit
+        self.jobs = [submit(self.path) for _ in range(count)]
         eventually(lambda: sum(job.status == DispyJob.Running for job in self.jobs) >= 1)
-
-    def open(self):
-        with open(self.path, 'w'):
-            pass
 
 
 def states(cluster):
@@ -71,7 +57,7 @@ def states(cluster):
 def test_deallocate_and_allocate(make_cluster, nodes, tmp_path):
     one = nodes()
     with make_cluster(hold, nodes=[one.address]) as cluster:
-        gate = Gate(cluster, tmp_path / 'gate', 1)
+        gate = Holding(cluster, tmp_path / 'gate', 1)
         assert cluster.deallocate_node('one') == 0
         later = cluster.submit(gate.path)
         node, = cluster.status().nodes
@@ -140,7 +126,7 @@ def read(path):
 def test_close_node_waits_for_what_runs_and_cleans_up(make_cluster, nodes, tmp_path):
     one, log = nodes(), tmp_path / 'log'
     with make_cluster(hold, nodes=[one.address], **hooks(str(log))) as cluster:
-        gate = Gate(cluster, tmp_path / 'gate', 2)
+        gate = Holding(cluster, tmp_path / 'gate', 2)
         eventually(lambda: len(cluster.node_jobs('one', from_node=True)) == 2)
         waiting = [cluster.submit(gate.path) for _ in range(6)]
         assert cluster.close_node(one.address) == 0
@@ -161,7 +147,7 @@ def test_close_node_at_once(make_cluster, nodes, tmp_path, reentrant):
     one, two, log = nodes('one', cpus=1), nodes('two', cpus=1), tmp_path / 'log'
     with make_cluster(hold, nodes=[one.address, two.address], reentrant=reentrant, **hooks(str(log))) as cluster:
         cluster.wait_nodes(2, timeout=20)
-        gate = Gate(cluster, tmp_path / 'gate', 2)
+        gate = Holding(cluster, tmp_path / 'gate', 2)
         eventually(lambda: all(job.status == DispyJob.Running for job in gate.jobs))
         there, = cluster.node_jobs('one')
         assert cluster.close_node('one', terminate_pending=True) == 0
@@ -215,7 +201,7 @@ def test_resetup_node_brings_files_as_they_are_now(make_cluster, nodes, tmp_path
 def test_resetup_node_lets_what_runs_end(make_cluster, nodes, tmp_path):
     one, log = nodes(), tmp_path / 'log'
     with make_cluster(hold, nodes=[one.address], **hooks(str(log))) as cluster:
-        gate = Gate(cluster, tmp_path / 'gate', 2)
+        gate = Holding(cluster, tmp_path / 'gate', 2)
         cluster.resetup_node('one')
         later = cluster.submit(gate.path)
         gate.open()
@@ -230,7 +216,7 @@ def test_set_node_cpus_limits_what_runs_at_once(make_cluster, nodes, tmp_path):
     with make_cluster(hold, nodes=[one.address]) as cluster:
         cluster.wait_nodes(1, timeout=20)
         assert cluster.set_node_cpus('one', 1) == 1
-        gate = Gate(cluster, tmp_path / 'gate', 6)
+        gate = Holding(cluster, tmp_path / 'gate', 6)
         time.sleep(0.3)    # more would have begun by now
         assert len(cluster.node_jobs('one', from_node=True)) == 1
         assert cluster.set_node_cpus('one', 3) == 3
@@ -250,7 +236,7 @@ def test_node_jobs(make_cluster, nodes, tmp_path):
     one, two = nodes('one', cpus=1), nodes('two', cpus=1)
     with make_cluster(hold, nodes=[one.address, two.address]) as cluster:
         cluster.wait_nodes(2, timeout=20)
-        gate = Gate(cluster, tmp_path / 'gate', 2, node='one')
+        gate = Holding(cluster, tmp_path / 'gate', 2, node='one')
         assert set(cluster.node_jobs('one')) <= set(gate.jobs) and cluster.node_jobs('two') == []
         assert cluster.node_jobs('one', from_node=True) == gate.jobs[:1] and cluster.node_jobs('two', from_node=True) == []
         gate.open()
@@ -352,7 +338,7 @@ def test_two_clusters_allocate_one_node_differently(make_cluster, nodes, tmp_pat
     one = nodes(cpus=4)
     few, more, none = Some(one.address, 1), Some(one.address, 3), Some(one.address, 0)
     with make_cluster(hold, nodes=[few]) as first, make_cluster(hold, nodes=[more]) as second, make_cluster(hold, nodes=none) as third:
-        gates = Gate(second, tmp_path / 'second', 5), Gate(first, tmp_path / 'first', 4)
+        gates = Holding(second, tmp_path / 'second', 5), Holding(first, tmp_path / 'first', 4)
         eventually(lambda: [len(cluster.node_jobs('one', from_node=True)) for cluster in (first, second)] == [1, 3])
         row, = eventually(lambda: [node for node in third.status().all_nodes if node.state == 'refused'])
         assert row.reason == 'allocate() returned 0'

@@ -28,8 +28,7 @@ import time
 import pytest
 
 from nodes import SchedulerProcess
-from programs import bare_node, make_venv
-from test_versions import _others as other_pythons
+from programs import bare_node, make_venv, other_pythons
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 VERSION = sys.version_info[:2]

@@ -20,12 +20,9 @@ from dispynode import (
     Started, Unfit, Values, Welcome, Wrong, beside, frames, sized)
 from nodes import NodeProcess, SchedulerProcess
 from proxy import DOWN, UP, Proxy
-from test_programs import Talk
-
-MIB = 1 << 20
-FRAME = 3 * MIB       # what a frame of jobs or of results may have here
-LAZY = MIB // 2
-
+from scenes import pattern
+from small_frames import FRAME, LAZY, MIB, stand_in
+from talk_link import Talk
 
 pytestmark = pytest.mark.usefixtures('whole_arguments')
 
@@ -39,31 +36,6 @@ def large_memory():
         if psutil.virtual_memory().available < 12 << 30:
             pytest.skip('needs 12 GiB of free memory')
         yield
-
-
-STAND_IN = '''
-import importlib, os, sys
-if __name__ == '__main__':
-    del __file__
-    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
-    sys.exit(importlib.import_module(%(name)r).main())
-with open(%(path)r) as file:
-    exec(compile(file.read(), %(path)r, 'exec'))
-%(changes)s
-'''
-SMALL_FRAMES = '''
-MESSAGES[4], MESSAGES[37] = (Jobs, %d), (Results, %d)
-LAZY = %d
-''' % (FRAME, FRAME, LAZY)
-
-
-def stand_in(directory, changes=''):
-    """A dispynode.py and a dispyscheduler.py with small frames, and other changes of the first."""
-    os.makedirs(str(directory), exist_ok=True)
-    for name, text in (('dispynode', SMALL_FRAMES + textwrap.dedent(changes)), ('dispyscheduler', 'LAZY = %d\n' % LAZY)):
-        with open(os.path.join(str(directory), name + '.py'), 'w') as file:
-            file.write(STAND_IN % {'name': name, 'path': os.path.join(ROOT, name + '.py'), 'changes': text})
-    return os.path.join(str(directory), 'dispynode.py')
 
 
 @pytest.fixture
@@ -97,16 +69,11 @@ def make_large(request, tmp_path, monkeypatch, small_frames):
                 raise AssertionError('left over: %s\n%s' % (os.listdir(large), scheduler.log()))
 
 
-def pattern(size, seed=b''):
-    """Bytes that differ everywhere."""
-    block = hashlib.sha512(seed).digest()
-    return b''.join(hashlib.sha512(block + number.to_bytes(8, 'big')).digest() for number in range(size // 64 + 1))[:size]
-
-
 def work(data, kind, size):
     """Returns a digest of `data`, and lets `size` bytes come back in one of the ways."""
     import hashlib
-    from test_parts import Fat, pattern
+    from scenes import pattern
+    from test_parts import Fat
     digest = hashlib.sha256(data).digest()
     if kind == 'provisional':
         for seed in (b'a', b'b'):
@@ -189,7 +156,7 @@ def test_a_cluster_that_closes_while_values_are_on_their_way(make_large):
 def counted(path, data, size):
     """Notes that it has begun."""
     import os
-    from test_parts import pattern
+    from scenes import pattern
     with open(path, 'ab') as file:
         file.write(b'.')
     os.path.getsize(path)
@@ -437,7 +404,7 @@ def test_what_is_opened_once_is_there_once(make):
 
 def test_what_came_in_parts_and_waits_keeps_no_link_from_being_read(monkeypatch):
     """Its memory was looked for before it came; cancels of other jobs are read on."""
-    from test_node_state import Talk as NodeTalk
+    from talk_node import Talk as NodeTalk
     monkeypatch.setattr(dispynode, 'MAX_FRAME', 3 * MIB)
     monkeypatch.setattr(dispynode, 'RECEIVE_BUDGET', MIB)
     talk = NodeTalk(cpus=1)

@@ -20,6 +20,7 @@ import dispyscheduler
 from conftest import eventually
 from dispy import Counts, DispyJob, DispyNode, FAILED, JobState
 from nodes import NodeProcess, SchedulerProcess
+from programs import HERE, other_pythons
 
 # -- why a job failed: pure ----------------------------------------------------------------------------------------------------
 
@@ -480,8 +481,7 @@ json.dump([cell.outputs for cell in book.cells], sys.stdout)
 def test_a_notebook(tmp_path, monkeypatch, version):
     for name in ('nbformat', 'nbclient', 'ipykernel', 'tqdm'):
         pytest.importorskip(name)
-    from test_versions import HERE, _others
-    others = _others()
+    others = other_pythons()
     if version == 'other' and not others:
         pytest.skip('no other Python from 3.8 on was found')
     there = HERE if version == 'same' else min(others, key=lambda name: int(name.split('.')[1]))

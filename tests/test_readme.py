@@ -20,16 +20,12 @@ import pytest
 import dispy
 import dispy_httpd
 from conftest import ROOT, _of_session, eventually
+from documents import FENCE, PIECES, TEXTS, Piece
 from nodes import NodeProcess, SchedulerProcess, start_here
 from programs import make_venv
 
-TEXTS = {}
-for _name in ('README.md', 'examples/README.md', 'tests/README.md'):
-    with open(os.path.join(ROOT, _name), encoding='utf-8') as _file:
-        TEXTS[_name] = _file.read()
 README, GUIDES = TEXTS['README.md'], TEXTS['examples/README.md']
 WORDS_MOST = 1200        # of README.md, as `wc -w` counts them: a page that is read in five minutes
-FENCE = re.compile(r'^```(\w*)\n(.*?)^```$', re.M | re.S)
 
 
 # -- the page as a whole --------------------------------------------------------------------------
@@ -75,28 +71,6 @@ def test_every_guide_is_in_the_table_of_contents():
 
 # -- pieces of code -------------------------------------------------------------------------------
 
-class Piece:
-    """A piece of code in a text: where it is, its language, and the output that follows it."""
-
-    def __init__(self, name, found):
-        text = TEXTS[name]
-        titles = re.findall(r'^#+ (.+)$', FENCE.sub('', text[:found.start()]), re.M)
-        self.name, self.title = name, titles[-1]
-        self.language, self.code = found.groups()
-        after = re.match(r'\n\n```\n(.*?)^```$', text[found.end():], re.M | re.S)
-        self.output = after.group(1) if after else None
-
-    def __repr__(self):
-        return ': '.join(self.key())
-
-    def key(self):
-        """What OUTPUTS and FILES know it by."""
-        return ('README' if self.name == 'README.md' else 'guide', self.title)
-
-
-PIECES = [
-    Piece(_name, _found)
-    for _name in ('README.md', 'examples/README.md') for _found in FENCE.finditer(TEXTS[_name])]
 PYTHON = [piece for piece in PIECES if piece.language == 'python']
 SHELL = [piece for piece in PIECES if piece.language == 'sh']
 LINES_OF_SHELL = [line for piece in SHELL for line in piece.code.splitlines()]

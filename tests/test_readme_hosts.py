@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from conftest import eventually
+from documents import PIECES
 from hosts import Hosts
-from test_deploy import SSHD, pytestmark as needs_sshd
-from test_readme import PIECES
+from nodes import SSHD, needs_sshd
 
 pytestmark = needs_sshd
 SSH = """#!/bin/sh

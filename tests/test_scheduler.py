@@ -15,6 +15,7 @@ from conftest import ROOT, eventually
 from dispy import DispyJob, DispyNode
 from dispynode import Compute, Done, Introduce, Jobs, Link, Role, derive_key, dial
 from nodes import NodeProcess, SchedulerProcess, start_here
+from scenes import Gate, hold
 
 
 @pytest.fixture
@@ -39,29 +40,6 @@ def whole(seconds=0.0):
     began = time.time()
     time.sleep(seconds)
     return began, time.time(), dispy_node_name   # noqa: F821
-
-
-class Gate:
-    """Jobs of `hold` run until it is opened."""
-
-    def __init__(self, path):
-        self.path = str(path)
-        os.makedirs(self.path + '.started')
-
-    def started(self):
-        return sorted(os.listdir(self.path + '.started'))
-
-    def open(self):
-        open(self.path, 'w').close()
-
-
-def hold(path, name='x'):
-    import os
-    import time
-    open(os.path.join(path + '.started', str(name)), 'w').close()
-    while not os.path.exists(path):
-        time.sleep(0.01)
-    return name
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-import test_versions
 from conftest import ROOT
+from programs import other_pythons
 
 # What differs, and why.
 OF_CPYTHON = {
@@ -54,7 +54,7 @@ def only_if_long(request):
 
 
 def test_process_pools_of_cpython(tmp_path):
-    python = sys.executable if sys.version_info[:2] == (3, 13) else test_versions._others().get('3.13')
+    python = sys.executable if sys.version_info[:2] == (3, 13) else other_pythons().get('3.13')
     if python is None or subprocess.run([python, '-c', 'import test.test_concurrent_futures.util'], stderr=subprocess.DEVNULL).returncode:
         pytest.skip('no Python 3.13 with its `test` package was found')
     for name in ('cloudpickle', 'psutil'):

@@ -18,7 +18,8 @@ from conftest import ROOT, eventually
 from dispynode import DropValue, FetchValue, ValueDesk, seal, unseal
 from nodes import NodeProcess, SchedulerProcess
 from proxy import UP, Proxy
-from test_parts import pattern, stand_in
+from scenes import pattern
+from small_frames import stand_in
 
 MIB = 1 << 20
 
@@ -438,5 +439,3 @@ def test_kept_values_are_read_where_there_are_many_mappings(tmp_path):
     assert bytes(opened[1][:]) == data and opened[0][:4] == b'mine'
     with pytest.raises(OSError):
         files.open(len(data), digest)
-
-

@@ -1,7 +1,6 @@
 """Functions on nodes with another minor version of Python: as source, or refused with what stands in the way."""
 
 import functools
-import glob
 import importlib
 import logging
 import math as mathematics
@@ -21,6 +20,7 @@ from conftest import eventually
 from dispy import DispyJob, SourcePicker, pack_source
 from dispynode import ForeignCode, make_code, unseal, value_pickler
 from nodes import NodeProcess
+from programs import HERE, other_pythons
 
 try:
     import no_such_module as absent
@@ -30,7 +30,6 @@ except ImportError:
 # The functions of this file travel by value: nodes without pytest cannot import the file.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-HERE = '%d.%d' % sys.version_info[:2]
 FACTOR, TABLE = 3, {'a': [1, 2], 'b': (None, b'x')}
 nameless = lambda n: n   # noqa: E731
 loaded = None
@@ -141,30 +140,14 @@ def independent(n):
     return -n
 
 
-@functools.lru_cache(maxsize=None)
-def _others():
-    """Python executables of other minor versions from 3.8 on, one a version."""
-    pyenv = os.environ.get('PYENV_ROOT', os.path.join(os.path.expanduser('~'), '.pyenv'))
-    found = sorted(glob.glob(os.path.join(pyenv, 'versions', '*', 'bin', 'python3')) + glob.glob('/usr/bin/python3.[0-9]*'))
-    others = {}
-    for path in found:
-        try:
-            minor = subprocess.check_output([path, '-c', 'import sys; print("%d.%d" % sys.version_info[:2])'], stderr=subprocess.DEVNULL).decode().strip()
-        except (OSError, subprocess.CalledProcessError):
-            continue
-        if minor != HERE and tuple(map(int, minor.split('.'))) >= (3, 8):
-            others.setdefault(minor, path)
-    return others
-
-
 @pytest.fixture(params=['oldest', 'newest'])
 def other(request, tmp_path):
     """A node with another version of Python, without any package: (node, its version)."""
-    versions = sorted(_others(), key=lambda version: int(version.split('.')[1]))
+    versions = sorted(other_pythons(), key=lambda version: int(version.split('.')[1]))
     if not versions or (request.param == 'newest' and len(versions) < 2):
         pytest.skip('no other Python from 3.8 on was found' if not versions else 'one other Python only')
     version = versions[0 if request.param == 'oldest' else -1]
-    with NodeProcess(tmp_path / 'other', python=_others()[version], env={'PYTHONNOUSERSITE': '1'}) as node:
+    with NodeProcess(tmp_path / 'other', python=other_pythons()[version], env={'PYTHONNOUSERSITE': '1'}) as node:
         yield node, version
 
 
