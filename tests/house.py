@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import sys
+import textwrap
 
 LIMITS = {
     'mean': 6.5,       # the mean size of a statement
@@ -26,14 +27,21 @@ LIMITS = {
     'branches': 14,    # branches of the function that has most, without functions inside it
     'functions': 0,    # functions that have more
 }
-FOREIGN = 100          # private attributes of other objects that are used in all modules together
+FOREIGN = 99           # private attributes of other objects that are used, in all modules together
 LARGE = 25
 WIDTH = 100
 
 # What does not keep its limit yet. These figures may only fall: a line goes when its limit is kept.
 NOT_YET = {
+    'dispynode.py': {'mean': 7.43, 'large': 1.27, 'nested': 3, 'wide': 48, 'class': 421, 'classes':
+                     2},
+    'dispy.py': {'mean': 7.56, 'large': 1.32, 'nested': 1, 'wide': 28, 'class': 1063, 'classes': 3,
+                 'branches': 43, 'functions': 17},
+    'dispyscheduler.py': {'mean': 8.26, 'large': 1.78, 'wide': 19, 'branches': 26, 'functions': 4},
+    'dispy_httpd.py': {'mean': 8.57, 'large': 3.12, 'nested': 3, 'wide': 169, 'branches': 19,
+                       'functions': 2},
 }
-FOREIGN_YET = 0        # the same for FOREIGN
+FOREIGN_YET = 146      # the same for FOREIGN
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MODULES = ('dispynode.py', 'dispy.py', 'dispyscheduler.py', 'dispy_httpd.py')
@@ -189,6 +197,12 @@ def shown(name, figures):
     return '\n'.join(lines)
 
 
+def wrapped(head, table):
+    """A line of `NOT_YET`, wrapped."""
+    text = textwrap.fill('%r,' % table, WIDTH - len(head))
+    return (head + textwrap.indent(text, ' ' * (len(head) + 1)).lstrip()).splitlines()
+
+
 def main(arguments):
     paths = [word for word in arguments if not word.startswith('-')]
     paths = paths or [os.path.join(ROOT, name) for name in MODULES]
@@ -196,7 +210,7 @@ def main(arguments):
     if '--table' in arguments:
         for name, figures in all_figures.items():
             if figures.not_yet():
-                print('    %r: %r,' % (name, figures.not_yet()))
+                print('\n'.join(wrapped('    %r: ' % name, figures.not_yet())))
         print('FOREIGN_YET = %d' % sum(figures.foreign for figures in all_figures.values()))
         return 0
     found = []

@@ -10,7 +10,7 @@ import pytest
 
 import dispy
 import dispy_httpd
-from conftest import eventually
+from conftest import ROOT, eventually
 from nodes import NodeProcess, SchedulerProcess
 
 webdriver = pytest.importorskip('selenium.webdriver', reason='selenium is not installed')
@@ -22,7 +22,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 
 DRIVER = shutil.which('chromedriver')
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason='there is no Chromium with its chromedriver')
 
-SCREENSHOTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'screenshots')
+SCREENSHOTS = os.path.join(ROOT, 'tests', 'screenshots')
 EVIL = '<script>window.broken = 1</script><img src=x onerror="window.broken = 1"> & "quotes" \'and\' more'
 
 

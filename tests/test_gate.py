@@ -1,4 +1,5 @@
-"""Who may connect: the doorkeeper as a table, and the gate with real connections on loopback."""
+"""Who may connect: the gate, with real connections on loopback. The doorkeeper that decides it has
+tests of its own in test_doorkeeper.py."""
 
 import contextlib
 import logging
@@ -15,118 +16,10 @@ import pytest
 from conftest import eventually
 
 import dispynode
-from dispynode import Arrival, Doorkeeper, Gate, HandshakeError, Loop, Role, handshake_dial, tls_context
+from dispynode import Arrival, Gate, HandshakeError, Loop, Role, handshake_dial, tls_context
 
 PSK, OTHER_PSK = b'k' * 32, b'K' * 32
 CLIENT, NODE = b'client instance.', b'instance of node'
-
-
-# -- the doorkeeper -----------------------------------------------------------------------------------------------
-
-def admitted(keeper, address, count, now=0.0):
-    """How many of so many are let in."""
-    return sum(keeper.admit(address, now) for _ in range(count))
-
-
-def fail(keeper, address, count, now=0.0):
-    for _ in range(count):
-        assert keeper.admit(address, now)
-        keeper.done(address, False, now)
-
-
-def test_32_from_one_address_and_64_at_once():
-    keeper = Doorkeeper()
-    assert admitted(keeper, 'a', 40) == 32
-    assert admitted(keeper, 'b', 20) == 20
-    assert admitted(keeper, 'c', 20) == 12
-    assert not keeper.admit('d', 0.0)
-
-
-def test_who_is_done_makes_room():
-    keeper = Doorkeeper()
-    assert admitted(keeper, 'a', 33) == 32
-    keeper.done('a', True, 0.0)
-    assert admitted(keeper, 'a', 2) == 1
-    assert admitted(keeper, 'b', 40) == 32
-    keeper.done('a', True, 0.0)
-    assert keeper.admit('c', 0.0) and not keeper.admit('c', 0.0)
-
-
-def test_who_was_refused_holds_no_place():
-    keeper = Doorkeeper()
-    admitted(keeper, 'a', 1000)
-    for _ in range(32):
-        keeper.done('a', True, 0.0)
-    assert admitted(keeper, 'a', 33) == 32
-
-
-def test_four_failures_are_free():
-    keeper = Doorkeeper()
-    fail(keeper, 'a', 4)
-    assert keeper.admit('a', 0.0)
-
-
-@pytest.mark.parametrize('failures, shut', [
-    (5, 15), (6, 30), (7, 60), (8, 120), (9, 240), (10, 480), (11, 600), (12, 600), (30, 600)])
-def test_the_time_for_which_an_address_is_refused(failures, shut):
-    keeper, now = Doorkeeper(), 0.0
-    fail(keeper, 'a', 4)
-    for _ in range(failures - 4):
-        now += 1000
-        fail(keeper, 'a', 1, now)
-    assert not keeper.admit('a', now) and not keeper.admit('a', now + shut - 0.01)
-    assert keeper.admit('a', now + shut)
-
-
-# Guards against: 2 ** count does not fit a float any more, done() raises, and the address is never refused again.
-def test_failures_beyond_a_thousand():
-    keeper, now = Doorkeeper(), 0.0
-    for _ in range(40):    # 32 at once come in whenever the time is over
-        now += 1000
-        assert admitted(keeper, 'a', 32, now) == 32
-        for _ in range(32):
-            keeper.done('a', False, now)
-    assert not keeper.admit('a', now + 599)
-
-
-def test_other_addresses_are_not_affected():
-    keeper = Doorkeeper()
-    fail(keeper, 'a', 5)
-    assert not keeper.admit('a', 1.0) and keeper.admit('b', 1.0)
-
-
-def test_success_is_forgiveness():
-    keeper = Doorkeeper()
-    fail(keeper, 'a', 4)
-    assert keeper.admit('a', 0.0)
-    keeper.done('a', True, 0.0)
-    fail(keeper, 'a', 4)
-    assert keeper.admit('a', 0.0)
-
-
-def test_one_line_an_address_and_10_seconds():
-    keeper = Doorkeeper()
-    assert [keeper.may_log('a', now) for now in (0.0, 0.1, 9.9, 10.0, 10.1, 19.9, 20.0)] == [True, False, False,
-        True, False, False, True]
-    assert keeper.may_log('b', 0.1)
-
-
-def test_memory_is_bounded():
-    keeper = Doorkeeper()
-    for number in range(3 * Doorkeeper.REMEMBERED):
-        fail(keeper, '10.%d' % number, 1)
-        keeper.may_log('10.%d' % number, 0.0)
-    assert len(keeper._failed) <= Doorkeeper.REMEMBERED and len(keeper._logged) <= Doorkeeper.REMEMBERED
-    assert not keeper._open
-
-
-def test_asking_leaves_nothing_behind():
-    keeper = Doorkeeper()
-    admitted(keeper, 'a', 64)
-    for number in range(1000):
-        keeper.admit('10.%d' % number, 0.0)
-        keeper.may_log('a', 0.0)
-    assert len(keeper._open) <= 33 and not keeper._failed
 
 
 # -- the gate -------------------------------------------------------------------------------------------------------
@@ -134,10 +27,10 @@ def test_asking_leaves_nothing_behind():
 class House(Loop):
     """A loop that does nothing but keep a gate and those who came in."""
 
-    def __init__(self, **tls):
+    def __init__(self, **options):
         super().__init__()
         self.arrivals = []
-        self.gate = Gate(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, self.post, **tls)
+        self.gate = Gate(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, self.post, **options)
         self.watch(self.gate.socket, self.gate.knock)
         self._thread = threading.Thread(target=self.run)
 
@@ -161,8 +54,9 @@ class House(Loop):
 
 
 @pytest.fixture
-def house():
-    with contextlib.closing(House().start()) as house:
+def house(request):
+    """Its parameter, if a test has one, is what the gate is given."""
+    with contextlib.closing(House(**getattr(request, 'param', {})).start()) as house:
         yield house
 
 
@@ -290,11 +184,10 @@ def test_a_wrong_role_is_refused(house, come):
     eventually(lambda: closed(sock))
 
 
-def test_a_silent_one_is_closed_when_its_time_is_over(house, come, monkeypatch):
-    monkeypatch.setattr(dispynode, 'HANDSHAKE_TIME', 0.05)
+@pytest.mark.parametrize('house', [{'patience': 2.0}], indirect=True)
+def test_a_silent_one_is_closed_when_its_time_is_over(house, come):
     sock = come()
     eventually(lambda: closed(sock), what='end of the connection')
-    monkeypatch.undo()
     assert shake(come())
 
 

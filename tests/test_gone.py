@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import subprocess
 import sys
 
@@ -15,9 +14,7 @@ from dispy_httpd import SchedulerLink
 from dispynode import PULSE
 from dispyscheduler import Absence
 from nodes import NodeProcess, SchedulerProcess, start_here
-
-sys.path.insert(0, os.path.join(ROOT, 'tests', 'faults'))
-from proxy import Proxy   # noqa: E402
+from proxy import Proxy
 
 ELSEWHERE = ('another machine', 1, 'then')
 
@@ -82,8 +79,7 @@ class Overview:
 
 
 def hold(directory, name):
-    import os
-    import time
+        import time
     open(os.path.join(directory, str(name)), 'w').close()
     while not os.path.exists(os.path.join(directory, 'end')):
         time.sleep(0.01)

@@ -26,9 +26,9 @@ import hypothesis.strategies as st
 import pytest
 
 import dispy
+from conftest import ROOT
 from dispy import ModuleKind, ModuleSource, NameKind, OwnModules
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _names = ('%s%d' % ('own', number) for number in itertools.count())
 
 
@@ -473,7 +473,7 @@ def test_what_is_installed(name):
 def test_nothing_in_this_process_is_taken_for_the_users_own():
     instance = OwnModules()
     own = [name for name in list(sys.modules) if instance.kind(name) is ModuleKind.OWN]
-    tests = os.path.dirname(os.path.abspath(__file__))
+    tests = os.path.join(ROOT, 'tests')
     there = {os.path.splitext(name)[0] for _, directories, names in os.walk(tests)
              for name in directories + names}
     assert {name.partition('.')[0] for name in own} <= there | {'tests'} | {

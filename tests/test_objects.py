@@ -27,10 +27,13 @@ import time
 
 import pytest
 
-from nodes import SchedulerProcess
-from programs import bare_node, make_venv, other_pythons
+if __name__ == '__main__':   # pytest finds the tools of the tests by itself
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+from conftest import ROOT  # noqa: E402
+from nodes import SchedulerProcess  # noqa: E402
+from programs import bare_node, make_venv, other_pythons  # noqa: E402
+
 VERSION = sys.version_info[:2]
 PLACES = ['main', 'module', 'package', 'editable']
 NODES = ['local', 'node', 'scheduler', 'other']
@@ -98,7 +101,7 @@ def blocks(text, version, modules):
 def things(version, modules, common, parent, part=None):
     """The text of a copy of things.py; `common` is imported from `parent` (or is a top-level module). `part` is a number: this
     one of PARTS of the objects alone."""
-    with open(os.path.join(HERE, 'objects', 'things.py')) as file:
+    with open(os.path.join(ROOT, 'tests', 'objects', 'things.py')) as file:
         text = blocks(file.read(), version, modules)
     whole = 'from %s import %s as common_module' % (parent, common) if parent else 'import %s as common_module' % common
     text = text.replace('import COMMON as common_module', whole)
@@ -233,7 +236,7 @@ class Program:
 
     @staticmethod
     def _read(name):
-        with open(os.path.join(HERE, 'objects', name)) as file:
+        with open(os.path.join(ROOT, 'tests', 'objects', name)) as file:
             return file.read()
 
     def _write(self, name, text):

@@ -22,7 +22,7 @@ from conftest import ROOT, eventually, make_cluster  # noqa: F401
 from dispy import DispyJob, DispyNode
 from nodes import NodeProcess
 
-TESTS = os.path.dirname(os.path.abspath(__file__))
+TESTS = os.path.join(ROOT, 'tests')
 
 
 def square(n):

@@ -317,3 +317,14 @@ def test_states_of_a_scheduler_that_are_damaged(tmp_path):
         assert code == -9 or (code == 1 and state in ''.join(lines))
         refused += code == 1
     assert refused
+
+
+# -- the secret ---------------------------------------------------------------------------------
+
+def test_processes_that_make_a_secret_at_once_get_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CONFIG_HOME', str(tmp_path))
+    monkeypatch.delenv('DISPY_SECRET')
+    code = 'import dispynode; print(dispynode.find_secret().decode())'
+    processes = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE) for _ in range(3)]
+    found = {process.communicate(timeout=30)[0] for process in processes}
+    assert len(found) == 1 and len(found.pop().strip()) == 64

@@ -14,7 +14,8 @@ import pytest
 
 import dispy
 import dispynode
-from conftest import ROOT, eventually
+from clients import PATHS
+from conftest import eventually
 from dispynode import (
     HOLLOW, MESSAGES, OPS, Done, InParts, Introduce, Jobs, Link, Outcome, Part, PeerError, Refused, Results, Role, Session,
     Started, Unfit, Values, Welcome, Wrong, beside, frames, sized)
@@ -397,7 +398,7 @@ def test_what_is_opened_once_is_there_once(make):
         value = dispynode.unseal(memory, True)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     ''' % ("b'x' * (300 << 20)" if make is bytes else "Buffers(bytearray(300 << 20))"))
-    path = os.pathsep.join([ROOT, os.path.join(ROOT, 'tests'), os.path.join(ROOT, 'tests', 'faults')])
+    path = os.pathsep.join([os.path.dirname(os.path.abspath(__file__)), *PATHS])
     more = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, check=True, env=dict(os.environ, PYTHONPATH=path)).stdout
     assert int(more) < 60 << 10
 

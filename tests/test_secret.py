@@ -3,8 +3,6 @@
 import logging
 import os
 import stat
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -113,13 +111,6 @@ def test_threads_that_make_it_at_once_get_the_same(home):
         thread.join(10)
     assert len(found) == 8 and len(set(found)) == 1
     assert os.listdir(os.path.dirname(secret_path())) == ['secret']
-
-
-def test_processes_that_make_it_at_once_get_the_same(home):
-    code = 'import dispynode; print(dispynode.find_secret().decode())'
-    processes = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE) for _ in range(3)]
-    found = {process.communicate(timeout=30)[0] for process in processes}
-    assert len(found) == 1 and len(found.pop().strip()) == 64
 
 
 def test_the_loser_of_a_race_uses_the_winners(home, monkeypatch):

@@ -12,10 +12,8 @@ import time
 import pytest
 
 import dispy
-from conftest import eventually
+from conftest import ROOT, eventually
 from nodes import NodeProcess
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def change(what):

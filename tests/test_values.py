@@ -14,7 +14,8 @@ import pytest
 
 import dispy
 import dispynode
-from conftest import ROOT, eventually
+from clients import PATHS
+from conftest import eventually
 from dispynode import DropValue, FetchValue, ValueDesk, seal, unseal
 from nodes import NodeProcess, SchedulerProcess
 from proxy import UP, Proxy
@@ -360,7 +361,7 @@ PROGRAM = '''
 import os, sys, time
 import numpy
 import dispy
-sys.path.insert(0, %(tests)r)
+sys.path[:0] = %(paths)r
 from test_values import last
 
 if __name__ == '__main__':
@@ -382,7 +383,7 @@ def test_values_outlive_the_program_with_a_recover_file(tmp_path):
     with NodeProcess(tmp_path / 'node') as node:
         script = tmp_path / 'program.py'
         script.write_text(textwrap.dedent(PROGRAM % {
-            'tests': os.path.join(ROOT, 'tests'), 'port': node.port, 'path': path, 'go': go}))
+            'paths': [os.path.dirname(os.path.abspath(__file__)), *PATHS], 'port': node.port, 'path': path, 'go': go}))
         program = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE)
         assert program.stdout.readline().strip() == b'begun'
         program.send_signal(signal.SIGKILL)
