@@ -187,6 +187,35 @@ def _sockets():
     return found
 
 
+# What a test of tests/unit may not do: it is for what decides, which has neither.
+OF_PROCESSES_AND_SOCKETS = {
+    'os.exec', 'os.fork', 'os.forkpty', 'os.posix_spawn', 'os.system', 'socket.bind',
+    'socket.connect', 'subprocess.Popen'}
+_audited = []      # such events of the unit test that runs
+_auditing = []     # not empty while one runs
+
+
+def _audit(event, _args):
+    if _auditing and event in OF_PROCESSES_AND_SOCKETS:
+        _audited.append(event)
+
+
+sys.addaudithook(_audit)   # for as long as this process lives: it cannot be taken away
+
+
+@pytest.fixture(autouse=True)
+def unit_tests_are_alone(request):
+    """Fails a test of tests/unit that starts a process or connects a socket."""
+    if os.path.dirname(str(request.fspath)) != os.path.join(ROOT, 'tests', 'unit'):
+        yield
+        return
+    del _audited[:]
+    _auditing.append(request)
+    yield
+    _auditing.clear()
+    assert not _audited, 'a unit test uses %s' % sorted(set(_audited))
+
+
 @pytest.fixture
 def small_disk(request, tmp_path):
     """A directory that is a file system of its own, of '1m' or what the test asks for as its parameter."""

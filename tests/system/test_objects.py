@@ -7,7 +7,7 @@ the embedded node, on a node in an empty directory, through a scheduler, or on a
 Each cell is compared with what concurrent.futures.ProcessPoolExecutor with fork gives in the same program or, where that cannot
 pickle the object, with what a call in the program itself gives.
 
-    python tests/test_objects.py --print [PLACE-NODE...]     prints the table by place and node
+    python tests/system/test_objects.py --print [PLACE-NODE...]     prints the table by place and node
 """
 
 import ast
