@@ -79,7 +79,8 @@ class Overview:
 
 
 def hold(directory, name):
-        import time
+    import os
+    import time
     open(os.path.join(directory, str(name)), 'w').close()
     while not os.path.exists(os.path.join(directory, 'end')):
         time.sleep(0.01)
