@@ -55,11 +55,20 @@ class Clock:
         os.replace(file.name, self._path)
 
 
+def script_of(name, env):
+    """What runs the module: the command that is installed, which loads it from the cache of compiled
+    modules. `python dispynode.py` compiles the whole file at each start; so starts who has another
+    PYTHONPATH."""
+    if 'PYTHONPATH' in (env or {}):
+        return os.path.join(ROOT, name + '.py')
+    return os.path.join(ROOT, 'commands', name + '.py')
+
+
 class NodeProcess:
-    """`python dispynode.py` with options; `port` once it listens, `log()` what it said. `host` is where clients reach it,
+    """A dispynode with options; `port` once it listens, `log()` what it said. `host` is where clients reach it,
     `start` starts it: both differ for a node on another host."""
 
-    def __init__(self, directory, *options, cpus=2, python=sys.executable, script=os.path.join(ROOT, 'dispynode.py'),
+    def __init__(self, directory, *options, cpus=2, python=sys.executable, script=None,
                  port=0, env=None, host='127.0.0.1', listen=('-i', '127.0.0.1'), start=start_here):
         self.host = host
         self.directory = str(directory)
@@ -68,7 +77,7 @@ class NodeProcess:
         self.prefix = os.path.join(self.directory, 'node')
         with open(self._log, 'ab') as log:
             self._from = log.tell()
-            self.process = start([python, script, *listen, '-p', str(port), '-c', str(cpus), '--dest-path-prefix', self.prefix,
+            self.process = start([python, script or script_of('dispynode', env), *listen, '-p', str(port), '-c', str(cpus), '--dest-path-prefix', self.prefix,
                                   *options], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
         self.port = int(eventually(self._listening, what='start of a node'))
 
@@ -103,9 +112,9 @@ class NodeProcess:
 
 
 class SchedulerProcess(NodeProcess):
-    """`python dispyscheduler.py` with options."""
+    """A dispyscheduler with options."""
 
-    def __init__(self, directory, *options, port=0, env=None, script=os.path.join(ROOT, 'dispyscheduler.py')):
+    def __init__(self, directory, *options, port=0, env=None, script=None):
         self.host = '127.0.0.1'
 
         self.directory = str(directory)
@@ -115,7 +124,7 @@ class SchedulerProcess(NodeProcess):
         with open(self._log, 'ab') as log:
             self._from = log.tell()
             self.process = subprocess.Popen(
-                [sys.executable, script, '-i', '127.0.0.1', '-p', str(port), '--state-dir', self.state, *options],
+                [sys.executable, script or script_of('dispyscheduler', env), '-i', '127.0.0.1', '-p', str(port), '--state-dir', self.state, *options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=dict(os.environ, **(env or {})))
         self.port = int(eventually(self._listening, what='start of a scheduler'))
 
