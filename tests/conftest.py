@@ -37,14 +37,27 @@ def take_network():
 
 
 def pytest_xdist_auto_num_workers(config):
-    """`pytest -n auto`: tests wait more than they compute. One process where workers would meet."""
+    """`pytest -n auto`: tests wait more than they compute, so that there are more processes than CPUs.
+    One process where workers would meet."""
     try:
         subprocess.run(['unshare', '--net', 'true'], check=True, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):
         return 0
     if config.option.dist == 'no':   # not given
         config.option.dist = 'worksteal'   # some tests take a minute
-    return (os.cpu_count() or 1) + 1
+    return 2 * (os.cpu_count() or 1) + 2
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that take long begin first: one that is begun last would be waited for alone. `worksteal`
+    gives each worker a part of the tests in their order, so each part begins with some of them."""
+    parts = getattr(config, 'workerinput', {}).get('workercount', 1)
+    long = [item for item in items if item.get_closest_marker('long')]
+    others = [item for item in items if not item.get_closest_marker('long')]
+    size = -(-len(others) // parts)
+    items[:] = []
+    for part in range(parts):
+        items += long[part::parts] + others[part * size:(part + 1) * size]
 
 
 OURS = 'dispy-tests-%s-' % WORKER
@@ -67,6 +80,7 @@ KINDS = ['JobCluster', 'SharedJobCluster']
 
 
 def pytest_configure(config):
+    config.addinivalue_line('markers', 'long: takes long, and is begun before others')
     if hasattr(config, 'workerinput'):   # a worker itself, and not a program that it has started
         take_network()
         os.environ['TMPDIR'] = tempfile.mkdtemp(prefix=OURS + 'tmp-')
@@ -159,12 +173,28 @@ def walk_seeds(walk_class, first):
             raise AssertionError('seed %d: %s: %s' % (seed, type(exc).__name__, exc)) from exc
 
 
+def _child_pids():
+    """The children of this process: as Linux lists them, which costs much less than a look at all
+    processes does."""
+    if not os.path.exists('/proc/self/task/%d/children' % os.getpid()):
+        return [child.pid for child in psutil.Process().children()]
+    found = []
+    for thread in os.listdir('/proc/self/task'):
+        try:
+            with open('/proc/self/task/%s/children' % thread) as file:
+                found += map(int, file.read().split())
+        except (FileNotFoundError, ProcessLookupError):   # the thread has ended meanwhile
+            continue
+    return found
+
+
 def _children():
     """All below this process but what is there for the whole run."""
     found = []
-    for child in psutil.Process().children():
-        if child.pid not in _of_session:
+    for pid in _child_pids():
+        if pid not in _of_session:
             try:
+                child = psutil.Process(pid)
                 if 'multiprocessing.resource_tracker' in ' '.join(child.cmdline()):   # lives as long as this process
                     continue
                 found += [child, *child.children(recursive=True)]
