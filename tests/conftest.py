@@ -50,14 +50,25 @@ def pytest_xdist_auto_num_workers(config):
 
 def pytest_collection_modifyitems(config, items):
     """Tests that take long begin first: one that is begun last would be waited for alone. `worksteal`
-    gives each worker a part of the tests in their order, so each part begins with some of them."""
+    gives each worker a part of the tests in their order, so each part begins with some of them. Those
+    of a file that are marked so with `together` stay with one worker."""
     parts = getattr(config, 'workerinput', {}).get('workercount', 1)
-    long = [item for item in items if item.get_closest_marker('long')]
-    others = [item for item in items if not item.get_closest_marker('long')]
+    long, others = {}, []
+    for item in items:
+        mark = item.get_closest_marker('long')
+        if mark is None:
+            others.append(item)
+        elif mark.kwargs.get('together'):
+            long.setdefault(item.fspath, []).append(item)
+        else:
+            long[item] = [item]
+    units = sorted(long.values(), key=len, reverse=True)
     size = -(-len(others) // parts)
     items[:] = []
     for part in range(parts):
-        items += long[part::parts] + others[part * size:(part + 1) * size]
+        for unit in units[part::parts]:
+            items += unit
+        items += others[part * size:(part + 1) * size]
 
 
 OURS = 'dispy-tests-%s-' % WORKER

@@ -106,6 +106,7 @@ def test_what_cannot_be_kept_on_the_client_is_an_error_in_the_job(make_cluster, 
     assert os.listdir(str(here)) == ['taken']
 
 
+@pytest.mark.long
 def test_a_file_of_a_gigabyte_does_not_stand_in_memory(make_cluster, here, tmp_path):
     """1 GiB passes the worker, the node and the client, whose memory stays where it was."""
     size, marks = 1 << 30, {0: b'first', (1 << 29) - 3: b'middle', (1 << 30) - 4: b'last'}

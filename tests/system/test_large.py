@@ -205,6 +205,7 @@ def test_records_of_the_children_of_a_job_come_whole(make_cluster, caplog):
     assert sorted(seen, key=str) == [b'y' * 60000] * 60 + [b'z' * 60000] * 20 + ['returned']
 
 
+@pytest.mark.long
 def test_a_hundred_thousand_files(tmp_path):
     """Names of 200 bytes: the list of what a node misses is longer than a message may be."""
     source = tmp_path / 'many'

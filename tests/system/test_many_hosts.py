@@ -371,6 +371,7 @@ def test_a_node_that_is_not_listed_and_dials_is_not_used(hosts):
     holder.end()
 
 
+@pytest.mark.long
 def test_a_node_that_dials_backs_off(hosts):
     client, far = hosts.host('client'), hosts.host('far')
     client.etc_hosts({})
@@ -491,14 +492,16 @@ def fits(node, client):
     return node[0] == client[0] == 'right' and (node[1], client[1]) in (('right', 'right'), ('plain', 'plain'))
 
 
-def test_the_table_of_refusals(hosts, certificates):
-    """Nine clients at each of nine nodes: who fits is served, each other one is told what is wrong with what, and so is the node."""
+@pytest.mark.long
+@pytest.mark.parametrize('of_node', SECRETS)
+def test_the_table_of_refusals(hosts, certificates, of_node):
+    """Nine clients at each of nine nodes: who fits is served, each other one is told what is wrong with
+    what, and so is the node."""
     clients = {(secret, tls): hosts.host('%s-%s' % (secret, tls), secret={'right': 'the right secret', 'wrong': 'a wrong secret', 'absent': None}[secret])
                for secret in SECRETS for tls in TLS}
     far = hosts.host('far')
-    for secret in SECRETS:
-        for tls in TLS:
-            refuse(clients, far, certificates, secret, tls)
+    for tls in TLS:
+        refuse(clients, far, certificates, of_node, tls)
 
 
 def refuse(clients, far, certificates, node_secret, node_tls):

@@ -34,6 +34,7 @@ from conftest import ROOT  # noqa: E402
 from nodes import SchedulerProcess  # noqa: E402
 from programs import bare_node, make_venv, other_pythons  # noqa: E402
 
+pytestmark = pytest.mark.long(together=True)   # they all need `tables`
 VERSION = sys.version_info[:2]
 PLACES = ['main', 'module', 'package', 'editable']
 NODES = ['local', 'node', 'scheduler', 'other']

@@ -570,6 +570,6 @@ def test_every_test_that_is_named_is_there():
     named = re.findall(r'`(test_\w+\.py)::(test_\w+)`', TEXTS['tests/README.md'])
     assert len(named) > 50
     for name, test in named:
-        paths = [os.path.join(ROOT, 'tests', where, name) for where in ('', 'faults')]
+        paths = [os.path.join(ROOT, 'tests', where, name) for where in ('unit', 'system', 'faults')]
         with open(next(filter(os.path.exists, paths))) as file:
             assert re.search(r'^def %s\(' % test, file.read(), re.M), (name, test)

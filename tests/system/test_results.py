@@ -126,6 +126,7 @@ def test_map_keeps_order_and_is_lazy(make_cluster):
             cluster.map([1], in_flight=0)
 
 
+@pytest.mark.long
 def test_map_over_very_many_inputs_keeps_memory_flat(make_cluster, pytestconfig):
     """Ten times as many inputs (with --long: a hundred times), the same peak."""
     process, alive, peaks = psutil.Process(), [], []

@@ -43,6 +43,7 @@ def stubtest(directory):
     return out.splitlines(), status == 0
 
 
+@pytest.mark.long
 def test_types_fit_the_modules():
     said, is_well = stubtest(ROOT)
     assert is_well, '\n'.join(said)
@@ -59,6 +60,7 @@ DRIFTS = [   # (file, text in it, what stands there instead, what is said of it)
 ]
 
 
+@pytest.mark.long
 def test_a_difference_is_found(tmp_path):
     texts = {}
     for name in MODULES:
@@ -192,6 +194,7 @@ def pyright(python, directory):
             for each in json.loads(out)['generalDiagnostics'] if each['severity'] == 'error']
 
 
+@pytest.mark.long
 @pytest.mark.parametrize('check', [mypy, pyright])
 @pytest.mark.parametrize('prepare', [copied, installed])
 def test_programs(tmp_path, prepare, check):

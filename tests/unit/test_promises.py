@@ -90,6 +90,7 @@ def sharing(shape, trip, seed, other, nodes):
     return world
 
 
+@pytest.mark.long
 @each
 @shaped
 @pytest.mark.parametrize('other', (False, True), ids=('same', 'other'))
@@ -167,6 +168,7 @@ def test_programs_share_and_not_their_computations(shape, trip):
     assert abs(parts[0] - parts[1]) <= 0.15 * max(parts[:2]), parts   # three CPUs: a job more at each end
 
 
+@pytest.mark.long
 @each
 @shaped
 def test_a_newcomer_does_not_wait_for_two_that_share(shape, trip):

@@ -20,6 +20,7 @@ class Long:
 '''
 
 
+@pytest.mark.long
 def test_flake8_has_no_complaints(capsys, monkeypatch):
     cli = pytest.importorskip('flake8.main.cli', reason='flake8 is not installed')
     monkeypatch.chdir(house.ROOT)
