@@ -4,9 +4,9 @@ they say to nodes, and which events they hand to the Schedule."""
 import types
 
 from dispy import (
-    Cargo, ComputationSetup, FileTransfers, NodePolicy, NodeSelection, NodeSpec, NodeTable,
-    NodeUser, Opened, Schedule)
-from dispynode import Welcome
+    PackedComputation, ComputationSetup, FileTransfers, NodePolicy, NodeSelection, NodeSpec,
+    NodeTable, NodeUser, Opened, Schedule)
+from dispynode import NodeHello
 
 SPEC = {'kind': 'function', 'portable': False, 'python': (3, 8, 0), 'code': b'code',
         'setup_args': b'', 'files': []}
@@ -49,7 +49,7 @@ class Cluster(NodeUser):
     def __init__(self, comp='c', specs=(), **spec):
         self.comp = self.name = comp
         self.specs = list(specs)
-        self.cargo = Cargo(dict(SPEC, **spec), {}, False, lambda: (b'', ''))
+        self.cargo = PackedComputation(dict(SPEC, **spec), {}, False, lambda: (b'', ''))
         self.warnings, self.asked_source, self.asked_allocators, self.ready = [], [], [], []
         self.values, self.modules, self.pieces = {}, {}, []
 
@@ -160,7 +160,7 @@ class FakeDriver:
         peer.move('connect')
         self.links[peer.link.number] = peer.link
         self.nodes.by_link[peer.link.number] = peer
-        self.setup.on_welcome(peer, Welcome('node', cpus, dict(facts, python=python)))
+        self.setup.on_welcome(peer, NodeHello('node', cpus, dict(facts, python=python)))
         return peer
 
     def one(self, comp='c'):

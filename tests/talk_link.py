@@ -4,7 +4,7 @@ import logging
 import os
 
 import dispy
-from dispynode import FrameOpener, FrameSealer, Role, derive_key, dial
+from dispynode import FrameDecoder, FrameEncoder, Role, derive_key, dial
 
 
 class Talk:
@@ -15,7 +15,7 @@ class Talk:
         arrival = dial('127.0.0.1', port, derive_key(secret.encode()), role, wanted, instance or os.urandom(16))
         self.sock = arrival.sock
         self.sock.settimeout(20)
-        self._sealer, self._opener = FrameSealer(arrival.session.send_key), FrameOpener(arrival.session.receive_key)
+        self._sealer, self._opener = FrameEncoder(arrival.session.send_key), FrameDecoder(arrival.session.receive_key)
         self._units = []
 
     def say(self, *messages):

@@ -3,8 +3,8 @@
 import collections
 
 from dispynode import (
-    Ack, Compute, Feed, Introduce, Jobs, LinkUp, Node, Outcome, Prepared, Received, Results,
-    RunnerUp, Send, WorkerResults)
+    Ack, Compute, SendToWorker, ClientHello, Jobs, LinkUp, Node, Outcome, DirectoryReady, Received,
+    Results, RunnerUp, Send, WorkerResults)
 
 
 def spec(**changes):
@@ -53,7 +53,7 @@ class Talk:
 
     def link(self, link=1, instance=b'me', name='me@here'):
         self.tell(LinkUp(link, instance, 'address'))
-        return self.say(Introduce(name, 2.0), link)
+        return self.say(ClientHello(name, 2.0), link)
 
     def say(self, message, link=1):
         return self.tell(Received(link, message))
@@ -66,7 +66,7 @@ class Talk:
         if link not in self.node.tables.links:
             self.link(link)
         self.compute(comp, link, **changes)
-        self.tell(Prepared(comp, []))
+        self.tell(DirectoryReady(comp, []))
         return self.tell(RunnerUp(comp))
 
     def jobs(self, *serials, comp='c', link=1, payload=b'12', **options):
@@ -86,7 +86,7 @@ def only(actions, kind):
 
 
 def fed(actions):
-    return [(action.worker, [attempt.serial for attempt in action.attempts]) for action in only(actions, Feed)]
+    return [(action.worker, [attempt.serial for attempt in action.attempts]) for action in only(actions, SendToWorker)]
 
 
 def said(actions, kind):

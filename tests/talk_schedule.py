@@ -1,11 +1,11 @@
 """A conversation with a Schedule: what it is told, and which jobs it sends where."""
 
-from dispy import ENDED, JobState, NodeReady, NodeResults, Opened, Schedule, SendJobs, Submitted, Work
+from dispy import ENDED, JobState, NodeReady, NodeResults, Opened, Schedule, SendJobs, Submitted, ScheduledJob
 from dispynode import Outcome
 
 
 def job(comp='c', payload=b'x', **options):
-    return Work(comp, payload, options or None)
+    return ScheduledJob(comp, payload, options or None)
 
 
 def jobs(count, comp='c', **options):

@@ -16,7 +16,7 @@ import pytest
 from conftest import eventually
 
 import dispynode
-from dispynode import Arrival, Gate, HandshakeError, Loop, Role, handshake_dial, tls_context
+from dispynode import Authenticated, Acceptor, HandshakeError, Loop, Role, handshake_dial, tls_context
 
 PSK, OTHER_PSK = b'k' * 32, b'K' * 32
 CLIENT, NODE = b'client instance.', b'instance of node'
@@ -30,8 +30,8 @@ class House(Loop):
     def __init__(self, **options):
         super().__init__()
         self.arrivals = []
-        self.gate = Gate(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, self.post, **options)
-        self.watch(self.gate.socket, self.gate.knock)
+        self.gate = Acceptor(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, self.post, **options)
+        self.add_reader(self.gate.socket, self.gate.on_readable)
         self._thread = threading.Thread(target=self.run)
 
     def start(self):
@@ -39,14 +39,14 @@ class House(Loop):
         return self
 
     def on_event(self, event):
-        if isinstance(event, Arrival):
+        if isinstance(event, Authenticated):
             self.arrivals.append(event)
 
     def close(self):
         self.stop()
         self.post(None)
         self._thread.join(10)
-        self.unwatch(self.gate.socket)
+        self.remove_reader(self.gate.socket)
         self.gate.server_close()
         for arrival in self.arrivals:
             arrival.sock.close()
@@ -203,7 +203,7 @@ def test_an_error_of_ours_is_seen_and_frees_the_place(house, come, monkeypatch, 
 
 
 def test_closing_the_gate_stops_listening_and_may_come_twice():
-    gate = Gate(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, print)
+    gate = Acceptor(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, print)
     address = gate.server_address
     gate.server_close()
     gate.server_close()
@@ -213,12 +213,12 @@ def test_closing_the_gate_stops_listening_and_may_come_twice():
 
 def test_a_taken_port_is_an_os_error_and_leaves_nothing(house):
     with pytest.raises(OSError):
-        Gate(house.gate.server_address, PSK, Role.NODE, (Role.CLIENT,), NODE, print)
+        Acceptor(house.gate.server_address, PSK, Role.NODE, (Role.CLIENT,), NODE, print)
 
 
 def test_ipv6():
     try:
-        gate = Gate(('::1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, print)
+        gate = Acceptor(('::1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, print)
     except OSError:
         pytest.skip('no IPv6 on this host')
     with contextlib.closing(socket.create_connection(gate.server_address[:2], 10)):
@@ -229,7 +229,7 @@ def test_ipv6():
 
 @pytest.fixture
 def gate():
-    gate = Gate(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, print)
+    gate = Acceptor(('127.0.0.1', 0), PSK, Role.NODE, (Role.CLIENT,), NODE, print)
     yield gate
     gate.server_close()
 

@@ -14,8 +14,8 @@ import dispy
 from conftest import ROOT, eventually
 from dispy import DispyJob
 from dispynode import (
-    Call, Compute, Done, FilePiece, HandshakeError, Held, Introduce, Jobs, Need, Purpose, Ready, Reclaim, Refused, Return,
-    Role, Welcome)
+    Call, Compute, Done, FilePiece, HandshakeError, KnownAttempts, ClientHello, Jobs, Need, Purpose,
+    Ready, Reclaim, Refused, Return, Role, NodeHello)
 from dispyscheduler import _check_allowed, may_dial
 from nodes import NodeProcess, SchedulerProcess
 from talk_link import Talk, answer, spec
@@ -63,7 +63,7 @@ def test_one_odd_message_ends_nobody_else(scheduler, odd):
 def test_files_of_the_host_are_not_read(scheduler, node):
     """`place` takes names of files that the program has sent, and regular ones."""
     with Talk(scheduler.port) as talk:
-        talk.say(Introduce('x', 2.0), Compute('a', spec()))
+        talk.say(ClientHello('x', 2.0), Compute('a', spec()))
         talk.hear(Ready)
         directory = os.path.join(scheduler.state, 'c-a')
         os.mkfifo(os.path.join(directory, 'fifo'))
@@ -87,7 +87,7 @@ def test_a_computation_of_exactly_the_limit_fits_a_message():
 def test_a_program_that_does_not_read_is_not_read_from(scheduler):
     import psutil
     with Talk(scheduler.port) as talk:
-        talk.say(Introduce('x', 600.0), Compute('a', spec()))
+        talk.say(ClientHello('x', 600.0), Compute('a', spec()))
         talk.hear(Ready)
         talk.say(Jobs('a', [(n << 16, b'\x80\x05)}\x86.', None) for n in range(1, 5001)]))
         before = psutil.Process(scheduler.process.pid).memory_info().rss
@@ -120,7 +120,7 @@ class Changed(SchedulerProcess):
 def test_computations_of_one_program_are_bounded(tmp_path, node):
     made = spec()
     with Changed(tmp_path / 's', 'dispyscheduler.COMPS_MOST = 3', '-n', '127.0.0.1:%d' % node.port) as scheduler, Talk(scheduler.port) as talk:
-        talk.say(Introduce('x', 600.0), *[Compute('c%d' % n, made) for n in range(4)])
+        talk.say(ClientHello('x', 600.0), *[Compute('c%d' % n, made) for n in range(4)])
         refused = talk.hear(Refused)
         assert refused.comp == 'c3' and 'limit is 3' in refused.text
         with shared(scheduler) as cluster:
@@ -135,9 +135,9 @@ def test_connections_from_one_address_are_bounded(tmp_path, node):
             talks.append(Talk(scheduler.port))
         ended = 0
         for talk in talks:
-            talk.say(Introduce('x', 600.0))
+            talk.say(ClientHello('x', 600.0))
             try:
-                talk.hear(Welcome)
+                talk.hear(NodeHello)
             except (EOFError, OSError):
                 ended += 1
         assert ended == 60 - (200 - 64) // 4
@@ -244,7 +244,7 @@ def test_programs_with_a_secret_of_their_own(tmp_path):
                         assert bool(ask(*order).error) is not sees
                     comp = cluster.comp
                     talk.say(Reclaim(comp, b'guess'))
-                    assert talk.hear(Held, Refused)[:2] == (comp, [])
+                    assert talk.hear(KnownAttempts, Refused)[:2] == (comp, [])
             hold.write_text('')
             assert job(30) == 'PASSWORD-1'
 
@@ -260,7 +260,7 @@ def test_a_computation_is_its_programs_alone_while_its_files_come(scheduler):
     with Talk(scheduler.port) as owner, Talk(scheduler.port) as other:
         row = ('file', 3, hashlib.sha256(b'abc').digest(), 0o600)
         made = spec(files=[row])
-        owner.say(Introduce('x', 600.0), Compute('a', made))
+        owner.say(ClientHello('x', 600.0), Compute('a', made))
         owner.hear(Need)
         other.say(Done('a'), FilePiece('a', int(Purpose.DEPENDS), 0, row, 0, b'xyz'), Call('', 1, 'overview', ('nodes', 0, 1, False)))
         other.hear(Return)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dispynode import Doorkeeper
+from dispynode import HandshakeLimiter
 
 
 def admitted(keeper, address, count, now=0.0):
@@ -17,7 +17,7 @@ def fail(keeper, address, count, now=0.0):
 
 
 def test_32_from_one_address_and_64_at_once():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     assert admitted(keeper, 'a', 40) == 32
     assert admitted(keeper, 'b', 20) == 20
     assert admitted(keeper, 'c', 20) == 12
@@ -25,7 +25,7 @@ def test_32_from_one_address_and_64_at_once():
 
 
 def test_who_is_done_makes_room():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     assert admitted(keeper, 'a', 33) == 32
     keeper.done('a', True, 0.0)
     assert admitted(keeper, 'a', 2) == 1
@@ -35,7 +35,7 @@ def test_who_is_done_makes_room():
 
 
 def test_who_was_refused_holds_no_place():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     admitted(keeper, 'a', 1000)
     for _ in range(32):
         keeper.done('a', True, 0.0)
@@ -43,7 +43,7 @@ def test_who_was_refused_holds_no_place():
 
 
 def test_four_failures_are_free():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     fail(keeper, 'a', 4)
     assert keeper.admit('a', 0.0)
 
@@ -51,7 +51,7 @@ def test_four_failures_are_free():
 @pytest.mark.parametrize('failures, shut', [
     (5, 15), (6, 30), (7, 60), (8, 120), (9, 240), (10, 480), (11, 600), (12, 600), (30, 600)])
 def test_the_time_for_which_an_address_is_refused(failures, shut):
-    keeper, now = Doorkeeper(), 0.0
+    keeper, now = HandshakeLimiter(), 0.0
     fail(keeper, 'a', 4)
     for _ in range(failures - 4):
         now += 1000
@@ -62,7 +62,7 @@ def test_the_time_for_which_an_address_is_refused(failures, shut):
 
 # Guards against: 2 ** count does not fit a float any more, done() raises, and the address is never refused again.
 def test_failures_beyond_a_thousand():
-    keeper, now = Doorkeeper(), 0.0
+    keeper, now = HandshakeLimiter(), 0.0
     for _ in range(40):    # 32 at once come in whenever the time is over
         now += 1000
         assert admitted(keeper, 'a', 32, now) == 32
@@ -72,13 +72,13 @@ def test_failures_beyond_a_thousand():
 
 
 def test_other_addresses_are_not_affected():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     fail(keeper, 'a', 5)
     assert not keeper.admit('a', 1.0) and keeper.admit('b', 1.0)
 
 
 def test_success_is_forgiveness():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     fail(keeper, 'a', 4)
     assert keeper.admit('a', 0.0)
     keeper.done('a', True, 0.0)
@@ -87,23 +87,23 @@ def test_success_is_forgiveness():
 
 
 def test_one_line_an_address_and_10_seconds():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     assert [keeper.may_log('a', now) for now in (0.0, 0.1, 9.9, 10.0, 10.1, 19.9, 20.0)] == [True, False, False,
         True, False, False, True]
     assert keeper.may_log('b', 0.1)
 
 
 def test_memory_is_bounded():
-    keeper = Doorkeeper()
-    for number in range(3 * Doorkeeper.REMEMBERED):
+    keeper = HandshakeLimiter()
+    for number in range(3 * HandshakeLimiter.REMEMBERED):
         fail(keeper, '10.%d' % number, 1)
         keeper.may_log('10.%d' % number, 0.0)
-    assert len(keeper._failed) <= Doorkeeper.REMEMBERED and len(keeper._logged) <= Doorkeeper.REMEMBERED
+    assert len(keeper._failed) <= HandshakeLimiter.REMEMBERED and len(keeper._logged) <= HandshakeLimiter.REMEMBERED
     assert not keeper._open
 
 
 def test_asking_leaves_nothing_behind():
-    keeper = Doorkeeper()
+    keeper = HandshakeLimiter()
     admitted(keeper, 'a', 64)
     for number in range(1000):
         keeper.admit('10.%d' % number, 0.0)

@@ -8,10 +8,10 @@ import pytest
 
 from dispy import (
     Allocation, DispyNode, Evidence, NodeAllocate, NodeDoubted, NodeDrained, NodeDrains, NodeLeft,
-    NodeOffers, NodeReady, NodeSpec, Unloadable, UseState)
+    NodeOffers, NodeReady, NodeSpec, Unloadable, AssignmentState)
 from dispynode import (
-    Compute, Done, FilePiece, FileStored, Limit, Need, Offer, PeerError, Purpose, Ready, Reclaim,
-    Refused, Shutdown)
+    Compute, Done, FilePiece, FileStored, Limit, Need, CpusChanged, PeerError, Purpose, Ready,
+    Reclaim, Refused, Shutdown)
 from talk_driver import Cluster, FakeDriver
 
 ROW = ('a.txt', 3, b'd' * 32, 0o600)
@@ -77,7 +77,7 @@ def test_a_link_that_ends_forgets_what_went_along_it(driver):
     asked = {('c', 'call 1'): concurrent.futures.Future(), ('c', ''): concurrent.futures.Future()}
     peer.answers.update(asked)
     driver.selection.unlink(peer, peer.link)
-    assert peer.uses['c'].state is UseState.WAITING and driver.nodes.by_link == {}
+    assert peer.uses['c'].state is AssignmentState.WAITING and driver.nodes.by_link == {}
     assert isinstance(asked['c', 'call 1'].exception(0), ConnectionError)   # may be asked again
     assert isinstance(asked['c', ''].exception(0), RuntimeError)
 
@@ -113,7 +113,7 @@ def test_a_node_is_closed_when_its_jobs_have_ended(driver):
     assert driver.decided() == [NodeDrains(peer.key, 'c')] and driver.said() == []
     driver.selection.drained(NodeDrained(peer.key, 'c'))
     assert driver.said() == [Done('c')] and len(driver.decided(NodeLeft)) == 1
-    assert peer.uses['c'].state is UseState.CLOSED
+    assert peer.uses['c'].state is AssignmentState.CLOSED
     driver.selection.allocate('c', [NodeSpec('10.0.0.1', 9701)])
     assert [message.comp for message in driver.said(Compute)] == ['c']
 
@@ -125,7 +125,7 @@ def test_a_node_is_set_up_anew_at_once(driver):
     driver.selection.leave('c', None, 'open', True)
     assert [type(message) for message in driver.said()] == [Done, Compute]
     assert len(driver.decided(NodeLeft)) == 1 and driver.told[-1] == (DispyNode.Closed, peer, ['c'])
-    assert peer.uses['c'].state is UseState.SETTING_UP
+    assert peer.uses['c'].state is AssignmentState.SETTING_UP
 
 
 # -- setting up ------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_a_computation_is_offered_when_the_node_has_told_what_it_is(driver):
     cluster, peer = driver.connected()
     compute, = driver.said()
     assert (compute.comp, compute.spec['kind'], compute.spec['client']) == ('c', 'function', '')
-    assert peer.uses['c'].state is UseState.SETTING_UP and driver.decided() == []
+    assert peer.uses['c'].state is AssignmentState.SETTING_UP and driver.decided() == []
     ready(driver, held=[7])
     decided, = driver.decided()
     assert decided[:6] == NodeReady(peer.key, 'c', 4, [7], str(peer), 4)[:6]
@@ -181,7 +181,7 @@ def test_a_refusal_is_told_once_and_one_that_passes_is_tried_again(driver, code,
     waits = []
     for attempt in range(3):
         refuse(driver, 'no, for the time %d' % attempt if passes else 'no', code)
-        assert peer.uses['c'].state is UseState.REFUSED
+        assert peer.uses['c'].state is AssignmentState.REFUSED
         if not passes:
             break
         waits.append(peer.retry_at - driver.now)
@@ -194,8 +194,8 @@ def test_a_refusal_is_told_once_and_one_that_passes_is_tried_again(driver, code,
         assert waits == pytest.approx([waits[0], 2 * waits[0], 4 * waits[0]])
     else:
         assert peer.retry_at is None
-    driver.setup.on_offer(peer, Offer(4))
-    assert peer.uses['c'].state is UseState.SETTING_UP
+    driver.setup.on_offer(peer, CpusChanged(4))
+    assert peer.uses['c'].state is AssignmentState.SETTING_UP
 
 
 def test_a_node_that_refuses_after_it_was_ready_gives_its_jobs_back(driver):
@@ -241,7 +241,7 @@ def test_a_function_without_source_is_refused_for_its_obstacle(driver, late):
         driver.selection.unlink(peer, link)
     driver.setup.source_found(cluster, peer, link, (b'', 'it is a lambda'))
     assert driver.said() == []
-    assert peer.uses['c'].state is (UseState.WAITING if late else UseState.REFUSED)
+    assert peer.uses['c'].state is (AssignmentState.WAITING if late else AssignmentState.REFUSED)
     assert ['it is a lambda' in text for text in cluster.warnings] == [True] * (not late)
 
 
@@ -249,14 +249,14 @@ def test_a_node_without_cpus_is_refused_until_it_offers_some(driver):
     cluster = driver.open(Cluster(specs=[NodeSpec('10.0.0.1', 9701)]))
     peer = driver.welcome(driver.one(), cpus=0)
     assert driver.said() == [] and '0 offered' in cluster.warnings[0]
-    driver.setup.on_offer(peer, Offer(2))
+    driver.setup.on_offer(peer, CpusChanged(2))
     assert len(driver.said(Compute)) == 1
 
 
 @pytest.mark.parametrize('allocation, error, state, cpus', [
-    (Allocation(3, b'args', [ROW], {}), '', UseState.SETTING_UP, 3),
-    (Allocation(0, b'', [], {}), '', UseState.REFUSED, 0),
-    (Allocation(3, b'', [], {}), 'ZeroDivisionError', UseState.REFUSED, 0)])
+    (Allocation(3, b'args', [ROW], {}), '', AssignmentState.SETTING_UP, 3),
+    (Allocation(0, b'', [], {}), '', AssignmentState.REFUSED, 0),
+    (Allocation(3, b'', [], {}), 'ZeroDivisionError', AssignmentState.REFUSED, 0)])
 def test_an_allocator_decides(driver, allocation, error, state, cpus):
     allocator = NodeAllocate('10.0.0.1')
     cluster = Cluster(specs=[NodeSpec('10.0.0.1', 9701, 0, allocator)])
