@@ -112,14 +112,17 @@ class FakeDriver:
 
     # What the parts call.
 
-    def say(self, link, message):
+    def send(self, link, message):
         self._said.append((link.number, message))
 
     def say_to(self, peer, message):
-        self.say(peer.link, message)
+        self.send(peer.link, message)
 
     def decide(self, event):
         self._decided.append(event)
+
+    def is_over(self, comp):
+        return comp not in self.clusters and comp not in self.recoveries.by_comp
 
     def soon(self):
         pass
@@ -127,7 +130,7 @@ class FakeDriver:
     def tell_all(self, status, peer, comps):
         self.told.append((status, peer, comps))
 
-    def part(self, link, text):
+    def disconnect(self, link, text):
         self.parted.append((link.number, text))
 
     def break_link(self, link, text):

@@ -157,6 +157,12 @@ def test_what_a_node_has_from_before_is_claimed_first(driver):
     assert [type(message) for message in driver.said()] == [Reclaim, Compute]
 
 
+def test_a_node_that_was_away_when_a_computation_ended_is_told(driver):
+    driver.connected(kept={'over': [1]})
+    assert [(type(message), message.comp) for message in driver.said()] == [
+        (Done, 'over'), (Compute, 'c')]
+
+
 def test_a_node_that_was_started_anew_is_doubted(driver):
     cluster = driver.open(Cluster(specs=[NodeSpec('10.0.0.1', 9701)]))
     peer = driver.one(cluster.comp)
