@@ -2160,275 +2160,852 @@ HTML = r'''<!DOCTYPE html>
 </html>
 '''
 
-ICON = r'''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#1f6f66"/><g fill="none" stroke="#fff" stroke-width="2.4" stroke-linecap="round"><path d="M8 23V9M8 16h8M16 16l8-7M16 16h8M16 16l8 7"/></g><g fill="#fff"><circle cx="24" cy="9" r="2.6"/><circle cx="24" cy="16" r="2.6"/><circle cx="24" cy="23" r="2.6"/></g></svg>
+ICON = r'''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">
+<rect width="32" height="32" rx="7" fill="#1f6f66"/>
+<g fill="none" stroke="#fff" stroke-width="2.4" stroke-linecap="round">
+<path d="M8 23V9M8 16h8M16 16l8-7M16 16h8M16 16l8 7"/>
+</g>
+<g fill="#fff">
+<circle cx="24" cy="9" r="2.6"/>
+<circle cx="24" cy="16" r="2.6"/>
+<circle cx="24" cy="23" r="2.6"/>
+</g>
+</svg>
 '''
 
 CSS = r'''
+/* Colours; the second ones are for a dark screen */
 :root {
-  --paper: #f4f3ef; --panel: #fffefb; --sunk: #eceae4; --ink: #1b2225; --soft: #59656a; --line: #d9d6cd; --faint: #e7e4dc;
-  --done: #1f7a6c; --run: #2c69b0; --wait: #a9b0b1; --fail: #b0342a; --stop: #8a6a16; --accent: #1f6f66;
+  --paper: #f4f3ef;
+  --panel: #fffefb;
+  --sunk: #eceae4;
+  --ink: #1b2225;
+  --soft: #59656a;
+  --line: #d9d6cd;
+  --faint: #e7e4dc;
+  --done: #1f7a6c;
+  --run: #2c69b0;
+  --wait: #a9b0b1;
+  --fail: #b0342a;
+  --stop: #8a6a16;
+  --accent: #1f6f66;
   --mono: ui-monospace, "SF Mono", "Cascadia Mono", "DejaVu Sans Mono", Menlo, Consolas, monospace;
 }
-@media (prefers-color-scheme: dark) { :root {
-  --paper: #121618; --panel: #191f22; --sunk: #0e1214; --ink: #e4e8e8; --soft: #98a5a9; --line: #2e373b; --faint: #242c30;
-  --done: #4fb8a6; --run: #6ea6e6; --wait: #66737a; --fail: #ee7b6e; --stop: #d3ab4e; --accent: #5cc2b2;
-} }
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #121618;
+    --panel: #191f22;
+    --sunk: #0e1214;
+    --ink: #e4e8e8;
+    --soft: #98a5a9;
+    --line: #2e373b;
+    --faint: #242c30;
+    --done: #4fb8a6;
+    --run: #6ea6e6;
+    --wait: #66737a;
+    --fail: #ee7b6e;
+    --stop: #d3ab4e;
+    --accent: #5cc2b2;
+  }
+}
+
+/* The page */
 * { box-sizing: border-box; }
-html { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; -webkit-text-size-adjust: 100%; }
+html {
+  background: var(--paper);
+  color: var(--ink);
+  font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  -webkit-text-size-adjust: 100%;
+}
 body { margin: 0; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 3px; }
+:focus-visible {
+  outline: 2px solid var(--accent);
+  outline-offset: 2px;
+  border-radius: 3px;
+}
 main:focus { outline: none; }
 .skip { position: absolute; left: -99em; }
-.skip:focus { left: 1em; top: .6em; background: var(--panel); padding: .3em .8em; z-index: 3; }
-header { display: flex; align-items: center; gap: 1.6rem; padding: 0 1.5rem; height: 3.4rem; background: var(--panel);
-  border-bottom: 1px solid var(--line); }
-.brand { display: flex; align-items: center; gap: .55rem; font-weight: 650; letter-spacing: .01em; }
-nav { display: flex; gap: .2rem; height: 100%; }
-nav a { display: flex; align-items: center; padding: 0 .8rem; color: var(--soft); border-bottom: 2px solid transparent; border-top: 2px solid transparent; }
+.skip:focus {
+  left: 1em;
+  top: 0.6em;
+  background: var(--panel);
+  padding: 0.3em 0.8em;
+  z-index: 3;
+}
+header {
+  display: flex;
+  align-items: center;
+  gap: 1.6rem;
+  padding: 0 1.5rem;
+  height: 3.4rem;
+  background: var(--panel);
+  border-bottom: 1px solid var(--line);
+}
+.brand {
+  display: flex;
+  align-items: center;
+  gap: 0.55rem;
+  font-weight: 650;
+  letter-spacing: 0.01em;
+}
+nav {
+  display: flex;
+  gap: 0.2rem;
+  height: 100%;
+}
+nav a {
+  display: flex;
+  align-items: center;
+  padding: 0 0.8rem;
+  color: var(--soft);
+  border-bottom: 2px solid transparent;
+  border-top: 2px solid transparent;
+}
 nav a:hover { color: var(--ink); text-decoration: none; }
-nav a[aria-current] { color: var(--ink); border-bottom-color: var(--accent); font-weight: 550; }
-.link { margin-left: auto; color: var(--soft); font-size: .87rem; white-space: nowrap; }
-main { max-width: 74rem; margin: 0 auto; padding: 1.6rem 1.5rem 4rem; }
-h1 { font-size: 1.3rem; font-weight: 620; margin: 0; letter-spacing: -.005em; }
-h2 { font-size: 1rem; font-weight: 620; margin: 0; }
-.top { display: flex; align-items: baseline; gap: .5rem 1rem; margin-bottom: 1.1rem; flex-wrap: wrap; }
+nav a[aria-current] {
+  color: var(--ink);
+  border-bottom-color: var(--accent);
+  font-weight: 550;
+}
+.link {
+  margin-left: auto;
+  color: var(--soft);
+  font-size: 0.87rem;
+  white-space: nowrap;
+}
+main {
+  max-width: 74rem;
+  margin: 0 auto;
+  padding: 1.6rem 1.5rem 4rem;
+}
+h1 {
+  font-size: 1.3rem;
+  font-weight: 620;
+  margin: 0;
+  letter-spacing: -0.005em;
+}
+h2 {
+  font-size: 1rem;
+  font-weight: 620;
+  margin: 0;
+}
+.top {
+  display: flex;
+  align-items: baseline;
+  gap: 0.5rem 1rem;
+  margin-bottom: 1.1rem;
+  flex-wrap: wrap;
+}
 .soft, .top p { color: var(--soft); margin: 0; }
-.card { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 1.15rem 1.3rem 1.2rem; margin-bottom: 1.1rem; }
-.card > .top { margin-bottom: .9rem; align-items: center; }
+.card {
+  background: var(--panel);
+  border: 1px solid var(--line);
+  border-radius: 8px;
+  padding: 1.15rem 1.3rem 1.2rem;
+  margin-bottom: 1.1rem;
+}
+.card > .top { margin-bottom: 0.9rem; align-items: center; }
 .card > .top .actions { margin-left: auto; }
-.wrap + .soft, .pager + .soft { margin-top: .9rem; }
-.empty { color: var(--soft); padding: 2.5rem 1rem; text-align: center; }
-.note { position: fixed; left: 50%; bottom: 1.4rem; transform: translateX(-50%); margin: 0; max-width: min(40rem, 92vw); background: var(--ink);
-  color: var(--paper); padding: .6rem 1.1rem; border-radius: 6px; z-index: 3; box-shadow: 0 4px 18px rgba(0,0,0,.22); overflow-wrap: anywhere; }
+.wrap + .soft, .pager + .soft { margin-top: 0.9rem; }
+.empty {
+  color: var(--soft);
+  padding: 2.5rem 1rem;
+  text-align: center;
+}
+.note {
+  position: fixed;
+  left: 50%;
+  bottom: 1.4rem;
+  transform: translateX(-50%);
+  margin: 0;
+  max-width: min(40rem, 92vw);
+  background: var(--ink);
+  color: var(--paper);
+  padding: 0.6rem 1.1rem;
+  border-radius: 6px;
+  z-index: 3;
+  box-shadow: 0 4px 18px rgba(0, 0, 0, 0.22);
+  overflow-wrap: anywhere;
+}
 .note[hidden] { display: none; }
 
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(6rem, 1fr)); gap: .9rem 1rem; margin: 0; }
+/* Clusters */
+.figures {
+  display: grid;
+  grid-template-columns: repeat(auto-fit, minmax(6rem, 1fr));
+  gap: 0.9rem 1rem;
+  margin: 0;
+}
 .figures div { min-width: 0; }
-.figures dt { color: var(--soft); font-size: .84rem; white-space: nowrap; }
-.figures dd { margin: 0; font-size: 1.5rem; line-height: 1.25; font-variant-numeric: tabular-nums; letter-spacing: -.015em; white-space: nowrap; }
-.figures dd small { font-size: .9rem; color: var(--soft); letter-spacing: 0; }
-.mark { display: inline-block; width: .7em; height: .7em; margin-right: .45em; vertical-align: baseline; }
+.figures dt {
+  color: var(--soft);
+  font-size: 0.84rem;
+  white-space: nowrap;
+}
+.figures dd {
+  margin: 0;
+  font-size: 1.5rem;
+  line-height: 1.25;
+  font-variant-numeric: tabular-nums;
+  letter-spacing: -0.015em;
+  white-space: nowrap;
+}
+.figures dd small {
+  font-size: 0.9rem;
+  color: var(--soft);
+  letter-spacing: 0;
+}
+.mark {
+  display: inline-block;
+  width: 0.7em;
+  height: 0.7em;
+  margin-right: 0.45em;
+  vertical-align: baseline;
+}
 .mark.done { background: var(--done); border-radius: 1px; }
 .mark.run { background: var(--run); border-radius: 50%; }
 .mark.wait { border: 2px solid var(--wait); border-radius: 50%; }
 .mark.fail { background: var(--fail); clip-path: polygon(50% 0, 100% 100%, 0 100%); }
-.mark.stop { background: var(--stop); clip-path: polygon(50% 0, 100% 50%, 50% 100%, 0 50%); }
-.bar { display: block; width: 100%; height: 12px; margin: 0 0 1rem; border-radius: 3px; overflow: hidden; background: var(--faint); }
-.s-done { fill: var(--done); } .s-fail { fill: var(--fail); } .s-stop { fill: var(--stop); } .s-run { fill: var(--run); } .s-hatch { stroke: var(--panel); stroke-width: 1.6; opacity: .55; }
-.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 1.6rem; margin-top: 1.2rem; }
+.mark.stop {
+  background: var(--stop);
+  clip-path: polygon(50% 0, 100% 50%, 50% 100%, 0 50%);
+}
+.bar {
+  display: block;
+  width: 100%;
+  height: 12px;
+  margin: 0 0 1rem;
+  border-radius: 3px;
+  overflow: hidden;
+  background: var(--faint);
+}
+.s-done { fill: var(--done); }
+.s-fail { fill: var(--fail); }
+.s-stop { fill: var(--stop); }
+.s-run { fill: var(--run); }
+.s-hatch {
+  stroke: var(--panel);
+  stroke-width: 1.6;
+  opacity: 0.55;
+}
+.plots {
+  display: grid;
+  grid-template-columns: 1fr 1fr;
+  gap: 1.6rem;
+  margin-top: 1.2rem;
+}
 .plot { margin: 0; min-width: 0; }
-.plot figcaption { display: flex; justify-content: space-between; color: var(--soft); font-size: .84rem; margin-bottom: .25rem; font-variant-numeric: tabular-nums; }
-.plot svg { display: block; width: 100%; height: 8.2rem; background: var(--sunk); border-radius: 4px; }
-.plot path { fill: none; stroke-width: 1.8; vector-effect: non-scaling-stroke; stroke-linejoin: round; }
-.p-done { stroke: var(--done); } .p-area-done { fill: var(--done) !important; opacity: .13; stroke: none; }
-.p-used { stroke: var(--run); } .p-area-used { fill: var(--run) !important; opacity: .15; stroke: none; }
-.plot .p-cpus { stroke: var(--soft); stroke-width: 1.2; stroke-dasharray: 4 4; }
+.plot figcaption {
+  display: flex;
+  justify-content: space-between;
+  color: var(--soft);
+  font-size: 0.84rem;
+  margin-bottom: 0.25rem;
+  font-variant-numeric: tabular-nums;
+}
+.plot svg {
+  display: block;
+  width: 100%;
+  height: 8.2rem;
+  background: var(--sunk);
+  border-radius: 4px;
+}
+.plot path {
+  fill: none;
+  stroke-width: 1.8;
+  vector-effect: non-scaling-stroke;
+  stroke-linejoin: round;
+}
+.p-done { stroke: var(--done); }
+.p-area-done {
+  fill: var(--done) !important;
+  opacity: 0.13;
+  stroke: none;
+}
+.p-used { stroke: var(--run); }
+.p-area-used {
+  fill: var(--run) !important;
+  opacity: 0.15;
+  stroke: none;
+}
+.plot .p-cpus {
+  stroke: var(--soft);
+  stroke-width: 1.2;
+  stroke-dasharray: 4 4;
+}
 .plot .grid { stroke: var(--line); stroke-width: 1; }
-.axis { display: flex; justify-content: space-between; color: var(--soft); font-size: .8rem; font-variant-numeric: tabular-nums; margin-top: .2rem; }
+.axis {
+  display: flex;
+  justify-content: space-between;
+  color: var(--soft);
+  font-size: 0.8rem;
+  font-variant-numeric: tabular-nums;
+  margin-top: 0.2rem;
+}
 
-.wrap { overflow-x: auto; background: var(--panel); border: 1px solid var(--line); border-radius: 8px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .55rem .8rem; vertical-align: top; }
-th { font-weight: 500; font-size: .84rem; color: var(--soft); border-bottom: 1px solid var(--line); white-space: nowrap; }
+/* Tables and one node */
+.wrap {
+  overflow-x: auto;
+  background: var(--panel);
+  border: 1px solid var(--line);
+  border-radius: 8px;
+}
+table {
+  border-collapse: collapse;
+  width: 100%;
+  font-variant-numeric: tabular-nums;
+}
+th, td {
+  text-align: left;
+  padding: 0.55rem 0.8rem;
+  vertical-align: top;
+}
+th {
+  font-weight: 500;
+  font-size: 0.84rem;
+  color: var(--soft);
+  border-bottom: 1px solid var(--line);
+  white-space: nowrap;
+}
 th a { color: inherit; }
 th[aria-sort] a { color: var(--ink); font-weight: 600; }
 tr + tr td { border-top: 1px solid var(--faint); }
 .n { text-align: right; white-space: nowrap; }
-td .sub { color: var(--soft); font-size: .84rem; display: block; overflow-wrap: anywhere; }
+td .sub {
+  color: var(--soft);
+  font-size: 0.84rem;
+  display: block;
+  overflow-wrap: anywhere;
+}
 td .reason { max-width: 26rem; white-space: pre-line; }
 .nowrap { white-space: nowrap; }
-.state::before { content: attr(data-shape); display: inline-block; width: 1.25em; font-size: .92em; }
+.state::before {
+  content: attr(data-shape);
+  display: inline-block;
+  width: 1.25em;
+  font-size: 0.92em;
+}
 .state { white-space: nowrap; }
-.state.good { color: var(--done); } .state.busy { color: var(--run); } .state.bad { color: var(--fail); } .state.warn { color: var(--stop); } .state.off { color: var(--soft); }
-.meter { display: block; width: 6.5rem; height: 6px; margin-top: .35rem; margin-left: auto; border-radius: 2px; background: var(--faint); }
+.state.good { color: var(--done); }
+.state.busy { color: var(--run); }
+.state.bad { color: var(--fail); }
+.state.warn { color: var(--stop); }
+.state.off { color: var(--soft); }
+.meter {
+  display: block;
+  width: 6.5rem;
+  height: 6px;
+  margin-top: 0.35rem;
+  margin-left: auto;
+  border-radius: 2px;
+  background: var(--faint);
+}
 .meter rect { fill: var(--run); }
-code, pre, .mono { font-family: var(--mono); font-size: .86rem; }
+code, pre, .mono { font-family: var(--mono); font-size: 0.86rem; }
 .args { overflow-wrap: anywhere; white-space: pre-wrap; }
-pre { background: var(--sunk); border-radius: 4px; padding: .6rem .8rem; margin: .5rem 0 0; overflow: auto; max-height: 22rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre {
+  background: var(--sunk);
+  border-radius: 4px;
+  padding: 0.6rem 0.8rem;
+  margin: 0.5rem 0 0;
+  overflow: auto;
+  max-height: 22rem;
+  white-space: pre-wrap;
+  overflow-wrap: anywhere;
+}
 pre.err { border-left: 3px solid var(--stop); }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(11rem, 42%), 1fr)); gap: .7rem 1.4rem; margin: 0; }
-.facts dt { color: var(--soft); font-size: .84rem; }
-.facts dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-.pager { display: flex; gap: 1rem; align-items: center; margin-top: .9rem; color: var(--soft); flex-wrap: wrap; }
-.tools { display: flex; gap: .6rem; align-items: center; flex-wrap: wrap; margin: 0 0 .9rem; }
-button, input, select { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line); border-radius: 5px; padding: .28rem .75rem; min-height: 2.15rem; }
+.facts {
+  display: grid;
+  grid-template-columns: repeat(auto-fill, minmax(min(11rem, 42%), 1fr));
+  gap: 0.7rem 1.4rem;
+  margin: 0;
+}
+.facts dt { color: var(--soft); font-size: 0.84rem; }
+.facts dd {
+  margin: 0;
+  overflow-wrap: anywhere;
+  font-variant-numeric: tabular-nums;
+}
+.pager {
+  display: flex;
+  gap: 1rem;
+  align-items: center;
+  margin-top: 0.9rem;
+  color: var(--soft);
+  flex-wrap: wrap;
+}
+.tools {
+  display: flex;
+  gap: 0.6rem;
+  align-items: center;
+  flex-wrap: wrap;
+  margin: 0 0 0.9rem;
+}
+
+/* Forms */
+button, input, select {
+  font: inherit;
+  color: inherit;
+  background: var(--panel);
+  border: 1px solid var(--line);
+  border-radius: 5px;
+  padding: 0.28rem 0.75rem;
+  min-height: 2.15rem;
+}
 button { cursor: pointer; white-space: nowrap; }
 button:hover:not(:disabled) { border-color: var(--soft); }
-button:disabled { opacity: .45; cursor: default; }
-button.main { background: var(--accent); border-color: var(--accent); color: var(--panel); }
-button.sure { background: var(--fail); border-color: var(--fail); color: var(--panel); }
-input[type=number] { width: 5rem; } input[type=checkbox] { width: 1.15rem; height: 1.15rem; min-height: 0; accent-color: var(--accent); margin: .15rem 0 0; }
-form { display: flex; flex-wrap: wrap; gap: .8rem 1rem; align-items: flex-end; }
-label { display: grid; gap: .2rem; color: var(--soft); font-size: .84rem; }
-label input, label select { color: var(--ink); font-size: .95rem; }
-.actions { display: flex; flex-wrap: wrap; gap: .45rem; justify-content: flex-end; }
-.actions form { gap: .4rem; flex-wrap: nowrap; }
-details { border-top: 1px solid var(--faint); } details:first-child { border-top: 0; }
-summary { display: flex; gap: 1rem; align-items: baseline; padding: .7rem 1rem; cursor: pointer; list-style: none; }
-summary::-webkit-details-marker { display: none; }
-summary::before { content: "\25B8"; color: var(--soft); } details[open] > summary::before { content: "\25BE"; }
-summary .line { flex: 1; min-width: 0; overflow-wrap: anywhere; }
-details > div { padding: 0 1rem 1.1rem 2.6rem; }
-details table { margin-top: .9rem; } details th, details td { padding: .35rem .8rem .35rem 0; }
-.count { font-variant-numeric: tabular-nums; font-weight: 620; white-space: nowrap; color: var(--fail); }
+button:disabled { opacity: 0.45; cursor: default; }
+button.main {
+  background: var(--accent);
+  border-color: var(--accent);
+  color: var(--panel);
+}
+button.sure {
+  background: var(--fail);
+  border-color: var(--fail);
+  color: var(--panel);
+}
+input[type="number"] { width: 5rem; }
+input[type="checkbox"] {
+  width: 1.15rem;
+  height: 1.15rem;
+  min-height: 0;
+  accent-color: var(--accent);
+  margin: 0.15rem 0 0;
+}
+form {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.8rem 1rem;
+  align-items: flex-end;
+}
+label {
+  display: grid;
+  gap: 0.2rem;
+  color: var(--soft);
+  font-size: 0.84rem;
+}
+label input, label select { color: var(--ink); font-size: 0.95rem; }
+.actions {
+  display: flex;
+  flex-wrap: wrap;
+  gap: 0.45rem;
+  justify-content: flex-end;
+}
+.actions form { gap: 0.4rem; flex-wrap: nowrap; }
 
+/* Failures */
+details { border-top: 1px solid var(--faint); }
+details:first-child { border-top: 0; }
+summary {
+  display: flex;
+  gap: 1rem;
+  align-items: baseline;
+  padding: 0.7rem 1rem;
+  cursor: pointer;
+  list-style: none;
+}
+summary::-webkit-details-marker { display: none; }
+summary::before { content: "\25B8"; color: var(--soft); }
+details[open] > summary::before { content: "\25BE"; }
+summary .line {
+  flex: 1;
+  min-width: 0;
+  overflow-wrap: anywhere;
+}
+details > div { padding: 0 1rem 1.1rem 2.6rem; }
+details table { margin-top: 0.9rem; }
+details th, details td { padding: 0.35rem 0.8rem 0.35rem 0; }
+.count {
+  font-variant-numeric: tabular-nums;
+  font-weight: 620;
+  white-space: nowrap;
+  color: var(--fail);
+}
+
+/* Narrow windows: a row of a table becomes a block */
 @media (max-width: 44rem) {
-  header { gap: .3rem .8rem; padding: .5rem 1rem 0; height: auto; flex-wrap: wrap; }
-  nav { order: 3; width: 100%; height: 2.6rem; gap: 0; margin: 0 -.5rem; }
-  nav a { padding: 0 .6rem; }
+  header {
+    gap: 0.3rem 0.8rem;
+    padding: 0.5rem 1rem 0;
+    height: auto;
+    flex-wrap: wrap;
+  }
+  nav {
+    order: 3;
+    width: 100%;
+    height: 2.6rem;
+    gap: 0;
+    margin: 0 -0.5rem;
+  }
+  nav a { padding: 0 0.6rem; }
   main { padding: 1.1rem 1rem 3.5rem; }
   .plots { grid-template-columns: 1fr; gap: 1.1rem; }
-  .figures { grid-template-columns: repeat(3, 1fr); gap: .8rem; } .figures dd { font-size: 1.2rem; }
+  .figures { grid-template-columns: repeat(3, 1fr); gap: 0.8rem; }
+  .figures dd { font-size: 1.2rem; }
   .stack thead { position: absolute; left: -99em; }
-  .stack, .stack tbody { display: block; } .stack tr { display: grid; grid-template-columns: 1fr 1fr; gap: .15rem 1rem; padding: .8rem 1rem; }
+  .stack, .stack tbody { display: block; }
+  .stack tr {
+    display: grid;
+    grid-template-columns: 1fr 1fr;
+    gap: 0.15rem 1rem;
+    padding: 0.8rem 1rem;
+  }
   .stack tr + tr { border-top: 1px solid var(--line); }
-  .stack td { display: block; border: 0 !important; padding: .1rem 0; text-align: left; }
-  .stack td[data-label]::before { content: attr(data-label); display: block; color: var(--soft); font-size: .78rem; }
-  .stack td.wide { grid-column: 1 / -1; } .stack .meter { margin-left: 0; } .actions { justify-content: flex-start; }
-  details > div { padding-left: 1rem; } .card { padding: 1rem; } .card > .top .actions { margin-left: 0; }
-  details .stack tr { padding: .6rem 0; }
+  .stack td {
+    display: block;
+    border: 0 !important;
+    padding: 0.1rem 0;
+    text-align: left;
+  }
+  .stack td[data-label]::before {
+    content: attr(data-label);
+    display: block;
+    color: var(--soft);
+    font-size: 0.78rem;
+  }
+  .stack td.wide { grid-column: 1 / -1; }
+  .stack .meter { margin-left: 0; }
+  .actions { justify-content: flex-start; }
+  details > div { padding-left: 1rem; }
+  .card { padding: 1rem; }
+  .card > .top .actions { margin-left: 0; }
+  details .stack tr { padding: 0.6rem 0; }
   .sorts { display: flex !important; }
 }
-.sorts { display: none; gap: .35rem .9rem; flex-wrap: wrap; margin-bottom: .8rem; font-size: .87rem; color: var(--soft); }
-@media (prefers-reduced-motion: no-preference) { .s-done, .s-fail, .s-stop, .s-run, .meter rect { transition: all .3s linear; } }
+.sorts {
+  display: none;
+  gap: 0.35rem 0.9rem;
+  flex-wrap: wrap;
+  margin-bottom: 0.8rem;
+  font-size: 0.87rem;
+  color: var(--soft);
+}
+@media (prefers-reduced-motion: no-preference) {
+  .s-done, .s-fail, .s-stop, .s-run, .meter rect { transition: all 0.3s linear; }
+}
 '''
 
 SCRIPT = r'''"use strict";
-// The page: `draw` makes plain descriptions of elements of what the server tells, `patch` brings the document up to them.
-// What comes from the server becomes text nodes and attributes, never markup.
+// The page. Functions that draw return plain descriptions of elements (see `h`), and `patch`
+// changes the document until it is as they describe it. What comes from the server becomes text
+// nodes and attributes, never markup.
 
-const NS = "http://www.w3.org/2000/svg";
-const DRAWN = new Set(["svg", "path", "rect", "line", "g", "title"]);
-const KEPT = new Set(["value", "checked", "open"]);           // the reader's, once they are there
-const h = (tag, attrs, ...kids) => ({tag, attrs: attrs || {}, kids: kids.flat(Infinity).filter(kid => kid !== null && kid !== undefined && kid !== false)});
+// -- describing elements, and bringing the document up to the description -------------------------
+
+const SVG_NAMESPACE = "http://www.w3.org/2000/svg";
+const SVG_TAGS = new Set(["svg", "path", "rect", "line", "g", "title"]);
+// The reader changes these attributes; after an element was made they are left alone.
+const READERS_OWN = new Set(["value", "checked", "open"]);
+const DASH = "\u2013";
+
+function isAbsent(value) {
+  return value === null || value === undefined || value === false;
+}
+
+// Describe an element. Children are descriptions, texts, numbers, or arrays of these.
+function h(tag, attributes, ...children) {
+  const kids = children.flat(Infinity).filter(kid => !isAbsent(kid));
+  return {tag, attributes: attributes || {}, kids};
+}
+
+function attributeText(value) {
+  return value === true ? "" : String(value);
+}
+
+function keyOf(item) {
+  const key = typeof item === "object" ? item.attributes["data-key"] : undefined;
+  return key === undefined ? undefined : String(key);
+}
 
 function make(item) {
   if (typeof item !== "object") return document.createTextNode(String(item));
-  const element = DRAWN.has(item.tag) ? document.createElementNS(NS, item.tag) : document.createElement(item.tag);
-  for (const [name, value] of Object.entries(item.attrs)) if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value === true ? "" : value);
+  const element = SVG_TAGS.has(item.tag)
+    ? document.createElementNS(SVG_NAMESPACE, item.tag)
+    : document.createElement(item.tag);
+  for (const [name, value] of Object.entries(item.attributes)) {
+    if (!isAbsent(value)) element.setAttribute(name, attributeText(value));
+  }
   for (const kid of item.kids) element.appendChild(make(kid));
   return element;
 }
 
+// Whether a node of the document can be changed into what is described.
 function fits(node, item) {
-  if (typeof item !== "object") return node.nodeType === 3;
-  return node.nodeType === 1 && node.tagName.toLowerCase() === item.tag && (node.getAttribute("data-key") || "") === String(item.attrs["data-key"] || "");
+  if (typeof item !== "object") return node.nodeType === Node.TEXT_NODE;
+  if (node.nodeType !== Node.ELEMENT_NODE) return false;
+  if (node.tagName.toLowerCase() !== item.tag) return false;
+  return (node.getAttribute("data-key") || "") === (keyOf(item) || "");
 }
 
 function update(node, item) {
-  if (typeof item !== "object") { if (node.data !== String(item)) node.data = String(item); return; }
-  for (const {name} of [...node.attributes]) if (!KEPT.has(name) && (item.attrs[name] === undefined || item.attrs[name] === false || item.attrs[name] === null)) node.removeAttribute(name);
-  for (const [name, value] of Object.entries(item.attrs)) {
-    if (KEPT.has(name) || value === false || value === null || value === undefined) continue;
-    const text = value === true ? "" : String(value);
+  if (typeof item !== "object") {
+    if (node.data !== String(item)) node.data = String(item);
+    return;
+  }
+  for (const {name} of [...node.attributes]) {
+    if (!READERS_OWN.has(name) && isAbsent(item.attributes[name])) node.removeAttribute(name);
+  }
+  for (const [name, value] of Object.entries(item.attributes)) {
+    if (READERS_OWN.has(name) || isAbsent(value)) continue;
+    const text = attributeText(value);
     if (node.getAttribute(name) !== text) node.setAttribute(name, text);
   }
   patch(node, item.kids);
 }
 
-function patch(parent, items) {
+function childrenByKey(parent) {
   const keyed = new Map();
-  for (const child of parent.children) if (child.hasAttribute("data-key")) keyed.set(child.getAttribute("data-key"), child);
+  for (const child of parent.children) {
+    if (child.hasAttribute("data-key")) keyed.set(child.getAttribute("data-key"), child);
+  }
+  return keyed;
+}
+
+// The child that is to become what is described: the one with its key, wherever it stands, or the
+// one whose turn it is. Null if there is none that fits.
+function findChild(keyed, at, item) {
+  const found = keyed.get(keyOf(item)) || at;
+  return found && fits(found, item) ? found : null;
+}
+
+function patch(parent, items) {
+  const keyed = childrenByKey(parent);
   let at = parent.firstChild;
   for (const item of items) {
-    const key = typeof item === "object" && item.attrs["data-key"] !== undefined ? keyed.get(String(item.attrs["data-key"])) : undefined;
-    const now = key !== undefined && fits(key, item) ? key : at && key === undefined && fits(at, item) ? at : null;
-    if (now === null) { parent.insertBefore(make(item), at); continue; }
-    if (now === at) at = at.nextSibling; else parent.insertBefore(now, at);
-    update(now, item);
+    const child = findChild(keyed, at, item);
+    if (child === null) {
+      parent.insertBefore(make(item), at);
+      continue;
+    }
+    if (child === at) {
+      at = at.nextSibling;
+    } else {
+      parent.insertBefore(child, at);
+    }
+    update(child, item);
   }
-  while (at) { const gone = at; at = at.nextSibling; gone.remove(); }
+  while (at) {
+    const gone = at;
+    at = at.nextSibling;
+    gone.remove();
+  }
 }
 
-// -- words and numbers -----------------------------------------------------------------------------------
+// -- words and numbers ----------------------------------------------------------------------------
 
-const count = n => Math.round(n).toLocaleString("en").replace(/,/g, "\u2009");
-const few = n => n === 0 ? "0" : n >= 100 ? count(n) : n >= 10 ? n.toFixed(1) : n.toFixed(2);
-function span(s) {
-  if (s === null || s === undefined) return "\u2013";
-  if (s < 10) return s.toFixed(1) + " s";
-  if (s < 90) return Math.round(s) + " s";
-  const m = Math.round(s / 60);
-  if (m < 90) return m + " min";
-  const hours = Math.floor(m / 60);
-  return hours < 48 ? hours + " h " + String(m % 60).padStart(2, "0") + " min" : Math.floor(hours / 24) + " d " + hours % 24 + " h";
+function count(n) {
+  const thinSpace = "\u2009";
+  return Math.round(n).toLocaleString("en").replace(/,/g, thinSpace);
 }
-function size(b) {
-  if (b === null || b === undefined) return "\u2013";
+
+// A number with as many digits as matter.
+function few(n) {
+  if (n === 0) return "0";
+  if (n >= 100) return count(n);
+  return n.toFixed(n >= 10 ? 1 : 2);
+}
+
+// A span of time, given in seconds.
+function span(seconds) {
+  if (isAbsent(seconds)) return DASH;
+  if (seconds < 10) return seconds.toFixed(1) + " s";
+  if (seconds < 90) return Math.round(seconds) + " s";
+  const minutes = Math.round(seconds / 60);
+  if (minutes < 90) return minutes + " min";
+  const hours = Math.floor(minutes / 60);
+  if (hours < 48) return hours + " h " + String(minutes % 60).padStart(2, "0") + " min";
+  return Math.floor(hours / 24) + " d " + hours % 24 + " h";
+}
+
+function size(bytes) {
+  if (isAbsent(bytes)) return DASH;
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
-  let i = 0;
-  while (b >= 1024 && i < 4) { b /= 1024; i++; }
-  return (i < 2 || b >= 100 ? Math.round(b) : b.toFixed(1)) + " " + units[i];
+  let number = bytes;
+  let unit = 0;
+  while (number >= 1024 && unit < units.length - 1) {
+    number /= 1024;
+    unit++;
+  }
+  const isWhole = unit < 2 || number >= 100;
+  return (isWhole ? Math.round(number) : number.toFixed(1)) + " " + units[unit];
 }
-const clock = t => new Date(t * 1000).toLocaleTimeString([], {hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false});
-const many = (n, word) => count(n) + " " + word + (n === 1 ? "" : "s");
-const last = text => { const lines = (text || "").trim().split("\n"); return lines[lines.length - 1]; };
 
-const STATES = {            // word -> shape, kind; the colour only repeats them
-  "ready": ["\u25cf", "good"], "connected": ["\u25cf", "good"], "working": ["\u25b6", "busy"], "running": ["\u25b6", "busy"], "idle": ["\u25cb", "off"],
-  "setting up": ["\u25d4", "busy"], "asking": ["\u25d4", "busy"], "dialling": ["\u25cc", "off"], "found": ["\u25cc", "off"], "waiting": ["\u25cc", "off"],
-  "waits there": ["\u25cc", "off"], "waiting for a node": ["\u25cc", "warn"], "draining": ["\u25d1", "warn"], "drained": ["\u25d1", "warn"],
-  "refused": ["\u25b2", "bad"], "down": ["\u25b2", "bad"], "unreachable": ["\u25b2", "bad"], "no such name": ["\u25b2", "bad"], "no name service": ["\u25b2", "bad"],
-  "lost": ["\u2715", "bad"], "closed": ["\u25a1", "off"]};
-const state = word => { const [shape, kind] = STATES[word] || ["\u25cb", "off"]; return h("span", {class: "state " + kind, "data-shape": shape}, word); };
-const mark = kind => h("span", {class: "mark " + kind, "aria-hidden": "true"});
+// The time of day, of seconds since the epoch.
+function clock(seconds) {
+  const parts = {hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false};
+  return new Date(seconds * 1000).toLocaleTimeString([], parts);
+}
 
-// -- where we are ------------------------------------------------------------------------------------------
+function many(n, word) {
+  return count(n) + " " + word + (n === 1 ? "" : "s");
+}
+
+function lastLine(text) {
+  const lines = (text || "").trim().split("\n");
+  return lines[lines.length - 1];
+}
+
+function percent(value) {
+  return value === null ? DASH : Math.round(value) + " %";
+}
+
+function ago(seconds) {
+  return seconds === null ? DASH : span(seconds) + " ago";
+}
+
+const FULL = "\u25cf";
+const HOLLOW = "\u25cb";
+const DOTTED = "\u25cc";
+const HALF = "\u25d1";
+const QUARTER = "\u25d4";
+const PLAY = "\u25b6";
+const WARNING = "\u25b2";
+const CROSS = "\u2715";
+const SQUARE = "\u25a1";
+// state -> shape and kind. The colour of the kind only repeats what word and shape say.
+const STATES = {
+  "ready": [FULL, "good"],
+  "connected": [FULL, "good"],
+  "working": [PLAY, "busy"],
+  "running": [PLAY, "busy"],
+  "idle": [HOLLOW, "off"],
+  "setting up": [QUARTER, "busy"],
+  "asking": [QUARTER, "busy"],
+  "dialling": [DOTTED, "off"],
+  "found": [DOTTED, "off"],
+  "waiting": [DOTTED, "off"],
+  "waits there": [DOTTED, "off"],
+  "waiting for a node": [DOTTED, "warn"],
+  "draining": [HALF, "warn"],
+  "drained": [HALF, "warn"],
+  "refused": [WARNING, "bad"],
+  "down": [WARNING, "bad"],
+  "unreachable": [WARNING, "bad"],
+  "no such name": [WARNING, "bad"],
+  "no name service": [WARNING, "bad"],
+  "lost": [CROSS, "bad"],
+  "closed": [SQUARE, "off"],
+};
+
+function withShape(shape, kind, words) {
+  return h("span", {class: "state " + kind, "data-shape": shape}, words);
+}
+
+function state(word) {
+  const [shape, kind] = STATES[word] || [HOLLOW, "off"];
+  return withShape(shape, kind, word);
+}
+
+function mark(kind) {
+  return h("span", {class: "mark " + kind, "aria-hidden": "true"});
+}
+
+// -- which page is shown --------------------------------------------------------------------------
 
 const PAGES = {clusters: "Clusters", nodes: "Nodes", failures: "Failures", manage: "Manage"};
-const VIEWS = {clusters: "clusters", nodes: "nodes", node: "node", failures: "failures", manage: "nodes"};
+// page -> what it asks of the server
+const SOURCES = {
+  clusters: "clusters",
+  nodes: "nodes",
+  node: "node",
+  failures: "failures",
+  manage: "nodes",
+};
 let token = sessionStorage.getItem("dispy-token") || "";
-let place = null, view = null, plots = new Map(), chosen = new Set(), sure = "", reading = null;
+let place = null;           // the page and its query
+let view = null;            // what the server told last of it, or {error, status}
+let plots = new Map();      // number of a cluster -> its plot
+let chosen = new Set();     // keys of the jobs that the reader has marked
+let sure = "";              // the name of the button that asks once more
+let reading = null;         // ends the request that is being read
+
+function byId(id) {
+  return document.getElementById(id);
+}
+
+function placeKey() {
+  return place.page + (place.query.get("id") || "");
+}
+
+// The token stands in the link that was opened. It is kept for this tab; the address bar loses it.
+function takeToken() {
+  const found = location.hash.match(/^#token=(.+)$/);
+  if (!found) return;
+  token = found[1];
+  sessionStorage.setItem("dispy-token", token);
+  history.replaceState(null, "", "#/clusters");
+}
 
 function go() {
-  const found = location.hash.match(/^#token=(.+)$/);
-  if (found) {
-    token = found[1];
-    sessionStorage.setItem("dispy-token", token);    // this tab's; the address bar does not keep it
-    history.replaceState(null, "", "#/clusters");
-  }
+  takeToken();
   const [path, words] = location.hash.replace(/^#\/?/, "").split("?");
-  const before = place && place.page + (place.query.get("id") || "");
-  place = {page: VIEWS[path] ? path : "clusters", query: new URLSearchParams(words || "")};
-  if (before !== place.page + (place.query.get("id") || "")) { view = null; chosen.clear(); sure = ""; document.getElementById("main").scrollTop = 0; }
+  const before = place && placeKey();
+  const page = SOURCES[path] ? path : "clusters";
+  place = {page, query: new URLSearchParams(words || "")};
+  if (before !== placeKey()) {
+    view = null;
+    chosen.clear();
+    sure = "";
+    byId("main").scrollTop = 0;
+  }
   plots.clear();
   listen();
   draw();
 }
 
-const href = (page, changes) => {
+// The address of a page. That of the page which is shown keeps the words of its query.
+function href(page, changes) {
   const words = new URLSearchParams(page === place.page ? place.query : "");
   for (const [name, value] of Object.entries(changes || {})) words.set(name, value);
   const text = words.toString();
   return "#/" + page + (text ? "?" + text : "");
-};
+}
 
-// -- talking to the server -----------------------------------------------------------------------------------
+// -- talking to the server ------------------------------------------------------------------------
 
-const ask = (path, more) => fetch(path, {cache: "no-store", credentials: "omit", ...more, headers: {Authorization: "Bearer " + token, ...(more && more.headers)}});
+function ask(path, options) {
+  const headers = {Authorization: "Bearer " + token, ...options.headers};
+  return fetch(path, {cache: "no-store", credentials: "omit", ...options, headers});
+}
 
+function addressOfView() {
+  const words = place.query.toString();
+  return "api/" + SOURCES[place.page] + (words ? "?" + words : "");
+}
+
+// Show what the server tells of this page, until another page is shown or the server has ended. It
+// is read as a stream; where none comes through, the server is asked again and again.
 async function listen() {
   if (reading) reading.abort();
-  const mine = reading = new AbortController(), url = "api/" + VIEWS[place.page] + (place.query.toString() ? "?" + place.query : "");
+  const mine = new AbortController();
+  const signal = mine.signal;
+  const url = addressOfView();
+  reading = mine;
   let wait = 500;
-  while (!mine.signal.aborted) {
-    try {                                                          // a stream
-      const answer = await ask(url, {signal: mine.signal, headers: {Accept: "text/event-stream"}});
+  while (!signal.aborted) {
+    try {
+      const answer = await ask(url, {signal, headers: {Accept: "text/event-stream"}});
       if (!await taken(answer)) return;
       tell("live");
       wait = 500;
-      if (await events(answer.body.getReader(), mine.signal)) return tell("ended");
-    } catch (error) { if (mine.signal.aborted) return; }
-    try {                                                          // or, where none comes through, a poll
-      const answer = await ask(url, {signal: mine.signal});
+      if (await readEvents(answer.body.getReader(), signal)) {
+        tell("ended");
+        return;
+      }
+    } catch (error) {
+      if (signal.aborted) return;
+    }
+    try {
+      const answer = await ask(url, {signal});
       if (!await taken(answer)) return;
       show(await answer.json());
       tell("polled");
       wait = 1000;
     } catch (error) {
-      if (mine.signal.aborted) return;
+      if (signal.aborted) return;
       tell("lost");
       wait = Math.min(2 * wait, 10000);
     }
@@ -2436,9 +3013,11 @@ async function listen() {
   }
 }
 
+// Whether an answer is what was asked for. A refusal is shown; a fault of the server is thrown.
 async function taken(answer) {
   if (answer.ok) return true;
-  const text = (await answer.json().catch(() => ({}))).error || answer.statusText;
+  const body = await answer.json().catch(() => ({}));
+  const text = body.error || answer.statusText;
   if (answer.status >= 500) throw new Error(text);
   view = {error: text, status: answer.status};
   tell(answer.status === 401 ? "locked" : "live");
@@ -2446,247 +3025,838 @@ async function taken(answer) {
   return false;
 }
 
-async function events(reader, signal) {
+// Show the events of a stream. Returns true when the server has ended, false when the stream has.
+async function readEvents(reader, signal) {
   const decoder = new TextDecoder();
+  const data = "data: ";
   let text = "";
   for (;;) {
     const {done, value} = await reader.read();
     if (done || signal.aborted) return false;
     text += decoder.decode(value, {stream: true});
-    const parts = text.split("\n\n");
-    text = parts.pop();
-    for (const part of parts) {
-      if (part.startsWith("event: end")) return true;
-      if (part.startsWith("data: ")) show(JSON.parse(part.slice(6)));
+    const events = text.split("\n\n");
+    text = events.pop();
+    for (const event of events) {
+      if (event.startsWith("event: end")) return true;
+      if (event.startsWith(data)) show(JSON.parse(event.slice(data.length)));
+    }
+  }
+}
+
+// A plot is sent only when it has changed.
+function fillInPlots(rows) {
+  for (const row of rows) {
+    if (row.plot) {
+      plots.set(row.number, row.plot);
+    } else {
+      row.plot = plots.get(row.number) || [];
     }
   }
 }
 
 function show(data) {
-  if (place.page === "clusters" && data.rows) for (const row of data.rows) {
-    if (row.plot) plots.set(row.number, row.plot); else row.plot = plots.get(row.number) || [];
-  }
+  if (place.page === "clusters" && data.rows) fillInPlots(data.rows);
   view = data;
   draw();
 }
 
-async function post(path, body, text) {
+// Change something; `words` makes a text for the reader of how many that concerned.
+async function post(path, body, words) {
+  const headers = {"Content-Type": "application/json"};
   try {
-    const answer = await ask("api/" + path, {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)});
-    const said = await answer.json();
-    note(answer.ok ? text(said.done) : said.error);
-  } catch (error) { note("The server does not answer: " + error.message); }
+    const answer = await ask("api/" + path, {method: "POST", headers, body: JSON.stringify(body)});
+    const told = await answer.json();
+    note(answer.ok ? words(told.done) : told.error);
+  } catch (error) {
+    note("The server does not answer: " + error.message);
+  }
 }
 
+const NOTE_TIME = 6000;   // ms
 let hiding = 0;
+
 function note(text) {
-  const box = document.getElementById("note");
+  const box = byId("note");
   box.textContent = text;
   box.hidden = false;
   clearTimeout(hiding);
-  hiding = setTimeout(() => { box.hidden = true; }, 6000);
+  hiding = setTimeout(() => { box.hidden = true; }, NOTE_TIME);
 }
+
+const LINKS = {
+  live: [FULL, "good", "live"],
+  polled: ["\u25d0", "warn", "polled"],
+  lost: [CROSS, "bad", "no connection"],
+  ended: [SQUARE, "off", "the program has ended"],
+  locked: [WARNING, "bad", "no token"],
+};
 
 function tell(how) {
-  const words = {live: ["\u25cf", "good", "live"], polled: ["\u25d0", "warn", "polled"], lost: ["\u2715", "bad", "no connection"], ended: ["\u25a1", "off", "the program has ended"], locked: ["\u25b2", "bad", "no token"]}[how];
-  patch(document.getElementById("link"), [h("span", {class: "state " + words[1], "data-shape": words[0]}, words[2])]);
+  patch(byId("link"), [withShape(...LINKS[how])]);
 }
 
-// -- pages ---------------------------------------------------------------------------------------------------
+// -- parts of pages -------------------------------------------------------------------------------
 
-const figure = (word, value, unit, kind) => h("div", {}, h("dt", {}, kind ? mark(kind) : null, word), h("dd", {"data-figure": word}, value, unit ? h("small", {}, " " + unit) : null));
-
-function bar(row) {
-  const all = Math.max(1, row.submitted), parts = [["done", row.done], ["fail", row.failed], ["stop", row.cancelled], ["run", row.running]];
-  let x = 0;
-  const rects = parts.map(([kind, n]) => { const w = 100 * n / all; const rect = h("rect", {class: "s-" + kind, x: x.toFixed(3), y: 0, width: w.toFixed(3), height: 12}); x += w; return rect; });
-  return h("svg", {class: "bar", viewBox: "0 0 100 12", preserveAspectRatio: "none", role: "img",
-    "aria-label": "of " + many(row.submitted, "job") + " " + row.done + " done, " + row.failed + " failed, " + row.cancelled + " cancelled, " + row.running + " running, " + row.waiting + " waiting"}, rects);
+function heading(text, ...more) {
+  return h("div", {class: "top"}, h("h1", {}, text), h("p", {}, ...more));
 }
 
-function plot(points, word, unit, series, from, to) {
-  const top = Math.max(1, ...points.map(point => Math.max(...series.map(s => point[s.at]))));
-  const x = t => (600 * (t - from) / Math.max(1, to - from)).toFixed(1), y = v => (118 - 110 * v / top).toFixed(1);
-  const lines = series.map(s => {
-    let path = "";
-    points.forEach((point, i) => { path += (i === 0 ? "M" : s.step ? "H" + x(point[0]) + "V" + y(point[s.at]) + "M" : "L") + x(point[0]) + " " + y(point[s.at]); });
-    if (points.length && s.step) path += "H" + x(to);
-    let area = "";
-    if (s.area && points.length) {
-      area = "M" + x(points[0][0]) + " 118";
-      points.forEach(point => { area += (s.step ? "H" + x(point[0]) + "V" + y(point[s.at]) : "L" + x(point[0]) + " " + y(point[s.at])); });
-      area += (s.step ? "H" + x(to) : "") + "V118Z";
-    }
-    return [area ? h("path", {class: s.area, d: area}) : null, h("path", {class: s.kind, d: path})];
-  });
-  const now = points.length ? points[points.length - 1] : null;
-  return h("figure", {class: "plot"}, h("figcaption", {}, h("span", {}, word), h("span", {}, "0 to " + count(top) + unit)),
-    h("svg", {viewBox: "0 0 600 120", preserveAspectRatio: "none", role: "img", "aria-label": word + (now ? ", now " + series.map(s => now[s.at]).join(" of ") : "")},
-      [0.5, 1].map(part => h("path", {class: "grid", d: "M0 " + y(top * part) + "H600"})), lines),
-    h("div", {class: "axis"}, h("span", {}, clock(from)), h("span", {}, span(to - from)), h("span", {}, clock(to))));
+function empty(text) {
+  return h("p", {class: "empty"}, text);
 }
 
-function clusterCard(row) {
-  const from = row.plot.length ? row.plot[0][0] : 0, to = row.plot.length ? row.plot[row.plot.length - 1][0] : 0;
-  return h("section", {class: "card", "data-key": "c" + row.number, "aria-label": "cluster " + row.name},
-    h("div", {class: "top"}, h("h2", {class: "mono"}, row.name), state(row.state), h("p", {}, (row.program ? "of " + row.program + ", " : "") + "cluster " + row.number + ", " + many(row.nodes, "node") + " ready, open for " + span(row.elapsed)),
-      view.manages && row.waiting && row.state !== "closed" ? h("span", {class: "actions"}, doubt("waiting" + row.number, "Cancel " + count(row.waiting) + " waiting", {"data-act": "cancel_waiting", "data-cluster": row.number})) : null),
-    bar(row),
-    h("dl", {class: "figures"}, figure("Done", count(row.done), "", "done"), figure("Failed", count(row.failed), "", "fail"), figure("Cancelled", count(row.cancelled), "", "stop"),
-      figure("Running", count(row.running), "", "run"), figure("Waiting", count(row.waiting), "", "wait"),
-      figure("Rate", few(row.rate), "/ s"), figure("Time left", row.left === null ? "\u2013" : span(row.left)), figure("CPUs used", row.used, "of " + row.cpus), figure("Job time", span(row.job_seconds))),
-    h("div", {class: "plots"},
-      plot(row.plot, "Jobs ended", "", [{at: 1, kind: "p-done", area: "p-area-done"}], from, to),
-      plot(row.plot, "CPUs used; dashed: offered", "", [{at: 2, kind: "p-used", area: "p-area-used", step: true}, {at: 3, kind: "p-cpus", step: true}], from, to)));
+function subline(text, kind) {
+  return h("span", {class: kind ? "sub " + kind : "sub"}, text);
 }
 
-function clustersPage() {
-  return [heading("Clusters", view.source + (view.total > 1 ? ", " + view.total + " in all" : "")),
-    view.rows.length ? view.rows.map(clusterCard) : h("p", {class: "empty"}, view.nothing), pager()];
+function button(act, row, words) {
+  const attributes = {type: "button", "data-key": act, "data-act": act, "data-node": row.id};
+  return h("button", attributes, words);
 }
 
-const heading = (text, ...more) => h("div", {class: "top"}, h("h1", {}, text), h("p", {}, ...more));
+// A button that asks once more before it does what cannot be undone.
+function doubt(name, words, attributes, disabled) {
+  if (sure !== name) {
+    const first = {
+      type: "button",
+      "data-key": "ask" + name,
+      "data-act": "sure",
+      "data-name": name,
+      disabled: Boolean(disabled),
+    };
+    return h("button", first, words);
+  }
+  const yes = {type: "button", class: "sure", "data-key": "sure" + name, ...attributes};
+  const no = {type: "button", "data-key": "no" + name, "data-act": "unsure"};
+  return [
+    h("button", yes, "Yes: " + words.charAt(0).toLowerCase() + words.slice(1)),
+    h("button", no, "No"),
+  ];
+}
 
-// columns: [words, field to sort by or "", class, cell]
+// A link that sorts the table which is shown.
+function sortLink(words, field, firstDescending) {
+  const isSorted = view.sort === field;
+  const desc = isSorted ? 1 - view.desc : Number(firstDescending);
+  const down = " \u25be";
+  const up = " \u25b4";
+  let arrow = "";
+  if (isSorted) arrow = view.desc ? down : up;
+  return h("a", {href: href(place.page, {sort: field, desc, page: 1})}, words + arrow);
+}
+
+function headCell(column) {
+  const [words, field, kind] = column;
+  const attributes = {scope: "col", class: kind || false};
+  if (field && view.sort === field) {
+    attributes["aria-sort"] = view.desc ? "descending" : "ascending";
+  }
+  return h("th", attributes, field ? sortLink(words, field, false) : words);
+}
+
+function bodyCell(column, row) {
+  const [words, , kind, cell] = column;
+  return h("td", {class: kind || false, "data-label": words || false}, cell(row));
+}
+
+// The rows of the view. A column is [words, field to sort by or "", class, function of a row].
 function tableOf(columns, key, caption) {
-  const link = (words, field) => h("a", {href: href(place.page, {sort: field, desc: view.sort === field ? 1 - view.desc : 0, page: 1})}, words + (view.sort === field ? (view.desc ? " \u25be" : " \u25b4") : ""));
-  return [h("div", {class: "sorts"}, "Sort by", columns.filter(column => column[1]).map(column => link(column[0], column[1]))),
-    h("div", {class: "wrap"}, h("table", {class: "stack"}, h("caption", {hidden: true}, caption),
-    h("thead", {}, h("tr", {}, columns.map(([words, field, kind]) => h("th", {scope: "col", class: kind || false, "aria-sort": field && view.sort === field ? (view.desc ? "descending" : "ascending") : false}, field ? link(words, field) : words)))),
-    h("tbody", {}, view.rows.map(row => h("tr", {"data-key": key(row)}, columns.map(([words, , kind, cell]) => h("td", {class: kind || false, "data-label": words || false}, cell(row)))))))), pager()];
+  const sortable = columns.filter(column => column[1]);
+  const links = sortable.map(([words, field]) => sortLink(words, field, false));
+  const head = h("tr", {}, columns.map(headCell));
+  const body = view.rows.map(row => {
+    const cells = columns.map(column => bodyCell(column, row));
+    return h("tr", {"data-key": key(row)}, cells);
+  });
+  const parts = [
+    h("caption", {hidden: true}, caption),
+    h("thead", {}, head),
+    h("tbody", {}, body),
+  ];
+  return [
+    h("div", {class: "sorts"}, "Sort by", links),
+    h("div", {class: "wrap"}, h("table", {class: "stack"}, parts)),
+    pager(),
+  ];
+}
+
+function pageLink(page, words) {
+  if (page < 1 || page > view.pages) return h("span", {}, words);
+  return h("a", {href: href(place.page, {page})}, words);
 }
 
 function pager() {
   if (view.pages < 2) return null;
   const from = (view.page - 1) * view.per + 1;
+  const to = from + view.rows.length - 1;
   return h("nav", {class: "pager", "aria-label": "Pages of the table"},
-    view.page > 1 ? h("a", {href: href(place.page, {page: view.page - 1})}, "\u2190 Previous") : h("span", {}, "\u2190 Previous"),
-    h("span", {}, count(from) + " to " + count(from + view.rows.length - 1) + " of " + count(view.total)),
-    view.page < view.pages ? h("a", {href: href(place.page, {page: view.page + 1})}, "Next \u2192") : h("span", {}, "Next \u2192"));
+    pageLink(view.page - 1, "\u2190 Previous"),
+    h("span", {}, count(from) + " to " + count(to) + " of " + count(view.total)),
+    pageLink(view.page + 1, "Next \u2192"));
 }
 
-const nodeName = row => [h("a", {href: "#/node?id=" + encodeURIComponent(row.id)}, row.name || row.address), h("span", {class: "sub"}, row.address + (row.port ? ":" + row.port : ""))];
-const meter = row => h("svg", {class: "meter", viewBox: "0 0 100 6", preserveAspectRatio: "none", "aria-hidden": "true"}, h("rect", {x: 0, y: 0, height: 6, width: Math.min(100, 100 * row.used / Math.max(1, row.cpus)).toFixed(1)}));
-const cpus = row => [row.used + " of " + row.cpus, meter(row)];
-const stateCell = row => [state(row.state), row.holder ? h("span", {class: "sub reason"}, "held by " + row.holder) : null, row.reason && row.reason !== "deallocated" ? h("span", {class: "sub reason"}, last(row.reason)) : null];
+// -- clusters -------------------------------------------------------------------------------------
+
+function figure(word, value, unit, kind) {
+  const small = unit ? h("small", {}, " " + unit) : null;
+  return h("div", {},
+    h("dt", {}, kind ? mark(kind) : null, word),
+    h("dd", {"data-figure": word}, value, small));
+}
+
+// Shares of all jobs in one bar.
+function bar(row) {
+  const all = Math.max(1, row.submitted);
+  const parts = [
+    ["done", row.done],
+    ["fail", row.failed],
+    ["stop", row.cancelled],
+    ["run", row.running],
+  ];
+  const rects = [];
+  let x = 0;
+  for (const [kind, n] of parts) {
+    const width = 100 * n / all;
+    const sides = {x: x.toFixed(3), y: 0, width: width.toFixed(3), height: 12};
+    rects.push(h("rect", {class: "s-" + kind, ...sides}));
+    x += width;
+  }
+  const shares = [
+    row.done + " done",
+    row.failed + " failed",
+    row.cancelled + " cancelled",
+    row.running + " running",
+    row.waiting + " waiting",
+  ];
+  const attributes = {
+    class: "bar",
+    viewBox: "0 0 100 12",
+    preserveAspectRatio: "none",
+    role: "img",
+    "aria-label": "of " + many(row.submitted, "job") + " " + shares.join(", "),
+  };
+  return h("svg", attributes, rects);
+}
+
+// What maps times and values to places in a plot of 600 by 120, whose lowest line is at 118.
+function scales(from, to, top) {
+  const x = time => (600 * (time - from) / Math.max(1, to - from)).toFixed(1);
+  const y = value => (118 - 110 * value / top).toFixed(1);
+  return {x, y, end: x(to)};
+}
+
+// The path of a series; one that goes by steps keeps each value until the next point.
+function linePath(points, series, {x, y, end}) {
+  let path = "";
+  for (const point of points) {
+    const there = x(point[0]) + " " + y(point[series.at]);
+    if (path === "") {
+      path = "M" + there;
+    } else if (series.step) {
+      path += "H" + x(point[0]) + "V" + y(point[series.at]) + "M" + there;
+    } else {
+      path += "L" + there;
+    }
+  }
+  if (series.step && points.length) path += "H" + end;
+  return path;
+}
+
+function areaPath(points, series, {x, y, end}) {
+  if (!series.area || !points.length) return "";
+  let path = "M" + x(points[0][0]) + " 118";
+  for (const point of points) {
+    const value = y(point[series.at]);
+    path += series.step ? "H" + x(point[0]) + "V" + value : "L" + x(point[0]) + " " + value;
+  }
+  if (series.step) path += "H" + end;
+  return path + "V118Z";
+}
+
+// points: [[time, value, ...], ...]. A series is {at: index of its value, kind: class of its line,
+// area: class of what is below it, step: whether it goes by steps}.
+function plot(points, word, series) {
+  const first = points.length ? points[0] : [0];
+  const last = points.length ? points[points.length - 1] : [0];
+  const from = first[0];
+  const to = last[0];
+  const highest = point => Math.max(...series.map(one => point[one.at]));
+  const top = Math.max(1, ...points.map(highest));
+  const scale = scales(from, to, top);
+  const lines = series.map(one => {
+    const area = areaPath(points, one, scale);
+    return [
+      area ? h("path", {class: one.area, d: area}) : null,
+      h("path", {class: one.kind, d: linePath(points, one, scale)}),
+    ];
+  });
+  const grid = [0.5, 1].map(part => {
+    return h("path", {class: "grid", d: "M0 " + scale.y(top * part) + "H600"});
+  });
+  const now = points.length ? ", now " + series.map(one => last[one.at]).join(" of ") : "";
+  const attributes = {
+    viewBox: "0 0 600 120",
+    preserveAspectRatio: "none",
+    role: "img",
+    "aria-label": word + now,
+  };
+  const caption = [h("span", {}, word), h("span", {}, "0 to " + count(top))];
+  const axis = [clock(from), span(to - from), clock(to)].map(text => h("span", {}, text));
+  return h("figure", {class: "plot"},
+    h("figcaption", {}, caption),
+    h("svg", attributes, grid, lines),
+    h("div", {class: "axis"}, axis));
+}
+
+const ENDED_PLOT = [{at: 1, kind: "p-done", area: "p-area-done"}];
+const CPUS_PLOT = [
+  {at: 2, kind: "p-used", area: "p-area-used", step: true},
+  {at: 3, kind: "p-cpus", step: true},
+];
+
+function cancelWaiting(row) {
+  if (!view.manages || !row.waiting || row.state === "closed") return null;
+  const attributes = {"data-act": "cancel_waiting", "data-cluster": row.number};
+  const words = "Cancel " + count(row.waiting) + " waiting";
+  return h("span", {class: "actions"}, doubt("waiting" + row.number, words, attributes));
+}
+
+function clusterInWords(row) {
+  const owner = row.program ? "of " + row.program + ", " : "";
+  const nodes = many(row.nodes, "node") + " ready";
+  return owner + "cluster " + row.number + ", " + nodes + ", open for " + span(row.elapsed);
+}
+
+function clusterCard(row) {
+  const figures = [
+    figure("Done", count(row.done), "", "done"),
+    figure("Failed", count(row.failed), "", "fail"),
+    figure("Cancelled", count(row.cancelled), "", "stop"),
+    figure("Running", count(row.running), "", "run"),
+    figure("Waiting", count(row.waiting), "", "wait"),
+    figure("Rate", few(row.rate), "/ s"),
+    figure("Time left", span(row.left)),
+    figure("CPUs used", row.used, "of " + row.cpus),
+    figure("Job time", span(row.job_seconds)),
+  ];
+  const top = [
+    h("h2", {class: "mono"}, row.name),
+    state(row.state),
+    h("p", {}, clusterInWords(row)),
+    cancelWaiting(row),
+  ];
+  const card = {
+    class: "card",
+    "data-key": "c" + row.number,
+    "aria-label": "cluster " + row.name,
+  };
+  return h("section", card,
+    h("div", {class: "top"}, top),
+    bar(row),
+    h("dl", {class: "figures"}, figures),
+    h("div", {class: "plots"},
+      plot(row.plot, "Jobs ended", ENDED_PLOT),
+      plot(row.plot, "CPUs used; dashed: offered", CPUS_PLOT)));
+}
+
+function clustersPage() {
+  const total = view.total > 1 ? ", " + view.total + " in all" : "";
+  const cards = view.rows.length ? view.rows.map(clusterCard) : empty(view.nothing);
+  return [heading("Clusters", view.source + total), cards, pager()];
+}
+
+// -- nodes ----------------------------------------------------------------------------------------
+
+function addressOf(node) {
+  return node.address + (node.port ? ":" + node.port : "");
+}
+
+function nodeName(row) {
+  const link = "#/node?id=" + encodeURIComponent(row.id);
+  return [h("a", {href: link}, row.name || row.address), subline(addressOf(row))];
+}
+
+function meter(row) {
+  const width = Math.min(100, 100 * row.used / Math.max(1, row.cpus));
+  const attributes = {
+    class: "meter",
+    viewBox: "0 0 100 6",
+    preserveAspectRatio: "none",
+    "aria-hidden": "true",
+  };
+  return h("svg", attributes, h("rect", {x: 0, y: 0, height: 6, width: width.toFixed(1)}));
+}
+
+function cpusCell(row) {
+  return [row.used + " of " + row.cpus, meter(row)];
+}
+
+function stateCell(row) {
+  const hasReason = row.reason && row.reason !== "deallocated";
+  return [
+    state(row.state),
+    row.holder ? subline("held by " + row.holder, "reason") : null,
+    hasReason ? subline(lastLine(row.reason), "reason") : null,
+  ];
+}
+
+const NODE_COLUMNS = [
+  ["Node", "name", "wide", nodeName],
+  ["State", "state", "wide", stateCell],
+  ["CPUs used", "used", "n", cpusCell],
+  ["Jobs done", "jobs", "n", row => count(row.jobs)],
+  ["Job time", "job_seconds", "n", row => span(row.job_seconds)],
+  ["Memory free", "memory", "n", row => size(row.memory)],
+  ["Disk free", "disk", "n", row => size(row.disk)],
+  ["Load", "load", "n", row => percent(row.load)],
+  ["Heard", "heard", "n", row => ago(row.heard)],
+];
+
+function isConnected(row) {
+  return row.state === "ready" || row.state === "connected";
+}
+
+function nodesInWords() {
+  const nodes = many(view.total, "node");
+  if (view.pages > 1) return nodes;   // the others are not here, and cannot be counted
+  let used = 0;
+  let all = 0;
+  for (const row of view.rows) {
+    used += row.used;
+    if (isConnected(row)) all += row.cpus;
+  }
+  return nodes + ", " + used + " of " + many(all, "CPU") + " used";
+}
 
 function nodesPage() {
-  const used = view.rows.reduce((sum, row) => sum + row.used, 0), all = view.rows.reduce((sum, row) => sum + (row.state === "ready" || row.state === "connected" ? row.cpus : 0), 0);
-  return [heading("Nodes", many(view.total, "node") + (view.pages < 2 ? ", " + used + " of " + many(all, "CPU") + " used" : "")),
-    view.rows.length ? tableOf([["Node", "name", "wide", nodeName], ["State", "state", "wide", stateCell], ["CPUs used", "used", "n", cpus], ["Jobs done", "jobs", "n", row => count(row.jobs)],
-      ["Job time", "job_seconds", "n", row => span(row.job_seconds)], ["Memory free", "memory", "n", row => size(row.memory)], ["Disk free", "disk", "n", row => size(row.disk)],
-      ["Load", "load", "n", row => row.load === null ? "\u2013" : Math.round(row.load) + " %"], ["Heard", "heard", "n", row => row.heard === null ? "\u2013" : span(row.heard) + " ago"]], row => "n" + row.id, "Nodes")
-      : h("p", {class: "empty"}, "No node is known yet.")];
+  const rows = view.rows.length
+    ? tableOf(NODE_COLUMNS, row => "n" + row.id, "Nodes")
+    : empty("No node is known yet.");
+  return [heading("Nodes", nodesInWords()), rows];
 }
 
-// A button that asks once more before it does what cannot be undone.
-function doubt(name, words, attrs, disabled) {
-  return sure === name ? [h("button", {type: "button", class: "sure", "data-key": "sure" + name, ...attrs}, "Yes: " + words.charAt(0).toLowerCase() + words.slice(1)), h("button", {type: "button", "data-key": "no" + name, "data-act": "unsure"}, "No")]
-    : h("button", {type: "button", "data-key": "ask" + name, "data-act": "sure", "data-name": name, disabled: !!disabled}, words);
+// -- one node -------------------------------------------------------------------------------------
+
+function jobKey(row) {
+  return row.cluster + "." + row.job;
 }
 
-const jobKey = row => row.cluster + "." + row.job;
-function nodePage() {
-  const node = view.node, facts = [["State", stateCell(node)], ["CPUs used", node.used + " of " + node.cpus], ["Jobs done", count(node.jobs)], ["Job time", span(node.job_seconds)],
-    ["Memory free", size(node.memory)], ["Disk free", size(node.disk)], ["Load", node.load === null ? "\u2013" : Math.round(node.load) + " %"], ["Heard", node.heard === null ? "\u2013" : span(node.heard) + " ago"], ["Platform", node.platform || "\u2013"],
-    ["Clusters", node.clusters.length ? node.clusters.map(use => use.name + ": " + use.jobs + " done").join(", ") : "\u2013"]];
+function chooseCell(row) {
+  if (!view.manages) return "";
+  return h("input", {
+    type: "checkbox",
+    "data-act": "choose",
+    "data-job": jobKey(row),
+    "aria-label": "choose job " + row.id,
+  });
+}
+
+function jobCell(row) {
+  const cluster = view.clusters.length > 1 ? subline("cluster " + row.cluster) : null;
+  return [h("span", {class: "mono"}, row.id), cluster];
+}
+
+function outputCell(row) {
+  const error = {class: "err", "aria-label": "stderr"};
+  return [
+    h("div", {class: "mono args"}, row.arguments || "none"),
+    row.stdout ? h("pre", {"aria-label": "stdout"}, row.stdout) : null,
+    row.stderr ? h("pre", error, row.stderr) : null,
+  ];
+}
+
+function cancelCell(row) {
+  if (!view.manages) return null;
+  const attributes = {
+    type: "button",
+    "data-act": "cancel",
+    "data-job": jobKey(row),
+    "aria-label": "cancel job " + row.id,
+  };
+  return h("button", attributes, "Cancel");
+}
+
+const JOB_COLUMNS = [
+  ["", "", "", chooseCell],
+  ["Job", "job", "", jobCell],
+  ["State", "state", "", row => state(row.state)],
+  ["Time", "seconds", "n", row => span(row.seconds)],
+  ["Arguments and output", "", "wide", outputCell],
+  ["", "", "n", cancelCell],
+];
+
+function factsOf(node) {
+  const uses = node.clusters.map(use => use.name + ": " + use.jobs + " done");
+  return [
+    ["State", stateCell(node)],
+    ["CPUs used", node.used + " of " + node.cpus],
+    ["Jobs done", count(node.jobs)],
+    ["Job time", span(node.job_seconds)],
+    ["Memory free", size(node.memory)],
+    ["Disk free", size(node.disk)],
+    ["Load", percent(node.load)],
+    ["Heard", ago(node.heard)],
+    ["Platform", node.platform || DASH],
+    ["Clusters", uses.join(", ") || DASH],
+  ];
+}
+
+function nodeCard(node) {
+  const facts = factsOf(node).map(([word, value]) => {
+    return h("div", {}, h("dt", {}, word), h("dd", {}, value));
+  });
+  const reason = node.reason.includes("\n") ? h("pre", {}, node.reason) : null;
+  return h("section", {class: "card"}, h("dl", {class: "facts"}, facts), reason);
+}
+
+function jobTools() {
+  if (!view.manages || !view.total) return null;
+  const some = chosen.size ? many(chosen.size, "chosen job") : "chosen jobs";
+  return h("div", {class: "tools"},
+    doubt("some", "Cancel " + some, {"data-act": "cancel_some"}, !chosen.size),
+    doubt("all", "Cancel all " + count(view.total), {"data-act": "cancel_all"}));
+}
+
+function noJobs() {
+  if (view.manages) return empty("No job is on this node.");
+  return empty("Which jobs these are is known to the program that uses the node.");
+}
+
+const NOT_LIVE = "Output is shown while it is printed by nodes that were set up after the " +
+  "monitor was made, or if the cluster has on_output. This node was set up before.";
+
+// Jobs that have ended meanwhile are not chosen any more.
+function forgetEndedJobs() {
   const there = new Set(view.rows.map(jobKey));
-  for (const key of chosen) if (!there.has(key)) chosen.delete(key);
-  const off = view.rows.find(row => row.live === false);
-  return [h("p", {class: "soft"}, h("a", {href: "#/nodes"}, "\u2190 Nodes")), heading(node.name || node.address, node.address + (node.port ? ":" + node.port : "")),
-    h("section", {class: "card"}, h("dl", {class: "facts"}, facts.map(([word, value]) => h("div", {}, h("dt", {}, word), h("dd", {}, value)))),
-      node.reason.includes("\n") ? h("pre", {}, node.reason) : null),
+  for (const key of chosen) {
+    if (!there.has(key)) chosen.delete(key);
+  }
+}
+
+function nodePage() {
+  const node = view.node;
+  forgetEndedJobs();
+  const jobs = view.rows.length
+    ? tableOf(JOB_COLUMNS, row => "j" + jobKey(row), "Jobs on this node")
+    : noJobs();
+  const isSilent = view.rows.some(row => row.live === false);
+  return [
+    h("p", {class: "soft"}, h("a", {href: "#/nodes"}, "\u2190 Nodes")),
+    heading(node.name || node.address, addressOf(node)),
+    nodeCard(node),
     h("div", {class: "top"}, h("h2", {}, "Jobs there"), h("p", {}, count(view.total))),
-    view.manages && view.total ? h("div", {class: "tools"}, doubt("some", chosen.size ? "Cancel " + many(chosen.size, "chosen job") : "Cancel chosen jobs", {"data-act": "cancel_some"}, !chosen.size),
-      doubt("all", "Cancel all " + count(view.total), {"data-act": "cancel_all"})) : null,
-    view.rows.length ? tableOf([["", "", "", row => view.manages ? h("input", {type: "checkbox", "data-act": "choose", "data-job": jobKey(row), "aria-label": "choose job " + row.id}) : ""],
-      ["Job", "job", "", row => [h("span", {class: "mono"}, row.id), view.clusters.length > 1 ? h("span", {class: "sub"}, "cluster " + row.cluster) : null]], ["State", "state", "", row => state(row.state)], ["Time", "seconds", "n", row => row.seconds === null ? "\u2013" : span(row.seconds)],
-      ["Arguments and output", "", "wide", row => [h("div", {class: "mono args"}, row.arguments || "none"),
-        row.stdout ? h("pre", {"aria-label": "stdout"}, row.stdout) : null, row.stderr ? h("pre", {class: "err", "aria-label": "stderr"}, row.stderr) : null]],
-      ["", "", "n", row => view.manages ? h("button", {type: "button", "data-act": "cancel", "data-job": jobKey(row), "aria-label": "cancel job " + row.id}, "Cancel") : null]], row => "j" + jobKey(row), "Jobs on this node")
-      : h("p", {class: "empty"}, view.manages ? "No job is on this node." : "Which jobs these are is known to the program that uses the node."),
-    off ? h("p", {class: "soft"}, "Output is shown while it is printed by nodes that were set up after the monitor was made, or if the cluster has on_output. This node was set up before.") : null];
+    jobTools(),
+    jobs,
+    isSilent ? h("p", {class: "soft"}, NOT_LIVE) : null,
+  ];
+}
+
+// -- failures -------------------------------------------------------------------------------------
+
+const FAILED_JOB_COLUMNS = [
+  ["Job", "mono", job => job.id],
+  ["Arguments", "mono args wide", job => job.arguments || "none"],
+  ["Status", "", job => job.status],
+  ["Node", "", job => job.node || DASH],
+  ["Time", "nowrap", job => clock(job.time)],
+];
+
+function failedJob(job) {
+  const cells = FAILED_JOB_COLUMNS.map(([word, kind, cell]) => {
+    return h("td", {class: kind || false, "data-label": word}, cell(job));
+  });
+  return h("tr", {}, cells);
+}
+
+// Failed jobs with the same last line of their tracebacks.
+function failureGroup(group) {
+  const head = FAILED_JOB_COLUMNS.map(([word]) => h("th", {scope: "col"}, word));
+  const jobs = h("table", {class: "stack"},
+    h("thead", {}, h("tr", {}, head)),
+    h("tbody", {}, group.jobs.map(failedJob)));
+  const summary = [
+    h("span", {class: "count"}, mark("fail"), count(group.count)),
+    h("span", {class: "line mono"}, group.text || "no text"),
+    h("span", {class: "soft nowrap"}, clock(group.last)),
+  ];
+  return h("details", {"data-key": "f" + group.cluster + group.text},
+    h("summary", {}, summary),
+    h("div", {}, h("pre", {}, group.trace.trim()), jobs));
 }
 
 function failuresPage() {
-  const words = field => h("a", {href: href("failures", {sort: field, desc: view.sort === field ? 1 - view.desc : 1, page: 1})}, {count: "number", last: "time"}[field] + (view.sort === field ? (view.desc ? " \u25be" : " \u25b4") : ""));
-  return [heading("Failures", "the last 500 failed jobs of a cluster, grouped by the last line of their tracebacks; by ", words("count"), ", ", words("last")),
-    view.rows.length ? h("div", {class: "wrap"}, view.rows.map(group => h("details", {"data-key": "f" + group.cluster + group.text},
-      h("summary", {}, h("span", {class: "count"}, mark("fail"), count(group.count)), h("span", {class: "line mono"}, group.text || "no text"), h("span", {class: "soft nowrap"}, clock(group.last))),
-      h("div", {}, h("pre", {}, group.trace.trim()), h("table", {class: "stack"}, h("thead", {}, h("tr", {}, ["Job", "Arguments", "Status", "Node", "Time"].map(word => h("th", {scope: "col"}, word)))),
-        h("tbody", {}, group.jobs.map(job => h("tr", {}, [["Job", "mono", job.id], ["Arguments", "mono args wide", job.arguments || "none"], ["Status", "", job.status], ["Node", "", job.node || "\u2013"], ["Time", "nowrap", clock(job.time)]].map(
-          ([word, kind, value]) => h("td", {class: kind || false, "data-label": word}, value))))))))))
-      : h("p", {class: "empty"}, "No job has failed."), pager()];
+  const words = "the last 500 failed jobs of a cluster, grouped by the last line of their " +
+    "tracebacks; by ";
+  const byNumber = sortLink("number", "count", true);
+  const byTime = sortLink("time", "last", true);
+  const groups = view.rows.length
+    ? h("div", {class: "wrap"}, view.rows.map(failureGroup))
+    : empty("No job has failed.");
+  return [heading("Failures", words, byNumber, ", ", byTime), groups, pager()];
 }
+
+// -- managing -------------------------------------------------------------------------------------
+
+function clusterChoice() {
+  if (view.clusters.length < 2 || view.shared) return null;
+  const options = view.clusters.map(one => {
+    return h("option", {value: one.number, "data-key": one.number}, one.number + " " + one.name);
+  });
+  return h("label", {}, "Cluster", h("select", {name: "cluster"}, options));
+}
+
+function cpusToUse() {
+  if (view.shared) return null;
+  const input = h("input", {name: "cpus", type: "number", placeholder: "all"});
+  return h("label", {}, "CPUs at most", input);
+}
+
+function addForm() {
+  const host = {
+    name: "host",
+    required: true,
+    autocomplete: "off",
+    autocapitalize: "none",
+    spellcheck: "false",
+    size: 22,
+  };
+  const port = {name: "port", type: "number", min: 1, max: 65535, placeholder: "9701"};
+  const what = "a host where dispynode runs, or a word with * for all that answer";
+  return h("section", {class: "card"},
+    h("div", {class: "top"}, h("h2", {}, "Add a node"), h("p", {}, what)),
+    h("form", {"data-act": "add"},
+      clusterChoice(),
+      h("label", {}, "Host", h("input", host)),
+      h("label", {}, "Port", h("input", port)),
+      cpusToUse(),
+      h("button", {class: "main"}, "Add")));
+}
+
+function cpusForm(row) {
+  if (row.state === "closed") return DASH;
+  const input = {
+    name: "cpus",
+    type: "number",
+    value: row.cpus,
+    max: row.offered || false,
+    "aria-label": "CPUs of " + (row.name || row.address),
+  };
+  return h("form", {"data-act": "cpus", "data-node": row.id},
+    h("input", input),
+    " ",
+    h("button", {}, "Set"));
+}
+
+function drainOrUse(row) {
+  if (row.id.includes("gone:")) return null;
+  const isIdle = row.state === "closed" || row.state === "drained";
+  return isIdle ? button("use", row, "Use again") : button("drain", row, "Drain");
+}
+
+function releaseButton(row) {
+  if (row.state === "closed") return null;
+  const attributes = {"data-act": "release", "data-node": row.id};
+  return doubt("release" + row.id, "Release", attributes);
+}
+
+function nodeActions(row) {
+  return h("div", {class: "actions"}, drainOrUse(row), releaseButton(row));
+}
+
+const MANAGE_COLUMNS = [
+  ["Node", "name", "", nodeName],
+  ["State", "state", "", stateCell],
+  ["CPUs used", "used", "n", cpusCell],
+  ["CPUs to use", "", "wide", cpusForm],
+  ["", "", "wide", nodeActions],
+];
+
+const NOT_MANAGED = "Nodes are only looked at here; what they do is decided by the program that " +
+  "uses them.";
+const DRAIN_AND_RELEASE = "Drain: nothing new is sent there. Release: it is let go, for other " +
+  "programs to use, when its jobs have ended.";
+const FOR_ALL = " All this holds for all clusters, those that come too; CPUs are those that each " +
+  "may use at most.";
 
 function managePage() {
-  if (!view.manages) return [heading("Manage"), h("p", {class: "empty"}, "Nodes are only looked at here; what they do is decided by the program that uses them.")];
-  const open = view.clusters;
-  return [heading("Manage"), h("section", {class: "card"}, h("div", {class: "top"}, h("h2", {}, "Add a node"), h("p", {}, "a host where dispynode runs, or a word with * for all that answer")),
-    h("form", {"data-act": "add"}, open.length > 1 && !view.shared ? h("label", {}, "Cluster", h("select", {name: "cluster"}, open.map(one => h("option", {value: one.number, "data-key": one.number}, one.number + " " + one.name)))) : null,
-      h("label", {}, "Host", h("input", {name: "host", required: true, autocomplete: "off", autocapitalize: "none", spellcheck: "false", size: 22})), h("label", {}, "Port", h("input", {name: "port", type: "number", min: 1, max: 65535, placeholder: "9701"})),
-      view.shared ? null : h("label", {}, "CPUs at most", h("input", {name: "cpus", type: "number", placeholder: "all"})), h("button", {class: "main"}, "Add"))),
-    view.rows.length ? tableOf([["Node", "name", "", nodeName], ["State", "state", "", stateCell], ["CPUs used", "used", "n", cpus],
-      ["CPUs to use", "", "wide", row => row.state === "closed" ? "\u2013" : h("form", {"data-act": "cpus", "data-node": row.id}, h("input", {name: "cpus", type: "number", value: row.cpus, max: row.offered || false, "aria-label": "CPUs of " + (row.name || row.address)}), " ", h("button", {}, "Set"))],
-      ["", "", "wide", row => h("div", {class: "actions"}, row.id.includes("gone:") ? null : row.state === "closed" || row.state === "drained" ? button("use", row, "Use again") : button("drain", row, "Drain"),
-        row.state === "closed" ? null : doubt("release" + row.id, "Release", {"data-act": "release", "data-node": row.id}))]], row => "m" + row.id, "Nodes")
-      : h("p", {class: "empty"}, "No node is known yet."),
-    h("p", {class: "soft"}, "Drain: nothing new is sent there. Release: it is let go, for other programs to use, when its jobs have ended." + (view.shared ? " All this holds for all clusters, those that come too; CPUs are those that each may use at most." : ""))];
+  if (!view.manages) return [heading("Manage"), empty(NOT_MANAGED)];
+  const rows = view.rows.length
+    ? tableOf(MANAGE_COLUMNS, row => "m" + row.id, "Nodes")
+    : empty("No node is known yet.");
+  const words = DRAIN_AND_RELEASE + (view.shared ? FOR_ALL : "");
+  return [heading("Manage"), addForm(), rows, h("p", {class: "soft"}, words)];
 }
-const button = (act, row, words) => h("button", {type: "button", "data-key": act, "data-act": act, "data-node": row.id}, words);
 
-const DRAW = {clusters: clustersPage, nodes: nodesPage, node: nodePage, failures: failuresPage, manage: managePage};
+// -- drawing --------------------------------------------------------------------------------------
+
+const DRAW = {
+  clusters: clustersPage,
+  nodes: nodesPage,
+  node: nodePage,
+  failures: failuresPage,
+  manage: managePage,
+};
+
+function drawNavigation() {
+  const shown = place.page === "node" ? "nodes" : place.page;
+  const links = Object.entries(PAGES).map(([name, words]) => {
+    return h("a", {href: "#/" + name, "aria-current": name === shown ? "page" : false}, words);
+  });
+  patch(byId("nav"), links);
+  document.title = (PAGES[place.page] || "Node") + " \u00b7 dispy";
+}
+
+function content() {
+  if (view === null) return h("p", {class: "empty", "data-key": "loading"}, "Loading.");
+  if (view.error) {
+    const noToken = "Open this page by the link that the program printed: it carries the token.";
+    const text = view.status === 401 ? noToken : view.error;
+    return h("p", {class: "empty", "data-key": "error"}, text);
+  }
+  return h("div", {"data-key": placeKey()}, DRAW[place.page]());
+}
 
 function draw() {
-  patch(document.getElementById("nav"), Object.entries(PAGES).map(([name, words]) => h("a", {href: "#/" + name, "aria-current": name === place.page || name === "nodes" && place.page === "node" ? "page" : false}, words)));
-  document.title = (PAGES[place.page] || "Node") + " \u00b7 dispy";
-  const main = document.getElementById("main"), held = document.activeElement;
-  if (view === null) { patch(main, [h("p", {class: "empty", "data-key": "loading"}, "Loading.")]); return; }
-  if (view.error) {
-    patch(main, [h("p", {class: "empty", "data-key": "error"}, view.status === 401 ? "Open this page by the link that the program printed: it carries the token." : view.error)]);
-    return;
+  drawNavigation();
+  const focused = document.activeElement;
+  patch(byId("main"), [content()]);
+  // An element that was moved has lost the focus.
+  if (focused && focused !== document.activeElement && focused.isConnected) {
+    focused.focus({preventScroll: true});
   }
-  patch(main, [h("div", {"data-key": place.page + (place.query.get("id") || "")}, DRAW[place.page]())]);
-  if (held && held !== document.activeElement && held.isConnected) held.focus({preventScroll: true});
 }
 
-// -- what the reader does ----------------------------------------------------------------------------------
+// -- what the reader does -------------------------------------------------------------------------
 
-const splitKey = key => key.split(".").map(Number);
-async function cancel(keys) {
-  const by = new Map();
-  for (const [cluster, job] of keys.map(splitKey)) by.set(cluster, [...(by.get(cluster) || []), job]);
-  for (const [cluster, jobs] of by) await post("cancel", {cluster, node: view.node.id, jobs}, n => many(n, "job") + (n === 1 ? " is" : " are") + " being ended.");
+function endingWords(n) {
+  return many(n, "job") + (n === 1 ? " is" : " are") + " being ended.";
 }
-const DO = {
-  sure: data => { sure = data.name; draw(); const yes = document.querySelector("button.sure"); if (yes) yes.focus(); },
-  unsure: () => { sure = ""; draw(); },
-  choose: (data, element) => { if (element.checked) chosen.add(data.job); else chosen.delete(data.job); draw(); },
-  cancel: data => cancel([data.job]),
-  cancel_some: () => { sure = ""; cancel([...chosen]); },
-  cancel_all: async () => { sure = ""; for (const use of view.node.clusters) await post("cancel", {cluster: use.number, node: view.node.id, jobs: "all"}, n => many(n, "job") + (n === 1 ? " is" : " are") + " being ended."); },
-  cancel_waiting: data => { sure = ""; post("cancel_waiting", {cluster: Number(data.cluster)}, n => many(n, "job") + (n === 1 ? " is" : " are") + " cancelled."); },
+
+function cancelledWords(n) {
+  return many(n, "job") + (n === 1 ? " is" : " are") + " cancelled.";
+}
+
+async function cancelJobs(keys) {
+  const byCluster = new Map();
+  for (const key of keys) {
+    const [cluster, job] = key.split(".").map(Number);
+    byCluster.set(cluster, [...(byCluster.get(cluster) || []), job]);
+  }
+  for (const [cluster, jobs] of byCluster) {
+    await post("cancel", {cluster, node: view.node.id, jobs}, endingWords);
+  }
+}
+
+async function cancelAll() {
+  sure = "";
+  const node = view.node;
+  for (const use of node.clusters) {
+    await post("cancel", {cluster: use.number, node: node.id, jobs: "all"}, endingWords);
+  }
+}
+
+function askAgain(data) {
+  sure = data.name;
+  draw();
+  const yes = document.querySelector("button.sure");
+  if (yes) yes.focus();
+}
+
+function askNoMore() {
+  sure = "";
+  draw();
+}
+
+function choose(data, box) {
+  if (box.checked) {
+    chosen.add(data.job);
+  } else {
+    chosen.delete(data.job);
+  }
+  draw();
+}
+
+function cancelChosen() {
+  sure = "";
+  cancelJobs([...chosen]);
+}
+
+function cancelWaitingJobs(data) {
+  sure = "";
+  post("cancel_waiting", {cluster: Number(data.cluster)}, cancelledWords);
+}
+
+function release(data) {
+  sure = "";
+  post("release", {node: data.node}, () => "The node is let go when its jobs have ended.");
+}
+
+// data-act of an element -> what a click on it does
+const CLICKS = {
+  sure: askAgain,
+  unsure: askNoMore,
+  choose,
+  cancel: data => cancelJobs([data.job]),
+  cancel_some: cancelChosen,
+  cancel_all: cancelAll,
+  cancel_waiting: cancelWaitingJobs,
   use: data => post("use", {node: data.node}, () => "The node is used again."),
   drain: data => post("drain", {node: data.node}, () => "Nothing new is sent to the node."),
-  release: data => { sure = ""; post("release", {node: data.node}, () => "The node is let go when its jobs have ended."); }};
-const SEND = {
-  add: (data, words) => post("add", {cluster: Number(words.get("cluster") || (view.clusters[0] || {number: 0}).number), host: words.get("host").trim(), port: words.get("port") ? Number(words.get("port")) : null, cpus: words.get("cpus") ? Number(words.get("cpus")) : null},
-    () => "The node is looked for; it appears below."),
-  cpus: (data, words) => post("cpus", {node: data.node, cpus: Number(words.get("cpus"))}, () => "The CPUs are set.")};
+  release,
+};
+
+function numberOrNull(text) {
+  return text ? Number(text) : null;
+}
+
+function addNode(data, words) {
+  const [first] = view.clusters;
+  const body = {
+    cluster: Number(words.get("cluster") || (first ? first.number : 0)),
+    host: words.get("host").trim(),
+    port: numberOrNull(words.get("port")),
+    cpus: numberOrNull(words.get("cpus")),
+  };
+  post("add", body, () => "The node is looked for; it appears below.");
+}
+
+function setCpus(data, words) {
+  const body = {node: data.node, cpus: Number(words.get("cpus"))};
+  post("cpus", body, () => "The CPUs are set.");
+}
+
+// data-act of a form -> what is done when it is sent
+const FORMS = {add: addNode, cpus: setCpus};
 
 document.addEventListener("click", event => {
-  const element = event.target.closest("[data-act]");
-  if (element && element.tagName !== "FORM" && DO[element.dataset.act]) DO[element.dataset.act](element.dataset, element);
+  const target = event.target.closest("[data-act]");
+  if (!target || target.tagName === "FORM") return;
+  const click = CLICKS[target.dataset.act];
+  if (click) click(target.dataset, target);
 });
 document.addEventListener("submit", event => {
   event.preventDefault();
   const form = event.target;
-  if (SEND[form.dataset.act]) SEND[form.dataset.act](form.dataset, new FormData(form));
+  const send = FORMS[form.dataset.act];
+  if (send) send(form.dataset, new FormData(form));
 });
-document.addEventListener("keydown", event => { if (event.key === "Escape" && sure) DO.unsure(); });
-document.addEventListener("visibilitychange", () => { if (document.hidden) { if (reading) reading.abort(); } else if (place) { plots.clear(); listen(); } });
+document.addEventListener("keydown", event => {
+  if (event.key === "Escape" && sure) askNoMore();
+});
+// A window that nobody sees asks for nothing.
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) {
+    if (reading) reading.abort();
+  } else if (place) {
+    plots.clear();
+    listen();
+  }
+});
 window.addEventListener("hashchange", go);
-document.querySelector(".skip").addEventListener("click", event => { event.preventDefault(); document.getElementById("main").focus(); });
+document.querySelector(".skip").addEventListener("click", event => {
+  event.preventDefault();
+  byId("main").focus();
+});
 go();
 '''
 
