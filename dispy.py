@@ -211,6 +211,13 @@ ACK_AFTER = 0.05
 CANCELS_MOST = 1000           # jobs that are cancelled in one turn of the driver
 CALLBACK_THREADS = 16         # callbacks that may block at the same time
 CALLBACK_TIME = 0.1           # s that callbacks take one after the other before they do so
+HTTPD_PORT = 8181             # of the web monitor
+REPORTS_APART = 5.0           # s between two questions to a node for what is free there
+FAILURES_KEPT = 500           # failed jobs that monitors are told of; older ones are forgotten
+FAILURES_PAGE = 100           # of these in one answer
+FAILURE_TEXT = 8000           # characters that are kept of the end of a traceback
+ARGUMENTS_MOST = 16384        # bytes of packed arguments that monitors get to show
+DEALLOCATED = 'deallocated'   # why a node that is ready is given no jobs, to those who ask
 # S of one slice of a wait: Ctrl-C does not end a wait on Windows
 FOREVER = 0.5 if os.name == 'nt' else 3600.0
 
@@ -10447,7 +10454,7 @@ class NodeQueries:
         elif use.then:
             state = 'draining'
         elif (use.wanted == 0 or peer.most == 0) and use.state is UseState.READY:
-            reason = 'deallocated'
+            reason = DEALLOCATED
         return peer, state, reason, peer.limit(comp), busy
 
     def nodes_of(self, comp: str) -> List[Tuple[Peer, str, str, int, int]]:
@@ -10592,6 +10599,199 @@ class NodeQueries:
         return {key: count for key, count in found.items() if count}
 
 
+class FailedJob(NamedTuple):
+    """A job that has failed, as monitors are told of it."""
+    number: int    # of the failure, from 1
+    time: float    # when the job ended, in s since the epoch
+    cluster: int
+    job: Any       # its id
+    payload: Any   # its packed arguments, or the number of their bytes if these are many
+    status: int
+    node: str
+    text: str      # the end of its traceback
+
+
+class FailedJobs:
+    """The last FAILURES_KEPT jobs that have failed. One thread adds to them, any may read."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._rows: Deque[FailedJob] = collections.deque(maxlen=FAILURES_KEPT)
+
+    def add(self, time_ended: float, cluster: int, job: Any, payload: Any, status: int, node: str,
+            text: str) -> None:
+        """Note a job that has failed. A `time_ended` of 0 means that it has just done so."""
+        self._count += 1
+        self._rows.append(FailedJob(self._count, time_ended or time.time(), cluster, job,
+                                    shown_arguments(payload), status, node, text[-FAILURE_TEXT:]))
+
+    def all(self) -> List[FailedJob]:
+        """All of them, the oldest first."""
+        return list(self._rows)
+
+    def since(self, known: int) -> List[FailedJob]:
+        """The oldest of those with a larger number than `known`, at most FAILURES_PAGE. A number
+        that was not given yet comes from an earlier process, and then all of them are new."""
+        rows = self.all()
+        if known <= self._count:
+            rows = [row for row in rows if row.number > known]
+        return rows[:FAILURES_PAGE]
+
+
+def shown_arguments(payload: Any) -> Any:
+    """Packed arguments as monitors get them: of large ones only the number of their bytes."""
+    if payload is None:
+        return None
+    size = size_of(payload)
+    if size > ARGUMENTS_MOST:
+        return size
+    return payload
+
+
+def shown_state(state: str, reason: str) -> str:
+    """The state of a node for monitors, which show one that is given no jobs as drained."""
+    if reason == DEALLOCATED:
+        return 'drained'
+    return state
+
+
+class NodeUse(NamedTuple):
+    """How a cluster uses a node, as monitors are told of it."""
+    number: int      # of the cluster
+    state: str
+    reason: str
+    cpus: int        # that it may use there
+    running: int     # jobs that run there
+    used: int        # CPUs of these
+    jobs: int        # that have ended there
+    seconds: float   # that they have run
+
+
+def row_of_node(node: 'Union[Peer, NodeRow]', free: Dict[str, Any],
+                heard: Optional[float]) -> Dict[str, Any]:
+    """What monitors are told of a node, whoever uses it. `free` is by the node, `heard` in seconds
+    since its last sign of life, if it is connected."""
+    return {
+        'key': node.key,
+        'name': node.name,
+        'address': node.ip_addr,
+        'port': node.port,
+        'offered': node.offered,
+        'free': [free.get(name) for name in ('memory', 'disk', 'cpu')],
+        'platform': str(node.facts.get('platform', ''))[:200],
+        'heard': heard,
+    }
+
+
+class JobAtNode(NamedTuple):
+    """A job that was sent to a node."""
+    serial: int
+    work: Any
+    is_running: bool
+    seconds: Optional[float]   # that it has run; None: not known
+
+
+class Overview:
+    """What monitors ask about the nodes of a driver and the jobs that were sent to them. The
+    answers are plain values. Their cost grows with the rows and with the CPUs of a node, never
+    with the number of jobs. The driver's thread."""
+    JOBS_APART = 1.0   # s between two questions to a node for the jobs that run there
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        # (node, computation) -> when the node was asked
+        self._asked: Dict[Tuple[Any, str], float] = {}
+        # -> when it answered, and what
+        self._reports: Dict[Tuple[Any, str], Tuple[float, Report]] = {}
+
+    def forget(self, comp: str) -> None:
+        """A computation is over. What is known of nodes that are gone is forgotten as well."""
+        peers = self._driver.nodes.by_key
+        self._asked = {where: at for where, at in self._asked.items()
+                       if where[1] != comp and where[0] in peers}
+        self._reports = {where: report for where, report in self._reports.items()
+                         if where in self._asked}
+
+    def ask_node(self, peer: Peer, comp: str, apart: float) -> bool:
+        """Ask a node what is free there and which jobs of a computation run, unless it was asked
+        less than `apart` seconds ago. Returns whether it was asked."""
+        where = (peer.key, comp)
+        now = self._driver.now
+        if peer.link is None or not peer.name:
+            return False
+        if now - self._asked.get(where, -math.inf) < apart:
+            return False
+        self._asked[where] = now
+        future = peer.answers.get((comp, ''))
+        if future is None:
+            future = concurrent.futures.Future()
+            peer.answers[comp, ''] = future
+            self._driver.say(peer.link, Query(comp))
+        future.add_done_callback(functools.partial(self._answered, where))
+        return True
+
+    def _answered(self, where: Tuple[Any, str], future: Any) -> None:
+        if future.exception() is None:
+            self._reports[where] = (self._driver.now, future.result())
+
+    def free_at(self, peer: Peer, comp: str) -> Dict[str, Any]:
+        """What is free at a node, by its last answer."""
+        free = dict(peer.facts.get('available', {}))
+        report = self._reports.get((peer.key, comp))
+        if report is not None:
+            free.update(report[1].available)
+        return free
+
+    def node_row(self, peer: Peer, free: Dict[str, Any]) -> Dict[str, Any]:
+        """What is known of a node, whoever uses it."""
+        heard = None
+        if peer.link is not None:
+            heard = max(0.0, self._driver.clock() - peer.link.heard)
+        return row_of_node(peer, free, heard)
+
+    def running_at(self, key: Any) -> Dict[str, Tuple[int, int]]:
+        """Computation -> how many of its jobs run at a node, and their CPUs."""
+        schedule = self._driver.schedule
+        found = {}
+        for comp, serials in schedule.runs(key).items():
+            sent = schedule.nodes[key].flight[comp]
+            found[comp] = (len(serials), sum(cpus_of(sent[serial]) for serial in serials))
+        return found
+
+    def sent_to(self, key: Any, comp: str) -> Dict[int, Any]:
+        """Serial -> job of a computation's jobs that were sent to a node and have not ended."""
+        node = self._driver.schedule.nodes.get(key)
+        if node is None:
+            return {}
+        return node.flight.get(comp, {})
+
+    def jobs_at(self, key: Any, comp: str, most: int = sys.maxsize) -> List[JobAtNode]:
+        """The same, with what is known of how long they have run; the first `most` of them. The
+        node is asked, and what it answers is known the next time."""
+        sent = self.sent_to(key, comp)
+        if not sent:
+            return []
+        self.ask_node(self._driver.nodes.by_key[key], comp, self.JOBS_APART)
+        seconds = self._seconds_run(key, comp)
+        running = set(self._driver.schedule.runs(key).get(comp, ()))
+        running.update(seconds)
+        return [JobAtNode(serial, work, serial in running, seconds.get(serial))
+                for serial, work in itertools.islice(sent.items(), most)]
+
+    def _seconds_run(self, key: Any, comp: str) -> Dict[int, float]:
+        """Serial -> seconds, of jobs at a node that are known to have begun."""
+        now = self._driver.now
+        seconds = {}
+        if (key, comp) in self._reports:
+            at, report = self._reports[key, comp]
+            for serial, ran in report.running:
+                seconds[serial] = ran + now - at
+        begun = self._driver.schedule.nodes[key].begun[comp]
+        for serial, since in begun.items():
+            seconds[serial] = now - since
+        return seconds
+
+
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed.
 
@@ -10607,7 +10807,8 @@ class Driver(Loop):
     cancels - jobs that are not wanted any more
     recoveries - what nodes have of programs that have crashed
     calls - questions to a scheduler and from it
-    queries - what clusters and monitors ask about nodes
+    queries - what clusters ask about nodes
+    overview - what monitors ask about nodes and jobs
     """
     log = logger
     PARTING = 2.0    # parts of large values may fill a link, and the other side would wait for us
@@ -10646,6 +10847,7 @@ class Driver(Loop):
         self.recoveries = Recoveries(self)
         self.calls = SchedulerCalls(self)
         self.queries = NodeQueries(self)
+        self.overview = Overview(self)
         self.thread = threading.Thread(target=self._main, name='dispy-driver', daemon=True)
         self._acts = {
             SendJobs: self.jobs.send_jobs,
@@ -10828,6 +11030,7 @@ class Driver(Loop):
         self.jobs.outgoing.forget(comp)
         del self._warn_at[comp]
         self.nodes.misfits.forget(comp)
+        self.overview.forget(comp)
         self.selection.probes.pop(comp, None)
         self.files.abort(lambda number, name: name == comp)
         self.files.backlog.drop(comp)

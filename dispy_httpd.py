@@ -115,7 +115,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Deque, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 try:
     from dispy import Driver
@@ -129,8 +129,10 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
     raise ImportError(text, name=exc.name, path=exc.path) from exc
 
 import dispy
-from dispy import SHORT, Access, DispyJob, JobCluster, Monitor, NodeSpec, SharedJobCluster, words_of
-from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, Query, SecretError,
+from dispy import (ARGUMENTS_MOST, FAILURES_KEPT, HTTPD_PORT, REPORTS_APART, SHORT, Access, DispyJob,
+                   FailedJob, FailedJobs, JobAtNode, JobCluster, Monitor, NodeRow, NodeSpec, NodeUse,
+                   SharedJobCluster, words_of)
+from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, SecretError,
                        __version__, find_secret, host_and_port, _no_password, _write_private,
                        size_of, tls_files, split_needs, Each, HANDSHAKE_TIME)
 
@@ -140,19 +142,13 @@ __all__ = ['DispyHTTPServer']
 # Constants
 # --------------------------------------------------------------------------------------------------
 
-HTTPD_PORT = 8181
 SNAPSHOTS_APART = 0.25        # s between two snapshots at least
 SAMPLES_APART = 1.0           # s between two points of a plot, and two snapshots when nobody looks
 PLOT_POINTS = 240             # then every second one is dropped
 RATE_SPAN = 30.0              # s over which the rate is measured
-REPORTS_APART = 5.0           # s between two questions to a node for what is free there
 REPORTS_A_TURN = 20           # questions asked in one turn of the driver
 # S after a request that snapshots are still taken as often as asked for
 LOOKED_FOR = 5.0
-# Failed jobs of a cluster, and characters of a traceback
-FAILURES_KEPT = 500
-FAILURE_TEXT = 8000
-ARGUMENTS_MOST = 16384        # bytes of pickled arguments that are opened to be shown
 # Bytes of a running job's output; jobs with output
 OUTPUT_KEPT = 4096
 OUTPUTS_KEPT = 1000
@@ -305,207 +301,267 @@ class History:
 # --------------------------------------------------------------------------------------------------
 
 class Watched(Monitor):
-    """A cluster that is watched. `output` and `reports` are the driver thread's."""
+    """A cluster of this program that is shown. `output` and `live_from` are the driver thread's."""
 
     def __init__(self, number: int, cluster: Any) -> None:
         self.number = number
         self.cluster = cluster
         self.history = History()
-        self.failures: Deque[Tuple[float, Any, Any, int, str,
-                                   str]] = collections.deque(maxlen=FAILURES_KEPT)
+        self.failed_jobs = FailedJobs()
+        # Job -> the end of what it has printed to stdout and to stderr
         self.output: 'collections.OrderedDict[DispyJob, List[bytes]]' = collections.OrderedDict()
-        # Node -> when it was asked what is there
-        self.asked: Dict[Any, float] = {}
-        self.reports: Dict[Any, Tuple[float, Any]] = {}     # node -> when it answered, what
         # Node -> its link when this began: output is not sent along it
         self.live_from: Dict[Any, Any] = {}
-        self.ended: float = 0.0                             # when it was closed, s since the epoch
+        self.ended = 0.0   # when the cluster was closed, in s since the epoch
+
+    @property
+    def looks_only(self) -> bool:
+        """Whether this stands for nodes that are watched and not for a cluster."""
+        return self.cluster.cargo is None
 
     def failed(self, job: DispyJob, payload: Any) -> None:
-        if job.status != DispyJob.Cancelled:
-            if payload is not None:
-                size = size_of(payload)
-            else:
-                size = 0
-            self.failures.append(
-                (job.end_time or time.time(), job.id, payload if size <= ARGUMENTS_MOST else size,
-                 job.status, job.ip_addr
-                 or '', (job._exception or 'exit status %s' % (job.result, ))[-FAILURE_TEXT:]))
+        """As of Monitor."""
+        if job.status == DispyJob.Cancelled:
+            return
+        text = job._exception   # without the arguments, which may not be shown
+        if text is None:
+            text = 'exit status %s' % (job.result,)
+        self.failed_jobs.add(job.end_time or 0.0, self.number, job.id, payload, job.status,
+                             job.ip_addr or '', text)
 
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
-        tails = self.output.setdefault(job, [b'', b''])
-        tails[stream - 1] = ((tails[stream - 1] if offset else b'') + data)[-OUTPUT_KEPT:]
+        """As of Monitor."""
+        ends = self.output.setdefault(job, [b'', b''])
+        before = b''
+        if offset:
+            before = ends[stream - 1]
+        ends[stream - 1] = (before + data)[-OUTPUT_KEPT:]
         if len(self.output) > OUTPUTS_KEPT:
-            for old in [old for old in self.output if old.status in dispy.ENDED]:
-                del self.output[old]
+            self._forget_output()
+
+    def _forget_output(self) -> None:
+        """Forget what jobs have printed that have ended, or else what the first has printed."""
+        for job in list(self.output):
+            if job.status in dispy.ENDED:
+                del self.output[job]
         if len(self.output) > OUTPUTS_KEPT:
             self.output.popitem(last=False)
 
     def attach(self) -> None:
-        """The driver's thread."""
+        """Begin to watch the cluster. The driver's thread."""
         cluster = self.cluster
-        if cluster.cargo is not None:
-            if not cluster.cargo.spec['live']:
-                self.live_from = {
-                    peer.key: peer.link
-                    for peer in cluster.driver.nodes.of(cluster.comp)
-                    if peer.uses[cluster.comp].offered
-                }
-            cluster.add_monitor(self)
+        if self.looks_only:
+            return
+        if not cluster.cargo.spec['live']:
+            for peer in self._peers():
+                if peer.uses[cluster.comp].offered:
+                    self.live_from[peer.key] = peer.link
+        cluster.add_monitor(self)
 
-    def ask(self, peer: Any, apart: float) -> bool:
-        """Ask a node what is there, `apart` s after the last time. The driver's thread."""
-        comp = self.cluster.comp
-        driver = self.cluster.driver
-        if peer.link is None or not peer.name or driver.now - self.asked.get(peer.key,
-                                                                             -apart) < apart:
-            return False
-        self.asked[peer.key] = driver.now
-        future = peer.answers.get((comp, ''))
-        if future is None:
-            future = peer.answers[comp, ''] = concurrent.futures.Future()
-            driver.say(peer.link, Query(comp))
-        future.add_done_callback(functools.partial(self._reported, peer.key))
-        return True
-
-    def _reported(self, key: Any, future: Any) -> None:
-        if future.exception() is None:
-            self.reports[key] = (self.cluster.driver.now, future.result())
+    def _peers(self) -> List[Any]:
+        return self.cluster.driver.nodes.of(self.cluster.comp)  # type: ignore[no-any-return]
 
     def refresh(self) -> None:
-        """Before a turn of the driver: what others know. The snapshot thread."""
+        """Ask others for what they know, before the driver is asked. The snapshot thread."""
 
     def nodes(self) -> List[Any]:
-        """Its nodes, with their keys. The driver's thread."""
-        return list(self.cluster.driver.nodes.of(self.cluster.comp))
+        """Its nodes, which have a `key`. The driver's thread."""
+        return list(self._peers())
 
-    def flight(self, key: Any) -> Dict[int, Any]:
+    def sent_to(self, key: Any) -> Dict[int, DispyJob]:
         """Serial -> job of what was sent to a node. The driver's thread."""
-        node = self.cluster.driver.schedule.nodes.get(key)
-        if node is not None:
-            return node.flight.get(self.cluster.comp, {})
-        return {}
+        overview = self.cluster.driver.overview
+        return overview.sent_to(key, self.cluster.comp)  # type: ignore[no-any-return]
 
-    def runs(self, peer: Any) -> List[int]:
-        """Serials of jobs that run on a node; others wait there. O(CPUs). The driver's thread."""
-        return self.cluster.driver.schedule.runs(peer.key).get(self.cluster.comp, [])
+    def jobs_at(self, key: Any) -> List[JobAtNode]:
+        """The same, with what is known of how long they have run. The driver's thread."""
+        overview = self.cluster.driver.overview
+        return overview.jobs_at(key, self.cluster.comp)  # type: ignore[no-any-return]
 
-    def running(self, peer: Any) -> Tuple[int, int]:
-        """How many that are, and their CPUs."""
-        flight = self.flight(peer.key)
-        serials = self.runs(peer)
-        return len(serials), sum(dispy.cpus_of(flight[serial]) for serial in serials)
+    def is_live(self, key: Any) -> bool:
+        """Whether a node sends what jobs print while they print it. The driver's thread."""
+        peer = self.cluster.driver.nodes.by_key[key]
+        return peer.link is not self.live_from.get(key, False)
 
-    def look(self, asks: List[int]) -> List[dict]:
-        """Rows of its nodes. The driver's thread."""
+    def node_rows(self, asking: bool) -> List[dict]:
+        """Rows of its nodes, see `node_row`. `asking`: some of the nodes are asked what is free
+        there. The driver's thread."""
         cluster = self.cluster
-        driver = self.cluster.driver
+        overview = cluster.driver.overview
+        left = 0
+        if asking:
+            left = REPORTS_A_TURN
+        apart = REPORTS_APART
+        if self.looks_only:
+            apart = SAMPLES_APART
         rows = []
-        for peer, state, reason, cpus, _ in driver.queries.nodes_of(cluster.comp):
-            survey = cluster.cargo is None
-            if asks[0] > 0 and self.ask(peer, SAMPLES_APART if survey else REPORTS_APART):
-                asks[0] -= 1
-            report = self.reports.get(peer.key, (0.0, None))[1]
-            running, used = self.running(peer)
-            free = dict(peer.facts.get('available', {}),
-                        **(report.available if report is not None else {}))
-            rows.append({
-                'key': peer.key, 'name': peer.name, 'address': peer.ip_addr, 'port': peer.port,
-                'reason': reason.strip()[-2000:],
-                'state': 'drained' if state == 'ready' and reason == 'deallocated' else state,
-                'cpus': peer.offered if survey else cpus, 'offered': peer.offered,
-                'running': running, 'memory': free.get('memory'), 'disk': free.get('disk'),
-                'used': free.get('busy', 0) if survey else used,
-                'load': None if free.get('cpu') is None else round(100.0 - free['cpu'], 1),
-                'heard': round(max(0.0,
-                                   driver.clock() -
-                                   peer.link.heard), 1) if peer.link is not None else None,
-                'holder': str(free.get('holder', peer.facts.get('holder', ''))) if survey else '',
-                'platform': str(peer.facts.get('platform', ''))
-            })
+        for peer, state, reason, cpus, _ in cluster.driver.queries.nodes_of(cluster.comp):
+            if left and overview.ask_node(peer, cluster.comp, apart):
+                left -= 1
+            rows.append(self._node_row(peer, state, reason, cpus))
         return rows
 
-    def times(self, key: Any) -> Tuple[Dict[int, float], Set[int], bool]:
-        """Of a node: serial -> seconds that the job has run, which run as far as is known, whether
-        output comes. The driver's thread."""
-        driver = self.cluster.driver
-        peer = driver.nodes.by_key[key]
-        self.ask(peer, SAMPLES_APART)
-        at, report = self.reports.get(key, (0.0, None))
-        if report is not None:
-            runs = {serial: seconds + driver.clock() - at for serial, seconds in report.running}
-        else:
-            runs = {}
-        return runs, set(self.runs(peer)), peer.link is not self.live_from.get(key, False)
+    def _node_row(self, peer: Any, state: str, reason: str, cpus: int) -> dict:
+        comp = self.cluster.comp
+        overview = self.cluster.driver.overview
+        free = overview.free_at(peer, comp)
+        running, used = overview.running_at(peer.key).get(comp, (0, 0))
+        row = node_row(overview.node_row(peer, free), state, reason, cpus, running, used)
+        if self.looks_only:   # whoever uses the node
+            row['cpus'] = peer.offered
+            row['used'] = free.get('busy', 0)
+            row['holder'] = str(free.get('holder', peer.facts.get('holder', '')))
+        return row
 
 
 class WatchedShared(Watched):
-    """A SharedJobCluster: its nodes are known to the scheduler, which is asked; where its jobs are,
-    it is told."""
-    _known: Dict[Any, dispy.NodeRow] = {}                     # nodes by their keys
-    # (address, name) of a node -> serial -> job there
-    _flights: Dict[Tuple[str, str], Dict[int, Any]] = {}
+    """A SharedJobCluster that is shown. Its scheduler knows the nodes and is asked for them; where
+    the jobs are, the cluster is told by the scheduler."""
+
+    def __init__(self, number: int, cluster: Any) -> None:
+        super().__init__(number, cluster)
+        self._known: Dict[Any, NodeRow] = {}   # nodes by their keys
+        # (address, name) of a node -> serial -> job there
+        self._sent: Dict[Tuple[str, str], Dict[int, DispyJob]] = {}
 
     def refresh(self) -> None:
-        """As above. While the scheduler is away there is one node: the scheduler, and why."""
+        """As above. While the scheduler is away it is shown itself in the place of its nodes, with
+        the reason."""
         cluster = self.cluster
-        driver = self.cluster.driver
-        flights: Dict[Tuple[str, str], Dict[int, Any]] = {}
+        sent: Dict[Tuple[str, str], Dict[int, DispyJob]] = {}
         for job, place in cluster._places.copy().items():
-            flights.setdefault((place.ip_addr, place.name), {})[job.serial] = job
-        self._flights = flights
-        with contextlib.suppress(ConnectionError, concurrent.futures.TimeoutError):
-            rows = dispy.pages_of_nodes(lambda first, most: dispy.answer_of(
-                driver.ask(lambda: driver.calls.call(cluster.comp, 'nodes', first, most)), dispy.
-                CALL_TIME))
-            self._known = {row.key: row for row in rows}
-            return
-        self._known = {
-            row.key: row._replace(cpus=0)
-            for row in driver.ask(lambda: driver.queries.rows_of(cluster.comp))
-        }
+            sent.setdefault((place.ip_addr, place.name), {})[job.serial] = job
+        self._sent = sent
+        try:
+            rows = dispy.pages_of_nodes(self._page_of_nodes)
+        except (ConnectionError, concurrent.futures.TimeoutError):
+            own = cluster.driver.ask(lambda: cluster.driver.queries.rows_of(cluster.comp))
+            rows = [row._replace(cpus=0) for row in own]
+        self._known = {row.key: row for row in rows}
+
+    def _page_of_nodes(self, first: int, most: int) -> List[tuple]:
+        cluster = self.cluster
+        calls = cluster.driver.calls
+        future = cluster.driver.ask(lambda: calls.call(cluster.comp, 'nodes', first, most))
+        return dispy.answer_of(future, dispy.CALL_TIME)  # type: ignore[no-any-return]
 
     def nodes(self) -> List[Any]:
         """As above."""
         return list(self._known.values())
 
-    def flight(self, key: Any) -> Dict[int, Any]:
+    def sent_to(self, key: Any) -> Dict[int, DispyJob]:
         """As above."""
         row = self._known.get(key)
-        if row is not None:
-            return self._flights.get((row.ip_addr, row.name), {})
-        return {}
+        if row is None:
+            return {}
+        return self._sent.get((row.ip_addr, row.name), {})
 
-    def runs(self, peer: Any) -> List[int]:
-        """As above: those that are known to have begun, then the first, as many as the scheduler
-        says."""
-        flight = self.flight(peer.key)
-        is_on = (dispy.DispyJob.Running, dispy.DispyJob.ProvisionalResult)
-        begun = [serial for serial, job in flight.items() if job.status in is_on]
-        more = (serial for serial, job in flight.items() if job.status == dispy.DispyJob.Created)
-        return begun + list(itertools.islice(more, max(0, peer.busy - len(begun))))
+    def _running_at(self, row: NodeRow) -> List[int]:
+        """Serials of the jobs that run at a node: those that are known to have begun, then the
+        first of the others, as many as the scheduler says."""
+        begun = []
+        others = []
+        for serial, job in self.sent_to(row.key).items():
+            if job.status in (DispyJob.Running, DispyJob.ProvisionalResult):
+                begun.append(serial)
+            elif job.status == DispyJob.Created:
+                others.append(serial)
+        return begun + others[:max(0, row.busy - len(begun))]
 
-    def look(self, asks: List[int]) -> List[dict]:
-        """As above."""
-        rows = []
-        for row in self.nodes():
-            running, used = self.running(row)
-            free = row.facts.get('available', {})
-            rows.append({
-                'key': row.key, 'name': row.name, 'address': row.ip_addr, 'port': row.port,
-                'reason': row.reason.strip()[-2000:], 'state': 'drained'
-                if row.state == 'ready' and row.reason == 'deallocated' else row.state,
-                'cpus': row.cpus, 'offered': row.offered, 'running': running,
-                'memory': free.get('memory'), 'disk': free.get('disk'), 'used': used, 'load': None,
-                'heard': None, 'holder': '', 'platform': str(row.facts.get('platform', ''))
-            })
-        return rows
-
-    def times(self, key: Any) -> Tuple[Dict[int, float], Set[int], bool]:
+    def jobs_at(self, key: Any) -> List[JobAtNode]:
         """As above; how long a job has run is known by its start_time."""
-        row = self._known[key]
-        links = {peer.link for peer in self.cluster.driver.nodes.of(self.cluster.comp)}
-        return {}, set(self.runs(row)), not links & set(self.live_from.values())
+        running = set(self._running_at(self._known[key]))
+        return [JobAtNode(serial, job, serial in running, None)
+                for serial, job in self.sent_to(key).items()]
+
+    def is_live(self, key: Any) -> bool:
+        """As above; the scheduler passes output on."""
+        links = {peer.link for peer in self._peers()}
+        return not links & set(self.live_from.values())
+
+    def node_rows(self, asking: bool) -> List[dict]:
+        """As above; the nodes are not asked."""
+        return [self._known_row(row) for row in self.nodes()]
+
+    def _known_row(self, row: NodeRow) -> dict:
+        free = dict(row.facts.get('available', {}), cpu=None)   # as the scheduler knew it once
+        running = self._running_at(row)
+        sent = self.sent_to(row.key)
+        used = sum(dispy.cpus_of(sent[serial]) for serial in running)
+        known = dispy.row_of_node(row, free, None)
+        return node_row(known, row.state, row.reason, row.cpus, len(running), used)
+
+
+def node_row(row: dict, state: str, reason: str, cpus: int, running: int, used: int) -> dict:
+    """A node for the page: a row as of `dispy.row_of_node` and what is to be shown of its use."""
+    memory, disk, idle = row['free']
+    load = None
+    if idle is not None:
+        load = round(100.0 - idle, 1)
+    heard = row['heard']
+    if heard is not None:
+        heard = round(heard, 1)
+    return {
+        'key': row['key'],
+        'name': row['name'],
+        'address': row['address'],
+        'port': row['port'],
+        'state': dispy.shown_state(state, reason),
+        'reason': reason.strip()[-2000:],
+        'cpus': cpus,
+        'offered': row['offered'],
+        'running': running,
+        'used': used,
+        'memory': memory,
+        'disk': disk,
+        'load': load,
+        'heard': heard,
+        'holder': '',
+        'platform': row['platform'],
+    }
+
+
+def gone_row(peer: Any) -> dict:
+    """A node that no cluster uses any more."""
+    row = dispy.row_of_node(peer, {}, None)
+    row['offered'] = 0
+    return node_row(row, 'closed', 'no cluster uses it any more', 0, 0, 0)
+
+
+def use_row(use: NodeUse, name: str) -> dict:
+    """How a cluster of this name uses a node, for the page."""
+    return {
+        'number': use.number,
+        'name': name,
+        'state': use.state,
+        'reason': use.reason,
+        'cpus': use.cpus,
+        'used': use.used,
+        'jobs': use.jobs,
+        'job_seconds': round(use.seconds, 3),
+    }
+
+
+def job_row(cluster: int, job: int, name: Any, is_running: bool,
+            seconds: Optional[float]) -> Dict[str, Any]:
+    """A job at a node, for the page; its arguments and what it has printed are filled in later.
+    `job` is its number for `cancel`, `name` its id."""
+    state = 'waits there'
+    if is_running:
+        state = 'running'
+    if seconds is not None:
+        seconds = round(max(0.0, seconds), 1)
+    return {
+        'cluster': cluster,
+        'job': job,
+        'id': name,
+        'arguments': None,
+        'state': state,
+        'seconds': seconds,
+        'stdout': b'',
+        'stderr': b'',
+        'live': None,
+    }
 
 
 def cluster_row(row: dict, history: History, closed: bool = False) -> dict:
@@ -513,20 +569,31 @@ def cluster_row(row: dict, history: History, closed: bool = False) -> dict:
     ended = row['done'] + row['failed'] + row['cancelled']
     pending = max(0, row['submitted'] - ended)
     running = min(pending, row['running'])
+    rate = 0.0
     if not closed:
         rate = history.add(time.time(), ended, row['used'], row['cpus'])
-    else:
-        rate = 0.0
+    left = None
+    if pending and rate > 0:
+        left = round(pending / rate, 1)
     return dict(row,
                 waiting=pending - running,
                 running=running,
                 rate=round(rate, 3),
-                left=round(pending / rate, 1) if rate > 0 and pending else None,
+                left=left,
                 elapsed=round(row['elapsed'], 1),
                 job_seconds=round(row['job_seconds'], 3),
                 plot=history.points,
-                state='closed' if closed else
-                'idle' if not pending else 'working' if row['nodes'] else 'waiting for a node')
+                state=_cluster_state(closed, pending, row['nodes']))
+
+
+def _cluster_state(closed: bool, pending: int, nodes: int) -> str:
+    if closed:
+        return 'closed'
+    if not pending:
+        return 'idle'
+    if nodes:
+        return 'working'
+    return 'waiting for a node'
 
 
 class ClusterSource:
@@ -551,12 +618,14 @@ class ClusterSource:
         closed."""
         if not isinstance(cluster, (JobCluster, NodeSurvey)):
             raise TypeError('%.80r is no cluster' % (cluster,))
+        kind = Watched
+        if isinstance(cluster, SharedJobCluster):
+            kind = WatchedShared
         with self._lock:
             if any(watched.cluster is cluster for watched in self._watched):
                 return
             self._count += 1
-            watched = (WatchedShared if isinstance(cluster, SharedJobCluster) else Watched)(
-                self._count, cluster)
+            watched = kind(self._count, cluster)
             watched.page = self.page
             cluster.driver.ask(watched.attach)
             self._watched.append(watched)
@@ -575,7 +644,7 @@ class ClusterSource:
         with self._lock:
             for watched in [watched for watched in self._watched if watched.cluster is cluster]:
                 self._watched.remove(watched)
-                if cluster.cargo is not None:
+                if not watched.looks_only:
                     with contextlib.suppress(RuntimeError):   # its driver has ended
                         cluster.driver.ask(functools.partial(cluster.remove_monitor, watched))
 
@@ -589,104 +658,99 @@ class ClusterSource:
         with self._lock:
             return list(self._watched)
 
+    # -- snapshots; their thread -------------------------------------------------------------------
+
     def snapshot(self, asking: bool) -> Tuple[List[dict], List[dict], float]:
         """Rows of clusters and of nodes, and the seconds that it took of the drivers' threads.
-        `asking`: nodes are asked what is free there. The snapshot thread."""
+        `asking`: nodes are asked what is free there."""
         clusters: List[dict] = []
         nodes: Dict[str, dict] = {}
-        cost: float = 0.0
+        cost = 0.0
         for watched in self.watched():
-            rows: List[dict] = []
-            counts: Dict[str, int] = {}
-            closed = watched.cluster.closed
-            if not closed:
-                try:
-                    watched.refresh()
-                    rows, counts, took = watched.cluster.driver.ask(
-                        functools.partial(self._turn, watched, asking))
-                    cost += took
-                except RuntimeError:   # closed meanwhile, or its driver has failed
-                    closed = True
-            if watched.cluster.cargo is not None:
-                clusters.append(self._cluster_row(watched, rows, counts, closed))
+            rows, counts, took = self._look(watched, asking)
+            cost += took
+            if not watched.looks_only:
+                clusters.append(self._cluster_row(watched, rows, counts))
             self._merge(watched, rows, nodes)
         return clusters, list(nodes.values()), cost
 
+    def _look(self, watched: Watched, asking: bool) -> Tuple[List[dict], Dict[str, int], float]:
+        """As of `_turn`, from another thread. A cluster that is closed has no nodes."""
+        cluster = watched.cluster
+        if not cluster.closed:
+            try:
+                watched.refresh()
+                return cluster.driver.ask(  # type: ignore[no-any-return]
+                    functools.partial(self._turn, watched, asking))
+            except RuntimeError:
+                logger.debug('%s was closed meanwhile, or its driver has failed', cluster.name)
+        watched.ended = watched.ended or time.time()
+        return [], counts_of(cluster), 0.0
+
     @staticmethod
     def _turn(watched: Watched, asking: bool) -> Tuple[List[dict], Dict[str, int], float]:
-        """What only the driver knows, O(nodes). The driver's thread."""
+        """Rows of a cluster's nodes, its counts, and the seconds that this took. The driver's
+        thread, which is at rest meanwhile: what is on nodes and what has ended add up."""
         began = time.perf_counter()
         cluster = watched.cluster
         cluster.driver.jobs.take_submitted()
-        rows = watched.look([REPORTS_A_TURN if asking else 0])
-        # With the driver at rest: what is on nodes and what has ended add up
+        rows = watched.node_rows(asking)
         counts = counts_of(cluster)
         return rows, counts, time.perf_counter() - began
 
     @staticmethod
-    def _cluster_row(watched: Watched, rows: List[dict], counts: Dict[str, int],
-                     closed: bool) -> dict:
+    def _cluster_row(watched: Watched, rows: List[dict], counts: Dict[str, int]) -> dict:
         cluster = watched.cluster
-        now = time.time()
-        if closed:
-            watched.ended, counts = watched.ended or now, counts_of(cluster)
         ready = [row for row in rows if row['state'] == 'ready']
-        seconds = sum(count[2] for count in cluster.jobs_at_nodes().values())
-        return cluster_row(
-            dict(counts,
-                 number=watched.number,
-                 name=cluster.name,
-                 program='',
-                 running=sum(row['running'] for row in rows),
-                 used=sum(row['used'] for row in rows),
-                 cpus=sum(row['cpus'] for row in ready),
-                 nodes=len(ready),
-                 elapsed=(watched.ended or now) - cluster._started,
-                 job_seconds=seconds), watched.history, closed)
+        row: Dict[str, Any] = dict(counts)
+        row['number'] = watched.number
+        row['name'] = cluster.name
+        row['program'] = ''
+        row['running'] = sum(row['running'] for row in rows)
+        row['used'] = sum(row['used'] for row in rows)
+        row['cpus'] = sum(row['cpus'] for row in ready)
+        row['nodes'] = len(ready)
+        row['elapsed'] = (watched.ended or time.time()) - cluster.start_time
+        row['job_seconds'] = sum(count[2] for count in cluster.jobs_at_nodes().values())
+        return cluster_row(row, watched.history, bool(watched.ended))
+
+    def _prefix(self, watched: Watched) -> str:
+        """How the ids of a cluster's nodes begin."""
+        return '%d.' % (self._drivers.index(watched.cluster.driver) + 1)
 
     def _merge(self, watched: Watched, rows: List[dict], nodes: Dict[str, dict]) -> None:
         """Rows of one cluster's nodes into those of all."""
-        cluster = watched.cluster
-        prefix = '%d.' % (self._drivers.index(cluster.driver) + 1)
-        counts = cluster.jobs_at_nodes()
+        prefix = self._prefix(watched)
+        counts = watched.cluster.jobs_at_nodes()
         for row in rows:
-            key = row.pop('key')
-            name = prefix + key_text(key)
-            _, jobs, seconds = counts.pop('%s:%s' % (row['address'], row['name']), (None, 0, 0.0))
-            self._put(nodes, dict(row, id=name), watched, jobs, seconds)
+            row['id'] = prefix + key_text(row.pop('key'))
+            name = '%s:%s' % (row['address'], row['name'])
+            _, jobs, seconds = counts.pop(name, (None, 0, 0.0))
+            self._put(nodes, row, watched, jobs, seconds)
         for peer, jobs, seconds in counts.values():   # not used any more
-            self._put(
-                nodes, {
-                    'id': '%sgone:%s:%s' % (prefix, peer.ip_addr, peer.name), 'name': peer.name,
-                    'address': peer.ip_addr, 'port': peer.port, 'state': 'closed',
-                    'reason': 'no cluster uses it any more', 'cpus': 0, 'offered': 0, 'used': 0,
-                    'running': 0, 'memory': None, 'disk': None, 'load': None, 'heard': None,
-                    'holder': '', 'platform': str(peer.facts.get('platform', ''))
-                }, watched, jobs, seconds)
+            row = gone_row(peer)
+            del row['key']
+            row['id'] = '%sgone:%s:%s' % (prefix, peer.ip_addr, peer.name)
+            self._put(nodes, row, watched, jobs, seconds)
 
     @staticmethod
     def _put(nodes: Dict[str, dict], row: dict, watched: Watched, jobs: int,
              seconds: float) -> None:
-        use = {
-            'number': watched.number, 'name': watched.cluster.name, 'state': row['state'],
-            'reason': row['reason'], 'cpus': row['cpus'], 'used': row['used'], 'jobs': jobs,
-            'job_seconds': round(seconds, 3)
-        }
-        there = nodes.get(row['id'])
-        if there is None:
-            nodes[row['id']] = dict(row,
-                                    jobs=jobs,
-                                    job_seconds=round(seconds, 3),
-                                    clusters=[use] if watched.cluster.cargo is not None else [])
-            return
-        there['clusters'].append(use)
+        """A node of a cluster, where `jobs` have ended that ran so many seconds, into those of all
+        clusters."""
+        there = nodes.setdefault(row['id'], row)
+        if there is row:
+            there['clusters'] = []
+            there['jobs'] = 0
+            there['job_seconds'] = 0.0
+        if not watched.looks_only:
+            use = NodeUse(watched.number, row['state'], row['reason'], row['cpus'], row['running'],
+                          row['used'], jobs, seconds)
+            there['clusters'].append(use_row(use, watched.cluster.name))
         there['jobs'] += jobs
         there['job_seconds'] = round(there['job_seconds'] + seconds, 3)
-        there['used'] = min(there['used'] + row['used'],
-                            max(there['offered'], row['cpus'], there['cpus']))
-        there['cpus'] = max(there['cpus'], row['cpus'])
-        if _STATE_ORDER.index(row['state']) < _STATE_ORDER.index(there['state']):
-            there['state'], there['reason'] = row['state'], row['reason']
+        if there is not row:
+            merge_uses(there, row)
 
     # -- one node ----------------------------------------------------------------------------------
 
@@ -694,19 +758,20 @@ class ClusterSource:
         """(cluster, key of its node) of a node's id. Raises Refusal if there is none."""
         found = []
         for watched in self.watched():
-            cluster = watched.cluster
-            prefix = '%d.' % (self._drivers.index(cluster.driver) + 1)
-            if number not in (None,
-                              watched.number) or not node.startswith(prefix) or cluster.closed:
+            prefix = self._prefix(watched)
+            if number not in (None, watched.number):
                 continue
-            for peer in cluster.driver.ask(watched.nodes):
+            if watched.cluster.closed or not node.startswith(prefix):
+                continue
+            for peer in watched.cluster.driver.ask(watched.nodes):
                 if prefix + key_text(peer.key) == node:
                     found.append((watched, peer.key))
-        if not found:
-            raise Refusal(
-                404, 'there is no node %.80s%s' %
-                (node, '' if number is None else ' in cluster %d' % number))
-        return found
+        if found:
+            return found
+        where = ''
+        if number is not None:
+            where = ' in cluster %d' % number
+        raise Refusal(404, 'there is no node %.80s%s' % (node, where))
 
     def jobs(self, node: str) -> List[dict]:
         """Rows of a node's jobs. Any thread but a driver's."""
@@ -721,40 +786,38 @@ class ClusterSource:
     @staticmethod
     def _jobs_turn(watched: Watched, key: Any) -> List[dict]:
         """The driver's thread. What takes time, opening arguments, is left to the caller."""
-        flight = watched.flight(key)
-        if not flight:
-            return []
-        runs, there, live = watched.times(key)
-        now = time.time()
-        nothing = [b'', b'']
         rows = []
-        for serial, job in flight.items():
-            out, err = watched.output.get(job, nothing)
-            if job.start_time:
-                sent = now - job.start_time
-            else:
-                sent = 0.0
-            rows.append({
-                'cluster': watched.number, 'job': serial >> 16, 'id': job.id,
-                'arguments': job.payload,
-                'state': 'running' if serial in runs or serial in there else 'waits there',
-                'seconds': round(max(0.0, runs.get(serial, sent)),
-                                 1), 'stdout': out, 'stderr': err, 'live': live
-            })
+        live = watched.is_live(key)
+        now = time.time()
+        for serial, job, is_running, seconds in watched.jobs_at(key):
+            if seconds is None:   # that it was sent is known at least
+                seconds = now - (job.start_time or now)
+            row = job_row(watched.number, serial >> 16, job.id, is_running, seconds)
+            row['arguments'] = job.payload
+            row['live'] = live
+            if job in watched.output:
+                row['stdout'], row['stderr'] = watched.output[job]
+            rows.append(row)
         return rows
 
     def complete(self, rows: List[dict]) -> None:
         """Rows of jobs that are shown get what takes time. Any thread."""
         for row in rows:
-            row['arguments'] = arguments_text(row['arguments'] if self.shows_arguments else None)
+            if self.shows_arguments:
+                row['arguments'] = arguments_text(row['arguments'])
+            else:
+                row['arguments'] = ''
 
     def failures(self) -> List[dict]:
         """Failed jobs grouped by the last line of their tracebacks. Any thread."""
-        groups = grouped((watched.number, failed) for watched in self.watched()
-                         for failed in list(watched.failures))
+        rows: List[FailedJob] = []
+        for watched in self.watched():
+            rows += watched.failed_jobs.all()
+        groups = grouped(rows)
         if not self.shows_arguments:
-            for job in itertools.chain.from_iterable(group['jobs'] for group in groups):
-                job['arguments'] = ''
+            for group in groups:
+                for job in group['jobs']:
+                    job['arguments'] = ''
         return groups
 
     # -- changes -----------------------------------------------------------------------------------
@@ -767,15 +830,14 @@ class ClusterSource:
 
     def cancel(self, cluster: int, node: str, jobs: Any) -> int:
         """End jobs on a node. Returns how many."""
-        chosen_jobs(jobs)
+        numbers = chosen_jobs(jobs)
         (watched, key), = self._uses(node, cluster)
         driver = watched.cluster.driver
 
         def end() -> int:
-            chosen = [
-                job for serial, job in watched.flight(key).items()
-                if jobs == 'all' or serial >> 16 in jobs
-            ]
+            chosen = list(watched.sent_to(key).values())
+            if numbers is not None:
+                chosen = [job for job in chosen if job.serial >> 16 in numbers]
             for job in chosen:
                 driver.cancels.cancel(job)
             return len(chosen)
@@ -784,7 +846,9 @@ class ClusterSource:
     def cancel_waiting(self, cluster: int) -> int:
         """End jobs that have not begun, also those that wait on nodes. Returns how many."""
         watched = self._cluster(cluster).cluster
-        return watched.driver.ask(lambda: watched.driver.cancels.cancel_waiting(watched.comp))  # type: ignore[no-any-return]
+        driver = watched.driver
+        return driver.ask(  # type: ignore[no-any-return]
+            lambda: driver.cancels.cancel_waiting(watched.comp))
 
     def add_node(self,
                  cluster: int,
@@ -795,8 +859,7 @@ class ClusterSource:
         self._cluster(cluster).cluster.discover_nodes([(host, port, cpus)])
         return 1
 
-    def _each(self, node: str, cluster: Optional[int], call: Callable[[JobCluster, Any],
-                                                                      Any]) -> int:
+    def _each(self, node: str, cluster: Optional[int], call: Callable[..., Any]) -> int:
         uses = self._uses(node, cluster)
         for watched, key in uses:
             call(watched.cluster, key)
@@ -819,21 +882,51 @@ class ClusterSource:
         return self._each(node, cluster, lambda which, key: which.set_node_cpus(key, cpus))
 
 
-def grouped(failures: Iterable[Tuple[int, Tuple[float, Any, Any, int, str, str]]]) -> List[dict]:
-    """Rows of failures, of pairs of a cluster's number and what Watched.failures holds."""
-    groups: Dict[Tuple[int, str], dict] = {}
-    for number, (when, job, payload, status, node, text) in failures:
-        line = last_line(text)
-        group = groups.setdefault((number, line),
-                                  {'text': line, 'count': 0, 'cluster': number, 'jobs': []})
-        group.update(count=group['count'] + 1, last=when, trace=text)
-        group['jobs'].append((job, payload, node, status, when))
-    for group in groups.values():
-        group['jobs'] = [{
-            'id': id_text(job), 'arguments': arguments_text(payload), 'node': node, 'time': when,
-            'status': dispy.JobState(status).name.lower()
-        } for job, payload, node, status, when in reversed(group['jobs'][-10:])]
-    return list(groups.values())
+# The state of a node that several clusters use is the first of their states in this order
+_STATE_ORDER = [
+    'ready', 'draining', 'drained', 'setting up', 'asking', 'connected', 'dialling', 'waiting',
+    'found', 'refused', 'down', 'unreachable', 'no such name', 'no name service', 'lost', 'closed'
+]
+
+
+def merge_uses(there: dict, row: dict) -> None:
+    """Add what another cluster says of a node to the node's row."""
+    most = max(there['offered'], row['cpus'], there['cpus'])
+    there['used'] = min(there['used'] + row['used'], most)
+    there['cpus'] = max(there['cpus'], row['cpus'])
+    if _STATE_ORDER.index(row['state']) < _STATE_ORDER.index(there['state']):
+        there['state'] = row['state']
+        there['reason'] = row['reason']
+
+
+def grouped(failures: Iterable[FailedJob]) -> List[dict]:
+    """Rows of failures: groups of jobs of a cluster with the same last line of their tracebacks."""
+    groups: Dict[Tuple[int, str], List[FailedJob]] = {}
+    for failed in failures:
+        groups.setdefault((failed.cluster, last_line(failed.text)), []).append(failed)
+    return [_group_row(line, members) for (_, line), members in groups.items()]
+
+
+def _group_row(line: str, members: List[FailedJob]) -> dict:
+    last = members[-1]
+    return {
+        'text': line,
+        'count': len(members),
+        'cluster': last.cluster,
+        'last': last.time,
+        'trace': last.text,
+        'jobs': [_failed_row(failed) for failed in reversed(members[-10:])],
+    }
+
+
+def _failed_row(failed: FailedJob) -> dict:
+    return {
+        'id': id_text(failed.job),
+        'arguments': arguments_text(failed.payload),
+        'node': failed.node,
+        'time': failed.time,
+        'status': dispy.JobState(failed.status).name.lower(),
+    }
 
 
 def key_text(key: Any) -> str:
@@ -845,10 +938,10 @@ def key_text(key: Any) -> str:
 
 def chosen_jobs(jobs: Any) -> Optional[List[int]]:
     """`jobs` of a request: their numbers, None for all. Raises Refusal."""
-    if jobs != 'all' and (not isinstance(jobs, list) or not all(type(job) is int for job in jobs)):
-        raise Refusal(400, "jobs is neither a list of numbers nor 'all'")
     if jobs == 'all':
         return None
+    if not isinstance(jobs, list) or any(type(job) is not int for job in jobs):
+        raise Refusal(400, "jobs is neither a list of numbers nor 'all'")
     return jobs
 
 
@@ -856,12 +949,6 @@ def counts_of(cluster: Any) -> Dict[str, int]:
     """Jobs of a cluster, but for those that have not ended. Any thread."""
     submitted, done, failed, cancelled = cluster.jobs_counted()
     return {'submitted': submitted, 'done': done, 'cancelled': cancelled, 'failed': failed}
-
-
-_STATE_ORDER = [
-    'ready', 'draining', 'drained', 'setting up', 'asking', 'connected', 'dialling', 'waiting',
-    'found', 'refused', 'down', 'unreachable', 'no such name', 'no name service', 'lost', 'closed'
-]
 
 
 class NodeSurvey(dispy.Survey):
@@ -898,8 +985,9 @@ class SchedulerLink(dispy.Survey):
     name = 'a web monitor'
 
     def __init__(self, host: str, port: int, access: Access) -> None:
-        self.specs, self.port, self.comp = [NodeSpec(host, port,
-                                                     scheduler=True)], port, uuid.uuid4().hex
+        self.specs = [NodeSpec(host, port, scheduler=True)]
+        self.port = port
+        self.comp = uuid.uuid4().hex
         self.driver = Driver.acquire(access)
         self.driver.ask(lambda: self.driver.open(self, False))
 
@@ -915,22 +1003,22 @@ class SchedulerLink(dispy.Survey):
             time.sleep(0.02)
 
     def ask(self, *question: Any) -> Any:
-        """What `Overview.answer` of the scheduler returns. Raises what it raises, RuntimeError if
-        it is not connected. Any thread."""
+        """What `ProgramOverview.answer` of the scheduler returns. Raises what it raises,
+        RuntimeError if it is not connected. Any thread."""
+        calls = self.driver.calls
         try:
-            future = self.driver.ask(
-                lambda: self.driver.calls.call(self.comp, 'overview', *question))
+            future = self.driver.ask(lambda: calls.call(self.comp, 'overview', *question))
             return dispy.answer_of(future, dispy.CALL_TIME)
         except ConnectionError:
             row, = self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))
-            raise RuntimeError(
-                'the scheduler %s is not connected: %s' %
-                (dispy.place(row.key[1], row.key[2]), row.reason or row.state)) from None
+            where = dispy.place(row.key[1], row.key[2])
+            why = row.reason or row.state
+            raise RuntimeError('the scheduler %s is not connected: %s' % (where, why)) from None
 
 
 class SchedulerSource:
-    """A dispyscheduler: all clusters of all programs. `ask` takes a question of its `Overview` and
-    returns (seconds, answer)."""
+    """A dispyscheduler: all clusters of all programs. `ask` takes a question of its
+    `ProgramOverview` and returns (seconds, answer)."""
     nothing = 'No program uses the scheduler now.'
     manages = True
     shared = True
@@ -942,7 +1030,7 @@ class SchedulerSource:
         self.text = text
         self.close = close
         self._histories: Dict[str, History] = {}
-        self._failures: Deque[Tuple[int, tuple]] = collections.deque(maxlen=FAILURES_KEPT)
+        self._failures: Deque[FailedJob] = collections.deque(maxlen=FAILURES_KEPT)
         self._failed = 0                              # number of the last failure that was told
         self._lock = threading.Lock()                 # guards the three below: requests
         self._keys: Dict[str, Any] = {}               # id of a node -> its key there
@@ -958,8 +1046,8 @@ class SchedulerSource:
         cost = 0.0
         while True:
             took, page = self._ask(name, len(rows), SCHEDULER_PAGE, *args)
-            rows = rows + page
-            cost = cost + took
+            rows += page
+            cost += took
             if len(page) < SCHEDULER_PAGE:
                 return rows, cost
 
@@ -976,15 +1064,25 @@ class SchedulerSource:
                 self._jobs.clear()
             return [], [], 0.0
         self.text = self._text
-        rows = {row['number']: dict(row, running=0, used=0, cpus=0, nodes=0) for row in clusters}
-        found = {row['id']: row for row in (self._node_row(node, rows) for node in nodes)}
+        by_number = {}
+        for row in clusters:
+            row.update(running=0, used=0, cpus=0, nodes=0)
+            by_number[row['number']] = row
+        found = {}
+        for node in nodes:
+            row = self._node_row(node, by_number)
+            found[row['id']] = row
+        self._keep_histories(clusters)
         with self._lock:
-            self._keys = {node['id']: node.pop('key') for node in found.values()}
-        self._histories = {
-            row['comp']: self._histories.get(row['comp']) or History()
-            for row in clusters
-        }
-        return [self._cluster_row(row) for row in rows.values()], list(found.values()), cost + more
+            self._keys = {name: row.pop('key') for name, row in found.items()}
+        rows = [self._cluster_row(row) for row in by_number.values()]
+        return rows, list(found.values()), cost + more
+
+    def _keep_histories(self, clusters: List[dict]) -> None:
+        histories = {}
+        for row in clusters:
+            histories[row['comp']] = self._histories.get(row['comp']) or History()
+        self._histories = histories
 
     def _cluster_row(self, row: dict) -> dict:
         connected = row.pop('connected')
@@ -996,50 +1094,36 @@ class SchedulerSource:
     @staticmethod
     def _node_row(node: dict, clusters: Dict[int, dict]) -> dict:
         """A row of /api/nodes; what there is of clusters is added to theirs."""
-        uses, (memory, disk, idle) = [], node.pop('free')
-        for number, state, reason, cpus, running, used, jobs, seconds in node.pop('uses'):
-            cluster = clusters.get(number)
+        uses = []
+        refused = ''
+        for use in itertools.starmap(NodeUse, node['uses']):
+            cluster = clusters.get(use.number)
             if cluster is None:
                 continue   # it began meanwhile
-            uses.append({
-                'number': number, 'name': cluster['name'], 'state': state, 'reason': reason,
-                'cpus': cpus, 'used': used, 'jobs': jobs, 'job_seconds': round(seconds, 3)
-            })
-            cluster['running'] += running
-            cluster['used'] += used
-            if state == 'ready':
-                cluster['cpus'] += cpus
-                cluster['nodes'] += 1
-        used = sum(use['used'] for use in uses)
-        if node['state'] == 'connected' and any(use['state'] == 'ready' for use in uses):
-            state = 'ready'
-        else:
-            state = node['state']
+            uses.append(use_row(use, cluster['name']))
+            _add_use(cluster, use)
+            if use.reason and not refused:
+                refused = '%s: %s' % (cluster['name'], use.reason.strip())
+        state = node['state']
+        reason = node['reason'].strip()
         if state == 'connected':
-            refused = [use for use in uses if use['reason']]
-        else:
-            refused = []
-        return dict(node,
-                    id='1.' + key_text(node['key']),
-                    state=state,
-                    used=used,
-                    reason=node['reason'].strip() or
-                    (refused[0]['name'] + ': ' + refused[0]['reason'].strip() if refused else ''),
-                    running=0,
-                    memory=memory,
-                    disk=disk,
-                    load=None if idle is None else round(100.0 - idle, 1),
-                    holder='',
-                    clusters=uses,
-                    heard=None if node['heard'] is None else round(node['heard'], 1),
-                    job_seconds=round(node['job_seconds'], 3))
+            if any(use['state'] == 'ready' for use in uses):
+                state = 'ready'
+            reason = reason or refused
+        used = sum(use['used'] for use in uses)
+        row = node_row(node, state, reason, node['cpus'], 0, used)
+        row['id'] = '1.' + key_text(node['key'])
+        row['clusters'] = uses
+        row['jobs'] = node['jobs']
+        row['job_seconds'] = round(node['job_seconds'], 3)
+        return row
 
     def _take_failures(self) -> None:
         while True:
             rows = self._ask('failures', self._failed)[1]
-            for number, when, cluster, job, payload, status, node, text in rows:
-                self._failed = number
-                self._failures.append((cluster, (when, job, payload, status, node, text)))
+            for row in itertools.starmap(FailedJob, rows):
+                self._failed = row.number
+                self._failures.append(row)
             if not rows:
                 return
 
@@ -1056,41 +1140,44 @@ class SchedulerSource:
         come later, with `complete`."""
         key = self._key(node)
         with self._lock:
-            at, jobs = self._jobs.get(node, (-math.inf, []))
-            if time.monotonic() - at >= SNAPSHOTS_APART:
-                jobs = self._ask('jobs', key)[1]
-                self._jobs = {
-                    name: known
-                    for name, known in self._jobs.items()
-                    if time.monotonic() - known[0] < LOOKED_FOR
-                }
-                self._jobs[node] = time.monotonic(), jobs
-        return [{
-            'cluster': cluster, 'job': job, 'id': job >> 16, 'arguments': None,
-            'state': 'running' if runs else 'waits there',
-            'seconds': None if seconds is None else round(seconds, 1), 'stdout': b'', 'stderr': b'',
-            'live': None
-        } for cluster, job, runs, seconds in jobs]
+            jobs = self._jobs_of(node, key)
+        return [job_row(cluster, job, job >> 16, is_running, seconds)
+                for cluster, job, is_running, seconds in jobs]
+
+    def _jobs_of(self, node: str, key: Any) -> List[tuple]:
+        """What the scheduler tells of the jobs at a node, or has told a moment ago. With the
+        lock."""
+        now = time.monotonic()
+        at, jobs = self._jobs.get(node, (-math.inf, []))
+        if now - at < SNAPSHOTS_APART:
+            return jobs
+        jobs = self._ask('jobs', key)[1]
+        now = time.monotonic()
+        self._jobs[node] = (now, jobs)
+        for name in [name for name, (at, _) in self._jobs.items() if now - at >= LOOKED_FOR]:
+            del self._jobs[name]
+        return jobs
 
     def complete(self, rows: List[dict]) -> None:
         """Arguments of the jobs that are shown, each asked for once."""
+        jobs = [(row['cluster'], row['job']) for row in rows]
         with self._lock:
-            missing = [(row['cluster'], row['job']) for row in rows
-                       if (row['cluster'], row['job']) not in self._texts]
-            for where, payload in zip(missing,
-                                      self._ask('arguments', missing)[1] if missing else ()):
+            missing = [job for job in jobs if job not in self._texts]
+            payloads: Sequence[Any] = ()
+            if missing:
+                payloads = self._ask('arguments', missing)[1]
+            for job, payload in zip(missing, payloads):
+                self._texts[job] = 'it has ended meanwhile'
                 if payload is not None:
-                    self._texts[where] = arguments_text(payload)
-                else:
-                    self._texts[where] = 'it has ended meanwhile'
-            for row in rows:
-                row['arguments'] = self._texts[row['cluster'], row['job']]
+                    self._texts[job] = arguments_text(payload)
+            for job, row in zip(jobs, rows):
+                row['arguments'] = self._texts[job]
             while len(self._texts) > TEXTS_KEPT:
                 self._texts.popitem(last=False)
 
     def failures(self) -> List[dict]:
         """As ClusterSource's."""
-        return grouped(list(self._failures))  # type: ignore[arg-type]
+        return grouped(list(self._failures))
 
     # -- changes -----------------------------------------------------------------------------------
 
@@ -1135,6 +1222,15 @@ class SchedulerSource:
     def cpus(self, node: str, cpus: int, cluster: Optional[int] = None) -> int:
         """Each cluster uses at most so many CPUs of a node."""
         return self._for_all('cpus', node, cluster, cpus)
+
+
+def _add_use(cluster: dict, use: NodeUse) -> None:
+    """Add a node to the row of a cluster that uses it."""
+    cluster['running'] += use.running
+    cluster['used'] += use.used
+    if use.state == 'ready':
+        cluster['cpus'] += use.cpus
+        cluster['nodes'] += 1
 
 
 # --------------------------------------------------------------------------------------------------

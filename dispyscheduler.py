@@ -41,7 +41,6 @@ Files this host needs: this one, dispy.py, dispynode.py, cloudpickle.
 import argparse
 import bisect
 import collections
-import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -73,10 +72,11 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
         sys.exit(text)
     raise ImportError(text, name=exc.name, path=exc.path) from exc
 
-from dispy import (NODES_PAGE, OF_JOBS, REDIAL_MOST, Access, Allocation, CancelAsked, Cargo,
-                   Database, DispyNode, JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers,
-                   NodePolicy, NodeResults, NodeSpec, NodeUser, Peer, Schedule, UseState,
-                   WithdrawAsked, Work, cpus_of, has_ended, job_row, parse_nodes)
+from dispy import (DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, REDIAL_MOST, REPORTS_APART, Access,
+                   Allocation, CancelAsked, Cargo, Database, DispyNode, FailedJobs, JobState,
+                   NodeDrains, NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec,
+                   NodeUse, NodeUser, Overview, Peer, Schedule, UseState, WithdrawAsked, Work, has_ended,
+                   job_row, parse_nodes, shown_arguments, shown_state)
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error,
     VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT,
@@ -106,17 +106,11 @@ OBJECT = 48                   # bytes of memory that a bytes object takes beside
 LARGE = 64 * 1024             # bytes from which arguments and results are files of their own
 RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
 REMOVED_MOST = 1000           # acknowledged results that may wait to be removed from the disk
-HTTPD_PORT = 8181             # of the web monitor
 # S after which what waits is cancelled for a program whose connection has ended
 GONE_TIME = 60.0
 GONE_LOOKS = 1.0              # s between looks whether the process of such a program has ended
 RETRY_TIME = 1.0              # s between attempts to write to a disk that was full
 PAGE = 500                    # rows of an answer to a monitor at most
-# Failed jobs, those told at once, characters of a traceback
-FAILURES_KEPT = 500
-FAILURES_PAGE = 100
-FAILURE_TEXT = 8000
-ARGUMENTS_MOST = 16384        # bytes of arguments that monitors are told
 # Bytes that are free, below which SQLite's log is emptied before each transaction
 LOW_DISK = 64 << 20
 PAGE_SIZE = 4096              # bytes of a page of SQLite's
@@ -130,7 +124,6 @@ COMPS_MOST = 256              # computations of one connection
 SPECS_MOST = 10000            # nodes that a program may name
 # Characters of the reason why a node is not used, where many nodes are told of
 REASON_MOST = 2000
-REPORTS_APART = 5.0           # s between two questions to a node for what is free there
 
 logger = logging.getLogger('dispyscheduler')
 
@@ -964,7 +957,9 @@ class Remote(NodeUser):
         self.number = 0
         self.since = 0.0
         self.program = ''
-        self.ends = [0, 0, 0]                     # jobs done, failed, cancelled
+        self.done = 0                             # jobs that have ended as they should
+        self.failed = 0
+        self.cancelled = 0
         # Node -> jobs ended there, seconds that they ran
         self.ended_at: Dict[Any, List[float]] = {}
 
@@ -979,6 +974,11 @@ class Remote(NodeUser):
                              for name, source in spec['support'].items()})
         self.cargo = Cargo(spec, paths, spec['kind'] == 'program', lambda:
                            (b'', 'only its program can tell'))
+
+    def jobs_counted(self) -> Tuple[int, int, int, int]:
+        """As of NodeUser."""
+        submitted = len(self.works) + self.done + self.failed + self.cancelled
+        return submitted, self.done, self.failed, self.cancelled
 
     def remove(self) -> None:
         """Remove its files."""
@@ -1136,7 +1136,7 @@ class Remote(NodeUser):
 class House(NodeUser):
     """The scheduler's own hold on its nodes: it looks and never computes, and they stay
     connected."""
-    client = comp = 'house'
+    client = comp = 'keepconnected'
     name = 'the scheduler'
     warns = False
 
@@ -1246,34 +1246,41 @@ class Stop(NamedTuple):
     """Posted by a signal."""
 
 
-class Overview:
-    """What monitors ask and order, by a `Call` named 'overview' that speaks of no computation: who
-    knows the cluster secret may see and manage everything. Answers are plain values, never more
-    than PAGE rows; they cost O(rows) and, of a node, O(CPUs), never O(jobs). Counts, limits and
-    releases are of this process: a scheduler that is started again has forgotten them. The loop's
-    thread."""
+RELEASED = 'released at the scheduler'
+
+
+class ProgramOverview(Overview):
+    """What monitors ask and order, by a `Call` named 'overview' that speaks of no computation. Who
+    knows the secret of the programs may see and manage everything; if the operator has a secret of
+    his own, this needs that one. An answer has at most PAGE rows. Counts, limits and releases are
+    of this process: a scheduler that is started again has forgotten them. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
+        super().__init__(scheduler)
         self._scheduler = scheduler
         self._numbers = itertools.count(1)
-        self._ended_at: Dict[Any, List[float]] = {}     # of computations that are over, as Remote's
-        self._failed = 0
-        self._failures: Deque[tuple] = collections.deque(maxlen=FAILURES_KEPT)
-        # (node, computation) -> when it was asked what is there
-        self._asked: Dict[Tuple[Any, str], float] = {}
-        self._reports: Dict[Tuple[Any, str], Tuple[float, Any]] = {}    # -> when it answered, what
+        # Node -> jobs ended there and seconds that they ran, of computations that are over
+        self._ended_at: Dict[Any, List[float]] = {}
+        self._failed_jobs = FailedJobs()
         # Nodes that nobody may use -> computations that were told so
         self._released: Dict[Any, Set[str]] = {}
         self._answers: Dict[str, Callable[..., Any]] = {
-            'clusters': self._clusters, 'nodes': self._nodes, 'failures': self._failures_since,
-            'jobs': self._jobs, 'arguments': self._arguments, 'cancel': self._cancel,
-            'cancel_waiting': self._cancel_waiting, 'add': self._add, 'cpus': self._cpus,
-            'release': self._release, 'use': self._use
+            'clusters': self._clusters,
+            'nodes': self._nodes,
+            'failures': self._failures,
+            'jobs': self._jobs,
+            'arguments': self._arguments,
+            'cancel': self._cancel,
+            'cancel_waiting': self._cancel_waiting,
+            'add': self._add,
+            'cpus': self._cpus,
+            'release': self._release,
+            'use': self._use,
         }
 
     def answer(self, name: str = '', *args: Any) -> Tuple[float, Any]:
-        """Seconds that it took, and the answer. Raises ValueError, TypeError for what makes no
-        sense."""
+        """Return the seconds that an answer took, and the answer. Raises ValueError or TypeError
+        for a question that makes no sense."""
         began = time.perf_counter()
         if name not in self._answers:
             raise ValueError('%.40r cannot be asked of a scheduler' % (name,))
@@ -1281,21 +1288,20 @@ class Overview:
         return time.perf_counter() - began, value
 
     def answer_anybody(self, name: str = '', *args: Any) -> Tuple[float, Any]:
-        """As `answer`, to who has not the operator's secret: names and counts of all programs, no
-        order, and nothing of their jobs."""
+        """Answer somebody who does not have the operator's secret: with the names and counts of
+        all programs and with nothing about their jobs. Orders are refused."""
         if name in ('failures', 'jobs'):
             return 0.0, []
         if name not in ('clusters', 'nodes'):
             raise RuntimeError(
                 "%.40r needs the operator's secret (--operator-secret-file of the dispyscheduler)" %
-                (name, ))
+                (name,))
         took, rows = self.answer(name, *args)
-        return took, [
-            dict(row, comp='', program='') if name == 'clusters' else dict(
-                row, uses=[(*use[:2], '', *use[3:]) for use in row['uses']]) for row in rows
-        ]
+        if name == 'clusters':
+            return took, [dict(row, comp='', program='') for row in rows]
+        return took, [dict(row, uses=list(map(_without_reason, row['uses']))) for row in rows]
 
-    # -- told by the scheduler ---------------------------------------------------------------------
+    # -- called by the parts of the scheduler ------------------------------------------------------
 
     def opened(self, remote: Remote) -> None:
         """A computation begins."""
@@ -1303,38 +1309,35 @@ class Overview:
         remote.since = self._scheduler.now
 
     def ended(self, remote: Remote, work: RemoteWork, row: tuple, node: Any) -> None:
-        """A job has ended with this row of Results, `node` is where, if it was on one."""
+        """A job has ended with this row of Results, at this node if it was at one."""
         outcome = row[1]
+        exit_status = 0
         if outcome in RETURNED and remote.cargo.is_program:
             exit_status = _exit_status(row)
-        else:
-            exit_status = 0
-        if outcome == Outcome.CANCELLED:
-            kind = 2
-        else:
-            kind = int(outcome not in RETURNED or exit_status != 0)
-        remote.ends[kind] += 1
         if node is not None:
             count = remote.ended_at.setdefault(node, [0, 0.0])
             count[0] += 1
             count[1] += row[3] - row[2]
-        if kind == 1:
-            if len(row[4]) > LAZY:
-                payload = row[4]
-            else:
-                payload = _plain(row[4])
-            peer = self._scheduler.nodes.by_key.get(node)
-            if exit_status:
-                payload = b'exit status %d' % exit_status
-            if outcome == Outcome.RAISED and len(payload) >= 4:
-                text = unpack_error(payload)[0]
-            else:
-                text = payload.decode('utf-8', 'replace')
-            self._failed += 1
-            self._failures.append(
-                (self._failed, row[3] or time.time(), remote.number, work.client_serial >> 16,
-                 _shown(work.payload), int(_STATE_OF.get(outcome, JobState.TERMINATED)),
-                 str(peer) if peer is not None else '', text[-FAILURE_TEXT:]))
+        if outcome == Outcome.CANCELLED:
+            remote.cancelled += 1
+        elif outcome in RETURNED and not exit_status:
+            remote.done += 1
+        else:
+            remote.failed += 1
+            self._note_failure(remote, work, row, node, exit_status)
+
+    def _note_failure(self, remote: Remote, work: RemoteWork, row: tuple, node: Any,
+                      exit_status: int) -> None:
+        peer = self._scheduler.nodes.by_key.get(node)
+        where = ''
+        if peer is not None:
+            where = str(peer)
+        text = 'exit status %d' % exit_status
+        if not exit_status:
+            text = _failure_text(row)
+        status = _STATE_OF.get(row[1], JobState.TERMINATED)
+        number = work.client_serial >> 16
+        self._failed_jobs.add(row[3], remote.number, number, work.payload, int(status), where, text)
 
     def over(self, remote: Remote) -> None:
         """A computation is over."""
@@ -1344,34 +1347,24 @@ class Overview:
             count[0] += jobs
             count[1] += seconds
         self._ended_at = {key: count for key, count in self._ended_at.items() if key in peers}
-        self._asked = {
-            where: at
-            for where, at in self._asked.items() if where[0] in peers and where[1] != remote.comp
-        }
-        self._reports = {
-            where: report
-            for where, report in self._reports.items() if where in self._asked
-        }
 
-    def keeps(self, peer: Peer, comp: str) -> bool:
-        """Whether a computation may not be set up at a node because it was released for all."""
+    def keeps_from(self, peer: Peer, comp: str) -> bool:
+        """Return whether a computation may not be set up at a node because the node was released
+        for all, and note that the computation was told so."""
         use = peer.uses[comp]
-        if comp == 'house' or peer.key not in self._released or use.state is UseState.CLOSED or use.offered:
+        if comp == House.comp or peer.key not in self._released:
+            return False
+        if use.state is UseState.CLOSED or use.offered:
             return False
         use.move('close')
-        use.reason = 'released at the scheduler'
+        use.reason = RELEASED
         self._released[peer.key].add(comp)
         return True
 
     # -- questions ---------------------------------------------------------------------------------
 
-    def _remotes(self) -> List[Remote]:
-        return [
-            cluster for cluster in self._scheduler.clusters.values() if isinstance(cluster, Remote)
-        ]
-
     def _remote(self, number: int) -> Remote:
-        for remote in self._remotes():
+        for remote in self._scheduler.computations.opened():
             if remote.number == number:
                 return remote
         raise ValueError('there is no cluster %.20r' % (number,))
@@ -1383,179 +1376,136 @@ class Overview:
         return peer
 
     def _clusters(self, first: int, count: int) -> List[dict]:
-        now = self._scheduler.now
-        rows = []
-        for remote in self._remotes()[first:first + min(count, PAGE)]:
-            done, failed, cancelled = remote.ends
-            rows.append({
-                'number': remote.number, 'comp': remote.comp, 'name': remote.name[:200],
-                'program': remote.program, 'connected': remote.link in self._scheduler.links,
-                'submitted': len(remote.works) + done + failed + cancelled, 'done': done,
-                'failed': failed, 'cancelled': cancelled,
-                'job_seconds': sum(seconds for _, seconds in remote.ended_at.values()),
-                'elapsed': now - remote.since
-            })
-        return rows
+        remotes = self._scheduler.computations.opened()
+        return [self._cluster(remote) for remote in remotes[first:first + min(count, PAGE)]]
+
+    def _cluster(self, remote: Remote) -> dict:
+        submitted, done, failed, cancelled = remote.jobs_counted()
+        return {
+            'number': remote.number,
+            'comp': remote.comp,
+            'name': remote.name[:200],
+            'program': remote.program,
+            'connected': remote.link in self._scheduler.links,
+            'submitted': submitted,
+            'done': done,
+            'failed': failed,
+            'cancelled': cancelled,
+            'job_seconds': sum(seconds for _, seconds in remote.ended_at.values()),
+            'elapsed': self._scheduler.now - remote.since,
+        }
 
     def _nodes(self, first: int, count: int, asking: bool) -> List[dict]:
-        scheduler = self._scheduler
-        remotes = self._remotes()
-        return [
-            self._node(peer, remotes, asking)
-            for peer in itertools.islice(scheduler.nodes.by_key.values(), first, first +
-                                         min(count, PAGE))
-        ]
+        remotes = self._scheduler.computations.opened()
+        peers = self._scheduler.nodes.by_key.values()
+        page = itertools.islice(peers, first, first + min(count, PAGE))
+        return [self._node(peer, remotes, asking) for peer in page]
 
     def _node(self, peer: Peer, remotes: List[Remote], asking: bool) -> dict:
-        scheduler = self._scheduler
         if asking:
-            self._ask(peer, 'house', REPORTS_APART)
-        report = self._reports.get((peer.key, 'house'))
-        free = dict(peer.facts.get('available', {}),
-                    **(report[1].available if report is not None else {}))
-        running = self._running(peer)
+            self.ask_node(peer, House.comp, REPORTS_APART)
+        running = self.running_at(peer.key)
         jobs, seconds = self._ended_at.get(peer.key, (0, 0.0))
         uses = []
         for remote in remotes:
-            use = peer.uses.get(remote.comp)
-            mine = remote.ended_at.get(peer.key, (0, 0.0))
-            jobs = jobs + mine[0]
-            seconds = seconds + mine[1]
-            if use is not None:
-                _, state, reason, cpus, _ = scheduler.queries.node_of(remote.comp, peer)
-                there, used = running.get(remote.comp, (0, 0))
-                uses.append((remote.number, 'drained' if reason == 'deallocated' else state,
-                             reason[-500:], cpus, there, used, *mine))
-        state = peer.state_word
-        reason = peer.reason
+            ended, ran = remote.ended_at.get(peer.key, (0, 0.0))
+            jobs += ended
+            seconds += ran
+            if remote.comp in peer.uses:
+                at_work, used = running.get(remote.comp, (0, 0))
+                state, reason, cpus = self._use_of(peer, remote.comp)
+                uses.append(tuple(NodeUse(
+                    remote.number, state, reason, cpus, at_work, used, int(ended), ran)))
+        state, reason = self._state_for_all(peer)
+        row = self.node_row(peer, self.free_at(peer, House.comp))
+        row.update(
+            state=state,
+            reason=reason,
+            cpus=min(peer.offered, peer.most),
+            jobs=jobs,
+            job_seconds=seconds,
+            uses=uses)
+        return row
+
+    def _use_of(self, peer: Peer, comp: str) -> Tuple[str, str, int]:
+        """The state of a node for a computation, the reason, and the CPUs that it may use."""
+        _, state, reason, cpus, _ = self._scheduler.queries.node_of(comp, peer)
+        return shown_state(state, reason), reason[-500:], cpus
+
+    def _state_for_all(self, peer: Peer) -> Tuple[str, str]:
+        """The state of a node for whoever wants it, and the reason."""
         if peer.key in self._released:
-            state = 'closed'
-            reason = 'released at the scheduler'
-        elif peer.most == 0:
-            state = 'drained'
-            reason = 'deallocated'
-        return {
-            'key': peer.key, 'name': peer.name, 'address': peer.ip_addr, 'port': peer.port,
-            'state': state, 'reason': reason[-2000:], 'offered': peer.offered,
-            'cpus': min(peer.offered,
-                        peer.most), 'free': [free.get(name) for name in ('memory', 'disk', 'cpu')],
-            'platform': str(peer.facts.get('platform', ''))[:200], 'jobs': jobs,
-            'job_seconds': seconds, 'uses': uses,
-            'heard': max(0.0,
-                         scheduler.clock() - peer.link.heard) if peer.link is not None else None
-        }
+            return 'closed', RELEASED
+        if peer.most == 0:
+            return shown_state(peer.state_word, DEALLOCATED), DEALLOCATED
+        return peer.state_word, peer.reason[-2000:]
 
-    def _running(self, peer: Peer) -> Dict[str, Tuple[int, int]]:
-        """Computation -> jobs that run on a node and their CPUs."""
-        schedule = self._scheduler.schedule
-        found = {}
-        for comp, serials in schedule.runs(peer.key).items():
-            flight = schedule.nodes[peer.key].flight[comp]
-            found[comp] = len(serials), sum(cpus_of(flight[serial]) for serial in serials)
-        return found
-
-    def _ask(self, peer: Peer, comp: str, apart: float) -> None:
-        """Ask a node what is there, `apart` s after the last time."""
-        now = self._scheduler.now
-        if peer.link is None or not peer.name or now - self._asked.get(
-            (peer.key, comp), -apart) < apart:
-            return
-        self._asked[peer.key, comp] = now
-        future = peer.answers.get((comp, ''))
-        if future is None:
-            future = peer.answers[comp, ''] = concurrent.futures.Future()
-            self._scheduler.say(peer.link, Query(comp))
-        future.add_done_callback(functools.partial(self._reported, (peer.key, comp)))
-
-    def _reported(self, where: Tuple[Any, str], future: Any) -> None:
-        if future.exception() is None:
-            self._reports[where] = (self._scheduler.now, future.result())
-
-    def _failures_since(self, known: int) -> List[tuple]:
-        """The oldest that come after this one: number, time, cluster, job, its arguments, status,
-        node, text."""
-        return list(
-            itertools.islice(
-                (row for row in self._failures if row[0] > known or known > self._failed),
-                FAILURES_PAGE))
+    def _failures(self, known: int) -> List[tuple]:
+        """Jobs that have failed after the failure with this number, in the form of FailedJob."""
+        return [tuple(row) for row in self._failed_jobs.since(known)]
 
     def _jobs(self, key: Any) -> List[tuple]:
-        """Of a node: cluster, job, whether it runs, seconds that it has run or None."""
+        """Jobs at a node: cluster, job, whether it runs, seconds that it has run or None."""
         peer = self._peer(key)
-        schedule = self._scheduler.schedule
-        node: Any = schedule.nodes.get(peer.key)
-        running: Any = schedule.runs(peer.key)
         rows: List[tuple] = []
-        for remote in self._remotes() if node is not None else ():
-            flight = node.flight.get(remote.comp)
-            if not flight:
-                continue
-            self._ask(peer, remote.comp, 1.0)
-            at, report = self._reports.get((peer.key, remote.comp), (0.0, None))
-            if report is not None:
-                runs = {
-                    serial: seconds + self._scheduler.now - at
-                    for serial, seconds in report.running
-                }
-            else:
-                runs = {}
-            now = self._scheduler.now
-            runs.update((serial, now - since) for serial, since in node.begun[remote.comp].items())
-            there = set(running.get(remote.comp, ()))
-            for serial, work in itertools.islice(flight.items(), PAGE - len(rows)):
-                is_on = serial in there or serial in runs
-                rows.append((remote.number, work.client_serial, is_on, runs.get(serial)))  # type: ignore[attr-defined]
+        for remote in self._scheduler.computations.opened():
+            for job in self.jobs_at(peer.key, remote.comp, PAGE - len(rows)):
+                number = job.work.client_serial
+                rows.append((remote.number, number, job.is_running, job.seconds))
         return rows
 
     def _arguments(self, jobs: list) -> list:
-        """Of pairs of cluster and job: the packed arguments, how many bytes they are if that is
-        much, or None."""
-        state: State = self._scheduler.state
-        found: List[Any] = []
+        """The packed arguments of jobs that are named by pairs of cluster and job: how many bytes
+        they are if these are many, None if the job has ended."""
+        remotes = {remote.number: remote for remote in self._scheduler.computations.opened()}
+        found = []
         for number, serial in jobs[:PAGE]:
-            work = next((remote.works.get(serial)
-                         for remote in self._remotes() if remote.number == number), None)
-            payload: Any = None
-            if work is not None:
-                try:
-                    payload = work.payload or state.payload_size(
-                        work.serial >> 16) or state.payload(work.serial >> 16)
-                except OSError as exc:
-                    logger.debug('arguments of job %d: %s', serial >> 16, exc)   # shown without
-            found.append(payload if isinstance(payload, int) else _shown(payload))
+            work = None
+            if number in remotes:
+                work = remotes[number].works.get(serial)
+            found.append(self._arguments_of(work))
         return found
+
+    def _arguments_of(self, work: Optional[RemoteWork]) -> Any:
+        if work is None:
+            return None
+        if work.payload:
+            return shown_arguments(work.payload)
+        state = self._scheduler.state
+        number = work.serial >> 16
+        try:
+            return state.payload_size(number) or shown_arguments(state.payload(number))
+        except OSError as exc:   # the job is shown without them
+            logger.debug('arguments of job %d: %s', work.client_serial >> 16, exc)
+            return None
 
     # -- orders ------------------------------------------------------------------------------------
 
-    def _cancel_works(self, works: List[Any]) -> int:
+    def _cancel(self, number: int, key: Any, jobs: Any) -> int:
+        """End jobs at a node: those of a list, or all for None."""
+        there = self.sent_to(self._peer(key).key, self._remote(number).comp)
+        works: List[Any] = list(there.values())
+        if jobs is not None:
+            works = [work for work in works if work.client_serial in jobs]
         for work in works:
             self._scheduler.decide(CancelAsked(work))
         return len(works)
 
-    def _cancel(self, number: int, key: Any, jobs: Any) -> int:
-        """Jobs on a node, a list of them or None: all."""
-        comp = self._remote(number).comp
-        node = self._scheduler.schedule.nodes.get(self._peer(key).key)
-        if node is not None:
-            there = list(node.flight.get(comp, {}).values())
-        else:
-            there = []
-        return self._cancel_works([work for work in there if jobs is None or work.client_serial in jobs])  # type: ignore[attr-defined]
-
     def _cancel_waiting(self, number: int) -> int:
-        """Jobs that have not begun, also those that wait on nodes."""
+        """End jobs that have not begun, also those that wait at nodes."""
         return self._scheduler.cancels.cancel_waiting(self._remote(number).comp)
 
     def _add(self, host: str, port: Optional[int]) -> int:
-        """A node for all whose `nodes` mean it."""
-        self._scheduler.selection.allocate(
-            'house',
-            parse_nodes([host if port is None else (host, port)],
-                        self._scheduler.clusters['house'].port))
+        """Look for a node. All computations whose `nodes` mean it may use it."""
+        node: Any = host
+        if port is not None:
+            node = (host, port)
+        default_port = self._scheduler.clusters[House.comp].port
+        self._scheduler.selection.allocate(House.comp, parse_nodes([node], default_port))
         return 1
 
     def _cpus(self, key: Any, cpus: int) -> int:
-        """CPUs of a node that each computation may use at most; 0: none, which drains it."""
+        """Limit the CPUs of a node that each computation may use; 0 drains the node."""
         peer = self._peer(key)
         if type(cpus) is not int or cpus < 0 or cpus > peer.offered > 0:
             raise ValueError('cpus=%.20r: node %s offers %d' % (cpus, peer, peer.offered))
@@ -1564,40 +1514,48 @@ class Overview:
         return 1
 
     def _release(self, key: Any) -> int:
-        """A node is let go by all computations, those that come too, when their jobs there have
-        ended."""
+        """Let a node go for all computations, also those that come later, when their jobs there
+        have ended."""
         peer = self._peer(key)
         told = self._released.setdefault(peer.key, set())
-        for comp in [
-                comp for comp, use in peer.uses.items()
-                if comp != 'house' and use.state is not UseState.CLOSED
-        ]:
-            told.add(comp)
-            self._scheduler.selection.leave(comp, peer.key, 'close', False)
+        for comp, use in list(peer.uses.items()):
+            if comp != House.comp and use.state is not UseState.CLOSED:
+                told.add(comp)
+                self._scheduler.selection.leave(comp, peer.key, 'close', False)
         return 1
 
     def _use(self, key: Any) -> int:
-        """A node that was released or drained is used again, with all its CPUs."""
+        """Use a node again that was released or drained, with all its CPUs."""
         peer = self._peer(key)
         peer.most = sys.maxsize
         for comp in self._released.pop(peer.key, set()):
             use = peer.uses.get(comp)
-            if use is not None and use.state is UseState.CLOSED:
-                use.move('open')
-                use.reason = ''
-                use.allocation = None
-                self._scheduler.setup.set_up(peer, comp)
-            elif use is not None:
+            if use is None:
+                continue
+            if use.state is not UseState.CLOSED:
                 use.then = ''
+                continue
+            use.move('open')
+            use.reason = ''
+            use.allocation = None
+            self._scheduler.setup.set_up(peer, comp)
         self._scheduler.sharing.limit(peer, list(peer.uses))
         return 1
 
 
-def _shown(payload: Any) -> Any:
-    """Packed arguments as monitors get them: large ones as the number of their bytes."""
-    if payload is not None and len(payload) > ARGUMENTS_MOST:
-        return len(payload)
-    return payload
+def _without_reason(use: tuple) -> tuple:
+    """A NodeUse for those who may not see the reasons of other programs."""
+    return tuple(NodeUse(*use)._replace(reason=''))
+
+
+def _failure_text(row: tuple) -> str:
+    """Why a job has failed, by its row of Results."""
+    payload = row[4]
+    if len(payload) <= LAZY:
+        payload = _plain(payload)
+    if row[1] == Outcome.RAISED and len(payload) >= 4:
+        return unpack_error(payload)[0]
+    return str(payload, 'utf-8', 'replace')
 
 
 class Quota:
@@ -1696,7 +1654,7 @@ class NodeSharing(NodePolicy):
         remote = self._scheduler.clusters.get(comp)
         if isinstance(remote, Remote) and remote.rests:
             return False
-        return not self._scheduler.overview.keeps(peer, comp)
+        return not self._scheduler.overview.keeps_from(peer, comp)
 
     def node_met(self, peer: Peer) -> None:
         """It is known again after the end of this process."""
@@ -1939,6 +1897,11 @@ class ProgramComputations:
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
         self.unopened: Dict[str, Remote] = {}        # those whose files are on their way
+
+    def opened(self) -> List[Remote]:
+        """Those that have begun and are not over, in the order in which they have begun."""
+        users = self._scheduler.clusters.values()
+        return [user for user in users if isinstance(user, Remote)]
 
     def make(self, comp: str, client: bytes, spec: dict) -> Remote:
         """A computation that is not open yet. Raises PeerError, OSError."""
@@ -2534,7 +2497,7 @@ class ProgramJobs:
         self._scheduler.quota.remove(remote, work)
         remote.values.release(work)
         remote.absence.dropped[work.client_serial] = number
-        remote.ends[2] += 1
+        remote.cancelled += 1
         if work.payload is not None:
             self._kept -= OBJECT + len(work.payload)
         self._scheduler.state.dropped(number)
@@ -2784,12 +2747,12 @@ class Scheduler(Driver):
     def __init__(self, options: Options) -> None:
         self.options = options
         self.state = State(options.state_dir)
-        self.overview = Overview(self)
         self.quota = Quota(self, options.max_queued)
         self.sharing = NodeSharing(self)
         super().__init__(
             Access(options.node_secret, options.node_certfile, options.node_keyfile, None,
                    options.pulse, options.ping), self.state.instance, self.sharing)
+        self.overview: ProgramOverview = ProgramOverview(self)
         self.schedule = Schedule(options.fifo)
         self.values = StoredValues(self.state)
         self.commit = Commit(self, super().say)
@@ -2927,7 +2890,7 @@ class Scheduler(Driver):
                         peer.dialling.due = None
                         peer.move('dial')
                         peer.move('fail')
-                    self.selection.take(peer, 'house', NodeSpec(host, port))
+                    self.selection.take(peer, House.comp, NodeSpec(host, port))
                 self.decide(NodeHad(key, comp, works, name, self.now + RETURN_TIME))
             self.jobs.submitted.extend(waiting)  # type: ignore[arg-type]
             if remote.works or remote.ended:
