@@ -2106,62 +2106,75 @@ class SourceHTTPServer(DispyHTTPServer):
 # Command line
 # --------------------------------------------------------------------------------------------------
 
+SOURCE_OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
+    (('-n', '--node', '--nodes'), {
+        'action': Each,
+        'nargs': '+',
+        'default': [],
+        'dest': 'nodes',
+        'metavar': 'HOST[:PORT]',
+        'help': 'nodes to watch; may be repeated; HOST may have * for any characters '
+                '(default: the dispyscheduler of this machine, or, if there is none, all '
+                'nodes that answer)'}),
+    (('--scheduler', '--scheduler-host'), {
+        'metavar': 'HOST[:PORT]',
+        'help': 'a dispyscheduler to watch'}),
+]
+
+OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
+    (('-i', '--host'), {
+        'default': '127.0.0.1',
+        'metavar': 'ADDR',
+        'help': 'address to listen at (default: %(default)s); with another give --certfile '
+                'too'}),
+    (('-p', '--port'), {
+        'type': int,
+        'default': HTTPD_PORT,
+        'metavar': 'N',
+        'help': 'port to listen at (default: %(default)s; 0: any that is free)'}),
+    (('--poll-sec',), {
+        'type': float,
+        'default': 0.5,
+        'metavar': 'S',
+        'help': 'seconds between two updates of a page (default: %(default)s, at least '
+                '0.25)'}),
+    (('--certfile',), {
+        'metavar': 'FILE',
+        'help': 'certificate of this web server, for TLS'}),
+    (('--keyfile',), {
+        'metavar': 'FILE',
+        'help': "the certificate's key, if not in the same file"}),
+    (('--token-file',), {
+        'metavar': 'FILE',
+        'help': 'write the token there, readable by this user alone; for Prometheus and '
+                'scripts'}),
+    (('--secret-file',), {
+        'metavar': 'FILE',
+        'help': 'file with the secret of the nodes, or of the programs of the scheduler '
+                '(default: the one of this user)'}),
+    (('--node-certfile',), {
+        'metavar': 'FILE',
+        'help': 'certificate for TLS with the nodes or the scheduler'}),
+    (('--node-keyfile',), {
+        'metavar': 'FILE',
+        'help': "that certificate's key, if not in the same file"}),
+    (('--version',), {
+        'action': 'version',
+        'version': '%(prog)s ' + __version__}),
+]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='dispy-httpd',
         description=
         'Show a dispyscheduler in a browser, or nodes, whoever uses them: these are not taken '
         'from their client. The link to open is printed; Ctrl-C ends it.')
-    add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        '-n',
-        '--node',
-        '--nodes',
-        action=Each,
-        nargs='+',
-        default=[],
-        dest='nodes',
-        metavar='HOST[:PORT]',
-        help='nodes to watch; may be repeated; HOST may have * '
-        'for any characters (default: the dispyscheduler of this machine, or, if there '
-        'is none, all nodes that answer)')
-    which.add_argument('--scheduler',
-                       '--scheduler-host',
-                       metavar='HOST[:PORT]',
-                       help='a dispyscheduler to watch')
-    add('-i',
-        '--host',
-        default='127.0.0.1',
-        metavar='ADDR',
-        help='address to listen at (default: %(default)s); with another give --certfile too')
-    add('-p',
-        '--port',
-        type=int,
-        default=HTTPD_PORT,
-        metavar='N',
-        help='port to listen at (default: %(default)s; 0: any that is free)')
-    add('--poll-sec',
-        type=float,
-        default=0.5,
-        metavar='S',
-        help='seconds between two updates of a page (default: %(default)s, at least 0.25)')
-    add('--certfile', metavar='FILE', help='certificate of this web server, for TLS')
-    add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--token-file',
-        metavar='FILE',
-        help='write the token there, readable by this user alone; for Prometheus and scripts')
-    add('--secret-file',
-        metavar='FILE',
-        help=
-        'file with the secret of the nodes, or of the programs of the scheduler (default: the one '
-        'of this user)'
-        )
-    add('--node-certfile',
-        metavar='FILE',
-        help='certificate for TLS with the nodes or the scheduler')
-    add('--node-keyfile', metavar='FILE', help="that certificate's key, if not in the same file")
-    add('--version', action='version', version='%(prog)s ' + __version__)
+    for names, settings in SOURCE_OPTIONS:
+        which.add_argument(*names, **settings)
+    for names, settings in OPTIONS:
+        parser.add_argument(*names, **settings)
     return parser
 
 

@@ -3004,147 +3004,166 @@ def default_state_dir(port: int) -> str:
                         'scheduler-%d' % port)
 
 
+OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
+    (('-d', '--debug'), {
+        'action': 'store_true',
+        'help': 'log what is done in detail'}),
+    (('-i', '--host', '--ip-addr'), {
+        'action': Each,
+        'metavar': 'ADDR',
+        'help': 'address to listen at; may be repeated (default: all)'}),
+    (('-p', '--port', '--scheduler-port'), {
+        'type': int,
+        'default': SCHEDULER_PORT,
+        'metavar': 'N',
+        'help': 'TCP port for programs and nodes; 0: any (default: %(default)s)'}),
+    (('--ext-host', '--ext-ip-addr'), {
+        'action': Each,
+        'metavar': 'ADDR',
+        'help': 'accepted for old scripts; nothing needs to be told of it'}),
+    (('-n', '--node', '--nodes'), {
+        'action': Each,
+        'nargs': '+',
+        'default': [],
+        'metavar': 'HOST[:PORT]',
+        'help': 'nodes; may be repeated (default: all that answer on the local network)'}),
+    (('--node-port',), {
+        'type': int,
+        'default': NODE_PORT,
+        'metavar': 'N',
+        'help': 'port of nodes for which none is given (default: %(default)s)'}),
+    (('--node-secret',), {
+        'metavar': 'SECRET',
+        'help': 'secret of nodes, if it is another; it can be seen in the list of '
+                'processes, so better:'}),
+    (('--node-secret-file',), {
+        'metavar': 'FILE',
+        'help': 'file with the secret of nodes'}),
+    (('--cluster-secret',), {
+        'metavar': 'SECRET',
+        'help': 'secret of programs, if it is another; better:'}),
+    (('--cluster-secret-file',), {
+        'metavar': 'FILE',
+        'help': 'file with the secret of programs'}),
+    (('--node-certfile',), {
+        'metavar': 'FILE',
+        'help': 'certificate for TLS with nodes'}),
+    (('--node-keyfile',), {
+        'metavar': 'FILE',
+        'help': "the certificate's key, if not in the same file"}),
+    (('--cluster-certfile',), {
+        'metavar': 'FILE',
+        'help': 'certificate for TLS with programs; if it is not that for nodes, nodes '
+                'connect to the next port'}),
+    (('--cluster-keyfile',), {
+        'metavar': 'FILE',
+        'help': "the certificate's key, if not in the same file"}),
+    (('--operator-secret-file',), {
+        'metavar': 'FILE',
+        'help': "file with the operator's secret, for the web monitor: who has it sees and "
+                'ends the jobs of all programs (default: that of programs if it is the one '
+                'of this user, otherwise one that is made in the state directory)'}),
+    (('--nodes-share-secret',), {
+        'action': 'store_true',
+        'help': 'programs with a secret of their own may have the same as nodes: each of '
+                'them could then pass for a node, and be given the jobs of the others'}),
+    (('--allow-nodes',), {
+        'action': Each,
+        'default': [],
+        'metavar': 'NET|HOST',
+        'help': 'addresses (10.1.0.0/16) or names (*.example.org) at which programs may '
+                'name nodes; may be repeated (default: private networks; those given with '
+                '-n always)'}),
+    (('--max-queued-bytes',), {
+        'type': size_option,
+        'default': QUEUED_MOST,
+        'metavar': 'N[kmgt]',
+        'help': 'bytes of arguments that the jobs of one program may have here; further '
+                'jobs wait in the program (default: %d GiB)' % (QUEUED_MOST >> 30)}),
+    (('--pulse-interval',), {
+        'type': seconds_option,
+        'default': PULSE,
+        'metavar': 'S',
+        'help': 'seconds between signs of life (default: %(default)g)'}),
+    (('--ping-interval',), {
+        'type': seconds_option,
+        'default': REDIAL_MOST,
+        'metavar': 'S',
+        'help': 'most seconds between searches for nodes (default: %(default)g)'}),
+    (('--ipv4-udp-multicast',), {
+        'action': 'store_true',
+        'help': 'look for nodes by IPv4 multicast too'}),
+    (('--max-file-size',), {
+        'type': size_option,
+        'metavar': 'N[kmgt]',
+        'help': 'larger files of programs are refused (default: no limit)'}),
+    (('--max-value',), {
+        'type': size_option,
+        'default': VALUE_MOST,
+        'metavar': 'N[kmgt]',
+        'help': 'larger arguments and results of jobs are refused, as are those for which '
+                'the disk has no room (default and most: %d GiB)' % (VALUE_MOST >> 30)}),
+    (('--zombie-interval',), {
+        'type': minutes_option,
+        'default': ZOMBIE_TIME / 60,
+        'metavar': 'MIN',
+        'help': 'minutes that results wait for a program that is gone (default: '
+                '%(default)g)'}),
+    (('--gone-after',), {
+        'type': seconds_option,
+        'default': GONE_TIME,
+        'metavar': 'S',
+        'help': 'seconds after which, when the connection to a program without recover_file'
+                ' has ended, its jobs that have not begun are cancelled (default: '
+                '%(default)g)'}),
+    (('--state-dir',), {
+        'metavar': 'DIR',
+        'help': 'where jobs and results are kept (default: %s)'
+                % default_state_dir(SCHEDULER_PORT).replace('%', '%%')}),
+    (('--fair', '--fair-cluster-scheduler'), {
+        'action': 'store_true',
+        'help': 'programs share CPUs evenly (default)'}),
+    (('--fifo', '--early-cluster-scheduler'), {
+        'action': 'store_true',
+        'help': 'programs are served in the order of their coming'}),
+    (('--httpd',), {
+        'type': int,
+        'nargs': '?',
+        'const': HTTPD_PORT,
+        'metavar': 'PORT',
+        'help': 'show all this in a browser (needs dispy_httpd.py), at this port of '
+                '127.0.0.1; the link is in the log (default: %d)' % HTTPD_PORT}),
+    (('--log-file',), {
+        'metavar': 'FILE',
+        'help': 'log there instead of to stderr'}),
+    (('--daemon',), {
+        'action': 'store_true',
+        'help': 'outlive the terminal'}),
+    (('--cleanup-nodes',), {
+        'action': 'store_true',
+        'help': 'nodes remove the files of a program also if it gives cleanup=False'}),
+    (('--clean',), {
+        'action': 'store_true',
+        'help': 'forget what earlier runs have left'}),
+    (('--config',), {
+        'metavar': 'FILE',
+        'help': 'take options from this JSON file; those given here count more'}),
+    (('--save-config',), {
+        'metavar': 'FILE',
+        'help': 'write these options to a JSON file, without secrets, and end'}),
+    (('--version',), {
+        'action': 'version',
+        'version': '%(prog)s ' + __version__}),
+]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='dispyscheduler',
         description='Share nodes between several programs (dispy.SharedJobCluster).',
         epilog=EXIT_STATUSES)
-    add = parser.add_argument
-    add('-d', '--debug', action='store_true', help='log what is done in detail')
-    add('-i',
-        '--host',
-        '--ip-addr',
-        action=Each,
-        metavar='ADDR',
-        help='address to listen at; may be repeated (default: all)')
-    add('-p',
-        '--port',
-        '--scheduler-port',
-        type=int,
-        default=SCHEDULER_PORT,
-        metavar='N',
-        help='TCP port for programs and nodes; 0: any (default: %(default)s)')
-    add('--ext-host',
-        '--ext-ip-addr',
-        action=Each,
-        metavar='ADDR',
-        help='accepted for old scripts; nothing needs to be told of it')
-    add('-n',
-        '--node',
-        '--nodes',
-        action=Each,
-        nargs='+',
-        default=[],
-        metavar='HOST[:PORT]',
-        help='nodes; may be repeated (default: all that answer on the local network)')
-    add('--node-port',
-        type=int,
-        default=NODE_PORT,
-        metavar='N',
-        help='port of nodes for which none is given (default: %(default)s)')
-    add('--node-secret',
-        metavar='SECRET',
-        help='secret of nodes, if it is another; it can be seen in the list of processes, so '
-             'better:'
-        )
-    add('--node-secret-file', metavar='FILE', help='file with the secret of nodes')
-    add('--cluster-secret', metavar='SECRET', help='secret of programs, if it is another; better:')
-    add('--cluster-secret-file', metavar='FILE', help='file with the secret of programs')
-    add('--node-certfile', metavar='FILE', help='certificate for TLS with nodes')
-    add('--node-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--cluster-certfile',
-        metavar='FILE',
-        help=
-        'certificate for TLS with programs; if it is not that for nodes, nodes connect to the next '
-        'port'
-        )
-    add('--cluster-keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--operator-secret-file',
-        metavar='FILE',
-        help=
-        "file with the operator's secret, for the web monitor: who has it sees and ends the jobs of "
-        'all programs (default: that of programs if it is the one of this user, otherwise one that is made in the state directory)'
-        )
-    add('--nodes-share-secret',
-        action='store_true',
-        help='programs with a secret of their own may have the same as nodes: each of them could '
-        'then pass for a node, and be given the jobs of the others')
-    add('--allow-nodes',
-        action=Each,
-        default=[],
-        metavar='NET|HOST',
-        help='addresses (10.1.0.0/16) or names (*.example.org) at which programs may '
-        'name nodes; may be repeated (default: private networks; those given with -n always)')
-    add('--max-queued-bytes',
-        type=size_option,
-        default=QUEUED_MOST,
-        metavar='N[kmgt]',
-        help='bytes of arguments that the jobs of one program '
-        'may have here; further jobs wait in the program (default: %d GiB)' % (QUEUED_MOST >> 30))
-    add('--pulse-interval',
-        type=seconds_option,
-        default=PULSE,
-        metavar='S',
-        help='seconds between signs of life (default: %(default)g)')
-    add('--ping-interval',
-        type=seconds_option,
-        default=REDIAL_MOST,
-        metavar='S',
-        help='most seconds between searches for nodes (default: %(default)g)')
-    add('--ipv4-udp-multicast', action='store_true', help='look for nodes by IPv4 multicast too')
-    add('--max-file-size',
-        type=size_option,
-        metavar='N[kmgt]',
-        help='larger files of programs are refused (default: no limit)')
-    add('--max-value',
-        type=size_option,
-        default=VALUE_MOST,
-        metavar='N[kmgt]',
-        help='larger arguments and results of jobs are refused, as are those for which the disk '
-             'has no room (default and most: %d GiB)' % (VALUE_MOST >> 30))
-    add('--zombie-interval',
-        type=minutes_option,
-        default=ZOMBIE_TIME / 60,
-        metavar='MIN',
-        help='minutes that results wait for a program that is gone (default: %(default)g)')
-    add('--gone-after',
-        type=seconds_option,
-        default=GONE_TIME,
-        metavar='S',
-        help='seconds after which, when the connection to a program without recover_file has '
-             'ended, its jobs that have not begun are cancelled (default: %(default)g)')
-    add('--state-dir',
-        metavar='DIR',
-        help='where jobs and results are kept (default: %s)' %
-        default_state_dir(SCHEDULER_PORT).replace('%', '%%'))
-    add('--fair',
-        '--fair-cluster-scheduler',
-        action='store_true',
-        help='programs share CPUs evenly (default)')
-    add('--fifo',
-        '--early-cluster-scheduler',
-        action='store_true',
-        help='programs are served in the order of their coming')
-    add('--httpd',
-        type=int,
-        nargs='?',
-        const=HTTPD_PORT,
-        metavar='PORT',
-        help='show all this in a browser (needs dispy_httpd.py), at this port of '
-        '127.0.0.1; the link is in the log (default: %d)' % HTTPD_PORT)
-    add('--log-file', metavar='FILE', help='log there instead of to stderr')
-    add('--daemon', action='store_true', help='outlive the terminal')
-    add('--cleanup-nodes',
-        action='store_true',
-        help='nodes remove the files of a program also if it gives cleanup=False')
-    add('--clean', action='store_true', help='forget what earlier runs have left')
-    add('--config',
-        metavar='FILE',
-        help='take options from this JSON file; those given here count more')
-    add('--save-config',
-        metavar='FILE',
-        help='write these options to a JSON file, without secrets, and end')
-    add('--version', action='version', version='%(prog)s ' + __version__)
+    for names, settings in OPTIONS:
+        parser.add_argument(*names, **settings)
     accept_obsolete(parser, OBSOLETE_SCHEDULER)
     return parser
 
