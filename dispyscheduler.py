@@ -6,15 +6,15 @@ Run `python dispyscheduler.py` on a host that programs and nodes can reach; prog
 asking the network); nodes that cannot be reached connect to it (`dispynode.py --scheduler-host
 HOST`).
 
-    programs                     this process                                              nodes
-    +---------------+  frames   +------------------------------------------+   frames   +-----------+
-    | driver        | <=======> | accept threads   TLS and handshake       | <========> | dispynode |
-    +---------------+           |      | post()                            |            +-----------+
-                                | main thread      Loop: links, timers     |
-                                |      |           Schedule: decides       |
-                                | State            SQLite, a transaction   |
-                                |                  a turn                  |
-                                +------------------------------------------+
+    programs               this process                                           nodes
+    +--------+  frames   +------------------------------------------+   frames   +-----------+
+    | driver | <=======> | accept threads   TLS and handshake       | <========> | dispynode |
+    +--------+           |      | post()                            |            +-----------+
+                         | main thread      Loop: links, timers     |
+                         |      |           Schedule: decides       |
+                         | State            SQLite, a transaction   |
+                         |                  a turn                  |
+                         +------------------------------------------+
 
 To a program this is a node that has CPUs without end, which keeps what it was given; to nodes it is
 a program with many computations. So nearly all is dispy's `Driver` and `Schedule`, and here stands
@@ -59,15 +59,18 @@ import signal
 import struct
 import sys
 import time
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import (
+    Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional, Sequence,
+    Set, Tuple)
 
 try:
     from dispy import Driver
 except ImportError as exc:   # this file was copied alone, or beside one of another release
     text = str(exc)
     if exc.name == 'dispy':
-        text = 'dispyscheduler.py needs the files dispy.py and dispynode.py of the same release beside it, in %s (%s)' % (
-            os.path.dirname(os.path.abspath(__file__)), exc)
+        text = ('dispyscheduler.py needs the files dispy.py and dispynode.py of the same release '
+                'beside it, in %s (%s)')
+        text %= (os.path.dirname(os.path.abspath(__file__)), exc)
     if __name__ == '__main__':
         sys.exit(text)
     raise ImportError(text, name=exc.name, path=exc.path) from exc
@@ -75,8 +78,8 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 from dispy import (DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, REDIAL_MOST, REPORTS_APART, Access,
                    Allocation, CancelAsked, Cargo, Database, DispyNode, FailedJobs, JobState,
                    NodeDrains, NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec,
-                   NodeUse, NodeUser, Overview, Peer, Schedule, UseState, WithdrawAsked, Work, has_ended,
-                   job_row, parse_nodes, shown_arguments, shown_state)
+                   NodeRow, NodeUse, NodeUser, Overview, Peer, Schedule, UseState, WithdrawAsked,
+                   Work, cpus_of, has_ended, job_row, parse_nodes, shown_arguments, shown_state)
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error,
     VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT,
@@ -165,10 +168,9 @@ def stored(path: str, is_own: bool = False) -> Any:
 
 def _place_of(pieces: Sequence[Any]) -> Optional[StoredValue]:
     """The file in which a payload lies already, if there is one."""
-    if len(pieces) == 1 and type(pieces[0]) is memoryview:
-        value = pieces[0].obj
-    else:
-        value = None
+    if len(pieces) != 1 or type(pieces[0]) is not memoryview:
+        return None
+    value = pieces[0].obj
     if isinstance(value, StoredValue) and value.path:
         return value
     return None
@@ -220,26 +222,78 @@ class StoredValues(Values):
 
     def find_place(self, value: Coming) -> Any:
         """A file if there is room on the disk. Raises OSError."""
-        promised = sum(other.total - other.seen for other in self._coming.values()
-                       if other.place is not None)
+        promised = 0
+        for other in self._coming.values():
+            if other.place is not None:
+                promised += other.total - other.seen
         return self._state.find_place(value.total, promised)
 
 
+class DiskReserve:
+    """Bytes of the disk that are kept in a file and given up when the disk is full, so that what is
+    over can be removed: SQLite needs room for that too."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._path = os.path.join(root, 'reserve')
+        self._is_there = os.path.exists(self._path)
+
+    @property
+    def size(self) -> int:
+        """RESERVE, or less on a small disk."""
+        return min(RESERVE, shutil.disk_usage(self._root).total // 16)
+
+    def free(self) -> int:
+        """Bytes of the disk that are free."""
+        return shutil.disk_usage(self._root).free
+
+    def keep(self) -> None:
+        """Make the file if there is ample room for it."""
+        if self._is_there:
+            return
+        size = self.size
+        try:
+            if self.free() > 4 * size:
+                with open(self._path, 'wb') as file:
+                    file.write(bytes(size))
+                self._is_there = True
+        except OSError as exc:
+            logger.debug('%s: %s', self._path, exc)
+
+    def give_up(self) -> None:
+        """Remove the file if others have filled the disk."""
+        if self.free() < self.size:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+            self._is_there = False
+
+
 class State(Database):
-    """ProgramComputations, jobs and results of all programs, and nodes: <state-dir>/state.db, files
-    of computations in <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
+    """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of
+    computations in <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
     MARK = 0x64735335
     VERSION = 1
     SYNC = 'FULL'
     WAITING, SENT, ENDED, DROPPED = range(4)
     NEW = 'new-'               # begins names of large files that come
+    # Rows of jobs name others by their places, and hardly grow when they are sent: pages need not
+    # be split then
     TABLES = """
         CREATE TABLE own (name TEXT PRIMARY KEY, value BLOB);
         CREATE TABLE comps (place INTEGER PRIMARY KEY, comp TEXT UNIQUE, client BLOB, spec BLOB);
-        CREATE TABLE jobs (number INTEGER PRIMARY KEY, comp INTEGER, client INTEGER, payload BLOB, options BLOB, state INTEGER,
-            attempt INTEGER, node INTEGER, result BLOB);
-        CREATE TABLE nodes (place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT, instance BLOB)
-        """   # rows of jobs name others by their places, and hardly grow when they are sent: pages need not be split then
+        CREATE TABLE jobs (
+            number INTEGER PRIMARY KEY, comp INTEGER, client INTEGER, payload BLOB, options BLOB,
+            state INTEGER, attempt INTEGER, node INTEGER, result BLOB);
+        CREATE TABLE nodes (
+            place INTEGER PRIMARY KEY, key TEXT UNIQUE, host TEXT, port INTEGER, name TEXT,
+            instance BLOB)
+        """
+    # Those that the first release did not have: what was given up, the memories of nodes, and their
+    # lock files
+    LATER_TABLES = (
+        'past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text TEXT)',
+        'memories (place INTEGER PRIMARY KEY, memory TEXT)',
+        'locks (place INTEGER PRIMARY KEY, machine TEXT, path TEXT)')
     COMP, OVER, INSERT, MOVE, END, DROP, REMOVE, NODE, MEMORY, LOCK, PAST, PAST_OVER = range(12)
     STATEMENTS = (
         'INSERT OR REPLACE INTO comps VALUES (?, ?, ?, ?)',
@@ -257,9 +311,11 @@ class State(Database):
 
     def __init__(self, root: str) -> None:
         """Raises DispyError, OSError."""
-        self.root, self.large = root, os.path.join(root, 'large')
+        self.root = root
+        self.large = os.path.join(root, 'large')
         take_state_directory(root)
         os.makedirs(self.large, mode=0o700, exist_ok=True)
+        self._reserve = DiskReserve(root)
         super().__init__(os.path.join(root, 'state.db'), 'the state')
         try:
             with self.damages():
@@ -278,27 +334,21 @@ class State(Database):
         run("UPDATE own SET value = value + 1 WHERE name = 'starts'")
         # Nodes may still hold results of jobs that are not here any more: their numbers are not
         # given twice.
-        self.number: int = max(*run(
-            "SELECT value << 30, (SELECT coalesce(max(number), 0) FROM jobs) FROM own WHERE name = "
-            "'starts'"
-        ).fetchone())
-        # Of what was given up
-        run('CREATE TABLE IF NOT EXISTS past (comp TEXT PRIMARY KEY, at REAL, serials BLOB, text '
-            'TEXT)'
-            )
-        # Of nodes
-        run('CREATE TABLE IF NOT EXISTS memories (place INTEGER PRIMARY KEY, memory TEXT)')
-        # Of nodes too
-        run('CREATE TABLE IF NOT EXISTS locks (place INTEGER PRIMARY KEY, machine TEXT, path TEXT)')
+        numbers = run(
+            "SELECT value << 30, (SELECT coalesce(max(number), 0) FROM jobs) FROM own "
+            "WHERE name = 'starts'").fetchone()
+        self.number: int = max(*numbers)
+        for table in self.LATER_TABLES:
+            run('CREATE TABLE IF NOT EXISTS ' + table)
         run('DELETE FROM past WHERE at < ?', (time.time() - PAST_TIME,))
         self._comps: Dict[str, int] = dict(run('SELECT comp, place FROM comps'))
         self._places: Dict[str, int] = dict(run('SELECT key, place FROM nodes'))
-        self._newest = itertools.count(1 + max([0, *self._comps.values(), *self._places.values()]))
+        given = [0, *self._comps.values(), *self._places.values()]
+        self._newest = itertools.count(1 + max(given))
         self._files = self._find_files()   # numbers of jobs with large files
         # Large files to be written before the next transaction
         self._large: Dict[Tuple[int, str], Sequence[Any]] = {}
         self._short = 0                    # bytes of the disk that are missing
-        self._reserved = os.path.exists(os.path.join(self.root, 'reserve'))
         self._new_values = itertools.count(1)
         # Those whose files are not needed after the next transaction
         self._gone: List[int] = []
@@ -309,58 +359,67 @@ class State(Database):
         return hmac.digest(self._seed, comp.encode(), 'sha256')
 
     def _find_files(self) -> Set[int]:
-        """Removes those that the last run did not come to use, or to remove."""
+        """Find the large files that belong to jobs, and delete what an earlier run has left."""
         found: Set[int] = set()
         for name in os.listdir(self.large):
             number, _, end = name.partition('.')
-            if number.startswith(self.NEW) and end == 'part':   # it came when the last run ended
-                os.unlink(os.path.join(self.large, name))
-            if not number.isdigit() or end not in ('p', 'r', 'p.part', 'r.part'):
-                continue   # none of ours
-            if end in ('p', 'r') and self._db.execute('SELECT 1 FROM jobs WHERE number = ?',
-                                                      (int(number), )).fetchone():
-                found.add(int(number))
-            else:
-                os.unlink(os.path.join(self.large, name))
+            came = number.startswith(self.NEW) and end == 'part'   # when the last run ended
+            if not came:
+                if not number.isdigit() or end not in ('p', 'r', 'p.part', 'r.part'):
+                    continue   # none of ours
+                if end in ('p', 'r') and self._knows(int(number)):
+                    found.add(int(number))
+                    continue
+            os.unlink(os.path.join(self.large, name))
         return found
+
+    def _knows(self, number: int) -> bool:
+        found = self._db.execute('SELECT 1 FROM jobs WHERE number = ?', (number,))
+        return found.fetchone() is not None
 
     # -- computations and nodes --------------------------------------------------------------------
 
     def began(self, remote: 'Remote') -> None:
-        """A computation is new, or its spec has changed."""
+        """Note a computation that is new, or whose spec has changed."""
         place = self._comps.get(remote.comp)
         if place is None:
-            place = self._comps[remote.comp] = next(self._newest)
-        self.note(self.COMP, place, remote.comp, remote.instance,
-                  pickle.dumps(dict(remote.cargo.spec, key=remote.digest), 5))
+            place = next(self._newest)
+            self._comps[remote.comp] = place
+        spec = dict(remote.cargo.spec, key=remote.digest)
+        self.note(self.COMP, place, remote.comp, remote.instance, pickle.dumps(spec, 5))
 
     def over(self, comp: str) -> None:
-        """A computation, whose jobs are removed."""
+        """Note that a computation is over, whose jobs are removed by `removed`."""
         if self._comps.pop(comp, None) is not None:
             self.note(self.OVER, comp)
 
     def met(self, peer: Peer) -> None:
-        """A node is connected."""
+        """Note a node that is connected."""
         key = _key_text(peer.key)
         if key not in self._places:
             self._places[key] = next(self._newest)
-        self.note(self.NODE, self._places[key], key, peer.host, peer.port, peer.name, peer.instance)
-        self.note(self.MEMORY, self._places[key], peer.memory)
+        place = self._places[key]
+        self.note(self.NODE, place, key, peer.host, peer.port, peer.name, peer.instance)
+        self.note(self.MEMORY, place, peer.memory)
         lock = peer.facts.get('lock')
-        if type(lock) is tuple and [type(part) for part in lock] == [str, str]:
-            self.note(self.LOCK, self._places[key], *(part[:LOCK_MOST] for part in lock))
+        if type(lock) is tuple and list(map(type, lock)) == [str, str]:
+            machine, file = lock
+            self.note(self.LOCK, place, machine[:LOCK_MOST], file[:LOCK_MOST])
 
     def gave_up(self, comp: str, serials: Sequence[int], text: str) -> None:
-        """What a program did not come back for; the numbers are its own."""
-        self.note(self.PAST, comp, time.time(), struct.pack('>%dQ' % len(serials), *serials), text)
+        """Note the jobs of a program that has not come back for their results, by its own
+        numbers."""
+        data = struct.pack('>%dQ' % len(serials), *serials)
+        self.note(self.PAST, comp, time.time(), data, text)
 
     def past(self, comp: str) -> Past:
         """What is known of the jobs of a computation that is not here any more."""
         row = self._db.execute('SELECT serials, text FROM past WHERE comp = ?', (comp,)).fetchone()
         if row is None:
             return Past()
-        return Past(given_up=frozenset(struct.unpack('>%dQ' % (len(row[0]) // 8), row[0])),
-                    text=row[1])
+        data, text = row
+        given_up = struct.unpack('>%dQ' % (len(data) // 8), data)
+        return Past(given_up=frozenset(given_up), text=text)
 
     # -- jobs --------------------------------------------------------------------------------------
 
@@ -385,28 +444,35 @@ class State(Database):
     def find_place(self, size: int, promised: int) -> OnDisk:
         """A place for a value of so many bytes that comes in parts, while others bring so many
         more. Raises OSError."""
-        free = shutil.disk_usage(self.large).free - promised - self._reserve
+        free = self._reserve.free() - promised - self._reserve.size
         if size > free:
             raise OSError(errno.ENOSPC, '%d bytes are free on its disk' % max(0, free))
         return OnDisk(os.path.join(self.large, '%s%d.part' % (self.NEW, next(self._new_values))))
 
     def submitted(self, work: 'RemoteWork', payload: Any) -> None:
-        """A new job."""
-        number = work.serial >> 16
-        large = size_of(payload) >= LARGE
-        if large:
-            self._large[number, 'p'] = pieces_of(payload)
-        self.note(self.INSERT, number, self._comps[work.comp], work.client_serial,
-                  None if large else b''.join(pieces_of(payload)),
-                  pickle.dumps(work.options) if work.options else None)
+        """Note a new job."""
+        number = work.number
+        pieces = pieces_of(payload)
+        data = None
+        if size_of(payload) >= LARGE:
+            self._large[number, 'p'] = pieces
+        else:
+            data = b''.join(pieces)
+        options = None
+        if work.options:
+            options = pickle.dumps(work.options)
+        comp = self._comps[work.comp]
+        self.note(self.INSERT, number, comp, work.client_serial, data, options)
 
     def payload(self, number: int) -> Any:
         """The arguments of a job that has not ended."""
         # Submitted in this very turn, in the order of their numbers
         new = self._notes[self.INSERT]
         at = bisect.bisect_left(new, (number,))
-        if at < len(new) and new[at][0] == number and new[at][3] is not None:
-            return new[at][3]
+        if at < len(new):
+            row = new[at]
+            if row[0] == number and row[3] is not None:
+                return row[3]
         if (number, 'p') in self._large:
             pieces = self._large[number, 'p']
             if len(pieces) == 1:
@@ -418,14 +484,15 @@ class State(Database):
         return stored(self._file(number, 'p'))
 
     def sent(self, works: Sequence[Work], key: Any) -> None:
-        """Jobs go to a node, when this is on the disk."""
+        """Note jobs that go to a node, when this is on the disk."""
         place = self._places[_key_text(key)]
-        self._notes[self.MOVE] += [(self.SENT, work.serial & 0xffff, place, work.serial >> 16)
-                                   for work in works]
+        notes = self._notes[self.MOVE]
+        for work in works:
+            notes.append((self.SENT, work.serial & 0xffff, place, work.serial >> 16))
 
-    def waits(self, work: Work) -> None:
-        """A job is back from a node."""
-        self.note(self.MOVE, self.WAITING, work.serial & 0xffff, 0, work.serial >> 16)
+    def waits(self, work: 'RemoteWork') -> None:
+        """Note a job that is back from a node."""
+        self.note(self.MOVE, self.WAITING, work.serial & 0xffff, 0, work.number)
 
     def payload_size(self, number: int) -> int:
         """Bytes of the arguments of a job, if they are a file; otherwise 0. Raises OSError."""
@@ -447,53 +514,55 @@ class State(Database):
         return 0
 
     def ended(self, number: int, row: tuple) -> None:
-        """A row of Results, with the serial that the program knows. The payload of a very large one
-        is a file alone."""
+        """Note a row of Results, with the serial that the program knows. The payload of a very
+        large one is a file alone."""
         if size_of(row[4]) > LAZY:
             self._large[number, 'r'] = pieces_of(row[4])
             row = (*row[:4], None, *row[5:])
-        data: Optional[bytes] = pickle.dumps(row[:4] + tuple(map(_plain, row[4:])), 5)
-        if len(data) >= LARGE:  # type: ignore[arg-type]
+        plain = row[:4] + tuple(map(_plain, row[4:]))
+        data = pickle.dumps(plain, 5)
+        if len(data) < LARGE:
+            self.note(self.END, data, number)
+        else:
             self._large[number, 'r'] = [data]
-            data = None
-        self.note(self.END, data, number)
+            self.note(self.END, None, number)
 
     def dropped(self, number: int) -> None:
-        """A job is cancelled because its program is gone, which may still ask for it."""
+        """Note a job that is cancelled because its program is gone, which may still ask for
+        it."""
         self._large.pop((number, 'p'), None)
         self.note(self.DROP, number)
         if number in self._files:
             self._gone.append(number)
 
     def removed(self, numbers: Sequence[int]) -> None:
-        """A program has these results, or wants none."""
+        """Note results that a program has, or does not want."""
         self._notes[self.REMOVE] += [(number,) for number in numbers]
+        gone = frozenset(numbers)
         # What was not written because there is no room need not be written any more
         if self.broken:
-            gone = set(numbers)
-            for statement, place in ((self.INSERT, 0), (self.MOVE, 3), (self.END, 1)):
-                self._notes[statement] = [
-                    row for row in self._notes[statement] if row[place] not in gone
-                ]
-        if self._large:   # not written yet, and need not be
-            gone = set(numbers)
+            self._forget_notes(gone)
+        if self._large:
             for key in [key for key in self._large if key[0] in gone]:
                 del self._large[key]
         if self._files:
-            self._gone += self._files.intersection(numbers)
+            self._gone += self._files & gone
+
+    def _forget_notes(self, numbers: FrozenSet[int]) -> None:
+        """What was to be written of some jobs is not written any more."""
+        for statement, column in ((self.INSERT, 0), (self.MOVE, 3), (self.END, 1)):
+            rows = self._notes[statement]
+            self._notes[statement] = [row for row in rows if row[column] not in numbers]
 
     def commit(self) -> bool:
-        """As Database, with the large files before it; then those go that are not needed any more.
-        That results were acknowledged can wait for more to write: if it is lost, they come once
-        more, and are acknowledged as known."""
-        if not self._gone and len(self._notes[self.REMOVE]) < REMOVED_MOST and not any(
-                rows for rows in self._notes if rows is not self._notes[self.REMOVE]):
+        """As Database, with the large files before it; then those go that are not needed any
+        more."""
+        if not self._has_to_write():
             return True
         if not self._has_room():
             self._make_room()
-            return self._failed(
-                OSError(errno.ENOSPC,
-                        '%s: %d bytes more are needed' % (os.strerror(errno.ENOSPC), self._short)))
+            text = '%s: %d bytes more are needed' % (os.strerror(errno.ENOSPC), self._short)
+            return self._failed(OSError(errno.ENOSPC, text))
         try:
             for (number, end), pieces in list(self._large.items()):
                 self._keep(number, end, pieces)
@@ -504,33 +573,45 @@ class State(Database):
         done = super().commit()
         if done:
             self._unlink_gone()
-            self._have_reserve()
+            self._reserve.keep()
         else:
             self._make_room()
         return done
+
+    def _has_to_write(self) -> bool:
+        """Whether there is anything that cannot wait. That results were acknowledged can wait for
+        more to write: if it is lost, they come once more, and are acknowledged as known."""
+        removed = self._notes[self.REMOVE]
+        if self._gone or len(removed) >= REMOVED_MOST:
+            return True
+        return any(rows for rows in self._notes if rows is not removed)
+
+    def _empty_log(self) -> None:
+        """Let SQLite write what is in its log into the file."""
+        self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
 
     def _has_room(self) -> bool:
         """Whether what waits to be written leaves some of the disk free: SQLite needs room to
         remove things, too, and a transaction that fails has filled the disk. It is written twice,
         into the log and from there into the file."""
-        wanted = sum(len(row[3]) for row in self._notes[self.INSERT] if row[3] is not None)
-        wanted += sum(len(row[0]) for row in self._notes[self.END] if row[0] is not None)
-        files = sum(size_of(tuple(pieces)) for pieces in self._large.values()
-                    if _place_of(pieces) is None)
+        wanted = _bytes_in(self._notes[self.INSERT], 3) + _bytes_in(self._notes[self.END], 0)
+        files = 0
+        for pieces in self._large.values():
+            if _place_of(pieces) is None:
+                files += size_of(tuple(pieces))
         if not wanted and not files:
             return True
         # What is in the log only would make the file grow later
-        if shutil.disk_usage(self.root).free < LOW_DISK + 4 * (wanted + files):
+        if self._reserve.free() < LOW_DISK + 4 * (wanted + files):
             with contextlib.suppress(self._error):
-                self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
+                self._empty_log()
         # Of what was removed
         inside = PAGE_SIZE * self._db.execute('PRAGMA freelist_count').fetchone()[0]
-        if inside < self._reserve:
-            margin = self._reserve
-        else:
-            margin = self._reserve // 8
-        self._short = files + wanted + max(0, wanted - inside) + margin - shutil.disk_usage(
-            self.root).free
+        margin = self._reserve.size
+        if inside >= margin:
+            margin //= 8
+        needed = files + wanted + max(0, wanted - inside) + margin
+        self._short = needed - self._reserve.free()
         return self._short <= 0
 
     def _unlink_gone(self) -> None:
@@ -540,47 +621,26 @@ class State(Database):
         self._files.difference_update(self._gone)
         self._gone = []
 
-    @property
-    def _reserve(self) -> int:
-        """RESERVE, or less on a small disk."""
-        return min(RESERVE, shutil.disk_usage(self.root).total // 16)
-
-    def _have_reserve(self) -> None:
-        """Bytes of the disk that are given back when it is full, so that what is over can be
-        removed: SQLite needs room for that too."""
-        if self._reserved:
-            return
-        path = os.path.join(self.root, 'reserve')
-        try:
-            if shutil.disk_usage(self.root).free > 4 * self._reserve:
-                with open(path, 'wb') as file:
-                    file.write(bytes(self._reserve))
-                self._reserved = True
-        except OSError as exc:
-            logger.debug('%s: %s', path, exc)
-
     def _make_room(self) -> None:
         """The disk is full: remove what is over, and nothing else."""
         self._unlink_gone()
-        if shutil.disk_usage(self.root).free < self._reserve:   # others have filled it
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(self.root, 'reserve'))
-            self._reserved = False
+        self._reserve.give_up()
         over = self._notes[self.OVER]
         gone = self._notes[self.REMOVE]
         try:
             # Few at a time, and the room that they take in the log is used again for the next
             while over or gone:
-                self._notes[self.OVER], self._notes[
-                    self.REMOVE] = over[:REMOVED_AT_ONCE], gone[:REMOVED_AT_ONCE]
+                self._notes[self.OVER] = over[:REMOVED_AT_ONCE]
+                self._notes[self.REMOVE] = gone[:REMOVED_AT_ONCE]
                 self._write((self.OVER, self.REMOVE))
                 over = over[REMOVED_AT_ONCE:]
                 gone = gone[REMOVED_AT_ONCE:]
-                self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
+                self._empty_log()
         except self._error as exc:
             logger.debug('%s', exc)   # it is tried again
         finally:
-            self._notes[self.OVER], self._notes[self.REMOVE] = over, gone
+            self._notes[self.OVER] = over
+            self._notes[self.REMOVE] = gone
 
     def results(self, numbers: Sequence[int], unread: List[int]) -> Iterator[tuple]:
         """Rows of Results that are on the disk, one after the other; `unread` gets those that
@@ -593,10 +653,8 @@ class State(Database):
             try:
                 found = self._result(number, row[0])
             except FileNotFoundError as exc:
-                yield row[1], int(
-                    Outcome.DIED
-                ), 0.0, 0.0, b'its result cannot be read at the scheduler: %s' % str(
-                    exc).encode(), b'', b''
+                text = 'its result cannot be read at the scheduler: %s' % exc
+                yield ended_row(row[1], Outcome.DIED, text)
             except OSError as exc:   # no descriptor is left
                 if not unread:
                     logger.error('a result cannot be read now: %s', exc)
@@ -617,36 +675,33 @@ class State(Database):
     # -- at the start ------------------------------------------------------------------------------
 
     def comps(self) -> List[Tuple[str, bytes, dict]]:
-        """ProgramComputations in the order in which they came: name, instance of the program,
-        spec."""
-        return [(comp, client, open_plain(spec)) for comp, client, spec in
-                self._db.execute('SELECT comp, client, spec FROM comps ORDER BY place')]
+        """Computations in the order in which they came: name, instance of the program, spec."""
+        rows = self._db.execute('SELECT comp, client, spec FROM comps ORDER BY place')
+        return [(comp, client, open_plain(spec)) for comp, client, spec in rows]
 
     def jobs(self, comp: str) -> Iterator[Tuple[int, int, Any, int, int, Any]]:
         """Rows (number, serial of the program, options, state, serial, key of its node) of a
         computation, in order."""
         keys = {place: _key_of(key) for key, place in self._places.items()}
-        for number, client, options, state, attempt, node in self._db.execute(
-                'SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? '
-                'ORDER BY number',
-            (self._comps[comp], )):
-            yield number, client, open_plain(
-                options) if options else None, state, number << 16 | attempt, keys.get(node)
+        query = ('SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? '
+                 'ORDER BY number')
+        rows = self._db.execute(query, (self._comps[comp],))
+        for number, client, packed, state, attempt, node in rows:
+            options = None
+            if packed:
+                options = open_plain(packed)
+            serial = number << 16 | attempt
+            yield number, client, options, state, serial, keys.get(node)
 
     def nodes(self) -> List[tuple]:
         """Rows (key, host, port, name, instance)."""
-        return [
-            (_key_of(key), *rest)
-            for key, *rest in self._db.execute('SELECT key, host, port, name, instance FROM nodes')
-        ]
+        rows = self._db.execute('SELECT key, host, port, name, instance FROM nodes')
+        return [(_key_of(key), *rest) for key, *rest in rows]
 
     def memories(self) -> Dict[Any, str]:
         """What the memories of nodes were known by, by keys of nodes."""
-        return {
-            _key_of(key): memory
-            for key, memory in self._db.execute(
-                'SELECT key, memory FROM nodes JOIN memories USING (place)')
-        }
+        rows = self._db.execute('SELECT key, memory FROM nodes JOIN memories USING (place)')
+        return {_key_of(key): memory for key, memory in rows}
 
     def locks(self) -> Dict[Any, Tuple[str, str]]:
         """Machine and path of the lock files of nodes, by keys of nodes."""
@@ -661,6 +716,11 @@ class State(Database):
         self._db.close()
 
 
+def _bytes_in(notes: Sequence[tuple], column: int) -> int:
+    """Bytes in one column of rows that wait to be written."""
+    return sum(len(row[column]) for row in notes if row[column] is not None)
+
+
 _SUCCESS = pickle.dumps(0, 5)   # as `seal` packs the exit status of a program that has not failed
 
 
@@ -672,7 +732,6 @@ def _exit_status(row: tuple) -> int:
         value = open_envelope(_plain(row[4]))
         if type(value) is int:
             return value
-        return 0
     return 0
 
 
@@ -709,13 +768,15 @@ _OUTCOMES = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome
 
 class RemoteWork(Work):
     """A job of a program."""
-    # The serial that the program knows it by; bytes of its arguments
-    __slots__ = ('client_serial', 'size')
+    # Its number, which all its attempts share; the serial that the program knows it by; the bytes
+    # of its arguments that the quota counts
+    __slots__ = ('number', 'client_serial', 'size')
 
     def __init__(self, comp: str, payload: Any, options: Optional[dict], serial: int,
                  client: int) -> None:
         super().__init__(comp, payload, options)
         self.serial = serial
+        self.number = serial >> 16
         self.client_serial = client
         self.size = 0
 
@@ -725,6 +786,11 @@ class RemoteWork(Work):
         if self.options:
             return self.options.get('values', ())
         return ()
+
+
+def ended_row(serial: int, outcome: Outcome, text: str) -> tuple:
+    """A row of Results of a job that has ended without a result of its own."""
+    return serial, int(outcome), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''
 
 
 MODULES_OF = '.modules'   # ends the name of the directory that has the files of a program's modules
@@ -748,7 +814,7 @@ class Absence:
 
     def __init__(self, recovers: bool, process: Any) -> None:
         """`process` is as of `own_process`. Raises PeerError."""
-        if type(process) is not tuple or [type(part) for part in process] != [str, int, str]:
+        if type(process) is not tuple or list(map(type, process)) != [str, int, str]:
             raise PeerError('a process is not described as it should be')
         self._recovers = recovers
         self._process = process
@@ -763,12 +829,12 @@ class Absence:
 
     def begin(self, now: float, patience: float) -> None:
         """The connection of the program has ended, or it has not come yet."""
-        if not self._recovers and not self.gone:
-            self._until = now + patience
-            if has_ended(self._process) is not None:
-                self.look_at = now
-            else:
-                self.look_at = self._until
+        if self._recovers or self.gone:
+            return
+        self._until = now + patience
+        self.look_at = self._until
+        if has_ended(self._process) is not None:   # that can be seen from here
+            self.look_at = now
 
     def end(self) -> None:
         """The program is connected."""
@@ -801,7 +867,8 @@ class RemoteValues:
 
     def __init__(self, remote: 'Remote', most: int) -> None:
         """`most`: bytes that are kept, see ValueDesk."""
-        self._remote, self._desk = remote, ValueDesk(most)
+        self._remote = remote
+        self._desk = ValueDesk(most)
         self._directory = remote.directory + VALUES_OF
         self.retry_at = math.inf    # when room is looked for again
         self.told = False           # that there is none
@@ -894,6 +961,11 @@ class RemoteValues:
         return [early.row[0] for early in self._desk.failed(self._remote.comp)]
 
 
+def _no_source() -> Tuple[bytes, str]:
+    """As `source` of a Cargo."""
+    return b'', 'only its program can tell'
+
+
 class Remote(NodeUser):
     """A program's computation. The loop's thread."""
     cargo: Cargo
@@ -913,7 +985,9 @@ class Remote(NodeUser):
         self.multicast = scheduler.options.multicast
         self.key = key    # the scheduler's own, to nodes
         shared = spec['shared']
-        self.comp, self.client, self.name = comp, client.hex(), spec['name']
+        self.comp = comp
+        self.name = spec['name']
+        self.client = client.hex()
         self.instance = client
         self.link = 0
         self.digest = result_key(spec)   # of what shows that results are its
@@ -926,13 +1000,19 @@ class Remote(NodeUser):
         self.collected = bool(shared['recovers'] or shared.get('collected'))
         self.specs = specs_of(shared['nodes'])
         self.take_spec(spec)
-        roots = {Purpose.DEPENDS: directory, Purpose.PLACED: directory,
-                 Purpose.MODULES: directory + MODULES_OF, Purpose.VALUES: directory + VALUES_OF}
+        modules = directory + MODULES_OF
+        values = directory + VALUES_OF
+        roots = {
+            Purpose.DEPENDS: directory,
+            Purpose.PLACED: directory,
+            Purpose.MODULES: modules,
+            Purpose.VALUES: values,
+        }
         # Jobs that need a value are acknowledged when it is on the disk
         self.receiver = FileReceiver(roots, most, TOO_LARGE, 'at the scheduler: ',
                                      sync=(Purpose.PLACED, Purpose.VALUES))
-        os.makedirs(directory + MODULES_OF, mode=0o700, exist_ok=True)
-        os.makedirs(directory + VALUES_OF, mode=0o700, exist_ok=True)
+        os.makedirs(modules, mode=0o700, exist_ok=True)
+        os.makedirs(values, mode=0o700, exist_ok=True)
         self.values = RemoteValues(self, max_values)
         # Rows of files and of modules to be had, and who waits for them.
         self.wanted: Deque[Tuple[list, list, Callable[..., None]]] = collections.deque()
@@ -960,25 +1040,36 @@ class Remote(NodeUser):
         self.done = 0                             # jobs that have ended as they should
         self.failed = 0
         self.cancelled = 0
+        self.cpu_seconds = 0.0                    # that CPUs were taken by jobs that have ended
         # Node -> jobs ended there, seconds that they ran
         self.ended_at: Dict[Any, List[float]] = {}
 
     def take_spec(self, spec: dict) -> None:
-        """What nodes are sent; it has changed after a setup with other files."""
-        paths = {row[0]: os.path.join(self.directory, *row[0].split('/')) for row in spec['files']}
-        spec = dict(spec,
-                    code=bytes(spec['code']),
-                    setup_args=bytes(spec['setup_args']),
-                    key=digest_of(self.key),
-                    support={name: bytes(source)
-                             for name, source in spec['support'].items()})
-        self.cargo = Cargo(spec, paths, spec['kind'] == 'program', lambda:
-                           (b'', 'only its program can tell'))
+        """Take what nodes are sent; it has changed after a setup with other files."""
+        spec = dict(spec)
+        spec['code'] = bytes(spec['code'])
+        spec['setup_args'] = bytes(spec['setup_args'])
+        spec['key'] = digest_of(self.key)
+        spec['support'] = {name: bytes(source) for name, source in spec['support'].items()}
+        paths = self.paths_of(spec['files'])
+        self.cargo = Cargo(spec, paths, spec['kind'] == 'program', _no_source)
+
+    def path_of(self, name: str) -> str:
+        """Where a file of the program is."""
+        return os.path.join(self.directory, *name.split('/'))
+
+    def paths_of(self, rows: Iterable[tuple]) -> Dict[str, str]:
+        """Where files are, by their names, which stand first in these rows."""
+        return {row[0]: self.path_of(row[0]) for row in rows}
 
     def jobs_counted(self) -> Tuple[int, int, int, int]:
         """As of NodeUser."""
         submitted = len(self.works) + self.done + self.failed + self.cancelled
         return submitted, self.done, self.failed, self.cancelled
+
+    def job_seconds(self) -> float:
+        """Seconds that its jobs have run."""
+        return sum(seconds for _, seconds in self.ended_at.values())
 
     def remove(self) -> None:
         """Remove its files."""
@@ -1003,10 +1094,18 @@ class Remote(NodeUser):
 
     def node_changed(self, status: int, peer: Peer) -> None:
         """The program is told."""
-        if self.link in self._scheduler.links and self.comp in peer.uses:
-            row = self._scheduler.queries.row_of(*self._scheduler.queries.node_of(self.comp, peer))
-            row = row._replace(state='closed' if status == DispyNode.Closed else 'ready')
-            self.say(News(self.comp, status, tuple(row)))
+        if self.link not in self._scheduler.links or self.comp not in peer.uses:
+            return
+        state = 'ready'
+        if status == DispyNode.Closed:
+            state = 'closed'
+        row = self.row_of(peer)._replace(state=state)
+        self.say(News(self.comp, status, tuple(row)))
+
+    def row_of(self, peer: Peer) -> NodeRow:
+        """One of its nodes, to be told to its program."""
+        queries = self._scheduler.queries
+        return queries.row_of(*queries.node_of(self.comp, peer))
 
     def ask_source(self, peer: Peer, link: Link) -> None:
         """The program is asked."""
@@ -1044,20 +1143,18 @@ class Remote(NodeUser):
             try:
                 payload = work.payload
                 if payload is None:
-                    payload = scheduler.state.payload(work.serial >> 16)
+                    payload = scheduler.state.payload(work.number)
             except OSError as exc:   # no descriptor is left, or the file has gone
                 text = 'its arguments cannot be read at the scheduler: %s' % exc
-                reason = text.encode('utf-8', 'replace')
-                unread.append((work.serial, int(Outcome.DIED), 0.0, 0.0, reason, b'', b''))
+                unread.append(ended_row(work.serial, Outcome.DIED, text))
             else:
                 rows.append(job_row(work, payload, OF_JOBS))
         for frame in frames(Jobs, self.comp, rows):
             scheduler.say(peer.link, frame)  # type: ignore[arg-type]
         scheduler.state.sent(works, peer.key)
-        link = scheduler.links.get(self.link)
-        if link is not None:
+        if self.link in scheduler.links:
             node = (peer.ip_addr, peer.port, peer.name)
-            scheduler.say(link, Where(self.comp, node, [work.client_serial for work in works]))
+            self.say(Where(self.comp, node, [work.client_serial for work in works]))
         if unread:
             scheduler.decide(NodeResults(peer.key, self.comp, unread))
 
@@ -1089,8 +1186,7 @@ class Remote(NodeUser):
         self._end(work, Outcome.DIED, text)
 
     def _end(self, work: Any, outcome: Outcome, text: str) -> None:
-        row = (work.client_serial, int(outcome), 0.0, 0.0, text.encode('utf-8',
-                                                                       'replace'), b'', b'')
+        row = ended_row(work.client_serial, outcome, text)
         self._scheduler.program_jobs.end(self, work, row)
 
     def job_waits(self, work: Any) -> None:
@@ -1107,7 +1203,8 @@ class Remote(NodeUser):
         """The program, which wanted to know whether it has begun, is told."""
         self.absence.dropping.discard(work)
         if work.state in (JobState.RUNNING, JobState.PROVISIONAL):
-            self.say(Started(work.comp, [(work.client_serial, self._scheduler.schedule.ran(work))]))
+            ran = self._scheduler.schedule.ran(work)
+            self.say(Started(work.comp, [(work.client_serial, ran)]))
 
     def output(self, peer: Peer, work: Any, message: Output) -> None:
         """It is passed on as it came."""
@@ -1121,7 +1218,8 @@ class Remote(NodeUser):
             self.files[message.key] = (self.link, message.row[0])
         if message.key not in self.files:
             return   # it was answered already: what is left of it is passed over
-        if self.link in self._scheduler.links and self.files[message.key][0] == self.link:
+        began_by, _ = self.files[message.key]
+        if self.link in self._scheduler.links and began_by == self.link:
             self.say(message._replace(key=work.client_serial, data=beside(message.data)))
         else:
             del self.files[message.key]
@@ -1196,10 +1294,18 @@ def specs_of(rows: Any) -> List[NodeSpec]:
     if rows is None:
         return [NodeSpec('*', NODE_PORT)]
     try:
-        return [parse_nodes((host, port, cpus), NODE_PORT, True)[0]._replace(allocator=RemoteAllocator(number) if number else None)  # type: ignore[arg-type]
-                for host, port, cpus, number in rows]
+        return [_spec_of(*row) for row in rows]
     except (TypeError, ValueError) as exc:
         raise PeerError('nodes: %s' % exc) from exc
+
+
+def _spec_of(host: Any, port: Any, cpus: Any, number: Any) -> NodeSpec:
+    """One of them; `number` is of the NodeAllocate that the program asks, 0 if it asks none."""
+    spec = parse_nodes((host, port, cpus), NODE_PORT, True)[0]
+    allocator: Any = None
+    if number:
+        allocator = RemoteAllocator(number)
+    return spec._replace(allocator=allocator)
 
 
 class _Session(NamedTuple):
@@ -1254,6 +1360,7 @@ class ProgramOverview(Overview):
     knows the secret of the programs may see and manage everything; if the operator has a secret of
     his own, this needs that one. An answer has at most PAGE rows. Counts, limits and releases are
     of this process: a scheduler that is started again has forgotten them. The loop's thread."""
+    COUNTS = ('submitted', 'done', 'failed', 'cancelled')   # as of NodeUser.jobs_counted
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         super().__init__(scheduler)
@@ -1264,27 +1371,14 @@ class ProgramOverview(Overview):
         self._failed_jobs = FailedJobs()
         # Nodes that nobody may use -> computations that were told so
         self._released: Dict[Any, Set[str]] = {}
-        self._answers: Dict[str, Callable[..., Any]] = {
-            'clusters': self._clusters,
-            'nodes': self._nodes,
-            'failures': self._failures,
-            'jobs': self._jobs,
-            'arguments': self._arguments,
-            'cancel': self._cancel,
-            'cancel_waiting': self._cancel_waiting,
-            'add': self._add,
-            'cpus': self._cpus,
-            'release': self._release,
-            'use': self._use,
-        }
 
     def answer(self, name: str = '', *args: Any) -> Tuple[float, Any]:
         """Return the seconds that an answer took, and the answer. Raises ValueError or TypeError
         for a question that makes no sense."""
         began = time.perf_counter()
-        if name not in self._answers:
+        if name not in self._ANSWERS:
             raise ValueError('%.40r cannot be asked of a scheduler' % (name,))
-        value = self._answers[name](*args)
+        value = self._ANSWERS[name](self, *args)
         return time.perf_counter() - began, value
 
     def answer_anybody(self, name: str = '', *args: Any) -> Tuple[float, Any]:
@@ -1315,9 +1409,11 @@ class ProgramOverview(Overview):
         if outcome in RETURNED and remote.cargo.is_program:
             exit_status = _exit_status(row)
         if node is not None:
+            seconds = row[3] - row[2]
             count = remote.ended_at.setdefault(node, [0, 0.0])
             count[0] += 1
-            count[1] += row[3] - row[2]
+            count[1] += seconds
+            remote.cpu_seconds += seconds * cpus_of(work)
         if outcome == Outcome.CANCELLED:
             remote.cancelled += 1
         elif outcome in RETURNED and not exit_status:
@@ -1380,20 +1476,15 @@ class ProgramOverview(Overview):
         return [self._cluster(remote) for remote in remotes[first:first + min(count, PAGE)]]
 
     def _cluster(self, remote: Remote) -> dict:
-        submitted, done, failed, cancelled = remote.jobs_counted()
-        return {
-            'number': remote.number,
-            'comp': remote.comp,
-            'name': remote.name[:200],
-            'program': remote.program,
-            'connected': remote.link in self._scheduler.links,
-            'submitted': submitted,
-            'done': done,
-            'failed': failed,
-            'cancelled': cancelled,
-            'job_seconds': sum(seconds for _, seconds in remote.ended_at.values()),
-            'elapsed': self._scheduler.now - remote.since,
-        }
+        row: Dict[str, Any] = dict(zip(self.COUNTS, remote.jobs_counted()))
+        row['number'] = remote.number
+        row['comp'] = remote.comp
+        row['name'] = remote.name[:200]
+        row['program'] = remote.program
+        row['connected'] = remote.link in self._scheduler.links
+        row['job_seconds'] = remote.job_seconds()
+        row['elapsed'] = self._scheduler.now - remote.since
+        return row
 
     def _nodes(self, first: int, count: int, asking: bool) -> List[dict]:
         remotes = self._scheduler.computations.opened()
@@ -1472,7 +1563,7 @@ class ProgramOverview(Overview):
         if work.payload:
             return shown_arguments(work.payload)
         state = self._scheduler.state
-        number = work.serial >> 16
+        number = work.number
         try:
             return state.payload_size(number) or shown_arguments(state.payload(number))
         except OSError as exc:   # the job is shown without them
@@ -1542,6 +1633,20 @@ class ProgramOverview(Overview):
         self._scheduler.sharing.limit(peer, list(peer.uses))
         return 1
 
+    _ANSWERS: Dict[str, Callable[..., Any]] = {
+        'clusters': _clusters,
+        'nodes': _nodes,
+        'failures': _failures,
+        'jobs': _jobs,
+        'arguments': _arguments,
+        'cancel': _cancel,
+        'cancel_waiting': _cancel_waiting,
+        'add': _add,
+        'cpus': _cpus,
+        'release': _release,
+        'use': _use,
+    }
+
 
 def _without_reason(use: tuple) -> tuple:
     """A NodeUse for those who may not see the reasons of other programs."""
@@ -1596,18 +1701,18 @@ class Quota:
 
     def give_back(self, link: Link, remote: Remote, serials: List[int], full: bool) -> None:
         """These jobs were not taken. Said at once: while the disk is full, nothing else is."""
-        say = self._scheduler.commit.send
+        at_once = self._scheduler.commit.send
         if link.number not in self._waiting:
             self._waiting[link.number] = link.instance
-            say(link, Offer(0))
-            if full:
-                text = 'the disk of the scheduler is full: new jobs wait here until there is room'
-            else:
-                text = 'this program has %d bytes of arguments at the scheduler, and may have %d there (--max-queued-bytes): more jobs ' 'are taken as those end' % (
-                    self._queued.get(remote.instance, 0), self._most)
-            say(link, Said(remote.comp, text))
+            at_once(link, Offer(0))
+            text = 'the disk of the scheduler is full: new jobs wait here until there is room'
+            if not full:
+                text = ('this program has %d bytes of arguments at the scheduler, and may have %d '
+                        'there (--max-queued-bytes): more jobs are taken as those end')
+                text %= (self._queued.get(remote.instance, 0), self._most)
+            at_once(link, Said(remote.comp, text))
         for message in in_parts(Returned, remote.comp, serials):
-            say(link, message)
+            at_once(link, message)
 
     def take_again(self) -> None:
         """The disk has room: those whose program has less than half of what it may have are offered
@@ -1623,7 +1728,8 @@ class Quota:
 class NodeSharing(NodePolicy):
     """Which nodes may be connected to and used, and whom each serves: all computations, or one that
     wants its nodes alone. The loop's thread."""
-    start_node = 'Start `python dispynode.py` on a host, with the secret that the scheduler has for nodes, and name it to the scheduler (-n)'
+    start_node = ('Start `python dispynode.py` on a host, with the secret that the scheduler has '
+                  'for nodes, and name it to the scheduler (-n)')
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
@@ -1704,26 +1810,42 @@ class NodeSharing(NodePolicy):
     def _assign(self, peer: Peer) -> None:
         """Whom a node serves: the first computation that wants it alone, when jobs of the others
         have ended there; or all."""
-        owner = next((comp for comp in self._wanting if comp in peer.uses
-                      and peer.uses[comp].state is not UseState.CLOSED and self._holds(comp)), '')
-        node = self._scheduler.schedule.nodes.get(peer.key)
-        others = owner and node is not None and any(
-            flight for comp, flight in node.flight.items() if comp != owner)
-        blocked = {comp for comp in peer.uses if owner and (comp != owner or others)}
+        owner = self._owner_of(peer)
+        blocked: Set[str] = set()
+        if owner:
+            blocked.update(peer.uses)
+            if not self._has_others(peer, owner):
+                blocked.discard(owner)
         changed = blocked ^ peer.blocked
         peer.blocked = blocked
         self.limit(peer, changed)
+
+    def _owner_of(self, peer: Peer) -> str:
+        """The first computation that wants a node alone; empty if there is none."""
+        for comp in self._wanting:
+            use = peer.uses.get(comp)
+            if use is not None and use.state is not UseState.CLOSED and self._holds(comp):
+                return comp
+        return ''
+
+    def _has_others(self, peer: Peer, owner: str) -> bool:
+        """Whether jobs of other computations are on a node."""
+        node = self._scheduler.schedule.nodes.get(peer.key)
+        if node is None:
+            return False
+        return any(jobs for comp, jobs in node.flight.items() if comp != owner)
 
     def limit(self, peer: Peer, comps: Iterable[str]) -> None:
         """What computations may use of a node has changed."""
         for comp in comps:
             use = peer.uses.get(comp)
-            if use is not None and use.state is UseState.READY and not use.then:
-                cpus = self._scheduler.selection.tell_limit(peer, comp)
-                if cpus:
-                    self._scheduler.decide(NodeOffers(peer.key, comp, cpus))
-                else:
-                    self._scheduler.decide(NodeDrains(peer.key, comp))
+            if use is None or use.state is not UseState.READY or use.then:
+                continue
+            cpus = self._scheduler.selection.tell_limit(peer, comp)
+            if cpus:
+                self._scheduler.decide(NodeOffers(peer.key, comp, cpus))
+            else:
+                self._scheduler.decide(NodeDrains(peer.key, comp))
 
 
 class Commit:
@@ -1778,20 +1900,23 @@ class ProgramLinks:
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
         self.sessions: Dict[int, _Session] = {}      # by the numbers of their links
-        self.messages: Dict[type, Callable[[Link, Any], None]] = {   # and those of the other parts
-            Introduce: self._c_introduce, Limit: lambda link, message: None,
-            Query: lambda link, message: None, Shutdown: lambda link, message: None,
-            Pulse: lambda link, message: None
-        }
+        # Message -> the part that takes it, and its method
+        self._handlers: Dict[type, Tuple[Any, Callable[[Any, Link, Any], None]]] = {}
+        self.add_handlers(self)
+
+    def add_handlers(self, part: Any) -> None:
+        """Messages of programs that a part takes stand in its table MESSAGES."""
+        for kind, method in part.MESSAGES.items():
+            self._handlers[kind] = (part, method)
 
     def program_came(self, event: Arrival) -> None:
         """A program has connected."""
-        link = Link(event.sock, event.session, event.address, self._scheduler.now,
-                    self._scheduler.options.pulse, OF_CLIENTS)
+        options = self._scheduler.options
+        link = Link(event.sock, event.session, event.address, self._scheduler.now, options.pulse,
+                    OF_CLIENTS)
         self._scheduler.attach(link)
-        self.sessions[link.number] = _Session(
-            link, [event.address], not self._scheduler.options.separate
-            or event.session.secret == 1)
+        operator = not options.separate or event.session.secret == 1
+        self.sessions[link.number] = _Session(link, [event.address], operator)
         self._bound_links(link)
 
     def _bound_links(self, link: Link) -> None:
@@ -1809,13 +1934,14 @@ class ProgramLinks:
 
     def bound_answers(self) -> None:
         """Who does not read its answers is not read from until it has."""
-        for number, session in self.sessions.items():
+        for session in self.sessions.values():
             link = session.link
             queued = link.queued - link.unmade   # what is to go in parts lies on the disk
-            slow = queued > HELD_BACK
-            if link.dirty is not None and link.paused != slow and (slow
-                                                                   or queued <= HELD_BACK // 2):
-                link.paused = slow
+            is_slow = queued > HELD_BACK
+            if link.dirty is None or link.paused == is_slow:
+                continue
+            if is_slow or queued <= HELD_BACK // 2:
+                link.paused = is_slow
                 link.heard = self._scheduler.now
                 self._scheduler.interest(link)
 
@@ -1827,278 +1953,347 @@ class ProgramLinks:
                 raise LinkBroken('bye: %s' % message.text[:200])
             if type(message) is Wrong:
                 self._refused_results(channel, message)
-            handler = self.messages.get(type(message))
-            if handler is None:
-                raise PeerError('%s may not come here' % type(message).__name__)
+            name = type(message).__name__
+            if type(message) not in self._handlers:
+                raise PeerError('%s may not come here' % name)
+            part, method = self._handlers[type(message)]
             try:
-                handler(channel, message)
+                method(part, channel, message)
             except (LinkBroken, PeerError, OSError):
                 raise
             except Exception as exc:  # what no honest program says ends its link and nothing else
-                logger.exception('%s of %s',
-                                 type(message).__name__, self.sessions[channel.number].names[0])
-                raise PeerError('%s cannot be understood: %s' %
-                                (type(message).__name__, exc)) from exc
+                logger.exception('%s of %s', name, self.name_of(channel))
+                raise PeerError('%s cannot be understood: %s' % (name, exc)) from exc
+
+    def name_of(self, link: Link) -> str:
+        """Whose a link is, for people: user, host and PID of the program."""
+        return self.sessions[link.number].names[0]
 
     def _refused_results(self, link: Link, message: Wrong) -> None:
         """A program cannot use what was sent: after a few times a text takes the place of a result
         that was in it."""
         for comp, serial in self._scheduler.refusals.refused(link, message.frame):
             remote = self.computation_of(link, comp)
-            if remote is not None and serial in remote.ended:
-                numbers = [remote.ended[serial]]
-            else:
-                numbers = []
-            for number, row in zip(numbers, self._scheduler.state.results(numbers, [])):
-                self._scheduler.state.ended(
-                    number,
-                    refused_row(
-                        row, 'the program could not take the result: ' + message.text[:NAME_MOST]))
+            if remote is None or serial not in remote.ended:
+                continue
+            number = remote.ended[serial]
+            text = 'the program could not take the result: ' + message.text[:NAME_MOST]
+            for row in self._scheduler.state.results([number], []):
+                self._scheduler.state.ended(number, refused_row(row, text))
         raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
 
     def program_gone(self, channel: Link, text: str) -> None:
         """The link of a program came to its end."""
-        session = self.sessions.pop(channel.number)
-        logger.log(logging.INFO if channel.on_purpose else logging.WARNING,
-                   'the link of %s ended: %s', session.names[0], text)
-        for remote in [
-                remote for remote in (*self._scheduler.clusters.values(),
-                                      *self._scheduler.computations.unopened.values())
-                if isinstance(remote, Remote) and remote.link == channel.number
-        ]:
-            self._scheduler.computations.program_gone(remote)
+        name = self.name_of(channel)
+        del self.sessions[channel.number]
+        computations = self._scheduler.computations
+        left = [remote for remote in computations.all() if remote.link == channel.number]
+        if channel.on_purpose:
+            logger.info('the link of %s ended: %s', name, text)
+        else:
+            logger.warning('the link of %s ended: %s; %d jobs of it have not ended', name, text,
+                           sum(len(remote.works) for remote in left))
+        for remote in left:
+            computations.program_gone(remote)
             if channel.on_purpose:
-                self._scheduler.computations.end(remote)
+                computations.end(remote)
 
     def computation_of(self, link: Link, comp: str) -> Optional[Remote]:
         """The computation a message speaks of, which must be of this link. None for one that has
         ended here."""
-        remote = self._scheduler.clusters.get(comp)
-        if isinstance(remote, Remote) and remote.link != link.number:
+        remote = self._scheduler.computations.get(comp)
+        if remote is not None and remote.link != link.number:
             raise PeerError('computation %.40r is of another program' % comp)
-        if isinstance(remote, Remote):
-            return remote
-        return None
+        return remote
 
-    def _c_introduce(self, link: Link, message: Introduce) -> None:
+    def _on_introduce(self, link: Link, message: Introduce) -> None:
+        name = message.name[:200]
         self._scheduler.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
-        self.sessions[link.number].names[0] = message.name[:200]
+        self.sessions[link.number].names[0] = name
+        logger.info('%s is connected from %s', name, link.address)
         facts = {
-            'python': tuple(sys.version_info[:3]), 'dispy': __version__, 'role': 'scheduler',
-            'memory': self._scheduler.instance.hex()
+            'python': tuple(sys.version_info[:3]),
+            'dispy': __version__,
+            'role': 'scheduler',
+            'memory': self._scheduler.instance.hex(),
         }
         self._scheduler.say(link, Welcome('dispyscheduler', ENDLESS, facts))
 
+    def _ignore(self, link: Link, message: Any) -> None:
+        """What is meant for a node."""
+
+    MESSAGES: Dict[type, Callable[..., None]] = {
+        Introduce: _on_introduce,
+        Limit: _ignore,
+        Query: _ignore,
+        Shutdown: _ignore,
+        Pulse: _ignore,
+    }
+
 
 class ProgramComputations:
-    """ProgramComputations of programs: they begin, lose their programs, get them back, and end. The
+    """Computations of programs: they begin, lose their programs, get them back, and end. The
     loop's thread."""
+    # What a program tells of a computation for the scheduler
+    SHARED = frozenset(('nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process',
+                        'collected'))
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
+        self._links = scheduler.links
+        self._schedule = scheduler.schedule
+        self._clusters = scheduler.clusters
+        self._selection = scheduler.selection
+        self._sharing = scheduler.sharing
+        self._quota = scheduler.quota
+        self._state = scheduler.state
         self.unopened: Dict[str, Remote] = {}        # those whose files are on their way
+
+    def get(self, comp: str) -> Optional[Remote]:
+        """The one with this name, if it has begun and is not over."""
+        user = self._clusters.get(comp)
+        if isinstance(user, Remote):
+            return user
+        return None
 
     def opened(self) -> List[Remote]:
         """Those that have begun and are not over, in the order in which they have begun."""
-        users = self._scheduler.clusters.values()
+        users = self._clusters.values()
         return [user for user in users if isinstance(user, Remote)]
+
+    def all(self) -> List[Remote]:
+        """These, and those whose files are on their way."""
+        return self.opened() + list(self.unopened.values())
+
+    def _is_connected(self, remote: Remote) -> bool:
+        return remote.link in self._links
+
+    # -- beginning ---------------------------------------------------------------------------------
 
     def make(self, comp: str, client: bytes, spec: dict) -> Remote:
         """A computation that is not open yet. Raises PeerError, OSError."""
-        most = self._scheduler.options.max_file_size
-        return Remote(self._scheduler, comp, client, spec, self._directory_of(comp), most,
-                      self._scheduler.state.key_of(comp), self._scheduler.options.max_queued)
+        options = self._scheduler.options
+        return Remote(self._scheduler, comp, client, spec, self._directory_of(comp),
+                      options.max_file_size, self._state.key_of(comp), options.max_queued)
 
     def _directory_of(self, comp: str) -> str:
         if not comp or not is_comp(comp) or comp == House.comp:
             raise PeerError('a computation may not be called %.70r' % comp)
-        path = os.path.join(self._scheduler.state.root, 'c-' + comp)
+        path = os.path.join(self._state.root, 'c-' + comp)
         os.makedirs(path, mode=0o700, exist_ok=True)
         return path
 
     def on_compute(self, link: Link, message: Compute) -> None:
         """A program begins a computation, or is back and goes on with it."""
-        remote = self._scheduler.clusters.get(message.comp)
-        if isinstance(remote, Remote):
-            if remote.instance != link.instance or not hmac.compare_digest(
-                    remote.digest, result_key(message.spec)):
-                self._scheduler.say(link, Refused(message.comp, 'busy', 'it is of another program'))
-                return
-            if remote.link in self._scheduler.links and remote.link != link.number:
-                self._scheduler.break_link(self._scheduler.links[remote.link],
-                                           'its program has connected anew')
-            again = remote.link == link.number   # a Reclaim on this link was answered
-            self._came_back(remote, link)
-            if remote.ready and remote.told_at == (link.number, self._scheduler.now):
-                return   # it asks again and again in one breath; the answer may be long
-            if remote.ready:
-                remote.told_at = (link.number, self._scheduler.now)
-                self._send_again(remote, link)
-                self._scheduler.say(link, Ready(message.comp, [*remote.works, *remote.ended]))
-                if not again:
-                    self._scheduler.program_jobs.resend(remote)
-                # Perhaps because its program could not be asked
-                for peer in self._scheduler.nodes.of(message.comp):
-                    if peer.uses[message.comp].state is UseState.REFUSED:
-                        self._scheduler.setup.set_up(peer, message.comp)
-                return
-        else:
-            if type(message.spec.get('shared')) is not dict or set(message.spec['shared']) != {
-                    'nodes', 'reentrant', 'exclusive', 'cloudpickle', 'recovers', 'process',
-                    'collected'
-            }:
-                raise PeerError('a computation that is not for a scheduler')
-            if len(message.spec['shared']['nodes'] or ()) > SPECS_MOST:
-                raise PeerError('%d nodes are named, and the limit is %d' %
-                                (len(message.spec['shared']['nodes']), SPECS_MOST))
-            own = sum(1 for each in (*self._scheduler.clusters.values(), *self.unopened.values())
-                      if isinstance(each, Remote) and each.instance == link.instance)
-            if own >= COMPS_MOST or self._scheduler.commit.stuck_until is not None:
-                self._scheduler.say(
-                    link,
-                    Refused(
-                        message.comp, 'busy',
-                        'the disk of the scheduler is full' if own < COMPS_MOST else
-                        'this program has %d computations here, and the limit is %d' %
-                        (own, COMPS_MOST)))
-                return
-            if message.comp in self.unopened:
-                raise PeerError('computation %.40r is of another program' % message.comp)
-            if self._scheduler.options.cleanup_nodes:
-                message.spec['cleanup'] = True
-            remote = self.make(message.comp, link.instance, message.spec)
-            self._came_back(remote, link)
-            self.unopened[message.comp] = remote
-        spec = remote.cargo.spec
-        then = functools.partial(self._complete, remote)
-        self._scheduler.program_files.want(remote, spec['files'], spec['modules'], then)
+        remote = self.get(message.comp)
+        if remote is None:
+            remote = self._begin(link, message)
+        elif not self._is_of(remote, link, message.spec):
+            self._scheduler.say(link, Refused(message.comp, 'busy', 'it is of another program'))
+            return
+        elif self._go_on(remote, link):
+            return
+        if remote is not None:
+            spec = remote.cargo.spec
+            then = functools.partial(self._complete, remote)
+            self._scheduler.program_files.want(remote, spec['files'], spec['modules'], then)
+
+    @staticmethod
+    def _is_of(remote: Remote, link: Link, spec: dict) -> bool:
+        """Whether a computation is of the program that says so."""
+        if remote.instance != link.instance:
+            return False
+        return hmac.compare_digest(remote.digest, result_key(spec))
+
+    def _begin(self, link: Link, message: Compute) -> Optional[Remote]:
+        """A computation that is new here, if there is room for it."""
+        self._check_shared(message.spec.get('shared'))
+        own = [remote for remote in self.all() if remote.instance == link.instance]
+        text = ''
+        if len(own) >= COMPS_MOST:
+            text = 'this program has %d computations here, and the limit is %d' % (
+                len(own), COMPS_MOST)
+        elif self._scheduler.commit.stuck_until is not None:
+            text = 'the disk of the scheduler is full'
+        if text:
+            self._scheduler.say(link, Refused(message.comp, 'busy', text))
+            return None
+        if message.comp in self.unopened:
+            raise PeerError('computation %.40r is of another program' % message.comp)
+        if self._scheduler.options.cleanup_nodes:
+            message.spec['cleanup'] = True
+        remote = self.make(message.comp, link.instance, message.spec)
+        self._came_back(remote, link)
+        self.unopened[message.comp] = remote
+        return remote
+
+    def _check_shared(self, shared: Any) -> None:
+        """Raise PeerError for what a program does not say to a scheduler."""
+        if type(shared) is not dict or set(shared) != self.SHARED:
+            raise PeerError('a computation that is not for a scheduler')
+        count = len(shared['nodes'] or ())
+        if count > SPECS_MOST:
+            raise PeerError('%d nodes are named, and the limit is %d' % (count, SPECS_MOST))
+
+    def _go_on(self, remote: Remote, link: Link) -> bool:
+        """A program is back, or asks once more. Returns False if files of it are still to come."""
+        if self._is_connected(remote) and remote.link != link.number:
+            old = self._links[remote.link]
+            self._scheduler.break_link(old, 'its program has connected anew')
+        again = remote.link == link.number   # a Reclaim on this link was answered
+        self._came_back(remote, link)
+        if not remote.ready:
+            return False
+        told_at = (link.number, self._scheduler.now)
+        if remote.told_at == told_at:
+            return True   # it asks again and again in one breath; the answer may be long
+        remote.told_at = told_at
+        self._send_again(remote, link)
+        self._scheduler.say(link, Ready(remote.comp, [*remote.works, *remote.ended]))
+        if not again:
+            logger.info('%s: %s is back; %d jobs have not ended, %d results wait for it',
+                        remote.name, remote.program, len(remote.works), len(remote.ended))
+            self._scheduler.program_jobs.resend(remote)
+        # Perhaps because its program could not be asked
+        for peer in self._scheduler.nodes.of(remote.comp):
+            if peer.uses[remote.comp].state is UseState.REFUSED:
+                self._scheduler.setup.set_up(peer, remote.comp)
+        return True
 
     def _came_back(self, remote: Remote, link: Link) -> None:
         if remote.instance != link.instance:
-            self._scheduler.quota.moved(remote, link.instance)
+            self._quota.moved(remote, link.instance)
             remote.instance = link.instance
         # Otherwise what has come since the answer to Reclaim would be lost
         if remote.link != link.number:
             remote.outbox = []
         remote.link = link.number
         remote.given_up_at = math.inf
-        remote.program = self._scheduler.programs.sessions[link.number].names[0]
+        remote.program = self._scheduler.programs.name_of(link)
         remote.rests_at = math.inf
-        self._scheduler.sharing.look_again()
+        self._sharing.look_again()
         if remote.rests:
             remote.rests = False
-            self._scheduler.selection.use(remote.comp, remote.specs)
+            self._selection.use(remote.comp, remote.specs)
         absence = remote.absence
         absence.end()
         for work in absence.dropping:   # not answered yet: they wait again
-            self._scheduler.schedule.keep(work)
+            self._schedule.keep(work)
         absence.dropping.clear()
 
     def _complete(self, remote: Remote, error: str, code: str = 'transfer') -> None:
         """All files of a new computation are there, or cannot be."""
-        link = self._scheduler.links.get(remote.link)
         if error:
             self.unopened.pop(remote.comp, None)
             remote.remove()
-            if link is not None:
-                self._scheduler.say(link, Refused(remote.comp, code, error))
+            remote.say(Refused(remote.comp, code, error))
             self._scheduler.program_calls.answer_early(remote)
             return
         if self.unopened.pop(remote.comp, None) is None:
             return
         remote.ready = True
-        self._scheduler.state.began(remote)
+        self._state.began(remote)
         self.open(remote)
-        if link is not None:
-            self._scheduler.say(
-                link, Ready(remote.comp, [],
-                            self._scheduler.state.past(remote.comp).row()))
+        past = self._state.past(remote.comp)
+        remote.say(Ready(remote.comp, [], past.row()))
         self._scheduler.program_calls.answer_early(remote)
 
     def open(self, remote: Remote) -> None:
         """Begin to use nodes for a computation whose files are here."""
         self._scheduler.overview.opened(remote)
-        self._scheduler.sharing.begins(remote)
+        self._sharing.begins(remote)
         self._scheduler.open(remote, False)
-        logger.info('%s: begins%s', remote.name,
-                    ', and wants its nodes alone' if remote.exclusive else '')
+        whose = remote.program or 'a program that is not connected'
+        alone = ''
+        if remote.exclusive:
+            alone = ', and wants its nodes alone'
+        logger.info('%s: computation %d of %s begins%s', remote.name, remote.number, whose, alone)
 
     def on_reclaim(self, link: Link, message: Reclaim) -> None:
         """Another process asks for what is here of a computation."""
-        remote = self._scheduler.clusters.get(message.comp)
-        if not isinstance(remote, Remote):
-            self._scheduler.say(
-                link, Held(message.comp, [],
-                           self._scheduler.state.past(message.comp).row()))
-            return
-        if not may_reclaim(remote.digest, message.key):
+        remote = self.get(message.comp)
+        if remote is None:
+            past = self._state.past(message.comp)
+            self._scheduler.say(link, Held(message.comp, [], past.row()))
+        elif not may_reclaim(remote.digest, message.key):
             logger.warning('%s wants results of a computation and does not have its key',
-                           self._scheduler.programs.sessions[link.number].names[0])
+                           self._scheduler.programs.name_of(link))
             self._scheduler.say(link, Held(message.comp, [], Past(whole=False).row()))
-            return
-        if remote.link in self._scheduler.links and remote.link != link.number:
+        elif self._is_connected(remote) and remote.link != link.number:
             self._scheduler.say(link, Refused(message.comp, 'busy', 'its program is connected'))
-            return
-        if not message.take:
-            self._scheduler.say(
-                link, Held(message.comp, [*remote.works, *remote.ended, *remote.absence.dropped]))
-            return
-        # The program itself sends these again
-        if remote.instance != link.instance:
-            dropped = remote.absence.dropped
+        elif not message.take:
+            known = [*remote.works, *remote.ended, *remote.absence.dropped]
+            self._scheduler.say(link, Held(message.comp, known))
         else:
-            dropped = {}
+            self._hand_over(remote, link)
+
+    def _hand_over(self, remote: Remote, link: Link) -> None:
+        """Give what is here of a computation to the process that asks for it."""
+        is_other = remote.instance != link.instance   # the program itself sends these again
         self._came_back(remote, link)
-        text = (
-            b'cancelled: it had not begun when its program was gone, and the scheduler did not '
-            b'wait any longer (--gone-after)')
+        if is_other:
+            self._cancel_dropped(remote)
+        self._state.commit()   # from where they are sent now
+        self._scheduler.say(link, Held(remote.comp, [*remote.works, *remote.ended]))
+        self._scheduler.program_jobs.resend(remote)
+
+    def _cancel_dropped(self, remote: Remote) -> None:
+        """Jobs that were cancelled because the program was gone get a result."""
+        dropped = remote.absence.dropped
+        text = ('cancelled: it had not begun when its program was gone, and the scheduler did not '
+                'wait any longer (--gone-after)')
         for serial, number in dropped.items():
-            self._scheduler.state.ended(number,
-                                        (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b''))
+            self._state.ended(number, ended_row(serial, Outcome.CANCELLED, text))
         remote.ended.update(dropped)
         dropped.clear()
-        self._scheduler.state.commit()   # from where they are sent now
-        self._scheduler.say(link, Held(message.comp, [*remote.works, *remote.ended]))
-        self._scheduler.program_jobs.resend(remote)
 
     def _send_again(self, remote: Remote, link: Link) -> None:
         """A program is back that was taken for gone."""
         dropped = remote.absence.dropped
-        if dropped:
-            self._scheduler.state.removed(list(dropped.values()))
-            self._scheduler.say(
-                link,
-                Said(remote.comp, (
-                    'the scheduler has heard nothing of this program for a while and has cancelled '
-                    '%d jobs that had not begun (--gone-after); they are sent '
-                    'again' % len(dropped))))
-            dropped.clear()
+        if not dropped:
+            return
+        self._state.removed(list(dropped.values()))
+        text = ('the scheduler has heard nothing of this program for a while and has cancelled %d '
+                'jobs that had not begun (--gone-after); they are sent again')
+        self._scheduler.say(link, Said(remote.comp, text % len(dropped)))
+        dropped.clear()
+
+    # -- without a program -------------------------------------------------------------------------
 
     def program_gone(self, remote: Remote) -> None:
         """It goes on for a while without its program."""
+        now = self._scheduler.now
+        why = 'its program is not connected'
         remote.link = 0
-        remote.given_up_at = self._scheduler.now + self._scheduler.options.zombie
-        remote.rests_at = self._scheduler.now + ORPHAN_TIME
-        remote.absence.begin(self._scheduler.now, self._scheduler.options.gone)
+        self.expect_program(remote)
         for call in list(remote.calls.values()):
-            call(('RuntimeError', 'its program is not connected'), None)
+            call(('RuntimeError', why), None)
         remote.calls.clear()
         remote.receiver.abort()
         remote.values.interrupt()
         while remote.wanted:
-            remote.wanted.popleft()[-1]('its program is not connected')
+            remote.wanted.popleft()[-1](why)
         self._scheduler.program_files.end_files(remote)
-        self._scheduler.sharing.look_again()
+        self._sharing.look_again()
+        logger.debug('%s: its program is gone at %.3f; the results are given up at %.3f',
+                     remote.name, now, remote.given_up_at)
+
+    def expect_program(self, remote: Remote) -> None:
+        """A program is not connected: until when is it waited for?"""
+        now = self._scheduler.now
+        options = self._scheduler.options
+        remote.given_up_at = now + options.zombie
+        remote.rests_at = now + ORPHAN_TIME
+        remote.absence.begin(now, options.gone)
 
     def _drop_waiting(self, remote: Remote) -> None:
         """A program is gone: what has not begun is cancelled, what runs goes on to its end."""
         self._scheduler.jobs.take_submitted()
-        absence = remote.absence
-        known = self._scheduler.schedule.comps.get(remote.comp)
+        known = self._schedule.comps.get(remote.comp)
         if known is None:
             return
         works = known.not_begun()
-        absence.dropping.update(works)
+        remote.absence.dropping.update(works)
         if works:
             logger.warning('%s: its program is gone; its %d jobs that have not begun are cancelled '
                            '(--gone-after)', remote.name, len(works))
@@ -2116,85 +2311,114 @@ class ProgramComputations:
         logger.info('%s: its program is gone; %d results wait for it', remote.name,
                     len(remote.ended))
         remote.rests = True
+        selection = self._selection
         for peer in self._scheduler.nodes.of(remote.comp):
-            self._scheduler.selection.done(peer, remote.comp)
-            self._scheduler.decide(NodeLeft(peer.key, remote.comp, str(peer),
-                                            'its program is gone'))
+            selection.done(peer, remote.comp)
+            left = NodeLeft(peer.key, remote.comp, str(peer), 'its program is gone')
+            self._scheduler.decide(left)
             del peer.uses[remote.comp]
-            self._scheduler.selection.drop_unused(peer)
-        self._scheduler.sharing.look_again()
+            selection.drop_unused(peer)
+        self._sharing.look_again()
+
+    def _give_up(self, remote: Remote) -> None:
+        """A program has not come back for its results."""
+        seconds = self._scheduler.options.zombie
+        logger.warning('%s: its program has not come back for %g s (--zombie-interval): %d results '
+                       'are given up', remote.name, seconds, len(remote.ended))
+        if remote.ended:
+            text = 'the scheduler gave up its result after %g s (--zombie-interval)' % seconds
+            self._state.gave_up(remote.comp, list(remote.ended), text)
+        self.end(remote)
+
+    # -- turns -------------------------------------------------------------------------------------
 
     def end_turn_of(self, remote: Remote) -> None:
         """Results to its program; what becomes of it while that is away."""
-        link = self._scheduler.links.get(remote.link)
-        # They wait on the disk until it has room
-        if remote.outbox and link is not None and link.queued - link.unmade >= 4 * FRAME_FILL:
-            ended = [remote.ended[row[0]] for row in remote.outbox if row[1] not in GOES_ON]
-            self._scheduler.program_jobs.send_ended(remote, ended)
-            remote.outbox = [row for row in remote.outbox if row[1] in GOES_ON]
-        if self._scheduler.now >= remote.values.retry_at:
+        now = self._scheduler.now
+        link = self._links.get(remote.link)
+        if now >= remote.values.retry_at:
             remote.values.retry_at = math.inf
             if link is not None:
                 self._scheduler.program_files.serve_values(link, remote)
-        if remote.outbox and link is not None:
-            for frame in frames(Results, remote.comp, map(sized, remote.outbox)):
-                self._scheduler.say(link, frame)
-        remote.outbox = []
-        if self._scheduler.now >= remote.absence.look_at and remote.absence.is_over(
-                self._scheduler.now):
+        if remote.outbox:
+            if link is not None:
+                self._send_results(remote, link)
+            remote.outbox = []
+        if now >= remote.absence.look_at and remote.absence.is_over(now):
             self._drop_waiting(remote)
-        if self._scheduler.now >= remote.rests_at and link is None and not remote.works:
-            self._rest(remote)
-        if self._scheduler.now >= remote.given_up_at and link is None and not remote.works:
-            logger.warning('%s: its program has not come back: %d results are given up',
-                           remote.name, len(remote.ended))
-            if remote.ended:
-                self._scheduler.state.gave_up(
-                    remote.comp, list(remote.ended),
-                    'the scheduler gave up its result after %g s (--zombie-interval)' %
-                    self._scheduler.options.zombie)
-            self.end(remote)
+        if link is None and not remote.works:
+            if now >= remote.rests_at:
+                self._rest(remote)
+            if now >= remote.given_up_at:
+                self._give_up(remote)
+
+    def _send_results(self, remote: Remote, link: Link) -> None:
+        """Send what has ended in this turn; while the link is full it waits on the disk."""
+        rows = remote.outbox
+        if link.queued - link.unmade >= 4 * FRAME_FILL:
+            ended = [remote.ended[row[0]] for row in rows if row[1] not in GOES_ON]
+            self._scheduler.program_jobs.send_ended(remote, ended)
+            rows = [row for row in rows if row[1] in GOES_ON]
+        for frame in frames(Results, remote.comp, map(sized, rows)):
+            self._scheduler.say(link, frame)
 
     def timers(self) -> List[float]:
         """When there is something to do for computations."""
-        given_up = [
-            remote.given_up_at if remote.rests else min(remote.rests_at, remote.given_up_at)
-            for remote in self._scheduler.clusters.values() if isinstance(remote, Remote)
-            and remote.link not in self._scheduler.links and not remote.works
-        ]
-        if self._scheduler.program_jobs.unread_until < math.inf:
-            given_up.append(self._scheduler.program_jobs.unread_until)
-        looks = [
-            min(remote.absence.look_at, remote.values.retry_at)
-            for remote in self._scheduler.clusters.values() if isinstance(remote, Remote)
-        ]
-        return given_up + [when for when in looks if when < math.inf]
+        times = [self._scheduler.program_jobs.unread_until]
+        for remote in self.opened():
+            times += [remote.absence.look_at, remote.values.retry_at]
+            if remote.works or self._is_connected(remote):
+                continue
+            times.append(remote.given_up_at)
+            if not remote.rests:
+                times.append(remote.rests_at)
+        return [when for when in times if when < math.inf]
+
+    # -- ending ------------------------------------------------------------------------------------
 
     def on_done(self, link: Link, message: Done) -> None:
         """A program has ended a computation."""
-        remote = self.unopened.get(message.comp) or self._scheduler.programs.computation_of(
-            link, message.comp)
+        remote = self.unopened.get(message.comp)
+        if remote is None:
+            remote = self._scheduler.programs.computation_of(link, message.comp)
         if remote is not None and remote.link == link.number:
             self.unopened.pop(message.comp, None)
             self.end(remote)
             self._scheduler.program_calls.answer_early(remote)
-        self._scheduler.state.note(self._scheduler.state.PAST_OVER, message.comp)
+        self._state.note(self._state.PAST_OVER, message.comp)
 
     def end(self, remote: Remote) -> None:
         """A computation ends: jobs of it too, on nodes and on the disk."""
         comp = remote.comp
-        if comp in self._scheduler.clusters:
+        if comp in self._clusters:
             self._scheduler.forget(comp)
             self._scheduler.overview.over(remote)
-            self._scheduler.state.over(comp)
-            self._scheduler.state.removed([*remote.ended.values(), *remote.absence.dropped.values(),
-                                 *(work.serial >> 16 for work in remote.works.values())])
-            logger.info('%s: is over', remote.name)
+            self._state.over(comp)
+            numbers = [work.number for work in remote.works.values()]
+            numbers += remote.ended.values()
+            numbers += remote.absence.dropped.values()
+            self._state.removed(numbers)
+            self._tell_end(remote)
         self._scheduler.program_jobs.forget(remote)
         remote.receiver.abort()
         remote.remove()
-        self._scheduler.sharing.is_over(remote)
+        self._sharing.is_over(remote)
         self._scheduler.soon()
+
+    @staticmethod
+    def _tell_end(remote: Remote) -> None:
+        whose = remote.program or 'a program that was not connected'
+        submitted, done, failed, cancelled = remote.jobs_counted()
+        counts = '%d jobs, %d done, %d failed, %d cancelled, %d not ended' % (
+            submitted, done, failed, cancelled, len(remote.works))
+        logger.info('%s: computation %d of %s is over: %s; %.1f CPU seconds', remote.name,
+                    remote.number, whose, counts, remote.cpu_seconds)
+
+    MESSAGES: Dict[type, Callable[..., None]] = {
+        Compute: on_compute,
+        Reclaim: on_reclaim,
+        Done: on_done,
+    }
 
 
 class ProgramFiles:
@@ -2203,6 +2427,11 @@ class ProgramFiles:
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
+        self._state = scheduler.state
+        self._links = scheduler.links
+        self._schedule = scheduler.schedule
+        self._programs = scheduler.programs
+        self._computations = scheduler.computations
 
     def want(self, remote: Remote, files: list, modules: list,
               then: Callable[..., None]) -> None:
@@ -2229,9 +2458,8 @@ class ProgramFiles:
                 then('files cannot be stored at the scheduler: %s' % exc, reason_of(exc))
                 continue
             if missing:
-                link = self._scheduler.links.get(remote.link)
-                for need in needs(remote.comp, missing) if link is not None else ():
-                    self._scheduler.say(link, need)  # type: ignore[arg-type]
+                for need in needs(remote.comp, missing):
+                    remote.say(need)
                 return
             remote.wanted.popleft()
             then('')
@@ -2243,12 +2471,14 @@ class ProgramFiles:
 
     def on_file_piece(self, link: Link, message: FilePiece) -> None:
         """Files for nodes come here first."""
-        remote = self._scheduler.computations.unopened.get(
-            message.comp) or self._scheduler.programs.computation_of(link, message.comp)
+        remote = self._computations.unopened.get(message.comp)
+        if remote is None:
+            remote = self._programs.computation_of(link, message.comp)
         if message.purpose == Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
-        if remote is None or remote.link != link.number or (message.purpose in FOR_CODE
-                                                            and not remote.wanted):
+        if remote is None or remote.link != link.number:
+            return
+        if message.purpose in FOR_CODE and not remote.wanted:
             return
         stored = remote.receiver.take(message)
         if stored is None:
@@ -2295,79 +2525,72 @@ class ProgramFiles:
         remote.values.postpone(self._scheduler.now + RETRY_TIME)
         if not remote.values.told:
             remote.values.told = True
-            text = 'a value that jobs need finds no room at the scheduler: %s; they wait until it does' % error
+            text = ('a value that jobs need finds no room at the scheduler: %s; they wait until it '
+                    'does') % error
             logger.error('%s: %s', remote.name, text)
             self._scheduler.say(link, Said(remote.comp, text))
 
     def done_with_values(self, remote: Remote, work: RemoteWork) -> None:
         """Jobs that waited for room may have it."""
         remote.values.release(work)
-        link = self._scheduler.links.get(remote.link)
+        link = self._links.get(remote.link)
         if link is not None:
             self.serve_values(link, remote)
 
     def on_file_stored(self, link: Link, message: FileStored) -> None:
         """A file of a job is at its program, or cannot be; or a value is not to be had there."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
+        remote = self._programs.computation_of(link, message.comp)
         if message.purpose == Purpose.VALUES and remote is not None:
             if message.error:
                 self._without_values(link, remote, message.error)
             return
-        if remote is not None:
-            work = remote.works.get(message.key)
-        else:
-            work = None
-        if remote is None or work is None or remote.files.pop(work.serial, None) is None:
+        if remote is None or message.key not in remote.works:
             return
-        peer = self._peer_of(work)
-        if peer is not None:
-            self._scheduler.say_to(peer, message._replace(key=work.serial))
+        work = remote.works[message.key]
+        if remote.files.pop(work.serial, None) is not None:
+            self._say_to_node_of(remote.comp, work.serial, message._replace(key=work.serial))
 
-    def _peer_of(self, work: RemoteWork) -> Optional[Peer]:
-        known = self._scheduler.schedule.comps.get(work.comp)
-        if known is not None:
-            node = known.running.get(work.serial)
-        else:
-            node = None
-        if node is not None:
-            return self._scheduler.nodes.by_key.get(node.key)
-        return None
+    def _say_to_node_of(self, comp: str, serial: int, message: FileStored) -> None:
+        """Send a message to the node where a job is, if it is at one that is connected."""
+        known = self._schedule.comps.get(comp)
+        if known is None or serial not in known.running:
+            return
+        peer = self._scheduler.nodes.by_key.get(known.running[serial].key)
+        if peer is not None:
+            self._scheduler.say_to(peer, message)
 
     def end_files(self, remote: Remote) -> None:
         """The connection to a program has ended while its jobs sent files."""
-        known = self._scheduler.schedule.comps.get(remote.comp)
+        error = 'the connection to the client has ended'
         for serial, (_, name) in remote.files.items():
-            if known is not None:
-                node = known.running.get(serial)
-            else:
-                node = None
-            if node is not None:
-                peer = self._scheduler.nodes.by_key.get(node.key)
-            else:
-                peer = None
-            if peer is not None:
-                self._scheduler.say_to(
-                    peer,
-                    FileStored(remote.comp, int(Purpose.FROM_JOB), serial, name,
-                               'the connection to the client has ended'))
+            stored = FileStored(remote.comp, int(Purpose.FROM_JOB), serial, name, error)
+            self._say_to_node_of(remote.comp, serial, stored)
         remote.files.clear()
 
     def bring_modules(self, remote: Remote, rows: list) -> None:
         """Files of modules that arguments of later jobs need: nodes that are set up from now on get
         them at once."""
-        known = {row[0] for row in remote.cargo.spec['modules']}
+        spec = remote.cargo.spec
+        known = {row[0] for row in spec['modules']}
         more = [row for row in rows if row[0] not in known]
         if more:
-            remote.take_spec(dict(remote.cargo.spec, modules=remote.cargo.spec['modules'] + more))
-            self._scheduler.state.began(remote)
+            remote.take_spec(dict(spec, modules=spec['modules'] + more))
+            self._state.began(remote)
 
     def change_files(self, remote: Remote, rows: list, then: Callable[..., None]) -> None:
+        """A computation is to be set up with other files. `then` is called with what went wrong,
+        or with an empty text."""
         def complete(error: str, code: str = '') -> None:
             if not error:
                 remote.take_spec(dict(remote.cargo.spec, files=rows))
-                self._scheduler.state.began(remote)
+                self._state.began(remote)
             then(error)
         self.want(remote, rows, [], complete)
+
+    MESSAGES: Dict[type, Callable[..., None]] = {
+        FilePiece: on_file_piece,
+        FileStored: on_file_stored,
+    }
 
 
 class ProgramJobs:
@@ -2375,6 +2598,14 @@ class ProgramJobs:
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
+        self._links = scheduler.links
+        self._schedule = scheduler.schedule
+        self._programs = scheduler.programs
+        self._computations = scheduler.computations
+        self._quota = scheduler.quota
+        self._files = scheduler.program_files
+        self._exchange = scheduler.jobs
+        self._state = scheduler.state
         # Results that wait for room in the links of programs
         self.backlog = Backlog(scheduler.links)
         self._kept = 0                               # bytes of waiting jobs' arguments in memory
@@ -2382,7 +2613,7 @@ class ProgramJobs:
 
     def on_jobs(self, link: Link, message: Jobs) -> None:
         """A program submits jobs."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
+        remote = self._programs.computation_of(link, message.comp)
         if remote is None:
             return
         if len(message.rows) == 1:
@@ -2401,153 +2632,182 @@ class ProgramJobs:
         here."""
         back: List[int] = []
         lacking = False
+        is_full = self._scheduler.commit.stuck_until is not None
+        quota = self._quota
         for row in rows:
             serial, payload, options = row
             if serial in remote.works or serial in remote.ended:
                 continue   # it came before
             if options and 'values' in options and not admitted and not remote.values.admit(row):
                 lacking = True
-                continue
-            if self._scheduler.commit.stuck_until is not None or not self._scheduler.quota.has_room(
-                    remote, size_of(payload)):
+            elif is_full or not quota.has_room(remote, size_of(payload)):
                 back.append(serial)
-                continue
-            self._scheduler.state.number += 1
-            if len(payload) <= LAZY or type(payload) is tuple:
-                payload = _plain(payload)
-            work = RemoteWork(remote.comp, None, options, self._scheduler.state.number << 16,
-                              serial)
-            if work.values:
-                remote.values.took(work)
-            self._scheduler.state.submitted(work, payload)
-            if self._kept < IN_MEMORY and len(payload) < LARGE:
-                work.payload = payload
-                self._kept += OBJECT + len(payload)
-            remote.works[serial] = work
-            self._scheduler.quota.add(remote, work, len(payload))
-            self._scheduler.jobs.submitted.append(work)  # type: ignore[arg-type]
+            else:
+                self._take(remote, serial, payload, options)
         if back:
-            self._scheduler.quota.give_back(link, remote, back, self._scheduler.commit.stuck_until
-                                            is not None)
+            quota.give_back(link, remote, back, is_full)
         if lacking:
-            self._scheduler.program_files.serve_values(link, remote)
+            self._files.serve_values(link, remote)
+
+    def _take(self, remote: Remote, serial: int, payload: Any, options: Optional[dict]) -> None:
+        """Take one job."""
+        state = self._state
+        state.number += 1
+        if len(payload) <= LAZY or type(payload) is tuple:
+            payload = _plain(payload)
+        size = len(payload)
+        work = RemoteWork(remote.comp, None, options, state.number << 16, serial)
+        if work.values:
+            remote.values.took(work)
+        state.submitted(work, payload)
+        if self._kept < IN_MEMORY and size < LARGE:
+            work.payload = payload
+            self._kept += OBJECT + size
+        remote.works[serial] = work
+        self._quota.add(remote, work, size)
+        self._exchange.submitted.append(work)  # type: ignore[arg-type]
 
     def on_unfit(self, link: Link, message: Unfit) -> None:
         """A job whose arguments find no room here. Its program is told, and it is forgotten."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
+        remote = self._programs.computation_of(link, message.comp)
         serial = message.row[0]
         if remote is not None and serial not in remote.works and serial not in remote.ended:
             self._scheduler.say(link, Results(message.comp, [unfit_row(message)]))
 
     def on_cancel(self, link: Link, message: Cancel) -> None:
         """A program wants jobs to end."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
-        self._scheduler.jobs.take_submitted()
-        self._cancel_early(link, remote, message.serials)
-        for work in [remote.works[serial] for serial in message.serials
-                     if serial in remote.works] if remote is not None else ():
-            self._scheduler.decide(CancelAsked(work))
+        remote = self._programs.computation_of(link, message.comp)
+        self._exchange.take_submitted()
+        if remote is not None:
+            self._cancel_early(link, remote, message.serials)
+            for work in self._known(remote, message.serials):
+                self._scheduler.decide(CancelAsked(work))
 
-    def _cancel_early(self, link: Link, remote: Optional[Remote], serials: Sequence[int]) -> None:
+    @staticmethod
+    def _known(remote: Remote, serials: Sequence[int]) -> List[Work]:
+        """Those of these jobs that have not ended."""
+        return [remote.works[serial] for serial in serials if serial in remote.works]
+
+    def _cancel_early(self, link: Link, remote: Remote, serials: Sequence[int]) -> None:
         """End those of these jobs that are not taken yet."""
-        for serial in remote.values.leave(serials) if remote is not None else ():
-            text = b'cancelled before it started'
-            row = (serial, int(Outcome.CANCELLED), 0.0, 0.0, text, b'', b'')
-            self._scheduler.say(link, Results(remote.comp, [row]))  # type: ignore[union-attr]
+        for serial in remote.values.leave(serials):
+            row = ended_row(serial, Outcome.CANCELLED, 'cancelled before it started')
+            self._scheduler.say(link, Results(remote.comp, [row]))
 
     def on_recall(self, link: Link, message: Recall) -> None:
         """Jobs that shall be cancelled if they have not begun."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
-        self._scheduler.jobs.take_submitted()
-        self._cancel_early(link, remote, message.serials)
+        remote = self._programs.computation_of(link, message.comp)
+        self._exchange.take_submitted()
         if remote is not None:
-            works = [remote.works[serial] for serial in message.serials if serial in remote.works]
+            self._cancel_early(link, remote, message.serials)
+            works = self._known(remote, message.serials)
             self._scheduler.decide(WithdrawAsked(works))
 
     def on_ack(self, link: Link, message: Ack) -> None:
         """A program has results."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
+        remote = self._programs.computation_of(link, message.comp)
         if remote is not None:
-            self._scheduler.state.removed(
-                [remote.ended.pop(serial) for serial in message.serials if serial in remote.ended])
+            ended = remote.ended
+            known = [serial for serial in message.serials if serial in ended]
+            self._state.removed([ended.pop(serial) for serial in known])
 
     def end(self, remote: Remote, work: RemoteWork, row: tuple, node: Any = None) -> None:
         """A job has ended with this row of Results, `node` is where, if it was on one."""
-        number = work.serial >> 16
+        number = work.number
         if remote.works.pop(work.client_serial, None) is None:
             return
         self._scheduler.overview.ended(remote, work, row, node)
-        self._scheduler.quota.remove(remote, work)
+        self._quota.remove(remote, work)
         if work.values:
-            self._scheduler.program_files.done_with_values(remote, work)
-        if work.payload is not None:
-            self._kept -= OBJECT + len(work.payload)
+            self._files.done_with_values(remote, work)
+        self._forget_payload(work)
         remote.files.pop(work.serial, None)
         if remote.exclusive and not remote.works:
             self._scheduler.sharing.look_again()
-        self._scheduler.state.ended(number, row)
+        self._state.ended(number, row)
         remote.ended[work.client_serial] = number
         remote.outbox.append(row)
 
     def drop(self, remote: Remote, work: RemoteWork) -> None:
         """One of these jobs has been cancelled."""
-        number = work.serial >> 16
+        number = work.number
         if remote.works.pop(work.client_serial, None) is None:
             return
-        self._scheduler.quota.remove(remote, work)
+        self._quota.remove(remote, work)
         remote.values.release(work)
         remote.absence.dropped[work.client_serial] = number
         remote.cancelled += 1
-        if work.payload is not None:
-            self._kept -= OBJECT + len(work.payload)
-        self._scheduler.state.dropped(number)
+        self._forget_payload(work)
+        self._state.dropped(number)
         if remote.exclusive:
             self._scheduler.sharing.look_again()
 
     def forget(self, remote: Remote) -> None:
         """A computation is over."""
-        self._kept -= sum(OBJECT + len(work.payload) for work in remote.works.values()
-                          if work.payload is not None)
         for work in remote.works.values():
-            self._scheduler.quota.remove(remote, work)
+            self._forget_payload(work)
+            self._quota.remove(remote, work)
         remote.works.clear()
+
+    def _forget_payload(self, work: RemoteWork) -> None:
+        """The arguments of a job need not be kept in memory any more."""
+        if work.payload is not None:
+            self._kept -= OBJECT + len(work.payload)
 
     def resend(self, remote: Remote) -> None:
         """What its program has not acknowledged, and where its jobs are."""
         remote.unread.clear()
         self.send_ended(remote, list(remote.ended.values()))
-        known = self._scheduler.schedule.comps.get(remote.comp)
-        for node in known.nodes.values() if known is not None else ():
-            serials = [work.client_serial for work in node.flight[remote.comp].values()]  # type: ignore[attr-defined]
-            peer = self._scheduler.nodes.by_key.get(node.key)
-            if serials and peer is not None:
-                self._scheduler.say(
-                    self._scheduler.links[remote.link],
-                    Where(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
-            rows = [(node.flight[remote.comp][serial].client_serial, self._scheduler.now - since)  # type: ignore[attr-defined]
-                    for serial, since in node.begun[remote.comp].items()]
-            if rows:
-                self._scheduler.say(self._scheduler.links[remote.link], Started(remote.comp, rows))
+        known = self._schedule.comps.get(remote.comp)
+        if known is not None:
+            for node in known.nodes.values():
+                self._tell_jobs_at(remote, node)
+
+    def _tell_jobs_at(self, remote: Remote, node: Any) -> None:
+        """Tell a program which of its jobs are at a node, and which of these run. `node` is the
+        Schedule's."""
+        now = self._scheduler.now
+        sent = node.flight[remote.comp]
+        serials = [work.client_serial for work in sent.values()]
+        peer = self._scheduler.nodes.by_key.get(node.key)
+        if serials and peer is not None:
+            remote.say(Where(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
+        begun = node.begun[remote.comp]
+        rows = [(sent[serial].client_serial, now - since) for serial, since in begun.items()]
+        if rows:
+            remote.say(Started(remote.comp, rows))
 
     def send_ended(self, remote: Remote, numbers: List[int]) -> None:
         """Send results that are on the disk."""
-        rows = self._scheduler.state.results(numbers, remote.unread)
+        rows = self._state.results(numbers, remote.unread)
         self.backlog.add_results(remote.link, remote.comp, rows)
 
     def read_again(self) -> None:
         """Results that could not be read are tried once more, after a while."""
-        again = self._scheduler.now >= self.unread_until
+        now = self._scheduler.now
+        again = now >= self.unread_until
         if again:
             self.unread_until = math.inf
-        for remote in self._scheduler.clusters.values():
-            if isinstance(remote,
-                          Remote) and remote.unread and remote.link in self._scheduler.links:
-                if again:
-                    numbers = list(remote.unread)
-                    remote.unread.clear()
-                    self.send_ended(remote, numbers)
-                else:
-                    self.unread_until = min(self.unread_until, self._scheduler.now + RETRY_TIME)
+        for remote in self._computations.opened():
+            if not remote.unread or remote.link not in self._links:
+                continue
+            if again:
+                numbers = list(remote.unread)
+                remote.unread.clear()
+                self.send_ended(remote, numbers)
+            else:
+                self.unread_until = min(self.unread_until, now + RETRY_TIME)
+
+    MESSAGES: Dict[type, Callable[..., None]] = {
+        Jobs: on_jobs,
+        Unfit: on_unfit,
+        Cancel: on_cancel,
+        Recall: on_recall,
+        Ack: on_ack,
+    }
+
+
+Answer = Callable[..., None]   # of a question: called with a value, or with None and an error
 
 
 class ProgramCalls:
@@ -2555,12 +2815,18 @@ class ProgramCalls:
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
+        self._links = scheduler.links
+        self._programs = scheduler.programs
+        self._computations = scheduler.computations
+        self._queries = scheduler.queries
+        self._selection = scheduler.selection
+        self._setup = scheduler.setup
+        self._files = scheduler.program_files
         self._numbers = itertools.count(1)
 
     def on_call(self, link: Link, message: Call) -> None:
         """A program asks something."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
-        watched = message.name == 'overview'   # it speaks of no computation
+        remote = self._programs.computation_of(link, message.comp)
 
         def answer(value: Any, error: tuple = ()) -> None:
             if link.dirty is not None:
@@ -2568,23 +2834,27 @@ class ProgramCalls:
         try:
             if self._is_early(link, message, answer):
                 return
-            if remote is None and not watched:
+            if remote is None and message.name != 'overview':
                 raise RuntimeError('the scheduler does not know this cluster (any more)')
             self._scheduler.jobs.take_submitted()
             if remote is None:
-                session = self._scheduler.programs.sessions[link.number]
-                answer(
-                    self._scheduler.overview.answer(*message.args) if session.operator else self.
-                    _scheduler.overview.answer_anybody(*message.args))
-                return
-            self._answer_call(remote, message.name, message.args, answer)
+                answer(self._overview(link, message.args))
+            else:
+                method = self._CALLS.get(message.name, ProgramCalls._command)
+                method(self, remote, message.name, message.args, answer)
         except Exception as exc:  # the program gets it
             answer(None, (type(exc).__name__, str(exc)))
+
+    def _overview(self, link: Link, args: tuple) -> Tuple[float, Any]:
+        """What a monitor asks; it speaks of no computation."""
+        if self._programs.sessions[link.number].operator:
+            return self._scheduler.overview.answer(*args)
+        return self._scheduler.overview.answer_anybody(*args)
 
     def _is_early(self, link: Link, message: Call, answer: Callable[..., None]) -> bool:
         """Whether the files of the computation are on their way: questions about its jobs wait
         until they are there."""
-        remote = self._scheduler.computations.unopened.get(message.comp)
+        remote = self._computations.unopened.get(message.comp)
         if remote is None or remote.link != link.number:
             return False
         if message.name == 'nodes':
@@ -2604,56 +2874,83 @@ class ProgramCalls:
         for link, message in questions:
             self.on_call(link, message)
 
-    def _answer_call(self, remote: Remote, name: str, args: tuple, answer: Callable[...,
-                                                                                    None]) -> None:
-        comp = remote.comp
-        if name == 'nodes':
-            first, count = args or (0, NODES_PAGE)
-            rows = self._scheduler.queries.rows_of(comp)[first:first + min(count, NODES_PAGE)]
-            answer([tuple(row._replace(reason=shorten(row.reason, REASON_MOST))) for row in rows])
-        elif name == 'jobs':
-            answer([
-                work.client_serial
-                for work in self._scheduler.queries.jobs_at(comp, *args).values()
-            ])
-        elif name == 'allocate':
-            self._scheduler.selection.allocate(comp, specs_of(args[0]))
-            answer(None)
-        elif name == 'leave' and len(args) == 4:   # with files as they are now
-            def complete(error: str, code: str = '') -> None:
-                if not error:
-                    self._scheduler.selection.leave(comp, *args[:3])
-                answer(None, ('OSError', error) if error else ())
-            self._scheduler.program_files.change_files(remote, args[3], complete)
-        elif name in ('running', 'place'):
-            path = ''
-            if name == 'place':   # one that its program has sent here before, and nothing else
-                path = os.path.join(remote.directory, *check_name(args[1][0]))
-                open_regular(path).close()
-            future = self._scheduler.queries.question(comp, args[0],
-                                                      args[1] if name == 'place' else None, path)
+    def _nodes(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
+        first, count = args or (0, NODES_PAGE)
+        page = self._queries.rows_of(remote.comp)[first:first + min(count, NODES_PAGE)]
+        rows = []
+        for row in page:
+            short = row._replace(reason=shorten(row.reason, REASON_MOST))
+            rows.append(tuple(short))
+        answer(rows)
 
-            def answered(done: Any) -> None:
-                if done.exception() is not None:
-                    answer(None, ('RuntimeError', str(done.exception())))
-                elif name == 'place':
-                    answer(done.result())
-                else:
-                    running = {serial for serial, _ in done.result().running}
-                    answer([
-                        work.client_serial
-                        for serial, work in self._scheduler.queries.jobs_at(comp, args[0]).items()
-                        if serial in running
-                    ])
-            future.add_done_callback(answered)
-        elif name in ('find', 'seat', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
-            answer(self._scheduler.queries.command(comp, name, *args))
-        else:
+    def _jobs(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
+        jobs: Dict[int, Any] = self._queries.jobs_at(remote.comp, *args)
+        answer([work.client_serial for work in jobs.values()])
+
+    def _allocate(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
+        self._selection.allocate(remote.comp, specs_of(args[0]))
+        answer(None)
+
+    def _leave(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
+        """Nodes are left; with four arguments they are set up again with files as they are now."""
+        if len(args) != 4:
+            self._command(remote, name, args, answer)
+            return
+
+        def complete(error: str, code: str = '') -> None:
+            if error:
+                answer(None, ('OSError', error))
+                return
+            self._selection.leave(remote.comp, *args[:3])
+            answer(None)
+        self._files.change_files(remote, args[3], complete)
+
+    def _running(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
+        """A node is asked which jobs run there."""
+        queries = self._queries
+        node = args[0]
+
+        def answered(done: Any) -> None:
+            if done.exception() is not None:
+                answer(None, ('RuntimeError', str(done.exception())))
+                return
+            running = {serial for serial, _ in done.result().running}
+            jobs: Dict[int, Any] = queries.jobs_at(remote.comp, node)
+            answer([work.client_serial for serial, work in jobs.items() if serial in running])
+        queries.question(remote.comp, node).add_done_callback(answered)
+
+    def _place(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
+        """A node is sent a file: one that the program has sent here before, and nothing else."""
+        node, row = args[:2]
+        path = os.path.join(remote.directory, *check_name(row[0]))
+        open_regular(path).close()
+
+        def answered(done: Any) -> None:
+            if done.exception() is not None:
+                answer(None, ('RuntimeError', str(done.exception())))
+            else:
+                answer(done.result())
+        future = self._queries.question(remote.comp, node, row, path)
+        future.add_done_callback(answered)
+
+    def _command(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
+        if name not in ('find', 'seat', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
             raise ValueError('%.40r cannot be asked of a scheduler' % name)
+        answer(self._queries.command(remote.comp, name, *args))
+
+    # What programs ask; other names are commands
+    _CALLS = {
+        'nodes': _nodes,
+        'jobs': _jobs,
+        'allocate': _allocate,
+        'leave': _leave,
+        'running': _running,
+        'place': _place,
+    }
 
     def _ask(self, remote: Any, name: str, args: tuple, then: Callable[[tuple, Any], None]) -> None:
         """Ask a program; `then(error, value)` gets the answer."""
-        link = self._scheduler.links.get(remote.link)
+        link = self._links.get(remote.link)
         if link is None:
             then(('RuntimeError', 'its program is not connected'), None)
             return
@@ -2663,56 +2960,50 @@ class ProgramCalls:
 
     def on_return(self, link: Link, message: Return) -> None:
         """A program answers."""
-        remote = self._scheduler.programs.computation_of(link, message.comp)
-        if remote is not None:
-            then = remote.calls.pop(message.number, None)
-        else:
-            then = None
-        if then is not None:
+        remote = self._programs.computation_of(link, message.comp)
+        if remote is not None and message.number in remote.calls:
+            then = remote.calls.pop(message.number)
             then(message.error, message.value)
 
     def ask_source(self, remote: Remote, peer: Peer, link: Link) -> None:
         """Ask a program for the source of its computation."""
+        setup = self._setup
+
         def told(error: tuple, value: Any) -> None:
             if error:
-                self._scheduler.setup.source_missing(remote, peer, link, error[1])
+                setup.source_missing(remote, peer, link, error[1])
             else:
-                self._scheduler.setup.source_found(remote, peer, link, (bytes(value[0]), value[1]))
+                source = (bytes(value[0]), value[1])
+                setup.source_found(remote, peer, link, source)
         self._ask(remote, 'source', (), told)
 
     def ask_allocator(self, remote: Remote, allocator: Any, peer: Peer, link: Link) -> None:
         """Ask a program's allocator, and for the files that it names."""
-        row = tuple(
-            self._scheduler.queries.row_of(*self._scheduler.queries.node_of(remote.comp, peer)))
+        files = self._files
+        allocated = functools.partial(self._setup.allocated, remote.comp, peer, link)
 
         def told(error: tuple, value: Any) -> None:
             if error:
-                self._scheduler.setup.allocated(remote.comp, peer, link, Allocation(0, b'', [], {}),
-                                                error[1])
+                allocated(Allocation(0, b'', [], {}), error[1])
                 return
             cpus, setup_args, rows, modules = value
-            paths = {row[0]: os.path.join(remote.directory, *row[0].split('/')) for row in rows}
-            self._scheduler.program_files.bring_modules(remote, modules)
-            self._scheduler.program_files.want(
-                remote,
-                rows,
-                modules,
-                lambda failed, code='': self._scheduler.setup.allocated(
-                    remote.comp, peer, link, Allocation(cpus, bytes(setup_args), rows, paths),
-                    failed))
+            found = Allocation(cpus, bytes(setup_args), rows, remote.paths_of(rows))
+            files.bring_modules(remote, modules)
 
+            def complete(failed: str, code: str = '') -> None:
+                allocated(found, failed)
+            files.want(remote, rows, modules, complete)
+        row = tuple(remote.row_of(peer))
         self._ask(remote, 'allocate', (allocator.number, row), told)
 
     def ask_for_modules(self, remote: Remote, peer: Peer, message: Call) -> None:
         """A job on a node needs modules of its program. What was fetched before is here."""
         answer = functools.partial(self._answer_node, peer, message)
-        if message.name == 'modules' and len(message.args) == 1:
-            request = message.args[0]
-        else:
-            request = None
-        if any(row[0] == BUNDLES + BUNDLE % request
-               for row in remote.cargo.spec['modules']) if type(request) is int else False:
-            answer((), remote.cargo.spec['modules'])
+        files = self._files
+        bundle = self._bundle_of(message)
+        modules = remote.cargo.spec['modules']
+        if any(row[0] == bundle for row in modules):
+            answer((), modules)
             return
 
         def told(error: tuple, rows: Any) -> None:
@@ -2721,14 +3012,119 @@ class ProgramCalls:
                 return
 
             def complete(failed: str, code: str = '') -> None:
-                if not failed and type(request) is int:
-                    self._scheduler.program_files.bring_modules(remote, rows)
-                answer(('OSError', failed) if failed else (), rows)
-            self._scheduler.program_files.want(remote, [], rows, complete)
+                if failed:
+                    answer(('OSError', failed), rows)
+                    return
+                if bundle:
+                    files.bring_modules(remote, rows)
+                answer((), rows)
+            files.want(remote, [], rows, complete)
         self._ask(remote, 'modules', message.args, told)
+
+    @staticmethod
+    def _bundle_of(message: Call) -> str:
+        """The name of the file of modules that a job needs; empty if it needs something else."""
+        if message.name != 'modules' or len(message.args) != 1:
+            return ''
+        number = message.args[0]
+        if type(number) is not int:
+            return ''
+        return BUNDLES + BUNDLE % number
 
     def _answer_node(self, peer: Peer, message: Call, error: tuple, value: Any) -> None:
         self._scheduler.say_to(peer, Return(message.comp, message.number, error, value))
+
+    MESSAGES: Dict[type, Callable[..., None]] = {
+        Call: on_call,
+        Return: on_return,
+    }
+
+
+class Restoration:
+    """What an earlier run has left: jobs that waited wait, those on nodes are there until the nodes
+    come back or are given up. The loop's thread, at the start."""
+
+    def __init__(self, scheduler: 'Scheduler') -> None:
+        self._scheduler = scheduler
+        self._state = scheduler.state
+        # Key of a node -> (host, port, name, instance)
+        self._nodes = {row[0]: row[1:] for row in self._state.nodes()}
+        self._memories = self._state.memories()
+        self._locks = self._state.locks()
+
+    def run(self) -> None:
+        """Restore all computations, and remove what belongs to none. Raises DispyError, OSError,
+        and what not if the state is damaged."""
+        there = set()
+        for comp, client, spec in self._state.comps():
+            there.add(comp)
+            self._restore(self._scheduler.computations.make(comp, client, spec))
+        for name in os.listdir(self._state.root):
+            if name.startswith('c-') and name[2:].partition('.')[0] not in there:
+                shutil.rmtree(os.path.join(self._state.root, name), ignore_errors=True)
+
+    def _restore(self, remote: Remote) -> None:
+        """Go on with a computation."""
+        scheduler = self._scheduler
+        remote.values.restore()
+        remote.ready = True
+        scheduler.computations.expect_program(remote)
+        waiting: List[RemoteWork] = []
+        sent: Dict[Any, List[RemoteWork]] = {}
+        for number, serial, options, state, own, node in self._state.jobs(remote.comp):
+            if state == State.ENDED:
+                remote.ended[serial] = number
+            elif state == State.DROPPED:
+                remote.absence.dropped[serial] = number
+            else:
+                work = self._work(remote, serial, options, own)
+                if state == State.SENT and node in self._nodes:
+                    sent.setdefault(node, []).append(work)
+                else:
+                    waiting.append(work)
+        scheduler.computations.open(remote)
+        for key, works in sent.items():
+            name = self._restore_node(key)
+            had = NodeHad(key, remote.comp, works, name, scheduler.now + RETURN_TIME)
+            scheduler.decide(had)
+        scheduler.jobs.submitted.extend(waiting)  # type: ignore[arg-type]
+        if remote.works or remote.ended:
+            logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', remote.name,
+                        len(waiting), sum(map(len, sent.values())), len(remote.ended))
+
+    def _work(self, remote: Remote, serial: int, options: Optional[dict], own: int) -> RemoteWork:
+        """A job that has not ended; `serial` is the program's, `own` is the scheduler's."""
+        work = RemoteWork(remote.comp, None, options, own, serial)
+        remote.works[serial] = work
+        if work.values:
+            remote.values.took(work)
+        size = self._state.size_of_payload(work.number)
+        self._scheduler.quota.add(remote, work, size)
+        return work
+
+    def _restore_node(self, key: Any) -> str:
+        """A node that had jobs is looked for again. Returns its name."""
+        scheduler = self._scheduler
+        host, port, name, instance = self._nodes[key]
+        peer = scheduler.nodes.by_key.get(key)
+        is_new = peer is None
+        if peer is None:
+            peer = Peer(host, port, scheduler.access.redial)
+        if peer.link is None:
+            # Otherwise nobody would see that its process has ended, or is another.
+            peer.instance = instance
+            peer.memory = self._memories.get(key, '')
+            peer.facts['lock'] = self._locks.get(key)
+        if is_new:
+            peer.key = key
+            peer.name = name
+            scheduler.nodes.by_key[key] = peer
+            if not port:   # it dials us
+                peer.dialling.due = None
+                peer.move('dial')
+                peer.move('fail')
+            scheduler.selection.take(peer, House.comp, NodeSpec(host, port))
+        return name  # type: ignore[no-any-return]
 
 
 class Scheduler(Driver):
@@ -2749,9 +3145,9 @@ class Scheduler(Driver):
         self.state = State(options.state_dir)
         self.quota = Quota(self, options.max_queued)
         self.sharing = NodeSharing(self)
-        super().__init__(
-            Access(options.node_secret, options.node_certfile, options.node_keyfile, None,
-                   options.pulse, options.ping), self.state.instance, self.sharing)
+        access = Access(options.node_secret, options.node_certfile, options.node_keyfile, None,
+                        options.pulse, options.ping)
+        super().__init__(access, self.state.instance, self.sharing)
         self.overview: ProgramOverview = ProgramOverview(self)
         self.schedule = Schedule(options.fifo)
         self.values = StoredValues(self.state)
@@ -2762,20 +3158,8 @@ class Scheduler(Driver):
         self.program_jobs = ProgramJobs(self)
         self.program_calls = ProgramCalls(self)
         self._doors: List[Gate] = []
-        self.programs.messages.update({
-            Compute: self.computations.on_compute,
-            Reclaim: self.computations.on_reclaim,
-            Done: self.computations.on_done,
-            Jobs: self.program_jobs.on_jobs,
-            Unfit: self.program_jobs.on_unfit,
-            Cancel: self.program_jobs.on_cancel,
-            Recall: self.program_jobs.on_recall,
-            Ack: self.program_jobs.on_ack,
-            FilePiece: self.program_files.on_file_piece,
-            FileStored: self.program_files.on_file_stored,
-            Call: self.program_calls.on_call,
-            Return: self.program_calls.on_return,
-        })
+        for part in (self.computations, self.program_jobs, self.program_files, self.program_calls):
+            self.programs.add_handlers(part)
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -2783,21 +3167,18 @@ class Scheduler(Driver):
         """Listen, take up what an earlier run has left. Returns the port. Raises StartError,
         SecretError, OSError."""
         options = self.options
-        one = (options.cluster_certfile, options.cluster_keyfile) == (options.node_certfile,
-                                                                      options.node_keyfile)
-        programs = tuple(
-            map(derive_key,
-                (options.cluster_secret, options.operator_secret) if options.separate else
-                (options.cluster_secret, )))
-        keys = {int(Role.CLIENT): programs, int(Role.NODE): (derive_key(options.node_secret),)}
+        files = (options.cluster_certfile, options.cluster_keyfile)
+        files_of_nodes = (options.node_certfile, options.node_keyfile)
+        allowed = [Role.CLIENT]
+        if files == files_of_nodes:
+            allowed.append(Role.NODE)
+        keys = self._keys()
         port = options.port
         for host in options.hosts:
-            door = self._door(host, port, keys, (Role.CLIENT, Role.NODE) if one else
-                              (Role.CLIENT, ), options.cluster_certfile, options.cluster_keyfile)
+            door = self._door(host, port, keys, allowed, *files)
             port = door.server_address[1]
-            if not one:
-                self._door(host, port + 1, keys, (Role.NODE, ), options.node_certfile,
-                           options.node_keyfile)
+            if Role.NODE not in allowed:
+                self._door(host, port + 1, keys, [Role.NODE], *files_of_nodes)
         self.sharing.port = self._doors[0].server_address[1]
         for door in self._doors:
             self.watch(door.socket, door.knock)
@@ -2807,8 +3188,18 @@ class Scheduler(Driver):
         specs = named or [NodeSpec('*', options.node_port)]
         self.open(House(specs, options.node_port, options), False)
         with self.state.damages():
-            self._restore()
+            Restoration(self).run()
         return port
+
+    def _keys(self) -> Dict[int, Tuple[bytes, ...]]:
+        """Role -> the keys that show that a peer has it. The second one of programs is the
+        operator's."""
+        options = self.options
+        programs = [derive_key(options.cluster_secret)]
+        if options.separate:
+            programs.append(derive_key(options.operator_secret))
+        nodes = (derive_key(options.node_secret),)
+        return {int(Role.CLIENT): tuple(programs), int(Role.NODE): nodes}
 
     def _door(self, host: str, port: int, keys: Dict[int, Tuple[bytes, ...]],
               allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
@@ -2818,7 +3209,7 @@ class Scheduler(Driver):
         except OverflowError as exc:
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
         except OSError as exc:
-            if exc.errno in (48, 98, 10048):   # EADDRINUSE of macOS, Linux, Windows
+            if exc.errno in (errno.EADDRINUSE, getattr(errno, 'WSAEADDRINUSE', None)):
                 raise StartError(
                     'port %d is in use: another dispyscheduler? Choose another with -p/--port' %
                     port) from exc
@@ -2838,69 +3229,6 @@ class Scheduler(Driver):
         self._hang_up()
         self.state.close()
         super().close()
-
-    def _restore(self) -> None:
-        """What an earlier run has left: jobs that waited wait, those on nodes are there until these
-        come back or are given up."""
-        places = {}
-        memories = self.state.memories()
-        locks = self.state.locks()
-        for key, host, port, name, instance in self.state.nodes():
-            places[key] = (host, port, name, instance)
-        for comp, client, spec in self.state.comps():
-            remote = self.computations.make(comp, client, spec)
-            remote.values.restore()
-            remote.ready = True
-            remote.given_up_at = self.now + self.options.zombie
-            remote.rests_at = self.now + ORPHAN_TIME
-            remote.absence.begin(self.now, self.options.gone)
-            waiting: List[RemoteWork] = []
-            sent: Dict[Any, List[RemoteWork]] = {}
-            for number, serial, options, state, own, node in self.state.jobs(comp):
-                if state in (State.ENDED, State.DROPPED):
-                    if state == State.ENDED:
-                        known = remote.ended
-                    else:
-                        known = remote.absence.dropped
-                    known[serial] = number
-                    continue
-                work = remote.works[serial] = RemoteWork(comp, None, options, own, serial)
-                if work.values:
-                    remote.values.took(work)
-                self.quota.add(remote, work, self.state.size_of_payload(number))
-                if state == State.SENT and node in places:
-                    sent.setdefault(node, []).append(work)
-                else:
-                    waiting.append(work)
-            self.computations.open(remote)
-            for key, works in sent.items():
-                host, port, name, instance = places[key]
-                is_new = key not in self.nodes.by_key
-                if is_new:
-                    peer = Peer(host, port, self.access.redial)
-                else:
-                    peer = self.nodes.by_key[key]
-                if peer.link is None:
-                    # Otherwise nobody would see that its process has ended, or is another.
-                    peer.instance, peer.memory = instance, memories.get(key, '')
-                    peer.facts['lock'] = locks.get(key)
-                if is_new:
-                    self.nodes.by_key[key], peer.key, peer.name = peer, key, name
-                    if not port:
-                        peer.dialling.due = None
-                        peer.move('dial')
-                        peer.move('fail')
-                    self.selection.take(peer, House.comp, NodeSpec(host, port))
-                self.decide(NodeHad(key, comp, works, name, self.now + RETURN_TIME))
-            self.jobs.submitted.extend(waiting)  # type: ignore[arg-type]
-            if remote.works or remote.ended:
-                logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', remote.name,
-                            len(waiting),
-                            len(remote.works) - len(waiting), len(remote.ended))
-        there = {comp for comp, _, _ in self.state.comps()}
-        for name in os.listdir(self.state.root):
-            if name.startswith('c-') and name[2:].partition('.')[0] not in there:
-                shutil.rmtree(os.path.join(self.state.root, name), ignore_errors=True)
 
     # -- faults of ours ----------------------------------------------------------------------------
 
@@ -2935,9 +3263,8 @@ class Scheduler(Driver):
             return
         self.sharing.assign_all()
         super().end_of_turn()
-        for comp in list(self.clusters.values()):
-            if isinstance(comp, Remote):
-                self.guard(comp, self.computations.end_turn_of, comp)
+        for remote in self.computations.opened():
+            self.guard(remote, self.computations.end_turn_of, remote)
         if self.commit.write_down():
             self.commit.unstick()
             self.quota.take_again()
@@ -3000,8 +3327,9 @@ def default_state_dir(port: int) -> str:
         base = os.environ.get('LOCALAPPDATA')
     else:
         base = os.environ.get('XDG_STATE_HOME')
-    return os.path.join(base or os.path.join(os.path.expanduser('~'), '.local', 'state'), 'dispy',
-                        'scheduler-%d' % port)
+    if not base:
+        base = os.path.join(os.path.expanduser('~'), '.local', 'state')
+    return os.path.join(base, 'dispy', 'scheduler-%d' % port)
 
 
 OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
@@ -3171,82 +3499,129 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The daemon. Returns its exit status: see EXIT_STATUSES."""
     parser = _parser()
+    if argv is None:
+        argv = sys.argv[1:]
     try:
-        args = parse_arguments(parser, sys.argv[1:] if argv is None else argv)
+        args = parse_arguments(parser, argv)
         if args.fair and args.fifo:
             parser.error('--fair and --fifo exclude each other')
         if args.save_config:
             save_config(parser, args, args.save_config)
             return 0
         limit_values(args.max_value)
-        set_up_log('dispyscheduler', args.debug, args.log_file)
-        set_up_log('dispy', args.debug, args.log_file)
-        set_up_log('dispynode', args.debug, args.log_file)
+        for name in ('dispyscheduler', 'dispy', 'dispynode'):
+            set_up_log(name, args.debug, args.log_file)
         tell_obsolete(args, OBSOLETE_SCHEDULER)
-        for side in ('cluster', 'node'):
-            tls_files(getattr(args, side + '_certfile'), getattr(args, side + '_keyfile'), None,
-                      '--%s-%%s' % side)
-        if not 1 <= args.node_port <= 65535:
-            raise StartError('port %d is not between 1 and 65535 (--node-port)' % args.node_port)
-        for node in args.node:
-            host_and_port(node, args.node_port)
-        discovery_reach()
-        root = args.state_dir or default_state_dir(args.port)
-        if not has_place(root):
-            raise StartError(
-                'this user has no home for the state (neither HOME nor an entry in the password '
-                'file): --state-dir'
-            )
-        if args.clean:
-            _clean(root)
-        cluster_secret = find_secret(args.cluster_secret, args.cluster_secret_file)
-        node_secret = find_secret(args.node_secret, args.node_secret_file)
-        separate = bool(args.cluster_secret or args.cluster_secret_file)
-        if separate and cluster_secret.strip() == node_secret.strip(
-        ) and not args.nodes_share_secret:
-            raise StartError(
-                'programs have a secret of their own (--cluster-secret-file), and nodes have the '
-                'same: each program could pass for a node and be given the jobs of the others; '
-                'give nodes another (--node-secret-file), or say --nodes-share-secret'
-            )
-        if separate:
-            operator_secret = _operator_secret(root, args.operator_secret_file)
-        else:
-            operator_secret = b''
-        for word in args.allow_nodes:
-            _check_allowed(word)
-        scheduler = Scheduler(
-            Options(tuple(args.host or ('', )), args.port, tuple(args.node), args.node_port, root,
-                    cluster_secret, node_secret, args.cluster_certfile, args.cluster_keyfile,
-                    args.node_certfile, args.node_keyfile, args.fifo, args.pulse_interval,
-                    args.ping_interval, 60 * args.zombie_interval, args.max_file_size
-                    or sys.maxsize, args.ipv4_udp_multicast, args.max_queued_bytes, separate,
-                    operator_secret, tuple(args.allow_nodes), args.gone_after, args.cleanup_nodes))
+        _check_options(args)
+        scheduler = Scheduler(_options_of(args))
+        monitor = None
         try:
             port = scheduler.start()
             if args.httpd is not None:
                 monitor = _monitor(scheduler, port, args.httpd, args.log_file)
-            else:
-                monitor = None
         except BaseException:
             scheduler.close()
             raise
     except (DispyError, OSError, ValueError) as exc:
         print('dispyscheduler: %s' % exc, file=sys.stderr)
         return 1
-    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
-        number = getattr(signal, name, None)
-        if number is not None and not (name == 'SIGHUP' and args.daemon):
-            signal.signal(number, lambda number, frame: scheduler.post(Stop()))
-        elif number is not None:
-            signal.signal(number, lambda number, frame: None)
-    scheduler.wake_on_signals()
-    logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), root)
+    _end_on_signals(scheduler, args.daemon)
+    logger.info('serves at port %d, PID %d, state in %s', port, os.getpid(), scheduler.state.root)
     try:
         return run_until_ended(scheduler)
     finally:
         if monitor is not None:
             monitor.shutdown()
+
+
+# Field of Options -> option of the command line that it is taken from as it is
+OPTION_OF = {
+    'port': 'port',
+    'node_port': 'node_port',
+    'cluster_certfile': 'cluster_certfile',
+    'cluster_keyfile': 'cluster_keyfile',
+    'node_certfile': 'node_certfile',
+    'node_keyfile': 'node_keyfile',
+    'fifo': 'fifo',
+    'pulse': 'pulse_interval',
+    'ping': 'ping_interval',
+    'multicast': 'ipv4_udp_multicast',
+    'max_queued': 'max_queued_bytes',
+    'allowed': 'allow_nodes',
+    'gone': 'gone_after',
+    'cleanup_nodes': 'cleanup_nodes',
+}
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raise StartError, ValueError or OSError for options that make no sense."""
+    for side in ('cluster', 'node'):
+        certfile = getattr(args, side + '_certfile')
+        keyfile = getattr(args, side + '_keyfile')
+        tls_files(certfile, keyfile, None, '--%s-%%s' % side)
+    if not 1 <= args.node_port <= 65535:
+        raise StartError('port %d is not between 1 and 65535 (--node-port)' % args.node_port)
+    for node in args.node:
+        host_and_port(node, args.node_port)
+    discovery_reach()
+    for word in args.allow_nodes:
+        _check_allowed(word)
+
+
+def _options_of(args: argparse.Namespace) -> Options:
+    """How the scheduler is to be, by its command line. Raises SecretError, StartError, OSError."""
+    root = args.state_dir or default_state_dir(args.port)
+    if not has_place(root):
+        raise StartError('this user has no home for the state (neither HOME nor an entry in the '
+                         'password file): --state-dir')
+    if args.clean:
+        _clean(root)
+    cluster_secret = find_secret(args.cluster_secret, args.cluster_secret_file)
+    node_secret = find_secret(args.node_secret, args.node_secret_file)
+    separate = bool(args.cluster_secret or args.cluster_secret_file)
+    is_same = cluster_secret.strip() == node_secret.strip()
+    operator_secret = b''
+    if separate:
+        if is_same and not args.nodes_share_secret:
+            raise StartError(
+                'programs have a secret of their own (--cluster-secret-file), and nodes have the '
+                'same: each program could pass for a node and be given the jobs of the others; '
+                'give nodes another (--node-secret-file), or say --nodes-share-secret')
+        operator_secret = _operator_secret(root, args.operator_secret_file)
+    secrets: Dict[str, Any] = {
+        'cluster_secret': cluster_secret,
+        'node_secret': node_secret,
+        'separate': separate,
+        'operator_secret': operator_secret,
+    }
+    given: Dict[str, Any] = {field: getattr(args, name) for field, name in OPTION_OF.items()}
+    return Options(
+        hosts=tuple(args.host or ('',)),
+        nodes=tuple(args.node),
+        state_dir=root,
+        zombie=60 * args.zombie_interval,
+        max_file_size=args.max_file_size or sys.maxsize,
+        **given,
+        **secrets)
+
+
+def _end_on_signals(scheduler: Scheduler, outlives_terminal: bool) -> None:
+    """Let signals end the scheduler; SIGHUP, which comes when the terminal ends, unless it outlives
+    that."""
+    def stop(number: int, frame: Any) -> None:
+        scheduler.post(Stop())
+
+    def ignore(number: int, frame: Any) -> None:
+        pass
+    for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+        number = getattr(signal, name, None)
+        if number is None:   # Windows
+            continue
+        if name == 'SIGHUP' and outlives_terminal:
+            signal.signal(number, ignore)
+        else:
+            signal.signal(number, stop)
+    scheduler.wake_on_signals()
 
 
 def _operator_secret(root: str, path: Optional[str]) -> bytes:
@@ -3263,8 +3638,8 @@ def _operator_secret(root: str, path: Optional[str]) -> bytes:
 
 def _check_allowed(word: str) -> None:
     """Raise StartError for what is no network and no name of hosts."""
-    if not word or any(c.isspace() or c == ','
-                       for c in word) or ('/' in word and not _is_network(word)):
+    is_name = bool(word) and not any(c.isspace() or c == ',' for c in word)
+    if not is_name or ('/' in word and not _is_network(word)):
         raise StartError('--allow-nodes %s: neither a network such as 10.0.0.0/8 nor a host name' %
                          (word or "''"))
 
@@ -3282,9 +3657,14 @@ def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) 
         import dispy_httpd
     except ImportError as exc:
         raise StartError('--httpd needs dispy_httpd.py beside this file: %s' % exc) from exc
-    source = dispy_httpd.SchedulerSource(
-        lambda *question: scheduler.ask(lambda: scheduler.overview.answer(*question)),
-        'all programs of the dispyscheduler at port %d' % port, lambda: None)
+
+    def ask(*question: Any) -> Any:
+        return scheduler.ask(functools.partial(scheduler.overview.answer, *question))
+
+    def close() -> None:
+        """The scheduler ends by itself."""
+    name = 'all programs of the dispyscheduler at port %d' % port
+    source = dispy_httpd.SchedulerSource(ask, name, close)
 
     def tell(text: str) -> None:
         # Others would have the token
