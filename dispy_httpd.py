@@ -3,88 +3,102 @@
 
     import dispy, dispy_httpd
     cluster = dispy.JobCluster(compute)
-    server = dispy_httpd.DispyHTTPServer(cluster)     # prints a link with a token: open it in a
-    browser
+    server = dispy_httpd.DispyHTTPServer(cluster)   # prints a link with a token, to be opened
     ...
     server.shutdown()
 
-    python -m dispy_httpd --scheduler HOST[:PORT]     # a dispyscheduler: all clusters of all
-    programs, all nodes
-    dispyscheduler --httpd [PORT]                     # the same, in its process
-    python -m dispy_httpd --nodes HOST...             # nodes beside any program; they are not taken
-    from their client
+    python -m dispy_httpd --scheduler HOST[:PORT]   # a dispyscheduler: all programs, all nodes
+    dispyscheduler --httpd [PORT]                   # the same, in its process
+    python -m dispy_httpd --nodes HOST...           # nodes, which stay with their client
 
-    program                                                                       browsers
-    +--------------------------------------------------------------------+       +--------------------------+
-    | driver threads   <- ask -  snapshot thread  -> Snapshot (plain)    |       | page, script, style      |
-    | (dispy)                    at most 4 a second   |  condition       |       |   of this file           |
-    |                            accept thread        v                  | <---> | fetch: event stream, or  |
-    |                            a thread a request: view of it, JSON    |       | a poll where that fails  |
-    +--------------------------------------------------------------------+       +--------------------------+
+    program                                                          browsers
+    +-----------------------------------------------------------+       +------------------------+
+    | driver threads <- ask - snapshot thread -> Snapshot       |       | page, script, style    |
+    | (dispy)                 at most 4 a second  |  condition  |       |   of this file         |
+    |                         accept thread       v             | <---> | fetch: event stream,   |
+    |                         a thread a request: view of it,   |       |   or a poll where that |
+    |                                             JSON          |       |   fails                |
+    +-----------------------------------------------------------+       +------------------------+
 
-One thread takes snapshots in the driver's turn, whatever the number of browsers; it costs O(nodes),
-not O(jobs), and what takes long is done less often. Requests sort it and cut a page out of it. Jobs
-tell nothing while they run well: only what fails and what is printed is noted. A scheduler is asked
-by `Call`, 100 rows at once. A monitor proves that it knows the secret of the programs, as they do,
-and sees and manages what belongs to all of them.
+One thread takes snapshots in the driver's turn, whatever the number of browsers. A snapshot costs
+O(nodes), not O(jobs), and what takes long is done less often. Requests sort it and cut a page out
+of it. Jobs tell nothing while they run well: only what fails and what is printed is noted. A
+scheduler is asked by `Call`, 100 rows at once. A monitor proves that it knows the secret of the
+programs, as they do, and sees and manages what belongs to all of them.
 
-Safety. It listens on 127.0.0.1 unless told otherwise. All but page, script, style and icon, which
-hold no data, need the token: `Authorization: Bearer TOKEN`. It stands in the fragment of the link,
-which browsers do not send. There are no cookies; Host, Origin and Sec-Fetch-Site are checked;
-changes are made by POST of application/json alone; the page runs no script but its own and shows
-what comes as text. `certfile` (and `keyfile`) give TLS; without it, what is sent over a network can
-be read there, the token too.
+Safety. The server listens on 127.0.0.1 unless told otherwise. Page, script, style and icon hold no
+data; all else needs the token: `Authorization: Bearer TOKEN`. The token stands in the fragment of
+the link, which browsers do not send. There are no cookies. Host, Origin and Sec-Fetch-Site are
+checked. Changes are made by POST of application/json alone. The page runs no script but its own and
+shows what comes as text. `certfile` (and `keyfile`) give TLS; without it, what is sent over a
+network can be read there, the token too.
 
-GET, answered in JSON; with `Accept: text/event-stream` as a stream: `data:` with the same JSON
+GET is answered in JSON; with `Accept: text/event-stream` as a stream: `data:` with the same JSON
 whenever it has changed (there, `plot` only when it has), `event: end` when the server stops. Tables
-take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are
-  {time s since the epoch, rows [...], total, page, pages, sort, desc, per, manages bool: whether
-  POST can change anything,
-   shared bool: whether a scheduler is watched, source str: what is watched, or why it cannot be,
-   nothing str: to be said where there is no
-   cluster, clusters [{number, name}], snapshot_seconds: of the driver's thread for the last
-   snapshot}
-/api/clusters  rows {number int, name str, program str: user@host PID n of who uses a scheduler,
-else '',
-               state: 'working' | 'idle' | 'waiting for a node' | 'closed', submitted, waiting,
-               running, done, failed, cancelled: jobs (running: those that nodes have CPUs for;
-               failed: Terminated or Abandoned), rate jobs ended a second over 30 s at
-               most, left s or null, elapsed s, job_seconds s, nodes int (ready), cpus, used: CPUs,
-               plot [[s since the
-               epoch, jobs ended, CPUs used, CPUs], ...] at most 240}
-/api/nodes     rows {id str, name str, address str, port int, state str, reason str: why it is not
-used, cpus, used: CPUs, jobs: ended
-               there, job_seconds s, memory, disk: bytes free, or null, load %: of its CPUs, or
-               null, heard s since its last sign of life, or
-               null, holder str: who holds it, known with --nodes only, offered int: CPUs, platform
-               str, clusters [{number, name, state, reason,
-               cpus, used, jobs, job_seconds}]}
-/api/node      ?id=ID, a table of its jobs with `node`: the row above; rows {cluster int, job int: a
-number for `cancel`, id str,
-               arguments str (short form; of what is no builtin only the type), state: 'running' |
-               'waits there', seconds s since it was sent or, where
-               the node has said so, that it has run; null: not known yet, stdout, stderr: the last
-               4 KiB printed, live bool: whether output is
-               sent while it is printed, which it is by nodes that were set up after this server was
-               made, or if the cluster has on_output; null: a scheduler's, which
-               passes output on and does not keep it. There `id` is the number of the job in its
-               program}
-/api/failures  rows {text str: the last line, count int, last s since the epoch, cluster int, trace
-str: of the last one, jobs [{id, arguments,
-               node, status, time}], at most 10}; of the last 500 failed jobs of each cluster, or of
-               a scheduler
-/metrics       text for Prometheus; needs the token as well (`authorization: {credentials_file: F}`,
-and `--token-file F` here) With a scheduler jobs that have ended are counted since it was started,
-and clusters are shown until their program closes them. POST, a JSON object; answered by {done int}.
-`cluster` is its number; where it may be missing, all clusters that use the node are meant, which
-with a scheduler is always so, and holds for clusters that come later too. /api/cancel
-{cluster, node: id, jobs: [number, ...] or 'all'}: end jobs that are on a node /api/cancel_waiting
-{cluster}: end jobs that do not run /api/add             {cluster, host str, port int?, cpus int?}:
-use a node, or all that a word with * means /api/use, /api/drain, /api/release  {node, cluster?}:
-use it again; send nothing new there; let it go when its jobs have ended /api/cpus            {node,
-cpus int, cluster?}: use at most so many Errors: {error str} with 400 (not understood), 401 (token),
-403 (another site's page asks), 404, 405, 409 (cannot be done now), 411, 413 (over 64 KiB), 414,
-415, 417, 421 (another Host), 431, 501, 503 (over 64 connections), 505.
+take ?sort=FIELD&desc=0|1&page=N (from 1)&per=N (1 to 200) and are objects with
+
+    time               s since the epoch
+    rows, total        the rows of this page; how many there are in all
+    page, pages, per, sort, desc
+    manages            bool: whether POST can change anything
+    shared             bool: whether a scheduler is watched
+    source             str: what is watched, or why it cannot be
+    nothing            str: what is to be said where there is no cluster
+    clusters           [{number, name}]
+    snapshot_seconds   of the driver's thread for the last snapshot
+
+/api/clusters
+    number int, name str
+    program str: user@host PID n of who uses a scheduler, else ''
+    state 'working', 'idle', 'waiting for a node' or 'closed'
+    submitted, waiting, running, done, failed, cancelled: jobs (running: those that nodes have CPUs
+        for; failed: Terminated or Abandoned)
+    rate jobs ended a second over 30 s at most, left s or null, elapsed s, job_seconds s
+    nodes int (ready); cpus, used: CPUs
+    plot [[s since the epoch, jobs ended, CPUs used, CPUs], ...] at most 240
+/api/nodes
+    id str, name str, address str, port int, platform str, offered int: CPUs
+    state str, reason str: why it is not used
+    cpus, used: CPUs; jobs: ended there; job_seconds s
+    memory, disk: bytes free, or null; load %: of its CPUs, or null
+    heard s since its last sign of life, or null
+    holder str: who holds it, known with --nodes only
+    clusters [{number, name, state, reason, cpus, used, jobs, job_seconds}]
+/api/node?id=ID, a table of the node's jobs with `node`: its row above
+    cluster int, job int: a number for `cancel`, id str (of a scheduler's job: its number in its
+        program)
+    arguments str (short form; of what is no builtin only the type)
+    state 'running' or 'waits there'
+    seconds s since it was sent or, where the node has said so, that it has run; null: not known
+    stdout, stderr: the last 4 KiB printed
+    live bool: whether output is sent while it is printed, which it is by nodes that were set up
+        after this server was made, or if the cluster has on_output; null: of a scheduler, which
+        passes output on and does not keep it
+/api/failures, of the last 500 failed jobs of each cluster, or of a scheduler
+    text str: the last line, trace str: of the last one
+    count int, last s since the epoch, cluster int
+    jobs [{id, arguments, node, status, time}], at most 10
+/metrics
+    text for Prometheus; needs the token as well (`authorization: {credentials_file: F}`, and
+    `--token-file F` here). With a scheduler, jobs that have ended are counted since it was started,
+    and clusters are shown until their program closes them.
+
+POST takes a JSON object and is answered by {done int}. `cluster` is its number. Where it may be
+missing, all clusters that use the node are meant; with a scheduler that is always so, and holds for
+clusters that come later too.
+
+    /api/cancel           {cluster, node: id, jobs: [number, ...] or 'all'}: end jobs on a node
+    /api/cancel_waiting   {cluster}: end jobs that do not run
+    /api/add              {cluster, host str, port int?, cpus int?}: use a node, or all that a word
+                          with * means
+    /api/use              {node, cluster?}: use it again
+    /api/drain            {node, cluster?}: send nothing new there
+    /api/release          {node, cluster?}: let it go when its jobs have ended
+    /api/cpus             {node, cpus int, cluster?}: use at most so many CPUs
+
+Errors: {error str} with 400 (not understood), 401 (token), 403 (another site's page asks), 404,
+405, 409 (cannot be done now), 411, 413 (over 64 KiB), 414, 415, 417, 421 (another Host), 431, 501,
+503 (over 64 connections), 505.
 
 Files this program needs: this one, dispy.py, dispynode.py, cloudpickle.
 """
@@ -122,19 +136,21 @@ try:
 except ImportError as exc:   # this file was copied alone, or beside one of another release
     text = str(exc)
     if exc.name == 'dispy':
-        text = 'dispy_httpd.py needs the files dispy.py and dispynode.py of the same release beside it, in %s (%s)' % (
-            os.path.dirname(os.path.abspath(__file__)), exc)
+        text = ('dispy_httpd.py needs the files dispy.py and dispynode.py of the same release '
+                'beside it, in %s (%s)')
+        text %= (os.path.dirname(os.path.abspath(__file__)), exc)
     if __name__ == '__main__':
         sys.exit(text)
     raise ImportError(text, name=exc.name, path=exc.path) from exc
 
 import dispy
-from dispy import (ARGUMENTS_MOST, FAILURES_KEPT, HTTPD_PORT, REPORTS_APART, SHORT, Access, DispyJob,
-                   FailedJob, FailedJobs, JobAtNode, JobCluster, Monitor, NodeRow, NodeSpec, NodeUse,
-                   SharedJobCluster, words_of)
+from dispy import (
+    ARGUMENTS_MOST, FAILURES_KEPT, HTTPD_PORT, REPORTS_APART, SHORT, Access, DispyJob, FailedJob,
+    FailedJobs, JobAtNode, JobCluster, Monitor, NodeRow, NodeSpec, NodeUse, SharedJobCluster,
+    words_of)
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, SecretError,
                        __version__, find_secret, host_and_port, _no_password, _write_private,
-                       size_of, tls_files, split_needs, Each, HANDSHAKE_TIME)
+                       pieces_of, size_of, tls_files, split_needs, Each, HANDSHAKE_TIME)
 
 __all__ = ['DispyHTTPServer']
 
@@ -183,18 +199,37 @@ class Refusal(Exception):
 # code.
 # --------------------------------------------------------------------------------------------------
 
+def _new_instance(cls: type, *args: Any, **kwargs: Any) -> Any:
+    return object.__new__(cls)
+
+
+def _do_nothing(self: Any, *args: Any, **kwargs: Any) -> None:
+    """What a pickle does to an object is left out."""
+
+
+def _return_self(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self
+
+
 class _Shown(type):
     """A class that stands for one that is no builtin: its instances take what a pickle does to
     them, and are shown as their type."""
+    METHODS = {
+        '__new__': _new_instance,
+        '__init__': _do_nothing,
+        '__setstate__': _do_nothing,
+        'append': _do_nothing,
+        'extend': _do_nothing,
+        'add': _do_nothing,
+        '__setitem__': _do_nothing,
+        '__call__': _return_self,
+        '__reduce__': None,
+    }
 
     def __new__(mcs, name: str) -> '_Shown':
-        return super().__new__(
-            mcs, name, (), {
-                '__new__': lambda cls, *args, **kwargs: object.__new__(cls),
-                '__repr__': lambda self: '<%s>' % name,
-                '__call__': lambda self, *args, **kwargs: self, '__reduce__': None,
-                **dict.fromkeys(('__init__', '__setstate__', 'append', 'extend', 'add', '__setitem__'), lambda self, *args, **kwargs: None)
-            })
+        methods: Dict[str, Any] = dict(mcs.METHODS)
+        methods['__repr__'] = lambda self: '<%s>' % name
+        return super().__new__(mcs, name, (), methods)
 
     def __init__(cls, name: str) -> None:
         super().__init__(name, (), {})
@@ -210,10 +245,11 @@ class _Opener(pickle.Unpickler):
         # How a class of the program itself travels
         if (module, name) == ('dispynode', 'class_of'):
             return lambda tracker, version, module, name, make, args: _Shown(name)
+        if (module, name) == ('dispynode', 'function_of'):
+            return _Shown('function')
         if module == 'builtins':
             return {'complex': complex, 'range': range}.get(name, _Shown(name))
-        return _Shown('function' if (module, name) == ('dispynode',
-                                                       'function_of') else '%s.%s' % (module, name))
+        return _Shown('%s.%s' % (module, name))
 
     def persistent_load(self, number: Any) -> Any:
         raise pickle.UnpicklingError('a persistent id')
@@ -223,13 +259,13 @@ def arguments_text(payload: Any) -> str:
     """The short form of a job's packed arguments; what is large is not opened."""
     if payload is None:
         return ''
-    if isinstance(payload, int) or size_of(payload) > ARGUMENTS_MOST:
-        return '%s of arguments' % bytes_text(
-            payload if isinstance(payload, int) else size_of(payload))
-    if isinstance(payload, tuple):
-        data = b''.join(payload)
-    else:
-        data = bytes(payload)
+    if isinstance(payload, int):
+        return '%s of arguments' % bytes_text(payload)
+    size = size_of(payload)
+    hidden = '%s of arguments' % bytes_text(size)
+    if size > ARGUMENTS_MOST:
+        return hidden
+    data = b''.join(pieces_of(payload))
     try:
         _, body = split_needs(data)
         _check_memo(bytes(body))
@@ -239,15 +275,16 @@ def arguments_text(payload: Any) -> str:
             raise ValueError('no arguments')
         return words_of(args, kwargs)
     except Exception:  # an unpickler without the real classes may stumble over anything
-        return '%s of arguments' % bytes_text(size_of(payload))
+        return hidden
 
 
 def _check_memo(data: bytes) -> None:
     """Raise ValueError for a pickle that ends in the middle, or whose memo would be given memory up
     to some far index."""
     for opcode, value, _ in pickletools.genops(data):
-        if opcode.name in ('PUT', 'BINPUT',
-                           'LONG_BINPUT') and value is not None and value > len(data):
+        if opcode.name not in ('PUT', 'BINPUT', 'LONG_BINPUT') or value is None:
+            continue
+        if value > len(data):
             raise ValueError('an index of the memo that is larger than the pickle')
 
 
@@ -262,7 +299,8 @@ def bytes_text(size: float) -> str:
 
 def last_line(text: str) -> str:
     """Of a traceback: what was raised."""
-    return (text.strip().splitlines() or [''])[-1].strip()[:300]
+    last = text.strip().rpartition('\n')[2]
+    return last.strip()[:300]
 
 
 class History:
@@ -271,28 +309,40 @@ class History:
     def __init__(self) -> None:
         self.points: List[List[float]] = []
         self._apart = SAMPLES_APART
+        # (time, jobs ended) of the last RATE_SPAN seconds
         self._recent: Deque[Tuple[float, int]] = collections.deque()
 
     def add(self, now: float, ended: int, used: int, cpus: int) -> float:
-        """A point; returns jobs ended a second. Time that nothing ended in before the first did
-        does not count."""
+        """Add a point; return jobs ended a second. Time that nothing ended in before the first job
+        did does not count."""
+        self._add_recent(now, ended)
+        if not self.points or now - self.points[-1][0] >= self._apart:
+            self._add_point([round(now, 2), ended, used, cpus])
+        since, ended_then = self._recent[0]
+        if now - since < 0.5:
+            return 0.0
+        return (ended - ended_then) / (now - since)
+
+    def _add_recent(self, now: float, ended: int) -> None:
         recent = self._recent
         if not recent or now - recent[-1][0] >= SAMPLES_APART:
             recent.append((now, ended))
-        while len(recent) > 1 and (now - recent[0][0] > RATE_SPAN
-                                   or recent[1][1] == recent[0][1] and ended > recent[0][1]):
+        while len(recent) > 1:
+            (first, ended_then), (_, ended_next) = recent[0], recent[1]
+            was_idle = ended_next == ended_then and ended > ended_then
+            if now - first <= RATE_SPAN and not was_idle:
+                break
             recent.popleft()
-        if not self.points or now - self.points[-1][0] >= self._apart:
-            self.points = [
-                *(self.points if len(self.points) < PLOT_POINTS else self.points[::2]),
-                [round(now, 2), ended, used, cpus]
-            ]
-            if len(self.points) <= PLOT_POINTS // 2 + 1 and self.points[-1][0] - self.points[0][
-                    0] > PLOT_POINTS * self._apart:
-                self._apart *= 2
-        if now - recent[0][0] >= 0.5:
-            return (ended - recent[0][1]) / (now - recent[0][0])
-        return 0.0
+
+    def _add_point(self, point: List[float]) -> None:
+        points = self.points
+        if len(points) >= PLOT_POINTS:
+            points = points[::2]
+        # A new list: others may be reading the old one
+        self.points = [*points, point]
+        span = point[0] - self.points[0][0]
+        if len(self.points) <= PLOT_POINTS // 2 + 1 and span > PLOT_POINTS * self._apart:
+            self._apart *= 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -326,8 +376,9 @@ class Watched(Monitor):
         text = job._exception   # without the arguments, which may not be shown
         if text is None:
             text = 'exit status %s' % (job.result,)
-        self.failed_jobs.add(job.end_time or 0.0, self.number, job.id, payload, job.status,
-                             job.ip_addr or '', text)
+        node = job.ip_addr or ''
+        self.failed_jobs.add(
+            job.end_time or 0.0, self.number, job.id, payload, job.status, node, text)
 
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
         """As of Monitor."""
@@ -414,6 +465,10 @@ class Watched(Monitor):
         return row
 
 
+# (address, name) of a node -> serial -> job there
+SentTo = Dict[Tuple[str, str], Dict[int, DispyJob]]
+
+
 class WatchedShared(Watched):
     """A SharedJobCluster that is shown. Its scheduler knows the nodes and is asked for them; where
     the jobs are, the cluster is told by the scheduler."""
@@ -421,14 +476,13 @@ class WatchedShared(Watched):
     def __init__(self, number: int, cluster: Any) -> None:
         super().__init__(number, cluster)
         self._known: Dict[Any, NodeRow] = {}   # nodes by their keys
-        # (address, name) of a node -> serial -> job there
-        self._sent: Dict[Tuple[str, str], Dict[int, DispyJob]] = {}
+        self._sent: SentTo = {}
 
     def refresh(self) -> None:
         """As above. While the scheduler is away it is shown itself in the place of its nodes, with
         the reason."""
         cluster = self.cluster
-        sent: Dict[Tuple[str, str], Dict[int, DispyJob]] = {}
+        sent: SentTo = {}
         for job, place in cluster._places.copy().items():
             sent.setdefault((place.ip_addr, place.name), {})[job.serial] = job
         self._sent = sent
@@ -471,8 +525,10 @@ class WatchedShared(Watched):
     def jobs_at(self, key: Any) -> List[JobAtNode]:
         """As above; how long a job has run is known by its start_time."""
         running = set(self._running_at(self._known[key]))
-        return [JobAtNode(serial, job, serial in running, None)
-                for serial, job in self.sent_to(key).items()]
+        rows = []
+        for serial, job in self.sent_to(key).items():
+            rows.append(JobAtNode(serial, job, serial in running, None))
+        return rows
 
     def is_live(self, key: Any) -> bool:
         """As above; the scheduler passes output on."""
@@ -492,33 +548,23 @@ class WatchedShared(Watched):
         return node_row(known, row.state, row.reason, row.cpus, len(running), used)
 
 
-def node_row(row: dict, state: str, reason: str, cpus: int, running: int, used: int) -> dict:
+def node_row(known: dict, state: str, reason: str, cpus: int, running: int, used: int) -> dict:
     """A node for the page: a row as of `dispy.row_of_node` and what is to be shown of its use."""
-    memory, disk, idle = row['free']
-    load = None
+    row = {name: known[name] for name in ('key', 'name', 'address', 'port', 'offered', 'platform')}
+    row['state'] = dispy.shown_state(state, reason)
+    row['reason'] = reason.strip()[-2000:]
+    row['cpus'] = cpus
+    row['running'] = running
+    row['used'] = used
+    row['holder'] = ''
+    row['memory'], row['disk'], idle = known['free']
+    row['load'] = None
     if idle is not None:
-        load = round(100.0 - idle, 1)
-    heard = row['heard']
-    if heard is not None:
-        heard = round(heard, 1)
-    return {
-        'key': row['key'],
-        'name': row['name'],
-        'address': row['address'],
-        'port': row['port'],
-        'state': dispy.shown_state(state, reason),
-        'reason': reason.strip()[-2000:],
-        'cpus': cpus,
-        'offered': row['offered'],
-        'running': running,
-        'used': used,
-        'memory': memory,
-        'disk': disk,
-        'load': load,
-        'heard': heard,
-        'holder': '',
-        'platform': row['platform'],
-    }
+        row['load'] = round(100.0 - idle, 1)
+    row['heard'] = known['heard']
+    if row['heard'] is not None:
+        row['heard'] = round(row['heard'], 1)
+    return row
 
 
 def gone_row(peer: Any) -> dict:
@@ -530,38 +576,36 @@ def gone_row(peer: Any) -> dict:
 
 def use_row(use: NodeUse, name: str) -> dict:
     """How a cluster of this name uses a node, for the page."""
-    return {
-        'number': use.number,
-        'name': name,
-        'state': use.state,
-        'reason': use.reason,
-        'cpus': use.cpus,
-        'used': use.used,
-        'jobs': use.jobs,
-        'job_seconds': round(use.seconds, 3),
-    }
+    row: Dict[str, Any] = use._asdict()
+    del row['running']
+    row['name'] = name
+    row['job_seconds'] = round(row.pop('seconds'), 3)
+    return row
+
+
+NEW_JOB_ROW: Dict[str, Any] = {
+    'arguments': None,
+    'state': 'waits there',
+    'seconds': None,
+    'stdout': b'',
+    'stderr': b'',
+    'live': None,
+}
 
 
 def job_row(cluster: int, job: int, name: Any, is_running: bool,
             seconds: Optional[float]) -> Dict[str, Any]:
     """A job at a node, for the page; its arguments and what it has printed are filled in later.
     `job` is its number for `cancel`, `name` its id."""
-    state = 'waits there'
+    row = dict(NEW_JOB_ROW)
+    row['cluster'] = cluster
+    row['job'] = job
+    row['id'] = name
     if is_running:
-        state = 'running'
+        row['state'] = 'running'
     if seconds is not None:
-        seconds = round(max(0.0, seconds), 1)
-    return {
-        'cluster': cluster,
-        'job': job,
-        'id': name,
-        'arguments': None,
-        'state': state,
-        'seconds': seconds,
-        'stdout': b'',
-        'stderr': b'',
-        'live': None,
-    }
+        row['seconds'] = round(max(0.0, seconds), 1)
+    return row
 
 
 def cluster_row(row: dict, history: History, closed: bool = False) -> dict:
@@ -575,15 +619,16 @@ def cluster_row(row: dict, history: History, closed: bool = False) -> dict:
     left = None
     if pending and rate > 0:
         left = round(pending / rate, 1)
-    return dict(row,
-                waiting=pending - running,
-                running=running,
-                rate=round(rate, 3),
-                left=left,
-                elapsed=round(row['elapsed'], 1),
-                job_seconds=round(row['job_seconds'], 3),
-                plot=history.points,
-                state=_cluster_state(closed, pending, row['nodes']))
+    row = dict(row)
+    row['waiting'] = pending - running
+    row['running'] = running
+    row['rate'] = round(rate, 3)
+    row['left'] = left
+    row['elapsed'] = round(row['elapsed'], 1)
+    row['job_seconds'] = round(row['job_seconds'], 3)
+    row['plot'] = history.points
+    row['state'] = _cluster_state(closed, pending, row['nodes'])
+    return row
 
 
 def _cluster_state(closed: bool, pending: int, nodes: int) -> str:
@@ -711,7 +756,8 @@ class ClusterSource:
         row['cpus'] = sum(row['cpus'] for row in ready)
         row['nodes'] = len(ready)
         row['elapsed'] = (watched.ended or time.time()) - cluster.start_time
-        row['job_seconds'] = sum(count[2] for count in cluster.jobs_at_nodes().values())
+        counted = cluster.jobs_at_nodes().values()
+        row['job_seconds'] = sum(seconds for _, _, seconds in counted)
         return cluster_row(row, watched.history, bool(watched.ended))
 
     def _prefix(self, watched: Watched) -> str:
@@ -744,8 +790,8 @@ class ClusterSource:
             there['jobs'] = 0
             there['job_seconds'] = 0.0
         if not watched.looks_only:
-            use = NodeUse(watched.number, row['state'], row['reason'], row['cpus'], row['running'],
-                          row['used'], jobs, seconds)
+            state = {name: row[name] for name in ('state', 'reason', 'cpus', 'running', 'used')}
+            use = NodeUse(number=watched.number, jobs=jobs, seconds=seconds, **state)
             there['clusters'].append(use_row(use, watched.cluster.name))
         there['jobs'] += jobs
         there['job_seconds'] = round(there['job_seconds'] + seconds, 3)
@@ -909,24 +955,22 @@ def grouped(failures: Iterable[FailedJob]) -> List[dict]:
 
 def _group_row(line: str, members: List[FailedJob]) -> dict:
     last = members[-1]
-    return {
-        'text': line,
-        'count': len(members),
-        'cluster': last.cluster,
-        'last': last.time,
-        'trace': last.text,
-        'jobs': [_failed_row(failed) for failed in reversed(members[-10:])],
-    }
+    row: Dict[str, Any] = {'text': line}
+    row['count'] = len(members)
+    row['cluster'] = last.cluster
+    row['last'] = last.time
+    row['trace'] = last.text
+    row['jobs'] = [_failed_row(failed) for failed in reversed(members[-10:])]
+    return row
 
 
 def _failed_row(failed: FailedJob) -> dict:
-    return {
-        'id': id_text(failed.job),
-        'arguments': arguments_text(failed.payload),
-        'node': failed.node,
-        'time': failed.time,
-        'status': dispy.JobState(failed.status).name.lower(),
-    }
+    row: Dict[str, Any] = {'id': id_text(failed.job)}
+    row['arguments'] = arguments_text(failed.payload)
+    row['node'] = failed.node
+    row['time'] = failed.time
+    row['status'] = dispy.JobState(failed.status).name.lower()
+    return row
 
 
 def key_text(key: Any) -> str:
@@ -940,7 +984,7 @@ def chosen_jobs(jobs: Any) -> Optional[List[int]]:
     """`jobs` of a request: their numbers, None for all. Raises Refusal."""
     if jobs == 'all':
         return None
-    if not isinstance(jobs, list) or any(type(job) is not int for job in jobs):
+    if not isinstance(jobs, list) or not set(map(type, jobs)) <= {int}:
         raise Refusal(400, "jobs is neither a list of numbers nor 'all'")
     return jobs
 
@@ -986,6 +1030,7 @@ class SchedulerLink(dispy.Survey):
 
     def __init__(self, host: str, port: int, access: Access) -> None:
         self.specs = [NodeSpec(host, port, scheduler=True)]
+        self.address = (host, port)
         self.port = port
         self.comp = uuid.uuid4().hex
         self.driver = Driver.acquire(access)
@@ -1081,7 +1126,8 @@ class SchedulerSource:
     def _keep_histories(self, clusters: List[dict]) -> None:
         histories = {}
         for row in clusters:
-            histories[row['comp']] = self._histories.get(row['comp']) or History()
+            comp = row['comp']
+            histories[comp] = self._histories.get(comp) or History()
         self._histories = histories
 
     def _cluster_row(self, row: dict) -> dict:
@@ -1141,8 +1187,10 @@ class SchedulerSource:
         key = self._key(node)
         with self._lock:
             jobs = self._jobs_of(node, key)
-        return [job_row(cluster, job, job >> 16, is_running, seconds)
-                for cluster, job, is_running, seconds in jobs]
+        rows = []
+        for cluster, job, is_running, seconds in jobs:
+            rows.append(job_row(cluster, job, job >> 16, is_running, seconds))
+        return rows
 
     def _jobs_of(self, node: str, key: Any) -> List[tuple]:
         """What the scheduler tells of the jobs at a node, or has told a moment ago. With the
@@ -1154,8 +1202,9 @@ class SchedulerSource:
         jobs = self._ask('jobs', key)[1]
         now = time.monotonic()
         self._jobs[node] = (now, jobs)
-        for name in [name for name, (at, _) in self._jobs.items() if now - at >= LOOKED_FOR]:
-            del self._jobs[name]
+        for name, (at, _) in list(self._jobs.items()):
+            if now - at >= LOOKED_FOR:
+                del self._jobs[name]
         return jobs
 
     def complete(self, rows: List[dict]) -> None:
@@ -1247,37 +1296,47 @@ class Snapshot(NamedTuple):
     final: bool
 
 
+_PLAIN = frozenset((int, float, str, bool, type(None), bytes))
+
+
 def id_text(number: Any) -> str:
     """A job's id, which may be any object of the user's: shown if it is a plain value, else its
     type."""
-    plain = (int, float, str, bool, type(None), bytes)
-    if type(number) is str:
-        return number[:200]
-    if type(number) in plain or type(number) is tuple and all(
-            type(part) in plain for part in number):
+    kind = type(number)
+    if kind is str:
+        return number[:200]  # type: ignore[no-any-return]
+    parts = [number]
+    if kind is tuple:
+        parts = number
+    if _PLAIN.issuperset(map(type, parts)):
         return SHORT.repr(number)
-    return '<%s>' % type(number).__name__
+    return '<%s>' % kind.__name__
 
 
 def _number(query: Dict[str, str], name: str, default: int, low: int, high: int) -> int:
     text = query.pop(name, str(default))
-    if not re.fullmatch('[0-9]{1,9}', text) or not low <= int(text) <= high:
-        raise Refusal(400, '%s=%.40s is not a number between %d and %d' % (name, text, low, high))
-    return int(text)
+    if re.fullmatch('[0-9]{1,9}', text):
+        number = int(text)
+        if low <= number <= high:
+            return number
+    raise Refusal(400, '%s=%.40s is not a number between %d and %d' % (name, text, low, high))
 
 
 def _order(value: Any) -> Any:
     """What to sort by: numbers in texts count as such, so that node10 comes after node9."""
-    if isinstance(value, str):
-        return [int(part) if n % 2 else part for n, part in enumerate(re.split('([0-9]+)', value))]
-    return value
+    if not isinstance(value, str):
+        return value
+    parts: List[Any] = re.split('([0-9]+)', value)
+    parts[1::2] = map(int, parts[1::2])
+    return parts
 
 
 def table(rows: List[dict],
           query: Dict[str, str],
           columns: Sequence[str],
           descending: Sequence[str] = ()) -> dict:
-    """The page of a table that a query asks for; takes its words out of it. Raises Refusal."""
+    """The page of a table that a query asks for; takes its words out of it. Rows without a value
+    to sort by come last. Raises Refusal."""
     sort = query.pop('sort', columns[0])
     if sort not in columns:
         raise Refusal(400, 'sort=%.40s: it is one of %s' % (sort, ', '.join(columns)))
@@ -1285,51 +1344,58 @@ def table(rows: List[dict],
     per = _number(query, 'per', PER_PAGE, 1, PER_PAGE_MOST)
     pages = max(1, -(-len(rows) // per))
     page = min(_number(query, 'page', 1, 1, 10 ** 9), pages)
-    known = sorted((row for row in rows if row[sort] is not None and row[sort] != ''),
-                   key=lambda row: _order(row[sort]),
-                   reverse=bool(desc))
-    rows = known + [row for row in rows if row[sort] is None or row[sort] == '']
-    return {
-        'rows': rows[(page - 1) * per:page * per], 'total': len(rows), 'page': page, 'pages': pages,
-        'sort': sort, 'desc': desc, 'per': per
-    }
+    without = [row for row in rows if row[sort] in (None, '')]
+    ordered = [row for row in rows if row[sort] not in (None, '')]
+    ordered.sort(key=lambda row: _order(row[sort]), reverse=bool(desc))
+    ordered += without
+    found: Dict[str, Any] = {'sort': sort, 'desc': desc, 'per': per, 'page': page, 'pages': pages}
+    found['total'] = len(rows)
+    found['rows'] = ordered[(page - 1) * per:page * per]
+    return found
+
+
+# Fields to sort a table by, the first if nothing else is said; those of NODE_DESCENDING begin with
+# the largest
+CLUSTER_FIELDS = ('number', 'name', 'state', 'waiting', 'running', 'done', 'failed', 'rate', 'left')
+NODE_FIELDS = ('name', 'address', 'state', 'cpus', 'used', 'jobs', 'job_seconds', 'memory', 'disk',
+               'load', 'heard')
+NODE_DESCENDING = ('cpus', 'used', 'jobs', 'job_seconds', 'load')
+JOB_FIELDS = ('seconds', 'job', 'cluster', 'state')
+FAILURE_FIELDS = ('count', 'last', 'text', 'cluster')
 
 
 def clusters_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
     """/api/clusters"""
-    return table(
-        snapshot.clusters, query,
-        ('number', 'name', 'state', 'waiting', 'running', 'done', 'failed', 'rate', 'left'))
+    return table(snapshot.clusters, query, CLUSTER_FIELDS)
 
 
 def nodes_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
     """/api/nodes"""
-    return table(snapshot.nodes, query, ('name', 'address', 'state', 'cpus', 'used', 'jobs',
-                                         'job_seconds', 'memory', 'disk', 'load', 'heard'),
-                 ('cpus', 'used', 'jobs', 'job_seconds', 'load'))
+    return table(snapshot.nodes, query, NODE_FIELDS, NODE_DESCENDING)
 
 
 def node_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
     """/api/node"""
     name = query.pop('id', '')
-    node = next((row for row in snapshot.nodes if row['id'] == name), None)
-    if node is None:
+    nodes = {row['id']: row for row in snapshot.nodes}
+    if name not in nodes:
         raise Refusal(404, 'there is no node %.80s' % name)
+    rows = []
     if 'gone:' not in name:
         rows = source.jobs(name)
-    else:
-        rows = []
-    found = table(rows, query, ('seconds', 'job', 'cluster', 'state'), ('seconds',))
+    found = table(rows, query, JOB_FIELDS, ('seconds',))
     source.complete(found['rows'])
     for row in found['rows']:
-        row.update(id=id_text(row['id']), stdout=row['stdout'].decode('utf-8', 'replace'),
-                   stderr=row['stderr'].decode('utf-8', 'replace'))
-    return dict(found, node=node)
+        row['id'] = id_text(row['id'])
+        row['stdout'] = row['stdout'].decode('utf-8', 'replace')
+        row['stderr'] = row['stderr'].decode('utf-8', 'replace')
+    found['node'] = nodes[name]
+    return found
 
 
 def failures_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
     """/api/failures"""
-    return table(source.failures(), query, ('count', 'last', 'text', 'cluster'), ('count', 'last'))
+    return table(source.failures(), query, FAILURE_FIELDS, ('count', 'last'))
 
 
 VIEWS: Dict[str, Callable[[Any, Snapshot, Dict[str, str]], dict]] = {
@@ -1352,59 +1418,100 @@ CHANGES: Dict[str, Tuple[str, Dict[str, Tuple[Any, bool]]]] = {
 }
 
 
-def _label(value: Any) -> str:
-    return str(value).replace('\\', '\\\\').replace('"', '\\"').replace('\n', '\\n')
+# Name of a metric -> kind, help, field of the row it is of
+CLUSTER_METRICS = {
+    'dispy_jobs_submitted_total': ('counter', 'Jobs submitted.', 'submitted'),
+    'dispy_job_seconds_total': ('counter', 'Seconds that jobs have run.', 'job_seconds'),
+    'dispy_cluster_cpus': ('gauge', 'CPUs of ready nodes.', 'cpus'),
+    'dispy_cluster_cpus_used': ('gauge', 'CPUs used.', 'used'),
+}
+# Name of a metric -> kind, help, values of its label `state`, each a field of a cluster's row
+JOB_METRICS = {
+    'dispy_jobs': ('gauge', 'Jobs that have not ended.', ('waiting', 'running')),
+    'dispy_jobs_ended_total': ('counter', 'Jobs that have ended.', ('done', 'failed', 'cancelled')),
+}
+NODE_METRICS = {
+    'dispy_node_cpus': ('gauge', 'CPUs that may be used.', 'cpus'),
+    'dispy_node_cpus_used': ('gauge', 'CPUs used.', 'used'),
+    'dispy_node_jobs_ended_total': ('counter', 'Jobs ended there.', 'jobs'),
+    'dispy_node_job_seconds_total': ('counter', 'Seconds that jobs have run there.', 'job_seconds'),
+    'dispy_node_memory_free_bytes': ('gauge', 'Memory free.', 'memory'),
+    'dispy_node_disk_free_bytes': ('gauge', 'Disk free.', 'disk'),
+    'dispy_node_load_percent': ('gauge', 'CPU load of the host.', 'load'),
+    'dispy_node_heard_seconds': ('gauge', 'Seconds since its last sign of life.', 'heard'),
+}
+
+
+class MetricsText:
+    """Prometheus' text format, version 0.0.4."""
+
+    def __init__(self) -> None:
+        self._lines: List[str] = []
+
+    def begin(self, name: str, kind: str, text: str) -> None:
+        """Begin a family of samples."""
+        self._lines.append('# HELP %s %s' % (name, text))
+        self._lines.append('# TYPE %s %s' % (name, kind))
+
+    def add(self, name: str, labels: Dict[str, Any], value: Any) -> None:
+        """Add a sample; what is not known is left out."""
+        if value is None:
+            return
+        inside = ','.join(map(self._label, labels.items()))
+        if inside:
+            inside = '{%s}' % inside
+        self._lines.append('%s%s %s' % (name, inside, value))
+
+    @staticmethod
+    def _label(label: Tuple[str, Any]) -> str:
+        name, value = label
+        text = str(value).replace('\\', '\\\\').replace('"', '\\"')
+        return '%s="%s"' % (name, text.replace('\n', '\\n'))
+
+    def __str__(self) -> str:
+        return '\n'.join(self._lines) + '\n'
 
 
 def metrics(snapshot: Snapshot) -> str:
-    """/metrics: Prometheus' text format, version 0.0.4."""
-    lines: List[str] = []
+    """/metrics"""
+    found = MetricsText()
+    _add_job_metrics(found, snapshot.clusters)
+    for name, (kind, text, field) in CLUSTER_METRICS.items():
+        found.begin(name, kind, text)
+        for row in snapshot.clusters:
+            found.add(name, _cluster_labels(row), row[field])
+    name = 'dispy_node_state'
+    found.begin(name, 'gauge', '1 for the state that a node is in.')
+    for row in snapshot.nodes:
+        labels = _node_labels(row)
+        labels['state'] = row['state']
+        found.add(name, labels, 1)
+    for name, (kind, text, field) in NODE_METRICS.items():
+        found.begin(name, kind, text)
+        for row in snapshot.nodes:
+            found.add(name, _node_labels(row), row[field])
+    name = 'dispy_snapshot_seconds'
+    found.begin(name, 'gauge', "Seconds of the driver's thread that the last snapshot took.")
+    found.add(name, {}, snapshot.cost)
+    return str(found)
 
-    def family(name: str, kind: str, text: str, samples: List[Tuple[dict, Any]]) -> None:
-        lines.extend(['# HELP %s %s' % (name, text), '# TYPE %s %s' % (name, kind)])
-        for labels, value in samples:
-            if value is not None:
-                inside = ','.join('%s="%s"' % (label, _label(words))
-                                  for label, words in labels.items())
-                lines.append('%s%s %s' % (name, '{%s}' % inside if inside else '', value))
 
-    clusters = [({'cluster': row['name'], 'number': row['number']}, row)
-                for row in snapshot.clusters]
-    nodes = [({'node': row['name'] or row['address'], 'id': row['id']}, row)
-             for row in snapshot.nodes]
-    family('dispy_jobs', 'gauge', 'Jobs that have not ended.',
-           [(dict(labels, state=state), row[state]) for labels, row in clusters
-            for state in ('waiting', 'running')])
-    family('dispy_jobs_ended_total', 'counter', 'Jobs that have ended.',
-           [(dict(labels, state=state), row[state]) for labels, row in clusters
-            for state in ('done', 'failed', 'cancelled')])
-    family('dispy_jobs_submitted_total', 'counter', 'Jobs submitted.',
-           [(labels, row['submitted']) for labels, row in clusters])
-    family('dispy_job_seconds_total', 'counter', 'Seconds that jobs have run.',
-           [(labels, row['job_seconds']) for labels, row in clusters])
-    family('dispy_cluster_cpus', 'gauge', 'CPUs of ready nodes.',
-           [(labels, row['cpus']) for labels, row in clusters])
-    family('dispy_cluster_cpus_used', 'gauge', 'CPUs used.',
-           [(labels, row['used']) for labels, row in clusters])
-    family('dispy_node_state', 'gauge', '1 for the state that a node is in.',
-           [(dict(labels, state=row['state']), 1) for labels, row in nodes])
-    for field, name, kind, text in (('cpus', 'dispy_node_cpus', 'gauge', 'CPUs that may be used.'),
-                                    ('used', 'dispy_node_cpus_used', 'gauge',
-                                     'CPUs used.'), ('jobs', 'dispy_node_jobs_ended_total',
-                                                     'counter', 'Jobs ended there.'),
-                                    ('job_seconds', 'dispy_node_job_seconds_total', 'counter',
-                                     'Seconds that jobs have run there.'),
-                                    ('memory', 'dispy_node_memory_free_bytes', 'gauge',
-                                     'Memory free.'), ('disk', 'dispy_node_disk_free_bytes',
-                                                       'gauge', 'Disk free.'),
-                                    ('load', 'dispy_node_load_percent', 'gauge',
-                                     'CPU load of the host.'),
-                                    ('heard', 'dispy_node_heard_seconds', 'gauge',
-                                     'Seconds since its last sign of life.')):
-        family(name, kind, text, [(labels, row[field]) for labels, row in nodes])
-    family('dispy_snapshot_seconds', 'gauge',
-           "Seconds of the driver's thread that the last snapshot took.", [({}, snapshot.cost)])
-    return '\n'.join(lines) + '\n'
+def _add_job_metrics(found: MetricsText, clusters: List[dict]) -> None:
+    for name, (kind, text, states) in JOB_METRICS.items():
+        found.begin(name, kind, text)
+        for row in clusters:
+            labels = _cluster_labels(row)
+            for state in states:
+                labels['state'] = state
+                found.add(name, labels, row[state])
+
+
+def _cluster_labels(row: dict) -> Dict[str, Any]:
+    return {'cluster': row['name'], 'number': row['number']}
+
+
+def _node_labels(row: dict) -> Dict[str, Any]:
+    return {'node': row['name'] or row['address'], 'id': row['id']}
 
 
 class Watch:
@@ -1442,14 +1549,19 @@ class Watch:
             if ending:
                 return
             with self._changed:
-                while not self._ending:
-                    now = time.monotonic()
-                    left = began + max(
-                        self.every if now < self._wanted_until else max(self.every, SAMPLES_APART),
-                        SNAPSHOT_SHARE * cost) - now
-                    if left <= 0:
-                        break
-                    self._changed.wait(left)
+                self._wait_since(began, cost)
+
+    def _wait_since(self, began: float, cost: float) -> None:
+        """Wait until the next snapshot is due; it may become due earlier meanwhile."""
+        while not self._ending:
+            now = time.monotonic()
+            apart = self.every
+            if now >= self._wanted_until:   # nobody looks
+                apart = max(apart, SAMPLES_APART)
+            left = began + max(apart, SNAPSHOT_SHARE * cost) - now
+            if left <= 0:
+                break
+            self._changed.wait(left)
 
     def newer(self, version: int, timeout: float) -> Optional[Snapshot]:
         """Wait for a snapshot after this version; the last one there is when the time runs out. Any
@@ -1459,18 +1571,25 @@ class Watch:
             if time.monotonic() >= self._wanted_until:
                 self._changed.notify_all()
             self._wanted_until = time.monotonic() + LOOKED_FOR
-            while self.last is None or self.last.version <= version and not self.last.final:
+            while not self._is_newer(version):
                 left = until - time.monotonic()
                 if left <= 0:
                     break
                 self._changed.wait(left)
             return self.last
 
+    def _is_newer(self, version: int) -> bool:
+        """Whether there is a snapshot after this version, or no other will come."""
+        last = self.last
+        return last is not None and (last.version > version or last.final)
+
     def current(self) -> Snapshot:
         """One that is not older than the time between two. Raises Refusal."""
         last = self.last
-        if last is None or time.time() - last.time > self.every and not last.final:
-            last = self.newer(last.version if last is not None else 0, IO_TIME / 2)
+        if last is None:
+            last = self.newer(0, IO_TIME / 2)
+        elif not last.final and time.time() - last.time > self.every:
+            last = self.newer(last.version, IO_TIME / 2)
         if last is None:
             raise Refusal(503, 'there is no snapshot yet')
         return last
@@ -1500,6 +1619,31 @@ HEADERS = {
 ONCE = ('host', 'origin', 'authorization', 'content-length', 'content-type', 'transfer-encoding',
         'sec-fetch-site')
 JSON = 'application/json'
+EVENTS = 'text/event-stream'
+METRICS = 'text/plain; version=0.0.4; charset=utf-8'
+
+
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+NOT_IN_HEADER = re.compile(r'[\x00-\x08\x0a-\x1f\x7f]')
+SHOWN = frozenset(VIEWS) | {'/metrics'}   # paths that need the token, besides CHANGES
+
+
+def checked_fields(body: Any, fields: 'Dict[str, Tuple[Any, bool]]') -> dict:
+    """The arguments of a change. Those that are null are left out. Raises Refusal."""
+    if not isinstance(body, dict) or not set(fields).issuperset(body):
+        raise Refusal(400, 'the body is no object of %s' % ', '.join(fields))
+    found = {field: value for field, value in body.items() if value is not None}
+    for field, (kind, is_needed) in fields.items():
+        if field in found:
+            _check_field(field, found[field], kind)
+        elif is_needed:
+            raise Refusal(400, '%s is missing' % field)
+    return found
+
+
+def _check_field(field: str, value: Any, kind: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise Refusal(400, '%s is no %s' % (field, getattr(kind, '__name__', 'list or text')))
 
 
 class _Head:
@@ -1605,13 +1749,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _begin(self, status: int, kind: str, **headers: Any) -> None:
         self.send_response(status)
-        for name, value in {
-                **HEADERS, 'Content-Type': kind,
-                **{name.replace('_', '-'): value
-                   for name, value in headers.items()}
-        }.items():
-            self.send_header(name, str(value))
+        all_headers = dict(HEADERS)
+        all_headers['Content-Type'] = kind
+        for name, value in headers.items():
+            all_headers[name.replace('_', '-')] = str(value)
+        for name, value in all_headers.items():
+            self.send_header(name, value)
         self.end_headers()
+
+    def _reply_json(self, value: Any) -> None:
+        self._reply(200, JSON, json.dumps(value).encode())
 
     def _reply(self, status: int, kind: str, body: bytes, **headers: Any) -> None:
         self.server.serving[self] = time.monotonic() + IO_TIME
@@ -1625,43 +1772,50 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """What holds for every request."""
         if self.request_version not in ('HTTP/1.0', 'HTTP/1.1'):
             raise Refusal(505, '%s is not spoken here' % self.request_version)
-        if self.headers.defects:
-            raise Refusal(400, 'the headers are malformed')
-        for name, value in self.headers.items():
-            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or re.search(
-                    r'[\x00-\x08\x0a-\x1f\x7f]', value):
-                raise Refusal(400, 'a header is malformed')
-        for name in ONCE:
-            if len(self.headers.get_all(name, ())) > 1:
-                raise Refusal(400, 'there are two headers %s' % name)
+        self._check_headers()
         host = self.headers.get('Host')
         if host is None:
             raise Refusal(400, 'there is no header Host')
         if not self.server.is_own(host):
             raise Refusal(421,
                           'this server is not %.80s; with another name, give it as host=' % host)
-        site = self.headers.get('Sec-Fetch-Site', 'none')
-        opened = self.command == 'GET' and (self.headers.get('Sec-Fetch-Mode'),
-                                            self.headers.get('Sec-Fetch-Dest')) == ('navigate',
-                                                                                    'document')
-        if site not in ('none',
-                        'same-origin') and not (opened and self.path.partition('?')[0] == '/'):
-            raise Refusal(403, 'a page of another site may not ask')
         origin = self.headers.get('Origin')
-        if origin is not None and origin != '%s://%s' % (self.server.scheme, host):
+        own = '%s://%s' % (self.server.scheme, host)
+        if not self._is_from_here() or origin not in (None, own):
             raise Refusal(403, 'a page of another site may not ask')
         if self.headers.get('Transfer-Encoding') is not None:
             raise Refusal(501, 'Transfer-Encoding is not served')
 
+    def _check_headers(self) -> None:
+        if self.headers.defects:
+            raise Refusal(400, 'the headers are malformed')
+        for name, value in self.headers.items():
+            if not HEADER_NAME.fullmatch(name) or NOT_IN_HEADER.search(value):
+                raise Refusal(400, 'a header is malformed')
+        for name in ONCE:
+            if len(self.headers.get_all(name, ())) > 1:
+                raise Refusal(400, 'there are two headers %s' % name)
+
+    def _is_from_here(self) -> bool:
+        """Whether a request comes from no other site, as far as the browser says so. The page
+        itself may be opened by a link from anywhere."""
+        site = self.headers.get('Sec-Fetch-Site', 'none')
+        if site in ('none', 'same-origin'):
+            return True
+        if self.command != 'GET' or self.path.partition('?')[0] != '/':
+            return False
+        mode = self.headers.get('Sec-Fetch-Mode')
+        destination = self.headers.get('Sec-Fetch-Dest')
+        return mode == 'navigate' and destination == 'document'
+
     def _check_token(self) -> None:
         kind, _, token = self.headers.get('Authorization', '').partition(' ')
-        if kind.lower() != 'bearer' or not hmac.compare_digest(
-                token.strip().encode('latin-1', 'replace'), self.server.token.encode()):
-            raise Refusal(
-                401,
-                'the token is missing or is not the one of this server: use the link that it '
-                'printed',
-                WWW_Authenticate='Bearer')
+        given = token.strip().encode('latin-1', 'replace')
+        is_own = hmac.compare_digest(given, self.server.token.encode())
+        if kind.lower() != 'bearer' or not is_own:
+            text = ('the token is missing or is not the one of this server: use the link that it '
+                    'printed')
+            raise Refusal(401, text, WWW_Authenticate='Bearer')
 
     def _length(self) -> int:
         text = self.headers.get('Content-Length')
@@ -1674,21 +1828,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self) -> None:
         self._check()
         path, _, words = self.path.partition('?')
-        known = path in STATIC or path in VIEWS or path == '/metrics' or path in CHANGES
-        if self.command not in ('GET', 'HEAD', 'POST'):
-            if self.command in ('PUT', 'DELETE', 'PATCH', 'OPTIONS', 'TRACE', 'CONNECT'):
-                raise Refusal(405,
-                              '%s is not served' % self.command,
-                              Allow='POST' if path in CHANGES else 'GET, HEAD')
-            raise Refusal(501, 'the method is unknown')
-        if not path.startswith('/'):
-            raise Refusal(400, 'the request names no path')
-        if not known:
-            raise Refusal(404, 'there is nothing at %.80s' % path)
-        if (self.command == 'POST') != (path in CHANGES):
-            raise Refusal(405,
-                          '%s is not served at %s' % (self.command, path),
-                          Allow='POST' if path in CHANGES else 'GET, HEAD')
+        self._check_method(path)
         length = self._length()
         if path not in STATIC:
             self._check_token()
@@ -1702,34 +1842,50 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self._show(path, self._query(words))
 
+    def _check_method(self, path: str) -> None:
+        """Raise Refusal if a path is not served, or not with this method."""
+        allowed: Tuple[str, ...] = ('GET', 'HEAD')
+        if path in CHANGES:
+            allowed = ('POST',)
+        what = self.command
+        if what in ('GET', 'HEAD', 'POST'):
+            if not path.startswith('/'):
+                raise Refusal(400, 'the request names no path')
+            if path not in CHANGES and path not in STATIC and path not in SHOWN:
+                raise Refusal(404, 'there is nothing at %.80s' % path)
+            what = '%s is not served at %s' % (what, path)
+        elif what in ('PUT', 'DELETE', 'PATCH', 'OPTIONS', 'TRACE', 'CONNECT'):
+            what = '%s is not served' % what
+        else:
+            raise Refusal(501, 'the method is unknown')
+        if self.command not in allowed:
+            raise Refusal(405, what, Allow=', '.join(allowed))
+
     @staticmethod
     def _query(words: str) -> Dict[str, str]:
+        if not words:
+            return {}
+        parse = urllib.parse.parse_qsl
         try:
-            if words:
-                pairs = urllib.parse.parse_qsl(words,
-                                               True,
-                                               True,
-                                               errors='strict',
-                                               max_num_fields=10)
-            else:
-                pairs = []
+            pairs = parse(words, True, True, errors='strict', max_num_fields=10)
         except ValueError as exc:
             raise Refusal(400, 'the query is malformed') from exc
-        if len(dict(pairs)) != len(pairs):
+        query = dict(pairs)
+        if len(query) != len(pairs):
             raise Refusal(400, 'the query says something twice')
-        return dict(pairs)
+        return query
 
     # -- reads -------------------------------------------------------------------------------------
 
     def _show(self, path: str, query: Dict[str, str]) -> None:
         snapshot = self.server.watch.current()
+        accepted = self.headers.get('Accept', '')
         if path == '/metrics':
-            self._reply(200, 'text/plain; version=0.0.4; charset=utf-8', metrics(snapshot).encode())
-        elif self.headers.get('Accept',
-                              '').startswith('text/event-stream') and self.command == 'GET':
+            self._reply(200, METRICS, metrics(snapshot).encode())
+        elif accepted.startswith(EVENTS) and self.command == 'GET':
             self._stream(path, query, snapshot)
         else:
-            self._reply(200, JSON, json.dumps(self._view(path, query, snapshot)).encode())
+            self._reply_json(self._view(path, query, snapshot))
 
     def _view(self, path: str, query: Dict[str, str], snapshot: Snapshot) -> dict:
         source = self.server.source
@@ -1741,39 +1897,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(409, str(exc) or 'it does not answer') from exc
         if words:
             raise Refusal(400, 'the query has unknown words: %.80s' % ', '.join(words))
-        view.update(time=round(snapshot.time, 3),
-                    snapshot_seconds=round(snapshot.cost, 6),
-                    manages=source.manages,
-                    shared=source.shared,
-                    source=source.text,
-                    nothing=source.nothing,
-                    clusters=[{'number': row['number'], 'name': row['name']}
-                              for row in snapshot.clusters[:PER_PAGE_MOST]])
+        view['time'] = round(snapshot.time, 3)
+        view['snapshot_seconds'] = round(snapshot.cost, 6)
+        view['manages'] = source.manages
+        view['shared'] = source.shared
+        view['source'] = source.text
+        view['nothing'] = source.nothing
+        first = snapshot.clusters[:PER_PAGE_MOST]
+        view['clusters'] = [{'number': row['number'], 'name': row['name']} for row in first]
         return view
 
     def _stream(self, path: str, query: Dict[str, str], snapshot: Snapshot) -> None:
         """Server-sent events until the browser goes, or the server does."""
         watch: Watch = self.server.watch
         plots: Dict[int, Any] = {}
-        spoke: float = time.monotonic()
-        view: Any = self._view(path, query, snapshot)
+        spoke = time.monotonic()
+        view = self._view(path, query, snapshot)
         sent: Any = None
         self.server.serving[self] = None
-        self._begin(200, 'text/event-stream')
+        self._begin(200, EVENTS)
         while True:
-            same = {
-                name: value
-                for name, value in view.items() if name not in ('time', 'snapshot_seconds')
-            }
+            same = dict(view)
+            del same['time'], same['snapshot_seconds']
             if same != sent:
                 sent = same
-                slim = [
-                    row if row.get('plot') is None or plots.get(row['number']) is not row['plot']
-                    else {name: value
-                          for name, value in row.items() if name != 'plot'} for row in view['rows']
-                ]
-                plots.update((row['number'], row['plot']) for row in view['rows'] if 'plot' in row)
-                self._event(json.dumps(dict(view, rows=slim)))
+                self._event(json.dumps(self._without_known_plots(view, plots)))
                 spoke = time.monotonic()
             elif time.monotonic() - spoke > HEARTBEAT:
                 self.wfile.write(b': still here\n\n')
@@ -1788,6 +1936,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._event(json.dumps({'error': str(exc), 'status': exc.status}))
                 return
 
+    @staticmethod
+    def _without_known_plots(view: dict, plots: Dict[int, Any]) -> dict:
+        """A view without the plots that have not changed; `plots` are those that were sent."""
+        rows = []
+        for row in view['rows']:
+            plot = row.get('plot')
+            if plot is not None and plots.get(row['number']) is plot:
+                row = dict(row)
+                del row['plot']
+            elif plot is not None:
+                plots[row['number']] = plot
+            rows.append(row)
+        return dict(view, rows=rows)
+
     def _event(self, data: str) -> None:
         self.wfile.write(b'data: %s\n\n' % data.encode())
 
@@ -1796,43 +1958,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _change(self, path: str, words: str, length: int) -> None:
         if words:
             raise Refusal(400, 'a POST has no query')
-        if self.headers.get_content_type() != JSON or self.headers.get_content_charset(
-                'utf-8') != 'utf-8' or 'Content-Type' not in self.headers:
+        charset = self.headers.get_content_charset('utf-8')
+        kind = self.headers.get_content_type()   # it has a default
+        if 'Content-Type' not in self.headers or (kind, charset) != (JSON, 'utf-8'):
             raise Refusal(415, 'the body must be application/json')
+        name, fields = CHANGES[path]
+        body = checked_fields(self._body(length), fields)
+        source = self.server.source
+        if not source.manages:
+            raise Refusal(
+                409,
+                'nodes are only looked at here; what they do is decided by the program that uses '
+                'them')
+        try:
+            done = getattr(source, name)(**body)
+        except (ValueError, TypeError) as exc:
+            raise Refusal(400, str(exc)) from exc
+        except (RuntimeError, TimeoutError, concurrent.futures.TimeoutError) as exc:
+            raise Refusal(409, str(exc) or 'it does not answer') from exc
+        logger.info('the web monitor: %s %s by %s', name, body, self.client_address[0])
+        self._reply_json({'done': done})
+
+    def _body(self, length: int) -> Any:
+        """What a request brings, which is JSON."""
         if length > MAX_BODY:
             raise Refusal(413, 'the body is over %d bytes' % MAX_BODY)
         data = self.rfile.read(length)
         if len(data) < length:
             raise Refusal(400, 'the body is shorter than its Content-Length')
         try:
-            body = json.loads(data.decode('utf-8'))
+            return json.loads(data.decode('utf-8'))
         except (ValueError, RecursionError) as exc:
             raise Refusal(400, 'the body is no JSON: %.80s' % exc) from exc
-        name, fields = CHANGES[path]
-        if not isinstance(body, dict) or set(body) - set(fields):
-            raise Refusal(400, 'the body is no object of %s' % ', '.join(fields))
-        body = {field: value for field, value in body.items() if value is not None}
-        for field, (kind, needed) in fields.items():
-            if field in body and (not isinstance(body[field], kind)
-                                  or isinstance(body[field], bool)):
-                raise Refusal(400,
-                              '%s is no %s' % (field, getattr(kind, '__name__', 'list or text')))
-            if field not in body and needed:
-                raise Refusal(400, '%s is missing' % field)
-        if not self.server.source.manages:
-            raise Refusal(
-                409,
-                'nodes are only looked at here; what they do is decided by the program that uses '
-                'them'
-            )
-        try:
-            done = getattr(self.server.source, name)(**body)
-        except (ValueError, TypeError) as exc:
-            raise Refusal(400, str(exc)) from exc
-        except (RuntimeError, TimeoutError, concurrent.futures.TimeoutError) as exc:
-            raise Refusal(409, str(exc) or 'it does not answer') from exc
-        logger.info('the web monitor: %s %s by %s', name, body, self.client_address[0])
-        self._reply(200, JSON, json.dumps({'done': done}).encode())
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -1858,10 +2015,8 @@ class Server(http.server.ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         else:
             self.address_family = socket.AF_INET
-        self._names = {
-            name.lower()
-            for name in (address[0], 'localhost', '127.0.0.1', '::1', socket.gethostname()) if name
-        }
+        names = [address[0], 'localhost', '127.0.0.1', '::1', socket.gethostname()]
+        self._names = {name.lower() for name in names if name}
         self._any_address = address[0] in ('', '0.0.0.0', '::')
         super().__init__(address, Handler)
 
@@ -1996,23 +2151,24 @@ class DispyHTTPServer:
             tls = _web_tls(certfile, keyfile)
         else:
             tls = None
-        self._source, self._watch = source, Watch(source, every)
+        self._source = source
+        self._watch = Watch(source, every)
         try:
             self._server = Server((host, port), source, self._watch, tls)
         except OSError as exc:
-            raise OSError(
-                exc.errno,
-                'the web monitor cannot listen at %s port %d: %s; choose another port (0: any that '
-                'is free)'
-                % (host or '*', port, exc.strerror or exc)) from exc
+            text = ('the web monitor cannot listen at %s port %d: %s; choose another port (0: any '
+                    'that is free)')
+            text %= (host or '*', port, exc.strerror or exc)
+            raise OSError(exc.errno, text) from exc
         if host in ('', '0.0.0.0', '::'):
             shown = 'localhost'
         elif ':' in host:
             shown = '[%s]' % host
         else:
             shown = host
-        self.url = '%s://%s:%d/#token=%s' % (self._server.scheme, shown, self._server.server_port,
-                                             self._server.token)
+        server = self._server
+        self.url = '%s://%s:%d/#token=%s' % (
+            server.scheme, shown, server.server_port, server.token)
         self._accepts = threading.Thread(target=self._server.serve_forever,
                                          name='dispy-httpd',
                                          daemon=True)
@@ -2181,33 +2337,43 @@ def _parser() -> argparse.ArgumentParser:
 def _source_of(args: argparse.Namespace) -> Any:
     secret = find_secret(None, args.secret_file)
     nodes: Any = [host_and_port(text, NODE_PORT) for text in args.nodes]
-    if args.scheduler is None:
-        where = '127.0.0.1'
-    else:
-        where = args.scheduler
-    host, port = host_and_port(where, SCHEDULER_PORT)
     if not nodes:
-        files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
-        link = SchedulerLink(host, port, Access(secret, *files, PULSE, dispy.REDIAL_MOST))
-        if args.scheduler is None:
-            level = logger.level
-            logger.setLevel("ERROR")   # that there is none is said below
-            why = link.why_not()
-            logger.setLevel(level)
-            there = dispy.place(host, port)
-            text = 'the dispyscheduler at %s is shown' % there
-            if why:
-                link.close()
-                nodes = '*'
-                text = 'no dispyscheduler at %s can be shown (%s): the nodes that answer are shown' % (
-                    there, why)
-            print('dispy-httpd: ' + text, file=sys.stderr)
-    if nodes:
-        return NodesSource(NodeSurvey(nodes, secret=secret, certfile=args.node_certfile,
-                                      keyfile=args.node_keyfile))
-    return SchedulerSource(link.ask,
-                           'all programs of the dispyscheduler at %s' % dispy.place(host, port),
-                           link.close)
+        link = _scheduler_of(args, secret)
+        if link is not None:
+            where = dispy.place(*link.address)
+            return SchedulerSource(
+                link.ask, 'all programs of the dispyscheduler at %s' % where, link.close)
+        nodes = '*'
+    survey = NodeSurvey(nodes, secret=secret, certfile=args.node_certfile,
+                        keyfile=args.node_keyfile)
+    return NodesSource(survey)
+
+
+def _scheduler_of(args: argparse.Namespace, secret: bytes) -> Optional[SchedulerLink]:
+    """The scheduler that is to be shown. If none is named it is the one of this machine; None if
+    that cannot be shown, and why is printed."""
+    where = args.scheduler
+    if where is None:
+        where = '127.0.0.1'
+    host, port = host_and_port(where, SCHEDULER_PORT)
+    files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
+    link = SchedulerLink(host, port, Access(secret, *files, PULSE, dispy.REDIAL_MOST))
+    if args.scheduler is not None:
+        return link
+    level = logger.level
+    logger.setLevel('ERROR')   # that there is none is said below
+    why = link.why_not()
+    logger.setLevel(level)
+    there = dispy.place(host, port)
+    text = 'the dispyscheduler at %s is shown' % there
+    if why:
+        link.close()
+        text = 'no dispyscheduler at %s can be shown (%s): the nodes that answer are shown' % (
+            there, why)
+    print('dispy-httpd: ' + text, file=sys.stderr)
+    if why:
+        return None
+    return link
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -2219,8 +2385,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     try:
         tls_files(args.certfile, args.keyfile, None, '--%s')
-        server = SourceHTTPServer(_source_of(args), args.host, args.port, args.poll_sec,
-                                  args.keyfile, args.certfile)
+        source = _source_of(args)
+        server = SourceHTTPServer(
+            source, args.host, args.port, args.poll_sec, args.keyfile, args.certfile)
     except (ValueError, TypeError, OSError, DispyError) as exc:
         print('dispy-httpd: %s' % exc, file=sys.stderr)
         return 1
@@ -2229,9 +2396,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             if args.token_file is not None:
                 _write_private(os.path.abspath(args.token_file), server._server.token.encode())
         except OSError as exc:
-            print('dispy-httpd: --token-file %s cannot be written: %s' %
-                  (args.token_file, exc.strerror or exc),
-                  file=sys.stderr)
+            text = '--token-file %s cannot be written: %s' % (
+                args.token_file, exc.strerror or exc)
+            print('dispy-httpd: ' + text, file=sys.stderr)
             return 1
         # A signal that comes just before the wait begins does not end it: its handler has not
         # run yet.
