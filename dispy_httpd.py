@@ -186,7 +186,7 @@ logger = dispy.logger
 
 
 class Refusal(Exception):
-    """A request that is not served: HTTP status and text."""
+    """A request that is refused, with the HTTP status and a text."""
 
     def __init__(self, status: int, text: str, **headers: str) -> None:
         super().__init__(text)
@@ -204,7 +204,7 @@ def _new_instance(cls: type, *args: Any, **kwargs: Any) -> Any:
 
 
 def _do_nothing(self: Any, *args: Any, **kwargs: Any) -> None:
-    """What a pickle does to an object is left out."""
+    """Leave out what a pickle does to an object."""
 
 
 def _return_self(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -212,7 +212,7 @@ def _return_self(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Shown(type):
-    """A class that stands for one that is no builtin: its instances take what a pickle does to
+    """A class that stands for one that is not a builtin. Its instances accept what a pickle does to
     them, and are shown as their type."""
     METHODS = {
         '__new__': _new_instance,
@@ -239,7 +239,8 @@ class _Shown(type):
 
 
 class _Opener(pickle.Unpickler):
-    """Opens builtins; every other name becomes a class that stands for it."""
+    """Opens a pickle of builtins. A class that stands for it takes the place of every other
+    name."""
 
     def find_class(self, module: str, name: str) -> Any:
         # How a class of the program itself travels
@@ -256,7 +257,7 @@ class _Opener(pickle.Unpickler):
 
 
 def arguments_text(payload: Any) -> str:
-    """The short form of a job's packed arguments; what is large is not opened."""
+    """Return the short form of a job's packed arguments. Large ones are not opened."""
     if payload is None:
         return ''
     if isinstance(payload, int):
@@ -289,7 +290,7 @@ def _check_memo(data: bytes) -> None:
 
 
 def bytes_text(size: float) -> str:
-    """A number of bytes for people."""
+    """Return a number of bytes as text for people."""
     for unit in ('bytes', 'KiB', 'MiB'):
         if size < 1024:
             return '%.*f %s' % (unit != 'bytes', size, unit)
@@ -298,13 +299,14 @@ def bytes_text(size: float) -> str:
 
 
 def last_line(text: str) -> str:
-    """Of a traceback: what was raised."""
+    """Return the last line of a traceback, which says what was raised."""
     last = text.strip().rpartition('\n')[2]
     return last.strip()[:300]
 
 
 class History:
-    """Jobs ended and CPUs used over time; also the rate. The snapshot thread's."""
+    """Jobs that have ended and CPUs that were used over time, and the rate. The snapshot
+    thread's."""
 
     def __init__(self) -> None:
         self.points: List[List[float]] = []
@@ -313,8 +315,8 @@ class History:
         self._recent: Deque[Tuple[float, int]] = collections.deque()
 
     def add(self, now: float, ended: int, used: int, cpus: int) -> float:
-        """Add a point; return jobs ended a second. Time that nothing ended in before the first job
-        did does not count."""
+        """Add a point and return how many jobs end in a second. Time before the first job ended
+        does not count."""
         self._add_recent(now, ended)
         if not self.points or now - self.points[-1][0] >= self._apart:
             self._add_point([round(now, 2), ended, used, cpus])
@@ -351,7 +353,8 @@ class History:
 # --------------------------------------------------------------------------------------------------
 
 class Watched(Monitor):
-    """A cluster of this program that is shown. `output` and `live_from` are the driver thread's."""
+    """A cluster of this program that is shown. `output` and `live_from` belong to the driver's
+    thread."""
 
     def __init__(self, number: int, cluster: Any) -> None:
         self.number = number
@@ -370,7 +373,7 @@ class Watched(Monitor):
         return self.cluster.cargo is None
 
     def failed(self, job: DispyJob, payload: Any) -> None:
-        """As of Monitor."""
+        """Note a job that has failed."""
         if job.status == DispyJob.Cancelled:
             return
         text = job._exception   # without the arguments, which may not be shown
@@ -381,7 +384,7 @@ class Watched(Monitor):
             job.end_time or 0.0, self.number, job.id, payload, job.status, node, text)
 
     def printed(self, job: DispyJob, stream: int, offset: int, data: bytes) -> None:
-        """As of Monitor."""
+        """Keep the end of what a job prints."""
         ends = self.output.setdefault(job, [b'', b''])
         before = b''
         if offset:
@@ -391,7 +394,7 @@ class Watched(Monitor):
             self._forget_output()
 
     def _forget_output(self) -> None:
-        """Forget what jobs have printed that have ended, or else what the first has printed."""
+        """Forget the output of jobs that have ended, or else that of the first job."""
         for job in list(self.output):
             if job.status in dispy.ENDED:
                 del self.output[job]
@@ -416,27 +419,29 @@ class Watched(Monitor):
         """Ask others for what they know, before the driver is asked. The snapshot thread."""
 
     def nodes(self) -> List[Any]:
-        """Its nodes, which have a `key`. The driver's thread."""
+        """Return its nodes, which have a `key`. The driver's thread."""
         return list(self._peers())
 
     def sent_to(self, key: Any) -> Dict[int, DispyJob]:
-        """Serial -> job of what was sent to a node. The driver's thread."""
+        """Return a dictionary from serials to the jobs that were sent to a node. The driver's
+        thread."""
         overview = self.cluster.driver.overview
         return overview.sent_to(key, self.cluster.comp)  # type: ignore[no-any-return]
 
     def jobs_at(self, key: Any) -> List[JobAtNode]:
-        """The same, with what is known of how long they have run. The driver's thread."""
+        """Return the jobs that were sent to a node, with what is known of how long they have run.
+        The driver's thread."""
         overview = self.cluster.driver.overview
         return overview.jobs_at(key, self.cluster.comp)  # type: ignore[no-any-return]
 
     def is_live(self, key: Any) -> bool:
-        """Whether a node sends what jobs print while they print it. The driver's thread."""
+        """Return whether a node sends what jobs print while they print it. The driver's thread."""
         peer = self.cluster.driver.nodes.by_key[key]
         return peer.link is not self.live_from.get(key, False)
 
     def node_rows(self, asking: bool) -> List[dict]:
-        """Rows of its nodes, see `node_row`. `asking`: some of the nodes are asked what is free
-        there. The driver's thread."""
+        """Return the rows of its nodes, see `node_row`. With `asking`, some of the nodes are asked
+        what is free there. The driver's thread."""
         cluster = self.cluster
         overview = cluster.driver.overview
         left = 0
@@ -470,8 +475,8 @@ SentTo = Dict[Tuple[str, str], Dict[int, DispyJob]]
 
 
 class WatchedShared(Watched):
-    """A SharedJobCluster that is shown. Its scheduler knows the nodes and is asked for them; where
-    the jobs are, the cluster is told by the scheduler."""
+    """A SharedJobCluster that is shown. Its nodes are those of the scheduler, which is asked for
+    them. The scheduler tells the cluster where its jobs are."""
 
     def __init__(self, number: int, cluster: Any) -> None:
         super().__init__(number, cluster)
@@ -479,8 +484,8 @@ class WatchedShared(Watched):
         self._sent: SentTo = {}
 
     def refresh(self) -> None:
-        """As above. While the scheduler is away it is shown itself in the place of its nodes, with
-        the reason."""
+        """Ask the scheduler for its nodes. While the scheduler is away, it is shown in the place of
+        its nodes, with the reason."""
         cluster = self.cluster
         sent: SentTo = {}
         for job, place in cluster._places.copy().items():
@@ -500,19 +505,19 @@ class WatchedShared(Watched):
         return dispy.answer_of(future, dispy.CALL_TIME)  # type: ignore[no-any-return]
 
     def nodes(self) -> List[Any]:
-        """As above."""
+        """Return the nodes that the scheduler has told of."""
         return list(self._known.values())
 
     def sent_to(self, key: Any) -> Dict[int, DispyJob]:
-        """As above."""
+        """Return a dictionary from serials to the jobs that are at a node of the scheduler."""
         row = self._known.get(key)
         if row is None:
             return {}
         return self._sent.get((row.ip_addr, row.name), {})
 
     def _running_at(self, row: NodeRow) -> List[int]:
-        """Serials of the jobs that run at a node: those that are known to have begun, then the
-        first of the others, as many as the scheduler says."""
+        """Return the serials of the jobs that run at a node: those that are known to have begun,
+        then the first of the others, as many as the scheduler says."""
         begun = []
         others = []
         for serial, job in self.sent_to(row.key).items():
@@ -523,7 +528,7 @@ class WatchedShared(Watched):
         return begun + others[:max(0, row.busy - len(begun))]
 
     def jobs_at(self, key: Any) -> List[JobAtNode]:
-        """As above; how long a job has run is known by its start_time."""
+        """Return the jobs at a node. How long a job has run is known by its start_time."""
         running = set(self._running_at(self._known[key]))
         rows = []
         for serial, job in self.sent_to(key).items():
@@ -531,12 +536,12 @@ class WatchedShared(Watched):
         return rows
 
     def is_live(self, key: Any) -> bool:
-        """As above; the scheduler passes output on."""
+        """Return whether the scheduler passes output on while it is printed."""
         links = {peer.link for peer in self._peers()}
         return not links & set(self.live_from.values())
 
     def node_rows(self, asking: bool) -> List[dict]:
-        """As above; the nodes are not asked."""
+        """Return the rows of the scheduler's nodes. The nodes are not asked."""
         return [self._known_row(row) for row in self.nodes()]
 
     def _known_row(self, row: NodeRow) -> dict:
@@ -549,7 +554,8 @@ class WatchedShared(Watched):
 
 
 def node_row(known: dict, state: str, reason: str, cpus: int, running: int, used: int) -> dict:
-    """A node for the page: a row as of `dispy.row_of_node` and what is to be shown of its use."""
+    """Return the row of a node for the page, made of a row as of `dispy.row_of_node` and of how the
+    node is used."""
     row = {name: known[name] for name in ('key', 'name', 'address', 'port', 'offered', 'platform')}
     row['state'] = dispy.shown_state(state, reason)
     row['reason'] = reason.strip()[-2000:]
@@ -568,14 +574,14 @@ def node_row(known: dict, state: str, reason: str, cpus: int, running: int, used
 
 
 def gone_row(peer: Any) -> dict:
-    """A node that no cluster uses any more."""
+    """Return the row of a node that no cluster uses any more."""
     row = dispy.row_of_node(peer, {}, None)
     row['offered'] = 0
     return node_row(row, 'closed', 'no cluster uses it any more', 0, 0, 0)
 
 
 def use_row(use: NodeUse, name: str) -> dict:
-    """How a cluster of this name uses a node, for the page."""
+    """Describe for the page how a cluster of this name uses a node."""
     row: Dict[str, Any] = use._asdict()
     del row['running']
     row['name'] = name
@@ -595,8 +601,8 @@ NEW_JOB_ROW: Dict[str, Any] = {
 
 def job_row(cluster: int, job: int, name: Any, is_running: bool,
             seconds: Optional[float]) -> Dict[str, Any]:
-    """A job at a node, for the page; its arguments and what it has printed are filled in later.
-    `job` is its number for `cancel`, `name` its id."""
+    """Return the row of a job at a node. Its arguments and its output are filled in later. `job` is
+    its number for `cancel`, `name` its id."""
     row = dict(NEW_JOB_ROW)
     row['cluster'] = cluster
     row['job'] = job
@@ -609,7 +615,7 @@ def job_row(cluster: int, job: int, name: Any, is_running: bool,
 
 
 def cluster_row(row: dict, history: History, closed: bool = False) -> dict:
-    """The rest of a cluster's row: what follows from its numbers."""
+    """Return the row of a cluster, with what follows from its numbers."""
     ended = row['done'] + row['failed'] + row['cancelled']
     pending = max(0, row['submitted'] - ended)
     running = min(pending, row['running'])
@@ -642,7 +648,7 @@ def _cluster_state(closed: bool, pending: int, nodes: int) -> str:
 
 
 class ClusterSource:
-    """Clusters of this program; or, with a `NodeSurvey`, nodes beside any program."""
+    """Shows the clusters of this program or, with a `NodeSurvey`, nodes beside any program."""
     text = 'clusters of this program'
     nothing = 'No cluster is shown: the program has none, or has taken it away (del_cluster).'
     manages = True
@@ -659,7 +665,7 @@ class ClusterSource:
         self._drivers: List[Any] = []
 
     def add(self, cluster: Any) -> None:
-        """Begin to watch. Raises TypeError for what is no cluster, RuntimeError if it was
+        """Begin to watch a cluster. Raises TypeError for what is no cluster, RuntimeError if it was
         closed."""
         if not isinstance(cluster, (JobCluster, NodeSurvey)):
             raise TypeError('%.80r is no cluster' % (cluster,))
@@ -678,14 +684,14 @@ class ClusterSource:
                 self._drivers.append(cluster.driver)
 
     def publish(self, page: str) -> None:
-        """The clusters may name this link as that of their page."""
+        """Tell the clusters that this is the link of their page."""
         with self._lock:
             self.page = page
             for watched in self._watched:
                 watched.page = page
 
     def remove(self, cluster: Any) -> None:
-        """Watch it no more. Nothing happens if it was not watched."""
+        """Stop watching a cluster. Nothing happens if it was not watched."""
         with self._lock:
             for watched in [watched for watched in self._watched if watched.cluster is cluster]:
                 self._watched.remove(watched)
@@ -694,20 +700,20 @@ class ClusterSource:
                         cluster.driver.ask(functools.partial(cluster.remove_monitor, watched))
 
     def close(self) -> None:
-        """Let go of all clusters."""
+        """Stop watching all clusters."""
         for watched in self.watched():
             self.remove(watched.cluster)
 
     def watched(self) -> List[Watched]:
-        """A copy of the list. Any thread."""
+        """Return a copy of the list. Any thread."""
         with self._lock:
             return list(self._watched)
 
     # -- snapshots; their thread -------------------------------------------------------------------
 
     def snapshot(self, asking: bool) -> Tuple[List[dict], List[dict], float]:
-        """Rows of clusters and of nodes, and the seconds that it took of the drivers' threads.
-        `asking`: nodes are asked what is free there."""
+        """Return the rows of clusters and of nodes, and the seconds that this took of the drivers'
+        threads. With `asking`, nodes are asked what is free there."""
         clusters: List[dict] = []
         nodes: Dict[str, dict] = {}
         cost = 0.0
@@ -720,7 +726,7 @@ class ClusterSource:
         return clusters, list(nodes.values()), cost
 
     def _look(self, watched: Watched, asking: bool) -> Tuple[List[dict], Dict[str, int], float]:
-        """As of `_turn`, from another thread. A cluster that is closed has no nodes."""
+        """Do what `_turn` does, from another thread. A cluster that is closed has no nodes."""
         cluster = watched.cluster
         if not cluster.closed:
             try:
@@ -734,8 +740,9 @@ class ClusterSource:
 
     @staticmethod
     def _turn(watched: Watched, asking: bool) -> Tuple[List[dict], Dict[str, int], float]:
-        """Rows of a cluster's nodes, its counts, and the seconds that this took. The driver's
-        thread, which is at rest meanwhile: what is on nodes and what has ended add up."""
+        """Return the rows of a cluster's nodes, its counts, and the seconds that this took. The
+        driver's thread does nothing else meanwhile, so what is at nodes and what has ended add
+        up."""
         began = time.perf_counter()
         cluster = watched.cluster
         cluster.driver.jobs.take_submitted()
@@ -761,11 +768,11 @@ class ClusterSource:
         return cluster_row(row, watched.history, bool(watched.ended))
 
     def _prefix(self, watched: Watched) -> str:
-        """How the ids of a cluster's nodes begin."""
+        """Return how the ids of a cluster's nodes begin."""
         return '%d.' % (self._drivers.index(watched.cluster.driver) + 1)
 
     def _merge(self, watched: Watched, rows: List[dict], nodes: Dict[str, dict]) -> None:
-        """Rows of one cluster's nodes into those of all."""
+        """Merge the rows of one cluster's nodes into those of all clusters."""
         prefix = self._prefix(watched)
         counts = watched.cluster.jobs_at_nodes()
         for row in rows:
@@ -782,8 +789,8 @@ class ClusterSource:
     @staticmethod
     def _put(nodes: Dict[str, dict], row: dict, watched: Watched, jobs: int,
              seconds: float) -> None:
-        """A node of a cluster, where `jobs` have ended that ran so many seconds, into those of all
-        clusters."""
+        """Put the row of a cluster's node into those of all clusters. `jobs` have ended there and
+        ran for so many seconds."""
         there = nodes.setdefault(row['id'], row)
         if there is row:
             there['clusters'] = []
@@ -801,7 +808,8 @@ class ClusterSource:
     # -- one node ----------------------------------------------------------------------------------
 
     def _uses(self, node: str, number: Optional[int] = None) -> List[Tuple[Watched, Any]]:
-        """(cluster, key of its node) of a node's id. Raises Refusal if there is none."""
+        """Return (cluster, key of its node) for each cluster that uses the node with this id.
+        Raises Refusal if there is none."""
         found = []
         for watched in self.watched():
             prefix = self._prefix(watched)
@@ -820,7 +828,7 @@ class ClusterSource:
         raise Refusal(404, 'there is no node %.80s%s' % (node, where))
 
     def jobs(self, node: str) -> List[dict]:
-        """Rows of a node's jobs. Any thread but a driver's."""
+        """Return the rows of a node's jobs. Any thread but a driver's."""
         rows: List[dict] = []
         for watched, key in self._uses(node):
             try:
@@ -831,7 +839,8 @@ class ClusterSource:
 
     @staticmethod
     def _jobs_turn(watched: Watched, key: Any) -> List[dict]:
-        """The driver's thread. What takes time, opening arguments, is left to the caller."""
+        """Return the rows of a cluster's jobs at a node. The driver's thread; opening the arguments
+        takes time and is left to the caller."""
         rows = []
         live = watched.is_live(key)
         now = time.time()
@@ -847,7 +856,7 @@ class ClusterSource:
         return rows
 
     def complete(self, rows: List[dict]) -> None:
-        """Rows of jobs that are shown get what takes time. Any thread."""
+        """Fill in what takes time in the rows of jobs that are shown. Any thread."""
         for row in rows:
             if self.shows_arguments:
                 row['arguments'] = arguments_text(row['arguments'])
@@ -855,7 +864,7 @@ class ClusterSource:
                 row['arguments'] = ''
 
     def failures(self) -> List[dict]:
-        """Failed jobs grouped by the last line of their tracebacks. Any thread."""
+        """Return the failed jobs, grouped by the last line of their tracebacks. Any thread."""
         rows: List[FailedJob] = []
         for watched in self.watched():
             rows += watched.failed_jobs.all()
@@ -875,7 +884,7 @@ class ClusterSource:
         raise Refusal(404, 'there is no cluster %d' % number)
 
     def cancel(self, cluster: int, node: str, jobs: Any) -> int:
-        """End jobs on a node. Returns how many."""
+        """End jobs at a node. Return how many."""
         numbers = chosen_jobs(jobs)
         (watched, key), = self._uses(node, cluster)
         driver = watched.cluster.driver
@@ -890,7 +899,7 @@ class ClusterSource:
         return driver.ask(end)  # type: ignore[no-any-return]
 
     def cancel_waiting(self, cluster: int) -> int:
-        """End jobs that have not begun, also those that wait on nodes. Returns how many."""
+        """End jobs that have not begun, also those that wait at nodes. Return how many."""
         watched = self._cluster(cluster).cluster
         driver = watched.driver
         return driver.ask(  # type: ignore[no-any-return]
@@ -946,7 +955,8 @@ def merge_uses(there: dict, row: dict) -> None:
 
 
 def grouped(failures: Iterable[FailedJob]) -> List[dict]:
-    """Rows of failures: groups of jobs of a cluster with the same last line of their tracebacks."""
+    """Return a row for each group of failed jobs of a cluster that have the same last line of their
+    tracebacks."""
     groups: Dict[Tuple[int, str], List[FailedJob]] = {}
     for failed in failures:
         groups.setdefault((failed.cluster, last_line(failed.text)), []).append(failed)
@@ -974,14 +984,14 @@ def _failed_row(failed: FailedJob) -> dict:
 
 
 def key_text(key: Any) -> str:
-    """What a driver calls a node, for an id: HOST:PORT, or one word."""
+    """Return what a driver calls a node, for an id: HOST:PORT, or one word."""
     if isinstance(key, tuple):
         return ':'.join(map(str, key))
     return str(key)
 
 
 def chosen_jobs(jobs: Any) -> Optional[List[int]]:
-    """`jobs` of a request: their numbers, None for all. Raises Refusal."""
+    """Return the numbers of jobs in a request, None for all jobs. Raises Refusal."""
     if jobs == 'all':
         return None
     if not isinstance(jobs, list) or not set(map(type, jobs)) <= {int}:
@@ -990,17 +1000,18 @@ def chosen_jobs(jobs: Any) -> Optional[List[int]]:
 
 
 def counts_of(cluster: Any) -> Dict[str, int]:
-    """Jobs of a cluster, but for those that have not ended. Any thread."""
+    """Return the numbers of jobs of a cluster that were submitted and that have ended. Any
+    thread."""
     submitted, done, failed, cancelled = cluster.jobs_counted()
     return {'submitted': submitted, 'done': done, 'cancelled': cancelled, 'failed': failed}
 
 
 class NodeSurvey(dispy.Survey):
-    """A look at nodes that goes on, for a source. Their lease stays whose it is."""
+    """Watches nodes for a source. Their lease stays with the client that has it."""
     name = 'nodes'
 
     def close(self) -> None:
-        """Let the nodes go. May be called twice."""
+        """Let the nodes go. It may be called twice."""
         if not self.closed:
             self.closed = True
             with contextlib.suppress(RuntimeError):   # the driver has failed
@@ -1008,7 +1019,7 @@ class NodeSurvey(dispy.Survey):
 
 
 class NodesSource(ClusterSource):
-    """Nodes beside any program: they are shown, and left as they are."""
+    """Shows nodes beside any program, and leaves them as they are."""
     text = 'nodes, whoever uses them'
     nothing = 'Nodes are watched here, not clusters: see Nodes.'
     manages = False
@@ -1025,7 +1036,8 @@ class NodesSource(ClusterSource):
 
 
 class SchedulerLink(dispy.Survey):
-    """A link to a dispyscheduler, as of a program; to the driver a cluster that only looks."""
+    """A link to a dispyscheduler like that of a program. To the driver it is a cluster that only
+    looks."""
     name = 'a web monitor'
 
     def __init__(self, host: str, port: int, access: Access) -> None:
@@ -1037,7 +1049,8 @@ class SchedulerLink(dispy.Survey):
         self.driver.ask(lambda: self.driver.open(self, False))
 
     def why_not(self) -> str:
-        """Why the scheduler cannot be asked, when that is known; empty when it can."""
+        """Return why the scheduler cannot be asked when that is known, or an empty text when it can
+        be asked."""
         until = time.monotonic() + HANDSHAKE_TIME
         while True:
             peer, = self.driver.ask(lambda: self.driver.nodes.of(self.comp))
@@ -1048,8 +1061,8 @@ class SchedulerLink(dispy.Survey):
             time.sleep(0.02)
 
     def ask(self, *question: Any) -> Any:
-        """What `ProgramOverview.answer` of the scheduler returns. Raises what it raises,
-        RuntimeError if it is not connected. Any thread."""
+        """Return what `ProgramOverview.answer` of the scheduler returns, and raise what it raises.
+        Raises RuntimeError if the scheduler is not connected. Any thread."""
         calls = self.driver.calls
         try:
             future = self.driver.ask(lambda: calls.call(self.comp, 'overview', *question))
@@ -1062,7 +1075,7 @@ class SchedulerLink(dispy.Survey):
 
 
 class SchedulerSource:
-    """A dispyscheduler: all clusters of all programs. `ask` takes a question of its
+    """Shows all clusters of all programs of a dispyscheduler. `ask` takes a question of its
     `ProgramOverview` and returns (seconds, answer)."""
     nothing = 'No program uses the scheduler now.'
     manages = True
@@ -1097,7 +1110,8 @@ class SchedulerSource:
                 return rows, cost
 
     def snapshot(self, asking: bool) -> Tuple[List[dict], List[dict], float]:
-        """As ClusterSource's. While the scheduler is away there is nothing but the reason."""
+        """Return the rows as ClusterSource does. While the scheduler is away there is nothing but
+        the reason."""
         try:
             clusters, cost = self._pages('clusters')
             nodes, more = self._pages('nodes', asking)
@@ -1139,7 +1153,7 @@ class SchedulerSource:
 
     @staticmethod
     def _node_row(node: dict, clusters: Dict[int, dict]) -> dict:
-        """A row of /api/nodes; what there is of clusters is added to theirs."""
+        """Return a row of /api/nodes, and add what it says of clusters to their rows."""
         uses = []
         refused = ''
         for use in itertools.starmap(NodeUse, node['uses']):
@@ -1182,8 +1196,8 @@ class SchedulerSource:
             return self._keys[node]
 
     def jobs(self, node: str) -> List[dict]:
-        """As ClusterSource's; asked of the scheduler four times a second at most. Their arguments
-        come later, with `complete`."""
+        """Return the rows of a node's jobs as ClusterSource does. The scheduler is asked four times
+        a second at most. The arguments are added by `complete`."""
         key = self._key(node)
         with self._lock:
             jobs = self._jobs_of(node, key)
@@ -1193,8 +1207,8 @@ class SchedulerSource:
         return rows
 
     def _jobs_of(self, node: str, key: Any) -> List[tuple]:
-        """What the scheduler tells of the jobs at a node, or has told a moment ago. With the
-        lock."""
+        """Return what the scheduler tells of the jobs at a node, or has told a moment ago. The lock
+        is held."""
         now = time.monotonic()
         at, jobs = self._jobs.get(node, (-math.inf, []))
         if now - at < SNAPSHOTS_APART:
@@ -1208,7 +1222,8 @@ class SchedulerSource:
         return jobs
 
     def complete(self, rows: List[dict]) -> None:
-        """Arguments of the jobs that are shown, each asked for once."""
+        """Add the arguments to the rows of jobs that are shown. The scheduler is asked for each of
+        them once."""
         jobs = [(row['cluster'], row['job']) for row in rows]
         with self._lock:
             missing = [job for job in jobs if job not in self._texts]
@@ -1225,7 +1240,7 @@ class SchedulerSource:
                 self._texts.popitem(last=False)
 
     def failures(self) -> List[dict]:
-        """As ClusterSource's."""
+        """Return the failed jobs, grouped as those of ClusterSource."""
         return grouped(list(self._failures))
 
     # -- changes -----------------------------------------------------------------------------------
@@ -1239,11 +1254,11 @@ class SchedulerSource:
         return self._order(name, self._key(node), *args)
 
     def cancel(self, cluster: int, node: str, jobs: Any) -> int:
-        """End jobs on a node. Returns how many."""
+        """End jobs at a node. Return how many."""
         return self._order('cancel', cluster, self._key(node), chosen_jobs(jobs))
 
     def cancel_waiting(self, cluster: int) -> int:
-        """End jobs that do not run, also those that wait on nodes. Returns how many."""
+        """End jobs that do not run, also those that wait at nodes. Return how many."""
         return self._order('cancel_waiting', cluster)
 
     def add_node(self,
@@ -1287,7 +1302,7 @@ def _add_use(cluster: dict, use: NodeUse) -> None:
 # --------------------------------------------------------------------------------------------------
 
 class Snapshot(NamedTuple):
-    """All there is to show but jobs and failures; not changed once it is made."""
+    """All there is to show except jobs and failures. It is not changed after it was made."""
     version: int
     time: float
     cost: float
@@ -1300,8 +1315,8 @@ _PLAIN = frozenset((int, float, str, bool, type(None), bytes))
 
 
 def id_text(number: Any) -> str:
-    """A job's id, which may be any object of the user's: shown if it is a plain value, else its
-    type."""
+    """Return the id of a job as text. It may be any object of the user's: a plain value is shown,
+    of others only the type."""
     kind = type(number)
     if kind is str:
         return number[:200]  # type: ignore[no-any-return]
@@ -1323,7 +1338,8 @@ def _number(query: Dict[str, str], name: str, default: int, low: int, high: int)
 
 
 def _order(value: Any) -> Any:
-    """What to sort by: numbers in texts count as such, so that node10 comes after node9."""
+    """Return what to sort by. Numbers in texts count as numbers, so that node10 comes after
+    node9."""
     if not isinstance(value, str):
         return value
     parts: List[Any] = re.split('([0-9]+)', value)
@@ -1335,8 +1351,8 @@ def table(rows: List[dict],
           query: Dict[str, str],
           columns: Sequence[str],
           descending: Sequence[str] = ()) -> dict:
-    """The page of a table that a query asks for; takes its words out of it. Rows without a value
-    to sort by come last. Raises Refusal."""
+    """Return the page of a table that a query asks for, and take the words for that out of the
+    query. Rows without a value to sort by come last. Raises Refusal."""
     sort = query.pop('sort', columns[0])
     if sort not in columns:
         raise Refusal(400, 'sort=%.40s: it is one of %s' % (sort, ', '.join(columns)))
@@ -1365,17 +1381,17 @@ FAILURE_FIELDS = ('count', 'last', 'text', 'cluster')
 
 
 def clusters_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
-    """/api/clusters"""
+    """Answer /api/clusters."""
     return table(snapshot.clusters, query, CLUSTER_FIELDS)
 
 
 def nodes_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
-    """/api/nodes"""
+    """Answer /api/nodes."""
     return table(snapshot.nodes, query, NODE_FIELDS, NODE_DESCENDING)
 
 
 def node_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
-    """/api/node"""
+    """Answer /api/node."""
     name = query.pop('id', '')
     nodes = {row['id']: row for row in snapshot.nodes}
     if name not in nodes:
@@ -1394,7 +1410,7 @@ def node_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
 
 
 def failures_view(source: Any, snapshot: Snapshot, query: Dict[str, str]) -> dict:
-    """/api/failures"""
+    """Answer /api/failures."""
     return table(source.failures(), query, FAILURE_FIELDS, ('count', 'last'))
 
 
@@ -1443,7 +1459,7 @@ NODE_METRICS = {
 
 
 class MetricsText:
-    """Prometheus' text format, version 0.0.4."""
+    """Builds a text in Prometheus' format, version 0.0.4."""
 
     def __init__(self) -> None:
         self._lines: List[str] = []
@@ -1454,7 +1470,7 @@ class MetricsText:
         self._lines.append('# TYPE %s %s' % (name, kind))
 
     def add(self, name: str, labels: Dict[str, Any], value: Any) -> None:
-        """Add a sample; what is not known is left out."""
+        """Add a sample. A value that is not known is left out."""
         if value is None:
             return
         inside = ','.join(map(self._label, labels.items()))
@@ -1473,7 +1489,7 @@ class MetricsText:
 
 
 def metrics(snapshot: Snapshot) -> str:
-    """/metrics"""
+    """Answer /metrics."""
     found = MetricsText()
     _add_job_metrics(found, snapshot.clusters)
     for name, (kind, text, field) in CLUSTER_METRICS.items():
@@ -1515,7 +1531,7 @@ def _node_labels(row: dict) -> Dict[str, Any]:
 
 
 class Watch:
-    """The snapshot thread. Everybody looks at what it took last."""
+    """The thread that takes snapshots. All requests look at the one that it took last."""
 
     def __init__(self, source: Any, every: float) -> None:
         self._source = source
@@ -1552,7 +1568,8 @@ class Watch:
                 self._wait_since(began, cost)
 
     def _wait_since(self, began: float, cost: float) -> None:
-        """Wait until the next snapshot is due; it may become due earlier meanwhile."""
+        """Wait until the next snapshot is due. It may become due earlier meanwhile. The lock is
+        held."""
         while not self._ending:
             now = time.monotonic()
             apart = self.every
@@ -1564,8 +1581,8 @@ class Watch:
             self._changed.wait(left)
 
     def newer(self, version: int, timeout: float) -> Optional[Snapshot]:
-        """Wait for a snapshot after this version; the last one there is when the time runs out. Any
-        thread."""
+        """Wait for a snapshot after this version, and return it; when the time runs out, return the
+        last one there is. Any thread."""
         until = time.monotonic() + timeout
         with self._changed:
             if time.monotonic() >= self._wanted_until:
@@ -1579,12 +1596,12 @@ class Watch:
             return self.last
 
     def _is_newer(self, version: int) -> bool:
-        """Whether there is a snapshot after this version, or no other will come."""
+        """Return whether there is a snapshot after this version, or no other will come."""
         last = self.last
         return last is not None and (last.version > version or last.final)
 
     def current(self) -> Snapshot:
-        """One that is not older than the time between two. Raises Refusal."""
+        """Return a snapshot that is not older than the time between two. Raises Refusal."""
         last = self.last
         if last is None:
             last = self.newer(0, IO_TIME / 2)
@@ -1595,7 +1612,7 @@ class Watch:
         return last
 
     def close(self) -> None:
-        """Take the last one, and end."""
+        """Take the last snapshot, and end."""
         with self._changed:
             self._ending = True
             self._changed.notify_all()
@@ -1629,7 +1646,7 @@ SHOWN = frozenset(VIEWS) | {'/metrics'}   # paths that need the token, besides C
 
 
 def checked_fields(body: Any, fields: 'Dict[str, Tuple[Any, bool]]') -> dict:
-    """The arguments of a change. Those that are null are left out. Raises Refusal."""
+    """Return the arguments of a change, without those that are null. Raises Refusal."""
     if not isinstance(body, dict) or not set(fields).issuperset(body):
         raise Refusal(400, 'the body is no object of %s' % ', '.join(fields))
     found = {field: value for field, value in body.items() if value is not None}
@@ -1647,14 +1664,14 @@ def _check_field(field: str, value: Any, kind: Any) -> None:
 
 
 class _Head:
-    """The first bytes of a connection: no more than MAX_HEAD of them are read as lines."""
+    """Reads the first bytes of a connection: no more than MAX_HEAD of them are read as lines."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
         self._left = MAX_HEAD
 
     def readline(self, size: int) -> bytes:
-        """As a file's; raises LineTooLong when there is too much of all lines."""
+        """Read a line as a file does. Raises LineTooLong when there is too much of all lines."""
         line = self._file.readline(min(size, self._left + 1))
         self._left -= len(line)
         if self._left < 0:
@@ -1662,21 +1679,21 @@ class _Head:
         return bytes(line)
 
     def read(self, size: int) -> bytes:
-        """Of the body."""
+        """Read from the body."""
         return bytes(self._file.read(size))
 
     def close(self) -> None:
-        """As a file's."""
+        """Close the file."""
         self._file.close()
 
     @property
     def closed(self) -> bool:
-        """As a file's."""
+        """Whether the file is closed."""
         return bool(self._file.closed)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One request, in a thread of its own."""
+    """Serves one request, in a thread of its own."""
     protocol_version = 'HTTP/1.1'
     server_version = 'dispy'
     sys_version = ''
@@ -1684,7 +1701,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     timeout = IO_TIME
 
     def setup(self) -> None:
-        """TLS, and a limit on what is read."""
+        """Set up TLS, and a limit on what is read."""
         if self.server.tls is not None:
             self.request.settimeout(IO_TIME)
             self.request = self.server.tls.wrap_socket(self.request, server_side=True)
@@ -1693,7 +1710,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.serving[self] = time.monotonic() + IO_TIME
 
     def finish(self) -> None:
-        """Close, also what socketserver does not know under TLS."""
+        """Close the connection, also what socketserver does not know under TLS."""
         self.server.serving.pop(self, None)
         with contextlib.suppress(OSError):   # it has hung up
             super().finish()
@@ -1706,7 +1723,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def handle_one_request(self) -> None:
-        """Read, check, answer; then the connection ends."""
+        """Read a request, check it and answer it; then the connection ends."""
         self.close_connection = True
         self.requestline = ''
         self.command = ''
@@ -1727,18 +1744,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             logger.debug('the web monitor: %s: %s', self.client_address[0], exc)
 
     def handle_expect_100(self) -> bool:
-        """Nothing that is served is large enough for it."""
+        """Refuse the request: nothing that is served is large enough for this."""
         raise Refusal(417, 'Expect is not served')
 
     def send_error(self,
                    code: int,
                    message: Optional[str] = None,
                    explain: Optional[str] = None) -> None:
-        """What parse_request says of bad requests."""
+        """Answer what parse_request finds wrong."""
         self._error(code, message or http.client.responses.get(code, ''), {})
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are no news."""
+        """Log a request at DEBUG only."""
         logger.debug('the web monitor: %s: ' + format, self.client_address[0], *args)
 
     # -- answers -----------------------------------------------------------------------------------
@@ -1769,7 +1786,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # -- checks ------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        """What holds for every request."""
+        """Check what holds for every request. Raises Refusal."""
         if self.request_version not in ('HTTP/1.0', 'HTTP/1.1'):
             raise Refusal(505, '%s is not spoken here' % self.request_version)
         self._check_headers()
@@ -1797,8 +1814,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise Refusal(400, 'there are two headers %s' % name)
 
     def _is_from_here(self) -> bool:
-        """Whether a request comes from no other site, as far as the browser says so. The page
-        itself may be opened by a link from anywhere."""
+        """Return whether a request comes from no other site, as far as the browser says so. The
+        page itself may be opened by a link from anywhere."""
         site = self.headers.get('Sec-Fetch-Site', 'none')
         if site in ('none', 'same-origin'):
             return True
@@ -1908,7 +1925,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return view
 
     def _stream(self, path: str, query: Dict[str, str], snapshot: Snapshot) -> None:
-        """Server-sent events until the browser goes, or the server does."""
+        """Send events until the browser goes or the server ends."""
         watch: Watch = self.server.watch
         plots: Dict[int, Any] = {}
         spoke = time.monotonic()
@@ -1938,7 +1955,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     @staticmethod
     def _without_known_plots(view: dict, plots: Dict[int, Any]) -> dict:
-        """A view without the plots that have not changed; `plots` are those that were sent."""
+        """Return a view without the plots that have not changed. `plots` are those that were
+        sent."""
         rows = []
         for row in view['rows']:
             plot = row.get('plot')
@@ -1980,7 +1998,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._reply_json({'done': done})
 
     def _body(self, length: int) -> Any:
-        """What a request brings, which is JSON."""
+        """Return the JSON that a request brings. Raises Refusal."""
         if length > MAX_BODY:
             raise Refusal(413, 'the body is over %d bytes' % MAX_BODY)
         data = self.rfile.read(length)
@@ -1993,7 +2011,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Accepts connections, so many at once, and ends those that take too long."""
+    """Accepts connections, up to a limit, and ends those that take too long."""
     daemon_threads = True
     allow_reuse_address = os.name != 'nt'
     request_queue_size = 64
@@ -2021,14 +2039,14 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
-        """As HTTPServer's, without its look-up of the host's name."""
+        """Bind as HTTPServer does, without its look-up of the host's name."""
         socketserver.TCPServer.server_bind(self)
         self.server_name = str(self.server_address[0])
         self.server_port = self.server_address[1]
 
     def is_own(self, host: str) -> bool:
-        """Whether a header Host names this server. Ports may differ: ssh forwards others. A name of
-        somebody else's that leads here (DNS rebinding) is none of ours; an address is no name."""
+        """Return whether a header Host names this server. Ports may differ: ssh forwards others. A
+        foreign name that leads here (DNS rebinding) is refused; an address is no name."""
         found = re.fullmatch(r'(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?', host)
         if not found:
             return False
@@ -2040,7 +2058,7 @@ class Server(http.server.ThreadingHTTPServer):
         return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """A thread, if there is a place."""
+        """Start a thread if there are not too many."""
         if not self._places.acquire(blocking=False):
             with contextlib.suppress(OSError):   # it does not listen
                 request.setblocking(False)
@@ -2058,7 +2076,7 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """A connection's thread."""
+        """Serve a connection in its thread."""
         thread = threading.current_thread()
         thread.name = 'dispy-httpd-request'
         self.threads[id(thread)] = thread
@@ -2069,15 +2087,16 @@ class Server(http.server.ThreadingHTTPServer):
             del self.threads[id(thread)]
 
     def service_actions(self) -> None:
-        """Twice a second: who is too slow is cut off. The accept thread."""
+        """Cut off connections that are too slow. It is called twice a second by the accept
+        thread."""
         now = time.monotonic()
         for handler, until in list(self.serving.items()):
             if until is not None and now > until:
                 handler.cut()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A request's thread failed: TLS that did not come about is no news, the rest is our own
-        fault."""
+        """Log that a request's thread has failed. A failed TLS handshake is logged at DEBUG only;
+        the rest is our own fault."""
         if isinstance(sys.exc_info()[1], OSError):
             logger.debug('the web monitor: %s: %s', client_address[0], sys.exc_info()[1])
         else:
@@ -2196,22 +2215,22 @@ class DispyHTTPServer:
 
     @property
     def _clusters(self) -> Dict[str, Any]:
-        """The clusters that are shown, by name, which scripts for dispy 4 hand to
+        """The clusters that are shown, by name, which scripts for dispy 4 pass to
         cluster_status."""
         return {watched.cluster.name: watched.cluster for watched in list(self._source.watched())}
 
     def add_cluster(self, cluster: JobCluster) -> None:
-        """Show this cluster too. Nothing happens if it is shown. Raises TypeError, RuntimeError if
-        it was closed. Any thread."""
+        """Show this cluster too. Nothing happens if it is shown already. Raises TypeError,
+        RuntimeError if it was closed. Any thread."""
         self._source.add(cluster)
 
     def del_cluster(self, cluster: JobCluster) -> None:
-        """Show this cluster no more. Any thread."""
+        """Stop showing this cluster. Any thread."""
         self._source.remove(cluster)
 
     def shutdown(self, wait: bool = True) -> None:
-        """End. With `wait`, browsers first get how it all ended. May be called twice. Any
-        thread."""
+        """End the server. With `wait`, browsers first get how it all ended. It may be called twice.
+        Any thread."""
         if self._closed:
             return
         self._closed = True
@@ -2239,8 +2258,8 @@ class DispyHTTPServer:
 
 
 class SourceHTTPServer(DispyHTTPServer):
-    """The same for what is no cluster of this program; it closes the source. `tell` is given the
-    line with the link."""
+    """A web server for what is no cluster of this program. It closes the source. `tell` is called
+    with the line that has the link."""
 
     def __init__(self,
                  source: Any,
@@ -2323,9 +2342,8 @@ OPTIONS: List[Tuple[Tuple[str, ...], Dict[str, Any]]] = [
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='dispy-httpd',
-        description=
-        'Show a dispyscheduler in a browser, or nodes, whoever uses them: these are not taken '
-        'from their client. The link to open is printed; Ctrl-C ends it.')
+        description='Show a dispyscheduler in a browser, or nodes, whoever uses them: these are '
+                    'not taken from their client. The link to open is printed; Ctrl-C ends it.')
     which = parser.add_mutually_exclusive_group()
     for names, settings in SOURCE_OPTIONS:
         which.add_argument(*names, **settings)
@@ -2350,8 +2368,8 @@ def _source_of(args: argparse.Namespace) -> Any:
 
 
 def _scheduler_of(args: argparse.Namespace, secret: bytes) -> Optional[SchedulerLink]:
-    """The scheduler that is to be shown. If none is named it is the one of this machine; None if
-    that cannot be shown, and why is printed."""
+    """Return the scheduler that is to be shown. If none is named it is the one of this machine, or
+    None if that cannot be shown; then the reason is printed."""
     where = args.scheduler
     if where is None:
         where = '127.0.0.1'
@@ -2377,7 +2395,7 @@ def _scheduler_of(args: argparse.Namespace, secret: bytes) -> Optional[Scheduler
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line. Returns 0 when it was ended by a signal, 1 when it could not start."""
+    """Run the command line. Return 0 when it was ended by a signal, 1 when it could not start."""
     parser = _parser()
     args = parser.parse_args(argv)
     stop = threading.Event()

@@ -139,8 +139,9 @@ STATE_MARK = 'dispy-scheduler'   # the file that says that a directory is a sche
 
 
 class StoredValue(mmap.mmap):
-    """Arguments or a result in a file, of which the system reads what is looked at. Its file goes
-    with it unless it has been given a place, which clears `path`."""
+    """A payload in a file, of which the system reads only the parts that are looked at. The file is
+    deleted together with this object unless it has been moved to a place of its own, which clears
+    `path`."""
     path = ''
 
     def __del__(self) -> None:
@@ -150,7 +151,7 @@ class StoredValue(mmap.mmap):
 
 
 def stored(path: str, is_own: bool = False) -> Any:
-    """The contents of a file; large ones are not read yet. Raises OSError."""
+    """Return the contents of a file; a large one is mapped and not read yet. Raises OSError."""
     with open(path, 'rb') as file:
         # On Windows files cannot be moved or removed that are mapped
         if os.name == 'nt' or os.fstat(file.fileno()).st_size <= LAZY:
@@ -167,7 +168,7 @@ def stored(path: str, is_own: bool = False) -> Any:
 
 
 def _place_of(pieces: Sequence[Any]) -> Optional[StoredValue]:
-    """The file in which a payload lies already, if there is one."""
+    """Return the file in which a payload lies already, if there is one."""
     if len(pieces) != 1 or type(pieces[0]) is not memoryview:
         return None
     value = pieces[0].obj
@@ -177,18 +178,18 @@ def _place_of(pieces: Sequence[Any]) -> Optional[StoredValue]:
 
 
 class OnDisk:
-    """A place for a value that comes in parts: a file, written as the parts come, and on the disk
-    when it is whole."""
+    """A destination for a value that comes in parts: a file that is written as the parts come, and
+    that is on the disk when the value is complete."""
     SYNC = 64 << 20    # bytes after which is waited for the disk, so that nobody waits long
 
     def __init__(self, path: str) -> None:
-        """Raises OSError."""
+        """Create the file. Raises OSError."""
         self._path = path
         self._unsynced = 0
         self._file: Any = open(path, 'wb', buffering=0)
 
     def add(self, offset: int, data: Any) -> None:
-        """As of InMemory."""
+        """Write a part, as InMemory does."""
         view = memoryview(data)
         self._unsynced += len(view)
         while view:
@@ -201,27 +202,27 @@ class OnDisk:
         self._unsynced = 0
 
     def whole(self) -> Any:
-        """As of InMemory. Raises OSError."""
+        """Return the value, as InMemory does. Raises OSError."""
         self._sync()
         self._file.close()
         return memoryview(stored(self._path, True))
 
     def drop(self) -> None:
-        """As of InMemory."""
+        """Give the value up, as InMemory does."""
         self._file.close()
         with contextlib.suppress(OSError):   # it has gone
             os.unlink(self._path)
 
 
 class StoredValues(Values):
-    """As Values, on the disk."""
+    """Values that are kept in files while their parts come."""
 
     def __init__(self, state: 'State') -> None:
         super().__init__('at the scheduler', logger)
         self._state = state
 
     def find_place(self, value: Coming) -> Any:
-        """A file if there is room on the disk. Raises OSError."""
+        """Create a file for a value if the disk has room for it. Raises OSError."""
         promised = 0
         for other in self._coming.values():
             if other.place is not None:
@@ -240,15 +241,15 @@ class DiskReserve:
 
     @property
     def size(self) -> int:
-        """RESERVE, or less on a small disk."""
+        """The size of the file: RESERVE, or less on a small disk."""
         return min(RESERVE, shutil.disk_usage(self._root).total // 16)
 
     def free(self) -> int:
-        """Bytes of the disk that are free."""
+        """Return how many bytes of the disk are free."""
         return shutil.disk_usage(self._root).free
 
     def keep(self) -> None:
-        """Make the file if there is ample room for it."""
+        """Create the file if there is ample room for it."""
         if self._is_there:
             return
         size = self.size
@@ -261,7 +262,7 @@ class DiskReserve:
             logger.debug('%s: %s', self._path, exc)
 
     def give_up(self) -> None:
-        """Remove the file if others have filled the disk."""
+        """Delete the file if others have filled the disk."""
         if self.free() < self.size:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path)
@@ -310,7 +311,7 @@ class State(Database):
         'DELETE FROM past WHERE comp = ?')
 
     def __init__(self, root: str) -> None:
-        """Raises DispyError, OSError."""
+        """Open the state in this directory. Raises DispyError, OSError."""
         self.root = root
         self.large = os.path.join(root, 'large')
         take_state_directory(root)
@@ -354,8 +355,8 @@ class State(Database):
         self._gone: List[int] = []
 
     def key_of(self, comp: str) -> bytes:
-        """The key by which this scheduler takes results of a computation from nodes, also when it
-        has been started again."""
+        """Return the key by which this scheduler takes results of a computation from nodes. It is
+        the same after the scheduler was started again."""
         return hmac.digest(self._seed, comp.encode(), 'sha256')
 
     def _find_files(self) -> Set[int]:
@@ -413,7 +414,7 @@ class State(Database):
         self.note(self.PAST, comp, time.time(), data, text)
 
     def past(self, comp: str) -> Past:
-        """What is known of the jobs of a computation that is not here any more."""
+        """Return what is known of the jobs of a computation that is not here any more."""
         row = self._db.execute('SELECT serials, text FROM past WHERE comp = ?', (comp,)).fetchone()
         if row is None:
             return Past()
@@ -442,8 +443,8 @@ class State(Database):
         self._files.add(number)
 
     def find_place(self, size: int, promised: int) -> OnDisk:
-        """A place for a value of so many bytes that comes in parts, while others bring so many
-        more. Raises OSError."""
+        """Create a file for a value of `size` bytes that comes in parts, while other values will
+        bring `promised` bytes more. Raises OSError."""
         free = self._reserve.free() - promised - self._reserve.size
         if size > free:
             raise OSError(errno.ENOSPC, '%d bytes are free on its disk' % max(0, free))
@@ -465,7 +466,7 @@ class State(Database):
         self.note(self.INSERT, number, comp, work.client_serial, data, options)
 
     def payload(self, number: int) -> Any:
-        """The arguments of a job that has not ended."""
+        """Return the arguments of a job that has not ended. Raises OSError."""
         # Submitted in this very turn, in the order of their numbers
         new = self._notes[self.INSERT]
         at = bisect.bisect_left(new, (number,))
@@ -495,7 +496,8 @@ class State(Database):
         self.note(self.MOVE, self.WAITING, work.serial & 0xffff, 0, work.number)
 
     def payload_size(self, number: int) -> int:
-        """Bytes of the arguments of a job, if they are a file; otherwise 0. Raises OSError."""
+        """Return the size of the arguments of a job if they are in a file, otherwise 0. Raises
+        OSError."""
         if (number, 'p') in self._large:
             return size_of(tuple(self._large[number, 'p']))
         if number in self._files:
@@ -503,7 +505,8 @@ class State(Database):
         return 0
 
     def size_of_payload(self, number: int) -> int:
-        """Bytes of the arguments of a job that has not ended, at the start."""
+        """Return the size of the arguments of a job that has not ended. It is called at the
+        start."""
         if number in self._files:
             with contextlib.suppress(OSError):   # told when they are needed
                 return os.path.getsize(self._file(number, 'p'))
@@ -549,14 +552,14 @@ class State(Database):
             self._gone += self._files & gone
 
     def _forget_notes(self, numbers: FrozenSet[int]) -> None:
-        """What was to be written of some jobs is not written any more."""
+        """Drop what was to be written about some jobs."""
         for statement, column in ((self.INSERT, 0), (self.MOVE, 3), (self.END, 1)):
             rows = self._notes[statement]
             self._notes[statement] = [row for row in rows if row[column] not in numbers]
 
     def commit(self) -> bool:
-        """As Database, with the large files before it; then those go that are not needed any
-        more."""
+        """Write what was noted, as Database does, and the large files before it; then delete the
+        files that are not needed any more."""
         if not self._has_to_write():
             return True
         if not self._has_room():
@@ -579,21 +582,21 @@ class State(Database):
         return done
 
     def _has_to_write(self) -> bool:
-        """Whether there is anything that cannot wait. That results were acknowledged can wait for
-        more to write: if it is lost, they come once more, and are acknowledged as known."""
+        """Return whether there is anything that cannot wait. A note that results were acknowledged
+        can: if it is lost, the results come once more and are acknowledged as known."""
         removed = self._notes[self.REMOVE]
         if self._gone or len(removed) >= REMOVED_MOST:
             return True
         return any(rows for rows in self._notes if rows is not removed)
 
     def _empty_log(self) -> None:
-        """Let SQLite write what is in its log into the file."""
+        """Make SQLite write the content of its log into the database file."""
         self._db.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
 
     def _has_room(self) -> bool:
-        """Whether what waits to be written leaves some of the disk free: SQLite needs room to
-        remove things, too, and a transaction that fails has filled the disk. It is written twice,
-        into the log and from there into the file."""
+        """Return whether what waits to be written leaves some of the disk free. SQLite needs room
+        to remove things, too, and a transaction that fails has filled the disk. What is written is
+        written twice: into the log, and from there into the file."""
         wanted = _bytes_in(self._notes[self.INSERT], 3) + _bytes_in(self._notes[self.END], 0)
         files = 0
         for pieces in self._large.values():
@@ -622,7 +625,7 @@ class State(Database):
         self._gone = []
 
     def _make_room(self) -> None:
-        """The disk is full: remove what is over, and nothing else."""
+        """Remove what is over, and nothing else, because the disk is full."""
         self._unlink_gone()
         self._reserve.give_up()
         over = self._notes[self.OVER]
@@ -643,8 +646,8 @@ class State(Database):
             self._notes[self.REMOVE] = gone
 
     def results(self, numbers: Sequence[int], unread: List[int]) -> Iterator[tuple]:
-        """Rows of Results that are on the disk, one after the other; `unread` gets those that
-        cannot be read now."""
+        """Yield the rows of Results that are on the disk. The numbers of those that cannot be read
+        now are appended to `unread`."""
         for number in numbers:
             row = self._db.execute('SELECT result, client FROM jobs WHERE number = ? AND state = 2',
                                    (number, )).fetchone()
@@ -663,7 +666,7 @@ class State(Database):
                 yield found
 
     def _result(self, number: int, data: Optional[bytes]) -> tuple:
-        """A row of Results. Raises OSError."""
+        """Return a row of Results. Raises OSError."""
         if data is None:
             with open(self._file(number, 'r'), 'rb') as file:
                 data = file.read()
@@ -675,13 +678,14 @@ class State(Database):
     # -- at the start ------------------------------------------------------------------------------
 
     def comps(self) -> List[Tuple[str, bytes, dict]]:
-        """Computations in the order in which they came: name, instance of the program, spec."""
+        """Return (name, instance of the program, spec) of the computations in the order in which
+        they came."""
         rows = self._db.execute('SELECT comp, client, spec FROM comps ORDER BY place')
         return [(comp, client, open_plain(spec)) for comp, client, spec in rows]
 
     def jobs(self, comp: str) -> Iterator[Tuple[int, int, Any, int, int, Any]]:
-        """Rows (number, serial of the program, options, state, serial, key of its node) of a
-        computation, in order."""
+        """Yield (number, serial of the program, options, state, serial, key of its node) of the
+        jobs of a computation in the order in which they came."""
         keys = {place: _key_of(key) for key, place in self._places.items()}
         query = ('SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? '
                  'ORDER BY number')
@@ -694,30 +698,31 @@ class State(Database):
             yield number, client, options, state, serial, keys.get(node)
 
     def nodes(self) -> List[tuple]:
-        """Rows (key, host, port, name, instance)."""
+        """Return (key, host, port, name, instance) of each node that was connected."""
         rows = self._db.execute('SELECT key, host, port, name, instance FROM nodes')
         return [(_key_of(key), *rest) for key, *rest in rows]
 
     def memories(self) -> Dict[Any, str]:
-        """What the memories of nodes were known by, by keys of nodes."""
+        """Return a dictionary from the keys of nodes to what their memories were known by."""
         rows = self._db.execute('SELECT key, memory FROM nodes JOIN memories USING (place)')
         return {_key_of(key): memory for key, memory in rows}
 
     def locks(self) -> Dict[Any, Tuple[str, str]]:
-        """Machine and path of the lock files of nodes, by keys of nodes."""
+        """Return a dictionary from the keys of nodes to the machine and the path of their lock
+        files."""
         rows = self._db.execute('SELECT key, machine, path FROM nodes JOIN locks USING (place)')
         return {_key_of(key): (machine, path) for key, machine, path in rows}
 
     def close(self) -> None:
-        """Let go of it. A row whose large file could not be written is not written either: the
-        other side has it still."""
+        """Write what was noted and close the files. A row whose large file could not be written is
+        not written either: the other side still has it."""
         if self.commit() or not self._large:
             super().commit()
         self._db.close()
 
 
 def _bytes_in(notes: Sequence[tuple], column: int) -> int:
-    """Bytes in one column of rows that wait to be written."""
+    """Return the number of bytes in one column of rows that wait to be written."""
     return sum(len(row[column]) for row in notes if row[column] is not None)
 
 
@@ -725,7 +730,8 @@ _SUCCESS = pickle.dumps(0, 5)   # as `seal` packs the exit status of a program t
 
 
 def _exit_status(row: tuple) -> int:
-    """Of a program, by its row of Results; 0 if a node has sent something else."""
+    """Return the exit status of a program by its row of Results; 0 if a node has sent something
+    else."""
     if row[4] == _SUCCESS:
         return 0
     with contextlib.suppress(PeerError):
@@ -759,7 +765,7 @@ def _key_of(text: str) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------
-# ProgramComputations of programs
+# Computations of programs
 # --------------------------------------------------------------------------------------------------
 
 # How a job has ended that has no result; others were cancelled.
@@ -782,14 +788,14 @@ class RemoteWork(Work):
 
     @property
     def values(self) -> tuple:
-        """Sizes and digests of values that it needs."""
+        """The sizes and digests of the values that the job needs."""
         if self.options:
             return self.options.get('values', ())
         return ()
 
 
 def ended_row(serial: int, outcome: Outcome, text: str) -> tuple:
-    """A row of Results of a job that has ended without a result of its own."""
+    """Return a row of Results for a job that has ended without a result of its own."""
     return serial, int(outcome), 0.0, 0.0, text.encode('utf-8', 'replace'), b'', b''
 
 
@@ -802,18 +808,18 @@ TOO_LARGE = '%s has %d bytes, and --max-file-size is %d'
 
 
 class RemoteAllocator(NamedTuple):
-    """A NodeAllocate of a program, which is asked by its number."""
+    """The number of a NodeAllocate of a program. The program is asked by this number."""
     number: int
 
 
 class Absence:
-    """What becomes of a computation whose program is away. One that has a recover_file is waited
-    for. Of another, what has not begun is cancelled after a while, or at once when its process is
-    known to have ended; should the program come back none the less, it is told and sends these jobs
-    again."""
+    """Decides what becomes of a computation whose program is away. A program that has a
+    recover_file is waited for. The jobs of another that have not begun are cancelled after a while,
+    or at once when its process is known to have ended. Should that program come back none the less,
+    it is told and sends these jobs again."""
 
     def __init__(self, recovers: bool, process: Any) -> None:
-        """`process` is as of `own_process`. Raises PeerError."""
+        """Describe the program. `process` is as of `own_process`. Raises PeerError."""
         if type(process) is not tuple or list(map(type, process)) != [str, int, str]:
             raise PeerError('a process is not described as it should be')
         self._recovers = recovers
@@ -828,7 +834,8 @@ class Absence:
         self.dropped: Dict[int, int] = {}
 
     def begin(self, now: float, patience: float) -> None:
-        """The connection of the program has ended, or it has not come yet."""
+        """The connection of the program has ended, or the program has not connected yet. Its jobs
+        are cancelled after `patience` seconds."""
         if self._recovers or self.gone:
             return
         self._until = now + patience
@@ -842,7 +849,8 @@ class Absence:
         self.gone = self.for_good = False
 
     def is_over(self, now: float) -> bool:
-        """Look for it, when `look_at` has come: whether it is gone now."""
+        """Look for the program, which is to be done when `look_at` has come. Return whether it is
+        gone."""
         self.look_at = min(self._until, now + GONE_LOOKS)
         self.for_good = bool(has_ended(self._process))
         if now >= self._until or self.for_good:
@@ -852,7 +860,7 @@ class Absence:
 
 
 class EarlyJob:
-    """A job that has come and is not taken yet, because it needs values that are not here."""
+    """A job that was received and is not taken yet, because it needs values that are not here."""
     __slots__ = ('row', 'values')
 
     def __init__(self, row: tuple) -> None:
@@ -862,11 +870,11 @@ class EarlyJob:
 
 class RemoteValues:
     """The values, known by their digests, that the jobs of one computation need. A job is taken
-    when all that it needs is on the disk; the program is asked for what is not. The loop's
+    when all that it needs is on the disk; the program is asked for what is missing. The loop's
     thread."""
 
     def __init__(self, remote: 'Remote', most: int) -> None:
-        """`most`: bytes that are kept, see ValueDesk."""
+        """Keep at most `most` bytes of values, see ValueDesk."""
         self._remote = remote
         self._desk = ValueDesk(most)
         self._directory = remote.directory + VALUES_OF
@@ -874,11 +882,11 @@ class RemoteValues:
         self.told = False           # that there is none
 
     def path(self, digest: bytes) -> str:
-        """Where a value is."""
+        """Return the path of a value."""
         return os.path.join(self._directory, digest.hex())
 
     def restore(self) -> None:
-        """What an earlier run has left."""
+        """Take over the values that an earlier run has left."""
         for name in os.listdir(self._directory):
             path = os.path.join(self._directory, name)
             if len(name) == 2 * DIGEST_SIZE:
@@ -887,11 +895,11 @@ class RemoteValues:
                 os.unlink(path)
 
     def took(self, work: 'RemoteWork') -> None:
-        """A job that was taken needs its values."""
+        """Keep the values of a job that was taken."""
         self._desk.hold(self._remote.comp, work)
 
     def admit(self, row: tuple) -> bool:
-        """Whether a job can be taken now. Otherwise it waits for what it needs."""
+        """Return whether a job can be taken now. Otherwise it waits here for its values."""
         waiting = self._desk.waiting(self._remote.comp)
         if any(early.row[0] == row[0] for early in waiting):
             return False   # it came twice
@@ -902,11 +910,12 @@ class RemoteValues:
         return ready
 
     def release(self, work: 'RemoteWork') -> None:
-        """A job has ended."""
+        """A job has ended: its values are not kept for it any more."""
         self._desk.release(self._remote.comp, work)
 
     def leave(self, serials: Iterable[int]) -> List[int]:
-        """These jobs are not wanted any more. Returns those that waited for values."""
+        """Forget jobs that are not wanted any more. Return the serials of those that waited for
+        values."""
         wanted = set(serials)
         waiting = self._desk.waiting(self._remote.comp)
         gone = {early for early in waiting if early.row[0] in wanted}
@@ -914,11 +923,12 @@ class RemoteValues:
         return [early.row[0] for early in gone]
 
     def interrupt(self) -> None:
-        """The program is not connected any more; it sends its jobs again."""
+        """The program is not connected any more, and will send its jobs again."""
         self._desk.interrupt(self._remote.comp)
 
     def serve(self) -> Tuple[List[tuple], List[tuple], str]:
-        """Jobs that can be taken now, what Need has to say, and why a value finds no room."""
+        """Return the rows of jobs that can be taken now, the rows of files to be asked for by Need,
+        and why a value finds no room."""
         if not self._desk:
             return [], [], ''
         served, actions = self._desk.serve()
@@ -940,34 +950,36 @@ class RemoteValues:
         return [self._let_go(early) for _, early in served], missing, error
 
     def _let_go(self, early: EarlyJob) -> tuple:
-        """The job itself needs the values when it has been taken."""
+        """Return the row of a job that is taken now. From then on the job itself keeps its
+        values."""
         self._desk.release(self._remote.comp, early)
         return early.row
 
     def postpone(self, until: float) -> None:
-        """The value that was to come finds no room."""
+        """The value that was to come finds no room: it is tried again at `until`."""
         self._desk.postpone(self._remote.comp)
         self.retry_at = until
 
     def came(self, name: str) -> None:
-        """The value that was asked for is there."""
+        """The value that was asked for is here."""
         if self._desk.coming(self._remote.comp).hex() == name:
             self._desk.came(self._remote.comp)
 
     def failed(self) -> List[int]:
-        """It cannot be had, or finds no room. Returns the jobs that waited for it."""
+        """The value that was asked for cannot be had, or finds no room. Return the serials of the
+        jobs that waited for it."""
         if not self._desk.coming(self._remote.comp):
             return []
         return [early.row[0] for early in self._desk.failed(self._remote.comp)]
 
 
 def _no_source() -> Tuple[bytes, str]:
-    """As `source` of a Cargo."""
+    """Say why the scheduler has no source: the `source` of a Cargo."""
     return b'', 'only its program can tell'
 
 
 class Remote(NodeUser):
-    """A program's computation. The loop's thread."""
+    """A computation of a program, in the place of a JobCluster. The loop's thread."""
     cargo: Cargo
 
     def __init__(self,
@@ -1045,7 +1057,7 @@ class Remote(NodeUser):
         self.ended_at: Dict[Any, List[float]] = {}
 
     def take_spec(self, spec: dict) -> None:
-        """Take what nodes are sent; it has changed after a setup with other files."""
+        """Take a specification for nodes. It changes after a setup with other files."""
         spec = dict(spec)
         spec['code'] = bytes(spec['code'])
         spec['setup_args'] = bytes(spec['setup_args'])
@@ -1055,24 +1067,25 @@ class Remote(NodeUser):
         self.cargo = Cargo(spec, paths, spec['kind'] == 'program', _no_source)
 
     def path_of(self, name: str) -> str:
-        """Where a file of the program is."""
+        """Return the path of a file of the program."""
         return os.path.join(self.directory, *name.split('/'))
 
     def paths_of(self, rows: Iterable[tuple]) -> Dict[str, str]:
-        """Where files are, by their names, which stand first in these rows."""
+        """Return a dictionary from names of files to their paths. The names stand first in the
+        rows."""
         return {row[0]: self.path_of(row[0]) for row in rows}
 
     def jobs_counted(self) -> Tuple[int, int, int, int]:
-        """As of NodeUser."""
+        """Return the numbers of jobs, as NodeUser does."""
         submitted = len(self.works) + self.done + self.failed + self.cancelled
         return submitted, self.done, self.failed, self.cancelled
 
     def job_seconds(self) -> float:
-        """Seconds that its jobs have run."""
+        """Return how many seconds its jobs have run."""
         return sum(seconds for _, seconds in self.ended_at.values())
 
     def remove(self) -> None:
-        """Remove its files."""
+        """Delete its files."""
         shutil.rmtree(self.directory, ignore_errors=True)
         shutil.rmtree(self.directory + MODULES_OF, ignore_errors=True)
         shutil.rmtree(self.directory + VALUES_OF, ignore_errors=True)
@@ -1084,16 +1097,21 @@ class Remote(NodeUser):
             self._scheduler.say(link, message)
 
     def warn(self, text: str) -> None:
-        """It is logged here and there."""
+        """Log a warning here and send it to the program."""
         super().warn(text)
         self.say(Said(self.comp, text))
 
+    def node_ready(self, peer: Peer) -> None:
+        """Log that the computation uses a node."""
+        cpus = peer.limit(self.comp)
+        logger.info('%s: node %s is used, with %d CPUs', self.name, peer, cpus)
+
     def node_unreachable(self, peer: Peer, text: str) -> None:
-        """The program is told."""
+        """Tell the program why a node cannot be used."""
         self.say(Said(self.comp, 'node %s cannot be used: %s' % (peer, text)))
 
     def node_changed(self, status: int, peer: Peer) -> None:
-        """The program is told."""
+        """Tell the program that a node is used or is not used any more."""
         if self.link not in self._scheduler.links or self.comp not in peer.uses:
             return
         state = 'ready'
@@ -1103,39 +1121,39 @@ class Remote(NodeUser):
         self.say(News(self.comp, status, tuple(row)))
 
     def row_of(self, peer: Peer) -> NodeRow:
-        """One of its nodes, to be told to its program."""
+        """Describe one of its nodes for the program."""
         queries = self._scheduler.queries
         return queries.row_of(*queries.node_of(self.comp, peer))
 
     def ask_source(self, peer: Peer, link: Link) -> None:
-        """The program is asked."""
+        """Ask the program for the source of the computation."""
         self._scheduler.program_calls.ask_source(self, peer, link)
 
     def ask_allocator(self, allocator: Any, peer: Peer, link: Link) -> None:
-        """The program is asked."""
+        """Ask the program's NodeAllocate."""
         self._scheduler.program_calls.ask_allocator(self, allocator, peer, link)
 
     def asked(self, peer: Peer, message: Call) -> None:
-        """The program is asked."""
+        """Ask the program for the modules that a job needs."""
         self._scheduler.program_calls.ask_for_modules(self, peer, message)
 
     def support_for(self, peer: Peer) -> Dict[str, bytes]:
-        """The program has sent it."""
+        """Return cloudpickle, which the program has sent, for a node that has another version."""
         if peer.facts.get('cloudpickle') == self.cloudpickle:
             return {}
         return self.cargo.spec['support']  # type: ignore[no-any-return]
 
     def module_source(self, name: str) -> Any:
-        """The path of a file of a module, which is here."""
+        """Return the path of a file of a module, which is here."""
         return os.path.join(self.directory + MODULES_OF, *check_name(name))
 
     def value_source(self, digest: bytes) -> Any:
-        """The path of a value."""
+        """Return the path of a value."""
         return self.values.path(digest)
 
     def send_jobs(self, peer: Peer, works: Sequence[Any]) -> None:
-        """Of those that have waited for long the arguments are on the disk. The program is told
-        where they are."""
+        """Send jobs to a node, and tell the program where they are. The arguments of jobs that have
+        waited for long are on the disk."""
         scheduler = self._scheduler
         rows: List[Tuple[tuple, int]] = []
         unread: List[tuple] = []
@@ -1159,11 +1177,11 @@ class Remote(NodeUser):
             scheduler.decide(NodeResults(peer.key, self.comp, unread))
 
     def jobs_started(self, peer: Peer, pairs: Sequence[Tuple[Any, float]]) -> None:
-        """The program is told."""
+        """Tell the program which jobs have begun."""
         self.say(Started(self.comp, [(work.client_serial, ran) for work, ran in pairs]))
 
     def jobs_ended(self, peer: Peer, pairs: List[Tuple[Any, tuple]]) -> None:
-        """They go to the disk and to the program."""
+        """Note results, and send them to the program."""
         for work, row in pairs:
             row = (work.client_serial, *row[1:])
             if row[1] not in GOES_ON:
@@ -1172,7 +1190,7 @@ class Remote(NodeUser):
                 self.outbox.append(row)
 
     def job_ended(self, work: Any, text: str) -> None:
-        """The same, without a row of Results."""
+        """Note the end of a job that has no row of Results, and tell the program."""
         outcome = _OUTCOMES.get(work.state, Outcome.CANCELLED)
         if work in self.absence.dropping:
             self.absence.dropping.discard(work)
@@ -1182,7 +1200,7 @@ class Remote(NodeUser):
         self._end(work, outcome, text)
 
     def fail_job(self, work: Any, text: str) -> None:
-        """It is nowhere any more."""
+        """End a job that is nowhere any more."""
         self._end(work, Outcome.DIED, text)
 
     def _end(self, work: Any, outcome: Outcome, text: str) -> None:
@@ -1190,30 +1208,30 @@ class Remote(NodeUser):
         self._scheduler.program_jobs.end(self, work, row)
 
     def job_waits(self, work: Any) -> None:
-        """The program is told."""
+        """Tell the program that a job waits again."""
         self.files.pop(work.serial, None)
         self._scheduler.state.waits(work)
         self.say(Where(self.comp, (), [work.client_serial]))
 
     def job_parked(self, work: Any, text: str) -> None:
-        """The program is told."""
+        """Tell the program why a job waits."""
         self.warn('a job waits: %s' % text)
 
     def job_goes_on(self, work: Any) -> None:
-        """The program, which wanted to know whether it has begun, is told."""
+        """Tell the program, which wanted to cancel a job if it has not begun, that it has."""
         self.absence.dropping.discard(work)
         if work.state in (JobState.RUNNING, JobState.PROVISIONAL):
             ran = self._scheduler.schedule.ran(work)
             self.say(Started(work.comp, [(work.client_serial, ran)]))
 
     def output(self, peer: Peer, work: Any, message: Output) -> None:
-        """It is passed on as it came."""
+        """Pass on to the program what a job prints."""
         if message.stream == 0:
             log_record_of(message.data)   # raises PeerError
         self.say(message._replace(serial=work.client_serial, data=beside(message.data)))
 
     def file_piece(self, peer: Peer, work: Any, message: FilePiece) -> None:
-        """It is passed on to the program."""
+        """Pass a piece of a job's file on to the program."""
         if message.offset == 0:
             self.files[message.key] = (self.link, message.row[0])
         if message.key not in self.files:
@@ -1227,13 +1245,12 @@ class Remote(NodeUser):
             self._scheduler.say_to(peer, FileStored(*message[:3], message.row[0], text))
 
     def jobs_owed(self) -> List[Any]:
-        """Jobs that have not ended."""
+        """Return the jobs that have not ended."""
         return list(self.works.values())
 
 
 class House(NodeUser):
-    """The scheduler's own hold on its nodes: it looks and never computes, and they stay
-    connected."""
+    """The scheduler's own use of its nodes: it keeps them connected and computes nothing there."""
     client = comp = 'keepconnected'
     name = 'the scheduler'
     warns = False
@@ -1244,22 +1261,27 @@ class House(NodeUser):
         self.searches = not options.nodes
         self.multicast = options.multicast
 
+    def node_connected(self, peer: Peer) -> None:
+        """Log that a node is connected."""
+        logger.info('node %s is connected, and offers %d CPUs', peer, peer.offered)
+
     def spec_of(self, peer: Peer) -> Optional[NodeSpec]:
-        """A node that knows the secret and has come by itself is one, too."""
+        """Return what means a node. A node that has connected by itself and knows the secret is
+        meant, too."""
         if peer.port:
             return super().spec_of(peer)
         return NodeSpec('*', 0)
 
 
 def take_state_directory(root: str) -> None:
-    """Make the directory of --state-dir, or make sure that it is ours. Raises DispyError,
+    """Create the directory of --state-dir, or verify that it is a scheduler's. Raises DispyError,
     OSError."""
     take_own_directory(root, STATE_MARK, ('state.db',), '--state-dir')
 
 
 def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
-    """Whether a node may be dialled by its name, or at an address that its name has. Programs name
-    nodes; without a bound they could have any host tried out."""
+    """Return whether a node may be connected to by its name, or at an address that its name has.
+    Programs name nodes; without a limit they could have any host tried out."""
     if address:
         found = ipaddress.ip_address(plain_address(address.partition('%')[0]))
     else:
@@ -1279,8 +1301,8 @@ def may_dial(host: str, address: str, allowed: Sequence[str]) -> bool:
 
 
 def links_of_one() -> int:
-    """How many connections of programs one address may have: a quarter of what this process may
-    have open."""
+    """Return how many connections of programs one address may have: a quarter of what this process
+    may have open."""
     try:
         import resource
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -1290,7 +1312,8 @@ def links_of_one() -> int:
 
 
 def specs_of(rows: Any) -> List[NodeSpec]:
-    """`nodes` of a program as it came over the wire; None: all. Raises PeerError."""
+    """Return the specifications of nodes that a program has sent as `nodes`; None means all nodes.
+    Raises PeerError."""
     if rows is None:
         return [NodeSpec('*', NODE_PORT)]
     try:
@@ -1300,7 +1323,8 @@ def specs_of(rows: Any) -> List[NodeSpec]:
 
 
 def _spec_of(host: Any, port: Any, cpus: Any, number: Any) -> NodeSpec:
-    """One of them; `number` is of the NodeAllocate that the program asks, 0 if it asks none."""
+    """Return one of them. `number` is of the NodeAllocate that the program is asked, or 0 if there
+    is none."""
     spec = parse_nodes((host, port, cpus), NODE_PORT, True)[0]
     allocator: Any = None
     if number:
@@ -1309,7 +1333,7 @@ def _spec_of(host: Any, port: Any, cpus: Any, number: Any) -> NodeSpec:
 
 
 class _Session(NamedTuple):
-    """A program's link. `operator`: it has the operator's secret."""
+    """The link of a program. `operator` says whether the program has the operator's secret."""
     link: Link
     names: List[str]
     operator: bool = True
@@ -1320,7 +1344,7 @@ class _Session(NamedTuple):
 # --------------------------------------------------------------------------------------------------
 
 class Options(NamedTuple):
-    """How a scheduler is to be; one field an option of the command line."""
+    """The options of a scheduler, one field for each option of the command line."""
     hosts: Tuple[str, ...]
     port: int
     nodes: Tuple[str, ...]
@@ -1349,7 +1373,7 @@ class Options(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Posted by a signal."""
+    """An event that a signal posts: the scheduler is to end."""
 
 
 RELEASED = 'released at the scheduler'
@@ -1398,12 +1422,12 @@ class ProgramOverview(Overview):
     # -- called by the parts of the scheduler ------------------------------------------------------
 
     def opened(self, remote: Remote) -> None:
-        """A computation begins."""
+        """Give a computation that begins its number for monitors."""
         remote.number = next(self._numbers)
         remote.since = self._scheduler.now
 
     def ended(self, remote: Remote, work: RemoteWork, row: tuple, node: Any) -> None:
-        """A job has ended with this row of Results, at this node if it was at one."""
+        """Count a job that has ended with this row of Results, at this node if it was at one."""
         outcome = row[1]
         exit_status = 0
         if outcome in RETURNED and remote.cargo.is_program:
@@ -1436,7 +1460,7 @@ class ProgramOverview(Overview):
         self._failed_jobs.add(row[3], remote.number, number, work.payload, int(status), where, text)
 
     def over(self, remote: Remote) -> None:
-        """A computation is over."""
+        """Keep what a computation that is over has done at nodes."""
         peers = self._scheduler.nodes.by_key
         for key, (jobs, seconds) in remote.ended_at.items():
             count = self._ended_at.setdefault(key, [0, 0.0])
@@ -1519,12 +1543,13 @@ class ProgramOverview(Overview):
         return row
 
     def _use_of(self, peer: Peer, comp: str) -> Tuple[str, str, int]:
-        """The state of a node for a computation, the reason, and the CPUs that it may use."""
+        """Return the state of a node for a computation, the reason, and the CPUs that it may
+        use."""
         _, state, reason, cpus, _ = self._scheduler.queries.node_of(comp, peer)
         return shown_state(state, reason), reason[-500:], cpus
 
     def _state_for_all(self, peer: Peer) -> Tuple[str, str]:
-        """The state of a node for whoever wants it, and the reason."""
+        """Return the state of a node for whoever wants it, and the reason."""
         if peer.key in self._released:
             return 'closed', RELEASED
         if peer.most == 0:
@@ -1532,11 +1557,13 @@ class ProgramOverview(Overview):
         return peer.state_word, peer.reason[-2000:]
 
     def _failures(self, known: int) -> List[tuple]:
-        """Jobs that have failed after the failure with this number, in the form of FailedJob."""
+        """Return the jobs that have failed after the failure with this number, in the form of
+        FailedJob."""
         return [tuple(row) for row in self._failed_jobs.since(known)]
 
     def _jobs(self, key: Any) -> List[tuple]:
-        """Jobs at a node: cluster, job, whether it runs, seconds that it has run or None."""
+        """Return the jobs at a node: cluster, job, whether it runs, seconds that it has run or
+        None."""
         peer = self._peer(key)
         rows: List[tuple] = []
         for remote in self._scheduler.computations.opened():
@@ -1546,8 +1573,8 @@ class ProgramOverview(Overview):
         return rows
 
     def _arguments(self, jobs: list) -> list:
-        """The packed arguments of jobs that are named by pairs of cluster and job: how many bytes
-        they are if these are many, None if the job has ended."""
+        """Return the packed arguments of jobs that are named by pairs of cluster and job: their
+        size if they are large, None if the job has ended."""
         remotes = {remote.number: remote for remote in self._scheduler.computations.opened()}
         found = []
         for number, serial in jobs[:PAGE]:
@@ -1649,12 +1676,12 @@ class ProgramOverview(Overview):
 
 
 def _without_reason(use: tuple) -> tuple:
-    """A NodeUse for those who may not see the reasons of other programs."""
+    """Return a NodeUse for those who may not see the reasons of other programs."""
     return tuple(NodeUse(*use)._replace(reason=''))
 
 
 def _failure_text(row: tuple) -> str:
-    """Why a job has failed, by its row of Results."""
+    """Return why a job has failed, by its row of Results."""
     payload = row[4]
     if len(payload) <= LAZY:
         payload = _plain(payload)
@@ -1664,9 +1691,9 @@ def _failure_text(row: tuple) -> str:
 
 
 class Quota:
-    """How much each program may have queued here, and what is said to those who have reached it, or
-    come while the disk is full: their jobs go back to them, and they are offered no CPUs until
-    there is room. The loop's thread."""
+    """Limits how much each program may have queued here. Jobs of a program that has reached its
+    limit, and jobs that come while the disk is full, go back to the program, and it is offered no
+    CPUs until there is room. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler', most: int) -> None:
         self._scheduler = scheduler
@@ -1677,30 +1704,32 @@ class Quota:
         self._waiting: Dict[int, bytes] = {}
 
     def add(self, remote: Remote, work: RemoteWork, size: int) -> None:
-        """A job was taken."""
+        """Count a job that was taken."""
         work.size = OBJECT + size
         self._queued[remote.instance] += work.size
 
     def remove(self, remote: Remote, work: RemoteWork) -> None:
-        """It has ended, or its computation has."""
+        """Count no more a job that has ended, or whose computation has."""
         self._queued[remote.instance] -= work.size
         work.size = 0
         if not self._queued[remote.instance]:
             del self._queued[remote.instance]
 
     def moved(self, remote: Remote, instance: bytes) -> None:
-        """Another process of the program has taken over."""
+        """Count a computation for another process of the program, which has taken it over."""
         size = sum(work.size for work in remote.works.values())
         self._queued[remote.instance] -= size
         self._queued[instance] += size
 
     def has_room(self, remote: Remote, size: int) -> bool:
-        """Whether one more job with so many bytes may come. One is always taken, however large."""
+        """Return whether one more job with so many bytes of arguments may come. One is always
+        taken, however large."""
         queued = self._queued.get(remote.instance, 0)
         return not queued or queued + OBJECT + size <= self._most
 
     def give_back(self, link: Link, remote: Remote, serials: List[int], full: bool) -> None:
-        """These jobs were not taken. Said at once: while the disk is full, nothing else is."""
+        """Send back jobs that were not taken. This is said at once, because nothing else is said
+        while the disk is full."""
         at_once = self._scheduler.commit.send
         if link.number not in self._waiting:
             self._waiting[link.number] = link.instance
@@ -1715,8 +1744,8 @@ class Quota:
             at_once(link, message)
 
     def take_again(self) -> None:
-        """The disk has room: those whose program has less than half of what it may have are offered
-        CPUs again."""
+        """Offer CPUs again to the programs that have less than half of what they may have. The disk
+        has room."""
         for number, instance in list(self._waiting.items()):
             link = self._scheduler.links.get(number)
             if link is None or self._queued.get(instance, 0) <= self._most // 2:
@@ -1726,56 +1755,57 @@ class Quota:
 
 
 class NodeSharing(NodePolicy):
-    """Which nodes may be connected to and used, and whom each serves: all computations, or one that
-    wants its nodes alone. The loop's thread."""
+    """Decides which nodes may be connected to and used, and whether a node serves all computations
+    or one that wants its nodes alone. The loop's thread."""
     start_node = ('Start `python dispynode.py` on a host, with the secret that the scheduler has '
                   'for nodes, and name it to the scheduler (-n)')
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
-        # ProgramComputations that want their nodes alone, in the order of coming
+        # Computations that want their nodes alone, in the order of coming
         self._wanting: List[str] = []
         self._is_due = False             # whom nodes serve may have changed
         self.named: Set[str] = set()     # nodes that the operator has named
         self.port = 0                    # at which programs reach the scheduler
 
     def introduction(self) -> str:
-        """Who this is, for those who run the node and for others who want it."""
+        """Return who this is, for those who run the node and for others who want it."""
         return 'dispyscheduler of %s at port %d' % (super().introduction(), self.port)
 
     def how_to_share(self, text: str) -> str:
-        """Nothing: this shares what it has."""
+        """Return nothing, because a scheduler shares what it has."""
         return ''
 
     def addresses_of(self, peer: Peer) -> Optional[Callable[[str], bool]]:
-        """Which addresses of a node may be connected to. A dial thread."""
+        """Return a function that says which addresses of a node may be connected to, or None for
+        all. It is called by a dial thread."""
         allowed = self._scheduler.options.allowed
         if peer.host in self.named or may_dial(peer.host, '', allowed):
             return None
         return lambda address: may_dial('', address, allowed)
 
     def may_set_up(self, peer: Peer, comp: str) -> bool:
-        """Not while all jobs of a program that is gone have ended, nor at a node that is released
-        for all."""
+        """Return whether a computation may be set up at a node. It may not when all jobs of a
+        program that is gone have ended, nor at a node that was released for all."""
         remote = self._scheduler.clusters.get(comp)
         if isinstance(remote, Remote) and remote.rests:
             return False
         return not self._scheduler.overview.keeps_from(peer, comp)
 
     def node_met(self, peer: Peer) -> None:
-        """It is known again after the end of this process."""
+        """Note a node, so that it is known again after the end of this process."""
         self._scheduler.state.met(peer)
 
     def becomes_ready(self, peer: Peer, comp: str) -> None:
-        """It is decided before what it may use there."""
+        """Decide whom a node serves before it is decided what a computation may use there."""
         self._assign(peer)
 
     def node_drained(self, peer: Peer) -> None:
-        """Another may have waited for that."""
+        """Decide again whom a node serves: another computation may have waited for that."""
         self._assign(peer)
 
     def node_freed(self, peer: Peer) -> None:
-        """Others may want it."""
+        """Decide again at the end of the turn: others may want the node."""
         self._is_due = True
 
     def begins(self, remote: Remote) -> None:
@@ -1790,26 +1820,28 @@ class NodeSharing(NodePolicy):
         self._is_due = True
 
     def look_again(self) -> None:
-        """At the end of this turn: a program has come or gone, or has no jobs any more."""
+        """Decide again at the end of this turn, because a program has come or gone, or has no jobs
+        any more."""
         self._is_due = True
 
     def assign_all(self) -> None:
-        """The end of a turn."""
+        """Decide whom all nodes serve if that may have changed. It is called at the end of a
+        turn."""
         if self._is_due:
             self._is_due = False
             for peer in list(self._scheduler.nodes.by_key.values()):
                 self._assign(peer)
 
     def _holds(self, comp: str) -> bool:
-        """Whether a computation that wants its nodes alone still has a program or jobs."""
+        """Return whether a computation that wants its nodes alone still has a program or jobs."""
         remote = self._scheduler.clusters.get(comp)
         if not isinstance(remote, Remote):
             return False
         return remote.link in self._scheduler.links or bool(remote.works)
 
     def _assign(self, peer: Peer) -> None:
-        """Whom a node serves: the first computation that wants it alone, when jobs of the others
-        have ended there; or all."""
+        """Decide whom a node serves: the first computation that wants it alone, when the jobs of
+        the others have ended there, or all."""
         owner = self._owner_of(peer)
         blocked: Set[str] = set()
         if owner:
@@ -1821,7 +1853,7 @@ class NodeSharing(NodePolicy):
         self.limit(peer, changed)
 
     def _owner_of(self, peer: Peer) -> str:
-        """The first computation that wants a node alone; empty if there is none."""
+        """Return the first computation that wants a node alone, or an empty text."""
         for comp in self._wanting:
             use = peer.uses.get(comp)
             if use is not None and use.state is not UseState.CLOSED and self._holds(comp):
@@ -1829,14 +1861,14 @@ class NodeSharing(NodePolicy):
         return ''
 
     def _has_others(self, peer: Peer, owner: str) -> bool:
-        """Whether jobs of other computations are on a node."""
+        """Return whether jobs of other computations are at a node."""
         node = self._scheduler.schedule.nodes.get(peer.key)
         if node is None:
             return False
         return any(jobs for comp, jobs in node.flight.items() if comp != owner)
 
     def limit(self, peer: Peer, comps: Iterable[str]) -> None:
-        """What computations may use of a node has changed."""
+        """Tell a node and the Schedule what computations may use there now."""
         for comp in comps:
             use = peer.uses.get(comp)
             if use is None or use.state is not UseState.READY or use.then:
@@ -1849,8 +1881,8 @@ class NodeSharing(NodePolicy):
 
 
 class Commit:
-    """Nothing leaves before the transaction of its turn is on the disk. While the disk takes none,
-    nodes are not read. The loop's thread."""
+    """Keeps back what is sent until the transaction of its turn is on the disk. While the disk
+    takes no transactions, nodes are not read. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler', send: Callable[[Link, Any], None]) -> None:
         self._scheduler = scheduler
@@ -1860,7 +1892,8 @@ class Commit:
         self.stuck_until: Optional[float] = None     # the disk does not take transactions
 
     def write_down(self) -> bool:
-        """What has happened goes to the disk, and then what was said about it."""
+        """Write what has happened, then send what was said about it. Return whether the disk has
+        taken it."""
         done = self._scheduler.state.commit()
         if done:
             later = self.later
@@ -1879,7 +1912,7 @@ class Commit:
         self.stuck_until = self._scheduler.now + RETRY_TIME
 
     def unstick(self) -> None:
-        """It has taken one: nodes are read again."""
+        """The disk has taken a transaction: nodes are read again."""
         if self.stuck_until is not None:
             self.stuck_until = None
             for link in self._links_of_nodes():
@@ -1895,7 +1928,7 @@ class Commit:
 
 
 class ProgramLinks:
-    """The programs that are connected, and what they say. The loop's thread."""
+    """The links of the programs that are connected, and their messages. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
@@ -1905,7 +1938,7 @@ class ProgramLinks:
         self.add_handlers(self)
 
     def add_handlers(self, part: Any) -> None:
-        """Messages of programs that a part takes stand in its table MESSAGES."""
+        """Add the messages that a part of the scheduler takes; they stand in its table MESSAGES."""
         for kind, method in part.MESSAGES.items():
             self._handlers[kind] = (part, method)
 
@@ -1920,7 +1953,8 @@ class ProgramLinks:
         self._bound_links(link)
 
     def _bound_links(self, link: Link) -> None:
-        """One host's programs may not take all descriptors."""
+        """End a link if its address has more than its share: the programs of one host may not take
+        all descriptors."""
         there = sum(1 for session in self.sessions.values() if session.link.address == link.address)
         most = links_of_one()
         if there > most:
@@ -1933,7 +1967,7 @@ class ProgramLinks:
             self.sessions.pop(link.number, None)
 
     def bound_answers(self) -> None:
-        """Who does not read its answers is not read from until it has."""
+        """Do not read from programs that do not read their answers, until they have."""
         for session in self.sessions.values():
             link = session.link
             queued = link.queued - link.unmade   # what is to go in parts lies on the disk
@@ -1946,7 +1980,7 @@ class ProgramLinks:
                 self._scheduler.interest(link)
 
     def take_messages(self, channel: Link) -> None:
-        """A program has said something."""
+        """Handle the messages of a program."""
         for message in channel.messages(self._scheduler.now):
             if type(message) is Bye:
                 channel.on_purpose = True
@@ -1966,11 +2000,11 @@ class ProgramLinks:
                 raise PeerError('%s cannot be understood: %s' % (name, exc)) from exc
 
     def name_of(self, link: Link) -> str:
-        """Whose a link is, for people: user, host and PID of the program."""
+        """Return whose a link is, for people: user, host and PID of the program."""
         return self.sessions[link.number].names[0]
 
     def _refused_results(self, link: Link, message: Wrong) -> None:
-        """A program cannot use what was sent: after a few times a text takes the place of a result
+        """A program cannot use what was sent. After a few times a text takes the place of a result
         that was in it."""
         for comp, serial in self._scheduler.refusals.refused(link, message.frame):
             remote = self.computation_of(link, comp)
@@ -1983,7 +2017,7 @@ class ProgramLinks:
         raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
 
     def program_gone(self, channel: Link, text: str) -> None:
-        """The link of a program came to its end."""
+        """The link of a program has ended."""
         name = self.name_of(channel)
         del self.sessions[channel.number]
         computations = self._scheduler.computations
@@ -1999,8 +2033,8 @@ class ProgramLinks:
                 computations.end(remote)
 
     def computation_of(self, link: Link, comp: str) -> Optional[Remote]:
-        """The computation a message speaks of, which must be of this link. None for one that has
-        ended here."""
+        """Return the computation that a message speaks of, which must be of this link, or None for
+        one that has ended here. Raises PeerError."""
         remote = self._scheduler.computations.get(comp)
         if remote is not None and remote.link != link.number:
             raise PeerError('computation %.40r is of another program' % comp)
@@ -2020,7 +2054,7 @@ class ProgramLinks:
         self._scheduler.say(link, Welcome('dispyscheduler', ENDLESS, facts))
 
     def _ignore(self, link: Link, message: Any) -> None:
-        """What is meant for a node."""
+        """Ignore a message that is meant for a node."""
 
     MESSAGES: Dict[type, Callable[..., None]] = {
         Introduce: _on_introduce,
@@ -2050,19 +2084,19 @@ class ProgramComputations:
         self.unopened: Dict[str, Remote] = {}        # those whose files are on their way
 
     def get(self, comp: str) -> Optional[Remote]:
-        """The one with this name, if it has begun and is not over."""
+        """Return the computation with this name if it has begun and is not over."""
         user = self._clusters.get(comp)
         if isinstance(user, Remote):
             return user
         return None
 
     def opened(self) -> List[Remote]:
-        """Those that have begun and are not over, in the order in which they have begun."""
+        """Return those that have begun and are not over, in the order in which they have begun."""
         users = self._clusters.values()
         return [user for user in users if isinstance(user, Remote)]
 
     def all(self) -> List[Remote]:
-        """These, and those whose files are on their way."""
+        """Return these and those whose files are still to come."""
         return self.opened() + list(self.unopened.values())
 
     def _is_connected(self, remote: Remote) -> bool:
@@ -2071,7 +2105,7 @@ class ProgramComputations:
     # -- beginning ---------------------------------------------------------------------------------
 
     def make(self, comp: str, client: bytes, spec: dict) -> Remote:
-        """A computation that is not open yet. Raises PeerError, OSError."""
+        """Return a computation that is not open yet. Raises PeerError, OSError."""
         options = self._scheduler.options
         return Remote(self._scheduler, comp, client, spec, self._directory_of(comp),
                       options.max_file_size, self._state.key_of(comp), options.max_queued)
@@ -2100,13 +2134,13 @@ class ProgramComputations:
 
     @staticmethod
     def _is_of(remote: Remote, link: Link, spec: dict) -> bool:
-        """Whether a computation is of the program that says so."""
+        """Return whether a computation is of the program that says so."""
         if remote.instance != link.instance:
             return False
         return hmac.compare_digest(remote.digest, result_key(spec))
 
     def _begin(self, link: Link, message: Compute) -> Optional[Remote]:
-        """A computation that is new here, if there is room for it."""
+        """Make a computation that is new here, if there is room for it."""
         self._check_shared(message.spec.get('shared'))
         own = [remote for remote in self.all() if remote.instance == link.instance]
         text = ''
@@ -2128,7 +2162,7 @@ class ProgramComputations:
         return remote
 
     def _check_shared(self, shared: Any) -> None:
-        """Raise PeerError for what a program does not say to a scheduler."""
+        """Raise PeerError for what no program says to a scheduler."""
         if type(shared) is not dict or set(shared) != self.SHARED:
             raise PeerError('a computation that is not for a scheduler')
         count = len(shared['nodes'] or ())
@@ -2136,7 +2170,7 @@ class ProgramComputations:
             raise PeerError('%d nodes are named, and the limit is %d' % (count, SPECS_MOST))
 
     def _go_on(self, remote: Remote, link: Link) -> bool:
-        """A program is back, or asks once more. Returns False if files of it are still to come."""
+        """A program is back, or asks once more. Return False if files of it are still to come."""
         if self._is_connected(remote) and remote.link != link.number:
             old = self._links[remote.link]
             self._scheduler.break_link(old, 'its program has connected anew')
@@ -2182,7 +2216,7 @@ class ProgramComputations:
         absence.dropping.clear()
 
     def _complete(self, remote: Remote, error: str, code: str = 'transfer') -> None:
-        """All files of a new computation are there, or cannot be."""
+        """All files of a new computation are here, or `error` says why they cannot be."""
         if error:
             self.unopened.pop(remote.comp, None)
             remote.remove()
@@ -2238,7 +2272,7 @@ class ProgramComputations:
         self._scheduler.program_jobs.resend(remote)
 
     def _cancel_dropped(self, remote: Remote) -> None:
-        """Jobs that were cancelled because the program was gone get a result."""
+        """Give a result to the jobs that were cancelled because the program was gone."""
         dropped = remote.absence.dropped
         text = ('cancelled: it had not begun when its program was gone, and the scheduler did not '
                 'wait any longer (--gone-after)')
@@ -2248,7 +2282,8 @@ class ProgramComputations:
         dropped.clear()
 
     def _send_again(self, remote: Remote, link: Link) -> None:
-        """A program is back that was taken for gone."""
+        """Tell a program that is back which of its jobs were cancelled because it was taken for
+        gone."""
         dropped = remote.absence.dropped
         if not dropped:
             return
@@ -2261,7 +2296,7 @@ class ProgramComputations:
     # -- without a program -------------------------------------------------------------------------
 
     def program_gone(self, remote: Remote) -> None:
-        """It goes on for a while without its program."""
+        """Let a computation go on for a while without its program."""
         now = self._scheduler.now
         why = 'its program is not connected'
         remote.link = 0
@@ -2279,7 +2314,7 @@ class ProgramComputations:
                      remote.name, now, remote.given_up_at)
 
     def expect_program(self, remote: Remote) -> None:
-        """A program is not connected: until when is it waited for?"""
+        """Set how long a program that is not connected is waited for."""
         now = self._scheduler.now
         options = self._scheduler.options
         remote.given_up_at = now + options.zombie
@@ -2287,7 +2322,8 @@ class ProgramComputations:
         remote.absence.begin(now, options.gone)
 
     def _drop_waiting(self, remote: Remote) -> None:
-        """A program is gone: what has not begun is cancelled, what runs goes on to its end."""
+        """Cancel the jobs of a program that is gone which have not begun. Those that run go on to
+        their end."""
         self._scheduler.jobs.take_submitted()
         known = self._schedule.comps.get(remote.comp)
         if known is None:
@@ -2300,8 +2336,8 @@ class ProgramComputations:
         self._scheduler.decide(WithdrawAsked(works))
 
     def _rest(self, remote: Remote) -> None:
-        """All that a program which is gone may still collect has ended: its nodes are let go, their
-        processes and files too."""
+        """All jobs of a program that is gone have ended: its nodes are let go, with its processes
+        and files there."""
         if not remote.ended or (remote.absence.for_good and not remote.collected):
             logger.info('%s: its program is gone, and nothing is left for it', remote.name)
             self.end(remote)
@@ -2321,7 +2357,7 @@ class ProgramComputations:
         self._sharing.look_again()
 
     def _give_up(self, remote: Remote) -> None:
-        """A program has not come back for its results."""
+        """Give up the results of a program that has not come back for them."""
         seconds = self._scheduler.options.zombie
         logger.warning('%s: its program has not come back for %g s (--zombie-interval): %d results '
                        'are given up', remote.name, seconds, len(remote.ended))
@@ -2333,7 +2369,8 @@ class ProgramComputations:
     # -- turns -------------------------------------------------------------------------------------
 
     def end_turn_of(self, remote: Remote) -> None:
-        """Results to its program; what becomes of it while that is away."""
+        """Send results to the program of a computation, and decide what becomes of the computation
+        while its program is away."""
         now = self._scheduler.now
         link = self._links.get(remote.link)
         if now >= remote.values.retry_at:
@@ -2353,7 +2390,7 @@ class ProgramComputations:
                 self._give_up(remote)
 
     def _send_results(self, remote: Remote, link: Link) -> None:
-        """Send what has ended in this turn; while the link is full it waits on the disk."""
+        """Send what has ended in this turn. While the link is full, results wait on the disk."""
         rows = remote.outbox
         if link.queued - link.unmade >= 4 * FRAME_FILL:
             ended = [remote.ended[row[0]] for row in rows if row[1] not in GOES_ON]
@@ -2363,7 +2400,7 @@ class ProgramComputations:
             self._scheduler.say(link, frame)
 
     def timers(self) -> List[float]:
-        """When there is something to do for computations."""
+        """Return the times at which there is something to do for computations."""
         times = [self._scheduler.program_jobs.unread_until]
         for remote in self.opened():
             times += [remote.absence.look_at, remote.values.retry_at]
@@ -2388,7 +2425,7 @@ class ProgramComputations:
         self._state.note(self._state.PAST_OVER, message.comp)
 
     def end(self, remote: Remote) -> None:
-        """A computation ends: jobs of it too, on nodes and on the disk."""
+        """End a computation and remove its jobs, at nodes and on the disk."""
         comp = remote.comp
         if comp in self._clusters:
             self._scheduler.forget(comp)
@@ -2422,8 +2459,8 @@ class ProgramComputations:
 
 
 class ProgramFiles:
-    """Files and values that programs send, and where files of jobs that run are on their way to
-    them. The loop's thread."""
+    """Files and values that programs send, and the links along which files of running jobs go to
+    programs. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
@@ -2434,8 +2471,8 @@ class ProgramFiles:
         self._computations = scheduler.computations
 
     def want(self, remote: Remote, files: list, modules: list,
-              then: Callable[..., None]) -> None:
-        """Ask the program for files that are not here; `then` is called when all are, or with what
+             then: Callable[..., None]) -> None:
+        """Ask the program for files that are not here. `then` is called when all are, or with what
         went wrong and its code (of REASONS)."""
         remote.wanted.append((files, modules, then))
         if len(remote.wanted) == 1:
@@ -2465,12 +2502,12 @@ class ProgramFiles:
             then('')
 
     def _compare(self, remote: Remote, paths: Sequence[str]) -> None:
-        """An opener."""
+        """Compute the digests of large files. It is called by an opener."""
         Digests.learn(paths)
         self._scheduler.call_soon(self._want_next, remote)
 
     def on_file_piece(self, link: Link, message: FilePiece) -> None:
-        """Files for nodes come here first."""
+        """A program sends a piece of a file."""
         remote = self._computations.unopened.get(message.comp)
         if remote is None:
             remote = self._programs.computation_of(link, message.comp)
@@ -2505,7 +2542,7 @@ class ProgramFiles:
         self.serve_values(link, remote)
 
     def _without_values(self, link: Link, remote: Remote, error: str) -> None:
-        """Jobs that need a value which cannot be had."""
+        """End the jobs that need a value which cannot be had."""
         for serial in remote.values.failed():
             text = 'a value in the arguments cannot be taken at the scheduler: %s' % error
             row = (serial, int(Outcome.RAISED), 0.0, 0.0, pack_error(text, None), b'', b'')
@@ -2521,7 +2558,7 @@ class ProgramFiles:
         self._scheduler.program_jobs.take_jobs(link, remote, rows, admitted=True)
 
     def _no_room(self, link: Link, remote: Remote, error: str) -> None:
-        """The jobs that need a value wait until there is room for it."""
+        """Let the jobs that need a value wait until there is room for it."""
         remote.values.postpone(self._scheduler.now + RETRY_TIME)
         if not remote.values.told:
             remote.values.told = True
@@ -2531,14 +2568,14 @@ class ProgramFiles:
             self._scheduler.say(link, Said(remote.comp, text))
 
     def done_with_values(self, remote: Remote, work: RemoteWork) -> None:
-        """Jobs that waited for room may have it."""
+        """Give the room that the values of a job had to jobs that wait for it."""
         remote.values.release(work)
         link = self._links.get(remote.link)
         if link is not None:
             self.serve_values(link, remote)
 
     def on_file_stored(self, link: Link, message: FileStored) -> None:
-        """A file of a job is at its program, or cannot be; or a value is not to be had there."""
+        """The program has a file of a job, or cannot store it; or it does not have a value."""
         remote = self._programs.computation_of(link, message.comp)
         if message.purpose == Purpose.VALUES and remote is not None:
             if message.error:
@@ -2560,7 +2597,7 @@ class ProgramFiles:
             self._scheduler.say_to(peer, message)
 
     def end_files(self, remote: Remote) -> None:
-        """The connection to a program has ended while its jobs sent files."""
+        """The connection to a program has ended while its jobs sent files to it."""
         error = 'the connection to the client has ended'
         for serial, (_, name) in remote.files.items():
             stored = FileStored(remote.comp, int(Purpose.FROM_JOB), serial, name, error)
@@ -2568,8 +2605,8 @@ class ProgramFiles:
         remote.files.clear()
 
     def bring_modules(self, remote: Remote, rows: list) -> None:
-        """Files of modules that arguments of later jobs need: nodes that are set up from now on get
-        them at once."""
+        """Add files of modules that the arguments of later jobs need: nodes that are set up from
+        now on get them at once."""
         spec = remote.cargo.spec
         known = {row[0] for row in spec['modules']}
         more = [row for row in rows if row[0] not in known]
@@ -2578,8 +2615,8 @@ class ProgramFiles:
             self._state.began(remote)
 
     def change_files(self, remote: Remote, rows: list, then: Callable[..., None]) -> None:
-        """A computation is to be set up with other files. `then` is called with what went wrong,
-        or with an empty text."""
+        """Set a computation up with other files. `then` is called with what went wrong, or with an
+        empty text."""
         def complete(error: str, code: str = '') -> None:
             if not error:
                 remote.take_spec(dict(remote.cargo.spec, files=rows))
@@ -2594,7 +2631,8 @@ class ProgramFiles:
 
 
 class ProgramJobs:
-    """Jobs that programs submit, and their results, which are on the disk. The loop's thread."""
+    """The jobs that programs submit, and their results, which are on the disk. The loop's
+    thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
@@ -2628,8 +2666,8 @@ class ProgramJobs:
                   remote: Remote,
                   rows: Sequence[tuple],
                   admitted: bool = False) -> None:
-        """Note jobs and hand them to the Schedule; `admitted`: the values that they need are
-        here."""
+        """Note jobs and hand them to the Schedule. `admitted` says that the values which they need
+        are here."""
         back: List[int] = []
         lacking = False
         is_full = self._scheduler.commit.stuck_until is not None
@@ -2668,14 +2706,15 @@ class ProgramJobs:
         self._exchange.submitted.append(work)  # type: ignore[arg-type]
 
     def on_unfit(self, link: Link, message: Unfit) -> None:
-        """A job whose arguments find no room here. Its program is told, and it is forgotten."""
+        """The arguments of a job find no room here: the program is told, and the job is
+        forgotten."""
         remote = self._programs.computation_of(link, message.comp)
         serial = message.row[0]
         if remote is not None and serial not in remote.works and serial not in remote.ended:
             self._scheduler.say(link, Results(message.comp, [unfit_row(message)]))
 
     def on_cancel(self, link: Link, message: Cancel) -> None:
-        """A program wants jobs to end."""
+        """A program cancels jobs."""
         remote = self._programs.computation_of(link, message.comp)
         self._exchange.take_submitted()
         if remote is not None:
@@ -2685,7 +2724,7 @@ class ProgramJobs:
 
     @staticmethod
     def _known(remote: Remote, serials: Sequence[int]) -> List[Work]:
-        """Those of these jobs that have not ended."""
+        """Return those of these jobs that have not ended."""
         return [remote.works[serial] for serial in serials if serial in remote.works]
 
     def _cancel_early(self, link: Link, remote: Remote, serials: Sequence[int]) -> None:
@@ -2695,7 +2734,7 @@ class ProgramJobs:
             self._scheduler.say(link, Results(remote.comp, [row]))
 
     def on_recall(self, link: Link, message: Recall) -> None:
-        """Jobs that shall be cancelled if they have not begun."""
+        """A program cancels jobs if they have not begun."""
         remote = self._programs.computation_of(link, message.comp)
         self._exchange.take_submitted()
         if remote is not None:
@@ -2712,7 +2751,7 @@ class ProgramJobs:
             self._state.removed([ended.pop(serial) for serial in known])
 
     def end(self, remote: Remote, work: RemoteWork, row: tuple, node: Any = None) -> None:
-        """A job has ended with this row of Results, `node` is where, if it was on one."""
+        """End a job with this row of Results. `node` is where it was, if it was at a node."""
         number = work.number
         if remote.works.pop(work.client_serial, None) is None:
             return
@@ -2729,7 +2768,7 @@ class ProgramJobs:
         remote.outbox.append(row)
 
     def drop(self, remote: Remote, work: RemoteWork) -> None:
-        """One of these jobs has been cancelled."""
+        """Forget a job that was cancelled because its program is gone."""
         number = work.number
         if remote.works.pop(work.client_serial, None) is None:
             return
@@ -2743,19 +2782,19 @@ class ProgramJobs:
             self._scheduler.sharing.look_again()
 
     def forget(self, remote: Remote) -> None:
-        """A computation is over."""
+        """Forget the jobs of a computation that is over."""
         for work in remote.works.values():
             self._forget_payload(work)
             self._quota.remove(remote, work)
         remote.works.clear()
 
     def _forget_payload(self, work: RemoteWork) -> None:
-        """The arguments of a job need not be kept in memory any more."""
+        """The arguments of a job are not kept in memory any more."""
         if work.payload is not None:
             self._kept -= OBJECT + len(work.payload)
 
     def resend(self, remote: Remote) -> None:
-        """What its program has not acknowledged, and where its jobs are."""
+        """Send a program the results that it has not acknowledged, and where its jobs are."""
         remote.unread.clear()
         self.send_ended(remote, list(remote.ended.values()))
         known = self._schedule.comps.get(remote.comp)
@@ -2783,7 +2822,7 @@ class ProgramJobs:
         self.backlog.add_results(remote.link, remote.comp, rows)
 
     def read_again(self) -> None:
-        """Results that could not be read are tried once more, after a while."""
+        """Try once more, after a while, to read results that could not be read."""
         now = self._scheduler.now
         again = now >= self.unread_until
         if again:
@@ -2811,7 +2850,7 @@ Answer = Callable[..., None]   # of a question: called with a value, or with Non
 
 
 class ProgramCalls:
-    """Questions of programs, and what they are asked. The loop's thread."""
+    """The questions of programs, and what programs are asked. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
@@ -2846,14 +2885,14 @@ class ProgramCalls:
             answer(None, (type(exc).__name__, str(exc)))
 
     def _overview(self, link: Link, args: tuple) -> Tuple[float, Any]:
-        """What a monitor asks; it speaks of no computation."""
+        """Answer a monitor, which speaks of no computation."""
         if self._programs.sessions[link.number].operator:
             return self._scheduler.overview.answer(*args)
         return self._scheduler.overview.answer_anybody(*args)
 
     def _is_early(self, link: Link, message: Call, answer: Callable[..., None]) -> bool:
-        """Whether the files of the computation are on their way: questions about its jobs wait
-        until they are there."""
+        """Return whether the files of the computation are still to come. Questions about its jobs
+        wait until they are here."""
         remote = self._computations.unopened.get(message.comp)
         if remote is None or remote.link != link.number:
             return False
@@ -2892,7 +2931,7 @@ class ProgramCalls:
         answer(None)
 
     def _leave(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
-        """Nodes are left; with four arguments they are set up again with files as they are now."""
+        """Leave nodes. With a fourth argument they are set up again with these files."""
         if len(args) != 4:
             self._command(remote, name, args, answer)
             return
@@ -2906,7 +2945,7 @@ class ProgramCalls:
         self._files.change_files(remote, args[3], complete)
 
     def _running(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
-        """A node is asked which jobs run there."""
+        """Ask a node which jobs run there."""
         queries = self._queries
         node = args[0]
 
@@ -2920,7 +2959,7 @@ class ProgramCalls:
         queries.question(remote.comp, node).add_done_callback(answered)
 
     def _place(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
-        """A node is sent a file: one that the program has sent here before, and nothing else."""
+        """Send a node a file: one that the program has sent here before, and nothing else."""
         node, row = args[:2]
         path = os.path.join(remote.directory, *check_name(row[0]))
         open_regular(path).close()
@@ -2997,7 +3036,8 @@ class ProgramCalls:
         self._ask(remote, 'allocate', (allocator.number, row), told)
 
     def ask_for_modules(self, remote: Remote, peer: Peer, message: Call) -> None:
-        """A job on a node needs modules of its program. What was fetched before is here."""
+        """Ask a program for the modules that a job at a node needs. What was fetched before is
+        here."""
         answer = functools.partial(self._answer_node, peer, message)
         files = self._files
         bundle = self._bundle_of(message)
@@ -3023,7 +3063,8 @@ class ProgramCalls:
 
     @staticmethod
     def _bundle_of(message: Call) -> str:
-        """The name of the file of modules that a job needs; empty if it needs something else."""
+        """Return the name of the file of modules that a job needs, or an empty text if it needs
+        something else."""
         if message.name != 'modules' or len(message.args) != 1:
             return ''
         number = message.args[0]
@@ -3041,8 +3082,9 @@ class ProgramCalls:
 
 
 class Restoration:
-    """What an earlier run has left: jobs that waited wait, those on nodes are there until the nodes
-    come back or are given up. The loop's thread, at the start."""
+    """Restores what an earlier run has left. Jobs that waited wait again. Those that were at nodes
+    are taken to be there until the nodes are connected again or are given up. The loop's thread, at
+    the start."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
         self._scheduler = scheduler
@@ -3054,7 +3096,7 @@ class Restoration:
 
     def run(self) -> None:
         """Restore all computations, and remove what belongs to none. Raises DispyError, OSError,
-        and what not if the state is damaged."""
+        and anything if the state is damaged."""
         there = set()
         for comp, client, spec in self._state.comps():
             there.add(comp)
@@ -3093,7 +3135,7 @@ class Restoration:
                         len(waiting), sum(map(len, sent.values())), len(remote.ended))
 
     def _work(self, remote: Remote, serial: int, options: Optional[dict], own: int) -> RemoteWork:
-        """A job that has not ended; `serial` is the program's, `own` is the scheduler's."""
+        """Restore a job that has not ended. `serial` is the program's, `own` is the scheduler's."""
         work = RemoteWork(remote.comp, None, options, own, serial)
         remote.works[serial] = work
         if work.values:
@@ -3103,7 +3145,7 @@ class Restoration:
         return work
 
     def _restore_node(self, key: Any) -> str:
-        """A node that had jobs is looked for again. Returns its name."""
+        """Look again for a node that had jobs. Return its name."""
         scheduler = self._scheduler
         host, port, name, instance = self._nodes[key]
         peer = scheduler.nodes.by_key.get(key)
@@ -3164,7 +3206,7 @@ class Scheduler(Driver):
     # -- life --------------------------------------------------------------------------------------
 
     def start(self) -> int:
-        """Listen, take up what an earlier run has left. Returns the port. Raises StartError,
+        """Listen, and take over what an earlier run has left. Return the port. Raises StartError,
         SecretError, OSError."""
         options = self.options
         files = (options.cluster_certfile, options.cluster_keyfile)
@@ -3192,8 +3234,8 @@ class Scheduler(Driver):
         return port
 
     def _keys(self) -> Dict[int, Tuple[bytes, ...]]:
-        """Role -> the keys that show that a peer has it. The second one of programs is the
-        operator's."""
+        """Return a dictionary from roles to the keys that prove them. The second key of programs is
+        the operator's."""
         options = self.options
         programs = [derive_key(options.cluster_secret)]
         if options.separate:
@@ -3219,7 +3261,7 @@ class Scheduler(Driver):
         return door
 
     def close(self) -> None:
-        """Let go of everything; what programs have submitted stays on the disk."""
+        """Close everything. What programs have submitted stays on the disk."""
         for door in self._doors:
             with contextlib.suppress(KeyError, ValueError):   # not watched yet
                 self.unwatch(door.socket)
@@ -3233,7 +3275,8 @@ class Scheduler(Driver):
     # -- faults of ours ----------------------------------------------------------------------------
 
     def on_fault(self, subject: Any, text: str) -> bool:
-        """As the driver's; what concerns a computation of a program ends that computation."""
+        """Handle a fault of our own as the driver does. One that concerns a computation of a
+        program ends that computation."""
         if isinstance(subject, Remote):
             link = self.links.get(subject.link)
             if link is not None:
@@ -3257,7 +3300,7 @@ class Scheduler(Driver):
             self.commit.later.append((link, message))
 
     def end_of_turn(self) -> None:
-        """Decide, write, send."""
+        """Decide, write, and send."""
         self.programs.bound_answers()
         if self.commit.stuck_until is not None and self.now < self.commit.stuck_until:
             return
@@ -3274,12 +3317,13 @@ class Scheduler(Driver):
             self.commit.stick()
 
     def part(self, link: Link, text: str) -> None:
-        """As a Loop, after all that was said before."""
+        """End a link as a Loop does, after all that was said before."""
         self.commit.write_down()
         super().part(link, text)
 
     def next_timer(self) -> Optional[float]:
-        """The driver's, a new try to write, results from the disk."""
+        """Return when there is something to do: for the driver, for the disk that was full, or for
+        results on the disk."""
         if self.commit.stuck_until is not None:
             return self.commit.stuck_until
         if self.program_jobs.backlog.has_room():
@@ -3290,7 +3334,7 @@ class Scheduler(Driver):
     # -- links of programs -------------------------------------------------------------------------
 
     def on_event(self, event: Any) -> None:
-        """Programs and nodes that have connected, signals, and the driver's events."""
+        """Handle programs and nodes that have connected, signals, and the driver's events."""
         if isinstance(event, Arrival) and event.session.peer_role == Role.CLIENT:
             self.programs.program_came(event)
         elif isinstance(event, Stop):
@@ -3300,14 +3344,14 @@ class Scheduler(Driver):
             super().on_event(event)
 
     def on_channel(self, channel: Link) -> None:
-        """A link has something."""
+        """Handle what has come along a link."""
         if channel.number in self.programs.sessions:
             self.programs.take_messages(channel)
         else:
             super().on_channel(channel)
 
     def on_broken(self, channel: Link, text: str) -> None:
-        """A link came to its end."""
+        """A link has ended."""
         if channel.number in self.programs.sessions:
             self.programs.program_gone(channel, text)
         else:
@@ -3322,7 +3366,7 @@ _AT_ONCE = frozenset((Bye, FilePiece, FileStored, Need, Offer, Output, Pulse))
 # --------------------------------------------------------------------------------------------------
 
 def default_state_dir(port: int) -> str:
-    """Where the state of the scheduler at this port is kept when nothing else is said."""
+    """Return where the state of the scheduler at this port is kept if nothing else is said."""
     if os.name == 'nt':
         base = os.environ.get('LOCALAPPDATA')
     else:
@@ -3497,7 +3541,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The daemon. Returns its exit status: see EXIT_STATUSES."""
+    """Run the daemon. Return its exit status, see EXIT_STATUSES."""
     parser = _parser()
     if argv is None:
         argv = sys.argv[1:]
@@ -3569,7 +3613,8 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _options_of(args: argparse.Namespace) -> Options:
-    """How the scheduler is to be, by its command line. Raises SecretError, StartError, OSError."""
+    """Return the options of a scheduler by its command line. Raises SecretError, StartError,
+    OSError."""
     root = args.state_dir or default_state_dir(args.port)
     if not has_place(root):
         raise StartError('this user has no home for the state (neither HOME nor an entry in the '
@@ -3625,7 +3670,8 @@ def _end_on_signals(scheduler: Scheduler, outlives_terminal: bool) -> None:
 
 
 def _operator_secret(root: str, path: Optional[str]) -> bytes:
-    """The operator's secret, made at the first start. Raises SecretError, StartError, OSError."""
+    """Return the operator's secret, which is made at the first start. Raises SecretError,
+    StartError, OSError."""
     if path is not None:
         return find_secret(None, path)
     take_state_directory(root)
@@ -3637,7 +3683,7 @@ def _operator_secret(root: str, path: Optional[str]) -> bytes:
 
 
 def _check_allowed(word: str) -> None:
-    """Raise StartError for what is no network and no name of hosts."""
+    """Raise StartError for what is neither a network nor a name of hosts."""
     is_name = bool(word) and not any(c.isspace() or c == ',' for c in word)
     if not is_name or ('/' in word and not _is_network(word)):
         raise StartError('--allow-nodes %s: neither a network such as 10.0.0.0/8 nor a host name' %
@@ -3652,7 +3698,7 @@ def _is_network(word: str) -> bool:
 
 
 def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) -> Any:
-    """A web monitor of this scheduler. Raises StartError."""
+    """Return a web monitor of this scheduler. Raises StartError."""
     try:
         import dispy_httpd
     except ImportError as exc:
@@ -3680,7 +3726,7 @@ def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) 
 
 
 def _clean(root: str) -> None:
-    """Remove what an earlier run has left, if no scheduler is running on it."""
+    """Delete what an earlier run has left, if no scheduler uses it."""
     if os.path.isdir(root):
         State(root).close()   # or it says who uses it
         for name in os.listdir(root):
