@@ -138,7 +138,8 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
     if exc.name == 'dispy':
         text = ('dispy_httpd.py needs the files dispy.py and dispynode.py of the same release '
                 'beside it, in %s (%s)')
-        text %= (os.path.dirname(os.path.abspath(__file__)), exc)
+        directory = os.path.dirname(os.path.abspath(__file__))
+        text %= (directory, exc)
     if __name__ == '__main__':
         sys.exit(text)
     raise ImportError(text, name=exc.name, path=exc.path) from exc
@@ -270,7 +271,8 @@ def arguments_text(payload: Any) -> str:
     try:
         _, body = split_needs(data)
         _check_memo(bytes(body))
-        args, kwargs = _Opener(io.BytesIO(body)).load()[:2]
+        opener = _Opener(io.BytesIO(body))
+        args, kwargs = opener.load()[:2]
         # As no program packs them: they might have no end
         if type(args) is not tuple or type(kwargs) is not dict:
             raise ValueError('no arguments')
@@ -318,7 +320,10 @@ class History:
         """Add a point and return how many jobs end in a second. Time before the first job ended
         does not count."""
         self._add_recent(now, ended)
-        if not self.points or now - self.points[-1][0] >= self._apart:
+        last = -math.inf
+        if self.points:
+            last = self.points[-1][0]
+        if now - last >= self._apart:
             self._add_point([round(now, 2), ended, used, cpus])
         since, ended_then = self._recent[0]
         if now - since < 0.5:
@@ -327,10 +332,14 @@ class History:
 
     def _add_recent(self, now: float, ended: int) -> None:
         recent = self._recent
-        if not recent or now - recent[-1][0] >= SAMPLES_APART:
+        last = -math.inf
+        if recent:
+            last, _ = recent[-1]
+        if now - last >= SAMPLES_APART:
             recent.append((now, ended))
         while len(recent) > 1:
-            (first, ended_then), (_, ended_next) = recent[0], recent[1]
+            first, ended_then = recent[0]
+            _, ended_next = recent[1]
             was_idle = ended_next == ended_then and ended > ended_then
             if now - first <= RATE_SPAN and not was_idle:
                 break
@@ -342,8 +351,10 @@ class History:
             points = points[::2]
         # A new list: others may be reading the old one
         self.points = [*points, point]
+        if len(self.points) > PLOT_POINTS // 2 + 1:
+            return
         span = point[0] - self.points[0][0]
-        if len(self.points) <= PLOT_POINTS // 2 + 1 and span > PLOT_POINTS * self._apart:
+        if span > PLOT_POINTS * self._apart:
             self._apart *= 2
 
 
@@ -389,7 +400,8 @@ class Watched(Monitor):
         before = b''
         if offset:
             before = ends[stream - 1]
-        ends[stream - 1] = (before + data)[-OUTPUT_KEPT:]
+        shown = before + data
+        ends[stream - 1] = shown[-OUTPUT_KEPT:]
         if len(self.output) > OUTPUTS_KEPT:
             self._forget_output()
 
@@ -451,7 +463,8 @@ class Watched(Monitor):
         if self.looks_only:
             apart = SAMPLES_APART
         rows = []
-        for peer, state, reason, cpus, _ in cluster.driver.queries.nodes_of(cluster.comp):
+        nodes = cluster.driver.queries.nodes_of(cluster.comp)
+        for peer, state, reason, cpus, _ in nodes:
             if left and overview.ask_node(peer, cluster.comp, apart):
                 left -= 1
             rows.append(self._node_row(peer, state, reason, cpus))
@@ -461,12 +474,15 @@ class Watched(Monitor):
         comp = self.cluster.comp
         overview = self.cluster.driver.overview
         free = overview.free_at(peer, comp)
-        running, used = overview.running_at(peer.key).get(comp, (0, 0))
-        row = node_row(overview.node_row(peer, free), state, reason, cpus, running, used)
+        by_comp = overview.running_at(peer.key)
+        running, used = by_comp.get(comp, (0, 0))
+        known = overview.node_row(peer, free)
+        row = node_row(known, state, reason, cpus, running, used)
         if self.looks_only:   # whoever uses the node
             row['cpus'] = peer.offered
             row['used'] = free.get('busy', 0)
-            row['holder'] = str(free.get('holder', peer.facts.get('holder', '')))
+            holder = peer.facts.get('holder', '')
+            row['holder'] = str(free.get('holder', holder))
         return row
 
 
@@ -487,14 +503,16 @@ class WatchedShared(Watched):
         """Ask the scheduler for its nodes. While the scheduler is away, it is shown in the place of
         its nodes, with the reason."""
         cluster = self.cluster
+        driver = cluster.driver
         sent: SentTo = {}
         for job, place in cluster._places.copy().items():
-            sent.setdefault((place.ip_addr, place.name), {})[job.serial] = job
+            there = sent.setdefault((place.ip_addr, place.name), {})
+            there[job.serial] = job
         self._sent = sent
         try:
             rows = dispy.pages_of_nodes(self._page_of_nodes)
         except (ConnectionError, concurrent.futures.TimeoutError):
-            own = cluster.driver.ask(lambda: cluster.driver.queries.rows_of(cluster.comp))
+            own = driver.ask(lambda: driver.queries.rows_of(cluster.comp))
             rows = [row._replace(cpus=0) for row in own]
         self._known = {row.key: row for row in rows}
 
@@ -525,7 +543,8 @@ class WatchedShared(Watched):
                 begun.append(serial)
             elif job.status == DispyJob.Created:
                 others.append(serial)
-        return begun + others[:max(0, row.busy - len(begun))]
+        more = max(0, row.busy - len(begun))
+        return begun + others[:more]
 
     def jobs_at(self, key: Any) -> List[JobAtNode]:
         """Return the jobs at a node. How long a job has run is known by its start_time."""
@@ -621,7 +640,8 @@ def cluster_row(row: dict, history: History, closed: bool = False) -> dict:
     running = min(pending, row['running'])
     rate = 0.0
     if not closed:
-        rate = history.add(time.time(), ended, row['used'], row['cpus'])
+        now = time.time()
+        rate = history.add(now, ended, row['used'], row['cpus'])
     left = None
     if pending and rate > 0:
         left = round(pending / rate, 1)
@@ -693,11 +713,14 @@ class ClusterSource:
     def remove(self, cluster: Any) -> None:
         """Stop watching a cluster. Nothing happens if it was not watched."""
         with self._lock:
-            for watched in [watched for watched in self._watched if watched.cluster is cluster]:
+            for watched in list(self._watched):
+                if watched.cluster is not cluster:
+                    continue
                 self._watched.remove(watched)
                 if not watched.looks_only:
+                    detach = functools.partial(cluster.remove_monitor, watched)
                     with contextlib.suppress(RuntimeError):   # its driver has ended
-                        cluster.driver.ask(functools.partial(cluster.remove_monitor, watched))
+                        cluster.driver.ask(detach)
 
     def close(self) -> None:
         """Stop watching all clusters."""
@@ -762,21 +785,24 @@ class ClusterSource:
         row['used'] = sum(row['used'] for row in rows)
         row['cpus'] = sum(row['cpus'] for row in ready)
         row['nodes'] = len(ready)
-        row['elapsed'] = (watched.ended or time.time()) - cluster.start_time
+        until = watched.ended or time.time()
+        row['elapsed'] = until - cluster.start_time
         counted = cluster.jobs_at_nodes().values()
         row['job_seconds'] = sum(seconds for _, _, seconds in counted)
         return cluster_row(row, watched.history, bool(watched.ended))
 
     def _prefix(self, watched: Watched) -> str:
         """Return how the ids of a cluster's nodes begin."""
-        return '%d.' % (self._drivers.index(watched.cluster.driver) + 1)
+        place = self._drivers.index(watched.cluster.driver)
+        return '%d.' % (place + 1)
 
     def _merge(self, watched: Watched, rows: List[dict], nodes: Dict[str, dict]) -> None:
         """Merge the rows of one cluster's nodes into those of all clusters."""
         prefix = self._prefix(watched)
         counts = watched.cluster.jobs_at_nodes()
         for row in rows:
-            row['id'] = prefix + key_text(row.pop('key'))
+            key = row.pop('key')
+            row['id'] = prefix + key_text(key)
             name = '%s:%s' % (row['address'], row['name'])
             _, jobs, seconds = counts.pop(name, (None, 0, 0.0))
             self._put(nodes, row, watched, jobs, seconds)
@@ -801,7 +827,8 @@ class ClusterSource:
             use = NodeUse(number=watched.number, jobs=jobs, seconds=seconds, **state)
             there['clusters'].append(use_row(use, watched.cluster.name))
         there['jobs'] += jobs
-        there['job_seconds'] = round(there['job_seconds'] + seconds, 3)
+        total = there['job_seconds'] + seconds
+        there['job_seconds'] = round(total, 3)
         if there is not row:
             merge_uses(there, row)
 
@@ -831,8 +858,9 @@ class ClusterSource:
         """Return the rows of a node's jobs. Any thread but a driver's."""
         rows: List[dict] = []
         for watched, key in self._uses(node):
+            turn = functools.partial(self._jobs_turn, watched, key)
             try:
-                rows += watched.cluster.driver.ask(functools.partial(self._jobs_turn, watched, key))
+                rows += watched.cluster.driver.ask(turn)
             except RuntimeError:   # closed meanwhile
                 continue
         return rows
@@ -892,7 +920,8 @@ class ClusterSource:
         def end() -> int:
             chosen = list(watched.sent_to(key).values())
             if numbers is not None:
-                chosen = [job for job in chosen if job.serial >> 16 in numbers]
+                wanted = frozenset(numbers)
+                chosen = [job for job in chosen if job.serial >> 16 in wanted]
             for job in chosen:
                 driver.cancels.cancel(job)
             return len(chosen)
@@ -934,7 +963,9 @@ class ClusterSource:
 
     def cpus(self, node: str, cpus: int, cluster: Optional[int] = None) -> int:
         """Use at most so many CPUs of a node."""
-        return self._each(node, cluster, lambda which, key: which.set_node_cpus(key, cpus))
+        def limit(which: Any, key: Any) -> None:
+            which.set_node_cpus(key, cpus)
+        return self._each(node, cluster, limit)
 
 
 # The state of a node that several clusters use is the first of their states in this order
@@ -947,9 +978,11 @@ _STATE_ORDER = [
 def merge_uses(there: dict, row: dict) -> None:
     """Add what another cluster says of a node to the node's row."""
     most = max(there['offered'], row['cpus'], there['cpus'])
-    there['used'] = min(there['used'] + row['used'], most)
+    used = there['used'] + row['used']
+    there['used'] = min(used, most)
     there['cpus'] = max(there['cpus'], row['cpus'])
-    if _STATE_ORDER.index(row['state']) < _STATE_ORDER.index(there['state']):
+    rank = _STATE_ORDER.index(row['state'])
+    if rank < _STATE_ORDER.index(there['state']):
         there['state'] = row['state']
         there['reason'] = row['reason']
 
@@ -959,8 +992,13 @@ def grouped(failures: Iterable[FailedJob]) -> List[dict]:
     tracebacks."""
     groups: Dict[Tuple[int, str], List[FailedJob]] = {}
     for failed in failures:
-        groups.setdefault((failed.cluster, last_line(failed.text)), []).append(failed)
-    return [_group_row(line, members) for (_, line), members in groups.items()]
+        key = (failed.cluster, last_line(failed.text))
+        members = groups.setdefault(key, [])
+        members.append(failed)
+    rows = []
+    for (_, line), members in groups.items():
+        rows.append(_group_row(line, members))
+    return rows
 
 
 def _group_row(line: str, members: List[FailedJob]) -> dict:
@@ -970,7 +1008,8 @@ def _group_row(line: str, members: List[FailedJob]) -> dict:
     row['cluster'] = last.cluster
     row['last'] = last.time
     row['trace'] = last.text
-    row['jobs'] = [_failed_row(failed) for failed in reversed(members[-10:])]
+    newest = reversed(members[-10:])
+    row['jobs'] = [_failed_row(failed) for failed in newest]
     return row
 
 
@@ -994,9 +1033,11 @@ def chosen_jobs(jobs: Any) -> Optional[List[int]]:
     """Return the numbers of jobs in a request, None for all jobs. Raises Refusal."""
     if jobs == 'all':
         return None
-    if not isinstance(jobs, list) or not set(map(type, jobs)) <= {int}:
-        raise Refusal(400, "jobs is neither a list of numbers nor 'all'")
-    return jobs
+    if isinstance(jobs, list):
+        kinds = set(map(type, jobs))
+        if kinds <= {int}:
+            return jobs
+    raise Refusal(400, "jobs is neither a list of numbers nor 'all'")
 
 
 def counts_of(cluster: Any) -> Dict[str, int]:
@@ -1133,7 +1174,9 @@ class SchedulerSource:
             found[row['id']] = row
         self._keep_histories(clusters)
         with self._lock:
-            self._keys = {name: row.pop('key') for name, row in found.items()}
+            self._keys = {}
+            for name, row in found.items():
+                self._keys[name] = row.pop('key')
         rows = [self._cluster_row(row) for row in by_number.values()]
         return rows, list(found.values()), cost + more
 
@@ -1163,7 +1206,8 @@ class SchedulerSource:
             uses.append(use_row(use, cluster['name']))
             _add_use(cluster, use)
             if use.reason and not refused:
-                refused = '%s: %s' % (cluster['name'], use.reason.strip())
+                why = use.reason.strip()
+                refused = '%s: %s' % (cluster['name'], why)
         state = node['state']
         reason = node['reason'].strip()
         if state == 'connected':
@@ -1203,7 +1247,8 @@ class SchedulerSource:
             jobs = self._jobs_of(node, key)
         rows = []
         for cluster, job, is_running, seconds in jobs:
-            rows.append(job_row(cluster, job, job >> 16, is_running, seconds))
+            row = job_row(cluster, job, job >> 16, is_running, seconds)
+            rows.append(row)
         return rows
 
     def _jobs_of(self, node: str, key: Any) -> List[tuple]:
@@ -1255,7 +1300,8 @@ class SchedulerSource:
 
     def cancel(self, cluster: int, node: str, jobs: Any) -> int:
         """End jobs at a node. Return how many."""
-        return self._order('cancel', cluster, self._key(node), chosen_jobs(jobs))
+        numbers = chosen_jobs(jobs)
+        return self._order('cancel', cluster, self._key(node), numbers)
 
     def cancel_waiting(self, cluster: int) -> int:
         """End jobs that do not run, also those that wait at nodes. Return how many."""
@@ -1360,13 +1406,23 @@ def table(rows: List[dict],
     per = _number(query, 'per', PER_PAGE, 1, PER_PAGE_MOST)
     pages = max(1, -(-len(rows) // per))
     page = min(_number(query, 'page', 1, 1, 10 ** 9), pages)
-    without = [row for row in rows if row[sort] in (None, '')]
-    ordered = [row for row in rows if row[sort] not in (None, '')]
+    ordered = []
+    without = []
+    for row in rows:
+        if row[sort] in (None, ''):
+            without.append(row)
+        else:
+            ordered.append(row)
     ordered.sort(key=lambda row: _order(row[sort]), reverse=bool(desc))
     ordered += without
-    found: Dict[str, Any] = {'sort': sort, 'desc': desc, 'per': per, 'page': page, 'pages': pages}
+    first = (page - 1) * per
+    found: Dict[str, Any] = {'rows': ordered[first:first + per]}
     found['total'] = len(rows)
-    found['rows'] = ordered[(page - 1) * per:page * per]
+    found['sort'] = sort
+    found['desc'] = desc
+    found['per'] = per
+    found['page'] = page
+    found['pages'] = pages
     return found
 
 
@@ -1481,8 +1537,10 @@ class MetricsText:
     @staticmethod
     def _label(label: Tuple[str, Any]) -> str:
         name, value = label
-        text = str(value).replace('\\', '\\\\').replace('"', '\\"')
-        return '%s="%s"' % (name, text.replace('\n', '\\n'))
+        text = str(value)
+        for plain, escaped in (('\\', '\\\\'), ('"', '\\"'), ('\n', '\\n')):
+            text = text.replace(plain, escaped)
+        return '%s="%s"' % (name, text)
 
     def __str__(self) -> str:
         return '\n'.join(self._lines) + '\n'
@@ -1527,7 +1585,8 @@ def _cluster_labels(row: dict) -> Dict[str, Any]:
 
 
 def _node_labels(row: dict) -> Dict[str, Any]:
-    return {'node': row['name'] or row['address'], 'id': row['id']}
+    name = row['name'] or row['address']
+    return {'node': name, 'id': row['id']}
 
 
 class Watch:
@@ -1552,8 +1611,9 @@ class Watch:
         while True:
             began = time.monotonic()
             ending = self._ending
+            wanted = began < self._wanted_until
             try:
-                clusters, nodes, cost = self._source.snapshot(began < self._wanted_until)
+                clusters, nodes, cost = self._source.snapshot(wanted)
             except Exception:
                 # Our own fault, or a driver that does not answer; the next one may come
                 logger.exception('a snapshot for the web monitor failed')
@@ -1575,7 +1635,8 @@ class Watch:
             apart = self.every
             if now >= self._wanted_until:   # nobody looks
                 apart = max(apart, SAMPLES_APART)
-            left = began + max(apart, SNAPSHOT_SHARE * cost) - now
+            due = began + max(apart, SNAPSHOT_SHARE * cost)
+            left = due - now
             if left <= 0:
                 break
             self._changed.wait(left)
@@ -1598,15 +1659,19 @@ class Watch:
     def _is_newer(self, version: int) -> bool:
         """Return whether there is a snapshot after this version, or no other will come."""
         last = self.last
-        return last is not None and (last.version > version or last.final)
+        if last is None:
+            return False
+        return last.version > version or last.final
 
     def current(self) -> Snapshot:
         """Return a snapshot that is not older than the time between two. Raises Refusal."""
         last = self.last
         if last is None:
             last = self.newer(0, IO_TIME / 2)
-        elif not last.final and time.time() - last.time > self.every:
-            last = self.newer(last.version, IO_TIME / 2)
+        elif not last.final:
+            age = time.time() - last.time
+            if age > self.every:
+                last = self.newer(last.version, IO_TIME / 2)
         if last is None:
             raise Refusal(503, 'there is no snapshot yet')
         return last
@@ -1660,7 +1725,8 @@ def checked_fields(body: Any, fields: 'Dict[str, Tuple[Any, bool]]') -> dict:
 
 def _check_field(field: str, value: Any, kind: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, kind):
-        raise Refusal(400, '%s is no %s' % (field, getattr(kind, '__name__', 'list or text')))
+        name = getattr(kind, '__name__', 'list or text')
+        raise Refusal(400, '%s is no %s' % (field, name))
 
 
 class _Head:
@@ -1672,7 +1738,8 @@ class _Head:
 
     def readline(self, size: int) -> bytes:
         """Read a line as a file does. Raises LineTooLong when there is too much of all lines."""
-        line = self._file.readline(min(size, self._left + 1))
+        most = min(size, self._left + 1)
+        line = self._file.readline(most)
         self._left -= len(line)
         if self._left < 0:
             raise http.client.LineTooLong('head')
@@ -1752,7 +1819,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                    message: Optional[str] = None,
                    explain: Optional[str] = None) -> None:
         """Answer what parse_request finds wrong."""
-        self._error(code, message or http.client.responses.get(code, ''), {})
+        known = http.client.responses.get(code, '')
+        self._error(code, message or known, {})
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log a request at DEBUG only."""
@@ -1762,7 +1830,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _error(self, status: int, text: str, headers: Dict[str, str]) -> None:
         self.request_version = 'HTTP/1.1'
-        self._reply(status, JSON, json.dumps({'error': text}).encode(), **headers)
+        body = json.dumps({'error': text})
+        self._reply(status, JSON, body.encode(), **headers)
 
     def _begin(self, status: int, kind: str, **headers: Any) -> None:
         self.send_response(status)
@@ -1819,7 +1888,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         site = self.headers.get('Sec-Fetch-Site', 'none')
         if site in ('none', 'same-origin'):
             return True
-        if self.command != 'GET' or self.path.partition('?')[0] != '/':
+        path = self.path.partition('?')[0]
+        if self.command != 'GET' or path != '/':
             return False
         mode = self.headers.get('Sec-Fetch-Mode')
         destination = self.headers.get('Sec-Fetch-Dest')
@@ -1920,8 +1990,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         view['shared'] = source.shared
         view['source'] = source.text
         view['nothing'] = source.nothing
-        first = snapshot.clusters[:PER_PAGE_MOST]
-        view['clusters'] = [{'number': row['number'], 'name': row['name']} for row in first]
+        view['clusters'] = names = []
+        for row in snapshot.clusters[:PER_PAGE_MOST]:
+            names.append({'number': row['number'], 'name': row['name']})
         return view
 
     def _stream(self, path: str, query: Dict[str, str], snapshot: Snapshot) -> None:
@@ -1950,7 +2021,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             try:
                 view = self._view(path, query, snapshot)
             except Refusal as exc:   # its node has gone
-                self._event(json.dumps({'error': str(exc), 'status': exc.status}))
+                error = {'error': str(exc), 'status': exc.status}
+                self._event(json.dumps(error))
                 return
 
     @staticmethod
