@@ -54,6 +54,7 @@ import math
 import mmap
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -75,11 +76,12 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
         sys.exit(text)
     raise ImportError(text, name=exc.name, path=exc.path) from exc
 
-from dispy import (DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, REDIAL_MOST, REPORTS_APART, Access,
-                   Allocation, CancelAsked, Cargo, Database, DispyNode, FailedJobs, JobState,
-                   NodeDrains, NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeSpec,
-                   NodeRow, NodeUse, NodeUser, Overview, Peer, Schedule, UseState, WithdrawAsked,
-                   Work, cpus_of, has_ended, job_row, parse_nodes, shown_arguments, shown_state)
+from dispy import (
+    ARGUMENTS_MOST, DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, REDIAL_MOST, REPORTS_APART,
+    Access, Allocation, CancelAsked, Cargo, Database, DispyNode, FailedJobs, JobState, NodeDrains,
+    NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeRow, NodeSpec, NodeUse, NodeUser,
+    Overview, Peer, Schedule, UseState, WithdrawAsked, Work, cpus_of, has_ended, job_row,
+    parse_nodes, shown_arguments, shown_state)
 from dispynode import (
     ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error,
     VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT,
@@ -154,7 +156,8 @@ def stored(path: str, is_own: bool = False) -> Any:
     """Return the contents of a file; a large one is mapped and not read yet. Raises OSError."""
     with open(path, 'rb') as file:
         # On Windows files cannot be moved or removed that are mapped
-        if os.name == 'nt' or os.fstat(file.fileno()).st_size <= LAZY:
+        size = os.fstat(file.fileno()).st_size
+        if os.name == 'nt' or size <= LAZY:
             data = file.read()
             if is_own:
                 os.unlink(path)
@@ -228,6 +231,9 @@ class StoredValues(Values):
             if other.place is not None:
                 promised += other.total - other.seen
         return self._state.find_place(value.total, promised)
+
+
+LargeFile = Tuple[int, str]   # the number of a job, and 'p' for its arguments or 'r' for its result
 
 
 class DiskReserve:
@@ -348,7 +354,7 @@ class State(Database):
         self._newest = itertools.count(1 + max(given))
         self._files = self._find_files()   # numbers of jobs with large files
         # Large files to be written before the next transaction
-        self._large: Dict[Tuple[int, str], Sequence[Any]] = {}
+        self._large: Dict[LargeFile, Sequence[Any]] = {}
         self._short = 0                    # bytes of the disk that are missing
         self._new_values = itertools.count(1)
         # Those whose files are not needed after the next transaction
@@ -403,9 +409,10 @@ class State(Database):
         self.note(self.NODE, place, key, peer.host, peer.port, peer.name, peer.instance)
         self.note(self.MEMORY, place, peer.memory)
         lock = peer.facts.get('lock')
-        if type(lock) is tuple and list(map(type, lock)) == [str, str]:
-            machine, file = lock
-            self.note(self.LOCK, place, machine[:LOCK_MOST], file[:LOCK_MOST])
+        if type(lock) is not tuple or list(map(type, lock)) != [str, str]:
+            return   # a node without a lock file
+        machine, file = [part[:LOCK_MOST] for part in lock]
+        self.note(self.LOCK, place, machine, file)
 
     def gave_up(self, comp: str, serials: Sequence[int], text: str) -> None:
         """Note the jobs of a program that has not come back for their results, by its own
@@ -448,7 +455,8 @@ class State(Database):
         free = self._reserve.free() - promised - self._reserve.size
         if size > free:
             raise OSError(errno.ENOSPC, '%d bytes are free on its disk' % max(0, free))
-        return OnDisk(os.path.join(self.large, '%s%d.part' % (self.NEW, next(self._new_values))))
+        name = '%s%d.part' % (self.NEW, next(self._new_values))
+        return OnDisk(os.path.join(self.large, name))
 
     def submitted(self, work: 'RemoteWork', payload: Any) -> None:
         """Note a new job."""
@@ -495,26 +503,18 @@ class State(Database):
         """Note a job that is back from a node."""
         self.note(self.MOVE, self.WAITING, work.serial & 0xffff, 0, work.number)
 
-    def payload_size(self, number: int) -> int:
-        """Return the size of the arguments of a job if they are in a file, otherwise 0. Raises
-        OSError."""
+    def size_of_payload(self, number: int) -> int:
+        """Return the size of the arguments of a job that has not ended, 0 for one that was
+        submitted in this very turn and is small. Raises OSError."""
         if (number, 'p') in self._large:
             return size_of(tuple(self._large[number, 'p']))
         if number in self._files:
             return os.path.getsize(self._file(number, 'p'))
-        return 0
-
-    def size_of_payload(self, number: int) -> int:
-        """Return the size of the arguments of a job that has not ended. It is called at the
-        start."""
-        if number in self._files:
-            with contextlib.suppress(OSError):   # told when they are needed
-                return os.path.getsize(self._file(number, 'p'))
-        row = self._db.execute('SELECT length(payload) FROM jobs WHERE number = ?',
-                               (number, )).fetchone()
-        if row is not None:
-            return row[0] or 0
-        return 0
+        query = 'SELECT length(payload) FROM jobs WHERE number = ?'
+        row = self._db.execute(query, (number,)).fetchone()
+        if row is None:
+            return 0
+        return row[0] or 0
 
     def ended(self, number: int, row: tuple) -> None:
         """Note a row of Results, with the serial that the program knows. The payload of a very
@@ -522,8 +522,8 @@ class State(Database):
         if size_of(row[4]) > LAZY:
             self._large[number, 'r'] = pieces_of(row[4])
             row = (*row[:4], None, *row[5:])
-        plain = row[:4] + tuple(map(_plain, row[4:]))
-        data = pickle.dumps(plain, 5)
+        payloads = tuple(map(_plain, row[4:]))
+        data = pickle.dumps(row[:4] + payloads, 5)
         if len(data) < LARGE:
             self.note(self.END, data, number)
         else:
@@ -597,7 +597,8 @@ class State(Database):
         """Return whether what waits to be written leaves some of the disk free. SQLite needs room
         to remove things, too, and a transaction that fails has filled the disk. What is written is
         written twice: into the log, and from there into the file."""
-        wanted = _bytes_in(self._notes[self.INSERT], 3) + _bytes_in(self._notes[self.END], 0)
+        wanted = _bytes_in(self._notes[self.INSERT], 3)
+        wanted += _bytes_in(self._notes[self.END], 0)
         files = 0
         for pieces in self._large.values():
             if _place_of(pieces) is None:
@@ -672,7 +673,8 @@ class State(Database):
                 data = file.read()
         found: tuple = open_plain(data)
         if found[4] is None:
-            found = (*found[:4], stored(self._file(number, 'r')), *found[5:])
+            payload = stored(self._file(number, 'r'))
+            found = (*found[:4], payload, *found[5:])
         return found
 
     # -- at the start ------------------------------------------------------------------------------
@@ -686,7 +688,9 @@ class State(Database):
     def jobs(self, comp: str) -> Iterator[Tuple[int, int, Any, int, int, Any]]:
         """Yield (number, serial of the program, options, state, serial, key of its node) of the
         jobs of a computation in the order in which they came."""
-        keys = {place: _key_of(key) for key, place in self._places.items()}
+        keys = {}
+        for key, place in self._places.items():
+            keys[place] = _key_of(key)
         query = ('SELECT number, client, options, state, attempt, node FROM jobs WHERE comp = ? '
                  'ORDER BY number')
         rows = self._db.execute(query, (self._comps[comp],))
@@ -723,7 +727,8 @@ class State(Database):
 
 def _bytes_in(notes: Sequence[tuple], column: int) -> int:
     """Return the number of bytes in one column of rows that wait to be written."""
-    return sum(len(row[column]) for row in notes if row[column] is not None)
+    sizes = [len(row[column]) for row in notes if row[column] is not None]
+    return sum(sizes)
 
 
 _SUCCESS = pickle.dumps(0, 5)   # as `seal` packs the exit status of a program that has not failed
@@ -890,7 +895,8 @@ class RemoteValues:
         for name in os.listdir(self._directory):
             path = os.path.join(self._directory, name)
             if len(name) == 2 * DIGEST_SIZE:
-                self._desk.come(self._remote.comp, os.path.getsize(path), bytes.fromhex(name))
+                size = os.path.getsize(path)
+                self._desk.come(self._remote.comp, size, bytes.fromhex(name))
             else:   # it came when that ended
                 os.unlink(path)
 
@@ -970,7 +976,12 @@ class RemoteValues:
         jobs that waited for it."""
         if not self._desk.coming(self._remote.comp):
             return []
-        return [early.row[0] for early in self._desk.failed(self._remote.comp)]
+        failed = self._desk.failed(self._remote.comp)
+        return [early.row[0] for early in failed]
+
+
+# Rows of files, rows of modules, and what is called when all of them are here
+WantedFiles = Tuple[list, list, Callable[..., None]]
 
 
 def _no_source() -> Tuple[bytes, str]:
@@ -1027,7 +1038,7 @@ class Remote(NodeUser):
         os.makedirs(values, mode=0o700, exist_ok=True)
         self.values = RemoteValues(self, max_values)
         # Rows of files and of modules to be had, and who waits for them.
-        self.wanted: Deque[Tuple[list, list, Callable[..., None]]] = collections.deque()
+        self.wanted: Deque[WantedFiles] = collections.deque()
         self.compared: Optional[list] = None      # rows of files that were compared beside the loop
         self.ready = False
         self.questions: List[Tuple[Link, Call]] = []   # that came before its files were there
@@ -1062,7 +1073,8 @@ class Remote(NodeUser):
         spec['code'] = bytes(spec['code'])
         spec['setup_args'] = bytes(spec['setup_args'])
         spec['key'] = digest_of(self.key)
-        spec['support'] = {name: bytes(source) for name, source in spec['support'].items()}
+        support = spec['support'].items()
+        spec['support'] = {name: bytes(source) for name, source in support}
         paths = self.paths_of(spec['files'])
         self.cargo = Cargo(spec, paths, spec['kind'] == 'program', _no_source)
 
@@ -1077,8 +1089,13 @@ class Remote(NodeUser):
 
     def jobs_counted(self) -> Tuple[int, int, int, int]:
         """Return the numbers of jobs, as NodeUser does."""
-        submitted = len(self.works) + self.done + self.failed + self.cancelled
+        submitted = len(self.works) + self.done
+        submitted += self.failed + self.cancelled
         return submitted, self.done, self.failed, self.cancelled
+
+    def known(self) -> List[int]:
+        """Return the serials of the jobs that are here or have ended here."""
+        return [*self.works, *self.ended]
 
     def job_seconds(self) -> float:
         """Return how many seconds its jobs have run."""
@@ -1172,13 +1189,15 @@ class Remote(NodeUser):
         scheduler.state.sent(works, peer.key)
         if self.link in scheduler.links:
             node = (peer.ip_addr, peer.port, peer.name)
-            self.say(Where(self.comp, node, [work.client_serial for work in works]))
+            serials = [work.client_serial for work in works]
+            self.say(Where(self.comp, node, serials))
         if unread:
             scheduler.decide(NodeResults(peer.key, self.comp, unread))
 
     def jobs_started(self, peer: Peer, pairs: Sequence[Tuple[Any, float]]) -> None:
         """Tell the program which jobs have begun."""
-        self.say(Started(self.comp, [(work.client_serial, ran) for work, ran in pairs]))
+        rows = [(work.client_serial, ran) for work, ran in pairs]
+        self.say(Started(self.comp, rows))
 
     def jobs_ended(self, peer: Peer, pairs: List[Tuple[Any, tuple]]) -> None:
         """Note results, and send them to the program."""
@@ -1242,7 +1261,8 @@ class Remote(NodeUser):
         else:
             del self.files[message.key]
             text = 'the client is not connected'
-            self._scheduler.say_to(peer, FileStored(*message[:3], message.row[0], text))
+            stored = FileStored(*message[:3], message.row[0], text)
+            self._scheduler.say_to(peer, stored)
 
     def jobs_owed(self) -> List[Any]:
         """Return the jobs that have not ended."""
@@ -1308,7 +1328,8 @@ def links_of_one() -> int:
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     except ImportError:
         most = 512
-    return max(16, (min(most, 1 << 16) - 64) // 4)
+    most = min(most, 1 << 16) - 64
+    return max(16, most // 4)
 
 
 def specs_of(rows: Any) -> List[NodeSpec]:
@@ -1415,9 +1436,12 @@ class ProgramOverview(Overview):
                 "%.40r needs the operator's secret (--operator-secret-file of the dispyscheduler)" %
                 (name,))
         took, rows = self.answer(name, *args)
-        if name == 'clusters':
-            return took, [dict(row, comp='', program='') for row in rows]
-        return took, [dict(row, uses=list(map(_without_reason, row['uses']))) for row in rows]
+        for row in rows:
+            if name == 'clusters':
+                row.update(comp='', program='')
+            else:
+                row['uses'] = list(map(_without_reason, row['uses']))
+        return took, rows
 
     # -- called by the parts of the scheduler ------------------------------------------------------
 
@@ -1455,9 +1479,9 @@ class ProgramOverview(Overview):
         text = 'exit status %d' % exit_status
         if not exit_status:
             text = _failure_text(row)
-        status = _STATE_OF.get(row[1], JobState.TERMINATED)
+        status = int(_STATE_OF.get(row[1], JobState.TERMINATED))
         number = work.client_serial >> 16
-        self._failed_jobs.add(row[3], remote.number, number, work.payload, int(status), where, text)
+        self._failed_jobs.add(row[3], remote.number, number, work.payload, status, where, text)
 
     def over(self, remote: Remote) -> None:
         """Keep what a computation that is over has done at nodes."""
@@ -1466,7 +1490,8 @@ class ProgramOverview(Overview):
             count = self._ended_at.setdefault(key, [0, 0.0])
             count[0] += jobs
             count[1] += seconds
-        self._ended_at = {key: count for key, count in self._ended_at.items() if key in peers}
+        for key in [key for key in self._ended_at if key not in peers]:
+            del self._ended_at[key]
 
     def keeps_from(self, peer: Peer, comp: str) -> bool:
         """Return whether a computation may not be set up at a node because the node was released
@@ -1497,10 +1522,12 @@ class ProgramOverview(Overview):
 
     def _clusters(self, first: int, count: int) -> List[dict]:
         remotes = self._scheduler.computations.opened()
-        return [self._cluster(remote) for remote in remotes[first:first + min(count, PAGE)]]
+        count = min(count, PAGE)
+        return [self._cluster(remote) for remote in remotes[first:first + count]]
 
     def _cluster(self, remote: Remote) -> dict:
-        row: Dict[str, Any] = dict(zip(self.COUNTS, remote.jobs_counted()))
+        row: Dict[str, Any] = {}
+        row.update(zip(self.COUNTS, remote.jobs_counted()))
         row['number'] = remote.number
         row['comp'] = remote.comp
         row['name'] = remote.name[:200]
@@ -1529,17 +1556,16 @@ class ProgramOverview(Overview):
             if remote.comp in peer.uses:
                 at_work, used = running.get(remote.comp, (0, 0))
                 state, reason, cpus = self._use_of(peer, remote.comp)
-                uses.append(tuple(NodeUse(
-                    remote.number, state, reason, cpus, at_work, used, int(ended), ran)))
+                use = NodeUse(remote.number, state, reason, cpus, at_work, used, int(ended), ran)
+                uses.append(tuple(use))
         state, reason = self._state_for_all(peer)
         row = self.node_row(peer, self.free_at(peer, House.comp))
-        row.update(
-            state=state,
-            reason=reason,
-            cpus=min(peer.offered, peer.most),
-            jobs=jobs,
-            job_seconds=seconds,
-            uses=uses)
+        row['state'] = state
+        row['reason'] = reason
+        row['cpus'] = min(peer.offered, peer.most)
+        row['jobs'] = jobs
+        row['job_seconds'] = seconds
+        row['uses'] = uses
         return row
 
     def _use_of(self, peer: Peer, comp: str) -> Tuple[str, str, int]:
@@ -1567,7 +1593,8 @@ class ProgramOverview(Overview):
         peer = self._peer(key)
         rows: List[tuple] = []
         for remote in self._scheduler.computations.opened():
-            for job in self.jobs_at(peer.key, remote.comp, PAGE - len(rows)):
+            left = PAGE - len(rows)
+            for job in self.jobs_at(peer.key, remote.comp, left):
                 number = job.work.client_serial
                 rows.append((remote.number, number, job.is_running, job.seconds))
         return rows
@@ -1592,7 +1619,10 @@ class ProgramOverview(Overview):
         state = self._scheduler.state
         number = work.number
         try:
-            return state.payload_size(number) or shown_arguments(state.payload(number))
+            size = state.size_of_payload(number)
+            if size > ARGUMENTS_MOST:
+                return size
+            return shown_arguments(state.payload(number))
         except OSError as exc:   # the job is shown without them
             logger.debug('arguments of job %d: %s', work.client_serial >> 16, exc)
             return None
@@ -1601,7 +1631,8 @@ class ProgramOverview(Overview):
 
     def _cancel(self, number: int, key: Any, jobs: Any) -> int:
         """End jobs at a node: those of a list, or all for None."""
-        there = self.sent_to(self._peer(key).key, self._remote(number).comp)
+        comp = self._remote(number).comp
+        there = self.sent_to(self._peer(key).key, comp)
         works: List[Any] = list(there.values())
         if jobs is not None:
             works = [work for work in works if work.client_serial in jobs]
@@ -1625,7 +1656,8 @@ class ProgramOverview(Overview):
     def _cpus(self, key: Any, cpus: int) -> int:
         """Limit the CPUs of a node that each computation may use; 0 drains the node."""
         peer = self._peer(key)
-        if type(cpus) is not int or cpus < 0 or cpus > peer.offered > 0:
+        offered = peer.offered
+        if type(cpus) is not int or cpus < 0 or cpus > offered > 0:
             raise ValueError('cpus=%.20r: node %s offers %d' % (cpus, peer, peer.offered))
         peer.most = cpus
         self._scheduler.sharing.limit(peer, list(peer.uses))
@@ -1690,6 +1722,18 @@ def _failure_text(row: tuple) -> str:
     return str(payload, 'utf-8', 'replace')
 
 
+class Part:
+    """A part of the scheduler, with what the parts use most. The loop's thread."""
+
+    def __init__(self, scheduler: 'Scheduler') -> None:
+        self._scheduler = scheduler
+        self._state = scheduler.state
+        self._links = scheduler.links
+        self._schedule = scheduler.schedule
+        self._decide = scheduler.decide
+        self._send = scheduler.say   # a message, when the transaction of the turn is on the disk
+
+
 class Quota:
     """Limits how much each program may have queued here. Jobs of a program that has reached its
     limit, and jobs that come while the disk is full, go back to the program, and it is offered no
@@ -1725,7 +1769,9 @@ class Quota:
         """Return whether one more job with so many bytes of arguments may come. One is always
         taken, however large."""
         queued = self._queued.get(remote.instance, 0)
-        return not queued or queued + OBJECT + size <= self._most
+        if not queued:
+            return True
+        return queued + OBJECT + size <= self._most
 
     def give_back(self, link: Link, remote: Remote, serials: List[int], full: bool) -> None:
         """Send back jobs that were not taken. This is said at once, because nothing else is said
@@ -1748,10 +1794,13 @@ class Quota:
         has room."""
         for number, instance in list(self._waiting.items()):
             link = self._scheduler.links.get(number)
-            if link is None or self._queued.get(instance, 0) <= self._most // 2:
+            if link is None:
                 del self._waiting[number]
-                if link is not None:
-                    self._scheduler.say(link, Offer(ENDLESS))
+                continue
+            queued = self._queued.get(instance, 0)
+            if queued <= self._most // 2:
+                del self._waiting[number]
+                self._scheduler.say(link, Offer(ENDLESS))
 
 
 class NodeSharing(NodePolicy):
@@ -1865,7 +1914,8 @@ class NodeSharing(NodePolicy):
         node = self._scheduler.schedule.nodes.get(peer.key)
         if node is None:
             return False
-        return any(jobs for comp, jobs in node.flight.items() if comp != owner)
+        others = [jobs for comp, jobs in node.flight.items() if comp != owner]
+        return any(others)
 
     def limit(self, peer: Peer, comps: Iterable[str]) -> None:
         """Tell a node and the Schedule what computations may use there now."""
@@ -1927,14 +1977,18 @@ class Commit:
         ]
 
 
-class ProgramLinks:
+# A part of the scheduler, and its method for a message
+Handler = Tuple[Any, Callable[[Any, Link, Any], None]]
+
+
+class ProgramLinks(Part):
     """The links of the programs that are connected, and their messages. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
-        self._scheduler = scheduler
+        super().__init__(scheduler)
         self.sessions: Dict[int, _Session] = {}      # by the numbers of their links
         # Message -> the part that takes it, and its method
-        self._handlers: Dict[type, Tuple[Any, Callable[[Any, Link, Any], None]]] = {}
+        self._handlers: Dict[type, Handler] = {}
         self.add_handlers(self)
 
     def add_handlers(self, part: Any) -> None:
@@ -1955,7 +2009,8 @@ class ProgramLinks:
     def _bound_links(self, link: Link) -> None:
         """End a link if its address has more than its share: the programs of one host may not take
         all descriptors."""
-        there = sum(1 for session in self.sessions.values() if session.link.address == link.address)
+        addresses = [session.link.address for session in self.sessions.values()]
+        there = addresses.count(link.address)
         most = links_of_one()
         if there > most:
             logger.error(
@@ -2012,8 +2067,8 @@ class ProgramLinks:
                 continue
             number = remote.ended[serial]
             text = 'the program could not take the result: ' + message.text[:NAME_MOST]
-            for row in self._scheduler.state.results([number], []):
-                self._scheduler.state.ended(number, refused_row(row, text))
+            for row in self._state.results([number], []):
+                self._state.ended(number, refused_row(row, text))
         raise LinkBroken('it cannot use what was sent: %s' % message.text[:NAME_MOST])
 
     def program_gone(self, channel: Link, text: str) -> None:
@@ -2025,8 +2080,9 @@ class ProgramLinks:
         if channel.on_purpose:
             logger.info('the link of %s ended: %s', name, text)
         else:
+            jobs = sum(len(remote.works) for remote in left)
             logger.warning('the link of %s ended: %s; %d jobs of it have not ended', name, text,
-                           sum(len(remote.works) for remote in left))
+                           jobs)
         for remote in left:
             computations.program_gone(remote)
             if channel.on_purpose:
@@ -2045,13 +2101,10 @@ class ProgramLinks:
         self._scheduler.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
         self.sessions[link.number].names[0] = name
         logger.info('%s is connected from %s', name, link.address)
-        facts = {
-            'python': tuple(sys.version_info[:3]),
-            'dispy': __version__,
-            'role': 'scheduler',
-            'memory': self._scheduler.instance.hex(),
-        }
-        self._scheduler.say(link, Welcome('dispyscheduler', ENDLESS, facts))
+        facts: Dict[str, Any] = {'dispy': __version__, 'role': 'scheduler'}
+        facts['python'] = tuple(sys.version_info[:3])
+        facts['memory'] = self._scheduler.instance.hex()
+        self._send(link, Welcome('dispyscheduler', ENDLESS, facts))
 
     def _ignore(self, link: Link, message: Any) -> None:
         """Ignore a message that is meant for a node."""
@@ -2065,7 +2118,7 @@ class ProgramLinks:
     }
 
 
-class ProgramComputations:
+class ProgramComputations(Part):
     """Computations of programs: they begin, lose their programs, get them back, and end. The
     loop's thread."""
     # What a program tells of a computation for the scheduler
@@ -2073,14 +2126,11 @@ class ProgramComputations:
                         'collected'))
 
     def __init__(self, scheduler: 'Scheduler') -> None:
-        self._scheduler = scheduler
-        self._links = scheduler.links
-        self._schedule = scheduler.schedule
+        super().__init__(scheduler)
         self._clusters = scheduler.clusters
         self._selection = scheduler.selection
         self._sharing = scheduler.sharing
         self._quota = scheduler.quota
-        self._state = scheduler.state
         self.unopened: Dict[str, Remote] = {}        # those whose files are on their way
 
     def get(self, comp: str) -> Optional[Remote]:
@@ -2123,7 +2173,7 @@ class ProgramComputations:
         if remote is None:
             remote = self._begin(link, message)
         elif not self._is_of(remote, link, message.spec):
-            self._scheduler.say(link, Refused(message.comp, 'busy', 'it is of another program'))
+            self._send(link, Refused(message.comp, 'busy', 'it is of another program'))
             return
         elif self._go_on(remote, link):
             return
@@ -2150,7 +2200,7 @@ class ProgramComputations:
         elif self._scheduler.commit.stuck_until is not None:
             text = 'the disk of the scheduler is full'
         if text:
-            self._scheduler.say(link, Refused(message.comp, 'busy', text))
+            self._send(link, Refused(message.comp, 'busy', text))
             return None
         if message.comp in self.unopened:
             raise PeerError('computation %.40r is of another program' % message.comp)
@@ -2183,10 +2233,12 @@ class ProgramComputations:
             return True   # it asks again and again in one breath; the answer may be long
         remote.told_at = told_at
         self._send_again(remote, link)
-        self._scheduler.say(link, Ready(remote.comp, [*remote.works, *remote.ended]))
+        self._send(link, Ready(remote.comp, remote.known()))
         if not again:
+            jobs = len(remote.works)
+            results = len(remote.ended)
             logger.info('%s: %s is back; %d jobs have not ended, %d results wait for it',
-                        remote.name, remote.program, len(remote.works), len(remote.ended))
+                        remote.name, remote.program, jobs, results)
             self._scheduler.program_jobs.resend(remote)
         # Perhaps because its program could not be asked
         for peer in self._scheduler.nodes.of(remote.comp):
@@ -2248,16 +2300,17 @@ class ProgramComputations:
         remote = self.get(message.comp)
         if remote is None:
             past = self._state.past(message.comp)
-            self._scheduler.say(link, Held(message.comp, [], past.row()))
+            self._send(link, Held(message.comp, [], past.row()))
         elif not may_reclaim(remote.digest, message.key):
             logger.warning('%s wants results of a computation and does not have its key',
                            self._scheduler.programs.name_of(link))
-            self._scheduler.say(link, Held(message.comp, [], Past(whole=False).row()))
+            past = Past(whole=False)
+            self._send(link, Held(message.comp, [], past.row()))
         elif self._is_connected(remote) and remote.link != link.number:
-            self._scheduler.say(link, Refused(message.comp, 'busy', 'its program is connected'))
+            self._send(link, Refused(message.comp, 'busy', 'its program is connected'))
         elif not message.take:
-            known = [*remote.works, *remote.ended, *remote.absence.dropped]
-            self._scheduler.say(link, Held(message.comp, known))
+            known = [*remote.known(), *remote.absence.dropped]
+            self._send(link, Held(message.comp, known))
         else:
             self._hand_over(remote, link)
 
@@ -2268,7 +2321,7 @@ class ProgramComputations:
         if is_other:
             self._cancel_dropped(remote)
         self._state.commit()   # from where they are sent now
-        self._scheduler.say(link, Held(remote.comp, [*remote.works, *remote.ended]))
+        self._send(link, Held(remote.comp, remote.known()))
         self._scheduler.program_jobs.resend(remote)
 
     def _cancel_dropped(self, remote: Remote) -> None:
@@ -2290,7 +2343,8 @@ class ProgramComputations:
         self._state.removed(list(dropped.values()))
         text = ('the scheduler has heard nothing of this program for a while and has cancelled %d '
                 'jobs that had not begun (--gone-after); they are sent again')
-        self._scheduler.say(link, Said(remote.comp, text % len(dropped)))
+        text %= len(dropped)
+        self._send(link, Said(remote.comp, text))
         dropped.clear()
 
     # -- without a program -------------------------------------------------------------------------
@@ -2333,7 +2387,7 @@ class ProgramComputations:
         if works:
             logger.warning('%s: its program is gone; its %d jobs that have not begun are cancelled '
                            '(--gone-after)', remote.name, len(works))
-        self._scheduler.decide(WithdrawAsked(works))
+        self._decide(WithdrawAsked(works))
 
     def _rest(self, remote: Remote) -> None:
         """All jobs of a program that is gone have ended: its nodes are let go, with its processes
@@ -2351,7 +2405,7 @@ class ProgramComputations:
         for peer in self._scheduler.nodes.of(remote.comp):
             selection.done(peer, remote.comp)
             left = NodeLeft(peer.key, remote.comp, str(peer), 'its program is gone')
-            self._scheduler.decide(left)
+            self._decide(left)
             del peer.uses[remote.comp]
             selection.drop_unused(peer)
         self._sharing.look_again()
@@ -2397,7 +2451,7 @@ class ProgramComputations:
             self._scheduler.program_jobs.send_ended(remote, ended)
             rows = [row for row in rows if row[1] in GOES_ON]
         for frame in frames(Results, remote.comp, map(sized, rows)):
-            self._scheduler.say(link, frame)
+            self._send(link, frame)
 
     def timers(self) -> List[float]:
         """Return the times at which there is something to do for computations."""
@@ -2458,15 +2512,12 @@ class ProgramComputations:
     }
 
 
-class ProgramFiles:
+class ProgramFiles(Part):
     """Files and values that programs send, and the links along which files of running jobs go to
     programs. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
-        self._scheduler = scheduler
-        self._state = scheduler.state
-        self._links = scheduler.links
-        self._schedule = scheduler.schedule
+        super().__init__(scheduler)
         self._programs = scheduler.programs
         self._computations = scheduler.computations
 
@@ -2523,7 +2574,7 @@ class ProgramFiles:
         if message.purpose == Purpose.VALUES:
             self._value_stored(link, remote, stored)
         elif message.purpose not in ASKED_FOR:
-            self._scheduler.say(link, stored)
+            self._send(link, stored)
         elif stored.error or not remote.receiver.wants(*FOR_CODE):
             then = remote.wanted.popleft()[-1]
             then(stored.error, remote.receiver.code)
@@ -2546,13 +2597,13 @@ class ProgramFiles:
         for serial in remote.values.failed():
             text = 'a value in the arguments cannot be taken at the scheduler: %s' % error
             row = (serial, int(Outcome.RAISED), 0.0, 0.0, pack_error(text, None), b'', b'')
-            self._scheduler.say(link, Results(remote.comp, [row]))
+            self._send(link, Results(remote.comp, [row]))
 
     def serve_values(self, link: Link, remote: Remote) -> None:
         """Take the jobs whose values are here, and ask for what others need."""
         rows, missing, error = remote.values.serve()
         for need in needs(remote.comp, missing):
-            self._scheduler.say(link, need)
+            self._send(link, need)
         if error:
             self._no_room(link, remote, error)
         self._scheduler.program_jobs.take_jobs(link, remote, rows, admitted=True)
@@ -2565,7 +2616,7 @@ class ProgramFiles:
             text = ('a value that jobs need finds no room at the scheduler: %s; they wait until it '
                     'does') % error
             logger.error('%s: %s', remote.name, text)
-            self._scheduler.say(link, Said(remote.comp, text))
+            self._send(link, Said(remote.comp, text))
 
     def done_with_values(self, remote: Remote, work: RemoteWork) -> None:
         """Give the room that the values of a job had to jobs that wait for it."""
@@ -2630,20 +2681,17 @@ class ProgramFiles:
     }
 
 
-class ProgramJobs:
+class ProgramJobs(Part):
     """The jobs that programs submit, and their results, which are on the disk. The loop's
     thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
-        self._scheduler = scheduler
-        self._links = scheduler.links
-        self._schedule = scheduler.schedule
+        super().__init__(scheduler)
         self._programs = scheduler.programs
         self._computations = scheduler.computations
         self._quota = scheduler.quota
         self._files = scheduler.program_files
         self._exchange = scheduler.jobs
-        self._state = scheduler.state
         # Results that wait for room in the links of programs
         self.backlog = Backlog(scheduler.links)
         self._kept = 0                               # bytes of waiting jobs' arguments in memory
@@ -2711,7 +2759,7 @@ class ProgramJobs:
         remote = self._programs.computation_of(link, message.comp)
         serial = message.row[0]
         if remote is not None and serial not in remote.works and serial not in remote.ended:
-            self._scheduler.say(link, Results(message.comp, [unfit_row(message)]))
+            self._send(link, Results(message.comp, [unfit_row(message)]))
 
     def on_cancel(self, link: Link, message: Cancel) -> None:
         """A program cancels jobs."""
@@ -2720,7 +2768,7 @@ class ProgramJobs:
         if remote is not None:
             self._cancel_early(link, remote, message.serials)
             for work in self._known(remote, message.serials):
-                self._scheduler.decide(CancelAsked(work))
+                self._decide(CancelAsked(work))
 
     @staticmethod
     def _known(remote: Remote, serials: Sequence[int]) -> List[Work]:
@@ -2731,7 +2779,7 @@ class ProgramJobs:
         """End those of these jobs that are not taken yet."""
         for serial in remote.values.leave(serials):
             row = ended_row(serial, Outcome.CANCELLED, 'cancelled before it started')
-            self._scheduler.say(link, Results(remote.comp, [row]))
+            self._send(link, Results(remote.comp, [row]))
 
     def on_recall(self, link: Link, message: Recall) -> None:
         """A program cancels jobs if they have not begun."""
@@ -2740,7 +2788,7 @@ class ProgramJobs:
         if remote is not None:
             self._cancel_early(link, remote, message.serials)
             works = self._known(remote, message.serials)
-            self._scheduler.decide(WithdrawAsked(works))
+            self._decide(WithdrawAsked(works))
 
     def on_ack(self, link: Link, message: Ack) -> None:
         """A program has results."""
@@ -2810,9 +2858,12 @@ class ProgramJobs:
         serials = [work.client_serial for work in sent.values()]
         peer = self._scheduler.nodes.by_key.get(node.key)
         if serials and peer is not None:
-            remote.say(Where(remote.comp, (peer.ip_addr, peer.port, peer.name), serials))
+            where = (peer.ip_addr, peer.port, peer.name)
+            remote.say(Where(remote.comp, where, serials))
         begun = node.begun[remote.comp]
-        rows = [(sent[serial].client_serial, now - since) for serial, since in begun.items()]
+        rows = []
+        for serial, since in begun.items():
+            rows.append((sent[serial].client_serial, now - since))
         if rows:
             remote.say(Started(remote.comp, rows))
 
@@ -2849,12 +2900,11 @@ class ProgramJobs:
 Answer = Callable[..., None]   # of a question: called with a value, or with None and an error
 
 
-class ProgramCalls:
+class ProgramCalls(Part):
     """The questions of programs, and what programs are asked. The loop's thread."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
-        self._scheduler = scheduler
-        self._links = scheduler.links
+        super().__init__(scheduler)
         self._programs = scheduler.programs
         self._computations = scheduler.computations
         self._queries = scheduler.queries
@@ -2869,7 +2919,7 @@ class ProgramCalls:
 
         def answer(value: Any, error: tuple = ()) -> None:
             if link.dirty is not None:
-                self._scheduler.say(link, Return(message.comp, message.number, error, value))
+                self._send(link, Return(message.comp, message.number, error, value))
         try:
             if self._is_early(link, message, answer):
                 return
@@ -2915,9 +2965,10 @@ class ProgramCalls:
 
     def _nodes(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
         first, count = args or (0, NODES_PAGE)
-        page = self._queries.rows_of(remote.comp)[first:first + min(count, NODES_PAGE)]
+        last = first + min(count, NODES_PAGE)
+        nodes = self._queries.rows_of(remote.comp)
         rows = []
-        for row in page:
+        for row in nodes[first:last]:
             short = row._replace(reason=shorten(row.reason, REASON_MOST))
             rows.append(tuple(short))
         answer(rows)
@@ -2995,7 +3046,7 @@ class ProgramCalls:
             return
         number = next(self._numbers)
         remote.calls[number] = then
-        self._scheduler.say(link, Call(remote.comp, number, name, args))
+        self._send(link, Call(remote.comp, number, name, args))
 
     def on_return(self, link: Link, message: Return) -> None:
         """A program answers."""
@@ -3081,16 +3132,17 @@ class ProgramCalls:
     }
 
 
-class Restoration:
+class Restoration(Part):
     """Restores what an earlier run has left. Jobs that waited wait again. Those that were at nodes
     are taken to be there until the nodes are connected again or are given up. The loop's thread, at
     the start."""
 
     def __init__(self, scheduler: 'Scheduler') -> None:
-        self._scheduler = scheduler
-        self._state = scheduler.state
+        super().__init__(scheduler)
         # Key of a node -> (host, port, name, instance)
-        self._nodes = {row[0]: row[1:] for row in self._state.nodes()}
+        self._nodes = {}
+        for key, *rest in self._state.nodes():
+            self._nodes[key] = rest
         self._memories = self._state.memories()
         self._locks = self._state.locks()
 
@@ -3102,7 +3154,8 @@ class Restoration:
             there.add(comp)
             self._restore(self._scheduler.computations.make(comp, client, spec))
         for name in os.listdir(self._state.root):
-            if name.startswith('c-') and name[2:].partition('.')[0] not in there:
+            comp = name[2:].partition('.')[0]
+            if name.startswith('c-') and comp not in there:
                 shutil.rmtree(os.path.join(self._state.root, name), ignore_errors=True)
 
     def _restore(self, remote: Remote) -> None:
@@ -3131,8 +3184,9 @@ class Restoration:
             scheduler.decide(had)
         scheduler.jobs.submitted.extend(waiting)  # type: ignore[arg-type]
         if remote.works or remote.ended:
+            at_nodes = sum(map(len, sent.values()))
             logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', remote.name,
-                        len(waiting), sum(map(len, sent.values())), len(remote.ended))
+                        len(waiting), at_nodes, len(remote.ended))
 
     def _work(self, remote: Remote, serial: int, options: Optional[dict], own: int) -> RemoteWork:
         """Restore a job that has not ended. `serial` is the program's, `own` is the scheduler's."""
@@ -3140,7 +3194,9 @@ class Restoration:
         remote.works[serial] = work
         if work.values:
             remote.values.took(work)
-        size = self._state.size_of_payload(work.number)
+        size = 0
+        with contextlib.suppress(OSError):   # told when they are needed
+            size = self._state.size_of_payload(work.number)
         self._scheduler.quota.add(remote, work, size)
         return work
 
@@ -3225,7 +3281,10 @@ class Scheduler(Driver):
         for door in self._doors:
             self.watch(door.socket, door.knock)
         self.now = self.clock()
-        named = [NodeSpec(*host_and_port(node, options.node_port)) for node in options.nodes]
+        named = []
+        for node in options.nodes:
+            host, at = host_and_port(node, options.node_port)
+            named.append(NodeSpec(host, at))
         self.sharing.named = {spec.host for spec in named}
         specs = named or [NodeSpec('*', options.node_port)]
         self.open(House(specs, options.node_port, options), False)
@@ -3302,7 +3361,8 @@ class Scheduler(Driver):
     def end_of_turn(self) -> None:
         """Decide, write, and send."""
         self.programs.bound_answers()
-        if self.commit.stuck_until is not None and self.now < self.commit.stuck_until:
+        until = self.commit.stuck_until
+        if until is not None and self.now < until:
             return
         self.sharing.assign_all()
         super().end_of_turn()
@@ -3684,8 +3744,11 @@ def _operator_secret(root: str, path: Optional[str]) -> bytes:
 
 def _check_allowed(word: str) -> None:
     """Raise StartError for what is neither a network nor a name of hosts."""
-    is_name = bool(word) and not any(c.isspace() or c == ',' for c in word)
-    if not is_name or ('/' in word and not _is_network(word)):
+    if '/' in word:
+        is_right = _is_network(word)
+    else:
+        is_right = bool(re.fullmatch(r'[^\s,]+', word))
+    if not is_right:
         raise StartError('--allow-nodes %s: neither a network such as 10.0.0.0/8 nor a host name' %
                          (word or "''"))
 
@@ -3714,7 +3777,10 @@ def _monitor(scheduler: Scheduler, port: int, at: int, log_file: Optional[str]) 
 
     def tell(text: str) -> None:
         # Others would have the token
-        if log_file and os.name != 'nt' and os.stat(log_file).st_mode & 0o077:
+        is_open = False
+        if log_file and os.name != 'nt':
+            is_open = bool(os.stat(log_file).st_mode & 0o077)
+        if is_open:
             path = os.path.abspath(os.path.join(scheduler.state.root, 'monitor'))
             _write_private(path, text.encode() + b'\n')
             text = 'the link of the monitor is in %s, since others can read this log' % path
