@@ -8479,7 +8479,7 @@ def recover_jobs(recover_file: Any = None, timeout: Optional[float] = None,
     if journal is None:
         journal = Journal(path, must_exist=True)  # type: ignore[arg-type]
     try:
-        return _recover(journal, seconds, terminate_pending, access)
+        return JournalRecovery(journal, terminate_pending).run(seconds, access)
     finally:
         journal.close()
 
@@ -8698,67 +8698,105 @@ def cancel_lost(access: Access) -> int:
     return min(rest, 100)
 
 
-def _recover(journal: Journal, timeout: Optional[float], cancel: bool,
-             access: 'Access') -> List[DispyJob]:
-    lock = threading.Lock()
-    jobs: List[DispyJob] = []
-    sent: List[Tuple[DispyJob, str]] = []
-    ended: List[DispyJob] = []
-    with journal.damages():
-        is_program = journal.is_program()
-        again = {row[0] for row in journal.comps() if row[2]}
-        holders = journal.holders()
-    rows = journal.known()
+class RestoredJobs:
+    """The jobs of a program that has crashed, as its journal knows them. Those that have ended are
+    completed.
 
-    def done(job: DispyJob, row: tuple, peer: Optional[Peer]) -> None:
-        with lock:
-            if peer is not None:
-                job.ip_addr = peer.ip_addr
+    jobs - all of them
+    ended - those that have ended
+    sent - those that were sent, and to which nodes
+    unsent - the others
+    holders - nodes that may keep results which are in the journal
+    """
+
+    def __init__(self, journal: Journal, rows: Sequence[tuple], is_program: bool) -> None:
+        """`rows` are as of `Journal.known`. Raises DispyError."""
+        self.jobs: List[DispyJob] = []
+        self.ended: List[DispyJob] = []
+        self.sent: List[Tuple[DispyJob, str]] = []
+        self.unsent: List[DispyJob] = []
+        with journal.damages():
+            self.holders = journal.holders()
+        for job, state, node, result in rows:
+            self.jobs.append(job)
+            if state == Journal.ENDED:
+                self.ended.append(job)
+                if isinstance(result, str):   # why it has no result
+                    end_without(job, result)
+                else:
+                    fill_in(job, (job.serial, *result), is_program)
+            elif state == Journal.SENT:
+                job.state = JobState.RUNNING
+                self.sent.append((job, node))
             else:
-                job.ip_addr = None
-            fill_in(job, row, is_program)
-            ended.append(job)
+                self.unsent.append(job)
 
-    def lost(job: DispyJob, text: str) -> None:
-        with lock:
-            if job.comp in again and not cancel:
+    @property
+    def are_at_nodes(self) -> bool:
+        """Whether nodes are to be asked."""
+        return bool(self.sent or self.holders)
+
+
+class JournalRecovery:
+    """Collects the jobs of a program that has crashed for `recover_jobs`. The methods that begin
+    with an underscore are called by the driver's thread."""
+
+    def __init__(self, journal: Journal, cancel: bool) -> None:
+        self._journal = journal
+        self._cancel = cancel
+        self._lock = threading.Lock()   # guards the jobs, and the list of those that have ended
+        with journal.damages():
+            self._is_program = journal.is_program()
+            # Computations whose jobs may run again
+            self._reentrant = {row[0] for row in journal.comps() if row[2]}
+        self._restored = RestoredJobs(journal, journal.known(), self._is_program)
+
+    def run(self, timeout: Optional[float], access: Access) -> List[DispyJob]:
+        """Return the jobs when all has been collected, at the latest after `timeout` seconds."""
+        restored = self._restored
+        for job, node in restored.sent:
+            job.status = DispyJob.Running
+            if node.startswith('@'):   # a scheduler tells which of them are on a node
                 job.status = DispyJob.Created
-                journal.waits(job)
-            else:
-                job.state = JobState.ABANDONED
-                end_without(job, text)
-                ended.append(job)
+        if restored.are_at_nodes:
+            self._collect(timeout, access)
+        with self._lock:
+            self._journal.delivered(restored.ended)
+            return restored.jobs
 
-    def wait_again(job: DispyJob) -> None:
-        with lock:
-            job.status = DispyJob.Created
-            journal.waits(job)
-    for job, state, node, result in rows:
-        jobs.append(job)
-        if state == Journal.SENT:   # a scheduler tells which of them are on a node
-            if node.startswith('@'):
-                job.status = DispyJob.Created
-            else:
-                job.status = DispyJob.Running
-            sent.append((job, node))
-        elif state == Journal.ENDED and isinstance(result, str):
-            end_without(job, result)
-            ended.append(job)
-        elif state == Journal.ENDED:
-            done(job, (job.serial, *result), None)
-    if sent or holders:
+    def _collect(self, timeout: Optional[float], access: Access) -> None:
+        restored = self._restored
         driver = Driver.alone(access)
         try:
             over = threading.Event()
-            recovery = Recovery(journal, sent, holders, done, lost, wait_again, over.set, cancel)
+            recovery = Recovery(self._journal, restored.sent, restored.holders, self._done,
+                                self._lost, self._wait_again, over.set, self._cancel)
             driver.ask(lambda: recovery.begin(driver))
             recovery.wait(over, timeout)
-            driver.ask(lambda: driver.recoveries.give_up(recovery, recovery.collected.is_set()))
+            is_whole = recovery.collected.is_set()
+            driver.ask(lambda: driver.recoveries.give_up(recovery, is_whole))
         finally:
             driver.release()
-    with lock:
-        journal.delivered(ended)
-        return jobs
+
+    def _done(self, job: DispyJob, row: tuple, peer: Peer) -> None:
+        with self._lock:
+            job.ip_addr = peer.ip_addr
+            fill_in(job, row, self._is_program)
+            self._restored.ended.append(job)
+
+    def _lost(self, job: DispyJob, text: str) -> None:
+        if job.comp in self._reentrant and not self._cancel:
+            self._wait_again(job)
+            return
+        with self._lock:
+            job.state = JobState.ABANDONED
+            end_without(job, text)
+            self._restored.ended.append(job)
+
+    def _wait_again(self, job: DispyJob) -> None:
+        with self._lock:
+            job.status = DispyJob.Created
+            self._journal.waits(job)
 
 
 class _Asker:
