@@ -275,6 +275,132 @@ class DiskReserve:
             self._is_there = False
 
 
+class LargeFiles:
+    """The files of large arguments and results: a directory with NUMBER.p and NUMBER.r.
+
+    directory - where they are
+    numbers - of the jobs that have files there
+    has_gone - whether there are files that are not needed after the next transaction
+    """
+    NEW = 'new-'   # begins the names of values whose parts are still to come
+
+    def __init__(self, directory: str) -> None:
+        """Raises OSError."""
+        self.directory = directory
+        self.numbers: Set[int] = set()
+        # To be written before the next transaction
+        self._pending: Dict[LargeFile, Sequence[Any]] = {}
+        # Jobs whose files are not needed after the next transaction
+        self._gone: List[int] = []
+        self._new_values = itertools.count(1)
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+
+    @property
+    def has_gone(self) -> bool:
+        """Whether there are files that are not needed after the next transaction."""
+        return bool(self._gone)
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether there are files that are not written yet."""
+        return bool(self._pending)
+
+    def path(self, number: int, end: str) -> str:
+        """Return the path of a file. `end` is 'p' for arguments and 'r' for a result."""
+        return os.path.join(self.directory, '%d.%s' % (number, end))
+
+    def find(self, knows: Callable[[int], bool]) -> None:
+        """Find the files of the jobs that `knows` says are there, and delete what an earlier run
+        has left. Raises OSError."""
+        for name in os.listdir(self.directory):
+            number, _, end = name.partition('.')
+            came = number.startswith(self.NEW) and end == 'part'   # when the last run ended
+            if not came:
+                if not number.isdigit() or end not in ('p', 'r', 'p.part', 'r.part'):
+                    continue   # none of ours
+                if end in ('p', 'r') and knows(int(number)):
+                    self.numbers.add(int(number))
+                    continue
+            os.unlink(os.path.join(self.directory, name))
+
+    def new_place(self) -> OnDisk:
+        """Create a file for a value that comes in parts. Raises OSError."""
+        name = '%s%d.part' % (self.NEW, next(self._new_values))
+        return OnDisk(os.path.join(self.directory, name))
+
+    def add(self, number: int, end: str, pieces: Sequence[Any]) -> None:
+        """Note a file that is to be written before the next transaction."""
+        self._pending[number, end] = pieces
+
+    def payload(self, number: int) -> Any:
+        """Return the arguments of a job. Raises OSError."""
+        pieces = self._pending.get((number, 'p'))
+        if pieces is None:
+            return stored(self.path(number, 'p'))
+        if len(pieces) == 1:
+            return pieces[0]
+        return b''.join(pieces)
+
+    def size(self, number: int) -> Optional[int]:
+        """Return the size of the arguments of a job, None if they are not in a file. Raises
+        OSError."""
+        if (number, 'p') in self._pending:
+            return size_of(tuple(self._pending[number, 'p']))
+        if number in self.numbers:
+            return os.path.getsize(self.path(number, 'p'))
+        return None
+
+    def bytes_pending(self) -> int:
+        """Return how many bytes are to be written and are not on the disk yet."""
+        total = 0
+        for pieces in self._pending.values():
+            if _place_of(pieces) is None:
+                total += size_of(tuple(pieces))
+        return total
+
+    def drop(self, number: int) -> None:
+        """The arguments of a job are not needed any more."""
+        self._pending.pop((number, 'p'), None)
+        if number in self.numbers:
+            self._gone.append(number)
+
+    def remove(self, numbers: FrozenSet[int]) -> None:
+        """The files of these jobs are not needed any more."""
+        for key in list(self._pending):
+            if key[0] in numbers:
+                del self._pending[key]
+        if self.numbers:
+            self._gone += self.numbers & numbers
+
+    def write(self) -> None:
+        """Write what is to be written before the next transaction. Raises OSError."""
+        for (number, end), pieces in list(self._pending.items()):
+            self._keep(self.path(number, end), pieces)
+            self.numbers.add(number)
+            del self._pending[number, end]
+
+    @staticmethod
+    def _keep(path: str, pieces: Sequence[Any]) -> None:
+        value = _place_of(pieces)
+        if value is not None:   # it is on the disk
+            os.replace(value.path, path)
+            value.path = ''
+            return
+        with replaced(path) as temporary, open(temporary, 'wb') as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def unlink_gone(self) -> None:
+        """Delete the files that are not needed any more. Raises OSError."""
+        for number, end in itertools.product(self._gone, 'pr'):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path(number, end))
+        self.numbers.difference_update(self._gone)
+        self._gone = []
+
+
 class State(Database):
     """Computations, jobs and results of all programs, and nodes: <state-dir>/state.db, files of
     computations in <state-dir>/c-NAME, large arguments and results in <state-dir>/large."""
@@ -282,7 +408,6 @@ class State(Database):
     VERSION = 1
     SYNC = 'FULL'
     WAITING, SENT, ENDED, DROPPED = range(4)
-    NEW = 'new-'               # begins names of large files that come
     # Rows of jobs name others by their places, and hardly grow when they are sent: pages need not
     # be split then
     TABLES = """
@@ -319,9 +444,8 @@ class State(Database):
     def __init__(self, root: str) -> None:
         """Open the state in this directory. Raises DispyError, OSError."""
         self.root = root
-        self.large = os.path.join(root, 'large')
         take_state_directory(root)
-        os.makedirs(self.large, mode=0o700, exist_ok=True)
+        self.files = LargeFiles(os.path.join(root, 'large'))
         self._reserve = DiskReserve(root)
         super().__init__(os.path.join(root, 'state.db'), 'the state')
         try:
@@ -352,33 +476,13 @@ class State(Database):
         self._places: Dict[str, int] = dict(run('SELECT key, place FROM nodes'))
         given = [0, *self._comps.values(), *self._places.values()]
         self._newest = itertools.count(1 + max(given))
-        self._files = self._find_files()   # numbers of jobs with large files
-        # Large files to be written before the next transaction
-        self._large: Dict[LargeFile, Sequence[Any]] = {}
-        self._short = 0                    # bytes of the disk that are missing
-        self._new_values = itertools.count(1)
-        # Those whose files are not needed after the next transaction
-        self._gone: List[int] = []
+        self.files.find(self._knows)
+        self._short = 0   # bytes of the disk that are missing
 
     def key_of(self, comp: str) -> bytes:
         """Return the key by which this scheduler takes results of a computation from nodes. It is
         the same after the scheduler was started again."""
         return hmac.digest(self._seed, comp.encode(), 'sha256')
-
-    def _find_files(self) -> Set[int]:
-        """Find the large files that belong to jobs, and delete what an earlier run has left."""
-        found: Set[int] = set()
-        for name in os.listdir(self.large):
-            number, _, end = name.partition('.')
-            came = number.startswith(self.NEW) and end == 'part'   # when the last run ended
-            if not came:
-                if not number.isdigit() or end not in ('p', 'r', 'p.part', 'r.part'):
-                    continue   # none of ours
-                if end in ('p', 'r') and self._knows(int(number)):
-                    found.add(int(number))
-                    continue
-            os.unlink(os.path.join(self.large, name))
-        return found
 
     def _knows(self, number: int) -> bool:
         found = self._db.execute('SELECT 1 FROM jobs WHERE number = ?', (number,))
@@ -431,32 +535,13 @@ class State(Database):
 
     # -- jobs --------------------------------------------------------------------------------------
 
-    def _file(self, number: int, end: str) -> str:
-        return os.path.join(self.large, '%d.%s' % (number, end))
-
-    def _keep(self, number: int, end: str, pieces: Sequence[Any]) -> None:
-        path = self._file(number, end)
-        value = _place_of(pieces)
-        if value is not None:   # it is on the disk
-            os.replace(value.path, path)
-            value.path = ''
-            self._files.add(number)
-            return
-        with replaced(path) as temporary, open(temporary, 'wb') as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        self._files.add(number)
-
     def find_place(self, size: int, promised: int) -> OnDisk:
         """Create a file for a value of `size` bytes that comes in parts, while other values will
         bring `promised` bytes more. Raises OSError."""
         free = self._reserve.free() - promised - self._reserve.size
         if size > free:
             raise OSError(errno.ENOSPC, '%d bytes are free on its disk' % max(0, free))
-        name = '%s%d.part' % (self.NEW, next(self._new_values))
-        return OnDisk(os.path.join(self.large, name))
+        return self.files.new_place()
 
     def submitted(self, work: 'RemoteWork', payload: Any) -> None:
         """Note a new job."""
@@ -464,7 +549,7 @@ class State(Database):
         pieces = pieces_of(payload)
         data = None
         if size_of(payload) >= LARGE:
-            self._large[number, 'p'] = pieces
+            self.files.add(number, 'p', pieces)
         else:
             data = b''.join(pieces)
         options = None
@@ -482,15 +567,10 @@ class State(Database):
             row = new[at]
             if row[0] == number and row[3] is not None:
                 return row[3]
-        if (number, 'p') in self._large:
-            pieces = self._large[number, 'p']
-            if len(pieces) == 1:
-                return pieces[0]
-            return b''.join(pieces)
         row = self._db.execute('SELECT payload FROM jobs WHERE number = ?', (number,)).fetchone()
         if row is not None and row[0] is not None:
             return row[0]
-        return stored(self._file(number, 'p'))
+        return self.files.payload(number)
 
     def sent(self, works: Sequence[Work], key: Any) -> None:
         """Note jobs that go to a node, when this is on the disk."""
@@ -506,10 +586,9 @@ class State(Database):
     def size_of_payload(self, number: int) -> int:
         """Return the size of the arguments of a job that has not ended, 0 for one that was
         submitted in this very turn and is small. Raises OSError."""
-        if (number, 'p') in self._large:
-            return size_of(tuple(self._large[number, 'p']))
-        if number in self._files:
-            return os.path.getsize(self._file(number, 'p'))
+        size = self.files.size(number)
+        if size is not None:
+            return size
         query = 'SELECT length(payload) FROM jobs WHERE number = ?'
         row = self._db.execute(query, (number,)).fetchone()
         if row is None:
@@ -520,23 +599,21 @@ class State(Database):
         """Note a row of Results, with the serial that the program knows. The payload of a very
         large one is a file alone."""
         if size_of(row[4]) > LAZY:
-            self._large[number, 'r'] = pieces_of(row[4])
+            self.files.add(number, 'r', pieces_of(row[4]))
             row = (*row[:4], None, *row[5:])
         payloads = tuple(map(_plain, row[4:]))
         data = pickle.dumps(row[:4] + payloads, 5)
         if len(data) < LARGE:
             self.note(self.END, data, number)
         else:
-            self._large[number, 'r'] = [data]
+            self.files.add(number, 'r', [data])
             self.note(self.END, None, number)
 
     def dropped(self, number: int) -> None:
         """Note a job that is cancelled because its program is gone, which may still ask for
         it."""
-        self._large.pop((number, 'p'), None)
+        self.files.drop(number)
         self.note(self.DROP, number)
-        if number in self._files:
-            self._gone.append(number)
 
     def removed(self, numbers: Sequence[int]) -> None:
         """Note results that a program has, or does not want."""
@@ -545,11 +622,7 @@ class State(Database):
         # What was not written because there is no room need not be written any more
         if self.broken:
             self._forget_notes(gone)
-        if self._large:
-            for key in [key for key in self._large if key[0] in gone]:
-                del self._large[key]
-        if self._files:
-            self._gone += self._files & gone
+        self.files.remove(gone)
 
     def _forget_notes(self, numbers: FrozenSet[int]) -> None:
         """Drop what was to be written about some jobs."""
@@ -567,15 +640,13 @@ class State(Database):
             text = '%s: %d bytes more are needed' % (os.strerror(errno.ENOSPC), self._short)
             return self._failed(OSError(errno.ENOSPC, text))
         try:
-            for (number, end), pieces in list(self._large.items()):
-                self._keep(number, end, pieces)
-                del self._large[number, end]
+            self.files.write()
         except OSError as exc:
             self._make_room()
             return self._failed(exc)
         done = super().commit()
         if done:
-            self._unlink_gone()
+            self.files.unlink_gone()
             self._reserve.keep()
         else:
             self._make_room()
@@ -585,7 +656,7 @@ class State(Database):
         """Return whether there is anything that cannot wait. A note that results were acknowledged
         can: if it is lost, the results come once more and are acknowledged as known."""
         removed = self._notes[self.REMOVE]
-        if self._gone or len(removed) >= REMOVED_MOST:
+        if self.files.has_gone or len(removed) >= REMOVED_MOST:
             return True
         return any(rows for rows in self._notes if rows is not removed)
 
@@ -599,10 +670,7 @@ class State(Database):
         written twice: into the log, and from there into the file."""
         wanted = _bytes_in(self._notes[self.INSERT], 3)
         wanted += _bytes_in(self._notes[self.END], 0)
-        files = 0
-        for pieces in self._large.values():
-            if _place_of(pieces) is None:
-                files += size_of(tuple(pieces))
+        files = self.files.bytes_pending()
         if not wanted and not files:
             return True
         # What is in the log only would make the file grow later
@@ -618,16 +686,9 @@ class State(Database):
         self._short = needed - self._reserve.free()
         return self._short <= 0
 
-    def _unlink_gone(self) -> None:
-        for number, end in itertools.product(self._gone, 'pr'):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._file(number, end))
-        self._files.difference_update(self._gone)
-        self._gone = []
-
     def _make_room(self) -> None:
         """Remove what is over, and nothing else, because the disk is full."""
-        self._unlink_gone()
+        self.files.unlink_gone()
         self._reserve.give_up()
         over = self._notes[self.OVER]
         gone = self._notes[self.REMOVE]
@@ -669,11 +730,11 @@ class State(Database):
     def _result(self, number: int, data: Optional[bytes]) -> tuple:
         """Return a row of Results. Raises OSError."""
         if data is None:
-            with open(self._file(number, 'r'), 'rb') as file:
+            with open(self.files.path(number, 'r'), 'rb') as file:
                 data = file.read()
         found: tuple = open_plain(data)
         if found[4] is None:
-            payload = stored(self._file(number, 'r'))
+            payload = stored(self.files.path(number, 'r'))
             found = (*found[:4], payload, *found[5:])
         return found
 
@@ -720,7 +781,7 @@ class State(Database):
     def close(self) -> None:
         """Write what was noted and close the files. A row whose large file could not be written is
         not written either: the other side still has it."""
-        if self.commit() or not self._large:
+        if self.commit() or not self.files.has_pending:
             super().commit()
         self._db.close()
 
