@@ -146,9 +146,9 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 
 import dispy
 from dispy import (
-    ARGUMENTS_MOST, FAILURES_KEPT, HTTPD_PORT, REPORTS_APART, SHORT, Access, DispyJob, FailedJob,
-    FailedJobs, JobAtNode, JobCluster, Monitor, NodeRow, NodeSpec, NodeUse, SharedJobCluster,
-    words_of)
+    ARGUMENTS_MOST, FAILURES_KEPT, HTTPD_PORT, REPORTS_APART, SHORT, ConnectionSettings, DispyJob,
+    FailedJob, FailedJobs, JobAtNode, JobCluster, Monitor, NodeInfo, NodeSpec, NodeUse,
+    SharedJobCluster, words_of)
 from dispynode import (NODE_PORT, PULSE, SCHEDULER_PORT, DispyError, SecretError,
                        __version__, find_secret, host_and_port, _no_password, _write_private,
                        pieces_of, size_of, tls_files, split_needs, Each, HANDSHAKE_TIME)
@@ -212,7 +212,7 @@ def _return_self(self: Any, *args: Any, **kwargs: Any) -> Any:
     return self
 
 
-class _Shown(type):
+class _Placeholder(type):
     """A class that stands for one that is not a builtin. Its instances accept what a pickle does to
     them, and are shown as their type."""
     METHODS = {
@@ -227,7 +227,7 @@ class _Shown(type):
         '__reduce__': None,
     }
 
-    def __new__(mcs, name: str) -> '_Shown':
+    def __new__(mcs, name: str) -> '_Placeholder':
         methods: Dict[str, Any] = dict(mcs.METHODS)
         methods['__repr__'] = lambda self: '<%s>' % name
         return super().__new__(mcs, name, (), methods)
@@ -239,19 +239,19 @@ class _Shown(type):
         return cls.__name__
 
 
-class _Opener(pickle.Unpickler):
+class _SafeUnpickler(pickle.Unpickler):
     """Opens a pickle of builtins. A class that stands for it takes the place of every other
     name."""
 
     def find_class(self, module: str, name: str) -> Any:
         # How a class of the program itself travels
         if (module, name) == ('dispynode', 'class_of'):
-            return lambda tracker, version, module, name, make, args: _Shown(name)
+            return lambda tracker, version, module, name, make, args: _Placeholder(name)
         if (module, name) == ('dispynode', 'function_of'):
-            return _Shown('function')
+            return _Placeholder('function')
         if module == 'builtins':
-            return {'complex': complex, 'range': range}.get(name, _Shown(name))
-        return _Shown('%s.%s' % (module, name))
+            return {'complex': complex, 'range': range}.get(name, _Placeholder(name))
+        return _Placeholder('%s.%s' % (module, name))
 
     def persistent_load(self, number: Any) -> Any:
         raise pickle.UnpicklingError('a persistent id')
@@ -271,7 +271,7 @@ def arguments_text(payload: Any) -> str:
     try:
         _, body = split_needs(data)
         _check_memo(bytes(body))
-        opener = _Opener(io.BytesIO(body))
+        opener = _SafeUnpickler(io.BytesIO(body))
         args, kwargs = opener.load()[:2]
         # As no program packs them: they might have no end
         if type(args) is not tuple or type(kwargs) is not dict:
@@ -363,7 +363,7 @@ class History:
 # gives plain values.
 # --------------------------------------------------------------------------------------------------
 
-class Watched(Monitor):
+class ClusterView(Monitor):
     """A cluster of this program that is shown. `output` and `live_from` belong to the driver's
     thread."""
 
@@ -490,13 +490,13 @@ class Watched(Monitor):
 SentTo = Dict[Tuple[str, str], Dict[int, DispyJob]]
 
 
-class WatchedShared(Watched):
+class SharedClusterView(ClusterView):
     """A SharedJobCluster that is shown. Its nodes are those of the scheduler, which is asked for
     them. The scheduler tells the cluster where its jobs are."""
 
     def __init__(self, number: int, cluster: Any) -> None:
         super().__init__(number, cluster)
-        self._known: Dict[Any, NodeRow] = {}   # nodes by their keys
+        self._known: Dict[Any, NodeInfo] = {}   # nodes by their keys
         self._sent: SentTo = {}
 
     def refresh(self) -> None:
@@ -533,7 +533,7 @@ class WatchedShared(Watched):
             return {}
         return self._sent.get((row.ip_addr, row.name), {})
 
-    def _running_at(self, row: NodeRow) -> List[int]:
+    def _running_at(self, row: NodeInfo) -> List[int]:
         """Return the serials of the jobs that run at a node: those that are known to have begun,
         then the first of the others, as many as the scheduler says."""
         begun = []
@@ -563,7 +563,7 @@ class WatchedShared(Watched):
         """Return the rows of the scheduler's nodes. The nodes are not asked."""
         return [self._known_row(row) for row in self.nodes()]
 
-    def _known_row(self, row: NodeRow) -> dict:
+    def _known_row(self, row: NodeInfo) -> dict:
         free = dict(row.facts.get('available', {}), cpu=None)   # as the scheduler knew it once
         running = self._running_at(row)
         sent = self.sent_to(row.key)
@@ -668,7 +668,7 @@ def _cluster_state(closed: bool, pending: int, nodes: int) -> str:
 
 
 class ClusterSource:
-    """Shows the clusters of this program or, with a `NodeSurvey`, nodes beside any program."""
+    """Shows the clusters of this program or, with a `NodeMonitor`, nodes beside any program."""
     text = 'clusters of this program'
     nothing = 'No cluster is shown: the program has none, or has taken it away (del_cluster).'
     manages = True
@@ -679,7 +679,7 @@ class ClusterSource:
     def __init__(self) -> None:
         # Guards the two below; user threads, requests, snapshot thread
         self._lock = threading.Lock()
-        self._watched: List[Watched] = []
+        self._watched: List[ClusterView] = []
         self._count = 0
         # A node's id begins with its driver's place here; snapshot thread and requests
         self._drivers: List[Any] = []
@@ -687,11 +687,11 @@ class ClusterSource:
     def add(self, cluster: Any) -> None:
         """Begin to watch a cluster. Raises TypeError for what is no cluster, RuntimeError if it was
         closed."""
-        if not isinstance(cluster, (JobCluster, NodeSurvey)):
+        if not isinstance(cluster, (JobCluster, NodeMonitor)):
             raise TypeError('%.80r is no cluster' % (cluster,))
-        kind = Watched
+        kind = ClusterView
         if isinstance(cluster, SharedJobCluster):
-            kind = WatchedShared
+            kind = SharedClusterView
         with self._lock:
             if any(watched.cluster is cluster for watched in self._watched):
                 return
@@ -727,7 +727,7 @@ class ClusterSource:
         for watched in self.watched():
             self.remove(watched.cluster)
 
-    def watched(self) -> List[Watched]:
+    def watched(self) -> List[ClusterView]:
         """Return a copy of the list. Any thread."""
         with self._lock:
             return list(self._watched)
@@ -748,7 +748,7 @@ class ClusterSource:
             self._merge(watched, rows, nodes)
         return clusters, list(nodes.values()), cost
 
-    def _look(self, watched: Watched, asking: bool) -> Tuple[List[dict], Dict[str, int], float]:
+    def _look(self, watched: ClusterView, asking: bool) -> Tuple[List[dict], Dict[str, int], float]:
         """Do what `_turn` does, from another thread. A cluster that is closed has no nodes."""
         cluster = watched.cluster
         if not cluster.closed:
@@ -762,7 +762,7 @@ class ClusterSource:
         return [], counts_of(cluster), 0.0
 
     @staticmethod
-    def _turn(watched: Watched, asking: bool) -> Tuple[List[dict], Dict[str, int], float]:
+    def _turn(watched: ClusterView, asking: bool) -> Tuple[List[dict], Dict[str, int], float]:
         """Return the rows of a cluster's nodes, its counts, and the seconds that this took. The
         driver's thread does nothing else meanwhile, so what is at nodes and what has ended add
         up."""
@@ -774,7 +774,7 @@ class ClusterSource:
         return rows, counts, time.perf_counter() - began
 
     @staticmethod
-    def _cluster_row(watched: Watched, rows: List[dict], counts: Dict[str, int]) -> dict:
+    def _cluster_row(watched: ClusterView, rows: List[dict], counts: Dict[str, int]) -> dict:
         cluster = watched.cluster
         ready = [row for row in rows if row['state'] == 'ready']
         row: Dict[str, Any] = dict(counts)
@@ -791,12 +791,12 @@ class ClusterSource:
         row['job_seconds'] = sum(seconds for _, _, seconds in counted)
         return cluster_row(row, watched.history, bool(watched.ended))
 
-    def _prefix(self, watched: Watched) -> str:
+    def _prefix(self, watched: ClusterView) -> str:
         """Return how the ids of a cluster's nodes begin."""
         place = self._drivers.index(watched.cluster.driver)
         return '%d.' % (place + 1)
 
-    def _merge(self, watched: Watched, rows: List[dict], nodes: Dict[str, dict]) -> None:
+    def _merge(self, watched: ClusterView, rows: List[dict], nodes: Dict[str, dict]) -> None:
         """Merge the rows of one cluster's nodes into those of all clusters."""
         prefix = self._prefix(watched)
         counts = watched.cluster.jobs_at_nodes()
@@ -813,7 +813,7 @@ class ClusterSource:
             self._put(nodes, row, watched, jobs, seconds)
 
     @staticmethod
-    def _put(nodes: Dict[str, dict], row: dict, watched: Watched, jobs: int,
+    def _put(nodes: Dict[str, dict], row: dict, watched: ClusterView, jobs: int,
              seconds: float) -> None:
         """Put the row of a cluster's node into those of all clusters. `jobs` have ended there and
         ran for so many seconds."""
@@ -834,7 +834,7 @@ class ClusterSource:
 
     # -- one node ----------------------------------------------------------------------------------
 
-    def _uses(self, node: str, number: Optional[int] = None) -> List[Tuple[Watched, Any]]:
+    def _uses(self, node: str, number: Optional[int] = None) -> List[Tuple[ClusterView, Any]]:
         """Return (cluster, key of its node) for each cluster that uses the node with this id.
         Raises Refusal if there is none."""
         found = []
@@ -866,7 +866,7 @@ class ClusterSource:
         return rows
 
     @staticmethod
-    def _jobs_turn(watched: Watched, key: Any) -> List[dict]:
+    def _jobs_turn(watched: ClusterView, key: Any) -> List[dict]:
         """Return the rows of a cluster's jobs at a node. The driver's thread; opening the arguments
         takes time and is left to the caller."""
         rows = []
@@ -905,7 +905,7 @@ class ClusterSource:
 
     # -- changes -----------------------------------------------------------------------------------
 
-    def _cluster(self, number: int) -> Watched:
+    def _cluster(self, number: int) -> ClusterView:
         for watched in self.watched():
             if watched.number == number:
                 return watched
@@ -1047,7 +1047,7 @@ def counts_of(cluster: Any) -> Dict[str, int]:
     return {'submitted': submitted, 'done': done, 'cancelled': cancelled, 'failed': failed}
 
 
-class NodeSurvey(dispy.Survey):
+class NodeMonitor(dispy.NodeScan):
     """Watches nodes for a source. Their lease stays with the client that has it."""
     name = 'nodes'
 
@@ -1065,7 +1065,7 @@ class NodesSource(ClusterSource):
     nothing = 'Nodes are watched here, not clusters: see Nodes.'
     manages = False
 
-    def __init__(self, survey: NodeSurvey) -> None:
+    def __init__(self, survey: NodeMonitor) -> None:
         super().__init__()
         self.add(survey)
 
@@ -1076,12 +1076,12 @@ class NodesSource(ClusterSource):
         super().close()
 
 
-class SchedulerLink(dispy.Survey):
+class SchedulerLink(dispy.NodeScan):
     """A link to a dispyscheduler like that of a program. To the driver it is a cluster that only
     looks."""
     name = 'a web monitor'
 
-    def __init__(self, host: str, port: int, access: Access) -> None:
+    def __init__(self, host: str, port: int, access: ConnectionSettings) -> None:
         self.specs = [NodeSpec(host, port, scheduler=True)]
         self.address = (host, port)
         self.port = port
@@ -1110,7 +1110,7 @@ class SchedulerLink(dispy.Survey):
             return dispy.answer_of(future, dispy.CALL_TIME)
         except ConnectionError:
             row, = self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))
-            where = dispy.place(row.key[1], row.key[2])
+            where = dispy.format_address(row.key[1], row.key[2])
             why = row.reason or row.state
             raise RuntimeError('the scheduler %s is not connected: %s' % (where, why)) from None
 
@@ -1589,7 +1589,7 @@ def _node_labels(row: dict) -> Dict[str, Any]:
     return {'node': name, 'id': row['id']}
 
 
-class Watch:
+class SnapshotThread:
     """The thread that takes snapshots. All requests look at the one that it took last."""
 
     def __init__(self, source: Any, every: float) -> None:
@@ -1729,7 +1729,7 @@ def _check_field(field: str, value: Any, kind: Any) -> None:
         raise Refusal(400, '%s is no %s' % (field, name))
 
 
-class _Head:
+class LimitedReader:
     """Reads the first bytes of a connection: no more than MAX_HEAD of them are read as lines."""
 
     def __init__(self, file: Any) -> None:
@@ -1773,7 +1773,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.request.settimeout(IO_TIME)
             self.request = self.server.tls.wrap_socket(self.request, server_side=True)
         super().setup()
-        self.rfile: Any = _Head(self.rfile)
+        self.rfile: Any = LimitedReader(self.rfile)
         self.server.serving[self] = time.monotonic() + IO_TIME
 
     def finish(self) -> None:
@@ -1997,7 +1997,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _stream(self, path: str, query: Dict[str, str], snapshot: Snapshot) -> None:
         """Send events until the browser goes or the server ends."""
-        watch: Watch = self.server.watch
+        watch: SnapshotThread = self.server.watch
         plots: Dict[int, Any] = {}
         spoke = time.monotonic()
         view = self._view(path, query, snapshot)
@@ -2088,7 +2088,7 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name != 'nt'
     request_queue_size = 64
 
-    def __init__(self, address: Tuple[str, int], source: Any, watch: Watch, tls: Any) -> None:
+    def __init__(self, address: Tuple[str, int], source: Any, watch: SnapshotThread, tls: Any) -> None:
         self.source = source
         self.watch = watch
         self.tls = tls
@@ -2243,7 +2243,7 @@ class DispyHTTPServer:
         else:
             tls = None
         self._source = source
-        self._watch = Watch(source, every)
+        self._watch = SnapshotThread(source, every)
         try:
             self._server = Server((host, port), source, self._watch, tls)
         except OSError as exc:
@@ -2430,11 +2430,11 @@ def _source_of(args: argparse.Namespace) -> Any:
     if not nodes:
         link = _scheduler_of(args, secret)
         if link is not None:
-            where = dispy.place(*link.address)
+            where = dispy.format_address(*link.address)
             return SchedulerSource(
                 link.ask, 'all programs of the dispyscheduler at %s' % where, link.close)
         nodes = '*'
-    survey = NodeSurvey(nodes, secret=secret, certfile=args.node_certfile,
+    survey = NodeMonitor(nodes, secret=secret, certfile=args.node_certfile,
                         keyfile=args.node_keyfile)
     return NodesSource(survey)
 
@@ -2447,14 +2447,14 @@ def _scheduler_of(args: argparse.Namespace, secret: bytes) -> Optional[Scheduler
         where = '127.0.0.1'
     host, port = host_and_port(where, SCHEDULER_PORT)
     files = tls_files(args.node_certfile, args.node_keyfile, None, '--node-%s')
-    link = SchedulerLink(host, port, Access(secret, *files, PULSE, dispy.REDIAL_MOST))
+    link = SchedulerLink(host, port, ConnectionSettings(secret, *files, PULSE, dispy.REDIAL_MOST))
     if args.scheduler is not None:
         return link
     level = logger.level
     logger.setLevel('ERROR')   # that there is none is said below
     why = link.why_not()
     logger.setLevel(level)
-    there = dispy.place(host, port)
+    there = dispy.format_address(host, port)
     text = 'the dispyscheduler at %s is shown' % there
     if why:
         link.close()

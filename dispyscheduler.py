@@ -18,13 +18,13 @@ HOST`).
 
 To a program this is a node that has CPUs without end, which keeps what it was given; to nodes it is
 a program with many computations. So nearly all is dispy's `Driver` and `Schedule`, and here stands
-what is between: `Remote`, a program's computation, in the place of a JobCluster.
+what is between: `ClientComputation`, a program's computation, in the place of a JobCluster.
 
 The life of a job here:
   1. `Jobs` of a program is noted, and handed to the Schedule.
   2. At the end of the turn the transaction is written; only then is anything sent of what the turn
      has brought about.
-  3. The Schedule sends it to a node; the program is told where it is (`Where`), and when it has
+  3. The Schedule sends it to a node; the program is told where it is (`JobsAssigned`), and when it has
      begun (`Started`).
   4. The node's result is noted, sent to the program, and acknowledged to the node when it is on the
      disk.
@@ -78,25 +78,26 @@ except ImportError as exc:   # this file was copied alone, or beside one of anot
 
 from dispy import (
     ARGUMENTS_MOST, DEALLOCATED, HTTPD_PORT, NODES_PAGE, OF_JOBS, REDIAL_MOST, REPORTS_APART,
-    Access, Allocation, CancelAsked, Cargo, Database, DispyNode, FailedJobs, JobState, NodeDrains,
-    NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeRow, NodeSpec, NodeUse, NodeUser,
-    Overview, Peer, Schedule, UseState, WithdrawAsked, Work, cpus_of, has_ended, job_row,
-    parse_nodes, shown_arguments, shown_state)
+    ConnectionSettings, Allocation, CancelAsked, PackedComputation, Database, DispyNode, FailedJobs,
+    JobState, NodeDrains, NodeHad, NodeLeft, NodeOffers, NodePolicy, NodeResults, NodeInfo,
+    NodeSpec, NodeUse, NodeUser, Overview, NodeConnection, Schedule, AssignmentState, WithdrawAsked,
+    ScheduledJob, cpus_of, has_ended, job_row, parse_nodes, shown_arguments, shown_state)
 from dispynode import (
-    ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueDesk, pack_error,
-    VALUE_MOST, Coming, EXIT_STATUSES, FRAME_FILL, GOES_ON, HELD_BACK, NAME_MOST, NODE_PORT,
-    OF_CLIENTS, ORPHAN_TIME, PAST_TIME, Digests, Past, reason_of, OBSOLETE_SCHEDULER,
-    accept_obsolete, tell_obsolete, PULSE, RETURNED, SCHEDULER_PORT, ZOMBIE_TIME, Ack, Arrival,
-    Backlog, Bye, Call, Cancel, Compute, DispyError, Done, Each, FilePiece, FileReceiver,
-    FileStored, Gate, Held, Introduce, Jobs, Limit, Link, LinkBroken, Need, News, Offer, Outcome,
-    Output, PeerError, Pulse, Purpose, Query, Ready, Recall, Reclaim, Refused, Results, Return,
-    Returned, Role, Said, Shutdown, StartError, Started, Unfit, Values, Welcome, Where, Wrong,
-    __version__, _write_private, beside, check_name, derive_key, digest_of, discovery_reach,
-    find_secret, frames, has_place, host_and_port, in_parts, is_comp, limit_values, log_record_of,
+    ASKED_FOR, BUNDLE, BUNDLES, DIGEST_SIZE, FOR_CODE, LAZY, DropValue, ValueRequests, pack_error,
+    VALUE_MOST, IncomingValue, EXIT_STATUSES, BATCH_BYTES, PROVISIONAL, BACKPRESSURE_BYTES,
+    NAME_MOST, NODE_PORT, OF_CLIENTS, ORPHAN_TIME, PAST_TIME, Digests, AttemptHistory, reason_of,
+    OBSOLETE_SCHEDULER, accept_obsolete, tell_obsolete, PULSE, RETURNED, SCHEDULER_PORT,
+    ZOMBIE_TIME, Ack, Authenticated, SpoolSender, Bye, Call, Cancel, Compute, DispyError, Done,
+    Each, FilePiece, FileReceiver, FileStored, Acceptor, KnownAttempts, ClientHello, Jobs, Limit,
+    Link, LinkBroken, Need, NodeChanged, CpusChanged, Outcome, Output, PeerError, Pulse, Purpose,
+    Query, Ready, ReturnJobs, Reclaim, Refused, Results, Return, JobsReturned, Role, Notice,
+    Shutdown, StartError, Started, Unfit, Values, NodeHello, JobsAssigned, Wrong, __version__,
+    _write_private, out_of_band, check_name, derive_key, digest_of, discovery_reach, find_secret,
+    batches, has_place, host_and_port, in_parts, is_comp, limit_values, log_record_of,
     over_limit_here, refused_row, unfit_row, make_secret, may_reclaim, minutes_option, needs,
     open_envelope, open_plain, open_regular, parse_arguments, pieces_of, replaced, result_key,
     plain_address, run_until_ended, save_config, seconds_option, set_up_log, shorten, size_of,
-    size_option, sized, take_own_directory, tls_files, unpack_error)
+    size_option, with_size, take_own_directory, tls_files, unpack_error)
 
 __all__ = ['main']   # the others are dispy's own
 
@@ -104,11 +105,11 @@ __all__ = ['main']   # the others are dispy's own
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
-ENDLESS = 1 << 20             # CPUs that programs are told of: all they submit comes here at once
+UNLIMITED_CPUS = 1 << 20             # CPUs that programs are told of: all they submit comes here at once
 # Bytes of waiting jobs' arguments that are kept in memory besides the disk
 IN_MEMORY = 8 << 20
-OBJECT = 48                   # bytes of memory that a bytes object takes besides its contents
-LARGE = 64 * 1024             # bytes from which arguments and results are files of their own
+BYTES_OVERHEAD = 48                   # bytes of memory that a bytes object takes besides its contents
+FILE_BYTES = 64 * 1024             # bytes from which arguments and results are files of their own
 RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
 REMOVED_MOST = 1000           # acknowledged results that may wait to be removed from the disk
 # S after which what waits is cancelled for a program whose connection has ended
@@ -224,7 +225,7 @@ class StoredValues(Values):
         super().__init__('at the scheduler', logger)
         self._state = state
 
-    def find_place(self, value: Coming) -> Any:
+    def find_place(self, value: IncomingValue) -> Any:
         """Create a file for a value if the disk has room for it. Raises OSError."""
         promised = 0
         for other in self._coming.values():
@@ -490,7 +491,7 @@ class State(Database):
 
     # -- computations and nodes --------------------------------------------------------------------
 
-    def began(self, remote: 'Remote') -> None:
+    def began(self, remote: 'ClientComputation') -> None:
         """Note a computation that is new, or whose spec has changed."""
         place = self._comps.get(remote.comp)
         if place is None:
@@ -504,7 +505,7 @@ class State(Database):
         if self._comps.pop(comp, None) is not None:
             self.note(self.OVER, comp)
 
-    def met(self, peer: Peer) -> None:
+    def met(self, peer: NodeConnection) -> None:
         """Note a node that is connected."""
         key = _key_text(peer.key)
         if key not in self._places:
@@ -524,14 +525,14 @@ class State(Database):
         data = struct.pack('>%dQ' % len(serials), *serials)
         self.note(self.PAST, comp, time.time(), data, text)
 
-    def past(self, comp: str) -> Past:
+    def past(self, comp: str) -> AttemptHistory:
         """Return what is known of the jobs of a computation that is not here any more."""
         row = self._db.execute('SELECT serials, text FROM past WHERE comp = ?', (comp,)).fetchone()
         if row is None:
-            return Past()
+            return AttemptHistory()
         data, text = row
         given_up = struct.unpack('>%dQ' % (len(data) // 8), data)
-        return Past(given_up=frozenset(given_up), text=text)
+        return AttemptHistory(given_up=frozenset(given_up), text=text)
 
     # -- jobs --------------------------------------------------------------------------------------
 
@@ -543,12 +544,12 @@ class State(Database):
             raise OSError(errno.ENOSPC, '%d bytes are free on its disk' % max(0, free))
         return self.files.new_place()
 
-    def submitted(self, work: 'RemoteWork', payload: Any) -> None:
+    def submitted(self, work: 'ClientJob', payload: Any) -> None:
         """Note a new job."""
         number = work.number
         pieces = pieces_of(payload)
         data = None
-        if size_of(payload) >= LARGE:
+        if size_of(payload) >= FILE_BYTES:
             self.files.add(number, 'p', pieces)
         else:
             data = b''.join(pieces)
@@ -572,14 +573,14 @@ class State(Database):
             return row[0]
         return self.files.payload(number)
 
-    def sent(self, works: Sequence[Work], key: Any) -> None:
+    def sent(self, works: Sequence[ScheduledJob], key: Any) -> None:
         """Note jobs that go to a node, when this is on the disk."""
         place = self._places[_key_text(key)]
         notes = self._notes[self.MOVE]
         for work in works:
             notes.append((self.SENT, work.serial & 0xffff, place, work.serial >> 16))
 
-    def waits(self, work: 'RemoteWork') -> None:
+    def waits(self, work: 'ClientJob') -> None:
         """Note a job that is back from a node."""
         self.note(self.MOVE, self.WAITING, work.serial & 0xffff, 0, work.number)
 
@@ -603,7 +604,7 @@ class State(Database):
             row = (*row[:4], None, *row[5:])
         payloads = tuple(map(_plain, row[4:]))
         data = pickle.dumps(row[:4] + payloads, 5)
-        if len(data) < LARGE:
+        if len(data) < FILE_BYTES:
             self.note(self.END, data, number)
         else:
             self.files.add(number, 'r', [data])
@@ -792,7 +793,7 @@ def _bytes_in(notes: Sequence[tuple], column: int) -> int:
     return sum(sizes)
 
 
-_SUCCESS = pickle.dumps(0, 5)   # as `seal` packs the exit status of a program that has not failed
+_SUCCESS = pickle.dumps(0, 5)   # as `dumps` packs the exit status of a program that has not failed
 
 
 def _exit_status(row: tuple) -> int:
@@ -838,7 +839,7 @@ def _key_of(text: str) -> Any:
 _OUTCOMES = {JobState.ABANDONED: Outcome.ABANDONED, JobState.TERMINATED: Outcome.DIED}
 
 
-class RemoteWork(Work):
+class ClientJob(ScheduledJob):
     """A job of a program."""
     # Its number, which all its attempts share; the serial that the program knows it by; the bytes
     # of its arguments that the quota counts
@@ -873,7 +874,7 @@ VALUES_OF = '.values'
 TOO_LARGE = '%s has %d bytes, and --max-file-size is %d'
 
 
-class RemoteAllocator(NamedTuple):
+class ClientAllocator(NamedTuple):
     """The number of a NodeAllocate of a program. The program is asked by this number."""
     number: int
 
@@ -934,15 +935,15 @@ class EarlyJob:
         self.values = row[2]['values']
 
 
-class RemoteValues:
+class ClientValues:
     """The values, known by their digests, that the jobs of one computation need. A job is taken
     when all that it needs is on the disk; the program is asked for what is missing. The loop's
     thread."""
 
-    def __init__(self, remote: 'Remote', most: int) -> None:
+    def __init__(self, remote: 'ClientComputation', most: int) -> None:
         """Keep at most `most` bytes of values, see ValueDesk."""
         self._remote = remote
-        self._desk = ValueDesk(most)
+        self._desk = ValueRequests(most)
         self._directory = remote.directory + VALUES_OF
         self.retry_at = math.inf    # when room is looked for again
         self.told = False           # that there is none
@@ -961,7 +962,7 @@ class RemoteValues:
             else:   # it came when that ended
                 os.unlink(path)
 
-    def took(self, work: 'RemoteWork') -> None:
+    def took(self, work: 'ClientJob') -> None:
         """Keep the values of a job that was taken."""
         self._desk.hold(self._remote.comp, work)
 
@@ -976,7 +977,7 @@ class RemoteValues:
             self._let_go(early)
         return ready
 
-    def release(self, work: 'RemoteWork') -> None:
+    def release(self, work: 'ClientJob') -> None:
         """A job has ended: its values are not kept for it any more."""
         self._desk.release(self._remote.comp, work)
 
@@ -1046,13 +1047,13 @@ WantedFiles = Tuple[list, list, Callable[..., None]]
 
 
 def _no_source() -> Tuple[bytes, str]:
-    """Say why the scheduler has no source: the `source` of a Cargo."""
+    """Say why the scheduler has no source: the `source` of a PackedComputation."""
     return b'', 'only its program can tell'
 
 
-class Remote(NodeUser):
+class ClientComputation(NodeUser):
     """A computation of a program, in the place of a JobCluster. The loop's thread."""
-    cargo: Cargo
+    cargo: PackedComputation
 
     def __init__(self,
                  scheduler: 'Scheduler',
@@ -1097,13 +1098,13 @@ class Remote(NodeUser):
                                      sync=(Purpose.PLACED, Purpose.VALUES))
         os.makedirs(modules, mode=0o700, exist_ok=True)
         os.makedirs(values, mode=0o700, exist_ok=True)
-        self.values = RemoteValues(self, max_values)
+        self.values = ClientValues(self, max_values)
         # Rows of files and of modules to be had, and who waits for them.
         self.wanted: Deque[WantedFiles] = collections.deque()
         self.compared: Optional[list] = None      # rows of files that were compared beside the loop
         self.ready = False
         self.questions: List[Tuple[Link, Call]] = []   # that came before its files were there
-        self.works: Dict[int, RemoteWork] = {}    # by the program's serials
+        self.works: Dict[int, ClientJob] = {}    # by the program's serials
         # The same of jobs that have ended and are not acknowledged, to their numbers
         self.ended: Dict[int, int] = {}
         self.outbox: List[tuple] = []
@@ -1137,7 +1138,7 @@ class Remote(NodeUser):
         support = spec['support'].items()
         spec['support'] = {name: bytes(source) for name, source in support}
         paths = self.paths_of(spec['files'])
-        self.cargo = Cargo(spec, paths, spec['kind'] == 'program', _no_source)
+        self.cargo = PackedComputation(spec, paths, spec['kind'] == 'program', _no_source)
 
     def path_of(self, name: str) -> str:
         """Return the path of a file of the program."""
@@ -1168,27 +1169,27 @@ class Remote(NodeUser):
         shutil.rmtree(self.directory + MODULES_OF, ignore_errors=True)
         shutil.rmtree(self.directory + VALUES_OF, ignore_errors=True)
 
-    def say(self, message: Any) -> None:
+    def send(self, message: Any) -> None:
         """Send a message to the program, if it is connected."""
         link = self._scheduler.links.get(self.link)
         if link is not None:
-            self._scheduler.say(link, message)
+            self._scheduler.send(link, message)
 
     def warn(self, text: str) -> None:
         """Log a warning here and send it to the program."""
         super().warn(text)
-        self.say(Said(self.comp, text))
+        self.send(Notice(self.comp, text))
 
-    def node_ready(self, peer: Peer) -> None:
+    def node_ready(self, peer: NodeConnection) -> None:
         """Log that the computation uses a node."""
         cpus = peer.limit(self.comp)
         logger.info('%s: node %s is used, with %d CPUs', self.name, peer, cpus)
 
-    def node_unreachable(self, peer: Peer, text: str) -> None:
+    def node_unreachable(self, peer: NodeConnection, text: str) -> None:
         """Tell the program why a node cannot be used."""
-        self.say(Said(self.comp, 'node %s cannot be used: %s' % (peer, text)))
+        self.send(Notice(self.comp, 'node %s cannot be used: %s' % (peer, text)))
 
-    def node_changed(self, status: int, peer: Peer) -> None:
+    def node_changed(self, status: int, peer: NodeConnection) -> None:
         """Tell the program that a node is used or is not used any more."""
         if self.link not in self._scheduler.links or self.comp not in peer.uses:
             return
@@ -1196,26 +1197,26 @@ class Remote(NodeUser):
         if status == DispyNode.Closed:
             state = 'closed'
         row = self.row_of(peer)._replace(state=state)
-        self.say(News(self.comp, status, tuple(row)))
+        self.send(NodeChanged(self.comp, status, tuple(row)))
 
-    def row_of(self, peer: Peer) -> NodeRow:
+    def row_of(self, peer: NodeConnection) -> NodeInfo:
         """Describe one of its nodes for the program."""
         queries = self._scheduler.queries
         return queries.row_of(*queries.node_of(self.comp, peer))
 
-    def ask_source(self, peer: Peer, link: Link) -> None:
+    def ask_source(self, peer: NodeConnection, link: Link) -> None:
         """Ask the program for the source of the computation."""
         self._scheduler.program_calls.ask_source(self, peer, link)
 
-    def ask_allocator(self, allocator: Any, peer: Peer, link: Link) -> None:
+    def ask_allocator(self, allocator: Any, peer: NodeConnection, link: Link) -> None:
         """Ask the program's NodeAllocate."""
         self._scheduler.program_calls.ask_allocator(self, allocator, peer, link)
 
-    def asked(self, peer: Peer, message: Call) -> None:
+    def asked(self, peer: NodeConnection, message: Call) -> None:
         """Ask the program for the modules that a job needs."""
         self._scheduler.program_calls.ask_for_modules(self, peer, message)
 
-    def support_for(self, peer: Peer) -> Dict[str, bytes]:
+    def support_for(self, peer: NodeConnection) -> Dict[str, bytes]:
         """Return cloudpickle, which the program has sent, for a node that has another version."""
         if peer.facts.get('cloudpickle') == self.cloudpickle:
             return {}
@@ -1229,7 +1230,7 @@ class Remote(NodeUser):
         """Return the path of a value."""
         return self.values.path(digest)
 
-    def send_jobs(self, peer: Peer, works: Sequence[Any]) -> None:
+    def send_jobs(self, peer: NodeConnection, works: Sequence[Any]) -> None:
         """Send jobs to a node, and tell the program where they are. The arguments of jobs that have
         waited for long are on the disk."""
         scheduler = self._scheduler
@@ -1245,26 +1246,26 @@ class Remote(NodeUser):
                 unread.append(ended_row(work.serial, Outcome.DIED, text))
             else:
                 rows.append(job_row(work, payload, OF_JOBS))
-        for frame in frames(Jobs, self.comp, rows):
-            scheduler.say(peer.link, frame)  # type: ignore[arg-type]
+        for frame in batches(Jobs, self.comp, rows):
+            scheduler.send(peer.link, frame)  # type: ignore[arg-type]
         scheduler.state.sent(works, peer.key)
         if self.link in scheduler.links:
             node = (peer.ip_addr, peer.port, peer.name)
             serials = [work.client_serial for work in works]
-            self.say(Where(self.comp, node, serials))
+            self.send(JobsAssigned(self.comp, node, serials))
         if unread:
             scheduler.decide(NodeResults(peer.key, self.comp, unread))
 
-    def jobs_started(self, peer: Peer, pairs: Sequence[Tuple[Any, float]]) -> None:
+    def jobs_started(self, peer: NodeConnection, pairs: Sequence[Tuple[Any, float]]) -> None:
         """Tell the program which jobs have begun."""
         rows = [(work.client_serial, ran) for work, ran in pairs]
-        self.say(Started(self.comp, rows))
+        self.send(Started(self.comp, rows))
 
-    def jobs_ended(self, peer: Peer, pairs: List[Tuple[Any, tuple]]) -> None:
+    def jobs_ended(self, peer: NodeConnection, pairs: List[Tuple[Any, tuple]]) -> None:
         """Note results, and send them to the program."""
         for work, row in pairs:
             row = (work.client_serial, *row[1:])
-            if row[1] not in GOES_ON:
+            if row[1] not in PROVISIONAL:
                 self._scheduler.program_jobs.end(self, work, row, peer.key)
             else:
                 self.outbox.append(row)
@@ -1291,7 +1292,7 @@ class Remote(NodeUser):
         """Tell the program that a job waits again."""
         self.files.pop(work.serial, None)
         self._scheduler.state.waits(work)
-        self.say(Where(self.comp, (), [work.client_serial]))
+        self.send(JobsAssigned(self.comp, (), [work.client_serial]))
 
     def job_parked(self, work: Any, text: str) -> None:
         """Tell the program why a job waits."""
@@ -1302,15 +1303,15 @@ class Remote(NodeUser):
         self.absence.dropping.discard(work)
         if work.state in (JobState.RUNNING, JobState.PROVISIONAL):
             ran = self._scheduler.schedule.ran(work)
-            self.say(Started(work.comp, [(work.client_serial, ran)]))
+            self.send(Started(work.comp, [(work.client_serial, ran)]))
 
-    def output(self, peer: Peer, work: Any, message: Output) -> None:
+    def output(self, peer: NodeConnection, work: Any, message: Output) -> None:
         """Pass on to the program what a job prints."""
         if message.stream == 0:
             log_record_of(message.data)   # raises PeerError
-        self.say(message._replace(serial=work.client_serial, data=beside(message.data)))
+        self.send(message._replace(serial=work.client_serial, data=out_of_band(message.data)))
 
-    def file_piece(self, peer: Peer, work: Any, message: FilePiece) -> None:
+    def file_piece(self, peer: NodeConnection, work: Any, message: FilePiece) -> None:
         """Pass a piece of a job's file on to the program."""
         if message.offset == 0:
             self.files[message.key] = (self.link, message.row[0])
@@ -1318,7 +1319,7 @@ class Remote(NodeUser):
             return   # it was answered already: what is left of it is passed over
         began_by, _ = self.files[message.key]
         if self.link in self._scheduler.links and began_by == self.link:
-            self.say(message._replace(key=work.client_serial, data=beside(message.data)))
+            self.send(message._replace(key=work.client_serial, data=out_of_band(message.data)))
         else:
             del self.files[message.key]
             text = 'the client is not connected'
@@ -1330,7 +1331,7 @@ class Remote(NodeUser):
         return list(self.works.values())
 
 
-class House(NodeUser):
+class KeepConnected(NodeUser):
     """The scheduler's own use of its nodes: it keeps them connected and computes nothing there."""
     client = comp = 'keepconnected'
     name = 'the scheduler'
@@ -1342,11 +1343,11 @@ class House(NodeUser):
         self.searches = not options.nodes
         self.multicast = options.multicast
 
-    def node_connected(self, peer: Peer) -> None:
+    def node_connected(self, peer: NodeConnection) -> None:
         """Log that a node is connected."""
         logger.info('node %s is connected, and offers %d CPUs', peer, peer.offered)
 
-    def spec_of(self, peer: Peer) -> Optional[NodeSpec]:
+    def spec_of(self, peer: NodeConnection) -> Optional[NodeSpec]:
         """Return what means a node. A node that has connected by itself and knows the secret is
         meant, too."""
         if peer.port:
@@ -1410,7 +1411,7 @@ def _spec_of(host: Any, port: Any, cpus: Any, number: Any) -> NodeSpec:
     spec = parse_nodes((host, port, cpus), NODE_PORT, True)[0]
     allocator: Any = None
     if number:
-        allocator = RemoteAllocator(number)
+        allocator = ClientAllocator(number)
     return spec._replace(allocator=allocator)
 
 
@@ -1506,12 +1507,12 @@ class ProgramOverview(Overview):
 
     # -- called by the parts of the scheduler ------------------------------------------------------
 
-    def opened(self, remote: Remote) -> None:
+    def opened(self, remote: ClientComputation) -> None:
         """Give a computation that begins its number for monitors."""
         remote.number = next(self._numbers)
         remote.since = self._scheduler.now
 
-    def ended(self, remote: Remote, work: RemoteWork, row: tuple, node: Any) -> None:
+    def ended(self, remote: ClientComputation, work: ClientJob, row: tuple, node: Any) -> None:
         """Count a job that has ended with this row of Results, at this node if it was at one."""
         outcome = row[1]
         exit_status = 0
@@ -1531,7 +1532,7 @@ class ProgramOverview(Overview):
             remote.failed += 1
             self._note_failure(remote, work, row, node, exit_status)
 
-    def _note_failure(self, remote: Remote, work: RemoteWork, row: tuple, node: Any,
+    def _note_failure(self, remote: ClientComputation, work: ClientJob, row: tuple, node: Any,
                       exit_status: int) -> None:
         peer = self._scheduler.nodes.by_key.get(node)
         where = ''
@@ -1544,7 +1545,7 @@ class ProgramOverview(Overview):
         number = work.client_serial >> 16
         self._failed_jobs.add(row[3], remote.number, number, work.payload, status, where, text)
 
-    def over(self, remote: Remote) -> None:
+    def over(self, remote: ClientComputation) -> None:
         """Keep what a computation that is over has done at nodes."""
         peers = self._scheduler.nodes.by_key
         for key, (jobs, seconds) in remote.ended_at.items():
@@ -1554,13 +1555,13 @@ class ProgramOverview(Overview):
         for key in [key for key in self._ended_at if key not in peers]:
             del self._ended_at[key]
 
-    def keeps_from(self, peer: Peer, comp: str) -> bool:
+    def keeps_from(self, peer: NodeConnection, comp: str) -> bool:
         """Return whether a computation may not be set up at a node because the node was released
         for all, and note that the computation was told so."""
         use = peer.uses[comp]
-        if comp == House.comp or peer.key not in self._released:
+        if comp == KeepConnected.comp or peer.key not in self._released:
             return False
-        if use.state is UseState.CLOSED or use.offered:
+        if use.state is AssignmentState.CLOSED or use.offered:
             return False
         use.move('close')
         use.reason = RELEASED
@@ -1569,13 +1570,13 @@ class ProgramOverview(Overview):
 
     # -- questions ---------------------------------------------------------------------------------
 
-    def _remote(self, number: int) -> Remote:
+    def _remote(self, number: int) -> ClientComputation:
         for remote in self._scheduler.computations.opened():
             if remote.number == number:
                 return remote
         raise ValueError('there is no cluster %.20r' % (number,))
 
-    def _peer(self, key: Any) -> Peer:
+    def _peer(self, key: Any) -> NodeConnection:
         peer = self._scheduler.nodes.by_key.get(key)
         if peer is None:
             raise ValueError('there is no node %.80r' % (key,))
@@ -1586,7 +1587,7 @@ class ProgramOverview(Overview):
         count = min(count, PAGE)
         return [self._cluster(remote) for remote in remotes[first:first + count]]
 
-    def _cluster(self, remote: Remote) -> dict:
+    def _cluster(self, remote: ClientComputation) -> dict:
         row: Dict[str, Any] = {}
         row.update(zip(self.COUNTS, remote.jobs_counted()))
         row['number'] = remote.number
@@ -1604,9 +1605,9 @@ class ProgramOverview(Overview):
         page = itertools.islice(peers, first, first + min(count, PAGE))
         return [self._node(peer, remotes, asking) for peer in page]
 
-    def _node(self, peer: Peer, remotes: List[Remote], asking: bool) -> dict:
+    def _node(self, peer: NodeConnection, remotes: List[ClientComputation], asking: bool) -> dict:
         if asking:
-            self.ask_node(peer, House.comp, REPORTS_APART)
+            self.ask_node(peer, KeepConnected.comp, REPORTS_APART)
         running = self.running_at(peer.key)
         jobs, seconds = self._ended_at.get(peer.key, (0, 0.0))
         uses = []
@@ -1620,7 +1621,7 @@ class ProgramOverview(Overview):
                 use = NodeUse(remote.number, state, reason, cpus, at_work, used, int(ended), ran)
                 uses.append(tuple(use))
         state, reason = self._state_for_all(peer)
-        row = self.node_row(peer, self.free_at(peer, House.comp))
+        row = self.node_row(peer, self.free_at(peer, KeepConnected.comp))
         row['state'] = state
         row['reason'] = reason
         row['cpus'] = min(peer.offered, peer.most)
@@ -1629,13 +1630,13 @@ class ProgramOverview(Overview):
         row['uses'] = uses
         return row
 
-    def _use_of(self, peer: Peer, comp: str) -> Tuple[str, str, int]:
+    def _use_of(self, peer: NodeConnection, comp: str) -> Tuple[str, str, int]:
         """Return the state of a node for a computation, the reason, and the CPUs that it may
         use."""
         _, state, reason, cpus, _ = self._scheduler.queries.node_of(comp, peer)
         return shown_state(state, reason), reason[-500:], cpus
 
-    def _state_for_all(self, peer: Peer) -> Tuple[str, str]:
+    def _state_for_all(self, peer: NodeConnection) -> Tuple[str, str]:
         """Return the state of a node for whoever wants it, and the reason."""
         if peer.key in self._released:
             return 'closed', RELEASED
@@ -1672,7 +1673,7 @@ class ProgramOverview(Overview):
             found.append(self._arguments_of(work))
         return found
 
-    def _arguments_of(self, work: Optional[RemoteWork]) -> Any:
+    def _arguments_of(self, work: Optional[ClientJob]) -> Any:
         if work is None:
             return None
         if work.payload:
@@ -1710,8 +1711,8 @@ class ProgramOverview(Overview):
         node: Any = host
         if port is not None:
             node = (host, port)
-        default_port = self._scheduler.clusters[House.comp].port
-        self._scheduler.selection.allocate(House.comp, parse_nodes([node], default_port))
+        default_port = self._scheduler.clusters[KeepConnected.comp].port
+        self._scheduler.selection.allocate(KeepConnected.comp, parse_nodes([node], default_port))
         return 1
 
     def _cpus(self, key: Any, cpus: int) -> int:
@@ -1730,7 +1731,7 @@ class ProgramOverview(Overview):
         peer = self._peer(key)
         told = self._released.setdefault(peer.key, set())
         for comp, use in list(peer.uses.items()):
-            if comp != House.comp and use.state is not UseState.CLOSED:
+            if comp != KeepConnected.comp and use.state is not AssignmentState.CLOSED:
                 told.add(comp)
                 self._scheduler.selection.leave(comp, peer.key, 'close', False)
         return 1
@@ -1743,7 +1744,7 @@ class ProgramOverview(Overview):
             use = peer.uses.get(comp)
             if use is None:
                 continue
-            if use.state is not UseState.CLOSED:
+            if use.state is not AssignmentState.CLOSED:
                 use.then = ''
                 continue
             use.move('open')
@@ -1792,7 +1793,7 @@ class Part:
         self._links = scheduler.links
         self._schedule = scheduler.schedule
         self._decide = scheduler.decide
-        self._send = scheduler.say   # a message, when the transaction of the turn is on the disk
+        self._send = scheduler.send   # a message, when the transaction of the turn is on the disk
 
 
 class Quota:
@@ -1808,46 +1809,46 @@ class Quota:
         # Links that are offered no CPUs -> instance
         self._waiting: Dict[int, bytes] = {}
 
-    def add(self, remote: Remote, work: RemoteWork, size: int) -> None:
+    def add(self, remote: ClientComputation, work: ClientJob, size: int) -> None:
         """Count a job that was taken."""
-        work.size = OBJECT + size
+        work.size = BYTES_OVERHEAD + size
         self._queued[remote.instance] += work.size
 
-    def remove(self, remote: Remote, work: RemoteWork) -> None:
+    def remove(self, remote: ClientComputation, work: ClientJob) -> None:
         """Count no more a job that has ended, or whose computation has."""
         self._queued[remote.instance] -= work.size
         work.size = 0
         if not self._queued[remote.instance]:
             del self._queued[remote.instance]
 
-    def moved(self, remote: Remote, instance: bytes) -> None:
+    def moved(self, remote: ClientComputation, instance: bytes) -> None:
         """Count a computation for another process of the program, which has taken it over."""
         size = sum(work.size for work in remote.works.values())
         self._queued[remote.instance] -= size
         self._queued[instance] += size
 
-    def has_room(self, remote: Remote, size: int) -> bool:
+    def has_room(self, remote: ClientComputation, size: int) -> bool:
         """Return whether one more job with so many bytes of arguments may come. One is always
         taken, however large."""
         queued = self._queued.get(remote.instance, 0)
         if not queued:
             return True
-        return queued + OBJECT + size <= self._most
+        return queued + BYTES_OVERHEAD + size <= self._most
 
-    def give_back(self, link: Link, remote: Remote, serials: List[int], full: bool) -> None:
+    def give_back(self, link: Link, remote: ClientComputation, serials: List[int], full: bool) -> None:
         """Send back jobs that were not taken. This is said at once, because nothing else is said
         while the disk is full."""
         at_once = self._scheduler.commit.send
         if link.number not in self._waiting:
             self._waiting[link.number] = link.instance
-            at_once(link, Offer(0))
+            at_once(link, CpusChanged(0))
             text = 'the disk of the scheduler is full: new jobs wait here until there is room'
             if not full:
                 text = ('this program has %d bytes of arguments at the scheduler, and may have %d '
                         'there (--max-queued-bytes): more jobs are taken as those end')
                 text %= (self._queued.get(remote.instance, 0), self._most)
-            at_once(link, Said(remote.comp, text))
-        for message in in_parts(Returned, remote.comp, serials):
+            at_once(link, Notice(remote.comp, text))
+        for message in in_parts(JobsReturned, remote.comp, serials):
             at_once(link, message)
 
     def take_again(self) -> None:
@@ -1861,7 +1862,7 @@ class Quota:
             queued = self._queued.get(instance, 0)
             if queued <= self._most // 2:
                 del self._waiting[number]
-                self._scheduler.say(link, Offer(ENDLESS))
+                self._scheduler.send(link, CpusChanged(UNLIMITED_CPUS))
 
 
 class NodeSharing(NodePolicy):
@@ -1886,7 +1887,7 @@ class NodeSharing(NodePolicy):
         """Return nothing, because a scheduler shares what it has."""
         return ''
 
-    def addresses_of(self, peer: Peer) -> Optional[Callable[[str], bool]]:
+    def addresses_of(self, peer: NodeConnection) -> Optional[Callable[[str], bool]]:
         """Return a function that says which addresses of a node may be connected to, or None for
         all. It is called by a dial thread."""
         allowed = self._scheduler.options.allowed
@@ -1894,36 +1895,36 @@ class NodeSharing(NodePolicy):
             return None
         return lambda address: may_dial('', address, allowed)
 
-    def may_set_up(self, peer: Peer, comp: str) -> bool:
+    def may_set_up(self, peer: NodeConnection, comp: str) -> bool:
         """Return whether a computation may be set up at a node. It may not when all jobs of a
         program that is gone have ended, nor at a node that was released for all."""
         remote = self._scheduler.clusters.get(comp)
-        if isinstance(remote, Remote) and remote.rests:
+        if isinstance(remote, ClientComputation) and remote.rests:
             return False
         return not self._scheduler.overview.keeps_from(peer, comp)
 
-    def node_met(self, peer: Peer) -> None:
+    def node_met(self, peer: NodeConnection) -> None:
         """Note a node, so that it is known again after the end of this process."""
         self._scheduler.state.met(peer)
 
-    def becomes_ready(self, peer: Peer, comp: str) -> None:
+    def becomes_ready(self, peer: NodeConnection, comp: str) -> None:
         """Decide whom a node serves before it is decided what a computation may use there."""
         self._assign(peer)
 
-    def node_drained(self, peer: Peer) -> None:
+    def node_drained(self, peer: NodeConnection) -> None:
         """Decide again whom a node serves: another computation may have waited for that."""
         self._assign(peer)
 
-    def node_freed(self, peer: Peer) -> None:
+    def node_freed(self, peer: NodeConnection) -> None:
         """Decide again at the end of the turn: others may want the node."""
         self._is_due = True
 
-    def begins(self, remote: Remote) -> None:
+    def begins(self, remote: ClientComputation) -> None:
         """A computation begins."""
         if remote.exclusive:
             self._wanting.append(remote.comp)
 
-    def is_over(self, remote: Remote) -> None:
+    def is_over(self, remote: ClientComputation) -> None:
         """A computation is over."""
         if remote.comp in self._wanting:
             self._wanting.remove(remote.comp)
@@ -1945,11 +1946,11 @@ class NodeSharing(NodePolicy):
     def _holds(self, comp: str) -> bool:
         """Return whether a computation that wants its nodes alone still has a program or jobs."""
         remote = self._scheduler.clusters.get(comp)
-        if not isinstance(remote, Remote):
+        if not isinstance(remote, ClientComputation):
             return False
         return remote.link in self._scheduler.links or bool(remote.works)
 
-    def _assign(self, peer: Peer) -> None:
+    def _assign(self, peer: NodeConnection) -> None:
         """Decide whom a node serves: the first computation that wants it alone, when the jobs of
         the others have ended there, or all."""
         owner = self._owner_of(peer)
@@ -1962,27 +1963,27 @@ class NodeSharing(NodePolicy):
         peer.blocked = blocked
         self.limit(peer, changed)
 
-    def _owner_of(self, peer: Peer) -> str:
+    def _owner_of(self, peer: NodeConnection) -> str:
         """Return the first computation that wants a node alone, or an empty text."""
         for comp in self._wanting:
             use = peer.uses.get(comp)
-            if use is not None and use.state is not UseState.CLOSED and self._holds(comp):
+            if use is not None and use.state is not AssignmentState.CLOSED and self._holds(comp):
                 return comp
         return ''
 
-    def _has_others(self, peer: Peer, owner: str) -> bool:
+    def _has_others(self, peer: NodeConnection, owner: str) -> bool:
         """Return whether jobs of other computations are at a node."""
         node = self._scheduler.schedule.nodes.get(peer.key)
         if node is None:
             return False
-        others = [jobs for comp, jobs in node.flight.items() if comp != owner]
+        others = [jobs for comp, jobs in node.in_flight.items() if comp != owner]
         return any(others)
 
-    def limit(self, peer: Peer, comps: Iterable[str]) -> None:
+    def limit(self, peer: NodeConnection, comps: Iterable[str]) -> None:
         """Tell a node and the Schedule what computations may use there now."""
         for comp in comps:
             use = peer.uses.get(comp)
-            if use is None or use.state is not UseState.READY or use.then:
+            if use is None or use.state is not AssignmentState.READY or use.then:
                 continue
             cpus = self._scheduler.selection.tell_limit(peer, comp)
             if cpus:
@@ -2057,7 +2058,7 @@ class ProgramLinks(Part):
         for kind, method in part.MESSAGES.items():
             self._handlers[kind] = (part, method)
 
-    def program_came(self, event: Arrival) -> None:
+    def program_came(self, event: Authenticated) -> None:
         """A program has connected."""
         options = self._scheduler.options
         link = Link(event.sock, event.session, event.address, self._scheduler.now, options.pulse,
@@ -2077,7 +2078,7 @@ class ProgramLinks(Part):
             logger.error(
                 '%s has %d connections, and the limit for one address is %d: the last is ended',
                 link.address, there, most)
-            self._scheduler.part(
+            self._scheduler.disconnect(
                 link,
                 'there are %d connections from this address, and the limit is %d' % (there, most))
             self.sessions.pop(link.number, None)
@@ -2087,10 +2088,10 @@ class ProgramLinks(Part):
         for session in self.sessions.values():
             link = session.link
             queued = link.queued - link.unmade   # what is to go in parts lies on the disk
-            is_slow = queued > HELD_BACK
+            is_slow = queued > BACKPRESSURE_BYTES
             if link.dirty is None or link.paused == is_slow:
                 continue
-            if is_slow or queued <= HELD_BACK // 2:
+            if is_slow or queued <= BACKPRESSURE_BYTES // 2:
                 link.paused = is_slow
                 link.heard = self._scheduler.now
                 self._scheduler.interest(link)
@@ -2149,7 +2150,7 @@ class ProgramLinks(Part):
             if channel.on_purpose:
                 computations.end(remote)
 
-    def computation_of(self, link: Link, comp: str) -> Optional[Remote]:
+    def computation_of(self, link: Link, comp: str) -> Optional[ClientComputation]:
         """Return the computation that a message speaks of, which must be of this link, or None for
         one that has ended here. Raises PeerError."""
         remote = self._scheduler.computations.get(comp)
@@ -2157,7 +2158,7 @@ class ProgramLinks(Part):
             raise PeerError('computation %.40r is of another program' % comp)
         return remote
 
-    def _on_introduce(self, link: Link, message: Introduce) -> None:
+    def _on_introduce(self, link: Link, message: ClientHello) -> None:
         name = message.name[:200]
         self._scheduler.set_pulse(link, min(max(message.pulse, 0.1), 3600.0))
         self.sessions[link.number].names[0] = name
@@ -2165,13 +2166,13 @@ class ProgramLinks(Part):
         facts: Dict[str, Any] = {'dispy': __version__, 'role': 'scheduler'}
         facts['python'] = tuple(sys.version_info[:3])
         facts['memory'] = self._scheduler.instance.hex()
-        self._send(link, Welcome('dispyscheduler', ENDLESS, facts))
+        self._send(link, NodeHello('dispyscheduler', UNLIMITED_CPUS, facts))
 
     def _ignore(self, link: Link, message: Any) -> None:
         """Ignore a message that is meant for a node."""
 
     MESSAGES: Dict[type, Callable[..., None]] = {
-        Introduce: _on_introduce,
+        ClientHello: _on_introduce,
         Limit: _ignore,
         Query: _ignore,
         Shutdown: _ignore,
@@ -2192,37 +2193,37 @@ class ProgramComputations(Part):
         self._selection = scheduler.selection
         self._sharing = scheduler.sharing
         self._quota = scheduler.quota
-        self.unopened: Dict[str, Remote] = {}        # those whose files are on their way
+        self.unopened: Dict[str, ClientComputation] = {}        # those whose files are on their way
 
-    def get(self, comp: str) -> Optional[Remote]:
+    def get(self, comp: str) -> Optional[ClientComputation]:
         """Return the computation with this name if it has begun and is not over."""
         user = self._clusters.get(comp)
-        if isinstance(user, Remote):
+        if isinstance(user, ClientComputation):
             return user
         return None
 
-    def opened(self) -> List[Remote]:
+    def opened(self) -> List[ClientComputation]:
         """Return those that have begun and are not over, in the order in which they have begun."""
         users = self._clusters.values()
-        return [user for user in users if isinstance(user, Remote)]
+        return [user for user in users if isinstance(user, ClientComputation)]
 
-    def all(self) -> List[Remote]:
+    def all(self) -> List[ClientComputation]:
         """Return these and those whose files are still to come."""
         return self.opened() + list(self.unopened.values())
 
-    def _is_connected(self, remote: Remote) -> bool:
+    def _is_connected(self, remote: ClientComputation) -> bool:
         return remote.link in self._links
 
     # -- beginning ---------------------------------------------------------------------------------
 
-    def make(self, comp: str, client: bytes, spec: dict) -> Remote:
+    def make(self, comp: str, client: bytes, spec: dict) -> ClientComputation:
         """Return a computation that is not open yet. Raises PeerError, OSError."""
         options = self._scheduler.options
-        return Remote(self._scheduler, comp, client, spec, self._directory_of(comp),
+        return ClientComputation(self._scheduler, comp, client, spec, self._directory_of(comp),
                       options.max_file_size, self._state.key_of(comp), options.max_queued)
 
     def _directory_of(self, comp: str) -> str:
-        if not comp or not is_comp(comp) or comp == House.comp:
+        if not comp or not is_comp(comp) or comp == KeepConnected.comp:
             raise PeerError('a computation may not be called %.70r' % comp)
         path = os.path.join(self._state.root, 'c-' + comp)
         os.makedirs(path, mode=0o700, exist_ok=True)
@@ -2244,13 +2245,13 @@ class ProgramComputations(Part):
             self._scheduler.program_files.want(remote, spec['files'], spec['modules'], then)
 
     @staticmethod
-    def _is_of(remote: Remote, link: Link, spec: dict) -> bool:
+    def _is_of(remote: ClientComputation, link: Link, spec: dict) -> bool:
         """Return whether a computation is of the program that says so."""
         if remote.instance != link.instance:
             return False
         return hmac.compare_digest(remote.digest, result_key(spec))
 
-    def _begin(self, link: Link, message: Compute) -> Optional[Remote]:
+    def _begin(self, link: Link, message: Compute) -> Optional[ClientComputation]:
         """Make a computation that is new here, if there is room for it."""
         self._check_shared(message.spec.get('shared'))
         own = [remote for remote in self.all() if remote.instance == link.instance]
@@ -2280,7 +2281,7 @@ class ProgramComputations(Part):
         if count > SPECS_MOST:
             raise PeerError('%d nodes are named, and the limit is %d' % (count, SPECS_MOST))
 
-    def _go_on(self, remote: Remote, link: Link) -> bool:
+    def _go_on(self, remote: ClientComputation, link: Link) -> bool:
         """A program is back, or asks once more. Return False if files of it are still to come."""
         if self._is_connected(remote) and remote.link != link.number:
             old = self._links[remote.link]
@@ -2303,11 +2304,11 @@ class ProgramComputations(Part):
             self._scheduler.program_jobs.resend(remote)
         # Perhaps because its program could not be asked
         for peer in self._scheduler.nodes.of(remote.comp):
-            if peer.uses[remote.comp].state is UseState.REFUSED:
+            if peer.uses[remote.comp].state is AssignmentState.REFUSED:
                 self._scheduler.setup.set_up(peer, remote.comp)
         return True
 
-    def _came_back(self, remote: Remote, link: Link) -> None:
+    def _came_back(self, remote: ClientComputation, link: Link) -> None:
         if remote.instance != link.instance:
             self._quota.moved(remote, link.instance)
             remote.instance = link.instance
@@ -2328,12 +2329,12 @@ class ProgramComputations(Part):
             self._schedule.keep(work)
         absence.dropping.clear()
 
-    def _complete(self, remote: Remote, error: str, code: str = 'transfer') -> None:
+    def _complete(self, remote: ClientComputation, error: str, code: str = 'transfer') -> None:
         """All files of a new computation are here, or `error` says why they cannot be."""
         if error:
             self.unopened.pop(remote.comp, None)
             remote.remove()
-            remote.say(Refused(remote.comp, code, error))
+            remote.send(Refused(remote.comp, code, error))
             self._scheduler.program_calls.answer_early(remote)
             return
         if self.unopened.pop(remote.comp, None) is None:
@@ -2342,10 +2343,10 @@ class ProgramComputations(Part):
         self._state.began(remote)
         self.open(remote)
         past = self._state.past(remote.comp)
-        remote.say(Ready(remote.comp, [], past.row()))
+        remote.send(Ready(remote.comp, [], past.row()))
         self._scheduler.program_calls.answer_early(remote)
 
-    def open(self, remote: Remote) -> None:
+    def open(self, remote: ClientComputation) -> None:
         """Begin to use nodes for a computation whose files are here."""
         self._scheduler.overview.opened(remote)
         self._sharing.begins(remote)
@@ -2361,31 +2362,31 @@ class ProgramComputations(Part):
         remote = self.get(message.comp)
         if remote is None:
             past = self._state.past(message.comp)
-            self._send(link, Held(message.comp, [], past.row()))
+            self._send(link, KnownAttempts(message.comp, [], past.row()))
         elif not may_reclaim(remote.digest, message.key):
             logger.warning('%s wants results of a computation and does not have its key',
                            self._scheduler.programs.name_of(link))
-            past = Past(whole=False)
-            self._send(link, Held(message.comp, [], past.row()))
+            past = AttemptHistory(whole=False)
+            self._send(link, KnownAttempts(message.comp, [], past.row()))
         elif self._is_connected(remote) and remote.link != link.number:
             self._send(link, Refused(message.comp, 'busy', 'its program is connected'))
         elif not message.take:
             known = [*remote.known(), *remote.absence.dropped]
-            self._send(link, Held(message.comp, known))
+            self._send(link, KnownAttempts(message.comp, known))
         else:
             self._hand_over(remote, link)
 
-    def _hand_over(self, remote: Remote, link: Link) -> None:
+    def _hand_over(self, remote: ClientComputation, link: Link) -> None:
         """Give what is here of a computation to the process that asks for it."""
         is_other = remote.instance != link.instance   # the program itself sends these again
         self._came_back(remote, link)
         if is_other:
             self._cancel_dropped(remote)
         self._state.commit()   # from where they are sent now
-        self._send(link, Held(remote.comp, remote.known()))
+        self._send(link, KnownAttempts(remote.comp, remote.known()))
         self._scheduler.program_jobs.resend(remote)
 
-    def _cancel_dropped(self, remote: Remote) -> None:
+    def _cancel_dropped(self, remote: ClientComputation) -> None:
         """Give a result to the jobs that were cancelled because the program was gone."""
         dropped = remote.absence.dropped
         text = ('cancelled: it had not begun when its program was gone, and the scheduler did not '
@@ -2395,7 +2396,7 @@ class ProgramComputations(Part):
         remote.ended.update(dropped)
         dropped.clear()
 
-    def _send_again(self, remote: Remote, link: Link) -> None:
+    def _send_again(self, remote: ClientComputation, link: Link) -> None:
         """Tell a program that is back which of its jobs were cancelled because it was taken for
         gone."""
         dropped = remote.absence.dropped
@@ -2405,12 +2406,12 @@ class ProgramComputations(Part):
         text = ('the scheduler has heard nothing of this program for a while and has cancelled %d '
                 'jobs that had not begun (--gone-after); they are sent again')
         text %= len(dropped)
-        self._send(link, Said(remote.comp, text))
+        self._send(link, Notice(remote.comp, text))
         dropped.clear()
 
     # -- without a program -------------------------------------------------------------------------
 
-    def program_gone(self, remote: Remote) -> None:
+    def program_gone(self, remote: ClientComputation) -> None:
         """Let a computation go on for a while without its program."""
         now = self._scheduler.now
         why = 'its program is not connected'
@@ -2428,7 +2429,7 @@ class ProgramComputations(Part):
         logger.debug('%s: its program is gone at %.3f; the results are given up at %.3f',
                      remote.name, now, remote.given_up_at)
 
-    def expect_program(self, remote: Remote) -> None:
+    def expect_program(self, remote: ClientComputation) -> None:
         """Set how long a program that is not connected is waited for."""
         now = self._scheduler.now
         options = self._scheduler.options
@@ -2436,7 +2437,7 @@ class ProgramComputations(Part):
         remote.rests_at = now + ORPHAN_TIME
         remote.absence.begin(now, options.gone)
 
-    def _drop_waiting(self, remote: Remote) -> None:
+    def _drop_waiting(self, remote: ClientComputation) -> None:
         """Cancel the jobs of a program that is gone which have not begun. Those that run go on to
         their end."""
         self._scheduler.jobs.take_submitted()
@@ -2450,7 +2451,7 @@ class ProgramComputations(Part):
                            '(--gone-after)', remote.name, len(works))
         self._decide(WithdrawAsked(works))
 
-    def _rest(self, remote: Remote) -> None:
+    def _rest(self, remote: ClientComputation) -> None:
         """All jobs of a program that is gone have ended: its nodes are let go, with its processes
         and files there."""
         if not remote.ended or (remote.absence.for_good and not remote.collected):
@@ -2471,7 +2472,7 @@ class ProgramComputations(Part):
             selection.drop_unused(peer)
         self._sharing.look_again()
 
-    def _give_up(self, remote: Remote) -> None:
+    def _give_up(self, remote: ClientComputation) -> None:
         """Give up the results of a program that has not come back for them."""
         seconds = self._scheduler.options.zombie
         logger.warning('%s: its program has not come back for %g s (--zombie-interval): %d results '
@@ -2483,7 +2484,7 @@ class ProgramComputations(Part):
 
     # -- turns -------------------------------------------------------------------------------------
 
-    def end_turn_of(self, remote: Remote) -> None:
+    def end_turn_of(self, remote: ClientComputation) -> None:
         """Send results to the program of a computation, and decide what becomes of the computation
         while its program is away."""
         now = self._scheduler.now
@@ -2504,14 +2505,14 @@ class ProgramComputations(Part):
             if now >= remote.given_up_at:
                 self._give_up(remote)
 
-    def _send_results(self, remote: Remote, link: Link) -> None:
+    def _send_results(self, remote: ClientComputation, link: Link) -> None:
         """Send what has ended in this turn. While the link is full, results wait on the disk."""
         rows = remote.outbox
-        if link.queued - link.unmade >= 4 * FRAME_FILL:
-            ended = [remote.ended[row[0]] for row in rows if row[1] not in GOES_ON]
+        if link.queued - link.unmade >= 4 * BATCH_BYTES:
+            ended = [remote.ended[row[0]] for row in rows if row[1] not in PROVISIONAL]
             self._scheduler.program_jobs.send_ended(remote, ended)
-            rows = [row for row in rows if row[1] in GOES_ON]
-        for frame in frames(Results, remote.comp, map(sized, rows)):
+            rows = [row for row in rows if row[1] in PROVISIONAL]
+        for frame in batches(Results, remote.comp, map(with_size, rows)):
             self._send(link, frame)
 
     def timers(self) -> List[float]:
@@ -2539,7 +2540,7 @@ class ProgramComputations(Part):
             self._scheduler.program_calls.answer_early(remote)
         self._state.note(self._state.PAST_OVER, message.comp)
 
-    def end(self, remote: Remote) -> None:
+    def end(self, remote: ClientComputation) -> None:
         """End a computation and remove its jobs, at nodes and on the disk."""
         comp = remote.comp
         if comp in self._clusters:
@@ -2558,7 +2559,7 @@ class ProgramComputations(Part):
         self._scheduler.soon()
 
     @staticmethod
-    def _tell_end(remote: Remote) -> None:
+    def _tell_end(remote: ClientComputation) -> None:
         whose = remote.program or 'a program that was not connected'
         submitted, done, failed, cancelled = remote.jobs_counted()
         counts = '%d jobs, %d done, %d failed, %d cancelled, %d not ended' % (
@@ -2582,7 +2583,7 @@ class ProgramFiles(Part):
         self._programs = scheduler.programs
         self._computations = scheduler.computations
 
-    def want(self, remote: Remote, files: list, modules: list,
+    def want(self, remote: ClientComputation, files: list, modules: list,
              then: Callable[..., None]) -> None:
         """Ask the program for files that are not here. `then` is called when all are, or with what
         went wrong and its code (of REASONS)."""
@@ -2590,7 +2591,7 @@ class ProgramFiles(Part):
         if len(remote.wanted) == 1:
             self._want_next(remote)
 
-    def _want_next(self, remote: Remote) -> None:
+    def _want_next(self, remote: ClientComputation) -> None:
         while remote.wanted:
             files, modules, then = remote.wanted[0]
             unknown = Digests.unknown(remote.directory, files)
@@ -2608,12 +2609,12 @@ class ProgramFiles(Part):
                 continue
             if missing:
                 for need in needs(remote.comp, missing):
-                    remote.say(need)
+                    remote.send(need)
                 return
             remote.wanted.popleft()
             then('')
 
-    def _compare(self, remote: Remote, paths: Sequence[str]) -> None:
+    def _compare(self, remote: ClientComputation, paths: Sequence[str]) -> None:
         """Compute the digests of large files. It is called by an opener."""
         Digests.learn(paths)
         self._scheduler.call_soon(self._want_next, remote)
@@ -2641,7 +2642,7 @@ class ProgramFiles(Part):
             then(stored.error, remote.receiver.code)
             self._want_next(remote)
 
-    def _value_stored(self, link: Link, remote: Remote, stored: FileStored) -> None:
+    def _value_stored(self, link: Link, remote: ClientComputation, stored: FileStored) -> None:
         """A value that jobs wait for is here, or cannot be."""
         if not stored.error:
             remote.values.came(stored.name)
@@ -2653,14 +2654,14 @@ class ProgramFiles(Part):
             self._without_values(link, remote, stored.error)
         self.serve_values(link, remote)
 
-    def _without_values(self, link: Link, remote: Remote, error: str) -> None:
+    def _without_values(self, link: Link, remote: ClientComputation, error: str) -> None:
         """End the jobs that need a value which cannot be had."""
         for serial in remote.values.failed():
             text = 'a value in the arguments cannot be taken at the scheduler: %s' % error
             row = (serial, int(Outcome.RAISED), 0.0, 0.0, pack_error(text, None), b'', b'')
             self._send(link, Results(remote.comp, [row]))
 
-    def serve_values(self, link: Link, remote: Remote) -> None:
+    def serve_values(self, link: Link, remote: ClientComputation) -> None:
         """Take the jobs whose values are here, and ask for what others need."""
         rows, missing, error = remote.values.serve()
         for need in needs(remote.comp, missing):
@@ -2669,7 +2670,7 @@ class ProgramFiles(Part):
             self._no_room(link, remote, error)
         self._scheduler.program_jobs.take_jobs(link, remote, rows, admitted=True)
 
-    def _no_room(self, link: Link, remote: Remote, error: str) -> None:
+    def _no_room(self, link: Link, remote: ClientComputation, error: str) -> None:
         """Let the jobs that need a value wait until there is room for it."""
         remote.values.postpone(self._scheduler.now + RETRY_TIME)
         if not remote.values.told:
@@ -2677,9 +2678,9 @@ class ProgramFiles(Part):
             text = ('a value that jobs need finds no room at the scheduler: %s; they wait until it '
                     'does') % error
             logger.error('%s: %s', remote.name, text)
-            self._send(link, Said(remote.comp, text))
+            self._send(link, Notice(remote.comp, text))
 
-    def done_with_values(self, remote: Remote, work: RemoteWork) -> None:
+    def done_with_values(self, remote: ClientComputation, work: ClientJob) -> None:
         """Give the room that the values of a job had to jobs that wait for it."""
         remote.values.release(work)
         link = self._links.get(remote.link)
@@ -2708,7 +2709,7 @@ class ProgramFiles(Part):
         if peer is not None:
             self._scheduler.say_to(peer, message)
 
-    def end_files(self, remote: Remote) -> None:
+    def end_files(self, remote: ClientComputation) -> None:
         """The connection to a program has ended while its jobs sent files to it."""
         error = 'the connection to the client has ended'
         for serial, (_, name) in remote.files.items():
@@ -2716,7 +2717,7 @@ class ProgramFiles(Part):
             self._say_to_node_of(remote.comp, serial, stored)
         remote.files.clear()
 
-    def bring_modules(self, remote: Remote, rows: list) -> None:
+    def bring_modules(self, remote: ClientComputation, rows: list) -> None:
         """Add files of modules that the arguments of later jobs need: nodes that are set up from
         now on get them at once."""
         spec = remote.cargo.spec
@@ -2726,7 +2727,7 @@ class ProgramFiles(Part):
             remote.take_spec(dict(spec, modules=spec['modules'] + more))
             self._state.began(remote)
 
-    def change_files(self, remote: Remote, rows: list, then: Callable[..., None]) -> None:
+    def change_files(self, remote: ClientComputation, rows: list, then: Callable[..., None]) -> None:
         """Set a computation up with other files. `then` is called with what went wrong, or with an
         empty text."""
         def complete(error: str, code: str = '') -> None:
@@ -2754,7 +2755,7 @@ class ProgramJobs(Part):
         self._files = scheduler.program_files
         self._exchange = scheduler.jobs
         # Results that wait for room in the links of programs
-        self.backlog = Backlog(scheduler.links)
+        self.backlog = SpoolSender(scheduler.links)
         self._kept = 0                               # bytes of waiting jobs' arguments in memory
         self.unread_until = math.inf                 # when results are read that could not be
 
@@ -2772,7 +2773,7 @@ class ProgramJobs(Part):
 
     def take_jobs(self,
                   link: Link,
-                  remote: Remote,
+                  remote: ClientComputation,
                   rows: Sequence[tuple],
                   admitted: bool = False) -> None:
         """Note jobs and hand them to the Schedule. `admitted` says that the values which they need
@@ -2796,20 +2797,20 @@ class ProgramJobs(Part):
         if lacking:
             self._files.serve_values(link, remote)
 
-    def _take(self, remote: Remote, serial: int, payload: Any, options: Optional[dict]) -> None:
+    def _take(self, remote: ClientComputation, serial: int, payload: Any, options: Optional[dict]) -> None:
         """Take one job."""
         state = self._state
         state.number += 1
         if len(payload) <= LAZY or type(payload) is tuple:
             payload = _plain(payload)
         size = len(payload)
-        work = RemoteWork(remote.comp, None, options, state.number << 16, serial)
+        work = ClientJob(remote.comp, None, options, state.number << 16, serial)
         if work.values:
             remote.values.took(work)
         state.submitted(work, payload)
-        if self._kept < IN_MEMORY and size < LARGE:
+        if self._kept < IN_MEMORY and size < FILE_BYTES:
             work.payload = payload
-            self._kept += OBJECT + size
+            self._kept += BYTES_OVERHEAD + size
         remote.works[serial] = work
         self._quota.add(remote, work, size)
         self._exchange.submitted.append(work)  # type: ignore[arg-type]
@@ -2832,17 +2833,17 @@ class ProgramJobs(Part):
                 self._decide(CancelAsked(work))
 
     @staticmethod
-    def _known(remote: Remote, serials: Sequence[int]) -> List[Work]:
+    def _known(remote: ClientComputation, serials: Sequence[int]) -> List[ScheduledJob]:
         """Return those of these jobs that have not ended."""
         return [remote.works[serial] for serial in serials if serial in remote.works]
 
-    def _cancel_early(self, link: Link, remote: Remote, serials: Sequence[int]) -> None:
+    def _cancel_early(self, link: Link, remote: ClientComputation, serials: Sequence[int]) -> None:
         """End those of these jobs that are not taken yet."""
         for serial in remote.values.leave(serials):
             row = ended_row(serial, Outcome.CANCELLED, 'cancelled before it started')
             self._send(link, Results(remote.comp, [row]))
 
-    def on_recall(self, link: Link, message: Recall) -> None:
+    def on_recall(self, link: Link, message: ReturnJobs) -> None:
         """A program cancels jobs if they have not begun."""
         remote = self._programs.computation_of(link, message.comp)
         self._exchange.take_submitted()
@@ -2859,7 +2860,7 @@ class ProgramJobs(Part):
             known = [serial for serial in message.serials if serial in ended]
             self._state.removed([ended.pop(serial) for serial in known])
 
-    def end(self, remote: Remote, work: RemoteWork, row: tuple, node: Any = None) -> None:
+    def end(self, remote: ClientComputation, work: ClientJob, row: tuple, node: Any = None) -> None:
         """End a job with this row of Results. `node` is where it was, if it was at a node."""
         number = work.number
         if remote.works.pop(work.client_serial, None) is None:
@@ -2876,7 +2877,7 @@ class ProgramJobs(Part):
         remote.ended[work.client_serial] = number
         remote.outbox.append(row)
 
-    def drop(self, remote: Remote, work: RemoteWork) -> None:
+    def drop(self, remote: ClientComputation, work: ClientJob) -> None:
         """Forget a job that was cancelled because its program is gone."""
         number = work.number
         if remote.works.pop(work.client_serial, None) is None:
@@ -2890,19 +2891,19 @@ class ProgramJobs(Part):
         if remote.exclusive:
             self._scheduler.sharing.look_again()
 
-    def forget(self, remote: Remote) -> None:
+    def forget(self, remote: ClientComputation) -> None:
         """Forget the jobs of a computation that is over."""
         for work in remote.works.values():
             self._forget_payload(work)
             self._quota.remove(remote, work)
         remote.works.clear()
 
-    def _forget_payload(self, work: RemoteWork) -> None:
+    def _forget_payload(self, work: ClientJob) -> None:
         """The arguments of a job are not kept in memory any more."""
         if work.payload is not None:
-            self._kept -= OBJECT + len(work.payload)
+            self._kept -= BYTES_OVERHEAD + len(work.payload)
 
-    def resend(self, remote: Remote) -> None:
+    def resend(self, remote: ClientComputation) -> None:
         """Send a program the results that it has not acknowledged, and where its jobs are."""
         remote.unread.clear()
         self.send_ended(remote, list(remote.ended.values()))
@@ -2911,24 +2912,24 @@ class ProgramJobs(Part):
             for node in known.nodes.values():
                 self._tell_jobs_at(remote, node)
 
-    def _tell_jobs_at(self, remote: Remote, node: Any) -> None:
+    def _tell_jobs_at(self, remote: ClientComputation, node: Any) -> None:
         """Tell a program which of its jobs are at a node, and which of these run. `node` is the
         Schedule's."""
         now = self._scheduler.now
-        sent = node.flight[remote.comp]
+        sent = node.in_flight[remote.comp]
         serials = [work.client_serial for work in sent.values()]
         peer = self._scheduler.nodes.by_key.get(node.key)
         if serials and peer is not None:
             where = (peer.ip_addr, peer.port, peer.name)
-            remote.say(Where(remote.comp, where, serials))
+            remote.send(JobsAssigned(remote.comp, where, serials))
         begun = node.begun[remote.comp]
         rows = []
         for serial, since in begun.items():
             rows.append((sent[serial].client_serial, now - since))
         if rows:
-            remote.say(Started(remote.comp, rows))
+            remote.send(Started(remote.comp, rows))
 
-    def send_ended(self, remote: Remote, numbers: List[int]) -> None:
+    def send_ended(self, remote: ClientComputation, numbers: List[int]) -> None:
         """Send results that are on the disk."""
         rows = self._state.results(numbers, remote.unread)
         self.backlog.add_results(remote.link, remote.comp, rows)
@@ -2953,7 +2954,7 @@ class ProgramJobs(Part):
         Jobs: on_jobs,
         Unfit: on_unfit,
         Cancel: on_cancel,
-        Recall: on_recall,
+        ReturnJobs: on_recall,
         Ack: on_ack,
     }
 
@@ -3017,14 +3018,14 @@ class ProgramCalls(Part):
                 QUESTIONS_MOST)
         return True
 
-    def answer_early(self, remote: Remote) -> None:
+    def answer_early(self, remote: ClientComputation) -> None:
         """The files of a computation are here: answer what was asked meanwhile."""
         questions = remote.questions
         remote.questions = []
         for link, message in questions:
             self.on_call(link, message)
 
-    def _nodes(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
+    def _nodes(self, remote: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
         first, count = args or (0, NODES_PAGE)
         last = first + min(count, NODES_PAGE)
         nodes = self._queries.rows_of(remote.comp)
@@ -3034,15 +3035,15 @@ class ProgramCalls(Part):
             rows.append(tuple(short))
         answer(rows)
 
-    def _jobs(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
+    def _jobs(self, remote: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
         jobs: Dict[int, Any] = self._queries.jobs_at(remote.comp, *args)
         answer([work.client_serial for work in jobs.values()])
 
-    def _allocate(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
+    def _allocate(self, remote: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
         self._selection.allocate(remote.comp, specs_of(args[0]))
         answer(None)
 
-    def _leave(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
+    def _leave(self, remote: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
         """Leave nodes. With a fourth argument they are set up again with these files."""
         if len(args) != 4:
             self._command(remote, name, args, answer)
@@ -3056,7 +3057,7 @@ class ProgramCalls(Part):
             answer(None)
         self._files.change_files(remote, args[3], complete)
 
-    def _running(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
+    def _running(self, remote: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
         """Ask a node which jobs run there."""
         queries = self._queries
         node = args[0]
@@ -3070,7 +3071,7 @@ class ProgramCalls(Part):
             answer([work.client_serial for serial, work in jobs.items() if serial in running])
         queries.question(remote.comp, node).add_done_callback(answered)
 
-    def _place(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
+    def _place(self, remote: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
         """Send a node a file: one that the program has sent here before, and nothing else."""
         node, row = args[:2]
         path = os.path.join(remote.directory, *check_name(row[0]))
@@ -3084,7 +3085,7 @@ class ProgramCalls(Part):
         future = self._queries.question(remote.comp, node, row, path)
         future.add_done_callback(answered)
 
-    def _command(self, remote: Remote, name: str, args: tuple, answer: Answer) -> None:
+    def _command(self, remote: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
         if name not in ('find', 'seat', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
             raise ValueError('%.40r cannot be asked of a scheduler' % name)
         answer(self._queries.command(remote.comp, name, *args))
@@ -3116,7 +3117,7 @@ class ProgramCalls(Part):
             then = remote.calls.pop(message.number)
             then(message.error, message.value)
 
-    def ask_source(self, remote: Remote, peer: Peer, link: Link) -> None:
+    def ask_source(self, remote: ClientComputation, peer: NodeConnection, link: Link) -> None:
         """Ask a program for the source of its computation."""
         setup = self._setup
 
@@ -3128,7 +3129,7 @@ class ProgramCalls(Part):
                 setup.source_found(remote, peer, link, source)
         self._ask(remote, 'source', (), told)
 
-    def ask_allocator(self, remote: Remote, allocator: Any, peer: Peer, link: Link) -> None:
+    def ask_allocator(self, remote: ClientComputation, allocator: Any, peer: NodeConnection, link: Link) -> None:
         """Ask a program's allocator, and for the files that it names."""
         files = self._files
         allocated = functools.partial(self._setup.allocated, remote.comp, peer, link)
@@ -3147,7 +3148,7 @@ class ProgramCalls(Part):
         row = tuple(remote.row_of(peer))
         self._ask(remote, 'allocate', (allocator.number, row), told)
 
-    def ask_for_modules(self, remote: Remote, peer: Peer, message: Call) -> None:
+    def ask_for_modules(self, remote: ClientComputation, peer: NodeConnection, message: Call) -> None:
         """Ask a program for the modules that a job at a node needs. What was fetched before is
         here."""
         answer = functools.partial(self._answer_node, peer, message)
@@ -3184,7 +3185,7 @@ class ProgramCalls(Part):
             return ''
         return BUNDLES + BUNDLE % number
 
-    def _answer_node(self, peer: Peer, message: Call, error: tuple, value: Any) -> None:
+    def _answer_node(self, peer: NodeConnection, message: Call, error: tuple, value: Any) -> None:
         self._scheduler.say_to(peer, Return(message.comp, message.number, error, value))
 
     MESSAGES: Dict[type, Callable[..., None]] = {
@@ -3219,14 +3220,14 @@ class Restoration(Part):
             if name.startswith('c-') and comp not in there:
                 shutil.rmtree(os.path.join(self._state.root, name), ignore_errors=True)
 
-    def _restore(self, remote: Remote) -> None:
+    def _restore(self, remote: ClientComputation) -> None:
         """Go on with a computation."""
         scheduler = self._scheduler
         remote.values.restore()
         remote.ready = True
         scheduler.computations.expect_program(remote)
-        waiting: List[RemoteWork] = []
-        sent: Dict[Any, List[RemoteWork]] = {}
+        waiting: List[ClientJob] = []
+        sent: Dict[Any, List[ClientJob]] = {}
         for number, serial, options, state, own, node in self._state.jobs(remote.comp):
             if state == State.ENDED:
                 remote.ended[serial] = number
@@ -3249,9 +3250,9 @@ class Restoration(Part):
             logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', remote.name,
                         len(waiting), at_nodes, len(remote.ended))
 
-    def _work(self, remote: Remote, serial: int, options: Optional[dict], own: int) -> RemoteWork:
+    def _work(self, remote: ClientComputation, serial: int, options: Optional[dict], own: int) -> ClientJob:
         """Restore a job that has not ended. `serial` is the program's, `own` is the scheduler's."""
-        work = RemoteWork(remote.comp, None, options, own, serial)
+        work = ClientJob(remote.comp, None, options, own, serial)
         remote.works[serial] = work
         if work.values:
             remote.values.took(work)
@@ -3268,7 +3269,7 @@ class Restoration(Part):
         peer = scheduler.nodes.by_key.get(key)
         is_new = peer is None
         if peer is None:
-            peer = Peer(host, port, scheduler.access.redial)
+            peer = NodeConnection(host, port, scheduler.access.redial)
         if peer.link is None:
             # Otherwise nobody would see that its process has ended, or is another.
             peer.instance = instance
@@ -3282,7 +3283,7 @@ class Restoration(Part):
                 peer.dialling.due = None
                 peer.move('dial')
                 peer.move('fail')
-            scheduler.selection.take(peer, House.comp, NodeSpec(host, port))
+            scheduler.selection.take(peer, KeepConnected.comp, NodeSpec(host, port))
         return name  # type: ignore[no-any-return]
 
 
@@ -3304,19 +3305,19 @@ class Scheduler(Driver):
         self.state = State(options.state_dir)
         self.quota = Quota(self, options.max_queued)
         self.sharing = NodeSharing(self)
-        access = Access(options.node_secret, options.node_certfile, options.node_keyfile, None,
+        access = ConnectionSettings(options.node_secret, options.node_certfile, options.node_keyfile, None,
                         options.pulse, options.ping)
         super().__init__(access, self.state.instance, self.sharing)
         self.overview: ProgramOverview = ProgramOverview(self)
         self.schedule = Schedule(options.fifo)
         self.values = StoredValues(self.state)
-        self.commit = Commit(self, super().say)
+        self.commit = Commit(self, super().send)
         self.programs = ProgramLinks(self)
         self.computations = ProgramComputations(self)
         self.program_files = ProgramFiles(self)
         self.program_jobs = ProgramJobs(self)
         self.program_calls = ProgramCalls(self)
-        self._doors: List[Gate] = []
+        self._program_acceptors: List[Acceptor] = []
         for part in (self.computations, self.program_jobs, self.program_files, self.program_calls):
             self.programs.add_handlers(part)
 
@@ -3338,9 +3339,9 @@ class Scheduler(Driver):
             port = door.server_address[1]
             if Role.NODE not in allowed:
                 self._door(host, port + 1, keys, [Role.NODE], *files_of_nodes)
-        self.sharing.port = self._doors[0].server_address[1]
-        for door in self._doors:
-            self.watch(door.socket, door.knock)
+        self.sharing.port = self._program_acceptors[0].server_address[1]
+        for door in self._program_acceptors:
+            self.add_reader(door.socket, door.on_readable)
         self.now = self.clock()
         named = []
         for node in options.nodes:
@@ -3348,7 +3349,7 @@ class Scheduler(Driver):
             named.append(NodeSpec(host, at))
         self.sharing.named = {spec.host for spec in named}
         specs = named or [NodeSpec('*', options.node_port)]
-        self.open(House(specs, options.node_port, options), False)
+        self.open(KeepConnected(specs, options.node_port, options), False)
         with self.state.damages():
             Restoration(self).run()
         return port
@@ -3364,9 +3365,9 @@ class Scheduler(Driver):
         return {int(Role.CLIENT): tuple(programs), int(Role.NODE): nodes}
 
     def _door(self, host: str, port: int, keys: Dict[int, Tuple[bytes, ...]],
-              allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Gate:
+              allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Acceptor:
         try:
-            door = Gate((host, port), keys, Role.SCHEDULER, allowed, self.instance, self.post,
+            door = Acceptor((host, port), keys, Role.SCHEDULER, allowed, self.instance, self.post,
                         certfile, keyfile)
         except OverflowError as exc:
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
@@ -3377,16 +3378,16 @@ class Scheduler(Driver):
                     port) from exc
             raise StartError('cannot listen at %s:%d: %s (-i/--host, -p/--port)' %
                              (host or '*', port, exc)) from exc
-        self._doors.append(door)
+        self._program_acceptors.append(door)
         return door
 
     def close(self) -> None:
         """Close everything. What programs have submitted stays on the disk."""
-        for door in self._doors:
+        for door in self._program_acceptors:
             with contextlib.suppress(KeyError, ValueError):   # not watched yet
-                self.unwatch(door.socket)
+                self.remove_reader(door.socket)
             door.server_close()
-        self._doors = []
+        self._program_acceptors = []
         self.broken = 'the scheduler has ended'   # said to whoever asks it
         self._hang_up()
         self.state.close()
@@ -3397,10 +3398,10 @@ class Scheduler(Driver):
     def on_fault(self, subject: Any, text: str) -> bool:
         """Handle a fault of our own as the driver does. One that concerns a computation of a
         program ends that computation."""
-        if isinstance(subject, Remote):
+        if isinstance(subject, ClientComputation):
             link = self.links.get(subject.link)
             if link is not None:
-                self.say(link, Refused(subject.comp, 'fault', text))
+                self.send(link, Refused(subject.comp, 'fault', text))
             self.computations.end(subject)
             return True
         return super().on_fault(subject, text)
@@ -3411,11 +3412,11 @@ class Scheduler(Driver):
         """Whether no program wants anything of a computation that a node still has."""
         return super().is_over(comp) and comp not in self.computations.unopened
 
-    def say(self, link: Link, message: Any) -> None:
+    def send(self, link: Link, message: Any) -> None:
         """Send a message when the transaction of this turn is on the disk; what changes nothing
         goes at once."""
         if type(message) in _AT_ONCE:
-            super().say(link, message)
+            super().send(link, message)
         else:
             self.commit.later.append((link, message))
 
@@ -3437,10 +3438,10 @@ class Scheduler(Driver):
         else:
             self.commit.stick()
 
-    def part(self, link: Link, text: str) -> None:
+    def disconnect(self, link: Link, text: str) -> None:
         """End a link as a Loop does, after all that was said before."""
         self.commit.write_down()
-        super().part(link, text)
+        super().disconnect(link, text)
 
     def next_timer(self) -> Optional[float]:
         """Return when there is something to do: for the driver, for the disk that was full, or for
@@ -3456,7 +3457,7 @@ class Scheduler(Driver):
 
     def on_event(self, event: Any) -> None:
         """Handle programs and nodes that have connected, signals, and the driver's events."""
-        if isinstance(event, Arrival) and event.session.peer_role == Role.CLIENT:
+        if isinstance(event, Authenticated) and event.session.peer_role == Role.CLIENT:
             self.programs.program_came(event)
         elif isinstance(event, Stop):
             # Without Bye: nodes go on and keep results, programs wait, until it is started again
@@ -3479,7 +3480,7 @@ class Scheduler(Driver):
             super().on_broken(channel, text)
 
 
-_AT_ONCE = frozenset((Bye, FilePiece, FileStored, Need, Offer, Output, Pulse))
+_AT_ONCE = frozenset((Bye, FilePiece, FileStored, Need, CpusChanged, Output, Pulse))
 
 
 # --------------------------------------------------------------------------------------------------
