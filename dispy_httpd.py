@@ -2088,7 +2088,8 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name != 'nt'
     request_queue_size = 64
 
-    def __init__(self, address: Tuple[str, int], source: Any, watch: SnapshotThread, tls: Any) -> None:
+    def __init__(self, address: Tuple[str, int], source: Any, watch: SnapshotThread,
+                 tls: Any) -> None:
         self.source = source
         self.watch = watch
         self.tls = tls
@@ -2434,8 +2435,8 @@ def _source_of(args: argparse.Namespace) -> Any:
             return SchedulerSource(
                 link.ask, 'all programs of the dispyscheduler at %s' % where, link.close)
         nodes = '*'
-    survey = NodeMonitor(nodes, secret=secret, certfile=args.node_certfile,
-                        keyfile=args.node_keyfile)
+    survey = NodeMonitor(
+        nodes, secret=secret, certfile=args.node_certfile, keyfile=args.node_keyfile)
     return NodesSource(survey)
 
 

@@ -24,8 +24,8 @@ The life of a job here:
   1. `Jobs` of a program is noted, and handed to the Schedule.
   2. At the end of the turn the transaction is written; only then is anything sent of what the turn
      has brought about.
-  3. The Schedule sends it to a node; the program is told where it is (`JobsAssigned`), and when it has
-     begun (`Started`).
+  3. The Schedule sends it to a node; the program is told where it is (`JobsAssigned`), and when it
+     has begun (`Started`).
   4. The node's result is noted, sent to the program, and acknowledged to the node when it is on the
      disk.
   5. The program's Ack removes it.
@@ -105,10 +105,11 @@ __all__ = ['main']   # the others are dispy's own
 # Constants and errors
 # --------------------------------------------------------------------------------------------------
 
-UNLIMITED_CPUS = 1 << 20             # CPUs that programs are told of: all they submit comes here at once
+# CPUs that programs are told of: all that they submit comes here at once
+UNLIMITED_CPUS = 1 << 20
 # Bytes of waiting jobs' arguments that are kept in memory besides the disk
 IN_MEMORY = 8 << 20
-BYTES_OVERHEAD = 48                   # bytes of memory that a bytes object takes besides its contents
+BYTES_OVERHEAD = 48           # bytes of memory that a bytes object takes besides its contents
 FILE_BYTES = 64 * 1024             # bytes from which arguments and results are files of their own
 RETURN_TIME = 60.0            # s that jobs on nodes wait for these to come back after a new start
 REMOVED_MOST = 1000           # acknowledged results that may wait to be removed from the disk
@@ -1835,7 +1836,8 @@ class Quota:
             return True
         return queued + BYTES_OVERHEAD + size <= self._most
 
-    def give_back(self, link: Link, remote: ClientComputation, serials: List[int], full: bool) -> None:
+    def give_back(self, link: Link, remote: ClientComputation, serials: List[int],
+                  full: bool) -> None:
         """Send back jobs that were not taken. This is said at once, because nothing else is said
         while the disk is full."""
         at_once = self._scheduler.commit.send
@@ -2219,8 +2221,9 @@ class ProgramComputations(Part):
     def make(self, comp: str, client: bytes, spec: dict) -> ClientComputation:
         """Return a computation that is not open yet. Raises PeerError, OSError."""
         options = self._scheduler.options
-        return ClientComputation(self._scheduler, comp, client, spec, self._directory_of(comp),
-                      options.max_file_size, self._state.key_of(comp), options.max_queued)
+        return ClientComputation(
+            self._scheduler, comp, client, spec, self._directory_of(comp), options.max_file_size,
+            self._state.key_of(comp), options.max_queued)
 
     def _directory_of(self, comp: str) -> str:
         if not comp or not is_comp(comp) or comp == KeepConnected.comp:
@@ -2727,7 +2730,8 @@ class ProgramFiles(Part):
             remote.take_spec(dict(spec, modules=spec['modules'] + more))
             self._state.began(remote)
 
-    def change_files(self, remote: ClientComputation, rows: list, then: Callable[..., None]) -> None:
+    def change_files(self, remote: ClientComputation, rows: list,
+                     then: Callable[..., None]) -> None:
         """Set a computation up with other files. `then` is called with what went wrong, or with an
         empty text."""
         def complete(error: str, code: str = '') -> None:
@@ -2797,7 +2801,8 @@ class ProgramJobs(Part):
         if lacking:
             self._files.serve_values(link, remote)
 
-    def _take(self, remote: ClientComputation, serial: int, payload: Any, options: Optional[dict]) -> None:
+    def _take(self, remote: ClientComputation, serial: int, payload: Any,
+              options: Optional[dict]) -> None:
         """Take one job."""
         state = self._state
         state.number += 1
@@ -3129,7 +3134,8 @@ class ProgramCalls(Part):
                 setup.source_found(remote, peer, link, source)
         self._ask(remote, 'source', (), told)
 
-    def ask_allocator(self, remote: ClientComputation, allocator: Any, peer: NodeConnection, link: Link) -> None:
+    def ask_allocator(self, remote: ClientComputation, allocator: Any, peer: NodeConnection,
+                      link: Link) -> None:
         """Ask a program's allocator, and for the files that it names."""
         files = self._files
         allocated = functools.partial(self._setup.allocated, remote.comp, peer, link)
@@ -3148,7 +3154,8 @@ class ProgramCalls(Part):
         row = tuple(remote.row_of(peer))
         self._ask(remote, 'allocate', (allocator.number, row), told)
 
-    def ask_for_modules(self, remote: ClientComputation, peer: NodeConnection, message: Call) -> None:
+    def ask_for_modules(self, remote: ClientComputation, peer: NodeConnection,
+                        message: Call) -> None:
         """Ask a program for the modules that a job at a node needs. What was fetched before is
         here."""
         answer = functools.partial(self._answer_node, peer, message)
@@ -3250,7 +3257,8 @@ class Restoration(Part):
             logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', remote.name,
                         len(waiting), at_nodes, len(remote.ended))
 
-    def _work(self, remote: ClientComputation, serial: int, options: Optional[dict], own: int) -> ClientJob:
+    def _work(self, remote: ClientComputation, serial: int, options: Optional[dict],
+              own: int) -> ClientJob:
         """Restore a job that has not ended. `serial` is the program's, `own` is the scheduler's."""
         work = ClientJob(remote.comp, None, options, own, serial)
         remote.works[serial] = work
@@ -3305,8 +3313,9 @@ class Scheduler(Driver):
         self.state = State(options.state_dir)
         self.quota = Quota(self, options.max_queued)
         self.sharing = NodeSharing(self)
-        access = ConnectionSettings(options.node_secret, options.node_certfile, options.node_keyfile, None,
-                        options.pulse, options.ping)
+        access = ConnectionSettings(
+            options.node_secret, options.node_certfile, options.node_keyfile, None, options.pulse,
+            options.ping)
         super().__init__(access, self.state.instance, self.sharing)
         self.overview: ProgramOverview = ProgramOverview(self)
         self.schedule = Schedule(options.fifo)
@@ -3368,7 +3377,7 @@ class Scheduler(Driver):
               allowed: Sequence[Role], certfile: Optional[str], keyfile: Optional[str]) -> Acceptor:
         try:
             door = Acceptor((host, port), keys, Role.SCHEDULER, allowed, self.instance, self.post,
-                        certfile, keyfile)
+                            certfile, keyfile)
         except OverflowError as exc:
             raise StartError('port %d is not between 0 and 65535 (-p/--port)' % port) from exc
         except OSError as exc:
