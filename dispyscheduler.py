@@ -2358,7 +2358,7 @@ class ProgramComputations(Part):
         alone = ''
         if remote.exclusive:
             alone = ', and wants its nodes alone'
-        logger.info('%s: computation %d of %s begins%s', remote.name, remote.number, whose, alone)
+        logger.info('%s: begins (computation %d of %s)%s', remote.name, remote.number, whose, alone)
 
     def on_reclaim(self, link: Link, message: Reclaim) -> None:
         """Another process asks for what is here of a computation."""
@@ -2567,8 +2567,8 @@ class ProgramComputations(Part):
         submitted, done, failed, cancelled = remote.jobs_counted()
         counts = '%d jobs, %d done, %d failed, %d cancelled, %d not ended' % (
             submitted, done, failed, cancelled, len(remote.works))
-        logger.info('%s: computation %d of %s is over: %s; %.1f CPU seconds', remote.name,
-                    remote.number, whose, counts, remote.cpu_seconds)
+        logger.info('%s: is over: %s; %.1f CPU seconds (computation %d of %s)', remote.name,
+                    counts, remote.cpu_seconds, remote.number, whose)
 
     MESSAGES: Dict[type, Callable[..., None]] = {
         Compute: on_compute,

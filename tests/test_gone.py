@@ -145,11 +145,11 @@ def test_what_waits_is_cancelled_at_once_when_the_process_is_gone(serve, begun):
     scheduler.stop()
     log = scheduler.log()
     for pattern in (r'INFO: node \S+ \(127.0.0.1:\d+\) is connected, and offers 2 CPUs\n',
-                    r'INFO: \S+ PID %d is connected from 127.0.0.1\n' % pid, r'INFO: \S+: computation 1 of \S+ PID %d begins\n' % pid,
+                    r'INFO: \S+ PID %d is connected from 127.0.0.1\n' % pid, r'INFO: hold: begins \(computation 1 of \S+ PID %d\)\n' % pid,
                     r'INFO: \S+: node \S+ \(127.0.0.1:\d+\) is used, with 2 CPUs\n',
                     r'WARNING: the link of \S+ PID %d ended: .*; 30 jobs of it have not ended\n' % pid, r'its 28 jobs that have not begun are cancelled',
-                    r'INFO: hold: computation 2 of \S+ PID %d begins\n' % os.getpid(),
-                    r'computation 2 of \S+ PID %d is over: 3 jobs, 3 done, 0 failed, 0 cancelled, 0 not ended; \d+\.\d CPU seconds\n' % os.getpid()):
+                    r'INFO: hold: begins \(computation 2 of \S+ PID %d\)\n' % os.getpid(),
+                    r'is over: 3 jobs, 3 done, 0 failed, 0 cancelled, 0 not ended; \d+\.\d CPU seconds \(computation 2 of \S+ PID %d\)\n' % os.getpid()):
         assert re.search(pattern, log), (pattern, log)
 
 
