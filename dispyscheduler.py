@@ -492,14 +492,14 @@ class State(Database):
 
     # -- computations and nodes --------------------------------------------------------------------
 
-    def began(self, remote: 'ClientComputation') -> None:
+    def began(self, computation: 'ClientComputation') -> None:
         """Note a computation that is new, or whose spec has changed."""
-        place = self._comps.get(remote.comp)
+        place = self._comps.get(computation.comp)
         if place is None:
             place = next(self._newest)
-            self._comps[remote.comp] = place
-        spec = dict(remote.cargo.spec, key=remote.digest)
-        self.note(self.COMP, place, remote.comp, remote.instance, pickle.dumps(spec, 5))
+            self._comps[computation.comp] = place
+        spec = dict(computation.cargo.spec, key=computation.digest)
+        self.note(self.COMP, place, computation.comp, computation.instance, pickle.dumps(spec, 5))
 
     def over(self, comp: str) -> None:
         """Note that a computation is over, whose jobs are removed by `removed`."""
@@ -941,11 +941,11 @@ class ClientValues:
     when all that it needs is on the disk; the program is asked for what is missing. The loop's
     thread."""
 
-    def __init__(self, remote: 'ClientComputation', most: int) -> None:
+    def __init__(self, computation: 'ClientComputation', most: int) -> None:
         """Keep at most `most` bytes of values, see ValueDesk."""
-        self._remote = remote
+        self._computation = computation
         self._desk = ValueRequests(most)
-        self._directory = remote.directory + VALUES_OF
+        self._directory = computation.directory + VALUES_OF
         self.retry_at = math.inf    # when room is looked for again
         self.told = False           # that there is none
 
@@ -959,41 +959,41 @@ class ClientValues:
             path = os.path.join(self._directory, name)
             if len(name) == 2 * DIGEST_SIZE:
                 size = os.path.getsize(path)
-                self._desk.come(self._remote.comp, size, bytes.fromhex(name))
+                self._desk.come(self._computation.comp, size, bytes.fromhex(name))
             else:   # it came when that ended
                 os.unlink(path)
 
     def took(self, work: 'ClientJob') -> None:
         """Keep the values of a job that was taken."""
-        self._desk.hold(self._remote.comp, work)
+        self._desk.hold(self._computation.comp, work)
 
     def admit(self, row: tuple) -> bool:
         """Return whether a job can be taken now. Otherwise it waits here for its values."""
-        waiting = self._desk.waiting(self._remote.comp)
+        waiting = self._desk.waiting(self._computation.comp)
         if any(early.row[0] == row[0] for early in waiting):
             return False   # it came twice
         early = EarlyJob(row)
-        ready = self._desk.admit(self._remote.comp, early)
+        ready = self._desk.admit(self._computation.comp, early)
         if ready:
             self._let_go(early)
         return ready
 
     def release(self, work: 'ClientJob') -> None:
         """A job has ended: its values are not kept for it any more."""
-        self._desk.release(self._remote.comp, work)
+        self._desk.release(self._computation.comp, work)
 
     def leave(self, serials: Iterable[int]) -> List[int]:
         """Forget jobs that are not wanted any more. Return the serials of those that waited for
         values."""
         wanted = set(serials)
-        waiting = self._desk.waiting(self._remote.comp)
+        waiting = self._desk.waiting(self._computation.comp)
         gone = {early for early in waiting if early.row[0] in wanted}
-        self._desk.leave(self._remote.comp, gone)
+        self._desk.leave(self._computation.comp, gone)
         return [early.row[0] for early in gone]
 
     def interrupt(self) -> None:
         """The program is not connected any more, and will send its jobs again."""
-        self._desk.interrupt(self._remote.comp)
+        self._desk.interrupt(self._computation.comp)
 
     def serve(self) -> Tuple[List[tuple], List[tuple], str]:
         """Return the rows of jobs that can be taken now, the rows of files to be asked for by Need,
@@ -1010,7 +1010,7 @@ class ClientValues:
                 continue
             row = (action.digest.hex(), action.size, action.digest, 0o400)
             try:
-                missing = self._remote.receiver.want(Purpose.VALUES, [row])
+                missing = self._computation.receiver.want(Purpose.VALUES, [row])
             except (OSError, ValueError) as exc:
                 error = str(exc)
             else:
@@ -1021,25 +1021,25 @@ class ClientValues:
     def _let_go(self, early: EarlyJob) -> tuple:
         """Return the row of a job that is taken now. From then on the job itself keeps its
         values."""
-        self._desk.release(self._remote.comp, early)
+        self._desk.release(self._computation.comp, early)
         return early.row
 
     def postpone(self, until: float) -> None:
         """The value that was to come finds no room: it is tried again at `until`."""
-        self._desk.postpone(self._remote.comp)
+        self._desk.postpone(self._computation.comp)
         self.retry_at = until
 
     def came(self, name: str) -> None:
         """The value that was asked for is here."""
-        if self._desk.coming(self._remote.comp).hex() == name:
-            self._desk.came(self._remote.comp)
+        if self._desk.coming(self._computation.comp).hex() == name:
+            self._desk.came(self._computation.comp)
 
     def failed(self) -> List[int]:
         """The value that was asked for cannot be had, or finds no room. Return the serials of the
         jobs that waited for it."""
-        if not self._desk.coming(self._remote.comp):
+        if not self._desk.coming(self._computation.comp):
             return []
-        failed = self._desk.failed(self._remote.comp)
+        failed = self._desk.failed(self._computation.comp)
         return [early.row[0] for early in failed]
 
 
@@ -1508,32 +1508,32 @@ class ProgramOverview(Overview):
 
     # -- called by the parts of the scheduler ------------------------------------------------------
 
-    def opened(self, remote: ClientComputation) -> None:
+    def opened(self, computation: ClientComputation) -> None:
         """Give a computation that begins its number for monitors."""
-        remote.number = next(self._numbers)
-        remote.since = self._scheduler.now
+        computation.number = next(self._numbers)
+        computation.since = self._scheduler.now
 
-    def ended(self, remote: ClientComputation, work: ClientJob, row: tuple, node: Any) -> None:
+    def ended(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any) -> None:
         """Count a job that has ended with this row of Results, at this node if it was at one."""
         outcome = row[1]
         exit_status = 0
-        if outcome in RETURNED and remote.cargo.is_program:
+        if outcome in RETURNED and computation.cargo.is_program:
             exit_status = _exit_status(row)
         if node is not None:
             seconds = row[3] - row[2]
-            count = remote.ended_at.setdefault(node, [0, 0.0])
+            count = computation.ended_at.setdefault(node, [0, 0.0])
             count[0] += 1
             count[1] += seconds
-            remote.cpu_seconds += seconds * cpus_of(work)
+            computation.cpu_seconds += seconds * cpus_of(work)
         if outcome == Outcome.CANCELLED:
-            remote.cancelled += 1
+            computation.cancelled += 1
         elif outcome in RETURNED and not exit_status:
-            remote.done += 1
+            computation.done += 1
         else:
-            remote.failed += 1
-            self._note_failure(remote, work, row, node, exit_status)
+            computation.failed += 1
+            self._note_failure(computation, work, row, node, exit_status)
 
-    def _note_failure(self, remote: ClientComputation, work: ClientJob, row: tuple, node: Any,
+    def _note_failure(self, computation: ClientComputation, work: ClientJob, row: tuple, node: Any,
                       exit_status: int) -> None:
         peer = self._scheduler.nodes.by_key.get(node)
         where = ''
@@ -1544,12 +1544,12 @@ class ProgramOverview(Overview):
             text = _failure_text(row)
         status = int(_STATE_OF.get(row[1], JobState.TERMINATED))
         number = work.client_serial >> 16
-        self._failed_jobs.add(row[3], remote.number, number, work.payload, status, where, text)
+        self._failed_jobs.add(row[3], computation.number, number, work.payload, status, where, text)
 
-    def over(self, remote: ClientComputation) -> None:
+    def over(self, computation: ClientComputation) -> None:
         """Keep what a computation that is over has done at nodes."""
         peers = self._scheduler.nodes.by_key
-        for key, (jobs, seconds) in remote.ended_at.items():
+        for key, (jobs, seconds) in computation.ended_at.items():
             count = self._ended_at.setdefault(key, [0, 0.0])
             count[0] += jobs
             count[1] += seconds
@@ -1571,10 +1571,10 @@ class ProgramOverview(Overview):
 
     # -- questions ---------------------------------------------------------------------------------
 
-    def _remote(self, number: int) -> ClientComputation:
-        for remote in self._scheduler.computations.opened():
-            if remote.number == number:
-                return remote
+    def _computation(self, number: int) -> ClientComputation:
+        for computation in self._scheduler.computations.opened():
+            if computation.number == number:
+                return computation
         raise ValueError('there is no cluster %.20r' % (number,))
 
     def _peer(self, key: Any) -> NodeConnection:
@@ -1584,42 +1584,44 @@ class ProgramOverview(Overview):
         return peer
 
     def _clusters(self, first: int, count: int) -> List[dict]:
-        remotes = self._scheduler.computations.opened()
+        computations = self._scheduler.computations.opened()
         count = min(count, PAGE)
-        return [self._cluster(remote) for remote in remotes[first:first + count]]
+        return [self._cluster(computation) for computation in computations[first:first + count]]
 
-    def _cluster(self, remote: ClientComputation) -> dict:
+    def _cluster(self, computation: ClientComputation) -> dict:
         row: Dict[str, Any] = {}
-        row.update(zip(self.COUNTS, remote.jobs_counted()))
-        row['number'] = remote.number
-        row['comp'] = remote.comp
-        row['name'] = remote.name[:200]
-        row['program'] = remote.program
-        row['connected'] = remote.link in self._scheduler.links
-        row['job_seconds'] = remote.job_seconds()
-        row['elapsed'] = self._scheduler.now - remote.since
+        row.update(zip(self.COUNTS, computation.jobs_counted()))
+        row['number'] = computation.number
+        row['comp'] = computation.comp
+        row['name'] = computation.name[:200]
+        row['program'] = computation.program
+        row['connected'] = computation.link in self._scheduler.links
+        row['job_seconds'] = computation.job_seconds()
+        row['elapsed'] = self._scheduler.now - computation.since
         return row
 
     def _nodes(self, first: int, count: int, asking: bool) -> List[dict]:
-        remotes = self._scheduler.computations.opened()
+        computations = self._scheduler.computations.opened()
         peers = self._scheduler.nodes.by_key.values()
         page = itertools.islice(peers, first, first + min(count, PAGE))
-        return [self._node(peer, remotes, asking) for peer in page]
+        return [self._node(peer, computations, asking) for peer in page]
 
-    def _node(self, peer: NodeConnection, remotes: List[ClientComputation], asking: bool) -> dict:
+    def _node(self, peer: NodeConnection, computations: List[ClientComputation],
+              asking: bool) -> dict:
         if asking:
             self.ask_node(peer, KeepConnected.comp, REPORTS_APART)
         running = self.running_at(peer.key)
         jobs, seconds = self._ended_at.get(peer.key, (0, 0.0))
         uses = []
-        for remote in remotes:
-            ended, ran = remote.ended_at.get(peer.key, (0, 0.0))
+        for computation in computations:
+            ended, ran = computation.ended_at.get(peer.key, (0, 0.0))
             jobs += ended
             seconds += ran
-            if remote.comp in peer.uses:
-                at_work, used = running.get(remote.comp, (0, 0))
-                state, reason, cpus = self._use_of(peer, remote.comp)
-                use = NodeUse(remote.number, state, reason, cpus, at_work, used, int(ended), ran)
+            if computation.comp in peer.uses:
+                at_work, used = running.get(computation.comp, (0, 0))
+                state, reason, cpus = self._use_of(peer, computation.comp)
+                number = computation.number
+                use = NodeUse(number, state, reason, cpus, at_work, used, int(ended), ran)
                 uses.append(tuple(use))
         state, reason = self._state_for_all(peer)
         row = self.node_row(peer, self.free_at(peer, KeepConnected.comp))
@@ -1655,22 +1657,24 @@ class ProgramOverview(Overview):
         None."""
         peer = self._peer(key)
         rows: List[tuple] = []
-        for remote in self._scheduler.computations.opened():
+        for computation in self._scheduler.computations.opened():
             left = PAGE - len(rows)
-            for job in self.jobs_at(peer.key, remote.comp, left):
+            for job in self.jobs_at(peer.key, computation.comp, left):
                 number = job.work.client_serial
-                rows.append((remote.number, number, job.is_running, job.seconds))
+                rows.append((computation.number, number, job.is_running, job.seconds))
         return rows
 
     def _arguments(self, jobs: list) -> list:
         """Return the packed arguments of jobs that are named by pairs of cluster and job: their
         size if they are large, None if the job has ended."""
-        remotes = {remote.number: remote for remote in self._scheduler.computations.opened()}
+        computations = {}
+        for computation in self._scheduler.computations.opened():
+            computations[computation.number] = computation
         found = []
         for number, serial in jobs[:PAGE]:
             work = None
-            if number in remotes:
-                work = remotes[number].works.get(serial)
+            if number in computations:
+                work = computations[number].works.get(serial)
             found.append(self._arguments_of(work))
         return found
 
@@ -1694,7 +1698,7 @@ class ProgramOverview(Overview):
 
     def _cancel(self, number: int, key: Any, jobs: Any) -> int:
         """End jobs at a node: those of a list, or all for None."""
-        comp = self._remote(number).comp
+        comp = self._computation(number).comp
         there = self.sent_to(self._peer(key).key, comp)
         works: List[Any] = list(there.values())
         if jobs is not None:
@@ -1705,7 +1709,7 @@ class ProgramOverview(Overview):
 
     def _cancel_waiting(self, number: int) -> int:
         """End jobs that have not begun, also those that wait at nodes."""
-        return self._scheduler.cancels.cancel_waiting(self._remote(number).comp)
+        return self._scheduler.cancels.cancel_waiting(self._computation(number).comp)
 
     def _add(self, host: str, port: Optional[int]) -> int:
         """Look for a node. All computations whose `nodes` mean it may use it."""
@@ -1810,33 +1814,33 @@ class Quota:
         # Links that are offered no CPUs -> instance
         self._waiting: Dict[int, bytes] = {}
 
-    def add(self, remote: ClientComputation, work: ClientJob, size: int) -> None:
+    def add(self, computation: ClientComputation, work: ClientJob, size: int) -> None:
         """Count a job that was taken."""
         work.size = BYTES_OVERHEAD + size
-        self._queued[remote.instance] += work.size
+        self._queued[computation.instance] += work.size
 
-    def remove(self, remote: ClientComputation, work: ClientJob) -> None:
+    def remove(self, computation: ClientComputation, work: ClientJob) -> None:
         """Count no more a job that has ended, or whose computation has."""
-        self._queued[remote.instance] -= work.size
+        self._queued[computation.instance] -= work.size
         work.size = 0
-        if not self._queued[remote.instance]:
-            del self._queued[remote.instance]
+        if not self._queued[computation.instance]:
+            del self._queued[computation.instance]
 
-    def moved(self, remote: ClientComputation, instance: bytes) -> None:
+    def moved(self, computation: ClientComputation, instance: bytes) -> None:
         """Count a computation for another process of the program, which has taken it over."""
-        size = sum(work.size for work in remote.works.values())
-        self._queued[remote.instance] -= size
+        size = sum(work.size for work in computation.works.values())
+        self._queued[computation.instance] -= size
         self._queued[instance] += size
 
-    def has_room(self, remote: ClientComputation, size: int) -> bool:
+    def has_room(self, computation: ClientComputation, size: int) -> bool:
         """Return whether one more job with so many bytes of arguments may come. One is always
         taken, however large."""
-        queued = self._queued.get(remote.instance, 0)
+        queued = self._queued.get(computation.instance, 0)
         if not queued:
             return True
         return queued + BYTES_OVERHEAD + size <= self._most
 
-    def give_back(self, link: Link, remote: ClientComputation, serials: List[int],
+    def give_back(self, link: Link, computation: ClientComputation, serials: List[int],
                   full: bool) -> None:
         """Send back jobs that were not taken. This is said at once, because nothing else is said
         while the disk is full."""
@@ -1848,9 +1852,9 @@ class Quota:
             if not full:
                 text = ('this program has %d bytes of arguments at the scheduler, and may have %d '
                         'there (--max-queued-bytes): more jobs are taken as those end')
-                text %= (self._queued.get(remote.instance, 0), self._most)
-            at_once(link, Notice(remote.comp, text))
-        for message in in_parts(JobsReturned, remote.comp, serials):
+                text %= (self._queued.get(computation.instance, 0), self._most)
+            at_once(link, Notice(computation.comp, text))
+        for message in in_parts(JobsReturned, computation.comp, serials):
             at_once(link, message)
 
     def take_again(self) -> None:
@@ -1900,8 +1904,8 @@ class NodeSharing(NodePolicy):
     def may_set_up(self, peer: NodeConnection, comp: str) -> bool:
         """Return whether a computation may be set up at a node. It may not when all jobs of a
         program that is gone have ended, nor at a node that was released for all."""
-        remote = self._scheduler.clusters.get(comp)
-        if isinstance(remote, ClientComputation) and remote.rests:
+        computation = self._scheduler.clusters.get(comp)
+        if isinstance(computation, ClientComputation) and computation.rests:
             return False
         return not self._scheduler.overview.keeps_from(peer, comp)
 
@@ -1921,15 +1925,15 @@ class NodeSharing(NodePolicy):
         """Decide again at the end of the turn: others may want the node."""
         self._is_due = True
 
-    def begins(self, remote: ClientComputation) -> None:
+    def begins(self, computation: ClientComputation) -> None:
         """A computation begins."""
-        if remote.exclusive:
-            self._wanting.append(remote.comp)
+        if computation.exclusive:
+            self._wanting.append(computation.comp)
 
-    def is_over(self, remote: ClientComputation) -> None:
+    def is_over(self, computation: ClientComputation) -> None:
         """A computation is over."""
-        if remote.comp in self._wanting:
-            self._wanting.remove(remote.comp)
+        if computation.comp in self._wanting:
+            self._wanting.remove(computation.comp)
         self._is_due = True
 
     def look_again(self) -> None:
@@ -1947,10 +1951,10 @@ class NodeSharing(NodePolicy):
 
     def _holds(self, comp: str) -> bool:
         """Return whether a computation that wants its nodes alone still has a program or jobs."""
-        remote = self._scheduler.clusters.get(comp)
-        if not isinstance(remote, ClientComputation):
+        computation = self._scheduler.clusters.get(comp)
+        if not isinstance(computation, ClientComputation):
             return False
-        return remote.link in self._scheduler.links or bool(remote.works)
+        return computation.link in self._scheduler.links or bool(computation.works)
 
     def _assign(self, peer: NodeConnection) -> None:
         """Decide whom a node serves: the first computation that wants it alone, when the jobs of
@@ -2126,10 +2130,10 @@ class ProgramLinks(Part):
         """A program cannot use what was sent. After a few times a text takes the place of a result
         that was in it."""
         for comp, serial in self._scheduler.refusals.refused(link, message.frame):
-            remote = self.computation_of(link, comp)
-            if remote is None or serial not in remote.ended:
+            computation = self.computation_of(link, comp)
+            if computation is None or serial not in computation.ended:
                 continue
-            number = remote.ended[serial]
+            number = computation.ended[serial]
             text = 'the program could not take the result: ' + message.text[:NAME_MOST]
             for row in self._state.results([number], []):
                 self._state.ended(number, refused_row(row, text))
@@ -2140,25 +2144,25 @@ class ProgramLinks(Part):
         name = self.name_of(channel)
         del self.sessions[channel.number]
         computations = self._scheduler.computations
-        left = [remote for remote in computations.all() if remote.link == channel.number]
+        left = [each for each in computations.all() if each.link == channel.number]
         if channel.on_purpose:
             logger.info('the link of %s ended: %s', name, text)
         else:
-            jobs = sum(len(remote.works) for remote in left)
+            jobs = sum(len(computation.works) for computation in left)
             logger.warning('the link of %s ended: %s; %d jobs of it have not ended', name, text,
                            jobs)
-        for remote in left:
-            computations.program_gone(remote)
+        for computation in left:
+            computations.program_gone(computation)
             if channel.on_purpose:
-                computations.end(remote)
+                computations.end(computation)
 
     def computation_of(self, link: Link, comp: str) -> Optional[ClientComputation]:
         """Return the computation that a message speaks of, which must be of this link, or None for
         one that has ended here. Raises PeerError."""
-        remote = self._scheduler.computations.get(comp)
-        if remote is not None and remote.link != link.number:
+        computation = self._scheduler.computations.get(comp)
+        if computation is not None and computation.link != link.number:
             raise PeerError('computation %.40r is of another program' % comp)
-        return remote
+        return computation
 
     def _on_introduce(self, link: Link, message: ClientHello) -> None:
         name = message.name[:200]
@@ -2213,8 +2217,8 @@ class ProgramComputations(Part):
         """Return these and those whose files are still to come."""
         return self.opened() + list(self.unopened.values())
 
-    def _is_connected(self, remote: ClientComputation) -> bool:
-        return remote.link in self._links
+    def _is_connected(self, computation: ClientComputation) -> bool:
+        return computation.link in self._links
 
     # -- beginning ---------------------------------------------------------------------------------
 
@@ -2234,30 +2238,30 @@ class ProgramComputations(Part):
 
     def on_compute(self, link: Link, message: Compute) -> None:
         """A program begins a computation, or is back and goes on with it."""
-        remote = self.get(message.comp)
-        if remote is None:
-            remote = self._begin(link, message)
-        elif not self._is_of(remote, link, message.spec):
+        computation = self.get(message.comp)
+        if computation is None:
+            computation = self._begin(link, message)
+        elif not self._is_of(computation, link, message.spec):
             self._send(link, Refused(message.comp, 'busy', 'it is of another program'))
             return
-        elif self._go_on(remote, link):
+        elif self._go_on(computation, link):
             return
-        if remote is not None:
-            spec = remote.cargo.spec
-            then = functools.partial(self._complete, remote)
-            self._scheduler.program_files.want(remote, spec['files'], spec['modules'], then)
+        if computation is not None:
+            spec = computation.cargo.spec
+            then = functools.partial(self._complete, computation)
+            self._scheduler.program_files.want(computation, spec['files'], spec['modules'], then)
 
     @staticmethod
-    def _is_of(remote: ClientComputation, link: Link, spec: dict) -> bool:
+    def _is_of(computation: ClientComputation, link: Link, spec: dict) -> bool:
         """Return whether a computation is of the program that says so."""
-        if remote.instance != link.instance:
+        if computation.instance != link.instance:
             return False
-        return hmac.compare_digest(remote.digest, result_key(spec))
+        return hmac.compare_digest(computation.digest, result_key(spec))
 
     def _begin(self, link: Link, message: Compute) -> Optional[ClientComputation]:
         """Make a computation that is new here, if there is room for it."""
         self._check_shared(message.spec.get('shared'))
-        own = [remote for remote in self.all() if remote.instance == link.instance]
+        own = [computation for computation in self.all() if computation.instance == link.instance]
         text = ''
         if len(own) >= COMPS_MOST:
             text = 'this program has %d computations here, and the limit is %d' % (
@@ -2271,10 +2275,10 @@ class ProgramComputations(Part):
             raise PeerError('computation %.40r is of another program' % message.comp)
         if self._scheduler.options.cleanup_nodes:
             message.spec['cleanup'] = True
-        remote = self.make(message.comp, link.instance, message.spec)
-        self._came_back(remote, link)
-        self.unopened[message.comp] = remote
-        return remote
+        computation = self.make(message.comp, link.instance, message.spec)
+        self._came_back(computation, link)
+        self.unopened[message.comp] = computation
+        return computation
 
     def _check_shared(self, shared: Any) -> None:
         """Raise PeerError for what no program says to a scheduler."""
@@ -2284,291 +2288,292 @@ class ProgramComputations(Part):
         if count > SPECS_MOST:
             raise PeerError('%d nodes are named, and the limit is %d' % (count, SPECS_MOST))
 
-    def _go_on(self, remote: ClientComputation, link: Link) -> bool:
+    def _go_on(self, computation: ClientComputation, link: Link) -> bool:
         """A program is back, or asks once more. Return False if files of it are still to come."""
-        if self._is_connected(remote) and remote.link != link.number:
-            old = self._links[remote.link]
+        if self._is_connected(computation) and computation.link != link.number:
+            old = self._links[computation.link]
             self._scheduler.break_link(old, 'its program has connected anew')
-        again = remote.link == link.number   # a Reclaim on this link was answered
-        self._came_back(remote, link)
-        if not remote.ready:
+        again = computation.link == link.number   # a Reclaim on this link was answered
+        self._came_back(computation, link)
+        if not computation.ready:
             return False
         told_at = (link.number, self._scheduler.now)
-        if remote.told_at == told_at:
+        if computation.told_at == told_at:
             return True   # it asks again and again in one breath; the answer may be long
-        remote.told_at = told_at
-        self._send_again(remote, link)
-        self._send(link, Ready(remote.comp, remote.known()))
+        computation.told_at = told_at
+        self._send_again(computation, link)
+        self._send(link, Ready(computation.comp, computation.known()))
         if not again:
-            jobs = len(remote.works)
-            results = len(remote.ended)
+            jobs = len(computation.works)
+            results = len(computation.ended)
             logger.info('%s: %s is back; %d jobs have not ended, %d results wait for it',
-                        remote.name, remote.program, jobs, results)
-            self._scheduler.program_jobs.resend(remote)
+                        computation.name, computation.program, jobs, results)
+            self._scheduler.program_jobs.resend(computation)
         # Perhaps because its program could not be asked
-        for peer in self._scheduler.nodes.of(remote.comp):
-            if peer.uses[remote.comp].state is AssignmentState.REFUSED:
-                self._scheduler.setup.set_up(peer, remote.comp)
+        for peer in self._scheduler.nodes.of(computation.comp):
+            if peer.uses[computation.comp].state is AssignmentState.REFUSED:
+                self._scheduler.setup.set_up(peer, computation.comp)
         return True
 
-    def _came_back(self, remote: ClientComputation, link: Link) -> None:
-        if remote.instance != link.instance:
-            self._quota.moved(remote, link.instance)
-            remote.instance = link.instance
+    def _came_back(self, computation: ClientComputation, link: Link) -> None:
+        if computation.instance != link.instance:
+            self._quota.moved(computation, link.instance)
+            computation.instance = link.instance
         # Otherwise what has come since the answer to Reclaim would be lost
-        if remote.link != link.number:
-            remote.outbox = []
-        remote.link = link.number
-        remote.given_up_at = math.inf
-        remote.program = self._scheduler.programs.name_of(link)
-        remote.rests_at = math.inf
+        if computation.link != link.number:
+            computation.outbox = []
+        computation.link = link.number
+        computation.given_up_at = math.inf
+        computation.program = self._scheduler.programs.name_of(link)
+        computation.rests_at = math.inf
         self._sharing.look_again()
-        if remote.rests:
-            remote.rests = False
-            self._selection.use(remote.comp, remote.specs)
-        absence = remote.absence
+        if computation.rests:
+            computation.rests = False
+            self._selection.use(computation.comp, computation.specs)
+        absence = computation.absence
         absence.end()
         for work in absence.dropping:   # not answered yet: they wait again
             self._schedule.keep(work)
         absence.dropping.clear()
 
-    def _complete(self, remote: ClientComputation, error: str, code: str = 'transfer') -> None:
+    def _complete(self, computation: ClientComputation, error: str, code: str = 'transfer') -> None:
         """All files of a new computation are here, or `error` says why they cannot be."""
         if error:
-            self.unopened.pop(remote.comp, None)
-            remote.remove()
-            remote.send(Refused(remote.comp, code, error))
-            self._scheduler.program_calls.answer_early(remote)
+            self.unopened.pop(computation.comp, None)
+            computation.remove()
+            computation.send(Refused(computation.comp, code, error))
+            self._scheduler.program_calls.answer_early(computation)
             return
-        if self.unopened.pop(remote.comp, None) is None:
+        if self.unopened.pop(computation.comp, None) is None:
             return
-        remote.ready = True
-        self._state.began(remote)
-        self.open(remote)
-        past = self._state.past(remote.comp)
-        remote.send(Ready(remote.comp, [], past.row()))
-        self._scheduler.program_calls.answer_early(remote)
+        computation.ready = True
+        self._state.began(computation)
+        self.open(computation)
+        past = self._state.past(computation.comp)
+        computation.send(Ready(computation.comp, [], past.row()))
+        self._scheduler.program_calls.answer_early(computation)
 
-    def open(self, remote: ClientComputation) -> None:
+    def open(self, computation: ClientComputation) -> None:
         """Begin to use nodes for a computation whose files are here."""
-        self._scheduler.overview.opened(remote)
-        self._sharing.begins(remote)
-        self._scheduler.open(remote, False)
-        whose = remote.program or 'a program that is not connected'
+        self._scheduler.overview.opened(computation)
+        self._sharing.begins(computation)
+        self._scheduler.open(computation, False)
+        whose = computation.program or 'a program that is not connected'
         alone = ''
-        if remote.exclusive:
+        if computation.exclusive:
             alone = ', and wants its nodes alone'
-        logger.info('%s: begins (computation %d of %s)%s', remote.name, remote.number, whose, alone)
+        logger.info('%s: begins (computation %d of %s)%s', computation.name, computation.number,
+                    whose, alone)
 
     def on_reclaim(self, link: Link, message: Reclaim) -> None:
         """Another process asks for what is here of a computation."""
-        remote = self.get(message.comp)
-        if remote is None:
+        computation = self.get(message.comp)
+        if computation is None:
             past = self._state.past(message.comp)
             self._send(link, KnownAttempts(message.comp, [], past.row()))
-        elif not may_reclaim(remote.digest, message.key):
+        elif not may_reclaim(computation.digest, message.key):
             logger.warning('%s wants results of a computation and does not have its key',
                            self._scheduler.programs.name_of(link))
             past = AttemptHistory(whole=False)
             self._send(link, KnownAttempts(message.comp, [], past.row()))
-        elif self._is_connected(remote) and remote.link != link.number:
+        elif self._is_connected(computation) and computation.link != link.number:
             self._send(link, Refused(message.comp, 'busy', 'its program is connected'))
         elif not message.take:
-            known = [*remote.known(), *remote.absence.dropped]
+            known = [*computation.known(), *computation.absence.dropped]
             self._send(link, KnownAttempts(message.comp, known))
         else:
-            self._hand_over(remote, link)
+            self._hand_over(computation, link)
 
-    def _hand_over(self, remote: ClientComputation, link: Link) -> None:
+    def _hand_over(self, computation: ClientComputation, link: Link) -> None:
         """Give what is here of a computation to the process that asks for it."""
-        is_other = remote.instance != link.instance   # the program itself sends these again
-        self._came_back(remote, link)
+        is_other = computation.instance != link.instance   # the program itself sends these again
+        self._came_back(computation, link)
         if is_other:
-            self._cancel_dropped(remote)
+            self._cancel_dropped(computation)
         self._state.commit()   # from where they are sent now
-        self._send(link, KnownAttempts(remote.comp, remote.known()))
-        self._scheduler.program_jobs.resend(remote)
+        self._send(link, KnownAttempts(computation.comp, computation.known()))
+        self._scheduler.program_jobs.resend(computation)
 
-    def _cancel_dropped(self, remote: ClientComputation) -> None:
+    def _cancel_dropped(self, computation: ClientComputation) -> None:
         """Give a result to the jobs that were cancelled because the program was gone."""
-        dropped = remote.absence.dropped
+        dropped = computation.absence.dropped
         text = ('cancelled: it had not begun when its program was gone, and the scheduler did not '
                 'wait any longer (--gone-after)')
         for serial, number in dropped.items():
             self._state.ended(number, ended_row(serial, Outcome.CANCELLED, text))
-        remote.ended.update(dropped)
+        computation.ended.update(dropped)
         dropped.clear()
 
-    def _send_again(self, remote: ClientComputation, link: Link) -> None:
+    def _send_again(self, computation: ClientComputation, link: Link) -> None:
         """Tell a program that is back which of its jobs were cancelled because it was taken for
         gone."""
-        dropped = remote.absence.dropped
+        dropped = computation.absence.dropped
         if not dropped:
             return
         self._state.removed(list(dropped.values()))
         text = ('the scheduler has heard nothing of this program for a while and has cancelled %d '
                 'jobs that had not begun (--gone-after); they are sent again')
         text %= len(dropped)
-        self._send(link, Notice(remote.comp, text))
+        self._send(link, Notice(computation.comp, text))
         dropped.clear()
 
     # -- without a program -------------------------------------------------------------------------
 
-    def program_gone(self, remote: ClientComputation) -> None:
+    def program_gone(self, computation: ClientComputation) -> None:
         """Let a computation go on for a while without its program."""
         now = self._scheduler.now
         why = 'its program is not connected'
-        remote.link = 0
-        self.expect_program(remote)
-        for call in list(remote.calls.values()):
+        computation.link = 0
+        self.expect_program(computation)
+        for call in list(computation.calls.values()):
             call(('RuntimeError', why), None)
-        remote.calls.clear()
-        remote.receiver.abort()
-        remote.values.interrupt()
-        while remote.wanted:
-            remote.wanted.popleft()[-1](why)
-        self._scheduler.program_files.end_files(remote)
+        computation.calls.clear()
+        computation.receiver.abort()
+        computation.values.interrupt()
+        while computation.wanted:
+            computation.wanted.popleft()[-1](why)
+        self._scheduler.program_files.end_files(computation)
         self._sharing.look_again()
         logger.debug('%s: its program is gone at %.3f; the results are given up at %.3f',
-                     remote.name, now, remote.given_up_at)
+                     computation.name, now, computation.given_up_at)
 
-    def expect_program(self, remote: ClientComputation) -> None:
+    def expect_program(self, computation: ClientComputation) -> None:
         """Set how long a program that is not connected is waited for."""
         now = self._scheduler.now
         options = self._scheduler.options
-        remote.given_up_at = now + options.zombie
-        remote.rests_at = now + ORPHAN_TIME
-        remote.absence.begin(now, options.gone)
+        computation.given_up_at = now + options.zombie
+        computation.rests_at = now + ORPHAN_TIME
+        computation.absence.begin(now, options.gone)
 
-    def _drop_waiting(self, remote: ClientComputation) -> None:
+    def _drop_waiting(self, computation: ClientComputation) -> None:
         """Cancel the jobs of a program that is gone which have not begun. Those that run go on to
         their end."""
         self._scheduler.jobs.take_submitted()
-        known = self._schedule.comps.get(remote.comp)
+        known = self._schedule.comps.get(computation.comp)
         if known is None:
             return
         works = known.not_begun()
-        remote.absence.dropping.update(works)
+        computation.absence.dropping.update(works)
         if works:
             logger.warning('%s: its program is gone; its %d jobs that have not begun are cancelled '
-                           '(--gone-after)', remote.name, len(works))
+                           '(--gone-after)', computation.name, len(works))
         self._decide(WithdrawAsked(works))
 
-    def _rest(self, remote: ClientComputation) -> None:
+    def _rest(self, computation: ClientComputation) -> None:
         """All jobs of a program that is gone have ended: its nodes are let go, with its processes
         and files there."""
-        if not remote.ended or (remote.absence.for_good and not remote.collected):
-            logger.info('%s: its program is gone, and nothing is left for it', remote.name)
-            self.end(remote)
+        if not computation.ended or (computation.absence.for_good and not computation.collected):
+            logger.info('%s: its program is gone, and nothing is left for it', computation.name)
+            self.end(computation)
             return
-        if remote.rests:
+        if computation.rests:
             return
-        logger.info('%s: its program is gone; %d results wait for it', remote.name,
-                    len(remote.ended))
-        remote.rests = True
+        logger.info('%s: its program is gone; %d results wait for it', computation.name,
+                    len(computation.ended))
+        computation.rests = True
         selection = self._selection
-        for peer in self._scheduler.nodes.of(remote.comp):
-            selection.done(peer, remote.comp)
-            left = NodeLeft(peer.key, remote.comp, str(peer), 'its program is gone')
+        for peer in self._scheduler.nodes.of(computation.comp):
+            selection.done(peer, computation.comp)
+            left = NodeLeft(peer.key, computation.comp, str(peer), 'its program is gone')
             self._decide(left)
-            del peer.uses[remote.comp]
+            del peer.uses[computation.comp]
             selection.drop_unused(peer)
         self._sharing.look_again()
 
-    def _give_up(self, remote: ClientComputation) -> None:
+    def _give_up(self, computation: ClientComputation) -> None:
         """Give up the results of a program that has not come back for them."""
         seconds = self._scheduler.options.zombie
         logger.warning('%s: its program has not come back for %g s (--zombie-interval): %d results '
-                       'are given up', remote.name, seconds, len(remote.ended))
-        if remote.ended:
+                       'are given up', computation.name, seconds, len(computation.ended))
+        if computation.ended:
             text = 'the scheduler gave up its result after %g s (--zombie-interval)' % seconds
-            self._state.gave_up(remote.comp, list(remote.ended), text)
-        self.end(remote)
+            self._state.gave_up(computation.comp, list(computation.ended), text)
+        self.end(computation)
 
     # -- turns -------------------------------------------------------------------------------------
 
-    def end_turn_of(self, remote: ClientComputation) -> None:
+    def end_turn_of(self, computation: ClientComputation) -> None:
         """Send results to the program of a computation, and decide what becomes of the computation
         while its program is away."""
         now = self._scheduler.now
-        link = self._links.get(remote.link)
-        if now >= remote.values.retry_at:
-            remote.values.retry_at = math.inf
+        link = self._links.get(computation.link)
+        if now >= computation.values.retry_at:
+            computation.values.retry_at = math.inf
             if link is not None:
-                self._scheduler.program_files.serve_values(link, remote)
-        if remote.outbox:
+                self._scheduler.program_files.serve_values(link, computation)
+        if computation.outbox:
             if link is not None:
-                self._send_results(remote, link)
-            remote.outbox = []
-        if now >= remote.absence.look_at and remote.absence.is_over(now):
-            self._drop_waiting(remote)
-        if link is None and not remote.works:
-            if now >= remote.rests_at:
-                self._rest(remote)
-            if now >= remote.given_up_at:
-                self._give_up(remote)
+                self._send_results(computation, link)
+            computation.outbox = []
+        if now >= computation.absence.look_at and computation.absence.is_over(now):
+            self._drop_waiting(computation)
+        if link is None and not computation.works:
+            if now >= computation.rests_at:
+                self._rest(computation)
+            if now >= computation.given_up_at:
+                self._give_up(computation)
 
-    def _send_results(self, remote: ClientComputation, link: Link) -> None:
+    def _send_results(self, computation: ClientComputation, link: Link) -> None:
         """Send what has ended in this turn. While the link is full, results wait on the disk."""
-        rows = remote.outbox
+        rows = computation.outbox
         if link.queued - link.unmade >= 4 * BATCH_BYTES:
-            ended = [remote.ended[row[0]] for row in rows if row[1] not in PROVISIONAL]
-            self._scheduler.program_jobs.send_ended(remote, ended)
+            ended = [computation.ended[row[0]] for row in rows if row[1] not in PROVISIONAL]
+            self._scheduler.program_jobs.send_ended(computation, ended)
             rows = [row for row in rows if row[1] in PROVISIONAL]
-        for frame in batches(Results, remote.comp, map(with_size, rows)):
+        for frame in batches(Results, computation.comp, map(with_size, rows)):
             self._send(link, frame)
 
     def timers(self) -> List[float]:
         """Return the times at which there is something to do for computations."""
         times = [self._scheduler.program_jobs.unread_until]
-        for remote in self.opened():
-            times += [remote.absence.look_at, remote.values.retry_at]
-            if remote.works or self._is_connected(remote):
+        for computation in self.opened():
+            times += [computation.absence.look_at, computation.values.retry_at]
+            if computation.works or self._is_connected(computation):
                 continue
-            times.append(remote.given_up_at)
-            if not remote.rests:
-                times.append(remote.rests_at)
+            times.append(computation.given_up_at)
+            if not computation.rests:
+                times.append(computation.rests_at)
         return [when for when in times if when < math.inf]
 
     # -- ending ------------------------------------------------------------------------------------
 
     def on_done(self, link: Link, message: Done) -> None:
         """A program has ended a computation."""
-        remote = self.unopened.get(message.comp)
-        if remote is None:
-            remote = self._scheduler.programs.computation_of(link, message.comp)
-        if remote is not None and remote.link == link.number:
+        computation = self.unopened.get(message.comp)
+        if computation is None:
+            computation = self._scheduler.programs.computation_of(link, message.comp)
+        if computation is not None and computation.link == link.number:
             self.unopened.pop(message.comp, None)
-            self.end(remote)
-            self._scheduler.program_calls.answer_early(remote)
+            self.end(computation)
+            self._scheduler.program_calls.answer_early(computation)
         self._state.note(self._state.PAST_OVER, message.comp)
 
-    def end(self, remote: ClientComputation) -> None:
+    def end(self, computation: ClientComputation) -> None:
         """End a computation and remove its jobs, at nodes and on the disk."""
-        comp = remote.comp
+        comp = computation.comp
         if comp in self._clusters:
             self._scheduler.forget(comp)
-            self._scheduler.overview.over(remote)
+            self._scheduler.overview.over(computation)
             self._state.over(comp)
-            numbers = [work.number for work in remote.works.values()]
-            numbers += remote.ended.values()
-            numbers += remote.absence.dropped.values()
+            numbers = [work.number for work in computation.works.values()]
+            numbers += computation.ended.values()
+            numbers += computation.absence.dropped.values()
             self._state.removed(numbers)
-            self._tell_end(remote)
-        self._scheduler.program_jobs.forget(remote)
-        remote.receiver.abort()
-        remote.remove()
-        self._sharing.is_over(remote)
+            self._tell_end(computation)
+        self._scheduler.program_jobs.forget(computation)
+        computation.receiver.abort()
+        computation.remove()
+        self._sharing.is_over(computation)
         self._scheduler.soon()
 
     @staticmethod
-    def _tell_end(remote: ClientComputation) -> None:
-        whose = remote.program or 'a program that was not connected'
-        submitted, done, failed, cancelled = remote.jobs_counted()
+    def _tell_end(computation: ClientComputation) -> None:
+        whose = computation.program or 'a program that was not connected'
+        submitted, done, failed, cancelled = computation.jobs_counted()
         counts = '%d jobs, %d done, %d failed, %d cancelled, %d not ended' % (
-            submitted, done, failed, cancelled, len(remote.works))
-        logger.info('%s: is over: %s; %.1f CPU seconds (computation %d of %s)', remote.name,
-                    counts, remote.cpu_seconds, remote.number, whose)
+            submitted, done, failed, cancelled, len(computation.works))
+        logger.info('%s: is over: %s; %.1f CPU seconds (computation %d of %s)', computation.name,
+                    counts, computation.cpu_seconds, computation.number, whose)
 
     MESSAGES: Dict[type, Callable[..., None]] = {
         Compute: on_compute,
@@ -2586,122 +2591,122 @@ class ProgramFiles(Part):
         self._programs = scheduler.programs
         self._computations = scheduler.computations
 
-    def want(self, remote: ClientComputation, files: list, modules: list,
+    def want(self, computation: ClientComputation, files: list, modules: list,
              then: Callable[..., None]) -> None:
         """Ask the program for files that are not here. `then` is called when all are, or with what
         went wrong and its code (of REASONS)."""
-        remote.wanted.append((files, modules, then))
-        if len(remote.wanted) == 1:
-            self._want_next(remote)
+        computation.wanted.append((files, modules, then))
+        if len(computation.wanted) == 1:
+            self._want_next(computation)
 
-    def _want_next(self, remote: ClientComputation) -> None:
-        while remote.wanted:
-            files, modules, then = remote.wanted[0]
-            unknown = Digests.unknown(remote.directory, files)
+    def _want_next(self, computation: ClientComputation) -> None:
+        while computation.wanted:
+            files, modules, then = computation.wanted[0]
+            unknown = Digests.unknown(computation.directory, files)
             # Large files are there: others do not wait while they are digested
-            if unknown and remote.compared is not files:
-                remote.compared = files
-                self._scheduler.openers.run(self._compare, remote, unknown)
+            if unknown and computation.compared is not files:
+                computation.compared = files
+                self._scheduler.openers.run(self._compare, computation, unknown)
                 return
             try:
-                missing = remote.receiver.want(Purpose.DEPENDS, files)
-                missing += remote.receiver.want(Purpose.MODULES, modules)
+                missing = computation.receiver.want(Purpose.DEPENDS, files)
+                missing += computation.receiver.want(Purpose.MODULES, modules)
             except (OSError, ValueError) as exc:
-                remote.wanted.popleft()
+                computation.wanted.popleft()
                 then('files cannot be stored at the scheduler: %s' % exc, reason_of(exc))
                 continue
             if missing:
-                for need in needs(remote.comp, missing):
-                    remote.send(need)
+                for need in needs(computation.comp, missing):
+                    computation.send(need)
                 return
-            remote.wanted.popleft()
+            computation.wanted.popleft()
             then('')
 
-    def _compare(self, remote: ClientComputation, paths: Sequence[str]) -> None:
+    def _compare(self, computation: ClientComputation, paths: Sequence[str]) -> None:
         """Compute the digests of large files. It is called by an opener."""
         Digests.learn(paths)
-        self._scheduler.call_soon(self._want_next, remote)
+        self._scheduler.call_soon(self._want_next, computation)
 
     def on_file_piece(self, link: Link, message: FilePiece) -> None:
         """A program sends a piece of a file."""
-        remote = self._computations.unopened.get(message.comp)
-        if remote is None:
-            remote = self._programs.computation_of(link, message.comp)
+        computation = self._computations.unopened.get(message.comp)
+        if computation is None:
+            computation = self._programs.computation_of(link, message.comp)
         if message.purpose == Purpose.FROM_JOB:
             raise PeerError('a file that was not asked for')
-        if remote is None or remote.link != link.number:
+        if computation is None or computation.link != link.number:
             return
-        if message.purpose in FOR_CODE and not remote.wanted:
+        if message.purpose in FOR_CODE and not computation.wanted:
             return
-        stored = remote.receiver.take(message)
+        stored = computation.receiver.take(message)
         if stored is None:
             return
         if message.purpose == Purpose.VALUES:
-            self._value_stored(link, remote, stored)
+            self._value_stored(link, computation, stored)
         elif message.purpose not in ASKED_FOR:
             self._send(link, stored)
-        elif stored.error or not remote.receiver.wants(*FOR_CODE):
-            then = remote.wanted.popleft()[-1]
-            then(stored.error, remote.receiver.code)
-            self._want_next(remote)
+        elif stored.error or not computation.receiver.wants(*FOR_CODE):
+            then = computation.wanted.popleft()[-1]
+            then(stored.error, computation.receiver.code)
+            self._want_next(computation)
 
-    def _value_stored(self, link: Link, remote: ClientComputation, stored: FileStored) -> None:
+    def _value_stored(self, link: Link, computation: ClientComputation, stored: FileStored) -> None:
         """A value that jobs wait for is here, or cannot be."""
         if not stored.error:
-            remote.values.came(stored.name)
-            remote.values.told = False
-        elif remote.receiver.code == 'room':
-            self._no_room(link, remote, stored.error)
+            computation.values.came(stored.name)
+            computation.values.told = False
+        elif computation.receiver.code == 'room':
+            self._no_room(link, computation, stored.error)
             return
         else:
-            self._without_values(link, remote, stored.error)
-        self.serve_values(link, remote)
+            self._without_values(link, computation, stored.error)
+        self.serve_values(link, computation)
 
-    def _without_values(self, link: Link, remote: ClientComputation, error: str) -> None:
+    def _without_values(self, link: Link, computation: ClientComputation, error: str) -> None:
         """End the jobs that need a value which cannot be had."""
-        for serial in remote.values.failed():
+        for serial in computation.values.failed():
             text = 'a value in the arguments cannot be taken at the scheduler: %s' % error
             row = (serial, int(Outcome.RAISED), 0.0, 0.0, pack_error(text, None), b'', b'')
-            self._send(link, Results(remote.comp, [row]))
+            self._send(link, Results(computation.comp, [row]))
 
-    def serve_values(self, link: Link, remote: ClientComputation) -> None:
+    def serve_values(self, link: Link, computation: ClientComputation) -> None:
         """Take the jobs whose values are here, and ask for what others need."""
-        rows, missing, error = remote.values.serve()
-        for need in needs(remote.comp, missing):
+        rows, missing, error = computation.values.serve()
+        for need in needs(computation.comp, missing):
             self._send(link, need)
         if error:
-            self._no_room(link, remote, error)
-        self._scheduler.program_jobs.take_jobs(link, remote, rows, admitted=True)
+            self._no_room(link, computation, error)
+        self._scheduler.program_jobs.take_jobs(link, computation, rows, admitted=True)
 
-    def _no_room(self, link: Link, remote: ClientComputation, error: str) -> None:
+    def _no_room(self, link: Link, computation: ClientComputation, error: str) -> None:
         """Let the jobs that need a value wait until there is room for it."""
-        remote.values.postpone(self._scheduler.now + RETRY_TIME)
-        if not remote.values.told:
-            remote.values.told = True
+        computation.values.postpone(self._scheduler.now + RETRY_TIME)
+        if not computation.values.told:
+            computation.values.told = True
             text = ('a value that jobs need finds no room at the scheduler: %s; they wait until it '
                     'does') % error
-            logger.error('%s: %s', remote.name, text)
-            self._send(link, Notice(remote.comp, text))
+            logger.error('%s: %s', computation.name, text)
+            self._send(link, Notice(computation.comp, text))
 
-    def done_with_values(self, remote: ClientComputation, work: ClientJob) -> None:
+    def done_with_values(self, computation: ClientComputation, work: ClientJob) -> None:
         """Give the room that the values of a job had to jobs that wait for it."""
-        remote.values.release(work)
-        link = self._links.get(remote.link)
+        computation.values.release(work)
+        link = self._links.get(computation.link)
         if link is not None:
-            self.serve_values(link, remote)
+            self.serve_values(link, computation)
 
     def on_file_stored(self, link: Link, message: FileStored) -> None:
         """The program has a file of a job, or cannot store it; or it does not have a value."""
-        remote = self._programs.computation_of(link, message.comp)
-        if message.purpose == Purpose.VALUES and remote is not None:
+        computation = self._programs.computation_of(link, message.comp)
+        if message.purpose == Purpose.VALUES and computation is not None:
             if message.error:
-                self._without_values(link, remote, message.error)
+                self._without_values(link, computation, message.error)
             return
-        if remote is None or message.key not in remote.works:
+        if computation is None or message.key not in computation.works:
             return
-        work = remote.works[message.key]
-        if remote.files.pop(work.serial, None) is not None:
-            self._say_to_node_of(remote.comp, work.serial, message._replace(key=work.serial))
+        work = computation.works[message.key]
+        if computation.files.pop(work.serial, None) is not None:
+            self._say_to_node_of(computation.comp, work.serial, message._replace(key=work.serial))
 
     def _say_to_node_of(self, comp: str, serial: int, message: FileStored) -> None:
         """Send a message to the node where a job is, if it is at one that is connected."""
@@ -2712,34 +2717,34 @@ class ProgramFiles(Part):
         if peer is not None:
             self._scheduler.say_to(peer, message)
 
-    def end_files(self, remote: ClientComputation) -> None:
+    def end_files(self, computation: ClientComputation) -> None:
         """The connection to a program has ended while its jobs sent files to it."""
         error = 'the connection to the client has ended'
-        for serial, (_, name) in remote.files.items():
-            stored = FileStored(remote.comp, int(Purpose.FROM_JOB), serial, name, error)
-            self._say_to_node_of(remote.comp, serial, stored)
-        remote.files.clear()
+        for serial, (_, name) in computation.files.items():
+            stored = FileStored(computation.comp, int(Purpose.FROM_JOB), serial, name, error)
+            self._say_to_node_of(computation.comp, serial, stored)
+        computation.files.clear()
 
-    def bring_modules(self, remote: ClientComputation, rows: list) -> None:
+    def bring_modules(self, computation: ClientComputation, rows: list) -> None:
         """Add files of modules that the arguments of later jobs need: nodes that are set up from
         now on get them at once."""
-        spec = remote.cargo.spec
+        spec = computation.cargo.spec
         known = {row[0] for row in spec['modules']}
         more = [row for row in rows if row[0] not in known]
         if more:
-            remote.take_spec(dict(spec, modules=spec['modules'] + more))
-            self._state.began(remote)
+            computation.take_spec(dict(spec, modules=spec['modules'] + more))
+            self._state.began(computation)
 
-    def change_files(self, remote: ClientComputation, rows: list,
+    def change_files(self, computation: ClientComputation, rows: list,
                      then: Callable[..., None]) -> None:
         """Set a computation up with other files. `then` is called with what went wrong, or with an
         empty text."""
         def complete(error: str, code: str = '') -> None:
             if not error:
-                remote.take_spec(dict(remote.cargo.spec, files=rows))
-                self._state.began(remote)
+                computation.take_spec(dict(computation.cargo.spec, files=rows))
+                self._state.began(computation)
             then(error)
-        self.want(remote, rows, [], complete)
+        self.want(computation, rows, [], complete)
 
     MESSAGES: Dict[type, Callable[..., None]] = {
         FilePiece: on_file_piece,
@@ -2765,19 +2770,19 @@ class ProgramJobs(Part):
 
     def on_jobs(self, link: Link, message: Jobs) -> None:
         """A program submits jobs."""
-        remote = self._programs.computation_of(link, message.comp)
-        if remote is None:
+        computation = self._programs.computation_of(link, message.comp)
+        if computation is None:
             return
         if len(message.rows) == 1:
             unfit = over_limit_here(message, self._scheduler.values.where)
             if unfit is not None:
                 self.on_unfit(link, unfit)
                 return
-        self.take_jobs(link, remote, message.rows)
+        self.take_jobs(link, computation, message.rows)
 
     def take_jobs(self,
                   link: Link,
-                  remote: ClientComputation,
+                  computation: ClientComputation,
                   rows: Sequence[tuple],
                   admitted: bool = False) -> None:
         """Note jobs and hand them to the Schedule. `admitted` says that the values which they need
@@ -2788,20 +2793,21 @@ class ProgramJobs(Part):
         quota = self._quota
         for row in rows:
             serial, payload, options = row
-            if serial in remote.works or serial in remote.ended:
+            if serial in computation.works or serial in computation.ended:
                 continue   # it came before
-            if options and 'values' in options and not admitted and not remote.values.admit(row):
+            needs_values = options and 'values' in options and not admitted
+            if needs_values and not computation.values.admit(row):
                 lacking = True
-            elif is_full or not quota.has_room(remote, size_of(payload)):
+            elif is_full or not quota.has_room(computation, size_of(payload)):
                 back.append(serial)
             else:
-                self._take(remote, serial, payload, options)
+                self._take(computation, serial, payload, options)
         if back:
-            quota.give_back(link, remote, back, is_full)
+            quota.give_back(link, computation, back, is_full)
         if lacking:
-            self._files.serve_values(link, remote)
+            self._files.serve_values(link, computation)
 
-    def _take(self, remote: ClientComputation, serial: int, payload: Any,
+    def _take(self, computation: ClientComputation, serial: int, payload: Any,
               options: Optional[dict]) -> None:
         """Take one job."""
         state = self._state
@@ -2809,135 +2815,137 @@ class ProgramJobs(Part):
         if len(payload) <= LAZY or type(payload) is tuple:
             payload = _plain(payload)
         size = len(payload)
-        work = ClientJob(remote.comp, None, options, state.number << 16, serial)
+        work = ClientJob(computation.comp, None, options, state.number << 16, serial)
         if work.values:
-            remote.values.took(work)
+            computation.values.took(work)
         state.submitted(work, payload)
         if self._kept < IN_MEMORY and size < FILE_BYTES:
             work.payload = payload
             self._kept += BYTES_OVERHEAD + size
-        remote.works[serial] = work
-        self._quota.add(remote, work, size)
+        computation.works[serial] = work
+        self._quota.add(computation, work, size)
         self._exchange.submitted.append(work)  # type: ignore[arg-type]
 
     def on_unfit(self, link: Link, message: Unfit) -> None:
         """The arguments of a job find no room here: the program is told, and the job is
         forgotten."""
-        remote = self._programs.computation_of(link, message.comp)
+        computation = self._programs.computation_of(link, message.comp)
         serial = message.row[0]
-        if remote is not None and serial not in remote.works and serial not in remote.ended:
+        if computation is not None and serial not in computation.known():
             self._send(link, Results(message.comp, [unfit_row(message)]))
 
     def on_cancel(self, link: Link, message: Cancel) -> None:
         """A program cancels jobs."""
-        remote = self._programs.computation_of(link, message.comp)
+        computation = self._programs.computation_of(link, message.comp)
         self._exchange.take_submitted()
-        if remote is not None:
-            self._cancel_early(link, remote, message.serials)
-            for work in self._known(remote, message.serials):
+        if computation is not None:
+            self._cancel_early(link, computation, message.serials)
+            for work in self._known(computation, message.serials):
                 self._decide(CancelAsked(work))
 
     @staticmethod
-    def _known(remote: ClientComputation, serials: Sequence[int]) -> List[ScheduledJob]:
+    def _known(computation: ClientComputation, serials: Sequence[int]) -> List[ScheduledJob]:
         """Return those of these jobs that have not ended."""
-        return [remote.works[serial] for serial in serials if serial in remote.works]
+        return [computation.works[serial] for serial in serials if serial in computation.works]
 
-    def _cancel_early(self, link: Link, remote: ClientComputation, serials: Sequence[int]) -> None:
+    def _cancel_early(self, link: Link, computation: ClientComputation,
+                      serials: Sequence[int]) -> None:
         """End those of these jobs that are not taken yet."""
-        for serial in remote.values.leave(serials):
+        for serial in computation.values.leave(serials):
             row = ended_row(serial, Outcome.CANCELLED, 'cancelled before it started')
-            self._send(link, Results(remote.comp, [row]))
+            self._send(link, Results(computation.comp, [row]))
 
     def on_recall(self, link: Link, message: ReturnJobs) -> None:
         """A program cancels jobs if they have not begun."""
-        remote = self._programs.computation_of(link, message.comp)
+        computation = self._programs.computation_of(link, message.comp)
         self._exchange.take_submitted()
-        if remote is not None:
-            self._cancel_early(link, remote, message.serials)
-            works = self._known(remote, message.serials)
+        if computation is not None:
+            self._cancel_early(link, computation, message.serials)
+            works = self._known(computation, message.serials)
             self._decide(WithdrawAsked(works))
 
     def on_ack(self, link: Link, message: Ack) -> None:
         """A program has results."""
-        remote = self._programs.computation_of(link, message.comp)
-        if remote is not None:
-            ended = remote.ended
+        computation = self._programs.computation_of(link, message.comp)
+        if computation is not None:
+            ended = computation.ended
             known = [serial for serial in message.serials if serial in ended]
             self._state.removed([ended.pop(serial) for serial in known])
 
-    def end(self, remote: ClientComputation, work: ClientJob, row: tuple, node: Any = None) -> None:
+    def end(self, computation: ClientComputation, work: ClientJob, row: tuple,
+            node: Any = None) -> None:
         """End a job with this row of Results. `node` is where it was, if it was at a node."""
         number = work.number
-        if remote.works.pop(work.client_serial, None) is None:
+        if computation.works.pop(work.client_serial, None) is None:
             return
-        self._scheduler.overview.ended(remote, work, row, node)
-        self._quota.remove(remote, work)
+        self._scheduler.overview.ended(computation, work, row, node)
+        self._quota.remove(computation, work)
         if work.values:
-            self._files.done_with_values(remote, work)
+            self._files.done_with_values(computation, work)
         self._forget_payload(work)
-        remote.files.pop(work.serial, None)
-        if remote.exclusive and not remote.works:
+        computation.files.pop(work.serial, None)
+        if computation.exclusive and not computation.works:
             self._scheduler.sharing.look_again()
         self._state.ended(number, row)
-        remote.ended[work.client_serial] = number
-        remote.outbox.append(row)
+        computation.ended[work.client_serial] = number
+        computation.outbox.append(row)
 
-    def drop(self, remote: ClientComputation, work: ClientJob) -> None:
+    def drop(self, computation: ClientComputation, work: ClientJob) -> None:
         """Forget a job that was cancelled because its program is gone."""
         number = work.number
-        if remote.works.pop(work.client_serial, None) is None:
+        if computation.works.pop(work.client_serial, None) is None:
             return
-        self._quota.remove(remote, work)
-        remote.values.release(work)
-        remote.absence.dropped[work.client_serial] = number
-        remote.cancelled += 1
+        self._quota.remove(computation, work)
+        computation.values.release(work)
+        computation.absence.dropped[work.client_serial] = number
+        computation.cancelled += 1
         self._forget_payload(work)
         self._state.dropped(number)
-        if remote.exclusive:
+        if computation.exclusive:
             self._scheduler.sharing.look_again()
 
-    def forget(self, remote: ClientComputation) -> None:
+    def forget(self, computation: ClientComputation) -> None:
         """Forget the jobs of a computation that is over."""
-        for work in remote.works.values():
+        for work in computation.works.values():
             self._forget_payload(work)
-            self._quota.remove(remote, work)
-        remote.works.clear()
+            self._quota.remove(computation, work)
+        computation.works.clear()
 
     def _forget_payload(self, work: ClientJob) -> None:
         """The arguments of a job are not kept in memory any more."""
         if work.payload is not None:
             self._kept -= BYTES_OVERHEAD + len(work.payload)
 
-    def resend(self, remote: ClientComputation) -> None:
+    def resend(self, computation: ClientComputation) -> None:
         """Send a program the results that it has not acknowledged, and where its jobs are."""
-        remote.unread.clear()
-        self.send_ended(remote, list(remote.ended.values()))
-        known = self._schedule.comps.get(remote.comp)
+        computation.unread.clear()
+        self.send_ended(computation, list(computation.ended.values()))
+        known = self._schedule.comps.get(computation.comp)
         if known is not None:
             for node in known.nodes.values():
-                self._tell_jobs_at(remote, node)
+                self._tell_jobs_at(computation, node)
 
-    def _tell_jobs_at(self, remote: ClientComputation, node: Any) -> None:
+    def _tell_jobs_at(self, computation: ClientComputation, node: Any) -> None:
         """Tell a program which of its jobs are at a node, and which of these run. `node` is the
         Schedule's."""
         now = self._scheduler.now
-        sent = node.in_flight[remote.comp]
+        sent = node.in_flight[computation.comp]
         serials = [work.client_serial for work in sent.values()]
         peer = self._scheduler.nodes.by_key.get(node.key)
         if serials and peer is not None:
             where = (peer.ip_addr, peer.port, peer.name)
-            remote.send(JobsAssigned(remote.comp, where, serials))
-        begun = node.begun[remote.comp]
+            computation.send(JobsAssigned(computation.comp, where, serials))
+        begun = node.begun[computation.comp]
         rows = []
         for serial, since in begun.items():
             rows.append((sent[serial].client_serial, now - since))
         if rows:
-            remote.send(Started(remote.comp, rows))
+            computation.send(Started(computation.comp, rows))
 
-    def send_ended(self, remote: ClientComputation, numbers: List[int]) -> None:
+    def send_ended(self, computation: ClientComputation, numbers: List[int]) -> None:
         """Send results that are on the disk."""
-        rows = self._state.results(numbers, remote.unread)
-        self.backlog.add_results(remote.link, remote.comp, rows)
+        rows = self._state.results(numbers, computation.unread)
+        self.backlog.add_results(computation.link, computation.comp, rows)
 
     def read_again(self) -> None:
         """Try once more, after a while, to read results that could not be read."""
@@ -2945,13 +2953,13 @@ class ProgramJobs(Part):
         again = now >= self.unread_until
         if again:
             self.unread_until = math.inf
-        for remote in self._computations.opened():
-            if not remote.unread or remote.link not in self._links:
+        for computation in self._computations.opened():
+            if not computation.unread or computation.link not in self._links:
                 continue
             if again:
-                numbers = list(remote.unread)
-                remote.unread.clear()
-                self.send_ended(remote, numbers)
+                numbers = list(computation.unread)
+                computation.unread.clear()
+                self.send_ended(computation, numbers)
             else:
                 self.unread_until = min(self.unread_until, now + RETRY_TIME)
 
@@ -2982,7 +2990,7 @@ class ProgramCalls(Part):
 
     def on_call(self, link: Link, message: Call) -> None:
         """A program asks something."""
-        remote = self._programs.computation_of(link, message.comp)
+        computation = self._programs.computation_of(link, message.comp)
 
         def answer(value: Any, error: tuple = ()) -> None:
             if link.dirty is not None:
@@ -2990,14 +2998,14 @@ class ProgramCalls(Part):
         try:
             if self._is_early(link, message, answer):
                 return
-            if remote is None and message.name != 'overview':
+            if computation is None and message.name != 'overview':
                 raise RuntimeError('the scheduler does not know this cluster (any more)')
             self._scheduler.jobs.take_submitted()
-            if remote is None:
+            if computation is None:
                 answer(self._overview(link, message.args))
             else:
                 method = self._CALLS.get(message.name, ProgramCalls._command)
-                method(self, remote, message.name, message.args, answer)
+                method(self, computation, message.name, message.args, answer)
         except Exception as exc:  # the program gets it
             answer(None, (type(exc).__name__, str(exc)))
 
@@ -3010,59 +3018,63 @@ class ProgramCalls(Part):
     def _is_early(self, link: Link, message: Call, answer: Callable[..., None]) -> bool:
         """Return whether the files of the computation are still to come. Questions about its jobs
         wait until they are here."""
-        remote = self._computations.unopened.get(message.comp)
-        if remote is None or remote.link != link.number:
+        computation = self._computations.unopened.get(message.comp)
+        if computation is None or computation.link != link.number:
             return False
         if message.name == 'nodes':
             answer([])
-        elif len(remote.questions) < QUESTIONS_MOST:
-            remote.questions.append((link, message))
+        elif len(computation.questions) < QUESTIONS_MOST:
+            computation.questions.append((link, message))
         else:
             raise RuntimeError(
                 '%d questions wait until the files of this cluster are at the scheduler' %
                 QUESTIONS_MOST)
         return True
 
-    def answer_early(self, remote: ClientComputation) -> None:
+    def answer_early(self, computation: ClientComputation) -> None:
         """The files of a computation are here: answer what was asked meanwhile."""
-        questions = remote.questions
-        remote.questions = []
+        questions = computation.questions
+        computation.questions = []
         for link, message in questions:
             self.on_call(link, message)
 
-    def _nodes(self, remote: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
+    def _nodes(self, computation: ClientComputation, name: str, args: tuple,
+               answer: Answer) -> None:
         first, count = args or (0, NODES_PAGE)
         last = first + min(count, NODES_PAGE)
-        nodes = self._queries.rows_of(remote.comp)
+        nodes = self._queries.rows_of(computation.comp)
         rows = []
         for row in nodes[first:last]:
             short = row._replace(reason=shorten(row.reason, REASON_MOST))
             rows.append(tuple(short))
         answer(rows)
 
-    def _jobs(self, remote: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
-        jobs: Dict[int, Any] = self._queries.jobs_at(remote.comp, *args)
+    def _jobs(self, computation: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
+        jobs: Dict[int, Any] = self._queries.jobs_at(computation.comp, *args)
         answer([work.client_serial for work in jobs.values()])
 
-    def _allocate(self, remote: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
-        self._selection.allocate(remote.comp, specs_of(args[0]))
+    def _allocate(self, computation: ClientComputation, name: str, args: tuple,
+                  answer: Answer) -> None:
+        self._selection.allocate(computation.comp, specs_of(args[0]))
         answer(None)
 
-    def _leave(self, remote: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
+    def _leave(self, computation: ClientComputation, name: str, args: tuple,
+               answer: Answer) -> None:
         """Leave nodes. With a fourth argument they are set up again with these files."""
         if len(args) != 4:
-            self._command(remote, name, args, answer)
+            self._command(computation, name, args, answer)
             return
 
         def complete(error: str, code: str = '') -> None:
             if error:
                 answer(None, ('OSError', error))
                 return
-            self._selection.leave(remote.comp, *args[:3])
+            self._selection.leave(computation.comp, *args[:3])
             answer(None)
-        self._files.change_files(remote, args[3], complete)
+        self._files.change_files(computation, args[3], complete)
 
-    def _running(self, remote: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
+    def _running(self, computation: ClientComputation, name: str, args: tuple,
+                 answer: Answer) -> None:
         """Ask a node which jobs run there."""
         queries = self._queries
         node = args[0]
@@ -3072,14 +3084,15 @@ class ProgramCalls(Part):
                 answer(None, ('RuntimeError', str(done.exception())))
                 return
             running = {serial for serial, _ in done.result().running}
-            jobs: Dict[int, Any] = queries.jobs_at(remote.comp, node)
+            jobs: Dict[int, Any] = queries.jobs_at(computation.comp, node)
             answer([work.client_serial for serial, work in jobs.items() if serial in running])
-        queries.question(remote.comp, node).add_done_callback(answered)
+        queries.question(computation.comp, node).add_done_callback(answered)
 
-    def _place(self, remote: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
+    def _place(self, computation: ClientComputation, name: str, args: tuple,
+               answer: Answer) -> None:
         """Send a node a file: one that the program has sent here before, and nothing else."""
         node, row = args[:2]
-        path = os.path.join(remote.directory, *check_name(row[0]))
+        path = os.path.join(computation.directory, *check_name(row[0]))
         open_regular(path).close()
 
         def answered(done: Any) -> None:
@@ -3087,13 +3100,14 @@ class ProgramCalls(Part):
                 answer(None, ('RuntimeError', str(done.exception())))
             else:
                 answer(done.result())
-        future = self._queries.question(remote.comp, node, row, path)
+        future = self._queries.question(computation.comp, node, row, path)
         future.add_done_callback(answered)
 
-    def _command(self, remote: ClientComputation, name: str, args: tuple, answer: Answer) -> None:
+    def _command(self, computation: ClientComputation, name: str, args: tuple,
+                 answer: Answer) -> None:
         if name not in ('find', 'seat', 'set_cpus', 'leave', 'complaint', 'why_unloadable'):
             raise ValueError('%.40r cannot be asked of a scheduler' % name)
-        answer(self._queries.command(remote.comp, name, *args))
+        answer(self._queries.command(computation.comp, name, *args))
 
     # What programs ask; other names are commands
     _CALLS = {
@@ -3105,63 +3119,64 @@ class ProgramCalls(Part):
         'place': _place,
     }
 
-    def _ask(self, remote: Any, name: str, args: tuple, then: Callable[[tuple, Any], None]) -> None:
+    def _ask(self, computation: Any, name: str, args: tuple, then: Callable[[tuple, Any],
+             None]) -> None:
         """Ask a program; `then(error, value)` gets the answer."""
-        link = self._links.get(remote.link)
+        link = self._links.get(computation.link)
         if link is None:
             then(('RuntimeError', 'its program is not connected'), None)
             return
         number = next(self._numbers)
-        remote.calls[number] = then
-        self._send(link, Call(remote.comp, number, name, args))
+        computation.calls[number] = then
+        self._send(link, Call(computation.comp, number, name, args))
 
     def on_return(self, link: Link, message: Return) -> None:
         """A program answers."""
-        remote = self._programs.computation_of(link, message.comp)
-        if remote is not None and message.number in remote.calls:
-            then = remote.calls.pop(message.number)
+        computation = self._programs.computation_of(link, message.comp)
+        if computation is not None and message.number in computation.calls:
+            then = computation.calls.pop(message.number)
             then(message.error, message.value)
 
-    def ask_source(self, remote: ClientComputation, peer: NodeConnection, link: Link) -> None:
+    def ask_source(self, computation: ClientComputation, peer: NodeConnection, link: Link) -> None:
         """Ask a program for the source of its computation."""
         setup = self._setup
 
         def told(error: tuple, value: Any) -> None:
             if error:
-                setup.source_missing(remote, peer, link, error[1])
+                setup.source_missing(computation, peer, link, error[1])
             else:
                 source = (bytes(value[0]), value[1])
-                setup.source_found(remote, peer, link, source)
-        self._ask(remote, 'source', (), told)
+                setup.source_found(computation, peer, link, source)
+        self._ask(computation, 'source', (), told)
 
-    def ask_allocator(self, remote: ClientComputation, allocator: Any, peer: NodeConnection,
+    def ask_allocator(self, computation: ClientComputation, allocator: Any, peer: NodeConnection,
                       link: Link) -> None:
         """Ask a program's allocator, and for the files that it names."""
         files = self._files
-        allocated = functools.partial(self._setup.allocated, remote.comp, peer, link)
+        allocated = functools.partial(self._setup.allocated, computation.comp, peer, link)
 
         def told(error: tuple, value: Any) -> None:
             if error:
                 allocated(Allocation(0, b'', [], {}), error[1])
                 return
             cpus, setup_args, rows, modules = value
-            found = Allocation(cpus, bytes(setup_args), rows, remote.paths_of(rows))
-            files.bring_modules(remote, modules)
+            found = Allocation(cpus, bytes(setup_args), rows, computation.paths_of(rows))
+            files.bring_modules(computation, modules)
 
             def complete(failed: str, code: str = '') -> None:
                 allocated(found, failed)
-            files.want(remote, rows, modules, complete)
-        row = tuple(remote.row_of(peer))
-        self._ask(remote, 'allocate', (allocator.number, row), told)
+            files.want(computation, rows, modules, complete)
+        row = tuple(computation.row_of(peer))
+        self._ask(computation, 'allocate', (allocator.number, row), told)
 
-    def ask_for_modules(self, remote: ClientComputation, peer: NodeConnection,
+    def ask_for_modules(self, computation: ClientComputation, peer: NodeConnection,
                         message: Call) -> None:
         """Ask a program for the modules that a job at a node needs. What was fetched before is
         here."""
         answer = functools.partial(self._answer_node, peer, message)
         files = self._files
         bundle = self._bundle_of(message)
-        modules = remote.cargo.spec['modules']
+        modules = computation.cargo.spec['modules']
         if any(row[0] == bundle for row in modules):
             answer((), modules)
             return
@@ -3176,10 +3191,10 @@ class ProgramCalls(Part):
                     answer(('OSError', failed), rows)
                     return
                 if bundle:
-                    files.bring_modules(remote, rows)
+                    files.bring_modules(computation, rows)
                 answer((), rows)
-            files.want(remote, [], rows, complete)
-        self._ask(remote, 'modules', message.args, told)
+            files.want(computation, [], rows, complete)
+        self._ask(computation, 'modules', message.args, told)
 
     @staticmethod
     def _bundle_of(message: Call) -> str:
@@ -3227,47 +3242,47 @@ class Restoration(Part):
             if name.startswith('c-') and comp not in there:
                 shutil.rmtree(os.path.join(self._state.root, name), ignore_errors=True)
 
-    def _restore(self, remote: ClientComputation) -> None:
+    def _restore(self, computation: ClientComputation) -> None:
         """Go on with a computation."""
         scheduler = self._scheduler
-        remote.values.restore()
-        remote.ready = True
-        scheduler.computations.expect_program(remote)
+        computation.values.restore()
+        computation.ready = True
+        scheduler.computations.expect_program(computation)
         waiting: List[ClientJob] = []
         sent: Dict[Any, List[ClientJob]] = {}
-        for number, serial, options, state, own, node in self._state.jobs(remote.comp):
+        for number, serial, options, state, own, node in self._state.jobs(computation.comp):
             if state == State.ENDED:
-                remote.ended[serial] = number
+                computation.ended[serial] = number
             elif state == State.DROPPED:
-                remote.absence.dropped[serial] = number
+                computation.absence.dropped[serial] = number
             else:
-                work = self._work(remote, serial, options, own)
+                work = self._work(computation, serial, options, own)
                 if state == State.SENT and node in self._nodes:
                     sent.setdefault(node, []).append(work)
                 else:
                     waiting.append(work)
-        scheduler.computations.open(remote)
+        scheduler.computations.open(computation)
         for key, works in sent.items():
             name = self._restore_node(key)
-            had = NodeHad(key, remote.comp, works, name, scheduler.now + RETURN_TIME)
+            had = NodeHad(key, computation.comp, works, name, scheduler.now + RETURN_TIME)
             scheduler.decide(had)
         scheduler.jobs.submitted.extend(waiting)  # type: ignore[arg-type]
-        if remote.works or remote.ended:
+        if computation.works or computation.ended:
             at_nodes = sum(map(len, sent.values()))
-            logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', remote.name,
-                        len(waiting), at_nodes, len(remote.ended))
+            logger.info('%s: %d jobs wait, %d were on nodes, %d have ended', computation.name,
+                        len(waiting), at_nodes, len(computation.ended))
 
-    def _work(self, remote: ClientComputation, serial: int, options: Optional[dict],
+    def _work(self, computation: ClientComputation, serial: int, options: Optional[dict],
               own: int) -> ClientJob:
         """Restore a job that has not ended. `serial` is the program's, `own` is the scheduler's."""
-        work = ClientJob(remote.comp, None, options, own, serial)
-        remote.works[serial] = work
+        work = ClientJob(computation.comp, None, options, own, serial)
+        computation.works[serial] = work
         if work.values:
-            remote.values.took(work)
+            computation.values.took(work)
         size = 0
         with contextlib.suppress(OSError):   # told when they are needed
             size = self._state.size_of_payload(work.number)
-        self._scheduler.quota.add(remote, work, size)
+        self._scheduler.quota.add(computation, work, size)
         return work
 
     def _restore_node(self, key: Any) -> str:
@@ -3437,8 +3452,8 @@ class Scheduler(Driver):
             return
         self.sharing.assign_all()
         super().end_of_turn()
-        for remote in self.computations.opened():
-            self.guard(remote, self.computations.end_turn_of, remote)
+        for computation in self.computations.opened():
+            self.guard(computation, self.computations.end_turn_of, computation)
         if self.commit.write_down():
             self.commit.unstick()
             self.quota.take_again()
