@@ -48,6 +48,13 @@ The life of a job here:
 Files this program needs: this one, dispynode.py, cloudpickle.
 """
 
+if __name__ == '__main__':
+    # The module is imported once more under its own name, so that classes have one identity. Here,
+    # and not at the end: all that follows would be made for nothing.
+    import importlib
+    import sys
+    sys.exit(importlib.import_module('dispy').main())
+
 import argparse
 import ast
 import atexit
@@ -15407,6 +15414,7 @@ class Window:
     def __init__(self, most: Callable[[], int], changes: bool) -> None:
         self._most = most
         self._changes = changes         # what `most` returns
+        self._is_full = False           # jobs are let in again when a part of them has ended
         self._changed = threading.Condition()
         self.count = 0
         self._bytes = 0
@@ -15424,7 +15432,11 @@ class Window:
             return True
 
     def _has_room(self, size: int) -> bool:
-        if self.count >= self._most():
+        most = self._most()
+        if self._is_full and not self._changes:
+            most -= most // 4   # several at once take less time than one by one
+        self._is_full = self.count >= most
+        if self._is_full:
             return False
         return self.count == 0 or self._bytes + size <= BYTES_AHEAD
 
@@ -15433,7 +15445,8 @@ class Window:
         with self._changed:
             self.count -= 1
             self._bytes -= size
-            self._changed.notify()
+            if self._has_room(0):
+                self._changed.notify()
 
     def pause(self, seconds: float) -> None:
         """Wait so long, or until no job may start any more."""
@@ -15688,9 +15701,11 @@ class Feeder:
         self.jobs[number] = PendingJob(values, self._plan.command.text(values, number), size)
         self.order.append(number)
         try:
-            self._cluster.submit_job_id(number, *words, **options)
+            job = self._cluster.submit_job_id(number, *words, **options)
         except (OSError, ValueError) as exc:
             self._events.put(NotSubmitted(number, values, str(exc)))
+        else:
+            job._call_when_ended(self._events.put)   # by way of the callbacks it takes longer
 
     def _wait_for_turn(self) -> None:
         delay = self._plan.args.delay
@@ -15754,10 +15769,12 @@ class Shell:
         path = self._plan.command.program.path
         options: Dict[str, Any] = dict(access,
                                        depends=list(args.depends),
-                                       job_status=self._events.put,
                                        host=args.host,
-                                       cleanup=not args.keep_files,
-                                       loglevel=logging.DEBUG if args.debug else logging.WARNING)
+                                       cleanup=not args.keep_files)
+        if args.debug:
+            options['loglevel'] = logging.DEBUG
+        else:
+            options['loglevel'] = logging.WARNING
         if path is not None:
             options['depends'].append(path)
         if args.line_buffer:
@@ -15862,7 +15879,7 @@ class Shell:
 
     def _on_event(self, event: Any) -> None:
         if isinstance(event, DispyJob):
-            if event.status in ENDED:
+            if event.id in self._feeder.jobs:   # an end may be told twice
                 self._on_ended(self._ended_of(event))
         elif isinstance(event, Printed):
             self._on_printed(event)
@@ -16250,8 +16267,3 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return _end_quietly()
     except KeyboardInterrupt:
         return 130   # as a shell has it: 128 and the signal's number
-
-
-if __name__ == '__main__':
-    # Once more under its own name, so that classes have one identity.
-    sys.exit(importlib.import_module('dispy').main())

@@ -8064,6 +8064,18 @@ def buffer_lines(libc: Any) -> None:
             return
 
 
+def keep_descriptors() -> None:
+    """No process that is started from here on inherits a descriptor but the first three; whoever
+    started the node may have left some open."""
+    for directory in ('/proc/self/fd', '/dev/fd'):
+        with contextlib.suppress(OSError):
+            for name in os.listdir(directory):
+                if int(name) > 2:
+                    with contextlib.suppress(OSError):   # that of the listing itself
+                        os.set_inheritable(int(name), False)
+            return
+
+
 def _no_stdin() -> None:
     """Make descriptor 0 read nothing."""
     handle = os.open(os.devnull, os.O_RDONLY)
@@ -8374,6 +8386,11 @@ def _run_source(name: str, file: str, text: str, values: Dict[str, Any], links: 
 FILES_LEFT = 'dispy.files_left'
 
 
+# Signals that Python ignores, and programs do not
+_IGNORED_BY_PYTHON = [
+    getattr(signal, name) for name in ('SIGPIPE', 'SIGXFSZ') if hasattr(signal, name)]
+
+
 class Program:
     """A computation that is a program: called with arguments, returns the exit status."""
 
@@ -8398,10 +8415,23 @@ class Program:
         """Run a command in a directory. Returns its exit status. Raises OSError if it cannot be
         started, KeyboardInterrupt if an interrupt has ended it."""
         self.interrupted = False
-        status = subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=directory).wait()
+        if directory is None and hasattr(os, 'posix_spawnp'):
+            status = self._spawn(words)
+        else:
+            status = subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=directory).wait()
         if self.interrupted and status < 0:
             raise KeyboardInterrupt   # one that ends by itself has returned
         return status
+
+    @staticmethod
+    def _spawn(words: List[str]) -> int:
+        """As subprocess.Popen, in half of the time that this takes here. Standard input is nothing
+        in a worker, and the other descriptors are not inherited."""
+        process = os.posix_spawnp(words[0], words, _ENVIRON, setsigdef=_IGNORED_BY_PYTHON)
+        status = os.waitpid(process, 0)[1]
+        if os.WIFSIGNALED(status):
+            return -os.WTERMSIG(status)
+        return os.WEXITSTATUS(status)
 
     def _tell_left(self, before: Set[str]) -> None:
         left = sorted(self._names_here() - before)
@@ -9293,6 +9323,8 @@ class Worker:
         self._prepare()
         if isinstance(self._function, Program) and self._spec['cleanup']:   # else they are to stay
             self._function.tell = self._services.tell_left
+        if isinstance(self._function, Program):
+            keep_descriptors()
         if isinstance(self._function, CommandLines):
             self._function.send = self._services.send_file
         fit = True
