@@ -15005,14 +15005,14 @@ class LiveOutput:
 
 # -- hosts -----------------------------------------------------------------------------------------
 
-HOST_WITH_CPUS = re.compile(r'(?:([0-9]+)/)?(.+)\Z')
+HOST_WITH_CPUS = re.compile(r'(?:([0-9]+)/)?((?:ssh://)?[^/]+)\Z')
 
 
 def cpus_and_host(word: str) -> Tuple[int, str]:
     """'4/host': at most 4 CPUs of a host; without a number 0, which means all."""
     match = HOST_WITH_CPUS.match(word)
     if match is None:
-        raise ValueError('%r is no host' % word)
+        raise ValueError('%r is not HOST, HOST:PORT or either with CPUS/ before it' % word)
     return int(match.group(1) or 0), match.group(2)
 
 
