@@ -14380,7 +14380,9 @@ class Replacement(NamedTuple):
     def parse(cls, match: Any) -> 'Replacement':
         """Of a match of REPLACEMENT."""
         number, place, form = match.groups()
-        return cls(number is not None, int(place or 0), FORMS[form or ''])
+        is_number = number is not None
+        index = int(place or 0)
+        return cls(is_number, index, FORMS[form or ''])
 
     def texts(self, values: Sequence[str], number: int) -> List[str]:
         """What it stands for. A value that is not there is empty."""
@@ -14434,8 +14436,9 @@ class Template:
     def words(self, values: Sequence[str], number: int) -> List[str]:
         """The words of a command for which this stands: one, or, where it is a lone {}, as many as
         there are values."""
-        if len(self._pieces) == 1 and isinstance(self._pieces[0], Replacement):
-            return self._pieces[0].texts(values, number)
+        first, *others = self._pieces or ['']
+        if isinstance(first, Replacement) and not others:
+            return first.texts(values, number)
         return [self.expand(values, number)]
 
 
@@ -14488,7 +14491,9 @@ class Command:
 
     def __init__(self, words: Sequence[str], travels: bool = True) -> None:
         self.is_given = bool(words)
-        self.is_line = not words or (len(words) == 1 and self._is_line(words[0]))
+        self.is_line = not words
+        if len(words) == 1:
+            self.is_line = self._is_line(words[0])
         self.program = ProgramFile('')
         texts = list(words) or ['{}']
         if travels and self.is_line:
@@ -14506,7 +14511,9 @@ class Command:
     def _is_line(word: str) -> bool:
         if os.path.isfile(word):
             return False
-        return REPLACEMENT.match(word) is not None or SHELL_SIGNS.search(word) is not None
+        if REPLACEMENT.match(word):
+            return True
+        return SHELL_SIGNS.search(word) is not None
 
     def _find_program(self, texts: List[str]) -> None:
         if not REPLACEMENT.search(texts[0]):
@@ -14522,7 +14529,8 @@ class Command:
             program = ProgramFile.find(match.group(1))
             if program.path is not None:
                 self.program = program
-                texts[0] = self._word_of_line() + texts[0][match.end():]
+                rest = texts[0][match.end():]
+                texts[0] = self._word_of_line() + rest
 
     def _word_of_line(self) -> str:
         if self.program.by_python:
@@ -14554,7 +14562,10 @@ class Command:
     def name(self) -> str:
         """Of the computation, for people."""
         words = self._templates[0].text.split(None, 1)
-        return os.path.basename(''.join(words[:1]))[:60] or 'commands'
+        if not words:
+            return 'commands'
+        name = os.path.basename(words[0])
+        return name[:60] or 'commands'
 
 
 # -- arguments -------------------------------------------------------------------------------------
@@ -14669,7 +14680,8 @@ class Inputs:
     @staticmethod
     def _check(path: str) -> None:
         """One that cannot be read is told before anything runs. A pipe can be opened only once."""
-        if path != '-' and (os.path.isfile(path) or not os.path.exists(path)):
+        is_pipe = os.path.exists(path) and not os.path.isfile(path)
+        if path != '-' and not is_pipe:
             open(path, 'rb').close()
 
     def _add(self, mark: str, words: List[str]) -> None:
@@ -14740,7 +14752,8 @@ class HaltRule(NamedTuple):
 
     def is_reached(self, done: int, failed: int, total: int) -> bool:
         """Whether to stop, after so many jobs of all."""
-        counted = {'fail': failed, 'success': done - failed, 'done': done}[self.why]
+        counts = {'fail': failed, 'success': done - failed, 'done': done}
+        counted = counts[self.why]
         if self.is_percent:
             return counted * 100 >= self.limit * total
         return counted >= self.limit
@@ -14821,8 +14834,14 @@ def open_table(path: str, appends: bool, columns: Sequence[str]) -> Any:
         mode = 'w'
     file = open(path, mode, 1, encoding='utf-8', errors='surrogateescape')
     if file.tell() == 0:
-        file.write('\t'.join(columns) + '\n')
+        write_row(file, columns)
     return file
+
+
+def write_row(file: Any, columns: Iterable[Any]) -> None:
+    """Add a line to a table. What is empty is a dash."""
+    words = [JobLog.one_line(str(column)) or '-' for column in columns]
+    file.write('\t'.join(words) + '\n')
 
 
 class JobLog:
@@ -14837,13 +14856,13 @@ class JobLog:
 
     def write(self, ended: Ended) -> None:
         """Add a job."""
-        columns = [
-            '%d' % ended.number, ended.address or '-', '%.3f' % ended.start,
-            '%10.3f' % ended.seconds, '%d' % ended.sent,
-            '%d' % (len(ended.stdout) + len(ended.stderr)), '%d' % ended.status,
-            '%d' % ended.signal, self.one_line(ended.command), ended.node or '-'
-        ]
-        self._file.write('\t'.join(columns) + '\n')
+        printed = len(ended.stdout) + len(ended.stderr)
+        begin = '%.3f' % ended.start
+        seconds = '%10.3f' % ended.seconds
+        command = self.one_line(ended.command)
+        columns = [ended.number, ended.address, begin, seconds, ended.sent, printed, ended.status,
+                   ended.signal, command, ended.node]
+        write_row(self._file, columns)
 
     def close(self) -> None:
         """All is in the file."""
@@ -14863,7 +14882,7 @@ class JobLog:
             with open(path, encoding='utf-8', errors='surrogateescape') as file:
                 for row in filter(None, map(cls.ROW.match, file)):
                     number, status, by_signal, command = row.groups()
-                    is_well = int(status) == 0 and int(by_signal) == 0
+                    is_well = not int(status) and not int(by_signal)
                     found[int(number)] = is_well, command
         return found
 
@@ -14890,19 +14909,27 @@ class Resume:
         return is_well or not self._again
 
 
+def write_file(path: str, data: bytes) -> None:
+    """A file with this content."""
+    with open(path, 'wb') as file:
+        file.write(data)
+
+
 ESCAPES = {'\\': '\\\\', '/': '\\_', '\t': '\\t', '\n': '\\n', '\0': '\\0'}
 NAME_LONGEST = 200        # bytes of a file's name; file systems take 255
 
 
 def as_file_name(value: str) -> str:
     """An argument as the name of a directory, as GNU parallel writes it."""
-    name = ''.join(ESCAPES.get(sign, sign) for sign in value)
+    signs = [ESCAPES.get(sign, sign) for sign in value]
+    name = ''.join(signs)
     if name in ('', '.', '..'):
         name = '\\' + name   # no argument gives this otherwise
     data = os.fsencode(name)
     if len(data) > NAME_LONGEST:
         digest = hashlib.sha256(data).hexdigest()[:16]
-        name = os.fsdecode(data[:NAME_LONGEST - 20]) + '~' + digest
+        begin = os.fsdecode(data[:NAME_LONGEST - 20])
+        name = '%s~%s' % (begin, digest)
     return name
 
 
@@ -14923,19 +14950,19 @@ class ResultFiles:
         self._root = root
         self._used: Set[str] = set()
         os.makedirs(root, exist_ok=True)
-        self._table = open_table(os.path.join(root, self.TABLE), appends, self.COLUMNS)
+        path = os.path.join(root, self.TABLE)
+        self._table = open_table(path, appends, self.COLUMNS)
 
     def write(self, ended: Ended) -> None:
         """Write the files of a job. Raises OSError."""
         name = self._free_name(ended)
         directory = os.path.join(self._root, name)
         os.makedirs(directory, exist_ok=True)
-        for file_name, data in (('stdout', ended.stdout), ('stderr', ended.stderr),
-                                ('seq', b'%d' % ended.number)):
-            with open(os.path.join(directory, file_name), 'wb') as file:
-                file.write(data)
-        columns = [str(ended.number), ended.tag, ended.node or '-', ended.reason or 'ok', name]
-        self._table.write('\t'.join(map(JobLog.one_line, columns)) + '\n')
+        write_file(os.path.join(directory, 'stdout'), ended.stdout)
+        write_file(os.path.join(directory, 'stderr'), ended.stderr)
+        write_file(os.path.join(directory, 'seq'), b'%d' % ended.number)
+        reason = ended.reason or 'ok'
+        write_row(self._table, [ended.number, ended.tag, ended.node, reason, name])
 
     def _free_name(self, ended: Ended) -> str:
         """Jobs with the same arguments have a directory each."""
@@ -14959,10 +14986,9 @@ class NumberedFiles:
 
     def write(self, ended: Ended) -> None:
         """Write the files of a job. Raises OSError."""
-        for data, end in ((ended.stdout, 'out'), (ended.stderr, 'err')):
-            path = os.path.join(self._directory, '%d.%s' % (ended.number, end))
-            with open(path, 'wb') as file:
-                file.write(data)
+        path = os.path.join(self._directory, '%d' % ended.number)
+        write_file(path + '.out', ended.stdout)
+        write_file(path + '.err', ended.stderr)
 
     def close(self) -> None:
         """Each file has been closed."""
@@ -14974,7 +15000,8 @@ LINES = re.compile(rb'[^\n]*\n|[^\n]+')
 def tagged(data: bytes, tag: str) -> bytes:
     """Lines with the arguments of their job before each."""
     prefix = os.fsencode(tag) + b'\t'
-    return b''.join(prefix + line for line in LINES.findall(data))
+    lines = LINES.findall(data)
+    return b''.join(prefix + line for line in lines)
 
 
 class LiveOutput:
@@ -14994,7 +15021,8 @@ class LiveOutput:
         end = held.rfind(b'\n') + 1
         data = bytes(held[:end])
         del held[:end]
-        self._shown[number, stream] = self._shown.get((number, stream), 0) + end
+        before = self._shown.get((number, stream), 0)
+        self._shown[number, stream] = before + end
         return data
 
     def rest(self, number: int, stream: str, whole: bytes) -> bytes:
@@ -15013,13 +15041,17 @@ def cpus_and_host(word: str) -> Tuple[int, str]:
     match = HOST_WITH_CPUS.match(word)
     if match is None:
         raise ValueError('%r is not HOST, HOST:PORT or either with CPUS/ before it' % word)
-    return int(match.group(1) or 0), match.group(2)
+    cpus, host = match.groups()
+    return int(cpus or 0), host
 
 
 def hosts_in(path: str) -> List[str]:
     """The hosts of a file for --hosts, as written there. Reads the file."""
+    words: List[str] = []
     with open(path) as file:
-        return ' '.join(line.partition('#')[0] for line in file).split()
+        for line in file:
+            words += line.partition('#')[0].split()
+    return words
 
 
 def as_node(word: str) -> Any:
@@ -15027,8 +15059,10 @@ def as_node(word: str) -> Any:
     ssh's port, is left out."""
     cpus, host = cpus_and_host(word)
     if host.startswith('ssh://'):
-        host = host[len('ssh://'):].rpartition('@')[2].partition(':')[0]
-    name, port = host_and_port(host.rpartition('@')[2], NODE_PORT)
+        host = host[len('ssh://'):]
+        host = host.rpartition(':')[0] or host
+    host = host.rpartition('@')[2]
+    name, port = host_and_port(host, NODE_PORT)
     if cpus:
         return name, port, cpus
     return name, port
@@ -15049,7 +15083,8 @@ def duration_option(text: str) -> float:
         raise argparse.ArgumentTypeError('%r is no time such as 10, 1.5, 90s or 1h30m' % text)
     seconds = 0.0
     for number, unit in DURATION_PART.findall(text):
-        seconds += float(number) * UNITS[unit or 's']
+        factor = UNITS[unit or 's']
+        seconds += float(number) * factor
     return seconds
 
 
@@ -15127,7 +15162,8 @@ class OptionParser(argparse.ArgumentParser):
         if name in known:
             return name
         found = [other for other in known if other.startswith(name)]
-        if len({id(known[other]) for other in found}) == 1:
+        actions = {id(known[other]) for other in found}
+        if len(actions) == 1:
             return found[0]
         if found:
             self.error('%s may be any of %s' % (name, ', '.join(found)))
@@ -15156,7 +15192,10 @@ class OptionParser(argparse.ArgumentParser):
 
     @staticmethod
     def _is_delimiter(left: Deque[str]) -> bool:
-        return bool(left) and (len(left[0]) == 1 or left[0].startswith('\\'))
+        if not left:
+            return False
+        word = left[0]
+        return len(word) == 1 or word.startswith('\\')
 
     @staticmethod
     def _long_name(action: argparse.Action) -> str:
@@ -15178,127 +15217,187 @@ that failed, 101 for more than 100, and 255 if the command line is wrong or no n
 a --help of its own. A program of such a name is run as ./deploy.'''
 
 
+# Title of a group -> its options: how they are written, and what argparse is told of them
+OPTIONS: Dict[str, List[Tuple[Tuple[str, ...], Dict[str, Any]]]] = {
+    'instead of running a command': [
+        (('--list-nodes',), {
+            'action': 'store_true',
+            'help': 'show the nodes (-n, --hosts; default: all that answer) and whether they can '
+                    'be used; the exit status is 0 if any can'}),
+        (('--cancel-lost',), {
+            'action': 'store_true',
+            'help': 'end what programs of yours that were killed or ended by an exception have '
+                    'left on nodes; the exit status is the number of those of which something '
+                    'may be left'}),
+        (('--dry-run',), {
+            'action': 'store_true',
+            'help': 'print the command of each job'}),
+        (('--version',), {
+            'action': 'version', 'version': '%(prog)s ' + __version__}),
+    ],
+    'nodes': [
+        (('-n', '--node', '--nodes'), {
+            'action': Each, 'default': [], 'dest': 'nodes', 'metavar': '[CPUS/]HOST[:PORT]',
+            'help': "a node, or several in quotes; may be repeated; 'local': this machine "
+                    '(default: a dispynode on this machine, or one started for this run)'}),
+        (('--hosts',), {
+            'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'file with a node on each line; # begins a comment; may be repeated'}),
+        (('--scheduler-host', '--scheduler-node'), {
+            'metavar': 'HOST[:PORT]',
+            'help': 'the jobs go to this dispyscheduler; -n then says which of its nodes they '
+                    'may use'}),
+        (('--host', '--ip-addr'), {
+            'metavar': 'ADDR',
+            'help': 'also wait at this address for nodes that connect by themselves'}),
+        (('--wait-nodes',), {
+            'type': seconds_option, 'metavar': 'S',
+            'help': 'give up if no node can be used within so many seconds (default: wait for '
+                    'one)'}),
+        (('--secret',), {
+            'metavar': 'SECRET',
+            'help': 'the secret; it can be seen in the list of processes, so better:'}),
+        (('--secret-file',), {
+            'metavar': 'FILE',
+            'help': 'file with the secret (default: that of this user)'}),
+        (('--certfile',), {
+            'metavar': 'FILE',
+            'help': 'certificate for TLS'}),
+        (('--keyfile',), {
+            'metavar': 'FILE',
+            'help': "the certificate's key, if not in the same file"}),
+        (('--debug',), {
+            'action': 'store_true',
+            'help': 'log what is done in detail'}),
+    ],
+    'arguments': [
+        (('--arg-file',), {
+            'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'as ":::: FILE": an argument on each line; -: standard input'}),
+        (('-0', '--null'), {
+            'action': 'store_true',
+            'help': 'arguments in files end with NUL'}),
+        (('-d', '--delimiter'), {
+            'type': delimiter_option, 'default': b'\n', 'metavar': 'CHARACTERS',
+            'help': 'arguments in files end with these; escapes such as \\t are known. A bare -d '
+                    'is --debug'}),
+        (('-C', '--colsep'), {
+            'type': pattern_option, 'metavar': 'REGEX',
+            'help': 'split each argument into columns, which are {1}, {2} and so on'}),
+        (('-r', '--no-run-if-empty'), {
+            'action': 'store_true',
+            'help': 'leave out empty arguments'}),
+        (('-a', '--args'), {
+            'action': 'append', 'default': [], 'metavar': '"ARGS"',
+            'help': 'all arguments of one job, split as a shell does; may be repeated'}),
+        (('--args-file',), {
+            'metavar': 'FILE',
+            'help': 'all arguments of a job on each line, split as a shell does; -: standard '
+                    'input'}),
+    ],
+    'how jobs run': [
+        (('-j', '--jobs', '-P', '--max-procs'), {
+            'type': slots_option, 'default': 0, 'metavar': 'N',
+            'help': 'at most so many jobs at once, on all nodes together (default: one a CPU)'}),
+        (('--delay',), {
+            'type': duration_option, 'default': 0.0, 'metavar': 'TIME',
+            'help': 'wait so long between the starts of two jobs; 1m30s is known'}),
+        (('--timeout',), {
+            'type': duration_option, 'metavar': 'TIME',
+            'help': 'end a job that runs for longer'}),
+        (('--retries',), {
+            'type': count_option, 'default': 1, 'metavar': 'N',
+            'help': 'try a job that fails, or whose node is lost, so often in all'}),
+        (('--halt', '--halt-on-error'), {
+            'type': HaltRule.parse, 'metavar': 'WHEN',
+            'help': 'soon,fail=N: start no more jobs when N have failed; now: also cancel those '
+                    'that run; N%%: of all; success and done are counted, too'}),
+        (('--memory',), {
+            'type': size_option, 'metavar': 'N[kmgt]',
+            'help': 'memory that a job may use; it is killed when it takes more'}),
+        (('--cpus',), {
+            'type': count_option, 'metavar': 'N',
+            'help': 'CPUs that a job takes (default: 1)'}),
+        (('--priority',), {
+            'type': int, 'metavar': 'N',
+            'help': 'jobs with a higher one go first (default: 0)'}),
+        (('--resume',), {
+            'action': 'store_true',
+            'help': 'leave out the jobs that are in --joblog, of an earlier run of the same '
+                    'command'}),
+        (('--resume-failed',), {
+            'action': 'store_true',
+            'help': 'the same, but run those again that failed'}),
+    ],
+    'files': [
+        (('-f', '--depends', '--basefile', '--bf'), {
+            'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'file or directory that the jobs find in their directory; may be repeated'}),
+        (('--transferfile', '--tf'), {
+            'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'a file of one job, such as {}; the job gets a directory of its own, and the '
+                    'file has the same relative path there; may be repeated'}),
+        (('--transfer',), {
+            'dest': 'transferfile', 'action': 'append_const', 'const': '{}',
+            'help': 'as --transferfile {}'}),
+        (('--return',), {
+            'dest': 'returns', 'action': 'append', 'default': [], 'metavar': 'FILE',
+            'help': 'a file that a job makes in its directory, such as {.}.out; it comes to the '
+                    'same relative path here; may be repeated'}),
+        (('--cleanup',), {
+            'action': 'store_true',
+            'help': 'files of jobs are always removed; it says no more'}),
+        (('--workdir', '--wd'), {
+            'metavar': 'DIR',
+            'help': 'run the commands in this directory of the nodes; .: the one where you are'}),
+        (('-c', '--keep-files'), {
+            'action': 'store_true',
+            'help': 'leave the files on the nodes'}),
+    ],
+    'output': [
+        (('-k', '--keep-order'), {
+            'action': 'store_true',
+            'help': 'output in the order of the arguments'}),
+        (('--tag',), {
+            'action': 'store_true',
+            'help': 'begin each line of output with the argument and a tab'}),
+        (('--line-buffer', '--lb'), {
+            'action': 'store_true',
+            'help': 'print lines while the job runs; those of several jobs mix'}),
+        (('-o', '--output'), {
+            'metavar': 'DIR',
+            'help': 'write the output of job N to DIR/N.out and DIR/N.err instead of printing it'}),
+        (('--results', '--res'), {
+            'metavar': 'DIR',
+            'help': 'also write it to DIR/1/ARGUMENT/stdout and stderr, with a table in '
+                    'DIR/jobs.tsv'}),
+        (('--joblog', '--jl'), {
+            'metavar': 'FILE',
+            'help': 'write a line on each job that has ended; +FILE: append'}),
+        (('--eta',), {
+            'action': 'store_true',
+            'help': 'at a terminal: how much time is left'}),
+        (('--bar',), {
+            'action': 'store_true',
+            'help': 'at a terminal: a bar'}),
+        (('--progress',), {
+            'action': 'store_true',
+            'help': 'at a terminal: how many jobs have ended (the default)'}),
+    ],
+}
+
+
 def _parser() -> OptionParser:
     parser = OptionParser(
         prog='dispy',
         usage='%(prog)s [options] COMMAND [WORD...] [::: ARGUMENT... | :::: FILE...]...',
         description=SHELL_HELP,
         epilog=SHELL_EPILOG)
-    _add_modes(parser.add_argument_group('instead of running a command'))
-    _add_nodes(parser.add_argument_group('nodes'))
-    _add_inputs(parser.add_argument_group('arguments'))
-    _add_runs(parser.add_argument_group('how jobs run'))
-    _add_files(parser.add_argument_group('files'))
-    _add_output(parser.add_argument_group('output'))
+    for title, rows in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for names, kinds in rows:
+            group.add_argument(*names, **kinds)
     return parser
-
-
-def _add_modes(group: Any) -> None:
-    add = group.add_argument
-    add('--list-nodes', action='store_true',
-        help='show the nodes (-n, --hosts; default: all that answer) and whether they can be '
-             'used; the exit status is 0 if any can')
-    add('--cancel-lost', action='store_true',
-        help='end what programs of yours that were killed or ended by an exception have left on '
-             'nodes; the exit status is the number of those of which something may be left')
-    add('--dry-run', action='store_true', help='print the command of each job')
-    add('--version', action='version', version='%(prog)s ' + __version__)
-
-
-def _add_nodes(group: Any) -> None:
-    add = group.add_argument
-    add('-n', '--node', '--nodes', action=Each, default=[], dest='nodes',
-        metavar='[CPUS/]HOST[:PORT]',
-        help="a node, or several in quotes; may be repeated; 'local': this machine (default: a "
-             'dispynode on this machine, or one started for this run)')
-    add('--hosts', action='append', default=[], metavar='FILE',
-        help='file with a node on each line; # begins a comment; may be repeated')
-    add('--scheduler-host', '--scheduler-node', metavar='HOST[:PORT]',
-        help='the jobs go to this dispyscheduler; -n then says which of its nodes they may use')
-    add('--host', '--ip-addr', metavar='ADDR',
-        help='also wait at this address for nodes that connect by themselves')
-    add('--wait-nodes', type=seconds_option, metavar='S',
-        help='give up if no node can be used within so many seconds (default: wait for one)')
-    add('--secret', metavar='SECRET',
-        help='the secret; it can be seen in the list of processes, so better:')
-    add('--secret-file', metavar='FILE', help='file with the secret (default: that of this user)')
-    add('--certfile', metavar='FILE', help='certificate for TLS')
-    add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
-    add('--debug', action='store_true', help='log what is done in detail')
-
-
-def _add_inputs(group: Any) -> None:
-    add = group.add_argument
-    add('--arg-file', action='append', default=[], metavar='FILE',
-        help='as ":::: FILE": an argument on each line; -: standard input')
-    add('-0', '--null', action='store_true', help='arguments in files end with NUL')
-    add('-d', '--delimiter', type=delimiter_option, default=b'\n', metavar='CHARACTERS',
-        help='arguments in files end with these; escapes such as \\t are known. A bare -d is '
-             '--debug')
-    add('-C', '--colsep', type=pattern_option, metavar='REGEX',
-        help='split each argument into columns, which are {1}, {2} and so on')
-    add('-r', '--no-run-if-empty', action='store_true', help='leave out empty arguments')
-    add('-a', '--args', action='append', default=[], metavar='"ARGS"',
-        help='all arguments of one job, split as a shell does; may be repeated')
-    add('--args-file', metavar='FILE',
-        help='all arguments of a job on each line, split as a shell does; -: standard input')
-
-
-def _add_runs(group: Any) -> None:
-    add = group.add_argument
-    add('-j', '--jobs', '-P', '--max-procs', type=slots_option, default=0, metavar='N',
-        help='at most so many jobs at once, on all nodes together (default: one a CPU)')
-    add('--delay', type=duration_option, default=0.0, metavar='TIME',
-        help='wait so long between the starts of two jobs; 1m30s is known')
-    add('--timeout', type=duration_option, metavar='TIME', help='end a job that runs for longer')
-    add('--retries', type=count_option, default=1, metavar='N',
-        help='try a job that fails, or whose node is lost, so often in all')
-    add('--halt', '--halt-on-error', type=HaltRule.parse, metavar='WHEN',
-        help='soon,fail=N: start no more jobs when N have failed; now: also cancel those that run; '
-             'N%%: of all; success and done are counted, too')
-    add('--memory', type=size_option, metavar='N[kmgt]',
-        help='memory that a job may use; it is killed when it takes more')
-    add('--cpus', type=count_option, metavar='N', help='CPUs that a job takes (default: 1)')
-    add('--priority', type=int, metavar='N', help='jobs with a higher one go first (default: 0)')
-    add('--resume', action='store_true',
-        help='leave out the jobs that are in --joblog, of an earlier run of the same command')
-    add('--resume-failed', action='store_true', help='the same, but run those again that failed')
-
-
-def _add_files(group: Any) -> None:
-    add = group.add_argument
-    add('-f', '--depends', '--basefile', '--bf', action='append', default=[], metavar='FILE',
-        help='file or directory that the jobs find in their directory; may be repeated')
-    add('--transferfile', '--tf', action='append', default=[], metavar='FILE',
-        help='a file of one job, such as {}; the job gets a directory of its own, and the file has '
-             'the same relative path there; may be repeated')
-    add('--transfer', dest='transferfile', action='append_const', const='{}',
-        help='as --transferfile {}')
-    add('--return', dest='returns', action='append', default=[], metavar='FILE',
-        help='a file that a job makes in its directory, such as {.}.out; it comes to the same '
-             'relative path here; may be repeated')
-    add('--cleanup', action='store_true', help='files of jobs are always removed; it says no more')
-    add('--workdir', '--wd', metavar='DIR',
-        help='run the commands in this directory of the nodes; .: the one where you are')
-    add('-c', '--keep-files', action='store_true', help='leave the files on the nodes')
-
-
-def _add_output(group: Any) -> None:
-    add = group.add_argument
-    add('-k', '--keep-order', action='store_true', help='output in the order of the arguments')
-    add('--tag', action='store_true', help='begin each line of output with the argument and a tab')
-    add('--line-buffer', '--lb', action='store_true',
-        help='print lines while the job runs; those of several jobs mix')
-    add('-o', '--output', metavar='DIR',
-        help='write the output of job N to DIR/N.out and DIR/N.err instead of printing it')
-    add('--results', '--res', metavar='DIR',
-        help='also write it to DIR/1/ARGUMENT/stdout and stderr, with a table in DIR/jobs.tsv')
-    add('--joblog', '--jl', metavar='FILE',
-        help='write a line on each job that has ended; +FILE: append')
-    add('--eta', action='store_true', help='at a terminal: how much time is left')
-    add('--bar', action='store_true', help='at a terminal: a bar')
-    add('--progress', action='store_true',
-        help='at a terminal: how many jobs have ended (the default)')
 
 
 class Plan:
@@ -15329,7 +15428,7 @@ class Plan:
         self.inputs = itertools.chain(first, inputs)
 
     def _check(self) -> None:
-        if (self.args.resume or self.args.resume_failed) and not self.args.joblog:
+        if self.is_resumed and not self.args.joblog:
             raise ValueError('--resume and --resume-failed need --joblog FILE, of an earlier run')
         if self.has_directory and self.directory is not None:
             raise ValueError('--workdir is a directory that jobs share; with --transferfile and '
@@ -15358,8 +15457,10 @@ class Plan:
     @property
     def counts_first(self) -> bool:
         """Whether all arguments are read before the first job, to know how many there are."""
-        by_percent = self.args.halt is not None and self.args.halt.is_percent
-        return bool(self.args.eta or self.args.bar or by_percent)
+        rule = self.args.halt
+        if rule is not None and rule.is_percent:
+            return True
+        return bool(self.args.eta or self.args.bar)
 
     @property
     def is_resumed(self) -> bool:
@@ -15519,9 +15620,10 @@ class Terminal:
             return
         self._next = now + LINE_EVERY
         self.flush()
-        text = line()[:shutil.get_terminal_size().columns - 1]
-        self._line = text
-        self._write(sys.stderr.buffer, b'\r' + text.encode(errors='replace') + b'\033[K')
+        width = shutil.get_terminal_size().columns
+        self._line = line()[:width - 1]
+        data = self._line.encode(errors='replace')
+        self._write(sys.stderr.buffer, b'\r%s\033[K' % data)
 
     def close(self) -> None:
         """What is shown stays there, in a line of its own."""
@@ -15566,14 +15668,16 @@ class Tally:
         return text + self._time_left()
 
     def _time_left(self) -> str:
-        if self._display != 'eta' or not 0 < self.done < self.all:
+        left = self.all - self.done
+        if self._display != 'eta' or not left or not self.done:
             return ''
         rate = self.done / (time.monotonic() - self._began)
-        return ', about %.0f s left' % ((self.all - self.done) / rate)
+        return ', about %.0f s left' % (left / rate)
 
     def _bar(self) -> str:
         part = self.done / max(1, self.all)
-        return '%3.0f %% [%-40s]' % (100 * part, '#' * int(40 * part))
+        marks = '#' * int(40 * part)
+        return '%3.0f %% [%-40s]' % (100 * part, marks)
 
 
 class Names:
@@ -15591,11 +15695,11 @@ class Names:
 
     def _look(self, address: str) -> None:
         nodes = self._cluster.status().nodes
-        names = {node.name for node in nodes if node.ip_addr == address and node.name}
-        if len(names) == 1:
-            self._known[address] = names.pop()
-        else:
-            self._known[address] = address
+        names = {node.name for node in nodes if node.ip_addr == address}
+        names.discard('')
+        if len(names) != 1:
+            names = {address}
+        self._known[address] = names.pop()
 
 
 class PendingJob(NamedTuple):
@@ -15698,7 +15802,8 @@ class Feeder:
         if not self._window.enter(size):
             return
         self._wait_for_turn()
-        self.jobs[number] = PendingJob(values, self._plan.command.text(values, number), size)
+        command = self._plan.command.text(values, number)
+        self.jobs[number] = PendingJob(values, command, size)
         self.order.append(number)
         try:
             job = self._cluster.submit_job_id(number, *words, **options)
@@ -15710,7 +15815,8 @@ class Feeder:
     def _wait_for_turn(self) -> None:
         delay = self._plan.args.delay
         if delay:
-            self._window.pause(self._last + delay - time.monotonic())
+            now = time.monotonic()
+            self._window.pause(self._last + delay - now)
             self._last = time.monotonic()
 
 
@@ -15755,7 +15861,8 @@ class Shell:
         is_resumed = self._plan.is_resumed
         if self._args.joblog:
             path = self._args.joblog
-            self._log = JobLog(path.lstrip('+'), is_resumed or path.startswith('+'))
+            appends = is_resumed or path.startswith('+')
+            self._log = JobLog(path.lstrip('+'), appends)
         if self._args.output:
             self._files.append(NumberedFiles(self._args.output))
         if self._args.results:
@@ -15779,7 +15886,8 @@ class Shell:
             options['depends'].append(path)
         if args.line_buffer:
             options['on_output'] = self._printed
-        commands = CommandLines(self._plan.command.name, os.path.basename(path or ''), args.jobs)
+        program = os.path.basename(path or '')
+        commands = CommandLines(self._plan.command.name, program, args.jobs)
         self._cluster = self._make(commands, nodes, options)
         self._names = Names(self._cluster)
         self._feeder = Feeder(self._plan, self._cluster, self._window, self._events, self._resume)
@@ -15807,7 +15915,8 @@ class Shell:
         now = time.monotonic()
         if now >= when + CPUS_ASKED:
             nodes = self._cluster.status().nodes
-            cpus = sum(node.cpus for node in nodes if node.state == 'ready')
+            ready = [node.cpus for node in nodes if node.state == 'ready']
+            cpus = sum(ready)
             self._cpus_known = (cpus, now)
         return max(1, cpus // (self._args.cpus or 1))
 
@@ -15825,9 +15934,10 @@ class Shell:
             self._terminal.message('dispy: %s' % exc)
             return EXIT_USAGE
         except KeyboardInterrupt:
+            done = self._tally.done
             self._terminal.message(
                 'dispy: interrupted: %d of %d jobs had ended, the others were cancelled' %
-                (self._tally.done, len(self._feeder.jobs) + self._tally.done))
+                (done, done + len(self._feeder.jobs)))
             return 130   # as a shell has it: 128 and the signal's number
         finally:
             self._close_files()
@@ -15858,7 +15968,9 @@ class Shell:
             self._terminal.message('dispy: ' + self._resume.changed)
 
     def _is_over(self) -> bool:
-        return self._window.count == 0 and (self._input_ended or self._window.is_closed)
+        if self._window.count:
+            return False
+        return self._input_ended or self._window.is_closed
 
     def _next_event(self) -> Any:
         """What comes next. While nothing does, all that has been printed can be seen."""
@@ -15884,8 +15996,8 @@ class Shell:
         elif isinstance(event, Printed):
             self._on_printed(event)
         elif isinstance(event, NotSubmitted):
-            self._on_ended(Ended(event.number, event.values, '', status=NO_STATUS,
-                                 reason=event.reason))
+            ended = Ended(event.number, event.values, '', status=NO_STATUS, reason=event.reason)
+            self._on_ended(ended)
         elif isinstance(event, TotalKnown):
             self._tally.total = event.jobs
         else:
@@ -15980,7 +16092,8 @@ class Shell:
         """Of a job that runs; if it has ended meanwhile, it has been shown."""
         if event.number in self._feeder.jobs:
             self._live.add(event.number, event.stream, event.data)
-            if not self._args.keep_order or self._feeder.order[0] == event.number:
+            first = self._feeder.order[0]
+            if first == event.number or not self._args.keep_order:
                 self._show_lines(event.number)
 
     def _show_lines(self, number: int) -> None:
@@ -15989,7 +16102,8 @@ class Shell:
         if submitted is None or not self._args.line_buffer:
             return
         for stream in ('stdout', 'stderr'):
-            self._print(stream, self._live.take(number, stream), ' '.join(submitted.values))
+            data = self._live.take(number, stream)
+            self._print(stream, data, ' '.join(submitted.values))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -16195,7 +16309,8 @@ def _dry_run(plan: Plan) -> int:
         if isinstance(values, ValueError):
             terminal.message('job %d: %s' % (number, values))
         else:
-            terminal.out(os.fsencode(plan.command.text(values, number) + '\n'))
+            text = plan.command.text(values, number)
+            terminal.out(os.fsencode(text + '\n'))
     terminal.close()
     return 0
 
@@ -16255,7 +16370,9 @@ def _end_quietly() -> int:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line. Returns the number of jobs that failed, at most 101; wrong usage ends the
     program with 255."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        argv = sys.argv[1:]
+    words = list(argv)
     if words and words[0] in ('deploy', 'stop'):
         return _deploy(words[0], words[1:])
     if words == ['states']:

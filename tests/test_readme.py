@@ -531,7 +531,9 @@ def test_the_lines_for_the_shell():
     lines = [shlex.split(line) for line in LINES if line.startswith('python ')]
     for words in lines:
         assert words[:3] == ['python', '-m', 'dispy']
-        dispy._parser().parse_args(words[3:])
+        parser = dispy._parser()
+        options, command = parser.split(words[3:])
+        dispy.Plan(parser.parse_args(options), command)
     assert lines
 
 
