@@ -14516,9 +14516,13 @@ class Command:
         return SHELL_SIGNS.search(word) is not None
 
     def _find_program(self, texts: List[str]) -> None:
-        if not REPLACEMENT.search(texts[0]):
-            self.program = ProgramFile.find(texts[0])
-            texts[0] = self.program.word
+        if REPLACEMENT.search(texts[0]):
+            return
+        if re.search(r'\s', texts[0]) and not os.path.isfile(texts[0]):
+            raise ValueError('there is no program %r. A line for sh stands alone in one quoted '
+                             'word, and options stand before the command' % texts[0])
+        self.program = ProgramFile.find(texts[0])
+        texts[0] = self.program.word
 
     def _find_program_of_line(self, texts: List[str]) -> None:
         """A line may begin with anything; what is no program here is left to the shell there."""
@@ -16147,7 +16151,8 @@ def _deploy_parser(task: str) -> argparse.ArgumentParser:
     add('--hosts',
         dest='file',
         metavar='FILE',
-        help='file with a host on each line; # begins a comment')
+        help='file with a host on each line; # begins a comment, and a number of CPUs before a '
+             'host, as for running commands (4/host), is left out')
     add('--python',
         default='python3',
         metavar='PATH',
@@ -16297,6 +16302,9 @@ def _cancel_lost(args: argparse.Namespace) -> int:
 
 def _look_at_nodes(args: argparse.Namespace) -> int:
     """--list-nodes."""
+    if args.scheduler_host is not None:
+        raise ValueError('--list-nodes asks the nodes themselves; '
+                         '`python -m dispyscheduler nodes` asks a scheduler')
     logger.setLevel(logging.ERROR)   # the table says it
     with Survey(_nodes_of(args), **_access_of(args)) as survey:
         return _list_nodes(survey.look())

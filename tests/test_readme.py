@@ -533,7 +533,8 @@ def test_the_lines_for_the_shell():
         assert words[:3] == ['python', '-m', 'dispy']
         parser = dispy._parser()
         options, command = parser.split(words[3:])
-        dispy.Plan(parser.parse_args(options), command)
+        args = parser.parse_args(options)
+        assert args.list_nodes or args.cancel_lost or dispy.Plan(args, command).command.is_given
     assert lines
 
 

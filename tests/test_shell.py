@@ -92,6 +92,8 @@ def test_programs_of_the_user_travel(tmp_path, monkeypatch):
         Command(['./nothing'])
     with pytest.raises(ValueError, match='not executable'):
         Command(['./data'])
+    with pytest.raises(ValueError, match='options stand before the command'):
+        Command(['wc -l {}', '--tag'])
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------------
