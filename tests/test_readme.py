@@ -534,7 +534,7 @@ def test_the_lines_for_the_shell():
         parser = dispy._parser()
         options, command = parser.split(words[3:])
         args = parser.parse_args(options)
-        assert args.list_nodes or args.cancel_lost or dispy.Plan(args, command).command.is_given
+        assert args.list_nodes or args.cancel_lost or dispy.split_sources(command)[0]
     assert lines
 
 
