@@ -16026,7 +16026,8 @@ class Shell:
             status = max(job.result, 0)
             by_signal = max(-job.result, 0)
         if job.status != JobState.FINISHED or job.result:
-            _, where, reason = state_of(job)
+            word, where, reason = state_of(job)
+            reason = reason or job.exception or word   # also of one that somebody has cancelled
             node = node or where
         seconds = 0.0
         if job.start_time and job.end_time:

@@ -3141,12 +3141,12 @@ class Operator:
         for node in self._pages('nodes', False):
             if words and node['key'] not in wanted:
                 continue
-            for number, serial, runs, seconds in self._answer('jobs', node['key']):
+            for number, serial, _, seconds in self._answer('jobs', node['key']):
                 program = programs.get(number, {'program': '', 'name': ''})
                 rows.append({
                     'number': number, 'program': program['program'], 'name': program['name'],
                     'job': serial >> 16, 'node': node['name'] or node['address'],
-                    'running': bool(runs), 'seconds': seconds
+                    'running': seconds is not None, 'seconds': seconds
                 })
         return rows
 
@@ -3196,8 +3196,7 @@ TABLES: Dict[str, List[Tuple[str, str, Callable[[Any], str]]]] = {
                ('WAITING', 'waiting', str), ('DONE', 'done', str), ('FAILED', 'failed', str),
                ('CANCELLED', 'cancelled', str)],
     'jobs': [('NUMBER', 'number', str), ('PROGRAM', 'program', str), ('NAME', 'name', str),
-             ('JOB', 'job', str), ('NODE', 'node', str), ('RUNS', 'running', str),
-             ('FOR', 'seconds', _ago)],
+             ('JOB', 'job', str), ('NODE', 'node', str), ('RUNS FOR', 'seconds', _ago)],
     'nodes': [('NAME', 'name', str), ('ADDRESS', 'address', str), ('PORT', 'port', str),
               ('CPUS', 'cpus', str), ('USED', 'used', str), ('JOBS', 'running', str),
               ('MEMORY FREE', 'memory', _in_gib), ('STATE', 'state', str),
