@@ -69,6 +69,7 @@ import dis
 import enum
 import errno
 import functools
+import glob
 import hashlib
 import heapq
 import html
@@ -88,6 +89,7 @@ import numbers
 import operator
 import pickle
 import pkgutil
+import platform
 import queue
 import re
 import reprlib
@@ -15217,8 +15219,9 @@ a file in the working directory and not in PATH, travels there; any other is tak
 PATH. A Python script that travels is run by the Python of the node. Other files travel by -f,
 --transferfile and --return, or are reached by --workdir. The exit status is the number of jobs
 that failed, 101 for more than 100, and 255 if the command line is wrong or no node can be used.
-`dispy deploy HOST...` starts nodes on other hosts by ssh, `dispy stop HOST...` ends them: each has
-a --help of its own. A program of such a name is run as ./deploy.'''
+`dispy deploy HOST...` starts nodes on other hosts by ssh, `dispy stop HOST...` ends them, and
+`dispy report` writes a file for a report of a fault: each has a --help of its own. A program of
+such a name is run as ./deploy.'''
 
 
 # Title of a group -> its options: how they are written, and what argparse is told of them
@@ -16112,6 +16115,196 @@ class Shell:
 
 
 # --------------------------------------------------------------------------------------------------
+# Command line: a file for a report of a fault
+# --------------------------------------------------------------------------------------------------
+
+LOG_LINES = 200           # of each log, from its end
+LOG_BYTES = 1 << 16       # that are looked at for these
+DAEMONS = ('dispynode', 'dispyscheduler', 'dispy_httpd', 'dispy-httpd')
+# Options of daemons whose values are told; of the others only their names are
+PLAIN_OPTIONS = frozenset((
+    '-c', '--cpus', '-i', '--host', '--ip-addr', '--ext-host', '-p', '--port', '--name',
+    '--dest-path-prefix', '--scheduler-host', '-n', '--node', '--node-port', '--log-file',
+    '--state-dir', '--max-file-size', '--zombie-interval', '--ping-interval', '--pulse-interval',
+    '--httpd', '--msg-timeout', '--serve'))
+# What is left out of texts -> what stands there instead
+LEFT_OUT = [
+    (re.compile(r'(https?://[^/\s]+)/\S*'), r'\1/<left out>'),
+    (re.compile(r'(token|secret|password)([=:]\s*)\S+', re.I), r'\1\2<left out>'),
+    (re.compile(r'\b[0-9A-Fa-f]{24,}\b'), '<left out>'),
+    (re.compile(r'with the arguments? .*'), 'with arguments'),
+]
+
+
+class BugReport:
+    """The text of a report: sections, without secrets, tokens and arguments of jobs."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        self._secrets = [secret for secret in secrets if secret]
+        self._lines: List[str] = []
+
+    def add(self, title: str, find: Callable[[], Iterable[str]]) -> None:
+        """A section with the lines that are found."""
+        self._lines += ['', '== %s' % title]
+        try:
+            self._lines += map(self.plain, find())
+        except Exception as exc:  # whatever is wrong here, the other sections are wanted all the more
+            self._lines.append(self.plain('it cannot be found: %s: %s' % (type(exc).__name__, exc)))
+
+    def plain(self, line: str) -> str:
+        """A line without what nobody else may see."""
+        for secret in self._secrets:
+            line = line.replace(secret, '<left out>')
+        for pattern, words in LEFT_OUT:
+            line = pattern.sub(words, line)
+        return line
+
+    def text(self) -> str:
+        """All of it."""
+        return '\n'.join(self._lines[1:]) + '\n'
+
+
+def versions() -> Iterator[str]:
+    """What runs here."""
+    yield 'dispy %s, %s' % (__version__, os.path.dirname(os.path.abspath(__file__)))
+    yield 'Python %s' % sys.version.replace('\n', ' ')
+    yield 'system %s' % ' '.join(platform.uname()[:5])
+    yield 'CPUs %d' % available_cpus()
+    for name in ('cloudpickle', 'psutil', 'joblib', 'numpy'):
+        yield '%s %s' % (name, package_version(name) or 'is not installed')
+
+
+def surroundings() -> Iterator[str]:
+    """Variables and files that dispy reads."""
+    for name in sorted(os.environ):
+        if name.startswith('DISPY_') and name != 'DISPY_SECRET':
+            yield '%s=%s' % (name, os.environ[name])
+    yield 'DISPY_SECRET is %s' % ('set' if 'DISPY_SECRET' in os.environ else 'not set')
+    path = dispynode.secret_path()
+    if os.path.exists(path):
+        yield 'the secret file %s has mode %o' % (path, stat.S_IMODE(os.stat(path).st_mode))
+    else:
+        yield 'there is no secret file %s' % path
+
+
+def told_words(words: Sequence[str]) -> Iterator[str]:
+    """A daemon's command line, without the values of options that may be secret."""
+    tells = True
+    for word in words:
+        name, sign, _ = word.partition('=')
+        if not word.startswith('-'):
+            yield word if tells else '<left out>'
+            continue
+        tells = name in PLAIN_OPTIONS
+        yield name + sign + '<left out>' if sign and not tells else word
+
+
+def daemons() -> List[Any]:
+    """The processes of dispy's daemons that belong to this user."""
+    import psutil
+    found = []
+    for process in psutil.process_iter(['cmdline', 'username', 'pid']):
+        words = process.info['cmdline'] or []
+        names = [os.path.basename(word).partition('.')[0] for word in words[:4]]
+        if any(name in DAEMONS for name in names) and process.info['username'] == _own_name():
+            found.append(process)
+    return found
+
+
+def _own_name() -> str:
+    import psutil
+    return str(psutil.Process().username())
+
+
+def processes() -> Iterator[str]:
+    """The daemons on this machine: what they are, and what each thread of them waits in."""
+    import psutil
+    for process in daemons():
+        with contextlib.suppress(psutil.Error):
+            began = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(process.create_time()))
+            memory = process.memory_info().rss >> 20
+            yield 'PID %d since %s, %d MiB, %d threads, %s: %s' % (
+                process.pid, began, memory, process.num_threads(), process.status(),
+                ' '.join(told_words(process.info['cmdline'])))
+            yield from waits_of(process.pid)
+
+
+def waits_of(process: int) -> Iterator[str]:
+    """For each thread of a process, its name and the function of the kernel that it is in."""
+    root = '/proc/%d/task' % process
+    if not os.path.isdir(root):   # another system
+        return
+    for thread in sorted(os.listdir(root), key=int):
+        with contextlib.suppress(OSError):   # it has ended meanwhile, or belongs to root
+            words = []
+            for name in ('comm', 'wchan'):
+                with open(os.path.join(root, thread, name)) as file:
+                    words.append(file.read().strip() or '-')
+            yield '  thread %s %s in %s' % (thread, *words)
+
+
+def logs() -> Iterator[str]:
+    """The last lines of the logs of daemons on this machine."""
+    found = set(glob.glob(os.path.expanduser('~/.dispy/*/log')))
+    for process in daemons():
+        words = process.info['cmdline']
+        for word, value in zip(words, words[1:]):
+            if word == '--log-file':
+                found.add(value)
+    for path in sorted(found):
+        yield '-- %s' % path
+        with contextlib.suppress(OSError):
+            with open(path, 'rb') as file:
+                file.seek(max(0, os.path.getsize(path) - LOG_BYTES))
+                lines = file.read().decode(errors='replace').splitlines()
+            yield from lines[-LOG_LINES:]
+
+
+def nodes_seen(args: argparse.Namespace) -> Iterator[str]:
+    """The table of nodes, as of --list-nodes."""
+    table = io.StringIO()
+    with contextlib.redirect_stdout(table), contextlib.redirect_stderr(table):
+        _look_at_nodes(args)
+    yield from table.getvalue().splitlines()
+
+
+def _known_secrets(args: argparse.Namespace) -> Iterator[str]:
+    yield os.environ.get('DISPY_SECRET', '')
+    with contextlib.suppress(DispyError, OSError):
+        yield find_secret(args.secret, args.secret_file).decode(errors='replace').strip()
+
+
+def _report(argv: Sequence[str]) -> int:
+    """`dispy report`. Returns the exit status."""
+    parser = OptionParser(prog='dispy report', description=(
+        'Write a file for a report of a fault: versions, settings, daemons of this machine with '
+        'the last lines of their logs, and the nodes. Secrets, tokens and arguments of jobs are '
+        'left out.'))
+    parser.add_argument('-o', '--output', metavar='FILE', default=time.strftime(
+        'dispy-report-%Y%m%d-%H%M%S.txt'), help='-: standard output (default: %(default)s)')
+    for names, kinds in OPTIONS['nodes']:
+        parser.add_argument(*names, **kinds)
+    args = parser.parse_args(argv)
+    report = BugReport(_known_secrets(args))
+    report.add('versions', versions)
+    report.add('settings', surroundings)
+    report.add('daemons on this machine', processes)
+    report.add('nodes', functools.partial(nodes_seen, args))
+    report.add('logs', logs)
+    if args.output == '-':
+        sys.stdout.write(report.text())
+        return 0
+    try:
+        handle = os.open(args.output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as exc:
+        parser.error(str(exc))
+    with open(handle, 'w', encoding='utf-8') as file:
+        file.write(report.text())
+    print('%s is written. Read it before you send it.' % args.output)
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line: nodes by ssh, nodes in a table, commands over many arguments
 # --------------------------------------------------------------------------------------------------
 
@@ -16384,6 +16577,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     words = list(argv)
     if words and words[0] in ('deploy', 'stop'):
         return _deploy(words[0], words[1:])
+    if words and words[0] == 'report':
+        return _report(words[1:])
     if words == ['states']:
         print(known_table())
         return 0
