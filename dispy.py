@@ -14451,24 +14451,24 @@ REPLACEMENT = re.compile(r'\{(?:(#)|(-?[1-9][0-9]*)?(\.|//|/\.|/)?)\}')
 class Replacement(NamedTuple):
     """A replacement string of a template."""
     is_number: bool                 # {#}: the number of the job
-    format_address: int                      # of the value, from 1 or from the end; 0: all values
+    which: int                      # of the value, from 1 or from the end; 0: all values
     form: Callable[[str], str]
 
     @classmethod
     def parse(cls, match: Any) -> 'Replacement':
         """Of a match of REPLACEMENT."""
-        number, place, form = match.groups()
+        number, which, form = match.groups()
         is_number = number is not None
-        index = int(place or 0)
+        index = int(which or 0)
         return cls(is_number, index, FORMS[form or ''])
 
     def texts(self, values: Sequence[str], number: int) -> List[str]:
         """What it stands for. A value that is not there is empty."""
         if self.is_number:
             return [str(number)]
-        if self.place == 0:
+        if self.which == 0:
             return [self.form(value) for value in values]
-        index = self.place
+        index = self.which
         if index > 0:
             index -= 1
         if -len(values) <= index < len(values):
