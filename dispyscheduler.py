@@ -3508,6 +3508,266 @@ _AT_ONCE = frozenset((Bye, FilePiece, FileStored, Need, CpusChanged, Output, Pul
 
 
 # --------------------------------------------------------------------------------------------------
+# Command line of an operator: questions to a scheduler that runs, and orders
+# --------------------------------------------------------------------------------------------------
+
+DRAINED_EVERY = 0.5     # s between two looks whether a node that is drained is idle
+
+TASKS = {
+    'status': 'Show the programs that use the scheduler: whose they are, since when, how many jobs '
+              'run and wait, and CPUs that they hold.',
+    'jobs': 'Show the jobs that are on nodes.',
+    'nodes': 'Show the nodes. The exit status is 0 if any can be used, else 1.',
+    'cancel': 'Cancel the jobs of programs.',
+    'drain': 'Let no more jobs begin on nodes. Those that are there go on.',
+    'resume': 'Use nodes again that were drained or released.',
+}
+
+
+def _task_parser(task: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='dispyscheduler ' + task, description=TASKS[task])
+    add = parser.add_argument
+    if task == 'cancel':
+        add('programs', nargs='+', type=int, metavar='NUMBER', help='of a program, as of status')
+        add('--waiting', action='store_true', help='only the jobs that have not begun')
+    elif task in ('drain', 'resume'):
+        add('nodes', nargs='+', metavar='NODE', help='name, address or ADDRESS:PORT of a node')
+    elif task == 'jobs':
+        add('nodes', nargs='*', metavar='NODE', help='only on these')
+    if task == 'drain':
+        add('--wait', action='store_true', help='until no job is on them any more')
+    add('--scheduler-host', default='127.0.0.1', metavar='HOST[:PORT]',
+        help='where the scheduler is (default: this machine)')
+    add('--secret-file', metavar='FILE',
+        help="file with the secret of programs, or with the operator's if the scheduler has one "
+             '(default: that of this user)')
+    add('--certfile', metavar='FILE', help='certificate for TLS')
+    add('--keyfile', metavar='FILE', help="the certificate's key, if not in the same file")
+    add('--json', action='store_true', help='print JSON, for other programs')
+    return parser
+
+
+class Operator:
+    """Asks a scheduler that runs, and gives it orders, by the questions of the web monitor. `ask`
+    takes one and returns (seconds, answer). Raises what that raises."""
+
+    def __init__(self, ask: Callable[..., Tuple[float, Any]]) -> None:
+        self._ask = ask
+
+    def _answer(self, *question: Any) -> Any:
+        return self._ask(*question)[1]
+
+    def _pages(self, name: str, *args: Any) -> List[dict]:
+        rows: List[dict] = []
+        while True:
+            page = self._answer(name, len(rows), PAGE, *args)
+            rows += page
+            if len(page) < PAGE:
+                return rows
+
+    def programs(self) -> List[Dict[str, Any]]:
+        """A row for each computation of a program."""
+        found = {row['number']: self._program(row) for row in self._pages('clusters')}
+        for node in self._pages('nodes', False):
+            for number, _, _, _, jobs, cpus, *_ in node['uses']:
+                if number in found:
+                    found[number]['running'] += jobs
+                    found[number]['waiting'] -= jobs
+                    found[number]['cpus'] += cpus
+        return list(found.values())
+
+    @staticmethod
+    def _program(row: Dict[str, Any]) -> Dict[str, Any]:
+        ended = row['done'] + row['failed'] + row['cancelled']
+        return {
+            'number': row['number'], 'program': row['program'], 'name': row['name'],
+            'connected': row['connected'], 'seconds': row['elapsed'], 'running': 0,
+            'waiting': row['submitted'] - ended, 'done': row['done'], 'failed': row['failed'],
+            'cancelled': row['cancelled'], 'cpus': 0, 'job_seconds': row['job_seconds']
+        }
+
+    def nodes(self) -> List[Dict[str, Any]]:
+        """A row for each node."""
+        return list(map(self._node, self._pages('nodes', True)))
+
+    @staticmethod
+    def _node(row: Dict[str, Any]) -> Dict[str, Any]:
+        running = sum(use[4] for use in row['uses'])
+        used = sum(use[5] for use in row['uses'])
+        memory, disk, cpu = row['free']
+        return {
+            'name': row['name'], 'address': row['address'], 'port': row['port'],
+            'state': row['state'], 'reason': row['reason'], 'cpus': row['offered'],
+            'used': used, 'running': running, 'jobs': row['jobs'], 'memory': memory, 'disk': disk,
+            'cpu': cpu, 'heard': row['heard'], 'key': row['key']
+        }
+
+    def keys_of(self, words: Sequence[str]) -> List[Any]:
+        """The keys of nodes that are named. Raises ValueError for one that there is not."""
+        rows = self._pages('nodes', False)
+        keys = []
+        for word in words:
+            found = [row['key'] for row in rows if word in self._names(row)]
+            if not found:
+                raise ValueError('the scheduler has no node %s' % word)
+            keys += found
+        return keys
+
+    @staticmethod
+    def _names(row: Dict[str, Any]) -> Tuple[str, ...]:
+        return row['name'], row['address'], '%s:%d' % (row['address'], row['port'])
+
+    def jobs(self, words: Sequence[str]) -> List[Dict[str, Any]]:
+        """A row for each job that is on one of these nodes, or on any."""
+        programs = {row['number']: row for row in self._pages('clusters')}
+        wanted = self.keys_of(words)
+        rows: List[Dict[str, Any]] = []
+        for node in self._pages('nodes', False):
+            if words and node['key'] not in wanted:
+                continue
+            for number, serial, _, seconds in self._answer('jobs', node['key']):
+                program = programs.get(number, {'program': '', 'name': ''})
+                rows.append({
+                    'number': number, 'program': program['program'], 'name': program['name'],
+                    'job': serial >> 16, 'node': node['name'] or node['address'],
+                    'running': seconds is not None, 'seconds': seconds
+                })
+        return rows
+
+    def cancel(self, number: int, only_waiting: bool) -> int:
+        """Cancel jobs of a program. Returns how many."""
+        count = self._answer('cancel_waiting', number)
+        if not only_waiting:
+            for node in self._pages('nodes', False):
+                count += self._answer('cancel', number, node['key'], None)
+        return int(count)
+
+    def drain(self, key: Any) -> None:
+        """No more jobs begin on a node."""
+        self._answer('cpus', key, 0)
+
+    def resume(self, key: Any) -> None:
+        """A node is used again."""
+        self._answer('use', key)
+
+    def wait_until_idle(self, keys: Sequence[Any]) -> None:
+        """Wait until no job is on these nodes, or they are gone."""
+        while any(row['running'] for row in self.nodes() if row['key'] in keys):
+            time.sleep(DRAINED_EVERY)
+
+
+def _ago(seconds: Optional[float]) -> str:
+    """A time in words that fit into a table."""
+    if seconds is None:
+        return '-'
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return '%d:%02d:%02d' % (hours, minutes, rest)
+    return '%d:%02d' % (minutes, rest)
+
+
+def _in_gib(size: Optional[int]) -> str:
+    if size is None:
+        return '-'
+    return '%.1f GiB' % (size / (1 << 30))
+
+
+# Task -> columns: the title, the field of a row, and how it is written
+TABLES: Dict[str, List[Tuple[str, str, Callable[[Any], str]]]] = {
+    'status': [('NUMBER', 'number', str), ('PROGRAM', 'program', str), ('NAME', 'name', str),
+               ('SINCE', 'seconds', _ago), ('RUNNING', 'running', str), ('CPUS', 'cpus', str),
+               ('WAITING', 'waiting', str), ('DONE', 'done', str), ('FAILED', 'failed', str),
+               ('CANCELLED', 'cancelled', str)],
+    'jobs': [('NUMBER', 'number', str), ('PROGRAM', 'program', str), ('NAME', 'name', str),
+             ('JOB', 'job', str), ('NODE', 'node', str), ('RUNS FOR', 'seconds', _ago)],
+    'nodes': [('NAME', 'name', str), ('ADDRESS', 'address', str), ('PORT', 'port', str),
+              ('CPUS', 'cpus', str), ('USED', 'used', str), ('JOBS', 'running', str),
+              ('MEMORY FREE', 'memory', _in_gib), ('STATE', 'state', str),
+              ('REASON', 'reason', str)],
+}
+
+
+def _print_table(task: str, rows: Sequence[Dict[str, Any]]) -> None:
+    columns = TABLES[task]
+    lines = [[title for title, _, _ in columns]]
+    for row in rows:
+        words = [write(row[field]) for _, field, write in columns]
+        lines.append([' '.join(word.split()) or '-' for word in words])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print('  '.join(map(str.ljust, line, widths)).rstrip())
+
+
+def _print_rows(task: str, rows: List[Dict[str, Any]], as_json: bool) -> None:
+    if not as_json:
+        _print_table(task, rows)
+        return
+    for row in rows:
+        row.pop('key', None)   # it means nothing to others
+    print(json.dumps(rows, indent=1))
+
+
+def _carry_out(operator: Operator, task: str, args: argparse.Namespace) -> int:
+    """Do what is asked. Returns the exit status."""
+    if task == 'status':
+        _print_rows(task, operator.programs(), args.json)
+    elif task == 'jobs':
+        _print_rows(task, operator.jobs(args.nodes), args.json)
+    elif task == 'nodes':
+        rows = operator.nodes()
+        usable = any(row['state'] == 'connected' for row in rows)
+        _print_rows(task, rows, args.json)
+        return int(not usable)
+    elif task == 'cancel':
+        counts = {number: operator.cancel(number, args.waiting) for number in args.programs}
+        _print_counts(counts, args.json)
+    else:
+        keys = operator.keys_of(args.nodes)
+        order = {'drain': operator.drain, 'resume': operator.resume}[task]
+        for key in keys:
+            order(key)
+        if task == 'drain' and args.wait:
+            operator.wait_until_idle(keys)
+    return 0
+
+
+def _print_counts(counts: Dict[int, int], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(counts))
+        return
+    for number, count in counts.items():
+        if count == 1:
+            jobs = '1 job is'
+        else:
+            jobs = '%d jobs are' % count
+        print('program %d: %s cancelled' % (number, jobs))
+
+
+def operate(task: str, argv: Sequence[str]) -> int:
+    """A question to a scheduler that runs, or an order. Returns the exit status: 0, or 1 if it
+    cannot be asked or does not take the order."""
+    args = _task_parser(task).parse_args(argv)
+    try:
+        import dispy_httpd   # it has the link by which a scheduler is asked
+        host, port = host_and_port(args.scheduler_host, SCHEDULER_PORT)
+        files = tls_files(args.certfile, args.keyfile, None)
+        secret = find_secret(None, args.secret_file)
+        logging.getLogger('dispy').setLevel(logging.ERROR)   # what is wrong is said below
+        link = dispy_httpd.SchedulerLink(host, port, ConnectionSettings(secret, *files, PULSE, REDIAL_MOST))
+        try:
+            why = link.why_not()
+            if why:
+                raise DispyError('the scheduler at %s:%d cannot be asked: %s' % (host, port, why))
+            return _carry_out(Operator(link.ask), task, args)
+        finally:
+            link.close()
+    except (ValueError, OSError, RuntimeError, ImportError, DispyError) as exc:
+        print('dispyscheduler %s: %s' % (task, exc), file=sys.stderr)
+        return 1
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
@@ -3687,10 +3947,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the daemon. Return its exit status, see EXIT_STATUSES."""
-    parser = _parser()
+    """Run the daemon, or a command of an operator. Return the exit status, see EXIT_STATUSES."""
     if argv is None:
         argv = sys.argv[1:]
+    if argv and argv[0] in TASKS:
+        return operate(argv[0], argv[1:])
+    parser = _parser()
     try:
         args = parse_arguments(parser, argv)
         if args.fair and args.fifo:
