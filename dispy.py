@@ -58,6 +58,7 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import copyreg
+import dataclasses
 import dis
 import enum
 import errno
@@ -241,8 +242,30 @@ class LogToStderr(logging.Handler):
 
 if not any(type(_handler).__name__ == LogToStderr.__name__ for _handler in logger.handlers):
     logger.addHandler(LogToStderr())
+_own_level = -1       # what this module has set; another level of the logger is the program's
 if logger.level == logging.NOTSET:
-    logger.setLevel(logging.INFO)   # as in dispy 4; each cluster sets it to its loglevel
+    _own_level = logging.INFO     # as in dispy 4
+    logger.setLevel(_own_level)
+
+
+def level_of(loglevel: Any) -> int:
+    """The parameter `loglevel` as a number. Raises TypeError or ValueError, as logging does."""
+    number = plain_number(loglevel, True)
+    if number is not None:
+        return int(number)
+    handler = logging.NullHandler()
+    handler.setLevel(loglevel)
+    return handler.level
+
+
+def set_log_level(level: int) -> None:
+    """Set the level of the logger, as a cluster with this `loglevel` is made. INFO, the default,
+    leaves the level that the program itself has set, by `dispy.logger.setLevel()` or a
+    configuration of `logging`."""
+    global _own_level
+    if level != logging.INFO or logger.level == _own_level:
+        _own_level = level
+        logger.setLevel(level)
 
 
 class NothingToRecover(DispyError, FileNotFoundError):
@@ -291,7 +314,7 @@ def error_of(job: 'DispyJob') -> BaseException:
 
 def exit_error(job: 'DispyJob') -> subprocess.CalledProcessError:
     """The exception for a program that has ended with an exit status other than 0."""
-    names = [cluster.name for cluster in list(_clusters) if cluster.comp == job.comp]
+    names = [cluster.name for cluster in list(_clusters) if core_of(cluster).comp == job.comp]
     if job._failure is not None:
         found = job._failure.values()
     else:
@@ -597,10 +620,11 @@ class DispyJob(Work):
             else:
                 since = ''
             return 'it has been running%s%s' % (where, since)
-        cluster = next((cluster for cluster in list(_clusters) if cluster.comp == self.comp), None)
+        cluster = next((cluster for cluster in list(_clusters)
+                        if core_of(cluster).comp == self.comp), None)
         if cluster is None:
             return 'it waits'
-        return cluster._why_jobs_wait()
+        return core_of(cluster).why_jobs_wait()  # type: ignore[no-any-return]
 
     def _has_exit_status(self) -> bool:
         """Whether it was a program that failed, as far as its exit status says."""
@@ -7540,7 +7564,7 @@ class Asked(NamedTuple):
 
 class Told(NamedTuple):
     """Posted for cluster_status: a node or a job has changed."""
-    cluster: 'JobCluster'
+    callbacks: 'UserCallbacks'
     status: int
     peer: 'Union[Peer, NodeRow, None]'
     job: Optional[DispyJob]
@@ -7548,7 +7572,7 @@ class Told(NamedTuple):
 
 class CallBack(NamedTuple):
     """Posted when a job with a callback has ended."""
-    cluster: 'JobCluster'
+    callbacks: 'UserCallbacks'
     job: DispyJob
 
 
@@ -7578,7 +7602,7 @@ def describe_node(peer: 'Union[Peer, NodeRow]', state: str, reason: str, cpus: i
 
 
 class Monitor:
-    """Who watches a cluster, see `JobCluster.add_monitor`. Called by the driver's thread and its
+    """Who watches a cluster, see `LiveOutput.add_monitor`. Called by the driver's thread and its
     openers: must be quick."""
     page = ''   # the link to where it shows the cluster
 
@@ -8706,6 +8730,13 @@ class _Asker:
         self.last = 0.0
 
 
+class _Owner:
+    """Has a thing to which nobody else refers, to count the references that there are then."""
+
+    def __init__(self) -> None:
+        self.cluster = object()
+
+
 class Unused:
     """Finds clusters to which no variable of the program refers any more, as in a notebook whose
     cell is run again. The driver's thread.
@@ -8727,22 +8758,25 @@ class Unused:
             return self._at
         self._at = now + self.EVERY
         self._found.intersection_update(clusters)
-        alone = self._references({'': object()}, '')
-        for comp in list(clusters):
-            if comp in self._found or not clusters[comp].is_idle():
-                continue
-            shown = 0
-            if clusters[comp].is_replaced(clusters.values()):
-                shown = references_of_history(clusters[comp])
-            unused = self._references(clusters, comp) <= alone + shown
-            if unused and shown:   # it may have been shown anew meanwhile
-                unused = shown == references_of_history(clusters[comp])
-            if unused:
+        for comp, core in list(clusters.items()):
+            if comp not in self._found and core.is_idle() and self._is_unused(core, clusters):
                 self._found.add(comp)
-                self._close(clusters[comp])
+                self._close(core.cluster)
         if clusters:
             return self._at
         return math.inf
+
+    def _is_unused(self, core: 'ProgramCluster', clusters: Dict[str, Any]) -> bool:
+        """Whether nobody but the driver refers to a JobCluster, through what it knows of it."""
+        if core.cluster is None:   # it is being closed
+            return False
+        shown = 0
+        if core.is_replaced(clusters.values()):
+            shown = references_of_history(core.cluster)
+        unused = self._references(core) <= self._references(_Owner()) + shown
+        if unused and shown:   # it may have been shown anew meanwhile
+            unused = shown == references_of_history(core.cluster)
+        return unused
 
     @staticmethod
     def _close(cluster: 'JobCluster') -> None:
@@ -8751,8 +8785,8 @@ class Unused:
         threading.Thread(target=cluster.close, name='dispy-close', daemon=True).start()
 
     @staticmethod
-    def _references(values: Dict[str, Any], key: str) -> int:
-        value = values[key]
+    def _references(owner: Any) -> int:
+        value = owner.cluster
         return sys.getrefcount(value)
 
 
@@ -10625,8 +10659,8 @@ class Driver(Loop):
             DialFailed: self.connector.dial_failed,
             Arrival: self.connector.arrived,
             Asked: self._asked,
-            Told: lambda event: event.cluster.tell(event.status, event.peer, event.job),
-            CallBack: lambda event: self.callbacks.run(event.cluster.call_back, event.job),
+            Told: lambda event: event.callbacks.tell(event.status, event.peer, event.job),
+            CallBack: lambda event: self.callbacks.run(event.callbacks.call_back, event.job),
         }
 
     # -- life; user threads ------------------------------------------------------------------------
@@ -11010,8 +11044,6 @@ _ERRORS: Dict[str, Type[Exception]] = {
 }
 _MAY_DIAL = frozenset((NodeState.FOUND, NodeState.UNREACHED, NodeState.LOST))
 _MAY_OFFER = frozenset((UseState.WAITING, UseState.ASKING, UseState.REFUSED))
-# Results that may hold what runs code when it is opened
-_MAY_OPEN = frozenset((Outcome.RETURNED_CODE, Outcome.RAISED))
 # Options of a job that its node has to know
 OF_JOBS = ('cpus', 'timeout', 'memory', 'priority', 'values')
 _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
@@ -11019,7 +11051,7 @@ _OF_JOBS_THERE = (*OF_JOBS, 'retries', 'node')   # and a scheduler
 _lock = threading.Lock()
 _drivers: Dict[Access, Driver] = {}
 _alone: Set[Driver] = set()   # others
-_clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()
+_clusters: 'weakref.WeakSet[JobCluster]' = weakref.WeakSet()   # those that are open
 _told_of_many: Set[Tuple[str, str]] = set()   # functions of which several clusters were open
 _instance = os.urandom(16)    # this process to nodes
 _trails_looked_at = False     # for old ones
@@ -11043,7 +11075,7 @@ def _forked() -> None:
     shared_values.after_fork()
     joblib_clusters.after_fork()
     for cluster in list(_clusters):
-        cluster._after_fork()
+        core_of(cluster).after_fork()
     _clusters.clear()
 
 
@@ -11121,28 +11153,350 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
         process.wait()
 
 
-class ProgramCluster(NodeUser):
-    """A cluster of this program, as far as its driver has to do with it and no lock is needed: how
-    nodes are set up for it, how jobs go there, and what they print. JobCluster adds the rest."""
-    cargo: Cargo
-    directory: str               # files that jobs send come below it
-    driver: 'Driver'
-    bundles: ModuleBundles       # the program's modules
-    trail: Optional[Trail]       # where another process finds what is needed to collect its results
-    _cluster_status: Any
-    _on_output: Any
-    _monitors: Tuple[Monitor, ...] = ()   # replaced as a whole
-    _shown: Dict[DispyJob, List[int]]     # bytes of stdout and stderr shown live
-    _told_of_files = False                # that jobs leave behind
+# --------------------------------------------------------------------------------------------------
+# Clusters. A JobCluster is what the program has in hand; behind it stands a ProgramCluster, which
+# its driver knows, with parts that each have one responsibility. No part refers to the JobCluster
+# but ProgramCluster.cluster, so that it can be told when the program has dropped its own.
+# --------------------------------------------------------------------------------------------------
 
-    def node_changed(self, status: int, peer: Peer) -> None:
-        """The user is told; a scheduler tells of its nodes itself."""
-        if not peer.scheduler:
-            self.tell(status, peer, None)
+INTERVALS = {'pulse_interval': (0.1, 1000), 'ping_interval': (0.1, 3600),
+             'poll_interval': (0.1, 3600)}   # the range of each, in seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterOptions:
+    """The parameters of a cluster after they were checked. Attributes that are not named here are
+    the parameters of these names, see JobCluster.
+
+    specs - the nodes that `nodes` means
+    probes - a node is started on this machine if none answers
+    hosts - the addresses and ports of `host`; hosts_may_fail: that one is taken is no error
+    jobs_per_worker - `max_jobs_per_worker`
+    loglevel - the level as a number
+    recover_file - its path, or None
+    keeps_trail - without a recover_file, another process can find what is left on nodes
+    """
+    port: int
+    specs: List[NodeSpec]
+    probes: bool
+    hosts: List[Tuple[str, int]]
+    hosts_may_fail: bool
+    multicast: bool
+    pulse_interval: Optional[float]
+    ping_interval: Optional[float]
+    poll_interval: Optional[float]
+    job_status: Any
+    cluster_status: Any
+    on_output: Any
+    depends: Any
+    dest_path: Optional[str]
+    setup: Any
+    cleanup: Any
+    jobs_per_worker: Optional[int]
+    reentrant: bool
+    forward_logs: bool
+    loglevel: int
+    recover_file: Optional[str]
+    keeps_trail: bool
+    secret: Union[str, bytes, None]
+    certfile: Optional[str]
+    keyfile: Optional[str]
+    cafile: Optional[str]
+
+    @classmethod
+    def from_arguments(cls, given: Dict[str, Any], remote: bool) -> 'ClusterOptions':
+        """Check the parameters of JobCluster, `given` by their names. `remote` says that the nodes
+        are a scheduler's. Raises TypeError or ValueError, which names the parameter, its value and
+        what is allowed."""
+        port = node_port_of(given['dispy_port'], given['node_port'])
+        intervals = {name: _in_range(name, given[name], None, low, high)
+                     for name, (low, high) in INTERVALS.items()}
+        jobs_per_worker = _in_range('max_jobs_per_worker', given['max_jobs_per_worker'], None, 1,
+                                    1 << 31, True)
+        host = given['host']
+        if host is None:
+            host = given['ip_addr']
+        probes, specs = nodes_meant(given['nodes'], port, remote or host is not None)
+        if not specs and not remote:
+            check_fork()
+            own_python()
+        hosts = list(map(_own_host, _own_hosts(host)))
+        for name in ('job_status', 'callback', 'cluster_status', 'on_output'):
+            check_function(name, given[name])
+        job_status = given['job_status']
+        if job_status is None:
+            job_status = given['callback']
+        dest_path = plain_dest_path(given['dest_path'])
+        check_depends(given['depends'])
+        level = level_of(given['loglevel'])
+        recover_file = recover_path(given['recover_file'], given['fault_recover'])
+        return cls(
+            port=port, specs=specs, probes=probes,
+            hosts=[where for where in hosts if where is not None],
+            hosts_may_fail=hosts_may_fail(_own_hosts(host)[0], hosts[0]),
+            multicast=bool(given['ipv4_udp_multicast']), **intervals, job_status=job_status,
+            cluster_status=given['cluster_status'], on_output=given['on_output'],
+            depends=given['depends'], dest_path=dest_path, setup=given['setup'],
+            cleanup=function_or_flag('cleanup', given['cleanup']),
+            jobs_per_worker=jobs_per_worker, reentrant=_flag('reentrant', given['reentrant']),
+            forward_logs=_flag('forward_logs', given['forward_logs']), loglevel=level,
+            recover_file=recover_file,
+            keeps_trail=not recover_file and given['recover_file'] is not False,
+            secret=given['secret'], certfile=given['certfile'], keyfile=given['keyfile'],
+            cafile=given['cafile'])
+
+    @property
+    def counts_failures(self) -> bool:
+        """Whether the program has no function that is told that a job has failed."""
+        return self.job_status is None and self.cluster_status is None
+
+    @property
+    def pulse(self) -> float:
+        """Seconds between signs of life."""
+        return self.pulse_interval or PULSE
+
+    @property
+    def longest_redial(self) -> float:
+        """The longest time in seconds between attempts to reach a node."""
+        return self.ping_interval or REDIAL_MOST
+
+    def access(self) -> Access:
+        """How nodes are reached. Raises SecretError or OSError."""
+        files = tls_files(self.certfile, self.keyfile, self.cafile)
+        return Access(find_secret(self.secret), *files, self.pulse, self.longest_redial)
+
+
+def nodes_meant(nodes: Any, port: int, elsewhere: bool) -> Tuple[bool, List[NodeSpec]]:
+    """The parameter `nodes`: whether a node is started on this machine if none answers, and the
+    nodes that are meant; none of them is the node of this program. `elsewhere` as of parse_nodes.
+    Raises TypeError or ValueError."""
+    searches = discovery_reach() != 'off'
+    if nodes is None or any_node(nodes):
+        if searches:
+            return True, [NodeSpec('*', port)]
+        return False, []
+    if nodes == LOCAL:
+        return False, []
+    return False, parse_nodes(nodes, port, elsewhere)
+
+
+def hosts_may_fail(host: Any, first: Optional[Tuple[str, int]]) -> bool:
+    """Whether it is no error that the port of the first `host` is taken. Old scripts always give
+    ip_addr, and two of them on one machine must not be in each other's way."""
+    if first is None:
+        return True
+    return isinstance(host, str) and first[0] == host.strip('[]')
+
+
+def check_function(name: str, function: Any) -> None:
+    """Raise TypeError for a parameter that is neither a function nor None."""
+    if function is not None and not callable(function):
+        raise TypeError('%s must be a function, not %s' % (name, type(function).__name__))
+
+
+def check_depends(depends: Any) -> None:
+    """Raise TypeError if the parameter `depends` is no list."""
+    if isinstance(depends, (str, bytes)) or not isinstance(depends, (list, tuple, set)):
+        raise TypeError('depends must be a list, not %s' % type(depends).__name__)
+
+
+def function_or_flag(name: str, value: Any) -> Any:
+    """A parameter that is a function, True or False. Raises TypeError."""
+    if callable(value):
+        return value
+    return _flag(name, value)
+
+
+def recover_path(recover_file: Any, fault_recover: Any) -> Optional[str]:
+    """The path of the recover_file by its two names, None for none. Raises TypeError or
+    ValueError."""
+    if recover_file is not False:
+        path = path_option('recover_file', recover_file)
+        if path:
+            return path
+    if fault_recover is True:
+        return '_dispy_%s' % time.strftime('%Y%m%d%H%M%S')
+    return path_option('fault_recover', fault_recover or None)
+
+
+class JobBook:
+    """The jobs of a cluster in numbers, which of them have not ended, and who waits for them. Any
+    thread."""
+
+    def __init__(self) -> None:
+        self.began = time.time()         # seconds since the epoch
+        self.lock = threading.Lock()     # guards all that follows
+        self.changed = threading.Condition(self.lock)
+        self.closed = False              # no job can be submitted any more
+        self.owed: Set[DispyJob] = set()   # jobs for whose end the driver answers
+        self.pending = 0                 # have not ended, or their callback has not returned
+        self.submitted = 0
+        self.finished = 0                # have ended as they should
+        # Status -> jobs that have ended otherwise; Finished: programs, by their exit status
+        self.unfinished: Dict[int, int] = {}
+        self.at_nodes: Dict[str, List[Any]] = {}   # ADDRESS:NAME -> [node, jobs ended, seconds]
+        self.all_ended: Optional[float] = None     # when no job was pending, since the epoch
+        self._waiters = 0                # callbacks that are in `wait`
+
+    def enter(self, job: DispyJob) -> None:
+        """A job is submitted. Called with the lock held."""
+        self.pending += 1
+        self.submitted += 1
+        self.owed.add(job)
+
+    def take_over(self, count: int) -> None:
+        """So many jobs of a program that has crashed are carried on with."""
+        with self.lock:
+            self.pending += count
+            self.submitted += count
+
+    def answer_for(self, job: DispyJob) -> None:
+        """The driver answers for the end of a job that was taken over."""
+        with self.lock:
+            self.owed.add(job)
+
+    def answered(self, jobs: Sequence[DispyJob]) -> None:
+        """The driver does not answer for these jobs any more: they have ended, or an opener ends
+        them."""
+        with self.lock:
+            self.owed.difference_update(jobs)
+
+    def jobs_owed(self) -> List[DispyJob]:
+        """Jobs for whose end the driver answers."""
+        with self.lock:   # a job is added and posted with it held
+            return list(self.owed)
+
+    def add_results(self, jobs: Sequence[DispyJob], finished: int, peer: Any,
+                    seconds: float) -> None:
+        """Jobs have come back from a node, where they ran for so many seconds in all; `finished` of
+        them have ended as they should."""
+        with self.lock:
+            self.owed.difference_update(jobs)
+            self.finished += finished
+            row = self.at_nodes.setdefault('%s:%s' % (peer.ip_addr, peer.name), [peer, 0, 0.0])
+            row[1] += len(jobs)
+            row[2] += seconds
+
+    def add_failure(self, status: int) -> None:
+        """A job has ended with this status, and not as it should."""
+        with self.lock:
+            self.unfinished[status] = self.unfinished.get(status, 0) + 1
+
+    def settle(self, count: int) -> None:
+        """So many jobs have ended, and their callbacks have returned."""
+        with self.lock:
+            self.pending -= count
+            # Callbacks that wait for the others do not count themselves
+            if self.pending <= self._waiters:
+                self.all_ended = time.time()
+                self.changed.notify_all()
+
+    def wait(self, timeout: Optional[float]) -> bool:
+        """Wait until no job is pending, at most so many seconds; whether none is. In a callback the
+        job that it was called for is not waited for, nor are those whose callbacks wait too."""
+        own = getattr(_calling, 'book', None) is self
+        if timeout is None:
+            until = None
+        else:
+            until = time.monotonic() + timeout
+        with self.changed:
+            self._waiters += own
+            if own:
+                self.changed.notify_all()
+            try:
+                # Callbacks that wait do not wait for each other
+                while self.pending > (self._waiters if own else 0):
+                    if until is None:
+                        left = None
+                    else:
+                        left = until - time.monotonic()
+                    if left is not None and left <= 0:
+                        return False
+                    in_slices(self.changed.wait, left)
+            finally:
+                self._waiters -= own
+        return True
+
+    def wait_for_change(self, seconds: float) -> None:
+        """Wait until a node or a job has changed, at most so long."""
+        with self.changed:
+            self.changed.wait(seconds)
+
+    def notify(self) -> None:
+        """A node has changed."""
+        with self.changed:
+            self.changed.notify_all()
+
+    def progress(self) -> Tuple[int, int]:
+        """How many jobs have ended, of how many."""
+        with self.lock:
+            return self.submitted - self.pending, self.submitted
+
+    def totals(self) -> Tuple[int, int, int, int]:
+        """How many jobs were submitted, have ended as they should, have failed, were cancelled."""
+        with self.lock:
+            return self._totals()
+
+    def _totals(self) -> Tuple[int, int, int, int]:
+        """The same, with the lock held."""
+        ends = self.unfinished
+        failed = sum(ends.get(int(state), 0) for state in (*FAILED, JobState.FINISHED))   # programs
+        return self.submitted, self.finished, failed, ends.get(DispyJob.Cancelled, 0)
+
+    def by_state(self) -> Counts:
+        """How many jobs are in which state."""
+        with self.lock:
+            owed = list(self.owed)
+            submitted, done, failed, cancelled = self._totals()
+        waiting = sum(job.status == DispyJob.Created for job in owed)
+        running = max(0, submitted - done - failed - cancelled - waiting)
+        return Counts(done, failed, cancelled, running, waiting)
+
+    def nodes(self) -> Dict[str, Tuple[Any, int, float]]:
+        """ADDRESS:NAME -> the node, the jobs that have ended there, the seconds that they ran."""
+        with self.lock:
+            return {
+                name: (peer, done, seconds)
+                for name, (peer, done, seconds) in self.at_nodes.items()
+            }
+
+    def seconds(self) -> float:
+        """Seconds that jobs ran, in sum."""
+        return float(sum(row[2] for row in list(self.at_nodes.values())))
+
+    def close(self) -> bool:
+        """No job can be submitted any more; whether one could until now."""
+        with self.lock:
+            was_open = not self.closed
+            self.closed = True
+        return was_open
+
+    def after_fork(self) -> None:
+        """In a forked child: the jobs are the parent's, and nobody here may wait for them."""
+        self.lock = threading.Lock()   # a thread that is not here may hold the old one
+        self.changed = threading.Condition(self.lock)
+        self.closed = True
+        self.pending = 0
+
+
+class UserCallbacks:
+    """The functions of the program that a cluster calls, each in a thread of the driver's pools.
+
+    job_status, cluster_status - as of JobCluster; they may be set at any time
+    driver - set before the cluster uses nodes
+    """
+    driver: 'Driver'
+
+    def __init__(self, options: ClusterOptions, comp: str, name: str, book: JobBook) -> None:
+        self.job_status = options.job_status
+        self.cluster_status = options.cluster_status
+        self._comp = comp
+        self._name = name
+        self._book = book
 
     def tell(self, status: int, peer: Union[Peer, NodeRow, None], job: Optional[DispyJob]) -> None:
-        """Call cluster_status for a change of a node or a job."""
-        if self._cluster_status is None:
+        """Call cluster_status for a change of a node or a job. The driver's thread."""
+        if self.cluster_status is None:
             return
         node = None
         if isinstance(peer, NodeRow):
@@ -11152,18 +11506,575 @@ class ProgramCluster(NodeUser):
                 state = 'closed'
             else:
                 state = 'ready'
-            known = self.comp in peer.uses
-            node = describe_node(peer, state, peer.reason, peer.limit(self.comp) if known else 0, 0)
-        self.driver.tellers.run(self._cluster_status, status, node, job)
+            if self._comp in peer.uses:
+                cpus = peer.limit(self._comp)
+            else:
+                cpus = 0
+            node = describe_node(peer, state, peer.reason, cpus, 0)
+        self.driver.tellers.run(self.cluster_status, status, node, job)
+
+    def tell_row(self, status: int, row: NodeRow) -> None:
+        """As `tell`, of a node of the scheduler."""
+        if self.cluster_status is not None:
+            node = describe_node(row, row.state, row.reason, row.cpus, row.busy)
+            self.driver.tell_later(self.cluster_status, status, node, None)
+
+    def tell_closed(self, nodes: Sequence[DispyNode]) -> None:
+        """The cluster is closed: cluster_status is called with Closed for each of these nodes. It
+        is waited for, since a program often ends then. Any thread."""
+        call = self.cluster_status
+        told = threading.Event()
+        if call is None or not nodes:
+            return
+        is_teller = self.driver.is_teller() or threading.current_thread() is self.driver.thread
+
+        def tell() -> None:
+            for node in nodes:
+                node.state = 'closed'
+                self.driver.tell_later(call, DispyNode.Closed, node, None)
+            self.driver.tell_later(told.set)
+        self.driver.ask(tell)
+        if not is_teller:   # otherwise it would wait for itself
+            in_slices(told.wait, GRACE)
+
+    def call_back(self, job: Any) -> None:
+        """Call job_status for a job that has ended. In a thread of the driver's pool."""
+        try:
+            self._call_job_status(job)
+        except BaseException as exc:
+            # The user's callback, sys.exit in it too; others are called all the same
+            self._report(job, exc)
+        finally:
+            self._book.settle(1)
+
+    def provisional(self, job: DispyJob) -> None:
+        """Call job_status for a provisional result. In a thread of the driver's pool."""
+        try:
+            self._call_job_status(job)
+        except Exception as exc:
+            # The user's callback; later results are shown all the same
+            self._report(job, exc)
+
+    def _call_job_status(self, job: DispyJob) -> None:
+        _calling.book = self._book
+        try:
+            self.job_status(job)
+        finally:
+            _calling.book = None
+
+    def _report(self, job: DispyJob, exc: BaseException) -> None:
+        if job._failure is not None:
+            values = job._failure.values()
+        else:
+            values = None
+        about = '%s of %s' % (job_in_words(job.id, values), self._name)
+        report_callback(self.job_status, about, exc)
+
+
+_calling = threading.local()  # .book: that of the cluster whose callback this thread is in
+
+
+class LiveOutput:
+    """What running jobs print and log, for `on_output`, `forward_logs` and monitors. The driver's
+    thread.
+
+    on_output - as of JobCluster
+    monitors - who watches the jobs; replaced as a whole
+    driver - set before the cluster uses nodes
+    """
+    driver: 'Driver'
+
+    def __init__(self, on_output: Any, name: str, cargo: Cargo) -> None:
+        self.on_output = on_output
+        self.monitors: Tuple[Monitor, ...] = ()
+        self._name = name
+        self._cargo = cargo
+        self._shown: Dict[DispyJob, List[int]] = {}   # bytes of stdout and stderr that were shown
+        self._told_of_files = False                   # that jobs leave behind
+
+    def add_monitor(self, monitor: Monitor) -> None:
+        """Tell a monitor of jobs from now on. What jobs print it is told by nodes that are set up
+        later."""
+        self.monitors += (monitor,)
+        self._cargo.spec['live'] = True
+
+    def remove_monitor(self, monitor: Monitor) -> None:
+        """Tell it no more."""
+        self.monitors = tuple(other for other in self.monitors if other is not monitor)
+        self._cargo.spec['live'] = bool(self.monitors) or self.on_output is not None
+
+    def page(self) -> str:
+        """The link to the web page that shows the cluster, or an empty text."""
+        return next((monitor.page for monitor in self.monitors if monitor.page), '')
+
+    def came(self, job: DispyJob, message: Output) -> None:
+        """A running job has printed or logged something."""
+        stream = message.stream
+        if stream == 0:
+            self._show_record(job, *log_record_of(message.data))
+            return
+        if self.on_output is not None:
+            shown = self._shown.setdefault(job, [0, 0])
+            shown[stream - 1] = message.offset + len(message.data)
+            self._show(job, stream, message.data)
+        for monitor in self.monitors:
+            monitor.printed(job, stream, message.offset, bytes(message.data))
+
+    def show_rest(self, job: DispyJob, row: tuple) -> None:
+        """What of a job's output came with its result and has not been shown."""
+        for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
+            self._show(job, stream, row[4 + stream][at:])
+
+    def _show(self, job: DispyJob, stream: int, data: Any) -> None:
+        if len(data) and self.on_output is not None:
+            if self._cargo.is_program:
+                text: Union[bytes, str] = bytes(data)
+            else:
+                text = str(data, 'utf-8', 'replace')
+            self.driver.tell_later(self.on_output, job, STREAM_NAMES[stream], text)
+
+    def _show_record(self, job: DispyJob, level: int, name: str, text: str) -> None:
+        """What a job has logged; or that it has left files behind, which is said once."""
+        try:
+            if name != FILES_LEFT:
+                logger.log(level, 'job %s: %s: %s', job.id, name, text,
+                           extra={'job_id': job.id, 'job_logger': name})
+            elif not self._told_of_files:
+                self._told_of_files = True
+                logger.warning(
+                    '%s: job %r has left a file in its directory: %s. What a program leaves '
+                    'there does not come back, and is removed when the cluster is closed. '
+                    'Call the program in a function, by subprocess, which then calls '
+                    'dispy_send_file(name)', self._name, job.id, text)
+        except Exception:  # a handler of the user's; the link is not to blame
+            logger.exception('a handler of logging has failed')
+
+
+STREAM_NAMES = {1: 'stdout', 2: 'stderr'}
+
+
+class ResultDelivery:
+    """Gives jobs their results: opens and counts them, and tells who waits for them or watches.
+
+    ordered - job -> its provisional results and what comes after them, in order, with their nodes;
+        guarded by the lock of the book
+    driver - set before the cluster uses nodes
+    """
+    driver: 'Driver'
+
+    def __init__(self, book: JobBook, callbacks: UserCallbacks, output: LiveOutput,
+                 failures: Failures, is_program: bool) -> None:
+        self._book = book
+        self._callbacks = callbacks
+        self._output = output
+        self._failures = failures
+        self._is_program = is_program
+        self.ordered: Dict[DispyJob, Deque[Tuple[tuple, Peer]]] = {}
+
+    def began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
+        """A job has begun at a node, at this time since the epoch. The driver's thread."""
+        with self._book.lock:   # beside a provisional result, and the end
+            if job.status in ENDED:
+                return
+            is_news = job.status == DispyJob.Created
+            job.ip_addr = peer.ip_addr
+            job.start_time = start
+            if is_news:
+                job.status = DispyJob.Running
+        if is_news and self._callbacks.cluster_status is not None:
+            self._callbacks.tell(DispyJob.Running, peer, job)
+
+    def apply_results(self, pairs: List[Tuple[DispyJob, tuple]],
+                      peer: Union[Peer, NodeRow]) -> None:
+        """Give jobs their results, which are rows of Results of a node. The driver's thread or an
+        opener."""
+        seconds = 0.0
+        finished = 0
+        is_program = self._is_program
+        for job, row in pairs:
+            payload = job.payload
+            # Nobody had told that it has begun
+            if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
+                job.ip_addr = peer.ip_addr
+                if self._callbacks.cluster_status is not None:
+                    self.driver.post(Told(self._callbacks, DispyJob.Running, peer, job))
+            fill_in(job, row, is_program, self._failures, peer.name)
+            if job.status == 11 and not (is_program and job.result):
+                finished += 1
+            else:
+                self._count_failure(job, payload)
+            seconds += row[3] - row[2]
+        jobs = [job for job, _ in pairs]
+        self._book.add_results(jobs, finished, peer, seconds)
+        self._publish_ended(jobs, peer)
+
+    def queue_ordered(self, job: DispyJob, row: tuple, peer: Peer) -> None:
+        """A result that must be seen after earlier ones of its job. The driver's thread."""
+        with self._book.lock:
+            if job in self.ordered:
+                self.ordered[job].append((row, peer))
+                return
+            self.ordered[job] = collections.deque([(row, peer)])
+        if self._callbacks.job_status is not None:
+            pool = self.driver.callbacks
+        else:
+            pool = self.driver.openers
+        pool.run(self._drain_ordered, job)
+
+    def _drain_ordered(self, job: DispyJob) -> None:
+        """Result after result, each seen by the callback before the next. A callback thread or an
+        opener."""
+        while True:
+            with self._book.lock:
+                if not self.ordered[job]:
+                    del self.ordered[job]
+                    return
+                row, peer = self.ordered[job].popleft()
+            if row[1] not in GOES_ON:
+                self.apply_results([(job, row)], peer)
+            elif self._show_provisional(job, row) and self._callbacks.job_status is not None:
+                self._callbacks.provisional(job)
+
+    def _show_provisional(self, job: DispyJob, row: tuple) -> bool:
+        """A provisional result; false if the job has ended meanwhile, or it cannot be opened."""
+        try:
+            value = unseal(row[4], True)
+        except BaseException as exc:  # unpickling runs the user's code
+            logger.error('a provisional result of job %r could not be opened: %s', job.id,
+                         describe_exception(exc, 1))
+            return False
+        with self._book.lock:
+            if job.status in ENDED:
+                return False
+            job.result = value
+            job.status = DispyJob.ProvisionalResult
+        return True
+
+    def end_without_result(self, job: DispyJob, text: str) -> None:
+        """A job has ended without a result; its state says how, the text why. The driver's
+        thread."""
+        payload = job.payload
+        with self._book.lock:   # beside a provisional result
+            end_without(job, text, self._failures)
+        self._count_failure(job, payload)
+        self._publish_ended([job])
+
+    def end_with_driver(self, job: DispyJob, text: str) -> None:
+        """The driver's thread is ending for a fault of ours, and a job that has not ended is
+        abandoned. Its arguments are left as they are: another thread may be sending them."""
+        job.state = JobState.ABANDONED
+        job.exception = text
+        job.end_time = time.time()
+        self._failures.add(job)
+        job.status = DispyJob.Abandoned
+        self._count_failure(job, job.payload)
+        self._publish_ended([job])
+
+    def _count_failure(self, job: DispyJob, payload: Any) -> None:
+        """A job has ended without a result, or with the exit status of a program that failed:
+        count it, and tell who watches."""
+        self._book.add_failure(job.status)
+        for monitor in self._output.monitors:
+            monitor.failed(job, payload)
+
+    def _publish_ended(self, jobs: List[DispyJob],
+                       peer: Union[Peer, NodeRow, None] = None) -> None:
+        """Tell who waits for these jobs, and the program's functions, that they have ended."""
+        if self._callbacks.cluster_status is not None:
+            for job in jobs:
+                self.driver.post(Told(self._callbacks, job.status, peer, job))
+        for job in jobs:
+            if job._event is not None or job._when_ended is not None:
+                job._wake()
+        if self._callbacks.job_status is None:
+            self._book.settle(len(jobs))
+            return
+        for job in jobs:
+            if self.driver.broken:
+                self._callbacks.call_back(job)   # the pool has ended with the driver
+            else:
+                self.driver.post(CallBack(self._callbacks, job))
+
+
+class Submitter:
+    """Takes jobs: checks their options, packs their arguments, writes them down and hands them to
+    the driver. Any thread.
+
+    numbers - ids of jobs for which the program gives none
+    driver, journal - set before the cluster uses nodes
+    """
+    driver: 'Driver'
+    journal: Optional[Journal] = None
+
+    def __init__(self, comp: str, name: str, cargo: Cargo, bundles: ModuleBundles, book: JobBook,
+                 callbacks: UserCallbacks, is_executor: bool) -> None:
+        self.numbers = itertools.count(1)
+        self._comp = comp
+        self._name = name
+        self._is_program = cargo.is_program
+        self._bundles = bundles
+        self._book = book
+        self._callbacks = callbacks
+        # That files of modules have changed; an executor runs the new text
+        self._told_of_change = is_executor
+
+    def submit(self, number: Any, args: tuple, kwargs: dict, node: Any = None) -> DispyJob:
+        """A new job with this id, for a node by its key or for any. Raises what
+        `JobCluster.submit` raises."""
+        depends = kwargs.pop('dispy_job_depends', ())
+        if kwargs:
+            options = _take_options(kwargs)
+        else:
+            options = None
+        if node is not None:
+            options = dict(options or {}, node=node)
+        if options is not None and 'repeats' in options:
+            options['repeats'].is_program = self._is_program
+        if self._is_program and kwargs:
+            raise TypeError('a program takes no keyword arguments: %s' %
+                            ', '.join(map(str, kwargs)))
+        return self.enter(number, args, kwargs, options, self.pack(args, kwargs, depends))
+
+    def pack(self, args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
+        """Arguments as they are now. Raises ValueError if they are too large, and what pickling
+        them raises."""
+        changed = self._bundles.changed()
+        if changed:
+            self._warn_of_change(changed)
+        payload = pack_arguments(args, kwargs, self._bundles, depends)
+        if type(payload) is SharedPayload:
+            size = payload.total()
+        else:
+            size = size_of(payload)
+        if self.journal is None:
+            most = VALUE_MOST
+        else:
+            most = JOURNAL_MOST
+        if size > most:
+            raise ValueError(
+                'arguments of %d bytes are over the limit of %d%s: send a file (depends)' %
+                (size, most, '' if self.journal is None else ' of a cluster with a recover_file'))
+        return payload
+
+    def enter(self, number: Any, args: tuple, kwargs: dict, options: Optional[dict], payload: Any,
+              future: Optional['DispyFuture'] = None) -> DispyJob:
+        """A new job with packed arguments; `future` is that of a call of an executor. Raises
+        RuntimeError if the cluster was closed."""
+        if type(payload) is SharedPayload:
+            options = dict(options or {}, values=payload.rows())
+        if self.journal is None:
+            job = DispyJob(self._comp, payload, options, number)
+        else:
+            job = KeptJob(self._comp, payload, options, number, words_of(args, kwargs))
+        book = self._book
+        driver = self.driver
+        with book.lock:
+            if book.closed or driver.broken:
+                raise RuntimeError('submit: %s' % (driver.broken or 'the cluster was closed'))
+            if self.journal is not None and isinstance(job, KeptJob):
+                self.journal.submitted(job)
+                self.journal.trim()
+            if future is not None:
+                job._future = future
+                future.job = job
+            book.enter(job)
+            if self._callbacks.cluster_status is not None:
+                driver.post(Told(self._callbacks, DispyJob.Created, None, job))
+            # With the lock held: `close` comes after it or before the test above
+            driver.post(job)
+        return job
+
+    def look_at_modules(self, every: float = LOOK_EVERY) -> None:
+        """Warn if files of modules have changed since they travelled. They are looked at once in so
+        many seconds at most."""
+        changed = self._bundles.changed(every)
+        if changed:
+            self._warn_of_change(changed)
+
+    def _warn_of_change(self, changed: Sequence[str]) -> None:
+        """Jobs go on with the text of these modules that was sent; the user is told once."""
+        if not self._told_of_change:
+            self._told_of_change = True
+            logger.warning(
+                '%s: the file of module %s has changed; this cluster keeps the text that it began '
+                'with. Make a new cluster to run the new one', self._name, ', '.join(changed))
+
+
+class NodeCommands:
+    """What the methods of a cluster ask about its nodes and tell them. Any thread but the driver's.
+
+    driver - set before the cluster uses nodes
+    """
+    driver: 'Driver'
+
+    def __init__(self, comp: str, book: JobBook) -> None:
+        self.comp = comp
+        self.book = book
+
+    def ask(self, name: str, *args: Any) -> Any:
+        """Have a command carried out, see NodeQueries. Raises RuntimeError if the cluster was
+        closed, and what the command raises."""
+        if self.book.closed:
+            raise RuntimeError('the cluster was closed')
+        return self.driver.ask(lambda: self.driver.queries.command(self.comp, name, *args))
+
+    def key_of(self, node: Any) -> Tuple[Any, str]:
+        """The key of the node that the program names and, once, why it cannot be used. Raises
+        ValueError."""
+        return self.ask('seat', node)  # type: ignore[no-any-return]
+
+    def rows(self) -> List[NodeRow]:
+        """The nodes."""
+        return self.ask('nodes')  # type: ignore[no-any-return]
+
+    def rows_at_end(self) -> List[NodeRow]:
+        """The nodes, also when the cluster counts as closed."""
+        return self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))  # type: ignore[no-any-return]
+
+    def explain_no_nodes(self) -> str:
+        """What was tried to reach nodes, what came of it, and what to do."""
+        return self.ask('complaint')  # type: ignore[no-any-return]
+
+    def why_unloadable(self) -> str:
+        """Why no node can load the code of the computation; empty if one may."""
+        return self.ask('why_unloadable')  # type: ignore[no-any-return]
+
+    def in_words(self, status: Callable[[], ClusterStatus]) -> str:
+        """The nodes, as far as that can be told at once."""
+        return nodes_text(status().nodes)
+
+
+class JobTakeover:
+    """Carries on with the jobs of a program that has crashed, which are in the journal.
+
+    recovered - those jobs
+    recovery - collects what nodes have of them; None if nothing is to be collected
+    driver - set before the cluster uses nodes
+    """
+    driver: 'Driver'
+
+    def __init__(self, comp: str, reentrant: bool, is_program: bool, book: JobBook,
+                 delivery: ResultDelivery) -> None:
+        self.recovered: List[DispyJob] = []
+        self.recovery: Optional[Recovery] = None
+        self._comp = comp
+        self._reentrant = reentrant
+        self._is_program = is_program
+        self._book = book
+        self._delivery = delivery
+
+    def begin(self, journal: Journal, rows: List[tuple]) -> None:
+        """Take over what is in the journal: rows of `Journal.known`. The user's thread."""
+        sent: List[Tuple[DispyJob, str]] = []
+        again: List[DispyJob] = []
+        ended: List[DispyJob] = []
+        with journal.damages():
+            holders = journal.holders()
+        for job, state, node, result in rows:
+            job._journal = journal
+            self.recovered.append(job)
+            if state == Journal.ENDED:
+                self._fill_in(job, result)
+                ended.append(job)
+            elif state == Journal.SENT:
+                job.status = DispyJob.Running
+                job.state = JobState.RUNNING
+                sent.append((job, node))
+            else:
+                again.append(job)
+        journal.delivered(ended)
+        self._book.take_over(len(sent) + len(again))
+        for job in again:
+            self._renew(job)
+            self.driver.post(job)
+        if sent or holders:
+            logger.info('%d jobs of an earlier run are on nodes: their results are collected',
+                        len(sent))
+            lost = functools.partial(self._lost, journal)
+            recovery = Recovery(journal, sent, holders, self._done, lost, self._submit_again,
+                                self._over)
+            self.recovery = recovery
+            self.driver.ask(lambda: recovery.begin(self.driver))
+
+    def _fill_in(self, job: DispyJob, result: Union[str, tuple]) -> None:
+        """A job that had ended: without a result for a reason, or with the rest of its row."""
+        if isinstance(result, str):
+            end_without(job, result)
+        else:
+            fill_in(job, (job.serial, *result), self._is_program)
+
+    def _renew(self, job: DispyJob) -> None:
+        """A job that has not begun is one of this cluster from now on."""
+        job.comp = self._comp
+        job.state = JobState.CREATED
+        job.status = DispyJob.Created
+        options = dict(job.options or {})
+        options.pop('node', None)   # it may be gone
+        job.options = options or None
+        self._book.answer_for(job)
+
+    def _submit_again(self, job: DispyJob) -> None:
+        """The driver's thread; posted, it might come behind the end of the cluster."""
+        self._renew(job)
+        self.driver.jobs.take(job)
+
+    def _lost(self, journal: Journal, job: DispyJob, text: str) -> None:
+        """A job that had begun is nowhere any more. The driver's thread."""
+        if self._reentrant:
+            self._submit_again(job)
+        else:
+            job.state = JobState.ABANDONED
+            journal.ended(job, text)
+            self._delivery.end_without_result(job, text)
+
+    def _done(self, job: DispyJob, row: tuple, peer: Peer) -> None:
+        """A result has come. The driver's thread."""
+        job.ip_addr = peer.ip_addr
+        self._delivery.apply_results([(job, row)], peer)
+
+    def _over(self) -> None:
+        """Nothing is left to be collected. The driver's thread."""
+        self.driver.call_soon(self.end)
+
+    def left(self) -> List[DispyJob]:
+        """Jobs of the earlier run that have not ended."""
+        if self.recovery is None:
+            return []
+        return self.recovery.left()
+
+    def end(self) -> None:
+        """What an earlier run had on nodes has been collected, or the cluster is closed. The
+        driver's thread."""
+        recovery = self.recovery
+        self.recovery = None
+        if recovery is not None:
+            self.driver.recoveries.give_up(recovery, True)
+            for job in recovery.left():
+                job.state = JobState.CANCELLED
+                self._delivery.end_without_result(job, 'cancelled: the cluster was closed')
+
+
+class ComputationUser(NodeUser):
+    """A NodeUser with a computation: how nodes are set up for it, and what else they may ask.
+
+    cluster - the JobCluster, until it is closed; None after that
+    directory - files that jobs send come below it
+    bundles - the program's modules
+    """
+    driver: 'Driver'
+    cargo: Cargo
+    cluster: Any
+    directory: str
+    bundles: ModuleBundles
 
     def ask_allocator(self, allocator: NodeAllocate, peer: Peer, link: Link) -> None:
         """It is the user's code, so an opener calls it."""
-        self.driver.openers.run(self._allocate, allocator, peer, link)
+        self.driver.openers.run(self._allocate, allocator, peer, link, self.cluster)
 
-    def _allocate(self, allocator: NodeAllocate, peer: Peer, link: Link) -> None:
+    def _allocate(self, allocator: NodeAllocate, peer: Peer, link: Link, cluster: Any) -> None:
         """Ask the user's allocator. An opener."""
         try:
-            allocation = ask_allocator(allocator, self, peer)
+            allocation = ask_allocator(allocator, cluster, peer)
             error = ''
         except Exception as exc:  # the user's allocate()
             allocation = Allocation(0, b'', [], {})
@@ -11220,32 +12131,378 @@ class ProgramCluster(NodeUser):
         self.driver.openers.run(self._find_out, peer, message)
 
     def _find_out(self, peer: Peer, message: Call) -> None:
+        error: tuple = ()
+        value = None
         try:
-            error, value = (), self._asked(message.name, message.args)  # type: Tuple[tuple, Any]
+            value = self.answer_to(message.name, message.args)
         except Exception as exc:  # of the user's code
             error = (type(exc).__name__, describe_exception(exc, 1))
-            value = None
         self.driver.call_soon(self.driver.say_to, peer,
                               Return(message.comp, message.number, error, value))
 
-    def _asked(self, name: str, args: tuple) -> Any:
-        """A node or scheduler asks what only the client can tell. An opener."""
+    def answer_to(self, name: str, args: tuple) -> Any:
+        """What a node or scheduler asks that only the client can tell. An opener."""
         if name != 'modules':
             raise PeerError('%.40r is asked of a program' % (name,))
         embedded = not self.remote and all(peer.embedded
                                            for peer in self.driver.nodes.of(self.comp))
         return self.bundles.more(args[0], embedded)
 
-    def add_monitor(self, monitor: Monitor) -> None:
-        """Tell a monitor of jobs from now on. What jobs print it is told by nodes that are set up
-        later."""
-        self._monitors += (monitor,)
-        self.cargo.spec['live'] = True
+    def file_piece(self, peer: Peer, work: DispyJob, message: FilePiece) -> None:
+        """It comes below the directory in which the program made the cluster."""
+        self.driver.files.store(peer, self.directory, message)
 
-    def remove_monitor(self, monitor: Monitor) -> None:
-        """Tell it no more."""
-        self._monitors = tuple(other for other in self._monitors if other is not monitor)
-        self.cargo.spec['live'] = bool(self._monitors) or self._on_output is not None
+
+class ProgramCluster(ComputationUser):
+    """A cluster of this program as its driver knows it, and what the methods of JobCluster need.
+    What it does itself is to begin, to end, and to hand jobs and nodes to its parts.
+
+    options - the parameters of the cluster
+    function - the module and the name of the function that is computed, empty for an executor's
+    trail - where another process finds what is needed to collect the results
+    unusable - why an executor can run nothing any more
+    book - the jobs in numbers, and who waits for them
+    callbacks - the program's functions that are called
+    live_output - what running jobs print
+    delivery - gives jobs their results
+    submitter - takes jobs
+    nodes - what is asked of nodes
+    takeover - carries on with jobs of a program that has crashed
+    """
+    def __init__(self, computation: Any, options: ClusterOptions) -> None:
+        """Pack the computation. Nothing is started. Raises TypeError, ValueError,
+        FileNotFoundError, or what pickling raises."""
+        self.options = options
+        self.name = name_of(computation)
+        self.comp = self.client = uuid.uuid4().hex
+        # Who has it may take the results; it is sent when that is wanted
+        self.key = os.urandom(32)
+        self.port = options.port
+        self.specs = options.specs
+        self.hosts = options.hosts
+        self.hosts_may_fail = options.hosts_may_fail
+        self.multicast = options.multicast
+        self.reentrant = options.reentrant
+        self.probes = options.probes
+        self.cluster = None
+        self.unusable = ''
+        self.directory = os.getcwd()
+        self.function = ('', '')
+        if not isinstance(computation, Calls):   # an executor has functions of all sorts
+            self.function = (getattr(computation, '__module__', ''),
+                             getattr(computation, '__qualname__', str(computation)))
+        self.bundles = ModuleBundles(self.name)
+        self.cargo = pack_computation(computation, options.depends, options.setup, options.cleanup,
+                                      options.dest_path, options.jobs_per_worker, self.name,
+                                      self.bundles)
+        self._complete_cargo(computation)
+        if options.keeps_trail:
+            self.trail: Optional[Trail] = Trail(
+                weakref.WeakMethod(self._describe_for_trail), self.name, self.comp)
+        else:
+            self.trail = None
+        self._make_parts(isinstance(computation, Calls))
+
+    def _complete_cargo(self, computation: Any) -> None:
+        """What nodes are told beside the computation itself. Raises ValueError."""
+        options = self.options
+        check_cargo(self.cargo.spec)
+        for spec in self.specs:
+            # It may choose others later, which are checked then
+            if spec.allocator is not None and spec.allocator.setup_args:
+                packed = self.bundles.packed((tuple(spec.allocator.setup_args), []), [])
+                check_setup_args(size_of(packed), self.remote)
+        self.cargo.spec['key'] = digest_of(self.key)
+        if isinstance(computation, Calls):
+            self.cargo.spec.update(computation.spec)
+        if options.forward_logs:
+            logs = logger.getEffectiveLevel()
+        else:
+            logs = -1
+        self.cargo.spec.update(live=options.on_output is not None, logs=logs)
+
+    def _make_parts(self, is_executor: bool) -> None:
+        options = self.options
+        is_program = self.cargo.is_program
+        self.book = JobBook()
+        self.failures = Failures(self.directory, self.cargo.paths, options.counts_failures)
+        self.callbacks = UserCallbacks(options, self.comp, self.name, self.book)
+        self.live_output = LiveOutput(options.on_output, self.name, self.cargo)
+        self.delivery = self._make_delivery(self.book, self.callbacks, self.live_output,
+                                            self.failures, is_program)
+        self.submitter = Submitter(self.comp, self.name, self.cargo, self.bundles, self.book,
+                                   self.callbacks, is_executor)
+        self.nodes = self._make_commands()
+        self.takeover = JobTakeover(self.comp, self.reentrant, is_program, self.book,
+                                    self.delivery)
+
+    def _make_delivery(self, *parts: Any) -> ResultDelivery:
+        return ResultDelivery(*parts)
+
+    def _make_commands(self) -> NodeCommands:
+        return NodeCommands(self.comp, self.book)
+
+    # -- life; user threads ------------------------------------------------------------------------
+
+    def start(self, cluster: Any) -> None:
+        """Begin to use nodes for a JobCluster, and carry on with what is in its recover_file.
+        Raises SecretError, DispyError or OSError; nothing is left then."""
+        access = self.options.access()
+        if self.options.recover_file is None:
+            self._use_nodes(cluster, access)
+            return
+        self.journal = journal = Journal(self.options.recover_file)
+        try:
+            known = journal.known()
+            self._use_nodes(cluster, access)
+        except BaseException:
+            journal.close()
+            raise
+        self.takeover.begin(journal, known)
+
+    def _use_nodes(self, cluster: Any, access: Access) -> None:
+        driver = self.driver = Driver.acquire(access)
+        self.submitter.journal = self.journal
+        parts = (self.callbacks, self.live_output, self.delivery, self.submitter, self.nodes,
+                 self.takeover)
+        for part in parts:
+            part.driver = driver  # type: ignore[attr-defined]
+        self.cluster = cluster
+        try:
+            if self.journal is not None:
+                self.journal.begin(self.comp, self.name, self.reentrant, self.cargo.is_program,
+                                   self._first_host(), self.key)
+            driver.ask(lambda: driver.open(self, self.probes))
+        except BaseException:
+            self.cluster = None
+            driver.release()
+            raise
+        _clusters.add(cluster)
+        logger.info('%s: the computation begins', self.name)
+        self._warn_of_others()
+
+    def _warn_of_others(self) -> None:
+        """The third cluster of one function that is open: a cell or a loop makes one each time."""
+        same = [core for core in map(core_of, list(_clusters))
+                if core.function == self.function and not core.closed]
+        if len(same) >= 3 and any(self.function) and self.function not in _told_of_many:
+            _told_of_many.add(self.function)
+            logger.warning('%s: %d clusters of this function are open, and each has processes of '
+                           'its own on the nodes. Call close() when a cluster is not needed any '
+                           'more, or use "with JobCluster(...) as cluster:"', self.name, len(same))
+
+    def _describe_for_trail(self) -> Dict[str, Any]:
+        """What another process needs to collect the results. The driver's thread."""
+        if self.hosts:
+            listen = '%s:%d' % self._first_host()
+        else:
+            listen = ''
+        return {
+            'dispy': 1, 'comp': self.comp, 'key': self.key.hex(), 'name': self.name,
+            'program': self.cargo.is_program,
+            'code': hashlib.sha256(in_one_piece(self.cargo.spec['code'])).hexdigest(),
+            'host': socket.gethostname(), 'pid': os.getpid(), 'process': list(own_process()),
+            'began': self.book.began, 'listen': listen
+        }
+
+    def _first_host(self) -> Any:
+        """Where nodes may connect, for who recovers the jobs."""
+        if self.hosts:
+            return self.hosts[0]
+        return None
+
+    @property
+    def closed(self) -> bool:  # type: ignore[override]
+        """Whether nothing can be submitted any more. Any thread."""
+        return self.book.closed
+
+    def close(self, timeout: Optional[float], terminate: bool, shutdown: bool = False) -> bool:
+        """See JobCluster.close; with `shutdown` nodes may end when this program lets them go."""
+        if not terminate and not self.closed:
+            self.submitter.look_at_modules(0.0)
+            if not self.book.wait(_seconds('timeout', timeout)):
+                return False
+        if not self.book.close():
+            return True
+        _clusters.discard(self.cluster)
+        try:
+            self._leave(shutdown)
+        finally:
+            self.cluster = None   # otherwise the two would keep each other
+        self.tell_failures()
+        return True
+
+    def _leave(self, shutdown: bool) -> None:
+        driver = self.driver
+        nodes = self._nodes_in_use()
+        if driver.broken:   # nodes could not be told, and what runs there can be collected
+            if self.trail is not None:
+                self.trail.close(remove=False)
+            return
+        try:
+            driver.ask(self.takeover.end)
+            driver.ask(lambda: driver.forget(self.comp, shutdown))
+        except RuntimeError as exc:
+            # The driver has failed meanwhile, and has ended the jobs itself
+            logger.debug('%s: %s', self.name, exc)
+        except Exception as exc:  # a fault of ours; the cluster is closed all the same
+            logger.error('%s: the nodes could not be let go in good order: %s: %s', self.name,
+                         type(exc).__name__, exc)
+        self.book.wait(CALL_TIME)   # for callbacks of what was cancelled
+        with contextlib.suppress(RuntimeError):   # the driver has failed
+            self.callbacks.tell_closed(nodes)
+        if self.trail is not None:
+            self.trail.close()
+        if self.journal is not None:
+            self.journal.close(remove=True)
+        self._log_end()
+        if threading.current_thread() is not driver.thread:
+            driver.release()
+
+    def _log_end(self) -> None:
+        """What came of the computation, in numbers."""
+        logger.info('%s: the computation has ended after %.1f s: %s; they ran for %.1f s on %s',
+                    self.name, time.time() - self.book.began, self.book.by_state(),
+                    self.book.seconds(), many(len(self.book.at_nodes), 'node'))
+
+    def _nodes_in_use(self) -> List[DispyNode]:
+        """Nodes whose Closed is to be told; none if nobody wants to know."""
+        if self.callbacks.cluster_status is None:
+            return []
+        try:
+            rows = self.nodes.rows_at_end()
+        except (RuntimeError, concurrent.futures.TimeoutError):
+            # The driver or the scheduler is gone
+            return []
+        return [
+            describe_node(row, 'closed', '', row.cpus, 0) for row in rows
+            if row.state in ('ready', 'draining')
+        ]
+
+    def tell_failures(self) -> None:
+        """Jobs have failed, and the program has not looked at any reason: that is said once."""
+        text = self.failures.take(self.book.submitted)
+        if text:
+            logger.warning('%s: %s', self.name, text)
+
+    def left_behind(self) -> Dict[Any, int]:
+        """Nodes that outlive this program, and how many jobs run on there. The driver's thread, or
+        after its end."""
+        return self.driver.queries.left_behind(self.comp)
+
+    def cancel_waiting(self, but_first: bool) -> None:
+        """End all jobs that have not begun; `but_first` as of Cancellations."""
+        self.driver.ask(lambda: self.driver.cancels.cancel_waiting(self.comp, but_first))
+
+    def after_fork(self) -> None:
+        """In a forked child: the jobs and the journal are the parent's."""
+        self.book.after_fork()
+        self.journal = None
+        self.submitter.journal = None
+        if self.trail is not None:
+            self.trail.after_fork()
+
+    # -- what people see; user threads -------------------------------------------------------------
+
+    def status(self) -> ClusterStatus:
+        """See JobCluster.status."""
+        counts = self.book.nodes()
+        pending = self.book.pending
+        found: List[NodeRow] = []
+        if not self.closed:
+            try:
+                found = self.nodes.rows()
+            except RuntimeError:
+                if not self.closed:   # otherwise it was closed meanwhile
+                    raise
+        nodes: List[DispyNode] = []
+        seen = set()
+        for row in found:
+            key = '%s:%s' % (row.ip_addr, row.name)
+            seen.add(key)
+            _, done, seconds = counts.get(key, (row, 0, 0.0))
+            nodes.append(
+                describe_node(row, row.state, row.reason, row.cpus, row.busy, done, seconds))
+        for key, (peer, done, seconds) in counts.items():
+            if key not in seen:
+                nodes.append(describe_node(peer, 'closed', '', peer.offered, 0, done, seconds))
+        return ClusterStatus(nodes, pending)
+
+    def count_ready(self) -> int:
+        """How many nodes are ready for jobs."""
+        return sum(node.state == 'ready' for node in self.status().nodes)
+
+    def nodes_in_words(self) -> str:
+        """The nodes, as far as that can be told at once."""
+        if self.closed:
+            return 'closed'
+        if threading.current_thread() is self.driver.thread:
+            return 'open'
+        try:
+            return self.nodes.in_words(self.status)
+        except RuntimeError:   # it has been closed meanwhile, or the driver has failed
+            return 'closed'
+        except concurrent.futures.TimeoutError:   # the driver does not answer
+            return 'open'
+
+    def why_jobs_wait(self) -> str:
+        """Why a job that has not begun waits."""
+        try:
+            if self.count_ready():
+                return 'it waits for its turn; of the jobs of %s there are %s' % (
+                    self.name, self.book.by_state())
+            return 'it waits for a node. ' + self.nodes.explain_no_nodes()
+        except (RuntimeError, concurrent.futures.TimeoutError):
+            # The cluster is closed meanwhile, or nobody answers
+            return 'it waits'
+
+    # -- whether the program still needs it; the driver's thread -----------------------------------
+
+    def is_idle(self) -> bool:
+        """Whether it has no jobs, and is not closed."""
+        return not self.book.pending and not self.closed and self.takeover.recovery is None
+
+    def is_replaced(self, others: Iterable[NodeUser]) -> bool:
+        """Whether a cluster of the same function was made later."""
+        clusters = [other for other in others if isinstance(other, ProgramCluster)]
+        return any(self.function) and any(
+            other.function == self.function and other.book.began > self.book.began
+            for other in clusters)
+
+    # -- for monitors; any thread ------------------------------------------------------------------
+
+    def jobs_counted(self) -> Tuple[int, int, int, int]:
+        """How many jobs were submitted, have ended as they should, have failed, were cancelled."""
+        return self.book.totals()
+
+    def jobs_at_nodes(self) -> Dict[str, Tuple[Any, int, float]]:
+        """ADDRESS:NAME -> the node, the jobs that have ended there, the seconds that they ran."""
+        return self.book.nodes()
+
+    # -- nodes; the driver's thread ----------------------------------------------------------------
+
+    def node_ready(self, peer: Peer) -> None:
+        """It is noted for recover_jobs(), and who waits for nodes looks again."""
+        if peer.scheduler:
+            logger.info('%s: its nodes are those of the scheduler %s', self.name, peer)
+        else:
+            logger.info('%s: node %s is used, with %s', self.name, peer,
+                        many(peer.limit(self.comp), 'CPU'))
+        if self.trail is not None and not peer.embedded and self.trail.add(peer.place):
+            self.driver.remove_old_trails()
+        self.book.notify()
+
+    def node_changed(self, status: int, peer: Peer) -> None:
+        """The user is told; a scheduler tells of its nodes itself."""
+        if not peer.scheduler:
+            self.callbacks.tell(status, peer, None)
+
+    def node_told(self, status: int, row: NodeRow) -> None:
+        """As `node_changed`, of a node of the scheduler."""
+        self.book.notify()
+        self.callbacks.tell_row(status, row)
+
+    # -- jobs; the driver's thread -----------------------------------------------------------------
 
     def send_jobs(self, peer: Peer, works: Sequence[DispyJob]) -> None:
         """With a journal they leave when it has been noted that they do."""
@@ -11261,6 +12518,54 @@ class ProgramCluster(NodeUser):
             for frame in messages:
                 self.driver.say(peer.link, frame)  # type: ignore[arg-type]
 
+    def jobs_started(self, peer: Peer, pairs: Sequence[Tuple[DispyJob, float]]) -> None:
+        """Users see that they run."""
+        for job, ran in pairs:
+            self.delivery.began(job, time.time() - ran, peer)
+
+    def output(self, peer: Peer, work: DispyJob, message: Output) -> None:
+        """What a running job prints or logs."""
+        if work.state is JobState.SENT:
+            self.driver.jobs.job_started(peer, work)
+        self.live_output.came(work, message)
+
+    def jobs_ended(self, peer: Peer, pairs: List[Tuple[DispyJob, tuple]]) -> None:
+        """Results at last. What may run the user's code when it is opened is left to an opener."""
+        plain: List[Tuple[DispyJob, tuple]] = []
+        code: List[Tuple[DispyJob, tuple]] = []
+        # Such come alone, and take time to open
+        large = len(pairs) == 1 and len(pairs[0][1][4]) > LAZY
+        journal = self.journal
+        is_shown = self.live_output.on_output is not None
+        ordered = self.delivery.ordered
+        for pair in pairs:
+            outcome = pair[1][1]
+            goes_on = outcome in GOES_ON
+            if not goes_on and is_shown:
+                self.live_output.show_rest(*pair)
+            if not goes_on and journal is not None:
+                journal.ended(*pair)
+            if goes_on or (ordered and pair[0] in ordered):
+                self._queue_ordered(pair, peer, goes_on)
+            elif large or outcome == Outcome.RETURNED_CODE or (
+                    outcome == Outcome.RAISED and has_exception(pair[1])):
+                code.append(pair)
+            else:
+                plain.append(pair)
+        if plain:
+            self.delivery.apply_results(plain, peer)
+        if code:
+            self._open_elsewhere(code, peer)
+
+    def _open_elsewhere(self, pairs: List[Tuple[DispyJob, tuple]], peer: Peer) -> None:
+        self.driver.openers.run(self.delivery.apply_results, pairs, peer)
+        self.book.answered([job for job, _ in pairs])
+
+    def _queue_ordered(self, pair: Tuple[DispyJob, tuple], peer: Peer, goes_on: bool) -> None:
+        self.delivery.queue_ordered(*pair, peer)
+        if not goes_on:
+            self.book.answered([pair[0]])
+
     def job_waits(self, work: DispyJob) -> None:
         """It is as if it had not been sent."""
         if self.journal is not None:
@@ -11273,54 +12578,45 @@ class ProgramCluster(NodeUser):
         """The user is warned."""
         logger.warning('job %r waits: %s', work.id, text)
 
-    def output(self, peer: Peer, work: DispyJob, message: Output) -> None:
-        """What a running job prints or logs."""
-        if work.state is JobState.SENT:
-            self.driver.jobs.job_started(peer, work)
-        if message.stream == 0:
-            self._show_record(work, *log_record_of(message.data))
-        elif self._on_output is not None:
-            self._shown.setdefault(work,
-                                   [0, 0])[message.stream - 1] = message.offset + len(message.data)
-            self._show_output(work, message.stream, message.data)
-        if message.stream:
-            for monitor in self._monitors:
-                monitor.printed(work, message.stream, message.offset, bytes(message.data))
+    def job_ended(self, work: DispyJob, text: str) -> None:
+        """It has ended without a result."""
+        if self.journal is not None:
+            self.journal.ended(work, text)
+        self.delivery.end_without_result(work, text)
+        self.book.answered([work])
 
-    def _show_output(self, job: DispyJob, stream: int, data: Any) -> None:
-        if len(data) and self._on_output is not None:
-            if self.cargo.is_program:
-                text: Union[bytes, str] = bytes(data)
-            else:
-                text = str(data, 'utf-8', 'replace')
-            self.driver.tell_later(self._on_output, job, 'stdout' if stream == 1 else 'stderr',
-                                   text)
+    def fail_job(self, work: DispyJob, text: str) -> None:
+        """It is nowhere any more."""
+        if work.status not in ENDED:
+            work.state = JobState.ABANDONED
+            self.job_ended(work, text)
 
-    def _show_rest(self, job: Any, row: tuple) -> None:
-        """What of a job's output came with its result and has not been shown."""
-        for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
-            self._show_output(job, stream, row[4 + stream][at:])
+    def jobs_owed(self) -> List[DispyJob]:
+        """Jobs for whose end the driver answers. Any thread."""
+        return self.book.jobs_owed()
 
-    def _show_record(self, job: DispyJob, level: int, name: str, text: str) -> None:
-        """What a job has logged; or that it has left files behind, which is said once. The driver's
-        thread."""
-        try:
-            if name != FILES_LEFT:
-                logger.log(level, 'job %s: %s: %s', job.id, name, text,
-                           extra={'job_id': job.id, 'job_logger': name})
-            elif not self._told_of_files:
-                self._told_of_files = True
-                logger.warning(
-                    '%s: job %r has left a file in its directory: %s. What a program leaves '
-                    'there does not come back, and is removed when the cluster is closed. '
-                    'Call the program in a function, by subprocess, which then calls '
-                    'dispy_send_file(name)', self.name, job.id, text)
-        except Exception:  # a handler of the user's; the link is not to blame
-            logger.exception('a handler of logging has failed')
+    def driver_failed(self, text: str) -> None:
+        """The driver's thread is ending for a fault of ours."""
+        for job in self.book.jobs_owed() + self.takeover.left():
+            if job.status not in ENDED:
+                self.delivery.end_with_driver(job, text)
 
-    def file_piece(self, peer: Peer, work: DispyJob, message: FilePiece) -> None:
-        """It comes below the directory in which the program made the cluster."""
-        self.driver.files.store(peer, self.directory, message)
+
+def core_of(cluster: Any) -> Any:
+    """What the driver knows of a JobCluster: a ProgramCluster. What is no JobCluster is itself what
+    a driver knows."""
+    return getattr(cluster, '_core', cluster)
+
+
+def name_of(computation: Any) -> str:
+    """The name of a computation, for people."""
+    return getattr(computation, '__name__', None) or os.path.basename(str(computation))[:60]
+
+
+def has_exception(row: tuple) -> bool:
+    """Whether a row of Results of a job that raised has the exception itself, and not only its
+    text."""
+    return len(unpack_error(row[4])[1]) > 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -11446,79 +12742,57 @@ def plain_dest_path(path: Any) -> Optional[str]:
     return plain_text(path)
 
 
-class OldCluster(ProgramCluster):
-    """Attributes that clusters have in dispy 4, and what is told at the end of one."""
-    _started: float
-    _given: Dict[str, Any]
-    _counts: Dict[str, List[Any]]
-    _job_status: Any
-    _all_ended: Optional[float] = None    # when the last job had ended
+class OldCluster:
+    """Attributes that clusters have in dispy 4."""
+    _core: ProgramCluster
 
     @property
     def start_time(self) -> float:
         """When the cluster was made, in seconds since the epoch."""
-        return self._started
+        return self._core.book.began
 
     @property
     def end_time(self) -> Optional[float]:
         """When all jobs that were submitted had ended, in seconds since the epoch; None before."""
-        return self._all_ended
+        return self._core.book.all_ended
 
     @property
     def cpu_time(self) -> float:
         """Seconds that jobs ran, in sum."""
-        return float(sum(count[2] for count in list(self._counts.values())))
+        return self._core.book.seconds()
 
     @property
     def pulse_interval(self) -> Optional[float]:
         """As given to the constructor."""
-        return self._given['pulse_interval']  # type: ignore[no-any-return]
+        return self._core.options.pulse_interval
 
     @property
     def ping_interval(self) -> Optional[float]:
         """As given to the constructor."""
-        return self._given['ping_interval']  # type: ignore[no-any-return]
+        return self._core.options.ping_interval
 
     @property
     def poll_interval(self) -> Optional[float]:
         """As given to the constructor."""
-        return self._given['poll_interval']  # type: ignore[no-any-return]
+        return self._core.options.poll_interval
 
     @property
     def job_status(self) -> Any:
         """The function that is called with jobs that have ended. It may be set."""
-        return self._job_status
+        return self._core.callbacks.job_status
 
     @job_status.setter
     def job_status(self, function: Any) -> None:
-        self._job_status = function
+        self._core.callbacks.job_status = function
 
     @property
     def cluster_status(self) -> Any:
         """The function that is called at every change. It may be set."""
-        return self._cluster_status
+        return self._core.callbacks.cluster_status
 
     @cluster_status.setter
     def cluster_status(self, function: Any) -> None:
-        self._cluster_status = function
-
-    def _tell_closed(self, nodes: Sequence[DispyNode]) -> None:
-        """The cluster is closed: cluster_status is called with Closed for each of these nodes. It
-        is waited for, since a program often ends then. Any thread."""
-        call = self._cluster_status
-        told = threading.Event()
-        if call is None or not nodes:
-            return
-        is_teller = self.driver.is_teller() or threading.current_thread() is self.driver.thread
-
-        def tell() -> None:
-            for node in nodes:
-                node.state = 'closed'
-                self.driver.tell_later(call, DispyNode.Closed, node, None)
-            self.driver.tell_later(told.set)
-        self.driver.ask(tell)
-        if not is_teller:   # otherwise it would wait for itself
-            in_slices(told.wait, GRACE)
+        self._core.callbacks.cluster_status = function
 
 
 # --------------------------------------------------------------------------------------------------
@@ -11564,7 +12838,8 @@ class JobCluster(OldCluster):
     dest_path - a fixed directory on the nodes for the files, below the node's own; what is there
         already and has not
         changed is not sent again. None: a new one
-    loglevel - level of dispy.logger, as in `logging`
+    loglevel - level of dispy.logger, as in `logging`: the log is shown from this level up. INFO
+        leaves a level that the program itself has set; DEBUG shows each event and decision
     setup, cleanup - functions run once a node, before the first and after the last job, in the
         directory of the files;
         they share the computation's global variables. A setup that raises or returns other than
@@ -11602,8 +12877,8 @@ class JobCluster(OldCluster):
     manager: see `close`, which it calls at the end.
     """
 
-    _function: Optional[Tuple[str, str]] = None   # of the computation, by name
-    _unusable = ''    # why an executor can run nothing any more
+    _is_shared = False    # its nodes are a scheduler's
+    _core: ProgramCluster
     __class_getitem__ = classmethod(of_kind)
 
     def __init__(self,
@@ -11641,266 +12916,20 @@ class JobCluster(OldCluster):
                  node_port: Optional[int] = None,
                  port: Optional[int] = None,
                  client_port: Optional[int] = None) -> None:
+        arguments = dict(locals())
         check_not_importing()
-        refuse_positions(self.remote, more)
-        self.port = node_port_of(dispy_port, node_port)
-        pulse = _in_range('pulse_interval', pulse_interval, PULSE, 0.1, 1000)
-        redial = _in_range('ping_interval', ping_interval, REDIAL_MOST, 0.1, 3600)
-        most = _in_range('max_jobs_per_worker', max_jobs_per_worker, None, 1, 1 << 31, True)
-        self._given = {
-            'pulse_interval': pulse_interval and pulse, 'ping_interval': ping_interval and redial,
-            'poll_interval': _in_range('poll_interval', poll_interval, None, 0.1, 3600)
-        }
-        reach = discovery_reach()
-        if any_node(nodes):
-            nodes = None
-        if nodes is None and reach != 'off':
-            self.specs = [NodeSpec('*', self.port)]
-        elif nodes is None or nodes == LOCAL:
-            self.specs = []
-        else:
-            self.specs = parse_nodes(nodes, self.port, self.remote or host is not None
-                                     or ip_addr is not None)
-        if not self.specs and not self.remote:
-            check_fork()
-            own_python()
-        host, *more_hosts = _own_hosts(host if host is not None else ip_addr)
-        first, *others = map(_own_host, (host, *more_hosts))
-        self.hosts = [where for where in (first, *others) if where is not None]
-        # Old scripts always give ip_addr: two of them on one machine must not be in each other's
-        # way.
-        self.hosts_may_fail = first is None or (isinstance(host, str)
-                                                and first[0] == host.strip('[]'))
-        self.multicast = bool(ipv4_udp_multicast)
-        for name, function in (('job_status', job_status), ('callback', callback),
-                               ('cluster_status', cluster_status), ('on_output', on_output)):
-            if function is not None and not callable(function):
-                raise TypeError('%s must be a function, not %s' % (name, type(function).__name__))
-        dest_path = plain_dest_path(dest_path)
-        if isinstance(depends, (str, bytes)) or not isinstance(depends, (list, tuple, set)):
-            raise TypeError('depends must be a list, not %s' % type(depends).__name__)
-        level = plain_number(loglevel, True)
-        logger.setLevel(loglevel if level is None else level)
-        loglevel = int(logger.level)
+        refuse_positions(self._is_shared, more)
+        options = ClusterOptions.from_arguments(arguments, self._is_shared)
+        set_log_level(options.loglevel)
         old_names.tell_given(port=port, client_port=client_port, poll_interval=poll_interval,
                              ext_host=ext_host or ext_ip_addr)
-        self.name = getattr(computation, '__name__', None) or os.path.basename(
-            str(computation))[:60]
-        self.comp = self.client = uuid.uuid4().hex
-        # Who has it may take the results; it is sent when that is wanted
-        self.key = os.urandom(32)
-        self.reentrant = _flag('reentrant', reentrant)
-        if not callable(cleanup):
-            cleanup = _flag('cleanup', cleanup)
-        forward_logs = _flag('forward_logs', forward_logs)
-        self.bundles = ModuleBundles(self.name)
-        self.cargo = pack_computation(computation, depends, setup, cleanup, dest_path, most,
-                                      self.name, self.bundles)
-        check_cargo(self.cargo.spec)
-        for spec in self.specs:
-            # It may choose others later, which are checked then
-            if spec.allocator is not None and spec.allocator.setup_args:
-                check_setup_args(
-                    size_of(self.bundles.packed((tuple(spec.allocator.setup_args), []), [])),
-                    self.remote)
-        self.cargo.spec['key'] = digest_of(self.key)
-        if isinstance(computation, Calls):
-            self.cargo.spec.update(computation.spec)
-        self.cargo.spec.update(live=on_output is not None, logs=loglevel if forward_logs else -1)
-        # That files of modules have changed; an executor runs the new text
-        self._told_of_change = isinstance(computation, Calls)
-        if job_status is None:
-            self._job_status = callback
-        else:
-            self._job_status = job_status
-        self._cluster_status = cluster_status
-        self._on_output = on_output
-        # Bytes of stdout and stderr shown live; driver thread only
-        self._shown: Dict[DispyJob, List[int]] = {}
-        self._lock = threading.Lock()                        # guards those below
-        self._changed = threading.Condition(self._lock)
-        self._owed: Set[DispyJob] = set()                    # jobs for whose end the driver answers
-        # Jobs that have not ended or whose callback has not returned
-        self._pending = 0
-        self._count = 0                                      # jobs submitted
-        self._waiters = 0                                    # callbacks that are in `wait`
-        self.closed = False
-        self._counts: Dict[str, List[Any]] = {}              # node -> [peer, jobs done, seconds]
-        # Rows of jobs with provisional results, in order
-        self._chains: Dict[DispyJob, Deque[Tuple[tuple, Peer]]] = {}
-        self._numbers = itertools.count(1)
-        self._finished = 0                                   # jobs that have ended as they should
-        # Status -> jobs that have not; Finished: programs, by their exit status
-        self._unfinished: Dict[int, int] = {}
-        self._started = time.time()
-        self.directory = os.getcwd()                        # files that jobs send come below it
-        self._failures = Failures(self.directory, self.cargo.paths,
-                                  self._job_status is None and cluster_status is None)
-        path = path_option('recover_file', None if recover_file is False else recover_file) or (
-            '_dispy_%s' % time.strftime('%Y%m%d%H%M%S') if fault_recover is True else fault_recover)
-        self._recovers = bool(path)                          # another process may carry on
-        if path or recover_file is False:
-            self.trail = None
-        else:
-            self.trail = Trail(weakref.WeakMethod(self._describe_for_trail), self.name, self.comp)
-        self._reach_by(nodes is None and reach != 'off')
-        self.recovered: List[DispyJob] = []
-        self._recovery: Optional[Recovery] = None
-        access = Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), pulse, redial)
-        if path:
-            self.journal = Journal(path)
-        else:
-            self.journal = None
-        try:
-            if self.journal is not None:
-                known = self.journal.known()
-            else:
-                known = []
-            self.driver = Driver.acquire(access)
-            try:
-                if self.journal is not None:
-                    self.journal.begin(self.comp, self.name, self.reentrant, self.cargo.is_program,
-                                       self._first_host(), self.key)
-                self.driver.ask(lambda: self.driver.open(self, self._probe))
-            except BaseException:
-                self.driver.release()
-                raise
-        except BaseException:
-            if self.journal is not None:
-                self.journal.close()
-            raise
-        _clusters.add(self)
-        self._warn_of_others(computation)
-        if self.journal is not None:
-            self._carry_on(self.journal, known)
+        self._core = self._make_core(computation, options)
+        self.name = self._core.name
+        self.recovered = self._core.takeover.recovered
+        self._core.start(self)
 
-    def _warn_of_others(self, computation: Any) -> None:
-        """The third cluster of one function that is open: a cell or a loop makes one each time."""
-        if isinstance(computation, Calls):   # an executor has functions of all sorts
-            return
-        self._function = (getattr(computation, '__module__', ''),
-                          getattr(computation, '__qualname__', str(computation)))
-        same = [cluster for cluster in list(_clusters)
-                if cluster._function == self._function and not cluster.closed]
-        if len(same) >= 3 and self._function not in _told_of_many:
-            _told_of_many.add(self._function)
-            logger.warning('%s: %d clusters of this function are open, and each has processes of '
-                           'its own on the nodes. Call close() when a cluster is not needed any '
-                           'more, or use "with JobCluster(...) as cluster:"', self.name, len(same))
-
-    def _describe_for_trail(self) -> Dict[str, Any]:
-        """What another process needs to collect the results. The driver's thread."""
-        return {
-            'dispy': 1, 'comp': self.comp, 'key': self.key.hex(), 'name': self.name,
-            'program': self.cargo.is_program,
-            'code': hashlib.sha256(in_one_piece(self.cargo.spec['code'])).hexdigest(),
-            'host': socket.gethostname(), 'pid': os.getpid(), 'process': list(own_process()),
-            'began': self._started, 'listen': '%s:%d' % self._first_host() if self.hosts else ''
-        }
-
-    def _first_host(self) -> Any:
-        """Where nodes may connect, for who recovers the jobs."""
-        if self.hosts:
-            return self.hosts[0]
-        return None
-
-    def _left_behind(self) -> Dict[Any, int]:
-        """Nodes that outlive this program, and how many jobs run on there. The driver's thread, or
-        after its end."""
-        return self.driver.queries.left_behind(self.comp)
-
-    def _reach_by(self, probe: bool) -> None:
-        """Whom to dial for nodes; called when all but the driver is there."""
-        self._probe = probe   # start a node here if none answers
-
-    def _look_at_modules(self, every: float = LOOK_EVERY) -> None:
-        """The files of modules may have changed since they travelled: jobs go on with what was
-        sent, and the user is told."""
-        changed = self.bundles.changed(every)
-        if changed and not self._told_of_change:
-            self._told_of_change = True
-            logger.warning(
-                '%s: the file of module %s has changed; this cluster keeps the text that it began '
-                'with. Make a new cluster to run the new one', self.name, ', '.join(changed))
-
-    def _carry_on(self, journal: Journal, rows: List[tuple]) -> None:
-        """Take over what is in the journal from a program that has crashed: rows of
-        `Journal.known`."""
-        sent: List[Tuple[DispyJob, str]] = []
-        with journal.damages():
-            holders = journal.holders()
-        again: List[DispyJob] = []
-        ended: List[DispyJob] = []
-        for job, state, node, result in rows:
-            job._journal = journal
-            self.recovered.append(job)
-            if state == Journal.ENDED:
-                if isinstance(result, str):
-                    end_without(job, result)
-                else:
-                    fill_in(job, (job.serial, *result), self.cargo.is_program)
-                ended.append(job)
-            elif state == Journal.SENT:
-                job.status = DispyJob.Running
-                job.state = JobState.RUNNING
-                sent.append((job, node))
-            else:
-                again.append(job)
-        journal.delivered(ended)
-        with self._lock:
-            self._pending += len(sent) + len(again)
-            self._count += len(sent) + len(again)
-
-        def lost(job: DispyJob, text: str) -> None:
-            if self.reentrant:
-                resubmit(job)
-            else:
-                job.state = JobState.ABANDONED
-                journal.ended(job, text)
-                self._end(job, text)
-
-        def done(job: DispyJob, row: tuple, peer: Peer) -> None:
-            job.ip_addr = peer.ip_addr
-            self._conclude([(job, row)], peer)
-
-        def over() -> None:
-            self.driver.call_soon(self._recovered)
-
-        def renew(job: DispyJob) -> None:
-            job.comp = self.comp
-            job.state = JobState.CREATED
-            job.status = DispyJob.Created
-            # It may be gone
-            job.options = {
-                name: value
-                for name, value in (job.options or {}).items() if name != 'node'
-            } or None
-            with self._lock:
-                self._owed.add(job)
-
-        # The driver's thread; posted, it might come behind the end of the cluster
-        def resubmit(job: DispyJob) -> None:
-            renew(job)
-            self.driver.jobs.take(job)
-        for job in again:
-            renew(job)
-            self.driver.post(job)
-        if sent or holders:
-            logger.info('%d jobs of an earlier run are on nodes: their results are collected',
-                        len(sent))
-            recovery = self._recovery = Recovery(journal, sent, holders, done, lost, resubmit, over)
-            self.driver.ask(lambda: recovery.begin(self.driver))
-
-    def _recovered(self) -> None:
-        """What an earlier run had on nodes has been collected, or the cluster is closed. The
-        driver's thread."""
-        recovery = self._recovery
-        self._recovery = None
-        if recovery is not None:
-            self.driver.recoveries.give_up(recovery, True)
-            for job in recovery.left():
-                job.state = JobState.CANCELLED
-                self._end(job, 'cancelled: the cluster was closed')
+    def _make_core(self, computation: Any, options: ClusterOptions) -> ProgramCluster:
+        return ProgramCluster(computation, options)
 
     # -- jobs --------------------------------------------------------------------------------------
 
@@ -11925,89 +12954,33 @@ class JobCluster(OldCluster):
         keywords; ValueError for arguments of more than 4 GiB (with a recover_file: 900 MiB); and
         what pickling them raises.
         """
-        return self._submit(next(self._numbers), args, kwargs)
+        submitter = self._core.submitter
+        return submitter.submit(next(submitter.numbers), args, kwargs)
 
     def submit_job_id(self, id: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
         """As `submit`; the job's `id` is the one given, any object. Any thread."""
-        return self._submit(id, args, kwargs)
+        return self._core.submitter.submit(id, args, kwargs)
 
     def submit_node(self, node: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
         """As `submit`, on this node and no other: a DispyNode, its name, address or (address,
         port). The job waits while the node cannot be used. Raises ValueError for a node that this
         cluster does not know, naming those it does. Any thread."""
-        return self._submit(next(self._numbers), args, kwargs, self._key_of_node(node))
+        submitter = self._core.submitter
+        return submitter.submit(next(submitter.numbers), args, kwargs, self._key_of_node(node))
 
     def submit_job_id_node(self, id: Any, node: Any, /, *args: Any, **kwargs: Any) -> DispyJob:
         """As `submit_node`, with the job's `id`. Any thread."""
-        return self._submit(id, args, kwargs, self._key_of_node(node))
+        return self._core.submitter.submit(id, args, kwargs, self._key_of_node(node))
 
     def _key_of_node(self, node: Any) -> Any:
-        key, reason = self._command('seat', node)
+        key, reason = self._core.nodes.key_of(node)
         if reason:
+            if isinstance(node, DispyNode):
+                node = node.ip_addr
             logger.warning(
                 '%s: node %s cannot be used now: %s. Jobs that were submitted to it wait until it '
-                'can',
-                self.name, node.ip_addr if isinstance(node, DispyNode) else node, reason)
+                'can', self.name, node, reason)
         return key
-
-    def _submit(self, number: Any, args: tuple, kwargs: dict, node: Any = None) -> DispyJob:
-        depends = kwargs.pop('dispy_job_depends', ())
-        if kwargs:
-            options = _take_options(kwargs)
-        else:
-            options = None
-        if node is not None:
-            options = dict(options or {}, node=node)
-        if options is not None and 'repeats' in options:
-            options['repeats'].is_program = self.cargo.is_program
-        if self.cargo.is_program and kwargs:
-            raise TypeError('a program takes no keyword arguments: %s' %
-                            ', '.join(map(str, kwargs)))
-        return self._enter(number, args, kwargs, options, self._pack(args, kwargs, depends))
-
-    def _pack(self, args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
-        """Arguments as they are now."""
-        self._look_at_modules()
-        payload = pack_arguments(args, kwargs, self.bundles, depends)
-        if type(payload) is SharedPayload:
-            size = payload.total()
-        else:
-            size = size_of(payload)
-        if self.journal is None:
-            most = VALUE_MOST
-        else:
-            most = JOURNAL_MOST
-        if size > most:
-            raise ValueError(
-                'arguments of %d bytes are over the limit of %d%s: send a file (depends)' %
-                (size, most, '' if self.journal is None else ' of a cluster with a recover_file'))
-        return payload
-
-    def _enter(self, number: Any, args: tuple, kwargs: dict, options: Optional[dict], payload: Any,
-               future: Optional['DispyFuture'] = None) -> DispyJob:
-        if type(payload) is SharedPayload:
-            options = dict(options or {}, values=payload.rows())
-        if self.journal is None:
-            job = DispyJob(self.comp, payload, options, number)
-        else:
-            job = KeptJob(self.comp, payload, options, number, words_of(args, kwargs))
-        with self._lock:
-            if self.closed or self.driver.broken:
-                raise RuntimeError('submit: %s' % (self.driver.broken or 'the cluster was closed'))
-            if self.journal is not None and isinstance(job, KeptJob):
-                self.journal.submitted(job)
-                self.journal.trim()
-            if future is not None:
-                job._future = future
-                future.job = job
-            self._pending += 1
-            self._count += 1
-            self._owed.add(job)
-            if self._cluster_status is not None:
-                self.driver.post(Told(self, DispyJob.Created, None, job))
-            # With the lock held: `close` comes after it or before the test above
-            self.driver.post(job)
-        return job
 
     def put(self, value: Any) -> ValueRef:
         """Take a value for many jobs. The ref that this returns may stand anywhere in the arguments
@@ -12016,7 +12989,7 @@ class JobCluster(OldCluster):
         What the program changes in the value later does not reach jobs. Arrays and other buffers
         over 1 MiB in arguments are treated so without `put`, which saves packing and comparing them
         for each job. Raises what pickling the value raises. Any thread."""
-        self._look_at_modules()
+        self._core.submitter.look_at_modules()
         return ValueRef(value, [('the value', value)])
 
     def map(self, *iterables: Any, in_flight: Optional[int] = None,
@@ -12043,11 +13016,13 @@ class JobCluster(OldCluster):
                 yield result_of(jobs.popleft())
         finally:
             if jobs:
+                driver = self._core.driver
+
                 def cancel() -> None:
                     for job in jobs:
-                        self.driver.cancels.cancel(job)
+                        driver.cancels.cancel(job)
                 with contextlib.suppress(RuntimeError):   # it has ended, and its jobs with it
-                    self.driver.ask(cancel)
+                    driver.ask(cancel)
 
     def as_completed(self, jobs: Iterable[DispyJob], timeout: Optional[float] = None,
                      progress: bool = False) -> Iterator[DispyJob]:
@@ -12059,7 +13034,7 @@ class JobCluster(OldCluster):
         for job in jobs:
             if not isinstance(job, DispyJob):
                 raise TypeError('as_completed: %.80r is no job' % (job,))
-        ended = self._as_completed(jobs, timeout)
+        ended = ended_jobs(jobs, timeout)
         if progress:
             return in_sight(ended, len(set(jobs)))
         return ended
@@ -12075,27 +13050,6 @@ class JobCluster(OldCluster):
             until = time.monotonic() + timeout
         return [job.get(max(0.0, until - time.monotonic())) for job in list(jobs)]
 
-    def _as_completed(self, jobs: List[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
-        if timeout is None:
-            until = None
-        else:
-            until = time.monotonic() + timeout
-        ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
-        for job in jobs:
-            job._call_when_ended(ended.put)
-        left = set(jobs)
-        while left:
-            try:
-                job = next_of(ended, None if until is None else until - time.monotonic())
-            except queue.Empty:
-                first = next((job for job in jobs if job in left and job.status not in ENDED), None)
-                raise TimeoutError('%d of %d jobs have not ended within %s s%s' %
-                                   (len(left), len(jobs), timeout, '' if first is None else
-                                    '. The first of them: ' + first._unended(timeout))) from None
-            if job in left:
-                left.discard(job)
-                yield job
-
     def cancel(self, job: DispyJob) -> int:
         """End a job: a waiting one at once, a running one by KeyboardInterrupt and, 5 s later, by
         killing it. Returns 0, or -1 for a job that has ended. Any thread."""
@@ -12103,54 +13057,30 @@ class JobCluster(OldCluster):
             raise TypeError('cancel: %.80r is no job' % (job,))
         if job.status in ENDED:
             return -1
-        self.driver.ask(lambda: self.driver.cancels.cancel(job))
+        driver = self._core.driver
+        driver.ask(lambda: driver.cancels.cancel(job))
         return 0
 
     def jobs(self) -> JobList:
         """The jobs that have not ended, in the order of submission: a list, which a notebook shows
         as a table. Any thread."""
-        with self._lock:
-            owed = list(self._owed)
-        jobs = [job for job in owed if job.status not in ENDED]
+        jobs = [job for job in self._core.book.jobs_owed() if job.status not in ENDED]
         return JobList(sorted(jobs, key=lambda job: (job.submit_time, job.serial >> 16)))
 
     def cancel_all(self) -> int:
         """End all jobs that have not ended: those that wait at once, those that run as `cancel`
         does. The cluster takes others afterwards. Returns how many they were. Any thread."""
+        driver = self._core.driver
         jobs = self.jobs()
         jobs.reverse()   # none begins instead of one that was cancelled before it
         for at in range(0, len(jobs), CANCELS_MOST):
             some = jobs[at:at + CANCELS_MOST]
-            self.driver.ask(functools.partial(self.driver.cancels.cancel_some, some))
+            driver.ask(functools.partial(driver.cancels.cancel_some, some))
         return len(jobs)
 
     def cancel_waiting(self) -> None:
         """End all jobs that have not begun, those that wait on nodes included. Any thread."""
-        self._cancel_waiting(False)
-
-    def _cancel_waiting(self, but_first: bool) -> None:
-        self.driver.ask(lambda: self.driver.cancels.cancel_waiting(self.comp, but_first))
-
-    def _withdraw_all(self, jobs: Sequence[Any]) -> None:
-        """Cancel those that have not begun; the answers are not waited for. Any thread but the
-        driver's."""
-        with contextlib.suppress(RuntimeError):   # the driver has ended, and its jobs with it
-            self.driver.ask(lambda: self.driver.cancels.withdraw_all(jobs))
-
-    def _withdraw(self, job: DispyJob) -> bool:
-        """Cancel a job if it has not begun; whether it never will. Waits for the answer of its node
-        for WITHDRAW_TIME; then the job goes on. Any thread; without answer in the driver's."""
-        driver = self.driver
-        if job.status in ENDED or driver.broken or threading.current_thread() is driver.thread:
-            return job.status == DispyJob.Cancelled
-        try:
-            future = driver.ask(lambda: driver.cancels.withdraw(job))
-            try:
-                return future.result(WITHDRAW_TIME)  # type: ignore[no-any-return]
-            except concurrent.futures.TimeoutError:
-                return driver.ask(lambda: driver.cancels.keep(job))  # type: ignore[no-any-return]
-        except RuntimeError:   # the driver has ended meanwhile, and its jobs with it
-            return job.status == DispyJob.Cancelled
+        self._core.cancel_waiting(False)
 
     def wait(self, timeout: Optional[float] = None, progress: bool = False) -> bool:
         """Wait until every job has ended and its callback has returned, at most `timeout` seconds;
@@ -12159,48 +13089,8 @@ class JobCluster(OldCluster):
         for is not waited for."""
         timeout = _seconds('timeout', timeout)
         if not progress:
-            return self._wait(timeout)
-        if timeout is None:
-            until = None
-        else:
-            until = time.monotonic() + timeout
-        with Progress() as shown:
-            while True:
-                with self._lock:
-                    shown.show(self._count - self._pending, self._count)
-                if until is None:
-                    left = PROGRESS_EVERY
-                else:
-                    left = min(PROGRESS_EVERY, until - time.monotonic())
-                if self._wait(max(0.0, left)):
-                    shown.show(self._count, self._count)
-                    return True
-                if until is not None and time.monotonic() >= until:
-                    return False
-
-    def _wait(self, timeout: Optional[float]) -> bool:
-        own = getattr(_calling, 'cluster', None) is self
-        if timeout is None:
-            until = None
-        else:
-            until = time.monotonic() + timeout
-        with self._changed:
-            self._waiters += own
-            if own:
-                self._changed.notify_all()
-            try:
-                # Callbacks that wait do not wait for each other
-                while self._pending > (self._waiters if own else 0):
-                    if until is None:
-                        left = None
-                    else:
-                        left = until - time.monotonic()
-                    if left is not None and left <= 0:
-                        return False
-                    in_slices(self._changed.wait, left)
-            finally:
-                self._waiters -= own
-        return True
+            return self._core.book.wait(timeout)
+        return wait_in_sight(self._core.book, timeout)
 
     __call__ = wait
 
@@ -12212,16 +13102,17 @@ class JobCluster(OldCluster):
         RuntimeError when the cluster is or gets closed. Any thread."""
         timeout = _seconds('timeout', timeout)
         n = _in_range('n', n, 1, 0, 1 << 31, True)
+        core = self._core
         if timeout is None:
             until = None
         else:
             until = time.monotonic() + timeout
         while True:
-            if self.closed:
+            if core.closed:
                 raise RuntimeError('wait_nodes: the cluster was closed')
-            if sum(node.state == 'ready' for node in self.status().nodes) >= n:
+            if core.count_ready() >= n:
                 return
-            reason = self._why_unloadable()
+            reason = core.nodes.why_unloadable()
             if reason:
                 raise NoNodes(reason)
             if until is None:
@@ -12229,71 +13120,20 @@ class JobCluster(OldCluster):
             else:
                 left = until - time.monotonic()
             if left <= 0:
-                ready = sum(node.state == 'ready' for node in self.status().nodes)
-                raise NoNodes(
-                    '%d node%s waited for, and after %g s there %s. %s' %
-                    (n, ' was' if n == 1 else 's were', timeout
-                     or 0.0, 'is none' if not ready else 'are only %d' % ready, self._complaint()))
-            with self._changed:
-                self._changed.wait(min(left, 0.1))
-
-    def _complaint(self) -> str:
-        return self._command('complaint')  # type: ignore[no-any-return]
-
-    def _why_jobs_wait(self) -> str:
-        """Why a job that has not begun waits. The user's threads."""
-        try:
-            if any(node.state == 'ready' for node in self.status().nodes):
-                return 'it waits for its turn; of the jobs of %s there are %s' % (self.name,
-                                                                                  self._counted())
-            return 'it waits for a node. ' + self._complaint()
-        except (RuntimeError, concurrent.futures.TimeoutError):
-            # The cluster is closed meanwhile, or nobody answers
-            return 'it waits'
-
-    def _why_unloadable(self) -> str:
-        """Why no node can load the code of the computation; empty if one may."""
-        return self._command('why_unloadable')  # type: ignore[no-any-return]
+                raise NoNodes(too_few_nodes(n, timeout or 0.0, core.count_ready(),
+                                            core.nodes.explain_no_nodes()))
+            core.book.wait_for_change(min(left, 0.1))
 
     def status(self) -> ClusterStatus:
         """The nodes that have answered and the number of jobs that have not ended; the other nodes,
         with the reason, are in `refused`. Any thread."""
-        with self._lock:
-            counts = {name: list(count) for name, count in self._counts.items()}
-            pending = self._pending
-        found: List[NodeRow] = []
-        if not self.closed:
-            try:
-                found = self._rows()
-            except RuntimeError:
-                if not self.closed:   # otherwise it was closed meanwhile
-                    raise
-        nodes: List[DispyNode] = []
-        seen = set()
-        for row in found:
-            key = '%s:%s' % (row.ip_addr, row.name)
-            seen.add(key)
-            _, done, seconds = counts.get(key, (row, 0, 0.0))
-            nodes.append(
-                describe_node(row, row.state, row.reason, row.cpus, row.busy, done, seconds))
-        for key, (peer, done, seconds) in counts.items():
-            if key not in seen:
-                nodes.append(describe_node(peer, 'closed', '', peer.offered, 0, done, seconds))
-        return ClusterStatus(nodes, pending)
-
-    def _command(self, name: str, *args: Any) -> Any:
-        """Ask whoever has the nodes: the driver."""
-        if self.closed:
-            raise RuntimeError('the cluster was closed')
-        return self.driver.ask(lambda: self.driver.queries.command(self.comp, name, *args))
-
-    def _rows(self) -> List[NodeRow]:
-        return self._command('nodes')  # type: ignore[no-any-return]
+        return self._core.status()
 
     def discover_nodes(self, nodes: Any) -> int:
         """Look for more nodes now, given as in the constructor; '*' asks the whole network. Returns
         0. Raises TypeError or ValueError for what is no node. Any thread."""
-        self._command('allocate', parse_nodes(nodes, self.port, bool(self.hosts)))
+        core = self._core
+        core.nodes.ask('allocate', parse_nodes(nodes, core.port, bool(core.hosts)))
         return 0
 
     def allocate_node(self, node: Any) -> int:
@@ -12304,22 +13144,23 @@ class JobCluster(OldCluster):
     def deallocate_node(self, node: Any) -> int:
         """Send no more jobs to a node, given as in `submit_node`; what runs there goes on. Returns
         0. Any thread."""
-        self._command('set_cpus', node, 0)
+        self._core.nodes.ask('set_cpus', node, 0)
         return 0
 
     def close_node(self, node: Any, terminate_pending: bool = False) -> int:
         """Use a node no more: when its running jobs have ended, or, with `terminate_pending`, at
         once (its jobs are run elsewhere if the cluster is reentrant and are Abandoned otherwise),
         cleanup runs there. Returns 0. Any thread."""
-        self._command('leave', node, 'close', bool(terminate_pending))
+        self._core.nodes.ask('leave', node, 'close', bool(terminate_pending))
         return 0
 
     def resetup_node(self, node: Any, terminate_pending: bool = False) -> int:
         """Set a node up anew, with files as they are now: cleanup, what has changed of `depends`,
         setup. When and with what effect on its jobs as in `close_node`. Returns 0 at once. Any
         thread."""
-        self.cargo.spec['files'] = _file_rows(self.cargo.paths, self.cargo.spec['program'])
-        self._command('leave', node, 'open', bool(terminate_pending))
+        cargo = self._core.cargo
+        cargo.spec['files'] = _file_rows(cargo.paths, cargo.spec['program'])
+        self._core.nodes.ask('leave', node, 'open', bool(terminate_pending))
         return 0
 
     def set_node_cpus(self, node: Any, cpus: int) -> int:
@@ -12328,18 +13169,19 @@ class JobCluster(OldCluster):
         number = plain_number(cpus, True)
         if number is None:
             raise TypeError('cpus=%.80r is no whole number' % (cpus,))
-        return self._command('set_cpus', node, number)  # type: ignore[no-any-return]
+        return self._core.nodes.ask('set_cpus', node, number)  # type: ignore[no-any-return]
 
     def node_jobs(self, node: Any, from_node: bool = False) -> List[DispyJob]:
         """Jobs of this cluster that have been sent to a node and have not ended: those that wait
         there are Created. With `from_node` it is asked which of them run; only these are returned,
         as Running. Raises ValueError for an unknown node, RuntimeError if it is not connected."""
-        serials = self._command('jobs', node)
+        core = self._core
+        serials = core.nodes.ask('jobs', node)
         if from_node:
-            report = answer_of(self._command('question', node), CALL_TIME)
+            report = answer_of(core.nodes.ask('question', node), CALL_TIME)
             running = {serial for serial, _ in report.running}
             serials = [serial for serial in serials if serial in running]
-        return self.driver.ask(lambda: self.driver.queries.jobs_of(self.comp, serials))  # type: ignore[no-any-return]
+        return core.driver.ask(lambda: core.driver.queries.jobs_of(core.comp, serials))  # type: ignore[no-any-return]
 
     def send_file(self, path: str, node: Any, timeout: Union[None, bool, float] = None,
                   relay: Optional[bool] = None) -> int:
@@ -12349,12 +13191,13 @@ class JobCluster(OldCluster):
         TimeoutError after `timeout` seconds. `relay`, in dispy 4 the third parameter, is accepted
         and has no meaning any more. Any thread."""
         if isinstance(timeout, bool):
-            timeout, relay = None, timeout
+            relay = timeout
+            timeout = None
         old_names.tell_given(relay=relay or None)
         name = os.path.basename(os.fspath(path))
         row, = _file_rows({name: os.fspath(path)})
         timeout = _seconds('timeout', timeout)
-        future = self._command('question', node, row, os.fspath(path))
+        future = self._core.nodes.ask('question', node, row, os.fspath(path))
         try:
             error = answer_of(future, timeout)
         except concurrent.futures.TimeoutError:
@@ -12364,47 +13207,39 @@ class JobCluster(OldCluster):
             raise OSError('send_file: %s could not be stored on the node: %s' % (name, error))
         return 0
 
+    # -- what people see ---------------------------------------------------------------------------
+
     def print_status(self, wall_time: Any = None, file: Any = None) -> None:
         """Print a table by node, and jobs and CPUs in sum, to `file` (default: stdout). `wall_time`
         are the seconds that passed, if it is not the time since the cluster was made; the first
         parameter may also be `file`. Any thread."""
         if hasattr(wall_time, 'write'):
-            wall_time, file = None, wall_time
+            file = wall_time
+            wall_time = None
         wall_time = number_in(wall_time)
-        self._tell_failures()
+        self._core.tell_failures()
         status = self.status()
-        line = '%-32s %5s %8s %10s %12s  %s'
-        out = [line % ('Node', 'CPUs', 'Jobs', 's / Job', 'Job time s', 'State'), '-' * 84]
-        for node in status.all_nodes:
-            if node.port not in (0, NODE_PORT):
-                where = place(node.ip_addr, node.port)
-            else:
-                where = node.ip_addr
-            if node.name:
-                name = '%s (%s)' % (where, node.name)
-            else:
-                name = where
-            out.append(line %
-                       (name[:32], node.cpus, node.jobs_done, '%.3f' %
-                        (node.cpu_time / node.jobs_done) if node.jobs_done else '-',
-                        '%.3f' % node.cpu_time, node.state +
-                        (': ' + node.reason.strip().splitlines()[-1] if node.reason else '')))
-        busy = sum(node.cpu_time for node in status.all_nodes)
-        elapsed = wall_time or time.time() - self._started
-        out += [
-            '-' * 84,
-            'Jobs pending: %d   Job time: %.3f s   Elapsed: %.3f s   CPUs used on average: %.2f' %
-            (status.jobs_pending, busy, elapsed, busy / elapsed if elapsed else 0.0)
-        ]
-        print('\n'.join(out), file=file)
+        elapsed = wall_time or time.time() - self.start_time
+        print(table_of_status(status, elapsed), file=file)
 
     stats = print_status
 
-    def _tell_failures(self) -> None:
-        """Jobs have failed, and the program has not looked at any reason: that is said once."""
-        text = self._failures.take(self._count)
-        if text:
-            logger.warning('%s: %s', self.name, text)
+    def __repr__(self) -> str:
+        return '<%s %s: %s; %s>' % (type(self).__name__, self.name, self._core.nodes_in_words(),
+                                    self._core.book.by_state())
+
+    def _repr_html_(self) -> str:
+        """For notebooks: state, progress, counts, nodes, and a link to the web page, if any."""
+        core = self._core
+        nodes = core.status().nodes
+        if core.closed:
+            state = 'closed'
+            page = ''
+        else:
+            state = nodes_text(nodes)
+            page = core.live_output.page()
+        title = '%s %s' % (type(self).__name__, self.name)
+        return html_of_cluster(title, state, core.book.by_state(), nodes, page)
 
     # -- end ---------------------------------------------------------------------------------------
 
@@ -12412,81 +13247,12 @@ class JobCluster(OldCluster):
         """Wait for the jobs (at most `timeout` seconds; with terminate=True not at all: they are
         cancelled) and let the nodes go. Returns True; False, and nothing is changed, when jobs were
         left after `timeout`. May be called twice. Any thread."""
-        return self._close(timeout, terminate)
+        return self._core.close(timeout, terminate)
 
     def shutdown(self, timeout: Optional[float] = None, terminate: bool = False) -> bool:
         """As `close`; nodes that were started with --client-shutdown end as soon as this program
         lets them go. Any thread."""
-        return self._close(timeout, terminate, shutdown=True)
-
-    def _close(self, timeout: Optional[float], terminate: bool, shutdown: bool = False) -> bool:
-        if not terminate and not self.closed:
-            self._look_at_modules(0.0)
-            if not self.wait(timeout):
-                return False
-        with self._lock:
-            if self.closed:
-                return True
-            self.closed = True
-        _clusters.discard(self)
-        self._leave(shutdown)
-        self._tell_failures()
-        return True
-
-    def _leave(self, shutdown: bool = False) -> None:
-        driver = self.driver
-        nodes = self._nodes_in_use()
-        if driver.broken:   # nodes could not be told, and what runs there can be collected
-            if self.trail is not None:
-                self.trail.close(remove=False)
-            return
-        try:
-            driver.ask(self._recovered)
-            driver.ask(lambda: driver.forget(self.comp, shutdown))
-        except RuntimeError as exc:
-            # The driver has failed meanwhile, and has ended the jobs itself
-            logger.debug('%s: %s', self.name, exc)
-        except Exception as exc:  # a fault of ours; the cluster is closed all the same
-            logger.error('%s: the nodes could not be let go in good order: %s: %s', self.name,
-                         type(exc).__name__, exc)
-        self.wait(CALL_TIME)   # for callbacks of what was cancelled
-        with contextlib.suppress(RuntimeError):   # the driver has failed
-            self._tell_closed(nodes)
-        if self.trail is not None:
-            self.trail.close()
-        if self.journal is not None:
-            self.journal.close(remove=True)
-        if threading.current_thread() is not driver.thread:
-            driver.release()
-
-    def _rows_at_end(self) -> List[NodeRow]:
-        """Nodes, also when the cluster counts as closed."""
-        return self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))  # type: ignore[no-any-return]
-
-    def _nodes_in_use(self) -> List[DispyNode]:
-        """Nodes whose Closed is to be told; none if nobody wants to know."""
-        if self._cluster_status is None:
-            return []
-        try:
-            rows = self._rows_at_end()
-        except (RuntimeError, concurrent.futures.TimeoutError):
-            # The driver or the scheduler is gone
-            return []
-        return [
-            describe_node(row, 'closed', '', row.cpus, 0) for row in rows
-            if row.state in ('ready', 'draining')
-        ]
-
-    def _after_fork(self) -> None:
-        """In a forked child: its jobs and its journal are the parent's, and nobody here may wait
-        for them."""
-        self._lock = threading.Lock()   # a thread that is not here may hold the old one
-        self._changed = threading.Condition(self._lock)
-        self.closed = True
-        self._pending = 0
-        self.journal = None
-        if self.trail is not None:
-            self.trail.after_fork()
+        return self._core.close(timeout, terminate, shutdown=True)
 
     def __enter__(self) -> 'JobCluster':
         return self
@@ -12495,317 +13261,102 @@ class JobCluster(OldCluster):
         """Waits for the jobs; leaving by an exception cancels them."""
         self.close(terminate=kind is not None)
 
-    def jobs_counted(self) -> Tuple[int, int, int, int]:
-        """How many jobs were submitted, have ended as they should, have failed, were cancelled. Any
-        thread."""
-        with self._lock:
-            return self._count_jobs()
 
-    def _count_jobs(self) -> Tuple[int, int, int, int]:
-        """The same, with the lock held."""
-        ends = self._unfinished
-        failed = sum(ends.get(int(state), 0) for state in (*FAILED, JobState.FINISHED))   # programs
-        return self._count, self._finished, failed, ends.get(DispyJob.Cancelled, 0)
-
-    def jobs_at_nodes(self) -> Dict[str, Tuple[Any, int, float]]:
-        """ADDRESS:NAME -> the node, the jobs that have ended there, the seconds that they ran. Any
-        thread."""
-        with self._lock:
-            return {
-                name: (peer, done, seconds)
-                for name, (peer, done, seconds) in self._counts.items()
-            }
-
-    def _counted(self) -> Counts:
-        """Its jobs by state. Any thread."""
-        with self._lock:
-            owed = list(self._owed)
-            submitted, done, failed, cancelled = self._count_jobs()
-        waiting = sum(job.status == DispyJob.Created for job in owed)
-        running = max(0, submitted - done - failed - cancelled - waiting)
-        return Counts(done, failed, cancelled, running, waiting)
-
-    def _nodes_in_words(self) -> str:
-        """Its nodes, as far as that can be told at once."""
-        if self.closed or threading.current_thread() is self.driver.thread:
-            if self.closed:
-                return 'closed'
-            return 'open'
+def ended_jobs(jobs: List[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
+    """Jobs as they end, each once. Raises TimeoutError after so many seconds."""
+    if timeout is None:
+        until = None
+    else:
+        until = time.monotonic() + timeout
+    ended: 'queue.SimpleQueue[DispyJob]' = queue.SimpleQueue()
+    for job in jobs:
+        job._call_when_ended(ended.put)
+    left = set(jobs)
+    while left:
         try:
-            return nodes_text(self.status().nodes)
-        except RuntimeError:   # it has been closed meanwhile, or the driver has failed
-            return 'closed'
-        except concurrent.futures.TimeoutError:   # the driver does not answer
-            return 'open'
-
-    def __repr__(self) -> str:
-        return '<%s %s: %s; %s>' % (
-            type(self).__name__, self.name, self._nodes_in_words(), self._counted())
-
-    def _repr_html_(self) -> str:
-        """For notebooks: state, progress, counts, nodes, and a link to the web page, if any."""
-        nodes = self.status().nodes
-        if self.closed:
-            state = 'closed'
-        else:
-            state = nodes_text(nodes)
-        page = next((monitor.page for monitor in self._monitors if monitor.page), '')
-        title = '%s %s' % (type(self).__name__, self.name)
-        return html_of_cluster(title, state, self._counted(), nodes, '' if self.closed else page)
-
-    # -- called by the driver: nodes ---------------------------------------------------------------
-
-    def is_idle(self) -> bool:
-        """Whether it has no jobs, and is not closed."""
-        return not self._pending and not self.closed and self._recovery is None
-
-    def is_replaced(self, others: Iterable[NodeUser]) -> bool:
-        """Whether a cluster of the same function was made later."""
-        clusters = [other for other in others if isinstance(other, JobCluster)]
-        return self._function is not None and any(
-            other._function == self._function and other._started > self._started
-            for other in clusters)
-
-    def node_ready(self, peer: Peer) -> None:
-        """It is noted for recover_jobs(), and who waits for nodes looks again."""
-        if self.trail is not None and not peer.embedded and self.trail.add(peer.place):
-            self.driver.remove_old_trails()
-        with self._changed:
-            self._changed.notify_all()
-
-    def node_told(self, status: int, row: NodeRow) -> None:
-        """As `node_changed`, of a node of the scheduler."""
-        with self._changed:
-            self._changed.notify_all()
-        if self._cluster_status is not None:
-            node = describe_node(row, row.state, row.reason, row.cpus, row.busy)
-            self.driver.tell_later(self._cluster_status, status, node, None)
-
-    # -- called by the driver: jobs ----------------------------------------------------------------
-
-    def jobs_started(self, peer: Peer, pairs: Sequence[Tuple[DispyJob, float]]) -> None:
-        """Users see that they run."""
-        for job, ran in pairs:
-            self._began(job, time.time() - ran, peer)
-
-    def jobs_ended(self, peer: Peer, pairs: List[Tuple[DispyJob, tuple]]) -> None:
-        """Results at last. What may run the user's code when it is opened is left to an opener."""
-        plain: List[Tuple[DispyJob, tuple]] = []
-        code: List[Tuple[DispyJob, tuple]] = []
-        # Such come alone, and take time to open
-        large = len(pairs) == 1 and len(pairs[0][1][4]) > LAZY
-        journal = self.journal
-        for pair in pairs:
-            outcome = pair[1][1]
-            if self._on_output is not None and outcome not in GOES_ON:
-                self._show_rest(*pair)
-            if journal is not None and outcome not in GOES_ON:
-                journal.ended(*pair)
-            if outcome in GOES_ON or (self._chains and pair[0] in self._chains):
-                self._chain(pair, peer)
-                if outcome not in GOES_ON:
-                    self._jobs_answered([pair[0]])
-                continue
-            if large or outcome in _MAY_OPEN and (
-                    outcome != Outcome.RAISED or len(unpack_error(pair[1][4])[1])):
-                code.append(pair)
+            if until is None:
+                job = next_of(ended, None)
             else:
-                plain.append(pair)
-        if plain:
-            self._conclude(plain, peer)
-        if code:
-            self.driver.openers.run(self._conclude, code, peer)
-            self._jobs_answered([job for job, _ in code])
+                job = next_of(ended, until - time.monotonic())
+        except queue.Empty:
+            raise TimeoutError(text_of_unended(jobs, left, timeout)) from None
+        if job in left:
+            left.discard(job)
+            yield job
 
-    def job_ended(self, work: DispyJob, text: str) -> None:
-        """It has ended without a result."""
-        if self.journal is not None:
-            self.journal.ended(work, text)
-        self._end(work, text)
-        self._jobs_answered([work])
 
-    def fail_job(self, work: DispyJob, text: str) -> None:
-        """It is nowhere any more."""
-        if work.status not in ENDED:
-            work.state = JobState.ABANDONED
-            self.job_ended(work, text)
+def text_of_unended(jobs: List[DispyJob], left: Set[DispyJob], timeout: Optional[float]) -> str:
+    """That jobs have not ended in time, and why the first of them has not."""
+    text = '%d of %d jobs have not ended within %s s' % (len(left), len(jobs), timeout)
+    for job in jobs:
+        if job in left and job.status not in ENDED:
+            return '%s. The first of them: %s' % (text, job._unended(timeout))
+    return text
 
-    def jobs_owed(self) -> List[DispyJob]:
-        """Jobs for whose end the driver answers. The driver's thread."""
-        with self._lock:   # a job is added and posted with it held
-            return list(self._owed)
 
-    def _jobs_answered(self, jobs: Sequence[DispyJob]) -> None:
-        """These have ended, or an opener ends them. The driver's thread."""
-        with self._lock:
-            self._owed.difference_update(jobs)
-
-    def _began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
-        """A job has begun, at this time since the epoch. The driver's thread."""
-        with self._lock:   # beside a provisional result, and the end
-            if job.status in ENDED:
-                return
-            is_news = job.status == DispyJob.Created
-            job.ip_addr = peer.ip_addr
-            job.start_time = start
-            if is_news:
-                job.status = DispyJob.Running
-        if is_news and self._cluster_status is not None:
-            self.tell(DispyJob.Running, peer, job)
-
-    def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Union[Peer, NodeRow]) -> None:
-        """Give jobs their results. The driver's thread or an opener."""
-        seconds = 0.0
-        finished = 0
-        for job, row in pairs:
-            payload = job.payload
-            # Nobody had told that it has begun
-            if job.status == 5 and (row[2] or row[1] != Outcome.CANCELLED):
-                job.ip_addr = peer.ip_addr
-                if self._cluster_status is not None:
-                    self.driver.post(Told(self, DispyJob.Running, peer, job))
-            fill_in(job, row, self.cargo.is_program, self._failures, peer.name)
-            if job.status == 11 and not (self.cargo.is_program and job.result):
-                finished += 1
-            else:
-                self._note(job, payload)
-            seconds += row[3] - row[2]
-        jobs = [job for job, _ in pairs]
-        with self._lock:
-            self._owed.difference_update(jobs)
-            self._finished += finished
-            count = self._counts.setdefault('%s:%s' % (peer.ip_addr, peer.name), [peer, 0, 0.0])
-            count[1] += len(pairs)
-            count[2] += seconds
-        self._ended(jobs, peer)
-
-    def _chain(self, pair: Tuple[DispyJob, tuple], peer: Peer) -> None:
-        """A result that must be seen after earlier ones of its job. The driver's thread."""
-        job, row = pair
-        with self._lock:
-            if job in self._chains:
-                self._chains[job].append((row, peer))
-                return
-            self._chains[job] = collections.deque([(row, peer)])
-        if self._job_status is not None:
-            pool = self.driver.callbacks
-        else:
-            pool = self.driver.openers
-        pool.run(self._run_chain, job)
-
-    def _run_chain(self, job: DispyJob) -> None:
-        """Result after result, each seen by the callback before the next. A callback thread or an
-        opener."""
+def wait_in_sight(book: JobBook, timeout: Optional[float]) -> bool:
+    """Wait as the book does, while it is shown how many jobs have ended."""
+    if timeout is None:
+        until = math.inf
+    else:
+        until = time.monotonic() + timeout
+    with Progress() as shown:
         while True:
-            with self._lock:
-                if not self._chains[job]:
-                    del self._chains[job]
-                    return
-                row, peer = self._chains[job].popleft()
-            if row[1] not in GOES_ON:
-                self._conclude([(job, row)], peer)
-            elif self._show(job, row) and self._job_status is not None:
-                try:
-                    self._guarded_call(job)
-                except Exception as exc:
-                    # The user's callback; later results are shown all the same
-                    self._report_callback(job, exc)
-
-    def _show(self, job: DispyJob, row: tuple) -> bool:
-        """A provisional result; false if the job has ended meanwhile, or it cannot be opened."""
-        try:
-            value = unseal(row[4], True)
-        except BaseException as exc:  # unpickling runs the user's code
-            logger.error('a provisional result of job %r could not be opened: %s', job.id,
-                         describe_exception(exc, 1))
-            return False
-        with self._lock:
-            if job.status in ENDED:
+            shown.show(*book.progress())
+            if book.wait(max(0.0, min(PROGRESS_EVERY, until - time.monotonic()))):
+                shown.show(book.submitted, book.submitted)
+                return True
+            if time.monotonic() >= until:
                 return False
-            job.result = value
-            job.status = DispyJob.ProvisionalResult
-        return True
 
-    def _note(self, job: DispyJob, payload: Any) -> None:
-        """A job has ended without a result, or with the exit status of a program that failed:
-        count it, and tell who watches."""
-        with self._lock:
-            self._unfinished[job.status] = self._unfinished.get(job.status, 0) + 1
-        for monitor in self._monitors:
-            monitor.failed(job, payload)
 
-    def _end(self, job: DispyJob, text: str) -> None:
-        """A job that ended without a result. The driver's thread."""
-        payload = job.payload
-        with self._lock:   # beside a provisional result
-            end_without(job, text, self._failures)
-        self._note(job, payload)
-        self._ended([job])
+def too_few_nodes(wanted: int, timeout: float, ready: int, tried: str) -> str:
+    """Why a wait for nodes has ended: how many were wanted within so many seconds, and what was
+    tried."""
+    if wanted == 1:
+        were = '1 node was'
+    else:
+        were = '%d nodes were' % wanted
+    if ready:
+        found = 'are only %d' % ready
+    else:
+        found = 'is none'
+    return '%s waited for, and after %g s there %s. %s' % (were, timeout, found, tried)
 
-    def _ended(self, jobs: List[DispyJob], peer: Union[Peer, NodeRow, None] = None) -> None:
-        if self._cluster_status is not None:
-            for job in jobs:
-                self.driver.post(Told(self, job.status, peer, job))
-        for job in jobs:
-            if job._event is not None or job._when_ended is not None:
-                job._wake()
-        if self._job_status is None:
-            self._settle(len(jobs))
-            return
-        for job in jobs:
-            if self.driver.broken:
-                self.call_back(job)   # the pool has ended with the driver
-            else:
-                self.driver.post(CallBack(self, job))
 
-    def call_back(self, job: Any) -> None:
-        """Call the user's function for a job that has ended. In a thread of the driver's pool."""
-        try:
-            self._guarded_call(job)
-        except BaseException as exc:
-            # The user's callback, sys.exit in it too; others are called all the same
-            self._report_callback(job, exc)
-        finally:
-            self._settle(1)
+TABLE_ROW = '%-32s %5s %8s %10s %12s  %s'
 
-    def _report_callback(self, job: DispyJob, exc: BaseException) -> None:
-        if job._failure is not None:
-            values = job._failure.values()
-        else:
-            values = None
-        report_callback(self._job_status, '%s of %s' % (job_in_words(job.id, values), self.name),
-                        exc)
 
-    def _guarded_call(self, job: DispyJob) -> None:
-        _calling.cluster = self
-        try:
-            self._job_status(job)  # type: ignore[misc]
-        finally:
-            _calling.cluster = None
+def table_of_status(status: ClusterStatus, elapsed: float) -> str:
+    """The table that print_status prints; `elapsed` are the seconds that have passed."""
+    lines = [TABLE_ROW % ('Node', 'CPUs', 'Jobs', 's / Job', 'Job time s', 'State'), '-' * 84]
+    lines += map(row_of_status, status.all_nodes)
+    lines.append('-' * 84)
+    busy = sum(node.cpu_time for node in status.all_nodes)
+    if elapsed:
+        used = busy / elapsed
+    else:
+        used = 0.0
+    lines.append(
+        'Jobs pending: %d   Job time: %.3f s   Elapsed: %.3f s   CPUs used on average: %.2f' %
+        (status.jobs_pending, busy, elapsed, used))
+    return '\n'.join(lines)
 
-    def _settle(self, count: int) -> None:
-        with self._lock:
-            self._pending -= count
-            # Callbacks that wait for the others do not count themselves
-            if self._pending <= self._waiters:
-                self._all_ended = time.time()
-                self._changed.notify_all()
 
-    def driver_failed(self, text: str) -> None:
-        """The driver's thread is ending for a fault of ours."""
-        if self._recovery is not None:
-            recovering = self._recovery.left()
-        else:
-            recovering = []
-        for job in self.jobs_owed() + recovering:
-            if job.status not in ENDED:
-                job.state = JobState.ABANDONED
-                job.exception = text
-                job.end_time = time.time()
-                self._failures.add(job)
-                job.status = DispyJob.Abandoned
-                self._note(job, job.payload)
-                self._ended([job])
+def row_of_status(node: DispyNode) -> str:
+    """The row of a node in the table of print_status."""
+    name = node.ip_addr
+    if node.port not in (0, NODE_PORT):
+        name = place(node.ip_addr, node.port)
+    if node.name:
+        name = '%s (%s)' % (name, node.name)
+    each = '-'
+    if node.jobs_done:
+        each = '%.3f' % (node.cpu_time / node.jobs_done)
+    state = node.state
+    if node.reason:
+        state = '%s: %s' % (state, node.reason.strip().splitlines()[-1])
+    return TABLE_ROW % (name[:32], node.cpus, node.jobs_done, each, '%.3f' % node.cpu_time, state)
 
 
 def pages_of_nodes(ask: Callable[[int, int], List[tuple]]) -> List[NodeRow]:
@@ -12817,6 +13368,233 @@ def pages_of_nodes(ask: Callable[[int, int], List[tuple]]) -> List[NodeRow]:
         rows += [NodeRow(*row) for row in page]
         if len(page) < NODES_PAGE:
             return rows
+
+
+class SharedOptions(NamedTuple):
+    """The parameters that only a SharedJobCluster has, checked."""
+    scheduler: NodeSpec
+    exclusive: bool
+    any_node: bool      # of the scheduler's nodes all may be used
+
+
+class SchedulerCommands(NodeCommands):
+    """What the methods of a cluster ask about nodes that a scheduler has: its driver is asked.
+
+    allocators - the program's; a scheduler knows them by their numbers, which begin with 1
+    """
+
+    def __init__(self, comp: str, book: JobBook, scheduler: NodeSpec, cargo: Cargo) -> None:
+        super().__init__(comp, book)
+        self.allocators: List[NodeAllocate] = []
+        self._scheduler = scheduler
+        self._cargo = cargo
+
+    def plain(self, specs: Sequence[NodeSpec]) -> List[tuple]:
+        """Specs for the wire; allocators stay here."""
+        rows = []
+        for spec in specs:
+            number = 0
+            if spec.allocator is not None:
+                self.allocators.append(spec.allocator)
+                number = len(self.allocators)
+            rows.append((spec.host, spec.port, spec.cpus, number))
+        return rows
+
+    def ask(self, name: str, *args: Any) -> Any:
+        """As of NodeCommands."""
+        if self.book.closed:
+            raise RuntimeError('the cluster was closed')
+        if name == 'question':
+            return self._question(*args)
+        if name == 'allocate':
+            args = (self.plain(args[0]),)
+        elif name == 'leave' and args[1] == 'open':
+            args = (*args, self._cargo.spec['files'])
+        args = tuple((arg.ip_addr, arg.port) if isinstance(arg, DispyNode) else arg for arg in args)
+        return self._call(name, *args)
+
+    def _ask_here(self, name: str) -> Any:
+        """What the driver of this program knows: its one node is the scheduler."""
+        return super().ask(name)
+
+    def _call(self, name: str, *args: Any) -> Any:
+        until = time.monotonic() + CALL_TIME
+        while True:
+            try:
+                future = self.driver.ask(lambda: self.driver.calls.call(self.comp, name, *args))
+                return answer_of(future, CALL_TIME)
+            except ConnectionError:
+                if self.book.closed or time.monotonic() >= until:
+                    raise RuntimeError('the scheduler %s is not connected' %
+                                       self._scheduler.host) from None
+                time.sleep(0.05)
+
+    def _question(self,
+                  node: Any,
+                  row: Optional[tuple] = None,
+                  path: str = '') -> 'concurrent.futures.Future[Any]':
+        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
+        if isinstance(node, DispyNode):
+            node = (node.ip_addr, node.port)
+        if row is None:
+            running = [(serial, 0.0) for serial in self._call('running', node)]
+            future.set_result(Report(self.comp, running, [], {}))
+            return future
+        to_scheduler = self.driver.ask(
+            lambda: self.driver.queries.question(self.comp, None, row, path))
+        error = answer_of(to_scheduler, CALL_TIME)
+        future.set_result(error or self._call('place', node, row))
+        return future
+
+    def _pages(self) -> List[NodeRow]:
+        """What the scheduler tells of its nodes, which may be thousands, some at a time."""
+        return pages_of_nodes(lambda first, most: self._call('nodes', first, most))
+
+    def rows(self) -> List[NodeRow]:
+        """The nodes; while there is none the scheduler. Its own row never has CPUs, which would
+        stand for all that it takes."""
+        if not self._is_connected():
+            return [row._replace(cpus=0) for row in self._ask_here('nodes')]
+        rows = self._pages()
+        if rows:
+            return rows
+        reason = 'has no node for this cluster yet'
+        return [row._replace(state='connected', reason=reason, cpus=0)
+                for row in self._ask_here('nodes')]
+
+    def rows_at_end(self) -> List[NodeRow]:
+        """As of NodeCommands."""
+        if self._is_connected():
+            return self._pages()
+        return []
+
+    def why_unloadable(self) -> str:
+        """As of NodeCommands."""
+        if self._is_connected():
+            # It has gone meanwhile
+            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
+                return self._call('why_unloadable')  # type: ignore[no-any-return]
+        return ''
+
+    def explain_no_nodes(self) -> str:
+        """As of NodeCommands."""
+        if self._is_connected():
+            # It has gone meanwhile
+            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
+                return self._call('complaint')  # type: ignore[no-any-return]
+        return self._ask_here('complaint')  # type: ignore[no-any-return]
+
+    def _is_connected(self) -> bool:
+        return any(peer.link is not None and peer.name
+                   for peer in self.driver.ask(lambda: self.driver.nodes.of(self.comp)))
+
+    def in_words(self, status: Callable[[], ClusterStatus]) -> str:
+        """The scheduler is not asked: that may take as long as it likes."""
+        return 'scheduler %s' % place(*self._scheduler[:2])
+
+
+class SharedDelivery(ResultDelivery):
+    """As ResultDelivery, for jobs that the scheduler has sent to a node.
+
+    places - job -> the node where it is, as the scheduler has told. The driver's thread and
+        openers, each job in one at a time
+    """
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.places: Dict[DispyJob, NodeRow] = {}
+
+    def began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
+        """As of ResultDelivery, where the job is."""
+        super().began(job, start, self.places.get(job, peer))
+
+    def apply_results(self, pairs: List[Tuple[DispyJob, tuple]], peer: Any) -> None:
+        """As of ResultDelivery, each from where the job was."""
+        for job, row in pairs:
+            super().apply_results([(job, row)], self.places.pop(job, peer))
+
+    def end_without_result(self, job: DispyJob, text: str) -> None:
+        """As of ResultDelivery."""
+        self.places.pop(job, None)
+        super().end_without_result(job, text)
+
+
+class SharedProgramCluster(ProgramCluster):
+    """A SharedJobCluster as its driver knows it: its one node is the scheduler."""
+    remote = True
+    delivery: SharedDelivery
+    nodes: SchedulerCommands
+
+    def __init__(self, computation: Any, options: ClusterOptions, shared: SharedOptions) -> None:
+        self._shared = shared
+        super().__init__(computation, options)
+        self.probes = False
+        if shared.any_node:
+            nodes = None
+        else:
+            nodes = self.nodes.plain(self.specs)
+        self.specs = [shared.scheduler]
+        # Whether another process may carry on with the jobs
+        self.tell_scheduler(nodes, options.recover_file is not None)
+
+    def tell_scheduler(self, nodes: Optional[List[tuple]], recovers: bool) -> None:
+        """Add to the computation what the scheduler has to know of it: the nodes that are meant,
+        None for all, and whether another process may carry on with the jobs."""
+        self.cargo.spec['shared'] = {
+            'recovers': recovers, 'process': own_process(),
+            'collected': recovers or self.trail is not None, 'nodes': nodes,
+            'reentrant': self.reentrant, 'exclusive': self._shared.exclusive,
+            'cloudpickle': cloudpickle.__version__
+        }
+
+    def _make_delivery(self, *parts: Any) -> ResultDelivery:
+        return SharedDelivery(*parts)
+
+    def _make_commands(self) -> NodeCommands:
+        return SchedulerCommands(self.comp, self.book, self._shared.scheduler, self.cargo)
+
+    def left_behind(self) -> Dict[Any, int]:
+        """As of ProgramCluster. What waits at the scheduler is cancelled by it."""
+        counts: Dict[Any, int] = collections.Counter()
+        for job, row in list(self.delivery.places.items()):
+            if job.status in (DispyJob.Running, DispyJob.ProvisionalResult):
+                counts[row.key] += 1
+        return counts
+
+    def node_told(self, status: int, row: NodeRow) -> None:
+        """As of ProgramCluster; the log says that a node is used, or is not any more."""
+        if status == DispyNode.Initialized:
+            logger.info('%s: the scheduler uses node %s', self.name,
+                        row.name or place(row.ip_addr, row.port))
+        elif status == DispyNode.Closed:
+            logger.info('%s: the scheduler does not use node %s any more', self.name,
+                        row.name or place(row.ip_addr, row.port))
+        super().node_told(status, row)
+
+    def job_moved(self, work: DispyJob, node: tuple) -> None:
+        """A job is on a node now, or waits again."""
+        if not node:
+            self.delivery.places.pop(work, None)
+            work.status = DispyJob.Created
+            work.ip_addr = None
+            work.start_time = None
+            return
+        host, port, name = node
+        self.delivery.places[work] = NodeRow((host, port), host, port, name, 'ready', '', 0, 0, 0,
+                                             {})
+
+    def answer_to(self, name: str, args: tuple) -> Any:
+        """As of ProgramCluster; a scheduler also asks for the source and for the program's
+        allocators."""
+        if name == 'source':
+            return self.cargo.source()
+        if name == 'allocate':
+            number = args[0]
+            row = NodeRow(*args[1])
+            found = ask_allocator(self.nodes.allocators[number - 1], self.cluster, row)
+            self.cargo.paths.update(found.paths)
+            return (found.cpus, found.setup_args, found.files, self.bundles.rows(False))
+        return super().answer_to(name, args)
 
 
 class SharedJobCluster(JobCluster):
@@ -12832,7 +13610,7 @@ class SharedJobCluster(JobCluster):
 
     When the scheduler ends and is started again, jobs go on. Raises what JobCluster raises.
     """
-    remote = True
+    _is_shared = True
 
     def __init__(self,
                  computation: Any,
@@ -12851,165 +13629,12 @@ class SharedJobCluster(JobCluster):
             raise TypeError("scheduler_host=%.80r: it must be 'host' or 'host:port'" % (where,))
         host, port = host_and_port(
             where, _in_range('scheduler_port', scheduler_port, SCHEDULER_PORT, 1, 65535, True))
-        self._scheduler = NodeSpec(host, port, scheduler=True)
-        self._exclusive = _flag('exclusive', exclusive)
-        # Where jobs are; driver thread and openers, each job in one at a time
-        self._places: Dict[DispyJob, NodeRow] = {}
-        self._any = any_node(nodes)
-        self._allocators: List[NodeAllocate] = []
+        self._shared = SharedOptions(NodeSpec(host, port, scheduler=True),
+                                     _flag('exclusive', exclusive), any_node(nodes))
         super().__init__(computation, nodes, *args, **options)
 
-    def _reach_by(self, probe: bool) -> None:
-        self._probe = False
-        self.cargo.spec['shared'] = {
-            'recovers': self._recovers, 'process': own_process(), 'collected': self._recovers
-            or self.trail is not None, 'nodes': None if self._any else self._plain(self.specs),
-            'reentrant': self.reentrant, 'exclusive': self._exclusive,
-            'cloudpickle': cloudpickle.__version__
-        }
-        self.specs = [self._scheduler]
-
-    def _plain(self, specs: Sequence[NodeSpec]) -> List[tuple]:
-        """Specs for the wire; allocators stay here and are known by their numbers."""
-        rows = []
-        for spec in specs:
-            if spec.allocator is not None:
-                self._allocators.append(spec.allocator)
-            rows.append((spec.host, spec.port, spec.cpus,
-                         len(self._allocators) if spec.allocator is not None else 0))
-        return rows
-
-    # -- asked of the scheduler --------------------------------------------------------------------
-
-    def _command(self, name: str, *args: Any) -> Any:
-        """Ask the scheduler's driver."""
-        if self.closed:
-            raise RuntimeError('the cluster was closed')
-        if name == 'allocate':
-            args = (self._plain(args[0]),)
-        elif name == 'jobs' or name == 'nodes':
-            pass
-        elif name == 'question':
-            return self._question(*args)
-        elif name == 'leave' and args[1] == 'open':
-            args = (*args, self.cargo.spec['files'])
-        args = tuple((arg.ip_addr, arg.port) if isinstance(arg, DispyNode) else arg for arg in args)
-        return self._call(name, *args)
-
-    def _call(self, name: str, *args: Any) -> Any:
-        until = time.monotonic() + CALL_TIME
-        while True:
-            try:
-                future = self.driver.ask(lambda: self.driver.calls.call(self.comp, name, *args))
-                return answer_of(future, CALL_TIME)
-            except ConnectionError:
-                if self.closed or time.monotonic() >= until:
-                    raise RuntimeError('the scheduler %s is not connected' %
-                                       self._scheduler.host) from None
-                time.sleep(0.05)
-
-    def _question(self,
-                  node: Any,
-                  row: Optional[tuple] = None,
-                  path: str = '') -> 'concurrent.futures.Future[Any]':
-        future: 'concurrent.futures.Future[Any]' = concurrent.futures.Future()
-        if isinstance(node, DispyNode):
-            node = (node.ip_addr, node.port)
-        if row is None:
-            future.set_result(
-                Report(self.comp, [(serial, 0.0) for serial in self._call('running', node)], [],
-                       {}))
-            return future
-        to_scheduler = self.driver.ask(
-            lambda: self.driver.queries.question(self.comp, None, row, path))
-        error = answer_of(to_scheduler, CALL_TIME)
-        future.set_result(error or self._call('place', node, row))
-        return future
-
-    def _pages(self) -> List[NodeRow]:
-        """What the scheduler tells of its nodes, which may be thousands, some at a time."""
-        return pages_of_nodes(lambda first, most: self._call('nodes', first, most))
-
-    def _rows(self) -> List[NodeRow]:
-        # The CPUs of its own row stand for all that it takes; it may come meanwhile
-        if not self._is_connected():
-            return [row._replace(cpus=0) for row in super()._command('nodes')]
-        return self._pages() or \
-            [row._replace(state='connected', reason='has no node '
-                                                    'for this cluster yet', cpus=0) for row in super()._command('nodes')]
-
-    def _rows_at_end(self) -> List[NodeRow]:
-        if self._is_connected():
-            return self._pages()
-        return []
-
-    def _why_unloadable(self) -> str:
-        if self._is_connected():
-            # It has gone meanwhile
-            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
-                return self._call('why_unloadable')  # type: ignore[no-any-return]
-        return ''
-
-    def _complaint(self) -> str:
-        if self._is_connected():
-            # It has gone meanwhile
-            with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
-                return self._call('complaint')  # type: ignore[no-any-return]
-        return super()._command('complaint')  # type: ignore[no-any-return]
-
-    def _is_connected(self) -> bool:
-        return any(peer.link is not None and peer.name
-                   for peer in self.driver.ask(lambda: self.driver.nodes.of(self.comp)))
-
-    def _left_behind(self) -> Dict[Any, int]:
-        counts: Dict[Any, int] = collections.Counter()
-        for job, row in list(self._places.items()):
-            # What waits there is cancelled by the scheduler.
-            if job.status in (DispyJob.Running, DispyJob.ProvisionalResult):
-                counts[row.key] += 1
-        return counts
-
-    def _nodes_in_words(self) -> str:
-        """The scheduler is not asked: that may take as long as it likes."""
-        host, port = self._scheduler[:2]
-        if self.closed:
-            return 'closed'
-        return 'scheduler %s' % place(host, port)
-
-    # -- told by the scheduler ---------------------------------------------------------------------
-
-    def job_moved(self, work: DispyJob, node: tuple) -> None:
-        """A job is on a node now, or waits again."""
-        if not node:
-            self._places.pop(work, None)
-            work.status = DispyJob.Created
-            work.ip_addr = None
-            work.start_time = None
-            return
-        host, port, name = node
-        self._places[work] = NodeRow((host, port), host, port, name, 'ready', '', 0, 0, 0, {})
-
-    def _began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
-        super()._began(job, start, self._places.get(job, peer))
-
-    def _asked(self, name: str, args: tuple) -> Any:
-        if name == 'source':
-            return self.cargo.source()
-        if name == 'allocate':
-            number = args[0]
-            row = NodeRow(*args[1])
-            found = ask_allocator(self._allocators[number - 1], self, row)
-            self.cargo.paths.update(found.paths)
-            return (found.cpus, found.setup_args, found.files, self.bundles.rows(False))
-        return super()._asked(name, args)
-
-    def _conclude(self, pairs: List[Tuple[DispyJob, tuple]], peer: Any) -> None:
-        for job, row in pairs:
-            super()._conclude([(job, row)], self._places.pop(job, peer))
-
-    def _end(self, job: DispyJob, text: str) -> None:
-        self._places.pop(job, None)
-        super()._end(job, text)
+    def _make_core(self, computation: Any, options: ClusterOptions) -> ProgramCluster:
+        return SharedProgramCluster(computation, options, self._shared)
 
 
 class Survey(NodeUser):
@@ -13188,9 +13813,6 @@ def in_sight(results: Any, total: Optional[int]) -> Iterator[Any]:
         for done, result in enumerate(results, 1):
             shown.show(done, total)
             yield result
-
-
-_calling = threading.local()  # .cluster: whose callback this thread is in
 
 
 def _own_hosts(host: Any) -> List[Any]:
@@ -13374,9 +13996,9 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
         if self.job is None:
             return False
         if _in_event_loop():
-            self._cluster._withdraw_all([self.job])
+            withdraw_all(self._driver(), [self.job])
             return self.job.status == JobState.CANCELLED and super().cancel()
-        return self._cluster._withdraw(self.job) and super().cancel()
+        return withdraw(self._driver(), self.job) and super().cancel()
 
     def result(self, timeout: Optional[float] = None) -> Any:
         """As in concurrent.futures; the text of a TimeoutError says what the call waits for."""
@@ -13398,10 +14020,15 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
             return exc
         return concurrent.futures.TimeoutError(self.job._unended(timeout))
 
+    def _driver(self) -> Driver:
+        """The driver of the cluster that runs the call."""
+        return core_of(self._cluster).driver  # type: ignore[no-any-return]
+
     def settle(self, job: DispyJob) -> None:
         """The job has ended. What it printed is shown here, unless the program takes that itself
         (`on_output`). A callback thread."""
-        if self._cluster._on_output is None:
+        core = core_of(self._cluster)
+        if core.live_output.on_output is None:
             _show_printed(job)
         if self.cancelled() or job.status == JobState.CANCELLED:
             super().cancel()
@@ -13415,8 +14042,30 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
                 lost.__cause__ = error
                 error = lost
             elif isinstance(error, WorkerLost) and NO_INITIALIZER in str(error):
-                self._cluster._unusable = str(error)
+                core.unusable = str(error)
             self.set_exception(error)
+
+
+def withdraw_all(driver: Driver, jobs: Sequence[Any]) -> None:
+    """Cancel those of the jobs that have not begun; the answers are not waited for. Any thread but
+    the driver's."""
+    with contextlib.suppress(RuntimeError):   # the driver has ended, and its jobs with it
+        driver.ask(lambda: driver.cancels.withdraw_all(jobs))
+
+
+def withdraw(driver: Driver, job: DispyJob) -> bool:
+    """Cancel a job if it has not begun; whether it never will. Waits for the answer of its node
+    for WITHDRAW_TIME; then the job goes on. Any thread; without answer in the driver's."""
+    if job.status in ENDED or driver.broken or threading.current_thread() is driver.thread:
+        return job.status == DispyJob.Cancelled
+    try:
+        future = driver.ask(lambda: driver.cancels.withdraw(job))
+        try:
+            return future.result(WITHDRAW_TIME)  # type: ignore[no-any-return]
+        except concurrent.futures.TimeoutError:
+            return driver.ask(lambda: driver.cancels.keep(job))  # type: ignore[no-any-return]
+    except RuntimeError:   # the driver has ended meanwhile, and its jobs with it
+        return job.status == DispyJob.Cancelled
 
 
 def _show_printed(job: DispyJob) -> None:
@@ -13459,24 +14108,25 @@ class _ExecutorClusters:
     def current(self) -> JobCluster:
         """The cluster for a new call. Raises RuntimeError."""
         cluster = self.cluster
+        core = core_of(cluster)
         if _ending:
             raise RuntimeError('cannot schedule new futures after interpreter shutdown: '
                                'the program ends')
-        if self._closed or cluster.closed:
+        if self._closed or core.closed:
             raise RuntimeError('cannot schedule new futures after shutdown: '
                                'the executor was closed')
-        if cluster._unusable:
-            raise BrokenProcessPool(cluster._unusable)
-        if cluster.bundles.changed():
+        if core.unusable:
+            raise BrokenProcessPool(core.unusable)
+        if core.bundles.changed():
             return self._renewed(cluster)
         return cluster
 
     def _renewed(self, old: JobCluster) -> JobCluster:
         """The file of a module has changed: later calls run its new text, in new workers."""
         with self._lock:
-            if self.cluster is old and not old.closed and not self._closed:
+            if self.cluster is old and not core_of(old).closed and not self._closed:
                 self.cluster = self._make_cluster()
-                open_ones = [cluster for cluster in self._clusters if not cluster.closed]
+                open_ones = [cluster for cluster in self._clusters if not core_of(cluster).closed]
                 self._clusters[:] = [*open_ones, self.cluster]
                 _close_later([old])
             return self.cluster
@@ -13487,9 +14137,9 @@ class _ExecutorClusters:
             self._closed = True
             clusters = list(self._clusters)
         self._end.detach()
-        for cluster in clusters if cancel else ():
-            if not cluster.closed:
-                cluster._cancel_waiting(True)
+        for core in map(core_of, clusters) if cancel else ():
+            if not core.closed:
+                core.cancel_waiting(True)
         if not wait:
             _close_later(clusters)
         for cluster in clusters if wait else ():
@@ -13581,15 +14231,17 @@ class DispyExecutor(concurrent.futures.Executor):
         if not callable(fn):
             raise TypeError('%.80r cannot be called' % (fn,))
         cluster = self._pool.current()
+        core = core_of(cluster)
+        submitter = core.submitter
         future = DispyFuture(cluster)
         try:
-            function = in_one_piece(cluster.bundles.packed(fn, [('the function', fn)], True))
-            payload = cluster._pack((function, args, kwargs), {})
+            function = in_one_piece(core.bundles.packed(fn, [('the function', fn)], True))
+            payload = submitter.pack((function, args, kwargs), {})
         except (Exception, SystemExit) as exc:  # pickling runs the user's code
             future.set_exception(_pickling_error(exc))
             return future
         try:
-            cluster._enter(next(cluster._numbers), args, kwargs, self._options, payload, future)
+            submitter.enter(next(submitter.numbers), args, kwargs, self._options, payload, future)
         except RuntimeError as exc:
             if cluster is not self._pool.cluster:   # it has been replaced meanwhile
                 return self.submit(fn, *args, **kwargs)
@@ -13712,7 +14364,7 @@ def _results_of(futures: Deque[DispyFuture], until: Optional[float],
     finally:
         if futures:
             jobs = [future.job for future in futures if future.job is not None]
-            futures[0]._cluster._withdraw_all(jobs)
+            withdraw_all(core_of(futures[0]._cluster).driver, jobs)
 
 
 def _result_or_cancel(futures: Deque[DispyFuture], until: Optional[float]) -> Any:
@@ -13754,18 +14406,19 @@ def _wait_for_executors() -> None:
         return
     _ending = True
     left = END_WITHOUT_NODES
-    calling = [cluster for cluster in _clusters if cluster._job_status is _settle_future]
-    for cluster in calling:
+    calling = [core for core in map(core_of, _clusters)
+               if core.callbacks.job_status is _settle_future]
+    for core in calling:
         try:
-            while left > 0 and not cluster.closed and not cluster.wait(0.5):
-                if not any(node.state == 'ready' for node in cluster.status().nodes):
+            while left > 0 and not core.closed and not core.book.wait(0.5):
+                if not core.count_ready():
                     left -= 0.5
         except KeyboardInterrupt:
             logger.warning('%s: the program ends, and calls are not waited for any more',
-                           cluster.name)
+                           core.name)
             return
         except RuntimeError as exc:   # it was closed, or its driver has failed
-            logger.debug('%s: %s', cluster.name, exc)
+            logger.debug('%s: %s', core.name, exc)
 
 
 # Before other exit handlers, which may not submit calls any more
@@ -13829,7 +14482,8 @@ class _KeptCluster:
     def is_open(self) -> bool:
         """Whether it can be used: it may have been closed, or be of the parent of a forked
         process."""
-        return not self.cluster.closed and not self.cluster.driver.broken
+        core = core_of(self.cluster)
+        return not core.closed and not core.driver.broken
 
 
 class JoblibClusters:
@@ -13847,7 +14501,7 @@ class JoblibClusters:
         """The cluster with these options, made if need be. Raises what making it raises."""
         with self._lock:
             found = self._find(options)
-            if found is not None and found.cluster.bundles.changed():
+            if found is not None and core_of(found.cluster).bundles.changed():
                 # The file of a module has changed: later calls run its new text.
                 self._kept.remove(found)
                 threading.Thread(target=found.cluster.close, name='dispy-renew',
@@ -13911,8 +14565,8 @@ class JoblibClusters:
         with self._lock:
             found = self._find(options)
         if found is not None:
-            ready = sum(
-                min(row.cpus, row.offered) for row in found.cluster._rows() if row.state == 'ready')
+            ready = sum(min(row.cpus, row.offered) for row in core_of(found.cluster).nodes.rows()
+                        if row.state == 'ready')
             if ready:
                 return ready
         now = time.monotonic()
@@ -13996,10 +14650,11 @@ class JoblibRun:
     def begin(self, n_jobs: int) -> None:
         """Calls come, so many of which may be under way. Raises what making a cluster raises."""
         cluster = joblib_clusters.take(self, self.options, self._make)
+        nodes = core_of(cluster).nodes
         cpus = 0
-        for row in cluster._rows():
+        for row in nodes.rows():
             if row.key == LOCAL and n_jobs > row.offered:   # as many processes as are asked for
-                cluster._command('set_cpus', row.key, n_jobs)
+                nodes.ask('set_cpus', row.key, n_jobs)
             cpus += row.cpus
         with self._lock:
             self._cluster = cluster
@@ -14030,7 +14685,8 @@ class JoblibRun:
         except Exception as exc:
             # Of the user's objects, which cannot be pickled; or the cluster has been closed
             error: Exception = exc
-            if not self._cluster.closed and not self._cluster.driver.broken:  # type: ignore[union-attr]
+            core = core_of(self._cluster)
+            if not core.closed and not core.driver.broken:
                 error = pickle.PicklingError('a call cannot be pickled: %s' % exc)
                 error.__cause__ = exc
             call.fail(error)
@@ -14202,80 +14858,97 @@ def _at_exit() -> None:
     nobody caught, what runs on nodes goes on to its end."""
     _wait_for_executors()
     clusters = list(_clusters)
+    staying: List[ProgramCluster] = []
     if _ended_by_error():
-        staying = [cluster for cluster in clusters if _may_stay(cluster)]
-    else:
-        staying = []
+        staying = [core for core in map(core_of, clusters) if _may_stay(core)]
     for cluster in clusters:
-        if cluster in staying:
+        core = core_of(cluster)
+        pending = core.book.pending
+        if core in staying:
             continue
-        if cluster._pending and cluster.journal is not None:
+        if pending and core.journal is not None:
             logger.warning(
                 '%s: the program ends with %d jobs that have not ended; dispy.recover_jobs(%r) '
                 'collects them',
-                cluster.name, cluster._pending, cluster.journal.path)
+                core.name, pending, core.journal.path)
             continue
-        if cluster._pending:
+        if pending:
             logger.warning(
                 '%s: the program ends with %s that %s not ended; %s cancelled (cluster.wait() '
                 'waits for all jobs)',
-                cluster.name, many(cluster._pending, 'job'),
-                *(('has', 'it is') if cluster._pending == 1 else ('have', 'they are')))
+                core.name, many(pending, 'job'),
+                *(('has', 'it is') if pending == 1 else ('have', 'they are')))
         cluster.close(terminate=True)
     if staying:
         _stay_behind(staying)
 
 
-def _may_stay(cluster: JobCluster) -> bool:
+def _may_stay(core: ProgramCluster) -> bool:
     """Whether a cluster has something on nodes that can be collected after the end of this
     program."""
-    if cluster.trail is None or not cluster.trail.path or cluster.closed:
+    if core.trail is None or not core.trail.path or core.closed:
         return False
     try:
-        return bool(cluster.driver.ask(cluster._left_behind))
+        return bool(core.driver.ask(core.left_behind))
     except Exception as exc:  # of the driver, which has failed or does not answer
-        logger.debug('%s: %s', cluster.name, exc)
+        logger.debug('%s: %s', core.name, exc)
         return False
 
 
-def _stay_behind(clusters: List[JobCluster]) -> None:
+def _stay_behind(cores: List[ProgramCluster]) -> None:
     """Let go of nodes without a word, so that they go on, and say what becomes of the jobs."""
     until = time.monotonic() + LEAVE_TIME
-    owed = sum(len(cluster._owed) for cluster in clusters)
-    for cluster in clusters:
+    owed = sum(len(core.book.owed) for core in cores)
+    for core in cores:
         # Its driver has failed
         with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
-            # What waits there might begin before it is known that nobody waits for it
-            if cluster.remote:
-                cluster.cancel_waiting()
-                while time.monotonic() < until and any(
-                        job.status == DispyJob.Created
-                        for job in cluster.driver.ask(cluster.jobs_owed)):
-                    time.sleep(0.01)
-    for driver in {cluster.driver for cluster in clusters}:
+            if core.remote:
+                _cancel_at_scheduler(core, until)
+    for driver in {core.driver for core in cores}:
         with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):   # as above
             while not driver.ask(driver.has_sent) and time.monotonic() < until:
                 time.sleep(0.01)
             driver.ask(driver.stop)
             driver.thread.join(CALL_TIME)
     nodes: Dict[Any, int] = collections.Counter()
-    for cluster in clusters:
-        nodes.update(cluster._left_behind())
+    for core in cores:
+        nodes.update(core.left_behind())
+    trails = [core.trail for core in cores if core.trail is not None]
+    logger.warning('the program ends by an error, and %s; %s',
+                   _jobs_left(nodes, owed), _how_to_collect(trails))
+
+
+def _cancel_at_scheduler(core: ProgramCluster, until: float) -> None:
+    """Cancel what waits at the scheduler, which might begin before it is known that nobody waits
+    for it."""
+    core.cancel_waiting(False)
+    while time.monotonic() < until:
+        jobs = core.driver.ask(core.jobs_owed)
+        if not any(job.status == DispyJob.Created for job in jobs):
+            return
+        time.sleep(0.01)
+
+
+def _jobs_left(nodes: Dict[Any, int], owed: int) -> str:
+    """What becomes of `owed` jobs, of which so many run on these nodes."""
     running = sum(nodes.values())
-    trails = [cluster.trail for cluster in clusters if cluster.trail is not None]
+    if running == 1:
+        text = '1 job runs on to its end'
+    else:
+        text = '%d jobs run on to their end' % running
+    text += ' on %s' % many(len(nodes), 'node')
     if owed > running:
-        lost = '; %d others had not begun and are lost' % (owed - running)
-    else:
-        lost = ''
+        text += '; %d others had not begun and are lost' % (owed - running)
+    return text
+
+
+def _how_to_collect(trails: List[Trail]) -> str:
+    """What collects the results of jobs that run on, and what ends them."""
     if all(trail.script for trail in trails):
-        how = ['dispy.recover_jobs()']
+        calls = ['dispy.recover_jobs()']
     else:
-        how = ['dispy.recover_jobs(%r)' % trail.path for trail in trails]
-    logger.warning(
-        'the program ends by an error, and %s end on %d node%s%s; %s collects the results, '
-        '%s ends them',
-        '1 job runs on to its' if running == 1 else '%d jobs run on to their' % running, len(nodes),
-        's' if len(nodes) > 1 else '', lost, ' and '.join(how), CANCEL_LOST)
+        calls = ['dispy.recover_jobs(%r)' % trail.path for trail in trails]
+    return '%s collects the results, %s ends them' % (' and '.join(calls), CANCEL_LOST)
 
 
 def _ended_by_error() -> bool:

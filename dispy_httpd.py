@@ -305,11 +305,13 @@ class History:
 # --------------------------------------------------------------------------------------------------
 
 class Watched(Monitor):
-    """A cluster that is watched. `output` and `reports` are the driver thread's."""
+    """A cluster that is watched: `given` is what the program has, `cluster` what its driver knows
+    of it. `output` and `reports` are the driver thread's."""
 
-    def __init__(self, number: int, cluster: Any) -> None:
+    def __init__(self, number: int, given: Any) -> None:
         self.number = number
-        self.cluster = cluster
+        self.given = given
+        self.cluster = dispy.core_of(given)
         self.history = History()
         self.failures: Deque[Tuple[float, Any, Any, int, str,
                                    str]] = collections.deque(maxlen=FAILURES_KEPT)
@@ -351,7 +353,7 @@ class Watched(Monitor):
                     for peer in cluster.driver.nodes.of(cluster.comp)
                     if peer.uses[cluster.comp].offered
                 }
-            cluster.add_monitor(self)
+            cluster.live_output.add_monitor(self)
 
     def ask(self, peer: Any, apart: float) -> bool:
         """Ask a node what is there, `apart` s after the last time. The driver's thread."""
@@ -451,7 +453,7 @@ class WatchedShared(Watched):
         cluster = self.cluster
         driver = self.cluster.driver
         flights: Dict[Tuple[str, str], Dict[int, Any]] = {}
-        for job, place in cluster._places.copy().items():
+        for job, place in cluster.delivery.places.copy().items():
             flights.setdefault((place.ip_addr, place.name), {})[job.serial] = job
         self._flights = flights
         with contextlib.suppress(ConnectionError, concurrent.futures.TimeoutError):
@@ -552,16 +554,17 @@ class ClusterSource:
         if not isinstance(cluster, (JobCluster, NodeSurvey)):
             raise TypeError('%.80r is no cluster' % (cluster,))
         with self._lock:
-            if any(watched.cluster is cluster for watched in self._watched):
+            if any(watched.given is cluster for watched in self._watched):
                 return
             self._count += 1
             watched = (WatchedShared if isinstance(cluster, SharedJobCluster) else Watched)(
                 self._count, cluster)
             watched.page = self.page
-            cluster.driver.ask(watched.attach)
+            driver = watched.cluster.driver
+            driver.ask(watched.attach)
             self._watched.append(watched)
-            if cluster.driver not in self._drivers:
-                self._drivers.append(cluster.driver)
+            if driver not in self._drivers:
+                self._drivers.append(driver)
 
     def publish(self, page: str) -> None:
         """The clusters may name this link as that of their page."""
@@ -573,16 +576,18 @@ class ClusterSource:
     def remove(self, cluster: Any) -> None:
         """Watch it no more. Nothing happens if it was not watched."""
         with self._lock:
-            for watched in [watched for watched in self._watched if watched.cluster is cluster]:
+            for watched in [watched for watched in self._watched if watched.given is cluster]:
                 self._watched.remove(watched)
-                if cluster.cargo is not None:
+                core = watched.cluster
+                if core.cargo is not None:
                     with contextlib.suppress(RuntimeError):   # its driver has ended
-                        cluster.driver.ask(functools.partial(cluster.remove_monitor, watched))
+                        core.driver.ask(
+                            functools.partial(core.live_output.remove_monitor, watched))
 
     def close(self) -> None:
         """Let go of all clusters."""
         for watched in self.watched():
-            self.remove(watched.cluster)
+            self.remove(watched.given)
 
     def watched(self) -> List[Watched]:
         """A copy of the list. Any thread."""
@@ -641,7 +646,7 @@ class ClusterSource:
                  used=sum(row['used'] for row in rows),
                  cpus=sum(row['cpus'] for row in ready),
                  nodes=len(ready),
-                 elapsed=(watched.ended or now) - cluster._started,
+                 elapsed=(watched.ended or now) - cluster.book.began,
                  job_seconds=seconds), watched.history, closed)
 
     def _merge(self, watched: Watched, rows: List[dict], nodes: Dict[str, dict]) -> None:
@@ -792,14 +797,14 @@ class ClusterSource:
                  port: Optional[int] = None,
                  cpus: Optional[int] = None) -> int:
         """Look for a node."""
-        self._cluster(cluster).cluster.discover_nodes([(host, port, cpus)])
+        self._cluster(cluster).given.discover_nodes([(host, port, cpus)])
         return 1
 
     def _each(self, node: str, cluster: Optional[int], call: Callable[[JobCluster, Any],
                                                                       Any]) -> int:
         uses = self._uses(node, cluster)
         for watched, key in uses:
-            call(watched.cluster, key)
+            call(watched.given, key)
         return len(uses)
 
     def use(self, node: str, cluster: Optional[int] = None) -> int:
@@ -889,7 +894,7 @@ class NodesSource(ClusterSource):
     def close(self) -> None:
         """Let the nodes go."""
         for watched in self.watched():
-            watched.cluster.close()
+            watched.given.close()
         super().close()
 
 
@@ -1946,7 +1951,7 @@ class DispyHTTPServer:
     def _clusters(self) -> Dict[str, Any]:
         """The clusters that are shown, by name, which scripts for dispy 4 hand to
         cluster_status."""
-        return {watched.cluster.name: watched.cluster for watched in list(self._source.watched())}
+        return {watched.given.name: watched.given for watched in list(self._source.watched())}
 
     def add_cluster(self, cluster: JobCluster) -> None:
         """Show this cluster too. Nothing happens if it is shown. Raises TypeError, RuntimeError if
