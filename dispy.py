@@ -2916,6 +2916,7 @@ class Schedule:
         self._books = Books()
         self.comps = self._books.comps
         self.nodes = self._books.nodes
+        self.away = self._books.away          # nodes that cannot be reached now
         self._placement = Placement(self._books, fifo)
         self._limits = Limits(self._books, self._placement)
         self._losses = Losses(self._books, self._limits)
@@ -7732,6 +7733,7 @@ class Peer:
         self.whole = True
         self.second = Second(self)                 # connection, while the first is silent
         self.replacing = False                     # the first is being replaced by it
+        self.lost_at: Optional[float] = None       # when its link ended, until it is connected again
         self.name, self.ip_addr, self.facts, self.offered = '', host, {}, 0   # type: Tuple[str, str, dict, int]
         self.reason = 'not reached yet'
         self.unreached = Unreached.UNREACHABLE     # what came of the last attempt that failed
@@ -9242,7 +9244,7 @@ class Connector:
         peer.unreached = event.why
         self.not_reached(peer, event.text)
         if peer.key in self._driver.schedule.nodes:
-            self._driver.decide(self._evidence_of(peer, event))
+            self._driver.lost_nodes.doubt(self._evidence_of(peer, event))
         if self.is_forgotten(peer):
             self.forget(peer)
 
@@ -9278,8 +9280,8 @@ class Connector:
         peer.uses.clear()
         self._driver.selection.drop_unused(peer)
 
-    def not_reached(self, peer: Peer, text: str, lived: float = 0.0) -> None:
-        """Say why, once for each reason, and try again later."""
+    def not_reached(self, peer: Peer, text: str, lived: float = 0.0, line: str = '') -> None:
+        """Say why, once for each reason, in this line if there is one, and try again later."""
         # It refuses this address for a while, for the reason that was told
         if text == CLOSED_AT_ONCE and peer.told:
             text = peer.reason
@@ -9290,7 +9292,9 @@ class Connector:
         about = told_once(text)
         if about not in peer.told and not self._only_probed(peer) and not peer.replacing:
             peer.told.add(about)
-            logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer, text)
+            if not line:
+                line = '%s%s cannot be used: %s' % ('' if peer.scheduler else 'node ', peer, text)
+            logger.warning('%s', line)
             for cluster in [self._clusters[comp] for comp in peer.uses if comp in self._clusters]:
                 cluster.node_unreachable(peer, text)
         peer.dialling.again(self._driver.now, lived, self._driver.access.pulse)
@@ -9303,27 +9307,6 @@ class Connector:
     @staticmethod
     def _only_probed(peer: Peer) -> bool:
         return peer.probed and not peer.listed
-
-    def told_stall(self, peer: Peer, stall: str, text: str) -> str:
-        """Why a link ended on which full packets have not arrived, while short ones did."""
-        text += ': ' + STALLS[stall]
-        # One that connects by itself says how long packets may be
-        if peer.port and not peer.segment:
-            peer.segment = SEGMENT
-            text += '. From now on packets to and from there carry at most %d bytes' % SEGMENT
-            if peer.replacing:   # nothing else is said
-                logger.warning('node %s: %s', peer, text)
-        return text
-
-    def away_until(self, peer: Peer, link: Link) -> float:
-        """Until when what is on a node is not lost. Not before a new connection has been tried in
-        vain."""
-        if peer.scheduler:
-            return math.inf   # it keeps what it has on disk
-        until = link.heard + PULSES_LOST * link.pulse
-        if peer.port and (peer.second.busy or not peer.second.has_failed(link.heard)):
-            until = max(until, self._driver.now + PULSES_SILENT * link.pulse)
-        return until
 
     def close(self) -> None:
         """End all of it."""
@@ -9573,6 +9556,7 @@ class ComputationSetup:
         peer.facts = message.facts
         peer.offered = message.cpus
         peer.trip = self._driver.now - peer.linked_at
+        self._driver.lost_nodes.back(peer)
         kept = message.facts.get('kept', {})
         memory = str(message.facts.get('memory', ''))
         peer.whole = not peer.restarted or (memory != '' and memory == peer.memory)
@@ -9587,7 +9571,7 @@ class ComputationSetup:
                 comp: Account(frozenset(serials), Past(whole=False))
                 for comp, serials in kept.items()
             }
-            self._driver.decide(NodeDoubted(
+            self._driver.lost_nodes.doubt(NodeDoubted(
                 peer.key, str(peer), Evidence.OTHER_INSTANCE, 'it was started anew', peer.kind,
                 known=known))
         peer.restarted = False
@@ -9760,7 +9744,7 @@ class ComputationSetup:
             peer.link.abandon(message.comp)   # nobody takes it there
         if was_ready:
             self._driver.tell_all(DispyNode.Closed, peer, [message.comp])
-            self._driver.decide(NodeDoubted(
+            self._driver.lost_nodes.doubt(NodeDoubted(
                 peer.key, str(peer), Evidence.REFUSAL, message.text, peer.kind, [message.comp]))
             self._driver.decide(NodeLeft(peer.key, message.comp, str(peer), message.text))
         text = source_here.added_to(message.text)
@@ -9942,7 +9926,7 @@ class JobExchange:
         if self.submitted:
             works = list(self.submitted)
             self.submitted.clear()
-            self._driver.act(self._driver.schedule.handle(Submitted(works), self._driver.now))
+            self._driver.decide(Submitted(works))
 
     def send_jobs(self, action: SendJobs) -> None:
         """The Schedule has chosen a node for them."""
@@ -10037,9 +10021,7 @@ class JobExchange:
             for ack in in_parts(Ack, message.comp, serials):
                 self._driver.say(peer.link, ack)  # type: ignore[arg-type]
             return
-        self._driver.act(
-            self._driver.schedule.handle(NodeResults(peer.key, message.comp, message.rows),
-                                         self._driver.now))
+        self._driver.decide(NodeResults(peer.key, message.comp, message.rows))
 
     def on_returned(self, peer: Peer, message: Returned) -> None:
         """A node gives back jobs that have not begun."""
@@ -10099,8 +10081,11 @@ class JobExchange:
                       delay: Optional[float]) -> None:
         if delay is not None:
             self._driver.decide(Repeat(job, delay))
-        elif self._driver.schedule.handle(RepeatNot(job, row[1]), self._driver.now):
+        elif self._driver.decide(RepeatNot(job, row[1])):
             cluster.jobs_ended(peer, [(job, row)])
+
+    def job_stays(self, action: JobStays) -> None:
+        """A job is not repeated: who has asked, by RepeatNot, ends it."""
 
     def jobs_ended(self, action: JobsEnded) -> None:
         """As the Schedule knows, jobs have ended, or have a provisional result."""
@@ -10112,6 +10097,7 @@ class JobExchange:
 
     def job_waits(self, action: JobWaits) -> None:
         """A job that was sent waits again."""
+        self._driver.lost_nodes.requeued += 1
         self._clusters[action.work.comp].job_waits(action.work)
 
     def job_parked(self, action: JobParked) -> None:
@@ -10121,6 +10107,7 @@ class JobExchange:
     def job_ended(self, action: JobEnded) -> None:
         """A job has ended without a result."""
         work = action.work
+        self._driver.lost_nodes.ended += 1
         if self._driver.cancels.withdrawals:
             self._driver.cancels.answer(work, work.state is JobState.CANCELLED)
         self._clusters[work.comp].job_ended(work, action.text)
@@ -10561,6 +10548,199 @@ class NodeQueries:
         return {key: count for key, count in found.items() if count}
 
 
+class LostNodes:
+    """What follows when the link to a node ends, and what the log tells of nodes that are lost and
+    come back. The driver's thread.
+
+    requeued, ended - jobs that waited again, and that ended without a result, since `mark`
+    """
+
+    def __init__(self, driver: 'Driver') -> None:
+        self._driver = driver
+        self.requeued = 0
+        self.ended = 0
+
+    def mark(self) -> None:
+        """Begin to count jobs."""
+        self.requeued = 0
+        self.ended = 0
+
+    def doubt(self, event: NodeDoubted) -> None:
+        """Hand evidence that a node is lost to the Schedule, and tell what became of its jobs."""
+        self.mark()
+        self._driver.decide(event)
+        self._tell_jobs(event.name)
+
+    def _tell_jobs(self, name: str) -> None:
+        """What became of the jobs that were at a node."""
+        counts = ((self.requeued, 'waits again', 'wait again'),
+                  (self.ended, 'was abandoned', 'were abandoned'))
+        texts = []
+        for count, one, several in counts:
+            if count == 1:
+                texts.append('1 job %s' % one)
+            elif count:
+                texts.append('%d jobs %s' % (count, several))
+        if texts:
+            logger.info('node %s is lost: %s', name, ', '.join(texts))
+
+    def gone(self, action: NodeGone) -> None:
+        """A node was away too long."""
+        peer = self._driver.nodes.by_key.get(action.node)
+        if peer is None:
+            return
+        self._tell_jobs(str(peer))
+        if peer.link is None and not peer.port and not peer.embedded:
+            self._driver.connector.forget(peer)
+
+    def link_ended(self, channel: Link, text: str) -> None:
+        """A link came to its end: the node is lost until it is reached again."""
+        driver = self._driver
+        peer = driver.nodes.by_link[channel.number]
+        peer.move('fail')
+        used = [comp for comp, use in peer.uses.items() if use.state is UseState.READY]
+        driver.tell_all(DispyNode.Closed, peer, used)
+        driver.selection.unlink(peer, channel)
+        if channel.stall:
+            text = self._tell_stall(peer, channel.stall, text)
+        until = self._away_until(peer, channel)
+        if until <= driver.now:
+            evidence = Evidence.SILENCE
+        else:
+            evidence = Evidence.CUT
+        doubted = NodeDoubted(peer.key, str(peer), evidence, text, peer.kind, until=until)
+        lost = driver.schedule.judge(doubted) is Loss.LOST
+        line = self._line_of(peer, text, lost, until)
+        if not peer.replacing:
+            peer.lost_at = driver.now
+        self.doubt(doubted)
+        peer.told.clear()
+        driver.warn_soon(used)
+        reason = 'the connection ended: %s' % text
+        if peer.port or peer.embedded:
+            driver.connector.not_reached(peer, reason, driver.now - peer.linked_at, line)
+            if not lost and not peer.wrong:
+                peer.dialling.due = driver.now
+            peer.wrong = False
+        else:   # it dials us
+            peer.reason = reason
+            logger.warning('%s', line)
+            if lost:
+                driver.connector.forget(peer)
+
+    def _line_of(self, peer: Peer, text: str, lost: bool, until: float) -> str:
+        """What the log says when a link has ended, and what becomes of the jobs that are there."""
+        if peer.scheduler:
+            kind = ''
+        else:
+            kind = 'node '
+        line = 'lost the connection to %s%s: %s' % (kind, peer, text)
+        node = self._driver.schedule.nodes.get(peer.key)
+        if node is not None:
+            count = sum(map(len, node.flight.values()))
+        else:
+            count = 0
+        if lost or not count:
+            return line
+        if until == math.inf:
+            return '%s; it keeps the %s that it has' % (line, many(count, 'job'))
+        return '%s; the %s that it has %s lost if it is not back within %.1f s' % (
+            line, many(count, 'job'), 'is' if count == 1 else 'are', until - self._driver.now)
+
+    @staticmethod
+    def _tell_stall(peer: Peer, stall: str, text: str) -> str:
+        """Why a link ended on which full packets have not arrived, while short ones did."""
+        text += ': ' + STALLS[stall]
+        # One that connects by itself says how long packets may be
+        if peer.port and not peer.segment:
+            peer.segment = SEGMENT
+            text += '. From now on packets to and from there carry at most %d bytes' % SEGMENT
+            if peer.replacing:   # nothing else is said
+                logger.warning('node %s: %s', peer, text)
+        return text
+
+    def _away_until(self, peer: Peer, link: Link) -> float:
+        """Until when what is on a node is not lost. Not before a new connection has been tried in
+        vain."""
+        if peer.scheduler:
+            return math.inf   # it keeps what it has on disk
+        until = link.heard + PULSES_LOST * link.pulse
+        if peer.port and (peer.second.busy or not peer.second.has_failed(link.heard)):
+            until = max(until, self._driver.now + PULSES_SILENT * link.pulse)
+        return until
+
+    def back(self, peer: Peer) -> None:
+        """A node is connected, perhaps again."""
+        if peer.lost_at is not None:
+            logger.info('node %s is connected again after %.1f s', peer,
+                        self._driver.now - peer.lost_at)
+            peer.lost_at = None
+
+
+LOGGED_ITEMS = 8     # of a list, in a line of the log at DEBUG
+
+
+def logged(value: Any) -> str:
+    """A value of an event or an action, as the log at DEBUG shows it. Runs none of the user's
+    code."""
+    kind = type(value)
+    if kind is float:
+        return '%.9g' % value
+    if value is None or kind in (bool, int, str):
+        return '%.120r' % (value,)
+    if isinstance(value, Work):
+        return _logged_job(value)
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return '<%d bytes>' % len(value)
+    if hasattr(kind, '_fields'):
+        fields = zip(kind._fields, value)
+        return '%s(%s)' % (kind.__name__, ', '.join('%s=%s' % (name, logged(field))
+                                                    for name, field in fields))
+    if isinstance(value, dict):
+        value = list(value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = list(map(logged, itertools.islice(value, LOGGED_ITEMS)))
+        if len(value) > LOGGED_ITEMS:
+            items.append('%d more' % (len(value) - LOGGED_ITEMS))
+        return '[%s]' % ', '.join(items)
+    return '<%s>' % kind.__name__
+
+
+def _logged_job(work: Work) -> str:
+    number = getattr(work, 'id', None)
+    if type(number) not in (int, str):   # an object of the user's
+        number = ''
+    if not work.serial:
+        return 'job %.80s' % (number,)
+    return 'job %.80s (serial %d)' % (number, work.serial)
+
+
+class DecisionLog:
+    """The log at DEBUG of what a Schedule is told and of what it decides.
+
+    is_on - whether the log is shown; looked at again when a cluster begins, and now and then
+    """
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self.is_on = False
+
+    def look(self) -> None:
+        """Find out whether the log is shown."""
+        self.is_on = self._log.isEnabledFor(logging.DEBUG)
+
+    def add(self, event: Any, actions: Sequence[Any]) -> None:
+        """An event and the actions that it leads to; without an event, what is sent at the end of
+        a turn."""
+        if event is not None:
+            self._log.debug('event %s: %s', logged(event),
+                            ', '.join(map(logged, actions)) or 'nothing is to be done')
+        elif actions:
+            self._log.debug('end of a turn: %s', ', '.join(map(logged, actions)))
+
+
 class Driver(Loop):
     """See the module's docstring. Made by `Driver.acquire`, ended when its last cluster is closed.
 
@@ -10574,6 +10754,8 @@ class Driver(Loop):
     files - files that go to nodes and come from jobs
     jobs - jobs to nodes, and what comes of them
     cancels - jobs that are not wanted any more
+    lost_nodes - what follows when a link to a node ends
+    decisions - the log of what the Schedule decides
     recoveries - what nodes have of programs that have crashed
     calls - questions to a scheduler and from it
     queries - what clusters and monitors ask about nodes
@@ -10612,6 +10794,8 @@ class Driver(Loop):
         self.files = FileTransfers(self)
         self.jobs = JobExchange(self)
         self.cancels = Cancellations(self)
+        self.lost_nodes = LostNodes(self)
+        self.decisions = DecisionLog(self.log)
         self.recoveries = Recoveries(self)
         self.calls = SchedulerCalls(self)
         self.queries = NodeQueries(self)
@@ -10627,10 +10811,11 @@ class Driver(Loop):
             JobWaits: self.jobs.job_waits,
             JobParked: self.jobs.job_parked,
             JobFailedOnce: self.jobs.failed_once,
+            JobStays: self.jobs.job_stays,
             Withdrawn: self.cancels.withdrawn,
             LimitNode: self.selection.limit_node,
             NodeDrained: self.selection.drained,
-            NodeGone: self._gone,
+            NodeGone: self.lost_nodes.gone,
         }
         self._messages: Dict[type, Callable[[Peer, Any], None]] = {
             Welcome: self.setup.on_welcome,
@@ -10764,6 +10949,7 @@ class Driver(Loop):
     def open(self, cluster: NodeUser, probe: bool) -> None:
         """Begin to use nodes for a cluster; with `probe` start one here if none answers soon.
         Raises OSError if it is to listen and cannot."""
+        self.decisions.look()
         comp = cluster.comp
         for where in cluster.hosts:
             self.connector.listen(*where, may_fail=cluster.hosts_may_fail)
@@ -10812,9 +10998,14 @@ class Driver(Loop):
         """What was posted and has not been handled."""
         return list(self._inbox)
 
-    def decide(self, event: Any) -> None:
-        """Hand an event to the Schedule, and carry out what it decides."""
-        self.act(self.schedule.handle(event, self.now))
+    def decide(self, event: Any) -> List[Any]:
+        """Hand an event to the Schedule, and carry out what it decides, which is returned. This and
+        `flush` are the only places where the Schedule is called."""
+        actions = self.schedule.handle(event, self.now)
+        if self.decisions.is_on:
+            self.decisions.add(event, actions)
+        self.act(actions)
+        return actions
 
     def on_event(self, event: Any) -> None:
         """Jobs, answers of dial threads, questions of user threads."""
@@ -10903,10 +11094,16 @@ class Driver(Loop):
 
     def flush(self) -> None:
         """Let the Schedule send what waits to nodes that have room."""
-        self.act(self.schedule.flush(self.now))
+        if self.schedule.away:
+            self.lost_nodes.mark()
+        actions = self.schedule.flush(self.now)
+        if self.decisions.is_on:
+            self.decisions.add(None, actions)
+        self.act(actions)
 
     def _chores(self) -> None:
         """Dial, ask, give up probing, warn; and when to do so next."""
+        self.decisions.look()
         due = [self.now + 60.0, self._unused.look(self.clusters, self.now)]
         self.jobs.end_lost_when_due(due)
         self.connector.search_when_due(due)
@@ -10950,7 +11147,7 @@ class Driver(Loop):
                 self.jobs.refused_frame(peer, channel, message)
             if kind is Bye:   # what a node has not answered for was never started
                 ready = [comp for comp, use in peer.uses.items() if use.state is UseState.READY]
-                self.decide(NodeDoubted(
+                self.lost_nodes.doubt(NodeDoubted(
                     peer.key, str(peer), Evidence.BYE, message.text[:200], peer.kind, ready))
                 raise LinkBroken(message.text[:200])
             if kind not in self._messages:
@@ -10963,41 +11160,12 @@ class Driver(Loop):
 
     def on_broken(self, channel: Link, text: str) -> None:
         """A link came to its end: the node is lost until it is reached again."""
-        peer = self.nodes.by_link[channel.number]
-        peer.move('fail')
-        used = [comp for comp, use in peer.uses.items() if use.state is UseState.READY]
-        self.tell_all(DispyNode.Closed, peer, used)
-        self.selection.unlink(peer, channel)
-        if channel.stall:
-            text = self.connector.told_stall(peer, channel.stall, text)
-        until = self.connector.away_until(peer, channel)
-        if until <= self.now:
-            evidence = Evidence.SILENCE
-        else:
-            evidence = Evidence.CUT
-        doubted = NodeDoubted(peer.key, str(peer), evidence, text, peer.kind, until=until)
-        lost = self.schedule.judge(doubted) is Loss.LOST
-        self.decide(doubted)
-        peer.told.clear()
-        for comp in used:
-            self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
-        if peer.port or peer.embedded:
-            self.connector.not_reached(peer, 'the connection ended: %s' % text,
-                                       self.now - peer.linked_at)
-            if not lost and not peer.wrong:
-                peer.dialling.due = self.now
-            peer.wrong = False
-        else:   # it dials us
-            peer.reason = 'the connection ended: %s' % text
-            logger.warning('%s%s cannot be used: %s', '' if peer.scheduler else 'node ', peer,
-                           peer.reason)
-            if lost:
-                self.connector.forget(peer)
+        self.lost_nodes.link_ended(channel, text)
 
-    def _gone(self, action: NodeGone) -> None:
-        peer = self.nodes.by_key.get(action.node)
-        if peer is not None and peer.link is None and not peer.port and not peer.embedded:
-            self.connector.forget(peer)
+    def warn_soon(self, comps: Iterable[str]) -> None:
+        """Look soon whether these computations have no node any more."""
+        for comp in comps:
+            self._warn_at[comp] = min(self._warn_at[comp], self.now + WARN_AFTER)
 
     def remove_old_trails(self) -> None:
         """Once in a program."""
