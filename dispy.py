@@ -11329,6 +11329,9 @@ def _end_embedded(process: 'subprocess.Popen[bytes]') -> None:
 
 INTERVALS = {'pulse_interval': (0.1, 1000), 'ping_interval': (0.1, 3600),
              'poll_interval': (0.1, 3600)}   # the range of each, in seconds
+# Parameters that are checked where they are used
+TAKEN_AS_GIVEN = (
+    'cluster_status', 'on_output', 'depends', 'setup', 'secret', 'certfile', 'keyfile', 'cafile')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11376,11 +11379,12 @@ class ClusterOptions:
         """Check the parameters of JobCluster, `given` by their names. `remote` says that the nodes
         are a scheduler's. Raises TypeError or ValueError, which names the parameter, its value and
         what is allowed."""
-        port = node_port_of(given['dispy_port'], given['node_port'])
-        intervals = {name: _in_range(name, given[name], None, low, high)
-                     for name, (low, high) in INTERVALS.items()}
-        jobs_per_worker = _in_range('max_jobs_per_worker', given['max_jobs_per_worker'], None, 1,
-                                    1 << 31, True)
+        options = {name: given[name] for name in TAKEN_AS_GIVEN}
+        port = options['port'] = node_port_of(given['dispy_port'], given['node_port'])
+        for name, (low, high) in INTERVALS.items():
+            options[name] = _in_range(name, given[name], None, low, high)
+        options['jobs_per_worker'] = _in_range(
+            'max_jobs_per_worker', given['max_jobs_per_worker'], None, 1, 1 << 31, True)
         host = given['host']
         if host is None:
             host = given['ip_addr']
@@ -11388,48 +11392,46 @@ class ClusterOptions:
         if not specs and not remote:
             check_fork()
             own_python()
-        hosts = list(map(_own_host, _own_hosts(host)))
+        options['probes'] = probes
+        options['specs'] = specs
+        names = _own_hosts(host)
+        hosts = list(map(_own_host, names))
+        options['hosts'] = [where for where in hosts if where is not None]
+        options['hosts_may_fail'] = hosts_may_fail(names[0], hosts[0])
+        options['multicast'] = bool(given['ipv4_udp_multicast'])
         for name in ('job_status', 'callback', 'cluster_status', 'on_output'):
             check_function(name, given[name])
-        job_status = given['job_status']
-        if job_status is None:
-            job_status = given['callback']
-        dest_path = plain_dest_path(given['dest_path'])
+        options['job_status'] = given['job_status']
+        if given['job_status'] is None:
+            options['job_status'] = given['callback']
+        options['dest_path'] = plain_dest_path(given['dest_path'])
         check_depends(given['depends'])
-        level = level_of(given['loglevel'])
-        recover_file = recover_path(given['recover_file'], given['fault_recover'])
-        return cls(
-            port=port, specs=specs, probes=probes,
-            hosts=[where for where in hosts if where is not None],
-            hosts_may_fail=hosts_may_fail(_own_hosts(host)[0], hosts[0]),
-            multicast=bool(given['ipv4_udp_multicast']), **intervals, job_status=job_status,
-            cluster_status=given['cluster_status'], on_output=given['on_output'],
-            depends=given['depends'], dest_path=dest_path, setup=given['setup'],
-            cleanup=function_or_flag('cleanup', given['cleanup']),
-            jobs_per_worker=jobs_per_worker, reentrant=_flag('reentrant', given['reentrant']),
-            forward_logs=_flag('forward_logs', given['forward_logs']), loglevel=level,
-            recover_file=recover_file,
-            keeps_trail=not recover_file and given['recover_file'] is not False,
-            secret=given['secret'], certfile=given['certfile'], keyfile=given['keyfile'],
-            cafile=given['cafile'])
+        options['loglevel'] = level_of(given['loglevel'])
+        options['reentrant'] = _flag('reentrant', given['reentrant'])
+        options['cleanup'] = function_or_flag('cleanup', given['cleanup'])
+        options['forward_logs'] = _flag('forward_logs', given['forward_logs'])
+        path = recover_path(given['recover_file'], given['fault_recover'])
+        options['recover_file'] = path
+        options['keeps_trail'] = path is None and given['recover_file'] is not False
+        return cls(**options)
 
     @property
     def counts_failures(self) -> bool:
-        """Whether the program has no function that is told that a job has failed."""
+        """True if the program has no function that is told that a job has failed."""
         return self.job_status is None and self.cluster_status is None
 
     @property
     def pulse(self) -> float:
-        """Seconds between signs of life."""
+        """Seconds between the signs of life of a connection."""
         return self.pulse_interval or PULSE
 
     @property
     def longest_redial(self) -> float:
-        """The longest time in seconds between attempts to reach a node."""
+        """The longest time in seconds between two attempts to reach a node."""
         return self.ping_interval or REDIAL_MOST
 
     def access(self) -> Access:
-        """How nodes are reached. Raises SecretError or OSError."""
+        """Return how nodes are reached. Raises SecretError or OSError."""
         files = tls_files(self.certfile, self.keyfile, self.cafile)
         return Access(find_secret(self.secret), *files, self.pulse, self.longest_redial)
 
@@ -11469,7 +11471,7 @@ def check_depends(depends: Any) -> None:
 
 
 def function_or_flag(name: str, value: Any) -> Any:
-    """A parameter that is a function, True or False. Raises TypeError."""
+    """Return a parameter that is a function, True or False. Raises TypeError for anything else."""
     if callable(value):
         return value
     return _flag(name, value)
@@ -11507,19 +11509,19 @@ class JobBook:
         self._waiters = 0                # callbacks that are in `wait`
 
     def enter(self, job: DispyJob) -> None:
-        """A job is submitted. Called with the lock held."""
+        """Count a job that is submitted. Called with the lock held."""
         self.pending += 1
         self.submitted += 1
         self.owed.add(job)
 
     def take_over(self, count: int) -> None:
-        """So many jobs of a program that has crashed are carried on with."""
+        """Count jobs of a program that has crashed, with which this cluster carries on."""
         with self.lock:
             self.pending += count
             self.submitted += count
 
     def answer_for(self, job: DispyJob) -> None:
-        """The driver answers for the end of a job that was taken over."""
+        """Note that the driver answers for the end of a job that was taken over."""
         with self.lock:
             self.owed.add(job)
 
@@ -11530,7 +11532,7 @@ class JobBook:
             self.owed.difference_update(jobs)
 
     def jobs_owed(self) -> List[DispyJob]:
-        """Jobs for whose end the driver answers."""
+        """Return the jobs for whose end the driver answers."""
         with self.lock:   # a job is added and posted with it held
             return list(self.owed)
 
@@ -11546,12 +11548,12 @@ class JobBook:
             row[2] += seconds
 
     def add_failure(self, status: int) -> None:
-        """A job has ended with this status, and not as it should."""
+        """Count a job that has ended with this status, and not as it should."""
         with self.lock:
             self.unfinished[status] = self.unfinished.get(status, 0) + 1
 
     def settle(self, count: int) -> None:
-        """So many jobs have ended, and their callbacks have returned."""
+        """Note that so many jobs have ended and that their callbacks have returned."""
         with self.lock:
             self.pending -= count
             # Callbacks that wait for the others do not count themselves
@@ -11586,33 +11588,34 @@ class JobBook:
         return True
 
     def wait_for_change(self, seconds: float) -> None:
-        """Wait until a node or a job has changed, at most so long."""
+        """Wait until a node or a job has changed, at most so many seconds."""
         with self.changed:
             self.changed.wait(seconds)
 
     def notify(self) -> None:
-        """A node has changed."""
+        """Wake the threads that wait for a node, because a node has changed."""
         with self.changed:
             self.changed.notify_all()
 
     def progress(self) -> Tuple[int, int]:
-        """How many jobs have ended, of how many."""
+        """Return how many jobs have ended, and how many were submitted."""
         with self.lock:
             return self.submitted - self.pending, self.submitted
 
     def totals(self) -> Tuple[int, int, int, int]:
-        """How many jobs were submitted, have ended as they should, have failed, were cancelled."""
+        """Return how many jobs were submitted, have ended as they should, have failed and were
+        cancelled."""
         with self.lock:
             return self._totals()
 
     def _totals(self) -> Tuple[int, int, int, int]:
-        """The same, with the lock held."""
+        """Return the same as `totals`. Called with the lock held."""
         ends = self.unfinished
         failed = sum(ends.get(int(state), 0) for state in (*FAILED, JobState.FINISHED))   # programs
         return self.submitted, self.finished, failed, ends.get(DispyJob.Cancelled, 0)
 
     def by_state(self) -> Counts:
-        """How many jobs are in which state."""
+        """Return how many jobs are in which state."""
         with self.lock:
             owed = list(self.owed)
             submitted, done, failed, cancelled = self._totals()
@@ -11621,7 +11624,8 @@ class JobBook:
         return Counts(done, failed, cancelled, running, waiting)
 
     def nodes(self) -> Dict[str, Tuple[Any, int, float]]:
-        """ADDRESS:NAME -> the node, the jobs that have ended there, the seconds that they ran."""
+        """Return for each node, as ADDRESS:NAME, the node itself, the jobs that have ended there,
+        and the seconds that they ran."""
         with self.lock:
             return {
                 name: (peer, done, seconds)
@@ -11629,18 +11633,19 @@ class JobBook:
             }
 
     def seconds(self) -> float:
-        """Seconds that jobs ran, in sum."""
+        """Return the sum of the seconds that jobs ran."""
         return float(sum(row[2] for row in list(self.at_nodes.values())))
 
     def close(self) -> bool:
-        """No job can be submitted any more; whether one could until now."""
+        """Take no more jobs. Returns whether jobs were taken until now."""
         with self.lock:
             was_open = not self.closed
             self.closed = True
         return was_open
 
     def after_fork(self) -> None:
-        """In a forked child: the jobs are the parent's, and nobody here may wait for them."""
+        """Forget the jobs in a forked child: they are the parent's, and nobody here may wait for
+        them."""
         self.lock = threading.Lock()   # a thread that is not here may hold the old one
         self.changed = threading.Condition(self.lock)
         self.closed = True
@@ -11663,7 +11668,7 @@ class UserCallbacks:
         self._book = book
 
     def tell(self, status: int, peer: Union[Peer, NodeRow, None], job: Optional[DispyJob]) -> None:
-        """Call cluster_status for a change of a node or a job. The driver's thread."""
+        """Call cluster_status, because a node or a job has changed. The driver's thread."""
         if self.cluster_status is None:
             return
         node = None
@@ -11682,14 +11687,14 @@ class UserCallbacks:
         self.driver.tellers.run(self.cluster_status, status, node, job)
 
     def tell_row(self, status: int, row: NodeRow) -> None:
-        """As `tell`, of a node of the scheduler."""
+        """Call cluster_status, because a node of the scheduler has changed. The driver's thread."""
         if self.cluster_status is not None:
             node = describe_node(row, row.state, row.reason, row.cpus, row.busy)
             self.driver.tell_later(self.cluster_status, status, node, None)
 
     def tell_closed(self, nodes: Sequence[DispyNode]) -> None:
-        """The cluster is closed: cluster_status is called with Closed for each of these nodes. It
-        is waited for, since a program often ends then. Any thread."""
+        """The cluster is closed: call cluster_status with Closed for each of these nodes, and wait
+        until it has returned, since a program often ends then. Any thread."""
         call = self.cluster_status
         told = threading.Event()
         if call is None or not nodes:
@@ -11767,16 +11772,16 @@ class LiveOutput:
         self._cargo.spec['live'] = True
 
     def remove_monitor(self, monitor: Monitor) -> None:
-        """Tell it no more."""
+        """Do not tell a monitor of jobs any more."""
         self.monitors = tuple(other for other in self.monitors if other is not monitor)
         self._cargo.spec['live'] = bool(self.monitors) or self.on_output is not None
 
     def page(self) -> str:
-        """The link to the web page that shows the cluster, or an empty text."""
+        """Return the link to the web page that shows the cluster, or an empty text."""
         return next((monitor.page for monitor in self.monitors if monitor.page), '')
 
     def came(self, job: DispyJob, message: Output) -> None:
-        """A running job has printed or logged something."""
+        """Show what a running job has printed or logged."""
         stream = message.stream
         if stream == 0:
             self._show_record(job, *log_record_of(message.data))
@@ -11789,7 +11794,7 @@ class LiveOutput:
             monitor.printed(job, stream, message.offset, bytes(message.data))
 
     def show_rest(self, job: DispyJob, row: tuple) -> None:
-        """What of a job's output came with its result and has not been shown."""
+        """Show the output of a job that came with its result and was not shown before."""
         for stream, at in enumerate(self._shown.pop(job, (0, 0)), 1):
             self._show(job, stream, row[4 + stream][at:])
 
@@ -11802,7 +11807,7 @@ class LiveOutput:
             self.driver.tell_later(self.on_output, job, STREAM_NAMES[stream], text)
 
     def _show_record(self, job: DispyJob, level: int, name: str, text: str) -> None:
-        """What a job has logged; or that it has left files behind, which is said once."""
+        """Log what a job has logged, or, once, that a job has left files behind."""
         try:
             if name != FILES_LEFT:
                 logger.log(level, 'job %s: %s: %s', job.id, name, text,
@@ -11840,7 +11845,8 @@ class ResultDelivery:
         self.ordered: Dict[DispyJob, Deque[Tuple[tuple, Peer]]] = {}
 
     def began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
-        """A job has begun at a node, at this time since the epoch. The driver's thread."""
+        """Note that a job has begun at a node, at this time in seconds since the epoch. The
+        driver's thread."""
         with self._book.lock:   # beside a provisional result, and the end
             if job.status in ENDED:
                 return
@@ -11877,7 +11883,7 @@ class ResultDelivery:
         self._publish_ended(jobs, peer)
 
     def queue_ordered(self, job: DispyJob, row: tuple, peer: Peer) -> None:
-        """A result that must be seen after earlier ones of its job. The driver's thread."""
+        """Queue a result that must be seen after earlier ones of its job. The driver's thread."""
         with self._book.lock:
             if job in self.ordered:
                 self.ordered[job].append((row, peer))
@@ -11890,8 +11896,8 @@ class ResultDelivery:
         pool.run(self._drain_ordered, job)
 
     def _drain_ordered(self, job: DispyJob) -> None:
-        """Result after result, each seen by the callback before the next. A callback thread or an
-        opener."""
+        """Show the queued results of a job, each of which the callback sees before the next. A
+        callback thread or an opener."""
         while True:
             with self._book.lock:
                 if not self.ordered[job]:
@@ -11904,7 +11910,8 @@ class ResultDelivery:
                 self._callbacks.provisional(job)
 
     def _show_provisional(self, job: DispyJob, row: tuple) -> bool:
-        """A provisional result; false if the job has ended meanwhile, or it cannot be opened."""
+        """Give a job a provisional result. Returns False if the job has ended meanwhile or the
+        result cannot be opened."""
         try:
             value = unseal(row[4], True)
         except BaseException as exc:  # unpickling runs the user's code
@@ -11919,8 +11926,8 @@ class ResultDelivery:
         return True
 
     def end_without_result(self, job: DispyJob, text: str) -> None:
-        """A job has ended without a result; its state says how, the text why. The driver's
-        thread."""
+        """End a job that has no result; its state says how it ended, and the text says why. The
+        driver's thread."""
         payload = job.payload
         with self._book.lock:   # beside a provisional result
             end_without(job, text, self._failures)
@@ -11928,8 +11935,8 @@ class ResultDelivery:
         self._publish_ended([job])
 
     def end_with_driver(self, job: DispyJob, text: str) -> None:
-        """The driver's thread is ending for a fault of ours, and a job that has not ended is
-        abandoned. Its arguments are left as they are: another thread may be sending them."""
+        """Abandon a job that has not ended, because the driver's thread ends for a fault of dispy.
+        Its arguments are left as they are: another thread may be sending them."""
         job.state = JobState.ABANDONED
         job.exception = text
         job.end_time = time.time()
@@ -11939,15 +11946,16 @@ class ResultDelivery:
         self._publish_ended([job])
 
     def _count_failure(self, job: DispyJob, payload: Any) -> None:
-        """A job has ended without a result, or with the exit status of a program that failed:
-        count it, and tell who watches."""
+        """Count a job that has ended without a result or with the exit status of a program that
+        failed, and tell the monitors."""
         self._book.add_failure(job.status)
         for monitor in self._output.monitors:
             monitor.failed(job, payload)
 
     def _publish_ended(self, jobs: List[DispyJob],
                        peer: Union[Peer, NodeRow, None] = None) -> None:
-        """Tell who waits for these jobs, and the program's functions, that they have ended."""
+        """Tell the threads that wait for these jobs, and the program's functions, that the jobs
+        have ended."""
         if self._callbacks.cluster_status is not None:
             for job in jobs:
                 self.driver.post(Told(self._callbacks, job.status, peer, job))
@@ -11987,7 +11995,7 @@ class Submitter:
         self._told_of_change = is_executor
 
     def submit(self, number: Any, args: tuple, kwargs: dict, node: Any = None) -> DispyJob:
-        """A new job with this id, for a node by its key or for any. Raises what
+        """Return a new job with this id, for the node with this key or for any node. Raises what
         `JobCluster.submit` raises."""
         depends = kwargs.pop('dispy_job_depends', ())
         if kwargs:
@@ -12004,8 +12012,8 @@ class Submitter:
         return self.enter(number, args, kwargs, options, self.pack(args, kwargs, depends))
 
     def pack(self, args: tuple, kwargs: dict, depends: Sequence[Any] = ()) -> Any:
-        """Arguments as they are now. Raises ValueError if they are too large, and what pickling
-        them raises."""
+        """Return the arguments, packed as they are now. Raises ValueError if they are too large,
+        and what pickling them raises."""
         changed = self._bundles.changed()
         if changed:
             self._warn_of_change(changed)
@@ -12026,8 +12034,8 @@ class Submitter:
 
     def enter(self, number: Any, args: tuple, kwargs: dict, options: Optional[dict], payload: Any,
               future: Optional['DispyFuture'] = None) -> DispyJob:
-        """A new job with packed arguments; `future` is that of a call of an executor. Raises
-        RuntimeError if the cluster was closed."""
+        """Return a new job with packed arguments, which is handed to the driver; `future` is that
+        of a call of an executor. Raises RuntimeError if the cluster was closed."""
         if type(payload) is SharedPayload:
             options = dict(options or {}, values=payload.rows())
         if self.journal is None:
@@ -12060,7 +12068,7 @@ class Submitter:
             self._warn_of_change(changed)
 
     def _warn_of_change(self, changed: Sequence[str]) -> None:
-        """Jobs go on with the text of these modules that was sent; the user is told once."""
+        """Tell the user, once, that jobs go on with the text of these modules that was sent."""
         if not self._told_of_change:
             self._told_of_change = True
             logger.warning(
@@ -12087,28 +12095,30 @@ class NodeCommands:
         return self.driver.ask(lambda: self.driver.queries.command(self.comp, name, *args))
 
     def key_of(self, node: Any) -> Tuple[Any, str]:
-        """The key of the node that the program names and, once, why it cannot be used. Raises
-        ValueError."""
+        """Return the key of the node that the program names and, once, why it cannot be used.
+        Raises ValueError."""
         return self.ask('seat', node)  # type: ignore[no-any-return]
 
     def rows(self) -> List[NodeRow]:
-        """The nodes."""
+        """Return the nodes."""
         return self.ask('nodes')  # type: ignore[no-any-return]
 
     def rows_at_end(self) -> List[NodeRow]:
-        """The nodes, also when the cluster counts as closed."""
-        return self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))  # type: ignore[no-any-return]
+        """Return the nodes, also when the cluster counts as closed."""
+        rows: List[NodeRow] = self.driver.ask(lambda: self.driver.queries.rows_of(self.comp))
+        return rows
 
     def explain_no_nodes(self) -> str:
-        """What was tried to reach nodes, what came of it, and what to do."""
+        """Return a text which says what was tried to reach nodes, what came of it, and what to do.
+        """
         return self.ask('complaint')  # type: ignore[no-any-return]
 
     def why_unloadable(self) -> str:
-        """Why no node can load the code of the computation; empty if one may."""
+        """Return why no node can load the code of the computation; the text is empty if one may."""
         return self.ask('why_unloadable')  # type: ignore[no-any-return]
 
     def in_words(self, status: Callable[[], ClusterStatus]) -> str:
-        """The nodes, as far as that can be told at once."""
+        """Return the nodes in words, as far as that can be told at once."""
         return nodes_text(status().nodes)
 
 
@@ -12132,7 +12142,8 @@ class JobTakeover:
         self._delivery = delivery
 
     def begin(self, journal: Journal, rows: List[tuple]) -> None:
-        """Take over what is in the journal: rows of `Journal.known`. The user's thread."""
+        """Take over the jobs of the journal, which are rows of `Journal.known`. The user's thread.
+        """
         sent: List[Tuple[DispyJob, str]] = []
         again: List[DispyJob] = []
         ended: List[DispyJob] = []
@@ -12165,14 +12176,15 @@ class JobTakeover:
             self.driver.ask(lambda: recovery.begin(self.driver))
 
     def _fill_in(self, job: DispyJob, result: Union[str, tuple]) -> None:
-        """A job that had ended: without a result for a reason, or with the rest of its row."""
+        """Complete a job that had ended. `result` is the reason why it has none, or its row of
+        Results without the serial number."""
         if isinstance(result, str):
             end_without(job, result)
         else:
             fill_in(job, (job.serial, *result), self._is_program)
 
     def _renew(self, job: DispyJob) -> None:
-        """A job that has not begun is one of this cluster from now on."""
+        """Make a job that has not begun one of this cluster."""
         job.comp = self._comp
         job.state = JobState.CREATED
         job.status = DispyJob.Created
@@ -12182,12 +12194,13 @@ class JobTakeover:
         self._book.answer_for(job)
 
     def _submit_again(self, job: DispyJob) -> None:
-        """The driver's thread; posted, it might come behind the end of the cluster."""
+        """Submit a job again. The driver's thread; if the job were posted, it might come after the
+        end of the cluster."""
         self._renew(job)
         self.driver.jobs.take(job)
 
     def _lost(self, journal: Journal, job: DispyJob, text: str) -> None:
-        """A job that had begun is nowhere any more. The driver's thread."""
+        """Handle the loss of a job that had begun. The driver's thread."""
         if self._reentrant:
             self._submit_again(job)
         else:
@@ -12196,23 +12209,23 @@ class JobTakeover:
             self._delivery.end_without_result(job, text)
 
     def _done(self, job: DispyJob, row: tuple, peer: Peer) -> None:
-        """A result has come. The driver's thread."""
+        """Give a job the result that has come. The driver's thread."""
         job.ip_addr = peer.ip_addr
         self._delivery.apply_results([(job, row)], peer)
 
     def _over(self) -> None:
-        """Nothing is left to be collected. The driver's thread."""
+        """Note that nothing is left to be collected. The driver's thread."""
         self.driver.call_soon(self.end)
 
     def left(self) -> List[DispyJob]:
-        """Jobs of the earlier run that have not ended."""
+        """Return the jobs of the earlier run that have not ended."""
         if self.recovery is None:
             return []
         return self.recovery.left()
 
     def end(self) -> None:
-        """What an earlier run had on nodes has been collected, or the cluster is closed. The
-        driver's thread."""
+        """End the recovery: what an earlier run had on nodes has been collected, or the cluster is
+        closed. The driver's thread."""
         recovery = self.recovery
         self.recovery = None
         if recovery is not None:
@@ -12236,7 +12249,7 @@ class ComputationUser(NodeUser):
     bundles: ModuleBundles
 
     def ask_allocator(self, allocator: NodeAllocate, peer: Peer, link: Link) -> None:
-        """It is the user's code, so an opener calls it."""
+        """Have an opener ask the user's allocator, which is code of the user."""
         self.driver.openers.run(self._allocate, allocator, peer, link, self.cluster)
 
     def _allocate(self, allocator: NodeAllocate, peer: Peer, link: Link, cluster: Any) -> None:
@@ -12250,12 +12263,12 @@ class ComputationUser(NodeUser):
         self.driver.call_soon(self.driver.setup.allocated, self.comp, peer, link, allocation, error)
 
     def ask_source(self, peer: Peer, link: Link) -> None:
-        """An opener finds out."""
+        """Have an opener find out what the source of the computation is."""
         self.driver.openers.run(self._pack_source, peer, link)
 
     def _pack_source(self, peer: Peer, link: Link) -> None:
-        """For a node with another version of Python. An opener: files are read, and objects of the
-        user's looked at."""
+        """Collect the source for a node with another version of Python. An opener: files are read,
+        and objects of the user are examined."""
         try:
             source = self.cargo.source()
         except Exception as exc:  # of those objects
@@ -12263,8 +12276,8 @@ class ComputationUser(NodeUser):
         self.driver.call_soon(self.driver.setup.source_found, self, peer, link, source)
 
     def support_for(self, peer: Peer) -> Dict[str, bytes]:
-        """cloudpickle, if the node does not have the same; a scheduler does not know who needs
-        it."""
+        """Return the files of cloudpickle, if the node does not have the same version; a scheduler
+        does not know which of its nodes needs them."""
         needs = self.cargo.spec['kind'] != 'program' and (
             peer.scheduler or peer.facts.get('cloudpickle') != cloudpickle.__version__)
         if needs:
@@ -12272,30 +12285,28 @@ class ComputationUser(NodeUser):
         return {}
 
     def modules_for(self, peer: Peer) -> Dict[str, Any]:
-        """What a node gets of the program's modules. A node that is a part of the program reads
-        them where they are."""
-        rows = self.bundles.rows(peer.embedded)
-        if not peer.embedded:
-            return {'modules': rows}
-        return {
-            'modules': rows,
-            'sys_path': [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)],
-            'argv': [word for word in sys.argv if isinstance(word, str)]
-        }
+        """Return what a node gets of the program's modules. A node that is a part of the program
+        reads them where they are."""
+        found: Dict[str, Any] = {'modules': self.bundles.rows(peer.embedded)}
+        if peer.embedded:
+            entries = [entry for entry in sys.path if isinstance(entry, str)]
+            found['sys_path'] = list(map(os.path.abspath, entries))
+            found['argv'] = [word for word in sys.argv if isinstance(word, str)]
+        return found
 
     def module_source(self, name: str) -> Any:
-        """Where a file of a module is read from: a path, a FileOfModule or its content."""
+        """Return where a file of a module is read from: a path, a FileOfModule or its content."""
         return self.bundles.source_of(name)
 
     def value_source(self, digest: bytes) -> Any:
-        """The content of a value."""
+        """Return the content of a value."""
         value = shared_values.find(digest)
         if value is not None:
             return memoryview(value.data)
         return None
 
     def asked(self, peer: Peer, message: Call) -> None:
-        """It is the user's code, so an opener finds out."""
+        """Have an opener find the answer, which may need code of the user."""
         self.driver.openers.run(self._find_out, peer, message)
 
     def _find_out(self, peer: Peer, message: Call) -> None:
@@ -12309,7 +12320,7 @@ class ComputationUser(NodeUser):
                               Return(message.comp, message.number, error, value))
 
     def answer_to(self, name: str, args: tuple) -> Any:
-        """What a node or scheduler asks that only the client can tell. An opener."""
+        """Return what a node or scheduler asks that only the client can tell. An opener."""
         if name != 'modules':
             raise PeerError('%.40r is asked of a program' % (name,))
         embedded = not self.remote and all(peer.embedded
@@ -12317,7 +12328,7 @@ class ComputationUser(NodeUser):
         return self.bundles.more(args[0], embedded)
 
     def file_piece(self, peer: Peer, work: DispyJob, message: FilePiece) -> None:
-        """It comes below the directory in which the program made the cluster."""
+        """Store a piece of a file below the directory in which the program made the cluster."""
         self.driver.files.store(peer, self.directory, message)
 
 
@@ -12372,7 +12383,7 @@ class ProgramCluster(ComputationUser):
         self._make_parts(isinstance(computation, Calls))
 
     def _complete_cargo(self, computation: Any) -> None:
-        """What nodes are told beside the computation itself. Raises ValueError."""
+        """Add to the computation what nodes are told beside it. Raises ValueError."""
         options = self.options
         check_cargo(self.cargo.spec)
         for spec in self.specs:
@@ -12450,7 +12461,8 @@ class ProgramCluster(ComputationUser):
         self._warn_of_others()
 
     def _warn_of_others(self) -> None:
-        """The third cluster of one function that is open: a cell or a loop makes one each time."""
+        """Warn at the third cluster of one function that is open: a cell or a loop makes one each
+        time."""
         same = [core for core in map(core_of, list(_clusters))
                 if core.function == self.function and not core.closed]
         if len(same) >= 3 and any(self.function) and self.function not in _told_of_many:
@@ -12460,32 +12472,35 @@ class ProgramCluster(ComputationUser):
                            'more, or use "with JobCluster(...) as cluster:"', self.name, len(same))
 
     def _describe_for_trail(self) -> Dict[str, Any]:
-        """What another process needs to collect the results. The driver's thread."""
+        """Return what another process needs to collect the results. The driver's thread."""
+        code = in_one_piece(self.cargo.spec['code'])
+        row: Dict[str, Any] = {'dispy': 1, 'comp': self.comp, 'name': self.name}
+        row['key'] = self.key.hex()
+        row['program'] = self.cargo.is_program
+        row['code'] = hashlib.sha256(code).hexdigest()
+        row['host'] = socket.gethostname()
+        row['pid'] = os.getpid()
+        row['process'] = list(own_process())
+        row['began'] = self.book.began
+        row['listen'] = ''
         if self.hosts:
-            listen = '%s:%d' % self._first_host()
-        else:
-            listen = ''
-        return {
-            'dispy': 1, 'comp': self.comp, 'key': self.key.hex(), 'name': self.name,
-            'program': self.cargo.is_program,
-            'code': hashlib.sha256(in_one_piece(self.cargo.spec['code'])).hexdigest(),
-            'host': socket.gethostname(), 'pid': os.getpid(), 'process': list(own_process()),
-            'began': self.book.began, 'listen': listen
-        }
+            row['listen'] = '%s:%d' % self._first_host()
+        return row
 
     def _first_host(self) -> Any:
-        """Where nodes may connect, for who recovers the jobs."""
+        """Return where nodes may connect to a program that recovers the jobs."""
         if self.hosts:
             return self.hosts[0]
         return None
 
     @property
     def closed(self) -> bool:  # type: ignore[override]
-        """Whether nothing can be submitted any more. Any thread."""
+        """True if nothing can be submitted any more. Any thread."""
         return self.book.closed
 
     def close(self, timeout: Optional[float], terminate: bool, shutdown: bool = False) -> bool:
-        """See JobCluster.close; with `shutdown` nodes may end when this program lets them go."""
+        """Close the cluster, see JobCluster.close; with `shutdown`, nodes may end when this program
+        lets them go."""
         if not terminate and not self.closed:
             self.submitter.look_at_modules(0.0)
             if not self.book.wait(_seconds('timeout', timeout)):
@@ -12528,13 +12543,15 @@ class ProgramCluster(ComputationUser):
             driver.release()
 
     def _log_end(self) -> None:
-        """What came of the computation, in numbers."""
+        """Log what came of the computation, in numbers."""
+        book = self.book
+        nodes = many(len(book.at_nodes), 'node')
         logger.info('%s: the computation has ended after %.1f s: %s; they ran for %.1f s on %s',
-                    self.name, time.time() - self.book.began, self.book.by_state(),
-                    self.book.seconds(), many(len(self.book.at_nodes), 'node'))
+                    self.name, time.time() - book.began, book.by_state(), book.seconds(), nodes)
 
     def _nodes_in_use(self) -> List[DispyNode]:
-        """Nodes whose Closed is to be told; none if nobody wants to know."""
+        """Return the nodes for which cluster_status is to be called with Closed; none if there is
+        no such function."""
         if self.callbacks.cluster_status is None:
             return []
         try:
@@ -12548,22 +12565,22 @@ class ProgramCluster(ComputationUser):
         ]
 
     def tell_failures(self) -> None:
-        """Jobs have failed, and the program has not looked at any reason: that is said once."""
+        """Warn, once, if jobs have failed and the program has not looked at any reason."""
         text = self.failures.take(self.book.submitted)
         if text:
             logger.warning('%s: %s', self.name, text)
 
     def left_behind(self) -> Dict[Any, int]:
-        """Nodes that outlive this program, and how many jobs run on there. The driver's thread, or
-        after its end."""
+        """Return the nodes that outlive this program, with the number of jobs that run on there.
+        The driver's thread, or after its end."""
         return self.driver.queries.left_behind(self.comp)
 
     def cancel_waiting(self, but_first: bool) -> None:
-        """End all jobs that have not begun; `but_first` as of Cancellations."""
+        """End all jobs that have not begun; `but_first` is that of Cancellations."""
         self.driver.ask(lambda: self.driver.cancels.cancel_waiting(self.comp, but_first))
 
     def after_fork(self) -> None:
-        """In a forked child: the jobs and the journal are the parent's."""
+        """Let go, in a forked child, of the jobs and the journal, which are the parent's."""
         self.book.after_fork()
         self.journal = None
         self.submitter.journal = None
@@ -12573,7 +12590,7 @@ class ProgramCluster(ComputationUser):
     # -- what people see; user threads -------------------------------------------------------------
 
     def status(self) -> ClusterStatus:
-        """See JobCluster.status."""
+        """Return what JobCluster.status returns."""
         counts = self.book.nodes()
         pending = self.book.pending
         found: List[NodeRow] = []
@@ -12597,11 +12614,11 @@ class ProgramCluster(ComputationUser):
         return ClusterStatus(nodes, pending)
 
     def count_ready(self) -> int:
-        """How many nodes are ready for jobs."""
+        """Return how many nodes are ready for jobs."""
         return sum(node.state == 'ready' for node in self.status().nodes)
 
     def nodes_in_words(self) -> str:
-        """The nodes, as far as that can be told at once."""
+        """Return the nodes in words, as far as that can be told at once."""
         if self.closed:
             return 'closed'
         if threading.current_thread() is self.driver.thread:
@@ -12614,7 +12631,7 @@ class ProgramCluster(ComputationUser):
             return 'open'
 
     def why_jobs_wait(self) -> str:
-        """Why a job that has not begun waits."""
+        """Return why a job that has not begun waits."""
         try:
             if self.count_ready():
                 return 'it waits for its turn; of the jobs of %s there are %s' % (
@@ -12627,30 +12644,34 @@ class ProgramCluster(ComputationUser):
     # -- whether the program still needs it; the driver's thread -----------------------------------
 
     def is_idle(self) -> bool:
-        """Whether it has no jobs, and is not closed."""
+        """Return whether the cluster has no jobs and is not closed."""
         return not self.book.pending and not self.closed and self.takeover.recovery is None
 
     def is_replaced(self, others: Iterable[NodeUser]) -> bool:
-        """Whether a cluster of the same function was made later."""
+        """Return whether a cluster of the same function was made later."""
+        if not any(self.function):
+            return False
         clusters = [other for other in others if isinstance(other, ProgramCluster)]
-        return any(self.function) and any(
-            other.function == self.function and other.book.began > self.book.began
-            for other in clusters)
+        same = [other for other in clusters if other.function == self.function]
+        return any(other.book.began > self.book.began for other in same)
 
     # -- for monitors; any thread ------------------------------------------------------------------
 
     def jobs_counted(self) -> Tuple[int, int, int, int]:
-        """How many jobs were submitted, have ended as they should, have failed, were cancelled."""
+        """Return how many jobs were submitted, have ended as they should, have failed and were
+        cancelled."""
         return self.book.totals()
 
     def jobs_at_nodes(self) -> Dict[str, Tuple[Any, int, float]]:
-        """ADDRESS:NAME -> the node, the jobs that have ended there, the seconds that they ran."""
+        """Return for each node, as ADDRESS:NAME, the node itself, the jobs that have ended there,
+        and the seconds that they ran."""
         return self.book.nodes()
 
     # -- nodes; the driver's thread ----------------------------------------------------------------
 
     def node_ready(self, peer: Peer) -> None:
-        """It is noted for recover_jobs(), and who waits for nodes looks again."""
+        """Log that a node is used, note it for recover_jobs(), and wake the threads that wait for
+        nodes."""
         if peer.scheduler:
             logger.info('%s: its nodes are those of the scheduler %s', self.name, peer)
         else:
@@ -12661,19 +12682,19 @@ class ProgramCluster(ComputationUser):
         self.book.notify()
 
     def node_changed(self, status: int, peer: Peer) -> None:
-        """The user is told; a scheduler tells of its nodes itself."""
+        """Tell cluster_status of a node; a scheduler tells of its nodes itself."""
         if not peer.scheduler:
             self.callbacks.tell(status, peer, None)
 
     def node_told(self, status: int, row: NodeRow) -> None:
-        """As `node_changed`, of a node of the scheduler."""
+        """Tell cluster_status of a node of the scheduler."""
         self.book.notify()
         self.callbacks.tell_row(status, row)
 
     # -- jobs; the driver's thread -----------------------------------------------------------------
 
     def send_jobs(self, peer: Peer, works: Sequence[DispyJob]) -> None:
-        """With a journal they leave when it has been noted that they do."""
+        """Send jobs to a node. With a journal they leave when it has been noted that they do."""
         if peer.scheduler:
             names: Tuple[str, ...] = _OF_JOBS_THERE
         else:
@@ -12687,18 +12708,19 @@ class ProgramCluster(ComputationUser):
                 self.driver.say(peer.link, frame)  # type: ignore[arg-type]
 
     def jobs_started(self, peer: Peer, pairs: Sequence[Tuple[DispyJob, float]]) -> None:
-        """Users see that they run."""
+        """Show the user that jobs run."""
         for job, ran in pairs:
             self.delivery.began(job, time.time() - ran, peer)
 
     def output(self, peer: Peer, work: DispyJob, message: Output) -> None:
-        """What a running job prints or logs."""
+        """Show what a running job prints or logs."""
         if work.state is JobState.SENT:
             self.driver.jobs.job_started(peer, work)
         self.live_output.came(work, message)
 
     def jobs_ended(self, peer: Peer, pairs: List[Tuple[DispyJob, tuple]]) -> None:
-        """Results at last. What may run the user's code when it is opened is left to an opener."""
+        """Give jobs their results. What may run the user's code when it is opened is left to an
+        opener."""
         plain: List[Tuple[DispyJob, tuple]] = []
         code: List[Tuple[DispyJob, tuple]] = []
         # Such come alone, and take time to open
@@ -12735,7 +12757,7 @@ class ProgramCluster(ComputationUser):
             self.book.answered([pair[0]])
 
     def job_waits(self, work: DispyJob) -> None:
-        """It is as if it had not been sent."""
+        """Make a job as it was before it was sent."""
         if self.journal is not None:
             self.journal.waits(work)
         work.status = DispyJob.Created
@@ -12743,28 +12765,28 @@ class ProgramCluster(ComputationUser):
         work.start_time = None
 
     def job_parked(self, work: DispyJob, text: str) -> None:
-        """The user is warned."""
+        """Warn that a job waits for a larger node."""
         logger.warning('job %r waits: %s', work.id, text)
 
     def job_ended(self, work: DispyJob, text: str) -> None:
-        """It has ended without a result."""
+        """End a job that has no result."""
         if self.journal is not None:
             self.journal.ended(work, text)
         self.delivery.end_without_result(work, text)
         self.book.answered([work])
 
     def fail_job(self, work: DispyJob, text: str) -> None:
-        """It is nowhere any more."""
+        """Abandon a job that is nowhere any more."""
         if work.status not in ENDED:
             work.state = JobState.ABANDONED
             self.job_ended(work, text)
 
     def jobs_owed(self) -> List[DispyJob]:
-        """Jobs for whose end the driver answers. Any thread."""
+        """Return the jobs for whose end the driver answers. Any thread."""
         return self.book.jobs_owed()
 
     def driver_failed(self, text: str) -> None:
-        """The driver's thread is ending for a fault of ours."""
+        """Abandon all jobs: the driver's thread ends for a fault of dispy."""
         for job in self.book.jobs_owed() + self.takeover.left():
             if job.status not in ENDED:
                 self.delivery.end_with_driver(job, text)
@@ -12777,7 +12799,7 @@ def core_of(cluster: Any) -> Any:
 
 
 def name_of(computation: Any) -> str:
-    """The name of a computation, for people."""
+    """Return the name of a computation as people are shown it."""
     return getattr(computation, '__name__', None) or os.path.basename(str(computation))[:60]
 
 
@@ -12792,7 +12814,8 @@ def has_exception(row: tuple) -> bool:
 # --------------------------------------------------------------------------------------------------
 
 class OldNames:
-    """What is accepted and has no meaning any more. Each is said once in a process, at INFO."""
+    """Names of dispy 4 that are accepted and have no effect any more. Each is named in the log once
+    in a process, at INFO."""
     INSTEAD = {   # what takes its place
         'port': 'this program needs no port of its own',
         'client_port': 'this program needs no port of its own',
@@ -12816,14 +12839,14 @@ class OldNames:
         self._told: Set[str] = set()
 
     def tell(self, name: str) -> None:
-        """It was given. Any thread."""
+        """Log that a name was given. Any thread."""
         if name not in self._told:
             self._told.add(name)
             logger.info('%s has no meaning any more: %s', name,
                         self.INSTEAD.get(name, 'nothing takes its place'))
 
     def tell_given(self, **given: Any) -> None:
-        """These were given, but for those that are None. Any thread."""
+        """Log which of these were given: those that are not None. Any thread."""
         for name, value in given.items():
             if value is not None:
                 self.tell(name)
@@ -12856,7 +12879,7 @@ OldModules.install()
 
 
 def __getattr__(name: str) -> Any:
-    """dispy.httpd and the like, which were parts of the package."""
+    """Return dispy.httpd and other modules that were parts of the package in dispy 4."""
     if name in OldModules.NAMES:
         return importlib.import_module('dispy.' + name)
     raise AttributeError('module %r has no attribute %r' % (__name__, name))
@@ -12873,20 +12896,21 @@ SHARED_POSITIONS_LEFT = ('client_port', 'scheduler_host', 'ext_host', 'ip_addr',
 
 def refuse_positions(remote: bool, more: tuple) -> None:
     """Raise TypeError for parameters by position after the seventh, naming them."""
-    if more:
-        if remote:
-            left = SHARED_POSITIONS_LEFT
-        else:
-            left = POSITIONS_LEFT
-        raise TypeError(
-            '%s takes 7 arguments by position, as far as dispy_port, and %d were given: '
-            'give the others by name, as %s' %
-            ('SharedJobCluster' if remote else 'JobCluster', 7 + len(more),
-             ', '.join('%s=' % name for name in left[:len(more)]) or 'name='))
+    if not more:
+        return
+    if remote:
+        kind = 'SharedJobCluster'
+        left = SHARED_POSITIONS_LEFT
+    else:
+        kind = 'JobCluster'
+        left = POSITIONS_LEFT
+    names = ', '.join('%s=' % name for name in left[:len(more)])
+    raise TypeError('%s takes 7 arguments by position, as far as dispy_port, and %d were given: '
+                    'give the others by name, as %s' % (kind, 7 + len(more), names or 'name='))
 
 
 def node_port_of(dispy_port: Any, node_port: Any) -> int:
-    """The port of nodes for which none is given, by its two names. Raises ValueError."""
+    """Return the port of nodes for which none is given, from its two names. Raises ValueError."""
     if dispy_port is not None or not node_port:
         port = dispy_port
     else:
@@ -12911,37 +12935,38 @@ def plain_dest_path(path: Any) -> Optional[str]:
 
 
 class OldCluster:
-    """Attributes that clusters have in dispy 4."""
+    """The attributes that a cluster has in dispy 4 and that are no parameters of today."""
     _core: ProgramCluster
 
     @property
     def start_time(self) -> float:
-        """When the cluster was made, in seconds since the epoch."""
+        """The time when the cluster was made, in seconds since the epoch."""
         return self._core.book.began
 
     @property
     def end_time(self) -> Optional[float]:
-        """When all jobs that were submitted had ended, in seconds since the epoch; None before."""
+        """The time when all jobs that were submitted had ended, in seconds since the epoch; None
+        before."""
         return self._core.book.all_ended
 
     @property
     def cpu_time(self) -> float:
-        """Seconds that jobs ran, in sum."""
+        """The sum of the seconds that jobs ran."""
         return self._core.book.seconds()
 
     @property
     def pulse_interval(self) -> Optional[float]:
-        """As given to the constructor."""
+        """The parameter of this name, in seconds; None if it was not given."""
         return self._core.options.pulse_interval
 
     @property
     def ping_interval(self) -> Optional[float]:
-        """As given to the constructor."""
+        """The parameter of this name, in seconds; None if it was not given."""
         return self._core.options.ping_interval
 
     @property
     def poll_interval(self) -> Optional[float]:
-        """As given to the constructor."""
+        """The parameter of this name, in seconds; None if it was not given. It has no effect."""
         return self._core.options.poll_interval
 
     @property
@@ -13349,7 +13374,9 @@ class JobCluster(OldCluster):
             report = answer_of(core.nodes.ask('question', node), CALL_TIME)
             running = {serial for serial, _ in report.running}
             serials = [serial for serial in serials if serial in running]
-        return core.driver.ask(lambda: core.driver.queries.jobs_of(core.comp, serials))  # type: ignore[no-any-return]
+        queries = core.driver.queries
+        jobs: List[DispyJob] = core.driver.ask(lambda: queries.jobs_of(core.comp, serials))
+        return jobs
 
     def send_file(self, path: str, node: Any, timeout: Union[None, bool, float] = None,
                   relay: Optional[bool] = None) -> int:
@@ -13431,7 +13458,7 @@ class JobCluster(OldCluster):
 
 
 def ended_jobs(jobs: List[DispyJob], timeout: Optional[float]) -> Iterator[DispyJob]:
-    """Jobs as they end, each once. Raises TimeoutError after so many seconds."""
+    """Yield each job once, as the jobs end. Raises TimeoutError after `timeout` seconds."""
     if timeout is None:
         until = None
     else:
@@ -13454,7 +13481,8 @@ def ended_jobs(jobs: List[DispyJob], timeout: Optional[float]) -> Iterator[Dispy
 
 
 def text_of_unended(jobs: List[DispyJob], left: Set[DispyJob], timeout: Optional[float]) -> str:
-    """That jobs have not ended in time, and why the first of them has not."""
+    """Return a text which says that jobs have not ended in time, and why the first of them has not.
+    """
     text = '%d of %d jobs have not ended within %s s' % (len(left), len(jobs), timeout)
     for job in jobs:
         if job in left and job.status not in ENDED:
@@ -13463,7 +13491,7 @@ def text_of_unended(jobs: List[DispyJob], left: Set[DispyJob], timeout: Optional
 
 
 def wait_in_sight(book: JobBook, timeout: Optional[float]) -> bool:
-    """Wait as the book does, while it is shown how many jobs have ended."""
+    """Wait as `JobBook.wait` does, and show meanwhile how many jobs have ended."""
     if timeout is None:
         until = math.inf
     else:
@@ -13496,7 +13524,8 @@ TABLE_ROW = '%-32s %5s %8s %10s %12s  %s'
 
 
 def table_of_status(status: ClusterStatus, elapsed: float) -> str:
-    """The table that print_status prints; `elapsed` are the seconds that have passed."""
+    """Return the table that print_status prints; `elapsed` is the number of seconds that have
+    passed."""
     lines = [TABLE_ROW % ('Node', 'CPUs', 'Jobs', 's / Job', 'Job time s', 'State'), '-' * 84]
     lines += map(row_of_status, status.all_nodes)
     lines.append('-' * 84)
@@ -13512,7 +13541,7 @@ def table_of_status(status: ClusterStatus, elapsed: float) -> str:
 
 
 def row_of_status(node: DispyNode) -> str:
-    """The row of a node in the table of print_status."""
+    """Return the row of a node in the table of print_status."""
     name = node.ip_addr
     if node.port not in (0, NODE_PORT):
         name = place(node.ip_addr, node.port)
@@ -13539,7 +13568,7 @@ def pages_of_nodes(ask: Callable[[int, int], List[tuple]]) -> List[NodeRow]:
 
 
 class SharedOptions(NamedTuple):
-    """The parameters that only a SharedJobCluster has, checked."""
+    """The checked parameters that only a SharedJobCluster has."""
     scheduler: NodeSpec
     exclusive: bool
     any_node: bool      # of the scheduler's nodes all may be used
@@ -13558,7 +13587,7 @@ class SchedulerCommands(NodeCommands):
         self._cargo = cargo
 
     def plain(self, specs: Sequence[NodeSpec]) -> List[tuple]:
-        """Specs for the wire; allocators stay here."""
+        """Return specs as they are sent to the scheduler; allocators stay here."""
         rows = []
         for spec in specs:
             number = 0
@@ -13569,7 +13598,7 @@ class SchedulerCommands(NodeCommands):
         return rows
 
     def ask(self, name: str, *args: Any) -> Any:
-        """As of NodeCommands."""
+        """Have a command carried out by the scheduler. Raises what `NodeCommands.ask` raises."""
         if self.book.closed:
             raise RuntimeError('the cluster was closed')
         if name == 'question':
@@ -13582,7 +13611,7 @@ class SchedulerCommands(NodeCommands):
         return self._call(name, *args)
 
     def _ask_here(self, name: str) -> Any:
-        """What the driver of this program knows: its one node is the scheduler."""
+        """Ask the driver of this program, whose only node is the scheduler."""
         return super().ask(name)
 
     def _call(self, name: str, *args: Any) -> Any:
@@ -13615,12 +13644,13 @@ class SchedulerCommands(NodeCommands):
         return future
 
     def _pages(self) -> List[NodeRow]:
-        """What the scheduler tells of its nodes, which may be thousands, some at a time."""
+        """Return what the scheduler tells of its nodes. These may be thousands, so they come in
+        pages."""
         return pages_of_nodes(lambda first, most: self._call('nodes', first, most))
 
     def rows(self) -> List[NodeRow]:
-        """The nodes; while there is none the scheduler. Its own row never has CPUs, which would
-        stand for all that it takes."""
+        """Return the nodes, or the scheduler while there is none. The row of the scheduler never
+        has CPUs, which would stand for all that it takes."""
         if not self._is_connected():
             return [row._replace(cpus=0) for row in self._ask_here('nodes')]
         rows = self._pages()
@@ -13631,13 +13661,13 @@ class SchedulerCommands(NodeCommands):
                 for row in self._ask_here('nodes')]
 
     def rows_at_end(self) -> List[NodeRow]:
-        """As of NodeCommands."""
+        """Return the nodes, also when the cluster counts as closed."""
         if self._is_connected():
             return self._pages()
         return []
 
     def why_unloadable(self) -> str:
-        """As of NodeCommands."""
+        """Return why no node can load the code of the computation; the text is empty if one may."""
         if self._is_connected():
             # It has gone meanwhile
             with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
@@ -13645,7 +13675,8 @@ class SchedulerCommands(NodeCommands):
         return ''
 
     def explain_no_nodes(self) -> str:
-        """As of NodeCommands."""
+        """Return a text which says what was tried to reach nodes, what came of it, and what to do.
+        """
         if self._is_connected():
             # It has gone meanwhile
             with contextlib.suppress(RuntimeError, concurrent.futures.TimeoutError):
@@ -13653,11 +13684,12 @@ class SchedulerCommands(NodeCommands):
         return self._ask_here('complaint')  # type: ignore[no-any-return]
 
     def _is_connected(self) -> bool:
-        return any(peer.link is not None and peer.name
-                   for peer in self.driver.ask(lambda: self.driver.nodes.of(self.comp)))
+        peers = self.driver.ask(lambda: self.driver.nodes.of(self.comp))
+        return any(peer.link is not None and peer.name for peer in peers)
 
     def in_words(self, status: Callable[[], ClusterStatus]) -> str:
-        """The scheduler is not asked: that may take as long as it likes."""
+        """Return the address of the scheduler, which is not asked: that may take as long as it
+        likes."""
         return 'scheduler %s' % place(*self._scheduler[:2])
 
 
@@ -13673,22 +13705,22 @@ class SharedDelivery(ResultDelivery):
         self.places: Dict[DispyJob, NodeRow] = {}
 
     def began(self, job: DispyJob, start: float, peer: Union[Peer, NodeRow]) -> None:
-        """As of ResultDelivery, where the job is."""
+        """Note that a job has begun, at the node where the scheduler has sent it."""
         super().began(job, start, self.places.get(job, peer))
 
     def apply_results(self, pairs: List[Tuple[DispyJob, tuple]], peer: Any) -> None:
-        """As of ResultDelivery, each from where the job was."""
+        """Give jobs their results, each from the node where the scheduler had sent it."""
         for job, row in pairs:
             super().apply_results([(job, row)], self.places.pop(job, peer))
 
     def end_without_result(self, job: DispyJob, text: str) -> None:
-        """As of ResultDelivery."""
+        """End a job that has no result."""
         self.places.pop(job, None)
         super().end_without_result(job, text)
 
 
 class SharedProgramCluster(ProgramCluster):
-    """A SharedJobCluster as its driver knows it: its one node is the scheduler."""
+    """A SharedJobCluster as its driver knows it: the only node is the scheduler."""
     remote = True
     delivery: SharedDelivery
     nodes: SchedulerCommands
@@ -13708,12 +13740,12 @@ class SharedProgramCluster(ProgramCluster):
     def tell_scheduler(self, nodes: Optional[List[tuple]], recovers: bool) -> None:
         """Add to the computation what the scheduler has to know of it: the nodes that are meant,
         None for all, and whether another process may carry on with the jobs."""
-        self.cargo.spec['shared'] = {
-            'recovers': recovers, 'process': own_process(),
-            'collected': recovers or self.trail is not None, 'nodes': nodes,
-            'reentrant': self.reentrant, 'exclusive': self._shared.exclusive,
-            'cloudpickle': cloudpickle.__version__
-        }
+        shared: Dict[str, Any] = {'recovers': recovers, 'process': own_process(), 'nodes': nodes}
+        shared['collected'] = recovers or self.trail is not None
+        shared['reentrant'] = self.reentrant
+        shared['exclusive'] = self._shared.exclusive
+        shared['cloudpickle'] = cloudpickle.__version__
+        self.cargo.spec['shared'] = shared
 
     def _make_delivery(self, *parts: Any) -> ResultDelivery:
         return SharedDelivery(*parts)
@@ -13722,7 +13754,8 @@ class SharedProgramCluster(ProgramCluster):
         return SchedulerCommands(self.comp, self.book, self._shared.scheduler, self.cargo)
 
     def left_behind(self) -> Dict[Any, int]:
-        """As of ProgramCluster. What waits at the scheduler is cancelled by it."""
+        """Return the nodes that outlive this program, with the number of jobs that run on there.
+        The scheduler cancels what waits."""
         counts: Dict[Any, int] = collections.Counter()
         for job, row in list(self.delivery.places.items()):
             if job.status in (DispyJob.Running, DispyJob.ProvisionalResult):
@@ -13730,7 +13763,8 @@ class SharedProgramCluster(ProgramCluster):
         return counts
 
     def node_told(self, status: int, row: NodeRow) -> None:
-        """As of ProgramCluster; the log says that a node is used, or is not any more."""
+        """Tell cluster_status of a node, and log that the scheduler uses it or does not use it any
+        more."""
         if status == DispyNode.Initialized:
             logger.info('%s: the scheduler uses node %s', self.name,
                         row.name or place(row.ip_addr, row.port))
@@ -13740,7 +13774,7 @@ class SharedProgramCluster(ProgramCluster):
         super().node_told(status, row)
 
     def job_moved(self, work: DispyJob, node: tuple) -> None:
-        """A job is on a node now, or waits again."""
+        """Note that a job is on a node now, or that it waits again."""
         if not node:
             self.delivery.places.pop(work, None)
             work.status = DispyJob.Created
@@ -13752,7 +13786,7 @@ class SharedProgramCluster(ProgramCluster):
                                              {})
 
     def answer_to(self, name: str, args: tuple) -> Any:
-        """As of ProgramCluster; a scheduler also asks for the source and for the program's
+        """Return what a scheduler asks; it also asks for the source and for the program's
         allocators."""
         if name == 'source':
             return self.cargo.source()
@@ -13823,10 +13857,14 @@ class Survey(NodeUser):
                  certfile: Optional[str] = None,
                  keyfile: Optional[str] = None,
                  cafile: Optional[str] = None) -> None:
-        self.specs, self.port, self.comp = parse_nodes('*' if nodes is None else nodes,
-                                                       port), port, uuid.uuid4().hex
-        self.driver = Driver.acquire(
-            Access(find_secret(secret), *tls_files(certfile, keyfile, cafile), PULSE, REDIAL_MOST))
+        if nodes is None:
+            nodes = '*'
+        self.specs = parse_nodes(nodes, port)
+        self.port = port
+        self.comp = uuid.uuid4().hex
+        files = tls_files(certfile, keyfile, cafile)
+        access = Access(find_secret(secret), *files, PULSE, REDIAL_MOST)
+        self.driver = Driver.acquire(access)
         self.driver.ask(lambda: self.driver.open(self, False))
 
     def look(self,
@@ -13836,20 +13874,26 @@ class Survey(NodeUser):
         seconds; answers to a question to all are waited for `listen` seconds. `state` is
         'connected', and `reason` then who uses it, or why it cannot be used."""
         began = time.monotonic()
+        wild = any(spec.wild for spec in self.specs)
         while True:
             # What is not known yet is looked for in the same turn: otherwise an answer could come
             # between the two.
-            found = self.driver.ask(lambda: [(self._seen(peer, state, reason), self._is_open(
-                peer)) for peer, state, reason, _, _ in self.driver.queries.nodes_of(self.comp)])
+            found = self.driver.ask(self._found)
             passed = time.monotonic() - began
-            if passed >= timeout or (passed >= listen or not any(
-                    spec.wild for spec in self.specs)) and not any(is_open for _, is_open in found):
+            listens = wild and passed < listen
+            is_open = any(is_open for _, is_open in found)
+            if passed >= timeout or not (listens or is_open):
                 return [node for node, _ in found]
             time.sleep(0.05)
 
+    def _found(self) -> List[Tuple[DispyNode, bool]]:
+        """Return the nodes, with whether each may still answer. The driver's thread."""
+        return [(self._seen(peer, state, reason), self._is_open(peer))
+                for peer, state, reason, _, _ in self.driver.queries.nodes_of(self.comp)]
+
     @staticmethod
     def _is_open(peer: Peer) -> bool:
-        """Whether a node has neither answered nor failed yet. The driver's thread."""
+        """Return whether a node has neither answered nor failed yet. The driver's thread."""
         if peer.link is not None:
             return not peer.name
         return peer.state in (NodeState.FOUND, NodeState.DIALLING) and not peer.failures and bool(
@@ -13885,7 +13929,9 @@ class Progress:
     that nor a terminal."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock, self._started, self._next = clock, clock(), 0.0
+        self._clock = clock
+        self._started = clock()
+        self._next = 0.0
         self._bar: Any = None
         self._begun = False
         self._in_notebook = in_notebook()
@@ -13895,7 +13941,7 @@ class Progress:
         return self
 
     def _make_bar(self, total: Optional[int]) -> Any:
-        """A bar of tqdm; None if it is not installed."""
+        """Return a bar of tqdm, or None if tqdm is not installed."""
         with contextlib.suppress(ImportError):   # it is not asked for, only used
             if not self._in_notebook:
                 import tqdm
@@ -13907,7 +13953,7 @@ class Progress:
         return None
 
     def show(self, done: int, total: Optional[int]) -> None:
-        """Bring the display up to date; None: it is not known how many there are."""
+        """Bring the display up to date; `total` is None if it is not known how many there are."""
         if self._quiet:
             return
         if not self._begun:
@@ -13922,7 +13968,7 @@ class Progress:
             print('\r%s   ' % self._line(done, total), end='', file=sys.stderr, flush=True)
 
     def _set_total(self, total: Optional[int]) -> None:
-        """The bar of a notebook has a widget that must know."""
+        """Change the total of the bar; the bar of a notebook has a widget that must be told."""
         if self._in_notebook:
             done = self._bar.n
             self._bar.reset(total)
@@ -13965,18 +14011,23 @@ def references_of_history(value: Any) -> int:
         user = getattr(shell, 'user_ns', {})
         spaces += [user, user.get('_oh', {}), getattr(shell, 'user_ns_hidden', {}),
                    vars(getattr(shell, 'displayhook', shell))]
-    return sum(one is value and (isinstance(name, int) or _OF_HISTORY.fullmatch(name) is not None)
-               for space in spaces for name, one in list(space.items()))
+    count = 0
+    for space in spaces:
+        for name, one in list(space.items()):
+            if one is value and (isinstance(name, int) or _OF_HISTORY.fullmatch(name)):
+                count += 1
+    return count
 
 
 def shortest(iterables: Sequence[Any]) -> Optional[int]:
-    """How many items `zip` makes of them, None if none of them knows."""
+    """Return how many items `zip` makes of the iterables, or None if none of them knows its length.
+    """
     hints = [operator.length_hint(iterable, -1) for iterable in iterables]
     return min((hint for hint in hints if hint >= 0), default=None)
 
 
 def in_sight(results: Any, total: Optional[int]) -> Iterator[Any]:
-    """Results, while it is shown how many of this total have been taken."""
+    """Yield results, and show how many of this total have been taken."""
     with contextlib.closing(results), Progress() as shown:
         for done, result in enumerate(results, 1):
             shown.show(done, total)
@@ -13984,7 +14035,7 @@ def in_sight(results: Any, total: Optional[int]) -> Iterator[Any]:
 
 
 def _own_hosts(host: Any) -> List[Any]:
-    """The parameter `host`: one, or a list of them."""
+    """Return the parameter `host`, which is one host or a list of them, as a list."""
     if isinstance(host, list) and host and all(isinstance(each, str) for each in host):
         return host
     return [host]
@@ -14027,7 +14078,8 @@ def plain_number(value: Any, whole: bool = False) -> Any:
 
 
 def number_in(value: Any, whole: bool = False) -> Any:
-    """As plain_number, also for a number that is given as text, as dispy 4 took them."""
+    """Return what plain_number returns; the number may also be given as text, as dispy 4 took it.
+    """
     if isinstance(value, str):
         try:
             if whole:
@@ -14045,7 +14097,7 @@ def _in_range(name: str,
               low: float,
               high: float,
               whole: bool = False) -> Any:
-    """A parameter as a plain number. Raises ValueError."""
+    """Return a parameter as a plain number. Raises ValueError if it is none or is out of range."""
     if value is None:
         return default
     number = number_in(value, whole)
@@ -14056,7 +14108,8 @@ def _in_range(name: str,
 
 
 def _seconds(name: str, value: Any) -> Optional[float]:
-    """A time to wait, None for one without limit. Raises TypeError or ValueError."""
+    """Return a time to wait in seconds, or None for one without limit. Raises TypeError or
+    ValueError."""
     if value is None:
         return None
     number = plain_number(value)
@@ -14069,7 +14122,7 @@ def _seconds(name: str, value: Any) -> Optional[float]:
 
 
 def _flag(name: str, value: Any) -> bool:
-    """A parameter that is True or False. Raises TypeError."""
+    """Return a parameter that is True or False. Raises TypeError for anything else."""
     if isinstance(value, (bool, numbers.Number)) or type(value).__name__ in ('bool_', 'bool'):
         if value == 0 or value == 1:
             return bool(value)
@@ -14099,7 +14152,7 @@ def _take_options(kwargs: dict) -> Optional[dict]:
 
 
 def _take_repeats(kwargs: dict) -> Optional[Repeats]:
-    """Those that say which failures are repeated. Raises TypeError or ValueError."""
+    """Take the keywords that say which failures are repeated. Raises TypeError or ValueError."""
     on = kwargs.pop('dispy_retry_on', None)
     delay = kwargs.pop('dispy_retry_delay', None)
     if on is None or on is False:
@@ -14169,21 +14222,24 @@ class DispyFuture(concurrent.futures.Future):  # type: ignore[type-arg]
         return withdraw(self._driver(), self.job) and super().cancel()
 
     def result(self, timeout: Optional[float] = None) -> Any:
-        """As in concurrent.futures; the text of a TimeoutError says what the call waits for."""
+        """Return the result as concurrent.futures does; the text of a TimeoutError says what the
+        call waits for."""
         try:
             return super().result(timeout)
         except concurrent.futures.TimeoutError as exc:
             raise self._explained(exc, timeout)
 
     def exception(self, timeout: Optional[float] = None) -> Optional[BaseException]:
-        """As `result`."""
+        """Return the exception as concurrent.futures does; the text of a TimeoutError says what the
+        call waits for."""
         try:
             return super().exception(timeout)
         except concurrent.futures.TimeoutError as exc:
             raise self._explained(exc, timeout)
 
     def _explained(self, exc: BaseException, timeout: Optional[float]) -> BaseException:
-        """The exception of a wait with words; what the call has raised as it is."""
+        """Return the exception of a wait with a text, and an exception that the call has raised as
+        it is."""
         if self.done() or self.job is None or exc.args:
             return exc
         return concurrent.futures.TimeoutError(self.job._unended(timeout))
@@ -14237,7 +14293,8 @@ def withdraw(driver: Driver, job: DispyJob) -> bool:
 
 
 def _show_printed(job: DispyJob) -> None:
-    """What a call has printed, as from a process of this machine: whole, when it has ended."""
+    """Show what a call has printed, whole, when it has ended, as if a process of this machine had
+    printed it."""
     for text, stream in ((job.stdout, sys.stdout), (job.stderr, sys.stderr)):
         if text and stream is not None:
             with contextlib.suppress(OSError, ValueError):   # closed, or it lacks these characters
@@ -14274,7 +14331,7 @@ class _ExecutorClusters:
         self._end.atexit = False           # the end of the program sees to clusters itself
 
     def current(self) -> JobCluster:
-        """The cluster for a new call. Raises RuntimeError."""
+        """Return the cluster for a new call. Raises RuntimeError or BrokenProcessPool."""
         cluster = self.cluster
         core = core_of(cluster)
         if _ending:
@@ -14290,7 +14347,8 @@ class _ExecutorClusters:
         return cluster
 
     def _renewed(self, old: JobCluster) -> JobCluster:
-        """The file of a module has changed: later calls run its new text, in new workers."""
+        """Replace the cluster because the file of a module has changed: later calls run its new
+        text, in new workers."""
         with self._lock:
             if self.cluster is old and not core_of(old).closed and not self._closed:
                 self.cluster = self._make_cluster()
@@ -14314,7 +14372,7 @@ class _ExecutorClusters:
             cluster.close()
 
     def terminate(self) -> None:
-        """End what runs, too."""
+        """Take no more calls, and end those that run."""
         with self._lock:
             self._closed = True
         for cluster in self._clusters:
@@ -14474,7 +14532,8 @@ class DispyExecutor(concurrent.futures.Executor):
 
 
 def _positive(name: str, value: Any) -> int:
-    """A parameter of an executor that is a number of things. Raises TypeError or ValueError."""
+    """Return a parameter of an executor that is a number of things. Raises TypeError or ValueError.
+    """
     number = plain_number(value, True)
     if number is None:
         if name == 'max_workers':
@@ -14488,7 +14547,7 @@ def _positive(name: str, value: Any) -> int:
 
 
 def _note_start_method(context: Any) -> None:
-    """Workers are started by fork; say so to who asks for another method."""
+    """Tell a program that asks for another start method, once, that workers are started by fork."""
     if context is None or isinstance(context, str):
         method = context
     else:
@@ -14513,7 +14572,7 @@ def _pickling_error(exc: BaseException) -> BaseException:
 
 def _submit_next(executor: 'weakref.ref[DispyExecutor]', call: Callable[..., Any],
                  inputs: Iterator[tuple]) -> List[DispyFuture]:
-    """The next input of `map`, if there is one."""
+    """Submit the next input of `map`, if there is one."""
     there = executor()
     if there is None:
         return []
@@ -14536,7 +14595,7 @@ def _results_of(futures: Deque[DispyFuture], until: Optional[float],
 
 
 def _result_or_cancel(futures: Deque[DispyFuture], until: Optional[float]) -> Any:
-    """The result of the first one, which is taken out if it is there."""
+    """Return the result of the first future, which is removed if it has ended."""
     if until is None:
         left = None
     else:
@@ -14555,7 +14614,7 @@ def _result_or_cancel(futures: Deque[DispyFuture], until: Optional[float]) -> An
 
 
 def _flat(results: Any) -> Iterator[Any]:
-    """The results of several calls a job, one after the other."""
+    """Yield the results of jobs of several calls one after the other."""
     with contextlib.closing(results):
         for chunk in results:
             chunk.reverse()
@@ -14596,7 +14655,7 @@ if hasattr(threading, '_register_atexit'):
 
 
 class JoblibCall:
-    """A batch of joblib's calls, on its way. `result` and `get` are what joblib asks it for."""
+    """A batch of joblib's calls on its way. joblib calls `result` or `get`."""
     __slots__ = ('parallel', 'job', '_callback', '_error', '_backend')
 
     def __init__(self, backend: Any, callback: Optional[Callable[[Any], Any]]) -> None:
@@ -14607,13 +14666,13 @@ class JoblibCall:
         self._error: Optional[BaseException] = None
 
     def settle(self, job: DispyJob) -> None:
-        """The job has ended. A callback thread."""
+        """Note that the job has ended. A callback thread."""
         self.job = job
         _show_printed(job)
         self._tell()
 
     def fail(self, error: BaseException) -> None:
-        """It could not even be submitted. Any thread."""
+        """Note that the call could not be submitted. Any thread."""
         self._error = error
         # joblib holds locks of its own while it submits
         threading.Thread(target=self._tell, name='dispy-joblib', daemon=True).start()
@@ -14624,13 +14683,13 @@ class JoblibCall:
             self._callback(self)
 
     def result(self) -> Any:
-        """What the batch returned. Raises what it raised."""
+        """Return what the batch returned. Raises what it raised."""
         if self._error is not None:
             raise self._error
         return result_of(self.job)  # type: ignore[arg-type]
 
     def get(self, timeout: Optional[float] = None) -> Any:
-        """The same, for joblib before 1.3. Raises TimeoutError."""
+        """Return the result, for joblib before 1.3. Raises TimeoutError after `timeout` seconds."""
         if self._error is None and not self.job.wait(timeout):  # type: ignore[union-attr]
             raise TimeoutError('a batch of calls has not ended within %s s' % timeout)
         return self.result()
@@ -14666,7 +14725,8 @@ class JoblibClusters:
         self._timer: Optional[threading.Timer] = None
 
     def take(self, user: Any, options: dict, make: Callable[[], JobCluster]) -> JobCluster:
-        """The cluster with these options, made if need be. Raises what making it raises."""
+        """Return the cluster with these options, which is made if there is none. Raises what making
+        it raises."""
         with self._lock:
             found = self._find(options)
             if found is not None and core_of(found.cluster).bundles.changed():
@@ -14686,7 +14746,7 @@ class JoblibClusters:
         return next((kept for kept in self._kept if kept.options == options), None)
 
     def release(self, user: Any) -> None:
-        """This user needs none any more."""
+        """Note that a user needs no cluster any more."""
         with self._lock:
             for kept in self._kept:
                 if user in kept.users:
@@ -14701,7 +14761,7 @@ class JoblibClusters:
         self._timer.start()
 
     def _look(self) -> None:
-        """End those that were not used for a while."""
+        """End clusters that were not used for a while."""
         with self._lock:
             self._timer = None
             self._end(lambda kept: time.monotonic() - kept.idle_since > self.KEPT / 2)
@@ -14709,7 +14769,7 @@ class JoblibClusters:
                 self._start_timer()
 
     def close(self) -> None:
-        """End those that nobody uses now."""
+        """End clusters that nobody uses now."""
         with self._lock:
             timer = self._timer
             self._timer = None
@@ -14739,10 +14799,10 @@ class JoblibClusters:
                 return ready
         now = time.monotonic()
         with self._lock:
-            known = next((cpus for asked, when, cpus in self._asked
-                          if asked == nodes and now - when < self.KEPT), None)
-        if known is not None:
-            return known
+            known = [cpus for asked, when, cpus in self._asked
+                     if asked == nodes and now - when < self.KEPT]
+        if known:
+            return known[0]
         cpus = self._ask(nodes, options) or available_cpus()
         with self._lock:
             self._asked = [row for row in self._asked if row[0] != nodes] + [(nodes, now, cpus)]
@@ -14750,7 +14810,7 @@ class JoblibClusters:
 
     @staticmethod
     def _ask(nodes: Any, options: dict) -> int:
-        """CPUs of nodes that answer; without the program's own node."""
+        """Return the number of CPUs of nodes that answer, without the program's own node."""
         access = {
             name: options[name]
             for name in ('secret', 'certfile', 'keyfile', 'cafile') if name in options
@@ -14760,7 +14820,7 @@ class JoblibClusters:
         return sum(node.cpus for node in found if node.state == 'connected')
 
     def after_fork(self) -> None:
-        """In a forked child: the clusters and the timer are the parent's."""
+        """Forget the clusters and the timer in a forked child: they are the parent's."""
         self.__init__()  # type: ignore[misc]
 
 
@@ -14780,7 +14840,7 @@ class JoblibRun:
     way than there shall be. Any thread."""
 
     def __init__(self, options: dict) -> None:
-        """`options`: of the backend."""
+        """Keep the options of the backend."""
         self.options = options
         self._lock = threading.Lock()    # guards those below
         self._cluster: Optional[JobCluster] = None
@@ -14812,11 +14872,12 @@ class JoblibRun:
         return cluster
 
     def cpus(self) -> int:
-        """CPUs that there are."""
+        """Return the number of CPUs that calls would have."""
         return joblib_clusters.cpus_of(self.options)
 
     def begin(self, n_jobs: int) -> None:
-        """Calls come, so many of which may be under way. Raises what making a cluster raises."""
+        """Prepare for calls, `n_jobs` of which may be under way. Raises what making a cluster
+        raises."""
         cluster = joblib_clusters.take(self, self.options, self._make)
         nodes = core_of(cluster).nodes
         cpus = 0
@@ -14832,11 +14893,11 @@ class JoblibRun:
                 self._most = sys.maxsize
 
     def end(self) -> None:
-        """No more calls come for now."""
+        """Note that no more calls come for now."""
         joblib_clusters.release(self)
 
     def submit(self, call: JoblibCall, function: Callable[..., Any]) -> JoblibCall:
-        """One more batch."""
+        """Submit a batch, or queue it while as many as allowed are under way."""
         with self._lock:
             wait = len(self._calls) >= self._most
             if wait:
@@ -14860,7 +14921,7 @@ class JoblibRun:
             call.fail(error)
 
     def ended(self, call: JoblibCall) -> None:
-        """A batch has ended, and another may begin."""
+        """Note that a batch has ended, and submit the next one that waits."""
         following = None
         with self._lock:
             self._calls.discard(call)
@@ -14897,7 +14958,7 @@ def _above_joblib(backend: Any) -> str:
 
 
 def joblib_backend(parallel: Any) -> Any:
-    """The backend of joblib: a class, of what is in the module joblib.parallel."""
+    """Return the class of the backend, made from what the module joblib.parallel has."""
     class DispyBackend(parallel.AutoBatchingMixin, parallel.ParallelBackendBase):  # type: ignore[misc, name-defined]
         """joblib's calls as jobs; see joblib's documentation of ParallelBackendBase."""
         supports_retrieve_callback = supports_timeout = supports_inner_max_num_threads = True
@@ -14942,7 +15003,7 @@ def joblib_backend(parallel: Any) -> Any:
             return n_jobs
 
         def configure(self, n_jobs: int = 1, parallel: Any = None, **options: Any) -> int:
-            """Begin: a node is waited for. Keywords of Parallel come here, too."""
+            """Begin, and wait for a node. Keywords of Parallel come here, too."""
             self._options.update(
                 (name, value) for name, value in options.items() if name not in _OF_JOBLIB)
             count = self.effective_n_jobs(n_jobs)
@@ -14962,7 +15023,7 @@ def joblib_backend(parallel: Any) -> Any:
         apply_async = submit   # its name before joblib 1.4
 
         def retrieve_result_callback(self, out: JoblibCall) -> Any:
-            """What a batch returned. Raises what it raised."""
+            """Return what a batch returned. Raises what it raised."""
             return out.result()
 
         def terminate(self) -> None:
@@ -14972,7 +15033,7 @@ def joblib_backend(parallel: Any) -> Any:
             self.reset_batch_stats()
 
         def abort_everything(self, ensure_ready: bool = True) -> None:
-            """A call raised: what is left is not wanted."""
+            """End the calls that are left: one has raised, and they are not wanted any more."""
             if self._run is not None:
                 self._run.abort()
     SequentialBackend = parallel.SequentialBackend
@@ -14995,7 +15056,8 @@ class _WhenJoblibComes:
     then."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Only joblib.parallel is found here, by those who find modules otherwise."""
+        """Return the spec of joblib.parallel, found by the other finders; nothing else is found
+        here."""
         if name != 'joblib.parallel':
             return None
         sys.meta_path.remove(self)  # type: ignore[arg-type]
@@ -15064,7 +15126,7 @@ def _may_stay(core: ProgramCluster) -> bool:
 
 
 def _stay_behind(cores: List[ProgramCluster]) -> None:
-    """Let go of nodes without a word, so that they go on, and say what becomes of the jobs."""
+    """Let go of nodes without a message, so that they go on, and log what becomes of the jobs."""
     until = time.monotonic() + LEAVE_TIME
     owed = sum(len(core.book.owed) for core in cores)
     for core in cores:
@@ -15098,7 +15160,7 @@ def _cancel_at_scheduler(core: ProgramCluster, until: float) -> None:
 
 
 def _jobs_left(nodes: Dict[Any, int], owed: int) -> str:
-    """What becomes of `owed` jobs, of which so many run on these nodes."""
+    """Return a text which says what becomes of `owed` jobs, some of which run on these nodes."""
     running = sum(nodes.values())
     if running == 1:
         text = '1 job runs on to its end'
@@ -15111,7 +15173,8 @@ def _jobs_left(nodes: Dict[Any, int], owed: int) -> str:
 
 
 def _how_to_collect(trails: List[Trail]) -> str:
-    """What collects the results of jobs that run on, and what ends them."""
+    """Return a text which says what collects the results of jobs that run on, and what ends these
+    jobs."""
     if all(trail.script for trail in trails):
         calls = ['dispy.recover_jobs()']
     else:
