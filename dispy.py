@@ -222,16 +222,23 @@ for _name in ('DEBUG', 'INFO', 'WARN', 'WARNING', 'ERROR', 'CRITICAL', 'FATAL'):
 
 class LogToStderr(logging.Handler):
     """Shows messages of dispy.logger from its level up, also those of the program itself, while
-    nobody has configured logging, as dispy 4 did. `logging` alone would show only warnings."""
+    nobody has configured logging, as dispy 4 did. `logging` alone would show only warnings. What
+    happens in each program that goes well is shown only if the program has given a `loglevel`.
+
+    is_level_given - whether it has
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.is_level_given = False
         self.setFormatter(
             logging.Formatter('%(asctime)s %(name)s - %(message)s', '%Y-%m-%d %H:%M:%S'))
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
         if sys.stderr is None or logger.handlers != [self] or logging.getLogger().handlers:
+            return
+        if getattr(record, 'is_routine', False) and not self.is_level_given:
             return
         try:
             sys.stderr.write(self.format(record) + '\n')
@@ -240,16 +247,34 @@ class LogToStderr(logging.Handler):
             self.handleError(record)
 
 
-if not any(type(_handler).__name__ == LogToStderr.__name__ for _handler in logger.handlers):
+
+
+def handlers_to_stderr() -> List[Any]:
+    """Return the handler above, in a list. `python -m dispy` has two modules with such a class."""
+    name = LogToStderr.__name__
+    return [handler for handler in logger.handlers if type(handler).__name__ == name]
+
+
+if not handlers_to_stderr():
     logger.addHandler(LogToStderr())
-_own_level = -1       # what this module has set; another level of the logger is the program's
 if logger.level == logging.NOTSET:
-    _own_level = logging.INFO     # as in dispy 4
-    logger.setLevel(_own_level)
+    logger.setLevel(logging.INFO)     # as in dispy 4
+ROUTINE = {'is_routine': True}        # `extra` of messages of what happens in each program
 
 
-def level_of(loglevel: Any) -> int:
-    """The parameter `loglevel` as a number. Raises TypeError or ValueError, as logging does."""
+class DefaultLevel(int):
+    """The default of the parameter `loglevel`, so that a level that is given can be told from it.
+    A cluster without it leaves the level of the logger as it is."""
+
+
+DEFAULT_LEVEL = DefaultLevel(logging.INFO)
+
+
+def level_of(loglevel: Any) -> Optional[int]:
+    """Return the parameter `loglevel` as a number, or None if it was not given. Raises TypeError
+    or ValueError, as logging does."""
+    if loglevel is DEFAULT_LEVEL:
+        return None
     number = plain_number(loglevel, True)
     if number is not None:
         return int(number)
@@ -259,13 +284,10 @@ def level_of(loglevel: Any) -> int:
 
 
 def set_log_level(level: int) -> None:
-    """Set the level of the logger, as a cluster with this `loglevel` is made. INFO, the default,
-    leaves the level that the program itself has set, by `dispy.logger.setLevel()` or a
-    configuration of `logging`."""
-    global _own_level
-    if level != logging.INFO or logger.level == _own_level:
-        _own_level = level
-        logger.setLevel(level)
+    """Set the level of the logger, as a cluster with this `loglevel` is made."""
+    logger.setLevel(level)
+    for handler in handlers_to_stderr():
+        handler.is_level_given = True
 
 
 class NothingToRecover(DispyError, FileNotFoundError):
@@ -11343,7 +11365,7 @@ class ClusterOptions:
     probes - a node is started on this machine if none answers
     hosts - the addresses and ports of `host`; hosts_may_fail: that one is taken is no error
     jobs_per_worker - `max_jobs_per_worker`
-    loglevel - the level as a number
+    loglevel - the level as a number; None if it was not given
     recover_file - its path, or None
     keeps_trail - without a recover_file, another process can find what is left on nodes
     """
@@ -11366,7 +11388,7 @@ class ClusterOptions:
     jobs_per_worker: Optional[int]
     reentrant: bool
     forward_logs: bool
-    loglevel: int
+    loglevel: Optional[int]
     recover_file: Optional[str]
     keeps_trail: bool
     secret: Union[str, bytes, None]
@@ -12457,7 +12479,7 @@ class ProgramCluster(ComputationUser):
             driver.release()
             raise
         _clusters.add(cluster)
-        logger.info('%s: the computation begins', self.name)
+        logger.info('%s: the computation begins', self.name, extra=ROUTINE)
         self._warn_of_others()
 
     def _warn_of_others(self) -> None:
@@ -12547,7 +12569,8 @@ class ProgramCluster(ComputationUser):
         book = self.book
         nodes = many(len(book.at_nodes), 'node')
         logger.info('%s: the computation has ended after %.1f s: %s; they ran for %.1f s on %s',
-                    self.name, time.time() - book.began, book.by_state(), book.seconds(), nodes)
+                    self.name, time.time() - book.began, book.by_state(), book.seconds(), nodes,
+                    extra=ROUTINE)
 
     def _nodes_in_use(self) -> List[DispyNode]:
         """Return the nodes for which cluster_status is to be called with Closed; none if there is
@@ -12673,10 +12696,11 @@ class ProgramCluster(ComputationUser):
         """Log that a node is used, note it for recover_jobs(), and wake the threads that wait for
         nodes."""
         if peer.scheduler:
-            logger.info('%s: its nodes are those of the scheduler %s', self.name, peer)
+            logger.info('%s: its nodes are those of the scheduler %s', self.name, peer,
+                        extra=ROUTINE)
         else:
             logger.info('%s: node %s is used, with %s', self.name, peer,
-                        many(peer.limit(self.comp), 'CPU'))
+                        many(peer.limit(self.comp), 'CPU'), extra=ROUTINE)
         if self.trail is not None and not peer.embedded and self.trail.add(peer.place):
             self.driver.remove_old_trails()
         self.book.notify()
@@ -13031,8 +13055,8 @@ class JobCluster(OldCluster):
     dest_path - a fixed directory on the nodes for the files, below the node's own; what is there
         already and has not
         changed is not sent again. None: a new one
-    loglevel - level of dispy.logger, as in `logging`: the log is shown from this level up. INFO
-        leaves a level that the program itself has set; DEBUG shows each event and decision
+    loglevel - level of dispy.logger, as in `logging`: messages are shown from this level up; DEBUG
+        shows each event and decision. Not given: the level stays as it is, INFO at first
     setup, cleanup - functions run once a node, before the first and after the last job, in the
         directory of the files;
         they share the computation's global variables. A setup that raises or returns other than
@@ -13086,7 +13110,7 @@ class JobCluster(OldCluster):
                  *more: Any,
                  ext_host: Optional[str] = None,
                  dest_path: Optional[str] = None,
-                 loglevel: int = logging.INFO,
+                 loglevel: int = DEFAULT_LEVEL,
                  setup: Optional[Callable[..., Any]] = None,
                  cleanup: Union[bool, Callable[..., Any]] = True,
                  ping_interval: Optional[float] = None,
@@ -13113,7 +13137,8 @@ class JobCluster(OldCluster):
         check_not_importing()
         refuse_positions(self._is_shared, more)
         options = ClusterOptions.from_arguments(arguments, self._is_shared)
-        set_log_level(options.loglevel)
+        if options.loglevel is not None:
+            set_log_level(options.loglevel)
         old_names.tell_given(port=port, client_port=client_port, poll_interval=poll_interval,
                              ext_host=ext_host or ext_ip_addr)
         self._core = self._make_core(computation, options)
@@ -13767,10 +13792,10 @@ class SharedProgramCluster(ProgramCluster):
         more."""
         if status == DispyNode.Initialized:
             logger.info('%s: the scheduler uses node %s', self.name,
-                        row.name or place(row.ip_addr, row.port))
+                        row.name or place(row.ip_addr, row.port), extra=ROUTINE)
         elif status == DispyNode.Closed:
             logger.info('%s: the scheduler does not use node %s any more', self.name,
-                        row.name or place(row.ip_addr, row.port))
+                        row.name or place(row.ip_addr, row.port), extra=ROUTINE)
         super().node_told(status, row)
 
     def job_moved(self, work: DispyJob, node: tuple) -> None:

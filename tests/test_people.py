@@ -632,14 +632,14 @@ def test_the_log_of_decisions_costs_nothing_when_it_is_off(make_cluster, monkeyp
 def test_the_level_that_the_program_has_set_stays():
     nowhere = [('127.0.0.1', 9)]
     dispy.logger.setLevel(dispy.logger.ERROR)
-    for level, expected in ((None, 'ERROR'), ('DEBUG', 'DEBUG'), ('INFO', 'INFO'), ('WARNING', 'WARNING'), (None, 'INFO')):
+    for level, expected in ((None, 'ERROR'), ('DEBUG', 'DEBUG'), (20, 'INFO'), ('WARNING', 'WARNING'), (None, 'WARNING')):
         options = {} if level is None else {'loglevel': level}
         with dispy.JobCluster(abs, nodes=nowhere, **options):
             assert dispy.logger.level == getattr(dispy.logger, expected)
     for level in ('none', 1.5, object()):
         with pytest.raises((TypeError, ValueError)):
             dispy.JobCluster(abs, nodes=nowhere, loglevel=level)
-    assert dispy.logger.level == dispy.logger.INFO
+    assert dispy.logger.level == dispy.logger.WARNING
 
 
 LOGGING = '''
@@ -652,7 +652,8 @@ with dispy.JobCluster(compute, nodes='local', **eval(sys.argv[1])) as cluster:
 
 
 @pytest.mark.parametrize('options, shown, hidden', [
-    ({}, ['compute: the computation begins', 'is used, with', 'has ended after', ': 3 done'], ['event ', 'end of a turn']),
+    ({}, [], ['compute']),
+    ({'loglevel': 20}, ['compute: the computation begins', 'is used, with', 'has ended after', ': 3 done'], ['event ', 'end of a turn']),
     ({'loglevel': 10}, ['event Submitted(', 'end of a turn: SendJobs(', 'event NodeResults(', ': 3 done'], []),
     ({'loglevel': 40}, [], ['compute'])])
 def test_a_program_shows_its_log_without_any_configuration(tmp_path, options, shown, hidden):
