@@ -247,8 +247,6 @@ class LogToStderr(logging.Handler):
             self.handleError(record)
 
 
-
-
 def handlers_to_stderr() -> List[Any]:
     """Return the handler above, in a list. `python -m dispy` has two modules with such a class."""
     name = LogToStderr.__name__
