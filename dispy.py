@@ -28,6 +28,10 @@ One driver serves all clusters of a program that have the same secret and certif
 link and the Schedule; other threads post to it. A link carries everything between this program and
 a node.
 
+The program has a JobCluster. Its driver knows a ProgramCluster, which has a part for each
+responsibility: options, book of jobs, submitter, callbacks, output, delivery of results, commands
+to nodes, takeover of jobs.
+
 The life of a job here:
   1. `submit` pickles the arguments, makes a DispyJob, counts it as pending and posts it.
   2. The driver gives all that was posted since its last turn to the Schedule, which queues it.
