@@ -227,14 +227,10 @@ for _name in ('DEBUG', 'INFO', 'WARN', 'WARNING', 'ERROR', 'CRITICAL', 'FATAL'):
 class LogToStderr(logging.Handler):
     """Shows messages of dispy.logger from its level up, also those of the program itself, while
     nobody has configured logging, as dispy 4 did. `logging` alone would show only warnings. What
-    happens in each program that goes well is shown only if the program has given a `loglevel`.
-
-    is_level_given - whether it has
-    """
+    happens in each program that goes well is shown at levels below INFO."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.is_level_given = False
         self.setFormatter(
             logging.Formatter('%(asctime)s %(name)s - %(message)s', '%Y-%m-%d %H:%M:%S'))
 
@@ -242,7 +238,7 @@ class LogToStderr(logging.Handler):
         """See logging.Handler."""
         if sys.stderr is None or logger.handlers != [self] or logging.getLogger().handlers:
             return
-        if getattr(record, 'is_routine', False) and not self.is_level_given:
+        if getattr(record, 'is_routine', False) and logger.level >= logging.INFO:
             return
         try:
             sys.stderr.write(self.format(record) + '\n')
@@ -251,32 +247,18 @@ class LogToStderr(logging.Handler):
             self.handleError(record)
 
 
-def handlers_to_stderr() -> List[Any]:
-    """Return the handler above, in a list. `python -m dispy` has two modules with such a class."""
-    name = LogToStderr.__name__
-    return [handler for handler in logger.handlers if type(handler).__name__ == name]
-
-
-if not handlers_to_stderr():
+if not any(type(_handler).__name__ == LogToStderr.__name__ for _handler in logger.handlers):
     logger.addHandler(LogToStderr())
+_own_level = -1                 # that this module has set; another one is the program's
 if logger.level == logging.NOTSET:
-    logger.setLevel(logging.INFO)     # as in dispy 4
-ROUTINE = {'is_routine': True}        # `extra` of messages of what happens in each program
+    _own_level = logging.INFO   # as in dispy 4
+    logger.setLevel(_own_level)
+ROUTINE = {'is_routine': True}  # `extra` of messages of what happens in each program
 
 
-class DefaultLevel(int):
-    """The default of the parameter `loglevel`, so that a level that is given can be told from it.
-    A cluster without it leaves the level of the logger as it is."""
-
-
-DEFAULT_LEVEL = DefaultLevel(logging.INFO)
-
-
-def level_of(loglevel: Any) -> Optional[int]:
-    """Return the parameter `loglevel` as a number, or None if it was not given. Raises TypeError
-    or ValueError, as logging does."""
-    if loglevel is DEFAULT_LEVEL:
-        return None
+def level_of(loglevel: Any) -> int:
+    """Return the parameter `loglevel` as a number. Raises TypeError or ValueError, as logging
+    does."""
     number = plain_number(loglevel, True)
     if number is not None:
         return int(number)
@@ -286,10 +268,13 @@ def level_of(loglevel: Any) -> Optional[int]:
 
 
 def set_log_level(level: int) -> None:
-    """Set the level of the logger, as a cluster with this `loglevel` is made."""
-    logger.setLevel(level)
-    for handler in handlers_to_stderr():
-        handler.is_level_given = True
+    """Set the level of the logger, as a cluster with this `loglevel` is made. INFO, the default,
+    leaves a level that the program itself has set, by `dispy.logger.setLevel()` or by its
+    configuration of `logging`."""
+    global _own_level
+    if level != logging.INFO or logger.level == _own_level:
+        _own_level = level
+        logger.setLevel(level)
 
 
 class NothingToRecover(DispyError, FileNotFoundError):
@@ -11367,7 +11352,7 @@ class ClusterOptions:
     probes - a node is started on this machine if none answers
     hosts - the addresses and ports of `host`; hosts_may_fail: that one is taken is no error
     jobs_per_worker - `max_jobs_per_worker`
-    loglevel - the level as a number; None if it was not given
+    loglevel - the level as a number
     recover_file - its path, or None
     keeps_trail - without a recover_file, another process can find what is left on nodes
     """
@@ -11390,7 +11375,7 @@ class ClusterOptions:
     jobs_per_worker: Optional[int]
     reentrant: bool
     forward_logs: bool
-    loglevel: Optional[int]
+    loglevel: int
     recover_file: Optional[str]
     keeps_trail: bool
     secret: Union[str, bytes, None]
@@ -13057,8 +13042,8 @@ class JobCluster(OldCluster):
     dest_path - a fixed directory on the nodes for the files, below the node's own; what is there
         already and has not
         changed is not sent again. None: a new one
-    loglevel - level of dispy.logger, as in `logging`: messages are shown from this level up; DEBUG
-        shows each event and decision. Not given: the level stays as it is, INFO at first
+    loglevel - level of dispy.logger, as in `logging`: messages are shown from this level up. INFO
+        leaves a level that the program itself has set; DEBUG shows each event and decision
     setup, cleanup - functions run once a node, before the first and after the last job, in the
         directory of the files;
         they share the computation's global variables. A setup that raises or returns other than
@@ -13112,7 +13097,7 @@ class JobCluster(OldCluster):
                  *more: Any,
                  ext_host: Optional[str] = None,
                  dest_path: Optional[str] = None,
-                 loglevel: int = DEFAULT_LEVEL,
+                 loglevel: int = logging.INFO,
                  setup: Optional[Callable[..., Any]] = None,
                  cleanup: Union[bool, Callable[..., Any]] = True,
                  ping_interval: Optional[float] = None,
@@ -13139,8 +13124,7 @@ class JobCluster(OldCluster):
         check_not_importing()
         refuse_positions(self._is_shared, more)
         options = ClusterOptions.from_arguments(arguments, self._is_shared)
-        if options.loglevel is not None:
-            set_log_level(options.loglevel)
+        set_log_level(options.loglevel)
         old_names.tell_given(port=port, client_port=client_port, poll_interval=poll_interval,
                              ext_host=ext_host or ext_ip_addr)
         self._core = self._make_core(computation, options)

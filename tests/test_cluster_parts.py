@@ -44,7 +44,7 @@ def test_wrong_nodes_are_named(nodes, error):
 
 def test_options_by_both_names_and_by_default():
     plain = options()
-    assert (plain.pulse, plain.longest_redial, plain.loglevel, plain.probes, plain.specs) == (2.0, 30.0, None, False, [])
+    assert (plain.pulse, plain.longest_redial, plain.loglevel, plain.probes, plain.specs) == (2.0, 30.0, 20, False, [])
     assert plain.keeps_trail and plain.recover_file is None and plain.counts_failures and plain.hosts == []
     seen = options(callback=print, ip_addr='127.0.0.1', fault_recover='file', node_port=9000, pulse_interval='5', loglevel='ERROR')
     assert (seen.job_status, seen.hosts, seen.recover_file, seen.port) == (print, [('127.0.0.1', 9702)], 'file', 9000)

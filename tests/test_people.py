@@ -632,18 +632,19 @@ def test_the_log_of_decisions_costs_nothing_when_it_is_off(make_cluster, monkeyp
 def test_the_level_that_the_program_has_set_stays():
     nowhere = [('127.0.0.1', 9)]
     dispy.logger.setLevel(dispy.logger.ERROR)
-    for level, expected in ((None, 'ERROR'), ('DEBUG', 'DEBUG'), (20, 'INFO'), ('WARNING', 'WARNING'), (None, 'WARNING')):
+    for level, expected in ((None, 'ERROR'), (20, 'ERROR'), ('DEBUG', 'DEBUG'), ('INFO', 'INFO'), ('WARNING', 'WARNING'), (None, 'INFO')):
         options = {} if level is None else {'loglevel': level}
         with dispy.JobCluster(abs, nodes=nowhere, **options):
             assert dispy.logger.level == getattr(dispy.logger, expected)
     for level in ('none', 1.5, object()):
         with pytest.raises((TypeError, ValueError)):
             dispy.JobCluster(abs, nodes=nowhere, loglevel=level)
-    assert dispy.logger.level == dispy.logger.WARNING
+    assert dispy.logger.level == dispy.logger.INFO
 
 
 LOGGING = '''
-import dispy, sys
+import dispy, logging, sys
+exec(sys.argv[2])
 def compute(n):
     return n + 1
 with dispy.JobCluster(compute, nodes='local', **eval(sys.argv[1])) as cluster:
@@ -651,16 +652,23 @@ with dispy.JobCluster(compute, nodes='local', **eval(sys.argv[1])) as cluster:
 '''
 
 
-@pytest.mark.parametrize('options, shown, hidden', [
-    ({}, [], ['compute']),
-    ({'loglevel': 20}, ['compute: the computation begins', 'is used, with', 'has ended after', ': 3 done'], ['event ', 'end of a turn']),
-    ({'loglevel': 10}, ['event Submitted(', 'end of a turn: SendJobs(', 'event NodeResults(', ': 3 done'], []),
-    ({'loglevel': 40}, [], ['compute'])])
-def test_a_program_shows_its_log_without_any_configuration(tmp_path, options, shown, hidden):
+STORY = ['compute: the computation begins', 'is used, with', 'has ended after', ': 3 done']
+DECISIONS = ['event Submitted(', 'end of a turn: SendJobs(', 'event NodeResults(']
+
+
+@pytest.mark.parametrize('options, configured, shown, hidden', [
+    ({}, '', [], ['compute']),
+    ({'loglevel': 40}, '', [], ['compute']),
+    ({'loglevel': 10}, '', STORY + DECISIONS, []),
+    ({}, 'logging.basicConfig(level=logging.INFO)', STORY, ['event ', 'end of a turn']),
+    ({'loglevel': 10}, 'logging.basicConfig(level=logging.INFO)', STORY + DECISIONS, []),
+    ({}, 'dispy.logger.setLevel(logging.DEBUG)', STORY + DECISIONS, [])])
+def test_what_a_program_shows_of_its_log(tmp_path, options, configured, shown, hidden):
+    """A program that goes well shows nothing where it neither asks for that nor configures logging."""
     script = tmp_path / 'script.py'
     script.write_text(LOGGING)
-    done = subprocess.run([sys.executable, str(script), repr(options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          timeout=60, universal_newlines=True)
+    done = subprocess.run([sys.executable, str(script), repr(options), configured], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, timeout=60, universal_newlines=True)
     assert done.returncode == 0 and done.stdout == ''
     assert [text for text in shown if text not in done.stderr] == [], done.stderr
     assert [text for text in hidden if text in done.stderr] == [], done.stderr
