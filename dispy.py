@@ -13128,12 +13128,20 @@ class JobCluster(OldCluster):
         old_names.tell_given(port=port, client_port=client_port, poll_interval=poll_interval,
                              ext_host=ext_host or ext_ip_addr)
         self._core = self._make_core(computation, options)
-        self.name = self._core.name
         self.recovered = self._core.takeover.recovered
         self._core.start(self)
 
     def _make_core(self, computation: Any, options: ClusterOptions) -> ProgramCluster:
         return ProgramCluster(computation, options)
+
+    @property
+    def name(self) -> str:
+        """The name of the computation, which people are shown. It may be set."""
+        return self._core.name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._core.name = name
 
     # -- jobs --------------------------------------------------------------------------------------
 
