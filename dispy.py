@@ -635,7 +635,7 @@ class DispyJob(ScheduledJob):
                         if core_of(cluster).comp == self.comp), None)
         if cluster is None:
             return 'it waits'
-        return core_of(cluster).why_jobs_wait()  # type: ignore[no-any-return]
+        return core_of(cluster).report.why_jobs_wait()  # type: ignore[no-any-return]
 
     def _has_exit_status(self) -> bool:
         """Whether it was a program that failed, as far as its exit status says."""
@@ -9349,7 +9349,8 @@ class Connector:
         peer.uses.clear()
         self._driver.selection.drop_unused(peer)
 
-    def not_reached(self, peer: NodeConnection, text: str, lived: float = 0.0, line: str = '') -> None:
+    def not_reached(self, peer: NodeConnection, text: str, lived: float = 0.0,
+                    line: str = '') -> None:
         """Say why, once for each reason, in this line if there is one, and try again later."""
         # It refuses this address for a while, for the reason that was told
         if text == CLOSED_AT_ONCE and peer.told:
@@ -11752,7 +11753,8 @@ class UserCallbacks:
         self._name = name
         self._book = book
 
-    def tell(self, status: int, peer: Union[NodeConnection, NodeInfo, None], job: Optional[DispyJob]) -> None:
+    def tell(self, status: int, peer: Union[NodeConnection, NodeInfo, None],
+             job: Optional[DispyJob]) -> None:
         """Call cluster_status, because a node or a job has changed. The driver's thread."""
         if self.cluster_status is None:
             return
@@ -12067,8 +12069,8 @@ class Submitter:
     driver: 'Driver'
     journal: Optional[Journal] = None
 
-    def __init__(self, comp: str, name: str, cargo: PackedComputation, bundles: ModuleBundles, book: JobBook,
-                 callbacks: UserCallbacks, is_executor: bool) -> None:
+    def __init__(self, comp: str, name: str, cargo: PackedComputation, bundles: ModuleBundles,
+                 book: JobBook, callbacks: UserCallbacks, is_executor: bool) -> None:
         self.numbers = itertools.count(1)
         self._comp = comp
         self._name = name
@@ -12207,6 +12209,71 @@ class NodeCommands:
         return nodes_text(status().nodes)
 
 
+class StatusReport:
+    """What people are shown of a cluster. Any thread but the driver's, unless it is said.
+
+    driver - set before the cluster uses nodes
+    """
+    driver: 'Driver'
+
+    def __init__(self, name: str, book: JobBook, nodes: NodeCommands) -> None:
+        self._name = name
+        self._book = book
+        self._nodes = nodes
+
+    def status(self) -> ClusterStatus:
+        """Return what JobCluster.status returns."""
+        counts = self._book.nodes()
+        pending = self._book.pending
+        found: List[NodeInfo] = []
+        if not self._book.closed:
+            try:
+                found = self._nodes.rows()
+            except RuntimeError:
+                if not self._book.closed:   # otherwise it was closed meanwhile
+                    raise
+        nodes: List[DispyNode] = []
+        seen = set()
+        for row in found:
+            key = '%s:%s' % (row.ip_addr, row.name)
+            seen.add(key)
+            _, done, seconds = counts.get(key, (row, 0, 0.0))
+            nodes.append(
+                describe_node(row, row.state, row.reason, row.cpus, row.busy, done, seconds))
+        for key, (peer, done, seconds) in counts.items():
+            if key not in seen:
+                nodes.append(describe_node(peer, 'closed', '', peer.offered, 0, done, seconds))
+        return ClusterStatus(nodes, pending)
+
+    def count_ready(self) -> int:
+        """Return how many nodes are ready for jobs."""
+        return sum(node.state == 'ready' for node in self.status().nodes)
+
+    def nodes_in_words(self) -> str:
+        """Return the nodes in words, as far as that can be told at once. Any thread."""
+        if self._book.closed:
+            return 'closed'
+        if threading.current_thread() is self.driver.thread:
+            return 'open'
+        try:
+            return self._nodes.in_words(self.status)
+        except RuntimeError:   # it has been closed meanwhile, or the driver has failed
+            return 'closed'
+        except concurrent.futures.TimeoutError:   # the driver does not answer
+            return 'open'
+
+    def why_jobs_wait(self) -> str:
+        """Return why a job that has not begun waits."""
+        try:
+            if self.count_ready():
+                return 'it waits for its turn; of the jobs of %s there are %s' % (
+                    self._name, self._book.by_state())
+            return 'it waits for a node. ' + self._nodes.explain_no_nodes()
+        except (RuntimeError, concurrent.futures.TimeoutError):
+            # The cluster is closed meanwhile, or nobody answers
+            return 'it waits'
+
+
 class JobTakeover:
     """Carries on with the jobs of a program that has crashed, which are in the journal.
 
@@ -12337,7 +12404,8 @@ class ComputationUser(NodeUser):
         """Have an opener ask the user's allocator, which is code of the user."""
         self.driver.openers.run(self._allocate, allocator, peer, link, self.cluster)
 
-    def _allocate(self, allocator: NodeAllocate, peer: NodeConnection, link: Link, cluster: Any) -> None:
+    def _allocate(self, allocator: NodeAllocate, peer: NodeConnection, link: Link,
+                  cluster: Any) -> None:
         """Ask the user's allocator. An opener."""
         try:
             allocation = ask_allocator(allocator, cluster, peer)
@@ -12431,6 +12499,7 @@ class ProgramCluster(ComputationUser):
     delivery - gives jobs their results
     submitter - takes jobs
     nodes - what is asked of nodes
+    report - what people are shown
     takeover - carries on with jobs of a program that has crashed
     """
     def __init__(self, computation: Any, options: ClusterOptions) -> None:
@@ -12497,6 +12566,7 @@ class ProgramCluster(ComputationUser):
         self.submitter = Submitter(self.comp, self.name, self.cargo, self.bundles, self.book,
                                    self.callbacks, is_executor)
         self.nodes = self._make_commands()
+        self.report = StatusReport(self.name, self.book, self.nodes)
         self.takeover = JobTakeover(self.comp, self.reentrant, is_program, self.book,
                                     self.delivery)
 
@@ -12528,7 +12598,7 @@ class ProgramCluster(ComputationUser):
         driver = self.driver = Driver.acquire(access)
         self.submitter.journal = self.journal
         parts = (self.callbacks, self.live_output, self.delivery, self.submitter, self.nodes,
-                 self.takeover)
+                 self.report, self.takeover)
         for part in parts:
             part.driver = driver  # type: ignore[attr-defined]
         self.cluster = cluster
@@ -12674,60 +12744,6 @@ class ProgramCluster(ComputationUser):
         if self.trail is not None:
             self.trail.after_fork()
 
-    # -- what people see; user threads -------------------------------------------------------------
-
-    def status(self) -> ClusterStatus:
-        """Return what JobCluster.status returns."""
-        counts = self.book.nodes()
-        pending = self.book.pending
-        found: List[NodeInfo] = []
-        if not self.closed:
-            try:
-                found = self.nodes.rows()
-            except RuntimeError:
-                if not self.closed:   # otherwise it was closed meanwhile
-                    raise
-        nodes: List[DispyNode] = []
-        seen = set()
-        for row in found:
-            key = '%s:%s' % (row.ip_addr, row.name)
-            seen.add(key)
-            _, done, seconds = counts.get(key, (row, 0, 0.0))
-            nodes.append(
-                describe_node(row, row.state, row.reason, row.cpus, row.busy, done, seconds))
-        for key, (peer, done, seconds) in counts.items():
-            if key not in seen:
-                nodes.append(describe_node(peer, 'closed', '', peer.offered, 0, done, seconds))
-        return ClusterStatus(nodes, pending)
-
-    def count_ready(self) -> int:
-        """Return how many nodes are ready for jobs."""
-        return sum(node.state == 'ready' for node in self.status().nodes)
-
-    def nodes_in_words(self) -> str:
-        """Return the nodes in words, as far as that can be told at once."""
-        if self.closed:
-            return 'closed'
-        if threading.current_thread() is self.driver.thread:
-            return 'open'
-        try:
-            return self.nodes.in_words(self.status)
-        except RuntimeError:   # it has been closed meanwhile, or the driver has failed
-            return 'closed'
-        except concurrent.futures.TimeoutError:   # the driver does not answer
-            return 'open'
-
-    def why_jobs_wait(self) -> str:
-        """Return why a job that has not begun waits."""
-        try:
-            if self.count_ready():
-                return 'it waits for its turn; of the jobs of %s there are %s' % (
-                    self.name, self.book.by_state())
-            return 'it waits for a node. ' + self.nodes.explain_no_nodes()
-        except (RuntimeError, concurrent.futures.TimeoutError):
-            # The cluster is closed meanwhile, or nobody answers
-            return 'it waits'
-
     # -- whether the program still needs it; the driver's thread -----------------------------------
 
     def is_idle(self) -> bool:
@@ -12839,7 +12855,8 @@ class ProgramCluster(ComputationUser):
         self.driver.openers.run(self.delivery.apply_results, pairs, peer)
         self.book.answered([job for job, _ in pairs])
 
-    def _queue_ordered(self, pair: Tuple[DispyJob, tuple], peer: NodeConnection, goes_on: bool) -> None:
+    def _queue_ordered(self, pair: Tuple[DispyJob, tuple], peer: NodeConnection,
+                       goes_on: bool) -> None:
         self.delivery.queue_ordered(*pair, peer)
         if not goes_on:
             self.book.answered([pair[0]])
@@ -13399,7 +13416,7 @@ class JobCluster(OldCluster):
         while True:
             if core.closed:
                 raise RuntimeError('wait_nodes: the cluster was closed')
-            if core.count_ready() >= n:
+            if core.report.count_ready() >= n:
                 return
             reason = core.nodes.why_unloadable()
             if reason:
@@ -13409,14 +13426,14 @@ class JobCluster(OldCluster):
             else:
                 left = until - time.monotonic()
             if left <= 0:
-                raise NoNodes(too_few_nodes(n, timeout or 0.0, core.count_ready(),
+                raise NoNodes(too_few_nodes(n, timeout or 0.0, core.report.count_ready(),
                                             core.nodes.explain_no_nodes()))
             core.book.wait_for_change(min(left, 0.1))
 
     def status(self) -> ClusterStatus:
         """The nodes that have answered and the number of jobs that have not ended; the other nodes,
         with the reason, are in `refused`. Any thread."""
-        return self._core.status()
+        return self._core.report.status()
 
     def discover_nodes(self, nodes: Any) -> int:
         """Look for more nodes now, given as in the constructor; '*' asks the whole network. Returns
@@ -13516,13 +13533,14 @@ class JobCluster(OldCluster):
     stats = print_status
 
     def __repr__(self) -> str:
-        return '<%s %s: %s; %s>' % (type(self).__name__, self.name, self._core.nodes_in_words(),
-                                    self._core.book.by_state())
+        core = self._core
+        return '<%s %s: %s; %s>' % (type(self).__name__, self.name, core.report.nodes_in_words(),
+                                    core.book.by_state())
 
     def _repr_html_(self) -> str:
         """For notebooks: state, progress, counts, nodes, and a link to the web page, if any."""
         core = self._core
-        nodes = core.status().nodes
+        nodes = core.report.status().nodes
         if core.closed:
             state = 'closed'
             page = ''
@@ -13676,7 +13694,8 @@ class SchedulerCommands(NodeCommands):
     allocators - the program's; a scheduler knows them by their numbers, which begin with 1
     """
 
-    def __init__(self, comp: str, book: JobBook, scheduler: NodeSpec, cargo: PackedComputation) -> None:
+    def __init__(self, comp: str, book: JobBook, scheduler: NodeSpec,
+                 cargo: PackedComputation) -> None:
         super().__init__(comp, book)
         self.allocators: List[NodeAllocate] = []
         self._scheduler = scheduler
@@ -14734,7 +14753,7 @@ def _wait_for_executors() -> None:
     for core in calling:
         try:
             while left > 0 and not core.closed and not core.book.wait(0.5):
-                if not core.count_ready():
+                if not core.report.count_ready():
                     left -= 0.5
         except KeyboardInterrupt:
             logger.warning('%s: the program ends, and calls are not waited for any more',

@@ -145,7 +145,7 @@ def test_no_part_keeps_a_cluster():
     cluster = dispy.JobCluster(abs, nodes='local', job_status=lambda job: None, cluster_status=lambda *told: None)
     core = dispy.core_of(cluster)
     assert core.cluster is cluster and cluster.submit(-1)(60) == 1
-    parts = (core.book, core.callbacks, core.live_output, core.delivery, core.submitter, core.nodes, core.takeover)
+    parts = (core.book, core.callbacks, core.live_output, core.delivery, core.submitter, core.nodes, core.report, core.takeover)
     assert [part for part in parts if core in vars(part).values() or cluster in vars(part).values()] == []
     refs = weakref.ref(cluster), weakref.ref(core)
     cluster.close()
